@@ -1,0 +1,582 @@
+"""Train a LoRA adapter for Qwen3.5-4B on conversations, on one GPU.
+
+    python train_lora_single.py              # the job set below: data/train.jsonl -> output/final_lora
+    python train_lora_single.py --demo       # the same code on a tiny model with random weights, on the CPU
+    python train_lora_single.py --dry_run    # check the data and print the plan; needs no weights and no GPU
+    python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant below is a flag too; see --help
+
+LoRA leaves a weight W (d x k) frozen and learns y = W x + (alpha / r) B A x, with A (r x k) and B (d x r).
+The run checks each line of data, prints what it will train before it loads any weight, trains, and leaves in
+OUTPUT_DIR: final_lora (the adapter in PEFT's form, with its tokenizer) and all_logs.log (what it printed).
+"""
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import reprlib
+import shutil
+import statistics
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+# ---- constants: edit them here, or give the flag of the same name in lower case -------------------------------------
+
+# Model: any text model, on the hub or in a folder, whose layers have the modules named in LORA_TARGET_MODULES.
+MODEL_NAME = "Qwen/Qwen3.5-4B"  # hub name, or a folder with safetensors; loaded without its vision tower
+MODEL_REVISION = "main"  # branch, tag or commit on the hub; a commit makes the run repeatable
+DEVICE = "cuda"  # "cuda", or "cpu" for a model of up to a billion parameters
+DTYPE = "bfloat16"  # of the frozen weights: "bfloat16" or "float32"; LoRA's own weights are always float32
+
+# Data: one JSON object a line, {"prompt": [messages], "completion": [reply]} or {"messages": [messages]}.
+TRAIN_FILE = "data/train.jsonl"  # what is learnt
+EVAL_FILE = "data/eval.jsonl"  # held out, to see overfitting; "" turns evaluation off
+MAX_SEQ_LEN = 512  # tokens; longer examples are left out. LoRA saves no activation memory: that grows with this
+
+# LoRA. r is the rank of the update: 4 for a very narrow task or against overfitting, 8 for about a thousand examples
+# of a style, 16 and more for complex behaviour or several domains, with caution on little data.
+LORA_R = 8  # rank r; changed, it needs a new training: an older adapter's tensors have other shapes
+# alpha / r multiplies the LoRA branch, so it works like a step size. 16 / 8 = 2 is a common start: much larger
+# oscillates, much smaller does not learn. To change r alone, change alpha with it.
+LORA_ALPHA = 16  # the LoRA branch is scaled by alpha / r
+LORA_DROPOUT = 0.05  # on the LoRA branch only; against learning repeated phrases by heart
+# Attention (q, k, v, o) steers what is looked at, the FFN (gate, up, down) the choice of words and the rhythm: a style
+# lives in both. q and v alone train too, with less effect. The names must be exact; a misspelt one is refused.
+LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # what LoRA adapts
+
+# Training. Steps = ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) x NUM_EPOCHS.
+NUM_EPOCHS = 3  # passes over the training file; fewer if the eval loss turns up
+BATCH_SIZE = 2  # examples at once on the GPU; out of memory: lower this first, then MAX_SEQ_LEN
+GRADIENT_ACCUMULATION_STEPS = 2  # batches per optimizer step; raise it as BATCH_SIZE falls, to keep the product
+LEARNING_RATE = 2e-4  # the peak; about ten times that of full fine-tuning
+LR_SCHEDULER_TYPE = "cosine"  # after the warm-up: "cosine", "linear" or "constant_with_warmup"
+WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 0
+SEED = 42  # of A's first values, dropout and the order of the examples
+
+# Output.
+OUTPUT_DIR = "output"  # nothing is written elsewhere
+LOGGING_STEPS = 10  # steps between two printed losses; run.json has every step's
+SAVE_STEPS = 50  # steps between two checkpoints; the two newest are kept
+
+# What --demo changes: a tiny model of the same architecture, with random weights.
+DEMO = {"model_name": "tests/tiny-qwen3.5", "output_dir": "output/demo", "device": "cpu", "num_epochs": 1,
+        "dtype": "float32",  # a CPU without bf16 arithmetic takes five times as long in bfloat16
+        "learning_rate": 1e-2, "max_seq_len": 1024}  # fmt: skip
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank takes
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the constants as changed by --demo and the flags; a bad flag or value exits with status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--demo] [--dry_run] [--CONSTANT VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--demo", action="store_true", help=f"train {DEMO['model_name']}, into {DEMO['output_dir']}")
+    parser.add_argument("--dry_run", action="store_true", help="stop after the plan; needs no weights and no GPU")
+    choices = {"device": ["cuda", "cpu"], "dtype": ["bfloat16", "float32"]}
+    choices["lr_scheduler_type"] = ["cosine", "linear", "constant_with_warmup"]
+    source = Path(__file__).read_text(encoding="utf-8").split("DEMO = {")[0]
+    for constant, comment in re.findall(r"^([A-Z_]+) = .*  # (.+)$", source, re.MULTILINE):
+        name, value = constant.lower(), globals()[constant]
+        many = {"nargs": "+"} if isinstance(value, list) else {"type": type(value), "choices": choices.get(name)}
+        parser.add_argument(f"--{name}", default=value, metavar="VALUE", help=f"{comment} [%(default)s]", **many)
+    parser.set_defaults(**(DEMO if "--demo" in argv else {}))
+    args = parser.parse_args(argv)
+    below = {"lora_dropout": 1, "warmup_ratio": 1, "lora_r": VLLM_RANKS[-1] + 1}
+    for name, value in vars(args).items():
+        high, low = below.get(name, math.inf), -1 if name in ("seed", "lora_dropout", "warmup_ratio") else 0
+        if type(value) in (int, float) and not (low < value < high and value >= 0):
+            parser.error(f"--{name} {value}: must be {'above' if low == 0 else 'at least'} 0 and below {high}")
+    return args
+
+
+def say(section: str, text: str) -> None:
+    """Print text with the section's name to the left of its first line."""
+    print(f"{section:<9}" + text.replace("\n", "\n" + " " * 9), flush=True)
+
+
+def first(lines: list[str], limit: int = 20) -> str:
+    """Join the first lines, and say how many more there are."""
+    return "\n".join(lines[:limit] + [f"... and {len(lines) - limit:,} more"] * (len(lines) > limit))
+
+
+def parse_line(text: str) -> tuple[list[tuple[list[dict], dict]], set[str]]:
+    """Return a line's (prompt, reply) pairs, one for each reply to be learnt, and its other keys; or raise ValueError.
+
+    Both forms are TRL's: {"prompt": [...], "completion": [reply]} is one pair, {"messages": [...]} is one for each
+    message of the assistant. At most one system message comes first, then user and assistant in turn.
+    """
+
+    def reject(constant):
+        raise ValueError(f"{constant} is not JSON; write a string or a number")
+
+    row = json.loads(text, parse_constant=reject)
+    form = [key for key in ("messages", "prompt", "completion") if isinstance(row, dict) and key in row]
+    if form not in (["messages"], ["prompt", "completion"]):
+        raise ValueError(f"{reprlib.repr(row)}; write an object with either messages, or prompt and completion")
+    rules = {
+        "messages": ("s?(ua)+", "at most one system message, then user and assistant in turn, assistant last"),
+        "prompt": ("s?u(au)*", "at most one system message, then user and assistant in turn, user last"),
+        "completion": ("a", "one assistant message"),
+    }
+    for key in form:
+        roles = []
+        for number, message in enumerate(row[key] if isinstance(row[key], list) else [row[key]], 1):
+            match message:
+                case {"role": "system" | "user" | "assistant" as role, "content": str(text), **rest} if not rest:
+                    roles.append(role)
+            if len(roles) < number or not text.strip() or re.search("[\ud800-\udfff]", text):
+                rule = (
+                    "role (system, user or assistant) and content (text, not blank, no lone surrogates), nothing else"
+                )
+                raise ValueError(f"{key} message {number} is {reprlib.repr(message)}; write {rule}")
+        if not re.fullmatch(rules[key][0], "".join(role[0] for role in roles)):
+            raise ValueError(f"{key} goes {', '.join(roles) or 'nowhere'}; it must be {rules[key][1]}")
+    turns = row["messages"] if form == ["messages"] else row["prompt"] + row["completion"]
+    replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    return [(turns[:i], turns[i]) for i in (replies if form == ["messages"] else replies[-1:])], row.keys() - form
+
+
+def read_examples(path: str) -> list[dict]:
+    """Read JSONL into examples {"where": "path:line", "prompt": [...], "reply": message}; exit with all bad lines.
+
+    A UTF-8 byte-order mark, CRLF and blank lines are accepted.
+    """
+    examples, problems, unused = [], [], set()
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+                    pairs, others = parse_line(text) if text.strip() else ([], set())
+                    examples += [{"where": f"{path}:{number}", "prompt": p, "reply": r} for p, r in pairs]
+                    unused |= others
+                except (ValueError, RecursionError) as error:
+                    known = {
+                        UnicodeDecodeError: "not UTF-8; save the file as UTF-8",
+                        json.JSONDecodeError: f"not JSON, {error}; write one object a line",
+                        RecursionError: "nested too deeply; a line is an object of flat messages",
+                    }
+                    problems.append(f"{path}:{number}: {known.get(type(error), error)}")
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror}; set TRAIN_FILE and EVAL_FILE to JSONL files") from None
+    if problems or not examples:
+        raise SystemExit(first(problems) or f"{path}: no examples; write one JSON object a line")
+    say("data", f"{path}: {len(examples):,} examples" + f"; keys not used: {', '.join(sorted(unused))}" * bool(unused))
+    return examples
+
+
+def warn_of_repeats(train: list[dict], evaluation: list[dict]) -> None:
+    """Print the lines that repeat an example of their file, and the eval prompts that are also trained on."""
+    notes, prompts = [], {json.dumps(example["prompt"]): example["where"] for example in train}
+    for examples in (train, evaluation):
+        seen = {}
+        for example in examples:
+            prompt = json.dumps(example["prompt"])
+            if (before := seen.setdefault((prompt, example["reply"]["content"]), example)) is not example:
+                notes.append(f"{example['where']} repeats {before['where']}")
+            elif examples is evaluation and prompt in prompts:
+                notes.append(f"{example['where']} has the prompt of {prompts[prompt]}; it tests nothing new")
+    if notes:
+        say("warning", first(notes))
+
+
+def load_config_and_tokenizer(args: argparse.Namespace) -> tuple:
+    """Return MODEL_NAME's (config, tokenizer), or exit with one message if there is no such model."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.utils import httpx
+    from transformers import AutoConfig, AutoTokenizer
+
+    name, where = args.model_name, {"revision": args.model_revision, "trust_remote_code": False}
+    try:
+        # One request first: from_pretrained alone spends 25 s on retries before it says that there is no network.
+        if not Path(name).is_dir() and not try_to_load_from_cache(name, "config.json", revision=args.model_revision):
+            HfApi().model_info(name, revision=args.model_revision, timeout=10)
+        config, tokenizer = AutoConfig.from_pretrained(name, **where), AutoTokenizer.from_pretrained(name, **where)
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        reason = f"no model folder here, and not to be had from the hub ({str(error).strip().splitlines()[0]})"
+        raise SystemExit(f"MODEL_NAME {name}: {reason}; check the name and the network, or try --demo") from None
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        raise SystemExit(f"MODEL_NAME {name}: no chat template or no end-of-turn token; use a model made for chat")
+    return config, tokenizer
+
+
+def encode(examples: list[dict], tokenizer, max_seq_len: int) -> list[dict]:
+    """Tokenize examples as a server with enable_thinking=false would; return those of at most max_seq_len tokens.
+
+    To each it adds input_ids (prompt, reply, end-of-turn token, and nothing after it) and labels (-100 on the prompt).
+    The ids before a reply are those that a server makes for the request, in every turn. Longer examples are left out
+    by name: cut, they would lose the end-of-turn token and teach the model not to stop. Exits if those are more than a
+    tenth, if a text holds a control token, or if the template does not let training equal serving.
+    """
+    from jinja2 import TemplateError
+
+    serving = {"tokenize": False, "enable_thinking": False}
+    control = re.compile("|".join(re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special))
+    texts, rows, too_long, problems = [], [], [], []
+    for example in examples:
+        conversation = [*example["prompt"], example["reply"]]
+        try:
+            texts.append(tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, **serving))
+            texts.append(tokenizer.apply_chat_template(conversation, **serving))
+        except TemplateError as error:
+            problems.append(f"{example['where']}: the chat template refuses it ({error}); change the conversation")
+        if found := [token for message in conversation for token in control.findall(message["content"])]:
+            problems.append(f"{example['where']}: the text holds the control token {found[0]}; respell or remove it")
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts and not problems else []
+    for example, prompt, whole in zip(examples, ids[::2], ids[1::2], strict=False):
+        reply = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt or tokenizer.eos_token_id not in reply:
+            fault = f"its prompt is rendered otherwise before the reply, or the reply lacks {tokenizer.eos_token}"
+            problems.append(f"{example['where']}: {fault}; training would not equal serving. Is there a think tag?")
+            continue
+        reply = reply[: reply.index(tokenizer.eos_token_id) + 1]
+        row = {**example, "input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
+        (rows if len(row["input_ids"]) <= max_seq_len else too_long).append(row)
+    notes = [f"{row['where']}: {len(row['input_ids']):,} tokens, over MAX_SEQ_LEN {max_seq_len}" for row in too_long]
+    if len(too_long) > len(examples) / 10:
+        longest = max(len(row["input_ids"]) for row in too_long)
+        advice = f"shorten them, or raise MAX_SEQ_LEN (the longest has {longest:,})"
+        problems = [f"{len(too_long):,} of {len(examples):,} examples are too long, over a tenth; {advice}", *notes]
+    if problems:
+        raise SystemExit(first(problems))
+    if notes:
+        say("left out", first(notes))
+    return rows
+
+
+def report_tokens(parts: dict[str, list[dict]], tokenizer) -> None:
+    """Print the lengths of each file's rows, and the first row with its trained part marked."""
+    table = f"{'file':<24}{'examples':>9}{'min':>6}{'median':>8}{'p95':>6}{'max':>6}{'tokens':>11}{'trained':>18}"
+    for path, rows in ((path, rows) for path, rows in parts.items() if rows):
+        n = sorted(len(row["input_ids"]) for row in rows)
+        trained, p95 = sum(label != -100 for row in rows for label in row["labels"]), n[math.ceil(0.95 * len(n)) - 1]
+        table += f"\n{path:<24}{len(n):>9,}{n[0]:>6,}{statistics.median(n):>8,.0f}{p95:>6,}{n[-1]:>6,}{sum(n):>11,}"
+        table += f"{trained:>11,} ({trained / sum(n):>4.0%})"
+    say("tokens", table)
+    row = next(iter(parts.values()))[0]
+    start = row["labels"].count(-100)
+    text = f"{tokenizer.decode(row['input_ids'][:start])}>>>{tokenizer.decode(row['input_ids'][start:])}<<<"
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 90) or [""]]
+    say("example", "\n".join([f"{row['where']} as the model sees it; only what stands in >>> <<< is trained", *lines]))
+
+
+def make_plan(args: argparse.Namespace, config, n_train: int) -> dict[str, int]:
+    """Print what will be trained and return its counts, from the config alone: the model is built without weights.
+
+    PEFT gives each linear module whose name is a target an A (r x k) and a B (d x r) beside its W (d x k): r (d + k)
+    parameters. A target that matches nothing is an error here; PEFT says nothing as long as another one matches.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    linear = {}  # (name, parent, d, k) of a linear module: the layers that have it
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and (at := re.search(r"\.(\d+)\.(?:.+\.)?(\w+)\.(\w+)$", path)):
+            linear.setdefault((at[3], at[2], module.out_features, module.in_features), set()).add(int(at[1]))
+    targets, names = list(dict.fromkeys(args.lora_target_modules)), sorted({name for name, *_ in linear})
+    if unknown := [target for target in targets if target not in names]:
+        near = [" or ".join(difflib.get_close_matches(t, names, n=1, cutoff=0)) for t in unknown]
+        asked = [f"no layer has {t!r}; did you mean {n!r}?" for t, n in zip(unknown, near, strict=True)]
+        raise SystemExit(f"LORA_TARGET_MODULES: {' '.join(asked)} The layers have {', '.join(names)}")
+
+    text, r, trainable = config.get_text_config(), args.lora_r, 0
+    table = f"{'target':<12}{'in layers':<17}{'W (frozen)':>14}{'A':>11}{'B':>11}{'parameters':>14}"
+    for target in targets:
+        for (_, parent, d, k), layers in [item for item in linear.items() if item[0][0] == target]:
+            trainable += (count := len(layers) * r * (d + k))
+            kind = {"self_attn": "attention", "mlp": "FFN"}.get(parent, parent)
+            table += f"\n{target:<12}{f'{len(layers)}/{text.num_hidden_layers} {kind}':<17}"
+            table += f"{f'{d}x{k}':>14}{f'{r}x{k}':>11}{f'{d}x{r}':>11}{count:>14,}"
+    total = trainable + sum(parameter.numel() for parameter in model.parameters())
+    per_epoch = math.ceil(n_train / (args.batch_size * args.gradient_accumulation_steps))
+    plan = {"trainable": trainable, "total": total, "steps_per_epoch": per_epoch, "steps": per_epoch * args.num_epochs}
+    plan |= {"adapter_bytes": 4 * trainable, "max_lora_rank": min(rank for rank in VLLM_RANKS if rank >= r)}
+    scale = f"scale alpha/r = {args.lora_alpha / r:g}, dropout {args.lora_dropout:g}"
+    say("plan", f"r={r} alpha={args.lora_alpha}, {scale}\n{table}")
+    say("", f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+    deltanet = {i for i, kind in enumerate(text.to_dict().get("layer_types") or []) if kind == "linear_attention"}
+    absent = [t for t in targets if not any(deltanet & layers for key, layers in linear.items() if key[0] == t)]
+    if deltanet and absent:
+        present = ", ".join(t for t in targets if t not in absent) or "nothing"
+        say("", f"{len(deltanet)} of {text.num_hidden_layers} layers are Gated DeltaNet, without {', '.join(absent)}:")
+        say("", f"in them LoRA adapts only {present}")
+    batch = f"({args.batch_size} x {args.gradient_accumulation_steps})"
+    say(
+        "", f"{plan['steps']:,} steps = ceil({n_train:,} / {batch}) x {args.num_epochs} epochs, {per_epoch:,} an epoch"
+    )
+    rank = f"vLLM needs --max-lora-rank {plan['max_lora_rank']} for r={r}"
+    say("", f"adapter file {plan['adapter_bytes'] / 1e6:.1f} MB in float32; {rank}")
+    return plan
+
+
+def check_device(args: argparse.Namespace) -> str:
+    """Return a line about the device, or exit if it cannot train. To be called before transformers is imported."""
+    import torch
+
+    # Two notices that no user can act on: fla advised where it cannot run (the device line says what holds), and one of
+    # PEFT's calls deprecated by transformers.
+    logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    if args.device == "cpu":
+        return "CPU, as DEVICE says"
+    # device_count() asks the driver without starting CUDA, so CUDA_VISIBLE_DEVICES still takes effect after it.
+    several = torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
+    if several:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if not torch.cuda.is_available():
+        advice = "without one, --demo runs the job on a tiny model, and --device cpu trains a small MODEL_NAME"
+        raise SystemExit(f"DEVICE cuda: torch sees no GPU here; {advice}")
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    # A kernel built for X.Y runs on X.Z, Z >= Y (CUDA's binary compatibility). Where none fits, is_available() is
+    # still True, and the first kernel dies. ROCm's kernels have other names; for them the list is empty.
+    kernels = [divmod(int(re.sub(r"\D", "", arch)), 10) for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"]
+    if kernels and not any(x == major and y <= minor for x, y in kernels):
+        advice = 'pip install "torch>=2.7,<2.11", whose wheels reach from sm_70 (V100) to sm_120'
+        raise SystemExit(
+            f"DEVICE cuda: torch {torch.__version__} lacks kernels for {name}, sm_{major}{minor}; {advice}"
+        )
+    if major < 8:
+        # Neither supports these GPUs, but transformers takes fla wherever it can be imported. Its own code is correct.
+        sys.modules["fla"] = sys.modules["causal_conv1d"] = None
+    bf16 = "native" if major >= 8 else "emulated, slower than fp32"
+    fla = (
+        "not used, it needs sm_80"
+        if major < 8
+        else "installed"
+        if importlib.util.find_spec("fla")
+        else "not installed"
+    )
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    note = "\nseveral GPUs are visible; without accelerate launch only the first is used" * several
+    return (
+        f"{name}, sm_{major}{minor}, {memory:.0f} GiB; this torch has its kernels\nbf16 is {bf16}; fla is {fla}{note}"
+    )
+
+
+def check_room(args: argparse.Namespace, plan: dict[str, int]) -> None:
+    """Exit if the model is too large for a CPU or the disk is too full."""
+    if args.device == "cpu" and plan["total"] > 1e9:
+        advice = "over a billion is refused, since one step would take minutes. Use a GPU, or a smaller MODEL_NAME"
+        raise SystemExit(f"DEVICE cpu: {plan['total']:,} parameters; {advice}")
+    # The adapter, three checkpoints (one being written) of it and AdamW's two moments, and tokenizers.
+    need, free = plan["adapter_bytes"] * 10 + 100e6, shutil.disk_usage(args.output_dir).free
+    if free < need:
+        raise SystemExit(
+            f"OUTPUT_DIR {args.output_dir}: {free / 1e6:,.0f} MB free, {need / 1e6:,.0f} needed; make room"
+        )
+
+
+def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evaluation: list[dict]):
+    """Return the SFTTrainer over the frozen model in DTYPE, with LoRA injected by the trainer and by nothing else."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, set_seed
+    from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
+    from trl import SFTConfig, SFTTrainer
+
+    set_seed(args.seed)  # A is drawn at the injection, before the trainer would set the seed
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model_name, revision=args.model_revision, dtype=args.dtype,
+            trust_remote_code=False, use_safetensors=True,  # no code and no pickle from the hub
+        )  # fmt: skip
+    except OSError as error:
+        raise SystemExit(f"MODEL_NAME {args.model_name}: {error}; the weights must be safetensors files") from None
+    lora_config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        target_modules=args.lora_target_modules,
+        lora_dropout=args.lora_dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    sft_config = SFTConfig(
+        output_dir=f"{args.output_dir}/checkpoints", seed=args.seed, report_to="none",
+        num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps, per_device_eval_batch_size=args.batch_size,
+        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_ratio,  # below 1 it is a share of the steps
+        # No autocast: the frozen products in DTYPE, LoRA's in float32. TRL turns bf16 on by itself.
+        bf16=False, fp16=False,
+        # Simulated for 2 x 512 tokens of Qwen3.5-4B: 9 GiB with recomputation, 24 without. Not measured on a V100.
+        activation_checkpointing=args.device == "cuda",
+        # The rows are tokenized: TRL must not render, cut or pack them. Packed, DeltaNet without fla would carry its
+        # state from one conversation into the next.
+        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
+        eval_strategy="epoch" if evaluation else "no",
+        eval_on_start=bool(evaluation),  # B is zero then, so this is the base model's loss
+        save_steps=args.save_steps, save_total_limit=2,
+        logging_steps=1,  # each step's loss is checked and kept; LOGGING_STEPS says which are printed
+        logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
+        eos_token=tokenizer.eos_token,  # so that model and tokenizer agree on where a turn ends
+        use_cpu=args.device == "cpu", dataloader_pin_memory=args.device == "cuda",
+    )  # fmt: skip
+    columns = ("input_ids", "labels")
+    sets = [Dataset.from_dict({c: [row[c] for row in rows] for c in columns}) for rows in (train, evaluation)]
+    trainer = SFTTrainer(
+        model=model,
+        peft_config=lora_config,  # LoRA is injected here and nowhere else
+        args=sft_config,
+        train_dataset=sets[0],
+        eval_dataset=sets[1] if evaluation else None,
+        processing_class=tokenizer,
+    )
+    # Batches of like lengths need less padding. transformers' own group_by_length draws from an unseeded generator.
+    batch, lengths = args.batch_size * args.gradient_accumulation_steps, [len(row["input_ids"]) for row in train]
+    sampler = DistributedLengthGroupedSampler(batch, num_replicas=1, rank=0, seed=args.seed, lengths=lengths)
+    trainer._get_train_sampler = lambda dataset=None: sampler
+    return trainer
+
+
+def check_injection(model, plan: dict[str, int]) -> None:
+    """Print PEFT's count; exit unless it is the plan's, and LoRA's weights, in float32, are all that is trainable."""
+    model.print_trainable_parameters()
+    trainable, total = model.get_nb_trainable_parameters()
+    wrong = [f"{trainable:,} of {total:,} are trainable, planned were {plan['trainable']:,} of {plan['total']:,}"]
+    wrong *= (trainable, total) != (plan["trainable"], plan["total"])
+    for name, p in model.named_parameters():
+        if p.requires_grad != ("lora_" in name) or (p.requires_grad and str(p.dtype) != "torch.float32"):
+            wrong.append(f"{name} is {'trainable' if p.requires_grad else 'frozen'} in {p.dtype}")
+    if wrong:
+        raise SystemExit(first(["LoRA was not injected as planned, so nothing is trained:", *wrong]))
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    say(
+        "model",
+        f"loaded, {size:.2f} GiB; LoRA injected by SFTTrainer as planned, its weights float32, all others frozen",
+    )
+
+
+def train(trainer, args: argparse.Namespace) -> None:
+    """Train to the end; exit with a message at the first loss or gradient norm that is not finite."""
+    from transformers import ProgressCallback
+
+    class Progress(ProgressCallback):
+        """The progress bar, with lines that fit the rest of the output."""
+
+        def on_log(self, _, state, control, logs=None, **kwargs):
+            for key in ("loss", "grad_norm", "eval_loss"):
+                if not math.isfinite(logs.get(key, 0)):
+                    advice = "stopped, no adapter is kept; lower LEARNING_RATE, or set DTYPE to float32"
+                    raise SystemExit(f"train: {key} is {logs[key]} at step {state.global_step}; {advice}")
+            if "eval_loss" in logs:
+                self.training_bar.write(f"{'eval':<9}epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
+            elif "loss" in logs and state.global_step % args.logging_steps == 0:
+                line = f"{'train':<9}step {state.global_step:,}/{state.max_steps:,}  loss {logs['loss']:.4f}  "
+                line += f"gradient norm {logs['grad_norm']:.3f}  learning rate {logs['learning_rate']:.2e}"
+                self.training_bar.write(line)
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress)
+    trainer.train()
+
+
+def save_adapter(model, tokenizer, args: argparse.Namespace) -> Path:
+    """Write final_lora beside its place, exit unless its config says what the constants say, and move it in."""
+    final = Path(args.output_dir, "final_lora")
+    partial = final.with_name("final_lora.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, save_embedding_layers=False)
+    tokenizer.save_pretrained(partial)
+    saved = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
+    saved["target_modules"] = sorted(saved["target_modules"])
+    wanted = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "bias": "none"}
+    wanted |= {"task_type": "CAUSAL_LM", "target_modules": sorted({*args.lora_target_modules})}
+    if wrong := [f"{key} is {saved[key]}, not {value}" for key, value in wanted.items() if saved[key] != value]:
+        raise SystemExit(f"{partial}/adapter_config.json does not say what the constants say: {'; '.join(wrong)}")
+    if final.exists():
+        aside = final.with_name(f"final_lora.{time.strftime('%Y%m%d-%H%M%S', time.localtime(final.stat().st_mtime))}")
+        final.rename(aside)
+        say("moved", f"the adapter of an earlier run to {aside}")
+    partial.rename(final)
+    return final
+
+
+def summarize(args: argparse.Namespace, trainer, final: Path, plan: dict[str, int], started: float) -> None:
+    """Print where the adapter is, what the run did and what to do next."""
+    history, share = trainer.state.log_history, 100 * plan["trainable"] / plan["total"]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    say("done", f"adapter    {final}, {(final / 'adapter_model.safetensors').stat().st_size / 1e6:.1f} MB")
+    say("", f"trained    {plan['trainable']:,} of {plan['total']:,} parameters, {share:.4f} %")
+    if losses:
+        say("", f"eval loss  {losses[0]:.4f} before, {losses[-1]:.4f} after")
+    minutes = history[-1]["train_runtime"] / 60, (time.time() - started) / 60
+    say("", f"time       {minutes[0]:.1f} min of training, {minutes[1]:.1f} min in all")
+    if args.demo:
+        say("", "The demo's weights are random: it shows that the job runs, not that replies get better.")
+    say("next", f'model = AutoModelForCausalLM.from_pretrained("{args.model_name}", dtype="bfloat16")')
+    say("", f'model = PeftModel.from_pretrained(model, "{final}")')
+
+
+class _Tee:
+    """A stream that copies to a log what is not a progress bar (bars redraw themselves with carriage returns)."""
+
+    def __init__(self, stream, log):
+        self.stream, self.log, self.last = stream, log, "\n"
+
+    def write(self, text):
+        if not re.search("[\r\x1b]", text) and (text.strip() or not self.last.endswith("\n")):
+            self.log.write(text)
+            self.last = text
+        return self.stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do the job, a section a call."""
+    started = time.time()
+    examples, held_out = read_examples(args.train_file), read_examples(args.eval_file) if args.eval_file else []
+    warn_of_repeats(examples, held_out)
+    device = None if args.dry_run else check_device(args)
+    config, tokenizer = load_config_and_tokenizer(args)
+    train_rows = encode(examples, tokenizer, args.max_seq_len)
+    eval_rows = encode(held_out, tokenizer, args.max_seq_len)
+    report_tokens({args.train_file: train_rows, args.eval_file: eval_rows}, tokenizer)
+    plan = make_plan(args, config, len(train_rows))
+    if args.dry_run:
+        return
+    check_room(args, plan)
+    say("device", device)
+    trainer = build_trainer(args, tokenizer, train_rows, eval_rows)
+    check_injection(trainer.model, plan)
+    train(trainer, args)
+    final = save_adapter(trainer.model, tokenizer, args)
+    summarize(args, trainer, final, plan, started)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the job with the constants as changed by flags, and copy what is printed to OUTPUT_DIR/all_logs.log."""
+    args = parse_args(argv)
+    if args.dry_run:
+        return run(args)
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        log = Path(args.output_dir, "all_logs.log").open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    except OSError as error:
+        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {error.strerror}; choose a folder to write in") from None
+    with log, contextlib.redirect_stdout(_Tee(sys.stdout, log)), contextlib.redirect_stderr(_Tee(sys.stderr, log)):
+        try:
+            run(args)
+        except SystemExit as stop:
+            print(stop, file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
