@@ -6,8 +6,9 @@
     python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant below is a flag too; see --help
 
 LoRA leaves a weight W (d x k) frozen and learns y = W x + (alpha / r) B A x, with A (r x k) and B (d x r).
-The run checks each line of data, prints what it will train before it loads any weight, trains, and leaves in
-OUTPUT_DIR: final_lora (the adapter in PEFT's form, with its tokenizer) and all_logs.log (what it printed).
+The run checks each line of data, prints what it will train before it loads any weight, trains, proves that the saved
+adapter works, and leaves in OUTPUT_DIR: final_lora (PEFT's form, with the tokenizer), final_lora_vllm (the same for
+vLLM, where the model needs it) and all_logs.log (what the run printed).
 """
 
 import argparse
@@ -63,7 +64,7 @@ SEED = 42  # of A's first values, dropout and the order of the examples
 
 # Output.
 OUTPUT_DIR = "output"  # nothing is written elsewhere
-LOGGING_STEPS = 10  # steps between two printed losses; run.json has every step's
+LOGGING_STEPS = 10  # steps between two printed losses
 SAVE_STEPS = 50  # steps between two checkpoints; the two newest are kept
 
 # What --demo changes: a tiny model of the same architecture, with random weights.
@@ -77,12 +78,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the constants as changed by --demo and the flags; a bad flag or value exits with status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--demo] [--dry_run] [--CONSTANT VALUE ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    form, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s [--demo] [--dry_run] [--CONSTANT VALUE ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--demo", action="store_true", help=f"train {DEMO['model_name']}, into {DEMO['output_dir']}")
     parser.add_argument("--dry_run", action="store_true", help="stop after the plan; needs no weights and no GPU")
     choices = {"device": ["cuda", "cpu"], "dtype": ["bfloat16", "float32"]}
@@ -96,9 +93,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     below = {"lora_dropout": 1, "warmup_ratio": 1, "lora_r": VLLM_RANKS[-1] + 1}
     for name, value in vars(args).items():
-        high, low = below.get(name, math.inf), -1 if name in ("seed", "lora_dropout", "warmup_ratio") else 0
-        if type(value) in (int, float) and not (low < value < high and value >= 0):
-            parser.error(f"--{name} {value}: must be {'above' if low == 0 else 'at least'} 0 and below {high}")
+        high, zero = below.get(name, math.inf), name in ("seed", "lora_dropout", "warmup_ratio")
+        if type(value) in (int, float) and not (0 < value < high or (value == 0 and zero)):
+            parser.error(f"--{name} {value}: must be {'at least' if zero else 'above'} 0 and below {high}")
     return args
 
 
@@ -126,24 +123,21 @@ def parse_line(text: str) -> tuple[list[tuple[list[dict], dict]], set[str]]:
     form = [key for key in ("messages", "prompt", "completion") if isinstance(row, dict) and key in row]
     if form not in (["messages"], ["prompt", "completion"]):
         raise ValueError(f"{reprlib.repr(row)}; write an object with either messages, or prompt and completion")
-    rules = {
-        "messages": ("s?(ua)+", "at most one system message, then user and assistant in turn, assistant last"),
-        "prompt": ("s?u(au)*", "at most one system message, then user and assistant in turn, user last"),
-        "completion": ("a", "one assistant message"),
-    }
+    order = {"messages": "s?(ua)+", "prompt": "s?u(au)*", "completion": "a"}  # by the roles' first letters
     for key in form:
         roles = []
         for number, message in enumerate(row[key] if isinstance(row[key], list) else [row[key]], 1):
             match message:
-                case {"role": "system" | "user" | "assistant" as role, "content": str(text), **rest} if not rest:
+                case {"role": "system" | "user" | "assistant" as role, "content": str(content), **rest} if not rest:
                     roles.append(role)
-            if len(roles) < number or not text.strip() or re.search("[\ud800-\udfff]", text):
-                rule = (
-                    "role (system, user or assistant) and content (text, not blank, no lone surrogates), nothing else"
-                )
+            if len(roles) < number or not content.strip() or re.search("[\ud800-\udfff]", content):
+                rule = "role (system, user or assistant), content (text, not blank, no lone surrogate), nothing else"
                 raise ValueError(f"{key} message {number} is {reprlib.repr(message)}; write {rule}")
-        if not re.fullmatch(rules[key][0], "".join(role[0] for role in roles)):
-            raise ValueError(f"{key} goes {', '.join(roles) or 'nowhere'}; it must be {rules[key][1]}")
+        if not re.fullmatch(order[key], "".join(role[0] for role in roles)):
+            last = "user" if key == "prompt" else "assistant"
+            rule = f"at most one system, then user and assistant in turn, ending with {last}"
+            rule = "one assistant" if key == "completion" else rule
+            raise ValueError(f"{key} has the roles {', '.join(roles) or '(none)'}; it must have {rule}")
     turns = row["messages"] if form == ["messages"] else row["prompt"] + row["completion"]
     replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     return [(turns[:i], turns[i]) for i in (replies if form == ["messages"] else replies[-1:])], row.keys() - form
@@ -191,6 +185,39 @@ def warn_of_repeats(train: list[dict], evaluation: list[dict]) -> None:
                 notes.append(f"{example['where']} has the prompt of {prompts[prompt]}; it tests nothing new")
     if notes:
         say("warning", first(notes))
+
+
+def check_device(args: argparse.Namespace) -> str:
+    """Return a line about the device, or exit if it cannot train. To be called before transformers is imported."""
+    import torch
+
+    # No user can act on these: advice to install fla even where it cannot run, and a deprecated call of PEFT's.
+    logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    if args.device == "cpu":
+        return "CPU, as DEVICE says"
+    # device_count() asks the driver without starting CUDA, so CUDA_VISIBLE_DEVICES still takes effect after it.
+    several = torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
+    if several:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if not torch.cuda.is_available():
+        advice = "without one, --demo runs the job on a tiny model, and --device cpu trains a small MODEL_NAME"
+        raise SystemExit(f"DEVICE cuda: torch sees no GPU here; {advice}")
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    # A kernel built for X.Y runs on X.Z, Z >= Y (CUDA's binary compatibility). Where none fits, is_available() is
+    # still True, and the first kernel dies. ROCm's kernels have other names; for them the list is empty.
+    kernels = [divmod(int(re.sub(r"\D", "", arch)), 10) for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"]
+    if kernels and not any(x == major and y <= minor for x, y in kernels):
+        advice = 'pip install "torch>=2.7,<2.11", whose wheels reach from sm_70 (V100) to sm_120'
+        raise SystemExit(f"DEVICE cuda: this torch has no kernels for {name}, sm_{major}{minor}; {advice}")
+    if major < 8:
+        # Neither supports these GPUs, but transformers takes fla wherever it can be imported. Its own code is correct.
+        sys.modules["fla"] = sys.modules["causal_conv1d"] = None
+    bf16 = "native" if major >= 8 else "emulated, slower than fp32"
+    fla = "used" if major >= 8 and importlib.util.find_spec("fla") else "not used (it needs sm_80)"
+    memory = f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+    note = "\nseveral GPUs are visible; without accelerate launch only the first is used" * several
+    return f"{name}, sm_{major}{minor}, {memory}; this torch has its kernels\nbf16 is {bf16}, fla is {fla}{note}"
 
 
 def load_config_and_tokenizer(args: argparse.Namespace) -> tuple:
@@ -260,16 +287,16 @@ def encode(examples: list[dict], tokenizer, max_seq_len: int) -> list[dict]:
 def report_tokens(parts: dict[str, list[dict]], tokenizer) -> None:
     """Print the lengths of each file's rows, and the first row with its trained part marked."""
     table = f"{'file':<24}{'examples':>9}{'min':>6}{'median':>8}{'p95':>6}{'max':>6}{'tokens':>11}{'trained':>18}"
-    for path, rows in ((path, rows) for path, rows in parts.items() if rows):
+    for path, rows in parts.items():
         n = sorted(len(row["input_ids"]) for row in rows)
-        trained, p95 = sum(label != -100 for row in rows for label in row["labels"]), n[math.ceil(0.95 * len(n)) - 1]
+        trained, p95 = sum(n) - sum(row["labels"].count(-100) for row in rows), n[math.ceil(0.95 * len(n)) - 1]
         table += f"\n{path:<24}{len(n):>9,}{n[0]:>6,}{statistics.median(n):>8,.0f}{p95:>6,}{n[-1]:>6,}{sum(n):>11,}"
         table += f"{trained:>11,} ({trained / sum(n):>4.0%})"
-    say("tokens", table)
     row = next(iter(parts.values()))[0]
     start = row["labels"].count(-100)
     text = f"{tokenizer.decode(row['input_ids'][:start])}>>>{tokenizer.decode(row['input_ids'][start:])}<<<"
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 90) or [""]]
+    say("tokens", table)
     say("example", "\n".join([f"{row['where']} as the model sees it; only what stands in >>> <<< is trained", *lines]))
 
 
@@ -293,7 +320,6 @@ def make_plan(args: argparse.Namespace, config, n_train: int) -> dict[str, int]:
         near = [" or ".join(difflib.get_close_matches(t, names, n=1, cutoff=0)) for t in unknown]
         asked = [f"no layer has {t!r}; did you mean {n!r}?" for t, n in zip(unknown, near, strict=True)]
         raise SystemExit(f"LORA_TARGET_MODULES: {' '.join(asked)} The layers have {', '.join(names)}")
-
     text, r, trainable = config.get_text_config(), args.lora_r, 0
     table = f"{'target':<12}{'in layers':<17}{'W (frozen)':>14}{'A':>11}{'B':>11}{'parameters':>14}"
     for target in targets:
@@ -312,73 +338,25 @@ def make_plan(args: argparse.Namespace, config, n_train: int) -> dict[str, int]:
     deltanet = {i for i, kind in enumerate(text.to_dict().get("layer_types") or []) if kind == "linear_attention"}
     absent = [t for t in targets if not any(deltanet & layers for key, layers in linear.items() if key[0] == t)]
     if deltanet and absent:
-        present = ", ".join(t for t in targets if t not in absent) or "nothing"
         say("", f"{len(deltanet)} of {text.num_hidden_layers} layers are Gated DeltaNet, without {', '.join(absent)}:")
-        say("", f"in them LoRA adapts only {present}")
+        say("", f"in them LoRA adapts only {', '.join(t for t in targets if t not in absent) or 'nothing'}")
     batch = f"({args.batch_size} x {args.gradient_accumulation_steps})"
-    say(
-        "", f"{plan['steps']:,} steps = ceil({n_train:,} / {batch}) x {args.num_epochs} epochs, {per_epoch:,} an epoch"
-    )
-    rank = f"vLLM needs --max-lora-rank {plan['max_lora_rank']} for r={r}"
-    say("", f"adapter file {plan['adapter_bytes'] / 1e6:.1f} MB in float32; {rank}")
+    say("", f"{plan['steps']:,} steps, {per_epoch:,} an epoch: ceil({n_train:,} / {batch}) x {args.num_epochs}")
+    size, rank = plan["adapter_bytes"] / 1e6, plan["max_lora_rank"]
+    say("", f"adapter file {size:.1f} MB in float32; vLLM needs --max-lora-rank {rank} for r={r}")
     return plan
 
 
-def check_device(args: argparse.Namespace) -> str:
-    """Return a line about the device, or exit if it cannot train. To be called before transformers is imported."""
-    import torch
-
-    # Two notices that no user can act on: fla advised where it cannot run (the device line says what holds), and one of
-    # PEFT's calls deprecated by transformers.
-    logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    if args.device == "cpu":
-        return "CPU, as DEVICE says"
-    # device_count() asks the driver without starting CUDA, so CUDA_VISIBLE_DEVICES still takes effect after it.
-    several = torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
-    if several:
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if not torch.cuda.is_available():
-        advice = "without one, --demo runs the job on a tiny model, and --device cpu trains a small MODEL_NAME"
-        raise SystemExit(f"DEVICE cuda: torch sees no GPU here; {advice}")
-    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    # A kernel built for X.Y runs on X.Z, Z >= Y (CUDA's binary compatibility). Where none fits, is_available() is
-    # still True, and the first kernel dies. ROCm's kernels have other names; for them the list is empty.
-    kernels = [divmod(int(re.sub(r"\D", "", arch)), 10) for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"]
-    if kernels and not any(x == major and y <= minor for x, y in kernels):
-        advice = 'pip install "torch>=2.7,<2.11", whose wheels reach from sm_70 (V100) to sm_120'
-        raise SystemExit(
-            f"DEVICE cuda: torch {torch.__version__} lacks kernels for {name}, sm_{major}{minor}; {advice}"
-        )
-    if major < 8:
-        # Neither supports these GPUs, but transformers takes fla wherever it can be imported. Its own code is correct.
-        sys.modules["fla"] = sys.modules["causal_conv1d"] = None
-    bf16 = "native" if major >= 8 else "emulated, slower than fp32"
-    fla = (
-        "not used, it needs sm_80"
-        if major < 8
-        else "installed"
-        if importlib.util.find_spec("fla")
-        else "not installed"
-    )
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    note = "\nseveral GPUs are visible; without accelerate launch only the first is used" * several
-    return (
-        f"{name}, sm_{major}{minor}, {memory:.0f} GiB; this torch has its kernels\nbf16 is {bf16}; fla is {fla}{note}"
-    )
-
-
 def check_room(args: argparse.Namespace, plan: dict[str, int]) -> None:
-    """Exit if the model is too large for a CPU or the disk is too full."""
+    """Exit if the model is too large for a CPU or the disk too full."""
     if args.device == "cpu" and plan["total"] > 1e9:
         advice = "over a billion is refused, since one step would take minutes. Use a GPU, or a smaller MODEL_NAME"
         raise SystemExit(f"DEVICE cpu: {plan['total']:,} parameters; {advice}")
-    # The adapter, three checkpoints (one being written) of it and AdamW's two moments, and tokenizers.
-    need, free = plan["adapter_bytes"] * 10 + 100e6, shutil.disk_usage(args.output_dir).free
+    # The adapter in both forms; three checkpoints (one being written) of it and AdamW's two moments; tokenizers.
+    need, free = plan["adapter_bytes"] * (2 + 3 * 3) + 100e6, shutil.disk_usage(args.output_dir).free
     if free < need:
-        raise SystemExit(
-            f"OUTPUT_DIR {args.output_dir}: {free / 1e6:,.0f} MB free, {need / 1e6:,.0f} needed; make room"
-        )
+        room = f"{free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB needed"
+        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {room}; make room, or choose another disk")
 
 
 def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evaluation: list[dict]):
@@ -446,19 +424,15 @@ def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evalua
 def check_injection(model, plan: dict[str, int]) -> None:
     """Print PEFT's count; exit unless it is the plan's, and LoRA's weights, in float32, are all that is trainable."""
     model.print_trainable_parameters()
-    trainable, total = model.get_nb_trainable_parameters()
-    wrong = [f"{trainable:,} of {total:,} are trainable, planned were {plan['trainable']:,} of {plan['total']:,}"]
-    wrong *= (trainable, total) != (plan["trainable"], plan["total"])
-    for name, p in model.named_parameters():
-        if p.requires_grad != ("lora_" in name) or (p.requires_grad and str(p.dtype) != "torch.float32"):
-            wrong.append(f"{name} is {'trainable' if p.requires_grad else 'frozen'} in {p.dtype}")
-    if wrong:
-        raise SystemExit(first(["LoRA was not injected as planned, so nothing is trained:", *wrong]))
+    counts, planned = model.get_nb_trainable_parameters(), (plan["trainable"], plan["total"])
+    trained = {name: str(p.dtype) for name, p in model.named_parameters() if p.requires_grad}
+    odd = trained.keys() ^ {name for name, _ in model.named_parameters() if "lora_" in name}
+    odd |= {f"{name} in {dtype}" for name, dtype in trained.items() if dtype != "torch.float32"}
+    if odd or counts != planned:
+        found = f"{counts[0]:,} of {counts[1]:,} parameters are trainable, not {planned[0]:,} of {planned[1]:,}"
+        raise SystemExit(first([f"LoRA is not injected as planned; nothing is trained. {found}", *sorted(odd)]))
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
-    say(
-        "model",
-        f"loaded, {size:.2f} GiB; LoRA injected by SFTTrainer as planned, its weights float32, all others frozen",
-    )
+    say("model", f"{size:.3g} GiB in memory; LoRA injected as planned, its weights in float32, all others frozen")
 
 
 def train(trainer, args: argparse.Namespace) -> None:
@@ -466,8 +440,6 @@ def train(trainer, args: argparse.Namespace) -> None:
     from transformers import ProgressCallback
 
     class Progress(ProgressCallback):
-        """The progress bar, with lines that fit the rest of the output."""
-
         def on_log(self, _, state, control, logs=None, **kwargs):
             for key in ("loss", "grad_norm", "eval_loss"):
                 if not math.isfinite(logs.get(key, 0)):
@@ -485,41 +457,83 @@ def train(trainer, args: argparse.Namespace) -> None:
     trainer.train()
 
 
-def save_adapter(model, tokenizer, args: argparse.Namespace) -> Path:
-    """Write final_lora beside its place, exit unless its config says what the constants say, and move it in."""
-    final = Path(args.output_dir, "final_lora")
-    partial = final.with_name("final_lora.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, save_embedding_layers=False)
-    tokenizer.save_pretrained(partial)
-    saved = json.loads((partial / "adapter_config.json").read_text(encoding="utf-8"))
+def save_adapter(model, tokenizer, config, folder: Path, args: argparse.Namespace) -> None:
+    """Write folder/final_lora, exit unless its config says what the constants say; write final_lora_vllm if needed.
+
+    Where the checkpoint is a wrapper with a text_config, vLLM looks for the modules under language_model. Up to 0.32
+    it accepts PEFT's names for the text model, ignores them and serves the base, so it gets the same tensors renamed.
+    """
+    from safetensors.torch import load_file, save_file
+
+    final, vllm, prefix = folder / "final_lora", folder / "final_lora_vllm", "base_model.model.model."
+    model.save_pretrained(final, save_embedding_layers=False)
+    tokenizer.save_pretrained(final)
+    saved = json.loads((final / "adapter_config.json").read_text(encoding="utf-8"))
     saved["target_modules"] = sorted(saved["target_modules"])
     wanted = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "bias": "none"}
     wanted |= {"task_type": "CAUSAL_LM", "target_modules": sorted({*args.lora_target_modules})}
     if wrong := [f"{key} is {saved[key]}, not {value}" for key, value in wanted.items() if saved[key] != value]:
-        raise SystemExit(f"{partial}/adapter_config.json does not say what the constants say: {'; '.join(wrong)}")
-    if final.exists():
-        aside = final.with_name(f"final_lora.{time.strftime('%Y%m%d-%H%M%S', time.localtime(final.stat().st_mtime))}")
-        final.rename(aside)
-        say("moved", f"the adapter of an earlier run to {aside}")
-    partial.rename(final)
-    return final
+        raise SystemExit(f"{final}/adapter_config.json does not say what the constants say: {'; '.join(wrong)}")
+    if config.get_text_config() is not config:
+        vllm.mkdir()
+        shutil.copy(final / "adapter_config.json", vllm)
+        tensors = load_file(final / "adapter_model.safetensors")
+        renamed = {name.replace(prefix, f"{prefix}language_model.", 1): tensor for name, tensor in tensors.items()}
+        save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
 
 
-def summarize(args: argparse.Namespace, trainer, final: Path, plan: dict[str, int], started: float) -> None:
+def prove(model, folder: Path, row: dict) -> None:
+    """Exit unless the adapter in folder gives the base the trained model's logits on row's tokens, and not its own.
+
+    model is the trained PeftModel; it gives up its adapter here.
+    """
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        if not tensor.isfinite().all() or ("lora_B" in name and not tensor.any()):
+            raise SystemExit(f"proof: {name} in {folder} is all zero or not finite; the adapter is not kept")
+    ids = torch.tensor([row["input_ids"]], device=model.device)
+    with torch.no_grad():
+        trained = model.eval()(input_ids=ids).logits
+        reloaded = PeftModel.from_pretrained(model.unload(), folder)
+        error = (reloaded(input_ids=ids).logits - trained).abs().max().item()
+        with reloaded.disable_adapter():
+            effect = (reloaded(input_ids=ids).logits - trained).abs().max().item()
+    found = f"reloaded from disk, its logits are {error:.2g} from the trained model's and {effect:.2g} from the base's"
+    if not (effect > 0 and error <= effect / 1000):
+        raise SystemExit(f"proof: {folder}: {found}; the adapter is not kept")
+    say("proof", f"the adapter works: {found}")
+
+
+def move_in(partial: Path, output_dir: Path) -> None:
+    """Put the new folders in their places, the older ones first aside under their time stamp."""
+    for new in sorted(partial.iterdir()):
+        if (old := output_dir / new.name).exists():
+            aside = f"{old}.{time.strftime('%Y%m%d-%H%M%S', time.localtime(old.stat().st_mtime))}"
+            old.rename(aside)
+            say("moved", f"{old} of an earlier run to {aside}")
+        new.rename(old)
+    partial.rmdir()
+
+
+def summarize(args: argparse.Namespace, plan: dict[str, int], history: list[dict], started: float) -> None:
     """Print where the adapter is, what the run did and what to do next."""
-    history, share = trainer.state.log_history, 100 * plan["trainable"] / plan["total"]
-    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    say("done", f"adapter    {final}, {(final / 'adapter_model.safetensors').stat().st_size / 1e6:.1f} MB")
-    say("", f"trained    {plan['trainable']:,} of {plan['total']:,} parameters, {share:.4f} %")
-    if losses:
+    final, vllm = Path(args.output_dir, "final_lora"), Path(args.output_dir, "final_lora_vllm")
+    size = (final / "adapter_model.safetensors").stat().st_size / 1e6
+    share = f"{plan['trainable']:,} of {plan['total']:,} parameters, {100 * plan['trainable'] / plan['total']:.4f} %"
+    say("done", f"adapter    {final}, {size:.1f} MB\ntrained    {share}")
+    if losses := [entry["eval_loss"] for entry in history if "eval_loss" in entry]:
         say("", f"eval loss  {losses[0]:.4f} before, {losses[-1]:.4f} after")
-    minutes = history[-1]["train_runtime"] / 60, (time.time() - started) / 60
-    say("", f"time       {minutes[0]:.1f} min of training, {minutes[1]:.1f} min in all")
+    say(
+        "", f"time       {history[-1]['train_runtime'] / 60:.1f} min of {(time.time() - started) / 60:.1f} in training"
+    )
     if args.demo:
         say("", "The demo's weights are random: it shows that the job runs, not that replies get better.")
-    say("next", f'model = AutoModelForCausalLM.from_pretrained("{args.model_name}", dtype="bfloat16")')
-    say("", f'model = PeftModel.from_pretrained(model, "{final}")')
+    form = vllm if vllm.exists() else final
+    say("next", f"vllm serve {args.model_name} --enable-lora --max-lora-rank {plan['max_lora_rank']} \\")
+    say("", f"  --lora-modules companion={form} --default-chat-template-kwargs '{{\"enable_thinking\": false}}'")
 
 
 class _Tee:
@@ -547,17 +561,21 @@ def run(args: argparse.Namespace) -> None:
     config, tokenizer = load_config_and_tokenizer(args)
     train_rows = encode(examples, tokenizer, args.max_seq_len)
     eval_rows = encode(held_out, tokenizer, args.max_seq_len)
-    report_tokens({args.train_file: train_rows, args.eval_file: eval_rows}, tokenizer)
+    report_tokens({args.train_file: train_rows} | ({args.eval_file: eval_rows} if eval_rows else {}), tokenizer)
     plan = make_plan(args, config, len(train_rows))
     if args.dry_run:
         return
-    check_room(args, plan)
     say("device", device)
+    check_room(args, plan)
     trainer = build_trainer(args, tokenizer, train_rows, eval_rows)
     check_injection(trainer.model, plan)
     train(trainer, args)
-    final = save_adapter(trainer.model, tokenizer, args)
-    summarize(args, trainer, final, plan, started)
+    partial = Path(args.output_dir, "partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_adapter(trainer.model, tokenizer, config, partial, args)
+    prove(trainer.model, partial / "final_lora", (eval_rows or train_rows)[0])
+    move_in(partial, Path(args.output_dir))
+    summarize(args, plan, trainer.state.log_history, started)
 
 
 def main(argv: list[str] | None = None) -> None:
