@@ -45,10 +45,6 @@ def opening(row):
     return " ".join(words(reply(row))[:3])
 
 
-def lines_where(condition):
-    return [f"{row['id']}: {reply(row)}" for row in both() if condition(row)]
-
-
 # ---- form -----------------------------------------------------------------------------------------------------------
 
 
@@ -132,8 +128,9 @@ def test_what_is_trained_is_the_reply_and_the_end_of_turn_in_the_real_vocabulary
 
 @pytest.mark.parametrize("path", COUNTS)
 def test_replies_have_15_to_110_words_and_40_to_70_on_average(path):
-    assert lines_where(lambda row: not 15 <= len(words(reply(row))) <= 110) == []
-    assert 40 <= statistics.mean(len(words(reply(row))) for row in rows(path)) <= 70
+    lengths = {row["id"]: len(words(reply(row))) for row in rows(path)}
+    assert {where: n for where, n in lengths.items() if not 15 <= n <= 110} == {}
+    assert 40 <= statistics.mean(lengths.values()) <= 70
 
 
 # ---- variety --------------------------------------------------------------------------------------------------------
@@ -188,9 +185,13 @@ def test_enough_conversations_have_a_history_and_none_is_long(path, least):
     assert set(turns) == {1, 2, 3, 4}
 
 
+def ends_with_a_question(row):
+    return re.search(r'\?"?$', reply(row)) is not None
+
+
 def test_replies_ask_little():
-    assert len(lines_where(lambda row: reply(row).count("?") > 1)) <= 0.03 * len(both())
-    assert len(lines_where(lambda row: re.search(r'\?"?$', reply(row)))) <= 0.5 * len(both())
+    assert sum(reply(row).count("?") > 1 for row in both()) <= 0.03 * len(both())
+    assert sum(map(ends_with_a_question, both())) <= 0.5 * len(both())
 
 
 # ---- voice and safety -----------------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ DANGERS = {  # words of a user's, and how many conversations at least have them
         rf"\b{PAIN}\b[^.?!]{{0,25}}\bchest\b|\bchest\b[^.?!]{{0,20}}\b(?:hurts?|{PAIN})\b|heart attack",
         5,
     ),
-    "a stroke": (r"\b(?:face|mouth)(?: has|'?s|s face has)?(?: \w+)? (?:drop|droop|slid|down)", 3),
+    "a stroke": (r"\b(?:face|mouth)(?:'?s| has| is)\b[^.?!]{0,15} (?:drop|droop|slid|down|hang)|\bface droops", 4),
     "suicide": (
         r"suicid|\bkill(?:ing)? myself\b|\bend my life\b|\bbetter off (?:out|not|dead|without)|\bthey be better off\b|"
         r"\b(?:tablets|pills)\b[^.?!]{0,25}\b(?:saved|lined up|on the table|see to the rest)\b|\b(?:saved|counted)\b"
@@ -320,7 +321,7 @@ def figure_rows():
     yield row("words in a reply: mean", lambda part: f"{statistics.mean(lengths(part)):.1f}")
     yield row("words in a reply: fewest to most", lambda part: f"{min(lengths(part))} to {max(lengths(part))}")
     yield row("replies with a question", having(lambda row: "?" in reply(row)))
-    yield row("replies that end with one", having(lambda row: re.search(r'\?"?$', reply(row)) is not None))
+    yield row("replies that end with one", having(ends_with_a_question))
 
 
 def topic_rows():

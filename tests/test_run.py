@@ -1,0 +1,336 @@
+"""Whole runs on the demo model: what they print and leave, and the guards between injection and final_lora."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForConditionalGeneration
+
+import train_lora_single as t
+
+ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+TOKENIZER_FILES = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Flags for a demo on the first 13 training and 4 eval lines, two epochs of four steps."""
+    folder, flags = tmp_path_factory.mktemp("data"), ["--demo", "--num_epochs", "2", "--logging_steps", "2"]
+    for name, lines in (("train", 13), ("eval", 4)):
+        text = Path("data", f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(text[:lines]), encoding="utf-8")
+        flags += [f"--{name}_file", str(folder / f"{name}.jsonl")]
+    return flags
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """Return the output folder and the stdout of the real command."""
+    output = tmp_path_factory.mktemp("run") / "output"
+    command = [sys.executable, "train_lora_single.py", *small, "--output_dir", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+@pytest.fixture
+def prepared(small, tmp_path):
+    """Return (args, tokenizer, config, rows, eval rows) as run() makes them."""
+    args = t.parse_args([*small, "--output_dir", str(tmp_path / "output")])
+    config, tokenizer = t.load_config_and_tokenizer(args)
+    rows = [t.encode(t.read_examples(path), tokenizer, 1024) for path in (args.train_file, args.eval_file)]
+    return args, tokenizer, config, *rows
+
+
+@pytest.fixture
+def adapted(tiny):
+    """Return the demo model with a LoRA that changes it."""
+    torch.manual_seed(0)
+    lora = LoraConfig(target_modules=t.LORA_TARGET_MODULES, lora_dropout=0.05, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny, dtype="float32"), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def test_the_output_tells_the_run_in_order(finished):
+    output, text = finished
+    words = [line.split()[0] for line in text.splitlines() if line[:1].isalpha()]
+    story = ["data", "data", "tokens", "example", "plan", "device", "trainable", "model", "eval", *["train"] * 2]
+    assert words == [*story, "eval", *["train"] * 2, "eval", "proof", "done", "next"]
+    assert "8 steps, 4 an epoch: ceil(13 / (2 x 2)) x 2" in text
+    assert "step 8/8" in text
+    assert "weights are random" in text
+    assert f"--max-lora-rank 8 \\\n           --lora-modules companion={output}/final_lora_vllm" in text
+    losses = [line.split()[-1] for line in text.splitlines() if line.startswith("eval ")]
+    assert f"eval loss  {losses[0]} before, {losses[-1]} after" in text
+    assert float(losses[-1]) < float(losses[0])
+
+
+def test_the_log_holds_what_was_printed_but_no_progress_bar(finished):
+    output, text = finished
+    log = (output / "all_logs.log").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.strip()] == [line for line in log.splitlines() if line.strip()]
+    assert "it/s" not in log
+
+
+def test_a_run_leaves_exactly_these_files(finished):
+    output, _ = finished
+    assert {path.name for path in output.iterdir()} == {"all_logs.log", "checkpoints", "final_lora", "final_lora_vllm"}
+    assert {path.name for path in (output / "final_lora").iterdir()} == ADAPTER_FILES | TOKENIZER_FILES
+    assert {path.name for path in (output / "final_lora_vllm").iterdir()} == ADAPTER_FILES - {"README.md"}
+
+
+def test_the_adapter_is_float32_and_its_config_says_what_the_constants_say(finished):
+    output, text = finished
+    config = json.loads((output / "final_lora" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["bias"]) == (8, 16, 0.05, "none")
+    assert sorted(config["target_modules"]) == sorted(t.LORA_TARGET_MODULES)
+    tensors = load_file(output / "final_lora" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert f"{sum(tensor.numel() for tensor in tensors.values()):,} of" in text
+
+
+def test_the_adapted_layer_returns_wx_plus_scale_bax(finished, tiny):
+    output, _ = finished
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")
+    weight = base.get_submodule("model.layers.1.self_attn.q_proj").weight.detach().clone()
+    tensors = load_file(output / "final_lora" / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.model.layers.1.self_attn.q_proj.lora_{m}.weight"] for m in "AB")
+    x = torch.randn(3, weight.shape[1])
+    layer = PeftModel.from_pretrained(base, output / "final_lora").get_submodule(
+        "base_model.model.model.layers.1.self_attn.q_proj"
+    )
+    by_hand = x @ weight.T + (16 / 8) * (x @ a.T) @ b.T
+    torch.testing.assert_close(layer(x), by_hand)
+    assert not torch.allclose(by_hand, x @ weight.T)
+
+
+def test_the_vllm_form_has_the_names_peft_writes_for_the_wrapper(finished, tiny, tmp_path):
+    output, _ = finished
+    wrapper = Qwen3_5ForConditionalGeneration.from_pretrained(tiny)
+    get_peft_model(wrapper, LoraConfig(target_modules=t.LORA_TARGET_MODULES)).save_pretrained(tmp_path)
+    plain, vllm = (
+        load_file(output / name / "adapter_model.safetensors") for name in ("final_lora", "final_lora_vllm")
+    )
+    assert vllm.keys() == load_file(tmp_path / "adapter_model.safetensors").keys()
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, vllm[name.replace(".model.model.", ".model.model.language_model.")])
+
+
+def test_a_second_run_moves_the_first_adapter_aside_unchanged(finished, small, tmp_path, capsys):
+    output = shutil.copytree(finished[0], tmp_path / "output")
+    before = {path.name: path.read_bytes() for path in (output / "final_lora").iterdir()}
+    t.main([*small, "--output_dir", str(output), "--seed", "7"])
+    (aside,) = output.glob("final_lora.2*")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    assert (output / "final_lora" / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
+    assert f"final_lora of an earlier run to {aside}" in capsys.readouterr().out
+    assert not (output / "partial").exists()
+
+
+def test_without_eval_file_nothing_is_evaluated(small, tmp_path, capsys):
+    t.main([*small, "--output_dir", str(tmp_path / "output"), "--eval_file", "", "--num_epochs", "1"])
+    text = capsys.readouterr().out
+    assert "eval" not in text.replace("eval_file", "")
+    assert (tmp_path / "output" / "final_lora" / "adapter_model.safetensors").exists()
+
+
+def test_a_model_that_is_no_wrapper_gets_no_vllm_form(small, tiny, tmp_path, capsys):
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path / "plain")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "plain")
+    output = tmp_path / "output"
+    t.main([*small, "--output_dir", str(output), "--num_epochs", "1", "--model_name", str(tmp_path / "plain")])
+    assert (output / "final_lora").exists() and not (output / "final_lora_vllm").exists()
+    assert f"companion={output}/final_lora --default" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_bytes(finished, small, tmp_path):
+    t.main([*small, "--output_dir", str(tmp_path / "output")])
+    first, second = (path / "final_lora" / "adapter_model.safetensors" for path in (finished[0], tmp_path / "output"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(("flags", "name"), [([], "eval_loss"), (["--eval_file", ""], "loss")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_older_adapter(
+    flags, name, small, tiny, finished, tmp_path, capsys
+):
+    broken, output = shutil.copytree(tiny, tmp_path / "broken"), shutil.copytree(finished[0], tmp_path / "output")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.language_model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    before = (output / "final_lora" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        t.main([*small, "--output_dir", str(output), "--model_name", str(broken), *flags])
+    assert stop.value.code == 1
+    assert f"train: {name} is nan at step" in capsys.readouterr().err
+    assert "LEARNING_RATE" in (output / "all_logs.log").read_text(encoding="utf-8").splitlines()[-1]
+    assert (output / "final_lora" / "adapter_model.safetensors").read_bytes() == before
+    assert not list(output.glob("final_lora.*"))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(prepared):
+    args, tokenizer, _, rows, _ = prepared
+    trainer = t.build_trainer(args, tokenizer, rows, [])
+    next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(SystemExit, match=r"grad_norm is (nan|inf) at step 1"):
+        t.train(trainer, args)
+
+
+def test_every_example_is_seen_once_an_epoch_in_an_order_that_changes(prepared):
+    args, tokenizer, _, rows, _ = prepared
+    epochs = []
+    for _ in range(2):
+        trainer, seen = t.build_trainer(args, tokenizer, rows, []), []
+        collate = trainer.data_collator
+        trainer.data_collator = lambda batch, collate=collate, seen=seen: seen.extend(batch) or collate(batch)
+        t.train(trainer, args)
+        order = [next(i for i, row in enumerate(rows) if row["input_ids"] == one["input_ids"]) for one in seen]
+        epochs.append([order[:13], order[13:]])
+    assert epochs[0] == epochs[1]
+    assert [sorted(epoch) for epoch in epochs[0]] == [[*range(13)]] * 2
+    assert epochs[0][0] != epochs[0][1]
+    assert len(rows[epochs[0][0][0]]["input_ids"]) == max(len(row["input_ids"]) for row in rows)
+
+
+def test_trl_trains_on_the_very_rows(prepared):
+    args, tokenizer, _, rows, eval_rows = prepared
+    trainer = t.build_trainer(args, tokenizer, rows, eval_rows)
+    assert list(trainer.train_dataset["input_ids"]) == [row["input_ids"] for row in rows]
+    assert list(trainer.train_dataset["labels"]) == [row["labels"] for row in rows]
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    for i, row in enumerate(rows[:3]):
+        n = len(row["input_ids"])
+        assert batch["labels"][i].tolist() == row["labels"] + [-100] * (batch["labels"].shape[1] - n)
+        assert batch["attention_mask"][i].sum() == n
+    assert not trainer.args.bf16 and not trainer.args.fp16 and trainer.args.max_length is None
+
+
+def test_an_already_adapted_model_is_refused(prepared, adapted, monkeypatch):
+    args, tokenizer, _, rows, _ = prepared
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: adapted)
+    with pytest.raises(ValueError, match="PeftModel"):
+        t.build_trainer(args, tokenizer, rows, [])
+
+
+def test_weights_that_are_no_safetensors_are_refused(prepared, tiny, tmp_path):
+    args, tokenizer, _, rows, _ = prepared
+    args.model_name = str(shutil.copytree(tiny, tmp_path / "pickled"))
+    weights = load_file(tmp_path / "pickled" / "model.safetensors")
+    torch.save(weights, tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"MODEL_NAME .*pickled.*safetensors"):
+        t.build_trainer(args, tokenizer, rows, [])
+
+
+def test_an_injection_as_planned_passes(adapted, capsys):
+    trainable, total = adapted.get_nb_trainable_parameters()
+    t.check_injection(adapted, {"trainable": trainable, "total": total})
+    assert f"trainable params: {trainable:,} || all params: {total:,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda model: None, "30,720 of 435,396 parameters are trainable, not 30,721 of 435,396"),
+        (lambda model: model.get_submodule("base_model.model.model.norm").requires_grad_(True), "model.norm.weight"),
+        (lambda model: model.requires_grad_(False), "0 of 435,396"),
+        (lambda model: model.requires_grad_(True), "435,396 of 435,396"),
+        (
+            lambda model: model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.lora_A").bfloat16(),
+            "in torch.bfloat16",
+        ),
+    ],
+)
+def test_any_other_injection_is_refused(adapted, spoil, found):
+    counts = adapted.get_nb_trainable_parameters()
+    spoil(adapted)
+    plan = {"trainable": counts[0] + (found.startswith("30,720")), "total": counts[1]}
+    with pytest.raises(SystemExit, match="nothing is trained") as stop:
+        t.check_injection(adapted, plan)
+    assert found in stop.value.code
+
+
+def test_a_saved_config_that_differs_is_refused(prepared, adapted, tmp_path):
+    args, tokenizer, config, *_ = prepared
+    args.lora_r, args.lora_alpha = 16, 16
+    with pytest.raises(SystemExit, match="r is 8, not 16"):
+        t.save_adapter(adapted, tokenizer, config, tmp_path / "partial", args)
+
+
+def tamper(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors, next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda tensors, name: tensors[name].mul_(1.5), "from the trained model's"),
+        (lambda tensors, name: tensors[name].zero_(), "all zero or not finite"),
+        (lambda tensors, name: tensors[name][0, 0].fill_(float("nan")), "all zero or not finite"),
+        (
+            lambda tensors, name: tensors.update(
+                {k.replace("layers", "language_model.layers"): tensors.pop(k) for k in [*tensors]}
+            ),
+            "the base's",
+        ),
+    ],
+)
+def test_a_saved_adapter_that_is_not_the_trained_one_is_not_kept(prepared, adapted, tmp_path, change, found):
+    adapted.save_pretrained(tmp_path)
+    tamper(tmp_path, change)
+    with pytest.raises(SystemExit, match="the adapter is not kept") as stop:
+        t.prove(adapted, tmp_path, prepared[3][0])
+    assert found in stop.value.code
+
+
+def test_an_adapter_without_effect_is_not_kept(prepared, adapted, tmp_path, tiny):
+    adapted.save_pretrained(tmp_path)
+    tamper(tmp_path, lambda tensors, name: [tensor.fill_(1e-30) for key, tensor in tensors.items() if "lora_B" in key])
+    idle = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny, dtype="float32"), tmp_path)
+    with pytest.raises(SystemExit, match="0 from the trained model's and 0 from the base's"):
+        t.prove(idle, tmp_path, prepared[3][0])
+
+
+def test_the_right_adapter_is_proven(prepared, adapted, tmp_path, capsys):
+    adapted.save_pretrained(tmp_path)
+    t.prove(adapted, tmp_path, prepared[3][0])
+    assert "logits are 0 from the trained model's and " in capsys.readouterr().out
+
+
+def test_an_output_dir_that_cannot_be_written_is_one_message(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"OUTPUT_DIR .*file/output: Not a directory"):
+        t.main([*small, "--output_dir", str(tmp_path / "file" / "output")])
+
+
+def test_a_refused_file_touches_no_older_result(finished, small, tmp_path, capsys):
+    output = shutil.copytree(finished[0], tmp_path / "output")
+    before = (output / "final_lora" / "adapter_model.safetensors").stat().st_mtime_ns
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit) as stop:
+        t.main([*small, "--output_dir", str(output), "--train_file", str(tmp_path / "bad.jsonl")])
+    assert stop.value.code == 1 and f"{tmp_path}/bad.jsonl:1: " in capsys.readouterr().err
+    assert (output / "final_lora" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_demo_model_is_the_hubs_shape(tiny):
+    config = AutoConfig.from_pretrained(tiny)
+    assert config.architectures == ["Qwen3_5ForConditionalGeneration"] and config.get_text_config() is not config
+    text = config.text_config
+    assert {*text.layer_types} == {"linear_attention", "full_attention"} and text.tie_word_embeddings
+    assert (text.head_dim, text.linear_key_head_dim, text.linear_value_head_dim) == (256, 128, 128)
+    assert sum(path.stat().st_size for path in Path(tiny).iterdir()) < 8e6
+    assert {"preprocessor_config.json", "video_preprocessor_config.json"} <= {
+        path.name for path in Path(tiny).iterdir()
+    }
