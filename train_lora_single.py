@@ -104,9 +104,9 @@ def say(section: str, text: str) -> None:
     print(f"{section:<9}" + text.replace("\n", "\n" + " " * 9), flush=True)
 
 
-def first(lines: list[str], limit: int = 20) -> str:
-    """Join the first lines, and say how many more there are."""
-    return "\n".join(lines[:limit] + [f"... and {len(lines) - limit:,} more"] * (len(lines) > limit))
+def first(items: list[str], limit: int = 20, separator: str = "\n") -> str:
+    """Join the first items, and say how many more there are."""
+    return separator.join(items[:limit] + [f"... and {len(items) - limit:,} more"] * (len(items) > limit))
 
 
 def parse_line(text: str) -> tuple[list[tuple[list[dict], dict]], set[str]]:
@@ -116,17 +116,23 @@ def parse_line(text: str) -> tuple[list[tuple[list[dict], dict]], set[str]]:
     message of the assistant. At most one system message comes first, then user and assistant in turn.
     """
 
-    def reject(constant):
+    def refuse(constant):
         raise ValueError(f"{constant} is not JSON; write a string or a number")
 
-    row = json.loads(text, parse_constant=reject)
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("an object has a key twice, of which one would be lost; remove it")
+        return dict(pairs)
+
+    row = json.loads(text, parse_constant=refuse, parse_int=float, object_pairs_hook=unique)
     form = [key for key in ("messages", "prompt", "completion") if isinstance(row, dict) and key in row]
     if form not in (["messages"], ["prompt", "completion"]):
-        raise ValueError(f"{reprlib.repr(row)}; write an object with either messages, or prompt and completion")
+        found = " and ".join(form) or f"neither, but {reprlib.repr(row)}"
+        raise ValueError(f"has {found}; write an object with either messages, or prompt and completion")
     order = {"messages": "s?(ua)+", "prompt": "s?u(au)*", "completion": "a"}  # by the roles' first letters
     for key in form:
         roles = []
-        for number, message in enumerate(row[key] if isinstance(row[key], list) else [row[key]], 1):
+        for number, message in enumerate(row[key] if isinstance(row[key], list) else [], 1):
             match message:
                 case {"role": "system" | "user" | "assistant" as role, "content": str(content), **rest} if not rest:
                     roles.append(role)
@@ -134,10 +140,12 @@ def parse_line(text: str) -> tuple[list[tuple[list[dict], dict]], set[str]]:
                 rule = "role (system, user or assistant), content (text, not blank, no lone surrogate), nothing else"
                 raise ValueError(f"{key} message {number} is {reprlib.repr(message)}; write {rule}")
         if not re.fullmatch(order[key], "".join(role[0] for role in roles)):
-            last = "user" if key == "prompt" else "assistant"
-            rule = f"at most one system, then user and assistant in turn, ending with {last}"
-            rule = "one assistant" if key == "completion" else rule
-            raise ValueError(f"{key} has the roles {', '.join(roles) or '(none)'}; it must have {rule}")
+            found = f"goes {first(roles, 6, ', ')}" if roles else f"is {reprlib.repr(row[key])}"
+            last = {"messages": "assistant last", "prompt": "user last", "completion": "here one assistant message"}[
+                key
+            ]
+            rule = f"a list of messages, at most one system, then user and assistant in turn, {last}"
+            raise ValueError(f"{key} {found}; write {rule}")
     turns = row["messages"] if form == ["messages"] else row["prompt"] + row["completion"]
     replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     return [(turns[:i], turns[i]) for i in (replies if form == ["messages"] else replies[-1:])], row.keys() - form
@@ -153,38 +161,41 @@ def read_examples(path: str) -> list[dict]:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
-                    pairs, others = parse_line(text) if text.strip() else ([], set())
+                    text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
+                    pairs, others = parse_line(text) if text else ([], set())
                     examples += [{"where": f"{path}:{number}", "prompt": p, "reply": r} for p, r in pairs]
                     unused |= others
-                except (ValueError, RecursionError) as error:
-                    known = {
-                        UnicodeDecodeError: "not UTF-8; save the file as UTF-8",
-                        json.JSONDecodeError: f"not JSON, {error}; write one object a line",
-                        RecursionError: "nested too deeply; a line is an object of flat messages",
-                    }
-                    problems.append(f"{path}:{number}: {known.get(type(error), error)}")
+                except json.JSONDecodeError as error:
+                    fault = f"not JSON at column {error.colno} ({error.msg})"
+                    problems.append(f"{path}:{number}: {fault}; write one object a line")
+                except UnicodeDecodeError as error:
+                    problems.append(f"{path}:{number}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8")
+                except RecursionError:
+                    problems.append(f"{path}:{number}: nested too deeply; write an object with a list of messages")
+                except ValueError as error:
+                    problems.append(f"{path}:{number}: {error}")
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}; set TRAIN_FILE and EVAL_FILE to JSONL files") from None
     if problems or not examples:
         raise SystemExit(first(problems) or f"{path}: no examples; write one JSON object a line")
-    say("data", f"{path}: {len(examples):,} examples" + f"; keys not used: {', '.join(sorted(unused))}" * bool(unused))
+    keys = "; keys not used: " * bool(unused) + first([ascii(key)[1:-1] for key in sorted(unused)], 6, ", ")
+    say("data", f"{path}: {len(examples):,} example{'s' * (len(examples) > 1)}{keys}")
     return examples
 
 
 def warn_of_repeats(train: list[dict], evaluation: list[dict]) -> None:
     """Print the lines that repeat an example of their file, and the eval prompts that are also trained on."""
-    notes, prompts = [], {json.dumps(example["prompt"]): example["where"] for example in train}
+    notes, prompts = {}, {json.dumps(e["prompt"], sort_keys=True): e["where"] for e in reversed(train)}
     for examples in (train, evaluation):
         seen = {}
         for example in examples:
-            prompt = json.dumps(example["prompt"])
-            if (before := seen.setdefault((prompt, example["reply"]["content"]), example)) is not example:
-                notes.append(f"{example['where']} repeats {before['where']}")
+            prompt, where = json.dumps(example["prompt"], sort_keys=True), example["where"]
+            if (before := seen.setdefault((prompt, example["reply"]["content"]), where)) != where:
+                notes[f"{where} repeats {before}"] = None
             elif examples is evaluation and prompt in prompts:
-                notes.append(f"{example['where']} has the prompt of {prompts[prompt]}; it tests nothing new")
+                notes[f"{where} has the prompt of {prompts[prompt]}; it tests nothing new"] = None
     if notes:
-        say("warning", first(notes))
+        say("warning", first([*notes]))
 
 
 def check_device(args: argparse.Namespace) -> str:

