@@ -3,6 +3,7 @@
 import builtins
 import itertools
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -193,3 +194,51 @@ def test_a_flag_beside_demo_wins_before_or_after_it_even_with_the_usual_value(na
     usual = getattr(t, name.upper())
     given, expected = flag(name, usual), vars(t.parse_args(["--demo"])) | {name: usual}
     assert vars(t.parse_args([*given, "--demo"])) == vars(t.parse_args(["--demo", *given])) == expected
+
+
+def edited(tmp_path, old, new):
+    """Return parse_args of a copy of the script with one line edited."""
+    source = Path(t.__file__).read_text(encoding="utf-8")
+    assert len(re.findall(old, source, re.MULTILINE)) == 1
+    (tmp_path / "edited.py").write_text(re.sub(old, lambda _: new, source, flags=re.MULTILINE), encoding="utf-8")
+    return runpy.run_path(str(tmp_path / "edited.py"))["parse_args"]
+
+
+@pytest.mark.parametrize("line", ["LORA_R = 16", "LORA_R = 16 # rank", "LORA_R: int = 16  # rank"])
+def test_a_constant_counts_however_its_line_is_written(tmp_path, line):
+    parse_args = edited(tmp_path, r"^LORA_R = 8 .*$", line)
+    assert parse_args([]).lora_r == 16 and parse_args(["--lora_r", "4"]).lora_r == 4
+
+
+def test_a_list_may_go_over_several_lines(tmp_path):
+    lines = 'LORA_TARGET_MODULES = [\n    "q_proj",\n    "v_proj",\n]'
+    assert edited(tmp_path, r"^LORA_TARGET_MODULES = .*$", lines)([]).lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_a_comment_may_hold_a_percent_sign(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        edited(tmp_path, r"^WARMUP_RATIO = .*$", "WARMUP_RATIO = 0.03  # 3 % of the steps")(["--help"])
+    assert stop.value.code == 0 and "3 % of the steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("constant", "value"),
+    [
+        ("DTYPE", "float16"),
+        ("DEVICE", "gpu"),
+        ("LR_SCHEDULER_TYPE", "cosin"),
+        ("LORA_TARGET_MODULES", []),
+        ("OUTPUT_DIR", ""),
+        ("SEED", 2**32),
+        ("LORA_R", 0),
+    ],
+)
+def test_an_edited_constant_is_checked_like_a_flag(monkeypatch, capsys, constant, value):
+    monkeypatch.setattr(t, constant, value)
+    assert f"--{constant.lower()} {value}: must be" in refusal([], capsys)
+
+
+def test_only_the_eval_file_may_be_empty(capsys):
+    assert t.parse_args(["--eval_file", ""]).eval_file == ""
+    for name in ("model_name", "train_file", "output_dir"):
+        assert f"--{name}" in refusal([f"--{name}", ""], capsys)

@@ -61,16 +61,14 @@ def test_the_plan_counts_what_peft_counts(tiny, targets, r):
 
 
 def test_a_misspelt_target_is_refused_with_the_nearest_name(qwen_4b, capsys):
-    with pytest.raises(
-        SystemExit, match=r"'q_projj'; did you mean 'q_proj'.*'gate'; did you mean 'gate_proj'.*out_proj"
-    ):
+    with pytest.raises(SystemExit, match=r"no layer has q_projj, gate; did you mean q_proj, gate_proj.*out_proj"):
         plan(qwen_4b, 1000, "--lora_target_modules", "q_projj", "v_proj", "gate")
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "norm", "self_attn"])
 def test_a_module_that_is_not_a_linear_one_of_the_layers_is_refused(tiny, target):
-    with pytest.raises(SystemExit, match=repr(target)):
+    with pytest.raises(SystemExit, match=f"no layer has {target};"):
         plan(tiny, 1000, "--lora_target_modules", target)
 
 

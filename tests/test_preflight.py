@@ -127,9 +127,29 @@ def test_from_ampere_on_fla_is_used_if_installed(gpu, installed):
 
 
 def test_without_fla_it_is_not_called_used(gpu, monkeypatch):
-    monkeypatch.setattr(t.importlib.util, "find_spec", lambda name: None)
+    from transformers.utils import import_utils
+
+    monkeypatch.setattr(import_utils, "is_flash_linear_attention_available", lambda: False)
     gpu((8, 9))
     assert "not used" in check_device()
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels", "fits"),
+    [
+        ((9, 0), ["sm_80", "compute_80"], True),
+        ((13, 0), ["sm_120", "compute_120"], True),
+        ((7, 0), ["sm_75", "compute_120"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 3), ["sm_100a"], False),
+    ],
+)
+def test_code_for_any_later_gpu_fits_and_code_for_one_gpu_alone_only_that(gpu, capability, kernels, fits):
+    gpu(capability, kernels)
+    if fits:
+        assert "has its kernels" in check_device()
+    else:
+        assert "no kernels" in stopped(check_device)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +304,7 @@ def test_the_model_that_demo_names_loads():
     assert config.model_type == "qwen3_5" and len(tokenizer) <= config.get_text_config().vocab_size
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "nothing", "./no/such/folder", "a b", "/no/such/folder", ""])
+@pytest.mark.parametrize("name", ["nobody/nothing", "nothing", "./no/such/folder", "a b", "/no/such/folder"])
 def test_offline_a_model_that_is_nowhere_is_refused_at_once(name):
     from transformers import AutoConfig, AutoTokenizer  # noqa: F401, their import is not timed
 
@@ -367,3 +387,9 @@ def test_a_tokenizer_without_an_end_of_turn_token_is_refused(folder):
     change(folder / "tokenizer_config.json", eos_token=None)
     message = stopped(load, folder)
     assert f"MODEL_NAME {folder}:" in message and "end-of-turn token" in message
+
+
+def test_a_broken_folder_is_not_called_absent(tmp_path):
+    (tmp_path / "model").mkdir()
+    message = stopped(load, tmp_path / "model")
+    assert "broken folder" in message and "no folder" not in message

@@ -70,7 +70,7 @@ def test_the_output_tells_the_run_in_order(finished):
     assert "weights are random" in text
     assert f"--max-lora-rank 8 \\\n           --lora-modules companion={output}/final_lora_vllm" in text
     losses = [line.split()[-1] for line in text.splitlines() if line.startswith("eval ")]
-    assert f"eval loss  {losses[0]} before, {losses[-1]} after" in text
+    assert f"eval loss  {' -> '.join(losses)}\n" in text
     assert float(losses[-1]) < float(losses[0])
 
 
@@ -139,7 +139,7 @@ def test_a_second_run_moves_the_first_adapter_aside_unchanged(finished, small, t
 def test_without_eval_file_nothing_is_evaluated(small, tmp_path, capsys):
     t.main([*small, "--output_dir", str(tmp_path / "output"), "--eval_file", "", "--num_epochs", "1"])
     text = capsys.readouterr().out
-    assert "eval" not in text.replace("eval_file", "")
+    assert "eval " not in text.replace("eval loss  not evaluated", "")
     assert (tmp_path / "output" / "final_lora" / "adapter_model.safetensors").exists()
 
 
@@ -276,8 +276,7 @@ def tamper(folder, change):
     ("change", "found"),
     [
         (lambda tensors, name: tensors[name].mul_(1.5), "from the trained model's"),
-        (lambda tensors, name: tensors[name].zero_(), "all zero or not finite"),
-        (lambda tensors, name: tensors[name][0, 0].fill_(float("nan")), "all zero or not finite"),
+        (lambda tensors, name: tensors[name][0, 0].fill_(float("nan")), "nan from the trained"),
         (
             lambda tensors, name: tensors.update(
                 {k.replace("layers", "language_model.layers"): tensors.pop(k) for k in [*tensors]}
