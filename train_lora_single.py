@@ -132,7 +132,7 @@ def parse_line(text: str) -> tuple[list[tuple[list[dict], dict]], set[str]]:
     row = json.loads(text, parse_constant=refuse, parse_int=float, object_pairs_hook=unique)
     form = [key for key in ("messages", "prompt", "completion") if isinstance(row, dict) and key in row]
     if form not in (["messages"], ["prompt", "completion"]):
-        found = " and ".join(form) or f"neither, but {reprlib.repr(row)}"
+        found = " and ".join(form) or f"no conversation: {reprlib.repr(row)}"
         raise ValueError(f"has {found}; write an object with either messages, or prompt and completion")
     order = {"messages": ("s?(ua)+", "assistant last"), "prompt": ("s?u(au)*", "user last")}  # by the first letters
     order["completion"] = ("a", "here one assistant message")
@@ -504,10 +504,10 @@ def prove(model, folder: Path, row: dict) -> None:
         error = (reloaded(input_ids=ids).logits - trained).abs().max().item()
         with reloaded.disable_adapter():
             effect = (reloaded(input_ids=ids).logits - trained).abs().max().item()
-    found = f"reloaded from disk, its logits are {error:.2g} from the trained model's and {effect:.2g} from the base's"
+    found = f"logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
     if not (effect > 0 and error <= effect / 1000):
-        raise SystemExit(f"proof: {folder}: {found}; the adapter is not kept")
-    say("proof", f"the adapter works: {found}")
+        raise SystemExit(f"proof: {folder}: reloaded, its {found}; the adapter is not kept")
+    say("proof", f"reloaded from disk: {found}")
 
 
 def move_in(partial: Path, output_dir: Path) -> None:
@@ -533,8 +533,8 @@ def summarize(args: argparse.Namespace, plan: dict[str, int], history: list[dict
     if args.demo:
         say("", "The demo's weights are random: it shows that the job runs, not that replies get better.")
     say("next", f"vllm serve {args.model_name} --enable-lora --max-lora-rank {plan['max_lora_rank']} \\")
-    adapter = f"  --lora-modules companion={vllm if vllm.exists() else final}"
-    say("", f"{adapter} --default-chat-template-kwargs '{{\"enable_thinking\": false}}'")
+    say("", f"  --lora-modules companion={vllm if vllm.exists() else final} \\")
+    say("", "  --default-chat-template-kwargs '{\"enable_thinking\": false}'")
 
 
 class _Tee:

@@ -68,10 +68,11 @@ def test_the_output_tells_the_run_in_order(finished):
     assert "8 steps, 4 an epoch: ceil(13 / (2 x 2)) x 2" in text
     assert "step 8/8" in text
     assert "weights are random" in text
-    assert f"--max-lora-rank 8 \\\n           --lora-modules companion={output}/final_lora_vllm" in text
+    assert f"--max-lora-rank 8 \\\n           --lora-modules companion={output}/final_lora_vllm \\\n" in text
     losses = [line.split()[-1] for line in text.splitlines() if line.startswith("eval ")]
     assert f"eval loss  {' -> '.join(losses)}\n" in text
     assert float(losses[-1]) < float(losses[0])
+    assert max(len(line.replace(str(output), "output")) for line in text.splitlines() if "jsonl" not in line) <= 100
 
 
 def test_the_log_holds_what_was_printed_but_no_progress_bar(finished):
@@ -149,7 +150,7 @@ def test_a_model_that_is_no_wrapper_gets_no_vllm_form(small, tiny, tmp_path, cap
     output = tmp_path / "output"
     t.main([*small, "--output_dir", str(output), "--num_epochs", "1", "--model_name", str(tmp_path / "plain")])
     assert (output / "final_lora").exists() and not (output / "final_lora_vllm").exists()
-    assert f"companion={output}/final_lora --default" in capsys.readouterr().out
+    assert f"companion={output}/final_lora \\\n" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_bytes(finished, small, tmp_path):
@@ -276,7 +277,7 @@ def tamper(folder, change):
     ("change", "found"),
     [
         (lambda tensors, name: tensors[name].mul_(1.5), "from the trained model's"),
-        (lambda tensors, name: tensors[name][0, 0].fill_(float("nan")), "nan from the trained"),
+        (lambda tensors, name: tensors[name][0, 0].fill_(float("nan")), "by nan from the trained"),
         (
             lambda tensors, name: tensors.update(
                 {k.replace("layers", "language_model.layers"): tensors.pop(k) for k in [*tensors]}
@@ -297,14 +298,14 @@ def test_an_adapter_without_effect_is_not_kept(prepared, adapted, tmp_path, tiny
     adapted.save_pretrained(tmp_path)
     tamper(tmp_path, lambda tensors, name: [tensor.fill_(1e-30) for key, tensor in tensors.items() if "lora_B" in key])
     idle = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny, dtype="float32"), tmp_path)
-    with pytest.raises(SystemExit, match="0 from the trained model's and 0 from the base's"):
+    with pytest.raises(SystemExit, match="by 0 from the trained model's, by 0 from the base's"):
         t.prove(idle, tmp_path, prepared[3][0])
 
 
 def test_the_right_adapter_is_proven(prepared, adapted, tmp_path, capsys):
     adapted.save_pretrained(tmp_path)
     t.prove(adapted, tmp_path, prepared[3][0])
-    assert "logits are 0 from the trained model's and " in capsys.readouterr().out
+    assert "logits differ by 0 from the trained model's, by " in capsys.readouterr().out
 
 
 def test_an_output_dir_that_cannot_be_written_is_one_message(small, tmp_path):
