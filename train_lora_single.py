@@ -6,8 +6,8 @@
     python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant below is a flag too; see --help
 
 LoRA leaves a weight W (d x k) frozen and learns y = W x + (alpha / r) B A x, with A (r x k) and B (d x r).
-The run checks each line of data, prints what it will train before it loads a weight, trains, proves that the saved
-adapter works, and leaves in OUTPUT_DIR: final_lora (PEFT's form), final_lora_vllm (for vLLM, if needed), all_logs.log.
+The run checks each line of data, prints what it will train before it loads a weight, trains, and leaves in OUTPUT_DIR:
+final_lora (the adapter in PEFT's form), final_lora_vllm (for vLLM, where needed), checkpoints and all_logs.log.
 """
 
 import argparse
@@ -22,8 +22,10 @@ import reprlib
 import shutil
 import statistics
 import sys
+import sysconfig
 import textwrap
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -61,7 +63,7 @@ WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 
 SEED = 42  # of A's first values, dropout and the order of the examples
 
 # Output.
-OUTPUT_DIR = "output"  # nothing is written elsewhere
+OUTPUT_DIR = "output"  # all results go here
 LOGGING_STEPS = 10  # steps between two printed losses
 SAVE_STEPS = 50  # steps between two checkpoints; the two newest are kept
 
@@ -82,7 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     comments = dict(re.findall(r"^([A-Z_]+)\b.*?# *(.+)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
     constants = {n: v for n, v in globals().items() if n.isupper() and n not in ("DEMO", "VLLM_RANKS")}
     for name, value in constants.items():
-        many = {"nargs": "+"} if isinstance(value, list) else {"type": type(value)}
+        real = name in ("LEARNING_RATE", "LORA_DROPOUT", "WARMUP_RATIO")
+        many = {"nargs": "+"} if name == "LORA_TARGET_MODULES" else {"type": float if real else type(value)}
         about = comments.get(name, "").replace("%", "%%") + " [%(default)s]"
         parser.add_argument(f"--{name.lower()}", default=value, metavar="VALUE", help=about, **many)
     parser.set_defaults(**(DEMO if "--demo" in argv else {}))
@@ -92,10 +95,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     below = {"SEED": 2**32, "LORA_DROPOUT": 1, "WARMUP_RATIO": 1, "LORA_R": VLLM_RANKS[-1] + 1}
     for name in constants:
         value, top, zero = vars(args)[name.lower()], below.get(name, math.inf), name in below and name != "LORA_R"
-        good, rule = value or name == "EVAL_FILE", "not empty"
-        if isinstance(value, (int, float)):
+        good, rule = value or name == "EVAL_FILE", "given"
+        if name == "LORA_TARGET_MODULES":
+            good, rule = value and isinstance(value, list), "a list of names"
+        elif isinstance(value, (int, float)):
             good, rule = (
-                0 < value < top or (zero and value == 0),
+                0 < value < top or (zero and not value),
                 f"{'at least' if zero else 'above'} 0 and below {top}",
             )
         elif name in choices:
@@ -146,9 +151,8 @@ def parse_line(text: str) -> tuple[list[tuple[list[dict], dict]], set[str]]:
                 rule = "role (system, user or assistant), content (text, not blank, no lone surrogate), nothing else"
                 raise ValueError(f"{key} message {number} is {reprlib.repr(message)}; write {rule}")
         if not re.fullmatch(order[key][0], "".join(role[0] for role in roles)):
-            found = f"goes {first(roles, 6, ', ')}" if roles else f"is {reprlib.repr(row[key])}"
             rule = f"a list of messages, at most one system, then user and assistant in turn, {order[key][1]}"
-            raise ValueError(f"{key} {found}; write {rule}")
+            raise ValueError(f"{key} is {first(roles, 6, ', ') or reprlib.repr(row[key])}; write {rule}")
     turns = row["messages"] if form == ["messages"] else row["prompt"] + row["completion"]
     replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     return [(turns[:i], turns[i]) for i in (replies if form == ["messages"] else replies[-1:])], row.keys() - form
@@ -203,13 +207,17 @@ def check_device(args: argparse.Namespace) -> str:
     """Return a line about the device, or exit if it cannot train. To be called before transformers is imported."""
     import torch
 
-    # No user can act on these: advice to install fla even where it cannot run, and a deprecated call of PEFT's.
-    logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
+    # A call of PEFT's, not the user's. Below: transformers' advice to install fla, which runs from sm_80 on only.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     if args.device == "cpu":
+        logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
         return "CPU, as DEVICE says"
-    # device_count() asks NVML and does not start CUDA, so CUDA_VISIBLE_DEVICES still takes effect after it.
-    several = torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        raise SystemExit(
+            "DEVICE cuda: one process without mixed precision is needed; start it with python, not a launcher"
+        )
+    # Where NVML answers, device_count() does not start CUDA, so CUDA_VISIBLE_DEVICES still takes effect after it.
+    several = torch.cuda.device_count() > 1
     if several:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if not torch.cuda.is_available():
@@ -222,18 +230,21 @@ def check_device(args: argparse.Namespace) -> str:
     built = re.findall(r"(sm|compute)_(\d+)([a-z]?)", " ".join(torch.cuda.get_arch_list()))
     fits = [kind == "compute" or int(n) // 10 == major for kind, n, special in built if not special and int(n) <= gpu]
     if built and not any(fits) and gpu not in [int(n) for _, n, _ in built]:
-        advice = 'pip install "torch>=2.7,<2.11", whose wheels reach from sm_70 (V100) to sm_120'
+        advice = 'pip install "torch>=2.7,<2.11", whose newest wheels reach from sm_70 (V100) to sm_120'
         raise SystemExit(f"DEVICE cuda: this torch has no kernels for {name}, sm_{gpu}; {advice}")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) or not header.exists():
+        raise SystemExit(
+            f"DEVICE cuda: TRL's loss is compiled when first used; install gcc and Python's headers ({header})"
+        )
     if major < 8:
         # Neither supports these GPUs, but transformers takes fla wherever it can be imported. Its own code is correct.
         sys.modules["fla"] = sys.modules["causal_conv1d"] = None
-    from transformers.utils.import_utils import is_flash_linear_attention_available
-
-    bf16 = "native" if major >= 8 else "emulated, slower than fp32"
-    fla = "used" if is_flash_linear_attention_available() else "not used (it needs sm_80 and its package)"
+        logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
+    bf16 = "native" if major >= 8 else "emulated, slower than fp32; DeltaNet runs without fla, which needs sm_80"
     memory = f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
-    note = "\nseveral GPUs are visible; without accelerate launch only the first is used" * several
-    return f"{name}, sm_{gpu}, {memory}; this torch has its kernels\nbf16 is {bf16}, fla is {fla}{note}"
+    note = "\nof several visible GPUs only the first is used" * several
+    return f"{name}, sm_{gpu}, {memory}; this torch has its kernels\nbf16 is {bf16}{note}"
 
 
 def load_config_and_tokenizer(args: argparse.Namespace) -> tuple:
@@ -260,10 +271,9 @@ def load_config_and_tokenizer(args: argparse.Namespace) -> tuple:
 def encode(examples: list[dict], tokenizer, max_seq_len: int) -> list[dict]:
     """Tokenize examples as a server with enable_thinking=false would; return those of at most max_seq_len tokens.
 
-    To each it adds input_ids (prompt, reply, end-of-turn token, no more) and labels (-100 on the prompt). The ids
-    before a reply are those that a server makes for the request, in every turn. Longer examples are left out by name:
-    cut, they would lose the end-of-turn token and teach the model not to stop. Exits if those are more than a tenth,
-    if a text holds a control token, or if the template does not let training equal serving.
+    To each it adds input_ids (prompt, reply, end-of-turn token) and labels (-100 on the prompt). The ids before a
+    reply are those that a server makes, in every turn. Longer examples are left out by name: cut, they would teach the
+    model not to stop. Exits if over a tenth are, if a text holds a control token, if training would not equal serving.
     """
     from jinja2 import TemplateError
 
@@ -292,7 +302,7 @@ def encode(examples: list[dict], tokenizer, max_seq_len: int) -> list[dict]:
     notes = [f"{row['where']}: {len(row['input_ids']):,} tokens, over MAX_SEQ_LEN {max_seq_len}" for row in too_long]
     if len(too_long) > len(examples) / 10:
         longest = max(len(row["input_ids"]) for row in too_long)
-        advice = f"over a tenth; shorten them, or raise MAX_SEQ_LEN (the longest has {longest:,})"
+        advice = f"over a tenth; shorten them, or raise MAX_SEQ_LEN to {longest:,}"
         problems = [f"{len(too_long):,} of {len(examples):,} examples are too long, {advice}", *notes]
     if problems:
         raise SystemExit(first(problems))
@@ -347,8 +357,8 @@ def make_plan(args: argparse.Namespace, config, n_train: int) -> dict[str, int]:
             table += f"{f'{d}x{k}':>14}{f'{r}x{k}':>11}{f'{d}x{r}':>11}{count:>14,}"
     total = trainable + sum(parameter.numel() for parameter in model.parameters())
     per_epoch = math.ceil(n_train / (args.batch_size * args.gradient_accumulation_steps))
-    plan = {"trainable": trainable, "total": total, "steps_per_epoch": per_epoch, "steps": per_epoch * args.num_epochs}
-    plan |= {"adapter_bytes": 4 * trainable, "max_lora_rank": min(rank for rank in VLLM_RANKS if rank >= r)}
+    plan = {"trainable": trainable, "total": total, "steps": per_epoch * args.num_epochs}
+    plan["max_lora_rank"] = min(rank for rank in VLLM_RANKS if rank >= r)
     say("plan", f"r={r} alpha={args.lora_alpha}, scale alpha/r = {scale:g}, dropout {args.lora_dropout:g}\n{table}")
     say("", f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
     deltanet = {i for i, kind in enumerate(text.to_dict().get("layer_types") or []) if kind == "linear_attention"}
@@ -368,8 +378,8 @@ def check_room(args: argparse.Namespace, plan: dict[str, int]) -> None:
         raise SystemExit(
             f"DEVICE cpu: {plan['total']:,} parameters, over a billion; use a GPU or a smaller MODEL_NAME"
         )
-    # The adapter in both forms; three checkpoints (one being written) of it and AdamW's two moments; tokenizers.
-    need, free = plan["adapter_bytes"] * 11 / 1e6 + 100, shutil.disk_usage(args.output_dir).free / 1e6
+    # 4 bytes each for both forms of the adapter, and three checkpoints of it and AdamW's two moments; tokenizers.
+    need, free = plan["trainable"] * 44 / 1e6 + 100, shutil.disk_usage(args.output_dir).free / 1e6
     if free < need:
         raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {free:,.0f} MB free, {need:,.0f} MB needed; make room")
 
@@ -378,32 +388,30 @@ def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evalua
     """Return the SFTTrainer over the frozen model in DTYPE, with LoRA injected by the trainer and by nothing else."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, set_seed
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
     from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
     from trl import SFTConfig, SFTTrainer
 
-    set_seed(args.seed)  # A is drawn at the injection, before the trainer would set the seed
+    batch = args.batch_size * args.gradient_accumulation_steps
     try:
         model = AutoModelForCausalLM.from_pretrained(
             args.model_name, revision=args.model_revision, dtype=args.dtype,
             trust_remote_code=False, use_safetensors=True,  # no code and no pickle from the hub
         )  # fmt: skip
-    except OSError as error:
-        raise SystemExit(f"MODEL_NAME {args.model_name}: {error}; the weights must be safetensors files") from None
+    except (OSError, SafetensorError) as error:
+        fault = f"no weights ({textwrap.shorten(str(error), 300)}); they must be whole safetensors files"
+        raise SystemExit(f"MODEL_NAME {args.model_name}: {fault}") from None
     lora_config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        target_modules=args.lora_target_modules,
-        lora_dropout=args.lora_dropout,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none", task_type="CAUSAL_LM",
+        target_modules=args.lora_target_modules, revision=args.model_revision,
+    )  # fmt: skip
     sft_config = SFTConfig(
         output_dir=f"{args.output_dir}/checkpoints", seed=args.seed, report_to="none",
         num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps, per_device_eval_batch_size=args.batch_size,
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=args.warmup_ratio,  # below 1 it is a share of the steps
+        warmup_steps=int(args.warmup_ratio * args.num_epochs * math.ceil(len(train) / batch)),
         # No autocast: the frozen products in DTYPE, LoRA's in float32. TRL turns bf16 on by itself.
         bf16=False, fp16=False,
         # Simulated for 2 x 512 tokens of Qwen3.5-4B: 9 GiB with recomputation, 24 without. Not measured on a V100.
@@ -417,7 +425,7 @@ def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evalua
         logging_steps=1,  # each step's loss is checked and kept; LOGGING_STEPS says which are printed
         logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
         eos_token=tokenizer.eos_token,  # so that model and tokenizer agree on where a turn ends
-        use_cpu=args.device == "cpu", dataloader_pin_memory=args.device == "cuda",
+        use_cpu=args.device == "cpu", disable_tqdm=False,
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model,
@@ -427,8 +435,9 @@ def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evalua
         eval_dataset=Dataset.from_list(evaluation).select_columns(["input_ids", "labels"]) if evaluation else None,
         processing_class=tokenizer,
     )
-    # Batches of like lengths need less padding. transformers' own group_by_length draws from an unseeded generator.
-    batch, lengths = args.batch_size * args.gradient_accumulation_steps, [len(row["input_ids"]) for row in train]
+    # Batches of like lengths need less padding. transformers' group_by_length draws from the global random state, so a
+    # run resumed from a checkpoint would go another way; this sampler draws from the seed and the epoch.
+    lengths = [len(row["input_ids"]) for row in train]
     sampler = DistributedLengthGroupedSampler(batch, num_replicas=1, rank=0, seed=args.seed, lengths=lengths)
     trainer._get_train_sampler = lambda dataset=None: sampler
     return trainer
@@ -444,12 +453,12 @@ def check_injection(model, plan: dict[str, int]) -> None:
     if odd or counts != planned:
         found = f"{counts[0]:,} of {counts[1]:,} parameters are trainable, not {planned[0]:,} of {planned[1]:,}"
         raise SystemExit(first([f"LoRA is not injected as planned; nothing is trained. {found}", *sorted(odd)]))
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
-    say("model", f"{size:.3g} GiB in memory; LoRA injected as planned, its weights in float32, all others frozen")
+    say("model", "LoRA is injected as planned: its weights are float32 and trainable, all others frozen")
 
 
 def train(trainer, args: argparse.Namespace) -> None:
     """Train to the end; exit with a message at the first loss or gradient norm that is not finite."""
+    import torch
     from transformers import ProgressCallback
 
     class Progress(ProgressCallback):
@@ -467,7 +476,11 @@ def train(trainer, args: argparse.Namespace) -> None:
 
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)
-    trainer.train()
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError:
+        advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, then lower MAX_SEQ_LEN"
+        raise SystemExit(f"train: out of GPU memory at step {trainer.state.global_step}; {advice}") from None
 
 
 def save_adapter(model, tokenizer, config, folder: Path, args: argparse.Namespace) -> None:
@@ -492,33 +505,12 @@ def save_adapter(model, tokenizer, config, folder: Path, args: argparse.Namespac
         save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
 
 
-def prove(model, folder: Path, row: dict) -> None:
-    """Exit unless the adapter in folder gives the base the logits of the trained model, which is unloaded here."""
-    import torch
-    from peft import PeftModel
-
-    ids = torch.tensor([row["input_ids"]], device=model.device)
-    with torch.no_grad():
-        trained = model.eval()(input_ids=ids).logits
-        reloaded = PeftModel.from_pretrained(model.unload(), folder)
-        error = (reloaded(input_ids=ids).logits - trained).abs().max().item()
-        with reloaded.disable_adapter():
-            effect = (reloaded(input_ids=ids).logits - trained).abs().max().item()
-    found = f"logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
-    if not (effect > 0 and error <= effect / 1000):
-        raise SystemExit(f"proof: {folder}: reloaded, its {found}; the adapter is not kept")
-    say("proof", f"reloaded from disk: {found}")
-
-
-def move_in(partial: Path, output_dir: Path) -> None:
-    """Put the new folders in their places, older ones first aside under their time stamp."""
-    for new in sorted(partial.iterdir()):
-        if (old := output_dir / new.name).exists():
-            aside = f"{old}.{time.strftime('%Y%m%d-%H%M%S', time.localtime(old.stat().st_mtime))}"
-            old.rename(aside)
-            say("moved", f"{old} of an earlier run to {aside}")
-        new.rename(old)
-    partial.rmdir()
+def set_aside(path: Path) -> None:
+    """Rename what an earlier run left at path, if anything, so that its time stamp ends its name."""
+    if path.exists():
+        aside = f"{path}.{time.strftime('%Y%m%d-%H%M%S', time.localtime(path.stat().st_mtime))}"
+        path.rename(aside)
+        say("moved", f"{path} of an earlier run to {aside}")
 
 
 def summarize(args: argparse.Namespace, plan: dict[str, int], history: list[dict], started: float) -> None:
@@ -532,7 +524,8 @@ def summarize(args: argparse.Namespace, plan: dict[str, int], history: list[dict
     say("", f"time       {minutes:.1f} min of training, {(time.time() - started) / 60:.1f} min in all")
     if args.demo:
         say("", "The demo's weights are random: it shows that the job runs, not that replies get better.")
-    say("next", f"vllm serve {args.model_name} --enable-lora --max-lora-rank {plan['max_lora_rank']} \\")
+    say("next", f"vllm serve {args.model_name} --revision {args.model_revision} \\")
+    say("", f"  --enable-lora --max-lora-rank {plan['max_lora_rank']} \\")
     say("", f"  --lora-modules companion={vllm if vllm.exists() else final} \\")
     say("", "  --default-chat-template-kwargs '{\"enable_thinking\": false}'")
 
@@ -544,7 +537,7 @@ class _Tee:
         self.stream, self.log = stream, log
 
     def write(self, text):
-        if text.strip() and not re.search("[\r\x1b]", text):
+        if text.strip() and not self.log.closed and not re.search("[\r\x1b]", text):
             self.log.write(text.rstrip("\n") + "\n")
         return self.stream.write(text)
 
@@ -567,14 +560,18 @@ def run(args: argparse.Namespace) -> None:
         return
     say("device", device)
     check_room(args, plan)
+    output_dir, partial = Path(args.output_dir), Path(args.output_dir, "partial")
+    set_aside(output_dir / "checkpoints")
     trainer = build_trainer(args, tokenizer, train_rows, eval_rows)
     check_injection(trainer.model, plan)
     train(trainer, args)
-    partial = Path(args.output_dir, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_adapter(trainer.model, tokenizer, config, partial, args)
-    prove(trainer.model, partial / "final_lora", (eval_rows or train_rows)[0])
-    move_in(partial, Path(args.output_dir))
+    for name in ("final_lora", "final_lora_vllm"):
+        set_aside(output_dir / name)
+    for new in partial.iterdir():
+        new.rename(output_dir / new.name)
+    partial.rmdir()
     summarize(args, plan, trainer.state.log_history, started)
 
 
@@ -591,9 +588,12 @@ def main(argv: list[str] | None = None) -> None:
     with log, contextlib.redirect_stdout(_Tee(sys.stdout, log)), contextlib.redirect_stderr(_Tee(sys.stderr, log)):
         try:
             run(args)
-        except SystemExit as stop:
-            print(stop, file=sys.stderr)
-            raise SystemExit(1) from None
+        except (SystemExit, KeyboardInterrupt) as stop:
+            print(str(stop) or "stopped by Ctrl-C; nothing is kept but the checkpoints", file=sys.stderr)
+            raise SystemExit(1 if isinstance(stop, SystemExit) else 130) from None
+        except BaseException:
+            traceback.print_exc(file=log)
+            raise
 
 
 if __name__ == "__main__":

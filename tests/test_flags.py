@@ -228,6 +228,7 @@ def test_a_comment_may_hold_a_percent_sign(tmp_path, capsys):
         ("DEVICE", "gpu"),
         ("LR_SCHEDULER_TYPE", "cosin"),
         ("LORA_TARGET_MODULES", []),
+        ("LORA_TARGET_MODULES", "all-linear"),
         ("OUTPUT_DIR", ""),
         ("SEED", 2**32),
         ("LORA_R", 0),
@@ -242,3 +243,8 @@ def test_only_the_eval_file_may_be_empty(capsys):
     assert t.parse_args(["--eval_file", ""]).eval_file == ""
     for name in ("model_name", "train_file", "output_dir"):
         assert f"--{name}" in refusal([f"--{name}", ""], capsys)
+
+
+def test_a_rate_edited_to_a_whole_number_keeps_a_flag_for_fractions(monkeypatch):
+    monkeypatch.setattr(t, "LORA_DROPOUT", 0)
+    assert t.parse_args(["--lora_dropout", "0.1"]).lora_dropout == 0.1

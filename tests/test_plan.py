@@ -57,7 +57,6 @@ def test_the_plan_counts_what_peft_counts(tiny, targets, r):
     model = get_peft_model(model, LoraConfig(r=r, target_modules=targets, task_type="CAUSAL_LM"))
     counts = plan(tiny, 1000, "--lora_r", str(r), "--lora_target_modules", *targets)
     assert (counts["trainable"], counts["total"]) == model.get_nb_trainable_parameters()
-    assert counts["adapter_bytes"] == 4 * counts["trainable"]
 
 
 def test_a_misspelt_target_is_refused_with_the_nearest_name(qwen_4b, capsys):

@@ -52,7 +52,6 @@ def test_it_learns_and_peft_reloads_it(smollm2, tmp_path, capsys):
     before, after = map(float, re.search(r"eval loss  ([\d.]+) -> ([\d.]+)", text).groups())
     assert before - after > 0.2
     assert "16 steps" in text
-    assert "logits differ by 0 from the trained model's" in text
 
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output" / "final_lora")
