@@ -71,6 +71,7 @@ SAVE_STEPS = 50  # steps between two checkpoints; the two newest are kept
 DEMO = {"model_name": "tests/tiny-qwen3.5", "output_dir": "output/demo", "device": "cpu", "dtype": "float32",
         "num_epochs": 1, "learning_rate": 1e-2, "max_seq_len": 1024}  # fmt: skip
 
+# What vLLM's --max-lora-rank takes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -99,10 +100,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name == "LORA_TARGET_MODULES":
             good, rule = value and isinstance(value, list), "a list of names"
         elif isinstance(value, (int, float)):
-            good, rule = (
-                0 < value < top or (zero and not value),
-                f"{'at least' if zero else 'above'} 0 and below {top}",
-            )
+            good = 0 < value < top or (zero and value == 0)
+            rule = f"{'at least' if zero else 'above'} 0 and below {top}"
         elif name in choices:
             good, rule = value in choices[name], " or ".join(choices[name])
         if not good:
@@ -213,9 +212,7 @@ def check_device(args: argparse.Namespace) -> str:
         logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
         return "CPU, as DEVICE says"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        raise SystemExit(
-            "DEVICE cuda: one process without mixed precision is needed; start it with python, not a launcher"
-        )
+        raise SystemExit("DEVICE cuda: start it with python, not a launcher: one process, no mixed precision")
     # Where NVML answers, device_count() does not start CUDA, so CUDA_VISIBLE_DEVICES still takes effect after it.
     several = torch.cuda.device_count() > 1
     if several:
@@ -234,9 +231,7 @@ def check_device(args: argparse.Namespace) -> str:
         raise SystemExit(f"DEVICE cuda: this torch has no kernels for {name}, sm_{gpu}; {advice}")
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) or not header.exists():
-        raise SystemExit(
-            f"DEVICE cuda: TRL's loss is compiled when first used; install gcc and Python's headers ({header})"
-        )
+        raise SystemExit(f"DEVICE cuda: TRL compiles its loss when first used; install gcc and Python's {header}")
     if major < 8:
         # Neither supports these GPUs, but transformers takes fla wherever it can be imported. Its own code is correct.
         sys.modules["fla"] = sys.modules["causal_conv1d"] = None
