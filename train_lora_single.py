@@ -6,21 +6,31 @@
     python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant below is a flag too; see --help
 
 LoRA leaves a weight W (d x k) frozen and learns y = W x + (alpha / r) B A x, with A (r x k) and B (d x r).
-The run checks each line of data, prints what it will train before it loads a weight, trains, and leaves in OUTPUT_DIR:
-final_lora (the adapter in PEFT's form), final_lora_vllm (for vLLM, where needed), checkpoints and all_logs.log.
+The run checks each line of data, prints what it will train before it loads a weight, trains, proves that the saved
+adapter works, and leaves in OUTPUT_DIR: final_lora (the adapter in PEFT's form, and how to serve it), final_lora_vllm
+(for vLLM, where needed), samples.md, loss.png, run.json, all_logs.log and checkpoints. Ctrl-C loses nothing.
 """
 
 import argparse
+import bisect
 import contextlib
 import difflib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
 import os
 import re
 import reprlib
+import resource
+import shlex
 import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import sysconfig
 import textwrap
@@ -39,7 +49,7 @@ DTYPE = "bfloat16"  # of the frozen weights: "bfloat16" or "float32"; LoRA's own
 
 # Data: one JSON object a line, {"prompt": [messages], "completion": [reply]} or {"messages": [messages]}.
 TRAIN_FILE = "data/train.jsonl"  # what is learnt
-EVAL_FILE = "data/eval.jsonl"  # held out, to see overfitting; "" turns evaluation off
+EVAL_FILE = "data/eval.jsonl"  # held out, to see overfitting; "" turns evaluation and samples off
 MAX_SEQ_LEN = 512  # tokens; longer examples are left out. LoRA saves no activation memory: that grows with this
 
 # LoRA. r is the rank of the update: 4 for a very narrow task or against overfitting, 8 for about a thousand examples
@@ -65,7 +75,11 @@ SEED = 42  # of A's first values, dropout and the order of the examples
 # Output.
 OUTPUT_DIR = "output"  # all results go here
 LOGGING_STEPS = 10  # steps between two printed losses
-SAVE_STEPS = 50  # steps between two checkpoints; the two newest are kept
+SAVE_STEPS = 50  # steps between two checkpoints; the two newest are kept, and one for each epoch
+RESUME = "auto"  # "auto" goes on from an interrupted run's newest checkpoint, "never" starts anew and keeps the old
+NUM_SAMPLES = 5  # held-out prompts answered by base and adapter in samples.md; 0 for none
+MAX_NEW_TOKENS = 200  # of a sample reply; a longer one is marked as cut
+REPORT_TO = "none"  # tracker, installed apart: "tensorboard", "trackio", "wandb", "mlflow"
 
 # What --demo changes: a tiny model with random weights, in float32, which a CPU without bf16 runs five times as fast.
 DEMO = {"model_name": "tests/tiny-qwen3.5", "output_dir": "output/demo", "device": "cpu", "dtype": "float32",
@@ -93,9 +107,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     choices = {"DEVICE": ["cuda", "cpu"], "DTYPE": ["bfloat16", "float32"]}
     choices["LR_SCHEDULER_TYPE"] = ["cosine", "linear", "constant_with_warmup"]
+    choices |= {"RESUME": ["auto", "never"], "REPORT_TO": ["none", "tensorboard", "trackio", "wandb", "mlflow"]}
     below = {"SEED": 2**32, "LORA_DROPOUT": 1, "WARMUP_RATIO": 1, "LORA_R": VLLM_RANKS[-1] + 1}
     for name in constants:
-        value, top, zero = vars(args)[name.lower()], below.get(name, math.inf), name in below and name != "LORA_R"
+        value, top = vars(args)[name.lower()], below.get(name, math.inf)
+        zero = name in ("SEED", "LORA_DROPOUT", "WARMUP_RATIO", "NUM_SAMPLES")
         good, rule = value or name == "EVAL_FILE", "given"
         if name == "LORA_TARGET_MODULES":
             good, rule = value and isinstance(value, list), "a list of names"
@@ -106,7 +122,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             good, rule = value in choices[name], " or ".join(choices[name])
         if not good:
             parser.error(f"--{name.lower()} {value}: must be {rule}")
+    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+        parser.error(f"--report_to {args.report_to}: not installed; pip install {args.report_to}, or leave it none")
     return args
+
+
+def launched(name: str, alone: int = 0) -> int:
+    """Return what a launcher says in RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE, and alone without a launcher."""
+    return int(os.environ.get(name, alone))
 
 
 def say(section: str, text: str) -> None:
@@ -119,10 +142,11 @@ def first(items: list[str], limit: int = 20, separator: str = "\n") -> str:
     return separator.join(items[:limit] + [f"... and {len(items) - limit:,} more"] * (len(items) > limit))
 
 
-def parse_line(text: str) -> tuple[list[tuple[list[dict], dict]], set[str]]:
-    """Return a line's (prompt, reply) pairs, one for each reply to be learnt, and its other keys; or raise ValueError.
+def parse_line(text: str) -> tuple[list[dict], set[str]]:
+    """Return a line's examples, one for each reply to be learnt, and its unused keys; or raise ValueError.
 
-    {"prompt": [...], "completion": [reply]} is one pair, {"messages": [...]} one for each assistant message.
+    {"prompt": [...], "completion": [reply]} is one example, {"messages": [...]} one for each assistant message. In the
+    example {"messages": [...], "reply": n, "prompt": hash} messages[n] is learnt, after messages[:n].
     """
 
     def refuse(constant):
@@ -153,20 +177,24 @@ def parse_line(text: str) -> tuple[list[tuple[list[dict], dict]], set[str]]:
             rule = f"a list of messages, at most one system, then user and assistant in turn, {order[key][1]}"
             raise ValueError(f"{key} is {first(roles, 6, ', ') or reprlib.repr(row[key])}; write {rule}")
     turns = row["messages"] if form == ["messages"] else row["prompt"] + row["completion"]
-    replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    return [(turns[:i], turns[i]) for i in (replies if form == ["messages"] else replies[-1:])], row.keys() - form
+    examples, prompt = [], 0
+    for n, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            examples.append({"messages": turns, "reply": n, "prompt": prompt})
+        prompt = hash((prompt, turn["role"], turn["content"]))
+    return examples if form == ["messages"] else examples[-1:], row.keys() - form
 
 
 def read_examples(path: str) -> list[dict]:
-    """Return a JSONL file's examples {"where": "path:line", "prompt": [...], "reply": {}}; exit with all bad lines."""
+    """Return a JSONL file's examples as parse_line makes them, with "where": "path:line"; exit with all bad lines."""
     examples, problems, unused = [], [], set()
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
-                    pairs, others = parse_line(text) if text else ([], set())
-                    examples += [{"where": f"{path}:{number}", "prompt": p, "reply": r} for p, r in pairs]
+                    found, others = parse_line(text) if text else ([], set())
+                    examples += [{"where": f"{path}:{number}", **example} for example in found]
                     unused |= others
                 except json.JSONDecodeError as error:
                     problems.append(
@@ -189,12 +217,12 @@ def read_examples(path: str) -> list[dict]:
 
 def warn_of_repeats(train: list[dict], evaluation: list[dict]) -> None:
     """Print the lines that repeat an example of their file, and the eval prompts that are also trained on."""
-    notes, prompts = {}, {json.dumps(e["prompt"], sort_keys=True): e["where"] for e in reversed(train)}
+    notes, prompts = {}, {example["prompt"]: example["where"] for example in reversed(train)}
     for examples in (train, evaluation):
         seen = {}
         for example in examples:
-            prompt, where = json.dumps(example["prompt"], sort_keys=True), example["where"]
-            if (before := seen.setdefault((prompt, example["reply"]["content"]), where)) != where:
+            prompt, where, reply = example["prompt"], example["where"], example["messages"][example["reply"]]
+            if (before := seen.setdefault((prompt, reply["content"]), where)) != where:
                 notes[f"{where} repeats {before}"] = None
             elif examples is evaluation and prompt in prompts:
                 notes[f"{where} has the prompt of {prompts[prompt]}; it tests nothing new"] = None
@@ -211,24 +239,27 @@ def check_device(args: argparse.Namespace) -> str:
     if args.device == "cpu":
         logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
         return "CPU, as DEVICE says"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        raise SystemExit("DEVICE cuda: start it with python, not a launcher: one process, no mixed precision")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        raise SystemExit("DEVICE cuda: the launcher asks for mixed precision; give it --mixed_precision no")
     # Where NVML answers, device_count() does not start CUDA, so CUDA_VISIBLE_DEVICES still takes effect after it.
-    several = torch.cuda.device_count() > 1
+    several = torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ
     if several:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if not torch.cuda.is_available():
         advice = "without one, --demo runs the job on a tiny model, and --device cpu trains a small MODEL_NAME"
         raise SystemExit(f"DEVICE cuda: torch sees no GPU here; {advice}")
+    if (asked := launched("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise SystemExit(f"DEVICE cuda: {asked} processes, {torch.cuda.device_count()} GPUs; lower --num_processes")
+    torch.cuda.set_device(launched("LOCAL_RANK"))
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    gpu = 10 * major + minor
-    # A kernel for X.Y runs on X.Z, Z >= Y; PTX (compute_XY) also on later majors; those marked a only on X.Y itself.
-    # Where none fits, is_available() is still True, and the first kernel dies. ROCm's names match nothing here.
-    built = re.findall(r"(sm|compute)_(\d+)([a-z]?)", " ".join(torch.cuda.get_arch_list()))
-    fits = [kind == "compute" or int(n) // 10 == major for kind, n, special in built if not special and int(n) <= gpu]
-    if built and not any(fits) and gpu not in [int(n) for _, n, _ in built]:
+    try:
+        torch.ones(8, 8, dtype=torch.bfloat16, device="cuda").matmul(
+            torch.ones(8, 8, device="cuda").bfloat16()
+        ).sum().item()
+    except RuntimeError as error:  # a wheel without this GPU's kernels says so only here; is_available() is True
         advice = 'pip install "torch>=2.7,<2.11", whose newest wheels reach from sm_70 (V100) to sm_120'
-        raise SystemExit(f"DEVICE cuda: this torch has no kernels for {name}, sm_{gpu}; {advice}")
+        fault = f"this torch does not run on {name}, sm_{major}{minor} ({first(str(error).splitlines(), 1)})"
+        raise SystemExit(f"DEVICE cuda: {fault}; {advice}") from None
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) or not header.exists():
         raise SystemExit(f"DEVICE cuda: TRL compiles its loss when first used; install gcc and Python's {header}")
@@ -237,9 +268,9 @@ def check_device(args: argparse.Namespace) -> str:
         sys.modules["fla"] = sys.modules["causal_conv1d"] = None
         logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
     bf16 = "native" if major >= 8 else "emulated, slower than fp32; DeltaNet runs without fla, which needs sm_80"
-    memory = f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+    memory = f"{torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB"
     note = "\nof several visible GPUs only the first is used" * several
-    return f"{name}, sm_{gpu}, {memory}; this torch has its kernels\nbf16 is {bf16}{note}"
+    return f"{name}, sm_{major}{minor}, {memory}; this torch has its kernels\nbf16 is {bf16}{note}"
 
 
 def load_config_and_tokenizer(args: argparse.Namespace) -> tuple:
@@ -276,9 +307,9 @@ def encode(examples: list[dict], tokenizer, max_seq_len: int) -> list[dict]:
     control = re.compile("|".join(re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special))
     texts, rows, too_long, problems = [], [], [], []
     for example in examples:
-        conversation = [*example["prompt"], example["reply"]]
+        conversation = example["messages"][: example["reply"] + 1]
         try:
-            texts.append(tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, **serving))
+            texts.append(tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, **serving))
             texts.append(tokenizer.apply_chat_template(conversation, **serving))
         except TemplateError as error:
             problems.append(f"{example['where']}: the chat template refuses it ({error}); change the conversation")
@@ -306,20 +337,35 @@ def encode(examples: list[dict], tokenizer, max_seq_len: int) -> list[dict]:
     return rows
 
 
-def report_tokens(parts: dict[str, list[dict]], tokenizer) -> None:
-    """Print the lengths of each file's rows, and the first row with its trained part marked."""
-    table = f"{'file':<24}{'examples':>9}{'min':>6}{'median':>8}{'p95':>6}{'max':>6}{'tokens':>11}{'trained':>18}"
-    for path, rows in parts.items():
+def report_tokens(files: dict[str, tuple[list[dict], list[dict]]], tokenizer) -> dict[str, dict]:
+    """Print the lengths of each file's rows, and the first row with its trained part marked; return hash and counts.
+
+    files holds (examples read, rows encoded) for each path.
+    """
+    table, facts = (
+        f"{'file':<24}{'examples':>9}{'min':>6}{'median':>8}{'p95':>6}{'max':>6}{'tokens':>11}{'trained':>18}",
+        {},
+    )
+    for path, (examples, rows) in files.items():
         n = sorted(len(row["input_ids"]) for row in rows)
         trained, p95 = sum(n) - sum(row["labels"].count(-100) for row in rows), n[math.ceil(0.95 * len(n)) - 1]
         table += f"\n{path:<24}{len(n):>9,}{n[0]:>6,}{statistics.median(n):>8,.0f}{p95:>6,}{n[-1]:>6,}{sum(n):>11,}"
         table += f"{trained:>11,} ({trained / sum(n):>4.0%})"
-    row = next(iter(parts.values()))[0]
+        data = Path(path).read_bytes()
+        facts[path] = {"sha256": hashlib.sha256(data).hexdigest(), "lines": data.count(b"\n") + (data[-1:] != b"\n")}
+        facts[path] |= {
+            "examples": len(n),
+            "left_out": len(examples) - len(n),
+            "tokens": sum(n),
+            "trained_tokens": trained,
+        }
+    row = next(iter(files.values()))[1][0]
     start = row["labels"].count(-100)
     text = f"{tokenizer.decode(row['input_ids'][:start])}>>>{tokenizer.decode(row['input_ids'][start:])}<<<"
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 90) or [""]]
     say("tokens", table)
     say("example", "\n".join([f"{row['where']} as the model sees it; only what stands in >>> <<< is trained", *lines]))
+    return facts
 
 
 def make_plan(args: argparse.Namespace, config, n_train: int) -> dict[str, int]:
@@ -351,8 +397,9 @@ def make_plan(args: argparse.Namespace, config, n_train: int) -> dict[str, int]:
             table += f"\n{target:<12}{f'{len(layers)}/{text.num_hidden_layers} {kind}':<17}"
             table += f"{f'{d}x{k}':>14}{f'{r}x{k}':>11}{f'{d}x{r}':>11}{count:>14,}"
     total = trainable + sum(parameter.numel() for parameter in model.parameters())
-    per_epoch = math.ceil(n_train / (args.batch_size * args.gradient_accumulation_steps))
-    plan = {"trainable": trainable, "total": total, "steps": per_epoch * args.num_epochs}
+    shape = [args.batch_size, args.gradient_accumulation_steps, *[n for n in [launched("WORLD_SIZE", 1)] if n > 1]]
+    per_epoch = math.ceil(n_train / math.prod(shape))
+    plan = {"trainable": trainable, "total": total, "per_epoch": per_epoch, "steps": per_epoch * args.num_epochs}
     plan["max_lora_rank"] = min(rank for rank in VLLM_RANKS if rank >= r)
     say("plan", f"r={r} alpha={args.lora_alpha}, scale alpha/r = {scale:g}, dropout {args.lora_dropout:g}\n{table}")
     say("", f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
@@ -361,9 +408,14 @@ def make_plan(args: argparse.Namespace, config, n_train: int) -> dict[str, int]:
     if deltanet and absent:
         say("", f"{len(deltanet)} of {text.num_hidden_layers} layers are Gated DeltaNet, without {', '.join(absent)}:")
         say("", f"in them LoRA adapts only {', '.join(t for t in targets if t not in absent) or 'nothing'}")
-    batch = f"({args.batch_size} x {args.gradient_accumulation_steps})"
-    say("", f"{plan['steps']:,} steps, {per_epoch:,} an epoch: ceil({n_train:,} / {batch}) x {args.num_epochs}")
-    say("", f"adapter file {4 * trainable / 1e6:.1f} MB; vLLM needs --max-lora-rank {plan['max_lora_rank']} for r={r}")
+    batch = " x ".join(map(str, shape))
+    say("", f"{plan['steps']:,} steps, {per_epoch:,} an epoch: ceil({n_train:,} / ({batch})) x {args.num_epochs}")
+    # Twice the adapter, then the adapter and AdamW's two moments a checkpoint (each epoch's, the two newest, the one
+    # being written), and a tokenizer of up to 25 MB in each.
+    plan["disk"] = trainable * (8 + 12 * (args.num_epochs + 3)) + 25_000_000 * (args.num_epochs + 5)
+    disk = f"{plan['disk'] / 1e6:,.0f} MB of disk with the checkpoints"
+    rank = f"vLLM needs --max-lora-rank {plan['max_lora_rank']} for r={r}"
+    say("", f"adapter file {4 * trainable / 1e6:.1f} MB, at most {disk}; {rank}")
     return plan
 
 
@@ -373,13 +425,50 @@ def check_room(args: argparse.Namespace, plan: dict[str, int]) -> None:
         raise SystemExit(
             f"DEVICE cpu: {plan['total']:,} parameters, over a billion; use a GPU or a smaller MODEL_NAME"
         )
-    # 4 bytes each for both forms of the adapter, and three checkpoints of it and AdamW's two moments; tokenizers.
-    need, free = plan["trainable"] * 44 / 1e6 + 100, shutil.disk_usage(args.output_dir).free / 1e6
-    if free < need:
-        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {free:,.0f} MB free, {need:,.0f} MB needed; make room")
+    if (free := shutil.disk_usage(args.output_dir).free) < plan["disk"]:
+        found = f"{free / 1e6:,.0f} MB free, {plan['disk'] / 1e6:,.0f} MB needed"
+        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {found}; make room")
 
 
-def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evaluation: list[dict]):
+def find_checkpoint(args: argparse.Namespace, files: dict[str, dict]) -> Path | None:
+    """Return the newest complete checkpoint of this very job, or move aside what an earlier one left and return None.
+
+    What makes it this job is written to checkpoints/job.json, which a finished run removes. Exits if it differs.
+    """
+    folder = Path(args.output_dir, "checkpoints")
+    names = [*vars(args)]  # what stands above OUTPUT_DIR changes the result, but for the device and the files' places
+    job = {name: vars(args)[name] for name in names[names.index("model_name") : names.index("output_dir")]}
+    job |= {name: file["sha256"] for name, file in zip(("train_file", "eval_file"), files.values(), strict=False)}
+    job["processes"] = launched("WORLD_SIZE", 1)
+    job.pop("device")
+    complete = {}
+    for path in folder.glob("checkpoint-*/complete.json"):
+        sizes = json.loads(path.read_text(encoding="utf-8"))
+        if sizes == {name: os.path.getsize(path.with_name(name)) for name in sizes if path.with_name(name).exists()}:
+            complete[int(path.parent.name.split("-")[1])] = path.parent
+    if complete and args.resume == "auto" and (folder / "job.json").exists():
+        newest, old = complete[max(complete)], json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        differ = [f"{name:<28} {old.get(name)!s:<20} {job.get(name)}" for name in old | job
+                  if old.get(name) != job.get(name)]  # fmt: skip
+        if not differ:
+            say("resume", f"from {newest}, {max(complete):,} steps are done; --resume never starts anew")
+            return newest
+        table = "\n".join([f"{'':<28} {newest.name:<20} now", *differ])
+        advice = (
+            "Set these back to go on with it, or start anew with --resume never, which keeps it under a time stamp"
+        )
+        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: holds an interrupted run of another job\n{table}\n{advice}")
+    if not launched("RANK"):
+        set_aside(folder)
+        set_aside(folder.with_name("run.json"))
+        folder.mkdir()
+        (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
+    return None
+
+
+def build_trainer(
+    args: argparse.Namespace, tokenizer, train: list[dict], evaluation: list[dict], resume: bool = False
+):
     """Return the SFTTrainer over the frozen model in DTYPE, with LoRA injected by the trainer and by nothing else."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -388,7 +477,7 @@ def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evalua
     from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
     from trl import SFTConfig, SFTTrainer
 
-    batch = args.batch_size * args.gradient_accumulation_steps
+    batch = args.batch_size * args.gradient_accumulation_steps * launched("WORLD_SIZE", 1)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             args.model_name, revision=args.model_revision, dtype=args.dtype,
@@ -402,32 +491,33 @@ def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evalua
         target_modules=args.lora_target_modules, revision=args.model_revision,
     )  # fmt: skip
     sft_config = SFTConfig(
-        output_dir=f"{args.output_dir}/checkpoints", seed=args.seed, report_to="none",
+        output_dir=f"{args.output_dir}/checkpoints", seed=args.seed, report_to=args.report_to,
         num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps, per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        per_device_eval_batch_size=4 * args.batch_size,  # no activations are kept for a backward pass
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=int(args.warmup_ratio * args.num_epochs * math.ceil(len(train) / batch)),
         # No autocast: the frozen products in DTYPE, LoRA's in float32. TRL turns bf16 on by itself.
         bf16=False, fp16=False,
-        # Simulated for 2 x 512 tokens of Qwen3.5-4B: 9 GiB with recomputation, 24 without. Not measured on a V100.
-        activation_checkpointing=args.device == "cuda",
+        activation_checkpointing=False,  # of all batches alike; keep_activations() chooses for each
         # The rows are tokenized: TRL must not render, cut or pack them. Packed, DeltaNet without fla would carry its
         # state from one conversation into the next.
         dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
         eval_strategy="epoch" if evaluation else "no",
-        eval_on_start=bool(evaluation),  # B is zero then, so this is the base model's loss
-        save_steps=args.save_steps, save_total_limit=2,
+        eval_on_start=bool(evaluation) and not resume,  # B is zero then, so this is the base model's loss
+        save_steps=args.save_steps,
         logging_steps=1,  # each step's loss is checked and kept; LOGGING_STEPS says which are printed
         logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
         eos_token=tokenizer.eos_token,  # so that model and tokenizer agree on where a turn ends
         use_cpu=args.device == "cpu", disable_tqdm=False,
     )  # fmt: skip
+    by_length = sorted(evaluation, key=lambda row: len(row["input_ids"]))
     trainer = SFTTrainer(
         model=model,
         peft_config=lora_config,  # LoRA is injected here and nowhere else
         args=sft_config,
         train_dataset=Dataset.from_list(train).select_columns(["input_ids", "labels"]),
-        eval_dataset=Dataset.from_list(evaluation).select_columns(["input_ids", "labels"]) if evaluation else None,
+        eval_dataset=Dataset.from_list(by_length).select_columns(["input_ids", "labels"]) if evaluation else None,
         processing_class=tokenizer,
     )
     # Batches of like lengths need less padding. transformers' group_by_length draws from the global random state, so a
@@ -451,17 +541,84 @@ def check_injection(model, plan: dict[str, int]) -> None:
     say("model", "LoRA is injected as planned: its weights are float32 and trainable, all others frozen")
 
 
-def train(trainer, args: argparse.Namespace) -> None:
-    """Train to the end; exit with a message at the first loss or gradient norm that is not finite."""
+def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> None:
+    """Recompute activations in the backward pass only for the batches whose activations do not fit the GPU's memory.
+
+    Recomputing costs about 40 % more work. Simulated for 2 x 512 tokens of Qwen3.5-4B: 9 GiB with, 24 without; not
+    measured on a V100. Tries forward and backward passes, the longest batch first; exits if not even that fits.
+    """
     import torch
+    from transformers import set_seed
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model, limit, rows = trainer.model, math.inf, sorted(rows, key=lambda row: len(row["input_ids"]))
+    model.activation_checkpointing_enable()
+    model.disable_input_require_grads()  # torch's non-reentrant recomputation needs no gradient of the embeddings
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def size(start):
+        return len(rows[min(start + args.batch_size, len(rows)) - 1]["input_ids"]) * args.batch_size
+
+    def recompute_if_large(_, __, inputs):
+        for layer in layers:
+            layer.gradient_checkpointing = inputs["input_ids"].numel() > limit
+
+    def overflows(start):
+        batch = [{key: row[key] for key in ("input_ids", "labels")} for row in rows[start : start + args.batch_size]]
+        try:
+            trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator(batch))).backward()
+        except torch.OutOfMemoryError:
+            return True
+        finally:
+            model.zero_grad()
+            torch.cuda.empty_cache()
+        return False
+
+    model.register_forward_pre_hook(recompute_if_large, with_kwargs=True)
+    if args.device == "cuda":
+        # A tenth is left for the optimizer's state and for memory in pieces.
+        torch.cuda.set_per_process_memory_fraction(0.9)
+        longest = max(len(rows) - args.batch_size, 0)
+        model.train()
+        if overflows(longest):
+            limit = 0
+            if overflows(longest):
+                advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
+                raise SystemExit(f"memory: a batch of {size(longest):,} tokens does not fit this GPU; {advice}")
+            limit = math.inf
+            fit = bisect.bisect_left(range(longest), True, key=overflows)
+            limit = size(fit - 1) if fit else 0
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.reset_peak_memory_stats()
+        trainer._metrics["train"].clear()
+        set_seed(args.seed)
+        kept = {math.inf: "those of all batches fit", 0: "recomputed for all batches"}
+        say("memory", f"activations: {kept.get(limit, f'recomputed for batches of over {limit:,} tokens')}")
+
+
+def train(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict, checkpoint: Path | None) -> None:
+    """Train to the end; exit with a message at the first loss or gradient norm that is not finite.
+
+    After SIGINT or SIGTERM it finishes the step, saves a checkpoint and raises KeyboardInterrupt(signal, message).
+    """
+    import torch
+    from safetensors import SafetensorError
     from transformers import ProgressCallback
 
+    stop, save, folder = [], trainer._save_checkpoint, Path(trainer.args.output_dir)
+
     class Progress(ProgressCallback):
+        def on_train_begin(self, arguments, state, control, **kwargs):
+            record["loss_history"] = state.log_history
+            super().on_train_begin(arguments, state, control, **kwargs)
+
         def on_log(self, _, state, control, logs=None, **kwargs):
             for key in ("loss", "grad_norm", "eval_loss"):
                 if not math.isfinite(logs.get(key, 0)):
-                    advice = "stopped, no adapter is kept; lower LEARNING_RATE, or set DTYPE to float32"
-                    raise SystemExit(f"train: {key} is {logs[key]} at step {state.global_step}; {advice}")
+                    advice = "lower LEARNING_RATE or set DTYPE to float32, and start anew with --resume never"
+                    raise SystemExit(f"train: {key} is {logs[key]} at step {state.global_step}; no adapter; {advice}")
+            if not state.is_world_process_zero:
+                return
             if "eval_loss" in logs:
                 self.training_bar.write(f"{'eval':<9}epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
             elif "loss" in logs and state.global_step % args.logging_steps == 0:
@@ -469,13 +626,67 @@ def train(trainer, args: argparse.Namespace) -> None:
                 line += f"gradient norm {logs['grad_norm']:.3f}  learning rate {logs['learning_rate']:.2e}"
                 self.training_bar.write(line)
 
+        def on_prediction_step(self, arguments, state, control, **kwargs):
+            super().on_prediction_step(arguments, state, control, **kwargs)
+            if stop and not state.global_step:
+                raise KeyboardInterrupt(stop[0], "stopped before the first step; nothing to keep")
+
+        def on_step_end(self, arguments, state, control, **kwargs):
+            super().on_step_end(arguments, state, control, **kwargs)
+            if (
+                launched("WORLD_SIZE", 1) > 1
+                and trainer.accelerator.reduce(torch.tensor(len(stop), device=arguments.device)) > 0
+            ):
+                stop.append(signal.SIGTERM)  # one process was told to stop, so all do, after the same step
+            # An epoch's last step is saved after its evaluation, which moves the random state: a run that goes on from
+            # there is then the same run.
+            control.should_save = bool(control.should_save or stop) and state.global_step % plan["per_epoch"] != 0
+            control.should_training_stop |= bool(stop)
+
+        def on_epoch_end(self, arguments, state, control, **kwargs):
+            control.should_save = state.global_step % plan["per_epoch"] == 0
+            control.should_evaluate &= control.should_save
+
+    def save_checkpoint(*parameters):
+        try:
+            save(*parameters)
+            trainer.accelerator.wait_for_everyone()
+            if launched("RANK"):
+                return
+            new = folder / f"checkpoint-{trainer.state.global_step}"
+            sizes = {path.name: path.stat().st_size for path in new.iterdir() if path.name != "complete.json"}
+            (new / "complete.json").write_text(json.dumps(sizes), encoding="utf-8")
+            steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+            for step in [step for step in steps[:-2] if step % plan["per_epoch"]]:
+                shutil.rmtree(folder / f"checkpoint-{step}")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            fault = f"checkpoint {trainer.state.global_step} could not be written ({error})"
+            advice = "make room and run the same command again: it goes on from the newest complete one"
+            raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {fault}; {advice}") from None
+
+    def on_signal(number, _):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # so that the same signal again ends the process at once
+        os.write(2, b"\nstopping: this step is finished and saved first; once more stops at once\n")
+
+    trainer._save_checkpoint = save_checkpoint
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)
+    handlers = {one: signal.signal(one, on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except torch.OutOfMemoryError:
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, then lower MAX_SEQ_LEN"
         raise SystemExit(f"train: out of GPU memory at step {trainer.state.global_step}; {advice}") from None
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
+    record["train_runtime"], record["peak_memory_gib"] = trainer.state.log_history[-1]["train_runtime"], peak / 2**30
+    if stop:
+        done = f"stopped at step {trainer.state.global_step:,} of {plan['steps']:,}"
+        advice = f"the same command goes on from {folder}/checkpoint-{trainer.state.global_step}"
+        raise KeyboardInterrupt(stop[0], f"{done}; {advice}")
 
 
 def save_adapter(model, tokenizer, config, folder: Path, args: argparse.Namespace) -> None:
@@ -500,29 +711,243 @@ def save_adapter(model, tokenizer, config, folder: Path, args: argparse.Namespac
         save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
 
 
+def prove(model, folder: Path, row: dict):
+    """Return the base with folder's adapter loaded from disk; exit unless that adapter is the trained one and works.
+
+    Its tensors must equal those of model, the trained PeftModel, which gives up its adapter here. On row's tokens its
+    logits must equal the trained model's (to a tenth of its effect, as a GPU may round otherwise), and not the base's.
+    """
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    kept, saved = get_peft_model_state_dict(model), load_file(folder / "adapter_model.safetensors")
+    odd = [name for name in kept.keys() | saved.keys()
+           if name not in kept or name not in saved or not torch.equal(kept[name].cpu(), saved[name])]  # fmt: skip
+    odd += [name for name, t in saved.items() if not t.isfinite().all() or ("lora_B" in name and not t.any())]
+    if odd:
+        raise SystemExit(f"proof: in {folder} not as trained, not finite or all zero: {first(sorted(odd), 3, ', ')}")
+    ids = torch.tensor([row["input_ids"]], device=model.device)
+    with torch.no_grad():
+        trained = model.eval()(input_ids=ids).logits
+        reloaded = PeftModel.from_pretrained(model.unload(), folder)
+        error = (reloaded(input_ids=ids).logits - trained).abs().max().item()
+        with reloaded.disable_adapter():
+            effect = (reloaded(input_ids=ids).logits - trained).abs().max().item()
+    found = f"reloaded from disk, its logits are {error:.2g} from the trained model's and {effect:.2g} from the base's"
+    if not (effect > 0 and error <= effect / 10):
+        raise SystemExit(f"proof: {folder}: {found}; the adapter does not work, and is not kept")
+    say("proof", f"the adapter works: {found}")
+    return reloaded
+
+
+def write_samples(model, tokenizer, rows: list[dict], path: Path, args: argparse.Namespace) -> None:
+    """Write held-out conversations with the base's, the adapter's and the written reply to path; greedy decoding."""
+    import torch
+
+    def answer(batch):
+        prompts = [row["input_ids"][: row["labels"].count(-100)] for row in batch]
+        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        with torch.no_grad():
+            ids = model.generate(**inputs, **greedy, **ends, max_new_tokens=args.max_new_tokens)
+        replies = ids[:, inputs["input_ids"].shape[1] :]
+        cut = [" [cut here]" * (tokenizer.eos_token_id not in reply) for reply in replies.tolist()]
+        return [tokenizer.decode(r, skip_special_tokens=True) + note for r, note in zip(replies, cut, strict=True)]
+
+    rows = rows[:: -(-len(rows) // args.num_samples)]
+    text = f"# Replies with and without the adapter\n\n{args.model_name}, r={args.lora_r}, alpha={args.lora_alpha}, "
+    text += f"{args.num_epochs} epochs of {args.train_file}; held-out prompts as a server with enable_thinking=false "
+    text += f"sends them, greedy decoding, at most {args.max_new_tokens} tokens.\n"
+    for start in range(0, len(rows), 8):
+        batch = rows[start : start + 8]
+        adapted = answer(batch)
+        with model.disable_adapter():
+            base = answer(batch)
+        for row, without, with_it in zip(batch, base, adapted, strict=True):
+            *prompt, written = row["messages"][: row["reply"] + 1]
+            text += f"\n## {row['where']}\n"
+            said = [(message["role"], message["content"]) for message in prompt]
+            for who, reply in [*said, ("base", without), ("adapter", with_it), ("written", written["content"])]:
+                text += f"\n**{who}**\n\n" + "".join(f"> {line}\n" for line in reply.strip().split("\n"))
+    path.write_text(text, encoding="utf-8")
+    say("samples", f"{len(rows)} held-out prompts answered with and without the adapter")
+
+
+def draw_losses(history: list[dict], path: Path, title: str, per_epoch: int) -> None:
+    """Draw train loss, raw and smoothed, eval loss and learning rate over the steps to a PNG at path."""
+    from matplotlib.figure import Figure
+
+    steps, losses, rates = zip(
+        *((e["step"], e["loss"], e["learning_rate"]) for e in history if "loss" in e), strict=True
+    )
+    evals = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    width = max(1, len(losses) // 25)
+    smooth = [statistics.fmean(losses[max(0, i - width) : i + width + 1]) for i in range(len(losses))]
+    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    top.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step")
+    top.plot(steps, smooth, color="tab:blue", label=f"train, mean of {2 * width + 1} steps")
+    if evals:
+        top.plot(*zip(*evals, strict=True), "o-", color="tab:orange", label="eval")
+        for step, loss in evals:
+            top.annotate(f"{loss:.2f}", (step, loss), xytext=(0, 7), textcoords="offset points", ha="center")
+    bottom.plot(steps, rates, color="tab:green")
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+        for step in range(per_epoch, steps[-1] + 1, per_epoch):
+            axes.axvline(step, color="gray", linestyle=":", linewidth=1)
+    top.set(title=title, ylabel="loss, nats per token")
+    bottom.set(xlabel="step (dotted: end of an epoch)", ylabel="learning rate")
+    top.legend(frameon=False)
+    figure.savefig(path)
+
+
+def write_card(folder: Path, args: argparse.Namespace, system: str | None) -> str:
+    """Write how to use folder/final_lora into its model card, below PEFT's head; return the command for vLLM.
+
+    r is read from the saved adapter_config.json. system is the system message of the training conversations.
+    """
+    final, output = folder / "final_lora", Path(args.output_dir)
+    lora = json.loads((final / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = min(rank for rank in VLLM_RANKS if rank >= lora["r"])
+    served = output / ("final_lora_vllm" if (folder / "final_lora_vllm").exists() else "final_lora")
+    command = f"""vllm serve {args.model_name} --revision {args.model_revision} \\
+  --enable-lora --max-lora-rank {rank} --lora-modules companion={served} \\
+  --default-chat-template-kwargs '{{"enable_thinking": false}}'"""
+    messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": "Good morning."}]
+    request = shlex.quote(json.dumps({"model": "companion", "messages": messages}, ensure_ascii=False))
+    head = (final / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+    text = f"""---\n{head}---
+
+# LoRA adapter for {args.model_name}
+
+r={lora["r"]}, alpha={lora["lora_alpha"]}, on {", ".join(sorted(lora["target_modules"]))}.
+It was trained behind the prompt that `enable_thinking=false` makes: keep that setting.
+
+## vLLM
+
+```
+{command}
+```
+
+`--max-lora-rank` is the smallest value that vLLM takes for r={lora["r"]}. Qwen3.5 needs vLLM 0.17 or newer; its wheels
+hold kernels for the V100 (sm_70) up to 0.19. Where there is a `final_lora_vllm`, serve that: up to 0.32 vLLM accepts
+the names in `final_lora`, says nothing, and answers as the base model.
+
+```
+curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d {request}
+```
+
+## Python
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({str(output / "final_lora")!r})
+model = AutoModelForCausalLM.from_pretrained({args.model_name!r}, revision={args.model_revision!r}, dtype="auto")
+model = PeftModel.from_pretrained(model, {str(output / "final_lora")!r}).eval()
+messages = {messages!r}
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, enable_thinking=False, return_dict=True, return_tensors="pt"
+)
+reply = model.generate(**inputs, max_new_tokens={args.max_new_tokens}, eos_token_id=tokenizer.eos_token_id)
+print(tokenizer.decode(reply[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+    (final / "README.md").write_text(text, encoding="utf-8")
+    return command
+
+
 def set_aside(path: Path) -> None:
     """Rename what an earlier run left at path, if anything, so that its time stamp ends its name."""
     if path.exists():
         aside = f"{path}.{time.strftime('%Y%m%d-%H%M%S', time.localtime(path.stat().st_mtime))}"
+        while os.path.exists(aside):
+            aside += "+"
         path.rename(aside)
         say("moved", f"{path} of an earlier run to {aside}")
 
 
-def summarize(args: argparse.Namespace, plan: dict[str, int], history: list[dict], started: float) -> None:
-    """Print where the adapter is, what the run did and what to do next."""
-    final, vllm = Path(args.output_dir, "final_lora"), Path(args.output_dir, "final_lora_vllm")
-    losses = [f"{entry['eval_loss']:.4f}" for entry in history if "eval_loss" in entry] or ["not evaluated"]
-    say("done", f"adapter    {final}, {(final / 'adapter_model.safetensors').stat().st_size / 1e6:.1f} MB")
-    share, minutes = 100 * plan["trainable"] / plan["total"], history[-1]["train_runtime"] / 60
+def write_results(trainer, tokenizer, config, rows: list[dict], args: argparse.Namespace, plan: dict[str, int]) -> str:
+    """Write and prove all results in OUTPUT_DIR/partial, then move them in; return the command that serves them.
+
+    What an earlier run left is set aside at the very end, so that a full disk or a failed proof leaves it in place.
+    """
+    from safetensors import SafetensorError
+
+    output_dir, partial = Path(args.output_dir), Path(args.output_dir, "partial")
+    system = next((m["content"] for m in rows[0]["messages"] if m["role"] == "system"), None)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        save_adapter(trainer.model, tokenizer, config, partial, args)
+        model = prove(trainer.model, partial / "final_lora", rows[0])
+        if args.eval_file and args.num_samples:
+            write_samples(model, tokenizer, rows, partial / "samples.md", args)
+        model_name, data = ("/".join(Path(name).parts[-2:]) for name in (args.model_name, args.train_file))
+        title = f"{model_name}, r={args.lora_r}, alpha={args.lora_alpha}, {data}"
+        draw_losses(trainer.state.log_history, partial / "loss.png", title, plan["per_epoch"])
+        command = write_card(partial, args, system)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        advice = "what earlier runs left is as it was. Make room and run the same command again: no step is repeated"
+        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: the results cannot be written ({error}); {advice}") from None
+    for name in ("final_lora", "final_lora_vllm", "samples.md", "loss.png"):
+        set_aside(output_dir / name)
+    for new in partial.iterdir():
+        new.rename(output_dir / new.name)
+    partial.rmdir()
+    (output_dir / "checkpoints" / "job.json").unlink()
+    return command
+
+
+def describe_run(args: argparse.Namespace, plan: dict[str, int], files: dict[str, dict], device: str) -> dict:
+    """Return what run.json says at the start: the constants and what changed them, code, packages, data, device."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    driver = Path("/proc/driver/nvidia/version")
+    packages = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "matplotlib"]
+    constants = {name.upper(): value for name, value in vars(args).items() if name not in ("demo", "dry_run")}
+    return {
+        "outcome": "running", "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "constants": constants,
+        "changed_by_flags": {name: value for name, value in constants.items() if value != globals()[name]},
+        "git_commit": commit.removesuffix("-dirty") or None, "git_dirty": commit.endswith("-dirty"),
+        "python": sys.version.split()[0], "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": device, "driver": driver.read_text().split("\n")[0] if driver.exists() else None,
+        "data": files, "plan": plan,
+    }  # fmt: skip
+
+
+def write_record(args: argparse.Namespace, record: dict) -> None:
+    """Write run.json as a whole."""
+    path = Path(args.output_dir, "run.json")
+    strict = json.loads(json.dumps(record), parse_constant=str)  # NaN is not JSON
+    path.with_name("run.json.new").write_text(json.dumps(strict, indent=1), encoding="utf-8")
+    path.with_name("run.json.new").replace(path)
+
+
+def summarize(args: argparse.Namespace, plan: dict[str, int], record: dict, started: float, command: str) -> None:
+    """Print where the results are, what the run did, whether it overfitted, and how to serve the adapter."""
+    output_dir, evals = Path(args.output_dir), [e for e in record["loss_history"] if "eval_loss" in e]
+    size = (output_dir / "final_lora" / "adapter_model.safetensors").stat().st_size / 1e6
+    say("done", f"adapter    {output_dir}/final_lora, {size:.1f} MB")
+    share = 100 * plan["trainable"] / plan["total"]
     say("", f"trained    {plan['trainable']:,} of {plan['total']:,} parameters, {share:.4f} %")
+    losses = [f"{entry['eval_loss']:.4f}" for entry in evals] or ["not evaluated"]
     say("", f"eval loss  {' -> '.join(losses)}")
+    if evals and (best := min(evals, key=lambda e: e["eval_loss"])) is not evals[-1]:
+        where = f"{output_dir}/checkpoints/checkpoint-{best['step']}" if best["step"] else "the base model as it was"
+        say("", f"overfit    lowest after epoch {best['epoch'] or 0:g}: {where}; lower NUM_EPOCHS or LEARNING_RATE")
+    minutes, memory = record["train_runtime"] / 60, record["peak_memory_gib"]
     say("", f"time       {minutes:.1f} min of training, {(time.time() - started) / 60:.1f} min in all")
+    say("", f"memory     {memory:.1f} GiB at the peak{' of the process' * (args.device == 'cpu')}")
+    shown = [name for name in ("samples.md", "loss.png", "run.json") if (output_dir / name).exists()]
+    say("", f"look at    {', '.join(f'{output_dir}/{name}' for name in shown)}")
     if args.demo:
         say("", "The demo's weights are random: it shows that the job runs, not that replies get better.")
-    say("next", f"vllm serve {args.model_name} --revision {args.model_revision} \\")
-    say("", f"  --enable-lora --max-lora-rank {plan['max_lora_rank']} \\")
-    say("", f"  --lora-modules companion={vllm if vllm.exists() else final} \\")
-    say("", "  --default-chat-template-kwargs '{\"enable_thinking\": false}'")
+    say("next", f"{command}\nfinal_lora/README.md has this, a request and the lines of Python")
 
 
 class _Tee:
@@ -533,15 +958,16 @@ class _Tee:
 
     def write(self, text):
         if text.strip() and not self.log.closed and not re.search("[\r\x1b]", text):
-            self.log.write(text.rstrip("\n") + "\n")
+            with contextlib.suppress(OSError):  # a full disk must not hide the message that says so
+                self.log.write(text.rstrip("\n") + "\n")
         return self.stream.write(text)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Do the job, a section a call."""
+def run(args: argparse.Namespace, record: dict) -> None:
+    """Do the job, a section a call; fill record, which main() writes to run.json."""
     started = time.time()
     examples, held_out = read_examples(args.train_file), read_examples(args.eval_file) if args.eval_file else []
     warn_of_repeats(examples, held_out)
@@ -549,46 +975,75 @@ def run(args: argparse.Namespace) -> None:
     config, tokenizer = load_config_and_tokenizer(args)
     train_rows = encode(examples, tokenizer, args.max_seq_len)
     eval_rows = encode(held_out, tokenizer, args.max_seq_len)
-    report_tokens({args.train_file: train_rows} | ({args.eval_file: eval_rows} if eval_rows else {}), tokenizer)
+    files = {args.train_file: (examples, train_rows)} | ({args.eval_file: (held_out, eval_rows)} if eval_rows else {})
+    facts = report_tokens(files, tokenizer)
     plan = make_plan(args, config, len(train_rows))
     if args.dry_run:
         return
     say("device", device)
     check_room(args, plan)
-    output_dir, partial = Path(args.output_dir), Path(args.output_dir, "partial")
-    set_aside(output_dir / "checkpoints")
-    trainer = build_trainer(args, tokenizer, train_rows, eval_rows)
+    checkpoint = find_checkpoint(args, facts)
+    record.update(describe_run(args, plan, facts, device), resumed_from=checkpoint and str(checkpoint))
+    if not launched("RANK"):
+        write_record(args, record)
+    trainer = build_trainer(args, tokenizer, train_rows, eval_rows, bool(checkpoint))
     check_injection(trainer.model, plan)
-    train(trainer, args)
-    shutil.rmtree(partial, ignore_errors=True)
-    save_adapter(trainer.model, tokenizer, config, partial, args)
-    for name in ("final_lora", "final_lora_vllm"):
-        set_aside(output_dir / name)
-    for new in partial.iterdir():
-        new.rename(output_dir / new.name)
-    partial.rmdir()
-    summarize(args, plan, trainer.state.log_history, started)
+    keep_activations(trainer, train_rows, args)
+    train(trainer, args, plan, record, checkpoint)
+    if launched("RANK"):
+        return
+    command = write_results(trainer, tokenizer, config, eval_rows or train_rows, args, plan)
+    evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    record["eval_loss"] = {"before": evals[0], "after": evals[-1]} if evals else None
+    summarize(args, plan, record, started, command)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the job with the constants as changed by flags, and copy what is printed to OUTPUT_DIR/all_logs.log."""
     args = parse_args(argv)
     if args.dry_run:
-        return run(args)
+        return run(args, {})
+    main_process = not launched("RANK")
     try:
         os.makedirs(args.output_dir, exist_ok=True)
-        log = Path(args.output_dir, "all_logs.log").open("a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        log = open(f"{args.output_dir}/all_logs.log" if main_process else os.devnull, "a", 1, "utf-8")  # noqa: SIM115
+        if main_process:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(
+            f"OUTPUT_DIR {args.output_dir}: another run is writing there; choose another folder"
+        ) from None
     except OSError as error:
         raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {error.strerror}; choose a folder to write in") from None
-    with log, contextlib.redirect_stdout(_Tee(sys.stdout, log)), contextlib.redirect_stderr(_Tee(sys.stderr, log)):
+
+    def interrupt(number, _):
+        raise KeyboardInterrupt(number, "stopped; the checkpoints are kept, and the same command goes on from them")
+
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, interrupt)
+    record, status = {}, 0
+    out, err = (
+        (sys.stdout, sys.stderr) if main_process else (log, log)
+    )  # the others say nothing, but for errors in training
+    with log, contextlib.redirect_stdout(_Tee(out, log)), contextlib.redirect_stderr(_Tee(err, log)):
         try:
-            run(args)
-        except (SystemExit, KeyboardInterrupt) as stop:
-            print(str(stop) or "stopped by Ctrl-C; nothing is kept but the checkpoints", file=sys.stderr)
-            raise SystemExit(1 if isinstance(stop, SystemExit) else 130) from None
-        except BaseException:
+            run(args, record)
+            record["outcome"] = "finished"
+        except SystemExit as stop:
+            message, status, record["outcome"] = stop, 1, f"failed: {stop}"
+        except KeyboardInterrupt as stop:
+            number, message = stop.args
+            status, record["outcome"] = 128 + number, f"interrupted: {message}"
+        except BaseException as error:
+            record["outcome"] = f"failed: {error!r}"
             traceback.print_exc(file=log)
             raise
+        finally:
+            if "started" in record and main_process:
+                write_record(args, record)
+        if status:
+            print(message, file=sys.__stderr__ if "loss_history" in record and not main_process else sys.stderr)
+            raise SystemExit(status)
 
 
 if __name__ == "__main__":
