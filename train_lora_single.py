@@ -105,9 +105,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name.lower()}", default=value, metavar="VALUE", help=about, **many)
     parser.set_defaults(**(DEMO if "--demo" in argv else {}))
     args = parser.parse_args(argv)
-    choices = {"DEVICE": ["cuda", "cpu"], "DTYPE": ["bfloat16", "float32"]}
-    choices["LR_SCHEDULER_TYPE"] = ["cosine", "linear", "constant_with_warmup"]
-    choices |= {"RESUME": ["auto", "never"], "REPORT_TO": ["none", "tensorboard", "trackio", "wandb", "mlflow"]}
+    choices = {
+        "DEVICE": ["cuda", "cpu"], "DTYPE": ["bfloat16", "float32"], "RESUME": ["auto", "never"],
+        "LR_SCHEDULER_TYPE": ["cosine", "linear", "constant_with_warmup"],
+        "REPORT_TO": ["none", "tensorboard", "trackio", "wandb", "mlflow"],
+    }  # fmt: skip
     below = {"SEED": 2**32, "LORA_DROPOUT": 1, "WARMUP_RATIO": 1, "LORA_R": VLLM_RANKS[-1] + 1}
     for name in constants:
         value, top = vars(args)[name.lower()], below.get(name, math.inf)
@@ -128,7 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def launched(name: str, alone: int = 0) -> int:
-    """Return what a launcher says in RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE, and alone without a launcher."""
+    """Return what a launcher says in RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE; alone if there is none."""
     return int(os.environ.get(name, alone))
 
 
@@ -253,9 +255,8 @@ def check_device(args: argparse.Namespace) -> str:
     torch.cuda.set_device(launched("LOCAL_RANK"))
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     try:
-        torch.ones(8, 8, dtype=torch.bfloat16, device="cuda").matmul(
-            torch.ones(8, 8, device="cuda").bfloat16()
-        ).sum().item()
+        ones = torch.ones(8, 8, dtype=torch.bfloat16, device="cuda")
+        (ones @ ones).sum().item()
     except RuntimeError as error:  # a wheel without this GPU's kernels says so only here; is_available() is True
         advice = 'pip install "torch>=2.7,<2.11", whose newest wheels reach from sm_70 (V100) to sm_120'
         fault = f"this torch does not run on {name}, sm_{major}{minor} ({first(str(error).splitlines(), 1)})"
@@ -413,9 +414,8 @@ def make_plan(args: argparse.Namespace, config, n_train: int) -> dict[str, int]:
     # Twice the adapter, then the adapter and AdamW's two moments a checkpoint (each epoch's, the two newest, the one
     # being written), and a tokenizer of up to 25 MB in each.
     plan["disk"] = trainable * (8 + 12 * (args.num_epochs + 3)) + 25_000_000 * (args.num_epochs + 5)
-    disk = f"{plan['disk'] / 1e6:,.0f} MB of disk with the checkpoints"
-    rank = f"vLLM needs --max-lora-rank {plan['max_lora_rank']} for r={r}"
-    say("", f"adapter file {4 * trainable / 1e6:.1f} MB, at most {disk}; {rank}")
+    files = f"{4 * trainable / 1e6:.1f} MB, with the checkpoints at most {plan['disk'] / 1e6:,.0f} MB of disk"
+    say("", f"adapter file {files}\nvLLM needs --max-lora-rank {plan['max_lora_rank']} for r={r}")
     return plan
 
 
@@ -435,29 +435,27 @@ def find_checkpoint(args: argparse.Namespace, files: dict[str, dict]) -> Path | 
 
     What makes it this job is written to checkpoints/job.json, which a finished run removes. Exits if it differs.
     """
-    folder = Path(args.output_dir, "checkpoints")
-    names = [*vars(args)]  # what stands above OUTPUT_DIR changes the result, but for the device and the files' places
-    job = {name: vars(args)[name] for name in names[names.index("model_name") : names.index("output_dir")]}
-    job |= {name: file["sha256"] for name, file in zip(("train_file", "eval_file"), files.values(), strict=False)}
-    job["processes"] = launched("WORLD_SIZE", 1)
-    job.pop("device")
-    complete = {}
+    folder, names, complete = Path(args.output_dir, "checkpoints"), [*vars(args)], {}
+    # What stands above OUTPUT_DIR changes the result, but for the device and the files' places.
+    names = names[names.index("model_name") : names.index("output_dir")]
+    job = {name.upper(): vars(args)[name] for name in names if name != "device"} | {
+        "PROCESSES": launched("WORLD_SIZE", 1)
+    }
+    job |= {name: file["sha256"][:16] for name, file in zip(("TRAIN_FILE", "EVAL_FILE"), files.values(), strict=False)}
     for path in folder.glob("checkpoint-*/complete.json"):
         sizes = json.loads(path.read_text(encoding="utf-8"))
-        if sizes == {name: os.path.getsize(path.with_name(name)) for name in sizes if path.with_name(name).exists()}:
+        if sizes.items() <= {file.name: file.stat().st_size for file in path.parent.iterdir()}.items():
             complete[int(path.parent.name.split("-")[1])] = path.parent
     if complete and args.resume == "auto" and (folder / "job.json").exists():
         newest, old = complete[max(complete)], json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        differ = [f"{name:<28} {old.get(name)!s:<20} {job.get(name)}" for name in old | job
-                  if old.get(name) != job.get(name)]  # fmt: skip
+        differ = [name for name in old | job if old.get(name) != job.get(name)]
         if not differ:
             say("resume", f"from {newest}, {max(complete):,} steps are done; --resume never starts anew")
             return newest
-        table = "\n".join([f"{'':<28} {newest.name:<20} now", *differ])
-        advice = (
-            "Set these back to go on with it, or start anew with --resume never, which keeps it under a time stamp"
-        )
-        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: holds an interrupted run of another job\n{table}\n{advice}")
+        rows = [f"  {name:<28} {old.get(name)!s:<20} {job.get(name)}" for name in differ]
+        table = "\n".join([f"  {'':<28} {newest.name:<20} now", *rows])
+        advice = "set these back to go on with it, or give --resume never to start anew and keep it under a time stamp"
+        raise SystemExit(f"OUTPUT_DIR {args.output_dir} holds an interrupted run of another job:\n{table}\n{advice}")
     if not launched("RANK"):
         set_aside(folder)
         set_aside(folder.with_name("run.json"))
@@ -499,6 +497,7 @@ def build_trainer(
         warmup_steps=int(args.warmup_ratio * args.num_epochs * math.ceil(len(train) / batch)),
         # No autocast: the frozen products in DTYPE, LoRA's in float32. TRL turns bf16 on by itself.
         bf16=False, fp16=False,
+        ddp_find_unused_parameters=False,
         activation_checkpointing=False,  # of all batches alike; keep_activations() chooses for each
         # The rows are tokenized: TRL must not render, cut or pack them. Packed, DeltaNet without fla would carry its
         # state from one conversation into the next.
@@ -545,7 +544,7 @@ def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> Non
     """Recompute activations in the backward pass only for the batches whose activations do not fit the GPU's memory.
 
     Recomputing costs about 40 % more work. Simulated for 2 x 512 tokens of Qwen3.5-4B: 9 GiB with, 24 without; not
-    measured on a V100. Tries forward and backward passes, the longest batch first; exits if not even that fits.
+    measured on a V100. Which fit is tried out, the longest batch first; exits if that does not fit in either way.
     """
     import torch
     from transformers import set_seed
@@ -555,18 +554,16 @@ def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> Non
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # torch's non-reentrant recomputation needs no gradient of the embeddings
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-    def size(start):
-        return len(rows[min(start + args.batch_size, len(rows)) - 1]["input_ids"]) * args.batch_size
+    batches = [rows[n : n + args.batch_size] for n in range(max(1, len(rows) - args.batch_size + 1))]
 
     def recompute_if_large(_, __, inputs):
         for layer in layers:
             layer.gradient_checkpointing = inputs["input_ids"].numel() > limit
 
-    def overflows(start):
-        batch = [{key: row[key] for key in ("input_ids", "labels")} for row in rows[start : start + args.batch_size]]
+    def overflows(batch):
+        inputs = trainer.data_collator([{key: row[key] for key in ("input_ids", "labels")} for row in batch])
         try:
-            trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator(batch))).backward()
+            trainer.compute_loss(model, trainer._prepare_inputs(inputs)).backward()
         except torch.OutOfMemoryError:
             return True
         finally:
@@ -574,38 +571,33 @@ def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> Non
             torch.cuda.empty_cache()
         return False
 
+    def tokens(batch):
+        return len(batch) * len(batch[-1]["input_ids"])
+
     model.register_forward_pre_hook(recompute_if_large, with_kwargs=True)
-    if args.device == "cuda":
-        # A tenth is left for the optimizer's state and for memory in pieces.
-        torch.cuda.set_per_process_memory_fraction(0.9)
-        longest = max(len(rows) - args.batch_size, 0)
-        model.train()
-        if overflows(longest):
-            limit = 0
-            if overflows(longest):
-                advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
-                raise SystemExit(f"memory: a batch of {size(longest):,} tokens does not fit this GPU; {advice}")
-            limit = math.inf
-            fit = bisect.bisect_left(range(longest), True, key=overflows)
-            limit = size(fit - 1) if fit else 0
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        torch.cuda.reset_peak_memory_stats()
-        trainer._metrics["train"].clear()
-        set_seed(args.seed)
-        kept = {math.inf: "those of all batches fit", 0: "recomputed for all batches"}
-        say("memory", f"activations: {kept.get(limit, f'recomputed for batches of over {limit:,} tokens')}")
+    if args.device == "cpu":
+        return
+    torch.cuda.set_per_process_memory_fraction(0.9)  # a tenth for the optimizer's state and for memory in pieces
+    model.train()
+    if overflows(batches[-1]):
+        fit = bisect.bisect_left(batches, True, key=overflows)
+        limit = tokens(batches[fit - 1]) if fit else 0
+        if overflows(batches[-1]):
+            advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
+            raise SystemExit(f"memory: a batch of {tokens(batches[-1]):,} tokens does not fit this GPU; {advice}")
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.reset_peak_memory_stats()
+    trainer._metrics["train"].clear()
+    set_seed(args.seed)
+    kept = {math.inf: "kept for all batches", 0: "recomputed for all batches"}
+    say("memory", f"activations are {kept.get(limit, f'kept for batches of up to {limit:,} tokens, else recomputed')}")
 
 
-def train(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict, checkpoint: Path | None) -> None:
-    """Train to the end; exit with a message at the first loss or gradient norm that is not finite.
-
-    After SIGINT or SIGTERM it finishes the step, saves a checkpoint and raises KeyboardInterrupt(signal, message).
-    """
+def watch(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict, stop: list[int]) -> None:
+    """Have trainer print its losses, exit at one that is not finite, stop at a signal, and save whole checkpoints."""
     import torch
     from safetensors import SafetensorError
     from transformers import ProgressCallback
-
-    stop, save, folder = [], trainer._save_checkpoint, Path(trainer.args.output_dir)
 
     class Progress(ProgressCallback):
         def on_train_begin(self, arguments, state, control, **kwargs):
@@ -617,29 +609,25 @@ def train(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict,
                 if not math.isfinite(logs.get(key, 0)):
                     advice = "lower LEARNING_RATE or set DTYPE to float32, and start anew with --resume never"
                     raise SystemExit(f"train: {key} is {logs[key]} at step {state.global_step}; no adapter; {advice}")
-            if not state.is_world_process_zero:
-                return
+            line = ""
             if "eval_loss" in logs:
-                self.training_bar.write(f"{'eval':<9}epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
+                line = f"{'eval':<9}epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}"
             elif "loss" in logs and state.global_step % args.logging_steps == 0:
                 line = f"{'train':<9}step {state.global_step:,}/{state.max_steps:,}  loss {logs['loss']:.4f}  "
                 line += f"gradient norm {logs['grad_norm']:.3f}  learning rate {logs['learning_rate']:.2e}"
+            if line and self.training_bar:
                 self.training_bar.write(line)
 
         def on_prediction_step(self, arguments, state, control, **kwargs):
             super().on_prediction_step(arguments, state, control, **kwargs)
             if stop and not state.global_step:
-                raise KeyboardInterrupt(stop[0], "stopped before the first step; nothing to keep")
+                raise KeyboardInterrupt(stop[0], "stopped before the first step; there is nothing to keep")
 
         def on_step_end(self, arguments, state, control, **kwargs):
             super().on_step_end(arguments, state, control, **kwargs)
-            if (
-                launched("WORLD_SIZE", 1) > 1
-                and trainer.accelerator.reduce(torch.tensor(len(stop), device=arguments.device)) > 0
-            ):
-                stop.append(signal.SIGTERM)  # one process was told to stop, so all do, after the same step
-            # An epoch's last step is saved after its evaluation, which moves the random state: a run that goes on from
-            # there is then the same run.
+            if trainer.accelerator.reduce(torch.tensor(len(stop), device=arguments.device)) and not stop:
+                stop.append(signal.SIGTERM)  # another process was told to stop: all do, after the same step
+            # An epoch's last step is saved after its evaluation, since that moves the random state.
             control.should_save = bool(control.should_save or stop) and state.global_step % plan["per_epoch"] != 0
             control.should_training_stop |= bool(stop)
 
@@ -647,7 +635,9 @@ def train(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict,
             control.should_save = state.global_step % plan["per_epoch"] == 0
             control.should_evaluate &= control.should_save
 
-    def save_checkpoint(*parameters):
+    save, folder = trainer._save_checkpoint, Path(trainer.args.output_dir)
+
+    def save_whole(*parameters):
         try:
             save(*parameters)
             trainer.accelerator.wait_for_everyone()
@@ -660,33 +650,48 @@ def train(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict,
             for step in [step for step in steps[:-2] if step % plan["per_epoch"]]:
                 shutil.rmtree(folder / f"checkpoint-{step}")
         except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
             fault = f"checkpoint {trainer.state.global_step} could not be written ({error})"
-            advice = "make room and run the same command again: it goes on from the newest complete one"
+            advice = "make room, and the same command goes on from the newest complete one"
             raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {fault}; {advice}") from None
+
+    trainer._save_checkpoint = save_whole
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress)
+
+
+def train(
+    trainer, args: argparse.Namespace, plan: dict[str, int], record: dict, checkpoint: Path | None = None
+) -> None:
+    """Train to the end, from checkpoint if there is one, and put time, peak memory and losses into record.
+
+    After SIGINT or SIGTERM it finishes the step, saves a checkpoint and raises KeyboardInterrupt(signal, message).
+    """
+    import torch
+
+    stop = []
 
     def on_signal(number, _):
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # so that the same signal again ends the process at once
+        signal.signal(number, signal.SIG_DFL)  # the same signal again ends the process at once
         os.write(2, b"\nstopping: this step is finished and saved first; once more stops at once\n")
 
-    trainer._save_checkpoint = save_checkpoint
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress)
-    handlers = {one: signal.signal(one, on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
+    watch(trainer, args, plan, record, stop)
+    before = {one: signal.signal(one, on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except torch.OutOfMemoryError:
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, then lower MAX_SEQ_LEN"
         raise SystemExit(f"train: out of GPU memory at step {trainer.state.global_step}; {advice}") from None
     finally:
-        for one, handler in handlers.items():
+        for one, handler in before.items():
             signal.signal(one, handler)
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
     record["train_runtime"], record["peak_memory_gib"] = trainer.state.log_history[-1]["train_runtime"], peak / 2**30
     if stop:
-        done = f"stopped at step {trainer.state.global_step:,} of {plan['steps']:,}"
-        advice = f"the same command goes on from {folder}/checkpoint-{trainer.state.global_step}"
-        raise KeyboardInterrupt(stop[0], f"{done}; {advice}")
+        step, folder = trainer.state.global_step, trainer.args.output_dir
+        goes_on = f"the same command goes on from {folder}/checkpoint-{step}"
+        raise KeyboardInterrupt(stop[0], f"stopped at step {step:,} of {plan['steps']:,}; {goes_on}")
 
 
 def save_adapter(model, tokenizer, config, folder: Path, args: argparse.Namespace) -> None:
@@ -756,9 +761,12 @@ def write_samples(model, tokenizer, rows: list[dict], path: Path, args: argparse
         cut = [" [cut here]" * (tokenizer.eos_token_id not in reply) for reply in replies.tolist()]
         return [tokenizer.decode(r, skip_special_tokens=True) + note for r, note in zip(replies, cut, strict=True)]
 
-    rows = rows[:: -(-len(rows) // args.num_samples)]
+    count = min(args.num_samples, len(rows))
+    rows = [rows[i * len(rows) // count] for i in range(count)]
     text = f"# Replies with and without the adapter\n\n{args.model_name}, r={args.lora_r}, alpha={args.lora_alpha}, "
-    text += f"{args.num_epochs} epochs of {args.train_file}; held-out prompts as a server with enable_thinking=false "
+    text += (
+        f"NUM_EPOCHS {args.num_epochs}, {args.train_file}; held-out prompts as a server with enable_thinking=false "
+    )
     text += f"sends them, greedy decoding, at most {args.max_new_tokens} tokens.\n"
     for start in range(0, len(rows), 8):
         batch = rows[start : start + 8]
@@ -779,9 +787,8 @@ def draw_losses(history: list[dict], path: Path, title: str, per_epoch: int) -> 
     """Draw train loss, raw and smoothed, eval loss and learning rate over the steps to a PNG at path."""
     from matplotlib.figure import Figure
 
-    steps, losses, rates = zip(
-        *((e["step"], e["loss"], e["learning_rate"]) for e in history if "loss" in e), strict=True
-    )
+    trained = [entry for entry in history if "loss" in entry]
+    steps, losses, rates = ([entry[key] for entry in trained] for key in ("step", "loss", "learning_rate"))
     evals = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     width = max(1, len(losses) // 25)
     smooth = [statistics.fmean(losses[max(0, i - width) : i + width + 1]) for i in range(len(losses))]
@@ -921,11 +928,16 @@ def describe_run(args: argparse.Namespace, plan: dict[str, int], files: dict[str
 
 
 def write_record(args: argparse.Namespace, record: dict) -> None:
-    """Write run.json as a whole."""
-    path = Path(args.output_dir, "run.json")
+    """Write run.json as a whole, if record holds a run that has started and this is the first process."""
+    if "started" not in record or launched("RANK"):
+        return
+    new = Path(args.output_dir, "run.json.new")
     strict = json.loads(json.dumps(record), parse_constant=str)  # NaN is not JSON
-    path.with_name("run.json.new").write_text(json.dumps(strict, indent=1), encoding="utf-8")
-    path.with_name("run.json.new").replace(path)
+    try:
+        new.write_text(json.dumps(strict, indent=1), encoding="utf-8")
+        new.replace(new.with_suffix(""))
+    except OSError as error:
+        say("warning", f"{args.output_dir}/run.json cannot be written: {error.strerror}")
 
 
 def summarize(args: argparse.Namespace, plan: dict[str, int], record: dict, started: float, command: str) -> None:
@@ -984,8 +996,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     check_room(args, plan)
     checkpoint = find_checkpoint(args, facts)
     record.update(describe_run(args, plan, facts, device), resumed_from=checkpoint and str(checkpoint))
-    if not launched("RANK"):
-        write_record(args, record)
+    write_record(args, record)
     trainer = build_trainer(args, tokenizer, train_rows, eval_rows, bool(checkpoint))
     check_injection(trainer.model, plan)
     keep_activations(trainer, train_rows, args)
@@ -1001,30 +1012,27 @@ def run(args: argparse.Namespace, record: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the job with the constants as changed by flags, and copy what is printed to OUTPUT_DIR/all_logs.log."""
     args = parse_args(argv)
-    if args.dry_run:
-        return run(args, {})
-    main_process = not launched("RANK")
+    keeps_log = not (args.dry_run or launched("RANK"))
     try:
-        os.makedirs(args.output_dir, exist_ok=True)
-        log = open(f"{args.output_dir}/all_logs.log" if main_process else os.devnull, "a", 1, "utf-8")  # noqa: SIM115
-        if main_process:
+        if keeps_log:
+            os.makedirs(args.output_dir, exist_ok=True)
+        log = open(f"{args.output_dir}/all_logs.log" if keeps_log else os.devnull, "a", 1, "utf-8")  # noqa: SIM115
+        if keeps_log:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(
-            f"OUTPUT_DIR {args.output_dir}: another run is writing there; choose another folder"
-        ) from None
     except OSError as error:
-        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {error.strerror}; choose a folder to write in") from None
+        fault = "another run writes there" if isinstance(error, BlockingIOError) else error.strerror
+        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {fault}; choose a folder to write in") from None
 
     def interrupt(number, _):
-        raise KeyboardInterrupt(number, "stopped; the checkpoints are kept, and the same command goes on from them")
+        raise KeyboardInterrupt(
+            number, "stopped; the same command goes on from the newest checkpoint, if there is one"
+        )
 
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, interrupt)
+    # Of several processes the first one speaks, and each of an error in its training.
+    out, err = (log, log) if launched("RANK") else (sys.stdout, sys.stderr)
     record, status = {}, 0
-    out, err = (
-        (sys.stdout, sys.stderr) if main_process else (log, log)
-    )  # the others say nothing, but for errors in training
     with log, contextlib.redirect_stdout(_Tee(out, log)), contextlib.redirect_stderr(_Tee(err, log)):
         try:
             run(args, record)
@@ -1032,17 +1040,16 @@ def main(argv: list[str] | None = None) -> None:
         except SystemExit as stop:
             message, status, record["outcome"] = stop, 1, f"failed: {stop}"
         except KeyboardInterrupt as stop:
-            number, message = stop.args
+            number, message = stop.args or (signal.SIGINT, "stopped")
             status, record["outcome"] = 128 + number, f"interrupted: {message}"
         except BaseException as error:
             record["outcome"] = f"failed: {error!r}"
             traceback.print_exc(file=log)
             raise
         finally:
-            if "started" in record and main_process:
-                write_record(args, record)
+            write_record(args, record)
         if status:
-            print(message, file=sys.__stderr__ if "loss_history" in record and not main_process else sys.stderr)
+            print(message, file=sys.__stderr__ if err is log and "loss_history" in record else sys.stderr)
             raise SystemExit(status)
 
 

@@ -1,17 +1,11 @@
 """Interrupted runs: what is saved, how the same command goes on, and what is never mixed or overwritten."""
 
-import errno
-import fcntl
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 
 import train_lora_single as t
