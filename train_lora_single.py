@@ -117,7 +117,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         good, rule = value or name == "EVAL_FILE", "given"
         if name == "LORA_TARGET_MODULES":
             good, rule = value and isinstance(value, list), "a list of names"
-        elif isinstance(value, (int, float)):
+        elif name not in choices and isinstance(value, (int, float)):
             good = 0 < value < top or (zero and value == 0)
             rule = f"{'at least' if zero else 'above'} 0 and below {top}"
         elif name in choices:
@@ -131,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def launched(name: str, alone: int = 0) -> int:
     """Return what a launcher says in RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE; alone if there is none."""
-    return int(os.environ.get(name, alone))
+    return int(os.environ.get(name, alone)) if "LOCAL_RANK" in os.environ else alone
 
 
 def say(section: str, text: str) -> None:
@@ -191,6 +191,8 @@ def read_examples(path: str) -> list[dict]:
     """Return a JSONL file's examples as parse_line makes them, with "where": "path:line"; exit with all bad lines."""
     examples, problems, unused = [], [], set()
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # it is read twice, which a pipe cannot
+            raise OSError(0, "a directory or a pipe, not a file")
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
@@ -244,7 +246,7 @@ def check_device(args: argparse.Namespace) -> str:
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise SystemExit("DEVICE cuda: the launcher asks for mixed precision; give it --mixed_precision no")
     # Where NVML answers, device_count() does not start CUDA, so CUDA_VISIBLE_DEVICES still takes effect after it.
-    several = torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ
+    several = torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
     if several:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if not torch.cuda.is_available():
@@ -257,9 +259,11 @@ def check_device(args: argparse.Namespace) -> str:
     try:
         ones = torch.ones(8, 8, dtype=torch.bfloat16, device="cuda")
         (ones @ ones).sum().item()
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"DEVICE cuda: the memory of {name} is full; nvidia-smi shows by what") from None
     except RuntimeError as error:  # a wheel without this GPU's kernels says so only here; is_available() is True
         advice = 'pip install "torch>=2.7,<2.11", whose newest wheels reach from sm_70 (V100) to sm_120'
-        fault = f"this torch does not run on {name}, sm_{major}{minor} ({first(str(error).splitlines(), 1)})"
+        fault = f"this torch does not run on {name}, sm_{major}{minor} ({str(error).splitlines()[0]})"
         raise SystemExit(f"DEVICE cuda: {fault}; {advice}") from None
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) or not header.exists():
@@ -306,26 +310,35 @@ def encode(examples: list[dict], tokenizer, max_seq_len: int) -> list[dict]:
 
     serving = {"tokenize": False, "enable_thinking": False}
     control = re.compile("|".join(re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special))
-    texts, rows, too_long, problems = [], [], [], []
-    for example in examples:
-        conversation = example["messages"][: example["reply"] + 1]
-        try:
-            texts.append(tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, **serving))
-            texts.append(tokenizer.apply_chat_template(conversation, **serving))
-        except TemplateError as error:
-            problems.append(f"{example['where']}: the chat template refuses it ({error}); change the conversation")
-        if found := [token for message in conversation for token in control.findall(message["content"])]:
-            problems.append(f"{example['where']}: the text holds the control token {found[0]}; respell or remove it")
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts and not problems else []
-    for example, prompt, whole in zip(examples, ids[::2], ids[1::2], strict=False):
-        reply = whole[len(prompt) :]
-        if whole[: len(prompt)] != prompt or tokenizer.eos_token_id not in reply:
-            fault = f"its prompt is rendered otherwise before the reply, or the reply lacks {tokenizer.eos_token}"
-            problems.append(f"{example['where']}: {fault}; training would not equal serving. Is there a think tag?")
-            continue
-        reply = reply[: reply.index(tokenizer.eos_token_id) + 1]
-        row = {**example, "input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
-        (rows if len(row["input_ids"]) <= max_seq_len else too_long).append(row)
+    rows, too_long, problems = [], [], []
+    shared = {}  # each token id once: an int of its own for each token would take 28 bytes
+    for start in range(0, len(examples), 1000):
+        part, texts, before = examples[start : start + 1000], [], len(problems)
+        for example in part:
+            conversation = example["messages"][: example["reply"] + 1]
+            try:
+                texts.append(tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, **serving))
+                texts.append(tokenizer.apply_chat_template(conversation, **serving))
+            except TemplateError as error:
+                problems.append(f"{example['where']}: the chat template refuses it ({error}); change the conversation")
+            if found := [token for message in conversation for token in control.findall(message["content"])]:
+                problems.append(
+                    f"{example['where']}: the text holds the control token {found[0]}; respell or remove it"
+                )
+        ids = [] if len(problems) > before else tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for example, prompt, whole in zip(part, ids[::2], ids[1::2], strict=False):
+            reply = whole[len(prompt) :]
+            if whole[: len(prompt)] != prompt or tokenizer.eos_token_id not in reply:
+                fault = f"its prompt is rendered otherwise before the reply, or the reply lacks {tokenizer.eos_token}"
+                problems.append(
+                    f"{example['where']}: {fault}; training would not equal serving. Is there a think tag?"
+                )
+                continue
+            reply = [shared.setdefault(i, i) for i in reply[: reply.index(tokenizer.eos_token_id) + 1]]
+            input_ids, labels = [shared.setdefault(i, i) for i in prompt] + reply, [-100] * len(prompt) + reply
+            (rows if len(input_ids) <= max_seq_len else too_long).append(
+                {**example, "input_ids": input_ids, "labels": labels}
+            )
     notes = [f"{row['where']}: {len(row['input_ids']):,} tokens, over MAX_SEQ_LEN {max_seq_len}" for row in too_long]
     if len(too_long) > len(examples) / 10:
         longest = max(len(row["input_ids"]) for row in too_long)
@@ -475,6 +488,9 @@ def build_trainer(
     from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
     from trl import SFTConfig, SFTTrainer
 
+    def dataset(rows):
+        return Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
+
     batch = args.batch_size * args.gradient_accumulation_steps * launched("WORLD_SIZE", 1)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -510,13 +526,12 @@ def build_trainer(
         eos_token=tokenizer.eos_token,  # so that model and tokenizer agree on where a turn ends
         use_cpu=args.device == "cpu", disable_tqdm=False,
     )  # fmt: skip
-    by_length = sorted(evaluation, key=lambda row: len(row["input_ids"]))
     trainer = SFTTrainer(
         model=model,
         peft_config=lora_config,  # LoRA is injected here and nowhere else
         args=sft_config,
-        train_dataset=Dataset.from_list(train).select_columns(["input_ids", "labels"]),
-        eval_dataset=Dataset.from_list(by_length).select_columns(["input_ids", "labels"]) if evaluation else None,
+        train_dataset=dataset(train),
+        eval_dataset=dataset(sorted(evaluation, key=lambda row: len(row["input_ids"]))) if evaluation else None,
         processing_class=tokenizer,
     )
     # Batches of like lengths need less padding. transformers' group_by_length draws from the global random state, so a
@@ -588,6 +603,7 @@ def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> Non
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.reset_peak_memory_stats()
     trainer._metrics["train"].clear()
+    trainer._total_train_tokens = 0
     set_seed(args.seed)
     kept = {math.inf: "kept for all batches", 0: "recomputed for all batches"}
     say("memory", f"activations are {kept.get(limit, f'kept for batches of up to {limit:,} tokens, else recomputed')}")
@@ -600,11 +616,8 @@ def watch(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict,
     from transformers import ProgressCallback
 
     class Progress(ProgressCallback):
-        def on_train_begin(self, arguments, state, control, **kwargs):
-            record["loss_history"] = state.log_history
-            super().on_train_begin(arguments, state, control, **kwargs)
-
         def on_log(self, _, state, control, logs=None, **kwargs):
+            record["loss_history"] = state.log_history
             for key in ("loss", "grad_norm", "eval_loss"):
                 if not math.isfinite(logs.get(key, 0)):
                     advice = "lower LEARNING_RATE or set DTYPE to float32, and start anew with --resume never"

@@ -198,6 +198,13 @@ def test_the_first_20_bad_lines_are_named_and_the_others_counted(tmp_path, count
     assert len(last) == len(rest) and all(part in text for part, text in zip(rest, last, strict=True))
 
 
+def read(path):
+    """Return (where, prompt, reply) of a file's examples, whose form is checked."""
+    examples = t.read_examples(path)
+    assert all(example.keys() == {"where", "messages", "reply", "prompt"} for example in examples)
+    return [(e["where"], e["messages"][: e["reply"]], e["messages"][e["reply"]]) for e in examples]
+
+
 def said(*contents):
     return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
 
@@ -229,8 +236,7 @@ ACCEPTED = [
 )
 def test_an_accepted_file_keeps_its_texts_and_line_numbers(tmp_path, capsys, content, lines, conversation):
     path = write(tmp_path, content)
-    expected = [{"where": f"{path}:{n}", "prompt": conversation[:1], "reply": conversation[1]} for n in lines]
-    assert t.read_examples(path) == expected
+    assert read(path) == [(f"{path}:{n}", conversation[:1], conversation[1]) for n in lines]
     out = capsys.readouterr().out
     assert f"{path}: {len(lines)} example" in out and "not used" not in out and len(out.splitlines()) == 1
 
@@ -238,18 +244,38 @@ def test_an_accepted_file_keeps_its_texts_and_line_numbers(tmp_path, capsys, con
 def test_messages_give_an_example_for_each_reply(tmp_path, capsys):
     chat = turns("suauaua")
     path = write(tmp_path, GOOD + b"\n" + line(messages=chat))
-    assert t.read_examples(path) == [
-        {"where": f"{path}:1", "prompt": turns("u"), "reply": turns("ua")[1]},
-        {"where": f"{path}:2", "prompt": chat[:2], "reply": chat[2]},
-        {"where": f"{path}:2", "prompt": chat[:4], "reply": chat[4]},
-        {"where": f"{path}:2", "prompt": chat[:6], "reply": chat[6]},
+    assert read(path) == [
+        (f"{path}:1", turns("u"), turns("ua")[1]),
+        (f"{path}:2", chat[:2], chat[2]),
+        (f"{path}:2", chat[:4], chat[4]),
+        (f"{path}:2", chat[:6], chat[6]),
     ]
     assert "4 examples" in capsys.readouterr().out
 
 
 def test_a_prompt_with_earlier_replies_gives_only_its_completion(tmp_path):
     path = write(tmp_path, pair("suauau", "a"))
-    assert t.read_examples(path) == [{"where": f"{path}:1", "prompt": turns("suauau"), "reply": turns("a")[0]}]
+    assert read(path) == [(f"{path}:1", turns("suauau"), turns("a")[0])]
+
+
+def test_the_replies_of_one_line_share_its_messages_so_that_a_long_one_takes_no_square_of_its_memory(tmp_path):
+    examples = t.read_examples(write(tmp_path, goes("ua" * 200)))
+    assert len(examples) == 200 and len({id(example["messages"]) for example in examples}) == 1
+
+
+def test_prompts_that_say_the_same_and_no_others_have_the_same_hash(tmp_path):
+    chats = [goes("suauaua"), goes("uaua"), pair("suau", "a"), pair("uau", "a"), pair("u", "a")]
+    prompts = [said(" turn 1"), said("turn 1 "), said("turn", "x1", "2"), said("turn", "x", "12")]
+    prompts += [
+        said("turn 1", "turn 2", "turn 1"),
+        said("turn 1", "other", "turn 3"),
+        said("other", "turn 2", "turn 3"),
+    ]
+    chats += [line(prompt=prompt, completion=turns("a")) for prompt in prompts]
+    examples = t.read_examples(write(tmp_path, b"\n".join(chats)))
+    pairs = {(json.dumps(e["messages"][: e["reply"]]), e["prompt"]) for e in examples}
+    assert len(examples) == 15
+    assert len(pairs) == len({text for text, _ in pairs}) == len({number for _, number in pairs}) == 12
 
 
 def test_keys_not_used_are_named_once(tmp_path, capsys):
@@ -261,8 +287,8 @@ def test_keys_not_used_are_named_once(tmp_path, capsys):
 
 
 def example(where, prompt="Hello", reply="Hi"):
-    messages = said(*prompt.split("|"))
-    return {"where": where, "prompt": messages, "reply": {"role": "assistant", "content": reply}}
+    messages = [*said(*prompt.split("|")), {"role": "assistant", "content": reply}]
+    return {"where": where, **t.parse_line(json.dumps({"messages": messages}))[0][-1]}
 
 
 @pytest.mark.parametrize(
@@ -358,8 +384,9 @@ def test_any_bytes_give_examples_or_one_message(tmp_path_factory, content):
     else:
         assert examples
         for row in examples:
-            assert row["prompt"][-1]["role"] == "user" and row["reply"]["role"] == "assistant"
-            assert all(turn["content"].strip().encode() for turn in [*row["prompt"], row["reply"]])
+            *prompt, reply = row["messages"][: row["reply"] + 1]
+            assert prompt[-1]["role"] == "user" and reply["role"] == "assistant"
+            assert all(turn["content"].strip().encode() for turn in [*prompt, reply])
 
 
 def test_a_key_that_cannot_be_printed_is_named_all_the_same(tmp_path, capsys):
@@ -369,11 +396,14 @@ def test_a_key_that_cannot_be_printed_is_named_all_the_same(tmp_path, capsys):
     assert "\\ud800" in out and len(out.splitlines()) == 1
 
 
-def test_a_repeat_with_its_keys_in_another_order_is_warned_of(capsys):
-    other = example("t:2")
-    other["prompt"] = [dict(reversed(message.items())) for message in other["prompt"]]
-    t.warn_of_repeats([example("t:1"), other], [])
-    assert "t:2" in capsys.readouterr().out
+def test_a_repeat_with_its_keys_in_another_order_or_in_the_other_form_is_warned_of(tmp_path, capsys):
+    reversed_keys = line(messages=[dict(reversed(message.items())) for message in turns("sua")])
+    other_form = line(completion=turns("sua")[2:], prompt=turns("sua")[:2])
+    path = write(tmp_path, b"\n".join([goes("sua"), reversed_keys, other_form]))
+    examples = t.read_examples(path)
+    capsys.readouterr()
+    t.warn_of_repeats(examples, [])
+    assert [re.findall(r":(\d)\b", text) for text in capsys.readouterr().out.splitlines()] == [["2", "1"], ["3", "1"]]
 
 
 def test_only_the_files_own_line_number_is_named(tmp_path):

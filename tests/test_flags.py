@@ -15,17 +15,29 @@ import train_lora_single as t
 
 CONSTANTS = [name for name in itertools.takewhile(lambda name: name != "DEMO", vars(t)) if name.isupper()]
 NUMBERS = [name for name in CONSTANTS if type(getattr(t, name)) in (int, float)]
-MAY_BE_ZERO = ["SEED", "LORA_DROPOUT", "WARMUP_RATIO"]
+MAY_BE_ZERO = ["SEED", "LORA_DROPOUT", "WARMUP_RATIO", "NUM_SAMPLES"]
 OUT_OF_RANGE = [
     (name, value) for name in NUMBERS for value in (0, -1, "nan", "inf") if value != 0 or name not in MAY_BE_ZERO
 ]
 HEAVY = {"torch", "numpy", "transformers", "trl", "peft", "datasets", "accelerate", "safetensors", "huggingface_hub"}
+HEAVY |= {"matplotlib"}
+TRACKERS = ["tensorboard", "trackio", "wandb", "mlflow"]
+
+
+@pytest.fixture(autouse=True)
+def trackers_are_installed(monkeypatch, tmp_path_factory):
+    """Put an empty package of each tracker's name on the path."""
+    folder = tmp_path_factory.mktemp("trackers")
+    for name in TRACKERS:
+        (folder / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(folder)
 
 
 def another(constant):
     """Return a valid value that is not the constant's own."""
     value = getattr(t, constant)
     choices = {"DEVICE": "cpu", "DTYPE": "float32", "LR_SCHEDULER_TYPE": "linear"}
+    choices |= {"RESUME": "never", "REPORT_TO": "tensorboard"}
     if isinstance(value, str):
         return choices.get(constant, "elsewhere")
     return ["up_proj", "k_proj"] if isinstance(value, list) else value + 1 if isinstance(value, int) else value / 2
@@ -129,6 +141,14 @@ def test_importing_the_script_imports_no_library_prints_nothing_and_changes_noth
         ("--device tpu", ["--device", "tpu", "cuda", "cpu"]),
         ("--dtype float16", ["--dtype", "float16", "bfloat16", "float32"]),
         ("--lr_scheduler_type step", ["--lr_scheduler_type", "step", "cosine", "linear", "constant_with_warmup"]),
+        ("--resume never_again", ["--resume", "never_again", "auto", "never"]),
+        ("--resume", ["--resume"]),
+        ("--num_samples -1", ["--num_samples", "-1"]),
+        ("--num_samples 2.5", ["--num_samples", "2.5"]),
+        ("--max_new_tokens 0", ["--max_new_tokens", "0"]),
+        ("--max_new_tokens many", ["--max_new_tokens", "many"]),
+        ("--report_to all", ["--report_to", "all", "none", *TRACKERS]),
+        ("--report_to wandb mlflow", ["mlflow"]),
         ("--lora_dropout 1.0", ["--lora_dropout", "1"]),
         ("--warmup_ratio 1.0", ["--warmup_ratio", "1"]),
         ("--lora_r 513", ["--lora_r", "513"]),
@@ -140,6 +160,16 @@ def test_importing_the_script_imports_no_library_prints_nothing_and_changes_noth
 def test_a_bad_flag_is_refused_by_name(argv, said, capsys):
     message = refusal(argv.split(), capsys)
     assert [part for part in said if part not in message] == []
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_tracker_is_taken_if_it_is_installed_and_otherwise_refused_with_the_command_to_install_it(
+    tracker, monkeypatch, capsys
+):
+    assert t.parse_args(["--report_to", tracker]).report_to == tracker
+    monkeypatch.setitem(sys.modules, tracker, None)
+    message = refusal(["--report_to", tracker], capsys)
+    assert f"--report_to {tracker}" in message and f"pip install {tracker}" in message
 
 
 @pytest.mark.parametrize(("constant", "value"), OUT_OF_RANGE)
@@ -227,6 +257,13 @@ def test_a_comment_may_hold_a_percent_sign(tmp_path, capsys):
         ("DTYPE", "float16"),
         ("DEVICE", "gpu"),
         ("LR_SCHEDULER_TYPE", "cosin"),
+        ("RESUME", "yes"),
+        ("RESUME", ""),
+        ("RESUME", True),
+        ("REPORT_TO", "all"),
+        ("REPORT_TO", ""),
+        ("REPORT_TO", None),
+        ("NUM_SAMPLES", -1),
         ("LORA_TARGET_MODULES", []),
         ("LORA_TARGET_MODULES", "all-linear"),
         ("OUTPUT_DIR", ""),

@@ -39,7 +39,8 @@ def test_a_dry_run_on_the_real_sizes_prints_the_articles_figures(qwen_4b, capsys
     assert "trainable params: 10,616,832 || all params: 4,216,368,128 || trainable%: 0.2518" in text
     assert "750 steps, 250 an epoch: ceil(1,000 / (2 x 2)) x 3" in text
     assert "scale alpha/r = 2" in text
-    assert "42.5 MB" in text
+    assert "adapter file 42.5 MB, with the checkpoints at most 1,049 MB of disk" in text
+    assert "vLLM needs --max-lora-rank 8 for r=8" in text
     assert "24 of 32 layers are Gated DeltaNet, without q_proj, k_proj, v_proj, o_proj" in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if "/32 " in line}
     assert rows["q_proj"] == ["8/32", "attention", "8192x2560", "8x2560", "8192x8", "688,128"]
@@ -82,7 +83,27 @@ def test_a_target_named_twice_counts_once(tiny):
 )
 def test_steps_are_counted_as_the_trainer_will(tiny, n, batch, accumulate, epochs, steps):
     flags = ["--batch_size", batch, "--gradient_accumulation_steps", accumulate, "--num_epochs", epochs]
-    assert plan(tiny, n, *map(str, flags))["steps"] == steps
+    counts = plan(tiny, n, *map(str, flags))
+    assert (counts["steps"], counts["per_epoch"]) == (steps, steps // epochs)
+
+
+@pytest.mark.parametrize(("processes", "per_epoch", "batch"), [("1", 250, "2 x 2"), ("3", 84, "2 x 2 x 3")])
+def test_a_launchers_processes_share_the_steps(tiny, monkeypatch, capsys, processes, per_epoch, batch):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    counts = plan(tiny)
+    assert (counts["steps"], counts["per_epoch"]) == (3 * per_epoch, per_epoch)
+    assert f"{3 * per_epoch} steps, {per_epoch} an epoch: ceil(1,000 / ({batch})) x 3" in capsys.readouterr().out
+
+
+def test_the_disk_that_is_planned_for_is_printed_and_grows_by_a_checkpoint_an_epoch(tiny, capsys):
+    three, nine = plan(tiny, 1000, "--num_epochs", "3"), plan(tiny, 1000, "--num_epochs", "9")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "of disk" in line]
+    assert [line.split()[-4:] for line in lines] == [
+        [f"{counts['disk'] / 1e6:,.0f}", "MB", "of", "disk"] for counts in (three, nine)
+    ]
+    # Each epoch leaves the adapter, AdamW's two moments of it, and a tokenizer of up to 25 MB.
+    assert nine["disk"] - three["disk"] == 6 * (3 * 4 * three["trainable"] + 25_000_000)
 
 
 @pytest.mark.parametrize(("r", "rank"), [(1, 1), (4, 8), (8, 8), (12, 16), (64, 64), (65, 128), (512, 512)])

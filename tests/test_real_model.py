@@ -42,7 +42,7 @@ def test_it_learns_and_peft_reloads_it(smollm2, tmp_path, capsys):
         "--output_dir",
         str(tmp_path / "output"),
     ]
-    flags += ["--num_epochs", "1", "--learning_rate", "1e-3"]
+    flags += ["--num_epochs", "1", "--learning_rate", "1e-3", "--num_samples", "2", "--max_new_tokens", "20"]
     for name, lines in (("train", 64), ("eval", 16)):
         text = Path("data", f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / f"{name}.jsonl").write_text("".join(text[:lines]), encoding="utf-8")
@@ -62,14 +62,14 @@ def test_it_learns_and_peft_reloads_it(smollm2, tmp_path, capsys):
 
 @torch.no_grad()
 def eval_loss(model, rows):
-    """Return the mean over batches of two of the loss per trained token, as the trainer evaluates."""
-    losses = []
-    for pair in zip(rows[::2], rows[1::2], strict=True):
-        total, count = 0.0, 0
-        for row in pair:
+    """Return the trainer's eval loss: of each batch the mean over its trained tokens, weighted by its rows."""
+    rows, losses = sorted(rows, key=lambda row: len(row["input_ids"])), []
+    for start in range(0, len(rows), 4 * t.BATCH_SIZE):
+        batch, total, count = rows[start : start + 4 * t.BATCH_SIZE], 0.0, 0
+        for row in batch:
             logits = model.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
             labels = torch.tensor(row["labels"][1:])
             total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
             count += (labels != -100).sum().item()
-        losses.append(total / count)
+        losses += [total / count] * len(batch)
     return sum(losses) / len(losses)

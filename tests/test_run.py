@@ -1,28 +1,41 @@
 """Whole runs on the demo model: what they print and leave, and the guards between injection and final_lora."""
 
+import argparse
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-import trl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3_5ForConditionalGeneration,
+    TrainerCallback,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_lora_single as t
 
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 TOKENIZER_FILES = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+RESULTS = {"final_lora", "final_lora_vllm", "samples.md", "loss.png"}
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Flags for a demo on the first 13 training and 4 eval lines, two epochs of four steps."""
     folder, flags = tmp_path_factory.mktemp("data"), ["--demo", "--num_epochs", "2", "--logging_steps", "2"]
+    flags += ["--num_samples", "2", "--max_new_tokens", "5"]
     for name, lines in (("train", 13), ("eval", 4)):
         text = Path("data", f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(text[:lines]), encoding="utf-8")
@@ -49,6 +62,13 @@ def prepared(small, tmp_path):
     return args, tokenizer, config, *rows
 
 
+def train(trainer, args, config, rows):
+    """Train as run() does and return the record."""
+    record = {}
+    t.train(trainer, args, t.make_plan(args, config, len(rows)), record)
+    return record
+
+
 @pytest.fixture
 def adapted(tiny):
     """Return the demo model with a LoRA that changes it."""
@@ -65,15 +85,20 @@ def test_the_output_tells_the_run_in_order(finished):
     output, text = finished
     words = [line.split()[0] for line in text.splitlines() if line[:1].isalpha()]
     story = ["data", "data", "tokens", "example", "plan", "device", "trainable", "model", "eval", *["train"] * 2]
-    assert words == [*story, "eval", *["train"] * 2, "eval", "done", "next"]
+    assert words == [*story, "eval", *["train"] * 2, "eval", "proof", "samples", "done", "next"]
     assert "8 steps, 4 an epoch: ceil(13 / (2 x 2)) x 2" in text
     assert "step 8/8" in text
     assert "weights are random" in text
-    assert f"--max-lora-rank 8 \\\n           --lora-modules companion={output}/final_lora_vllm \\\n" in text
+    assert f"--max-lora-rank 8 --lora-modules companion={output}/final_lora_vllm \\\n" in text
+    assert "2 held-out prompts answered" in text
+    assert f"look at    {output}/samples.md, {output}/loss.png, {output}/run.json\n" in text
+    assert 0.1 < float(re.search(r"\n +memory +([\d.]+) GiB at the peak of the process\n", text)[1]) < 50
     losses = [line.split()[-1] for line in text.splitlines() if line.startswith("eval ")]
     assert f"eval loss  {' -> '.join(losses)}\n" in text
     assert float(losses[-1]) < float(losses[0])
-    assert max(len(line.replace(str(output), "output")) for line in text.splitlines() if "jsonl" not in line) <= 100
+    lines = [line.replace(str(output), "output") for line in text.splitlines() if "jsonl" not in line]
+    assert [line for line in lines if len(line) > 100 and not line.startswith("proof ")] == []
+    assert max(map(len, lines)) <= 120
 
 
 def test_the_log_holds_what_was_printed_but_no_progress_bar(finished):
@@ -85,9 +110,19 @@ def test_the_log_holds_what_was_printed_but_no_progress_bar(finished):
 
 def test_a_run_leaves_exactly_these_files(finished):
     output, _ = finished
-    assert {path.name for path in output.iterdir()} == {"all_logs.log", "checkpoints", "final_lora", "final_lora_vllm"}
+    assert {path.name for path in output.iterdir()} == {"all_logs.log", "checkpoints", "run.json"} | RESULTS
     assert {path.name for path in (output / "final_lora").iterdir()} == ADAPTER_FILES | TOKENIZER_FILES
     assert {path.name for path in (output / "final_lora_vllm").iterdir()} == ADAPTER_FILES - {"README.md"}
+
+
+def test_a_run_takes_no_more_disk_than_its_plan_says(finished):
+    output, text = finished
+    planned = int(re.search(r"at most ([\d,]+) MB of disk", text)[1].replace(",", "")) * 10**6
+    taken = sum(path.stat().st_size for path in output.rglob("*"))
+    optimizer = max(path.stat().st_size for path in output.rglob("optimizer.pt"))
+    adapter = (output / "final_lora" / "adapter_model.safetensors").stat().st_size
+    assert taken < planned
+    assert 2 * adapter < 1.1 * optimizer and optimizer < 3 * adapter  # AdamW's two moments
 
 
 def test_the_adapter_is_float32_and_its_config_says_what_the_constants_say(finished):
@@ -127,16 +162,39 @@ def test_the_vllm_form_has_the_names_peft_writes_for_the_wrapper(finished, tiny,
         assert torch.equal(tensor, vllm[name.replace(".model.model.", ".model.model.language_model.")])
 
 
-def test_a_second_run_moves_the_first_adapter_aside_unchanged(finished, small, tmp_path, capsys):
+def contents(path):
+    """Return the bytes of a file, or of each file in a folder."""
+    if path.is_file():
+        return path.read_bytes()
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_second_run_moves_what_the_first_left_aside_unchanged(finished, small, tmp_path, capsys):
     output = shutil.copytree(finished[0], tmp_path / "output")
-    before = {path.name: path.read_bytes() for path in (output / "final_lora").iterdir()}
+    before = {name: contents(output / name) for name in RESULTS | {"checkpoints", "run.json"}}
     t.main([*small, "--output_dir", str(output), "--seed", "7"])
-    (aside,) = output.glob("final_lora.2*")
-    assert len([*output.glob("final_lora_vllm.2*")]) == len([*output.glob("checkpoints.2*")]) == 1
-    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
-    assert (output / "final_lora" / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
-    assert f"final_lora of an earlier run to {aside}" in capsys.readouterr().out
-    assert not (output / "partial").exists()
+    text, names = capsys.readouterr().out, {path.name for path in output.iterdir()}
+    aside = {name: [path for path in output.iterdir() if path.name.startswith(f"{name}.2")] for name in before}
+    assert {name: [*map(contents, paths)] for name, paths in aside.items()} == {n: [b] for n, b in before.items()}
+    assert names == {"all_logs.log", *before, *(path.name for paths in aside.values() for path in paths)}
+    assert [name for name in before if contents(output / name) == before[name]] == []
+    for name, (path,) in aside.items():
+        assert f"moved    {output}/{name} of an earlier run to {path}\n" in text
+    assert "resume" not in text
+
+
+def test_the_results_of_the_first_run_are_in_place_until_those_of_the_second_are_proved(
+    finished, small, tmp_path, capsys
+):
+    output = shutil.copytree(finished[0], tmp_path / "output")
+    t.main([*small, "--output_dir", str(output), "--num_epochs", "1"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()]
+    moved = [re.findall(rf"{output}/(\S+) of an earlier run", line) for line in lines]
+    words = [line.split()[0] for line in lines]
+    start, end = words.index("trainable"), words.index("samples")
+    assert {name for names in moved[:start] for name in names} == {"checkpoints", "run.json"}
+    assert [names for names in moved[start:end] if names] == []
+    assert {name for names in moved[end:] for name in names} == RESULTS
 
 
 def test_without_eval_file_nothing_is_evaluated(small, tmp_path, capsys):
@@ -182,17 +240,79 @@ def test_one_step_is_a_run_that_learns(small, tmp_path):
     assert all(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
 
 
-def test_recomputing_activations_changes_no_loss(prepared, monkeypatch):
-    args, tokenizer, _, rows, _ = prepared
-    args.num_epochs, losses, config = 1, [], trl.SFTConfig
-    for recompute in (False, True):
-        monkeypatch.setattr(
-            trl, "SFTConfig", lambda recompute=recompute, **k: config(**k | {"activation_checkpointing": recompute})
-        )
+@pytest.fixture
+def on_a_gpu(prepared, monkeypatch):
+    """Return a function that trains one epoch on a GPU whose memory holds batches of so many tokens.
+
+    One number is for a batch whose activations are kept, the other for one whose are recomputed. The function returns
+    what each batch of the training had (tokens, recomputed or not), the logged losses, and each step's gradients.
+    """
+    args, tokenizer, config, rows, _ = prepared
+    args.num_epochs = 1
+    for name in ("set_per_process_memory_fraction", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+
+    def run(kept, recomputed):
         trainer = t.build_trainer(args, tokenizer, rows, [])
-        t.train(trainer, args)
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-6)
+        layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        compute_loss, calls, batches, gradients = trainer.compute_loss, [], [], []
+
+        def compute_loss_in_memory(model, inputs, *others, **settings):
+            loss = compute_loss(model, inputs, *others, **settings)
+            flags, tokens = {layer.gradient_checkpointing for layer in layers}, inputs["input_ids"].numel()
+            assert len(layers) == 2 and len(flags) == 1 and layers[0].training
+            batches.append((tokens, *flags))
+            if tokens > (recomputed if True in flags else kept):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return loss
+
+        class Gradients(TrainerCallback):
+            def on_pre_optimizer_step(self, *_, model, **__):
+                gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+
+        trainer.compute_loss = compute_loss_in_memory
+        trainer.add_callback(Gradients())
+        t.keep_activations(trainer, rows, argparse.Namespace(**vars(args) | {"device": "cuda"}))
+        assert [name for name, p in trainer.model.named_parameters() if p.grad is not None] == []
+        batches.clear()
+        layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        history = train(trainer, args, config, rows)["loss_history"]
+        assert len(calls) == len(batches) + sum(again for _, again in batches)
+        return batches, [entry for entry in history if "loss" in entry], gradients
+
+    return run
+
+
+def test_recomputing_activations_of_all_or_of_some_batches_changes_no_loss_and_no_gradient(on_a_gpu, capsys):
+    (batches, losses, gradients), *others = [on_a_gpu(kept, 10_000) for kept in (10_000, 0, 400)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+    assert [again for _, again in others[0][0]] == [True] * len(batches) == [True] * 7
+    assert {again for _, again in batches} == {False} and len(losses) == len(gradients) == 4
+    for other_batches, other_losses, other_gradients in others:
+        assert [tokens for tokens, _ in other_batches] == [tokens for tokens, _ in batches]
+        for name in ("step", "loss", "grad_norm", "entropy", "mean_token_accuracy"):
+            assert [entry[name] for entry in other_losses] == pytest.approx(
+                [entry[name] for entry in losses], rel=1e-6
+            )
+        for step, other_step in zip(gradients, other_gradients, strict=True):
+            torch.testing.assert_close(step, other_step)
+    limit = int(re.search(r"up to ([\d,]+) tokens", lines[2])[1].replace(",", ""))
+    assert "kept for all" in lines[0] and "recomputed for all" in lines[1] and 300 < limit <= 400
+    assert others[1][0] == [(tokens, tokens > limit) for tokens, _ in batches]
+    assert {again for _, again in others[1][0]} == {True, False}
+
+
+def test_the_batches_that_are_tried_out_are_not_counted_as_trained_tokens(on_a_gpu, prepared):
+    _, losses, _ = on_a_gpu(10_000, 10_000)
+    assert losses[-1]["num_tokens"] == sum(len(row["input_ids"]) for row in prepared[3])
+
+
+def test_a_batch_that_does_not_fit_even_with_recomputation_is_refused_before_the_first_step(on_a_gpu, prepared):
+    longest = 2 * max(len(row["input_ids"]) for row in prepared[3])
+    batches, *_ = on_a_gpu(300, longest)
+    assert max(batches) == (longest, True)
+    with pytest.raises(SystemExit, match=rf"^memory: a batch of {longest} tokens does not fit.*lower BATCH_SIZE"):
+        on_a_gpu(300, longest - 1)
 
 
 def test_each_constant_of_the_training_reaches_the_trainer(prepared):
@@ -205,13 +325,14 @@ def test_each_constant_of_the_training_reaches_the_trainer(prepared):
     got, lora = trainer.args, trainer.model.peft_config["default"]
     assert (got.seed, got.learning_rate, got.lr_scheduler_type, got.save_steps) == (7, 3e-3, "linear", 3)
     assert (got.num_train_epochs, got.per_device_train_batch_size, got.gradient_accumulation_steps) == (5, 3, 2)
+    assert got.per_device_eval_batch_size == 12
     assert got.warmup_steps == 7  # half of ceil(13 / 6) x 5, rounded down
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules) == (4, 4, 0.2, {"q_proj"})
     assert lora.revision == "v1"
 
 
 def test_out_of_memory_names_the_settings_to_change(prepared, monkeypatch):
-    args, tokenizer, _, rows, _ = prepared
+    args, tokenizer, config, rows, _ = prepared
     trainer = t.build_trainer(args, tokenizer, rows, [])
 
     def full(*_, **__):
@@ -219,20 +340,38 @@ def test_out_of_memory_names_the_settings_to_change(prepared, monkeypatch):
 
     monkeypatch.setattr(trainer, "training_step", full)
     with pytest.raises(SystemExit, match="out of GPU memory at step 0; lower BATCH_SIZE"):
-        t.train(trainer, args)
+        train(trainer, args, config, rows)
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (ZeroDivisionError("a bug"), None)])
-def test_what_ends_a_run_stands_in_the_log(small, tmp_path, monkeypatch, error, status):
-    def end(*_):
-        raise error
+def press(number):
+    """Send this process a signal, as Ctrl-C or kill does."""
+    os.kill(os.getpid(), number)
+    time.sleep(5)
+    raise AssertionError("the signal did not end the run")
 
-    monkeypatch.setattr(t, "warn_of_repeats", end)
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (lambda: press(signal.SIGINT), 130),
+        (lambda: press(signal.SIGTERM), 143),
+        (lambda: fail(KeyboardInterrupt()), 130),
+        (lambda: fail(ZeroDivisionError("a bug")), None),
+    ],
+    ids=["Ctrl-C", "kill", "a library's KeyboardInterrupt", "a bug"],
+)
+def test_what_ends_a_run_stands_in_the_log(small, tmp_path, monkeypatch, capsys, end, status):
+    monkeypatch.setattr(t, "warn_of_repeats", lambda *_: end())
     with pytest.raises(SystemExit if status else ZeroDivisionError) as stop:
         t.main([*small, "--output_dir", str(tmp_path)])
-    log = (tmp_path / "all_logs.log").read_text(encoding="utf-8")
+    log, printed = (tmp_path / "all_logs.log").read_text(encoding="utf-8"), capsys.readouterr().err
     if status:
-        assert stop.value.code == status and "Ctrl-C" in log and "Traceback" not in log
+        assert stop.value.code == status and "Traceback" not in log + printed
+        assert log.splitlines()[-1].startswith("stopped") and log.splitlines()[-1] == printed.splitlines()[-1]
     else:
         assert "Traceback" in log and "ZeroDivisionError: a bug" in log
 
@@ -258,25 +397,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_older_adapter(
     assert f"train: {name} is nan at step" in capsys.readouterr().err
     assert "LEARNING_RATE" in (output / "all_logs.log").read_text(encoding="utf-8").splitlines()[-1]
     assert (output / "final_lora" / "adapter_model.safetensors").read_bytes() == before
-    assert not list(output.glob("final_lora.*"))
+    assert {name for name in RESULTS if (output / name).exists()} == RESULTS
+    assert [path for name in RESULTS for path in output.glob(f"{name}.*")] == []
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(prepared):
-    args, tokenizer, _, rows, _ = prepared
+    args, tokenizer, config, rows, _ = prepared
     trainer = t.build_trainer(args, tokenizer, rows, [])
     next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(SystemExit, match=r"grad_norm is (nan|inf) at step 1"):
-        t.train(trainer, args)
+        train(trainer, args, config, rows)
 
 
 def test_every_example_is_seen_once_an_epoch_in_an_order_that_changes(prepared):
-    args, tokenizer, _, rows, _ = prepared
+    args, tokenizer, config, rows, _ = prepared
     epochs = []
     for _ in range(2):
         trainer, seen = t.build_trainer(args, tokenizer, rows, []), []
         collate = trainer.data_collator
         trainer.data_collator = lambda batch, collate=collate, seen=seen: seen.extend(batch) or collate(batch)
-        t.train(trainer, args)
+        train(trainer, args, config, rows)
         order = [next(i for i, row in enumerate(rows) if row["input_ids"] == one["input_ids"]) for one in seen]
         epochs.append([order[:13], order[13:]])
     assert epochs[0] == epochs[1]
@@ -290,6 +430,10 @@ def test_trl_trains_on_the_very_rows(prepared):
     trainer = t.build_trainer(args, tokenizer, rows, eval_rows)
     assert list(trainer.train_dataset["input_ids"]) == [row["input_ids"] for row in rows]
     assert list(trainer.train_dataset["labels"]) == [row["labels"] for row in rows]
+    by_length = sorted(eval_rows, key=lambda row: len(row["input_ids"]))
+    assert list(trainer.eval_dataset["input_ids"]) == [row["input_ids"] for row in by_length]
+    assert list(trainer.eval_dataset["labels"]) == [row["labels"] for row in by_length]
+    assert [len(batch["input_ids"]) for batch in trainer.get_eval_dataloader()] == [4]
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     for i, row in enumerate(rows[:3]):
         n = len(row["input_ids"])

@@ -1,5 +1,6 @@
 """What is trained on equals what is served: ids, labels, lengths, and the demo model's chat template."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -30,7 +31,9 @@ def messages(*turns):
 
 
 def example(*turns, where="data.jsonl:7"):
-    return {"where": where, "prompt": messages(*turns[:-1]), "reply": messages(turns[-1])[0]}
+    """Return the example of the last reply of the turns, which may go on after it."""
+    reply = max(n for n, (role, _) in enumerate(turns) if role == "assistant")
+    return {"where": where, "messages": messages(*turns), "reply": reply, "prompt": 0}
 
 
 @pytest.fixture(params=["own template", "Qwen3.5's template"])
@@ -62,14 +65,22 @@ def test_only_the_reply_and_its_end_of_turn_token_are_trained(tokenizer):
 
 
 def test_every_turn_is_trained_on_the_ids_that_are_served(tokenizer):
-    pairs, _ = t.parse_line(json.dumps({"messages": messages(*TALK)}))
-    rows = t.encode([{"where": "f:1", "prompt": p, "reply": r} for p, r in pairs], tokenizer, 512)
+    examples, _ = t.parse_line(json.dumps({"messages": messages(*TALK)}))
+    rows = t.encode([{"where": "f:1", **example} for example in examples], tokenizer, 512)
     assert len(rows) == 3
+    assert all({"where": "f:1", **one}.items() <= row.items() for one, row in zip(examples, rows, strict=True))
     for row, end in zip(rows, (2, 4, 6), strict=True):
         served = tokenizer.apply_chat_template(
             messages(*TALK[:end]), add_generation_prompt=True, enable_thinking=False, return_dict=True
         )["input_ids"]
         assert row["input_ids"][: row["labels"].count(-100)] == served
+
+
+def test_turns_after_the_reply_are_neither_seen_nor_checked(tokenizer):
+    (whole,) = t.encode([example(*TALK[:3])], tokenizer, 512)
+    later = [HELLO, ("assistant", "<think>\nHm\n</think>\n\n<|im_start|>")]
+    (row,) = t.encode([{**example(*TALK[:3], *later), "reply": 2}], tokenizer, 512)
+    assert (row["input_ids"], row["labels"]) == (whole["input_ids"], whole["labels"])
 
 
 def test_trl_prepares_a_single_turn_the_same_up_to_the_newline_after_the_turn(tokenizer, tiny, tmp_path):
@@ -145,13 +156,53 @@ def test_more_than_a_tenth_over_the_limit_is_an_error_that_names_the_longest(tok
         t.encode(rows, tokenizer, 64)
 
 
+@pytest.mark.parametrize("number", [1, 999, 1000, 1001, 2500])
+def test_however_many_examples_there_are_each_is_encoded_in_order(tiny, number):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    examples = [example(("user", f"Hello {n}?"), ("assistant", f"Yes {n}."), where=f"f:{n}") for n in range(number)]
+    rows = t.encode(examples, tokenizer, 512)
+    assert [row["where"] for row in rows] == [f"f:{n}" for n in range(number)]
+    assert [tokenizer.decode(row["input_ids"][row["labels"].count(-100) :]) for row in rows] == [
+        f"Yes {n}.<|im_end|>" for n in range(number)
+    ]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [[("user", "<|im_start|>"), TALK[6]], [HELLO, ("assistant", "<think>\nHm\n</think>\n\nYes.")]],
+    ids=["control token", "think block"],
+)
+def test_all_bad_lines_of_a_long_file_are_named(tiny, turns):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    examples = [example(HELLO, ("assistant", "Yes."), where=f"f:{n}") for n in range(2500)]
+    for n in (5, 1500, 2400):
+        examples[n] = example(*turns, where=f"f:{n}")
+    with pytest.raises(SystemExit) as stop:
+        t.encode(examples, tokenizer, 512)
+    assert [line.partition(": ")[0] for line in stop.value.code.splitlines()] == ["f:5", "f:1500", "f:2400"]
+
+
 def test_no_examples_encode_to_none(tokenizer):
     assert t.encode([], tokenizer, 512) == []
 
 
-def test_the_report_counts_tokens_and_marks_what_is_trained(tokenizer, capsys):
-    rows = t.encode([example(*TALK[:n]) for n in (3, 5, 7)], tokenizer, 512)
-    t.report_tokens({"train.jsonl": rows}, tokenizer)
+@pytest.fixture
+def report(tokenizer, tmp_path, monkeypatch):
+    """Return a function that writes data files, and reports on (lines, examples, rows) of each path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_and_report(**files):
+        for name, (content, _, _) in files.items():
+            Path(f"{name}.jsonl").write_bytes(content)
+        return t.report_tokens({f"{name}.jsonl": file[1:] for name, file in files.items()}, tokenizer)
+
+    return write_and_report
+
+
+def test_the_report_counts_tokens_and_marks_what_is_trained(tokenizer, report, capsys):
+    examples = [example(*TALK[:n]) for n in (3, 5, 7)]
+    rows = t.encode(examples, tokenizer, 512)
+    report(train=(b"", examples, rows))
     text = capsys.readouterr().out
     lengths = sorted(len(row["input_ids"]) for row in rows)
     trained = sum(len(row["input_ids"]) - row["labels"].count(-100) for row in rows)
@@ -159,3 +210,30 @@ def test_the_report_counts_tokens_and_marks_what_is_trained(tokenizer, capsys):
     assert " ".join(map(str, figures)) in re.sub(" +", " ", text)
     assert ">>>Good morning.<|im_end|><<<" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_report_returns_each_files_hash_and_counts(tokenizer, report):
+    examples = [example(*TALK[:n]) for n in (3, 5, 7)]
+    rows = t.encode(examples, tokenizer, 512)
+    facts = report(train=(b"one\n\ntwo\nthree", examples, rows), eval=(b"", examples, rows[:1]))
+    assert [*facts] == ["train.jsonl", "eval.jsonl"]
+    assert facts["train.jsonl"] == {
+        "sha256": hashlib.sha256(b"one\n\ntwo\nthree").hexdigest(),
+        "lines": 4,
+        "examples": 3,
+        "left_out": 0,
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "trained_tokens": sum(label != -100 for row in rows for label in row["labels"]),
+    }
+    assert (facts["eval.jsonl"]["examples"], facts["eval.jsonl"]["left_out"]) == (1, 2)
+    assert facts["eval.jsonl"]["sha256"] == hashlib.sha256(b"").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"), [(b"one", 1), (b"one\n", 1), (b"one\r\ntwo\r\n", 2), (b"\n\none\n\n", 4)]
+)
+def test_the_lines_of_a_file_are_counted_with_blank_ones_and_with_a_last_one_that_does_not_end(
+    tokenizer, report, content, lines
+):
+    examples = [example(*TALK[:3])]
+    assert report(train=(content, examples, t.encode(examples, tokenizer, 512)))["train.jsonl"]["lines"] == lines
