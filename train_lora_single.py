@@ -201,9 +201,8 @@ def read_examples(path: str) -> list[dict]:
                     examples += [{"where": f"{path}:{number}", **example} for example in found]
                     unused |= others
                 except json.JSONDecodeError as error:
-                    problems.append(
-                        f"{path}:{number}: not JSON at column {error.colno}, {error.msg}; one object a line"
-                    )
+                    fault = f"not JSON at column {error.colno}, {error.msg}"
+                    problems.append(f"{path}:{number}: {fault}; one object a line")
                 except UnicodeDecodeError as error:
                     problems.append(f"{path}:{number}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8")
                 except RecursionError:
@@ -315,30 +314,26 @@ def encode(examples: list[dict], tokenizer, max_seq_len: int) -> list[dict]:
     for start in range(0, len(examples), 1000):
         part, texts, before = examples[start : start + 1000], [], len(problems)
         for example in part:
-            conversation = example["messages"][: example["reply"] + 1]
+            where, conversation = example["where"], example["messages"][: example["reply"] + 1]
             try:
                 texts.append(tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, **serving))
                 texts.append(tokenizer.apply_chat_template(conversation, **serving))
             except TemplateError as error:
-                problems.append(f"{example['where']}: the chat template refuses it ({error}); change the conversation")
+                problems.append(f"{where}: the chat template refuses it ({error}); change the conversation")
             if found := [token for message in conversation for token in control.findall(message["content"])]:
-                problems.append(
-                    f"{example['where']}: the text holds the control token {found[0]}; respell or remove it"
-                )
+                problems.append(f"{where}: the text holds the control token {found[0]}; respell or remove it")
         ids = [] if len(problems) > before else tokenizer(texts, add_special_tokens=False)["input_ids"]
         for example, prompt, whole in zip(part, ids[::2], ids[1::2], strict=False):
             reply = whole[len(prompt) :]
             if whole[: len(prompt)] != prompt or tokenizer.eos_token_id not in reply:
                 fault = f"its prompt is rendered otherwise before the reply, or the reply lacks {tokenizer.eos_token}"
-                problems.append(
-                    f"{example['where']}: {fault}; training would not equal serving. Is there a think tag?"
-                )
+                advice = "training would not equal serving. Is there a think tag?"
+                problems.append(f"{example['where']}: {fault}; {advice}")
                 continue
+            prompt = [shared.setdefault(i, i) for i in prompt]
             reply = [shared.setdefault(i, i) for i in reply[: reply.index(tokenizer.eos_token_id) + 1]]
-            input_ids, labels = [shared.setdefault(i, i) for i in prompt] + reply, [-100] * len(prompt) + reply
-            (rows if len(input_ids) <= max_seq_len else too_long).append(
-                {**example, "input_ids": input_ids, "labels": labels}
-            )
+            row = {**example, "input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
+            (rows if len(row["input_ids"]) <= max_seq_len else too_long).append(row)
     notes = [f"{row['where']}: {len(row['input_ids']):,} tokens, over MAX_SEQ_LEN {max_seq_len}" for row in too_long]
     if len(too_long) > len(examples) / 10:
         longest = max(len(row["input_ids"]) for row in too_long)
@@ -435,9 +430,8 @@ def make_plan(args: argparse.Namespace, config, n_train: int) -> dict[str, int]:
 def check_room(args: argparse.Namespace, plan: dict[str, int]) -> None:
     """Exit if the model is too large for a CPU or the disk too full."""
     if args.device == "cpu" and plan["total"] > 1e9:
-        raise SystemExit(
-            f"DEVICE cpu: {plan['total']:,} parameters, over a billion; use a GPU or a smaller MODEL_NAME"
-        )
+        advice = "use a GPU or a smaller MODEL_NAME"
+        raise SystemExit(f"DEVICE cpu: {plan['total']:,} parameters, over a billion; {advice}")
     if (free := shutil.disk_usage(args.output_dir).free) < plan["disk"]:
         found = f"{free / 1e6:,.0f} MB free, {plan['disk'] / 1e6:,.0f} MB needed"
         raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {found}; make room")
@@ -744,7 +738,9 @@ def prove(model, folder: Path, row: dict):
            if name not in kept or name not in saved or not torch.equal(kept[name].cpu(), saved[name])]  # fmt: skip
     odd += [name for name, t in saved.items() if not t.isfinite().all() or ("lora_B" in name and not t.any())]
     if odd:
-        raise SystemExit(f"proof: in {folder} not as trained, not finite or all zero: {first(sorted(odd), 3, ', ')}")
+        raise SystemExit(
+            f"proof: in {folder} not as trained, not finite or all zero: {first(sorted({*odd}), 3, ', ')}"
+        )
     ids = torch.tensor([row["input_ids"]], device=model.device)
     with torch.no_grad():
         trained = model.eval()(input_ids=ids).logits
@@ -791,13 +787,14 @@ def write_samples(model, tokenizer, rows: list[dict], path: Path, args: argparse
             text += f"\n## {row['where']}\n"
             said = [(message["role"], message["content"]) for message in prompt]
             for who, reply in [*said, ("base", without), ("adapter", with_it), ("written", written["content"])]:
-                text += f"\n**{who}**\n\n" + "".join(f"> {line}\n" for line in reply.strip().split("\n"))
+                text += f"\n**{who}**\n\n" + "".join(f"> {line}\n" for line in re.split(r"\r\n?|\n", reply.strip()))
     path.write_text(text, encoding="utf-8")
     say("samples", f"{len(rows)} held-out prompts answered with and without the adapter")
 
 
 def draw_losses(history: list[dict], path: Path, title: str, per_epoch: int) -> None:
     """Draw train loss, raw and smoothed, eval loss and learning rate over the steps to a PNG at path."""
+    os.environ.pop("MPLBACKEND", None)  # nothing is shown on a screen, and an unknown name is an error
     from matplotlib.figure import Figure
 
     trained = [entry for entry in history if "loss" in entry]
@@ -818,7 +815,8 @@ def draw_losses(history: list[dict], path: Path, title: str, per_epoch: int) -> 
         axes.spines[["top", "right"]].set_visible(False)
         for step in range(per_epoch, steps[-1] + 1, per_epoch):
             axes.axvline(step, color="gray", linestyle=":", linewidth=1)
-    top.set(title=title, ylabel="loss, nats per token")
+    top.set_title(title, parse_math=False)
+    top.set(ylabel="loss, nats per token")
     bottom.set(xlabel="step (dotted: end of an epoch)", ylabel="learning rate")
     top.legend(frameon=False)
     figure.savefig(path)
@@ -833,8 +831,8 @@ def write_card(folder: Path, args: argparse.Namespace, system: str | None) -> st
     lora = json.loads((final / "adapter_config.json").read_text(encoding="utf-8"))
     rank = min(rank for rank in VLLM_RANKS if rank >= lora["r"])
     served = output / ("final_lora_vllm" if (folder / "final_lora_vllm").exists() else "final_lora")
-    command = f"""vllm serve {args.model_name} --revision {args.model_revision} \\
-  --enable-lora --max-lora-rank {rank} --lora-modules companion={served} \\
+    command = f"""vllm serve {shlex.quote(args.model_name)} --revision {shlex.quote(args.model_revision)} \\
+  --enable-lora --max-lora-rank {rank} --lora-modules {shlex.quote(f"companion={served}")} \\
   --default-chat-template-kwargs '{{"enable_thinking": false}}'"""
     messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": "Good morning."}]
     request = shlex.quote(json.dumps({"model": "companion", "messages": messages}, ensure_ascii=False))
@@ -891,7 +889,7 @@ def set_aside(path: Path) -> None:
         say("moved", f"{path} of an earlier run to {aside}")
 
 
-def write_results(trainer, tokenizer, config, rows: list[dict], args: argparse.Namespace, plan: dict[str, int]) -> str:
+def write_results(trainer, tokenizer, config, train: list[dict], evaluation: list[dict], args, plan: dict) -> str:
     """Write and prove all results in OUTPUT_DIR/partial, then move them in; return the command that serves them.
 
     What an earlier run left is set aside at the very end, so that a full disk or a failed proof leaves it in place.
@@ -899,19 +897,21 @@ def write_results(trainer, tokenizer, config, rows: list[dict], args: argparse.N
     from safetensors import SafetensorError
 
     output_dir, partial = Path(args.output_dir), Path(args.output_dir, "partial")
-    system = next((m["content"] for m in rows[0]["messages"] if m["role"] == "system"), None)
+    system = next((m["content"] for m in train[0]["messages"] if m["role"] == "system"), None)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         save_adapter(trainer.model, tokenizer, config, partial, args)
-        model = prove(trainer.model, partial / "final_lora", rows[0])
-        if args.eval_file and args.num_samples:
-            write_samples(model, tokenizer, rows, partial / "samples.md", args)
+        model = prove(trainer.model, partial / "final_lora", (evaluation or train)[0])
+        if evaluation and args.num_samples:
+            write_samples(model, tokenizer, evaluation, partial / "samples.md", args)
         model_name, data = ("/".join(Path(name).parts[-2:]) for name in (args.model_name, args.train_file))
         title = f"{model_name}, r={args.lora_r}, alpha={args.lora_alpha}, {data}"
         draw_losses(trainer.state.log_history, partial / "loss.png", title, plan["per_epoch"])
         command = write_card(partial, args, system)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         advice = "what earlier runs left is as it was. Make room and run the same command again: no step is repeated"
         raise SystemExit(f"OUTPUT_DIR {args.output_dir}: the results cannot be written ({error}); {advice}") from None
     for name in ("final_lora", "final_lora_vllm", "samples.md", "loss.png"):
@@ -962,7 +962,7 @@ def summarize(args: argparse.Namespace, plan: dict[str, int], record: dict, star
     say("", f"trained    {plan['trainable']:,} of {plan['total']:,} parameters, {share:.4f} %")
     losses = [f"{entry['eval_loss']:.4f}" for entry in evals] or ["not evaluated"]
     say("", f"eval loss  {' -> '.join(losses)}")
-    if evals and (best := min(evals, key=lambda e: e["eval_loss"])) is not evals[-1]:
+    if evals and (best := min(evals, key=lambda e: e["eval_loss"]))["eval_loss"] < evals[-1]["eval_loss"]:
         where = f"{output_dir}/checkpoints/checkpoint-{best['step']}" if best["step"] else "the base model as it was"
         say("", f"overfit    lowest after epoch {best['epoch'] or 0:g}: {where}; lower NUM_EPOCHS or LEARNING_RATE")
     minutes, memory = record["train_runtime"] / 60, record["peak_memory_gib"]
@@ -1016,7 +1016,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     train(trainer, args, plan, record, checkpoint)
     if launched("RANK"):
         return
-    command = write_results(trainer, tokenizer, config, eval_rows or train_rows, args, plan)
+    command = write_results(trainer, tokenizer, config, train_rows, eval_rows, args, plan)
     evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     record["eval_loss"] = {"before": evals[0], "after": evals[-1]} if evals else None
     summarize(args, plan, record, started, command)
