@@ -200,15 +200,16 @@ def read_examples(path: str) -> list[dict]:
                     found, others = parse_line(text) if text else ([], set())
                     examples += [{"where": f"{path}:{number}", **example} for example in found]
                     unused |= others
+                    continue
                 except json.JSONDecodeError as error:
-                    fault = f"not JSON at column {error.colno}, {error.msg}"
-                    problems.append(f"{path}:{number}: {fault}; one object a line")
+                    fault = f"not JSON at column {error.colno}, {error.msg}; one object a line"
                 except UnicodeDecodeError as error:
-                    problems.append(f"{path}:{number}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8")
+                    fault = f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
                 except RecursionError:
-                    problems.append(f"{path}:{number}: nested too deeply; write an object with a list of messages")
+                    fault = "nested too deeply; write an object with a list of messages"
                 except ValueError as error:
-                    problems.append(f"{path}:{number}: {error}")
+                    fault = str(error)
+                problems.append(f"{path}:{number}: {fault}" if len(problems) < 20 else "")  # 20 are shown
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}; set TRAIN_FILE and EVAL_FILE to JSONL files") from None
     if problems or not examples:
@@ -437,6 +438,12 @@ def check_room(args: argparse.Namespace, plan: dict[str, int]) -> None:
         raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {found}; make room")
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in a checkpoint but complete.json, which holds them."""
+    files = sorted(path for path in folder.iterdir() if path.name != "complete.json")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def find_checkpoint(args: argparse.Namespace, files: dict[str, dict]) -> Path | None:
     """Return the newest complete checkpoint of this very job, or move aside what an earlier one left and return None.
 
@@ -450,9 +457,9 @@ def find_checkpoint(args: argparse.Namespace, files: dict[str, dict]) -> Path | 
     }
     job |= {name: file["sha256"][:16] for name, file in zip(("TRAIN_FILE", "EVAL_FILE"), files.values(), strict=False)}
     for path in folder.glob("checkpoint-*/complete.json"):
-        sizes = json.loads(path.read_text(encoding="utf-8"))
-        if sizes.items() <= {file.name: file.stat().st_size for file in path.parent.iterdir()}.items():
-            complete[int(path.parent.name.split("-")[1])] = path.parent
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # complete.json itself may be cut
+            if json.loads(path.read_text(encoding="utf-8")).items() <= hashes(path.parent).items():
+                complete[int(path.parent.name.split("-")[1])] = path.parent
     if complete and args.resume == "auto" and (folder / "job.json").exists():
         newest, old = complete[max(complete)], json.loads((folder / "job.json").read_text(encoding="utf-8"))
         differ = [name for name in old | job if old.get(name) != job.get(name)]
@@ -606,7 +613,6 @@ def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> Non
 def watch(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict, stop: list[int]) -> None:
     """Have trainer print its losses, exit at one that is not finite, stop at a signal, and save whole checkpoints."""
     import torch
-    from safetensors import SafetensorError
     from transformers import ProgressCallback
 
     class Progress(ProgressCallback):
@@ -651,12 +657,11 @@ def watch(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict,
             if launched("RANK"):
                 return
             new = folder / f"checkpoint-{trainer.state.global_step}"
-            sizes = {path.name: path.stat().st_size for path in new.iterdir() if path.name != "complete.json"}
-            (new / "complete.json").write_text(json.dumps(sizes), encoding="utf-8")
+            (new / "complete.json").write_text(json.dumps(hashes(new)), encoding="utf-8")
             steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
             for step in [step for step in steps[:-2] if step % plan["per_epoch"]]:
                 shutil.rmtree(folder / f"checkpoint-{step}")
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # when the disk is full, tokenizers raises just that, torch a RuntimeError
             shutil.rmtree(folder / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
             fault = f"checkpoint {trainer.state.global_step} could not be written ({error})"
             advice = "make room, and the same command goes on from the newest complete one"
@@ -910,7 +915,7 @@ def write_results(trainer, tokenizer, config, train: list[dict], evaluation: lis
         command = write_card(partial, args, system)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, (OSError, SafetensorError)):
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # that is tokenizers'
             raise
         advice = "what earlier runs left is as it was. Make room and run the same command again: no step is repeated"
         raise SystemExit(f"OUTPUT_DIR {args.output_dir}: the results cannot be written ({error}); {advice}") from None
@@ -966,7 +971,8 @@ def summarize(args: argparse.Namespace, plan: dict[str, int], record: dict, star
         where = f"{output_dir}/checkpoints/checkpoint-{best['step']}" if best["step"] else "the base model as it was"
         say("", f"overfit    lowest after epoch {best['epoch'] or 0:g}: {where}; lower NUM_EPOCHS or LEARNING_RATE")
     minutes, memory = record["train_runtime"] / 60, record["peak_memory_gib"]
-    say("", f"time       {minutes:.1f} min of training, {(time.time() - started) / 60:.1f} min in all")
+    since = " since the checkpoint" * bool(record["resumed_from"])
+    say("", f"time       {minutes:.1f} min of training{since}, {(time.time() - started) / 60:.1f} min in all")
     say("", f"memory     {memory:.1f} GiB at the peak{' of the process' * (args.device == 'cpu')}")
     shown = [name for name in ("samples.md", "loss.png", "run.json") if (output_dir / name).exists()]
     say("", f"look at    {', '.join(f'{output_dir}/{name}' for name in shown)}")
@@ -1025,6 +1031,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the job with the constants as changed by flags, and copy what is printed to OUTPUT_DIR/all_logs.log."""
     args = parse_args(argv)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would tell the hub of each run
     keeps_log = not (args.dry_run or launched("RANK"))
     try:
         if keeps_log:
@@ -1043,7 +1050,7 @@ def main(argv: list[str] | None = None) -> None:
 
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, interrupt)
-    # Of several processes the first one speaks, and each of an error in its training.
+    # Of several processes only the first one speaks.
     out, err = (log, log) if launched("RANK") else (sys.stdout, sys.stderr)
     record, status = {}, 0
     with log, contextlib.redirect_stdout(_Tee(out, log)), contextlib.redirect_stderr(_Tee(err, log)):
@@ -1053,6 +1060,8 @@ def main(argv: list[str] | None = None) -> None:
         except SystemExit as stop:
             message, status, record["outcome"] = stop, 1, f"failed: {stop}"
         except KeyboardInterrupt as stop:
+            for one in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(one, signal.SIG_IGN)  # another one must not break off what is left to do
             number, message = stop.args or (signal.SIGINT, "stopped")
             status, record["outcome"] = 128 + number, f"interrupted: {message}"
         except BaseException as error:
@@ -1061,8 +1070,14 @@ def main(argv: list[str] | None = None) -> None:
             raise
         finally:
             write_record(args, record)
+        if status and launched("RANK"):
+            # The first process fails alike and says it, and then the launcher ends this one. If not, this one speaks.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(0 if "loss_history" in record else 20)
+            print(message, file=sys.__stderr__)
+        elif status:
+            print(message, file=sys.stderr)
         if status:
-            print(message, file=sys.__stderr__ if err is log and "loss_history" in record else sys.stderr)
             raise SystemExit(status)
 
 
