@@ -452,9 +452,8 @@ def find_checkpoint(args: argparse.Namespace, files: dict[str, dict]) -> Path | 
     folder, names, complete = Path(args.output_dir, "checkpoints"), [*vars(args)], {}
     # What stands above OUTPUT_DIR changes the result, but for the device and the files' places.
     names = names[names.index("model_name") : names.index("output_dir")]
-    job = {name.upper(): vars(args)[name] for name in names if name != "device"} | {
-        "PROCESSES": launched("WORLD_SIZE", 1)
-    }
+    job = {name.upper(): vars(args)[name] for name in names if name != "device"}
+    job["PROCESSES"] = launched("WORLD_SIZE", 1)
     job |= {name: file["sha256"][:16] for name, file in zip(("TRAIN_FILE", "EVAL_FILE"), files.values(), strict=False)}
     for path in folder.glob("checkpoint-*/complete.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # complete.json itself may be cut
@@ -478,10 +477,9 @@ def find_checkpoint(args: argparse.Namespace, files: dict[str, dict]) -> Path | 
     return None
 
 
-def build_trainer(
-    args: argparse.Namespace, tokenizer, train: list[dict], evaluation: list[dict], resume: bool = False
-):
+def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evaluation: list[dict], resume=False):
     """Return the SFTTrainer over the frozen model in DTYPE, with LoRA injected by the trainer and by nothing else."""
+    import trl.trainer.utils
     from datasets import Dataset
     from peft import LoraConfig
     from safetensors import SafetensorError
@@ -512,9 +510,10 @@ def build_trainer(
         per_device_eval_batch_size=4 * args.batch_size,  # no activations are kept for a backward pass
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=int(args.warmup_ratio * args.num_epochs * math.ceil(len(train) / batch)),
-        # No autocast: the frozen products in DTYPE, LoRA's in float32. TRL turns bf16 on by itself.
-        bf16=False, fp16=False,
-        ddp_find_unused_parameters=False,
+        # No autocast: the frozen products in DTYPE, LoRA's in float32. TRL turns bf16 on by itself. With autocast the
+        # error of LoRA's gradients against float32 is about the same: SmolLM2-135M 4.2 % with, 4.4 without; 2.9 with,
+        # 2.7 without on four random layers of Qwen3.5-4B (tests/benchmark.py precision, on a CPU).
+        bf16=False, fp16=False, ddp_find_unused_parameters=False,
         activation_checkpointing=False,  # of all batches alike; keep_activations() chooses for each
         # The rows are tokenized: TRL must not render, cut or pack them. Packed, DeltaNet without fla would carry its
         # state from one conversation into the next.
@@ -540,6 +539,8 @@ def build_trainer(
     lengths = [len(row["input_ids"]) for row in train]
     sampler = DistributedLengthGroupedSampler(batch, num_replicas=1, rank=0, seed=args.seed, lengths=lengths)
     trainer._get_train_sampler = lambda dataset=None: sampler
+    if args.device == "cpu":
+        trl.trainer.utils._use_triton = lambda device: True  # score only trained positions, as TRL does on a GPU
     return trainer
 
 
@@ -559,8 +560,9 @@ def check_injection(model, plan: dict[str, int]) -> None:
 def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> None:
     """Recompute activations in the backward pass only for the batches whose activations do not fit the GPU's memory.
 
-    Recomputing costs about 40 % more work. Simulated for 2 x 512 tokens of Qwen3.5-4B: 9 GiB with, 24 without; not
-    measured on a V100. Which fit is tried out, the longest batch first; exits if that does not fit in either way.
+    Recomputing costs about 45 % more work. Simulated for 2 x 512 tokens of Qwen3.5-4B: 8.8 GiB with, 23.1 without
+    (tests/benchmark.py flops memory); not measured on a V100. Which fit is tried out, the longest batch first; exits
+    if that does not fit in either way.
     """
     import torch
     from transformers import set_seed
@@ -594,6 +596,7 @@ def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> Non
     if args.device == "cpu":
         return
     torch.cuda.set_per_process_memory_fraction(0.9)  # a tenth for the optimizer's state and for memory in pieces
+    trainer.accelerator.gather_for_metrics = lambda tensor: tensor  # of several processes only one may overflow
     model.train()
     if overflows(batches[-1]):
         fit = bisect.bisect_left(batches, True, key=overflows)
@@ -601,6 +604,7 @@ def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> Non
         if overflows(batches[-1]):
             advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
             raise SystemExit(f"memory: a batch of {tokens(batches[-1]):,} tokens does not fit this GPU; {advice}")
+    del trainer.accelerator.gather_for_metrics
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.reset_peak_memory_stats()
     trainer._metrics["train"].clear()
@@ -1044,12 +1048,9 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {fault}; choose a folder to write in") from None
 
     def interrupt(number, _):
-        raise KeyboardInterrupt(
-            number, "stopped; the same command goes on from the newest checkpoint, if there is one"
-        )
+        raise KeyboardInterrupt(number, "stopped; the same command goes on from the newest checkpoint, if any")
 
-    for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, interrupt)
+    handlers = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
     # Of several processes only the first one speaks.
     out, err = (log, log) if launched("RANK") else (sys.stdout, sys.stderr)
     record, status = {}, 0
@@ -1060,8 +1061,8 @@ def main(argv: list[str] | None = None) -> None:
         except SystemExit as stop:
             message, status, record["outcome"] = stop, 1, f"failed: {stop}"
         except KeyboardInterrupt as stop:
-            for one in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(one, signal.SIG_IGN)  # another one must not break off what is left to do
+            for one in handlers:  # another signal must not break off what is left to do
+                signal.signal(one, signal.SIG_IGN)
             number, message = stop.args or (signal.SIGINT, "stopped")
             status, record["outcome"] = 128 + number, f"interrupted: {message}"
         except BaseException as error:
@@ -1070,11 +1071,14 @@ def main(argv: list[str] | None = None) -> None:
             raise
         finally:
             write_record(args, record)
+            for one, handler in handlers.items():
+                signal.signal(one, handler)
         if status and launched("RANK"):
             # The first process fails alike and says it, and then the launcher ends this one. If not, this one speaks.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(0 if "loss_history" in record else 20)
-            print(message, file=sys.__stderr__)
+            time.sleep(20 if status == 1 and "loss_history" not in record else 0)
+            if status == 1:
+                print(message, file=sys.__stderr__)
         elif status:
             print(message, file=sys.stderr)
         if status:

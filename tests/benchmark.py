@@ -168,7 +168,9 @@ def step(model, batch):
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = batch.recompute
-    (model.enable_input_require_grads if batch.embeddings else model.disable_input_require_grads)()
+    model.disable_input_require_grads()  # first, as it undoes only the last call of the other
+    if batch.embeddings:
+        model.enable_input_require_grads()
     ids = torch.empty(batch.rows, batch.length, dtype=torch.long)
     masks = {"linear_attention": ids, "full_attention": ids.new_empty(batch.rows, 1, batch.length, batch.length) > 0}
     base = model.get_base_model()
@@ -487,7 +489,8 @@ def part_precision(folder, _):
     ids = [torch.randint(2048, (length,), generator=random).tolist() for length in (64, 100)]
     torch.manual_seed(0)
     config = Qwen3_5TextConfig(**QWEN | {"num_hidden_layers": 4, "vocab_size": 2048})
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(f"{folder}/qwen")
+    with quiet():
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(f"{folder}/qwen")
     cases = {
         "SmolLM2-135M": (smollm2, encoded(smollm2, t.TRAIN_FILE, 8)[1]),
         "4 random layers of Qwen3.5-4B": (f"{folder}/qwen", [{"input_ids": one, "labels": one} for one in ids]),
@@ -525,7 +528,7 @@ def main():
     os.chdir(ROOT)
     warnings.simplefilter("ignore")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft")]
-    print(f"{os.cpu_count()} cores, {', '.join(versions)}\n")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} (other work spoils times), {', '.join(versions)}\n")
     for name in asked.parts or parts:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:

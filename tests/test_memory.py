@@ -225,7 +225,7 @@ def test_losses_and_gradients_are_equal_with_and_without_recomputation(trainer, 
     torch.testing.assert_close(gradients, other_gradients, rtol=0, atol=1e-6)
 
 
-def test_what_was_tried_out_leaves_no_gradient_no_metric_and_the_seeds_random_state(trainer, rows, gpu):
+def test_what_was_tried_out_leaves_no_gradient_no_metric_and_the_seeds_random_state(trainer, rows, gpu, monkeypatch):
     """The memory runs out in the backward pass, when half of the gradients are there."""
     args, make = trainer
     one, tried = make(), []
@@ -238,8 +238,13 @@ def test_what_was_tried_out_leaves_no_gradient_no_metric_and_the_seeds_random_st
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     hook = first.register_hook(run_out)
+    gathered, kind = [], type(one.accelerator)
+    monkeypatch.setattr(kind, "gather_for_metrics", lambda _, tensor: gathered.append(tensor) or tensor)
     t.keep_activations(one, rows, args)
     hook.remove()
+    assert not gathered  # another process, for which it fits, would wait for this one
+    one.accelerator.gather_for_metrics(1)
+    assert gathered == [1]
     assert len(tried) > 2 and tried[0] > 10
     assert [n for n, p in one.model.named_parameters() if p.grad is not None and p.grad.any()] == []
     assert not any(one._metrics["train"].values()) and one.state.global_step == 0
@@ -289,7 +294,7 @@ def test_the_limit_is_the_largest_batch_that_fits_and_is_found_in_few_passes(len
 
     trainer = types.SimpleNamespace(model=Model(), compute_loss=compute_loss, data_collator=collate)
     trainer._prepare_inputs, trainer._metrics = (lambda inputs: inputs), collections.defaultdict(dict)
-    trainer._total_train_tokens = 0
+    trainer._total_train_tokens, trainer.accelerator = 0, types.SimpleNamespace()
     with pytest.MonkeyPatch.context() as patch:
         for name, fake in fakes.items():
             patch.setattr(torch.cuda, name, fake)

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+import trl.trainer.utils
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -440,6 +442,16 @@ def test_trl_trains_on_the_very_rows(prepared):
         assert batch["labels"][i].tolist() == row["labels"] + [-100] * (batch["labels"].shape[1] - n)
         assert batch["attention_mask"][i].sum() == n
     assert not trainer.args.bf16 and not trainer.args.fp16 and trainer.args.max_length is None
+
+
+def test_only_trained_positions_are_scored_with_the_vocabulary(prepared, monkeypatch):
+    args, tokenizer, _, rows, _ = prepared
+    trainer, scored = t.build_trainer(args, tokenizer, rows, []), []
+    real = trl.trainer.utils._ChunkedLogProbFunction.apply
+    fake = types.SimpleNamespace(apply=lambda hidden, *rest: scored.append(len(hidden)) or real(hidden, *rest))
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", fake)
+    trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[i] for i in range(3)]))
+    assert scored == [sum(label != -100 for row in rows[:3] for label in row["labels"])]
 
 
 def test_an_already_adapted_model_is_refused(prepared, adapted, monkeypatch):

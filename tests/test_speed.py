@@ -103,7 +103,7 @@ STEPS = "4 steps, 2 an epoch: ceil(16 / (2 x 2 x 2)) x 2"
 
 def launch(flags, seen=lambda line, process: None, script="train_lora_single.py"):
     """Run script in two processes; call seen(line, launcher) at each line; return (status, stdout, stderr)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": "."}
     errors = Path(flags[-1], "stderr")
     errors.parent.mkdir(exist_ok=True)
