@@ -129,8 +129,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             good, rule = value or name == "EVAL_FILE", "given"
         if not good:
             parser.error(f"--{name.lower()} {value}: must be {rule}")
-    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+    tracker = importlib.util.find_spec(args.report_to) if args.report_to != "none" else None
+    if args.report_to != "none" and not (tracker and tracker.origin):  # a mere folder of that name has no origin
         parser.error(f"--report_to {args.report_to}: not installed; pip install {args.report_to}, or leave it none")
+    if args.eval_file == args.train_file:
+        parser.error(f"--eval_file {args.eval_file}: is the training file; hold out other conversations, or none")
     return args
 
 
@@ -290,15 +293,19 @@ def load_config_and_tokenizer(args: argparse.Namespace) -> tuple[PreTrainedConfi
     from transformers import AutoConfig, AutoTokenizer
 
     name, where = args.model_name, {"revision": args.model_revision, "trust_remote_code": False}
+    local = Path(name).is_dir()
     try:
         # One request first: from_pretrained alone spends 25 s on retries before it says that there is no network.
-        if not Path(name).is_dir() and not try_to_load_from_cache(name, "config.json", revision=args.model_revision):
+        if not local and not try_to_load_from_cache(name, "config.json", revision=args.model_revision):
             HfApi().model_info(name, revision=args.model_revision, timeout=10)
         config, tokenizer = AutoConfig.from_pretrained(name, **where), AutoTokenizer.from_pretrained(name, **where)
     except (httpx.HTTPError, OSError, ValueError) as error:
-        fault = "a broken folder" if Path(name).is_dir() else "no folder here, and not to be had from the hub"
+        fault = "a broken folder" if local else "no folder here, and not to be had from the hub"
         reason = textwrap.shorten(str(error), 300)
         raise SystemExit(f"MODEL_NAME {name}: {fault}; check name and network, or try --demo ({reason})") from None
+    cached = None if local else try_to_load_from_cache(name, "config.json", revision=args.model_revision)
+    if isinstance(cached, str):  # a branch moves: from here on it is the commit that was read
+        args.model_revision = Path(cached).parent.name
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
         raise SystemExit(f"MODEL_NAME {name}: no chat template or no end-of-turn token; use a model made for chat")
     return config, tokenizer
@@ -313,33 +320,30 @@ def encode(examples: list[dict], tokenizer: PreTrainedTokenizerBase, max_seq_len
     """
     from jinja2 import TemplateError
 
-    serving = {"tokenize": False, "enable_thinking": False}
-    control = re.compile("|".join(re.escape(str(t)) for t in tokenizer.added_tokens_decoder.values() if t.special))
+    serving, eos = {"enable_thinking": False, "return_dict": False}, tokenizer.eos_token_id
+    control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     rows, too_long, problems = [], [], []
     shared = {}  # each token id once: an int of its own for each token would take 28 bytes
-    for start in range(0, len(examples), 1000):
-        part, texts, before = examples[start : start + 1000], [], len(problems)
-        for example in part:
-            where, conversation = example["where"], example["messages"][: example["reply"] + 1]
-            try:
-                texts.append(tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, **serving))
-                texts.append(tokenizer.apply_chat_template(conversation, **serving))
-            except TemplateError as error:
-                problems.append(f"{where}: the chat template refuses it ({error}); change the conversation")
-            if found := [token for message in conversation for token in control.findall(message["content"])]:
-                problems.append(f"{where}: the text holds the control token {found[0]}; respell or remove it")
-        ids = [] if len(problems) > before else tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for example, prompt, whole in zip(part, ids[::2], ids[1::2], strict=False):
-            reply = whole[len(prompt) :]
-            if whole[: len(prompt)] != prompt or tokenizer.eos_token_id not in reply:
-                fault = f"its prompt is rendered otherwise before the reply, or the reply lacks {tokenizer.eos_token}"
-                advice = "training would not equal serving. Is there a think tag?"
-                problems.append(f"{example['where']}: {fault}; {advice}")
-                continue
-            prompt = [shared.setdefault(i, i) for i in prompt]
-            reply = [shared.setdefault(i, i) for i in reply[: reply.index(tokenizer.eos_token_id) + 1]]
-            row = {**example, "input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
-            (rows if len(row["input_ids"]) <= max_seq_len else too_long).append(row)
+    for example in examples:
+        where, conversation = example["where"], example["messages"][: example["reply"] + 1]
+        if found := [token for token in control for message in conversation if token in message["content"]]:
+            problems.append(f"{where}: the text holds the control token {found[0]}; respell or remove it")
+            continue
+        try:
+            prompt = tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, **serving)
+            whole = tokenizer.apply_chat_template(conversation, **serving)
+        except TemplateError as error:
+            problems.append(f"{where}: the chat template refuses it ({error}); change the conversation")
+            continue
+        reply = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt or eos not in reply:
+            fault = f"its prompt is rendered otherwise before the reply, or the reply lacks {tokenizer.eos_token}"
+            problems.append(f"{where}: {fault}; training would not equal serving. Is there a think tag?")
+            continue
+        prompt = [shared.setdefault(i, i) for i in prompt]
+        reply = [shared.setdefault(i, i) for i in reply[: reply.index(eos) + 1]]
+        row = {**example, "input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
+        (rows if len(row["input_ids"]) <= max_seq_len else too_long).append(row)
     notes = [f"{row['where']}: {len(row['input_ids']):,} tokens, over MAX_SEQ_LEN {max_seq_len}" for row in too_long]
     if len(too_long) > len(examples) / 10:
         longest = max(len(row["input_ids"]) for row in too_long)
@@ -374,6 +378,7 @@ def report_tokens(
     row = next(iter(files.values()))[1][0]
     start = row["labels"].count(-100)
     text = f"{tokenizer.decode(row['input_ids'][:start])}>>>{tokenizer.decode(row['input_ids'][start:])}<<<"
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)  # a terminal obeys some
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 90) or [""]]
     say("tokens", table)
     say("example", "\n".join([f"{row['where']} as the model sees it; only what stands in >>> <<< is trained", *lines]))
@@ -432,14 +437,22 @@ def make_plan(args: argparse.Namespace, config: PreTrainedConfig, n_train: int) 
     return plan
 
 
-def check_room(args: argparse.Namespace, plan: dict[str, int]) -> None:
-    """Exit if the model is too large for a CPU or the disk too full."""
+def check_room(args: argparse.Namespace, plan: dict[str, int], checkpoint: Path | None = None) -> None:
+    """Exit if the model is too large for a CPU, or the disk too full for a run from its beginning."""
     if args.device == "cpu" and plan["total"] > 1e9:
         advice = "use a GPU or a smaller MODEL_NAME"
         raise SystemExit(f"DEVICE cpu: {plan['total']:,} parameters, over a billion; {advice}")
-    if (free := shutil.disk_usage(args.output_dir).free) < plan["disk"]:
+    free = shutil.disk_usage(args.output_dir).free
+    if free < plan["disk"] and not checkpoint:  # the checkpoints of a run that goes on are there already
         found = f"{free / 1e6:,.0f} MB free, {plan['disk'] / 1e6:,.0f} MB needed"
         raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {found}; make room")
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Return whether error is what Python, safetensors, torch or tokenizers raise when a file cannot be written."""
+    from safetensors import SafetensorError
+
+    return isinstance(error, (OSError, SafetensorError)) or type(error) in (RuntimeError, Exception)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -453,6 +466,8 @@ def find_checkpoint(args: argparse.Namespace, files: dict[str, dict]) -> Path | 
 
     What makes it this job is written to checkpoints/job.json, which a finished run removes. Exits if it differs.
     """
+    from accelerate import PartialState
+
     folder, names, complete = Path(args.output_dir, "checkpoints"), [*vars(args)], {}
     # What stands above OUTPUT_DIR changes the result, but for the device and the files' places.
     names = names[names.index("model_name") : names.index("output_dir")]
@@ -473,6 +488,7 @@ def find_checkpoint(args: argparse.Namespace, files: dict[str, dict]) -> Path | 
         table = "\n".join([f"  {'':<28} {newest.name:<20} now", *rows])
         advice = "set these back to go on with it, or give --resume never to start anew and keep it under a time stamp"
         raise SystemExit(f"OUTPUT_DIR {args.output_dir} holds an interrupted run of another job:\n{table}\n{advice}")
+    PartialState(cpu=args.device == "cpu").wait_for_everyone()  # before the first moves what the others look at
     if not launched("RANK"):
         set_aside(folder)
         set_aside(folder.with_name("run.json"))
@@ -674,8 +690,10 @@ def watch(trainer: SFTTrainer, args: argparse.Namespace, plan: dict[str, int], r
             steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
             for step in [step for step in steps[:-2] if step % plan["per_epoch"]]:
                 shutil.rmtree(folder / f"checkpoint-{step}")
-        except Exception as error:  # when the disk is full, tokenizers raises just that, torch a RuntimeError
+        except Exception as error:
             shutil.rmtree(folder / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
+            if not is_write_error(error):
+                raise
             fault = f"checkpoint {trainer.state.global_step} could not be written ({error})"
             advice = "make room, and the same command goes on from the newest complete one"
             raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {fault}; {advice}") from None
@@ -735,11 +753,11 @@ def save_adapter(
     wanted |= {"task_type": "CAUSAL_LM", "target_modules": sorted({*args.lora_target_modules})}
     if wrong := [f"{key} is {saved[key]}, not {value}" for key, value in wanted.items() if saved[key] != value]:
         raise SystemExit(f"{final}/adapter_config.json does not say what the constants say: {'; '.join(wrong)}")
-    if config.get_text_config() is not config:
+    tensors = load_file(final / "adapter_model.safetensors")
+    if config.get_text_config() is not config and all(name.startswith(f"{prefix}layers.") for name in tensors):
         # A wrapper's modules vLLM finds under language_model. Up to 0.32 it accepts other names, and serves the base.
         vllm.mkdir()
         shutil.copy(final / "adapter_config.json", vllm)
-        tensors = load_file(final / "adapter_model.safetensors")
         renamed = {name.replace(prefix, f"{prefix}language_model.", 1): tensor for name, tensor in tensors.items()}
         save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
 
@@ -768,7 +786,7 @@ def prove(model: PeftModel, folder: Path, row: dict) -> PeftModel:
         error = (reloaded(input_ids=ids).logits - trained).abs().max().item()
         with reloaded.disable_adapter():
             effect = (reloaded(input_ids=ids).logits - trained).abs().max().item()
-    found = f"reloaded, its logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
+    found = f"reloaded from disk, its logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
     if not (effect > 0 and error <= effect / 10):
         raise SystemExit(f"proof: {folder}: {found}; the adapter does not work, and is not kept")
     say("proof", found)
@@ -917,8 +935,6 @@ def write_results(
 
     What an earlier run left is set aside at the very end, so that a full disk or a failed proof leaves it in place.
     """
-    from safetensors import SafetensorError
-
     output_dir, partial = Path(args.output_dir), Path(args.output_dir, "partial")
     system = next((m["content"] for m in train[0]["messages"] if m["role"] == "system"), None)
     try:
@@ -933,7 +949,7 @@ def write_results(
         command = write_card(partial, args, system)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # that is tokenizers'
+        if not is_write_error(error):
             raise
         advice = "what earlier runs left is as it was. Make room and run the same command again: no step is repeated"
         raise SystemExit(f"OUTPUT_DIR {args.output_dir}: the results cannot be written ({error}); {advice}") from None
@@ -947,7 +963,7 @@ def write_results(
 
 
 def describe_run(args: argparse.Namespace, plan: dict[str, int], files: dict[str, dict], device: str) -> dict:
-    """Return what run.json says at the start: the constants and what changed them, code, packages, data, device."""
+    """Return what run.json says at the start: the constants, code, packages, data, device."""
     git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     driver = Path("/proc/driver/nvidia/version")
@@ -955,7 +971,6 @@ def describe_run(args: argparse.Namespace, plan: dict[str, int], files: dict[str
     constants = {name.upper(): value for name, value in vars(args).items() if name not in ("demo", "dry_run")}
     return {
         "outcome": "running", "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "constants": constants,
-        "changed_by_flags": {name: value for name, value in constants.items() if value != globals()[name]},
         "git_commit": commit.removesuffix("-dirty") or None, "git_dirty": commit.endswith("-dirty"),
         "python": sys.version.split()[0], "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": device, "driver": driver.read_text().split("\n")[0] if driver.exists() else None,
@@ -1000,15 +1015,16 @@ def summarize(args: argparse.Namespace, plan: dict[str, int], record: dict, star
 
 
 class _Tee:
-    """A stream that copies to a log what is not a progress bar (bars redraw themselves with carriage returns)."""
+    """A stream that copies to a log what is not a progress bar; bars begin at the start of their line again."""
 
     def __init__(self, stream: typing.TextIO, log: typing.TextIO) -> None:
-        self.stream, self.log = stream, log
+        self.stream, self.log, self.bar = stream, log, False
 
     def write(self, text: str) -> int:
-        if text.strip() and not self.log.closed and not re.search("[\r\x1b]", text):
+        self.bar = text.startswith(("\r", "\x1b")) or (self.bar and not text.strip())
+        if not (self.bar or self.log.closed):
             with contextlib.suppress(OSError):  # a full disk must not hide the message that says so
-                self.log.write(text.rstrip("\n") + "\n")
+                self.log.write(text)
         return self.stream.write(text)
 
     def __getattr__(self, name: str) -> typing.Any:
@@ -1030,14 +1046,15 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if args.dry_run:
         return
     say("device", device)
-    check_room(args, plan)
     checkpoint = find_checkpoint(args, facts)
+    check_room(args, plan, checkpoint)
     record.update(describe_run(args, plan, facts, device), resumed_from=checkpoint and str(checkpoint))
     write_record(args, record)
     trainer = build_trainer(args, tokenizer, train_rows, eval_rows, bool(checkpoint))
     check_injection(trainer.model, plan)
     keep_activations(trainer, train_rows, args)
     train(trainer, args, plan, record, checkpoint)
+    trainer.end()
     if launched("RANK"):
         return
     command = write_results(trainer, tokenizer, config, train_rows, eval_rows, args, plan)
@@ -1067,7 +1084,11 @@ def main(argv: list[str] | None = None) -> None:
     handlers = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
     # Of several processes only the first one speaks.
     out, err = (log, log) if launched("RANK") else (sys.stdout, sys.stderr)
-    record, status = {}, 0
+    changed = {
+        name.upper(): value for name, value in vars(args).items() if value != globals().get(name.upper(), value)
+    }
+    record, status = {"changed_by_flags": changed}, 0
+    log.write(f"\n---- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv if argv is None else argv)}\n")
     with log, contextlib.redirect_stdout(_Tee(out, log)), contextlib.redirect_stderr(_Tee(err, log)):
         try:
             run(args, record)
@@ -1077,7 +1098,7 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt as stop:
             for one in handlers:  # another signal must not break off what is left to do
                 signal.signal(one, signal.SIG_IGN)
-            number, message = stop.args or (signal.SIGINT, "stopped")
+            number, message = stop.args if len(stop.args) == 2 else (signal.SIGINT, "stopped")  # a library's own
             status, record["outcome"] = 128 + number, f"interrupted: {message}"
         except BaseException as error:
             record["outcome"] = f"failed: {error!r}"

@@ -95,16 +95,12 @@ class RealTokenizer:
         source = (trl / "chat_templates" / "qwen3_5_think.jinja").read_text(encoding="utf-8")
         self.template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
 
-    def apply_chat_template(self, messages, tokenize, **settings):
-        assert not tokenize
-        return self.template.render(messages=messages, **settings)
+    def apply_chat_template(self, messages, return_dict, **settings):
+        assert not return_dict
+        return self.vocabulary.encode(self.template.render(messages=messages, **settings))
 
     def __len__(self):
         return max(self.added_tokens_decoder) + 1
-
-    def __call__(self, texts, add_special_tokens):
-        assert not add_special_tokens
-        return {"input_ids": [self.vocabulary.encode(text) for text in texts]}
 
 
 @functools.cache

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from make_smollm2 import make_smollm2
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_lora_single as t
-from make_smollm2 import make_smollm2
 
 
 @pytest.fixture(scope="module")

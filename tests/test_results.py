@@ -134,7 +134,9 @@ def change_model(model, edit):
 
 def test_a_run_prints_a_proof_without_any_difference(finished):
     (line,) = [line for line in finished.text.splitlines() if line.startswith("proof")]
-    error, effect = re.search(r"logits are (\S+) from the trained model's and (\S+) from the base's", line).groups()
+    error, effect = re.search(
+        r"logits differ by (\S+) from the trained model's, by (\S+) from the base's", line
+    ).groups()
     assert float(error) == 0 and float(effect) > 0
 
 
@@ -192,14 +194,14 @@ def test_equal_tensors_under_another_alpha_are_refused(adapted, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_alpha"] == 16
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 32}))
-    with pytest.raises(SystemExit, match=r"its logits are .* the adapter does not work"):
+    with pytest.raises(SystemExit, match=r"its logits differ by .* the adapter does not work"):
         t.prove(adapted, tmp_path, {"input_ids": [5, 6, 7, 8]})
 
 
 def test_an_adapter_without_effect_is_refused(adapted, tmp_path):
     change_model(adapted, lambda x: [tensor.zero_() for name, tensor in x.items() if "lora_A" in name])
     adapted.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match=r"its logits are 0 from the trained model's and 0 from the base's"):
+    with pytest.raises(SystemExit, match=r"its logits differ by 0 from the trained model's, by 0 from the base's"):
         t.prove(adapted, tmp_path, {"input_ids": [5, 6, 7, 8]})
 
 

@@ -257,22 +257,20 @@ def on_a_gpu(prepared, monkeypatch):
     def run(kept, recomputed):
         trainer = t.build_trainer(args, tokenizer, rows, [])
         layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        compute_loss, calls, batches, gradients = trainer.compute_loss, [], [], []
+        calls, batches, gradients = [], [], []
 
-        def compute_loss_in_memory(model, inputs, *others, **settings):
-            loss = compute_loss(model, inputs, *others, **settings)
+        def run_out(model, _, inputs, __):
             flags, tokens = {layer.gradient_checkpointing for layer in layers}, inputs["input_ids"].numel()
             assert len(layers) == 2 and len(flags) == 1 and layers[0].training
             batches.append((tokens, *flags))
             if tokens > (recomputed if True in flags else kept):
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return loss
 
         class Gradients(TrainerCallback):
             def on_pre_optimizer_step(self, *_, model, **__):
                 gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
 
-        trainer.compute_loss = compute_loss_in_memory
+        trainer.model.register_forward_hook(run_out, with_kwargs=True)
         trainer.add_callback(Gradients())
         t.keep_activations(trainer, rows, argparse.Namespace(**vars(args) | {"device": "cuda"}))
         assert [name for name, p in trainer.model.named_parameters() if p.grad is not None] == []

@@ -163,7 +163,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_with_one_checkpo
     found = sections(text)
     assert status and STEPS in text and "Traceback" not in errors.split("torch/distributed/elastic")[0]
     assert found.pop("data") == 2 and found.pop("train") + found.pop("eval") >= 2
-    assert found == dict.fromkeys(["tokens", "example", "plan", "device", "trainable", "model"], 1)
+    assert found == dict.fromkeys(["tokens", "example", "plan", "device", "model"], 1)
     (checkpoint,) = (output / "checkpoints").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
     assert 1 <= step <= 3
@@ -203,6 +203,19 @@ def test_two_processes_leave_what_one_leaves(resumed):
     assert {path.name for path in output.iterdir()} == names | {"stderr"}
     kept = sorted((output / "checkpoints").glob("checkpoint-*"))
     assert kept and all((path / f"rng_state_{rank}.pth").exists() for path in kept for rank in (0, 1))
+
+
+def test_after_a_finished_run_two_processes_start_anew_even_if_the_second_looks_late(resumed, flags, tmp_path):
+    subprocess.run(["cp", "-a", f"{resumed[0]}/.", tmp_path / "out"], check=True)
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, time\nimport train_lora_single as t\nhashes = t.hashes\n"
+        "t.hashes = lambda folder: (hashes(folder), time.sleep(int(os.environ['RANK'])))[0]\nt.main()"
+    )
+    status, text, errors = launch([*flags, f"{tmp_path}/out"], script=str(late))
+    assert status == 0, errors
+    found = sections(text)
+    assert found["moved"] > 1 and found["done"] == 1 and "resume" not in found
 
 
 def test_two_processes_refuse_a_bad_line_once_whichever_finds_it_first(flags, tmp_path):
