@@ -786,7 +786,8 @@ def prove(model: PeftModel, folder: Path, row: dict) -> PeftModel:
         error = (reloaded(input_ids=ids).logits - trained).abs().max().item()
         with reloaded.disable_adapter():
             effect = (reloaded(input_ids=ids).logits - trained).abs().max().item()
-    found = f"reloaded from disk, its logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
+    found = f"reloaded from disk, its logits differ by {error:.2g} from the trained model's"
+    found += f", by {effect:.2g} from the base's"
     if not (effect > 0 and error <= effect / 10):
         raise SystemExit(f"proof: {folder}: {found}; the adapter does not work, and is not kept")
     say("proof", found)
@@ -1084,9 +1085,8 @@ def main(argv: list[str] | None = None) -> None:
     handlers = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
     # Of several processes only the first one speaks.
     out, err = (log, log) if launched("RANK") else (sys.stdout, sys.stderr)
-    changed = {
-        name.upper(): value for name, value in vars(args).items() if value != globals().get(name.upper(), value)
-    }
+    constants = {name: value for name, value in vars(args).items() if name not in ("demo", "dry_run")}
+    changed = {name.upper(): value for name, value in constants.items() if value != globals()[name.upper()]}
     record, status = {"changed_by_flags": changed}, 0
     log.write(f"\n---- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv if argv is None else argv)}\n")
     with log, contextlib.redirect_stdout(_Tee(out, log)), contextlib.redirect_stderr(_Tee(err, log)):

@@ -1,6 +1,7 @@
 """The flags: one for each constant, typed, checked and explained by its comment; and --demo."""
 
 import builtins
+import importlib
 import itertools
 import os
 import re
@@ -277,6 +278,18 @@ def test_a_comment_may_hold_a_percent_sign(tmp_path, capsys):
 def test_an_edited_constant_is_checked_like_a_flag(monkeypatch, capsys, constant, value):
     monkeypatch.setattr(t, constant, value)
     assert f"--{constant.lower()} {value}: must be" in refusal([], capsys)
+
+
+def test_a_mere_folder_of_a_trackers_name_is_no_tracker(tmp_path, monkeypatch, capsys):
+    (tmp_path / "wandb").mkdir()  # as wandb itself leaves it where it ran
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    assert "pip install wandb" in refusal(["--report_to", "wandb"], capsys)
+
+
+def test_the_training_file_is_not_taken_for_evaluation(capsys):
+    assert f"--eval_file {t.TRAIN_FILE}:" in refusal(["--eval_file", t.TRAIN_FILE], capsys)
 
 
 def test_only_the_eval_file_may_be_empty(capsys):

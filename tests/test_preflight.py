@@ -277,11 +277,11 @@ def test_on_the_cpu_cuda_is_asked_nothing(gpu):
 def room(monkeypatch, tmp_path):
     """Return a function that runs check_room with so many bytes free in OUTPUT_DIR, its own file system."""
 
-    def check(device="cpu", total=1, disk=1, free=10**12):
+    def check(device="cpu", total=1, disk=1, free=10**12, checkpoint=None):
         usage = {str(tmp_path): SimpleNamespace(free=free)}
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage[str(path)])
         args = t.parse_args(["--output_dir", str(tmp_path), "--device", device])
-        t.check_room(args, {"total": total, "disk": disk})
+        t.check_room(args, {"total": total, "disk": disk}, checkpoint)
 
     return check
 
@@ -303,6 +303,7 @@ def test_a_full_disk_is_refused_with_what_is_free_and_what_is_needed(room, tmp_p
     assert re.findall(r"\d[\d,]* MB \w+", message.split(str(tmp_path))[1]) == ["23 MB free", "1,049 MB needed"]
     room("cuda", disk=1_049_346_560, free=1_049_346_560)
     stopped(room, "cuda", 1, 1_049_346_560, 1_049_346_559)
+    room("cuda", 1, 1_049_346_560, 1_049_346_559, tmp_path)  # to go on: most of it is there already
 
 
 def load(name, *flags):
@@ -376,6 +377,22 @@ def test_the_revision_is_the_one_that_is_asked_for_everywhere(monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", record(tokenizer))
     assert load("some/model", "--model_revision", "5f3a9c1") == ("config", tokenizer)
     assert asked == [("some/model", "5f3a9c1")] * 3
+
+
+def test_a_branch_of_the_hub_becomes_the_commit_that_was_read(tiny, tmp_path):
+    commit, cache = "0123456789abcdef" * 2 + "01234567", tmp_path / "hub" / "models--org--model"
+    shutil.copytree(tiny, cache / "snapshots" / commit, ignore=shutil.ignore_patterns("*.safetensors"))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    code = """if True:
+        import train_lora_single as t
+        args = t.parse_args(["--model_name", "org/model"])
+        config, _ = t.load_config_and_tokenizer(args)
+        print(args.model_revision, config.model_type)
+        """
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == [commit, "qwen3_5"], result.stderr
 
 
 def test_a_folder_without_a_config_is_refused(folder):

@@ -150,7 +150,7 @@ def test_prove_returns_the_base_with_the_adapter_from_disk(adapted, tmp_path, ti
         assert torch.equal(model(input_ids=ids).logits, wanted)
         with model.disable_adapter():
             assert torch.equal(model(input_ids=ids).logits, plain)
-    difference = re.search(r"and (\S+) from the base's", capsys.readouterr().out)[1]
+    difference = re.search(r"by (\S+) from the base's", capsys.readouterr().out)[1]
     assert float(difference) == pytest.approx((wanted - plain).abs().max().item(), rel=0.05)
 
 

@@ -658,6 +658,16 @@ def test_a_disk_full_at_a_checkpoint_is_one_message_and_loses_nothing(flags, who
     assert_goes_on(flags, stopped, whole, capfd, 7)
 
 
+def test_a_bug_at_a_checkpoint_is_not_called_a_full_disk(flags, stopped, monkeypatch):
+    def bug(*_, **__):
+        raise KeyError("a bug")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="a bug"):
+        fail_at(patch, torch, "save", bug, path_ends_with("optimizer.pt"))
+        t.main([*flags, "--output_dir", str(stopped)])
+    assert "failed: KeyError" in record(stopped)["outcome"] and {4, 6, 7} <= {*complete(stopped)}
+
+
 IN_THE_RESULTS = {
     "the adapter": (peft.peft_model, "safe_save_file", full_in_safetensors, path_ends_with("/partial/final_lora/")),
     "the samples": (Path, "write_text", full_after_opening, path_ends_with("samples.md")),

@@ -129,6 +129,12 @@ def test_a_control_token_in_a_text_is_refused_by_line(tokenizer, place):
         t.encode([good, example(*turns)], tokenizer, 512)
 
 
+def test_a_tokenizer_without_control_tokens_finds_none(tiny, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", {})
+    assert len(t.encode([example(*TALK[:3])], tokenizer, 512)) == 1
+
+
 def test_what_the_template_refuses_is_reported_by_line(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = "{{ raise_exception('no system here') }}"
