@@ -178,11 +178,14 @@ def parse_line(text: str) -> tuple[list[dict], set[str]]:
         roles = []
         for number, message in enumerate(row[key] if isinstance(row[key], list) else [], 1):
             match message:
-                case {"role": "system" | "user" | "assistant" as role, "content": str(content), **rest} if not rest:
-                    roles.append(role)
-            if len(roles) < number or not content.strip() or re.search("[\ud800-\udfff]", content):
+                case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
+                    good = len(message) == 2 and content.strip() and not re.search("[\ud800-\udfff]", content)
+                case _:
+                    good = False
+            if not good:
                 rule = "role (system, user or assistant), content (text, not blank, no lone surrogate), nothing else"
                 raise ValueError(f"{key} message {number} is {reprlib.repr(message)}; write {rule}")
+            roles.append(role)
         if not re.fullmatch(order[key][0], "".join(role[0] for role in roles)):
             rule = f"a list of messages, at most one system, then user and assistant in turn, {order[key][1]}"
             raise ValueError(f"{key} is {first(roles, 6, ', ') or reprlib.repr(row[key])}; write {rule}")
@@ -246,10 +249,11 @@ def check_device(args: argparse.Namespace) -> str:
     """Return a line about the device, or exit if it cannot train. To be called before transformers is imported."""
     import torch
 
-    # A call of PEFT's, not the user's. Below: transformers' advice to install fla, which runs from sm_80 on only.
+    # A call of PEFT's, not the user's.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    fla_advice = logging.getLogger("transformers.integrations.hub_kernels")  # to install fla, which needs sm_80
     if args.device == "cpu":
-        logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
+        fla_advice.setLevel("ERROR")
         return "CPU"
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         raise SystemExit("DEVICE cuda: the launcher asks for mixed precision; give it --mixed_precision no")
@@ -279,7 +283,7 @@ def check_device(args: argparse.Namespace) -> str:
     if major < 8:
         # Neither supports these GPUs, but transformers takes fla wherever it can be imported. Its own code is correct.
         sys.modules["fla"] = sys.modules["causal_conv1d"] = None
-        logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")
+        fla_advice.setLevel("ERROR")
     bf16 = "native" if major >= 8 else "emulated, slower than fp32; DeltaNet runs without fla, which needs sm_80"
     memory = f"{torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB"
     note = "\nof several visible GPUs only the first is used" * several
@@ -416,7 +420,9 @@ def make_plan(args: argparse.Namespace, config: PreTrainedConfig, n_train: int) 
             table += f"\n{target:<12}{f'{len(layers)}/{text.num_hidden_layers} {kind}':<17}"
             table += f"{f'{d}x{k}':>14}{f'{r}x{k}':>11}{f'{d}x{r}':>11}{count:>14,}"
     total = trainable + sum(parameter.numel() for parameter in model.parameters())
-    shape = [args.batch_size, args.gradient_accumulation_steps, *[n for n in [launched("WORLD_SIZE", 1)] if n > 1]]
+    shape = [args.batch_size, args.gradient_accumulation_steps]
+    if launched("WORLD_SIZE", 1) > 1:
+        shape.append(launched("WORLD_SIZE"))
     per_epoch = math.ceil(n_train / math.prod(shape))
     plan = {"trainable": trainable, "total": total, "per_epoch": per_epoch, "steps": per_epoch * args.num_epochs}
     plan["max_lora_rank"] = min(rank for rank in VLLM_RANKS if rank >= r)
@@ -651,18 +657,16 @@ def watch(trainer: SFTTrainer, args: argparse.Namespace, plan: dict[str, int], r
                 if not math.isfinite(logs.get(key, 0)):
                     advice = "lower LEARNING_RATE or set DTYPE to float32, and start anew with --resume never"
                     raise SystemExit(f"train: {key} is {logs[key]} at step {state.global_step}; no adapter; {advice}")
-            line = ""
-            if "eval_loss" in logs:
-                line = f"{'eval':<9}epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}"
-            elif "loss" in logs and state.global_step % args.logging_steps == 0:
+            if self.training_bar and "eval_loss" in logs:
+                self.training_bar.write(f"{'eval':<9}epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
+            elif self.training_bar and "loss" in logs and state.global_step % args.logging_steps == 0:
                 line = f"{'train':<9}step {state.global_step:,}/{state.max_steps:,}  loss {logs['loss']:.4f}  "
                 line += f"gradient norm {logs['grad_norm']:.3f}  learning rate {logs['learning_rate']:.2e}"
-            if line and self.training_bar:
                 self.training_bar.write(line)
 
         def on_prediction_step(self, arguments, state, control, **kwargs):
             super().on_prediction_step(arguments, state, control, **kwargs)
-            if stop and not state.global_step:
+            if stop and not state.global_step:  # the evaluation before the first step
                 raise KeyboardInterrupt(stop[0], "stopped before the first step; there is nothing to keep")
 
         def on_step_end(self, arguments, state, control, **kwargs):
@@ -688,12 +692,12 @@ def watch(trainer: SFTTrainer, args: argparse.Namespace, plan: dict[str, int], r
             new = folder / f"checkpoint-{trainer.state.global_step}"
             (new / "complete.json").write_text(json.dumps(hashes(new)), encoding="utf-8")
             steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-            for step in [step for step in steps[:-2] if step % plan["per_epoch"]]:
+            for step in (step for step in steps[:-2] if step % plan["per_epoch"]):
                 shutil.rmtree(folder / f"checkpoint-{step}")
         except Exception as error:
-            shutil.rmtree(folder / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
             if not is_write_error(error):
                 raise
+            shutil.rmtree(folder / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
             fault = f"checkpoint {trainer.state.global_step} could not be written ({error})"
             advice = "make room, and the same command goes on from the newest complete one"
             raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {fault}; {advice}") from None
@@ -848,7 +852,9 @@ def draw_losses(history: list[dict], path: Path, title: str, per_epoch: int) -> 
     if evals:
         top.plot(*zip(*evals, strict=True), "o-", color="tab:orange", label="eval")
         for step, loss in evals:
-            top.annotate(f"{loss:.2f}", (step, loss), xytext=(0, 7), textcoords="offset points", ha="center")
+            above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+            white = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"}
+            top.annotate(f"{loss:.2f}", (step, loss), bbox=white, **above)
     bottom.plot(steps, rates, color="tab:green")
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
@@ -881,7 +887,8 @@ def write_card(folder: Path, args: argparse.Namespace, system: str | None) -> st
 # LoRA adapter for {args.model_name}
 
 r={lora["r"]}, alpha={lora["lora_alpha"]}, on {", ".join(sorted(lora["target_modules"]))}.
-It was trained behind the prompt that `enable_thinking=false` makes: keep that setting.
+It was trained behind the prompt that `enable_thinking=false` makes: keep that setting. Paths are as seen from where it
+was trained.
 
 ## vLLM
 
@@ -1012,7 +1019,7 @@ def summarize(args: argparse.Namespace, plan: dict[str, int], record: dict, star
     say("", f"look at    {', '.join(f'{output_dir}/{name}' for name in shown)}")
     if args.demo:
         say("", "The demo's weights are random: it shows that the job runs, not that replies get better.")
-    say("next", f"{command}\nfinal_lora/README.md has this, a request and the lines of Python")
+    say("next", f"{command}\n{output_dir}/final_lora/README.md has this, a request and the lines of Python")
 
 
 class _Tee:

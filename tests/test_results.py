@@ -409,7 +409,7 @@ def test_the_next_lines_have_the_command_of_the_card(finished):
     section = finished.text[finished.text.index("\nnext ") + 1 :].rstrip("\n").split("\n")
     lines = [line[9:] for line in section]
     assert "\n".join(lines[:-1]) + "\n" == blocks(card)[0]
-    assert lines[-1].startswith("final_lora/README.md")
+    assert lines[-1].startswith(f"{finished.output}/final_lora/README.md")
 
 
 def test_the_python_lines_of_the_card_run(finished):
