@@ -47,7 +47,7 @@ if typing.TYPE_CHECKING:  # the libraries are imported where they are used, afte
 
 # ---- constants: edit them here, or give the flag of the same name in lower case -------------------------------------
 
-# Model: any text model, on the hub or in a folder, whose layers have the modules named in LORA_TARGET_MODULES.
+# Model: on the hub or in a folder, with a text-only class in transformers and layers that have LORA_TARGET_MODULES.
 MODEL_NAME = "Qwen/Qwen3.5-4B"  # hub name, or a folder with safetensors; loaded without its vision tower
 MODEL_REVISION = "main"  # branch, tag or commit on the hub; a commit makes the run repeatable
 DEVICE = "cuda"  # "cuda", or "cpu" for a model of up to a billion parameters
@@ -62,8 +62,8 @@ MAX_SEQ_LEN = 512  # tokens; longer examples are left out. The memory of the act
 LORA_R = 8  # rank: 4 for a narrow task, 8 for about 1,000 examples of a style, 16+ for complex behaviour, more data
 LORA_ALPHA = 16  # alpha / r scales the update like a step size: 2 is usual, much more oscillates, less may not learn
 LORA_DROPOUT = 0.05  # on the LoRA branch only; against learning repeated phrases by heart
-LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj",  # attention: what is looked at; q and v alone do less
-                       "gate_proj", "up_proj", "down_proj"]  # FFN: choice of words, rhythm  # fmt: skip
+LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj",  # attention (what is looked at), FFN (words, rhythm)
+                       "gate_proj", "up_proj", "down_proj"]  # q and v alone train too, with less effect  # fmt: skip
 
 # Training. Steps = ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) x NUM_EPOCHS.
 NUM_EPOCHS = 3  # passes over the training file; fewer if the eval loss turns up
