@@ -458,7 +458,8 @@ def is_write_error(error: BaseException) -> bool:
     """Return whether error is what Python, safetensors, torch or tokenizers raise when a file cannot be written."""
     from safetensors import SafetensorError
 
-    return isinstance(error, (OSError, SafetensorError)) or type(error) in (RuntimeError, Exception)
+    of_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
+    return isinstance(error, (OSError, SafetensorError)) or of_torch or type(error) is Exception  # tokenizers' own
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -1082,6 +1083,8 @@ def main(argv: list[str] | None = None) -> None:
         log = open(f"{args.output_dir}/all_logs.log" if keeps_log else os.devnull, "a", 1, "utf-8")  # noqa: SIM115
         if keeps_log:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        words = shlex.join(sys.argv if argv is None else argv)
+        log.write(f"\n---- {time.strftime('%Y-%m-%d %H:%M:%S')} {words}\n")
     except OSError as error:
         fault = "another run writes there" if isinstance(error, BlockingIOError) else error.strerror
         raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {fault}; choose a folder to write in") from None
@@ -1095,7 +1098,6 @@ def main(argv: list[str] | None = None) -> None:
     constants = {name: value for name, value in vars(args).items() if name not in ("demo", "dry_run")}
     changed = {name.upper(): value for name, value in constants.items() if value != globals()[name.upper()]}
     record, status = {"changed_by_flags": changed}, 0
-    log.write(f"\n---- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv if argv is None else argv)}\n")
     with log, contextlib.redirect_stdout(_Tee(out, log)), contextlib.redirect_stderr(_Tee(err, log)):
         try:
             run(args, record)

@@ -658,14 +658,15 @@ def test_a_disk_full_at_a_checkpoint_is_one_message_and_loses_nothing(flags, who
     assert_goes_on(flags, stopped, whole, capfd, 7)
 
 
-def test_a_bug_at_a_checkpoint_is_not_called_a_full_disk(flags, stopped, monkeypatch):
+@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("CUDA error: an illegal memory access")])
+def test_a_bug_at_a_checkpoint_is_not_called_a_full_disk(flags, stopped, monkeypatch, error):
     def bug(*_, **__):
-        raise KeyError("a bug")
+        raise error
 
-    with monkeypatch.context() as patch, pytest.raises(KeyError, match="a bug"):
+    with monkeypatch.context() as patch, pytest.raises(type(error), match=str(error.args[0])):
         fail_at(patch, torch, "save", bug, path_ends_with("optimizer.pt"))
         t.main([*flags, "--output_dir", str(stopped)])
-    assert "failed: KeyError" in record(stopped)["outcome"] and {4, 6, 7} <= {*complete(stopped)}
+    assert f"failed: {type(error).__name__}" in record(stopped)["outcome"] and {4, 6, 7} <= {*complete(stopped)}
 
 
 IN_THE_RESULTS = {
@@ -754,6 +755,13 @@ def test_on_a_disk_that_is_really_full_nothing_is_lost(
 
 
 # ---- one run at a time ----------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_message(flags, tmp_path):
+    (tmp_path / "all_logs.log").symlink_to("/dev/full")
+    assert status([*flags, "--output_dir", str(tmp_path)]).startswith(
+        f"OUTPUT_DIR {tmp_path}: No space left on device"
+    )
 
 
 def test_a_second_run_into_the_same_folder_is_refused_at_once(flags, interrupted, tmp_path, monkeypatch):
