@@ -205,6 +205,15 @@ def report(tokenizer, tmp_path, monkeypatch):
     return write_and_report
 
 
+def test_what_a_terminal_would_obey_is_printed_as_an_escape(tokenizer, report, capsys):
+    turns = ("user", "Guten Tag, \x1b[2J Frau M\u00fcller\a"), ("assistant", "Good morning.")
+    rows = t.encode([example(*turns)], tokenizer, 512)
+    report(train=(b"", rows, rows))
+    text = capsys.readouterr().out
+    assert "Guten Tag, \\x1b[2J Frau M\u00fcller\\x07" in text
+    assert [c for c in text if c != "\n" and not c.isprintable()] == []
+
+
 def test_the_report_counts_tokens_and_marks_what_is_trained(tokenizer, report, capsys):
     examples = [example(*TALK[:n]) for n in (3, 5, 7)]
     rows = t.encode(examples, tokenizer, 512)
