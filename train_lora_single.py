@@ -9,614 +9,872 @@ LoRA leaves a weight W (d x k) frozen and learns A (r x k) and B (d x r) beside 
 y = W x + (alpha / r) B A x. README.md says what a run prints, writes and needs.
 """
 
-from __future__ import annotations
-
 import argparse
 import bisect
 import contextlib
+import datetime
 import difflib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
-import importlib.util
+import io
 import json
 import logging
 import math
 import os
 import re
-import reprlib
-import resource
 import shlex
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import sysconfig
 import textwrap
 import time
-import traceback
-import typing
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
-if typing.TYPE_CHECKING:  # the libraries are imported where they are used, after the data has been checked
-    from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-    from trl import SFTTrainer
+if sys.version_info < (3, 11):  # noqa: UP036
+    raise SystemExit("Python 3.11, 3.12 or 3.13 is needed; README.md says how to get one")
 
-# ---- constants: edit them here, or give the flag of the same name in lower case -------------------------------------
+# torch and what builds on it are imported where they are used: a bad line is reported before.
 
-# Model: on the hub or in a folder, with a text-only class in transformers and layers that have LORA_TARGET_MODULES.
-MODEL_NAME = "Qwen/Qwen3.5-4B"  # hub name, or a folder with safetensors; loaded without its vision tower
+# ==== 1 Constants: edit them here, or give the flag of the same name in lower case
+
+# Model.
+MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder; loaded without its vision tower
 MODEL_REVISION = "main"  # branch, tag or commit on the hub; a commit makes the run repeatable
-DEVICE = "cuda"  # "cuda", or "cpu" for a model of up to a billion parameters
-DTYPE = "bfloat16"  # of the frozen weights: "bfloat16", or "float32" for twice their memory; LoRA's are float32
+DEVICE = "cuda"  # "cuda", or "cpu", for a small model
+DTYPE = "bfloat16"  # of the frozen weights; "float32" takes twice the memory
 
-# Data: one JSON object a line, {"prompt": [messages], "completion": [reply]} or {"messages": [messages]}.
-TRAIN_FILE = "data/train.jsonl"  # what is learnt; JSONL, see README.md
-EVAL_FILE = "data/eval.jsonl"  # held out, to see overfitting: about a tenth; "" turns evaluation and samples off
-MAX_SEQ_LEN = 512  # tokens; longer examples are left out. The memory of the activations grows with it
+# Data: lines of {"prompt": [...], "completion": [...]} or {"messages": [...]}.
+TRAIN_FILE = "data/train.jsonl"  # what is learnt
+EVAL_FILE = "data/eval.jsonl"  # held out, about a tenth; "" turns evaluation and samples off
+MAX_SEQ_LEN = 512  # tokens; longer examples are left out. More needs more memory
 
 # LoRA.
-LORA_R = 8  # rank: 4 for a narrow task, 8 for about 1,000 examples of a style, 16+ for complex behaviour, more data
-LORA_ALPHA = 16  # alpha / r scales the update like a step size: 2 is usual, much more oscillates, less may not learn
-LORA_DROPOUT = 0.05  # on the LoRA branch only; against learning repeated phrases by heart
-LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj",  # attention (what is looked at), FFN (words, rhythm)
-                       "gate_proj", "up_proj", "down_proj"]  # q and v alone train too, with less effect  # fmt: skip
+LORA_R = 8  # rank: 4 for a narrow task, 8 for a style and 1,000 examples, 16+ for more
+LORA_ALPHA = 16  # alpha / r scales the update: 2 is usual, more may oscillate, less not learn
+LORA_DROPOUT = 0.05  # on the LoRA branch only; against learning phrases by heart
+LORA_TARGET_MODULES = [  # q_proj and v_proj alone train too, with less effect
+    "q_proj", "k_proj", "v_proj", "o_proj",  # attention: what is looked at
+    "gate_proj", "up_proj", "down_proj",  # feed-forward: words and rhythm
+]  # fmt: skip
 
 # Training. Steps = ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) x NUM_EPOCHS.
 NUM_EPOCHS = 3  # passes over the training file; fewer if the eval loss turns up
-BATCH_SIZE = 2  # examples at once on the GPU; out of memory: lower this first, then MAX_SEQ_LEN
-GRADIENT_ACCUMULATION_STEPS = 2  # batches per optimizer step; raise it as BATCH_SIZE falls, to keep the product
+BATCH_SIZE = 2  # examples at once on the GPU; lower this first when memory is short
+GRADIENT_ACCUMULATION_STEPS = 2  # batches a step; raise it as BATCH_SIZE falls
 LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
-LR_SCHEDULER_TYPE = "cosine"  # after the warm-up: "cosine", "linear" or "constant_with_warmup"
+LR_SCHEDULER_TYPE = "cosine"  # after the warm-up: "cosine", "linear", "constant_with_warmup"
 WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 0
 SEED = 42  # of A's first values, dropout and the order of the examples
 
 # Output.
 OUTPUT_DIR = "output"  # all results go here
 LOGGING_STEPS = 10  # steps between two printed losses; each is that of its step alone
-SAVE_STEPS = 50  # steps between two checkpoints, which a kill loses at most; the two newest and each epoch's are kept
-RESUME = "auto"  # "auto" goes on from an interrupted run's newest checkpoint, "never" starts anew and keeps the old
+SAVE_STEPS = 50  # steps between two checkpoints, which a kill loses at most
+RESUME = "auto"  # "auto" goes on from an interrupted run, "never" starts anew
 NUM_SAMPLES = 5  # held-out prompts answered by base and adapter in samples.md; 0 for none
-MAX_NEW_TOKENS = 200  # of a sample reply; a longer one is marked as cut
-REPORT_TO = "none"  # tracker, installed apart: "tensorboard", "trackio", "wandb", "mlflow"
+MAX_NEW_TOKENS = 200  # of a sample reply, else it is cut
 
-# What --demo changes. In float32, since a CPU without bf16 is slow in it.
-DEMO = {"model_name": "tests/tiny-qwen3.5", "output_dir": "output/demo", "device": "cpu", "dtype": "float32",
-        "num_epochs": 1, "learning_rate": 1e-2}  # fmt: skip
+# What --demo changes. A CPU without bf16 is slow in it.
+DEMO = {
+    "MODEL_NAME": "tests/tiny-qwen3.5", "OUTPUT_DIR": "output/demo", "DEVICE": "cpu",
+    "DTYPE": "float32", "NUM_EPOCHS": 1, "LEARNING_RATE": 1e-2,
+}  # fmt: skip
 
-# What vLLM's --max-lora-rank takes.
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# ==== 2 Command line: a flag for each constant, and report()
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
+# Type, then the texts allowed, or the least value and the first too large. A checkpoint goes on
+# only with the same values of these:
+JOB_RULES = {
+    "MODEL_NAME": (str,), "MODEL_REVISION": (str,), "DTYPE": (str, "bfloat16", "float32"),
+    "MAX_SEQ_LEN": (int, 1), "LORA_R": (int, 1, VLLM_RANKS[-1] + 1), "LORA_ALPHA": (int, 1),
+    "LORA_DROPOUT": (float, 0, 1), "LORA_TARGET_MODULES": (list,), "NUM_EPOCHS": (int, 1),
+    "BATCH_SIZE": (int, 1), "GRADIENT_ACCUMULATION_STEPS": (int, 1),
+    "LEARNING_RATE": (float, 1e-9, 1), "WARMUP_RATIO": (float, 0, 1), "SEED": (int, 0, 2**32),
+    "LR_SCHEDULER_TYPE": (str, "cosine", "linear", "constant_with_warmup"),
+}  # fmt: skip
+RULES = JOB_RULES | {
+    "DEVICE": (str, "cuda", "cpu"), "TRAIN_FILE": (str,), "EVAL_FILE": (str,),
+    "OUTPUT_DIR": (str,), "LOGGING_STEPS": (int, 1), "SAVE_STEPS": (int, 1),
+    "RESUME": (str, "auto", "never"), "NUM_SAMPLES": (int, 0), "MAX_NEW_TOKENS": (int, 1),
+}  # fmt: skip
+LOG = logging.getLogger("train_lora_single")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the constants as changed by --demo and the flags; a bad flag or value exits with status 2."""
-    argv = sys.argv[1:] if argv is None else argv
+def is_first_process():
+    """Return whether this is the only process, or the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def report(section, text):
+    """Print and log text, with the section's name to its left."""
+    if is_first_process():
+        lines = f"{section:<9}" + text.replace("\n", "\n" + " " * 9)
+        print(lines, flush=True)
+        LOG.info(lines)
+
+
+def brief(value, width=200):
+    """Return value as one line of at most width characters."""
+    return textwrap.shorten(str(value), width, placeholder=" ...")
+
+
+def listed(items, limit=20, separator="\n"):
+    """Join the first items, and say how many more there are."""
+    more = [f"... and {len(items) - limit:,} more"] if len(items) > limit else []
+    return separator.join(items[:limit] + more)
+
+
+def check_constant(name, value):
+    """Raise ValueError unless value is as RULES says."""
+    kind, *allowed = RULES[name]
+    good = type(value) is kind or (kind is float and type(value) is int)
+    if kind is str:
+        rule = " or ".join(map(repr, allowed)) or "a text in quotes, not empty"
+        good = good and (value in allowed if allowed else value or name == "EVAL_FILE")
+    elif kind is list:
+        rule = "a list of names, in quotes"
+        good = good and value and all(isinstance(item, str) and item for item in value)
+    else:
+        least, below = [*allowed, math.inf][:2]
+        rule = f"{kind.__name__}, at least {least} and below {below}"
+        good = good and least <= value < below
+    if not good:
+        raise ValueError(f"{name} is {value!r}; it must be {rule}")
+
+
+def parse_args(argv=None):
+    """Return the constants as changed by --demo and the flags; exit with 2 if one is bad."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--demo] [--dry_run] [--CONSTANT VALUE ...], or --help", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage="%(prog)s [--demo] [--dry_run] [--CONSTANT VALUE ...]",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("--demo", action="store_true", help=f"train {DEMO['model_name']}, into {DEMO['output_dir']}")
-    parser.add_argument("--dry_run", action="store_true", help="stop after the plan; needs no weights and no GPU")
-    comments = dict(re.findall(r"^([A-Z_]+)\b.*?# *(.+)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
-    constants = {n: v for n, v in globals().items() if n.isupper() and n not in ("DEMO", "VLLM_RANKS")}
-    for name, value in constants.items():
-        real = name in ("LEARNING_RATE", "LORA_DROPOUT", "WARMUP_RATIO")
-        many = {"nargs": "+"} if name == "LORA_TARGET_MODULES" else {"type": float if real else type(value)}
-        about = comments.get(name, "").replace("%", "%%") + " [%(default)s]"
-        parser.add_argument(f"--{name.lower()}", default=value, metavar="VALUE", help=about, **many)
-    parser.set_defaults(**(DEMO if "--demo" in argv else {}))
-    args = parser.parse_args(argv)
-    choices = {
-        "DEVICE": ["cuda", "cpu"], "DTYPE": ["bfloat16", "float32"], "RESUME": ["auto", "never"],
-        "LR_SCHEDULER_TYPE": ["cosine", "linear", "constant_with_warmup"],
-        "REPORT_TO": ["none", "tensorboard", "trackio", "wandb", "mlflow"],
-    }  # fmt: skip
-    below = {"SEED": 2**32, "LORA_DROPOUT": 1, "WARMUP_RATIO": 1, "LORA_R": VLLM_RANKS[-1] + 1}
-    for name in constants:
-        value = vars(args)[name.lower()]
-        if name in choices:
-            good, rule = value in choices[name], " or ".join(choices[name])
-        elif name == "LORA_TARGET_MODULES":
-            good, rule = value and isinstance(value, list), "a list of names"
-        elif isinstance(value, (int, float)):
-            least = "at least 0" if name in ("SEED", "LORA_DROPOUT", "WARMUP_RATIO", "NUM_SAMPLES") else "above 0"
-            good = 0 < value < below.get(name, math.inf) or (least == "at least 0" and value == 0)
-            rule = f"{least} and below {below[name]}" if name in below else least
-        else:
-            good, rule = value or name == "EVAL_FILE", "given"
-        if not good:
-            parser.error(f"--{name.lower()} {value}: must be {rule}")
-    tracker = importlib.util.find_spec(args.report_to) if args.report_to != "none" else None
-    if args.report_to != "none" and not (tracker and tracker.origin):  # a mere folder of that name has no origin
-        parser.error(f"--report_to {args.report_to}: not installed; pip install {args.report_to}, or leave it none")
+    parser.add_argument("--demo", action="store_true", help="a tiny model, into output/demo")
+    parser.add_argument("--dry_run", action="store_true", help="stop after the plan; needs no GPU")
+    source = Path(__file__).read_text("utf-8")
+    comments = dict(re.findall(r"^([A-Z_]+) = .*?# *(.+)$", source, re.MULTILINE))
+    is_demo = "--demo" in (sys.argv if argv is None else argv)
+    constants = {name: globals()[name] for name in RULES} | (DEMO if is_demo else {})
+    try:
+        for name, value in constants.items():
+            check_constant(name, value)
+            kind, text = RULES[name][0], comments[name].replace("%", "%%") + " [%(default)s]"
+            about = {"default": value, "metavar": "VALUE", "help": text}
+            about |= {"nargs": "+"} if kind is list else {"type": kind}
+            parser.add_argument(f"--{name.lower()}", **about)
+        args = parser.parse_args(argv)
+        for name in constants:
+            check_constant(name, vars(args)[name.lower()])
+    except ValueError as error:
+        parser.error(str(error))
     if args.eval_file == args.train_file:
-        parser.error(f"--eval_file {args.eval_file}: is the training file; hold out other conversations, or none")
+        parser.error(f"EVAL_FILE {args.eval_file}: is the training file; hold out others")
     return args
 
 
-def launched(name: str, alone: int = 0) -> int:
-    """Return what a launcher says in RANK, LOCAL_RANK, WORLD_SIZE or LOCAL_WORLD_SIZE; alone if there is none."""
-    return int(os.environ.get(name, alone)) if "LOCAL_RANK" in os.environ else alone
+# ==== 3 Data: read, check every line, find repeats
+
+ROLE_ORDER = {  # the roles in a list of messages, by their first letters
+    "messages": ("s?(ua)+", "at most one system, then user and assistant in turn"),
+    "prompt": ("s?u(au)*", "at most one system, then user and assistant in turn, user last"),
+    "completion": ("a", "one assistant message"),
+}
+OTHER_FORMS = {"conversations": "ShareGPT's", "instruction": "Alpaca's"}
 
 
-def say(section: str, text: str) -> None:
-    """Print text with the section's name to the left of its first line."""
-    print(f"{section:<9}" + text.replace("\n", "\n" + " " * 9), flush=True)
+def check_messages(key, messages):
+    """Raise ValueError unless a row's list of messages is well-formed."""
+    roles = []
+    for number, message in enumerate(messages if isinstance(messages, list) else [], 1):
+        whole = isinstance(message, dict) and message.keys() == {"role", "content"}
+        role, text = (message["role"], message["content"]) if whole else ("", "")
+        is_text = isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
+        if role not in ("system", "user", "assistant") or not is_text:
+            rule = "only role (system, user, assistant) and content (text, no lone surrogate)"
+            found = f"{key} message {number} is {brief(repr(message), 80)}"
+            raise ValueError(f"{found}; write {rule}")
+        roles.append(role)
+    pattern, rule = ROLE_ORDER[key]
+    if not re.fullmatch(pattern, "".join(role[0] for role in roles)):
+        found = listed(roles, 6, ", ") or brief(repr(messages), 80)
+        raise ValueError(f"{key} is {found}; write a list of messages, {rule}")
 
 
-def first(items: list[str], limit: int = 20, separator: str = "\n") -> str:
-    """Join the first items, and say how many more there are."""
-    return separator.join(items[:limit] + [f"... and {len(items) - limit:,} more"] * (len(items) > limit))
+def without_repeats(pairs):
+    """Return a JSON object as a dictionary, or raise ValueError."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("an object has a key twice, of which one would be lost; remove it")
+    return dict(pairs)
 
 
-def parse_line(text: str) -> tuple[list[dict], set[str]]:
-    """Return a line's examples, one for each reply to be learnt, and its unused keys; or raise ValueError.
-
-    {"prompt": [...], "completion": [reply]} is one example, {"messages": [...]} one for each assistant message. In the
-    example {"messages": [...], "reply": n, "prompt": hash} messages[n] is learnt, after messages[:n].
-    """
-
-    def refuse(constant: str) -> typing.NoReturn:
-        raise ValueError(f"{constant} is not JSON; write a string or a number")
-
-    def unique(pairs: list[tuple]) -> dict:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("an object has a key twice, of which one would be lost; remove it")
-        return dict(pairs)
-
-    row = json.loads(text, parse_constant=refuse, parse_int=float, object_pairs_hook=unique)
-    form = [key for key in ("messages", "prompt", "completion") if isinstance(row, dict) and key in row]
+def parse_line(text):
+    """Return a line's examples, of which message number "reply" is learnt, and its unused keys."""
+    row = json.loads(text, object_pairs_hook=without_repeats)
+    keys = row.keys() if isinstance(row, dict) else set()
+    form = [key for key in ROLE_ORDER if key in keys]
     if form not in (["messages"], ["prompt", "completion"]):
-        found = " and ".join(form) or f"no conversation: {reprlib.repr(row)}"
-        raise ValueError(f"has {found}; write an object with either messages, or prompt and completion")
-    order = {"messages": ("s?(ua)+", "assistant last"), "prompt": ("s?u(au)*", "user last")}  # by the first letters
-    order["completion"] = ("a", "here one assistant message")
+        found = " and ".join(form) or f"no conversation: {brief(repr(row), 80)}"
+        for key in OTHER_FORMS.keys() & keys:
+            found = f"{OTHER_FORMS[key]} form; README.md has the lines that turn it"
+        raise ValueError(f"has {found}; write an object with messages, or prompt and completion")
     for key in form:
-        roles = []
-        for number, message in enumerate(row[key] if isinstance(row[key], list) else [], 1):
-            match message:
-                case {"role": "system" | "user" | "assistant" as role, "content": str(content)}:
-                    good = len(message) == 2 and content.strip() and not re.search("[\ud800-\udfff]", content)
-                case _:
-                    good = False
-            if not good:
-                rule = "role (system, user or assistant), content (text, not blank, no lone surrogate), nothing else"
-                raise ValueError(f"{key} message {number} is {reprlib.repr(message)}; write {rule}")
-            roles.append(role)
-        if not re.fullmatch(order[key][0], "".join(role[0] for role in roles)):
-            rule = f"a list of messages, at most one system, then user and assistant in turn, {order[key][1]}"
-            raise ValueError(f"{key} is {first(roles, 6, ', ') or reprlib.repr(row[key])}; write {rule}")
+        check_messages(key, row[key])
     turns = row["messages"] if form == ["messages"] else row["prompt"] + row["completion"]
-    examples, prompt = [], 0
+    examples, prompt_hash = [], 0
     for n, turn in enumerate(turns):
         if turn["role"] == "assistant":
-            examples.append({"messages": turns, "reply": n, "prompt": prompt})
-        prompt = hash((prompt, turn["role"], turn["content"]))
-    return examples if form == ["messages"] else examples[-1:], row.keys() - form
+            examples.append({"messages": turns, "reply": n, "prompt_hash": prompt_hash})
+        prompt_hash = hash((prompt_hash, turn["role"], turn["content"]))
+    return examples if form == ["messages"] else examples[-1:], keys - form
 
 
-def read_examples(path: str) -> list[dict]:
-    """Return a JSONL file's examples as parse_line makes them, with "where": "path:line"; exit with all bad lines."""
+def read_examples(path):
+    """Return a file's examples, with "where": "path:line"; exit with all bad lines."""
     examples, problems, unused = [], [], set()
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # it is read twice, which a pipe cannot
-            raise OSError(0, "a directory or a pipe, not a file")
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
-                    found, others = parse_line(text) if text else ([], set())
-                    examples += [{"where": f"{path}:{number}", **example} for example in found]
-                    unused |= others
-                    continue
-                except json.JSONDecodeError as error:
-                    fault = f"not JSON at column {error.colno}, {error.msg}; one object a line"
-                except UnicodeDecodeError as error:
-                    fault = f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8"
-                except RecursionError:
-                    fault = "nested too deeply; write an object with a list of messages"
-                except ValueError as error:
-                    fault = str(error)
-                problems.append(f"{path}:{number}: {fault}" if len(problems) < 20 else "")  # 20 are shown
+        if Path(path).is_fifo():
+            raise OSError(0, "a pipe, which cannot be read twice")
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror}; set TRAIN_FILE and EVAL_FILE to JSONL files") from None
+        raise SystemExit(f"{path}: {error.strerror}; set TRAIN_FILE and EVAL_FILE to JSONL files")
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
+            found, others = parse_line(text) if text else ([], set())
+            examples += [{"where": f"{path}:{number}", **example} for example in found]
+            unused |= others
+            continue
+        except json.JSONDecodeError as error:
+            fault = f"not JSON at column {error.colno}, {error.msg}; write one object a line"
+        except UnicodeDecodeError as error:
+            fault = f"{error}; save the file as UTF-8"
+        except (ValueError, RecursionError) as error:
+            fault = error
+        problems.append(f"{path}:{number}: {fault}")
     if problems or not examples:
-        raise SystemExit(first(problems) or f"{path}: no examples; write one JSON object a line")
-    keys = "; keys not used: " * bool(unused) + first([ascii(key)[1:-1] for key in sorted(unused)], 6, ", ")
-    say("data", f"{path}: {len(examples):,} example{'s' * (len(examples) > 1)}{keys}")
+        raise SystemExit(listed(problems) or f"{path}: no examples; write one JSON object a line")
+    names = listed([ascii(key)[1:-1] for key in sorted(unused)], 6, ", ")
+    note = f"; keys not used: {names}" if names else ""
+    report("data", f"{path}: {len(examples):,} example{'s' * (len(examples) > 1)}{note}")
     return examples
 
 
-def warn_of_repeats(train: list[dict], evaluation: list[dict]) -> None:
-    """Print the lines that repeat an example of their file, and the eval prompts that are also trained on."""
-    notes, prompts = {}, {example["prompt"]: example["where"] for example in reversed(train)}
-    for examples in (train, evaluation):
-        seen = {}
-        for example in examples:
-            prompt, where, reply = example["prompt"], example["where"], example["messages"][example["reply"]]
-            if (before := seen.setdefault((prompt, reply["content"]), where)) != where:
-                notes[f"{where} repeats {before}"] = None
-            elif examples is evaluation and prompt in prompts:
-                notes[f"{where} has the prompt of {prompts[prompt]}; it tests nothing new"] = None
+def warn_of_repeats(train, held_out):
+    """Print the lines that repeat others, and held-out prompts that are trained on."""
+    notes, seen, trained = [], {}, {row["prompt_hash"]: row["where"] for row in reversed(train)}
+    for row in train + held_out:
+        prompt, reply = row["prompt_hash"], row["messages"][row["reply"]]["content"]
+        before = seen.setdefault((prompt, reply), row["where"])
+        if before != row["where"]:
+            notes.append(f"{row['where']} repeats {before}")
+    for row in held_out:
+        if same := trained.get(row["prompt_hash"]):
+            notes.append(f"{row['where']} has the prompt of {same}; it tests nothing new")
     if notes:
-        say("warning", first([*notes]))
+        report("warning", listed(notes))
 
 
-def check_device(args: argparse.Namespace) -> str:
-    """Return a line about the device, or exit if it cannot train. To be called before transformers is imported."""
+# ==== 4 Device, model: the processes, the GPU, config and tokenizer
+
+
+def join_processes(args):
+    """Return the number of processes, after meeting those that a launcher started."""
+    from accelerate import PartialState
+
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"]
+    *numbers, address = [os.environ.get(name, "") for name in names]
+    if not any(numbers[:3]):
+        return 1
+    unset = f"if nobody launched several: unset {' '.join(names)}"
+    if not address or not all(number.isdigit() for number in numbers):
+        raise SystemExit(f"{', '.join(names)} are {[*numbers, address]}, not all set; {unset}")
+    report("waiting", f"5 minutes for {numbers[2]} processes at {address}; {unset}")
+    # The wait is in C++, where Python's handlers do not run.
+    before = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        PartialState(cpu=args.device == "cpu", timeout=datetime.timedelta(minutes=5))
+    except (RuntimeError, ValueError) as error:
+        raise SystemExit(f"the processes did not meet ({brief(error)}); {unset}")
+    for one, handler in before.items():
+        signal.signal(one, handler)
+    return PartialState().num_processes
+
+
+def why_no_gpu():
+    """Return why torch finds no GPU, the driver's version, and what would help."""
     import torch
 
-    # A call of PEFT's, not the user's.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    fla_advice = logging.getLogger("transformers.integrations.hub_kernels")  # to install fla, which needs sm_80
-    if args.device == "cpu":
-        fla_advice.setLevel("ERROR")
-        return "CPU"
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        raise SystemExit("DEVICE cuda: the launcher asks for mixed precision; give it --mixed_precision no")
-    # Where NVML answers, device_count() does not start CUDA, so CUDA_VISIBLE_DEVICES still takes effect after it.
-    several = torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
-    if several:
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if not torch.cuda.is_available():
-        advice = "try --demo, or --dry_run, or --device cpu with a small MODEL_NAME"
-        raise SystemExit(f"DEVICE cuda: torch sees no GPU; {advice}")
-    if (asked := launched("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-        raise SystemExit(f"DEVICE cuda: {asked} processes, {torch.cuda.device_count()} GPUs; lower --num_processes")
-    torch.cuda.set_device(launched("LOCAL_RANK"))
-    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    reason = ""
     try:
-        ones = torch.ones(8, 8, dtype=torch.bfloat16, device="cuda")
-        (ones @ ones).sum().item()
-    except torch.OutOfMemoryError:
-        raise SystemExit(f"DEVICE cuda: the memory of {name} is full; nvidia-smi shows by what") from None
-    except RuntimeError as error:  # a wheel without this GPU's kernels says so only here; is_available() is True
-        advice = 'pip install "torch>=2.7,<2.11", whose newest wheels reach from sm_70 (V100) to sm_120'
-        fault = f"this torch does not run on {name}, sm_{major}{minor} ({str(error).splitlines()[0]})"
-        raise SystemExit(f"DEVICE cuda: {fault}; {advice}") from None
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) or not header.exists():
-        raise SystemExit(f"DEVICE cuda: TRL compiles its loss when first used; install gcc and Python's {header}")
-    if major < 8:
-        # Neither supports these GPUs, but transformers takes fla wherever it can be imported. Its own code is correct.
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = re.split(r"\.\s", str(error))[0]
+    proc = Path("/proc/driver/nvidia/version")
+    driver = re.search(r" (\d+)\.[\d.]+ ", proc.read_text()) if proc.exists() else None
+    found = f"driver {driver[0].strip()}" if driver else "no NVIDIA driver is loaded"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        found += f", CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}"
+    cuda, advice = str(torch.version.cuda), "try --demo, or --dry_run, or --device cpu"
+    oldest = {"11": 450, "12": 525, "13": 580}.get(cuda.split(".")[0], 0)  # CUDA's release notes
+    if driver and int(driver[1]) < oldest:
+        advice = f"torch for CUDA {cuda} needs driver {oldest} or newer: update it, or install"
+        advice += " torch 2.7.1 for CUDA 11.8, which needs 450"
+    return f"torch sees no GPU ({reason}); {found}; {advice}"
+
+
+def set_up_loss(device, dtype):
+    """Have TRL score only trained positions, without Triton, which needs a compiler; try it."""
+    import torch
+    import trl.kernels.chunked_logprob as kernel
+    import trl.trainer.utils
+
+    # Private names; a test fails when they have no effect.
+    trl.trainer.utils._use_triton = lambda device: True
+    kernel._use_triton = lambda device: False
+    ones = functools.partial(torch.ones, device=device, dtype=getattr(torch, dtype))
+    hidden, targets = ones(4, 8, requires_grad=True), torch.zeros(4, device=device).long()
+    loss = kernel.ChunkedLogProbFunction.apply(hidden, ones(16, 8), None, targets, 1.0, 8)[0]
+    loss.sum().backward()
+    hidden.grad.sum().item()
+
+
+def check_device(args):
+    """Return a line about the device, or exit; call it before transformers is imported."""
+    import torch
+
+    if args.device == "cpu":
+        set_up_loss("cpu", args.dtype)
+        return "CPU"
+    # Of several GPUs the first; device_count() asks NVML and does not start CUDA yet.
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+    if not torch.cuda.is_available():
+        raise SystemExit(f"DEVICE cuda: {why_no_gpu()}")
+    major, minor = torch.cuda.get_device_capability()
+    name = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
+    if major < 8:  # fla does not support it, but transformers takes fla wherever it is installed
         sys.modules["fla"] = sys.modules["causal_conv1d"] = None
-        fla_advice.setLevel("ERROR")
-    bf16 = "native" if major >= 8 else "emulated, slower than fp32; DeltaNet runs without fla, which needs sm_80"
-    memory = f"{torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB"
-    note = "\nof several visible GPUs only the first is used" * several
-    return f"{name}, sm_{major}{minor}, {memory}; this torch has its kernels\nbf16 is {bf16}{note}"
+    try:
+        torch.ones(1, device="cuda").sum().item()
+        set_up_loss("cuda", args.dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a wheel without this GPU's kernels says so only here
+        advice = 'pip install "torch>=2.7,<2.11", for sm_70 (V100) to sm_120, or try float32'
+        raise SystemExit(f"DEVICE cuda: torch does not run on {name} ({brief(error)}); {advice}")
+    bf16 = "native" if major >= 8 else "emulated; DeltaNet runs without fla, which needs sm_80"
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    return f"{name}, {free:.1f} of {total:.1f} GiB free; bf16 is {bf16}"
 
 
-def load_config_and_tokenizer(args: argparse.Namespace) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Return MODEL_NAME's (config, tokenizer), or exit with one message if there is no such model."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.utils import httpx
+def load_config_and_tokenizer(args):
+    """Return MODEL_NAME's (config, tokenizer), or exit; a branch becomes its commit."""
+    from huggingface_hub import resolve_revision
     from transformers import AutoConfig, AutoTokenizer
 
-    name, where = args.model_name, {"revision": args.model_revision, "trust_remote_code": False}
-    local = Path(name).is_dir()
+    name, is_folder = args.model_name, Path(args.model_name).is_dir()
+    fault = "a broken folder" if is_folder else "no folder here, and not to be had from the hub"
     try:
-        # One request first: from_pretrained alone spends 25 s on retries before it says that there is no network.
-        if not local and not try_to_load_from_cache(name, "config.json", revision=args.model_revision):
-            HfApi().model_info(name, revision=args.model_revision, timeout=10)
-        config, tokenizer = AutoConfig.from_pretrained(name, **where), AutoTokenizer.from_pretrained(name, **where)
-    except (httpx.HTTPError, OSError, ValueError) as error:
-        fault = "a broken folder" if local else "no folder here, and not to be had from the hub"
-        reason = textwrap.shorten(str(error), 300)
-        raise SystemExit(f"MODEL_NAME {name}: {fault}; check name and network, or try --demo ({reason})") from None
-    cached = None if local else try_to_load_from_cache(name, "config.json", revision=args.model_revision)
-    if isinstance(cached, str):  # a branch moves: from here on it is the commit that was read
-        args.model_revision = Path(cached).parent.name
+        if not is_folder:  # one request: from_pretrained alone retries for 25 s
+            args.model_revision = str(resolve_revision(name, revision=args.model_revision))
+        chosen = {"revision": args.model_revision, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(name, **chosen)
+        tokenizer = AutoTokenizer.from_pretrained(name, **chosen)
+    except Exception as error:  # the hub's, the network's, a file's: a dozen kinds
+        advice = "check the name and the network, or try --demo"
+        raise SystemExit(f"MODEL_NAME {name}: {fault} ({brief(error)}); {advice}")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
-        raise SystemExit(f"MODEL_NAME {name}: no chat template or no end-of-turn token; use a model made for chat")
+        fault = "no chat template or no end-of-turn token; use a model made for chat"
+        raise SystemExit(f"MODEL_NAME {name}: {fault}")
+    if "quantization_config" in config.to_dict() | config.get_text_config().to_dict():
+        raise SystemExit(f"MODEL_NAME {name}: quantized; use the model that it was made from")
     return config, tokenizer
 
 
-def encode(examples: list[dict], tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> list[dict]:
-    """Tokenize examples as a server with enable_thinking=false would; return those of at most max_seq_len tokens.
+# ==== 5 Tokens: what the model sees, and what of it is learnt
 
-    To each it adds input_ids (prompt, reply, end-of-turn token) and labels (-100 on the prompt). The ids before a
-    reply are those that a server makes, in every turn. Longer examples are left out by name: cut, they would teach the
-    model not to stop. Exits if over a tenth are, if a text holds a control token, if training would not equal serving.
-    """
+
+def render(example, tokenizer):
+    """Return the token ids of the prompt and of the reply, or raise ValueError."""
     from jinja2 import TemplateError
 
-    serving, eos = {"enable_thinking": False, "return_dict": False}, tokenizer.eos_token_id
-    control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    rows, too_long, problems = [], [], []
-    shared = {}  # each token id once: an int of its own for each token would take 28 bytes
-    for example in examples:
-        where, conversation = example["where"], example["messages"][: example["reply"] + 1]
-        if found := [token for token in control for message in conversation if token in message["content"]]:
-            problems.append(f"{where}: the text holds the control token {found[0]}; respell or remove it")
-            continue
+    conversation = example["messages"][: example["reply"] + 1]
+    for token in [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]:
+        if any(token in message["content"] for message in conversation):
+            raise ValueError(f"the text holds the control token {token}; respell or remove it")
+    serving = {"enable_thinking": False, "return_dict": False}  # what is served is trained
+    to_ids = functools.partial(tokenizer.apply_chat_template, **serving)
+    try:
+        prompt, whole = to_ids(conversation[:-1], add_generation_prompt=True), to_ids(conversation)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses it ({error}); change the conversation")
+    reply, end = whole[len(prompt) :], tokenizer.eos_token_id
+    if whole[: len(prompt)] != prompt or end not in reply:
+        fault = f"rendered otherwise with its reply, or without {tokenizer.eos_token}"
+        raise ValueError(f"{fault}: training would not equal serving. Is there a think tag?")
+    return prompt, reply[: reply.index(end) + 1]
+
+
+def encode(examples, tokenizer, max_seq_len):
+    """Return the examples with input_ids and labels (-100 on the prompt), but for too long ones.
+
+    Those are left out by name: cut, they would teach the model not to stop.
+    """
+    rows, problems, too_long, said = [], [], [], time.monotonic()
+    for number, example in enumerate(examples):
+        if time.monotonic() > said + 10:
+            said = time.monotonic()
+            report("tokens", f"{number:,} of {len(examples):,} examples are rendered")
         try:
-            prompt = tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, **serving)
-            whole = tokenizer.apply_chat_template(conversation, **serving)
-        except TemplateError as error:
-            problems.append(f"{where}: the chat template refuses it ({error}); change the conversation")
+            prompt, reply = render(example, tokenizer)
+        except ValueError as error:
+            problems.append(f"{example['where']}: {error}")
             continue
-        reply = whole[len(prompt) :]
-        if whole[: len(prompt)] != prompt or eos not in reply:
-            fault = f"its prompt is rendered otherwise before the reply, or the reply lacks {tokenizer.eos_token}"
-            problems.append(f"{where}: {fault}; training would not equal serving. Is there a think tag?")
-            continue
-        prompt = [shared.setdefault(i, i) for i in prompt]
-        reply = [shared.setdefault(i, i) for i in reply[: reply.index(eos) + 1]]
         row = {**example, "input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
-        (rows if len(row["input_ids"]) <= max_seq_len else too_long).append(row)
-    notes = [f"{row['where']}: {len(row['input_ids']):,} tokens, over MAX_SEQ_LEN {max_seq_len}" for row in too_long]
+        if len(row["input_ids"]) <= max_seq_len:
+            rows.append(row)
+        else:
+            too_long.append(f"{row['where']}: {len(row['input_ids']):,} tokens, over MAX_SEQ_LEN")
     if len(too_long) > len(examples) / 10:
-        longest = max(len(row["input_ids"]) for row in too_long)
-        advice = f"over a tenth; shorten them, or raise MAX_SEQ_LEN to {longest:,}"
-        problems = [f"{len(too_long):,} of {len(examples):,} examples are too long, {advice}", *notes]
+        fault = f"{len(too_long):,} of {len(examples):,} examples are over MAX_SEQ_LEN"
+        problems = [f"{fault} {max_seq_len}, over a tenth; shorten them, or raise it", *too_long]
     if problems:
-        raise SystemExit(first(problems))
-    if notes:
-        say("left out", first(notes))
+        raise SystemExit(listed(problems))
+    if too_long:
+        report("left out", listed(too_long))
     return rows
 
 
-def report_tokens(
-    files: dict[str, tuple[list[dict], list[dict]]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, dict]:
-    """Print the lengths of each file's rows, and the first row with its trained part marked; return hash and counts.
-
-    files holds (examples read, rows encoded) for each path.
-    """
-    facts = {}
-    table = f"{'file':<24}{'examples':>9}{'min':>6}{'median':>8}{'p95':>6}{'max':>6}{'tokens':>11}{'trained':>18}"
-    for path, (examples, rows) in files.items():
+def report_tokens(files):
+    """Print and return the lengths in tokens of {path: (number read, rows)}."""
+    columns, facts = "{:<24}{:>9}{:>6}{:>8}{:>6}{:>6}{:>11}{:>18}".format, {}
+    lines = [columns("file", "examples", "min", "median", "p95", "max", "tokens", "trained")]
+    for path, (n_read, rows) in files.items():
         n = sorted(len(row["input_ids"]) for row in rows)
-        trained, p95 = sum(n) - sum(row["labels"].count(-100) for row in rows), n[math.ceil(0.95 * len(n)) - 1]
-        table += f"\n{path:<24}{len(n):>9,}{n[0]:>6,}{statistics.median(n):>8,.0f}{p95:>6,}{n[-1]:>6,}{sum(n):>11,}"
-        table += f"{f'{trained:,} ({trained / sum(n):.0%})':>18}"
-        data = Path(path).read_bytes()
+        tokens, p95 = sum(n), n[math.ceil(0.95 * len(n)) - 1]
+        trained = tokens - sum(row["labels"].count(-100) for row in rows)
+        numbers = (len(n), n[0], round(statistics.median(n)), p95, n[-1], tokens)
+        share = f"{trained:,} ({trained / tokens:.0%})"
+        lines.append(columns(path, *(f"{number:,}" for number in numbers), share))
         facts[path] = {
-            "sha256": hashlib.sha256(data).hexdigest(), "lines": data.count(b"\n") + (data[-1:] != b"\n"),
-            "examples": len(n), "left_out": len(examples) - len(n), "tokens": sum(n), "trained_tokens": trained,
+            "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "examples": len(n),
+            "left_out": n_read - len(n), "tokens": tokens, "trained_tokens": trained,
         }  # fmt: skip
-    row = next(iter(files.values()))[1][0]
-    start = row["labels"].count(-100)
-    text = f"{tokenizer.decode(row['input_ids'][:start])}>>>{tokenizer.decode(row['input_ids'][start:])}<<<"
-    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)  # a terminal obeys some
-    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 90) or [""]]
-    say("tokens", table)
-    say("example", "\n".join([f"{row['where']} as the model sees it; only what stands in >>> <<< is trained", *lines]))
+    report("tokens", "\n".join(lines))
     return facts
 
 
-def make_plan(args: argparse.Namespace, config: PreTrainedConfig, n_train: int) -> dict[str, int]:
-    """Print what will be trained and return its counts, from the config alone: the model is built without weights.
+def show_example(row, tokenizer):
+    """Print a row as the model sees it."""
+    ids, start = row["input_ids"], row["labels"].count(-100)
+    text = f"{tokenizer.decode(ids[:start])}>>>{tokenizer.decode(ids[start:])}<<<"
+    # What a terminal would obey is printed as an escape.
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 90) or [""]]
+    title = f"{row['where']} as the model sees it; only what stands in >>> <<< is trained"
+    report("example", "\n".join([title, *lines]))
 
-    PEFT gives each linear module whose name is a target an A (r x k) and a B (d x r) beside its W (d x k): r (d + k)
-    parameters. A target that matches nothing is an error here; PEFT says nothing as long as another one matches.
-    """
+
+# ==== 6 Plan: the LoRA table, steps, disk
+
+
+@dataclass
+class Plan:
+    """What will be trained, and what it takes."""
+
+    trainable: int  # LoRA's parameters
+    total: int  # with the base model's
+    steps_per_epoch: int
+    steps: int
+    disk: int  # bytes at most
+
+
+def linear_modules(config):
+    """Return {(name, parent, d, k): layers} of the linear modules, and the number of parameters."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    linear = {}  # (name, parent, d, k) of a linear module: the layers that have it
+    found = {}
     for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and (at := re.search(r"\.(\d+)\.(?:.+\.)?(\w+)\.(\w+)$", path)):
-            linear.setdefault((at[3], at[2], module.out_features, module.in_features), set()).add(int(at[1]))
-    targets, names = list(dict.fromkeys(args.lora_target_modules)), sorted({name for name, *_ in linear})
-    if unknown := [target for target in targets if target not in names]:
-        near = [name for target in unknown for name in difflib.get_close_matches(target, names, n=1)]
-        meant = f"did you mean {', '.join(near)}? " * bool(near)
-        raise SystemExit(
-            f"LORA_TARGET_MODULES: no layer has {', '.join(unknown)}; {meant}The layers have {', '.join(names)}"
-        )
-    text, r, scale, trainable = config.get_text_config(), args.lora_r, args.lora_alpha / args.lora_r, 0
-    table = f"{'target':<12}{'in layers':<17}{'W (frozen)':>14}{'A':>11}{'B':>11}{'parameters':>14}"
+        at = re.search(r"\.(\d+)\.(?:.+\.)?(\w+)\.(\w+)$", path)
+        if at and isinstance(module, torch.nn.Linear):
+            key = (at[3], at[2], module.out_features, module.in_features)
+            found.setdefault(key, set()).add(int(at[1]))
+    return found, model.num_parameters()
+
+
+def check_targets(targets, names):
+    """Exit if a target matches no module: PEFT says nothing as long as another one matches."""
+    unknown = [target for target in targets if target not in names]
+    near = {name for target in unknown for name in difflib.get_close_matches(target, names, n=1)}
+    meant = f"did you mean {', '.join(sorted(near))}? " if near else ""
+    have = ", ".join(names) or "no nn.Linear: another model is needed"
+    if unknown:
+        fault = f"no layer has {', '.join(unknown)}; {meant}the layers have {have}"
+        raise SystemExit(f"LORA_TARGET_MODULES: {fault}")
+
+
+def make_plan(args, config, n_train, n_processes=1):
+    """Print what will be trained and return its counts, from the config alone.
+
+    Beside W (d x k) a target gets A (r x k) and B (d x r): r (d + k) parameters.
+    """
+    linear, total = linear_modules(config)
+    targets, text = [*dict.fromkeys(args.lora_target_modules)], config.get_text_config()
+    check_targets(targets, sorted({name for name, *_ in linear}))
+    r, depth, trainable = args.lora_r, text.num_hidden_layers, 0
+    scale = f"scale alpha/r = {args.lora_alpha / r:g}, dropout {args.lora_dropout:g}"
+    columns = "{:<12}{:<17}{:>14}{:>11}{:>11}{:>14}".format
+    lines = [f"r={r} alpha={args.lora_alpha}, {scale}"]
+    lines.append(columns("target", "in layers", "W (frozen)", "A", "B", "parameters"))
     for target in targets:
         for (_, parent, d, k), layers in [item for item in linear.items() if item[0][0] == target]:
-            trainable += (count := len(layers) * r * (d + k))
+            count = len(layers) * r * (d + k)
+            trainable += count
             kind = {"self_attn": "attention", "mlp": "FFN"}.get(parent, parent)
-            table += f"\n{target:<12}{f'{len(layers)}/{text.num_hidden_layers} {kind}':<17}"
-            table += f"{f'{d}x{k}':>14}{f'{r}x{k}':>11}{f'{d}x{r}':>11}{count:>14,}"
-    total = trainable + sum(parameter.numel() for parameter in model.parameters())
-    shape = [args.batch_size, args.gradient_accumulation_steps]
-    if launched("WORLD_SIZE", 1) > 1:
-        shape.append(launched("WORLD_SIZE"))
-    per_epoch = math.ceil(n_train / math.prod(shape))
-    plan = {"trainable": trainable, "total": total, "per_epoch": per_epoch, "steps": per_epoch * args.num_epochs}
-    plan["max_lora_rank"] = min(rank for rank in VLLM_RANKS if rank >= r)
-    say("plan", f"r={r} alpha={args.lora_alpha}, scale alpha/r = {scale:g}, dropout {args.lora_dropout:g}\n{table}")
-    say("", f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-    deltanet = {i for i, kind in enumerate(text.to_dict().get("layer_types") or []) if kind == "linear_attention"}
-    absent = [t for t in targets if not any(deltanet & layers for key, layers in linear.items() if key[0] == t)]
-    if deltanet and absent:
-        say("", f"{len(deltanet)} of {text.num_hidden_layers} layers are Gated DeltaNet, without {', '.join(absent)}:")
-        say("", f"in them LoRA adapts only {', '.join(t for t in targets if t not in absent) or 'nothing'}")
-    batch = " x ".join(map(str, shape))
-    say("", f"{plan['steps']:,} steps, {per_epoch:,} an epoch: ceil({n_train:,} / ({batch})) x {args.num_epochs}")
-    # Twice the adapter, then the adapter and AdamW's two moments a checkpoint (each epoch's, the two newest, the one
-    # being written), and a tokenizer of up to 25 MB in each.
-    plan["disk"] = trainable * (8 + 12 * (args.num_epochs + 3)) + 25_000_000 * (args.num_epochs + 5)
-    files = f"{4 * trainable / 1e6:.1f} MB, with the checkpoints at most {plan['disk'] / 1e6:,.0f} MB of disk"
-    say("", f"adapter file {files}\nvLLM needs --max-lora-rank {plan['max_lora_rank']} for r={r}")
-    return plan
+            shapes = f"{d}x{k}", f"{r}x{k}", f"{d}x{r}"
+            lines.append(columns(target, f"{len(layers)}/{depth} {kind}", *shapes, f"{count:,}"))
+    total += trainable
+    share = f"trainable%: {100 * trainable / total:.4f}"
+    lines.append(f"trainable params: {trainable:,} || all params: {total:,} || {share}")
+    kinds = text.to_dict().get("layer_types") or []
+    deltanet = {i for i, kind in enumerate(kinds) if kind == "linear_attention"}
+    there = {name for (name, *_), layers in linear.items() if deltanet & layers}
+    if absent := [target for target in targets if deltanet and target not in there]:
+        kept = ", ".join(target for target in targets if target in there) or "nothing"
+        found = f"{len(deltanet)} of {depth} layers are Gated DeltaNet"
+        lines += [f"{found}, without {', '.join(absent)}:", f"in them LoRA adapts only {kept}"]
+    batch = [args.batch_size, args.gradient_accumulation_steps] + [n_processes] * (n_processes > 1)
+    per_epoch = math.ceil(n_train / math.prod(batch))
+    steps, product = per_epoch * args.num_epochs, " x ".join(map(str, batch))
+    formula = f"ceil({n_train:,} / ({product})) x {args.num_epochs}"
+    lines.append(f"{steps:,} steps, {per_epoch:,} an epoch: {formula}")
+    # Bytes: adapters, three checkpoints with AdamW's two moments, five tokenizers of 25 MB.
+    disk = 4 * trainable * (2 + args.num_epochs + 3 * 3) + 5 * 25_000_000
+    size = f"adapter file {4 * trainable / 1e6:.1f} MB"
+    lines.append(f"{size}, with the checkpoints at most {disk / 1e6:,.0f} MB of disk")
+    rank = min(rank for rank in VLLM_RANKS if rank >= r)
+    lines.append(f"vLLM needs --max-lora-rank {rank} for r={r}")
+    report("plan", "\n".join(lines))
+    return Plan(trainable, total, per_epoch, steps, disk)
 
 
-def check_room(args: argparse.Namespace, plan: dict[str, int], checkpoint: Path | None = None) -> None:
-    """Exit if the model is too large for a CPU, or the disk too full for a run from its beginning."""
-    if args.device == "cpu" and plan["total"] > 1e9:
-        advice = "use a GPU or a smaller MODEL_NAME"
-        raise SystemExit(f"DEVICE cpu: {plan['total']:,} parameters, over a billion; {advice}")
-    free = shutil.disk_usage(args.output_dir).free
-    if free < plan["disk"] and not checkpoint:  # the checkpoints of a run that goes on are there already
-        found = f"{free / 1e6:,.0f} MB free, {plan['disk'] / 1e6:,.0f} MB needed"
-        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {found}; make room")
+# ==== 7 Run folder: what an earlier run left, the checkpoint to go on from, run.json
 
 
-def is_write_error(error: BaseException) -> bool:
-    """Return whether error is what Python, safetensors, torch or tokenizers raise when a file cannot be written."""
-    from safetensors import SafetensorError
+@dataclass
+class Job:
+    """What run() finds out, step by step."""
 
-    of_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
-    return isinstance(error, (OSError, SafetensorError)) or of_torch or type(error) is Exception  # tokenizers' own
+    args: argparse.Namespace
+    config: object = None
+    tokenizer: object = None
+    train: list = field(default_factory=list)  # rows of encode()
+    eval: list = field(default_factory=list)
+    data: dict = field(default_factory=dict)  # of report_tokens()
+    n_processes: int = 1
+    device: str = ""
+    plan: Plan | None = None
+    checkpoint: Path | None = None  # to go on from
+    facts: dict = field(default_factory=dict)  # of describe_run()
+    history: list = field(default_factory=list)  # what the trainer logged
+    seconds: float = 0.0  # of steps, since the checkpoint
+    tokens: int = 0  # read in them
+    peak_gib: float = 0.0  # of GPU memory
+    is_training: bool = False
+    stopped_by: int = 0  # a signal
+
+    @property
+    def output(self):
+        """The folder of all results."""
+        return Path(self.args.output_dir)
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file in a checkpoint but complete.json, which holds them."""
-    files = sorted(path for path in folder.iterdir() if path.name != "complete.json")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def open_log(output):
+    """Lock output, and log in it what report() says, warnings and tracebacks."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        log = logging.FileHandler(output / "all_logs.log", encoding="utf-8")
+    except OSError as error:
+        raise SystemExit(f"OUTPUT_DIR {output}: {error.strerror}; choose a folder to write in")
+    try:
+        fcntl.flock(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"OUTPUT_DIR {output}: another run writes there; choose another folder")
+    except OSError:  # some network file systems have no locks
+        report("warning", f"{output} cannot be locked: start no second run there")
+    screen = logging.StreamHandler()
+    screen.setLevel(logging.WARNING)
+    logging.basicConfig(handlers=[log, screen], format="%(message)s", force=True)
+    logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a full disk must not hide the message that says so
+    LOG.setLevel(logging.INFO)
+    LOG.info("\n---- %s %s", time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv))
 
 
-def find_checkpoint(args: argparse.Namespace, files: dict[str, dict]) -> Path | None:
-    """Return the newest complete checkpoint of this very job, or move aside what an earlier one left and return None.
+def set_aside(path):
+    """Rename what an earlier run left at path, if anything."""
+    if path.exists():
+        aside = f"{path}.{time.strftime('%Y%m%d-%H%M%S', time.localtime(path.stat().st_mtime))}"
+        while os.path.exists(aside):
+            aside += "+"
+        path.rename(aside)
+        report("moved", f"{path} of an earlier run to {aside}")
 
-    What makes it this job is written to checkpoints/job.json, which a finished run removes. Exits if it differs.
-    """
+
+def write_json(path, value):
+    """Write value so that path never holds half of it."""
+    strict = json.loads(json.dumps(value), parse_constant=str)  # NaN is no JSON
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(strict, indent=1), encoding="utf-8")
+    new.replace(path)
+
+
+def hashes(folder):
+    """Return the SHA-256 of each file in folder but complete.json."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != "complete.json":
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def checkpoints_in(folder):
+    """Return {step: path} of the checkpoints, in order; other names are not ours."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return dict(sorted((int(path.name[11:]), path) for path in found))
+
+
+def is_complete(checkpoint):
+    """Return whether a checkpoint's files are those that were written."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # complete.json may be cut too
+        written = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))
+        return written.items() <= hashes(checkpoint).items()
+    return False
+
+
+def prune(folder, per_epoch, newest):
+    """Of all checkpoints but the newest leave only each epoch's adapter."""
+    saved = checkpoints_in(folder)
+    for step in [*saved][: len(saved) - newest]:
+        if step % per_epoch:
+            shutil.rmtree(saved[step])
+            continue
+        for path in saved[step].iterdir():
+            if path.is_file() and not path.name.startswith("adapter_"):
+                path.unlink()
+
+
+def describe_job(job):
+    """Return all that changes what is learnt."""
+
+    def digest(value):
+        return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+    folder = Path(job.args.model_name)  # for the hub's MODEL_REVISION, a commit, tells it
+    return {name: vars(job.args)[name.lower()] for name in JOB_RULES} | {
+        "TRAIN_FILE's tokens": digest([(r["input_ids"], r["labels"]) for r in job.train]),
+        "EVAL_FILE's tokens": digest([(r["input_ids"], r["labels"]) for r in job.eval]),
+        "MODEL_NAME's files": digest(hashes(folder)) if folder.is_dir() else None,
+        "processes": job.n_processes,
+    }
+
+
+def find_checkpoint(job):
+    """Return the newest complete checkpoint of this job; exit if it is another's."""
     from accelerate import PartialState
 
-    folder, names, complete = Path(args.output_dir, "checkpoints"), [*vars(args)], {}
-    # What stands above OUTPUT_DIR changes the result, but for the device and the files' places.
-    names = names[names.index("model_name") : names.index("output_dir")]
-    job = {name.upper(): vars(args)[name] for name in names if name != "device"}
-    job["PROCESSES"] = launched("WORLD_SIZE", 1)
-    job |= {name: file["sha256"][:16] for name, file in zip(("TRAIN_FILE", "EVAL_FILE"), files.values(), strict=False)}
-    for path in folder.glob("checkpoint-*/complete.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # complete.json itself may be cut
-            if json.loads(path.read_text(encoding="utf-8")).items() <= hashes(path.parent).items():
-                complete[int(path.parent.name.split("-")[1])] = path.parent
-    if complete and args.resume == "auto" and (folder / "job.json").exists():
-        newest, old = complete[max(complete)], json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        differ = [name for name in old | job if old.get(name) != job.get(name)]
+    folder, now, before = job.output / "checkpoints", describe_job(job), None
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads((folder / "job.json").read_text("utf-8"))
+    complete = [path for path in checkpoints_in(folder).values() if is_complete(path)]
+    if before and complete and job.args.resume == "auto":
+        differ = [name for name in before | now if before.get(name) != now.get(name)]
         if not differ:
-            say("resume", f"from {newest}, {max(complete):,} steps are done; --resume never starts anew")
-            return newest
-        rows = [f"  {name:<28} {old.get(name)!s:<20} {job.get(name)}" for name in differ]
-        table = "\n".join([f"  {'':<28} {newest.name:<20} now", *rows])
-        advice = "set these back to go on with it, or give --resume never to start anew and keep it under a time stamp"
-        raise SystemExit(f"OUTPUT_DIR {args.output_dir} holds an interrupted run of another job:\n{table}\n{advice}")
-    PartialState(cpu=args.device == "cpu").wait_for_everyone()  # before the first moves what the others look at
-    if not launched("RANK"):
+            report("resume", f"from {complete[-1]}; --resume never starts anew")
+            return complete[-1]
+        rows = [f"  {name:<28} {before.get(name)!s:<20} {now.get(name)}" for name in differ]
+        raise SystemExit(f"""OUTPUT_DIR {job.output} holds an interrupted run of another job:
+  {"":<28} {complete[-1].name:<20} now
+{listed(rows)}
+set these back to go on, choose another OUTPUT_DIR, or set it aside with --resume never""")
+    if job.n_processes > 1:  # before the first moves what the others look at
+        PartialState().wait_for_everyone()
+    if is_first_process():
         set_aside(folder)
-        set_aside(folder.with_name("run.json"))
+        set_aside(job.output / "run.json")
         folder.mkdir()
-        (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
+        write_json(folder / "job.json", now)
     return None
 
 
-def load_model(args: argparse.Namespace) -> PreTrainedModel:
-    """Return MODEL_NAME's text model in DTYPE, or exit if its weights are not whole safetensors files."""
-    from safetensors import SafetensorError
+def check_room(job):
+    """Exit if the disk is too full for a run from its beginning."""
+    free = shutil.disk_usage(job.output).free
+    if free < job.plan.disk and not job.checkpoint:
+        found = f"{free / 1e6:,.0f} MB free, {job.plan.disk / 1e6:,.0f} MB needed"
+        raise SystemExit(f"OUTPUT_DIR {job.output}: {found}; make room")
+
+
+def describe_run(job):
+    """Return what run.json says from the start."""
+    packages = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors"]
+    return {
+        "started": time.time(), "constants": {n: vars(job.args)[n.lower()] for n in RULES},
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "python": sys.version, "device": job.device, "data": job.data, "plan": vars(job.plan),
+        "resumed_from": job.checkpoint and str(job.checkpoint),
+    }  # fmt: skip
+
+
+def write_record(job, outcome):
+    """Write run.json, if the run has started."""
+    record = {
+        "outcome": outcome, **job.facts, "train_seconds": job.seconds, "tokens": job.tokens,
+        "peak_memory_gib": job.peak_gib, "loss_history": job.history,
+    }  # fmt: skip
+    try:
+        if job.facts and is_first_process():
+            write_json(job.output / "run.json", record)
+    except OSError as error:
+        report("warning", f"{job.output}/run.json is not written: {error.strerror}")
+
+
+# ==== 8 Trainer: LoraConfig, SFTConfig, SFTTrainer, and what is checked before training
+
+
+def lora_config(args):
+    """Return PEFT's configuration; nothing is injected by it alone."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules, bias="none", task_type="CAUSAL_LM",
+        revision=args.model_revision,
+    )  # fmt: skip
+
+
+def sft_config(job):
+    """Return TRL's configuration. By default: AdamW without weight decay, clipping at 1.0."""
+    from trl import SFTConfig
+
+    args = job.args
+    return SFTConfig(
+        output_dir=f"{job.output}/checkpoints", seed=args.seed, report_to="none",
+        num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        per_device_eval_batch_size=4 * args.batch_size,  # nothing is kept for a backward pass
+        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=int(args.warmup_ratio * job.plan.steps),
+        # No autocast, which TRL turns on: LoRA's gradients err alike (tests/benchmark.py).
+        bf16=False, fp16=False, ddp_find_unused_parameters=False,
+        activation_checkpointing=False,  # of all batches alike; keep_activations() chooses
+        # TRL must not render, cut or pack the rows: packed, DeltaNet without fla would carry its
+        # state from one conversation into the next.
+        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
+        eval_strategy="epoch" if job.eval else "no",
+        eval_on_start=bool(job.eval) and not job.checkpoint,  # B is zero then: the base's loss
+        save_steps=args.save_steps, disable_tqdm=True, use_cpu=args.device == "cpu",
+        logging_steps=1,  # each loss is checked and kept; LOGGING_STEPS says which are printed
+        logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
+        eos_token=job.tokenizer.eos_token,  # model and tokenizer agree on where a turn ends
+    )  # fmt: skip
+
+
+def load_model(args):
+    """Return the text model in DTYPE; exit unless its files hold all its tensors."""
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             args.model_name, revision=args.model_revision, dtype=args.dtype,
             trust_remote_code=False, use_safetensors=True,  # no code and no pickle from the hub
+            output_loading_info=True, ignore_mismatched_sizes=True,  # refused by name below
         )  # fmt: skip
-    except (OSError, SafetensorError) as error:
-        fault = f"no weights ({textwrap.shorten(str(error), 300)}); they must be whole safetensors files"
-        raise SystemExit(f"MODEL_NAME {args.model_name}: {fault}") from None
+    except Exception as error:  # of as many kinds
+        advice = "whole safetensors files are needed; run again to go on with a download"
+        raise SystemExit(f"MODEL_NAME {args.model_name}: no weights ({brief(error)}); {advice}")
+    odd = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
+    if odd:  # transformers has filled them with random numbers
+        fault = f"missing in the files, or of another shape: {listed(odd, 3, ', ')}"
+        raise SystemExit(f"MODEL_NAME {args.model_name}: {fault}; get whole files")
+    return model
 
 
-def build_trainer(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, train: list[dict], evaluation: list[dict],
-    resume: bool = False,
-) -> SFTTrainer:  # fmt: skip
-    """Return the SFTTrainer over the frozen model in DTYPE, with LoRA injected by the trainer and by nothing else."""
-    import trl.trainer.utils
+def build_trainer(job):
+    """Return the SFTTrainer over the frozen model; LoRA is injected by it alone."""
     from datasets import Dataset
-    from peft import LoraConfig
+    from transformers import PrinterCallback
     from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
-    def dataset(rows: list[dict]) -> Dataset:
-        return Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
+    def dataset(rows):
+        return Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in rows])
 
-    batch = args.batch_size * args.gradient_accumulation_steps * launched("WORLD_SIZE", 1)
-    lora_config = LoraConfig(
-        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none", task_type="CAUSAL_LM",
-        target_modules=args.lora_target_modules, revision=args.model_revision,
-    )  # fmt: skip
-    sft_config = SFTConfig(
-        output_dir=f"{args.output_dir}/checkpoints", seed=args.seed, report_to=args.report_to,
-        num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        per_device_eval_batch_size=4 * args.batch_size,  # no activations are kept for a backward pass
-        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=int(args.warmup_ratio * args.num_epochs * math.ceil(len(train) / batch)),
-        # No autocast: the frozen products in DTYPE, LoRA's in float32. TRL turns bf16 on by itself. With autocast the
-        # error of LoRA's gradients against float32 is about the same: SmolLM2-135M 4.2 % with, 4.4 without; 2.9 with,
-        # 2.7 without on four random layers of Qwen3.5-4B (tests/benchmark.py precision, on a CPU).
-        bf16=False, fp16=False, ddp_find_unused_parameters=False,
-        activation_checkpointing=False,  # of all batches alike; keep_activations() chooses for each
-        # The rows are tokenized: TRL must not render, cut or pack them. Packed, DeltaNet without fla would carry its
-        # state from one conversation into the next.
-        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
-        eval_strategy="epoch" if evaluation else "no",
-        eval_on_start=bool(evaluation) and not resume,  # B is zero then, so this is the base model's loss
-        save_steps=args.save_steps,
-        logging_steps=1,  # each step's loss is checked and kept; LOGGING_STEPS says which are printed
-        logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
-        eos_token=tokenizer.eos_token,  # so that model and tokenizer agree on where a turn ends
-        use_cpu=args.device == "cpu", disable_tqdm=False,
-    )  # fmt: skip
+    args, by_length = job.args, sorted(job.eval, key=lambda row: len(row["input_ids"]))
     trainer = SFTTrainer(
         model=load_model(args),
-        peft_config=lora_config,  # LoRA is injected here and nowhere else
-        args=sft_config,
-        train_dataset=dataset(train),
-        eval_dataset=dataset(sorted(evaluation, key=lambda row: len(row["input_ids"]))) if evaluation else None,
-        processing_class=tokenizer,
+        peft_config=lora_config(args),  # LoRA is injected here and nowhere else
+        args=sft_config(job),
+        train_dataset=dataset(job.train),
+        eval_dataset=dataset(by_length) if job.eval else None,
+        processing_class=job.tokenizer,
     )
-    # Batches of like lengths need less padding. transformers' group_by_length draws from the global random state, so a
-    # run resumed from a checkpoint would go another way; this sampler draws from the seed and the epoch.
-    lengths = [len(row["input_ids"]) for row in train]
-    sampler = DistributedLengthGroupedSampler(batch, num_replicas=1, rank=0, seed=args.seed, lengths=lengths)
+    # Like lengths need less padding. Unlike transformers' group_by_length this draws from the
+    # seed and the epoch, so that a resumed run goes the same way.
+    batch = args.batch_size * args.gradient_accumulation_steps * job.n_processes
+    lengths = [len(row["input_ids"]) for row in job.train]
+    sampler = DistributedLengthGroupedSampler(batch, None, 1, 0, args.seed, False, lengths)
     trainer._get_train_sampler = lambda dataset=None: sampler
-    if args.device == "cpu":
-        trl.trainer.utils._use_triton = lambda device: True  # score only trained positions, as TRL does on a GPU
+    # By default PEFT asks the hub, at each save, whether the embeddings were resized.
+    save = trainer.model.save_pretrained
+    trainer.model.save_pretrained = functools.partial(save, save_embedding_layers=False)
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def check_injection(model: PeftModel, plan: dict[str, int]) -> None:
-    """Print PEFT's count; exit unless it is the plan's, and LoRA's weights, in float32, are all that is trainable."""
-    print(f"{'model':<9}", end="")
-    model.print_trainable_parameters()
-    counts, planned = model.get_nb_trainable_parameters(), (plan["trainable"], plan["total"])
+def check_injection(model, plan):
+    """Exit unless LoRA's float32 weights alone are trainable, as many as planned."""
+    counts = model.get_nb_trainable_parameters()
     trained = {name: str(p.dtype) for name, p in model.named_parameters() if p.requires_grad}
     odd = trained.keys() ^ {name for name, _ in model.named_parameters() if "lora_" in name}
     odd |= {f"{name} in {dtype}" for name, dtype in trained.items() if dtype != "torch.float32"}
-    if odd or counts != planned:
-        found = f"{counts[0]:,} of {counts[1]:,} parameters are trainable, not {planned[0]:,} of {planned[1]:,}"
-        raise SystemExit(first([f"LoRA is not injected as planned; nothing is trained. {found}", *sorted(odd)]))
-    say("", "LoRA is injected as planned: its weights are float32 and trainable, all others frozen")
+    found = "{:,} of {:,} parameters are trainable".format(*counts)
+    if odd or counts != (plan.trainable, plan.total):
+        fault = f"{found}, planned were {plan.trainable:,} of {plan.total:,}; nothing is trained"
+        raise SystemExit(listed([f"LoRA is not injected as planned: {fault}", *sorted(odd)]))
+    report("model", f"LoRA is injected as planned: {found}, LoRA's alone and in float32")
 
 
-def keep_activations(trainer: SFTTrainer, rows: list[dict], args: argparse.Namespace) -> None:
-    """Recompute activations in the backward pass only for the batches whose activations do not fit the GPU's memory.
-
-    Recomputing costs about 45 % more work. Simulated for 2 x 512 tokens of Qwen3.5-4B: 8.8 GiB with, 23.1 without
-    (tests/benchmark.py flops memory); not measured on a V100. Which fit is tried out, the longest batch first; exits
-    if that does not fit in either way.
-    """
+def keep_activations(trainer, job):
+    """Recompute activations only for batches that do not fit in memory: it is 45 % more work."""
     import torch
     from transformers import set_seed
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model, limit, rows = trainer.model, math.inf, sorted(rows, key=lambda row: len(row["input_ids"]))
+    model, limit = trainer.model, math.inf  # tokens of the largest batch that is kept
     model.activation_checkpointing_enable()
-    model.disable_input_require_grads()  # torch's non-reentrant recomputation needs no gradient of the embeddings
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    batches = [rows[n : n + args.batch_size] for n in range(max(1, len(rows) - args.batch_size + 1))]
+    model.disable_input_require_grads()  # torch's recomputation needs no gradient of embeddings
+    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
 
-    def recompute_if_large(_: PeftModel, __: tuple, inputs: dict) -> None:
+    def recompute_if_large(_, __, inputs):
         for layer in layers:
             layer.gradient_checkpointing = inputs["input_ids"].numel() > limit
 
-    def overflows(batch: list[dict]) -> bool:
-        inputs = trainer._prepare_inputs(trainer.data_collator(batch))
-        try:  # the passes of a training step, without its metrics: of several processes only one may overflow
+    def overflows(rows):
+        inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+        try:  # a training step's passes, without its metrics, for which all processes would wait
             model(**inputs, fused_lm_head=True).loss.backward()
         except torch.OutOfMemoryError:
             return True
@@ -625,165 +883,158 @@ def keep_activations(trainer: SFTTrainer, rows: list[dict], args: argparse.Names
             torch.cuda.empty_cache()
         return False
 
-    def tokens(batch: list[dict]) -> int:
-        return len(batch) * len(batch[-1]["input_ids"])
-
     model.register_forward_pre_hook(recompute_if_large, with_kwargs=True)
-    if args.device == "cpu":
+    if job.args.device == "cpu":
         return
-    torch.cuda.set_per_process_memory_fraction(0.9)  # a tenth for the optimizer's state and for memory in pieces
+    free, total = torch.cuda.mem_get_info()
+    # A tenth of what is free is for the optimizer's states, and for memory in pieces.
+    fraction = 0.9 * (free + torch.cuda.memory_reserved()) / total
+    torch.cuda.set_per_process_memory_fraction(fraction)
     model.train()
+    rows, size = sorted(job.train, key=lambda row: len(row["input_ids"])), job.args.batch_size
+    batches = [rows[n : n + size] for n in range(max(1, len(rows) - size + 1))]  # by length
     if overflows(batches[-1]):
-        fit = bisect.bisect_left(batches, True, key=overflows)
-        limit = tokens(batches[fit - 1]) if fit else 0
+        n_fit = bisect.bisect_left(batches, True, key=overflows)  # how many, from the shortest
+        limit = size * len(batches[n_fit - 1][-1]["input_ids"]) if n_fit else 0
         if overflows(batches[-1]):
-            advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
-            raise SystemExit(f"memory: a batch of {tokens(batches[-1]):,} tokens does not fit this GPU; {advice}")
+            longest = len(rows[-1]["input_ids"])
+            raise torch.OutOfMemoryError(f"{size} x {longest:,} tokens do not fit")
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.reset_peak_memory_stats()
-    set_seed(args.seed)
-    kept = {math.inf: "kept for all batches", 0: "recomputed for all batches"}
-    say("memory", f"activations are {kept.get(limit, f'kept for batches of up to {limit:,} tokens, else recomputed')}")
+    set_seed(job.args.seed)
+    kept = "all batches" if limit == math.inf else f"batches of up to {limit:,} tokens"
+    report("memory", f"activations are kept for {kept}, else recomputed")
 
 
-def watch(trainer: SFTTrainer, args: argparse.Namespace, plan: dict[str, int], record: dict, stop: list[int]) -> None:
-    """Have trainer print its losses, exit at one that is not finite, stop at a signal, and save whole checkpoints."""
+# ==== 9 Training: losses, checkpoints, signals
+
+
+class Watch:
+    """A run's callbacks; train() adds the base class, which is slow to import."""
+
+    job, began, stopping = None, 0.0, False
+
+    def on_step_begin(self, *_, **__):
+        """From here on there is something to save."""
+        self.job.is_training, self.began = True, time.monotonic()
+
+    def on_log(self, _, state, __, logs, **___):
+        """Print a loss, and exit if it is not finite."""
+        job, step = self.job, state.global_step
+        job.history = state.log_history
+        for key in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(key, 0)):
+                advice = "lower LEARNING_RATE or set DTYPE to float32, with --resume never"
+                if step <= 1 and key != "grad_norm":  # B is still zero
+                    advice = "it is the base's own: check its weights, or set DTYPE to float32"
+                fault = f"train: {key} is {logs[key]} at step {step}"
+                raise SystemExit(f"{fault}; no adapter; {advice}")
+        if "eval_loss" in logs:
+            report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
+        if "loss" in logs:
+            job.seconds += time.monotonic() - self.began
+            job.tokens = int(logs["num_tokens"])
+            if step % job.args.logging_steps == 0:
+                text = "step {:,}/{:,}  loss {loss:.4f}  gradient norm {grad_norm:.3f}  "
+                text += "learning rate {learning_rate:.2e}  {:,.0f} tokens/s"
+                rate = job.tokens / job.seconds
+                report("train", text.format(step, state.max_steps, rate, **logs))
+
+    def on_step_end(self, args, state, control, **_):
+        """Save and stop, all processes after the same step, if one was told to."""
+        import torch
+        from accelerate.utils import reduce
+
+        # Only the sum over the processes decides: one may be told to just after it.
+        self.stopping = bool(reduce(torch.tensor(self.job.stopped_by, device=args.device)))
+        # An epoch's last step is saved after its evaluation, which moves the random state.
+        is_last = state.global_step % self.job.plan.steps_per_epoch == 0
+        control.should_save = (control.should_save or self.stopping) and not is_last
+        control.should_training_stop |= self.stopping
+
+    def on_epoch_end(self, _, state, control, **__):
+        """Evaluate and save, unless a signal ended the epoch."""
+        control.should_save = state.global_step % self.job.plan.steps_per_epoch == 0
+        control.should_evaluate &= control.should_save
+
+    def on_save(self, args, state, _, **__):
+        """Mark a checkpoint as complete, and prune the older ones."""
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()  # each process writes its own random state
+        if is_first_process():
+            folder = Path(args.output_dir)
+            (folder / "README.md").unlink(missing_ok=True)  # TRL's, which describes no run
+            new = folder / f"checkpoint-{state.global_step}"
+            write_json(new / "complete.json", hashes(new))
+            prune(folder, self.job.plan.steps_per_epoch, newest=2)
+
+
+def train(trainer, job):
+    """Train to the end, or until a signal: then raise KeyboardInterrupt(signal, message)."""
     import torch
-    from transformers import ProgressCallback
+    from transformers import TrainerCallback
 
-    class Progress(ProgressCallback):
-        def on_log(self, _, state, control, logs=None, **kwargs):
-            record["loss_history"] = state.log_history
-            for key in ("loss", "grad_norm", "eval_loss"):
-                if not math.isfinite(logs.get(key, 0)):
-                    advice = "lower LEARNING_RATE or set DTYPE to float32, and start anew with --resume never"
-                    raise SystemExit(f"train: {key} is {logs[key]} at step {state.global_step}; no adapter; {advice}")
-            if self.training_bar and "eval_loss" in logs:
-                self.training_bar.write(f"{'eval':<9}epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
-            elif self.training_bar and "loss" in logs and state.global_step % args.logging_steps == 0:
-                line = f"{'train':<9}step {state.global_step:,}/{state.max_steps:,}  loss {logs['loss']:.4f}  "
-                line += f"gradient norm {logs['grad_norm']:.3f}  learning rate {logs['learning_rate']:.2e}"
-                self.training_bar.write(line)
-
-        def on_prediction_step(self, arguments, state, control, **kwargs):
-            super().on_prediction_step(arguments, state, control, **kwargs)
-            if stop and not state.global_step:  # the evaluation before the first step
-                raise KeyboardInterrupt(stop[0], "stopped before the first step; there is nothing to keep")
-
-        def on_step_end(self, arguments, state, control, **kwargs):
-            super().on_step_end(arguments, state, control, **kwargs)
-            if trainer.accelerator.reduce(torch.tensor(len(stop), device=arguments.device)) and not stop:
-                stop.append(signal.SIGTERM)  # another process was told to stop: all do, after the same step
-            # An epoch's last step is saved after its evaluation, since that moves the random state.
-            control.should_save = bool(control.should_save or stop) and state.global_step % plan["per_epoch"] != 0
-            control.should_training_stop |= bool(stop)
-
-        def on_epoch_end(self, arguments, state, control, **kwargs):
-            control.should_save = state.global_step % plan["per_epoch"] == 0
-            control.should_evaluate &= control.should_save
-
-    save, folder = trainer._save_checkpoint, Path(trainer.args.output_dir)
-
-    def save_whole(*parameters: typing.Any) -> None:
-        try:
-            save(*parameters)
-            trainer.accelerator.wait_for_everyone()
-            if launched("RANK"):
-                return
-            new = folder / f"checkpoint-{trainer.state.global_step}"
-            (new / "complete.json").write_text(json.dumps(hashes(new)), encoding="utf-8")
-            steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-            for step in (step for step in steps[:-2] if step % plan["per_epoch"]):
-                shutil.rmtree(folder / f"checkpoint-{step}")
-        except Exception as error:
-            if not is_write_error(error):
-                raise
-            shutil.rmtree(folder / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
-            fault = f"checkpoint {trainer.state.global_step} could not be written ({error})"
-            advice = "make room, and the same command goes on from the newest complete one"
-            raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {fault}; {advice}") from None
-
-    trainer._save_checkpoint = save_whole
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress)
+    watch = type("Watch", (Watch, TrainerCallback), {"job": job})()
+    trainer.add_callback(watch)
+    trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
+    job.is_training, job.peak_gib = False, torch.cuda.max_memory_allocated() / 2**30
+    trainer.end()
+    if watch.stopping or job.stopped_by:
+        step = trainer.state.global_step
+        done = f"stopped at step {step:,} of {job.plan.steps:,}; the same command goes on from"
+        message = f"{done} {job.output}/checkpoints/checkpoint-{step}"
+        raise KeyboardInterrupt(job.stopped_by or signal.SIGTERM, message)
 
 
-def train(
-    trainer: SFTTrainer, args: argparse.Namespace, plan: dict[str, int], record: dict, checkpoint: Path | None = None
-) -> None:
-    """Train to the end, from checkpoint if there is one, and put time, peak memory and losses into record.
-
-    After SIGINT or SIGTERM it finishes the step, saves a checkpoint and raises KeyboardInterrupt(signal, message).
-    """
-    import torch
-
-    stop = []
-
-    def on_signal(number: int, _: typing.Any) -> None:
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the same signal again ends the process at once
-        os.write(2, b"\nstopping: this step is finished and saved first; once more stops at once\n")
-
-    watch(trainer, args, plan, record, stop)
-    before = {one: signal.signal(one, on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except torch.OutOfMemoryError:
-        advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, then lower MAX_SEQ_LEN"
-        raise SystemExit(f"train: out of GPU memory at step {trainer.state.global_step}; {advice}") from None
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else 1024 * resource.getrusage(0).ru_maxrss
-    record["train_runtime"], record["peak_memory_gib"] = trainer.state.log_history[-1]["train_runtime"], peak / 2**30
-    if stop:
-        step, folder = trainer.state.global_step, trainer.args.output_dir
-        goes_on = f"the same command goes on from {folder}/checkpoint-{step}"
-        raise KeyboardInterrupt(stop[0], f"stopped at step {step:,} of {plan['steps']:,}; {goes_on}")
+# ==== 10 Results: the adapter, its proof, and what shows what it does
 
 
-def save_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path,
-    args: argparse.Namespace,
-) -> None:  # fmt: skip
-    """Write folder/final_lora, and final_lora_vllm if needed; exit unless the config says what the constants say."""
+def save_adapter(model, job, folder):
+    """Write folder/final_lora, and final_lora_vllm if vLLM needs it."""
+    from peft import PeftConfig
     from safetensors.torch import load_file, save_file
 
-    final, vllm, prefix = folder / "final_lora", folder / "final_lora_vllm", "base_model.model.model."
-    model.save_pretrained(final, save_embedding_layers=False)
-    tokenizer.save_pretrained(final)
-    saved = json.loads((final / "adapter_config.json").read_text(encoding="utf-8"))
-    saved["target_modules"] = sorted(saved["target_modules"])
-    wanted = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "bias": "none"}
-    wanted |= {"task_type": "CAUSAL_LM", "target_modules": sorted({*args.lora_target_modules})}
-    if wrong := [f"{key} is {saved[key]}, not {value}" for key, value in wanted.items() if saved[key] != value]:
-        raise SystemExit(f"{final}/adapter_config.json does not say what the constants say: {'; '.join(wrong)}")
+    final, vllm = folder / "final_lora", folder / "final_lora_vllm"
+    model.save_pretrained(final)
+    job.tokenizer.save_pretrained(final)
+    asked, saved = vars(lora_config(job.args)), vars(PeftConfig.from_pretrained(final))
+    for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type"):
+        if saved[key] != asked[key]:
+            fault = f"{key} is {saved[key]}, not {asked[key]} as asked"
+            raise SystemExit(f"{final}/adapter_config.json: {fault}")
     tensors = load_file(final / "adapter_model.safetensors")
-    if config.get_text_config() is not config and all(name.startswith(f"{prefix}layers.") for name in tensors):
-        # A wrapper's modules vLLM finds under language_model. Up to 0.32 it accepts other names, and serves the base.
+    plain, wrapped = "base_model.model.model.", "base_model.model.model.language_model."
+    is_wrapper = job.config.get_text_config() is not job.config
+    if is_wrapper and not any(name.startswith(wrapped) for name in tensors):
+        # Up to 0.32 vLLM accepts a wrapper's adapter under other names, and serves the base.
         vllm.mkdir()
         shutil.copy(final / "adapter_config.json", vllm)
-        renamed = {name.replace(prefix, f"{prefix}language_model.", 1): tensor for name, tensor in tensors.items()}
+        renamed = {name.replace(plain, wrapped, 1): tensor for name, tensor in tensors.items()}
         save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
+    for path in folder.glob("*/adapter_model.safetensors"):  # written for its owner alone, but
+        shutil.copymode(final / "adapter_config.json", path)  # a server may be another user
 
 
-def prove(model: PeftModel, folder: Path, row: dict) -> PeftModel:
-    """Return the base with folder's adapter loaded from disk; exit unless that adapter is the trained one and works.
+def prove(model, folder, row):
+    """Return the base with folder's adapter from disk; exit unless tensors and logits are model's.
 
-    Its tensors must equal those of model, the trained PeftModel, which gives up its adapter here. On row's tokens its
-    logits must equal the trained model's (to a tenth of its effect, as a GPU may round otherwise), and not the base's.
+    model gives up its adapter here. A GPU may round otherwise: a tenth of the effect is allowed.
     """
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    kept, saved = get_peft_model_state_dict(model), load_file(folder / "adapter_model.safetensors")
-    odd = [name for name in kept.keys() | saved.keys()
-           if name not in kept or name not in saved or not torch.equal(kept[name].cpu(), saved[name])]  # fmt: skip
-    odd += [name for name, t in saved.items() if not t.isfinite().all() or ("lora_B" in name and not t.any())]
+    kept = get_peft_model_state_dict(model, save_embedding_layers=False)
+    saved = load_file(folder / "adapter_model.safetensors")
+    odd = kept.keys() ^ saved.keys()
+    for name in kept.keys() & saved.keys():
+        tensor, is_zero = saved[name], "lora_B" in name and not saved[name].any()
+        if is_zero or not tensor.isfinite().all() or not tensor.equal(kept[name].cpu()):
+            odd.add(name)
     if odd:
-        named = first(sorted({*odd}), 3, ", ")
-        raise SystemExit(f"proof: in {folder} not as trained, not finite or all zero: {named}")
+        fault = "not as trained, not finite or all zero"
+        raise SystemExit(f"proof: in {folder} {fault}: {listed(sorted(odd), 3, ', ')}")
     ids = torch.tensor([row["input_ids"]], device=model.device)
     with torch.no_grad():
         trained = model.eval()(input_ids=ids).logits
@@ -795,339 +1046,281 @@ def prove(model: PeftModel, folder: Path, row: dict) -> PeftModel:
     found += f", by {effect:.2g} from the base's"
     if not (effect > 0 and error <= effect / 10):
         raise SystemExit(f"proof: {folder}: {found}; the adapter does not work, and is not kept")
-    say("proof", found)
+    report("proof", found)
     return reloaded
 
 
-def write_samples(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], path: Path, args: argparse.Namespace
-) -> None:
-    """Write held-out conversations with the base's, the adapter's and the written reply to path; greedy decoding."""
+def publish(trainer, job):
+    """Write the adapter beside its place, prove it, move it in; return the proved model."""
+    partial, folder = job.output / "partial", job.output / "checkpoints"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_adapter(trainer.model, job, partial)
+        model = prove(trainer.model, partial / "final_lora", (job.eval or job.train)[0])
+        for name in ("final_lora", "final_lora_vllm", "samples.md", "loss.png"):
+            set_aside(job.output / name)
+        for new in partial.iterdir():
+            new.rename(job.output / new.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    (folder / "job.json").unlink()
+    prune(folder, job.plan.steps_per_epoch, newest=0)
+    return model
+
+
+def answer(model, job, row):
+    """Return the model's greedy reply to a row's prompt."""
     import torch
 
-    def answer(batch: list[dict]) -> list[str]:
-        prompts = [row["input_ids"][: row["labels"].count(-100)] for row in batch]
-        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
-        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        with torch.no_grad():
-            ids = model.generate(**inputs, **greedy, **ends, max_new_tokens=args.max_new_tokens)
-        replies = ids[:, inputs["input_ids"].shape[1] :]
-        cut = [" [cut here]" * (tokenizer.eos_token_id not in reply) for reply in replies.tolist()]
-        return [tokenizer.decode(r, skip_special_tokens=True) + note for r, note in zip(replies, cut, strict=True)]
+    tokenizer, start = job.tokenizer, row["labels"].count(-100)
+    ids = torch.tensor([row["input_ids"][:start]], device=model.device)
+    how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # greedy
+    how |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    how |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": job.args.max_new_tokens}
+    ids = model.generate(input_ids=ids, **how)
+    reply = ids[0, start:].tolist()
+    cut = " [cut here]" * (tokenizer.eos_token_id not in reply)
+    return tokenizer.decode(reply, skip_special_tokens=True) + cut
 
-    count = min(args.num_samples, len(rows))
-    rows = [rows[i * len(rows) // count] for i in range(count)]
-    text = f"# Replies with and without the adapter\n\n{args.model_name}, r={args.lora_r}, alpha={args.lora_alpha}, "
-    text += f"NUM_EPOCHS {args.num_epochs}, {args.train_file}.\nHeld-out prompts as a server with "
-    text += f"enable_thinking=false sends them, greedy decoding, at most {args.max_new_tokens} tokens.\n"
-    for start in range(0, len(rows), 8):
-        batch = rows[start : start + 8]
-        adapted = answer(batch)
+
+def write_samples(model, job, path):
+    """Write held-out prompts with the base's, the adapter's and the written reply."""
+    args, count = job.args, min(job.args.num_samples, len(job.eval))
+    text = f"# Replies with and without the adapter\n\n{args.model_name}, r={args.lora_r}, "
+    text += f"alpha={args.lora_alpha}, {args.num_epochs} epochs of {args.train_file}; greedy.\n"
+    for row in [job.eval[i * len(job.eval) // count] for i in range(count)]:
+        *said, written = [(m["role"], m["content"]) for m in row["messages"][: row["reply"] + 1]]
         with model.disable_adapter():
-            base = answer(batch)
-        for row, without, with_it in zip(batch, base, adapted, strict=True):
-            *prompt, written = row["messages"][: row["reply"] + 1]
-            text += f"\n## {row['where']}\n"
-            said = [(message["role"], message["content"]) for message in prompt]
-            for who, reply in [*said, ("base", without), ("adapter", with_it), ("written", written["content"])]:
-                text += f"\n**{who}**\n\n" + "".join(f"> {line}\n" for line in re.split(r"\r\n?|\n", reply.strip()))
-    path.write_text(text, encoding="utf-8")
-    say("samples", f"{len(rows)} held-out prompts answered with and without the adapter")
+            said.append(("base", answer(model, job, row)))
+        said += [("adapter", answer(model, job, row)), ("written", written[1])]
+        text += f"\n## {row['where']}\n"
+        for who, reply in said:
+            quoted = [f"> {line}\n" for line in re.split(r"\r\n?|\n", reply.strip())]
+            text += f"\n**{who}**\n\n" + "".join(quoted)
+    if count:
+        path.write_text(text, encoding="utf-8")
+        report("samples", f"{count} held-out prompts answered with and without the adapter")
 
 
-def draw_losses(history: list[dict], path: Path, title: str, per_epoch: int) -> None:
-    """Draw train loss, raw and smoothed, eval loss and learning rate over the steps to a PNG at path."""
-    os.environ.pop("MPLBACKEND", None)  # nothing is shown on a screen, and an unknown name is an error
+def draw_losses(_, job, path):
+    """Draw the train loss, raw and smoothed, and the eval loss over the steps."""
+    os.environ.pop("MPLBACKEND", None)  # nothing is shown, and an unknown name is an error
     from matplotlib.figure import Figure
 
-    trained = [entry for entry in history if "loss" in entry]
-    steps, losses, rates = ([entry[key] for entry in trained] for key in ("step", "loss", "learning_rate"))
-    evals = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    args, per_epoch = job.args, job.plan.steps_per_epoch
+    steps, losses = zip(*((e["step"], e["loss"]) for e in job.history if "loss" in e), strict=True)
     width = max(1, len(losses) // 25)
-    smooth = [statistics.fmean(losses[max(0, i - width) : i + width + 1]) for i in range(len(losses))]
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    top.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="train, each step")
-    top.plot(steps, smooth, color="tab:blue", label=f"train, mean of {2 * width + 1} steps")
+    windows = [losses[max(0, i - width) : i + width + 1] for i in range(len(losses))]
+    smooth = [statistics.fmean(window) for window in windows]
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, label="train, each step")
+    axes.plot(steps, smooth, color="tab:blue", label=f"train, mean of {2 * width + 1} steps")
+    evals = [(entry["step"], entry["eval_loss"]) for entry in job.history if "eval_loss" in entry]
     if evals:
-        top.plot(*zip(*evals, strict=True), "o-", color="tab:orange", label="eval")
-        for step, loss in evals:
-            above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-            white = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none"}
-            top.annotate(f"{loss:.2f}", (step, loss), bbox=white, **above)
-    bottom.plot(steps, rates, color="tab:green")
-    for axes in (top, bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-        for step in range(per_epoch, steps[-1] + 1, per_epoch):
-            axes.axvline(step, color="gray", linestyle=":", linewidth=1)
-    top.set_title(title, parse_math=False)
-    top.set(ylabel="loss, nats per token")
-    bottom.set(xlabel="step (dotted: end of an epoch)", ylabel="learning rate")
-    top.legend(frameon=False)
+        axes.plot(*zip(*evals, strict=True), "o-", color="tab:orange", label="eval")
+    for step in range(per_epoch, steps[-1] + 1, per_epoch):
+        axes.axvline(step, color="gray", linestyle=":", linewidth=1)
+    name = "/".join(Path(args.model_name).parts[-2:])
+    axes.set_title(f"{name}, r={args.lora_r}, alpha={args.lora_alpha}", parse_math=False)
+    axes.set(xlabel="step (dotted: end of an epoch)", ylabel="loss, nats per token")
+    axes.legend(frameon=False)
     figure.savefig(path)
 
 
-def write_card(folder: Path, args: argparse.Namespace, system: str | None) -> str:
-    """Write how to use folder/final_lora into its model card, below PEFT's head; return the command for vLLM.
-
-    r is read from the saved adapter_config.json. system is the system message of the training conversations.
-    """
-    final, output = folder / "final_lora", Path(args.output_dir)
-    lora = json.loads((final / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = min(rank for rank in VLLM_RANKS if rank >= lora["r"])
-    served = output / ("final_lora_vllm" if (folder / "final_lora_vllm").exists() else "final_lora")
-    command = f"""vllm serve {shlex.quote(args.model_name)} --revision {shlex.quote(args.model_revision)} \\
-  --enable-lora --max-lora-rank {rank} --lora-modules {shlex.quote(f"companion={served}")} \\
+def serve_command(job):
+    """Return the command that serves the saved adapter."""
+    config = json.loads((job.output / "final_lora/adapter_config.json").read_text("utf-8"))
+    rank = min(rank for rank in VLLM_RANKS if rank >= config["r"])
+    vllm = job.output / "final_lora_vllm"
+    adapter = f"companion={vllm if vllm.exists() else job.output / 'final_lora'}"
+    words = [job.args.model_name, job.args.model_revision, adapter]
+    model, revision, adapter = map(shlex.quote, words)
+    return f"""vllm serve {model} --revision {revision} \\
+  --enable-lora --max-lora-rank {rank} --lora-modules {adapter} \\
   --default-chat-template-kwargs '{{"enable_thinking": false}}'"""
-    messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": "Good morning."}]
-    request = shlex.quote(json.dumps({"model": "companion", "messages": messages}, ensure_ascii=False))
-    head = (final / "README.md").read_text(encoding="utf-8").split("---\n")[1]
-    text = f"""---\n{head}---
+
+
+def write_card(_, job, path):
+    """Write how to serve the adapter into its model card."""
+    args, head = job.args, path.read_text("utf-8").split("---\n")[1]
+    text = f"""---
+{head}---
 
 # LoRA adapter for {args.model_name}
 
-r={lora["r"]}, alpha={lora["lora_alpha"]}, on {", ".join(sorted(lora["target_modules"]))}.
-It was trained behind the prompt that `enable_thinking=false` makes: keep that setting. Paths are as seen from where it
-was trained.
-
-## vLLM
+r={args.lora_r}, alpha={args.lora_alpha}, on {", ".join(args.lora_target_modules)}.
+It was trained behind the prompt that `enable_thinking=false` makes: keep that setting.
 
 ```
-{command}
-```
-
-`--max-lora-rank` is the smallest value that vLLM takes for r={lora["r"]}. Qwen3.5 needs vLLM 0.17 or newer; its wheels
-hold kernels for the V100 (sm_70) up to 0.19. Where there is a `final_lora_vllm`, serve that: up to 0.32 vLLM accepts
-the names in `final_lora`, says nothing, and answers as the base model.
-
-```
-curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d {request}
-```
-
-## Python
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({str(output / "final_lora")!r})
-model = AutoModelForCausalLM.from_pretrained({args.model_name!r}, revision={args.model_revision!r}, dtype="auto")
-model = PeftModel.from_pretrained(model, {str(output / "final_lora")!r}).eval()
-messages = {messages!r}
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, enable_thinking=False, return_dict=True, return_tensors="pt"
-)
-reply = model.generate(**inputs, max_new_tokens={args.max_new_tokens}, eos_token_id=tokenizer.eos_token_id)
-print(tokenizer.decode(reply[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+{serve_command(job)}
 ```
 """
-    (final / "README.md").write_text(text, encoding="utf-8")
-    return command
+    path.write_text(text, encoding="utf-8")
 
 
-def set_aside(path: Path) -> None:
-    """Rename what an earlier run left at path, if anything, so that its time stamp ends its name."""
-    if path.exists():
-        aside = f"{path}.{time.strftime('%Y%m%d-%H%M%S', time.localtime(path.stat().st_mtime))}"
-        while os.path.exists(aside):
-            aside += "+"
-        path.rename(aside)
-        say("moved", f"{path} of an earlier run to {aside}")
+def write_extras(model, job):
+    """Write samples, picture and card; an error in one is a warning."""
+    extras = {"samples.md": write_samples, "loss.png": draw_losses}
+    for name, write in (extras | {"final_lora/README.md": write_card}).items():
+        try:
+            write(model, job, job.output / name)
+        except Exception as error:
+            LOG.info(name, exc_info=True)
+            report("warning", f"{name} is not written ({error!r}); the adapter is whole")
 
 
-def write_results(
-    trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, train: list[dict],
-    evaluation: list[dict], args: argparse.Namespace, plan: dict[str, int],
-) -> str:  # fmt: skip
-    """Write and prove all results in OUTPUT_DIR/partial, then move them in; return the command that serves them.
-
-    What an earlier run left is set aside at the very end, so that a full disk or a failed proof leaves it in place.
-    """
-    output_dir, partial = Path(args.output_dir), Path(args.output_dir, "partial")
-    system = next((m["content"] for m in train[0]["messages"] if m["role"] == "system"), None)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        save_adapter(trainer.model, tokenizer, config, partial, args)
-        model = prove(trainer.model, partial / "final_lora", (evaluation or train)[0])
-        if evaluation and args.num_samples:
-            write_samples(model, tokenizer, evaluation, partial / "samples.md", args)
-        model_name, data = ("/".join(Path(name).parts[-2:]) for name in (args.model_name, args.train_file))
-        title = f"{model_name}, r={args.lora_r}, alpha={args.lora_alpha}, {data}"
-        draw_losses(trainer.state.log_history, partial / "loss.png", title, plan["per_epoch"])
-        command = write_card(partial, args, system)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not is_write_error(error):
-            raise
-        advice = "what earlier runs left is as it was. Make room and run the same command again: no step is repeated"
-        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: the results cannot be written ({error}); {advice}") from None
-    for name in ("final_lora", "final_lora_vllm", "samples.md", "loss.png"):
-        set_aside(output_dir / name)
-    for new in partial.iterdir():
-        new.rename(output_dir / new.name)
-    partial.rmdir()
-    (output_dir / "checkpoints" / "job.json").unlink()
-    return command
+def summarize(job):
+    """Print where the results are, what the run did, and how to serve."""
+    output, evals = job.output, [entry for entry in job.history if "eval_loss" in entry]
+    size = (output / "final_lora/adapter_model.safetensors").stat().st_size / 1e6
+    losses = " -> ".join(f"{entry['eval_loss']:.4f}" for entry in evals) or "not evaluated"
+    lines = [f"adapter    {output}/final_lora, {size:.1f} MB", f"eval loss  {losses}"]
+    best = min(evals, key=lambda entry: entry["eval_loss"], default=None)
+    if best and best["eval_loss"] < evals[-1]["eval_loss"]:
+        where = f"{output}/checkpoints/checkpoint-{best['step']}" if best["step"] else "the base"
+        lines.append(f"overfit    lowest with {where}; lower NUM_EPOCHS or LEARNING_RATE")
+    rate, in_all = job.tokens / max(job.seconds, 1e-9), (time.time() - job.facts["started"]) / 60
+    since = " since the checkpoint" * bool(job.checkpoint)
+    lines.append(f"time       {in_all:.1f} min, {job.seconds / 60:.1f} in steps{since}")
+    lines.append(f"speed      {rate:,.0f} tokens/s, {job.peak_gib:.1f} GiB of GPU memory")
+    names = [name for name in ("samples.md", "loss.png", "run.json") if (output / name).exists()]
+    lines.append(f"look at    {', '.join(f'{output}/{name}' for name in names)}")
+    if job.args.demo:
+        lines.append("The demo's weights are random: it shows that the job runs, no more.")
+    report("done", "\n".join(lines))
+    report("next", serve_command(job))
 
 
-def describe_run(args: argparse.Namespace, plan: dict[str, int], files: dict[str, dict], device: str) -> dict:
-    """Return what run.json says at the start: the constants, code, packages, data, device."""
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    driver = Path("/proc/driver/nvidia/version")
-    packages = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "matplotlib"]
-    constants = {name.upper(): value for name, value in vars(args).items() if name not in ("demo", "dry_run")}
-    return {
-        "outcome": "running", "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "constants": constants,
-        "git_commit": commit.removesuffix("-dirty") or None, "git_dirty": commit.endswith("-dirty"),
-        "python": sys.version.split()[0], "versions": {name: importlib.metadata.version(name) for name in packages},
-        "device": device, "driver": driver.read_text().split("\n")[0] if driver.exists() else None,
-        "data": files, "plan": plan,
-    }  # fmt: skip
+# ==== 11 run, main
 
 
-def write_record(args: argparse.Namespace, record: dict) -> None:
-    """Write run.json as a whole, if record holds a run that has started and this is the first process."""
-    if "started" not in record or launched("RANK"):
-        return
-    new = Path(args.output_dir, "run.json.new")
-    strict = json.loads(json.dumps(record), parse_constant=str)  # NaN is not JSON
-    try:
-        new.write_text(json.dumps(strict, indent=1), encoding="utf-8")
-        new.replace(new.with_suffix(""))
-    except OSError as error:
-        say("warning", f"{args.output_dir}/run.json cannot be written: {error.strerror}")
-
-
-def summarize(args: argparse.Namespace, plan: dict[str, int], record: dict, started: float, command: str) -> None:
-    """Print where the results are, what the run did, whether it overfitted, and how to serve the adapter."""
-    output_dir, evals = Path(args.output_dir), [e for e in record["loss_history"] if "eval_loss" in e]
-    size = (output_dir / "final_lora" / "adapter_model.safetensors").stat().st_size / 1e6
-    say("done", f"adapter    {output_dir}/final_lora, {size:.1f} MB")
-    share = 100 * plan["trainable"] / plan["total"]
-    say("", f"trained    {plan['trainable']:,} of {plan['total']:,} parameters, {share:.4f} %")
-    losses = [f"{entry['eval_loss']:.4f}" for entry in evals] or ["not evaluated"]
-    say("", f"eval loss  {' -> '.join(losses)}")
-    if evals and (best := min(evals, key=lambda e: e["eval_loss"]))["eval_loss"] < evals[-1]["eval_loss"]:
-        where = f"{output_dir}/checkpoints/checkpoint-{best['step']}" if best["step"] else "the base model as it was"
-        say("", f"overfit    lowest after epoch {best['epoch'] or 0:g}: {where}; lower NUM_EPOCHS or LEARNING_RATE")
-    minutes, memory = record["train_runtime"] / 60, record["peak_memory_gib"]
-    since = " since the checkpoint" * bool(record["resumed_from"])
-    say("", f"time       {minutes:.1f} min of training{since}, {(time.time() - started) / 60:.1f} min in all")
-    say("", f"memory     {memory:.1f} GiB at the peak{' of the process' * (args.device == 'cpu')}")
-    shown = [name for name in ("samples.md", "loss.png", "run.json") if (output_dir / name).exists()]
-    say("", f"look at    {', '.join(f'{output_dir}/{name}' for name in shown)}")
-    if args.demo:
-        say("", "The demo's weights are random: it shows that the job runs, not that replies get better.")
-    say("next", f"{command}\n{output_dir}/final_lora/README.md has this, a request and the lines of Python")
-
-
-class _Tee:
-    """A stream that copies to a log what is not a progress bar; bars begin at the start of their line again."""
-
-    def __init__(self, stream: typing.TextIO, log: typing.TextIO) -> None:
-        self.stream, self.log, self.bar = stream, log, False
-
-    def write(self, text: str) -> int:
-        self.bar = text.startswith(("\r", "\x1b")) or (self.bar and not text.strip())
-        if not (self.bar or self.log.closed):
-            with contextlib.suppress(OSError):  # a full disk must not hide the message that says so
-                self.log.write(text)
-        return self.stream.write(text)
-
-    def __getattr__(self, name: str) -> typing.Any:
-        return getattr(self.stream, name)
-
-
-def run(args: argparse.Namespace, record: dict) -> None:
-    """Do the job, a section a call; fill record, which main() writes to run.json."""
-    started = time.time()
-    examples, held_out = read_examples(args.train_file), read_examples(args.eval_file) if args.eval_file else []
+def run(job):
+    """Do the job. This is the table of contents, with the numbers of the sections."""
+    args = job.args
+    examples = read_examples(args.train_file)  # 3
+    held_out = read_examples(args.eval_file) if args.eval_file else []
     warn_of_repeats(examples, held_out)
-    device = None if args.dry_run else check_device(args)
-    config, tokenizer = load_config_and_tokenizer(args)
-    train_rows = encode(examples, tokenizer, args.max_seq_len)
-    eval_rows = encode(held_out, tokenizer, args.max_seq_len)
-    files = {args.train_file: (examples, train_rows)} | ({args.eval_file: (held_out, eval_rows)} if eval_rows else {})
-    facts = report_tokens(files, tokenizer)
-    plan = make_plan(args, config, len(train_rows))
+    if not args.dry_run:
+        job.n_processes = join_processes(args)  # 4
+        job.device = check_device(args)
+    job.config, job.tokenizer = load_config_and_tokenizer(args)
+    job.train = encode(examples, job.tokenizer, args.max_seq_len)  # 5
+    job.eval = encode(held_out, job.tokenizer, args.max_seq_len)
+    files = {args.train_file: (len(examples), job.train), args.eval_file: (len(held_out), job.eval)}
+    job.data = report_tokens({path: file for path, file in files.items() if file[1]})
+    show_example(job.train[0], job.tokenizer)
+    job.plan = make_plan(args, job.config, len(job.train), job.n_processes)  # 6
     if args.dry_run:
         return
-    say("device", device)
-    checkpoint = find_checkpoint(args, facts)
-    check_room(args, plan, checkpoint)
-    record.update(describe_run(args, plan, facts, device), resumed_from=checkpoint and str(checkpoint))
-    write_record(args, record)
-    trainer = build_trainer(args, tokenizer, train_rows, eval_rows, bool(checkpoint))
-    check_injection(trainer.model, plan)
-    keep_activations(trainer, train_rows, args)
-    train(trainer, args, plan, record, checkpoint)
-    trainer.end()
-    if launched("RANK"):
-        return
-    command = write_results(trainer, tokenizer, config, train_rows, eval_rows, args, plan)
-    evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    record["eval_loss"] = {"before": evals[0], "after": evals[-1]} if evals else None
-    summarize(args, plan, record, started, command)
+    report("device", job.device)
+    job.checkpoint = find_checkpoint(job)  # 7
+    check_room(job)
+    job.facts = describe_run(job)
+    write_record(job, "running")
+    trainer = build_trainer(job)  # 8
+    check_injection(trainer.model, job.plan)
+    keep_activations(trainer, job)
+    train(trainer, job)  # 9
+    if is_first_process():
+        model = publish(trainer, job)  # 10
+        write_extras(model, job)
+        write_record(job, "finished")
+        summarize(job)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the job with the constants as changed by flags, and copy what is printed to OUTPUT_DIR/all_logs.log."""
-    args = parse_args(argv)
+def set_environment(args):
+    """Set what libraries read at import; take away what would undo a constant."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would tell the hub of each run
-    keeps_log = not (args.dry_run or launched("RANK"))
+    if args.device == "cpu":  # beside another busy process the demo took 245 s without, 28 s with
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]  # a launcher's autocast, FSDP, DeepSpeed, torch.compile
+    logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")  # "install fla"
+    warnings.filterwarnings(
+        "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+    )  # PEFT's
+
+
+def catch_signals(job):
+    """Have a signal save and stop training, or stop all else; return the handlers before."""
+
+    def on_signal(number, _):
+        if job.is_training and not job.stopped_by:
+            job.stopped_by = number
+            report("stopping", "this step is finished and saved first; once more stops at once")
+            return
+        message = "stopped; the same command goes on from the newest checkpoint, if any"
+        raise KeyboardInterrupt(number, message)
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    taken = [one for one in signals if signal.getsignal(one) != signal.SIG_IGN]  # as under nohup
+    return {one: signal.signal(one, on_signal) for one in taken}
+
+
+def explain(error):
+    """Return (status, message) for what ended a run, with status 0 if it is a bug."""
+    kind, text = type(error).__name__, brief(error)
+    if isinstance(error, SystemExit):
+        return 1, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        number, message = error.args if len(error.args) == 2 else (signal.SIGINT, "stopped")
+        return 128 + number, message
+    if isinstance(error, ModuleNotFoundError):
+        return 1, f"{error}; pip install -r requirements.txt"
+    if kind == "OutOfMemoryError":
+        advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
+        return 1, f"out of memory ({text}); {advice}; see nvidia-smi"
+    # safetensors, tokenizers and torch have errors of their own for a file that cannot be written.
+    is_others = kind in ("SafetensorError", "Exception") or "inline_container" in text
+    if isinstance(error, OSError) or is_others:
+        advice = "make room, and the same command goes on from the newest complete checkpoint"
+        return 1, f"a file could not be written ({text}); {advice}"
+    return 0, repr(error)
+
+
+def main(argv=None):
+    """Run the command; exit with 1, or 2 after a bad flag, or 128 + a signal."""
+    args = parse_args(argv)
+    set_environment(args)
+    job, status = Job(args), 0
+    handlers = catch_signals(job)
     try:
-        if keeps_log:
-            os.makedirs(args.output_dir, exist_ok=True)
-        log = open(f"{args.output_dir}/all_logs.log" if keeps_log else os.devnull, "a", 1, "utf-8")  # noqa: SIM115
-        if keeps_log:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        words = shlex.join(sys.argv if argv is None else argv)
-        log.write(f"\n---- {time.strftime('%Y-%m-%d %H:%M:%S')} {words}\n")
-    except OSError as error:
-        fault = "another run writes there" if isinstance(error, BlockingIOError) else error.strerror
-        raise SystemExit(f"OUTPUT_DIR {args.output_dir}: {fault}; choose a folder to write in") from None
-
-    def interrupt(number: int, _: typing.Any) -> typing.NoReturn:
-        raise KeyboardInterrupt(number, "stopped; the same command goes on from the newest checkpoint, if any")
-
-    handlers = {one: signal.signal(one, interrupt) for one in (signal.SIGINT, signal.SIGTERM)}
-    # Of several processes only the first one speaks.
-    out, err = (log, log) if launched("RANK") else (sys.stdout, sys.stderr)
-    constants = {name: value for name, value in vars(args).items() if name not in ("demo", "dry_run")}
-    changed = {name.upper(): value for name, value in constants.items() if value != globals()[name.upper()]}
-    record, status = {"changed_by_flags": changed}, 0
-    with log, contextlib.redirect_stdout(_Tee(out, log)), contextlib.redirect_stderr(_Tee(err, log)):
-        try:
-            run(args, record)
-            record["outcome"] = "finished"
-        except SystemExit as stop:
-            message, status, record["outcome"] = stop, 1, f"failed: {stop}"
-        except KeyboardInterrupt as stop:
-            for one in handlers:  # another signal must not break off what is left to do
-                signal.signal(one, signal.SIG_IGN)
-            number, message = stop.args if len(stop.args) == 2 else (signal.SIGINT, "stopped")  # a library's own
-            status, record["outcome"] = 128 + number, f"interrupted: {message}"
-        except BaseException as error:
-            record["outcome"] = f"failed: {error!r}"
-            traceback.print_exc(file=log)
+        if is_first_process() and not args.dry_run:
+            open_log(job.output)
+        run(job)
+    except BaseException as error:
+        for one in handlers:  # nothing must break off what is left to do
+            signal.signal(one, signal.SIG_IGN)
+        LOG.info("ended by", exc_info=True)
+        status, message = explain(error)
+        write_record(job, f"{'interrupted' if status > 1 else 'failed'}: {message}")
+        if not status:
             raise
-        finally:
-            write_record(args, record)
-            for one, handler in handlers.items():
-                signal.signal(one, handler)
-        if status and launched("RANK"):
-            # The first process fails alike and says it, and then the launcher ends this one. If not, this one speaks.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(20 if status == 1 and "loss_history" not in record else 0)
-            if status == 1:
-                print(message, file=sys.__stderr__)
-        elif status:
-            print(message, file=sys.stderr)
-        if status:
-            raise SystemExit(status)
+        print(message, file=sys.stderr)
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+        logging.shutdown()
+    if status:
+        raise SystemExit(status)
+
+
+class Unbreakable(io.FileIO):
+    """An output whose reader may go away: the run goes on."""
+
+    def write(self, data):
+        """Write data, or drop it."""
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
 
 
 if __name__ == "__main__":
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            raw = Unbreakable(number, "w", closefd=False)
+        except OSError:  # closed by the shell
+            raw = open(os.devnull, "wb", 0)  # noqa: SIM115
+        setattr(sys, name, io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True))
     main()
