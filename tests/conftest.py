@@ -1,15 +1,18 @@
-"""What the tests share: the product on the path, no network, and the demo model."""
+"""What the tests share: the script on the path, no network, one thread, and one finished run."""
 
 import os
 import sys
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two workers, two cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+import train_lora_single as t  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +25,38 @@ def in_the_root(monkeypatch):
 def tiny():
     """Return the path of the demo model."""
     return str(ROOT / "tests" / "tiny-qwen3.5")
+
+
+def cut_files(folder, train=13, evaluation=4):
+    """Write the shortest lines of the shipped data to folder; return the flags of a short demo.
+
+    It has two epochs (of four steps with 13 lines), a checkpoint every three steps, and one sample.
+    """
+    flags = ["--demo", "--num_epochs", "2", "--logging_steps", "1", "--save_steps", "3"]
+    flags += ["--num_samples", "1", "--max_new_tokens", "3"]
+    for name, number in (("train", train), ("eval", evaluation)):
+        text = (ROOT / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
+        rows = sorted(text.splitlines(keepends=True), key=len)[:number]
+        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+        flags += [f"--{name}_file", str(folder / f"{name}.jsonl") if number else ""]
+    return flags
+
+
+@pytest.fixture(scope="session")
+def lines():
+    """Return cut_files(), which writes a few short lines of data and returns flags for them."""
+    return cut_files
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """Return (output folder, text printed) of one finished run on few lines, with everything on."""
+    folder = tmp_path_factory.mktemp("demo")
+    flags = [*cut_files(folder), "--output_dir", str(folder / "output"), "--num_samples", "2"]
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        t.main(flags)
+    finally:
+        os.chdir(before)
+    return folder / "output", (folder / "output" / "all_logs.log").read_text(encoding="utf-8")
