@@ -44,7 +44,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 # Model.
 MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder; loaded without its vision tower
-MODEL_REVISION = "main"  # branch, tag or commit on the hub; a commit makes the run repeatable
+MODEL_REVISION = "main"  # branch, tag or commit on the hub
 DEVICE = "cuda"  # "cuda", or "cpu", for a small model
 DTYPE = "bfloat16"  # of the frozen weights; "float32" takes twice the memory
 
@@ -62,7 +62,7 @@ LORA_TARGET_MODULES = [  # q_proj and v_proj alone train too, with less effect
     "gate_proj", "up_proj", "down_proj",  # feed-forward: words and rhythm
 ]  # fmt: skip
 
-# Training. Steps = ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) x NUM_EPOCHS.
+# Training. Steps = ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) x NUM_EPOCHS
 NUM_EPOCHS = 3  # passes over the training file; fewer if the eval loss turns up
 BATCH_SIZE = 2  # examples at once on the GPU; lower this first when memory is short
 GRADIENT_ACCUMULATION_STEPS = 2  # batches a step; raise it as BATCH_SIZE falls
@@ -73,13 +73,13 @@ SEED = 42  # of A's first values, dropout and the order of the examples
 
 # Output.
 OUTPUT_DIR = "output"  # all results go here
-LOGGING_STEPS = 10  # steps between two printed losses; each is that of its step alone
+LOGGING_STEPS = 10  # steps between two printed losses
 SAVE_STEPS = 50  # steps between two checkpoints, which a kill loses at most
 RESUME = "auto"  # "auto" goes on from an interrupted run, "never" starts anew
 NUM_SAMPLES = 5  # held-out prompts answered by base and adapter in samples.md; 0 for none
 MAX_NEW_TOKENS = 200  # of a sample reply, else it is cut
 
-# What --demo changes. A CPU without bf16 is slow in it.
+# What --demo changes.
 DEMO = {
     "MODEL_NAME": "tests/tiny-qwen3.5", "OUTPUT_DIR": "output/demo", "DEVICE": "cpu",
     "DTYPE": "float32", "NUM_EPOCHS": 1, "LEARNING_RATE": 1e-2,
@@ -108,7 +108,7 @@ LOG = logging.getLogger("train_lora_single")
 
 def is_first_process():
     """Return whether this is the only process, or the first."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
 
 
 def report(section, text):
@@ -120,12 +120,12 @@ def report(section, text):
 
 
 def brief(value, width=200):
-    """Return value as one line of at most width characters."""
+    """Return value as one line, cut to width."""
     return textwrap.shorten(str(value), width, placeholder=" ...")
 
 
 def listed(items, limit=20, separator="\n"):
-    """Join the first items, and say how many more there are."""
+    """Join the first items, and count the others."""
     more = [f"... and {len(items) - limit:,} more"] if len(items) > limit else []
     return separator.join(items[:limit] + more)
 
@@ -141,7 +141,7 @@ def check_constant(name, value):
         rule = "a list of names, in quotes"
         good = good and value and all(isinstance(item, str) and item for item in value)
     else:
-        least, below = [*allowed, math.inf][:2]
+        least, below, *_ = *allowed, math.inf
         rule = f"{kind.__name__}, at least {least} and below {below}"
         good = good and least <= value < below
     if not good:
@@ -160,18 +160,18 @@ def parse_args(argv=None):
     source = Path(__file__).read_text("utf-8")
     comments = dict(re.findall(r"^([A-Z_]+) = .*?# *(.+)$", source, re.MULTILINE))
     is_demo = "--demo" in (sys.argv if argv is None else argv)
-    constants = {name: globals()[name] for name in RULES} | (DEMO if is_demo else {})
     try:
+        constants = {name: globals()[name] for name in RULES} | (DEMO if is_demo else {})
         for name, value in constants.items():
             check_constant(name, value)
-            kind, text = RULES[name][0], comments[name].replace("%", "%%") + " [%(default)s]"
-            about = {"default": value, "metavar": "VALUE", "help": text}
+            kind, comment = RULES[name][0], comments.get(name, "").replace("%", "%%")
+            about = {"default": value, "metavar": "VALUE", "help": f"{comment} [%(default)s]"}
             about |= {"nargs": "+"} if kind is list else {"type": kind}
             parser.add_argument(f"--{name.lower()}", **about)
         args = parser.parse_args(argv)
         for name in constants:
             check_constant(name, vars(args)[name.lower()])
-    except ValueError as error:
+    except (KeyError, ValueError) as error:
         parser.error(str(error))
     if args.eval_file == args.train_file:
         parser.error(f"EVAL_FILE {args.eval_file}: is the training file; hold out others")
@@ -196,9 +196,9 @@ def check_messages(key, messages):
         role, text = (message["role"], message["content"]) if whole else ("", "")
         is_text = isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
         if role not in ("system", "user", "assistant") or not is_text:
-            rule = "only role (system, user, assistant) and content (text, no lone surrogate)"
+            rule = "role (system, user, assistant) and content (text, not blank, no lone surrogate)"
             found = f"{key} message {number} is {brief(repr(message), 80)}"
-            raise ValueError(f"{found}; write {rule}")
+            raise ValueError(f"{found}; write only {rule}")
         roles.append(role)
     pattern, rule = ROLE_ORDER[key]
     if not re.fullmatch(pattern, "".join(role[0] for role in roles)):
@@ -267,17 +267,17 @@ def read_examples(path):
 
 def warn_of_repeats(train, held_out):
     """Print the lines that repeat others, and held-out prompts that are trained on."""
-    notes, seen, trained = [], {}, {row["prompt_hash"]: row["where"] for row in reversed(train)}
+    notes, seen, trained = {}, {}, {row["prompt_hash"]: row["where"] for row in reversed(train)}
     for row in train + held_out:
         prompt, reply = row["prompt_hash"], row["messages"][row["reply"]]["content"]
         before = seen.setdefault((prompt, reply), row["where"])
         if before != row["where"]:
-            notes.append(f"{row['where']} repeats {before}")
+            notes[f"{row['where']} repeats {before}"] = None
     for row in held_out:
         if same := trained.get(row["prompt_hash"]):
-            notes.append(f"{row['where']} has the prompt of {same}; it tests nothing new")
+            notes[f"{row['where']} has the prompt of {same}; it tests nothing new"] = None
     if notes:
-        report("warning", listed(notes))
+        report("warning", listed([*notes]))
 
 
 # ==== 4 Device, model: the processes, the GPU, config and tokenizer
@@ -335,8 +335,8 @@ def set_up_loss(device, dtype):
     import trl.trainer.utils
 
     # Private names; a test fails when they have no effect.
-    trl.trainer.utils._use_triton = lambda device: True
-    kernel._use_triton = lambda device: False
+    trl.trainer.utils._use_triton = lambda device: True  # only trained positions
+    kernel._use_triton = lambda device: False  # but not by Triton
     ones = functools.partial(torch.ones, device=device, dtype=getattr(torch, dtype))
     hidden, targets = ones(4, 8, requires_grad=True), torch.zeros(4, device=device).long()
     loss = kernel.ChunkedLogProbFunction.apply(hidden, ones(16, 8), None, targets, 1.0, 8)[0]
@@ -387,7 +387,7 @@ def load_config_and_tokenizer(args):
         chosen = {"revision": args.model_revision, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(name, **chosen)
         tokenizer = AutoTokenizer.from_pretrained(name, **chosen)
-    except Exception as error:  # the hub's, the network's, a file's: a dozen kinds
+    except Exception as error:  # the hub's, the network's, a file's
         advice = "check the name and the network, or try --demo"
         raise SystemExit(f"MODEL_NAME {name}: {fault} ({brief(error)}); {advice}")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None:
@@ -444,7 +444,7 @@ def encode(examples, tokenizer, max_seq_len):
             too_long.append(f"{row['where']}: {len(row['input_ids']):,} tokens, over MAX_SEQ_LEN")
     if len(too_long) > len(examples) / 10:
         fault = f"{len(too_long):,} of {len(examples):,} examples are over MAX_SEQ_LEN"
-        problems = [f"{fault} {max_seq_len}, over a tenth; shorten them, or raise it", *too_long]
+        problems += [f"{fault} {max_seq_len}, over a tenth; shorten them, or raise it", *too_long]
     if problems:
         raise SystemExit(listed(problems))
     if too_long:
@@ -453,10 +453,10 @@ def encode(examples, tokenizer, max_seq_len):
 
 
 def report_tokens(files):
-    """Print and return the lengths in tokens of {path: (number read, rows)}."""
+    """Print the lengths in tokens of {path: rows}; return hashes and counts."""
     columns, facts = "{:<24}{:>9}{:>6}{:>8}{:>6}{:>6}{:>11}{:>18}".format, {}
     lines = [columns("file", "examples", "min", "median", "p95", "max", "tokens", "trained")]
-    for path, (n_read, rows) in files.items():
+    for path, rows in files.items():
         n = sorted(len(row["input_ids"]) for row in rows)
         tokens, p95 = sum(n), n[math.ceil(0.95 * len(n)) - 1]
         trained = tokens - sum(row["labels"].count(-100) for row in rows)
@@ -465,7 +465,7 @@ def report_tokens(files):
         lines.append(columns(path, *(f"{number:,}" for number in numbers), share))
         facts[path] = {
             "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "examples": len(n),
-            "left_out": n_read - len(n), "tokens": tokens, "trained_tokens": trained,
+            "tokens": tokens, "trained_tokens": trained,
         }  # fmt: skip
     report("tokens", "\n".join(lines))
     return facts
@@ -591,6 +591,7 @@ class Job:
     tokens: int = 0  # read in them
     peak_gib: float = 0.0  # of GPU memory
     is_training: bool = False
+    is_published: bool = False
     stopped_by: int = 0  # a signal
 
     @property
@@ -701,7 +702,7 @@ def find_checkpoint(job):
     if before and complete and job.args.resume == "auto":
         differ = [name for name in before | now if before.get(name) != now.get(name)]
         if not differ:
-            report("resume", f"from {complete[-1]}; --resume never starts anew")
+            report("resume", f"from {complete[-1]}")
             return complete[-1]
         rows = [f"  {name:<28} {before.get(name)!s:<20} {now.get(name)}" for name in differ]
         raise SystemExit(f"""OUTPUT_DIR {job.output} holds an interrupted run of another job:
@@ -751,7 +752,7 @@ def write_record(job, outcome):
         report("warning", f"{job.output}/run.json is not written: {error.strerror}")
 
 
-# ==== 8 Trainer: LoraConfig, SFTConfig, SFTTrainer, and what is checked before training
+# ==== 8 Trainer: LoraConfig, SFTConfig, SFTTrainer; what is injected; what fits in memory
 
 
 def lora_config(args):
@@ -774,12 +775,12 @@ def sft_config(job):
         output_dir=f"{job.output}/checkpoints", seed=args.seed, report_to="none",
         num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        per_device_eval_batch_size=4 * args.batch_size,  # nothing is kept for a backward pass
+        per_device_eval_batch_size=args.batch_size,  # no larger one has been tried
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=int(args.warmup_ratio * job.plan.steps),
         # No autocast, which TRL turns on: LoRA's gradients err alike (tests/benchmark.py).
         bf16=False, fp16=False, ddp_find_unused_parameters=False,
-        activation_checkpointing=False,  # of all batches alike; keep_activations() chooses
+        activation_checkpointing=False,  # keep_activations() chooses
         # TRL must not render, cut or pack the rows: packed, DeltaNet without fla would carry its
         # state from one conversation into the next.
         dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
@@ -788,7 +789,7 @@ def sft_config(job):
         save_steps=args.save_steps, disable_tqdm=True, use_cpu=args.device == "cpu",
         logging_steps=1,  # each loss is checked and kept; LOGGING_STEPS says which are printed
         logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
-        eos_token=job.tokenizer.eos_token,  # model and tokenizer agree on where a turn ends
+        eos_token=job.tokenizer.eos_token,  # where a turn ends
     )  # fmt: skip
 
 
@@ -799,7 +800,7 @@ def load_model(args):
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             args.model_name, revision=args.model_revision, dtype=args.dtype,
-            trust_remote_code=False, use_safetensors=True,  # no code and no pickle from the hub
+            trust_remote_code=False, use_safetensors=True,  # no code, no pickle
             output_loading_info=True, ignore_mismatched_sizes=True,  # refused by name below
         )  # fmt: skip
     except Exception as error:  # of as many kinds
@@ -835,7 +836,8 @@ def build_trainer(job):
     # seed and the epoch, so that a resumed run goes the same way.
     batch = args.batch_size * args.gradient_accumulation_steps * job.n_processes
     lengths = [len(row["input_ids"]) for row in job.train]
-    sampler = DistributedLengthGroupedSampler(batch, None, 1, 0, args.seed, False, lengths)
+    order = {"num_replicas": 1, "rank": 0, "seed": args.seed, "lengths": lengths}
+    sampler = DistributedLengthGroupedSampler(batch, **order)
     trainer._get_train_sampler = lambda dataset=None: sampler
     # By default PEFT asks the hub, at each save, whether the embeddings were resized.
     save = trainer.model.save_pretrained
@@ -946,7 +948,7 @@ class Watch:
         from accelerate.utils import reduce
 
         # Only the sum over the processes decides: one may be told to just after it.
-        self.stopping = bool(reduce(torch.tensor(self.job.stopped_by, device=args.device)))
+        self.stopping = bool(reduce(torch.tensor(self.job.stopped_by, device=args.device), "sum"))
         # An epoch's last step is saved after its evaluation, which moves the random state.
         is_last = state.global_step % self.job.plan.steps_per_epoch == 0
         control.should_save = (control.should_save or self.stopping) and not is_last
@@ -1064,6 +1066,7 @@ def publish(trainer, job):
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     (folder / "job.json").unlink()
+    job.is_published = True
     prune(folder, job.plan.steps_per_epoch, newest=0)
     return model
 
@@ -1207,8 +1210,8 @@ def run(job):
     job.config, job.tokenizer = load_config_and_tokenizer(args)
     job.train = encode(examples, job.tokenizer, args.max_seq_len)  # 5
     job.eval = encode(held_out, job.tokenizer, args.max_seq_len)
-    files = {args.train_file: (len(examples), job.train), args.eval_file: (len(held_out), job.eval)}
-    job.data = report_tokens({path: file for path, file in files.items() if file[1]})
+    files = {args.train_file: job.train, args.eval_file: job.eval}
+    job.data = report_tokens({path: rows for path, rows in files.items() if rows})
     show_example(job.train[0], job.tokenizer)
     job.plan = make_plan(args, job.config, len(job.train), job.n_processes)  # 6
     if args.dry_run:
@@ -1251,6 +1254,8 @@ def catch_signals(job):
             report("stopping", "this step is finished and saved first; once more stops at once")
             return
         message = "stopped; the same command goes on from the newest checkpoint, if any"
+        if job.is_published:
+            message = f"stopped; {job.output}/final_lora is whole"
         raise KeyboardInterrupt(number, message)
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -1266,7 +1271,7 @@ def explain(error):
     if isinstance(error, KeyboardInterrupt):
         number, message = error.args if len(error.args) == 2 else (signal.SIGINT, "stopped")
         return 128 + number, message
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ImportError):
         return 1, f"{error}; pip install -r requirements.txt"
     if kind == "OutOfMemoryError":
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
@@ -1274,7 +1279,7 @@ def explain(error):
     # safetensors, tokenizers and torch have errors of their own for a file that cannot be written.
     is_others = kind in ("SafetensorError", "Exception") or "inline_container" in text
     if isinstance(error, OSError) or is_others:
-        advice = "make room, and the same command goes on from the newest complete checkpoint"
+        advice = "make room, and the same command goes on from the newest checkpoint"
         return 1, f"a file could not be written ({text}); {advice}"
     return 0, repr(error)
 
@@ -1297,7 +1302,8 @@ def main(argv=None):
         write_record(job, f"{'interrupted' if status > 1 else 'failed'}: {message}")
         if not status:
             raise
-        print(message, file=sys.stderr)
+        if is_first_process() or job.n_processes > 1:
+            print(message, file=sys.stderr)
     finally:
         for one, handler in handlers.items():
             signal.signal(one, handler)

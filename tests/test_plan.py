@@ -1,119 +1,848 @@
-"""The plan: exact for Qwen3.5-4B's sizes, equal to PEFT's count, and made without weights."""
+"""Before any weight is loaded: the processes, the GPU, config and tokenizer, the plan, the disk."""
 
+import importlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+import types
+
+import accelerate
+import huggingface_hub
 import pytest
+import torch
+import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3_5Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 import train_lora_single as t
 
 
+def stopped(function, *arguments):
+    """Return the message with which the call exits, one line."""
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    return stop.value.code
+
+
+# ==== The plan
+
+
+def plan(config, *flags, n_train=1000, n_processes=1):
+    args = t.parse_args([*map(str, flags)])
+    return t.make_plan(args, config, n_train, n_processes)
+
+
 @pytest.fixture(scope="module")
-def qwen_4b(tmp_path_factory, tiny):
-    """Qwen3.5-4B's sizes, with the demo's tokenizer and without any weights."""
-    folder = tmp_path_factory.mktemp("qwen3.5-4b")
+def qwen_4b():
+    """Return a config with the sizes of Qwen/Qwen3.5-4B."""
     text = {
-        "vocab_size": 248320,
-        "hidden_size": 2560,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
+        "vocab_size": 248320, "hidden_size": 2560, "intermediate_size": 9216,
+        "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
         "tie_word_embeddings": True,
-    }
-    Qwen3_5Config(text_config=text, tie_word_embeddings=True).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-    return str(folder)
+    }  # fmt: skip
+    return transformers.Qwen3_5Config(text_config=text, tie_word_embeddings=True)
 
 
-def plan(name, n_train=1000, *flags):
-    args = t.parse_args(["--model_name", name, *flags])
-    return t.make_plan(args, AutoConfig.from_pretrained(name), n_train)
-
-
-def test_a_dry_run_on_the_real_sizes_prints_the_articles_figures(qwen_4b, capsys, tmp_path):
-    t.main(["--dry_run", "--model_name", qwen_4b, "--max_seq_len", "1024", "--output_dir", str(tmp_path / "out")])
+def test_the_figures_of_the_real_model(qwen_4b, capsys):
+    found = plan(qwen_4b)
+    assert (found.trainable, found.total) == (10_616_832, 4_216_368_128)
+    assert (found.steps, found.steps_per_epoch) == (750, 250)
     text = capsys.readouterr().out
     assert "trainable params: 10,616,832 || all params: 4,216,368,128 || trainable%: 0.2518" in text
     assert "750 steps, 250 an epoch: ceil(1,000 / (2 x 2)) x 3" in text
-    assert "scale alpha/r = 2" in text
-    assert "adapter file 42.5 MB, with the checkpoints at most 1,049 MB of disk" in text
-    assert "vLLM needs --max-lora-rank 8 for r=8" in text
-    assert "24 of 32 layers are Gated DeltaNet, without q_proj, k_proj, v_proj, o_proj" in text
-    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if "/32 " in line}
-    assert rows["q_proj"] == ["8/32", "attention", "8192x2560", "8x2560", "8192x8", "688,128"]
-    assert rows["o_proj"] == ["8/32", "attention", "2560x4096", "8x4096", "2560x8", "425,984"]
-    assert rows["down_proj"] == ["32/32", "FFN", "2560x9216", "8x9216", "2560x8", "3,014,656"]
-    assert [*rows] == t.LORA_TARGET_MODULES
+    assert "r=8 alpha=16, scale alpha/r = 2, dropout 0.05" in text
+    assert "adapter file 42.5 MB, " in text and "--max-lora-rank 8 for r=8" in text
+    absent = "24 of 32 layers are Gated DeltaNet, without q_proj, k_proj, v_proj, o_proj"
+    assert absent in text and "LoRA adapts only gate_proj, up_proj, down_proj" in text
+    rows = [line.split() for line in text.splitlines() if "/32 " in line]
+    assert rows == [
+        ["q_proj", "8/32", "attention", "8192x2560", "8x2560", "8192x8", "688,128"],
+        ["k_proj", "8/32", "attention", "1024x2560", "8x2560", "1024x8", "229,376"],
+        ["v_proj", "8/32", "attention", "1024x2560", "8x2560", "1024x8", "229,376"],
+        ["o_proj", "8/32", "attention", "2560x4096", "8x4096", "2560x8", "425,984"],
+        ["gate_proj", "32/32", "FFN", "9216x2560", "8x2560", "9216x8", "3,014,656"],
+        ["up_proj", "32/32", "FFN", "9216x2560", "8x2560", "9216x8", "3,014,656"],
+        ["down_proj", "32/32", "FFN", "2560x9216", "8x9216", "2560x8", "3,014,656"],
+    ]
     assert max(map(len, text.splitlines())) <= 100
-    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("targets", [t.LORA_TARGET_MODULES, ["q_proj", "v_proj"], ["out_proj", "in_proj_qkv"]])
+def tiny_config(kind, more=()):
+    """Return the config of another architecture, with small sizes."""
+    sizes = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    return getattr(transformers, f"{kind}Config")(**sizes | dict(more))
+
+
+MOE = {"num_experts": 4, "moe_intermediate_size": 8}
+# The first layer's feed-forward part is wider than the shared experts of the others.
+TWO_SHAPES = ("Qwen2Moe", MOE | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 16})
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 96}
+SEVEN = t.LORA_TARGET_MODULES
+COUNTED = {
+    "Qwen3.5": (None, SEVEN),
+    "Qwen3.5, attention only": (None, ["q_proj", "v_proj"]),
+    "Qwen3.5, DeltaNet": (None, ["out_proj", "in_proj_qkv", "o_proj"]),
+    "Llama, untied": (("Llama", {"tie_word_embeddings": False}), SEVEN),
+    "Qwen3, tied": (("Qwen3", {"tie_word_embeddings": True}), SEVEN),
+    "Gemma3, text": (("Gemma3Text", {"sliding_window": 8}), ["q_proj", "down_proj"]),
+    "Phi3, fused": (("Phi3", {}), ["qkv_proj", "o_proj", "gate_up_proj"]),
+    "GPT-NeoX": (("GPTNeoX", {}), ["query_key_value", "dense", "dense_4h_to_h"]),
+    "MoE, attention": (("Qwen3Moe", MOE), SEVEN[:4]),
+    "MoE, two shapes": (TWO_SHAPES, SEVEN),
+}
+
+
 @pytest.mark.parametrize("r", [1, 12])
-def test_the_plan_counts_what_peft_counts(tiny, targets, r):
-    model = AutoModelForCausalLM.from_pretrained(tiny)
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_plan_counts_what_peft_counts(tiny, name, r):
+    what, targets = COUNTED[name]
+    config = tiny_config(*what) if what else AutoConfig.from_pretrained(tiny)
+    found = plan(config, "--lora_r", r, "--lora_target_modules", *targets)
+    model = AutoModelForCausalLM.from_config(config)
     model = get_peft_model(model, LoraConfig(r=r, target_modules=targets, task_type="CAUSAL_LM"))
-    counts = plan(tiny, 1000, "--lora_r", str(r), "--lora_target_modules", *targets)
-    assert (counts["trainable"], counts["total"]) == model.get_nb_trainable_parameters()
-
-
-def test_a_misspelt_target_is_refused_with_the_nearest_name(qwen_4b, capsys):
-    with pytest.raises(SystemExit, match=r"no layer has q_projj, gate; did you mean q_proj, gate_proj.*out_proj"):
-        plan(qwen_4b, 1000, "--lora_target_modules", "q_projj", "v_proj", "gate")
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "norm", "self_attn"])
-def test_a_module_that_is_not_a_linear_one_of_the_layers_is_refused(tiny, target):
-    with pytest.raises(SystemExit, match=f"no layer has {target};"):
-        plan(tiny, 1000, "--lora_target_modules", target)
-
-
-def test_a_target_named_twice_counts_once(tiny):
-    assert plan(tiny, 1000, "--lora_target_modules", "q_proj", "q_proj") == plan(
-        tiny, 1000, "--lora_target_modules", "q_proj"
-    )
+    assert (found.trainable, found.total) == model.get_nb_trainable_parameters()
 
 
 @pytest.mark.parametrize(
-    ("n", "batch", "accumulate", "epochs", "steps"), [(1000, 2, 2, 3, 750), (9, 2, 2, 1, 3), (3, 4, 2, 2, 2)]
+    ("targets", "message"),
+    [
+        (["q_projj", "v_proj"], "no layer has q_projj; did you mean q_proj\\? the layers have .*"),
+        (["q_projj", "v_proj", "gate"], "no layer has q_projj, gate; did you mean gate_proj, q_pr"),
+        (["xyzzy", "v_proj"], "no layer has xyzzy; the layers have down_proj, "),
+        (["lm_head"], "no layer has lm_head; "),  # an nn.Linear, but of no layer
+        (["embed_tokens"], "no layer has embed_tokens; "),
+        (["self_attn"], "no layer has self_attn; "),
+        (["model.layers.1.self_attn.q_proj"], "no layer has model.layers.1.self_attn.q_proj; "),
+    ],
 )
-def test_steps_are_counted_as_the_trainer_will(tiny, n, batch, accumulate, epochs, steps):
-    flags = ["--batch_size", batch, "--gradient_accumulation_steps", accumulate, "--num_epochs", epochs]
-    counts = plan(tiny, n, *map(str, flags))
-    assert (counts["steps"], counts["per_epoch"]) == (steps, steps // epochs)
+def test_a_target_that_no_layer_has_is_refused_before_anything_is_printed(
+    tiny, capsys, targets, message
+):
+    config = AutoConfig.from_pretrained(tiny)
+    found = stopped(plan, config, "--lora_target_modules", *targets)
+    assert re.match(f"LORA_TARGET_MODULES: {message}", found)
+    assert "have down_proj, gate_proj, in_proj_a, " in found  # each name once
+    assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("processes", "per_epoch", "batch"), [("1", 250, "2 x 2"), ("3", 84, "2 x 2 x 3")])
-def test_a_launchers_processes_share_the_steps(tiny, monkeypatch, capsys, processes, per_epoch, batch):
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    counts = plan(tiny)
-    assert (counts["steps"], counts["per_epoch"]) == (3 * per_epoch, per_epoch)
-    assert f"{3 * per_epoch} steps, {per_epoch} an epoch: ceil(1,000 / ({batch})) x 3" in capsys.readouterr().out
+def test_phi3s_names_are_not_repeated():
+    found = stopped(
+        plan, tiny_config("Phi3"), "--lora_target_modules", "q_proj", "k_proj", "qkvproj"
+    )
+    names = ["q_proj, k_proj, qkvproj", "qkv_proj", "down_proj, gate_up_proj, o_proj, qkv_proj"]
+    assert all(name in found for name in names)
+    assert found.split("did you mean ")[1].split("?")[0].split(", ").count("qkv_proj") == 1
 
 
-def test_the_disk_that_is_planned_for_is_printed_and_grows_by_a_checkpoint_an_epoch(tiny, capsys):
-    three, nine = plan(tiny, 1000, "--num_epochs", "3"), plan(tiny, 1000, "--num_epochs", "9")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "of disk" in line]
-    assert [line.split()[-4:] for line in lines] == [
-        [f"{counts['disk'] / 1e6:,.0f}", "MB", "of", "disk"] for counts in (three, nine)
-    ]
-    # Each epoch leaves the adapter, AdamW's two moments of it, and a tokenizer of up to 25 MB.
-    assert nine["disk"] - three["disk"] == 6 * (3 * 4 * three["trainable"] + 25_000_000)
+def test_a_name_that_has_two_shapes_is_listed_once():
+    found = stopped(plan, tiny_config(*TWO_SHAPES), "--lora_target_modules", "xyzzy")
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "shared_expert_gate"]
+    assert found.endswith(f"the layers have {', '.join(names)}, up_proj, v_proj")
 
 
-@pytest.mark.parametrize(("r", "rank"), [(1, 1), (4, 8), (8, 8), (12, 16), (64, 64), (65, 128), (512, 512)])
+def test_a_model_without_linear_layers_is_refused_by_its_kind():
+    """GPT-2's layers are Conv1D, whose weights lie the other way round."""
+    config = transformers.GPT2Config(**GPT2)
+    found = stopped(plan, config, "--lora_target_modules", "c_attn")
+    assert "no layer has c_attn; " in found and "no nn.Linear: another model" in found
+    assert "did you mean" not in found
+
+
+def test_a_target_named_twice_counts_once(tiny, capsys):
+    config, flag = AutoConfig.from_pretrained(tiny), "--lora_target_modules"
+    once = plan(config, flag, "up_proj")
+    printed = capsys.readouterr().out
+    assert plan(config, flag, "up_proj", "up_proj") == once
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "accumulation", "epochs", "processes", "per_epoch", "formula"),
+    [
+        (1000, 2, 2, 3, 1, 250, "ceil(1,000 / (2 x 2)) x 3"),
+        (9, 2, 2, 1, 1, 3, "ceil(9 / (2 x 2)) x 1"),
+        (3, 4, 2, 2, 1, 1, "ceil(3 / (4 x 2)) x 2"),
+        (1000, 2, 2, 3, 3, 84, "ceil(1,000 / (2 x 2 x 3)) x 3"),
+        (8, 1, 4, 2, 2, 1, "ceil(8 / (1 x 4 x 2)) x 2"),
+    ],
+)
+def test_steps_with_one_process_and_with_several(
+    tiny, capsys, n, batch, accumulation, epochs, processes, per_epoch, formula
+):
+    flags = ["--batch_size", batch, "--gradient_accumulation_steps", accumulation]
+    config = AutoConfig.from_pretrained(tiny)
+    found = plan(config, *flags, "--num_epochs", epochs, n_train=n, n_processes=processes)
+    assert (found.steps_per_epoch, found.steps) == (per_epoch, epochs * per_epoch)
+    line = f"{epochs * per_epoch} steps, {per_epoch} an epoch: {formula}\n"
+    assert line in capsys.readouterr().out
+
+
+RANKS = [(1, 1), (2, 8), (4, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (65, 128)]
+RANKS += [(128, 128), (129, 256), (257, 320), (320, 320), (321, 512), (512, 512)]
+
+
+@pytest.mark.parametrize(("r", "rank"), RANKS)
 def test_the_rank_flag_is_the_smallest_that_vllm_takes(tiny, r, rank, capsys):
-    plan(tiny, 1000, "--lora_r", str(r))
-    assert f"--max-lora-rank {rank} for r={r}" in capsys.readouterr().out
+    plan(AutoConfig.from_pretrained(tiny), "--lora_r", r)
+    assert f"vLLM needs --max-lora-rank {rank} for r={r}\n" in capsys.readouterr().out
 
 
-def test_only_models_with_deltanet_layers_are_told_of_them(tiny, capsys):
-    plan(tiny, 1000, "--lora_target_modules", "gate_proj")
-    assert "Gated DeltaNet" not in capsys.readouterr().out
-    plan(tiny, 1000, "--lora_target_modules", "q_proj")
-    assert "1 of 2 layers are Gated DeltaNet, without q_proj" in capsys.readouterr().out
+def test_only_models_with_deltanet_are_told_of_it_and_only_if_a_target_is_absent(tiny, capsys):
+    config = AutoConfig.from_pretrained(tiny)
+    for target, said in {"up_proj": None, "in_proj_z": None, "q_proj": "nothing"}.items():
+        plan(config, "--lora_target_modules", target)
+        text = capsys.readouterr().out
+        assert ("DeltaNet" in text) == bool(said)
+        assert not said or (f"without {target}:\n" in text and f"adapts only {said}\n" in text)
+    plan(tiny_config("Llama"))
+    assert "DeltaNet" not in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_the_plan_asks_no_gpu_and_writes_nothing(
+    lines, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
+    output = tmp_path / "output"
+    t.main([*lines(tmp_path), "--dry_run", "--device", "cuda", "--output_dir", str(output)])
+    text = capsys.readouterr().out
+    assert "trainable params: 30,720 || all params: 435,396 ||" in text
+    assert "8 steps, 4 an epoch: ceil(13 / (2 x 2)) x 2" in text and "\ndevice " not in text
+    assert not output.exists()
+
+
+# ==== The disk
+
+
+def full_disk(monkeypatch, free):
+    usage = types.SimpleNamespace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def test_a_disk_with_too_little_room_is_refused_by_number(
+    lines, tmp_path, tiny, monkeypatch, capsys
+):
+    flags = [*lines(tmp_path), "--output_dir", str(tmp_path / "output")]
+    need = plan(AutoConfig.from_pretrained(tiny), *flags, n_train=13).disk
+    printed = re.search(r"at most ([\d,]+ MB) of disk", capsys.readouterr().out)[1]
+    full_disk(monkeypatch, need - 1)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(SystemExit) as stop:
+        t.main(flags)
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert re.match(rf"OUTPUT_DIR {tmp_path}/output: [\d,]+ MB free, {printed} needed", message)
+    full_disk(monkeypatch, need)
+    with pytest.raises(SystemExit):  # by the model, which comes later
+        t.main(flags)
+    assert "no weights" in capsys.readouterr().err
+
+
+def test_the_disk_is_planned_for_as_checkpoints_are_and_not_asked_of_a_run_that_goes_on(
+    lines, tmp_path, monkeypatch, capsys
+):
+    output, press = tmp_path / "output", transformers.Trainer.training_step
+    flags = [*lines(tmp_path), "--lora_r", "64", "--output_dir", str(output)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+
+        def training_step(*args, **kwargs):
+            patch.setattr(transformers.Trainer, "training_step", press)
+            os.kill(os.getpid(), signal.SIGINT)
+            return press(*args, **kwargs)
+
+        patch.setattr(transformers.Trainer, "training_step", training_step)
+        t.main(flags)
+    (checkpoint,) = (output / "checkpoints").glob("checkpoint-*")
+    adapter, optimizer = [
+        (checkpoint / name).stat().st_size for name in ("adapter_model.safetensors", "optimizer.pt")
+    ]
+    config, sizes = AutoConfig.from_pretrained("tests/tiny-qwen3.5"), {}
+    for r in (1, 64):
+        sizes[r] = plan(config, "--lora_r", r, "--num_epochs", 2)
+    # Per parameter: both adapter forms and one for each of the two epochs, and three checkpoints
+    # (two are kept, while a third is written), but for names and the like.
+    growth = sizes[64].disk - sizes[1].disk
+    share = 1 - sizes[1].trainable / sizes[64].trainable
+    assert growth == pytest.approx(share * (4 * adapter + 3 * (adapter + optimizer)), rel=0.05)
+    full_disk(monkeypatch, 0)
+    capsys.readouterr()
+    t.main(flags)
+    assert "resume   from" in capsys.readouterr().out and (output / "final_lora").exists()
+
+
+# ==== Several processes
+
+LAUNCHER = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"]
+TWO = ["0", "0", "2", "29500", "127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {**dict(zip(LAUNCHER, TWO, strict=True)), "LOCAL_RANK": "abc"},
+        {**dict(zip(LAUNCHER, TWO, strict=True)), "MASTER_PORT": ""},
+        dict(zip(LAUNCHER[:4], TWO[:4], strict=True)),
+    ],
+    ids=["rank alone", "size alone", "no number", "no port", "no address"],
+)
+def test_variables_that_a_launcher_left_are_named_with_what_to_do(
+    lines, tmp_path, monkeypatch, capsys, values
+):
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        t.main([*lines(tmp_path), "--output_dir", str(tmp_path / "output")])
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and "not all set" in message
+    assert f"unset {' '.join(LAUNCHER)}" in message
+
+
+def test_processes_that_do_not_meet_are_waited_for_with_a_word_and_an_end(
+    lines, tmp_path, monkeypatch, capsys
+):
+    asked = []
+
+    def nobody(cpu, timeout):
+        asked.append((cpu, timeout.total_seconds()))
+        raise RuntimeError("1/2 clients joined")
+
+    monkeypatch.setattr(accelerate, "PartialState", nobody)
+    for name, value in zip(LAUNCHER, TWO, strict=True):
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        t.main([*lines(tmp_path), "--output_dir", str(tmp_path / "output")])
+    printed = capsys.readouterr()
+    assert asked == [(True, 300)] and stop.value.code == 1
+    assert (
+        f"5 minutes for 2 processes at 127.0.0.1; if nobody launched several: unset {LAUNCHER[0]}"
+        in printed.out
+    )
+    assert "did not meet (1/2 clients joined); if nobody" in printed.err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ==== The GPU
+
+FLA = ["fla", "causal_conv1d"]
+NO_KERNEL = """CUDA error: no kernel image is available for execution on the device
+Search for `cudaErrorNoKernelImageForDevice' in the documentation of CUDA for more information.
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below
+might be incorrect. For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Return a function that makes torch.cuda answer; it returns what was asked, in order.
+
+    With each question stands CUDA_VISIBLE_DEVICES as it was then. What check_device() sets in the
+    process is undone.
+    """
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    del os.environ["CUDA_VISIBLE_DEVICES"]
+    for name in FLA:
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
+
+    def fake(capability=(8, 0), count=1, name="NVIDIA Test", first=None):
+        asked = []
+        answers = {
+            "is_available": count > 0, "device_count": count, "get_device_name": name,
+            "get_device_capability": capability, "mem_get_info": (3 * 2**30, 32 * 2**30),
+        }  # fmt: skip
+        for question, answer in answers.items():
+
+            def reply(*_, question=question, answer=answer):
+                asked.append((question, os.environ.get("CUDA_VISIBLE_DEVICES")))
+                return answer
+
+            monkeypatch.setattr(torch.cuda, question, reply)
+        for question in ("ones", "zeros"):
+            make = getattr(torch, question)
+
+            def on_cpu(*size, device="cpu", make=make, question=question, **kinds):
+                if str(device).startswith("cuda"):
+                    asked.append((question, os.environ.get("CUDA_VISIBLE_DEVICES")))
+                    if first:
+                        raise first
+                return make(*size, **kinds)
+
+            monkeypatch.setattr(torch, question, on_cpu)
+        return asked
+
+    return fake
+
+
+def check_device(*flags):
+    return t.check_device(t.parse_args(list(flags)))
+
+
+@pytest.mark.parametrize(
+    ("capability", "said", "not_said"),
+    [((7, 0), "emulated", "native"), ((7, 5), "emulated", "native"), ((8, 0), "native", "fla"),
+     ((12, 0), "native", "emulated")],
+)  # fmt: skip
+def test_a_gpu_that_works_is_described(gpu, capability, said, not_said):
+    gpu(capability, name="Tesla X")
+    line = check_device()
+    assert f"Tesla X, sm_{capability[0]}{capability[1]}, 3.0 of 32.0 GiB free" in line
+    assert said in line and not_said not in line
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Put fake fla and causal_conv1d on the path; return what transformers makes of them."""
+    from transformers.utils import import_utils as utils
+
+    checks = [utils.is_flash_linear_attention_available, utils.is_causal_conv1d_available]
+    for name in FLA:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text('__version__ = "0.5.0"\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    cached = [*checks, utils.is_torch_cuda_available]
+    for function in cached:
+        function.cache_clear()
+    yield lambda: [check() for check in checks]
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])
+def test_below_sm_80_fla_stays_out_even_if_installed(gpu, installed, capability):
+    gpu(capability)
+    assert "without fla, which needs sm_80" in check_device()
+    for name in FLA:
+        with pytest.raises(ImportError):
+            importlib.import_module(name)
+    assert installed() == [False, False]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
+def test_from_sm_80_on_fla_is_used_if_installed(gpu, installed, capability):
+    gpu(capability)
+    assert "fla" not in check_device()
+    assert [importlib.import_module(name).__version__ for name in FLA] == ["0.5.0", "0.5.0"]
+    assert installed() == [True, True]
+
+
+NVRM = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Thu Jan 1 00:00:00 UTC 2026\nGCC 12.3\n"
+OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (dvs@x)\n"
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update it."
+NONE_HERE = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"
+WITHOUT_A_GPU = {  # driver, torch's CUDA, CUDA_VISIBLE_DEVICES, what torch says; what to expect
+    "driver too old": (
+        NVRM.format("470.82.01"), "12.8", None, RuntimeError(TOO_OLD),
+        ["too old (found version 11040)); driver 470.82.01;", "CUDA 12.8 needs driver 525 or newer",
+         "torch 2.7.1 for CUDA 11.8, which needs 450"],
+    ),
+    "open driver too old": (
+        OPEN.format("560.35.03"), "13.0", None, RuntimeError(TOO_OLD),
+        ["driver 560.35.03", "CUDA 13.0 needs driver 580", "2.7.1"],
+    ),
+    "no driver": (
+        None, "12.8", None, RuntimeError(NONE_HERE), ["no NVIDIA driver is loaded", "--device cpu"]
+    ),
+    "none visible": (
+        OPEN.format("550.54.14"), "12.8", "", RuntimeError("No CUDA GPUs are available"),
+        ["No CUDA GPUs are available", "driver 550.54.14", "CUDA_VISIBLE_DEVICES is ''"],
+    ),
+    "not that many": (
+        OPEN.format("550.54.14"), "12.8", "7", RuntimeError("No CUDA GPUs are available"),
+        ["CUDA_VISIBLE_DEVICES is '7'"],
+    ),
+    "a torch for CPUs": (
+        NVRM.format("550.54.14"), None, None,
+        AssertionError("Torch not compiled with CUDA enabled"),
+        ["not compiled with CUDA", "driver 550.54.14", "--demo"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_GPU)
+def test_without_a_gpu_it_is_said_why(gpu, monkeypatch, name):
+    driver, cuda, visible, error, expected = WITHOUT_A_GPU[name]
+    gpu(count=0)
+    read, exists = pathlib.Path.read_text, pathlib.Path.exists
+    proc = {"/proc/driver/nvidia/version": driver}
+
+    def read_text(path, *args, **kwargs):
+        return proc[str(path)] if str(path) in proc else read(path, *args, **kwargs)
+
+    def there(path, *args, **kwargs):
+        return proc[str(path)] is not None if str(path) in proc else exists(path, *args, **kwargs)
+
+    def init():
+        raise error
+
+    monkeypatch.setattr(pathlib.Path, "read_text", read_text)
+    monkeypatch.setattr(pathlib.Path, "exists", there)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    message = stopped(check_device)
+    assert message.startswith("DEVICE cuda: torch sees no GPU (")
+    assert [part for part in expected if part not in message] == []
+    assert ("needs driver" in message) == ("too old" in name)
+    assert ("CUDA_VISIBLE_DEVICES" in message) == (visible is not None)
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (12, 0)])
+def test_a_wheel_without_the_gpus_kernels_is_refused_with_the_torch_to_install(gpu, capability):
+    gpu(capability, first=RuntimeError(NO_KERNEL))
+    message = stopped(check_device)
+    assert f"torch does not run on NVIDIA Test, sm_{capability[0]}{capability[1]} " in message
+    assert "no kernel image is available" in message and "TORCH_USE_CUDA_DSA" not in message
+    assert 'pip install "torch>=2.7,<2.11"' in message and "sm_70 (V100)" in message
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_trial_of_the_loss_runs_forward_and_backward_in_dtype(gpu, monkeypatch, where, dtype):
+    """An emulated bf16 may fail where float32 does not, and a backward pass where a forward may."""
+    real, seen = getattr(ChunkedLogProbFunction, where), []
+
+    def fails_in_bf16(ctx, tensor, *rest):
+        hidden = tensor if where == "forward" else ctx.saved_tensors[0]
+        seen.append(hidden.dtype)
+        if hidden.dtype == torch.bfloat16:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasGemmEx")
+        return real(ctx, tensor, *rest)
+
+    monkeypatch.setattr(ChunkedLogProbFunction, where, staticmethod(fails_in_bf16))
+    gpu((7, 0))
+    if dtype == "float32":
+        assert "sm_70" in check_device("--dtype", "float32")
+    else:
+        message = stopped(check_device)
+        assert "NOT_SUPPORTED" in message and "or try float32" in message
+    assert seen == [getattr(torch, dtype)]
+
+
+def test_an_error_that_cuda_reports_only_with_a_result_is_seen(gpu, monkeypatch):
+    """Kernels run behind Python's back: that one failed is said when its result is asked for."""
+    gpu()
+    real, item, done = ChunkedLogProbFunction.backward, torch.Tensor.item, []
+
+    def late(tensor):
+        if done:
+            raise RuntimeError(NO_KERNEL)
+        return item(tensor)
+
+    spy = staticmethod(lambda *args: done.append(1) or real(*args))
+    monkeypatch.setattr(ChunkedLogProbFunction, "backward", spy)
+    monkeypatch.setattr(torch.Tensor, "item", late)
+    assert "no kernel image is available" in stopped(check_device)
+
+
+def test_the_trial_runs_on_a_cpu_too_and_asks_cuda_nothing(gpu, monkeypatch):
+    asked = gpu(count=2)
+    real, seen = ChunkedLogProbFunction.backward, []
+    spy = staticmethod(lambda *args: seen.append(1) or real(*args))
+    monkeypatch.setattr(ChunkedLogProbFunction, "backward", spy)
+    line = check_device("--device", "cpu", "--dtype", "float32")
+    assert line == "CPU" and seen and asked == [] and "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_a_gpu_that_is_full_is_called_full_and_not_unfit(gpu, lines, tmp_path, capsys):
+    gpu(first=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"))
+    with pytest.raises(SystemExit) as stop:
+        t.main([*lines(tmp_path), "--device", "cuda", "--output_dir", str(tmp_path / "output")])
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and message.startswith("out of memory (CUDA out of memory")
+    assert "nvidia-smi" in message and "BATCH_SIZE" in message and "torch>=" not in message
+
+
+@pytest.mark.parametrize(
+    ("visible", "first"), [(None, "0"), ("2,3", "2"), ("GPU-5a,GPU-7c,GPU-9e", "GPU-5a")]
+)
+def test_of_several_gpus_only_the_first_is_visible_before_cuda_starts(
+    gpu, monkeypatch, visible, first
+):
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    asked = gpu(count=3)
+    check_device()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == first
+    assert {seen for question, seen in asked if question != "device_count"} == {first}
+    assert len(asked) > 3
+
+
+@pytest.mark.parametrize(("count", "visible"), [(1, None), (1, "3"), (2, "2,3")])
+def test_one_gpu_and_those_of_a_launcher_stay_visible(gpu, monkeypatch, count, visible):
+    gpu(count=count)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if count > 1:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    check_device()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+# ==== Config and tokenizer
+
+
+def load(name, *flags):
+    """Return (args, config, tokenizer)."""
+    args = t.parse_args(["--model_name", str(name), *flags])
+    return args, *t.load_config_and_tokenizer(args)
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """Return a copy of the demo model's folder without its weights."""
+    without = shutil.ignore_patterns("*.safetensors")
+    return shutil.copytree(tiny, tmp_path / "model", ignore=without)
+
+
+def change(path, **values):
+    values = json.loads(path.read_text(encoding="utf-8")) | values
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_a_models_config_and_tokenizer_load_without_its_weights(folder):
+    args, config, tokenizer = load(folder)
+    assert config.model_type == "qwen3_5" and tokenizer.eos_token == "<|im_end|>"
+    assert args.model_revision == "main"
+
+
+NOWHERE = ["nobody/nothing", "nothing", "./no/such/folder", "a b", "/no/such/folder", "a/b/c"]
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_offline_a_model_that_is_nowhere_is_one_message_at_once(name):
+    started = time.monotonic()
+    message = stopped(load, name)
+    assert time.monotonic() - started < 3
+    assert message.startswith(f"MODEL_NAME {name}: no folder here, and not to be had from the hub")
+    assert "check the name and the network, or try --demo" in message
+
+
+def test_without_a_network_a_model_that_is_nowhere_is_one_message_at_once(monkeypatch, tmp_path):
+    """Without the one request that is made first, libraries would try for 25 s."""
+    tried = []
+
+    def down(*where, **_):
+        tried.append(where)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", down)
+    monkeypatch.setattr(socket.socket, "connect", down)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    started = time.monotonic()
+    message = stopped(load, "nobody/nothing")
+    assert time.monotonic() - started < 3 and tried
+    assert "MODEL_NAME nobody/nothing: " in message and "--demo" in message
+    assert "offline" not in message
+
+
+COMMITS = {"main": "0123456789abcdef" * 2 + "01234567", "dev": "fedcba98" * 5}
+
+
+@pytest.fixture
+def hub(tiny, tmp_path, monkeypatch):
+    """Return the name of a model in the hub's cache, with two branches; dev has another theta."""
+    cache = tmp_path / "hub" / "models--org--model"
+    for branch, commit in COMMITS.items():
+        shutil.copytree(tiny, cache / "snapshots" / commit)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / branch).write_text(commit)
+    config = cache / "snapshots" / COMMITS["dev"] / "config.json"
+    change(config, vision_start_token_id=7)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "org/model"
+
+
+@pytest.mark.parametrize(
+    ("asked", "commit"),
+    [(None, COMMITS["main"]), ("dev", COMMITS["dev"]), (COMMITS["dev"], COMMITS["dev"])],
+)
+def test_a_branch_becomes_the_commit_that_is_read(hub, asked, commit):
+    args, config, _ = load(hub, *(["--model_revision", asked] if asked else []))
+    assert (config.vision_start_token_id == 7) == (commit == COMMITS["dev"])
+    assert args.model_revision == commit and type(args.model_revision) is str
+
+
+def test_a_branch_that_moves_while_it_is_read_is_read_at_one_commit(hub, tmp_path, monkeypatch):
+    real = AutoConfig.from_pretrained
+
+    def moved(*args, **kwargs):
+        config = real(*args, **kwargs)
+        snapshot = tmp_path / "hub/models--org--model/snapshots" / COMMITS["dev"]
+        change(snapshot / "tokenizer_config.json", eos_token="<|endoftext|>")
+        (snapshot.parent.parent / "refs" / "main").write_text(COMMITS["dev"])
+        return config
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", moved)
+    _, config, tokenizer = load(hub)
+    assert config.vision_start_token_id != 7 and tokenizer.eos_token == "<|im_end|>"
+
+
+def test_a_run_on_a_model_of_the_hub_records_and_serves_the_commit(hub, lines, tmp_path, capsys):
+    output, commit = tmp_path / "output", COMMITS["dev"]
+    flags = ["--model_name", hub, "--model_revision", "dev", "--num_epochs", "1"]
+    t.main([*lines(tmp_path, train=2, evaluation=0), *flags, "--output_dir", str(output)])
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    saved = json.loads((output / "final_lora/adapter_config.json").read_text(encoding="utf-8"))
+    served = re.search(r"vllm serve org/model --revision (\S+) ", capsys.readouterr().out)[1]
+    found = {record["constants"]["MODEL_REVISION"], saved["revision"], served}
+    assert found == {commit} and saved["base_model_name_or_path"] == hub
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+    return "config.json"
+
+
+def cut_config(folder):
+    (folder / "config.json").write_text('{"model_type": ')
+    return "config.json"
+
+
+def unknown_type(folder):
+    change(folder / "config.json", model_type="qwen9")
+    return "qwen9"
+
+
+def cut_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+    return "broken folder"
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return "broken folder"
+
+
+@pytest.mark.parametrize("spoil", [no_config, cut_config, unknown_type, cut_tokenizer, empty])
+def test_a_broken_folder_is_called_broken_and_not_absent(folder, spoil):
+    part = spoil(folder)
+    message = stopped(load, folder)
+    assert f"MODEL_NAME {folder}: a broken folder (" in message
+    assert part in message and "no folder" not in message
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_the_data_is_blamed(folder):
+    """Transformers makes an empty one then, for which each line is without its end of turn."""
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    message = stopped(load, folder)
+    assert f"MODEL_NAME {folder}: " in message and "tokenizer" in message
+
+
+def no_template(folder):
+    (folder / "chat_template.jinja").unlink()
+
+
+def no_end(folder):
+    change(folder / "tokenizer_config.json", eos_token=None)
+
+
+@pytest.mark.parametrize("spoil", [no_template, no_end])
+def test_a_model_that_is_not_for_chat_is_refused(folder, spoil):
+    spoil(folder)
+    message = stopped(load, folder)
+    assert f"MODEL_NAME {folder}: no chat template or no end-of-turn token" in message
+    assert "a model made for chat" in message
+
+
+QUANTIZED = {
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+}
+
+
+@pytest.mark.parametrize("where", ["config", "text_config"])
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_a_quantized_model_is_refused(folder, method, where):
+    path, entry = folder / "config.json", {"quantization_config": QUANTIZED[method]}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    change(path, **(entry if where == "config" else {where: config[where] | entry}))
+    message = stopped(load, folder)
+    assert f"MODEL_NAME {folder}: quantized; use the model that it was made from" in message
+
+
+# ==== Code that a model folder brings
+
+
+@pytest.fixture
+def armed(tiny, tmp_path, monkeypatch):
+    """Return (a demo model that asks for its own code to be run, the file which that writes)."""
+    folder, marker = shutil.copytree(tiny, tmp_path / "armed"), tmp_path / "marker"
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+    code = f"open({str(marker)!r}, 'w').close()\n"
+    code += "".join(f"class {name}: pass\n" for name in ("Config", "Model", "Tokenizer"))
+    (folder / "evil.py").write_text(code, encoding="utf-8")
+    tokenizer = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+    maps = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"} | tokenizer
+    change(folder / "config.json", auto_map=maps | {"AutoModelForCausalLM": "evil.Model"})
+    change(folder / "tokenizer_config.json", auto_map=tokenizer)
+    return folder, marker
+
+
+def test_the_armed_model_does_run_code_where_that_is_allowed(armed):
+    folder, marker = armed
+    with pytest.raises(AttributeError):  # its class is no config
+        AutoConfig.from_pretrained(folder, trust_remote_code=True).to_dict()
+    assert marker.exists()
+
+
+def test_code_beside_a_known_model_is_not_run(armed, lines, tmp_path):
+    folder, marker = armed
+    flags = [*lines(tmp_path, train=2, evaluation=0), "--num_epochs", "1"]
+    t.main([*flags, "--model_name", str(folder), "--output_dir", str(tmp_path / "output")])
+    assert (tmp_path / "output" / "final_lora").exists() and not marker.exists()
+
+
+def test_a_model_that_needs_its_own_code_is_refused(armed):
+    folder, marker = armed
+    change(folder / "config.json", model_type="evil")
+    assert f"MODEL_NAME {folder}: " in stopped(load, folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "attack", ["cycler.__init__.__globals__.os", "messages.__class__.__mro__[1].__subclasses__()"]
+)
+def test_a_chat_template_that_reaches_for_python_is_refused(
+    folder, lines, tmp_path, capsys, attack
+):
+    marker = tmp_path / "marker"
+    template = f"{{{{ {attack}.system('touch {marker}') }}}}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        t.main([*lines(tmp_path), "--dry_run", "--model_name", str(folder)])
+    assert stop.value.code == 1 and not marker.exists()
+    assert "the chat template refuses it" in capsys.readouterr().err
+
+
+def test_the_demo_model_has_the_shape_of_the_hubs(tiny):
+    """Wrapper, both kinds of layers and real head sizes: else the demo would show little."""
+    config, tokenizer = AutoConfig.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    text = config.text_config
+    assert config.architectures == ["Qwen3_5ForConditionalGeneration"]
+    assert {*text.layer_types} == {"linear_attention", "full_attention"}
+    assert (text.head_dim, text.linear_key_head_dim, text.linear_value_head_dim) == (256, 128, 128)
+    assert text.tie_word_embeddings and len(tokenizer) <= text.vocab_size

@@ -1,435 +1,479 @@
-"""What a run leaves: the proof, the card, samples.md, loss.png, run.json, and earlier results under a time stamp."""
+"""What a run leaves: the adapter and its proof, samples, picture, card, the summary, run.json."""
 
-import ast
 import contextlib
-import datetime
 import hashlib
 import importlib.metadata
-import importlib.util
-import io
 import json
 import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.figure
 import matplotlib.image
 import pytest
 import torch
+import transformers
 import trl
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation import GenerationMixin
 
 import train_lora_single as t
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "matplotlib"]
-SECRETS = {name: f"hf_secret_{name}_0123456789" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
-KEPT = ("final_lora", "final_lora_vllm", "samples.md", "loss.png", "run.json", "checkpoints")
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+RESULTS = ("final_lora", "final_lora_vllm", "samples.md", "loss.png")
 UP = "base_model.model.model.layers.0.mlp.up_proj"
 
 
-@pytest.fixture(scope="module")
-def lively(tmp_path_factory):
-    """Return a demo model whose greedy replies differ with the prompt; the shipped one only repeats a newline."""
-    model = shutil.copytree(ROOT / "tests" / "tiny-qwen3.5", tmp_path_factory.mktemp("model") / "lively")
-    weights = load_file(model / "model.safetensors")
-    weights = {n: w * 3 if "proj" in n and "language_model" in n else w for n, w in weights.items()}
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    return str(model)
+def read(path):
+    return Path(path).read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory, lively):
-    """Flags for one epoch on the first 13 training lines, of which one is too long, and the first 4 eval lines."""
-    folder = tmp_path_factory.mktemp("data")
-    flags = ["--demo", "--model_name", lively, "--max_seq_len", "352", "--num_samples", "2", "--max_new_tokens", "12"]
-    for name, lines in (("train", 13), ("eval", 4)):
-        text = (ROOT / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / f"{name}.jsonl").write_text("".join(text[:lines]), encoding="utf-8")
-        flags += [f"--{name}_file", str(folder / f"{name}.jsonl")]
-    return flags
-
-
-@pytest.fixture(scope="module")
-def finished(small, tmp_path_factory):
-    """Do a run of three epochs of three steps; return its output folder, flags, args, stdout, figure and more."""
-    output, text, figures = tmp_path_factory.mktemp("run") / "output", io.StringIO(), []
-    flags = [*small, "--num_epochs", "3", "--save_steps", "4", "--logging_steps", "3", "--output_dir", str(output)]
-    save = matplotlib.figure.Figure.savefig
-    with pytest.MonkeyPatch.context() as patch:
-        for name, secret in SECRETS.items():
-            patch.setenv(name, secret)
-        patch.setattr(matplotlib.figure.Figure, "savefig", lambda f, *a, **k: figures.append(f) or save(f, *a, **k))
-        start = time.time()
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
-            t.main(flags)
-    end, (figure,) = time.time(), figures
-    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return SimpleNamespace(
-        output=output, flags=flags, args=t.parse_args(flags), text=text.getvalue(), figure=figure,
-        start=start, end=end, head=head.stdout.strip(), record=strict(output),
-    )  # fmt: skip
-
-
-@pytest.fixture
-def adapted(tiny):
-    """Return the demo model with a LoRA that changes it."""
-    torch.manual_seed(0)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=t.LORA_TARGET_MODULES, task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny, dtype="float32"), lora)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
-
-
-def strict(output):
-    """Return what output/run.json holds; NaN, which is not JSON, is an error."""
+def record_of(output):
+    """Return what run.json holds; NaN, which is not JSON, is an error."""
 
     def refuse(constant):
         raise AssertionError(f"run.json holds {constant}")
 
-    return json.loads(Path(output, "run.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    return json.loads(read(output / "run.json"), parse_constant=refuse)
 
 
 def contents(path):
     """Return the bytes of a file, or of each file below a folder."""
-    path = Path(path)
     if path.is_file():
         return path.read_bytes()
-    return {str(one.relative_to(path)): one.read_bytes() for one in path.rglob("*") if one.is_file()}
+    return {
+        str(one.relative_to(path)): one.read_bytes() for one in path.rglob("*") if one.is_file()
+    }
 
 
-def with_flags(finished, output, *flags):
-    """Return the flags of the finished run for another output folder, with one epoch and flags on top."""
-    return [*finished.flags, "--num_epochs", "1", "--output_dir", str(output), *map(str, flags)]
+def base_of(name, dtype="float32"):
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
 
 
-def change(folder, edit):
+@pytest.fixture
+def ready(tiny, lines, tmp_path):
+    """Return a function that gives (trainer, job) as they are when training is over."""
+
+    def make(*flags):
+        output = ["--output_dir", str(tmp_path / "output")]
+        args = t.parse_args([*lines(tmp_path), *output, *flags])
+        job = t.Job(args)
+        job.config, job.tokenizer = t.load_config_and_tokenizer(args)
+        for name in ("train", "eval"):
+            examples = t.read_examples(str(tmp_path / f"{name}.jsonl"))
+            setattr(job, name, t.encode(examples, job.tokenizer, args.max_seq_len))
+        job.plan = t.make_plan(args, job.config, len(job.train))
+        job.output.mkdir()
+        t.find_checkpoint(job)
+        trainer = t.build_trainer(job)
+        fill(trainer.model)
+        return trainer, job
+
+    return make
+
+
+def fill(model):
+    """Give LoRA's B the values that training would."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+@pytest.fixture
+def after_saving(monkeypatch):
+    """Return a function that has change(folder) called when final_lora has been saved."""
+
+    def patch(change):
+        save = PeftModel.save_pretrained
+
+        def save_and_change(self, folder, *args, **kwargs):
+            save(self, folder, *args, **kwargs)
+            if Path(folder).name == "final_lora":
+                change(Path(folder))
+
+        monkeypatch.setattr(PeftModel, "save_pretrained", save_and_change)
+
+    return patch
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps(json.loads(read(path)) | values), encoding="utf-8")
+
+
+def change_tensors(folder, edit):
     """Edit the saved tensors in folder with edit(tensors)."""
     tensors = load_file(folder / "adapter_model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-def change_model(model, edit):
-    """Edit the adapter's tensors in model with edit(tensors)."""
-    tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-    edit(tensors)
-    set_peft_model_state_dict(model, tensors)
+# ==== Files
 
 
-# ---- proof ----------------------------------------------------------------------------------------------------------
+def test_a_run_leaves_exactly_these_files(demo):
+    """Of the checkpoints each epoch's adapter is left; nothing of steps 3 and 6."""
+    found = {str(path.relative_to(demo[0])) for path in demo[0].rglob("*") if path.is_file()}
+    expected = {"all_logs.log", "run.json", "samples.md", "loss.png"}
+    folders = {"final_lora": {"README.md"} | ADAPTER | TOKENIZER, "final_lora_vllm": ADAPTER}
+    folders |= {f"checkpoints/checkpoint-{step}": ADAPTER for step in (4, 8)}
+    assert found == expected | {f"{f}/{name}" for f, names in folders.items() for name in names}
 
 
-def test_a_run_prints_a_proof_without_any_difference(finished):
-    (line,) = [line for line in finished.text.splitlines() if line.startswith("proof")]
-    error, effect = re.search(
-        r"logits differ by (\S+) from the trained model's, by (\S+) from the base's", line
-    ).groups()
-    assert float(error) == 0 and float(effect) > 0
+def test_no_result_is_a_pickle(demo):
+    starts = (b"PK\x03\x04", *(bytes([0x80, version]) for version in range(2, 6)))
+    for path in demo[0].rglob("*"):
+        if path.is_file():
+            assert path.suffix not in (".bin", ".pt", ".pth", ".pkl", ".pickle"), path
+            assert not path.read_bytes().startswith(starts), path
+
+
+def test_the_adapter_loads_with_peft_and_changes_the_logits(demo, tiny):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        base = base_of(tiny)
+        plain = base(input_ids=ids).logits
+        model = PeftModel.from_pretrained(base, demo[0] / "final_lora").eval()
+        assert not torch.equal(model(input_ids=ids).logits, plain)
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, plain)
+
+
+def test_an_adapted_layer_returns_wx_plus_alpha_over_r_bax(demo, tiny):
+    path, final = "model.layers.1.self_attn.q_proj", demo[0] / "final_lora"
+    base = base_of(tiny, torch.float64)
+    weight, x = base.get_submodule(path).weight.detach().clone(), torch.randn(3, 64).double()
+    tensors = load_file(final / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{path}.lora_{m}.weight"].double() for m in "AB")
+    model = PeftModel.from_pretrained(base, final).double().eval()
+    by_hand = x @ weight.T + (16 / 8) * (x @ a.T) @ b.T
+    torch.testing.assert_close(model.get_submodule(f"base_model.model.{path}")(x), by_hand)
+    assert not torch.allclose(by_hand, x @ weight.T)
+
+
+def test_the_adapter_is_float32_and_as_large_as_planned(demo):
+    tensors = load_file(demo[0] / "final_lora" / "adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    planned = record_of(demo[0])["plan"]["trainable"]
+    assert sum(tensor.numel() for tensor in tensors) == planned == 30_720
+
+
+def test_the_adapters_config_says_what_the_constants_say(ready):
+    trainer, job = ready(
+        *("--lora_r", "12", "--lora_alpha", "20", "--lora_dropout", "0.1", "--dtype", "bfloat16"),
+        *("--lora_target_modules", "q_proj", "up_proj"),
+    )
+    t.publish(trainer, job)
+    for name in ("final_lora", "final_lora_vllm"):
+        config = json.loads(read(job.output / name / "adapter_config.json"))
+        found = (config["r"], config["lora_alpha"], config["lora_dropout"], config["bias"])
+        assert found == (12, 20, 0.1, "none")
+        assert sorted(config["target_modules"]) == ["q_proj", "up_proj"]
+        assert (config["task_type"], config["base_model_name_or_path"]) == (
+            "CAUSAL_LM", "tests/tiny-qwen3.5",
+        )  # fmt: skip
+    tensors = load_file(job.output / "final_lora" / "adapter_model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}  # though W is bfloat16
+
+
+DIFFERENT = {
+    "r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["q_proj"], "bias": "all",
+    "task_type": "SEQ_CLS",
+}  # fmt: skip
+
+
+def test_a_saved_config_that_differs_is_refused_by_name_and_value(ready, after_saving):
+    wrong = {}
+    after_saving(lambda folder: change_json(folder / "adapter_config.json", **wrong))
+    trainer, job = ready()
+    for name, value in DIFFERENT.items():
+        wrong = {name: value}
+        with pytest.raises(SystemExit, match=rf"adapter_config\.json: {name} is .*, not .* as ask"):
+            t.publish(trainer, job)
+        assert [path.name for path in job.output.iterdir()] == ["checkpoints"]
+    wrong = {}
+    t.publish(trainer, job)
+    assert (job.output / "final_lora").exists()
+
+
+def test_the_vllm_form_has_the_names_that_peft_writes_for_the_wrapper(demo, tiny, tmp_path):
+    wrapper = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(tiny)
+    lora = LoraConfig(target_modules=t.LORA_TARGET_MODULES)
+    get_peft_model(wrapper, lora).save_pretrained(tmp_path)
+    plain, vllm = [
+        load_file(demo[0] / name / "adapter_model.safetensors")
+        for name in ("final_lora", "final_lora_vllm")
+    ]
+    assert vllm.keys() == load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert len(plain) == len(vllm)
+    for name, tensor in plain.items():
+        assert torch.equal(
+            tensor, vllm[name.replace(".model.model.", ".model.model.language_model.")]
+        )
+    final, vllm = (demo[0] / name for name in ("final_lora", "final_lora_vllm"))
+    assert contents(final / "adapter_config.json") == contents(vllm / "adapter_config.json")
+
+
+def test_a_class_whose_names_vllm_applies_gets_no_second_form(ready, tiny):
+    _, job = ready()
+    wrapper = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(tiny, dtype="float32")
+    lora = LoraConfig(
+        r=8, lora_alpha=16, lora_dropout=0.05, target_modules=t.LORA_TARGET_MODULES,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = get_peft_model(wrapper, lora)
+    fill(model)
+    t.publish(types.SimpleNamespace(model=model), job)
+    names = load_file(job.output / "final_lora" / "adapter_model.safetensors")
+    assert all(".language_model." in name for name in names)
+    assert not (job.output / "final_lora_vllm").exists()
+
+
+def test_a_model_that_is_no_wrapper_gets_no_vllm_form_not_even_an_older_one(
+    demo, lines, tiny, tmp_path, capsys
+):
+    base_of(tiny).save_pretrained(tmp_path / "plain")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "plain")
+    output = shutil.copytree(demo[0], tmp_path / "output")
+    flags = [*lines(tmp_path, train=2, evaluation=0), "--output_dir", str(output)]
+    t.main([*flags, "--model_name", str(tmp_path / "plain")])
+    assert (output / "final_lora").exists() and not (output / "final_lora_vllm").exists()
+    (aside,) = output.glob("final_lora_vllm.2*")
+    assert contents(aside) == contents(demo[0] / "final_lora_vllm")
+    assert f"companion={output}/final_lora " in capsys.readouterr().out
+
+
+def test_others_may_read_the_results(ready):
+    before = os.umask(0o022)
+    try:
+        trainer, job = ready()
+        t.publish(trainer, job)
+    finally:
+        os.umask(before)
+    files = [path for name in RESULTS[:2] for path in (job.output / name).iterdir()]
+    assert {f"{path.stat().st_mode & 0o777:o} {path}" for path in files} == {
+        f"644 {path}" for path in files
+    }
+    assert len(files) == 8
+
+
+# ==== Proof
+
+
+@pytest.fixture
+def adapted(tiny):
+    """Return the demo model with a LoRA that changes it."""
+    lora = LoraConfig(
+        r=8, lora_alpha=16, target_modules=t.LORA_TARGET_MODULES, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base_of(tiny), lora)
+    fill(model)
+    return model.eval()
+
+
+ROW = {"input_ids": [5, 6, 7, 8]}
+DIFFER = r"logits differ by (\S+) from the trained model's, by (\S+) from the base's"
+
+
+def test_a_run_prints_its_proof(demo):
+    (line,) = [line for line in demo[1].splitlines() if line.startswith("proof")]
+    error, effect = map(float, re.search(DIFFER, line).groups())
+    assert 0 <= error <= effect / 10 and effect > 0
 
 
 def test_prove_returns_the_base_with_the_adapter_from_disk(adapted, tmp_path, tiny, capsys):
     adapted.save_pretrained(tmp_path)
-    ids = torch.tensor([[5, 6, 7, 8]])
+    ids = torch.tensor([ROW["input_ids"]])
     with torch.no_grad():
-        wanted = adapted(input_ids=ids).logits
-        model = t.prove(adapted, tmp_path, {"input_ids": [5, 6, 7, 8]})
-        plain = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")(input_ids=ids).logits
+        wanted, plain = adapted(input_ids=ids).logits, base_of(tiny)(input_ids=ids).logits
+        model = t.prove(adapted, tmp_path, ROW)
         assert torch.equal(model(input_ids=ids).logits, wanted)
         with model.disable_adapter():
             assert torch.equal(model(input_ids=ids).logits, plain)
-    difference = re.search(r"by (\S+) from the base's", capsys.readouterr().out)[1]
-    assert float(difference) == pytest.approx((wanted - plain).abs().max().item(), rel=0.05)
+    printed = float(re.search(DIFFER, capsys.readouterr().out)[2])
+    assert printed == pytest.approx((wanted - plain).abs().max().item(), rel=0.05)  # two digits
 
 
-@pytest.mark.parametrize(
-    ("edit", "found"),
-    [
-        (lambda x: x[f"{UP}.lora_A.weight"][0, 0].add_(1e-3), f"{UP}.lora_A.weight"),
-        (lambda x: x.pop(f"{UP}.lora_B.weight"), f"{UP}.lora_B.weight"),
-        (lambda x: x.update(extra=torch.ones(2)), "extra"),
-        (lambda x: x[f"{UP}.lora_A.weight"][0, 0].fill_(math.nan), f"{UP}.lora_A.weight"),
-    ],
-    ids=["changed", "removed", "added", "nan"],
-)
-def test_a_saved_file_that_is_not_the_trained_one_is_refused(adapted, tmp_path, edit, found):
+def zero(tensors, part):
+    for name, tensor in tensors.items():
+        if part in name:
+            tensor.zero_()
+
+
+TAMPERED = {
+    "changed": (lambda x: x[f"{UP}.lora_A.weight"][0, 0].add_(1e-3), f": {UP}.lora_A.weight$"),
+    "removed": (lambda x: x.pop(f"{UP}.lora_B.weight"), f": {UP}.lora_B.weight$"),
+    "added": (lambda x: x.update(extra=torch.ones(2)), ": extra$"),
+    "B of another": (lambda x: x[f"{UP}.lora_B.weight"].neg_(), f": {UP}.lora_B.weight$"),
+    "nan": (lambda x: x[f"{UP}.lora_A.weight"][0].fill_(math.nan), f": {UP}.lora_A.weight$"),
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_file_that_is_not_as_trained_is_refused_by_the_tensors_name(adapted, tmp_path, name):
+    edit, found = TAMPERED[name]
     adapted.save_pretrained(tmp_path)
-    change(tmp_path, edit)
-    with pytest.raises(SystemExit, match=f"^proof: .* not as trained, .*: {re.escape(found)}(, {re.escape(found)})?$"):
-        t.prove(adapted, tmp_path, {"input_ids": [5, 6, 7, 8]})
+    change_tensors(tmp_path, edit)
+    with pytest.raises(SystemExit, match=f"^proof: in {tmp_path} not as trained, .*{found}"):
+        t.prove(adapted, tmp_path, ROW)
 
 
-@pytest.mark.parametrize(
-    ("edit", "found"),
-    [
-        (lambda x: [tensor.zero_() for name, tensor in x.items() if "lora_B" in name], r"lora_B.* and 7 more"),
-        (lambda x: x[f"{UP}.lora_B.weight"].zero_(), f": {re.escape(UP)}.lora_B.weight$"),
-        (lambda x: x[f"{UP}.lora_B.weight"][0, 0].fill_(math.inf), f": {re.escape(UP)}.lora_B.weight$"),
-    ],
-    ids=["all B zero", "one B zero", "infinite"],
-)
-def test_an_adapter_that_is_zero_or_infinite_is_refused_though_saved_as_trained(adapted, tmp_path, edit, found):
-    change_model(adapted, edit)
-    adapted.save_pretrained(tmp_path)
-    kept, saved = get_peft_model_state_dict(adapted), load_file(tmp_path / "adapter_model.safetensors")
-    assert kept.keys() == saved.keys() and all(torch.equal(kept[name], saved[name]) for name in kept)
-    with pytest.raises(SystemExit, match=f"^proof: .*{found}"):
-        t.prove(adapted, tmp_path, {"input_ids": [5, 6, 7, 8]})
+USELESS = {
+    "all B zero": (lambda x: zero(x, "lora_B"), "all zero: .*lora_B.* and 7 more"),
+    "one B zero": (lambda x: zero(x, "0.mlp.up_proj.lora_B"), f"all zero: {UP}.lora_B.weight$"),
+    "infinite": (
+        lambda x: x[f"{UP}.lora_B.weight"][0, 0].fill_(math.inf), f": {UP}.lora_B.weight$"
+    ),
+    "NaN": (lambda x: x[f"{UP}.lora_A.weight"][0, 0].fill_(math.nan), f": {UP}.lora_A.weight$"),
+    "without effect": (lambda x: zero(x, "lora_A"), "by 0 from the base's; the adapter does not"),
+}  # fmt: skip
 
 
-def test_equal_tensors_under_another_alpha_are_refused(adapted, tmp_path):
-    adapted.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == 16
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 32}))
-    with pytest.raises(SystemExit, match=r"its logits differ by .* the adapter does not work"):
-        t.prove(adapted, tmp_path, {"input_ids": [5, 6, 7, 8]})
-
-
-def test_an_adapter_without_effect_is_refused(adapted, tmp_path):
-    change_model(adapted, lambda x: [tensor.zero_() for name, tensor in x.items() if "lora_A" in name])
-    adapted.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match=r"its logits differ by 0 from the trained model's, by 0 from the base's"):
-        t.prove(adapted, tmp_path, {"input_ids": [5, 6, 7, 8]})
-
-
-def tampered(patch):
-    """Have save_adapter change a number of what it has saved; return what the run must say."""
-    save = t.save_adapter
-
-    def tamper(model, tokenizer, config, folder, args):
-        save(model, tokenizer, config, folder, args)
-        change(folder / "final_lora", lambda x: x[f"{UP}.lora_A.weight"][0, 0].add_(1e-3))
-
-    patch.setattr(t, "save_adapter", tamper)
-    return rf"proof: .* not as trained, not finite or all zero: {UP}.lora_A"
-
-
-def full(patch):
-    """Have the disk be full when the losses are drawn; return what the run must say."""
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    patch.setattr(t, "draw_losses", fail)
-    return r"OUTPUT_DIR .* cannot be written .*No space left on device"
-
-
-@pytest.mark.parametrize("fault", [tampered, full])
-def test_results_that_fail_leave_older_ones_and_the_same_command_makes_up_for_it(
-    finished, tmp_path, monkeypatch, capsys, fault
+@pytest.mark.parametrize("name", USELESS)
+def test_an_adapter_that_does_nothing_or_is_not_finite_is_refused_though_saved_as_trained(
+    adapted, tmp_path, name
 ):
-    output = shutil.copytree(finished.output, tmp_path / "output")
-    names, flags = KEPT[:4], with_flags(finished, output, "--seed", 7)
-    before = {name: (contents(output / name), (output / name).stat().st_mtime_ns) for name in names}
-    with monkeypatch.context() as patch:
-        message = fault(patch)
-        with pytest.raises(SystemExit) as stop:
-            t.main(flags)
+    edit, found = USELESS[name]
+    with torch.no_grad():
+        edit(get_peft_model_state_dict(adapted))  # the parameters themselves
+    adapted.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for key, tensor in get_peft_model_state_dict(adapted).items():
+        assert torch.equal(tensor.nan_to_num(), saved[key].nan_to_num())
+    with pytest.raises(SystemExit, match=f"^proof: .*{found}"):
+        t.prove(adapted, tmp_path, ROW)
+
+
+@pytest.mark.parametrize(("alpha", "good"), [(16, True), (16.16, True), (24, False), (-16, False)])
+def test_equal_tensors_under_another_scale_are_refused_but_rounding_is_not(
+    adapted, tmp_path, alpha, good
+):
+    """A hundredth of the effect may be a GPU's rounding, half of it is another adapter."""
+    adapted.save_pretrained(tmp_path)
+    change_json(tmp_path / "adapter_config.json", lora_alpha=alpha)
+    with contextlib.nullcontext() if good else pytest.raises(SystemExit, match="does not work"):
+        t.prove(adapted, tmp_path, ROW)
+
+
+def test_a_failed_proof_touches_no_result_and_the_same_command_makes_up_for_it(
+    demo, lines, tmp_path, monkeypatch, capsys, after_saving
+):
+    output = shutil.copytree(demo[0], tmp_path / "output")
+    flags = [*lines(tmp_path), "--output_dir", str(output), "--seed", "7"]
+    before = {
+        name: (contents(output / name), (output / name).stat().st_mtime_ns) for name in RESULTS
+    }
+    spoil = [lambda tensors: tensors[f"{UP}.lora_A.weight"][0, 0].add_(1e-3)]
+    after_saving(lambda folder: [change_tensors(folder, edit) for edit in spoil])
+    with pytest.raises(SystemExit) as stop:
+        t.main(flags)
     printed = capsys.readouterr()
-    assert stop.value.code == 1 and re.search(rf"^{message}", printed.err, re.MULTILINE)
-    assert "Traceback" not in printed.err + (output / "all_logs.log").read_text(encoding="utf-8")
-    assert "\ndone " not in printed.out and "\nnext " not in printed.out
-    assert {n: (contents(output / n), (output / n).stat().st_mtime_ns) for n in names} == before
-    assert not [one for name in names for one in output.glob(f"{name}.2*")]
-    assert re.match(f"failed: {message}", strict(output)["outcome"])
+    assert stop.value.code == 1 and printed.err.splitlines()[-1].startswith("proof: in ")
+    assert "\ndone " not in printed.out and "\nproof " not in printed.out
+    now = {name: (contents(output / name), (output / name).stat().st_mtime_ns) for name in RESULTS}
+    assert now == before and record_of(output)["outcome"].startswith("failed: proof: in ")
+    assert not [path for path in output.iterdir() if re.match(r"partial|final_.*\.2", path.name)]
+
+    spoil.clear()
+    for name in RESULTS:  # as if another run had ended within the same second
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(before[name][1] / 1e9))
+        Path(f"{output / name}.{stamp}").write_text(f"another {name}")
     t.main(flags)
-    assert "resume   from" in capsys.readouterr().out and strict(output)["outcome"] == "finished"
-    for name in names:
-        (aside,) = output.glob(f"{name}.2*")
+    printed = capsys.readouterr().out
+    assert "resume   from" in printed and record_of(output)["outcome"] == "finished"
+    for name in RESULTS:
+        older, aside = sorted(output.glob(f"{name}.2*"))
+        assert older.read_text() == f"another {name}" and aside.name == f"{older.name}+"
         assert contents(aside) == before[name][0] != contents(output / name)
-    assert not (output / "partial").exists()
+        assert f"{output / name} of an earlier run to {aside}\n" in printed
+    words = [line.split()[0] for line in printed.splitlines() if line[:1].isalpha()]
+    assert words.index("proof") < words.index("moved")  # what is there stays until then
 
 
-def test_an_adapter_that_failed_its_proof_is_not_kept(finished, tmp_path, monkeypatch):
-    tampered(monkeypatch)
-    with pytest.raises(SystemExit):
-        t.main(with_flags(finished, tmp_path))
-    assert strict(tmp_path)["outcome"].startswith("failed: proof: ")
-    assert {path.name for path in tmp_path.iterdir()} == {"all_logs.log", "run.json", "checkpoints"}
+# ==== A proved adapter stands, whatever happens after
 
 
-# ---- the two forms and the card -------------------------------------------------------------------------------------
+def fails(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
-def test_the_form_for_vllm_has_the_same_config(finished):
-    final, vllm = (finished.output / name for name in ("final_lora", "final_lora_vllm"))
-    assert {path.name for path in vllm.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert contents(final / "adapter_config.json") == contents(vllm / "adapter_config.json")
+AFTERWARDS = {
+    "samples, out of memory": (
+        "samples.md", GenerationMixin, "generate", torch.OutOfMemoryError("CUDA out of memory")
+    ),
+    "samples, a bug": ("samples.md", GenerationMixin, "generate", IndexError("a bug upstream")),
+    "picture": ("loss.png", matplotlib.figure.Figure, "savefig", OSError(28, "No space left")),
+    "card": ("final_lora/README.md", PeftModel, "create_or_update_model_card", None),
+}  # fmt: skip
 
 
-def card_of(folder, r, *flags, system=None, vllm=False):
-    """Return (card, command) that write_card makes for a hand-made adapter of rank r."""
-    final, args = folder / "final_lora", t.parse_args([*flags])
-    final.mkdir(parents=True)
-    (final / "README.md").write_text(
-        "---\nbase_model: a/b\nlibrary_name: peft\ntags:\n- lora\n---\n\n# Model\n\n[More Information Needed]\n\n---\n"
-    )
-    (final / "adapter_config.json").write_text(json.dumps({"r": r, "lora_alpha": 6, "target_modules": ["v_x", "q_x"]}))
-    if vllm:
-        (folder / "final_lora_vllm").mkdir()
-    command = t.write_card(folder, args, system)
-    return (final / "README.md").read_text(encoding="utf-8"), command
+@pytest.mark.parametrize("what", AFTERWARDS)
+def test_an_error_after_the_proof_is_a_warning_that_names_the_file(
+    lines, tmp_path, monkeypatch, capsys, what
+):
+    file, owner, method, error = AFTERWARDS[what]
+    # Without PEFT's card there is none whose head could be kept.
+    monkeypatch.setattr(owner, method, fails(error) if error else lambda *_, **__: None)
+    output = tmp_path / "output"
+    t.main([*lines(tmp_path, train=4), "--output_dir", str(output)])  # exits with no status
+    text, log = capsys.readouterr().out, read(output / "all_logs.log")
+    (line,) = [line for line in text.splitlines() if line.startswith("warning")]
+    assert line.startswith(f"warning  {file} is not written (") and "the adapter is whole" in line
+    assert not error or type(error).__name__ in line
+    assert "Traceback" in log and "Traceback" not in text
+    assert record_of(output)["outcome"] == "finished" and "\ndone " in text
+    others = [name for name in ("final_lora/README.md", "loss.png", "samples.md") if name != file]
+    assert not (output / file).exists() and all((output / name).exists() for name in others)
+    assert (f"{output}/{file}" in text) == (file == "final_lora/README.md") * False
+    base = base_of("tests/tiny-qwen3.5")
+    assert PeftModel.from_pretrained(base, output / "final_lora").peft_config["default"].r == 8
 
 
-def blocks(card):
-    """Return the code blocks of a card."""
-    return re.findall(r"^```\w*\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_interrupted_in_its_samples_leaves_the_adapter(
+    demo, lines, tmp_path, monkeypatch, number, status
+):
+    def generate(*_, **__):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        raise AssertionError("the signal was not heard")
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit) as stop:
+        t.main([*lines(tmp_path), "--output_dir", str(output)])
+    assert stop.value.code == status and not (output / "partial").exists()
+    outcome = record_of(output)["outcome"]
+    assert outcome.startswith("interrupted: ") and f"{output}/final_lora is whole" in outcome
+    name = "adapter_model.safetensors"
+    for folder in RESULTS[:2]:  # the same command as the demo's, so the same bytes
+        assert contents(output / folder / name) == contents(demo[0] / folder / name)
 
 
-def served(command):
-    """Return the words of the vllm command as a shell splits them, options as a dict."""
-    words = shlex.split(command.replace("\\\n", ""))
-    position = 3
-    options = {}
-    assert words[:2] == ["vllm", "serve"]
-    while position < len(words):
-        flag = words[position] == "--enable-lora"
-        options[words[position]] = True if flag else words[position + 1]
-        position += 1 if flag else 2
-    return words[2], options
-
-
-def asked(card):
-    """Return the JSON that the card's curl line sends."""
-    (line,) = [line for line in card.split("\n") if line.startswith("curl ")]
-    words = shlex.split(line)
-    assert words[-2] == "-d" and "Content-Type: application/json" in words
-    return json.loads(words[-1])
-
-
-def test_the_card_keeps_pefts_head_and_none_of_its_gaps(finished):
-    card = (finished.output / "final_lora" / "README.md").read_text(encoding="utf-8")
-    head = yaml.safe_load(card.split("---\n")[1])
-    assert head["base_model"] == finished.args.model_name and head["library_name"] == "peft"
-    assert "lora" in head["tags"]
-    assert "[More Information Needed]" not in card
-    assert card.startswith("---\n") and "\n# LoRA adapter for " in card
-
-
-def test_a_hand_made_card_keeps_its_head_and_drops_the_rest(tmp_path):
-    card, _ = card_of(tmp_path, 8)
-    assert yaml.safe_load(card.split("---\n")[1]) == {"base_model": "a/b", "library_name": "peft", "tags": ["lora"]}
-    assert "More Information" not in card and card.count("---\n") == 2
-
-
-@pytest.mark.parametrize(("r", "rank"), [(1, "1"), (4, "8"), (8, "8"), (12, "16"), (16, "16"), (33, "64")])
-def test_the_card_gives_the_smallest_max_lora_rank_that_vllm_takes(tmp_path, r, rank):
-    card, command = card_of(tmp_path, r)
-    assert served(command)[1]["--max-lora-rank"] == rank
-    assert f"r={r}, alpha=6, on q_x, v_x.\n" in card and f"takes for r={r}." in card
-
-
-def test_the_card_follows_the_saved_config_and_not_the_constants(tmp_path):
-    card, command = card_of(tmp_path, 12, "--lora_r", "300", "--lora_alpha", "77")
-    assert served(command)[1]["--max-lora-rank"] == "16"
-    assert "r=12, alpha=6," in card and "300" not in card and "320" not in card and "77" not in card
-
-
-@pytest.mark.parametrize("vllm", [True, False])
-def test_the_card_serves_the_form_for_vllm_exactly_where_there_is_one(tmp_path, vllm):
-    _, command = card_of(tmp_path, 8, "--output_dir", "some/where", vllm=vllm)
-    name = "final_lora_vllm" if vllm else "final_lora"
-    assert served(command)[1]["--lora-modules"] == f"companion=some/where/{name}"
-
-
-def test_the_command_serves_the_trained_model_without_thinking(tmp_path):
-    _, command = card_of(tmp_path, 8, "--model_name", "org/model", "--model_revision", "v1.2")
-    model, options = served(command)
-    assert model == "org/model" and options["--revision"] == "v1.2" and options["--enable-lora"]
-    assert json.loads(options["--default-chat-template-kwargs"]) == {"enable_thinking": False}
-
-
-@pytest.mark.parametrize("flags", [("--output_dir", "my output"), ("--model_name", "my models/it's 4B")])
-def test_the_command_can_be_pasted_where_a_name_holds_a_space(tmp_path, flags):
-    _, command = card_of(tmp_path, 8, *flags)
-    args = t.parse_args([*flags])
-    model, options = served(command)
-    assert (model, options["--lora-modules"]) == (args.model_name, f"companion={args.output_dir}/final_lora")
-
-
-@pytest.mark.parametrize(
-    "system",
-    [
-        "You are Nell.",
-        """It's "Nell's" $HOME `id` \\ "quoted\"""",
-        "Grüße, schöne Füße: 你好 🙂",
-        "line one\nline two\n\n```\n---\nend\ttab\r\n",
-        "'",
-    ],
-)
-def test_request_and_python_send_the_training_system_message(tmp_path, system):
-    card, _ = card_of(tmp_path, 8, system=system)
-    request = asked(card)
-    assert request["model"] == "companion"
-    assert request["messages"] == [{"role": "system", "content": system}, {"role": "user", "content": "Good morning."}]
-    tree = ast.parse(blocks(card)[2])
-    (assigned,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "messages"]
-    assert ast.literal_eval(assigned) == request["messages"]
-
-
-def test_without_a_system_message_the_card_has_none(tmp_path):
-    card, _ = card_of(tmp_path, 8, system=None)
-    assert asked(card)["messages"] == [{"role": "user", "content": "Good morning."}]
-    assert "'role': 'system'" not in card
-
-
-def test_the_card_of_a_run_names_what_is_there_and_the_runs_system_message(finished):
-    card = (finished.output / "final_lora" / "README.md").read_text(encoding="utf-8")
-    model, options = served(blocks(card)[0])
-    assert model == finished.args.model_name
-    assert options["--lora-modules"] == f"companion={finished.output}/final_lora_vllm"
-    first = json.loads(Path(finished.args.eval_file).read_text(encoding="utf-8").splitlines()[0])
-    assert first["prompt"][0]["role"] == "system" and asked(card)["messages"][0] == first["prompt"][0]
-
-
-def test_the_card_has_the_system_message_of_the_training_file(finished, tmp_path):
-    data, seen = Path(finished.args.eval_file).read_text(encoding="utf-8"), "You are Nell,"
-    assert data.count(seen) == 4
-    (tmp_path / "eval.jsonl").write_text(data.replace(seen, "You are Bob,"), encoding="utf-8")
-    t.main(with_flags(finished, tmp_path, "--eval_file", tmp_path / "eval.jsonl", "--num_samples", 0))
-    card = (tmp_path / "final_lora" / "README.md").read_text(encoding="utf-8")
-    assert asked(card)["messages"][0]["content"].startswith(seen)
-
-
-def test_the_next_lines_have_the_command_of_the_card(finished):
-    card = (finished.output / "final_lora" / "README.md").read_text(encoding="utf-8")
-    section = finished.text[finished.text.index("\nnext ") + 1 :].rstrip("\n").split("\n")
-    lines = [line[9:] for line in section]
-    assert "\n".join(lines[:-1]) + "\n" == blocks(card)[0]
-    assert lines[-1].startswith(f"{finished.output}/final_lora/README.md")
-
-
-def test_the_python_lines_of_the_card_run(finished):
-    card, printed = (finished.output / "final_lora" / "README.md").read_text(encoding="utf-8"), []
-    names = {"print": lambda *args: printed.extend(args)}
-    exec(blocks(card)[2], names)
-    (reply,) = printed
-    assert isinstance(reply, str) and reply.strip()
-    assert isinstance(names["model"], PeftModel) and not names["model"].training
-    prompt = names["tokenizer"].decode(names["inputs"]["input_ids"][0])
-    assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") and "You are Nell" in prompt
-
-
-# ---- samples.md -----------------------------------------------------------------------------------------------------
+# ==== samples.md
 
 
 def read_samples(path):
-    """Return the conversations in samples.md as (where, [(who, text)]); a line out of place is an error."""
+    """Return [(where, {who: text})], and {who: [texts]} of all; a line out of place is an error."""
     found, head = [], True
     for line in path.read_bytes().decode().split("\n"):
+        assert "\r" not in line
         if line.startswith("## "):
             head = found.append((line[3:], []))
         elif bold := re.fullmatch(r"\*\*(\w+)\*\*", line):
@@ -438,571 +482,432 @@ def read_samples(path):
             found[-1][1][-1][1].append(line[2:])
         else:
             assert head or not line, f"out of place: {line!r}"
-    return [(where, [(who, "\n".join(lines)) for who, lines in turns]) for where, turns in found]
+    return [(where, [(who, "\n".join(text)) for who, text in turns]) for where, turns in found]
 
 
-def greedy(model, ids, eos, limit=12):
-    """Return the argmax reply to one prompt, without batch, padding, cache or generate()."""
+# A name that a shell, TeX and YAML would each read in another way.
+ODD = r"it's $a\b$ & #1: 'model'"
+
+
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory, tiny, lines):
+    """Run with a model whose replies differ with the prompt, which the demo's hardly do.
+
+    It has an odd name, r=12, and 4 epochs of 13 steps. Return its name, output, text, figure and
+    the prompts that were answered.
+    """
+    folder, figures, prompts = tmp_path_factory.mktemp("lively"), [], []
+    model, output = shutil.copytree(tiny, folder / ODD), folder / "my output"
+    weights = load_file(model / "model.safetensors")
+    larger = {name for name in weights if "proj" in name and "language_model" in name}
+    weights = {name: w * 3 if name in larger else w for name, w in weights.items()}
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    save, generate = matplotlib.figure.Figure.savefig, GenerationMixin.generate
+
+    def spy(self, *args, input_ids, **kwargs):
+        prompts.extend(input_ids.tolist())
+        return generate(self, *args, input_ids=input_ids, **kwargs)
+
+    flags = [*lines(folder), "--model_name", str(model), "--output_dir", str(output)]
+    flags += ["--num_epochs", "4", "--batch_size", "1", "--gradient_accumulation_steps", "1"]
+    flags += ["--lora_r", "12", "--num_samples", "2", "--max_new_tokens", "10"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            matplotlib.figure.Figure,
+            "savefig",
+            lambda f, *a, **k: figures.append(f) or save(f, *a, **k),
+        )
+        patch.setattr(GenerationMixin, "generate", spy)
+        t.main(flags)
+    (figure,) = figures
+    return types.SimpleNamespace(
+        name=str(model), output=output, figure=figure, prompts=prompts, eval=folder / "eval.jsonl",
+        text=read(output / "all_logs.log"), record=record_of(output),
+    )  # fmt: skip
+
+
+def greedy(model, ids, eos, limit):
+    """Return the argmax reply to one prompt, without generate() and its cache."""
     ids, start = list(ids), len(ids)
     with torch.no_grad():
         while len(ids) < start + limit and eos not in ids[start:]:
             (best, second), (token, _) = model(input_ids=torch.tensor([ids])).logits[0, -1].topk(2)
-            assert best - second > 1e-5, "a choice that rounding could change; take another model"
+            assert best - second > 1e-5, "rounding could change this choice: take another model"
             ids.append(token.item())
     return ids[start:]
 
 
-def test_samples_are_what_base_and_adapter_from_disk_answer(finished):
-    samples = read_samples(finished.output / "samples.md")
-    rows = [json.loads(line) for line in Path(finished.args.eval_file).read_text(encoding="utf-8").splitlines()]
-    assert [where for where, _ in samples] == [f"{finished.args.eval_file}:{n}" for n in (1, 3)]
-    tokenizer = AutoTokenizer.from_pretrained(finished.args.model_name)
-    base = AutoModelForCausalLM.from_pretrained(finished.args.model_name, dtype="float32").eval()
-    prompts = [
-        tokenizer(
-            tokenizer.apply_chat_template(
-                rows[n]["prompt"], add_generation_prompt=True, enable_thinking=False, tokenize=False
-            ),
-            add_special_tokens=False,
-        )["input_ids"]
-        for n in (0, 2)
-    ]
-    assert len(prompts[0]) != len(prompts[1]), "the batch must need padding"
-    answers, cut = {"base": [greedy(base, ids, tokenizer.eos_token_id) for ids in prompts]}, 0
-    model = PeftModel.from_pretrained(base, finished.output / "final_lora").eval()
-    answers["adapter"] = [greedy(model, ids, tokenizer.eos_token_id) for ids in prompts]
-    assert len({tuple(reply) for replies in answers.values() for reply in replies}) >= 3
+def test_samples_are_what_base_and_saved_adapter_answer_to_prompts_as_served(lively):
+    samples = read_samples(lively.output / "samples.md")
+    rows = [json.loads(line) for line in read(lively.eval).splitlines()]
+    assert [where for where, _ in samples] == [f"{lively.eval}:{n}" for n in (1, 3)]
+    tokenizer = AutoTokenizer.from_pretrained(lively.name)
+    how = {"add_generation_prompt": True, "enable_thinking": False, "tokenize": False}
+    texts = [tokenizer.apply_chat_template(rows[n]["prompt"], **how) for n in (0, 2)]
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert all(text.endswith("assistant\n<think>\n\n</think>\n\n") for text in texts)
+    assert lively.prompts == [prompts[0], prompts[0], prompts[1], prompts[1]]
+    model, eos = base_of(lively.name), tokenizer.eos_token_id
+    answers = {"base": [greedy(model, ids, eos, 10) for ids in prompts]}
+    model = PeftModel.from_pretrained(model, lively.output / "final_lora").eval()
+    answers["adapter"] = [greedy(model, ids, eos, 10) for ids in prompts]
+    assert answers["base"] != answers["adapter"]
     for number, (_, turns) in enumerate(samples):
-        said = [(message["role"], message["content"]) for message in rows[2 * number]["prompt"]]
-        wanted = []
+        row = rows[2 * number]
+        wanted = [(message["role"], message["content"]) for message in row["prompt"]]
         for who, replies in answers.items():
-            ended = tokenizer.eos_token_id in replies[number]
-            cut += not ended
-            text = tokenizer.decode(replies[number], skip_special_tokens=True) + " [cut here]" * (not ended)
-            wanted.append((who, text.strip()))
-        assert turns == [*said, *wanted, ("written", rows[2 * number]["completion"][0]["content"])]
-    assert cut
-    assert "samples  2 held-out prompts" in finished.text
+            text = tokenizer.decode(replies[number], skip_special_tokens=True)
+            text += " [cut here]" * (eos not in replies[number])
+            wanted.append((who, re.sub("\r\n?", "\n", text.strip())))
+        assert turns == [*wanted, ("written", row["completion"][0]["content"])]
+    assert "\nsamples  2 held-out prompts" in lively.text
 
 
-class Scripted:
-    """A model that answers from a list of replies; without adapter each is followed by "base"."""
-
-    device, adapter = "cpu", True
-
-    def __init__(self, tokenizer, replies):
-        self.tokenizer, self.replies, self.asked = tokenizer, replies, []
-
-    @contextlib.contextmanager
-    def disable_adapter(self):
-        self.adapter = False
-        yield
-        self.adapter = True
-
-    def generate(self, input_ids, attention_mask, **how):
-        self.asked.append(
-            (how, [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)])
-        )
-        texts = [text if self.adapter else f"base {text}" for text in self.replies[: len(input_ids)]]
-        replies = [self.tokenizer(text)["input_ids"] for text in texts]
-        longest = max(map(len, replies))
-        new = [reply + [self.tokenizer.pad_token_id] * (longest - len(reply)) for reply in replies]
-        return torch.cat([input_ids, torch.tensor(new)], 1)
+MARKDOWN = ["# no heading", "", "## no.jsonl:7", "**base**", "```", "> quote", "1. <b>", "---"]
+REPLIES = [  # to the prompts of four rows, with what must be read
+    ("short<|im_end|>", "short"),
+    ("one that goes on and", "one that goes on and [cut here]"),
+    ("\r".join(MARKDOWN) + "<|im_end|>", "\n".join(MARKDOWN)),
+    ("\r\n".join(MARKDOWN) + "<|im_end|>", "\n".join(MARKDOWN)),
+]
 
 
-def scripted_samples(tiny, path, replies, *flags, messages=("Hello", "Hi")):
-    """Return (samples, model) for as many conversations as there are replies."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), messages, strict=True)]
-    examples = [{"where": f"eval.jsonl:{n}", "messages": turns, "reply": 1} for n in range(1, len(replies) + 1)]
-    rows, model = t.encode(examples, tokenizer, 4096), Scripted(tokenizer, replies)
-    t.write_samples(model, tokenizer, rows, path, t.parse_args(["--demo", *flags]))
-    return read_samples(path), model
+def test_replies_are_quoted_line_by_line_and_those_that_were_cut_are_marked(
+    lines, tmp_path, tiny, monkeypatch, capsys
+):
+    """More samples are asked for than there are prompts; messages hold what replies may."""
+    tokenizer, asked = AutoTokenizer.from_pretrained(tiny), []
+
+    def generate(self, input_ids, **how):
+        layer = next(one for one in self.modules() if isinstance(one, LoraLayer))
+        text = "base " * layer.disable_adapters + REPLIES[len(asked) // 2][0]
+        reply = torch.tensor([tokenizer(text)["input_ids"]])
+        assert reply[0].tolist().count(tokenizer.eos_token_id) == text.count("<|im_end|>")
+        asked.append((layer.disable_adapters, how))
+        return torch.cat([input_ids, reply], 1)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    flags, text = lines(tmp_path, train=2), "\r\n".join(MARKDOWN)
+    said = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    row = json.dumps({"messages": said}) + "\n"
+    (tmp_path / "eval.jsonl").write_text(row * len(REPLIES), encoding="utf-8")
+    more = ["--num_samples", "9", "--max_new_tokens", "77"]
+    t.main([*flags, *more, "--num_epochs", "1", "--output_dir", str(tmp_path / "output")])
+    samples = read_samples(tmp_path / "output" / "samples.md")
+    assert [where for where, _ in samples] == [f"{tmp_path}/eval.jsonl:{n}" for n in range(1, 5)]
+    for (_, turns), (_, expected) in zip(samples, REPLIES, strict=True):
+        assert [who for who, _ in turns] == ["user", "base", "adapter", "written"]
+        found = dict(turns)
+        assert found["user"] == found["written"] == "\n".join(MARKDOWN)
+        assert (found["base"], found["adapter"]) == (f"base {expected}", expected)
+    assert [is_base for is_base, _ in asked] == [True, False] * 4
+    assert {(how["do_sample"], how["max_new_tokens"]) for _, how in asked} == {(False, 77)}
+    assert {how["eos_token_id"] for _, how in asked} == {tokenizer.eos_token_id}
+    assert "\nsamples  4 held-out prompts" in capsys.readouterr().out
 
 
-def test_a_reply_that_ended_is_not_marked_as_cut(tiny, tmp_path):
-    replies = ["short<|im_end|>", "one that goes on and", "and one that ends just at the limit<|im_end|>"]
-    samples, model = scripted_samples(tiny, tmp_path / "samples.md", replies)
-    assert [dict(turns)["adapter"] for _, turns in samples] == [
-        "short",
-        "one that goes on and [cut here]",
-        "and one that ends just at the limit",
-    ]
-    assert [dict(turns)["base"] for _, turns in samples] == [
-        "base short",
-        "base one that goes on and [cut here]",
-        "base and one that ends just at the limit",
-    ]
-    assert len(model.asked) == 2
-    for how, _ in model.asked:
-        assert how["do_sample"] is False and how["max_new_tokens"] == t.MAX_NEW_TOKENS
-        assert how["eos_token_id"] == model.tokenizer.eos_token_id
-
-
-def test_more_samples_than_a_batch_keep_their_order(tiny, tmp_path):
-    samples, model = scripted_samples(
-        tiny, tmp_path / "samples.md", [f"reply {n}<|im_end|>" for n in range(11)], "--num_samples", "11"
-    )
-    assert [where for where, _ in samples] == [f"eval.jsonl:{n}" for n in range(1, 12)]
-    assert sum(len(prompts) for _, prompts in model.asked) == 22
-
-
-@pytest.mark.parametrize("number", [1, 2, 3, 4, 9])
-def test_as_many_prompts_are_answered_as_num_samples_says_or_all(tiny, tmp_path, number):
-    samples, _ = scripted_samples(tiny, tmp_path / "samples.md", ["x<|im_end|>"] * 4, "--num_samples", str(number))
-    assert len({where for where, _ in samples}) == len(samples) == min(number, 4)
-
-
-@pytest.mark.parametrize("ending", ["\n", "\r"])
-def test_markdown_in_messages_and_replies_stays_in_its_quote(tiny, tmp_path, ending):
-    text = ending.join(["# no heading", "", "## no.jsonl:7", "**base**", "```", "> quoted", "- item", "1. <b>", "---"])
-    (sample,), _ = scripted_samples(tiny, tmp_path / "samples.md", [f"{text}<|im_end|>"], messages=(text, text))
-    where, turns = sample
-    lines = {who: said.split("\n") for who, said in turns}
-    wanted = text.split(ending)
-    assert where == "eval.jsonl:1" and [*lines] == ["user", "base", "adapter", "written"]
-    assert lines["user"] == lines["written"] == lines["adapter"] == wanted
-    written = (tmp_path / "samples.md").read_text(encoding="utf-8")  # reads a lone CR as the line ending it is
-    assert written.count("\n> # no heading\n") == 3 and "\n# no heading" not in written
-    assert written.count("\n> ---\n") == 4 and "\n---" not in written
-
-
-def test_without_samples_there_is_no_file_and_an_older_one_moves_away(finished, tmp_path, capsys):
-    output = tmp_path / "output"
-    output.mkdir()
-    (output / "samples.md").write_text("older")
-    t.main(with_flags(finished, output, "--num_samples", 0))
-    printed = capsys.readouterr().out
-    assert not (output / "samples.md").exists() and "\nsamples" not in printed and "output/samples.md," not in printed
-    (aside,) = output.glob("samples.md.2*")
-    assert aside.read_text() == "older"
-
-
-# ---- loss.png -------------------------------------------------------------------------------------------------------
+# ==== loss.png
 
 
 def lines_of(figure):
-    """Return ({label: points}, dotted steps) of the upper axes, and the same of the lower."""
-    return [
-        (
-            {
-                line.get_label(): [*zip(*line.get_data(), strict=True)]
-                for line in axes.lines
-                if line.get_linestyle() != ":"
-            },
-            [float(line.get_xdata()[0]) for line in axes.lines if line.get_linestyle() == ":"],
-        )
-        for axes in figure.axes
-    ]
+    """Return ({label: points}, [dotted steps]) of a figure's only axes."""
+    (axes,) = figure.axes
+    dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
+    drawn = [line for line in axes.lines if line not in dotted]
+    points = {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in drawn}
+    return points, [line.get_xdata()[0] for line in dotted]
 
 
-def test_the_drawing_holds_the_history(finished):
-    (upper, dotted), (lower, dotted_below) = lines_of(finished.figure)
-    history = finished.record["loss_history"]
-    assert upper["train, each step"] == [(e["step"], e["loss"]) for e in history if "loss" in e]
-    assert upper["eval"] == [(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e]
-    assert [step for step, _ in upper["eval"]] == [0, 3, 6, 9]
-    assert dotted == dotted_below == [3, 6, 9]
-    assert [*lower.values()] == [[(e["step"], e["learning_rate"]) for e in history if "loss" in e]]
-    values = {text.get_text() for text in finished.figure.axes[0].texts}
-    assert values == {f"{e['eval_loss']:.2f}" for e in history if "eval_loss" in e}
-    title = finished.figure.axes[0].get_title()
-    assert "lively" in title and "r=8" in title and "alpha=16" in title and "train.jsonl" in title
+def test_the_picture_shows_the_logged_losses(lively):
+    points, dotted = lines_of(lively.figure)
+    history = lively.record["loss_history"]
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    assert points.pop("train, each step") == losses and len(losses) == 52
+    evals = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    assert points.pop("eval") == evals and [step for step, _ in evals] == dotted_with(dotted)
+    ((label, smooth),) = points.items()
+    width = int(re.fullmatch(r"train, mean of (\d+) steps", label)[1])
+    assert width == 5 and [step for step, _ in smooth] == [*range(1, 53)]
+    for at in range(2, 50):
+        around = [loss for _, loss in losses[at - 2 : at + 3]]
+        assert smooth[at][1] == pytest.approx(sum(around) / 5, rel=1e-12)
+    title = lively.figure.axes[0].title
+    assert ODD in title.get_text() and "r=12, alpha=16" in title.get_text()
+    assert not title.get_parse_math()  # else TeX's dollars would be an error
 
 
-def test_the_drawing_is_a_png_with_something_on_it(finished):
-    path = finished.output / "loss.png"
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    image = matplotlib.image.imread(path)
-    assert image.shape[1] > 800 and image.shape[0] > 400
-    colours = {tuple(pixel) for pixel in image[::3, ::3, :3].reshape(-1, 3).tolist()}
-    assert len(colours) > 20
+def dotted_with(dotted):
+    """Return the steps of the evaluations: before the first step and where an epoch ends."""
+    assert dotted == [13, 26, 39, 52]
+    return [0, *dotted]
+
+
+def test_the_picture_is_a_png_of_1080_by_600_with_something_on_it(demo, lively):
+    for output in (demo[0], lively.output):
+        assert (output / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        image = matplotlib.image.imread(output / "loss.png")
+        assert image.shape[:2] == (600, 1080)
+        assert len({tuple(one) for one in image[::3, ::3, :3].reshape(-1, 3).tolist()}) > 20
+
+
+# ==== The card and the command
+
+
+def served(text):
+    """Return (model, options) of the only vllm command in text, as a shell splits it."""
+    command = re.search(r"^ *vllm serve (?:.*\\\n)*.*", text.replace("next     ", ""), re.MULTILINE)
+    words, options = shlex.split(command[0].replace("\\\n", "")), {}
+    assert text.count("vllm serve ") == 1 and words[:2] == ["vllm", "serve"]
+    rest = iter(words[3:])
+    for word in rest:
+        options[word] = True if word == "--enable-lora" else next(rest)
+    return words[2], options
+
+
+def test_the_card_keeps_pefts_head_and_none_of_its_gaps(demo):
+    card = read(demo[0] / "final_lora" / "README.md")
+    empty, head, body = card.split("---\n")
+    head = yaml.safe_load(head)
+    assert empty == "" and head["base_model"] == "tests/tiny-qwen3.5"
+    assert head["library_name"] == "peft" and "lora" in head["tags"]
+    assert "\n# LoRA adapter for tests/tiny-qwen3.5\n" in body and "More Information" not in card
+    assert "r=8, alpha=16, on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_pr" in body
+
+
+def test_the_card_and_the_run_serve_with_one_command(demo):
+    output, text = demo
+    card = read(output / "final_lora" / "README.md")
+    model, options = served(card.split("```")[1])
+    assert (model, options) == served(text) and model == "tests/tiny-qwen3.5"
+    assert json.loads(options.pop("--default-chat-template-kwargs")) == {"enable_thinking": False}
+    assert options == {
+        "--revision": "main", "--enable-lora": True, "--max-lora-rank": "8",
+        "--lora-modules": f"companion={output}/final_lora_vllm",
+    }  # fmt: skip
+
+
+def test_odd_names_survive_the_shell_and_the_rank_is_the_saved_ones(lively):
+    card = read(lively.output / "final_lora" / "README.md")
+    for text in (card.split("```")[1], lively.text):
+        model, options = served(text)
+        assert model == lively.name and options["--max-lora-rank"] == "16"
+        assert options["--lora-modules"] == f"companion={lively.output}/final_lora_vllm"
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == lively.name
+    assert json.loads(read(lively.output / "final_lora/adapter_config.json"))["r"] == 12
+
+
+# ==== The summary
+
+
+def end_of(text):
+    """Return the lines of the summary as {word: rest}."""
+    lines = text[text.rindex("\ndone ") + 1 :].split("\nnext ")[0].split("\n")
+    return {line[9:20].strip(): line[20:] for line in lines}
+
+
+def test_the_summary_says_where_things_are_and_what_the_run_did(demo):
+    output, text = demo
+    record, end = record_of(output), end_of(text)
+    assert end["adapter"] == f"{output}/final_lora, 0.1 MB"
+    assert end["look at"] == f"{output}/samples.md, {output}/loss.png, {output}/run.json"
+    printed = [line.split()[-1] for line in text.splitlines() if line.startswith("eval ")]
+    losses = [e["eval_loss"] for e in record["loss_history"] if "eval_loss" in e]
+    assert [f"{loss:.4f}" for loss in losses] == printed and len(losses) == 3
+    assert end["eval loss"] == " -> ".join(printed)
+    rate = int(end["speed"].split()[0].replace(",", ""))
+    assert rate == round(record["tokens"] / record["train_seconds"])
+    tokens = [facts["tokens"] for facts in record["data"].values()]
+    assert record["tokens"] == 2 * tokens[0]  # of two epochs, padding not counted
+    total, steps = map(float, re.match(r"(\S+) min, (\S+) in steps$", end["time"]).groups())
+    assert total >= steps and "weights are random" in text
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """Return the list of figures that are saved."""
-    figures, save = [], matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, *a, **k: figures.append(f) or save(f, *a, **k))
-    return figures
+def with_losses(lines, tmp_path, monkeypatch, capsys):
+    """Return a function that gives (output, summary) of a run with these eval losses."""
+
+    def run(*losses, folder="output", more=()):
+        def prediction_step(trainer, *_, **__):  # two lines are one step an epoch
+            return torch.tensor(losses[trainer.state.global_step]), None, None
+
+        monkeypatch.setattr(trl.SFTTrainer, "prediction_step", prediction_step)
+        flags = [*lines(tmp_path, train=2), "--num_epochs", str(max(1, len(losses) - 1))]
+        flags += ["--output_dir", str(tmp_path / folder), "--num_samples", "0", *more]
+        t.main(flags)
+        return tmp_path / folder, end_of(capsys.readouterr().out)
+
+    return run
 
 
-def steps(*losses):
-    """Return a history of these losses."""
-    return [{"step": n, "loss": loss, "learning_rate": 1e-3 / n} for n, loss in enumerate(losses, 1)]
+def test_where_the_eval_loss_rose_the_best_epoch_is_named(with_losses, tiny):
+    output, end = with_losses(3.0, 2.0, 2.5, 2.75)
+    assert end["eval loss"] == "3.0000 -> 2.0000 -> 2.5000 -> 2.7500"
+    best = output / "checkpoints" / "checkpoint-1"
+    assert end["overfit"] == f"lowest with {best}; lower NUM_EPOCHS or LEARNING_RATE"
+    assert PeftModel.from_pretrained(base_of(tiny), best).peft_config["default"].r == 8
 
 
-@pytest.mark.parametrize("evals", [[], [{"step": 0, "eval_loss": 4.0}, {"step": 1, "eval_loss": 3.5}]])
-def test_one_step_is_drawn_with_and_without_eval(tmp_path, drawn, evals):
-    t.draw_losses(steps(3.25) + evals, tmp_path / "loss.png", "title", 1)
-    (upper, dotted), _ = lines_of(drawn[0])
-    assert upper["train, each step"] == [(1, 3.25)] and dotted == [1]
-    assert upper.get("eval", []) == [(e["step"], e["eval_loss"]) for e in evals]
-    assert matplotlib.image.imread(tmp_path / "loss.png").shape[1] > 800
+def test_where_the_base_was_best_it_is_named(with_losses):
+    end = with_losses(2.0, 2.5, 2.25)[1]
+    assert end["overfit"].startswith("lowest with the base; ")
 
 
-def test_the_smooth_line_is_the_mean_that_its_label_says(tmp_path, drawn):
-    losses = [float(n * n % 17) for n in range(1, 61)]
-    t.draw_losses(steps(*losses), tmp_path / "loss.png", "title", 25)
-    (upper, dotted), _ = lines_of(drawn[0])
-    ((label, points),) = [item for item in upper.items() if item[0].startswith("train, mean of ")]
-    half = int(label.split()[3]) // 2
-    assert label == f"train, mean of {2 * half + 1} steps" and half >= 1 and len(points) == 60
-    for number in range(half, 60 - half):
-        around = losses[number - half : number + half + 1]
-        assert points[number] == (number + 1, pytest.approx(sum(around) / len(around)))
-    assert dotted == [25, 50]
+@pytest.mark.parametrize("losses", [(3.0, 2.0, 1.0), (3.0, 2.0, 2.0), (3.0, 2.0, 2.5, 1.5)])
+def test_where_the_last_eval_loss_is_the_lowest_nothing_is_said(with_losses, losses):
+    assert "overfit" not in with_losses(*losses)[1]
 
 
-def test_the_history_that_a_resumed_run_starts_with_is_drawn_whole(finished, tmp_path, drawn):
-    state = json.loads((finished.output / "checkpoints/checkpoint-8/trainer_state.json").read_text(encoding="utf-8"))
-    history = state["log_history"] + [e for e in finished.record["loss_history"] if e["step"] > 8]
-    t.draw_losses(history, tmp_path / "loss.png", "title", 3)
-    assert lines_of(drawn[0])[0][0] == lines_of(finished.figure)[0][0]
+def test_without_eval_nothing_is_said_of_it_and_an_older_samples_file_moves_away(
+    with_losses, tmp_path
+):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "samples.md").write_text("older")
+    output, end = with_losses(more=["--eval_file", ""])
+    assert end["eval loss"] == "not evaluated" and "overfit" not in end
+    assert end["look at"] == f"{output}/loss.png, {output}/run.json"
+    assert not (output / "samples.md").exists()
+    (aside,) = output.glob("samples.md.2*")
+    assert aside.read_text() == "older"
+    record = record_of(output)
+    assert not [entry for entry in record["loss_history"] if "eval_loss" in entry]
+    assert [*record["data"]] == [str(tmp_path / "train.jsonl")]
 
 
-def test_a_file_name_with_dollars_is_drawn_as_it_is(tmp_path, drawn):
-    title = r"m/x, r=8, alpha=16, my$\data$/train.jsonl"
-    t.draw_losses(steps(3.0, 2.0), tmp_path / "loss.png", title, 1)
-    assert drawn[0].axes[0].get_title() == title and (tmp_path / "loss.png").exists()
+def test_after_going_on_losses_are_those_of_all_and_time_and_speed_of_the_rest(
+    demo, lines, tmp_path, monkeypatch, capsys
+):
+    output, step = tmp_path / "output", transformers.Trainer.training_step
+    flags, calls = [*lines(tmp_path), "--output_dir", str(output), "--num_samples", "2"], []
 
+    def training_step(*args, **kwargs):
+        if len(calls) == 8:  # in the fifth step: the first epoch has 7 batches
+            os.kill(os.getpid(), signal.SIGTERM)
+        began = time.monotonic()
+        loss = step(*args, **kwargs)
+        calls.append(time.monotonic() - began)
+        return loss
 
-@pytest.mark.parametrize("backend", ["TkAgg", "module://not_installed", "bogus"])
-def test_the_drawing_needs_no_display(tmp_path, backend):
-    code = "import train_lora_single as t\n"
-    code += f"t.draw_losses({steps(3.0, 2.0)!r}, {str(tmp_path / 'loss.png')!r}, 'title', 1)"
-    env = {name: value for name, value in os.environ.items() if "DISPLAY" not in name} | {"MPLBACKEND": backend}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert matplotlib.image.imread(tmp_path / "loss.png").shape[1] > 800
-
-
-# ---- overfitting and checkpoints ------------------------------------------------------------------------------------
-
-
-def summary(finished, capsys, *losses):
-    """Return what summarize prints for the finished run with these eval losses after epochs 0, 1, 2, ..."""
-    evals = [{"step": 3 * n, "epoch": float(n), "eval_loss": loss} for n, loss in enumerate(losses)]
-    capsys.readouterr()
-    record = finished.record | {"loss_history": evals}
-    t.summarize(finished.args, finished.record["plan"], record, time.time() - 90, "the command")
-    return capsys.readouterr().out
-
-
-def test_the_best_epochs_checkpoint_is_named_when_the_eval_loss_rose(finished, capsys):
-    text = summary(finished, capsys, 3.0, 2.0, 2.5, 2.75)
-    (line,) = [line for line in text.splitlines() if "overfit" in line]
-    assert "lowest after epoch 1:" in line and "NUM_EPOCHS" in line
-    folder = Path(re.search(r": (\S+);", line)[1])
-    assert folder == finished.output / "checkpoints" / "checkpoint-3"
-    base = AutoModelForCausalLM.from_pretrained(finished.args.model_name)
-    assert PeftModel.from_pretrained(base, folder).peft_config["default"].r == 8
-    assert "eval loss  3.0000 -> 2.0000 -> 2.5000 -> 2.7500\n" in text
-
-
-def test_the_base_is_named_when_it_was_best(finished, capsys):
-    (line,) = [line for line in summary(finished, capsys, 2.0, 2.5, 2.25).splitlines() if "overfit" in line]
-    assert "the base model as it was" in line and "checkpoint-" not in line
-
-
-@pytest.mark.parametrize("losses", [(3.0, 2.0, 1.0), (3.0, 2.0, 2.0), (3.0, 2.0, 2.5, 1.5), (), (2.0,)])
-def test_nothing_is_said_of_overfitting_when_the_last_loss_is_the_lowest(finished, capsys, losses):
-    text = summary(finished, capsys, *losses)
-    assert "overfit" not in text and "done     adapter" in text
-    assert ("not evaluated" in text) == (not losses)
-
-
-def test_the_end_of_a_run_says_where_things_are(finished):
-    end = finished.text[finished.text.index("\ndone ") :]
-    for name in ("final_lora", "samples.md", "loss.png", "run.json"):
-        assert f"{finished.output}/{name}" in end and (finished.output / name).exists()
-    printed = [line.split()[-1] for line in finished.text.splitlines() if line.startswith("eval ")]
-    assert len(printed) == 4 and f"eval loss  {' -> '.join(printed)}\n" in end
-    assert f"{finished.record['peak_memory_gib']:.1f} GiB" in end
-    assert ("overfit" in end) == (min(printed, key=float) != printed[-1])
-
-
-def test_each_epochs_checkpoint_is_kept_and_the_two_newest(finished):
-    folders = {path.name for path in finished.output.glob("checkpoints/checkpoint-*")}
-    assert folders == {f"checkpoint-{step}" for step in (3, 6, 8, 9)}  # 4, too, was saved
-    evals = [entry["step"] for entry in finished.record["loss_history"] if "eval_loss" in entry]
-    assert {f"checkpoint-{step}" for step in evals if step} <= folders
-    assert not (finished.output / "checkpoints" / "job.json").exists()
-
-
-# ---- run.json -------------------------------------------------------------------------------------------------------
-
-
-def test_run_json_holds_each_constant_and_those_that_flags_changed(finished):
-    source = ast.parse(Path(t.__file__).read_text(encoding="utf-8"))
-    in_the_file = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in source.body
-        if isinstance(node, ast.Assign) and node.targets[0].id.isupper()
-    }
-    in_the_file = {name: value for name, value in in_the_file.items() if name not in ("DEMO", "VLLM_RANKS")}
-    constants = finished.record["constants"]
-    assert constants.keys() == in_the_file.keys() and len(constants) > 20
-    assert constants == {name: vars(finished.args)[name.lower()] for name in in_the_file}
-    changed = {name: value for name, value in constants.items() if value != in_the_file[name]}
-    assert finished.record["changed_by_flags"] == changed
-    assert {"MODEL_NAME", "DEVICE", "TRAIN_FILE", "SAVE_STEPS"} <= changed.keys()
-    assert not {"LORA_R", "SEED", "NUM_EPOCHS", "REPORT_TO"} & changed.keys()
-
-
-def test_run_json_holds_versions_time_and_device(finished):
-    record = finished.record
-    assert record["versions"] == {name: importlib.metadata.version(name) for name in PACKAGES}
-    assert record["python"] == ".".join(map(str, sys.version_info[:3]))
-    started = datetime.datetime.strptime(record["started"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    assert finished.start - 1 <= started <= finished.end
-    assert "CPU" in record["device"] and record["resumed_from"] is None
-
-
-def test_run_json_holds_each_files_hash_and_counts(finished):
-    tokenizer = AutoTokenizer.from_pretrained(finished.args.model_name)
-    assert [*finished.record["data"]] == [finished.args.train_file, finished.args.eval_file]
-    for (path, facts), lines, left_out in zip(finished.record["data"].items(), (13, 4), (1, 0), strict=True):
-        data, tokens, trained = Path(path).read_bytes(), [], []
-        for row in map(json.loads, data.decode().splitlines()):
-            prompt = tokenizer.apply_chat_template(
-                row["prompt"], tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-            whole = f"{prompt}{row['completion'][0]['content']}<|im_end|>"
-            ids = tokenizer([prompt, whole], add_special_tokens=False)["input_ids"]
-            tokens.append(len(ids[1]))
-            trained.append(len(ids[1]) - len(ids[0]))
-        kept = [number for number, count in enumerate(tokens) if count <= 352]
-        assert len(tokens) - len(kept) == left_out
-        assert facts == {
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "lines": lines,
-            "examples": lines - left_out,
-            "left_out": left_out,
-            "tokens": sum(tokens[number] for number in kept),
-            "trained_tokens": sum(trained[number] for number in kept),
-        }
-
-
-def test_run_json_holds_the_plan(finished):
-    tensors = load_file(finished.output / "final_lora" / "adapter_model.safetensors").values()
-    base = AutoModelForCausalLM.from_pretrained(finished.args.model_name)
-    plan, trainable = finished.record["plan"], sum(tensor.numel() for tensor in tensors)
-    assert plan["trainable"] == trainable and plan["total"] == trainable + base.num_parameters()
-    assert (plan["per_epoch"], plan["steps"], plan["max_lora_rank"]) == (3, 9, 8)
-    size = sum(path.stat().st_size for path in finished.output.rglob("*") if path.is_file())
-    assert plan["disk"] > size
-
-
-def test_run_json_holds_each_steps_loss_once_and_what_it_took(finished):
-    record = finished.record
-    assert [e["step"] for e in record["loss_history"] if "loss" in e] == [*range(1, 10)]
-    evals = [entry for entry in record["loss_history"] if "eval_loss" in entry]
-    assert [entry["step"] for entry in evals] == [0, 3, 6, 9]
-    printed = [line.split()[-1] for line in finished.text.splitlines() if line.startswith("eval ")]
-    assert [f"{record['eval_loss'][when]:.4f}" for when in ("before", "after")] == [printed[0], printed[-1]]
-    assert [f"{entry['eval_loss']:.4f}" for entry in evals] == printed
-    assert 0 < record["train_runtime"] < finished.end - finished.start
-    assert 0.1 < record["peak_memory_gib"] < 64
-    assert record["outcome"] == "finished"
-
-
-def test_a_run_without_eval_file_leaves_no_samples_and_no_eval_loss(finished, tmp_path, drawn):
-    t.main(with_flags(finished, tmp_path, "--eval_file", ""))
-    record = strict(tmp_path)
-    assert record["eval_loss"] is None and [*record["data"]] == [finished.args.train_file]
-    assert record["outcome"] == "finished" and not [e for e in record["loss_history"] if "eval_loss" in e]
-    assert not (tmp_path / "samples.md").exists()
-    assert lines_of(drawn[0])[0][0].keys() == {"train, each step", "train, mean of 3 steps"}
-
-
-def test_the_git_commit_is_head(finished):
-    if not finished.head:
-        pytest.skip("the checkout is no git repository")
-    assert finished.record["git_commit"] == finished.head
-
-
-@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-def test_a_change_that_is_not_committed_is_called_dirty_and_no_repository_none(finished, tmp_path, monkeypatch):
-    def git(*words):
-        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
-        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    def described():
-        record = t.describe_run(finished.args, {}, {}, "device")
-        return record["git_commit"], record["git_dirty"]
-
-    monkeypatch.setattr(t, "__file__", str(tmp_path / "script.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    (tmp_path / "script.py").write_text("one\n")
-    assert described() == (None, False)
-    git("init", "-q")
-    git("add", "script.py")
-    git("commit", "-q", "-m", "first")
-    git("tag", "-a", "v1", "-m", "a tag")
-    assert described() == (git("rev-parse", "HEAD"), False)
-    (tmp_path / "script.py").write_text("two\n")
-    assert described() == (git("rev-parse", "HEAD"), True)
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert described() == (None, False)
-
-
-@pytest.mark.parametrize(
-    ("error", "ends"), [(SystemExit("no weights here"), SystemExit), (RuntimeError("a bug"), RuntimeError)]
-)
-def test_run_json_says_running_while_it_runs_and_then_why_it_failed(finished, tmp_path, monkeypatch, error, ends):
-    seen = []
-
-    def look(*_):
-        seen.append(strict(tmp_path))
-        raise error
-
-    monkeypatch.setattr(t, "build_trainer", look)
-    with pytest.raises(ends) as stop:
-        t.main(with_flags(finished, tmp_path))
-    record = strict(tmp_path)
-    assert seen[0]["outcome"] == "running" and seen[0]["data"] and seen[0]["plan"]
-    assert record["outcome"].startswith("failed: ") and str(error) in record["outcome"]
-    assert record | {"outcome": "running"} == seen[0]
-    assert ends is not SystemExit or stop.value.code == 1
-    assert not list(tmp_path.glob("run.json?*"))
-
-
-def test_losses_that_are_not_finite_still_make_strict_json(tmp_path):
-    args = t.parse_args(["--demo", "--output_dir", str(tmp_path)])
-    history = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": -math.inf}]
-    record = {"started": "now", "outcome": "failed: Grüße", "loss_history": [*history, {"step": 4, "loss": 1.5}]}
-    t.write_record(args, record)
-    record = strict(tmp_path)
-    assert [entry["loss"] for entry in record["loss_history"]] == ["NaN", "Infinity", "-Infinity", 1.5]
-    assert record["outcome"] == "failed: Grüße"
-
-
-def test_run_json_is_left_alone_before_a_run_has_started_and_by_another_process(tmp_path, monkeypatch):
-    args = t.parse_args(["--demo", "--output_dir", str(tmp_path)])
-    t.write_record(args, {"outcome": "failed: bad data"})
-    with monkeypatch.context() as patch:
-        for name in ("RANK", "LOCAL_RANK"):
-            patch.setenv(name, "1")
-        t.write_record(args, {"outcome": "running", "started": "now"})
-    assert not [*tmp_path.iterdir()]
-    t.write_record(args, {"outcome": "running", "started": "now"})
-    assert strict(tmp_path) == {"outcome": "running", "started": "now"}
-
-
-def test_a_run_json_that_cannot_be_written_is_a_warning(tmp_path, capsys):
-    args = t.parse_args(["--demo", "--output_dir", str(tmp_path)])
-    (tmp_path / "run.json.new").mkdir()
-    t.write_record(args, {"outcome": "running", "started": "now"})
-    assert re.match(rf"warning +{tmp_path}/run.json cannot be written: ", capsys.readouterr().out)
-
-
-def test_a_run_that_diverged_leaves_strict_json_with_the_step(finished, lively, tmp_path):
-    broken = shutil.copytree(lively, tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    weights["model.language_model.norm.weight"][0] = math.nan
-    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(transformers.Trainer, "training_step", training_step)
     with pytest.raises(SystemExit):
-        t.main(with_flags(finished, tmp_path / "output", "--model_name", broken))
-    record = strict(tmp_path / "output")
-    assert record["outcome"].startswith("failed: train: eval_loss is nan at step 0")
-    assert [(e["step"], e["eval_loss"]) for e in record["loss_history"]] == [(0, "NaN")]
+        t.main(flags)
+    first, done = record_of(output), len(calls)
+    capsys.readouterr()
+    t.main(flags)
+    text = capsys.readouterr().out
+    end, record, whole = end_of(text), record_of(output), record_of(demo[0])
+    assert "overfit" not in end and end["eval loss"] == end_of(demo[1])["eval loss"]
+    assert end["time"].endswith(" in steps since the checkpoint")
+    assert record["train_seconds"] >= sum(calls[done:]) and (done, len(calls)) == (9, 14)
+    assert first["tokens"] > record["tokens"] > 0
+    assert first["tokens"] + record["tokens"] == whole["tokens"]
+    rate = int(end["speed"].split()[0].replace(",", ""))
+    assert rate == round(record["tokens"] / record["train_seconds"])
+    steps = [
+        [(e["step"], e["loss"]) for e in r["loss_history"] if "loss" in e] for r in (record, whole)
+    ]
+    assert steps[0] == steps[1] and [step for step, _ in steps[0]] == [*range(1, 9)]
+    name = "final_lora/adapter_model.safetensors"
+    assert contents(output / name) == contents(demo[0] / name)
 
 
-@pytest.mark.parametrize("reply", ["", "a control token <|im_end|> in the text"], ids=["when read", "when encoded"])
-def test_refused_data_writes_no_run_json_and_leaves_an_older_one(finished, tmp_path, reply):
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": reply}]
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": turns}))
-    for older in (None, '{"older": 1}'):
-        output = tmp_path / str(bool(older))
-        output.mkdir()
-        if older:
-            (output / "run.json").write_text(older)
-        with pytest.raises(SystemExit) as stop:
-            t.main(with_flags(finished, output, "--train_file", tmp_path / "bad.jsonl"))
-        assert stop.value.code == 1
-        found = {path.name: path.read_text() for path in output.iterdir() if path.name != "all_logs.log"}
-        assert found == ({"run.json": older} if older else {})
+# ==== run.json
 
 
-def test_no_secret_of_the_environment_is_written(finished):
-    files = [path for path in finished.output.rglob("*") if path.is_file()]
-    assert len(files) > 30
-    for path in files:
-        data = path.read_bytes()
-        assert not [name for name, secret in SECRETS.items() if secret.encode() in data], path
+def test_run_json_holds_what_another_needs_to_do_it_again(demo):
+    output, record = demo[0], record_of(demo[0])
+    assert record["outcome"] == "finished" and record["resumed_from"] is None
+    constants = record["constants"]
+    assert constants.keys() == t.RULES.keys() and constants["SAVE_STEPS"] == 3
+    assert constants["OUTPUT_DIR"] == str(output) and constants["LEARNING_RATE"] == 1e-2
+    packages = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors"]
+    assert record["versions"] == {name: importlib.metadata.version(name) for name in packages}
+    assert record["python"] == sys.version and record["device"] == "CPU"
+    assert record["script_sha256"] == hashlib.sha256(Path(t.__file__).read_bytes()).hexdigest()
+    assert record["plan"]["steps"] == 8 and record["plan"]["trainable"] == 30_720
+    assert [e["step"] for e in record["loss_history"] if "loss" in e] == [*range(1, 9)]
+    assert [e["step"] for e in record["loss_history"] if "eval_loss" in e] == [0, 4, 8]
+    for path, facts in record["data"].items():
+        assert facts["sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-# ---- REPORT_TO ------------------------------------------------------------------------------------------------------
+# ==== What a whole run touches, as a user with secrets
+
+# The script as its own process runs it, with each path opened for writing, each path that is made,
+# moved or removed, and each connection written to a list.
+SPY = """
+import os, runpy, sys
+spied = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+MOVES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate")
+def spy(event, args):
+    if event == "open" and isinstance(args[0], (str, bytes)):
+        by_flags = args[1] is None and isinstance(args[2], int) and args[2] & WRITES
+        writes = by_flags or set("wax+") & set(args[1] or "")
+    else:
+        writes = event in MOVES
+    if writes:
+        os.write(spied, b"write " + os.path.abspath(os.fsencode(args[0])) + b"\\n")
+    elif event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        os.write(spied, f"network {args}\\n".encode())
+sys.addaudithook(spy)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+SECRET = "s3cr3t-0f-the-user"
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MY_PASSWORD")
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard", "trackio", "wandb", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_else(tmp_path, monkeypatch, capsys, tracker):
-    if importlib.util.find_spec(tracker):
-        pytest.skip(f"{tracker} is installed")
-    monkeypatch.setattr(t, "run", lambda *_: pytest.fail("the job was begun"))
-    with pytest.raises(SystemExit) as stop:
-        t.main(["--demo", "--report_to", tracker, "--output_dir", str(tmp_path / "output")])
-    printed = capsys.readouterr()
-    assert stop.value.code == 2 and f"pip install {tracker}" in printed.err and "Traceback" not in printed.err
-    assert not printed.out and not (tmp_path / "output").exists()
+def test_a_run_writes_only_its_output_and_caches_connects_to_nothing_and_tells_no_secret(
+    lines, tmp_path
+):
+    repo, root = tmp_path / "repo", Path(t.__file__).parent
+    shutil.copytree(root / "tests" / "tiny-qwen3.5", repo / "tests" / "tiny-qwen3.5")
+    shutil.copy(t.__file__, repo)
+    for name in ("home", "cache", "tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cache" / "token").write_text(SECRET)
+    flags = [*lines(tmp_path, train=4), "--num_epochs", "1"]
+    before = contents(tmp_path)
+    # Online, and with a backend of matplotlib that does not exist.
+    unset = (
+        "HF_HUB_OFFLINE",
+        "PYTHONPATH",
+        "XDG_CACHE_HOME",
+        "MPLCONFIGDIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    environment |= {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "cache")}
+    environment |= {"TMPDIR": str(tmp_path / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"MPLBACKEND": "bogus"} | dict.fromkeys(SECRETS, SECRET)
+    done = subprocess.run(
+        [sys.executable, "-c", SPY, str(tmp_path / "spied"), "train_lora_single.py", *flags],
+        cwd=repo, env=environment, capture_output=True, text=True, timeout=300, umask=0o022,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    output = repo / "output" / "demo"
+    assert "\nwarning" not in done.stdout and (output / "loss.png").exists()
+
+    after, spied = contents(tmp_path), read(tmp_path / "spied").splitlines()
+    assert {name: after.get(name) for name in before} == before
+    caches = [tmp_path / name for name in ("home", "cache", "tmp", "spied")]
+    new = [tmp_path / name for name in after.keys() - before.keys()]
+    assert [path for path in new if not below(path, [output, *caches])] == []
+    written = {Path(line.partition(" ")[2]) for line in spied if line.startswith("write ")}
+    assert output / "all_logs.log" in written
+    allowed = [repo / "output", *caches, Path("/dev")]
+    assert [path for path in written if not below(path, allowed)] == []
+    assert [line for line in spied if line.startswith("network ")] == []
+
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert len(files) > 10 and any(b"tests/tiny-qwen3.5" in path.read_bytes() for path in files)
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    assert SECRET not in done.stdout + done.stderr
+    apart = output / "checkpoints"  # of which a server needs nothing
+    modes = {path: path.stat().st_mode & 0o777 for path in files if not below(path, [apart])}
+    assert set(modes.values()) == {0o644}, modes
 
 
-@pytest.mark.parametrize("tracker", ["none", "tensorboard", "wandb"])
-def test_the_tracker_reaches_the_trainer(finished, tmp_path, monkeypatch, tracker):
-    if not importlib.util.find_spec(tracker):
-        (tmp_path / f"{tracker}.py").write_text("")
-        monkeypatch.syspath_prepend(tmp_path)
-    given = []
-
-    def record(**settings):
-        given.append(settings)
-        raise SystemExit("seen")
-
-    monkeypatch.setattr(trl, "SFTConfig", record)
-    args = t.parse_args(with_flags(finished, tmp_path, "--report_to", tracker))
-    _, tokenizer = t.load_config_and_tokenizer(args)
-    rows = t.encode(t.read_examples(args.eval_file), tokenizer, args.max_seq_len)
-    with pytest.raises(SystemExit, match="seen"):
-        t.build_trainer(args, tokenizer, rows, [])
-    assert [settings["report_to"] for settings in given] == [tracker]
-
-
-# ---- a second run ---------------------------------------------------------------------------------------------------
-
-
-def test_a_second_finished_run_moves_each_result_aside_whole(finished, tmp_path, capsys, drawn):
-    output = shutil.copytree(finished.output, tmp_path / "output")
-    before, taken = {name: contents(output / name) for name in KEPT}, {}
-    for name in KEPT:  # the name with the time stamp is taken, as after two runs within a second
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime((output / name).stat().st_mtime))
-        taken[name] = Path(f"{output / name}.{stamp}")
-        taken[name].write_text(f"another {name}")
-    t.main(with_flags(finished, output, "--lora_r", 12, "--seed", 7))
-    printed = capsys.readouterr().out
-    for name in KEPT:
-        aside = Path(f"{taken[name]}+")
-        assert contents(aside) == before[name] and contents(output / name) != before[name]
-        assert taken[name].read_text() == f"another {name}"
-        assert f"moved    {output / name} of an earlier run to {aside}\n" in printed
-    expected = {"all_logs.log", *KEPT, *(one.name for one in taken.values())}
-    assert {path.name for path in output.iterdir()} == expected | {f"{one.name}+" for one in taken.values()}
-    assert {path.name for path in output.glob("checkpoints/checkpoint-*")} == {"checkpoint-3"}
-    record = strict(output)
-    assert record["constants"]["LORA_R"] == 12 and len([e for e in record["loss_history"] if "loss" in e]) == 3
-    card = (output / "final_lora" / "README.md").read_text(encoding="utf-8")
-    assert served(blocks(card)[0])[1]["--max-lora-rank"] == "16" and "r=12, alpha=16" in card
-    assert "r=12, alpha=16" in drawn[0].axes[0].get_title()
-
-
-def test_two_results_with_one_time_stamp_are_both_kept(tmp_path):
-    path = tmp_path / "loss.png"
-    t.set_aside(path)
-    for text in ("one", "two", "three"):
-        path.write_text(text)
-        os.utime(path, (1e9, 1e9))
-        t.set_aside(path)
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(1e9))
-    kept = {one.name: one.read_text() for one in tmp_path.iterdir()}
-    assert kept == {f"loss.png.{stamp}{plus}": text for plus, text in (("", "one"), ("+", "two"), ("++", "three"))}
+def below(path, folders):
+    """Return whether path is one of the folders, or in one."""
+    return any(path.is_relative_to(one) for one in folders)

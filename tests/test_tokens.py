@@ -1,39 +1,55 @@
-"""What is trained on equals what is served: ids, labels, lengths, and the demo model's chat template."""
+"""Tokens: what is trained on is what is served, and only the reply; what is left out or refused."""
 
-import hashlib
+import contextlib
+import io
+import itertools
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 import trl
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import train_lora_single as t
 
-QWEN_TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen3_5_think.jinja").read_text(encoding="utf-8")
-SYSTEM, HELLO, WHO = ("system", "You are Nell."), ("user", "Hello?"), ("user", "Who are you, dear?  ")
-TALK = [
-    SYSTEM,
-    HELLO,
-    ("assistant", "Good morning."),
-    WHO,
-    ("assistant", "Nell.\n\nA program."),
-    HELLO,
-    ("assistant", "Yes."),
-]
+QWEN_TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen3_5_think.jinja").read_text()
+SYSTEM, HELLO, WHO = ("system", "You are Nell."), ("user", "Hello?"), ("user", "Who are you?  ")
+MORNING, NELL, YES = (
+    ("assistant", text) for text in ("Good morning.", "Nell.\n\nA program.", "Yes.")
+)
+TALK = [SYSTEM, HELLO, MORNING, WHO, NELL, HELLO, YES]
+LONG = ("assistant", "Yes. " * 50)
+THOUGHT = ("assistant", "<think>\nShe is alone.\n</think>\n\nGood morning.")
 
 
 def messages(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def example(*turns, where="data.jsonl:7"):
-    """Return the example of the last reply of the turns, which may go on after it."""
-    reply = max(n for n, (role, _) in enumerate(turns) if role == "assistant")
-    return {"where": where, "messages": messages(*turns), "reply": reply, "prompt": 0}
+def examples(*turns, where="data.jsonl:7"):
+    """Return an example for each reply in the turns, as read_examples() does."""
+    found, _ = t.parse_line(json.dumps({"messages": messages(*turns)}))
+    return [{"where": where, **one} for one in found]
+
+
+def short(number):
+    """Return so many short examples, from lines f:0 on."""
+    return [examples(HELLO, YES, where=f"f:{n}")[0] for n in range(number)]
+
+
+def encode(rows, tokenizer, max_seq_len=512):
+    return t.encode(rows, tokenizer, max_seq_len)
+
+
+def halves(row):
+    """Return the ids of a row before and from the first that is trained on."""
+    start = row["labels"].count(-100)
+    return row["input_ids"][:start], row["input_ids"][start:]
 
 
 @pytest.fixture(params=["own template", "Qwen3.5's template"])
@@ -44,211 +60,274 @@ def tokenizer(request, tiny):
     return tokenizer
 
 
-@pytest.mark.parametrize(
-    "turns", [TALK[:2], TALK[1:2], TALK[:3], TALK[:4], TALK, [HELLO, ("assistant", "<think>\nHm\n</think>\n\nHi")]]
-)
-@pytest.mark.parametrize("options", [{}, {"enable_thinking": False}, {"enable_thinking": True}])
-@pytest.mark.parametrize("ask", [True, False])
-def test_the_demo_template_renders_as_qwens(tiny, turns, options, ask):
+@pytest.fixture
+def changed(tiny):
+    """Return a function: the tokenizer with a part of its chat template replaced."""
+
+    def change(old, new):
+        tokenizer = AutoTokenizer.from_pretrained(tiny)
+        assert old in tokenizer.chat_template
+        tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
+        return tokenizer
+
+    return change
+
+
+def test_the_demo_template_renders_as_qwens(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    options = {"tokenize": False, "add_generation_prompt": ask, **options}
-    own = tokenizer.apply_chat_template(messages(*turns), **options)
-    assert own == tokenizer.apply_chat_template(messages(*turns), chat_template=QWEN_TEMPLATE, **options)
+    talks = [TALK[:n] for n in range(2, 8)] + [TALK[1:4], [HELLO, THOUGHT], [HELLO, THOUGHT, HELLO]]
+    for turns in talks:
+        for thinking in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+            for ask in (True, False):
+                options = {"tokenize": False, "add_generation_prompt": ask, **thinking}
+                own, theirs = (
+                    tokenizer.apply_chat_template(messages(*turns), **options, chat_template=one)
+                    for one in (tokenizer.chat_template, QWEN_TEMPLATE)
+                )
+                assert own == theirs
 
 
-def test_only_the_reply_and_its_end_of_turn_token_are_trained(tokenizer):
-    (row,) = t.encode([example(*TALK[:5])], tokenizer, 512)
-    start = row["labels"].count(-100)
-    assert row["labels"] == [-100] * start + row["input_ids"][start:]
-    assert tokenizer.decode(row["input_ids"][start:]) == "Nell.\n\nA program.<|im_end|>"
-    assert tokenizer.decode(row["input_ids"][:start]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+# ---- ids and labels
 
 
 def test_every_turn_is_trained_on_the_ids_that_are_served(tokenizer):
-    examples, _ = t.parse_line(json.dumps({"messages": messages(*TALK)}))
-    rows = t.encode([{"where": "f:1", **example} for example in examples], tokenizer, 512)
+    found = examples(*TALK)
+    rows = encode(found, tokenizer)
     assert len(rows) == 3
-    assert all({"where": "f:1", **one}.items() <= row.items() for one, row in zip(examples, rows, strict=True))
-    for row, end in zip(rows, (2, 4, 6), strict=True):
+    for example, row, end in zip(found, rows, (2, 4, 6), strict=True):
+        assert example.items() <= row.items()
         served = tokenizer.apply_chat_template(
-            messages(*TALK[:end]), add_generation_prompt=True, enable_thinking=False, return_dict=True
+            messages(*TALK[:end]), add_generation_prompt=True, enable_thinking=False
         )["input_ids"]
-        assert row["input_ids"][: row["labels"].count(-100)] == served
+        assert halves(row)[0] == served
+
+
+def test_only_the_reply_and_its_end_of_turn_are_trained(tokenizer):
+    for row, (_, reply) in zip(encode(examples(*TALK), tokenizer), TALK[2::2], strict=True):
+        prompt, trained = halves(row)
+        assert row["labels"] == [-100] * len(prompt) + trained
+        assert trained[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(trained) == reply + "<|im_end|>"
+        assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 def test_turns_after_the_reply_are_neither_seen_nor_checked(tokenizer):
-    (whole,) = t.encode([example(*TALK[:3])], tokenizer, 512)
-    later = [HELLO, ("assistant", "<think>\nHm\n</think>\n\n<|im_start|>")]
-    (row,) = t.encode([{**example(*TALK[:3], *later), "reply": 2}], tokenizer, 512)
+    (whole,) = encode(examples(*TALK[:3]), tokenizer)
+    first, _ = examples(*TALK[:3], ("user", "<|im_start|>"), THOUGHT)
+    (row,) = encode([first], tokenizer)
     assert (row["input_ids"], row["labels"]) == (whole["input_ids"], whole["labels"])
 
 
-def test_trl_prepares_a_single_turn_the_same_up_to_the_newline_after_the_turn(tokenizer, tiny, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    row = {"prompt": messages(SYSTEM, HELLO), "completion": messages(("assistant", "Good morning."))}
+def test_trl_prepares_a_single_turn_the_same_up_to_the_newline_after_it(tokenizer, tiny, tmp_path):
+    row = {"prompt": messages(SYSTEM, HELLO), "completion": messages(MORNING)}
+    row["chat_template_kwargs"] = {"enable_thinking": False}
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(tiny),
-        args=SFTConfig(output_dir=tmp_path, max_length=None, use_cpu=True, bf16=False, report_to="none"),
-        train_dataset=Dataset.from_list([{**row, "chat_template_kwargs": {"enable_thinking": False}}]),
+        args=SFTConfig(tmp_path, max_length=None, use_cpu=True, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list([row]),
         processing_class=tokenizer,
     )
     theirs = trainer.train_dataset[0]
-    (ours,) = t.encode([example(SYSTEM, HELLO, ("assistant", "Good morning."))], tokenizer, 512)
+    (ours,) = encode(examples(SYSTEM, HELLO, MORNING), tokenizer)
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     assert theirs["input_ids"] == ours["input_ids"] + newline
     assert theirs["labels"] == ours["labels"] + newline
 
 
-def test_a_reply_with_a_think_block_is_refused_by_line(tokenizer):
-    bad = example(HELLO, ("assistant", "<think>\nShe is alone.\n</think>\n\nGood morning."))
-    with pytest.raises(SystemExit, match=r"^data\.jsonl:7: .*think tag"):
-        t.encode([bad], tokenizer, 512)
-
-
-def test_a_template_that_renders_the_prompt_otherwise_before_a_reply_is_refused(tiny):
+@pytest.mark.parametrize("number", [0, 1, 300])
+def test_however_many_examples_there_are_each_is_encoded_in_order(tiny, number):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{- '\\n</think>\\n\\n' }}", "{{- 'quick</think>' }}")
-    with pytest.raises(SystemExit, match=r"^data\.jsonl:7: .*training would not equal serving"):
-        t.encode([example(*TALK[:3])], tokenizer, 512)
+    found = [
+        examples(("user", f"Hello {n}?"), ("assistant", f"Yes {n}."), where=f"f:{n}")[0]
+        for n in range(number)
+    ]
+    rows = encode(found, tokenizer)
+    assert [row["where"] for row in rows] == [f"f:{n}" for n in range(number)]
+    replies = [tokenizer.decode(halves(row)[1]) for row in rows]
+    assert replies == [f"Yes {n}.<|im_end|>" for n in range(number)]
 
 
-def test_a_template_without_end_of_turn_token_is_refused(tiny):
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{- text + '<|im_end|>\\n' }}", "{{- text + '\\n' }}")
-    with pytest.raises(SystemExit, match=re.escape("<|im_end|>")):
-        t.encode([example(*TALK[:3])], tokenizer, 512)
+# ---- what is refused
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_control_token_in_a_text_is_refused_by_line(tokenizer, place):
-    turns = [SYSTEM, HELLO, ("assistant", "Good morning.")]
-    turns[place] = (turns[place][0], "before <|im_start|>user after")
-    good = example(*TALK[:3], where="data.jsonl:1")
-    with pytest.raises(SystemExit, match=r"^data\.jsonl:7: .*<\|im_start\|>"):
-        t.encode([good, example(*turns)], tokenizer, 512)
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+def test_a_control_token_in_a_text_is_refused_by_line(tokenizer, place, token):
+    turns = [SYSTEM, HELLO, MORNING]
+    turns[place] = (turns[place][0], f"before {token}user after")
+    rows = short(1) + examples(*turns)
+    with pytest.raises(SystemExit, match=rf"^data\.jsonl:7: .*{re.escape(token)}.*remove it$"):
+        encode(rows, tokenizer)
 
 
-def test_a_tokenizer_without_control_tokens_finds_none(tiny, monkeypatch):
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", {})
-    assert len(t.encode([example(*TALK[:3])], tokenizer, 512)) == 1
-
-
-def test_what_the_template_refuses_is_reported_by_line(tiny):
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
-    with pytest.raises(SystemExit, match=r"^data\.jsonl:7: .*no system here"):
-        t.encode([example(*TALK[:3])], tokenizer, 512)
-
-
-def test_an_example_over_the_limit_is_left_out_by_line_and_length(tokenizer, capsys):
-    short = [example(HELLO, ("assistant", "Yes."), where=f"f:{n}") for n in range(1, 11)]
-    long = example(HELLO, ("assistant", "Yes. " * 50), where="f:11")
-    (row,) = t.encode([long], tokenizer, 9999)
-    length = len(row["input_ids"])
-    assert t.encode([long], tokenizer, length) == [row]
-    kept = t.encode([*short, long], tokenizer, length - 1)
-    assert [row["where"] for row in kept] == [f"f:{n}" for n in range(1, 11)]
-    assert f"f:11: {length} tokens" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("short", [0, 8])
-def test_more_than_a_tenth_over_the_limit_is_an_error_that_names_the_longest(tokenizer, short):
-    rows = [example(HELLO, ("assistant", "Yes."), where=f"f:{n}") for n in range(short)]
-    rows.append(example(HELLO, ("assistant", "Yes. " * 50), where="f:99"))
-    longest = len(t.encode(rows[-1:], tokenizer, 9999)[0]["input_ids"])
-    with pytest.raises(SystemExit, match=rf"^1 of {short + 1} .*{longest}.*\nf:99: {longest} tokens"):
-        t.encode(rows, tokenizer, 64)
-
-
-@pytest.mark.parametrize("number", [1, 999, 1000, 1001, 2500])
-def test_however_many_examples_there_are_each_is_encoded_in_order(tiny, number):
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    examples = [example(("user", f"Hello {n}?"), ("assistant", f"Yes {n}."), where=f"f:{n}") for n in range(number)]
-    rows = t.encode(examples, tokenizer, 512)
-    assert [row["where"] for row in rows] == [f"f:{n}" for n in range(number)]
-    assert [tokenizer.decode(row["input_ids"][row["labels"].count(-100) :]) for row in rows] == [
-        f"Yes {n}.<|im_end|>" for n in range(number)
-    ]
+def test_a_think_tag_in_a_question_is_text_and_in_a_reply_refused_by_line(tokenizer):
+    (row,) = encode(examples(("user", "What is <think>?"), YES), tokenizer)
+    assert "What is <think>?" in tokenizer.decode(halves(row)[0])
+    with pytest.raises(SystemExit, match=r"^data\.jsonl:7: .*not equal serving.*think tag"):
+        encode(short(1) + examples(HELLO, THOUGHT), tokenizer)
 
 
 @pytest.mark.parametrize(
-    "turns",
-    [[("user", "<|im_start|>"), TALK[6]], [HELLO, ("assistant", "<think>\nHm\n</think>\n\nYes.")]],
-    ids=["control token", "think block"],
+    ("old", "new", "fault"),
+    [
+        ("{%- set turn", "{{ raise_exception('no system') }}{%- set turn", "refuses it.*no system"),
+        ("{%- set turn", "{{ messages[7].content }}{%- set turn", "refuses it.*change the conv"),
+        ("{%- set turn", "{% if %}{%- set turn", "refuses it"),
+        ("{{- '\\n</think>\\n\\n' }}", "{{- 'quick</think>' }}", "otherwise.*not equal serving"),
+        ("{{- text + '<|im_end|>\\n' }}", "{{- text + '\\n' }}", r"without <\|im_end\|>"),
+        ("trim %}", "trim | upper %}", None),  # alike in both, so that nothing is amiss
+    ],
+    ids=["raises", "undefined", "no template", "prompt otherwise", "no end of turn", "upper case"],
 )
-def test_all_bad_lines_of_a_long_file_are_named(tiny, turns):
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    examples = [example(HELLO, ("assistant", "Yes."), where=f"f:{n}") for n in range(2500)]
-    for n in (5, 1500, 2400):
-        examples[n] = example(*turns, where=f"f:{n}")
-    with pytest.raises(SystemExit) as stop:
-        t.encode(examples, tokenizer, 512)
-    assert [line.partition(": ")[0] for line in stop.value.code.splitlines()] == ["f:5", "f:1500", "f:2400"]
-
-
-def test_no_examples_encode_to_none(tokenizer):
-    assert t.encode([], tokenizer, 512) == []
-
-
-@pytest.fixture
-def report(tokenizer, tmp_path, monkeypatch):
-    """Return a function that writes data files, and reports on (lines, examples, rows) of each path."""
-    monkeypatch.chdir(tmp_path)
-
-    def write_and_report(**files):
-        for name, (content, _, _) in files.items():
-            Path(f"{name}.jsonl").write_bytes(content)
-        return t.report_tokens({f"{name}.jsonl": file[1:] for name, file in files.items()}, tokenizer)
-
-    return write_and_report
-
-
-def test_what_a_terminal_would_obey_is_printed_as_an_escape(tokenizer, report, capsys):
-    turns = ("user", "Guten Tag, \x1b[2J Frau M\u00fcller\a"), ("assistant", "Good morning.")
-    rows = t.encode([example(*turns)], tokenizer, 512)
-    report(train=(b"", rows, rows))
-    text = capsys.readouterr().out
-    assert "Guten Tag, \\x1b[2J Frau M\u00fcller\\x07" in text
-    assert [c for c in text if c != "\n" and not c.isprintable()] == []
-
-
-def test_the_report_counts_tokens_and_marks_what_is_trained(tokenizer, report, capsys):
-    examples = [example(*TALK[:n]) for n in (3, 5, 7)]
-    rows = t.encode(examples, tokenizer, 512)
-    report(train=(b"", examples, rows))
-    text = capsys.readouterr().out
-    lengths = sorted(len(row["input_ids"]) for row in rows)
-    trained = sum(len(row["input_ids"]) - row["labels"].count(-100) for row in rows)
-    figures = ["train.jsonl", 3, lengths[0], lengths[1], lengths[2], lengths[2], sum(lengths), trained]
-    assert " ".join(map(str, figures)) in re.sub(" +", " ", text)
-    assert ">>>Good morning.<|im_end|><<<" in text
-    assert max(map(len, text.splitlines())) <= 100
-
-
-def test_the_report_returns_each_files_hash_and_counts(tokenizer, report):
-    examples = [example(*TALK[:n]) for n in (3, 5, 7)]
-    rows = t.encode(examples, tokenizer, 512)
-    facts = report(train=(b"one\n\ntwo\nthree", examples, rows), eval=(b"", examples, rows[:1]))
-    assert [*facts] == ["train.jsonl", "eval.jsonl"]
-    assert facts["train.jsonl"] == {
-        "sha256": hashlib.sha256(b"one\n\ntwo\nthree").hexdigest(),
-        "lines": 4,
-        "examples": 3,
-        "left_out": 0,
-        "tokens": sum(len(row["input_ids"]) for row in rows),
-        "trained_tokens": sum(label != -100 for row in rows for label in row["labels"]),
-    }
-    assert (facts["eval.jsonl"]["examples"], facts["eval.jsonl"]["left_out"]) == (1, 2)
-    assert facts["eval.jsonl"]["sha256"] == hashlib.sha256(b"").hexdigest()
-
-
-@pytest.mark.parametrize(
-    ("content", "lines"), [(b"one", 1), (b"one\n", 1), (b"one\r\ntwo\r\n", 2), (b"\n\none\n\n", 4)]
-)
-def test_the_lines_of_a_file_are_counted_with_blank_ones_and_with_a_last_one_that_does_not_end(
-    tokenizer, report, content, lines
+def test_a_template_that_refuses_or_renders_otherwise_is_named_with_the_line(
+    changed, old, new, fault
 ):
-    examples = [example(*TALK[:3])]
-    assert report(train=(content, examples, t.encode(examples, tokenizer, 512)))["train.jsonl"]["lines"] == lines
+    tokenizer, rows = changed(old, new), examples(*TALK[:3])
+    if fault is None:
+        (row,) = encode(rows, tokenizer)
+        assert tokenizer.decode(halves(row)[1]) == "GOOD MORNING.<|im_end|>"
+        return
+    with pytest.raises(SystemExit, match=rf"^data\.jsonl:7: .*{fault}"):
+        encode(rows, tokenizer)
+
+
+def test_a_template_that_refuses_some_conversations_names_their_lines_alone(changed):
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer = changed("{%- set turn", no_system + "{%- set turn")
+    with pytest.raises(SystemExit) as stop:
+        encode(short(3) + examples(*TALK[:3], where="f:8") + examples(*TALK[:3]), tokenizer)
+    said = stop.value.code.splitlines()
+    assert [one.partition(": ")[0] for one in said] == ["f:8", "data.jsonl:7"]
+
+
+@pytest.mark.parametrize("number", [3, 20, 21])
+def test_all_bad_lines_are_named_up_to_20_and_the_others_counted(tiny, number):
+    rows = short(200)
+    for n in range(number):
+        rows[9 * n] = examples(HELLO, THOUGHT, where=f"f:{9 * n}")[0]
+    with pytest.raises(SystemExit) as stop:
+        encode(rows, AutoTokenizer.from_pretrained(tiny))
+    said = stop.value.code.splitlines()
+    named = [one.partition(": ")[0] for one in said[:20]]
+    assert named == [f"f:{9 * n}" for n in range(min(number, 20))]
+    assert said[20:] == ["... and 1 more"] * (number > 20)
+
+
+# ---- what is too long
+
+
+def test_an_example_over_the_limit_is_left_out_by_name_and_never_cut(tokenizer, capsys):
+    (long,) = examples(HELLO, LONG, where="f:99")
+    (row,) = encode([long], tokenizer, 9_999)
+    length = len(row["input_ids"])
+    assert encode([long], tokenizer, length) == [row]
+    capsys.readouterr()
+    rows = encode([*short(9), long], tokenizer, length - 1)
+    assert rows == encode(short(9), tokenizer)
+    out = capsys.readouterr().out
+    assert "f:99" in out and f"{length} tokens" in out and "MAX_SEQ_LEN" in out
+    assert "left out" in out and "f:1" not in out
+
+
+def test_more_than_a_tenth_over_the_limit_is_refused_with_numbers_and_lines(tokenizer):
+    (long,) = examples(HELLO, LONG, where="f:99")
+    (row,) = encode([long], tokenizer, 9_999)
+    length, limit = len(row["input_ids"]), 64
+    for others in (0, 8):
+        with pytest.raises(SystemExit) as stop:
+            encode([*short(others), long], tokenizer, limit)
+        first, *rest = stop.value.code.splitlines()
+        assert f"1 of {others + 1} " in first and f"MAX_SEQ_LEN {limit}" in first
+        assert len(rest) == 1 and rest[0].startswith(f"f:99: {length} tokens")
+    assert len(encode([*short(9), long], tokenizer, limit)) == 9  # a tenth
+
+
+def test_bad_lines_are_named_even_if_more_than_a_tenth_is_too_long(tokenizer):
+    rows = [*examples(HELLO, LONG, where="f:99"), *examples(HELLO, THOUGHT)]
+    with pytest.raises(SystemExit) as stop:
+        encode(rows, tokenizer, 64)
+    assert "f:99: " in stop.value.code and "data.jsonl:7: " in stop.value.code
+
+
+# ---- what is printed
+
+
+@pytest.mark.parametrize(("seconds", "least", "most"), [(0.01, 0, 0), (4, 5, 15), (11, 10, 30)])
+def test_a_sign_of_life_is_given_after_each_ten_seconds(
+    tiny, monkeypatch, capsys, seconds, least, most
+):
+    tokenizer, clock = AutoTokenizer.from_pretrained(tiny), itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: seconds * next(clock))  # each look takes so long
+    assert len(encode(short(30), tokenizer)) == 30
+    said = capsys.readouterr().out.splitlines()
+    numbers = [int(re.search(r"(\d+) of 30 examples", one)[1]) for one in said]
+    assert numbers == sorted(set(numbers)) and all(n < 30 for n in numbers)
+    assert least <= len(numbers) <= most
+
+
+CONTROL = "Guten Tag, \x1b[2J Frau M\u00fcller\a\r\u202e.\tA\u00a0tab. " + 9 * "So long a line. "
+
+
+@pytest.fixture(scope="module")
+def printed(tiny, tmp_path_factory):
+    """Return (what a dry run prints, the rows of its training file); the last is too long."""
+    folder, tokenizer = tmp_path_factory.mktemp("data"), AutoTokenizer.from_pretrained(tiny)
+    lines = [[("user", CONTROL), MORNING], TALK]
+    lines += [[("user", "Hello? " * n), NELL] for n in range(1, 31)] + [[HELLO, LONG]]
+    for name, turns in (("train", lines), ("eval", [[HELLO, YES]])):
+        text = "\n".join(json.dumps({"messages": messages(*one)}) for one in turns)
+        (folder / f"{name}.jsonl").write_text(text)
+    out, before = io.StringIO(), os.getcwd()
+    os.chdir(folder)
+    try:
+        rows = t.encode(t.read_examples("train.jsonl"), tokenizer, 9_999)
+        longest = max(len(row["input_ids"]) for row in rows)
+        assert longest == len(rows[-1]["input_ids"])
+        with contextlib.redirect_stdout(out):
+            flags = ["--demo", "--dry_run", "--model_name", tiny, "--max_seq_len", str(longest - 1)]
+            t.main([*flags, "--train_file", "train.jsonl", "--eval_file", "eval.jsonl"])
+    finally:
+        os.chdir(before)
+    return out.getvalue(), rows
+
+
+def test_the_table_counts_the_tokens_of_each_file(printed):
+    out, rows = printed
+    table = out[out.index("\ntokens ") :].splitlines()[1:4]
+    title, train, held_out = (one.removeprefix("tokens").split() for one in table)
+    names = ["file", "examples", "min", "median", "p95", "max", "tokens", "trained"]
+    assert title == names
+    n = sorted(len(row["input_ids"]) for row in rows[:-1])
+    trained = sum(len(halves(row)[1]) for row in rows[:-1])
+    p95 = next(length for length in n if sum(one <= length for one in n) >= 0.95 * len(n))
+    median = (n[16] + n[17]) / 2
+    assert len(n) == 34 and n[0] < median < p95 < n[-1]
+    figures = [len(n), n[0], round(median), p95, n[-1], sum(n), trained]
+    share = f"({trained / sum(n):.0%})"
+    assert train == ["train.jsonl", *(f"{figure:,}" for figure in figures), share]
+    assert held_out[:2] == ["eval.jsonl", "1"] and len(set(held_out[2:6])) == 1
+
+
+def test_the_longest_is_left_out_by_its_line(printed):
+    out, rows = printed
+    assert f"left out train.jsonl:33: {len(rows[-1]['input_ids'])} tokens, over MAX_SEQ_LEN" in out
+
+
+def test_the_example_marks_what_is_trained(printed):
+    out, _ = printed
+    example = out[out.index("\nexample ") : out.index("\nplan ")]
+    assert "train.jsonl:1 as the model sees it" in example
+    assert example.count("<|im_start|>") == 2 and "<think>" in example
+    assert example.rstrip().endswith(">>>Good morning.<|im_end|><<<")
+    assert example.count(">>>") == example.count("<<<") == 2  # the title has them too
+
+
+def test_what_a_terminal_would_obey_is_printed_as_an_escape(printed):
+    out, _ = printed
+    shown = r"Guten Tag, \x1b[2J Frau Müller\x07\r\u202e.\tA\xa0tab. So long a line."
+    assert shown in " ".join(out.split())
+    assert [c for c in out if c != "\n" and not c.isprintable()] == []
+
+
+def test_no_line_is_wider_than_100_columns(printed):
+    assert max(map(len, printed[0].splitlines())) <= 100
