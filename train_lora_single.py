@@ -291,7 +291,7 @@ def join_processes(args):
     *numbers, address = [os.environ.get(name, "") for name in names]
     if not any(numbers[:3]):
         return 1
-    unset = f"if nobody launched several: unset {' '.join(names)}"
+    unset = f"if none were launched: unset {' '.join(names)}"
     if not address or not all(number.isdigit() for number in numbers):
         raise SystemExit(f"{', '.join(names)} are {[*numbers, address]}, not all set; {unset}")
     report("waiting", f"5 minutes for {numbers[2]} processes at {address}; {unset}")
@@ -334,7 +334,7 @@ def set_up_loss(device, dtype):
     import trl.kernels.chunked_logprob as kernel
     import trl.trainer.utils
 
-    # Private names; a test fails when they have no effect.
+    # Private names: a test fails when they have no effect.
     trl.trainer.utils._use_triton = lambda device: True  # only trained positions
     kernel._use_triton = lambda device: False  # but not by Triton
     ones = functools.partial(torch.ones, device=device, dtype=getattr(torch, dtype))
@@ -383,15 +383,15 @@ def load_config_and_tokenizer(args):
     fault = "a broken folder" if is_folder else "no folder here, and not to be had from the hub"
     try:
         if not is_folder:  # one request: from_pretrained alone retries for 25 s
-            args.model_revision = str(resolve_revision(name, revision=args.model_revision))
+            args.model_revision = resolve_revision(name, revision=args.model_revision).resolved
         chosen = {"revision": args.model_revision, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(name, **chosen)
         tokenizer = AutoTokenizer.from_pretrained(name, **chosen)
     except Exception as error:  # the hub's, the network's, a file's
         advice = "check the name and the network, or try --demo"
         raise SystemExit(f"MODEL_NAME {name}: {fault} ({brief(error)}); {advice}")
-    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
-        fault = "no chat template or no end-of-turn token; use a model made for chat"
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None or len(tokenizer) < 256:
+        fault = "no tokenizer, chat template or end-of-turn token; use a model made for chat"
         raise SystemExit(f"MODEL_NAME {name}: {fault}")
     if "quantization_config" in config.to_dict() | config.get_text_config().to_dict():
         raise SystemExit(f"MODEL_NAME {name}: quantized; use the model that it was made from")
@@ -607,12 +607,13 @@ def open_log(output):
         log = logging.FileHandler(output / "all_logs.log", encoding="utf-8")
     except OSError as error:
         raise SystemExit(f"OUTPUT_DIR {output}: {error.strerror}; choose a folder to write in")
+    is_locked = True
     try:
         fcntl.flock(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"OUTPUT_DIR {output}: another run writes there; choose another folder")
     except OSError:  # some network file systems have no locks
-        report("warning", f"{output} cannot be locked: start no second run there")
+        is_locked = False
     screen = logging.StreamHandler()
     screen.setLevel(logging.WARNING)
     logging.basicConfig(handlers=[log, screen], format="%(message)s", force=True)
@@ -620,6 +621,8 @@ def open_log(output):
     logging.raiseExceptions = False  # a full disk must not hide the message that says so
     LOG.setLevel(logging.INFO)
     LOG.info("\n---- %s %s", time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv))
+    if not is_locked:
+        report("warning", f"{output} cannot be locked: start no second run there")
 
 
 def set_aside(path):
@@ -691,10 +694,16 @@ def describe_job(job):
     }
 
 
+def check_room(job):
+    """Exit if the disk is too full for a run."""
+    free = shutil.disk_usage(job.output).free
+    if free < job.plan.disk:
+        found = f"{free / 1e6:,.0f} MB free, {job.plan.disk / 1e6:,.0f} MB needed"
+        raise SystemExit(f"OUTPUT_DIR {job.output}: {found}; make room")
+
+
 def find_checkpoint(job):
     """Return the newest complete checkpoint of this job; exit if it is another's."""
-    from accelerate import PartialState
-
     folder, now, before = job.output / "checkpoints", describe_job(job), None
     with contextlib.suppress(OSError, ValueError):
         before = json.loads((folder / "job.json").read_text("utf-8"))
@@ -709,22 +718,14 @@ def find_checkpoint(job):
   {"":<28} {complete[-1].name:<20} now
 {listed(rows)}
 set these back to go on, choose another OUTPUT_DIR, or set it aside with --resume never""")
-    if job.n_processes > 1:  # before the first moves what the others look at
-        PartialState().wait_for_everyone()
+    check_room(job)
     if is_first_process():
-        set_aside(folder)
+        if checkpoints_in(folder):
+            set_aside(folder)
         set_aside(job.output / "run.json")
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         write_json(folder / "job.json", now)
     return None
-
-
-def check_room(job):
-    """Exit if the disk is too full for a run from its beginning."""
-    free = shutil.disk_usage(job.output).free
-    if free < job.plan.disk and not job.checkpoint:
-        found = f"{free / 1e6:,.0f} MB free, {job.plan.disk / 1e6:,.0f} MB needed"
-        raise SystemExit(f"OUTPUT_DIR {job.output}: {found}; make room")
 
 
 def describe_run(job):
@@ -979,9 +980,11 @@ def train(trainer, job):
 
     watch = type("Watch", (Watch, TrainerCallback), {"job": job})()
     trainer.add_callback(watch)
+    if job.checkpoint:  # of several processes accelerate would start at the first epoch's order
+        epoch = int(job.checkpoint.name[11:]) // job.plan.steps_per_epoch
+        trainer._get_train_sampler().set_epoch(epoch)
     trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
     job.is_training, job.peak_gib = False, torch.cuda.max_memory_allocated() / 2**30
-    trainer.end()
     if watch.stopping or job.stopped_by:
         step = trainer.state.global_step
         done = f"stopped at step {step:,} of {job.plan.steps:,}; the same command goes on from"
@@ -1205,6 +1208,7 @@ def run(job):
     held_out = read_examples(args.eval_file) if args.eval_file else []
     warn_of_repeats(examples, held_out)
     if not args.dry_run:
+        job.n_processes = 0  # not known yet
         job.n_processes = join_processes(args)  # 4
         job.device = check_device(args)
     job.config, job.tokenizer = load_config_and_tokenizer(args)
@@ -1218,7 +1222,6 @@ def run(job):
         return
     report("device", job.device)
     job.checkpoint = find_checkpoint(job)  # 7
-    check_room(job)
     job.facts = describe_run(job)
     write_record(job, "running")
     trainer = build_trainer(job)  # 8
@@ -1234,11 +1237,11 @@ def run(job):
 
 def set_environment(args):
     """Set what libraries read at import; take away what would undo a constant."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would tell the hub of each run
-    if args.device == "cpu":  # beside another busy process the demo took 245 s without, 28 s with
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # of TRL
+    if args.device == "cpu":  # beside another busy process 28 s, not 245
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        del os.environ[name]  # a launcher's autocast, FSDP, DeepSpeed, torch.compile
+        del os.environ[name]  # a launcher's autocast, FSDP, torch.compile
     logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")  # "install fla"
     warnings.filterwarnings(
         "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
@@ -1302,7 +1305,7 @@ def main(argv=None):
         write_record(job, f"{'interrupted' if status > 1 else 'failed'}: {message}")
         if not status:
             raise
-        if is_first_process() or job.n_processes > 1:
+        if is_first_process() or job.n_processes != 1:
             print(message, file=sys.stderr)
     finally:
         for one, handler in handlers.items():

@@ -329,10 +329,10 @@ def test_processes_that_do_not_meet_are_waited_for_with_a_word_and_an_end(
     printed = capsys.readouterr()
     assert asked == [(True, 300)] and stop.value.code == 1
     assert (
-        f"5 minutes for 2 processes at 127.0.0.1; if nobody launched several: unset {LAUNCHER[0]}"
+        f"5 minutes for 2 processes at 127.0.0.1; if none were launched: unset {LAUNCHER[0]}"
         in printed.out
     )
-    assert "did not meet (1/2 clients joined); if nobody" in printed.err
+    assert "did not meet (1/2 clients joined); if none" in printed.err
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -762,7 +762,7 @@ def no_end(folder):
 def test_a_model_that_is_not_for_chat_is_refused(folder, spoil):
     spoil(folder)
     message = stopped(load, folder)
-    assert f"MODEL_NAME {folder}: no chat template or no end-of-turn token" in message
+    assert f"MODEL_NAME {folder}: no tokenizer, chat template or end-of-turn token" in message
     assert "a model made for chat" in message
 
 

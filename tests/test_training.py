@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import hashlib
 import json
 import math
 import multiprocessing
@@ -131,6 +130,13 @@ def token_loss(model, pairs):
             total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
             count += (targets != -100).sum().item()
     return total / count
+
+
+def batches_loss(model, rows, size=2):
+    """Return the mean of the batches' losses, as transformers evaluates: each row weighs alike."""
+    rows = sorted(as_pairs(rows), key=lambda pair: len(pair[0]))
+    batches = [rows[n : n + size] for n in range(0, len(rows), size)]
+    return sum(len(batch) * token_loss(model, batch) for batch in batches) / len(rows)
 
 
 def logged(history, key):
@@ -419,9 +425,9 @@ def test_like_lengths_are_together(mixed):
     assert max(map(len, batches[0]["input_ids"])) == max(lengths)
 
 
-def test_evaluation_takes_four_times_the_batch_sorted_by_length(mixed):
-    masks = [batch["attention_mask"] for batch in mixed(batch_size=2).get_eval_dataloader()]
-    assert [len(mask) for mask in masks] == [8, 8, 4]
+def test_evaluation_is_sorted_by_length_in_batches_that_fit(mixed):
+    masks = [batch["attention_mask"] for batch in mixed(batch_size=3).get_eval_dataloader()]
+    assert [len(mask) for mask in masks] == [3] * 6 + [2]
     lengths = torch.cat([mask.sum(1) for mask in masks]).tolist()
     assert lengths == sorted(lengths) and len(set(lengths)) > 3
 
@@ -488,7 +494,10 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(flags, tmp_path):
     assert rate == 0.5 and len(losses[False]) == 1 and len(losses[True]) == 3
     modes.clear()
     t.train(trainer, job)
-    assert modes == [False] + ([True] * 7 + [False]) * 2
+    assert [mode for n, mode in enumerate(modes) if n == 0 or mode != modes[n - 1]] == [
+        False, True, False, True, False
+    ]  # fmt: skip
+    assert sum(modes) == 2 * 7
 
 
 # ---- the losses ---------------------------------------------------------------------------------
@@ -500,7 +509,7 @@ def test_the_losses_are_those_of_torch_over_the_trained_tokens(trained, base):
     assert "eval_loss" in job.history[0] and job.history[0]["step"] == 0
     assert recorder.evaluated[0]["seen_before"] == 0
     assert logged(job.history, "eval_loss")[0] == pytest.approx(
-        token_loss(base, as_pairs(job.eval)), rel=ROUNDING
+        batches_loss(base, job.eval), rel=ROUNDING
     )
     assert logged(job.history, "loss")[0] == pytest.approx(
         token_loss(base, conversations(recorder.batches[:2])), rel=ROUNDING
@@ -514,7 +523,7 @@ def test_the_last_eval_loss_is_that_of_the_adapter(demo, flags, tiny):
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")
     model = peft.PeftModel.from_pretrained(base, output / "final_lora").eval()
     assert logged(history, "eval_loss")[-1] == pytest.approx(
-        token_loss(model, as_pairs(job.eval)), rel=ROUNDING
+        batches_loss(model, job.eval), rel=ROUNDING
     )
 
 
@@ -884,7 +893,7 @@ def test_out_of_memory_in_a_step_keeps_the_checkpoints(flags, demo, tmp_path, mo
     assert "BATCH_SIZE" in message and "MAX_SEQ_LEN" in message
     assert (tmp_path / "checkpoints" / "checkpoint-6" / "complete.json").exists()
     t.main(argv)
-    assert f"from {tmp_path}/checkpoints/checkpoint-6;" in capfd.readouterr().out
+    assert f"resume   from {tmp_path}/checkpoints/checkpoint-6" in capfd.readouterr().out
     assert (tmp_path / ADAPTER).read_bytes() == (demo[0] / ADAPTER).read_bytes()
 
 
@@ -1104,6 +1113,7 @@ def wait(*processes):
         process.join(60)
         if process.is_alive():
             process.kill()
+            process.join()
     return [process.exitcode for process in processes]
 
 
@@ -1218,11 +1228,8 @@ def with_steps(folder, kind=Steps, patch=None):
 
 
 def told_to_one(folder):
-    """Stop by a signal to the second process, which also is late at looking at what is there."""
+    """Stop both processes by a signal to the second."""
     with_steps(folder, ToOne)
-    if os.environ["RANK"] == "1":
-        digest = hashlib.file_digest
-        hashlib.file_digest = lambda *args: (time.sleep(0.2), digest(*args))[1]
 
 
 def launch(argv, folder, change):
@@ -1308,7 +1315,7 @@ def test_two_processes_equal_one_with_twice_the_batches_a_step(
     statuses = launch(argv, folder, with_steps)
     assert statuses == [0, 0], (folder / "0" / "err").read_text(encoding="utf-8")
     text = (folder / "0" / "out").read_text(encoding="utf-8")
-    assert "resume   from" in text and "checkpoint-3;" in text and "done " in text
+    assert re.search(r"\nresume +from \S+/checkpoint-3\b", text) and "\ndone " in text
     ours, theirs = (
         json.loads((one / "output" / "run.json").read_text(encoding="utf-8"))["loss_history"]
         for one in (folder, alone)
