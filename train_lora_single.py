@@ -284,7 +284,7 @@ def warn_of_repeats(train, held_out):
 
 
 def join_processes(args):
-    """Return the number of processes, after meeting those that a launcher started."""
+    """Return the number of processes, after meeting the others."""
     from accelerate import PartialState
 
     names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"]
@@ -409,7 +409,7 @@ def render(example, tokenizer):
     for token in [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]:
         if any(token in message["content"] for message in conversation):
             raise ValueError(f"the text holds the control token {token}; respell or remove it")
-    serving = {"enable_thinking": False, "return_dict": False}  # what is served is trained
+    serving = {"enable_thinking": False, "return_dict": False}  # as served
     to_ids = functools.partial(tokenizer.apply_chat_template, **serving)
     try:
         prompt, whole = to_ids(conversation[:-1], add_generation_prompt=True), to_ids(conversation)
@@ -877,7 +877,7 @@ def keep_activations(trainer, job):
 
     def overflows(rows):
         inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-        try:  # a training step's passes, without its metrics, for which all processes would wait
+        try:  # a step's passes without its metrics, which wait for all processes
             model(**inputs, fused_lm_head=True).loss.backward()
         except torch.OutOfMemoryError:
             return True
@@ -890,7 +890,7 @@ def keep_activations(trainer, job):
     if job.args.device == "cpu":
         return
     free, total = torch.cuda.mem_get_info()
-    # A tenth of what is free is for the optimizer's states, and for memory in pieces.
+    # A tenth is for the optimizer's states, and for memory in pieces.
     fraction = 0.9 * (free + torch.cuda.memory_reserved()) / total
     torch.cuda.set_per_process_memory_fraction(fraction)
     model.train()
@@ -980,7 +980,7 @@ def train(trainer, job):
 
     watch = type("Watch", (Watch, TrainerCallback), {"job": job})()
     trainer.add_callback(watch)
-    if job.checkpoint:  # of several processes accelerate would start at the first epoch's order
+    if job.checkpoint:  # else several processes take the first epoch's order
         epoch = int(job.checkpoint.name[11:]) // job.plan.steps_per_epoch
         trainer._get_train_sampler().set_epoch(epoch)
     trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
@@ -1017,8 +1017,9 @@ def save_adapter(model, job, folder):
         shutil.copy(final / "adapter_config.json", vllm)
         renamed = {name.replace(plain, wrapped, 1): tensor for name, tensor in tensors.items()}
         save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
-    for path in folder.glob("*/adapter_model.safetensors"):  # written for its owner alone, but
-        shutil.copymode(final / "adapter_config.json", path)  # a server may be another user
+    # It is written for its owner alone, but a server may be another user.
+    for path in folder.glob("*/adapter_model.safetensors"):
+        shutil.copymode(final / "adapter_config.json", path)
 
 
 def prove(model, folder, row):
@@ -1177,7 +1178,7 @@ def write_extras(model, job):
 
 
 def summarize(job):
-    """Print where the results are, what the run did, and how to serve."""
+    """Print what the run did, where its results are, how to serve them."""
     output, evals = job.output, [entry for entry in job.history if "eval_loss" in entry]
     size = (output / "final_lora/adapter_model.safetensors").stat().st_size / 1e6
     losses = " -> ".join(f"{entry['eval_loss']:.4f}" for entry in evals) or "not evaluated"
@@ -1202,7 +1203,7 @@ def summarize(job):
 
 
 def run(job):
-    """Do the job. This is the table of contents, with the numbers of the sections."""
+    """Do the job; this is the table of contents, with the sections' numbers."""
     args = job.args
     examples = read_examples(args.train_file)  # 3
     held_out = read_examples(args.eval_file) if args.eval_file else []
@@ -1279,7 +1280,7 @@ def explain(error):
     if kind == "OutOfMemoryError":
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
         return 1, f"out of memory ({text}); {advice}; see nvidia-smi"
-    # safetensors, tokenizers and torch have errors of their own for a file that cannot be written.
+    # Other libraries' errors for a file that cannot be written.
     is_others = kind in ("SafetensorError", "Exception") or "inline_container" in text
     if isinstance(error, OSError) or is_others:
         advice = "make room, and the same command goes on from the newest checkpoint"
@@ -1298,7 +1299,7 @@ def main(argv=None):
             open_log(job.output)
         run(job)
     except BaseException as error:
-        for one in handlers:  # nothing must break off what is left to do
+        for one in handlers:  # nothing may break off the rest
             signal.signal(one, signal.SIG_IGN)
         LOG.info("ended by", exc_info=True)
         status, message = explain(error)
