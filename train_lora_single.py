@@ -57,7 +57,7 @@ MAX_SEQ_LEN = 512  # tokens; longer examples are left out. More needs more memor
 LORA_R = 8  # rank: 4 for a narrow task, 8 for a style and 1,000 examples, 16+ for more
 LORA_ALPHA = 16  # alpha / r scales the update: 2 is usual, more may oscillate, less not learn
 LORA_DROPOUT = 0.05  # on the LoRA branch only; against learning phrases by heart
-LORA_TARGET_MODULES = [  # q_proj and v_proj alone train too, with less effect
+LORA_TARGET_MODULES = [  # or DeltaNet's in_proj_qkv, in_proj_z, out_proj
     "q_proj", "k_proj", "v_proj", "o_proj",  # attention: what is looked at
     "gate_proj", "up_proj", "down_proj",  # feed-forward: words and rhythm
 ]  # fmt: skip
