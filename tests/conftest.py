@@ -1,6 +1,7 @@
 """What the tests share: the script on the path, no network, one thread, and one finished run."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+# A shell's background job ignores these, and the script leaves an ignored signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 
 import pytest  # noqa: E402
 
