@@ -6,7 +6,7 @@
     python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant is a flag too
 
 LoRA leaves a weight W (d x k) frozen and learns A (r x k) and B (d x r) beside it:
-y = W x + (alpha / r) B A x. README.md says what a run prints, writes and needs.
+y = W x + (alpha / r) B A x. README.md says what a run prints and writes.
 """
 
 import argparse
@@ -135,7 +135,8 @@ def check_constant(name, value):
     kind, *allowed = RULES[name]
     good = type(value) is kind or (kind is float and type(value) is int)
     if kind is str:
-        rule = " or ".join(map(repr, allowed)) or "a text in quotes, not empty"
+        rule = " or ".join(map(repr, allowed)) or "a text, not empty"
+        good = good and value.isprintable()
         good = good and (value in allowed if allowed else value or name == "EVAL_FILE")
     elif kind is list:
         rule = "a list of names, in quotes"
@@ -266,7 +267,7 @@ def read_examples(path):
 
 
 def warn_of_repeats(train, held_out):
-    """Print the lines that repeat others, and held-out prompts that are trained on."""
+    """Print the lines that repeat others, and held-out prompts trained on."""
     notes, seen, trained = {}, {}, {row["prompt_hash"]: row["where"] for row in reversed(train)}
     for row in train + held_out:
         prompt, reply = row["prompt_hash"], row["messages"][row["reply"]]["content"]
@@ -351,7 +352,7 @@ def check_device(args):
     if args.device == "cpu":
         set_up_loss("cpu", args.dtype)
         return "CPU"
-    # Of several GPUs the first; device_count() asks NVML and does not start CUDA yet.
+    # Of several GPUs the first; device_count() does not start CUDA yet.
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
@@ -475,7 +476,7 @@ def show_example(row, tokenizer):
     """Print a row as the model sees it."""
     ids, start = row["input_ids"], row["labels"].count(-100)
     text = f"{tokenizer.decode(ids[:start])}>>>{tokenizer.decode(ids[start:])}<<<"
-    # What a terminal would obey is printed as an escape.
+    # A terminal obeys some characters.
     text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 90) or [""]]
     title = f"{row['where']} as the model sees it; only what stands in >>> <<< is trained"
@@ -654,13 +655,13 @@ def hashes(folder):
 
 
 def checkpoints_in(folder):
-    """Return {step: path} of the checkpoints, in order; other names are not ours."""
+    """Return {step: path} of our checkpoints, in order."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
     return dict(sorted((int(path.name[11:]), path) for path in found))
 
 
 def is_complete(checkpoint):
-    """Return whether a checkpoint's files are those that were written."""
+    """Return whether a checkpoint's files are as written."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # complete.json may be cut too
         written = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))
         return written.items() <= hashes(checkpoint).items()
@@ -685,7 +686,7 @@ def describe_job(job):
     def digest(value):
         return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
-    folder = Path(job.args.model_name)  # for the hub's MODEL_REVISION, a commit, tells it
+    folder = Path(job.args.model_name)  # the hub's has a commit
     return {name: vars(job.args)[name.lower()] for name in JOB_RULES} | {
         "TRAIN_FILE's tokens": digest([(r["input_ids"], r["labels"]) for r in job.train]),
         "EVAL_FILE's tokens": digest([(r["input_ids"], r["labels"]) for r in job.eval]),
@@ -1058,7 +1059,7 @@ def prove(model, folder, row):
 
 def publish(trainer, job):
     """Write the adapter beside its place, prove it, move it in; return the proved model."""
-    partial, folder = job.output / "partial", job.output / "checkpoints"
+    partial, folder = job.output / ".partial", job.output / "checkpoints"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save_adapter(trainer.model, job, partial)
@@ -1069,7 +1070,7 @@ def publish(trainer, job):
             new.rename(job.output / new.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    (folder / "job.json").unlink()
+    (folder / "job.json").unlink(missing_ok=True)
     job.is_published = True
     prune(folder, job.plan.steps_per_epoch, newest=0)
     return model
@@ -1194,7 +1195,7 @@ def summarize(job):
     names = [name for name in ("samples.md", "loss.png", "run.json") if (output / name).exists()]
     lines.append(f"look at    {', '.join(f'{output}/{name}' for name in names)}")
     if job.args.demo:
-        lines.append("The demo's weights are random: it shows that the job runs, no more.")
+        lines.append("The demo's weights are random: it shows that the job runs.")
     report("done", "\n".join(lines))
     report("next", serve_command(job))
 
@@ -1250,11 +1251,11 @@ def set_environment(args):
 
 
 def catch_signals(job):
-    """Have a signal save and stop training, or stop all else; return the handlers before."""
+    """Have a signal save and stop training, or stop all else; return the old handlers."""
 
     def on_signal(number, _):
-        if job.is_training and not job.stopped_by:
-            job.stopped_by = number
+        again, job.stopped_by = job.stopped_by, number
+        if job.is_training and not again:
             report("stopping", "this step is finished and saved first; once more stops at once")
             return
         message = "stopped; the same command goes on from the newest checkpoint, if any"
@@ -1268,7 +1269,7 @@ def catch_signals(job):
 
 
 def explain(error):
-    """Return (status, message) for what ended a run, with status 0 if it is a bug."""
+    """Return (status, message) for what ended a run; status 0 is a bug."""
     kind, text = type(error).__name__, brief(error)
     if isinstance(error, SystemExit):
         return 1, str(error)
@@ -1284,7 +1285,7 @@ def explain(error):
     is_others = kind in ("SafetensorError", "Exception") or "inline_container" in text
     if isinstance(error, OSError) or is_others:
         advice = "make room, and the same command goes on from the newest checkpoint"
-        return 1, f"a file could not be written ({text}); {advice}"
+        return 1, f"a file could not be written or read ({text}); {advice}"
     return 0, repr(error)
 
 
@@ -1303,6 +1304,8 @@ def main(argv=None):
             signal.signal(one, signal.SIG_IGN)
         LOG.info("ended by", exc_info=True)
         status, message = explain(error)
+        if job.stopped_by and status < 2:
+            status, message = 128 + job.stopped_by, "stopped"
         write_record(job, f"{'interrupted' if status > 1 else 'failed'}: {message}")
         if not status:
             raise

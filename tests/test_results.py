@@ -385,7 +385,7 @@ def test_a_failed_proof_touches_no_result_and_the_same_command_makes_up_for_it(
     assert "\ndone " not in printed.out and "\nproof " not in printed.out
     now = {name: (contents(output / name), (output / name).stat().st_mtime_ns) for name in RESULTS}
     assert now == before and record_of(output)["outcome"].startswith("failed: proof: in ")
-    assert not [path for path in output.iterdir() if re.match(r"partial|final_.*\.2", path.name)]
+    assert not [path for path in output.iterdir() if re.match(r".partial|final_.*\.2", path.name)]
 
     spoil.clear()
     for name in RESULTS:  # as if another run had ended within the same second
@@ -458,7 +458,7 @@ def test_a_run_interrupted_in_its_samples_leaves_the_adapter(
     output = tmp_path / "output"
     with pytest.raises(SystemExit) as stop:
         t.main([*lines(tmp_path), "--output_dir", str(output)])
-    assert stop.value.code == status and not (output / "partial").exists()
+    assert stop.value.code == status and not (output / ".partial").exists()
     outcome = record_of(output)["outcome"]
     assert outcome.startswith("interrupted: ") and f"{output}/final_lora is whole" in outcome
     name = "adapter_model.safetensors"

@@ -175,7 +175,7 @@ def go_on(argv, whole, capfd):
     assert adapter(output) == whole[0] and losses(output) == whole[1]
     assert record(output)["outcome"] == "finished"
     assert {*RESULTS, "run.json", "checkpoints"} <= {path.name for path in output.iterdir()}
-    assert not [*output.rglob("*.new")] and not (output / "partial").exists()
+    assert not [*output.rglob("*.new")] and not (output / ".partial").exists()
     found = re.search(r"^resume +from \S*/checkpoint-(\d+)\b", printed.out, re.MULTILINE)
     assert record(output)["resumed_from"] == (
         str(output / "checkpoints" / f"checkpoint-{found[1]}") if found else None
@@ -975,7 +975,7 @@ def test_a_run_that_is_refused_or_has_not_proved_its_adapter_touches_no_older_re
     assert status(command(flags, output, "--num_epochs", 1)) == 1
     assert {name: contents(output / name) for name in RESULTS} == before
     assert [name for name in RESULTS if [*output.glob(f"{name}.*")]] == []
-    assert not (output / "partial").exists()
+    assert not (output / ".partial").exists()
     assert record(output)["outcome"] == "failed: proof: it does not work"
 
 

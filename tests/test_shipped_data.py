@@ -10,6 +10,8 @@ import json
 import math
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -427,6 +429,36 @@ def test_where_a_user_speaks_of_it_nell_names_a_number_to_ring(danger):
         if not re.search(RESCUE, " ".join(said(row, "assistant")), re.IGNORECASE)
     ]
     assert [f"{row['id']}: {reply(row)}" for row in without] == []
+
+
+# ---- README
+
+
+def test_readmes_lines_turn_sharegpt_and_alpaca_files_into_what_is_accepted(tmp_path):
+    code = re.search(
+        r"```python\n(import json.+?)```", Path("README.md").read_text("utf-8"), re.DOTALL
+    )
+    turns = [("system", "S"), ("human", "one\ntwo"), ("gpt", "2"), ("user", "3"), ("gpt", "4")]
+    foreign = [
+        {"id": 1, "conversations": [{"from": who, "value": text} for who, text in turns]},
+        {"instruction": "Translate.", "input": "Haus", "output": "house"},
+        {"instruction": "Say hello.", "input": "", "output": "Hello."},
+    ]
+    (tmp_path / "in.json").write_text(json.dumps(foreign), encoding="utf-8")
+    command = [sys.executable, "-c", code[1], str(tmp_path / "in.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (tmp_path / "out.jsonl").write_text(done.stdout, encoding="utf-8")
+    examples = t.read_examples(str(tmp_path / "out.jsonl"))
+    learnt = [example["messages"][example["reply"]]["content"] for example in examples]
+    assert learnt == ["2", "4", "house", "Hello."]
+    assert examples[0]["messages"][0] == {"role": "system", "content": "S"}
+    assert examples[2]["messages"][0]["content"] == "Translate.\n\nHaus"
+
+
+def test_readme_is_short_and_has_no_gap():
+    text = Path("README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    assert "_SECONDS" not in text
 
 
 # ---- the card
