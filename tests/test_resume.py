@@ -1382,6 +1382,50 @@ def test_a_librarys_own_keyboard_interrupt_is_one_message(flags, tmp_path, monke
     assert record(tmp_path)["outcome"].startswith("interrupted: stopped")
 
 
+@pytest.mark.parametrize("other", [None, RecursionError("maximum recursion depth exceeded")])
+def test_a_signal_that_a_library_swallows_or_turns_into_another_error_still_counts(
+    flags, tmp_path, monkeypatch, capfd, other
+):
+    load = t.load_config_and_tokenizer
+
+    def in_an_import(args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            if other:
+                raise other from None
+        return load(args)
+
+    monkeypatch.setattr(t, "load_config_and_tokenizer", in_an_import)
+    assert status(command(flags, tmp_path)) == 143
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.err
+    assert ("stopped at step 1 of 8" in printed.err) == (other is None)
+
+
+def test_a_user_s_own_folders_in_the_output_are_left_alone(flags, tmp_path):
+    for name in ("partial", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("precious", encoding="utf-8")
+    t.main(command(flags, tmp_path))
+    assert [(tmp_path / n / "thesis.txt").read_text() for n in ("partial", "mine")] == [
+        "precious",
+        "precious",
+    ]
+
+
+def test_checkpoints_that_a_user_removes_do_not_cost_the_adapter(flags, tmp_path, monkeypatch):
+    prove = t.prove
+
+    def and_remove(*given):
+        shutil.rmtree(tmp_path / "checkpoints")
+        return prove(*given)
+
+    monkeypatch.setattr(t, "prove", and_remove)
+    t.main(command(flags, tmp_path))
+    assert record(tmp_path)["outcome"] == "finished" and (tmp_path / ADAPTER).exists()
+
+
 # ==== Several processes
 
 
