@@ -476,7 +476,7 @@ def show_example(row, tokenizer):
     """Print a row as the model sees it."""
     ids, start = row["input_ids"], row["labels"].count(-100)
     text = f"{tokenizer.decode(ids[:start])}>>>{tokenizer.decode(ids[start:])}<<<"
-    # A terminal obeys some characters.
+    # A terminal obeys some of these.
     text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 90) or [""]]
     title = f"{row['where']} as the model sees it; only what stands in >>> <<< is trained"
@@ -858,7 +858,7 @@ def check_injection(model, plan):
     if odd or counts != (plan.trainable, plan.total):
         fault = f"{found}, planned were {plan.trainable:,} of {plan.total:,}; nothing is trained"
         raise SystemExit(listed([f"LoRA is not injected as planned: {fault}", *sorted(odd)]))
-    report("model", f"LoRA is injected as planned: {found}, LoRA's alone and in float32")
+    report("model", f"LoRA is injected as planned:\n{found}, LoRA's alone, in float32")
 
 
 def keep_activations(trainer, job):
@@ -1251,7 +1251,7 @@ def set_environment(args):
 
 
 def catch_signals(job):
-    """Have a signal save and stop training, or stop all else; return the old handlers."""
+    """Have a signal save and stop training, or stop all else; return old handlers."""
 
     def on_signal(number, _):
         again, job.stopped_by = job.stopped_by, number
