@@ -6,7 +6,7 @@
     python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant is a flag too
 
 LoRA leaves a weight W (d x k) frozen and learns A (r x k) and B (d x r) beside it:
-y = W x + (alpha / r) B A x. README.md says what a run prints and writes.
+y = W x + (alpha / r) B A x. run(), at the end, is the table of contents.
 """
 
 import argparse
@@ -782,7 +782,7 @@ def sft_config(job):
         warmup_steps=int(args.warmup_ratio * job.plan.steps),
         # No autocast, which TRL turns on: LoRA's gradients err alike (tests/benchmark.py).
         bf16=False, fp16=False, ddp_find_unused_parameters=False,
-        activation_checkpointing=False,  # keep_activations() chooses
+        activation_checkpointing=False,  # fit_memory() chooses
         # TRL must not render, cut or pack the rows: packed, DeltaNet without fla would carry its
         # state from one conversation into the next.
         dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
@@ -861,7 +861,7 @@ def check_injection(model, plan):
     report("model", f"LoRA is injected as planned:\n{found}, LoRA's alone, in float32")
 
 
-def keep_activations(trainer, job):
+def fit_memory(trainer, job):
     """Recompute activations only for batches that do not fit in memory: it is 45 % more work."""
     import torch
     from transformers import set_seed
@@ -913,7 +913,7 @@ def keep_activations(trainer, job):
 # ==== 9 Training: losses, checkpoints, signals
 
 
-class Watch:
+class Callbacks:
     """A run's callbacks; train() adds the base class, which is slow to import."""
 
     job, began, stopping = None, 0.0, False
@@ -979,7 +979,7 @@ def train(trainer, job):
     import torch
     from transformers import TrainerCallback
 
-    watch = type("Watch", (Watch, TrainerCallback), {"job": job})()
+    watch = type("Callbacks", (Callbacks, TrainerCallback), {"job": job})()
     trainer.add_callback(watch)
     if job.checkpoint:  # else several processes take the first epoch's order
         epoch = int(job.checkpoint.name[11:]) // job.plan.steps_per_epoch
@@ -1228,7 +1228,7 @@ def run(job):
     write_record(job, "running")
     trainer = build_trainer(job)  # 8
     check_injection(trainer.model, job.plan)
-    keep_activations(trainer, job)
+    fit_memory(trainer, job)
     train(trainer, job)  # 9
     if is_first_process():
         model = publish(trainer, job)  # 10

@@ -294,7 +294,7 @@ def peak_of_loss(batch):
 
 
 def chosen(trainer, job, batches, memory):
-    """Return batches, recomputed where the script's keep_activations says so for so much memory."""
+    """Return batches, recomputed where the script's fit_memory says so for so much memory."""
     import torch
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -318,7 +318,7 @@ def chosen(trainer, job, batches, memory):
     trainer.model.forward = forward
     args = argparse.Namespace(**vars(job.args) | {"device": "cuda"})
     with unittest.mock.patch.multiple(torch.cuda, **gpu), quiet():
-        t.keep_activations(trainer, dataclasses.replace(job, args=args))
+        t.fit_memory(trainer, dataclasses.replace(job, args=args))
     seen.clear()
     for inputs in batches:
         trainer.model(**inputs)

@@ -193,7 +193,7 @@ def trained(flags, tiny, tmp_path_factory):
     assert len(job.train) == 14 and max(len(row["input_ids"]) for row in job.train) > 1100
     trainer = t.build_trainer(job)
     recorder = Recorder(trainer)
-    t.keep_activations(trainer, job)
+    t.fit_memory(trainer, job)
     t.train(trainer, job)
     return job, trainer, recorder
 
@@ -481,7 +481,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(flags, tmp_path):
     job = prepare([*flags, "--lora_dropout", "0.5", "--output_dir", str(tmp_path)])
     trainer = t.build_trainer(job)
     set_b(trainer)
-    t.keep_activations(trainer, job)
+    t.fit_memory(trainer, job)
     modes = []
     trainer.model.register_forward_hook(lambda model, *_: modes.append(model.training))
     (rate,) = {m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout) if m.p}
@@ -537,7 +537,7 @@ def test_the_losses_and_gradients_are_those_of_trl_with_its_defaults(
     set_b(ours)
     start = {name: p.detach().clone() for name, p in lora(ours.model).items()}
     recorder, recomputed = Recorder(ours), []
-    t.keep_activations(ours, job)
+    t.fit_memory(ours, job)
     ours.model.register_forward_hook(lambda model, *_: recomputed.append(recomputes(model)))
     t.train(ours, job)
 
@@ -718,7 +718,7 @@ def give_memory(trainer, kept, recomputed=math.inf):
 def look_for_memory(trainer, job):
     """Do what is done before training on a GPU."""
     job.args.device = "cuda"
-    t.keep_activations(trainer, job)
+    t.fit_memory(trainer, job)
     job.args.device = "cpu"
 
 
@@ -737,7 +737,7 @@ def steps(flags, tmp_path_factory):
         set_b(trainer)
         layer = in_layers(trainer.model, "0.mlp")
         if kept is None:
-            t.keep_activations(trainer, job)
+            t.fit_memory(trainer, job)
         else:
             give_memory(trainer, kept)
             look_for_memory(trainer, job)
