@@ -805,7 +805,7 @@ def load_model(args):
             trust_remote_code=False, use_safetensors=True,  # no code, no pickle
             output_loading_info=True, ignore_mismatched_sizes=True,  # refused by name below
         )  # fmt: skip
-    except Exception as error:  # of as many kinds
+    except Exception as error:  # as in section 4
         advice = "whole safetensors files are needed; run again to go on with a download"
         raise SystemExit(f"MODEL_NAME {args.model_name}: no weights ({brief(error)}); {advice}")
     odd = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
@@ -1245,9 +1245,8 @@ def set_environment(args):
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]  # a launcher's autocast, FSDP, torch.compile
     logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")  # "install fla"
-    warnings.filterwarnings(
-        "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-    )  # PEFT's
+    # A call of PEFT's own.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def catch_signals(job):
