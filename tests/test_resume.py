@@ -1403,6 +1403,13 @@ def test_a_signal_that_a_library_swallows_or_turns_into_another_error_still_coun
     assert ("stopped at step 1 of 8" in printed.err) == (other is None)
 
 
+def test_where_a_signal_ends_an_epoch_nothing_is_evaluated(flags, tmp_path, monkeypatch):
+    at_step(monkeypatch, 2, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    assert status(command(flags, tmp_path)) == 130
+    history = record(tmp_path)["loss_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0]
+
+
 def test_a_user_s_own_folders_in_the_output_are_left_alone(flags, tmp_path):
     for name in ("partial", "mine"):
         (tmp_path / name).mkdir()

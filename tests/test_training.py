@@ -344,6 +344,17 @@ def test_a_fault_of_the_injection_ends_the_command(flags, tmp_path, monkeypatch,
     assert not [*tmp_path.glob("checkpoints/checkpoint-*")]
 
 
+def test_a_save_asks_nobody_whether_the_embeddings_were_resized(lines, tmp_path, monkeypatch):
+    job = prepare([*lines(tmp_path), "--output_dir", str(tmp_path / "output")])
+    trainer, asked = t.build_trainer(job), []
+    trainer.model.peft_config["default"].base_model_name_or_path = "nobody/a-model-of-the-hub"
+    monkeypatch.setattr(
+        "peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *given: asked.append(given)
+    )
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "adapter_model.safetensors").exists() and asked == []
+
+
 def test_training_changes_lora_and_nothing_else(trained, base):
     job, trainer, recorder = trained
     frozen = dict(base.named_parameters())
