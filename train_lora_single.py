@@ -12,7 +12,6 @@ y = W x + (alpha / r) B A x. run(), at the end, is the table of contents.
 import argparse
 import bisect
 import contextlib
-import datetime
 import difflib
 import fcntl
 import functools
@@ -38,7 +37,7 @@ from pathlib import Path
 if sys.version_info < (3, 11):  # noqa: UP036
     raise SystemExit("Python 3.11, 3.12 or 3.13 is needed; README.md says how to get one")
 
-# torch and what builds on it are imported where they are used: a bad line is reported before.
+# torch and what builds on it are imported where used: a bad line is reported before.
 
 # ==== 1 Constants: edit them here, or give the flag of the same name in lower case
 
@@ -47,6 +46,7 @@ MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder; loaded without its vi
 MODEL_REVISION = "main"  # branch, tag or commit on the hub
 DEVICE = "cuda"  # "cuda", or "cpu", for a small model
 DTYPE = "bfloat16"  # of the frozen weights; "float32" takes twice the memory
+PRODUCTS = "auto"  # of the frozen layers, in "dtype" or scaled "float16": "auto" times both
 
 # Data: lines of {"prompt": [...], "completion": [...]} or {"messages": [...]}.
 TRAIN_FILE = "data/train.jsonl"  # what is learnt
@@ -75,9 +75,8 @@ SEED = 42  # of A's first values, dropout and the order of the examples
 OUTPUT_DIR = "output"  # all results go here
 LOGGING_STEPS = 10  # steps between two printed losses
 SAVE_STEPS = 50  # steps between two checkpoints, which a kill loses at most
-RESUME = "auto"  # "auto" goes on from an interrupted run, "never" starts anew
 NUM_SAMPLES = 5  # held-out prompts answered by base and adapter in samples.md; 0 for none
-MAX_NEW_TOKENS = 200  # of a sample reply, else it is cut
+MAX_NEW_TOKENS = 200  # of a reply, else it is cut
 
 # What --demo changes.
 DEMO = {
@@ -88,35 +87,28 @@ DEMO = {
 # ==== 2 Command line: a flag for each constant, and report()
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
-# Type, then the texts allowed, or the least value and the first too large. A checkpoint goes on
-# only with the same values of these:
+# The type, or the values allowed. A checkpoint goes on only with the same values of these:
 JOB_RULES = {
-    "MODEL_NAME": (str,), "MODEL_REVISION": (str,), "DTYPE": (str, "bfloat16", "float32"),
-    "MAX_SEQ_LEN": (int, 1), "LORA_R": (int, 1, VLLM_RANKS[-1] + 1), "LORA_ALPHA": (int, 1),
-    "LORA_DROPOUT": (float, 0, 1), "LORA_TARGET_MODULES": (list,), "NUM_EPOCHS": (int, 1),
-    "BATCH_SIZE": (int, 1), "GRADIENT_ACCUMULATION_STEPS": (int, 1),
-    "LEARNING_RATE": (float, 1e-9, 1), "WARMUP_RATIO": (float, 0, 1), "SEED": (int, 0, 2**32),
-    "LR_SCHEDULER_TYPE": (str, "cosine", "linear", "constant_with_warmup"),
+    "MODEL_NAME": str, "MODEL_REVISION": str, "DTYPE": ("bfloat16", "float32"), "MAX_SEQ_LEN": int,
+    "LORA_R": range(1, VLLM_RANKS[-1] + 1), "LORA_ALPHA": int, "LORA_DROPOUT": float,
+    "LORA_TARGET_MODULES": list, "NUM_EPOCHS": int, "BATCH_SIZE": int,
+    "GRADIENT_ACCUMULATION_STEPS": int, "LEARNING_RATE": float,
+    "LR_SCHEDULER_TYPE": ("cosine", "linear", "constant_with_warmup"), "WARMUP_RATIO": float,
+    "SEED": range(2**32),
 }  # fmt: skip
 RULES = JOB_RULES | {
-    "DEVICE": (str, "cuda", "cpu"), "TRAIN_FILE": (str,), "EVAL_FILE": (str,),
-    "OUTPUT_DIR": (str,), "LOGGING_STEPS": (int, 1), "SAVE_STEPS": (int, 1),
-    "RESUME": (str, "auto", "never"), "NUM_SAMPLES": (int, 0), "MAX_NEW_TOKENS": (int, 1),
+    "DEVICE": ("cuda", "cpu"), "PRODUCTS": ("auto", "dtype", "float16"), "TRAIN_FILE": str,
+    "EVAL_FILE": str, "OUTPUT_DIR": str, "LOGGING_STEPS": int, "SAVE_STEPS": int,
+    "NUM_SAMPLES": range(1001), "MAX_NEW_TOKENS": int,
 }  # fmt: skip
 LOG = logging.getLogger("train_lora_single")
 
 
-def is_first_process():
-    """Return whether this is the only process, or the first."""
-    return os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
-
-
 def report(section, text):
-    """Print and log text, with the section's name to its left."""
-    if is_first_process():
-        lines = f"{section:<9}" + text.replace("\n", "\n" + " " * 9)
-        print(lines, flush=True)
-        LOG.info(lines)
+    """Print and log text beside the section's name."""
+    lines = f"{section:<9}" + text.replace("\n", "\n" + " " * 9)
+    print(lines, flush=True)
+    LOG.info(lines)
 
 
 def brief(value, width=200):
@@ -130,44 +122,55 @@ def listed(items, limit=20, separator="\n"):
     return separator.join(items[:limit] + more)
 
 
+@contextlib.contextmanager
+def blame(what, advice, *kinds):
+    """Exit with what, the error and advice after an error of these kinds within."""
+    try:
+        yield
+    except kinds as error:
+        raise SystemExit(f"{what} ({brief(error)}); {advice}")
+
+
+def kind_of(name):
+    """Return a constant's type."""
+    return RULES[name] if isinstance(RULES[name], type) else type(RULES[name][0])
+
+
 def check_constant(name, value):
     """Raise ValueError unless value is as RULES says."""
-    kind, *allowed = RULES[name]
+    rule, kind = RULES[name], kind_of(name)
     good = type(value) is kind or (kind is float and type(value) is int)
-    if kind is str:
-        rule = " or ".join(map(repr, allowed)) or "a text, not empty"
-        good = good and value.isprintable()
-        good = good and (value in allowed if allowed else value or name == "EVAL_FILE")
+    if rule is not kind:
+        text, good = f"in {rule}", good and value in rule
+    elif kind is str:
+        text, good = "a text", good and value.isprintable() and (value or name == "EVAL_FILE")
     elif kind is list:
-        rule = "a list of names, in quotes"
+        text = "a list of names, in quotes"
         good = good and value and all(isinstance(item, str) and item for item in value)
+    elif kind is int:
+        text, good = "int, at least 1", good and value > 0
     else:
-        least, below, *_ = *allowed, math.inf
-        rule = f"{kind.__name__}, at least {least} and below {below}"
-        good = good and least <= value < below
+        text, good = "float, from 0 to below 1", good and 0 <= value < 1
+        good = good and (value or name != "LEARNING_RATE")
     if not good:
-        raise ValueError(f"{name} is {value!r}; it must be {rule}")
+        raise ValueError(f"{name} is {value!r}; it must be {text}")
 
 
 def parse_args(argv=None):
-    """Return the constants as changed by --demo and the flags; exit with 2 if one is bad."""
+    """Return the constants, as changed by flags; exit with 2 if one is bad."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--demo] [--dry_run] [--CONSTANT VALUE ...]",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        usage="%(prog)s [--demo] [--dry_run] [--CONSTANT VALUE ...]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--demo", action="store_true", help="a tiny model, into output/demo")
     parser.add_argument("--dry_run", action="store_true", help="stop after the plan; needs no GPU")
-    source = Path(__file__).read_text("utf-8")
-    comments = dict(re.findall(r"^([A-Z_]+) = .*?# *(.+)$", source, re.MULTILINE))
     is_demo = "--demo" in (sys.argv if argv is None else argv)
     try:
         constants = {name: globals()[name] for name in RULES} | (DEMO if is_demo else {})
         for name, value in constants.items():
             check_constant(name, value)
-            kind, comment = RULES[name][0], comments.get(name, "").replace("%", "%%")
-            about = {"default": value, "metavar": "VALUE", "help": f"{comment} [%(default)s]"}
-            about |= {"nargs": "+"} if kind is list else {"type": kind}
+            about = {"default": value, "metavar": "VALUE", "help": "[%(default)s]"}
+            about |= {"nargs": "+"} if kind_of(name) is list else {"type": kind_of(name)}
             parser.add_argument(f"--{name.lower()}", **about)
         args = parser.parse_args(argv)
         for name in constants:
@@ -186,11 +189,10 @@ ROLE_ORDER = {  # the roles in a list of messages, by their first letters
     "prompt": ("s?u(au)*", "at most one system, then user and assistant in turn, user last"),
     "completion": ("a", "one assistant message"),
 }
-OTHER_FORMS = {"conversations": "ShareGPT's", "instruction": "Alpaca's"}
 
 
 def check_messages(key, messages):
-    """Raise ValueError unless a row's list of messages is well-formed."""
+    """Raise ValueError unless a list of messages is well-formed."""
     roles = []
     for number, message in enumerate(messages if isinstance(messages, list) else [], 1):
         whole = isinstance(message, dict) and message.keys() == {"role", "content"}
@@ -215,15 +217,16 @@ def without_repeats(pairs):
 
 
 def parse_line(text):
-    """Return a line's examples, of which message number "reply" is learnt, and its unused keys."""
+    """Return a line's examples, of which message number "reply" is learnt."""
     row = json.loads(text, object_pairs_hook=without_repeats)
     keys = row.keys() if isinstance(row, dict) else set()
     form = [key for key in ROLE_ORDER if key in keys]
     if form not in (["messages"], ["prompt", "completion"]):
         found = " and ".join(form) or f"no conversation: {brief(repr(row), 80)}"
-        for key in OTHER_FORMS.keys() & keys:
-            found = f"{OTHER_FORMS[key]} form; README.md has the lines that turn it"
-        raise ValueError(f"has {found}; write an object with messages, or prompt and completion")
+        rule = "an object with messages, or prompt and completion"
+        if {"conversations", "instruction"} & keys:
+            found, rule = "ShareGPT's or Alpaca's form", f"{rule}, by the lines in README.md"
+        raise ValueError(f"has {found}; write {rule}")
     for key in form:
         check_messages(key, row[key])
     turns = row["messages"] if form == ["messages"] else row["prompt"] + row["completion"]
@@ -232,24 +235,20 @@ def parse_line(text):
         if turn["role"] == "assistant":
             examples.append({"messages": turns, "reply": n, "prompt_hash": prompt_hash})
         prompt_hash = hash((prompt_hash, turn["role"], turn["content"]))
-    return examples if form == ["messages"] else examples[-1:], keys - form
+    return examples if form == ["messages"] else examples[-1:]
 
 
 def read_examples(path):
     """Return a file's examples, with "where": "path:line"; exit with all bad lines."""
-    examples, problems, unused = [], [], set()
-    try:
-        if Path(path).is_fifo():
-            raise OSError(0, "a pipe, which cannot be read twice")
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror}; set TRAIN_FILE and EVAL_FILE to JSONL files")
+    examples, problems = [], []
+    if not Path(path).is_file():  # a pipe cannot be read twice
+        raise SystemExit(f"{path}: no such file; set TRAIN_FILE and EVAL_FILE to JSONL files")
+    lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
-            found, others = parse_line(text) if text else ([], set())
+            found = parse_line(text) if text else []
             examples += [{"where": f"{path}:{number}", **example} for example in found]
-            unused |= others
             continue
         except json.JSONDecodeError as error:
             fault = f"not JSON at column {error.colno}, {error.msg}; write one object a line"
@@ -260,9 +259,7 @@ def read_examples(path):
         problems.append(f"{path}:{number}: {fault}")
     if problems or not examples:
         raise SystemExit(listed(problems) or f"{path}: no examples; write one JSON object a line")
-    names = listed([ascii(key)[1:-1] for key in sorted(unused)], 6, ", ")
-    note = f"; keys not used: {names}" if names else ""
-    report("data", f"{path}: {len(examples):,} example{'s' * (len(examples) > 1)}{note}")
+    report("data", f"{path}: {len(examples):,} example{'s' * (len(examples) > 1)}")
     return examples
 
 
@@ -270,8 +267,8 @@ def warn_of_repeats(train, held_out):
     """Print the lines that repeat others, and held-out prompts trained on."""
     notes, seen, trained = {}, {}, {row["prompt_hash"]: row["where"] for row in reversed(train)}
     for row in train + held_out:
-        prompt, reply = row["prompt_hash"], row["messages"][row["reply"]]["content"]
-        before = seen.setdefault((prompt, reply), row["where"])
+        reply = row["messages"][row["reply"]]["content"]
+        before = seen.setdefault((row["prompt_hash"], reply), row["where"])
         if before != row["where"]:
             notes[f"{row['where']} repeats {before}"] = None
     for row in held_out:
@@ -281,52 +278,22 @@ def warn_of_repeats(train, held_out):
         report("warning", listed([*notes]))
 
 
-# ==== 4 Device, model: the processes, the GPU, config and tokenizer
-
-
-def join_processes(args):
-    """Return the number of processes, after meeting the others."""
-    from accelerate import PartialState
-
-    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"]
-    *numbers, address = [os.environ.get(name, "") for name in names]
-    if not any(numbers[:3]):
-        return 1
-    unset = f"if none were launched: unset {' '.join(names)}"
-    if not address or not all(number.isdigit() for number in numbers):
-        raise SystemExit(f"{', '.join(names)} are {[*numbers, address]}, not all set; {unset}")
-    report("waiting", f"5 minutes for {numbers[2]} processes at {address}; {unset}")
-    # The wait is in C++, where Python's handlers do not run.
-    before = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        PartialState(cpu=args.device == "cpu", timeout=datetime.timedelta(minutes=5))
-    except (RuntimeError, ValueError) as error:
-        raise SystemExit(f"the processes did not meet ({brief(error)}); {unset}")
-    for one, handler in before.items():
-        signal.signal(one, handler)
-    return PartialState().num_processes
+# ==== 4 Device, model: the GPU, config and tokenizer
 
 
 def why_no_gpu():
-    """Return why torch finds no GPU, the driver's version, and what would help."""
+    """Return why torch finds no GPU, and the driver's version."""
     import torch
 
-    reason = ""
+    reason, found = "", "no NVIDIA driver"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         reason = re.split(r"\.\s", str(error))[0]
-    proc = Path("/proc/driver/nvidia/version")
-    driver = re.search(r" (\d+)\.[\d.]+ ", proc.read_text()) if proc.exists() else None
-    found = f"driver {driver[0].strip()}" if driver else "no NVIDIA driver is loaded"
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        found += f", CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}"
-    cuda, advice = str(torch.version.cuda), "try --demo, or --dry_run, or --device cpu"
-    oldest = {"11": 450, "12": 525, "13": 580}.get(cuda.split(".")[0], 0)  # CUDA's release notes
-    if driver and int(driver[1]) < oldest:
-        advice = f"torch for CUDA {cuda} needs driver {oldest} or newer: update it, or install"
-        advice += " torch 2.7.1 for CUDA 11.8, which needs 450"
-    return f"torch sees no GPU ({reason}); {found}; {advice}"
+    with contextlib.suppress(OSError, TypeError):
+        version = Path("/proc/driver/nvidia/version").read_text()
+        found = f"driver {re.search(r' ([0-9.]+) ', version)[1]}, where 525 or newer is needed"
+    return f"{reason}; {found}; CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}"
 
 
 def set_up_loss(device, dtype):
@@ -335,7 +302,7 @@ def set_up_loss(device, dtype):
     import trl.kernels.chunked_logprob as kernel
     import trl.trainer.utils
 
-    # Private names: a test fails when they have no effect.
+    # Private names; a test sees their effect.
     trl.trainer.utils._use_triton = lambda device: True  # only trained positions
     kernel._use_triton = lambda device: False  # but not by Triton
     ones = functools.partial(torch.ones, device=device, dtype=getattr(torch, dtype))
@@ -352,25 +319,21 @@ def check_device(args):
     if args.device == "cpu":
         set_up_loss("cpu", args.dtype)
         return "CPU"
-    # Of several GPUs the first; device_count() does not start CUDA yet.
-    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+    if torch.cuda.device_count() > 1:  # the first; this does not start CUDA yet
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     if not torch.cuda.is_available():
-        raise SystemExit(f"DEVICE cuda: {why_no_gpu()}")
+        advice = "update the driver (README.md), or try --demo, --dry_run or --device cpu"
+        raise SystemExit(f"DEVICE cuda: torch sees no GPU ({why_no_gpu()}); {advice}")
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
-    if major < 8:  # fla does not support it, but transformers takes fla wherever it is installed
+    if major < 8:  # which fla does not support, yet transformers takes it if installed
         sys.modules["fla"] = sys.modules["causal_conv1d"] = None
-    try:
-        torch.ones(1, device="cuda").sum().item()
+    advice = 'pip install "torch>=2.7,<2.11", for sm_70 (V100) to sm_120, or free its memory'
+    # A wheel without this GPU's kernels says so only here.
+    with blame(f"DEVICE cuda: torch does not run on {name}", advice, RuntimeError):
         set_up_loss("cuda", args.dtype)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # a wheel without this GPU's kernels says so only here
-        advice = 'pip install "torch>=2.7,<2.11", for sm_70 (V100) to sm_120, or try float32'
-        raise SystemExit(f"DEVICE cuda: torch does not run on {name} ({brief(error)}); {advice}")
-    bf16 = "native" if major >= 8 else "emulated; DeltaNet runs without fla, which needs sm_80"
+    bf16 = "native" if major >= 8 else "emulated"
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
     return f"{name}, {free:.1f} of {total:.1f} GiB free; bf16 is {bf16}"
 
@@ -382,20 +345,19 @@ def load_config_and_tokenizer(args):
 
     name, is_folder = args.model_name, Path(args.model_name).is_dir()
     fault = "a broken folder" if is_folder else "no folder here, and not to be had from the hub"
-    try:
+    what, advice = f"MODEL_NAME {name}: ", "check the name and the network, or try --demo"
+    with blame(what + fault, advice, Exception):  # the hub's, the network's, a file's
         if not is_folder:  # one request: from_pretrained alone retries for 25 s
             args.model_revision = resolve_revision(name, revision=args.model_revision).resolved
         chosen = {"revision": args.model_revision, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(name, **chosen)
         tokenizer = AutoTokenizer.from_pretrained(name, **chosen)
-    except Exception as error:  # the hub's, the network's, a file's
-        advice = "check the name and the network, or try --demo"
-        raise SystemExit(f"MODEL_NAME {name}: {fault} ({brief(error)}); {advice}")
     if not tokenizer.chat_template or tokenizer.eos_token_id is None or len(tokenizer) < 256:
-        fault = "no tokenizer, chat template or end-of-turn token; use a model made for chat"
-        raise SystemExit(f"MODEL_NAME {name}: {fault}")
+        raise SystemExit(
+            f"{what}no tokenizer with a chat template and an end of turn; use a chat model"
+        )
     if "quantization_config" in config.to_dict() | config.get_text_config().to_dict():
-        raise SystemExit(f"MODEL_NAME {name}: quantized; use the model that it was made from")
+        raise SystemExit(f"{what}quantized; use the model that it was made from")
     return config, tokenizer
 
 
@@ -410,8 +372,8 @@ def render(example, tokenizer):
     for token in [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]:
         if any(token in message["content"] for message in conversation):
             raise ValueError(f"the text holds the control token {token}; respell or remove it")
-    serving = {"enable_thinking": False, "return_dict": False}  # as served
-    to_ids = functools.partial(tokenizer.apply_chat_template, **serving)
+    as_served = {"enable_thinking": False, "return_dict": False}
+    to_ids = functools.partial(tokenizer.apply_chat_template, **as_served)
     try:
         prompt, whole = to_ids(conversation[:-1], add_generation_prompt=True), to_ids(conversation)
     except TemplateError as error:
@@ -424,28 +386,25 @@ def render(example, tokenizer):
 
 
 def encode(examples, tokenizer, max_seq_len):
-    """Return the examples with input_ids and labels (-100 on the prompt), but for too long ones.
+    """Return the examples with input_ids and labels, -100 on the prompt.
 
-    Those are left out by name: cut, they would teach the model not to stop.
+    Too long ones are left out by name: cut, they would teach the model not to stop.
     """
-    rows, problems, too_long, said = [], [], [], time.monotonic()
-    for number, example in enumerate(examples):
-        if time.monotonic() > said + 10:
-            said = time.monotonic()
-            report("tokens", f"{number:,} of {len(examples):,} examples are rendered")
+    rows, problems, too_long = [], [], []
+    for example in examples:
         try:
             prompt, reply = render(example, tokenizer)
         except ValueError as error:
             problems.append(f"{example['where']}: {error}")
             continue
-        row = {**example, "input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
-        if len(row["input_ids"]) <= max_seq_len:
-            rows.append(row)
+        ids, labels = prompt + reply, [-100] * len(prompt) + reply
+        if len(ids) <= max_seq_len:
+            rows.append({**example, "input_ids": ids, "labels": labels})
         else:
-            too_long.append(f"{row['where']}: {len(row['input_ids']):,} tokens, over MAX_SEQ_LEN")
+            too_long.append(f"{example['where']}: {len(ids):,} tokens, over MAX_SEQ_LEN")
     if len(too_long) > len(examples) / 10:
-        fault = f"{len(too_long):,} of {len(examples):,} examples are over MAX_SEQ_LEN"
-        problems += [f"{fault} {max_seq_len}, over a tenth; shorten them, or raise it", *too_long]
+        fault = f"over a tenth, {len(too_long):,} of {len(examples):,}, are over MAX_SEQ_LEN"
+        problems += [f"{fault} {max_seq_len}; shorten them, or raise it", *too_long]
     if problems:
         raise SystemExit(listed(problems))
     if too_long:
@@ -464,10 +423,8 @@ def report_tokens(files):
         numbers = (len(n), n[0], round(statistics.median(n)), p95, n[-1], tokens)
         share = f"{trained:,} ({trained / tokens:.0%})"
         lines.append(columns(path, *(f"{number:,}" for number in numbers), share))
-        facts[path] = {
-            "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(), "examples": len(n),
-            "tokens": tokens, "trained_tokens": trained,
-        }  # fmt: skip
+        facts[path] = {"examples": len(n), "tokens": tokens, "trained_tokens": trained}
+        facts[path]["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     report("tokens", "\n".join(lines))
     return facts
 
@@ -476,10 +433,8 @@ def show_example(row, tokenizer):
     """Print a row as the model sees it."""
     ids, start = row["input_ids"], row["labels"].count(-100)
     text = f"{tokenizer.decode(ids[:start])}>>>{tokenizer.decode(ids[start:])}<<<"
-    # A terminal obeys some of these.
-    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 90) or [""]]
-    title = f"{row['where']} as the model sees it; only what stands in >>> <<< is trained"
+    title = f"{row['where']} as the model sees it; only what is in >>> <<< is trained"
     report("example", "\n".join([title, *lines]))
 
 
@@ -494,11 +449,11 @@ class Plan:
     total: int  # with the base model's
     steps_per_epoch: int
     steps: int
-    disk: int  # bytes at most
+    shape: tuple  # (d, k) of the largest linear module
 
 
 def linear_modules(config):
-    """Return {(name, parent, d, k): layers} of the linear modules, and the number of parameters."""
+    """Return {(name, parent, d, k): layers} of the linear modules, and all parameters' number."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -514,17 +469,22 @@ def linear_modules(config):
 
 
 def check_targets(targets, names):
-    """Exit if a target matches no module: PEFT says nothing as long as another one matches."""
+    """Exit if a target matches no module: PEFT is silent as long as another matches."""
     unknown = [target for target in targets if target not in names]
-    near = {name for target in unknown for name in difflib.get_close_matches(target, names, n=1)}
-    meant = f"did you mean {', '.join(sorted(near))}? " if near else ""
-    have = ", ".join(names) or "no nn.Linear: another model is needed"
+    near = {name for one in unknown for name in difflib.get_close_matches(one, names, n=1)}
     if unknown:
+        meant = f"did you mean {', '.join(sorted(near))}? " if near else ""
+        have = ", ".join(names) or "no nn.Linear: another model is needed"
         fault = f"no layer has {', '.join(unknown)}; {meant}the layers have {have}"
         raise SystemExit(f"LORA_TARGET_MODULES: {fault}")
 
 
-def make_plan(args, config, n_train, n_processes=1):
+def vllm_rank(r):
+    """Return the least --max-lora-rank of vLLM for r."""
+    return min(rank for rank in VLLM_RANKS if rank >= r)
+
+
+def make_plan(args, config, n_train):
     """Print what will be trained and return its counts, from the config alone.
 
     Beside W (d x k) a target gets A (r x k) and B (d x r): r (d + k) parameters.
@@ -535,8 +495,8 @@ def make_plan(args, config, n_train, n_processes=1):
     r, depth, trainable = args.lora_r, text.num_hidden_layers, 0
     scale = f"scale alpha/r = {args.lora_alpha / r:g}, dropout {args.lora_dropout:g}"
     columns = "{:<12}{:<17}{:>14}{:>11}{:>11}{:>14}".format
-    lines = [f"r={r} alpha={args.lora_alpha}, {scale}"]
-    lines.append(columns("target", "in layers", "W (frozen)", "A", "B", "parameters"))
+    heads = columns("target", "in layers", "W (frozen)", "A", "B", "parameters")
+    lines = [f"r={r} alpha={args.lora_alpha}, {scale}", heads]
     for target in targets:
         for (_, parent, d, k), layers in [item for item in linear.items() if item[0][0] == target]:
             count = len(layers) * r * (d + k)
@@ -554,22 +514,21 @@ def make_plan(args, config, n_train, n_processes=1):
         kept = ", ".join(target for target in targets if target in there) or "nothing"
         found = f"{len(deltanet)} of {depth} layers are Gated DeltaNet"
         lines += [f"{found}, without {', '.join(absent)}:", f"in them LoRA adapts only {kept}"]
-    batch = [args.batch_size, args.gradient_accumulation_steps] + [n_processes] * (n_processes > 1)
-    per_epoch = math.ceil(n_train / math.prod(batch))
-    steps, product = per_epoch * args.num_epochs, " x ".join(map(str, batch))
-    formula = f"ceil({n_train:,} / ({product})) x {args.num_epochs}"
+    size, accumulated = args.batch_size, args.gradient_accumulation_steps
+    per_epoch = math.ceil(n_train / (size * accumulated))
+    steps = per_epoch * args.num_epochs
+    formula = f"ceil({n_train:,} / ({size} x {accumulated})) x {args.num_epochs}"
     lines.append(f"{steps:,} steps, {per_epoch:,} an epoch: {formula}")
-    # Bytes: adapters, three checkpoints with AdamW's two moments, five tokenizers of 25 MB.
-    disk = 4 * trainable * (2 + args.num_epochs + 3 * 3) + 5 * 25_000_000
-    size = f"adapter file {4 * trainable / 1e6:.1f} MB"
-    lines.append(f"{size}, with the checkpoints at most {disk / 1e6:,.0f} MB of disk")
-    rank = min(rank for rank in VLLM_RANKS if rank >= r)
-    lines.append(f"vLLM needs --max-lora-rank {rank} for r={r}")
+    # Epochs' adapters, three checkpoints with AdamW's moments, tokenizers.
+    size, disk = 4 * trainable / 1e6, 4 * trainable / 1e6 * (11 + args.num_epochs) + 125
+    lines.append(f"adapter file {size:.1f} MB, at most {disk:,.0f} MB with the checkpoints")
+    lines.append(f"vLLM needs --max-lora-rank {vllm_rank(r)} for r={r}")
     report("plan", "\n".join(lines))
-    return Plan(trainable, total, per_epoch, steps, disk)
+    shape = max(((d, k) for _, _, d, k in linear), key=math.prod)
+    return Plan(trainable, total, per_epoch, steps, shape)
 
 
-# ==== 7 Run folder: what an earlier run left, the checkpoint to go on from, run.json
+# ==== 7 Products: float16 tensor cores where bfloat16 is emulated
 
 
 @dataclass
@@ -581,53 +540,133 @@ class Job:
     tokenizer: object = None
     train: list = field(default_factory=list)  # rows of encode()
     eval: list = field(default_factory=list)
-    data: dict = field(default_factory=dict)  # of report_tokens()
-    n_processes: int = 1
+    data: dict = field(default_factory=dict)
     device: str = ""
     plan: Plan | None = None
+    products: dict = field(default_factory=dict)  # of choose_products()
     checkpoint: Path | None = None  # to go on from
-    facts: dict = field(default_factory=dict)  # of describe_run()
+    started: float = 0.0  # time.time(), once nothing is refused any more
     history: list = field(default_factory=list)  # what the trainer logged
+    learnt: list = field(default_factory=list)  # of measure_update()
     seconds: float = 0.0  # of steps, since the checkpoint
     tokens: int = 0  # read in them
     peak_gib: float = 0.0  # of GPU memory
     is_training: bool = False
     is_published: bool = False
-    stopped_by: int = 0  # a signal
+    stopped_by: int = 0  # signal
 
     @property
     def output(self):
-        """The folder of all results."""
+        """The results' folder."""
         return Path(self.args.output_dir)
 
 
-def open_log(output):
-    """Lock output, and log in it what report() says, warnings and tracebacks."""
+def scaled_product(rows, weight):
+    """Return rows (... x k) @ weight (k x d), multiplied in float16, in the dtype of rows.
+
+    Each row is divided by a power of two, which is exact, so that its largest number is from 1
+    to 2 and float16's range is never left. Infinity and NaN stay in their rows.
+    """
+    import torch
+
+    largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
+    exponent = largest.view(torch.int32) & 0x7F800000  # no mantissa: a power of two
+    power = exponent.clamp(1 << 23, 254 << 23).view(torch.float32)  # finite, not 0
+    small = torch.empty(rows.shape, dtype=torch.float16, device=rows.device)
+    product = torch.div(rows, power, out=small) @ weight
+    return torch.mul(product, power, out=torch.empty_like(product, dtype=rows.dtype))
+
+
+def use_float16(model):
+    """Have the layers' frozen linear modules compute by scaled_product(), where that is safe."""
+    import torch
+
+    class Product(torch.autograd.Function):
+        """rows @ weight.T, where only rows has a gradient."""
+
+        @staticmethod
+        def forward(context, rows, weight):
+            context.weight = weight
+            return scaled_product(rows, weight.T)
+
+        @staticmethod
+        def backward(context, gradient):
+            return scaled_product(gradient, context.weight), None
+
+    def forward(module, rows):
+        product = Product.apply(rows, module.weight)
+        return product if module.bias is None else product + module.bias
+
+    changes, left = [0.0], []
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear and re.search(r"\.\d+\.", name):
+            weight = module.weight.data
+            sums = [torch.linalg.vector_norm(weight, 1, dim, dtype=torch.float64) for dim in (0, 1)]
+            if max(one.max() for one in sums) < 65504 / 2:  # its largest number; rows are below 2
+                module.weight.data = weight.half()
+                module.forward = functools.partial(forward, module)
+                changes.append((module.weight.data - weight).abs().max().item())
+            else:
+                left.append(name)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
+    but = f"; not {listed(left, 3, ', ')}" if left else ""
+    text = f"{len(changes) - 1} modules compute in scaled float16, their weights changed by at most"
+    report("products", f"{text} {max(changes):.1g}{but}")
+
+
+def choose_products(job):
+    """Return {"used": "float16" or "dtype"}, as PRODUCTS says, or what is clearly faster here."""
+    import torch
+
+    args, (d, k), rates = job.args, job.plan.shape, {}
+    if args.products != "auto" or args.device == "cpu":
+        return {"used": args.products.replace("auto", "dtype")}
+    n = math.ceil(args.batch_size * statistics.median(len(row["input_ids"]) for row in job.train))
+    like = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     try:
+        from torch.utils.benchmark import Timer
+
+        rows, weight = torch.randn(n, k, **like), torch.randn(d, k, **like)
+        half, exact = weight.half(), rows.float() @ weight.float().T
+        kinds = {"dtype": lambda: rows @ weight.T, "float16": lambda: scaled_product(rows, half.T)}
+        for kind, product in kinds.items():
+            timer = Timer("product()", globals={"product": product})
+            rates[kind] = 2e-12 * n * d * k / timer.blocked_autorange().median
+        error = ((kinds["float16"]().float() - exact).norm() / exact.norm()).item()
+    except (ImportError, RuntimeError) as fault:
+        report("products", f"in {args.dtype}: scaled float16 fails here ({brief(fault)})")
+        return {"used": "dtype"}
+    is_faster = rates["float16"] > 1.2 * rates["dtype"] and error < 2**-8  # bfloat16's step
+    used = "float16" if is_faster else "dtype"
+    text = "{dtype:.1f} TFLOP/s in {}, {float16:.1f} in scaled float16".format(args.dtype, **rates)
+    report("products", f"{text}, off by {error:.1e}: {used} is used")
+    return {"used": used, "tflops": rates, "float16_error": error}
+
+
+# ==== 8 Run folder: what an earlier run left, its checkpoint, run.json
+
+
+def open_log(output):
+    """Lock output, and log there what report() says, warnings and tracebacks."""
+    with blame(f"OUTPUT_DIR {output}", "choose a folder to write in", OSError):
         output.mkdir(parents=True, exist_ok=True)
         log = logging.FileHandler(output / "all_logs.log", encoding="utf-8")
-    except OSError as error:
-        raise SystemExit(f"OUTPUT_DIR {output}: {error.strerror}; choose a folder to write in")
-    is_locked = True
     try:
         fcntl.flock(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"OUTPUT_DIR {output}: another run writes there; choose another folder")
     except OSError:  # some network file systems have no locks
-        is_locked = False
-    screen = logging.StreamHandler()
-    screen.setLevel(logging.WARNING)
-    logging.basicConfig(handlers=[log, screen], format="%(message)s", force=True)
+        report("warning", f"{output} cannot be locked: start no second run there")
+    logging.basicConfig(handlers=[log, logging.StreamHandler()], format="%(message)s", force=True)
+    logging.root.handlers[1].setLevel(logging.WARNING)  # the screen has what is reported
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # a full disk must not hide the message that says so
     LOG.setLevel(logging.INFO)
     LOG.info("\n---- %s %s", time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv))
-    if not is_locked:
-        report("warning", f"{output} cannot be locked: start no second run there")
 
 
 def set_aside(path):
-    """Rename what an earlier run left at path, if anything."""
+    """Rename what an earlier run left at path."""
     if path.exists():
         aside = f"{path}.{time.strftime('%Y%m%d-%H%M%S', time.localtime(path.stat().st_mtime))}"
         while os.path.exists(aside):
@@ -640,12 +679,12 @@ def write_json(path, value):
     """Write value so that path never holds half of it."""
     strict = json.loads(json.dumps(value), parse_constant=str)  # NaN is no JSON
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(strict, indent=1), encoding="utf-8")
+    new.write_text(json.dumps(strict, indent=1), "utf-8")
     new.replace(path)
 
 
 def hashes(folder):
-    """Return the SHA-256 of each file in folder but complete.json."""
+    """Return each file's SHA-256, but for complete.json."""
     found = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != "complete.json":
@@ -663,13 +702,13 @@ def checkpoints_in(folder):
 def is_complete(checkpoint):
     """Return whether a checkpoint's files are as written."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # complete.json may be cut too
-        written = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))
+        written = json.loads((checkpoint / "complete.json").read_text("utf-8"))
         return written.items() <= hashes(checkpoint).items()
     return False
 
 
 def prune(folder, per_epoch, newest):
-    """Of all checkpoints but the newest leave only each epoch's adapter."""
+    """Leave only each epoch's adapter of all but the newest checkpoints."""
     saved = checkpoints_in(folder)
     for step in [*saved][: len(saved) - newest]:
         if step % per_epoch:
@@ -691,16 +730,8 @@ def describe_job(job):
         "TRAIN_FILE's tokens": digest([(r["input_ids"], r["labels"]) for r in job.train]),
         "EVAL_FILE's tokens": digest([(r["input_ids"], r["labels"]) for r in job.eval]),
         "MODEL_NAME's files": digest(hashes(folder)) if folder.is_dir() else None,
-        "processes": job.n_processes,
+        "products": job.products["used"],
     }
-
-
-def check_room(job):
-    """Exit if the disk is too full for a run."""
-    free = shutil.disk_usage(job.output).free
-    if free < job.plan.disk:
-        found = f"{free / 1e6:,.0f} MB free, {job.plan.disk / 1e6:,.0f} MB needed"
-        raise SystemExit(f"OUTPUT_DIR {job.output}: {found}; make room")
 
 
 def find_checkpoint(job):
@@ -709,7 +740,7 @@ def find_checkpoint(job):
     with contextlib.suppress(OSError, ValueError):
         before = json.loads((folder / "job.json").read_text("utf-8"))
     complete = [path for path in checkpoints_in(folder).values() if is_complete(path)]
-    if before and complete and job.args.resume == "auto":
+    if before and complete:
         differ = [name for name in before | now if before.get(name) != now.get(name)]
         if not differ:
             report("resume", f"from {complete[-1]}")
@@ -718,47 +749,37 @@ def find_checkpoint(job):
         raise SystemExit(f"""OUTPUT_DIR {job.output} holds an interrupted run of another job:
   {"":<28} {complete[-1].name:<20} now
 {listed(rows)}
-set these back to go on, choose another OUTPUT_DIR, or set it aside with --resume never""")
-    check_room(job)
-    if is_first_process():
-        if checkpoints_in(folder):
-            set_aside(folder)
-        set_aside(job.output / "run.json")
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "job.json", now)
-    return None
-
-
-def describe_run(job):
-    """Return what run.json says from the start."""
-    packages = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors"]
-    return {
-        "started": time.time(), "constants": {n: vars(job.args)[n.lower()] for n in RULES},
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "python": sys.version, "device": job.device, "data": job.data, "plan": vars(job.plan),
-        "resumed_from": job.checkpoint and str(job.checkpoint),
-    }  # fmt: skip
+set these back to go on, or choose another OUTPUT_DIR""")
+    if checkpoints_in(folder):
+        set_aside(folder)
+    set_aside(job.output / "run.json")
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "job.json", now)
 
 
 def write_record(job, outcome):
     """Write run.json, if the run has started."""
-    record = {
-        "outcome": outcome, **job.facts, "train_seconds": job.seconds, "tokens": job.tokens,
-        "peak_memory_gib": job.peak_gib, "loss_history": job.history,
-    }  # fmt: skip
+    packages = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors"]
     try:
-        if job.facts and is_first_process():
-            write_json(job.output / "run.json", record)
-    except OSError as error:
-        report("warning", f"{job.output}/run.json is not written: {error.strerror}")
+        if job.started:
+            write_json(job.output / "run.json", {
+                "outcome": outcome, "started": job.started,
+                "versions": {name: importlib.metadata.version(name) for name in packages},
+                "constants": {name: vars(job.args)[name.lower()] for name in RULES},
+                "device": job.device, "data": job.data, "plan": vars(job.plan),
+                "products": job.products, "resumed_from": job.checkpoint and str(job.checkpoint),
+                "train_seconds": job.seconds, "tokens": job.tokens, "learnt": job.learnt,
+                "peak_memory_gib": job.peak_gib, "loss_history": job.history,
+            })  # fmt: skip
+    except (ImportError, OSError) as error:
+        report("warning", f"{job.output}/run.json is not written: {error}")
 
 
-# ==== 8 Trainer: LoraConfig, SFTConfig, SFTTrainer; what is injected; what fits in memory
+# ==== 9 Trainer: its configuration, what is injected, what fits in memory
 
 
 def lora_config(args):
-    """Return PEFT's configuration; nothing is injected by it alone."""
+    """Return PEFT's configuration, which alone injects nothing."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -769,7 +790,7 @@ def lora_config(args):
 
 
 def sft_config(job):
-    """Return TRL's configuration. By default: AdamW without weight decay, clipping at 1.0."""
+    """Return TRL's configuration; its defaults: AdamW without decay, clipping at 1."""
     from trl import SFTConfig
 
     args = job.args
@@ -777,46 +798,44 @@ def sft_config(job):
         output_dir=f"{job.output}/checkpoints", seed=args.seed, report_to="none",
         num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        per_device_eval_batch_size=args.batch_size,  # no larger one has been tried
+        per_device_eval_batch_size=args.batch_size,  # no larger one is tried
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=int(args.warmup_ratio * job.plan.steps),
-        # No autocast, which TRL turns on: LoRA's gradients err alike (tests/benchmark.py).
-        bf16=False, fp16=False, ddp_find_unused_parameters=False,
+        bf16=False,  # no autocast: LoRA's gradients err alike (tests/benchmark.py)
         activation_checkpointing=False,  # fit_memory() chooses
-        # TRL must not render, cut or pack the rows: packed, DeltaNet without fla would carry its
-        # state from one conversation into the next.
-        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, packing=False,
+        # TRL must not render, cut or pack: packed, DeltaNet's state would leak between rows.
+        dataset_kwargs={"skip_prepare_dataset": True},
         eval_strategy="epoch" if job.eval else "no",
         eval_on_start=bool(job.eval) and not job.checkpoint,  # B is zero then: the base's loss
         save_steps=args.save_steps, disable_tqdm=True, use_cpu=args.device == "cpu",
-        logging_steps=1,  # each loss is checked and kept; LOGGING_STEPS says which are printed
+        logging_steps=1,  # each loss is checked and kept
         logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
         eos_token=job.tokenizer.eos_token,  # where a turn ends
     )  # fmt: skip
 
 
-def load_model(args):
-    """Return the text model in DTYPE; exit unless its files hold all its tensors."""
+def load_model(args, products="dtype"):
+    """Return the text model in DTYPE; exit unless its files hold all tensors."""
     from transformers import AutoModelForCausalLM
 
-    try:
+    what = f"MODEL_NAME {args.model_name}: "
+    advice = "whole safetensors files are needed; run again to go on with a download"
+    with blame(what + "no weights", advice, Exception):  # as in section 4
         model, found = AutoModelForCausalLM.from_pretrained(
             args.model_name, revision=args.model_revision, dtype=args.dtype,
             trust_remote_code=False, use_safetensors=True,  # no code, no pickle
             output_loading_info=True, ignore_mismatched_sizes=True,  # refused by name below
         )  # fmt: skip
-    except Exception as error:  # as in section 4
-        advice = "whole safetensors files are needed; run again to go on with a download"
-        raise SystemExit(f"MODEL_NAME {args.model_name}: no weights ({brief(error)}); {advice}")
     odd = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
     if odd:  # transformers has filled them with random numbers
-        fault = f"missing in the files, or of another shape: {listed(odd, 3, ', ')}"
-        raise SystemExit(f"MODEL_NAME {args.model_name}: {fault}; get whole files")
+        raise SystemExit(f"{what}the files lack, or have in another shape: {listed(odd, 3, ', ')}")
+    if products == "float16":
+        use_float16(model)
     return model
 
 
 def build_trainer(job):
-    """Return the SFTTrainer over the frozen model; LoRA is injected by it alone."""
+    """Return the SFTTrainer; LoRA is injected by it alone."""
     from datasets import Dataset
     from transformers import PrinterCallback
     from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
@@ -827,21 +846,21 @@ def build_trainer(job):
 
     args, by_length = job.args, sorted(job.eval, key=lambda row: len(row["input_ids"]))
     trainer = SFTTrainer(
-        model=load_model(args),
+        model=load_model(args, job.products["used"]),
         peft_config=lora_config(args),  # LoRA is injected here and nowhere else
         args=sft_config(job),
         train_dataset=dataset(job.train),
         eval_dataset=dataset(by_length) if job.eval else None,
         processing_class=job.tokenizer,
     )
-    # Like lengths need less padding. Unlike transformers' group_by_length this draws from the
-    # seed and the epoch, so that a resumed run goes the same way.
-    batch = args.batch_size * args.gradient_accumulation_steps * job.n_processes
+    # Like lengths need less padding. Unlike group_by_length's, this order comes from seed and
+    # epoch, so a resumed run has it too.
+    batch = args.batch_size * args.gradient_accumulation_steps
     lengths = [len(row["input_ids"]) for row in job.train]
     order = {"num_replicas": 1, "rank": 0, "seed": args.seed, "lengths": lengths}
     sampler = DistributedLengthGroupedSampler(batch, **order)
     trainer._get_train_sampler = lambda dataset=None: sampler
-    # By default PEFT asks the hub, at each save, whether the embeddings were resized.
+    # By default PEFT asks the hub at each save.
     save = trainer.model.save_pretrained
     trainer.model.save_pretrained = functools.partial(save, save_embedding_layers=False)
     trainer.remove_callback(PrinterCallback)
@@ -849,11 +868,11 @@ def build_trainer(job):
 
 
 def check_injection(model, plan):
-    """Exit unless LoRA's float32 weights alone are trainable, as many as planned."""
+    """Exit unless LoRA's float32 weights alone are trainable, as planned."""
     counts = model.get_nb_trainable_parameters()
-    trained = {name: str(p.dtype) for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     odd = trained.keys() ^ {name for name, _ in model.named_parameters() if "lora_" in name}
-    odd |= {f"{name} in {dtype}" for name, dtype in trained.items() if dtype != "torch.float32"}
+    odd |= {f"{name} in {kind}" for name, kind in trained.items() if str(kind) != "torch.float32"}
     found = "{:,} of {:,} parameters are trainable".format(*counts)
     if odd or counts != (plan.trainable, plan.total):
         fault = f"{found}, planned were {plan.trainable:,} of {plan.total:,}; nothing is trained"
@@ -862,14 +881,14 @@ def check_injection(model, plan):
 
 
 def fit_memory(trainer, job):
-    """Recompute activations only for batches that do not fit in memory: it is 45 % more work."""
+    """Recompute activations, 45 % more work, only for batches that do not fit in memory."""
     import torch
     from transformers import set_seed
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model, limit = trainer.model, math.inf  # tokens of the largest batch that is kept
     model.activation_checkpointing_enable()
-    model.disable_input_require_grads()  # torch's recomputation needs no gradient of embeddings
+    model.disable_input_require_grads()  # recomputation needs no gradient of embeddings
     layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
 
     def recompute_if_large(_, __, inputs):
@@ -878,7 +897,7 @@ def fit_memory(trainer, job):
 
     def overflows(rows):
         inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-        try:  # a step's passes without its metrics, which wait for all processes
+        try:
             model(**inputs, fused_lm_head=True).loss.backward()
         except torch.OutOfMemoryError:
             return True
@@ -892,8 +911,8 @@ def fit_memory(trainer, job):
         return
     free, total = torch.cuda.mem_get_info()
     # A tenth is for the optimizer's states, and for memory in pieces.
-    fraction = 0.9 * (free + torch.cuda.memory_reserved()) / total
-    torch.cuda.set_per_process_memory_fraction(fraction)
+    share = 0.9 * (free + torch.cuda.memory_reserved()) / total
+    torch.cuda.set_per_process_memory_fraction(share)
     model.train()
     rows, size = sorted(job.train, key=lambda row: len(row["input_ids"])), job.args.batch_size
     batches = [rows[n : n + size] for n in range(max(1, len(rows) - size + 1))]  # by length
@@ -910,13 +929,13 @@ def fit_memory(trainer, job):
     report("memory", f"activations are kept for {kept}, else recomputed")
 
 
-# ==== 9 Training: losses, checkpoints, signals
+# ==== 10 Training: losses, checkpoints, signals
 
 
 class Callbacks:
     """A run's callbacks; train() adds the base class, which is slow to import."""
 
-    job, began, stopping = None, 0.0, False
+    job, began = None, 0.0
 
     def on_step_begin(self, *_, **__):
         """From here on there is something to save."""
@@ -928,11 +947,10 @@ class Callbacks:
         job.history = state.log_history
         for key in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(key, 0)):
-                advice = "lower LEARNING_RATE or set DTYPE to float32, with --resume never"
+                advice = "lower LEARNING_RATE or set DTYPE to float32, in another OUTPUT_DIR"
                 if step <= 1 and key != "grad_norm":  # B is still zero
                     advice = "it is the base's own: check its weights, or set DTYPE to float32"
-                fault = f"train: {key} is {logs[key]} at step {step}"
-                raise SystemExit(f"{fault}; no adapter; {advice}")
+                raise SystemExit(f"train: {key} is {logs[key]} at step {step}; {advice}")
         if "eval_loss" in logs:
             report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
         if "loss" in logs:
@@ -944,17 +962,13 @@ class Callbacks:
                 rate = job.tokens / job.seconds
                 report("train", text.format(step, state.max_steps, rate, **logs))
 
-    def on_step_end(self, args, state, control, **_):
-        """Save and stop, all processes after the same step, if one was told to."""
-        import torch
-        from accelerate.utils import reduce
-
-        # Only the sum over the processes decides: one may be told to just after it.
-        self.stopping = bool(reduce(torch.tensor(self.job.stopped_by, device=args.device), "sum"))
-        # An epoch's last step is saved after its evaluation, which moves the random state.
+    def on_step_end(self, _, state, control, **__):
+        """Save and stop, if a signal said so."""
+        is_stopped = bool(self.job.stopped_by)
+        # on_epoch_end() saves an epoch's last step: its evaluation moves the random state.
         is_last = state.global_step % self.job.plan.steps_per_epoch == 0
-        control.should_save = (control.should_save or self.stopping) and not is_last
-        control.should_training_stop |= self.stopping
+        control.should_save = (control.should_save or is_stopped) and not is_last
+        control.should_training_stop |= is_stopped
 
     def on_epoch_end(self, _, state, control, **__):
         """Evaluate and save, unless a signal ended the epoch."""
@@ -963,15 +977,11 @@ class Callbacks:
 
     def on_save(self, args, state, _, **__):
         """Mark a checkpoint as complete, and prune the older ones."""
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()  # each process writes its own random state
-        if is_first_process():
-            folder = Path(args.output_dir)
-            (folder / "README.md").unlink(missing_ok=True)  # TRL's, which describes no run
-            new = folder / f"checkpoint-{state.global_step}"
-            write_json(new / "complete.json", hashes(new))
-            prune(folder, self.job.plan.steps_per_epoch, newest=2)
+        folder = Path(args.output_dir)
+        (folder / "README.md").unlink(missing_ok=True)  # TRL's, which describes no run
+        new = folder / f"checkpoint-{state.global_step}"
+        write_json(new / "complete.json", hashes(new))
+        prune(folder, self.job.plan.steps_per_epoch, newest=2)
 
 
 def train(trainer, job):
@@ -979,36 +989,27 @@ def train(trainer, job):
     import torch
     from transformers import TrainerCallback
 
-    watch = type("Callbacks", (Callbacks, TrainerCallback), {"job": job})()
-    trainer.add_callback(watch)
-    if job.checkpoint:  # else several processes take the first epoch's order
-        epoch = int(job.checkpoint.name[11:]) // job.plan.steps_per_epoch
-        trainer._get_train_sampler().set_epoch(epoch)
+    trainer.add_callback(type("Callbacks", (Callbacks, TrainerCallback), {"job": job})())
     trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
     job.is_training, job.peak_gib = False, torch.cuda.max_memory_allocated() / 2**30
-    if watch.stopping or job.stopped_by:
+    if job.stopped_by:
         step = trainer.state.global_step
         done = f"stopped at step {step:,} of {job.plan.steps:,}; the same command goes on from"
-        message = f"{done} {job.output}/checkpoints/checkpoint-{step}"
-        raise KeyboardInterrupt(job.stopped_by or signal.SIGTERM, message)
+        raise KeyboardInterrupt(
+            job.stopped_by, f"{done} {job.output}/checkpoints/checkpoint-{step}"
+        )
 
 
-# ==== 10 Results: the adapter, its proof, and what shows what it does
+# ==== 11 Results: the adapter, its proof, and what shows what it does
 
 
 def save_adapter(model, job, folder):
     """Write folder/final_lora, and final_lora_vllm if vLLM needs it."""
-    from peft import PeftConfig
     from safetensors.torch import load_file, save_file
 
     final, vllm = folder / "final_lora", folder / "final_lora_vllm"
     model.save_pretrained(final)
     job.tokenizer.save_pretrained(final)
-    asked, saved = vars(lora_config(job.args)), vars(PeftConfig.from_pretrained(final))
-    for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type"):
-        if saved[key] != asked[key]:
-            fault = f"{key} is {saved[key]}, not {asked[key]} as asked"
-            raise SystemExit(f"{final}/adapter_config.json: {fault}")
     tensors = load_file(final / "adapter_model.safetensors")
     plain, wrapped = "base_model.model.model.", "base_model.model.model.language_model."
     is_wrapper = job.config.get_text_config() is not job.config
@@ -1018,15 +1019,15 @@ def save_adapter(model, job, folder):
         shutil.copy(final / "adapter_config.json", vllm)
         renamed = {name.replace(plain, wrapped, 1): tensor for name, tensor in tensors.items()}
         save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
-    # It is written for its owner alone, but a server may be another user.
+    # It is written for its owner alone; a server may be another user.
     for path in folder.glob("*/adapter_model.safetensors"):
         shutil.copymode(final / "adapter_config.json", path)
 
 
 def prove(model, folder, row):
-    """Return the base with folder's adapter from disk; exit unless tensors and logits are model's.
+    """Return the base with the adapter from disk; exit unless tensors and logits are model's.
 
-    model gives up its adapter here. A GPU may round otherwise: a tenth of the effect is allowed.
+    model loses its adapter here. A GPU may round otherwise: a tenth of the effect is allowed.
     """
     import torch
     from peft import PeftModel, get_peft_model_state_dict
@@ -1057,6 +1058,53 @@ def prove(model, folder, row):
     return reloaded
 
 
+def singular_values(a, b, scale):
+    """Return those of scale * B A, at most r, without making that d x k matrix."""
+    import torch
+
+    # B = Q R and A^T = Q' R'; Q and Q' change no length, so R R'^T has the values of B A.
+    left, right = (torch.linalg.qr(matrix.double().cpu()).R for matrix in (b, a.T))
+    return scale * torch.linalg.svdvals(left @ right.T)
+
+
+def measure_update(model):
+    """Return the size of each adapted module's update, and how many directions it uses."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    rows = []
+    for name, module in [one for one in model.named_modules() if isinstance(one[1], LoraLayer)]:
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        energy = singular_values(a, b, module.scaling["default"]).square()  # of each direction
+        total, half = energy.sum(), energy[: max(1, len(a) // 2)].sum()
+        norm = torch.linalg.vector_norm(module.get_base_layer().weight, dtype=torch.float64)
+        rows.append({
+            "target": name.rpartition(".")[2], "layer": int(re.search(r"\.(\d+)\.", name)[1]),
+            "update": (total.sqrt() / norm.cpu()).item(), "half": (half / (total + 1e-300)).item(),
+            "directions": int((energy.cumsum(0) < 0.9 * total).sum()) + bool(total),
+        })  # fmt: skip
+    return rows
+
+
+def report_learnt(model, job, _):
+    """Print what LoRA learnt, as means over each target's layers, and how to read it."""
+    job.learnt, r = measure_update(model), job.args.lora_r
+    columns = "{:<14}{:>10}{:>18}{:>14}{:>22}".format
+    held = f"strongest {max(1, r // 2)} hold"
+    lines = [columns("target", "update/W %", "most in layers", "directions", held)]
+    for target in dict.fromkeys(row["target"] for row in job.learnt):
+        rows = [row for row in job.learnt if row["target"] == target]
+        rows.sort(key=lambda row: -row["update"])
+        layers = ", ".join(str(row["layer"]) for row in rows[:3])
+        keys = ("update", "directions", "half")
+        update, used, half = (statistics.fmean(row[key] for row in rows) for key in keys)
+        shown = f"{100 * update:.3g}", layers, f"{used:.1f} of {r}", f"{half:.0%}"
+        lines.append(columns(target, *shown))
+    lines.append("update: (alpha/r) B A; directions: those that hold 90 % of it. Few are usual,")
+    lines.append("and do not show that a smaller r learns as much: another run tells")
+    report("learnt", "\n".join(lines))
+
+
 def publish(trainer, job):
     """Write the adapter beside its place, prove it, move it in; return the proved model."""
     partial, folder = job.output / ".partial", job.output / "checkpoints"
@@ -1070,8 +1118,8 @@ def publish(trainer, job):
             new.rename(job.output / new.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    (folder / "job.json").unlink(missing_ok=True)
     job.is_published = True
+    (folder / "job.json").unlink(missing_ok=True)
     prune(folder, job.plan.steps_per_epoch, newest=0)
     return model
 
@@ -1079,20 +1127,20 @@ def publish(trainer, job):
 def answer(model, job, row):
     """Return the model's greedy reply to a row's prompt."""
     import torch
+    from transformers import GenerationConfig
 
     tokenizer, start = job.tokenizer, row["labels"].count(-100)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    how = GenerationConfig(do_sample=False, max_new_tokens=job.args.max_new_tokens, **ends)
     ids = torch.tensor([row["input_ids"][:start]], device=model.device)
-    how = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # greedy
-    how |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    how |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": job.args.max_new_tokens}
-    ids = model.generate(input_ids=ids, **how)
-    reply = ids[0, start:].tolist()
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    reply = model.generate(**given, generation_config=how)[0, start:].tolist()
     cut = " [cut here]" * (tokenizer.eos_token_id not in reply)
     return tokenizer.decode(reply, skip_special_tokens=True) + cut
 
 
 def write_samples(model, job, path):
-    """Write held-out prompts with the base's, the adapter's and the written reply."""
+    """Write held-out prompts and their replies: base's, adapter's, written."""
     args, count = job.args, min(job.args.num_samples, len(job.eval))
     text = f"# Replies with and without the adapter\n\n{args.model_name}, r={args.lora_r}, "
     text += f"alpha={args.lora_alpha}, {args.num_epochs} epochs of {args.train_file}; greedy.\n"
@@ -1103,32 +1151,25 @@ def write_samples(model, job, path):
         said += [("adapter", answer(model, job, row)), ("written", written[1])]
         text += f"\n## {row['where']}\n"
         for who, reply in said:
-            quoted = [f"> {line}\n" for line in re.split(r"\r\n?|\n", reply.strip())]
-            text += f"\n**{who}**\n\n" + "".join(quoted)
+            quoted = re.sub(r"(?m)^", "> ", re.sub(r"\r\n?", "\n", reply.strip()))
+            text += f"\n**{who}**\n\n{quoted}\n"
     if count:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, "utf-8")
         report("samples", f"{count} held-out prompts answered with and without the adapter")
 
 
 def draw_losses(_, job, path):
-    """Draw the train loss, raw and smoothed, and the eval loss over the steps."""
-    os.environ.pop("MPLBACKEND", None)  # nothing is shown, and an unknown name is an error
+    """Draw the train and the eval loss over the steps."""
     from matplotlib.figure import Figure
 
-    args, per_epoch = job.args, job.plan.steps_per_epoch
-    steps, losses = zip(*((e["step"], e["loss"]) for e in job.history if "loss" in e), strict=True)
-    width = max(1, len(losses) // 25)
-    windows = [losses[max(0, i - width) : i + width + 1] for i in range(len(losses))]
-    smooth = [statistics.fmean(window) for window in windows]
-    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+    args, figure = job.args, Figure((9, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, label="train, each step")
-    axes.plot(steps, smooth, color="tab:blue", label=f"train, mean of {2 * width + 1} steps")
-    evals = [(entry["step"], entry["eval_loss"]) for entry in job.history if "eval_loss" in entry]
-    if evals:
-        axes.plot(*zip(*evals, strict=True), "o-", color="tab:orange", label="eval")
-    for step in range(per_epoch, steps[-1] + 1, per_epoch):
-        axes.axvline(step, color="gray", linestyle=":", linewidth=1)
+    losses = {entry["step"]: entry["loss"] for entry in job.history if "loss" in entry}
+    evals = {entry["step"]: entry["eval_loss"] for entry in job.history if "eval_loss" in entry}
+    axes.plot([*losses], [*losses.values()], color="tab:blue", alpha=0.4, label="train, each step")
+    axes.plot([*evals], [*evals.values()], "o-", color="tab:orange", label="eval")
+    for epoch in range(1, args.num_epochs + 1):
+        axes.axvline(epoch * job.plan.steps_per_epoch, color="gray", linestyle=":", linewidth=1)
     name = "/".join(Path(args.model_name).parts[-2:])
     axes.set_title(f"{name}, r={args.lora_r}, alpha={args.lora_alpha}", parse_math=False)
     axes.set(xlabel="step (dotted: end of an epoch)", ylabel="loss, nats per token")
@@ -1138,39 +1179,18 @@ def draw_losses(_, job, path):
 
 def serve_command(job):
     """Return the command that serves the saved adapter."""
-    config = json.loads((job.output / "final_lora/adapter_config.json").read_text("utf-8"))
-    rank = min(rank for rank in VLLM_RANKS if rank >= config["r"])
-    vllm = job.output / "final_lora_vllm"
+    args, vllm = job.args, job.output / "final_lora_vllm"
     adapter = f"companion={vllm if vllm.exists() else job.output / 'final_lora'}"
-    words = [job.args.model_name, job.args.model_revision, adapter]
-    model, revision, adapter = map(shlex.quote, words)
+    model, revision, adapter = map(shlex.quote, (args.model_name, args.model_revision, adapter))
     return f"""vllm serve {model} --revision {revision} \\
-  --enable-lora --max-lora-rank {rank} --lora-modules {adapter} \\
+  --enable-lora --max-lora-rank {vllm_rank(args.lora_r)} --lora-modules {adapter} \\
   --default-chat-template-kwargs '{{"enable_thinking": false}}'"""
 
 
-def write_card(_, job, path):
-    """Write how to serve the adapter into its model card."""
-    args, head = job.args, path.read_text("utf-8").split("---\n")[1]
-    text = f"""---
-{head}---
-
-# LoRA adapter for {args.model_name}
-
-r={args.lora_r}, alpha={args.lora_alpha}, on {", ".join(args.lora_target_modules)}.
-It was trained behind the prompt that `enable_thinking=false` makes: keep that setting.
-
-```
-{serve_command(job)}
-```
-"""
-    path.write_text(text, encoding="utf-8")
-
-
 def write_extras(model, job):
-    """Write samples, picture and card; an error in one is a warning."""
-    extras = {"samples.md": write_samples, "loss.png": draw_losses}
-    for name, write in (extras | {"final_lora/README.md": write_card}).items():
+    """Show what the adapter learnt and does; an error in it is a warning."""
+    extras = {"learnt": report_learnt, "samples.md": write_samples, "loss.png": draw_losses}
+    for name, write in extras.items():
         try:
             write(model, job, job.output / name)
         except Exception as error:
@@ -1179,92 +1199,92 @@ def write_extras(model, job):
 
 
 def summarize(job):
-    """Print what the run did, where its results are, how to serve them."""
+    """Print what was done, where it is, how to serve it."""
     output, evals = job.output, [entry for entry in job.history if "eval_loss" in entry]
-    size = (output / "final_lora/adapter_model.safetensors").stat().st_size / 1e6
     losses = " -> ".join(f"{entry['eval_loss']:.4f}" for entry in evals) or "not evaluated"
-    lines = [f"adapter    {output}/final_lora, {size:.1f} MB", f"eval loss  {losses}"]
+    lines = [f"adapter    {output}/final_lora", f"eval loss  {losses}"]
     best = min(evals, key=lambda entry: entry["eval_loss"], default=None)
-    if best and best["eval_loss"] < evals[-1]["eval_loss"]:
-        where = f"{output}/checkpoints/checkpoint-{best['step']}" if best["step"] else "the base"
-        lines.append(f"overfit    lowest with {where}; lower NUM_EPOCHS or LEARNING_RATE")
-    rate, in_all = job.tokens / max(job.seconds, 1e-9), (time.time() - job.facts["started"]) / 60
+    if evals and best["eval_loss"] < evals[-1]["eval_loss"]:
+        lines.append(f"overfit    lowest at step {best['step']}; lower NUM_EPOCHS or LEARNING_RATE")
+    rate, in_all = job.tokens / max(job.seconds, 1e-9), (time.time() - job.started) / 60
     since = " since the checkpoint" * bool(job.checkpoint)
     lines.append(f"time       {in_all:.1f} min, {job.seconds / 60:.1f} in steps{since}")
     lines.append(f"speed      {rate:,.0f} tokens/s, {job.peak_gib:.1f} GiB of GPU memory")
-    names = [name for name in ("samples.md", "loss.png", "run.json") if (output / name).exists()]
-    lines.append(f"look at    {', '.join(f'{output}/{name}' for name in names)}")
+    lines.append(f"look at    loss.png, run.json and any samples.md in {output}")
     if job.args.demo:
         lines.append("The demo's weights are random: it shows that the job runs.")
     report("done", "\n".join(lines))
     report("next", serve_command(job))
 
 
-# ==== 11 run, main
+# ==== 12 run, main
 
 
 def run(job):
-    """Do the job; this is the table of contents, with the sections' numbers."""
+    """Do the job: the table of contents, with the sections' numbers."""
     args = job.args
+    if not args.dry_run:
+        open_log(job.output)  # 8
     examples = read_examples(args.train_file)  # 3
     held_out = read_examples(args.eval_file) if args.eval_file else []
     warn_of_repeats(examples, held_out)
     if not args.dry_run:
-        job.n_processes = 0  # not known yet
-        job.n_processes = join_processes(args)  # 4
-        job.device = check_device(args)
+        job.device = check_device(args)  # 4
     job.config, job.tokenizer = load_config_and_tokenizer(args)
     job.train = encode(examples, job.tokenizer, args.max_seq_len)  # 5
     job.eval = encode(held_out, job.tokenizer, args.max_seq_len)
     files = {args.train_file: job.train, args.eval_file: job.eval}
     job.data = report_tokens({path: rows for path, rows in files.items() if rows})
     show_example(job.train[0], job.tokenizer)
-    job.plan = make_plan(args, job.config, len(job.train), job.n_processes)  # 6
+    job.plan = make_plan(args, job.config, len(job.train))  # 6
     if args.dry_run:
         return
     report("device", job.device)
-    job.checkpoint = find_checkpoint(job)  # 7
-    job.facts = describe_run(job)
+    job.products = choose_products(job)  # 7
+    job.checkpoint = find_checkpoint(job)  # 8
+    job.started = time.time()
     write_record(job, "running")
-    trainer = build_trainer(job)  # 8
+    trainer = build_trainer(job)  # 9
     check_injection(trainer.model, job.plan)
     fit_memory(trainer, job)
-    train(trainer, job)  # 9
-    if is_first_process():
-        model = publish(trainer, job)  # 10
-        write_extras(model, job)
-        write_record(job, "finished")
-        summarize(job)
+    train(trainer, job)  # 10
+    model = publish(trainer, job)  # 11
+    write_extras(model, job)
+    write_record(job, "finished")
+    summarize(job)
 
 
 def set_environment(args):
-    """Set what libraries read at import; take away what would undo a constant."""
+    """Set what libraries read at import; remove what would undo a constant."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # of TRL
+    os.environ.pop("MPLBACKEND", None)  # an unknown name is an error
     if args.device == "cpu":  # beside another busy process 28 s, not 245
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        del os.environ[name]  # a launcher's autocast, FSDP, torch.compile
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    for name in [name for name in os.environ if name in ranks or name.startswith("ACCELERATE_")]:
+        del os.environ[name]  # a launcher's; this is one process
     logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")  # "install fla"
-    # A call of PEFT's own.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's call
 
 
 def catch_signals(job):
-    """Have a signal save and stop training, or stop all else; return old handlers."""
+    """Have signals save and stop training, or stop all else; return them."""
 
     def on_signal(number, _):
         again, job.stopped_by = job.stopped_by, number
         if job.is_training and not again:
             report("stopping", "this step is finished and saved first; once more stops at once")
             return
-        message = "stopped; the same command goes on from the newest checkpoint, if any"
+        rest = "the same command goes on from the newest checkpoint, if any"
         if job.is_published:
-            message = f"stopped; {job.output}/final_lora is whole"
-        raise KeyboardInterrupt(number, message)
+            rest = f"{job.output}/final_lora is whole"
+        raise KeyboardInterrupt(number, f"stopped; {rest}")
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    taken = [one for one in signals if signal.getsignal(one) != signal.SIG_IGN]  # as under nohup
-    return {one: signal.signal(one, on_signal) for one in taken}
+    taken = [one for one in signals if signal.getsignal(one) != signal.SIG_IGN]  # nohup
+    for one in taken:
+        signal.signal(one, on_signal)
+    return taken
 
 
 def explain(error):
@@ -1280,9 +1300,8 @@ def explain(error):
     if kind == "OutOfMemoryError":
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
         return 1, f"out of memory ({text}); {advice}; see nvidia-smi"
-    # Other libraries' errors for a file that cannot be written.
-    is_others = kind in ("SafetensorError", "Exception") or "inline_container" in text
-    if isinstance(error, OSError) or is_others:
+    # safetensors, tokenizers and torch have errors of their own.
+    if isinstance(error, OSError) or kind in ("SafetensorError", "Exception") or "inline_" in text:
         advice = "make room, and the same command goes on from the newest checkpoint"
         return 1, f"a file could not be written or read ({text}); {advice}"
     return 0, repr(error)
@@ -1293,13 +1312,11 @@ def main(argv=None):
     args = parse_args(argv)
     set_environment(args)
     job, status = Job(args), 0
-    handlers = catch_signals(job)
+    signals = catch_signals(job)
     try:
-        if is_first_process() and not args.dry_run:
-            open_log(job.output)
         run(job)
     except BaseException as error:
-        for one in handlers:  # nothing may break off the rest
+        for one in signals:  # nothing may break off the rest
             signal.signal(one, signal.SIG_IGN)
         LOG.info("ended by", exc_info=True)
         status, message = explain(error)
@@ -1308,12 +1325,11 @@ def main(argv=None):
         write_record(job, f"{'interrupted' if status > 1 else 'failed'}: {message}")
         if not status:
             raise
-        if is_first_process() or job.n_processes != 1:
-            print(message, file=sys.stderr)
+        print(message, file=sys.stderr)
     finally:
-        for one, handler in handlers.items():
-            signal.signal(one, handler)
         logging.shutdown()
+        for one in signals:  # exit may wait
+            signal.signal(one, signal.SIG_DFL)
     if status:
         raise SystemExit(status)
 
@@ -1330,9 +1346,8 @@ class Unbreakable(io.FileIO):
 
 if __name__ == "__main__":
     for number, name in ((1, "stdout"), (2, "stderr")):
-        try:
+        if getattr(sys, name):  # not closed by the shell
             raw = Unbreakable(number, "w", closefd=False)
-        except OSError:  # closed by the shell
-            raw = open(os.devnull, "wb", 0)  # noqa: SIM115
-        setattr(sys, name, io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True))
+            text = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
+            setattr(sys, name, text)
     main()
