@@ -1256,7 +1256,7 @@ def run(job):
 
 def set_environment(args):
     """Set what libraries read at import; remove what would undo a constant."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # of TRL
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.pop("MPLBACKEND", None)  # an unknown name is an error
     if args.device == "cpu":  # beside another busy process 28 s, not 245
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -1328,7 +1328,7 @@ def main(argv=None):
         print(message, file=sys.stderr)
     finally:
         logging.shutdown()
-        for one in signals:  # exit may wait
+        for one in signals:  # exit waits for threads
             signal.signal(one, signal.SIG_DFL)
     if status:
         raise SystemExit(status)
