@@ -296,28 +296,11 @@ def why_no_gpu():
     return f"{reason}; {found}; CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}"
 
 
-def set_up_loss(device, dtype):
-    """Have TRL score only trained positions, without Triton, which needs a compiler; try it."""
-    import torch
-    import trl.kernels.chunked_logprob as kernel
-    import trl.trainer.utils
-
-    # Private names; a test sees their effect.
-    trl.trainer.utils._use_triton = lambda device: True  # only trained positions
-    kernel._use_triton = lambda device: False  # but not by Triton
-    ones = functools.partial(torch.ones, device=device, dtype=getattr(torch, dtype))
-    hidden, targets = ones(4, 8, requires_grad=True), torch.zeros(4, device=device).long()
-    loss = kernel.ChunkedLogProbFunction.apply(hidden, ones(16, 8), None, targets, 1.0, 8)[0]
-    loss.sum().backward()
-    hidden.grad.sum().item()
-
-
 def check_device(args):
     """Return a line about the device, or exit; call it before transformers is imported."""
     import torch
 
     if args.device == "cpu":
-        set_up_loss("cpu", args.dtype)
         return "CPU"
     if torch.cuda.device_count() > 1:  # the first; this does not start CUDA yet
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
@@ -332,7 +315,9 @@ def check_device(args):
     advice = 'pip install "torch>=2.7,<2.11", for sm_70 (V100) to sm_120, or free its memory'
     # A wheel without this GPU's kernels says so only here.
     with blame(f"DEVICE cuda: torch does not run on {name}", advice, RuntimeError):
-        set_up_loss("cuda", args.dtype)
+        ones = torch.ones(8, 8, device="cuda", dtype=getattr(torch, args.dtype), requires_grad=True)
+        (ones @ ones).sum().backward()
+        ones.grad.sum().item()
     bf16 = "native" if major >= 8 else "emulated"
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
     return f"{name}, {free:.1f} of {total:.1f} GiB free; bf16 is {bf16}"
@@ -578,7 +563,7 @@ def scaled_product(rows, weight):
 
 
 def use_float16(model):
-    """Have the layers' frozen linear modules compute by scaled_product(), where that is safe."""
+    """Have the frozen linear modules compute by scaled_product(), where that is safe."""
     import torch
 
     class Product(torch.autograd.Function):
@@ -597,20 +582,26 @@ def use_float16(model):
         product = Product.apply(rows, module.weight)
         return product if module.bias is None else product + module.bias
 
-    changes, left = [0.0], []
+    dtype, changes, left = model.dtype, [0.0], []
     for name, module in model.named_modules():
-        if type(module) is torch.nn.Linear and re.search(r"\.\d+\.", name):
-            weight = module.weight.data
-            sums = [torch.linalg.vector_norm(weight, 1, dim, dtype=torch.float64) for dim in (0, 1)]
-            if max(one.max() for one in sums) < 65504 / 2:  # its largest number; rows are below 2
-                module.weight.data = weight.half()
+        if type(module) is torch.nn.Linear:
+            parts = module.weight.data.split(4096)
+            sums = [part.float().abs().sum(1).max() for part in parts]
+            sums.append(sum(part.float().abs().sum(0) for part in parts).max())
+            if max(sums) < 65504 / 2:  # its largest number; rows are below 2
+                small = module.weight.data.half()
+                pairs = zip(parts, small.split(4096), strict=True)
+                changes += [(part - new).abs().max().item() for part, new in pairs]
+                module.weight.data = small
                 module.forward = functools.partial(forward, module)
-                changes.append((module.weight.data - weight).abs().max().item())
             else:
                 left.append(name)
+    # The embedding may share the head's weight.
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, ids, rows: rows.to(dtype))
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
     but = f"; not {listed(left, 3, ', ')}" if left else ""
-    text = f"{len(changes) - 1} modules compute in scaled float16, their weights changed by at most"
+    text = "frozen modules compute in scaled float16, their weights changed by at most"
     report("products", f"{text} {max(changes):.1g}{but}")
 
 
@@ -809,6 +800,7 @@ def sft_config(job):
         eval_on_start=bool(job.eval) and not job.checkpoint,  # B is zero then: the base's loss
         save_steps=args.save_steps, disable_tqdm=True, use_cpu=args.device == "cpu",
         logging_steps=1,  # each loss is checked and kept
+        include_num_input_tokens_seen="non_padding",
         logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
         eos_token=job.tokenizer.eos_token,  # where a turn ends
     )  # fmt: skip
@@ -834,6 +826,23 @@ def load_model(args, products="dtype"):
     return model
 
 
+def token_loss(model, inputs, num_items_in_batch=None, **_):
+    """Return the mean -log(probability) of the learnt tokens, as TRL's loss does.
+
+    It makes logits only where a token is learnt, by transformers' own head, which a V100 multiplies
+    in float16; TRL's would need Triton, and multiplies in bfloat16.
+    """
+    import torch
+
+    given, labels = dict(inputs, use_cache=False), inputs["labels"][:, 1:]
+    del given["labels"]
+    learnt = labels != -100
+    kept = learnt.any(0).nonzero()[:, 0]  # positions whose next token is learnt, in any row
+    logits = model(**given, logits_to_keep=kept).logits.flatten(0, 1).float()
+    total = torch.nn.functional.cross_entropy(logits, labels[:, kept].flatten(), reduction="sum")
+    return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
 def build_trainer(job):
     """Return the SFTTrainer; LoRA is injected by it alone."""
     from datasets import Dataset
@@ -853,6 +862,7 @@ def build_trainer(job):
         eval_dataset=dataset(by_length) if job.eval else None,
         processing_class=job.tokenizer,
     )
+    trainer.compute_loss = token_loss
     # Like lengths need less padding. Unlike group_by_length's, this order comes from seed and
     # epoch, so a resumed run has it too.
     batch = args.batch_size * args.gradient_accumulation_steps
@@ -898,7 +908,7 @@ def fit_memory(trainer, job):
     def overflows(rows):
         inputs = trainer._prepare_inputs(trainer.data_collator(rows))
         try:
-            model(**inputs, fused_lm_head=True).loss.backward()
+            token_loss(model, inputs).backward()
         except torch.OutOfMemoryError:
             return True
         finally:
@@ -935,11 +945,12 @@ def fit_memory(trainer, job):
 class Callbacks:
     """A run's callbacks; train() adds the base class, which is slow to import."""
 
-    job, began = None, 0.0
+    job, began, seen = None, 0.0, 0
 
-    def on_step_begin(self, *_, **__):
+    def on_step_begin(self, _, state, *__, **___):
         """From here on there is something to save."""
-        self.job.is_training, self.began = True, time.monotonic()
+        self.job.is_training = True
+        self.began, self.seen = time.monotonic(), state.num_input_tokens_seen
 
     def on_log(self, _, state, __, logs, **___):
         """Print a loss, and exit if it is not finite."""
@@ -955,7 +966,7 @@ class Callbacks:
             report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
         if "loss" in logs:
             job.seconds += time.monotonic() - self.began
-            job.tokens = int(logs["num_tokens"])
+            job.tokens += state.num_input_tokens_seen - self.seen
             if step % job.args.logging_steps == 0:
                 text = "step {:,}/{:,}  loss {loss:.4f}  gradient norm {grad_norm:.3f}  "
                 text += "learning rate {learning_rate:.2e}  {:,.0f} tokens/s"

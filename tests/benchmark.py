@@ -143,7 +143,7 @@ def with_lora(model, dropout=t.LORA_DROPOUT):
 
 # ==== simulation: the real modeling code on tensors that have a shape and no values
 
-# What work and memory of a batch depend on: padded shape, trained tokens, whether all layers are
+# What work and memory of a batch depend on: padded shape, positions scored, whether all layers are
 # recomputed, and whether it is done as TRL does it by default: the gradient of the embeddings is
 # computed, which nothing needs, and Triton folds the tiles of the vocabulary in place. Products
 # are those of the script's frozen layers; only the time depends on them.
@@ -152,9 +152,11 @@ Batch = collections.namedtuple("Batch", FIELDS, defaults=DEFAULTS)
 
 
 def as_batch(inputs, **how):
-    """Return what the collator made as a Batch."""
-    trained = int((inputs["labels"][:, 1:] != -100).sum())
-    return Batch(*inputs["input_ids"].shape, trained, **how)
+    """Return what the collator made as a Batch; the script scores a position for all rows."""
+    rows, length = inputs["input_ids"].shape
+    trained = inputs["labels"][:, 1:] != -100
+    scored = trained.sum() if how.get("trl") else rows * trained.any(0).sum()
+    return Batch(rows, length, int(scored), **how)
 
 
 @functools.cache
@@ -165,8 +167,7 @@ def simulated(layers, products="dtype"):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
-    t.set_up_loss("cpu", t.DTYPE)  # torch folds the tiles, on a GPU too
-    # On a GPU the product is added in float32 in place: no float32 copies of tile and weights.
+    # TRL's: a GPU adds the product in float32 in place, without float32 copies of tile and weights.
     kernels._addmm_fp32 = lambda total, a, b: total.add_(torch.mm(a, b))
     with torch.device("meta"):
         config = Qwen3_5TextConfig(**QWEN | {"num_hidden_layers": layers})
@@ -182,13 +183,24 @@ def simulated(layers, products="dtype"):
     return model, mode
 
 
-def loss_of(hidden, weight, batch):
+def trl_loss(hidden, weight, batch):
     """Return the loss of a batch's trained tokens, as TRL's model computes it on a GPU."""
     import trl.kernels.chunked_logprob as kernels
 
     rows = hidden.flatten(0, 1)[: batch.trained].clone()
     rest = (None, rows[:, 0].long(), 1, 32768, None, 1, ("log_probs", "entropy", "is_top1"))
     return -kernels.ChunkedLogProbFunction.apply(rows, weight, *rest)[0].sum()
+
+
+def script_loss(model, inputs, batch):
+    """Return the script's loss, where so many positions are scored."""
+    import torch
+
+    def positions(_):
+        return torch.zeros(batch.trained // batch.rows, 1, dtype=torch.long)
+
+    with unittest.mock.patch.object(torch.Tensor, "nonzero", positions):
+        return t.token_loss(model, inputs)
 
 
 def step(model, batch, autocast=False):
@@ -202,20 +214,24 @@ def step(model, batch, autocast=False):
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = batch.recompute
     model.disable_input_require_grads()  # first, as it undoes only the last call of the other
-    folds = {name: getattr(kernels, name) for name in ("_forward_tile", "_backward_tile")}
     if batch.trl:
         model.enable_input_require_grads()
-        folds = dict.fromkeys(folds, lambda *_, **__: None)  # Triton's need no other memory
     ids = torch.empty(batch.rows, batch.length, dtype=torch.long)
     full = ids.new_empty(batch.rows, 1, batch.length, batch.length) > 0
     inputs = {"attention_mask": {"linear_attention": ids, "full_attention": full}}
+    inputs |= {"input_ids": ids, "use_cache": False}
     base = model.get_base_model()
     # The math kernel is all that there is for bfloat16 on a V100.
+    folds = dict.fromkeys(("_forward_tile", "_backward_tile"), lambda *_, **__: None)
+    # TRL's folds are Triton's on a GPU, which need no other memory.
     with sdpa_kernel(SDPBackend.MATH), unittest.mock.patch.multiple(kernels, **folds):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = base.model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
-            if batch.trained:
-                out = loss_of(out, base.get_output_embeddings().weight, batch)
+            if batch.trained and not batch.trl:
+                out = script_loss(base, inputs | {"labels": ids}, batch)
+            else:
+                out = base.model(**inputs).last_hidden_state
+            if batch.trained and batch.trl:
+                out = trl_loss(out, base.get_output_embeddings().weight, batch)
         out.sum().backward()
 
 
@@ -302,7 +318,13 @@ def peak_of_loss(batch):
         weight = torch.empty(QWEN["vocab_size"], QWEN["hidden_size"], **like)
         size = (batch.rows, batch.length, QWEN["hidden_size"])
         hidden = torch.empty(*size, requires_grad=True, **like)
-        most = most_alive([hidden, weight], lambda: loss_of(hidden, weight, batch).backward())
+
+        def head(logits_to_keep, **_):
+            return argparse.Namespace(logits=hidden[:, logits_to_keep] @ weight.T)
+
+        inputs = {"labels": torch.empty(batch.rows, batch.length, dtype=torch.long)}
+        run = functools.partial(script_loss, head, inputs, batch)
+        most = most_alive([hidden, weight], lambda: run().backward())
         return most - hidden.nbytes - weight.nbytes
 
 
@@ -330,7 +352,8 @@ def chosen(trainer, job, batches, memory):
     }
     trainer.model.forward = forward
     args = argparse.Namespace(**vars(job.args) | {"device": "cuda"})
-    with unittest.mock.patch.multiple(torch.cuda, **gpu), quiet():
+    loss = unittest.mock.patch.object(t, "token_loss", lambda model, inputs: model(**inputs).loss)
+    with unittest.mock.patch.multiple(torch.cuda, **gpu), loss, quiet():
         t.fit_memory(trainer, dataclasses.replace(job, args=args))
     seen.clear()
     for inputs in batches:
@@ -393,7 +416,8 @@ def part_flops(folder, _):
     }
     # Forward and backward are two products with the vocabulary; TRL does the forward one again.
     least = 4 * QWEN["vocab_size"] * QWEN["hidden_size"]
-    trl = (flops(Batch(1, 70, 50)) - flops(Batch(1, 70, 0))) / 50
+    one = Batch(1, 70, 50, trl=True)
+    trl = (flops(one) - flops(one._replace(trained=0))) / 50
     floor, tokens = epoch_flops(alone, least), sum(len(row["input_ids"]) for row in job.train)
     size = f"{len(job.train):,} examples, {tokens:,} tokens"
     print(f"FLOPS     one epoch over {t.TRAIN_FILE}, {size}, Qwen3.5-4B, simulated")
@@ -401,7 +425,7 @@ def part_flops(folder, _):
     heads = ["PFLOP", "x floor", "target", "padding", "recomputed", "peak GiB"]
     print(columns("", *heads))
     for name, (target, batches) in lines.items():
-        work = epoch_flops(batches, least if batches is alone else trl)
+        work = epoch_flops(batches, trl if batches is trls else least)
         padding = 1 - tokens / sum(batch.rows * batch.length for batch in batches)
         recomputed = f"{sum(batch.recompute for batch in batches)} of {len(batches)}"
         most = largest_peak(batches) / GIB
@@ -411,7 +435,7 @@ def part_flops(folder, _):
 FLOPs of matrix products, convolutions and triangular solutions, forward and backward, in the real
 modeling code. Which batches are recomputed the script's own probe chooses by the simulated peaks,
 within 0.9 of the memory that CUDA leaves (it is assumed to take 0.5 GiB). The peaks hold the
-loss's float32 tiles, but not what CUDA takes, nor memory in pieces. TRL's: random batches of 2,
+loss's logits, but not what CUDA takes, nor memory in pieces. TRL's: random batches of 2,
 all recomputed, only trained tokens scored, by Triton's kernels, as on a GPU, and bfloat16 weights
 like the others (its default, float32, adds 7.8 GiB).""")
 
@@ -429,8 +453,8 @@ def part_memory(folder, _):
     for name, (size, target) in lines.items():
         print(f"{name:<38}{size / GIB:>8.2f} GiB   {target}".rstrip())
     print("""\
-In the peaks are the weights in bfloat16, 7.8 GiB, LoRA's gradients, AdamW's moments and the loss,
-which torch does, not Triton's kernels, in up to eight float32 tiles of trained tokens x 32,768.""")
+In the peaks are the weights in bfloat16, 7.8 GiB, LoRA's gradients, AdamW's moments and the loss:
+logits of the scored positions in bfloat16, and in float32 for 128 of them at once.""")
 
 
 # ==== a V100 on paper
@@ -600,7 +624,8 @@ def epoch_minutes(batches):
 
     @functools.cache
     def loss(one, trained):
-        return 1000 * costs_of(one._replace(length=320, trained=trained), 4)[KINDS.index("loss"), 0]
+        both = [costs_of(one._replace(length=320, trained=n), 4) for n in (trained, 0)]
+        return 1000 * (both[0] - both[1])[:, 0].sum()
 
     def of(batch):
         one = batch._replace(trained=0)
@@ -620,8 +645,9 @@ def part_v100(folder, _):
     """Print the roofline of a V100 by kinds of kernels, and what it says of three epochs."""
     job, _, grouped, random = epoch(folder)
     lengths = [len(row["input_ids"]) for row in job.train]
-    trained = sum(label != -100 for row in job.train for label in row["labels"]) / len(job.train)
-    median = Batch(2, round(statistics.median(lengths)), round(2 * trained))
+    trained = round(statistics.fmean(as_batch(one, trl=True).trained for one in grouped))
+    scored = statistics.fmean(as_batch(one).trained for one in grouped) / trained
+    median = Batch(2, round(statistics.median(lengths)), trained)
     ways = {
         "bf16": {}, "fp16": {"products": "float16"}, "TRL": {"recompute": True, "trl": True},
     }  # fmt: skip
@@ -634,8 +660,11 @@ bf16: this script, bfloat16 products. fp16: this script, scaled float16 products
 defaults, bfloat16 autocast and all recomputed. Both of the script's keep activations, as fits in
 32 GB. Views cost nothing. Left out: optimizer, copies between host and GPU, waiting for Python.""")
     for batch in (median, Batch(2, 512, 400)):
-        print(f"\n2 x {batch.length} tokens, {batch.trained} of them trained")
-        found = {name: costs(batch._replace(**how)) for name, how in ways.items()}
+        all_scored = batch._replace(trained=round(scored * batch.trained))
+        print(f"\n2 x {batch.length} tokens, {batch.trained} of them trained", end=", ")
+        print(f"{all_scored.trained} scored by the script")
+        found = {name: costs(all_scored._replace(**how)) for name, how in ways.items()}
+        found["TRL"] = costs(batch._replace(**ways["TRL"]))
         print(f"{'':<32}" + "".join(f"{name + ' ms':>10}{'kernels':>9}" for name in ways))
         for n, kind in enumerate([*KINDS, "all"]):
             rows = [one.sum(0) if kind == "all" else one[n] for one in found.values()]
@@ -651,8 +680,8 @@ defaults, bfloat16 autocast and all recomputed. Both of the script's keep activa
 What of fp16's kernels could go without a private patch of a library: one batch of 4 in the place
 of two of 2 launches half as many a step, {four:.0f} ms in the place of {2 * two:.0f}.
 LORA_DROPOUT = 0 saves LoRA two a target, 256. Inputs that several modules share (q, k, v; gate,
-up; four of DeltaNet's) could be scaled once: 480. PEFT's casts, transformers' DeltaNet and norms,
-and TRL's fold of the vocabulary, whose products stay in bfloat16, are those libraries' own code.
+up; four of DeltaNet's) could be scaled once: 480. PEFT's casts and transformers' DeltaNet and
+norms are those libraries' own code.
 
 {t.NUM_EPOCHS} epochs over the shipped data, minutes""")
     for name, how in ways.items():
