@@ -4,6 +4,8 @@
     python train_lora_single.py --dry_run    # only check the data and print the plan; needs no GPU
     python train_lora_single.py --demo       # the same code on a tiny model with random weights
     python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant is a flag too
+    python train_lora_single.py --chat       # talk to output/final_lora
+    python train_lora_single.py --compare OUTPUT_DIR ...       # which run was best
 
 LoRA leaves a weight W (d x k) frozen and learns A (r x k) and B (d x r) beside it:
 y = W x + (alpha / r) B A x. run(), at the end, is the table of contents.
@@ -17,6 +19,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import json
 import logging
@@ -30,53 +33,66 @@ import statistics
 import sys
 import textwrap
 import time
+import types
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 if sys.version_info < (3, 11):  # noqa: UP036
     raise SystemExit("Python 3.11, 3.12 or 3.13 is needed; README.md says how to get one")
 
-# torch and what builds on it are imported where used: a bad line is reported before.
+
+class Lazy(types.ModuleType):
+    """A library that is imported when it is first used: a bad line is reported before."""
+
+    def __getattr__(self, name):
+        """Return what the library calls by this name."""
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+torch, transformers, datasets = Lazy("torch"), Lazy("transformers"), Lazy("datasets")
+trl, peft, safetensors = Lazy("trl"), Lazy("peft"), Lazy("safetensors.torch")
 
 # ==== 1 Constants: edit them here, or give the flag of the same name in lower case
 
 # Model.
-MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder; loaded without its vision tower
-MODEL_REVISION = "main"  # branch, tag or commit on the hub
-DEVICE = "cuda"  # "cuda", or "cpu", for a small model
-DTYPE = "bfloat16"  # of the frozen weights; "float32" takes twice the memory
-PRODUCTS = "auto"  # of the frozen layers, in "dtype" or scaled "float16": "auto" times both
+MODEL_NAME: str = "Qwen/Qwen3.5-4B"  # on the hub, or a folder; loaded without its vision tower
+MODEL_REVISION: str = "main"  # branch, tag or commit on the hub
+DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" for a small model
+DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen weights
+PRODUCTS: Literal["auto", "dtype", "float16"] = "auto"  # of frozen weights; "auto" times both
 
 # Data: lines of {"prompt": [...], "completion": [...]} or {"messages": [...]}.
-TRAIN_FILE = "data/train.jsonl"  # what is learnt
-EVAL_FILE = "data/eval.jsonl"  # held out, about a tenth; "" turns evaluation and samples off
-MAX_SEQ_LEN = 512  # tokens; longer examples are left out. More needs more memory
+TRAIN_FILE: str = "data/train.jsonl"  # what is learnt
+EVAL_FILE: str = "data/eval.jsonl"  # held out, about a tenth; "" turns evaluation and samples off
+MAX_SEQ_LEN: int = 512  # tokens; longer examples are left out. More needs more memory
 
 # LoRA.
-LORA_R = 8  # rank: 4 for a narrow task, 8 for a style and 1,000 examples, 16+ for more
-LORA_ALPHA = 16  # alpha / r scales the update: 2 is usual, more may oscillate, less not learn
-LORA_DROPOUT = 0.05  # on the LoRA branch only; against learning phrases by heart
-LORA_TARGET_MODULES = [  # or DeltaNet's in_proj_qkv, in_proj_z, out_proj
+LORA_R: int = 8  # rank: 4 for a narrow task, 8 for a style and 1,000 examples, 16+ for more
+LORA_ALPHA: int = 16  # alpha / r scales the update: 2 is usual, more may oscillate, less not learn
+LORA_DROPOUT: float = 0.05  # on the LoRA branch only; against learning phrases by heart
+LORA_TARGET_MODULES: list = [  # or DeltaNet's in_proj_qkv, in_proj_z, out_proj
     "q_proj", "k_proj", "v_proj", "o_proj",  # attention: what is looked at
     "gate_proj", "up_proj", "down_proj",  # feed-forward: words and rhythm
 ]  # fmt: skip
 
 # Training. Steps = ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) x NUM_EPOCHS
-NUM_EPOCHS = 3  # passes over the training file; fewer if the eval loss turns up
-BATCH_SIZE = 2  # examples at once on the GPU; lower this first when memory is short
-GRADIENT_ACCUMULATION_STEPS = 2  # batches a step; raise it as BATCH_SIZE falls
-LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
-LR_SCHEDULER_TYPE = "cosine"  # after the warm-up: "cosine", "linear", "constant_with_warmup"
-WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 0
-SEED = 42  # of A's first values, dropout and the order of the examples
+NUM_EPOCHS: int = 3  # passes over the training file; fewer if the eval loss turns up
+BATCH_SIZE: int = 2  # examples at once on the GPU; lower this first when memory is short
+GRADIENT_ACCUMULATION_STEPS: int = 2  # batches a step; raise it as BATCH_SIZE falls
+LEARNING_RATE: float = 2e-4  # the peak; lower it if the loss jumps
+LR_SCHEDULER_TYPE: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+WARMUP_RATIO: float = 0.03  # share of the steps in which the learning rate rises from 0
+SEED: int = 42  # of A's first values, dropout and the order of the examples
 
 # Output.
-OUTPUT_DIR = "output"  # all results go here
-LOGGING_STEPS = 10  # steps between two printed losses
-SAVE_STEPS = 50  # steps between two checkpoints, which a kill loses at most
-NUM_SAMPLES = 5  # held-out prompts answered by base and adapter in samples.md; 0 for none
-MAX_NEW_TOKENS = 200  # of a reply, else it is cut
+OUTPUT_DIR: str = "output"  # all results go here
+LOGGING_STEPS: int = 10  # steps between two printed losses
+SAVE_STEPS: int = 50  # steps between two checkpoints, which a kill loses at most
+PUBLISH: Literal["last", "best"] = "last"  # epoch that becomes final_lora; best by eval loss
+NUM_SAMPLES: int = 5  # held-out prompts answered by base and adapter in samples.md; 0 for none
+MAX_NEW_TOKENS: int = 200  # of a reply, else it is cut
 
 # What --demo changes.
 DEMO = {
@@ -87,20 +103,12 @@ DEMO = {
 # ==== 2 Command line: a flag for each constant, and report()
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
-# The type, or the values allowed. A checkpoint goes on only with the same values of these:
-JOB_RULES = {
-    "MODEL_NAME": str, "MODEL_REVISION": str, "DTYPE": ("bfloat16", "float32"), "MAX_SEQ_LEN": int,
-    "LORA_R": range(1, VLLM_RANKS[-1] + 1), "LORA_ALPHA": int, "LORA_DROPOUT": float,
-    "LORA_TARGET_MODULES": list, "NUM_EPOCHS": int, "BATCH_SIZE": int,
-    "GRADIENT_ACCUMULATION_STEPS": int, "LEARNING_RATE": float,
-    "LR_SCHEDULER_TYPE": ("cosine", "linear", "constant_with_warmup"), "WARMUP_RATIO": float,
-    "SEED": range(2**32),
-}  # fmt: skip
-RULES = JOB_RULES | {
-    "DEVICE": ("cuda", "cpu"), "PRODUCTS": ("auto", "dtype", "float16"), "TRAIN_FILE": str,
-    "EVAL_FILE": str, "OUTPUT_DIR": str, "LOGGING_STEPS": int, "SAVE_STEPS": int,
-    "NUM_SAMPLES": range(1001), "MAX_NEW_TOKENS": int,
-}  # fmt: skip
+RULES = inspect.get_annotations(sys.modules[__name__])  # the constants, and their types
+LIMITS = {"LORA_R": (1, VLLM_RANKS[-1]), "SEED": (0, 2**32 - 1), "NUM_SAMPLES": (0, 1000)}
+# All others make a job: only the same job goes on from its checkpoints.
+NOT_OF_JOB = ["DEVICE", "PRODUCTS", "TRAIN_FILE", "EVAL_FILE", "OUTPUT_DIR", "LOGGING_STEPS"]
+NOT_OF_JOB += ["SAVE_STEPS", "PUBLISH", "NUM_SAMPLES", "MAX_NEW_TOKENS"]
+JOB = [name for name in RULES if name not in NOT_OF_JOB]
 LOG = logging.getLogger("train_lora_single")
 
 
@@ -131,26 +139,22 @@ def blame(what, advice, *kinds):
         raise SystemExit(f"{what} ({brief(error)}); {advice}")
 
 
-def kind_of(name):
-    """Return a constant's type."""
-    return RULES[name] if isinstance(RULES[name], type) else type(RULES[name][0])
-
-
 def check_constant(name, value):
-    """Raise ValueError unless value is as RULES says."""
-    rule, kind = RULES[name], kind_of(name)
-    good = type(value) is kind or (kind is float and type(value) is int)
-    if rule is not kind:
-        text, good = f"in {rule}", good and value in rule
-    elif kind is str:
-        text, good = "a text", good and value.isprintable() and (value or name == "EVAL_FILE")
-    elif kind is list:
-        text = "a list of names, in quotes"
-        good = good and value and all(isinstance(item, str) and item for item in value)
-    elif kind is int:
-        text, good = "int, at least 1", good and value > 0
+    """Raise ValueError unless value is as the constant's annotation says."""
+    rule, is_number = RULES[name], type(value) in (int, RULES[name])
+    low, high = LIMITS.get(name, (1, math.inf))
+    if choices := get_args(rule):
+        text, good = f"one of {choices}", value in choices
+    elif rule is str:
+        text, good = "a text", isinstance(value, str) and value.isprintable()
+        good = good and (value or name == "EVAL_FILE")
+    elif rule is list:
+        text, good = "a list of names, in quotes", isinstance(value, list) and value
+        good = good and all(isinstance(item, str) and item for item in value)
+    elif rule is int:
+        text, good = f"int, from {low} to {high}", is_number and low <= value <= high
     else:
-        text, good = "float, from 0 to below 1", good and 0 <= value < 1
+        text, good = "float, from 0 to below 1", is_number and 0 <= value < 1
         good = good and (value or name != "LEARNING_RATE")
     if not good:
         raise ValueError(f"{name} is {value!r}; it must be {text}")
@@ -158,20 +162,23 @@ def check_constant(name, value):
 
 def parse_args(argv=None):
     """Return the constants, as changed by flags; exit with 2 if one is bad."""
+    usage = "%(prog)s [--demo] [--dry_run | --chat | --compare OUTPUT_DIR ...] [--CONSTANT VALUE]"
+    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--demo] [--dry_run] [--CONSTANT VALUE ...]", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+        usage=usage, description=__doc__, formatter_class=form, allow_abbrev=False
+    )
     parser.add_argument("--demo", action="store_true", help="a tiny model, into output/demo")
     parser.add_argument("--dry_run", action="store_true", help="stop after the plan; needs no GPU")
+    parser.add_argument("--chat", action="store_true", help="talk to OUTPUT_DIR/final_lora")
+    parser.add_argument("--compare", nargs="+", metavar="OUTPUT_DIR", help="list finished runs")
     is_demo = "--demo" in (sys.argv if argv is None else argv)
     try:
         constants = {name: globals()[name] for name in RULES} | (DEMO if is_demo else {})
         for name, value in constants.items():
             check_constant(name, value)
-            about = {"default": value, "metavar": "VALUE", "help": "[%(default)s]"}
-            about |= {"nargs": "+"} if kind_of(name) is list else {"type": kind_of(name)}
-            parser.add_argument(f"--{name.lower()}", **about)
+            kind = RULES[name] if RULES[name] in (int, float) else str
+            how = {"type": kind, "nargs": "+" if RULES[name] is list else None, "default": value}
+            parser.add_argument(f"--{name.lower()}", metavar="VALUE", help="[%(default)s]", **how)
         args = parser.parse_args(argv)
         for name in constants:
             check_constant(name, vars(args)[name.lower()])
@@ -283,8 +290,6 @@ def warn_of_repeats(train, held_out):
 
 def why_no_gpu():
     """Return why torch finds no GPU, and the driver's version."""
-    import torch
-
     reason, found = "", "no NVIDIA driver"
     try:
         torch.cuda.init()
@@ -298,13 +303,8 @@ def why_no_gpu():
 
 def check_device(args):
     """Return a line about the device, or exit; call it before transformers is imported."""
-    import torch
-
     if args.device == "cpu":
         return "CPU"
-    if torch.cuda.device_count() > 1:  # the first; this does not start CUDA yet
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     if not torch.cuda.is_available():
         advice = "update the driver (README.md), or try --demo, --dry_run or --device cpu"
         raise SystemExit(f"DEVICE cuda: torch sees no GPU ({why_no_gpu()}); {advice}")
@@ -326,7 +326,6 @@ def check_device(args):
 def load_config_and_tokenizer(args):
     """Return MODEL_NAME's (config, tokenizer), or exit; a branch becomes its commit."""
     from huggingface_hub import resolve_revision
-    from transformers import AutoConfig, AutoTokenizer
 
     name, is_folder = args.model_name, Path(args.model_name).is_dir()
     fault = "a broken folder" if is_folder else "no folder here, and not to be had from the hub"
@@ -335,8 +334,8 @@ def load_config_and_tokenizer(args):
         if not is_folder:  # one request: from_pretrained alone retries for 25 s
             args.model_revision = resolve_revision(name, revision=args.model_revision).resolved
         chosen = {"revision": args.model_revision, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(name, **chosen)
-        tokenizer = AutoTokenizer.from_pretrained(name, **chosen)
+        config = transformers.AutoConfig.from_pretrained(name, **chosen)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **chosen)
     if not tokenizer.chat_template or tokenizer.eos_token_id is None or len(tokenizer) < 256:
         raise SystemExit(
             f"{what}no tokenizer with a chat template and an end of turn; use a chat model"
@@ -349,6 +348,9 @@ def load_config_and_tokenizer(args):
 # ==== 5 Tokens: what the model sees, and what of it is learnt
 
 
+SERVED = {"enable_thinking": False, "return_dict": False}  # how a conversation is rendered
+
+
 def render(example, tokenizer):
     """Return the token ids of the prompt and of the reply, or raise ValueError."""
     from jinja2 import TemplateError
@@ -357,8 +359,7 @@ def render(example, tokenizer):
     for token in [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]:
         if any(token in message["content"] for message in conversation):
             raise ValueError(f"the text holds the control token {token}; respell or remove it")
-    as_served = {"enable_thinking": False, "return_dict": False}
-    to_ids = functools.partial(tokenizer.apply_chat_template, **as_served)
+    to_ids = functools.partial(tokenizer.apply_chat_template, **SERVED)
     try:
         prompt, whole = to_ids(conversation[:-1], add_generation_prompt=True), to_ids(conversation)
     except TemplateError as error:
@@ -388,8 +389,7 @@ def encode(examples, tokenizer, max_seq_len):
         else:
             too_long.append(f"{example['where']}: {len(ids):,} tokens, over MAX_SEQ_LEN")
     if len(too_long) > len(examples) / 10:
-        fault = f"over a tenth, {len(too_long):,} of {len(examples):,}, are over MAX_SEQ_LEN"
-        problems += [f"{fault} {max_seq_len}; shorten them, or raise it", *too_long]
+        problems += [f"over a tenth is longer than MAX_SEQ_LEN {max_seq_len}; raise it", *too_long]
     if problems:
         raise SystemExit(listed(problems))
     if too_long:
@@ -399,16 +399,16 @@ def encode(examples, tokenizer, max_seq_len):
 
 def report_tokens(files):
     """Print the lengths in tokens of {path: rows}; return hashes and counts."""
-    columns, facts = "{:<24}{:>9}{:>6}{:>8}{:>6}{:>6}{:>11}{:>18}".format, {}
-    lines = [columns("file", "examples", "min", "median", "p95", "max", "tokens", "trained")]
+    columns, facts = "{:<24}{:>9}{:>8}{:>6}{:>11}{:>18}".format, {}
+    lines = [columns("file", "examples", "median", "max", "tokens", "trained")]
     for path, rows in files.items():
-        n = sorted(len(row["input_ids"]) for row in rows)
-        tokens, p95 = sum(n), n[math.ceil(0.95 * len(n)) - 1]
-        trained = tokens - sum(row["labels"].count(-100) for row in rows)
-        numbers = (len(n), n[0], round(statistics.median(n)), p95, n[-1], tokens)
-        share = f"{trained:,} ({trained / tokens:.0%})"
-        lines.append(columns(path, *(f"{number:,}" for number in numbers), share))
-        facts[path] = {"examples": len(n), "tokens": tokens, "trained_tokens": trained}
+        n = [len(row["input_ids"]) for row in rows]
+        trained = sum(n) - sum(row["labels"].count(-100) for row in rows)
+        numbers = [
+            f"{number:,}" for number in (len(n), round(statistics.median(n)), max(n), sum(n))
+        ]
+        lines.append(columns(path, *numbers, f"{trained:,} ({trained / sum(n):.0%})"))
+        facts[path] = {"examples": len(n), "tokens": sum(n), "trained_tokens": trained}
         facts[path]["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     report("tokens", "\n".join(lines))
     return facts
@@ -439,11 +439,8 @@ class Plan:
 
 def linear_modules(config):
     """Return {(name, parent, d, k): layers} of the linear modules, and all parameters' number."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     found = {}
     for path, module in model.named_modules():
         at = re.search(r"\.(\d+)\.(?:.+\.)?(\w+)\.(\w+)$", path)
@@ -504,8 +501,8 @@ def make_plan(args, config, n_train):
     steps = per_epoch * args.num_epochs
     formula = f"ceil({n_train:,} / ({size} x {accumulated})) x {args.num_epochs}"
     lines.append(f"{steps:,} steps, {per_epoch:,} an epoch: {formula}")
-    # Epochs' adapters, three checkpoints with AdamW's moments, tokenizers.
-    size, disk = 4 * trainable / 1e6, 4 * trainable / 1e6 * (11 + args.num_epochs) + 125
+    # A checkpoint has AdamW's two moments too; each epoch's is kept, three others, two adapters.
+    size, disk = 4 * trainable / 1e6, 4 * trainable / 1e6 * (3 * args.num_epochs + 11) + 125
     lines.append(f"adapter file {size:.1f} MB, at most {disk:,.0f} MB with the checkpoints")
     lines.append(f"vLLM needs --max-lora-rank {vllm_rank(r)} for r={r}")
     report("plan", "\n".join(lines))
@@ -532,13 +529,18 @@ class Job:
     checkpoint: Path | None = None  # to go on from
     started: float = 0.0  # time.time(), once nothing is refused any more
     history: list = field(default_factory=list)  # what the trainer logged
-    learnt: list = field(default_factory=list)  # of measure_update()
+    learnt: dict = field(default_factory=dict)  # of measure_update()
     seconds: float = 0.0  # of steps, since the checkpoint
     tokens: int = 0  # read in them
     peak_gib: float = 0.0  # of GPU memory
     is_training: bool = False
-    is_published: bool = False
+    published: str = ""  # which epoch final_lora is of
     stopped_by: int = 0  # signal
+
+    @property
+    def evals(self):
+        """{step: eval loss}, from before the first step on."""
+        return {entry["step"]: entry["eval_loss"] for entry in self.history if "eval_loss" in entry}
 
     @property
     def output(self):
@@ -552,8 +554,6 @@ def scaled_product(rows, weight):
     Each row is divided by a power of two, which is exact, so that its largest number is from 1
     to 2 and float16's range is never left. Infinity and NaN stay in their rows.
     """
-    import torch
-
     largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
     exponent = largest.view(torch.int32) & 0x7F800000  # no mantissa: a power of two
     power = exponent.clamp(1 << 23, 254 << 23).view(torch.float32)  # finite, not 0
@@ -564,7 +564,6 @@ def scaled_product(rows, weight):
 
 def use_float16(model):
     """Have the frozen linear modules compute by scaled_product(), where that is safe."""
-    import torch
 
     class Product(torch.autograd.Function):
         """rows @ weight.T, where only rows has a gradient."""
@@ -585,20 +584,20 @@ def use_float16(model):
     dtype, changes, left = model.dtype, [0.0], []
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear:
-            parts = module.weight.data.split(4096)
+            parts = module.weight.data.split(4096)  # less memory at once
             sums = [part.float().abs().sum(1).max() for part in parts]
             sums.append(sum(part.float().abs().sum(0) for part in parts).max())
             if max(sums) < 65504 / 2:  # its largest number; rows are below 2
-                small = module.weight.data.half()
-                pairs = zip(parts, small.split(4096), strict=True)
-                changes += [(part - new).abs().max().item() for part, new in pairs]
-                module.weight.data = small
+                half = [part.half() for part in parts]
+                changes += [
+                    (one - other).abs().max().item() for one, other in zip(parts, half, strict=True)
+                ]
+                module.weight.data = torch.cat(half)
                 module.forward = functools.partial(forward, module)
             else:
                 left.append(name)
     # The embedding may share the head's weight.
-    embedding = model.get_input_embeddings()
-    embedding.register_forward_hook(lambda module, ids, rows: rows.to(dtype))
+    model.get_input_embeddings().register_forward_hook(lambda _, ids, rows: rows.to(dtype))
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
     but = f"; not {listed(left, 3, ', ')}" if left else ""
     text = "frozen modules compute in scaled float16, their weights changed by at most"
@@ -607,8 +606,6 @@ def use_float16(model):
 
 def choose_products(job):
     """Return {"used": "float16" or "dtype"}, as PRODUCTS says, or what is clearly faster here."""
-    import torch
-
     args, (d, k), rates = job.args, job.plan.shape, {}
     if args.products != "auto" or args.device == "cpu":
         return {"used": args.products.replace("auto", "dtype")}
@@ -698,36 +695,29 @@ def is_complete(checkpoint):
     return False
 
 
-def prune(folder, per_epoch, newest):
-    """Leave only each epoch's adapter of all but the newest checkpoints."""
-    saved = checkpoints_in(folder)
-    for step in [*saved][: len(saved) - newest]:
+def prune(folder, per_epoch, is_finished):
+    """Leave the two newest checkpoints and each epoch's; once finished, of these the adapter."""
+    saved = [*checkpoints_in(folder).items()]
+    for step, path in saved if is_finished else saved[:-2]:
         if step % per_epoch:
-            shutil.rmtree(saved[step])
-            continue
-        for path in saved[step].iterdir():
-            if path.is_file() and not path.name.startswith("adapter_"):
-                path.unlink()
-
-
-def describe_job(job):
-    """Return all that changes what is learnt."""
-
-    def digest(value):
-        return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-    folder = Path(job.args.model_name)  # the hub's has a commit
-    return {name: vars(job.args)[name.lower()] for name in JOB_RULES} | {
-        "TRAIN_FILE's tokens": digest([(r["input_ids"], r["labels"]) for r in job.train]),
-        "EVAL_FILE's tokens": digest([(r["input_ids"], r["labels"]) for r in job.eval]),
-        "MODEL_NAME's files": digest(hashes(folder)) if folder.is_dir() else None,
-        "products": job.products["used"],
-    }
+            shutil.rmtree(path)
+        elif is_finished:
+            for file in path.iterdir():
+                if file.is_file() and not file.name.startswith("adapter_"):
+                    file.unlink()
 
 
 def find_checkpoint(job):
     """Return the newest complete checkpoint of this job; exit if it is another's."""
-    folder, now, before = job.output / "checkpoints", describe_job(job), None
+    folder, model, before = job.output / "checkpoints", Path(job.args.model_name), None
+    now = {name: vars(job.args)[name.lower()] for name in JOB} | {
+        "TRAIN_FILE's tokens": [(row["input_ids"], row["labels"]) for row in job.train],
+        "EVAL_FILE's tokens": [(row["input_ids"], row["labels"]) for row in job.eval],
+        "MODEL_NAME's files": hashes(model) if model.is_dir() else {},  # the hub's has a commit
+        "products": job.products["used"],
+    }
+    for name in [name for name in now if "'s " in name]:
+        now[name] = hashlib.sha256(repr(now[name]).encode()).hexdigest()[:16]
     with contextlib.suppress(OSError, ValueError):
         before = json.loads((folder / "job.json").read_text("utf-8"))
     complete = [path for path in checkpoints_in(folder).values() if is_complete(path)]
@@ -771,9 +761,7 @@ def write_record(job, outcome):
 
 def lora_config(args):
     """Return PEFT's configuration, which alone injects nothing."""
-    from peft import LoraConfig
-
-    return LoraConfig(
+    return peft.LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
         target_modules=args.lora_target_modules, bias="none", task_type="CAUSAL_LM",
         revision=args.model_revision,
@@ -782,10 +770,8 @@ def lora_config(args):
 
 def sft_config(job):
     """Return TRL's configuration; its defaults: AdamW without decay, clipping at 1."""
-    from trl import SFTConfig
-
     args = job.args
-    return SFTConfig(
+    return trl.SFTConfig(
         output_dir=f"{job.output}/checkpoints", seed=args.seed, report_to="none",
         num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -808,12 +794,10 @@ def sft_config(job):
 
 def load_model(args, products="dtype"):
     """Return the text model in DTYPE; exit unless its files hold all tensors."""
-    from transformers import AutoModelForCausalLM
-
     what = f"MODEL_NAME {args.model_name}: "
     advice = "whole safetensors files are needed; run again to go on with a download"
     with blame(what + "no weights", advice, Exception):  # as in section 4
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             args.model_name, revision=args.model_revision, dtype=args.dtype,
             trust_remote_code=False, use_safetensors=True,  # no code, no pickle
             output_loading_info=True, ignore_mismatched_sizes=True,  # refused by name below
@@ -832,8 +816,6 @@ def token_loss(model, inputs, num_items_in_batch=None, **_):
     It makes logits only where a token is learnt, by transformers' own head, which a V100 multiplies
     in float16; TRL's would need Triton, and multiplies in bfloat16.
     """
-    import torch
-
     given, labels = dict(inputs, use_cache=False), inputs["labels"][:, 1:]
     del given["labels"]
     learnt = labels != -100
@@ -845,16 +827,14 @@ def token_loss(model, inputs, num_items_in_batch=None, **_):
 
 def build_trainer(job):
     """Return the SFTTrainer; LoRA is injected by it alone."""
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
-    from trl import SFTTrainer
 
     def dataset(rows):
-        return Dataset.from_list([{k: row[k] for k in ("input_ids", "labels")} for row in rows])
+        return datasets.Dataset.from_list(
+            [{k: row[k] for k in ("input_ids", "labels")} for row in rows]
+        )
 
     args, by_length = job.args, sorted(job.eval, key=lambda row: len(row["input_ids"]))
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=load_model(args, job.products["used"]),
         peft_config=lora_config(args),  # LoRA is injected here and nowhere else
         args=sft_config(job),
@@ -868,12 +848,12 @@ def build_trainer(job):
     batch = args.batch_size * args.gradient_accumulation_steps
     lengths = [len(row["input_ids"]) for row in job.train]
     order = {"num_replicas": 1, "rank": 0, "seed": args.seed, "lengths": lengths}
-    sampler = DistributedLengthGroupedSampler(batch, **order)
+    sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(batch, **order)
     trainer._get_train_sampler = lambda dataset=None: sampler
     # By default PEFT asks the hub at each save.
     save = trainer.model.save_pretrained
     trainer.model.save_pretrained = functools.partial(save, save_embedding_layers=False)
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
@@ -892,14 +872,14 @@ def check_injection(model, plan):
 
 def fit_memory(trainer, job):
     """Recompute activations, 45 % more work, only for batches that do not fit in memory."""
-    import torch
-    from transformers import set_seed
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     model, limit = trainer.model, math.inf  # tokens of the largest batch that is kept
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # recomputation needs no gradient of embeddings
-    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    layers = [
+        one
+        for one in model.modules()
+        if isinstance(one, transformers.modeling_layers.GradientCheckpointingLayer)
+    ]
 
     def recompute_if_large(_, __, inputs):
         for layer in layers:
@@ -934,7 +914,7 @@ def fit_memory(trainer, job):
             raise torch.OutOfMemoryError(f"{size} x {longest:,} tokens do not fit")
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.reset_peak_memory_stats()
-    set_seed(job.args.seed)
+    transformers.set_seed(job.args.seed)
     kept = "all batches" if limit == math.inf else f"batches of up to {limit:,} tokens"
     report("memory", f"activations are kept for {kept}, else recomputed")
 
@@ -992,15 +972,14 @@ class Callbacks:
         (folder / "README.md").unlink(missing_ok=True)  # TRL's, which describes no run
         new = folder / f"checkpoint-{state.global_step}"
         write_json(new / "complete.json", hashes(new))
-        prune(folder, self.job.plan.steps_per_epoch, newest=2)
+        prune(folder, self.job.plan.steps_per_epoch, is_finished=False)
 
 
 def train(trainer, job):
     """Train to the end, or until a signal: then raise KeyboardInterrupt(signal, message)."""
-    import torch
-    from transformers import TrainerCallback
-
-    trainer.add_callback(type("Callbacks", (Callbacks, TrainerCallback), {"job": job})())
+    trainer.add_callback(
+        type("Callbacks", (Callbacks, transformers.TrainerCallback), {"job": job})()
+    )
     trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
     job.is_training, job.peak_gib = False, torch.cuda.max_memory_allocated() / 2**30
     if job.stopped_by:
@@ -1014,14 +993,26 @@ def train(trainer, job):
 # ==== 11 Results: the adapter, its proof, and what shows what it does
 
 
+def choose_epoch(model, job):
+    """Return the epoch to publish; if it is not the last, model gets its adapter."""
+    last, epochs = job.plan.steps, {step: loss for step, loss in job.evals.items() if step}
+    step = min(epochs, key=epochs.get, default=last) if job.args.publish == "best" else last
+    folder = job.output / f"checkpoints/checkpoint-{step}"
+    if step != last and not is_complete(folder):
+        report("warning", f"{folder} is not as it was written; the last epoch is published")
+        step = last
+    if step != last:
+        tensors = safetensors.load_file(folder / "adapter_model.safetensors")
+        peft.set_peft_model_state_dict(model, tensors)
+    return step // job.plan.steps_per_epoch
+
+
 def save_adapter(model, job, folder):
     """Write folder/final_lora, and final_lora_vllm if vLLM needs it."""
-    from safetensors.torch import load_file, save_file
-
     final, vllm = folder / "final_lora", folder / "final_lora_vllm"
     model.save_pretrained(final)
     job.tokenizer.save_pretrained(final)
-    tensors = load_file(final / "adapter_model.safetensors")
+    tensors = safetensors.load_file(final / "adapter_model.safetensors")
     plain, wrapped = "base_model.model.model.", "base_model.model.model.language_model."
     is_wrapper = job.config.get_text_config() is not job.config
     if is_wrapper and not any(name.startswith(wrapped) for name in tensors):
@@ -1029,7 +1020,7 @@ def save_adapter(model, job, folder):
         vllm.mkdir()
         shutil.copy(final / "adapter_config.json", vllm)
         renamed = {name.replace(plain, wrapped, 1): tensor for name, tensor in tensors.items()}
-        save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
+        safetensors.save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
     # It is written for its owner alone; a server may be another user.
     for path in folder.glob("*/adapter_model.safetensors"):
         shutil.copymode(final / "adapter_config.json", path)
@@ -1040,12 +1031,8 @@ def prove(model, folder, row):
 
     model loses its adapter here. A GPU may round otherwise: a tenth of the effect is allowed.
     """
-    import torch
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    kept = get_peft_model_state_dict(model, save_embedding_layers=False)
-    saved = load_file(folder / "adapter_model.safetensors")
+    kept = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    saved = safetensors.load_file(folder / "adapter_model.safetensors")
     odd = kept.keys() ^ saved.keys()
     for name in kept.keys() & saved.keys():
         tensor, is_zero = saved[name], "lora_B" in name and not saved[name].any()
@@ -1057,7 +1044,7 @@ def prove(model, folder, row):
     ids = torch.tensor([row["input_ids"]], device=model.device)
     with torch.no_grad():
         trained = model.eval()(input_ids=ids).logits
-        reloaded = PeftModel.from_pretrained(model.unload(), folder)
+        reloaded = peft.PeftModel.from_pretrained(model.unload(), folder)
         error = (reloaded(input_ids=ids).logits - trained).abs().max().item()
         with reloaded.disable_adapter():
             effect = (reloaded(input_ids=ids).logits - trained).abs().max().item()
@@ -1069,32 +1056,25 @@ def prove(model, folder, row):
     return reloaded
 
 
-def singular_values(a, b, scale):
-    """Return those of scale * B A, at most r, without making that d x k matrix."""
-    import torch
-
-    # B = Q R and A^T = Q' R'; Q and Q' change no length, so R R'^T has the values of B A.
-    left, right = (torch.linalg.qr(matrix.double().cpu()).R for matrix in (b, a.T))
-    return scale * torch.linalg.svdvals(left @ right.T)
-
-
 def measure_update(model):
-    """Return the size of each adapted module's update, and how many directions it uses."""
-    import torch
-    from peft.tuners.lora import LoraLayer
+    """Return {target: [a row for each layer]}: the size of its update, the directions used.
 
-    rows = []
-    for name, module in [one for one in model.named_modules() if isinstance(one[1], LoraLayer)]:
-        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        energy = singular_values(a, b, module.scaling["default"]).square()  # of each direction
-        total, half = energy.sum(), energy[: max(1, len(a) // 2)].sum()
-        norm = torch.linalg.vector_norm(module.get_base_layer().weight, dtype=torch.float64)
-        rows.append({
-            "target": name.rpartition(".")[2], "layer": int(re.search(r"\.(\d+)\.", name)[1]),
-            "update": (total.sqrt() / norm.cpu()).item(), "half": (half / (total + 1e-300)).item(),
-            "directions": int((energy.cumsum(0) < 0.9 * total).sum()) + bool(total),
-        })  # fmt: skip
-    return rows
+    B = Q R and A^T = Q' R'. Q and Q' change no length, so that R R'^T, of r x r numbers, has the
+    singular values of B A, of d x k.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            a, b = (part["default"].weight.double() for part in (module.lora_A, module.lora_B))
+            left, right = torch.linalg.qr(b).R, torch.linalg.qr(a.T).R
+            energy = (module.scaling["default"] * torch.linalg.svdvals(left @ right.T)).square()
+            total, half = energy.sum().item(), energy[: max(1, len(a) // 2)].sum().item()
+            norm = torch.linalg.vector_norm(module.get_base_layer().weight, dtype=torch.float64)
+            used = int((energy.cumsum(0) < 0.9 * total).sum()) + bool(total)
+            row = {"layer": int(re.search(r"\.(\d+)\.", name)[1]), "directions": used}
+            row |= {"update": math.sqrt(total) / norm.item(), "half": half / (total or 1)}
+            found.setdefault(name.rpartition(".")[2], []).append(row)
+    return found
 
 
 def report_learnt(model, job, _):
@@ -1103,10 +1083,9 @@ def report_learnt(model, job, _):
     columns = "{:<14}{:>10}{:>18}{:>14}{:>22}".format
     held = f"strongest {max(1, r // 2)} hold"
     lines = [columns("target", "update/W %", "most in layers", "directions", held)]
-    for target in dict.fromkeys(row["target"] for row in job.learnt):
-        rows = [row for row in job.learnt if row["target"] == target]
-        rows.sort(key=lambda row: -row["update"])
-        layers = ", ".join(str(row["layer"]) for row in rows[:3])
+    for target, rows in job.learnt.items():
+        most = sorted(rows, key=lambda row: -row["update"])[:3]
+        layers = ", ".join(str(row["layer"]) for row in most)
         keys = ("update", "directions", "half")
         update, used, half = (statistics.fmean(row[key] for row in rows) for key in keys)
         shown = f"{100 * update:.3g}", layers, f"{used:.1f} of {r}", f"{half:.0%}"
@@ -1119,88 +1098,117 @@ def report_learnt(model, job, _):
 def publish(trainer, job):
     """Write the adapter beside its place, prove it, move it in; return the proved model."""
     partial, folder = job.output / ".partial", job.output / "checkpoints"
+    epoch = choose_epoch(trainer.model, job)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save_adapter(trainer.model, job, partial)
         model = prove(trainer.model, partial / "final_lora", (job.eval or job.train)[0])
-        for name in ("final_lora", "final_lora_vllm", "samples.md", "loss.png"):
+        for name in ("final_lora", "final_lora_vllm", "samples.md", "lora.png"):
             set_aside(job.output / name)
         for new in partial.iterdir():
             new.rename(job.output / new.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    job.is_published = True
+    job.published = f"of epoch {epoch} of {job.args.num_epochs}"
     (folder / "job.json").unlink(missing_ok=True)
-    prune(folder, job.plan.steps_per_epoch, newest=0)
+    prune(folder, job.plan.steps_per_epoch, is_finished=True)
     return model
 
 
-def answer(model, job, row):
-    """Return the model's greedy reply to a row's prompt."""
-    import torch
-    from transformers import GenerationConfig
+CUT = " [cut here]"  # at MAX_NEW_TOKENS
 
-    tokenizer, start = job.tokenizer, row["labels"].count(-100)
+
+def answer(model, job, ids, streamer=None):
+    """Return the model's greedy reply to a prompt's ids."""
+    tokenizer, ids = job.tokenizer, torch.tensor([ids], device=model.device)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    how = GenerationConfig(do_sample=False, max_new_tokens=job.args.max_new_tokens, **ends)
-    ids = torch.tensor([row["input_ids"][:start]], device=model.device)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    reply = model.generate(**given, generation_config=how)[0, start:].tolist()
-    cut = " [cut here]" * (tokenizer.eos_token_id not in reply)
+    how = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=job.args.max_new_tokens, **ends
+    )
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer}
+    reply = model.generate(**given, generation_config=how)[0, ids.shape[1] :].tolist()
+    cut = CUT * (tokenizer.eos_token_id not in reply)
     return tokenizer.decode(reply, skip_special_tokens=True) + cut
 
 
 def write_samples(model, job, path):
     """Write held-out prompts and their replies: base's, adapter's, written."""
     args, count = job.args, min(job.args.num_samples, len(job.eval))
-    text = f"# Replies with and without the adapter\n\n{args.model_name}, r={args.lora_r}, "
-    text += f"alpha={args.lora_alpha}, {args.num_epochs} epochs of {args.train_file}; greedy.\n"
+    text = (
+        f"# {args.model_name} with and without r={args.lora_r}, alpha={args.lora_alpha}; greedy\n"
+    )
     for row in [job.eval[i * len(job.eval) // count] for i in range(count)]:
         *said, written = [(m["role"], m["content"]) for m in row["messages"][: row["reply"] + 1]]
+        prompt = row["input_ids"][: row["labels"].count(-100)]
         with model.disable_adapter():
-            said.append(("base", answer(model, job, row)))
-        said += [("adapter", answer(model, job, row)), ("written", written[1])]
+            said.append(("base", answer(model, job, prompt)))
+        said += [("adapter", answer(model, job, prompt)), ("written", written[1])]
         text += f"\n## {row['where']}\n"
         for who, reply in said:
-            quoted = re.sub(r"(?m)^", "> ", re.sub(r"\r\n?", "\n", reply.strip()))
+            quoted = textwrap.indent(reply.strip().replace("\r", ""), "> ", lambda line: True)
             text += f"\n**{who}**\n\n{quoted}\n"
     if count:
         path.write_text(text, "utf-8")
         report("samples", f"{count} held-out prompts answered with and without the adapter")
 
 
-def draw_losses(_, job, path):
-    """Draw the train and the eval loss over the steps."""
+def draw(_, job, path):
+    """Draw the losses, the update of each layer and target, and the directions that it uses."""
     from matplotlib.figure import Figure
 
-    args, figure = job.args, Figure((9, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    losses = {entry["step"]: entry["loss"] for entry in job.history if "loss" in entry}
-    evals = {entry["step"]: entry["eval_loss"] for entry in job.history if "eval_loss" in entry}
-    axes.plot([*losses], [*losses.values()], color="tab:blue", alpha=0.4, label="train, each step")
-    axes.plot([*evals], [*evals.values()], "o-", color="tab:orange", label="eval")
-    for epoch in range(1, args.num_epochs + 1):
-        axes.axvline(epoch * job.plan.steps_per_epoch, color="gray", linestyle=":", linewidth=1)
-    name = "/".join(Path(args.model_name).parts[-2:])
-    axes.set_title(f"{name}, r={args.lora_r}, alpha={args.lora_alpha}", parse_math=False)
-    axes.set(xlabel="step (dotted: end of an epoch)", ylabel="loss, nats per token")
-    axes.legend(frameon=False)
+    figure, text = Figure((11, 8), dpi=120, layout="constrained"), job.config.get_text_config()
+    losses, updates, used = figure.subplot_mosaic("aaaa;bbbc").values()
+    each_step = {entry["step"]: entry["loss"] for entry in job.history if "loss" in entry}
+    losses.plot([*each_step], [*each_step.values()], alpha=0.5, label="train, each step")
+    losses.plot([*job.evals], [*job.evals.values()], "o-", label="eval")
+    losses.set(xlabel="step", ylabel="loss, nats per token")
+    losses.legend(frameon=False)
+    sizes = [[math.nan] * text.num_hidden_layers for _ in job.learnt]  # NaN is left blank
+    for n, rows in enumerate(job.learnt.values()):
+        for row in rows:
+            sizes[n][row["layer"]] = 100 * row["update"]
+        used.barh(n, statistics.fmean(row["directions"] for row in rows), color="gray")
+    image = updates.imshow(sizes, cmap="cividis", aspect="auto", vmin=0)
+    figure.colorbar(image, ax=updates, label="size of the update, % of W's")
+    updates.set_yticks(range(len(sizes)), job.learnt)
+    kinds = text.to_dict().get("layer_types") or [""] * text.num_hidden_layers
+    marks = [f"{n}\nD" if kind == "linear_attention" else n for n, kind in enumerate(kinds)]
+    updates.set_xticks(range(len(kinds)), marks, fontsize=7)
+    updates.set_xlabel("layer; D: Gated DeltaNet")
+    used.sharey(updates)
+    used.set_xlabel(f"directions of {job.args.lora_r}\nthat hold 90 %")
     figure.savefig(path)
 
 
-def serve_command(job):
-    """Return the command that serves the saved adapter."""
-    args, vllm = job.args, job.output / "final_lora_vllm"
-    adapter = f"companion={vllm if vllm.exists() else job.output / 'final_lora'}"
-    model, revision, adapter = map(shlex.quote, (args.model_name, args.model_revision, adapter))
-    return f"""vllm serve {model} --revision {revision} \\
-  --enable-lora --max-lora-rank {vllm_rank(args.lora_r)} --lora-modules {adapter} \\
-  --default-chat-template-kwargs '{{"enable_thinking": false}}'"""
+def report_runs(folders, least):
+    """Print the finished runs on the newest one's data, the lowest eval loss first."""
+    runs, paths = [], [path for one in folders for path in Path(one).glob("run.json*")]
+    for path in dict.fromkeys(paths):
+        # Another program's file, or a part of one, is passed over.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            run = json.loads(path.read_text("utf-8"))
+            losses = [entry["eval_loss"] for entry in run["loss_history"] if "eval_loss" in entry]
+            data, minutes = (
+                [file["sha256"] for file in run["data"].values()],
+                run["train_seconds"] / 60,
+            )
+            if run["outcome"] == "finished":
+                line = f"{losses[-1]:>9.4f}{min(losses):>9.4f}{minutes:>9.1f}  {path}"
+                runs.append((losses[-1], line, dict(run["constants"]), data, run["started"] + 0.0))
+    newest = max(runs, key=lambda run: run[-1])[-2] if runs else []
+    same = sorted([run for run in runs if run[-2] == newest], key=lambda run: run[0])
+    differ = [name for name in JOB if len({str(run[2].get(name)) for run in same}) > 1]
+    lines = ["eval loss   lowest  minutes  run, and what differs"]
+    for _, line, constants, *_ in same:
+        lines.append("  ".join([line, *(f"{name} {constants.get(name)}" for name in differ)]))
+    if len(same) >= least:
+        report("runs", listed(lines, 9))
+    return len(same)
 
 
 def write_extras(model, job):
     """Show what the adapter learnt and does; an error in it is a warning."""
-    extras = {"learnt": report_learnt, "samples.md": write_samples, "loss.png": draw_losses}
+    extras = {"learnt": report_learnt, "samples.md": write_samples, "lora.png": draw}
     for name, write in extras.items():
         try:
             write(model, job, job.output / name)
@@ -1210,30 +1218,93 @@ def write_extras(model, job):
 
 
 def summarize(job):
-    """Print what was done, where it is, how to serve it."""
-    output, evals = job.output, [entry for entry in job.history if "eval_loss" in entry]
-    losses = " -> ".join(f"{entry['eval_loss']:.4f}" for entry in evals) or "not evaluated"
-    lines = [f"adapter    {output}/final_lora", f"eval loss  {losses}"]
-    best = min(evals, key=lambda entry: entry["eval_loss"], default=None)
-    if evals and best["eval_loss"] < evals[-1]["eval_loss"]:
-        lines.append(f"overfit    lowest at step {best['step']}; lower NUM_EPOCHS or LEARNING_RATE")
+    """Print what was done, where it is, and what to do next."""
+    output, losses = job.output, [*job.evals.values()]
+    shown = " -> ".join(f"{loss:.4f}" for loss in losses) or "not evaluated"
+    lines = [f"adapter    {output}/final_lora, {job.published}", f"eval loss  {shown}"]
+    if losses and min(losses) < losses[-1]:
+        lines.append('overfit    it was lower before: PUBLISH = "best", or lower NUM_EPOCHS')
     rate, in_all = job.tokens / max(job.seconds, 1e-9), (time.time() - job.started) / 60
     since = " since the checkpoint" * bool(job.checkpoint)
     lines.append(f"time       {in_all:.1f} min, {job.seconds / 60:.1f} in steps{since}")
     lines.append(f"speed      {rate:,.0f} tokens/s, {job.peak_gib:.1f} GiB of GPU memory")
-    lines.append(f"look at    loss.png, run.json and any samples.md in {output}")
+    lines.append(f"look at    lora.png, run.json and any samples.md in {output}")
     if job.args.demo:
         lines.append("The demo's weights are random: it shows that the job runs.")
     report("done", "\n".join(lines))
-    report("next", serve_command(job))
+    report_runs([output], least=2)
+    chat = shlex.join(["python", *sys.argv, "--chat"])
+    folder = "final_lora_vllm" if (output / "final_lora_vllm").exists() else "final_lora"
+    names = job.args.model_name, job.args.model_revision, f"companion={output / folder}"
+    model, revision, adapter = map(shlex.quote, names)
+    report(
+        "next",
+        f"""{chat}
+vllm serve {model} --revision {revision} \\
+  --enable-lora --max-lora-rank {vllm_rank(job.args.lora_r)} --lora-modules {adapter} \\
+  --default-chat-template-kwargs '{{"enable_thinking": false}}'""",
+    )
 
 
-# ==== 12 run, main
+# ==== 12 Chat: talk to what was trained
+
+
+def chat(job):
+    """Talk to OUTPUT_DIR/final_lora, or answer the lines of a pipe; nothing is written."""
+    args, folder = job.args, job.output / "final_lora"
+    if not sys.stdin or not (folder / "adapter_config.json").exists():
+        raise SystemExit(f"--chat: {folder} is missing, or standard input is closed; train first")
+    sys.stdin.reconfigure(errors="replace")  # half a character is no reason to end
+    saved = peft.PeftConfig.from_pretrained(folder)
+    args.model_name, args.model_revision = saved.base_model_name_or_path, saved.revision or "main"
+    system = [m for m in read_examples(args.train_file)[0]["messages"] if m["role"] == "system"]
+    report("device", check_device(args))
+    job.config, job.tokenizer = load_config_and_tokenizer(args)
+    model = peft.PeftModel.from_pretrained(load_model(args).to(args.device), folder).eval()
+    to_ids = functools.partial(job.tokenizer.apply_chat_template, add_generation_prompt=True)
+    room = job.config.get_text_config().max_position_embeddings - args.max_new_tokens
+    report("chat", "/base or /adapter answers from now on; /new forgets; /quit; Ctrl-C cuts")
+    job.published, talk, who, said = "there", [*system], "/adapter", ""
+    while said != "/quit":
+        try:
+            said = input("you> ").strip()
+        except EOFError:
+            return
+        if not sys.stdin.isatty():
+            print(said)
+        if said in ("/base", "/adapter"):
+            who = said
+        talk = [*system] if said == "/new" else talk
+        if said in ("/base", "/adapter", "/new", "/quit", ""):
+            continue
+        talk.append({"role": "user", "content": said})
+        while len(ids := to_ids(talk, **SERVED)) > room and len(talk) > len(system) + 1:
+            del talk[len(system) : len(system) + 2]  # the oldest turn
+        print(f"{who[1:]}> ", end="", flush=True)
+        streamer = transformers.TextStreamer(job.tokenizer, True, skip_special_tokens=True)
+        try:
+            with model.disable_adapter() if who == "/base" else contextlib.nullcontext():
+                reply = answer(model, job, ids, streamer).removesuffix(CUT)
+            talk.append({"role": "assistant", "content": reply})
+        except KeyboardInterrupt:
+            if job.stopped_by != signal.SIGINT:
+                raise
+            job.stopped_by = talk.pop() and 0
+            print(" [cut, and forgotten]")
+
+
+# ==== 13 run, main
 
 
 def run(job):
     """Do the job: the table of contents, with the sections' numbers."""
     args = job.args
+    if args.compare and not report_runs(args.compare, least=1):  # 11
+        raise SystemExit(f"--compare: no finished run with an eval loss in {args.compare}")
+    if args.chat:
+        chat(job)  # 12
+    if args.compare or args.chat:
+        return
     if not args.dry_run:
         open_log(job.output)  # 8
     examples = read_examples(args.train_file)  # 3
@@ -1269,6 +1340,8 @@ def set_environment(args):
     """Set what libraries read at import; remove what would undo a constant."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.pop("MPLBACKEND", None)  # an unknown name is an error
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]  # one GPU
     if args.device == "cpu":  # beside another busy process 28 s, not 245
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -1287,7 +1360,7 @@ def catch_signals(job):
             report("stopping", "this step is finished and saved first; once more stops at once")
             return
         rest = "the same command goes on from the newest checkpoint, if any"
-        if job.is_published:
+        if job.published:
             rest = f"{job.output}/final_lora is whole"
         raise KeyboardInterrupt(number, f"stopped; {rest}")
 
