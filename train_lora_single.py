@@ -19,7 +19,6 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import inspect
 import io
 import json
 import logging
@@ -37,7 +36,6 @@ import types
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
 if sys.version_info < (3, 11):  # noqa: UP036
     raise SystemExit("Python 3.11, 3.12 or 3.13 is needed; README.md says how to get one")
@@ -57,42 +55,42 @@ trl, peft, safetensors = Lazy("trl"), Lazy("peft"), Lazy("safetensors.torch")
 # ==== 1 Constants: edit them here, or give the flag of the same name in lower case
 
 # Model.
-MODEL_NAME: str = "Qwen/Qwen3.5-4B"  # on the hub, or a folder; loaded without its vision tower
-MODEL_REVISION: str = "main"  # branch, tag or commit on the hub
-DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" for a small model
-DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen weights
-PRODUCTS: Literal["auto", "dtype", "float16"] = "auto"  # of frozen weights; "auto" times both
+MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder; loaded without its vision tower
+MODEL_REVISION = "main"  # branch, tag or commit on the hub
+DEVICE = "cuda"  # "cuda", or "cpu", for a small model
+DTYPE = "bfloat16"  # of the frozen weights; "float32" takes twice the memory
+PRODUCTS = "auto"  # of frozen weights, in "dtype" or scaled "float16": "auto" times both
 
 # Data: lines of {"prompt": [...], "completion": [...]} or {"messages": [...]}.
-TRAIN_FILE: str = "data/train.jsonl"  # what is learnt
-EVAL_FILE: str = "data/eval.jsonl"  # held out, about a tenth; "" turns evaluation and samples off
-MAX_SEQ_LEN: int = 512  # tokens; longer examples are left out. More needs more memory
+TRAIN_FILE = "data/train.jsonl"  # what is learnt
+EVAL_FILE = "data/eval.jsonl"  # held out, about a tenth; "" turns evaluation and samples off
+MAX_SEQ_LEN = 512  # tokens; longer examples are left out. More needs more memory
 
 # LoRA.
-LORA_R: int = 8  # rank: 4 for a narrow task, 8 for a style and 1,000 examples, 16+ for more
-LORA_ALPHA: int = 16  # alpha / r scales the update: 2 is usual, more may oscillate, less not learn
-LORA_DROPOUT: float = 0.05  # on the LoRA branch only; against learning phrases by heart
-LORA_TARGET_MODULES: list = [  # or DeltaNet's in_proj_qkv, in_proj_z, out_proj
+LORA_R = 8  # rank: 4 for a narrow task, 8 for a style and 1,000 examples, 16+ for more
+LORA_ALPHA = 16  # alpha / r scales the update: 2 is usual, more may oscillate, less not learn
+LORA_DROPOUT = 0.05  # on the LoRA branch only; against learning phrases by heart
+LORA_TARGET_MODULES = [  # or DeltaNet's in_proj_qkv, in_proj_z, out_proj
     "q_proj", "k_proj", "v_proj", "o_proj",  # attention: what is looked at
     "gate_proj", "up_proj", "down_proj",  # feed-forward: words and rhythm
 ]  # fmt: skip
 
 # Training. Steps = ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) x NUM_EPOCHS
-NUM_EPOCHS: int = 3  # passes over the training file; fewer if the eval loss turns up
-BATCH_SIZE: int = 2  # examples at once on the GPU; lower this first when memory is short
-GRADIENT_ACCUMULATION_STEPS: int = 2  # batches a step; raise it as BATCH_SIZE falls
-LEARNING_RATE: float = 2e-4  # the peak; lower it if the loss jumps
-LR_SCHEDULER_TYPE: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-WARMUP_RATIO: float = 0.03  # share of the steps in which the learning rate rises from 0
-SEED: int = 42  # of A's first values, dropout and the order of the examples
+NUM_EPOCHS = 3  # passes over the training file; fewer if the eval loss turns up
+BATCH_SIZE = 2  # examples at once on the GPU; lower this first when memory is short
+GRADIENT_ACCUMULATION_STEPS = 2  # batches a step; raise it as BATCH_SIZE falls
+LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
+LR_SCHEDULER_TYPE = "cosine"  # after the warm-up: "cosine", "linear", "constant_with_warmup"
+WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 0
+SEED = 42  # of A's first values, dropout and the order of the examples
 
 # Output.
-OUTPUT_DIR: str = "output"  # all results go here
-LOGGING_STEPS: int = 10  # steps between two printed losses
-SAVE_STEPS: int = 50  # steps between two checkpoints, which a kill loses at most
-PUBLISH: Literal["last", "best"] = "last"  # epoch that becomes final_lora; best by eval loss
-NUM_SAMPLES: int = 5  # held-out prompts answered by base and adapter in samples.md; 0 for none
-MAX_NEW_TOKENS: int = 200  # of a reply, else it is cut
+OUTPUT_DIR = "output"  # all results go here
+LOGGING_STEPS = 10  # steps between two printed losses
+SAVE_STEPS = 50  # steps between two checkpoints, which a kill loses at most
+PUBLISH = "last"  # or "best": the epoch of the lowest eval loss becomes final_lora
+NUM_SAMPLES = 5  # held-out prompts answered by base and adapter in samples.md; 0 for none
+MAX_NEW_TOKENS = 200  # of a reply, else it is cut
 
 # What --demo changes.
 DEMO = {
@@ -103,12 +101,20 @@ DEMO = {
 # ==== 2 Command line: a flag for each constant, and report()
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
-RULES = inspect.get_annotations(sys.modules[__name__])  # the constants, and their types
-LIMITS = {"LORA_R": (1, VLLM_RANKS[-1]), "SEED": (0, 2**32 - 1), "NUM_SAMPLES": (0, 1000)}
-# All others make a job: only the same job goes on from its checkpoints.
-NOT_OF_JOB = ["DEVICE", "PRODUCTS", "TRAIN_FILE", "EVAL_FILE", "OUTPUT_DIR", "LOGGING_STEPS"]
-NOT_OF_JOB += ["SAVE_STEPS", "PUBLISH", "NUM_SAMPLES", "MAX_NEW_TOKENS"]
-JOB = [name for name in RULES if name not in NOT_OF_JOB]
+# The type, or the values allowed. A checkpoint goes on only with the same values of these:
+JOB_RULES = {
+    "MODEL_NAME": str, "MODEL_REVISION": str, "DTYPE": ("bfloat16", "float32"), "MAX_SEQ_LEN": int,
+    "LORA_R": range(1, VLLM_RANKS[-1] + 1), "LORA_ALPHA": int, "LORA_DROPOUT": float,
+    "LORA_TARGET_MODULES": list, "NUM_EPOCHS": int, "BATCH_SIZE": int,
+    "GRADIENT_ACCUMULATION_STEPS": int, "LEARNING_RATE": float,
+    "LR_SCHEDULER_TYPE": ("cosine", "linear", "constant_with_warmup"), "WARMUP_RATIO": float,
+    "SEED": range(2**32),
+}  # fmt: skip
+RULES = JOB_RULES | {
+    "DEVICE": ("cuda", "cpu"), "PRODUCTS": ("auto", "dtype", "float16"), "TRAIN_FILE": str,
+    "EVAL_FILE": str, "OUTPUT_DIR": str, "LOGGING_STEPS": int, "SAVE_STEPS": int,
+    "PUBLISH": ("last", "best"), "NUM_SAMPLES": range(1001), "MAX_NEW_TOKENS": int,
+}  # fmt: skip
 LOG = logging.getLogger("train_lora_single")
 
 
@@ -139,22 +145,26 @@ def blame(what, advice, *kinds):
         raise SystemExit(f"{what} ({brief(error)}); {advice}")
 
 
+def kind_of(name):
+    """Return a constant's type."""
+    return RULES[name] if isinstance(RULES[name], type) else type(RULES[name][0])
+
+
 def check_constant(name, value):
-    """Raise ValueError unless value is as the constant's annotation says."""
-    rule, is_number = RULES[name], type(value) in (int, RULES[name])
-    low, high = LIMITS.get(name, (1, math.inf))
-    if choices := get_args(rule):
-        text, good = f"one of {choices}", value in choices
-    elif rule is str:
-        text, good = "a text", isinstance(value, str) and value.isprintable()
-        good = good and (value or name == "EVAL_FILE")
-    elif rule is list:
-        text, good = "a list of names, in quotes", isinstance(value, list) and value
-        good = good and all(isinstance(item, str) and item for item in value)
-    elif rule is int:
-        text, good = f"int, from {low} to {high}", is_number and low <= value <= high
+    """Raise ValueError unless value is as RULES says."""
+    rule, kind = RULES[name], kind_of(name)
+    good = type(value) is kind or (kind is float and type(value) is int)
+    if rule is not kind:
+        text, good = f"in {rule}", good and value in rule
+    elif kind is str:
+        text, good = "a text", good and value.isprintable() and (value or name == "EVAL_FILE")
+    elif kind is list:
+        text = "a list of names, in quotes"
+        good = good and value and all(isinstance(item, str) and item for item in value)
+    elif kind is int:
+        text, good = "int, at least 1", good and value > 0
     else:
-        text, good = "float, from 0 to below 1", is_number and 0 <= value < 1
+        text, good = "float, from 0 to below 1", good and 0 <= value < 1
         good = good and (value or name != "LEARNING_RATE")
     if not good:
         raise ValueError(f"{name} is {value!r}; it must be {text}")
@@ -176,9 +186,9 @@ def parse_args(argv=None):
         constants = {name: globals()[name] for name in RULES} | (DEMO if is_demo else {})
         for name, value in constants.items():
             check_constant(name, value)
-            kind = RULES[name] if RULES[name] in (int, float) else str
-            how = {"type": kind, "nargs": "+" if RULES[name] is list else None, "default": value}
-            parser.add_argument(f"--{name.lower()}", metavar="VALUE", help="[%(default)s]", **how)
+            how = {"nargs": "+"} if kind_of(name) is list else {"type": kind_of(name)}
+            how |= {"default": value, "metavar": "VALUE", "help": "[%(default)s]"}
+            parser.add_argument(f"--{name.lower()}", **how)
         args = parser.parse_args(argv)
         for name in constants:
             check_constant(name, vars(args)[name.lower()])
@@ -710,7 +720,7 @@ def prune(folder, per_epoch, is_finished):
 def find_checkpoint(job):
     """Return the newest complete checkpoint of this job; exit if it is another's."""
     folder, model, before = job.output / "checkpoints", Path(job.args.model_name), None
-    now = {name: vars(job.args)[name.lower()] for name in JOB} | {
+    now = {name: vars(job.args)[name.lower()] for name in JOB_RULES} | {
         "TRAIN_FILE's tokens": [(row["input_ids"], row["labels"]) for row in job.train],
         "EVAL_FILE's tokens": [(row["input_ids"], row["labels"]) for row in job.eval],
         "MODEL_NAME's files": hashes(model) if model.is_dir() else {},  # the hub's has a commit
@@ -1197,7 +1207,7 @@ def report_runs(folders, least):
                 runs.append((losses[-1], line, dict(run["constants"]), data, run["started"] + 0.0))
     newest = max(runs, key=lambda run: run[-1])[-2] if runs else []
     same = sorted([run for run in runs if run[-2] == newest], key=lambda run: run[0])
-    differ = [name for name in JOB if len({str(run[2].get(name)) for run in same}) > 1]
+    differ = [name for name in JOB_RULES if len({str(run[2].get(name)) for run in same}) > 1]
     lines = ["eval loss   lowest  minutes  run, and what differs"]
     for _, line, constants, *_ in same:
         lines.append("  ".join([line, *(f"{name} {constants.get(name)}" for name in differ)]))
@@ -1232,7 +1242,8 @@ def summarize(job):
     if job.args.demo:
         lines.append("The demo's weights are random: it shows that the job runs.")
     report("done", "\n".join(lines))
-    report_runs([output], least=2)
+    if losses:
+        report_runs([output], least=2)
     chat = shlex.join(["python", *sys.argv, "--chat"])
     folder = "final_lora_vllm" if (output / "final_lora_vllm").exists() else "final_lora"
     names = job.args.model_name, job.args.model_revision, f"companion={output / folder}"
