@@ -597,12 +597,11 @@ def use_float16(model):
             parts = module.weight.data.split(4096)  # less memory at once
             sums = [part.float().abs().sum(1).max() for part in parts]
             sums.append(sum(part.float().abs().sum(0) for part in parts).max())
-            if max(sums) < 65504 / 2:  # its largest number; rows are below 2
-                half = [part.half() for part in parts]
-                changes += [
-                    (one - other).abs().max().item() for one, other in zip(parts, half, strict=True)
-                ]
-                module.weight.data = torch.cat(half)
+            if all(one < 65504 / 2 for one in sums):  # its largest number; rows are below 2
+                small = module.weight.data.half()
+                pairs = zip(parts, small.split(4096), strict=True)
+                changes += [(part - new).abs().max().item() for part, new in pairs]
+                module.weight.data = small
                 module.forward = functools.partial(forward, module)
             else:
                 left.append(name)

@@ -1,7 +1,9 @@
 """What the tests share: the script on the path, no network, one thread, and one finished run."""
 
 import contextlib
+import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -53,6 +55,22 @@ def in_the_root(monkeypatch):
 def tiny():
     """Return the path of the demo model."""
     return str(ROOT / "tests" / "tiny-qwen3.5")
+
+
+@pytest.fixture(scope="session")
+def untied(tiny, tmp_path_factory):
+    """Return the path of the demo model with a head of its own, not the embedding's weight."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("untied") / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.language_model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
 
 
 def cut_files(folder, train=13, evaluation=4):

@@ -16,8 +16,8 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 import train_lora_single as t
 
@@ -429,52 +429,57 @@ def test_a_wheel_without_the_gpus_kernels_is_refused_with_the_torch_to_install(g
     assert 'pip install "torch>=2.7,<2.11"' in message and "sm_70 (V100)" in message
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+class Products(TorchDispatchMode):
+    """Note the dtype of each matrix product; one that is not to work in bfloat16 fails."""
+
+    def __init__(self, fails=()):
+        super().__init__()
+        self.fails, self.seen = fails, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "mm" in function.name():
+            self.seen.append(result.dtype)
+            if len(self.seen) in self.fails and result.dtype == torch.bfloat16:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLt")
+        return result
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["forward", "backward"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_trial_of_the_loss_runs_forward_and_backward_in_dtype(gpu, monkeypatch, where, dtype):
+def test_the_trial_runs_a_product_forward_and_backward_in_dtype(gpu, number, dtype):
     """An emulated bf16 may fail where float32 does not, and a backward pass where a forward may."""
-    real, seen = getattr(ChunkedLogProbFunction, where), []
-
-    def fails_in_bf16(ctx, tensor, *rest):
-        hidden = tensor if where == "forward" else ctx.saved_tensors[0]
-        seen.append(hidden.dtype)
-        if hidden.dtype == torch.bfloat16:
-            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasGemmEx")
-        return real(ctx, tensor, *rest)
-
-    monkeypatch.setattr(ChunkedLogProbFunction, where, staticmethod(fails_in_bf16))
-    gpu((7, 0))
-    if dtype == "float32":
-        assert "sm_70" in check_device("--dtype", "float32")
-    else:
-        message = stopped(check_device)
-        assert "torch does not run on" in message and "NOT_SUPPORTED" in message
-    assert seen == [getattr(torch, dtype)]
+    asked = gpu((7, 0))
+    with Products(fails=[number]) as products:
+        if dtype == "float32":
+            assert "sm_70" in check_device("--dtype", "float32") and len(products.seen) > 1
+        else:
+            message = stopped(check_device)
+            assert "torch does not run on" in message and "NOT_SUPPORTED" in message
+            assert len(products.seen) == number
+    assert {*products.seen} == {getattr(torch, dtype)}
+    assert {"ones", "zeros"} & {question for question, _ in asked}  # made on the GPU
 
 
 def test_an_error_that_cuda_reports_only_with_a_result_is_seen(gpu, monkeypatch):
     """Kernels run behind Python's back: that one failed is said when its result is asked for."""
     gpu()
-    real, item, done = ChunkedLogProbFunction.backward, torch.Tensor.item, []
+    item = torch.Tensor.item
 
     def late(tensor):
-        if done:
+        if len(products.seen) > 1:  # the backward pass's
             raise RuntimeError(NO_KERNEL)
         return item(tensor)
 
-    spy = staticmethod(lambda *args: done.append(1) or real(*args))
-    monkeypatch.setattr(ChunkedLogProbFunction, "backward", spy)
     monkeypatch.setattr(torch.Tensor, "item", late)
-    assert "no kernel image is available" in stopped(check_device)
+    with Products() as products:
+        assert "no kernel image is available" in stopped(check_device)
 
 
-def test_the_trial_runs_on_a_cpu_too_and_asks_cuda_nothing(gpu, monkeypatch):
+def test_on_a_cpu_cuda_is_asked_nothing(gpu):
     asked = gpu(count=2)
-    real, seen = ChunkedLogProbFunction.backward, []
-    spy = staticmethod(lambda *args: seen.append(1) or real(*args))
-    monkeypatch.setattr(ChunkedLogProbFunction, "backward", spy)
     line = check_device("--device", "cpu", "--dtype", "float32")
-    assert line == "CPU" and seen and asked == [] and "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert line == "CPU" and asked == [] and "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_a_gpu_that_is_full_is_told_to_be_freed(gpu, lines, tmp_path, capsys):

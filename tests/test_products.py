@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.utils.benchmark
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -136,10 +136,16 @@ def test_a_row_that_is_not_finite_stays_so_and_spoils_no_other(bad, dtype):
 # ---- a converted module ------------------------------------------------------------------------
 
 
-def layer_of(module):
-    """Return a model with one layer, in which module is the projection."""
-    layer = torch.nn.ModuleDict({"projection": module})
-    return torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})
+class Model(torch.nn.Module):
+    """What a model of transformers has, with these modules in its first layer."""
+
+    def __init__(self, dtype=torch.bfloat16, **modules):
+        super().__init__()
+        self.dtype, self.embedding = dtype, torch.nn.Embedding(3, 4, dtype=dtype)
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict(modules)])
+
+    def get_input_embeddings(self):
+        return self.embedding
 
 
 def converted(weight, bias=None, dtype=torch.bfloat16):
@@ -148,7 +154,7 @@ def converted(weight, bias=None, dtype=torch.bfloat16):
     module.weight.data = weight.to(dtype)
     if bias is not None:
         module.bias.data = bias.to(dtype)
-    t.use_float16(layer_of(module.requires_grad_(False)))
+    t.use_float16(Model(dtype, projection=module.requires_grad_(False)))
     assert module.weight.dtype == torch.float16
     return module
 
@@ -197,23 +203,34 @@ def test_a_converted_module_keeps_no_rows_for_the_backward_pass():
 # ---- what use_float16() converts ---------------------------------------------------------------
 
 
-def demo_model(dtype, products="dtype"):
-    args = t.parse_args(["--demo", "--dtype", dtype])
+def load(folder, dtype, products="dtype"):
+    """Return the model of a folder as a run with these products has it."""
+    args = t.parse_args(["--demo", "--model_name", str(folder), "--dtype", dtype])
     return t.load_model(args, products).eval()
 
 
-def in_layers(model):
-    """Return the linear modules of the layers by name."""
-    found = {name: module for name, module in model.named_modules() if ".layers." in name}
-    return {name: one for name, one in found.items() if type(one) is torch.nn.Linear}
+@pytest.fixture(params=["tied", "untied"])
+def folder(request, tiny, untied):
+    """Return the path of the demo model, with its head tied to the embedding and without."""
+    return {"tied": tiny, "untied": untied}[request.param]
+
+
+def told(text):
+    """Return the largest change that is printed, in the only line, and what is left."""
+    line = r"products frozen modules compute in scaled float16, "
+    line += r"their weights changed by at most (\S+?)(?:; not (.*))?\n"
+    found = re.fullmatch(line, text)
+    return found[1], found[2]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_exactly_the_layers_linear_modules_become_float16(dtype, capsys):
-    before, model = demo_model(dtype), demo_model(dtype, "float16")
-    expected, old = in_layers(before), before.state_dict()
-    assert len(expected) == 5 + 4 + 2 * 3  # DeltaNet, attention, two feed-forwards
-    weights = {f"{name}.weight" for name in expected}
+def test_exactly_the_linear_modules_and_a_tied_embedding_become_float16(folder, dtype, capsys):
+    before, model = load(folder, dtype), load(folder, dtype, "float16")
+    found, old = dict(before.named_modules()), before.state_dict()
+    weights = {f"{n}.weight" for n, one in found.items() if type(one) is torch.nn.Linear}
+    assert len(weights) == 5 + 4 + 2 * 3 + 1  # DeltaNet, attention, two feed-forwards, the head
+    if before.lm_head.weight is before.get_input_embeddings().weight:
+        weights.add("model.embed_tokens.weight")
     change = 0.0
     for name, weight in model.state_dict().items():
         assert (weight.dtype == torch.float16) == (name in weights), name
@@ -222,26 +239,162 @@ def test_exactly_the_layers_linear_modules_become_float16(dtype, capsys):
             change = max(change, (weight.double() - old[name].double()).abs().max().item())
         else:
             assert weight.equal(old[name]) and weight.dtype == getattr(torch, dtype), name
-    text = capsys.readouterr().out
-    said = re.search(r"(\d+) modules .* changed by at most (\S+)\n$", text)
-    assert int(said[1]) == len(expected) and said[2] == f"{change:.1g}"
+    assert told(capsys.readouterr().out) == (f"{change:.1g}", None)
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         plain, scaled = before(input_ids=ids).logits, model(input_ids=ids).logits
-    assert plain.dtype == scaled.dtype
+    assert plain.dtype == scaled.dtype == getattr(torch, dtype)
     difference = (scaled.float() - plain.float()).norm() / plain.float().norm()
     assert 0 < difference < {"bfloat16": 2**-5, "float32": 2**-8}[dtype]
 
 
-def test_the_largest_change_of_a_weight_is_told(capsys):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_embedding_gives_the_models_dtype_within_the_change_that_is_told(
+    folder, dtype, tmp_path, capsys
+):
+    """Some of its weights are between two numbers of float16."""
+
+    def change(tensors):
+        for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+            if name in tensors:
+                tensors[name] = tensors[name].float()
+                tensors[name][7, :4] = torch.tensor([1 + 2**-11, -2e-8, 3e-5, 0.3])
+
+    folder = changed(folder, tmp_path / "model", change)
+    before, model = load(folder, dtype), load(folder, dtype, "float16")
+    most = float(told(capsys.readouterr().out)[0])
+    ids = torch.arange(2048)[None]
+    expected, found = before.get_input_embeddings()(ids), model.get_input_embeddings()(ids)
+    assert found.dtype == expected.dtype == getattr(torch, dtype)
+    difference = (found.double() - expected.double()).abs().max().item()
+    is_tied = before.lm_head.weight is before.get_input_embeddings().weight
+    assert bool(difference) == is_tied and difference <= 1.1 * most  # of which one digit is printed
+
+
+def changed(folder, new, change):
+    """Return the path of a copy of a model's folder whose tensors are changed."""
+    shutil.copytree(folder, new)
+    tensors = load_file(new / "model.safetensors")
+    change(tensors)
+    save_file(tensors, new / "model.safetensors", {"format": "pt"})
+    return new
+
+
+# ---- the head ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_heads_logits_are_finite_and_err_no_more_than_bfloat16s(folder, dtype, name):
+    model, weight = load(folder, dtype, "float16"), load(folder, "float32").lm_head.weight
+    size = weight.shape[1]
+    rows = torch.stack([HOSTILE[name][0](row) for row in some(3, size, seed=1)])
+    rows = rows.to(getattr(torch, dtype))
+    exact = rows.double() @ weight.double().T
+    with torch.no_grad():
+        found = model.lm_head(rows[:, None])[:, 0]
+    assert found.dtype == rows.dtype and found.isfinite().all()
+    bfloat16s = (rows.float() @ weight.T).bfloat16()
+    errors = [(one.double() - exact).norm() for one in (found, bfloat16s)]
+    # A result in bfloat16 is rounded to float16 before.
+    assert errors[0] <= {"bfloat16": 1.1, "float32": 0.5}[dtype] * errors[1] or name == "subnormal"
+    assert (found.double() - exact).norm() <= 2**-8 * exact.norm() or name == "subnormal"
+
+
+# What a token's logits are like; its gradient is (p - 1 where it is the token) / tokens of a step.
+CERTAINTY = {
+    "unsure": (lambda logits: logits, 5),
+    "surely wrong": (lambda logits: 9 * logits, 5),
+    "surely right": (lambda logits: 9 * logits, None),
+    "all alike": (lambda logits: 0 * logits, 5),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 1000, 1e30])
+def test_the_gradient_of_a_softmax_goes_through_the_head(folder, tokens, dtype):
+    """Beside one large number, of the token, there are thousands of very small ones."""
+    model = load(folder, str(dtype).removeprefix("torch."), "float16").requires_grad_(False)
+    weight = load(folder, "float32").lm_head.weight.detach()
+    logits = torch.stack([change(some(len(weight), seed=4)) for change, _ in CERTAINTY.values()])
+    pairs = zip(logits, CERTAINTY.values(), strict=True)
+    ids = [row.argmax() if n is None else n for row, (_, n) in pairs]
+    logits.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")
+    loss.backward()
+    gradient = (logits.grad / tokens).to(dtype)
+    assert gradient.any(1).all() and gradient.abs().max() > 1e4 * gradient.abs().median()
+    rows = torch.zeros(len(ids), weight.shape[1], dtype=dtype, requires_grad=True)
+    model.lm_head(rows).backward(gradient)
+    exact = gradient.double() @ weight.double()
+    error = (rows.grad.double() - exact).norm(dim=1)
+    assert rows.grad.dtype == dtype and exact.any(1).all()
+    assert (error <= 2**-8 * exact.norm(dim=1)).all()
+
+
+def test_all_of_loras_gradients_are_float32s_but_for_float16s_rounding(folder, flags, tmp_path):
+    """Through the head and all layers; those of bfloat16's products err ten times as much."""
+    found = {}
+    for products, dtype in [("dtype", "float32"), ("float16", "float32"), ("dtype", "bfloat16")]:
+        more = ["--model_name", str(folder), "--dtype", dtype]
+        trainer = trainer_of(command([*flags, *more], tmp_path, products))
+        batch = trainer.data_collator([trainer.train_dataset[n] for n in (0, 5)])
+        trained = with_b(trainer.model.eval())
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=100_000).backward()
+        found[products, dtype] = {name: p.grad for name, p in trained.items()}
+    exact, scaled, bfloat16s = found.values()
+    for name, gradient in exact.items():
+        errors = [(one[name] - gradient).norm() / gradient.norm() for one in (scaled, bfloat16s)]
+        assert 0 < errors[0] < 2**-8 and errors[0] < errors[1] / 4, name
+
+
+def spoilt(tensors):
+    """Give one row of the head numbers that float16 holds, but not their sum."""
+    tied = "model.language_model.embed_tokens.weight"
+    tensors["lm_head.weight" if "lm_head.weight" in tensors else tied][3] = 600
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_head_with_too_large_a_norm_stays_and_is_named(folder, dtype, tmp_path, capsys):
+    new = changed(folder, tmp_path / "model", spoilt)
+    before, model = load(new, dtype), load(new, dtype, "float16")
+    assert told(capsys.readouterr().out)[1] == "lm_head"
+    head, embedding = model.lm_head, model.get_input_embeddings()
+    assert head.weight.dtype == embedding.weight.dtype == getattr(torch, dtype)
+    rows, ids = some(5, 64).to(getattr(torch, dtype)), torch.arange(9)
+    with torch.no_grad():
+        assert head(rows).equal(before.lm_head(rows))
+        assert embedding(ids).equal(before.get_input_embeddings()(ids))
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
+
+
+# A vocabulary's weight is looked at in parts; these are in none of the first.
+LARGE_IN_PARTS = {
+    "a sum over all": lambda weight: weight[:, 1].fill_(4),
+    "a row at the end": lambda weight: weight[-1].fill_(9000),
+    "not a number at the end": lambda weight: weight[-1, 2].fill_(math.nan),
+    "infinite at the end": lambda weight: weight[-1, 2].fill_(math.inf),
+}
+
+
+@pytest.mark.parametrize("spoil", LARGE_IN_PARTS.values(), ids=LARGE_IN_PARTS)
+def test_what_float16_may_not_hold_is_found_anywhere_in_a_large_weight(spoil, capsys):
+    head = torch.nn.Linear(4, 9000, dtype=torch.bfloat16)
+    spoil(head.weight.data)
+    t.use_float16(Model(head=head))
+    assert told(capsys.readouterr().out) == ("0", "layers.0.head")
+    assert head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("row", [3, 5000, 8999])
+def test_the_largest_change_of_a_weight_is_told(row, capsys):
     """Of three modules the second has a number between two of float16's: half a step away."""
-    layer = torch.nn.ModuleDict({name: torch.nn.Linear(D, K) for name in "abc"})
-    for module in layer.values():
-        module.weight.data = some(K, D)
-    layer["b"].weight.data[3, 4] = 1 + 2**-11
-    t.use_float16(torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])}))
-    said = f"changed by at most {2**-11:.1g}\n"
-    assert capsys.readouterr().out.endswith(said)
+    modules = {name: torch.nn.Linear(4, 9000) for name in "abc"}
+    for module in modules.values():
+        module.weight.data = some(9000, 4)
+    modules["b"].weight.data[row, 2] = 1 + 2**-11
+    t.use_float16(Model(torch.float32, **modules))
+    assert told(capsys.readouterr().out) == (f"{2**-11:.1g}", None)
 
 
 TOO_LARGE = {
@@ -256,15 +409,11 @@ TOO_LARGE = {
 @pytest.mark.parametrize("spoil", TOO_LARGE.values(), ids=TOO_LARGE)
 def test_a_weight_that_float16_may_not_hold_is_left_and_named(spoil, capsys):
     """Of 100 x 100 numbers, 400 each, float16 holds all, but not the sum of a row or column."""
-    names = ("good", "odd")
-    layer = torch.nn.ModuleDict({name: torch.nn.Linear(100, 100) for name in names})
-    layer.bfloat16().requires_grad_(False)
+    layer = {name: torch.nn.Linear(100, 100, dtype=torch.bfloat16) for name in ("good", "odd")}
     spoil(layer["odd"].weight.data)
     before = layer["odd"].weight.clone()
-    t.use_float16(torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])}))
-    text = capsys.readouterr().out
-    assert text.startswith("products 1 modules ") and text.endswith("; not layers.0.odd\n")
-    assert "good" not in text
+    t.use_float16(Model(**layer).requires_grad_(False))
+    assert told(capsys.readouterr().out)[1] == "layers.0.odd"
     kept, rows = layer["odd"].weight, some(2, 100).bfloat16()
     assert kept.dtype == torch.bfloat16
     torch.testing.assert_close(kept.data, before, rtol=0, atol=0, equal_nan=True)
@@ -286,15 +435,12 @@ def test_the_largest_sums_that_are_taken_stay_in_float16s_range():
 
 
 def test_many_that_are_left_are_counted(capsys):
-    layers = torch.nn.ModuleList(
-        torch.nn.ModuleDict({"projection": torch.nn.Linear(4, 4)}) for _ in range(9)
-    )
-    for layer in layers:
-        layer["projection"].weight.data.fill_(1e6)
-    t.use_float16(torch.nn.ModuleDict({"layers": layers}))
-    text = capsys.readouterr().out
-    assert text.startswith("products 0 modules ") and text.count("layers.") == 3
-    assert "and 6 more" in text
+    modules = {name: torch.nn.Linear(4, 4) for name in "abcdefghi"}
+    for module in modules.values():
+        module.weight.data.fill_(1e6)
+    t.use_float16(Model(**modules))
+    change, left = told(capsys.readouterr().out)
+    assert change == "0" and left.count("layers.0.") == 3 and left.endswith("and 6 more")
 
 
 def test_float16s_sums_are_float32s():
@@ -420,7 +566,7 @@ def no_picture(monkeypatch):
 
 @pytest.fixture(scope="module")
 def flags(lines, tmp_path_factory):
-    return [*lines(tmp_path_factory.mktemp("data")), "--num_samples", "0"]
+    return lines(tmp_path_factory.mktemp("data"))
 
 
 def command(flags, output, products="float16"):
@@ -467,7 +613,8 @@ def test_a_run_in_float16_ends_with_a_proved_adapter_like_the_dtypes(whole, demo
     output, text = whole
     found = re.search(r"its logits differ by (\S+) from the trained model's, by (\S+) from", text)
     assert found[1] == "0" and float(found[2]) > 0
-    assert "15 modules compute in scaled float16" in text
+    assert "frozen modules compute in scaled float16, " in text and "; not " not in text
+    assert "warning" not in text and (output / "samples.md").exists()
     assert record(output)["products"] == {"used": "float16"}
     assert record(demo[0])["products"] == {"used": "dtype"} and "scaled float16" not in demo[1]
     ours, theirs = (load_file(one / ADAPTER) for one in (output, demo[0]))
@@ -480,6 +627,26 @@ def test_a_run_in_float16_ends_with_a_proved_adapter_like_the_dtypes(whole, demo
         assert len(expected) > 2 and logged(output, key) == pytest.approx(expected, rel=0.01), key
 
 
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_a_run_of_a_bfloat16_model_in_float16_is_like_one_without(
+    flags, tiny, untied, tmp_path, name
+):
+    """As on a V100: the frozen weights in bfloat16, those of linear modules in float16."""
+    folder, runs = {"tied": tiny, "untied": untied}[name], {}
+    more = ["--model_name", folder, "--dtype", "bfloat16", "--num_epochs", "1"]
+    for products in ("dtype", "float16"):
+        runs[products] = tmp_path / products
+        t.main(command([*flags, *more], runs[products], products))
+        text = (runs[products] / "all_logs.log").read_text(encoding="utf-8")
+        assert "warning" not in text and "proof " in text
+        samples = (runs[products] / "samples.md").read_text(encoding="utf-8")
+        assert re.findall(r"\*\*(\w+)\*\*", samples)[-3:] == ["base", "adapter", "written"]
+    for key in ("loss", "eval_loss"):
+        expected, found = (logged(output, key) for output in runs.values())
+        assert len(found) > 1 and found == pytest.approx(expected, rel=0.01), key
+        assert found != expected
+
+
 def test_after_a_signal_the_same_command_ends_with_the_same_bytes(
     flags, whole, interrupted, tmp_path
 ):
@@ -489,6 +656,8 @@ def test_after_a_signal_the_same_command_ends_with_the_same_bytes(
     assert (output / ADAPTER).read_bytes() == (whole[0] / ADAPTER).read_bytes()
     assert logged(output, "loss") == logged(whole[0], "loss")
     assert logged(output, "eval_loss") == logged(whole[0], "eval_loss")
+    samples = [(one / "samples.md").read_text(encoding="utf-8") for one in (output, whole[0])]
+    assert samples[0] == samples[1]
 
 
 @pytest.mark.parametrize("products", ["dtype", "auto"])
@@ -502,20 +671,32 @@ def test_other_products_do_not_go_on(flags, interrupted, capfd, products):
     assert (interrupted / "checkpoints" / "job.json").read_bytes() == before
 
 
-def test_recomputation_changes_nothing(flags, tmp_path):
-    """Loss and gradients of one batch, with dropout."""
-    args = t.parse_args(command(flags, tmp_path))
-    job = t.Job(args, products={"used": "float16"})
+def trainer_of(argv):
+    """Return the trainer of a command before it trains."""
+    args = t.parse_args(argv)
+    job = t.Job(args, products={"used": args.products})
     t.check_device(args)
     job.config, job.tokenizer = t.load_config_and_tokenizer(args)
     job.train = t.encode(t.read_examples(args.train_file), job.tokenizer, args.max_seq_len)
     job.plan = t.make_plan(args, job.config, len(job.train))
-    trainer = t.build_trainer(job)
-    model = trainer.model.train()
+    return t.build_trainer(job)
+
+
+def with_b(model):
+    """Return the trained parameters; B is zero at first, and A has no gradient then."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
     for name, parameter in trained.items():
-        if "lora_B" in name:  # it is zero at first, and A has no gradient then
-            torch.nn.init.normal_(parameter, std=0.1)
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return trained
+
+
+def test_recomputation_changes_nothing(flags, tmp_path):
+    """Loss and gradients of one batch, with dropout."""
+    trainer = trainer_of(command(flags, tmp_path))
+    model = trainer.model.train()
+    trained = with_b(model)
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()
     layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
@@ -526,7 +707,7 @@ def test_recomputation_changes_nothing(flags, tmp_path):
         for layer in layers:
             layer.gradient_checkpointing = recompute
         torch.manual_seed(0)
-        loss = model(**inputs, fused_lm_head=True).loss
+        loss = trainer.compute_loss(model, inputs)
         loss.backward()
         results.append((loss.item(), {name: p.grad.clone() for name, p in trained.items()}))
         model.zero_grad()

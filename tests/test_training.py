@@ -1,6 +1,5 @@
 """The trainer: injection, rows and order, losses, memory, faults, the environment."""
 
-import contextlib
 import json
 import math
 import os
@@ -17,14 +16,10 @@ import peft
 import pytest
 import torch
 import trl
-import trl.kernels.chunked_logprob as kernel
-import trl.trainer.utils
 from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -77,13 +72,19 @@ class Recorder(TrainerCallback):
     def __init__(self, trainer):
         self.model, self.batches, self.evaluated = trainer.model, [], []
         self.gradients, self.rates, self.weights, self.optimizer = [], [], [], None
+        self.compute_loss, self.labels = trainer.compute_loss, None
+        trainer.compute_loss = self.on_loss
         trainer.model.register_forward_pre_hook(self.on_forward, with_kwargs=True)
         trainer.add_callback(self)
 
+    def on_loss(self, model, inputs, *args, **kwargs):
+        self.labels = inputs["labels"].clone()
+        return self.compute_loss(model, inputs, *args, **kwargs)
+
     def on_forward(self, model, args, inputs):
         assert not args
-        batch = {key: inputs[key].clone() for key in ("input_ids", "attention_mask", "labels")}
-        batch |= {"keys": inputs.keys(), "seen_before": len(self.batches)}
+        batch = {key: inputs[key].clone() for key in ("input_ids", "attention_mask")}
+        batch |= {"keys": inputs.keys(), "seen_before": len(self.batches), "labels": self.labels}
         (self.batches if model.training else self.evaluated).append(batch)
 
     def on_pre_optimizer_step(self, *_, optimizer, **__):
@@ -377,7 +378,7 @@ def test_the_model_is_given_the_very_rows(trained):
     assert sorted(conversations(recorder.evaluated)) == sorted(as_pairs(job.eval) * 3)
     keys = {key for batch in recorder.batches + recorder.evaluated for key in batch["keys"]}
     assert not keys & {"position_ids", "cu_seq_lens_q", "seq_idx"}  # of packed rows
-    assert logged(job.history, "num_tokens")[-1] == job.tokens
+    assert logged(job.history, "num_input_tokens_seen")[-1] == job.tokens
     assert job.tokens == 2 * sum(len(row["input_ids"]) for row in job.train)
 
 
@@ -535,10 +536,8 @@ def test_the_last_eval_loss_is_that_of_the_adapter(demo, flags, tiny):
     )
 
 
-def test_the_losses_and_gradients_are_those_of_trl_with_its_defaults(
-    flags, tiny, tmp_path, monkeypatch
-):
-    """On the same rows in the same order; TRL scores all positions, and recomputes activations."""
+def test_the_losses_and_gradients_are_those_of_trl_with_its_defaults(flags, tiny, tmp_path):
+    """On the same rows in the same order; TRL has a loss of its own, and recomputes activations."""
     more = [*STILL, "--lora_dropout", "0", "--num_epochs", "1", "--warmup_ratio", "0"]
     job = prepare([*flags, *more, "--eval_file", "", "--output_dir", str(tmp_path)])
     ours = t.build_trainer(job)
@@ -549,9 +548,6 @@ def test_the_losses_and_gradients_are_those_of_trl_with_its_defaults(
     ours.model.register_forward_hook(lambda model, *_: recomputed.append(recomputes(model)))
     t.train(ours, job)
 
-    # As TRL has them where there is no Triton.
-    for module in (kernel, trl.trainer.utils):
-        monkeypatch.setattr(module, "_use_triton", lambda device: False)
     pairs = conversations(recorder.batches)
     rows = [{"input_ids": ids, "labels": labels} for ids, labels in pairs]
     config = trl.SFTConfig(
@@ -575,16 +571,16 @@ def test_the_losses_and_gradients_are_those_of_trl_with_its_defaults(
     theirs.train()
     assert conversations(by_trl.batches) == pairs
     assert recomputed == [False] * 7 + [True] * 7
-    for key in ("loss", "grad_norm", "entropy"):
-        expected = logged(theirs.state.log_history, key)
+    for key, trls in [("loss",) * 2, ("grad_norm",) * 2, ("num_input_tokens_seen", "num_tokens")]:
+        expected = logged(theirs.state.log_history, trls)
         assert len(expected) == 4
-        assert logged(job.history, key) == pytest.approx(expected, rel=ROUNDING), key
+        assert logged(job.history, key)[:4] == pytest.approx(expected, rel=ROUNDING), key
     for got, expected in zip(recorder.gradients, by_trl.gradients, strict=True):
         assert_near(got, expected)
 
 
 class Products(TorchDispatchMode):
-    """Count the rows of the products with so many columns: the positions that are scored."""
+    """Count the rows of the products from or to so many columns: the positions that are scored."""
 
     def __init__(self, columns):
         super().__init__()
@@ -592,98 +588,115 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if "mm" in func.name() and result.shape[-1] == self.columns:
-            self.rows.append(result.numel() // self.columns)
+        if "mm" in func.name():
+            given = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            ends = {result.shape[-1], *(one.shape[-1] for one in given[-2:-1])}
+            if self.columns in ends:
+                self.rows.append(result.numel() // result.shape[-1])
         return result
 
 
-class NoKernel:
-    """A Triton kernel, which must not be called."""
-
-    def __getitem__(self, grid):
-        raise AssertionError("Triton is called")
-
-
-class OnCpu(TorchFunctionMode):
-    """Make on the CPU what is asked to be made on the GPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
+def scored(labels):
+    """Return how many positions a batch's logits are made for: as many in each of its rows."""
+    rows = [{n for n, label in enumerate(row) if label != -100} for row in labels]
+    assert 0 not in set.union(*rows)
+    return len(rows) * len(set.union(*rows))
 
 
-@contextlib.contextmanager
-def simulated_gpu():
-    """Let torch believe in an idle GPU, which computes on the CPU."""
-    facts = {"is_available": True, "device_count": 1, "get_device_capability": (9, 0)}
-    facts |= {"get_device_name": "a GPU", "mem_get_info": (2**34, 2**34)}
-    with pytest.MonkeyPatch.context() as patch, OnCpu():
-        for name, value in facts.items():
-            patch.setattr(torch.cuda, name, lambda *_, value=value: value)
-        yield
+@pytest.mark.parametrize("products", ["dtype", "float16"])
+def test_only_positions_where_a_token_is_learnt_are_scored(flags, tmp_path, gpu, products):
+    """In training, evaluation and where it is tried out whether a batch fits in memory."""
+    job = prepare([*flags, "--products", products, "--output_dir", str(tmp_path)])
+    trainer, size = t.build_trainer(job), len(job.tokenizer)
+    rows = sorted(job.train, key=lambda row: len(row["input_ids"]))
+    batch = trainer.data_collator([rows[n] for n in (0, 6, 12)])
+    count = scored(batch["labels"].tolist())
+    learnt = sum(label != -100 for label in batch["labels"].flatten())
+    assert learnt < count < batch["labels"].numel() / 2  # the rows differ, and prompts are long
+    with Products(size) as seen:
+        trainer.compute_loss(trainer.model, batch).backward()
+    assert seen.rows == [count] * 2  # and in the backward pass
+    evaluated = [scored(batch["labels"].tolist()) for batch in trainer.get_eval_dataloader()]
+    with Products(size) as seen:
+        trainer.evaluate()
+    assert seen.rows == evaluated and len(evaluated) == 2
+    largest = scored(trainer.data_collator(rows[-2:])["labels"].tolist())
+    with Products(size) as seen:
+        look_for_memory(trainer, job)
+    assert seen.rows == [largest] * 2
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("has_triton", [False, True])
-def test_only_trained_positions_are_scored_and_never_with_triton(
-    flags, tmp_path, monkeypatch, device, has_triton
+# Of three rows' tokens those that are learnt: apart, in two replies, in all but the first.
+LEARNT = [{3, 4}, {7, 8, 9, 19}, {*range(1, 12)}]
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+@pytest.mark.parametrize("items", [None, 100, torch.tensor(100)], ids=str)
+def test_the_loss_is_the_sum_over_learnt_tokens_by_their_number(
+    flags, tiny, untied, tmp_path, head, items
 ):
-    """TRL does neither by itself: it scores all on a CPU, and takes Triton on a GPU.
-
-    The script sets two private names of TRL. This fails when that ceases to have an effect.
-    """
-    job = prepare([*flags, "--output_dir", str(tmp_path)])
-    for module in (kernel, trl.trainer.utils):
-        monkeypatch.setattr(module, "_use_triton", lambda device: has_triton)
-    for name in ("_forward_kernel", "_backward_kernel"):
-        monkeypatch.setattr(kernel, name, NoKernel())
-    trainer = t.build_trainer(job)
-    batch = trainer.data_collator([trainer.train_dataset[n] for n in range(3)])
-
-    def scored():
-        with Products(len(job.tokenizer)) as products:
-            trainer.model(**batch, fused_lm_head=True).loss.backward()
-        return products.rows
-
-    if has_triton:
-        with pytest.raises(AssertionError, match="Triton is called"):
-            scored()
-    else:
-        assert scored() == [3 * (batch["labels"].shape[1] - 1)] * 2
-    args = t.parse_args([*flags, "--device", device])
-    with simulated_gpu() if device == "cuda" else contextlib.nullcontext():
-        t.check_device(args)
-    trained = sum(label != -100 for row in job.train[:3] for label in row["labels"])
-    assert scored() == [trained] * 2  # and once more in the backward pass
+    """A step counts the learnt tokens of all its batches; an evaluation gives no number."""
+    folder = {"tied": tiny, "untied": untied}[head]
+    job = prepare([*flags, "--model_name", folder, "--output_dir", str(tmp_path)])
+    trainer, numbers = t.build_trainer(job), random.Random(0)
+    set_b(trainer)
+    trainer.model.eval()
+    pairs = []
+    for length, learnt in zip((6, 20, 12), LEARNT, strict=True):
+        ids = [numbers.randrange(2000) for _ in range(length)]
+        pairs.append((ids, [ids[n] if n in learnt else -100 for n in range(length)]))
+    for chosen in (pairs, pairs[:2], pairs[:1], pairs[1:]):
+        rows = [{"input_ids": ids, "labels": labels} for ids, labels in chosen]
+        loss = trainer.compute_loss(
+            trainer.model, trainer.data_collator(rows), num_items_in_batch=items
+        )
+        count = sum(label != -100 for _, labels in chosen for label in labels)
+        expected = token_loss(trainer.model, chosen) * (1 if items is None else count / 100)
+        assert loss.item() == pytest.approx(expected, rel=ROUNDING)
+        assert loss.shape == () and loss.dtype == torch.float32
 
 
-class Saved(types.SimpleNamespace):
-    """What an autograd function keeps between its passes; autograd itself would ask for a GPU."""
+@pytest.mark.parametrize("products", ["dtype", "float16"])
+def test_of_bfloat16s_logits_the_loss_and_its_gradient_are_made_in_float32(
+    flags, tmp_path, products
+):
+    more = ["--dtype", "bfloat16", "--products", products, "--lora_dropout", "0"]
+    job = prepare([*flags, *more, "--output_dir", str(tmp_path)])
+    trainer, seen = t.build_trainer(job), []
+    batch = trainer.data_collator([job.train[0], job.train[1]])
 
-    needs_input_grad = (True, *[False] * 8)
+    def keep(model, args, inputs, output):
+        output.logits.retain_grad()
+        seen.append(output.logits)
 
-    def save_for_backward(self, *tensors):
-        self.saved_tensors = tensors
+    trainer.model.register_forward_hook(keep, with_kwargs=True)
+    set_b(trainer)
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=1000)
+    loss.backward()
+    (logits,) = seen
+    exact = logits.detach().double().requires_grad_()
+    labels = batch["labels"][:, 1:]
+    targets = labels[:, (labels != -100).any(0)].flatten()
+    expected = torch.nn.functional.cross_entropy(exact.flatten(0, 1), targets, reduction="sum")
+    (expected / 1000).backward()
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item() / 1000, rel=1e-5)
+    # bfloat16 rounds the gradient once, by at most a 256th.
+    error = (logits.grad.double() - exact.grad).abs()
+    assert (error <= 1.01 * 2**-8 * exact.grad.abs() + 1e-12).all()
 
-    def set_materialize_grads(self, *_):
-        pass
 
-    mark_non_differentiable = set_materialize_grads
-
-
-def test_on_tensors_of_a_gpu_trls_tiles_are_folded_by_torch(flags):
-    """The tensors are torch's fake ones, with a device and a shape but without numbers."""
-    function = kernel.ChunkedLogProbFunction
-    t.check_device(t.parse_args(flags))
-    with FakeTensorMode():
-        hidden, weight = (torch.empty(n, 64, device="cuda") for n in (5, 100))
-        saved, targets = Saved(), torch.zeros(5, device="cuda", dtype=torch.long)
-        losses, *_ = function.forward(saved, hidden, weight, None, targets, 1.0, 30)
-        gradient, *_ = function.backward(saved, torch.ones_like(losses), None)
-    assert (losses.device.type, losses.shape) == ("cuda", (5,))
-    assert (gradient.device.type, gradient.shape) == ("cuda", (5, 64))
+def test_training_with_an_untied_head_learns_and_is_proved(flags, untied, tmp_path):
+    t.main([*flags, "--model_name", untied, "--output_dir", str(tmp_path)])
+    base = AutoModelForCausalLM.from_pretrained(untied, dtype="float32").eval()
+    assert not base.lm_head.weight.equal(base.get_input_embeddings().weight)
+    job = prepare([*flags, "--model_name", untied])
+    history = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["loss_history"]
+    first, *_, last = logged(history, "eval_loss")
+    assert first == pytest.approx(batches_loss(base, job.eval), rel=ROUNDING)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "final_lora").eval()
+    assert last == pytest.approx(batches_loss(model, job.eval), rel=ROUNDING)
+    assert last < first
 
 
 def test_tokens_a_second_stand_beside_the_loss(demo):
@@ -693,7 +706,7 @@ def test_tokens_a_second_stand_beside_the_loss(demo):
     rates = [int(line.removesuffix(" tokens/s").split()[-1].replace(",", "")) for line in printed]
     assert len(rates) == 8 and min(rates) > 0
     assert rates[-1] == round(record["tokens"] / record["train_seconds"])
-    assert record["tokens"] == logged(record["loss_history"], "num_tokens")[-1]
+    assert record["tokens"] == logged(record["loss_history"], "num_input_tokens_seen")[-1]
 
 
 # ---- memory of a simulated GPU: which batches are recomputed, and that it changes nothing ------
@@ -784,7 +797,7 @@ def test_exactly_the_batches_that_do_not_fit_are_recomputed_and_nothing_else_cha
     assert len(again) in {1: [0], 0.9: range(1, 7), 0: [7]}[share]
     assert batches == on_a_cpu[0] and passes == 7 + len(again)
     assert gpu == [pytest.approx(0.9 * (30 + 10) / 100), 1]
-    for key in ("loss", "grad_norm", "num_tokens", "eval_loss"):
+    for key in ("loss", "grad_norm", "num_input_tokens_seen", "eval_loss"):
         assert logged(history, key) == pytest.approx(logged(on_a_cpu[2], key), rel=ROUNDING), key
     for got, expected in zip(gradients, on_a_cpu[1], strict=True):
         assert_near(got, expected)
@@ -828,11 +841,12 @@ def test_the_limit_is_the_largest_batch_that_fits_and_is_found_in_few_passes(mix
     trainer, numbers, tried = mixed(), random.Random(0), []
     weight = next(iter(lora(trainer.model).values()))
 
-    def forward(input_ids, **_):
+    def forward(input_ids, logits_to_keep=(), **_):
         tried.append(input_ids.numel())
         if input_ids.numel() > kept and not recomputes(trainer.model):
             raise torch.OutOfMemoryError
-        return types.SimpleNamespace(loss=weight.sum())
+        logits = weight.sum() * torch.ones(len(input_ids), len(logits_to_keep), 2)
+        return types.SimpleNamespace(logits=logits)
 
     trainer.model.forward = forward
     for _ in range(60):
