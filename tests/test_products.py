@@ -269,6 +269,7 @@ def test_the_embedding_gives_the_models_dtype_within_the_change_that_is_told(
     difference = (found.double() - expected.double()).abs().max().item()
     is_tied = before.lm_head.weight is before.get_input_embeddings().weight
     assert bool(difference) == is_tied and difference <= 1.1 * most  # of which one digit is printed
+    assert found.equal(expected.half().to(expected.dtype) if is_tied else expected)
 
 
 def changed(folder, new, change):

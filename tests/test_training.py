@@ -72,8 +72,9 @@ class Recorder(TrainerCallback):
     def __init__(self, trainer):
         self.model, self.batches, self.evaluated = trainer.model, [], []
         self.gradients, self.rates, self.weights, self.optimizer = [], [], [], None
-        self.compute_loss, self.labels = trainer.compute_loss, None
+        self.compute_loss, self.labels, self.caches = trainer.compute_loss, None, []
         trainer.compute_loss = self.on_loss
+        trainer.model.register_forward_hook(self.after_forward)
         trainer.model.register_forward_pre_hook(self.on_forward, with_kwargs=True)
         trainer.add_callback(self)
 
@@ -86,6 +87,10 @@ class Recorder(TrainerCallback):
         batch = {key: inputs[key].clone() for key in ("input_ids", "attention_mask")}
         batch |= {"keys": inputs.keys(), "seen_before": len(self.batches), "labels": self.labels}
         (self.batches if model.training else self.evaluated).append(batch)
+
+    def after_forward(self, model, args, output):
+        kept = {key for key, value in output.items() if value is not None}
+        self.caches += kept & {"cache", "past_key_values"}  # memory, which training has no use for
 
     def on_pre_optimizer_step(self, *_, optimizer, **__):
         self.optimizer = optimizer
@@ -378,6 +383,7 @@ def test_the_model_is_given_the_very_rows(trained):
     assert sorted(conversations(recorder.evaluated)) == sorted(as_pairs(job.eval) * 3)
     keys = {key for batch in recorder.batches + recorder.evaluated for key in batch["keys"]}
     assert not keys & {"position_ids", "cu_seq_lens_q", "seq_idx"}  # of packed rows
+    assert recorder.caches == []
     assert logged(job.history, "num_input_tokens_seen")[-1] == job.tokens
     assert job.tokens == 2 * sum(len(row["input_ids"]) for row in job.train)
 
