@@ -141,6 +141,8 @@ def blame(what, advice, *kinds):
     """Exit with what, the error and advice after an error of these kinds within."""
     try:
         yield
+    except ImportError:  # of a library: explain() says what to do
+        raise
     except kinds as error:
         raise SystemExit(f"{what} ({brief(error)}); {advice}")
 
@@ -511,8 +513,8 @@ def make_plan(args, config, n_train):
     steps = per_epoch * args.num_epochs
     formula = f"ceil({n_train:,} / ({size} x {accumulated})) x {args.num_epochs}"
     lines.append(f"{steps:,} steps, {per_epoch:,} an epoch: {formula}")
-    # A checkpoint has AdamW's two moments too; each epoch's is kept, three others, two adapters.
-    size, disk = 4 * trainable / 1e6, 4 * trainable / 1e6 * (3 * args.num_epochs + 11) + 125
+    # With AdamW's moments a checkpoint is three adapters: each epoch's, and two others.
+    size, disk = 4 * trainable / 1e6, 4 * trainable / 1e6 * (3 * args.num_epochs + 8) + 125
     lines.append(f"adapter file {size:.1f} MB, at most {disk:,.0f} MB with the checkpoints")
     lines.append(f"vLLM needs --max-lora-rank {vllm_rank(r)} for r={r}")
     report("plan", "\n".join(lines))

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import matplotlib.image
+import numpy
 import pytest
 import torch
 import transformers
@@ -32,7 +34,7 @@ import train_lora_single as t
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-RESULTS = ("final_lora", "final_lora_vllm", "samples.md", "loss.png")
+RESULTS = ("final_lora", "final_lora_vllm", "samples.md", "lora.png")
 UP = "base_model.model.model.layers.0.mlp.up_proj"
 
 
@@ -127,7 +129,7 @@ def change_tensors(folder, edit):
 def test_a_run_leaves_exactly_these_files(demo):
     """Of the checkpoints each epoch's adapter is left; nothing of steps 3 and 6."""
     found = {str(path.relative_to(demo[0])) for path in demo[0].rglob("*") if path.is_file()}
-    expected = {"all_logs.log", "run.json", "samples.md", "loss.png"}
+    expected = {"all_logs.log", "run.json", "samples.md", "lora.png"}
     folders = {"final_lora": {"README.md"} | ADAPTER | TOKENIZER, "final_lora_vllm": ADAPTER}
     folders |= {f"checkpoints/checkpoint-{step}": ADAPTER for step in (4, 8)}
     assert found == expected | {f"{f}/{name}" for f, names in folders.items() for name in names}
@@ -398,7 +400,7 @@ AFTERWARDS = {
         "samples.md", GenerationMixin, "generate", torch.OutOfMemoryError("CUDA out of memory")
     ),
     "samples, a bug": ("samples.md", GenerationMixin, "generate", IndexError("a bug upstream")),
-    "picture": ("loss.png", matplotlib.figure.Figure, "savefig", OSError(28, "No space left")),
+    "picture": ("lora.png", matplotlib.figure.Figure, "savefig", OSError(28, "No space left")),
 }  # fmt: skip
 
 
@@ -416,7 +418,7 @@ def test_an_error_after_the_proof_is_a_warning_that_names_the_file(
     assert type(error).__name__ in line
     assert "Traceback" in log and "Traceback" not in text
     assert record_of(output)["outcome"] == "finished" and "\ndone " in text
-    (other,) = {"loss.png", "samples.md"} - {file}
+    (other,) = {"lora.png", "samples.md"} - {file}
     assert (output / other).exists() and not (output / file).exists()
     base = base_of("tests/tiny-qwen3.5")
     assert PeftModel.from_pretrained(base, output / "final_lora").peft_config["default"].r == 8
@@ -589,42 +591,38 @@ def test_replies_are_quoted_line_by_line_and_those_that_were_cut_are_marked(
     assert "\nsamples  4 held-out prompts" in capsys.readouterr().out
 
 
-# ==== loss.png
+# ==== lora.png
 
 
-def lines_of(figure):
-    """Return ({label: points}, [dotted steps]) of a figure's only axes."""
-    (axes,) = figure.axes
-    dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
-    drawn = [line for line in axes.lines if line not in dotted]
-    points = {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in drawn}
-    return points, [line.get_xdata()[0] for line in dotted]
-
-
-def test_the_picture_shows_the_logged_losses(lively):
-    points, dotted = lines_of(lively.figure)
+def test_the_picture_shows_the_logged_losses_and_what_was_learnt(lively):
+    """The sizes that it shows are compared in test_learnt.py."""
+    above, sizes, used = lively.figure.axes[:3]
+    drawn = {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in above.lines}
     history = lively.record["loss_history"]
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    assert points.pop("train, each step") == losses and len(losses) == 52
+    assert drawn.pop("train, each step") == losses and len(losses) == 52
     evals = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    assert points.pop("eval") == evals and [step for step, _ in evals] == dotted_with(dotted)
-    assert not points
-    title = lively.figure.axes[0].title
-    assert ODD in title.get_text() and "r=12, alpha=16" in title.get_text()
-    assert not title.get_parse_math()  # else TeX's dollars would be an error
+    assert drawn.pop("eval") == evals and [step for step, _ in evals] == [0, 13, 26, 39, 52]
+    assert not drawn and above.get_ylabel() == "loss, nats per token"
+    learnt = lively.record["learnt"]
+    assert [label.get_text() for label in sizes.get_yticklabels()] == [*learnt]
+    assert [label.get_text() for label in sizes.get_xticklabels()] == ["0\nD", "1"]
+    assert sizes.get_xlabel() == "layer; D: Gated DeltaNet"
+    # Of attention's targets the DeltaNet layer has none: blank.
+    image = sizes.images[0].get_array()
+    there = {(n, row["layer"]) for n, rows in enumerate(learnt.values()) for row in rows}
+    shape = {(n, layer) for n in range(image.shape[0]) for layer in range(image.shape[1])}
+    assert {place for place in shape if image[place] is not numpy.ma.masked} == there < shape
+    means = [statistics.fmean(row["directions"] for row in rows) for rows in learnt.values()]
+    assert [bar.get_width() for bar in used.patches] == pytest.approx(means)
+    assert "of 12" in used.get_xlabel() and sizes.get_ylim() == used.get_ylim()
 
 
-def dotted_with(dotted):
-    """Return the steps of the evaluations: before the first step and where an epoch ends."""
-    assert dotted == [13, 26, 39, 52]
-    return [0, *dotted]
-
-
-def test_the_picture_is_a_png_of_1080_by_600_with_something_on_it(demo, lively):
+def test_the_picture_is_a_png_with_something_on_it(demo, lively):
     for output in (demo[0], lively.output):
-        assert (output / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-        image = matplotlib.image.imread(output / "loss.png")
-        assert image.shape[:2] == (600, 1080)
+        assert (output / "lora.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        image = matplotlib.image.imread(output / "lora.png")
+        assert image.shape[:2] == (960, 1320)
         assert len({tuple(one) for one in image[::3, ::3, :3].reshape(-1, 3).tolist()}) > 20
 
 
@@ -674,7 +672,7 @@ def test_the_summary_says_where_things_are_and_what_the_run_did(demo):
     output, text = demo
     record, end = record_of(output), end_of(text)
     assert end["adapter"] == f"{output}/final_lora"
-    assert end["look at"] == f"loss.png, run.json and any samples.md in {output}"
+    assert end["look at"] == f"lora.png, run.json and any samples.md in {output}"
     printed = [line.split()[-1] for line in text.splitlines() if line.startswith("eval ")]
     losses = [e["eval_loss"] for e in record["loss_history"] if "eval_loss" in e]
     assert [f"{loss:.4f}" for loss in losses] == printed and len(losses) == 3
@@ -852,7 +850,7 @@ def test_a_run_writes_only_its_output_and_caches_connects_to_nothing_and_tells_n
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     output = repo / "output" / "demo"
-    assert "\nwarning" not in done.stdout and (output / "loss.png").exists()
+    assert "\nwarning" not in done.stdout and (output / "lora.png").exists()
 
     after, spied = contents(tmp_path), read(tmp_path / "spied").splitlines()
     assert {name: after.get(name) for name in before} == before

@@ -40,7 +40,7 @@ import train_lora_single as t
 
 STEPS = 8  # two epochs of four, with a checkpoint every three steps
 ADAPTER = "final_lora/adapter_model.safetensors"
-RESULTS = ("final_lora", "final_lora_vllm", "samples.md", "loss.png")
+RESULTS = ("final_lora", "final_lora_vllm", "samples.md", "lora.png")
 EPOCH_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
 # Processes to be killed are forked from one that has done the imports, which take 6 s.
@@ -53,7 +53,7 @@ FORKS.set_forkserver_preload(["pytest", "matplotlib.figure", "trl.trainer.sft_tr
 
 
 def draw_nothing(patch):
-    """Write a few bytes for loss.png: drawing would be a good part of a run's time."""
+    """Write a few bytes for lora.png: drawing would be a good part of a run's time."""
     placeholder = lambda _, path: Path(path).write_bytes(b"new")  # noqa: E731
     patch.setattr(matplotlib.figure.Figure, "savefig", placeholder)
 
@@ -84,7 +84,7 @@ def interrupted(flags, whole, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 7, send(signal.SIGINT))
         assert status(command(flags, output)) == 130
-    assert complete(output) == [6, 7]
+    assert complete(output) == [4, 6, 7]
     return output
 
 
@@ -97,7 +97,7 @@ def stopped(interrupted, tmp_path):
 
 
 def put_old_results(output):
-    for name in (ADAPTER, "final_lora_vllm/adapter_model.safetensors", "samples.md", "loss.png"):
+    for name in (ADAPTER, "final_lora_vllm/adapter_model.safetensors", "samples.md", "lora.png"):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_bytes(b"old")
 
@@ -369,7 +369,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_go_on_from(
 
 
 LATER = {  # where, when, the checkpoints then
-    "the weights are loaded": (*FIRST["the weights are loaded"], [6, 7]),
+    "the weights are loaded": (*FIRST["the weights are loaded"], [4, 6, 7]),
     "the last evaluation": (EVALUATION, evaluates(8), [7, 8]),
     "the proof": ((t, "prove"), always, [7, 8]),
 }
@@ -1099,7 +1099,7 @@ def test_a_full_disk_is_one_message_and_the_same_command_goes_on(
 
 EXTRAS = {  # those that fail together, and how
     ("samples.md",): lambda _: full_at("/samples.md"),
-    ("loss.png", "run.json"): lambda patch: [
+    ("lora.png", "run.json"): lambda patch: [
         patch.setattr(matplotlib.figure.Figure, "savefig", full),
         full_at("run.json"),
     ],
@@ -1117,7 +1117,7 @@ def test_a_disk_that_is_full_once_the_adapter_is_in_place_is_a_warning(
     for name in names:
         assert re.search(rf"^warning +\S*{name} is not written", printed.out, re.MULTILINE)
     assert "Traceback" not in printed.err and adapter(output) == whole[0]
-    others = {"samples.md", "loss.png", "run.json"} - {*names}
+    others = {"samples.md", "lora.png", "run.json"} - {*names}
     assert all((output / name).stat().st_size for name in others)
     if "run.json" in others:
         assert record(output)["outcome"] == "finished"
@@ -1372,7 +1372,7 @@ def test_a_bug_while_a_checkpoint_is_written_is_not_called_a_full_disk(
         t.main(command(flags, stopped))
     assert record(stopped)["outcome"].startswith(f"failed: {type(error).__name__}")
     assert "could not be written" not in capfd.readouterr().err
-    assert complete(stopped) == [6, 7]
+    assert complete(stopped) == [4, 6, 7]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), KeyboardInterrupt("a word")])
