@@ -175,10 +175,8 @@ def check_constant(name, value):
 def parse_args(argv=None):
     """Return the constants, as changed by flags; exit with 2 if one is bad."""
     usage = "%(prog)s [--demo] [--dry_run | --chat | --compare OUTPUT_DIR ...] [--CONSTANT VALUE]"
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        usage=usage, description=__doc__, formatter_class=form, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--demo", action="store_true", help="a tiny model, into output/demo")
     parser.add_argument("--dry_run", action="store_true", help="stop after the plan; needs no GPU")
     parser.add_argument("--chat", action="store_true", help="talk to OUTPUT_DIR/final_lora")
@@ -203,9 +201,10 @@ def parse_args(argv=None):
 
 # ==== 3 Data: read, check every line, find repeats
 
+IN_TURN = "at most one system, then user and assistant in turn"
 ROLE_ORDER = {  # the roles in a list of messages, by their first letters
-    "messages": ("s?(ua)+", "at most one system, then user and assistant in turn"),
-    "prompt": ("s?u(au)*", "at most one system, then user and assistant in turn, user last"),
+    "messages": ("s?(ua)+", IN_TURN),
+    "prompt": ("s?u(au)*", IN_TURN + ", user last"),
     "completion": ("a", "one assistant message"),
 }
 
@@ -218,9 +217,8 @@ def check_messages(key, messages):
         role, text = (message["role"], message["content"]) if whole else ("", "")
         is_text = isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
         if role not in ("system", "user", "assistant") or not is_text:
-            rule = "role (system, user, assistant) and content (text, not blank, no lone surrogate)"
-            found = f"{key} message {number} is {brief(repr(message), 80)}"
-            raise ValueError(f"{found}; write only {rule}")
+            rule = "write only role (system, user, assistant) and content (no blank or surrogate)"
+            raise ValueError(f"{key} message {number} is {brief(repr(message), 80)}; {rule}")
         roles.append(role)
     pattern, rule = ROLE_ORDER[key]
     if not re.fullmatch(pattern, "".join(role[0] for role in roles)):
@@ -231,30 +229,24 @@ def check_messages(key, messages):
 def without_repeats(pairs):
     """Return a JSON object as a dictionary, or raise ValueError."""
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("an object has a key twice, of which one would be lost; remove it")
+        raise ValueError("an object has a key twice; remove it")
     return dict(pairs)
 
 
 def parse_line(text):
     """Return a line's examples, of which message number "reply" is learnt."""
     row = json.loads(text, object_pairs_hook=without_repeats)
-    keys = row.keys() if isinstance(row, dict) else set()
-    form = [key for key in ROLE_ORDER if key in keys]
+    form = [key for key in ROLE_ORDER if isinstance(row, dict) and key in row]
     if form not in (["messages"], ["prompt", "completion"]):
         found = " and ".join(form) or f"no conversation: {brief(repr(row), 80)}"
-        rule = "an object with messages, or prompt and completion"
-        if {"conversations", "instruction"} & keys:
-            found, rule = "ShareGPT's or Alpaca's form", f"{rule}, by the lines in README.md"
-        raise ValueError(f"has {found}; write {rule}")
+        rule = "write an object with messages, or prompt and completion"
+        raise ValueError(f"has {found}; {rule} (ShareGPT's or Alpaca's form: see README.md)")
     for key in form:
         check_messages(key, row[key])
-    turns = row["messages"] if form == ["messages"] else row["prompt"] + row["completion"]
-    examples, prompt_hash = [], 0
-    for n, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            examples.append({"messages": turns, "reply": n, "prompt_hash": prompt_hash})
-        prompt_hash = hash((prompt_hash, turn["role"], turn["content"]))
-    return examples if form == ["messages"] else examples[-1:]
+    turns = [turn for key in form for turn in row[key]]
+    replies = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+    learnt = replies if form == ["messages"] else replies[-1:]
+    return [{"messages": turns, "reply": n} for n in learnt]
 
 
 def read_examples(path):
@@ -262,20 +254,19 @@ def read_examples(path):
     examples, problems = [], []
     if not Path(path).is_file():  # a pipe cannot be read twice
         raise SystemExit(f"{path}: no such file; set TRAIN_FILE and EVAL_FILE to JSONL files")
-    lines = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        where, fault = f"{path}:{number}", None
         try:
-            text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
-            found = parse_line(text) if text else []
-            examples += [{"where": f"{path}:{number}", **example} for example in found]
-            continue
+            text = line.decode("utf-8-sig").strip()
+            examples += [{"where": where} | one for one in (parse_line(text) if text else [])]
         except json.JSONDecodeError as error:
             fault = f"not JSON at column {error.colno}, {error.msg}; write one object a line"
         except UnicodeDecodeError as error:
             fault = f"{error}; save the file as UTF-8"
         except (ValueError, RecursionError) as error:
             fault = error
-        problems.append(f"{path}:{number}: {fault}")
+        if fault:
+            problems.append(f"{where}: {fault}")
     if problems or not examples:
         raise SystemExit(listed(problems) or f"{path}: no examples; write one JSON object a line")
     report("data", f"{path}: {len(examples):,} example{'s' * (len(examples) > 1)}")
@@ -284,15 +275,16 @@ def read_examples(path):
 
 def warn_of_repeats(train, held_out):
     """Print the lines that repeat others, and held-out prompts trained on."""
-    notes, seen, trained = {}, {}, {row["prompt_hash"]: row["where"] for row in reversed(train)}
-    for row in train + held_out:
-        reply = row["messages"][row["reply"]]["content"]
-        before = seen.setdefault((row["prompt_hash"], reply), row["where"])
-        if before != row["where"]:
-            notes[f"{row['where']} repeats {before}"] = None
-    for row in held_out:
-        if same := trained.get(row["prompt_hash"]):
-            notes[f"{row['where']} has the prompt of {same}; it tests nothing new"] = None
+    notes, seen, trained = {}, {}, {}
+    for number, row in enumerate(train + held_out):
+        where, turns, n = row["where"], row["messages"], row["reply"]
+        prompt, whole = (hash(json.dumps(turns[:end], sort_keys=True)) for end in (n, n + 1))
+        if seen.setdefault(whole, where) != where:
+            notes[f"{where} repeats {seen[whole]}"] = None
+        if number < len(train):
+            trained.setdefault(prompt, where)
+        elif prompt in trained:
+            notes[f"{where} has the prompt of {trained[prompt]}; it tests nothing new"] = None
     if notes:
         report("warning", listed([*notes]))
 
@@ -300,26 +292,18 @@ def warn_of_repeats(train, held_out):
 # ==== 4 Device, model: the GPU, config and tokenizer
 
 
-def why_no_gpu():
-    """Return why torch finds no GPU, and the driver's version."""
-    reason, found = "", "no NVIDIA driver"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        reason = re.split(r"\.\s", str(error))[0]
-    with contextlib.suppress(OSError, TypeError):
-        version = Path("/proc/driver/nvidia/version").read_text()
-        found = f"driver {re.search(r' ([0-9.]+) ', version)[1]}, where 525 or newer is needed"
-    return f"{reason}; {found}; CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}"
-
-
 def check_device(args):
     """Return a line about the device, or exit; call it before transformers is imported."""
     if args.device == "cpu":
         return "CPU"
     if not torch.cuda.is_available():
-        advice = "update the driver (README.md), or try --demo, --dry_run or --device cpu"
-        raise SystemExit(f"DEVICE cuda: torch sees no GPU ({why_no_gpu()}); {advice}")
+        driver, visible = "no NVIDIA driver", os.environ.get("CUDA_VISIBLE_DEVICES")
+        with contextlib.suppress(OSError):
+            driver = brief(Path("/proc/driver/nvidia/version").read_text(), 90)
+        found = f"{driver}; CUDA_VISIBLE_DEVICES={visible}"
+        advice = f"{found}; driver 525 or newer is needed (README.md), or --demo or --device cpu"
+        with blame("DEVICE cuda: torch sees no GPU", advice, RuntimeError, AssertionError):
+            torch.cuda.init()
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
     if major < 8:  # which fla does not support, yet transformers takes it if installed
@@ -330,8 +314,8 @@ def check_device(args):
         ones = torch.ones(8, 8, device="cuda", dtype=getattr(torch, args.dtype), requires_grad=True)
         (ones @ ones).sum().backward()
         ones.grad.sum().item()
-    bf16 = "native" if major >= 8 else "emulated"
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    bf16 = "native" if major >= 8 else "emulated"
     return f"{name}, {free:.1f} of {total:.1f} GiB free; bf16 is {bf16}"
 
 
@@ -349,10 +333,9 @@ def load_config_and_tokenizer(args):
         config = transformers.AutoConfig.from_pretrained(name, **chosen)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **chosen)
     if not tokenizer.chat_template or tokenizer.eos_token_id is None or len(tokenizer) < 256:
-        raise SystemExit(
-            f"{what}no tokenizer with a chat template and an end of turn; use a chat model"
-        )
-    if "quantization_config" in config.to_dict() | config.get_text_config().to_dict():
+        fault = "no tokenizer with a chat template and an end of turn; use a chat model"
+        raise SystemExit(what + fault)
+    if "quantization_config" in config.to_json_string():
         raise SystemExit(f"{what}quantized; use the model that it was made from")
     return config, tokenizer
 
@@ -368,8 +351,9 @@ def render(example, tokenizer):
     from jinja2 import TemplateError
 
     conversation = example["messages"][: example["reply"] + 1]
-    for token in [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]:
-        if any(token in message["content"] for message in conversation):
+    text = "\n".join(message["content"] for message in conversation)
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and str(token) in text:
             raise ValueError(f"the text holds the control token {token}; respell or remove it")
     to_ids = functools.partial(tokenizer.apply_chat_template, **SERVED)
     try:
@@ -377,17 +361,14 @@ def render(example, tokenizer):
     except TemplateError as error:
         raise ValueError(f"the chat template refuses it ({error}); change the conversation")
     reply, end = whole[len(prompt) :], tokenizer.eos_token_id
-    if whole[: len(prompt)] != prompt or end not in reply:
+    if prompt + reply != whole or end not in reply:
         fault = f"rendered otherwise with its reply, or without {tokenizer.eos_token}"
         raise ValueError(f"{fault}: training would not equal serving. Is there a think tag?")
     return prompt, reply[: reply.index(end) + 1]
 
 
 def encode(examples, tokenizer, max_seq_len):
-    """Return the examples with input_ids and labels, -100 on the prompt.
-
-    Too long ones are left out by name: cut, they would teach the model not to stop.
-    """
+    """Return the examples with input_ids and labels, -100 on the prompt, but for too long ones."""
     rows, problems, too_long = [], [], []
     for example in examples:
         try:
@@ -396,10 +377,10 @@ def encode(examples, tokenizer, max_seq_len):
             problems.append(f"{example['where']}: {error}")
             continue
         ids, labels = prompt + reply, [-100] * len(prompt) + reply
-        if len(ids) <= max_seq_len:
-            rows.append({**example, "input_ids": ids, "labels": labels})
-        else:
+        if len(ids) > max_seq_len:  # cut, it would teach not to stop
             too_long.append(f"{example['where']}: {len(ids):,} tokens, over MAX_SEQ_LEN")
+        else:
+            rows.append(example | {"input_ids": ids, "labels": labels})
     if len(too_long) > len(examples) / 10:
         problems += [f"over a tenth is longer than MAX_SEQ_LEN {max_seq_len}; raise it", *too_long]
     if problems:
@@ -411,15 +392,12 @@ def encode(examples, tokenizer, max_seq_len):
 
 def report_tokens(files):
     """Print the lengths in tokens of {path: rows}; return hashes and counts."""
-    columns, facts = "{:<24}{:>9}{:>8}{:>6}{:>11}{:>18}".format, {}
-    lines = [columns("file", "examples", "median", "max", "tokens", "trained")]
+    lines, facts = ["file                     examples  median   max     tokens     trained"], {}
     for path, rows in files.items():
         n = [len(row["input_ids"]) for row in rows]
         trained = sum(n) - sum(row["labels"].count(-100) for row in rows)
-        numbers = [
-            f"{number:,}" for number in (len(n), round(statistics.median(n)), max(n), sum(n))
-        ]
-        lines.append(columns(path, *numbers, f"{trained:,} ({trained / sum(n):.0%})"))
+        line = f"{path:<24}{len(n):>9,}{statistics.median(n):>8,.0f}{max(n):>6,}{sum(n):>11,}"
+        lines.append(f"{line}{trained:>12,} ({trained / sum(n):.0%})")
         facts[path] = {"examples": len(n), "tokens": sum(n), "trained_tokens": trained}
         facts[path]["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     report("tokens", "\n".join(lines))
@@ -430,9 +408,9 @@ def show_example(row, tokenizer):
     """Print a row as the model sees it."""
     ids, start = row["input_ids"], row["labels"].count(-100)
     text = f"{tokenizer.decode(ids[:start])}>>>{tokenizer.decode(ids[start:])}<<<"
-    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 90) or [""]]
-    title = f"{row['where']} as the model sees it; only what is in >>> <<< is trained"
-    report("example", "\n".join([title, *lines]))
+    lines = [f"{row['where']} as the model sees it; only what is in >>> <<< is trained"]
+    lines += [textwrap.fill(line, 90) for line in text.split("\n")]
+    report("example", "\n".join(lines))
 
 
 # ==== 6 Plan: the LoRA table, steps, disk
@@ -457,16 +435,14 @@ def linear_modules(config):
     for path, module in model.named_modules():
         at = re.search(r"\.(\d+)\.(?:.+\.)?(\w+)\.(\w+)$", path)
         if at and isinstance(module, torch.nn.Linear):
-            key = (at[3], at[2], module.out_features, module.in_features)
-            found.setdefault(key, set()).add(int(at[1]))
+            found.setdefault((at[3], at[2], *module.weight.shape), set()).add(at[1])
     return found, model.num_parameters()
 
 
 def check_targets(targets, names):
     """Exit if a target matches no module: PEFT is silent as long as another matches."""
-    unknown = [target for target in targets if target not in names]
-    near = {name for one in unknown for name in difflib.get_close_matches(one, names, n=1)}
-    if unknown:
+    if unknown := [target for target in targets if target not in names]:
+        near = {name for one in unknown for name in difflib.get_close_matches(one, names, n=1)}
         meant = f"did you mean {', '.join(sorted(near))}? " if near else ""
         have = ", ".join(names) or "no nn.Linear: another model is needed"
         fault = f"no layer has {', '.join(unknown)}; {meant}the layers have {have}"
@@ -479,19 +455,16 @@ def vllm_rank(r):
 
 
 def make_plan(args, config, n_train):
-    """Print what will be trained and return its counts, from the config alone.
-
-    Beside W (d x k) a target gets A (r x k) and B (d x r): r (d + k) parameters.
-    """
+    """Print what will be trained and return its counts, from the config alone."""
     linear, total = linear_modules(config)
-    targets, text = [*dict.fromkeys(args.lora_target_modules)], config.get_text_config()
+    targets, depth = args.lora_target_modules, config.get_text_config().num_hidden_layers
     check_targets(targets, sorted({name for name, *_ in linear}))
-    r, depth, trainable = args.lora_r, text.num_hidden_layers, 0
+    r, trainable = args.lora_r, 0
     scale = f"scale alpha/r = {args.lora_alpha / r:g}, dropout {args.lora_dropout:g}"
     columns = "{:<12}{:<17}{:>14}{:>11}{:>11}{:>14}".format
     heads = columns("target", "in layers", "W (frozen)", "A", "B", "parameters")
     lines = [f"r={r} alpha={args.lora_alpha}, {scale}", heads]
-    for target in targets:
+    for target in dict.fromkeys(targets):
         for (_, parent, d, k), layers in [item for item in linear.items() if item[0][0] == target]:
             count = len(layers) * r * (d + k)
             trainable += count
@@ -501,22 +474,24 @@ def make_plan(args, config, n_train):
     total += trainable
     share = f"trainable%: {100 * trainable / total:.4f}"
     lines.append(f"trainable params: {trainable:,} || all params: {total:,} || {share}")
-    kinds = text.to_dict().get("layer_types") or []
-    deltanet = {i for i, kind in enumerate(kinds) if kind == "linear_attention"}
+    deltanet = {n for key, layers in linear.items() if key[1] == "linear_attn" for n in layers}
     there = {name for (name, *_), layers in linear.items() if deltanet & layers}
-    if absent := [target for target in targets if deltanet and target not in there]:
-        kept = ", ".join(target for target in targets if target in there) or "nothing"
-        found = f"{len(deltanet)} of {depth} layers are Gated DeltaNet"
-        lines += [f"{found}, without {', '.join(absent)}:", f"in them LoRA adapts only {kept}"]
+    if absent := [name for name in targets if deltanet and name not in there]:
+        found = f"{len(deltanet)} of {depth} layers are Gated DeltaNet, without {', '.join(absent)}"
+        kept = ", ".join(name for name in targets if name in there) or "nothing"
+        lines += [f"{found}:", f"in them LoRA adapts only {kept}"]
     size, accumulated = args.batch_size, args.gradient_accumulation_steps
     per_epoch = math.ceil(n_train / (size * accumulated))
     steps = per_epoch * args.num_epochs
     formula = f"ceil({n_train:,} / ({size} x {accumulated})) x {args.num_epochs}"
-    lines.append(f"{steps:,} steps, {per_epoch:,} an epoch: {formula}")
+    adapter = 4 * trainable / 1e6
     # With AdamW's moments a checkpoint is three adapters: each epoch's, and two others.
-    size, disk = 4 * trainable / 1e6, 4 * trainable / 1e6 * (3 * args.num_epochs + 8) + 125
-    lines.append(f"adapter file {size:.1f} MB, at most {disk:,.0f} MB with the checkpoints")
-    lines.append(f"vLLM needs --max-lora-rank {vllm_rank(r)} for r={r}")
+    disk = adapter * (3 * args.num_epochs + 8) + 125
+    lines += [
+        f"{steps:,} steps, {per_epoch:,} an epoch: {formula}",
+        f"adapter file {adapter:.1f} MB, at most {disk:,.0f} MB with the checkpoints",
+        f"vLLM needs --max-lora-rank {vllm_rank(r)} for r={r}",
+    ]
     report("plan", "\n".join(lines))
     shape = max(((d, k) for _, _, d, k in linear), key=math.prod)
     return Plan(trainable, total, per_epoch, steps, shape)
