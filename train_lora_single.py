@@ -507,15 +507,15 @@ class Job:
     args: argparse.Namespace
     config: object = None
     tokenizer: object = None
-    train: list = field(default_factory=list)  # rows of encode()
-    eval: list = field(default_factory=list)
-    data: dict = field(default_factory=dict)
+    train: list = ()  # rows of encode()
+    eval: list = ()
+    data: dict | None = None  # of report_tokens()
     device: str = ""
     plan: Plan | None = None
-    products: dict = field(default_factory=dict)  # of choose_products()
+    products: dict | None = None  # of choose_products()
     checkpoint: Path | None = None  # to go on from
     started: float = 0.0  # time.time(), once nothing is refused any more
-    history: list = field(default_factory=list)  # what the trainer logged
+    history: list = ()  # what the trainer logged
     learnt: dict = field(default_factory=dict)  # of measure_update()
     seconds: float = 0.0  # of steps, since the checkpoint
     tokens: int = 0  # read in them
@@ -568,7 +568,7 @@ def use_float16(model):
         product = Product.apply(rows, module.weight)
         return product if module.bias is None else product + module.bias
 
-    dtype, changes, left = model.dtype, [0.0], []
+    dtype, change, left = model.dtype, 0.0, []
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear:
             parts = module.weight.data.split(4096)  # less memory at once
@@ -577,7 +577,7 @@ def use_float16(model):
             if all(one < 65504 / 2 for one in sums):  # its largest number; rows are below 2
                 small = module.weight.data.half()
                 pairs = zip(parts, small.split(4096), strict=True)
-                changes += [(part - new).abs().max().item() for part, new in pairs]
+                change = max(change, *[(a - b).abs().max().item() for a, b in pairs])
                 module.weight.data = small
                 module.forward = functools.partial(forward, module)
             else:
@@ -586,15 +586,16 @@ def use_float16(model):
     model.get_input_embeddings().register_forward_hook(lambda _, ids, rows: rows.to(dtype))
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
     but = f"; not {listed(left, 3, ', ')}" if left else ""
-    text = "frozen modules compute in scaled float16, their weights changed by at most"
-    report("products", f"{text} {max(changes):.1g}{but}")
+    text = f"frozen modules compute in scaled float16, weights changed by at most {change:.1g}"
+    report("products", text + but)
 
 
 def choose_products(job):
     """Return {"used": "float16" or "dtype"}, as PRODUCTS says, or what is clearly faster here."""
     args, (d, k), rates = job.args, job.plan.shape, {}
+    used = args.products.replace("auto", "dtype")
     if args.products != "auto" or args.device == "cpu":
-        return {"used": args.products.replace("auto", "dtype")}
+        return {"used": used}
     n = math.ceil(args.batch_size * statistics.median(len(row["input_ids"]) for row in job.train))
     like = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     try:
@@ -604,14 +605,14 @@ def choose_products(job):
         half, exact = weight.half(), rows.float() @ weight.float().T
         kinds = {"dtype": lambda: rows @ weight.T, "float16": lambda: scaled_product(rows, half.T)}
         for kind, product in kinds.items():
-            timer = Timer("product()", globals={"product": product})
-            rates[kind] = 2e-12 * n * d * k / timer.blocked_autorange().median
+            time_taken = Timer("product()", globals={"product": product}).blocked_autorange()
+            rates[kind] = 2e-12 * n * d * k / time_taken.median
         error = ((kinds["float16"]().float() - exact).norm() / exact.norm()).item()
     except (ImportError, RuntimeError) as fault:
         report("products", f"in {args.dtype}: scaled float16 fails here ({brief(fault)})")
-        return {"used": "dtype"}
-    is_faster = rates["float16"] > 1.2 * rates["dtype"] and error < 2**-8  # bfloat16's step
-    used = "float16" if is_faster else "dtype"
+        return {"used": used}
+    if rates["float16"] > 1.2 * rates["dtype"] and error < 2**-8:  # bfloat16's step
+        used = "float16"
     text = "{dtype:.1f} TFLOP/s in {}, {float16:.1f} in scaled float16".format(args.dtype, **rates)
     report("products", f"{text}, off by {error:.1e}: {used} is used")
     return {"used": used, "tflops": rates, "float16_error": error}
@@ -631,12 +632,12 @@ def open_log(output):
         raise SystemExit(f"OUTPUT_DIR {output}: another run writes there; choose another folder")
     except OSError:  # some network file systems have no locks
         report("warning", f"{output} cannot be locked: start no second run there")
-    logging.basicConfig(handlers=[log, logging.StreamHandler()], format="%(message)s", force=True)
-    logging.root.handlers[1].setLevel(logging.WARNING)  # the screen has what is reported
+    screen = logging.lastResort  # for warnings: what is reported is printed
+    logging.basicConfig(handlers=[log, screen], format="%(message)s", force=True)
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # a full disk must not hide the message that says so
     LOG.setLevel(logging.INFO)
-    LOG.info("\n---- %s %s", time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv))
+    LOG.info("\n---- %s %s", time.strftime("%F %T"), shlex.join(sys.argv))
 
 
 def set_aside(path):
@@ -697,13 +698,13 @@ def find_checkpoint(job):
     """Return the newest complete checkpoint of this job; exit if it is another's."""
     folder, model, before = job.output / "checkpoints", Path(job.args.model_name), None
     now = {name: vars(job.args)[name.lower()] for name in JOB_RULES} | {
-        "TRAIN_FILE's tokens": [(row["input_ids"], row["labels"]) for row in job.train],
-        "EVAL_FILE's tokens": [(row["input_ids"], row["labels"]) for row in job.eval],
-        "MODEL_NAME's files": hashes(model) if model.is_dir() else {},  # the hub's has a commit
-        "products": job.products["used"],
+        "products": job.products["used"]
     }
-    for name in [name for name in now if "'s " in name]:
-        now[name] = hashlib.sha256(repr(now[name]).encode()).hexdigest()[:16]
+    content = {"MODEL_NAME's files": hashes(model) if model.is_dir() else {}}  # or a commit
+    for name, rows in (("TRAIN_FILE", job.train), ("EVAL_FILE", job.eval)):
+        content[f"{name}'s tokens"] = [(row["input_ids"], row["labels"]) for row in rows]
+    for name, value in content.items():
+        now[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
     with contextlib.suppress(OSError, ValueError):
         before = json.loads((folder / "job.json").read_text("utf-8"))
     complete = [path for path in checkpoints_in(folder).values() if is_complete(path)]
@@ -749,7 +750,7 @@ def lora_config(args):
     """Return PEFT's configuration, which alone injects nothing."""
     return peft.LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules, bias="none", task_type="CAUSAL_LM",
+        target_modules=args.lora_target_modules, task_type="CAUSAL_LM",
         revision=args.model_revision,
     )  # fmt: skip
 
@@ -758,7 +759,7 @@ def sft_config(job):
     """Return TRL's configuration; its defaults: AdamW without decay, clipping at 1."""
     args = job.args
     return trl.SFTConfig(
-        output_dir=f"{job.output}/checkpoints", seed=args.seed, report_to="none",
+        output_dir=f"{job.output}/checkpoints", seed=args.seed,
         num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         per_device_eval_batch_size=args.batch_size,  # no larger one is tried
@@ -770,7 +771,8 @@ def sft_config(job):
         dataset_kwargs={"skip_prepare_dataset": True},
         eval_strategy="epoch" if job.eval else "no",
         eval_on_start=bool(job.eval) and not job.checkpoint,  # B is zero then: the base's loss
-        save_steps=args.save_steps, disable_tqdm=True, use_cpu=args.device == "cpu",
+        save_strategy="epoch", save_steps=args.save_steps,  # on_step_end() saves between
+        disable_tqdm=True, use_cpu=args.device == "cpu",
         logging_steps=1,  # each loss is checked and kept
         include_num_input_tokens_seen="non_padding",
         logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
@@ -799,42 +801,41 @@ def load_model(args, products="dtype"):
 def token_loss(model, inputs, num_items_in_batch=None, **_):
     """Return the mean -log(probability) of the learnt tokens, as TRL's loss does.
 
-    It makes logits only where a token is learnt, by transformers' own head, which a V100 multiplies
-    in float16; TRL's would need Triton, and multiplies in bfloat16.
+    Logits are made only where a token is learnt, by the model's own head, which may be float16;
+    TRL's would need Triton, and bfloat16.
     """
-    given, labels = dict(inputs, use_cache=False), inputs["labels"][:, 1:]
-    del given["labels"]
+    labels = inputs.pop("labels")[:, 1:]
     learnt = labels != -100
     kept = learnt.any(0).nonzero()[:, 0]  # positions whose next token is learnt, in any row
-    logits = model(**given, logits_to_keep=kept).logits.flatten(0, 1).float()
-    total = torch.nn.functional.cross_entropy(logits, labels[:, kept].flatten(), reduction="sum")
+    logits = model(**inputs, logits_to_keep=kept).logits.flatten(0, 1).split(256)
+    wanted = labels[:, kept].flatten().split(256)
+
+    def part(logits, wanted):  # its float32 numbers, not kept, are more than all others' memory
+        return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
+
+    parts = zip(logits, wanted, strict=True)
+    total = sum(torch.utils.checkpoint.checkpoint(part, *one, use_reentrant=False) for one in parts)
     return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def build_trainer(job):
     """Return the SFTTrainer; LoRA is injected by it alone."""
-
-    def dataset(rows):
-        return datasets.Dataset.from_list(
-            [{k: row[k] for k in ("input_ids", "labels")} for row in rows]
-        )
-
     args, by_length = job.args, sorted(job.eval, key=lambda row: len(row["input_ids"]))
     trainer = trl.SFTTrainer(
         model=load_model(args, job.products["used"]),
-        peft_config=lora_config(args),  # LoRA is injected here and nowhere else
+        peft_config=lora_config(args),
         args=sft_config(job),
-        train_dataset=dataset(job.train),
-        eval_dataset=dataset(by_length) if job.eval else None,
+        train_dataset=datasets.Dataset.from_list(job.train),
+        eval_dataset=datasets.Dataset.from_list(by_length) if job.eval else None,
         processing_class=job.tokenizer,
     )
     trainer.compute_loss = token_loss
     # Like lengths need less padding. Unlike group_by_length's, this order comes from seed and
     # epoch, so a resumed run has it too.
-    batch = args.batch_size * args.gradient_accumulation_steps
-    lengths = [len(row["input_ids"]) for row in job.train]
-    order = {"num_replicas": 1, "rank": 0, "seed": args.seed, "lengths": lengths}
-    sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(batch, **order)
+    step = args.batch_size * args.gradient_accumulation_steps
+    sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(
+        step, job.train, num_replicas=1, rank=0, seed=args.seed
+    )
     trainer._get_train_sampler = lambda dataset=None: sampler
     # By default PEFT asks the hub at each save.
     save = trainer.model.save_pretrained
@@ -846,13 +847,15 @@ def build_trainer(job):
 def check_injection(model, plan):
     """Exit unless LoRA's float32 weights alone are trainable, as planned."""
     counts = model.get_nb_trainable_parameters()
-    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    odd = trained.keys() ^ {name for name, _ in model.named_parameters() if "lora_" in name}
-    odd |= {f"{name} in {kind}" for name, kind in trained.items() if str(kind) != "torch.float32"}
+    odd = []
+    for name, p in model.named_parameters():
+        is_lora = "lora_" in name
+        if p.requires_grad != is_lora or (is_lora and p.dtype != torch.float32):
+            odd.append(f"{name} in {p.dtype}")
     found = "{:,} of {:,} parameters are trainable".format(*counts)
     if odd or counts != (plan.trainable, plan.total):
         fault = f"{found}, planned were {plan.trainable:,} of {plan.total:,}; nothing is trained"
-        raise SystemExit(listed([f"LoRA is not injected as planned: {fault}", *sorted(odd)]))
+        raise SystemExit(listed([f"LoRA is not injected as planned: {fault}", *odd]))
     report("model", f"LoRA is injected as planned:\n{found}, LoRA's alone, in float32")
 
 
@@ -861,20 +864,18 @@ def fit_memory(trainer, job):
     model, limit = trainer.model, math.inf  # tokens of the largest batch that is kept
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # recomputation needs no gradient of embeddings
-    layers = [
-        one
-        for one in model.modules()
-        if isinstance(one, transformers.modeling_layers.GradientCheckpointingLayer)
-    ]
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    layers = [module for module in model.modules() if isinstance(module, kind)]
 
     def recompute_if_large(_, __, inputs):
         for layer in layers:
             layer.gradient_checkpointing = inputs["input_ids"].numel() > limit
 
     def overflows(rows):
-        inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+        inputs = trainer.data_collator(rows)
+        inputs["labels"] = inputs["input_ids"]  # as if all were learnt: the most memory
         try:
-            token_loss(model, inputs).backward()
+            trainer.training_step(model, inputs, 1)  # one loss, unscaled
         except torch.OutOfMemoryError:
             return True
         finally:
@@ -886,10 +887,9 @@ def fit_memory(trainer, job):
     if job.args.device == "cpu":
         return
     free, total = torch.cuda.mem_get_info()
+    share = (free + torch.cuda.memory_reserved()) / total
     # A tenth is for the optimizer's states, and for memory in pieces.
-    share = 0.9 * (free + torch.cuda.memory_reserved()) / total
-    torch.cuda.set_per_process_memory_fraction(share)
-    model.train()
+    torch.cuda.set_per_process_memory_fraction(0.9 * share)
     rows, size = sorted(job.train, key=lambda row: len(row["input_ids"])), job.args.batch_size
     batches = [rows[n : n + size] for n in range(max(1, len(rows) - size + 1))]  # by length
     if overflows(batches[-1]):
@@ -909,9 +909,7 @@ def fit_memory(trainer, job):
 
 
 class Callbacks:
-    """A run's callbacks; train() adds the base class, which is slow to import."""
-
-    job, began, seen = None, 0.0, 0
+    """A run's callbacks; train() adds job, and the base class, which is slow to import."""
 
     def on_step_begin(self, _, state, *__, **___):
         """From here on there is something to save."""
@@ -939,41 +937,32 @@ class Callbacks:
                 rate = job.tokens / job.seconds
                 report("train", text.format(step, state.max_steps, rate, **logs))
 
-    def on_step_end(self, _, state, control, **__):
-        """Save and stop, if a signal said so."""
-        is_stopped = bool(self.job.stopped_by)
-        # on_epoch_end() saves an epoch's last step: its evaluation moves the random state.
-        is_last = state.global_step % self.job.plan.steps_per_epoch == 0
-        control.should_save = (control.should_save or is_stopped) and not is_last
-        control.should_training_stop |= is_stopped
-
-    def on_epoch_end(self, _, state, control, **__):
-        """Evaluate and save, unless a signal ended the epoch."""
-        control.should_save = state.global_step % self.job.plan.steps_per_epoch == 0
-        control.should_evaluate &= control.should_save
+    def on_step_end(self, args, state, control, **_):
+        """Save after SAVE_STEPS steps or a signal."""
+        job, step = self.job, state.global_step
+        is_due = step % args.save_steps == 0 or job.stopped_by > 0
+        # An epoch's last step is saved later: its evaluation moves the random state.
+        control.should_save = is_due and step % job.plan.steps_per_epoch > 0
 
     def on_save(self, args, state, _, **__):
-        """Mark a checkpoint as complete, and prune the older ones."""
-        folder = Path(args.output_dir)
+        """Mark a checkpoint as complete, prune the older ones; stop here after a signal."""
+        job, step, folder = self.job, state.global_step, Path(args.output_dir)
         (folder / "README.md").unlink(missing_ok=True)  # TRL's, which describes no run
-        new = folder / f"checkpoint-{state.global_step}"
+        new = folder / f"checkpoint-{step}"
         write_json(new / "complete.json", hashes(new))
-        prune(folder, self.job.plan.steps_per_epoch, is_finished=False)
+        prune(folder, job.plan.steps_per_epoch, is_finished=False)
+        job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+        job.is_training = step < job.plan.steps
+        if job.stopped_by:
+            done = f"stopped at step {step:,} of {job.plan.steps:,}"
+            raise KeyboardInterrupt(job.stopped_by, f"{done}; the same command goes on from {new}")
 
 
 def train(trainer, job):
-    """Train to the end, or until a signal: then raise KeyboardInterrupt(signal, message)."""
-    trainer.add_callback(
-        type("Callbacks", (Callbacks, transformers.TrainerCallback), {"job": job})()
-    )
-    trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
-    job.is_training, job.peak_gib = False, torch.cuda.max_memory_allocated() / 2**30
-    if job.stopped_by:
-        step = trainer.state.global_step
-        done = f"stopped at step {step:,} of {job.plan.steps:,}; the same command goes on from"
-        raise KeyboardInterrupt(
-            job.stopped_by, f"{done} {job.output}/checkpoints/checkpoint-{step}"
-        )
+    """Train to the end; after a signal on_save() raises KeyboardInterrupt(signal, message)."""
+    callbacks = type("Callbacks", (Callbacks, transformers.TrainerCallback), {"job": job})
+    trainer.add_callback(callbacks())
+    trainer.train(resume_from_checkpoint=job.checkpoint)
 
 
 # ==== 11 Results: the adapter, its proof, and what shows what it does
