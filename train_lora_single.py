@@ -586,8 +586,8 @@ def use_float16(model):
     model.get_input_embeddings().register_forward_hook(lambda _, ids, rows: rows.to(dtype))
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
     but = f"; not {listed(left, 3, ', ')}" if left else ""
-    text = f"frozen modules compute in scaled float16, weights changed by at most {change:.1g}"
-    report("products", text + but)
+    text = "frozen modules compute in scaled float16, their weights changed by at most"
+    report("products", f"{text} {change:.1g}{but}")
 
 
 def choose_products(job):
@@ -804,10 +804,11 @@ def token_loss(model, inputs, num_items_in_batch=None, **_):
     Logits are made only where a token is learnt, by the model's own head, which may be float16;
     TRL's would need Triton, and bfloat16.
     """
-    labels = inputs.pop("labels")[:, 1:]
+    labels = inputs["labels"][:, 1:]
     learnt = labels != -100
     kept = learnt.any(0).nonzero()[:, 0]  # positions whose next token is learnt, in any row
-    logits = model(**inputs, logits_to_keep=kept).logits.flatten(0, 1).split(256)
+    given = {**inputs, "labels": None, "logits_to_keep": kept}
+    logits = model(**given).logits.flatten(0, 1).split(256)
     wanted = labels[:, kept].flatten().split(256)
 
     def part(logits, wanted):  # its float32 numbers, not kept, are more than all others' memory
