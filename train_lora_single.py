@@ -201,29 +201,21 @@ def parse_args(argv=None):
 
 # ==== 3 Data: read, check every line, find repeats
 
-IN_TURN = "at most one system, then user and assistant in turn"
-ROLE_ORDER = {  # the roles in a list of messages, by their first letters
-    "messages": ("s?(ua)+", IN_TURN),
-    "prompt": ("s?u(au)*", IN_TURN + ", user last"),
-    "completion": ("a", "one assistant message"),
-}
 
-
-def check_messages(key, messages):
+def check_messages(messages):
     """Raise ValueError unless a list of messages is well-formed."""
     roles = []
-    for number, message in enumerate(messages if isinstance(messages, list) else [], 1):
+    for number, message in enumerate(messages, 1):
         whole = isinstance(message, dict) and message.keys() == {"role", "content"}
         role, text = (message["role"], message["content"]) if whole else ("", "")
         is_text = isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
         if role not in ("system", "user", "assistant") or not is_text:
             rule = "write only role (system, user, assistant) and content (no blank or surrogate)"
-            raise ValueError(f"{key} message {number} is {brief(repr(message), 80)}; {rule}")
+            raise ValueError(f"message {number} is {brief(repr(message), 80)}; {rule}")
         roles.append(role)
-    pattern, rule = ROLE_ORDER[key]
-    if not re.fullmatch(pattern, "".join(role[0] for role in roles)):
-        found = listed(roles, 6, ", ") or brief(repr(messages), 80)
-        raise ValueError(f"{key} is {found}; write a list of messages, {rule}")
+    if not re.fullmatch("s?(ua)+", "".join(role[0] for role in roles)):
+        rule = "at most one system, then user and assistant in turn, assistant last"
+        raise ValueError(f"the messages are {listed(roles, 6, ', ')}; write {rule}")
 
 
 def without_repeats(pairs):
@@ -236,15 +228,17 @@ def without_repeats(pairs):
 def parse_line(text):
     """Return a line's examples, of which message number "reply" is learnt."""
     row = json.loads(text, object_pairs_hook=without_repeats)
-    form = [key for key in ROLE_ORDER if isinstance(row, dict) and key in row]
+    keys = ("messages", "prompt", "completion")
+    form = [key for key in keys if isinstance(row, dict) and isinstance(row.get(key), list)]
     if form not in (["messages"], ["prompt", "completion"]):
-        found = " and ".join(form) or f"no conversation: {brief(repr(row), 80)}"
-        rule = "write an object with messages, or prompt and completion"
-        raise ValueError(f"has {found}; {rule} (ShareGPT's or Alpaca's form: see README.md)")
-    for key in form:
-        check_messages(key, row[key])
+        rule = "write an object with a list of messages, or two lists, prompt and completion"
+        hint = "(ShareGPT's or Alpaca's form: see README.md)"
+        raise ValueError(f"has no conversation, or two: {brief(repr(row), 80)}; {rule} {hint}")
     turns = [turn for key in form for turn in row[key]]
+    check_messages(turns)
     replies = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if len(row.get("completion", "1")) != 1:
+        raise ValueError("completion is not one message of the assistant; move others to prompt")
     learnt = replies if form == ["messages"] else replies[-1:]
     return [{"messages": turns, "reply": n} for n in learnt]
 
@@ -382,7 +376,7 @@ def encode(examples, tokenizer, max_seq_len):
         else:
             rows.append(example | {"input_ids": ids, "labels": labels})
     if len(too_long) > len(examples) / 10:
-        problems += [f"over a tenth is longer than MAX_SEQ_LEN {max_seq_len}; raise it", *too_long]
+        problems += [f"over a tenth is over MAX_SEQ_LEN {max_seq_len}; raise it", *too_long]
     if problems:
         raise SystemExit(listed(problems))
     if too_long:
@@ -457,14 +451,17 @@ def vllm_rank(r):
 def make_plan(args, config, n_train):
     """Print what will be trained and return its counts, from the config alone."""
     linear, total = linear_modules(config)
-    targets, depth = args.lora_target_modules, config.get_text_config().num_hidden_layers
+    targets, depth = (
+        [*dict.fromkeys(args.lora_target_modules)],
+        config.get_text_config().num_hidden_layers,
+    )
     check_targets(targets, sorted({name for name, *_ in linear}))
     r, trainable = args.lora_r, 0
     scale = f"scale alpha/r = {args.lora_alpha / r:g}, dropout {args.lora_dropout:g}"
     columns = "{:<12}{:<17}{:>14}{:>11}{:>11}{:>14}".format
     heads = columns("target", "in layers", "W (frozen)", "A", "B", "parameters")
     lines = [f"r={r} alpha={args.lora_alpha}, {scale}", heads]
-    for target in dict.fromkeys(targets):
+    for target in targets:
         for (_, parent, d, k), layers in [item for item in linear.items() if item[0][0] == target]:
             count = len(layers) * r * (d + k)
             trainable += count
@@ -490,7 +487,6 @@ def make_plan(args, config, n_train):
     lines += [
         f"{steps:,} steps, {per_epoch:,} an epoch: {formula}",
         f"adapter file {adapter:.1f} MB, at most {disk:,.0f} MB with the checkpoints",
-        f"vLLM needs --max-lora-rank {vllm_rank(r)} for r={r}",
     ]
     report("plan", "\n".join(lines))
     shape = max(((d, k) for _, _, d, k in linear), key=math.prod)
@@ -585,8 +581,8 @@ def use_float16(model):
     # The embedding may share the head's weight.
     model.get_input_embeddings().register_forward_hook(lambda _, ids, rows: rows.to(dtype))
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
-    but = f"; not {listed(left, 3, ', ')}" if left else ""
     text = "frozen modules compute in scaled float16, their weights changed by at most"
+    but = f"; not {listed(left, 3, ', ')}" * bool(left)
     report("products", f"{text} {change:.1g}{but}")
 
 
@@ -697,9 +693,8 @@ def prune(folder, per_epoch, is_finished):
 def find_checkpoint(job):
     """Return the newest complete checkpoint of this job; exit if it is another's."""
     folder, model, before = job.output / "checkpoints", Path(job.args.model_name), None
-    now = {name: vars(job.args)[name.lower()] for name in JOB_RULES} | {
-        "products": job.products["used"]
-    }
+    now = {name: vars(job.args)[name.lower()] for name in JOB_RULES}
+    now["products"] = job.products["used"]
     content = {"MODEL_NAME's files": hashes(model) if model.is_dir() else {}}  # or a commit
     for name, rows in (("TRAIN_FILE", job.train), ("EVAL_FILE", job.eval)):
         content[f"{name}'s tokens"] = [(row["input_ids"], row["labels"]) for row in rows]
@@ -727,12 +722,12 @@ set these back to go on, or choose another OUTPUT_DIR""")
 
 def write_record(job, outcome):
     """Write run.json, if the run has started."""
-    packages = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors"]
+    packages = importlib.metadata.distributions()
     try:
         if job.started:
             write_json(job.output / "run.json", {
                 "outcome": outcome, "started": job.started,
-                "versions": {name: importlib.metadata.version(name) for name in packages},
+                "versions": {package.name: package.version for package in packages},
                 "constants": {name: vars(job.args)[name.lower()] for name in RULES},
                 "device": job.device, "data": job.data, "plan": vars(job.plan),
                 "products": job.products, "resumed_from": job.checkpoint and str(job.checkpoint),
@@ -788,11 +783,10 @@ def load_model(args, products="dtype"):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             args.model_name, revision=args.model_revision, dtype=args.dtype,
             trust_remote_code=False, use_safetensors=True,  # no code, no pickle
-            output_loading_info=True, ignore_mismatched_sizes=True,  # refused by name below
+            output_loading_info=True,
         )  # fmt: skip
-    odd = sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"])
-    if odd:  # transformers has filled them with random numbers
-        raise SystemExit(f"{what}the files lack, or have in another shape: {listed(odd, 3, ', ')}")
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        raise SystemExit(f"{what}the files lack {listed(missing, 3, ', ')}")
     if products == "float16":
         use_float16(model)
     return model
@@ -807,15 +801,9 @@ def token_loss(model, inputs, num_items_in_batch=None, **_):
     labels = inputs["labels"][:, 1:]
     learnt = labels != -100
     kept = learnt.any(0).nonzero()[:, 0]  # positions whose next token is learnt, in any row
-    given = {**inputs, "labels": None, "logits_to_keep": kept}
-    logits = model(**given).logits.flatten(0, 1).split(256)
-    wanted = labels[:, kept].flatten().split(256)
-
-    def part(logits, wanted):  # its float32 numbers, not kept, are more than all others' memory
-        return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
-
-    parts = zip(logits, wanted, strict=True)
-    total = sum(torch.utils.checkpoint.checkpoint(part, *one, use_reentrant=False) for one in parts)
+    logits = model(**{**inputs, "labels": None, "logits_to_keep": kept}).logits.flatten(0, 1)
+    wanted = labels[:, kept].flatten()
+    total = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
     return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -834,9 +822,8 @@ def build_trainer(job):
     # Like lengths need less padding. Unlike group_by_length's, this order comes from seed and
     # epoch, so a resumed run has it too.
     step = args.batch_size * args.gradient_accumulation_steps
-    sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(
-        step, job.train, num_replicas=1, rank=0, seed=args.seed
-    )
+    one = {"num_replicas": 1, "rank": 0, "seed": args.seed}
+    sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(step, job.train, **one)
     trainer._get_train_sampler = lambda dataset=None: sampler
     # By default PEFT asks the hub at each save.
     save = trainer.model.save_pretrained
@@ -847,11 +834,9 @@ def build_trainer(job):
 
 def check_injection(model, plan):
     """Exit unless LoRA's float32 weights alone are trainable, as planned."""
-    counts = model.get_nb_trainable_parameters()
-    odd = []
+    counts, odd = model.get_nb_trainable_parameters(), []
     for name, p in model.named_parameters():
-        is_lora = "lora_" in name
-        if p.requires_grad != is_lora or (is_lora and p.dtype != torch.float32):
+        if p.requires_grad != ("lora_" in name) or (p.requires_grad and p.dtype != torch.float32):
             odd.append(f"{name} in {p.dtype}")
     found = "{:,} of {:,} parameters are trainable".format(*counts)
     if odd or counts != (plan.trainable, plan.total):
