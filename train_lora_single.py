@@ -202,20 +202,30 @@ def parse_args(argv=None):
 # ==== 3 Data: read, check every line, find repeats
 
 
-def check_messages(messages):
+IN_TURN = "at most one system, then user and assistant in turn"
+ROLE_ORDER = {  # the roles in a list of messages, by their first letters
+    "messages": ("s?(ua)+", IN_TURN),
+    "prompt": ("s?u(au)*", IN_TURN + ", user last"),
+    "completion": ("a", "one assistant message"),
+}
+
+
+def check_messages(key, messages):
     """Raise ValueError unless a list of messages is well-formed."""
     roles = []
-    for number, message in enumerate(messages, 1):
+    for number, message in enumerate(messages if isinstance(messages, list) else [], 1):
         whole = isinstance(message, dict) and message.keys() == {"role", "content"}
         role, text = (message["role"], message["content"]) if whole else ("", "")
         is_text = isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
         if role not in ("system", "user", "assistant") or not is_text:
-            rule = "write only role (system, user, assistant) and content (no blank or surrogate)"
-            raise ValueError(f"message {number} is {brief(repr(message), 80)}; {rule}")
+            rule = "role (system, user, assistant) and content (text, not blank, no lone surrogate)"
+            found = f"{key} message {number} is {brief(repr(message), 80)}"
+            raise ValueError(f"{found}; write only {rule}")
         roles.append(role)
-    if not re.fullmatch("s?(ua)+", "".join(role[0] for role in roles)):
-        rule = "at most one system, then user and assistant in turn, assistant last"
-        raise ValueError(f"the messages are {listed(roles, 6, ', ')}; write {rule}")
+    pattern, rule = ROLE_ORDER[key]
+    if not re.fullmatch(pattern, "".join(role[0] for role in roles)):
+        found = listed(roles, 6, ", ") or brief(repr(messages), 80)
+        raise ValueError(f"{key} is {found}; write a list of messages, {rule}")
 
 
 def without_repeats(pairs):
@@ -228,17 +238,15 @@ def without_repeats(pairs):
 def parse_line(text):
     """Return a line's examples, of which message number "reply" is learnt."""
     row = json.loads(text, object_pairs_hook=without_repeats)
-    keys = ("messages", "prompt", "completion")
-    form = [key for key in keys if isinstance(row, dict) and isinstance(row.get(key), list)]
+    form = [key for key in ROLE_ORDER if isinstance(row, dict) and key in row]
     if form not in (["messages"], ["prompt", "completion"]):
-        rule = "write an object with a list of messages, or two lists, prompt and completion"
-        hint = "(ShareGPT's or Alpaca's form: see README.md)"
-        raise ValueError(f"has no conversation, or two: {brief(repr(row), 80)}; {rule} {hint}")
+        found = " and ".join(form) or f"no conversation: {brief(repr(row), 80)}"
+        rule = "write an object with messages, or prompt and completion"
+        raise ValueError(f"has {found}; {rule} (ShareGPT's or Alpaca's form: see README.md)")
+    for key in form:
+        check_messages(key, row[key])
     turns = [turn for key in form for turn in row[key]]
-    check_messages(turns)
     replies = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if len(row.get("completion", "1")) != 1:
-        raise ValueError("completion is not one message of the assistant; move others to prompt")
     learnt = replies if form == ["messages"] else replies[-1:]
     return [{"messages": turns, "reply": n} for n in learnt]
 
@@ -268,19 +276,19 @@ def read_examples(path):
 
 
 def warn_of_repeats(train, held_out):
-    """Print the lines that repeat others, and held-out prompts trained on."""
-    notes, seen, trained = {}, {}, {}
-    for number, row in enumerate(train + held_out):
-        where, turns, n = row["where"], row["messages"], row["reply"]
-        prompt, whole = (hash(json.dumps(turns[:end], sort_keys=True)) for end in (n, n + 1))
-        if seen.setdefault(whole, where) != where:
-            notes[f"{where} repeats {seen[whole]}"] = None
-        if number < len(train):
-            trained.setdefault(prompt, where)
-        elif prompt in trained:
-            notes[f"{where} has the prompt of {trained[prompt]}; it tests nothing new"] = None
+    """Print the held-out prompts that are trained on."""
+
+    def prompt(row):
+        return json.dumps(row["messages"][: row["reply"]], sort_keys=True)
+
+    trained = {prompt(row): row["where"] for row in reversed(train)}
+    notes = [
+        f"{row['where']} has the prompt of {trained[prompt(row)]}; it tests nothing new"
+        for row in held_out
+        if prompt(row) in trained
+    ]
     if notes:
-        report("warning", listed([*notes]))
+        report("warning", listed(notes))
 
 
 # ==== 4 Device, model: the GPU, config and tokenizer
@@ -481,12 +489,9 @@ def make_plan(args, config, n_train):
     per_epoch = math.ceil(n_train / (size * accumulated))
     steps = per_epoch * args.num_epochs
     formula = f"ceil({n_train:,} / ({size} x {accumulated})) x {args.num_epochs}"
-    adapter = 4 * trainable / 1e6
-    # With AdamW's moments a checkpoint is three adapters: each epoch's, and two others.
-    disk = adapter * (3 * args.num_epochs + 8) + 125
     lines += [
         f"{steps:,} steps, {per_epoch:,} an epoch: {formula}",
-        f"adapter file {adapter:.1f} MB, at most {disk:,.0f} MB with the checkpoints",
+        f"adapter file {4 * trainable / 1e6:.1f} MB, a checkpoint three times as much",
     ]
     report("plan", "\n".join(lines))
     shape = max(((d, k) for _, _, d, k in linear), key=math.prod)
@@ -955,53 +960,52 @@ def train(trainer, job):
 
 
 def choose_epoch(model, job):
-    """Return the epoch to publish; if it is not the last, model gets its adapter."""
-    last, epochs = job.plan.steps, {step: loss for step, loss in job.evals.items() if step}
-    step = min(epochs, key=epochs.get, default=last) if job.args.publish == "best" else last
+    """Return the epoch to publish, whose adapter model then has."""
+    step = last = job.plan.steps
+    if job.args.publish == "best":
+        losses = {step: loss for step, loss in job.evals.items() if step}
+        step = min(losses, key=losses.get, default=last)
     folder = job.output / f"checkpoints/checkpoint-{step}"
-    if step != last and not is_complete(folder):
+    if step != last and is_complete(folder):
+        model.load_adapter(folder, "default")
+    elif step != last:
         report("warning", f"{folder} is not as it was written; the last epoch is published")
         step = last
-    if step != last:
-        tensors = safetensors.load_file(folder / "adapter_model.safetensors")
-        peft.set_peft_model_state_dict(model, tensors)
     return step // job.plan.steps_per_epoch
 
 
 def save_adapter(model, job, folder):
     """Write folder/final_lora, and final_lora_vllm if vLLM needs it."""
-    final, vllm = folder / "final_lora", folder / "final_lora_vllm"
+    final, vllm, weights = folder / "final_lora", folder / "final_lora_vllm", model.state_dict()
     model.save_pretrained(final)
     job.tokenizer.save_pretrained(final)
-    tensors = safetensors.load_file(final / "adapter_model.safetensors")
-    plain, wrapped = "base_model.model.model.", "base_model.model.model.language_model."
+    plain, wrapped = ".model.model.", ".model.model.language_model."
     is_wrapper = job.config.get_text_config() is not job.config
-    if is_wrapper and not any(name.startswith(wrapped) for name in tensors):
+    if is_wrapper and not any(wrapped in name for name in weights):
         # Up to 0.32 vLLM accepts a wrapper's adapter under other names, and serves the base.
-        vllm.mkdir()
-        shutil.copy(final / "adapter_config.json", vllm)
-        renamed = {name.replace(plain, wrapped, 1): tensor for name, tensor in tensors.items()}
-        safetensors.save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
-    # It is written for its owner alone; a server may be another user.
-    for path in folder.glob("*/adapter_model.safetensors"):
+        renamed = {name.replace(plain, wrapped, 1): weights[name] for name in weights}
+        model.save_pretrained(vllm, state_dict=renamed)
+        (vllm / "README.md").unlink()
+    # They are written for their owner alone; a server may be another user.
+    for path in folder.glob("*/*.safetensors"):
         shutil.copymode(final / "adapter_config.json", path)
 
 
 def prove(model, folder, row):
     """Return the base with the adapter from disk; exit unless tensors and logits are model's.
 
-    model loses its adapter here. A GPU may round otherwise: a tenth of the effect is allowed.
+    model loses its adapter. A GPU may round: a tenth of the effect is allowed.
     """
     kept = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     saved = safetensors.load_file(folder / "adapter_model.safetensors")
     odd = kept.keys() ^ saved.keys()
-    for name in kept.keys() & saved.keys():
+    for name in saved.keys() - odd:
         tensor, is_zero = saved[name], "lora_B" in name and not saved[name].any()
         if is_zero or not tensor.isfinite().all() or not tensor.equal(kept[name].cpu()):
             odd.add(name)
     if odd:
-        fault = "not as trained, not finite or all zero"
-        raise SystemExit(f"proof: in {folder} {fault}: {listed(sorted(odd), 3, ', ')}")
+        names = listed(sorted(odd), 3, ", ")
+        raise SystemExit(f"proof: in {folder} not as trained, not finite or all zero: {names}")
     ids = torch.tensor([row["input_ids"]], device=model.device)
     with torch.no_grad():
         trained = model.eval()(input_ids=ids).logits
@@ -1012,7 +1016,7 @@ def prove(model, folder, row):
     found = f"reloaded from disk, its logits differ by {error:.2g} from the trained model's"
     found += f", by {effect:.2g} from the base's"
     if not (effect > 0 and error <= effect / 10):
-        raise SystemExit(f"proof: {folder}: {found}; the adapter does not work, and is not kept")
+        raise SystemExit(f"proof: {folder}: {found}; the adapter does not work")
     report("proof", found)
     return reloaded
 
@@ -1020,26 +1024,29 @@ def prove(model, folder, row):
 def measure_update(model):
     """Return {target: [a row for each layer]}: the size of its update, the directions used.
 
-    B = Q R and A^T = Q' R'. Q and Q' change no length, so that R R'^T, of r x r numbers, has the
-    singular values of B A, of d x k.
+    B = Q R and A^T = Q' R', and Q and Q' change no length: R R'^T, r x r numbers, has the
+    singular values of B A, d x k.
     """
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             a, b = (part["default"].weight.double() for part in (module.lora_A, module.lora_B))
-            left, right = torch.linalg.qr(b).R, torch.linalg.qr(a.T).R
-            energy = (module.scaling["default"] * torch.linalg.svdvals(left @ right.T)).square()
-            total, half = energy.sum().item(), energy[: max(1, len(a) // 2)].sum().item()
-            norm = torch.linalg.vector_norm(module.get_base_layer().weight, dtype=torch.float64)
-            used = int((energy.cumsum(0) < 0.9 * total).sum()) + bool(total)
-            row = {"layer": int(re.search(r"\.(\d+)\.", name)[1]), "directions": used}
-            row |= {"update": math.sqrt(total) / norm.item(), "half": half / (total or 1)}
+            product = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+            energy = torch.linalg.svdvals(module.scaling["default"] * product).square()
+            total = energy.sum().item()
+            weight = torch.linalg.vector_norm(module.get_base_layer().weight, dtype=torch.float64)
+            row = {
+                "layer": int(re.search(r"\.(\d+)\.", name)[1]),
+                "directions": int((energy.cumsum(0) < 0.9 * total).sum()) + bool(total),
+                "update": math.sqrt(total) / weight.item(),
+                "half": energy[: max(1, len(a) // 2)].sum().item() / (total or 1),
+            }
             found.setdefault(name.rpartition(".")[2], []).append(row)
     return found
 
 
 def report_learnt(model, job, _):
-    """Print what LoRA learnt, as means over each target's layers, and how to read it."""
+    """Print what LoRA learnt, as means over each target's layers."""
     job.learnt, r = measure_update(model), job.args.lora_r
     columns = "{:<14}{:>10}{:>18}{:>14}{:>22}".format
     held = f"strongest {max(1, r // 2)} hold"
@@ -1051,8 +1058,10 @@ def report_learnt(model, job, _):
         update, used, half = (statistics.fmean(row[key] for row in rows) for key in keys)
         shown = f"{100 * update:.3g}", layers, f"{used:.1f} of {r}", f"{half:.0%}"
         lines.append(columns(target, *shown))
-    lines.append("update: (alpha/r) B A; directions: those that hold 90 % of it. Few are usual,")
-    lines.append("and do not show that a smaller r learns as much: another run tells")
+    lines += [
+        "update: (alpha/r) B A; directions: those that hold 90 % of it. Few are usual,",
+        "and do not show that a smaller r learns as much: another run tells",
+    ]
     report("learnt", "\n".join(lines))
 
 
@@ -1076,29 +1085,25 @@ def publish(trainer, job):
     return model
 
 
-CUT = " [cut here]"  # at MAX_NEW_TOKENS
-
-
-def answer(model, job, ids, streamer=None):
-    """Return the model's greedy reply to a prompt's ids."""
-    tokenizer, ids = job.tokenizer, torch.tensor([ids], device=model.device)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+def answer(model, job, prompt, streamer=None):
+    """Return the greedy reply to a prompt's ids, marked if it is cut and not streamed."""
+    ids, eos = torch.tensor([prompt], device=model.device), job.tokenizer.eos_token_id
     how = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=job.args.max_new_tokens, **ends
-    )
+        do_sample=False, max_new_tokens=job.args.max_new_tokens,
+        eos_token_id=eos, pad_token_id=job.tokenizer.pad_token_id,
+    )  # fmt: skip
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer}
-    reply = model.generate(**given, generation_config=how)[0, ids.shape[1] :].tolist()
-    cut = CUT * (tokenizer.eos_token_id not in reply)
-    return tokenizer.decode(reply, skip_special_tokens=True) + cut
+    reply = model.generate(**given, generation_config=how)[0, len(prompt) :].tolist()
+    cut = "" if streamer or eos in reply else " [cut here]"
+    return job.tokenizer.decode(reply, skip_special_tokens=True) + cut
 
 
 def write_samples(model, job, path):
     """Write held-out prompts and their replies: base's, adapter's, written."""
     args, count = job.args, min(job.args.num_samples, len(job.eval))
-    text = (
-        f"# {args.model_name} with and without r={args.lora_r}, alpha={args.lora_alpha}; greedy\n"
-    )
-    for row in [job.eval[i * len(job.eval) // count] for i in range(count)]:
+    text = f"# {args.model_name} with and without r={args.lora_r} alpha={args.lora_alpha}; greedy\n"
+    for i in range(count):
+        row = job.eval[i * len(job.eval) // count]
         *said, written = [(m["role"], m["content"]) for m in row["messages"][: row["reply"] + 1]]
         prompt = row["input_ids"][: row["labels"].count(-100)]
         with model.disable_adapter():
@@ -1106,7 +1111,7 @@ def write_samples(model, job, path):
         said += [("adapter", answer(model, job, prompt)), ("written", written[1])]
         text += f"\n## {row['where']}\n"
         for who, reply in said:
-            quoted = textwrap.indent(reply.strip().replace("\r", ""), "> ", lambda line: True)
+            quoted = "\n".join(f"> {line}" for line in reply.strip().splitlines())
             text += f"\n**{who}**\n\n{quoted}\n"
     if count:
         path.write_text(text, "utf-8")
@@ -1119,22 +1124,22 @@ def draw(_, job, path):
 
     figure, text = Figure((11, 8), dpi=120, layout="constrained"), job.config.get_text_config()
     losses, updates, used = figure.subplot_mosaic("aaaa;bbbc").values()
-    each_step = {entry["step"]: entry["loss"] for entry in job.history if "loss" in entry}
-    losses.plot([*each_step], [*each_step.values()], alpha=0.5, label="train, each step")
+    steps = {entry["step"]: entry["loss"] for entry in job.history if "loss" in entry}
+    losses.plot([*steps], [*steps.values()], alpha=0.5, label="train, each step")
     losses.plot([*job.evals], [*job.evals.values()], "o-", label="eval")
     losses.set(xlabel="step", ylabel="loss, nats per token")
-    losses.legend(frameon=False)
-    sizes = [[math.nan] * text.num_hidden_layers for _ in job.learnt]  # NaN is left blank
+    losses.legend()
+    kinds = text.to_dict().get("layer_types") or [""] * text.num_hidden_layers
+    sizes = [[math.nan] * len(kinds) for _ in job.learnt]  # NaN is left blank
     for n, rows in enumerate(job.learnt.values()):
         for row in rows:
             sizes[n][row["layer"]] = 100 * row["update"]
         used.barh(n, statistics.fmean(row["directions"] for row in rows), color="gray")
-    image = updates.imshow(sizes, cmap="cividis", aspect="auto", vmin=0)
+    image = updates.imshow(sizes, aspect="auto", vmin=0)
     figure.colorbar(image, ax=updates, label="size of the update, % of W's")
-    updates.set_yticks(range(len(sizes)), job.learnt)
-    kinds = text.to_dict().get("layer_types") or [""] * text.num_hidden_layers
     marks = [f"{n}\nD" if kind == "linear_attention" else n for n, kind in enumerate(kinds)]
     updates.set_xticks(range(len(kinds)), marks, fontsize=7)
+    updates.set_yticks(range(len(sizes)), job.learnt)
     updates.set_xlabel("layer; D: Gated DeltaNet")
     used.sharey(updates)
     used.set_xlabel(f"directions of {job.args.lora_r}\nthat hold 90 %")
@@ -1143,24 +1148,21 @@ def draw(_, job, path):
 
 def report_runs(folders, least):
     """Print the finished runs on the newest one's data, the lowest eval loss first."""
-    runs, paths = [], [path for one in folders for path in Path(one).glob("run.json*")]
-    for path in dict.fromkeys(paths):
-        # Another program's file, or a part of one, is passed over.
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    runs = []
+    for path in {path for folder in folders for path in Path(folder).glob("run.json*")}:
+        with contextlib.suppress(Exception):  # another program's file, or a part of one
             run = json.loads(path.read_text("utf-8"))
             losses = [entry["eval_loss"] for entry in run["loss_history"] if "eval_loss" in entry]
-            data, minutes = (
-                [file["sha256"] for file in run["data"].values()],
-                run["train_seconds"] / 60,
-            )
+            numbers = f"{losses[-1]:>9.4f}{min(losses):>9.4f}{run['train_seconds'] / 60:>9.1f}"
+            data = [file["sha256"] for file in run["data"].values()]
+            found = losses[-1], f"{numbers}  {path}", dict(run["constants"])
             if run["outcome"] == "finished":
-                line = f"{losses[-1]:>9.4f}{min(losses):>9.4f}{minutes:>9.1f}  {path}"
-                runs.append((losses[-1], line, dict(run["constants"]), data, run["started"] + 0.0))
-    newest = max(runs, key=lambda run: run[-1])[-2] if runs else []
-    same = sorted([run for run in runs if run[-2] == newest], key=lambda run: run[0])
+                runs.append((run["started"] + 0.0, data, found))
+    runs.sort(key=lambda run: run[0])
+    same = sorted(found for _, data, found in runs if data == runs[-1][1])
     differ = [name for name in JOB_RULES if len({str(run[2].get(name)) for run in same}) > 1]
     lines = ["eval loss   lowest  minutes  run, and what differs"]
-    for _, line, constants, *_ in same:
+    for _, line, constants in same:
         lines.append("  ".join([line, *(f"{name} {constants.get(name)}" for name in differ)]))
     if len(same) >= least:
         report("runs", listed(lines, 9))
@@ -1180,32 +1182,32 @@ def write_extras(model, job):
 
 def summarize(job):
     """Print what was done, where it is, and what to do next."""
-    output, losses = job.output, [*job.evals.values()]
+    args, output, losses = job.args, job.output, [*job.evals.values()]
     shown = " -> ".join(f"{loss:.4f}" for loss in losses) or "not evaluated"
-    lines = [f"adapter    {output}/final_lora, {job.published}", f"eval loss  {shown}"]
-    if losses and min(losses) < losses[-1]:
-        lines.append('overfit    it was lower before: PUBLISH = "best", or lower NUM_EPOCHS')
-    rate, in_all = job.tokens / max(job.seconds, 1e-9), (time.time() - job.started) / 60
+    minutes, rate = (time.time() - job.started) / 60, job.tokens / max(job.seconds, 1e-9)
     since = " since the checkpoint" * bool(job.checkpoint)
-    lines.append(f"time       {in_all:.1f} min, {job.seconds / 60:.1f} in steps{since}")
-    lines.append(f"speed      {rate:,.0f} tokens/s, {job.peak_gib:.1f} GiB of GPU memory")
-    lines.append(f"look at    lora.png, run.json and any samples.md in {output}")
-    if job.args.demo:
+    lines = [
+        f"adapter    {output}/final_lora, {job.published}",
+        f"eval loss  {shown}",
+        f"time       {minutes:.1f} min, {job.seconds / 60:.1f} in steps{since}",
+        f"speed      {rate:,.0f} tokens/s, {job.peak_gib:.1f} GiB of GPU memory",
+        f"look at    lora.png, run.json and any samples.md in {output}",
+    ]
+    if losses and min(losses) < losses[-1]:
+        lines.insert(2, 'overfit    it was lower before: PUBLISH = "best", or lower NUM_EPOCHS')
+    if args.demo:
         lines.append("The demo's weights are random: it shows that the job runs.")
     report("done", "\n".join(lines))
     if losses:
         report_runs([output], least=2)
-    chat = shlex.join(["python", *sys.argv, "--chat"])
-    folder = "final_lora_vllm" if (output / "final_lora_vllm").exists() else "final_lora"
-    names = job.args.model_name, job.args.model_revision, f"companion={output / folder}"
+    served = f"companion={output}/final_lora" + "_vllm" * (output / "final_lora_vllm").exists()
+    names = args.model_name, args.model_revision, served
     model, revision, adapter = map(shlex.quote, names)
-    report(
-        "next",
-        f"""{chat}
+    command = f"""{shlex.join(["python", *sys.argv, "--chat"])}
 vllm serve {model} --revision {revision} \\
-  --enable-lora --max-lora-rank {vllm_rank(job.args.lora_r)} --lora-modules {adapter} \\
-  --default-chat-template-kwargs '{{"enable_thinking": false}}'""",
-    )
+  --enable-lora --max-lora-rank {vllm_rank(args.lora_r)} --lora-modules {adapter} \\
+  --default-chat-template-kwargs '{{"enable_thinking": false}}'"""
+    report("next", command)
 
 
 # ==== 12 Chat: talk to what was trained
@@ -1226,7 +1228,7 @@ def chat(job):
     to_ids = functools.partial(job.tokenizer.apply_chat_template, add_generation_prompt=True)
     room = job.config.get_text_config().max_position_embeddings - args.max_new_tokens
     report("chat", "/base or /adapter answers from now on; /new forgets; /quit; Ctrl-C cuts")
-    job.published, talk, who, said = "there", [*system], "/adapter", ""
+    job.published, turns, who, said = "there", [], "/adapter", ""
     while said != "/quit":
         try:
             said = input("you> ").strip()
@@ -1236,23 +1238,23 @@ def chat(job):
             print(said)
         if said in ("/base", "/adapter"):
             who = said
-        talk = [*system] if said == "/new" else talk
-        if said in ("/base", "/adapter", "/new", "/quit", ""):
-            continue
-        talk.append({"role": "user", "content": said})
-        while len(ids := to_ids(talk, **SERVED)) > room and len(talk) > len(system) + 1:
-            del talk[len(system) : len(system) + 2]  # the oldest turn
-        print(f"{who[1:]}> ", end="", flush=True)
-        streamer = transformers.TextStreamer(job.tokenizer, True, skip_special_tokens=True)
-        try:
-            with model.disable_adapter() if who == "/base" else contextlib.nullcontext():
-                reply = answer(model, job, ids, streamer).removesuffix(CUT)
-            talk.append({"role": "assistant", "content": reply})
-        except KeyboardInterrupt:
-            if job.stopped_by != signal.SIGINT:
-                raise
-            job.stopped_by = talk.pop() and 0
-            print(" [cut, and forgotten]")
+        elif said == "/new":
+            turns = []
+        elif said not in ("", "/quit"):
+            asked = [*turns, {"role": "user", "content": said}]
+            while len(ids := to_ids(system + asked, **SERVED)) > room and len(asked) > 1:
+                del asked[:2]  # the oldest turn
+            print(f"{who[1:]}> ", end="", flush=True)
+            streamer = transformers.TextStreamer(job.tokenizer, True, skip_special_tokens=True)
+            try:
+                with model.disable_adapter() if who == "/base" else contextlib.nullcontext():
+                    reply = answer(model, job, ids, streamer)
+                turns = [*asked, {"role": "assistant", "content": reply}]
+            except KeyboardInterrupt:
+                if job.stopped_by != signal.SIGINT:
+                    raise
+                job.stopped_by = 0
+                print(" [cut, and forgotten]")
 
 
 # ==== 13 run, main
@@ -1261,11 +1263,11 @@ def chat(job):
 def run(job):
     """Do the job: the table of contents, with the sections' numbers."""
     args = job.args
-    if args.compare and not report_runs(args.compare, least=1):  # 11
-        raise SystemExit(f"--compare: no finished run with an eval loss in {args.compare}")
     if args.chat:
-        chat(job)  # 12
-    if args.compare or args.chat:
+        return chat(job)  # 12
+    if args.compare:
+        if not report_runs(args.compare, least=1):  # 11
+            raise SystemExit(f"--compare: no finished run with an eval loss in {args.compare}")
         return
     if not args.dry_run:
         open_log(job.output)  # 8
@@ -1301,14 +1303,13 @@ def run(job):
 def set_environment(args):
     """Set what libraries read at import; remove what would undo a constant."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.pop("MPLBACKEND", None)  # an unknown name is an error
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]  # one GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.getenv("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if args.device == "cpu":  # beside another busy process 28 s, not 245
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    for name in [name for name in os.environ if name in ranks or name.startswith("ACCELERATE_")]:
-        del os.environ[name]  # a launcher's; this is one process
+    for name in [*os.environ]:
+        # A launcher's, though this is one process; matplotlib's, whose bad name is an error.
+        if re.fullmatch("RANK|LOCAL_RANK|WORLD_SIZE|ACCELERATE_.*|MPLBACKEND", name):
+            del os.environ[name]
     logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")  # "install fla"
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's call
 
@@ -1345,11 +1346,13 @@ def explain(error):
         return 1, f"{error}; pip install -r requirements.txt"
     if kind == "OutOfMemoryError":
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
-        return 1, f"out of memory ({text}); {advice}; see nvidia-smi"
+        return 1, f"out of memory ({text}); {advice}"
     # safetensors, tokenizers and torch have errors of their own.
     if isinstance(error, OSError) or kind in ("SafetensorError", "Exception") or "inline_" in text:
-        advice = "make room, and the same command goes on from the newest checkpoint"
-        return 1, f"a file could not be written or read ({text}); {advice}"
+        return (
+            1,
+            f"a file could not be written or read ({text}); make room: the same command goes on",
+        )
     return 0, repr(error)
 
 
@@ -1357,7 +1360,7 @@ def main(argv=None):
     """Run the command; exit with 1, or 2 after a bad flag, or 128 + a signal."""
     args = parse_args(argv)
     set_environment(args)
-    job, status = Job(args), 0
+    job = Job(args)
     signals = catch_signals(job)
     try:
         run(job)
@@ -1372,12 +1375,11 @@ def main(argv=None):
         if not status:
             raise
         print(message, file=sys.stderr)
+        raise SystemExit(status)
     finally:
         logging.shutdown()
         for one in signals:  # exit waits for threads
             signal.signal(one, signal.SIG_DFL)
-    if status:
-        raise SystemExit(status)
 
 
 class Unbreakable(io.FileIO):
@@ -1386,8 +1388,7 @@ class Unbreakable(io.FileIO):
     def write(self, data):
         """Write data, or drop it."""
         with contextlib.suppress(OSError):
-            return super().write(data)
-        return len(data)
+            super().write(data)
 
 
 if __name__ == "__main__":
