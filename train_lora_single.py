@@ -5,7 +5,6 @@
     python train_lora_single.py --demo       # the same code on a tiny model with random weights
     python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant is a flag too
     python train_lora_single.py --chat       # talk to output/final_lora
-    python train_lora_single.py --compare OUTPUT_DIR ...       # which run was best
 
 LoRA leaves a weight W (d x k) frozen and learns A (r x k) and B (d x r) beside it:
 y = W x + (alpha / r) B A x. run(), at the end, is the table of contents.
@@ -16,7 +15,6 @@ import bisect
 import contextlib
 import difflib
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import io
@@ -34,7 +32,9 @@ import textwrap
 import time
 import types
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 if sys.version_info < (3, 11):  # noqa: UP036
@@ -55,16 +55,16 @@ trl, peft, safetensors = Lazy("trl"), Lazy("peft"), Lazy("safetensors.torch")
 # ==== 1 Constants: edit them here, or give the flag of the same name in lower case
 
 # Model.
-MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder; loaded without its vision tower
-MODEL_REVISION = "main"  # branch, tag or commit on the hub
+MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder
+MODEL_REVISION = "main"  # branch, tag or commit
 DEVICE = "cuda"  # "cuda", or "cpu", for a small model
 DTYPE = "bfloat16"  # of the frozen weights; "float32" takes twice the memory
 PRODUCTS = "auto"  # of frozen weights, in "dtype" or scaled "float16": "auto" times both
 
 # Data: lines of {"prompt": [...], "completion": [...]} or {"messages": [...]}.
 TRAIN_FILE = "data/train.jsonl"  # what is learnt
-EVAL_FILE = "data/eval.jsonl"  # held out, about a tenth; "" turns evaluation and samples off
-MAX_SEQ_LEN = 512  # tokens; longer examples are left out. More needs more memory
+EVAL_FILE = "data/eval.jsonl"  # held out, about a tenth; "" for none
+MAX_SEQ_LEN = 512  # tokens; longer examples are left out
 
 # LoRA.
 LORA_R = 8  # rank: 4 for a narrow task, 8 for a style and 1,000 examples, 16+ for more
@@ -75,7 +75,7 @@ LORA_TARGET_MODULES = [  # or DeltaNet's in_proj_qkv, in_proj_z, out_proj
     "gate_proj", "up_proj", "down_proj",  # feed-forward: words and rhythm
 ]  # fmt: skip
 
-# Training. Steps = ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) x NUM_EPOCHS
+# Training.
 NUM_EPOCHS = 3  # passes over the training file; fewer if the eval loss turns up
 BATCH_SIZE = 2  # examples at once on the GPU; lower this first when memory is short
 GRADIENT_ACCUMULATION_STEPS = 2  # batches a step; raise it as BATCH_SIZE falls
@@ -89,7 +89,7 @@ OUTPUT_DIR = "output"  # all results go here
 LOGGING_STEPS = 10  # steps between two printed losses
 SAVE_STEPS = 50  # steps between two checkpoints, which a kill loses at most
 PUBLISH = "last"  # or "best": the epoch of the lowest eval loss becomes final_lora
-NUM_SAMPLES = 5  # held-out prompts answered by base and adapter in samples.md; 0 for none
+NUM_SAMPLES = 5  # held-out prompts that base and adapter answer in samples.md
 MAX_NEW_TOKENS = 200  # of a reply, else it is cut
 
 # What --demo changes.
@@ -173,7 +173,7 @@ def check_constant(name, value):
 
 
 def parse_args(argv=None):
-    """Return the constants, as changed by flags; exit with 2 if one is bad."""
+    """Return the constants as flags change them; exit with 2 if one is bad."""
     usage = "%(prog)s [--demo] [--dry_run | --chat | --compare OUTPUT_DIR ...] [--CONSTANT VALUE]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -194,8 +194,6 @@ def parse_args(argv=None):
             check_constant(name, vars(args)[name.lower()])
     except (KeyError, ValueError) as error:
         parser.error(str(error))
-    if args.eval_file == args.train_file:
-        parser.error(f"EVAL_FILE {args.eval_file}: is the training file; hold out others")
     return args
 
 
@@ -252,7 +250,7 @@ def parse_line(text):
 
 
 def read_examples(path):
-    """Return a file's examples, with "where": "path:line"; exit with all bad lines."""
+    """Return a file's examples, "where" being path:line; exit with all bad lines."""
     examples, problems = [], []
     if not Path(path).is_file():  # a pipe cannot be read twice
         raise SystemExit(f"{path}: no such file; set TRAIN_FILE and EVAL_FILE to JSONL files")
@@ -271,7 +269,7 @@ def read_examples(path):
             problems.append(f"{where}: {fault}")
     if problems or not examples:
         raise SystemExit(listed(problems) or f"{path}: no examples; write one JSON object a line")
-    report("data", f"{path}: {len(examples):,} example{'s' * (len(examples) > 1)}")
+    report("data", f"{path}: {len(examples):,} examples")
     return examples
 
 
@@ -295,12 +293,12 @@ def warn_of_repeats(train, held_out):
 
 
 def check_device(args):
-    """Return a line about the device, or exit; call it before transformers is imported."""
+    """Return a line about the device, or exit; to be called before transformers is used."""
     if args.device == "cpu":
         return "CPU"
     if not torch.cuda.is_available():
         driver, visible = "no NVIDIA driver", os.environ.get("CUDA_VISIBLE_DEVICES")
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             driver = brief(Path("/proc/driver/nvidia/version").read_text(), 90)
         found = f"{driver}; CUDA_VISIBLE_DEVICES={visible}"
         advice = f"{found}; driver 525 or newer is needed (README.md), or --demo or --device cpu"
@@ -357,7 +355,7 @@ def render(example, tokenizer):
     for token in tokenizer.added_tokens_decoder.values():
         if token.special and str(token) in text:
             raise ValueError(f"the text holds the control token {token}; respell or remove it")
-    to_ids = functools.partial(tokenizer.apply_chat_template, **SERVED)
+    to_ids = partial(tokenizer.apply_chat_template, **SERVED)
     try:
         prompt, whole = to_ids(conversation[:-1], add_generation_prompt=True), to_ids(conversation)
     except TemplateError as error:
@@ -457,7 +455,7 @@ def vllm_rank(r):
 
 
 def make_plan(args, config, n_train):
-    """Print what will be trained and return its counts, from the config alone."""
+    """Print what will be trained; return its counts, from the config alone."""
     linear, total = linear_modules(config)
     targets, depth = (
         [*dict.fromkeys(args.lora_target_modules)],
@@ -545,9 +543,7 @@ def scaled_product(rows, weight):
     largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
     exponent = largest.view(torch.int32) & 0x7F800000  # no mantissa: a power of two
     power = exponent.clamp(1 << 23, 254 << 23).view(torch.float32)  # finite, not 0
-    small = torch.empty(rows.shape, dtype=torch.float16, device=rows.device)
-    product = torch.div(rows, power, out=small) @ weight
-    return torch.mul(product, power, out=torch.empty_like(product, dtype=rows.dtype))
+    return ((rows / power).half() @ weight * power).to(rows.dtype)
 
 
 def use_float16(model):
@@ -580,7 +576,7 @@ def use_float16(model):
                 pairs = zip(parts, small.split(4096), strict=True)
                 change = max(change, *[(a - b).abs().max().item() for a, b in pairs])
                 module.weight.data = small
-                module.forward = functools.partial(forward, module)
+                module.forward = partial(forward, module)
             else:
                 left.append(name)
     # The embedding may share the head's weight.
@@ -623,7 +619,7 @@ def choose_products(job):
 
 
 def open_log(output):
-    """Lock output, and log there what report() says, warnings and tracebacks."""
+    """Lock output; log there what report() says, warnings and tracebacks."""
     with blame(f"OUTPUT_DIR {output}", "choose a folder to write in", OSError):
         output.mkdir(parents=True, exist_ok=True)
         log = logging.FileHandler(output / "all_logs.log", encoding="utf-8")
@@ -636,7 +632,7 @@ def open_log(output):
     screen = logging.lastResort  # for warnings: what is reported is printed
     logging.basicConfig(handlers=[log, screen], format="%(message)s", force=True)
     logging.captureWarnings(True)
-    logging.raiseExceptions = False  # a full disk must not hide the message that says so
+    logging.raiseExceptions = False  # on a full disk
     LOG.setLevel(logging.INFO)
     LOG.info("\n---- %s %s", time.strftime("%F %T"), shlex.join(sys.argv))
 
@@ -677,7 +673,7 @@ def checkpoints_in(folder):
 
 def is_complete(checkpoint):
     """Return whether a checkpoint's files are as written."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # complete.json may be cut too
+    with suppress(OSError, ValueError, AttributeError):  # complete.json may be cut too
         written = json.loads((checkpoint / "complete.json").read_text("utf-8"))
         return written.items() <= hashes(checkpoint).items()
     return False
@@ -705,7 +701,7 @@ def find_checkpoint(job):
         content[f"{name}'s tokens"] = [(row["input_ids"], row["labels"]) for row in rows]
     for name, value in content.items():
         now[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         before = json.loads((folder / "job.json").read_text("utf-8"))
     complete = [path for path in checkpoints_in(folder).values() if is_complete(path)]
     if before and complete:
@@ -832,7 +828,7 @@ def build_trainer(job):
     trainer._get_train_sampler = lambda dataset=None: sampler
     # By default PEFT asks the hub at each save.
     save = trainer.model.save_pretrained
-    trainer.model.save_pretrained = functools.partial(save, save_embedding_layers=False)
+    trainer.model.save_pretrained = partial(save, save_embedding_layers=False)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -900,7 +896,7 @@ def fit_memory(trainer, job):
 
 
 class Callbacks:
-    """A run's callbacks; train() adds job, and the base class, which is slow to import."""
+    """A run's callbacks; train() adds job and the base class."""
 
     def on_step_begin(self, _, state, *__, **___):
         """From here on there is something to save."""
@@ -913,7 +909,7 @@ class Callbacks:
         job.history = state.log_history
         for key in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(key, 0)):
-                advice = "lower LEARNING_RATE or set DTYPE to float32, in another OUTPUT_DIR"
+                advice = "lower LEARNING_RATE, in another OUTPUT_DIR, or set DTYPE to float32"
                 if step <= 1 and key != "grad_norm":  # B is still zero
                     advice = "it is the base's own: check its weights, or set DTYPE to float32"
                 raise SystemExit(f"train: {key} is {logs[key]} at step {step}; {advice}")
@@ -923,16 +919,15 @@ class Callbacks:
             job.seconds += time.monotonic() - self.began
             job.tokens += state.num_input_tokens_seen - self.seen
             if step % job.args.logging_steps == 0:
-                text = "step {:,}/{:,}  loss {loss:.4f}  gradient norm {grad_norm:.3f}  "
-                text += "learning rate {learning_rate:.2e}  {:,.0f} tokens/s"
-                rate = job.tokens / job.seconds
-                report("train", text.format(step, state.max_steps, rate, **logs))
+                text = "loss {loss:.4f}  gradient norm {grad_norm:.3f}  learning rate "
+                text += f"{{learning_rate:.2e}}  {job.tokens / job.seconds:,.0f} tokens/s"
+                report("train", f"step {step:,}/{state.max_steps:,}  {text.format(**logs)}")
 
     def on_step_end(self, args, state, control, **_):
         """Save after SAVE_STEPS steps or a signal."""
         job, step = self.job, state.global_step
         is_due = step % args.save_steps == 0 or job.stopped_by > 0
-        # An epoch's last step is saved later: its evaluation moves the random state.
+        # An epoch's last step is saved after its evaluation, which moves the random state.
         control.should_save = is_due and step % job.plan.steps_per_epoch > 0
 
     def on_save(self, args, state, _, **__):
@@ -976,16 +971,18 @@ def choose_epoch(model, job):
 
 def save_adapter(model, job, folder):
     """Write folder/final_lora, and final_lora_vllm if vLLM needs it."""
-    final, vllm, weights = folder / "final_lora", folder / "final_lora_vllm", model.state_dict()
+    final, vllm = folder / "final_lora", folder / "final_lora_vllm"
     model.save_pretrained(final)
     job.tokenizer.save_pretrained(final)
+    tensors = safetensors.load_file(final / "adapter_model.safetensors")
     plain, wrapped = ".model.model.", ".model.model.language_model."
     is_wrapper = job.config.get_text_config() is not job.config
-    if is_wrapper and not any(wrapped in name for name in weights):
+    if is_wrapper and not any(wrapped in name for name in tensors):
         # Up to 0.32 vLLM accepts a wrapper's adapter under other names, and serves the base.
-        renamed = {name.replace(plain, wrapped, 1): weights[name] for name in weights}
-        model.save_pretrained(vllm, state_dict=renamed)
-        (vllm / "README.md").unlink()
+        vllm.mkdir()
+        shutil.copy(final / "adapter_config.json", vllm)
+        renamed = {name.replace(plain, wrapped, 1): tensor for name, tensor in tensors.items()}
+        safetensors.save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
     # They are written for their owner alone; a server may be another user.
     for path in folder.glob("*/*.safetensors"):
         shutil.copymode(final / "adapter_config.json", path)
@@ -1150,7 +1147,7 @@ def report_runs(folders, least):
     """Print the finished runs on the newest one's data, the lowest eval loss first."""
     runs = []
     for path in {path for folder in folders for path in Path(folder).glob("run.json*")}:
-        with contextlib.suppress(Exception):  # another program's file, or a part of one
+        with suppress(Exception):  # another program's file, or a part of one
             run = json.loads(path.read_text("utf-8"))
             losses = [entry["eval_loss"] for entry in run["loss_history"] if "eval_loss" in entry]
             numbers = f"{losses[-1]:>9.4f}{min(losses):>9.4f}{run['train_seconds'] / 60:>9.1f}"
@@ -1200,12 +1197,11 @@ def summarize(job):
     report("done", "\n".join(lines))
     if losses:
         report_runs([output], least=2)
+    base = shlex.join([args.model_name, "--revision", args.model_revision])
     served = f"companion={output}/final_lora" + "_vllm" * (output / "final_lora_vllm").exists()
-    names = args.model_name, args.model_revision, served
-    model, revision, adapter = map(shlex.quote, names)
     command = f"""{shlex.join(["python", *sys.argv, "--chat"])}
-vllm serve {model} --revision {revision} \\
-  --enable-lora --max-lora-rank {vllm_rank(args.lora_r)} --lora-modules {adapter} \\
+vllm serve {base} \\
+  --enable-lora --max-lora-rank {vllm_rank(args.lora_r)} --lora-modules {shlex.quote(served)} \\
   --default-chat-template-kwargs '{{"enable_thinking": false}}'"""
     report("next", command)
 
@@ -1225,7 +1221,7 @@ def chat(job):
     report("device", check_device(args))
     job.config, job.tokenizer = load_config_and_tokenizer(args)
     model = peft.PeftModel.from_pretrained(load_model(args).to(args.device), folder).eval()
-    to_ids = functools.partial(job.tokenizer.apply_chat_template, add_generation_prompt=True)
+    to_ids = partial(job.tokenizer.apply_chat_template, add_generation_prompt=True)
     room = job.config.get_text_config().max_position_embeddings - args.max_new_tokens
     report("chat", "/base or /adapter answers from now on; /new forgets; /quit; Ctrl-C cuts")
     job.published, turns, who, said = "there", [], "/adapter", ""
@@ -1387,7 +1383,7 @@ class Unbreakable(io.FileIO):
 
     def write(self, data):
         """Write data, or drop it."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             super().write(data)
 
 
