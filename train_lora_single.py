@@ -45,8 +45,11 @@ class Lazy(types.ModuleType):
     """A library that is imported when it is first used: a bad line is reported before."""
 
     def __getattr__(self, name):
-        """Return what the library calls by this name."""
-        return getattr(importlib.import_module(self.__name__), name)
+        """Return what the library calls by this name, or exit."""
+        try:
+            return getattr(importlib.import_module(self.__name__), name)
+        except ImportError as error:
+            raise SystemExit(f"{error}; pip install -r requirements.txt")
 
 
 torch, transformers, datasets = Lazy("torch"), Lazy("transformers"), Lazy("datasets")
@@ -141,8 +144,6 @@ def blame(what, advice, *kinds):
     """Exit with what, the error and advice after an error of these kinds within."""
     try:
         yield
-    except ImportError:  # of a library: explain() says what to do
-        raise
     except kinds as error:
         raise SystemExit(f"{what} ({brief(error)}); {advice}")
 
@@ -177,7 +178,7 @@ def parse_args(argv=None):
     usage = "%(prog)s [--demo] [--dry_run | --chat | --compare OUTPUT_DIR ...] [--CONSTANT VALUE]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--demo", action="store_true", help="a tiny model, into output/demo")
+    parser.add_argument("--demo", action="store_true", help="a tiny random model, into output/demo")
     parser.add_argument("--dry_run", action="store_true", help="stop after the plan; needs no GPU")
     parser.add_argument("--chat", action="store_true", help="talk to OUTPUT_DIR/final_lora")
     parser.add_argument("--compare", nargs="+", metavar="OUTPUT_DIR", help="list finished runs")
@@ -393,7 +394,7 @@ def encode(examples, tokenizer, max_seq_len):
 def report_tokens(files):
     """Print the lengths in tokens of {path: rows}; return hashes and counts."""
     lines, facts = ["file                     examples  median   max     tokens     trained"], {}
-    for path, rows in files.items():
+    for path, rows in [(path, rows) for path, rows in files.items() if rows]:
         n = [len(row["input_ids"]) for row in rows]
         trained = sum(n) - sum(row["labels"].count(-100) for row in rows)
         line = f"{path:<24}{len(n):>9,}{statistics.median(n):>8,.0f}{max(n):>6,}{sum(n):>11,}"
@@ -649,9 +650,8 @@ def set_aside(path):
 
 def write_json(path, value):
     """Write value so that path never holds half of it."""
-    strict = json.loads(json.dumps(value), parse_constant=str)  # NaN is no JSON
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(strict, indent=1), "utf-8")
+    new.write_text(json.dumps(value, indent=1), "utf-8")
     new.replace(path)
 
 
@@ -679,16 +679,16 @@ def is_complete(checkpoint):
     return False
 
 
-def prune(folder, per_epoch, is_finished):
-    """Leave the two newest checkpoints and each epoch's; once finished, of these the adapter."""
-    saved = [*checkpoints_in(folder).items()]
-    for step, path in saved if is_finished else saved[:-2]:
+def prune(folder, per_epoch, newest):
+    """Leave only each epoch's adapter of all but the newest checkpoints."""
+    saved = checkpoints_in(folder)
+    for step in [*saved][: len(saved) - newest]:
         if step % per_epoch:
-            shutil.rmtree(path)
-        elif is_finished:
-            for file in path.iterdir():
-                if file.is_file() and not file.name.startswith("adapter_"):
-                    file.unlink()
+            shutil.rmtree(saved[step])
+            continue
+        for path in saved[step].iterdir():
+            if path.is_file() and not path.name.startswith("adapter_"):
+                path.unlink()
 
 
 def find_checkpoint(job):
@@ -735,7 +735,7 @@ def write_record(job, outcome):
                 "train_seconds": job.seconds, "tokens": job.tokens, "learnt": job.learnt,
                 "peak_memory_gib": job.peak_gib, "loss_history": job.history,
             })  # fmt: skip
-    except (ImportError, OSError) as error:
+    except OSError as error:
         report("warning", f"{job.output}/run.json is not written: {error}")
 
 
@@ -768,6 +768,8 @@ def sft_config(job):
         eval_strategy="epoch" if job.eval else "no",
         eval_on_start=bool(job.eval) and not job.checkpoint,  # B is zero then: the base's loss
         save_strategy="epoch", save_steps=args.save_steps,  # on_step_end() saves between
+        load_best_model_at_end=bool(job.eval) and args.publish == "best",
+        metric_for_best_model="loss",  # noted for each epoch: PUBLISH may change on the way
         disable_tqdm=True, use_cpu=args.device == "cpu",
         logging_steps=1,  # each loss is checked and kept
         include_num_input_tokens_seen="non_padding",
@@ -883,8 +885,7 @@ def fit_memory(trainer, job):
         n_fit = bisect.bisect_left(batches, True, key=overflows)  # how many, from the shortest
         limit = size * len(batches[n_fit - 1][-1]["input_ids"]) if n_fit else 0
         if overflows(batches[-1]):
-            longest = len(rows[-1]["input_ids"])
-            raise torch.OutOfMemoryError(f"{size} x {longest:,} tokens do not fit")
+            raise torch.OutOfMemoryError("the longest batch does not fit")
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.reset_peak_memory_stats()
     transformers.set_seed(job.args.seed)
@@ -936,7 +937,7 @@ class Callbacks:
         (folder / "README.md").unlink(missing_ok=True)  # TRL's, which describes no run
         new = folder / f"checkpoint-{step}"
         write_json(new / "complete.json", hashes(new))
-        prune(folder, job.plan.steps_per_epoch, is_finished=False)
+        prune(folder, job.plan.steps_per_epoch, newest=2)
         job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
         job.is_training = step < job.plan.steps
         if job.stopped_by:
@@ -952,21 +953,6 @@ def train(trainer, job):
 
 
 # ==== 11 Results: the adapter, its proof, and what shows what it does
-
-
-def choose_epoch(model, job):
-    """Return the epoch to publish, whose adapter model then has."""
-    step = last = job.plan.steps
-    if job.args.publish == "best":
-        losses = {step: loss for step, loss in job.evals.items() if step}
-        step = min(losses, key=losses.get, default=last)
-    folder = job.output / f"checkpoints/checkpoint-{step}"
-    if step != last and is_complete(folder):
-        model.load_adapter(folder, "default")
-    elif step != last:
-        report("warning", f"{folder} is not as it was written; the last epoch is published")
-        step = last
-    return step // job.plan.steps_per_epoch
 
 
 def save_adapter(model, job, folder):
@@ -1065,7 +1051,6 @@ def report_learnt(model, job, _):
 def publish(trainer, job):
     """Write the adapter beside its place, prove it, move it in; return the proved model."""
     partial, folder = job.output / ".partial", job.output / "checkpoints"
-    epoch = choose_epoch(trainer.model, job)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save_adapter(trainer.model, job, partial)
@@ -1076,9 +1061,11 @@ def publish(trainer, job):
             new.rename(job.output / new.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    job.published = f"of epoch {epoch} of {job.args.num_epochs}"
+    is_best = trainer.args.load_best_model_at_end
+    step = trainer.state.best_global_step if is_best else job.plan.steps
+    job.published = f"of epoch {step // job.plan.steps_per_epoch} of {job.args.num_epochs}"
     (folder / "job.json").unlink(missing_ok=True)
-    prune(folder, job.plan.steps_per_epoch, is_finished=True)
+    prune(folder, job.plan.steps_per_epoch, newest=0)
     return model
 
 
@@ -1192,8 +1179,6 @@ def summarize(job):
     ]
     if losses and min(losses) < losses[-1]:
         lines.insert(2, 'overfit    it was lower before: PUBLISH = "best", or lower NUM_EPOCHS')
-    if args.demo:
-        lines.append("The demo's weights are random: it shows that the job runs.")
     report("done", "\n".join(lines))
     if losses:
         report_runs([output], least=2)
@@ -1275,8 +1260,7 @@ def run(job):
     job.config, job.tokenizer = load_config_and_tokenizer(args)
     job.train = encode(examples, job.tokenizer, args.max_seq_len)  # 5
     job.eval = encode(held_out, job.tokenizer, args.max_seq_len)
-    files = {args.train_file: job.train, args.eval_file: job.eval}
-    job.data = report_tokens({path: rows for path, rows in files.items() if rows})
+    job.data = report_tokens({args.train_file: job.train, args.eval_file: job.eval})
     show_example(job.train[0], job.tokenizer)
     job.plan = make_plan(args, job.config, len(job.train))  # 6
     if args.dry_run:
@@ -1338,17 +1322,12 @@ def explain(error):
     if isinstance(error, KeyboardInterrupt):
         number, message = error.args if len(error.args) == 2 else (signal.SIGINT, "stopped")
         return 128 + number, message
-    if isinstance(error, ImportError):
-        return 1, f"{error}; pip install -r requirements.txt"
     if kind == "OutOfMemoryError":
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
         return 1, f"out of memory ({text}); {advice}"
     # safetensors, tokenizers and torch have errors of their own.
     if isinstance(error, OSError) or kind in ("SafetensorError", "Exception") or "inline_" in text:
-        return (
-            1,
-            f"a file could not be written or read ({text}); make room: the same command goes on",
-        )
+        return 1, f"a file could not be written or read ({text}); make room, and run it again"
     return 0, repr(error)
 
 

@@ -84,7 +84,7 @@ def interrupted(flags, whole, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 7, send(signal.SIGINT))
         assert status(command(flags, output)) == 130
-    assert complete(output) == [4, 6, 7]
+    assert complete(output) == [6, 7]
     return output
 
 
@@ -369,7 +369,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_go_on_from(
 
 
 LATER = {  # where, when, the checkpoints then
-    "the weights are loaded": (*FIRST["the weights are loaded"], [4, 6, 7]),
+    "the weights are loaded": (*FIRST["the weights are loaded"], [6, 7]),
     "the last evaluation": (EVALUATION, evaluates(8), [7, 8]),
     "the proof": ((t, "prove"), always, [7, 8]),
 }
@@ -1372,7 +1372,7 @@ def test_a_bug_while_a_checkpoint_is_written_is_not_called_a_full_disk(
         t.main(command(flags, stopped))
     assert record(stopped)["outcome"].startswith(f"failed: {type(error).__name__}")
     assert "could not be written" not in capfd.readouterr().err
-    assert complete(stopped) == [4, 6, 7]
+    assert complete(stopped) == [6, 7]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), KeyboardInterrupt("a word")])
