@@ -32,6 +32,7 @@ import textwrap
 import time
 import types
 import warnings
+from collections import namedtuple
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -175,7 +176,7 @@ def check_constant(name, value):
 
 def parse_args(argv=None):
     """Return the constants as flags change them; exit with 2 if one is bad."""
-    usage = "%(prog)s [--demo] [--dry_run | --chat | --compare OUTPUT_DIR ...] [--CONSTANT VALUE]"
+    usage = "%(prog)s [--CONSTANT VALUE ...] [--demo] [--dry_run] [--chat] [--compare DIR ...]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--demo", action="store_true", help="a tiny random model, into output/demo")
@@ -201,30 +202,20 @@ def parse_args(argv=None):
 # ==== 3 Data: read, check every line, find repeats
 
 
-IN_TURN = "at most one system, then user and assistant in turn"
-ROLE_ORDER = {  # the roles in a list of messages, by their first letters
-    "messages": ("s?(ua)+", IN_TURN),
-    "prompt": ("s?u(au)*", IN_TURN + ", user last"),
-    "completion": ("a", "one assistant message"),
-}
-
-
-def check_messages(key, messages):
+def check_messages(messages):
     """Raise ValueError unless a list of messages is well-formed."""
     roles = []
-    for number, message in enumerate(messages if isinstance(messages, list) else [], 1):
+    for number, message in enumerate(messages, 1):
         whole = isinstance(message, dict) and message.keys() == {"role", "content"}
         role, text = (message["role"], message["content"]) if whole else ("", "")
         is_text = isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
         if role not in ("system", "user", "assistant") or not is_text:
-            rule = "role (system, user, assistant) and content (text, not blank, no lone surrogate)"
-            found = f"{key} message {number} is {brief(repr(message), 80)}"
-            raise ValueError(f"{found}; write only {rule}")
+            rule = "write only role (system, user, assistant) and content (no blank or surrogate)"
+            raise ValueError(f"message {number} is {brief(repr(message), 80)}; {rule}")
         roles.append(role)
-    pattern, rule = ROLE_ORDER[key]
-    if not re.fullmatch(pattern, "".join(role[0] for role in roles)):
-        found = listed(roles, 6, ", ") or brief(repr(messages), 80)
-        raise ValueError(f"{key} is {found}; write a list of messages, {rule}")
+    if not re.fullmatch("s?(ua)+", "".join(role[0] for role in roles)):
+        rule = "write at most one system, then user and assistant in turn"
+        raise ValueError(f"the messages are {listed(roles, 6, ', ')}; {rule}")
 
 
 def without_repeats(pairs):
@@ -237,17 +228,20 @@ def without_repeats(pairs):
 def parse_line(text):
     """Return a line's examples, of which message number "reply" is learnt."""
     row = json.loads(text, object_pairs_hook=without_repeats)
-    form = [key for key in ROLE_ORDER if isinstance(row, dict) and key in row]
+    keys = ("messages", "prompt", "completion")
+    form = [key for key in keys if isinstance(row, dict) and isinstance(row.get(key), list)]
     if form not in (["messages"], ["prompt", "completion"]):
-        found = " and ".join(form) or f"no conversation: {brief(repr(row), 80)}"
-        rule = "write an object with messages, or prompt and completion"
-        raise ValueError(f"has {found}; {rule} (ShareGPT's or Alpaca's form: see README.md)")
-    for key in form:
-        check_messages(key, row[key])
+        rule = "write one list, messages, or two, prompt and completion"
+        hint = "ShareGPT's or Alpaca's form: see README.md"
+        raise ValueError(f"no conversation, or two: {brief(repr(row), 80)}; {rule} ({hint})")
     turns = [turn for key in form for turn in row[key]]
+    check_messages(turns)
     replies = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
-    learnt = replies if form == ["messages"] else replies[-1:]
-    return [{"messages": turns, "reply": n} for n in learnt]
+    if form == ["messages"]:
+        return [{"messages": turns, "reply": n} for n in replies]
+    if len(row["completion"]) != 1:
+        raise ValueError("completion has several messages; write the assistant's last one")
+    return [{"messages": turns, "reply": replies[-1]}]
 
 
 def read_examples(path):
@@ -281,12 +275,9 @@ def warn_of_repeats(train, held_out):
         return json.dumps(row["messages"][: row["reply"]], sort_keys=True)
 
     trained = {prompt(row): row["where"] for row in reversed(train)}
-    notes = [
-        f"{row['where']} has the prompt of {trained[prompt(row)]}; it tests nothing new"
-        for row in held_out
-        if prompt(row) in trained
-    ]
-    if notes:
+    same = [(row["where"], trained[prompt(row)]) for row in held_out if prompt(row) in trained]
+    if same:
+        notes = [f"{one} has the prompt of {other}; it tests nothing new" for one, other in same]
         report("warning", listed(notes))
 
 
@@ -316,8 +307,7 @@ def check_device(args):
         (ones @ ones).sum().backward()
         ones.grad.sum().item()
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
-    bf16 = "native" if major >= 8 else "emulated"
-    return f"{name}, {free:.1f} of {total:.1f} GiB free; bf16 is {bf16}"
+    return f"{name}, {free:.1f} of {total:.1f} GiB free"
 
 
 def load_config_and_tokenizer(args):
@@ -325,8 +315,8 @@ def load_config_and_tokenizer(args):
     from huggingface_hub import resolve_revision
 
     name, is_folder = args.model_name, Path(args.model_name).is_dir()
-    fault = "a broken folder" if is_folder else "no folder here, and not to be had from the hub"
     what, advice = f"MODEL_NAME {name}: ", "check the name and the network, or try --demo"
+    fault = "a broken folder" if is_folder else "not to be had from the hub"
     with blame(what + fault, advice, Exception):  # the hub's, the network's, a file's
         if not is_folder:  # one request: from_pretrained alone retries for 25 s
             args.model_revision = resolve_revision(name, revision=args.model_revision).resolved
@@ -417,15 +407,8 @@ def show_example(row, tokenizer):
 # ==== 6 Plan: the LoRA table, steps, disk
 
 
-@dataclass
-class Plan:
-    """What will be trained, and what it takes."""
-
-    trainable: int  # LoRA's parameters
-    total: int  # with the base model's
-    steps_per_epoch: int
-    steps: int
-    shape: tuple  # (d, k) of the largest linear module
+# Of LoRA, of all; an epoch's steps, all; (d, k) of the largest linear module.
+Plan = namedtuple("Plan", "trainable total steps_per_epoch steps shape")
 
 
 def linear_modules(config):
@@ -551,7 +534,7 @@ def use_float16(model):
     """Have the frozen linear modules compute by scaled_product(), where that is safe."""
 
     class Product(torch.autograd.Function):
-        """rows @ weight.T, where only rows has a gradient."""
+        """rows @ weight.T, with a gradient of rows alone."""
 
         @staticmethod
         def forward(context, rows, weight):
@@ -628,8 +611,8 @@ def open_log(output):
         fcntl.flock(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"OUTPUT_DIR {output}: another run writes there; choose another folder")
-    except OSError:  # some network file systems have no locks
-        report("warning", f"{output} cannot be locked: start no second run there")
+    except OSError:  # of a network file system without locks
+        pass
     screen = logging.lastResort  # for warnings: what is reported is printed
     logging.basicConfig(handlers=[log, screen], format="%(message)s", force=True)
     logging.captureWarnings(True)
@@ -650,8 +633,9 @@ def set_aside(path):
 
 def write_json(path, value):
     """Write value so that path never holds half of it."""
+    strict = json.loads(json.dumps(value), parse_constant=str)  # NaN is no JSON
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(value, indent=1), "utf-8")
+    new.write_text(json.dumps(strict, indent=1), "utf-8")
     new.replace(path)
 
 
@@ -730,7 +714,7 @@ def write_record(job, outcome):
                 "outcome": outcome, "started": job.started,
                 "versions": {package.name: package.version for package in packages},
                 "constants": {name: vars(job.args)[name.lower()] for name in RULES},
-                "device": job.device, "data": job.data, "plan": vars(job.plan),
+                "device": job.device, "data": job.data, "plan": job.plan._asdict(),
                 "products": job.products, "resumed_from": job.checkpoint and str(job.checkpoint),
                 "train_seconds": job.seconds, "tokens": job.tokens, "learnt": job.learnt,
                 "peak_memory_gib": job.peak_gib, "loss_history": job.history,
@@ -831,6 +815,7 @@ def build_trainer(job):
     # By default PEFT asks the hub at each save.
     save = trainer.model.save_pretrained
     trainer.model.save_pretrained = partial(save, save_embedding_layers=False)
+    trainer.create_model_card = lambda **_: None  # TRL's describes no run
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -842,9 +827,9 @@ def check_injection(model, plan):
         if p.requires_grad != ("lora_" in name) or (p.requires_grad and p.dtype != torch.float32):
             odd.append(f"{name} in {p.dtype}")
     found = "{:,} of {:,} parameters are trainable".format(*counts)
-    if odd or counts != (plan.trainable, plan.total):
-        fault = f"{found}, planned were {plan.trainable:,} of {plan.total:,}; nothing is trained"
-        raise SystemExit(listed([f"LoRA is not injected as planned: {fault}", *odd]))
+    if odd or counts != plan[:2]:
+        planned = "planned were {:,} of {:,}; nothing is trained".format(*plan)
+        raise SystemExit(listed([f"LoRA is not injected as planned: {found}, {planned}", *odd]))
     report("model", f"LoRA is injected as planned:\n{found}, LoRA's alone, in float32")
 
 
@@ -934,7 +919,6 @@ class Callbacks:
     def on_save(self, args, state, _, **__):
         """Mark a checkpoint as complete, prune the older ones; stop here after a signal."""
         job, step, folder = self.job, state.global_step, Path(args.output_dir)
-        (folder / "README.md").unlink(missing_ok=True)  # TRL's, which describes no run
         new = folder / f"checkpoint-{step}"
         write_json(new / "complete.json", hashes(new))
         prune(folder, job.plan.steps_per_epoch, newest=2)
@@ -1199,7 +1183,7 @@ def chat(job):
     args, folder = job.args, job.output / "final_lora"
     if not sys.stdin or not (folder / "adapter_config.json").exists():
         raise SystemExit(f"--chat: {folder} is missing, or standard input is closed; train first")
-    sys.stdin.reconfigure(errors="replace")  # half a character is no reason to end
+    sys.stdin.reconfigure(errors="replace")
     saved = peft.PeftConfig.from_pretrained(folder)
     args.model_name, args.model_revision = saved.base_model_name_or_path, saved.revision or "main"
     system = [m for m in read_examples(args.train_file)[0]["messages"] if m["role"] == "system"]
