@@ -62,8 +62,8 @@ trl, peft, safetensors = Lazy("trl"), Lazy("peft"), Lazy("safetensors.torch")
 MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder
 MODEL_REVISION = "main"  # branch, tag or commit
 DEVICE = "cuda"  # "cuda", or "cpu", for a small model
-DTYPE = "bfloat16"  # of the frozen weights; "float32" takes twice the memory
-PRODUCTS = "auto"  # of frozen weights, in "dtype" or scaled "float16": "auto" times both
+DTYPE = "bfloat16"  # of the frozen weights, or "float32"
+PRODUCTS = "auto"  # in "dtype" or scaled "float16"; "auto" times both
 
 # Data: lines of {"prompt": [...], "completion": [...]} or {"messages": [...]}.
 TRAIN_FILE = "data/train.jsonl"  # what is learnt
@@ -71,7 +71,7 @@ EVAL_FILE = "data/eval.jsonl"  # held out, about a tenth; "" for none
 MAX_SEQ_LEN = 512  # tokens; longer examples are left out
 
 # LoRA.
-LORA_R = 8  # rank: 4 for a narrow task, 8 for a style and 1,000 examples, 16+ for more
+LORA_R = 8  # rank: 4 for a narrow task, 8 for a style and 1,000 examples, 16 or more for more
 LORA_ALPHA = 16  # alpha / r scales the update: 2 is usual, more may oscillate, less not learn
 LORA_DROPOUT = 0.05  # on the LoRA branch only; against learning phrases by heart
 LORA_TARGET_MODULES = [  # or DeltaNet's in_proj_qkv, in_proj_z, out_proj
@@ -84,14 +84,14 @@ NUM_EPOCHS = 3  # passes over the training file; fewer if the eval loss turns up
 BATCH_SIZE = 2  # examples at once on the GPU; lower this first when memory is short
 GRADIENT_ACCUMULATION_STEPS = 2  # batches a step; raise it as BATCH_SIZE falls
 LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
-LR_SCHEDULER_TYPE = "cosine"  # after the warm-up: "cosine", "linear", "constant_with_warmup"
+LR_SCHEDULER_TYPE = "cosine"  # or "linear", "constant_with_warmup"
 WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 0
 SEED = 42  # of A's first values, dropout and the order of the examples
 
 # Output.
 OUTPUT_DIR = "output"  # all results go here
 LOGGING_STEPS = 10  # steps between two printed losses
-SAVE_STEPS = 50  # steps between two checkpoints, which a kill loses at most
+SAVE_STEPS = 50  # steps between two checkpoints; a kill loses them at most
 PUBLISH = "last"  # or "best": the epoch of the lowest eval loss becomes final_lora
 NUM_SAMPLES = 5  # held-out prompts that base and adapter answer in samples.md
 MAX_NEW_TOKENS = 200  # of a reply, else it is cut
@@ -142,7 +142,7 @@ def listed(items, limit=20, separator="\n"):
 
 @contextlib.contextmanager
 def blame(what, advice, *kinds):
-    """Exit with what, the error and advice after an error of these kinds within."""
+    """Exit with what, error and advice after an error of these kinds."""
     try:
         yield
     except kinds as error:
@@ -412,7 +412,7 @@ Plan = namedtuple("Plan", "trainable total steps_per_epoch steps shape")
 
 
 def linear_modules(config):
-    """Return {(name, parent, d, k): layers} of the linear modules, and all parameters' number."""
+    """Return {(name, parent, d, k): layers} of linear modules, and the parameters' number."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     found = {}
@@ -497,7 +497,7 @@ class Job:
     plan: Plan | None = None
     products: dict | None = None  # of choose_products()
     checkpoint: Path | None = None  # to go on from
-    started: float = 0.0  # time.time(), once nothing is refused any more
+    started: float = 0.0  # once nothing is refused any more
     history: list = ()  # what the trainer logged
     learnt: dict = field(default_factory=dict)  # of measure_update()
     seconds: float = 0.0  # of steps, since the checkpoint
@@ -676,7 +676,7 @@ def prune(folder, per_epoch, newest):
 
 
 def find_checkpoint(job):
-    """Return the newest complete checkpoint of this job; exit if it is another's."""
+    """Return this job's newest complete checkpoint; exit if it is another's."""
     folder, model, before = job.output / "checkpoints", Path(job.args.model_name), None
     now = {name: vars(job.args)[name.lower()] for name in JOB_RULES}
     now["products"] = job.products["used"]
@@ -895,10 +895,11 @@ class Callbacks:
         job.history = state.log_history
         for key in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(key, 0)):
-                advice = "lower LEARNING_RATE, in another OUTPUT_DIR, or set DTYPE to float32"
+                advice = "lower LEARNING_RATE, in another OUTPUT_DIR"
                 if step <= 1 and key != "grad_norm":  # B is still zero
-                    advice = "it is the base's own: check its weights, or set DTYPE to float32"
-                raise SystemExit(f"train: {key} is {logs[key]} at step {step}; {advice}")
+                    advice = "it is the base's own: check its weights"
+                fault = f"train: {key} is {logs[key]} at step {step}"
+                raise SystemExit(f"{fault}; {advice}, or set DTYPE to float32")
         if "eval_loss" in logs:
             report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
         if "loss" in logs:
@@ -959,9 +960,9 @@ def save_adapter(model, job, folder):
 
 
 def prove(model, folder, row):
-    """Return the base with the adapter from disk; exit unless tensors and logits are model's.
+    """Return model with its adapter from disk; exit unless tensors and logits are the same.
 
-    model loses its adapter. A GPU may round: a tenth of the effect is allowed.
+    A GPU may round: a tenth of the effect is allowed.
     """
     kept = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     saved = safetensors.load_file(folder / "adapter_model.safetensors")
@@ -1033,7 +1034,7 @@ def report_learnt(model, job, _):
 
 
 def publish(trainer, job):
-    """Write the adapter beside its place, prove it, move it in; return the proved model."""
+    """Write the adapter beside its place, prove it, move it in; return it."""
     partial, folder = job.output / ".partial", job.output / "checkpoints"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -1054,7 +1055,7 @@ def publish(trainer, job):
 
 
 def answer(model, job, prompt, streamer=None):
-    """Return the greedy reply to a prompt's ids, marked if it is cut and not streamed."""
+    """Return the greedy reply to a prompt's ids; one in a file is marked if cut."""
     ids, eos = torch.tensor([prompt], device=model.device), job.tokenizer.eos_token_id
     how = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=job.args.max_new_tokens,
@@ -1087,7 +1088,7 @@ def write_samples(model, job, path):
 
 
 def draw(_, job, path):
-    """Draw the losses, the update of each layer and target, and the directions that it uses."""
+    """Draw the losses, the updates' sizes and the directions that they use."""
     from matplotlib.figure import Figure
 
     figure, text = Figure((11, 8), dpi=120, layout="constrained"), job.config.get_text_config()
@@ -1115,7 +1116,7 @@ def draw(_, job, path):
 
 
 def report_runs(folders, least):
-    """Print the finished runs on the newest one's data, the lowest eval loss first."""
+    """Print the finished runs on the newest one's data, best first; return their number."""
     runs = []
     for path in {path for folder in folders for path in Path(folder).glob("run.json*")}:
         with suppress(Exception):  # another program's file, or a part of one
@@ -1149,7 +1150,7 @@ def write_extras(model, job):
 
 
 def summarize(job):
-    """Print what was done, where it is, and what to do next."""
+    """Print what was done and what to do next."""
     args, output, losses = job.args, job.output, [*job.evals.values()]
     shown = " -> ".join(f"{loss:.4f}" for loss in losses) or "not evaluated"
     minutes, rate = (time.time() - job.started) / 60, job.tokens / max(job.seconds, 1e-9)
@@ -1265,8 +1266,7 @@ def run(job):
 
 
 def set_environment(args):
-    """Set what libraries read at import; remove what would undo a constant."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    """Set what libraries read; remove what would undo a constant."""
     os.environ["CUDA_VISIBLE_DEVICES"] = os.getenv("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if args.device == "cpu":  # beside another busy process 28 s, not 245
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -1278,8 +1278,11 @@ def set_environment(args):
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's call
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def catch_signals(job):
-    """Have signals save and stop training, or stop all else; return them."""
+    """Have signals save and stop training, or stop all else."""
 
     def on_signal(number, _):
         again, job.stopped_by = job.stopped_by, number
@@ -1291,11 +1294,9 @@ def catch_signals(job):
             rest = f"{job.output}/final_lora is whole"
         raise KeyboardInterrupt(number, f"stopped; {rest}")
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    taken = [one for one in signals if signal.getsignal(one) != signal.SIG_IGN]  # nohup
-    for one in taken:
-        signal.signal(one, on_signal)
-    return taken
+    for one in SIGNALS:
+        if signal.getsignal(one) != signal.SIG_IGN:  # nohup's
+            signal.signal(one, on_signal)
 
 
 def explain(error):
@@ -1320,11 +1321,11 @@ def main(argv=None):
     args = parse_args(argv)
     set_environment(args)
     job = Job(args)
-    signals = catch_signals(job)
+    catch_signals(job)
     try:
         run(job)
     except BaseException as error:
-        for one in signals:  # nothing may break off the rest
+        for one in SIGNALS:  # nothing may break off the rest
             signal.signal(one, signal.SIG_IGN)
         LOG.info("ended by", exc_info=True)
         status, message = explain(error)
@@ -1337,8 +1338,6 @@ def main(argv=None):
         raise SystemExit(status)
     finally:
         logging.shutdown()
-        for one in signals:  # exit waits for threads
-            signal.signal(one, signal.SIG_DFL)
 
 
 class Unbreakable(io.FileIO):
