@@ -104,8 +104,8 @@ DEMO = {
 
 # ==== 2 Command line: a flag for each constant, and report()
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
-# The type, or the values allowed. A checkpoint goes on only with the same values of these:
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
+# Type or values allowed. A checkpoint goes on only with the same values of these:
 JOB_RULES = {
     "MODEL_NAME": str, "MODEL_REVISION": str, "DTYPE": ("bfloat16", "float32"), "MAX_SEQ_LEN": int,
     "LORA_R": range(1, VLLM_RANKS[-1] + 1), "LORA_ALPHA": int, "LORA_DROPOUT": float,
@@ -179,9 +179,10 @@ def parse_args(argv=None):
     usage = "%(prog)s [--CONSTANT VALUE ...] [--demo] [--dry_run] [--chat] [--compare DIR ...]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--demo", action="store_true", help="a tiny random model, into output/demo")
-    parser.add_argument("--dry_run", action="store_true", help="stop after the plan; needs no GPU")
-    parser.add_argument("--chat", action="store_true", help="talk to OUTPUT_DIR/final_lora")
+    switches = {"demo": "a tiny random model, into output/demo", "chat": "talk to final_lora"}
+    switches["dry_run"] = "stop after the plan; needs no GPU"
+    for name, about in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=about)
     parser.add_argument("--compare", nargs="+", metavar="OUTPUT_DIR", help="list finished runs")
     is_demo = "--demo" in (sys.argv if argv is None else argv)
     try:
@@ -433,11 +434,6 @@ def check_targets(targets, names):
         raise SystemExit(f"LORA_TARGET_MODULES: {fault}")
 
 
-def vllm_rank(r):
-    """Return the least --max-lora-rank of vLLM for r."""
-    return min(rank for rank in VLLM_RANKS if rank >= r)
-
-
 def make_plan(args, config, n_train):
     """Print what will be trained; return its counts, from the config alone."""
     linear, total = linear_modules(config)
@@ -490,19 +486,19 @@ class Job:
     args: argparse.Namespace
     config: object = None
     tokenizer: object = None
-    train: list = ()  # rows of encode()
+    train: list = ()
     eval: list = ()
-    data: dict | None = None  # of report_tokens()
+    data: dict | None = None
     device: str = ""
     plan: Plan | None = None
-    products: dict | None = None  # of choose_products()
+    products: dict | None = None
     checkpoint: Path | None = None  # to go on from
-    started: float = 0.0  # once nothing is refused any more
+    started: float = 0.0
     history: list = ()  # what the trainer logged
-    learnt: dict = field(default_factory=dict)  # of measure_update()
+    learnt: dict = field(default_factory=dict)
     seconds: float = 0.0  # of steps, since the checkpoint
     tokens: int = 0  # read in them
-    peak_gib: float = 0.0  # of GPU memory
+    peak_gib: float = 0.0
     is_training: bool = False
     published: str = ""  # which epoch final_lora is of
     stopped_by: int = 0  # signal
@@ -521,8 +517,8 @@ class Job:
 def scaled_product(rows, weight):
     """Return rows (... x k) @ weight (k x d), multiplied in float16, in the dtype of rows.
 
-    Each row is divided by a power of two, which is exact, so that its largest number is from 1
-    to 2 and float16's range is never left. Infinity and NaN stay in their rows.
+    Each row is divided by a power of two: exact, and its largest number, from 1 to 2, is within
+    float16's range. Infinity and NaN stay in their rows.
     """
     largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
     exponent = largest.view(torch.int32) & 0x7F800000  # no mantissa: a power of two
@@ -552,7 +548,7 @@ def use_float16(model):
     dtype, change, left = model.dtype, 0.0, []
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear:
-            parts = module.weight.data.split(4096)  # less memory at once
+            parts = module.weight.data.split(4096)  # for less memory
             sums = [part.float().abs().sum(1).max() for part in parts]
             sums.append(sum(part.float().abs().sum(0) for part in parts).max())
             if all(one < 65504 / 2 for one in sums):  # its largest number; rows are below 2
@@ -726,15 +722,6 @@ def write_record(job, outcome):
 # ==== 9 Trainer: its configuration, what is injected, what fits in memory
 
 
-def lora_config(args):
-    """Return PEFT's configuration, which alone injects nothing."""
-    return peft.LoraConfig(
-        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules, task_type="CAUSAL_LM",
-        revision=args.model_revision,
-    )  # fmt: skip
-
-
 def sft_config(job):
     """Return TRL's configuration; its defaults: AdamW without decay, clipping at 1."""
     args = job.args
@@ -742,7 +729,7 @@ def sft_config(job):
         output_dir=f"{job.output}/checkpoints", seed=args.seed,
         num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        per_device_eval_batch_size=args.batch_size,  # no larger one is tried
+        per_device_eval_batch_size=args.batch_size,
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=int(args.warmup_ratio * job.plan.steps),
         bf16=False,  # no autocast: LoRA's gradients err alike (tests/benchmark.py)
@@ -751,14 +738,14 @@ def sft_config(job):
         dataset_kwargs={"skip_prepare_dataset": True},
         eval_strategy="epoch" if job.eval else "no",
         eval_on_start=bool(job.eval) and not job.checkpoint,  # B is zero then: the base's loss
-        save_strategy="epoch", save_steps=args.save_steps,  # on_step_end() saves between
+        save_strategy="epoch",  # on_step_end() saves between
         load_best_model_at_end=bool(job.eval) and args.publish == "best",
         metric_for_best_model="loss",  # noted for each epoch: PUBLISH may change on the way
         disable_tqdm=True, use_cpu=args.device == "cpu",
         logging_steps=1,  # each loss is checked and kept
         include_num_input_tokens_seen="non_padding",
         logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
-        eos_token=job.tokenizer.eos_token,  # where a turn ends
+        eos_token=job.tokenizer.eos_token,
     )  # fmt: skip
 
 
@@ -766,7 +753,7 @@ def load_model(args, products="dtype"):
     """Return the text model in DTYPE; exit unless its files hold all tensors."""
     what = f"MODEL_NAME {args.model_name}: "
     advice = "whole safetensors files are needed; run again to go on with a download"
-    with blame(what + "no weights", advice, Exception):  # as in section 4
+    with blame(what + "no weights", advice, Exception):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             args.model_name, revision=args.model_revision, dtype=args.dtype,
             trust_remote_code=False, use_safetensors=True,  # no code, no pickle
@@ -799,12 +786,16 @@ def build_trainer(job):
     args, by_length = job.args, sorted(job.eval, key=lambda row: len(row["input_ids"]))
     trainer = trl.SFTTrainer(
         model=load_model(args, job.products["used"]),
-        peft_config=lora_config(args),
+        peft_config=peft.LoraConfig(  # which alone injects nothing
+            r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules, task_type="CAUSAL_LM",
+            revision=args.model_revision,
+        ),
         args=sft_config(job),
         train_dataset=datasets.Dataset.from_list(job.train),
         eval_dataset=datasets.Dataset.from_list(by_length) if job.eval else None,
         processing_class=job.tokenizer,
-    )
+    )  # fmt: skip
     trainer.compute_loss = token_loss
     # Like lengths need less padding. Unlike group_by_length's, this order comes from seed and
     # epoch, so a resumed run has it too.
@@ -865,7 +856,7 @@ def fit_memory(trainer, job):
     # A tenth is for the optimizer's states, and for memory in pieces.
     torch.cuda.set_per_process_memory_fraction(0.9 * share)
     rows, size = sorted(job.train, key=lambda row: len(row["input_ids"])), job.args.batch_size
-    batches = [rows[n : n + size] for n in range(max(1, len(rows) - size + 1))]  # by length
+    batches = [rows[n : n + size] for n in range(max(1, len(rows) - size + 1))]
     if overflows(batches[-1]):
         n_fit = bisect.bisect_left(batches, True, key=overflows)  # how many, from the shortest
         limit = size * len(batches[n_fit - 1][-1]["input_ids"]) if n_fit else 0
@@ -910,10 +901,10 @@ class Callbacks:
                 text += f"{{learning_rate:.2e}}  {job.tokens / job.seconds:,.0f} tokens/s"
                 report("train", f"step {step:,}/{state.max_steps:,}  {text.format(**logs)}")
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, _, state, control, **__):
         """Save after SAVE_STEPS steps or a signal."""
         job, step = self.job, state.global_step
-        is_due = step % args.save_steps == 0 or job.stopped_by > 0
+        is_due = step % job.args.save_steps == 0 or job.stopped_by > 0
         # An epoch's last step is saved after its evaluation, which moves the random state.
         control.should_save = is_due and step % job.plan.steps_per_epoch > 0
 
@@ -1168,10 +1159,11 @@ def summarize(job):
     if losses:
         report_runs([output], least=2)
     base = shlex.join([args.model_name, "--revision", args.model_revision])
+    rank = min(rank for rank in VLLM_RANKS if rank >= args.lora_r)
     served = f"companion={output}/final_lora" + "_vllm" * (output / "final_lora_vllm").exists()
     command = f"""{shlex.join(["python", *sys.argv, "--chat"])}
 vllm serve {base} \\
-  --enable-lora --max-lora-rank {vllm_rank(args.lora_r)} --lora-modules {shlex.quote(served)} \\
+  --enable-lora --max-lora-rank {rank} --lora-modules {shlex.quote(served)} \\
   --default-chat-template-kwargs '{{"enable_thinking": false}}'"""
     report("next", command)
 
