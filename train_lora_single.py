@@ -46,11 +46,8 @@ class Lazy(types.ModuleType):
     """A library that is imported when it is first used: a bad line is reported before."""
 
     def __getattr__(self, name):
-        """Return what the library calls by this name, or exit."""
-        try:
-            return getattr(importlib.import_module(self.__name__), name)
-        except ImportError as error:
-            raise SystemExit(f"{error}; pip install -r requirements.txt")
+        """Return what the library calls by this name."""
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 torch, transformers, datasets = Lazy("torch"), Lazy("transformers"), Lazy("datasets")
@@ -145,6 +142,8 @@ def blame(what, advice, *kinds):
     """Exit with what, error and advice after an error of these kinds."""
     try:
         yield
+    except ImportError:  # explain() says what to do
+        raise
     except kinds as error:
         raise SystemExit(f"{what} ({brief(error)}); {advice}")
 
@@ -703,12 +702,11 @@ set these back to go on, or choose another OUTPUT_DIR""")
 
 def write_record(job, outcome):
     """Write run.json, if the run has started."""
-    packages = importlib.metadata.distributions()
     try:
         if job.started:
             write_json(job.output / "run.json", {
                 "outcome": outcome, "started": job.started,
-                "versions": {package.name: package.version for package in packages},
+                "versions": {one.name: one.version for one in importlib.metadata.distributions()},
                 "constants": {name: vars(job.args)[name.lower()] for name in RULES},
                 "device": job.device, "data": job.data, "plan": job.plan._asdict(),
                 "products": job.products, "resumed_from": job.checkpoint and str(job.checkpoint),
@@ -797,8 +795,7 @@ def build_trainer(job):
         processing_class=job.tokenizer,
     )  # fmt: skip
     trainer.compute_loss = token_loss
-    # Like lengths need less padding. Unlike group_by_length's, this order comes from seed and
-    # epoch, so a resumed run has it too.
+    # Like lengths need less padding; unlike group_by_length's, a resumed run has this order too.
     step = args.batch_size * args.gradient_accumulation_steps
     one = {"num_replicas": 1, "rank": 0, "seed": args.seed}
     sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(step, job.train, **one)
@@ -1147,11 +1144,10 @@ def summarize(job):
     minutes, rate = (time.time() - job.started) / 60, job.tokens / max(job.seconds, 1e-9)
     since = " since the checkpoint" * bool(job.checkpoint)
     lines = [
-        f"adapter    {output}/final_lora, {job.published}",
+        f"adapter    {output}/final_lora, {job.published}; see lora.png and samples.md, too",
         f"eval loss  {shown}",
         f"time       {minutes:.1f} min, {job.seconds / 60:.1f} in steps{since}",
         f"speed      {rate:,.0f} tokens/s, {job.peak_gib:.1f} GiB of GPU memory",
-        f"look at    lora.png, run.json and any samples.md in {output}",
     ]
     if losses and min(losses) < losses[-1]:
         lines.insert(2, 'overfit    it was lower before: PUBLISH = "best", or lower NUM_EPOCHS')
@@ -1263,7 +1259,7 @@ def set_environment(args):
     if args.device == "cpu":  # beside another busy process 28 s, not 245
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in [*os.environ]:
-        # A launcher's, though this is one process; matplotlib's, whose bad name is an error.
+        # A launcher's; matplotlib's, whose bad name is an error.
         if re.fullmatch("RANK|LOCAL_RANK|WORLD_SIZE|ACCELERATE_.*|MPLBACKEND", name):
             del os.environ[name]
     logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")  # "install fla"
@@ -1299,10 +1295,12 @@ def explain(error):
     if isinstance(error, KeyboardInterrupt):
         number, message = error.args if len(error.args) == 2 else (signal.SIGINT, "stopped")
         return 128 + number, message
+    if isinstance(error, ImportError):
+        return 1, f"{error}; pip install -r requirements.txt"
     if kind == "OutOfMemoryError":
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
         return 1, f"out of memory ({text}); {advice}"
-    # safetensors, tokenizers and torch have errors of their own.
+    # Libraries have errors of their own.
     if isinstance(error, OSError) or kind in ("SafetensorError", "Exception") or "inline_" in text:
         return 1, f"a file could not be written or read ({text}); make room, and run it again"
     return 0, repr(error)
@@ -1330,6 +1328,8 @@ def main(argv=None):
         raise SystemExit(status)
     finally:
         logging.shutdown()
+        for one in SIGNALS:  # exit waits for threads
+            signal.signal(one, signal.SIG_DFL)
 
 
 class Unbreakable(io.FileIO):
