@@ -93,7 +93,6 @@ PUBLISH = "last"  # or "best": the epoch of the lowest eval loss becomes final_l
 NUM_SAMPLES = 5  # held-out prompts that base and adapter answer in samples.md
 MAX_NEW_TOKENS = 200  # of a reply, else it is cut
 
-# What --demo changes.
 DEMO = {
     "MODEL_NAME": "tests/tiny-qwen3.5", "OUTPUT_DIR": "output/demo", "DEVICE": "cpu",
     "DTYPE": "float32", "NUM_EPOCHS": 1, "LEARNING_RATE": 1e-2,
@@ -101,7 +100,7 @@ DEMO = {
 
 # ==== 2 Command line: a flag for each constant, and report()
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's
 # Type or values allowed. A checkpoint goes on only with the same values of these:
 JOB_RULES = {
     "MODEL_NAME": str, "MODEL_REVISION": str, "DTYPE": ("bfloat16", "float32"), "MAX_SEQ_LEN": int,
@@ -522,7 +521,8 @@ def scaled_product(rows, weight):
     largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
     exponent = largest.view(torch.int32) & 0x7F800000  # no mantissa: a power of two
     power = exponent.clamp(1 << 23, 254 << 23).view(torch.float32)  # finite, not 0
-    return ((rows / power).half() @ weight * power).to(rows.dtype)
+    small = (rows / power).half().contiguous()
+    return (small @ weight * power).to(rows.dtype)
 
 
 def use_float16(model):
@@ -1107,7 +1107,7 @@ def report_runs(folders, least):
     """Print the finished runs on the newest one's data, best first; return their number."""
     runs = []
     for path in {path for folder in folders for path in Path(folder).glob("run.json*")}:
-        with suppress(Exception):  # another program's file, or a part of one
+        with suppress(Exception):
             run = json.loads(path.read_text("utf-8"))
             losses = [entry["eval_loss"] for entry in run["loss_history"] if "eval_loss" in entry]
             numbers = f"{losses[-1]:>9.4f}{min(losses):>9.4f}{run['train_seconds'] / 60:>9.1f}"
@@ -1255,6 +1255,7 @@ def run(job):
 
 def set_environment(args):
     """Set what libraries read; remove what would undo a constant."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ["CUDA_VISIBLE_DEVICES"] = os.getenv("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if args.device == "cpu":  # beside another busy process 28 s, not 245
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

