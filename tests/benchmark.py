@@ -352,8 +352,8 @@ def chosen(trainer, job, batches, memory):
     }
     trainer.model.forward = forward
     args = argparse.Namespace(**vars(job.args) | {"device": "cuda"})
-    loss = unittest.mock.patch.object(t, "token_loss", lambda model, inputs: model(**inputs).loss)
-    with unittest.mock.patch.multiple(torch.cuda, **gpu), loss, quiet():
+    trainer.compute_loss = lambda model, inputs, **_: model(**inputs).loss
+    with unittest.mock.patch.multiple(torch.cuda, **gpu), quiet():
         t.fit_memory(trainer, dataclasses.replace(job, args=args))
     seen.clear()
     for inputs in batches:
@@ -454,7 +454,7 @@ def part_memory(folder, _):
         print(f"{name:<38}{size / GIB:>8.2f} GiB   {target}".rstrip())
     print("""\
 In the peaks are the weights in bfloat16, 7.8 GiB, LoRA's gradients, AdamW's moments and the loss:
-logits of the scored positions in bfloat16, and in float32 for 128 of them at once.""")
+logits of the scored positions, in bfloat16 and in float32.""")
 
 
 # ==== a V100 on paper
