@@ -228,15 +228,15 @@ def parse_line(text):
     """Return a line's examples, of which message number "reply" is learnt."""
     row = json.loads(text, object_pairs_hook=without_repeats)
     keys = ("messages", "prompt", "completion")
-    form = [key for key in keys if isinstance(row, dict) and isinstance(row.get(key), list)]
-    if form not in (["messages"], ["prompt", "completion"]):
+    form = {key: type(row[key]) for key in keys if isinstance(row, dict) and key in row}
+    if form not in ({"messages": list}, {"prompt": list, "completion": list}):
         rule = "write one list, messages, or two, prompt and completion"
         hint = "ShareGPT's or Alpaca's form: see README.md"
         raise ValueError(f"no conversation, or two: {brief(repr(row), 80)}; {rule} ({hint})")
     turns = [turn for key in form for turn in row[key]]
     check_messages(turns)
     replies = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if form == ["messages"]:
+    if "messages" in form:
         return [{"messages": turns, "reply": n} for n in replies]
     if len(row["completion"]) != 1:
         raise ValueError("completion has several messages; write the assistant's last one")
@@ -274,10 +274,12 @@ def warn_of_repeats(train, held_out):
         return json.dumps(row["messages"][: row["reply"]], sort_keys=True)
 
     trained = {prompt(row): row["where"] for row in reversed(train)}
-    same = [(row["where"], trained[prompt(row)]) for row in held_out if prompt(row) in trained]
-    if same:
-        notes = [f"{one} has the prompt of {other}; it tests nothing new" for one, other in same]
-        report("warning", listed(notes))
+    notes = {}  # without repeats
+    for row in held_out:
+        if same := trained.get(prompt(row)):
+            notes[f"{row['where']} has the prompt of {same}; it tests nothing new"] = 0
+    if notes:
+        report("warning", listed([*notes]))
 
 
 # ==== 4 Device, model: the GPU, config and tokenizer
@@ -435,10 +437,8 @@ def check_targets(targets, names):
 def make_plan(args, config, n_train):
     """Print what will be trained; return its counts, from the config alone."""
     linear, total = linear_modules(config)
-    targets, depth = (
-        [*dict.fromkeys(args.lora_target_modules)],
-        config.get_text_config().num_hidden_layers,
-    )
+    targets = [*dict.fromkeys(args.lora_target_modules)]
+    depth = config.get_text_config().num_hidden_layers
     check_targets(targets, sorted({name for name, *_ in linear}))
     r, trainable = args.lora_r, 0
     scale = f"scale alpha/r = {args.lora_alpha / r:g}, dropout {args.lora_dropout:g}"

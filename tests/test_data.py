@@ -1,5 +1,6 @@
 """Data: what is refused and how, what is taken, which repeats are named, and any bytes at all."""
 
+import itertools
 import json
 import os
 import re
@@ -61,12 +62,14 @@ def blamed(message, path):
 
 GOOD = goes("ua")
 ONE = "write one object a line"
-FORMS = "write an object with messages, or prompt and completion"
-OTHERS = ["ShareGPT's or Alpaca's form", "README", FORMS]
-MESSAGE = ["messages message 2 is", "write only role (system, user, assistant) and content"]
-TURNS = "write a list of messages, at most one system, then user and assistant in turn"
-LAST = TURNS + ", user last"
-REPLY = "write a list of messages, one assistant message"
+FORMS = "; write one list, messages, or two, prompt and completion (ShareGPT's or Alpaca's form: "
+FORMS += "see README.md)"
+RULE = "; write only role (system, user, assistant) and content (no blank or surrogate)"
+MESSAGE = [": message 2 is ", RULE]
+ARE = ": the messages are "
+TURNS = "; write at most one system, then user and assistant in turn"
+NONE = ": no conversation, or two: "
+SEVERAL = ": completion has several messages; write the assistant's last one"
 
 # name, bytes, the lines to blame, what the message must say
 WHOLE_FILES = [
@@ -92,40 +95,43 @@ LINES = [
     ("comment", b"// " + GOOD, ["not JSON at column 1", ONE]),
     ("raw tab in a string", GOOD.replace(b"turn 1", b"turn\t1"), ["not JSON", "control character"]),
     ("NUL byte", b"\0", ["not JSON at column 1", ONE]),
-    ("list", b"[" + GOOD + b"]", ["no conversation: [{'messages'", FORMS]),
-    ("string", b'"Hello"', ["no conversation: 'Hello'", FORMS]),
-    ("number", b"42", ["no conversation: 42", FORMS]),
-    ("null", b"null", ["no conversation: None", FORMS]),
-    ("empty object", b"{}", ["no conversation: {}", FORMS]),
-    ("NaN for messages", b'{"messages": NaN}', ["messages is nan", TURNS]),
+    ("list", b"[" + GOOD + b"]", [NONE + "[{'messages'", FORMS]),
+    ("string", b'"Hello"', [NONE + "'Hello';", FORMS]),
+    ("number", b"42", [NONE + "42;", FORMS]),
+    ("null", b"null", [NONE + "None;", FORMS]),
+    ("empty object", b"{}", [NONE + "{};", FORMS]),
+    ("NaN for messages", b'{"messages": NaN}', [NONE + "{'messages': nan};", FORMS]),
     ("NaN for a text", GOOD.replace(b'"turn 2"', b"NaN"), [*MESSAGE, "nan"]),
     ("100,000 brackets", b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", []),
     ("integer of 5,000 digits", b'{"messages": ' + b"7" * 5_000 + b"}", ["digits"]),
     ("a form twice", GOOD[:-1] + b", " + GOOD[1:], ["a key twice", "remove it"]),
     ("a content twice", GOOD.replace(b'"turn 1"', b'"x", "content": "y"'), ["twice", "remove it"]),
     ("an unused key twice", b'{"id": 1, "id": 2, ' + GOOD[1:], ["a key twice", "remove it"]),
-    ("neither form", line(text="Hello"), ["no conversation: {'text': 'Hello'}", FORMS]),
-    ("key in capitals", line(Messages=turns("ua")), ["no conversation: {'Messages'", FORMS]),
-    ("ShareGPT", line(conversations=[{"from": "human"}]), OTHERS),
-    ("Alpaca", line(instruction="Greet", output="Hi"), OTHERS),
+    ("neither form", line(text="Hello"), [NONE + "{'text': 'Hello'};", FORMS]),
+    ("key in capitals", line(Messages=turns("ua")), [NONE + "{'Messages'", FORMS]),
+    ("ShareGPT", line(conversations=[{"from": "human"}]), [NONE + "{'conversations'", FORMS]),
+    ("Alpaca", line(instruction="Greet", output="Hi"), [NONE + "{'instruction'", FORMS]),
     ("both forms", line(messages=turns("ua"), prompt=turns("u"), completion=turns("a")),
-     ["has messages and prompt and completion", FORMS]),
+     [NONE + "{'messages'", FORMS]),
     ("messages beside prompt", line(a=1, messages=turns("ua"), b=1, prompt=turns("u")),
-     ["has messages and prompt;", FORMS]),
-    ("prompt alone", line(prompt=turns("u")), ["has prompt;", FORMS]),
-    ("completion alone", line(completion=turns("a")), ["has completion;", FORMS]),
-    ("prompt is a string", line(prompt="Hi", completion=turns("a")), ["prompt is 'Hi'", LAST]),
-    ("completion is a string", line(prompt=turns("u"), completion="Hi"),
-     ["completion is 'Hi'", REPLY]),
+     [NONE + "{'a'", FORMS]),
+    ("messages beside a text", line(prompt="Hi", messages=turns("ua")),
+     [NONE + "{'prompt': 'Hi'", FORMS]),
+    ("prompt alone", line(prompt=turns("u")), [NONE + "{'prompt'", FORMS]),
+    ("completion alone", line(completion=turns("a")), [NONE + "{'completion'", FORMS]),
+    ("prompt is a string", line(prompt="Hi", completion=turns("a")),
+     [NONE + "{'prompt': 'Hi'", FORMS]),
+    ("completion is a string", line(completion="Hi", prompt=turns("u")),
+     [NONE + "{'completion': 'Hi'", FORMS]),
     ("prompt is an object", line(prompt=turns("u")[0], completion=turns("a")),
-     ["prompt is {", LAST]),
-    ("completion is an object", line(prompt=turns("u"), completion=turns("a")[0]),
-     ["completion is {", REPLY]),
+     [NONE + "{'prompt': {", FORMS]),
+    ("completion is an object", line(completion=turns("a")[0], prompt=turns("u")),
+     [NONE + "{'completion': {", FORMS]),
     ("prompt is a list of strings", line(prompt=["Hello"], completion=turns("a")),
-     ["prompt message 1 is 'Hello'", MESSAGE[1]]),
-    ("messages is an object", line(messages=turns("u")[0]), ["messages is {'role'", TURNS]),
-    ("messages is null", line(messages=None), ["messages is None", TURNS]),
-    ("messages is empty", line(messages=[]), ["messages is []", TURNS]),
+     [": message 1 is 'Hello';", RULE]),
+    ("messages is an object", line(messages=turns("u")[0]), [NONE + "{'messages': {", FORMS]),
+    ("messages is null", line(messages=None), [NONE + "{'messages': None};", FORMS]),
+    ("messages is empty", line(messages=[]), [": the messages are ", TURNS]),
     ("message is a string", reply_is("Hi"), [*MESSAGE, "'Hi'"]),
     ("message is a list", reply_is(["assistant", "Hi"]), [*MESSAGE, "['assistant', 'Hi']"]),
     ("message is null", reply_is(None), [*MESSAGE, "None"]),
@@ -144,24 +150,30 @@ LINES = [
     ("content a number", says(7), [*MESSAGE, "'content': 7"]),
     ("content true", says(True), [*MESSAGE, "'content': True"]),
     ("content in parts", says([{"type": "text", "text": "Hi"}]), [*MESSAGE, "[{'type'"]),
-    ("content empty", says(""), [*MESSAGE, "'content': ''", "blank"]),
-    ("content white space", says(" \n\t\u3000"), [*MESSAGE, r"' \n\t\u3000'", "blank"]),
-    ("high surrogate alone", says("Hi \ud83d"), [*MESSAGE, r"'Hi \ud83d'", "surrogate"]),
-    ("low surrogate alone", says("\ude00 Hi"), [*MESSAGE, r"'\ude00 Hi'", "surrogate"]),
-    ("prompt message", line(prompt=[{}], completion=turns("a")), ["prompt message 1"]),
-    ("completion message", line(prompt=turns("u"), completion=[{}]), ["completion message 1"]),
-    *((f"messages {roles}", goes(roles), ["messages is " + found, TURNS]) for roles, found in {
+    ("content empty", says(""), [*MESSAGE, "'content': ''"]),
+    ("content white space", says(" \n\t\u3000"), [*MESSAGE, r"' \n\t\u3000'"]),
+    ("high surrogate alone", says("Hi \ud83d"), [*MESSAGE, r"'Hi \ud83d'"]),
+    ("low surrogate alone", says("\ude00 Hi"), [*MESSAGE, r"'\ude00 Hi'"]),
+    ("prompt message", line(prompt=[{}], completion=turns("a")), [": message 1 is {};", RULE]),
+    ("completion message", line(prompt=turns("suau"), completion=[{}]),
+     [": message 5 is {};", RULE]),
+    *((f"messages {roles}", goes(roles), [ARE + found, TURNS]) for roles, found in {
         "usa": "user, system, assistant;", "ssua": "system, system, user, assistant;",
         "s": "system;", "sa": "system, assistant;", "aua": "assistant, user, assistant;",
         "a": "assistant;", "uua": "user, user, assistant;", "uaa": "user, assistant, assistant;",
         "uau": "user, assistant, user;",
     }.items()),
-    *((f"prompt {roles}", pair(roles, "a"), ["prompt is " + found, LAST]) for roles, found in {
-        "": "[];", "s": "system;", "ua": "user, assistant;", "au": "assistant, user;",
-        "uu": "user, user;",
+    *((f"prompt {roles}", pair(roles, "a"), [ARE + found, TURNS]) for roles, found in {
+        "": "assistant;", "s": "system, assistant;", "ua": "user, assistant, assistant;",
+        "au": "assistant, user, assistant;", "uu": "user, user, assistant;",
     }.items()),
-    *((f"completion {roles}", pair("u", roles), ["completion is " + found, REPLY])
-      for roles, found in {"": "[];", "aa": "assistant, assistant;", "u": "user;"}.items()),
+    *((f"completion {roles}", pair("u", roles), [ARE + found, TURNS]) for roles, found in {
+        "": "user;", "aa": "user, assistant, assistant;", "u": "user, user;",
+    }.items()),
+    ("many turns", goes("u" * 8), [ARE + "user, user, user, user, user, user, ... and 2 more;"]),
+    *((f"prompt {prompt}, completion {reply}", pair(prompt, reply), [SEVERAL])
+      for prompt, reply in (("u", "aua"), ("ua", "ua"), ("", "ua"), ("", "sua"), ("s", "ua"))),
+    ("prompt ua, completion empty", pair("ua", ""), [": completion has", "the assistant's last"]),
 ]  # fmt: skip
 BROKEN = WHOLE_FILES + [
     (name, GOOD + b"\n\n" + bad + b"\n", [3], parts) for name, bad, parts in LINES
@@ -207,7 +219,7 @@ def test_all_bad_lines_are_reported_at_once_with_their_own_reasons(tmp_path):
     path = write(tmp_path, b"\n".join(content))
     message = refusal(path)
     assert blamed(message, path) == [2, 5, 7, 9, 11]
-    reasons = ["not JSON", "UTF-8", "conversation: []", "user, user", "7"]
+    reasons = ["not JSON", "UTF-8", "two: []", "user, user", "'content': 7"]
     for said, reason in zip(message.splitlines(), reasons, strict=True):
         assert reason in said.replace(path, "")
 
@@ -352,8 +364,7 @@ def test_an_accepted_file_keeps_its_texts_and_line_numbers(tmp_path, capsys, con
     path = write(tmp_path, content)
     assert read(path) == [(f"{path}:{n}", talk[:1], talk[1]) for n in lines]
     out = capsys.readouterr().out
-    assert f"{path}: {len(lines)} example" in out and "not used" not in out
-    assert out.count("\n") == 1
+    assert out == f"data     {path}: {len(lines)} examples\n"
 
 
 def test_messages_give_an_example_for_each_reply(tmp_path, capsys):
@@ -371,6 +382,35 @@ def test_messages_give_an_example_for_each_reply(tmp_path, capsys):
 def test_a_prompt_with_earlier_replies_gives_only_its_completion(tmp_path):
     path = write(tmp_path, pair("suauau", "a"))
     assert read(path) == [(f"{path}:1", turns("suauau"), turns("a")[0])]
+
+
+def test_prompt_and_completion_are_taken_only_as_one_reply_to_turns_in_order():
+    """What each form's own rule took before there was one rule for both, and nothing else."""
+    taken, roles = 0, ["".join(r) for n in range(5) for r in itertools.product("sua", repeat=n)]
+    for prompt, reply in itertools.product(roles, roles[:40]):
+        row = pair(prompt, reply).decode()
+        if re.fullmatch("s?u(au)*", prompt) and reply == "a":
+            (example,) = t.parse_line(row)
+            assert example == {"messages": turns(prompt) + turns("a"), "reply": len(prompt)}
+            taken += 1
+        else:
+            with pytest.raises(ValueError, match=r"^(the messages are|completion has) "):
+                t.parse_line(row)
+    assert taken == 4  # u, su, uau, suau
+
+
+def test_a_line_has_one_form_and_each_part_of_it_is_a_list():
+    parts = {"messages": TALK, "prompt": TALK[:1], "completion": TALK[1:]}
+    forms = ({"messages"}, {"prompt", "completion"})
+    others = [None, True, 0, 1.5, "", "Hi", {}, turns("ua")[0], [], ["Hi"], [[]], [None]]
+    for states in itertools.product(["absent", "good", *range(len(others))], repeat=3):
+        states = {key: state for key, state in zip(parts, states, strict=True) if state != "absent"}
+        row = {key: parts[key] if s == "good" else others[s] for key, s in states.items()}
+        if states.keys() in forms and {*states.values()} == {"good"}:
+            assert [one["messages"] for one in t.parse_line(json.dumps(row))] == [TALK]
+        else:
+            with pytest.raises(ValueError, match=r"\w"):
+                t.parse_line(json.dumps(row))
 
 
 def test_parse_line_returns_a_lines_examples():
@@ -448,6 +488,8 @@ def pairs(*contents):
         (["turn|x1|2|y"], ["turn|x|12|y"]),
         (["A|B|A|x"], ["A|C|A|x"]),
         (["A|x|A|x|A|x"], []),
+        (["A|x", "B|x", "A|x"], []),  # a repeat within a file is not
+        (["C|x"], ["A|x", "B|x", "A|x"]),
     ],
 )
 def test_what_is_no_repeat_is_not_warned_of(warnings_of, train, evaluation):
@@ -457,22 +499,21 @@ def test_what_is_no_repeat_is_not_warned_of(warnings_of, train, evaluation):
 @pytest.mark.parametrize(
     ("train", "evaluation", "named"),
     [
-        (["A|x", "B|x", "A|x"], [], {("t:3", "t:1")}),
-        (["A|x", "A|x", "A|x"], [], {("t:2", "t:1"), ("t:3", "t:1")}),
-        (["C|x"], ["A|x", "B|x", "A|x"], {("e:3", "e:1")}),
         (["C|x", "B|x"], ["A|x", "B|y"], {("e:2", "t:2")}),
         (["A|x", "A|y"], ["A|z"], {("e:1", "t:1")}),
         (["A|x"], ["B|x", "A|x"], {("e:2", "t:1")}),
-        (["A|x", "A|x"], ["B|x", "B|x"], {("t:2", "t:1"), ("e:2", "e:1")}),
-        (["A|x|B|y|C|z"] * 2, [], {("t:2", "t:1")}),
-        (["A|x|B|y", "A|x|B|z"], [], {("t:2", "t:1")}),
+        (["A|x", "A|x"], ["A|x", "A|x"], {("e:1", "t:1"), ("e:2", "t:1")}),
+        (["A|x|B|y|C|z"], ["A|x|B|y|C|z"], {("e:1", "t:1")}),
         (["A|x|B|y"], ["A|z|B|y"], {("e:1", "t:1")}),
+        (["A|x|B|y", "B|y"], ["C|z|A|x", "B|z"], {("e:2", "t:2")}),
     ],
 )
-def test_a_repeat_is_warned_of_once_with_both_lines(warnings_of, train, evaluation, named):
+def test_a_held_out_prompt_that_is_trained_on_is_warned_of_once_with_both_lines(
+    warnings_of, train, evaluation, named
+):
     found, text = warnings_of(chats(*train), chats(*evaluation))
     assert set(found) == named
-    assert len(set(text)) == len(text)
+    assert len(set(text)) == len(text) == len(named)
 
 
 def test_a_held_out_prompt_that_is_trained_on_is_said_to_test_nothing(warnings_of):
@@ -480,17 +521,17 @@ def test_a_held_out_prompt_that_is_trained_on_is_said_to_test_nothing(warnings_o
     assert len(text) == 1 and "prompt" in text[0] and "nothing new" in text[0]
 
 
-def test_a_repeat_with_its_keys_in_another_order_or_in_the_other_form_is_warned_of(warnings_of):
+def test_a_prompt_with_its_keys_in_another_order_or_in_the_other_form_is_warned_of(warnings_of):
     reversed_keys = line(messages=[dict(reversed(one.items())) for one in turns("sua")])
     other_form = line(completion=turns("sua")[2:], prompt=turns("sua")[:2])
-    found, _ = warnings_of(b"\n".join([goes("sua"), reversed_keys, other_form]))
-    assert found == [("t:2", "t:1"), ("t:3", "t:1")]
+    found, _ = warnings_of(goes("sua"), b"\n".join([reversed_keys, other_form]))
+    assert found == [("e:1", "t:1"), ("e:2", "t:1")]
 
 
 @pytest.mark.parametrize(("count", "rest"), [(20, []), (21, ["1 more"]), (45, ["25 more"])])
-def test_the_first_20_repeats_are_named_and_the_others_counted(warnings_of, count, rest):
-    found, text = warnings_of(chats(*["A|x"] * (count + 1)))
-    assert found[:20] == [(f"t:{n}", "t:1") for n in range(2, 22)]
+def test_the_first_20_such_prompts_are_named_and_the_others_counted(warnings_of, count, rest):
+    found, text = warnings_of(chats("A|x"), chats(*["A|x"] * count))
+    assert found[:20] == [(f"e:{n}", "t:1") for n in range(1, 21)]
     assert len(text) == 20 + len(rest)
     assert all(part in one for part, one in zip(rest, text[20:], strict=True))
 

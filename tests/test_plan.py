@@ -58,8 +58,7 @@ def test_the_figures_of_the_real_model(qwen_4b, capsys):
     assert "trainable params: 10,616,832 || all params: 4,216,368,128 || trainable%: 0.2518" in text
     assert "750 steps, 250 an epoch: ceil(1,000 / (2 x 2)) x 3" in text
     assert "r=8 alpha=16, scale alpha/r = 2, dropout 0.05" in text
-    assert "adapter file 42.5 MB, at most 847 MB with the checkpoints\n" in text
-    assert "--max-lora-rank 8 for r=8" in text
+    assert "adapter file 42.5 MB, a checkpoint three times as much\n" in text
     absent = "24 of 32 layers are Gated DeltaNet, without q_proj, k_proj, v_proj, o_proj"
     assert absent in text and "LoRA adapts only gate_proj, up_proj, down_proj" in text
     rows = [line.split() for line in text.splitlines() if "/32 " in line]
@@ -193,9 +192,11 @@ RANKS += [(128, 128), (129, 256), (257, 320), (320, 320), (321, 512), (512, 512)
 
 
 @pytest.mark.parametrize(("r", "rank"), RANKS)
-def test_the_rank_flag_is_the_smallest_that_vllm_takes(tiny, r, rank, capsys):
-    plan(AutoConfig.from_pretrained(tiny), "--lora_r", r)
-    assert f"vLLM needs --max-lora-rank {rank} for r={r}\n" in capsys.readouterr().out
+def test_the_rank_flag_is_the_smallest_that_vllm_takes(r, rank, tmp_path, capsys):
+    flags = ["--lora_r", str(r), "--output_dir", str(tmp_path)]
+    t.summarize(t.Job(t.parse_args(flags)))
+    served = capsys.readouterr().out.split("vllm serve ")[1]
+    assert re.findall(r" --max-lora-rank (\d+) ", served) == [str(rank)]
 
 
 def test_only_models_with_deltanet_are_told_of_it_and_only_if_a_target_is_absent(tiny, capsys):
@@ -207,6 +208,10 @@ def test_only_models_with_deltanet_are_told_of_it_and_only_if_a_target_is_absent
         assert not said or (f"without {target}:\n" in text and f"adapts only {said}\n" in text)
     plan(tiny_config("Llama"))
     assert "DeltaNet" not in capsys.readouterr().out
+    plan(
+        tiny_config("Qwen3Next", MOE | {"num_hidden_layers": 4}), "--lora_target_modules", "o_proj"
+    )
+    assert "3 of 4 layers are Gated DeltaNet, without o_proj:\n" in capsys.readouterr().out
 
 
 def test_a_dry_run_prints_the_plan_asks_no_gpu_and_writes_nothing(
@@ -224,7 +229,9 @@ def test_a_dry_run_prints_the_plan_asks_no_gpu_and_writes_nothing(
 # ==== The disk
 
 
-def test_the_disk_is_planned_for_as_checkpoints_are(lines, tmp_path, monkeypatch, capsys):
+def test_the_adapter_is_as_large_as_planned_and_a_checkpoint_three_times_as_large(
+    lines, tmp_path, monkeypatch, capsys
+):
     output, press = tmp_path / "output", transformers.Trainer.training_step
     flags = [*lines(tmp_path), "--lora_r", "64", "--output_dir", str(output)]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -240,19 +247,12 @@ def test_the_disk_is_planned_for_as_checkpoints_are(lines, tmp_path, monkeypatch
     adapter, optimizer = [
         (checkpoint / name).stat().st_size for name in ("adapter_model.safetensors", "optimizer.pt")
     ]
-    config, sizes = AutoConfig.from_pretrained("tests/tiny-qwen3.5"), {}
-    capsys.readouterr()
-    for r in (1, 64):
-        trainable = plan(config, "--lora_r", r, "--num_epochs", 2).trainable
-        found = re.search(r"adapter file (\S+) MB, at most (\d+) MB with", capsys.readouterr().out)
-        sizes[r] = (trainable, float(found[1]), int(found[2]))
-    assert sizes[64][1] == pytest.approx(adapter / 1e6, rel=0.05)
-    # Per parameter: both adapter forms, and four checkpoints (two are kept and the first epoch's,
-    # while the last is written), but for names and the like.
-    growth = 1e6 * (sizes[64][2] - sizes[1][2])
-    share = 1 - sizes[1][0] / sizes[64][0]
-    whole = pytest.approx(share * (2 * adapter + 4 * (adapter + optimizer)), rel=0.05)
-    assert growth == whole
+    said = r"adapter file (\S+) MB, a checkpoint three times as much\n"
+    planned = float(re.search(said, capsys.readouterr().out)[1])
+    assert planned == pytest.approx(adapter / 1e6, rel=0.06)  # 1.0 is a rounded number
+    # AdamW's two moments; the rest of a checkpoint, such as the tokenizer, does not grow with r.
+    assert adapter + optimizer == pytest.approx(3e6 * planned, rel=0.06)
+    assert adapter + optimizer == pytest.approx(3 * adapter, rel=0.03)
 
 
 # ==== The GPU
@@ -312,16 +312,11 @@ def check_device(*flags):
     return t.check_device(t.parse_args(list(flags)))
 
 
-@pytest.mark.parametrize(
-    ("capability", "said", "not_said"),
-    [((7, 0), "emulated", "native"), ((7, 5), "emulated", "native"), ((8, 0), "native", "fla"),
-     ((12, 0), "native", "emulated")],
-)  # fmt: skip
-def test_a_gpu_that_works_is_described(gpu, capability, said, not_said):
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (12, 0)])
+def test_a_gpu_that_works_is_described(gpu, capability):
     gpu(capability, name="Tesla X")
-    line = check_device()
-    assert f"Tesla X, sm_{capability[0]}{capability[1]}, 3.0 of 32.0 GiB free" in line
-    assert said in line and not_said not in line
+    described = f"Tesla X, sm_{capability[0]}{capability[1]}, 3.0 of 32.0 GiB free"
+    assert check_device() == described
 
 
 @pytest.fixture
@@ -367,28 +362,28 @@ NONE_HERE = "Found no NVIDIA driver on your system. Please check that you have a
 WITHOUT_A_GPU = {  # driver, CUDA_VISIBLE_DEVICES, what torch says; what to expect
     "driver too old": (
         NVRM.format("470.82.01"), None, RuntimeError(TOO_OLD),
-        ["too old (found version 11040); driver 470.82.01, where 525 or newer is needed"],
+        ["(The NVIDIA driver on your system is too old (found version 11040).", " 470.82.01 "],
     ),
     "open driver too old": (
         OPEN.format("560.35.03"), None, RuntimeError(TOO_OLD),
-        ["driver 560.35.03, where 525 or newer is needed"],
+        ["; NVRM version: NVIDIA UNIX Open Kernel Module for x86_64 560.35.03 "],
     ),
     "no driver": (
         None, None, RuntimeError(NONE_HERE),
-        ["Found no NVIDIA driver on your system; no NVIDIA driver; ", "--device cpu"],
+        ["(Found no NVIDIA driver on your system. ", "; no NVIDIA driver; "],
     ),
     "none visible": (
         OPEN.format("550.54.14"), "", RuntimeError("No CUDA GPUs are available"),
-        ["No CUDA GPUs are available; driver 550.54.14,", "; CUDA_VISIBLE_DEVICES=)"],
+        ["(No CUDA GPUs are available); NVRM", " 550.54.14 "],
     ),
     "not that many": (
         OPEN.format("550.54.14"), "7", RuntimeError("No CUDA GPUs are available"),
-        ["; CUDA_VISIBLE_DEVICES=7)"],
+        ["(No CUDA GPUs are available); NVRM", " 550.54.14 "],
     ),
     "a torch for CPUs": (
         NVRM.format("550.54.14"), None,
         AssertionError("Torch not compiled with CUDA enabled"),
-        ["not compiled with CUDA enabled; driver 550.54.14, ", "--demo"],
+        ["(Torch not compiled with CUDA enabled); NVRM version: ", " 550.54.14 "],
     ),
 }  # fmt: skip
 
@@ -416,8 +411,9 @@ def test_without_a_gpu_it_is_said_why(gpu, monkeypatch, name):
     message = stopped(check_device)
     assert message.startswith("DEVICE cuda: torch sees no GPU (")
     assert [part for part in expected if part not in message] == []
-    assert ("no NVIDIA driver;" in message) == (driver is None)
-    assert f"CUDA_VISIBLE_DEVICES={visible})" in message and "README.md" in message
+    assert ("; no NVIDIA driver;" in message) == (driver is None)
+    advice = "; driver 525 or newer is needed (README.md), or --demo or --device cpu"
+    assert message.endswith(f"; CUDA_VISIBLE_DEVICES={visible}{advice}")
 
 
 @pytest.mark.parametrize("capability", [(6, 1), (7, 0), (12, 0)])
@@ -539,8 +535,8 @@ def test_offline_a_model_that_is_nowhere_is_one_message_at_once(name):
     started = time.monotonic()
     message = stopped(load, name)
     assert time.monotonic() - started < 3
-    assert message.startswith(f"MODEL_NAME {name}: no folder here, and not to be had from the hub")
-    assert "check the name and the network, or try --demo" in message
+    assert message.startswith(f"MODEL_NAME {name}: not to be had from the hub (")
+    assert message.endswith("); check the name and the network, or try --demo")
 
 
 def test_without_a_network_a_model_that_is_nowhere_is_one_message_at_once(monkeypatch, tmp_path):
@@ -646,7 +642,7 @@ def test_a_broken_folder_is_called_broken_and_not_absent(folder, spoil):
     part = spoil(folder)
     message = stopped(load, folder)
     assert f"MODEL_NAME {folder}: a broken folder (" in message
-    assert part in message and "no folder" not in message
+    assert part in message and "not to be had" not in message
 
 
 def test_a_folder_without_a_tokenizer_is_refused_before_the_data_is_blamed(folder):
