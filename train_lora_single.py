@@ -5,6 +5,7 @@
     python train_lora_single.py --demo       # the same code on a tiny model with random weights
     python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant is a flag too
     python train_lora_single.py --chat       # talk to output/final_lora
+    python train_lora_single.py --compare DIR ...    # its finished runs, best first
 
 LoRA leaves a weight W (d x k) frozen and learns A (r x k) and B (d x r) beside it:
 y = W x + (alpha / r) B A x. run(), at the end, is the table of contents.
@@ -12,8 +13,6 @@ y = W x + (alpha / r) B A x. run(), at the end, is the table of contents.
 
 import argparse
 import bisect
-import contextlib
-import difflib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -33,8 +32,8 @@ import time
 import types
 import warnings
 from collections import namedtuple
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +42,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 
 class Lazy(types.ModuleType):
-    """A library that is imported when it is first used: a bad line is reported before."""
+    """A library that is imported when it is first used: bad data is reported before."""
 
     def __getattr__(self, name):
         """Return what the library calls by this name."""
@@ -60,7 +59,7 @@ MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder
 MODEL_REVISION = "main"  # branch, tag or commit
 DEVICE = "cuda"  # "cuda", or "cpu", for a small model
 DTYPE = "bfloat16"  # of the frozen weights, or "float32"
-PRODUCTS = "auto"  # in "dtype" or scaled "float16"; "auto" times both
+PRODUCTS = "auto"  # matrix products in "dtype" or scaled "float16"; "auto" times both
 
 # Data: lines of {"prompt": [...], "completion": [...]} or {"messages": [...]}.
 TRAIN_FILE = "data/train.jsonl"  # what is learnt
@@ -86,7 +85,7 @@ WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 
 SEED = 42  # of A's first values, dropout and the order of the examples
 
 # Output.
-OUTPUT_DIR = "output"  # all results go here
+OUTPUT_DIR = "output"  # of final_lora, samples.md, lora.png, run.json, checkpoints
 LOGGING_STEPS = 10  # steps between two printed losses
 SAVE_STEPS = 50  # steps between two checkpoints; a kill loses them at most
 PUBLISH = "last"  # or "best": the epoch of the lowest eval loss becomes final_lora
@@ -100,11 +99,10 @@ DEMO = {
 
 # ==== 2 Command line: a flag for each constant, and report()
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's
-# Type or values allowed. A checkpoint goes on only with the same values of these:
+# Types, or the values allowed. These make a job: a checkpoint of another one is refused.
 JOB_RULES = {
     "MODEL_NAME": str, "MODEL_REVISION": str, "DTYPE": ("bfloat16", "float32"), "MAX_SEQ_LEN": int,
-    "LORA_R": range(1, VLLM_RANKS[-1] + 1), "LORA_ALPHA": int, "LORA_DROPOUT": float,
+    "LORA_R": range(1, 513), "LORA_ALPHA": int, "LORA_DROPOUT": float,
     "LORA_TARGET_MODULES": list, "NUM_EPOCHS": int, "BATCH_SIZE": int,
     "GRADIENT_ACCUMULATION_STEPS": int, "LEARNING_RATE": float,
     "LR_SCHEDULER_TYPE": ("cosine", "linear", "constant_with_warmup"), "WARMUP_RATIO": float,
@@ -136,7 +134,7 @@ def listed(items, limit=20, separator="\n"):
     return separator.join(items[:limit] + more)
 
 
-@contextlib.contextmanager
+@contextmanager
 def blame(what, advice, *kinds):
     """Exit with what, error and advice after an error of these kinds."""
     try:
@@ -154,45 +152,43 @@ def kind_of(name):
 
 def check_constant(name, value):
     """Raise ValueError unless value is as RULES says."""
-    rule, kind = RULES[name], kind_of(name)
-    good = type(value) is kind or (kind is float and type(value) is int)
-    if rule is not kind:
-        text, good = f"in {rule}", good and value in rule
-    elif kind is str:
-        text, good = "a text", good and value.isprintable() and (value or name == "EVAL_FILE")
-    elif kind is list:
-        text = "a list of names, in quotes"
-        good = good and value and all(isinstance(item, str) and item for item in value)
-    elif kind is int:
-        text, good = "int, at least 1", good and value > 0
-    else:
-        text, good = "float, from 0 to below 1", good and 0 <= value < 1
-        good = good and (value or name != "LEARNING_RATE")
-    if not good:
+    rule, kind, may_be_0 = RULES[name], kind_of(name), name != "LEARNING_RATE"
+    tests = {
+        str: ("a text", lambda: value.isprintable() and (value or name == "EVAL_FILE")),
+        list: ("a list of names", lambda: value and all(type(n) is str and n for n in value)),
+        int: ("int, from 1 to below 2**31", lambda: 0 < value < 2**31),
+        float: ("float, from 0 to below 1", lambda: 0 <= value < 1 and (value or may_be_0)),
+    }
+    text, is_good = tests[kind] if rule is kind else (f"in {rule}", lambda: value in rule)
+    is_kind = type(value) is kind or (kind is float and type(value) is int)
+    if not (is_kind and is_good()):
         raise ValueError(f"{name} is {value!r}; it must be {text}")
 
 
 def parse_args(argv=None):
     """Return the constants as flags change them; exit with 2 if one is bad."""
-    usage = "%(prog)s [--CONSTANT VALUE ...] [--demo] [--dry_run] [--chat] [--compare DIR ...]"
+    usage = "%(prog)s [--CONSTANT VALUE ...]"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    switches = {"demo": "a tiny random model, into output/demo", "chat": "talk to final_lora"}
-    switches["dry_run"] = "stop after the plan; needs no GPU"
-    for name, about in switches.items():
-        parser.add_argument(f"--{name}", action="store_true", help=about)
-    parser.add_argument("--compare", nargs="+", metavar="OUTPUT_DIR", help="list finished runs")
-    is_demo = "--demo" in (sys.argv if argv is None else argv)
+    for switch in ("--demo", "--dry_run", "--chat"):
+        parser.add_argument(switch, action="store_true")
+    parser.add_argument("--compare", nargs="+", metavar="DIR")
     try:
-        constants = {name: globals()[name] for name in RULES} | (DEMO if is_demo else {})
-        for name, value in constants.items():
-            check_constant(name, value)
+        for name in RULES:
+            check_constant(name, globals()[name])
             how = {"nargs": "+"} if kind_of(name) is list else {"type": kind_of(name)}
-            how |= {"default": value, "metavar": "VALUE", "help": "[%(default)s]"}
+            how |= {"default": globals()[name], "metavar": "VALUE", "help": "[%(default)s]"}
             parser.add_argument(f"--{name.lower()}", **how)
         args = parser.parse_args(argv)
-        for name in constants:
+        if args.demo:
+            for name, value in DEMO.items():
+                check_constant(name, value)
+                parser.set_defaults(**{name.lower(): value})
+            args = parser.parse_args(argv)
+        for name in RULES:
             check_constant(name, vars(args)[name.lower()])
+        if args.publish == "best" and not args.eval_file:
+            raise ValueError("PUBLISH 'best' needs an EVAL_FILE")
     except (KeyError, ValueError) as error:
         parser.error(str(error))
     return args
@@ -217,7 +213,7 @@ def check_messages(messages):
         raise ValueError(f"the messages are {listed(roles, 6, ', ')}; {rule}")
 
 
-def without_repeats(pairs):
+def unique_keys(pairs):
     """Return a JSON object as a dictionary, or raise ValueError."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("an object has a key twice; remove it")
@@ -226,13 +222,12 @@ def without_repeats(pairs):
 
 def parse_line(text):
     """Return a line's examples, of which message number "reply" is learnt."""
-    row = json.loads(text, object_pairs_hook=without_repeats)
+    row = json.loads(text, object_pairs_hook=unique_keys)
     keys = ("messages", "prompt", "completion")
     form = {key: type(row[key]) for key in keys if isinstance(row, dict) and key in row}
     if form not in ({"messages": list}, {"prompt": list, "completion": list}):
         rule = "write one list, messages, or two, prompt and completion"
-        hint = "ShareGPT's or Alpaca's form: see README.md"
-        raise ValueError(f"no conversation, or two: {brief(repr(row), 80)}; {rule} ({hint})")
+        raise ValueError(f"no conversation, or two: {brief(repr(row), 80)}; {rule}")
     turns = [turn for key in form for turn in row[key]]
     check_messages(turns)
     replies = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -247,22 +242,17 @@ def read_examples(path):
     """Return a file's examples, "where" being path:line; exit with all bad lines."""
     examples, problems = [], []
     if not Path(path).is_file():  # a pipe cannot be read twice
-        raise SystemExit(f"{path}: no such file; set TRAIN_FILE and EVAL_FILE to JSONL files")
+        raise SystemExit(f"{path}: not a file; set TRAIN_FILE and EVAL_FILE to JSONL files")
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        where, fault = f"{path}:{number}", None
+        where = f"{path}:{number}"
         try:
             text = line.decode("utf-8-sig").strip()
             examples += [{"where": where} | one for one in (parse_line(text) if text else [])]
-        except json.JSONDecodeError as error:
-            fault = f"not JSON at column {error.colno}, {error.msg}; write one object a line"
-        except UnicodeDecodeError as error:
-            fault = f"{error}; save the file as UTF-8"
-        except (ValueError, RecursionError) as error:
-            fault = error
-        if fault:
-            problems.append(f"{where}: {fault}")
+        except (ValueError, RecursionError) as error:  # json and decode(), too
+            problems.append(f"{where}: {str(error).replace('line 1 ', '')}")
     if problems or not examples:
-        raise SystemExit(listed(problems) or f"{path}: no examples; write one JSON object a line")
+        advice = "write one JSON object a line, in UTF-8; README.md shows the forms"
+        raise SystemExit(listed([listed(problems) or f"{path}: no examples", advice]))
     report("data", f"{path}: {len(examples):,} examples")
     return examples
 
@@ -274,12 +264,10 @@ def warn_of_repeats(train, held_out):
         return json.dumps(row["messages"][: row["reply"]], sort_keys=True)
 
     trained = {prompt(row): row["where"] for row in reversed(train)}
-    notes = {}  # without repeats
-    for row in held_out:
-        if same := trained.get(prompt(row)):
-            notes[f"{row['where']} has the prompt of {same}; it tests nothing new"] = 0
+    same = [(row["where"], trained.get(prompt(row))) for row in held_out]
+    notes = [f"{a} has the prompt of {b}; it tests nothing new" for a, b in same if b]
     if notes:
-        report("warning", listed([*notes]))
+        report("warning", listed([*dict.fromkeys(notes)]))
 
 
 # ==== 4 Device, model: the GPU, config and tokenizer
@@ -290,16 +278,16 @@ def check_device(args):
     if args.device == "cpu":
         return "CPU"
     if not torch.cuda.is_available():
-        driver, visible = "no NVIDIA driver", os.environ.get("CUDA_VISIBLE_DEVICES")
+        driver = "no NVIDIA driver"
         with suppress(OSError):
             driver = brief(Path("/proc/driver/nvidia/version").read_text(), 90)
-        found = f"{driver}; CUDA_VISIBLE_DEVICES={visible}"
+        found = f"{driver}; CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}"
         advice = f"{found}; driver 525 or newer is needed (README.md), or --demo or --device cpu"
         with blame("DEVICE cuda: torch sees no GPU", advice, RuntimeError, AssertionError):
-            torch.cuda.init()
+            torch.cuda.init()  # says why
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
-    if major < 8:  # which fla does not support, yet transformers takes it if installed
+    if major < 8:  # fla does not support it, yet transformers would use it
         sys.modules["fla"] = sys.modules["causal_conv1d"] = None
     advice = 'pip install "torch>=2.7,<2.11", for sm_70 (V100) to sm_120, or free its memory'
     # A wheel without this GPU's kernels says so only here.
@@ -307,8 +295,7 @@ def check_device(args):
         ones = torch.ones(8, 8, device="cuda", dtype=getattr(torch, args.dtype), requires_grad=True)
         (ones @ ones).sum().backward()
         ones.grad.sum().item()
-    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
-    return f"{name}, {free:.1f} of {total:.1f} GiB free"
+    return name
 
 
 def load_config_and_tokenizer(args):
@@ -316,9 +303,8 @@ def load_config_and_tokenizer(args):
     from huggingface_hub import resolve_revision
 
     name, is_folder = args.model_name, Path(args.model_name).is_dir()
-    what, advice = f"MODEL_NAME {name}: ", "check the name and the network, or try --demo"
-    fault = "a broken folder" if is_folder else "not to be had from the hub"
-    with blame(what + fault, advice, Exception):  # the hub's, the network's, a file's
+    what, advice = f"MODEL_NAME {name}: ", "check the name, the folder or the network"
+    with blame(what + "no model", advice, Exception):  # the hub's, the network's, a file's
         if not is_folder:  # one request: from_pretrained alone retries for 25 s
             args.model_revision = resolve_revision(name, revision=args.model_revision).resolved
         chosen = {"revision": args.model_revision, "trust_remote_code": False}
@@ -340,8 +326,6 @@ SERVED = {"enable_thinking": False, "return_dict": False}  # how a conversation 
 
 def render(example, tokenizer):
     """Return the token ids of the prompt and of the reply, or raise ValueError."""
-    from jinja2 import TemplateError
-
     conversation = example["messages"][: example["reply"] + 1]
     text = "\n".join(message["content"] for message in conversation)
     for token in tokenizer.added_tokens_decoder.values():
@@ -349,18 +333,19 @@ def render(example, tokenizer):
             raise ValueError(f"the text holds the control token {token}; respell or remove it")
     to_ids = partial(tokenizer.apply_chat_template, **SERVED)
     try:
-        prompt, whole = to_ids(conversation[:-1], add_generation_prompt=True), to_ids(conversation)
-    except TemplateError as error:
+        prompt = to_ids(conversation[:-1], add_generation_prompt=True)
+        whole = to_ids(conversation)
+    except Exception as error:  # of jinja2
         raise ValueError(f"the chat template refuses it ({error}); change the conversation")
     reply, end = whole[len(prompt) :], tokenizer.eos_token_id
     if prompt + reply != whole or end not in reply:
         fault = f"rendered otherwise with its reply, or without {tokenizer.eos_token}"
         raise ValueError(f"{fault}: training would not equal serving. Is there a think tag?")
-    return prompt, reply[: reply.index(end) + 1]
+    return prompt, reply[: reply.index(end) + 1]  # without the template's newline
 
 
 def encode(examples, tokenizer, max_seq_len):
-    """Return the examples with input_ids and labels, -100 on the prompt, but for too long ones."""
+    """Return examples with input_ids and labels (-100: not learnt); leave out too long ones."""
     rows, problems, too_long = [], [], []
     for example in examples:
         try:
@@ -370,11 +355,11 @@ def encode(examples, tokenizer, max_seq_len):
             continue
         ids, labels = prompt + reply, [-100] * len(prompt) + reply
         if len(ids) > max_seq_len:  # cut, it would teach not to stop
-            too_long.append(f"{example['where']}: {len(ids):,} tokens, over MAX_SEQ_LEN")
+            too_long.append(f"{example['where']}: {len(ids):,} tokens, over MAX_SEQ_LEN; raise it")
         else:
             rows.append(example | {"input_ids": ids, "labels": labels})
     if len(too_long) > len(examples) / 10:
-        problems += [f"over a tenth is over MAX_SEQ_LEN {max_seq_len}; raise it", *too_long]
+        problems += too_long
     if problems:
         raise SystemExit(listed(problems))
     if too_long:
@@ -405,76 +390,11 @@ def show_example(row, tokenizer):
     report("example", "\n".join(lines))
 
 
-# ==== 6 Plan: the LoRA table, steps, disk
+# ==== 6 Plan and Job: targets, the LoRA table, steps
 
 
-# Of LoRA, of all; an epoch's steps, all; (d, k) of the largest linear module.
-Plan = namedtuple("Plan", "trainable total steps_per_epoch steps shape")
-
-
-def linear_modules(config):
-    """Return {(name, parent, d, k): layers} of linear modules, and the parameters' number."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    found = {}
-    for path, module in model.named_modules():
-        at = re.search(r"\.(\d+)\.(?:.+\.)?(\w+)\.(\w+)$", path)
-        if at and isinstance(module, torch.nn.Linear):
-            found.setdefault((at[3], at[2], *module.weight.shape), set()).add(at[1])
-    return found, model.num_parameters()
-
-
-def check_targets(targets, names):
-    """Exit if a target matches no module: PEFT is silent as long as another matches."""
-    if unknown := [target for target in targets if target not in names]:
-        near = {name for one in unknown for name in difflib.get_close_matches(one, names, n=1)}
-        meant = f"did you mean {', '.join(sorted(near))}? " if near else ""
-        have = ", ".join(names) or "no nn.Linear: another model is needed"
-        fault = f"no layer has {', '.join(unknown)}; {meant}the layers have {have}"
-        raise SystemExit(f"LORA_TARGET_MODULES: {fault}")
-
-
-def make_plan(args, config, n_train):
-    """Print what will be trained; return its counts, from the config alone."""
-    linear, total = linear_modules(config)
-    targets = [*dict.fromkeys(args.lora_target_modules)]
-    depth = config.get_text_config().num_hidden_layers
-    check_targets(targets, sorted({name for name, *_ in linear}))
-    r, trainable = args.lora_r, 0
-    scale = f"scale alpha/r = {args.lora_alpha / r:g}, dropout {args.lora_dropout:g}"
-    columns = "{:<12}{:<17}{:>14}{:>11}{:>11}{:>14}".format
-    heads = columns("target", "in layers", "W (frozen)", "A", "B", "parameters")
-    lines = [f"r={r} alpha={args.lora_alpha}, {scale}", heads]
-    for target in targets:
-        for (_, parent, d, k), layers in [item for item in linear.items() if item[0][0] == target]:
-            count = len(layers) * r * (d + k)
-            trainable += count
-            kind = {"self_attn": "attention", "mlp": "FFN"}.get(parent, parent)
-            shapes = f"{d}x{k}", f"{r}x{k}", f"{d}x{r}"
-            lines.append(columns(target, f"{len(layers)}/{depth} {kind}", *shapes, f"{count:,}"))
-    total += trainable
-    share = f"trainable%: {100 * trainable / total:.4f}"
-    lines.append(f"trainable params: {trainable:,} || all params: {total:,} || {share}")
-    deltanet = {n for key, layers in linear.items() if key[1] == "linear_attn" for n in layers}
-    there = {name for (name, *_), layers in linear.items() if deltanet & layers}
-    if absent := [name for name in targets if deltanet and name not in there]:
-        found = f"{len(deltanet)} of {depth} layers are Gated DeltaNet, without {', '.join(absent)}"
-        kept = ", ".join(name for name in targets if name in there) or "nothing"
-        lines += [f"{found}:", f"in them LoRA adapts only {kept}"]
-    size, accumulated = args.batch_size, args.gradient_accumulation_steps
-    per_epoch = math.ceil(n_train / (size * accumulated))
-    steps = per_epoch * args.num_epochs
-    formula = f"ceil({n_train:,} / ({size} x {accumulated})) x {args.num_epochs}"
-    lines += [
-        f"{steps:,} steps, {per_epoch:,} an epoch: {formula}",
-        f"adapter file {4 * trainable / 1e6:.1f} MB, a checkpoint three times as much",
-    ]
-    report("plan", "\n".join(lines))
-    shape = max(((d, k) for _, _, d, k in linear), key=math.prod)
-    return Plan(trainable, total, per_epoch, steps, shape)
-
-
-# ==== 7 Products: float16 tensor cores where bfloat16 is emulated
+# Parameters: LoRA's, all; steps: an epoch's, all; (d, k) of the largest linear module.
+Plan = namedtuple("Plan", "trainable total steps_per_epoch steps largest")
 
 
 @dataclass
@@ -493,7 +413,7 @@ class Job:
     checkpoint: Path | None = None  # to go on from
     started: float = 0.0
     history: list = ()  # what the trainer logged
-    learnt: dict = field(default_factory=dict)
+    learnt: dict | None = None
     seconds: float = 0.0  # of steps, since the checkpoint
     tokens: int = 0  # read in them
     peak_gib: float = 0.0
@@ -501,15 +421,72 @@ class Job:
     published: str = ""  # which epoch final_lora is of
     stopped_by: int = 0  # signal
 
-    @property
-    def evals(self):
-        """{step: eval loss}, from before the first step on."""
-        return {entry["step"]: entry["eval_loss"] for entry in self.history if "eval_loss" in entry}
+    def losses(self, key):
+        """Return {step: loss}; key is "loss" or, from before the first step on, "eval_loss"."""
+        return {entry["step"]: entry[key] for entry in self.history if key in entry}
 
     @property
     def output(self):
         """The results' folder."""
         return Path(self.args.output_dir)
+
+
+def linear_modules(config):
+    """Return {(name, parent, d, k): layers} of linear modules, and the parameters' number."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    found = {}
+    for path, module in model.named_modules():
+        at = re.search(r"\.(\d+)\.(?:.+\.)?(\w+)\.(\w+)$", path)
+        if at and isinstance(module, torch.nn.Linear):
+            found.setdefault((at[3], at[2], *module.weight.shape), set()).add(at[1])
+    return found, model.num_parameters()
+
+
+def check_targets(targets, names):
+    """Exit if a target matches no module: PEFT is silent as long as another matches."""
+    if unknown := [target for target in targets if target not in names]:
+        have = ", ".join(names) or "no nn.Linear: another model is needed"
+        fault = f"no layer has {', '.join(unknown)}; the layers have {have}"
+        raise SystemExit(f"LORA_TARGET_MODULES: {fault}")
+
+
+def make_plan(args, config, n_train):
+    """Print what will be trained; return its counts, from the config alone."""
+    linear, total = linear_modules(config)
+    targets = [*dict.fromkeys(args.lora_target_modules)]
+    depth = config.get_text_config().num_hidden_layers
+    check_targets(targets, sorted({name for name, *_ in linear}))
+    r, trainable = args.lora_r, 0
+    scale = f"scale alpha/r = {args.lora_alpha / r:g}, dropout {args.lora_dropout:g}"
+    columns = "{:<12}{:<17}{:>14}{:>11}{:>11}{:>14}".format
+    heads = columns("target", "in layers", "W (frozen)", "A", "B", "parameters")
+    lines = [f"r={r} alpha={args.lora_alpha}, {scale}", heads]
+    for target in targets:
+        for (_, parent, d, k), layers in [item for item in linear.items() if item[0][0] == target]:
+            count = len(layers) * r * (d + k)
+            trainable += count
+            shapes = f"{d}x{k}", f"{r}x{k}", f"{d}x{r}"
+            lines.append(columns(target, f"{len(layers)}/{depth} {parent}", *shapes, f"{count:,}"))
+    total += trainable
+    share = f"trainable%: {100 * trainable / total:.4f}"
+    lines.append(f"trainable params: {trainable:,} || all params: {total:,} || {share}")
+    deltanet = {n for key, layers in linear.items() if key[1] == "linear_attn" for n in layers}
+    there = {name for (name, *_), layers in linear.items() if deltanet & layers}
+    if absent := [name for name in targets if deltanet and name not in there]:
+        kind = f"{len(deltanet)} of {depth} layers are Gated DeltaNet"
+        lines.append(f"{kind}, without {', '.join(absent)}")
+    size, accumulated = args.batch_size, args.gradient_accumulation_steps
+    per_epoch = math.ceil(n_train / (size * accumulated))
+    steps = per_epoch * args.num_epochs
+    formula = f"ceil({n_train:,} / ({size} x {accumulated})) x {args.num_epochs}"
+    lines.append(f"{steps:,} steps, {per_epoch:,} an epoch: {formula}")
+    report("plan", "\n".join(lines))
+    largest = max(((d, k) for _, _, d, k in linear), key=math.prod)
+    return Plan(trainable, total, per_epoch, steps, largest)
+
+
+# ==== 7 Matrix products: float16 tensor cores where bfloat16 is emulated
 
 
 def scaled_product(rows, weight):
@@ -550,7 +527,8 @@ def use_float16(model):
             parts = module.weight.data.split(4096)  # for less memory
             sums = [part.float().abs().sum(1).max() for part in parts]
             sums.append(sum(part.float().abs().sum(0) for part in parts).max())
-            if all(one < 65504 / 2 for one in sums):  # its largest number; rows are below 2
+            # Rows are below 2, float16 below 65504; forward sums rows, backward columns.
+            if all(one < 65504 / 2 for one in sums):
                 small = module.weight.data.half()
                 pairs = zip(parts, small.split(4096), strict=True)
                 change = max(change, *[(a - b).abs().max().item() for a, b in pairs])
@@ -558,17 +536,17 @@ def use_float16(model):
                 module.forward = partial(forward, module)
             else:
                 left.append(name)
-    # The embedding may share the head's weight.
+    # The embedding may share the head's weight, now float16.
     model.get_input_embeddings().register_forward_hook(lambda _, ids, rows: rows.to(dtype))
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
-    text = "frozen modules compute in scaled float16, their weights changed by at most"
+    text = "frozen modules compute in scaled float16, weights changed by at most"
     but = f"; not {listed(left, 3, ', ')}" * bool(left)
     report("products", f"{text} {change:.1g}{but}")
 
 
 def choose_products(job):
     """Return {"used": "float16" or "dtype"}, as PRODUCTS says, or what is clearly faster here."""
-    args, (d, k), rates = job.args, job.plan.shape, {}
+    args, (d, k), rates = job.args, job.plan.largest, {}
     used = args.products.replace("auto", "dtype")
     if args.products != "auto" or args.device == "cpu":
         return {"used": used}
@@ -619,7 +597,7 @@ def open_log(output):
 def set_aside(path):
     """Rename what an earlier run left at path."""
     if path.exists():
-        aside = f"{path}.{time.strftime('%Y%m%d-%H%M%S', time.localtime(path.stat().st_mtime))}"
+        aside = f"{path}.{time.strftime('%F-%H%M%S', time.localtime(path.stat().st_mtime))}"
         while os.path.exists(aside):
             aside += "+"
         path.rename(aside)
@@ -628,9 +606,8 @@ def set_aside(path):
 
 def write_json(path, value):
     """Write value so that path never holds half of it."""
-    strict = json.loads(json.dumps(value), parse_constant=str)  # NaN is no JSON
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(strict, indent=1), "utf-8")
+    new.write_text(json.dumps(value, indent=1), "utf-8")
     new.replace(path)
 
 
@@ -653,13 +630,13 @@ def checkpoints_in(folder):
 def is_complete(checkpoint):
     """Return whether a checkpoint's files are as written."""
     with suppress(OSError, ValueError, AttributeError):  # complete.json may be cut too
-        written = json.loads((checkpoint / "complete.json").read_text("utf-8"))
+        written = json.loads((checkpoint / "complete.json").read_bytes())
         return written.items() <= hashes(checkpoint).items()
     return False
 
 
 def prune(folder, per_epoch, newest):
-    """Leave only each epoch's adapter of all but the newest checkpoints."""
+    """Keep the newest checkpoints whole; of the older ones each epoch's adapter alone."""
     saved = checkpoints_in(folder)
     for step in [*saved][: len(saved) - newest]:
         if step % per_epoch:
@@ -671,7 +648,7 @@ def prune(folder, per_epoch, newest):
 
 
 def find_checkpoint(job):
-    """Return this job's newest complete checkpoint; exit if it is another's."""
+    """Return this job's newest complete checkpoint, or exit; without one, begin a job's folder."""
     folder, model, before = job.output / "checkpoints", Path(job.args.model_name), None
     now = {name: vars(job.args)[name.lower()] for name in JOB_RULES}
     now["products"] = job.products["used"]
@@ -681,18 +658,17 @@ def find_checkpoint(job):
     for name, value in content.items():
         now[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
     with suppress(OSError, ValueError):
-        before = json.loads((folder / "job.json").read_text("utf-8"))
+        before = json.loads((folder / "job.json").read_bytes())
     complete = [path for path in checkpoints_in(folder).values() if is_complete(path)]
     if before and complete:
         differ = [name for name in before | now if before.get(name) != now.get(name)]
         if not differ:
             report("resume", f"from {complete[-1]}")
             return complete[-1]
-        rows = [f"  {name:<28} {before.get(name)!s:<20} {now.get(name)}" for name in differ]
-        raise SystemExit(f"""OUTPUT_DIR {job.output} holds an interrupted run of another job:
-  {"":<28} {complete[-1].name:<20} now
-{listed(rows)}
-set these back to go on, or choose another OUTPUT_DIR""")
+        rows = [f"  {name} was {before.get(name)}, is {now.get(name)}" for name in differ]
+        fault = f"OUTPUT_DIR {job.output} holds {complete[-1].name} of another job"
+        advice = "set these back to go on, or choose another OUTPUT_DIR"
+        raise SystemExit(listed([f"{fault}; {advice}:", *rows]))
     if checkpoints_in(folder):
         set_aside(folder)
     set_aside(job.output / "run.json")
@@ -711,13 +687,14 @@ def write_record(job, outcome):
                 "device": job.device, "data": job.data, "plan": job.plan._asdict(),
                 "products": job.products, "resumed_from": job.checkpoint and str(job.checkpoint),
                 "train_seconds": job.seconds, "tokens": job.tokens, "learnt": job.learnt,
-                "peak_memory_gib": job.peak_gib, "loss_history": job.history,
+                "peak_memory_gib": job.peak_gib, "published": job.published,
+                "loss_history": job.history,
             })  # fmt: skip
     except OSError as error:
         report("warning", f"{job.output}/run.json is not written: {error}")
 
 
-# ==== 9 Trainer: its configuration, what is injected, what fits in memory
+# ==== 9 Trainer: its configuration, loss, injection, memory
 
 
 def sft_config(job):
@@ -730,15 +707,13 @@ def sft_config(job):
         per_device_eval_batch_size=args.batch_size,
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=int(args.warmup_ratio * job.plan.steps),
-        bf16=False,  # no autocast: LoRA's gradients err alike (tests/benchmark.py)
+        bf16=False,  # no autocast: gradients are no better with it (tests/benchmark.py)
         activation_checkpointing=False,  # fit_memory() chooses
         # TRL must not render, cut or pack: packed, DeltaNet's state would leak between rows.
         dataset_kwargs={"skip_prepare_dataset": True},
         eval_strategy="epoch" if job.eval else "no",
         eval_on_start=bool(job.eval) and not job.checkpoint,  # B is zero then: the base's loss
         save_strategy="epoch",  # on_step_end() saves between
-        load_best_model_at_end=bool(job.eval) and args.publish == "best",
-        metric_for_best_model="loss",  # noted for each epoch: PUBLISH may change on the way
         disable_tqdm=True, use_cpu=args.device == "cpu",
         logging_steps=1,  # each loss is checked and kept
         include_num_input_tokens_seen="non_padding",
@@ -750,7 +725,7 @@ def sft_config(job):
 def load_model(args, products="dtype"):
     """Return the text model in DTYPE; exit unless its files hold all tensors."""
     what = f"MODEL_NAME {args.model_name}: "
-    advice = "whole safetensors files are needed; run again to go on with a download"
+    advice = "whole safetensors files are needed; run again to go on loading"
     with blame(what + "no weights", advice, Exception):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             args.model_name, revision=args.model_revision, dtype=args.dtype,
@@ -765,10 +740,10 @@ def load_model(args, products="dtype"):
 
 
 def token_loss(model, inputs, num_items_in_batch=None, **_):
-    """Return the mean -log(probability) of the learnt tokens, as TRL's loss does.
+    """Return the sum of -log(probability) over learnt tokens / their number in the whole step.
 
-    Logits are made only where a token is learnt, by the model's own head, which may be float16;
-    TRL's would need Triton, and bfloat16.
+    This is TRL's loss without Triton. Logits are made only where a token is learnt, by the
+    model's own head, which may be float16.
     """
     labels = inputs["labels"][:, 1:]
     learnt = labels != -100
@@ -791,14 +766,14 @@ def build_trainer(job):
         ),
         args=sft_config(job),
         train_dataset=datasets.Dataset.from_list(job.train),
-        eval_dataset=datasets.Dataset.from_list(by_length) if job.eval else None,
+        eval_dataset=datasets.Dataset.from_list(by_length) or None,
         processing_class=job.tokenizer,
     )  # fmt: skip
     trainer.compute_loss = token_loss
     # Like lengths need less padding; unlike group_by_length's, a resumed run has this order too.
-    step = args.batch_size * args.gradient_accumulation_steps
-    one = {"num_replicas": 1, "rank": 0, "seed": args.seed}
-    sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(step, job.train, **one)
+    n = args.batch_size * args.gradient_accumulation_steps
+    alone = {"num_replicas": 1, "rank": 0, "seed": args.seed}
+    sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(n, job.train, **alone)
     trainer._get_train_sampler = lambda dataset=None: sampler
     # By default PEFT asks the hub at each save.
     save = trainer.model.save_pretrained
@@ -823,7 +798,7 @@ def check_injection(model, plan):
 
 def fit_memory(trainer, job):
     """Recompute activations, 45 % more work, only for batches that do not fit in memory."""
-    model, limit = trainer.model, math.inf  # tokens of the largest batch that is kept
+    model, limit = trainer.model, math.inf  # tokens of a batch; of larger ones all is recomputed
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # recomputation needs no gradient of embeddings
     kind = transformers.modeling_layers.GradientCheckpointingLayer
@@ -833,8 +808,9 @@ def fit_memory(trainer, job):
         for layer in layers:
             layer.gradient_checkpointing = inputs["input_ids"].numel() > limit
 
-    def overflows(rows):
-        inputs = trainer.data_collator(rows)
+    def overflows(rows, kept=math.inf):
+        nonlocal limit
+        limit, inputs = kept, trainer.data_collator(rows)
         inputs["labels"] = inputs["input_ids"]  # as if all were learnt: the most memory
         try:
             trainer.training_step(model, inputs, 1)  # one loss, unscaled
@@ -855,25 +831,26 @@ def fit_memory(trainer, job):
     rows, size = sorted(job.train, key=lambda row: len(row["input_ids"])), job.args.batch_size
     batches = [rows[n : n + size] for n in range(max(1, len(rows) - size + 1))]
     if overflows(batches[-1]):
-        n_fit = bisect.bisect_left(batches, True, key=overflows)  # how many, from the shortest
-        limit = size * len(batches[n_fit - 1][-1]["input_ids"]) if n_fit else 0
-        if overflows(batches[-1]):
+        # By halves: batches grow longer; the first n_fit fit.
+        n_fit = bisect.bisect_left(batches, True, key=overflows)
+        kept = size * len(batches[n_fit - 1][-1]["input_ids"]) if n_fit else 0
+        if overflows(batches[-1], kept):
             raise torch.OutOfMemoryError("the longest batch does not fit")
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.reset_peak_memory_stats()
     transformers.set_seed(job.args.seed)
-    kept = "all batches" if limit == math.inf else f"batches of up to {limit:,} tokens"
-    report("memory", f"activations are kept for {kept}, else recomputed")
+    which = "all batches" if limit == math.inf else f"batches of up to {limit:,} tokens"
+    report("memory", f"activations are kept for {which}, else recomputed")
 
 
-# ==== 10 Training: losses, checkpoints, signals
+# ==== 10 Training: what is printed and saved
 
 
 class Callbacks:
-    """A run's callbacks; train() adds job and the base class."""
+    """A run's callbacks; train() adds job, and transformers' base class."""
 
     def on_step_begin(self, _, state, *__, **___):
-        """From here on there is something to save."""
+        """From here on a signal waits for the end of the step."""
         self.job.is_training = True
         self.began, self.seen = time.monotonic(), state.num_input_tokens_seen
 
@@ -883,10 +860,8 @@ class Callbacks:
         job.history = state.log_history
         for key in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(key, 0)):
-                advice = "lower LEARNING_RATE, in another OUTPUT_DIR"
-                if step <= 1 and key != "grad_norm":  # B is still zero
-                    advice = "it is the base's own: check its weights"
                 fault = f"train: {key} is {logs[key]} at step {step}"
+                advice = "before step 2 check the base's weights, later lower LEARNING_RATE"
                 raise SystemExit(f"{fault}; {advice}, or set DTYPE to float32")
         if "eval_loss" in logs:
             report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
@@ -1023,19 +998,23 @@ def report_learnt(model, job, _):
 
 def publish(trainer, job):
     """Write the adapter beside its place, prove it, move it in; return it."""
-    partial, folder = job.output / ".partial", job.output / "checkpoints"
-    shutil.rmtree(partial, ignore_errors=True)
+    staging, folder = job.output / ".partial", job.output / "checkpoints"
+    shutil.rmtree(staging, ignore_errors=True)
+    evals, step = job.losses("eval_loss"), job.plan.steps
+    if job.args.publish == "best":
+        step = min([*evals][1:], key=evals.get)  # the first is the base's
+        best = folder / f"checkpoint-{step}" / "adapter_model.safetensors"
+        with blame(f"PUBLISH best: {best}", "run again with --publish last", Exception):
+            peft.set_peft_model_state_dict(trainer.model, safetensors.load_file(best))
     try:
-        save_adapter(trainer.model, job, partial)
-        model = prove(trainer.model, partial / "final_lora", (job.eval or job.train)[0])
+        save_adapter(trainer.model, job, staging)
+        model = prove(trainer.model, staging / "final_lora", (job.eval or job.train)[0])
         for name in ("final_lora", "final_lora_vllm", "samples.md", "lora.png"):
             set_aside(job.output / name)
-        for new in partial.iterdir():
+        for new in staging.iterdir():
             new.rename(job.output / new.name)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    is_best = trainer.args.load_best_model_at_end
-    step = trainer.state.best_global_step if is_best else job.plan.steps
+        shutil.rmtree(staging, ignore_errors=True)
     job.published = f"of epoch {step // job.plan.steps_per_epoch} of {job.args.num_epochs}"
     (folder / "job.json").unlink(missing_ok=True)
     prune(folder, job.plan.steps_per_epoch, newest=0)
@@ -1043,14 +1022,14 @@ def publish(trainer, job):
 
 
 def answer(model, job, prompt, streamer=None):
-    """Return the greedy reply to a prompt's ids; one in a file is marked if cut."""
+    """Return the greedy reply to a prompt's ids; one that is not streamed is marked if cut."""
     ids, eos = torch.tensor([prompt], device=model.device), job.tokenizer.eos_token_id
     how = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=job.args.max_new_tokens,
         eos_token_id=eos, pad_token_id=job.tokenizer.pad_token_id,
     )  # fmt: skip
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer}
-    reply = model.generate(**given, generation_config=how)[0, len(prompt) :].tolist()
+    out = model.generate(ids, how, attention_mask=torch.ones_like(ids), streamer=streamer)
+    reply = out[0, len(prompt) :].tolist()
     cut = "" if streamer or eos in reply else " [cut here]"
     return job.tokenizer.decode(reply, skip_special_tokens=True) + cut
 
@@ -1072,19 +1051,22 @@ def write_samples(model, job, path):
             text += f"\n**{who}**\n\n{quoted}\n"
     if count:
         path.write_text(text, "utf-8")
-        report("samples", f"{count} held-out prompts answered with and without the adapter")
+        report("samples", f"{count} prompts with and without the adapter: {path}")
 
 
 def draw(_, job, path):
     """Draw the losses, the updates' sizes and the directions that they use."""
     from matplotlib.figure import Figure
 
-    figure, text = Figure((11, 8), dpi=120, layout="constrained"), job.config.get_text_config()
+    args, text = job.args, job.config.get_text_config()
+    title = f"{args.model_name}, r={args.lora_r} alpha={args.lora_alpha}, {job.published}"
+    figure = Figure((11, 8), dpi=120, layout="constrained")
     losses, updates, used = figure.subplot_mosaic("aaaa;bbbc").values()
-    steps = {entry["step"]: entry["loss"] for entry in job.history if "loss" in entry}
-    losses.plot([*steps], [*steps.values()], alpha=0.5, label="train, each step")
-    losses.plot([*job.evals], [*job.evals.values()], "o-", label="eval")
+    for key, look in {"loss": "-", "eval_loss": "ko"}.items():
+        points = job.losses(key)
+        losses.plot([*points], [*points.values()], look, alpha=0.7, label=key)
     losses.set(xlabel="step", ylabel="loss, nats per token")
+    losses.set_title(title, parse_math=False)
     losses.legend()
     kinds = text.to_dict().get("layer_types") or [""] * text.num_hidden_layers
     sizes = [[math.nan] * len(kinds) for _ in job.learnt]  # NaN is left blank
@@ -1093,32 +1075,38 @@ def draw(_, job, path):
             sizes[n][row["layer"]] = 100 * row["update"]
         used.barh(n, statistics.fmean(row["directions"] for row in rows), color="gray")
     image = updates.imshow(sizes, aspect="auto", vmin=0)
-    figure.colorbar(image, ax=updates, label="size of the update, % of W's")
+    updates.patch.set(hatch="xx", edgecolor="silver")  # where no module is
+    figure.colorbar(image, ax=updates, label="norm of the update, % of W's norm")
     marks = [f"{n}\nD" if kind == "linear_attention" else n for n, kind in enumerate(kinds)]
     updates.set_xticks(range(len(kinds)), marks, fontsize=7)
     updates.set_yticks(range(len(sizes)), job.learnt)
-    updates.set_xlabel("layer; D: Gated DeltaNet")
+    updates.set_xlabel("layer (D: Gated DeltaNet; hatched: no such module)")
     used.sharey(updates)
-    used.set_xlabel(f"directions of {job.args.lora_r}\nthat hold 90 %")
+    used.set(xlim=(0, args.lora_r), xlabel="directions that hold\n90 % of it, mean of layers")
     figure.savefig(path)
+    report("picture", str(path))
 
 
 def report_runs(folders, least):
     """Print the finished runs on the newest one's data, best first; return their number."""
-    runs = []
-    for path in {path for folder in folders for path in Path(folder).glob("run.json*")}:
+    runs, paths = [], {path for folder in folders for path in Path(folder).glob("run.json*")}
+    for path in paths:
         with suppress(Exception):
-            run = json.loads(path.read_text("utf-8"))
+            run = json.loads(path.read_bytes())
             losses = [entry["eval_loss"] for entry in run["loss_history"] if "eval_loss" in entry]
-            numbers = f"{losses[-1]:>9.4f}{min(losses):>9.4f}{run['train_seconds'] / 60:>9.1f}"
-            data = [file["sha256"] for file in run["data"].values()]
-            found = losses[-1], f"{numbers}  {path}", dict(run["constants"])
+            constants, lowest = dict(run["constants"]), min(losses[1:])
+            loss = lowest if constants.get("PUBLISH") == "best" else losses[-1]
+            numbers = f"{loss:>9.4f}{lowest:>9.4f}{run['train_seconds'] / 60:>9.1f}"
+            numbers += "+" if run["resumed_from"] else " "  # and before the stop
             if run["outcome"] == "finished":
-                runs.append((run["started"] + 0.0, data, found))
+                found = loss, f"{numbers} {path}", constants
+                runs.append((float(run["started"]), [*run["data"].values()], found))
     runs.sort(key=lambda run: run[0])
     same = sorted(found for _, data, found in runs if data == runs[-1][1])
-    differ = [name for name in JOB_RULES if len({str(run[2].get(name)) for run in same}) > 1]
+    names = [*JOB_RULES, "PUBLISH"]
+    differ = [name for name in names if len({str(run[2].get(name)) for run in same}) > 1]
     lines = ["eval loss   lowest  minutes  run, and what differs"]
+    lines[0] += f" ({len(same)} of {len(paths)}: finished, on the newest's data)"
     for _, line, constants in same:
         lines.append("  ".join([line, *(f"{name} {constants.get(name)}" for name in differ)]))
     if len(same) >= least:
@@ -1139,23 +1127,22 @@ def write_extras(model, job):
 
 def summarize(job):
     """Print what was done and what to do next."""
-    args, output, losses = job.args, job.output, [*job.evals.values()]
+    args, output = job.args, job.output
+    losses = [*job.losses("eval_loss").values()]
     shown = " -> ".join(f"{loss:.4f}" for loss in losses) or "not evaluated"
     minutes, rate = (time.time() - job.started) / 60, job.tokens / max(job.seconds, 1e-9)
-    since = " since the checkpoint" * bool(job.checkpoint)
     lines = [
-        f"adapter    {output}/final_lora, {job.published}; see lora.png and samples.md, too",
+        f"adapter    {output}/final_lora, {job.published}",
         f"eval loss  {shown}",
-        f"time       {minutes:.1f} min, {job.seconds / 60:.1f} in steps{since}",
+        f"time       {minutes:.1f} min since this start, {job.seconds / 60:.1f} in steps",
         f"speed      {rate:,.0f} tokens/s, {job.peak_gib:.1f} GiB of GPU memory",
     ]
-    if losses and min(losses) < losses[-1]:
-        lines.insert(2, 'overfit    it was lower before: PUBLISH = "best", or lower NUM_EPOCHS')
+    if args.publish == "last" and losses and min(losses) < losses[-1]:
+        lines.insert(2, "overfit    it was lower before: see PUBLISH")
     report("done", "\n".join(lines))
-    if losses:
-        report_runs([output], least=2)
+    report_runs([output], least=2)
     base = shlex.join([args.model_name, "--revision", args.model_revision])
-    rank = min(rank for rank in VLLM_RANKS if rank >= args.lora_r)
+    rank = max(8, 1 << (args.lora_r - 1).bit_length())  # one that vLLM takes
     served = f"companion={output}/final_lora" + "_vllm" * (output / "final_lora_vllm").exists()
     command = f"""{shlex.join(["python", *sys.argv, "--chat"])}
 vllm serve {base} \\
@@ -1170,19 +1157,24 @@ vllm serve {base} \\
 def chat(job):
     """Talk to OUTPUT_DIR/final_lora, or answer the lines of a pipe; nothing is written."""
     args, folder = job.args, job.output / "final_lora"
-    if not sys.stdin or not (folder / "adapter_config.json").exists():
-        raise SystemExit(f"--chat: {folder} is missing, or standard input is closed; train first")
+    fault = f"--chat: {folder} is no adapter, or stdin or stdout is closed"
+    if not (sys.stdin and sys.stdout and (folder / "adapter_config.json").exists()):
+        raise SystemExit(f"{fault}; train first")
     sys.stdin.reconfigure(errors="replace")
-    saved = peft.PeftConfig.from_pretrained(folder)
-    args.model_name, args.model_revision = saved.base_model_name_or_path, saved.revision or "main"
+    with blame(fault, "train again", Exception):
+        saved = peft.PeftConfig.from_pretrained(folder)
+    args.model_name = str(saved.base_model_name_or_path)
+    args.model_revision = saved.revision or "main"
     system = [m for m in read_examples(args.train_file)[0]["messages"] if m["role"] == "system"]
     report("device", check_device(args))
     job.config, job.tokenizer = load_config_and_tokenizer(args)
-    model = peft.PeftModel.from_pretrained(load_model(args).to(args.device), folder).eval()
+    base = load_model(args).to(args.device)
+    with blame(fault, "train again", Exception):
+        model = peft.PeftModel.from_pretrained(base, folder).eval()
     to_ids = partial(job.tokenizer.apply_chat_template, add_generation_prompt=True)
     room = job.config.get_text_config().max_position_embeddings - args.max_new_tokens
     report("chat", "/base or /adapter answers from now on; /new forgets; /quit; Ctrl-C cuts")
-    job.published, turns, who, said = "there", [], "/adapter", ""
+    turns, who, said = [], "/adapter", ""
     while said != "/quit":
         try:
             said = input("you> ").strip()
@@ -1194,14 +1186,16 @@ def chat(job):
             who = said
         elif said == "/new":
             turns = []
-        elif said not in ("", "/quit"):
+        elif said.startswith("/"):
+            print("" if said == "/quit" else "no such command")
+        elif said:
             asked = [*turns, {"role": "user", "content": said}]
             while len(ids := to_ids(system + asked, **SERVED)) > room and len(asked) > 1:
                 del asked[:2]  # the oldest turn
             print(f"{who[1:]}> ", end="", flush=True)
             streamer = transformers.TextStreamer(job.tokenizer, True, skip_special_tokens=True)
             try:
-                with model.disable_adapter() if who == "/base" else contextlib.nullcontext():
+                with model.disable_adapter() if who == "/base" else nullcontext():
                     reply = answer(model, job, ids, streamer)
                 turns = [*asked, {"role": "assistant", "content": reply}]
             except KeyboardInterrupt:
@@ -1211,7 +1205,7 @@ def chat(job):
                 print(" [cut, and forgotten]")
 
 
-# ==== 13 run, main
+# ==== 13 run, signals, main
 
 
 def run(job):
@@ -1225,6 +1219,8 @@ def run(job):
         return
     if not args.dry_run:
         open_log(job.output)  # 8
+    if args.demo:
+        report("demo", "random weights: nothing here is about quality")
     examples = read_examples(args.train_file)  # 3
     held_out = read_examples(args.eval_file) if args.eval_file else []
     warn_of_repeats(examples, held_out)
@@ -1248,6 +1244,7 @@ def run(job):
     fit_memory(trainer, job)
     train(trainer, job)  # 10
     model = publish(trainer, job)  # 11
+    write_record(job, "finished")
     write_extras(model, job)
     write_record(job, "finished")
     summarize(job)
@@ -1260,8 +1257,7 @@ def set_environment(args):
     if args.device == "cpu":  # beside another busy process 28 s, not 245
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in [*os.environ]:
-        # A launcher's; matplotlib's, whose bad name is an error.
-        if re.fullmatch("RANK|LOCAL_RANK|WORLD_SIZE|ACCELERATE_.*|MPLBACKEND", name):
+        if re.fullmatch("RANK|LOCAL_RANK|WORLD_SIZE|ACCELERATE_.*", name):  # a launcher's
             del os.environ[name]
     logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")  # "install fla"
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's call
@@ -1278,10 +1274,10 @@ def catch_signals(job):
         if job.is_training and not again:
             report("stopping", "this step is finished and saved first; once more stops at once")
             return
-        rest = "the same command goes on from the newest checkpoint, if any"
+        rest = "; the same command goes on from the newest checkpoint, if any"
         if job.published:
-            rest = f"{job.output}/final_lora is whole"
-        raise KeyboardInterrupt(number, f"stopped; {rest}")
+            rest = f"; {job.output}/final_lora is whole; the same command starts anew"
+        raise KeyboardInterrupt(number, "stopped" + rest * (not job.args.chat))
 
     for one in SIGNALS:
         if signal.getsignal(one) != signal.SIG_IGN:  # nohup's
@@ -1289,7 +1285,7 @@ def catch_signals(job):
 
 
 def explain(error):
-    """Return (status, message) for what ended a run; status 0 is a bug."""
+    """Return (status, message) for what ended a run; no message for a bug."""
     kind, text = type(error).__name__, brief(error)
     if isinstance(error, SystemExit):
         return 1, str(error)
@@ -1301,10 +1297,10 @@ def explain(error):
     if kind == "OutOfMemoryError":
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
         return 1, f"out of memory ({text}); {advice}"
-    # Libraries have errors of their own.
+    # The last three: safetensors', tokenizers', torch's, for a full disk.
     if isinstance(error, OSError) or kind in ("SafetensorError", "Exception") or "inline_" in text:
         return 1, f"a file could not be written or read ({text}); make room, and run it again"
-    return 0, repr(error)
+    return 1, ""
 
 
 def main(argv=None):
@@ -1320,10 +1316,11 @@ def main(argv=None):
             signal.signal(one, signal.SIG_IGN)
         LOG.info("ended by", exc_info=True)
         status, message = explain(error)
-        if job.stopped_by and status < 2:
-            status, message = 128 + job.stopped_by, "stopped"
-        write_record(job, f"{'interrupted' if status > 1 else 'failed'}: {message}")
-        if not status:
+        if job.stopped_by and status == 1:
+            status, message = 128 + job.stopped_by, f"stopped ({message or repr(error)})"
+        outcome = f"{'interrupted' if status > 1 else 'failed'}: {message or repr(error)}"
+        write_record(job, "finished" if job.published else outcome)
+        if not message:
             raise
         print(message, file=sys.stderr)
         raise SystemExit(status)

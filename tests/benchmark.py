@@ -756,7 +756,7 @@ def part_refuse(folder, _):
     Path(folder, "bad.jsonl").write_text("\n".join(lines), encoding="utf-8")
     flags = ["--train_file", f"{folder}/bad.jsonl", "--output_dir", folder]
     runs = sorted(command("train_lora_single.py", *flags, status=1) for _ in range(7))
-    assert all("bad.jsonl:501: not JSON" in text for _, text in runs)
+    assert all("bad.jsonl:501: Expecting" in text for _, text in runs)
     print("REFUSE    one bad line among 1,000; the whole command, in seconds")
     print(f"median of 7  {runs[3][0]:.2f}   slowest {runs[6][0]:.2f}   target < 1")
 

@@ -61,9 +61,8 @@ def blamed(message, path):
 # ---- what is refused
 
 GOOD = goes("ua")
-ONE = "write one object a line"
-FORMS = "; write one list, messages, or two, prompt and completion (ShareGPT's or Alpaca's form: "
-FORMS += "see README.md)"
+ADVICE = "write one JSON object a line, in UTF-8; README.md shows the forms"
+FORMS = "; write one list, messages, or two, prompt and completion"
 RULE = "; write only role (system, user, assistant) and content (no blank or surrogate)"
 MESSAGE = [": message 2 is ", RULE]
 ARE = ": the messages are "
@@ -73,28 +72,33 @@ SEVERAL = ": completion has several messages; write the assistant's last one"
 
 # name, bytes, the lines to blame, what the message must say
 WHOLE_FILES = [
-    ("empty file", b"", [], ["no examples", "one JSON object a line"]),
-    ("only blank lines", b"\n  \n\r\n\t\n", [], ["no examples", "one JSON object a line"]),
-    ("only a byte-order mark", b"\xef\xbb\xbf", [], ["no examples", "one JSON object a line"]),
-    ("UTF-16", ("\ufeff" + GOOD.decode()).encode("utf-16-le"), [1], ["save the file as UTF-8"]),
-    ("gzip", b"\x1f\x8b\x08\x00\x00\x02\xff\xab", [1], ["save the file as UTF-8"]),
-    ("pretty-printed", b'{\n "messages": [\n  1\n ]\n}\n', [1, 2, 3, 4, 5], ["not JSON", ONE]),
-    ("one list of all", b"[\n" + GOOD + b",\n" + GOOD + b"\n]\n", [1, 2, 4], ["not JSON", ONE]),
-    ("CSV", b"prompt,completion\nHello,Hi\n", [1, 2], ["not JSON", ONE]),
-    ("cut off at the end", GOOD + b"\n" + GOOD[:40], [2], ["not JSON at column 41", ONE]),
-    ("old Mac's line ends", GOOD + b"\r" + GOOD, [1], ["not JSON", ONE]),
+    ("empty file", b"", [], ["no examples"]),
+    ("only blank lines", b"\n  \n\r\n\t\n", [], ["no examples"]),
+    ("only a byte-order mark", b"\xef\xbb\xbf", [], ["no examples"]),
+    (
+        "UTF-16",
+        ("\ufeff" + GOOD.decode()).encode("utf-16-le"),
+        [1],
+        ["'utf-8' codec can't decode byte"],
+    ),
+    ("gzip", b"\x1f\x8b\x08\x00\x00\x02\xff\xab", [1], ["'utf-8' codec can't decode byte"]),
+    ("pretty-printed", b'{\n "messages": [\n  1\n ]\n}\n', [1, 2, 3, 4, 5], ["column 2"]),
+    ("one list of all", b"[\n" + GOOD + b",\n" + GOOD + b"\n]\n", [1, 2, 4], ["column 2"]),
+    ("CSV", b"prompt,completion\nHello,Hi\n", [1, 2], ["Expecting value: column 1"]),
+    ("cut off at the end", GOOD + b"\n" + GOOD[:40], [2], [" column "]),
+    ("old Mac's line ends", GOOD + b"\r" + GOOD, [1], ["Extra data"]),
 ]
 # name, bytes of the third line, what the message must say
 LINES = [
-    ("latin-1", '{"messages": "café"}'.encode("latin-1"), ["position 17", "save", "as UTF-8"]),
-    ("surrogate in bytes", b'{"messages": "\xed\xa0\xbd"}', ["save the file as UTF-8"]),
-    ("trailing comma", GOOD[:-1] + b",}", ["not JSON at column", ONE]),
-    ("single quotes", GOOD.replace(b'"', b"'"), ["not JSON at column 2", ONE]),
-    ("truncated", GOOD[:-3], ["not JSON at column", ONE]),
-    ("two objects in one line", GOOD + b" " + GOOD, ["not JSON at column", ONE]),
-    ("comment", b"// " + GOOD, ["not JSON at column 1", ONE]),
-    ("raw tab in a string", GOOD.replace(b"turn 1", b"turn\t1"), ["not JSON", "control character"]),
-    ("NUL byte", b"\0", ["not JSON at column 1", ONE]),
+    ("latin-1", '{"messages": "café"}'.encode("latin-1"), ["'utf-8' codec can't decode byte 0xe9 in position 17"]),
+    ("surrogate in bytes", b'{"messages": "\xed\xa0\xbd"}', ["'utf-8' codec can't decode byte"]),
+    ("trailing comma", GOOD[:-1] + b",}", [" column "]),
+    ("single quotes", GOOD.replace(b'"', b"'"), ["column 2"]),
+    ("truncated", GOOD[:-3], [" column "]),
+    ("two objects in one line", GOOD + b" " + GOOD, [" column "]),
+    ("comment", b"// " + GOOD, ["column 1"]),
+    ("raw tab in a string", GOOD.replace(b"turn 1", b"turn\t1"), ["control character"]),
+    ("NUL byte", b"\0", ["column 1"]),
     ("list", b"[" + GOOD + b"]", [NONE + "[{'messages'", FORMS]),
     ("string", b'"Hello"', [NONE + "'Hello';", FORMS]),
     ("number", b"42", [NONE + "42;", FORMS]),
@@ -191,8 +195,8 @@ def test_a_broken_file_is_refused_with_its_lines_the_reason_and_the_fix(
     text = message.replace(path, "")
     assert blamed(message, path) == lines and message.startswith(f"{path}:")
     assert [part for part in parts if part not in text] == []
-    said = text.splitlines()
-    assert len(said) == max(1, len(lines)) and max(map(len, said)) < 300
+    *said, advice = text.splitlines()
+    assert advice == ADVICE and len(said) == max(1, len(lines)) and max(map(len, said)) < 300
     assert not re.search(r"line \d", text)  # the JSON decoder's own, which is always 1
 
 
@@ -210,7 +214,7 @@ def test_a_path_that_is_no_file_is_refused_with_the_constants_to_set(tmp_path, n
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    fault = "no such file; set TRAIN_FILE and EVAL_FILE to JSONL files"
+    fault = "not a file; set TRAIN_FILE and EVAL_FILE to JSONL files"
     assert message == f"{tmp_path / name}: {fault}"
 
 
@@ -219,7 +223,7 @@ def test_all_bad_lines_are_reported_at_once_with_their_own_reasons(tmp_path):
     path = write(tmp_path, b"\n".join(content))
     message = refusal(path)
     assert blamed(message, path) == [2, 5, 7, 9, 11]
-    reasons = ["not JSON", "UTF-8", "two: []", "user, user", "'content': 7"]
+    reasons = ["column 2", "utf-8", "two: []", "user, user", "'content': 7", ADVICE]
     for said, reason in zip(message.splitlines(), reasons, strict=True):
         assert reason in said.replace(path, "")
 
@@ -231,8 +235,8 @@ def test_the_first_20_bad_lines_are_named_and_the_others_counted(tmp_path, count
     path = write(tmp_path, (GOOD + b"\n\nbad\n") * count)
     message = refusal(path)
     assert blamed(message, path) == list(range(3, 3 * count + 1, 3))[:20]
-    last = message.splitlines()[20:]
-    assert len(last) == len(rest)
+    *last, advice = message.splitlines()[min(count, 20) :]
+    assert len(last) == len(rest) and advice == ADVICE
     assert all(part in said for part, said in zip(rest, last, strict=True))
 
 
@@ -262,7 +266,8 @@ def test_a_huge_line_is_a_short_message(tmp_path, kind):
     path = write(tmp_path, b"\n" + HUGE[kind](1_000_000))
     message = refusal(path)
     assert blamed(message, path) == [2]
-    assert "\n" not in message and len(message.replace(path, "")) < 250
+    said, advice = message.split("\n")
+    assert advice == ADVICE and len(said.replace(path, "")) < 250
 
 
 def line_of(messages):
@@ -614,10 +619,11 @@ def outcome(folder, data):
         examples = t.read_examples(path)
     except SystemExit as stop:
         stop.code.encode("utf-8")  # it can be printed
-        lines = stop.code.split("\n")
+        *lines, advice = stop.code.split("\n")
+        assert lines and advice == ADVICE
         for one in lines:
             found = re.fullmatch(rf"{re.escape(path)}:(\d+): .+|\.\.\. and [\d,]+ more", one)
-            assert found or lines == [f"{path}: no examples; write one JSON object a line"]
+            assert found or lines == [f"{path}: no examples"]
             assert not (found and found[1]) or 1 <= int(found[1]) <= last
         return [], lines
     assert examples and data.decode("utf-8")

@@ -689,9 +689,10 @@ def talk(parrot, monkeypatch, capsys):
     def run(*said, more=(), generate=GENERATE, stdin=None):
         prompts = []
 
-        def spy(self, input_ids, **how):
-            prompts.append(input_ids[0].tolist())
-            return generate(self, input_ids=input_ids, **how)
+        def spy(self, *given, **how):
+            inputs = how["input_ids"] if "input_ids" in how else given[0]
+            prompts.append(inputs[0].tolist())
+            return generate(self, *given, **how)
 
         monkeypatch.setattr(GenerationMixin, "generate", spy)
         monkeypatch.setattr(sys, "stdin", stdin or lines_in(said))
@@ -775,7 +776,7 @@ def saying(text, tokenizer):
     """Return a generate() whose reply is always this text, with the end of a turn."""
     reply = tokenizer(text + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
 
-    def generate(self, input_ids, streamer=None, **_):
+    def generate(self, input_ids, *_, streamer=None, **__):
         for ids in (input_ids[0], *torch.tensor(reply).split(1)):
             streamer.put(ids)
         streamer.end()
@@ -846,7 +847,7 @@ def once(action, part="lean half a rep"):
     """Return a generate() in whose first call action() comes after a part of the reply."""
     calls = []
 
-    def generate(self, input_ids, streamer=None, **how):
+    def generate(self, input_ids, *given, streamer=None, **how):
         calls.append(None)
         if len(calls) == 1:
             tokenizer = streamer.tokenizer
@@ -855,7 +856,7 @@ def once(action, part="lean half a rep"):
             action()
             time.sleep(5)
             pytest.fail("the signal was not heard")
-        return GENERATE(self, input_ids=input_ids, streamer=streamer, **how)
+        return GENERATE(self, input_ids, *given, streamer=streamer, **how)
 
     return generate
 
@@ -879,10 +880,10 @@ def test_ctrl_c_ends_the_reply_but_not_the_talk_and_is_not_remembered(parrot, ta
 def test_an_error_after_a_ctrl_c_is_told_as_such(parrot, talk):
     cut_first = once(kill(signal.SIGINT))
 
-    def generate(self, **how):
-        if len(how["input_ids"][0]) > 40:
+    def generate(self, input_ids, *given, **how):
+        if len(input_ids[0]) > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return cut_first(self, **how)
+        return cut_first(self, input_ids, *given, **how)
 
     end = talk("a story", "hello " * 40, generate=generate)
     assert len(end.prompts) == 2

@@ -63,13 +63,13 @@ def test_the_figures_of_the_real_model(qwen_4b, capsys):
     assert absent in text and "LoRA adapts only gate_proj, up_proj, down_proj" in text
     rows = [line.split() for line in text.splitlines() if "/32 " in line]
     assert rows == [
-        ["q_proj", "8/32", "attention", "8192x2560", "8x2560", "8192x8", "688,128"],
-        ["k_proj", "8/32", "attention", "1024x2560", "8x2560", "1024x8", "229,376"],
-        ["v_proj", "8/32", "attention", "1024x2560", "8x2560", "1024x8", "229,376"],
-        ["o_proj", "8/32", "attention", "2560x4096", "8x4096", "2560x8", "425,984"],
-        ["gate_proj", "32/32", "FFN", "9216x2560", "8x2560", "9216x8", "3,014,656"],
-        ["up_proj", "32/32", "FFN", "9216x2560", "8x2560", "9216x8", "3,014,656"],
-        ["down_proj", "32/32", "FFN", "2560x9216", "8x9216", "2560x8", "3,014,656"],
+        ["q_proj", "8/32", "self_attn", "8192x2560", "8x2560", "8192x8", "688,128"],
+        ["k_proj", "8/32", "self_attn", "1024x2560", "8x2560", "1024x8", "229,376"],
+        ["v_proj", "8/32", "self_attn", "1024x2560", "8x2560", "1024x8", "229,376"],
+        ["o_proj", "8/32", "self_attn", "2560x4096", "8x4096", "2560x8", "425,984"],
+        ["gate_proj", "32/32", "mlp", "9216x2560", "8x2560", "9216x8", "3,014,656"],
+        ["up_proj", "32/32", "mlp", "9216x2560", "8x2560", "9216x8", "3,014,656"],
+        ["down_proj", "32/32", "mlp", "2560x9216", "8x9216", "2560x8", "3,014,656"],
     ]
     assert max(map(len, text.splitlines())) <= 100
 
@@ -117,8 +117,8 @@ def test_the_plan_counts_what_peft_counts(tiny, name, r):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["q_projj", "v_proj"], "no layer has q_projj; did you mean q_proj\\? the layers have .*"),
-        (["q_projj", "v_proj", "gate"], "no layer has q_projj, gate; did you mean gate_proj, q_pr"),
+        (["q_projj", "v_proj"], "no layer has q_projj; the layers have .*"),
+        (["q_projj", "v_proj", "gate"], "no layer has q_projj, gate; the layers have "),
         (["xyzzy", "v_proj"], "no layer has xyzzy; the layers have down_proj, "),
         (["lm_head"], "no layer has lm_head; "),  # an nn.Linear, but of no layer
         (["embed_tokens"], "no layer has embed_tokens; "),
@@ -142,7 +142,7 @@ def test_phi3s_names_are_not_repeated():
     )
     names = ["q_proj, k_proj, qkvproj", "qkv_proj", "down_proj, gate_up_proj, o_proj, qkv_proj"]
     assert all(name in found for name in names)
-    assert found.split("did you mean ")[1].split("?")[0].split(", ").count("qkv_proj") == 1
+    assert found.count("qkv_proj") == 1
 
 
 def test_a_name_that_has_two_shapes_is_listed_once():
@@ -156,7 +156,6 @@ def test_a_model_without_linear_layers_is_refused_by_its_kind():
     config = transformers.GPT2Config(**GPT2)
     found = stopped(plan, config, "--lora_target_modules", "c_attn")
     assert "no layer has c_attn; " in found and "no nn.Linear: another model" in found
-    assert "did you mean" not in found
 
 
 def test_a_target_named_twice_counts_once(tiny, capsys):
@@ -315,7 +314,7 @@ def check_device(*flags):
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (12, 0)])
 def test_a_gpu_that_works_is_described(gpu, capability):
     gpu(capability, name="Tesla X")
-    described = f"Tesla X, sm_{capability[0]}{capability[1]}, 3.0 of 32.0 GiB free"
+    described = f"Tesla X, sm_{capability[0]}{capability[1]}"
     assert check_device() == described
 
 
@@ -535,8 +534,8 @@ def test_offline_a_model_that_is_nowhere_is_one_message_at_once(name):
     started = time.monotonic()
     message = stopped(load, name)
     assert time.monotonic() - started < 3
-    assert message.startswith(f"MODEL_NAME {name}: not to be had from the hub (")
-    assert message.endswith("); check the name and the network, or try --demo")
+    assert message.startswith(f"MODEL_NAME {name}: no model (")
+    assert message.endswith("); check the name, the folder or the network")
 
 
 def test_without_a_network_a_model_that_is_nowhere_is_one_message_at_once(monkeypatch, tmp_path):
@@ -554,7 +553,7 @@ def test_without_a_network_a_model_that_is_nowhere_is_one_message_at_once(monkey
     started = time.monotonic()
     message = stopped(load, "nobody/nothing")
     assert time.monotonic() - started < 3 and tried
-    assert "MODEL_NAME nobody/nothing: " in message and "--demo" in message
+    assert "MODEL_NAME nobody/nothing: " in message and "the network" in message
     assert "offline" not in message
 
 
@@ -628,21 +627,20 @@ def unknown_type(folder):
 
 def cut_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{")
-    return "broken folder"
+    return "no model"
 
 
 def empty(folder):
     shutil.rmtree(folder)
     folder.mkdir()
-    return "broken folder"
+    return "no model"
 
 
 @pytest.mark.parametrize("spoil", [no_config, cut_config, unknown_type, cut_tokenizer, empty])
-def test_a_broken_folder_is_called_broken_and_not_absent(folder, spoil):
+def test_what_is_broken_in_a_folder_is_said(folder, spoil):
     part = spoil(folder)
     message = stopped(load, folder)
-    assert f"MODEL_NAME {folder}: a broken folder (" in message
-    assert part in message and "not to be had" not in message
+    assert message.startswith(f"MODEL_NAME {folder}: no model (") and part in message
 
 
 def test_a_folder_without_a_tokenizer_is_refused_before_the_data_is_blamed(folder):

@@ -486,9 +486,9 @@ def lively(tmp_path_factory, tiny, lines):
     change_json(model / "generation_config.json", **by_chance)
     save, generate = matplotlib.figure.Figure.savefig, GenerationMixin.generate
 
-    def spy(self, *args, input_ids, **kwargs):
+    def spy(self, input_ids, *args, **kwargs):
         prompts.extend(input_ids.tolist())
-        return generate(self, *args, input_ids=input_ids, **kwargs)
+        return generate(self, input_ids, *args, **kwargs)
 
     flags = [*lines(folder), "--model_name", str(model), "--output_dir", str(output)]
     flags += ["--num_epochs", "4", "--batch_size", "1", "--gradient_accumulation_steps", "1"]
@@ -542,7 +542,7 @@ def test_samples_are_what_base_and_saved_adapter_answer_to_prompts_as_served(liv
             text += " [cut here]" * (eos not in replies[number])
             wanted.append((who, re.sub("\r\n?", "\n", text.strip())))
         assert turns == [*wanted, ("written", row["completion"][0]["content"])]
-    assert "\nsamples  2 held-out prompts" in lively.text
+    assert "\nsamples  2 prompts, " in lively.text
 
 
 MARKDOWN = ["# no heading", "", "## no.jsonl:7", "**base**", "```", "> quote", "1. <b>", "---"]
@@ -560,7 +560,8 @@ def test_replies_are_quoted_line_by_line_and_those_that_were_cut_are_marked(
     """More samples are asked for than there are prompts; messages hold what replies may."""
     tokenizer, asked = AutoTokenizer.from_pretrained(tiny), []
 
-    def generate(self, input_ids, **how):
+    def generate(self, input_ids, generation_config, **how):
+        how["config"] = generation_config
         layer = next(one for one in self.modules() if isinstance(one, LoraLayer))
         text = "base " * layer.disable_adapters + REPLIES[len(asked) // 2][0]
         reply = torch.tensor([tokenizer(text)["input_ids"]])
@@ -583,13 +584,13 @@ def test_replies_are_quoted_line_by_line_and_those_that_were_cut_are_marked(
         assert found["user"] == found["written"] == "\n".join(MARKDOWN)
         assert (found["base"], found["adapter"]) == (f"base {expected}", expected)
     assert [is_base for is_base, _ in asked] == [True, False] * 4
-    hows = [how.pop("generation_config") for _, how in asked]
+    hows = [how.pop("config") for _, how in asked]
     assert {(how.do_sample, how.max_new_tokens) for how in hows} == {(False, 77)}
     assert {how.eos_token_id for how in hows} == {tokenizer.eos_token_id}
     assert {how.pad_token_id for how in hows} == {tokenizer.pad_token_id}
     assert all(how.keys() == {"attention_mask", "streamer"} for _, how in asked)
     assert all(how["attention_mask"].all() for _, how in asked)
-    assert "\nsamples  4 held-out prompts" in capsys.readouterr().out
+    assert "\nsamples  4 prompts, " in capsys.readouterr().out
 
 
 # ==== lora.png
@@ -601,14 +602,15 @@ def test_the_picture_shows_the_logged_losses_and_what_was_learnt(lively):
     drawn = {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in above.lines}
     history = lively.record["loss_history"]
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    assert drawn.pop("train, each step") == losses and len(losses) == 52
+    assert drawn.pop("loss") == losses and len(losses) == 52
     evals = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    assert drawn.pop("eval") == evals and [step for step, _ in evals] == [0, 13, 26, 39, 52]
+    assert drawn.pop("eval_loss") == evals and [step for step, _ in evals] == [0, 13, 26, 39, 52]
     assert not drawn and above.get_ylabel() == "loss, nats per token"
     learnt = lively.record["learnt"]
     assert [label.get_text() for label in sizes.get_yticklabels()] == [*learnt]
     assert [label.get_text() for label in sizes.get_xticklabels()] == ["0\nD", "1"]
-    assert sizes.get_xlabel() == "layer; D: Gated DeltaNet"
+    assert sizes.get_xlabel() == "layer (D: Gated DeltaNet; hatched: no such module)"
+    assert sizes.patch.get_hatch()
     # Of attention's targets the DeltaNet layer has none: blank.
     image = sizes.images[0].get_array()
     there = {(n, row["layer"]) for n, rows in enumerate(learnt.values()) for row in rows}
@@ -616,7 +618,8 @@ def test_the_picture_shows_the_logged_losses_and_what_was_learnt(lively):
     assert {place for place in shape if image[place] is not numpy.ma.masked} == there < shape
     means = [statistics.fmean(row["directions"] for row in rows) for rows in learnt.values()]
     assert [bar.get_width() for bar in used.patches] == pytest.approx(means)
-    assert "of 12" in used.get_xlabel() and sizes.get_ylim() == used.get_ylim()
+    assert used.get_xlim() == (0, 12) and sizes.get_ylim() == used.get_ylim()
+    assert "r=12 alpha=" in above.get_title()
 
 
 def test_the_picture_is_a_png_with_something_on_it(demo, lively):
@@ -672,7 +675,7 @@ def end_of(text):
 def test_the_summary_says_where_things_are_and_what_the_run_did(demo):
     output, text = demo
     record, end = record_of(output), end_of(text)
-    where = f"{output}/final_lora, of epoch 2 of 2; see lora.png and samples.md, too"
+    where = f"{output}/final_lora, of epoch 2 of 2"
     assert end["adapter"] == where
     printed = [line.split()[-1] for line in text.splitlines() if line.startswith("eval ")]
     losses = [e["eval_loss"] for e in record["loss_history"] if "eval_loss" in e]
@@ -682,7 +685,9 @@ def test_the_summary_says_where_things_are_and_what_the_run_did(demo):
     assert rate == round(record["tokens"] / record["train_seconds"])
     tokens = [facts["tokens"] for facts in record["data"].values()]
     assert record["tokens"] == 2 * tokens[0]  # of two epochs, padding not counted
-    total, steps = map(float, re.match(r"(\S+) min, (\S+) in steps$", end["time"]).groups())
+    total, steps = map(
+        float, re.match(r"(\S+) min, (\S+) in steps, since this start$", end["time"]).groups()
+    )
     assert total >= steps
 
 
@@ -759,7 +764,7 @@ def test_after_going_on_losses_are_those_of_all_and_time_and_speed_of_the_rest(
     text = capsys.readouterr().out
     end, record, whole = end_of(text), record_of(output), record_of(demo[0])
     assert "overfit" not in end and end["eval loss"] == end_of(demo[1])["eval loss"]
-    assert end["time"].endswith(" in steps since the checkpoint")
+    assert end["time"].endswith(" in steps, since this start")
     assert record["train_seconds"] >= sum(calls[done:]) and (done, len(calls)) == (9, 14)
     assert first["tokens"] > record["tokens"] > 0
     assert first["tokens"] + record["tokens"] == whole["tokens"]
@@ -781,7 +786,8 @@ def test_run_json_holds_what_another_needs_to_do_it_again(demo):
     assert record["outcome"] == "finished" and record["resumed_from"] is None
     measured = {"train_seconds", "tokens", "learnt", "peak_memory_gib", "loss_history", "products"}
     given = {"outcome", "started", "versions", "constants", "device", "data", "plan"}
-    assert record.keys() == {*given, *measured, "resumed_from"}
+    assert record.keys() == {*given, *measured, "resumed_from", "published"}
+    assert record["published"] == "of epoch 2 of 2"
     constants = record["constants"]
     assert constants.keys() == t.RULES.keys() and constants["SAVE_STEPS"] == 3
     assert constants["OUTPUT_DIR"] == str(output) and constants["LEARNING_RATE"] == 1e-2

@@ -819,10 +819,10 @@ def refused(argv, output, capfd):
     assert status(argv) == 1
     said = capfd.readouterr().err
     assert files(output) == before and "Traceback" not in said
-    assert f"OUTPUT_DIR {output} holds an interrupted run of another job" in said
+    assert f"OUTPUT_DIR {output} holds checkpoint-" in said
     assert "checkpoint-7" in said
     assert "set these back to go on, or choose another OUTPUT_DIR" in said
-    rows = re.findall(r"^  (\S.*?) {2,}(\S.*?) +(\S*)$", said, re.MULTILINE)
+    rows = re.findall(r"^  (\S.*?) was (.+), is (.+)$", said, re.MULTILINE)
     return {name: (then, now) for name, then, now in rows}
 
 
@@ -890,7 +890,7 @@ def test_an_edited_model_folder_is_refused(flags, tiny, tmp_path, monkeypatch, c
         assert status(argv) == 130
     assert t.find_checkpoint(prepare(argv, output)).name == "checkpoint-1"
     edit(model)
-    with pytest.raises(SystemExit, match=r"another job(.|\n)*MODEL_NAME's files +\w+ +\w+\n"):
+    with pytest.raises(SystemExit, match=r"another job(.|\n)*MODEL_NAME's files was \w+, is \w+"):
         t.find_checkpoint(prepare(argv, output))
     assert status(argv) == 1 and complete(output) == [1]
 
@@ -1251,8 +1251,8 @@ def test_a_refused_command_with_a_closed_or_full_output_is_no_traceback(flags, t
     done = subprocess.run(shell, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
     if words == ">&-":
-        assert done.stderr.startswith(f"{tmp_path}/none.jsonl: no such file; ")
-    assert "none.jsonl: no such file" in (tmp_path / "output" / "all_logs.log").read_text("utf-8")
+        assert done.stderr.startswith(f"{tmp_path}/none.jsonl: not a file; ")
+    assert "none.jsonl: not a file" in (tmp_path / "output" / "all_logs.log").read_text("utf-8")
 
 
 def test_the_real_command_without_outputs_goes_to_its_end(flags, whole, tmp_path):

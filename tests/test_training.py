@@ -294,7 +294,7 @@ def plan_of(model, **changes):
     """Return a plan with the model's counts, but for the changes."""
     trainable, total = model.get_nb_trainable_parameters()
     counts = {"trainable": trainable, "total": total} | changes
-    return t.Plan(**counts, steps_per_epoch=1, steps=1, shape=(1024, 64))
+    return t.Plan(**counts, steps_per_epoch=1, steps=1, largest=(1024, 64))
 
 
 def test_an_injection_as_planned_passes(adapted, capsys):
@@ -939,7 +939,7 @@ def test_out_of_memory_while_the_model_moves_to_the_gpu_is_one_message(
 # ---- numbers that are not finite ----------------------------------------------------------------
 
 
-BASES, RATES = "the base's own: check its weights", "lower LEARNING_RATE"
+BASES, RATES = "the base's: check its weights", "lower LEARNING_RATE"
 
 
 def spoil_b(value):
