@@ -1,8 +1,8 @@
 """Train a LoRA adapter for Qwen3.5-4B on conversations, on one GPU.
 
     python train_lora_single.py              # data/train.jsonl -> output/final_lora
-    python train_lora_single.py --dry_run    # only check the data and print the plan; needs no GPU
-    python train_lora_single.py --demo       # the same code on a tiny model with random weights
+    python train_lora_single.py --dry_run    # check data, print the plan; needs no GPU
+    python train_lora_single.py --demo       # the same on a tiny model with random weights
     python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant is a flag too
     python train_lora_single.py --chat       # talk to output/final_lora
     python train_lora_single.py --compare DIR ...    # its finished runs, best first
@@ -38,7 +38,7 @@ from functools import partial
 from pathlib import Path
 
 if sys.version_info < (3, 11):  # noqa: UP036
-    raise SystemExit("Python 3.11, 3.12 or 3.13 is needed; README.md says how to get one")
+    raise SystemExit("Python 3.11 to 3.13 is needed; see README.md")
 
 
 class Lazy(types.ModuleType):
@@ -1097,7 +1097,7 @@ def report_runs(folders, least):
             constants, lowest = dict(run["constants"]), min(losses[1:])
             loss = lowest if constants.get("PUBLISH") == "best" else losses[-1]
             numbers = f"{loss:>9.4f}{lowest:>9.4f}{run['train_seconds'] / 60:>9.1f}"
-            numbers += "+" if run["resumed_from"] else " "  # and before the stop
+            numbers += "+" if run["resumed_from"] else " "  # more before
             if run["outcome"] == "finished":
                 found = loss, f"{numbers} {path}", constants
                 runs.append((float(run["started"]), [*run["data"].values()], found))
@@ -1140,9 +1140,10 @@ def summarize(job):
     if args.publish == "last" and losses and min(losses) < losses[-1]:
         lines.insert(2, "overfit    it was lower before: see PUBLISH")
     report("done", "\n".join(lines))
-    report_runs([output], least=2)
+    if losses:
+        report_runs([output], least=2)
     base = shlex.join([args.model_name, "--revision", args.model_revision])
-    rank = max(8, 1 << (args.lora_r - 1).bit_length())  # one that vLLM takes
+    rank = max(8, 1 << (args.lora_r - 1).bit_length())  # vLLM's
     served = f"companion={output}/final_lora" + "_vllm" * (output / "final_lora_vllm").exists()
     command = f"""{shlex.join(["python", *sys.argv, "--chat"])}
 vllm serve {base} \\
@@ -1257,7 +1258,8 @@ def set_environment(args):
     if args.device == "cpu":  # beside another busy process 28 s, not 245
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in [*os.environ]:
-        if re.fullmatch("RANK|LOCAL_RANK|WORLD_SIZE|ACCELERATE_.*", name):  # a launcher's
+        # A launcher's, or a notebook's.
+        if re.fullmatch("RANK|LOCAL_RANK|WORLD_SIZE|ACCELERATE_.*|MPLBACKEND", name):
             del os.environ[name]
     logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")  # "install fla"
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's call

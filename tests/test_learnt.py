@@ -414,10 +414,50 @@ def test_where_the_best_epochs_file_is_damaged_it_is_said_and_the_last_one_can_b
         damage(path)
 
     assert with_losses(tmp_path, "--publish", "best", losses=(3.0, 2.0, 2.5), at_last=spoil) == 1
-    assert "could not be written or read" in capsys.readouterr().err
-    assert not (tmp_path / "final_lora").exists()
+    said = capsys.readouterr().err
+    assert f"PUBLISH best: {tmp_path}/checkpoints/checkpoint-1/{TENSORS} (" in said
+    assert "run again with --publish last" in said and not (tmp_path / "final_lora").exists()
     assert with_losses(tmp_path, "--publish", "last", losses=(3.0, 2.0, 2.5)) == 0
     assert epoch_of(tmp_path) == epoch_of(tmp_path, "final_lora_vllm") == [2]
+
+
+def test_the_best_epoch_is_taken_from_the_folder_that_is_trained_in(
+    with_losses, tmp_path, no_pictures, monkeypatch
+):
+    """Stopped in its last step, moved, and another job trained in the old place."""
+    losses, old, new = (3.0, 2.0, 2.5), tmp_path / "old", tmp_path / "new"
+    flags = ("--publish", "best")
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert with_losses(old, *flags, losses=losses, at_last=stop) == 143
+    old.rename(new)
+    assert with_losses(old, *flags, "--seed", 7, losses=losses) == 0
+    assert with_losses(new, *flags, losses=losses) == 0
+    assert epoch_of(new) == [1] == epoch_of(old)
+    for output in (old, new):
+        assert "of epoch 1 of 2" in section(last_log(output), "done")[0]
+        assert record_of(output)["published"] == "of epoch 1 of 2"
+    tensors = [(output / "final_lora" / TENSORS).read_bytes() for output in (old, new)]
+    assert tensors[0] != tensors[1]
+
+
+def test_where_the_best_epochs_checkpoint_is_gone_the_last_is_not_published_in_its_place(
+    with_losses, tmp_path, no_pictures, capsys
+):
+    def remove():
+        shutil.rmtree(tmp_path / "checkpoints/checkpoint-1", ignore_errors=True)
+
+    assert with_losses(tmp_path, "--publish", "best", losses=(3.0, 2.0, 2.5), at_last=remove) == 1
+    assert "PUBLISH best: " in capsys.readouterr().err and not (tmp_path / "final_lora").exists()
+
+
+def test_the_best_epoch_without_an_eval_file_is_refused(lines, tmp_path, capsys):
+    flags = lines(tmp_path, train=2, evaluation=0)
+    assert status([*flags, "--publish", "best", "--output_dir", tmp_path / "output"]) == 2
+    assert "PUBLISH 'best' needs an EVAL_FILE" in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
 
 
 def test_publish_may_be_changed_before_an_interrupted_run_goes_on(
@@ -446,7 +486,8 @@ def test_publish_may_be_changed_before_an_interrupted_run_goes_on(
 
 def shown(lines):
     """Return [(eval loss, lowest, minutes, rest)] of the list's lines, without its head."""
-    found = [re.fullmatch(r" *(\d\.\d{4}) +(\d\.\d{4}) +(\d+\.\d) +(.+)", line) for line in lines]
+    row = re.compile(r" *(\d\.\d{4}) +(\d\.\d{4}) +(\d+\.\d)\+? +(.+)")
+    found = [row.fullmatch(line) for line in lines]
     return [(*map(float, one.groups()[:3]), one[4]) for one in found if one]
 
 
@@ -458,12 +499,15 @@ def test_a_first_run_lists_no_runs(demo, two_runs):
 def test_a_second_run_lists_both_the_best_first_with_what_differs(two_runs):
     text = last_log(two_runs.second)
     best, other = shown(section(text, "runs"))
-    assert best[:2] == (2.5, 2.0) and other[:2] == (2.875, 2.625)
+    # Of what was published, so that the first one's last epoch does not count; nor does the base.
+    assert best[:2] == (2.0, 2.0) and other[:2] == (2.875, 2.75)
     (aside,) = two_runs.second.glob("run.json.2*")
     assert str(aside) in best[3] and re.search(r"/run\.json(?!\.)", other[3])
-    for (*_, rest), alpha, rate in ((best, 16, 0.01), (other, 4, 0.001)):
-        assert f"LORA_ALPHA {alpha}" in rest and f"LEARNING_RATE {rate}" in rest
-        assert {*re.findall(r"\b[A-Z_]{4,}\b", rest)} == {"LORA_ALPHA", "LEARNING_RATE"}
+    for (*_, rest), alpha, rate, kept in ((best, 16, 0.01, "best"), (other, 4, 0.001, "last")):
+        assert f"LORA_ALPHA {alpha}  LEARNING_RATE {rate}  PUBLISH {kept}" in rest
+        names = {*re.findall(r"\b[A-Z_]{4,}\b", rest)}
+        assert names == {"LORA_ALPHA", "LEARNING_RATE", "PUBLISH"}
+    assert " (2 of 2: finished, on the newest's data)" in section(text, "runs")[0]
     assert text.index("\nproof ") < text.index("\nruns ")
 
 
@@ -528,6 +572,22 @@ def test_constants_that_differ_are_shown_whole_behind_a_long_path(put, tmp_path,
     assert len({row[3].partition("LORA_TARGET_MODULES")[2] for row in rows}) == 2
 
 
+def test_a_run_that_went_on_is_marked_since_its_minutes_are_not_all(put, tmp_path, capsys):
+    put("a/run.json", last=2.0, train_seconds=60)
+    put("b/run.json", last=2.5, train_seconds=60, resumed_from="b/checkpoints/checkpoint-4")
+    status(["--compare", tmp_path / "a", tmp_path / "b"])
+    out = capsys.readouterr().out
+    assert f" 1.0  {tmp_path}/a" in out and f" 1.0+ {tmp_path}/b" in out
+
+
+def test_what_is_not_listed_is_counted(put, tmp_path, capsys):
+    put("a/run.json", last=2.0)
+    put("a/run.json.20260101-000000", outcome="running")
+    put("b/run.json", data={"train.jsonl": {"sha256": "0"}}, started=0)
+    status(["--compare", tmp_path / "a", tmp_path / "b"])
+    assert " (1 of 3: finished, on the newest's data)" in capsys.readouterr().out
+
+
 def test_runs_that_do_not_differ_show_no_constant_and_a_folder_given_twice_counts_once(
     put, tmp_path, capsys
 ):
@@ -547,10 +607,11 @@ CHANGED = {
     "without losses": {"loss_history": []},
     "losses are texts": {"loss_history": ["a", "b"]},
     "losses are a number": {"loss_history": 5},
-    "a loss is a text": {"loss_history": [{"eval_loss": "NaN"}, {"eval_loss": 1.0}]},
+    "a loss is a text": {"loss_history": [{"eval_loss": 1.0}, {"eval_loss": "NaN"}]},
     "a loss is null": {"loss_history": [{"eval_loss": None}]},
     "data is a list": {"data": ["a"]},
-    "data has no hash": {"data": {"train.jsonl": {"examples": 3}}},
+    "another length": {"data": {"a": {"sha256": "1", "tokens": 5}}, "started": 0},
+    "data has no hash": {"data": {"train.jsonl": {"examples": 3}}, "started": 0},
     "other data": {"data": {"train.jsonl": {"sha256": "0" * 64}}, "started": 0},
     "time is a text": {"train_seconds": "long"},
     "start is a text": {"started": "today"},
@@ -816,7 +877,7 @@ def test_without_an_adapter_there_is_one_message_and_no_folder_is_made(parrot, t
         (tmp_path / "empty").mkdir(exist_ok=True)
         end = talk("hello", more=["--output_dir", str(tmp_path / name)])
         assert end.status == 1 and len(end.err.splitlines()) == 1
-        assert f"{tmp_path}/{name}/final_lora is missing" in end.err
+        assert f"{tmp_path}/{name}/final_lora is no adapter, " in end.err
     assert [*tmp_path.iterdir()] == [tmp_path / "empty"] and not [*(tmp_path / "empty").iterdir()]
 
 
@@ -836,11 +897,62 @@ def test_the_base_is_the_one_that_the_adapter_names_with_its_revision(talk, tmp_
     assert end.status == 1 and "a/model" in end.err and asked == [("a/model", "abc")]
 
 
+def test_a_command_that_there_is_not_is_no_message(parrot, talk):
+    end = talk("/help", "/Base", "/quit now", "hello")
+    assert end.status == 0 and len(end.prompts) == 1
+    assert end.out.count("no such command") == 3
+
+
+BROKEN = {
+    "config cut": ("adapter_config.json", lambda text: text[:9]),
+    "config empty": ("adapter_config.json", lambda text: b"{}"),
+    "no base": (
+        "adapter_config.json",
+        lambda text: re.sub(rb'(el_name_or_path": )"[^"]*"', rb"\1null", text),
+    ),
+    "another r": ("adapter_config.json", lambda text: re.sub(rb'"r": \d+', b'"r": 3', text)),
+    "tensors cut": (TENSORS, lambda tensors: tensors[:-100]),
+    "tensors gone": (TENSORS, None),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_damaged_adapter_is_one_message(parrot, talk, tmp_path, name):
+    output = tmp_path / "output"
+    shutil.copytree(parrot.output / "final_lora", output / "final_lora")
+    file, change = BROKEN[name]
+    path = output / "final_lora" / file
+    if change:
+        path.write_bytes(change(path.read_bytes()))
+    else:
+        path.unlink()
+    end = talk("hello", more=["--output_dir", str(output)])
+    err = [line for line in end.err.splitlines() if line and "Loading weights" not in line]
+    assert end.status == 1 and len(err) == 1
+    assert f"{output}/final_lora is no adapter" in err[0] or "MODEL_NAME None: " in err[0]
+
+
+def test_a_signal_while_the_chat_loads_says_nothing_of_checkpoints(parrot, talk, monkeypatch):
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(t, "load_model", stop)
+    end = talk("hello")
+    assert end.status == 130 and end.err.endswith("stopped\n")
+
+
+def test_without_a_standard_output_there_is_one_message(parrot, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert status(parrot.flags) == 1
+    assert "stdin or stdout is closed" in capsys.readouterr().err
+
+
 def test_without_a_standard_input_there_is_one_message(parrot, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
     assert status(parrot.flags) == 1
     err = [line for line in capsys.readouterr().err.splitlines() if "Loading weights" not in line]
-    assert len(err) == 1 and "input" in err[0]
+    assert len(err) == 1 and "stdin or stdout is closed" in err[0]
 
 
 def once(action, part="lean half a rep"):

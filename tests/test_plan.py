@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import socket
 import sys
 import time
@@ -58,7 +57,6 @@ def test_the_figures_of_the_real_model(qwen_4b, capsys):
     assert "trainable params: 10,616,832 || all params: 4,216,368,128 || trainable%: 0.2518" in text
     assert "750 steps, 250 an epoch: ceil(1,000 / (2 x 2)) x 3" in text
     assert "r=8 alpha=16, scale alpha/r = 2, dropout 0.05" in text
-    assert "adapter file 42.5 MB, a checkpoint three times as much\n" in text
     absent = "24 of 32 layers are Gated DeltaNet, without q_proj, k_proj, v_proj, o_proj"
     assert absent in text and "LoRA adapts only gate_proj, up_proj, down_proj" in text
     rows = [line.split() for line in text.splitlines() if "/32 " in line]
@@ -186,12 +184,12 @@ def test_steps_are_counted_and_their_formula_is_shown(
     assert line in capsys.readouterr().out
 
 
-RANKS = [(1, 1), (2, 8), (4, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (65, 128)]
-RANKS += [(128, 128), (129, 256), (257, 320), (320, 320), (321, 512), (512, 512)]
+RANKS = [(1, 8), (2, 8), (4, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32), (33, 64), (65, 128)]
+RANKS += [(128, 128), (129, 256), (257, 512), (321, 512), (512, 512)]
 
 
 @pytest.mark.parametrize(("r", "rank"), RANKS)
-def test_the_rank_flag_is_the_smallest_that_vllm_takes(r, rank, tmp_path, capsys):
+def test_the_rank_flag_is_one_that_vllm_takes_and_large_enough(r, rank, tmp_path, capsys):
     flags = ["--lora_r", str(r), "--output_dir", str(tmp_path)]
     t.summarize(t.Job(t.parse_args(flags)))
     served = capsys.readouterr().out.split("vllm serve ")[1]
@@ -200,17 +198,16 @@ def test_the_rank_flag_is_the_smallest_that_vllm_takes(r, rank, tmp_path, capsys
 
 def test_only_models_with_deltanet_are_told_of_it_and_only_if_a_target_is_absent(tiny, capsys):
     config = AutoConfig.from_pretrained(tiny)
-    for target, said in {"up_proj": None, "in_proj_z": None, "q_proj": "nothing"}.items():
+    for target, is_absent in {"up_proj": False, "in_proj_z": False, "q_proj": True}.items():
         plan(config, "--lora_target_modules", target)
         text = capsys.readouterr().out
-        assert ("DeltaNet" in text) == bool(said)
-        assert not said or (f"without {target}:\n" in text and f"adapts only {said}\n" in text)
+        assert ("DeltaNet" in text) == is_absent == (f"DeltaNet, without {target}\n" in text)
     plan(tiny_config("Llama"))
     assert "DeltaNet" not in capsys.readouterr().out
     plan(
         tiny_config("Qwen3Next", MOE | {"num_hidden_layers": 4}), "--lora_target_modules", "o_proj"
     )
-    assert "3 of 4 layers are Gated DeltaNet, without o_proj:\n" in capsys.readouterr().out
+    assert "3 of 4 layers are Gated DeltaNet, without o_proj\n" in capsys.readouterr().out
 
 
 def test_a_dry_run_prints_the_plan_asks_no_gpu_and_writes_nothing(
@@ -223,35 +220,6 @@ def test_a_dry_run_prints_the_plan_asks_no_gpu_and_writes_nothing(
     assert "trainable params: 30,720 || all params: 435,396 ||" in text
     assert "8 steps, 4 an epoch: ceil(13 / (2 x 2)) x 2" in text and "\ndevice " not in text
     assert not output.exists()
-
-
-# ==== The disk
-
-
-def test_the_adapter_is_as_large_as_planned_and_a_checkpoint_three_times_as_large(
-    lines, tmp_path, monkeypatch, capsys
-):
-    output, press = tmp_path / "output", transformers.Trainer.training_step
-    flags = [*lines(tmp_path), "--lora_r", "64", "--output_dir", str(output)]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-
-        def training_step(*args, **kwargs):
-            patch.setattr(transformers.Trainer, "training_step", press)
-            os.kill(os.getpid(), signal.SIGINT)
-            return press(*args, **kwargs)
-
-        patch.setattr(transformers.Trainer, "training_step", training_step)
-        t.main(flags)
-    (checkpoint,) = (output / "checkpoints").glob("checkpoint-*")
-    adapter, optimizer = [
-        (checkpoint / name).stat().st_size for name in ("adapter_model.safetensors", "optimizer.pt")
-    ]
-    said = r"adapter file (\S+) MB, a checkpoint three times as much\n"
-    planned = float(re.search(said, capsys.readouterr().out)[1])
-    assert planned == pytest.approx(adapter / 1e6, rel=0.06)  # 1.0 is a rounded number
-    # AdamW's two moments; the rest of a checkpoint, such as the tokenizer, does not grow with r.
-    assert adapter + optimizer == pytest.approx(3e6 * planned, rel=0.06)
-    assert adapter + optimizer == pytest.approx(3 * adapter, rel=0.03)
 
 
 # ==== The GPU

@@ -218,7 +218,7 @@ def folder(request, tiny, untied):
 def told(text):
     """Return the largest change that is printed, in the only line, and what is left."""
     line = r"products frozen modules compute in scaled float16, "
-    line += r"their weights changed by at most (\S+?)(?:; not (.*))?\n"
+    line += r"weights changed by at most (\S+?)(?:; not (.*))?\n"
     found = re.fullmatch(line, text)
     return found[1], found[2]
 

@@ -939,7 +939,7 @@ def test_out_of_memory_while_the_model_moves_to_the_gpu_is_one_message(
 # ---- numbers that are not finite ----------------------------------------------------------------
 
 
-BASES, RATES = "the base's: check its weights", "lower LEARNING_RATE"
+ADVICE = "before step 2 check the base's weights, later lower LEARNING_RATE, or set DTYPE to fl"
 
 
 def spoil_b(value):
@@ -987,23 +987,20 @@ def spoil_evaluation(number):
 
 
 @pytest.mark.parametrize(
-    ("change", "found", "advice"),
+    ("change", "found"),
     [
-        (at_step(3, spoil_b(math.nan)), "loss is nan at step 3", RATES),
-        (at_step(1, spoil_loss(math.inf)), "loss is inf at step 1", BASES),
-        (at_step(3, spoil_loss(math.inf)), "loss is inf at step 3", RATES),
-        (at_step(1, spoil_gradient(math.inf)), "grad_norm is (inf|nan) at step 1", RATES),
-        (at_step(6, spoil_gradient(math.nan)), "grad_norm is nan at step 6", RATES),
-        (spoil_evaluation(4), "eval_loss is nan at step 4", RATES),
+        (at_step(3, spoil_b(math.nan)), "loss is nan at step 3"),
+        (at_step(1, spoil_loss(math.inf)), "loss is inf at step 1"),
+        (at_step(3, spoil_loss(math.inf)), "loss is inf at step 3"),
+        (at_step(1, spoil_gradient(math.inf)), "grad_norm is (inf|nan) at step 1"),
+        (at_step(6, spoil_gradient(math.nan)), "grad_norm is nan at step 6"),
+        (spoil_evaluation(4), "eval_loss is nan at step 4"),
     ],
 )
-def test_what_is_not_finite_stops_the_run(
-    flags, tmp_path, monkeypatch, capfd, change, found, advice
-):
+def test_what_is_not_finite_stops_the_run(flags, tmp_path, monkeypatch, capfd, change, found):
     argv = [*flags, "--output_dir", str(tmp_path)]
     message = failing(monkeypatch, capfd, argv, change)
-    (other,) = {BASES, RATES} - {advice}
-    assert advice in message and other not in message and "DTYPE" in message
+    assert ADVICE in message
     assert re.search(found, message)
     step = int(message.split("at step ")[1].split(";")[0])
     assert not (tmp_path / "checkpoints" / f"checkpoint-{step}").exists()  # nothing spoilt is kept
@@ -1021,7 +1018,7 @@ def test_a_base_that_is_not_finite_is_named_as_the_cause(
     folder = changed(tiny, tmp_path / "model", spoil)
     argv = [*flags, "--model_name", folder, *more, "--output_dir", str(tmp_path / "output")]
     message = failing(monkeypatch, capfd, argv)
-    assert found in message and BASES in message and RATES not in message
+    assert found in message and ADVICE in message
 
 
 # ---- the base model's files ---------------------------------------------------------------------
