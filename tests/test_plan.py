@@ -58,7 +58,7 @@ def test_the_figures_of_the_real_model(qwen_4b, capsys):
     assert "750 steps, 250 an epoch: ceil(1,000 / (2 x 2)) x 3" in text
     assert "r=8 alpha=16, scale alpha/r = 2, dropout 0.05" in text
     absent = "24 of 32 layers are Gated DeltaNet, without q_proj, k_proj, v_proj, o_proj"
-    assert absent in text and "LoRA adapts only gate_proj, up_proj, down_proj" in text
+    assert absent in text
     rows = [line.split() for line in text.splitlines() if "/32 " in line]
     assert rows == [
         ["q_proj", "8/32", "self_attn", "8192x2560", "8x2560", "8192x8", "688,128"],
