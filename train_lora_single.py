@@ -2,7 +2,7 @@
 
     python train_lora_single.py              # data/train.jsonl -> output/final_lora
     python train_lora_single.py --dry_run    # check data, print the plan; needs no GPU
-    python train_lora_single.py --demo       # the same on a tiny model with random weights
+    python train_lora_single.py --demo       # train a tiny model of random weights, on a CPU
     python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant is a flag too
     python train_lora_single.py --chat       # talk to output/final_lora
     python train_lora_single.py --compare DIR ...    # its finished runs, best first
@@ -59,7 +59,7 @@ MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder
 MODEL_REVISION = "main"  # branch, tag or commit
 DEVICE = "cuda"  # "cuda", or "cpu", for a small model
 DTYPE = "bfloat16"  # of the frozen weights, or "float32"
-PRODUCTS = "auto"  # matrix products in "dtype" or scaled "float16"; "auto" times both
+PRODUCTS = "auto"  # multiply matrices in "dtype" or in scaled "float16"; "auto" takes the faster
 
 # Data: lines of {"prompt": [...], "completion": [...]} or {"messages": [...]}.
 TRAIN_FILE = "data/train.jsonl"  # what is learnt
@@ -87,7 +87,7 @@ SEED = 42  # of A's first values, dropout and the order of the examples
 # Output.
 OUTPUT_DIR = "output"  # of final_lora, samples.md, lora.png, run.json, checkpoints
 LOGGING_STEPS = 10  # steps between two printed losses
-SAVE_STEPS = 50  # steps between two checkpoints; a kill loses them at most
+SAVE_STEPS = 50  # steps between two checkpoints: what a kill loses at most
 PUBLISH = "last"  # or "best": the epoch of the lowest eval loss becomes final_lora
 NUM_SAMPLES = 5  # held-out prompts that base and adapter answer in samples.md
 MAX_NEW_TOKENS = 200  # of a reply, else it is cut
@@ -99,7 +99,7 @@ DEMO = {
 
 # ==== 2 Command line: a flag for each constant, and report()
 
-# Types, or the values allowed. These make a job: a checkpoint of another one is refused.
+# Types, or allowed values. A checkpoint made with other values of JOB_RULES is refused.
 JOB_RULES = {
     "MODEL_NAME": str, "MODEL_REVISION": str, "DTYPE": ("bfloat16", "float32"), "MAX_SEQ_LEN": int,
     "LORA_R": range(1, 513), "LORA_ALPHA": int, "LORA_DROPOUT": float,
@@ -221,7 +221,7 @@ def unique_keys(pairs):
 
 
 def parse_line(text):
-    """Return a line's examples, of which message number "reply" is learnt."""
+    """Return a line's examples, one for each learnt reply; "reply" is its index."""
     row = json.loads(text, object_pairs_hook=unique_keys)
     keys = ("messages", "prompt", "completion")
     form = {key: type(row[key]) for key in keys if isinstance(row, dict) and key in row}
@@ -274,7 +274,7 @@ def warn_of_repeats(train, held_out):
 
 
 def check_device(args):
-    """Return a line about the device, or exit; to be called before transformers is used."""
+    """Return the device's name, or exit; to be called before transformers is used."""
     if args.device == "cpu":
         return "CPU"
     if not torch.cuda.is_available():
@@ -393,7 +393,7 @@ def show_example(row, tokenizer):
 # ==== 6 Plan and Job: targets, the LoRA table, steps
 
 
-# Parameters: LoRA's, all; steps: an epoch's, all; (d, k) of the largest linear module.
+# trainable, total: parameters of LoRA, of all; largest: (d, k) of the largest module.
 Plan = namedtuple("Plan", "trainable total steps_per_epoch steps largest")
 
 
@@ -422,7 +422,7 @@ class Job:
     stopped_by: int = 0  # signal
 
     def losses(self, key):
-        """Return {step: loss}; key is "loss" or, from before the first step on, "eval_loss"."""
+        """Return {step: loss} of "loss" or "eval_loss", the first of which is the base's."""
         return {entry["step"]: entry[key] for entry in self.history if key in entry}
 
     @property
@@ -545,7 +545,7 @@ def use_float16(model):
 
 
 def choose_products(job):
-    """Return {"used": "float16" or "dtype"}, as PRODUCTS says, or what is clearly faster here."""
+    """Return {"used": "float16" or "dtype"}, as PRODUCTS says or what is clearly faster."""
     args, (d, k), rates = job.args, job.plan.largest, {}
     used = args.products.replace("auto", "dtype")
     if args.products != "auto" or args.device == "cpu":
@@ -651,7 +651,7 @@ def find_checkpoint(job):
     """Return this job's newest complete checkpoint, or exit; without one, begin a job's folder."""
     folder, model, before = job.output / "checkpoints", Path(job.args.model_name), None
     now = {name: vars(job.args)[name.lower()] for name in JOB_RULES}
-    now["products"] = job.products["used"]
+    now["PRODUCTS"] = job.products["used"]
     content = {"MODEL_NAME's files": hashes(model) if model.is_dir() else {}}  # or a commit
     for name, rows in (("TRAIN_FILE", job.train), ("EVAL_FILE", job.eval)):
         content[f"{name}'s tokens"] = [(row["input_ids"], row["labels"]) for row in rows]
@@ -791,14 +791,14 @@ def check_injection(model, plan):
             odd.append(f"{name} in {p.dtype}")
     found = "{:,} of {:,} parameters are trainable".format(*counts)
     if odd or counts != plan[:2]:
-        planned = "planned were {:,} of {:,}; nothing is trained".format(*plan)
+        planned = "planned were {:,} of {:,}".format(*plan)
         raise SystemExit(listed([f"LoRA is not injected as planned: {found}, {planned}", *odd]))
     report("model", f"LoRA is injected as planned:\n{found}, LoRA's alone, in float32")
 
 
 def fit_memory(trainer, job):
     """Recompute activations, 45 % more work, only for batches that do not fit in memory."""
-    model, limit = trainer.model, math.inf  # tokens of a batch; of larger ones all is recomputed
+    model, limit = trainer.model, math.inf  # tokens of a batch; larger ones are recomputed
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # recomputation needs no gradient of embeddings
     kind = transformers.modeling_layers.GradientCheckpointingLayer
@@ -808,12 +808,12 @@ def fit_memory(trainer, job):
         for layer in layers:
             layer.gradient_checkpointing = inputs["input_ids"].numel() > limit
 
-    def overflows(rows, kept=math.inf):
+    def overflows(rows, up_to=math.inf):
         nonlocal limit
-        limit, inputs = kept, trainer.data_collator(rows)
+        limit, inputs = up_to, trainer.data_collator(rows)
         inputs["labels"] = inputs["input_ids"]  # as if all were learnt: the most memory
         try:
-            trainer.training_step(model, inputs, 1)  # one loss, unscaled
+            trainer.training_step(model, inputs, 1)  # any number will do
         except torch.OutOfMemoryError:
             return True
         finally:
@@ -877,7 +877,7 @@ class Callbacks:
         """Save after SAVE_STEPS steps or a signal."""
         job, step = self.job, state.global_step
         is_due = step % job.args.save_steps == 0 or job.stopped_by > 0
-        # An epoch's last step is saved after its evaluation, which moves the random state.
+        # save_strategy saves an epoch's last step, after its evaluation moved the random state.
         control.should_save = is_due and step % job.plan.steps_per_epoch > 0
 
     def on_save(self, args, state, _, **__):
@@ -1002,7 +1002,7 @@ def publish(trainer, job):
     shutil.rmtree(staging, ignore_errors=True)
     evals, step = job.losses("eval_loss"), job.plan.steps
     if job.args.publish == "best":
-        step = min([*evals][1:], key=evals.get)  # the first is the base's
+        step = min([*evals][1:], key=evals.get)
         best = folder / f"checkpoint-{step}" / "adapter_model.safetensors"
         with blame(f"PUBLISH best: {best}", "run again with --publish last", Exception):
             peft.set_peft_model_state_dict(trainer.model, safetensors.load_file(best))
@@ -1016,7 +1016,7 @@ def publish(trainer, job):
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     job.published = f"of epoch {step // job.plan.steps_per_epoch} of {job.args.num_epochs}"
-    (folder / "job.json").unlink(missing_ok=True)
+    (folder / "job.json").unlink(missing_ok=True)  # the next run starts anew
     prune(folder, job.plan.steps_per_epoch, newest=0)
     return model
 
@@ -1097,7 +1097,7 @@ def report_runs(folders, least):
             constants, lowest = dict(run["constants"]), min(losses[1:])
             loss = lowest if constants.get("PUBLISH") == "best" else losses[-1]
             numbers = f"{loss:>9.4f}{lowest:>9.4f}{run['train_seconds'] / 60:>9.1f}"
-            numbers += "+" if run["resumed_from"] else " "  # more before
+            numbers += "+" if run["resumed_from"] else " "  # more before a stop
             if run["outcome"] == "finished":
                 found = loss, f"{numbers} {path}", constants
                 runs.append((float(run["started"]), [*run["data"].values()], found))
@@ -1247,7 +1247,7 @@ def run(job):
     model = publish(trainer, job)  # 11
     write_record(job, "finished")
     write_extras(model, job)
-    write_record(job, "finished")
+    write_record(job, "finished")  # and learnt
     summarize(job)
 
 

@@ -896,7 +896,7 @@ def test_other_products_are_refused(flags, interrupted, tmp_path, capfd):
     """Whose roundings differ; PRODUCTS itself may change, as from "auto" to what it chose."""
     output = shutil.copytree(interrupted, tmp_path / "output")
     found = refused(command(flags, output, "--products", "float16"), output, capfd)
-    assert found == {"products": ("dtype", "float16")}
+    assert found == {"PRODUCTS": ("dtype", "float16")}
 
 
 def moved_data(folder, flags):

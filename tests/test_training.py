@@ -326,7 +326,6 @@ def test_any_other_injection_is_refused(adapted, spoil, planned, found):
     spoil(adapted)
     with pytest.raises(SystemExit, match=rf"(?s)not injected as planned.*{found}") as stop:
         t.check_injection(adapted, plan)
-    assert "nothing is trained" in str(stop.value)
 
 
 def test_as_many_others_are_not_taken_for_loras(adapted):
