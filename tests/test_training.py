@@ -324,7 +324,7 @@ def in_layers(model, name):
 def test_any_other_injection_is_refused(adapted, spoil, planned, found):
     plan = plan_of(adapted, **planned)
     spoil(adapted)
-    with pytest.raises(SystemExit, match=rf"(?s)not injected as planned.*{found}") as stop:
+    with pytest.raises(SystemExit, match=rf"(?s)not injected as planned.*{found}"):
         t.check_injection(adapted, plan)
 
 
