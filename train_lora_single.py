@@ -654,7 +654,7 @@ def find_checkpoint(job):
     now["PRODUCTS"] = job.products["used"]
     content = {"MODEL_NAME's files": hashes(model) if model.is_dir() else {}}  # or a commit
     for name, rows in (("TRAIN_FILE", job.train), ("EVAL_FILE", job.eval)):
-        content[f"{name}'s tokens"] = [(row["input_ids"], row["labels"]) for row in rows]
+        content[f"{name}'s tokens"] = [row["input_ids"] for row in rows]
     for name, value in content.items():
         now[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
     with suppress(OSError, ValueError):
@@ -1082,7 +1082,7 @@ def draw(_, job, path):
     updates.set_yticks(range(len(sizes)), job.learnt)
     updates.set_xlabel("layer (D: Gated DeltaNet; hatched: no such module)")
     used.sharey(updates)
-    used.set(xlim=(0, args.lora_r), xlabel="directions that hold\n90 % of it, mean of layers")
+    used.set(xlim=(0, args.lora_r), xlabel="directions that\nhold 90 % of it")
     figure.savefig(path)
     report("picture", str(path))
 
