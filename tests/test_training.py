@@ -248,6 +248,19 @@ def test_the_constants_reach_lora_and_the_trainer(flags, tmp_path):
     assert got.warmup_steps == 3 and got.output_dir == f"{tmp_path}/checkpoints"
 
 
+def test_no_product_is_cast_behind_the_models_back(flags, tmp_path, monkeypatch):
+    """A bfloat16 model multiplies in bfloat16, LoRA beside it in float32: there is no autocast."""
+    seen, linear = set(), torch.nn.functional.linear
+
+    def spy(rows, weight, bias=None):
+        seen.add((torch.is_autocast_enabled("cpu"), weight.dtype))
+        return linear(rows, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    t.main([*flags, "--dtype", "bfloat16", "--num_epochs", "1", "--output_dir", str(tmp_path)])
+    assert seen == {(False, torch.bfloat16), (False, torch.float32)}
+
+
 def test_an_already_adapted_model_is_refused(flags, adapted, tmp_path, monkeypatch):
     real = AutoModelForCausalLM.from_pretrained
 
