@@ -214,8 +214,7 @@ def test_a_class_whose_names_vllm_applies_gets_no_second_form(ready, tiny):
     )  # fmt: skip
     model = get_peft_model(wrapper, lora)
     fill(model)
-    last = types.SimpleNamespace(load_best_model_at_end=False)
-    t.publish(types.SimpleNamespace(model=model, args=last), job)
+    t.publish(types.SimpleNamespace(model=model), job)
     names = load_file(job.output / "final_lora" / "adapter_model.safetensors")
     assert all(".language_model." in name for name in names)
     assert not (job.output / "final_lora_vllm").exists()
