@@ -626,6 +626,13 @@ def test_the_picture_is_a_png_with_something_on_it(demo, lively):
         assert len({tuple(one) for one in image[::3, ::3, :3].reshape(-1, 3).tolist()}) > 20
 
 
+def test_the_demo_says_that_its_weights_are_random(demo, capsys):
+    assert demo[1].startswith("demo     random weights: ")
+    with pytest.raises(SystemExit):
+        t.main(["--dry_run", "--train_file", "absent.jsonl"])
+    assert "random" not in capsys.readouterr().out
+
+
 # ==== The command
 
 
