@@ -627,7 +627,7 @@ def test_the_picture_is_a_png_with_something_on_it(demo, lively):
 
 
 def test_the_demo_says_that_its_weights_are_random(demo, capsys):
-    assert demo[1].startswith("demo     random weights: ")
+    assert "\ndemo     random weights: " in demo[1]
     with pytest.raises(SystemExit):
         t.main(["--dry_run", "--train_file", "absent.jsonl"])
     assert "random" not in capsys.readouterr().out
