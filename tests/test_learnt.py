@@ -580,6 +580,19 @@ def test_a_run_that_went_on_is_marked_since_its_minutes_are_not_all(put, tmp_pat
     assert f" 1.0  {tmp_path}/a" in out and f" 1.0+ {tmp_path}/b" in out
 
 
+@pytest.mark.parametrize("changed", [0, 1])
+@pytest.mark.parametrize("fact", [{"sha256": "0" * 64}, {"tokens": 5}])
+def test_runs_on_another_file_or_other_lengths_of_it_are_not_compared(
+    demo, put, tmp_path, capsys, changed, fact
+):
+    data = record_of(demo[0])["data"]
+    other = [*data][changed]
+    put("a/run.json", last=2.0)
+    put("b/run.json", last=1.0, started=0, data=data | {other: data[other] | fact})
+    _, rows, _ = compare(capsys, tmp_path / "a", tmp_path / "b")
+    assert [row[0] for row in rows] == [2.0]
+
+
 def test_what_is_not_listed_is_counted(put, tmp_path, capsys):
     put("a/run.json", last=2.0)
     put("a/run.json.20260101-000000", outcome="running")

@@ -612,6 +612,7 @@ def test_the_picture_shows_the_logged_losses_and_what_was_learnt(lively):
     there = {(n, row["layer"]) for n, rows in enumerate(learnt.values()) for row in rows}
     shape = {(n, layer) for n in range(image.shape[0]) for layer in range(image.shape[1])}
     assert {place for place in shape if image[place] is not numpy.ma.masked} == there < shape
+    assert sizes.images[0].norm.vmin == 0  # or small updates would look like none
     means = [statistics.fmean(row["directions"] for row in rows) for rows in learnt.values()]
     assert [bar.get_width() for bar in used.patches] == pytest.approx(means)
     assert used.get_xlim() == (0, 12) and sizes.get_ylim() == used.get_ylim()
