@@ -339,6 +339,12 @@ def test_with_best_the_epoch_of_the_lowest_eval_loss_is_published_proved_and_mea
     assert (output / "checkpoints/checkpoint-2" / TENSORS).exists()  # and holds another one
     assert_learnt(output, tiny, 16 / 8)
     assert "final_lora, of epoch 1 of 2" in section(text, "done")[0] and "\nwarning" not in text
+    assert "overfit" not in text  # the later epoch is not what is published
+
+
+def test_the_base_itself_is_no_epoch_to_publish(with_losses, tmp_path, no_pictures):
+    assert with_losses(tmp_path, "--publish", "best", losses=(1.0, 3.0, 2.0)) == 0
+    assert epoch_of(tmp_path) == [2]
 
 
 def test_the_adapter_that_is_proved_is_the_published_one(two_runs, tiny):
@@ -883,6 +889,15 @@ def test_what_the_model_cannot_hold_drops_the_oldest_turns_and_no_more(
         turns.append("yes")
     assert 0 in dropped[1:] and max(dropped) > 1 and dropped[5] == max(dropped)
     assert end.status == 0 and end.prompts == expected
+
+
+@pytest.mark.parametrize("short_by", [0, 1])
+def test_what_just_fits_is_kept(parrot, talk, short_by):
+    tokenizer = AutoTokenizer.from_pretrained(parrot.model)
+    whole, alone = ids_of(tokenizer, "one", "yes", "two"), ids_of(tokenizer, "two")
+    flags = ["--max_new_tokens", str(4096 - len(whole) + short_by)]
+    end = talk("one", "two", more=flags, generate=saying("yes", tokenizer))
+    assert end.prompts[1] == (alone if short_by else whole)
 
 
 def test_without_an_adapter_there_is_one_message_and_no_folder_is_made(parrot, talk, tmp_path):
