@@ -326,6 +326,8 @@ SERVED = {"enable_thinking": False, "return_dict": False}  # how a conversation 
 
 def render(example, tokenizer):
     """Return the token ids of the prompt and of the reply, or raise ValueError."""
+    from jinja2 import TemplateError
+
     conversation = example["messages"][: example["reply"] + 1]
     text = "\n".join(message["content"] for message in conversation)
     for token in tokenizer.added_tokens_decoder.values():
@@ -335,7 +337,7 @@ def render(example, tokenizer):
     try:
         prompt = to_ids(conversation[:-1], add_generation_prompt=True)
         whole = to_ids(conversation)
-    except Exception as error:  # of jinja2
+    except TemplateError as error:
         raise ValueError(f"the chat template refuses it ({error}); change the conversation")
     reply, end = whole[len(prompt) :], tokenizer.eos_token_id
     if prompt + reply != whole or end not in reply:
@@ -1104,7 +1106,7 @@ def report_runs(folders, least):
     runs.sort(key=lambda run: run[0])
     same = sorted(found for _, data, found in runs if data == runs[-1][1])
     names = [*JOB_RULES, "PUBLISH"]
-    differ = [name for name in names if len({str(run[2].get(name)) for run in same}) > 1]
+    differ = [name for name in names if len({str(one.get(name)) for *_, one in same}) > 1]
     lines = ["eval loss   lowest  minutes  run, and what differs"]
     lines[0] += f" ({len(same)} of {len(paths)}: finished, on the newest's data)"
     for _, line, constants in same:
@@ -1158,9 +1160,9 @@ vllm serve {base} \\
 def chat(job):
     """Talk to OUTPUT_DIR/final_lora, or answer the lines of a pipe; nothing is written."""
     args, folder = job.args, job.output / "final_lora"
-    fault = f"--chat: {folder} is no adapter, or stdin or stdout is closed"
+    fault = f"--chat: {folder} is no adapter"
     if not (sys.stdin and sys.stdout and (folder / "adapter_config.json").exists()):
-        raise SystemExit(f"{fault}; train first")
+        raise SystemExit(f"{fault}, or stdin or stdout is closed; train first")
     sys.stdin.reconfigure(errors="replace")
     with blame(fault, "train again", Exception):
         saved = peft.PeftConfig.from_pretrained(folder)
@@ -1172,7 +1174,7 @@ def chat(job):
     base = load_model(args).to(args.device)
     with blame(fault, "train again", Exception):
         model = peft.PeftModel.from_pretrained(base, folder).eval()
-    to_ids = partial(job.tokenizer.apply_chat_template, add_generation_prompt=True)
+    to_ids = partial(job.tokenizer.apply_chat_template, add_generation_prompt=True, **SERVED)
     room = job.config.get_text_config().max_position_embeddings - args.max_new_tokens
     report("chat", "/base or /adapter answers from now on; /new forgets; /quit; Ctrl-C cuts")
     turns, who, said = [], "/adapter", ""
@@ -1191,7 +1193,7 @@ def chat(job):
             print("" if said == "/quit" else "no such command")
         elif said:
             asked = [*turns, {"role": "user", "content": said}]
-            while len(ids := to_ids(system + asked, **SERVED)) > room and len(asked) > 1:
+            while len(ids := to_ids(system + asked)) > room and len(asked) > 1:
                 del asked[:2]  # the oldest turn
             print(f"{who[1:]}> ", end="", flush=True)
             streamer = transformers.TextStreamer(job.tokenizer, True, skip_special_tokens=True)

@@ -189,6 +189,15 @@ def test_a_template_that_refuses_or_renders_otherwise_is_named_with_the_line(
         encode(rows, tokenizer)
 
 
+def test_a_bug_is_not_blamed_on_the_conversation(tokenizer, monkeypatch):
+    def bug(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", bug)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        encode(examples(HELLO, YES), tokenizer)
+
+
 def test_a_template_that_refuses_some_conversations_names_their_lines_alone(changed):
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer = changed("{%- set turn", no_system + "{%- set turn")
