@@ -71,13 +71,6 @@ def status(argv):
     return 0
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Write a few bytes for each picture: drawing would be a good part of a run's time."""
-    placeholder = lambda _, path: Path(path).write_bytes(b"picture")  # noqa: E731
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", placeholder)
-
-
 # ==== Learnt
 
 
@@ -342,7 +335,7 @@ def test_with_best_the_epoch_of_the_lowest_eval_loss_is_published_proved_and_mea
     assert "overfit" not in text  # the later epoch is not what is published
 
 
-def test_the_base_itself_is_no_epoch_to_publish(with_losses, tmp_path, no_pictures):
+def test_the_base_itself_is_no_epoch_to_publish(with_losses, tmp_path):
     assert with_losses(tmp_path, "--publish", "best", losses=(1.0, 3.0, 2.0)) == 0
     assert epoch_of(tmp_path) == [2]
 
@@ -390,7 +383,7 @@ def test_a_second_run_sets_the_older_lora_png_aside_and_draws_what_it_has_learnt
         assert drawn == pytest.approx(sorted(100 * row["update"] for row in rows))
 
 
-def test_where_the_last_epoch_is_the_best_it_is_published(with_losses, tmp_path, no_pictures):
+def test_where_the_last_epoch_is_the_best_it_is_published(with_losses, tmp_path):
     assert with_losses(tmp_path, "--publish", "best", losses=(3.0, 2.5, 2.0)) == 0
     assert epoch_of(tmp_path) == epoch_of(tmp_path, "final_lora_vllm") == [2]
     assert "\nwarning" not in last_log(tmp_path) and "overfit" not in last_log(tmp_path)
@@ -413,7 +406,7 @@ def edit(change):
 
 @pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b"")])
 def test_where_the_best_epochs_file_is_damaged_it_is_said_and_the_last_one_can_be_published(
-    with_losses, tmp_path, no_pictures, capsys, damage
+    with_losses, tmp_path, capsys, damage
 ):
     def spoil():
         path = tmp_path / "checkpoints/checkpoint-1" / TENSORS
@@ -428,7 +421,7 @@ def test_where_the_best_epochs_file_is_damaged_it_is_said_and_the_last_one_can_b
 
 
 def test_the_best_epoch_is_taken_from_the_folder_that_is_trained_in(
-    with_losses, tmp_path, no_pictures, monkeypatch
+    with_losses, tmp_path, monkeypatch
 ):
     """Stopped in its last step, moved, and another job trained in the old place."""
     losses, old, new = (3.0, 2.0, 2.5), tmp_path / "old", tmp_path / "new"
@@ -450,7 +443,7 @@ def test_the_best_epoch_is_taken_from_the_folder_that_is_trained_in(
 
 
 def test_where_the_best_epochs_checkpoint_is_gone_the_last_is_not_published_in_its_place(
-    with_losses, tmp_path, no_pictures, capsys
+    with_losses, tmp_path, capsys
 ):
     def remove():
         shutil.rmtree(tmp_path / "checkpoints/checkpoint-1", ignore_errors=True)
@@ -466,9 +459,7 @@ def test_the_best_epoch_without_an_eval_file_is_refused(lines, tmp_path, capsys)
     assert not (tmp_path / "output").exists()
 
 
-def test_publish_may_be_changed_before_an_interrupted_run_goes_on(
-    with_losses, tmp_path, no_pictures, capsys
-):
+def test_publish_may_be_changed_before_an_interrupted_run_goes_on(with_losses, tmp_path, capsys):
     step = transformers.Trainer.training_step
 
     def stop_at_third(self, *args, **how):
@@ -694,9 +685,7 @@ def test_at_most_eight_runs_are_shown_and_the_others_counted(put, tmp_path, caps
     assert int(more[1] if more else 0) == number - len(rows)
 
 
-def test_a_run_without_eval_file_is_not_listed_and_lists_no_others(
-    demo, lines, tmp_path, no_pictures, capsys
-):
+def test_a_run_without_eval_file_is_not_listed_and_lists_no_others(demo, lines, tmp_path, capsys):
     output = tmp_path / "output"
     output.mkdir()
     for n in range(2):
@@ -709,9 +698,7 @@ def test_a_run_without_eval_file_is_not_listed_and_lists_no_others(
     assert code == 0 and len(rows) == 2 and all(f"{output}/run.json." in row[3] for row in rows)
 
 
-def test_a_run_json_that_cannot_be_written_costs_a_warning_but_not_the_run(
-    with_losses, tmp_path, no_pictures
-):
+def test_a_run_json_that_cannot_be_written_costs_a_warning_but_not_the_run(with_losses, tmp_path):
     (tmp_path / "run.json.new").mkdir()
     assert with_losses(tmp_path, losses=(3.0, 2.0)) == 0
     assert epoch_of(tmp_path) == [1] and not (tmp_path / "run.json").exists()

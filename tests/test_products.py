@@ -7,9 +7,7 @@ import shutil
 import signal
 import sys
 import types
-from pathlib import Path
 
-import matplotlib.figure
 import pytest
 import torch
 import torch.utils.benchmark
@@ -558,13 +556,6 @@ def test_the_trial_measures_what_there_is(capsys, dtype):
 
 
 # ---- whole runs --------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """Draw nothing: it would be a good part of a run's time."""
-    placeholder = lambda _, path: Path(path).write_bytes(b"")  # noqa: E731
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", placeholder)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ import safetensors.torch
 import torch
 import transformers
 import trl
-from conftest import handlers_restored
+from conftest import draw_nothing, handlers_restored
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -53,17 +53,6 @@ FORKS.set_forkserver_preload(["pytest", "matplotlib.figure", "trl.trainer.sft_tr
 # ==== What the tests share
 
 
-def draw_nothing(patch):
-    """Write a few bytes for lora.png: drawing would be a good part of a run's time."""
-    placeholder = lambda _, path: Path(path).write_bytes(b"new")  # noqa: E731
-    patch.setattr(matplotlib.figure.Figure, "savefig", placeholder)
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    draw_nothing(monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def flags(lines, tmp_path_factory):
     """Return flags for 13 training and 4 eval lines."""
@@ -73,9 +62,7 @@ def flags(lines, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(demo):
     """Return the adapter's bytes and the losses of the run that was not interrupted."""
-    gc.freeze()  # each run collects garbage: what the imports made need not be looked through
-    yield adapter(demo[0]), losses(demo[0])
-    gc.unfreeze()
+    return adapter(demo[0]), losses(demo[0])
 
 
 @pytest.fixture(scope="module")
