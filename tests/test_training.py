@@ -1128,8 +1128,8 @@ def test_a_quantized_base_is_refused(flags, tiny, tmp_path, name, inside):
 ACCELERATE = {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "8", "USE_FSDP": "1"}
 ACCELERATE |= {"DYNAMO_BACKEND": "EAGER", "SPLIT_BATCHES": "1", "USE_DEEPSPEED": "1"}
 LEFT_OVER = {
-    "accelerate's": {f"ACCELERATE_{name}": value for name, value in ACCELERATE.items()},
-    "a launcher's": {"LOCAL_RANK": "0", "RANK": "1", "WORLD_SIZE": "2"},
+    "accelerate's and a launcher's": {f"ACCELERATE_{name}": x for name, x in ACCELERATE.items()}
+    | {"LOCAL_RANK": "0", "RANK": "1", "WORLD_SIZE": "2"},
     "no numbers": {"LOCAL_RANK": "abc", "RANK": "abc", "WORLD_SIZE": "abc"},
 }
 
