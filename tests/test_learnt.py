@@ -887,6 +887,13 @@ def test_what_just_fits_is_kept(parrot, talk, short_by):
     assert end.prompts[1] == (alone if short_by else whole)
 
 
+def test_a_message_that_alone_is_too_long_is_asked_whole_and_alone(parrot, talk):
+    tokenizer = AutoTokenizer.from_pretrained(parrot.model)
+    end = talk("one", "two", more=["--max_new_tokens", "4096"], generate=saying("yes", tokenizer))
+    assert end.status == 0
+    assert end.prompts == [ids_of(tokenizer, "one"), ids_of(tokenizer, "two")]
+
+
 def test_without_an_adapter_there_is_one_message_and_no_folder_is_made(parrot, talk, tmp_path):
     for name in ("none", "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)

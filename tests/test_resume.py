@@ -694,6 +694,25 @@ def test_past_a_broken_checkpoint_it_goes_on_from_the_one_before(flags, whole, s
     assert go_on(command(flags, stopped), whole, capfd) == 6
 
 
+def test_folders_in_a_checkpoint_and_in_the_models_folder_are_left_alone(
+    flags, whole, tmp_path, tiny, monkeypatch, capfd
+):
+    """As `hf download --local-dir` leaves .cache beside the model's files."""
+    model, output = shutil.copytree(tiny, tmp_path / "model"), tmp_path / "output"
+    (model / ".cache" / "huggingface").mkdir(parents=True)
+    argv = command(flags, output, "--model_name", model)
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, send(signal.SIGINT))
+        assert status(argv) == 130
+    (model / ".cache" / "huggingface" / "lock").write_text("", "utf-8")
+    notes = [output / f"checkpoints/checkpoint-{step}/mine/notes" for step in (4, 5)]
+    for path in notes:
+        path.parent.mkdir()
+        path.write_text("precious", "utf-8")
+    assert go_on(argv, whole, capfd) == 5
+    assert notes[0].read_text("utf-8") == "precious"  # the other goes with its checkpoint
+
+
 def all_broken(output):
     cut(output, 7, 6)
 
@@ -1367,7 +1386,9 @@ def test_a_librarys_own_keyboard_interrupt_is_one_message(flags, tmp_path, monke
     assert record(tmp_path)["outcome"].startswith("interrupted: stopped")
 
 
-@pytest.mark.parametrize("other", [None, RecursionError("maximum recursion depth exceeded")])
+@pytest.mark.parametrize(
+    "other", [None, RecursionError("maximum recursion depth exceeded"), OSError("cut off")]
+)
 def test_a_signal_that_a_library_swallows_or_turns_into_another_error_still_counts(
     flags, tmp_path, monkeypatch, capfd, other
 ):
@@ -1386,6 +1407,7 @@ def test_a_signal_that_a_library_swallows_or_turns_into_another_error_still_coun
     printed = capfd.readouterr()
     assert "Traceback" not in printed.err
     assert ("stopped at step 1 of 8" in printed.err) == (other is None)
+    assert "stopped" in printed.err and str(other or "") in printed.err
 
 
 def test_where_a_signal_ends_an_epoch_nothing_is_evaluated(flags, tmp_path, monkeypatch):
