@@ -42,15 +42,16 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 
 class Lazy(types.ModuleType):
-    """A library that is imported when it is first used: bad data is reported before."""
+    """A library that is imported when first used: bad data is reported before."""
 
     def __getattr__(self, name):
-        """Return what the library calls by this name."""
+        """Return the library's own attribute."""
         return getattr(importlib.import_module(self.__name__), name)
 
 
-torch, transformers, datasets = Lazy("torch"), Lazy("transformers"), Lazy("datasets")
-trl, peft, safetensors = Lazy("trl"), Lazy("peft"), Lazy("safetensors.torch")
+torch, transformers, datasets, trl, peft, accelerate, safetensors = map(
+    Lazy, ["torch", "transformers", "datasets", "trl", "peft", "accelerate", "safetensors.torch"]
+)
 
 # ==== 1 Constants: edit them here, or give the flag of the same name in lower case
 
@@ -116,11 +117,17 @@ RULES = JOB_RULES | {
 LOG = logging.getLogger("train_lora_single")
 
 
+def is_first():
+    """Return whether this is the first process, or the only one."""
+    return os.getenv("RANK", "0") == "0"
+
+
 def report(section, text):
     """Print and log text beside the section's name."""
-    lines = f"{section:<9}" + text.replace("\n", "\n" + " " * 9)
-    print(lines, flush=True)
-    LOG.info(lines)
+    if is_first():
+        lines = f"{section:<9}" + text.replace("\n", "\n" + " " * 9)
+        print(lines, flush=True)
+        LOG.info(lines)
 
 
 def brief(value, width=200):
@@ -139,7 +146,7 @@ def blame(what, advice, *kinds):
     """Exit with what, error and advice after an error of these kinds."""
     try:
         yield
-    except ImportError:  # explain() says what to do
+    except ImportError:  # explain() tells
         raise
     except kinds as error:
         raise SystemExit(f"{what} ({brief(error)}); {advice}")
@@ -181,9 +188,7 @@ def parse_args(argv=None):
             parser.add_argument(f"--{name.lower()}", **how)
         args = parser.parse_args(argv)
         if args.demo:
-            for name, value in DEMO.items():
-                check_constant(name, value)
-                parser.set_defaults(**{name.lower(): value})
+            parser.set_defaults(**{name.lower(): value for name, value in DEMO.items()})
             args = parser.parse_args(argv)
         for name in RULES:
             check_constant(name, vars(args)[name.lower()])
@@ -234,7 +239,7 @@ def parse_line(text):
     if "messages" in form:
         return [{"messages": turns, "reply": n} for n in replies]
     if len(row["completion"]) != 1:
-        raise ValueError("completion has several messages; write the assistant's last one")
+        raise ValueError("completion has several messages; write the last one")
     return [{"messages": turns, "reply": replies[-1]}]
 
 
@@ -270,21 +275,24 @@ def warn_of_repeats(train, held_out):
         report("warning", listed([*dict.fromkeys(notes)]))
 
 
-# ==== 4 Device, model: the GPU, config and tokenizer
+# ==== 4 Device, model: the processes, the GPU, config and tokenizer
 
 
 def check_device(args):
     """Return the device's name, or exit; to be called before transformers is used."""
+    # Here the processes of `accelerate launch` meet.
+    n = accelerate.PartialState(cpu=args.device == "cpu").num_processes
+    if args.gradient_accumulation_steps % n:
+        raise SystemExit(f"GRADIENT_ACCUMULATION_STEPS must be a multiple of {n} processes")
     if args.device == "cpu":
         return "CPU"
-    if not torch.cuda.is_available():
-        driver = "no NVIDIA driver"
-        with suppress(OSError):
-            driver = brief(Path("/proc/driver/nvidia/version").read_text(), 90)
-        found = f"{driver}; CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}"
-        advice = f"{found}; driver 525 or newer is needed (README.md), or --demo or --device cpu"
-        with blame("DEVICE cuda: torch sees no GPU", advice, RuntimeError, AssertionError):
-            torch.cuda.init()  # says why
+    driver = "no NVIDIA driver"
+    with suppress(OSError):
+        driver = brief(Path("/proc/driver/nvidia/version").read_text(), 90)
+    found = f"{driver}; CUDA_VISIBLE_DEVICES={os.getenv('CUDA_VISIBLE_DEVICES')}"
+    advice = f"{found}; driver 525 or newer is needed (README.md), or --demo or --device cpu"
+    with blame("DEVICE cuda: torch sees no GPU", advice, RuntimeError, AssertionError):
+        torch.cuda.init()  # says why
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
     if major < 8:  # fla does not support it, yet transformers would use it
@@ -292,9 +300,8 @@ def check_device(args):
     advice = 'pip install "torch>=2.7,<2.11", for sm_70 (V100) to sm_120, or free its memory'
     # A wheel without this GPU's kernels says so only here.
     with blame(f"DEVICE cuda: torch does not run on {name}", advice, RuntimeError):
-        ones = torch.ones(8, 8, device="cuda", dtype=getattr(torch, args.dtype), requires_grad=True)
-        (ones @ ones).sum().backward()
-        ones.grad.sum().item()
+        ones = torch.ones(8, 8, device="cuda", dtype=getattr(torch, args.dtype))
+        (ones @ ones).sum().item()
     return name
 
 
@@ -302,17 +309,16 @@ def load_config_and_tokenizer(args):
     """Return MODEL_NAME's (config, tokenizer), or exit; a branch becomes its commit."""
     from huggingface_hub import resolve_revision
 
-    name, is_folder = args.model_name, Path(args.model_name).is_dir()
-    what, advice = f"MODEL_NAME {name}: ", "check the name, the folder or the network"
+    name, what = args.model_name, f"MODEL_NAME {args.model_name}: "
+    advice = "check the name, the folder or the network"
     with blame(what + "no model", advice, Exception):  # the hub's, the network's, a file's
-        if not is_folder:  # one request: from_pretrained alone retries for 25 s
+        if not Path(name).is_dir():  # one request: from_pretrained alone retries for 25 s
             args.model_revision = resolve_revision(name, revision=args.model_revision).resolved
         chosen = {"revision": args.model_revision, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(name, **chosen)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **chosen)
     if not tokenizer.chat_template or tokenizer.eos_token_id is None or len(tokenizer) < 256:
-        fault = "no tokenizer with a chat template and an end of turn; use a chat model"
-        raise SystemExit(what + fault)
+        raise SystemExit(f"{what}no tokenizer, chat template or end of turn; use a chat model")
     if "quantization_config" in config.to_json_string():
         raise SystemExit(f"{what}quantized; use the model that it was made from")
     return config, tokenizer
@@ -445,21 +451,17 @@ def linear_modules(config):
     return found, model.num_parameters()
 
 
-def check_targets(targets, names):
-    """Exit if a target matches no module: PEFT is silent as long as another matches."""
+def make_plan(args, config, n_train):
+    """Print what will be trained; return its counts, from the config alone."""
+    linear, total = linear_modules(config)
+    targets, names = [*dict.fromkeys(args.lora_target_modules)], sorted({key[0] for key in linear})
+    # PEFT is silent about these as long as another target matches.
     if unknown := [target for target in targets if target not in names]:
         have = ", ".join(names) or "no nn.Linear: another model is needed"
         fault = f"no layer has {', '.join(unknown)}; the layers have {have}"
         raise SystemExit(f"LORA_TARGET_MODULES: {fault}")
-
-
-def make_plan(args, config, n_train):
-    """Print what will be trained; return its counts, from the config alone."""
-    linear, total = linear_modules(config)
-    targets = [*dict.fromkeys(args.lora_target_modules)]
     depth = config.get_text_config().num_hidden_layers
-    check_targets(targets, sorted({name for name, *_ in linear}))
-    r, trainable = args.lora_r, 0
+    r, trainable, attention = args.lora_r, 0, []
     scale = f"scale alpha/r = {args.lora_alpha / r:g}, dropout {args.lora_dropout:g}"
     columns = "{:<12}{:<17}{:>14}{:>11}{:>11}{:>14}".format
     heads = columns("target", "in layers", "W (frozen)", "A", "B", "parameters")
@@ -468,16 +470,16 @@ def make_plan(args, config, n_train):
         for (_, parent, d, k), layers in [item for item in linear.items() if item[0][0] == target]:
             count = len(layers) * r * (d + k)
             trainable += count
+            attention += [target] * (parent == "self_attn")
             shapes = f"{d}x{k}", f"{r}x{k}", f"{d}x{r}"
             lines.append(columns(target, f"{len(layers)}/{depth} {parent}", *shapes, f"{count:,}"))
     total += trainable
     share = f"trainable%: {100 * trainable / total:.4f}"
     lines.append(f"trainable params: {trainable:,} || all params: {total:,} || {share}")
     deltanet = {n for key, layers in linear.items() if key[1] == "linear_attn" for n in layers}
-    there = {name for (name, *_), layers in linear.items() if deltanet & layers}
-    if absent := [name for name in targets if deltanet and name not in there]:
+    if deltanet and attention:
         kind = f"{len(deltanet)} of {depth} layers are Gated DeltaNet"
-        lines.append(f"{kind}, without {', '.join(absent)}")
+        lines.append(f"{kind}, without {', '.join(attention)}")
     size, accumulated = args.batch_size, args.gradient_accumulation_steps
     per_epoch = math.ceil(n_train / (size * accumulated))
     steps = per_epoch * args.num_epochs
@@ -494,12 +496,12 @@ def make_plan(args, config, n_train):
 def scaled_product(rows, weight):
     """Return rows (... x k) @ weight (k x d), multiplied in float16, in the dtype of rows.
 
-    Each row is divided by a power of two: exact, and its largest number, from 1 to 2, is within
-    float16's range. Infinity and NaN stay in their rows.
+    Each row is divided by a power of two: that is exact, and its largest number, now from 1/2 to
+    1, is within float16's range. Infinity and NaN stay in their rows.
     """
     largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
-    exponent = largest.view(torch.int32) & 0x7F800000  # no mantissa: a power of two
-    power = exponent.clamp(1 << 23, 254 << 23).view(torch.float32)  # finite, not 0
+    largest = largest.clamp(1e-37, 1e38)  # not 0, not infinity
+    power = largest / torch.frexp(largest).mantissa
     small = (rows / power).half().contiguous()
     return (small @ weight * power).to(rows.dtype)
 
@@ -523,7 +525,7 @@ def use_float16(model):
         product = Product.apply(rows, module.weight)
         return product if module.bias is None else product + module.bias
 
-    dtype, change, left = model.dtype, 0.0, []
+    dtype, left = model.dtype, []
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear:
             parts = module.weight.data.split(4096)  # for less memory
@@ -531,19 +533,15 @@ def use_float16(model):
             sums.append(sum(part.float().abs().sum(0) for part in parts).max())
             # Rows are below 2, float16 below 65504; forward sums rows, backward columns.
             if all(one < 65504 / 2 for one in sums):
-                small = module.weight.data.half()
-                pairs = zip(parts, small.split(4096), strict=True)
-                change = max(change, *[(a - b).abs().max().item() for a, b in pairs])
-                module.weight.data = small
+                module.weight.data = module.weight.data.half()
                 module.forward = partial(forward, module)
             else:
                 left.append(name)
     # The embedding may share the head's weight, now float16.
     model.get_input_embeddings().register_forward_hook(lambda _, ids, rows: rows.to(dtype))
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
-    text = "frozen modules compute in scaled float16, weights changed by at most"
-    but = f"; not {listed(left, 3, ', ')}" * bool(left)
-    report("products", f"{text} {change:.1g}{but}")
+    but = f", except {listed(left, 3, ', ')}" * bool(left)
+    report("products", f"the frozen modules compute in scaled float16{but}")
 
 
 def choose_products(job):
@@ -558,20 +556,21 @@ def choose_products(job):
         from torch.utils.benchmark import Timer
 
         rows, weight = torch.randn(n, k, **like), torch.randn(d, k, **like)
-        half, exact = weight.half(), rows.float() @ weight.float().T
+        half = weight.half()
         kinds = {"dtype": lambda: rows @ weight.T, "float16": lambda: scaled_product(rows, half.T)}
         for kind, product in kinds.items():
-            time_taken = Timer("product()", globals={"product": product}).blocked_autorange()
-            rates[kind] = 2e-12 * n * d * k / time_taken.median
-        error = ((kinds["float16"]().float() - exact).norm() / exact.norm()).item()
+            timer = Timer("product()", globals={"product": product})
+            rates[kind] = 2e-12 * n * d * k / timer.blocked_autorange().median
+        one, other = (product().float() for product in kinds.values())
+        error = (torch.dist(one, other) / one.norm()).item()
     except (ImportError, RuntimeError) as fault:
         report("products", f"in {args.dtype}: scaled float16 fails here ({brief(fault)})")
         return {"used": used}
     if rates["float16"] > 1.2 * rates["dtype"] and error < 2**-8:  # bfloat16's step
         used = "float16"
     text = "{dtype:.1f} TFLOP/s in {}, {float16:.1f} in scaled float16".format(args.dtype, **rates)
-    report("products", f"{text}, off by {error:.1e}: {used} is used")
-    return {"used": used, "tflops": rates, "float16_error": error}
+    report("products", f"{text}, {error:.1e} apart: {used} is used")
+    return {"used": used, "tflops": rates, "apart": error}
 
 
 # ==== 8 Run folder: what an earlier run left, its checkpoint, run.json
@@ -582,18 +581,15 @@ def open_log(output):
     with blame(f"OUTPUT_DIR {output}", "choose a folder to write in", OSError):
         output.mkdir(parents=True, exist_ok=True)
         log = logging.FileHandler(output / "all_logs.log", encoding="utf-8")
-    try:
+    what = f"OUTPUT_DIR {output}: another run writes there"
+    # Other errors are those of a network file system without locks.
+    with suppress(OSError), blame(what, "choose another folder", BlockingIOError):
         fcntl.flock(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise SystemExit(f"OUTPUT_DIR {output}: another run writes there; choose another folder")
-    except OSError:  # of a network file system without locks
-        pass
-    screen = logging.lastResort  # for warnings: what is reported is printed
-    logging.basicConfig(handlers=[log, screen], format="%(message)s", force=True)
+    logging.basicConfig(handlers=[log, logging.lastResort], format="%(message)s", force=True)
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # on a full disk
     LOG.setLevel(logging.INFO)
-    LOG.info("\n---- %s %s", time.strftime("%F %T"), shlex.join(sys.argv))
+    LOG.info("\n---- %s %s", time.strftime("%F %T"), sys.argv)
 
 
 def set_aside(path):
@@ -654,9 +650,11 @@ def find_checkpoint(job):
     folder, model, before = job.output / "checkpoints", Path(job.args.model_name), None
     now = {name: vars(job.args)[name.lower()] for name in JOB_RULES}
     now["PRODUCTS"] = job.products["used"]
-    content = {"MODEL_NAME's files": hashes(model) if model.is_dir() else {}}  # or a commit
-    for name, rows in (("TRAIN_FILE", job.train), ("EVAL_FILE", job.eval)):
-        content[f"{name}'s tokens"] = [row["input_ids"] for row in rows]
+    content = {
+        "MODEL_NAME's files": hashes(model) if model.is_dir() else {},  # or a commit
+        "TRAIN_FILE's tokens": [row["input_ids"] for row in job.train],
+        "EVAL_FILE's tokens": [row["input_ids"] for row in job.eval],
+    }
     for name, value in content.items():
         now[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
     with suppress(OSError, ValueError):
@@ -681,7 +679,7 @@ def find_checkpoint(job):
 def write_record(job, outcome):
     """Write run.json, if the run has started."""
     try:
-        if job.started:
+        if job.started and is_first():
             write_json(job.output / "run.json", {
                 "outcome": outcome, "started": job.started,
                 "versions": {one.name: one.version for one in importlib.metadata.distributions()},
@@ -701,11 +699,11 @@ def write_record(job, outcome):
 
 def sft_config(job):
     """Return TRL's configuration; its defaults: AdamW without decay, clipping at 1."""
-    args = job.args
+    args, n_processes = job.args, accelerate.PartialState().num_processes
     return trl.SFTConfig(
         output_dir=f"{job.output}/checkpoints", seed=args.seed,
         num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_steps=args.gradient_accumulation_steps // n_processes,
         per_device_eval_batch_size=args.batch_size,
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=int(args.warmup_ratio * job.plan.steps),
@@ -716,7 +714,7 @@ def sft_config(job):
         eval_strategy="epoch" if job.eval else "no",
         eval_on_start=bool(job.eval) and not job.checkpoint,  # B is zero then: the base's loss
         save_strategy="epoch",  # on_step_end() saves between
-        disable_tqdm=True, use_cpu=args.device == "cpu",
+        disable_tqdm=True, use_cpu=args.device == "cpu", ddp_find_unused_parameters=False,
         logging_steps=1,  # each loss is checked and kept
         include_num_input_tokens_seen="non_padding",
         logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
@@ -724,7 +722,7 @@ def sft_config(job):
     )  # fmt: skip
 
 
-def load_model(args, products="dtype"):
+def load_model(args):
     """Return the text model in DTYPE; exit unless its files hold all tensors."""
     what = f"MODEL_NAME {args.model_name}: "
     advice = "whole safetensors files are needed; run again to go on loading"
@@ -734,10 +732,8 @@ def load_model(args, products="dtype"):
             trust_remote_code=False, use_safetensors=True,  # no code, no pickle
             output_loading_info=True,
         )  # fmt: skip
-    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+    if missing := sorted(found["missing_keys"]):  # filled with random numbers
         raise SystemExit(f"{what}the files lack {listed(missing, 3, ', ')}")
-    if products == "float16":
-        use_float16(model)
     return model
 
 
@@ -753,14 +749,20 @@ def token_loss(model, inputs, num_items_in_batch=None, **_):
     logits = model(**{**inputs, "labels": None, "logits_to_keep": kept}).logits.flatten(0, 1)
     wanted = labels[:, kept].flatten()
     total = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
-    return total / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
+    if num_items_in_batch is None:  # in an evaluation
+        return total / learnt.sum()
+    # Processes' gradients are averaged, not summed.
+    return total * accelerate.PartialState().num_processes / num_items_in_batch
 
 
 def build_trainer(job):
     """Return the SFTTrainer; LoRA is injected by it alone."""
     args, by_length = job.args, sorted(job.eval, key=lambda row: len(row["input_ids"]))
+    model = load_model(args)
+    if job.products["used"] == "float16":
+        use_float16(model)
     trainer = trl.SFTTrainer(
-        model=load_model(args, job.products["used"]),
+        model=model,
         peft_config=peft.LoraConfig(  # which alone injects nothing
             r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
             target_modules=args.lora_target_modules, task_type="CAUSAL_LM",
@@ -776,6 +778,8 @@ def build_trainer(job):
     n = args.batch_size * args.gradient_accumulation_steps
     alone = {"num_replicas": 1, "rank": 0, "seed": args.seed}
     sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(n, job.train, **alone)
+    if job.checkpoint:  # else two processes go on in the first epoch's order
+        sampler.set_epoch(int(job.checkpoint.name[11:]) // job.plan.steps_per_epoch)
     trainer._get_train_sampler = lambda dataset=None: sampler
     # By default PEFT asks the hub at each save.
     save = trainer.model.save_pretrained
@@ -795,27 +799,27 @@ def check_injection(model, plan):
     if odd or counts != plan[:2]:
         planned = "planned were {:,} of {:,}".format(*plan)
         raise SystemExit(listed([f"LoRA is not injected as planned: {found}, {planned}", *odd]))
-    report("model", f"LoRA is injected as planned:\n{found}, LoRA's alone, in float32")
+    report("model", f"{found}, LoRA's alone, in float32, as planned")
 
 
 def fit_memory(trainer, job):
     """Recompute activations, 45 % more work, only for batches that do not fit in memory."""
-    model, limit = trainer.model, math.inf  # tokens of a batch; larger ones are recomputed
+    model, size = trainer.model, job.args.batch_size
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # recomputation needs no gradient of embeddings
     kind = transformers.modeling_layers.GradientCheckpointingLayer
     layers = [module for module in model.modules() if isinstance(module, kind)]
+    kept = math.inf  # tokens of a batch, up to which activations are kept
 
     def recompute_if_large(_, __, inputs):
         for layer in layers:
-            layer.gradient_checkpointing = inputs["input_ids"].numel() > limit
+            layer.gradient_checkpointing = inputs["input_ids"].numel() > kept
 
-    def overflows(rows, up_to=math.inf):
-        nonlocal limit
-        limit, inputs = up_to, trainer.data_collator(rows)
+    def overflows(rows):
+        inputs = trainer.data_collator(rows)
         inputs["labels"] = inputs["input_ids"]  # as if all were learnt: the most memory
         try:
-            trainer.training_step(model, inputs, 1)  # any number will do
+            trainer.training_step(model, inputs, 1)
         except torch.OutOfMemoryError:
             return True
         finally:
@@ -830,18 +834,19 @@ def fit_memory(trainer, job):
     share = (free + torch.cuda.memory_reserved()) / total
     # A tenth is for the optimizer's states, and for memory in pieces.
     torch.cuda.set_per_process_memory_fraction(0.9 * share)
-    rows, size = sorted(job.train, key=lambda row: len(row["input_ids"])), job.args.batch_size
+    rows = sorted(job.train, key=lambda row: len(row["input_ids"]))
     batches = [rows[n : n + size] for n in range(max(1, len(rows) - size + 1))]
-    if overflows(batches[-1]):
-        # By halves: batches grow longer; the first n_fit fit.
+    longest = batches[-1]
+    if overflows(longest):
+        # Batches grow longer: halve to find the n_fit that fit.
         n_fit = bisect.bisect_left(batches, True, key=overflows)
         kept = size * len(batches[n_fit - 1][-1]["input_ids"]) if n_fit else 0
-        if overflows(batches[-1], kept):
+        if overflows(longest):  # though recomputed
             raise torch.OutOfMemoryError("the longest batch does not fit")
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.reset_peak_memory_stats()
     transformers.set_seed(job.args.seed)
-    which = "all batches" if limit == math.inf else f"batches of up to {limit:,} tokens"
+    which = "all batches" if kept == math.inf else f"batches of up to {kept:,} tokens"
     report("memory", f"activations are kept for {which}, else recomputed")
 
 
@@ -863,8 +868,8 @@ class Callbacks:
         for key in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(key, 0)):
                 fault = f"train: {key} is {logs[key]} at step {step}"
-                advice = "before step 2 check the base's weights, later lower LEARNING_RATE"
-                raise SystemExit(f"{fault}; {advice}, or set DTYPE to float32")
+                advice = "lower LEARNING_RATE, set DTYPE to float32, or check the base's weights"
+                raise SystemExit(f"{fault}; {advice}")
         if "eval_loss" in logs:
             report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
         if "loss" in logs:
@@ -875,10 +880,14 @@ class Callbacks:
                 text += f"{{learning_rate:.2e}}  {job.tokens / job.seconds:,.0f} tokens/s"
                 report("train", f"step {step:,}/{state.max_steps:,}  {text.format(**logs)}")
 
+    def signal_heard(self):
+        """Return the signal that any process was sent, or 0; all of them are asked at once."""
+        return max(accelerate.utils.gather_object([self.job.stopped_by]))
+
     def on_step_end(self, _, state, control, **__):
         """Save after SAVE_STEPS steps or a signal."""
         job, step = self.job, state.global_step
-        is_due = step % job.args.save_steps == 0 or job.stopped_by > 0
+        is_due = self.signal_heard() > 0 or step % job.args.save_steps == 0
         # save_strategy saves an epoch's last step, after its evaluation moved the random state.
         control.should_save = is_due and step % job.plan.steps_per_epoch > 0
 
@@ -886,17 +895,19 @@ class Callbacks:
         """Mark a checkpoint as complete, prune the older ones; stop here after a signal."""
         job, step, folder = self.job, state.global_step, Path(args.output_dir)
         new = folder / f"checkpoint-{step}"
-        write_json(new / "complete.json", hashes(new))
-        prune(folder, job.plan.steps_per_epoch, newest=2)
+        accelerate.PartialState().wait_for_everyone()  # each writes its random state
+        if is_first():
+            write_json(new / "complete.json", hashes(new))
+            prune(folder, job.plan.steps_per_epoch, newest=2)
         job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
         job.is_training = step < job.plan.steps
-        if job.stopped_by:
+        if number := self.signal_heard():
             done = f"stopped at step {step:,} of {job.plan.steps:,}"
-            raise KeyboardInterrupt(job.stopped_by, f"{done}; the same command goes on from {new}")
+            raise KeyboardInterrupt(number, f"{done}; the same command goes on from {new}")
 
 
 def train(trainer, job):
-    """Train to the end; after a signal on_save() raises KeyboardInterrupt(signal, message)."""
+    """Train to the end; on_save() raises KeyboardInterrupt(signal, message)."""
     callbacks = type("Callbacks", (Callbacks, transformers.TrainerCallback), {"job": job})
     trainer.add_callback(callbacks())
     trainer.train(resume_from_checkpoint=job.checkpoint)
@@ -932,20 +943,23 @@ def prove(model, folder, row):
     kept = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     saved = safetensors.load_file(folder / "adapter_model.safetensors")
     odd = kept.keys() ^ saved.keys()
-    for name in saved.keys() - odd:
-        tensor, is_zero = saved[name], "lora_B" in name and not saved[name].any()
-        if is_zero or not tensor.isfinite().all() or not tensor.equal(kept[name].cpu()):
+    for name in kept.keys() & saved.keys():
+        if not (saved[name].any() and saved[name].equal(kept[name].cpu())):  # NaN equals nothing
             odd.add(name)
     if odd:
         names = listed(sorted(odd), 3, ", ")
-        raise SystemExit(f"proof: in {folder} not as trained, not finite or all zero: {names}")
+        raise SystemExit(f"proof: in {folder} not as trained, not numbers or all zero: {names}")
     ids = torch.tensor([row["input_ids"]], device=model.device)
+
+    def distance():
+        return (reloaded(input_ids=ids).logits - trained).abs().max().item()
+
     with torch.no_grad():
         trained = model.eval()(input_ids=ids).logits
         reloaded = peft.PeftModel.from_pretrained(model.unload(), folder)
-        error = (reloaded(input_ids=ids).logits - trained).abs().max().item()
+        error = distance()
         with reloaded.disable_adapter():
-            effect = (reloaded(input_ids=ids).logits - trained).abs().max().item()
+            effect = distance()
     found = f"reloaded from disk, its logits differ by {error:.2g} from the trained model's"
     found += f", by {effect:.2g} from the base's"
     if not (effect > 0 and error <= effect / 10):
@@ -991,10 +1005,7 @@ def report_learnt(model, job, _):
         update, used, half = (statistics.fmean(row[key] for row in rows) for key in keys)
         shown = f"{100 * update:.3g}", layers, f"{used:.1f} of {r}", f"{half:.0%}"
         lines.append(columns(target, *shown))
-    lines += [
-        "update: (alpha/r) B A; directions: those that hold 90 % of it. Few are usual,",
-        "and do not show that a smaller r learns as much: another run tells",
-    ]
+    lines.append("directions hold 90 % of the update; few are usual, no sign that a smaller r does")
     report("learnt", "\n".join(lines))
 
 
@@ -1005,9 +1016,8 @@ def publish(trainer, job):
     evals, step = job.losses("eval_loss"), job.plan.steps
     if job.args.publish == "best":
         step = min([*evals][1:], key=evals.get)
-        best = folder / f"checkpoint-{step}" / "adapter_model.safetensors"
-        with blame(f"PUBLISH best: {best}", "run again with --publish last", Exception):
-            peft.set_peft_model_state_dict(trainer.model, safetensors.load_file(best))
+        best = safetensors.load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors")
+        peft.set_peft_model_state_dict(trainer.model, best)
     try:
         save_adapter(trainer.model, job, staging)
         model = prove(trainer.model, staging / "final_lora", (job.eval or job.train)[0])
@@ -1066,7 +1076,7 @@ def draw(_, job, path):
     losses, updates, used = figure.subplot_mosaic("aaaa;bbbc").values()
     for key, look in {"loss": "-", "eval_loss": "ko"}.items():
         points = job.losses(key)
-        losses.plot([*points], [*points.values()], look, alpha=0.7, label=key)
+        losses.plot([*points], [*points.values()], look, label=key)
     losses.set(xlabel="step", ylabel="loss, nats per token")
     losses.set_title(title, parse_math=False)
     losses.legend()
@@ -1089,28 +1099,35 @@ def draw(_, job, path):
     report("picture", str(path))
 
 
+def read_run(path):
+    """Return a run.json with the loss of what was published, and a line about it."""
+    run = json.loads(path.read_bytes())
+    evals = [entry["eval_loss"] for entry in run["loss_history"] if "eval_loss" in entry]
+    lowest = min(evals[1:])  # the first is the base's
+    loss = lowest if run["constants"].get("PUBLISH") == "best" else evals[-1]
+    figures = f"{loss:>9.4f}{lowest:>9.4f}{run['train_seconds'] / 60:>9.1f}"
+    figures += "+" if run["resumed_from"] else " "  # there was more before a stop
+    started, files = float(run["started"]), [*run["data"].values()]
+    return run | {"loss": loss, "line": f"{figures} {path}", "started": started, "files": files}
+
+
 def report_runs(folders, least):
     """Print the finished runs on the newest one's data, best first; return their number."""
     runs, paths = [], {path for folder in folders for path in Path(folder).glob("run.json*")}
     for path in paths:
-        with suppress(Exception):
-            run = json.loads(path.read_bytes())
-            losses = [entry["eval_loss"] for entry in run["loss_history"] if "eval_loss" in entry]
-            constants, lowest = dict(run["constants"]), min(losses[1:])
-            loss = lowest if constants.get("PUBLISH") == "best" else losses[-1]
-            numbers = f"{loss:>9.4f}{lowest:>9.4f}{run['train_seconds'] / 60:>9.1f}"
-            numbers += "+" if run["resumed_from"] else " "  # more before a stop
-            if run["outcome"] == "finished":
-                found = loss, f"{numbers} {path}", constants
-                runs.append((float(run["started"]), [*run["data"].values()], found))
-    runs.sort(key=lambda run: run[0])
-    same = sorted(found for _, data, found in runs if data == runs[-1][1])
+        with suppress(Exception):  # it is another file
+            run = read_run(path)
+            runs += [run] * (run["outcome"] == "finished")
+    newest = max(runs, key=lambda run: run["started"], default=None)
+    same = [run for run in runs if run["files"] == newest["files"]]
+    same.sort(key=lambda run: run["loss"])
     names = [*JOB_RULES, "PUBLISH"]
-    differ = [name for name in names if len({str(one.get(name)) for *_, one in same}) > 1]
-    lines = ["eval loss   lowest  minutes  run, and what differs"]
-    lines[0] += f" ({len(same)} of {len(paths)}: finished, on the newest's data)"
-    for _, line, constants in same:
-        lines.append("  ".join([line, *(f"{name} {constants.get(name)}" for name in differ)]))
+    differ = [name for name in names if len({str(run["constants"].get(name)) for run in same}) > 1]
+    head = "eval loss   lowest  minutes  run, and what differs"
+    lines = [f"{head} ({len(same)} of {len(paths)}: finished, on the newest's data)"]
+    for run in same:
+        values = [f"{name} {run['constants'].get(name)}" for name in differ]
+        lines.append("  ".join([run["line"], *values]))
     if len(same) >= least:
         report("runs", listed(lines, 9))
     return len(same)
@@ -1139,8 +1156,6 @@ def summarize(job):
         f"time       {minutes:.1f} min since this start, {job.seconds / 60:.1f} in steps",
         f"speed      {rate:,.0f} tokens/s, {job.peak_gib:.1f} GiB of GPU memory",
     ]
-    if args.publish == "last" and losses and min(losses) < losses[-1]:
-        lines.insert(2, "overfit    it was lower before: see PUBLISH")
     report("done", "\n".join(lines))
     if losses:
         report_runs([output], least=2)
@@ -1175,37 +1190,25 @@ def chat(job):
     with blame(fault, "train again", Exception):
         model = peft.PeftModel.from_pretrained(base, folder).eval()
     to_ids = partial(job.tokenizer.apply_chat_template, add_generation_prompt=True, **SERVED)
-    room = job.config.get_text_config().max_position_embeddings - args.max_new_tokens
-    report("chat", "/base or /adapter answers from now on; /new forgets; /quit; Ctrl-C cuts")
-    turns, who, said = [], "/adapter", ""
-    while said != "/quit":
-        try:
-            said = input("you> ").strip()
-        except EOFError:
-            return
-        if not sys.stdin.isatty():
-            print(said)
-        if said in ("/base", "/adapter"):
-            who = said
-        elif said == "/new":
-            turns = []
-        elif said.startswith("/"):
-            print("" if said == "/quit" else "no such command")
-        elif said:
-            asked = [*turns, {"role": "user", "content": said}]
-            while len(ids := to_ids(system + asked)) > room and len(asked) > 1:
-                del asked[:2]  # the oldest turn
-            print(f"{who[1:]}> ", end="", flush=True)
-            streamer = transformers.TextStreamer(job.tokenizer, True, skip_special_tokens=True)
-            try:
+    report("chat", "/base or /adapter answers from now on; /new forgets; /quit")
+    turns, who = [], "/adapter"
+    with suppress(EOFError):  # of the input
+        while (said := input("you> ").strip()) != "/quit":
+            if not sys.stdin.isatty():
+                print(said)
+            if said in ("/base", "/adapter"):
+                who = said
+            elif said == "/new":
+                turns = []
+            elif said.startswith("/"):
+                print("no such command")
+            elif said:
+                print(f"{who[1:]}> ", end="", flush=True)
+                turns.append({"role": "user", "content": said})
+                streamer = transformers.TextStreamer(job.tokenizer, True, skip_special_tokens=True)
                 with model.disable_adapter() if who == "/base" else nullcontext():
-                    reply = answer(model, job, ids, streamer)
-                turns = [*asked, {"role": "assistant", "content": reply}]
-            except KeyboardInterrupt:
-                if job.stopped_by != signal.SIGINT:
-                    raise
-                job.stopped_by = 0
-                print(" [cut, and forgotten]")
+                    reply = answer(model, job, to_ids(system + turns), streamer)
+                turns.append({"role": "assistant", "content": reply})
 
 
 # ==== 13 run, signals, main
@@ -1220,7 +1223,7 @@ def run(job):
         if not report_runs(args.compare, least=1):  # 11
             raise SystemExit(f"--compare: no finished run with an eval loss in {args.compare}")
         return
-    if not args.dry_run:
+    if is_first() and not args.dry_run:
         open_log(job.output)  # 8
     if args.demo:
         report("demo", "random weights: nothing here is about quality")
@@ -1238,30 +1241,37 @@ def run(job):
     if args.dry_run:
         return
     report("device", job.device)
-    job.products = choose_products(job)  # 7
-    job.checkpoint = find_checkpoint(job)  # 8
+    if is_first():
+        job.products = choose_products(job)  # 7
+        job.checkpoint = find_checkpoint(job)  # 8
+    decided = accelerate.utils.broadcast_object_list([job.products, job.checkpoint])
+    job.products, job.checkpoint = decided
     job.started = time.time()
     write_record(job, "running")
     trainer = build_trainer(job)  # 9
     check_injection(trainer.model, job.plan)
     fit_memory(trainer, job)
     train(trainer, job)  # 10
+    if not is_first():
+        return
     model = publish(trainer, job)  # 11
     write_record(job, "finished")
     write_extras(model, job)
-    write_record(job, "finished")  # and learnt
+    write_record(job, "finished")
     summarize(job)
 
 
 def set_environment(args):
     """Set what libraries read; remove what would undo a constant."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.getenv("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    left_over = "ACCELERATE_.*|MPLBACKEND"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # no launcher is at work
+        left_over += "|RANK|LOCAL_RANK|WORLD_SIZE"
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.getenv("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if args.device == "cpu":  # beside another busy process 28 s, not 245
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in [*os.environ]:
-        # A launcher's, or a notebook's.
-        if re.fullmatch("RANK|LOCAL_RANK|WORLD_SIZE|ACCELERATE_.*|MPLBACKEND", name):
+        if re.fullmatch(left_over, name):
             del os.environ[name]
     logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")  # "install fla"
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's call
@@ -1301,7 +1311,7 @@ def explain(error):
     if kind == "OutOfMemoryError":
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
         return 1, f"out of memory ({text}); {advice}"
-    # The last three: safetensors', tokenizers', torch's, for a full disk.
+    # safetensors', tokenizers' and torch's words for a full disk.
     if isinstance(error, OSError) or kind in ("SafetensorError", "Exception") or "inline_" in text:
         return 1, f"a file could not be written or read ({text}); make room, and run it again"
     return 1, ""

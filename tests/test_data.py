@@ -68,7 +68,7 @@ MESSAGE = [": message 2 is ", RULE]
 ARE = ": the messages are "
 TURNS = "; write at most one system, then user and assistant in turn"
 NONE = ": no conversation, or two: "
-SEVERAL = ": completion has several messages; write the assistant's last one"
+SEVERAL = ": completion has several messages; write the last one"
 
 # name, bytes, the lines to blame, what the message must say
 WHOLE_FILES = [

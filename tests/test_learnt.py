@@ -368,7 +368,7 @@ def test_with_last_the_last_epoch_is_published_though_its_loss_rose(two_runs, ti
     assert (output / "checkpoints/checkpoint-1" / TENSORS).exists()
     assert_learnt(output, tiny, 4 / 8)
     assert "final_lora, of epoch 2 of 2" in section(text, "done")[0]
-    assert "\nwarning" not in text and "overfit" in text
+    assert "\nwarning" not in text
 
 
 def test_a_second_run_sets_the_older_lora_png_aside_and_draws_what_it_has_learnt(two_runs):
@@ -386,7 +386,7 @@ def test_a_second_run_sets_the_older_lora_png_aside_and_draws_what_it_has_learnt
 def test_where_the_last_epoch_is_the_best_it_is_published(with_losses, tmp_path):
     assert with_losses(tmp_path, "--publish", "best", losses=(3.0, 2.5, 2.0)) == 0
     assert epoch_of(tmp_path) == epoch_of(tmp_path, "final_lora_vllm") == [2]
-    assert "\nwarning" not in last_log(tmp_path) and "overfit" not in last_log(tmp_path)
+    assert "\nwarning" not in last_log(tmp_path)
 
 
 def cut(path):
@@ -414,8 +414,8 @@ def test_where_the_best_epochs_file_is_damaged_it_is_said_and_the_last_one_can_b
 
     assert with_losses(tmp_path, "--publish", "best", losses=(3.0, 2.0, 2.5), at_last=spoil) == 1
     said = capsys.readouterr().err
-    assert f"PUBLISH best: {tmp_path}/checkpoints/checkpoint-1/{TENSORS} (" in said
-    assert "run again with --publish last" in said and not (tmp_path / "final_lora").exists()
+    assert "a file could not be written or read (" in said and "Traceback" not in said
+    assert not (tmp_path / "final_lora").exists()
     assert with_losses(tmp_path, "--publish", "last", losses=(3.0, 2.0, 2.5)) == 0
     assert epoch_of(tmp_path) == epoch_of(tmp_path, "final_lora_vllm") == [2]
 
@@ -449,7 +449,8 @@ def test_where_the_best_epochs_checkpoint_is_gone_the_last_is_not_published_in_i
         shutil.rmtree(tmp_path / "checkpoints/checkpoint-1", ignore_errors=True)
 
     assert with_losses(tmp_path, "--publish", "best", losses=(3.0, 2.0, 2.5), at_last=remove) == 1
-    assert "PUBLISH best: " in capsys.readouterr().err and not (tmp_path / "final_lora").exists()
+    assert f"{tmp_path}/checkpoints/checkpoint-1/{TENSORS}" in capsys.readouterr().err
+    assert not (tmp_path / "final_lora").exists()
 
 
 def test_the_best_epoch_without_an_eval_file_is_refused(lines, tmp_path, capsys):
@@ -852,48 +853,6 @@ def saying(text, tokenizer):
     return generate
 
 
-@pytest.mark.parametrize("system", [SYSTEM, None])
-def test_what_the_model_cannot_hold_drops_the_oldest_turns_and_no_more(
-    parrot, talk, tmp_path, system
-):
-    tokenizer = AutoTokenizer.from_pretrained(parrot.model)
-    (tmp_path / "train.jsonl").write_text(row_with(*[system] * bool(system)), encoding="utf-8")
-    said = [f"{n} " * 3 * (1 + n % 3) for n in range(7)]
-    said[5] *= 4  # alone it fills most of the room, so that several turns go at once
-    said = [text.strip() for text in said]
-    room = len(ids_of(tokenizer, said[5], system=system)) + 2
-    flags = ["--train_file", str(tmp_path / "train.jsonl")]
-    flags += ["--max_new_tokens", str(4096 - room)]  # of max_position_embeddings
-    end = talk(*said, more=flags, generate=saying("yes", tokenizer))
-    expected, turns, dropped = [], [], []
-    for text in said:
-        turns.append(text)
-        before = len(turns)
-        while len(ids_of(tokenizer, *turns, system=system)) > room:
-            del turns[:2]
-        dropped.append((before - len(turns)) // 2)
-        expected.append(ids_of(tokenizer, *turns, system=system))
-        turns.append("yes")
-    assert 0 in dropped[1:] and max(dropped) > 1 and dropped[5] == max(dropped)
-    assert end.status == 0 and end.prompts == expected
-
-
-@pytest.mark.parametrize("short_by", [0, 1])
-def test_what_just_fits_is_kept(parrot, talk, short_by):
-    tokenizer = AutoTokenizer.from_pretrained(parrot.model)
-    whole, alone = ids_of(tokenizer, "one", "yes", "two"), ids_of(tokenizer, "two")
-    flags = ["--max_new_tokens", str(4096 - len(whole) + short_by)]
-    end = talk("one", "two", more=flags, generate=saying("yes", tokenizer))
-    assert end.prompts[1] == (alone if short_by else whole)
-
-
-def test_a_message_that_alone_is_too_long_is_asked_whole_and_alone(parrot, talk):
-    tokenizer = AutoTokenizer.from_pretrained(parrot.model)
-    end = talk("one", "two", more=["--max_new_tokens", "4096"], generate=saying("yes", tokenizer))
-    assert end.status == 0
-    assert end.prompts == [ids_of(tokenizer, "one"), ids_of(tokenizer, "two")]
-
-
 def test_without_an_adapter_there_is_one_message_and_no_folder_is_made(parrot, talk, tmp_path):
     for name in ("none", "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
@@ -999,33 +958,8 @@ def kill(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-def test_ctrl_c_ends_the_reply_but_not_the_talk_and_is_not_remembered(parrot, talk):
-    tokenizer = AutoTokenizer.from_pretrained(parrot.model)
-    plain = talk("hello")
-    end = talk("/base", "a story", "/adapter", "hello", generate=once(kill(signal.SIGINT)))
-    assert end.status == 0 and "stopped" not in end.err
-    assert end.prompts == [ids_of(tokenizer, "a story"), ids_of(tokenizer, "hello")]
-    (who, part), whole = end.replies
-    assert who == "base" and part.startswith("lean half a")
-    # Neither the rest of the one before, nor the prompt, nor the base's.
-    assert whole == plain.replies[0]
-
-
-def test_an_error_after_a_ctrl_c_is_told_as_such(parrot, talk):
-    cut_first = once(kill(signal.SIGINT))
-
-    def generate(self, input_ids, *given, **how):
-        if len(input_ids[0]) > 40:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return cut_first(self, input_ids, *given, **how)
-
-    end = talk("a story", "hello " * 40, generate=generate)
-    assert len(end.prompts) == 2
-    assert end.status == 1 and "out of memory" in end.err
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_another_signal_in_a_reply_ends_the_talk(talk, number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_a_reply_ends_the_talk(talk, number):
     end = talk("a story", "hello", generate=once(kill(number)))
     assert end.status == 128 + number and len(end.prompts) == 1
     assert "stopped" in end.err.splitlines()[-1]
@@ -1070,7 +1004,7 @@ def read_until(reader, pattern, seconds=120):
     return found
 
 
-def test_on_a_terminal_it_asks_is_cut_by_ctrl_c_and_left_by_ctrl_d(demo):
+def test_on_a_terminal_it_asks_and_is_ended_by_ctrl_c(demo):
     """The real command, which needs no flag for the base."""
     before, (terminal, its) = listing(demo[0]), pty.openpty()
     flags = ["--chat", "--output_dir", str(demo[0]), "--device", "cpu", "--max_new_tokens", "3000"]
@@ -1085,10 +1019,8 @@ def test_on_a_terminal_it_asks_is_cut_by_ctrl_c_and_left_by_ctrl_d(demo):
         os.write(terminal, b"caf\xe9\n")  # as when half of a character was deleted
         read_until(terminal, r"adapter> (?s:.{9})")  # it has begun
         os.write(terminal, b"\x03")
-        shown = read_until(terminal, "you> $", 20)
-        assert "cut" in shown and "Traceback" not in shown and process.poll() is None
-        os.write(terminal, b"\x04")
-        assert process.wait(20) == 0 and listing(demo[0]) == before
+        assert "Traceback" not in read_until(terminal, "stopped\r?\n", 20)
+        assert process.wait(20) == 130 and listing(demo[0]) == before
     finally:
         process.kill()
         process.wait()

@@ -206,7 +206,10 @@ def test_a_converted_module_keeps_no_rows_for_the_backward_pass():
 def load(folder, dtype, products="dtype"):
     """Return the model of a folder as a run with these products has it."""
     args = t.parse_args(["--demo", "--model_name", str(folder), "--dtype", dtype])
-    return t.load_model(args, products).eval()
+    model = t.load_model(args).eval()
+    if products == "float16":
+        t.use_float16(model)
+    return model
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -215,12 +218,10 @@ def folder(request, tiny, untied):
     return {"tied": tiny, "untied": untied}[request.param]
 
 
-def told(text):
-    """Return the largest change that is printed, in the only line, and what is left."""
-    line = r"products frozen modules compute in scaled float16, "
-    line += r"weights changed by at most (\S+?)(?:; not (.*))?\n"
-    found = re.fullmatch(line, text)
-    return found[1], found[2]
+def left_out(text):
+    """Return what the only line that is printed excepts."""
+    line = r"products the frozen modules compute in scaled float16(?:, except (.*))?\n"
+    return re.fullmatch(line, text)[1]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -231,15 +232,13 @@ def test_exactly_the_linear_modules_and_a_tied_embedding_become_float16(folder, 
     assert len(weights) == 5 + 4 + 2 * 3 + 1  # DeltaNet, attention, two feed-forwards, the head
     if before.lm_head.weight is before.get_input_embeddings().weight:
         weights.add("model.embed_tokens.weight")
-    change = 0.0
     for name, weight in model.state_dict().items():
         assert (weight.dtype == torch.float16) == (name in weights), name
         if name in weights:
             assert weight.equal(old[name].half()), name
-            change = max(change, (weight.double() - old[name].double()).abs().max().item())
         else:
             assert weight.equal(old[name]) and weight.dtype == getattr(torch, dtype), name
-    assert told(capsys.readouterr().out) == (f"{change:.1g}", None)
+    assert left_out(capsys.readouterr().out) is None
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         plain, scaled = before(input_ids=ids).logits, model(input_ids=ids).logits
@@ -249,9 +248,7 @@ def test_exactly_the_linear_modules_and_a_tied_embedding_become_float16(folder, 
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_embedding_gives_the_models_dtype_within_the_change_that_is_told(
-    folder, dtype, tmp_path, capsys
-):
+def test_the_embedding_gives_the_models_dtype(folder, dtype, tmp_path):
     """Some of its weights are between two numbers of float16."""
 
     def change(tensors):
@@ -262,13 +259,11 @@ def test_the_embedding_gives_the_models_dtype_within_the_change_that_is_told(
 
     folder = changed(folder, tmp_path / "model", change)
     before, model = load(folder, dtype), load(folder, dtype, "float16")
-    most = float(told(capsys.readouterr().out)[0])
     ids = torch.arange(2048)[None]
     expected, found = before.get_input_embeddings()(ids), model.get_input_embeddings()(ids)
     assert found.dtype == expected.dtype == getattr(torch, dtype)
-    difference = (found.double() - expected.double()).abs().max().item()
     is_tied = before.lm_head.weight is before.get_input_embeddings().weight
-    assert bool(difference) == is_tied and difference <= 1.1 * most  # of which one digit is printed
+    assert found.equal(expected) == (not is_tied)
     assert found.equal(expected.half().to(expected.dtype) if is_tied else expected)
 
 
@@ -359,7 +354,7 @@ def spoilt(tensors):
 def test_a_head_with_too_large_a_norm_stays_and_is_named(folder, dtype, tmp_path, capsys):
     new = changed(folder, tmp_path / "model", spoilt)
     before, model = load(new, dtype), load(new, dtype, "float16")
-    assert told(capsys.readouterr().out)[1] == "lm_head"
+    assert left_out(capsys.readouterr().out) == "lm_head"
     head, embedding = model.lm_head, model.get_input_embeddings()
     assert head.weight.dtype == embedding.weight.dtype == getattr(torch, dtype)
     rows, ids = some(5, 64).to(getattr(torch, dtype)), torch.arange(9)
@@ -383,19 +378,8 @@ def test_what_float16_may_not_hold_is_found_anywhere_in_a_large_weight(spoil, ca
     head = torch.nn.Linear(4, 9000, dtype=torch.bfloat16)
     spoil(head.weight.data)
     t.use_float16(Model(head=head))
-    assert told(capsys.readouterr().out) == ("0", "layers.0.head")
+    assert left_out(capsys.readouterr().out) == "layers.0.head"
     assert head.weight.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("row", [3, 5000, 8999])
-def test_the_largest_change_of_a_weight_is_told(row, capsys):
-    """Of three modules the second has a number between two of float16's: half a step away."""
-    modules = {name: torch.nn.Linear(4, 9000) for name in "abc"}
-    for module in modules.values():
-        module.weight.data = some(9000, 4)
-    modules["b"].weight.data[row, 2] = 1 + 2**-11
-    t.use_float16(Model(torch.float32, **modules))
-    assert told(capsys.readouterr().out) == (f"{2**-11:.1g}", None)
 
 
 TOO_LARGE = {
@@ -414,7 +398,7 @@ def test_a_weight_that_float16_may_not_hold_is_left_and_named(spoil, capsys):
     spoil(layer["odd"].weight.data)
     before = layer["odd"].weight.clone()
     t.use_float16(Model(**layer).requires_grad_(False))
-    assert told(capsys.readouterr().out)[1] == "layers.0.odd"
+    assert left_out(capsys.readouterr().out) == "layers.0.odd"
     kept, rows = layer["odd"].weight, some(2, 100).bfloat16()
     assert kept.dtype == torch.bfloat16
     torch.testing.assert_close(kept.data, before, rtol=0, atol=0, equal_nan=True)
@@ -440,8 +424,8 @@ def test_many_that_are_left_are_counted(capsys):
     for module in modules.values():
         module.weight.data.fill_(1e6)
     t.use_float16(Model(**modules))
-    change, left = told(capsys.readouterr().out)
-    assert change == "0" and left.count("layers.0.") == 3 and left.endswith("and 6 more")
+    left = left_out(capsys.readouterr().out)
+    assert left.count("layers.0.") == 3 and left.endswith("and 6 more")
 
 
 def test_float16s_sums_are_float32s():
@@ -521,11 +505,11 @@ def test_on_a_gpu_the_clearly_faster_and_exact_is_taken(
     assert shapes == [(3 * 20, 64)] * 2  # three rows of median length
     assert found["used"] == choice
     assert [found["tflops"][kind] for kind in ("dtype", "float16")] == pytest.approx(rates)
-    assert found["float16_error"] == pytest.approx(error, rel=0.01, nan_ok=True)
+    assert abs(found["apart"] - error) < 2**-9 or math.isnan(error)  # bfloat16's own rounding
     text = capsys.readouterr().out
     assert text.startswith("products ") and text.endswith(f": {choice} is used\n")
     assert f"{rate:.1f} TFLOP/s in bfloat16" in text and f"{scaled:.1f} in scaled float16" in text
-    assert f"off by {found['float16_error']:.1e}" in text
+    assert f", {found['apart']:.1e} apart: " in text
 
 
 def test_where_it_cannot_be_timed_the_dtype_is_taken_and_the_reason_told(monkeypatch, capsys):
@@ -551,7 +535,7 @@ def test_the_trial_measures_what_there_is(capsys, dtype):
     found = t.choose_products(job_with("--dtype", dtype))
     assert found["tflops"].keys() == {"dtype", "float16"}
     assert all(0 < rate < 100 for rate in found["tflops"].values())
-    assert 2**-13 < found["float16_error"] < 2**-8
+    assert 2**-13 < found["apart"] < 2**-8
     assert f"TFLOP/s in {dtype}, " in capsys.readouterr().out
 
 
@@ -607,7 +591,7 @@ def test_a_run_in_float16_ends_with_a_proved_adapter_like_the_dtypes(whole, demo
     output, text = whole
     found = re.search(r"its logits differ by (\S+) from the trained model's, by (\S+) from", text)
     assert found[1] == "0" and float(found[2]) > 0
-    assert "frozen modules compute in scaled float16, " in text and "; not " not in text
+    assert "frozen modules compute in scaled float16\n" in text and "; not " not in text
     assert "warning" not in text and (output / "samples.md").exists()
     assert record(output)["products"] == {"used": "float16"}
     assert record(demo[0])["products"] == {"used": "dtype"} and "scaled float16" not in demo[1]

@@ -309,14 +309,21 @@ def test_a_file_that_is_not_as_trained_is_refused_by_the_tensors_name(adapted, t
         t.prove(adapted, tmp_path, ROW)
 
 
+def tiny_numbers(tensors):
+    """So small that the logits, in float32, do not change."""
+    for tensor in tensors.values():
+        tensor.fill_(1e-30)
+
+
 USELESS = {
     "all B zero": (lambda x: zero(x, "lora_B"), "all zero: .*lora_B.* and 7 more"),
     "one B zero": (lambda x: zero(x, "0.mlp.up_proj.lora_B"), f"all zero: {UP}.lora_B.weight$"),
     "infinite": (
-        lambda x: x[f"{UP}.lora_B.weight"][0, 0].fill_(math.inf), f": {UP}.lora_B.weight$"
+        lambda x: x[f"{UP}.lora_B.weight"][0, 0].fill_(math.inf), "differ by nan .*does not work$"
     ),
     "NaN": (lambda x: x[f"{UP}.lora_A.weight"][0, 0].fill_(math.nan), f": {UP}.lora_A.weight$"),
-    "without effect": (lambda x: zero(x, "lora_A"), "by 0 from the base's; the adapter does not"),
+    "A zero": (lambda x: zero(x, "lora_A"), "all zero: .*lora_A.* and 7 more"),
+    "without effect": (lambda x: tiny_numbers(x), "by 0 from the base's; the adapter does not"),
 }  # fmt: skip
 
 
@@ -712,22 +719,11 @@ def with_losses(lines, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_where_the_eval_loss_rose_the_best_epoch_is_named(with_losses, tiny):
+def test_where_the_eval_loss_rose_each_epoch_is_shown_and_kept(with_losses, tiny):
     output, end = with_losses(3.0, 2.0, 2.5, 2.75)
     assert end["eval loss"] == "3.0000 -> 2.0000 -> 2.5000 -> 2.7500"
-    assert end["overfit"] == "it was lower before: see PUBLISH"
     best = output / "checkpoints" / "checkpoint-1"
     assert PeftModel.from_pretrained(base_of(tiny), best).peft_config["default"].r == 8
-
-
-def test_where_the_base_was_best_it_is_said(with_losses):
-    end = with_losses(2.0, 2.5, 2.25)[1]
-    assert end["overfit"].startswith("it was lower before")
-
-
-@pytest.mark.parametrize("losses", [(3.0, 2.0, 1.0), (3.0, 2.0, 2.0), (3.0, 2.0, 2.5, 1.5)])
-def test_where_the_last_eval_loss_is_the_lowest_nothing_is_said(with_losses, losses):
-    assert "overfit" not in with_losses(*losses)[1]
 
 
 def test_without_eval_nothing_is_said_of_it_and_an_older_samples_file_moves_away(

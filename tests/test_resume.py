@@ -1440,22 +1440,122 @@ def test_checkpoints_that_a_user_removes_do_not_cost_the_adapter(flags, tmp_path
     assert record(tmp_path)["outcome"] == "finished" and (tmp_path / ADAPTER).exists()
 
 
-# ==== A launcher's variables
-
-LAUNCHERS = [
-    {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
-    {"LOCAL_RANK": "1"},
-    {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
-    {"RANK": "a", "LOCAL_RANK": "", "WORLD_SIZE": "b"},
-    {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"},
-]
+# ==== Several processes
 
 
-@pytest.mark.parametrize("environment", LAUNCHERS)
-def test_what_a_launcher_left_in_the_environment_changes_nothing(
-    flags, whole, tmp_path, environment
+def launch(argv, folder, *actions):
+    """Run the command in processes that do actions first; return their statuses and words."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    always = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": str(len(actions))}
+    always |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    said = [folder / f"said {rank}" for rank in range(len(actions))]
+    processes = []
+    for rank, action in enumerate(actions):
+        said[rank].unlink(missing_ok=True)
+        environment = always | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(fork(argv, action, said[rank], environment))
+    ends = [ended(process) for process in processes]
+    return ends, [path.read_text("utf-8") for path in said]
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(flags, tmp_path_factory):
+    """Return the output of two processes that were not interrupted, and what they said."""
+    folder = tmp_path_factory.mktemp("two")
+    ends, said = launch(command(flags, folder / "output"), folder, "nothing", "nothing")
+    assert ends == [0, 0], said
+    return folder / "output", said
+
+
+def test_two_processes_learn_what_one_does(lines, tmp_path):
+    """Sixteen rows are four batches for each of two processes, or eight for one."""
+    flags = [*lines(tmp_path, train=16), "--lora_dropout", "0", "--num_samples", "0"]
+    ends, said = launch(command(flags, tmp_path / "two"), tmp_path, "nothing", "nothing")
+    assert ends == [0, 0], said
+    t.main(command(flags, tmp_path / "one"))
+    two, one = record(tmp_path / "two"), record(tmp_path / "one")
+    assert two["plan"] == one["plan"] and two["tokens"] == one["tokens"]
+    # Before the first step's end the weights are the same: only the order of sums differs.
+    for key, place in (("eval_loss", 0), ("loss", 1), ("grad_norm", 1)):
+        assert two["loss_history"][place][key] == pytest.approx(
+            one["loss_history"][place][key], rel=1e-5
+        )
+    found, expected = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    # Another order of the rows changes a step's loss by more.
+    steps = [loss for step, loss in expected if step]
+    assert [loss for _, loss in found] == pytest.approx([x for _, x in expected], abs=2e-3)
+    assert max(steps) - min(steps) > 0.02
+
+
+def test_the_first_process_alone_speaks_and_writes(whole_of_two):
+    output, said = whole_of_two
+    own = [line for line in said[1].splitlines() if "Gloo" not in line and "Loading" not in line]
+    assert own == [] and "\ndone " in said[0]
+    assert record(output)["outcome"] == "finished"
+    assert {*RESULTS, "run.json", "checkpoints", "all_logs.log"} == {
+        p.name for p in output.iterdir()
+    }
+    kept = [path for path in (output / "checkpoints").rglob("*") if path.is_file()]
+    assert {path.name for path in kept} == EPOCH_FILES and len(kept) == 4
+
+
+ACTIONS["SIGTERM in step 5"] = lambda patch: at_step(patch, 5, send(signal.SIGTERM))
+
+
+@pytest.fixture(scope="module")
+def interrupted_two(flags, tmp_path_factory):
+    """Return the output of two processes, the second of which got a signal in step 5."""
+    folder = tmp_path_factory.mktemp("stopped")
+    argv = command(flags, folder / "output")
+    ends, said = launch(argv, folder, "nothing", "SIGTERM in step 5")
+    assert ends == [143, 143], said
+    message = f"stopped at step 5 of 8; the same command goes on from {folder}/output/checkpoints"
+    assert message in said[0] and message in said[1]
+    return folder / "output"
+
+
+def test_a_signal_to_one_of_two_stops_both_and_the_same_launch_ends_with_the_same_bytes(
+    interrupted_two, whole_of_two, flags, tmp_path
 ):
-    output, said = tmp_path / "output", tmp_path / "said"
-    process = fork(command(flags, output), "nothing", said, environment)
-    assert ended(process) == 0, said.read_text("utf-8")
-    assert (adapter(output), losses(output)) == whole
+    output = shutil.copytree(interrupted_two, tmp_path / "output")
+    assert complete(output)[-1] == 5
+    assert record(output)["outcome"].startswith("interrupted: stopped at step 5 of 8")
+    names = {path.name for path in (output / "checkpoints" / "checkpoint-5").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < names
+    ends, said = launch(command(flags, output), tmp_path, "nothing", "nothing")
+    assert ends == [0, 0] and record(output)["resumed_from"].endswith("checkpoint-5"), said
+    assert adapter(output) == adapter(whole_of_two[0]) and losses(output) == losses(whole_of_two[0])
+
+
+def test_one_process_may_go_on_where_two_were_stopped(interrupted_two, flags, tmp_path):
+    output = shutil.copytree(interrupted_two, tmp_path / "output")
+    t.main(command(flags, output))
+    assert record(output)["outcome"] == "finished"
+    assert record(output)["resumed_from"].endswith("checkpoint-5")
+    assert len(losses(output)) == len(losses(interrupted_two)) + 3 + 1  # steps, the last epoch
+
+
+def test_a_step_that_the_processes_cannot_share_is_refused_and_nothing_is_moved(flags, tmp_path):
+    output = tmp_path / "output"
+    put_old_results(output)
+    before = files(output)
+    argv = command(flags, output, "--gradient_accumulation_steps", 3)
+    ends, said = launch(argv, tmp_path, "nothing", "nothing")
+    for text in said:
+        message = "GRADIENT_ACCUMULATION_STEPS must be a multiple of 2 processes"
+        assert text.splitlines()[-1] == message
+    assert ends == [1, 1] and files(output) == before
+
+
+def test_accelerate_launch_gives_the_same_bytes_and_its_settings_change_nothing(
+    flags, whole_of_two, tmp_path
+):
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "bf16", "--dynamo_backend", "eager"]
+    argv = [*launcher, "train_lora_single.py", *command(flags, tmp_path, "--num_samples", 0)]
+    done = subprocess.run([sys.executable, *argv], capture_output=True, timeout=180)
+    assert done.returncode == 0, done.stderr.decode()
+    assert adapter(tmp_path) == adapter(whole_of_two[0])

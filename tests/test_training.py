@@ -951,7 +951,7 @@ def test_out_of_memory_while_the_model_moves_to_the_gpu_is_one_message(
 # ---- numbers that are not finite ----------------------------------------------------------------
 
 
-ADVICE = "before step 2 check the base's weights, later lower LEARNING_RATE, or set DTYPE to fl"
+ADVICE = "; lower LEARNING_RATE, set DTYPE to float32, or check the base's weights"
 
 
 def spoil_b(value):
