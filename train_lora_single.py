@@ -427,7 +427,7 @@ class Job:
     peak_gib: float = 0.0
     is_training: bool = False
     published: str = ""  # which epoch final_lora is of
-    stopped_by: int = 0  # signal
+    stopped_by: int = 0
 
     def losses(self, key):
         """Return {step: loss} of "loss" or "eval_loss", the first of which is the base's."""
@@ -1115,7 +1115,7 @@ def report_runs(folders, least):
     """Print the finished runs on the newest one's data, best first; return their number."""
     runs, paths = [], {path for folder in folders for path in Path(folder).glob("run.json*")}
     for path in paths:
-        with suppress(Exception):  # it is another file
+        with suppress(Exception):  # another file
             run = read_run(path)
             runs += [run] * (run["outcome"] == "finished")
     newest = max(runs, key=lambda run: run["started"], default=None)
@@ -1190,9 +1190,9 @@ def chat(job):
     with blame(fault, "train again", Exception):
         model = peft.PeftModel.from_pretrained(base, folder).eval()
     to_ids = partial(job.tokenizer.apply_chat_template, add_generation_prompt=True, **SERVED)
-    report("chat", "/base or /adapter answers from now on; /new forgets; /quit")
+    report("chat", "/base or /adapter answers from now on; /new; /quit")
     turns, who = [], "/adapter"
-    with suppress(EOFError):  # of the input
+    with suppress(EOFError):
         while (said := input("you> ").strip()) != "/quit":
             if not sys.stdin.isatty():
                 print(said)
@@ -1252,6 +1252,7 @@ def run(job):
     check_injection(trainer.model, job.plan)
     fit_memory(trainer, job)
     train(trainer, job)  # 10
+    accelerate.PartialState().destroy_process_group()
     if not is_first():
         return
     model = publish(trainer, job)  # 11

@@ -177,7 +177,7 @@ LINES = [
     ("many turns", goes("u" * 8), [ARE + "user, user, user, user, user, user, ... and 2 more;"]),
     *((f"prompt {prompt}, completion {reply}", pair(prompt, reply), [SEVERAL])
       for prompt, reply in (("u", "aua"), ("ua", "ua"), ("", "ua"), ("", "sua"), ("s", "ua"))),
-    ("prompt ua, completion empty", pair("ua", ""), [": completion has", "the assistant's last"]),
+    ("prompt ua, completion empty", pair("ua", ""), [": completion has", "the last one"]),
 ]  # fmt: skip
 BROKEN = WHOLE_FILES + [
     (name, GOOD + b"\n\n" + bad + b"\n", [3], parts) for name, bad, parts in LINES
