@@ -1252,7 +1252,7 @@ def run(job):
     check_injection(trainer.model, job.plan)
     fit_memory(trainer, job)
     train(trainer, job)  # 10
-    accelerate.PartialState().destroy_process_group()
+    accelerate.PartialState().wait_for_everyone()
     if not is_first():
         return
     model = publish(trainer, job)  # 11
