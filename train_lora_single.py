@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-if sys.version_info < (3, 11):  # noqa: UP036
+if sys.version_info < (3, 11):
     raise SystemExit("Python 3.11 to 3.13 is needed; see README.md")
 
 
@@ -60,7 +60,7 @@ MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder
 MODEL_REVISION = "main"  # branch, tag or commit
 DEVICE = "cuda"  # "cuda", or "cpu", for a small model
 DTYPE = "bfloat16"  # of the frozen weights, or "float32"
-PRODUCTS = "auto"  # multiply matrices in "dtype" or in scaled "float16"; "auto" takes the faster
+PRODUCTS = "auto"  # multiply in DTYPE ("dtype") or scaled "float16"; "auto" times both
 
 # Data: lines of {"prompt": [...], "completion": [...]} or {"messages": [...]}.
 TRAIN_FILE = "data/train.jsonl"  # what is learnt
@@ -79,14 +79,14 @@ LORA_TARGET_MODULES = [  # or DeltaNet's in_proj_qkv, in_proj_z, out_proj
 # Training.
 NUM_EPOCHS = 3  # passes over the training file; fewer if the eval loss turns up
 BATCH_SIZE = 2  # examples at once on the GPU; lower this first when memory is short
-GRADIENT_ACCUMULATION_STEPS = 2  # batches a step; raise it as BATCH_SIZE falls
+GRADIENT_ACCUMULATION_STEPS = 2  # batches a step, on all GPUs; raise it as BATCH_SIZE falls
 LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
 LR_SCHEDULER_TYPE = "cosine"  # or "linear", "constant_with_warmup"
 WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 0
 SEED = 42  # of A's first values, dropout and the order of the examples
 
 # Output.
-OUTPUT_DIR = "output"  # of final_lora, samples.md, lora.png, run.json, checkpoints
+OUTPUT_DIR = "output"  # final_lora, samples.md, lora.png, run.json, all_logs.log, checkpoints
 LOGGING_STEPS = 10  # steps between two printed losses
 SAVE_STEPS = 50  # steps between two checkpoints: what a kill loses at most
 PUBLISH = "last"  # or "best": the epoch of the lowest eval loss becomes final_lora
@@ -146,7 +146,7 @@ def blame(what, advice, *kinds):
     """Exit with what, error and advice after an error of these kinds."""
     try:
         yield
-    except ImportError:  # explain() tells
+    except ImportError:
         raise
     except kinds as error:
         raise SystemExit(f"{what} ({brief(error)}); {advice}")
@@ -311,8 +311,8 @@ def load_config_and_tokenizer(args):
 
     name, what = args.model_name, f"MODEL_NAME {args.model_name}: "
     advice = "check the name, the folder or the network"
-    with blame(what + "no model", advice, Exception):  # the hub's, the network's, a file's
-        if not Path(name).is_dir():  # one request: from_pretrained alone retries for 25 s
+    with blame(what + "no model", advice, Exception):
+        if not Path(name).is_dir():  # from_pretrained alone retries for 25 s
             args.model_revision = resolve_revision(name, revision=args.model_revision).resolved
         chosen = {"revision": args.model_revision, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(name, **chosen)
@@ -496,8 +496,8 @@ def make_plan(args, config, n_train):
 def scaled_product(rows, weight):
     """Return rows (... x k) @ weight (k x d), multiplied in float16, in the dtype of rows.
 
-    Each row is divided by a power of two: that is exact, and its largest number, now from 1/2 to
-    1, is within float16's range. Infinity and NaN stay in their rows.
+    Each row is divided by a power of two: that is exact, and its largest number, now below 2, is
+    within float16's range. Infinity and NaN stay in their rows.
     """
     largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
     largest = largest.clamp(1e-37, 1e38)  # not 0, not infinity
@@ -531,7 +531,7 @@ def use_float16(model):
             parts = module.weight.data.split(4096)  # for less memory
             sums = [part.float().abs().sum(1).max() for part in parts]
             sums.append(sum(part.float().abs().sum(0) for part in parts).max())
-            # Rows are below 2, float16 below 65504; forward sums rows, backward columns.
+            # Inputs are below 2, float16 below 65504. forward adds W's rows, backward its columns.
             if all(one < 65504 / 2 for one in sums):
                 module.weight.data = module.weight.data.half()
                 module.forward = partial(forward, module)
@@ -669,7 +669,7 @@ def find_checkpoint(job):
         fault = f"OUTPUT_DIR {job.output} holds {complete[-1].name} of another job"
         advice = "set these back to go on, or choose another OUTPUT_DIR"
         raise SystemExit(listed([f"{fault}; {advice}:", *rows]))
-    if checkpoints_in(folder):
+    if checkpoints_in(folder):  # finished or broken
         set_aside(folder)
     set_aside(job.output / "run.json")
     folder.mkdir(exist_ok=True)
@@ -763,7 +763,7 @@ def build_trainer(job):
         use_float16(model)
     trainer = trl.SFTTrainer(
         model=model,
-        peft_config=peft.LoraConfig(  # which alone injects nothing
+        peft_config=peft.LoraConfig(  # make_plan() counts it
             r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
             target_modules=args.lora_target_modules, task_type="CAUSAL_LM",
             revision=args.model_revision,
@@ -774,11 +774,12 @@ def build_trainer(job):
         processing_class=job.tokenizer,
     )  # fmt: skip
     trainer.compute_loss = token_loss
-    # Like lengths need less padding; unlike group_by_length's, a resumed run has this order too.
+    # Like lengths need less padding; group_by_length would order a resumed run anew.
+    # accelerate deals the batches to the processes.
     n = args.batch_size * args.gradient_accumulation_steps
     alone = {"num_replicas": 1, "rank": 0, "seed": args.seed}
     sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(n, job.train, **alone)
-    if job.checkpoint:  # else two processes go on in the first epoch's order
+    if job.checkpoint:  # else processes go on in the first epoch's order
         sampler.set_epoch(int(job.checkpoint.name[11:]) // job.plan.steps_per_epoch)
     trainer._get_train_sampler = lambda dataset=None: sampler
     # By default PEFT asks the hub at each save.
@@ -832,7 +833,7 @@ def fit_memory(trainer, job):
         return
     free, total = torch.cuda.mem_get_info()
     share = (free + torch.cuda.memory_reserved()) / total
-    # A tenth is for the optimizer's states, and for memory in pieces.
+    # A tenth is for the optimizer's states and for fragmentation.
     torch.cuda.set_per_process_memory_fraction(0.9 * share)
     rows = sorted(job.train, key=lambda row: len(row["input_ids"]))
     batches = [rows[n : n + size] for n in range(max(1, len(rows) - size + 1))]
@@ -888,7 +889,7 @@ class Callbacks:
         """Save after SAVE_STEPS steps or a signal."""
         job, step = self.job, state.global_step
         is_due = self.signal_heard() > 0 or step % job.args.save_steps == 0
-        # save_strategy saves an epoch's last step, after its evaluation moved the random state.
+        # An epoch's last step is saved after its evaluation, which moves the random state.
         control.should_save = is_due and step % job.plan.steps_per_epoch > 0
 
     def on_save(self, args, state, _, **__):
@@ -950,13 +951,13 @@ def prove(model, folder, row):
         names = listed(sorted(odd), 3, ", ")
         raise SystemExit(f"proof: in {folder} not as trained, not numbers or all zero: {names}")
     ids = torch.tensor([row["input_ids"]], device=model.device)
-
-    def distance():
-        return (reloaded(input_ids=ids).logits - trained).abs().max().item()
-
     with torch.no_grad():
         trained = model.eval()(input_ids=ids).logits
         reloaded = peft.PeftModel.from_pretrained(model.unload(), folder)
+
+        def distance():
+            return (reloaded(input_ids=ids).logits - trained).abs().max().item()
+
         error = distance()
         with reloaded.disable_adapter():
             effect = distance()
@@ -1115,7 +1116,7 @@ def report_runs(folders, least):
     """Print the finished runs on the newest one's data, best first; return their number."""
     runs, paths = [], {path for folder in folders for path in Path(folder).glob("run.json*")}
     for path in paths:
-        with suppress(Exception):  # another file
+        with suppress(Exception):
             run = read_run(path)
             runs += [run] * (run["outcome"] == "finished")
     newest = max(runs, key=lambda run: run["started"], default=None)
@@ -1282,7 +1283,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def catch_signals(job):
-    """Have signals save and stop training, or stop all else."""
+    """A signal in a step: on_save() stops after it. Elsewhere, or again: all stops at once."""
 
     def on_signal(number, _):
         again, job.stopped_by = job.stopped_by, number
