@@ -1460,11 +1460,17 @@ def launch(argv, folder, *actions):
     return ends, [path.read_text("utf-8") for path in said]
 
 
+ACTIONS["tell what is changed"] = lambda _: watch_changes(
+    lambda event, path, other: print("changed", path)
+)
+
+
 @pytest.fixture(scope="module")
 def whole_of_two(flags, tmp_path_factory):
     """Return the output of two processes that were not interrupted, and what they said."""
     folder = tmp_path_factory.mktemp("two")
-    ends, said = launch(command(flags, folder / "output"), folder, "nothing", "nothing")
+    argv = command(flags, folder / "output")
+    ends, said = launch(argv, folder, "nothing", "tell what is changed")
     assert ends == [0, 0], said
     return folder / "output", said
 
@@ -1493,7 +1499,11 @@ def test_two_processes_learn_what_one_does(lines, tmp_path):
 def test_the_first_process_alone_speaks_and_writes(whole_of_two):
     output, said = whole_of_two
     words = {line.split(" ")[0] for line in said[1].splitlines()}
-    assert words <= {"[Gloo]", "", "Loading"} and "\ndone " in said[0]
+    assert words <= {"[Gloo]", "", "Loading", "changed"} and "\ndone " in said[0]
+    changed = re.findall(rf"^changed {re.escape(str(output))}/(.*)$", said[1], re.MULTILINE)
+    assert changed and {Path(path).name for path in changed} <= {
+        "rng_state_1.pth", "checkpoints", *(f"checkpoint-{step}" for step in (3, 4, 6, 8))
+    }  # fmt: skip
     assert record(output)["outcome"] == "finished"
     names = {path.name for path in output.iterdir()}
     assert names == {*RESULTS, "run.json", "checkpoints", "all_logs.log"}
