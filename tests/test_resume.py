@@ -1511,7 +1511,13 @@ def test_the_first_process_alone_speaks_and_writes(whole_of_two):
     assert {path.name for path in kept} == EPOCH_FILES and len(kept) == 4
 
 
-ACTIONS["SIGTERM in step 5"] = lambda patch: at_step(patch, 5, send(signal.SIGTERM))
+def slow_and_stopped(patch):
+    """Write the first random state late, and get a signal in step 5."""
+    before(patch, transformers.Trainer, "_save_rng_state", lambda *_: time.sleep(0.5))
+    at_step(patch, 5, send(signal.SIGTERM))
+
+
+ACTIONS["slow, and SIGTERM in step 5"] = slow_and_stopped
 
 
 @pytest.fixture(scope="module")
@@ -1519,7 +1525,7 @@ def interrupted_two(flags, tmp_path_factory):
     """Return the output of two processes, the second of which got a signal in step 5."""
     folder = tmp_path_factory.mktemp("stopped")
     argv = command(flags, folder / "output")
-    ends, said = launch(argv, folder, "nothing", "SIGTERM in step 5")
+    ends, said = launch(argv, folder, "nothing", "slow, and SIGTERM in step 5")
     assert ends == [143, 143], said
     message = f"stopped at step 5 of 8; the same command goes on from {folder}/output/checkpoints"
     assert message in said[0] and message in said[1]
@@ -1532,8 +1538,8 @@ def test_a_signal_to_one_of_two_stops_both_and_the_same_launch_ends_with_the_sam
     output = shutil.copytree(interrupted_two, tmp_path / "output")
     assert complete(output)[-1] == 5
     assert record(output)["outcome"].startswith("interrupted: stopped at step 5 of 8")
-    names = {path.name for path in (output / "checkpoints" / "checkpoint-5").iterdir()}
-    assert {"rng_state_0.pth", "rng_state_1.pth"} < names
+    for path in output.glob("checkpoints/*/complete.json"):
+        assert {"rng_state_0.pth", "rng_state_1.pth"} < json.loads(path.read_text()).keys()
     ends, said = launch(command(flags, output), tmp_path, "nothing", "nothing")
     assert ends == [0, 0] and record(output)["resumed_from"].endswith("checkpoint-5"), said
     assert adapter(output) == adapter(whole_of_two[0]) and losses(output) == losses(whole_of_two[0])
