@@ -1512,8 +1512,10 @@ def test_the_first_process_alone_speaks_and_writes(whole_of_two):
 
 
 def slow_and_stopped(patch):
-    """Write the first random state late, and get a signal in step 5."""
-    before(patch, transformers.Trainer, "_save_rng_state", lambda *_: time.sleep(0.5))
+    """Write each random state late, and get a signal in step 5."""
+    save = transformers.Trainer._save_rng_state
+    late = lambda *given: (time.sleep(0.3), save(*given))  # noqa: E731
+    patch.setattr(transformers.Trainer, "_save_rng_state", late)
     at_step(patch, 5, send(signal.SIGTERM))
 
 
