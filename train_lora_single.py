@@ -118,7 +118,7 @@ LOG = logging.getLogger("train_lora_single")
 
 
 def is_first():
-    """Return whether this is the first process, or the only one."""
+    """Return whether this is the process that decides and writes."""
     return os.getenv("RANK", "0") == "0"
 
 
@@ -490,7 +490,7 @@ def make_plan(args, config, n_train):
     return Plan(trainable, total, per_epoch, steps, largest)
 
 
-# ==== 7 Matrix products: float16 tensor cores where bfloat16 is emulated
+# ==== 7 Matrix products in float16, where bfloat16 is emulated
 
 
 def scaled_product(rows, weight):
@@ -646,7 +646,7 @@ def prune(folder, per_epoch, newest):
 
 
 def find_checkpoint(job):
-    """Return this job's newest complete checkpoint, or exit; without one, begin a job's folder."""
+    """Return this job's newest complete checkpoint; exit at another's; else begin a folder."""
     folder, model, before = job.output / "checkpoints", Path(job.args.model_name), None
     now = {name: vars(job.args)[name.lower()] for name in JOB_RULES}
     now["PRODUCTS"] = job.products["used"]
@@ -669,7 +669,7 @@ def find_checkpoint(job):
         fault = f"OUTPUT_DIR {job.output} holds {complete[-1].name} of another job"
         advice = "set these back to go on, or choose another OUTPUT_DIR"
         raise SystemExit(listed([f"{fault}; {advice}:", *rows]))
-    if checkpoints_in(folder):  # finished or broken
+    if checkpoints_in(folder):  # published or broken
         set_aside(folder)
     set_aside(job.output / "run.json")
     folder.mkdir(exist_ok=True)
@@ -751,7 +751,7 @@ def token_loss(model, inputs, num_items_in_batch=None, **_):
     total = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
     if num_items_in_batch is None:  # in an evaluation
         return total / learnt.sum()
-    # Processes' gradients are averaged, not summed.
+    # It counts all processes; DDP takes their mean.
     return total * accelerate.PartialState().num_processes / num_items_in_batch
 
 
@@ -763,7 +763,7 @@ def build_trainer(job):
         use_float16(model)
     trainer = trl.SFTTrainer(
         model=model,
-        peft_config=peft.LoraConfig(  # make_plan() counts it
+        peft_config=peft.LoraConfig(  # change make_plan() with it
             r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
             target_modules=args.lora_target_modules, task_type="CAUSAL_LM",
             revision=args.model_revision,
@@ -775,11 +775,11 @@ def build_trainer(job):
     )  # fmt: skip
     trainer.compute_loss = token_loss
     # Like lengths need less padding; group_by_length would order a resumed run anew.
-    # accelerate deals the batches to the processes.
+    # One replica: accelerate deals batches to processes.
     n = args.batch_size * args.gradient_accumulation_steps
     alone = {"num_replicas": 1, "rank": 0, "seed": args.seed}
     sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(n, job.train, **alone)
-    if job.checkpoint:  # else processes go on in the first epoch's order
+    if job.checkpoint:  # else it begins in the first epoch's order
         sampler.set_epoch(int(job.checkpoint.name[11:]) // job.plan.steps_per_epoch)
     trainer._get_train_sampler = lambda dataset=None: sampler
     # By default PEFT asks the hub at each save.
@@ -810,11 +810,11 @@ def fit_memory(trainer, job):
     model.disable_input_require_grads()  # recomputation needs no gradient of embeddings
     kind = transformers.modeling_layers.GradientCheckpointingLayer
     layers = [module for module in model.modules() if isinstance(module, kind)]
-    kept = math.inf  # tokens of a batch, up to which activations are kept
+    limit = math.inf  # tokens of a batch, up to which activations are kept
 
     def recompute_if_large(_, __, inputs):
         for layer in layers:
-            layer.gradient_checkpointing = inputs["input_ids"].numel() > kept
+            layer.gradient_checkpointing = inputs["input_ids"].numel() > limit
 
     def overflows(rows):
         inputs = trainer.data_collator(rows)
@@ -839,15 +839,15 @@ def fit_memory(trainer, job):
     batches = [rows[n : n + size] for n in range(max(1, len(rows) - size + 1))]
     longest = batches[-1]
     if overflows(longest):
-        # Batches grow longer: halve to find the n_fit that fit.
+        # Batches grow longer: bisect; the first n_fit fit.
         n_fit = bisect.bisect_left(batches, True, key=overflows)
-        kept = size * len(batches[n_fit - 1][-1]["input_ids"]) if n_fit else 0
+        limit = size * len(batches[n_fit - 1][-1]["input_ids"]) if n_fit else 0
         if overflows(longest):  # though recomputed
             raise torch.OutOfMemoryError("the longest batch does not fit")
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.reset_peak_memory_stats()
     transformers.set_seed(job.args.seed)
-    which = "all batches" if kept == math.inf else f"batches of up to {kept:,} tokens"
+    which = "all batches" if limit == math.inf else f"batches of up to {limit:,} tokens"
     report("memory", f"activations are kept for {which}, else recomputed")
 
 
@@ -892,9 +892,9 @@ class Callbacks:
         # An epoch's last step is saved after its evaluation, which moves the random state.
         control.should_save = is_due and step % job.plan.steps_per_epoch > 0
 
-    def on_save(self, args, state, _, **__):
+    def on_save(self, _, state, *__, **___):
         """Mark a checkpoint as complete, prune the older ones; stop here after a signal."""
-        job, step, folder = self.job, state.global_step, Path(args.output_dir)
+        job, step, folder = self.job, state.global_step, self.job.output / "checkpoints"
         new = folder / f"checkpoint-{step}"
         accelerate.PartialState().wait_for_everyone()  # each writes its random state
         if is_first():
