@@ -7,8 +7,8 @@
     python train_lora_single.py --chat       # talk to output/final_lora
     python train_lora_single.py --compare DIR ...    # its finished runs, best first
 
-LoRA leaves a weight W (d x k) frozen and learns A (r x k) and B (d x r) beside it:
-y = W x + (alpha / r) B A x. run(), at the end, is the table of contents.
+y = W x + (alpha / r) B A x: W (d x k) stays, LoRA learns A (r x k) and B (d x r).
+run(), at the end, is the table of contents.
 """
 
 import argparse
@@ -146,8 +146,6 @@ def blame(what, advice, *kinds):
     """Exit with what, error and advice after an error of these kinds."""
     try:
         yield
-    except ImportError:
-        raise
     except kinds as error:
         raise SystemExit(f"{what} ({brief(error)}); {advice}")
 
@@ -280,10 +278,8 @@ def warn_of_repeats(train, held_out):
 
 def check_device(args):
     """Return the device's name, or exit; to be called before transformers is used."""
-    # Here the processes of `accelerate launch` meet.
-    n = accelerate.PartialState(cpu=args.device == "cpu").num_processes
-    if args.gradient_accumulation_steps % n:
-        raise SystemExit(f"GRADIENT_ACCUMULATION_STEPS must be a multiple of {n} processes")
+    # The processes of `accelerate launch` meet.
+    accelerate.PartialState(cpu=args.device == "cpu")
     if args.device == "cpu":
         return "CPU"
     driver = "no NVIDIA driver"
@@ -490,6 +486,16 @@ def make_plan(args, config, n_train):
     return Plan(trainable, total, per_epoch, steps, largest)
 
 
+def check_shares(job):
+    """Exit if processes cannot share evenly: accelerate would repeat examples."""
+    n, size = accelerate.PartialState().num_processes, job.args.batch_size
+    odd = job.args.gradient_accumulation_steps % n or len(job.train) % (n * size)
+    if n > 1 and (odd or len(job.eval) % size):
+        rule = f"GRADIENT_ACCUMULATION_STEPS a multiple of {n}, training examples of {n * size}"
+        raise SystemExit(f"{n} processes: make {rule}, held-out ones of {size}")
+    job.device += f", {n} processes" * (n > 1)
+
+
 # ==== 7 Matrix products in float16, where bfloat16 is emulated
 
 
@@ -561,16 +567,14 @@ def choose_products(job):
         for kind, product in kinds.items():
             timer = Timer("product()", globals={"product": product})
             rates[kind] = 2e-12 * n * d * k / timer.blocked_autorange().median
-        one, other = (product().float() for product in kinds.values())
-        error = (torch.dist(one, other) / one.norm()).item()
     except (ImportError, RuntimeError) as fault:
         report("products", f"in {args.dtype}: scaled float16 fails here ({brief(fault)})")
         return {"used": used}
-    if rates["float16"] > 1.2 * rates["dtype"] and error < 2**-8:  # bfloat16's step
+    if rates["float16"] > 1.2 * rates["dtype"]:
         used = "float16"
     text = "{dtype:.1f} TFLOP/s in {}, {float16:.1f} in scaled float16".format(args.dtype, **rates)
-    report("products", f"{text}, {error:.1e} apart: {used} is used")
-    return {"used": used, "tflops": rates, "apart": error}
+    report("products", f"{text}: {used} is used")
+    return {"used": used, "tflops": rates}
 
 
 # ==== 8 Run folder: what an earlier run left, its checkpoint, run.json
@@ -582,7 +586,7 @@ def open_log(output):
         output.mkdir(parents=True, exist_ok=True)
         log = logging.FileHandler(output / "all_logs.log", encoding="utf-8")
     what = f"OUTPUT_DIR {output}: another run writes there"
-    # Other errors are those of a network file system without locks.
+    # Other errors: a network file system without locks.
     with suppress(OSError), blame(what, "choose another folder", BlockingIOError):
         fcntl.flock(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     logging.basicConfig(handlers=[log, logging.lastResort], format="%(message)s", force=True)
@@ -931,7 +935,7 @@ def save_adapter(model, job, folder):
         shutil.copy(final / "adapter_config.json", vllm)
         renamed = {name.replace(plain, wrapped, 1): tensor for name, tensor in tensors.items()}
         safetensors.save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
-    # They are written for their owner alone; a server may be another user.
+    # Written for their owner alone; a server may be another user.
     for path in folder.glob("*/*.safetensors"):
         shutil.copymode(final / "adapter_config.json", path)
 
@@ -1082,7 +1086,7 @@ def draw(_, job, path):
     losses.set_title(title, parse_math=False)
     losses.legend()
     kinds = text.to_dict().get("layer_types") or [""] * text.num_hidden_layers
-    sizes = [[math.nan] * len(kinds) for _ in job.learnt]  # NaN is left blank
+    sizes = [[math.nan] * len(kinds) for _ in job.learnt]
     for n, rows in enumerate(job.learnt.values()):
         for row in rows:
             sizes[n][row["layer"]] = 100 * row["update"]
@@ -1107,7 +1111,7 @@ def read_run(path):
     lowest = min(evals[1:])  # the first is the base's
     loss = lowest if run["constants"].get("PUBLISH") == "best" else evals[-1]
     figures = f"{loss:>9.4f}{lowest:>9.4f}{run['train_seconds'] / 60:>9.1f}"
-    figures += "+" if run["resumed_from"] else " "  # there was more before a stop
+    figures += "+" if run["resumed_from"] else " "  # more before a stop
     started, files = float(run["started"]), [*run["data"].values()]
     return run | {"loss": loss, "line": f"{figures} {path}", "started": started, "files": files}
 
@@ -1201,9 +1205,7 @@ def chat(job):
                 who = said
             elif said == "/new":
                 turns = []
-            elif said.startswith("/"):
-                print("no such command")
-            elif said:
+            elif said and said[0] != "/":
                 print(f"{who[1:]}> ", end="", flush=True)
                 turns.append({"role": "user", "content": said})
                 streamer = transformers.TextStreamer(job.tokenizer, True, skip_special_tokens=True)
@@ -1222,7 +1224,7 @@ def run(job):
         return chat(job)  # 12
     if args.compare:
         if not report_runs(args.compare, least=1):  # 11
-            raise SystemExit(f"--compare: no finished run with an eval loss in {args.compare}")
+            raise SystemExit(f"--compare: no finished run in {args.compare}")
         return
     if is_first() and not args.dry_run:
         open_log(job.output)  # 8
@@ -1241,6 +1243,7 @@ def run(job):
     job.plan = make_plan(args, job.config, len(job.train))  # 6
     if args.dry_run:
         return
+    check_shares(job)
     report("device", job.device)
     if is_first():
         job.products = choose_products(job)  # 7
@@ -1287,7 +1290,7 @@ def catch_signals(job):
 
     def on_signal(number, _):
         again, job.stopped_by = job.stopped_by, number
-        if job.is_training and not again:
+        if job.is_training and (not again or "TORCHELASTIC_RUN_ID" in os.environ):
             report("stopping", "this step is finished and saved first; once more stops at once")
             return
         rest = "; the same command goes on from the newest checkpoint, if any"
@@ -1313,7 +1316,7 @@ def explain(error):
     if kind == "OutOfMemoryError":
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
         return 1, f"out of memory ({text}); {advice}"
-    # safetensors', tokenizers' and torch's words for a full disk.
+    # Other libraries' words for a full disk.
     if isinstance(error, OSError) or kind in ("SafetensorError", "Exception") or "inline_" in text:
         return 1, f"a file could not be written or read ({text}); make room, and run it again"
     return 1, ""
@@ -1347,7 +1350,7 @@ def main(argv=None):
 
 
 class Unbreakable(io.FileIO):
-    """An output whose reader may go away: the run goes on."""
+    """An output whose reader may go away."""
 
     def write(self, data):
         """Write data, or drop it."""

@@ -586,7 +586,9 @@ def test_a_missing_package_is_one_message(lines, tmp_path, monkeypatch, capsys, 
         t.main([*flags, "--output_dir", str(tmp_path / "out")])
     err = [one for one in capsys.readouterr().err.splitlines() if "Loading weights" not in one]
     assert stop.value.code == 1 and len([one for one in err if one]) == 1
-    assert name in err[-1] and err[-1].endswith("; pip install -r requirements.txt")
+    assert name in err[-1]
+    if name in ("datasets", "trl", "peft"):
+        assert err[-1].endswith("; pip install -r requirements.txt")
 
 
 def test_a_signal_ends_a_process_whose_threads_still_run_after_an_error():

@@ -881,7 +881,7 @@ def test_the_base_is_the_one_that_the_adapter_names_with_its_revision(talk, tmp_
 def test_a_command_that_there_is_not_is_no_message(parrot, talk):
     end = talk("/help", "/Base", "/quit now", "hello")
     assert end.status == 0 and len(end.prompts) == 1
-    assert end.out.count("no such command") == 3
+    assert len(end.replies) == 1
 
 
 BROKEN = {

@@ -473,19 +473,15 @@ def test_on_a_cpu_auto_is_the_dtype_untimed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rate", "scaled", "error", "choice"),
+    ("rate", "scaled", "choice"),
     [
-        (9.6, 80.0, 0.0005, "float16"),
-        (9.6, 11.6, 0.0005, "float16"),
-        (9.6, 11.4, 0.0005, "dtype"),  # a fifth more is not sure to be more in a step
-        (300.0, 280.0, 0.0005, "dtype"),
-        (9.6, 80.0, 0.0045, "dtype"),
-        (9.6, 80.0, math.nan, "dtype"),
+        (9.6, 80.0, "float16"),
+        (9.6, 11.6, "float16"),
+        (9.6, 11.4, "dtype"),  # a fifth more is not sure to be more in a step
+        (300.0, 280.0, "dtype"),
     ],
 )
-def test_on_a_gpu_the_clearly_faster_and_exact_is_taken(
-    monkeypatch, capsys, rate, scaled, error, choice
-):
+def test_on_a_gpu_the_clearly_faster_is_taken(monkeypatch, capsys, rate, scaled, choice):
     shapes, rates = [], [rate, scaled]
 
     class Timer:
@@ -496,20 +492,14 @@ def test_on_a_gpu_the_clearly_faster_and_exact_is_taken(
             seconds = 2 * 60 * 64 * 32 / (rates[len(shapes) - 1] * 1e12)
             return types.SimpleNamespace(median=seconds)
 
-    def scaled_product(rows, weight):
-        return rows.float() @ weight.float() * (1 + error)
-
     monkeypatch.setattr(torch.utils.benchmark, "Timer", Timer)
-    monkeypatch.setattr(t, "scaled_product", scaled_product)
     found = t.choose_products(job_with("--batch_size", "3"))
     assert shapes == [(3 * 20, 64)] * 2  # three rows of median length
     assert found["used"] == choice
     assert [found["tflops"][kind] for kind in ("dtype", "float16")] == pytest.approx(rates)
-    assert abs(found["apart"] - error) < 2**-9 or math.isnan(error)  # bfloat16's own rounding
     text = capsys.readouterr().out
     assert text.startswith("products ") and text.endswith(f": {choice} is used\n")
     assert f"{rate:.1f} TFLOP/s in bfloat16" in text and f"{scaled:.1f} in scaled float16" in text
-    assert f", {found['apart']:.1e} apart: " in text
 
 
 def test_where_it_cannot_be_timed_the_dtype_is_taken_and_the_reason_told(monkeypatch, capsys):
@@ -535,7 +525,6 @@ def test_the_trial_measures_what_there_is(capsys, dtype):
     found = t.choose_products(job_with("--dtype", dtype))
     assert found["tflops"].keys() == {"dtype", "float16"}
     assert all(0 < rate < 100 for rate in found["tflops"].values())
-    assert 2**-13 < found["apart"] < 2**-8
     assert f"TFLOP/s in {dtype}, " in capsys.readouterr().out
 
 

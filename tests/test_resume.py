@@ -1466,18 +1466,23 @@ ACTIONS["tell what is changed"] = lambda _: watch_changes(
 
 
 @pytest.fixture(scope="module")
-def whole_of_two(flags, tmp_path_factory):
+def even(lines, tmp_path_factory):
+    """Return flags for 16 rows, which are four batches an epoch for each of two processes."""
+    return lines(tmp_path_factory.mktemp("even"), train=16)
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(even, tmp_path_factory):
     """Return the output of two processes that were not interrupted, and what they said."""
     folder = tmp_path_factory.mktemp("two")
-    argv = command(flags, folder / "output")
+    argv = command(even, folder / "output")
     ends, said = launch(argv, folder, "nothing", "tell what is changed")
     assert ends == [0, 0], said
     return folder / "output", said
 
 
-def test_two_processes_learn_what_one_does(lines, tmp_path):
-    """Sixteen rows are four batches for each of two processes, or eight for one."""
-    flags = [*lines(tmp_path, train=16), "--lora_dropout", "0", "--num_samples", "0"]
+def test_two_processes_learn_what_one_does(even, tmp_path):
+    flags = [*even, "--lora_dropout", "0", "--num_samples", "0"]
     ends, said = launch(command(flags, tmp_path / "two"), tmp_path, "nothing", "nothing")
     assert ends == [0, 0], said
     t.main(command(flags, tmp_path / "one"))
@@ -1505,6 +1510,7 @@ def test_the_first_process_alone_speaks_and_writes(whole_of_two):
         "rng_state_1.pth", "checkpoints", *(f"checkpoint-{step}" for step in (3, 4, 6, 8))
     }  # fmt: skip
     assert record(output)["outcome"] == "finished"
+    assert record(output)["device"] == "CPU, 2 processes" and "\ndevice   CPU, 2 pro" in said[0]
     names = {path.name for path in output.iterdir()}
     assert names == {*RESULTS, "run.json", "checkpoints", "all_logs.log"}
     kept = [path for path in (output / "checkpoints").rglob("*") if path.is_file()]
@@ -1512,21 +1518,21 @@ def test_the_first_process_alone_speaks_and_writes(whole_of_two):
 
 
 def slow_and_stopped(patch):
-    """Write each random state late, and get a signal in step 5."""
+    """Write each random state late, and get a signal in step 5, as often as a launcher may."""
     save = transformers.Trainer._save_rng_state
     late = lambda *given: (time.sleep(0.3), save(*given))  # noqa: E731
     patch.setattr(transformers.Trainer, "_save_rng_state", late)
-    at_step(patch, 5, send(signal.SIGTERM))
+    at_step(patch, 5, send(signal.SIGTERM, signal.SIGTERM))
 
 
 ACTIONS["slow, and SIGTERM in step 5"] = slow_and_stopped
 
 
 @pytest.fixture(scope="module")
-def interrupted_two(flags, tmp_path_factory):
+def interrupted_two(even, tmp_path_factory):
     """Return the output of two processes, the second of which got a signal in step 5."""
     folder = tmp_path_factory.mktemp("stopped")
-    argv = command(flags, folder / "output")
+    argv = command(even, folder / "output")
     ends, said = launch(argv, folder, "nothing", "slow, and SIGTERM in step 5")
     assert ends == [143, 143], said
     message = f"stopped at step 5 of 8; the same command goes on from {folder}/output/checkpoints"
@@ -1535,44 +1541,60 @@ def interrupted_two(flags, tmp_path_factory):
 
 
 def test_a_signal_to_one_of_two_stops_both_and_the_same_launch_ends_with_the_same_bytes(
-    interrupted_two, whole_of_two, flags, tmp_path
+    interrupted_two, whole_of_two, even, tmp_path
 ):
     output = shutil.copytree(interrupted_two, tmp_path / "output")
     assert complete(output)[-1] == 5
     assert record(output)["outcome"].startswith("interrupted: stopped at step 5 of 8")
     for path in output.glob("checkpoints/*/complete.json"):
         assert {"rng_state_0.pth", "rng_state_1.pth"} < json.loads(path.read_text()).keys()
-    ends, said = launch(command(flags, output), tmp_path, "nothing", "nothing")
+    ends, said = launch(command(even, output), tmp_path, "nothing", "nothing")
     assert ends == [0, 0] and record(output)["resumed_from"].endswith("checkpoint-5"), said
     assert adapter(output) == adapter(whole_of_two[0]) and losses(output) == losses(whole_of_two[0])
 
 
-def test_one_process_may_go_on_where_two_were_stopped(interrupted_two, flags, tmp_path):
+def test_one_process_may_go_on_where_two_were_stopped(interrupted_two, even, tmp_path):
     output = shutil.copytree(interrupted_two, tmp_path / "output")
-    t.main(command(flags, output))
+    t.main(command(even, output))
     assert record(output)["outcome"] == "finished"
     assert record(output)["resumed_from"].endswith("checkpoint-5")
     assert len(losses(output)) == len(losses(interrupted_two)) + 3 + 1  # steps, the last epoch
 
 
-def test_a_step_that_the_processes_cannot_share_is_refused_and_nothing_is_moved(flags, tmp_path):
-    output = tmp_path / "output"
+@pytest.mark.parametrize(
+    ("train", "evaluation", "accumulated"), [(16, 4, 3), (13, 4, 2), (14, 4, 2), (16, 3, 2)]
+)
+def test_what_processes_cannot_share_evenly_is_refused_and_nothing_is_moved(
+    lines, tmp_path, train, evaluation, accumulated
+):
+    """Accelerate would learn some rows twice, and count some twice in an eval loss."""
+    flags, output = lines(tmp_path, train=train, evaluation=evaluation), tmp_path / "output"
     put_old_results(output)
     before = files(output)
-    argv = command(flags, output, "--gradient_accumulation_steps", 3)
+    argv = command(flags, output, "--gradient_accumulation_steps", accumulated)
     ends, said = launch(argv, tmp_path, "nothing", "nothing")
+    rule = "GRADIENT_ACCUMULATION_STEPS a multiple of 2, training examples of 4"
     for text in said:
-        message = "GRADIENT_ACCUMULATION_STEPS must be a multiple of 2 processes"
-        assert text.splitlines()[-1] == message
+        assert text.splitlines()[-1] == f"2 processes: make {rule}, held-out ones of 2"
     assert ends == [1, 1] and files(output) == before
 
 
+def test_held_out_batches_need_not_be_as_many_as_the_processes(lines, tmp_path):
+    """Six rows are three batches: what comes twice is not counted."""
+    flags = [*lines(tmp_path, train=4, evaluation=6), "--lora_dropout", "0", "--num_samples", "0"]
+    ends, said = launch(command(flags, tmp_path / "two"), tmp_path, "nothing", "nothing")
+    assert ends == [0, 0], said
+    t.main(command(flags, tmp_path / "one"))
+    found, expected = (record(tmp_path / name)["loss_history"] for name in ("two", "one"))
+    assert found[0]["eval_loss"] == pytest.approx(expected[0]["eval_loss"], rel=1e-5)
+
+
 def test_accelerate_launch_gives_the_same_bytes_and_its_settings_change_nothing(
-    flags, whole_of_two, tmp_path
+    even, whole_of_two, tmp_path
 ):
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "bf16", "--dynamo_backend", "eager"]
-    argv = [*launcher, "train_lora_single.py", *command(flags, tmp_path, "--num_samples", 0)]
+    argv = [*launcher, "train_lora_single.py", *command(even, tmp_path, "--num_samples", 0)]
     done = subprocess.run([sys.executable, *argv], capture_output=True, timeout=180)
     assert done.returncode == 0, done.stderr.decode()
     assert adapter(tmp_path) == adapter(whole_of_two[0])
