@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two workers, two cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # more threads than cores wait without work
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
