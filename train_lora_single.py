@@ -1010,7 +1010,7 @@ def report_learnt(model, job, _):
         update, used, half = (statistics.fmean(row[key] for row in rows) for key in keys)
         shown = f"{100 * update:.3g}", layers, f"{used:.1f} of {r}", f"{half:.0%}"
         lines.append(columns(target, *shown))
-    lines.append("directions hold 90 % of the update; few are usual, no sign that a smaller r does")
+    lines.append("directions hold 90 % of the update; few are usual, and no sign of too large an r")
     report("learnt", "\n".join(lines))
 
 

@@ -1443,13 +1443,19 @@ def test_checkpoints_that_a_user_removes_do_not_cost_the_adapter(flags, tmp_path
 # ==== Several processes
 
 
-def launch(argv, folder, *actions):
-    """Run the command in processes that do actions first; return their statuses and words."""
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}  # the machine's own name may have no address
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    always = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": str(len(actions))}
-    always |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return str(free.getsockname()[1])
+
+
+def launch(argv, folder, *actions):
+    """Run the command in processes that do actions first; return their statuses and words."""
+    always = LOOPBACK | {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": str(len(actions))}
+    always |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     said = [folder / f"said {rank}" for rank in range(len(actions))]
     processes = []
     for rank, action in enumerate(actions):
@@ -1593,8 +1599,20 @@ def test_accelerate_launch_gives_the_same_bytes_and_its_settings_change_nothing(
     even, whole_of_two, tmp_path
 ):
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "bf16", "--dynamo_backend", "eager"]
+    launcher += [
+        "--main_process_port",
+        free_port(),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "bf16",
+        "--dynamo_backend",
+        "eager",
+    ]
     argv = [*launcher, "train_lora_single.py", *command(even, tmp_path, "--num_samples", 0)]
-    done = subprocess.run([sys.executable, *argv], capture_output=True, timeout=180)
+    environment = os.environ | LOOPBACK
+    done = subprocess.run(
+        [sys.executable, *argv], capture_output=True, env=environment, timeout=180
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert adapter(tmp_path) == adapter(whole_of_two[0])
