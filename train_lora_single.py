@@ -682,11 +682,12 @@ def find_checkpoint(job):
 
 def write_record(job, outcome):
     """Write run.json, if the run has started."""
+    installed = reversed([*importlib.metadata.distributions()])  # the first wins
     try:
         if job.started and is_first():
             write_json(job.output / "run.json", {
                 "outcome": outcome, "started": job.started,
-                "versions": {one.name: one.version for one in importlib.metadata.distributions()},
+                "versions": {one.name: one.version for one in installed},
                 "constants": {name: vars(job.args)[name.lower()] for name in RULES},
                 "device": job.device, "data": job.data, "plan": job.plan._asdict(),
                 "products": job.products, "resumed_from": job.checkpoint and str(job.checkpoint),
@@ -949,7 +950,7 @@ def prove(model, folder, row):
     saved = safetensors.load_file(folder / "adapter_model.safetensors")
     odd = kept.keys() ^ saved.keys()
     for name in kept.keys() & saved.keys():
-        if not (saved[name].any() and saved[name].equal(kept[name].cpu())):  # NaN equals nothing
+        if not (saved[name].any() and saved[name].equal(kept[name].cpu())):
             odd.add(name)
     if odd:
         names = listed(sorted(odd), 3, ", ")
@@ -1316,7 +1317,7 @@ def explain(error):
     if kind == "OutOfMemoryError":
         advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
         return 1, f"out of memory ({text}); {advice}"
-    # Other libraries' words for a full disk.
+    # A full disk.
     if isinstance(error, OSError) or kind in ("SafetensorError", "Exception") or "inline_" in text:
         return 1, f"a file could not be written or read ({text}); make room, and run it again"
     return 1, ""

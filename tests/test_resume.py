@@ -1320,6 +1320,20 @@ def test_run_json_says_running_then_finished_and_what_was_run(flags, demo, tmp_p
     ]
 
 
+def test_of_two_versions_of_a_package_the_one_that_is_imported_is_recorded(
+    flags, tmp_path, monkeypatch
+):
+    """As of those that setuptools brings along, and puts at the end of the path."""
+    info = tmp_path / "more" / "packaging-0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: packaging\nVersion: 0.1\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(info.parent)])
+    at_step(monkeypatch, 1, send(signal.SIGINT))
+    assert status(command(flags, tmp_path / "output")) == 130
+    version = importlib.metadata.version("packaging")
+    assert record(tmp_path / "output")["versions"]["packaging"] == version != "0.1"
+
+
 def test_a_loss_that_is_no_number_is_in_run_json(flags, tmp_path, tiny, capfd):
     model = shutil.copytree(tiny, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
