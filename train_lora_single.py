@@ -682,9 +682,9 @@ def find_checkpoint(job):
 
 def write_record(job, outcome):
     """Write run.json, if the run has started."""
-    installed = reversed([*importlib.metadata.distributions()])  # the first wins
     try:
         if job.started and is_first():
+            installed = reversed([*importlib.metadata.distributions()])  # first wins
             write_json(job.output / "run.json", {
                 "outcome": outcome, "started": job.started,
                 "versions": {one.name: one.version for one in installed},
@@ -847,7 +847,7 @@ def fit_memory(trainer, job):
         # Batches grow longer: bisect; the first n_fit fit.
         n_fit = bisect.bisect_left(batches, True, key=overflows)
         limit = size * len(batches[n_fit - 1][-1]["input_ids"]) if n_fit else 0
-        if overflows(longest):  # though recomputed
+        if overflows(longest):  # recomputed
             raise torch.OutOfMemoryError("the longest batch does not fit")
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.reset_peak_memory_stats()
