@@ -1,26 +1,47 @@
-"""Train a LoRA adapter for Qwen3.5-4B on conversations, on one GPU.
+"""Train a LoRA adapter for Qwen3.5-4B on your conversations, on one GPU, and measure its worth.
 
-    python train_lora_single.py              # data/train.jsonl -> output/final_lora
-    python train_lora_single.py --dry_run    # check data, print the plan; needs no GPU
-    python train_lora_single.py --demo       # train a tiny model of random weights, on a CPU
-    python train_lora_single.py --lora_r 16 --lora_alpha 32    # each constant is a flag too
-    python train_lora_single.py --chat       # talk to output/final_lora
-    python train_lora_single.py --compare DIR ...    # its finished runs, best first
+    python train_lora_single.py              train on data/train.jsonl; write output/final_lora
+    python train_lora_single.py --dry_run    check the data and print the plan; needs no GPU
+    python train_lora_single.py --demo       the whole job in a minute, on a CPU, with a toy model
+    python train_lora_single.py --chat       talk to output/final_lora
+    python train_lora_single.py --compare DIR ...            which finished run is better?
+    python train_lora_single.py --lora_r 16 --lora_alpha 32  every setting below is also a flag
 
-y = W x + (alpha / r) B A x: W (d x k) stays, LoRA learns A (r x k) and B (d x r).
-run(), at the end, is the table of contents.
+The sections of this file, the most important ones first. Search for the capitals to jump there:
+
+    SETTINGS          what you change
+    THE RUN           the whole job, one line a step
+    MODEL AND LORA    the heart: weights, LoraConfig, SFTTrainer, the check that LoRA is in place
+    DATA              reading the conversations and checking every line
+    TOKENS            what the model sees, and which part of it is learned
+    PLAN              which matrices are trained, and in how many steps; known before any weights
+    TRAINING          the order of the examples, what is printed, saving and stopping
+    MEMORY            in how many parts a step goes through the model
+    CHECKPOINTS       what an earlier run left behind, resuming, and run.json
+    PUBLISHING        writing the adapter, proving that it works, the model card
+    EVIDENCE          what r, alpha and the targets were worth, measured after training
+    COMPARING         which of several runs is better, and whether the difference means anything
+    CHAT              talking to the adapter
+    FLOAT16 PRODUCTS  an appendix for GPUs that only emulate bfloat16, such as the V100
+    COMMAND LINE      flags, the log, the environment, signals, error messages, main()
 """
+
+from __future__ import annotations
 
 import argparse
 import bisect
-import fcntl
+import contextlib
+import difflib
+import errno
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import logging
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -30,618 +51,1407 @@ import sys
 import textwrap
 import time
 import types
+import typing
 import warnings
-from collections import namedtuple
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 if sys.version_info < (3, 11):
-    raise SystemExit("Python 3.11 to 3.13 is needed; see README.md")
+    raise SystemExit("This script needs Python 3.11 or newer; README.md says how to get it.")
 
 
-class Lazy(types.ModuleType):
-    """A library that is imported when first used: bad data is reported before."""
+class LazyModule(types.ModuleType):
+    """A library that is imported when it is first used, so that bad data is reported at once."""
 
-    def __getattr__(self, name):
-        """Return the library's own attribute."""
+    def __getattr__(self, name: str) -> Any:
+        """Import the library, and return its attribute."""
         return getattr(importlib.import_module(self.__name__), name)
 
 
-torch, transformers, datasets, trl, peft, accelerate, safetensors = map(
-    Lazy, ["torch", "transformers", "datasets", "trl", "peft", "accelerate", "safetensors.torch"]
-)
+if TYPE_CHECKING:  # for editors and type checkers
+    import accelerate
+    import datasets
+    import peft
+    import safetensors.torch as safetensors_torch
+    import torch
+    import transformers
+    import trl
+else:
+    accelerate, datasets, peft = map(LazyModule, ["accelerate", "datasets", "peft"])
+    safetensors_torch, torch = map(LazyModule, ["safetensors.torch", "torch"])
+    transformers, trl = map(LazyModule, ["transformers", "trl"])
 
-# ==== 1 Constants: edit them here, or give the flag of the same name in lower case
 
-# Model.
-MODEL_NAME = "Qwen/Qwen3.5-4B"  # on the hub, or a folder
-MODEL_REVISION = "main"  # branch, tag or commit
-DEVICE = "cuda"  # "cuda", or "cpu", for a small model
-DTYPE = "bfloat16"  # of the frozen weights, or "float32"
-PRODUCTS = "auto"  # multiply in DTYPE ("dtype") or scaled "float16"; "auto" times both
+# ==== SETTINGS: edit them here, or give the flag of the same name, such as --lora_r 16
+#
+# Every annotated constant is a setting: its flag, its type, its help text (the comment behind it)
+# and its place in run.json follow from the line. To add one, write the line and use
+# settings.YOUR_NAME where you need it.
 
-# Data: lines of {"prompt": [...], "completion": [...]} or {"messages": [...]}.
-TRAIN_FILE = "data/train.jsonl"  # what is learnt
-EVAL_FILE = "data/eval.jsonl"  # held out, about a tenth; "" for none
-MAX_SEQ_LEN = 512  # tokens; longer examples are left out
+# The model.
+MODEL_NAME: str = "Qwen/Qwen3.5-4B"  # a chat model on the Hugging Face hub, or a local folder
+MODEL_REVISION: str = "main"  # its branch, tag or commit on the hub
+DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # the type of the frozen weights
+DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 
-# LoRA.
-LORA_R = 8  # rank: 4 for a narrow task, 8 for a style and 1,000 examples, 16 or more for more
-LORA_ALPHA = 16  # alpha / r scales the update: 2 is usual, more may oscillate, less not learn
-LORA_DROPOUT = 0.05  # on the LoRA branch only; against learning phrases by heart
-LORA_TARGET_MODULES = [  # or DeltaNet's in_proj_qkv, in_proj_z, out_proj
-    "q_proj", "k_proj", "v_proj", "o_proj",  # attention: what is looked at
-    "gate_proj", "up_proj", "down_proj",  # feed-forward: words and rhythm
-]  # fmt: skip
+# The data. README.md shows the two forms that a line may have.
+TRAIN_FILE: str = "data/train.jsonl"  # the conversations to learn from
+EVAL_FILE: str = "data/eval.jsonl"  # held-out ones, about a tenth as many; "" for none
+MAX_SEQ_LEN: int = 512  # in tokens; a longer example is left out, never cut
+
+# LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
+LORA_R: int = 8  # the rank r: 4 for a narrow task, 8 for a style and 1,000 examples, 16 for more
+LORA_ALPHA: int = 16  # the update is scaled by alpha / r; 2 is usual, too large can oscillate
+LORA_DROPOUT: float = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
+LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
+    "q_proj",  # attention: which words the model looks at
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",  # feed-forward: which words it chooses, and their rhythm
+    "up_proj",
+    "down_proj",
+]
 
 # Training.
-NUM_EPOCHS = 3  # passes over the training file; fewer if the eval loss turns up
-BATCH_SIZE = 2  # examples at once on the GPU; lower this first when memory is short
-GRADIENT_ACCUMULATION_STEPS = 2  # batches a step, on all GPUs; raise it as BATCH_SIZE falls
-LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
-LR_SCHEDULER_TYPE = "cosine"  # or "linear", "constant_with_warmup"
-WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises from 0
-SEED = 42  # of A's first values, dropout and the order of the examples
+NUM_EPOCHS: int = 3  # passes over the training file; fewer if the held-out loss rises again
+MAX_STEPS: int = 0  # stop after this many steps, to try things out; 0 for all epochs
+BATCH_SIZE: int = 2  # times GRADIENT_ACCUMULATION_STEPS: the examples of one optimizer step
+GRADIENT_ACCUMULATION_STEPS: int = 2  # how many examples the GPU takes at once is found by trying
+LEARNING_RATE: float = 2e-4  # the highest rate; lower it if the loss jumps
+LR_SCHEDULER_TYPE: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"  # its course
+WARMUP_RATIO: float = 0.03  # the share of the steps in which the learning rate rises from 0
+SEED: int = 42  # for A's first values, dropout, and the order of the examples
 
-# Output.
-OUTPUT_DIR = "output"  # final_lora, samples.md, lora.png, run.json, all_logs.log, checkpoints
-LOGGING_STEPS = 10  # steps between two printed losses
-SAVE_STEPS = 50  # steps between two checkpoints: what a kill loses at most
-PUBLISH = "last"  # or "best": the epoch of the lowest eval loss becomes final_lora
-NUM_SAMPLES = 5  # held-out prompts that base and adapter answer in samples.md
-MAX_NEW_TOKENS = 200  # of a reply, else it is cut
+# Results.
+OUTPUT_DIR: str = "output"  # gets final_lora, samples.md, lora.png, run.json and checkpoints
+LOGGING_STEPS: int = 10  # a line is printed every so many steps
+SAVE_STEPS: int = 50  # a checkpoint is written every so many steps; a crash loses no more
+PUBLISH: Literal["last", "best"] = "last"  # "best": the epoch with the lowest held-out loss
+REPORT_TO: str = "none"  # also log to "tensorboard", "wandb" or "trackio", if it is installed
+EVIDENCE_EXAMPLES: int = 200  # held-out examples that measure r, alpha and targets; 0 for none
+EVAL_GROUP: str = "kind"  # the key of the held-out lines to report the loss by; "" for none
+NUM_SAMPLES: int = 6  # held-out prompts answered in samples.md, one of each kind at least
+MAX_NEW_TOKENS: int = 200  # a reply is cut after this many tokens
 
+# Products of matrices.
+MATMUL: Literal["auto", "dtype", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "auto" measures
+
+# A checkpoint is only resumed by a run with the same settings, except for these.
+MAY_CHANGE_ON_RESUME = {
+    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO", "EVAL_GROUP",
+    "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
+    # The examples' tokens, and the kind of products that is in use, are compared instead.
+    "TRAIN_FILE", "EVAL_FILE", "MATMUL",
+}  # fmt: skip
+
+# What --demo sets. The toy model was made by data/make_demo_model.py.
+HERE = Path(__file__).resolve().parent
 DEMO = {
-    "MODEL_NAME": "tests/tiny-qwen3.5", "OUTPUT_DIR": "output/demo", "DEVICE": "cpu",
-    "DTYPE": "float32", "NUM_EPOCHS": 1, "LEARNING_RATE": 1e-2,
-}  # fmt: skip
-
-# ==== 2 Command line: a flag for each constant, and report()
-
-# Types, or allowed values. A checkpoint made with other values of JOB_RULES is refused.
-JOB_RULES = {
-    "MODEL_NAME": str, "MODEL_REVISION": str, "DTYPE": ("bfloat16", "float32"), "MAX_SEQ_LEN": int,
-    "LORA_R": range(1, 513), "LORA_ALPHA": int, "LORA_DROPOUT": float,
-    "LORA_TARGET_MODULES": list, "NUM_EPOCHS": int, "BATCH_SIZE": int,
-    "GRADIENT_ACCUMULATION_STEPS": int, "LEARNING_RATE": float,
-    "LR_SCHEDULER_TYPE": ("cosine", "linear", "constant_with_warmup"), "WARMUP_RATIO": float,
-    "SEED": range(2**32),
-}  # fmt: skip
-RULES = JOB_RULES | {
-    "DEVICE": ("cuda", "cpu"), "PRODUCTS": ("auto", "dtype", "float16"), "TRAIN_FILE": str,
-    "EVAL_FILE": str, "OUTPUT_DIR": str, "LOGGING_STEPS": int, "SAVE_STEPS": int,
-    "PUBLISH": ("last", "best"), "NUM_SAMPLES": range(1001), "MAX_NEW_TOKENS": int,
-}  # fmt: skip
-LOG = logging.getLogger("train_lora_single")
+    "MODEL_NAME": str(HERE / "data" / "demo-model"),
+    "TRAIN_FILE": str(HERE / "data" / "train.jsonl"),
+    "EVAL_FILE": str(HERE / "data" / "eval.jsonl"),
+    "OUTPUT_DIR": "output/demo",
+    "DEVICE": "cpu",
+    "DTYPE": "float32",
+    "NUM_EPOCHS": 1,
+    "LEARNING_RATE": 5e-3,
+}
 
 
-def is_first():
-    """Return whether this is the process that decides and writes."""
-    return os.getenv("RANK", "0") == "0"
+# ==== THE RUN: the whole job
 
 
-def report(section, text):
-    """Print and log text beside the section's name."""
-    if is_first():
-        lines = f"{section:<9}" + text.replace("\n", "\n" + " " * 9)
-        print(lines, flush=True)
-        LOG.info(lines)
+def run(job: Job) -> None:
+    """Train, publish and explain one adapter."""
+    prepare(job)  # DATA, TOKENS, PLAN: everything that needs no weights
+    if job.settings.dry_run:
+        report("done", "Nothing was trained. Without --dry_run, the same command trains this plan.")
+        return
+    find_hardware(job)  # the GPU, and how it multiplies best
+    find_checkpoint(job)  # an earlier run to resume, if there is one
+    trainer = build_trainer(job)
+    check_only_lora_is_trained(trainer.model, job.plan)
+    find_what_fits(trainer, job)  # how many examples at once
+    train(trainer, job)
+    if not is_main_process():
+        return
+    adapter = publish(trainer, job)  # write, load again, compare, move into place
+    show_evidence(adapter, job)  # what r, alpha and the targets were worth
+    summarize(job)
 
 
-def brief(value, width=200):
-    """Return value as one line, cut to width."""
-    return textwrap.shorten(str(value), width, placeholder=" ...")
-
-
-def listed(items, limit=20, separator="\n"):
-    """Join the first items, and count the others."""
-    more = [f"... and {len(items) - limit:,} more"] if len(items) > limit else []
-    return separator.join(items[:limit] + more)
-
-
-@contextmanager
-def blame(what, advice, *kinds):
-    """Exit with what, error and advice after an error of these kinds."""
-    try:
-        yield
-    except kinds as error:
-        raise SystemExit(f"{what} ({brief(error)}); {advice}")
-
-
-def kind_of(name):
-    """Return a constant's type."""
-    return RULES[name] if isinstance(RULES[name], type) else type(RULES[name][0])
-
-
-def check_constant(name, value):
-    """Raise ValueError unless value is as RULES says."""
-    rule, kind, may_be_0 = RULES[name], kind_of(name), name != "LEARNING_RATE"
-    tests = {
-        str: ("a text", lambda: value.isprintable() and (value or name == "EVAL_FILE")),
-        list: ("a list of names", lambda: value and all(type(n) is str and n for n in value)),
-        int: ("int, from 1 to below 2**31", lambda: 0 < value < 2**31),
-        float: ("float, from 0 to below 1", lambda: 0 <= value < 1 and (value or may_be_0)),
-    }
-    text, is_good = tests[kind] if rule is kind else (f"in {rule}", lambda: value in rule)
-    is_kind = type(value) is kind or (kind is float and type(value) is int)
-    if not (is_kind and is_good()):
-        raise ValueError(f"{name} is {value!r}; it must be {text}")
-
-
-def parse_args(argv=None):
-    """Return the constants as flags change them; exit with 2 if one is bad."""
-    usage = "%(prog)s [--CONSTANT VALUE ...]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    for switch in ("--demo", "--dry_run", "--chat"):
-        parser.add_argument(switch, action="store_true")
-    parser.add_argument("--compare", nargs="+", metavar="DIR")
-    try:
-        for name in RULES:
-            check_constant(name, globals()[name])
-            how = {"nargs": "+"} if kind_of(name) is list else {"type": kind_of(name)}
-            how |= {"default": globals()[name], "metavar": "VALUE", "help": "[%(default)s]"}
-            parser.add_argument(f"--{name.lower()}", **how)
-        args = parser.parse_args(argv)
-        if args.demo:
-            parser.set_defaults(**{name.lower(): value for name, value in DEMO.items()})
-            args = parser.parse_args(argv)
-        for name in RULES:
-            check_constant(name, vars(args)[name.lower()])
-        if args.publish == "best" and not args.eval_file:
-            raise ValueError("PUBLISH 'best' needs an EVAL_FILE")
-    except (KeyError, ValueError) as error:
-        parser.error(str(error))
-    return args
-
-
-# ==== 3 Data: read, check every line, find repeats
-
-
-def check_messages(messages):
-    """Raise ValueError unless a list of messages is well-formed."""
-    roles = []
-    for number, message in enumerate(messages, 1):
-        whole = isinstance(message, dict) and message.keys() == {"role", "content"}
-        role, text = (message["role"], message["content"]) if whole else ("", "")
-        is_text = isinstance(text, str) and text.strip() and not re.search("[\ud800-\udfff]", text)
-        if role not in ("system", "user", "assistant") or not is_text:
-            rule = "write only role (system, user, assistant) and content (no blank or surrogate)"
-            raise ValueError(f"message {number} is {brief(repr(message), 80)}; {rule}")
-        roles.append(role)
-    if not re.fullmatch("s?(ua)+", "".join(role[0] for role in roles)):
-        rule = "write at most one system, then user and assistant in turn"
-        raise ValueError(f"the messages are {listed(roles, 6, ', ')}; {rule}")
-
-
-def unique_keys(pairs):
-    """Return a JSON object as a dictionary, or raise ValueError."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("an object has a key twice; remove it")
-    return dict(pairs)
-
-
-def parse_line(text):
-    """Return a line's examples, one for each learnt reply; "reply" is its index."""
-    row = json.loads(text, object_pairs_hook=unique_keys)
-    keys = ("messages", "prompt", "completion")
-    form = {key: type(row[key]) for key in keys if isinstance(row, dict) and key in row}
-    if form not in ({"messages": list}, {"prompt": list, "completion": list}):
-        rule = "write one list, messages, or two, prompt and completion"
-        raise ValueError(f"no conversation, or two: {brief(repr(row), 80)}; {rule}")
-    turns = [turn for key in form for turn in row[key]]
-    check_messages(turns)
-    replies = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if "messages" in form:
-        return [{"messages": turns, "reply": n} for n in replies]
-    if len(row["completion"]) != 1:
-        raise ValueError("completion has several messages; write the last one")
-    return [{"messages": turns, "reply": replies[-1]}]
-
-
-def read_examples(path):
-    """Return a file's examples, "where" being path:line; exit with all bad lines."""
-    examples, problems = [], []
-    if not Path(path).is_file():  # a pipe cannot be read twice
-        raise SystemExit(f"{path}: not a file; set TRAIN_FILE and EVAL_FILE to JSONL files")
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8-sig").strip()
-            examples += [{"where": where} | one for one in (parse_line(text) if text else [])]
-        except (ValueError, RecursionError) as error:  # json and decode(), too
-            problems.append(f"{where}: {str(error).replace('line 1 ', '')}")
-    if problems or not examples:
-        advice = "write one JSON object a line, in UTF-8; README.md shows the forms"
-        raise SystemExit(listed([listed(problems) or f"{path}: no examples", advice]))
-    report("data", f"{path}: {len(examples):,} examples")
-    return examples
-
-
-def warn_of_repeats(train, held_out):
-    """Print the held-out prompts that are trained on."""
-
-    def prompt(row):
-        return json.dumps(row["messages"][: row["reply"]], sort_keys=True)
-
-    trained = {prompt(row): row["where"] for row in reversed(train)}
-    same = [(row["where"], trained.get(prompt(row))) for row in held_out]
-    notes = [f"{a} has the prompt of {b}; it tests nothing new" for a, b in same if b]
-    if notes:
-        report("warning", listed([*dict.fromkeys(notes)]))
-
-
-# ==== 4 Device, model: the processes, the GPU, config and tokenizer
-
-
-def check_device(args):
-    """Return the device's name, or exit; to be called before transformers is used."""
-    # The processes of `accelerate launch` meet.
-    accelerate.PartialState(cpu=args.device == "cpu")
-    if args.device == "cpu":
-        return "CPU"
-    driver = "no NVIDIA driver"
-    with suppress(OSError):
-        driver = brief(Path("/proc/driver/nvidia/version").read_text(), 90)
-    found = f"{driver}; CUDA_VISIBLE_DEVICES={os.getenv('CUDA_VISIBLE_DEVICES')}"
-    advice = f"{found}; driver 525 or newer is needed (README.md), or --demo or --device cpu"
-    with blame("DEVICE cuda: torch sees no GPU", advice, RuntimeError, AssertionError):
-        torch.cuda.init()  # says why
-    major, minor = torch.cuda.get_device_capability()
-    name = f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
-    if major < 8:  # fla does not support it, yet transformers would use it
-        sys.modules["fla"] = sys.modules["causal_conv1d"] = None
-    advice = 'pip install "torch>=2.7,<2.11", for sm_70 (V100) to sm_120, or free its memory'
-    # A wheel without this GPU's kernels says so only here.
-    with blame(f"DEVICE cuda: torch does not run on {name}", advice, RuntimeError):
-        ones = torch.ones(8, 8, device="cuda", dtype=getattr(torch, args.dtype))
-        (ones @ ones).sum().item()
-    return name
-
-
-def load_config_and_tokenizer(args):
-    """Return MODEL_NAME's (config, tokenizer), or exit; a branch becomes its commit."""
-    from huggingface_hub import resolve_revision
-
-    name, what = args.model_name, f"MODEL_NAME {args.model_name}: "
-    advice = "check the name, the folder or the network"
-    with blame(what + "no model", advice, Exception):
-        if not Path(name).is_dir():  # from_pretrained alone retries for 25 s
-            args.model_revision = resolve_revision(name, revision=args.model_revision).resolved
-        chosen = {"revision": args.model_revision, "trust_remote_code": False}
-        config = transformers.AutoConfig.from_pretrained(name, **chosen)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **chosen)
-    if not tokenizer.chat_template or tokenizer.eos_token_id is None or len(tokenizer) < 256:
-        raise SystemExit(f"{what}no tokenizer, chat template or end of turn; use a chat model")
-    if "quantization_config" in config.to_json_string():
-        raise SystemExit(f"{what}quantized; use the model that it was made from")
-    return config, tokenizer
-
-
-# ==== 5 Tokens: what the model sees, and what of it is learnt
-
-
-SERVED = {"enable_thinking": False, "return_dict": False}  # how a conversation is rendered
-
-
-def render(example, tokenizer):
-    """Return the token ids of the prompt and of the reply, or raise ValueError."""
-    from jinja2 import TemplateError
-
-    conversation = example["messages"][: example["reply"] + 1]
-    text = "\n".join(message["content"] for message in conversation)
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special and str(token) in text:
-            raise ValueError(f"the text holds the control token {token}; respell or remove it")
-    to_ids = partial(tokenizer.apply_chat_template, **SERVED)
-    try:
-        prompt = to_ids(conversation[:-1], add_generation_prompt=True)
-        whole = to_ids(conversation)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses it ({error}); change the conversation")
-    reply, end = whole[len(prompt) :], tokenizer.eos_token_id
-    if prompt + reply != whole or end not in reply:
-        fault = f"rendered otherwise with its reply, or without {tokenizer.eos_token}"
-        raise ValueError(f"{fault}: training would not equal serving. Is there a think tag?")
-    return prompt, reply[: reply.index(end) + 1]  # without the template's newline
-
-
-def encode(examples, tokenizer, max_seq_len):
-    """Return examples with input_ids and labels (-100: not learnt); leave out too long ones."""
-    rows, problems, too_long = [], [], []
-    for example in examples:
-        try:
-            prompt, reply = render(example, tokenizer)
-        except ValueError as error:
-            problems.append(f"{example['where']}: {error}")
-            continue
-        ids, labels = prompt + reply, [-100] * len(prompt) + reply
-        if len(ids) > max_seq_len:  # cut, it would teach not to stop
-            too_long.append(f"{example['where']}: {len(ids):,} tokens, over MAX_SEQ_LEN; raise it")
-        else:
-            rows.append(example | {"input_ids": ids, "labels": labels})
-    if len(too_long) > len(examples) / 10:
-        problems += too_long
-    if problems:
-        raise SystemExit(listed(problems))
-    if too_long:
-        report("left out", listed(too_long))
-    return rows
-
-
-def report_tokens(files):
-    """Print the lengths in tokens of {path: rows}; return hashes and counts."""
-    lines, facts = ["file                     examples  median   max     tokens     trained"], {}
-    for path, rows in [(path, rows) for path, rows in files.items() if rows]:
-        n = [len(row["input_ids"]) for row in rows]
-        trained = sum(n) - sum(row["labels"].count(-100) for row in rows)
-        line = f"{path:<24}{len(n):>9,}{statistics.median(n):>8,.0f}{max(n):>6,}{sum(n):>11,}"
-        lines.append(f"{line}{trained:>12,} ({trained / sum(n):.0%})")
-        facts[path] = {"examples": len(n), "tokens": sum(n), "trained_tokens": trained}
-        facts[path]["sha256"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    report("tokens", "\n".join(lines))
-    return facts
-
-
-def show_example(row, tokenizer):
-    """Print a row as the model sees it."""
-    ids, start = row["input_ids"], row["labels"].count(-100)
-    text = f"{tokenizer.decode(ids[:start])}>>>{tokenizer.decode(ids[start:])}<<<"
-    lines = [f"{row['where']} as the model sees it; only what is in >>> <<< is trained"]
-    lines += [textwrap.fill(line, 90) for line in text.split("\n")]
-    report("example", "\n".join(lines))
-
-
-# ==== 6 Plan and Job: targets, the LoRA table, steps
-
-
-# trainable, total: parameters of LoRA, of all; largest: (d, k) of the largest module.
-Plan = namedtuple("Plan", "trainable total steps_per_epoch steps largest")
+def prepare(job: Job) -> None:
+    """Read the data, render it as the model will see it, and print what would be trained."""
+    settings = job.settings
+    train, problems = read_examples(settings.TRAIN_FILE)
+    held_out: list[Example] = []
+    if settings.EVAL_FILE:
+        held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
+        problems += more_problems
+    if problems:  # shown at once; what only the tokenizer can see follows
+        report("bad lines", join_limited(problems))
+    else:
+        warn_of_repeats(train, held_out)
+    load_config_and_tokenizer(job)
+    job.train, job.held_out = encode(job, train, held_out, problems)
+    job.data = report_tokens(job)
+    show_example(job.train[0], job.tokenizer)
+    job.plan = make_plan(job)
 
 
 @dataclass
 class Job:
-    """What run() finds out, step by step."""
+    """What a run is given, and what it finds out step by step."""
 
-    args: argparse.Namespace
-    config: object = None
-    tokenizer: object = None
-    train: list = ()
-    eval: list = ()
-    data: dict | None = None
-    device: str = ""
+    settings: argparse.Namespace
+    config: transformers.PretrainedConfig | None = None
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None
+    train: list[Example] = field(default_factory=list)
+    held_out: list[Example] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
-    products: dict | None = None
-    checkpoint: Path | None = None  # to go on from
-    started: float = 0.0
-    history: list = ()  # what the trainer logged
-    learnt: dict | None = None
-    seconds: float = 0.0  # of steps, since the checkpoint
-    tokens: int = 0  # read in them
-    peak_gib: float = 0.0
-    is_training: bool = False
-    published: str = ""  # which epoch final_lora is of
-    stopped_by: int = 0
-
-    def losses(self, key):
-        """Return {step: loss} of "loss" or "eval_loss", the first of which is the base's."""
-        return {entry["step"]: entry[key] for entry in self.history if key in entry}
+    device_name: str = ""
+    matmul: dict[str, Any] = field(default_factory=lambda: {"used": "dtype"})
+    memory: MemoryLimits | None = None
+    checkpoint: Path | None = None  # the one to resume from
+    started: float = 0.0  # seconds since 1970
+    history: list[dict[str, float]] = field(default_factory=list)  # what the trainer logged
+    train_seconds: float = 0.0  # of optimizer steps in this process, evaluation apart
+    train_tokens: int = 0  # read in them
+    peak_gib: float = 0.0  # GPU memory that torch had in use at the most
+    is_in_step: bool = False  # a signal waits for the end of the step
+    stop_signal: int = 0  # the signal that asks the run to stop
+    published: str = ""  # which epoch became final_lora
+    learnt: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def output(self):
-        """The results' folder."""
-        return Path(self.args.output_dir)
+    def output(self) -> Path:
+        """The folder of the results."""
+        return Path(self.settings.OUTPUT_DIR)
+
+    def logged(self, key: str) -> dict[int, float]:
+        """Return {step: value} of "loss" or "eval_loss"; the eval loss at step 0 is the base's."""
+        return {int(entry["step"]): entry[key] for entry in self.history if key in entry}
 
 
-def linear_modules(config):
-    """Return {(name, parent, d, k): layers} of linear modules, and the parameters' number."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    found = {}
-    for path, module in model.named_modules():
-        at = re.search(r"\.(\d+)\.(?:.+\.)?(\w+)\.(\w+)$", path)
-        if at and isinstance(module, torch.nn.Linear):
-            found.setdefault((at[3], at[2], *module.weight.shape), set()).add(at[1])
-    return found, model.num_parameters()
+# ==== MODEL AND LORA: the heart
 
 
-def make_plan(args, config, n_train):
-    """Print what will be trained; return its counts, from the config alone."""
-    linear, total = linear_modules(config)
-    targets, names = [*dict.fromkeys(args.lora_target_modules)], sorted({key[0] for key in linear})
-    # PEFT is silent about these as long as another target matches.
-    if unknown := [target for target in targets if target not in names]:
-        have = ", ".join(names) or "no nn.Linear: another model is needed"
-        fault = f"no layer has {', '.join(unknown)}; the layers have {have}"
-        raise SystemExit(f"LORA_TARGET_MODULES: {fault}")
-    depth = config.get_text_config().num_hidden_layers
-    r, trainable, attention = args.lora_r, 0, []
-    scale = f"scale alpha/r = {args.lora_alpha / r:g}, dropout {args.lora_dropout:g}"
-    columns = "{:<12}{:<17}{:>14}{:>11}{:>11}{:>14}".format
-    heads = columns("target", "in layers", "W (frozen)", "A", "B", "parameters")
-    lines = [f"r={r} alpha={args.lora_alpha}, {scale}", heads]
-    for target in targets:
-        for (_, parent, d, k), layers in [item for item in linear.items() if item[0][0] == target]:
-            count = len(layers) * r * (d + k)
-            trainable += count
-            attention += [target] * (parent == "self_attn")
-            shapes = f"{d}x{k}", f"{r}x{k}", f"{d}x{r}"
-            lines.append(columns(target, f"{len(layers)}/{depth} {parent}", *shapes, f"{count:,}"))
-    total += trainable
-    share = f"trainable%: {100 * trainable / total:.4f}"
-    lines.append(f"trainable params: {trainable:,} || all params: {total:,} || {share}")
-    deltanet = {n for key, layers in linear.items() if key[1] == "linear_attn" for n in layers}
-    if deltanet and attention:
-        kind = f"{len(deltanet)} of {depth} layers are Gated DeltaNet"
-        lines.append(f"{kind}, without {', '.join(attention)}")
-    size, accumulated = args.batch_size, args.gradient_accumulation_steps
-    per_epoch = math.ceil(n_train / (size * accumulated))
-    steps = per_epoch * args.num_epochs
-    formula = f"ceil({n_train:,} / ({size} x {accumulated})) x {args.num_epochs}"
-    lines.append(f"{steps:,} steps, {per_epoch:,} an epoch: {formula}")
-    report("plan", "\n".join(lines))
-    largest = max(((d, k) for _, _, d, k in linear), key=math.prod)
-    return Plan(trainable, total, per_epoch, steps, largest)
+def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
+    """Return what PEFT is asked for. Edit it freely: the plan and all checks follow from it."""
+    return peft.LoraConfig(
+        r=settings.LORA_R,  # the rank: A is r x k, B is d x r
+        lora_alpha=settings.LORA_ALPHA,  # the update is scaled by alpha / r
+        target_modules=settings.LORA_TARGET_MODULES,  # must be names of the model's layers
+        lora_dropout=settings.LORA_DROPOUT,  # on LoRA's input only
+        bias="none",  # the biases stay frozen
+        task_type="CAUSAL_LM",  # the model predicts the next token
+    )
 
 
-def check_shares(job):
-    """Exit if processes cannot share evenly: accelerate would repeat examples."""
-    n, size = accelerate.PartialState().num_processes, job.args.batch_size
-    odd = job.args.gradient_accumulation_steps % n or len(job.train) % (n * size)
-    if n > 1 and (odd or len(job.eval) % size):
-        rule = f"GRADIENT_ACCUMULATION_STEPS a multiple of {n}, training examples of {n * size}"
-        raise SystemExit(f"{n} processes: make {rule}, held-out ones of {size}")
-    job.device += f", {n} processes" * (n > 1)
+def load_model(settings: argparse.Namespace) -> transformers.PreTrainedModel:
+    """Load the base model's text part straight onto the device, in DTYPE."""
+    from safetensors import SafetensorError
 
-
-# ==== 7 Matrix products in float16, where bfloat16 is emulated
-
-
-def scaled_product(rows, weight):
-    """Return rows (... x k) @ weight (k x d), multiplied in float16, in the dtype of rows.
-
-    Each row is divided by a power of two: that is exact, and its largest number, now below 2, is
-    within float16's range. Infinity and NaN stay in their rows.
-    """
-    largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
-    largest = largest.clamp(1e-37, 1e38)  # not 0, not infinity
-    power = largest / torch.frexp(largest).mantissa
-    small = (rows / power).half().contiguous()
-    return (small @ weight * power).to(rows.dtype)
-
-
-def use_float16(model):
-    """Have the frozen linear modules compute by scaled_product(), where that is safe."""
-
-    class Product(torch.autograd.Function):
-        """rows @ weight.T, with a gradient of rows alone."""
-
-        @staticmethod
-        def forward(context, rows, weight):
-            context.weight = weight
-            return scaled_product(rows, weight.T)
-
-        @staticmethod
-        def backward(context, gradient):
-            return scaled_product(gradient, context.weight), None
-
-    def forward(module, rows):
-        product = Product.apply(rows, module.weight)
-        return product if module.bias is None else product + module.bias
-
-    dtype, left = model.dtype, []
-    for name, module in model.named_modules():
-        if type(module) is torch.nn.Linear:
-            parts = module.weight.data.split(4096)  # for less memory
-            sums = [part.float().abs().sum(1).max() for part in parts]
-            sums.append(sum(part.float().abs().sum(0) for part in parts).max())
-            # Inputs are below 2, float16 below 65504. forward adds W's rows, backward its columns.
-            if all(one < 65504 / 2 for one in sums):
-                module.weight.data = module.weight.data.half()
-                module.forward = partial(forward, module)
-            else:
-                left.append(name)
-    # The embedding may share the head's weight, now float16.
-    model.get_input_embeddings().register_forward_hook(lambda _, ids, rows: rows.to(dtype))
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
-    but = f", except {listed(left, 3, ', ')}" * bool(left)
-    report("products", f"the frozen modules compute in scaled float16{but}")
-
-
-def choose_products(job):
-    """Return {"used": "float16" or "dtype"}, as PRODUCTS says or what is clearly faster."""
-    args, (d, k), rates = job.args, job.plan.largest, {}
-    used = args.products.replace("auto", "dtype")
-    if args.products != "auto" or args.device == "cpu":
-        return {"used": used}
-    n = math.ceil(args.batch_size * statistics.median(len(row["input_ids"]) for row in job.train))
-    like = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    device = accelerate.PartialState().device
     try:
-        from torch.utils.benchmark import Timer
-
-        rows, weight = torch.randn(n, k, **like), torch.randn(d, k, **like)
-        half = weight.half()
-        kinds = {"dtype": lambda: rows @ weight.T, "float16": lambda: scaled_product(rows, half.T)}
-        for kind, product in kinds.items():
-            timer = Timer("product()", globals={"product": product})
-            rates[kind] = 2e-12 * n * d * k / timer.blocked_autorange().median
-    except (ImportError, RuntimeError) as fault:
-        report("products", f"in {args.dtype}: scaled float16 fails here ({brief(fault)})")
-        return {"used": used}
-    if rates["float16"] > 1.2 * rates["dtype"]:
-        used = "float16"
-    text = "{dtype:.1f} TFLOP/s in {}, {float16:.1f} in scaled float16".format(args.dtype, **rates)
-    report("products", f"{text}: {used} is used")
-    return {"used": used, "tflops": rates}
-
-
-# ==== 8 Run folder: what an earlier run left, its checkpoint, run.json
-
-
-def open_log(output):
-    """Lock output; log there what report() says, warnings and tracebacks."""
-    with blame(f"OUTPUT_DIR {output}", "choose a folder to write in", OSError):
-        output.mkdir(parents=True, exist_ok=True)
-        log = logging.FileHandler(output / "all_logs.log", encoding="utf-8")
-    what = f"OUTPUT_DIR {output}: another run writes there"
-    # Other errors: a network file system without locks.
-    with suppress(OSError), blame(what, "choose another folder", BlockingIOError):
-        fcntl.flock(log.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    logging.basicConfig(handlers=[log, logging.lastResort], format="%(message)s", force=True)
-    logging.captureWarnings(True)
-    logging.raiseExceptions = False  # on a full disk
-    LOG.setLevel(logging.INFO)
-    LOG.info("\n---- %s %s", time.strftime("%F %T"), sys.argv)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            settings.MODEL_NAME,
+            revision=settings.MODEL_REVISION,
+            dtype=settings.DTYPE,
+            device_map={"": device} if device.type == "cuda" else None,  # not by way of the RAM
+            trust_remote_code=False,
+            use_safetensors=True,  # a pickle could run code
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(
+            f"MODEL_NAME {settings.MODEL_NAME}: the weights cannot be loaded ({one_line(error)}). "
+            "Whole safetensors files are needed; run the command again to go on downloading."
+        ) from error
+    if found["missing_keys"]:  # transformers would train on random numbers in their place
+        missing = join_limited(sorted(found["missing_keys"]), 3, ", ")
+        raise SystemExit(f"MODEL_NAME {settings.MODEL_NAME}: the files lack the weights {missing}.")
+    return model
 
 
-def set_aside(path):
-    """Rename what an earlier run left at path."""
-    if path.exists():
-        aside = f"{path}.{time.strftime('%F-%H%M%S', time.localtime(path.stat().st_mtime))}"
-        while os.path.exists(aside):
-            aside += "+"
-        path.rename(aside)
-        report("moved", f"{path} of an earlier run to {aside}")
+def training_config(job: Job) -> trl.SFTConfig:
+    """Return TRL's configuration. Its defaults hold: AdamW without decay, clipping at 1.0."""
+    settings = job.settings
+    return trl.SFTConfig(
+        output_dir=str(job.output / "checkpoints"),
+        seed=settings.SEED,
+        num_train_epochs=settings.NUM_EPOCHS,
+        max_steps=job.plan.steps,  # all epochs, or fewer with MAX_STEPS
+        # LoraTrainer.training_step() divides a step into as many parts as memory needs.
+        per_device_train_batch_size=step_size(settings) // accelerate.PartialState().num_processes,
+        gradient_accumulation_steps=1,
+        learning_rate=settings.LEARNING_RATE,
+        lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
+        warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
+        bf16=False,  # no autocast: the weights have their type already
+        activation_checkpointing=False,  # find_what_fits() decides
+        dataset_kwargs={"skip_prepare_dataset": True},  # TRL must not render, cut or pack
+        eval_strategy="epoch" if job.held_out else "no",
+        eval_on_start=bool(job.held_out) and not job.checkpoint,  # B is 0 then: the base's loss
+        save_strategy="epoch",  # and every SAVE_STEPS steps, see TRAINING
+        logging_steps=1,  # every loss is checked and recorded
+        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
+        include_num_input_tokens_seen="non_padding",
+        report_to=settings.REPORT_TO,
+        disable_tqdm=not sys.stderr.isatty(),  # the progress bar is for a terminal
+        use_cpu=settings.DEVICE == "cpu",
+        ddp_find_unused_parameters=False,
+        eos_token=job.tokenizer.eos_token,
+    )
 
 
-def write_json(path, value):
-    """Write value so that path never holds half of it."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(value, indent=1), "utf-8")
-    new.replace(path)
+def build_trainer(job: Job) -> trl.SFTTrainer:
+    """Load the base model and return a trainer whose model has LoRA in it.
+
+    LoRA is injected here, by SFTTrainer(peft_config=...), and nowhere else. Whoever calls PEFT's
+    get_peft_model() as well injects it twice.
+    """
+    sampler = LikeLengths(job)
+
+    class LoraTrainer(trl.SFTTrainer):
+        """TRL's trainer, except for the methods below; each says why it differs."""
+
+        def compute_loss(
+            self,
+            model: torch.nn.Module,
+            inputs: dict[str, torch.Tensor],
+            return_outputs: bool = False,
+            num_items_in_batch: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            """Return the sum of -log(probability) over the learned tokens / their number.
+
+            TRL's loss has the same value. This one needs no Triton, which has dropped the V100,
+            and multiplies by the model's own head, which may be a float16 one. DDP averages over
+            the processes, hence their number.
+            """
+            loss = reply_losses(model, inputs).sum() / num_items_in_batch
+            return loss * self.accelerator.num_processes
+
+        def training_step(
+            self,
+            model: torch.nn.Module,
+            inputs: dict[str, torch.Tensor],
+            num_items_in_batch: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            """Send the step's examples through the model in as few parts as fit in memory.
+
+            The loss is a sum over tokens, so the gradient does not depend on the parts.
+            """
+            model.train()
+            parts = split_step(self._prepare_inputs(inputs), job.memory)
+            total = torch.zeros((), device=self.args.device)
+            for number, (part, is_recomputed) in enumerate(parts, 1):
+                set_recomputation(self.model, is_recomputed)
+                is_last = number == len(parts)
+                with nullcontext() if is_last else self.accelerator.no_sync(model):
+                    loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+            return total
+
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
+            process = accelerate.PartialState()
+            share = job.held_out[process.process_index :: process.num_processes]
+            losses = accelerate.utils.gather_object(example_losses(self.model, job, share, "eval"))
+            tokens = sum(len(example.reply_ids) for example in job.held_out)
+            metrics = {"eval_loss": sum(losses) / tokens}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+            return metrics
+
+        def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> LikeLengths:
+            """Trainer's group_by_length is unseeded, so a resumed run would go another way."""
+            return sampler
+
+        def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+            """Save the adapter alone; Trainer adds a pickle, and PEFT would ask the hub."""
+            if self.args.should_save:
+                self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """Do nothing: TRL's card describes no run; publish() writes ours."""
+
+    model = load_model(job.settings)
+    if job.matmul["used"] == "float16":
+        model = use_float16_products(model)
+    trainer = LoraTrainer(
+        model=model,
+        peft_config=lora_config(job.settings),  # the only place where LoRA is injected
+        args=training_config(job),
+        train_dataset=to_dataset(job.train),
+        eval_dataset=to_dataset(job.held_out) if job.held_out else None,
+        processing_class=job.tokenizer,
+        callbacks=[training_callback(job, sampler)],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # it prints dictionaries
+    return trainer
 
 
-def hashes(folder):
-    """Return each file's SHA-256, but for complete.json."""
+def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
+    """Stop unless exactly the planned weights are trainable, all of them in float32.
+
+    For Qwen3.5-4B and the settings above that is 0.2518 %. At 0 % nothing would be learned, at
+    100 % the whole model would be.
+    """
+    trainable = {
+        name.removeprefix("base_model.model."): weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+    shapes = {name: tuple(weight.shape) for name, weight in trainable.items()}
+    count = sum(weight.numel() for weight in trainable.values())
+    share = f"{count:,} of {plan.total:,} parameters are trainable ({count / plan.total:.4%})"
+    if shapes != plan.trainable_shapes:
+        different = sorted(name for name, _ in shapes.items() ^ plan.trainable_shapes.items())
+        raise SystemExit(
+            f"LoRA is not in place as planned: {share}, but {plan.trainable:,} were planned. "
+            f"The difference is in {join_limited([*dict.fromkeys(different)], 3, ', ')}."
+        )
+    narrow = [name for name, weight in trainable.items() if weight.dtype != torch.float32]
+    if narrow:
+        raise SystemExit(
+            f"{len(narrow)} trained weights, such as {narrow[0]}, are not in float32 but in "
+            f"{trainable[narrow[0]].dtype}, which rounds small steps away. Set DTYPE to float32."
+        )
+    report("model", f"{share}, all in float32; everything else is frozen")
+
+
+# ==== DATA: reading the conversations and checking every line
+
+
+@dataclass
+class Example:
+    """A reply to be learned, and the conversation that leads to it."""
+
+    where: str  # file:line
+    messages: list[dict[str, str]]  # up to and including the reply
+    group: str = ""  # the line's value of EVAL_GROUP
+    prompt_ids: list[int] = field(default_factory=list)  # tokens that are only read
+    reply_ids: list[int] = field(default_factory=list)  # tokens that are learned, with the end
+
+    @property
+    def input_ids(self) -> list[int]:
+        """All tokens, as the model sees them."""
+        return self.prompt_ids + self.reply_ids
+
+    @property
+    def system_message(self) -> str:
+        """The text of the system message, or an empty one."""
+        first = self.messages[0]
+        return first["content"] if first["role"] == "system" else ""
+
+
+MESSAGE_RULE = 'a message is {"role": "system", "user" or "assistant", "content": "some text"}'
+ORDER_RULE = "write at most one system message, then user and assistant in turn"
+FORM_RULE = (
+    'write {"prompt": [messages], "completion": [one message]} or {"messages": [messages]}; '
+    "README.md shows both forms"
+)
+
+
+def read_examples(path: str, group_key: str = "") -> tuple[list[Example], list[str]]:
+    """Return a file's examples, and a description of every line that is not as it should be.
+
+    Nothing here needs a model or a heavy library. Exits if the file cannot be read or is empty.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise SystemExit(f"{path} is not a file; TRAIN_FILE and EVAL_FILE must be JSONL files.")
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise SystemExit(
+            f"{path} cannot be read ({error.strerror}); check TRAIN_FILE and EVAL_FILE."
+        ) from error
+    if is_json_array(lines):
+        return [], [f"{path}: this is one JSON array; write one JSON object a line instead"]
+    examples: list[Example] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig").strip()
+            if text:
+                examples += parse_line(text, where, group_key)
+        except UnicodeDecodeError as error:
+            problems.append(
+                f"{where}: this is not UTF-8 (byte {error.start + 1}); save it as UTF-8"
+            )
+        except RecursionError:
+            problems.append(f"{where}: the JSON is nested too deeply; {FORM_RULE}")
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    if not examples and not problems:
+        raise SystemExit(f"{path} holds no examples; {FORM_RULE}.")
+    if not problems:
+        report("data", f"{path}: {len(examples):,} examples")
+    return examples, problems
+
+
+def is_json_array(lines: list[bytes]) -> bool:
+    """Return whether a file looks like one array over several lines, or on one."""
+    first = next((line.strip() for line in lines if line.strip()), b"")
+    return first == b"[" or first.startswith((b"[{", b"[ {"))
+
+
+def parse_line(text: str, where: str, group_key: str) -> list[Example]:
+    """Return one example for each reply that a line teaches, or raise ValueError.
+
+    A line with "completion" teaches that one reply; a line with "messages" teaches every reply.
+    """
+    try:
+        row = json.loads(text, object_pairs_hook=object_with_unique_keys)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is not JSON: {error.msg} at character {error.colno}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"this is not an object but {one_line(text, 60)}; {FORM_RULE}")
+    if "tools" in row:
+        raise ValueError('the key "tools" is not supported, since no tools are served; remove it')
+    messages = conversation_of(row)
+    check_messages(messages)
+    replies = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if "completion" in row:
+        if len(row["completion"]) != 1:
+            raise ValueError(
+                f'"completion" holds {len(row["completion"])} messages; write only the last reply '
+                'there, and what comes before it in "prompt"'
+            )
+        replies = replies[-1:]
+    group = str(row.get(group_key, ""))
+    return [Example(where, messages[: reply + 1], group) for reply in replies]
+
+
+def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dictionary, or raise ValueError if a key occurs twice."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(
+                f'the key "{one_line(key, 40)}" occurs twice in one object; remove one'
+            )
+    return dict(pairs)
+
+
+def conversation_of(row: dict[str, Any]) -> list[Any]:
+    """Return all messages of a line, or raise ValueError."""
+    found = [key for key in ("messages", "prompt", "completion") if key in row]
+    if found not in (["messages"], ["prompt", "completion"]):
+        names = " and ".join(found) or join_limited(list(row), 5, ", ") or "nothing"
+        raise ValueError(f"the line has {names}; {FORM_RULE}")
+    messages: list[Any] = []
+    for key in found:
+        if not isinstance(row[key], list) or not row[key]:
+            raise ValueError(f'"{key}" is {one_line(json.dumps(row[key]), 60)}; {FORM_RULE}')
+        messages += row[key]
+    return messages
+
+
+def check_messages(messages: list[Any]) -> None:
+    """Raise ValueError unless the messages form a conversation that ends with a reply."""
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            shown = one_line(json.dumps(message), 60)
+            raise ValueError(f"message {number} is {shown}; {MESSAGE_RULE}")
+        if unknown := sorted(message.keys() - {"role", "content"}):
+            raise ValueError(
+                f'message {number} has the key "{one_line(unknown[0], 40)}", which would be '
+                f"ignored; {MESSAGE_RULE}"
+            )
+        if missing := sorted({"role", "content"} - message.keys()):
+            raise ValueError(f'message {number} has no "{missing[0]}"; {MESSAGE_RULE}')
+        if message["role"] not in ("system", "user", "assistant"):
+            shown = one_line(json.dumps(message["role"]), 40)
+            raise ValueError(f"the role of message {number} is {shown}; {MESSAGE_RULE}")
+        check_content(message["content"], number, message["role"])
+    roles = [message["role"] for message in messages]
+    if not re.fullmatch("(system )?(user assistant )+", " ".join(roles) + " "):
+        raise ValueError(f"the messages are {join_limited(roles, 6, ', ')}; {ORDER_RULE}")
+
+
+def check_content(content: Any, number: int, role: str) -> None:
+    """Raise ValueError unless a message's content is text that can be trained on and served."""
+    if not isinstance(content, str):
+        shown = one_line(json.dumps(content), 60)
+        raise ValueError(f"the content of message {number} is {shown}; it must be a text")
+    if not content.strip():
+        raise ValueError(f"the content of message {number} is empty; write it, or remove the line")
+    if re.search("[\ud800-\udfff]", content):
+        raise ValueError(
+            f"the content of message {number} holds half a character (a lone surrogate such as "
+            r"\ud83d); write the whole character"
+        )
+    if role == "assistant" and re.search("</?think>", content):
+        raise ValueError(
+            f"message {number} holds a <think> tag; the adapter is served without thinking, so "
+            "remove the tag and the thoughts"
+        )
+
+
+def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
+    """Print the held-out prompts that are trained on as well."""
+
+    def prompt(example: Example) -> str:
+        return json.dumps(example.messages[:-1], sort_keys=True)
+
+    trained: dict[str, str] = {}
+    for example in train:
+        trained.setdefault(prompt(example), example.where)
+    notes: dict[str, None] = {}  # without repeats, in order
+    for example in held_out:
+        if prompt(example) in trained:
+            twin = trained[prompt(example)]
+            notes[f"{example.where} has the prompt of {twin}, so it tests nothing new"] = None
+    if notes:
+        report("warning", join_limited(list(notes)))
+
+
+# ==== TOKENS: what the model sees, and which part of it is learned
+
+
+# How conversations are rendered here, in the chat, and by the server's command that is printed.
+CHAT_TEMPLATE_KWARGS = {"enable_thinking": False, "return_dict": False}
+
+
+def load_config_and_tokenizer(job: Job) -> None:
+    """Load MODEL_NAME's configuration and tokenizer; turn its branch into a commit."""
+    from huggingface_hub import resolve_revision
+
+    settings = job.settings
+    name = settings.MODEL_NAME
+    try:
+        if not Path(name).is_dir():  # transformers alone retries an unknown name for 25 seconds
+            commit = resolve_revision(name, revision=settings.MODEL_REVISION)
+            settings.MODEL_REVISION = commit.resolved
+        chosen = {"revision": settings.MODEL_REVISION, "trust_remote_code": False}
+        job.config = transformers.AutoConfig.from_pretrained(name, **chosen)
+        job.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **chosen)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"MODEL_NAME {name}: there is no such model, or it cannot be reached "
+            f"({one_line(error)}). Check the name, the folder or the network."
+        ) from error
+    if not job.tokenizer.chat_template or job.tokenizer.eos_token_id is None:
+        raise SystemExit(
+            f"MODEL_NAME {name}: its tokenizer has no chat template or no end-of-turn token. "
+            "Use a model that was trained to chat, such as Qwen/Qwen3.5-4B."
+        )
+    if "quantization_config" in job.config.to_dict():
+        raise SystemExit(
+            f"MODEL_NAME {name}: this model is quantized, which is not supported. "
+            "Use the model that it was made from."
+        )
+
+
+def encode(
+    job: Job, train: list[Example], held_out: list[Example], problems: list[str]
+) -> tuple[list[Example], list[Example]]:
+    """Return the examples that fit, with their tokens; exit if any line of either file is bad.
+
+    Too long examples are left out by name. Truncating them instead would drop the end-of-turn
+    token, and teach the model not to stop.
+    """
+    limit = job.settings.MAX_SEQ_LEN
+    kept: list[list[Example]] = []
+    more_problems: list[str] = []
+    for examples in (train, held_out):
+        fitting: list[Example] = []
+        too_long: list[str] = []
+        for example in examples:
+            try:
+                example.prompt_ids, example.reply_ids = render(example.messages, job.tokenizer)
+            except ValueError as error:
+                more_problems.append(f"{example.where}: {error}")
+                continue
+            if len(example.input_ids) <= limit:
+                fitting.append(example)
+            else:
+                too_long.append(f"{example.where}: {len(example.input_ids):,} tokens")
+        if len(too_long) > len(examples) / 10:
+            more_problems.append(
+                f"{len(too_long):,} of {len(examples):,} examples are longer than MAX_SEQ_LEN "
+                f"{limit:,}, more than a tenth of the file, so training would miss too much. Raise "
+                f"MAX_SEQ_LEN, or shorten these:\n{join_limited(too_long)}"
+            )
+        elif too_long:
+            advice = f"longer than MAX_SEQ_LEN {limit:,} and left out; raise it to train on them"
+            report("left out", f"{len(too_long):,} of {len(examples):,} examples are {advice}")
+            report("", join_limited(too_long), join_limited(too_long, len(too_long)))
+        kept.append(fitting)
+    if problems:  # they were shown already
+        count = f"{len(problems) + len(more_problems):,}"
+        more_problems.append(f"There are {count} problems in the data; nothing was trained.")
+    if more_problems:
+        raise SystemExit(join_limited(more_problems[:-1] + more_problems[-1:]))
+    return kept[0], kept[1]
+
+
+def render(
+    messages: list[dict[str, str]], tokenizer: transformers.PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of the prompt and of the reply, or raise ValueError.
+
+    The prompt is rendered as a server renders it before it generates. It must be the beginning of
+    the whole conversation; otherwise the model would be trained on a text that it never meets.
+    """
+    from jinja2 import TemplateError
+
+    text = "\n".join(message["content"] for message in messages)
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and str(token) in text:
+            raise ValueError(f"the text holds the control token {token}; reword or remove it")
+    to_ids = tokenizer.apply_chat_template
+    try:
+        prompt = to_ids(messages[:-1], add_generation_prompt=True, **CHAT_TEMPLATE_KWARGS)
+        whole = to_ids(messages, **CHAT_TEMPLATE_KWARGS)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
+    reply = whole[len(prompt) :]
+    if prompt + reply != whole:
+        raise ValueError(
+            "the chat template renders the prompt differently once the reply follows, so training "
+            "would not equal serving; reword the reply"
+        )
+    end = tokenizer.eos_token_id
+    if end not in reply:
+        raise ValueError(
+            f"the chat template does not end the reply with {tokenizer.eos_token}, so the model "
+            "would not learn to stop"
+        )
+    return prompt, reply[: reply.index(end) + 1]  # without the newline that follows it
+
+
+def report_tokens(job: Job) -> dict[str, Any]:
+    """Print the lengths of the examples; return counts and hashes of the files."""
+    columns = "{:<26}{:>9}{:>8}{:>8}{:>11}{:>20}".format
+    lines = [columns("", "examples", "median", "longest", "tokens", "of which learned")]
+    facts: dict[str, Any] = {}
+    files = {job.settings.TRAIN_FILE: job.train, job.settings.EVAL_FILE: job.held_out}
+    for path, examples in files.items():
+        if not examples:
+            continue
+        lengths = [len(example.input_ids) for example in examples]
+        tokens = sum(lengths)
+        learned = sum(len(example.reply_ids) for example in examples)
+        lines.append(
+            columns(
+                shorten_path(path, 25),
+                f"{len(examples):,}",
+                f"{statistics.median(lengths):,.0f}",
+                f"{max(lengths):,}",
+                f"{tokens:,}",
+                f"{learned:,} ({learned / tokens:.0%})",
+            )
+        )
+        facts[path] = {
+            "examples": len(examples),
+            "tokens": tokens,
+            "learned_tokens": learned,
+            "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        }
+    report("tokens", "\n".join(lines))
+    return facts
+
+
+def show_example(example: Example, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """Print an example as the model sees it, with the learned part between >>> and <<<."""
+    prompt, reply = tokenizer.decode(example.prompt_ids), tokenizer.decode(example.reply_ids)
+    lines = [f"{example.where} as the model sees it; only what is in >>> <<< is learned:"]
+    for line in f"{prompt}>>>{reply}<<<".split("\n"):
+        lines.append(textwrap.fill(line, 90))
+    report("example", "\n".join(lines))
+
+
+def to_dataset(examples: list[Example]) -> datasets.Dataset:
+    """Return what SFTTrainer takes as it is; a label of -100 is not learned."""
+    return datasets.Dataset.from_list(
+        [
+            {
+                "input_ids": example.input_ids,
+                "labels": [-100] * len(example.prompt_ids) + example.reply_ids,
+            }
+            for example in examples
+        ]
+    )
+
+
+# ==== PLAN: which matrices are trained, and in how many steps
+
+
+@dataclass
+class Plan:
+    """What will be trained, as PEFT itself counts it on a skeleton without weights."""
+
+    trainable: int  # parameters
+    total: int  # parameters, LoRA's among them
+    trainable_shapes: dict[str, tuple[int, ...]]  # of each trained tensor
+    steps_per_epoch: int
+    steps: int
+    frozen_shapes: list[tuple[int, int]]  # the different shapes of the layers' weights
+    only_lora: bool  # whether nothing but LoRA's A and B (and DoRA's magnitudes) is trained
+    plain: bool  # whether the update is alpha / r B A, which can be scaled and cut
+    max_rank: int
+    vllm_refuses: str  # why vLLM cannot serve this kind of adapter, or ""
+
+
+# These start from a changed W, so the adapter would only fit this run's copy of the base model.
+CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva")
+
+
+def make_plan(job: Job) -> Plan:
+    """Put LoRA into a skeleton of the model, check and print what it would train."""
+    settings = job.settings
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(job.config, trust_remote_code=False)
+    names = linear_layer_names(model)
+    frozen_shapes = linear_shapes(model)
+    config = lora_config(settings)
+    refuse_unsupported(config)
+    refuse_unknown_targets(config, model, names)
+    try:
+        peft.inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise SystemExit(f"LoraConfig: PEFT refuses it: {one_line(error)}") from error
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    total = sum(weight.numel() for weight in model.parameters())
+    trainable = sum(weight.numel() for weight in trained.values())
+    steps_per_epoch = math.ceil(len(job.train) / step_size(settings))
+    steps = steps_per_epoch * settings.NUM_EPOCHS
+    if settings.MAX_STEPS:
+        steps = min(steps, settings.MAX_STEPS)
+    only_lora = all(".lora_" in name for name in trained)
+    only_a_and_b = all(re.search(r"\.lora_[AB]\.\w+\.weight$", name) for name in trained)
+    layers = lora_layers(model)
+    plan = Plan(
+        trainable=trainable,
+        total=total,
+        trainable_shapes={name: tuple(weight.shape) for name, weight in trained.items()},
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        frozen_shapes=frozen_shapes,
+        only_lora=only_lora,
+        plain=only_a_and_b and all(is_linear_lora(layer) for layer in layers.values()),
+        max_rank=max((max(layer.r.values()) for layer in layers.values()), default=0),
+        vllm_refuses=why_vllm_refuses(config),
+    )
+    report_plan(job, plan, config, model)
+    return plan
+
+
+def step_size(settings: argparse.Namespace) -> int:
+    """Return the number of examples in one optimizer step."""
+    return settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS
+
+
+def linear_layer_names(model: torch.nn.Module) -> list[str]:
+    """Return the names of the linear modules inside the model's layers, such as q_proj."""
+    return sorted(
+        {
+            path.rpartition(".")[2]
+            for path, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and layer_number(path) is not None
+        }
+    )
+
+
+def linear_shapes(model: torch.nn.Module) -> list[tuple[int, int]]:
+    """Return the different shapes (d, k) of the linear modules inside the model's layers."""
+    shapes = {
+        tuple(module.weight.shape)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and layer_number(path) is not None
+    }
+    return sorted(shapes)
+
+
+def layer_number(path: str) -> int | None:
+    """Return the number of the layer that a module is in, from a path like model.layers.3.mlp."""
+    found = re.search(r"\.(\d+)\.", path)
+    return int(found[1]) if found else None
+
+
+def lora_layers(model: torch.nn.Module) -> dict[str, peft.tuners.lora.LoraLayer]:
+    """Return {path: module} of the modules that LoRA was added to."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+
+def is_linear_lora(module: torch.nn.Module) -> bool:
+    """Return whether a LoRA module is a matrix W with the update alpha / r B A."""
+    return isinstance(module, peft.tuners.lora.Linear) and "default" in module.lora_A
+
+
+def refuse_unsupported(config: peft.LoraConfig) -> None:
+    """Exit if LoraConfig asks for something whose result would not be what it seems."""
+    if str(config.task_type).rpartition(".")[2] != "CAUSAL_LM":
+        raise SystemExit(
+            'LoraConfig: task_type must be "CAUSAL_LM", since a chat model is trained.'
+        )
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
+        raise SystemExit(
+            f'LoraConfig: init_lora_weights="{start}" changes the frozen weights or needs data, so '
+            'the saved adapter would not fit the base model; use True, "gaussian" or "orthogonal".'
+        )
+    if config.layer_replication:
+        raise SystemExit(
+            "LoraConfig: layer_replication builds another model than the one that is served; "
+            "remove it."
+        )
+
+
+def refuse_unknown_targets(
+    config: peft.LoraConfig, model: torch.nn.Module, names: list[str]
+) -> None:
+    """Exit if a target matches no module; PEFT is silent as long as another target matches."""
+    if not isinstance(config.target_modules, (list, set)):
+        return  # "all-linear", or a regular expression; PEFT raises if it matches nothing
+    paths = [path for path, _ in model.named_modules()]
+    for target in sorted(config.target_modules):
+        if not any(path == target or path.endswith(f".{target}") for path in paths):
+            close = difflib.get_close_matches(target, names, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise SystemExit(
+                f"LORA_TARGET_MODULES: no layer of the model is named {target}.{hint} The layers "
+                f"have {', '.join(names) or 'no linear modules'}."
+            )
+
+
+def why_vllm_refuses(config: peft.LoraConfig) -> str:
+    """Return why vLLM cannot load this kind of adapter, or ""; read in vLLM 0.32's peft_helper."""
+    if config.use_dora:
+        return "vLLM serves no DoRA adapters"
+    if config.modules_to_save or config.trainable_token_indices:
+        return "vLLM serves no adapters with fully trained modules"
+    if config.bias != "none":
+        return "vLLM serves no adapters with trained biases"
+    return ""
+
+
+def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.Module) -> None:
+    """Print the table of what LoRA is added to, the trainable share, and the steps."""
+    settings = job.settings
+    depth = job.config.get_text_config().num_hidden_layers
+    groups: dict[tuple, list[str]] = {}
+    for path, module in lora_layers(model).items():
+        shapes = [f"{rows:,}x{columns:,}" for rows, columns in lora_shapes(module)]
+        parent = path.rpartition(".")[0].rpartition(".")[2]
+        groups.setdefault((path.rpartition(".")[2], parent, *shapes), []).append(path)
+    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    lines = [
+        f"LoRA with r = {config.r}, alpha = {config.lora_alpha} (the update is scaled by "
+        f"{scaling:g}), dropout {config.lora_dropout:g}"
+    ]
+    columns = "{:<12}{:<18}{:>13}{:>10}{:>10}{:>13}".format
+    lines.append(columns("target", "in layers", "W (frozen)", "A", "B", "parameters"))
+    order = {target: place for place, target in enumerate(settings.LORA_TARGET_MODULES)}
+    for key in sorted(groups, key=lambda key: (order.get(key[0], len(order)), key)):
+        target, parent, *shapes = key
+        paths = tuple(f"{path}." for path in groups[key])
+        count = sum(
+            math.prod(shape)
+            for name, shape in plan.trainable_shapes.items()
+            if name.startswith(paths)
+        )
+        where = f"{len(paths)}/{depth} {parent}"
+        lines.append(columns(target, where, *shapes, f"{count:,}"))
+    covered = tuple(f"{path}." for path in lora_layers(model))
+    for name, shape in plan.trainable_shapes.items():
+        if not name.startswith(covered):
+            lines.append(f"{one_line(name, 60):<63}{math.prod(shape):>13,}")
+    lines.append(
+        f"trainable params: {plan.trainable:,} || all params: {plan.total:,} || "
+        f"trainable%: {100 * plan.trainable / plan.total:.4f}"
+    )
+    kinds = job.config.get_text_config().to_dict().get("layer_types") or []
+    deltanet = kinds.count("linear_attention")
+    if deltanet:
+        lines.append(
+            f"{deltanet} of {depth} layers are Gated DeltaNet, which has no q_proj, k_proj, v_proj "
+            "and o_proj"
+        )
+    every = f"{plan.steps:,} steps of {step_size(settings)} examples"
+    formula = (
+        f"ceil({len(job.train):,} / ({settings.BATCH_SIZE} x "
+        f"{settings.GRADIENT_ACCUMULATION_STEPS})) x {settings.NUM_EPOCHS}"
+    )
+    if settings.MAX_STEPS:
+        formula = f"at most MAX_STEPS of {formula}"
+    lines.append(f"{every}: {formula}")
+    report("plan", "\n".join(lines))
+
+
+def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
+    """Return the shapes of W (d, k), A (r, k) and B (d, r) of a LoRA module."""
+    weight = module.get_base_layer().weight
+    d, k = module.out_features, module.in_features
+    r = max(module.r.values())
+    if weight.ndim == 2 and is_linear_lora(module):
+        d, k = weight.shape
+    return [(d, k), (r, k), (d, r)]
+
+
+# ==== TRAINING: the order of the examples, what is printed, saving and stopping
+
+
+class LikeLengths:
+    """A sampler: each step's examples have like lengths, and the steps come in random order.
+
+    Like lengths need little padding. The order depends on the seed and the epoch alone, so a
+    resumed run sees the examples that it would have seen.
+    """
+
+    def __init__(self, job: Job) -> None:
+        """Remember the lengths; the epoch is set before each pass."""
+        self.lengths = [len(example.input_ids) for example in job.train]
+        self.group = step_size(job.settings)
+        self.seed = job.settings.SEED
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of examples in an epoch."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the examples' numbers, a step's worth after the other."""
+        shuffler = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        shuffler.shuffle(order)
+        whole = len(order) - len(order) % self.group
+        order, rest = order[:whole], order[whole:]  # the incomplete step must come last
+        # Sorting within blocks, not over all, gives each epoch other groups.
+        block = 50 * self.group
+        groups: list[list[int]] = []
+        for start in range(0, whole, block):
+            part = sorted(order[start : start + block], key=lambda number: self.lengths[number])
+            groups += [part[n : n + self.group] for n in range(0, len(part), self.group)]
+        shuffler.shuffle(groups)
+        for group in groups:
+            yield from group
+        yield from rest
+
+
+def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return -log(probability) of each learned token, in nats: rows x positions, else 0.
+
+    Logits are made only at positions whose next token is learned in any row, which are 42 % of
+    the shipped data's; with 248,320 words they are the largest tensor of all.
+    """
+    labels = inputs["labels"][:, 1:]  # the logits at a position predict the next token
+    positions = (labels != -100).any(0).nonzero()[:, 0]
+    wanted = labels[:, positions]
+    logits = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        logits_to_keep=positions,
+        use_cache=False,
+    ).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="none"
+    )
+    return losses.view(wanted.shape)
+
+
+def training_callback(job: Job, sampler: LikeLengths) -> transformers.TrainerCallback:
+    """Return the callback that prints, checks, saves and stops."""
+
+    class Training(transformers.TrainerCallback):
+        """What happens at a step's edges; Trainer calls it by these names."""
+
+        def __init__(self) -> None:
+            """Begin without losses to print."""
+            self.losses: list[float] = []  # since the last printed line
+            self.step_began = 0.0
+            self.tokens_before = 0
+            self.steps_done = 0  # in this process
+
+        def on_epoch_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            """Give each epoch its own order; a skipped part of a resumed epoch has it, too."""
+            sampler.epoch = state.global_step // job.plan.steps_per_epoch
+
+        def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            """From here on a signal waits for the end of the step."""
+            job.is_in_step = True
+            self.step_began = time.monotonic()
+            self.tokens_before = state.num_input_tokens_seen
+
+        def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, float], **___: Any) -> None:
+            """Print the mean loss since the last line, and stop at a loss that is no number."""
+            job.history = state.log_history
+            step = state.global_step
+            stop_if_not_finite(logs, step)
+            if "eval_loss" in logs:
+                note = "  (the base model, before training)" if step == 0 else ""
+                report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}{note}")
+            if "loss" not in logs:
+                return
+            job.train_seconds += time.monotonic() - self.step_began
+            job.train_tokens += state.num_input_tokens_seen - self.tokens_before
+            self.steps_done += 1
+            self.losses.append(logs["loss"])
+            if step % job.settings.LOGGING_STEPS == 0 or step == state.max_steps:
+                left = job.train_seconds / self.steps_done * (state.max_steps - step)
+                report(
+                    "train",
+                    f"step {step:,}/{state.max_steps:,}  loss {statistics.fmean(self.losses):.4f}  "
+                    f"gradient {logs['grad_norm']:.2f}  rate {logs['learning_rate']:.1e}  "
+                    f"{job.train_tokens / job.train_seconds:,.0f} tokens/s  {time_left(left)}",
+                )
+                self.losses = []
+
+        def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+            """Save every SAVE_STEPS steps, or now if any process was sent a signal."""
+            accelerator = accelerate.Accelerator()
+            if job.stop_signal:
+                accelerator.set_trigger()
+            if accelerator.check_trigger() and not job.stop_signal:  # another process was
+                job.stop_signal = signal.SIGTERM
+            is_due = state.global_step % job.settings.SAVE_STEPS == 0 or job.stop_signal > 0
+            # The last step of an epoch is saved after its evaluation.
+            control.should_save = is_due and not ends_an_epoch(state.global_step, job.plan)
+
+        def on_save(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            """Mark the checkpoint as complete, remove older ones, and stop after a signal."""
+            step = state.global_step
+            newest = job.output / "checkpoints" / f"checkpoint-{step}"
+            accelerate.PartialState().wait_for_everyone()  # each process writes its random state
+            if is_main_process():
+                write_json(newest / "complete.json", file_hashes(newest))
+                remove_old_checkpoints(newest.parent, job.plan, whole=2)
+            if job.settings.DEVICE == "cuda":
+                job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+            job.is_in_step = step < job.plan.steps
+            if job.stop_signal:
+                raise Stopped(
+                    job.stop_signal,
+                    f"Stopped after step {step:,} of {job.plan.steps:,}. The same command resumes "
+                    f"from {newest}.",
+                )
+
+    return Training()
+
+
+def stop_if_not_finite(logs: dict[str, float], step: int) -> None:
+    """Exit if a loss or gradient is infinite or no number: what follows would be worthless."""
+    names = {"loss": "loss", "grad_norm": "gradient", "eval_loss": "held-out loss"}
+    for key, name in names.items():
+        if not math.isfinite(logs.get(key, 0.0)):
+            if step == 0:
+                raise SystemExit(
+                    f"The base model's {name} is {logs[key]}: its weights do not work in this "
+                    "type. Set DTYPE to float32, or check the model's files."
+                )
+            raise SystemExit(
+                f"The {name} is {logs[key]} at step {step:,}. Lower LEARNING_RATE; if that does "
+                "not help, set DTYPE to float32. Older checkpoints are still there."
+            )
+
+
+def time_left(seconds: float) -> str:
+    """Return seconds as a person would say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s left"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min left"
+    return f"{seconds / 3600:.1f} h left"
+
+
+def ends_an_epoch(step: int, plan: Plan) -> bool:
+    """Return whether a step is the last one of an epoch, or of the run."""
+    return step % plan.steps_per_epoch == 0 or step == plan.steps
+
+
+def train(trainer: trl.SFTTrainer, job: Job) -> None:
+    """Train to the end; a signal raises Stopped after the step's checkpoint."""
+
+    class QuietBar(transformers.trainer_callback.ProgressCallback):
+        """transformers' progress bar without its dictionaries of losses."""
+
+        def on_log(self, *_: Any, **__: Any) -> None:
+            """Do nothing; the training callback prints."""
+
+    if trainer.pop_callback(transformers.trainer_callback.ProgressCallback):
+        trainer.add_callback(QuietBar())
+    if job.held_out and not job.checkpoint:
+        report("train", "the held-out loss of the base model is measured first")
+    trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
+    accelerate.PartialState().wait_for_everyone()
+    job.is_in_step = False
+
+
+# ==== MEMORY: in how many parts a step goes through the model
+
+
+@dataclass
+class MemoryLimits:
+    """How many tokens, padding included, may go through the model at once."""
+
+    kept: int  # while training, with the activations kept for the backward pass
+    recomputed: int  # while training, with the activations computed again: 45 % more work
+
+
+def step_tokens(job: Job) -> tuple[int, int]:
+    """Return the width of the longest example, and the tokens of a step that is that wide."""
+    widest = max(len(example.input_ids) for example in job.train + job.held_out)
+    processes = accelerate.PartialState().num_processes
+    return widest, widest * max(1, step_size(job.settings) // processes)
+
+
+def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
+    """Find by trying how many tokens fit in the GPU's memory at once; on a CPU, a whole step.
+
+    The trial is as hard as can be: rows of the greatest length, of which every token is learned.
+    """
+    model = trainer.model
+    widest, most = step_tokens(job)
+    model.activation_checkpointing_enable()
+    model.disable_input_require_grads()  # recomputation does not need the embeddings' gradient
+    if job.settings.DEVICE == "cpu":
+        job.memory = MemoryLimits(most, most)
+        return
+    report("memory", "trying how many examples fit on the GPU at once")
+
+    def fits(tokens: int, is_recomputed: bool) -> bool:
+        """Return whether a forward and backward pass over so many tokens finds its memory."""
+        rows = math.ceil(tokens / widest)
+        ids = torch.ones(
+            rows, math.ceil(tokens / rows), dtype=torch.long, device=trainer.args.device
+        )
+        inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        set_recomputation(model, is_recomputed)
+        model.train()
+        try:
+            trainer.compute_loss(model, inputs, num_items_in_batch=tokens).backward()
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad()
+            torch.cuda.empty_cache()
+        return True
+
+    free, total = torch.cuda.mem_get_info()
+    share = (free + torch.cuda.memory_reserved()) / total
+    # A tenth is left for the optimizer's states and for fragmentation.
+    torch.cuda.set_per_process_memory_fraction(0.9 * share)
+    kept = most_that_fits(lambda tokens: fits(tokens, is_recomputed=False), most)
+    recomputed = kept
+    if kept < most:
+        recomputed = most_that_fits(lambda tokens: fits(tokens, is_recomputed=True), most)
+    if max(kept, recomputed) < widest:
+        raise SystemExit(
+            f"A single example of {widest:,} tokens does not fit in the "
+            f"{share * total / 2**30:.1f} GiB of GPU memory that are free; about {recomputed:,} "
+            "tokens would. Lower MAX_SEQ_LEN, use a GPU with more memory, or end what else runs "
+            "on this one."
+        )
+    job.memory = MemoryLimits(kept, recomputed)
+    # CUDA's libraries allocate outside of torch's view, so a little must stay free.
+    torch.cuda.set_per_process_memory_fraction(0.97 * share)
+    torch.cuda.reset_peak_memory_stats()
+    transformers.set_seed(job.settings.SEED)  # the trials drew random numbers
+    if kept >= most:
+        text = f"a whole step of {step_size(job.settings)} examples fits at once"
+    elif kept >= widest:
+        text = f"up to {kept:,} tokens fit at once; larger steps go through in parts"
+    else:
+        text = (
+            f"up to {kept:,} tokens fit at once; larger steps go through in parts, and longer "
+            "examples\nare computed twice to save memory"
+        )
+    report("memory", text)
+
+
+def most_that_fits(fits: Callable[[int], bool], most: int) -> int:
+    """Return the largest number of tokens that fits, in steps of 16, by bisection; 0 if none."""
+    if fits(most):
+        return most
+    sizes = range(16, most, 16)
+    return 16 * bisect.bisect_left(sizes, True, key=lambda tokens: not fits(tokens))
+
+
+def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
+    """Tell the layers whether to keep their activations or to compute them again."""
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    for module in model.modules():
+        if isinstance(module, kind):
+            module.gradient_checkpointing = is_recomputed
+
+
+def split_step(
+    inputs: dict[str, torch.Tensor], limits: MemoryLimits
+) -> list[tuple[dict[str, torch.Tensor], bool]]:
+    """Divide a padded step into parts that fit; each is told whether it must be recomputed.
+
+    Args:
+        inputs: input_ids, attention_mask and labels, each rows x width, padded on the right.
+        limits: how many tokens a part may have, its own padding included.
+    """
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    if len(lengths) * max(lengths) <= limits.kept:
+        return [(inputs, False)]
+    left = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # the longest first
+    parts = []
+    while left:
+        width = lengths[left[0]]
+        is_recomputed = width > limits.kept
+        limit = limits.recomputed if is_recomputed else limits.kept
+        alike = [row for row in left if (lengths[row] > limits.kept) == is_recomputed]
+        rows = alike[: max(1, limit // width)]
+        parts.append(({key: value[rows, :width] for key, value in inputs.items()}, is_recomputed))
+        left = [row for row in left if row not in rows]
+    return parts
+
+
+def example_losses(
+    model: torch.nn.Module, job: Job, examples: list[Example], title: str
+) -> list[float]:
+    """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
+
+    The model is in evaluation mode meanwhile, so LoRA's dropout is off, and no gradient is kept.
+    On a terminal a progress bar named title shows how far it is.
+    """
+    from tqdm import tqdm
+
+    limit = max(job.memory.kept, job.memory.recomputed)
+    order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
+    losses = [0.0] * len(examples)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), tqdm(total=len(order), desc=title, leave=False, disable=None) as bar:
+        while order:
+            width = len(examples[order[-1]].input_ids)
+            batch = order[-max(1, limit // width) :]  # the longest that are left
+            inputs = pad([examples[number] for number in batch], model.device)
+            sums = reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
+            for number, loss in zip(batch, sums, strict=True):
+                losses[number] = loss
+            order = order[: -len(batch)]
+            bar.update(len(batch))
+    model.train(was_training)
+    return losses
+
+
+def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return input_ids, labels and attention_mask of examples, padded on the right."""
+    width = max(len(example.input_ids) for example in examples)
+    ids, labels, mask = [], [], []
+    for example in examples:
+        padding = width - len(example.input_ids)
+        ids.append(example.input_ids + [0] * padding)
+        labels.append([-100] * len(example.prompt_ids) + example.reply_ids + [-100] * padding)
+        mask.append([1] * len(example.input_ids) + [0] * padding)
+    columns = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {key: torch.tensor(value, device=device) for key, value in columns.items()}
+
+
+# ==== CHECKPOINTS: what an earlier run left behind, resuming, and run.json
+
+
+def find_checkpoint(job: Job) -> None:
+    """Find this job's newest complete checkpoint; exit if the folder holds another job's."""
+    if is_main_process():
+        folder = job.output / "checkpoints"
+        now = describe_job(job)
+        before = read_json(folder / "job.json")
+        complete = [path for path in checkpoints_in(folder).values() if is_complete(path)]
+        if before and complete:
+            refuse_other_job(job, before, now, complete[-1])
+            job.checkpoint = complete[-1]
+            report("resume", f"going on from {job.checkpoint}")
+        else:
+            begin_folder(job, now)
+    # The processes of a launch must go the same way.
+    decided = [job.checkpoint, job.matmul]
+    job.checkpoint, job.matmul = accelerate.utils.broadcast_object_list(decided)
+    job.started = time.time()
+    write_record(job, "running")
+
+
+def describe_job(job: Job) -> dict[str, Any]:
+    """Return what must be the same for a checkpoint to be resumed: settings, model, data."""
+    job_settings = {
+        name: getattr(job.settings, name)
+        for name in setting_types()
+        if name not in MAY_CHANGE_ON_RESUME
+    }
+    config = lora_config(job.settings).to_dict()
+    config["target_modules"] = sorted(config["target_modules"])  # PEFT makes a set of it
+    contents = {
+        "the LoraConfig": sorted((key, str(value)) for key, value in config.items()),
+        "the files of MODEL_NAME": file_fingerprints(Path(job.settings.MODEL_NAME)),
+        "the tokens of TRAIN_FILE": [example.input_ids for example in job.train],
+        "the tokens of EVAL_FILE": [example.input_ids for example in job.held_out],
+    }
+    hashes = {
+        name: hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+        for name, value in contents.items()
+    }
+    return job_settings | {"the products in use": job.matmul["used"]} | hashes
+
+
+def refuse_other_job(
+    job: Job, before: dict[str, Any], now: dict[str, Any], checkpoint: Path
+) -> None:
+    """Exit with a table of the differences if a checkpoint was made by another job."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not names:
+        return
+    rows = [f"  {name} was {before.get(name)} and is now {now.get(name)}" for name in names]
+    raise SystemExit(
+        f"{checkpoint} was made with other settings, data or model, so it cannot be resumed:\n"
+        + join_limited(rows)
+        + "\nSet these back to resume it, choose another OUTPUT_DIR, or move "
+        f"{job.output / 'checkpoints'} away."
+    )
+
+
+def begin_folder(job: Job, now: dict[str, Any]) -> None:
+    """Rename what an earlier run left, and write down which job the new checkpoints are of."""
+    folder = job.output / "checkpoints"
+    if checkpoints_in(folder):  # of a finished run, or unusable
+        rename_old(folder)
+    rename_old(job.output / "run.json")
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "job.json", now)
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Return {step: path} of the checkpoints in a folder, the oldest first."""
     found = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != "complete.json":
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal():
+            found[int(step)] = path
+    return dict(sorted(found.items()))
 
 
-def checkpoints_in(folder):
-    """Return {step: path} of our checkpoints, in order."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return dict(sorted((int(path.name[11:]), path) for path in found))
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether all files of a checkpoint are as they were written."""
+    written = read_json(checkpoint / "complete.json")
+    return bool(written) and written.items() <= file_hashes(checkpoint).items()
 
 
-def is_complete(checkpoint):
-    """Return whether a checkpoint's files are as written."""
-    with suppress(OSError, ValueError, AttributeError):  # complete.json may be cut too
-        written = json.loads((checkpoint / "complete.json").read_bytes())
-        return written.items() <= hashes(checkpoint).items()
-    return False
-
-
-def prune(folder, per_epoch, newest):
-    """Keep the newest checkpoints whole; of the older ones each epoch's adapter alone."""
+def remove_old_checkpoints(folder: Path, plan: Plan, whole: int) -> None:
+    """Keep the newest checkpoints whole; of older ones only the adapter at an epoch's end."""
     saved = checkpoints_in(folder)
-    for step in [*saved][: len(saved) - newest]:
-        if step % per_epoch:
+    for step in list(saved)[: len(saved) - whole]:
+        if not ends_an_epoch(step, plan):
             shutil.rmtree(saved[step])
             continue
         for path in saved[step].iterdir():
@@ -649,720 +1459,1832 @@ def prune(folder, per_epoch, newest):
                 path.unlink()
 
 
-def find_checkpoint(job):
-    """Return this job's newest complete checkpoint; exit at another's; else begin a folder."""
-    folder, model, before = job.output / "checkpoints", Path(job.args.model_name), None
-    now = {name: vars(job.args)[name.lower()] for name in JOB_RULES}
-    now["PRODUCTS"] = job.products["used"]
-    content = {
-        "MODEL_NAME's files": hashes(model) if model.is_dir() else {},  # or a commit
-        "TRAIN_FILE's tokens": [row["input_ids"] for row in job.train],
-        "EVAL_FILE's tokens": [row["input_ids"] for row in job.eval],
-    }
-    for name, value in content.items():
-        now[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-    with suppress(OSError, ValueError):
-        before = json.loads((folder / "job.json").read_bytes())
-    complete = [path for path in checkpoints_in(folder).values() if is_complete(path)]
-    if before and complete:
-        differ = [name for name in before | now if before.get(name) != now.get(name)]
-        if not differ:
-            report("resume", f"from {complete[-1]}")
-            return complete[-1]
-        rows = [f"  {name} was {before.get(name)}, is {now.get(name)}" for name in differ]
-        fault = f"OUTPUT_DIR {job.output} holds {complete[-1].name} of another job"
-        advice = "set these back to go on, or choose another OUTPUT_DIR"
-        raise SystemExit(listed([f"{fault}; {advice}:", *rows]))
-    if checkpoints_in(folder):  # published or broken
-        set_aside(folder)
-    set_aside(job.output / "run.json")
-    folder.mkdir(exist_ok=True)
-    write_json(folder / "job.json", now)
-
-
-def write_record(job, outcome):
-    """Write run.json, if the run has started."""
-    try:
-        if job.started and is_first():
-            installed = reversed([*importlib.metadata.distributions()])  # first wins
-            write_json(job.output / "run.json", {
-                "outcome": outcome, "started": job.started,
-                "versions": {one.name: one.version for one in installed},
-                "constants": {name: vars(job.args)[name.lower()] for name in RULES},
-                "device": job.device, "data": job.data, "plan": job.plan._asdict(),
-                "products": job.products, "resumed_from": job.checkpoint and str(job.checkpoint),
-                "train_seconds": job.seconds, "tokens": job.tokens, "learnt": job.learnt,
-                "peak_memory_gib": job.peak_gib, "published": job.published,
-                "loss_history": job.history,
-            })  # fmt: skip
-    except OSError as error:
-        report("warning", f"{job.output}/run.json is not written: {error}")
-
-
-# ==== 9 Trainer: its configuration, loss, injection, memory
-
-
-def sft_config(job):
-    """Return TRL's configuration; its defaults: AdamW without decay, clipping at 1."""
-    args, n_processes = job.args, accelerate.PartialState().num_processes
-    return trl.SFTConfig(
-        output_dir=f"{job.output}/checkpoints", seed=args.seed,
-        num_train_epochs=args.num_epochs, per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps // n_processes,
-        per_device_eval_batch_size=args.batch_size,
-        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=int(args.warmup_ratio * job.plan.steps),
-        bf16=False,  # no autocast: gradients are no better with it (tests/benchmark.py)
-        activation_checkpointing=False,  # fit_memory() chooses
-        # TRL must not render, cut or pack: packed, DeltaNet's state would leak between rows.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        eval_strategy="epoch" if job.eval else "no",
-        eval_on_start=bool(job.eval) and not job.checkpoint,  # B is zero then: the base's loss
-        save_strategy="epoch",  # on_step_end() saves between
-        disable_tqdm=True, use_cpu=args.device == "cpu", ddp_find_unused_parameters=False,
-        logging_steps=1,  # each loss is checked and kept
-        include_num_input_tokens_seen="non_padding",
-        logging_nan_inf_filter=False,  # True puts a mean in the place of a NaN loss
-        eos_token=job.tokenizer.eos_token,
-    )  # fmt: skip
-
-
-def load_model(args):
-    """Return the text model in DTYPE; exit unless its files hold all tensors."""
-    what = f"MODEL_NAME {args.model_name}: "
-    advice = "whole safetensors files are needed; run again to go on loading"
-    with blame(what + "no weights", advice, Exception):
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            args.model_name, revision=args.model_revision, dtype=args.dtype,
-            trust_remote_code=False, use_safetensors=True,  # no code, no pickle
-            output_loading_info=True,
-        )  # fmt: skip
-    if missing := sorted(found["missing_keys"]):  # filled with random numbers
-        raise SystemExit(f"{what}the files lack {listed(missing, 3, ', ')}")
-    return model
-
-
-def token_loss(model, inputs, num_items_in_batch=None, **_):
-    """Return the sum of -log(probability) over learnt tokens / their number in the whole step.
-
-    This is TRL's loss without Triton. Logits are made only where a token is learnt, by the
-    model's own head, which may be float16.
-    """
-    labels = inputs["labels"][:, 1:]
-    learnt = labels != -100
-    kept = learnt.any(0).nonzero()[:, 0]  # positions whose next token is learnt, in any row
-    logits = model(**{**inputs, "labels": None, "logits_to_keep": kept}).logits.flatten(0, 1)
-    wanted = labels[:, kept].flatten()
-    total = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
-    if num_items_in_batch is None:  # in an evaluation
-        return total / learnt.sum()
-    # It counts all processes; DDP takes their mean.
-    return total * accelerate.PartialState().num_processes / num_items_in_batch
-
-
-def build_trainer(job):
-    """Return the SFTTrainer; LoRA is injected by it alone."""
-    args, by_length = job.args, sorted(job.eval, key=lambda row: len(row["input_ids"]))
-    model = load_model(args)
-    if job.products["used"] == "float16":
-        use_float16(model)
-    trainer = trl.SFTTrainer(
-        model=model,
-        peft_config=peft.LoraConfig(  # change make_plan() with it
-            r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-            target_modules=args.lora_target_modules, task_type="CAUSAL_LM",
-            revision=args.model_revision,
-        ),
-        args=sft_config(job),
-        train_dataset=datasets.Dataset.from_list(job.train),
-        eval_dataset=datasets.Dataset.from_list(by_length) or None,
-        processing_class=job.tokenizer,
-    )  # fmt: skip
-    trainer.compute_loss = token_loss
-    # Like lengths need less padding; group_by_length would order a resumed run anew.
-    # One replica: accelerate deals batches to processes.
-    n = args.batch_size * args.gradient_accumulation_steps
-    alone = {"num_replicas": 1, "rank": 0, "seed": args.seed}
-    sampler = transformers.trainer_pt_utils.DistributedLengthGroupedSampler(n, job.train, **alone)
-    if job.checkpoint:  # else it begins in the first epoch's order
-        sampler.set_epoch(int(job.checkpoint.name[11:]) // job.plan.steps_per_epoch)
-    trainer._get_train_sampler = lambda dataset=None: sampler
-    # By default PEFT asks the hub at each save.
-    save = trainer.model.save_pretrained
-    trainer.model.save_pretrained = partial(save, save_embedding_layers=False)
-    trainer.create_model_card = lambda **_: None  # TRL's describes no run
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-def check_injection(model, plan):
-    """Exit unless LoRA's float32 weights alone are trainable, as planned."""
-    counts, odd = model.get_nb_trainable_parameters(), []
-    for name, p in model.named_parameters():
-        if p.requires_grad != ("lora_" in name) or (p.requires_grad and p.dtype != torch.float32):
-            odd.append(f"{name} in {p.dtype}")
-    found = "{:,} of {:,} parameters are trainable".format(*counts)
-    if odd or counts != plan[:2]:
-        planned = "planned were {:,} of {:,}".format(*plan)
-        raise SystemExit(listed([f"LoRA is not injected as planned: {found}, {planned}", *odd]))
-    report("model", f"{found}, LoRA's alone, in float32, as planned")
-
-
-def fit_memory(trainer, job):
-    """Recompute activations, 45 % more work, only for batches that do not fit in memory."""
-    model, size = trainer.model, job.args.batch_size
-    model.activation_checkpointing_enable()
-    model.disable_input_require_grads()  # recomputation needs no gradient of embeddings
-    kind = transformers.modeling_layers.GradientCheckpointingLayer
-    layers = [module for module in model.modules() if isinstance(module, kind)]
-    limit = math.inf  # tokens of a batch, up to which activations are kept
-
-    def recompute_if_large(_, __, inputs):
-        for layer in layers:
-            layer.gradient_checkpointing = inputs["input_ids"].numel() > limit
-
-    def overflows(rows):
-        inputs = trainer.data_collator(rows)
-        inputs["labels"] = inputs["input_ids"]  # as if all were learnt: the most memory
-        try:
-            trainer.training_step(model, inputs, 1)
-        except torch.OutOfMemoryError:
-            return True
-        finally:
-            model.zero_grad()
-            torch.cuda.empty_cache()
-        return False
-
-    model.register_forward_pre_hook(recompute_if_large, with_kwargs=True)
-    if job.args.device == "cpu":
+def rename_old(path: Path) -> None:
+    """Rename what an earlier run left at path, by its time; nothing is ever overwritten."""
+    if not path.exists():
         return
-    free, total = torch.cuda.mem_get_info()
-    share = (free + torch.cuda.memory_reserved()) / total
-    # A tenth is for the optimizer's states and for fragmentation.
-    torch.cuda.set_per_process_memory_fraction(0.9 * share)
-    rows = sorted(job.train, key=lambda row: len(row["input_ids"]))
-    batches = [rows[n : n + size] for n in range(max(1, len(rows) - size + 1))]
-    longest = batches[-1]
-    if overflows(longest):
-        # Batches grow longer: bisect; the first n_fit fit.
-        n_fit = bisect.bisect_left(batches, True, key=overflows)
-        limit = size * len(batches[n_fit - 1][-1]["input_ids"]) if n_fit else 0
-        if overflows(longest):  # recomputed
-            raise torch.OutOfMemoryError("the longest batch does not fit")
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.cuda.reset_peak_memory_stats()
-    transformers.set_seed(job.args.seed)
-    which = "all batches" if limit == math.inf else f"batches of up to {limit:,} tokens"
-    report("memory", f"activations are kept for {which}, else recomputed")
+    when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    aside = path.with_name(f"{path.name}.{when}")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}+")
+    path.rename(aside)
+    report("moved", f"{path} of an earlier run is now {aside}")
 
 
-# ==== 10 Training: what is printed and saved
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return {name: SHA-256} of a checkpoint's files, but for the list of them itself."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != "complete.json":
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
-class Callbacks:
-    """A run's callbacks; train() adds job, and transformers' base class."""
+def file_fingerprints(folder: Path) -> list[tuple[str, int, str]]:
+    """Return name, size and hash of a local model's files; nothing for a name on the hub.
 
-    def on_step_begin(self, _, state, *__, **___):
-        """From here on a signal waits for the end of the step."""
-        self.job.is_training = True
-        self.began, self.seen = time.monotonic(), state.num_input_tokens_seen
-
-    def on_log(self, _, state, __, logs, **___):
-        """Print a loss, and exit if it is not finite."""
-        job, step = self.job, state.global_step
-        job.history = state.log_history
-        for key in ("loss", "grad_norm", "eval_loss"):
-            if not math.isfinite(logs.get(key, 0)):
-                fault = f"train: {key} is {logs[key]} at step {step}"
-                advice = "lower LEARNING_RATE, set DTYPE to float32, or check the base's weights"
-                raise SystemExit(f"{fault}; {advice}")
-        if "eval_loss" in logs:
-            report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}")
-        if "loss" in logs:
-            job.seconds += time.monotonic() - self.began
-            job.tokens += state.num_input_tokens_seen - self.seen
-            if step % job.args.logging_steps == 0:
-                text = "loss {loss:.4f}  gradient norm {grad_norm:.3f}  learning rate "
-                text += f"{{learning_rate:.2e}}  {job.tokens / job.seconds:,.0f} tokens/s"
-                report("train", f"step {step:,}/{state.max_steps:,}  {text.format(**logs)}")
-
-    def signal_heard(self):
-        """Return the signal that any process was sent, or 0; all of them are asked at once."""
-        return max(accelerate.utils.gather_object([self.job.stopped_by]))
-
-    def on_step_end(self, _, state, control, **__):
-        """Save after SAVE_STEPS steps or a signal."""
-        job, step = self.job, state.global_step
-        is_due = self.signal_heard() > 0 or step % job.args.save_steps == 0
-        # An epoch's last step is saved after its evaluation, which moves the random state.
-        control.should_save = is_due and step % job.plan.steps_per_epoch > 0
-
-    def on_save(self, _, state, *__, **___):
-        """Mark a checkpoint as complete, prune the older ones; stop here after a signal."""
-        job, step, folder = self.job, state.global_step, self.job.output / "checkpoints"
-        new = folder / f"checkpoint-{step}"
-        accelerate.PartialState().wait_for_everyone()  # each writes its random state
-        if is_first():
-            write_json(new / "complete.json", hashes(new))
-            prune(folder, job.plan.steps_per_epoch, newest=2)
-        job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
-        job.is_training = step < job.plan.steps
-        if number := self.signal_heard():
-            done = f"stopped at step {step:,} of {job.plan.steps:,}"
-            raise KeyboardInterrupt(number, f"{done}; the same command goes on from {new}")
+    Of large files only the first and last MiB are read: they hold the tensors' names and places,
+    and 8 GB would take a minute at each start.
+    """
+    found = []
+    if folder.is_dir():
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            with path.open("rb") as file:
+                start = file.read(2**20)
+                file.seek(max(0, path.stat().st_size - 2**20))
+                end = file.read()
+            found.append((path.name, path.stat().st_size, hashlib.sha256(start + end).hexdigest()))
+    return found
 
 
-def train(trainer, job):
-    """Train to the end; on_save() raises KeyboardInterrupt(signal, message)."""
-    callbacks = type("Callbacks", (Callbacks, transformers.TrainerCallback), {"job": job})
-    trainer.add_callback(callbacks())
-    trainer.train(resume_from_checkpoint=job.checkpoint)
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON file's object, or None if there is none or it is damaged."""
+    with suppress(OSError, ValueError):
+        value = json.loads(path.read_bytes())
+        return value if isinstance(value, dict) else None
+    return None
 
 
-# ==== 11 Results: the adapter, its proof, and what shows what it does
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file in such a way that there is never half of it."""
+    new = path.with_name(f"{path.name}.new")
+    text = json.dumps(without_nan(value), indent=1, allow_nan=False, default=str)
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
-def save_adapter(model, job, folder):
-    """Write folder/final_lora, and final_lora_vllm if vLLM needs it."""
-    final, vllm = folder / "final_lora", folder / "final_lora_vllm"
-    model.save_pretrained(final)
+def without_nan(value: Any) -> Any:
+    """Return value with NaN and infinity as texts, since JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors")
+
+
+def write_record(job: Job, outcome: str) -> None:
+    """Write run.json: what was asked for, what was found, and how it ended."""
+    if not job.started or not is_main_process():
+        return
+    versions = {name: importlib.metadata.version(name) for name in (*PACKAGES, "matplotlib")}
+    versions["python"] = sys.version.split()[0]
+    record = {
+        "outcome": outcome,
+        "started": job.started,
+        "command": shlex.join(["python", *sys.argv]),
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "versions": versions,
+        "settings": {name: getattr(job.settings, name) for name in setting_types()},
+        "device": job.device_name,
+        "matmul": job.matmul,
+        "memory_limits": asdict(job.memory) if job.memory else None,
+        "data": job.data,
+        "system_message": job.train[0].system_message,
+        "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
+        "resumed_from": str(job.checkpoint) if job.checkpoint else None,
+        "train_seconds": job.train_seconds,
+        "train_tokens": job.train_tokens,
+        "peak_memory_gib": job.peak_gib,
+        "published": job.published,
+        "learnt": job.learnt,
+        "evidence": job.evidence,
+        "samples": job.samples,
+        "loss_history": job.history,
+    }
+    try:
+        write_json(job.output / "run.json", record)
+    except OSError as error:
+        report("warning", f"{job.output / 'run.json'} is not written: {error}")
+
+
+# ==== PUBLISHING: writing the adapter, proving that it works, the model card
+
+
+def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
+    """Write the adapter beside its place, prove it, move it in; return it as loaded from disk."""
+    if job.settings.DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    staging = job.output / ".partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    step = choose_epoch(trainer, job)
+    epoch = math.ceil(step / job.plan.steps_per_epoch)
+    try:
+        save_adapter(trainer.model, job, staging)
+        witness = (job.held_out or job.train)[0]
+        adapter = verify_saved_adapter(trainer.model, staging / "final_lora", witness)
+        for name in ("final_lora", "final_lora_vllm", "samples.md", "lora.png"):
+            rename_old(job.output / name)
+        for new in sorted(staging.iterdir()):
+            new.rename(job.output / new.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    job.published = f"epoch {epoch} of {job.settings.NUM_EPOCHS}"
+    if step % job.plan.steps_per_epoch:
+        job.published = f"step {step:,}"
+    (job.output / "checkpoints" / "job.json").unlink(missing_ok=True)  # the next run starts anew
+    remove_old_checkpoints(job.output / "checkpoints", job.plan, whole=0)
+    write_record(job, "finished")
+    return adapter
+
+
+def choose_epoch(trainer: trl.SFTTrainer, job: Job) -> int:
+    """Return the step to publish; with PUBLISH "best", load the adapter of the best epoch."""
+    if job.settings.PUBLISH == "last":
+        return job.plan.steps
+    losses = job.logged("eval_loss")
+    losses.pop(0, None)  # the base's
+    best = min(losses, key=lambda step: losses[step])
+    saved = job.output / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors"
+    peft.set_peft_model_state_dict(trainer.model, safetensors_torch.load_file(saved))
+    return best
+
+
+def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
+    """Write folder/final_lora, and folder/final_lora_vllm if vLLM needs other names.
+
+    Up to version 0.32 vLLM accepts a wrapper model's adapter under PeftModel's names, says
+    nothing, and serves the base model.
+    """
+    final, for_vllm = folder / "final_lora", folder / "final_lora_vllm"
+    if not Path(job.settings.MODEL_NAME).is_dir():
+        model.peft_config["default"].revision = job.settings.MODEL_REVISION
+    model.save_pretrained(final, save_embedding_layers=False)
     job.tokenizer.save_pretrained(final)
-    tensors = safetensors.load_file(final / "adapter_model.safetensors")
+    tensors = safetensors_torch.load_file(final / "adapter_model.safetensors")
     plain, wrapped = ".model.model.", ".model.model.language_model."
     is_wrapper = job.config.get_text_config() is not job.config
-    if is_wrapper and not any(wrapped in name for name in tensors):
-        # Up to 0.32 vLLM accepts a wrapper's adapter under other names, and serves the base.
-        vllm.mkdir()
-        shutil.copy(final / "adapter_config.json", vllm)
+    if is_wrapper and not job.plan.vllm_refuses and not any(wrapped in name for name in tensors):
+        for_vllm.mkdir()
+        shutil.copy(final / "adapter_config.json", for_vllm)
         renamed = {name.replace(plain, wrapped, 1): tensor for name, tensor in tensors.items()}
-        safetensors.save_file(renamed, vllm / "adapter_model.safetensors", {"format": "pt"})
-    # Written for their owner alone; a server may be another user.
+        safetensors_torch.save_file(
+            renamed, for_vllm / "adapter_model.safetensors", {"format": "pt"}
+        )
+    write_model_card(job, final, {})
+    # safetensors files are readable by their owner alone, but the server may be another user.
     for path in folder.glob("*/*.safetensors"):
         shutil.copymode(final / "adapter_config.json", path)
 
 
-def prove(model, folder, row):
-    """Return model with its adapter from disk; exit unless tensors and logits are the same.
+def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) -> peft.PeftModel:
+    """Load the adapter from disk onto the bare base model; exit unless it is the trained one.
 
-    A GPU may round: a tenth of the effect is allowed.
+    The files' tensors must be the trained ones to the bit, and the logits of an example the
+    trained model's, not the base's. A GPU may round: a tenth of the adapter's effect is allowed.
     """
-    kept = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    saved = safetensors.load_file(folder / "adapter_model.safetensors")
-    odd = kept.keys() ^ saved.keys()
-    for name in kept.keys() & saved.keys():
-        if not (saved[name].any() and saved[name].equal(kept[name].cpu())):
-            odd.add(name)
-    if odd:
-        names = listed(sorted(odd), 3, ", ")
-        raise SystemExit(f"proof: in {folder} not as trained, not numbers or all zero: {names}")
-    ids = torch.tensor([row["input_ids"]], device=model.device)
+    trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    saved = safetensors_torch.load_file(folder / "adapter_model.safetensors")
+    wrong = set(trained.keys() ^ saved.keys())
+    for name in trained.keys() & saved.keys():
+        if not saved[name].equal(trained[name].cpu()):
+            wrong.add(name)
+    if wrong:
+        raise SystemExit(
+            f"proof: {folder} does not hold what was trained; these tensors differ or are not "
+            f"numbers: {join_limited(sorted(wrong), 3, ', ')}. The checkpoints are still there."
+        )
+    ids = torch.tensor([example.input_ids], device=model.device)
     with torch.no_grad():
-        trained = model.eval()(input_ids=ids).logits
-        reloaded = peft.PeftModel.from_pretrained(model.unload(), folder)
-
-        def distance():
-            return (reloaded(input_ids=ids).logits - trained).abs().max().item()
-
-        error = distance()
+        before = model.eval()(input_ids=ids).logits
+        reloaded = peft.PeftModel.from_pretrained(model.unload(), folder).eval()
+        error = (reloaded(input_ids=ids).logits - before).abs().max().item()
         with reloaded.disable_adapter():
-            effect = distance()
-    found = f"reloaded from disk, its logits differ by {error:.2g} from the trained model's"
-    found += f", by {effect:.2g} from the base's"
+            effect = (reloaded(input_ids=ids).logits - before).abs().max().item()
+    found = (
+        f"loaded again from disk, the adapter's logits differ by at most {error:.2g} from the "
+        f"trained\nmodel's, and by {effect:.2g} from the base model's"
+    )
     if not (effect > 0 and error <= effect / 10):
-        raise SystemExit(f"proof: {folder}: {found}; the adapter does not work")
+        raise SystemExit(f"proof: {found}. The adapter in {folder} does not work.")
     report("proof", found)
     return reloaded
 
 
-def measure_update(model):
-    """Return {target: [a row for each layer]}: the size of its update, the directions used.
+def write_model_card(job: Job, folder: Path, measured: dict[str, Any]) -> None:
+    """Write folder/README.md in the hub's form, in place of PEFT's empty one."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    B = Q R and A^T = Q' R', and Q and Q' change no length: R R'^T, r x r numbers, has the
-    singular values of B A, d x k.
+    settings = job.settings
+    is_local = Path(settings.MODEL_NAME).is_dir()
+    results = []
+    if measured:
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="json",
+                dataset_name=Path(settings.EVAL_FILE).name,
+                metric_type="loss",
+                metric_name="held-out loss, nats per token",
+                metric_value=round(measured["adapter"], 4),
+            )
+        )
+    data = ModelCardData(
+        base_model=None if is_local else settings.MODEL_NAME,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "sft", "trl"],
+        model_name=Path(settings.OUTPUT_DIR).resolve().name if results else None,
+        eval_results=results or None,
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(job, measured)}")
+    card.save(folder / "README.md")
+
+
+def card_text(job: Job, measured: dict[str, Any]) -> str:
+    """Return the body of the model card."""
+    settings, config = job.settings, lora_config(job.settings)
+    system = job.train[0].system_message
+    files = "\n".join(
+        f"- `{Path(path).name}`: {facts['examples']:,} examples, {facts['learned_tokens']:,} "
+        f"learned tokens, SHA-256 `{facts['sha256']}`"
+        for path, facts in job.data.items()
+    )
+    losses = "The held-out loss was not measured: there was no held-out file."
+    if measured:
+        losses = (
+            f"On {measured['examples']:,} held-out examples the loss fell from "
+            f"{measured['base']:.4f} to {measured['adapter']:.4f} nats a token; it is lower on "
+            f"{measured['better']:,} of them. The held-out file has the same authors as the "
+            "training file, so this says how well the adapter speaks as they do, and no more."
+        )
+    said = "There was no system message in the training data; serve without one."
+    if system:
+        said = f"Every conversation was trained with a system message. Serve with it:\n\n> {system}"
+    return f"""# A LoRA adapter for {settings.MODEL_NAME}
+
+This adapter was trained with `train_lora_single.py`. It changes how the base model replies; it
+does not work without the base model.
+
+## Base model
+
+`{settings.MODEL_NAME}`, commit `{settings.MODEL_REVISION}`.
+
+## Training
+
+LoRA with r = {config.r}, alpha = {config.lora_alpha}, dropout {config.lora_dropout:g}, on
+{", ".join(sorted(config.target_modules))}: {job.plan.trainable:,} of {job.plan.total:,} parameters.
+{job.plan.steps:,} steps of {step_size(settings)} examples, learning rate
+{settings.LEARNING_RATE:g} ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}. Published:
+{job.published or "the last epoch"}.
+
+{files}
+
+## Result
+
+{losses}
+
+## System message
+
+{said}
+
+## How to use it
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("final_lora")
+base = AutoModelForCausalLM.from_pretrained("{settings.MODEL_NAME}", dtype="auto")
+model = PeftModel.from_pretrained(base, "final_lora").eval()
+```
+
+Render conversations with `enable_thinking=False`, as in training. For vLLM use
+`final_lora_vllm` if it lies beside this folder, with `--max-lora-rank {vllm_rank(job.plan)}`.
+
+## Limits
+
+The adapter repeats the habits of its training data, mistakes included. Nothing but the loss above
+was measured; read its replies before you let anybody rely on them. The base model's licence holds
+for the adapter's use too.
+"""
+
+
+def vllm_rank(plan: Plan) -> int:
+    """Return the smallest value of vLLM's --max-lora-rank that is enough."""
+    allowed = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+    return next(rank for rank in allowed if rank >= min(plan.max_rank, 512))
+
+
+# ==== EVIDENCE: what r, alpha and the targets were worth, measured after training
+#
+# Nothing is trained here. Parts of the finished adapter are switched off, scaled or cut, and the
+# held-out loss says what each part was worth. All errors are standard errors over the examples,
+# and differences are paired: both losses are of the same examples (Miller, "Adding Error Bars to
+# Evals", 2024).
+
+
+def show_evidence(model: peft.PeftModel, job: Job) -> None:
+    """Measure and show what the adapter learned; an error in any of it is only a warning.
+
+    The adapter is published already, so nothing here may cost it.
     """
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            a, b = (part["default"].weight.double() for part in (module.lora_A, module.lora_B))
-            product = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
-            energy = torch.linalg.svdvals(module.scaling["default"] * product).square()
-            total = energy.sum().item()
-            weight = torch.linalg.vector_norm(module.get_base_layer().weight, dtype=torch.float64)
-            row = {
-                "layer": int(re.search(r"\.(\d+)\.", name)[1]),
-                "directions": int((energy.cumsum(0) < 0.9 * total).sum()) + bool(total),
-                "update": math.sqrt(total) / weight.item(),
-                "half": energy[: max(1, len(a) // 2)].sum().item() / (total or 1),
-            }
-            found.setdefault(name.rpartition(".")[2], []).append(row)
+    parts: dict[str, Callable[[peft.PeftModel, Job], None]] = {
+        "learnt": report_learnt,
+        "evidence": report_evidence,
+        "samples": write_samples,
+        "picture": draw_picture,
+    }
+    for name, show in parts.items():
+        try:
+            show(model, job)
+        except Exception as error:  # whatever it is, the adapter is whole
+            LOG.info("%s failed", name, exc_info=True)
+            report("warning", f"{name} failed ({one_line(repr(error))}); the adapter is whole")
+        write_record(job, "finished")
+
+
+def report_learnt(model: peft.PeftModel, job: Job) -> None:
+    """Print how large the update of each target is against its W; the rest is in run.json."""
+    layers = lora_layers(model)
+    if not job.plan.plain or not layers:
+        report("learnt", "the size of the updates is only measured for plain LoRA on linear layers")
+        return
+    job.learnt = measure_update(model)
+    sizes = {
+        target: 100 * statistics.fmean(row["update"] for row in rows)
+        for target, rows in job.learnt.items()
+    }
+    smallest, largest = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+    rows = sorted(job.learnt[largest], key=lambda row: -row["update"])
+    top = ", ".join(str(row["layer"]) for row in rows[:3])
+    report(
+        "learnt",
+        f"the update alpha / r B A has {sizes[smallest]:.2g} % ({smallest}) to "
+        f"{sizes[largest]:.2g} % ({largest}) of the size of W;\n"
+        f"{largest}'s is largest in layers {top}",
+    )
+
+
+def measure_update(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
+    """Return for each target a row a layer: its update's size, and how many directions it uses.
+
+    With B = Q R and A^T = Q' R', the r x r matrix R R'^T has the singular values of B A, because
+    Q and Q' change no lengths. "update" is |alpha / r B A| / |W| (Frobenius norms), "directions"
+    how many of the strongest hold 90 % of its square.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    for path, module in lora_layers(model).items():
+        a, b = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()
+        product = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+        energy = torch.linalg.svdvals(module.scaling["default"] * product).square()
+        total = energy.sum().item()
+        weight = module.get_base_layer().weight
+        size = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
+        before_90_percent = int((energy.cumsum(0) < 0.9 * total).sum())
+        row = {
+            "layer": layer_number(path) or 0,
+            "update": math.sqrt(total) / size,
+            "directions": before_90_percent + 1 if total else 0,
+        }
+        found.setdefault(path.rpartition(".")[2], []).append(row)
     return found
 
 
-def report_learnt(model, job, _):
-    """Print what LoRA learnt, as means over each target's layers."""
-    job.learnt, r = measure_update(model), job.args.lora_r
-    columns = "{:<14}{:>10}{:>18}{:>14}{:>22}".format
-    held = f"strongest {max(1, r // 2)} hold"
-    lines = [columns("target", "update/W %", "most in layers", "directions", held)]
-    for target, rows in job.learnt.items():
-        most = sorted(rows, key=lambda row: -row["update"])[:3]
-        layers = ", ".join(str(row["layer"]) for row in most)
-        keys = ("update", "directions", "half")
-        update, used, half = (statistics.fmean(row[key] for row in rows) for key in keys)
-        shown = f"{100 * update:.3g}", layers, f"{used:.1f} of {r}", f"{half:.0%}"
-        lines.append(columns(target, *shown))
-    lines.append("directions hold 90 % of the update; few are usual, and no sign of too large an r")
-    report("learnt", "\n".join(lines))
+@dataclass
+class Estimate:
+    """A mean over the held-out examples, with its standard error."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        """Return it as a difference of losses."""
+        return f"{self.value:+.4f} ± {self.error:.4f}"
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it differs from 0 by more than twice its error."""
+        return abs(self.value) > 2 * self.error
 
 
-def publish(trainer, job):
-    """Write the adapter beside its place, prove it, move it in; return it."""
-    staging, folder = job.output / ".partial", job.output / "checkpoints"
-    shutil.rmtree(staging, ignore_errors=True)
-    evals, step = job.losses("eval_loss"), job.plan.steps
-    if job.args.publish == "best":
-        step = min([*evals][1:], key=evals.get)
-        best = safetensors.load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors")
-        peft.set_peft_model_state_dict(trainer.model, best)
+def ratio(numerators: list[float], denominators: list[float]) -> Estimate:
+    """Return sum(numerators) / sum(denominators), with its standard error over the examples.
+
+    The error is that of a ratio estimator by linearization (Cochran, Sampling Techniques, 6.4):
+    the residuals are numerator - ratio x denominator. With differences of losses over tokens it is
+    the paired difference a token, with each example as a cluster; with two differences it is a
+    share.
+    """
+    total = sum(denominators)
+    value = sum(numerators) / total
+    n = len(numerators)
+    squares = sum((a - value * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
+    error = math.sqrt(squares * n / (n - 1)) / abs(total) if n > 1 else math.inf
+    return Estimate(value, error)
+
+
+def report_evidence(model: peft.PeftModel, job: Job) -> None:
+    """Measure base, adapter and the adapter's parts on held-out examples, and print them."""
+    if not job.held_out:
+        report("evidence", "not measured: there is no EVAL_FILE")
+        return
+    began = time.monotonic()
+    examples = job.held_out
+    tokens = [len(example.reply_ids) for example in examples]
+    adapter = example_losses(model, job, examples, "adapter")
+    with model.disable_adapter():
+        base = example_losses(model, job, examples, "base")
+    better = sum(a < b for a, b in zip(adapter, base, strict=True))
+    job.evidence = {
+        "base": sum(base) / sum(tokens),
+        "adapter": sum(adapter) / sum(tokens),
+        "examples": len(examples),
+        "better": better,
+        "losses": [
+            {"where": e.where, "group": e.group, "tokens": n, "base": b / n, "adapter": a / n}
+            for e, n, b, a in zip(examples, tokens, base, adapter, strict=True)
+        ],
+    }
+    write_model_card(job, job.output / "final_lora", job.evidence)
+    if job.settings.EVIDENCE_EXAMPLES:
+        chosen = spread(len(examples), job.settings.EVIDENCE_EXAMPLES)
+        report_parts(model, job, chosen, base, adapter)
+        seconds = time.monotonic() - began
+        report("", f"measured on {len(chosen)} held-out examples in {seconds:.0f} s")
+    report_kinds(job)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Return at most wanted of the numbers below count, evenly spread."""
+    wanted = min(count, wanted)
+    return [number * count // wanted for number in range(wanted)]
+
+
+def report_parts(
+    model: peft.PeftModel, job: Job, chosen: list[int], base: list[float], adapter: list[float]
+) -> None:
+    """Measure the adapter's parts on the chosen examples; print the table and what it bears."""
+    examples = [job.held_out[number] for number in chosen]
+    tokens = [float(len(example.reply_ids)) for example in examples]
+    trained = [adapter[number] for number in chosen]
+    untrained = [base[number] for number in chosen]
+    gains = [b - a for a, b in zip(trained, untrained, strict=True)]
+    columns = "{:<31}{:>9}{:>17}{:>22}{:>11}".format
+    lines = [columns("", "loss", "of the gain", "against as trained", "better on")]
+
+    def add(label: str, losses: list[float]) -> dict[str, Any]:
+        """Add a row to the table, and return its numbers."""
+        changes = [loss - loss_0 for loss, loss_0 in zip(losses, trained, strict=True)]
+        kept = ratio([b - loss for loss, b in zip(losses, untrained, strict=True)], gains)
+        change = ratio(changes, tokens)
+        lower = sum(one < 0 for one in changes)
+        mean = sum(losses) / sum(tokens)
+        cells = ["", "", ""]
+        if losses is not trained:
+            share = f"{kept.value:.0%}"
+            if losses is not untrained:
+                share = f"{100 * kept.value:.1f} ± {100 * kept.error:.1f} %"
+            cells = [share, str(change), f"{lower}/{len(losses)}"]
+        lines.append(columns(label, f"{mean:.4f}", *cells))
+        return {
+            "loss": mean,
+            "kept": asdict(kept),
+            "change": asdict(change),
+            "better_on": lower,
+            "losses": [loss / n for loss, n in zip(losses, tokens, strict=True)],
+        }
+
+    rows = {"as trained": add("as trained", trained), "base": add("base model", untrained)}
+    for label, change_model in parts_of(model, job.plan).items():
+        with change_model():
+            rows[label] = add(label, example_losses(model, job, examples, label))
+    job.evidence["parts"] = rows
+    job.evidence["where"] = [example.where for example in examples]
+    report("evidence", "\n".join(lines))
+    gain = ratio(gains, tokens)
+    for sentence in conclusions(rows, gain, job):
+        report("", textwrap.fill(sentence, 90, subsequent_indent="  "))
+
+
+def parts_of(
+    model: peft.PeftModel, plan: Plan
+) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+    """Return {label: how to change the model for a while}, in the order of the table."""
+    parts: dict[str, Callable[[], contextlib.AbstractContextManager]] = {}
+    layers = lora_layers(model)
+    if plan.plain:
+        for scale in (0.5, 0.75, 1.25, 1.5, 2.0):
+            parts[f"update x {scale:g}"] = lambda scale=scale: rescaled(model, scale)
+    if not plan.only_lora:
+        return parts
+    for name, paths in groups_of_targets(layers).items():
+        parts[f"{name} alone"] = lambda paths=paths: only(layers, paths)
+    for name, paths in thirds_of_layers(layers).items():
+        parts[f"{name} alone"] = lambda paths=paths: only(layers, paths)
+    if plan.plain:
+        rank = plan.max_rank // 2
+        while rank:
+            parts[f"cut to {rank} directions"] = lambda rank=rank: cut(layers, rank)
+            rank //= 2
+    return parts
+
+
+def rescaled(model: peft.PeftModel, scale: float) -> contextlib.AbstractContextManager:
+    """Multiply the adapter's update by scale for a while, as another lora_alpha would."""
+    return peft.helpers.rescale_adapter_scale(model, scale)
+
+
+TARGET_GROUPS = {"self_attn": "attention", "mlp": "feed-forward", "linear_attn": "DeltaNet"}
+
+
+def groups_of_targets(layers: dict[str, Any]) -> dict[str, set[str]]:
+    """Return {"attention": paths, ...} by the module that the targets are in, if several."""
+    groups: dict[str, set[str]] = {}
+    for path in layers:
+        parent = path.split(".")[-2]
+        groups.setdefault(TARGET_GROUPS.get(parent, parent), set()).add(path)
+    return groups if len(groups) > 1 else {}
+
+
+def thirds_of_layers(layers: dict[str, Any]) -> dict[str, set[str]]:
+    """Return {"layers 0 to 9": paths, ...} for the first, middle and last third of the layers."""
+    numbers = sorted({layer_number(path) for path in layers} - {None})
+    if len(numbers) < 3:
+        return {}
+    thirds: dict[str, set[str]] = {}
+    for third in range(3):
+        part = numbers[third * len(numbers) // 3 : (third + 1) * len(numbers) // 3]
+        name = f"layers {part[0]} to {part[-1]}" if len(part) > 1 else f"layer {part[0]}"
+        thirds[name] = {path for path in layers if layer_number(path) in part}
+    return thirds
+
+
+@contextmanager
+def only(layers: dict[str, Any], paths: set[str]) -> Iterator[None]:
+    """Switch LoRA off for a while in all layers but those at paths."""
+    others = [module for path, module in layers.items() if path not in paths]
+    for module in others:
+        module.enable_adapters(False)
     try:
-        save_adapter(trainer.model, job, staging)
-        model = prove(trainer.model, staging / "final_lora", (job.eval or job.train)[0])
-        for name in ("final_lora", "final_lora_vllm", "samples.md", "lora.png"):
-            set_aside(job.output / name)
-        for new in staging.iterdir():
-            new.rename(job.output / new.name)
+        yield
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    job.published = f"of epoch {step // job.plan.steps_per_epoch} of {job.args.num_epochs}"
-    (folder / "job.json").unlink(missing_ok=True)  # the next run starts anew
-    prune(folder, job.plan.steps_per_epoch, newest=0)
-    return model
+        for module in others:
+            module.enable_adapters(True)
 
 
-def answer(model, job, prompt, streamer=None):
-    """Return the greedy reply to a prompt's ids; one that is not streamed is marked if cut."""
-    ids, eos = torch.tensor([prompt], device=model.device), job.tokenizer.eos_token_id
-    how = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=job.args.max_new_tokens,
-        eos_token_id=eos, pad_token_id=job.tokenizer.pad_token_id,
-    )  # fmt: skip
-    out = model.generate(ids, how, attention_mask=torch.ones_like(ids), streamer=streamer)
-    reply = out[0, len(prompt) :].tolist()
-    cut = "" if streamer or eos in reply else " [cut here]"
-    return job.tokenizer.decode(reply, skip_special_tokens=True) + cut
+@contextmanager
+def cut(layers: dict[str, Any], rank: int) -> Iterator[None]:
+    """Cut every update to its strongest directions for a while.
+
+    B A = U S V^T. Projecting B on the first columns of U gives the best approximation of B A of
+    that rank (Eckart and Young, 1936), and leaves A alone. U comes from the small factors.
+    """
+    whole = {}
+    for path, module in layers.items():
+        weight = module.lora_B["default"].weight
+        whole[path] = weight.data
+        b, a = weight.data.double(), module.lora_A["default"].weight.data.double()
+        q, r = torch.linalg.qr(b)
+        u = q @ torch.linalg.svd(r @ a).U[:, :rank]
+        weight.data = (u @ (u.T @ b)).to(weight.dtype)
+    try:
+        yield
+    finally:
+        for path, module in layers.items():
+            module.lora_B["default"].weight.data = whole[path]
 
 
-def write_samples(model, job, path):
-    """Write held-out prompts and their replies: base's, adapter's, written."""
-    args, count = job.args, min(job.args.num_samples, len(job.eval))
-    text = f"# {args.model_name} with and without r={args.lora_r} alpha={args.lora_alpha}; greedy\n"
-    for i in range(count):
-        row = job.eval[i * len(job.eval) // count]
-        *said, written = [(m["role"], m["content"]) for m in row["messages"][: row["reply"] + 1]]
-        prompt = row["input_ids"][: row["labels"].count(-100)]
-        with model.disable_adapter():
-            said.append(("base", answer(model, job, prompt)))
-        said += [("adapter", answer(model, job, prompt)), ("written", written[1])]
-        text += f"\n## {row['where']}\n"
-        for who, reply in said:
-            quoted = "\n".join(f"> {line}" for line in reply.strip().splitlines())
-            text += f"\n**{who}**\n\n{quoted}\n"
-    if count:
-        path.write_text(text, "utf-8")
-        report("samples", f"{count} prompts with and without the adapter: {path}")
+MATTERS = 0.02  # of the gain; smaller differences are not worth a run
 
 
-def draw(_, job, path):
-    """Draw the losses, the updates' sizes and the directions that they use."""
+def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
+    """Return what the table bears, at most a sentence each on alpha, the targets and r.
+
+    A difference is named only if it is larger than twice its error and than 2 % of the gain.
+    What each sentence may claim was tested by training the alternatives; README.md shows how.
+    """
+    if not (gain.is_clear and gain.value > 0):
+        return [
+            "The adapter is not better than the base model by more than twice the error, so its "
+            "parts say nothing. More steps or a higher LEARNING_RATE may help."
+        ]
+    sentences = [about_alpha(rows), about_targets(rows), about_rank(rows, job)]
+    if not job.plan.plain:
+        sentences.append(
+            "This kind of adapter is not the update alpha / r B A alone, so scaling and cutting it "
+            "is not measured."
+        )
+    return [sentence for sentence in sentences if sentence]
+
+
+def matters(row: dict[str, Any]) -> bool:
+    """Return whether a row's difference to "as trained" is clear and large enough to matter."""
+    change = Estimate(**row["change"])
+    return change.is_clear and abs(1 - row["kept"]["value"]) > MATTERS
+
+
+def about_alpha(rows: dict[str, Any]) -> str:
+    """Return the sentence on the strength of the update."""
+    scales = {label: row for label, row in rows.items() if label.startswith("update x ")}
+    if not scales:
+        return ""
+    best = min(scales, key=lambda label: scales[label]["loss"])
+    row = scales[best]
+    if not matters(row) or row["change"]["value"] > 0:
+        return "alpha: no other strength of the update is better by a difference that matters."
+    factor = float(best.removeprefix("update x "))
+    gained = f"{100 * (row['kept']['value'] - 1):.0f} % more of the gain"
+    if factor < 1:
+        return (
+            f"alpha: at x {factor:g} of its strength the same update has a lower loss ({gained}), "
+            "so the run went too far: fewer epochs, a lower LEARNING_RATE or a smaller LORA_ALPHA."
+        )
+    return (
+        f"alpha: at x {factor:g} of its strength the same update has a lower loss ({gained}), so "
+        "the run stopped short: more epochs, a higher LEARNING_RATE or a larger LORA_ALPHA."
+    )
+
+
+def about_targets(rows: dict[str, Any]) -> str:
+    """Return the sentence on attention, feed-forward and DeltaNet."""
+    names = [f"{name} alone" for name in TARGET_GROUPS.values() if f"{name} alone" in rows]
+    if not names:
+        return ""
+    shares = {name.removesuffix(" alone"): rows[name]["kept"]["value"] for name in names}
+    enough = [name for name in shares if not matters(rows[f"{name} alone"])]
+    if enough:
+        return (
+            f"targets: the update of {enough[0]} alone keeps all of the gain that matters; the "
+            "other targets add nothing that this file can show."
+        )
+    listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return (
+        f"targets: no group keeps the whole gain alone ({listed}); in this adapter they work "
+        "together."
+    )
+
+
+def about_rank(rows: dict[str, Any], job: Job) -> str:
+    """Return the sentence on the number of directions that the update needs."""
+    cuts = {
+        int(label.split()[2]): row for label, row in rows.items() if label.startswith("cut to ")
+    }
+    enough = [rank for rank, row in cuts.items() if not matters(row)]
+    if not cuts:
+        return ""
+    if not enough:
+        return (
+            f"r: cut to {max(cuts)} of its {job.plan.max_rank} directions, the update loses a "
+            "difference that matters; a larger LORA_R may be worth a run."
+        )
+    return (
+        f"r: cut to {min(enough)} of its {job.plan.max_rank} directions, the update loses nothing "
+        "that matters. That is about this file; training with a smaller r is another run."
+    )
+
+
+def report_kinds(job: Job) -> None:
+    """Print the loss before and after by the lines' EVAL_GROUP, and the three worst examples."""
+    losses = job.evidence["losses"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in losses:
+        groups.setdefault(row["group"], []).append(row)
+    if job.settings.EVAL_GROUP and (len(groups) > 1 or "" not in groups):
+        columns = "{:<20}{:>9}{:>9}{:>9}{:>22}{:>12}".format
+        head = columns(
+            job.settings.EVAL_GROUP, "examples", "before", "after", "difference", "better on"
+        )
+        lines = [head]
+        for group, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
+            tokens = [row["tokens"] for row in rows]
+            before = sum(row["base"] * row["tokens"] for row in rows) / sum(tokens)
+            changes = [(row["adapter"] - row["base"]) * row["tokens"] for row in rows]
+            change = ratio(changes, tokens)
+            lower = sum(one < 0 for one in changes)
+            lines.append(
+                columns(
+                    one_line(group or "(none)", 19),
+                    len(rows),
+                    f"{before:.4f}",
+                    f"{before + change.value:.4f}",
+                    str(change) if len(rows) > 1 else f"{change.value:+.4f}",
+                    f"{lower}/{len(rows)}",
+                )
+            )
+        report("kinds", join_limited(lines, 40))
+    worst = sorted(losses, key=lambda row: row["base"] - row["adapter"])[:3]
+    shown = ", ".join(f"{row['where']} ({row['adapter'] - row['base']:+.2f})" for row in worst)
+    report("worst", f"the adapter helps least, or harms, at {shown}")
+
+
+def write_samples(model: peft.PeftModel, job: Job) -> None:
+    """Write samples.md: held-out prompts with the base's reply, the adapter's, and the written."""
+    if not job.settings.NUM_SAMPLES or not job.held_out:
+        return
+    chosen = choose_samples(job)
+    prompts = [example.prompt_ids for example in chosen]
+    report("samples", f"writing {len(chosen)} replies each of the base model and the adapter")
+    with model.disable_adapter():
+        base = generate(model, job, prompts)
+    adapter = generate(model, job, prompts)
+    lines = [
+        f"# Replies of {job.settings.MODEL_NAME} before and after training",
+        "",
+        f"The same held-out prompts, {job.published}, always the likeliest token (greedy).",
+    ]
+    for number, example in enumerate(chosen):
+        lines += ["", f"## {example.where} {example.group}".rstrip()]
+        for message in example.messages[:-1]:
+            lines += ["", f"**{message['role']}**", "", quoted(message["content"])]
+        lines += ["", "**base model**", "", quoted(base[number]["text"])]
+        lines += ["", "**adapter**", "", quoted(adapter[number]["text"])]
+        lines += ["", "**reference reply**", "", quoted(example.messages[-1]["content"])]
+    path = job.output / "samples.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    job.samples = {"base": reply_habits(base), "adapter": reply_habits(adapter)}
+    columns = "{:<14}{:>16}{:>12}{:>24}".format
+    table = [columns("", "stop by itself", "mean words", "repeated word triples")]
+    for name, habits in job.samples.items():
+        stops = f"{habits['stopped']} of {len(chosen)}"
+        table.append(columns(name, stops, f"{habits['words']:.0f}", f"{habits['repeated']:.0%}"))
+    report("", "\n".join([*table, str(path)]))
+
+
+def choose_samples(job: Job) -> list[Example]:
+    """Return one held-out example of each kind, and as many more as NUM_SAMPLES asks for."""
+    first: dict[str, int] = {}
+    for number, example in enumerate(job.held_out):
+        first.setdefault(example.group, number)
+    chosen = sorted(first.values())[: max(job.settings.NUM_SAMPLES, 20)]
+    for number in spread(len(job.held_out), job.settings.NUM_SAMPLES):
+        if len(chosen) < job.settings.NUM_SAMPLES and number not in chosen:
+            chosen.append(number)
+    return [job.held_out[number] for number in sorted(chosen)]
+
+
+def generate(
+    model: peft.PeftModel,
+    job: Job,
+    prompts: list[list[int]],
+    streamer: transformers.TextStreamer | None = None,
+) -> list[dict[str, Any]]:
+    """Return for each prompt its greedy reply: the text, and whether it stopped by itself.
+
+    All prompts go through the model in one batch, padded on the left, since each token costs a
+    pass of its own.
+    """
+    end, width = job.tokenizer.eos_token_id, max(map(len, prompts))
+    ids = torch.tensor([[end] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor(
+        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
+    )
+    config = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=job.settings.MAX_NEW_TOKENS,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    out = model.generate(ids, config, attention_mask=mask, streamer=streamer)
+    replies = []
+    for row in out[:, width:].tolist():
+        stopped = end in row
+        tokens = row[: row.index(end)] if stopped else row
+        text = job.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        replies.append({"text": text if stopped else f"{text} [cut here]", "stopped": stopped})
+    return replies
+
+
+def quoted(text: str) -> str:
+    """Return a text as a quotation in Markdown."""
+    return "\n".join(f"> {line}" for line in text.splitlines() or [""])
+
+
+def reply_habits(replies: list[dict[str, Any]]) -> dict[str, float]:
+    """Return how many replies stopped by themselves, their mean words, and how they repeat."""
+    texts = [reply["text"].removesuffix(" [cut here]").lower().split() for reply in replies]
+    triples = [list(zip(words, words[1:], words[2:])) for words in texts]  # noqa: B905
+    count = sum(map(len, triples))
+    different = sum(len(set(one)) for one in triples)
+    return {
+        "stopped": sum(reply["stopped"] for reply in replies),
+        "words": statistics.fmean(map(len, texts)),
+        "repeated": 1 - different / count if count else 0.0,
+    }
+
+
+def draw_picture(_: peft.PeftModel, job: Job) -> None:
+    """Draw lora.png: the losses, the size of each update, and the evidence."""
     from matplotlib.figure import Figure
 
-    args, text = job.args, job.config.get_text_config()
-    title = f"{args.model_name}, r={args.lora_r} alpha={args.lora_alpha}, {job.published}"
-    figure = Figure((11, 8), dpi=120, layout="constrained")
-    losses, updates, used = figure.subplot_mosaic("aaaa;bbbc").values()
-    for key, look in {"loss": "-", "eval_loss": "ko"}.items():
-        points = job.losses(key)
-        losses.plot([*points], [*points.values()], look, label=key)
-    losses.set(xlabel="step", ylabel="loss, nats per token")
-    losses.set_title(title, parse_math=False)
-    losses.legend()
-    kinds = text.to_dict().get("layer_types") or [""] * text.num_hidden_layers
-    sizes = [[math.nan] * len(kinds) for _ in job.learnt]
-    for n, rows in enumerate(job.learnt.values()):
-        for row in rows:
-            sizes[n][row["layer"]] = 100 * row["update"]
-        used.barh(n, statistics.fmean(row["directions"] for row in rows), color="gray")
-    image = updates.imshow(sizes, aspect="auto", vmin=0)
-    updates.patch.set(hatch="xx", edgecolor="silver")  # where no module is
-    figure.colorbar(image, ax=updates, label="norm of the update, % of W's norm")
-    marks = [f"{n}\nD" if kind == "linear_attention" else n for n, kind in enumerate(kinds)]
-    updates.set_xticks(range(len(kinds)), marks, fontsize=7)
-    updates.set_yticks(range(len(sizes)), job.learnt)
-    updates.set_xlabel("layer (D: Gated DeltaNet; hatched: no such module)")
-    used.sharey(updates)
-    used.set(xlim=(0, args.lora_r), xlabel="directions that\nhold 90 % of it")
+    config = lora_config(job.settings)
+    parts = job.evidence.get("parts", {})
+    rows = ["losses", "losses"]
+    if job.learnt:
+        rows += ["updates", "updates"]
+    if parts:
+        rows += ["scales", "parts"]
+    layout = [rows[n : n + 2] for n in range(0, len(rows), 2)]
+    figure = Figure((11, 1 + 3.2 * len(layout)), dpi=120, layout="constrained")
+    panels = figure.subplot_mosaic(layout)
+    figure.suptitle(
+        f"{job.settings.MODEL_NAME}, r = {config.r}, alpha = {config.lora_alpha}, {job.published}",
+        parse_math=False,
+    )
+    draw_losses(panels["losses"], job)
+    if job.learnt:
+        draw_updates(panels["updates"], job)
+    if parts:
+        draw_scales(panels["scales"], parts)
+        draw_parts(panels["parts"], parts)
+    path = job.output / "lora.png"
     figure.savefig(path)
     report("picture", str(path))
 
 
-def read_run(path):
-    """Return a run.json with the loss of what was published, and a line about it."""
-    run = json.loads(path.read_bytes())
-    evals = [entry["eval_loss"] for entry in run["loss_history"] if "eval_loss" in entry]
-    lowest = min(evals[1:])  # the first is the base's
-    loss = lowest if run["constants"].get("PUBLISH") == "best" else evals[-1]
-    figures = f"{loss:>9.4f}{lowest:>9.4f}{run['train_seconds'] / 60:>9.1f}"
-    figures += "+" if run["resumed_from"] else " "  # more before a stop
-    started, files = float(run["started"]), [*run["data"].values()]
-    return run | {"loss": loss, "line": f"{figures} {path}", "started": started, "files": files}
+def draw_losses(axes: Any, job: Job) -> None:
+    """Draw each step's loss thinly, their running mean boldly, and the held-out losses."""
+    losses = job.logged("loss")
+    steps, values = list(losses), list(losses.values())
+    width = max(1, min(job.settings.LOGGING_STEPS, len(values)))
+    means = [statistics.fmean(values[max(0, n - width) : n]) for n in range(1, len(values) + 1)]
+    axes.plot(steps, values, color="0.75", linewidth=0.7, label="training, each step")
+    axes.plot(steps, means, color="C0", linewidth=2, label=f"training, mean of {width} steps")
+    evals = job.logged("eval_loss")
+    axes.plot(list(evals), list(evals.values()), "o", color="C3", markersize=7, label="held-out")
+    for step, loss in evals.items():
+        axes.annotate(f"{loss:.3f}", (step, loss), (0, 8), textcoords="offset points", ha="center")
+    axes.margins(y=0.15)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title="Loss")
+    axes.legend()
 
 
-def report_runs(folders, least):
-    """Print the finished runs on the newest one's data, best first; return their number."""
-    runs, paths = [], {path for folder in folders for path in Path(folder).glob("run.json*")}
-    for path in paths:
-        with suppress(Exception):
-            run = read_run(path)
-            runs += [run] * (run["outcome"] == "finished")
-    newest = max(runs, key=lambda run: run["started"], default=None)
-    same = [run for run in runs if run["files"] == newest["files"]]
-    same.sort(key=lambda run: run["loss"])
-    names = [*JOB_RULES, "PUBLISH"]
-    differ = [name for name in names if len({str(run["constants"].get(name)) for run in same}) > 1]
-    head = "eval loss   lowest  minutes  run, and what differs"
-    lines = [f"{head} ({len(same)} of {len(paths)}: finished, on the newest's data)"]
-    for run in same:
-        values = [f"{name} {run['constants'].get(name)}" for name in differ]
-        lines.append("  ".join([run["line"], *values]))
-    if len(same) >= least:
-        report("runs", listed(lines, 9))
-    return len(same)
+def draw_updates(axes: Any, job: Job) -> None:
+    """Draw the size of each module's update against its W, layers across."""
+    kinds = job.config.get_text_config().to_dict().get("layer_types") or []
+    depth = job.config.get_text_config().num_hidden_layers
+    sizes = [[math.nan] * depth for _ in job.learnt]
+    for number, rows in enumerate(job.learnt.values()):
+        for row in rows:
+            sizes[number][row["layer"]] = 100 * row["update"]
+    image = axes.imshow(sizes, aspect="auto", vmin=0, cmap="viridis")
+    axes.patch.set(hatch="xx", edgecolor="silver")  # shows through where there is no module
+    axes.figure.colorbar(image, ax=axes, label="size of the update, % of W")
+    marks = [str(number) for number in range(depth)]
+    for number, kind in enumerate(kinds):
+        if kind == "linear_attention":
+            marks[number] += "\nD"
+    axes.set_xticks(range(depth), marks, fontsize=7)
+    axes.set_yticks(range(len(sizes)), list(job.learnt))
+    note = " (D: Gated DeltaNet)" if "linear_attention" in kinds else ""
+    axes.set_xlabel(f"layer{note}; hatched: no such module, or not trained")
+    axes.set_title("Where the model was changed")
 
 
-def write_extras(model, job):
-    """Show what the adapter learnt and does; an error in it is a warning."""
-    extras = {"learnt": report_learnt, "samples.md": write_samples, "lora.png": draw}
-    for name, write in extras.items():
-        try:
-            write(model, job, job.output / name)
-        except Exception as error:
-            LOG.info(name, exc_info=True)
-            report("warning", f"{name} is not written ({error!r}); the adapter is whole")
+def draw_scales(axes: Any, parts: dict[str, Any]) -> None:
+    """Draw the held-out loss against the strength of the update."""
+    points = {0.0: parts["base"], 1.0: parts["as trained"]}
+    for label, row in parts.items():
+        if label.startswith("update x "):
+            points[float(label.removeprefix("update x "))] = row
+    scales = sorted(points)
+    losses = [points[scale]["loss"] for scale in scales]
+    errors = [2 * points[scale]["change"]["error"] for scale in scales]
+    axes.errorbar(scales, losses, errors, marker="o", capsize=3)
+    axes.axvline(1, color="0.6", linestyle="--", linewidth=1)
+    axes.set(
+        xlabel="strength of the update (0: base, 1: as trained)",
+        ylabel="held-out loss, nats per token",
+        title="Was alpha right?",
+    )
 
 
-def summarize(job):
-    """Print what was done and what to do next."""
-    args, output = job.args, job.output
-    losses = [*job.losses("eval_loss").values()]
-    shown = " -> ".join(f"{loss:.4f}" for loss in losses) or "not evaluated"
-    minutes, rate = (time.time() - job.started) / 60, job.tokens / max(job.seconds, 1e-9)
-    lines = [
-        f"adapter    {output}/final_lora, {job.published}",
-        f"eval loss  {shown}",
-        f"time       {minutes:.1f} min since this start, {job.seconds / 60:.1f} in steps",
-        f"speed      {rate:,.0f} tokens/s, {job.peak_gib:.1f} GiB of GPU memory",
-    ]
+def draw_parts(axes: Any, parts: dict[str, Any]) -> None:
+    """Draw what each part keeps of the gain over the base model."""
+    shown = {
+        label: row["kept"]
+        for label, row in parts.items()
+        if label.endswith("alone") or label.startswith("cut")
+    }
+    labels = list(shown)
+    values = [100 * kept["value"] for kept in shown.values()]
+    errors = [200 * kept["error"] for kept in shown.values()]
+    axes.barh(labels, values, xerr=errors, color="0.6", error_kw={"capsize": 3})
+    axes.axvline(100, color="0.3", linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="% of the gain over the base model (bars: twice the error)", title="Which part?"
+    )
+
+
+def summarize(job: Job) -> None:
+    """Print a verdict, what was written, and what to do next."""
+    lines = [f"{job.output / 'final_lora'} is the adapter of {job.published}"]
+    lines += verdict(job)
+    minutes = (time.time() - job.started) / 60
+    speed = job.train_tokens / max(job.train_seconds, 1e-9)
+    spent = f"{minutes:.1f} min in all, {job.train_seconds / 60:.1f} min of training"
+    if job.train_seconds:
+        spent += f" at {speed:,.0f} tokens/s"
+    if job.peak_gib:
+        spent += f"; torch used {job.peak_gib:.1f} GiB of the GPU at the most"
+    lines.append(spent)
     report("done", "\n".join(lines))
-    if losses:
-        report_runs([output], least=2)
-    base = shlex.join([args.model_name, "--revision", args.model_revision])
-    rank = max(8, 1 << (args.lora_r - 1).bit_length())  # vLLM's
-    served = f"companion={output}/final_lora" + "_vllm" * (output / "final_lora_vllm").exists()
-    command = f"""{shlex.join(["python", *sys.argv, "--chat"])}
-vllm serve {base} \\
-  --enable-lora --max-lora-rank {rank} --lora-modules {shlex.quote(served)} \\
-  --default-chat-template-kwargs '{{"enable_thinking": false}}'"""
-    report("next", command)
+    others = finished_runs([str(job.output)])
+    if len(others) > 1:
+        compare_runs([str(job.output)])
+    report("next", next_commands(job))
 
 
-# ==== 12 Chat: talk to what was trained
+def verdict(job: Job) -> list[str]:
+    """Return by how much the held-out loss fell, and whether another epoch was better."""
+    losses = job.logged("eval_loss")
+    if 0 not in losses or len(losses) < 2:
+        return []
+    base = losses.pop(0)
+    per_epoch = job.plan.steps_per_epoch
+    published = job.plan.steps
+    best = min(losses, key=lambda step: losses[step])
+    if job.settings.PUBLISH == "best":
+        published = best
+    loss = losses[published]
+    fell = f"fell by {base - loss:.4f} nats a token" if loss < base else "did NOT fall"
+    if "better" in job.evidence:
+        better, count = job.evidence["better"], job.evidence["examples"]
+        fell += f" and is lower on {better:,} of {count:,} examples"
+    lines = [f"The held-out loss {fell}: {base:.4f} -> {loss:.4f}"]
+    if best != published and losses[best] < loss:
+        where = job.output / "checkpoints" / f"checkpoint-{best}"
+        lines.append(
+            f"It was lowest after epoch {best / per_epoch:g} ({losses[best]:.4f}); that adapter is "
+            f"in {where},\nand --publish best publishes the best epoch of a run"
+        )
+    return lines
 
 
-def chat(job):
-    """Talk to OUTPUT_DIR/final_lora, or answer the lines of a pipe; nothing is written."""
-    args, folder = job.args, job.output / "final_lora"
-    fault = f"--chat: {folder} is no adapter"
-    if not (sys.stdin and sys.stdout and (folder / "adapter_config.json").exists()):
-        raise SystemExit(f"{fault}, or stdin or stdout is closed; train first")
-    sys.stdin.reconfigure(errors="replace")
-    with blame(fault, "train again", Exception):
-        saved = peft.PeftConfig.from_pretrained(folder)
-    args.model_name = str(saved.base_model_name_or_path)
-    args.model_revision = saved.revision or "main"
-    system = [m for m in read_examples(args.train_file)[0]["messages"] if m["role"] == "system"]
-    report("device", check_device(args))
-    job.config, job.tokenizer = load_config_and_tokenizer(args)
-    base = load_model(args).to(args.device)
-    with blame(fault, "train again", Exception):
+def next_commands(job: Job) -> str:
+    """Return the commands to talk to the adapter and to serve it."""
+    settings = job.settings
+    flags = [argument for argument in sys.argv[1:] if argument not in ("--dry_run", "--dry-run")]
+    lines = [shlex.join(["python", sys.argv[0], *flags, "--chat"])]
+    if job.plan.vllm_refuses:
+        return "\n".join([*lines, f"({job.plan.vllm_refuses}; merge it into the model instead)"])
+    folder = job.output / "final_lora_vllm"
+    if not folder.exists():
+        folder = job.output / "final_lora"
+    served = [settings.MODEL_NAME]
+    if not Path(settings.MODEL_NAME).is_dir():
+        served += ["--revision", settings.MODEL_REVISION]
+    return "\n".join(
+        [
+            *lines,
+            f"vllm serve {shlex.join(served)} \\",
+            f"  --enable-lora --max-lora-rank {vllm_rank(job.plan)} --lora-modules "
+            f"{shlex.quote(f'companion={folder}')} \\",
+            """  --default-chat-template-kwargs '{"enable_thinking": false}'""",
+        ]
+    )
+
+
+# ==== COMPARING: which of several runs is better, and whether the difference means anything
+
+
+def finished_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
+    """Return the run.json files of finished runs in the folders and below them."""
+    runs = {}
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("run.json*")):
+            run = read_json(path)
+            if run and run.get("outcome") == "finished" and run.get("evidence", {}).get("losses"):
+                runs[path.resolve()] = run
+    return runs
+
+
+def compare_runs(folders: list[str]) -> None:
+    """Print the runs from the best to the worst, with each paired difference to the best.
+
+    Only runs on the newest run's held-out examples are compared. A run is marked as equal to the
+    best if the difference is within twice its standard error.
+    """
+    runs = finished_runs(folders)
+    if not runs:
+        where = ", ".join(folders)
+        raise SystemExit(f"--compare: there is no finished run with held-out losses in {where}.")
+    newest = max(runs.values(), key=lambda run: run["started"])
+    wanted = held_out_of(newest)
+    same = {path: run for path, run in runs.items() if held_out_of(run) == wanted}
+    ranked = sorted(same, key=lambda path: same[path]["evidence"]["adapter"])
+    best = same[ranked[0]]
+    names = [name for name in newest["settings"] if name not in ("OUTPUT_DIR", "LOGGING_STEPS")]
+    differing = [
+        name for name in names if len({str(run["settings"].get(name)) for run in same.values()}) > 1
+    ]
+    tokens = [row["tokens"] for row in best["evidence"]["losses"]]
+    columns = "{:>9}  {:<22}{:>8}  {}".format
+    lines = [columns("held-out", "against the best", "minutes", "run, and what differs")]
+    for path in ranked:
+        run = same[path]
+        minutes = f"{run['train_seconds'] / 60:.1f}" + ("+" if run["resumed_from"] else "")
+        difference = "best"
+        if run is not best:
+            pairs = zip(run["evidence"]["losses"], best["evidence"]["losses"], strict=True)
+            change = ratio([(a["adapter"] - b["adapter"]) * a["tokens"] for a, b in pairs], tokens)
+            difference = str(change) + ("" if change.is_clear else " =")
+        lines.append(
+            columns(
+                f"{run['evidence']['adapter']:.4f}",
+                difference,
+                minutes,
+                shorten_path(str(path), 55),
+            )
+        )
+        changed = [f"{name} {one_line(str(run['settings'].get(name)), 40)}" for name in differing]
+        for line in textwrap.wrap(", ".join(changed), 45):
+            lines.append(" " * 43 + line)
+    if len(ranked) > 1:
+        lines.append("=: no difference to the best that is larger than twice its error")
+    if any(run["resumed_from"] for run in same.values()):
+        lines.append("+: the run was resumed, and took this long after that")
+    if len(same) < len(runs):
+        lines.append(f"{len(runs) - len(same)} runs on other held-out examples are left out")
+    report("runs", join_limited(lines, 60))
+
+
+def held_out_of(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
+    """Return what identifies a run's held-out examples: the file's hash, lines and lengths."""
+    rows = run["evidence"]["losses"]
+    file = run["data"].get(run["settings"]["EVAL_FILE"], {})
+    lines = [(row["where"].rpartition(":")[2], row["tokens"]) for row in rows]
+    return file.get("sha256", ""), lines
+
+
+# ==== CHAT: talking to the adapter
+
+
+CHAT_HELP = """/base and /adapter  choose who answers
+/scale 0.5          answer with the adapter at another strength; 1 is as trained
+/new                forget what was said
+/help               show this
+/quit               end (also /exit, Ctrl-D, or Ctrl-C)"""
+
+
+def chat(job: Job) -> None:
+    """Talk to OUTPUT_DIR/final_lora, or answer each line of a pipe; nothing is written."""
+    folder = job.output / "final_lora"
+    if not (folder / "adapter_config.json").is_file():
+        raise SystemExit(
+            f"--chat: there is no adapter in {folder}. Train first, or give the --output_dir of a "
+            "finished run."
+        )
+    saved = peft.PeftConfig.from_pretrained(str(folder))
+    job.settings.MODEL_NAME = str(saved.base_model_name_or_path)
+    job.settings.MODEL_REVISION = saved.revision or "main"
+    check_device(job)
+    load_config_and_tokenizer(job)
+    base = load_model(job.settings).to(accelerate.PartialState().device)
+    try:
         model = peft.PeftModel.from_pretrained(base, folder).eval()
-    to_ids = partial(job.tokenizer.apply_chat_template, add_generation_prompt=True, **SERVED)
-    report("chat", "/base or /adapter answers from now on; /new; /quit")
-    turns, who = [], "/adapter"
-    with suppress(EOFError):
-        while (said := input("you> ").strip()) != "/quit":
-            if not sys.stdin.isatty():
-                print(said)
-            if said in ("/base", "/adapter"):
-                who = said
-            elif said == "/new":
-                turns = []
-            elif said and said[0] != "/":
-                print(f"{who[1:]}> ", end="", flush=True)
-                turns.append({"role": "user", "content": said})
-                streamer = transformers.TextStreamer(job.tokenizer, True, skip_special_tokens=True)
-                with model.disable_adapter() if who == "/base" else nullcontext():
-                    reply = answer(model, job, to_ids(system + turns), streamer)
-                turns.append({"role": "assistant", "content": reply})
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(
+            f"--chat: the adapter in {folder} does not fit {job.settings.MODEL_NAME} "
+            f"({one_line(error)}). Train again."
+        ) from error
+    record = read_json(job.output / "run.json") or {}
+    system = record.get("system_message", "")
+    report("chat", f"system message: {system or '(none)'}\ntype a message, or /help")
+    talk(model, job, system)
 
 
-# ==== 13 run, signals, main
+def talk(model: peft.PeftModel, job: Job, system: str) -> None:
+    """Read lines and answer them, until the input ends."""
+    turns: list[dict[str, str]] = []
+    scale = 1.0
+    while True:
+        try:
+            said = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(flush=True)
+            return
+        if not sys.stdin.isatty():
+            print(said)  # the terminal did not show it
+        word, _, rest = said.partition(" ")
+        if word in ("/quit", "/exit"):
+            return
+        if word == "/new":
+            turns = []
+        elif word in ("/base", "/adapter"):
+            scale = 0.0 if word == "/base" else 1.0
+        elif word == "/scale":
+            scale = parse_scale(rest, scale)
+        elif word.startswith("/"):
+            print(CHAT_HELP if word == "/help" else f"{word} is no command here\n{CHAT_HELP}")
+        elif said:
+            turns.append({"role": "user", "content": said})
+            try:
+                turns.append(
+                    {"role": "assistant", "content": say(model, job, system, turns, scale)}
+                )
+            except KeyboardInterrupt:
+                print(" [stopped]", flush=True)
+                turns.pop()
 
 
-def run(job):
-    """Do the job: the table of contents, with the sections' numbers."""
-    args = job.args
-    if args.chat:
-        return chat(job)  # 12
-    if args.compare:
-        if not report_runs(args.compare, least=1):  # 11
-            raise SystemExit(f"--compare: no finished run in {args.compare}")
+def parse_scale(text: str, before: float) -> float:
+    """Return the number behind /scale, or say what is wrong with it and keep the old one."""
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 0 <= scale <= 10:
+        print(f"/scale needs a number from 0 (the base model) to 10, such as /scale {before:g}")
+        return before
+    return scale
+
+
+def say(
+    model: peft.PeftModel, job: Job, system: str, turns: list[dict[str, str]], scale: float
+) -> str:
+    """Print the reply to the conversation as it is generated, and return it.
+
+    The oldest turns are dropped when the model's window is full.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    window = job.config.get_text_config().max_position_embeddings - job.settings.MAX_NEW_TOKENS
+    to_ids = job.tokenizer.apply_chat_template
+    ids = to_ids(messages + turns, add_generation_prompt=True, **CHAT_TEMPLATE_KWARGS)
+    while len(ids) > window and len(turns) > 2:
+        del turns[:2]
+        ids = to_ids(messages + turns, add_generation_prompt=True, **CHAT_TEMPLATE_KWARGS)
+    name = {0.0: "base", 1.0: "adapter"}.get(scale, f"adapter x {scale:g}")
+    print(f"{name}> ", end="", flush=True)
+    streamer = transformers.TextStreamer(job.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    state = model.disable_adapter() if scale == 0 else rescaled(model, scale)
+    with state:
+        return generate(model, job, [ids], streamer)[0]["text"]
+
+
+# ==== FLOAT16 PRODUCTS: an appendix for GPUs that only emulate bfloat16, such as the V100
+#
+# A V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100 (mlxcel
+# issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its numbers
+# end at 65,504. Here only the products of frozen weights are computed in float16, and each row is
+# scaled into its range first. LoRA, norms, attention, DeltaNet's state and the loss stay in DTYPE.
+
+
+def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return rows @ weight, multiplied in float16 with float32 sums, in the type of rows.
+
+    Args:
+        rows: (... x k), of any floating type.
+        weight: (k x d), in float16.
+
+    Each row is divided by the power of two at or below its largest number, which is exact, so
+    that its numbers are below 2. Infinity and NaN stay in their rows.
+    """
+    largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
+    # The bits of the exponent alone are that power of two; the limits are for 0 and infinity.
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    power = power.clamp_(2.0**-120, 2.0**127)
+    small = torch.div(
+        rows, power, out=torch.empty(rows.shape, dtype=torch.half, device=rows.device)
+    )
+    product = small @ weight
+    out = torch.empty(product.shape, dtype=rows.dtype, device=rows.device)
+    return torch.mul(product, power, out=out)
+
+
+def use_float16_products(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Replace the frozen linear modules by ones that compute with scaled_product()."""
+
+    class Product(torch.autograd.Function):
+        """rows @ weight.T, with a gradient for rows alone."""
+
+        @staticmethod
+        def forward(context: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            context.weight = weight
+            return scaled_product(rows, weight.T)
+
+        @staticmethod
+        def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return scaled_product(gradient, context.weight), None
+
+    class Float16Linear(torch.nn.Linear):
+        """A linear module that takes over another's weight and bias."""
+
+        def __init__(self, module: torch.nn.Linear) -> None:
+            torch.nn.Module.__init__(self)
+            self.in_features, self.out_features = module.in_features, module.out_features
+            self.weight, self.bias = module.weight, module.bias
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            product = Product.apply(rows, self.weight)
+            return product if self.bias is None else product + self.bias
+
+    dtype = model.dtype
+    converted, left = 0, []
+    for path, module in list(model.named_modules()):
+        # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), cost more kernels than they save.
+        if type(module) is not torch.nn.Linear or min(module.weight.shape) < 64:
+            continue
+        if not sums_fit(module.weight):
+            left.append(path)
+            continue
+        module.weight.data = module.weight.data.half()
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Float16Linear(module))
+        converted += 1
+    # The embedding may share its weight with the head.
+    model.get_input_embeddings().register_forward_hook(lambda _, __, rows: rows.to(dtype))
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
+    text = f"{converted} frozen modules multiply in scaled float16"
+    if left:
+        text += f"; {len(left)} stay in {dtype}, their sums being too large: "
+        text += join_limited(left, 3, ", ")
+    report("matmul", text)
+    return model
+
+
+def sums_fit(weight: torch.Tensor) -> bool:
+    """Return whether no product with numbers below 2 can pass float16's largest number, 65,504.
+
+    The forward pass adds up the numbers of a row of weight (d x k), the backward pass a column's.
+    """
+    columns = torch.zeros(weight.shape[1], device=weight.device)
+    largest_row = 0.0
+    for part in weight.detach().split(4096):  # a part at a time needs less memory
+        sizes = part.float().abs()
+        largest_row = max(largest_row, sizes.sum(1).max().item())
+        columns += sizes.sum(0)
+    return max(largest_row, columns.max().item()) < 65504 / 2
+
+
+def choose_matmul(job: Job) -> None:
+    """Decide how the frozen weights are multiplied: as MATMUL says, or as measured here.
+
+    "auto" takes scaled float16 only if, on matrices of the model's own shapes and on this GPU, it
+    is clearly faster than DTYPE and errs no more against float32.
+    """
+    settings = job.settings
+    used = settings.MATMUL if settings.MATMUL != "auto" else "dtype"
+    job.matmul = {"used": used}
+    if settings.MATMUL != "auto" or settings.DEVICE == "cpu" or settings.DTYPE == "float32":
         return
-    if is_first() and not args.dry_run:
-        open_log(job.output)  # 8
-    if args.demo:
-        report("demo", "random weights: nothing here is about quality")
-    examples = read_examples(args.train_file)  # 3
-    held_out = read_examples(args.eval_file) if args.eval_file else []
-    warn_of_repeats(examples, held_out)
-    if not args.dry_run:
-        job.device = check_device(args)  # 4
-    job.config, job.tokenizer = load_config_and_tokenizer(args)
-    job.train = encode(examples, job.tokenizer, args.max_seq_len)  # 5
-    job.eval = encode(held_out, job.tokenizer, args.max_seq_len)
-    job.data = report_tokens({args.train_file: job.train, args.eval_file: job.eval})
-    show_example(job.train[0], job.tokenizer)
-    job.plan = make_plan(args, job.config, len(job.train))  # 6
-    if args.dry_run:
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    lengths = [len(example.input_ids) for example in job.train]
+    n = math.ceil(step_size(settings) * statistics.median(lengths))
+    shapes = [shape for shape in job.plan.frozen_shapes if min(shape) >= 64]
+    dtype = getattr(torch, settings.DTYPE)
+    try:
+        measured = measure_products(shapes, n, dtype, accelerate.PartialState().device)
+    except RuntimeError as error:  # a product that the GPU cannot compute
+        report("matmul", f"in {settings.DTYPE}; scaled float16 fails here ({one_line(error)})")
         return
-    check_shares(job)
-    report("device", job.device)
-    if is_first():
-        job.products = choose_products(job)  # 7
-        job.checkpoint = find_checkpoint(job)  # 8
-    decided = accelerate.utils.broadcast_object_list([job.products, job.checkpoint])
-    job.products, job.checkpoint = decided
-    job.started = time.time()
-    write_record(job, "running")
-    trainer = build_trainer(job)  # 9
-    check_injection(trainer.model, job.plan)
-    fit_memory(trainer, job)
-    train(trainer, job)  # 10
-    accelerate.PartialState().wait_for_everyone()
-    if not is_first():
-        return
-    model = publish(trainer, job)  # 11
-    write_record(job, "finished")
-    write_extras(model, job)
-    write_record(job, "finished")
-    summarize(job)
+    job.matmul |= measured
+    plain, scaled = measured["dtype"], measured["float16"]
+    is_faster = scaled["seconds"] < plain["seconds"] / 1.2
+    is_as_true = scaled["error"] <= 1.02 * plain["error"]  # both are rounded to DTYPE in the end
+    if is_faster and is_as_true:
+        job.matmul["used"] = "float16"
+    report(
+        "matmul",
+        f"{settings.DTYPE}: {plain['tflops']:.1f} TFLOP/s, error {plain['error']:.2%}; scaled "
+        f"float16: {scaled['tflops']:.1f} TFLOP/s, error {scaled['error']:.2%}\n"
+        f"{'scaled float16' if job.matmul['used'] == 'float16' else settings.DTYPE} is used",
+    )
 
 
-def set_environment(args):
-    """Set what libraries read; remove what would undo a constant."""
+def measure_products(
+    shapes: list[tuple[int, int]], n: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Return seconds, TFLOP/s and the error against float32 of both kinds of product.
+
+    Args:
+        shapes: (d, k) of the weights.
+        n: how many rows are multiplied; a hundredth of their columns is a hundred times larger, as
+            in trained models.
+        dtype: the type of rows and weights.
+        device: where to measure.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    totals = {kind: {"seconds": 0.0, "error": 0.0} for kind in ("dtype", "float16")}
+    work = sum(2e-12 * n * d * k for d, k in shapes)
+    for d, k in shapes:
+        rows = torch.randn(n, k, generator=generator, device=device)
+        rows[:, :: max(1, k // 100)] *= 100
+        rows = rows.to(dtype)
+        weight = (torch.randn(d, k, generator=generator, device=device) / math.sqrt(k)).to(dtype)
+        half = weight.half()
+        exact = rows.float() @ weight.float().T
+        products: dict[str, Callable[[], torch.Tensor]] = {
+            "dtype": lambda rows=rows, weight=weight: rows @ weight.T,
+            "float16": lambda rows=rows, half=half: scaled_product(rows, half.T),
+        }
+        for kind, product in products.items():
+            error = (product().float() - exact).norm() / exact.norm()
+            totals[kind]["error"] += error.item() / len(shapes)
+            totals[kind]["seconds"] += seconds_of(product, device)
+    for total in totals.values():
+        total["tflops"] = work / total["seconds"]
+    return totals
+
+
+def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the median time of a call, over five blocks of ten calls, after a warm-up."""
+    blocks = []
+    for _ in range(6):
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(10):
+            function()
+        synchronize(device)
+        blocks.append((time.perf_counter() - began) / 10)
+    return statistics.median(blocks[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ==== COMMAND LINE: flags, the log, the environment, signals, error messages, main()
+
+
+LOG = logging.getLogger("train_lora_single")
+
+
+def setting_types() -> dict[str, Any]:
+    """Return {name: type} of the settings: the annotated constants of this file."""
+    return typing.get_type_hints(sys.modules[__name__])
+
+
+def setting_comments() -> dict[str, str]:
+    """Return {name: the comment behind it}, read from this file."""
+    pattern = re.compile(r"^([A-Z][A-Z0-9_]*): .*?  # (.+)$", re.MULTILINE)
+    return dict(pattern.findall(Path(__file__).read_text(encoding="utf-8")))
+
+
+def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the settings as the flags change them, and the modes dry_run, chat, demo, compare.
+
+    Exits with status 2 after a wrong flag, and with 1 if a constant was edited wrongly.
+    """
+    problems = check_values({name: globals()[name] for name in setting_types()})
+    if problems:
+        raise SystemExit("\n".join(problems))
+    parser = build_parser()
+    argv = [with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    settings, unknown = parser.parse_known_args(argv)
+    if unknown:
+        refuse_unknown_flags(parser, unknown)
+    if settings.demo:
+        parser.set_defaults(**DEMO)
+        settings = parser.parse_args(argv)
+    values = {name: getattr(settings, name) for name in setting_types()}
+    problems = check_values(values) or check_rules(settings)
+    if problems:
+        parser.error("\n".join(problems))
+    return settings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return a parser with the modes, and with a flag for each setting."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--SETTING VALUE ...] [--dry_run | --chat | --compare DIR ...] [--demo]",
+        description=__doc__.partition("\n\nThe sections")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--dry_run", action="store_true", help="check the data, print the plan, and stop"
+    )
+    modes.add_argument("--chat", action="store_true", help="talk to OUTPUT_DIR/final_lora")
+    modes.add_argument(
+        "--compare", nargs="+", metavar="DIR", help="compare the finished runs in these folders"
+    )
+    parser.add_argument(
+        "--demo", action="store_true", help="use the toy model, a CPU and output/demo"
+    )
+    comments = setting_comments()
+    group = parser.add_argument_group("settings (hyphens will do as well: --lora-r 16)")
+    for name, kind in setting_types().items():
+        default = globals()[name]
+        shown = " ".join(default) if isinstance(default, list) else default
+        help_text = f"{comments.get(name, '')} [{shown}]".strip().replace("%", "%%")
+        options: dict[str, Any] = {"dest": name, "default": default, "help": help_text}
+        if typing.get_origin(kind) is Literal:
+            options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is list:
+            options |= {"nargs": "+", "metavar": "NAME"}
+        elif kind is bool:
+            options |= {"type": parse_bool, "metavar": "true|false"}
+        else:
+            options |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+        group.add_argument(f"--{name.lower()}", **options)
+    return parser
+
+
+def with_underscores(argument: str) -> str:
+    """Return a flag like --lora-r=4 as --lora_r=4; anything else as it is."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def parse_bool(text: str) -> bool:
+    """Return the value of a flag that is true or false."""
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+def refuse_unknown_flags(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
+    """Exit with status 2, naming the wrong flag and the one that was probably meant."""
+    wrong = unknown[0].partition("=")[0]
+    known = [f"--{name.lower()}" for name in setting_types()]
+    known += ["--demo", "--dry_run", "--chat", "--compare"]
+    close = difflib.get_close_matches(
+        wrong.replace("-", "_"), [f.replace("-", "_") for f in known], 1
+    )
+    if close:
+        flag = known[[f.replace("-", "_") for f in known].index(close[0])]
+        parser.error(f"there is no flag {wrong}; did you mean {flag}?")
+    if not wrong.startswith("-"):
+        parser.error(f"{wrong} stands alone; write --name_of_the_setting {wrong}")
+    parser.error(f"there is no flag {wrong}; --help lists them all")
+
+
+def check_values(values: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the types of the settings, one sentence each."""
+    problems = []
+    for name, kind in setting_types().items():
+        value = values[name]
+        if typing.get_origin(kind) is Literal:
+            good = value in typing.get_args(kind)
+            wanted = "one of " + ", ".join(json.dumps(choice) for choice in typing.get_args(kind))
+        elif kind == list[str]:
+            good = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+            wanted = 'a list of names, such as ["q_proj", "v_proj"]'
+        elif kind is float:
+            good = type(value) in (int, float) and math.isfinite(value)
+            wanted = "a number"
+        elif kind in (int, str, bool):
+            good = type(value) is kind
+            wanted = {int: "a whole number", str: 'a text in "quotes"', bool: "True or False"}[kind]
+        else:
+            problems.append(
+                f"{name} is annotated as {kind}; a setting is an int, float, bool, str, list[str] "
+                "or Literal[...]."
+            )
+            continue
+        if not good:
+            problems.append(f"{name} is {value!r}; it must be {wanted}.")
+    return problems
+
+
+def check_rules(settings: argparse.Namespace) -> list[str]:
+    """Return what is wrong with the settings' values, one sentence each."""
+    problems = []
+
+    def require(is_met: bool, name: str, rule: str) -> None:
+        if not is_met:
+            problems.append(f"{name} is {getattr(settings, name)!r}; {rule}.")
+
+    require(bool(settings.MODEL_NAME), "MODEL_NAME", "give a name on the hub or a folder")
+    require(bool(settings.TRAIN_FILE), "TRAIN_FILE", "give a JSONL file")
+    require(bool(settings.OUTPUT_DIR), "OUTPUT_DIR", "give a folder, such as output")
+    require(bool(settings.LORA_TARGET_MODULES), "LORA_TARGET_MODULES", "name at least one layer")
+    require(1 <= settings.LORA_R <= 512, "LORA_R", "the rank must be from 1 to 512")
+    require(settings.LORA_ALPHA >= 1, "LORA_ALPHA", "it must be at least 1")
+    require(0 <= settings.LORA_DROPOUT < 1, "LORA_DROPOUT", "it must be from 0 to below 1")
+    require(0 < settings.LEARNING_RATE < 1, "LEARNING_RATE", "it must be above 0 and below 1")
+    require(0 <= settings.WARMUP_RATIO < 1, "WARMUP_RATIO", "it must be from 0 to below 1")
+    require(0 <= settings.SEED < 2**32, "SEED", "it must be from 0 to 4,294,967,295")
+    at_least_1 = (
+        "MAX_SEQ_LEN", "NUM_EPOCHS", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "LOGGING_STEPS",
+        "SAVE_STEPS", "MAX_NEW_TOKENS",
+    )  # fmt: skip
+    for name in at_least_1:
+        require(1 <= getattr(settings, name) < 2**31, name, "it must be at least 1")
+    for name in ("MAX_STEPS", "EVIDENCE_EXAMPLES", "NUM_SAMPLES"):
+        require(0 <= getattr(settings, name) < 2**31, name, "it must be 0 or more")
+    if settings.PUBLISH == "best" and not settings.EVAL_FILE:
+        problems.append('PUBLISH is "best", which needs an EVAL_FILE to tell which epoch that is.')
+    package = settings.REPORT_TO
+    if package != "none" and not (package.isidentifier() and importlib.util.find_spec(package)):
+        problems.append(
+            f'REPORT_TO is "{package}", but there is no such package; pip install {package}, or '
+            'choose "none".'
+        )
+    return problems
+
+
+def is_main_process() -> bool:
+    """Return whether this is the process that prints, decides and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def report(section: str, text: str, in_log: str = "") -> None:
+    """Print and log text beside the name of its section; the log may get a longer text."""
+    if not is_main_process():
+        return
+    LOG.info(beside(section, in_log or text))
+    if "tqdm" in sys.modules:  # a progress bar may be shown below
+        sys.modules["tqdm"].tqdm.write(beside(section, text))
+        sys.stdout.flush()
+    else:
+        print(beside(section, text), flush=True)
+
+
+def beside(section: str, text: str) -> str:
+    """Return text with the section's name to the left of its first line."""
+    return f"{section:<10}" + text.replace("\n", "\n" + " " * 10)
+
+
+def one_line(value: Any, width: int = 200) -> str:
+    """Return value as one line, shortened to width."""
+    return textwrap.shorten(str(value), width, placeholder=" ...")
+
+
+def shorten_path(path: str, width: int) -> str:
+    """Return the end of a long path."""
+    return path if len(path) <= width else "..." + path[3 - width :]
+
+
+def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> str:
+    """Join the first items, and say how many more there are."""
+    if len(items) <= limit:
+        return separator.join(items)
+    more = f"... and {len(items) - limit:,} more"
+    return separator.join([*items[:limit], more])
+
+
+def find_hardware(job: Job) -> None:
+    """Check the GPU, share the work among the processes, choose the kind of products."""
+    check_device(job)
+    check_multi_gpu_split(job)
+    choose_matmul(job)
+
+
+def check_device(job: Job) -> None:
+    """Find the device, or exit and say why there is none that works."""
+    settings = job.settings
+    if settings.DEVICE == "cpu":
+        forbid_gpu_packages()
+        accelerate.PartialState(cpu=True)
+        job.device_name = "CPU"
+        report("device", "CPU")
+        return
+    try:
+        torch.cuda.init()  # says why there is no GPU
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(no_gpu_message(error)) from error
+    accelerate.PartialState()
+    device = accelerate.PartialState().device
+    major, minor = torch.cuda.get_device_capability(device)
+    free, total = torch.cuda.mem_get_info(device)
+    job.device_name = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+    if major < 8:
+        forbid_gpu_packages()  # flash-linear-attention does not run there, yet would be used
+    try:  # a torch without this GPU's kernels says so only when it computes
+        ones = torch.ones(8, 8, device=device, dtype=getattr(torch, settings.DTYPE))
+        (ones @ ones).sum().item()
+    except RuntimeError as error:
+        raise SystemExit(
+            f"DEVICE cuda: torch {torch.__version__} does not run on {job.device_name} "
+            f"({one_line(error)}). The versions in requirements.txt run on sm_70 (V100) to sm_120; "
+            "if it is one of these, free its memory."
+        ) from error
+    report("device", f"{job.device_name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free")
+
+
+def no_gpu_message(error: Exception) -> str:
+    """Return why torch sees no GPU, as far as it can be told."""
+    driver = "There is no NVIDIA driver on this machine."
+    with suppress(OSError):
+        version = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+        driver = f"The driver is: {one_line(version, 90)}."
+    hidden = ""
+    if USERS_VISIBLE_DEVICES is not None:
+        hidden = f" CUDA_VISIBLE_DEVICES is {USERS_VISIBLE_DEVICES!r}."
+    return (
+        f"DEVICE cuda: torch sees no GPU ({one_line(error)}). {driver}{hidden} An NVIDIA GPU and a "
+        "driver of the 525 branch or newer are needed; without one, try --demo, or --device cpu "
+        "with a small model."
+    )
+
+
+def forbid_gpu_packages() -> None:
+    """Make fla and causal_conv1d unimportable.
+
+    transformers uses them wherever they can be imported, also on a CPU or an older GPU, where
+    their Triton kernels crash.
+    """
+    for name in ("fla", "causal_conv1d"):
+        sys.modules[name] = None
+
+
+def check_multi_gpu_split(job: Job) -> None:
+    """Exit if several processes cannot share the examples evenly: some would be seen twice."""
+    processes = accelerate.PartialState().num_processes
+    if processes == 1:
+        return
+    size = step_size(job.settings)
+    if size % processes or len(job.train) % size:
+        raise SystemExit(
+            f"{processes} processes cannot share {len(job.train):,} examples in steps of {size} "
+            "evenly, and some would be trained on twice. Choose BATCH_SIZE x "
+            f"GRADIENT_ACCUMULATION_STEPS as a multiple of {processes}, and the number of training "
+            "examples as a multiple of that."
+        )
+    job.device_name += f", {processes} processes"
+    report("device", f"{processes} processes share the examples of each step")
+
+
+USERS_VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def set_environment(settings: argparse.Namespace) -> None:
+    """Set what libraries read from the environment, before they are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    left_over = "ACCELERATE_.*|MPLBACKEND"
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # no launcher is at work
-        left_over += "|RANK|LOCAL_RANK|WORLD_SIZE"
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.getenv("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if args.device == "cpu":  # beside another busy process 28 s, not 245
+    forget = r"ACCELERATE_.*|MPLBACKEND"  # left over from other work, they would change this run
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # no launcher such as torchrun is at work
+        forget += "|RANK|LOCAL_RANK|WORLD_SIZE"
+        # TRL refuses several visible GPUs without a launcher.
+        first = (USERS_VISIBLE_DEVICES or "0").split(",")[0]
+        os.environ["CUDA_VISIBLE_DEVICES"] = first
+        # accelerate raises NotImplementedError on several RTX 40 with an older driver (peft 1927).
+        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+        os.environ.setdefault("NCCL_IB_DISABLE", "1")
+    if settings.DEVICE == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        # Beside another busy process, waiting threads cost 245 s in place of 28.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for name in [*os.environ]:
-        if re.fullmatch(left_over, name):
+    for name in list(os.environ):
+        if re.fullmatch(forget, name):
             del os.environ[name]
-    logging.getLogger("transformers.integrations.hub_kernels").setLevel("ERROR")  # "install fla"
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT's call
+    # transformers advises installing fla, which README.md does where it helps.
+    logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
+    # PEFT 0.21 calls a function that transformers 5.24 renamed.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def open_log(output: Path) -> None:
+    """Make the output folder, lock it, and log what is printed, warnings and tracebacks there."""
+    import filelock
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        log = logging.FileHandler(output / "all_logs.log", encoding="utf-8")
+    except OSError as error:
+        raise SystemExit(
+            f"OUTPUT_DIR {output} cannot be written ({error.strerror}); choose another folder."
+        ) from error
+    try:
+        LOCKS.append(filelock.FileLock(output / ".lock"))
+        LOCKS[-1].acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise SystemExit(
+            f"OUTPUT_DIR {output} is in use by another run; wait for it, or choose another folder."
+        ) from error
+    except (OSError, NotImplementedError):  # some network file systems have no locks
+        pass
+    logging.basicConfig(handlers=[log, logging.lastResort], format="%(message)s", force=True)
+    logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a full disk must not end the run
+    LOG.setLevel(logging.INFO)
+    LOG.info("\n---- %s %s", time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv))
+
+
+LOCKS = []  # held until the process ends
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop by a signal, and did, as the message says."""
+
+    def __init__(self, number: int, message: str) -> None:
+        """Remember the signal."""
+        super().__init__(message)
+        self.number = number
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def catch_signals(job):
-    """A signal in a step: on_save() stops after it. Elsewhere, or again: all stops at once."""
+def catch_signals(job: Job) -> None:
+    """Within a step, finish and save it first; elsewhere, or at a second signal, stop at once."""
 
-    def on_signal(number, _):
-        again, job.stopped_by = job.stopped_by, number
-        if job.is_training and (not again or "TORCHELASTIC_RUN_ID" in os.environ):
-            report("stopping", "this step is finished and saved first; once more stops at once")
+    def on_signal(number: int, _: Any) -> None:
+        is_second = job.stop_signal > 0
+        # A launcher passes the terminal's Ctrl-C on to its processes, which have had it already.
+        is_second = is_second and "TORCHELASTIC_RUN_ID" not in os.environ
+        job.stop_signal = number
+        if job.is_in_step and not is_second:
+            report("stopping", "after this step, which is saved first; press again to stop at once")
             return
-        rest = "; the same command goes on from the newest checkpoint, if any"
+        message = "Stopped. The same command goes on from the newest checkpoint, if there is one."
         if job.published:
-            rest = f"; {job.output}/final_lora is whole; the same command starts anew"
-        raise KeyboardInterrupt(number, "stopped" + rest * (not job.args.chat))
+            message = f"Stopped. {job.output / 'final_lora'} is whole; only extras are missing."
+        raise Stopped(number, message)
 
-    for one in SIGNALS:
-        if signal.getsignal(one) != signal.SIG_IGN:  # nohup's
-            signal.signal(one, on_signal)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, on_signal)
 
 
-def explain(error):
-    """Return (status, message) for what ended a run; no message for a bug."""
-    kind, text = type(error).__name__, brief(error)
+def explain(error: BaseException, job: Job) -> tuple[int, str]:
+    """Return exit status and message for what ended the run; no message if it is not known."""
     if isinstance(error, SystemExit):
         return 1, str(error)
+    if isinstance(error, Stopped):
+        return 128 + error.number, str(error)
     if isinstance(error, KeyboardInterrupt):
-        number, message = error.args if len(error.args) == 2 else (signal.SIGINT, "stopped")
-        return 128 + number, message
-    if isinstance(error, ImportError):
-        return 1, f"{error}; pip install -r requirements.txt"
-    if kind == "OutOfMemoryError":
-        advice = "lower BATCH_SIZE and raise GRADIENT_ACCUMULATION_STEPS, or lower MAX_SEQ_LEN"
-        return 1, f"out of memory ({text}); {advice}"
-    # A full disk.
-    if isinstance(error, OSError) or kind in ("SafetensorError", "Exception") or "inline_" in text:
-        return 1, f"a file could not be written or read ({text}); make room, and run it again"
+        return 128 + signal.SIGINT, "Stopped."
+    if isinstance(error, ModuleNotFoundError) and error.name in (*PACKAGES, "matplotlib"):
+        return 1, f"The package {error.name} is missing; pip install -r requirements.txt"
+    if type(error).__name__ == "OutOfMemoryError":
+        return 1, (
+            f"The GPU's memory is full ({one_line(error)}). If another program runs there, end it; "
+            "else lower MAX_SEQ_LEN. The same command goes on from the newest checkpoint."
+        )
+    if is_disk_full(error, job.output):
+        return 1, f"The disk of {job.output} is full. Make room, and give the same command again."
     return 1, ""
 
 
-def main(argv=None):
-    """Run the command; exit with 1, or 2 after a bad flag, or 128 + a signal."""
-    args = parse_args(argv)
-    set_environment(args)
-    job = Job(args)
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Return whether an error comes from a full disk; torch and safetensors hide its number."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+        return True
+    with suppress(OSError):
+        writes = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
+        return writes and shutil.disk_usage(folder).free < 2**20
+    return False
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command. Exits with 1 after an error, 2 after a wrong flag, 128 + a signal."""
+    settings = parse_settings(argv)
+    set_environment(settings)
+    if settings.compare:
+        compare_runs(settings.compare)
+        return
+    job = Job(settings)
+    if settings.chat:
+        run_or_explain(chat, job)
+        return
     catch_signals(job)
+    if not settings.dry_run and is_main_process():
+        open_log(job.output)
+    if settings.demo:
+        report("demo", "a toy: 2.5 million parameters, which know a few hundred plain sentences")
+    run_or_explain(run, job)
+
+
+def run_or_explain(do: Callable[[Job], None], job: Job) -> None:
+    """Do the job; turn what is known to have gone wrong into a message and an exit status."""
     try:
-        run(job)
+        do(job)
     except BaseException as error:
-        for one in SIGNALS:  # nothing may break off the rest
-            signal.signal(one, signal.SIG_IGN)
-        LOG.info("ended by", exc_info=True)
-        status, message = explain(error)
-        if job.stopped_by and status == 1:
-            status, message = 128 + job.stopped_by, f"stopped ({message or repr(error)})"
-        outcome = f"{'interrupted' if status > 1 else 'failed'}: {message or repr(error)}"
-        write_record(job, "finished" if job.published else outcome)
+        for number in SIGNALS:  # nothing may interrupt what is left to do
+            signal.signal(number, signal.SIG_IGN)
+        LOG.info("The run was ended by:", exc_info=True)
+        status, message = explain(error, job)
+        if job.stop_signal and status == 1:  # an error that the signal caused
+            status, message = 128 + job.stop_signal, f"Stopped. ({message or repr(error)})"
+        kind = "interrupted" if status > 1 else "failed"
+        write_record(job, "finished" if job.published else f"{kind}: {message or repr(error)}")
         if not message:
             raise
         print(message, file=sys.stderr)
-        raise SystemExit(status)
+        raise SystemExit(status) from error
     finally:
         logging.shutdown()
-        for one in SIGNALS:  # exit waits for threads
-            signal.signal(one, signal.SIG_DFL)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
 
-class Unbreakable(io.FileIO):
-    """An output whose reader may go away."""
+class LossyOutput(io.FileIO):
+    """Standard output or error whose reader may go away: no print may cost a checkpoint."""
 
-    def write(self, data):
+    def write(self, data: Any) -> int:
         """Write data, or drop it."""
         with suppress(OSError):
-            super().write(data)
+            return super().write(data)
+        return len(data)
+
+
+def survive_closed_outputs() -> None:
+    """Replace standard output and error by ones that never raise."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is not None:  # the shell may have closed it
+            raw = LossyOutput(number, "w", closefd=False)
+            wrapped = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
+            setattr(sys, name, wrapped)
 
 
 if __name__ == "__main__":
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name):  # not closed by the shell
-            raw = Unbreakable(number, "w", closefd=False)
-            text = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
-            setattr(sys, name, text)
+    survive_closed_outputs()
     main()
