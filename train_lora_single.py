@@ -299,7 +299,7 @@ def training_config(job: Job) -> trl.SFTConfig:
         activation_checkpointing=False,  # find_what_fits() decides
         dataset_kwargs={"skip_prepare_dataset": True},  # TRL must not render, cut or pack
         eval_strategy="epoch" if job.held_out else "no",
-        eval_on_start=bool(job.held_out) and not job.checkpoint,  # B is 0 then: the base's loss
+        eval_on_start=bool(job.held_out) and not job.checkpoint,  # the base model's loss
         save_strategy="epoch",  # and every SAVE_STEPS steps, see TRAINING
         logging_steps=1,  # every loss is checked and recorded
         logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
@@ -365,7 +365,10 @@ def build_trainer(job: Job) -> trl.SFTTrainer:
             """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
             process = accelerate.PartialState()
             share = job.held_out[process.process_index :: process.num_processes]
-            losses = accelerate.utils.gather_object(example_losses(self.model, job, share, "eval"))
+            is_base = self.state.global_step == 0  # some ways to begin make B A other than 0
+            with self.model.disable_adapter() if is_base else nullcontext():
+                losses = example_losses(self.model, job, share, "held-out loss")
+            losses = accelerate.utils.gather_object(losses)
             tokens = sum(len(example.reply_ids) for example in job.held_out)
             metrics = {"eval_loss": sum(losses) / tokens}
             self.log(metrics)
@@ -415,7 +418,7 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     }
     shapes = {name: tuple(weight.shape) for name, weight in trainable.items()}
     count = sum(weight.numel() for weight in trainable.values())
-    share = f"{count:,} of {plan.total:,} parameters are trainable ({count / plan.total:.4%})"
+    share = f"{count:,} of {plan.total:,} parameters are trained ({count / plan.total:.4%})"
     if shapes != plan.trainable_shapes:
         different = sorted(name for name, _ in shapes.items() ^ plan.trainable_shapes.items())
         raise SystemExit(
@@ -428,7 +431,7 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
             f"{len(narrow)} trained weights, such as {narrow[0]}, are not in float32 but in "
             f"{trainable[narrow[0]].dtype}, which rounds small steps away. Set DTYPE to float32."
         )
-    report("model", f"{share}, all in float32; everything else is frozen")
+    report("model", f"{share}, in float32; all else is frozen")
 
 
 # ==== DATA: reading the conversations and checking every line
@@ -477,12 +480,13 @@ def read_examples(path: str, group_key: str = "") -> tuple[list[Example], list[s
         raise SystemExit(
             f"{path} cannot be read ({error.strerror}); check TRAIN_FILE and EVAL_FILE."
         ) from error
+    shown = shorten_path(path, 60)
     if is_json_array(lines):
-        return [], [f"{path}: this is one JSON array; write one JSON object a line instead"]
+        return [], [f"{shown}: this is one JSON array; write one JSON object a line instead"]
     examples: list[Example] = []
     problems: list[str] = []
     for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
+        where = f"{shown}:{number}"
         try:
             text = line.decode("utf-8-sig").strip()
             if text:
@@ -498,7 +502,7 @@ def read_examples(path: str, group_key: str = "") -> tuple[list[Example], list[s
     if not examples and not problems:
         raise SystemExit(f"{path} holds no examples; {FORM_RULE}.")
     if not problems:
-        report("data", f"{path}: {len(examples):,} examples")
+        report("data", f"{shown}: {len(examples):,} examples")
     return examples, problems
 
 
@@ -1980,7 +1984,8 @@ def parts_of(
     if plan.plain:
         rank = plan.max_rank // 2
         while rank:
-            parts[f"cut to {rank} directions"] = lambda rank=rank: cut(layers, rank)
+            noun = "directions" if rank > 1 else "direction"
+            parts[f"cut to {rank} {noun}"] = lambda rank=rank: cut(layers, rank)
             rank //= 2
     return parts
 
@@ -1995,11 +2000,12 @@ TARGET_GROUPS = {"self_attn": "attention", "mlp": "feed-forward", "linear_attn":
 
 def groups_of_targets(layers: dict[str, Any]) -> dict[str, set[str]]:
     """Return {"attention": paths, ...} by the module that the targets are in, if several."""
-    groups: dict[str, set[str]] = {}
+    groups: dict[str, set[str]] = {name: set() for name in TARGET_GROUPS.values()}
     for path in layers:
         parent = path.split(".")[-2]
         groups.setdefault(TARGET_GROUPS.get(parent, parent), set()).add(path)
-    return groups if len(groups) > 1 else {}
+    found = {name: paths for name, paths in groups.items() if paths}
+    return found if len(found) > 1 else {}
 
 
 def thirds_of_layers(layers: dict[str, Any]) -> dict[str, set[str]]:
@@ -2065,10 +2071,11 @@ def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
             "parts say nothing. More steps or a higher LEARNING_RATE may help."
         ]
     sentences = [about_alpha(rows), about_targets(rows), about_rank(rows, job)]
-    if not job.plan.plain:
+    if not job.plan.only_lora:
+        sentences.append("More than LoRA was trained, so the adapter is not taken apart.")
+    elif not job.plan.plain:
         sentences.append(
-            "This kind of adapter is not the update alpha / r B A alone, so scaling and cutting it "
-            "is not measured."
+            "This LoRA is more than the update alpha / r B A, so it is neither scaled nor cut."
         )
     return [sentence for sentence in sentences if sentence]
 
@@ -2169,8 +2176,8 @@ def report_kinds(job: Job) -> None:
             )
         report("kinds", join_limited(lines, 40))
     worst = sorted(losses, key=lambda row: row["base"] - row["adapter"])[:3]
-    shown = ", ".join(f"{row['where']} ({row['adapter'] - row['base']:+.2f})" for row in worst)
-    report("worst", f"the adapter helps least, or harms, at {shown}")
+    shown = [f"{row['where']} ({row['adapter'] - row['base']:+.2f})" for row in worst]
+    report("worst", "the adapter helps least, or harms, at\n" + "\n".join(shown))
 
 
 def write_samples(model: peft.PeftModel, job: Job) -> None:
@@ -2404,14 +2411,14 @@ def verdict(job: Job) -> list[str]:
         published = best
     loss = losses[published]
     fell = f"fell by {base - loss:.4f} nats a token" if loss < base else "did NOT fall"
+    lines = [f"the held-out loss {fell}: {base:.4f} -> {loss:.4f}"]
     if "better" in job.evidence:
         better, count = job.evidence["better"], job.evidence["examples"]
-        fell += f" and is lower on {better:,} of {count:,} examples"
-    lines = [f"The held-out loss {fell}: {base:.4f} -> {loss:.4f}"]
+        lines[0] += f", lower on {better:,} of {count:,}"
     if best != published and losses[best] < loss:
         where = job.output / "checkpoints" / f"checkpoint-{best}"
         lines.append(
-            f"It was lowest after epoch {best / per_epoch:g} ({losses[best]:.4f}); that adapter is "
+            f"it was lowest after epoch {best / per_epoch:g} ({losses[best]:.4f}); that adapter is "
             f"in {where},\nand --publish best publishes the best epoch of a run"
         )
     return lines
@@ -2420,25 +2427,30 @@ def verdict(job: Job) -> list[str]:
 def next_commands(job: Job) -> str:
     """Return the commands to talk to the adapter and to serve it."""
     settings = job.settings
-    flags = [argument for argument in sys.argv[1:] if argument not in ("--dry_run", "--dry-run")]
-    lines = [shlex.join(["python", sys.argv[0], *flags, "--chat"])]
+    chat_command = wrap_command(["python", *sys.argv, "--chat"])
     if job.plan.vllm_refuses:
-        return "\n".join([*lines, f"({job.plan.vllm_refuses}; merge it into the model instead)"])
+        return f"{chat_command}\n({job.plan.vllm_refuses}; merge this one into its base instead)"
     folder = job.output / "final_lora_vllm"
     if not folder.exists():
         folder = job.output / "final_lora"
-    served = [settings.MODEL_NAME]
+    serve = ["vllm", "serve", settings.MODEL_NAME]
     if not Path(settings.MODEL_NAME).is_dir():
-        served += ["--revision", settings.MODEL_REVISION]
-    return "\n".join(
-        [
-            *lines,
-            f"vllm serve {shlex.join(served)} \\",
-            f"  --enable-lora --max-lora-rank {vllm_rank(job.plan)} --lora-modules "
-            f"{shlex.quote(f'companion={folder}')} \\",
-            """  --default-chat-template-kwargs '{"enable_thinking": false}'""",
-        ]
-    )
+        serve += ["--revision", settings.MODEL_REVISION]
+    serve += ["--enable-lora", "--max-lora-rank", str(vllm_rank(job.plan))]
+    serve += ["--lora-modules", f"companion={folder}"]
+    serve += ["--default-chat-template-kwargs", '{"enable_thinking": false}']
+    return f"{chat_command}\n{wrap_command(serve)}"
+
+
+def wrap_command(words: list[str], width: int = 86) -> str:
+    """Return a command that can be pasted into a shell, on as many lines as it needs."""
+    lines = [shlex.quote(words[0])]
+    for word in map(shlex.quote, words[1:]):
+        if len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}")
+    return " \\\n".join(lines)
 
 
 # ==== COMPARING: which of several runs is better, and whether the difference means anything
@@ -2996,7 +3008,8 @@ def report(section: str, text: str, in_log: str = "") -> None:
 
 def beside(section: str, text: str) -> str:
     """Return text with the section's name to the left of its first line."""
-    return f"{section:<10}" + text.replace("\n", "\n" + " " * 10)
+    lines = f"{section:<10}{text}".replace("\n", "\n" + " " * 10).split("\n")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def one_line(value: Any, width: int = 200) -> str:
@@ -3005,7 +3018,9 @@ def one_line(value: Any, width: int = 200) -> str:
 
 
 def shorten_path(path: str, width: int) -> str:
-    """Return the end of a long path."""
+    """Return a path as seen from here, if it is below; of a long one only the end."""
+    with suppress(ValueError):
+        path = str(Path(path).resolve().relative_to(Path.cwd()))
     return path if len(path) <= width else "..." + path[3 - width :]
 
 

@@ -50,6 +50,7 @@ VOCAB_SIZE = 2048
 HIDDEN_SIZE = 192
 INTERMEDIATE_SIZE = 512
 LAYER_TYPES = ["linear_attention"] * 3 + ["full_attention"]
+FORGETTING = [0.02, 0.2]  # what a DeltaNet layer's two heads lose at a token, at first
 
 # Pretraining.
 SEED = 0
@@ -57,6 +58,7 @@ THREADS = 2  # sums depend on the number of threads, and the bytes on the sums
 STEPS = 600
 BATCH_SIZE = 8  # chats
 KIN = 6  # a message is answered by one of so many that share words with it
+ANSWER_WORDS = 7  # different ones, at least, in an answer
 ANSWERS = (1, 1, 2)  # in a chat: one of these numbers
 POOL = 50  # batches that are put together by length at once
 LEARNING_RATE = 3e-3  # the peak
@@ -148,6 +150,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3_5Config:
             "mrope_section": [11, 11, 10],
         },
         "tie_word_embeddings": True,
+        "initializer_range": 0.05,
         "eos_token_id": ids["<|endoftext|>"],
     }
     vision = {
@@ -170,8 +173,11 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3_5Config:
     )
 
 
-def find_kin(said: list[str]) -> list[list[int]]:
-    """Return for each message the indices of the messages that share most of its rarer words."""
+def find_kin(said: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return for each message the messages that share most of its rarer words: any, and long ones.
+
+    A shared word counts for more the rarer it is, and in a shorter message.
+    """
     bags = [set(re.findall(r"[a-z']+", text.lower())) for text in said]
     spread = Counter(word for bag in bags for word in bag)
     column = {word: i for i, word in enumerate(sorted(spread))}
@@ -179,9 +185,12 @@ def find_kin(said: list[str]) -> list[list[int]]:
     for row, bag in enumerate(bags):
         for word in bag:
             table[row, column[word]] = math.log(len(said) / spread[word])
-    table = nn.functional.normalize(table, dim=1)
-    alike = (table @ table.T).fill_diagonal_(-1)
-    return alike.topk(KIN, dim=1).indices.tolist()
+    lengths = torch.tensor([float(len(bag)) for bag in bags])
+    alike = (table @ table.T) / (lengths + 8).sqrt()
+    alike.fill_diagonal_(-1)
+    kin = alike.topk(KIN, dim=1).indices.tolist()
+    alike[:, lengths < ANSWER_WORDS] = -1
+    return kin, alike.topk(KIN, dim=1).indices.tolist()
 
 
 def make_chats(
@@ -190,14 +199,16 @@ def make_chats(
     """Yield the token ids of chats, without end; each message ends one before any ends a second.
 
     All messages of a chat are users' messages, every second one said to be the assistant's, and
-    each shares words with the next: so an answer has something to do with what it answers.
+    each shares words with the next: so an answer has something to do with what it answers. What
+    has only a few words is no answer.
     """
-    kin = find_kin(said)
+    kin, long_kin = find_kin(said)
+    lasts = sorted({i for row in long_kin for i in row})
     while True:
-        for last in random.sample(range(len(said)), len(said)):
+        for last in random.sample(lasts, len(lasts)):
             chosen = [last]
-            for _ in range(2 * random.choice(ANSWERS) - 1):
-                chosen.append(random.choice(kin[chosen[-1]]))
+            for turn in range(2 * random.choice(ANSWERS) - 1):
+                chosen.append(random.choice((long_kin if turn % 2 else kin)[chosen[-1]]))
             chat = [system] + [
                 {"role": ("user", "assistant")[turn % 2], "content": said[i]}
                 for turn, i in enumerate(reversed(chosen))
@@ -236,6 +247,14 @@ def drop(module: nn.Module, args: tuple, output: object) -> object:
     if isinstance(output, tuple):
         return (nn.functional.dropout(output[0], DROPOUT, module.training), *output[1:])
     return nn.functional.dropout(output, DROPOUT, module.training)
+
+
+def remember(model: Qwen3_5ForConditionalGeneration) -> None:
+    """Let the DeltaNet layers' heads forget slowly; as they are made, one token takes all away."""
+    for layer in model.model.language_model.layers:
+        if hasattr(layer, "linear_attn"):
+            nn.init.constant_(layer.linear_attn.A_log, 0.0)
+            layer.linear_attn.dt_bias.data = torch.tensor(FORGETTING).expm1().log()
 
 
 def pretrain(
@@ -305,6 +324,7 @@ def main() -> None:
     system, said = read_messages()
     tokenizer = make_tokenizer([system["content"], *said])
     model = Qwen3_5ForConditionalGeneration(make_config(tokenizer))
+    remember(model)
     count = sum(parameter.numel() for parameter in model.model.language_model.parameters())
     print(f"{len(said):,} messages, {len(tokenizer):,} tokens, {count:,} text parameters")
     loss = pretrain(model, batches(system, said, tokenizer))

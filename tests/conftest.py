@@ -1,8 +1,6 @@
-"""What the tests share: the script on the path, no network, one thread, and one finished run."""
+"""What the tests share: the script on the path, no network, one thread, short data, one finished run."""
 
 import contextlib
-import email
-import functools
 import gc
 import json
 import os
@@ -16,9 +14,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # more threads than cores w
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "tests" / "tiny-qwen3.5")
 sys.path.insert(0, str(ROOT))
-# Each run reads what is installed, three times, which takes 0.1 s of parsing; it stays the same.
-email.message_from_string = functools.cache(email.message_from_string)
 # A shell's background job ignores these, and the script leaves an ignored signal ignored.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -58,7 +55,7 @@ def in_the_root(monkeypatch):
 
 
 # The longest first, as they stand in this list: else one worker waits for the other at the end.
-LONGEST = ["test_real_model.py", "test_resume.py", "test_results.py", "test_training.py"]
+LONGEST = ["test_real_model.py", "test_resume.py", "test_training.py", "test_evidence.py"]
 
 
 def pytest_collection_modifyitems(items):
@@ -67,30 +64,25 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
-def draw_nothing(patch):
+@pytest.fixture
+def no_picture(monkeypatch):
     """Write a few bytes for lora.png: drawing is a third of a short run's time."""
     placeholder = lambda _, path: Path(path).write_bytes(b"new")  # noqa: E731
-    patch.setattr("matplotlib.figure.Figure.savefig", placeholder)
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """Draw in runs of fixtures alone."""
-    draw_nothing(monkeypatch)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", placeholder)
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Return the path of the demo model."""
-    return str(ROOT / "tests" / "tiny-qwen3.5")
+    """Return the path of the tests' model: Qwen3.5's architecture with random weights."""
+    return TINY
 
 
 @pytest.fixture(scope="session")
-def untied(tiny, tmp_path_factory):
-    """Return the path of the demo model with a head of its own, not the embedding's weight."""
+def untied(tmp_path_factory):
+    """Return the path of that model with a head of its own, not the embedding's weight."""
     from safetensors.torch import load_file, save_file
 
-    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("untied") / "model")
+    folder = shutil.copytree(TINY, tmp_path_factory.mktemp("untied") / "model")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -101,14 +93,16 @@ def untied(tiny, tmp_path_factory):
     return str(folder)
 
 
-def cut_files(folder, train=13, evaluation=4):
-    """Write the shortest lines of the shipped data to folder; return the flags of a short demo.
+def write_short_data(folder, train=13, held_out=4):
+    """Write the shortest lines of the shipped data to folder; return the flags of a short run.
 
-    It has two epochs (of four steps with 13 lines), a checkpoint every three steps, and one sample.
+    The run is on the tests' model, has two epochs (of four steps with 13 lines), a checkpoint
+    every three steps, one sample, and no evidence. Later flags override these.
     """
-    flags = ["--demo", "--num_epochs", "2", "--logging_steps", "1", "--save_steps", "3"]
-    flags += ["--num_samples", "1", "--max_new_tokens", "3"]
-    for name, number in (("train", train), ("eval", evaluation)):
+    flags = ["--demo", "--model_name", TINY, "--learning_rate", "1e-2", "--num_epochs", "2"]
+    flags += ["--logging_steps", "1", "--save_steps", "3", "--evidence_examples", "0"]
+    flags += ["--num_samples", "1", "--max_new_tokens", "3", "--eval_group", ""]
+    for name, number in (("train", train), ("eval", held_out)):
         text = (ROOT / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
         rows = sorted(text.splitlines(keepends=True), key=len)[:number]
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
@@ -116,17 +110,21 @@ def cut_files(folder, train=13, evaluation=4):
     return flags
 
 
-@pytest.fixture(scope="session")
-def lines():
-    """Return cut_files(), which writes a few short lines of data and returns flags for them."""
-    return cut_files
+@pytest.fixture
+def flags(tmp_path, no_picture):
+    """Return the flags of a short run into tmp_path/output, which draws no picture."""
+    return [*write_short_data(tmp_path), "--output_dir", str(tmp_path / "output")]
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """Return (output folder, text printed) of one finished run on few lines, with everything on."""
-    folder = tmp_path_factory.mktemp("demo")
-    flags = [*cut_files(folder), "--output_dir", str(folder / "output"), "--num_samples", "2"]
+def finished(tmp_path_factory):
+    """Return the output folder of one finished short run with everything on.
+
+    What it printed is in all_logs.log there. Tests must not change the folder.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    flags = [*write_short_data(folder), "--output_dir", str(folder / "output")]
+    flags += ["--num_samples", "2", "--evidence_examples", "200", "--eval_group", "kind"]
     before = os.getcwd()
     os.chdir(ROOT)
     try:
@@ -136,4 +134,4 @@ def demo(tmp_path_factory):
         os.chdir(before)
     gc.collect()
     gc.freeze()  # each run collects garbage: what the imports made need not be looked through
-    return folder / "output", (folder / "output" / "all_logs.log").read_text(encoding="utf-8")
+    return folder / "output"
