@@ -140,28 +140,6 @@ MAX_NEW_TOKENS: int = 200  # a reply is cut after this many tokens
 # Products of matrices.
 MATMUL: Literal["auto", "dtype", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "auto" measures
 
-# A checkpoint is only resumed by a run with the same settings, except for these.
-MAY_CHANGE_ON_RESUME = {
-    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO", "EVAL_GROUP",
-    "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
-    # The examples' tokens, and the kind of products that is in use, are compared instead.
-    "TRAIN_FILE", "EVAL_FILE", "MATMUL",
-}  # fmt: skip
-
-# What --demo sets. The toy model was made by data/make_demo_model.py.
-HERE = Path(__file__).resolve().parent
-DEMO = {
-    "MODEL_NAME": str(HERE / "data" / "demo-model"),
-    "TRAIN_FILE": str(HERE / "data" / "train.jsonl"),
-    "EVAL_FILE": str(HERE / "data" / "eval.jsonl"),
-    "OUTPUT_DIR": "output/demo",
-    "DEVICE": "cpu",
-    "DTYPE": "float32",
-    "NUM_EPOCHS": 1,
-    "LEARNING_RATE": 5e-3,
-}
-
-
 # ==== THE RUN: the whole job
 
 
@@ -201,43 +179,6 @@ def prepare(job: Job) -> None:
     job.data = report_tokens(job)
     show_example(job.train[0], job.tokenizer)
     job.plan = make_plan(job)
-
-
-@dataclass
-class Job:
-    """What a run is given, and what it finds out step by step."""
-
-    settings: argparse.Namespace
-    config: transformers.PretrainedConfig | None = None
-    tokenizer: transformers.PreTrainedTokenizerBase | None = None
-    train: list[Example] = field(default_factory=list)
-    held_out: list[Example] = field(default_factory=list)
-    data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
-    plan: Plan | None = None
-    device_name: str = ""
-    matmul: dict[str, Any] = field(default_factory=lambda: {"used": "dtype"})
-    memory: MemoryLimits | None = None
-    checkpoint: Path | None = None  # the one to resume from
-    started: float = 0.0  # seconds since 1970
-    history: list[dict[str, float]] = field(default_factory=list)  # what the trainer logged
-    train_seconds: float = 0.0  # of optimizer steps in this process, evaluation apart
-    train_tokens: int = 0  # read in them
-    peak_gib: float = 0.0  # GPU memory that torch had in use at the most
-    is_in_step: bool = False  # a signal waits for the end of the step
-    stop_signal: int = 0  # the signal that asks the run to stop
-    published: str = ""  # which epoch became final_lora
-    learnt: dict[str, Any] = field(default_factory=dict)
-    evidence: dict[str, Any] = field(default_factory=dict)
-    samples: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def output(self) -> Path:
-        """The folder of the results."""
-        return Path(self.settings.OUTPUT_DIR)
-
-    def logged(self, key: str) -> dict[int, float]:
-        """Return {step: value} of "loss" or "eval_loss"; the eval loss at step 0 is the base's."""
-        return {int(entry["step"]): entry[key] for entry in self.history if key in entry}
 
 
 # ==== MODEL AND LORA: the heart
@@ -363,18 +304,10 @@ def build_trainer(job: Job) -> trl.SFTTrainer:
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
-            process = accelerate.PartialState()
-            share = job.held_out[process.process_index :: process.num_processes]
-            is_base = self.state.global_step == 0  # some ways to begin make B A other than 0
-            with self.model.disable_adapter() if is_base else nullcontext():
-                losses = example_losses(self.model, job, share, "held-out loss")
-            losses = accelerate.utils.gather_object(losses)
-            tokens = sum(len(example.reply_ids) for example in job.held_out)
-            metrics = {"eval_loss": sum(losses) / tokens}
+            metrics = {"eval_loss": held_out_loss(self.model, job, self.state.global_step)}
             self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(
-                self.args, self.state, self.control, metrics
-            )
+            handler = self.callback_handler
+            self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
         def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> LikeLengths:
@@ -633,6 +566,7 @@ CHAT_TEMPLATE_KWARGS = {"enable_thinking": False, "return_dict": False}
 def load_config_and_tokenizer(job: Job) -> None:
     """Load MODEL_NAME's configuration and tokenizer; turn its branch into a commit."""
     from huggingface_hub import resolve_revision
+    from huggingface_hub.errors import RevisionResolutionError
 
     settings = job.settings
     name = settings.MODEL_NAME
@@ -643,7 +577,7 @@ def load_config_and_tokenizer(job: Job) -> None:
         chosen = {"revision": settings.MODEL_REVISION, "trust_remote_code": False}
         job.config = transformers.AutoConfig.from_pretrained(name, **chosen)
         job.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **chosen)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RevisionResolutionError) as error:
         raise SystemExit(
             f"MODEL_NAME {name}: there is no such model, or it cannot be reached "
             f"({one_line(error)}). Check the name, the folder or the network."
@@ -1349,6 +1283,20 @@ def example_losses(
             bar.update(len(batch))
     model.train(was_training)
     return losses
+
+
+def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
+    """Return the held-out loss, in nats per learned token; at step 0 that of the base model.
+
+    Several processes share the examples.
+    """
+    process = accelerate.PartialState()
+    share = job.held_out[process.process_index :: process.num_processes]
+    # B A is 0 at first, but not with every init_lora_weights.
+    with model.disable_adapter() if step == 0 else nullcontext():
+        losses = example_losses(model, job, share, "held-out loss")
+    losses = accelerate.utils.gather_object(losses)
+    return sum(losses) / sum(len(example.reply_ids) for example in job.held_out)
 
 
 def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
@@ -2820,6 +2768,65 @@ def synchronize(device: torch.device) -> None:
 LOG = logging.getLogger("train_lora_single")
 
 
+# A checkpoint is only resumed by a run with the same settings, except for these.
+MAY_CHANGE_ON_RESUME = {
+    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO", "EVAL_GROUP",
+    "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
+    # The examples' tokens, and the kind of products that is in use, are compared instead.
+    "TRAIN_FILE", "EVAL_FILE", "MATMUL",
+}  # fmt: skip
+
+# What --demo sets. The toy model was made by data/make_demo_model.py.
+HERE = Path(__file__).resolve().parent
+DEMO = {
+    "MODEL_NAME": str(HERE / "data" / "demo-model"),
+    "TRAIN_FILE": str(HERE / "data" / "train.jsonl"),
+    "EVAL_FILE": str(HERE / "data" / "eval.jsonl"),
+    "OUTPUT_DIR": "output/demo",
+    "DEVICE": "cpu",
+    "DTYPE": "float32",
+    "NUM_EPOCHS": 1,
+    "LEARNING_RATE": 5e-3,
+}
+
+
+@dataclass
+class Job:
+    """What a run is given, and what it finds out step by step."""
+
+    settings: argparse.Namespace
+    config: transformers.PretrainedConfig | None = None
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None
+    train: list[Example] = field(default_factory=list)
+    held_out: list[Example] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
+    plan: Plan | None = None
+    device_name: str = ""
+    matmul: dict[str, Any] = field(default_factory=lambda: {"used": "dtype"})
+    memory: MemoryLimits | None = None
+    checkpoint: Path | None = None  # the one to resume from
+    started: float = 0.0  # seconds since 1970
+    history: list[dict[str, float]] = field(default_factory=list)  # what the trainer logged
+    train_seconds: float = 0.0  # of optimizer steps in this process, evaluation apart
+    train_tokens: int = 0  # read in them
+    peak_gib: float = 0.0  # GPU memory that torch had in use at the most
+    is_in_step: bool = False  # a signal waits for the end of the step
+    stop_signal: int = 0  # the signal that asks the run to stop
+    published: str = ""  # which epoch became final_lora
+    learnt: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        """The folder of the results."""
+        return Path(self.settings.OUTPUT_DIR)
+
+    def logged(self, key: str) -> dict[int, float]:
+        """Return {step: value} of "loss" or "eval_loss"; the eval loss at step 0 is the base's."""
+        return {int(entry["step"]): entry[key] for entry in self.history if key in entry}
+
+
 def setting_types() -> dict[str, Any]:
     """Return {name: type} of the settings: the annotated constants of this file."""
     return typing.get_type_hints(sys.modules[__name__])
@@ -3015,6 +3022,14 @@ def beside(section: str, text: str) -> str:
 def one_line(value: Any, width: int = 200) -> str:
     """Return value as one line, shortened to width."""
     return textwrap.shorten(str(value), width, placeholder=" ...")
+
+
+def wrapped(text: str) -> str:
+    """Return text with its long lines broken at spaces, so that a terminal does not cut words."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        lines += textwrap.wrap(line, 100, break_long_words=False, break_on_hyphens=False) or [""]
+    return "\n".join(lines)
 
 
 def shorten_path(path: str, width: int) -> str:
@@ -3273,7 +3288,7 @@ def run_or_explain(do: Callable[[Job], None], job: Job) -> None:
         write_record(job, "finished" if job.published else f"{kind}: {message or repr(error)}")
         if not message:
             raise
-        print(message, file=sys.stderr)
+        print(wrapped(message), file=sys.stderr)
         raise SystemExit(status) from error
     finally:
         logging.shutdown()

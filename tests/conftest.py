@@ -1,4 +1,4 @@
-"""What the tests share: the script on the path, no network, one thread, short data, one finished run."""
+"""What the tests share: the script, no network, one thread, short data, one finished run."""
 
 import contextlib
 import gc
