@@ -145,11 +145,11 @@ MATMUL: Literal["auto", "dtype", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "a
 
 def run(job: Job) -> None:
     """Train, publish and explain one adapter."""
-    prepare(job)  # DATA, TOKENS, PLAN: everything that needs no weights
+    prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
     if job.settings.dry_run:
         report("done", "Nothing was trained. Without --dry_run, the same command trains this plan.")
         return
-    find_hardware(job)  # the GPU, and how it multiplies best
+    choose_matmul(job)  # how this GPU multiplies best
     find_checkpoint(job)  # an earlier run to resume, if there is one
     trainer = build_trainer(job)
     check_only_lora_is_trained(trainer.model, job.plan)
@@ -174,11 +174,14 @@ def prepare(job: Job) -> None:
         report("bad lines", join_limited(problems))
     else:
         warn_of_repeats(train, held_out)
+    if not settings.dry_run:
+        check_device(job)
     load_config_and_tokenizer(job)
     job.train, job.held_out = encode(job, train, held_out, problems)
     job.data = report_tokens(job)
     show_example(job.train[0], job.tokenizer)
     job.plan = make_plan(job)
+    check_multi_gpu_split(job)
 
 
 # ==== MODEL AND LORA: the heart
@@ -332,8 +335,8 @@ def build_trainer(job: Job) -> trl.SFTTrainer:
         train_dataset=to_dataset(job.train),
         eval_dataset=to_dataset(job.held_out) if job.held_out else None,
         processing_class=job.tokenizer,
-        callbacks=[training_callback(job, sampler)],
     )
+    trainer.add_callback(training_callback(job, sampler, trainer.accelerator))
     trainer.remove_callback(transformers.PrinterCallback)  # it prints dictionaries
     return trainer
 
@@ -898,8 +901,8 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
     ]
     columns = "{:<12}{:<18}{:>13}{:>10}{:>10}{:>13}".format
     lines.append(columns("target", "in layers", "W (frozen)", "A", "B", "parameters"))
-    order = {target: place for place, target in enumerate(settings.LORA_TARGET_MODULES)}
-    for key in sorted(groups, key=lambda key: (order.get(key[0], len(order)), key)):
+    order = in_order_of_settings(sorted({key[0] for key in groups}), settings)
+    for key in sorted(groups, key=lambda key: (order.index(key[0]), key)):
         target, parent, *shapes = key
         paths = tuple(f"{path}." for path in groups[key])
         count = sum(
@@ -1006,7 +1009,9 @@ def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
     return losses.view(wanted.shape)
 
 
-def training_callback(job: Job, sampler: LikeLengths) -> transformers.TrainerCallback:
+def training_callback(
+    job: Job, sampler: LikeLengths, accelerator: accelerate.Accelerator
+) -> transformers.TrainerCallback:
     """Return the callback that prints, checks, saves and stops."""
 
     class Training(transformers.TrainerCallback):
@@ -1055,7 +1060,6 @@ def training_callback(job: Job, sampler: LikeLengths) -> transformers.TrainerCal
 
         def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
             """Save every SAVE_STEPS steps, or now if any process was sent a signal."""
-            accelerator = accelerate.Accelerator()
             if job.stop_signal:
                 accelerator.set_trigger()
             if accelerator.check_trigger() and not job.stop_signal:  # another process was
@@ -1798,6 +1802,12 @@ def measure_update(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
     return found
 
 
+def in_order_of_settings(targets: list[str], settings: argparse.Namespace) -> list[str]:
+    """Return targets in the order of LORA_TARGET_MODULES, others behind them."""
+    order = {target: place for place, target in enumerate(settings.LORA_TARGET_MODULES)}
+    return sorted(targets, key=lambda target: (order.get(target, len(order)), target))
+
+
 @dataclass
 class Estimate:
     """A mean over the held-out examples, with its standard error."""
@@ -2273,9 +2283,10 @@ def draw_updates(axes: Any, job: Job) -> None:
     """Draw the size of each module's update against its W, layers across."""
     kinds = job.config.get_text_config().to_dict().get("layer_types") or []
     depth = job.config.get_text_config().num_hidden_layers
-    sizes = [[math.nan] * depth for _ in job.learnt]
-    for number, rows in enumerate(job.learnt.values()):
-        for row in rows:
+    targets = in_order_of_settings(list(job.learnt), job.settings)
+    sizes = [[math.nan] * depth for _ in targets]
+    for number, target in enumerate(targets):
+        for row in job.learnt[target]:
             sizes[number][row["layer"]] = 100 * row["update"]
     image = axes.imshow(sizes, aspect="auto", vmin=0, cmap="viridis")
     axes.patch.set(hatch="xx", edgecolor="silver")  # shows through where there is no module
@@ -2285,7 +2296,7 @@ def draw_updates(axes: Any, job: Job) -> None:
         if kind == "linear_attention":
             marks[number] += "\nD"
     axes.set_xticks(range(depth), marks, fontsize=7)
-    axes.set_yticks(range(len(sizes)), list(job.learnt))
+    axes.set_yticks(range(len(sizes)), targets)
     note = " (D: Gated DeltaNet)" if "linear_attention" in kinds else ""
     axes.set_xlabel(f"layer{note}; hatched: no such module, or not trained")
     axes.set_title("Where the model was changed")
@@ -3047,18 +3058,13 @@ def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> st
     return separator.join([*items[:limit], more])
 
 
-def find_hardware(job: Job) -> None:
-    """Check the GPU, share the work among the processes, choose the kind of products."""
-    check_device(job)
-    check_multi_gpu_split(job)
-    choose_matmul(job)
-
-
 def check_device(job: Job) -> None:
-    """Find the device, or exit and say why there is none that works."""
+    """Find the device, or exit and say why there is none that works.
+
+    This comes before the model's code is imported, which decides once whether to use fla.
+    """
     settings = job.settings
     if settings.DEVICE == "cpu":
-        forbid_gpu_packages()
         accelerate.PartialState(cpu=True)
         job.device_name = "CPU"
         report("device", "CPU")
@@ -3114,9 +3120,9 @@ def forbid_gpu_packages() -> None:
 
 def check_multi_gpu_split(job: Job) -> None:
     """Exit if several processes cannot share the examples evenly: some would be seen twice."""
-    processes = accelerate.PartialState().num_processes
-    if processes == 1:
+    if job.settings.dry_run or accelerate.PartialState().num_processes == 1:
         return
+    processes = accelerate.PartialState().num_processes
     size = step_size(job.settings)
     if size % processes or len(job.train) % size:
         raise SystemExit(
@@ -3148,6 +3154,8 @@ def set_environment(settings: argparse.Namespace) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         # Beside another busy process, waiting threads cost 245 s in place of 28.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if settings.DEVICE == "cpu" or settings.dry_run:
+        forbid_gpu_packages()
     for name in list(os.environ):
         if re.fullmatch(forget, name):
             del os.environ[name]
