@@ -1128,6 +1128,11 @@ def train(trainer: trl.SFTTrainer, job: Job) -> None:
         def on_log(self, *_: Any, **__: Any) -> None:
             """Do nothing; the training callback prints."""
 
+    if job.checkpoint and step_of(job.checkpoint) >= job.plan.steps:
+        # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
+        load_adapter(trainer.model, job.checkpoint)
+        job.history = (read_json(job.checkpoint / "trainer_state.json") or {})["log_history"]
+        return
     if trainer.pop_callback(transformers.trainer_callback.ProgressCallback):
         trainer.add_callback(QuietBar())
     if job.held_out and not job.checkpoint:
@@ -1389,12 +1394,19 @@ def begin_folder(job: Job, now: dict[str, Any]) -> None:
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
     """Return {step: path} of the checkpoints in a folder, the oldest first."""
-    found = {}
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdecimal():
-            found[int(step)] = path
-    return dict(sorted(found.items()))
+    paths = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+    return {step_of(path): path for path in sorted(paths, key=step_of)}
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a folder named checkpoint-STEP."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
+    """Give the model the adapter's weights of a checkpoint."""
+    saved = safetensors_torch.load_file(checkpoint / "adapter_model.safetensors")
+    peft.set_peft_model_state_dict(model, saved)
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -1556,8 +1568,7 @@ def choose_epoch(trainer: trl.SFTTrainer, job: Job) -> int:
     losses = job.logged("eval_loss")
     losses.pop(0, None)  # the base's
     best = min(losses, key=lambda step: losses[step])
-    saved = job.output / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors"
-    peft.set_peft_model_state_dict(trainer.model, safetensors_torch.load_file(saved))
+    load_adapter(trainer.model, job.output / "checkpoints" / f"checkpoint-{best}")
     return best
 
 
@@ -1771,8 +1782,8 @@ def report_learnt(model: peft.PeftModel, job: Job) -> None:
     top = ", ".join(str(row["layer"]) for row in rows[:3])
     report(
         "learnt",
-        f"the update alpha / r B A has {sizes[smallest]:.2g} % ({smallest}) to "
-        f"{sizes[largest]:.2g} % ({largest}) of the size of W;\n"
+        f"the update alpha / r B A has {sizes[smallest]:,.2f} % ({smallest}) to "
+        f"{sizes[largest]:,.2f} % ({largest}) of the size of W;\n"
         f"{largest}'s is largest in layers {top}",
     )
 
@@ -2523,6 +2534,8 @@ def chat(job: Job) -> None:
 
 def talk(model: peft.PeftModel, job: Job, system: str) -> None:
     """Read lines and answer them, until the input ends."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - arrow keys and history at the prompt
     turns: list[dict[str, str]] = []
     scale = 1.0
     while True:

@@ -264,7 +264,8 @@ def pretrain(
     text = model.model.language_model
     noisy = [text.embed_tokens]
     for layer in text.layers:
-        noisy += [layer.mlp, layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn]
+        mixer = layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
+        noisy += [mixer, layer.mlp]
     hooks = [module.register_forward_hook(drop) for module in noisy]
     model.model.visual.requires_grad_(False)
     learnt = list(text.parameters())
