@@ -1,0 +1,849 @@
+"""What a run measures after training: parts of the adapter, kinds, updates, samples, picture."""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import types
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from conftest import TINY, handlers_restored, write_short_data
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.generation import GenerationMixin
+
+import train_lora_single as t
+
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def record_of(output):
+    return json.loads((output / "run.json").read_text(encoding="utf-8"))
+
+
+def section(text, name):
+    """Return the lines of the sections of this name, each without its first ten columns."""
+    found = re.findall(rf"^{name:<10}.*\n(?: {{10}}.*\n)*", text, re.MULTILINE)
+    return [line[10:] for one in found for line in one.splitlines()]
+
+
+def log_of(output):
+    return (output / "all_logs.log").read_text(encoding="utf-8")
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and path.stat().st_size > 10_000
+
+
+@pytest.fixture
+def edit_lora_config(monkeypatch):
+    """Return a function that changes LoraConfig as an edit in the file would."""
+    plain = t.lora_config
+
+    def edit(**changes):
+        def edited(settings):
+            config = plain(settings).to_dict()
+            known = set(peft.LoraConfig.__dataclass_fields__)
+            return peft.LoraConfig(**{k: v for k, v in (config | changes).items() if k in known})
+
+        monkeypatch.setattr(t, "lora_config", edited)
+
+    return edit
+
+
+# ==== Two runs, measured by other means
+
+TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj", "in_proj_qkv", "out_proj"]
+
+
+def deep_config(settings):
+    """A LoraConfig in which nearly every module has a scale or rank of its own."""
+    return peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM", use_rslora=True,
+        rank_pattern={"up_proj": 6}, alpha_pattern={"q_proj": 12},
+        lora_dropout=settings.LORA_DROPOUT,
+    )  # fmt: skip
+
+
+def deep_scale(target):
+    """Return alpha / sqrt(r), as use_rslora and the two patterns above ask for."""
+    alpha, r = {"up_proj": (6, 6), "q_proj": (12, 4)}.get(target, (6, 4))
+    return alpha / math.sqrt(r)
+
+
+def make_deep_model(folder):
+    """Write a model of four layers whose replies differ with the prompt, and which samples."""
+    config = AutoConfig.from_pretrained(TINY).get_text_config()
+    config.num_hidden_layers, config.layer_types = 4, config.layer_types * 2
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if "proj" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(TINY) / name, folder)
+    by_chance = {"do_sample": True, "temperature": 5.0, "top_p": 0.99, "top_k": 50}
+    (folder / "generation_config.json").write_text(json.dumps(by_chance), encoding="utf-8")
+    return str(folder)
+
+
+def write_held_out(path):
+    """Write eleven held-out examples of four kinds, and of none, in both forms of a line."""
+    lines = (t.HERE / "data" / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = sorted(map(json.loads, lines), key=lambda row: len(json.dumps(row)))
+    chosen = []
+    for kind, count in {"false_alarm": 3, "everyday": 2, "plain": 3, "new_topic": 1}.items():
+        chosen += [row for row in rows if row["kind"] == kind][:count]
+    short, other = (row["prompt"] + row["completion"] for row in chosen[:2])
+    chosen.insert(4, {"messages": short + other[-2:]})  # two replies, and no kind
+    path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory):
+    """Run on a deeper model, with DeltaNet targets, many kinds, and seven examples measured.
+
+    Return its output, what was in memory and on disk before the evidence, and the model after it.
+    """
+    folder = tmp_path_factory.mktemp("deep")
+    model = make_deep_model(folder / "model")
+    flags = [*write_short_data(folder, train=12), "--output_dir", str(folder / "output")]
+    write_held_out(folder / "eval.jsonl")
+    flags += ["--model_name", model, "--lora_target_modules", *TARGETS, "--eval_group", "kind"]
+    flags += ["--evidence_examples", "7", "--num_samples", "2", "--max_new_tokens", "12"]
+    seen = types.SimpleNamespace(output=folder / "output", base=model)
+    load = peft.PeftModel.from_pretrained
+
+    def from_pretrained(base, path, **more):
+        seen.model = load(base, path, **more)
+        seen.memory = memory_of(seen.model)
+        seen.files = {file.name: file.read_bytes() for file in Path(path).iterdir()}
+        return seen.model
+
+    with pytest.MonkeyPatch.context() as patch, handlers_restored():
+        patch.chdir(t.HERE)
+        patch.setattr(t, "lora_config", deep_config)
+        patch.setattr(peft.PeftModel, "from_pretrained", from_pretrained)
+        t.main(flags)
+    return seen
+
+
+def memory_of(model):
+    """Return all that decides what a model computes: its tensors, and each LoRA's state."""
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = {
+        name: (dict(module.scaling), module.disable_adapters, module.merged_adapters)
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    return tensors, states
+
+
+@pytest.fixture(scope="session", params=["finished", "deep"])
+def by_hand(request):
+    """Return a run's record, and how to compute its losses without the script and without PEFT."""
+    if request.param == "finished":
+        output, name, scale_of = request.getfixturevalue("finished"), TINY, lambda _: 16 / 8
+    else:
+        run = request.getfixturevalue("deep")
+        output, name, scale_of = run.output, run.base, deep_scale
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="float32").eval()
+    weights = {key: weight.clone() for key, weight in model.state_dict().items()}
+    tensors = load_file(output / "final_lora" / TENSORS)
+    factors = {}
+    for key in [key for key in tensors if "lora_A" in key]:
+        path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        b = tensors[key.replace("lora_A", "lora_B")].double().numpy()
+        factors[path] = (scale_of(path.rpartition(".")[2]), b, tensors[key].double().numpy())
+    record = record_of(output)
+    conversations = read_conversations(record["settings"]["EVAL_FILE"])
+    tokenizer = AutoTokenizer.from_pretrained(name)
+
+    def losses(wanted=lambda path: True, strength=1.0, rank=None):
+        """Return {file:line and reply: nats per token} with these parts merged into W."""
+        merged = dict(weights)
+        for path, (scale, b, a) in factors.items():
+            if wanted(path):
+                u, s, v = np.linalg.svd(scale * b @ a, full_matrices=False)
+                update = (u[:, :rank] * s[:rank]) @ v[:rank]
+                merged[f"{path}.weight"] = weights[f"{path}.weight"] + strength * torch.tensor(
+                    update, dtype=torch.float32
+                )
+        model.load_state_dict(merged)
+        return [reply_loss(model, tokenizer, messages) for messages in conversations]
+
+    return types.SimpleNamespace(
+        record=record, output=output, losses=losses, factors=factors, weights=weights
+    )
+
+
+def read_conversations(path):
+    """Return each conversation up to a learned reply."""
+    found = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        messages = row.get("messages") or row["prompt"] + row["completion"]
+        ends = [n + 1 for n, one in enumerate(messages) if one["role"] == "assistant"]
+        found += [messages[:end] for end in (ends if "messages" in row else ends[-1:])]
+    return found
+
+
+def reply_loss(model, tokenizer, messages):
+    """Return the mean -log(probability) of a reply's tokens, one conversation at a time."""
+    prompt = render(tokenizer, messages[:-1], add_generation_prompt=True)
+    ids = prompt + tokenizer(messages[-1]["content"] + "<|im_end|>")["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    chances = logits.log_softmax(-1)[range(len(prompt) - 1, len(ids) - 1), ids[len(prompt) :]]
+    return -chances.mean().item()
+
+
+def render(tokenizer, messages, **more):
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, enable_thinking=False, **more
+    )
+    return tokenizer(text)["input_ids"]
+
+
+def test_each_held_out_example_has_its_loss_in_nats_per_learned_token(by_hand):
+    rows = by_hand.record["evidence"]["losses"]
+    assert [row["adapter"] for row in rows] == pytest.approx(by_hand.losses(), abs=1e-4)
+    base = by_hand.losses(lambda path: False)
+    assert [row["base"] for row in rows] == pytest.approx(base, abs=1e-4)
+    assert abs(np.mean(base) - np.mean(by_hand.losses())) > 0.02
+
+
+def in_layers(first, last):
+    return lambda path: first <= int(re.search(r"layers\.(\d+)\.", path)[1]) <= last
+
+
+DEEP_PARTS = {
+    "attention alone": lambda path: "self_attn" in path,
+    "feed-forward alone": lambda path: "mlp" in path,
+    "DeltaNet alone": lambda path: "linear_attn" in path,
+    "layer 0 alone": in_layers(0, 0),
+    "layer 1 alone": in_layers(1, 1),
+    "layers 2 to 3 alone": in_layers(2, 3),
+}
+
+
+def expected_parts(by_hand):
+    """Return {label: arguments of losses()}, in the order of the table."""
+    is_deep = by_hand.record["settings"]["LORA_TARGET_MODULES"] == TARGETS
+    table = {"as trained": {}, "base": {"wanted": lambda path: False}}
+    for strength in (0.5, 0.75, 1.25, 1.5, 2):
+        table[f"update x {strength}"] = {"strength": strength}
+    names = DEEP_PARTS if is_deep else [*DEEP_PARTS][:2]  # too few layers for thirds
+    table |= {name: {"wanted": DEEP_PARTS[name]} for name in names}
+    for rank in (3, 1) if is_deep else (4, 2, 1):  # of 6 and of 8
+        table[f"cut to {rank} direction{'s' * (rank > 1)}"] = {"rank": rank}
+    return table
+
+
+def test_each_part_has_the_loss_of_weights_merged_by_hand(by_hand):
+    evidence = by_hand.record["evidence"]
+    everywhere = [row["where"] for row in evidence["losses"]]
+    chosen = [everywhere.index(where) for where in evidence["where"]]
+    tokens = np.array([evidence["losses"][number]["tokens"] for number in chosen])
+    expected = expected_parts(by_hand)
+    assert [*evidence["parts"]] == [*expected]
+    for label, how in expected.items():
+        losses = np.array(by_hand.losses(**how))[chosen]
+        part = evidence["parts"][label]
+        assert part["losses"] == pytest.approx(losses, abs=1e-4), label
+        assert part["loss"] == pytest.approx((losses * tokens).sum() / tokens.sum(), abs=1e-4)
+
+
+def standard_error(numerators, denominators):
+    """Return the error of a ratio of sums, as Cochran writes it (Sampling Techniques, 6.4)."""
+    y, x = np.array(numerators), np.array(denominators)
+    n, value = len(y), y.sum() / x.sum()
+    return math.sqrt(((y - value * x) ** 2).sum() / (n - 1) / n) / abs(x.mean())
+
+
+def test_shares_differences_and_errors_follow_from_the_examples_losses(by_hand):
+    evidence = by_hand.record["evidence"]
+    tokens = {row["where"]: row["tokens"] for row in evidence["losses"]}
+    if len(tokens) < len(evidence["losses"]):
+        tokens = {}  # a line with several replies; told apart below
+    rows = {row["base"]: row["tokens"] for row in evidence["losses"]}
+    parts = evidence["parts"]
+    n = np.array([rows[loss] for loss in parts["base"]["losses"]])
+    base, trained = (np.array(parts[name]["losses"]) * n for name in ("base", "as trained"))
+    for label, part in parts.items():
+        losses = np.array(part["losses"]) * n
+        change, kept = losses - trained, base - losses
+        assert part["change"]["value"] == pytest.approx(change.sum() / n.sum())
+        assert part["change"]["error"] == pytest.approx(standard_error(change, n))
+        share = kept.sum() / (base - trained).sum()
+        assert part["kept"]["value"] == pytest.approx(share)
+        error = standard_error(kept, base - trained)
+        assert part["kept"]["error"] == pytest.approx(error, abs=1e-12)
+        assert part["better_on"] == (losses < trained).sum(), label
+
+
+def test_the_printed_table_holds_these_numbers(by_hand):
+    text = log_of(by_hand.output)
+    lines = section(text, "evidence")
+    assert max(map(len, text.splitlines())) <= 100
+    for label, part in by_hand.record["evidence"]["parts"].items():
+        name = {"base": "base model"}.get(label, label)
+        (line,) = [line for line in lines if line.startswith(f"{name}  ")]
+        wanted = [f"{part['loss']:.4f}"]
+        if label != "as trained":
+            change = part["change"]
+            wanted += [f"{change['value']:+.4f} ± {change['error']:.4f}"]
+            wanted += [f"{part['better_on']}/{len(part['losses'])}"]
+        if label not in ("as trained", "base"):
+            kept = part["kept"]
+            wanted += [f"{100 * kept['value']:.1f} ± {100 * kept['error']:.1f} %"]
+        rest = f"{line[len(name) :]} "
+        assert all(f" {number} " in rest for number in wanted), (line, wanted)
+
+
+def test_at_most_evidence_examples_are_measured_and_it_is_said(deep):
+    evidence = record_of(deep.output)["evidence"]
+    assert len(evidence["losses"]) == evidence["examples"] == 11
+    assert len(evidence["where"]) == 7
+    assert {len(part["losses"]) for part in evidence["parts"].values()} == {7}
+    assert re.search(r"^ {10}measured on 7 held-out examples in \d+ s$", log_of(deep.output), re.M)
+
+
+def test_disabling_the_adapter_gives_the_base_models_losses(deep):
+    tokenizer = AutoTokenizer.from_pretrained(deep.base)
+    record = record_of(deep.output)
+    conversations = read_conversations(record["settings"]["EVAL_FILE"])
+    with deep.model.disable_adapter():
+        losses = [reply_loss(deep.model, tokenizer, one) for one in conversations]
+    assert [row["base"] for row in record["evidence"]["losses"]] == pytest.approx(losses, abs=1e-4)
+
+
+def assert_untouched(run):
+    """Fail unless the adapter in memory and on disk is to the bit what it was."""
+    (tensors, states), (before, states_before) = memory_of(run.model), run.memory
+    assert states == states_before and tensors.keys() == before.keys()
+    assert [name for name in tensors if not tensors[name].equal(before[name])] == []
+    for name, content in run.files.items():
+        if name != "README.md":  # the model card gets the losses
+            assert (run.output / "final_lora" / name).read_bytes() == content, name
+
+
+def test_after_the_evidence_the_adapter_is_to_the_bit_what_it_was(deep):
+    assert_untouched(deep)
+
+
+# ==== The estimator
+
+
+def test_ratio_is_cochrans_on_fixed_numbers():
+    numerators, denominators = [1.0, -2.0, 4.5, 0.5], [3.0, 1.0, 8.0, 4.0]
+    found = t.ratio(numerators, denominators)
+    assert found.value == 0.25
+    # The residuals are 0.25, -2.25, 2.5 and -0.5, whose squares sum to 11.625.
+    assert found.error == pytest.approx(math.sqrt(11.625 / 3 / 4) / 4, rel=1e-12)
+    assert found.error == pytest.approx(standard_error(numerators, denominators), rel=1e-12)
+
+
+def test_ratios_error_is_that_of_a_bootstrap_over_examples():
+    random = np.random.default_rng(5)
+    tokens = random.integers(10, 90, 150).astype(float)
+    change = tokens * random.normal(-0.3, 0.4, 150)
+    found = t.ratio([*change], [*tokens])
+    picks = random.integers(0, 150, (4000, 150))
+    resampled = change[picks].sum(1) / tokens[picks].sum(1)
+    assert found.error == pytest.approx(resampled.std(), rel=0.08)
+    assert found.is_clear and abs(found.value) > 2 * found.error
+
+
+def test_one_example_bears_nothing():
+    found = t.ratio([-5.0], [10.0])
+    assert found.value == -0.5 and found.error == math.inf and not found.is_clear
+
+
+@pytest.mark.parametrize(("value", "clear"), [(0.21, True), (-0.21, True), (0.19, False)])
+def test_a_difference_is_clear_beyond_twice_its_error(value, clear):
+    assert t.Estimate(value, 0.1).is_clear is clear
+
+
+# ==== The sentences under the table
+
+
+def conclusions(gain=(1.0, 0.01), only_lora=True, plain=True, **parts):
+    """Return the sentences on a made-up table, as one text.
+
+    Each part is the share of the gain that it keeps, or (share, its error); a gain of 1 makes the
+    difference to the trained adapter 1 - share.
+    """
+    rows = {}
+    for label, share in ({"as trained": 1.0, "base": 0.0} | parts).items():
+        value, error = share if isinstance(share, tuple) else (share, 0.002)
+        rows[label] = {
+            "loss": 3 - value,
+            "kept": {"value": value, "error": error},
+            "change": {"value": 1 - value, "error": error},
+            "better_on": 0,
+            "losses": [],
+        }
+    plan = argparse.Namespace(max_rank=8, only_lora=only_lora, plain=plain)
+    return "\n".join(t.conclusions(rows, t.Estimate(*gain), argparse.Namespace(plan=plan)))
+
+
+SCALES = {f"update x {scale}": 0.9 for scale in ("0.5", "0.75", "1.25", "1.5", "2")}
+
+
+def test_an_update_that_is_better_weaker_went_too_far():
+    text = conclusions(**SCALES | {"update x 0.75": 1.06, "update x 0.5": 1.03})
+    assert "alpha: at x 0.75 " in text and "6 % more of the gain" in text
+    assert "too far" in text and "lower LEARNING_RATE" in text and "smaller LORA_ALPHA" in text
+
+
+def test_an_update_that_is_better_stronger_stopped_short():
+    text = conclusions(**SCALES | {"update x 1.5": 1.2, "update x 2": 1.1})
+    assert "alpha: at x 1.5 " in text and "20 % more of the gain" in text
+    assert "stopped short" in text and "higher LEARNING_RATE" in text
+
+
+@pytest.mark.parametrize("share", [0.99, 1.015, (1.3, 0.2), (1.03, 0.016)])
+def test_a_strength_that_is_hardly_or_not_clearly_better_is_not_named(share):
+    text = conclusions(**SCALES | {"update x 1.25": share})
+    assert "alpha: no other strength" in text and "1.25" not in text
+    assert "too far" not in text and "short" not in text
+
+
+def test_one_group_of_targets_that_keeps_the_gain_is_named():
+    groups = {"attention alone": 0.7, "feed-forward alone": 0.995, "DeltaNet alone": 0.4}
+    text = conclusions(**groups)
+    assert "targets: " in text and "feed-forward alone keeps all" in text
+
+
+def test_where_no_group_keeps_the_gain_each_ones_share_is_told():
+    groups = {"attention alone": 0.7, "feed-forward alone": 0.9, "DeltaNet alone": 0.4}
+    text = conclusions(**groups)
+    assert all(word in text for word in ("attention 70%", "feed-forward 90%", "DeltaNet 40%"))
+    assert "no group keeps the whole gain" in text
+
+
+def test_a_group_that_is_better_alone_is_not_said_to_lose():
+    text = conclusions(**{"attention alone": 1.1, "feed-forward alone": 0.5})
+    assert "no group keeps" not in text
+
+
+def cuts(four, two, one):
+    return {"cut to 4 directions": four, "cut to 2 directions": two, "cut to 1 direction": one}
+
+
+def test_the_smallest_cut_that_loses_nothing_is_named_with_its_limit():
+    text = conclusions(**cuts(1.001, 0.99, 0.9))
+    assert "r: cut to 2 of its 8 directions" in text and "loses nothing" in text
+    assert "another run" in text  # a smaller r that is trained was not tried
+
+
+def test_where_every_cut_loses_a_larger_r_may_be_worth_a_run():
+    text = conclusions(**cuts(0.9, 0.8, 0.5))
+    assert "r: cut to 4 of its 8 directions" in text and "larger LORA_R" in text
+
+
+def test_a_cut_that_is_clearly_better_does_not_lose():
+    text = conclusions(**cuts(1.1, 1.05, 0.6))
+    assert "r: cut to 2 of" in text and "larger LORA_R" not in text
+
+
+def test_a_large_loss_that_is_not_clear_is_not_said_to_be_nothing():
+    """With few examples half of the gain may be lost, and nobody could tell."""
+    text = conclusions(**cuts(0.97, 0.9, (0.5, 0.3)))
+    assert "cut to 1 of" not in text
+    text = conclusions(**{"attention alone": (0.6, 0.3), "feed-forward alone": 0.5})
+    assert "attention alone keeps all" not in text
+
+
+@pytest.mark.parametrize("gain", [(0.01, 0.02), (-0.5, 0.01)])
+def test_without_a_clear_gain_nothing_is_said_of_the_parts(gain):
+    text = conclusions(gain, **SCALES | cuts(1, 1, 1), **{"update x 1.25": 1.5})
+    assert "not better than the base model" in text
+    assert not re.search("^(alpha|r|targets):", text, re.MULTILINE)
+
+
+def test_a_run_that_hardly_trained_is_told_so(deep):
+    """A real table: the sentences in the log are those of its numbers."""
+    record = record_of(deep.output)
+    text = " ".join(section(log_of(deep.output), ""))
+    assert len(re.findall(r"(?:^| )(?:alpha|targets|r): ", text)) <= 3
+    assert record["evidence"]["adapter"] < record["evidence"]["base"]
+
+
+# ==== Kinds, and the worst examples
+
+
+def test_kinds_have_examples_losses_difference_and_error(deep):
+    losses = record_of(deep.output)["evidence"]["losses"]
+    head, *lines = section(log_of(deep.output), "kinds")
+    assert head.startswith("kind ") and "better on" in head
+    expected = {}
+    for row in losses:
+        expected.setdefault(row["group"] or "(none)", []).append(row)
+    sizes = {name: len(rows) for name, rows in expected.items()}
+    assert sizes == {"false_alarm": 3, "everyday": 2, "(none)": 2, "plain": 3, "new_topic": 1}
+    assert [sizes[line.split()[0]] for line in lines] == [3, 3, 2, 2, 1]  # the largest first
+    for line in lines:
+        rows = expected.pop(line.split()[0])
+        n, base, adapter = (np.array([r[key] for r in rows]) for key in ("tokens", "base", "adapter"))
+        before, after = (base * n).sum() / n.sum(), (adapter * n).sum() / n.sum()
+        numbers = [f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"]
+        if len(rows) > 1:
+            numbers[-1] += f" ± {standard_error((adapter - base) * n, n):.4f}"
+        numbers += [f"{(adapter < base).sum()}/{len(rows)}"]
+        assert line.split(maxsplit=2)[2].split() == " ".join(numbers).split()
+    assert not expected
+
+
+def test_the_three_worst_examples_are_named_by_file_and_line(deep):
+    losses = record_of(deep.output)["evidence"]["losses"]
+    worst = sorted(losses, key=lambda row: row["base"] - row["adapter"])[:3]
+    _, *lines = section(log_of(deep.output), "worst")
+    changes = [f"{row['where']} ({row['adapter'] - row['base']:+.2f})" for row in worst]
+    assert lines == changes and all(re.match(r"\S+eval\.jsonl:\d+ ", line) for line in lines)
+
+
+# ==== The size of the updates
+
+
+def update_by_hand(update, weight):
+    """Return size against W, and directions, by numpy's SVD of the whole product."""
+    energy = np.linalg.svd(update, compute_uv=False) ** 2
+    shares = energy.cumsum() / energy.sum()
+    size = np.linalg.norm(update) / np.linalg.norm(weight)
+    return {"update": size, "directions": int((shares < 0.9).sum()) + 1}
+
+
+def test_run_json_tells_each_modules_update_as_numpys_svd_does(by_hand):
+    learnt = by_hand.record["learnt"]
+    expected = {}
+    for path, (scale, b, a) in by_hand.factors.items():
+        weight = by_hand.weights[f"{path}.weight"].double().numpy()
+        key = path.rpartition(".")[2], int(re.search(r"layers\.(\d+)\.", path)[1])
+        expected[key] = update_by_hand(scale * b @ a, weight)
+    found = {(target, row["layer"]): row for target, rows in learnt.items() for row in rows}
+    assert found.keys() == expected.keys()
+    for key, row in found.items():
+        assert {name: row[name] for name in expected[key]} == pytest.approx(expected[key], rel=1e-5)
+
+
+def test_the_printed_line_names_the_smallest_and_largest_update(by_hand):
+    learnt = by_hand.record["learnt"]
+    means = {target: np.mean([row["update"] for row in rows]) for target, rows in learnt.items()}
+    text = "\n".join(section(log_of(by_hand.output), "learnt"))
+    for target in (min(means, key=means.get), max(means, key=means.get)):
+        assert f"{100 * means[target]:.2g} % ({target})" in text
+
+
+def small_net(shapes, dtype=torch.float32, **lora):
+    """Return LoRA with random A and B over one up_proj of d x k a layer, and these modules."""
+    model = torch.nn.Module()
+    layers = [torch.nn.ModuleDict({"up_proj": torch.nn.Linear(k, d, bias=False)}) for d, k in shapes]
+    model.layers = torch.nn.ModuleList(layers)
+    config = peft.LoraConfig(target_modules=["up_proj"], **lora)
+    adapted = peft.get_peft_model(model.to(dtype), config)
+    modules = [layer["up_proj"] for layer in adapted.base_model.model.layers]
+    for module in modules:
+        torch.nn.init.normal_(module.lora_B["default"].weight)
+    return adapted, modules
+
+
+@pytest.mark.parametrize(("r", "alpha"), [(8, 16), (1, 4), (50, 50)])
+def test_updates_of_any_shape_and_rank_are_measured(r, alpha):
+    """Also where r is larger than the matrix, and W is in bfloat16."""
+    torch.manual_seed(1)
+    model, modules = small_net([(40, 50), (3, 30), (30, 3)], torch.bfloat16, r=r, lora_alpha=alpha)
+    rows = t.measure_update(model)["up_proj"]
+    for number, (row, module) in enumerate(zip(rows, modules, strict=True)):
+        weight = module.get_base_layer().weight.detach().double().numpy()
+        a, b = (
+            matrix["default"].weight.detach().double().numpy()
+            for matrix in (module.lora_A, module.lora_B)
+        )
+        expected = {"layer": number} | update_by_hand(alpha / r * b @ a, weight)
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_large_w_in_bfloat16_is_measured_in_float64():
+    """Float32 sums of so many squares lose a thousandth."""
+    torch.manual_seed(2)
+    model, (module,) = small_net([(4096, 4096)], torch.bfloat16, r=1, lora_alpha=1)
+    (row,) = t.measure_update(model)["up_proj"]
+    a, b = (m["default"].weight.double().norm() for m in (module.lora_A, module.lora_B))
+    weight = module.get_base_layer().weight.double().norm()
+    assert row["update"] == pytest.approx((a * b / weight).item(), rel=1e-5)
+
+
+def test_no_update_has_size_0_and_no_directions():
+    model, (module,) = small_net([(40, 50)], r=8, lora_alpha=16)
+    module.lora_B["default"].weight.data.zero_()
+    assert t.measure_update(model) == {"up_proj": [{"layer": 0, "update": 0, "directions": 0}]}
+
+
+# ==== samples.md
+
+
+def read_samples(output):
+    """Return [(heading, {who: text})] of samples.md; a line out of place is an error."""
+    found = []
+    for line in (output / "samples.md").read_text(encoding="utf-8").splitlines()[3:]:
+        if line.startswith("## "):
+            found.append((line[3:], {}))
+        elif bold := re.fullmatch(r"\*\*(.+)\*\*", line):
+            who = found[-1][1].setdefault(bold[1], [])
+        elif line.startswith("> "):
+            who.append(line[2:])
+        else:
+            assert not line, f"out of place: {line!r}"
+    return [(head, {who: "\n".join(text) for who, text in said.items()}) for head, said in found]
+
+
+def test_samples_show_one_of_each_kind_though_fewer_are_asked_for(deep):
+    losses = record_of(deep.output)["evidence"]["losses"]
+    first = {}
+    for row in losses:
+        first.setdefault(row["group"], f"{row['where']} {row['group']}".rstrip())
+    assert [head for head, _ in read_samples(deep.output)] == [*first.values()]
+    assert len(first) == 5
+
+
+def greedy(model, tokenizer, ids, limit):
+    """Return the likeliest reply to one prompt, without generate() and its cache."""
+    new = []
+    with torch.no_grad():
+        while len(new) < limit and tokenizer.eos_token_id not in new:
+            logits = model(input_ids=torch.tensor([ids + new])).logits[0, -1]
+            (best, second), (token, _) = logits.topk(2)
+            assert best - second > 1e-5, "rounding could change this choice: take another seed"
+            new.append(token.item())
+    text = tokenizer.decode(new, skip_special_tokens=True).strip()
+    return text if tokenizer.eos_token_id in new else f"{text} [cut here]"
+
+
+def test_samples_are_what_base_and_adapter_say_to_one_prompt_at_a_time(deep):
+    """The script sends prompts of several lengths as one batch, padded on the left."""
+    tokenizer = AutoTokenizer.from_pretrained(deep.base)
+    record = record_of(deep.output)
+    conversations = dict(
+        zip(
+            [row["base"] for row in record["evidence"]["losses"]],
+            read_conversations(record["settings"]["EVAL_FILE"]),
+            strict=True,
+        )
+    )
+    chosen = {}
+    for row in record["evidence"]["losses"]:
+        chosen.setdefault(row["group"], conversations[row["base"]])
+    base = AutoModelForCausalLM.from_pretrained(deep.base, dtype="float32").eval()
+    prompts = [render(tokenizer, one[:-1], add_generation_prompt=True) for one in chosen.values()]
+    assert len({len(ids) for ids in prompts}) > 2
+    replies = {"base model": [greedy(base, tokenizer, ids, 12) for ids in prompts]}
+    model = peft.PeftModel.from_pretrained(base, deep.output / "final_lora").eval()
+    replies["adapter"] = [greedy(model, tokenizer, ids, 12) for ids in prompts]
+    assert len({*replies["base model"], *replies["adapter"]}) > 4
+    for number, (_, said) in enumerate(read_samples(deep.output)):
+        messages = [*chosen.values()][number]
+        assert said["user"] == messages[-2]["content"]
+        assert said["reference reply"] == messages[-1]["content"]
+        for who, texts in replies.items():
+            assert said[who].split() == texts[number].split(), who
+
+
+def habits_by_hand(texts):
+    stopped = sum(not text.endswith("[cut here]") for text in texts)
+    words = [text.removesuffix("[cut here]").lower().split() for text in texts]
+    triples = [[tuple(w[n : n + 3]) for n in range(len(w) - 2)] for w in words]
+    count, different = sum(map(len, triples)), sum(len({*one}) for one in triples)
+    share = 1 - different / count if count else 0
+    return {"stopped": stopped, "words": sum(map(len, words)) / len(words), "repeated": share}
+
+
+def test_the_habits_are_those_of_the_replies_in_samples_md(deep):
+    lines = log_of(deep.output).splitlines()
+    samples = [said for _, said in read_samples(deep.output)]
+    for who, name in (("base model", "base"), ("adapter", "adapter")):
+        expected = habits_by_hand([said[who] for said in samples])
+        assert record_of(deep.output)["samples"][name] == pytest.approx(expected)
+        (line,) = [line for line in lines if re.match(rf" {{10}}{name} .* of \d", line)]
+        numbers = f"{expected['stopped']} of {len(samples)} {expected['words']:.0f}"
+        assert line.split()[1:] == [*numbers.split(), f"{expected['repeated']:.0%}"]
+
+
+REPLIES = [  # as the model says them, and as they must be read in samples.md
+    ("Well then, well then, well then, good night.<|im_end|>", None),
+    ("one that goes on and", "one that goes on and [cut here]"),
+    ("# no heading\n**adapter**\n```\n> quote<|im_end|>", None),
+]
+
+
+def test_replies_are_quoted_those_cut_are_marked_and_repeats_are_counted(
+    flags, tmp_path, monkeypatch
+):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    replies = [tokenizer(text)["input_ids"] for text, _ in REPLIES]
+
+    def generate(self, ids, config, **more):
+        assert len(ids) == len(REPLIES) and config.max_new_tokens == 77
+        width = max(map(len, replies))
+        padded = [reply + [config.pad_token_id] * (width - len(reply)) for reply in replies]
+        padded[1] = replies[1] + replies[1][-1:] * 0 + [tokenizer.convert_tokens_to_ids("Ġand")] * (
+            width - len(replies[1])
+        )
+        return torch.cat([ids, torch.tensor(padded)], 1)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    t.main([*flags, "--num_samples", "3", "--max_new_tokens", "77", "--max_steps", "1"])
+    samples = read_samples(tmp_path / "output")
+    assert [said["adapter"] for _, said in samples] != []
+    first, second, third = (said["adapter"] for _, said in samples)
+    assert first == "Well then, well then, well then, good night."
+    assert second.startswith("one that goes on and") and second.endswith(" and [cut here]")
+    assert third == REPLIES[2][0].removesuffix("<|im_end|>")
+    habits = record_of(tmp_path / "output")["samples"]["adapter"]
+    assert habits == pytest.approx(habits_by_hand([first, second, third]))
+    assert habits["stopped"] == 2 and habits["repeated"] > 0.2
+
+
+# ==== lora.png, and LoRA that cannot be taken apart
+
+
+def drawn_run(tmp_path, *more, train=4, held_out=3):
+    """Run one step, with everything on; return its output and what it printed."""
+    flags = [*write_short_data(tmp_path, train=train, held_out=held_out), "--num_epochs", "1"]
+    flags += ["--output_dir", str(tmp_path / "output"), "--evidence_examples", "9", *more]
+    t.main(flags)
+    return tmp_path / "output", log_of(tmp_path / "output")
+
+
+def test_the_picture_of_a_whole_run_is_a_png(finished, deep):
+    assert is_png(finished / "lora.png") and is_png(deep.output / "lora.png")
+
+
+def test_without_held_out_data_nothing_is_measured_but_updates(tmp_path):
+    output, text = drawn_run(tmp_path, held_out=0)
+    assert is_png(output / "lora.png") and "\nwarning" not in text
+    assert "there is no EVAL_FILE" in "".join(section(text, "evidence"))
+    record = record_of(output)
+    assert record["learnt"] and not record["evidence"] and not (output / "samples.md").exists()
+
+
+def test_evidence_examples_0_measures_no_parts_but_each_examples_loss(tmp_path):
+    output, text = drawn_run(tmp_path, "--evidence_examples", "0", "--eval_group", "")
+    evidence = record_of(output)["evidence"]
+    assert is_png(output / "lora.png") and "\nwarning" not in text
+    assert "parts" not in evidence and len(evidence["losses"]) == 3
+    assert "update x" not in text and not section(text, "kinds") and len(section(text, "worst")) == 4
+
+
+def test_a_single_held_out_example_bears_no_error(tmp_path):
+    output, text = drawn_run(tmp_path, held_out=1)
+    assert is_png(output / "lora.png") and "\nwarning" not in text and "nan" not in text
+    assert "parts say nothing" in text
+    assert record_of(output)["evidence"]["parts"]["base"]["change"]["error"] == "inf"
+
+
+def test_one_layer_with_one_target_is_drawn(tmp_path, edit_lora_config):
+    edit_lora_config(layers_to_transform=[1], target_modules=["q_proj"])
+    output, text = drawn_run(tmp_path)
+    parts = record_of(output)["evidence"]["parts"]
+    assert is_png(output / "lora.png") and "\nwarning" not in text
+    assert not [label for label in parts if label.endswith("alone")]
+    assert "update x 2" in parts and "cut to 1 direction" in parts
+
+
+def test_dora_is_switched_off_by_parts_but_neither_scaled_nor_cut(tmp_path, edit_lora_config):
+    edit_lora_config(use_dora=True)
+    output, text = drawn_run(tmp_path)
+    record = record_of(output)
+    assert is_png(output / "lora.png") and "\nwarning" not in text
+    assert [*record["evidence"]["parts"]] == [
+        "as trained", "base", "attention alone", "feed-forward alone",
+    ]  # fmt: skip
+    assert not record["learnt"] and "plain LoRA" in "".join(section(text, "learnt"))
+    assert "neither scaled nor cut" in text or "parts say nothing" in text
+
+
+def test_dora_on_one_layer_is_drawn(tmp_path, edit_lora_config):
+    edit_lora_config(use_dora=True, layers_to_transform=[1], target_modules=["q_proj"])
+    output, text = drawn_run(tmp_path, "--num_samples", "0")
+    assert is_png(output / "lora.png") and "\nwarning" not in text
+    assert [*record_of(output)["evidence"]["parts"]] == ["as trained", "base"]
+
+
+def test_fully_trained_modules_are_not_taken_apart(tmp_path, edit_lora_config):
+    edit_lora_config(modules_to_save=["norm"])
+    output, text = drawn_run(tmp_path)
+    assert is_png(output / "lora.png") and "\nwarning" not in text
+    assert [*record_of(output)["evidence"]["parts"]] == ["as trained", "base"]
+    assert "not taken apart" in text or "parts say nothing" in text
+
+
+@pytest.mark.parametrize(
+    ("only_lora", "plain", "said"),
+    [(True, False, "neither scaled nor cut"), (False, False, "not taken apart")],
+)
+def test_one_sentence_says_what_is_not_measured(only_lora, plain, said):
+    text = conclusions(only_lora=only_lora, plain=plain)
+    assert said in text and len(text.splitlines()) == 1
+
+
+# ==== An error costs nothing
+
+
+def test_an_error_in_every_part_is_a_warning_and_the_adapter_is_whole(
+    flags, tmp_path, monkeypatch, capsys
+):
+    def fails(error):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    losses = t.example_losses
+
+    def example_losses(model, job, examples, title):
+        if title == "base":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(model, job, examples, title)
+
+    monkeypatch.setattr(t, "example_losses", example_losses)
+    monkeypatch.setattr(torch.linalg, "svdvals", fails(torch.linalg.LinAlgError("no convergence")))
+    monkeypatch.setattr(GenerationMixin, "generate", fails(IndexError("a bug upstream")))
+    picture = fails(OSError(28, "No space left"))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", picture)
+    t.main(flags)  # exits with no status
+    output, text = tmp_path / "output", capsys.readouterr().out
+    warnings = section(text, "warning")
+    errors = ["no convergence", "out of memory", "a bug upstream", "No space left"]
+    for error, line in zip(errors, warnings, strict=True):
+        assert error in line and "the adapter is whole" in line
+    assert "Traceback" in log_of(output) and "Traceback" not in text
+    assert record_of(output)["outcome"] == "finished" and section(text, "done")
+    assert not (output / "lora.png").exists() and not (output / "samples.md").exists()
+    base = AutoModelForCausalLM.from_pretrained(TINY)
+    peft.PeftModel.from_pretrained(base, output / "final_lora")
+
+
+@pytest.mark.parametrize("label", ["update x 0.5", "feed-forward alone", "cut to 2 directions"])
+def test_an_error_amid_a_changed_adapter_changes_it_back(deep, label, monkeypatch):
+    losses = t.example_losses
+
+    def example_losses(model, job, examples, title):
+        if title == label:
+            raise RuntimeError(f"in {title}")
+        return losses(model, job, examples, title)
+
+    layers = {
+        name: module
+        for name, module in deep.model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    del losses, example_losses, layers

@@ -1,0 +1,196 @@
+"""What the tests of the plan, of training, memory and products share."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import accelerate
+import torch
+import trl
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import train_lora_single as t
+
+ADAPTER = "final_lora/adapter_model.safetensors"
+# float32 rounds by 6e-8; sums of thousands of terms, in another order, differ by less than this.
+ROUNDING = 1e-4
+
+
+# ---- commands and what they leave ---------------------------------------------------------------
+
+
+def refused(capfd, flags, main=t.main):
+    """Return what the command says as it fails with status 1 and without a traceback."""
+    capfd.readouterr()
+    with contextlib.suppress(SystemExit):
+        main(flags)
+        raise AssertionError("the command was not refused")
+    error = sys.exc_info()
+    assert error == (None, None, None)
+    text = capfd.readouterr().err
+    assert text.strip() and "Traceback" not in text
+    return text
+
+
+def read_record(output):
+    """Return run.json, which must be valid JSON: NaN is no number there."""
+
+    def refuse(word):
+        raise AssertionError(f"run.json holds {word}")
+
+    return json.loads((output / "run.json").read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def logged(history, key):
+    """Return the values of key in a trainer's log, in order."""
+    return [entry[key] for entry in history if key in entry]
+
+
+def edited_script(folder, *changes):
+    """Return a copy of the script as a module, with each (old, new) text changed once."""
+    text = Path(t.__file__).read_text(encoding="utf-8")
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = folder / "edited_script.py"
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("edited_script", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["edited_script"] = module  # where the module looks for its own settings
+    spec.loader.exec_module(module)
+    return module
+
+
+def changed_model(folder, new, change):
+    """Return the path of a copy of a model's folder whose tensors are changed."""
+    shutil.copytree(folder, new)
+    tensors = load_file(new / "model.safetensors")
+    change(tensors)
+    save_file(tensors, new / "model.safetensors", {"format": "pt"})
+    return str(new)
+
+
+# ---- jobs and trainers that have not begun ------------------------------------------------------
+
+
+def prepared(flags):
+    """Return a job as it is before the weights are loaded."""
+    job = t.Job(t.parse_settings(flags))
+    with contextlib.redirect_stdout(io.StringIO()):
+        t.prepare(job)
+    accelerate.PartialState(cpu=True)
+    t.choose_matmul(job)
+    return job
+
+
+def give_examples(job, lengths, seed=0):
+    """Give a job made-up examples of these lengths, of which the second half is learned."""
+    numbers = random.Random(seed)
+    job.train = []
+    for length in lengths:
+        ids = [numbers.randrange(10, 2000) for _ in range(length)]
+        job.train.append(t.Example("made up", [], "", ids[: length // 2], ids[length // 2 :]))
+    job.plan = t.make_plan(job)
+
+
+def on_trainer(monkeypatch, change):
+    """Have change(trainer) called as soon as TRL has made its trainer and injected LoRA."""
+    real = trl.SFTTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        change(self)
+
+    monkeypatch.setattr(trl.SFTTrainer, "__init__", init)
+
+
+def lora(model):
+    """Return LoRA's parameters by their names."""
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def set_b(model):
+    """Give LoRA an effect: B is zero at first, and A has no gradient then."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in lora(model).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+
+
+def is_recomputing(model):
+    """Return whether the layers recompute their activations: all of them, or none."""
+    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    (flag,) = {layer.gradient_checkpointing for layer in layers}
+    return flag
+
+
+class Recorder(TrainerCallback):
+    """What a trainer's model is given in each pass, and what its steps do."""
+
+    def __init__(self, trainer):
+        self.model, self.trained, self.evaluated = trainer.model, [], []
+        self.gradients, self.rates, self.weights, self.optimizer = [], [], [], None
+        self.handles = [
+            trainer.model.register_forward_pre_hook(self.before, with_kwargs=True),
+            trainer.model.register_forward_hook(self.after, with_kwargs=True),
+        ]
+        trainer.add_callback(self)
+
+    def before(self, model, args, inputs):
+        assert not args
+        ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].bool()
+        given = {"rows": [row[one].tolist() for row, one in zip(ids, mask, strict=True)]}
+        given |= {"size": ids.numel(), "keys": set(inputs), "mask": mask.clone()}
+        given["is_recomputed"] = is_recomputing(model)
+        (self.trained if model.training else self.evaluated).append(given)
+
+    def after(self, model, args, inputs, output):
+        passes = self.trained if model.training else self.evaluated
+        passes[-1]["scored"] = output.logits.shape[1]
+        passes[-1]["cached"] = output.get("past_key_values") is not None
+
+    def on_pre_optimizer_step(self, *_, optimizer, **__):
+        self.optimizer = optimizer
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.gradients.append({n: p.grad.clone() for n, p in lora(self.model).items()})
+        self.weights.append({n: p.detach().clone() for n, p in lora(self.model).items()})
+
+
+def rows_of(passes):
+    """Return all rows of some passes, without their padding, which must be on the right."""
+    for one in passes:
+        for mask in one["mask"].tolist():
+            assert mask == sorted(mask, reverse=True)
+    return [row for one in passes for row in one["rows"]]
+
+
+# ---- losses by other means ----------------------------------------------------------------------
+
+
+def token_loss(model, examples):
+    """Return the mean cross-entropy over the learned tokens, row by row, in float64."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            n = len(example.reply_ids)
+            logits = model(input_ids=torch.tensor([example.input_ids])).logits[0, -n - 1 : -1]
+            targets = torch.tensor(example.reply_ids)
+            loss = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum")
+            total, count = total + loss.item(), count + n
+    return total / count
+
+
+def assert_near(gradients, expected, share=ROUNDING):
+    """Compare gradients by name, each against the size of its largest element."""
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        largest = expected[name].abs().max().item()
+        assert largest > 0, name
+        assert (gradient - expected[name]).abs().max().item() <= share * largest, name
