@@ -55,17 +55,17 @@ FORGETTING = [0.02, 0.2]  # what a DeltaNet layer's two heads lose at a token, a
 # Pretraining.
 SEED = 0
 THREADS = 2  # sums depend on the number of threads, and the bytes on the sums
-STEPS = 600
-BATCH_SIZE = 8  # chats
-KIN = 6  # a message is answered by one of so many that share words with it
+STEPS = 1600
+BATCH_SIZE = 4  # chats
+KIN = 4  # a message is answered by one of so many that share words with it
 ANSWER_WORDS = 7  # different ones, at least, in an answer
-ANSWERS = (1, 1, 2)  # in a chat: one of these numbers
-POOL = 50  # batches that are put together by length at once
+ANSWERS = (1, 2, 4)  # in a chat: one of these numbers
+POOL = 100  # batches that are put together by length at once
 LEARNING_RATE = 3e-3  # the peak
 WARMUP_STEPS = 40
 WEIGHT_DECAY = 0.1
-DROPOUT = 0.1  # of what each layer adds, and of the embeddings: the text is short
-LOGGING_STEPS = 25
+DROPOUT = 0.05  # of what each layer adds, and of the embeddings: the text is short
+LOGGING_STEPS = 50
 
 ENDS = ("start", "end")
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

