@@ -89,17 +89,17 @@ else:
 #
 # Every annotated constant is a setting: its flag, its type, its help text (the comment behind it)
 # and its place in run.json follow from the line. To add one, write the line and use
-# settings.YOUR_NAME where you need it.
+# settings.YOUR_NAME where you need it; a checkpoint made without it is not resumed.
 
 # The model.
 MODEL_NAME: str = "Qwen/Qwen3.5-4B"  # a chat model on the Hugging Face hub, or a local folder
-MODEL_REVISION: str = "main"  # its branch, tag or commit on the hub
+MODEL_REVISION: str = "main"  # the model's branch, tag or commit on the hub
 DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # the type of the frozen weights
 DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 
 # The data. README.md shows the two forms that a line may have.
 TRAIN_FILE: str = "data/train.jsonl"  # the conversations to learn from
-EVAL_FILE: str = "data/eval.jsonl"  # held-out ones, about a tenth as many; "" for none
+EVAL_FILE: str = "data/eval.jsonl"  # held-out conversations, about a tenth; "" for none
 MAX_SEQ_LEN: int = 512  # in tokens; a longer example is left out, never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
@@ -111,7 +111,7 @@ LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
     "k_proj",
     "v_proj",
     "o_proj",
-    "gate_proj",  # feed-forward: which words it chooses, and their rhythm
+    "gate_proj",  # feed-forward: which words it chooses
     "up_proj",
     "down_proj",
 ]
@@ -120,21 +120,23 @@ LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
 NUM_EPOCHS: int = 3  # passes over the training file; fewer if the held-out loss rises again
 MAX_STEPS: int = 0  # stop after this many steps, to try things out; 0 for all epochs
 BATCH_SIZE: int = 2  # times GRADIENT_ACCUMULATION_STEPS: the examples of one optimizer step
-GRADIENT_ACCUMULATION_STEPS: int = 2  # how many examples the GPU takes at once is found by trying
+GRADIENT_ACCUMULATION_STEPS: int = 2  # times BATCH_SIZE; memory does not matter here, see MEMORY
 LEARNING_RATE: float = 2e-4  # the highest rate; lower it if the loss jumps
-LR_SCHEDULER_TYPE: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"  # its course
+LR_SCHEDULER_TYPE: Literal[  # how the learning rate falls after it has risen
+    "cosine", "linear", "constant_with_warmup"
+] = "cosine"
 WARMUP_RATIO: float = 0.03  # the share of the steps in which the learning rate rises from 0
 SEED: int = 42  # for A's first values, dropout, and the order of the examples
 
 # Results.
 OUTPUT_DIR: str = "output"  # gets final_lora, samples.md, lora.png, run.json and checkpoints
 LOGGING_STEPS: int = 10  # a line is printed every so many steps
-SAVE_STEPS: int = 50  # a checkpoint is written every so many steps; a crash loses no more
-PUBLISH: Literal["last", "best"] = "last"  # "best": the epoch with the lowest held-out loss
+SAVE_STEPS: int = 50  # a checkpoint every so many steps: the most that a crash can lose
+PUBLISH: Literal["last", "best"] = "last"  # the epoch for final_lora; "best" by held-out loss
 REPORT_TO: str = "none"  # also log to "tensorboard", "wandb" or "trackio", if it is installed
 EVIDENCE_EXAMPLES: int = 200  # held-out examples that measure r, alpha and targets; 0 for none
 EVAL_GROUP: str = "kind"  # the key of the held-out lines to report the loss by; "" for none
-NUM_SAMPLES: int = 6  # held-out prompts answered in samples.md, one of each kind at least
+NUM_SAMPLES: int = 6  # held-out prompts answered in samples.md; one of each kind, up to 20
 MAX_NEW_TOKENS: int = 200  # a reply is cut after this many tokens
 
 # Products of matrices.
@@ -144,7 +146,10 @@ MATMUL: Literal["auto", "dtype", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "a
 
 
 def run(job: Job) -> None:
-    """Train, publish and explain one adapter."""
+    """Train, publish and explain one adapter.
+
+    A Job holds the settings and what is found out on the way; it stands in COMMAND LINE.
+    """
     prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
     if job.settings.dry_run:
         report("done", "Nothing was trained. Without --dry_run, the same command trains this plan.")
@@ -197,6 +202,58 @@ def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
         bias="none",  # the biases stay frozen
         task_type="CAUSAL_LM",  # the model predicts the next token
     )
+
+
+def build_trainer(job: Job) -> trl.SFTTrainer:
+    """Load the base model and return a trainer whose model has LoRA in it.
+
+    LoRA is injected here, by SFTTrainer's peft_config, and nowhere else. Whoever calls PEFT's
+    get_peft_model() as well injects it twice.
+    """
+    model = load_model(job.settings)
+    if job.matmul["used"] == "float16":
+        model = use_float16_products(model)  # see FLOAT16 PRODUCTS
+    sampler = LikeLengthsSampler(job)
+    trainer = lora_trainer_class(job, sampler)(  # trl.SFTTrainer with a few methods of our own
+        model=model,
+        peft_config=lora_config(job.settings),  # the only place where LoRA is injected
+        args=training_config(job),
+        train_dataset=to_dataset(job.train),  # TRL's collator pads each batch
+        eval_dataset=to_dataset(job.held_out) if job.held_out else None,
+        processing_class=job.tokenizer,
+    )
+    trainer.add_callback(training_callback(job, sampler, trainer.accelerator))
+    trainer.remove_callback(transformers.PrinterCallback)  # it prints dictionaries
+    return trainer
+
+
+def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
+    """Stop unless exactly the planned weights are trainable, all of them in float32.
+
+    For Qwen3.5-4B and the settings above that is 0.2518 %. At 0 % nothing would be learned, at
+    100 % the whole model would be.
+    """
+    trainable = {
+        name.removeprefix("base_model.model."): weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+    shapes = {name: tuple(weight.shape) for name, weight in trainable.items()}
+    count = sum(weight.numel() for weight in trainable.values())
+    share = f"{count:,} of {plan.total:,} parameters are trained ({count / plan.total:.4%})"
+    if shapes != plan.trainable_shapes:
+        different = sorted(name for name, _ in shapes.items() ^ plan.trainable_shapes.items())
+        raise SystemExit(
+            f"LoRA is not in place as planned: {share}, but {plan.trainable:,} were planned. "
+            f"The difference is in {join_limited([*dict.fromkeys(different)], 3, ', ')}."
+        )
+    narrow = [name for name, weight in trainable.items() if weight.dtype != torch.float32]
+    if narrow:
+        raise SystemExit(
+            f"{len(narrow)} trained weights, such as {narrow[0]}, are not in float32 but in "
+            f"{trainable[narrow[0]].dtype}, which rounds small steps away. Set DTYPE to float32."
+        )
+    report("model", f"{share}, in float32; all else is frozen")
 
 
 def load_model(settings: argparse.Namespace) -> transformers.PreTrainedModel:
@@ -256,13 +313,8 @@ def training_config(job: Job) -> trl.SFTConfig:
     )
 
 
-def build_trainer(job: Job) -> trl.SFTTrainer:
-    """Load the base model and return a trainer whose model has LoRA in it.
-
-    LoRA is injected here, by SFTTrainer(peft_config=...), and nowhere else. Whoever calls PEFT's
-    get_peft_model() as well injects it twice.
-    """
-    sampler = LikeLengths(job)
+def lora_trainer_class(job: Job, sampler: LikeLengthsSampler) -> type[trl.SFTTrainer]:
+    """Return TRL's trainer with the methods in which this job differs from it."""
 
     class LoraTrainer(trl.SFTTrainer):
         """TRL's trainer, except for the methods below; each says why it differs."""
@@ -277,8 +329,8 @@ def build_trainer(job: Job) -> trl.SFTTrainer:
             """Return the sum of -log(probability) over the learned tokens / their number.
 
             TRL's loss has the same value. This one needs no Triton, which has dropped the V100,
-            and multiplies by the model's own head, which may be a float16 one. DDP averages over
-            the processes, hence their number.
+            and multiplies by the model's own head, which may be a float16 one. DDP takes the mean
+            over the processes, so the loss is multiplied by their number.
             """
             loss = reply_losses(model, inputs).sum() / num_items_in_batch
             return loss * self.accelerator.num_processes
@@ -313,61 +365,21 @@ def build_trainer(job: Job) -> trl.SFTTrainer:
             self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-        def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> LikeLengths:
+        def _get_train_sampler(
+            self, train_dataset: datasets.Dataset | None = None
+        ) -> LikeLengthsSampler:
             """Trainer's group_by_length is unseeded, so a resumed run would go another way."""
             return sampler
 
         def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-            """Save the adapter alone; Trainer adds a pickle, and PEFT would ask the hub."""
+            """Save the adapter alone; Trainer would add a pickle, PEFT would contact the hub."""
             if self.args.should_save:
                 self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
         def create_model_card(self, *_: Any, **__: Any) -> None:
             """Do nothing: TRL's card describes no run; publish() writes ours."""
 
-    model = load_model(job.settings)
-    if job.matmul["used"] == "float16":
-        model = use_float16_products(model)
-    trainer = LoraTrainer(
-        model=model,
-        peft_config=lora_config(job.settings),  # the only place where LoRA is injected
-        args=training_config(job),
-        train_dataset=to_dataset(job.train),
-        eval_dataset=to_dataset(job.held_out) if job.held_out else None,
-        processing_class=job.tokenizer,
-    )
-    trainer.add_callback(training_callback(job, sampler, trainer.accelerator))
-    trainer.remove_callback(transformers.PrinterCallback)  # it prints dictionaries
-    return trainer
-
-
-def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
-    """Stop unless exactly the planned weights are trainable, all of them in float32.
-
-    For Qwen3.5-4B and the settings above that is 0.2518 %. At 0 % nothing would be learned, at
-    100 % the whole model would be.
-    """
-    trainable = {
-        name.removeprefix("base_model.model."): weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }
-    shapes = {name: tuple(weight.shape) for name, weight in trainable.items()}
-    count = sum(weight.numel() for weight in trainable.values())
-    share = f"{count:,} of {plan.total:,} parameters are trained ({count / plan.total:.4%})"
-    if shapes != plan.trainable_shapes:
-        different = sorted(name for name, _ in shapes.items() ^ plan.trainable_shapes.items())
-        raise SystemExit(
-            f"LoRA is not in place as planned: {share}, but {plan.trainable:,} were planned. "
-            f"The difference is in {join_limited([*dict.fromkeys(different)], 3, ', ')}."
-        )
-    narrow = [name for name, weight in trainable.items() if weight.dtype != torch.float32]
-    if narrow:
-        raise SystemExit(
-            f"{len(narrow)} trained weights, such as {narrow[0]}, are not in float32 but in "
-            f"{trainable[narrow[0]].dtype}, which rounds small steps away. Set DTYPE to float32."
-        )
-    report("model", f"{share}, in float32; all else is frozen")
+    return LoraTrainer
 
 
 # ==== DATA: reading the conversations and checking every line
@@ -416,7 +428,7 @@ def read_examples(path: str, group_key: str = "") -> tuple[list[Example], list[s
         raise SystemExit(
             f"{path} cannot be read ({error.strerror}); check TRAIN_FILE and EVAL_FILE."
         ) from error
-    shown = shorten_path(path, 60)
+    shown = path_from_here(path)
     if is_json_array(lines):
         return [], [f"{shown}: this is one JSON array; write one JSON object a line instead"]
     examples: list[Example] = []
@@ -632,11 +644,11 @@ def encode(
             report("left out", f"{len(too_long):,} of {len(examples):,} examples are {advice}")
             report("", join_limited(too_long), join_limited(too_long, len(too_long)))
         kept.append(fitting)
-    if problems:  # they were shown already
-        count = f"{len(problems) + len(more_problems):,}"
-        more_problems.append(f"There are {count} problems in the data; nothing was trained.")
-    if more_problems:
-        raise SystemExit(join_limited(more_problems[:-1] + more_problems[-1:]))
+    count = len(problems) + len(more_problems)  # the former were shown already
+    if count:
+        noun = "problems" if count > 1 else "problem"
+        more_problems.append(f"The data has {count:,} {noun}, so nothing was trained.")
+        raise SystemExit("\n".join([join_limited(more_problems[:-1]), more_problems[-1]]).strip())
     return kept[0], kept[1]
 
 
@@ -875,7 +887,7 @@ def refuse_unknown_targets(
 
 
 def why_vllm_refuses(config: peft.LoraConfig) -> str:
-    """Return why vLLM cannot load this kind of adapter, or ""; read in vLLM 0.32's peft_helper."""
+    """Return why vLLM cannot load this kind of adapter, or ""; from the source of vLLM 0.32."""
     if config.use_dora:
         return "vLLM serves no DoRA adapters"
     if config.modules_to_save or config.trainable_token_indices:
@@ -949,12 +961,16 @@ def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
 
 
 # ==== TRAINING: the order of the examples, what is printed, saving and stopping
+#
+# Ctrl-C, SIGTERM and SIGHUP: within a step, the step is finished and saved, and the same command
+# resumes there; before the first step nothing is left behind; once final_lora is published, it
+# stays whole. A second signal stops at once. The handler is catch_signals() in COMMAND LINE.
 
 
-class LikeLengths:
-    """A sampler: each step's examples have like lengths, and the steps come in random order.
+class LikeLengthsSampler:
+    """A sampler: a step's examples have similar lengths, and the steps come in random order.
 
-    Like lengths need little padding. The order depends on the seed and the epoch alone, so a
+    Similar lengths need little padding. The order depends on the seed and the epoch alone, so a
     resumed run sees the examples that it would have seen.
     """
 
@@ -970,7 +986,7 @@ class LikeLengths:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the examples' numbers, a step's worth after the other."""
+        """Yield the examples' numbers, one step's worth at a time."""
         shuffler = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self.lengths)))
         shuffler.shuffle(order)
@@ -989,10 +1005,10 @@ class LikeLengths:
 
 
 def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return -log(probability) of each learned token, in nats: rows x positions, else 0.
+    """Return -log(probability) of each learned token, in nats; 0 where none is learned.
 
-    Logits are made only at positions whose next token is learned in any row, which are 42 % of
-    the shipped data's; with 248,320 words they are the largest tensor of all.
+    The result has a row for each example and a column for each position whose next token is learned
+    in any row. Logits are made at these alone; with 248,320 words they are the largest tensor.
     """
     labels = inputs["labels"][:, 1:]  # the logits at a position predict the next token
     positions = (labels != -100).any(0).nonzero()[:, 0]
@@ -1010,7 +1026,7 @@ def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
 
 
 def training_callback(
-    job: Job, sampler: LikeLengths, accelerator: accelerate.Accelerator
+    job: Job, sampler: LikeLengthsSampler, accelerator: accelerate.Accelerator
 ) -> transformers.TrainerCallback:
     """Return the callback that prints, checks, saves and stops."""
 
@@ -1025,11 +1041,11 @@ def training_callback(
             self.steps_done = 0  # in this process
 
         def on_epoch_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-            """Give each epoch its own order; a skipped part of a resumed epoch has it, too."""
+            """Give each epoch its own order, also when it is resumed in the middle."""
             sampler.epoch = state.global_step // job.plan.steps_per_epoch
 
         def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-            """From here on a signal waits for the end of the step."""
+            """From now on a signal lets the step finish."""
             job.is_in_step = True
             self.step_began = time.monotonic()
             self.tokens_before = state.num_input_tokens_seen
@@ -1090,7 +1106,7 @@ def training_callback(
 
 
 def stop_if_not_finite(logs: dict[str, float], step: int) -> None:
-    """Exit if a loss or gradient is infinite or no number: what follows would be worthless."""
+    """Exit if a loss or gradient is infinite or NaN: what follows would be worthless."""
     names = {"loss": "loss", "grad_norm": "gradient", "eval_loss": "held-out loss"}
     for key, name in names.items():
         if not math.isfinite(logs.get(key, 0.0)):
@@ -1101,7 +1117,7 @@ def stop_if_not_finite(logs: dict[str, float], step: int) -> None:
                 )
             raise SystemExit(
                 f"The {name} is {logs[key]} at step {step:,}. Lower LEARNING_RATE; if that does "
-                "not help, set DTYPE to float32. Older checkpoints are still there."
+                "not help, set DTYPE to float32. Changed settings need a new OUTPUT_DIR."
             )
 
 
@@ -1163,7 +1179,7 @@ def step_tokens(job: Job) -> tuple[int, int]:
 def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
     """Find by trying how many tokens fit in the GPU's memory at once; on a CPU, a whole step.
 
-    The trial is as hard as can be: rows of the greatest length, of which every token is learned.
+    The trial is as hard as can be: rows as long as the longest example, every token learned.
     """
     model = trainer.model
     widest, most = step_tokens(job)
@@ -1198,7 +1214,7 @@ def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
     torch.cuda.set_per_process_memory_fraction(0.9 * share)
     kept = most_that_fits(lambda tokens: fits(tokens, is_recomputed=False), most)
     recomputed = kept
-    if kept < most:
+    if kept < widest:  # only longer examples are recomputed
         recomputed = most_that_fits(lambda tokens: fits(tokens, is_recomputed=True), most)
     if max(kept, recomputed) < widest:
         raise SystemExit(
@@ -1322,6 +1338,18 @@ def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor
 
 
 # ==== CHECKPOINTS: what an earlier run left behind, resuming, and run.json
+#
+# A checkpoint is resumed only by the same job: the same settings (except for those below), the same
+# LoraConfig, the same model, and the same tokens of both data files. Anything else is refused with
+# a list of the differences.
+
+# These settings may change between a stop and going on.
+MAY_CHANGE_ON_RESUME = {
+    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO", "EVAL_GROUP",
+    "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
+    # The examples' tokens, and the kind of products that is in use, are compared instead.
+    "TRAIN_FILE", "EVAL_FILE", "MATMUL",
+}  # fmt: skip
 
 
 def find_checkpoint(job: Job) -> None:
@@ -1330,10 +1358,10 @@ def find_checkpoint(job: Job) -> None:
         folder = job.output / "checkpoints"
         now = describe_job(job)
         before = read_json(folder / "job.json")
-        complete = [path for path in checkpoints_in(folder).values() if is_complete(path)]
-        if before and complete:
-            refuse_other_job(job, before, now, complete[-1])
-            job.checkpoint = complete[-1]
+        newest = newest_complete(folder)
+        if before and newest:
+            refuse_other_job(job, before, now, newest)
+            job.checkpoint = newest
             report("resume", f"going on from {job.checkpoint}")
         else:
             begin_folder(job, now)
@@ -1351,10 +1379,12 @@ def describe_job(job: Job) -> dict[str, Any]:
         for name in setting_types()
         if name not in MAY_CHANGE_ON_RESUME
     }
+    job_settings["LORA_TARGET_MODULES"] = sorted(job.settings.LORA_TARGET_MODULES)
     config = lora_config(job.settings).to_dict()
-    config["target_modules"] = sorted(config["target_modules"])  # PEFT makes a set of it
+    if isinstance(config["target_modules"], (list, set)):  # PEFT makes a set of a list
+        config["target_modules"] = sorted(config["target_modules"])
     contents = {
-        "the LoraConfig": sorted((key, str(value)) for key, value in config.items()),
+        "the LoraConfig": sorted((key, stable(value)) for key, value in config.items()),
         "the files of MODEL_NAME": file_fingerprints(Path(job.settings.MODEL_NAME)),
         "the tokens of TRAIN_FILE": [example.input_ids for example in job.train],
         "the tokens of EVAL_FILE": [example.input_ids for example in job.held_out],
@@ -1364,6 +1394,11 @@ def describe_job(job: Job) -> dict[str, Any]:
         for name, value in contents.items()
     }
     return job_settings | {"the products in use": job.matmul["used"]} | hashes
+
+
+def stable(value: Any) -> str:
+    """Return value as a text that is the same in each process; a set has no order of its own."""
+    return str(sorted(value) if isinstance(value, set) else value)
 
 
 def refuse_other_job(
@@ -1383,7 +1418,7 @@ def refuse_other_job(
 
 
 def begin_folder(job: Job, now: dict[str, Any]) -> None:
-    """Rename what an earlier run left, and write down which job the new checkpoints are of."""
+    """Rename what an earlier run left, and write down which job the new checkpoints belong to."""
     folder = job.output / "checkpoints"
     if checkpoints_in(folder):  # of a finished run, or unusable
         rename_old(folder)
@@ -1407,6 +1442,14 @@ def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
     """Give the model the adapter's weights of a checkpoint."""
     saved = safetensors_torch.load_file(checkpoint / "adapter_model.safetensors")
     peft.set_peft_model_state_dict(model, saved)
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end, or None."""
+    for path in reversed(checkpoints_in(folder).values()):
+        if is_complete(path):
+            return path
+    return None
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -1493,15 +1536,20 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors")
+PACKAGES = (
+    "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors",
+    "huggingface_hub", "tokenizers", "matplotlib",
+)  # fmt: skip
 
 
 def write_record(job: Job, outcome: str) -> None:
     """Write run.json: what was asked for, what was found, and how it ended."""
     if not job.started or not is_main_process():
         return
-    versions = {name: importlib.metadata.version(name) for name in (*PACKAGES, "matplotlib")}
-    versions["python"] = sys.version.split()[0]
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     record = {
         "outcome": outcome,
         "started": job.started,
@@ -1513,7 +1561,7 @@ def write_record(job: Job, outcome: str) -> None:
         "matmul": job.matmul,
         "memory_limits": asdict(job.memory) if job.memory else None,
         "data": job.data,
-        "system_message": job.train[0].system_message,
+        "system_message": system_messages(job.train)[0],
         "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
         "resumed_from": str(job.checkpoint) if job.checkpoint else None,
         "train_seconds": job.train_seconds,
@@ -1532,6 +1580,16 @@ def write_record(job: Job, outcome: str) -> None:
 
 
 # ==== PUBLISHING: writing the adapter, proving that it works, the model card
+#
+# In the end OUTPUT_DIR holds:
+#   final_lora/        the adapter in PEFT's form, with tokenizer and model card; proved to work
+#   final_lora_vllm/   the same tensors under the names that vLLM needs, for a wrapper model
+#   samples.md         held-out prompts with the replies before and after training
+#   lora.png           losses, the size of the updates, and the evidence
+#   run.json           all settings, versions, hashes, losses and measurements
+#   checkpoints/       each epoch's adapter
+#   all_logs.log       everything that was printed, with tracebacks
+# What an earlier run left there is renamed.
 
 
 def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
@@ -1540,8 +1598,9 @@ def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
         torch.cuda.empty_cache()
     staging = job.output / ".partial"
     shutil.rmtree(staging, ignore_errors=True)
-    step = choose_epoch(trainer, job)
-    epoch = math.ceil(step / job.plan.steps_per_epoch)
+    step = published_step(job)
+    if step != job.plan.steps:
+        load_adapter(trainer.model, job.output / "checkpoints" / f"checkpoint-{step}")
     try:
         save_adapter(trainer.model, job, staging)
         witness = (job.held_out or job.train)[0]
@@ -1552,31 +1611,26 @@ def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
             new.rename(job.output / new.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    job.published = f"epoch {epoch} of {job.settings.NUM_EPOCHS}"
-    if step % job.plan.steps_per_epoch:
-        job.published = f"step {step:,}"
+    job.published = published_label(job)
     (job.output / "checkpoints" / "job.json").unlink(missing_ok=True)  # the next run starts anew
     remove_old_checkpoints(job.output / "checkpoints", job.plan, whole=0)
     write_record(job, "finished")
     return adapter
 
 
-def choose_epoch(trainer: trl.SFTTrainer, job: Job) -> int:
-    """Return the step to publish; with PUBLISH "best", load the adapter of the best epoch."""
-    if job.settings.PUBLISH == "last":
-        return job.plan.steps
-    losses = job.logged("eval_loss")
-    losses.pop(0, None)  # the base's
-    best = min(losses, key=lambda step: losses[step])
-    load_adapter(trainer.model, job.output / "checkpoints" / f"checkpoint-{best}")
-    return best
+def published_label(job: Job) -> str:
+    """Return the published step as a reader would name it, such as "epoch 2 of 3"."""
+    step = published_step(job)
+    if step % job.plan.steps_per_epoch:
+        return f"step {step:,}"
+    return f"epoch {step // job.plan.steps_per_epoch} of {job.settings.NUM_EPOCHS}"
 
 
 def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
     """Write folder/final_lora, and folder/final_lora_vllm if vLLM needs other names.
 
-    Up to version 0.32 vLLM accepts a wrapper model's adapter under PeftModel's names, says
-    nothing, and serves the base model.
+    Qwen3.5-4B on the hub wraps the text model that is trained here. Up to version 0.32 vLLM loads
+    an adapter with the text model's names without complaint, and serves the base model.
     """
     final, for_vllm = folder / "final_lora", folder / "final_lora_vllm"
     if not Path(job.settings.MODEL_NAME).is_dir():
@@ -1593,7 +1647,7 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
         safetensors_torch.save_file(
             renamed, for_vllm / "adapter_model.safetensors", {"format": "pt"}
         )
-    write_model_card(job, final, {})
+    write_model_card(job, final)
     # safetensors files are readable by their owner alone, but the server may be another user.
     for path in folder.glob("*/*.safetensors"):
         shutil.copymode(final / "adapter_config.json", path)
@@ -1602,8 +1656,9 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
 def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) -> peft.PeftModel:
     """Load the adapter from disk onto the bare base model; exit unless it is the trained one.
 
-    The files' tensors must be the trained ones to the bit, and the logits of an example the
-    trained model's, not the base's. A GPU may round: a tenth of the adapter's effect is allowed.
+    The files' tensors must be the trained ones to the bit. On one example the logits must be those
+    of the trained model and not those of the base. A GPU may round: a tenth of the adapter's
+    effect is allowed.
     """
     trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     saved = safetensors_torch.load_file(folder / "adapter_model.safetensors")
@@ -1633,14 +1688,14 @@ def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) 
     return reloaded
 
 
-def write_model_card(job: Job, folder: Path, measured: dict[str, Any]) -> None:
+def write_model_card(job: Job, folder: Path) -> None:
     """Write folder/README.md in the hub's form, in place of PEFT's empty one."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     settings = job.settings
-    is_local = Path(settings.MODEL_NAME).is_dir()
+    losses = losses_before_and_after(job)
     results = []
-    if measured:
+    if losses:
         results.append(
             EvalResult(
                 task_type="text-generation",
@@ -1648,41 +1703,79 @@ def write_model_card(job: Job, folder: Path, measured: dict[str, Any]) -> None:
                 dataset_name=Path(settings.EVAL_FILE).name,
                 metric_type="loss",
                 metric_name="held-out loss, nats per token",
-                metric_value=round(measured["adapter"], 4),
+                metric_value=round(losses[1], 4),
             )
         )
     data = ModelCardData(
-        base_model=None if is_local else settings.MODEL_NAME,
+        base_model=None if Path(settings.MODEL_NAME).is_dir() else settings.MODEL_NAME,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", "sft", "trl"],
         model_name=Path(settings.OUTPUT_DIR).resolve().name if results else None,
         eval_results=results or None,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(job, measured)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(job)}")
     card.save(folder / "README.md")
 
 
-def card_text(job: Job, measured: dict[str, Any]) -> str:
+def losses_before_and_after(job: Job) -> tuple[float, float] | None:
+    """Return the held-out loss of the base model and of the published adapter, if measured."""
+    losses = job.logged("eval_loss")
+    if 0 not in losses or len(losses) < 2:
+        return None
+    return losses[0], losses[published_step(job)]
+
+
+def published_step(job: Job) -> int:
+    """Return the step whose adapter is published: the last one, or the best epoch's."""
+    losses = job.logged("eval_loss")
+    losses.pop(0, None)  # the base's
+    if job.settings.PUBLISH == "last" or not losses:
+        return job.plan.steps
+    return min(losses, key=lambda step: losses[step])
+
+
+def system_messages(examples: list[Example]) -> list[str]:
+    """Return the different system messages, the most frequent one first."""
+    counts: dict[str, int] = {}
+    for example in examples:
+        counts[example.system_message] = counts.get(example.system_message, 0) + 1
+    return sorted(counts, key=lambda text: -counts[text])
+
+
+def card_text(job: Job) -> str:
     """Return the body of the model card."""
     settings, config = job.settings, lora_config(job.settings)
-    system = job.train[0].system_message
+    targets = config.target_modules
+    if not isinstance(targets, str):
+        targets = ", ".join(sorted(targets))
     files = "\n".join(
         f"- `{Path(path).name}`: {facts['examples']:,} examples, {facts['learned_tokens']:,} "
         f"learned tokens, SHA-256 `{facts['sha256']}`"
         for path, facts in job.data.items()
     )
-    losses = "The held-out loss was not measured: there was no held-out file."
-    if measured:
-        losses = (
-            f"On {measured['examples']:,} held-out examples the loss fell from "
-            f"{measured['base']:.4f} to {measured['adapter']:.4f} nats a token; it is lower on "
-            f"{measured['better']:,} of them. The held-out file has the same authors as the "
-            "training file, so this says how well the adapter speaks as they do, and no more."
+    result = "The held-out loss was not measured."
+    losses = losses_before_and_after(job)
+    if losses:
+        result = (
+            f"On {len(job.held_out):,} held-out examples the loss went from {losses[0]:.4f} to "
+            f"{losses[1]:.4f} nats a token"
         )
+        if "better" in job.evidence:
+            result += f"; it is lower on {job.evidence['better']:,} of them"
+        result += (
+            ". If the held-out file has the same authors as the training file, this says how well "
+            "the adapter speaks as they do, and no more."
+        )
+    messages = system_messages(job.train)
     said = "There was no system message in the training data; serve without one."
-    if system:
-        said = f"Every conversation was trained with a system message. Serve with it:\n\n> {system}"
+    if messages[0]:
+        said = f"The conversations have this system message. Serve with it:\n\n> {messages[0]}"
+    if len(messages) > 1:
+        said += f"\n\n(This is the most frequent one of {len(messages)} in the training data.)"
+    revision = ""
+    if not Path(settings.MODEL_NAME).is_dir():
+        revision = f', revision="{settings.MODEL_REVISION}"'
     return f"""# A LoRA adapter for {settings.MODEL_NAME}
 
 This adapter was trained with `train_lora_single.py`. It changes how the base model replies; it
@@ -1695,16 +1788,16 @@ does not work without the base model.
 ## Training
 
 LoRA with r = {config.r}, alpha = {config.lora_alpha}, dropout {config.lora_dropout:g}, on
-{", ".join(sorted(config.target_modules))}: {job.plan.trainable:,} of {job.plan.total:,} parameters.
+{targets}: {job.plan.trainable:,} of {job.plan.total:,} parameters.
 {job.plan.steps:,} steps of {step_size(settings)} examples, learning rate
-{settings.LEARNING_RATE:g} ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}. Published:
-{job.published or "the last epoch"}.
+{settings.LEARNING_RATE:g} ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}. This is the
+adapter of {published_label(job)}.
 
 {files}
 
 ## Result
 
-{losses}
+{result}
 
 ## System message
 
@@ -1717,7 +1810,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("final_lora")
-base = AutoModelForCausalLM.from_pretrained("{settings.MODEL_NAME}", dtype="auto")
+base = AutoModelForCausalLM.from_pretrained("{settings.MODEL_NAME}"{revision}, dtype="auto")
 model = PeftModel.from_pretrained(base, "final_lora").eval()
 ```
 
@@ -1749,7 +1842,7 @@ def vllm_rank(plan: Plan) -> int:
 def show_evidence(model: peft.PeftModel, job: Job) -> None:
     """Measure and show what the adapter learned; an error in any of it is only a warning.
 
-    The adapter is published already, so nothing here may cost it.
+    The adapter is published already, so no failure here may lose it.
     """
     parts: dict[str, Callable[[peft.PeftModel, Job], None]] = {
         "learnt": report_learnt,
@@ -1789,7 +1882,7 @@ def report_learnt(model: peft.PeftModel, job: Job) -> None:
 
 
 def measure_update(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
-    """Return for each target a row a layer: its update's size, and how many directions it uses.
+    """Return for each target one row per layer: the update's size and its number of directions.
 
     With B = Q R and A^T = Q' R', the r x r matrix R R'^T has the singular values of B A, because
     Q and Q' change no lengths. "update" is |alpha / r B A| / |W| (Frobenius norms), "directions"
@@ -1845,6 +1938,8 @@ def ratio(numerators: list[float], denominators: list[float]) -> Estimate:
     share.
     """
     total = sum(denominators)
+    if total == 0:
+        return Estimate(math.nan, math.inf)
     value = sum(numerators) / total
     n = len(numerators)
     squares = sum((a - value * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
@@ -1874,7 +1969,7 @@ def report_evidence(model: peft.PeftModel, job: Job) -> None:
             for e, n, b, a in zip(examples, tokens, base, adapter, strict=True)
         ],
     }
-    write_model_card(job, job.output / "final_lora", job.evidence)
+    write_model_card(job, job.output / "final_lora")
     if job.settings.EVIDENCE_EXAMPLES:
         chosen = spread(len(examples), job.settings.EVIDENCE_EXAMPLES)
         report_parts(model, job, chosen, base, adapter)
@@ -1892,7 +1987,7 @@ def spread(count: int, wanted: int) -> list[int]:
 def report_parts(
     model: peft.PeftModel, job: Job, chosen: list[int], base: list[float], adapter: list[float]
 ) -> None:
-    """Measure the adapter's parts on the chosen examples; print the table and what it bears."""
+    """Measure the adapter's parts on the chosen examples; print the table and what it supports."""
     examples = [job.held_out[number] for number in chosen]
     tokens = [float(len(example.reply_ids)) for example in examples]
     trained = [adapter[number] for number in chosen]
@@ -1960,7 +2055,7 @@ def parts_of(
 
 
 def rescaled(model: peft.PeftModel, scale: float) -> contextlib.AbstractContextManager:
-    """Multiply the adapter's update by scale for a while, as another lora_alpha would."""
+    """Multiply the finished adapter's update by scale for a while."""
     return peft.helpers.rescale_adapter_scale(model, scale)
 
 
@@ -2026,10 +2121,11 @@ def cut(layers: dict[str, Any], rank: int) -> Iterator[None]:
 
 
 MATTERS = 0.02  # of the gain; smaller differences are not worth a run
+UNCLEAR = 0.10  # of the gain; with a larger error nothing is said
 
 
 def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
-    """Return what the table bears, at most a sentence each on alpha, the targets and r.
+    """Return what the table supports, at most a sentence each on alpha, the targets and r.
 
     A difference is named only if it is larger than twice its error and than 2 % of the gain.
     What each sentence may claim was tested by training the alternatives; README.md shows how.
@@ -2049,10 +2145,12 @@ def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def matters(row: dict[str, Any]) -> bool:
-    """Return whether a row's difference to "as trained" is clear and large enough to matter."""
-    change = Estimate(**row["change"])
-    return change.is_clear and abs(1 - row["kept"]["value"]) > MATTERS
+def judge(row: dict[str, Any]) -> str:
+    """Return whether a row is "better" or "worse" than as trained, the "same", or "unclear"."""
+    change, kept = Estimate(**row["change"]), Estimate(**row["kept"])
+    if change.is_clear and abs(kept.value - 1) > MATTERS:
+        return "better" if change.value < 0 else "worse"
+    return "same" if 2 * kept.error <= UNCLEAR else "unclear"
 
 
 def about_alpha(rows: dict[str, Any]) -> str:
@@ -2062,7 +2160,9 @@ def about_alpha(rows: dict[str, Any]) -> str:
         return ""
     best = min(scales, key=lambda label: scales[label]["loss"])
     row = scales[best]
-    if not matters(row) or row["change"]["value"] > 0:
+    if judge(row) == "unclear":
+        return "alpha: too few held-out examples to tell whether another strength is better."
+    if judge(row) != "better":
         return "alpha: no other strength of the update is better by a difference that matters."
     factor = float(best.removeprefix("update x "))
     gained = f"{100 * (row['kept']['value'] - 1):.0f} % more of the gain"
@@ -2083,12 +2183,15 @@ def about_targets(rows: dict[str, Any]) -> str:
     if not names:
         return ""
     shares = {name.removesuffix(" alone"): rows[name]["kept"]["value"] for name in names}
-    enough = [name for name in shares if not matters(rows[f"{name} alone"])]
+    verdicts = {name: judge(rows[f"{name} alone"]) for name in shares}
+    enough = [name for name, verdict in verdicts.items() if verdict in ("same", "better")]
     if enough:
         return (
             f"targets: the update of {enough[0]} alone keeps all of the gain that matters; the "
             "other targets add nothing that this file can show."
         )
+    if "unclear" in verdicts.values():
+        return "targets: too few held-out examples to tell whether one group would do alone."
     listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     return (
         f"targets: no group keeps the whole gain alone ({listed}); in this adapter they work "
@@ -2101,17 +2204,21 @@ def about_rank(rows: dict[str, Any], job: Job) -> str:
     cuts = {
         int(label.split()[2]): row for label, row in rows.items() if label.startswith("cut to ")
     }
-    enough = [rank for rank, row in cuts.items() if not matters(row)]
     if not cuts:
         return ""
-    if not enough:
+    verdicts = {rank: judge(row) for rank, row in cuts.items()}
+    enough = [rank for rank, verdict in verdicts.items() if verdict in ("same", "better")]
+    if enough:
+        noun = "directions" if min(enough) > 1 else "direction"
         return (
-            f"r: cut to {max(cuts)} of its {job.plan.max_rank} directions, the update loses a "
-            "difference that matters; a larger LORA_R may be worth a run."
+            f"r: cut to {min(enough)} {noun} of {job.plan.max_rank}, the update loses nothing that "
+            "matters. That is about this file; training with a smaller r is another run."
         )
+    if "unclear" in verdicts.values():
+        return "r: too few held-out examples to tell how many directions are needed."
     return (
-        f"r: cut to {min(enough)} of its {job.plan.max_rank} directions, the update loses nothing "
-        "that matters. That is about this file; training with a smaller r is another run."
+        f"r: cut to {max(cuts)} of {job.plan.max_rank} directions, the update gets clearly worse; "
+        "a larger LORA_R may be worth a run."
     )
 
 
@@ -2150,7 +2257,7 @@ def report_kinds(job: Job) -> None:
 
 
 def write_samples(model: peft.PeftModel, job: Job) -> None:
-    """Write samples.md: held-out prompts with the base's reply, the adapter's, and the written."""
+    """Write samples.md: held-out prompts with the base's, adapter's and reference reply."""
     if not job.settings.NUM_SAMPLES or not job.held_out:
         return
     chosen = choose_samples(job)
@@ -2167,10 +2274,10 @@ def write_samples(model: peft.PeftModel, job: Job) -> None:
     for number, example in enumerate(chosen):
         lines += ["", f"## {example.where} {example.group}".rstrip()]
         for message in example.messages[:-1]:
-            lines += ["", f"**{message['role']}**", "", quoted(message["content"])]
-        lines += ["", "**base model**", "", quoted(base[number]["text"])]
-        lines += ["", "**adapter**", "", quoted(adapter[number]["text"])]
-        lines += ["", "**reference reply**", "", quoted(example.messages[-1]["content"])]
+            lines += ["", f"**{message['role']}**", "", quoted(message)]
+        lines += ["", "**base model**", "", quoted(base[number])]
+        lines += ["", "**adapter**", "", quoted(adapter[number])]
+        lines += ["", "**reference reply**", "", quoted(example.messages[-1])]
     path = job.output / "samples.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     job.samples = {"base": reply_habits(base), "adapter": reply_habits(adapter)}
@@ -2222,18 +2329,21 @@ def generate(
         stopped = end in row
         tokens = row[: row.index(end)] if stopped else row
         text = job.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        replies.append({"text": text if stopped else f"{text} [cut here]", "stopped": stopped})
+        replies.append({"text": text, "stopped": stopped})
     return replies
 
 
-def quoted(text: str) -> str:
-    """Return a text as a quotation in Markdown."""
+def quoted(message: dict[str, Any]) -> str:
+    """Return a message or a reply as a quotation in Markdown, marked if it was cut."""
+    text = message.get("content", message.get("text", ""))
+    if not message.get("stopped", True):
+        text += " [cut here]"
     return "\n".join(f"> {line}" for line in text.splitlines() or [""])
 
 
 def reply_habits(replies: list[dict[str, Any]]) -> dict[str, float]:
     """Return how many replies stopped by themselves, their mean words, and how they repeat."""
-    texts = [reply["text"].removesuffix(" [cut here]").lower().split() for reply in replies]
+    texts = [reply["text"].lower().split() for reply in replies]
     triples = [list(zip(words, words[1:], words[2:])) for words in texts]  # noqa: B905
     count = sum(map(len, triples))
     different = sum(len(set(one)) for one in triples)
@@ -2327,7 +2437,7 @@ def draw_scales(axes: Any, parts: dict[str, Any]) -> None:
     axes.set(
         xlabel="strength of the update (0: base, 1: as trained)",
         ylabel="held-out loss, nats per token",
-        title="Was alpha right?",
+        title="At another strength",
     )
 
 
@@ -2370,26 +2480,22 @@ def summarize(job: Job) -> None:
 
 def verdict(job: Job) -> list[str]:
     """Return by how much the held-out loss fell, and whether another epoch was better."""
-    losses = job.logged("eval_loss")
-    if 0 not in losses or len(losses) < 2:
+    before_and_after = losses_before_and_after(job)
+    if not before_and_after:
         return []
-    base = losses.pop(0)
-    per_epoch = job.plan.steps_per_epoch
-    published = job.plan.steps
-    best = min(losses, key=lambda step: losses[step])
-    if job.settings.PUBLISH == "best":
-        published = best
-    loss = losses[published]
+    base, loss = before_and_after
     fell = f"fell by {base - loss:.4f} nats a token" if loss < base else "did NOT fall"
     lines = [f"the held-out loss {fell}: {base:.4f} -> {loss:.4f}"]
     if "better" in job.evidence:
-        better, count = job.evidence["better"], job.evidence["examples"]
-        lines[0] += f", lower on {better:,} of {count:,}"
-    if best != published and losses[best] < loss:
+        lines[0] += f", lower on {job.evidence['better']:,} of {job.evidence['examples']:,}"
+    losses = job.logged("eval_loss")
+    losses.pop(0)
+    best = min(losses, key=lambda step: losses[step])
+    if losses[best] < loss:
         where = job.output / "checkpoints" / f"checkpoint-{best}"
         lines.append(
-            f"it was lowest after epoch {best / per_epoch:g} ({losses[best]:.4f}); that adapter is "
-            f"in {where},\nand --publish best publishes the best epoch of a run"
+            f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} ({losses[best]:.4f}); "
+            f"that adapter is in {where},\nand --publish best publishes the best epoch of a run"
         )
     return lines
 
@@ -2426,13 +2532,17 @@ def wrap_command(words: list[str], width: int = 86) -> str:
 # ==== COMPARING: which of several runs is better, and whether the difference means anything
 
 
+RUN_KEYS = {"started", "settings", "data", "evidence", "train_seconds", "resumed_from"}
+
+
 def finished_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
     """Return the run.json files of finished runs in the folders and below them."""
     runs = {}
     for folder in folders:
         for path in sorted(Path(folder).rglob("run.json*")):
             run = read_json(path)
-            if run and run.get("outcome") == "finished" and run.get("evidence", {}).get("losses"):
+            is_finished = bool(run) and run.get("outcome") == "finished" and run.keys() >= RUN_KEYS
+            if is_finished and run["evidence"].get("losses"):
                 runs[path.resolve()] = run
     return runs
 
@@ -2607,7 +2717,9 @@ def say(
 # A V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100 (mlxcel
 # issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its numbers
 # end at 65,504. Here only the products of frozen weights are computed in float16, and each row is
-# scaled into its range first. LoRA, norms, attention, DeltaNet's state and the loss stay in DTYPE.
+# scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and the loss in
+# float32. choose_matmul() measures both ways on the GPU at hand and decides. The other difference
+# on such a GPU: check_device() keeps transformers from using flash-linear-attention.
 
 
 def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -2684,7 +2796,7 @@ def use_float16_products(model: transformers.PreTrainedModel) -> transformers.Pr
 
 
 def sums_fit(weight: torch.Tensor) -> bool:
-    """Return whether no product with numbers below 2 can pass float16's largest number, 65,504.
+    """Return whether every sum stays below 65,504, float16's end, if the inputs are below 2.
 
     The forward pass adds up the numbers of a row of weight (d x k), the backward pass a column's.
     """
@@ -2701,12 +2813,17 @@ def choose_matmul(job: Job) -> None:
     """Decide how the frozen weights are multiplied: as MATMUL says, or as measured here.
 
     "auto" takes scaled float16 only if, on matrices of the model's own shapes and on this GPU, it
-    is clearly faster than DTYPE and errs no more against float32.
+    is clearly faster than DTYPE and no less exact, compared with float32.
     """
     settings = job.settings
     used = settings.MATMUL if settings.MATMUL != "auto" else "dtype"
     job.matmul = {"used": used}
     if settings.MATMUL != "auto" or settings.DEVICE == "cpu" or settings.DTYPE == "float32":
+        return
+    folder = job.output / "checkpoints"
+    before = read_json(folder / "job.json") or {}
+    if newest_complete(folder) and "the products in use" in before:
+        job.matmul = {"used": before["the products in use"]}  # measured anew it might differ
         return
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     lengths = [len(example.input_ids) for example in job.train]
@@ -2791,14 +2908,6 @@ def synchronize(device: torch.device) -> None:
 
 LOG = logging.getLogger("train_lora_single")
 
-
-# A checkpoint is only resumed by a run with the same settings, except for these.
-MAY_CHANGE_ON_RESUME = {
-    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO", "EVAL_GROUP",
-    "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
-    # The examples' tokens, and the kind of products that is in use, are compared instead.
-    "TRAIN_FILE", "EVAL_FILE", "MATMUL",
-}  # fmt: skip
 
 # What --demo sets. The toy model was made by data/make_demo_model.py.
 HERE = Path(__file__).resolve().parent
@@ -2984,7 +3093,7 @@ def check_values(values: dict[str, Any]) -> list[str]:
 
 
 def check_rules(settings: argparse.Namespace) -> list[str]:
-    """Return what is wrong with the settings' values, one sentence each."""
+    """Return what is wrong with the settings' values, one sentence each. Add rules of yours."""
     problems = []
 
     def require(is_met: bool, name: str, rule: str) -> None:
@@ -3048,7 +3157,7 @@ def one_line(value: Any, width: int = 200) -> str:
     return textwrap.shorten(str(value), width, placeholder=" ...")
 
 
-def wrapped(text: str) -> str:
+def wrap_lines(text: str) -> str:
     """Return text with its long lines broken at spaces, so that a terminal does not cut words."""
     lines: list[str] = []
     for line in text.split("\n"):
@@ -3056,10 +3165,16 @@ def wrapped(text: str) -> str:
     return "\n".join(lines)
 
 
-def shorten_path(path: str, width: int) -> str:
-    """Return a path as seen from here, if it is below; of a long one only the end."""
+def path_from_here(path: str) -> str:
+    """Return a path as seen from the working folder, if it is below it; else as it is."""
     with suppress(ValueError):
-        path = str(Path(path).resolve().relative_to(Path.cwd()))
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    return path
+
+
+def shorten_path(path: str, width: int) -> str:
+    """Return a path as seen from here; of a long one only the end."""
+    path = path_from_here(path)
     return path if len(path) <= width else "..." + path[3 - width :]
 
 
@@ -3158,8 +3273,8 @@ def set_environment(settings: argparse.Namespace) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # no launcher such as torchrun is at work
         forget += "|RANK|LOCAL_RANK|WORLD_SIZE"
         # TRL refuses several visible GPUs without a launcher.
-        first = (USERS_VISIBLE_DEVICES or "0").split(",")[0]
-        os.environ["CUDA_VISIBLE_DEVICES"] = first
+        visible = "0" if USERS_VISIBLE_DEVICES is None else USERS_VISIBLE_DEVICES
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
         # accelerate raises NotImplementedError on several RTX 40 with an older driver (peft 1927).
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
@@ -3172,7 +3287,7 @@ def set_environment(settings: argparse.Namespace) -> None:
     for name in list(os.environ):
         if re.fullmatch(forget, name):
             del os.environ[name]
-    # transformers advises installing fla, which README.md does where it helps.
+    # transformers advises installing fla; README.md says where it helps.
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     # PEFT 0.21 calls a function that transformers 5.24 renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -3231,11 +3346,15 @@ def catch_signals(job: Job) -> None:
         is_second = is_second and "TORCHELASTIC_RUN_ID" not in os.environ
         job.stop_signal = number
         if job.is_in_step and not is_second:
-            report("stopping", "after this step, which is saved first; press again to stop at once")
+            text = "after this step, which is saved first; a second signal stops at once"
+            report("stopping", text)
             return
         message = "Stopped. The same command goes on from the newest checkpoint, if there is one."
         if job.published:
-            message = f"Stopped. {job.output / 'final_lora'} is whole; only extras are missing."
+            message = (
+                f"Stopped. {job.output / 'final_lora'} is whole; only the evidence, the samples or "
+                "the picture are missing."
+            )
         raise Stopped(number, message)
 
     for number in SIGNALS:
@@ -3251,12 +3370,12 @@ def explain(error: BaseException, job: Job) -> tuple[int, str]:
         return 128 + error.number, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "Stopped."
-    if isinstance(error, ModuleNotFoundError) and error.name in (*PACKAGES, "matplotlib"):
+    if isinstance(error, ModuleNotFoundError) and error.name in (*PACKAGES, "filelock"):
         return 1, f"The package {error.name} is missing; pip install -r requirements.txt"
     if type(error).__name__ == "OutOfMemoryError":
         return 1, (
             f"The GPU's memory is full ({one_line(error)}). If another program runs there, end it; "
-            "else lower MAX_SEQ_LEN. The same command goes on from the newest checkpoint."
+            "else lower MAX_SEQ_LEN."
         )
     if is_disk_full(error, job.output):
         return 1, f"The disk of {job.output} is full. Make room, and give the same command again."
@@ -3287,15 +3406,21 @@ def main(argv: list[str] | None = None) -> None:
         run_or_explain(chat, job)
         return
     catch_signals(job)
-    if not settings.dry_run and is_main_process():
+    run_or_explain(start, job)
+
+
+def start(job: Job) -> None:
+    """Open the log, say what is special about this run, and do it."""
+    if not job.settings.dry_run and is_main_process():
         open_log(job.output)
-    if settings.demo:
+    if job.settings.demo:
         report("demo", "a toy: 2.5 million parameters, which know a few hundred plain sentences")
-    run_or_explain(run, job)
+    run(job)
 
 
 def run_or_explain(do: Callable[[Job], None], job: Job) -> None:
     """Do the job; turn what is known to have gone wrong into a message and an exit status."""
+    ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
     try:
         do(job)
     except BaseException as error:
@@ -3303,18 +3428,20 @@ def run_or_explain(do: Callable[[Job], None], job: Job) -> None:
             signal.signal(number, signal.SIG_IGN)
         LOG.info("The run was ended by:", exc_info=True)
         status, message = explain(error, job)
-        if job.stop_signal and status == 1:  # an error that the signal caused
+        if job.stop_signal and status == 1 and not isinstance(error, SystemExit):
+            # A library turned the signal into an error of its own.
             status, message = 128 + job.stop_signal, f"Stopped. ({message or repr(error)})"
         kind = "interrupted" if status > 1 else "failed"
         write_record(job, "finished" if job.published else f"{kind}: {message or repr(error)}")
         if not message:
             raise
-        print(wrapped(message), file=sys.stderr)
+        print(wrap_lines(message), file=sys.stderr)
         raise SystemExit(status) from error
     finally:
         logging.shutdown()
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            if number not in ignored:
+                signal.signal(number, signal.SIG_DFL)
 
 
 class LossyOutput(io.FileIO):
