@@ -120,9 +120,9 @@ LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
 NUM_EPOCHS: int = 3  # passes over the training file; fewer if the held-out loss rises again
 MAX_STEPS: int = 0  # stop after this many steps, to try things out; 0 for all epochs
 BATCH_SIZE: int = 2  # times GRADIENT_ACCUMULATION_STEPS: the examples of one optimizer step
-GRADIENT_ACCUMULATION_STEPS: int = 2  # times BATCH_SIZE; memory does not matter here, see MEMORY
+GRADIENT_ACCUMULATION_STEPS: int = 2  # only the product with BATCH_SIZE counts
 LEARNING_RATE: float = 2e-4  # the highest rate; lower it if the loss jumps
-LR_SCHEDULER_TYPE: Literal[  # how the learning rate falls after it has risen
+LR_SCHEDULER_TYPE: Literal[  # how the learning rate goes on after it has risen
     "cosine", "linear", "constant_with_warmup"
 ] = "cosine"
 WARMUP_RATIO: float = 0.03  # the share of the steps in which the learning rate rises from 0
@@ -148,7 +148,7 @@ MATMUL: Literal["auto", "dtype", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "a
 def run(job: Job) -> None:
     """Train, publish and explain one adapter.
 
-    A Job holds the settings and what is found out on the way; it stands in COMMAND LINE.
+    A Job holds the settings and what is found out on the way; it is defined in COMMAND LINE.
     """
     prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
     if job.settings.dry_run:
@@ -963,8 +963,8 @@ def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
 # ==== TRAINING: the order of the examples, what is printed, saving and stopping
 #
 # Ctrl-C, SIGTERM and SIGHUP: within a step, the step is finished and saved, and the same command
-# resumes there; before the first step nothing is left behind; once final_lora is published, it
-# stays whole. A second signal stops at once. The handler is catch_signals() in COMMAND LINE.
+# resumes there; before the first step there is nothing to resume; once final_lora is published,
+# it stays whole. A second signal stops at once. The handler is catch_signals() in COMMAND LINE.
 
 
 class LikeLengthsSampler:
@@ -1008,7 +1008,8 @@ def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
     """Return -log(probability) of each learned token, in nats; 0 where none is learned.
 
     The result has a row for each example and a column for each position whose next token is learned
-    in any row. Logits are made at these alone; with 248,320 words they are the largest tensor.
+    in any row. Logits are made at these alone; with 248,320 tokens in the vocabulary they
+    are the largest tensor.
     """
     labels = inputs["labels"][:, 1:]  # the logits at a position predict the next token
     positions = (labels != -100).any(0).nonzero()[:, 0]
@@ -1078,7 +1079,7 @@ def training_callback(
             """Save every SAVE_STEPS steps, or now if any process was sent a signal."""
             if job.stop_signal:
                 accelerator.set_trigger()
-            if accelerator.check_trigger() and not job.stop_signal:  # another process was
+            if accelerator.check_trigger() and not job.stop_signal:  # another process got one
                 job.stop_signal = signal.SIGTERM
             is_due = state.global_step % job.settings.SAVE_STEPS == 0 or job.stop_signal > 0
             # The last step of an epoch is saved after its evaluation.
@@ -1147,7 +1148,8 @@ def train(trainer: trl.SFTTrainer, job: Job) -> None:
     if job.checkpoint and step_of(job.checkpoint) >= job.plan.steps:
         # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
         load_adapter(trainer.model, job.checkpoint)
-        job.history = (read_json(job.checkpoint / "trainer_state.json") or {})["log_history"]
+        state = json.loads((job.checkpoint / "trainer_state.json").read_bytes())
+        job.history = state["log_history"]
         return
     if trainer.pop_callback(transformers.trainer_callback.ProgressCallback):
         trainer.add_callback(QuietBar())
@@ -1216,6 +1218,8 @@ def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
     recomputed = kept
     if kept < widest:  # only longer examples are recomputed
         recomputed = most_that_fits(lambda tokens: fits(tokens, is_recomputed=True), most)
+        if recomputed < widest and fits(widest, is_recomputed=True):
+            recomputed = widest  # between two steps of 16
     if max(kept, recomputed) < widest:
         raise SystemExit(
             f"A single example of {widest:,} tokens does not fit in the "
@@ -1287,7 +1291,7 @@ def example_losses(
     """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
 
     The model is in evaluation mode meanwhile, so LoRA's dropout is off, and no gradient is kept.
-    On a terminal a progress bar named title shows how far it is.
+    On a terminal a progress bar named title is shown.
     """
     from tqdm import tqdm
 
@@ -1343,7 +1347,7 @@ def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor
 # LoraConfig, the same model, and the same tokens of both data files. Anything else is refused with
 # a list of the differences.
 
-# These settings may change between a stop and going on.
+# These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
     "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO", "EVAL_GROUP",
     "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
@@ -1761,6 +1765,8 @@ def card_text(job: Job) -> str:
             f"On {len(job.held_out):,} held-out examples the loss went from {losses[0]:.4f} to "
             f"{losses[1]:.4f} nats a token"
         )
+        if settings.PUBLISH == "best":
+            result += " (the epoch was chosen by this loss)"
         if "better" in job.evidence:
             result += f"; it is lower on {job.evidence['better']:,} of them"
         result += (
@@ -1819,8 +1825,8 @@ Render conversations with `enable_thinking=False`, as in training. For vLLM use
 
 ## Limits
 
-The adapter repeats the habits of its training data, mistakes included. Nothing but the loss above
-was measured; read its replies before you let anybody rely on them. The base model's licence holds
+The adapter repeats the habits of its training data, mistakes included. Nothing else was measured;
+read its replies before you let anybody rely on them. The base model's licence holds
 for the adapter's use too.
 """
 
@@ -2103,7 +2109,7 @@ def cut(layers: dict[str, Any], rank: int) -> Iterator[None]:
     """Cut every update to its strongest directions for a while.
 
     B A = U S V^T. Projecting B on the first columns of U gives the best approximation of B A of
-    that rank (Eckart and Young, 1936), and leaves A alone. U comes from the small factors.
+    that rank (Eckart and Young, 1936), and leaves A alone. B A itself is never formed.
     """
     whole = {}
     for path, module in layers.items():
@@ -2121,7 +2127,7 @@ def cut(layers: dict[str, Any], rank: int) -> Iterator[None]:
 
 
 MATTERS = 0.02  # of the gain; smaller differences are not worth a run
-UNCLEAR = 0.10  # of the gain; with a larger error nothing is said
+UNCLEAR = 0.10  # of the gain; if twice the error is larger, a small difference says nothing
 
 
 def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
@@ -2186,9 +2192,10 @@ def about_targets(rows: dict[str, Any]) -> str:
     verdicts = {name: judge(rows[f"{name} alone"]) for name in shares}
     enough = [name for name, verdict in verdicts.items() if verdict in ("same", "better")]
     if enough:
+        best = max(enough, key=lambda name: shares[name])
         return (
-            f"targets: the update of {enough[0]} alone keeps all of the gain that matters; the "
-            "other targets add nothing that this file can show."
+            f"targets: the update of {best} alone keeps {shares[best]:.0%} of the gain; the other "
+            "targets add nothing that these examples can show."
         )
     if "unclear" in verdicts.values():
         return "targets: too few held-out examples to tell whether one group would do alone."
@@ -2212,7 +2219,8 @@ def about_rank(rows: dict[str, Any], job: Job) -> str:
         noun = "directions" if min(enough) > 1 else "direction"
         return (
             f"r: cut to {min(enough)} {noun} of {job.plan.max_rank}, the update loses nothing that "
-            "matters. That is about this file; training with a smaller r is another run."
+            "these examples can show. It is about this adapter; training with a smaller r is "
+            "another run."
         )
     if "unclear" in verdicts.values():
         return "r: too few held-out examples to tell how many directions are needed."
@@ -2568,7 +2576,8 @@ def compare_runs(folders: list[str]) -> None:
     ]
     tokens = [row["tokens"] for row in best["evidence"]["losses"]]
     columns = "{:>9}  {:<22}{:>8}  {}".format
-    lines = [columns("held-out", "against the best", "minutes", "run, and what differs")]
+    lines = []
+    head = columns("held-out", "against the best", "minutes", "run, and what differs")
     for path in ranked:
         run = same[path]
         minutes = f"{run['train_seconds'] / 60:.1f}" + ("+" if run["resumed_from"] else "")
@@ -2588,13 +2597,14 @@ def compare_runs(folders: list[str]) -> None:
         changed = [f"{name} {one_line(str(run['settings'].get(name)), 40)}" for name in differing]
         for line in textwrap.wrap(", ".join(changed), 45):
             lines.append(" " * 43 + line)
+    lines = [head, join_limited(lines, 60)]
     if len(ranked) > 1:
         lines.append("=: no difference to the best that is larger than twice its error")
     if any(run["resumed_from"] for run in same.values()):
         lines.append("+: the run was resumed, and took this long after that")
     if len(same) < len(runs):
         lines.append(f"{len(runs) - len(same)} runs on other held-out examples are left out")
-    report("runs", join_limited(lines, 60))
+    report("runs", "\n".join(lines))
 
 
 def held_out_of(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
@@ -2774,7 +2784,7 @@ def use_float16_products(model: transformers.PreTrainedModel) -> transformers.Pr
     dtype = model.dtype
     converted, left = 0, []
     for path, module in list(model.named_modules()):
-        # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), cost more kernels than they save.
+        # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), would cost more time than they save.
         if type(module) is not torch.nn.Linear or min(module.weight.shape) < 64:
             continue
         if not sums_fit(module.weight):
@@ -3118,6 +3128,8 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
         require(1 <= getattr(settings, name) < 2**31, name, "it must be at least 1")
     for name in ("MAX_STEPS", "EVIDENCE_EXAMPLES", "NUM_SAMPLES"):
         require(0 <= getattr(settings, name) < 2**31, name, "it must be 0 or more")
+    if settings.EVAL_FILE == settings.TRAIN_FILE:
+        problems.append("EVAL_FILE is TRAIN_FILE; held-out conversations must be other ones.")
     if settings.PUBLISH == "best" and not settings.EVAL_FILE:
         problems.append('PUBLISH is "best", which needs an EVAL_FILE to tell which epoch that is.')
     package = settings.REPORT_TO
@@ -3275,12 +3287,12 @@ def set_environment(settings: argparse.Namespace) -> None:
         # TRL refuses several visible GPUs without a launcher.
         visible = "0" if USERS_VISIBLE_DEVICES is None else USERS_VISIBLE_DEVICES
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
-        # accelerate raises NotImplementedError on several RTX 40 with an older driver (peft 1927).
+        # accelerate refuses several RTX 40 cards with an older driver otherwise (peft issue 1927).
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
     if settings.DEVICE == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        # Beside another busy process, waiting threads cost 245 s in place of 28.
+        # Threads that wait actively slowed the demo from 28 s to 245 s beside a busy process.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if settings.DEVICE == "cpu" or settings.dry_run:
         forbid_gpu_packages()
@@ -3353,7 +3365,7 @@ def catch_signals(job: Job) -> None:
         if job.published:
             message = (
                 f"Stopped. {job.output / 'final_lora'} is whole; only the evidence, the samples or "
-                "the picture are missing."
+                "the picture are missing. The same command would train anew."
             )
         raise Stopped(number, message)
 
