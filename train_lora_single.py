@@ -295,6 +295,7 @@ def training_config(job: Job) -> trl.SFTConfig:
         gradient_accumulation_steps=1,
         learning_rate=settings.LEARNING_RATE,
         lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
+        # A fraction would be rounded up: in a run of few steps the first would have the rate 0.
         warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
         bf16=False,  # no autocast: the weights have their type already
         activation_checkpointing=False,  # find_what_fits() decides
@@ -420,10 +421,10 @@ def read_examples(path: str, group_key: str = "") -> tuple[list[Example], list[s
 
     Nothing here needs a model or a heavy library. Exits if the file cannot be read or is empty.
     """
-    if Path(path).exists() and not Path(path).is_file():
-        raise SystemExit(f"{path} is not a file; TRAIN_FILE and EVAL_FILE must be JSONL files.")
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        if Path(path).exists() and not Path(path).is_file():
+            raise SystemExit(f"{path} is not a file; TRAIN_FILE and EVAL_FILE must be JSONL files.")
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise SystemExit(
             f"{path} cannot be read ({error.strerror}); check TRAIN_FILE and EVAL_FILE."
@@ -489,20 +490,21 @@ def parse_line(text: str, where: str, group_key: str) -> list[Example]:
 
 def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object as a dictionary, or raise ValueError if a key occurs twice."""
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(
-                f'the key "{one_line(key, 40)}" occurs twice in one object; remove one'
-            )
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            shown = one_line(json.dumps(key), 40)
+            raise ValueError(f"the key {shown} occurs twice in one object; remove one")
+        found[key] = value
+    return found
 
 
 def conversation_of(row: dict[str, Any]) -> list[Any]:
     """Return all messages of a line, or raise ValueError."""
     found = [key for key in ("messages", "prompt", "completion") if key in row]
     if found not in (["messages"], ["prompt", "completion"]):
-        names = " and ".join(found) or join_limited(list(row), 5, ", ") or "nothing"
+        keys = [one_line(json.dumps(key), 40) for key in list(row)[:5]]
+        names = " and ".join(found) or ", ".join(keys) or "nothing"
         raise ValueError(f"the line has {names}; {FORM_RULE}")
     messages: list[Any] = []
     for key in found:
@@ -520,8 +522,8 @@ def check_messages(messages: list[Any]) -> None:
             raise ValueError(f"message {number} is {shown}; {MESSAGE_RULE}")
         if unknown := sorted(message.keys() - {"role", "content"}):
             raise ValueError(
-                f'message {number} has the key "{one_line(unknown[0], 40)}", which would be '
-                f"ignored; {MESSAGE_RULE}"
+                f"message {number} has the key {one_line(json.dumps(unknown[0]), 40)}, which would "
+                f"be ignored; {MESSAGE_RULE}"
             )
         if missing := sorted({"role", "content"} - message.keys()):
             raise ValueError(f'message {number} has no "{missing[0]}"; {MESSAGE_RULE}')
@@ -1640,6 +1642,10 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
     if not Path(job.settings.MODEL_NAME).is_dir():
         model.peft_config["default"].revision = job.settings.MODEL_REVISION
     model.save_pretrained(final, save_embedding_layers=False)
+    config = json.loads((final / "adapter_config.json").read_bytes())
+    if isinstance(config["target_modules"], list):  # PEFT's is a set, in any order
+        config["target_modules"] = in_order_of_settings(config["target_modules"], job.settings)
+    write_json(final / "adapter_config.json", config)
     job.tokenizer.save_pretrained(final)
     tensors = safetensors_torch.load_file(final / "adapter_model.safetensors")
     plain, wrapped = ".model.model.", ".model.model.language_model."
@@ -2784,7 +2790,7 @@ def use_float16_products(model: transformers.PreTrainedModel) -> transformers.Pr
     dtype = model.dtype
     converted, left = 0, []
     for path, module in list(model.named_modules()):
-        # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), would cost more time than they save.
+        # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), would cost more than they save.
         if type(module) is not torch.nn.Linear or min(module.weight.shape) < 64:
             continue
         if not sums_fit(module.weight):
@@ -3032,6 +3038,7 @@ def build_parser() -> argparse.ArgumentParser:
         options: dict[str, Any] = {"dest": name, "default": default, "help": help_text}
         if typing.get_origin(kind) is Literal:
             options["choices"] = typing.get_args(kind)
+            options["type"] = type(default)
         elif typing.get_origin(kind) is list:
             options |= {"nargs": "+", "metavar": "NAME"}
         elif kind is bool:
@@ -3064,7 +3071,7 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, unknown: list[str]) ->
     known = [f"--{name.lower()}" for name in setting_types()]
     known += ["--demo", "--dry_run", "--chat", "--compare"]
     close = difflib.get_close_matches(
-        wrong.replace("-", "_"), [f.replace("-", "_") for f in known], 1
+        wrong.replace("-", "_").lower(), [f.replace("-", "_") for f in known], 1
     )
     if close:
         flag = known[[f.replace("-", "_") for f in known].index(close[0])]
@@ -3133,7 +3140,10 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
     if settings.PUBLISH == "best" and not settings.EVAL_FILE:
         problems.append('PUBLISH is "best", which needs an EVAL_FILE to tell which epoch that is.')
     package = settings.REPORT_TO
-    if package != "none" and not (package.isidentifier() and importlib.util.find_spec(package)):
+    trackers = ("tensorboard", "wandb", "trackio")
+    if package not in ("none", *trackers):
+        problems.append(f"REPORT_TO is {package!r}; it must be none, {', '.join(trackers)}.")
+    elif package != "none" and not (package.isidentifier() and importlib.util.find_spec(package)):
         problems.append(
             f'REPORT_TO is "{package}", but there is no such package; pip install {package}, or '
             'choose "none".'
@@ -3166,7 +3176,8 @@ def beside(section: str, text: str) -> str:
 
 def one_line(value: Any, width: int = 200) -> str:
     """Return value as one line, shortened to width."""
-    return textwrap.shorten(str(value), width, placeholder=" ...")
+    text = " ".join(str(value).split())
+    return text if len(text) <= width else f"{text[: width - 4]} ..."
 
 
 def wrap_lines(text: str) -> str:
@@ -3313,7 +3324,9 @@ def open_log(output: Path) -> None:
 
     try:
         output.mkdir(parents=True, exist_ok=True)
-        log = logging.FileHandler(output / "all_logs.log", encoding="utf-8")
+        log = logging.FileHandler(
+            output / "all_logs.log", encoding="utf-8", errors="backslashreplace"
+        )
     except OSError as error:
         raise SystemExit(
             f"OUTPUT_DIR {output} cannot be written ({error.strerror}); choose another folder."
@@ -3450,6 +3463,8 @@ def run_or_explain(do: Callable[[Job], None], job: Job) -> None:
         print(wrap_lines(message), file=sys.stderr)
         raise SystemExit(status) from error
     finally:
+        while LOCKS:
+            LOCKS.pop().release()
         logging.shutdown()
         for number in SIGNALS:
             if number not in ignored:
@@ -3473,6 +3488,22 @@ def survive_closed_outputs() -> None:
             raw = LossyOutput(number, "w", closefd=False)
             wrapped = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
             setattr(sys, name, wrapped)
+
+
+# `uv run train_lora_single.py --demo` reads this and needs no environment made by hand (PEP 723).
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.7,<2.11",
+#     "transformers>=5.24,<5.30",
+#     "peft>=0.21.2,<0.22",
+#     "trl>=1.16,<1.17",
+#     "datasets>=5,<6",
+#     "accelerate>=1.15,<2",
+#     "safetensors>=0.8,<1",
+#     "matplotlib>=3.10,<4",
+# ]
+# ///
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ tokenizer with the real control tokens, and Qwen3.5's own chat template, as TRL 
 
 Tokenizer and model learn from the users' messages in data/train.jsonl and from nothing else: not
 from Nell's replies, and not from data/eval.jsonl. In each pretraining chat a user's message is
-answered by another user's message that shares words with it, so the base answers in plain
-English, about something of its own. What Nell sounds like is left for LoRA to teach.
+answered by another user's message on the same topic, so the base answers in plain English,
+about something of its own. What Nell sounds like is left for LoRA to teach.
 
 It takes minutes on two cores. Everything is seeded: the same machine, packages and training file
 give the same bytes.
@@ -19,13 +19,10 @@ give the same bytes.
 import json
 import math
 import random
-import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -50,22 +47,18 @@ VOCAB_SIZE = 2048
 HIDDEN_SIZE = 192
 INTERMEDIATE_SIZE = 512
 LAYER_TYPES = ["linear_attention"] * 3 + ["full_attention"]
-FORGETTING = [0.02, 0.2]  # what a DeltaNet layer's two heads lose at a token, at first
 
 # Pretraining.
 SEED = 0
 THREADS = 2  # sums depend on the number of threads, and the bytes on the sums
-STEPS = 1600
-BATCH_SIZE = 4  # chats
-KIN = 4  # a message is answered by one of so many that share words with it
-ANSWER_WORDS = 7  # different ones, at least, in an answer
-ANSWERS = (1, 2, 4)  # in a chat: one of these numbers
-POOL = 100  # batches that are put together by length at once
+STEPS = 400
+BATCH_SIZE = 8  # chats
+PAIRS = (1, 2)  # a chat has one of these numbers of messages and answers
 LEARNING_RATE = 3e-3  # the peak
 WARMUP_STEPS = 40
 WEIGHT_DECAY = 0.1
-DROPOUT = 0.05  # of what each layer adds, and of the embeddings: the text is short
-LOGGING_STEPS = 50
+DROPOUT = 0.1  # of what each layer adds, and of the embeddings: the text is short
+LOGGING_STEPS = 25
 
 ENDS = ("start", "end")
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -83,16 +76,18 @@ PIECES += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 Message = dict[str, str]
 
 
-def read_messages() -> tuple[Message, list[str]]:
-    """Return the system message and what the users say; the replies are not read."""
-    system, said = {}, {}
+def read_messages() -> tuple[Message, list[list[str]]]:
+    """Return the system message and what the users say, by topic; the replies are not read."""
+    system: Message = {}
+    topics: dict[str, list[str]] = {}
     for line in TRAIN_FILE.read_text(encoding="utf-8").splitlines():
-        for message in json.loads(line)["prompt"]:
+        row = json.loads(line)
+        for message in row["prompt"]:
             if message["role"] == "system":
                 system = message
             elif message["role"] == "user":
-                said[message["content"]] = True  # a dictionary keeps the order, without repeats
-    return system, list(said)
+                topics.setdefault(row["topic"], []).append(message["content"])
+    return system, list(topics.values())
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -150,7 +145,6 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3_5Config:
             "mrope_section": [11, 11, 10],
         },
         "tie_word_embeddings": True,
-        "initializer_range": 0.05,
         "eos_token_id": ids["<|endoftext|>"],
     }
     vision = {
@@ -173,47 +167,29 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3_5Config:
     )
 
 
-def find_kin(said: list[str]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return for each message the messages that share most of its rarer words: any, and long ones.
-
-    A shared word counts for more the rarer it is, and in a shorter message.
-    """
-    bags = [set(re.findall(r"[a-z']+", text.lower())) for text in said]
-    spread = Counter(word for bag in bags for word in bag)
-    column = {word: i for i, word in enumerate(sorted(spread))}
-    table = torch.zeros(len(said), len(column))
-    for row, bag in enumerate(bags):
-        for word in bag:
-            table[row, column[word]] = math.log(len(said) / spread[word])
-    lengths = torch.tensor([float(len(bag)) for bag in bags])
-    alike = (table @ table.T) / (lengths + 8).sqrt()
-    alike.fill_diagonal_(-1)
-    kin = alike.topk(KIN, dim=1).indices.tolist()
-    alike[:, lengths < ANSWER_WORDS] = -1
-    return kin, alike.topk(KIN, dim=1).indices.tolist()
-
-
 def make_chats(
-    system: Message, said: list[str], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[list[int]]:
-    """Yield the token ids of chats, without end; each message ends one before any ends a second.
+    system: Message, topics: list[list[str]], tokenizer: PreTrainedTokenizerFast
+) -> list[list[int]]:
+    """Return the token ids of chats in which each message occurs once, or twice to make pairs.
 
-    All messages of a chat are users' messages, every second one said to be the assistant's, and
-    each shares words with the next: so an answer has something to do with what it answers. What
-    has only a few words is no answer.
+    All messages of a chat are users' messages on one topic; every second one is said to be the
+    assistant's.
     """
-    kin, long_kin = find_kin(said)
-    lasts = sorted({i for row in long_kin for i in row})
-    while True:
-        for last in random.sample(lasts, len(lasts)):
-            chosen = [last]
-            for turn in range(2 * random.choice(ANSWERS) - 1):
-                chosen.append(random.choice((long_kin if turn % 2 else kin)[chosen[-1]]))
+    chats = []
+    for topic in topics:
+        rest = random.sample(topic, len(topic))
+        while rest:
+            count = 2 * random.choice(PAIRS)
+            said, rest = rest[:count], rest[count:]
+            if len(said) % 2:
+                said.insert(0, random.choice(topic))
             chat = [system] + [
-                {"role": ("user", "assistant")[turn % 2], "content": said[i]}
-                for turn, i in enumerate(reversed(chosen))
+                {"role": ("user", "assistant")[turn % 2], "content": text}
+                for turn, text in enumerate(said)
             ]
-            yield tokenizer.apply_chat_template(chat, enable_thinking=False, return_dict=False)
+            ids = tokenizer.apply_chat_template(chat, enable_thinking=False, return_dict=False)
+            chats.append(ids)
+    return chats
 
 
 def make_batch(rows: list[list[int]], end: int, pad: int) -> dict[str, torch.Tensor]:
@@ -231,14 +207,13 @@ def make_batch(rows: list[list[int]], end: int, pad: int) -> dict[str, torch.Ten
 
 
 def batches(
-    system: Message, said: list[str], tokenizer: PreTrainedTokenizerFast
+    system: Message, topics: list[list[str]], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches of chats of about the same length, without end."""
-    chats = make_chats(system, said, tokenizer)
+    """Yield batches of chats of about the same length, without end; each pass has other chats."""
     while True:
-        pool = sorted(islice(chats, POOL * BATCH_SIZE), key=len)
-        for i in random.sample(range(POOL), POOL):
-            group = pool[i * BATCH_SIZE : (i + 1) * BATCH_SIZE]
+        chats = sorted(make_chats(system, topics, tokenizer), key=len)
+        groups = [chats[i : i + BATCH_SIZE] for i in range(0, len(chats), BATCH_SIZE)]
+        for group in random.sample(groups, len(groups)):
             yield make_batch(group, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
@@ -247,14 +222,6 @@ def drop(module: nn.Module, args: tuple, output: object) -> object:
     if isinstance(output, tuple):
         return (nn.functional.dropout(output[0], DROPOUT, module.training), *output[1:])
     return nn.functional.dropout(output, DROPOUT, module.training)
-
-
-def remember(model: Qwen3_5ForConditionalGeneration) -> None:
-    """Let the DeltaNet layers' heads forget slowly; as they are made, one token takes all away."""
-    for layer in model.model.language_model.layers:
-        if hasattr(layer, "linear_attn"):
-            nn.init.constant_(layer.linear_attn.A_log, 0.0)
-            layer.linear_attn.dt_bias.data = torch.tensor(FORGETTING).expm1().log()
 
 
 def pretrain(
@@ -322,13 +289,13 @@ def main() -> None:
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
-    system, said = read_messages()
+    system, topics = read_messages()
+    said = [message for topic in topics for message in topic]
     tokenizer = make_tokenizer([system["content"], *said])
     model = Qwen3_5ForConditionalGeneration(make_config(tokenizer))
-    remember(model)
     count = sum(parameter.numel() for parameter in model.model.language_model.parameters())
     print(f"{len(said):,} messages, {len(tokenizer):,} tokens, {count:,} text parameters")
-    loss = pretrain(model, batches(system, said, tokenizer))
+    loss = pretrain(model, batches(system, topics, tokenizer))
     model.to(torch.bfloat16)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.generation_config.pad_token_id = tokenizer.pad_token_id

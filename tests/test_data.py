@@ -1,12 +1,15 @@
-"""Data: what is refused and how, what is taken, which repeats are named, and any bytes at all."""
+"""Data: which lines are refused and how, what is taken as it is, which repeats are named."""
 
-import itertools
+import contextlib
 import json
 import os
 import re
 import signal
+import subprocess
 import sys
-import tracemalloc
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,531 +17,401 @@ from hypothesis import strategies as st
 
 import train_lora_single as t
 
+SCRIPT = t.__file__
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 
 
-def turns(roles):
-    return [{"role": ROLES[r], "content": f"turn {n}"} for n, r in enumerate(roles, 1)]
+def conversation(roles):
+    """Return messages with these roles, such as "sua", and numbered texts."""
+    return [{"role": ROLES[role], "content": f"turn {n}"} for n, role in enumerate(roles, 1)]
 
 
 def line(**row):
     return json.dumps(row).encode()
 
 
-def goes(roles):
-    return line(messages=turns(roles))
+def messages_line(roles):
+    return line(messages=conversation(roles))
 
 
-def pair(prompt, completion):
-    return line(prompt=turns(prompt), completion=turns(completion))
+def completion_line(prompt, completion):
+    return line(prompt=conversation(prompt), completion=conversation(completion))
 
 
-def reply_is(message):
-    return line(messages=[*turns("u"), message])
+def line_with_reply(message):
+    return line(messages=[*conversation("u"), message])
 
 
-def says(content):
-    return reply_is({"role": "assistant", "content": content})
+def line_with_text(text):
+    return line_with_reply({"role": "assistant", "content": text})
 
 
-def write(folder, content, name="data.jsonl"):
-    path = folder / name
-    path.write_bytes(content)
-    return str(path)
+def talk_of(*contents):
+    """Return messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[n % 2], "content": c} for n, c in enumerate(contents)]
 
 
-def refusal(path):
-    with pytest.raises(SystemExit) as stop:
-        t.read_examples(path)
-    assert isinstance(stop.value.code, str)
-    return stop.value.code
+GOOD = messages_line("ua")
 
 
-def blamed(message, path):
-    return [int(n) for n in re.findall(rf"^{re.escape(path)}:(\d+): .", message, re.MULTILINE)]
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """Work where the files are, so that their names stay short."""
+    monkeypatch.chdir(tmp_path)
+
+
+def write(content, name="data.jsonl"):
+    Path(name).write_bytes(content)
+    return name
+
+
+def problems_of(content):
+    """Return (examples, problems) of a file with these bytes."""
+    return t.read_examples(write(content))
+
+
+def taken(content, group_key=""):
+    """Return (where, prompt, reply) of each example of a file that has no problems."""
+    examples, problems = t.read_examples(write(content), group_key)
+    assert problems == []
+    return [(one.where, one.messages[:-1], one.messages[-1]) for one in examples]
 
 
 # ---- what is refused
 
-GOOD = goes("ua")
-ADVICE = "write one JSON object a line, in UTF-8; README.md shows the forms"
-FORMS = "; write one list, messages, or two, prompt and completion"
-RULE = "; write only role (system, user, assistant) and content (no blank or surrogate)"
-MESSAGE = [": message 2 is ", RULE]
-ARE = ": the messages are "
-TURNS = "; write at most one system, then user and assistant in turn"
-NONE = ": no conversation, or two: "
-SEVERAL = ": completion has several messages; write the last one"
+FORMS = ["prompt", "completion", "messages", "README"]
+TURNS = ["user and assistant in turn"]
 
-# name, bytes, the lines to blame, what the message must say
-WHOLE_FILES = [
-    ("empty file", b"", [], ["no examples"]),
-    ("only blank lines", b"\n  \n\r\n\t\n", [], ["no examples"]),
-    ("only a byte-order mark", b"\xef\xbb\xbf", [], ["no examples"]),
-    (
-        "UTF-16",
-        ("\ufeff" + GOOD.decode()).encode("utf-16-le"),
-        [1],
-        ["'utf-8' codec can't decode byte"],
-    ),
-    ("gzip", b"\x1f\x8b\x08\x00\x00\x02\xff\xab", [1], ["'utf-8' codec can't decode byte"]),
-    ("pretty-printed", b'{\n "messages": [\n  1\n ]\n}\n', [1, 2, 3, 4, 5], ["column 2"]),
-    ("one list of all", b"[\n" + GOOD + b",\n" + GOOD + b"\n]\n", [1, 2, 4], ["column 2"]),
-    ("CSV", b"prompt,completion\nHello,Hi\n", [1, 2], ["Expecting value: column 1"]),
-    ("cut off at the end", GOOD + b"\n" + GOOD[:40], [2], [" column "]),
-    ("old Mac's line ends", GOOD + b"\r" + GOOD, [1], ["Extra data"]),
-]
-# name, bytes of the third line, what the message must say
-LINES = [
-    ("latin-1", '{"messages": "café"}'.encode("latin-1"), ["byte 0xe9 in position 17"]),
-    ("surrogate in bytes", b'{"messages": "\xed\xa0\xbd"}', ["'utf-8' codec can't decode byte"]),
-    ("trailing comma", GOOD[:-1] + b",}", [" column "]),
-    ("single quotes", GOOD.replace(b'"', b"'"), ["column 2"]),
-    ("truncated", GOOD[:-3], [" column "]),
-    ("two objects in one line", GOOD + b" " + GOOD, [" column "]),
-    ("comment", b"// " + GOOD, ["column 1"]),
-    ("raw tab in a string", GOOD.replace(b"turn 1", b"turn\t1"), ["control character"]),
-    ("NUL byte", b"\0", ["column 1"]),
-    ("list", b"[" + GOOD + b"]", [NONE + "[{'messages'", FORMS]),
-    ("string", b'"Hello"', [NONE + "'Hello';", FORMS]),
-    ("number", b"42", [NONE + "42;", FORMS]),
-    ("null", b"null", [NONE + "None;", FORMS]),
-    ("empty object", b"{}", [NONE + "{};", FORMS]),
-    ("NaN for messages", b'{"messages": NaN}', [NONE + "{'messages': nan};", FORMS]),
-    ("NaN for a text", GOOD.replace(b'"turn 2"', b"NaN"), [*MESSAGE, "nan"]),
-    ("100,000 brackets", b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", []),
+REFUSED = [
+    ("latin-1", '{"messages": "café"}'.encode("latin-1"), ["not UTF-8", "byte 18"]),
+    ("trailing comma", GOOD[:-1] + b",}", ["not JSON", "character"]),
+    ("truncated", GOOD[:-3], ["not JSON", "character"]),
+    ("two objects in one line", GOOD + b" " + GOOD, ["not JSON", f"character {len(GOOD) + 2}"]),
+    ("a number", b"42", ["not an object", "42", *FORMS]),
+    ("a list of objects", b"[1, " + GOOD + b"]", ["not an object", *FORMS]),
+    ("nested too deeply", b'{"messages": ' + b"[" * 99_999 + b"]" * 99_999 + b"}", ["deep"]),
     ("integer of 5,000 digits", b'{"messages": ' + b"7" * 5_000 + b"}", ["digits"]),
-    ("a form twice", GOOD[:-1] + b", " + GOOD[1:], ["a key twice", "remove it"]),
-    ("a content twice", GOOD.replace(b'"turn 1"', b'"x", "content": "y"'), ["twice", "remove it"]),
-    ("an unused key twice", b'{"id": 1, "id": 2, ' + GOOD[1:], ["a key twice", "remove it"]),
-    ("neither form", line(text="Hello"), [NONE + "{'text': 'Hello'};", FORMS]),
-    ("key in capitals", line(Messages=turns("ua")), [NONE + "{'Messages'", FORMS]),
-    ("ShareGPT", line(conversations=[{"from": "human"}]), [NONE + "{'conversations'", FORMS]),
-    ("Alpaca", line(instruction="Greet", output="Hi"), [NONE + "{'instruction'", FORMS]),
-    ("both forms", line(messages=turns("ua"), prompt=turns("u"), completion=turns("a")),
-     [NONE + "{'messages'", FORMS]),
-    ("messages beside prompt", line(a=1, messages=turns("ua"), b=1, prompt=turns("u")),
-     [NONE + "{'a'", FORMS]),
-    ("messages beside a text", line(prompt="Hi", messages=turns("ua")),
-     [NONE + "{'prompt': 'Hi'", FORMS]),
-    ("prompt alone", line(prompt=turns("u")), [NONE + "{'prompt'", FORMS]),
-    ("completion alone", line(completion=turns("a")), [NONE + "{'completion'", FORMS]),
-    ("prompt is a string", line(prompt="Hi", completion=turns("a")),
-     [NONE + "{'prompt': 'Hi'", FORMS]),
-    ("completion is a string", line(completion="Hi", prompt=turns("u")),
-     [NONE + "{'completion': 'Hi'", FORMS]),
-    ("prompt is an object", line(prompt=turns("u")[0], completion=turns("a")),
-     [NONE + "{'prompt': {", FORMS]),
-    ("completion is an object", line(completion=turns("a")[0], prompt=turns("u")),
-     [NONE + "{'completion': {", FORMS]),
-    ("prompt is a list of strings", line(prompt=["Hello"], completion=turns("a")),
-     [": message 1 is 'Hello';", RULE]),
-    ("messages is an object", line(messages=turns("u")[0]), [NONE + "{'messages': {", FORMS]),
-    ("messages is null", line(messages=None), [NONE + "{'messages': None};", FORMS]),
-    ("messages is empty", line(messages=[]), [": the messages are ", TURNS]),
-    ("message is a string", reply_is("Hi"), [*MESSAGE, "'Hi'"]),
-    ("message is a list", reply_is(["assistant", "Hi"]), [*MESSAGE, "['assistant', 'Hi']"]),
-    ("message is null", reply_is(None), [*MESSAGE, "None"]),
-    ("message is empty", reply_is({}), [*MESSAGE, "{}"]),
-    ("role missing", reply_is({"content": "Hi"}), [*MESSAGE, "{'content': 'Hi'}"]),
-    ("content missing", reply_is({"role": "assistant"}), [*MESSAGE, "{'role': 'assistant'}"]),
-    ("tool_calls", reply_is({"role": "assistant", "content": "Hi", "tool_calls": []}),
-     [*MESSAGE, "'tool_calls'"]),
-    ("role human", reply_is({"role": "human", "content": "Hi"}), [*MESSAGE, "'human'"]),
-    ("role tool", reply_is({"role": "tool", "content": "Hi"}), [*MESSAGE, "'tool'"]),
-    ("role System", reply_is({"role": "System", "content": "Hi"}), [*MESSAGE, "'System'"]),
-    ("role with a space", reply_is({"role": "user ", "content": "Hi"}), [*MESSAGE, "'user '"]),
-    ("role null", reply_is({"role": None, "content": "Hi"}), [*MESSAGE, "'role': None"]),
-    ("role a list", reply_is({"role": ["user"], "content": "Hi"}), [*MESSAGE, "['user']"]),
-    ("content null", says(None), [*MESSAGE, "'content': None"]),
-    ("content a number", says(7), [*MESSAGE, "'content': 7"]),
-    ("content true", says(True), [*MESSAGE, "'content': True"]),
-    ("content in parts", says([{"type": "text", "text": "Hi"}]), [*MESSAGE, "[{'type'"]),
-    ("content empty", says(""), [*MESSAGE, "'content': ''"]),
-    ("content white space", says(" \n\t\u3000"), [*MESSAGE, r"' \n\t\u3000'"]),
-    ("high surrogate alone", says("Hi \ud83d"), [*MESSAGE, r"'Hi \ud83d'"]),
-    ("low surrogate alone", says("\ude00 Hi"), [*MESSAGE, r"'\ude00 Hi'"]),
-    ("prompt message", line(prompt=[{}], completion=turns("a")), [": message 1 is {};", RULE]),
-    ("completion message", line(prompt=turns("suau"), completion=[{}]),
-     [": message 5 is {};", RULE]),
-    *((f"messages {roles}", goes(roles), [ARE + found, TURNS]) for roles, found in {
-        "usa": "user, system, assistant;", "ssua": "system, system, user, assistant;",
-        "s": "system;", "sa": "system, assistant;", "aua": "assistant, user, assistant;",
-        "a": "assistant;", "uua": "user, user, assistant;", "uaa": "user, assistant, assistant;",
-        "uau": "user, assistant, user;",
-    }.items()),
-    *((f"prompt {roles}", pair(roles, "a"), [ARE + found, TURNS]) for roles, found in {
-        "": "assistant;", "s": "system, assistant;", "ua": "user, assistant, assistant;",
-        "au": "assistant, user, assistant;", "uu": "user, user, assistant;",
-    }.items()),
-    *((f"completion {roles}", pair("u", roles), [ARE + found, TURNS]) for roles, found in {
-        "": "user;", "aa": "user, assistant, assistant;", "u": "user, user;",
-    }.items()),
-    ("many turns", goes("u" * 8), [ARE + "user, user, user, user, user, user, ... and 2 more;"]),
-    *((f"prompt {prompt}, completion {reply}", pair(prompt, reply), [SEVERAL])
-      for prompt, reply in (("u", "aua"), ("ua", "ua"), ("", "ua"), ("", "sua"), ("s", "ua"))),
-    ("prompt ua, completion empty", pair("ua", ""), [": completion has", "the last one"]),
+    ("a key twice", b'{"id": 1, "id": 2, ' + GOOD[1:], ['"id"', "twice", "remove"]),
+    ("content twice", GOOD.replace(b'"turn 1"', b'"x", "content": "y"'), ['"content"', "twice"]),
+    ("tools", line(messages=conversation("ua"), tools=[]), ['"tools"', "remove"]),
+    ("no form", line(text="Hello"), ["text", *FORMS]),
+    ("an empty object", b"{}", ["nothing", *FORMS]),
+    ("ShareGPT", line(conversations=[{"from": "human"}]), ["conversations", *FORMS]),
+    ("both forms", line(messages=[], prompt=[], completion=[]), ["messages and prompt", *FORMS]),
+    ("messages and prompt", line(messages=conversation("ua"), prompt=[]), ["messages and prompt"]),
+    ("prompt alone", line(prompt=conversation("u")), ["the line has prompt;", *FORMS]),
+    ("completion alone", line(completion=conversation("a")), ["the line has completion;"]),
+    ("prompt is a text", line(prompt="Hi", completion=conversation("a")), ['"prompt" is "Hi"']),
+    ("messages is empty", line(messages=[]), ['"messages" is []', *FORMS]),
+    ("completion is empty", completion_line("u", ""), ['"completion" is []', *FORMS]),
+    ("a message is a text", line_with_reply("Hi"), ["message 2 is", '"Hi"', '"role"']),
+    ("a name", line_with_reply({"role": "assistant", "content": "a", "name": "N"}),
+     ["message 2", '"name"', "ignored"]),
+    ("no role", line_with_reply({"content": "Hi"}), ["message 2", 'no "role"']),
+    ("no content", line_with_reply({"role": "assistant"}), ["message 2", 'no "content"']),
+    ("role tool", line_with_reply({"role": "tool", "content": "Hi"}),
+     ["role of message 2", '"tool"', '"system", "user" or "assistant"']),
+    ("role is a list", line_with_reply({"role": ["user"], "content": "Hi"}), ['["user"]']),
+    ("content null", line_with_text(None), ["content of message 2", "null", "text"]),
+    ("content in parts", line_with_text([{"type": "text"}]), ["content of message 2", '"type"']),
+    ("content white space", line_with_text(" \n\t\u3000"), ["content of message 2", "empty"]),
+    ("high surrogate", line_with_text("Hi \ud83d"), ["message 2", "surrogate", "whole character"]),
+    ("low surrogate", line_with_text("\udfff Hi"), ["message 2", "surrogate"]),
+    ("thoughts", line_with_text("<think>\nHm.\n</think>\n\nHi"), ["message 2", "<think>"]),
+    ("end of thoughts", line_with_text("Hm.</think>Hi"), ["message 2", "<think>", "remove"]),
+    ("no user", messages_line("sa"), ["system, assistant;", *TURNS]),
+    ("no reply at the end", messages_line("uau"), ["user, assistant, user;", *TURNS]),
+    ("system in the middle", messages_line("usa"), ["user, system, assistant;", *TURNS]),
+    ("two systems", messages_line("ssua"), ["system, system, user, assistant;", *TURNS]),
+    ("two users", completion_line("uu", "a"), ["user, user, assistant;", *TURNS]),
+    ("many turns", messages_line("u" * 8), ["user, user, user, user, user, user, ... and 2 more"]),
+    ("several replies", completion_line("u", "aua"), ['"completion" holds 3', '"prompt"']),
 ]  # fmt: skip
-BROKEN = WHOLE_FILES + [
-    (name, GOOD + b"\n\n" + bad + b"\n", [3], parts) for name, bad, parts in LINES
-]
 
 
 @pytest.mark.parametrize(
-    ("content", "lines", "parts"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN]
+    ("bad", "parts"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
 )
-def test_a_broken_file_is_refused_with_its_lines_the_reason_and_the_fix(
-    tmp_path, content, lines, parts
-):
-    path = write(tmp_path, content)
-    message = refusal(path)
-    text = message.replace(path, "")
-    assert blamed(message, path) == lines and message.startswith(f"{path}:")
-    assert [part for part in parts if part not in text] == []
-    *said, advice = text.splitlines()
-    assert advice == ADVICE and len(said) == max(1, len(lines)) and max(map(len, said)) < 300
-    assert not re.search(r"line \d", text)  # the JSON decoder's own, which is always 1
+def test_a_bad_line_is_named_with_its_number_the_reason_and_the_fix(bad, parts):
+    examples, problems = problems_of(GOOD + b"\n\n" + bad + b"\n" + GOOD)
+    assert [one.where for one in examples] == ["data.jsonl:1", "data.jsonl:4"]
+    (problem,) = problems
+    assert problem.startswith("data.jsonl:3: ") and len(problem) < 300 and "\n" not in problem
+    assert [part for part in parts if part not in problem] == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[\n" + GOOD + b",\n" + GOOD + b"\n]\n",
+        b"\n[" + GOOD + b", " + GOOD + b"]",
+        b"[ " + GOOD + b"]",
+        b"\xef\xbb\xbf[\r\n" + GOOD + b"\r\n]\r\n",
+    ],
+    ids=["on lines", "on one line", "a space", "byte-order mark"],
+)
+def test_a_json_array_is_one_problem_that_says_so(content):
+    examples, problems = problems_of(content)
+    assert examples == [] and len(problems) == 1
+    assert "JSON array" in problems[0] and "one JSON object a line" in problems[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n\r\n\t\n", b"\xef\xbb\xbf"])
+def test_a_file_without_examples_is_refused_with_the_forms(content):
+    with pytest.raises(SystemExit, match=r"data\.jsonl.*no examples.*prompt.*messages"):
+        problems_of(content)
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "folder", "file.jsonl/train.jsonl", "fifo"])
-def test_a_path_that_is_no_file_is_refused_with_the_constants_to_set(tmp_path, name):
-    (tmp_path / "folder").mkdir()
-    write(tmp_path, GOOD, "file.jsonl")
-    os.mkfifo(tmp_path / "fifo")
+def test_a_path_that_is_no_file_is_refused_with_the_settings_to_check(name):
+    Path("folder").mkdir()
+    write(GOOD, "file.jsonl")
+    os.mkfifo("fifo")
     before = signal.signal(
         signal.SIGALRM, lambda *_: pytest.fail("it waits for a pipe's other end")
     )
     signal.alarm(10)
     try:
-        message = refusal(str(tmp_path / name))
+        with pytest.raises(SystemExit) as stop:
+            t.read_examples(name)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    fault = "not a file; set TRAIN_FILE and EVAL_FILE to JSONL files"
-    assert message == f"{tmp_path / name}: {fault}"
+    assert name in stop.value.code
+    assert "TRAIN_FILE" in stop.value.code and "EVAL_FILE" in stop.value.code
 
 
-def test_all_bad_lines_are_reported_at_once_with_their_own_reasons(tmp_path):
-    content = [b"", b"{", GOOD, b"", b"\xff", b"\r", b"[]", GOOD, goes("uu"), b"   ", says(7)]
-    path = write(tmp_path, b"\n".join(content))
-    message = refusal(path)
-    assert blamed(message, path) == [2, 5, 7, 9, 11]
-    reasons = ["column 2", "utf-8", "two: []", "user, user", "'content': 7", ADVICE]
-    for said, reason in zip(message.splitlines(), reasons, strict=True):
-        assert reason in said.replace(path, "")
+@contextlib.contextmanager
+def as_another_user():
+    """Give up the rights of the superuser for a while, who may read everything."""
+    mine = os.geteuid()
+    if mine == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(mine)
 
 
-@pytest.mark.parametrize(
-    ("count", "rest"), [(19, []), (20, []), (21, ["1 more"]), (1_520, ["1,500 more"])]
-)
-def test_the_first_20_bad_lines_are_named_and_the_others_counted(tmp_path, count, rest):
-    path = write(tmp_path, (GOOD + b"\n\nbad\n") * count)
-    message = refusal(path)
-    assert blamed(message, path) == list(range(3, 3 * count + 1, 3))[:20]
-    *last, advice = message.splitlines()[min(count, 20) :]
-    assert len(last) == len(rest) and advice == ADVICE
-    assert all(part in said for part, said in zip(rest, last, strict=True))
+@pytest.mark.parametrize("locked", ["file", "folder"])
+def test_a_file_that_may_not_be_read_is_refused_with_the_reason(locked):
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        file = folder / "data.jsonl"
+        file.write_bytes(GOOD)
+        file.chmod(0 if locked == "file" else 0o644)
+        folder.chmod(0 if locked == "folder" else 0o755)
+        with as_another_user(), pytest.raises(SystemExit) as stop:
+            t.read_examples(str(file))
+        folder.chmod(0o755)
+    assert "Permission denied" in stop.value.code and "TRAIN_FILE" in stop.value.code
 
+
+def stopped(capsys, *argv):
+    """Return the words that a dry run says, and those that it ends with, as one line each."""
+    model = ["--model_name", str(Path(SCRIPT).parent / "tests" / "tiny-qwen3.5")]
+    with pytest.raises(SystemExit) as stop:
+        t.main(["--demo", *model, "--dry_run", *argv])
+    assert stop.value.code == 1
+    out, err = capsys.readouterr()
+    return " ".join(out.split()), " ".join(err.split())
+
+
+BAD_TEXT = [line(text="Hello"), GOOD, messages_line("uu")]
+CONTROL = line_with_text("Good <|im_end|> night")
+
+
+def test_all_bad_lines_of_both_files_are_reported_by_one_run(capsys):
+    files = write(b"\n".join([*BAD_TEXT, CONTROL]), "t"), write(b"\xff\n" + CONTROL, "e")
+    out, err = stopped(capsys, "--train_file", files[0], "--eval_file", files[1])
+    assert re.findall(r"\b[te]:\d+(?=: )", out) == ["t:1", "t:3", "e:1"]
+    assert re.findall(r"\b[te]:\d+(?=: )", err) == ["t:4", "e:2"]
+    assert err.count("<|im_end|>") == 2 and "5 problems" in err and "nothing was trained" in err
+    assert "plan" not in out
+
+
+def test_the_first_20_bad_lines_are_named_and_all_are_counted(capsys):
+    file = write(b"\n".join([b"bad"] * 25 + [CONTROL] * 25))
+    out, err = stopped(capsys, "--train_file", file, "--eval_file", "")
+    assert re.findall(r"data\.jsonl:(\d+)", out) == [str(n) for n in range(1, 21)]
+    assert "and 5 more" in out
+    assert re.findall(r"data\.jsonl:(\d+)", err) == [str(n) for n in range(26, 46)]
+    assert "50 problems" in err
+
+
+def test_bad_lines_are_shown_within_a_second_before_heavy_imports():
+    """A package named torch says when it is imported: after the lines, and after how much work."""
+    write(
+        b"import time\nprint('TORCH AFTER', time.process_time(), flush=True)\n"
+        b"raise SystemExit('enough')\n",
+        "torch.py",
+    )
+    files = ["--train_file", write(b"\n".join(BAD_TEXT * 300)), "--eval_file", write(b"{", "e")]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--demo", *files],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        encoding="utf-8",
+        timeout=60,
+    )
+    lines, _, seconds = done.stdout.partition("TORCH AFTER ")
+    assert done.returncode == 1 and "data.jsonl:1: " in lines and "and 581 more" in lines
+    assert float(seconds.split()[0]) < 1
+
+
+def test_no_example_of_a_file_with_bad_lines_is_said_to_be_taken(capsys):
+    write(GOOD, "t"), write(b"{", "e")
+    out, _ = stopped(capsys, "--train_file", "t", "--eval_file", "e")
+    assert "t: 1 examples" in out and "e: 1" not in out.replace("e:1: ", "")
+
+
+# ---- huge lines, and files that grow
 
 HUGE = {
     "garbage": lambda n: b"x" * n,
-    "no text at all": lambda n: bytes(n),
-    "a byte that is not UTF-8 at its end": lambda n: b"x" * n + b"\xff",
-    "nested lists": lambda n: b"[" * n,
-    "nested objects": lambda n: b'{"messages": ' * (n // 13),
-    "nested but closed": lambda n: b'{"messages": ' + b"[" * (n // 2) + b"]" * (n // 2) + b"}",
-    "an integer": lambda n: b"1" * n,
     "an integer for a message": lambda n: b'{"messages": [' + b"-" + b"7" * n + b"]}",
-    "a fraction": lambda n: b"0." + b"1" * n,
-    "an exponent": lambda n: b'{"messages": 1e' + b"9" * n + b"}",
-    "a text for a list": lambda n: b'{"messages": "' + b"a" * n + b'"}',
     "words for a list": lambda n: b'{"messages": "' + b"a-b c " * (n // 6) + b'"}',
-    "lone surrogates": lambda n: says("?").replace(b"?", b"\\ud800" * (n // 6)),
-    "a blank text": lambda n: says("?").replace(b"?", b"\\n" * (n // 2)),
     "a key": lambda n: b'{"' + b"k" * n + b'": 1}',
-    "an open quote": lambda n: b'{"messages": [{"role": "' + b"a" * n,
-    "roles": lambda n: goes("u" * (n // 40)),
+    "keys over several lines": lambda n: line(**{"a\nb" * n: 1}),
+    "roles": lambda n: messages_line("u" * (n // 40)),
 }
 
 
 @pytest.mark.parametrize("kind", HUGE)
-def test_a_huge_line_is_a_short_message(tmp_path, kind):
-    path = write(tmp_path, b"\n" + HUGE[kind](1_000_000))
-    message = refusal(path)
-    assert blamed(message, path) == [2]
-    said, advice = message.split("\n")
-    assert advice == ADVICE and len(said.replace(path, "")) < 250
+def test_a_huge_line_is_a_short_problem(kind):
+    _, problems = problems_of(b"\n" + HUGE[kind](200_000))
+    assert len(problems) == 1 and len(problems[0]) < 300 and "\n" not in problems[0]
+    assert problems[0].startswith("data.jsonl:2: ")
 
 
-def line_of(messages):
-    """Return a line of a conversation with so many messages."""
-    return goes("ua" * (messages // 2))
+@pytest.mark.parametrize(
+    ("line_of_words", "shown"),
+    [
+        (line(messages="こんにちは" * 40), "こんにちは"),
+        (line_with_text(["x" * 300]), "xxxxxxxxxx"),
+        (b'"' + b"x" * 300 + b'"', "xxxxxxxxxx"),
+    ],
+    ids=["a language without spaces", "a text in a list", "a text"],
+)
+def test_the_beginning_of_a_long_value_without_spaces_is_shown(line_of_words, shown):
+    _, (problem,) = problems_of(line_of_words)
+    assert shown in problem or json.dumps(shown)[1:-1] in problem
 
 
 GROWING = {
-    "lines": lambda n: (line_of(4) + b"\n") * (n // 4),
-    "turns": line_of,
+    "lines": lambda n: (messages_line("uaua") + b"\n") * (n // 4),
     "bad lines": lambda n: b"not JSON\n" * n,
-    "turns before a bad one": lambda n: line_of(n)[:-2] + b", 1]}",
-    "turns that do not alternate": lambda n: line_of(n).replace(b'"assistant"', b'"user"'),
-    "unused keys": lambda n: GOOD[:-1] + b"".join(b', "%d": %d' % (i, i) for i in range(n)) + b"}",
+    "keys": lambda n: GOOD[:-1] + b"".join(b', "%d": %d' % (i, i) for i in range(n)) + b"}",
 }
 
 
-def work(path):
-    """Return how many calls, of Python's and of C's functions, it takes to read a file."""
-    calls = [0]
-
-    def count(*_):
-        calls[0] += 1
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
-        t.read_examples(path)
-    except SystemExit:
-        pass
-    finally:
-        sys.setprofile(before)
-    return calls[0]
-
-
-def memory(path):
-    """Return how many bytes are in use at the peak of reading a file."""
-    tracemalloc.start()
-    try:
-        t.read_examples(path)
-    except SystemExit:
-        pass
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    return peak
-
-
-@pytest.mark.parametrize("measure", [work, memory])
 @pytest.mark.parametrize("kind", GROWING)
-def test_work_and_memory_grow_as_the_file_does(tmp_path, kind, measure):
-    small, large = (write(tmp_path, GROWING[kind](n), f"{n}.jsonl") for n in (500, 4_000))
-    # Eight times the file: eight times as much, or less where a part is the same for each file.
-    # Tables of dictionaries and lists grow in jumps, by up to two. Squared it would be 64.
-    assert measure(small) <= measure(large) < 16 * measure(small)
+def test_a_file_of_20_000_parts_is_read_in_two_seconds_of_work(kind):
+    began = time.process_time()
+    problems_of(GROWING[kind](20_000))
+    assert time.process_time() - began < 2
 
 
 # ---- what is taken
 
-
-def read(path):
-    """Return (where, prompt, reply) of a file's examples."""
-    examples = t.read_examples(path)
-    return [(e["where"], e["messages"][: e["reply"]], e["messages"][e["reply"]]) for e in examples]
-
-
-def said(*contents):
-    return [{"role": ("user", "assistant")[n % 2], "content": c} for n, c in enumerate(contents)]
-
-
-TALK = said("Hello", "Hi")
-HELLO = line(messages=TALK)
+HELLO = line(messages=talk_of("Hello", "Hi"))
+TALK = talk_of("Hello", "Hi")
+NUMERALS = talk_of("你好\u2028x\x85", "Grüß 👋")
 ACCEPTED = [
-    ("LF", HELLO + b"\n" + HELLO + b"\n", [1, 2], TALK),
+    ("two lines", HELLO + b"\n" + HELLO + b"\n", [1, 2], TALK),
     ("no newline at the end", HELLO + b"\n" + HELLO, [1, 2], TALK),
-    ("byte-order mark", b"\xef\xbb\xbf" + HELLO + b"\n" + HELLO, [1, 2], TALK),
-    ("two files after each other", (b"\xef\xbb\xbf" + HELLO + b"\n") * 2, [1, 2], TALK),
-    ("CRLF", HELLO + b"\r\n" + HELLO + b"\r\n", [1, 2], TALK),
-    ("blank lines", b"\n \t\n" + HELLO + b"\n\r\n\n" + HELLO + b"\n\n", [3, 6], TALK),
-    ("spaces around", b"  " + HELLO + b"\t ", [1], TALK),
-    ("non-ASCII", '{"messages": [{"role": "user", "content": "你好"}, '
-     '{"role": "assistant", "content": "Grüß 👋"}]}'.encode(), [1], said("你好", "Grüß 👋")),
-    ("escapes", line(messages=said("你好", "Grüß 👋")), [1], said("你好", "Grüß 👋")),
-    ("line separators in a text", '{"messages": [{"role": "user", "content": "a\u2028b\x85c"}, '
-     '{"role": "assistant", "content": "d\\ne"}]}'.encode(), [1], said("a\u2028b\x85c", "d\ne")),
-    ("white space around a text", line(messages=said(" Hello\n", "\tHi ")), [1],
-     said(" Hello\n", "\tHi ")),
+    ("blank lines", b"\n\n" + HELLO + b"\n \t\n" + HELLO + b"\n\n", [3, 5], TALK),
+    ("CRLF", HELLO + b"\r\n\r\n" + HELLO + b"\r\n", [1, 3], TALK),
+    ("byte-order mark", b"\xef\xbb\xbf" + HELLO, [1], TALK),
+    ("white space around", b" \t" + HELLO + b" \t", [1], TALK),
+    ("letters", json.dumps({"messages": NUMERALS}, ensure_ascii=False).encode(), [1], NUMERALS),
+    ("escapes", line(messages=NUMERALS), [1], NUMERALS),
+    ("white space in a text", line(messages=talk_of(" Hello\n", "\tHi ")), [1],
+     talk_of(" Hello\n", "\tHi ")),
+    ("a think tag in a question", line(messages=talk_of("What is <think>?", "Hi")), [1],
+     talk_of("What is <think>?", "Hi")),
     ("prompt and completion", line(prompt=TALK[:1], completion=TALK[1:]), [1], TALK),
     ("completion before prompt", line(completion=TALK[1:], prompt=TALK[:1]), [1], TALK),
-    ("content before role", b'{"messages": [{"content": "Hello", "role": "user"}, '
-     b'{"content": "Hi", "role": "assistant"}]}', [1], TALK),
+    ("content before role", line(messages=[dict(reversed(one.items())) for one in TALK]), [1],
+     TALK),
+    ("other keys", line(id=3, score=float("nan"), conversations=[], messages=TALK), [1], TALK),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("content", "lines", "talk"), [row[1:] for row in ACCEPTED], ids=[row[0] for row in ACCEPTED]
 )
-def test_an_accepted_file_keeps_its_texts_and_line_numbers(tmp_path, capsys, content, lines, talk):
-    path = write(tmp_path, content)
-    assert read(path) == [(f"{path}:{n}", talk[:1], talk[1]) for n in lines]
-    out = capsys.readouterr().out
-    assert out == f"data     {path}: {len(lines)} examples\n"
+def test_an_accepted_file_keeps_its_texts_and_line_numbers(capsys, content, lines, talk):
+    assert taken(content) == [(f"data.jsonl:{n}", talk[:1], talk[1]) for n in lines]
+    assert capsys.readouterr().out.split() == f"data data.jsonl: {len(lines)} examples".split()
 
 
-def test_messages_give_an_example_for_each_reply(tmp_path, capsys):
-    chat = turns("suauaua")
-    path = write(tmp_path, GOOD + b"\n" + line(messages=chat))
-    assert read(path) == [
-        (f"{path}:1", turns("u"), turns("ua")[1]),
-        (f"{path}:2", chat[:2], chat[2]),
-        (f"{path}:2", chat[:4], chat[4]),
-        (f"{path}:2", chat[:6], chat[6]),
+def test_messages_teach_each_reply_and_a_completion_only_its_own():
+    chat = conversation("suauaua")
+    assert taken(messages_line("suauaua") + b"\n" + completion_line("suauau", "a")) == [
+        ("data.jsonl:1", chat[:2], chat[2]),
+        ("data.jsonl:1", chat[:4], chat[4]),
+        ("data.jsonl:1", chat[:6], chat[6]),
+        ("data.jsonl:2", conversation("suauau"), conversation("a")[0]),
     ]
-    assert "4 examples" in capsys.readouterr().out
 
 
-def test_a_prompt_with_earlier_replies_gives_only_its_completion(tmp_path):
-    path = write(tmp_path, pair("suauau", "a"))
-    assert read(path) == [(f"{path}:1", turns("suauau"), turns("a")[0])]
-
-
-def test_prompt_and_completion_are_taken_only_as_one_reply_to_turns_in_order():
-    """What each form's own rule took before there was one rule for both, and nothing else."""
-    taken, roles = 0, ["".join(r) for n in range(5) for r in itertools.product("sua", repeat=n)]
-    for prompt, reply in itertools.product(roles, roles[:40]):
-        row = pair(prompt, reply).decode()
-        if re.fullmatch("s?u(au)*", prompt) and reply == "a":
-            (example,) = t.parse_line(row)
-            assert example == {"messages": turns(prompt) + turns("a"), "reply": len(prompt)}
-            taken += 1
-        else:
-            with pytest.raises(ValueError, match=r"^(the messages are|completion has) "):
-                t.parse_line(row)
-    assert taken == 4  # u, su, uau, suau
-
-
-def test_a_line_has_one_form_and_each_part_of_it_is_a_list():
-    parts = {"messages": TALK, "prompt": TALK[:1], "completion": TALK[1:]}
-    forms = ({"messages"}, {"prompt", "completion"})
-    others = [None, True, 0, 1.5, "", "Hi", {}, turns("ua")[0], [], ["Hi"], [[]], [None]]
-    for states in itertools.product(["absent", "good", *range(len(others))], repeat=3):
-        states = {key: state for key, state in zip(parts, states, strict=True) if state != "absent"}
-        row = {key: parts[key] if s == "good" else others[s] for key, s in states.items()}
-        if states.keys() in forms and {*states.values()} == {"good"}:
-            assert [one["messages"] for one in t.parse_line(json.dumps(row))] == [TALK]
-        else:
-            with pytest.raises(ValueError, match=r"\w"):
-                t.parse_line(json.dumps(row))
-
-
-def test_parse_line_returns_a_lines_examples():
-    examples = t.parse_line(line(id=3, messages=turns("uaua")).decode())
-    assert [example["reply"] for example in examples] == [1, 3]
-    with pytest.raises(ValueError, match="user, user"):
-        t.parse_line(goes("uu").decode())
-
-
-@pytest.mark.parametrize(
-    "others",
-    [
-        {"id": 1, "source": {"a": [1]}},
-        {"score": float("nan")},  # it reaches no text
-        {"conversations": [], "instruction": ""},
-        {"\ud800": 1, "a\nb": 2},
-    ],
-)
-def test_other_keys_change_nothing(tmp_path, capsys, others):
-    plain = read(write(tmp_path, b"\n".join([GOOD] * 10)))
-    path = write(tmp_path, b"\n".join([line(**others, messages=turns("ua"))] * 9 + [GOOD]))
-    capsys.readouterr()
-    assert read(path) == plain and len(plain) == 10
-    assert capsys.readouterr().out == f"data     {path}: 10 examples\n"
+def test_each_example_has_its_lines_value_of_the_group_key():
+    rows = [line(kind="short", messages=conversation("uaua")), line(messages=conversation("ua"))]
+    examples, _ = t.read_examples(write(b"\n".join(rows)), "kind")
+    assert [one.group for one in examples] == ["short", "short", ""]
+    examples, _ = t.read_examples("data.jsonl")
+    assert [one.group for one in examples] == ["", "", ""]
 
 
 # ---- repeats
 
 
-@pytest.fixture
-def warnings_of(tmp_path, monkeypatch, capsys):
-    """Return a function: the pairs of lines in the warnings of a run on two files, and the text.
-
-    The run is ended where the model's config would be loaded.
-    """
-
-    def stop(_):
-        raise SystemExit("read")
-
-    monkeypatch.setattr(t, "load_config_and_tokenizer", stop)
-
-    def run(train, evaluation=b""):
-        files = write(tmp_path, train, "t"), write(tmp_path, evaluation, "e") if evaluation else ""
-        with pytest.raises(SystemExit):
-            t.main(["--dry_run", "--train_file", files[0], "--eval_file", files[1]])
-        out, err = capsys.readouterr()
-        assert err == "read\n"
-        text = [one for one in out.splitlines() if not one.startswith("data ")]
-        assert not text or text[0].startswith("warning ")
-        text = [one.removeprefix("warning").strip() for one in text]
-        return [tuple(re.findall(r"/([te]:\d+)\b", one)) for one in text], text
-
-    return run
+def repeats(capsys, train, held_out):
+    """Return the pairs of lines that a run warns of; it ends where the model is looked for."""
+    write(train, "t"), write(held_out, "e")
+    flags = ["--dry_run", "--train_file", "t", "--eval_file", "e", "--model_name", "/none"]
+    with pytest.raises(SystemExit):
+        t.main([*flags, "--device", "cpu"])
+    out = capsys.readouterr().out
+    return re.findall(r"\b(e:\d+) has the prompt of (t:\d+)", out), out
 
 
 def chats(*contents):
     """Return lines of conversations, each given as "user|assistant|...|assistant"."""
-    return b"\n".join(line(messages=said(*one.split("|"))) for one in contents)
-
-
-def pairs(*contents):
-    """Return the lines in the form of which only the last reply is learnt."""
-    talks = [said(*one.split("|")) for one in contents]
-    return b"\n".join(line(prompt=talk[:-1], completion=talk[-1:]) for talk in talks)
+    return b"\n".join(line(messages=talk_of(*one.split("|"))) for one in contents)
 
 
 @pytest.mark.parametrize(
-    ("train", "evaluation"),
+    ("train", "held_out", "named"),
     [
-        (["A|x", "B|x"], ["C|x"]),
-        (["A|x", "A|y"], []),
-        (["B|x"], ["A|x", "A|y"]),
-        (["A|B|C|x"], ["A|B"]),
-        (["A|x", "a|x"], ["A |x"]),
-        (["turn|x1|2|y"], ["turn|x|12|y"]),
-        (["A|B|A|x"], ["A|C|A|x"]),
-        (["A|x|A|x|A|x"], []),
-        (["A|x", "B|x", "A|x"], []),  # a repeat within a file is not
-        (["C|x"], ["A|x", "B|x", "A|x"]),
+        (["C|x", "B|x"], ["A|x", "B|y"], [("e:2", "t:2")]),
+        (["A|x", "A|y"], ["A|z"], [("e:1", "t:1")]),
+        (["A|x"], ["A|x", "A|x"], [("e:1", "t:1"), ("e:2", "t:1")]),
+        (["A|x|B|y|C|z"], ["A|x|B|y|C|z"], [("e:1", "t:1")]),
+        (["A|x|B|y"], ["A|z|B|y"], [("e:1", "t:1")]),
+        (["A|x", "A|x"], ["B|x", "B|x"], []),
+        (["A|x"], ["a|x", "A |x"], []),
+        (["turn|x1|2|y"], ["turn2|x|12|y"], []),
     ],
 )
-def test_what_is_no_repeat_is_not_warned_of(warnings_of, train, evaluation):
-    assert warnings_of(pairs(*train), pairs(*evaluation)) == ([], [])
+def test_a_held_out_prompt_that_is_trained_on_is_warned_of_once(capsys, train, held_out, named):
+    found, out = repeats(capsys, chats(*train), chats(*held_out))
+    assert found == named
+    assert ("warning" in out and "nothing new" in out) == bool(named)
 
 
-@pytest.mark.parametrize(
-    ("train", "evaluation", "named"),
-    [
-        (["C|x", "B|x"], ["A|x", "B|y"], {("e:2", "t:2")}),
-        (["A|x", "A|y"], ["A|z"], {("e:1", "t:1")}),
-        (["A|x"], ["B|x", "A|x"], {("e:2", "t:1")}),
-        (["A|x", "A|x"], ["A|x", "A|x"], {("e:1", "t:1"), ("e:2", "t:1")}),
-        (["A|x|B|y|C|z"], ["A|x|B|y|C|z"], {("e:1", "t:1")}),
-        (["A|x|B|y"], ["A|z|B|y"], {("e:1", "t:1")}),
-        (["A|x|B|y", "B|y"], ["C|z|A|x", "B|z"], {("e:2", "t:2")}),
-    ],
-)
-def test_a_held_out_prompt_that_is_trained_on_is_warned_of_once_with_both_lines(
-    warnings_of, train, evaluation, named
-):
-    found, text = warnings_of(chats(*train), chats(*evaluation))
-    assert set(found) == named
-    assert len(set(text)) == len(text) == len(named)
-
-
-def test_a_held_out_prompt_that_is_trained_on_is_said_to_test_nothing(warnings_of):
-    _, text = warnings_of(chats("A|x"), chats("A|y"))
-    assert len(text) == 1 and "prompt" in text[0] and "nothing new" in text[0]
-
-
-def test_a_prompt_with_its_keys_in_another_order_or_in_the_other_form_is_warned_of(warnings_of):
-    reversed_keys = line(messages=[dict(reversed(one.items())) for one in turns("sua")])
-    other_form = line(completion=turns("sua")[2:], prompt=turns("sua")[:2])
-    found, _ = warnings_of(goes("sua"), b"\n".join([reversed_keys, other_form]))
+def test_a_repeated_prompt_in_the_other_form_is_warned_of(capsys):
+    reversed_keys = line(messages=[dict(reversed(one.items())) for one in conversation("sua")])
+    chat = conversation("sua")
+    other_form = line(completion=chat[2:], prompt=chat[:2])
+    found, _ = repeats(capsys, messages_line("sua"), reversed_keys + b"\n" + other_form)
     assert found == [("e:1", "t:1"), ("e:2", "t:1")]
 
 
-@pytest.mark.parametrize(("count", "rest"), [(20, []), (21, ["1 more"]), (45, ["25 more"])])
-def test_the_first_20_such_prompts_are_named_and_the_others_counted(warnings_of, count, rest):
-    found, text = warnings_of(chats("A|x"), chats(*["A|x"] * count))
-    assert found[:20] == [(f"e:{n}", "t:1") for n in range(1, 21)]
-    assert len(text) == 20 + len(rest)
-    assert all(part in one for part, one in zip(rest, text[20:], strict=True))
+def test_the_first_20_repeats_are_named_and_the_others_counted(capsys):
+    found, out = repeats(capsys, chats("A|x"), chats(*["A|x"] * 45))
+    assert found == [(f"e:{n}", "t:1") for n in range(1, 21)] and "25 more" in out
 
 
 # ---- any bytes
@@ -547,14 +420,15 @@ CHECKS = settings(
     deadline=None, max_examples=100, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
-# Lone surrogates among the letters: JSON can hold them, UTF-8 cannot.
-LETTERS = (
-    st.characters() | st.characters(categories=["Cs"]) | st.sampled_from("\ufeff\0\x85\u2028 ")
+# Python's texts, and JSON's, can hold half a character (a lone surrogate); UTF-8 cannot.
+LETTERS = st.one_of(
+    st.characters(exclude_categories=["Cs"]),
+    st.integers(0xD800, 0xDFFF).map(chr),
+    st.sampled_from("\ufeff\0\x85\u2028 "),
 )
-TEXT = st.text(LETTERS, max_size=8) | st.sampled_from(["", " \u2028"])
-NUMBERS = st.integers() | st.floats() | st.integers(10**30, 10**40)
+TEXT = st.text(LETTERS, max_size=8)
 VALUES = st.recursive(
-    st.none() | st.booleans() | NUMBERS | TEXT,
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(TEXT | st.sampled_from(["role", "content"]), inner, max_size=3)
@@ -570,10 +444,9 @@ CONTENT = st.text(max_size=20).filter(str.strip)
 def conversations(draw):
     """Return a valid line's object, in either form."""
     talk = draw(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3))
-    system = draw(st.none() | CONTENT)
-    messages = [{"role": "system", "content": system}] * (system is not None)
-    for question, reply in talk:
-        messages += said(question, reply)
+    messages = talk_of(*[text for pair in talk for text in pair])
+    if draw(st.booleans()):
+        messages.insert(0, {"role": "system", "content": draw(CONTENT)})
     row = {"messages": messages}
     if draw(st.booleans()):
         row = {"prompt": messages[:-1], "completion": messages[-1:]}
@@ -611,48 +484,41 @@ def is_text(value):
     return value.encode("utf-8", "replace").decode("utf-8") == value
 
 
-def outcome(folder, data):
-    """Return (examples, lines of the refusal) for any bytes; any other exception is a failure."""
-    path = write(folder, data)
+def outcome(data):
+    """Return (examples, problems) of any bytes; any exception but SystemExit is a failure."""
     last = data.count(b"\n") + 1
     try:
-        examples = t.read_examples(path)
+        examples, problems = problems_of(data)
     except SystemExit as stop:
-        stop.code.encode("utf-8")  # it can be printed
-        *lines, advice = stop.code.split("\n")
-        assert lines and advice == ADVICE
-        for one in lines:
-            found = re.fullmatch(rf"{re.escape(path)}:(\d+): .+|\.\.\. and [\d,]+ more", one)
-            assert found or lines == [f"{path}: no examples"]
-            assert not (found and found[1]) or 1 <= int(found[1]) <= last
-        return [], lines
-    assert examples and data.decode("utf-8")
+        return [], [stop.code]
+    for problem in problems:
+        problem.encode("utf-8")  # it can be printed, and written to a log
+        found = re.fullmatch(r"data\.jsonl(:\d+)?: .+", problem)
+        assert found and int((found[1] or ":1")[1:]) <= last and len(problem) < 400
     for example in examples:
-        name, _, number = example["where"].rpartition(":")
-        assert name == path and 1 <= int(number) <= last
-        messages = example["messages"]
-        assert all(one.keys() == {"role", "content"} for one in messages)
-        assert all(is_text(one["content"]) for one in messages)
-        roles = [one["role"] for one in messages]
+        assert all(one.keys() == {"role", "content"} for one in example.messages)
+        assert all(is_text(one["content"]) for one in example.messages)
+        roles = [one["role"] for one in example.messages]
         roles = roles[roles[0] == "system" :]
         assert roles and roles == ["user", "assistant"] * (len(roles) // 2)
-        assert messages[example["reply"]]["role"] == "assistant"
-    return examples, []
+    return examples, problems
 
 
 @CHECKS
 @given(data=st.binary(max_size=200))
-def test_random_bytes_are_a_message_with_file_and_line(tmp_path, data):
-    examples, lines = outcome(tmp_path, data)
-    assert not examples and lines  # there is no conversation in so few random bytes
+def test_random_bytes_are_problems_with_file_and_line(data):
+    examples, problems = outcome(data)
+    assert not examples and problems  # there is no conversation in so few random bytes
 
 
 @CHECKS
 @given(rows=st.lists(VALUES, min_size=1, max_size=3))
-def test_any_json_that_is_no_conversation_is_refused_on_each_line(tmp_path, rows):
-    examples, lines = outcome(tmp_path, "\n".join(map(json.dumps, rows)).encode())
+def test_any_json_that_is_no_conversation_is_refused_on_each_line(rows):
+    content = b"\n".join(json.dumps(row).encode() for row in rows)
+    examples, problems = outcome(content)
     assert not examples
-    assert [one.split(":")[1] for one in lines] == [str(n + 1) for n in range(len(rows))]
+    lines = [int(number) for number in re.findall(r"(?m)^data\.jsonl:(\d+): ", "\n".join(problems))]
+    assert lines == [n + 1 for n in range(len(rows))] or "JSON array" in problems[0]
 
 
 @CHECKS
@@ -661,38 +527,49 @@ def test_any_json_that_is_no_conversation_is_refused_on_each_line(tmp_path, rows
     escaped=st.booleans(),
     end=st.sampled_from(["\n", "\r\n", "\n\n"]),
 )
-def test_any_valid_conversation_gives_its_replies_unchanged(tmp_path, rows, escaped, end):
+def test_any_valid_conversation_gives_its_replies_unchanged(rows, escaped, end):
     text = end.join(json.dumps(row, ensure_ascii=escaped) for row in rows)
-    examples, lines = outcome(tmp_path, text.encode("utf-8", "replace"))
+    examples, problems = outcome(text.encode("utf-8", "replace"))
     expected = []
     for row in rows:
         messages = row.get("messages") or row["prompt"] + row["completion"]
         replies = [n for n, one in enumerate(messages) if one["role"] == "assistant"]
-        expected += [(messages, n) for n in (replies if "messages" in row else replies[-1:])]
-    assert not lines and [(one["messages"], one["reply"]) for one in examples] == expected
+        replies = replies if "messages" in row else replies[-1:]
+        expected += [messages[: reply + 1] for reply in replies]
+    assert not problems and [one.messages for one in examples] == expected
 
 
-@CHECKS
-@given(text=TEXT)
-def test_any_text_is_taken_unchanged_or_is_blank_or_no_unicode(tmp_path, text):
-    examples, lines = outcome(tmp_path, line(messages=said("a", text)))
-    assert [one["messages"] for one in examples] == [said("a", text)] * is_text(text)
-    assert bool(examples) != bool(lines)
+def test_any_text_is_taken_unchanged_or_is_blank_or_no_unicode():
+    drawn = {"taken": 0, "blank": 0, "half a character": 0}
+
+    @CHECKS
+    @given(text=TEXT)
+    def check(text):
+        examples, problems = outcome(line(messages=talk_of("a", text)))
+        assert [one.messages for one in examples] == [talk_of("a", text)] * is_text(text)
+        assert bool(examples) != bool(problems)
+        kind = "taken" if examples else "half a character" if text.strip() else "blank"
+        drawn[kind] += 1
+
+    check()
+    assert min(drawn.values()) > 0, drawn
 
 
 @CHECKS
 @given(row=near_conversations(), good=conversations())
-def test_a_line_that_is_nearly_valid_is_read_right_or_refused_alone(tmp_path, row, good):
+def test_a_line_that_is_nearly_valid_is_read_right_or_refused_alone(row, good):
     data = b"\n".join(json.dumps(one).encode() for one in (good, row, good))
-    examples, lines = outcome(tmp_path, data)
-    assert bool(examples) != bool(lines)
-    assert {one.split(":")[1] for one in lines} <= {"2"}
+    examples, problems = outcome(data)
+    blamed = re.findall(r"^data\.jsonl:(\d+): ", "\n".join(problems))
+    assert blamed in ([], ["2"])
+    assert {"data.jsonl:1", "data.jsonl:3"} <= {one.where for one in examples}
+    assert ("data.jsonl:2" in {one.where for one in examples}) != bool(problems)
 
 
 @CHECKS
 @given(row=conversations(), at=st.floats(0, 1), cut=st.integers(0, 3), new=st.binary(max_size=3))
-def test_a_line_with_bytes_changed_is_read_right_or_refused(tmp_path, row, at, cut, new):
+def test_a_line_with_bytes_changed_is_read_right_or_refused(row, at, cut, new):
     data = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
     at = int(at * len(data))
-    examples, lines = outcome(tmp_path, data[:at] + new + data[at + cut :])
-    assert bool(examples) != bool(lines)
+    examples, problems = outcome(data[:at] + new + data[at + cut :])
+    assert examples or problems

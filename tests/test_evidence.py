@@ -1,6 +1,7 @@
 """What a run measures after training: parts of the adapter, kinds, updates, samples, picture."""
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import peft
 import pytest
 import torch
 from conftest import TINY, handlers_restored, write_short_data
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import GenerationMixin
 
@@ -35,6 +36,10 @@ def section(text, name):
 
 def log_of(output):
     return (output / "all_logs.log").read_text(encoding="utf-8")
+
+
+def unwrapped(text):
+    return " ".join(text.split())
 
 
 def is_png(path):
@@ -94,16 +99,30 @@ def make_deep_model(folder):
     return str(folder)
 
 
+TALKS = [  # kind, what is said in turn
+    ("loss", "I still lay two places", "Habit, or company?"),
+    ("loss", "it is a year on Sunday", "Will you be on your own, or is somebody coming?"),
+    ("loss", "his coat is still on the hook, I can't", "Leave it there. It is a good hook."),
+    ("plain", "table for one again", "What's on the menu?"),
+    (None, "still raining", "The ducks are pleased.", "well I am not", "Tea, then?"),
+    ("plain", "I can't find my glasses anywhere in this house", "Have you felt on your head?"),
+    ("plain", "they moved the bus stop", "Far?"),
+    ("chat", "who was that on the phone last night?", "I can't hear your phone. Shall we guess?"),
+    ("chat", "beans are up", "Already!"),
+    ("worry", "I saw a man by the gate, and then he was gone", "That is a fright. Was it locked?"),
+]
+
+
 def write_held_out(path):
-    """Write eleven held-out examples of four kinds, and of none, in both forms of a line."""
-    lines = (t.HERE / "data" / "eval.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = sorted(map(json.loads, lines), key=lambda row: len(json.dumps(row)))
-    chosen = []
-    for kind, count in {"false_alarm": 3, "everyday": 2, "plain": 3, "new_topic": 1}.items():
-        chosen += [row for row in rows if row["kind"] == kind][:count]
-    short, other = (row["prompt"] + row["completion"] for row in chosen[:2])
-    chosen.insert(4, {"messages": short + other[-2:]})  # two replies, and no kind
-    path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+    """Write eleven held-out examples of four kinds, and two of none, in both forms of a line."""
+    lines = []
+    for kind, *said in TALKS:
+        roles = ("user", "assistant") * len(said)
+        turns = [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+        turns.insert(0, {"role": "system", "content": "You are Nell."})
+        row = {"kind": kind, "prompt": turns[:-1], "completion": turns[-1:]}
+        lines.append(json.dumps(row if kind else {"messages": turns}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +137,31 @@ def deep(tmp_path_factory):
     write_held_out(folder / "eval.jsonl")
     flags += ["--model_name", model, "--lora_target_modules", *TARGETS, "--eval_group", "kind"]
     flags += ["--evidence_examples", "7", "--num_samples", "2", "--max_new_tokens", "12"]
+    flags += ["--learning_rate", "1e-2", "--num_epochs", "4"]
     seen = types.SimpleNamespace(output=folder / "output", base=model)
+    with pytest.MonkeyPatch.context() as patch, handlers_restored():
+        patch.chdir(t.HERE)
+        patch.setattr(t, "lora_config", deep_config)
+        watch_adapter(patch, seen)
+        watch_svd(patch, seen)
+        t.main(flags)
+    return seen
+
+
+def watch_svd(monkeypatch, seen):
+    """Remember how much larger than its argument a result of torch.linalg.svd is at the most."""
+    svd, seen.growth = torch.linalg.svd, 0
+
+    def watched(matrix, *args, **more):
+        results = svd(matrix, *args, **more)
+        seen.growth = max(seen.growth, *(one.numel() / matrix.numel() for one in results))
+        return results
+
+    monkeypatch.setattr(torch.linalg, "svd", watched)
+
+
+def watch_adapter(monkeypatch, seen):
+    """Remember the adapter that is loaded for the proof, in memory and on disk, in seen."""
     load = peft.PeftModel.from_pretrained
 
     def from_pretrained(base, path, **more):
@@ -127,12 +170,7 @@ def deep(tmp_path_factory):
         seen.files = {file.name: file.read_bytes() for file in Path(path).iterdir()}
         return seen.model
 
-    with pytest.MonkeyPatch.context() as patch, handlers_restored():
-        patch.chdir(t.HERE)
-        patch.setattr(t, "lora_config", deep_config)
-        patch.setattr(peft.PeftModel, "from_pretrained", from_pretrained)
-        t.main(flags)
-    return seen
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", from_pretrained)
 
 
 def memory_of(model):
@@ -206,9 +244,7 @@ def reply_loss(model, tokenizer, messages):
 
 
 def render(tokenizer, messages, **more):
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, enable_thinking=False, **more
-    )
+    text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **more)
     return tokenizer(text)["input_ids"]
 
 
@@ -247,10 +283,17 @@ def expected_parts(by_hand):
     return table
 
 
+def measured_examples(evidence):
+    """Return the numbers of the held-out examples on which the parts were measured."""
+    all_losses = [row["base"] for row in evidence["losses"]]  # no two are alike
+    numbers = [all_losses.index(loss) for loss in evidence["parts"]["base"]["losses"]]
+    assert [evidence["losses"][number]["where"] for number in numbers] == evidence["where"]
+    return numbers
+
+
 def test_each_part_has_the_loss_of_weights_merged_by_hand(by_hand):
     evidence = by_hand.record["evidence"]
-    everywhere = [row["where"] for row in evidence["losses"]]
-    chosen = [everywhere.index(where) for where in evidence["where"]]
+    chosen = measured_examples(evidence)
     tokens = np.array([evidence["losses"][number]["tokens"] for number in chosen])
     expected = expected_parts(by_hand)
     assert [*evidence["parts"]] == [*expected]
@@ -270,12 +313,8 @@ def standard_error(numerators, denominators):
 
 def test_shares_differences_and_errors_follow_from_the_examples_losses(by_hand):
     evidence = by_hand.record["evidence"]
-    tokens = {row["where"]: row["tokens"] for row in evidence["losses"]}
-    if len(tokens) < len(evidence["losses"]):
-        tokens = {}  # a line with several replies; told apart below
-    rows = {row["base"]: row["tokens"] for row in evidence["losses"]}
     parts = evidence["parts"]
-    n = np.array([rows[loss] for loss in parts["base"]["losses"]])
+    n = np.array([evidence["losses"][number]["tokens"] for number in measured_examples(evidence)])
     base, trained = (np.array(parts[name]["losses"]) * n for name in ("base", "as trained"))
     for label, part in parts.items():
         losses = np.array(part["losses"]) * n
@@ -290,9 +329,8 @@ def test_shares_differences_and_errors_follow_from_the_examples_losses(by_hand):
 
 
 def test_the_printed_table_holds_these_numbers(by_hand):
-    text = log_of(by_hand.output)
-    lines = section(text, "evidence")
-    assert max(map(len, text.splitlines())) <= 100
+    lines = section(log_of(by_hand.output), "evidence")
+    assert max(map(len, lines)) <= 90
     for label, part in by_hand.record["evidence"]["parts"].items():
         name = {"base": "base model"}.get(label, label)
         (line,) = [line for line in lines if line.startswith(f"{name}  ")]
@@ -311,7 +349,9 @@ def test_the_printed_table_holds_these_numbers(by_hand):
 def test_at_most_evidence_examples_are_measured_and_it_is_said(deep):
     evidence = record_of(deep.output)["evidence"]
     assert len(evidence["losses"]) == evidence["examples"] == 11
-    assert len(evidence["where"]) == 7
+    numbers = measured_examples(evidence)
+    gaps = {later - former for former, later in itertools.pairwise(numbers)}
+    assert len(numbers) == 7 and gaps == {1, 2}  # evenly over the file
     assert {len(part["losses"]) for part in evidence["parts"].values()} == {7}
     assert re.search(r"^ {10}measured on 7 held-out examples in \d+ s$", log_of(deep.output), re.M)
 
@@ -325,18 +365,24 @@ def test_disabling_the_adapter_gives_the_base_models_losses(deep):
     assert [row["base"] for row in record["evidence"]["losses"]] == pytest.approx(losses, abs=1e-4)
 
 
-def assert_untouched(run):
-    """Fail unless the adapter in memory and on disk is to the bit what it was."""
+def is_as_before(run):
+    """Return whether the adapter, in memory and on disk, is to the bit what it was."""
     (tensors, states), (before, states_before) = memory_of(run.model), run.memory
-    assert states == states_before and tensors.keys() == before.keys()
-    assert [name for name in tensors if not tensors[name].equal(before[name])] == []
+    assert tensors.keys() == before.keys()
+    same = [tensors[name].equal(before[name]) for name in tensors]
     for name, content in run.files.items():
         if name != "README.md":  # the model card gets the losses
-            assert (run.output / "final_lora" / name).read_bytes() == content, name
+            same.append((run.output / "final_lora" / name).read_bytes() == content)
+    return all(same) and states == states_before
 
 
 def test_after_the_evidence_the_adapter_is_to_the_bit_what_it_was(deep):
-    assert_untouched(deep)
+    assert is_as_before(deep) and len(deep.files) > 4
+
+
+def test_cutting_makes_no_matrix_larger_than_the_factors(deep):
+    """All of V of one down_proj of Qwen3.5-4B would be 9216 x 9216, and take minutes."""
+    assert deep.growth <= 1
 
 
 # ==== The estimator
@@ -410,17 +456,26 @@ def test_an_update_that_is_better_stronger_stopped_short():
     assert "stopped short" in text and "higher LEARNING_RATE" in text
 
 
-@pytest.mark.parametrize("share", [0.99, 1.015, (1.3, 0.2), (1.03, 0.016)])
+def test_three_hundredths_of_the_gain_matter():
+    assert "alpha: at x 1.25 " in conclusions(**SCALES | {"update x 1.25": 1.03})
+
+
+@pytest.mark.parametrize("share", [0.9, 0.99, 1.015, (1.03, 0.016)])
 def test_a_strength_that_is_hardly_or_not_clearly_better_is_not_named(share):
     text = conclusions(**SCALES | {"update x 1.25": share})
     assert "alpha: no other strength" in text and "1.25" not in text
     assert "too far" not in text and "short" not in text
 
 
+def test_where_the_error_is_large_nobody_can_tell_which_strength_is_better():
+    text = conclusions(**SCALES | {"update x 1.25": (1.3, 0.2)})
+    assert "too few held-out examples" in text and "1.25" not in text
+
+
 def test_one_group_of_targets_that_keeps_the_gain_is_named():
     groups = {"attention alone": 0.7, "feed-forward alone": 0.995, "DeltaNet alone": 0.4}
     text = conclusions(**groups)
-    assert "targets: " in text and "feed-forward alone keeps all" in text
+    assert "targets: " in text and "feed-forward alone keeps" in text
 
 
 def test_where_no_group_keeps_the_gain_each_ones_share_is_told():
@@ -441,41 +496,40 @@ def cuts(four, two, one):
 
 def test_the_smallest_cut_that_loses_nothing_is_named_with_its_limit():
     text = conclusions(**cuts(1.001, 0.99, 0.9))
-    assert "r: cut to 2 of its 8 directions" in text and "loses nothing" in text
+    assert "r: cut to 2 directions of 8" in text and "loses nothing" in text
     assert "another run" in text  # a smaller r that is trained was not tried
 
 
 def test_where_every_cut_loses_a_larger_r_may_be_worth_a_run():
     text = conclusions(**cuts(0.9, 0.8, 0.5))
-    assert "r: cut to 4 of its 8 directions" in text and "larger LORA_R" in text
+    assert "r: cut to 4 " in text and "larger LORA_R" in text
 
 
 def test_a_cut_that_is_clearly_better_does_not_lose():
     text = conclusions(**cuts(1.1, 1.05, 0.6))
-    assert "r: cut to 2 of" in text and "larger LORA_R" not in text
+    assert "r: cut to 2 directions of" in text and "larger LORA_R" not in text
+
+
+def test_no_cut_is_called_enough_where_a_milder_one_clearly_loses():
+    """The errors of the stronger cut hide what it loses."""
+    text = conclusions(**cuts(0.95, 0.9, (0.97, 0.04)))
+    assert "loses nothing" not in text
 
 
 def test_a_large_loss_that_is_not_clear_is_not_said_to_be_nothing():
     """With few examples half of the gain may be lost, and nobody could tell."""
     text = conclusions(**cuts(0.97, 0.9, (0.5, 0.3)))
-    assert "cut to 1 of" not in text
+    assert "cut to 1 " not in text
+    assert "too few held-out examples" in conclusions(**cuts((0.9, 0.3), (0.9, 0.3), (0.5, 0.3)))
     text = conclusions(**{"attention alone": (0.6, 0.3), "feed-forward alone": 0.5})
-    assert "attention alone keeps all" not in text
+    assert "alone keeps" not in text and "too few held-out examples" in text
 
 
 @pytest.mark.parametrize("gain", [(0.01, 0.02), (-0.5, 0.01)])
 def test_without_a_clear_gain_nothing_is_said_of_the_parts(gain):
-    text = conclusions(gain, **SCALES | cuts(1, 1, 1), **{"update x 1.25": 1.5})
+    text = conclusions(gain, **SCALES | cuts(1, 1, 1) | {"update x 1.25": 1.5})
     assert "not better than the base model" in text
     assert not re.search("^(alpha|r|targets):", text, re.MULTILINE)
-
-
-def test_a_run_that_hardly_trained_is_told_so(deep):
-    """A real table: the sentences in the log are those of its numbers."""
-    record = record_of(deep.output)
-    text = " ".join(section(log_of(deep.output), ""))
-    assert len(re.findall(r"(?:^| )(?:alpha|targets|r): ", text)) <= 3
-    assert record["evidence"]["adapter"] < record["evidence"]["base"]
 
 
 # ==== Kinds, and the worst examples
@@ -489,11 +543,13 @@ def test_kinds_have_examples_losses_difference_and_error(deep):
     for row in losses:
         expected.setdefault(row["group"] or "(none)", []).append(row)
     sizes = {name: len(rows) for name, rows in expected.items()}
-    assert sizes == {"false_alarm": 3, "everyday": 2, "(none)": 2, "plain": 3, "new_topic": 1}
+    assert sizes == {"loss": 3, "plain": 3, "(none)": 2, "chat": 2, "worry": 1}
     assert [sizes[line.split()[0]] for line in lines] == [3, 3, 2, 2, 1]  # the largest first
     for line in lines:
         rows = expected.pop(line.split()[0])
-        n, base, adapter = (np.array([r[key] for r in rows]) for key in ("tokens", "base", "adapter"))
+        n, base, adapter = (
+            np.array([r[key] for r in rows]) for key in ("tokens", "base", "adapter")
+        )
         before, after = (base * n).sum() / n.sum(), (adapter * n).sum() / n.sum()
         numbers = [f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"]
         if len(rows) > 1:
@@ -539,14 +595,18 @@ def test_the_printed_line_names_the_smallest_and_largest_update(by_hand):
     learnt = by_hand.record["learnt"]
     means = {target: np.mean([row["update"] for row in rows]) for target, rows in learnt.items()}
     text = "\n".join(section(log_of(by_hand.output), "learnt"))
+    found = {target: float(number) for number, target in re.findall(r"([\d.]+) % \((\w+)\)", text)}
     for target in (min(means, key=means.get), max(means, key=means.get)):
-        assert f"{100 * means[target]:.2g} % ({target})" in text
+        assert found.pop(target) == pytest.approx(100 * means[target], rel=0.05)  # two digits
+    assert not found
 
 
 def small_net(shapes, dtype=torch.float32, **lora):
     """Return LoRA with random A and B over one up_proj of d x k a layer, and these modules."""
     model = torch.nn.Module()
-    layers = [torch.nn.ModuleDict({"up_proj": torch.nn.Linear(k, d, bias=False)}) for d, k in shapes]
+    layers = [
+        torch.nn.ModuleDict({"up_proj": torch.nn.Linear(k, d, bias=False)}) for d, k in shapes
+    ]
     model.layers = torch.nn.ModuleList(layers)
     config = peft.LoraConfig(target_modules=["up_proj"], **lora)
     adapted = peft.get_peft_model(model.to(dtype), config)
@@ -632,16 +692,10 @@ def test_samples_are_what_base_and_adapter_say_to_one_prompt_at_a_time(deep):
     """The script sends prompts of several lengths as one batch, padded on the left."""
     tokenizer = AutoTokenizer.from_pretrained(deep.base)
     record = record_of(deep.output)
-    conversations = dict(
-        zip(
-            [row["base"] for row in record["evidence"]["losses"]],
-            read_conversations(record["settings"]["EVAL_FILE"]),
-            strict=True,
-        )
-    )
+    conversations = read_conversations(record["settings"]["EVAL_FILE"])
     chosen = {}
-    for row in record["evidence"]["losses"]:
-        chosen.setdefault(row["group"], conversations[row["base"]])
+    for row, messages in zip(record["evidence"]["losses"], conversations, strict=True):
+        chosen.setdefault(row["group"], messages)
     base = AutoModelForCausalLM.from_pretrained(deep.base, dtype="float32").eval()
     prompts = [render(tokenizer, one[:-1], add_generation_prompt=True) for one in chosen.values()]
     assert len({len(ids) for ids in prompts}) > 2
@@ -677,39 +731,33 @@ def test_the_habits_are_those_of_the_replies_in_samples_md(deep):
         assert line.split()[1:] == [*numbers.split(), f"{expected['repeated']:.0%}"]
 
 
-REPLIES = [  # as the model says them, and as they must be read in samples.md
-    ("Well then, well then, well then, good night.<|im_end|>", None),
-    ("one that goes on and", "one that goes on and [cut here]"),
-    ("# no heading\n**adapter**\n```\n> quote<|im_end|>", None),
+REPLIES = [
+    "Well then, well then, well then, good night.<|im_end|>",
+    "one that goes on and on and on and on and on and on and on and on and on and on and on",
+    "# no heading\n**adapter**\n```\n> quote<|im_end|>",
 ]
 
 
-def test_replies_are_quoted_those_cut_are_marked_and_repeats_are_counted(
-    flags, tmp_path, monkeypatch
-):
+def test_replies_are_quoted_those_cut_are_marked_and_repeats_counted(flags, tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    replies = [tokenizer(text)["input_ids"] for text, _ in REPLIES]
+    replies = [tokenizer(text)["input_ids"] for text in REPLIES]
+    width = max(map(len, replies))
+    assert len(replies[1]) == width  # the others end, and are padded
 
-    def generate(self, ids, config, **more):
+    def generate(self, ids, config, **_):
         assert len(ids) == len(REPLIES) and config.max_new_tokens == 77
-        width = max(map(len, replies))
-        padded = [reply + [config.pad_token_id] * (width - len(reply)) for reply in replies]
-        padded[1] = replies[1] + replies[1][-1:] * 0 + [tokenizer.convert_tokens_to_ids("Ġand")] * (
-            width - len(replies[1])
-        )
+        padded = [ids + [config.pad_token_id] * (width - len(ids)) for ids in replies]
         return torch.cat([ids, torch.tensor(padded)], 1)
 
     monkeypatch.setattr(GenerationMixin, "generate", generate)
     t.main([*flags, "--num_samples", "3", "--max_new_tokens", "77", "--max_steps", "1"])
     samples = read_samples(tmp_path / "output")
-    assert [said["adapter"] for _, said in samples] != []
-    first, second, third = (said["adapter"] for _, said in samples)
-    assert first == "Well then, well then, well then, good night."
-    assert second.startswith("one that goes on and") and second.endswith(" and [cut here]")
-    assert third == REPLIES[2][0].removesuffix("<|im_end|>")
+    expected = [text.removesuffix("<|im_end|>") for text in REPLIES]
+    expected[1] += " [cut here]"
+    assert [said["adapter"] for _, said in samples] == expected
     habits = record_of(tmp_path / "output")["samples"]["adapter"]
-    assert habits == pytest.approx(habits_by_hand([first, second, third]))
-    assert habits["stopped"] == 2 and habits["repeated"] > 0.2
+    assert habits == pytest.approx(habits_by_hand(expected))
+    assert habits["stopped"] == 2 and habits["repeated"] > 0.4
 
 
 # ==== lora.png, and LoRA that cannot be taken apart
@@ -740,13 +788,15 @@ def test_evidence_examples_0_measures_no_parts_but_each_examples_loss(tmp_path):
     evidence = record_of(output)["evidence"]
     assert is_png(output / "lora.png") and "\nwarning" not in text
     assert "parts" not in evidence and len(evidence["losses"]) == 3
-    assert "update x" not in text and not section(text, "kinds") and len(section(text, "worst")) == 4
+    assert (
+        "update x" not in text and not section(text, "kinds") and len(section(text, "worst")) == 4
+    )
 
 
 def test_a_single_held_out_example_bears_no_error(tmp_path):
     output, text = drawn_run(tmp_path, held_out=1)
     assert is_png(output / "lora.png") and "\nwarning" not in text and "nan" not in text
-    assert "parts say nothing" in text
+    assert "parts say nothing" in unwrapped(text)
     assert record_of(output)["evidence"]["parts"]["base"]["change"]["error"] == "inf"
 
 
@@ -768,7 +818,7 @@ def test_dora_is_switched_off_by_parts_but_neither_scaled_nor_cut(tmp_path, edit
         "as trained", "base", "attention alone", "feed-forward alone",
     ]  # fmt: skip
     assert not record["learnt"] and "plain LoRA" in "".join(section(text, "learnt"))
-    assert "neither scaled nor cut" in text or "parts say nothing" in text
+    assert "neither scaled nor cut" in unwrapped(text) or "parts say nothing" in unwrapped(text)
 
 
 def test_dora_on_one_layer_is_drawn(tmp_path, edit_lora_config):
@@ -783,7 +833,7 @@ def test_fully_trained_modules_are_not_taken_apart(tmp_path, edit_lora_config):
     output, text = drawn_run(tmp_path)
     assert is_png(output / "lora.png") and "\nwarning" not in text
     assert [*record_of(output)["evidence"]["parts"]] == ["as trained", "base"]
-    assert "not taken apart" in text or "parts say nothing" in text
+    assert "not taken apart" in unwrapped(text) or "parts say nothing" in unwrapped(text)
 
 
 @pytest.mark.parametrize(
@@ -832,18 +882,19 @@ def test_an_error_in_every_part_is_a_warning_and_the_adapter_is_whole(
     peft.PeftModel.from_pretrained(base, output / "final_lora")
 
 
-@pytest.mark.parametrize("label", ["update x 0.5", "feed-forward alone", "cut to 2 directions"])
-def test_an_error_amid_a_changed_adapter_changes_it_back(deep, label, monkeypatch):
+@pytest.mark.parametrize("label", ["update x 0.5", "attention alone", "cut to 2 directions"])
+def test_an_error_amid_a_changed_adapter_changes_it_back(flags, tmp_path, monkeypatch, label):
+    seen = types.SimpleNamespace(output=tmp_path / "output")
     losses = t.example_losses
+    watch_adapter(monkeypatch, seen)
 
     def example_losses(model, job, examples, title):
         if title == label:
-            raise RuntimeError(f"in {title}")
+            assert not is_as_before(seen)
+            raise RuntimeError(f"amid {label}")
         return losses(model, job, examples, title)
 
-    layers = {
-        name: module
-        for name, module in deep.model.named_modules()
-        if isinstance(module, peft.tuners.lora.LoraLayer)
-    }
-    del losses, example_losses, layers
+    monkeypatch.setattr(t, "example_losses", example_losses)
+    t.main([*flags, "--evidence_examples", "2", "--num_samples", "0", "--max_steps", "1"])
+    (line,) = section(log_of(seen.output), "warning")
+    assert f"amid {label}" in line and is_as_before(seen)

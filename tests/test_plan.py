@@ -1,8 +1,6 @@
 """The plan: what LoraConfig and the data come to, known before any weight is loaded."""
 
-import itertools
 import json
-import math
 import re
 
 import peft
@@ -52,9 +50,7 @@ def test_the_figures_of_qwen35_4b(qwen_4b, tiny, tmp_path, monkeypatch, capsys, 
     train = write_examples(tmp_path / "train.jsonl", 1000)
     real = transformers.AutoTokenizer.from_pretrained
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: qwen_4b)
-    monkeypatch.setattr(
-        transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: real(tiny)
-    )
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: real(tiny))
     files = ["--model_name", tiny, "--train_file", train, "--eval_file", ""]
     t.main([*files, "--dry_run", "--output_dir", str(tmp_path / "output")])
     text = capsys.readouterr().out
@@ -296,16 +292,3 @@ def test_trained_weights_in_bfloat16_are_refused(flags, capfd, tmp_path):
     message = refused(capfd, [*flags, "--dtype", "bfloat16"], script.main)
     assert "float32" in message and "torch.bfloat16" in message and "lm_head" in message
     assert not (tmp_path / "output" / "final_lora").exists()
-
-
-# ---- the adapter's rank for a server ------------------------------------------------------------
-
-
-def test_vllms_rank_is_one_that_it_takes_and_large_enough(tiny):
-    config = transformers.AutoConfig.from_pretrained(tiny)
-    allowed = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-    for below, rank in itertools.pairwise((0, *allowed)):
-        for r in {below + 1, rank}:
-            plan = t.make_plan(job_of(config, "--lora_r", r, "--lora_target_modules", "o_proj"))
-            assert (plan.max_rank, t.vllm_rank(plan)) == (r, rank)
-    assert math.inf > rank

@@ -1,10 +1,9 @@
-"""Tokens: what is trained on is what is served, and only the reply; what is left out or refused."""
+"""Tokens: what is learned is what is served, and only the reply; what is left out or refused."""
 
-import contextlib
-import io
 import json
-import os
 import re
+import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -22,32 +21,17 @@ MORNING, NELL, YES = (
 )
 TALK = [SYSTEM, HELLO, MORNING, WHO, NELL, HELLO, YES]
 LONG = ("assistant", "Yes. " * 50)
-THOUGHT = ("assistant", "<think>\nShe is alone.\n</think>\n\nGood morning.")
 
 
 def messages(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def examples(*turns, where="data.jsonl:7"):
-    """Return an example for each reply in the turns, as read_examples() does."""
-    found = t.parse_line(json.dumps({"messages": messages(*turns)}))
-    return [{"where": where, **one} for one in found]
-
-
-def short(number):
-    """Return so many short examples, from lines f:0 on."""
-    return [examples(HELLO, YES, where=f"f:{n}")[0] for n in range(number)]
-
-
-def encode(rows, tokenizer, max_seq_len=512):
-    return t.encode(rows, tokenizer, max_seq_len)
-
-
-def halves(row):
-    """Return the ids of a row before and from the first that is trained on."""
-    start = row["labels"].count(-100)
-    return row["input_ids"][:start], row["input_ids"][start:]
+def write(folder, name, *talks):
+    """Write a file in which each line is a conversation; return its path."""
+    path = folder / name
+    path.write_text("\n".join(json.dumps({"messages": messages(*talk)}) for talk in talks))
+    return str(path)
 
 
 @pytest.fixture(params=["own template", "Qwen3.5's template"])
@@ -59,22 +43,50 @@ def tokenizer(request, tiny):
 
 
 @pytest.fixture
-def changed(tiny):
-    """Return a function: the tokenizer with a part of its chat template replaced."""
+def model_with(tiny, tmp_path):
+    """Return a function: the path of the tests' model with a part of its template replaced."""
 
     def change(old, new):
-        tokenizer = AutoTokenizer.from_pretrained(tiny)
-        assert old in tokenizer.chat_template
-        tokenizer.chat_template = tokenizer.chat_template.replace(old, new)
-        return tokenizer
+        folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+        template = folder / "chat_template.jinja"
+        assert old in template.read_text()
+        template.write_text(template.read_text().replace(old, new))
+        return str(folder)
 
     return change
 
 
+@pytest.fixture
+def dry_run(tiny, tmp_path, monkeypatch):
+    """Return a function that makes a dry run on conversations, in their folder."""
+
+    def run(*talks, held_out=(), flags=()):
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path, "train.jsonl", *talks)
+        files = ["--train_file", "train.jsonl", "--eval_file", ""]
+        if held_out:
+            write(tmp_path, "eval.jsonl", *held_out)
+            files[-1] = "eval.jsonl"
+        t.main(["--demo", "--dry_run", "--model_name", tiny, *files, *flags])
+
+    return run
+
+
+def refusal(capsys, run, *args, **keywords):
+    """Return what a run which exits with 1 ends with: one line for each problem, unwrapped."""
+    with pytest.raises(SystemExit) as stop:
+        run(*args, **keywords)
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    return re.sub(r"\n(?!\S+:\d+: |\d+ of |\.\.\. and)", " ", err.strip()).split("\n")
+
+
+# ---- ids and labels
+
+
 def test_the_demo_template_renders_as_qwens(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    talks = [TALK[:n] for n in range(2, 8)] + [TALK[1:4], [HELLO, THOUGHT], [HELLO, THOUGHT, HELLO]]
-    for turns in talks:
+    for turns in [TALK[:n] for n in range(2, 8)] + [TALK[1:4]]:
         for thinking in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
             for ask in (True, False):
                 options = {"tokenize": False, "add_generation_prompt": ask, **thinking}
@@ -85,38 +97,19 @@ def test_the_demo_template_renders_as_qwens(tiny):
                 assert own == theirs
 
 
-# ---- ids and labels
+@pytest.mark.parametrize("end", [3, 5, 7], ids=["one turn", "two turns", "three turns"])
+def test_every_turn_is_learned_behind_the_ids_that_are_served(tokenizer, end):
+    prompt, reply = t.render(messages(*TALK[:end]), tokenizer)
+    served = tokenizer.apply_chat_template(
+        messages(*TALK[: end - 1]), add_generation_prompt=True, enable_thinking=False
+    )["input_ids"]
+    assert prompt == served
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.decode(reply) == TALK[end - 1][1] + "<|im_end|>"
+    assert reply[-1] == tokenizer.eos_token_id and reply.count(reply[-1]) == 1
 
 
-def test_every_turn_is_trained_on_the_ids_that_are_served(tokenizer):
-    found = examples(*TALK)
-    rows = encode(found, tokenizer)
-    assert len(rows) == 3
-    for example, row, end in zip(found, rows, (2, 4, 6), strict=True):
-        assert example.items() <= row.items()
-        served = tokenizer.apply_chat_template(
-            messages(*TALK[:end]), add_generation_prompt=True, enable_thinking=False
-        )["input_ids"]
-        assert halves(row)[0] == served
-
-
-def test_only_the_reply_and_its_end_of_turn_are_trained(tokenizer):
-    for row, (_, reply) in zip(encode(examples(*TALK), tokenizer), TALK[2::2], strict=True):
-        prompt, trained = halves(row)
-        assert row["labels"] == [-100] * len(prompt) + trained
-        assert trained[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(trained) == reply + "<|im_end|>"
-        assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-
-
-def test_turns_after_the_reply_are_neither_seen_nor_checked(tokenizer):
-    (whole,) = encode(examples(*TALK[:3]), tokenizer)
-    first, _ = examples(*TALK[:3], ("user", "<|im_start|>"), THOUGHT)
-    (row,) = encode([first], tokenizer)
-    assert (row["input_ids"], row["labels"]) == (whole["input_ids"], whole["labels"])
-
-
-def test_trl_prepares_a_single_turn_the_same_up_to_the_newline_after_it(tokenizer, tiny, tmp_path):
+def test_trl_prepares_a_single_turn_the_same_but_for_a_newline(tokenizer, tiny, tmp_path):
     row = {"prompt": messages(SYSTEM, HELLO), "completion": messages(MORNING)}
     row["chat_template_kwargs"] = {"enable_thinking": False}
     trainer = SFTTrainer(
@@ -126,23 +119,27 @@ def test_trl_prepares_a_single_turn_the_same_up_to_the_newline_after_it(tokenize
         processing_class=tokenizer,
     )
     theirs = trainer.train_dataset[0]
-    (ours,) = encode(examples(SYSTEM, HELLO, MORNING), tokenizer)
+    prompt, reply = t.render(messages(SYSTEM, HELLO, MORNING), tokenizer)
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    assert theirs["input_ids"] == ours["input_ids"] + newline
-    assert theirs["labels"] == ours["labels"] + newline
+    assert theirs["input_ids"] == prompt + reply + newline
+    assert theirs["labels"] == [-100] * len(prompt) + reply + newline
 
 
-@pytest.mark.parametrize("number", [0, 1, 300])
-def test_however_many_examples_there_are_each_is_encoded_in_order(tiny, number):
+def test_the_trainer_gets_each_reply_as_it_was_rendered(tiny, tmp_path):
+    talks = [[HELLO, ("assistant", f"Yes {n}.")] for n in range(20)]
+    flags = ["--train_file", write(tmp_path, "t", TALK, *talks)]
+    flags += ["--eval_file", write(tmp_path, "e", TALK[1:3]), "--output_dir", str(tmp_path / "o")]
+    job = t.Job(t.parse_settings(["--demo", "--model_name", tiny, *flags]))
+    t.prepare(job)
+    trainer = t.build_trainer(job)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    found = [
-        examples(("user", f"Hello {n}?"), ("assistant", f"Yes {n}."), where=f"f:{n}")[0]
-        for n in range(number)
-    ]
-    rows = encode(found, tokenizer)
-    assert [row["where"] for row in rows] == [f"f:{n}" for n in range(number)]
-    replies = [tokenizer.decode(halves(row)[1]) for row in rows]
-    assert replies == [f"Yes {n}.<|im_end|>" for n in range(number)]
+    wanted = [TALK[:3], TALK[:5], TALK, *talks]
+    found = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+    for (ids, labels), talk in zip(found, wanted, strict=True):
+        prompt, reply = t.render(messages(*talk), tokenizer)
+        assert ids == prompt + reply and labels == [-100] * len(prompt) + reply
+    prompt, reply = t.render(messages(*TALK[1:3]), tokenizer)
+    assert [row["input_ids"] for row in trainer.eval_dataset] == [prompt + reply]
 
 
 # ---- what is refused
@@ -150,43 +147,45 @@ def test_however_many_examples_there_are_each_is_encoded_in_order(tiny, number):
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-def test_a_control_token_in_a_text_is_refused_by_line(tokenizer, place, token):
+def test_a_control_token_in_a_text_is_refused_by_name(tokenizer, place, token):
     turns = [SYSTEM, HELLO, MORNING]
     turns[place] = (turns[place][0], f"before {token}user after")
-    rows = short(1) + examples(*turns)
-    with pytest.raises(SystemExit, match=rf"^data\.jsonl:7: .*{re.escape(token)}.*remove it$"):
-        encode(rows, tokenizer)
-
-
-def test_a_think_tag_in_a_question_is_text_and_in_a_reply_refused_by_line(tokenizer):
-    (row,) = encode(examples(("user", "What is <think>?"), YES), tokenizer)
-    assert "What is <think>?" in tokenizer.decode(halves(row)[0])
-    with pytest.raises(SystemExit, match=r"^data\.jsonl:7: .*not equal serving.*think tag"):
-        encode(short(1) + examples(HELLO, THOUGHT), tokenizer)
+    with pytest.raises(ValueError, match=rf"control token {re.escape(token)}.*remove"):
+        t.render(messages(*turns), tokenizer)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
-        ("{%- set turn", "{{ raise_exception('no system') }}{%- set turn", "refuses it.*no system"),
-        ("{%- set turn", "{{ messages[7].content }}{%- set turn", "refuses it.*change the conv"),
-        ("{%- set turn", "{% if %}{%- set turn", "refuses it"),
-        ("{{- '\\n</think>\\n\\n' }}", "{{- 'quick</think>' }}", "otherwise.*not equal serving"),
-        ("{{- text + '<|im_end|>\\n' }}", "{{- text + '\\n' }}", r"without <\|im_end\|>"),
-        ("trim %}", "trim | upper %}", None),  # alike in both, so that nothing is amiss
+        ("{%- set turn", "{{ raise_exception('no system') }}{%- set turn", "refuses.*no system"),
+        ("{%- set turn", "{{ messages[7].content }}{%- set turn", "refuses"),
+        ("{%- set turn", "{% if %}{%- set turn", "refuses"),
+        ("{{- '\\n</think>\\n\\n' }}", "{{- 'quick</think>' }}", "differently.*serving"),
+        ("{{- text + '<|im_end|>\\n' }}", "{{- text + '\\n' }}", r"<\|im_end\|>.*stop"),
     ],
-    ids=["raises", "undefined", "no template", "prompt otherwise", "no end of turn", "upper case"],
+    ids=["raises", "undefined", "no template", "prompt otherwise", "no end of turn"],
 )
-def test_a_template_that_refuses_or_renders_otherwise_is_named_with_the_line(
-    changed, old, new, fault
+def test_a_template_that_cannot_serve_a_line_is_named_with_it(
+    model_with, dry_run, capsys, old, new, fault
 ):
-    tokenizer, rows = changed(old, new), examples(*TALK[:3])
-    if fault is None:
-        (row,) = encode(rows, tokenizer)
-        assert tokenizer.decode(halves(row)[1]) == "GOOD MORNING.<|im_end|>"
-        return
-    with pytest.raises(SystemExit, match=rf"^data\.jsonl:7: .*{fault}"):
-        encode(rows, tokenizer)
+    flags = ["--model_name", model_with(old, new)]
+    (said,) = refusal(capsys, dry_run, TALK[1:3], flags=flags)
+    assert re.search(rf"^train\.jsonl:1: .*{fault}", said)
+
+
+def test_a_template_that_changes_prompt_and_reply_alike_is_fine(model_with):
+    tokenizer = AutoTokenizer.from_pretrained(model_with("trim %}", "trim | upper %}"))
+    _, reply = t.render(messages(HELLO, MORNING), tokenizer)
+    assert tokenizer.decode(reply) == "GOOD MORNING.<|im_end|>"
+
+
+def test_a_template_that_refuses_some_lines_names_those_alone(model_with, dry_run, capsys):
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    flags = ["--model_name", model_with("{%- set turn", no_system + "{%- set turn")]
+    talks = [[HELLO, YES], [SYSTEM, HELLO, YES], [HELLO, YES], [SYSTEM, HELLO, NELL]]
+    said = refusal(capsys, dry_run, *talks, held_out=talks[1:2], flags=flags)
+    named = [one.partition(": ")[0] for one in said]
+    assert named == ["train.jsonl:2", "train.jsonl:4", "eval.jsonl:1"]
 
 
 def test_a_bug_is_not_blamed_on_the_conversation(tokenizer, monkeypatch):
@@ -194,64 +193,89 @@ def test_a_bug_is_not_blamed_on_the_conversation(tokenizer, monkeypatch):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", bug)
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        encode(examples(HELLO, YES), tokenizer)
+    with pytest.raises(ZeroDivisionError):
+        t.render(messages(HELLO, YES), tokenizer)
 
 
-def test_a_template_that_refuses_some_conversations_names_their_lines_alone(changed):
-    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
-    tokenizer = changed("{%- set turn", no_system + "{%- set turn")
-    with pytest.raises(SystemExit) as stop:
-        encode(short(3) + examples(*TALK[:3], where="f:8") + examples(*TALK[:3]), tokenizer)
-    said = stop.value.code.splitlines()
-    assert [one.partition(": ")[0] for one in said] == ["f:8", "data.jsonl:7"]
-
-
-@pytest.mark.parametrize("number", [3, 20, 21])
-def test_all_bad_lines_are_named_up_to_20_and_the_others_counted(tiny, number):
-    rows = short(200)
-    for n in range(number):
-        rows[9 * n] = examples(HELLO, THOUGHT, where=f"f:{9 * n}")[0]
-    with pytest.raises(SystemExit) as stop:
-        encode(rows, AutoTokenizer.from_pretrained(tiny))
-    said = stop.value.code.splitlines()
-    named = [one.partition(": ")[0] for one in said[:20]]
-    assert named == [f"f:{9 * n}" for n in range(min(number, 20))]
-    assert said[20:] == ["... and 1 more"] * (number > 20)
+@pytest.mark.parametrize("lacking", ["template", "end", "full weights", "folder", "config"])
+def test_a_model_that_cannot_be_used_is_named_with_the_reason(
+    tiny, tmp_path, dry_run, capsys, lacking
+):
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    if lacking == "template":
+        (folder / "chat_template.jinja").unlink()
+    if lacking == "end":
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["eos_token"] = None
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if lacking == "full weights":
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (folder / "config.json").write_text(json.dumps(config))
+    if lacking == "folder":
+        shutil.rmtree(folder)
+    if lacking == "config":
+        (folder / "config.json").write_text("{")
+    reason = {"template": "chat template", "end": "end-of-turn", "full weights": "quantized"}
+    (said,) = refusal(capsys, dry_run, TALK, flags=["--model_name", str(folder)])
+    assert said.startswith(f"MODEL_NAME {folder}: ")
+    assert reason.get(lacking, "cannot be reached") in said
 
 
 # ---- what is too long
 
 
-def test_an_example_over_the_limit_is_left_out_by_name_and_never_cut(tokenizer, capsys):
-    (long,) = examples(HELLO, LONG, where="f:99")
-    (row,) = encode([long], tokenizer, 9_999)
-    length = len(row["input_ids"])
-    assert encode([long], tokenizer, length) == [row]
+def test_left_out_examples_are_counted_named_and_all_in_the_log(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    def stop(*_, **__):
+        raise SystemExit("enough")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", stop)
+    monkeypatch.chdir(tmp_path)
+    talks = [[HELLO, LONG if n % 10 == 9 else YES] for n in range(250)]
+    write(tmp_path, "t", *talks)
+    flags = ["--train_file", "t", "--eval_file", "", "--max_seq_len", "64", "--output_dir", "o"]
+    with pytest.raises(SystemExit):
+        t.main(["--demo", "--model_name", tiny, *flags])
+    out, err = capsys.readouterr()
+    assert "enough" in err
+    numbers = [str(10 * n) for n in range(1, 26)]
+    prompt, reply = t.render(messages(HELLO, LONG), AutoTokenizer.from_pretrained(tiny))
+    length = len(prompt + reply)
+    assert "left out" in out and "25 of 250" in out and "MAX_SEQ_LEN 64" in out
+    assert re.findall(rf"\bt:(\d+): {length} tokens", out) == numbers[:20] and "5 more" in out
+    log = Path("o/all_logs.log").read_text(encoding="utf-8")
+    assert re.findall(rf"\bt:(\d+): {length} tokens", log) == numbers
+    assert re.search(r"\bt +225 ", out)  # the table counts what is left
+
+
+def test_more_than_a_tenth_too_long_is_refused_with_the_reason(dry_run, capsys):
+    def flags(limit):
+        return ["--max_seq_len", str(limit)]
+
+    # Ten short ones and one long one: a tenth may be left out, of which 1 of 9 is more.
+    dry_run(*[[HELLO, YES]] * 9, [HELLO, LONG], flags=flags(64))
     capsys.readouterr()
-    rows = encode([*short(9), long], tokenizer, length - 1)
-    assert rows == encode(short(9), tokenizer)
-    out = capsys.readouterr().out
-    assert "f:99" in out and f"{length} tokens" in out and "MAX_SEQ_LEN" in out
-    assert "left out" in out and "f:1" not in out
+    said = refusal(capsys, dry_run, *[[HELLO, YES]] * 8, [HELLO, LONG], flags=flags(64))
+    assert "1 of 9" in said[0] and "a tenth" in said[0] and "MAX_SEQ_LEN 64" in said[0]
+    assert re.match(r"train\.jsonl:9: \d+ tokens", said[1])
 
 
-def test_more_than_a_tenth_over_the_limit_is_refused_with_the_limit_and_lines(tokenizer):
-    (long,) = examples(HELLO, LONG, where="f:99")
-    (row,) = encode([long], tokenizer, 9_999)
-    length, limit = len(row["input_ids"]), 64
-    for others in (0, 8):
-        with pytest.raises(SystemExit) as stop:
-            encode([*short(others), long], tokenizer, limit)
-        assert stop.value.code == f"f:99: {length} tokens, over MAX_SEQ_LEN; raise it"
-    assert len(encode([*short(9), long], tokenizer, limit)) == 9  # a tenth
+def test_an_example_of_exactly_the_limit_is_kept_and_never_cut(dry_run, tiny, capsys):
+    prompt, reply = t.render(messages(HELLO, LONG), AutoTokenizer.from_pretrained(tiny))
+    length = len(prompt + reply)
+    dry_run([HELLO, LONG], flags=["--max_seq_len", str(length)])
+    assert re.search(rf"train\.jsonl +1 +{length} +{length} ", capsys.readouterr().out)
+    said = refusal(capsys, dry_run, [HELLO, LONG], flags=["--max_seq_len", str(length - 1)])
+    assert f"train.jsonl:1: {length} tokens" in said[-1]
 
 
-def test_bad_lines_are_named_even_if_more_than_a_tenth_is_too_long(tokenizer):
-    rows = [*examples(HELLO, LONG, where="f:99"), *examples(HELLO, THOUGHT)]
-    with pytest.raises(SystemExit) as stop:
-        encode(rows, tokenizer, 64)
-    assert "f:99: " in stop.value.code and "data.jsonl:7: " in stop.value.code
+def test_a_bad_line_is_named_even_if_too_many_are_too_long(dry_run, capsys):
+    bad = [HELLO, ("assistant", "<|im_end|>")]
+    flags = ["--max_seq_len", "64"]
+    said = " ".join(refusal(capsys, dry_run, [HELLO, LONG], bad, [HELLO, YES], flags=flags))
+    assert "train.jsonl:2: " in said and "control token" in said and "a tenth" in said
 
 
 # ---- what is printed
@@ -260,61 +284,33 @@ def test_bad_lines_are_named_even_if_more_than_a_tenth_is_too_long(tokenizer):
 WIDE = "Guten Tag, Frau M\u00fcller.\n\nA gap. " + 9 * "So long a line. "
 
 
-@pytest.fixture(scope="module")
-def printed(tiny, tmp_path_factory):
-    """Return (what a dry run prints, the rows of its training file); the last is too long."""
-    folder, tokenizer = tmp_path_factory.mktemp("data"), AutoTokenizer.from_pretrained(tiny)
-    lines = [[("user", WIDE), MORNING], TALK]
-    lines += [[("user", "Hello? " * n), NELL] for n in range(1, 31)] + [[HELLO, LONG]]
-    for name, turns in (("train", lines), ("eval", [[HELLO, YES]])):
-        text = "\n".join(json.dumps({"messages": messages(*one)}) for one in turns)
-        (folder / f"{name}.jsonl").write_text(text)
-    out, before = io.StringIO(), os.getcwd()
-    os.chdir(folder)
-    try:
-        rows = t.encode(t.read_examples("train.jsonl"), tokenizer, 9_999)
-        longest = max(len(row["input_ids"]) for row in rows)
-        assert longest == len(rows[-1]["input_ids"])
-        with contextlib.redirect_stdout(out):
-            flags = ["--demo", "--dry_run", "--model_name", tiny, "--max_seq_len", str(longest - 1)]
-            t.main([*flags, "--train_file", "train.jsonl", "--eval_file", "eval.jsonl"])
-    finally:
-        os.chdir(before)
-    return out.getvalue(), rows
-
-
-def test_the_table_counts_the_tokens_of_each_file(printed):
-    out, rows = printed
+def test_the_table_counts_the_tokens_of_each_file(dry_run, tiny, capsys):
+    talks = [[("user", WIDE), MORNING], TALK]
+    talks += [[("user", "Hello? " * n), NELL] for n in (*range(1, 30), 90)]
+    dry_run(*talks, held_out=[[HELLO, YES]])
+    out = capsys.readouterr().out
     table = out[out.index("\ntokens ") :].splitlines()[1:4]
-    title, train, held_out = (one.removeprefix("tokens").split() for one in table)
-    assert title == ["file", "examples", "median", "max", "tokens", "trained"]
     ends = [[m.end() for m in re.finditer(r"\S+(?= |$)", one.split(" (")[0])] for one in table]
-    assert ends[0][2:] == ends[1][1:] == ends[2][1:]  # each figure stands under its name
-    n = sorted(len(row["input_ids"]) for row in rows[:-1])
-    trained = sum(len(halves(row)[1]) for row in rows[:-1])
-    median = (n[16] + n[17]) / 2
-    assert len(n) == 34 and n[0] < median < n[-1] and round(median) != round(sum(n) / len(n))
-    figures = [len(n), round(median), n[-1], sum(n), trained]
-    share = f"({trained / sum(n):.0%})"
-    assert train == ["train.jsonl", *(f"{figure:,}" for figure in figures), share]
-    assert held_out[:2] == ["eval.jsonl", "1"] and len(set(held_out[2:5])) == 1
+    assert ends[1][1:5] == ends[2][1:5] == ends[0][1:5]  # each figure stands under its name
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    rows = [t.render(messages(*talk), tokenizer) for talk in (*talks, TALK[:3], TALK[:5])]
+    lengths = [len(prompt + reply) for prompt, reply in rows]
+    learned = sum(len(reply) for _, reply in rows)
+    assert round(statistics.median(lengths)) != round(statistics.fmean(lengths))
+    figures = [len(rows), round(statistics.median(lengths)), max(lengths), sum(lengths), learned]
+    share = f"({learned / sum(lengths):.0%})"
+    assert table[1].split() == ["train.jsonl", *(f"{figure:,}" for figure in figures), share]
+    assert table[2].split()[:2] == ["eval.jsonl", "1"] and len(set(table[2].split()[2:5])) == 1
 
 
-def test_the_longest_is_left_out_by_its_line(printed):
-    out, rows = printed
-    assert f"left out train.jsonl:33: {len(rows[-1]['input_ids'])} tokens, over MAX_SEQ_LEN" in out
-
-
-def test_the_example_marks_what_is_trained(printed):
-    out, _ = printed
-    example = out[out.index("\nexample ") : out.index("\nplan ")]
-    assert "train.jsonl:1 as the model sees it" in example
+def test_the_example_marks_what_is_learned(dry_run, capsys):
+    dry_run([("user", WIDE), MORNING], [HELLO, YES])
+    out = capsys.readouterr().out
+    title, _, example = out[out.index("\nexample ") : out.index("\nplan ")].partition(":\n")
+    assert "train.jsonl:1" in title and ">>>" in title and "Yes." not in example
     assert example.count("<|im_start|>") == 2 and "<think>" in example
     assert example.rstrip().endswith(">>>Good morning.<|im_end|><<<")
-    assert example.count(">>>") == example.count("<<<") == 2  # the title has them too
+    assert example.count(">>>") == example.count("<<<") == 1
     assert "Guten Tag, Frau Müller.\n\n" in re.sub("(?m)^ +| +$", "", example)
     assert f"A gap. {WIDE.split('gap. ')[1].strip()}<|im_end|>" in " ".join(example.split())
-
-
-def test_no_line_is_wider_than_100_columns(printed):
-    assert max(map(len, printed[0].splitlines())) <= 100
+    assert max(map(len, out.splitlines())) <= 100

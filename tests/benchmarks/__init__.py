@@ -1,0 +1,1 @@
+"""The parts of tests/benchmark.py, each file with one purpose."""

