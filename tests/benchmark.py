@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     load = f"load {os.getloadavg()[0]:.1f} (other work spoils times)"
     print(f"{os.cpu_count()} cores, {load}, {versions}\n", flush=True)
-    targets = Targets()
+    targets = Targets(limits_are_judged=not asked.tiny)
     for name in asked.parts:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
@@ -64,8 +64,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"({name}: {time.perf_counter() - start:.0f} s)\n", flush=True)
     for missed in targets.missed:
         print(f"MISSED    {missed}")
-    if asked.tiny:
-        print("The sizes were tiny: what was missed says nothing.")
     return 1 if targets.missed else 0
 
 

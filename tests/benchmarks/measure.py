@@ -116,7 +116,6 @@ def train_with_trl(model: str, data: Path, folder: Path, number: int) -> float:
         "per_device_train_batch_size": t.BATCH_SIZE,
         "gradient_accumulation_steps": t.GRADIENT_ACCUMULATION_STEPS,
         "max_length": t.MAX_SEQ_LEN,
-        "warmup_steps": 0,
         "use_peft": True,
         "use_cpu": True,
         "bf16": False,
