@@ -2943,7 +2943,9 @@ DEMO = {
     "DEVICE": "cpu",
     "DTYPE": "float32",
     "NUM_EPOCHS": 1,
+    "MAX_STEPS": 80,
     "LEARNING_RATE": 5e-3,
+    "EVIDENCE_EXAMPLES": 20,
 }
 
 
@@ -3447,7 +3449,11 @@ def start(job: Job) -> None:
     if not job.settings.dry_run and is_main_process():
         open_log(job.output)
     if job.settings.demo:
-        report("demo", "a toy: 2.5 million parameters, which know a few hundred plain sentences")
+        report(
+            "demo",
+            "a toy with 2.5 million parameters that knows a few hundred plain sentences: look at "
+            "the\nnumbers, and not at what it says",
+        )
     run(job)
 
 

@@ -29,7 +29,7 @@ import warnings
 from pathlib import Path
 
 from benchmarks import gpu, measure, precision, roofline, simulate
-from benchmarks.common import ROOT, Options, Targets
+from benchmarks.common import ROOT, Options, Targets, set_environment
 
 PARTS = {
     "flops": simulate.flops,
@@ -50,6 +50,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft")
 def main(argv: list[str] | None = None) -> int:
     """Do the parts asked for; return 1 if a target was missed."""
     asked = build_parser().parse_args(argv)
+    set_environment()
     os.chdir(ROOT)
     warnings.simplefilter("ignore")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
@@ -75,7 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="+", metavar="PART", choices=list(PARTS))
-    parser.add_argument("--tiny", action="store_true", help="small sizes: only to see that it works")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small sizes: only to see that it works"
+    )
     parser.add_argument("--large", action="store_true", help="scale: 1,000,000 lines too")
     parser.add_argument("--pairs", type=int, default=2, metavar="N", help="cpu: runs of each [2]")
     return parser

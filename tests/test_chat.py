@@ -85,15 +85,18 @@ def parrot(finished, tmp_path_factory):
 def talk(parrot, monkeypatch, capsys):
     """Return a function that holds a chat with these lines as its standard input.
 
-    It gives the status, the prompts' ids, the replies as [(who, text)], and what was printed.
+    It gives the status, the prompts' ids, the replies as [(who, text)], and what was printed. The
+    replies whose numbers are in stopped meet a Ctrl-C.
     """
     generate = GenerationMixin.generate
 
-    def run(*said, more=()):
+    def run(*said, more=(), stopped=()):
         prompts = []
 
         def watched(self, ids, *given, **how):
             prompts.append(ids[0].tolist())
+            if len(prompts) in stopped:
+                raise KeyboardInterrupt
             return generate(self, ids, *given, **how)
 
         monkeypatch.setattr(GenerationMixin, "generate", watched)
@@ -153,7 +156,7 @@ def reply_by_hand(parrot, ids, scale=1.0):
     return parrot.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def test_adapter_base_and_scale_reply_as_merged_by_hand_with_all_said_before(parrot, talk):
+def test_adapter_base_and_scale_reply_as_weights_merged_by_hand(parrot, talk):
     tokenizer, said = parrot.tokenizer, ("what's the time", "so?", "ok", "and?")
     scales, turns, prompts, replies = (1, 0, 0.5, 1), [], [], []
     for text, scale in zip(said, scales, strict=True):
@@ -222,21 +225,28 @@ def test_scale_0_is_the_base_and_scale_1_the_adapter(parrot, talk):
 
 def test_a_full_window_drops_the_oldest_turns_and_no_more(parrot, talk):
     """A question and its reply are dropped together, and there is room for the next reply."""
-    said = [f"{'and ' * (n % 3)}how are you on day {n}?" for n in range(9)]
-    end = talk(*said, "/new", " ".join(said * 2))
-    assert end.status == 0 and len(end.prompts) == 10
-    turns, dropped = [], []
-    for text, (_, reply), ids in zip(said, end.replies[:9], end.prompts[:9], strict=True):
+    said = [f"{'and ' * [14, 0, 1, 0, 3][n % 5]}day {n}?" for n in range(14)]
+    end = talk(*said, "/new", " ".join(said))
+    assert end.status == 0 and len(end.prompts) == 15
+    turns, before_last_drop, with_half_a_pair = [], [], []
+    for text, (_, reply), ids in zip(said, end.replies[:14], end.prompts[:14], strict=True):
         turns.append(text)
         while len(ids_of(parrot.tokenizer, *turns)) > WINDOW - 8:
-            dropped.append(len(turns))
+            before_last_drop.append(len(ids_of(parrot.tokenizer, *turns)))
+            with_half_a_pair.append(len(ids_of(parrot.tokenizer, *turns[1:])))
             del turns[:2]
         assert ids == ids_of(parrot.tokenizer, *turns)
         turns.append(reply)
-    assert len(dropped) > 3
+    # Else a window without room for the reply, or half a pair dropped, would not be seen.
+    assert min(before_last_drop) <= WINDOW and min(with_half_a_pair) <= WINDOW - 8
     # A single message that is too long is still sent.
-    assert end.prompts[9] == ids_of(parrot.tokenizer, " ".join(said * 2))
-    assert len(end.prompts[9]) > WINDOW - 8
+    assert end.prompts[14] == ids_of(parrot.tokenizer, " ".join(said))
+    assert len(end.prompts[14]) > WINDOW - 8
+
+
+def test_a_message_whose_reply_was_stopped_is_forgotten(parrot, talk):
+    end = talk("a story", "hello", stopped=[1])
+    assert "[stopped]" in end.out and end.prompts[1] == ids_of(parrot.tokenizer, "hello")
 
 
 def test_half_a_character_does_not_end_the_talk(talk):

@@ -378,12 +378,13 @@ def test_an_error_after_the_proof_is_a_warning(flags, tmp_path, tiny, monkeypatc
 
 @pytest.fixture
 def rising(monkeypatch):
-    """Have the held-out loss rise again in the second epoch."""
+    """Have the held-out loss rise with each epoch, from the base's."""
     real, calls = t.example_losses, []
 
     def example_losses(*args):
         calls.append(None)
-        return [loss * (2 if len(calls) == 3 else 1) for loss in real(*args)]
+        factor = {2: 2, 3: 3}.get(len(calls), 1)
+        return [factor * loss for loss in real(*args)]
 
     monkeypatch.setattr(t, "example_losses", example_losses)
 
@@ -467,7 +468,7 @@ def test_a_hub_models_name_and_commit_are_written_wherever_it_is_named(flags, tm
     t.main([*flags, "--model_name", hub_model, "--max_steps", "1", "--eval_file", ""])
     card = ModelCard.load(output / "final_lora" / "README.md")
     assert card.data.base_model == hub_model and COMMIT in card.text
-    assert "no held-out file" in card.text and not card.data.eval_results
+    assert "loss was not measured" in card.text and not card.data.eval_results
     for name in ("final_lora", "final_lora_vllm"):
         config = config_of(output / name)
         assert (config["base_model_name_or_path"], config["revision"]) == (hub_model, COMMIT)
@@ -476,17 +477,17 @@ def test_a_hub_models_name_and_commit_are_written_wherever_it_is_named(flags, tm
     assert f"vllm serve {hub_model} --revision {COMMIT}" in read(output / "all_logs.log")
 
 
-def test_the_card_of_a_run_stopped_before_its_evidence_claims_nothing_untrue(
-    flags, tmp_path, monkeypatch
-):
+def test_the_card_of_a_run_stopped_in_its_evidence_is_whole(flags, tmp_path, monkeypatch):
     def stop(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(torch.linalg, "svdvals", stop)
     assert run([*flags, "--max_steps", "2"]) == 130
-    text = read(tmp_path / "output" / "final_lora" / "README.md")
-    assert "no held-out file" not in text and "last epoch" not in text
-    assert "[More Information Needed]" not in text
+    text = ModelCard.load(tmp_path / "output" / "final_lora" / "README.md").text
+    history = record_of(tmp_path / "output")["loss_history"]
+    first, last = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
+    assert f"from {first:.4f} to {last:.4f}" in " ".join(text.split())
+    assert "step 2" in text and "[More Information Needed]" not in text
 
 
 def test_targets_that_are_no_list_are_named_whole(flags, tmp_path, monkeypatch):
@@ -503,17 +504,37 @@ def test_targets_that_are_no_list_are_named_whole(flags, tmp_path, monkeypatch):
     assert "all-linear" in text or "in_proj_qkv" in text
 
 
-def test_data_without_a_system_message_is_served_without_one(flags, tmp_path):
+def rewrite(path, system_message):
+    """Give each line number of a data file system_message(number), or none if that is empty."""
+    lines = []
+    for number, line in enumerate(read(path).splitlines()):
+        row = json.loads(line)
+        key = "prompt" if "prompt" in row else "messages"
+        said = {"role": "system", "content": system_message(number)}
+        rest = [message for message in row[key] if message["role"] != "system"]
+        lines.append(json.dumps(row | {key: [said, *rest] if said["content"] else rest}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_data_without_a_system_message_is_served_without_one(flags, trained, tmp_path):
     for name in ("train", "eval"):
-        path = tmp_path / f"{name}.jsonl"
-        rows = [json.loads(line) for line in read(path).splitlines()]
-        for row in rows:
-            key = "prompt" if "prompt" in row else "messages"
-            row[key] = [message for message in row[key] if message["role"] != "system"]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    t.main([*flags, "--max_steps", "1"])
-    assert "no system message" in read(tmp_path / "output" / "final_lora" / "README.md")
-    assert record_of(tmp_path / "output")["system_message"] == ""
+        rewrite(tmp_path / f"{name}.jsonl", lambda number: "")
+    trainer, job = trained()
+    t.publish(trainer, job)
+    text = read(job.output / "final_lora" / "README.md")
+    assert "no system message" in text and "\n>" not in text
+    assert record_of(job.output)["system_message"] == ""
+
+
+def test_of_several_system_messages_the_most_frequent_is_quoted_whole(flags, trained, tmp_path):
+    kind = "Be kind.\n\nBe brief."
+    rewrite(tmp_path / "train.jsonl", lambda number: "Be odd." if number < 2 else kind)
+    trainer, job = trained()
+    t.publish(trainer, job)
+    text = read(job.output / "final_lora" / "README.md")
+    assert "\n> Be kind.\n>" in text and "\n> Be brief.\n" in text
+    assert "one of 2" in text and "Be odd" not in text
+    assert record_of(job.output)["system_message"] == kind
 
 
 # ==== The printed command
@@ -654,7 +675,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 SECRET = "s3cr3t-0f-the-user"
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MY_PASSWORD")
-UNSET = ("HF_HUB_OFFLINE", "PYTHONPATH", "XDG_CACHE_HOME", "MPLCONFIGDIR")
+UNSET = ["HF_HUB_OFFLINE", "PYTHONPATH", "XDG_CACHE_HOME", "MPLCONFIGDIR"]
+UNSET += ["TORCHINDUCTOR_CACHE_DIR"]  # other tests of this process have torch set it
 
 
 def test_a_run_writes_only_its_output_connects_to_nothing_and_tells_no_secret(tmp_path):

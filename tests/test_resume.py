@@ -496,7 +496,7 @@ KILLED = {  # what the process does to itself, and the step that is resumed from
     "in a step": (lambda p: at_step(p, 1, die), 7),
     "while optimizer.pt is written": (lambda p: at_saved(p, "-8/optimizer.pt", cut_and_die), 7),
     "between two renames": (lambda _: at_change("os.rename", "output/final_lora", die, 4), 8),
-    "in the samples": (lambda p: at_generation(p, die), None),
+    "in the evidence": (lambda p: before(p, torch.linalg, "svdvals", die), None),
 }
 ACTIONS |= {moment: action for moment, (action, _) in KILLED.items()}
 
@@ -505,8 +505,7 @@ ACTIONS |= {moment: action for moment, (action, _) in KILLED.items()}
 def test_after_sigkill_the_same_command_ends_in_the_same_bytes(
     flags, whole, stopped, tmp_path, capfd, moment
 ):
-    argv = command(flags, stopped, "--num_samples", int("samples" in moment))
-    process = fork(argv, moment, tmp_path / "said")
+    process = fork(command(flags, stopped), moment, tmp_path / "said")
     assert ended(process) == -signal.SIGKILL, (tmp_path / "said").read_text("utf-8")
     assert has_old_results(stopped)
     step = KILLED[moment][1]
@@ -552,8 +551,10 @@ def test_whenever_it_is_killed_there_is_enough_left(flags, whole, tmp_path, monk
         found = found_by(job)
         steps.append(int(found.rpartition("-")[2]) if found else 0)
 
-    def look_safely(*_):
+    def look_safely(event, path, _):
         try:
+            # Opened for writing, they would be empty for a while; a rename is at once.
+            assert event != "open" or Path(path).name not in ("run.json", "complete.json")
             look()
         except BaseException:  # the run would take it for its own
             faults.append(traceback.format_exc())
@@ -695,7 +696,9 @@ def test_every_setting_must_stay_but_for_those_that_may_change(flags, interrupte
             assert found_by(job) == "checkpoint-7", name
         else:
             found = refused(job)
-            assert found.pop(name) == (str(value), str(other_value(value)))
+            pair = found.pop(name)
+            if not isinstance(value, list):  # whose order does not matter
+                assert pair == (str(value), str(other_value(value)))
             assert found.keys() <= {"the LoraConfig", "the files of MODEL_NAME"}
         setattr(job.settings, name, value)
     job.matmul = {"used": "float16"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import multiprocessing
 import os
@@ -20,8 +19,6 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TIKTOKEN_CACHE_DIR": ""}
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the script does; for TRL's command too
 
 import train_lora_single as t  # noqa: E402
 
@@ -91,6 +88,13 @@ class Options:
     def sizes(self) -> dict[str, Any]:
         """The sizes of the model that is simulated or made."""
         return TINY if self.tiny else QWEN
+
+
+def set_environment() -> None:
+    """Set what libraries read from the environment, before they are imported."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the script does; for TRL's command too
 
 
 @contextlib.contextmanager
@@ -227,13 +231,10 @@ def with_lora(model: Any, settings: Any) -> Any:
 
 
 def table(*widths: int) -> Callable[..., str]:
-    """Return a function that lays out a row: the first cell to the left, the others to the right."""
+    """Return a function that lays out a row: its first cell to the left, others to the right."""
     form = f"{{:<{widths[0]}}}" + "".join(f"{{:>{width}}}" for width in widths[1:])
 
     def row(*cells: Any) -> str:
         return form.format(*cells, *[""] * (len(widths) - len(cells))).rstrip()
 
     return row
-
-
-cached = functools.cache

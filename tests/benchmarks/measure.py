@@ -25,9 +25,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import GIB, HELD_OUT, ROOT, SCRIPT, TRAIN, Options, in_a_new_process
-from benchmarks.common import memory_of_process, prepared_job, quiet, qwen_config, qwen_folder
-from benchmarks.common import run_python, shipped_lines, speaking_model, t, table, write_lines
+from benchmarks.common import (
+    GIB,
+    HELD_OUT,
+    ROOT,
+    SCRIPT,
+    TRAIN,
+    Options,
+    in_a_new_process,
+    memory_of_process,
+    prepared_job,
+    quiet,
+    qwen_config,
+    qwen_folder,
+    run_python,
+    shipped_lines,
+    speaking_model,
+    t,
+    table,
+    write_lines,
+)
 
 # ==== cpu
 
@@ -76,11 +93,7 @@ def lora_flags() -> list[str]:
         "learning_rate": t.LEARNING_RATE,
         "lr_scheduler_type": t.LR_SCHEDULER_TYPE,
     }
-    return [
-        *as_flags(shared),
-        "--lora_target_modules",
-        *t.LORA_TARGET_MODULES,
-    ]
+    return [*as_flags(shared), "--lora_target_modules", *t.LORA_TARGET_MODULES]
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:

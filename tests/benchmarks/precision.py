@@ -7,6 +7,7 @@ products   losses of a short run of SmolLM2-135M with scaled float16 products, a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -17,8 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import HELD_OUT, ROOT, TRAIN, Options, in_a_new_process, prepared_job, quiet
-from benchmarks.common import shipped_lines, speaking_model, t, table, with_lora, write_lines
+from benchmarks.common import (
+    HELD_OUT,
+    ROOT,
+    TRAIN,
+    Options,
+    in_a_new_process,
+    prepared_job,
+    quiet,
+    qwen_folder,
+    shipped_lines,
+    speaking_model,
+    t,
+    table,
+    with_lora,
+    write_lines,
+)
 
 SEEDS = (0, 1, 2)
 
@@ -78,6 +93,34 @@ def precision(options: Options) -> None:
         ratio = statistics.fmean(errors[FLOAT16]) / statistics.fmean(errors[BFLOAT16])
         target = options.targets.at_most(f"precision: {name}", ratio, 1.02)
         print(f"float16's mean error against bfloat16's: {ratio:.3f}   {target}\n")
+    used = matmul_if_faster(options)
+    is_taken = used["used"] == "float16"
+    options.targets.require("precision: auto does not take float16, though faster", is_taken)
+    ratio = used["float16"]["error"] / used["dtype"]["error"]
+    print(
+        f"MATMUL auto takes {used['used']} where float16 is ten times faster; its products err "
+        f"{ratio:.4f} times as much\non the model's shapes   target: float16"
+        + ("" if is_taken else "  MISSED")
+    )
+
+
+def matmul_if_faster(options: Options) -> dict[str, Any]:
+    """Return what "auto" takes on a GPU where scaled float16 products are ten times faster."""
+    import accelerate
+
+    lines = shipped_lines(TRAIN, 8, shortest=True)
+    data = write_lines(options.folder / "few.jsonl", lines)
+    flags = ["--model_name", qwen_folder(options), "--train_file", str(data), "--eval_file", ""]
+    job = prepared_job(*flags)
+    accelerate.PartialState(cpu=True)
+    seconds = itertools.cycle([1.0, 0.1])  # the script measures "dtype" first
+    with (
+        quiet(),
+        float16_cores(),
+        unittest.mock.patch.object(t, "seconds_of", lambda *_: next(seconds)),
+    ):
+        t.choose_matmul(job)
+    return job.matmul
 
 
 def shipped_rows(model: str, seed: int, options: Options) -> list[dict[str, Any]]:
@@ -106,8 +149,8 @@ def random_layers(options: Options) -> str:
     import torch
     import transformers
 
-    sizes = options.sizes
-    sizes |= {"num_hidden_layers": sizes["full_attention_interval"], "vocab_size": 2048}
+    block = options.sizes["full_attention_interval"]
+    sizes = options.sizes | {"num_hidden_layers": block, "vocab_size": 2048}
     torch.manual_seed(0)
     with quiet():
         model = transformers.AutoModelForCausalLM.from_config(

@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
-import statistics
 import unittest.mock
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.common import Options, cached, quiet, t, table
-from benchmarks.simulate import CARDS, Pass, Simulation, chunks, forward_and_backward
-from benchmarks.simulate import median_width, passes_of, simulated_job, steps_of_epoch
-from benchmarks.simulate import tiny_memory, trl_passes
+from benchmarks.common import Options, quiet, t, table
+from benchmarks.simulate import (
+    CARDS,
+    Pass,
+    Simulation,
+    chunks,
+    forward_and_backward,
+    median_width,
+    passes_of,
+    simulated_job,
+    steps_of_epoch,
+    tiny_memory,
+    trl_passes,
+)
 
 BYTES_A_SECOND = 800e9  # of the data sheet's 900; assumed
 LAUNCHES_AT = (6e-6, 13e-6)  # seconds a kernel: the usual one, and what this code was seen to need
@@ -117,9 +127,7 @@ def show_step(
         print(text, flush=True)
 
 
-def show_minutes(
-    roofline: Roofline, job: t.Job, passes: list[Pass], options: Options
-) -> None:
+def show_minutes(roofline: Roofline, job: t.Job, passes: list[Pass], options: Options) -> None:
     """Print the minutes of all epochs, for each way and for each time of a launch."""
     epochs = job.settings.NUM_EPOCHS
     sizes = ", ".join(
@@ -170,7 +178,7 @@ class Roofline:
         """Remember the simulation; what was asked for once is not computed again."""
         self.simulation = simulation
         for name in ("costs", "costs_with", "seconds_of_loss"):
-            setattr(self, name, cached(getattr(self, name)))
+            setattr(self, name, functools.cache(getattr(self, name)))
 
     def costs(self, one: Pass) -> Any:
         """Return kinds x (seconds for each time of a launch, kernels) of a pass."""
@@ -204,12 +212,16 @@ class Roofline:
         share = (one.width - (last - 63)) / 63
         known = [one.rows * positions for positions in (8, 32, 128, 512)]
         few, many = next(
-            pair for pair in itertools.pairwise(known) if one.scored <= pair[1] or pair[1] == known[-1]
+            pair
+            for pair in itertools.pairwise(known)
+            if one.scored <= pair[1] or pair[1] == known[-1]
         )
         like = dataclasses.replace(one, width=512)
         losses = [self.seconds_of_loss(dataclasses.replace(like, scored=n)) for n in (few, many)]
         part = (one.scored - few) / (many - few)
-        return (1 - share) * layers[0] + share * layers[1] + (1 - part) * losses[0] + part * losses[1]
+        return (
+            (1 - share) * layers[0] + share * layers[1] + (1 - part) * losses[0] + part * losses[1]
+        )
 
 
 def cost(function: Any, arguments: tuple[Any, Any], result: Any) -> tuple[float, int, bool]:
@@ -359,8 +371,3 @@ def kind_of(source: str, name: str, is_product: bool) -> str:
         other = {"frozen layers": "scaling, sums", "LoRA": "dropout, scale, add"}[source]
         return f"{source}: {'products' if is_product else other}"
     return source
-
-
-def mean_learned(steps: list[dict[str, Any]]) -> float:
-    """Return the mean number of learned tokens of a step."""
-    return statistics.fmean(map(learned_tokens, steps))

@@ -7,6 +7,7 @@ memory     the peak of a step, and how many tokens the script's trial lets throu
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 import statistics
@@ -17,8 +18,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.common import GIB, TRAIN, Options, cached, prepared_job, quiet, qwen_folder
-from benchmarks.common import shipped_lines, t, table, with_lora, write_lines
+from benchmarks.common import (
+    GIB,
+    TRAIN,
+    Options,
+    prepared_job,
+    quiet,
+    qwen_folder,
+    shipped_lines,
+    t,
+    table,
+    with_lora,
+    write_lines,
+)
 
 # The memory that torch sees of the two V100s, and what CUDA itself takes of it, about.
 CARDS = {"32 GB": int(31.74 * GIB), "16 GB": int(15.77 * GIB)}
@@ -184,7 +196,7 @@ class Simulation:
         self.depth: int = sizes["num_hidden_layers"]
         self.block: int = sizes["full_attention_interval"]
         for name in ("model", "flops", "peak", "formula"):  # all are asked for again and again
-            setattr(self, name, cached(getattr(self, name)))
+            setattr(self, name, functools.cache(getattr(self, name)))
 
     def model(self, layers: int, products: str = "dtype", is_trl: bool = False) -> tuple[Any, Any]:
         """Return a model with so many layers, and the context in which it computes.

@@ -1,0 +1,289 @@
+"""Every part of the benchmark runs at tiny sizes, and a missed target is an exit status of 1."""
+
+import math
+import os
+import re
+import sys
+
+import benchmark
+import pytest
+import torch
+import transformers
+from benchmarks import gpu, measure, precision, roofline, simulate
+from benchmarks.common import TINY as TINY_SIZES
+from benchmarks.common import Options, Targets
+from conftest import TINY
+
+import train_lora_single as t
+
+
+@pytest.fixture(autouse=True)
+def environment_restored(monkeypatch):
+    """Take back what the benchmark sets in the environment."""
+    for name, value in os.environ.items():
+        monkeypatch.setenv(name, value)
+    before = set(os.environ)
+    yield
+    for name in set(os.environ) - before:
+        del os.environ[name]
+
+
+@pytest.fixture
+def options(tmp_path):
+    """Return what a part is given at tiny sizes."""
+    return Options(tmp_path, Targets(limits_are_judged=False), tiny=True, pairs=1)
+
+
+def example_of(prompt, reply):
+    """Return an example with so many tokens to read and to learn."""
+    example = t.Example("here:1", [])
+    example.prompt_ids, example.reply_ids = [5] * prompt, [6] * reply
+    return example
+
+
+# ==== the command
+
+
+def test_a_missed_target_ends_with_status_1_and_is_named(monkeypatch, capsys):
+    def part(options):
+        print(options.targets.at_most("length", 3.0, 2.0))
+
+    monkeypatch.setitem(benchmark.PARTS, "memory", part)
+    assert benchmark.main(["memory"]) == 1
+    printed = capsys.readouterr().out
+    assert "target <= 2  MISSED" in printed
+    assert "MISSED    length is 3, above 2" in printed
+
+
+def test_met_targets_and_tiny_sizes_end_with_status_0(monkeypatch, capsys):
+    def part(options):
+        print(options.targets.at_most("length", 3.0, 2.0 if options.tiny else 3.0))
+
+    monkeypatch.setitem(benchmark.PARTS, "memory", part)
+    assert benchmark.main(["memory"]) == 0
+    assert benchmark.main(["memory", "--tiny"]) == 0
+    assert "not judged" in capsys.readouterr().out
+
+
+def test_an_unknown_part_and_no_part_are_refused(capsys):
+    for arguments in (["cut"], []):
+        with pytest.raises(SystemExit) as error:
+            benchmark.main(arguments)
+        assert error.value.code == 2
+    assert "v100" in capsys.readouterr().err
+
+
+# ==== simulation
+
+
+def test_flops_compares_both_cards_with_the_floor(options, capsys):
+    simulate.flops(options)
+    rows = {line[:33].strip(): line[33:].split() for line in capsys.readouterr().out.splitlines()}
+    assert float(rows["the floor: one by one"][1]) == 1
+    ours = [float(rows[f"this script, {card}"][1]) for card in simulate.CARDS]
+    recomputed = float(rows["this script, all recomputed"][1])
+    assert 1 <= max(ours) < recomputed < float(rows["TRL's defaults"][1])
+    passes = [int(rows[f"this script, {card}"][4]) for card in simulate.CARDS]
+    assert passes[0] < passes[1]  # the smaller card needs more parts
+    assert options.targets.missed == []
+
+
+def test_memory_prints_less_where_activations_are_recomputed(options, capsys):
+    simulate.memory(options)
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("4 x 96 tokens"))
+    kept, recomputed = map(float, row.split()[-2:])
+    assert recomputed < kept
+    limits = next(line for line in printed.splitlines() if line.startswith("16 GB"))
+    assert int(limits.split()[2]) <= int(limits.split()[3])
+
+
+def test_as_many_positions_are_scored_as_the_simulation_counts():
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY)
+    rows = []
+    model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0]))
+    inputs = t.pad([example_of(3, 4), example_of(5, 2), example_of(2, 3)], "cpu")
+    with torch.no_grad():
+        t.reply_losses(model, inputs)
+    assert rows[0][..., 0].numel() == simulate.Pass.of(inputs).scored
+
+
+def test_the_work_of_a_pass_is_that_of_the_real_products():
+    settings = t.parse_settings(["--lora_target_modules", "q_proj"])
+    simulation = simulate.Simulation(TINY_SIZES, settings)
+    one = simulate.Pass(2, 70, 6)
+    head = simulation.flops(one) - simulation.flops(simulate.Pass(2, 70, 0))
+    # Forward, and backward for the hidden states; the words' own gradient is not computed.
+    assert head == 2 * 2 * 6 * TINY_SIZES["vocab_size"] * TINY_SIZES["hidden_size"]
+
+
+def test_the_peak_of_two_rows_is_more_than_that_of_one_by_its_activations():
+    simulation = simulate.Simulation(TINY_SIZES, t.parse_settings([]))
+    peaks = [simulation.peak(simulate.Pass(rows, 70, 0)) for rows in (1, 2, 3)]
+    assert simulation.weight_bytes < peaks[0]
+    assert math.isclose(peaks[2] - peaks[1], peaks[1] - peaks[0], rel_tol=0.01)
+
+
+def test_trl_scores_learned_tokens_and_the_script_positions():
+    inputs = t.pad([example_of(3, 4), example_of(5, 2)], "cpu")
+    trl = simulate.Pass.of(inputs, is_recomputed=True, is_trl=True)
+    assert (trl.rows, trl.width, trl.scored) == (2, 7, 6)
+
+
+# ==== the V100 on paper
+
+
+def test_v100_prints_every_way_at_both_times_of_a_launch(options, capsys):
+    roofline.v100(options)
+    printed = capsys.readouterr().out
+    totals = [line.split()[1:] for line in printed.splitlines() if line.startswith("all ")]
+    assert len(totals) == 2  # 129 tokens, and the shipped median
+    for total in totals:
+        numbers = [float(one.replace(",", "")) for one in total]
+        for quick, slow, kernels in (numbers[0:3], numbers[3:6], numbers[6:9]):
+            assert quick < slow <= 13 / 6 * quick + 0.2
+            assert kernels * 6e-3 <= quick + 0.1
+    assert "Not counted: the optimizer" in printed
+    assert all(f"\n{way} " in printed.partition("minutes at")[2] for way in ("bf16", "fp16", "TRL"))
+
+
+def test_an_operation_takes_the_longest_of_bytes_and_products():
+    a = torch.empty(512, 512, device="meta")
+    product = torch.ops.aten.mm.default
+    seconds, kernels, is_product = roofline.cost(product, ((a, a), {}), a)
+    assert (kernels, is_product) == (1, True)
+    assert seconds == max(2 * 512**3 / 13e12, 3 * a.nbytes / 800e9)
+    seconds, kernels, _ = roofline.cost(torch.ops.aten.add.Tensor, ((a, a), {}), a)
+    assert (seconds, kernels) == (2 * a.nbytes / 800e9, 1)
+    assert roofline.cost(torch.ops.aten.view.default, ((a, [-1]), {}), a) == (0.0, 0, False)
+
+
+# ==== measured on this machine
+
+
+def test_cpu_compares_the_same_training_with_trl(options, capsys):
+    measure.cpu(options)
+    printed = capsys.readouterr().out
+    losses = [
+        float(line.split()[-2])
+        for line in printed.splitlines()
+        if line.startswith(("this ", "trl "))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert "ratio" in printed
+
+
+def test_refuse_names_the_bad_line(options, capsys):
+    measure.refuse(options)
+    printed = capsys.readouterr().out
+    named = re.search(r"the line is named +([\d.]+)", printed)
+    ended = re.search(r"the end.* ([\d.]+)\n", printed)
+    assert 0 < float(named[1]) < float(ended[1])
+
+
+def test_startup_times_each_function(options, capsys):
+    measure.startup(options)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*measure.FUNCTIONS, "imports", "the command"))
+
+
+def test_scale_reads_as_many_lines_as_it_says(options, capsys):
+    measure.scale(options)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows if row[0].isdecimal()] == ["20", "40"]
+
+
+def test_loading_reads_a_checkpoint_that_is_a_hole(options, capsys):
+    measure.loading(options)
+    printed = capsys.readouterr().out
+    assert "1,449,352 parameters" in printed
+    file = options.folder / "qwen" / "model.safetensors"
+    assert file.stat().st_blocks * 512 < file.stat().st_size / 10
+    assert "copies of the model" in printed
+
+
+def test_memory_watch_sees_what_is_allocated_meanwhile():
+    with measure.MemoryWatch() as before:
+        pass
+    with measure.MemoryWatch() as watch:
+        held = torch.ones(2**24)
+    assert held.nbytes * 0.9 < watch.peaks["own"] - before.peaks["own"] < held.nbytes * 1.5
+
+
+# ==== precision
+
+
+def test_precision_prints_three_seeds_their_mean_and_spread(options, capsys):
+    precision.precision(options)
+    printed = capsys.readouterr().out
+    for way in precision.WAYS:
+        rows = [line for line in printed.splitlines() if line.startswith(way.name)]
+        assert len(rows) == 2  # two models
+        for row in rows:
+            *each, mean, spread, _ = row.removeprefix(way.name).split()
+            numbers = [float(one.rstrip("%")) for one in (*each, mean, spread)]
+            assert len(each) == len(precision.SEEDS)
+            assert min(numbers[:3]) <= numbers[3] <= max(numbers[:3])
+            assert 0 < numbers[4] < numbers[3] < 5
+    assert options.targets.missed == []  # "auto" takes float16 where it is faster
+
+
+def test_products_compares_the_losses_of_both_runs(options, capsys):
+    precision.products(options)
+    printed = capsys.readouterr().out
+    assert "4 steps" in printed
+    rows = [line.split()[2:] for line in printed.splitlines() if " products  " in line]
+    dtype, float16 = ([float(one) for one in row] for row in rows)
+    assert dtype == pytest.approx(float16, rel=0.01)
+    assert options.targets.missed == []
+
+
+# ==== the card
+
+
+def test_the_acceptance_of_a_card_passes_on_a_cpu_at_tiny_sizes(options, capsys):
+    gpu.gpu(options)
+    printed = capsys.readouterr().out
+    assert options.targets.missed == [], printed
+    done = [row.split("|")[1].strip() for row in printed.splitlines() if row.startswith("| ")]
+    wanted = ["loading", "chat", "SIGTERM in a step", "gone on", "torchrun, one process"]
+    wanted += ["--demo with fla installed, a stub", "losses of the two runs"]
+    assert set(wanted) <= set(done)
+    assert printed.count("evidence and samples") == 2
+
+
+def test_a_check_that_fails_is_a_row_and_not_the_end(monkeypatch, options, capsys):
+    def broken(_):
+        yield gpu.Row("one", "fine", True)
+        raise RuntimeError("no luck | at all")
+
+    def bad(_):
+        yield gpu.Row("two", "9 instead of 8", False)
+
+    def figure(_):
+        yield gpu.Row("three", "12 ms")
+
+    monkeypatch.setattr(gpu, "CHECKS", [broken, bad, figure])
+    gpu.gpu(options)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[2:] == [
+        "| one | fine | ok |",
+        "| broken | RuntimeError('no luck / at all') | **FAILED** |",
+        "| two | 9 instead of 8 | **FAILED** |",
+        "| three | 12 ms |  |",
+    ]
+    assert len(options.targets.missed) == 2
+
+
+def test_checks_that_come_after_the_nine_minutes_are_not_done(monkeypatch, options):
+    card = gpu.Card(options, is_gpu=True)
+    card.began -= 60 * gpu.MINUTES - 10
+    card.do(lambda _: pytest.fail("it was done"))
+    assert "not done" in card.rows[0].found
+    assert card.rows[0].is_good is False
+
+
+def test_a_command_that_ends_otherwise_fails_its_check(options):
+    card = gpu.Card(options, is_gpu=False)
+    with pytest.raises(RuntimeError, match=r"status 3.*the reason"):
+        gpu.finished(card, [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"])
