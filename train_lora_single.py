@@ -2127,7 +2127,7 @@ def cut(layers: dict[str, Any], rank: int) -> Iterator[None]:
         whole[path] = weight.data
         b, a = weight.data.double(), module.lora_A["default"].weight.data.double()
         q, r = torch.linalg.qr(b)
-        u = q @ torch.linalg.svd(r @ a).U[:, :rank]
+        u = q @ torch.linalg.svd(r @ a, full_matrices=False).U[:, :rank]
         weight.data = (u @ (u.T @ b)).to(weight.dtype)
     try:
         yield
@@ -2146,6 +2146,8 @@ def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
     A difference is named only if it is larger than twice its error and than 2 % of the gain.
     What each sentence may claim was tested by training the alternatives; README.md shows how.
     """
+    if gain.error == math.inf:
+        return ["One held-out example is too few to tell anything."]
     if not (gain.is_clear and gain.value > 0):
         return [
             "The adapter is not better than the base model by more than twice the error, so its "
@@ -2224,7 +2226,11 @@ def about_rank(rows: dict[str, Any], job: Job) -> str:
     if not cuts:
         return ""
     verdicts = {rank: judge(row) for rank, row in cuts.items()}
-    enough = [rank for rank, verdict in verdicts.items() if verdict in ("same", "better")]
+    enough = []
+    for rank in sorted(verdicts, reverse=True):
+        if verdicts[rank] not in ("same", "better"):
+            break  # a shorter cut that does well is chance
+        enough.append(rank)
     if enough:
         noun = "directions" if min(enough) > 1 else "direction"
         return (
@@ -2337,6 +2343,8 @@ def generate(
     )
     config = transformers.GenerationConfig(
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,  # the model's own configuration may have another
         max_new_tokens=job.settings.MAX_NEW_TOKENS,
         eos_token_id=end,
         pad_token_id=end,
@@ -2405,14 +2413,26 @@ def draw_losses(axes: Any, job: Job) -> None:
     """Draw each step's loss thinly, their running mean boldly, and the held-out losses."""
     losses = job.logged("loss")
     steps, values = list(losses), list(losses.values())
-    width = max(1, min(job.settings.LOGGING_STEPS, len(values)))
+    width = max(1, len(values) // 30)
     means = [statistics.fmean(values[max(0, n - width) : n]) for n in range(1, len(values) + 1)]
     axes.plot(steps, values, color="0.75", linewidth=0.7, label="training, each step")
-    axes.plot(steps, means, color="C0", linewidth=2, label=f"training, mean of {width} steps")
+    if width > 1:
+        label = f"training, mean of {width} steps"
+        axes.plot(steps, means, color="C0", linewidth=2, label=label)
     evals = job.logged("eval_loss")
-    axes.plot(list(evals), list(evals.values()), "o", color="C3", markersize=7, label="held-out")
+    if evals:
+        look = {"color": "black", "markeredgecolor": "white", "markersize": 9, "zorder": 5}
+        axes.plot(list(evals), list(evals.values()), "o--", linewidth=0.8, label="held-out", **look)
     for step, loss in evals.items():
-        axes.annotate(f"{loss:.3f}", (step, loss), (0, 8), textcoords="offset points", ha="center")
+        axes.annotate(
+            f"{loss:.3f}",
+            (step, loss),
+            (0, 10),
+            textcoords="offset points",
+            ha="center",
+            zorder=6,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )
     axes.margins(y=0.15)
     axes.set(xlabel="step", ylabel="loss, nats per token", title="Loss")
     axes.legend()
@@ -2453,7 +2473,8 @@ def draw_scales(axes: Any, parts: dict[str, Any]) -> None:
     axes.errorbar(scales, losses, errors, marker="o", capsize=3)
     axes.axvline(1, color="0.6", linestyle="--", linewidth=1)
     axes.set(
-        xlabel="strength of the update (0: base, 1: as trained)",
+        xlabel="strength of the update (0: base, 1: as trained)\n"
+        "bars: twice the error of the difference to 1",
         ylabel="held-out loss, nats per token",
         title="At another strength",
     )
@@ -2560,7 +2581,7 @@ def finished_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
         for path in sorted(Path(folder).rglob("run.json*")):
             run = read_json(path)
             is_finished = bool(run) and run.get("outcome") == "finished" and run.keys() >= RUN_KEYS
-            if is_finished and run["evidence"].get("losses"):
+            if is_finished and isinstance(run["evidence"], dict) and run["evidence"].get("losses"):
                 runs[path.resolve()] = run
     return runs
 
@@ -2637,21 +2658,25 @@ CHAT_HELP = """/base and /adapter  choose who answers
 
 def chat(job: Job) -> None:
     """Talk to OUTPUT_DIR/final_lora, or answer each line of a pipe; nothing is written."""
+    from safetensors import SafetensorError
+
     folder = job.output / "final_lora"
     if not (folder / "adapter_config.json").is_file():
         raise SystemExit(
             f"--chat: there is no adapter in {folder}. Train first, or give the --output_dir of a "
             "finished run."
         )
-    saved = peft.PeftConfig.from_pretrained(str(folder))
-    job.settings.MODEL_NAME = str(saved.base_model_name_or_path)
-    job.settings.MODEL_REVISION = saved.revision or "main"
+    saved = read_json(folder / "adapter_config.json") or {}
+    if "base_model_name_or_path" not in saved:
+        raise SystemExit(f"--chat: {folder / 'adapter_config.json'} is damaged. Train again.")
+    job.settings.MODEL_NAME = str(saved["base_model_name_or_path"])
+    job.settings.MODEL_REVISION = saved.get("revision") or "main"
     check_device(job)
     load_config_and_tokenizer(job)
     base = load_model(job.settings).to(accelerate.PartialState().device)
     try:
         model = peft.PeftModel.from_pretrained(base, folder).eval()
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise SystemExit(
             f"--chat: the adapter in {folder} does not fit {job.settings.MODEL_NAME} "
             f"({one_line(error)}). Train again."
@@ -2666,6 +2691,10 @@ def talk(model: peft.PeftModel, job: Job, system: str) -> None:
     """Read lines and answer them, until the input ends."""
     with suppress(ImportError):
         import readline  # noqa: F401 - arrow keys and history at the prompt
+    if sys.stdin is None:
+        raise SystemExit("--chat: standard input is closed, so nothing can be typed.")
+    with suppress(AttributeError):  # a replaced input, as in a notebook
+        sys.stdin.reconfigure(errors="replace")
     turns: list[dict[str, str]] = []
     scale = 1.0
     while True:
