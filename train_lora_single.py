@@ -1439,7 +1439,11 @@ def begin_folder(job: Job, now: dict[str, Any]) -> None:
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
     """Return {step: path} of the checkpoints in a folder, the oldest first."""
-    paths = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+    paths = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdecimal()
+    ]
     return {step_of(path): path for path in sorted(paths, key=step_of)}
 
 
@@ -1786,7 +1790,8 @@ def card_text(job: Job) -> str:
     messages = system_messages(job.train)
     said = "There was no system message in the training data; serve without one."
     if messages[0]:
-        said = f"The conversations have this system message. Serve with it:\n\n> {messages[0]}"
+        quotation = quoted({"content": messages[0]})
+        said = f"The conversations have this system message. Serve with it:\n\n{quotation}"
     if len(messages) > 1:
         said += f"\n\n(This is the most frequent one of {len(messages)} in the training data.)"
     revision = ""
@@ -2286,7 +2291,7 @@ def write_samples(model: peft.PeftModel, job: Job) -> None:
         return
     chosen = choose_samples(job)
     prompts = [example.prompt_ids for example in chosen]
-    report("samples", f"writing {len(chosen)} replies each of the base model and the adapter")
+    report("samples", f"the base model and the adapter answer {len(chosen)} held-out prompts")
     with model.disable_adapter():
         base = generate(model, job, prompts)
     adapter = generate(model, job, prompts)
@@ -3453,8 +3458,9 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
     if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
         return True
     with suppress(OSError):
-        writes = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error)
-        return writes and shutil.disk_usage(folder).free < 2**20
+        torch_writes = "PytorchStreamWriter|inline_container|iostream error"
+        writes = type(error).__name__ == "SafetensorError" or re.search(torch_writes, str(error))
+        return bool(writes) and shutil.disk_usage(folder).free < 2**20
     return False
 
 
@@ -3531,6 +3537,8 @@ def survive_closed_outputs() -> None:
             raw = LossyOutput(number, "w", closefd=False)
             wrapped = io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True)
             setattr(sys, name, wrapped)
+        else:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
 
 
 # `uv run train_lora_single.py --demo` reads this and needs no environment made by hand (PEP 723).

@@ -341,7 +341,9 @@ def test_demo_changes_what_it_lists_and_any_flag_beside_it_wins():
     demo = vars(t.parse_settings(["--demo"]))
     changed = {name for name in SHIPPED if demo[name] != SHIPPED[name]}
     files = {"MODEL_NAME", "TRAIN_FILE", "EVAL_FILE", "OUTPUT_DIR"}
-    assert changed == files | {"DEVICE", "DTYPE", "NUM_EPOCHS", "LEARNING_RATE"}
+    assert changed == files | {
+        "DEVICE", "DTYPE", "NUM_EPOCHS", "MAX_STEPS", "LEARNING_RATE", "EVIDENCE_EXAMPLES",
+    }  # fmt: skip
     assert demo["DEVICE"] == "cpu" and demo["OUTPUT_DIR"] != SHIPPED["OUTPUT_DIR"]
     for name in changed:
         given = [f"--{name.lower()}", str(SHIPPED[name])]

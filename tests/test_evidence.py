@@ -796,7 +796,7 @@ def test_evidence_examples_0_measures_no_parts_but_each_examples_loss(tmp_path):
 def test_a_single_held_out_example_bears_no_error(tmp_path):
     output, text = drawn_run(tmp_path, held_out=1)
     assert is_png(output / "lora.png") and "\nwarning" not in text and "nan" not in text
-    assert "parts say nothing" in unwrapped(text)
+    assert "too few to tell" in unwrapped(text)
     assert record_of(output)["evidence"]["parts"]["base"]["change"]["error"] == "inf"
 
 

@@ -316,7 +316,7 @@ def test_a_rounding_of_a_hundredth_is_not_refused(adapted, tmp_path):
     t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
 
 
-def test_a_failed_proof_touches_no_result_and_the_same_command_makes_up_for_it(
+def test_a_failed_proof_touches_nothing_and_the_same_command_mends_it(
     finished, tmp_path, flags, after_saving, capsys
 ):
     output = shutil.copytree(finished, tmp_path / "output")
@@ -540,9 +540,7 @@ def test_of_several_system_messages_the_most_frequent_is_quoted_whole(flags, tra
 # ==== The printed command
 
 
-def test_the_printed_command_serves_the_adapter_whatever_its_folder_is_called(
-    flags, tmp_path, tiny, capsys
-):
+def test_the_printed_command_serves_the_adapter_whatever_its_folder(flags, tmp_path, tiny, capsys):
     output = tmp_path / "it's $a & #1"
     t.main([*flags, "--output_dir", str(output), "--max_steps", "1", "--lora_r", "12"])
     text = re.search(r"(?s)vllm serve.*", capsys.readouterr().out)[0]
@@ -679,7 +677,7 @@ UNSET = ["HF_HUB_OFFLINE", "PYTHONPATH", "XDG_CACHE_HOME", "MPLCONFIGDIR"]
 UNSET += ["TORCHINDUCTOR_CACHE_DIR"]  # other tests of this process have torch set it
 
 
-def test_a_run_writes_only_its_output_connects_to_nothing_and_tells_no_secret(tmp_path):
+def test_a_run_writes_only_its_output_asks_nobody_and_tells_no_secret(tmp_path):
     repo, root = tmp_path / "repo", Path(t.__file__).parent
     shutil.copytree(root / "tests" / "tiny-qwen3.5", repo / "model")
     shutil.copy(t.__file__, repo)
