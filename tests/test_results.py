@@ -326,7 +326,7 @@ def test_a_failed_proof_touches_nothing_and_the_same_command_mends_it(
     argv = [*flags, "--seed", "7", "--num_epochs", "1"]
     assert run(argv) == 1
     printed = capsys.readouterr()
-    assert re.search("(?m)^proof: ", printed.err) and "Traceback" not in printed.err
+    assert re.search("(?m)^proof:", printed.err) and "Traceback" not in printed.err
     assert not re.search("(?m)^(proof|done) ", printed.out)
     assert {name: files(output / name) for name in RESULTS} == before
     assert record_of(output)["outcome"].startswith("failed: proof: ")

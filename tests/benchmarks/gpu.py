@@ -21,6 +21,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -151,10 +152,11 @@ def run_script(card: Card, name: str, *flags: str, kind: str = "plain", wanted: 
 
 def finished(card: Card, words: list[str], wanted: int = 0, said: str = "", path: str = "") -> str:
     """Run a command to its end; return what it printed, or raise if it ended otherwise."""
+    paths = [one for one in (path, os.environ.get("PYTHONPATH", "")) if one]
     done = subprocess.run(
         words,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
         input=said,
         text=True,
         stdout=subprocess.PIPE,
@@ -497,12 +499,15 @@ def stop_after(card: Card, steps: int, name: str, *flags: str) -> tuple[int, str
     with subprocess.Popen(
         words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as run:
+        clock = threading.Timer(card.seconds_left(), run.kill)
+        clock.start()
         for line in run.stdout:
             lines.append(line)
             is_step = line.startswith("train     step")
             steps_seen += is_step
             if is_step and steps_seen == steps:  # once: a second signal stops at once
                 run.send_signal(signal.SIGTERM)
+        clock.cancel()
     return run.returncode, "".join(lines)
 
 

@@ -24,7 +24,6 @@ from benchmarks.simulate import (
     passes_of,
     simulated_job,
     steps_of_epoch,
-    tiny_memory,
     trl_passes,
 )
 
@@ -75,13 +74,13 @@ management, evaluation, the trials at the start, and any wait for Python beyond 
     spread = scored_over_learned(steps)
     share = sum(learned_tokens(step) for step in steps) / sum(real_tokens(step) for step in steps)
     shipped = median_width(job)
-    shown = {MEDIAN: LEARNED / OF, shipped: share}
+    shown = {MEDIAN: LEARNED / OF} | ({} if options.tiny else {shipped: share})
     for width, learned_share in shown.items():
         show_step(roofline, width, learned_share, spread, options)
-    card = CARDS["32 GB"]
-    if options.tiny:
-        card = tiny_memory(card, roofline.simulation, job)
-    limits = roofline.simulation.limits(job, card)
+    _, most = t.step_tokens(job)
+    limits = t.MemoryLimits(most, most)
+    if not options.tiny:
+        limits = roofline.simulation.limits(job, CARDS["32 GB"])
     show_minutes(roofline, job, passes_of(steps, limits), options)
 
 

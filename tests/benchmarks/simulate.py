@@ -54,7 +54,7 @@ def flops(options: Options) -> None:
         f"FLOPS     one epoch over the shipped data, {len(job.train):,} examples, {tokens:,} "
         f"tokens,\n          Qwen3.5's architecture with {simulation.depth} layers, simulated"
     )
-    row = table(33, 8, 9, 9, 12, 9, 10, 20)
+    row = table(33, 8, 9, 9, 12, 9, 10, 26)
     heads = ("", "PFLOP", "x floor", "padding", "recomputed", "passes", "peak GiB", "")
     print(row(*heads))
 
@@ -77,6 +77,7 @@ def flops(options: Options) -> None:
         show(f"this script, {card}", passes, target)
         left = memory - CUDA - simulation.largest_peak(passes)
         options.targets.require(f"flops: an epoch's parts do not fit in {card}", left > 0)
+    show(f"passes of {job.settings.BATCH_SIZE}, all kept, as before", halves_of(steps, job))
     show(
         "this script, all recomputed", [replace(Pass.of(one), is_recomputed=True) for one in steps]
     )
@@ -164,6 +165,18 @@ def steps_of_epoch(job: t.Job) -> list[dict[str, Any]]:
 def passes_of(steps: list[dict[str, Any]], limits: t.MemoryLimits) -> list[Pass]:
     """Return the passes that the script makes of steps."""
     return [Pass.of(*part) for step in steps for part in t.split_step(step, limits)]
+
+
+def halves_of(steps: list[dict[str, Any]], job: t.Job) -> list[Pass]:
+    """Return the passes of BATCH_SIZE rows that an earlier version made of steps."""
+    rows = job.settings.BATCH_SIZE
+    passes = []
+    for step in steps:
+        for start in range(0, len(step["labels"]), rows):
+            part = {key: value[start : start + rows] for key, value in step.items()}
+            width = int(part["attention_mask"].sum(1).max())
+            passes.append(Pass.of({key: value[:, :width] for key, value in part.items()}))
+    return passes
 
 
 def trl_passes(job: t.Job) -> list[Pass]:
