@@ -96,7 +96,7 @@ def memory(options: Options) -> None:
     job = simulated_job(options)
     simulation = Simulation(options.sizes, job.settings)
     width = job.settings.MAX_SEQ_LEN
-    learned = round(0.8 * width)
+    learned = round(width * 200 / 512)  # of each row; the target is about 400 of 2 x 512
     print(f"MEMORY    peak of a pass with rows of {width} tokens, {learned} of each learned, GiB")
     row = table(33, 12, 12)
     print(row("", "kept", "recomputed"))
