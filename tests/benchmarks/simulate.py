@@ -331,7 +331,7 @@ class Simulation:
             alike = {one for one in passes if one.is_recomputed is kind}
             by_size = sorted(alike, key=lambda one: (one.rows * one.width, one.scored))
             by_blocks = sorted(alike, key=lambda one: (one.rows * chunks(one.width), one.scored))
-            largest = max([largest, *map(self.peak, {*by_size[-4:], *by_blocks[-2:]})])
+            largest = max([largest, *map(self.peak, {*by_size[-2:], *by_blocks[-2:]})])
         return largest
 
     def peak_of_loss(self, one: Pass) -> int:
