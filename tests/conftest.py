@@ -55,13 +55,27 @@ def in_the_root(monkeypatch):
 
 
 # The longest first, as they stand in this list: else one worker waits for the other at the end.
-LONGEST = ["test_real_model.py", "test_resume.py", "test_training.py", "test_evidence.py"]
+LONGEST = [
+    f"test_{name}.py"
+    for name in ("benchmark", "resume", "card", "real_model", "training", "evidence", "results")
+]
 
 
 def pytest_collection_modifyitems(items):
     """Begin with the files that take longest."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture
+def restored_environment(monkeypatch):
+    """Take back what a test sets in the environment."""
+    for name, value in os.environ.items():
+        monkeypatch.setenv(name, value)
+    before = set(os.environ)
+    yield
+    for name in set(os.environ) - before:
+        del os.environ[name]
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import multiprocessing
 import os
 import pty
 import re
@@ -30,6 +29,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import default_handlers, write_short_data
+from processes import FORKS
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -38,11 +38,6 @@ import train_lora_single as t
 STEPS = 8  # two epochs of four, with a checkpoint every three steps
 RESULTS = ("final_lora", "final_lora_vllm", "samples.md", "lora.png")
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-
-# Processes to be killed are forked from one that has done the imports, which take 6 s.
-FORKS = multiprocessing.get_context("forkserver")
-MODEL_CODE = "transformers.models.qwen3_5.modeling_qwen3_5"
-FORKS.set_forkserver_preload(["pytest", "matplotlib.figure", "trl.trainer.sft_trainer", MODEL_CODE])
 
 
 # ==== What the tests share
@@ -1275,7 +1270,7 @@ def test_what_processes_cannot_share_evenly_is_refused(tmp_path, train, step):
     flags = [*write_short_data(tmp_path, train=train), "--num_samples", "0", "--batch_size", "1"]
     argv = command(flags, output, "--gradient_accumulation_steps", step)
     statuses, said = launch(argv, tmp_path, "nothing", "nothing")
-    assert statuses[0] == 1 and statuses[1] in (1, 143), said  # the launcher stops the other
+    assert set(statuses) in ({1}, {1, 143}), said  # the launcher stops who is not yet gone
     assert "2 processes cannot share" in flat(said[0]) and "multiple of 2" in flat(said[0])
     assert "Traceback" not in said[0] + said[1]
     assert files(output) == before_it

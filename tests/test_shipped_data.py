@@ -395,7 +395,7 @@ DANGERS = {  # words of a user's, and how many conversations at least have them
         r"don't see the point of it|can't do this any more",
         10,
     ),
-    "want of breath": (r"\bcan'?t (?:breathe|get my breath)|cant brthe|\bdrown when\b", 3),
+    "want of breath": (r"\bcan'?t (?:breathe|get my breath)|cant brthe|\blike drowning\b", 3),
     "gas": (r"\bsmells? (?:of |like )?gas\b|\brotten egg smell\b|\bgas on again\b", 4),
     "fire": (r"\bpan is on fire\b|\bcaught its burning\b", 2),
 }

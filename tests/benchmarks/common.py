@@ -41,7 +41,7 @@ QWEN = {
 }  # fmt: skip
 # The same architecture made small, so that a test can run a part in seconds. The head sizes stay.
 TINY = QWEN | {
-    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
     "full_attention_interval": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1,
     "linear_num_key_heads": 1, "linear_num_value_heads": 2,
@@ -121,7 +121,7 @@ def run_python(*arguments: str, status: int = 0) -> tuple[float, str]:
 
 def in_a_new_process(do: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function of these files returns in a process that has imported nothing yet."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
         result = pool.apply(do, arguments)
         pool.close()
         pool.join()

@@ -243,8 +243,11 @@ class Simulation:
         return self.model(layers, one.products, one.is_trl)
 
     def at_full_depth(self, measure: Callable[[Pass, int], Any], one: Pass) -> Any:
-        """Return what a pass costs with all layers."""
-        first, both = measure(one, self.block), measure(one, 2 * self.block)
+        """Return what a pass costs with all layers: each block of them adds the same."""
+        first = measure(one, self.block)
+        if self.depth == self.block:
+            return first
+        both = measure(one, 2 * self.block)
         return first + (self.depth // self.block - 1) * (both - first)
 
     @property

@@ -1,0 +1,53 @@
+"""Commands in forks of a process that has done the imports, which take six seconds each time."""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FORKS = multiprocessing.get_context("forkserver")
+MODEL_CODE = "transformers.models.qwen3_5.modeling_qwen3_5"
+FORKS.set_forkserver_preload(["pytest", "matplotlib.figure", "trl.trainer.sft_trainer", MODEL_CODE])
+REAL_RUN = subprocess.run
+
+
+def run_in_a_fork(words, *, cwd, env=None, input="", **others):
+    """Do what subprocess.run() does, for `python FILE ...`; give any other command to it.
+
+    A command with a PYTHONPATH of its own is given to it, too: what is installed there must be
+    seen while the packages are imported.
+    """
+    environment = dict(os.environ if env is None else env)
+    is_plain = environment.get("PYTHONPATH", "") == os.environ.get("PYTHONPATH", "")
+    if words[0] != sys.executable or not words[1].endswith(".py") or not is_plain:
+        return REAL_RUN(words, cwd=cwd, env=env, input=input, **others)
+    with tempfile.TemporaryDirectory() as folder:
+        said, printed = Path(folder) / "said", Path(folder) / "printed"
+        said.write_text(input, encoding="utf-8")
+        process = FORKS.Process(
+            target=be_the_command, args=(words[1:], str(cwd), environment, str(said), str(printed))
+        )
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        text = printed.read_text(encoding="utf-8")
+    return subprocess.CompletedProcess(words, process.exitcode, text, "")
+
+
+def be_the_command(words, cwd, environment, said, printed):
+    """Be that command in this process: read its input from one file, write into another."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(said, os.O_RDONLY), 0)
+    for number in (1, 2):
+        os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # multiprocessing has closed it
+    sys.path.insert(0, str(Path(words[0]).resolve().parent))
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
