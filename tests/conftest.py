@@ -57,7 +57,10 @@ def in_the_root(monkeypatch):
 # The longest first, as they stand in this list: else one worker waits for the other at the end.
 LONGEST = [
     f"test_{name}.py"
-    for name in ("benchmark", "resume", "card", "real_model", "training", "evidence", "results")
+    for name in (
+        *("benchmark", "resume", "card", "command_line", "training", "chat", "results"),
+        *("real_model", "evidence", "products", "plan"),
+    )
 ]
 
 
