@@ -7,23 +7,24 @@
     python train_lora_single.py --compare DIR ...            which finished run is better?
     python train_lora_single.py --lora_r 16 --lora_alpha 32  every setting below is also a flag
 
-The sections of this file, the most important ones first. Search for the capitals to jump there:
+The sections of this file, the most important ones first, with the questions that they answer.
+Search for the capitals to jump there:
 
-    SETTINGS          what you change
-    THE RUN           the whole job, one line a step
-    MODEL AND LORA    the heart: weights, LoraConfig, SFTTrainer, the check that LoRA is in place
-    DATA              reading the conversations and checking every line
-    TOKENS            what the model sees, and which part of it is learned
-    PLAN              which matrices are trained, and in how many steps; known before any weights
-    TRAINING          the order of the examples, what is printed, saving and stopping
-    MEMORY            in how many parts a step goes through the model
-    CHECKPOINTS       what an earlier run left behind, resuming, and run.json
-    PUBLISHING        writing the adapter, proving that it works, the model card
-    EVIDENCE          what r, alpha and the targets were worth, measured after training
-    COMPARING         which of several runs is better, and whether the difference means anything
-    CHAT              talking to the adapter
-    FLOAT16 PRODUCTS  an appendix for GPUs that only emulate bfloat16, such as the V100
-    COMMAND LINE      flags, the log, the environment, signals, error messages, main()
+    SETTINGS          What can be changed, and how is a setting added?
+    THE RUN           What happens, and in which order?
+    MODEL AND LORA    The heart: what is trained, by which trainer, and what checks it?
+    DATA              Which two forms may a line have, and what is wrong with a line?
+    TOKENS            Which tokens of a conversation are learned?
+    PLAN              How many weights and steps? What if a target is misspelt?
+    TRAINING          How is a step done? What happens on Ctrl-C, at any moment?
+    MEMORY            What if a step does not fit in the GPU's memory?
+    CHECKPOINTS       When is a run resumed, and when is a checkpoint refused?
+    PUBLISHING        Which files does a run leave, and what proves that the adapter works?
+    EVIDENCE          What were r, alpha and the targets worth? What may not be concluded?
+    COMPARING         Which of several runs is better, and is the difference more than chance?
+    CHAT              How does one talk to the adapter?
+    FLOAT16 PRODUCTS  What is different on a V100, and who decides it?
+    COMMAND LINE      How do flags, the log, exit statuses and messages work?
 """
 
 from __future__ import annotations
@@ -87,9 +88,11 @@ else:
 
 # ==== SETTINGS: edit them here, or give the flag of the same name, such as --lora_r 16
 #
-# Every annotated constant is a setting: its flag, its type, its help text (the comment behind it)
-# and its place in run.json follow from the line. To add one, write the line and use
-# settings.YOUR_NAME where you need it; a checkpoint made without it is not resumed.
+# To add a setting, write one line, such as
+#     WEIGHT_DECAY: float = 0.0  # shrinks A and B a little in each step
+# and use settings.WEIGHT_DECAY where you need it, here in training_config(). From that line follow
+# the flag --weight_decay, the check of its type, its help text and its place in run.json, and that
+# a checkpoint made with another value is not resumed. Limits of its value go into check_rules().
 
 # The model.
 MODEL_NAME: str = "Qwen/Qwen3.5-4B"  # a chat model on the Hugging Face hub, or a local folder
@@ -142,7 +145,10 @@ MAX_NEW_TOKENS: int = 200  # a reply is cut after this many tokens
 # Products of matrices.
 MATMUL: Literal["auto", "dtype", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "auto" measures
 
+
 # ==== THE RUN: the whole job
+#
+# Each line of run() is a step of the job; the comment behind it says which section explains it.
 
 
 def run(job: Job) -> None:
@@ -190,6 +196,11 @@ def prepare(job: Job) -> None:
 
 
 # ==== MODEL AND LORA: the heart
+#
+# Each target, a matrix W of the model, gets two small matrices beside it, A and B. Only these are
+# trained, in float32; W and all else stay frozen. lora_config() says which layers are targets and
+# how large A and B are. SFTTrainer puts them into the model. check_only_lora_is_trained() then
+# compares all weights that can be trained with the plan: not one more, and not one less.
 
 
 def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
@@ -387,6 +398,14 @@ def lora_trainer_class(job: Job, sampler: LikeLengthsSampler) -> type[trl.SFTTra
 
 
 # ==== DATA: reading the conversations and checking every line
+#
+# A line is one conversation, in one of two forms:
+#     {"prompt": [messages], "completion": [one message]}   teaches the completion alone
+#     {"messages": [messages]}                              teaches each reply of the assistant
+# A message has a "role" and a "content". At most one system message comes first, then user and
+# assistant take turns, and a reply comes last. Other keys of the line are ignored, except "tools",
+# which is refused, and the held-out lines' EVAL_GROUP. All bad lines of both files are listed at
+# once with their numbers and reasons, before torch is imported, and then nothing is trained.
 
 
 @dataclass
@@ -577,6 +596,14 @@ def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
 
 
 # ==== TOKENS: what the model sees, and which part of it is learned
+#
+# A conversation is rendered by the model's own chat template, as a server renders it. Learned are
+# the tokens of a reply and the token that ends its turn; all that comes before is only read. So a
+# conversation with three user turns is, as "messages", three examples: each of the three replies is
+# learned once, after all that was said before it. As "prompt" and "completion" it is one example:
+# the last reply is learned, and the two replies in the prompt are only read. An example longer than
+# MAX_SEQ_LEN is left out and named, never cut; if that happens to more than a tenth of a file, the
+# run is refused.
 
 
 # How conversations are rendered here, in the chat, and by the server's command that is printed.
@@ -747,6 +774,13 @@ def to_dataset(examples: list[Example]) -> datasets.Dataset:
 
 
 # ==== PLAN: which matrices are trained, and in how many steps
+#
+# Before any weights are loaded, also in a --dry_run, PEFT puts LoRA into a skeleton of the model,
+# and what it would train is read off there. A target that names no layer of the model, such as
+# q_projj, ends the run here with a message that names it and the closest name that exists; PEFT
+# alone would ignore it as long as another target exists. (PEFT itself checks "all-linear" and
+# regular expressions.) There are ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) steps
+# in an epoch: with the settings as shipped and 1,000 examples that is 250, or 750 in three epochs.
 
 
 @dataclass
@@ -968,9 +1002,16 @@ def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
 
 # ==== TRAINING: the order of the examples, what is printed, saving and stopping
 #
-# Ctrl-C, SIGTERM and SIGHUP: within a step, the step is finished and saved, and the same command
-# resumes there; before the first step there is nothing to resume; once final_lora is published,
-# it stays whole. A second signal stops at once. The handler is catch_signals() in COMMAND LINE.
+# What Ctrl-C, SIGTERM and SIGHUP do depends on the moment:
+# - While the data is read, the weights are loaded or the base model is evaluated, the run stops at
+#   once. It has learned nothing yet that could be saved.
+# - Within a step, and while an epoch is evaluated or a checkpoint is written, that step is finished
+#   and saved before the run stops. The same command resumes there. A second signal stops at once,
+#   and then the same command resumes from the checkpoint before.
+# - While the adapter is proved, the run stops at once, and the same command proves it again.
+# - While the evidence is measured, the run stops at once. final_lora is whole and in place, and
+#   only the evidence, the samples or the picture are missing. The same command would train anew.
+# catch_signals() in COMMAND LINE sees to that.
 
 
 class LikeLengthsSampler:
@@ -1167,6 +1208,15 @@ def train(trainer: trl.SFTTrainer, job: Job) -> None:
 
 
 # ==== MEMORY: in how many parts a step goes through the model
+#
+# A step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples, whatever the memory. Before training
+# on a GPU, find_what_fits() tries how many tokens fit at once. A step that fits whole goes through
+# the model whole. Any other goes through in parts, each of as many examples as fit. If not even one
+# example fits, its activations are not kept for the backward pass but computed again, which needs
+# little memory and 45 % more work; again as many such examples as fit go together, down to one.
+# Only if a single example does not fit even so does the run end, with the advice to lower
+# MAX_SEQ_LEN, take a larger GPU, or end what else runs there. The gradient is the same whatever the
+# parts, since the loss is a sum over tokens. On a CPU nothing is tried: a step goes through whole.
 
 
 @dataclass
@@ -1349,9 +1399,14 @@ def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor
 
 # ==== CHECKPOINTS: what an earlier run left behind, resuming, and run.json
 #
-# A checkpoint is resumed only by the same job: the same settings (except for those below), the same
-# LoraConfig, the same model, and the same tokens of both data files. Anything else is refused with
-# a list of the differences.
+# A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal. The
+# same command resumes from the newest one whose files are all whole. On a CPU it ends with the same
+# bytes as a run that was never stopped.
+# A checkpoint is refused, with a table of what differs, if it was made with other settings, another
+# LoraConfig, another model, other tokens in one of the files, or the other kind of products (see
+# FLOAT16 PRODUCTS). Only the settings below may change; the data files may be moved or renamed.
+# What else was edited in this script is not compared. Once final_lora is in place, its run is over:
+# the same command trains anew, and renames what the earlier run left.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
@@ -1595,15 +1650,18 @@ def write_record(job: Job, outcome: str) -> None:
 
 # ==== PUBLISHING: writing the adapter, proving that it works, the model card
 #
-# In the end OUTPUT_DIR holds:
+# At the end OUTPUT_DIR holds:
 #   final_lora/        the adapter in PEFT's form, with tokenizer and model card; proved to work
-#   final_lora_vllm/   the same tensors under the names that vLLM needs, for a wrapper model
+#   final_lora_vllm/   the same tensors under the names that vLLM needs, if it needs others
 #   samples.md         held-out prompts with the replies before and after training
 #   lora.png           losses, the size of the updates, and the evidence
 #   run.json           all settings, versions, hashes, losses and measurements
 #   checkpoints/       each epoch's adapter
 #   all_logs.log       everything that was printed, with tracebacks
-# What an earlier run left there is renamed.
+# The proof is verify_saved_adapter(): the adapter is written beside its place and loaded again from
+# disk onto the bare base model. It is moved into its place only if its tensors are the trained ones
+# to the bit, and if its logits on one example are the trained model's and not the base model's.
+# What an earlier run left is renamed, never overwritten.
 
 
 def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
@@ -1855,9 +1913,18 @@ def vllm_rank(plan: Plan) -> int:
 # ==== EVIDENCE: what r, alpha and the targets were worth, measured after training
 #
 # Nothing is trained here. Parts of the finished adapter are switched off, scaled or cut, and the
-# held-out loss says what each part was worth. All errors are standard errors over the examples,
-# and differences are paired: both losses are of the same examples (Miller, "Adding Error Bars to
-# Evals", 2024).
+# held-out loss says what each part was worth. The columns of the table:
+#   of the gain         the share of what the adapter gained over the base model that is left
+#   against as trained  by how much the loss of a token is higher than that of the whole adapter
+#   better on           on how many of the examples the loss is lower than the whole adapter's
+# Errors are standard errors over the examples, and differences are paired: both losses are of the
+# same examples (Miller, "Adding Error Bars to Evals", 2024).
+#
+# What may be concluded is about this adapter and these held-out examples: whether it is stronger or
+# weaker than it should be, what each group of targets contributes to it, and how many directions it
+# uses. What may not be concluded is what another run would reach. A smaller r, another alpha or
+# fewer targets that are trained are another run, which may end elsewhere, so train it and
+# --compare. And a lower loss does not say that the replies are good: read samples.md.
 
 
 def show_evidence(model: peft.PeftModel, job: Job) -> None:
@@ -2574,7 +2641,11 @@ def wrap_command(words: list[str], width: int = 86) -> str:
 
 
 # ==== COMPARING: which of several runs is better, and whether the difference means anything
-
+#
+# The finished runs in some folders are ranked by the held-out loss of what they published. Only
+# runs with the same held-out examples as the newest one are compared. A "=" behind a run says that
+# its difference to the best one is within twice its standard error, so it may be chance. A run ends
+# with this table if there are other finished runs in or below its own folder.
 
 RUN_KEYS = {"started", "settings", "data", "evidence", "train_seconds", "resumed_from"}
 
@@ -2652,7 +2723,10 @@ def held_out_of(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
 
 
 # ==== CHAT: talking to the adapter
-
+#
+# --chat loads the base model once, and OUTPUT_DIR/final_lora on top of it. The conversation begins
+# with the system message of the training data, replies are greedy (always the likeliest token), and
+# nothing is written. A pipe works too: each of its lines is answered.
 
 CHAT_HELP = """/base and /adapter  choose who answers
 /scale 0.5          answer with the adapter at another strength; 1 is as trained
@@ -2768,12 +2842,16 @@ def say(
 
 # ==== FLOAT16 PRODUCTS: an appendix for GPUs that only emulate bfloat16, such as the V100
 #
+# Two things are different on a V100 or T4. First, choose_matmul() decides how the frozen weights
+# are multiplied. With MATMUL "auto" it measures bfloat16 and scaled float16 on the GPU at hand, and
+# takes float16 only if it is clearly faster and no less exact; any other MATMUL is your own
+# decision. A resumed run keeps what was decided. Second, check_device() keeps transformers from
+# using flash-linear-attention on any GPU of a capability below 8.0, where it does not run.
 # A V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100 (mlxcel
 # issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its numbers
-# end at 65,504. Here only the products of frozen weights are computed in float16, and each row is
-# scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and the loss in
-# float32. choose_matmul() measures both ways on the GPU at hand and decides. The other difference
-# on such a GPU: check_device() keeps transformers from using flash-linear-attention.
+# end at 65,504. Here each row is scaled into that range first, and only the products of frozen
+# weights are computed in float16. Norms, attention and DeltaNet stay in DTYPE, LoRA and the loss
+# in float32.
 
 
 def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -2962,7 +3040,12 @@ def synchronize(device: torch.device) -> None:
 
 
 # ==== COMMAND LINE: flags, the log, the environment, signals, error messages, main()
-
+#
+# Each setting is a flag; its name, type and help come from the constant's line. A command ends with
+# status 0, with 1 after an error, with 2 after a wrong flag, and with 128 + the signal's number
+# after a signal. A mistake that is known is one message: what is wrong, where, and what to do.
+# Whatever is not known for certain is a traceback. What a training run prints is in all_logs.log,
+# too.
 
 LOG = logging.getLogger("train_lora_single")
 
