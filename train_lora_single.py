@@ -7,8 +7,8 @@
     python train_lora_single.py --compare DIR ...            which finished run is better?
     python train_lora_single.py --lora_r 16 --lora_alpha 32  every setting below is also a flag
 
-The sections of this file, the most important ones first, with the questions that they answer.
-Search for the capitals to jump there:
+The sections of this file, with the questions that they answer. The first three are the heart;
+search for the capitals to jump to any other:
 
     SETTINGS          What can be changed, and how is a setting added?
     THE RUN           What happens, and in which order?
@@ -100,7 +100,7 @@ MODEL_REVISION: str = "main"  # the model's branch, tag or commit on the hub
 DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # the type of the frozen weights
 DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 
-# The data. README.md shows the two forms that a line may have.
+# The data. The section DATA shows the two forms that a line may have.
 TRAIN_FILE: str = "data/train.jsonl"  # the conversations to learn from
 EVAL_FILE: str = "data/eval.jsonl"  # held-out conversations, about a tenth; "" for none
 MAX_SEQ_LEN: int = 512  # in tokens; a longer example is left out, never cut
@@ -122,8 +122,10 @@ LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
 # Training.
 NUM_EPOCHS: int = 3  # passes over the training file; fewer if the held-out loss rises again
 MAX_STEPS: int = 0  # stop after this many steps, to try things out; 0 for all epochs
-BATCH_SIZE: int = 2  # times GRADIENT_ACCUMULATION_STEPS: the examples of one optimizer step
-GRADIENT_ACCUMULATION_STEPS: int = 2  # only the product with BATCH_SIZE counts
+# One optimizer step learns from BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. Only the product
+# counts: how many of them go through the GPU at once is found by trying, see MEMORY.
+BATCH_SIZE: int = 2  # one factor of the number of examples in an optimizer step
+GRADIENT_ACCUMULATION_STEPS: int = 2  # the other factor
 LEARNING_RATE: float = 2e-4  # the highest rate; lower it if the loss jumps
 LR_SCHEDULER_TYPE: Literal[  # how the learning rate goes on after it has risen
     "cosine", "linear", "constant_with_warmup"
@@ -160,39 +162,17 @@ def run(job: Job) -> None:
     if job.settings.dry_run:
         report("done", "Nothing was trained. Without --dry_run, the same command trains this plan.")
         return
-    choose_matmul(job)  # how this GPU multiplies best
-    find_checkpoint(job)  # an earlier run to resume, if there is one
-    trainer = build_trainer(job)
-    check_only_lora_is_trained(trainer.model, job.plan)
-    find_what_fits(trainer, job)  # how many examples at once
-    train(trainer, job)
+    choose_matmul(job)  # FLOAT16 PRODUCTS: how this GPU multiplies best
+    find_checkpoint(job)  # CHECKPOINTS: an earlier run to resume, if there is one
+    trainer = build_trainer(job)  # MODEL AND LORA: the weights, with LoRA in them
+    check_only_lora_is_trained(trainer.model, job.plan)  # MODEL AND LORA
+    find_what_fits(trainer, job)  # MEMORY: how many examples at once
+    train(trainer, job)  # TRAINING: all steps, or those that are left
     if not is_main_process():
         return
-    adapter = publish(trainer, job)  # write, load again, compare, move into place
-    show_evidence(adapter, job)  # what r, alpha and the targets were worth
-    summarize(job)
-
-
-def prepare(job: Job) -> None:
-    """Read the data, render it as the model will see it, and print what would be trained."""
-    settings = job.settings
-    train, problems = read_examples(settings.TRAIN_FILE)
-    held_out: list[Example] = []
-    if settings.EVAL_FILE:
-        held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
-        problems += more_problems
-    if problems:  # shown at once; what only the tokenizer can see follows
-        report("bad lines", join_limited(problems))
-    else:
-        warn_of_repeats(train, held_out)
-    if not settings.dry_run:
-        check_device(job)
-    load_config_and_tokenizer(job)
-    job.train, job.held_out = encode(job, train, held_out, problems)
-    job.data = report_tokens(job)
-    show_example(job.train[0], job.tokenizer)
-    job.plan = make_plan(job)
-    check_multi_gpu_split(job)
+    adapter = publish(trainer, job)  # PUBLISHING: write, load again, compare, move into place
+    show_evidence(adapter, job)  # EVIDENCE: what r, alpha and the targets were worth
+    summarize(job)  # EVIDENCE: the verdict, and what to do next
 
 
 # ==== MODEL AND LORA: the heart
@@ -221,20 +201,24 @@ def build_trainer(job: Job) -> trl.SFTTrainer:
     LoRA is injected here, by SFTTrainer's peft_config, and nowhere else. Whoever calls PEFT's
     get_peft_model() as well injects it twice.
     """
+
+    class LoraTrainer(OurTrainerMethods, trl.SFTTrainer):
+        """TRL's trainer with a few methods of ours, which stand in TRAINING with their reasons."""
+
     model = load_model(job.settings)
     if job.matmul["used"] == "float16":
         model = use_float16_products(model)  # see FLOAT16 PRODUCTS
-    sampler = LikeLengthsSampler(job)
-    trainer = lora_trainer_class(job, sampler)(  # trl.SFTTrainer with a few methods of our own
+    trainer = LoraTrainer(
         model=model,
         peft_config=lora_config(job.settings),  # the only place where LoRA is injected
         args=training_config(job),
-        train_dataset=to_dataset(job.train),  # TRL's collator pads each batch
+        train_dataset=to_dataset(job.train),  # TRL's collator pads each step
         eval_dataset=to_dataset(job.held_out) if job.held_out else None,
         processing_class=job.tokenizer,
     )
-    trainer.add_callback(training_callback(job, sampler, trainer.accelerator))
-    trainer.remove_callback(transformers.PrinterCallback)  # it prints dictionaries
+    trainer.job, trainer.sampler = job, LikeLengthsSampler(job)
+    trainer.add_callback(training_callback(trainer))  # prints, checks, saves and stops
+    trainer.remove_callback(transformers.PrinterCallback)  # it would print dictionaries
     return trainer
 
 
@@ -267,6 +251,39 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     report("model", f"{share}, in float32; all else is frozen")
 
 
+def training_config(job: Job) -> trl.SFTConfig:
+    """Return what TRL is asked for. Its defaults hold: AdamW without decay, clipping at 1.0."""
+    settings = job.settings
+    processes = accelerate.PartialState().num_processes
+    return trl.SFTConfig(
+        output_dir=str(job.output / "checkpoints"),
+        seed=settings.SEED,
+        num_train_epochs=settings.NUM_EPOCHS,
+        max_steps=job.plan.steps,  # all epochs, or fewer with MAX_STEPS
+        learning_rate=settings.LEARNING_RATE,
+        lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
+        # A fraction would be rounded up: in a run of few steps the first would have the rate 0.
+        warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
+        # Our training_step() gets a whole step, and divides it into as few parts as fit in memory.
+        per_device_train_batch_size=examples_per_step(settings) // processes,
+        gradient_accumulation_steps=1,
+        activation_checkpointing=False,  # find_what_fits() decides
+        bf16=False,  # no autocast: the weights have their type already
+        use_cpu=settings.DEVICE == "cpu",
+        dataset_kwargs={"skip_prepare_dataset": True},  # TRL must not render, cut or pack
+        eos_token=job.tokenizer.eos_token,
+        eval_strategy="epoch" if job.held_out else "no",
+        eval_on_start=bool(job.held_out) and not job.checkpoint,  # the base model's loss
+        save_strategy="epoch",  # and every SAVE_STEPS steps, see TRAINING
+        logging_steps=1,  # every loss is checked and recorded
+        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
+        include_num_input_tokens_seen="non_padding",
+        report_to=settings.REPORT_TO,
+        disable_tqdm=not sys.stderr.isatty(),  # the progress bar is for a terminal
+        ddp_find_unused_parameters=False,
+    )
+
+
 def load_model(settings: argparse.Namespace) -> transformers.PreTrainedModel:
     """Load the base model's text part straight onto the device, in DTYPE."""
     from huggingface_hub.errors import HTTPError
@@ -296,107 +313,6 @@ def load_model(settings: argparse.Namespace) -> transformers.PreTrainedModel:
     return model
 
 
-def training_config(job: Job) -> trl.SFTConfig:
-    """Return TRL's configuration. Its defaults hold: AdamW without decay, clipping at 1.0."""
-    settings = job.settings
-    return trl.SFTConfig(
-        output_dir=str(job.output / "checkpoints"),
-        seed=settings.SEED,
-        num_train_epochs=settings.NUM_EPOCHS,
-        max_steps=job.plan.steps,  # all epochs, or fewer with MAX_STEPS
-        # LoraTrainer.training_step() divides a step into as many parts as memory needs.
-        per_device_train_batch_size=step_size(settings) // accelerate.PartialState().num_processes,
-        gradient_accumulation_steps=1,
-        learning_rate=settings.LEARNING_RATE,
-        lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
-        # A fraction would be rounded up: in a run of few steps the first would have the rate 0.
-        warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
-        bf16=False,  # no autocast: the weights have their type already
-        activation_checkpointing=False,  # find_what_fits() decides
-        dataset_kwargs={"skip_prepare_dataset": True},  # TRL must not render, cut or pack
-        eval_strategy="epoch" if job.held_out else "no",
-        eval_on_start=bool(job.held_out) and not job.checkpoint,  # the base model's loss
-        save_strategy="epoch",  # and every SAVE_STEPS steps, see TRAINING
-        logging_steps=1,  # every loss is checked and recorded
-        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
-        include_num_input_tokens_seen="non_padding",
-        report_to=settings.REPORT_TO,
-        disable_tqdm=not sys.stderr.isatty(),  # the progress bar is for a terminal
-        use_cpu=settings.DEVICE == "cpu",
-        ddp_find_unused_parameters=False,
-        eos_token=job.tokenizer.eos_token,
-    )
-
-
-def lora_trainer_class(job: Job, sampler: LikeLengthsSampler) -> type[trl.SFTTrainer]:
-    """Return TRL's trainer with the methods in which this job differs from it."""
-
-    class LoraTrainer(trl.SFTTrainer):
-        """TRL's trainer, except for the methods below; each says why it differs."""
-
-        def compute_loss(
-            self,
-            model: torch.nn.Module,
-            inputs: dict[str, torch.Tensor],
-            return_outputs: bool = False,
-            num_items_in_batch: torch.Tensor | None = None,
-        ) -> torch.Tensor:
-            """Return the sum of -log(probability) over the learned tokens / their number.
-
-            TRL's loss has the same value. This one needs no Triton, which has dropped the V100,
-            and multiplies by the model's own head, which may be a float16 one. DDP takes the mean
-            over the processes, so the loss is multiplied by their number.
-            """
-            loss = reply_losses(model, inputs).sum() / num_items_in_batch
-            return loss * self.accelerator.num_processes
-
-        def training_step(
-            self,
-            model: torch.nn.Module,
-            inputs: dict[str, torch.Tensor],
-            num_items_in_batch: torch.Tensor | None = None,
-        ) -> torch.Tensor:
-            """Send the step's examples through the model in as few parts as fit in memory.
-
-            The loss is a sum over tokens, so the gradient does not depend on the parts.
-            """
-            model.train()
-            parts = split_step(self._prepare_inputs(inputs), job.memory)
-            total = torch.zeros((), device=self.args.device)
-            for number, (part, is_recomputed) in enumerate(parts, 1):
-                set_recomputation(self.model, is_recomputed)
-                is_last = number == len(parts)
-                with nullcontext() if is_last else self.accelerator.no_sync(model):
-                    loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
-                    self.accelerator.backward(loss)
-                total += loss.detach()
-            return total
-
-        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-            """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
-            metrics = {"eval_loss": held_out_loss(self.model, job, self.state.global_step)}
-            self.log(metrics)
-            handler = self.callback_handler
-            self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
-
-        def _get_train_sampler(
-            self, train_dataset: datasets.Dataset | None = None
-        ) -> LikeLengthsSampler:
-            """Trainer's group_by_length is unseeded, so a resumed run would go another way."""
-            return sampler
-
-        def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-            """Save the adapter alone; Trainer would add a pickle, PEFT would contact the hub."""
-            if self.args.should_save:
-                self.model.save_pretrained(output_dir, save_embedding_layers=False)
-
-        def create_model_card(self, *_: Any, **__: Any) -> None:
-            """Do nothing: TRL's card describes no run; publish() writes ours."""
-
-    return LoraTrainer
-
-
 # ==== DATA: reading the conversations and checking every line
 #
 # A line is one conversation, in one of two forms:
@@ -406,6 +322,31 @@ def lora_trainer_class(job: Job, sampler: LikeLengthsSampler) -> type[trl.SFTTra
 # assistant take turns, and a reply comes last. Other keys of the line are ignored, except "tools",
 # which is refused, and the held-out lines' EVAL_GROUP. All bad lines of both files are listed at
 # once with their numbers and reasons, before torch is imported, and then nothing is trained.
+
+
+def prepare(job: Job) -> None:
+    """Read the data, render it as the model will see it, and print what would be trained.
+
+    This is all that comes before the weights: the sections DATA, TOKENS and PLAN.
+    """
+    settings = job.settings
+    train, problems = read_examples(settings.TRAIN_FILE)
+    held_out: list[Example] = []
+    if settings.EVAL_FILE:
+        held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
+        problems += more_problems
+    if problems:  # these are shown at once; encode() adds what only the tokenizer can see
+        report("bad lines", join_limited(problems))
+    else:
+        warn_of_repeats(train, held_out)
+    if not settings.dry_run:
+        check_device(job)
+    load_config_and_tokenizer(job)
+    job.train, job.held_out = encode(job, train, held_out, problems)
+    job.data = report_tokens(job)
+    show_example(job.train[0], job.tokenizer)
+    job.plan = make_plan(job)
+    check_multi_gpu_split(job)
 
 
 @dataclass
@@ -820,7 +761,7 @@ def make_plan(job: Job) -> Plan:
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     total = sum(weight.numel() for weight in model.parameters())
     trainable = sum(weight.numel() for weight in trained.values())
-    steps_per_epoch = math.ceil(len(job.train) / step_size(settings))
+    steps_per_epoch = math.ceil(len(job.train) / examples_per_step(settings))
     steps = steps_per_epoch * settings.NUM_EPOCHS
     if settings.MAX_STEPS:
         steps = min(steps, settings.MAX_STEPS)
@@ -843,7 +784,7 @@ def make_plan(job: Job) -> Plan:
     return plan
 
 
-def step_size(settings: argparse.Namespace) -> int:
+def examples_per_step(settings: argparse.Namespace) -> int:
     """Return the number of examples in one optimizer step."""
     return settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS
 
@@ -983,7 +924,7 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
             f"{deltanet} of {depth} layers are Gated DeltaNet, which has no q_proj, k_proj, v_proj "
             "and o_proj"
         )
-    every = f"{plan.steps:,} steps of {step_size(settings)} examples"
+    every = f"{plan.steps:,} steps of {examples_per_step(settings)} examples"
     formula = (
         f"ceil({len(job.train):,} / ({settings.BATCH_SIZE} x "
         f"{settings.GRADIENT_ACCUMULATION_STEPS})) x {settings.NUM_EPOCHS}"
@@ -1002,6 +943,9 @@ def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
 
 # ==== TRAINING: the order of the examples, what is printed, saving and stopping
 #
+# The step, the loss and their reasons are in OurTrainerMethods; what is printed, checked and saved
+# between the steps is in OurTrainingEvents.
+#
 # What Ctrl-C, SIGTERM and SIGHUP do depends on the moment:
 # - While the data is read, the weights are loaded or the base model is evaluated, the run stops at
 #   once. It has learned nothing yet that could be saved.
@@ -1014,49 +958,106 @@ def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
 # catch_signals() in COMMAND LINE sees to that.
 
 
-class LikeLengthsSampler:
-    """A sampler: a step's examples have similar lengths, and the steps come in random order.
+def train(trainer: trl.SFTTrainer, job: Job) -> None:
+    """Train to the end; a signal raises Stopped after the step's checkpoint."""
 
-    Similar lengths need little padding. The order depends on the seed and the epoch alone, so a
-    resumed run sees the examples that it would have seen.
+    class QuietBar(transformers.trainer_callback.ProgressCallback):
+        """transformers' progress bar without its dictionaries of losses."""
+
+        def on_log(self, *_: Any, **__: Any) -> None:
+            """Do nothing, since OurTrainingEvents prints the losses."""
+
+    if job.checkpoint and step_of(job.checkpoint) >= job.plan.steps:
+        # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
+        load_adapter(trainer.model, job.checkpoint)
+        state = json.loads((job.checkpoint / "trainer_state.json").read_bytes())
+        job.history = state["log_history"]
+        return
+    if trainer.pop_callback(transformers.trainer_callback.ProgressCallback):
+        trainer.add_callback(QuietBar())
+    if job.held_out and not job.checkpoint:
+        report("train", "the held-out loss of the base model is measured first")
+    trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
+    accelerate.PartialState().wait_for_everyone()
+    job.saves_before_stopping = False
+
+
+class OurTrainerMethods:
+    """The methods in which our trainer differs from trl.SFTTrainer, each with its reason.
+
+    They are merged with SFTTrainer in build_trainer(), since TRL is imported only there.
     """
 
-    def __init__(self, job: Job) -> None:
-        """Remember the lengths; the epoch is set before each pass."""
-        self.lengths = [len(example.input_ids) for example in job.train]
-        self.group = step_size(job.settings)
-        self.seed = job.settings.SEED
-        self.epoch = 0
+    job: Job  # build_trainer() sets it, and the sampler
+    sampler: LikeLengthsSampler
 
-    def __len__(self) -> int:
-        """Return the number of examples in an epoch."""
-        return len(self.lengths)
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Send a whole step through the model, in as few parts as fit in memory.
 
-    def __iter__(self) -> Iterator[int]:
-        """Yield the examples' numbers, one step's worth at a time."""
-        shuffler = random.Random(f"{self.seed} {self.epoch}")
-        order = list(range(len(self.lengths)))
-        shuffler.shuffle(order)
-        whole = len(order) - len(order) % self.group
-        order, rest = order[:whole], order[whole:]  # the incomplete step must come last
-        # Sorting within blocks, not over all, gives each epoch other groups.
-        block = 50 * self.group
-        groups: list[list[int]] = []
-        for start in range(0, whole, block):
-            part = sorted(order[start : start + block], key=lambda number: self.lengths[number])
-            groups += [part[n : n + self.group] for n in range(0, len(part), self.group)]
-        shuffler.shuffle(groups)
-        for group in groups:
-            yield from group
-        yield from rest
+        The loss is a sum over tokens, so the gradient does not depend on the parts.
+        """
+        model.train()
+        parts = split_step(self._prepare_inputs(inputs), self.job.memory)
+        total = torch.zeros((), device=self.args.device)
+        for number, (part, is_recomputed) in enumerate(parts, 1):
+            set_recomputation(self.model, is_recomputed)
+            is_last = number == len(parts)
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the sum of -log(probability) over the learned tokens / the whole step's number.
+
+        TRL's loss has the same value. This one needs no Triton, which has dropped the V100, and
+        multiplies by the model's own head, which may be a float16 one. DDP takes the mean over the
+        processes, so the loss is multiplied by their number.
+        """
+        loss = reply_losses(model, inputs).sum() / num_items_in_batch
+        return loss * self.accelerator.num_processes
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
+        metrics = {"eval_loss": held_out_loss(self.model, self.job, self.state.global_step)}
+        self.log(metrics)
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(
+        self, train_dataset: datasets.Dataset | None = None
+    ) -> LikeLengthsSampler:
+        """Return our order; Trainer's group_by_length has no seed, so it could not be resumed."""
+        return self.sampler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the adapter alone; Trainer would add a pickle, and PEFT would contact the hub."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Do nothing: TRL's card does not describe the run, and publish() writes one that does."""
 
 
 def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return -log(probability) of each learned token, in nats; 0 where none is learned.
 
-    The result has a row for each example and a column for each position whose next token is learned
-    in any row. Logits are made at these alone; with 248,320 tokens in the vocabulary they
-    are the largest tensor.
+    The result has a row for each example, and a column for each position whose next token is
+    learned in any row. Only there are logits made: with 248,320 tokens in the vocabulary they are
+    the largest tensor of all.
     """
     labels = inputs["labels"][:, 1:]  # the logits at a position predict the next token
     positions = (labels != -100).any(0).nonzero()[:, 0]
@@ -1073,84 +1074,139 @@ def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
     return losses.view(wanted.shape)
 
 
-def training_callback(
-    job: Job, sampler: LikeLengthsSampler, accelerator: accelerate.Accelerator
-) -> transformers.TrainerCallback:
-    """Return the callback that prints, checks, saves and stops."""
+class LikeLengthsSampler:
+    """Gives each step examples of similar lengths, and the steps a random order.
 
-    class Training(transformers.TrainerCallback):
-        """What happens at a step's edges; Trainer calls it by these names."""
+    Similar lengths need little padding. The order depends on the seed and the epoch alone, so a
+    resumed run sees the examples that it would have seen.
+    """
 
-        def __init__(self) -> None:
-            """Begin without losses to print."""
-            self.losses: list[float] = []  # since the last printed line
-            self.step_began = 0.0
-            self.tokens_before = 0
-            self.steps_done = 0  # in this process
+    def __init__(self, job: Job) -> None:
+        """Remember the lengths; the epoch is set before each pass."""
+        self.lengths = [len(example.input_ids) for example in job.train]
+        self.examples_per_step = examples_per_step(job.settings)
+        self.seed = job.settings.SEED
+        self.epoch = 0
 
-        def on_epoch_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-            """Give each epoch its own order, also when it is resumed in the middle."""
-            sampler.epoch = state.global_step // job.plan.steps_per_epoch
+    def __len__(self) -> int:
+        """Return the number of examples in an epoch."""
+        return len(self.lengths)
 
-        def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-            """From now on a signal lets the step finish."""
-            job.is_in_step = True
-            self.step_began = time.monotonic()
-            self.tokens_before = state.num_input_tokens_seen
+    def __iter__(self) -> Iterator[int]:
+        """Yield the examples' numbers, one step after the other."""
+        size = self.examples_per_step
+        shuffler = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        shuffler.shuffle(order)
+        whole = len(order) - len(order) % size
+        order, rest = order[:whole], order[whole:]  # the incomplete step must come last
+        # Sorting within blocks of 50 steps, not over all, gives each epoch other steps.
+        block = 50 * size
+        steps: list[list[int]] = []
+        for start in range(0, whole, block):
+            by_length = sorted(order[start : start + block], key=lambda n: self.lengths[n])
+            steps += [by_length[n : n + size] for n in range(0, len(by_length), size)]
+        shuffler.shuffle(steps)
+        for step in steps:
+            yield from step
+        yield from rest
 
-        def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, float], **___: Any) -> None:
-            """Print the mean loss since the last line, and stop at a loss that is no number."""
-            job.history = state.log_history
-            step = state.global_step
-            stop_if_not_finite(logs, step)
-            if "eval_loss" in logs:
-                note = "  (the base model, before training)" if step == 0 else ""
-                report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}{note}")
-            if "loss" not in logs:
-                return
-            job.train_seconds += time.monotonic() - self.step_began
-            job.train_tokens += state.num_input_tokens_seen - self.tokens_before
-            self.steps_done += 1
-            self.losses.append(logs["loss"])
-            if step % job.settings.LOGGING_STEPS == 0 or step == state.max_steps:
-                left = job.train_seconds / self.steps_done * (state.max_steps - step)
-                report(
-                    "train",
-                    f"step {step:,}/{state.max_steps:,}  loss {statistics.fmean(self.losses):.4f}  "
-                    f"gradient {logs['grad_norm']:.2f}  rate {logs['learning_rate']:.1e}  "
-                    f"{job.train_tokens / job.train_seconds:,.0f} tokens/s  {time_left(left)}",
-                )
-                self.losses = []
 
-        def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
-            """Save every SAVE_STEPS steps, or now if any process was sent a signal."""
-            if job.stop_signal:
-                accelerator.set_trigger()
-            if accelerator.check_trigger() and not job.stop_signal:  # another process got one
-                job.stop_signal = signal.SIGTERM
-            is_due = state.global_step % job.settings.SAVE_STEPS == 0 or job.stop_signal > 0
-            # The last step of an epoch is saved after its evaluation.
-            control.should_save = is_due and not ends_an_epoch(state.global_step, job.plan)
+def training_callback(trainer: trl.SFTTrainer) -> transformers.TrainerCallback:
+    """Return what Trainer calls at the edges of each step."""
 
-        def on_save(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-            """Mark the checkpoint as complete, remove older ones, and stop after a signal."""
-            step = state.global_step
-            newest = job.output / "checkpoints" / f"checkpoint-{step}"
-            accelerate.PartialState().wait_for_everyone()  # each process writes its random state
-            if is_main_process():
-                write_json(newest / "complete.json", file_hashes(newest))
-                remove_old_checkpoints(newest.parent, job.plan, whole=2)
-            if job.settings.DEVICE == "cuda":
-                job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
-            job.is_in_step = step < job.plan.steps
-            if job.stop_signal:
-                raise Stopped(
-                    job.stop_signal,
-                    f"Stopped after step {step:,} of {job.plan.steps:,}. The same command resumes "
-                    f"from {newest}.",
-                )
+    class TrainingCallback(OurTrainingEvents, transformers.TrainerCallback):
+        """Does nothing at the events that OurTrainingEvents does not name."""
 
-    return Training()
+    return TrainingCallback(trainer)
+
+
+class OurTrainingEvents:
+    """What is printed, checked, saved and stopped at the edges of steps.
+
+    Trainer calls these methods by their names, with its arguments, its state (which step it is)
+    and its control (whether to save now).
+    """
+
+    def __init__(self, trainer: trl.SFTTrainer) -> None:
+        """Begin without losses to print."""
+        self.job, self.sampler = trainer.job, trainer.sampler
+        self.accelerator = trainer.accelerator
+        self.losses: list[float] = []  # since the last printed line
+        self.step_began = 0.0
+        self.tokens_before = 0
+        self.steps_done = 0  # in this process
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Give each epoch its own order, also when it is resumed in the middle."""
+        self.sampler.epoch = state.global_step // self.job.plan.steps_per_epoch
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """From now on, let a signal wait until the step is finished and saved."""
+        self.job.saves_before_stopping = True
+        self.step_began = time.monotonic()
+        self.tokens_before = state.num_input_tokens_seen
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Stop at a loss that is not a number; print the held-out losses and the training's."""
+        self.job.history = state.log_history
+        step = state.global_step
+        stop_if_not_finite(logs, step)
+        if "eval_loss" in logs:
+            note = "  (the base model, before training)" if step == 0 else ""
+            report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}{note}")
+        if "loss" in logs:
+            self.count_step(state, logs)
+            if step % self.job.settings.LOGGING_STEPS == 0 or step == state.max_steps:
+                self.print_losses(state, logs)
+
+    def count_step(self, state: Any, logs: dict[str, float]) -> None:
+        """Add up the time, the tokens and the loss of the step that has just ended."""
+        self.job.train_seconds += time.monotonic() - self.step_began
+        self.job.train_tokens += state.num_input_tokens_seen - self.tokens_before
+        self.steps_done += 1
+        self.losses.append(logs["loss"])
+
+    def print_losses(self, state: Any, logs: dict[str, float]) -> None:
+        """Print the mean loss since the last line, the speed, and the time that is left."""
+        job, step = self.job, state.global_step
+        left = job.train_seconds / self.steps_done * (state.max_steps - step)
+        report(
+            "train",
+            f"step {step:,}/{state.max_steps:,}  loss {statistics.fmean(self.losses):.4f}  "
+            f"gradient {logs['grad_norm']:.2f}  rate {logs['learning_rate']:.1e}  "
+            f"{job.train_tokens / job.train_seconds:,.0f} tokens/s  {time_left(left)}",
+        )
+        self.losses = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save every SAVE_STEPS steps, or now if any process was sent a signal."""
+        job = self.job
+        if job.stop_signal:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger() and not job.stop_signal:  # another process got one
+            job.stop_signal = signal.SIGTERM
+        is_due = state.global_step % job.settings.SAVE_STEPS == 0 or job.stop_signal > 0
+        # The last step of an epoch is saved after its evaluation.
+        control.should_save = is_due and not ends_an_epoch(state.global_step, job.plan)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint as complete, remove older ones, and stop after a signal."""
+        job, step = self.job, state.global_step
+        newest = job.output / "checkpoints" / f"checkpoint-{step}"
+        accelerate.PartialState().wait_for_everyone()  # each process writes its random state
+        if is_main_process():
+            write_json(newest / "complete.json", file_hashes(newest))
+            remove_old_checkpoints(newest.parent, job.plan, whole=2)
+        if job.settings.DEVICE == "cuda":
+            job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+        job.saves_before_stopping = step < job.plan.steps  # nothing is left to save at the end
+        if job.stop_signal:
+            raise Stopped(
+                job.stop_signal,
+                f"Stopped after step {step:,} of {job.plan.steps:,}. The same command resumes "
+                f"from {newest}.",
+            )
 
 
 def stop_if_not_finite(logs: dict[str, float], step: int) -> None:
@@ -1183,30 +1239,6 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
     return step % plan.steps_per_epoch == 0 or step == plan.steps
 
 
-def train(trainer: trl.SFTTrainer, job: Job) -> None:
-    """Train to the end; a signal raises Stopped after the step's checkpoint."""
-
-    class QuietBar(transformers.trainer_callback.ProgressCallback):
-        """transformers' progress bar without its dictionaries of losses."""
-
-        def on_log(self, *_: Any, **__: Any) -> None:
-            """Do nothing; the training callback prints."""
-
-    if job.checkpoint and step_of(job.checkpoint) >= job.plan.steps:
-        # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
-        load_adapter(trainer.model, job.checkpoint)
-        state = json.loads((job.checkpoint / "trainer_state.json").read_bytes())
-        job.history = state["log_history"]
-        return
-    if trainer.pop_callback(transformers.trainer_callback.ProgressCallback):
-        trainer.add_callback(QuietBar())
-    if job.held_out and not job.checkpoint:
-        report("train", "the held-out loss of the base model is measured first")
-    trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
-    accelerate.PartialState().wait_for_everyone()
-    job.is_in_step = False
-
-
 # ==== MEMORY: in how many parts a step goes through the model
 #
 # A step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples, whatever the memory. Before training
@@ -1231,7 +1263,7 @@ def step_tokens(job: Job) -> tuple[int, int]:
     """Return the width of the longest example, and the tokens of a step that is that wide."""
     widest = max(len(example.input_ids) for example in job.train + job.held_out)
     processes = accelerate.PartialState().num_processes
-    return widest, widest * max(1, step_size(job.settings) // processes)
+    return widest, widest * max(1, examples_per_step(job.settings) // processes)
 
 
 def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
@@ -1289,7 +1321,7 @@ def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
     torch.cuda.reset_peak_memory_stats()
     transformers.set_seed(job.settings.SEED)  # the trials drew random numbers
     if kept >= most:
-        text = f"a whole step of {step_size(job.settings)} examples fits at once"
+        text = f"a whole step of {examples_per_step(job.settings)} examples fits at once"
     elif kept >= widest:
         text = f"up to {kept:,} tokens fit at once; larger steps go through in parts"
     else:
@@ -1868,7 +1900,7 @@ does not work without the base model.
 
 LoRA with r = {config.r}, alpha = {config.lora_alpha}, dropout {config.lora_dropout:g}, on
 {targets}: {job.plan.trainable:,} of {job.plan.total:,} parameters.
-{job.plan.steps:,} steps of {step_size(settings)} examples, learning rate
+{job.plan.steps:,} steps of {examples_per_step(settings)} examples, learning rate
 {settings.LEARNING_RATE:g} ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}. This is the
 adapter of {published_label(job)}.
 
@@ -2959,7 +2991,7 @@ def choose_matmul(job: Job) -> None:
         return
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     lengths = [len(example.input_ids) for example in job.train]
-    n = math.ceil(step_size(settings) * statistics.median(lengths))
+    n = math.ceil(examples_per_step(settings) * statistics.median(lengths))
     shapes = [shape for shape in job.plan.frozen_shapes if min(shape) >= 64]
     if not shapes:
         return  # nothing that use_float16_products() would convert
@@ -3086,7 +3118,7 @@ class Job:
     train_seconds: float = 0.0  # of optimizer steps in this process, evaluation apart
     train_tokens: int = 0  # read in them
     peak_gib: float = 0.0  # GPU memory that torch had in use at the most
-    is_in_step: bool = False  # a signal waits for the end of the step
+    saves_before_stopping: bool = False  # a signal waits until the step is finished and saved
     stop_signal: int = 0  # the signal that asks the run to stop
     published: str = ""  # which epoch became final_lora
     learnt: dict[str, Any] = field(default_factory=dict)
@@ -3401,7 +3433,7 @@ def check_multi_gpu_split(job: Job) -> None:
     if job.settings.dry_run or accelerate.PartialState().num_processes == 1:
         return
     processes = accelerate.PartialState().num_processes
-    size = step_size(job.settings)
+    size = examples_per_step(job.settings)
     if size % processes or len(job.train) % size:
         raise SystemExit(
             f"{processes} processes cannot share {len(job.train):,} examples in steps of {size} "
@@ -3497,7 +3529,7 @@ def catch_signals(job: Job) -> None:
         # A launcher passes the terminal's Ctrl-C on to its processes, which have had it already.
         is_second = is_second and "TORCHELASTIC_RUN_ID" not in os.environ
         job.stop_signal = number
-        if job.is_in_step and not is_second:
+        if job.saves_before_stopping and not is_second:
             text = "after this step, which is saved first; a second signal stops at once"
             report("stopping", text)
             return

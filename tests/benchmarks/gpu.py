@@ -377,7 +377,7 @@ def measure_step(flags: list[str], kind: str) -> dict[str, Any]:
         trainer = t.build_trainer(job)
         t.find_what_fits(trainer, job)
     device = trainer.args.device
-    size = t.step_size(job.settings)
+    size = t.examples_per_step(job.settings)
     by_length = sorted(job.train, key=lambda example: len(example.input_ids))
     middle = (len(by_length) - size) // 2
     examples = by_length[middle : middle + size]

@@ -157,7 +157,7 @@ def simulated_job(options: Options) -> t.Job:
 
 def steps_of_epoch(job: t.Job) -> list[dict[str, Any]]:
     """Return the padded steps of the first epoch, in the script's order."""
-    order, size = list(t.LikeLengthsSampler(job)), t.step_size(job.settings)
+    order, size = list(t.LikeLengthsSampler(job)), t.examples_per_step(job.settings)
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     return [t.pad([job.train[number] for number in group], "cpu") for group in groups]
 
