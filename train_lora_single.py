@@ -1074,6 +1074,62 @@ def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
     return losses.view(wanted.shape)
 
 
+def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
+    """Return the held-out loss, in nats per learned token; at step 0 that of the base model.
+
+    Several processes share the examples.
+    """
+    process = accelerate.PartialState()
+    share = job.held_out[process.process_index :: process.num_processes]
+    # B A is 0 at first, but not with every init_lora_weights.
+    with model.disable_adapter() if step == 0 else nullcontext():
+        losses = example_losses(model, job, share, "held-out loss")
+    losses = accelerate.utils.gather_object(losses)
+    return sum(losses) / sum(len(example.reply_ids) for example in job.held_out)
+
+
+def example_losses(
+    model: torch.nn.Module, job: Job, examples: list[Example], title: str
+) -> list[float]:
+    """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
+
+    The model is in evaluation mode meanwhile, so LoRA's dropout is off, and no gradient is kept.
+    On a terminal a progress bar named title is shown.
+    """
+    from tqdm import tqdm
+
+    limit = max(job.memory.tokens_at_once, job.memory.tokens_at_once_recomputed)
+    order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
+    losses = [0.0] * len(examples)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), tqdm(total=len(order), desc=title, leave=False, disable=None) as bar:
+        while order:
+            width = len(examples[order[-1]].input_ids)
+            batch = order[-max(1, limit // width) :]  # the longest that are left
+            inputs = pad([examples[number] for number in batch], model.device)
+            sums = reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
+            for number, loss in zip(batch, sums, strict=True):
+                losses[number] = loss
+            order = order[: -len(batch)]
+            bar.update(len(batch))
+    model.train(was_training)
+    return losses
+
+
+def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return input_ids, labels and attention_mask of examples, padded on the right."""
+    width = max(len(example.input_ids) for example in examples)
+    ids, labels, mask = [], [], []
+    for example in examples:
+        padding = width - len(example.input_ids)
+        ids.append(example.input_ids + [0] * padding)
+        labels.append([-100] * len(example.prompt_ids) + example.reply_ids + [-100] * padding)
+        mask.append([1] * len(example.input_ids) + [0] * padding)
+    columns = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {key: torch.tensor(value, device=device) for key, value in columns.items()}
+
+
 class LikeLengthsSampler:
     """Gives each step examples of similar lengths, and the steps a random order.
 
@@ -1253,180 +1309,135 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 
 @dataclass
 class MemoryLimits:
-    """How many tokens, padding included, may go through the model at once."""
+    """How many tokens, padding included, may go through the model at once while training."""
 
-    kept: int  # while training, with the activations kept for the backward pass
-    recomputed: int  # while training, with the activations computed again: 45 % more work
-
-
-def step_tokens(job: Job) -> tuple[int, int]:
-    """Return the width of the longest example, and the tokens of a step that is that wide."""
-    widest = max(len(example.input_ids) for example in job.train + job.held_out)
-    processes = accelerate.PartialState().num_processes
-    return widest, widest * max(1, examples_per_step(job.settings) // processes)
+    tokens_at_once: int  # with their activations kept for the backward pass
+    tokens_at_once_recomputed: int  # with their activations computed again: 45 % more work
 
 
 def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
-    """Find by trying how many tokens fit in the GPU's memory at once; on a CPU, a whole step.
-
-    The trial is as hard as can be: rows as long as the longest example, every token learned.
-    """
+    """Find by trying how many tokens fit in the GPU's memory at once; on a CPU, a whole step."""
     model = trainer.model
-    widest, most = step_tokens(job)
+    longest, whole_step = most_tokens(job)
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # recomputation does not need the embeddings' gradient
     if job.settings.DEVICE == "cpu":
-        job.memory = MemoryLimits(most, most)
+        job.memory = MemoryLimits(whole_step, whole_step)
         return
     report("memory", "trying how many examples fit on the GPU at once")
-
-    def fits(tokens: int, is_recomputed: bool) -> bool:
-        """Return whether a forward and backward pass over so many tokens finds its memory."""
-        rows = math.ceil(tokens / widest)
-        ids = torch.ones(
-            rows, math.ceil(tokens / rows), dtype=torch.long, device=trainer.args.device
-        )
-        inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        set_recomputation(model, is_recomputed)
-        model.train()
-        try:
-            trainer.compute_loss(model, inputs, num_items_in_batch=tokens).backward()
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            model.zero_grad()
-            torch.cuda.empty_cache()
-        return True
-
     free, total = torch.cuda.mem_get_info()
-    share = (free + torch.cuda.memory_reserved()) / total
+    share = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
     # A tenth is left for the optimizer's states and for fragmentation.
     torch.cuda.set_per_process_memory_fraction(0.9 * share)
-    kept = most_that_fits(lambda tokens: fits(tokens, is_recomputed=False), most)
-    recomputed = kept
-    if kept < widest:  # only longer examples are recomputed
-        recomputed = most_that_fits(lambda tokens: fits(tokens, is_recomputed=True), most)
-        if recomputed < widest and fits(widest, is_recomputed=True):
-            recomputed = widest  # between two steps of 16
-    if max(kept, recomputed) < widest:
+    limits = try_what_fits(trainer, longest, whole_step)
+    most = max(limits.tokens_at_once, limits.tokens_at_once_recomputed)
+    if most < longest:
         raise SystemExit(
-            f"A single example of {widest:,} tokens does not fit in the "
-            f"{share * total / 2**30:.1f} GiB of GPU memory that are free; about {recomputed:,} "
+            f"A single example of {longest:,} tokens does not fit in the "
+            f"{share * total / 2**30:.1f} GiB of GPU memory that are free; about {most:,} "
             "tokens would. Lower MAX_SEQ_LEN, use a GPU with more memory, or end what else runs "
             "on this one."
         )
-    job.memory = MemoryLimits(kept, recomputed)
+    job.memory = limits
     # CUDA's libraries allocate outside of torch's view, so a little must stay free.
     torch.cuda.set_per_process_memory_fraction(0.97 * share)
     torch.cuda.reset_peak_memory_stats()
     transformers.set_seed(job.settings.SEED)  # the trials drew random numbers
-    if kept >= most:
+    if limits.tokens_at_once >= whole_step:
         text = f"a whole step of {examples_per_step(job.settings)} examples fits at once"
-    elif kept >= widest:
-        text = f"up to {kept:,} tokens fit at once; larger steps go through in parts"
     else:
         text = (
-            f"up to {kept:,} tokens fit at once; larger steps go through in parts, and longer "
-            "examples\nare computed twice to save memory"
+            f"up to {limits.tokens_at_once:,} tokens fit at once; larger steps go through in parts"
         )
+        if limits.tokens_at_once < longest:
+            text += ", and longer examples\nare computed twice to save memory"
     report("memory", text)
 
 
-def most_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """Return the largest number of tokens that fits, in steps of 16, by bisection; 0 if none."""
+def most_tokens(job: Job) -> tuple[int, int]:
+    """Return the tokens of the longest example, and those of a step of nothing but such ones."""
+    longest = max(len(example.input_ids) for example in job.train + job.held_out)
+    processes = accelerate.PartialState().num_processes
+    return longest, longest * max(1, examples_per_step(job.settings) // processes)
+
+
+def try_what_fits(trainer: trl.SFTTrainer, longest: int, whole_step: int) -> MemoryLimits:
+    """Return how many tokens fit; recomputation is tried only if a single example needs it."""
+    kept = largest_that_fits(lambda n: pass_fits(trainer, n, longest, False), whole_step)
+    if kept >= longest:
+        return MemoryLimits(kept, kept)
+    recomputed = largest_that_fits(lambda n: pass_fits(trainer, n, longest, True), whole_step)
+    if recomputed < longest and pass_fits(trainer, longest, longest, True):
+        recomputed = longest  # it lies between two multiples of 16
+    return MemoryLimits(kept, recomputed)
+
+
+def pass_fits(trainer: trl.SFTTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
+    """Return whether a forward and a backward pass over so many tokens find their memory.
+
+    The trial is as hard as can be: rows as long as the longest example, and every token learned.
+    """
+    rows = math.ceil(tokens / longest)
+    width = math.ceil(tokens / rows)
+    ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
+    inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    set_recomputation(trainer.model, is_recomputed)
+    trainer.model.train()
+    try:
+        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=tokens).backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        trainer.model.zero_grad()
+        torch.cuda.empty_cache()
+    return True
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
+    """Return most if it fits, otherwise the largest multiple of 16 that does; 0 if none does."""
     if fits(most):
         return most
     sizes = range(16, most, 16)
-    return 16 * bisect.bisect_left(sizes, True, key=lambda tokens: not fits(tokens))
-
-
-def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
-    """Tell the layers whether to keep their activations or to compute them again."""
-    kind = transformers.modeling_layers.GradientCheckpointingLayer
-    for module in model.modules():
-        if isinstance(module, kind):
-            module.gradient_checkpointing = is_recomputed
+    return 16 * bisect.bisect_left(sizes, True, key=lambda size: not fits(size))
 
 
 def split_step(
     inputs: dict[str, torch.Tensor], limits: MemoryLimits
 ) -> list[tuple[dict[str, torch.Tensor], bool]]:
-    """Divide a padded step into parts that fit; each is told whether it must be recomputed.
+    """Divide a padded step into parts that fit; beside each stands whether it is recomputed.
+
+    A step that fits stays whole. Otherwise the examples that are too long to keep their
+    activations go first, and are recomputed. Then come the others. Each part is as wide as its
+    longest example, so it has less padding than the step.
 
     Args:
         inputs: input_ids, attention_mask and labels, each rows x width, padded on the right.
         limits: how many tokens a part may have, its own padding included.
     """
     lengths = inputs["attention_mask"].sum(1).tolist()
-    if len(lengths) * max(lengths) <= limits.kept:
+    if len(lengths) * max(lengths) <= limits.tokens_at_once:
         return [(inputs, False)]
-    left = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # the longest first
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     parts = []
-    while left:
-        width = lengths[left[0]]
-        is_recomputed = width > limits.kept
-        limit = limits.recomputed if is_recomputed else limits.kept
-        alike = [row for row in left if (lengths[row] > limits.kept) == is_recomputed]
-        rows = alike[: max(1, limit // width)]
-        parts.append(({key: value[rows, :width] for key, value in inputs.items()}, is_recomputed))
-        left = [row for row in left if row not in rows]
+    for is_recomputed in (True, False):
+        limit = limits.tokens_at_once_recomputed if is_recomputed else limits.tokens_at_once
+        left = [
+            row for row in longest_first if (lengths[row] > limits.tokens_at_once) == is_recomputed
+        ]
+        while left:
+            width = lengths[left[0]]
+            count = max(1, limit // width)
+            rows, left = left[:count], left[count:]
+            part = {key: value[rows, :width] for key, value in inputs.items()}
+            parts.append((part, is_recomputed))
     return parts
 
 
-def example_losses(
-    model: torch.nn.Module, job: Job, examples: list[Example], title: str
-) -> list[float]:
-    """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
-
-    The model is in evaluation mode meanwhile, so LoRA's dropout is off, and no gradient is kept.
-    On a terminal a progress bar named title is shown.
-    """
-    from tqdm import tqdm
-
-    limit = max(job.memory.kept, job.memory.recomputed)
-    order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
-    losses = [0.0] * len(examples)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), tqdm(total=len(order), desc=title, leave=False, disable=None) as bar:
-        while order:
-            width = len(examples[order[-1]].input_ids)
-            batch = order[-max(1, limit // width) :]  # the longest that are left
-            inputs = pad([examples[number] for number in batch], model.device)
-            sums = reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
-            for number, loss in zip(batch, sums, strict=True):
-                losses[number] = loss
-            order = order[: -len(batch)]
-            bar.update(len(batch))
-    model.train(was_training)
-    return losses
-
-
-def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
-    """Return the held-out loss, in nats per learned token; at step 0 that of the base model.
-
-    Several processes share the examples.
-    """
-    process = accelerate.PartialState()
-    share = job.held_out[process.process_index :: process.num_processes]
-    # B A is 0 at first, but not with every init_lora_weights.
-    with model.disable_adapter() if step == 0 else nullcontext():
-        losses = example_losses(model, job, share, "held-out loss")
-    losses = accelerate.utils.gather_object(losses)
-    return sum(losses) / sum(len(example.reply_ids) for example in job.held_out)
-
-
-def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return input_ids, labels and attention_mask of examples, padded on the right."""
-    width = max(len(example.input_ids) for example in examples)
-    ids, labels, mask = [], [], []
-    for example in examples:
-        padding = width - len(example.input_ids)
-        ids.append(example.input_ids + [0] * padding)
-        labels.append([-100] * len(example.prompt_ids) + example.reply_ids + [-100] * padding)
-        mask.append([1] * len(example.input_ids) + [0] * padding)
-    columns = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    return {key: torch.tensor(value, device=device) for key, value in columns.items()}
+def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
+    """Tell the layers whether to keep their activations or to compute them again."""
+    for module in model.modules():
+        if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
+            module.gradient_checkpointing = is_recomputed
 
 
 # ==== CHECKPOINTS: what an earlier run left behind, resuming, and run.json
@@ -1651,6 +1662,10 @@ def write_record(job: Job, outcome: str) -> None:
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    memory_limits = None
+    if job.memory:
+        kept, recomputed = job.memory.tokens_at_once, job.memory.tokens_at_once_recomputed
+        memory_limits = {"kept": kept, "recomputed": recomputed}
     record = {
         "outcome": outcome,
         "started": job.started,
@@ -1660,7 +1675,7 @@ def write_record(job: Job, outcome: str) -> None:
         "settings": {name: getattr(job.settings, name) for name in setting_types()},
         "device": job.device_name,
         "matmul": job.matmul,
-        "memory_limits": asdict(job.memory) if job.memory else None,
+        "memory_limits": memory_limits,
         "data": job.data,
         "system_message": system_messages(job.train)[0],
         "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},

@@ -77,7 +77,7 @@ management, evaluation, the trials at the start, and any wait for Python beyond 
     shown = {MEDIAN: LEARNED / OF} | ({} if options.tiny else {shipped: share})
     for width, learned_share in shown.items():
         show_step(roofline, width, learned_share, spread, options)
-    _, most = t.step_tokens(job)
+    _, most = t.most_tokens(job)
     limits = t.MemoryLimits(most, most)
     if not options.tiny:
         limits = roofline.simulation.limits(job, CARDS["32 GB"])
