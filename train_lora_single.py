@@ -355,7 +355,7 @@ class Example:
 
     where: str  # file:line
     messages: list[dict[str, str]]  # up to and including the reply
-    group: str = ""  # the line's value of EVAL_GROUP
+    eval_group: str = ""  # the line's value of the key EVAL_GROUP
     prompt_ids: list[int] = field(default_factory=list)  # tokens that are only read
     reply_ids: list[int] = field(default_factory=list)  # tokens that are learned, with the end
 
@@ -447,8 +447,8 @@ def parse_line(text: str, where: str, group_key: str) -> list[Example]:
                 'there, and what comes before it in "prompt"'
             )
         replies = replies[-1:]
-    group = str(row.get(group_key, ""))
-    return [Example(where, messages[: reply + 1], group) for reply in replies]
+    eval_group = str(row.get(group_key, ""))
+    return [Example(where, messages[: reply + 1], eval_group) for reply in replies]
 
 
 def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -587,42 +587,50 @@ def encode(
 ) -> tuple[list[Example], list[Example]]:
     """Return the examples that fit, with their tokens; exit if any line of either file is bad.
 
+    The problems that were found while reading were shown already, so they are only counted.
+    """
+    train, more_problems = encode_file(train, job)
+    held_out, held_out_problems = encode_file(held_out, job)
+    more_problems += held_out_problems
+    count = len(problems) + len(more_problems)
+    if count:
+        noun = "problems" if count > 1 else "problem"
+        shown = join_limited(more_problems)
+        raise SystemExit(f"{shown}\nThe data has {count:,} {noun}, so nothing was trained.".strip())
+    return train, held_out
+
+
+def encode_file(examples: list[Example], job: Job) -> tuple[list[Example], list[str]]:
+    """Return one file's examples that fit, with their tokens, and what is wrong with the others.
+
     Too long examples are left out by name. Truncating them instead would drop the end-of-turn
     token, and teach the model not to stop.
     """
     limit = job.settings.MAX_SEQ_LEN
-    kept: list[list[Example]] = []
-    more_problems: list[str] = []
-    for examples in (train, held_out):
-        fitting: list[Example] = []
-        too_long: list[str] = []
-        for example in examples:
-            try:
-                example.prompt_ids, example.reply_ids = render(example.messages, job.tokenizer)
-            except ValueError as error:
-                more_problems.append(f"{example.where}: {error}")
-                continue
-            if len(example.input_ids) <= limit:
-                fitting.append(example)
-            else:
-                too_long.append(f"{example.where}: {len(example.input_ids):,} tokens")
-        if len(too_long) > len(examples) / 10:
-            more_problems.append(
-                f"{len(too_long):,} of {len(examples):,} examples are longer than MAX_SEQ_LEN "
-                f"{limit:,}, more than a tenth of the file, so training would miss too much. Raise "
-                f"MAX_SEQ_LEN, or shorten these:\n{join_limited(too_long)}"
-            )
-        elif too_long:
-            advice = f"longer than MAX_SEQ_LEN {limit:,} and left out; raise it to train on them"
-            report("left out", f"{len(too_long):,} of {len(examples):,} examples are {advice}")
-            report("", join_limited(too_long), join_limited(too_long, len(too_long)))
-        kept.append(fitting)
-    count = len(problems) + len(more_problems)  # the former were shown already
-    if count:
-        noun = "problems" if count > 1 else "problem"
-        more_problems.append(f"The data has {count:,} {noun}, so nothing was trained.")
-        raise SystemExit("\n".join([join_limited(more_problems[:-1]), more_problems[-1]]).strip())
-    return kept[0], kept[1]
+    fitting: list[Example] = []
+    too_long: list[str] = []
+    problems: list[str] = []
+    for example in examples:
+        try:
+            example.prompt_ids, example.reply_ids = render(example.messages, job.tokenizer)
+        except ValueError as error:
+            problems.append(f"{example.where}: {error}")
+            continue
+        if len(example.input_ids) <= limit:
+            fitting.append(example)
+        else:
+            too_long.append(f"{example.where}: {len(example.input_ids):,} tokens")
+    if len(too_long) > len(examples) / 10:
+        problems.append(
+            f"{len(too_long):,} of {len(examples):,} examples are longer than MAX_SEQ_LEN "
+            f"{limit:,}, more than a tenth of the file, so training would miss too much. Raise "
+            f"MAX_SEQ_LEN, or shorten these:\n{join_limited(too_long)}"
+        )
+    elif too_long:
+        advice = f"longer than MAX_SEQ_LEN {limit:,} and left out; raise it to train on them"
+        report("left out", f"{len(too_long):,} of {len(examples):,} examples are {advice}")
+        report("", join_limited(too_long), join_limited(too_long, len(too_long)))
+    return fitting, problems
 
 
 def render(
@@ -884,55 +892,60 @@ def why_vllm_refuses(config: peft.LoraConfig) -> str:
 
 def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.Module) -> None:
     """Print the table of what LoRA is added to, the trainable share, and the steps."""
-    settings = job.settings
-    depth = job.config.get_text_config().num_hidden_layers
-    groups: dict[tuple, list[str]] = {}
-    for path, module in lora_layers(model).items():
-        shapes = [f"{rows:,}x{columns:,}" for rows, columns in lora_shapes(module)]
-        parent = path.rpartition(".")[0].rpartition(".")[2]
-        groups.setdefault((path.rpartition(".")[2], parent, *shapes), []).append(path)
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     lines = [
         f"LoRA with r = {config.r}, alpha = {config.lora_alpha} (the update is scaled by "
         f"{scaling:g}), dropout {config.lora_dropout:g}"
     ]
-    columns = "{:<12}{:<18}{:>13}{:>10}{:>10}{:>13}".format
-    lines.append(columns("target", "in layers", "W (frozen)", "A", "B", "parameters"))
-    order = in_order_of_settings(sorted({key[0] for key in groups}), settings)
-    for key in sorted(groups, key=lambda key: (order.index(key[0]), key)):
-        target, parent, *shapes = key
-        paths = tuple(f"{path}." for path in groups[key])
-        count = sum(
-            math.prod(shape)
-            for name, shape in plan.trainable_shapes.items()
-            if name.startswith(paths)
-        )
-        where = f"{len(paths)}/{depth} {parent}"
-        lines.append(columns(target, where, *shapes, f"{count:,}"))
-    covered = tuple(f"{path}." for path in lora_layers(model))
-    for name, shape in plan.trainable_shapes.items():
-        if not name.startswith(covered):
-            lines.append(f"{one_line(name, 60):<63}{math.prod(shape):>13,}")
+    lines += table_of_targets(job, plan, model)
     lines.append(
         f"trainable params: {plan.trainable:,} || all params: {plan.total:,} || "
         f"trainable%: {100 * plan.trainable / plan.total:.4f}"
     )
-    kinds = job.config.get_text_config().to_dict().get("layer_types") or []
-    deltanet = kinds.count("linear_attention")
+    text_config = job.config.get_text_config()
+    layer_types = text_config.to_dict().get("layer_types") or []
+    deltanet = layer_types.count("linear_attention")
     if deltanet:
         lines.append(
-            f"{deltanet} of {depth} layers are Gated DeltaNet, which has no q_proj, k_proj, v_proj "
-            "and o_proj"
+            f"{deltanet} of {text_config.num_hidden_layers} layers are Gated DeltaNet, which has "
+            "no q_proj, k_proj, v_proj and o_proj"
         )
-    every = f"{plan.steps:,} steps of {examples_per_step(settings)} examples"
+    settings = job.settings
     formula = (
         f"ceil({len(job.train):,} / ({settings.BATCH_SIZE} x "
         f"{settings.GRADIENT_ACCUMULATION_STEPS})) x {settings.NUM_EPOCHS}"
     )
     if settings.MAX_STEPS:
         formula = f"at most MAX_STEPS of {formula}"
-    lines.append(f"{every}: {formula}")
+    lines.append(f"{plan.steps:,} steps of {examples_per_step(settings)} examples: {formula}")
     report("plan", "\n".join(lines))
+
+
+def table_of_targets(job: Job, plan: Plan, model: torch.nn.Module) -> list[str]:
+    """Return a line for each target: where it is, its W, A and B, and how much of it is trained."""
+    depth = job.config.get_text_config().num_hidden_layers
+    paths_of: dict[tuple, list[str]] = {}  # by target, parent module, and shapes
+    for path, module in lora_layers(model).items():
+        parent, _, target = path.rpartition(".")
+        shapes = [f"{rows:,}x{columns:,}" for rows, columns in lora_shapes(module)]
+        paths_of.setdefault((target, parent.rpartition(".")[2], *shapes), []).append(path)
+    columns = "{:<12}{:<18}{:>13}{:>10}{:>10}{:>13}".format
+    lines = [columns("target", "in layers", "W (frozen)", "A", "B", "parameters")]
+    order = in_order_of_settings(sorted({key[0] for key in paths_of}), job.settings)
+    for key in sorted(paths_of, key=lambda key: (order.index(key[0]), key)):
+        target, parent, *shapes = key
+        paths = tuple(f"{path}." for path in paths_of[key])
+        count = sum(
+            math.prod(shape)
+            for name, shape in plan.trainable_shapes.items()
+            if name.startswith(paths)
+        )
+        lines.append(columns(target, f"{len(paths)}/{depth} {parent}", *shapes, f"{count:,}"))
+    covered = tuple(f"{path}." for path in lora_layers(model))
+    for name, shape in plan.trainable_shapes.items():
+        if not name.startswith(covered):  # LoraConfig asks for more than LoRA
+            lines.append(f"{one_line(name, 60):<63}{math.prod(shape):>13,}")
+    return lines
 
 
 def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
@@ -2100,7 +2113,7 @@ def report_evidence(model: peft.PeftModel, job: Job) -> None:
         "examples": len(examples),
         "better": better,
         "losses": [
-            {"where": e.where, "group": e.group, "tokens": n, "base": b / n, "adapter": a / n}
+            {"where": e.where, "group": e.eval_group, "tokens": n, "base": b / n, "adapter": a / n}
             for e, n, b, a in zip(examples, tokens, base, adapter, strict=True)
         ],
     }
@@ -2415,7 +2428,7 @@ def write_samples(model: peft.PeftModel, job: Job) -> None:
         f"The same held-out prompts, {job.published}, always the likeliest token (greedy).",
     ]
     for number, example in enumerate(chosen):
-        lines += ["", f"## {example.where} {example.group}".rstrip()]
+        lines += ["", f"## {example.where} {example.eval_group}".rstrip()]
         for message in example.messages[:-1]:
             lines += ["", f"**{message['role']}**", "", quoted(message)]
         lines += ["", "**base model**", "", quoted(base[number])]
@@ -2436,7 +2449,7 @@ def choose_samples(job: Job) -> list[Example]:
     """Return one held-out example of each kind, and as many more as NUM_SAMPLES asks for."""
     first: dict[str, int] = {}
     for number, example in enumerate(job.held_out):
-        first.setdefault(example.group, number)
+        first.setdefault(example.eval_group, number)
     chosen = sorted(first.values())[: max(job.settings.NUM_SAMPLES, 20)]
     for number in spread(len(job.held_out), job.settings.NUM_SAMPLES):
         if len(chosen) < job.settings.NUM_SAMPLES and number not in chosen:
