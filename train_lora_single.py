@@ -1327,6 +1327,10 @@ class MemoryLimits:
     tokens_at_once: int  # with their activations kept for the backward pass
     tokens_at_once_recomputed: int  # with their activations computed again: 45 % more work
 
+    def as_recorded(self) -> dict[str, int]:
+        """Return the limits under their names in run.json."""
+        return {"kept": self.tokens_at_once, "recomputed": self.tokens_at_once_recomputed}
+
 
 def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
     """Find by trying how many tokens fit in the GPU's memory at once; on a CPU, a whole step."""
@@ -1671,24 +1675,16 @@ def write_record(job: Job, outcome: str) -> None:
     """Write run.json: what was asked for, what was found, and how it ended."""
     if not job.started or not is_main_process():
         return
-    versions = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    memory_limits = None
-    if job.memory:
-        kept, recomputed = job.memory.tokens_at_once, job.memory.tokens_at_once_recomputed
-        memory_limits = {"kept": kept, "recomputed": recomputed}
     record = {
         "outcome": outcome,
         "started": job.started,
         "command": shlex.join(["python", *sys.argv]),
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "versions": versions,
+        "versions": installed_versions(),
         "settings": {name: getattr(job.settings, name) for name in setting_types()},
         "device": job.device_name,
         "matmul": job.matmul,
-        "memory_limits": memory_limits,
+        "memory_limits": job.memory.as_recorded() if job.memory else None,
         "data": job.data,
         "system_message": system_messages(job.train)[0],
         "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
@@ -1697,7 +1693,7 @@ def write_record(job: Job, outcome: str) -> None:
         "train_tokens": job.train_tokens,
         "peak_memory_gib": job.peak_gib,
         "published": job.published,
-        "learnt": job.learnt,
+        "learnt": job.update_sizes,
         "evidence": job.evidence,
         "samples": job.samples,
         "loss_history": job.history,
@@ -1706,6 +1702,15 @@ def write_record(job: Job, outcome: str) -> None:
         write_json(job.output / "run.json", record)
     except OSError as error:
         report("warning", f"{job.output / 'run.json'} is not written: {error}")
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that are installed."""
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 # ==== PUBLISHING: writing the adapter, proving that it works, the model card
@@ -1735,8 +1740,8 @@ def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
         load_adapter(trainer.model, job.output / "checkpoints" / f"checkpoint-{step}")
     try:
         save_adapter(trainer.model, job, staging)
-        witness = (job.held_out or job.train)[0]
-        adapter = verify_saved_adapter(trainer.model, staging / "final_lora", witness)
+        example = (job.held_out or job.train)[0]
+        adapter = verify_saved_adapter(trainer.model, staging / "final_lora", example)
         for name in ("final_lora", "final_lora_vllm", "samples.md", "lora.png"):
             rename_old(job.output / name)
         for new in sorted(staging.iterdir()):
@@ -1885,33 +1890,6 @@ def card_text(job: Job) -> str:
     targets = config.target_modules
     if not isinstance(targets, str):
         targets = ", ".join(sorted(targets))
-    files = "\n".join(
-        f"- `{Path(path).name}`: {facts['examples']:,} examples, {facts['learned_tokens']:,} "
-        f"learned tokens, SHA-256 `{facts['sha256']}`"
-        for path, facts in job.data.items()
-    )
-    result = "The held-out loss was not measured."
-    losses = losses_before_and_after(job)
-    if losses:
-        result = (
-            f"On {len(job.held_out):,} held-out examples the loss went from {losses[0]:.4f} to "
-            f"{losses[1]:.4f} nats a token"
-        )
-        if settings.PUBLISH == "best":
-            result += " (the epoch was chosen by this loss)"
-        if "better" in job.evidence:
-            result += f"; it is lower on {job.evidence['better']:,} of them"
-        result += (
-            ". If the held-out file has the same authors as the training file, this says how well "
-            "the adapter speaks as they do, and no more."
-        )
-    messages = system_messages(job.train)
-    said = "There was no system message in the training data; serve without one."
-    if messages[0]:
-        quotation = quoted({"content": messages[0]})
-        said = f"The conversations have this system message. Serve with it:\n\n{quotation}"
-    if len(messages) > 1:
-        said += f"\n\n(This is the most frequent one of {len(messages)} in the training data.)"
     revision = ""
     if not Path(settings.MODEL_NAME).is_dir():
         revision = f', revision="{settings.MODEL_REVISION}"'
@@ -1932,15 +1910,15 @@ LoRA with r = {config.r}, alpha = {config.lora_alpha}, dropout {config.lora_drop
 {settings.LEARNING_RATE:g} ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}. This is the
 adapter of {published_label(job)}.
 
-{files}
+{card_files(job)}
 
 ## Result
 
-{result}
+{card_result(job)}
 
 ## System message
 
-{said}
+{card_system_message(job)}
 
 ## How to use it
 
@@ -1962,6 +1940,46 @@ The adapter repeats the habits of its training data, mistakes included. Nothing 
 read its replies before you let anybody rely on them. The base model's licence holds
 for the adapter's use too.
 """
+
+
+def card_files(job: Job) -> str:
+    """Return the card's list of data files, with counts and hashes."""
+    return "\n".join(
+        f"- `{Path(path).name}`: {facts['examples']:,} examples, {facts['learned_tokens']:,} "
+        f"learned tokens, SHA-256 `{facts['sha256']}`"
+        for path, facts in job.data.items()
+    )
+
+
+def card_result(job: Job) -> str:
+    """Return the card's sentences on the held-out loss."""
+    losses = losses_before_and_after(job)
+    if not losses:
+        return "The held-out loss was not measured."
+    result = (
+        f"On {len(job.held_out):,} held-out examples the loss went from {losses[0]:.4f} to "
+        f"{losses[1]:.4f} nats a token"
+    )
+    if job.settings.PUBLISH == "best":
+        result += " (the epoch was chosen by this loss)"
+    if "better" in job.evidence:
+        result += f"; it is lower on {job.evidence['better']:,} of them"
+    return (
+        f"{result}. If the held-out file has the same authors as the training file, this says how "
+        "well the adapter speaks as they do, and no more."
+    )
+
+
+def card_system_message(job: Job) -> str:
+    """Return what the card says about the system message to serve with."""
+    messages = system_messages(job.train)
+    said = "There was no system message in the training data; serve without one."
+    if messages[0]:
+        quotation = quoted({"content": messages[0]})
+        said = f"The conversations have this system message. Serve with it:\n\n{quotation}"
+    if len(messages) > 1:
+        said += f"\n\n(This is the most frequent one of {len(messages)} in the training data.)"
+    return said
 
 
 def vllm_rank(plan: Plan) -> int:
@@ -1992,13 +2010,13 @@ def show_evidence(model: peft.PeftModel, job: Job) -> None:
 
     The adapter is published already, so no failure here may lose it.
     """
-    parts: dict[str, Callable[[peft.PeftModel, Job], None]] = {
-        "learnt": report_learnt,
+    extras: dict[str, Callable[[peft.PeftModel, Job], None]] = {
+        "learnt": report_update_sizes,
         "evidence": report_evidence,
         "samples": write_samples,
         "picture": draw_picture,
     }
-    for name, show in parts.items():
+    for name, show in extras.items():
         try:
             show(model, job)
         except Exception as error:  # whatever it is, the adapter is whole
@@ -2007,19 +2025,19 @@ def show_evidence(model: peft.PeftModel, job: Job) -> None:
         write_record(job, "finished")
 
 
-def report_learnt(model: peft.PeftModel, job: Job) -> None:
+def report_update_sizes(model: peft.PeftModel, job: Job) -> None:
     """Print how large the update of each target is against its W; the rest is in run.json."""
     layers = lora_layers(model)
     if not job.plan.plain or not layers:
         report("learnt", "the size of the updates is only measured for plain LoRA on linear layers")
         return
-    job.learnt = measure_update(model)
+    job.update_sizes = measure_updates(model)
     sizes = {
         target: 100 * statistics.fmean(row["update"] for row in rows)
-        for target, rows in job.learnt.items()
+        for target, rows in job.update_sizes.items()
     }
     smallest, largest = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
-    rows = sorted(job.learnt[largest], key=lambda row: -row["update"])
+    rows = sorted(job.update_sizes[largest], key=lambda row: -row["update"])
     top = ", ".join(str(row["layer"]) for row in rows[:3])
     report(
         "learnt",
@@ -2029,7 +2047,7 @@ def report_learnt(model: peft.PeftModel, job: Job) -> None:
     )
 
 
-def measure_update(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
+def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
     """Return for each target one row per layer: the update's size and its number of directions.
 
     With B = Q R and A^T = Q' R', the r x r matrix R R'^T has the singular values of B A, because
@@ -2119,14 +2137,14 @@ def report_evidence(model: peft.PeftModel, job: Job) -> None:
     }
     write_model_card(job, job.output / "final_lora")
     if job.settings.EVIDENCE_EXAMPLES:
-        chosen = spread(len(examples), job.settings.EVIDENCE_EXAMPLES)
+        chosen = evenly_spread(len(examples), job.settings.EVIDENCE_EXAMPLES)
         report_parts(model, job, chosen, base, adapter)
         seconds = time.monotonic() - began
         report("", f"measured on {len(chosen)} held-out examples in {seconds:.0f} s")
     report_kinds(job)
 
 
-def spread(count: int, wanted: int) -> list[int]:
+def evenly_spread(count: int, wanted: int) -> list[int]:
     """Return at most wanted of the numbers below count, evenly spread."""
     wanted = min(count, wanted)
     return [number * count // wanted for number in range(wanted)]
@@ -2137,45 +2155,62 @@ def report_parts(
 ) -> None:
     """Measure the adapter's parts on the chosen examples; print the table and what it supports."""
     examples = [job.held_out[number] for number in chosen]
-    tokens = [float(len(example.reply_ids)) for example in examples]
     trained = [adapter[number] for number in chosen]
     untrained = [base[number] for number in chosen]
-    gains = [b - a for a, b in zip(trained, untrained, strict=True)]
-    columns = "{:<31}{:>9}{:>17}{:>22}{:>11}".format
-    lines = [columns("", "loss", "of the gain", "against as trained", "better on")]
-
-    def add(label: str, losses: list[float]) -> dict[str, Any]:
-        """Add a row to the table, and return its numbers."""
-        changes = [loss - loss_0 for loss, loss_0 in zip(losses, trained, strict=True)]
-        kept = ratio([b - loss for loss, b in zip(losses, untrained, strict=True)], gains)
-        change = ratio(changes, tokens)
-        lower = sum(one < 0 for one in changes)
-        mean = sum(losses) / sum(tokens)
-        cells = ["", "", ""]
-        if losses is not trained:
-            share = f"{kept.value:.0%}"
-            if losses is not untrained:
-                share = f"{100 * kept.value:.1f} ± {100 * kept.error:.1f} %"
-            cells = [share, str(change), f"{lower}/{len(losses)}"]
-        lines.append(columns(label, f"{mean:.4f}", *cells))
-        return {
-            "loss": mean,
-            "kept": asdict(kept),
-            "change": asdict(change),
-            "better_on": lower,
-            "losses": [loss / n for loss, n in zip(losses, tokens, strict=True)],
-        }
-
-    rows = {"as trained": add("as trained", trained), "base": add("base model", untrained)}
+    losses = {"as trained": trained, "base": untrained}
     for label, change_model in parts_of(model, job.plan).items():
         with change_model():
-            rows[label] = add(label, example_losses(model, job, examples, label))
+            losses[label] = example_losses(model, job, examples, label)
+    tokens = [float(len(example.reply_ids)) for example in examples]
+    rows = {label: compare_part(one, trained, untrained, tokens) for label, one in losses.items()}
     job.evidence["parts"] = rows
     job.evidence["where"] = [example.where for example in examples]
-    report("evidence", "\n".join(lines))
-    gain = ratio(gains, tokens)
+    report("evidence", "\n".join(table_of_parts(rows)))
+    gain = ratio(differences(untrained, trained), tokens)
     for sentence in conclusions(rows, gain, job):
         report("", textwrap.fill(sentence, 90, subsequent_indent="  "))
+
+
+def compare_part(
+    losses: list[float], trained: list[float], untrained: list[float], tokens: list[float]
+) -> dict[str, Any]:
+    """Return a part's row of the table, from its losses and those of the adapter and the base.
+
+    "kept" is the share of the gain over the base model that is left, "change" the difference of
+    the loss a token to the adapter as trained.
+    """
+    gains, changes = differences(untrained, trained), differences(losses, trained)
+    return {
+        "loss": sum(losses) / sum(tokens),
+        "kept": asdict(ratio(differences(untrained, losses), gains)),
+        "change": asdict(ratio(changes, tokens)),
+        "better_on": sum(one < 0 for one in changes),
+        "losses": [loss / n for loss, n in zip(losses, tokens, strict=True)],
+    }
+
+
+def differences(ones: list[float], others: list[float]) -> list[float]:
+    """Return the first list minus the second one, number by number."""
+    return [one - other for one, other in zip(ones, others, strict=True)]
+
+
+def table_of_parts(rows: dict[str, Any]) -> list[str]:
+    """Return the lines of the evidence's table; the section's opening explains its columns."""
+    columns = "{:<31}{:>9}{:>17}{:>22}{:>11}".format
+    lines = [columns("", "loss", "of the gain", "against as trained", "better on")]
+    for label, row in rows.items():
+        share, change = Estimate(**row["kept"]), Estimate(**row["change"])
+        cells = [
+            f"{100 * share.value:.1f} ± {100 * share.error:.1f} %",
+            str(change),
+            f"{row['better_on']}/{len(row['losses'])}",
+        ]
+        if label == "as trained":
+            cells = ["", "", ""]
+        elif label == "base":
+            label, cells[0] = "base model", f"{share.value:.0%}"
+        lines.append(columns(label, f"{row['loss']:.4f}", *cells))
+    return lines
 
 
 def parts_of(
@@ -2189,15 +2224,13 @@ def parts_of(
             parts[f"update x {scale:g}"] = lambda scale=scale: rescaled(model, scale)
     if not plan.only_lora:
         return parts
-    for name, paths in groups_of_targets(layers).items():
-        parts[f"{name} alone"] = lambda paths=paths: only(layers, paths)
-    for name, paths in thirds_of_layers(layers).items():
-        parts[f"{name} alone"] = lambda paths=paths: only(layers, paths)
+    for name, paths in (paths_by_sublayer(layers) | thirds_of_layers(layers)).items():
+        parts[f"{name} alone"] = lambda paths=paths: only_these(layers, paths)
     if plan.plain:
         rank = plan.max_rank // 2
         while rank:
             noun = "directions" if rank > 1 else "direction"
-            parts[f"cut to {rank} {noun}"] = lambda rank=rank: cut(layers, rank)
+            parts[f"cut to {rank} {noun}"] = lambda rank=rank: cut_to(layers, rank)
             rank //= 2
     return parts
 
@@ -2207,16 +2240,16 @@ def rescaled(model: peft.PeftModel, scale: float) -> contextlib.AbstractContextM
     return peft.helpers.rescale_adapter_scale(model, scale)
 
 
-TARGET_GROUPS = {"self_attn": "attention", "mlp": "feed-forward", "linear_attn": "DeltaNet"}
+SUBLAYERS = {"self_attn": "attention", "mlp": "feed-forward", "linear_attn": "DeltaNet"}
 
 
-def groups_of_targets(layers: dict[str, Any]) -> dict[str, set[str]]:
+def paths_by_sublayer(layers: dict[str, Any]) -> dict[str, set[str]]:
     """Return {"attention": paths, ...} by the module that the targets are in, if several."""
-    groups: dict[str, set[str]] = {name: set() for name in TARGET_GROUPS.values()}
+    paths_by: dict[str, set[str]] = {name: set() for name in SUBLAYERS.values()}
     for path in layers:
         parent = path.split(".")[-2]
-        groups.setdefault(TARGET_GROUPS.get(parent, parent), set()).add(path)
-    found = {name: paths for name, paths in groups.items() if paths}
+        paths_by.setdefault(SUBLAYERS.get(parent, parent), set()).add(path)
+    found = {name: paths for name, paths in paths_by.items() if paths}
     return found if len(found) > 1 else {}
 
 
@@ -2234,7 +2267,7 @@ def thirds_of_layers(layers: dict[str, Any]) -> dict[str, set[str]]:
 
 
 @contextmanager
-def only(layers: dict[str, Any], paths: set[str]) -> Iterator[None]:
+def only_these(layers: dict[str, Any], paths: set[str]) -> Iterator[None]:
     """Switch LoRA off for a while in all layers but those at paths."""
     others = [module for path, module in layers.items() if path not in paths]
     for module in others:
@@ -2247,7 +2280,7 @@ def only(layers: dict[str, Any], paths: set[str]) -> Iterator[None]:
 
 
 @contextmanager
-def cut(layers: dict[str, Any], rank: int) -> Iterator[None]:
+def cut_to(layers: dict[str, Any], rank: int) -> Iterator[None]:
     """Cut every update to its strongest directions for a while.
 
     B A = U S V^T. Projecting B on the first columns of U gives the best approximation of B A of
@@ -2268,8 +2301,10 @@ def cut(layers: dict[str, Any], rank: int) -> Iterator[None]:
             module.lora_B["default"].weight.data = whole[path]
 
 
-MATTERS = 0.02  # of the gain; smaller differences are not worth a run
-UNCLEAR = 0.10  # of the gain; if twice the error is larger, a small difference says nothing
+# Both are shares of the gain: a smaller difference than the first is not worth a run, and if twice
+# the error is larger than the second, the examples are too few to call two losses the same.
+SMALLEST_DIFFERENCE = 0.02
+LARGEST_ERROR = 0.10
 
 
 def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
@@ -2297,10 +2332,10 @@ def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
 
 def judge(row: dict[str, Any]) -> str:
     """Return whether a row is "better" or "worse" than as trained, the "same", or "unclear"."""
-    change, kept = Estimate(**row["change"]), Estimate(**row["kept"])
-    if change.is_clear and abs(kept.value - 1) > MATTERS:
+    change, share = Estimate(**row["change"]), Estimate(**row["kept"])
+    if change.is_clear and abs(share.value - 1) > SMALLEST_DIFFERENCE:
         return "better" if change.value < 0 else "worse"
-    return "same" if 2 * kept.error <= UNCLEAR else "unclear"
+    return "same" if 2 * share.error <= LARGEST_ERROR else "unclear"
 
 
 def about_alpha(rows: dict[str, Any]) -> str:
@@ -2329,7 +2364,7 @@ def about_alpha(rows: dict[str, Any]) -> str:
 
 def about_targets(rows: dict[str, Any]) -> str:
     """Return the sentence on attention, feed-forward and DeltaNet."""
-    names = [f"{name} alone" for name in TARGET_GROUPS.values() if f"{name} alone" in rows]
+    names = [f"{name} alone" for name in SUBLAYERS.values() if f"{name} alone" in rows]
     if not names:
         return ""
     shares = {name.removesuffix(" alone"): rows[name]["kept"]["value"] for name in names}
@@ -2381,35 +2416,37 @@ def about_rank(rows: dict[str, Any], job: Job) -> str:
 def report_kinds(job: Job) -> None:
     """Print the loss before and after by the lines' EVAL_GROUP, and the three worst examples."""
     losses = job.evidence["losses"]
-    groups: dict[str, list[dict[str, Any]]] = {}
+    rows_of: dict[str, list[dict[str, Any]]] = {}
     for row in losses:
-        groups.setdefault(row["group"], []).append(row)
-    if job.settings.EVAL_GROUP and (len(groups) > 1 or "" not in groups):
-        columns = "{:<20}{:>9}{:>9}{:>9}{:>22}{:>12}".format
-        head = columns(
-            job.settings.EVAL_GROUP, "examples", "before", "after", "difference", "better on"
-        )
-        lines = [head]
-        for group, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
-            tokens = [row["tokens"] for row in rows]
-            before = sum(row["base"] * row["tokens"] for row in rows) / sum(tokens)
-            changes = [(row["adapter"] - row["base"]) * row["tokens"] for row in rows]
-            change = ratio(changes, tokens)
-            lower = sum(one < 0 for one in changes)
-            lines.append(
-                columns(
-                    one_line(group or "(none)", 19),
-                    len(rows),
-                    f"{before:.4f}",
-                    f"{before + change.value:.4f}",
-                    str(change) if len(rows) > 1 else f"{change.value:+.4f}",
-                    f"{lower}/{len(rows)}",
-                )
-            )
-        report("kinds", join_limited(lines, 40))
+        rows_of.setdefault(row["group"], []).append(row)
+    if job.settings.EVAL_GROUP and (len(rows_of) > 1 or "" not in rows_of):
+        report("kinds", join_limited(table_of_kinds(job.settings.EVAL_GROUP, rows_of), 40))
     worst = sorted(losses, key=lambda row: row["base"] - row["adapter"])[:3]
     shown = [f"{row['where']} ({row['adapter'] - row['base']:+.2f})" for row in worst]
     report("worst", "the adapter helps least, or harms, at\n" + "\n".join(shown))
+
+
+def table_of_kinds(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Return a line for each kind of held-out line, the most frequent one first."""
+    columns = "{:<20}{:>9}{:>9}{:>9}{:>22}{:>12}".format
+    lines = [columns(title, "examples", "before", "after", "difference", "better on")]
+    for kind, rows in sorted(rows_of.items(), key=lambda item: -len(item[1])):
+        tokens = [row["tokens"] for row in rows]
+        before = sum(row["base"] * row["tokens"] for row in rows) / sum(tokens)
+        changes = [(row["adapter"] - row["base"]) * row["tokens"] for row in rows]
+        change = ratio(changes, tokens)
+        lower = sum(one < 0 for one in changes)
+        lines.append(
+            columns(
+                one_line(kind or "(none)", 19),
+                len(rows),
+                f"{before:.4f}",
+                f"{before + change.value:.4f}",
+                str(change) if len(rows) > 1 else f"{change.value:+.4f}",
+                f"{lower}/{len(rows)}",
+            )
+        )
+    return lines
 
 
 def write_samples(model: peft.PeftModel, job: Job) -> None:
@@ -2451,7 +2488,7 @@ def choose_samples(job: Job) -> list[Example]:
     for number, example in enumerate(job.held_out):
         first.setdefault(example.eval_group, number)
     chosen = sorted(first.values())[: max(job.settings.NUM_SAMPLES, 20)]
-    for number in spread(len(job.held_out), job.settings.NUM_SAMPLES):
+    for number in evenly_spread(len(job.held_out), job.settings.NUM_SAMPLES):
         if len(chosen) < job.settings.NUM_SAMPLES and number not in chosen:
             chosen.append(number)
     return [job.held_out[number] for number in sorted(chosen)]
@@ -2519,7 +2556,7 @@ def draw_picture(_: peft.PeftModel, job: Job) -> None:
     config = lora_config(job.settings)
     parts = job.evidence.get("parts", {})
     rows = ["losses", "losses"]
-    if job.learnt:
+    if job.update_sizes:
         rows += ["updates", "updates"]
     if parts:
         rows += ["scales", "parts"]
@@ -2531,7 +2568,7 @@ def draw_picture(_: peft.PeftModel, job: Job) -> None:
         parse_math=False,
     )
     draw_losses(panels["losses"], job)
-    if job.learnt:
+    if job.update_sizes:
         draw_updates(panels["updates"], job)
     if parts:
         draw_scales(panels["scales"], parts)
@@ -2572,23 +2609,23 @@ def draw_losses(axes: Any, job: Job) -> None:
 
 def draw_updates(axes: Any, job: Job) -> None:
     """Draw the size of each module's update against its W, layers across."""
-    kinds = job.config.get_text_config().to_dict().get("layer_types") or []
+    layer_types = job.config.get_text_config().to_dict().get("layer_types") or []
     depth = job.config.get_text_config().num_hidden_layers
-    targets = in_order_of_settings(list(job.learnt), job.settings)
+    targets = in_order_of_settings(list(job.update_sizes), job.settings)
     sizes = [[math.nan] * depth for _ in targets]
     for number, target in enumerate(targets):
-        for row in job.learnt[target]:
+        for row in job.update_sizes[target]:
             sizes[number][row["layer"]] = 100 * row["update"]
     image = axes.imshow(sizes, aspect="auto", vmin=0, cmap="viridis")
     axes.patch.set(hatch="xx", edgecolor="silver")  # shows through where there is no module
     axes.figure.colorbar(image, ax=axes, label="size of the update, % of W")
     marks = [str(number) for number in range(depth)]
-    for number, kind in enumerate(kinds):
-        if kind == "linear_attention":
+    for number, layer_type in enumerate(layer_types):
+        if layer_type == "linear_attention":
             marks[number] += "\nD"
     axes.set_xticks(range(depth), marks, fontsize=7)
     axes.set_yticks(range(len(sizes)), targets)
-    note = " (D: Gated DeltaNet)" if "linear_attention" in kinds else ""
+    note = " (D: Gated DeltaNet)" if "linear_attention" in layer_types else ""
     axes.set_xlabel(f"layer{note}; hatched: no such module, or not trained")
     axes.set_title("Where the model was changed")
 
@@ -2614,14 +2651,14 @@ def draw_scales(axes: Any, parts: dict[str, Any]) -> None:
 
 def draw_parts(axes: Any, parts: dict[str, Any]) -> None:
     """Draw what each part keeps of the gain over the base model."""
-    shown = {
+    shares = {
         label: row["kept"]
         for label, row in parts.items()
         if label.endswith("alone") or label.startswith("cut")
     }
-    labels = list(shown)
-    values = [100 * kept["value"] for kept in shown.values()]
-    errors = [200 * kept["error"] for kept in shown.values()]
+    labels = list(shares)
+    values = [100 * share["value"] for share in shares.values()]
+    errors = [200 * share["error"] for share in shares.values()]
     axes.barh(labels, values, xerr=errors, color="0.6", error_kw={"capsize": 3})
     axes.axvline(100, color="0.3", linestyle="--", linewidth=1)
     axes.invert_yaxis()
@@ -3149,7 +3186,7 @@ class Job:
     saves_before_stopping: bool = False  # a signal waits until the step is finished and saved
     stop_signal: int = 0  # the signal that asks the run to stop
     published: str = ""  # which epoch became final_lora
-    learnt: dict[str, Any] = field(default_factory=dict)
+    update_sizes: dict[str, Any] = field(default_factory=dict)  # by target; "learnt" in run.json
     evidence: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, Any] = field(default_factory=dict)
 
