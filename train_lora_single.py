@@ -2760,11 +2760,7 @@ def finished_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
 
 
 def compare_runs(folders: list[str]) -> None:
-    """Print the runs from the best to the worst, with each paired difference to the best.
-
-    Only runs on the newest run's held-out examples are compared. A run is marked as equal to the
-    best if the difference is within twice its standard error.
-    """
+    """Print the runs from the best to the worst, with each paired difference to the best."""
     runs = finished_runs(folders)
     if not runs:
         where = ", ".join(folders)
@@ -2772,43 +2768,40 @@ def compare_runs(folders: list[str]) -> None:
     newest = max(runs.values(), key=lambda run: run["started"])
     wanted = held_out_of(newest)
     same = {path: run for path, run in runs.items() if held_out_of(run) == wanted}
-    ranked = sorted(same, key=lambda path: same[path]["evidence"]["adapter"])
-    best = same[ranked[0]]
+    ranked = dict(sorted(same.items(), key=lambda item: item[1]["evidence"]["adapter"]))
     names = [name for name in newest["settings"] if name not in ("OUTPUT_DIR", "LOGGING_STEPS")]
     differing = [
         name for name in names if len({str(run["settings"].get(name)) for run in same.values()}) > 1
     ]
-    tokens = [row["tokens"] for row in best["evidence"]["losses"]]
+    head, *rows = table_of_runs(ranked, differing)
+    lines = [head, join_limited(rows, 60)]
+    if len(ranked) > 1:
+        lines.append("=: no difference to the best that is larger than twice its error")
+    if any(run["resumed_from"] for run in ranked.values()):
+        lines.append("+: the run was resumed, and took this long after that")
+    if len(same) < len(runs):
+        lines.append(f"{len(runs) - len(same)} runs on other held-out examples are left out")
+    report("runs", "\n".join(lines))
+
+
+def table_of_runs(ranked: dict[Path, dict[str, Any]], differing: list[str]) -> list[str]:
+    """Return the lines of the table of runs, the best first, with the settings that differ."""
     columns = "{:>9}  {:<22}{:>8}  {}".format
-    lines = []
-    head = columns("held-out", "against the best", "minutes", "run, and what differs")
-    for path in ranked:
-        run = same[path]
+    lines = [columns("held-out", "against the best", "minutes", "run, and what differs")]
+    best = next(iter(ranked.values()))
+    tokens = [row["tokens"] for row in best["evidence"]["losses"]]
+    for path, run in ranked.items():
         minutes = f"{run['train_seconds'] / 60:.1f}" + ("+" if run["resumed_from"] else "")
         difference = "best"
         if run is not best:
             pairs = zip(run["evidence"]["losses"], best["evidence"]["losses"], strict=True)
             change = ratio([(a["adapter"] - b["adapter"]) * a["tokens"] for a, b in pairs], tokens)
             difference = str(change) + ("" if change.is_clear else " =")
-        lines.append(
-            columns(
-                f"{run['evidence']['adapter']:.4f}",
-                difference,
-                minutes,
-                shorten_path(str(path), 55),
-            )
-        )
+        loss = f"{run['evidence']['adapter']:.4f}"
+        lines.append(columns(loss, difference, minutes, shorten_path(str(path), 55)))
         changed = [f"{name} {one_line(str(run['settings'].get(name)), 40)}" for name in differing]
-        for line in textwrap.wrap(", ".join(changed), 45):
-            lines.append(" " * 43 + line)
-    lines = [head, join_limited(lines, 60)]
-    if len(ranked) > 1:
-        lines.append("=: no difference to the best that is larger than twice its error")
-    if any(run["resumed_from"] for run in same.values()):
-        lines.append("+: the run was resumed, and took this long after that")
-    if len(same) < len(runs):
-        lines.append(f"{len(runs) - len(same)} runs on other held-out examples are left out")
-    report("runs", "\n".join(lines))
+        lines += [" " * 43 + line for line in textwrap.wrap(", ".join(changed), 45)]
+    return lines
 
 
 def held_out_of(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
@@ -2951,93 +2944,6 @@ def say(
 # in float32.
 
 
-def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return rows @ weight, multiplied in float16 with float32 sums, in the type of rows.
-
-    Args:
-        rows: (... x k), of any floating type.
-        weight: (k x d), in float16.
-
-    Each row is divided by the power of two at or below its largest number, which is exact, so
-    that its numbers are below 2. Infinity and NaN stay in their rows.
-    """
-    largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
-    # The bits of the exponent alone are that power of two; the limits are for 0 and infinity.
-    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
-    power = power.clamp_(2.0**-120, 2.0**127)
-    small = torch.div(
-        rows, power, out=torch.empty(rows.shape, dtype=torch.half, device=rows.device)
-    )
-    product = small @ weight
-    out = torch.empty(product.shape, dtype=rows.dtype, device=rows.device)
-    return torch.mul(product, power, out=out)
-
-
-def use_float16_products(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Replace the frozen linear modules by ones that compute with scaled_product()."""
-
-    class Product(torch.autograd.Function):
-        """rows @ weight.T, with a gradient for rows alone."""
-
-        @staticmethod
-        def forward(context: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            context.weight = weight
-            return scaled_product(rows, weight.T)
-
-        @staticmethod
-        def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-            return scaled_product(gradient, context.weight), None
-
-    class Float16Linear(torch.nn.Linear):
-        """A linear module that takes over another's weight and bias."""
-
-        def __init__(self, module: torch.nn.Linear) -> None:
-            torch.nn.Module.__init__(self)
-            self.in_features, self.out_features = module.in_features, module.out_features
-            self.weight, self.bias = module.weight, module.bias
-
-        def forward(self, rows: torch.Tensor) -> torch.Tensor:
-            product = Product.apply(rows, self.weight)
-            return product if self.bias is None else product + self.bias
-
-    dtype = model.dtype
-    converted, left = 0, []
-    for path, module in list(model.named_modules()):
-        # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), would cost more than they save.
-        if type(module) is not torch.nn.Linear or min(module.weight.shape) < 64:
-            continue
-        if not sums_fit(module.weight):
-            left.append(path)
-            continue
-        module.weight.data = module.weight.data.half()
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Float16Linear(module))
-        converted += 1
-    # The embedding may share its weight with the head.
-    model.get_input_embeddings().register_forward_hook(lambda _, __, rows: rows.to(dtype))
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
-    text = f"{converted} frozen modules multiply in scaled float16"
-    if left:
-        text += f"; {len(left)} stay in {dtype}, their sums being too large: "
-        text += join_limited(left, 3, ", ")
-    report("matmul", text)
-    return model
-
-
-def sums_fit(weight: torch.Tensor) -> bool:
-    """Return whether every sum stays below 65,504, float16's end, if the inputs are below 2.
-
-    The forward pass adds up the numbers of a row of weight (d x k), the backward pass a column's.
-    """
-    columns = torch.zeros(weight.shape[1], device=weight.device)
-    largest_row = 0.0
-    for part in weight.detach().split(4096):  # a part at a time needs less memory
-        sizes = part.float().abs()
-        largest_row = max(largest_row, sizes.sum(1).max().item())
-        columns += sizes.sum(0)
-    return max(largest_row, columns.max().item()) < 65504 / 2
-
-
 def choose_matmul(job: Job) -> None:
     """Decide how the frozen weights are multiplied: as MATMUL says, or as measured here.
 
@@ -3052,7 +2958,7 @@ def choose_matmul(job: Job) -> None:
     folder = job.output / "checkpoints"
     before = read_json(folder / "job.json") or {}
     if newest_complete(folder) and "the products in use" in before:
-        job.matmul = {"used": before["the products in use"]}  # measured anew it might differ
+        job.matmul = {"used": before["the products in use"]}  # a new measurement might differ
         return
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     lengths = [len(example.input_ids) for example in job.train]
@@ -3069,10 +2975,10 @@ def choose_matmul(job: Job) -> None:
     job.matmul |= measured
     plain, scaled = measured["dtype"], measured["float16"]
     is_faster = scaled["seconds"] < plain["seconds"] / 1.2
-    # Both are rounded to DTYPE in the end; by way of float16 that errs 2.3 % more, even if all sums
-    # are exact.
-    is_as_true = scaled["error"] <= 1.05 * plain["error"]
-    if is_faster and is_as_true:
+    # Both are rounded to DTYPE in the end. By way of float16 that errs 2.3 % more even if all sums
+    # are exact, so 5 % more counts as no less exact.
+    is_as_exact = scaled["error"] <= 1.05 * plain["error"]
+    if is_faster and is_as_exact:
         job.matmul["used"] = "float16"
     report(
         "matmul",
@@ -3082,6 +2988,100 @@ def choose_matmul(job: Job) -> None:
     )
 
 
+def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return rows @ weight, multiplied in float16 with float32 sums, in the type of rows.
+
+    Args:
+        rows: (... x k), of any floating type.
+        weight: (k x d), in float16.
+
+    Each row is divided by the power of two at or below its largest number, which is exact, so
+    that its numbers are below 2. Infinity and NaN stay in their rows.
+    """
+    largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
+    # A float32 is a sign, an exponent of 8 bits and a fraction. This mask keeps the exponent and
+    # clears the others, which leaves the power of two at or below a positive number.
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    power = power.clamp_(2.0**-120, 2.0**127)  # for rows of nothing but zeros, and for infinity
+    small = torch.div(
+        rows, power, out=torch.empty(rows.shape, dtype=torch.half, device=rows.device)
+    )
+    product = small @ weight
+    out = torch.empty(product.shape, dtype=rows.dtype, device=rows.device)
+    return torch.mul(product, power, out=out)
+
+
+def use_float16_products(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Replace the frozen linear modules by ones that compute with scaled_product()."""
+    float16_linear = float16_linear_class()
+    dtype = model.dtype
+    converted, left = 0, []
+    for path, module in list(model.named_modules()):
+        # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), would cost more than they save.
+        if type(module) is not torch.nn.Linear or min(module.weight.shape) < 64:
+            continue
+        if not sums_fit(module.weight):
+            left.append(path)
+            continue
+        module.weight.data = module.weight.data.half()
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, float16_linear(module))
+        converted += 1
+    # The embedding may share its weight with the head, and must still return the model's type.
+    model.get_input_embeddings().register_forward_hook(lambda _, __, rows: rows.to(dtype))
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
+    text = f"{converted} frozen modules multiply in scaled float16"
+    if left:
+        text += f"; {len(left)} stay in {dtype}, their sums being too large: "
+        text += join_limited(left, 3, ", ")
+    report("matmul", text)
+    return model
+
+
+def float16_linear_class() -> type[torch.nn.Linear]:
+    """Return a linear module that takes over another's frozen weight and bias."""
+
+    class ScaledProduct(torch.autograd.Function):
+        """rows @ weight.T, with a gradient for rows alone."""
+
+        @staticmethod
+        def forward(context: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            context.weight = weight
+            return scaled_product(rows, weight.T)
+
+        @staticmethod
+        def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return scaled_product(gradient, context.weight), None
+
+    class Float16Linear(torch.nn.Linear):
+        """A linear module whose products are scaled ones in float16."""
+
+        def __init__(self, module: torch.nn.Linear) -> None:
+            torch.nn.Module.__init__(self)
+            self.in_features, self.out_features = module.in_features, module.out_features
+            self.weight, self.bias = module.weight, module.bias
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            product = ScaledProduct.apply(rows, self.weight)
+            return product if self.bias is None else product + self.bias
+
+    return Float16Linear
+
+
+def sums_fit(weight: torch.Tensor) -> bool:
+    """Return whether every sum stays below 65,504, float16's end, if the inputs are below 2.
+
+    The forward pass adds up the numbers of a row of weight (d x k), the backward pass a column's.
+    """
+    columns = torch.zeros(weight.shape[1], device=weight.device)
+    largest_row = 0.0
+    for part in weight.detach().split(4096):  # a part at a time needs less memory
+        sizes = part.float().abs()
+        largest_row = max(largest_row, sizes.sum(1).max().item())
+        columns += sizes.sum(0)
+    return max(largest_row, columns.max().item()) < 65504 / 2
+
+
 def measure_products(
     shapes: list[tuple[int, int]], n: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, dict[str, float]]:
@@ -3089,13 +3089,13 @@ def measure_products(
 
     Args:
         shapes: (d, k) of the weights.
-        n: how many rows are multiplied; a hundredth of their columns is a hundred times larger, as
-            in trained models.
+        n: how many rows are multiplied. A hundredth of their columns is made a hundred times
+            larger than the others, as in trained models.
         dtype: the type of rows and weights.
         device: where to measure.
     """
     generator = torch.Generator(device).manual_seed(0)
-    totals = {kind: {"seconds": 0.0, "error": 0.0} for kind in ("dtype", "float16")}
+    totals = {name: {"seconds": 0.0, "error": 0.0} for name in ("dtype", "float16")}
     work = sum(2e-12 * n * d * k for d, k in shapes)
     for d, k in shapes:
         rows = torch.randn(n, k, generator=generator, device=device)
@@ -3108,10 +3108,10 @@ def measure_products(
             "dtype": lambda rows=rows, weight=weight: rows @ weight.T,
             "float16": lambda rows=rows, half=half: scaled_product(rows, half.T),
         }
-        for kind, product in products.items():
+        for name, product in products.items():
             error = (product().float() - exact).norm() / exact.norm()
-            totals[kind]["error"] += error.item() / len(shapes)
-            totals[kind]["seconds"] += seconds_of(product, device)
+            totals[name]["error"] += error.item() / len(shapes)
+            totals[name]["seconds"] += seconds_of(product, device)
     for total in totals.values():
         total["tflops"] = work / total["seconds"]
     return totals
@@ -3254,22 +3254,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--demo", action="store_true", help="use the toy model, a CPU and output/demo"
     )
     comments = setting_comments()
-    group = parser.add_argument_group("settings (hyphens will do as well: --lora-r 16)")
-    for name, kind in setting_types().items():
+    flags = parser.add_argument_group("settings (hyphens will do as well: --lora-r 16)")
+    for name, annotation in setting_types().items():
         default = globals()[name]
         shown = " ".join(default) if isinstance(default, list) else default
         help_text = f"{comments.get(name, '')} [{shown}]".strip().replace("%", "%%")
         options: dict[str, Any] = {"dest": name, "default": default, "help": help_text}
-        if typing.get_origin(kind) is Literal:
-            options["choices"] = typing.get_args(kind)
+        if typing.get_origin(annotation) is Literal:
+            options["choices"] = typing.get_args(annotation)
             options["type"] = type(default)
-        elif typing.get_origin(kind) is list:
+        elif typing.get_origin(annotation) is list:
             options |= {"nargs": "+", "metavar": "NAME"}
-        elif kind is bool:
+        elif annotation is bool:
             options |= {"type": parse_bool, "metavar": "true|false"}
         else:
-            options |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
-        group.add_argument(f"--{name.lower()}", **options)
+            metavar = {int: "N", float: "X"}.get(annotation, "TEXT")
+            options |= {"type": annotation, "metavar": metavar}
+        flags.add_argument(f"--{name.lower()}", **options)
     return parser
 
 
@@ -3308,27 +3309,31 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, unknown: list[str]) ->
 def check_values(values: dict[str, Any]) -> list[str]:
     """Return what is wrong with the types of the settings, one sentence each."""
     problems = []
-    for name, kind in setting_types().items():
+    for name, annotation in setting_types().items():
         value = values[name]
-        if typing.get_origin(kind) is Literal:
-            good = value in typing.get_args(kind)
-            wanted = "one of " + ", ".join(json.dumps(choice) for choice in typing.get_args(kind))
-        elif kind == list[str]:
-            good = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+        if typing.get_origin(annotation) is Literal:
+            choices = typing.get_args(annotation)
+            is_good = value in choices
+            wanted = "one of " + ", ".join(json.dumps(choice) for choice in choices)
+        elif annotation == list[str]:
+            is_good = isinstance(value, list) and all(
+                isinstance(item, str) and item for item in value
+            )
             wanted = 'a list of names, such as ["q_proj", "v_proj"]'
-        elif kind is float:
-            good = type(value) in (int, float) and math.isfinite(value)
+        elif annotation is float:
+            is_good = type(value) in (int, float) and math.isfinite(value)
             wanted = "a number"
-        elif kind in (int, str, bool):
-            good = type(value) is kind
-            wanted = {int: "a whole number", str: 'a text in "quotes"', bool: "True or False"}[kind]
+        elif annotation in (int, str, bool):
+            is_good = type(value) is annotation
+            names = {int: "a whole number", str: 'a text in "quotes"', bool: "True or False"}
+            wanted = names[annotation]
         else:
             problems.append(
-                f"{name} is annotated as {kind}; a setting is an int, float, bool, str, list[str] "
-                "or Literal[...]."
+                f"{name} is annotated as {annotation}; a setting is an int, float, bool, str, "
+                "list[str] or Literal[...]."
             )
             continue
-        if not good:
+        if not is_good:
             problems.append(f"{name} is {value!r}; it must be {wanted}.")
     return problems
 
@@ -3685,8 +3690,8 @@ def run_or_explain(do: Callable[[Job], None], job: Job) -> None:
         if job.stop_signal and status == 1 and not isinstance(error, SystemExit):
             # A library turned the signal into an error of its own.
             status, message = 128 + job.stop_signal, f"Stopped. ({message or repr(error)})"
-        kind = "interrupted" if status > 1 else "failed"
-        write_record(job, "finished" if job.published else f"{kind}: {message or repr(error)}")
+        how = "interrupted" if status > 1 else "failed"
+        write_record(job, "finished" if job.published else f"{how}: {message or repr(error)}")
         if not message:
             raise
         print(wrap_lines(message), file=sys.stderr)
