@@ -1472,8 +1472,9 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 MAY_CHANGE_ON_RESUME = {
     "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO", "EVAL_GROUP",
     "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
-    # The examples' tokens, and the kind of products that is in use, are compared instead.
-    "TRAIN_FILE", "EVAL_FILE", "MATMUL",
+    # What follows from these is compared instead: the examples' tokens, the kind of products that
+    # is in use, and the number of examples in a step.
+    "TRAIN_FILE", "EVAL_FILE", "MATMUL", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS",
 }  # fmt: skip
 
 
@@ -1505,6 +1506,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         if name not in MAY_CHANGE_ON_RESUME
     }
     job_settings["LORA_TARGET_MODULES"] = sorted(job.settings.LORA_TARGET_MODULES)
+    job_settings["BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"] = examples_per_step(job.settings)
     config = lora_config(job.settings).to_dict()
     if isinstance(config["target_modules"], (list, set)):  # PEFT makes a set of a list
         config["target_modules"] = sorted(config["target_modules"])

@@ -678,6 +678,9 @@ def other_value(value):
     return f"{value}x" if isinstance(value, str) else value + 1
 
 
+STEP_SIZE = ("BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS")
+
+
 def test_every_setting_must_stay_but_for_those_that_may_change(flags, interrupted, tmp_path):
     job = prepared(flags, shutil.copytree(interrupted, tmp_path / "output"))
     names = [name for name in vars(job.settings) if name.isupper()]
@@ -687,7 +690,9 @@ def test_every_setting_must_stay_but_for_those_that_may_change(flags, interrupte
             continue  # the next test gives them
         value = getattr(job.settings, name)
         setattr(job.settings, name, other_value(value))
-        if name in t.MAY_CHANGE_ON_RESUME:
+        if name in STEP_SIZE:  # of which only the product must stay
+            assert refused(job) == {" x ".join(STEP_SIZE): ("4", "6")}
+        elif name in t.MAY_CHANGE_ON_RESUME:
             assert found_by(job) == "checkpoint-7", name
         else:
             found = refused(job)
@@ -710,6 +715,16 @@ def test_moved_files_and_other_output_settings_are_the_same_job(
     moved = ["--train_file", tmp_path / "train moved", "--eval_file", tmp_path / "eval moved"]
     more = ["--save_steps", 1, "--logging_steps", 5, "--matmul", "dtype", "--eval_group", "kind"]
     assert go_on(command(flags, stopped, *moved, *more), whole, capfd) == 7
+
+
+@pytest.mark.parametrize("factors", [(4, 1), (1, 4)])
+def test_another_way_to_the_same_size_of_a_step_is_the_same_job(
+    flags, whole, stopped, capfd, factors
+):
+    step = zip(("--batch_size", "--gradient_accumulation_steps"), factors, strict=True)
+    assert (
+        go_on(command(flags, stopped, *(word for pair in step for word in pair)), whole, capfd) == 7
+    )
 
 
 def test_all_that_differs_is_named_at_once_and_nothing_is_touched(flags, stopped, capfd):
