@@ -1744,17 +1744,23 @@ def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
         save_adapter(trainer.model, job, staging)
         example = (job.held_out or job.train)[0]
         adapter = verify_saved_adapter(trainer.model, staging / "final_lora", example)
-        for name in ("final_lora", "final_lora_vllm", "samples.md", "lora.png"):
-            rename_old(job.output / name)
-        for new in sorted(staging.iterdir()):
-            new.rename(job.output / new.name)
+        with signals_wait():  # there must not be a moment at which a stop leaves no final_lora
+            move_into_place(staging, job)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return adapter
+
+
+def move_into_place(staging: Path, job: Job) -> None:
+    """Move the proved files to where users find them, and mark the run as finished."""
+    for name in ("final_lora", "final_lora_vllm", "samples.md", "lora.png"):
+        rename_old(job.output / name)
+    for new in sorted(staging.iterdir()):
+        new.rename(job.output / new.name)
     job.published = published_label(job)
     (job.output / "checkpoints" / "job.json").unlink(missing_ok=True)  # the next run starts anew
     remove_old_checkpoints(job.output / "checkpoints", job.plan, whole=0)
     write_record(job, "finished")
-    return adapter
 
 
 def published_label(job: Job) -> str:
@@ -3616,6 +3622,23 @@ def catch_signals(job: Job) -> None:
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, on_signal)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Let signals wait for the end of something short that must not be left half done."""
+    waiting: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in waiting:
+        signal.raise_signal(number)
 
 
 def explain(error: BaseException, job: Job) -> tuple[int, str]:

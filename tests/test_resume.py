@@ -396,6 +396,29 @@ def test_a_signal_before_the_adapter_is_in_place_loses_nothing(
     assert has_old_results(stopped)
 
 
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+@pytest.mark.parametrize("event", ["os.rename", "os.remove"])
+def test_a_signal_while_the_adapter_is_moved_into_place_waits_until_it_is(
+    flags, whole, stopped, monkeypatch, capfd, event, numbers
+):
+    """Between two renames there is no final_lora; then job.json, with which the run ends, goes."""
+    part, number = {"os.rename": ("output/final_lora", 3), "os.remove": ("job.json", 1)}[event]
+    moments = []
+
+    def strike():
+        moments.append((stopped / "final_lora").exists())
+        send(*numbers)()
+
+    at_change(event, part, strike, number)
+    assert run(command(flags, stopped)) == 128 + numbers[0]
+    assert moments == [event == "os.remove"]
+    said = flat(capfd.readouterr().err)
+    assert f"{stopped}/final_lora is whole" in said and "Traceback" not in said
+    assert adapter(stopped) == whole[0] and has_old_results(stopped)
+    assert record(stopped)["outcome"] == "finished" and not (stopped / ".partial").exists()
+    assert found_by(prepared(flags, stopped)) is None  # so the next command trains anew
+
+
 AFTERWARDS = {
     "evidence": lambda p: before(p, t, "example_losses", send(signal.SIGINT), 2),
     "samples": lambda p: at_generation(p, send(signal.SIGINT)),
