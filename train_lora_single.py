@@ -320,8 +320,10 @@ def load_model(settings: argparse.Namespace) -> transformers.PreTrainedModel:
 #     {"messages": [messages]}                              teaches each reply of the assistant
 # A message has a "role" and a "content". At most one system message comes first, then user and
 # assistant take turns, and a reply comes last. Other keys of the line are ignored, except "tools",
-# which is refused, and the held-out lines' EVAL_GROUP. All bad lines of both files are listed at
-# once with their numbers and reasons, before torch is imported, and then nothing is trained.
+# which is refused, and the held-out lines' EVAL_GROUP.
+#
+# Every line of both files is checked. What is wrong is listed at once, by file and line (at most 20
+# of them), before torch is imported, and then nothing is trained.
 
 
 def prepare(job: Job) -> None:
@@ -538,13 +540,15 @@ def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
 
 # ==== TOKENS: what the model sees, and which part of it is learned
 #
-# A conversation is rendered by the model's own chat template, as a server renders it. Learned are
-# the tokens of a reply and the token that ends its turn; all that comes before is only read. So a
-# conversation with three user turns is, as "messages", three examples: each of the three replies is
-# learned once, after all that was said before it. As "prompt" and "completion" it is one example:
-# the last reply is learned, and the two replies in the prompt are only read. An example longer than
-# MAX_SEQ_LEN is left out and named, never cut; if that happens to more than a tenth of a file, the
-# run is refused.
+# A conversation is rendered by the model's own chat template, as a server renders it. The tokens of
+# a reply are learned, with the token that ends its turn; all that comes before is only read. So a
+# conversation with three user turns is
+#   as "messages"                three examples: each of the three replies is learned once, after
+#                                all that was said before it;
+#   as "prompt" and "completion" one example: the last reply is learned, and the two replies in the
+#                                prompt are only read.
+# An example that is longer than MAX_SEQ_LEN is left out and named; it is never cut. If more than a
+# tenth of a file is too long, the run is refused.
 
 
 # How conversations are rendered here, in the chat, and by the server's command that is printed.
@@ -724,12 +728,15 @@ def to_dataset(examples: list[Example]) -> datasets.Dataset:
 
 # ==== PLAN: which matrices are trained, and in how many steps
 #
-# Before any weights are loaded, also in a --dry_run, PEFT puts LoRA into a skeleton of the model,
-# and what it would train is read off there. A target that names no layer of the model, such as
-# q_projj, ends the run here with a message that names it and the closest name that exists; PEFT
-# alone would ignore it as long as another target exists. (PEFT itself checks "all-linear" and
-# regular expressions.) There are ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) steps
-# in an epoch: with the settings as shipped and 1,000 examples that is 250, or 750 in three epochs.
+# Before any weights are loaded, PEFT puts LoRA into a skeleton of the model, and what it would
+# train is read off there.
+#
+# A misspelt target, such as q_projj, ends the run here, also with --dry_run. The message names it
+# and the names that exist. PEFT alone would ignore it as long as another target exists. Only
+# "all-linear" and regular expressions are left to PEFT's own check.
+#
+# An epoch has ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) steps. With the settings
+# as shipped and 1,000 examples these are 250, so three epochs have 750.
 
 
 @dataclass
@@ -956,19 +963,22 @@ def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
 
 # ==== TRAINING: the order of the examples, what is printed, saving and stopping
 #
-# The step, the loss and their reasons are in OurTrainerMethods; what is printed, checked and saved
-# between the steps is in OurTrainingEvents.
+# Trainer gives training_step() the examples of one step, which have similar lengths. Their loss is
+# the sum of -log(probability) over the learned tokens, divided by the number of these; AdamW then
+# changes A and B. A loss or a gradient that is not a finite number ends the run. OurTrainerMethods
+# says how the trainer differs from TRL's, and OurTrainingEvents what is printed and saved between
+# the steps.
 #
-# What Ctrl-C, SIGTERM and SIGHUP do depends on the moment:
+# What Ctrl-C, SIGTERM and SIGHUP do depends on the moment (catch_signals() in COMMAND LINE):
 # - While the data is read, the weights are loaded or the base model is evaluated, the run stops at
-#   once. It has learned nothing yet that could be saved.
+#   once. There is nothing new to save, and the same command does the same again.
 # - Within a step, and while an epoch is evaluated or a checkpoint is written, that step is finished
 #   and saved before the run stops. The same command resumes there. A second signal stops at once,
 #   and then the same command resumes from the checkpoint before.
-# - While the adapter is proved, the run stops at once, and the same command proves it again.
+# - While the adapter is proved, the run stops at once, and the same command proves it again. While
+#   it is moved into its place, which takes a moment, a signal waits.
 # - While the evidence is measured, the run stops at once. final_lora is whole and in place, and
 #   only the evidence, the samples or the picture are missing. The same command would train anew.
-# catch_signals() in COMMAND LINE sees to that.
 
 
 def train(trainer: trl.SFTTrainer, job: Job) -> None:
@@ -1033,7 +1043,7 @@ class OurTrainerMethods:
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the sum of -log(probability) over the learned tokens / the whole step's number.
+        """Return the sum of a part's -log(probability) / the number of the step's learned tokens.
 
         TRL's loss has the same value. This one needs no Triton, which has dropped the V100, and
         multiplies by the model's own head, which may be a float16 one. DDP takes the mean over the
@@ -1310,14 +1320,17 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 
 # ==== MEMORY: in how many parts a step goes through the model
 #
-# A step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples, whatever the memory. Before training
-# on a GPU, find_what_fits() tries how many tokens fit at once. A step that fits whole goes through
-# the model whole. Any other goes through in parts, each of as many examples as fit. If not even one
-# example fits, its activations are not kept for the backward pass but computed again, which needs
-# little memory and 45 % more work; again as many such examples as fit go together, down to one.
-# Only if a single example does not fit even so does the run end, with the advice to lower
-# MAX_SEQ_LEN, take a larger GPU, or end what else runs there. The gradient is the same whatever the
-# parts, since the loss is a sum over tokens. On a CPU nothing is tried: a step goes through whole.
+# A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
+# is in how many parts they go through the model. The gradient is the same, since the loss is a sum
+# over tokens. Before training, find_what_fits() tries how many tokens fit at once:
+# - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
+# - An example that does not fit even alone is recomputed: its activations are not kept for the
+#   backward pass but computed again, which takes little memory and 45 % more work. Such examples,
+#   too, go through together as long as they fit, and one by one if they do not.
+# - Only if the longest example does not fit even so does the run end, before it trains. The advice
+#   is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to end what else runs on this one.
+# - If another program takes the memory later, the run ends, and the same command resumes.
+# On a CPU nothing is tried, and every step goes through whole.
 
 
 @dataclass
@@ -1460,13 +1473,16 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # ==== CHECKPOINTS: what an earlier run left behind, resuming, and run.json
 #
 # A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal. The
-# same command resumes from the newest one whose files are all whole. On a CPU it ends with the same
-# bytes as a run that was never stopped.
-# A checkpoint is refused, with a table of what differs, if it was made with other settings, another
-# LoraConfig, another model, other tokens in one of the files, or the other kind of products (see
-# FLOAT16 PRODUCTS). Only the settings below may change; the data files may be moved or renamed.
-# What else was edited in this script is not compared. Once final_lora is in place, its run is over:
-# the same command trains anew, and renames what the earlier run left.
+# same command resumes from the newest one whose files are all whole; the two newest are kept for
+# that. On a CPU the run then ends with the same bytes as one that was never stopped.
+#
+# A checkpoint is refused if it was made with other settings, another LoraConfig, another model,
+# other tokens in one of the files, or the other kind of products (see FLOAT16 PRODUCTS). The
+# message is a table of what differs, and nothing is touched. What may change are the settings
+# below, and the data files' names and places. Other edits of this script are not compared.
+#
+# Once final_lora is in place the run is over: the same command trains anew, and renames what the
+# earlier run left.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
@@ -1511,7 +1527,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     if isinstance(config["target_modules"], (list, set)):  # PEFT makes a set of a list
         config["target_modules"] = sorted(config["target_modules"])
     contents = {
-        "the LoraConfig": sorted((key, stable(value)) for key, value in config.items()),
+        "the LoraConfig": sorted((key, as_stable_text(value)) for key, value in config.items()),
         "the files of MODEL_NAME": file_fingerprints(Path(job.settings.MODEL_NAME)),
         "the tokens of TRAIN_FILE": [example.input_ids for example in job.train],
         "the tokens of EVAL_FILE": [example.input_ids for example in job.held_out],
@@ -1523,7 +1539,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     return job_settings | {"the products in use": job.matmul["used"]} | hashes
 
 
-def stable(value: Any) -> str:
+def as_stable_text(value: Any) -> str:
     """Return value as a text that is the same in each process; a set has no order of its own."""
     return str(sorted(value) if isinstance(value, set) else value)
 
@@ -1725,7 +1741,8 @@ def installed_versions() -> dict[str, str]:
 #   run.json           all settings, versions, hashes, losses and measurements
 #   checkpoints/       each epoch's adapter
 #   all_logs.log       everything that was printed, with tracebacks
-# The proof is verify_saved_adapter(): the adapter is written beside its place and loaded again from
+#
+# The proof is verify_saved_adapter(). The adapter is written beside its place and loaded again from
 # disk onto the bare base model. It is moved into its place only if its tensors are the trained ones
 # to the bit, and if its logits on one example are the trained model's and not the base model's.
 # What an earlier run left is renamed, never overwritten.
@@ -1744,7 +1761,7 @@ def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
         save_adapter(trainer.model, job, staging)
         example = (job.held_out or job.train)[0]
         adapter = verify_saved_adapter(trainer.model, staging / "final_lora", example)
-        with signals_wait():  # there must not be a moment at which a stop leaves no final_lora
+        with signals_wait():  # between two renames there may be no final_lora
             move_into_place(staging, job)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -1999,18 +2016,19 @@ def vllm_rank(plan: Plan) -> int:
 # ==== EVIDENCE: what r, alpha and the targets were worth, measured after training
 #
 # Nothing is trained here. Parts of the finished adapter are switched off, scaled or cut, and the
-# held-out loss says what each part was worth. The columns of the table:
-#   of the gain         the share of what the adapter gained over the base model that is left
-#   against as trained  by how much the loss of a token is higher than that of the whole adapter
-#   better on           on how many of the examples the loss is lower than the whole adapter's
+# held-out loss says what each part was worth. The columns of the table are:
+#   of the gain         what is left of the adapter's gain over the base model
+#   against as trained  by how much a token's loss is higher than with the whole adapter
+#   better on           on how many examples the loss is lower than with the whole adapter
 # Errors are standard errors over the examples, and differences are paired: both losses are of the
 # same examples (Miller, "Adding Error Bars to Evals", 2024).
 #
-# What may be concluded is about this adapter and these held-out examples: whether it is stronger or
-# weaker than it should be, what each group of targets contributes to it, and how many directions it
-# uses. What may not be concluded is what another run would reach. A smaller r, another alpha or
-# fewer targets that are trained are another run, which may end elsewhere, so train it and
-# --compare. And a lower loss does not say that the replies are good: read samples.md.
+# What may be concluded is about this adapter and these examples: whether its update is too strong
+# or too weak, what each group of targets contributes, and how many directions the update uses.
+#
+# What may not be concluded is what another run would reach. Training with a smaller r, another
+# alpha or fewer targets is another run, which may end elsewhere: train it, and use --compare. Nor
+# does a lower loss say that the replies are good: read samples.md.
 
 
 def show_evidence(model: peft.PeftModel, job: Job) -> None:
@@ -2034,7 +2052,7 @@ def show_evidence(model: peft.PeftModel, job: Job) -> None:
 
 
 def report_update_sizes(model: peft.PeftModel, job: Job) -> None:
-    """Print how large the update of each target is against its W; the rest is in run.json."""
+    """Print how large the update of each target is against its W; run.json has every layer's."""
     layers = lora_layers(model)
     if not job.plan.plain or not layers:
         report("learnt", "the size of the updates is only measured for plain LoRA on linear layers")
@@ -2184,8 +2202,7 @@ def compare_part(
 ) -> dict[str, Any]:
     """Return a part's row of the table, from its losses and those of the adapter and the base.
 
-    "kept" is the share of the gain over the base model that is left, "change" the difference of
-    the loss a token to the adapter as trained.
+    "kept" is the column "of the gain", and "change" the column "against as trained".
     """
     gains, changes = differences(untrained, trained), differences(losses, trained)
     return {
@@ -2940,15 +2957,16 @@ def say(
 
 # ==== FLOAT16 PRODUCTS: an appendix for GPUs that only emulate bfloat16, such as the V100
 #
-# Two things are different on a V100 or T4. First, choose_matmul() decides how the frozen weights
+# Two things are different on a V100 or a T4. First, choose_matmul() decides how the frozen weights
 # are multiplied. With MATMUL "auto" it measures bfloat16 and scaled float16 on the GPU at hand, and
-# takes float16 only if it is clearly faster and no less exact; any other MATMUL is your own
-# decision. A resumed run keeps what was decided. Second, check_device() keeps transformers from
-# using flash-linear-attention on any GPU of a capability below 8.0, where it does not run.
-# A V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100 (mlxcel
-# issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its numbers
-# end at 65,504. Here each row is scaled into that range first, and only the products of frozen
-# weights are computed in float16. Norms, attention and DeltaNet stay in DTYPE, LoRA and the loss
+# takes float16 only if it is clearly faster and no less exact. With any other MATMUL you decide. A
+# resumed run keeps what was decided. Second, check_device() keeps transformers from using
+# flash-linear-attention on a GPU of a capability below 8.0, where it does not run.
+#
+# The reason: a V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100
+# (mlxcel issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its
+# numbers end at 65,504. Here only the products of frozen weights are computed in float16, and each
+# row is scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and the loss
 # in float32.
 
 
@@ -2970,13 +2988,13 @@ def choose_matmul(job: Job) -> None:
         return
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     lengths = [len(example.input_ids) for example in job.train]
-    n = math.ceil(examples_per_step(settings) * statistics.median(lengths))
+    row_count = math.ceil(examples_per_step(settings) * statistics.median(lengths))
     shapes = [shape for shape in job.plan.frozen_shapes if min(shape) >= 64]
     if not shapes:
         return  # nothing that use_float16_products() would convert
     dtype = getattr(torch, settings.DTYPE)
     try:
-        measured = measure_products(shapes, n, dtype, accelerate.PartialState().device)
+        measured = measure_products(shapes, row_count, dtype, accelerate.PartialState().device)
     except RuntimeError as error:  # a product that the GPU cannot compute
         report("matmul", f"in {settings.DTYPE}; scaled float16 fails here ({one_line(error)})")
         return
@@ -3047,7 +3065,10 @@ def use_float16_products(model: transformers.PreTrainedModel) -> transformers.Pr
 
 
 def float16_linear_class() -> type[torch.nn.Linear]:
-    """Return a linear module that takes over another's frozen weight and bias."""
+    """Return the class of the modules that take over a linear module's frozen weight and bias.
+
+    The classes are inside a function because torch is imported late.
+    """
 
     class ScaledProduct(torch.autograd.Function):
         """rows @ weight.T, with a gradient for rows alone."""
@@ -3077,9 +3098,9 @@ def float16_linear_class() -> type[torch.nn.Linear]:
 
 
 def sums_fit(weight: torch.Tensor) -> bool:
-    """Return whether every sum stays below 65,504, float16's end, if the inputs are below 2.
+    """Return whether every sum stays below 65,504, the end of float16, if the inputs are below 2.
 
-    The forward pass adds up the numbers of a row of weight (d x k), the backward pass a column's.
+    The forward pass adds up a row of weight (d x k), and the backward pass a column.
     """
     columns = torch.zeros(weight.shape[1], device=weight.device)
     largest_row = 0.0
@@ -3091,22 +3112,22 @@ def sums_fit(weight: torch.Tensor) -> bool:
 
 
 def measure_products(
-    shapes: list[tuple[int, int]], n: int, dtype: torch.dtype, device: torch.device
+    shapes: list[tuple[int, int]], row_count: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Return seconds, TFLOP/s and the error against float32 of both kinds of product.
 
     Args:
         shapes: (d, k) of the weights.
-        n: how many rows are multiplied. A hundredth of their columns is made a hundred times
-            larger than the others, as in trained models.
+        row_count: how many rows are multiplied. A hundredth of their columns is made a hundred
+            times larger than the others, as in trained models.
         dtype: the type of rows and weights.
         device: where to measure.
     """
     generator = torch.Generator(device).manual_seed(0)
     totals = {name: {"seconds": 0.0, "error": 0.0} for name in ("dtype", "float16")}
-    work = sum(2e-12 * n * d * k for d, k in shapes)
+    work = sum(2e-12 * row_count * d * k for d, k in shapes)
     for d, k in shapes:
-        rows = torch.randn(n, k, generator=generator, device=device)
+        rows = torch.randn(row_count, k, generator=generator, device=device)
         rows[:, :: max(1, k // 100)] *= 100
         rows = rows.to(dtype)
         weight = (torch.randn(d, k, generator=generator, device=device) / math.sqrt(k)).to(dtype)
@@ -3150,7 +3171,7 @@ def synchronize(device: torch.device) -> None:
 # status 0, with 1 after an error, with 2 after a wrong flag, and with 128 + the signal's number
 # after a signal. A mistake that is known is one message: what is wrong, where, and what to do.
 # Whatever is not known for certain is a traceback. What a training run prints is in all_logs.log,
-# too.
+# too. Job, which goes through all sections, is defined here.
 
 LOG = logging.getLogger("train_lora_single")
 
@@ -3183,13 +3204,14 @@ class Job:
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
     device_name: str = ""
+    # Which products are used, "dtype" or "float16", and what was measured of both.
     matmul: dict[str, Any] = field(default_factory=lambda: {"used": "dtype"})
     memory: MemoryLimits | None = None
     checkpoint: Path | None = None  # the one to resume from
     started: float = 0.0  # seconds since 1970
     history: list[dict[str, float]] = field(default_factory=list)  # what the trainer logged
     train_seconds: float = 0.0  # of optimizer steps in this process, evaluation apart
-    train_tokens: int = 0  # read in them
+    train_tokens: int = 0  # of these steps
     peak_gib: float = 0.0  # GPU memory that torch had in use at the most
     saves_before_stopping: bool = False  # a signal waits until the step is finished and saved
     stop_signal: int = 0  # the signal that asks the run to stop
@@ -3426,7 +3448,7 @@ def wrap_lines(text: str) -> str:
 
 
 def path_from_here(path: str) -> str:
-    """Return a path as seen from the working folder, if it is below it; else as it is."""
+    """Return a path as seen from the working folder if it is below it, otherwise as it is."""
     with suppress(ValueError):
         return str(Path(path).resolve().relative_to(Path.cwd()))
     return path
@@ -3449,7 +3471,8 @@ def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> st
 def check_device(job: Job) -> None:
     """Find the device, or exit and say why there is none that works.
 
-    This comes before the model's code is imported, which decides once whether to use fla.
+    This comes before the model's code is imported, since the import decides whether it uses
+    flash-linear-attention.
     """
     settings = job.settings
     if settings.DEVICE == "cpu":
@@ -3626,7 +3649,7 @@ def catch_signals(job: Job) -> None:
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """Let signals wait for the end of something short that must not be left half done."""
+    """Let all signals wait for the end of something short that must not be left half done."""
     waiting: list[int] = []
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in handlers.items():
@@ -3654,7 +3677,7 @@ def explain(error: BaseException, job: Job) -> tuple[int, str]:
     if type(error).__name__ == "OutOfMemoryError":
         return 1, (
             f"The GPU's memory is full ({one_line(error)}). If another program runs there, end it; "
-            "else lower MAX_SEQ_LEN."
+            "otherwise lower MAX_SEQ_LEN."
         )
     if is_disk_full(error, job.output):
         return 1, f"The disk of {job.output} is full. Make room, and give the same command again."
