@@ -7,8 +7,8 @@
     python train_lora_single.py --compare DIR ...            which finished run is better?
     python train_lora_single.py --lora_r 16 --lora_alpha 32  every setting below is also a flag
 
-The sections of this file, with the questions that they answer. The first three are the heart;
-search for the capitals to jump to any other:
+The sections of this file, with the questions that they answer. The first three are the heart.
+To jump to any other, search for its name behind four equals signs, such as "==== MEMORY":
 
     SETTINGS          What can be changed, and how is a setting added?
     THE RUN           What happens, and in which order?
