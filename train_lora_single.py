@@ -7,23 +7,24 @@
     python train_lora_single.py --compare DIR ...            which finished run is better?
     python train_lora_single.py --lora_r 16 --lora_alpha 32  every setting below is also a flag
 
-The sections of this file, the most important ones first. Search for the capitals to jump there:
+The sections of this file, with the questions that they answer. The first three are the heart.
+To jump to any other, search for its name behind four equals signs, such as "==== MEMORY":
 
-    SETTINGS          what you change
-    THE RUN           the whole job, one line a step
-    MODEL AND LORA    the heart: weights, LoraConfig, SFTTrainer, the check that LoRA is in place
-    DATA              reading the conversations and checking every line
-    TOKENS            what the model sees, and which part of it is learned
-    PLAN              which matrices are trained, and in how many steps; known before any weights
-    TRAINING          the order of the examples, what is printed, saving and stopping
-    MEMORY            in how many parts a step goes through the model
-    CHECKPOINTS       what an earlier run left behind, resuming, and run.json
-    PUBLISHING        writing the adapter, proving that it works, the model card
-    EVIDENCE          what r, alpha and the targets were worth, measured after training
-    COMPARING         which of several runs is better, and whether the difference means anything
-    CHAT              talking to the adapter
-    FLOAT16 PRODUCTS  an appendix for GPUs that only emulate bfloat16, such as the V100
-    COMMAND LINE      flags, the log, the environment, signals, error messages, main()
+    SETTINGS          What can be changed, and how is a setting added?
+    THE RUN           What happens, and in which order?
+    MODEL AND LORA    The heart: what is trained, by which trainer, and what checks it?
+    DATA              Which two forms may a line have, and what is wrong with a line?
+    TOKENS            Which tokens of a conversation are learned?
+    PLAN              How many weights and steps? What if a target is misspelt?
+    TRAINING          How is a step done? What happens on Ctrl-C, at any moment?
+    MEMORY            What if a step does not fit in the GPU's memory?
+    CHECKPOINTS       When is a run resumed, and when is a checkpoint refused?
+    PUBLISHING        Which files does a run leave, and what proves that the adapter works?
+    EVIDENCE          What were r, alpha and the targets worth? What may not be concluded?
+    COMPARING         Which of several runs is better, and is the difference more than chance?
+    CHAT              How does one talk to the adapter?
+    FLOAT16 PRODUCTS  What is different on a V100, and who decides it?
+    COMMAND LINE      How do flags, the log, exit statuses and messages work?
 """
 
 from __future__ import annotations
@@ -87,9 +88,11 @@ else:
 
 # ==== SETTINGS: edit them here, or give the flag of the same name, such as --lora_r 16
 #
-# Every annotated constant is a setting: its flag, its type, its help text (the comment behind it)
-# and its place in run.json follow from the line. To add one, write the line and use
-# settings.YOUR_NAME where you need it; a checkpoint made without it is not resumed.
+# To add a setting, write one line, such as
+#     WEIGHT_DECAY: float = 0.0  # shrinks A and B a little in each step
+# and use settings.WEIGHT_DECAY where you need it, here in training_config(). From that line follow
+# the flag --weight_decay, the check of its type, its help text and its place in run.json, and that
+# a checkpoint made with another value is not resumed. Limits of its value go into check_rules().
 
 # The model.
 MODEL_NAME: str = "Qwen/Qwen3.5-4B"  # a chat model on the Hugging Face hub, or a local folder
@@ -97,7 +100,7 @@ MODEL_REVISION: str = "main"  # the model's branch, tag or commit on the hub
 DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # the type of the frozen weights
 DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 
-# The data. README.md shows the two forms that a line may have.
+# The data. The section DATA shows the two forms that a line may have.
 TRAIN_FILE: str = "data/train.jsonl"  # the conversations to learn from
 EVAL_FILE: str = "data/eval.jsonl"  # held-out conversations, about a tenth; "" for none
 MAX_SEQ_LEN: int = 512  # in tokens; a longer example is left out, never cut
@@ -119,8 +122,10 @@ LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
 # Training.
 NUM_EPOCHS: int = 3  # passes over the training file; fewer if the held-out loss rises again
 MAX_STEPS: int = 0  # stop after this many steps, to try things out; 0 for all epochs
-BATCH_SIZE: int = 2  # times GRADIENT_ACCUMULATION_STEPS: the examples of one optimizer step
-GRADIENT_ACCUMULATION_STEPS: int = 2  # only the product with BATCH_SIZE counts
+# One optimizer step learns from BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. Only the product
+# counts: how many of them go through the GPU at once is found by trying, see MEMORY.
+BATCH_SIZE: int = 2  # one factor of the number of examples in an optimizer step
+GRADIENT_ACCUMULATION_STEPS: int = 2  # the other factor
 LEARNING_RATE: float = 2e-4  # the highest rate; lower it if the loss jumps
 LR_SCHEDULER_TYPE: Literal[  # how the learning rate goes on after it has risen
     "cosine", "linear", "constant_with_warmup"
@@ -142,7 +147,10 @@ MAX_NEW_TOKENS: int = 200  # a reply is cut after this many tokens
 # Products of matrices.
 MATMUL: Literal["auto", "dtype", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "auto" measures
 
+
 # ==== THE RUN: the whole job
+#
+# Each line of run() is a step of the job; the comment behind it says which section explains it.
 
 
 def run(job: Job) -> None:
@@ -154,42 +162,25 @@ def run(job: Job) -> None:
     if job.settings.dry_run:
         report("done", "Nothing was trained. Without --dry_run, the same command trains this plan.")
         return
-    choose_matmul(job)  # how this GPU multiplies best
-    find_checkpoint(job)  # an earlier run to resume, if there is one
-    trainer = build_trainer(job)
-    check_only_lora_is_trained(trainer.model, job.plan)
-    find_what_fits(trainer, job)  # how many examples at once
-    train(trainer, job)
+    choose_matmul(job)  # FLOAT16 PRODUCTS: how this GPU multiplies best
+    find_checkpoint(job)  # CHECKPOINTS: an earlier run to resume, if there is one
+    trainer = build_trainer(job)  # MODEL AND LORA: the weights, with LoRA in them
+    check_only_lora_is_trained(trainer.model, job.plan)  # MODEL AND LORA
+    find_what_fits(trainer, job)  # MEMORY: how many examples at once
+    train(trainer, job)  # TRAINING: all steps, or those that are left
     if not is_main_process():
         return
-    adapter = publish(trainer, job)  # write, load again, compare, move into place
-    show_evidence(adapter, job)  # what r, alpha and the targets were worth
-    summarize(job)
-
-
-def prepare(job: Job) -> None:
-    """Read the data, render it as the model will see it, and print what would be trained."""
-    settings = job.settings
-    train, problems = read_examples(settings.TRAIN_FILE)
-    held_out: list[Example] = []
-    if settings.EVAL_FILE:
-        held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
-        problems += more_problems
-    if problems:  # shown at once; what only the tokenizer can see follows
-        report("bad lines", join_limited(problems))
-    else:
-        warn_of_repeats(train, held_out)
-    if not settings.dry_run:
-        check_device(job)
-    load_config_and_tokenizer(job)
-    job.train, job.held_out = encode(job, train, held_out, problems)
-    job.data = report_tokens(job)
-    show_example(job.train[0], job.tokenizer)
-    job.plan = make_plan(job)
-    check_multi_gpu_split(job)
+    adapter = publish(trainer, job)  # PUBLISHING: write, load again, compare, move into place
+    show_evidence(adapter, job)  # EVIDENCE: what r, alpha and the targets were worth
+    summarize(job)  # EVIDENCE: the verdict, and what to do next
 
 
 # ==== MODEL AND LORA: the heart
+#
+# Each target, a matrix W of the model, gets two small matrices beside it, A and B. Only these are
+# trained, in float32; W and all else stay frozen. lora_config() says which layers are targets and
+# how large A and B are. SFTTrainer puts them into the model. check_only_lora_is_trained() then
+# compares all weights that can be trained with the plan: not one more, and not one less.
 
 
 def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
@@ -210,20 +201,24 @@ def build_trainer(job: Job) -> trl.SFTTrainer:
     LoRA is injected here, by SFTTrainer's peft_config, and nowhere else. Whoever calls PEFT's
     get_peft_model() as well injects it twice.
     """
+
+    class LoraTrainer(OurTrainerMethods, trl.SFTTrainer):
+        """TRL's trainer with a few methods of ours, which stand in TRAINING with their reasons."""
+
     model = load_model(job.settings)
     if job.matmul["used"] == "float16":
         model = use_float16_products(model)  # see FLOAT16 PRODUCTS
-    sampler = LikeLengthsSampler(job)
-    trainer = lora_trainer_class(job, sampler)(  # trl.SFTTrainer with a few methods of our own
+    trainer = LoraTrainer(
         model=model,
         peft_config=lora_config(job.settings),  # the only place where LoRA is injected
         args=training_config(job),
-        train_dataset=to_dataset(job.train),  # TRL's collator pads each batch
+        train_dataset=to_dataset(job.train),  # TRL's collator pads each step
         eval_dataset=to_dataset(job.held_out) if job.held_out else None,
         processing_class=job.tokenizer,
     )
-    trainer.add_callback(training_callback(job, sampler, trainer.accelerator))
-    trainer.remove_callback(transformers.PrinterCallback)  # it prints dictionaries
+    trainer.job, trainer.sampler = job, LikeLengthsSampler(job)
+    trainer.add_callback(training_callback(trainer))  # prints, checks, saves and stops
+    trainer.remove_callback(transformers.PrinterCallback)  # it would print dictionaries
     return trainer
 
 
@@ -256,6 +251,39 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     report("model", f"{share}, in float32; all else is frozen")
 
 
+def training_config(job: Job) -> trl.SFTConfig:
+    """Return what TRL is asked for. Its defaults hold: AdamW without decay, clipping at 1.0."""
+    settings = job.settings
+    processes = accelerate.PartialState().num_processes
+    return trl.SFTConfig(
+        output_dir=str(job.output / "checkpoints"),
+        seed=settings.SEED,
+        num_train_epochs=settings.NUM_EPOCHS,
+        max_steps=job.plan.steps,  # all epochs, or fewer with MAX_STEPS
+        learning_rate=settings.LEARNING_RATE,
+        lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
+        # A fraction would be rounded up: in a run of few steps the first would have the rate 0.
+        warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
+        # Our training_step() gets a whole step, and divides it into as few parts as fit in memory.
+        per_device_train_batch_size=examples_per_step(settings) // processes,
+        gradient_accumulation_steps=1,
+        activation_checkpointing=False,  # find_what_fits() decides
+        bf16=False,  # no autocast: the weights have their type already
+        use_cpu=settings.DEVICE == "cpu",
+        dataset_kwargs={"skip_prepare_dataset": True},  # TRL must not render, cut or pack
+        eos_token=job.tokenizer.eos_token,
+        eval_strategy="epoch" if job.held_out else "no",
+        eval_on_start=bool(job.held_out) and not job.checkpoint,  # the base model's loss
+        save_strategy="epoch",  # and every SAVE_STEPS steps, see TRAINING
+        logging_steps=1,  # every loss is checked and recorded
+        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
+        include_num_input_tokens_seen="non_padding",
+        report_to=settings.REPORT_TO,
+        disable_tqdm=not sys.stderr.isatty(),  # the progress bar is for a terminal
+        ddp_find_unused_parameters=False,
+    )
+
+
 def load_model(settings: argparse.Namespace) -> transformers.PreTrainedModel:
     """Load the base model's text part straight onto the device, in DTYPE."""
     from huggingface_hub.errors import HTTPError
@@ -285,108 +313,42 @@ def load_model(settings: argparse.Namespace) -> transformers.PreTrainedModel:
     return model
 
 
-def training_config(job: Job) -> trl.SFTConfig:
-    """Return TRL's configuration. Its defaults hold: AdamW without decay, clipping at 1.0."""
-    settings = job.settings
-    return trl.SFTConfig(
-        output_dir=str(job.output / "checkpoints"),
-        seed=settings.SEED,
-        num_train_epochs=settings.NUM_EPOCHS,
-        max_steps=job.plan.steps,  # all epochs, or fewer with MAX_STEPS
-        # LoraTrainer.training_step() divides a step into as many parts as memory needs.
-        per_device_train_batch_size=step_size(settings) // accelerate.PartialState().num_processes,
-        gradient_accumulation_steps=1,
-        learning_rate=settings.LEARNING_RATE,
-        lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
-        # A fraction would be rounded up: in a run of few steps the first would have the rate 0.
-        warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
-        bf16=False,  # no autocast: the weights have their type already
-        activation_checkpointing=False,  # find_what_fits() decides
-        dataset_kwargs={"skip_prepare_dataset": True},  # TRL must not render, cut or pack
-        eval_strategy="epoch" if job.held_out else "no",
-        eval_on_start=bool(job.held_out) and not job.checkpoint,  # the base model's loss
-        save_strategy="epoch",  # and every SAVE_STEPS steps, see TRAINING
-        logging_steps=1,  # every loss is checked and recorded
-        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
-        include_num_input_tokens_seen="non_padding",
-        report_to=settings.REPORT_TO,
-        disable_tqdm=not sys.stderr.isatty(),  # the progress bar is for a terminal
-        use_cpu=settings.DEVICE == "cpu",
-        ddp_find_unused_parameters=False,
-        eos_token=job.tokenizer.eos_token,
-    )
-
-
-def lora_trainer_class(job: Job, sampler: LikeLengthsSampler) -> type[trl.SFTTrainer]:
-    """Return TRL's trainer with the methods in which this job differs from it."""
-
-    class LoraTrainer(trl.SFTTrainer):
-        """TRL's trainer, except for the methods below; each says why it differs."""
-
-        def compute_loss(
-            self,
-            model: torch.nn.Module,
-            inputs: dict[str, torch.Tensor],
-            return_outputs: bool = False,
-            num_items_in_batch: torch.Tensor | None = None,
-        ) -> torch.Tensor:
-            """Return the sum of -log(probability) over the learned tokens / their number.
-
-            TRL's loss has the same value. This one needs no Triton, which has dropped the V100,
-            and multiplies by the model's own head, which may be a float16 one. DDP takes the mean
-            over the processes, so the loss is multiplied by their number.
-            """
-            loss = reply_losses(model, inputs).sum() / num_items_in_batch
-            return loss * self.accelerator.num_processes
-
-        def training_step(
-            self,
-            model: torch.nn.Module,
-            inputs: dict[str, torch.Tensor],
-            num_items_in_batch: torch.Tensor | None = None,
-        ) -> torch.Tensor:
-            """Send the step's examples through the model in as few parts as fit in memory.
-
-            The loss is a sum over tokens, so the gradient does not depend on the parts.
-            """
-            model.train()
-            parts = split_step(self._prepare_inputs(inputs), job.memory)
-            total = torch.zeros((), device=self.args.device)
-            for number, (part, is_recomputed) in enumerate(parts, 1):
-                set_recomputation(self.model, is_recomputed)
-                is_last = number == len(parts)
-                with nullcontext() if is_last else self.accelerator.no_sync(model):
-                    loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
-                    self.accelerator.backward(loss)
-                total += loss.detach()
-            return total
-
-        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-            """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
-            metrics = {"eval_loss": held_out_loss(self.model, job, self.state.global_step)}
-            self.log(metrics)
-            handler = self.callback_handler
-            self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
-
-        def _get_train_sampler(
-            self, train_dataset: datasets.Dataset | None = None
-        ) -> LikeLengthsSampler:
-            """Trainer's group_by_length is unseeded, so a resumed run would go another way."""
-            return sampler
-
-        def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-            """Save the adapter alone; Trainer would add a pickle, PEFT would contact the hub."""
-            if self.args.should_save:
-                self.model.save_pretrained(output_dir, save_embedding_layers=False)
-
-        def create_model_card(self, *_: Any, **__: Any) -> None:
-            """Do nothing: TRL's card describes no run; publish() writes ours."""
-
-    return LoraTrainer
-
-
 # ==== DATA: reading the conversations and checking every line
+#
+# A line is one conversation, in one of two forms:
+#     {"prompt": [messages], "completion": [one message]}   teaches the completion alone
+#     {"messages": [messages]}                              teaches each reply of the assistant
+# A message has a "role" and a "content". At most one system message comes first, then user and
+# assistant take turns, and a reply comes last. Other keys of the line are ignored, except "tools",
+# which is refused, and the held-out lines' EVAL_GROUP.
+#
+# Every line of both files is checked. What is wrong is listed at once, by file and line (at most 20
+# of them), before torch is imported, and then nothing is trained.
+
+
+def prepare(job: Job) -> None:
+    """Read the data, render it as the model will see it, and print what would be trained.
+
+    This is all that comes before the weights: the sections DATA, TOKENS and PLAN.
+    """
+    settings = job.settings
+    train, problems = read_examples(settings.TRAIN_FILE)
+    held_out: list[Example] = []
+    if settings.EVAL_FILE:
+        held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
+        problems += more_problems
+    if problems:  # these are shown at once; encode() adds what only the tokenizer can see
+        report("bad lines", join_limited(problems))
+    else:
+        warn_of_repeats(train, held_out)
+    if not settings.dry_run:
+        check_device(job)
+    load_config_and_tokenizer(job)
+    job.train, job.held_out = encode(job, train, held_out, problems)
+    job.data = report_tokens(job)
+    show_example(job.train[0], job.tokenizer)
+    job.plan = make_plan(job)
+    check_multi_gpu_split(job)
 
 
 @dataclass
@@ -395,7 +357,7 @@ class Example:
 
     where: str  # file:line
     messages: list[dict[str, str]]  # up to and including the reply
-    group: str = ""  # the line's value of EVAL_GROUP
+    eval_group: str = ""  # the line's value of the key EVAL_GROUP
     prompt_ids: list[int] = field(default_factory=list)  # tokens that are only read
     reply_ids: list[int] = field(default_factory=list)  # tokens that are learned, with the end
 
@@ -487,8 +449,8 @@ def parse_line(text: str, where: str, group_key: str) -> list[Example]:
                 'there, and what comes before it in "prompt"'
             )
         replies = replies[-1:]
-    group = str(row.get(group_key, ""))
-    return [Example(where, messages[: reply + 1], group) for reply in replies]
+    eval_group = str(row.get(group_key, ""))
+    return [Example(where, messages[: reply + 1], eval_group) for reply in replies]
 
 
 def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -577,6 +539,16 @@ def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
 
 
 # ==== TOKENS: what the model sees, and which part of it is learned
+#
+# A conversation is rendered by the model's own chat template, as a server renders it. The tokens of
+# a reply are learned, with the token that ends its turn; all that comes before is only read. So a
+# conversation with three user turns is
+#   as "messages"                three examples: each of the three replies is learned once, after
+#                                all that was said before it;
+#   as "prompt" and "completion" one example: the last reply is learned, and the two replies in the
+#                                prompt are only read.
+# An example that is longer than MAX_SEQ_LEN is left out and named; it is never cut. If more than a
+# tenth of a file is too long, the run is refused.
 
 
 # How conversations are rendered here, in the chat, and by the server's command that is printed.
@@ -619,42 +591,50 @@ def encode(
 ) -> tuple[list[Example], list[Example]]:
     """Return the examples that fit, with their tokens; exit if any line of either file is bad.
 
+    The problems that were found while reading were shown already, so they are only counted.
+    """
+    train, more_problems = encode_file(train, job)
+    held_out, held_out_problems = encode_file(held_out, job)
+    more_problems += held_out_problems
+    count = len(problems) + len(more_problems)
+    if count:
+        noun = "problems" if count > 1 else "problem"
+        shown = join_limited(more_problems)
+        raise SystemExit(f"{shown}\nThe data has {count:,} {noun}, so nothing was trained.".strip())
+    return train, held_out
+
+
+def encode_file(examples: list[Example], job: Job) -> tuple[list[Example], list[str]]:
+    """Return one file's examples that fit, with their tokens, and what is wrong with the others.
+
     Too long examples are left out by name. Truncating them instead would drop the end-of-turn
     token, and teach the model not to stop.
     """
     limit = job.settings.MAX_SEQ_LEN
-    kept: list[list[Example]] = []
-    more_problems: list[str] = []
-    for examples in (train, held_out):
-        fitting: list[Example] = []
-        too_long: list[str] = []
-        for example in examples:
-            try:
-                example.prompt_ids, example.reply_ids = render(example.messages, job.tokenizer)
-            except ValueError as error:
-                more_problems.append(f"{example.where}: {error}")
-                continue
-            if len(example.input_ids) <= limit:
-                fitting.append(example)
-            else:
-                too_long.append(f"{example.where}: {len(example.input_ids):,} tokens")
-        if len(too_long) > len(examples) / 10:
-            more_problems.append(
-                f"{len(too_long):,} of {len(examples):,} examples are longer than MAX_SEQ_LEN "
-                f"{limit:,}, more than a tenth of the file, so training would miss too much. Raise "
-                f"MAX_SEQ_LEN, or shorten these:\n{join_limited(too_long)}"
-            )
-        elif too_long:
-            advice = f"longer than MAX_SEQ_LEN {limit:,} and left out; raise it to train on them"
-            report("left out", f"{len(too_long):,} of {len(examples):,} examples are {advice}")
-            report("", join_limited(too_long), join_limited(too_long, len(too_long)))
-        kept.append(fitting)
-    count = len(problems) + len(more_problems)  # the former were shown already
-    if count:
-        noun = "problems" if count > 1 else "problem"
-        more_problems.append(f"The data has {count:,} {noun}, so nothing was trained.")
-        raise SystemExit("\n".join([join_limited(more_problems[:-1]), more_problems[-1]]).strip())
-    return kept[0], kept[1]
+    fitting: list[Example] = []
+    too_long: list[str] = []
+    problems: list[str] = []
+    for example in examples:
+        try:
+            example.prompt_ids, example.reply_ids = render(example.messages, job.tokenizer)
+        except ValueError as error:
+            problems.append(f"{example.where}: {error}")
+            continue
+        if len(example.input_ids) <= limit:
+            fitting.append(example)
+        else:
+            too_long.append(f"{example.where}: {len(example.input_ids):,} tokens")
+    if len(too_long) > len(examples) / 10:
+        problems.append(
+            f"{len(too_long):,} of {len(examples):,} examples are longer than MAX_SEQ_LEN "
+            f"{limit:,}, more than a tenth of the file, so training would miss too much. Raise "
+            f"MAX_SEQ_LEN, or shorten these:\n{join_limited(too_long)}"
+        )
+    elif too_long:
+        advice = f"longer than MAX_SEQ_LEN {limit:,} and left out; raise it to train on them"
+        report("left out", f"{len(too_long):,} of {len(examples):,} examples are {advice}")
+        report("", join_limited(too_long), join_limited(too_long, len(too_long)))
+    return fitting, problems
 
 
 def render(
@@ -747,6 +727,16 @@ def to_dataset(examples: list[Example]) -> datasets.Dataset:
 
 
 # ==== PLAN: which matrices are trained, and in how many steps
+#
+# Before any weights are loaded, PEFT puts LoRA into a skeleton of the model, and what it would
+# train is read off there.
+#
+# A misspelt target, such as q_projj, ends the run here, also with --dry_run. The message names it
+# and the names that exist. PEFT alone would ignore it as long as another target exists. Only
+# "all-linear" and regular expressions are left to PEFT's own check.
+#
+# An epoch has ceil(examples / (BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS)) steps. With the settings
+# as shipped and 1,000 examples these are 250, so three epochs have 750.
 
 
 @dataclass
@@ -786,7 +776,7 @@ def make_plan(job: Job) -> Plan:
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     total = sum(weight.numel() for weight in model.parameters())
     trainable = sum(weight.numel() for weight in trained.values())
-    steps_per_epoch = math.ceil(len(job.train) / step_size(settings))
+    steps_per_epoch = math.ceil(len(job.train) / examples_per_step(settings))
     steps = steps_per_epoch * settings.NUM_EPOCHS
     if settings.MAX_STEPS:
         steps = min(steps, settings.MAX_STEPS)
@@ -809,7 +799,7 @@ def make_plan(job: Job) -> Plan:
     return plan
 
 
-def step_size(settings: argparse.Namespace) -> int:
+def examples_per_step(settings: argparse.Namespace) -> int:
     """Return the number of examples in one optimizer step."""
     return settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS
 
@@ -909,55 +899,60 @@ def why_vllm_refuses(config: peft.LoraConfig) -> str:
 
 def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.Module) -> None:
     """Print the table of what LoRA is added to, the trainable share, and the steps."""
-    settings = job.settings
-    depth = job.config.get_text_config().num_hidden_layers
-    groups: dict[tuple, list[str]] = {}
-    for path, module in lora_layers(model).items():
-        shapes = [f"{rows:,}x{columns:,}" for rows, columns in lora_shapes(module)]
-        parent = path.rpartition(".")[0].rpartition(".")[2]
-        groups.setdefault((path.rpartition(".")[2], parent, *shapes), []).append(path)
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     lines = [
         f"LoRA with r = {config.r}, alpha = {config.lora_alpha} (the update is scaled by "
         f"{scaling:g}), dropout {config.lora_dropout:g}"
     ]
-    columns = "{:<12}{:<18}{:>13}{:>10}{:>10}{:>13}".format
-    lines.append(columns("target", "in layers", "W (frozen)", "A", "B", "parameters"))
-    order = in_order_of_settings(sorted({key[0] for key in groups}), settings)
-    for key in sorted(groups, key=lambda key: (order.index(key[0]), key)):
-        target, parent, *shapes = key
-        paths = tuple(f"{path}." for path in groups[key])
-        count = sum(
-            math.prod(shape)
-            for name, shape in plan.trainable_shapes.items()
-            if name.startswith(paths)
-        )
-        where = f"{len(paths)}/{depth} {parent}"
-        lines.append(columns(target, where, *shapes, f"{count:,}"))
-    covered = tuple(f"{path}." for path in lora_layers(model))
-    for name, shape in plan.trainable_shapes.items():
-        if not name.startswith(covered):
-            lines.append(f"{one_line(name, 60):<63}{math.prod(shape):>13,}")
+    lines += table_of_targets(job, plan, model)
     lines.append(
         f"trainable params: {plan.trainable:,} || all params: {plan.total:,} || "
         f"trainable%: {100 * plan.trainable / plan.total:.4f}"
     )
-    kinds = job.config.get_text_config().to_dict().get("layer_types") or []
-    deltanet = kinds.count("linear_attention")
+    text_config = job.config.get_text_config()
+    layer_types = text_config.to_dict().get("layer_types") or []
+    deltanet = layer_types.count("linear_attention")
     if deltanet:
         lines.append(
-            f"{deltanet} of {depth} layers are Gated DeltaNet, which has no q_proj, k_proj, v_proj "
-            "and o_proj"
+            f"{deltanet} of {text_config.num_hidden_layers} layers are Gated DeltaNet, which has "
+            "no q_proj, k_proj, v_proj and o_proj"
         )
-    every = f"{plan.steps:,} steps of {step_size(settings)} examples"
+    settings = job.settings
     formula = (
         f"ceil({len(job.train):,} / ({settings.BATCH_SIZE} x "
         f"{settings.GRADIENT_ACCUMULATION_STEPS})) x {settings.NUM_EPOCHS}"
     )
     if settings.MAX_STEPS:
         formula = f"at most MAX_STEPS of {formula}"
-    lines.append(f"{every}: {formula}")
+    lines.append(f"{plan.steps:,} steps of {examples_per_step(settings)} examples: {formula}")
     report("plan", "\n".join(lines))
+
+
+def table_of_targets(job: Job, plan: Plan, model: torch.nn.Module) -> list[str]:
+    """Return a line for each target: where it is, its W, A and B, and how much of it is trained."""
+    depth = job.config.get_text_config().num_hidden_layers
+    paths_of: dict[tuple, list[str]] = {}  # by target, parent module, and shapes
+    for path, module in lora_layers(model).items():
+        parent, _, target = path.rpartition(".")
+        shapes = [f"{rows:,}x{columns:,}" for rows, columns in lora_shapes(module)]
+        paths_of.setdefault((target, parent.rpartition(".")[2], *shapes), []).append(path)
+    columns = "{:<12}{:<18}{:>13}{:>10}{:>10}{:>13}".format
+    lines = [columns("target", "in layers", "W (frozen)", "A", "B", "parameters")]
+    order = in_order_of_settings(sorted({key[0] for key in paths_of}), job.settings)
+    for key in sorted(paths_of, key=lambda key: (order.index(key[0]), key)):
+        target, parent, *shapes = key
+        paths = tuple(f"{path}." for path in paths_of[key])
+        count = sum(
+            math.prod(shape)
+            for name, shape in plan.trainable_shapes.items()
+            if name.startswith(paths)
+        )
+        lines.append(columns(target, f"{len(paths)}/{depth} {parent}", *shapes, f"{count:,}"))
+    covered = tuple(f"{path}." for path in lora_layers(model))
+    for name, shape in plan.trainable_shapes.items():
+        if not name.startswith(covered):  # LoraConfig asks for more than LoRA
+            lines.append(f"{one_line(name, 60):<63}{math.prod(shape):>13,}")
+    return lines
 
 
 def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
@@ -968,54 +963,124 @@ def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
 
 # ==== TRAINING: the order of the examples, what is printed, saving and stopping
 #
-# Ctrl-C, SIGTERM and SIGHUP: within a step, the step is finished and saved, and the same command
-# resumes there; before the first step there is nothing to resume; once final_lora is published,
-# it stays whole. A second signal stops at once. The handler is catch_signals() in COMMAND LINE.
+# Trainer gives training_step() the examples of one step, which have similar lengths. Their loss is
+# the sum of -log(probability) over the learned tokens, divided by the number of these; AdamW then
+# changes A and B. A loss or a gradient that is not a finite number ends the run. OurTrainerMethods
+# says how the trainer differs from TRL's, and OurTrainingEvents what is printed and saved between
+# the steps.
+#
+# What Ctrl-C, SIGTERM and SIGHUP do depends on the moment (catch_signals() in COMMAND LINE):
+# - While the data is read, the weights are loaded or the base model is evaluated, the run stops at
+#   once. There is nothing new to save, and the same command does the same again.
+# - Within a step, and while an epoch is evaluated or a checkpoint is written, that step is finished
+#   and saved before the run stops. The same command resumes there. A second signal stops at once,
+#   and then the same command resumes from the checkpoint before.
+# - While the adapter is proved, the run stops at once, and the same command proves it again. While
+#   it is moved into its place, which takes a moment, a signal waits.
+# - While the evidence is measured, the run stops at once. final_lora is whole and in place, and
+#   only the evidence, the samples or the picture are missing. The same command would train anew.
 
 
-class LikeLengthsSampler:
-    """A sampler: a step's examples have similar lengths, and the steps come in random order.
+def train(trainer: trl.SFTTrainer, job: Job) -> None:
+    """Train to the end; a signal raises Stopped after the step's checkpoint."""
 
-    Similar lengths need little padding. The order depends on the seed and the epoch alone, so a
-    resumed run sees the examples that it would have seen.
+    class QuietBar(transformers.trainer_callback.ProgressCallback):
+        """transformers' progress bar without its dictionaries of losses."""
+
+        def on_log(self, *_: Any, **__: Any) -> None:
+            """Do nothing, since OurTrainingEvents prints the losses."""
+
+    if job.checkpoint and step_of(job.checkpoint) >= job.plan.steps:
+        # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
+        load_adapter(trainer.model, job.checkpoint)
+        state = json.loads((job.checkpoint / "trainer_state.json").read_bytes())
+        job.history = state["log_history"]
+        return
+    if trainer.pop_callback(transformers.trainer_callback.ProgressCallback):
+        trainer.add_callback(QuietBar())
+    if job.held_out and not job.checkpoint:
+        report("train", "the held-out loss of the base model is measured first")
+    trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
+    accelerate.PartialState().wait_for_everyone()
+    job.saves_before_stopping = False
+
+
+class OurTrainerMethods:
+    """The methods in which our trainer differs from trl.SFTTrainer, each with its reason.
+
+    They are merged with SFTTrainer in build_trainer(), since TRL is imported only there.
     """
 
-    def __init__(self, job: Job) -> None:
-        """Remember the lengths; the epoch is set before each pass."""
-        self.lengths = [len(example.input_ids) for example in job.train]
-        self.group = step_size(job.settings)
-        self.seed = job.settings.SEED
-        self.epoch = 0
+    job: Job  # build_trainer() sets it, and the sampler
+    sampler: LikeLengthsSampler
 
-    def __len__(self) -> int:
-        """Return the number of examples in an epoch."""
-        return len(self.lengths)
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Send a whole step through the model, in as few parts as fit in memory.
 
-    def __iter__(self) -> Iterator[int]:
-        """Yield the examples' numbers, one step's worth at a time."""
-        shuffler = random.Random(f"{self.seed} {self.epoch}")
-        order = list(range(len(self.lengths)))
-        shuffler.shuffle(order)
-        whole = len(order) - len(order) % self.group
-        order, rest = order[:whole], order[whole:]  # the incomplete step must come last
-        # Sorting within blocks, not over all, gives each epoch other groups.
-        block = 50 * self.group
-        groups: list[list[int]] = []
-        for start in range(0, whole, block):
-            part = sorted(order[start : start + block], key=lambda number: self.lengths[number])
-            groups += [part[n : n + self.group] for n in range(0, len(part), self.group)]
-        shuffler.shuffle(groups)
-        for group in groups:
-            yield from group
-        yield from rest
+        The loss is a sum over tokens, so the gradient does not depend on the parts.
+        """
+        model.train()
+        parts = split_step(self._prepare_inputs(inputs), self.job.memory)
+        total = torch.zeros((), device=self.args.device)
+        for number, (part, is_recomputed) in enumerate(parts, 1):
+            set_recomputation(self.model, is_recomputed)
+            is_last = number == len(parts)
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the sum of a part's -log(probability) / the number of the step's learned tokens.
+
+        TRL's loss has the same value. This one needs no Triton, which has dropped the V100, and
+        multiplies by the model's own head, which may be a float16 one. DDP takes the mean over the
+        processes, so the loss is multiplied by their number.
+        """
+        loss = reply_losses(model, inputs).sum() / num_items_in_batch
+        return loss * self.accelerator.num_processes
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
+        metrics = {"eval_loss": held_out_loss(self.model, self.job, self.state.global_step)}
+        self.log(metrics)
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(
+        self, train_dataset: datasets.Dataset | None = None
+    ) -> LikeLengthsSampler:
+        """Return our order; Trainer's group_by_length has no seed, so it could not be resumed."""
+        return self.sampler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the adapter alone; Trainer would add a pickle, and PEFT would contact the hub."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Do nothing: TRL's card does not describe the run, and publish() writes one that does."""
 
 
 def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return -log(probability) of each learned token, in nats; 0 where none is learned.
 
-    The result has a row for each example and a column for each position whose next token is learned
-    in any row. Logits are made at these alone; with 248,320 tokens in the vocabulary they
-    are the largest tensor.
+    The result has a row for each example, and a column for each position whose next token is
+    learned in any row. Only there are logits made: with 248,320 tokens in the vocabulary they are
+    the largest tensor of all.
     """
     labels = inputs["labels"][:, 1:]  # the logits at a position predict the next token
     positions = (labels != -100).any(0).nonzero()[:, 0]
@@ -1032,84 +1097,195 @@ def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
     return losses.view(wanted.shape)
 
 
-def training_callback(
-    job: Job, sampler: LikeLengthsSampler, accelerator: accelerate.Accelerator
-) -> transformers.TrainerCallback:
-    """Return the callback that prints, checks, saves and stops."""
+def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
+    """Return the held-out loss, in nats per learned token; at step 0 that of the base model.
 
-    class Training(transformers.TrainerCallback):
-        """What happens at a step's edges; Trainer calls it by these names."""
+    Several processes share the examples.
+    """
+    process = accelerate.PartialState()
+    share = job.held_out[process.process_index :: process.num_processes]
+    # B A is 0 at first, but not with every init_lora_weights.
+    with model.disable_adapter() if step == 0 else nullcontext():
+        losses = example_losses(model, job, share, "held-out loss")
+    losses = accelerate.utils.gather_object(losses)
+    return sum(losses) / sum(len(example.reply_ids) for example in job.held_out)
 
-        def __init__(self) -> None:
-            """Begin without losses to print."""
-            self.losses: list[float] = []  # since the last printed line
-            self.step_began = 0.0
-            self.tokens_before = 0
-            self.steps_done = 0  # in this process
 
-        def on_epoch_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-            """Give each epoch its own order, also when it is resumed in the middle."""
-            sampler.epoch = state.global_step // job.plan.steps_per_epoch
+def example_losses(
+    model: torch.nn.Module, job: Job, examples: list[Example], title: str
+) -> list[float]:
+    """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
 
-        def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-            """From now on a signal lets the step finish."""
-            job.is_in_step = True
-            self.step_began = time.monotonic()
-            self.tokens_before = state.num_input_tokens_seen
+    The model is in evaluation mode meanwhile, so LoRA's dropout is off, and no gradient is kept.
+    On a terminal a progress bar named title is shown.
+    """
+    from tqdm import tqdm
 
-        def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, float], **___: Any) -> None:
-            """Print the mean loss since the last line, and stop at a loss that is no number."""
-            job.history = state.log_history
-            step = state.global_step
-            stop_if_not_finite(logs, step)
-            if "eval_loss" in logs:
-                note = "  (the base model, before training)" if step == 0 else ""
-                report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}{note}")
-            if "loss" not in logs:
-                return
-            job.train_seconds += time.monotonic() - self.step_began
-            job.train_tokens += state.num_input_tokens_seen - self.tokens_before
-            self.steps_done += 1
-            self.losses.append(logs["loss"])
-            if step % job.settings.LOGGING_STEPS == 0 or step == state.max_steps:
-                left = job.train_seconds / self.steps_done * (state.max_steps - step)
-                report(
-                    "train",
-                    f"step {step:,}/{state.max_steps:,}  loss {statistics.fmean(self.losses):.4f}  "
-                    f"gradient {logs['grad_norm']:.2f}  rate {logs['learning_rate']:.1e}  "
-                    f"{job.train_tokens / job.train_seconds:,.0f} tokens/s  {time_left(left)}",
-                )
-                self.losses = []
+    limit = max(job.memory.tokens_at_once, job.memory.tokens_at_once_recomputed)
+    order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
+    losses = [0.0] * len(examples)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), tqdm(total=len(order), desc=title, leave=False, disable=None) as bar:
+        while order:
+            width = len(examples[order[-1]].input_ids)
+            batch = order[-max(1, limit // width) :]  # the longest that are left
+            inputs = pad([examples[number] for number in batch], model.device)
+            sums = reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
+            for number, loss in zip(batch, sums, strict=True):
+                losses[number] = loss
+            order = order[: -len(batch)]
+            bar.update(len(batch))
+    model.train(was_training)
+    return losses
 
-        def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
-            """Save every SAVE_STEPS steps, or now if any process was sent a signal."""
-            if job.stop_signal:
-                accelerator.set_trigger()
-            if accelerator.check_trigger() and not job.stop_signal:  # another process got one
-                job.stop_signal = signal.SIGTERM
-            is_due = state.global_step % job.settings.SAVE_STEPS == 0 or job.stop_signal > 0
-            # The last step of an epoch is saved after its evaluation.
-            control.should_save = is_due and not ends_an_epoch(state.global_step, job.plan)
 
-        def on_save(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-            """Mark the checkpoint as complete, remove older ones, and stop after a signal."""
-            step = state.global_step
-            newest = job.output / "checkpoints" / f"checkpoint-{step}"
-            accelerate.PartialState().wait_for_everyone()  # each process writes its random state
-            if is_main_process():
-                write_json(newest / "complete.json", file_hashes(newest))
-                remove_old_checkpoints(newest.parent, job.plan, whole=2)
-            if job.settings.DEVICE == "cuda":
-                job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
-            job.is_in_step = step < job.plan.steps
-            if job.stop_signal:
-                raise Stopped(
-                    job.stop_signal,
-                    f"Stopped after step {step:,} of {job.plan.steps:,}. The same command resumes "
-                    f"from {newest}.",
-                )
+def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return input_ids, labels and attention_mask of examples, padded on the right."""
+    width = max(len(example.input_ids) for example in examples)
+    ids, labels, mask = [], [], []
+    for example in examples:
+        padding = width - len(example.input_ids)
+        ids.append(example.input_ids + [0] * padding)
+        labels.append([-100] * len(example.prompt_ids) + example.reply_ids + [-100] * padding)
+        mask.append([1] * len(example.input_ids) + [0] * padding)
+    columns = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {key: torch.tensor(value, device=device) for key, value in columns.items()}
 
-    return Training()
+
+class LikeLengthsSampler:
+    """Gives each step examples of similar lengths, and the steps a random order.
+
+    Similar lengths need little padding. The order depends on the seed and the epoch alone, so a
+    resumed run sees the examples that it would have seen.
+    """
+
+    def __init__(self, job: Job) -> None:
+        """Remember the lengths; the epoch is set before each pass."""
+        self.lengths = [len(example.input_ids) for example in job.train]
+        self.examples_per_step = examples_per_step(job.settings)
+        self.seed = job.settings.SEED
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of examples in an epoch."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the examples' numbers, one step after the other."""
+        size = self.examples_per_step
+        shuffler = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        shuffler.shuffle(order)
+        whole = len(order) - len(order) % size
+        order, rest = order[:whole], order[whole:]  # the incomplete step must come last
+        # Sorting within blocks of 50 steps, not over all, gives each epoch other steps.
+        block = 50 * size
+        steps: list[list[int]] = []
+        for start in range(0, whole, block):
+            by_length = sorted(order[start : start + block], key=lambda n: self.lengths[n])
+            steps += [by_length[n : n + size] for n in range(0, len(by_length), size)]
+        shuffler.shuffle(steps)
+        for step in steps:
+            yield from step
+        yield from rest
+
+
+def training_callback(trainer: trl.SFTTrainer) -> transformers.TrainerCallback:
+    """Return what Trainer calls at the edges of each step."""
+
+    class TrainingCallback(OurTrainingEvents, transformers.TrainerCallback):
+        """Does nothing at the events that OurTrainingEvents does not name."""
+
+    return TrainingCallback(trainer)
+
+
+class OurTrainingEvents:
+    """What is printed, checked, saved and stopped at the edges of steps.
+
+    Trainer calls these methods by their names, with its arguments, its state (which step it is)
+    and its control (whether to save now).
+    """
+
+    def __init__(self, trainer: trl.SFTTrainer) -> None:
+        """Begin without losses to print."""
+        self.job, self.sampler = trainer.job, trainer.sampler
+        self.accelerator = trainer.accelerator
+        self.losses: list[float] = []  # since the last printed line
+        self.step_began = 0.0
+        self.tokens_before = 0
+        self.steps_done = 0  # in this process
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Give each epoch its own order, also when it is resumed in the middle."""
+        self.sampler.epoch = state.global_step // self.job.plan.steps_per_epoch
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """From now on, let a signal wait until the step is finished and saved."""
+        self.job.saves_before_stopping = True
+        self.step_began = time.monotonic()
+        self.tokens_before = state.num_input_tokens_seen
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Stop at a loss that is not a number; print the held-out losses and the training's."""
+        self.job.history = state.log_history
+        step = state.global_step
+        stop_if_not_finite(logs, step)
+        if "eval_loss" in logs:
+            note = "  (the base model, before training)" if step == 0 else ""
+            report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}{note}")
+        if "loss" in logs:
+            self.count_step(state, logs)
+            if step % self.job.settings.LOGGING_STEPS == 0 or step == state.max_steps:
+                self.print_losses(state, logs)
+
+    def count_step(self, state: Any, logs: dict[str, float]) -> None:
+        """Add up the time, the tokens and the loss of the step that has just ended."""
+        self.job.train_seconds += time.monotonic() - self.step_began
+        self.job.train_tokens += state.num_input_tokens_seen - self.tokens_before
+        self.steps_done += 1
+        self.losses.append(logs["loss"])
+
+    def print_losses(self, state: Any, logs: dict[str, float]) -> None:
+        """Print the mean loss since the last line, the speed, and the time that is left."""
+        job, step = self.job, state.global_step
+        left = job.train_seconds / self.steps_done * (state.max_steps - step)
+        report(
+            "train",
+            f"step {step:,}/{state.max_steps:,}  loss {statistics.fmean(self.losses):.4f}  "
+            f"gradient {logs['grad_norm']:.2f}  rate {logs['learning_rate']:.1e}  "
+            f"{job.train_tokens / job.train_seconds:,.0f} tokens/s  {time_left(left)}",
+        )
+        self.losses = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save every SAVE_STEPS steps, or now if any process was sent a signal."""
+        job = self.job
+        if job.stop_signal:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger() and not job.stop_signal:  # another process got one
+            job.stop_signal = signal.SIGTERM
+        is_due = state.global_step % job.settings.SAVE_STEPS == 0 or job.stop_signal > 0
+        # The last step of an epoch is saved after its evaluation.
+        control.should_save = is_due and not ends_an_epoch(state.global_step, job.plan)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint as complete, remove older ones, and stop after a signal."""
+        job, step = self.job, state.global_step
+        newest = job.output / "checkpoints" / f"checkpoint-{step}"
+        accelerate.PartialState().wait_for_everyone()  # each process writes its random state
+        if is_main_process():
+            write_json(newest / "complete.json", file_hashes(newest))
+            remove_old_checkpoints(newest.parent, job.plan, whole=2)
+        if job.settings.DEVICE == "cuda":
+            job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+        job.saves_before_stopping = step < job.plan.steps  # nothing is left to save at the end
+        if job.stop_signal:
+            raise Stopped(
+                job.stop_signal,
+                f"Stopped after step {step:,} of {job.plan.steps:,}. The same command resumes "
+                f"from {newest}.",
+            )
 
 
 def stop_if_not_finite(logs: dict[str, float], step: int) -> None:
@@ -1142,223 +1318,179 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
     return step % plan.steps_per_epoch == 0 or step == plan.steps
 
 
-def train(trainer: trl.SFTTrainer, job: Job) -> None:
-    """Train to the end; a signal raises Stopped after the step's checkpoint."""
-
-    class QuietBar(transformers.trainer_callback.ProgressCallback):
-        """transformers' progress bar without its dictionaries of losses."""
-
-        def on_log(self, *_: Any, **__: Any) -> None:
-            """Do nothing; the training callback prints."""
-
-    if job.checkpoint and step_of(job.checkpoint) >= job.plan.steps:
-        # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
-        load_adapter(trainer.model, job.checkpoint)
-        state = json.loads((job.checkpoint / "trainer_state.json").read_bytes())
-        job.history = state["log_history"]
-        return
-    if trainer.pop_callback(transformers.trainer_callback.ProgressCallback):
-        trainer.add_callback(QuietBar())
-    if job.held_out and not job.checkpoint:
-        report("train", "the held-out loss of the base model is measured first")
-    trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
-    accelerate.PartialState().wait_for_everyone()
-    job.is_in_step = False
-
-
 # ==== MEMORY: in how many parts a step goes through the model
+#
+# A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
+# is in how many parts they go through the model. The gradient is the same, since the loss is a sum
+# over tokens. Before training, find_what_fits() tries how many tokens fit at once:
+# - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
+# - An example that does not fit even alone is recomputed: its activations are not kept for the
+#   backward pass but computed again, which takes little memory and 45 % more work. Such examples,
+#   too, go through together as long as they fit, and one by one if they do not.
+# - Only if the longest example does not fit even so does the run end, before it trains. The advice
+#   is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to end what else runs on this one.
+# - If another program takes the memory later, the run ends, and the same command resumes.
+# On a CPU nothing is tried, and every step goes through whole.
 
 
 @dataclass
 class MemoryLimits:
-    """How many tokens, padding included, may go through the model at once."""
+    """How many tokens, padding included, may go through the model at once while training."""
 
-    kept: int  # while training, with the activations kept for the backward pass
-    recomputed: int  # while training, with the activations computed again: 45 % more work
+    tokens_at_once: int  # with their activations kept for the backward pass
+    tokens_at_once_recomputed: int  # with their activations computed again: 45 % more work
 
-
-def step_tokens(job: Job) -> tuple[int, int]:
-    """Return the width of the longest example, and the tokens of a step that is that wide."""
-    widest = max(len(example.input_ids) for example in job.train + job.held_out)
-    processes = accelerate.PartialState().num_processes
-    return widest, widest * max(1, step_size(job.settings) // processes)
+    def as_recorded(self) -> dict[str, int]:
+        """Return the limits under their names in run.json."""
+        return {"kept": self.tokens_at_once, "recomputed": self.tokens_at_once_recomputed}
 
 
 def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
-    """Find by trying how many tokens fit in the GPU's memory at once; on a CPU, a whole step.
-
-    The trial is as hard as can be: rows as long as the longest example, every token learned.
-    """
+    """Find by trying how many tokens fit in the GPU's memory at once; on a CPU, a whole step."""
     model = trainer.model
-    widest, most = step_tokens(job)
+    longest, whole_step = most_tokens(job)
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # recomputation does not need the embeddings' gradient
     if job.settings.DEVICE == "cpu":
-        job.memory = MemoryLimits(most, most)
+        job.memory = MemoryLimits(whole_step, whole_step)
         return
     report("memory", "trying how many examples fit on the GPU at once")
-
-    def fits(tokens: int, is_recomputed: bool) -> bool:
-        """Return whether a forward and backward pass over so many tokens finds its memory."""
-        rows = math.ceil(tokens / widest)
-        ids = torch.ones(
-            rows, math.ceil(tokens / rows), dtype=torch.long, device=trainer.args.device
-        )
-        inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        set_recomputation(model, is_recomputed)
-        model.train()
-        try:
-            trainer.compute_loss(model, inputs, num_items_in_batch=tokens).backward()
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            model.zero_grad()
-            torch.cuda.empty_cache()
-        return True
-
     free, total = torch.cuda.mem_get_info()
-    share = (free + torch.cuda.memory_reserved()) / total
+    share = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
     # A tenth is left for the optimizer's states and for fragmentation.
     torch.cuda.set_per_process_memory_fraction(0.9 * share)
-    kept = most_that_fits(lambda tokens: fits(tokens, is_recomputed=False), most)
-    recomputed = kept
-    if kept < widest:  # only longer examples are recomputed
-        recomputed = most_that_fits(lambda tokens: fits(tokens, is_recomputed=True), most)
-        if recomputed < widest and fits(widest, is_recomputed=True):
-            recomputed = widest  # between two steps of 16
-    if max(kept, recomputed) < widest:
+    limits = try_what_fits(trainer, longest, whole_step)
+    most = max(limits.tokens_at_once, limits.tokens_at_once_recomputed)
+    if most < longest:
         raise SystemExit(
-            f"A single example of {widest:,} tokens does not fit in the "
-            f"{share * total / 2**30:.1f} GiB of GPU memory that are free; about {recomputed:,} "
+            f"A single example of {longest:,} tokens does not fit in the "
+            f"{share * total / 2**30:.1f} GiB of GPU memory that are free; about {most:,} "
             "tokens would. Lower MAX_SEQ_LEN, use a GPU with more memory, or end what else runs "
             "on this one."
         )
-    job.memory = MemoryLimits(kept, recomputed)
+    job.memory = limits
     # CUDA's libraries allocate outside of torch's view, so a little must stay free.
     torch.cuda.set_per_process_memory_fraction(0.97 * share)
     torch.cuda.reset_peak_memory_stats()
     transformers.set_seed(job.settings.SEED)  # the trials drew random numbers
-    if kept >= most:
-        text = f"a whole step of {step_size(job.settings)} examples fits at once"
-    elif kept >= widest:
-        text = f"up to {kept:,} tokens fit at once; larger steps go through in parts"
+    if limits.tokens_at_once >= whole_step:
+        text = f"a whole step of {examples_per_step(job.settings)} examples fits at once"
     else:
         text = (
-            f"up to {kept:,} tokens fit at once; larger steps go through in parts, and longer "
-            "examples\nare computed twice to save memory"
+            f"up to {limits.tokens_at_once:,} tokens fit at once; larger steps go through in parts"
         )
+        if limits.tokens_at_once < longest:
+            text += ", and longer examples\nare computed twice to save memory"
     report("memory", text)
 
 
-def most_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """Return the largest number of tokens that fits, in steps of 16, by bisection; 0 if none."""
+def most_tokens(job: Job) -> tuple[int, int]:
+    """Return the tokens of the longest example, and those of a step of nothing but such ones."""
+    longest = max(len(example.input_ids) for example in job.train + job.held_out)
+    processes = accelerate.PartialState().num_processes
+    return longest, longest * max(1, examples_per_step(job.settings) // processes)
+
+
+def try_what_fits(trainer: trl.SFTTrainer, longest: int, whole_step: int) -> MemoryLimits:
+    """Return how many tokens fit; recomputation is tried only if a single example needs it."""
+    kept = largest_that_fits(lambda n: pass_fits(trainer, n, longest, False), whole_step)
+    if kept >= longest:
+        return MemoryLimits(kept, kept)
+    recomputed = largest_that_fits(lambda n: pass_fits(trainer, n, longest, True), whole_step)
+    if recomputed < longest and pass_fits(trainer, longest, longest, True):
+        recomputed = longest  # it lies between two multiples of 16
+    return MemoryLimits(kept, recomputed)
+
+
+def pass_fits(trainer: trl.SFTTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
+    """Return whether a forward and a backward pass over so many tokens find their memory.
+
+    The trial is as hard as can be: rows as long as the longest example, and every token learned.
+    """
+    rows = math.ceil(tokens / longest)
+    width = math.ceil(tokens / rows)
+    ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
+    inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    set_recomputation(trainer.model, is_recomputed)
+    trainer.model.train()
+    try:
+        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=tokens).backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        trainer.model.zero_grad()
+        torch.cuda.empty_cache()
+    return True
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
+    """Return most if it fits, otherwise the largest multiple of 16 that does; 0 if none does."""
     if fits(most):
         return most
     sizes = range(16, most, 16)
-    return 16 * bisect.bisect_left(sizes, True, key=lambda tokens: not fits(tokens))
-
-
-def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
-    """Tell the layers whether to keep their activations or to compute them again."""
-    kind = transformers.modeling_layers.GradientCheckpointingLayer
-    for module in model.modules():
-        if isinstance(module, kind):
-            module.gradient_checkpointing = is_recomputed
+    return 16 * bisect.bisect_left(sizes, True, key=lambda size: not fits(size))
 
 
 def split_step(
     inputs: dict[str, torch.Tensor], limits: MemoryLimits
 ) -> list[tuple[dict[str, torch.Tensor], bool]]:
-    """Divide a padded step into parts that fit; each is told whether it must be recomputed.
+    """Divide a padded step into parts that fit; beside each stands whether it is recomputed.
+
+    A step that fits stays whole. Otherwise the examples that are too long to keep their
+    activations go first, and are recomputed. Then come the others. Each part is as wide as its
+    longest example, so it has less padding than the step.
 
     Args:
         inputs: input_ids, attention_mask and labels, each rows x width, padded on the right.
         limits: how many tokens a part may have, its own padding included.
     """
     lengths = inputs["attention_mask"].sum(1).tolist()
-    if len(lengths) * max(lengths) <= limits.kept:
+    if len(lengths) * max(lengths) <= limits.tokens_at_once:
         return [(inputs, False)]
-    left = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # the longest first
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     parts = []
-    while left:
-        width = lengths[left[0]]
-        is_recomputed = width > limits.kept
-        limit = limits.recomputed if is_recomputed else limits.kept
-        alike = [row for row in left if (lengths[row] > limits.kept) == is_recomputed]
-        rows = alike[: max(1, limit // width)]
-        parts.append(({key: value[rows, :width] for key, value in inputs.items()}, is_recomputed))
-        left = [row for row in left if row not in rows]
+    for is_recomputed in (True, False):
+        limit = limits.tokens_at_once_recomputed if is_recomputed else limits.tokens_at_once
+        left = [
+            row for row in longest_first if (lengths[row] > limits.tokens_at_once) == is_recomputed
+        ]
+        while left:
+            width = lengths[left[0]]
+            count = max(1, limit // width)
+            rows, left = left[:count], left[count:]
+            part = {key: value[rows, :width] for key, value in inputs.items()}
+            parts.append((part, is_recomputed))
     return parts
 
 
-def example_losses(
-    model: torch.nn.Module, job: Job, examples: list[Example], title: str
-) -> list[float]:
-    """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
-
-    The model is in evaluation mode meanwhile, so LoRA's dropout is off, and no gradient is kept.
-    On a terminal a progress bar named title is shown.
-    """
-    from tqdm import tqdm
-
-    limit = max(job.memory.kept, job.memory.recomputed)
-    order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
-    losses = [0.0] * len(examples)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), tqdm(total=len(order), desc=title, leave=False, disable=None) as bar:
-        while order:
-            width = len(examples[order[-1]].input_ids)
-            batch = order[-max(1, limit // width) :]  # the longest that are left
-            inputs = pad([examples[number] for number in batch], model.device)
-            sums = reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
-            for number, loss in zip(batch, sums, strict=True):
-                losses[number] = loss
-            order = order[: -len(batch)]
-            bar.update(len(batch))
-    model.train(was_training)
-    return losses
-
-
-def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
-    """Return the held-out loss, in nats per learned token; at step 0 that of the base model.
-
-    Several processes share the examples.
-    """
-    process = accelerate.PartialState()
-    share = job.held_out[process.process_index :: process.num_processes]
-    # B A is 0 at first, but not with every init_lora_weights.
-    with model.disable_adapter() if step == 0 else nullcontext():
-        losses = example_losses(model, job, share, "held-out loss")
-    losses = accelerate.utils.gather_object(losses)
-    return sum(losses) / sum(len(example.reply_ids) for example in job.held_out)
-
-
-def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return input_ids, labels and attention_mask of examples, padded on the right."""
-    width = max(len(example.input_ids) for example in examples)
-    ids, labels, mask = [], [], []
-    for example in examples:
-        padding = width - len(example.input_ids)
-        ids.append(example.input_ids + [0] * padding)
-        labels.append([-100] * len(example.prompt_ids) + example.reply_ids + [-100] * padding)
-        mask.append([1] * len(example.input_ids) + [0] * padding)
-    columns = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    return {key: torch.tensor(value, device=device) for key, value in columns.items()}
+def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
+    """Tell the layers whether to keep their activations or to compute them again."""
+    for module in model.modules():
+        if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
+            module.gradient_checkpointing = is_recomputed
 
 
 # ==== CHECKPOINTS: what an earlier run left behind, resuming, and run.json
 #
-# A checkpoint is resumed only by the same job: the same settings (except for those below), the same
-# LoraConfig, the same model, and the same tokens of both data files. Anything else is refused with
-# a list of the differences.
+# A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal. The
+# same command resumes from the newest one whose files are all whole; the two newest are kept for
+# that. On a CPU the run then ends with the same bytes as one that was never stopped.
+#
+# A checkpoint is refused if it was made with other settings, another LoraConfig, another model,
+# other tokens in one of the files, or the other kind of products (see FLOAT16 PRODUCTS). The
+# message is a table of what differs, and nothing is touched. What may change are the settings
+# below, and the data files' names and places. Other edits of this script are not compared.
+#
+# Once final_lora is in place the run is over: the same command trains anew, and renames what the
+# earlier run left.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
     "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO", "EVAL_GROUP",
     "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
-    # The examples' tokens, and the kind of products that is in use, are compared instead.
-    "TRAIN_FILE", "EVAL_FILE", "MATMUL",
+    # What follows from these is compared instead: the examples' tokens, the kind of products that
+    # is in use, and the number of examples in a step.
+    "TRAIN_FILE", "EVAL_FILE", "MATMUL", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS",
 }  # fmt: skip
 
 
@@ -1390,11 +1522,12 @@ def describe_job(job: Job) -> dict[str, Any]:
         if name not in MAY_CHANGE_ON_RESUME
     }
     job_settings["LORA_TARGET_MODULES"] = sorted(job.settings.LORA_TARGET_MODULES)
+    job_settings["BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"] = examples_per_step(job.settings)
     config = lora_config(job.settings).to_dict()
     if isinstance(config["target_modules"], (list, set)):  # PEFT makes a set of a list
         config["target_modules"] = sorted(config["target_modules"])
     contents = {
-        "the LoraConfig": sorted((key, stable(value)) for key, value in config.items()),
+        "the LoraConfig": sorted((key, as_stable_text(value)) for key, value in config.items()),
         "the files of MODEL_NAME": file_fingerprints(Path(job.settings.MODEL_NAME)),
         "the tokens of TRAIN_FILE": [example.input_ids for example in job.train],
         "the tokens of EVAL_FILE": [example.input_ids for example in job.held_out],
@@ -1406,7 +1539,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     return job_settings | {"the products in use": job.matmul["used"]} | hashes
 
 
-def stable(value: Any) -> str:
+def as_stable_text(value: Any) -> str:
     """Return value as a text that is the same in each process; a set has no order of its own."""
     return str(sorted(value) if isinstance(value, set) else value)
 
@@ -1560,20 +1693,16 @@ def write_record(job: Job, outcome: str) -> None:
     """Write run.json: what was asked for, what was found, and how it ended."""
     if not job.started or not is_main_process():
         return
-    versions = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     record = {
         "outcome": outcome,
         "started": job.started,
         "command": shlex.join(["python", *sys.argv]),
         "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "versions": versions,
+        "versions": installed_versions(),
         "settings": {name: getattr(job.settings, name) for name in setting_types()},
         "device": job.device_name,
         "matmul": job.matmul,
-        "memory_limits": asdict(job.memory) if job.memory else None,
+        "memory_limits": job.memory.as_recorded() if job.memory else None,
         "data": job.data,
         "system_message": system_messages(job.train)[0],
         "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
@@ -1582,7 +1711,7 @@ def write_record(job: Job, outcome: str) -> None:
         "train_tokens": job.train_tokens,
         "peak_memory_gib": job.peak_gib,
         "published": job.published,
-        "learnt": job.learnt,
+        "learnt": job.update_sizes,
         "evidence": job.evidence,
         "samples": job.samples,
         "loss_history": job.history,
@@ -1593,17 +1722,30 @@ def write_record(job: Job, outcome: str) -> None:
         report("warning", f"{job.output / 'run.json'} is not written: {error}")
 
 
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that are installed."""
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
 # ==== PUBLISHING: writing the adapter, proving that it works, the model card
 #
-# In the end OUTPUT_DIR holds:
+# At the end OUTPUT_DIR holds:
 #   final_lora/        the adapter in PEFT's form, with tokenizer and model card; proved to work
-#   final_lora_vllm/   the same tensors under the names that vLLM needs, for a wrapper model
+#   final_lora_vllm/   the same tensors under the names that vLLM needs, if it needs others
 #   samples.md         held-out prompts with the replies before and after training
 #   lora.png           losses, the size of the updates, and the evidence
 #   run.json           all settings, versions, hashes, losses and measurements
 #   checkpoints/       each epoch's adapter
 #   all_logs.log       everything that was printed, with tracebacks
-# What an earlier run left there is renamed.
+#
+# The proof is verify_saved_adapter(). The adapter is written beside its place and loaded again from
+# disk onto the bare base model. It is moved into its place only if its tensors are the trained ones
+# to the bit, and if its logits on one example are the trained model's and not the base model's.
+# What an earlier run left is renamed, never overwritten.
 
 
 def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
@@ -1617,19 +1759,25 @@ def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
         load_adapter(trainer.model, job.output / "checkpoints" / f"checkpoint-{step}")
     try:
         save_adapter(trainer.model, job, staging)
-        witness = (job.held_out or job.train)[0]
-        adapter = verify_saved_adapter(trainer.model, staging / "final_lora", witness)
-        for name in ("final_lora", "final_lora_vllm", "samples.md", "lora.png"):
-            rename_old(job.output / name)
-        for new in sorted(staging.iterdir()):
-            new.rename(job.output / new.name)
+        example = (job.held_out or job.train)[0]
+        adapter = verify_saved_adapter(trainer.model, staging / "final_lora", example)
+        with signals_wait():  # between two renames there may be no final_lora
+            move_into_place(staging, job)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return adapter
+
+
+def move_into_place(staging: Path, job: Job) -> None:
+    """Move the proved files to where users find them, and mark the run as finished."""
+    for name in ("final_lora", "final_lora_vllm", "samples.md", "lora.png"):
+        rename_old(job.output / name)
+    for new in sorted(staging.iterdir()):
+        new.rename(job.output / new.name)
     job.published = published_label(job)
     (job.output / "checkpoints" / "job.json").unlink(missing_ok=True)  # the next run starts anew
     remove_old_checkpoints(job.output / "checkpoints", job.plan, whole=0)
     write_record(job, "finished")
-    return adapter
 
 
 def published_label(job: Job) -> str:
@@ -1767,33 +1915,6 @@ def card_text(job: Job) -> str:
     targets = config.target_modules
     if not isinstance(targets, str):
         targets = ", ".join(sorted(targets))
-    files = "\n".join(
-        f"- `{Path(path).name}`: {facts['examples']:,} examples, {facts['learned_tokens']:,} "
-        f"learned tokens, SHA-256 `{facts['sha256']}`"
-        for path, facts in job.data.items()
-    )
-    result = "The held-out loss was not measured."
-    losses = losses_before_and_after(job)
-    if losses:
-        result = (
-            f"On {len(job.held_out):,} held-out examples the loss went from {losses[0]:.4f} to "
-            f"{losses[1]:.4f} nats a token"
-        )
-        if settings.PUBLISH == "best":
-            result += " (the epoch was chosen by this loss)"
-        if "better" in job.evidence:
-            result += f"; it is lower on {job.evidence['better']:,} of them"
-        result += (
-            ". If the held-out file has the same authors as the training file, this says how well "
-            "the adapter speaks as they do, and no more."
-        )
-    messages = system_messages(job.train)
-    said = "There was no system message in the training data; serve without one."
-    if messages[0]:
-        quotation = quoted({"content": messages[0]})
-        said = f"The conversations have this system message. Serve with it:\n\n{quotation}"
-    if len(messages) > 1:
-        said += f"\n\n(This is the most frequent one of {len(messages)} in the training data.)"
     revision = ""
     if not Path(settings.MODEL_NAME).is_dir():
         revision = f', revision="{settings.MODEL_REVISION}"'
@@ -1810,19 +1931,19 @@ does not work without the base model.
 
 LoRA with r = {config.r}, alpha = {config.lora_alpha}, dropout {config.lora_dropout:g}, on
 {targets}: {job.plan.trainable:,} of {job.plan.total:,} parameters.
-{job.plan.steps:,} steps of {step_size(settings)} examples, learning rate
+{job.plan.steps:,} steps of {examples_per_step(settings)} examples, learning rate
 {settings.LEARNING_RATE:g} ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}. This is the
 adapter of {published_label(job)}.
 
-{files}
+{card_files(job)}
 
 ## Result
 
-{result}
+{card_result(job)}
 
 ## System message
 
-{said}
+{card_system_message(job)}
 
 ## How to use it
 
@@ -1846,6 +1967,46 @@ for the adapter's use too.
 """
 
 
+def card_files(job: Job) -> str:
+    """Return the card's list of data files, with counts and hashes."""
+    return "\n".join(
+        f"- `{Path(path).name}`: {facts['examples']:,} examples, {facts['learned_tokens']:,} "
+        f"learned tokens, SHA-256 `{facts['sha256']}`"
+        for path, facts in job.data.items()
+    )
+
+
+def card_result(job: Job) -> str:
+    """Return the card's sentences on the held-out loss."""
+    losses = losses_before_and_after(job)
+    if not losses:
+        return "The held-out loss was not measured."
+    result = (
+        f"On {len(job.held_out):,} held-out examples the loss went from {losses[0]:.4f} to "
+        f"{losses[1]:.4f} nats a token"
+    )
+    if job.settings.PUBLISH == "best":
+        result += " (the epoch was chosen by this loss)"
+    if "better" in job.evidence:
+        result += f"; it is lower on {job.evidence['better']:,} of them"
+    return (
+        f"{result}. If the held-out file has the same authors as the training file, this says how "
+        "well the adapter speaks as they do, and no more."
+    )
+
+
+def card_system_message(job: Job) -> str:
+    """Return what the card says about the system message to serve with."""
+    messages = system_messages(job.train)
+    said = "There was no system message in the training data; serve without one."
+    if messages[0]:
+        quotation = quoted({"content": messages[0]})
+        said = f"The conversations have this system message. Serve with it:\n\n{quotation}"
+    if len(messages) > 1:
+        said += f"\n\n(This is the most frequent one of {len(messages)} in the training data.)"
+    return said
+
+
 def vllm_rank(plan: Plan) -> int:
     """Return the smallest value of vLLM's --max-lora-rank that is enough."""
     allowed = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -1855,9 +2016,19 @@ def vllm_rank(plan: Plan) -> int:
 # ==== EVIDENCE: what r, alpha and the targets were worth, measured after training
 #
 # Nothing is trained here. Parts of the finished adapter are switched off, scaled or cut, and the
-# held-out loss says what each part was worth. All errors are standard errors over the examples,
-# and differences are paired: both losses are of the same examples (Miller, "Adding Error Bars to
-# Evals", 2024).
+# held-out loss says what each part was worth. The columns of the table are:
+#   of the gain         what is left of the adapter's gain over the base model
+#   against as trained  by how much a token's loss is higher than with the whole adapter
+#   better on           on how many examples the loss is lower than with the whole adapter
+# Errors are standard errors over the examples, and differences are paired: both losses are of the
+# same examples (Miller, "Adding Error Bars to Evals", 2024).
+#
+# What may be concluded is about this adapter and these examples: whether its update is too strong
+# or too weak, what each group of targets contributes, and how many directions the update uses.
+#
+# What may not be concluded is what another run would reach. Training with a smaller r, another
+# alpha or fewer targets is another run, which may end elsewhere: train it, and use --compare. Nor
+# does a lower loss say that the replies are good: read samples.md.
 
 
 def show_evidence(model: peft.PeftModel, job: Job) -> None:
@@ -1865,13 +2036,13 @@ def show_evidence(model: peft.PeftModel, job: Job) -> None:
 
     The adapter is published already, so no failure here may lose it.
     """
-    parts: dict[str, Callable[[peft.PeftModel, Job], None]] = {
-        "learnt": report_learnt,
+    extras: dict[str, Callable[[peft.PeftModel, Job], None]] = {
+        "learnt": report_update_sizes,
         "evidence": report_evidence,
         "samples": write_samples,
         "picture": draw_picture,
     }
-    for name, show in parts.items():
+    for name, show in extras.items():
         try:
             show(model, job)
         except Exception as error:  # whatever it is, the adapter is whole
@@ -1880,19 +2051,19 @@ def show_evidence(model: peft.PeftModel, job: Job) -> None:
         write_record(job, "finished")
 
 
-def report_learnt(model: peft.PeftModel, job: Job) -> None:
-    """Print how large the update of each target is against its W; the rest is in run.json."""
+def report_update_sizes(model: peft.PeftModel, job: Job) -> None:
+    """Print how large the update of each target is against its W; run.json has every layer's."""
     layers = lora_layers(model)
     if not job.plan.plain or not layers:
         report("learnt", "the size of the updates is only measured for plain LoRA on linear layers")
         return
-    job.learnt = measure_update(model)
+    job.update_sizes = measure_updates(model)
     sizes = {
         target: 100 * statistics.fmean(row["update"] for row in rows)
-        for target, rows in job.learnt.items()
+        for target, rows in job.update_sizes.items()
     }
     smallest, largest = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
-    rows = sorted(job.learnt[largest], key=lambda row: -row["update"])
+    rows = sorted(job.update_sizes[largest], key=lambda row: -row["update"])
     top = ", ".join(str(row["layer"]) for row in rows[:3])
     report(
         "learnt",
@@ -1902,7 +2073,7 @@ def report_learnt(model: peft.PeftModel, job: Job) -> None:
     )
 
 
-def measure_update(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
+def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
     """Return for each target one row per layer: the update's size and its number of directions.
 
     With B = Q R and A^T = Q' R', the r x r matrix R R'^T has the singular values of B A, because
@@ -1986,20 +2157,20 @@ def report_evidence(model: peft.PeftModel, job: Job) -> None:
         "examples": len(examples),
         "better": better,
         "losses": [
-            {"where": e.where, "group": e.group, "tokens": n, "base": b / n, "adapter": a / n}
+            {"where": e.where, "group": e.eval_group, "tokens": n, "base": b / n, "adapter": a / n}
             for e, n, b, a in zip(examples, tokens, base, adapter, strict=True)
         ],
     }
     write_model_card(job, job.output / "final_lora")
     if job.settings.EVIDENCE_EXAMPLES:
-        chosen = spread(len(examples), job.settings.EVIDENCE_EXAMPLES)
+        chosen = evenly_spread(len(examples), job.settings.EVIDENCE_EXAMPLES)
         report_parts(model, job, chosen, base, adapter)
         seconds = time.monotonic() - began
         report("", f"measured on {len(chosen)} held-out examples in {seconds:.0f} s")
     report_kinds(job)
 
 
-def spread(count: int, wanted: int) -> list[int]:
+def evenly_spread(count: int, wanted: int) -> list[int]:
     """Return at most wanted of the numbers below count, evenly spread."""
     wanted = min(count, wanted)
     return [number * count // wanted for number in range(wanted)]
@@ -2010,45 +2181,61 @@ def report_parts(
 ) -> None:
     """Measure the adapter's parts on the chosen examples; print the table and what it supports."""
     examples = [job.held_out[number] for number in chosen]
-    tokens = [float(len(example.reply_ids)) for example in examples]
     trained = [adapter[number] for number in chosen]
     untrained = [base[number] for number in chosen]
-    gains = [b - a for a, b in zip(trained, untrained, strict=True)]
-    columns = "{:<31}{:>9}{:>17}{:>22}{:>11}".format
-    lines = [columns("", "loss", "of the gain", "against as trained", "better on")]
-
-    def add(label: str, losses: list[float]) -> dict[str, Any]:
-        """Add a row to the table, and return its numbers."""
-        changes = [loss - loss_0 for loss, loss_0 in zip(losses, trained, strict=True)]
-        kept = ratio([b - loss for loss, b in zip(losses, untrained, strict=True)], gains)
-        change = ratio(changes, tokens)
-        lower = sum(one < 0 for one in changes)
-        mean = sum(losses) / sum(tokens)
-        cells = ["", "", ""]
-        if losses is not trained:
-            share = f"{kept.value:.0%}"
-            if losses is not untrained:
-                share = f"{100 * kept.value:.1f} ± {100 * kept.error:.1f} %"
-            cells = [share, str(change), f"{lower}/{len(losses)}"]
-        lines.append(columns(label, f"{mean:.4f}", *cells))
-        return {
-            "loss": mean,
-            "kept": asdict(kept),
-            "change": asdict(change),
-            "better_on": lower,
-            "losses": [loss / n for loss, n in zip(losses, tokens, strict=True)],
-        }
-
-    rows = {"as trained": add("as trained", trained), "base": add("base model", untrained)}
+    losses = {"as trained": trained, "base": untrained}
     for label, change_model in parts_of(model, job.plan).items():
         with change_model():
-            rows[label] = add(label, example_losses(model, job, examples, label))
+            losses[label] = example_losses(model, job, examples, label)
+    tokens = [float(len(example.reply_ids)) for example in examples]
+    rows = {label: compare_part(one, trained, untrained, tokens) for label, one in losses.items()}
     job.evidence["parts"] = rows
     job.evidence["where"] = [example.where for example in examples]
-    report("evidence", "\n".join(lines))
-    gain = ratio(gains, tokens)
+    report("evidence", "\n".join(table_of_parts(rows)))
+    gain = ratio(differences(untrained, trained), tokens)
     for sentence in conclusions(rows, gain, job):
         report("", textwrap.fill(sentence, 90, subsequent_indent="  "))
+
+
+def compare_part(
+    losses: list[float], trained: list[float], untrained: list[float], tokens: list[float]
+) -> dict[str, Any]:
+    """Return a part's row of the table, from its losses and those of the adapter and the base.
+
+    "kept" is the column "of the gain", and "change" the column "against as trained".
+    """
+    gains, changes = differences(untrained, trained), differences(losses, trained)
+    return {
+        "loss": sum(losses) / sum(tokens),
+        "kept": asdict(ratio(differences(untrained, losses), gains)),
+        "change": asdict(ratio(changes, tokens)),
+        "better_on": sum(one < 0 for one in changes),
+        "losses": [loss / n for loss, n in zip(losses, tokens, strict=True)],
+    }
+
+
+def differences(ones: list[float], others: list[float]) -> list[float]:
+    """Return the first list minus the second one, number by number."""
+    return [one - other for one, other in zip(ones, others, strict=True)]
+
+
+def table_of_parts(rows: dict[str, Any]) -> list[str]:
+    """Return the lines of the evidence's table; the section's opening explains its columns."""
+    columns = "{:<31}{:>9}{:>17}{:>22}{:>11}".format
+    lines = [columns("", "loss", "of the gain", "against as trained", "better on")]
+    for label, row in rows.items():
+        share, change = Estimate(**row["kept"]), Estimate(**row["change"])
+        cells = [
+            f"{100 * share.value:.1f} ± {100 * share.error:.1f} %",
+            str(change),
+            f"{row['better_on']}/{len(row['losses'])}",
+        ]
+        if label == "as trained":
+            cells = ["", "", ""]
+        elif label == "base":
+            label, cells[0] = "base model", f"{share.value:.0%}"
+        lines.append(columns(label, f"{row['loss']:.4f}", *cells))
+    return lines
 
 
 def parts_of(
@@ -2062,15 +2249,13 @@ def parts_of(
             parts[f"update x {scale:g}"] = lambda scale=scale: rescaled(model, scale)
     if not plan.only_lora:
         return parts
-    for name, paths in groups_of_targets(layers).items():
-        parts[f"{name} alone"] = lambda paths=paths: only(layers, paths)
-    for name, paths in thirds_of_layers(layers).items():
-        parts[f"{name} alone"] = lambda paths=paths: only(layers, paths)
+    for name, paths in (paths_by_sublayer(layers) | thirds_of_layers(layers)).items():
+        parts[f"{name} alone"] = lambda paths=paths: only_these(layers, paths)
     if plan.plain:
         rank = plan.max_rank // 2
         while rank:
             noun = "directions" if rank > 1 else "direction"
-            parts[f"cut to {rank} {noun}"] = lambda rank=rank: cut(layers, rank)
+            parts[f"cut to {rank} {noun}"] = lambda rank=rank: cut_to(layers, rank)
             rank //= 2
     return parts
 
@@ -2080,16 +2265,16 @@ def rescaled(model: peft.PeftModel, scale: float) -> contextlib.AbstractContextM
     return peft.helpers.rescale_adapter_scale(model, scale)
 
 
-TARGET_GROUPS = {"self_attn": "attention", "mlp": "feed-forward", "linear_attn": "DeltaNet"}
+SUBLAYERS = {"self_attn": "attention", "mlp": "feed-forward", "linear_attn": "DeltaNet"}
 
 
-def groups_of_targets(layers: dict[str, Any]) -> dict[str, set[str]]:
+def paths_by_sublayer(layers: dict[str, Any]) -> dict[str, set[str]]:
     """Return {"attention": paths, ...} by the module that the targets are in, if several."""
-    groups: dict[str, set[str]] = {name: set() for name in TARGET_GROUPS.values()}
+    paths_by: dict[str, set[str]] = {name: set() for name in SUBLAYERS.values()}
     for path in layers:
         parent = path.split(".")[-2]
-        groups.setdefault(TARGET_GROUPS.get(parent, parent), set()).add(path)
-    found = {name: paths for name, paths in groups.items() if paths}
+        paths_by.setdefault(SUBLAYERS.get(parent, parent), set()).add(path)
+    found = {name: paths for name, paths in paths_by.items() if paths}
     return found if len(found) > 1 else {}
 
 
@@ -2107,7 +2292,7 @@ def thirds_of_layers(layers: dict[str, Any]) -> dict[str, set[str]]:
 
 
 @contextmanager
-def only(layers: dict[str, Any], paths: set[str]) -> Iterator[None]:
+def only_these(layers: dict[str, Any], paths: set[str]) -> Iterator[None]:
     """Switch LoRA off for a while in all layers but those at paths."""
     others = [module for path, module in layers.items() if path not in paths]
     for module in others:
@@ -2120,7 +2305,7 @@ def only(layers: dict[str, Any], paths: set[str]) -> Iterator[None]:
 
 
 @contextmanager
-def cut(layers: dict[str, Any], rank: int) -> Iterator[None]:
+def cut_to(layers: dict[str, Any], rank: int) -> Iterator[None]:
     """Cut every update to its strongest directions for a while.
 
     B A = U S V^T. Projecting B on the first columns of U gives the best approximation of B A of
@@ -2141,8 +2326,10 @@ def cut(layers: dict[str, Any], rank: int) -> Iterator[None]:
             module.lora_B["default"].weight.data = whole[path]
 
 
-MATTERS = 0.02  # of the gain; smaller differences are not worth a run
-UNCLEAR = 0.10  # of the gain; if twice the error is larger, a small difference says nothing
+# Both are shares of the gain: a smaller difference than the first is not worth a run, and if twice
+# the error is larger than the second, the examples are too few to call two losses the same.
+SMALLEST_DIFFERENCE = 0.02
+LARGEST_ERROR = 0.10
 
 
 def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
@@ -2170,10 +2357,10 @@ def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
 
 def judge(row: dict[str, Any]) -> str:
     """Return whether a row is "better" or "worse" than as trained, the "same", or "unclear"."""
-    change, kept = Estimate(**row["change"]), Estimate(**row["kept"])
-    if change.is_clear and abs(kept.value - 1) > MATTERS:
+    change, share = Estimate(**row["change"]), Estimate(**row["kept"])
+    if change.is_clear and abs(share.value - 1) > SMALLEST_DIFFERENCE:
         return "better" if change.value < 0 else "worse"
-    return "same" if 2 * kept.error <= UNCLEAR else "unclear"
+    return "same" if 2 * share.error <= LARGEST_ERROR else "unclear"
 
 
 def about_alpha(rows: dict[str, Any]) -> str:
@@ -2202,7 +2389,7 @@ def about_alpha(rows: dict[str, Any]) -> str:
 
 def about_targets(rows: dict[str, Any]) -> str:
     """Return the sentence on attention, feed-forward and DeltaNet."""
-    names = [f"{name} alone" for name in TARGET_GROUPS.values() if f"{name} alone" in rows]
+    names = [f"{name} alone" for name in SUBLAYERS.values() if f"{name} alone" in rows]
     if not names:
         return ""
     shares = {name.removesuffix(" alone"): rows[name]["kept"]["value"] for name in names}
@@ -2254,35 +2441,37 @@ def about_rank(rows: dict[str, Any], job: Job) -> str:
 def report_kinds(job: Job) -> None:
     """Print the loss before and after by the lines' EVAL_GROUP, and the three worst examples."""
     losses = job.evidence["losses"]
-    groups: dict[str, list[dict[str, Any]]] = {}
+    rows_of: dict[str, list[dict[str, Any]]] = {}
     for row in losses:
-        groups.setdefault(row["group"], []).append(row)
-    if job.settings.EVAL_GROUP and (len(groups) > 1 or "" not in groups):
-        columns = "{:<20}{:>9}{:>9}{:>9}{:>22}{:>12}".format
-        head = columns(
-            job.settings.EVAL_GROUP, "examples", "before", "after", "difference", "better on"
-        )
-        lines = [head]
-        for group, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
-            tokens = [row["tokens"] for row in rows]
-            before = sum(row["base"] * row["tokens"] for row in rows) / sum(tokens)
-            changes = [(row["adapter"] - row["base"]) * row["tokens"] for row in rows]
-            change = ratio(changes, tokens)
-            lower = sum(one < 0 for one in changes)
-            lines.append(
-                columns(
-                    one_line(group or "(none)", 19),
-                    len(rows),
-                    f"{before:.4f}",
-                    f"{before + change.value:.4f}",
-                    str(change) if len(rows) > 1 else f"{change.value:+.4f}",
-                    f"{lower}/{len(rows)}",
-                )
-            )
-        report("kinds", join_limited(lines, 40))
+        rows_of.setdefault(row["group"], []).append(row)
+    if job.settings.EVAL_GROUP and (len(rows_of) > 1 or "" not in rows_of):
+        report("kinds", join_limited(table_of_kinds(job.settings.EVAL_GROUP, rows_of), 40))
     worst = sorted(losses, key=lambda row: row["base"] - row["adapter"])[:3]
     shown = [f"{row['where']} ({row['adapter'] - row['base']:+.2f})" for row in worst]
     report("worst", "the adapter helps least, or harms, at\n" + "\n".join(shown))
+
+
+def table_of_kinds(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Return a line for each kind of held-out line, the most frequent one first."""
+    columns = "{:<20}{:>9}{:>9}{:>9}{:>22}{:>12}".format
+    lines = [columns(title, "examples", "before", "after", "difference", "better on")]
+    for kind, rows in sorted(rows_of.items(), key=lambda item: -len(item[1])):
+        tokens = [row["tokens"] for row in rows]
+        before = sum(row["base"] * row["tokens"] for row in rows) / sum(tokens)
+        changes = [(row["adapter"] - row["base"]) * row["tokens"] for row in rows]
+        change = ratio(changes, tokens)
+        lower = sum(one < 0 for one in changes)
+        lines.append(
+            columns(
+                one_line(kind or "(none)", 19),
+                len(rows),
+                f"{before:.4f}",
+                f"{before + change.value:.4f}",
+                str(change) if len(rows) > 1 else f"{change.value:+.4f}",
+                f"{lower}/{len(rows)}",
+            )
+        )
+    return lines
 
 
 def write_samples(model: peft.PeftModel, job: Job) -> None:
@@ -2301,7 +2490,7 @@ def write_samples(model: peft.PeftModel, job: Job) -> None:
         f"The same held-out prompts, {job.published}, always the likeliest token (greedy).",
     ]
     for number, example in enumerate(chosen):
-        lines += ["", f"## {example.where} {example.group}".rstrip()]
+        lines += ["", f"## {example.where} {example.eval_group}".rstrip()]
         for message in example.messages[:-1]:
             lines += ["", f"**{message['role']}**", "", quoted(message)]
         lines += ["", "**base model**", "", quoted(base[number])]
@@ -2322,9 +2511,9 @@ def choose_samples(job: Job) -> list[Example]:
     """Return one held-out example of each kind, and as many more as NUM_SAMPLES asks for."""
     first: dict[str, int] = {}
     for number, example in enumerate(job.held_out):
-        first.setdefault(example.group, number)
+        first.setdefault(example.eval_group, number)
     chosen = sorted(first.values())[: max(job.settings.NUM_SAMPLES, 20)]
-    for number in spread(len(job.held_out), job.settings.NUM_SAMPLES):
+    for number in evenly_spread(len(job.held_out), job.settings.NUM_SAMPLES):
         if len(chosen) < job.settings.NUM_SAMPLES and number not in chosen:
             chosen.append(number)
     return [job.held_out[number] for number in sorted(chosen)]
@@ -2392,7 +2581,7 @@ def draw_picture(_: peft.PeftModel, job: Job) -> None:
     config = lora_config(job.settings)
     parts = job.evidence.get("parts", {})
     rows = ["losses", "losses"]
-    if job.learnt:
+    if job.update_sizes:
         rows += ["updates", "updates"]
     if parts:
         rows += ["scales", "parts"]
@@ -2404,7 +2593,7 @@ def draw_picture(_: peft.PeftModel, job: Job) -> None:
         parse_math=False,
     )
     draw_losses(panels["losses"], job)
-    if job.learnt:
+    if job.update_sizes:
         draw_updates(panels["updates"], job)
     if parts:
         draw_scales(panels["scales"], parts)
@@ -2445,23 +2634,23 @@ def draw_losses(axes: Any, job: Job) -> None:
 
 def draw_updates(axes: Any, job: Job) -> None:
     """Draw the size of each module's update against its W, layers across."""
-    kinds = job.config.get_text_config().to_dict().get("layer_types") or []
+    layer_types = job.config.get_text_config().to_dict().get("layer_types") or []
     depth = job.config.get_text_config().num_hidden_layers
-    targets = in_order_of_settings(list(job.learnt), job.settings)
+    targets = in_order_of_settings(list(job.update_sizes), job.settings)
     sizes = [[math.nan] * depth for _ in targets]
     for number, target in enumerate(targets):
-        for row in job.learnt[target]:
+        for row in job.update_sizes[target]:
             sizes[number][row["layer"]] = 100 * row["update"]
     image = axes.imshow(sizes, aspect="auto", vmin=0, cmap="viridis")
     axes.patch.set(hatch="xx", edgecolor="silver")  # shows through where there is no module
     axes.figure.colorbar(image, ax=axes, label="size of the update, % of W")
     marks = [str(number) for number in range(depth)]
-    for number, kind in enumerate(kinds):
-        if kind == "linear_attention":
+    for number, layer_type in enumerate(layer_types):
+        if layer_type == "linear_attention":
             marks[number] += "\nD"
     axes.set_xticks(range(depth), marks, fontsize=7)
     axes.set_yticks(range(len(sizes)), targets)
-    note = " (D: Gated DeltaNet)" if "linear_attention" in kinds else ""
+    note = " (D: Gated DeltaNet)" if "linear_attention" in layer_types else ""
     axes.set_xlabel(f"layer{note}; hatched: no such module, or not trained")
     axes.set_title("Where the model was changed")
 
@@ -2487,14 +2676,14 @@ def draw_scales(axes: Any, parts: dict[str, Any]) -> None:
 
 def draw_parts(axes: Any, parts: dict[str, Any]) -> None:
     """Draw what each part keeps of the gain over the base model."""
-    shown = {
+    shares = {
         label: row["kept"]
         for label, row in parts.items()
         if label.endswith("alone") or label.startswith("cut")
     }
-    labels = list(shown)
-    values = [100 * kept["value"] for kept in shown.values()]
-    errors = [200 * kept["error"] for kept in shown.values()]
+    labels = list(shares)
+    values = [100 * share["value"] for share in shares.values()]
+    errors = [200 * share["error"] for share in shares.values()]
     axes.barh(labels, values, xerr=errors, color="0.6", error_kw={"capsize": 3})
     axes.axvline(100, color="0.3", linestyle="--", linewidth=1)
     axes.invert_yaxis()
@@ -2574,7 +2763,11 @@ def wrap_command(words: list[str], width: int = 86) -> str:
 
 
 # ==== COMPARING: which of several runs is better, and whether the difference means anything
-
+#
+# The finished runs in some folders are ranked by the held-out loss of what they published. Only
+# runs with the same held-out examples as the newest one are compared. A "=" behind a run says that
+# its difference to the best one is within twice its standard error, so it may be chance. A run ends
+# with this table if there are other finished runs in or below its own folder.
 
 RUN_KEYS = {"started", "settings", "data", "evidence", "train_seconds", "resumed_from"}
 
@@ -2592,11 +2785,7 @@ def finished_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
 
 
 def compare_runs(folders: list[str]) -> None:
-    """Print the runs from the best to the worst, with each paired difference to the best.
-
-    Only runs on the newest run's held-out examples are compared. A run is marked as equal to the
-    best if the difference is within twice its standard error.
-    """
+    """Print the runs from the best to the worst, with each paired difference to the best."""
     runs = finished_runs(folders)
     if not runs:
         where = ", ".join(folders)
@@ -2604,43 +2793,40 @@ def compare_runs(folders: list[str]) -> None:
     newest = max(runs.values(), key=lambda run: run["started"])
     wanted = held_out_of(newest)
     same = {path: run for path, run in runs.items() if held_out_of(run) == wanted}
-    ranked = sorted(same, key=lambda path: same[path]["evidence"]["adapter"])
-    best = same[ranked[0]]
+    ranked = dict(sorted(same.items(), key=lambda item: item[1]["evidence"]["adapter"]))
     names = [name for name in newest["settings"] if name not in ("OUTPUT_DIR", "LOGGING_STEPS")]
     differing = [
         name for name in names if len({str(run["settings"].get(name)) for run in same.values()}) > 1
     ]
-    tokens = [row["tokens"] for row in best["evidence"]["losses"]]
+    head, *rows = table_of_runs(ranked, differing)
+    lines = [head, join_limited(rows, 60)]
+    if len(ranked) > 1:
+        lines.append("=: no difference to the best that is larger than twice its error")
+    if any(run["resumed_from"] for run in ranked.values()):
+        lines.append("+: the run was resumed, and took this long after that")
+    if len(same) < len(runs):
+        lines.append(f"{len(runs) - len(same)} runs on other held-out examples are left out")
+    report("runs", "\n".join(lines))
+
+
+def table_of_runs(ranked: dict[Path, dict[str, Any]], differing: list[str]) -> list[str]:
+    """Return the lines of the table of runs, the best first, with the settings that differ."""
     columns = "{:>9}  {:<22}{:>8}  {}".format
-    lines = []
-    head = columns("held-out", "against the best", "minutes", "run, and what differs")
-    for path in ranked:
-        run = same[path]
+    lines = [columns("held-out", "against the best", "minutes", "run, and what differs")]
+    best = next(iter(ranked.values()))
+    tokens = [row["tokens"] for row in best["evidence"]["losses"]]
+    for path, run in ranked.items():
         minutes = f"{run['train_seconds'] / 60:.1f}" + ("+" if run["resumed_from"] else "")
         difference = "best"
         if run is not best:
             pairs = zip(run["evidence"]["losses"], best["evidence"]["losses"], strict=True)
             change = ratio([(a["adapter"] - b["adapter"]) * a["tokens"] for a, b in pairs], tokens)
             difference = str(change) + ("" if change.is_clear else " =")
-        lines.append(
-            columns(
-                f"{run['evidence']['adapter']:.4f}",
-                difference,
-                minutes,
-                shorten_path(str(path), 55),
-            )
-        )
+        loss = f"{run['evidence']['adapter']:.4f}"
+        lines.append(columns(loss, difference, minutes, shorten_path(str(path), 55)))
         changed = [f"{name} {one_line(str(run['settings'].get(name)), 40)}" for name in differing]
-        for line in textwrap.wrap(", ".join(changed), 45):
-            lines.append(" " * 43 + line)
-    lines = [head, join_limited(lines, 60)]
-    if len(ranked) > 1:
-        lines.append("=: no difference to the best that is larger than twice its error")
-    if any(run["resumed_from"] for run in same.values()):
-        lines.append("+: the run was resumed, and took this long after that")
-    if len(same) < len(runs):
-        lines.append(f"{len(runs) - len(same)} runs on other held-out examples are left out")
-    report("runs", "\n".join(lines))
+        lines += [" " * 43 + line for line in textwrap.wrap(", ".join(changed), 45)]
+    return lines
 
 
 def held_out_of(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
@@ -2652,7 +2838,10 @@ def held_out_of(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
 
 
 # ==== CHAT: talking to the adapter
-
+#
+# --chat loads the base model once, and OUTPUT_DIR/final_lora on top of it. The conversation begins
+# with the system message of the training data, replies are greedy (always the likeliest token), and
+# nothing is written. A pipe works too: each of its lines is answered.
 
 CHAT_HELP = """/base and /adapter  choose who answers
 /scale 0.5          answer with the adapter at another strength; 1 is as trained
@@ -2768,99 +2957,17 @@ def say(
 
 # ==== FLOAT16 PRODUCTS: an appendix for GPUs that only emulate bfloat16, such as the V100
 #
-# A V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100 (mlxcel
-# issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its numbers
-# end at 65,504. Here only the products of frozen weights are computed in float16, and each row is
-# scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and the loss in
-# float32. choose_matmul() measures both ways on the GPU at hand and decides. The other difference
-# on such a GPU: check_device() keeps transformers from using flash-linear-attention.
-
-
-def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return rows @ weight, multiplied in float16 with float32 sums, in the type of rows.
-
-    Args:
-        rows: (... x k), of any floating type.
-        weight: (k x d), in float16.
-
-    Each row is divided by the power of two at or below its largest number, which is exact, so
-    that its numbers are below 2. Infinity and NaN stay in their rows.
-    """
-    largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
-    # The bits of the exponent alone are that power of two; the limits are for 0 and infinity.
-    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
-    power = power.clamp_(2.0**-120, 2.0**127)
-    small = torch.div(
-        rows, power, out=torch.empty(rows.shape, dtype=torch.half, device=rows.device)
-    )
-    product = small @ weight
-    out = torch.empty(product.shape, dtype=rows.dtype, device=rows.device)
-    return torch.mul(product, power, out=out)
-
-
-def use_float16_products(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Replace the frozen linear modules by ones that compute with scaled_product()."""
-
-    class Product(torch.autograd.Function):
-        """rows @ weight.T, with a gradient for rows alone."""
-
-        @staticmethod
-        def forward(context: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            context.weight = weight
-            return scaled_product(rows, weight.T)
-
-        @staticmethod
-        def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-            return scaled_product(gradient, context.weight), None
-
-    class Float16Linear(torch.nn.Linear):
-        """A linear module that takes over another's weight and bias."""
-
-        def __init__(self, module: torch.nn.Linear) -> None:
-            torch.nn.Module.__init__(self)
-            self.in_features, self.out_features = module.in_features, module.out_features
-            self.weight, self.bias = module.weight, module.bias
-
-        def forward(self, rows: torch.Tensor) -> torch.Tensor:
-            product = Product.apply(rows, self.weight)
-            return product if self.bias is None else product + self.bias
-
-    dtype = model.dtype
-    converted, left = 0, []
-    for path, module in list(model.named_modules()):
-        # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), would cost more than they save.
-        if type(module) is not torch.nn.Linear or min(module.weight.shape) < 64:
-            continue
-        if not sums_fit(module.weight):
-            left.append(path)
-            continue
-        module.weight.data = module.weight.data.half()
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Float16Linear(module))
-        converted += 1
-    # The embedding may share its weight with the head.
-    model.get_input_embeddings().register_forward_hook(lambda _, __, rows: rows.to(dtype))
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
-    text = f"{converted} frozen modules multiply in scaled float16"
-    if left:
-        text += f"; {len(left)} stay in {dtype}, their sums being too large: "
-        text += join_limited(left, 3, ", ")
-    report("matmul", text)
-    return model
-
-
-def sums_fit(weight: torch.Tensor) -> bool:
-    """Return whether every sum stays below 65,504, float16's end, if the inputs are below 2.
-
-    The forward pass adds up the numbers of a row of weight (d x k), the backward pass a column's.
-    """
-    columns = torch.zeros(weight.shape[1], device=weight.device)
-    largest_row = 0.0
-    for part in weight.detach().split(4096):  # a part at a time needs less memory
-        sizes = part.float().abs()
-        largest_row = max(largest_row, sizes.sum(1).max().item())
-        columns += sizes.sum(0)
-    return max(largest_row, columns.max().item()) < 65504 / 2
+# Two things are different on a V100 or a T4. First, choose_matmul() decides how the frozen weights
+# are multiplied. With MATMUL "auto" it measures bfloat16 and scaled float16 on the GPU at hand, and
+# takes float16 only if it is clearly faster and no less exact. With any other MATMUL you decide. A
+# resumed run keeps what was decided. Second, check_device() keeps transformers from using
+# flash-linear-attention on a GPU of a capability below 8.0, where it does not run.
+#
+# The reason: a V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100
+# (mlxcel issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its
+# numbers end at 65,504. Here only the products of frozen weights are computed in float16, and each
+# row is scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and the loss
+# in float32.
 
 
 def choose_matmul(job: Job) -> None:
@@ -2877,27 +2984,27 @@ def choose_matmul(job: Job) -> None:
     folder = job.output / "checkpoints"
     before = read_json(folder / "job.json") or {}
     if newest_complete(folder) and "the products in use" in before:
-        job.matmul = {"used": before["the products in use"]}  # measured anew it might differ
+        job.matmul = {"used": before["the products in use"]}  # a new measurement might differ
         return
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     lengths = [len(example.input_ids) for example in job.train]
-    n = math.ceil(step_size(settings) * statistics.median(lengths))
+    row_count = math.ceil(examples_per_step(settings) * statistics.median(lengths))
     shapes = [shape for shape in job.plan.frozen_shapes if min(shape) >= 64]
     if not shapes:
         return  # nothing that use_float16_products() would convert
     dtype = getattr(torch, settings.DTYPE)
     try:
-        measured = measure_products(shapes, n, dtype, accelerate.PartialState().device)
+        measured = measure_products(shapes, row_count, dtype, accelerate.PartialState().device)
     except RuntimeError as error:  # a product that the GPU cannot compute
         report("matmul", f"in {settings.DTYPE}; scaled float16 fails here ({one_line(error)})")
         return
     job.matmul |= measured
     plain, scaled = measured["dtype"], measured["float16"]
     is_faster = scaled["seconds"] < plain["seconds"] / 1.2
-    # Both are rounded to DTYPE in the end; by way of float16 that errs 2.3 % more, even if all sums
-    # are exact.
-    is_as_true = scaled["error"] <= 1.05 * plain["error"]
-    if is_faster and is_as_true:
+    # Both are rounded to DTYPE in the end. By way of float16 that errs 2.3 % more even if all sums
+    # are exact, so 5 % more counts as no less exact.
+    is_as_exact = scaled["error"] <= 1.05 * plain["error"]
+    if is_faster and is_as_exact:
         job.matmul["used"] = "float16"
     report(
         "matmul",
@@ -2907,23 +3014,120 @@ def choose_matmul(job: Job) -> None:
     )
 
 
+def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return rows @ weight, multiplied in float16 with float32 sums, in the type of rows.
+
+    Args:
+        rows: (... x k), of any floating type.
+        weight: (k x d), in float16.
+
+    Each row is divided by the power of two at or below its largest number, which is exact, so
+    that its numbers are below 2. Infinity and NaN stay in their rows.
+    """
+    largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
+    # A float32 is a sign, an exponent of 8 bits and a fraction. This mask keeps the exponent and
+    # clears the others, which leaves the power of two at or below a positive number.
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    power = power.clamp_(2.0**-120, 2.0**127)  # for rows of nothing but zeros, and for infinity
+    small = torch.div(
+        rows, power, out=torch.empty(rows.shape, dtype=torch.half, device=rows.device)
+    )
+    product = small @ weight
+    out = torch.empty(product.shape, dtype=rows.dtype, device=rows.device)
+    return torch.mul(product, power, out=out)
+
+
+def use_float16_products(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Replace the frozen linear modules by ones that compute with scaled_product()."""
+    float16_linear = float16_linear_class()
+    dtype = model.dtype
+    converted, left = 0, []
+    for path, module in list(model.named_modules()):
+        # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), would cost more than they save.
+        if type(module) is not torch.nn.Linear or min(module.weight.shape) < 64:
+            continue
+        if not sums_fit(module.weight):
+            left.append(path)
+            continue
+        module.weight.data = module.weight.data.half()
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, float16_linear(module))
+        converted += 1
+    # The embedding may share its weight with the head, and must still return the model's type.
+    model.get_input_embeddings().register_forward_hook(lambda _, __, rows: rows.to(dtype))
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
+    text = f"{converted} frozen modules multiply in scaled float16"
+    if left:
+        text += f"; {len(left)} stay in {dtype}, their sums being too large: "
+        text += join_limited(left, 3, ", ")
+    report("matmul", text)
+    return model
+
+
+def float16_linear_class() -> type[torch.nn.Linear]:
+    """Return the class of the modules that take over a linear module's frozen weight and bias.
+
+    The classes are inside a function because torch is imported late.
+    """
+
+    class ScaledProduct(torch.autograd.Function):
+        """rows @ weight.T, with a gradient for rows alone."""
+
+        @staticmethod
+        def forward(context: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            context.weight = weight
+            return scaled_product(rows, weight.T)
+
+        @staticmethod
+        def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return scaled_product(gradient, context.weight), None
+
+    class Float16Linear(torch.nn.Linear):
+        """A linear module whose products are scaled ones in float16."""
+
+        def __init__(self, module: torch.nn.Linear) -> None:
+            torch.nn.Module.__init__(self)
+            self.in_features, self.out_features = module.in_features, module.out_features
+            self.weight, self.bias = module.weight, module.bias
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            product = ScaledProduct.apply(rows, self.weight)
+            return product if self.bias is None else product + self.bias
+
+    return Float16Linear
+
+
+def sums_fit(weight: torch.Tensor) -> bool:
+    """Return whether every sum stays below 65,504, the end of float16, if the inputs are below 2.
+
+    The forward pass adds up a row of weight (d x k), and the backward pass a column.
+    """
+    columns = torch.zeros(weight.shape[1], device=weight.device)
+    largest_row = 0.0
+    for part in weight.detach().split(4096):  # a part at a time needs less memory
+        sizes = part.float().abs()
+        largest_row = max(largest_row, sizes.sum(1).max().item())
+        columns += sizes.sum(0)
+    return max(largest_row, columns.max().item()) < 65504 / 2
+
+
 def measure_products(
-    shapes: list[tuple[int, int]], n: int, dtype: torch.dtype, device: torch.device
+    shapes: list[tuple[int, int]], row_count: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Return seconds, TFLOP/s and the error against float32 of both kinds of product.
 
     Args:
         shapes: (d, k) of the weights.
-        n: how many rows are multiplied; a hundredth of their columns is a hundred times larger, as
-            in trained models.
+        row_count: how many rows are multiplied. A hundredth of their columns is made a hundred
+            times larger than the others, as in trained models.
         dtype: the type of rows and weights.
         device: where to measure.
     """
     generator = torch.Generator(device).manual_seed(0)
-    totals = {kind: {"seconds": 0.0, "error": 0.0} for kind in ("dtype", "float16")}
-    work = sum(2e-12 * n * d * k for d, k in shapes)
+    totals = {name: {"seconds": 0.0, "error": 0.0} for name in ("dtype", "float16")}
+    work = sum(2e-12 * row_count * d * k for d, k in shapes)
     for d, k in shapes:
-        rows = torch.randn(n, k, generator=generator, device=device)
+        rows = torch.randn(row_count, k, generator=generator, device=device)
         rows[:, :: max(1, k // 100)] *= 100
         rows = rows.to(dtype)
         weight = (torch.randn(d, k, generator=generator, device=device) / math.sqrt(k)).to(dtype)
@@ -2933,10 +3137,10 @@ def measure_products(
             "dtype": lambda rows=rows, weight=weight: rows @ weight.T,
             "float16": lambda rows=rows, half=half: scaled_product(rows, half.T),
         }
-        for kind, product in products.items():
+        for name, product in products.items():
             error = (product().float() - exact).norm() / exact.norm()
-            totals[kind]["error"] += error.item() / len(shapes)
-            totals[kind]["seconds"] += seconds_of(product, device)
+            totals[name]["error"] += error.item() / len(shapes)
+            totals[name]["seconds"] += seconds_of(product, device)
     for total in totals.values():
         total["tflops"] = work / total["seconds"]
     return totals
@@ -2962,7 +3166,12 @@ def synchronize(device: torch.device) -> None:
 
 
 # ==== COMMAND LINE: flags, the log, the environment, signals, error messages, main()
-
+#
+# Each setting is a flag; its name, type and help come from the constant's line. A command ends with
+# status 0, with 1 after an error, with 2 after a wrong flag, and with 128 + the signal's number
+# after a signal. A mistake that is known is one message: what is wrong, where, and what to do.
+# Whatever is not known for certain is a traceback. What a training run prints is in all_logs.log,
+# too. Job, which goes through all sections, is defined here.
 
 LOG = logging.getLogger("train_lora_single")
 
@@ -2995,18 +3204,19 @@ class Job:
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
     device_name: str = ""
+    # Which products are used, "dtype" or "float16", and what was measured of both.
     matmul: dict[str, Any] = field(default_factory=lambda: {"used": "dtype"})
     memory: MemoryLimits | None = None
     checkpoint: Path | None = None  # the one to resume from
     started: float = 0.0  # seconds since 1970
     history: list[dict[str, float]] = field(default_factory=list)  # what the trainer logged
     train_seconds: float = 0.0  # of optimizer steps in this process, evaluation apart
-    train_tokens: int = 0  # read in them
+    train_tokens: int = 0  # of these steps
     peak_gib: float = 0.0  # GPU memory that torch had in use at the most
-    is_in_step: bool = False  # a signal waits for the end of the step
+    saves_before_stopping: bool = False  # a signal waits until the step is finished and saved
     stop_signal: int = 0  # the signal that asks the run to stop
     published: str = ""  # which epoch became final_lora
-    learnt: dict[str, Any] = field(default_factory=dict)
+    update_sizes: dict[str, Any] = field(default_factory=dict)  # by target; "learnt" in run.json
     evidence: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, Any] = field(default_factory=dict)
 
@@ -3074,22 +3284,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--demo", action="store_true", help="use the toy model, a CPU and output/demo"
     )
     comments = setting_comments()
-    group = parser.add_argument_group("settings (hyphens will do as well: --lora-r 16)")
-    for name, kind in setting_types().items():
+    flags = parser.add_argument_group("settings (hyphens will do as well: --lora-r 16)")
+    for name, annotation in setting_types().items():
         default = globals()[name]
         shown = " ".join(default) if isinstance(default, list) else default
         help_text = f"{comments.get(name, '')} [{shown}]".strip().replace("%", "%%")
         options: dict[str, Any] = {"dest": name, "default": default, "help": help_text}
-        if typing.get_origin(kind) is Literal:
-            options["choices"] = typing.get_args(kind)
+        if typing.get_origin(annotation) is Literal:
+            options["choices"] = typing.get_args(annotation)
             options["type"] = type(default)
-        elif typing.get_origin(kind) is list:
+        elif typing.get_origin(annotation) is list:
             options |= {"nargs": "+", "metavar": "NAME"}
-        elif kind is bool:
+        elif annotation is bool:
             options |= {"type": parse_bool, "metavar": "true|false"}
         else:
-            options |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
-        group.add_argument(f"--{name.lower()}", **options)
+            metavar = {int: "N", float: "X"}.get(annotation, "TEXT")
+            options |= {"type": annotation, "metavar": metavar}
+        flags.add_argument(f"--{name.lower()}", **options)
     return parser
 
 
@@ -3128,27 +3339,31 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, unknown: list[str]) ->
 def check_values(values: dict[str, Any]) -> list[str]:
     """Return what is wrong with the types of the settings, one sentence each."""
     problems = []
-    for name, kind in setting_types().items():
+    for name, annotation in setting_types().items():
         value = values[name]
-        if typing.get_origin(kind) is Literal:
-            good = value in typing.get_args(kind)
-            wanted = "one of " + ", ".join(json.dumps(choice) for choice in typing.get_args(kind))
-        elif kind == list[str]:
-            good = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+        if typing.get_origin(annotation) is Literal:
+            choices = typing.get_args(annotation)
+            is_good = value in choices
+            wanted = "one of " + ", ".join(json.dumps(choice) for choice in choices)
+        elif annotation == list[str]:
+            is_good = isinstance(value, list) and all(
+                isinstance(item, str) and item for item in value
+            )
             wanted = 'a list of names, such as ["q_proj", "v_proj"]'
-        elif kind is float:
-            good = type(value) in (int, float) and math.isfinite(value)
+        elif annotation is float:
+            is_good = type(value) in (int, float) and math.isfinite(value)
             wanted = "a number"
-        elif kind in (int, str, bool):
-            good = type(value) is kind
-            wanted = {int: "a whole number", str: 'a text in "quotes"', bool: "True or False"}[kind]
+        elif annotation in (int, str, bool):
+            is_good = type(value) is annotation
+            names = {int: "a whole number", str: 'a text in "quotes"', bool: "True or False"}
+            wanted = names[annotation]
         else:
             problems.append(
-                f"{name} is annotated as {kind}; a setting is an int, float, bool, str, list[str] "
-                "or Literal[...]."
+                f"{name} is annotated as {annotation}; a setting is an int, float, bool, str, "
+                "list[str] or Literal[...]."
             )
             continue
-        if not good:
+        if not is_good:
             problems.append(f"{name} is {value!r}; it must be {wanted}.")
     return problems
 
@@ -3233,7 +3448,7 @@ def wrap_lines(text: str) -> str:
 
 
 def path_from_here(path: str) -> str:
-    """Return a path as seen from the working folder, if it is below it; else as it is."""
+    """Return a path as seen from the working folder if it is below it, otherwise as it is."""
     with suppress(ValueError):
         return str(Path(path).resolve().relative_to(Path.cwd()))
     return path
@@ -3256,7 +3471,8 @@ def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> st
 def check_device(job: Job) -> None:
     """Find the device, or exit and say why there is none that works.
 
-    This comes before the model's code is imported, which decides once whether to use fla.
+    This comes before the model's code is imported, since the import decides whether it uses
+    flash-linear-attention.
     """
     settings = job.settings
     if settings.DEVICE == "cpu":
@@ -3318,7 +3534,7 @@ def check_multi_gpu_split(job: Job) -> None:
     if job.settings.dry_run or accelerate.PartialState().num_processes == 1:
         return
     processes = accelerate.PartialState().num_processes
-    size = step_size(job.settings)
+    size = examples_per_step(job.settings)
     if size % processes or len(job.train) % size:
         raise SystemExit(
             f"{processes} processes cannot share {len(job.train):,} examples in steps of {size} "
@@ -3414,7 +3630,7 @@ def catch_signals(job: Job) -> None:
         # A launcher passes the terminal's Ctrl-C on to its processes, which have had it already.
         is_second = is_second and "TORCHELASTIC_RUN_ID" not in os.environ
         job.stop_signal = number
-        if job.is_in_step and not is_second:
+        if job.saves_before_stopping and not is_second:
             text = "after this step, which is saved first; a second signal stops at once"
             report("stopping", text)
             return
@@ -3431,6 +3647,23 @@ def catch_signals(job: Job) -> None:
             signal.signal(number, on_signal)
 
 
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Let all signals wait for the end of something short that must not be left half done."""
+    waiting: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in waiting:
+        signal.raise_signal(number)
+
+
 def explain(error: BaseException, job: Job) -> tuple[int, str]:
     """Return exit status and message for what ended the run; no message if it is not known."""
     if isinstance(error, SystemExit):
@@ -3444,7 +3677,7 @@ def explain(error: BaseException, job: Job) -> tuple[int, str]:
     if type(error).__name__ == "OutOfMemoryError":
         return 1, (
             f"The GPU's memory is full ({one_line(error)}). If another program runs there, end it; "
-            "else lower MAX_SEQ_LEN."
+            "otherwise lower MAX_SEQ_LEN."
         )
     if is_disk_full(error, job.output):
         return 1, f"The disk of {job.output} is full. Make room, and give the same command again."
@@ -3505,8 +3738,8 @@ def run_or_explain(do: Callable[[Job], None], job: Job) -> None:
         if job.stop_signal and status == 1 and not isinstance(error, SystemExit):
             # A library turned the signal into an error of its own.
             status, message = 128 + job.stop_signal, f"Stopped. ({message or repr(error)})"
-        kind = "interrupted" if status > 1 else "failed"
-        write_record(job, "finished" if job.published else f"{kind}: {message or repr(error)}")
+        how = "interrupted" if status > 1 else "failed"
+        write_record(job, "finished" if job.published else f"{how}: {message or repr(error)}")
         if not message:
             raise
         print(wrap_lines(message), file=sys.stderr)

@@ -359,9 +359,9 @@ def test_messages_teach_each_reply_and_a_completion_only_its_own():
 def test_each_example_has_its_lines_value_of_the_group_key():
     rows = [line(kind="short", messages=conversation("uaua")), line(messages=conversation("ua"))]
     examples, _ = t.read_examples(write(b"\n".join(rows)), "kind")
-    assert [one.group for one in examples] == ["short", "short", ""]
+    assert [one.eval_group for one in examples] == ["short", "short", ""]
     examples, _ = t.read_examples("data.jsonl")
-    assert [one.group for one in examples] == ["", "", ""]
+    assert [one.eval_group for one in examples] == ["", "", ""]
 
 
 # ---- repeats

@@ -621,7 +621,7 @@ def test_updates_of_any_shape_and_rank_are_measured(r, alpha):
     """Also where r is larger than the matrix, and W is in bfloat16."""
     torch.manual_seed(1)
     model, modules = small_net([(40, 50), (3, 30), (30, 3)], torch.bfloat16, r=r, lora_alpha=alpha)
-    rows = t.measure_update(model)["up_proj"]
+    rows = t.measure_updates(model)["up_proj"]
     for number, (row, module) in enumerate(zip(rows, modules, strict=True)):
         weight = module.get_base_layer().weight.detach().double().numpy()
         a, b = (
@@ -636,7 +636,7 @@ def test_a_large_w_in_bfloat16_is_measured_in_float64():
     """Float32 sums of so many squares lose a thousandth."""
     torch.manual_seed(2)
     model, (module,) = small_net([(4096, 4096)], torch.bfloat16, r=1, lora_alpha=1)
-    (row,) = t.measure_update(model)["up_proj"]
+    (row,) = t.measure_updates(model)["up_proj"]
     a, b = (m["default"].weight.double().norm() for m in (module.lora_A, module.lora_B))
     weight = module.get_base_layer().weight.double().norm()
     assert row["update"] == pytest.approx((a * b / weight).item(), rel=1e-5)
@@ -645,7 +645,7 @@ def test_a_large_w_in_bfloat16_is_measured_in_float64():
 def test_no_update_has_size_0_and_no_directions():
     model, (module,) = small_net([(40, 50)], r=8, lora_alpha=16)
     module.lora_B["default"].weight.data.zero_()
-    assert t.measure_update(model) == {"up_proj": [{"layer": 0, "update": 0, "directions": 0}]}
+    assert t.measure_updates(model) == {"up_proj": [{"layer": 0, "update": 0, "directions": 0}]}
 
 
 # ==== samples.md

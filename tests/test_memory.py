@@ -294,7 +294,7 @@ def test_what_fits_is_found_by_trying(adapted, gpu, capsys, monkeypatch, name):
     capsys.readouterr()
     with recorded(trainer) as trials, give_memory(trainer, kept, recomputed):
         look_for_memory(trainer, job)
-    assert (job.memory.kept, job.memory.recomputed) == limits
+    assert (job.memory.tokens_at_once, job.memory.tokens_at_once_recomputed) == limits
     text = capsys.readouterr().out
     assert word in text and text.startswith("memory ")
     # The first trial is a whole step, as wide as the longest example, with every token learned.
@@ -330,7 +330,7 @@ def test_a_single_example_that_just_fits_is_not_refused(adapted, gpu, monkeypatc
     give_examples(job, [WIDTH, 12])
     with give_memory(trainer, *room):
         look_for_memory(trainer, job)
-    assert max(job.memory.kept, job.memory.recomputed) == WIDTH
+    assert max(job.memory.tokens_at_once, job.memory.tokens_at_once_recomputed) == WIDTH
 
 
 def test_the_longest_held_out_example_counts_too(adapted, gpu):
@@ -349,10 +349,10 @@ def test_on_a_cpu_a_whole_step_goes_through_at_once(data, tmp_path, monkeypatch)
     monkeypatch.setattr(trainer.model, "forward", lambda *_, **__: pytest.fail("tried something"))
     t.find_what_fits(trainer, job)
     widest = max(len(example.input_ids) for example in job.train + job.held_out)
-    assert job.memory.kept == job.memory.recomputed == 4 * widest
+    assert job.memory.tokens_at_once == job.memory.tokens_at_once_recomputed == 4 * widest
 
 
-def test_most_that_fits_is_found_in_few_trials():
+def test_the_largest_that_fits_is_found_in_few_trials():
     numbers = random.Random(0)
     for _ in range(300):
         most = numbers.randint(1, 3000)
@@ -363,7 +363,7 @@ def test_most_that_fits_is_found_in_few_trials():
             tried.append(tokens)
             return tokens <= room
 
-        found = t.most_that_fits(fits, most)
+        found = t.largest_that_fits(fits, most)
         assert found == (most if room >= most else room // 16 * 16)
         assert len(tried) <= 2 + math.log2(most / 16 + 1)
 

@@ -396,6 +396,29 @@ def test_a_signal_before_the_adapter_is_in_place_loses_nothing(
     assert has_old_results(stopped)
 
 
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+@pytest.mark.parametrize("event", ["os.rename", "os.remove"])
+def test_a_signal_while_the_adapter_is_moved_into_place_waits_until_it_is(
+    flags, whole, stopped, monkeypatch, capfd, event, numbers
+):
+    """Between two renames there is no final_lora; then job.json, with which the run ends, goes."""
+    part, number = {"os.rename": ("output/final_lora", 3), "os.remove": ("job.json", 1)}[event]
+    moments = []
+
+    def strike():
+        moments.append((stopped / "final_lora").exists())
+        send(*numbers)()
+
+    at_change(event, part, strike, number)
+    assert run(command(flags, stopped)) == 128 + numbers[0]
+    assert moments == [event == "os.remove"]
+    said = flat(capfd.readouterr().err)
+    assert f"{stopped}/final_lora is whole" in said and "Traceback" not in said
+    assert adapter(stopped) == whole[0] and has_old_results(stopped)
+    assert record(stopped)["outcome"] == "finished" and not (stopped / ".partial").exists()
+    assert found_by(prepared(flags, stopped)) is None  # so the next command trains anew
+
+
 AFTERWARDS = {
     "evidence": lambda p: before(p, t, "example_losses", send(signal.SIGINT), 2),
     "samples": lambda p: at_generation(p, send(signal.SIGINT)),
@@ -678,6 +701,9 @@ def other_value(value):
     return f"{value}x" if isinstance(value, str) else value + 1
 
 
+STEP_SIZE = ("BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS")
+
+
 def test_every_setting_must_stay_but_for_those_that_may_change(flags, interrupted, tmp_path):
     job = prepared(flags, shutil.copytree(interrupted, tmp_path / "output"))
     names = [name for name in vars(job.settings) if name.isupper()]
@@ -687,7 +713,9 @@ def test_every_setting_must_stay_but_for_those_that_may_change(flags, interrupte
             continue  # the next test gives them
         value = getattr(job.settings, name)
         setattr(job.settings, name, other_value(value))
-        if name in t.MAY_CHANGE_ON_RESUME:
+        if name in STEP_SIZE:  # of which only the product must stay
+            assert refused(job) == {" x ".join(STEP_SIZE): ("4", "6")}
+        elif name in t.MAY_CHANGE_ON_RESUME:
             assert found_by(job) == "checkpoint-7", name
         else:
             found = refused(job)
@@ -710,6 +738,16 @@ def test_moved_files_and_other_output_settings_are_the_same_job(
     moved = ["--train_file", tmp_path / "train moved", "--eval_file", tmp_path / "eval moved"]
     more = ["--save_steps", 1, "--logging_steps", 5, "--matmul", "dtype", "--eval_group", "kind"]
     assert go_on(command(flags, stopped, *moved, *more), whole, capfd) == 7
+
+
+@pytest.mark.parametrize("factors", [(4, 1), (1, 4)])
+def test_another_way_to_the_same_size_of_a_step_is_the_same_job(
+    flags, whole, stopped, capfd, factors
+):
+    step = zip(("--batch_size", "--gradient_accumulation_steps"), factors, strict=True)
+    assert (
+        go_on(command(flags, stopped, *(word for pair in step for word in pair)), whole, capfd) == 7
+    )
 
 
 def test_all_that_differs_is_named_at_once_and_nothing_is_touched(flags, stopped, capfd):

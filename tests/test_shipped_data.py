@@ -61,7 +61,7 @@ def test_the_script_reads_every_line_as_one_example(path, count):
     assert [e.messages for e in examples] == [
         row["prompt"] + row["completion"] for row in rows(path)
     ]
-    assert [e.group for e in examples] == [row["kind"] for row in rows(path)]
+    assert [e.eval_group for e in examples] == [row["kind"] for row in rows(path)]
 
 
 @pytest.mark.parametrize("path", COUNTS)

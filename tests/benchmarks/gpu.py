@@ -377,7 +377,7 @@ def measure_step(flags: list[str], kind: str) -> dict[str, Any]:
         trainer = t.build_trainer(job)
         t.find_what_fits(trainer, job)
     device = trainer.args.device
-    size = t.step_size(job.settings)
+    size = t.examples_per_step(job.settings)
     by_length = sorted(job.train, key=lambda example: len(example.input_ids))
     middle = (len(by_length) - size) // 2
     examples = by_length[middle : middle + size]
@@ -402,6 +402,7 @@ def measure_step(flags: list[str], kind: str) -> dict[str, Any]:
     wanted = torch.autograd.DeviceType.CUDA if is_gpu else torch.autograd.DeviceType.CPU
     events = [event for event in profiled.events() if event.device_type == wanted]
     rows, width = inputs["input_ids"].shape
+    kept, recomputed = job.memory.tokens_at_once, job.memory.tokens_at_once_recomputed
     return {
         "rows": rows,
         "width": width,
@@ -410,7 +411,7 @@ def measure_step(flags: list[str], kind: str) -> dict[str, Any]:
         "count": len(events),
         "unit": "kernels and copies" if is_gpu else "operations",
         "busy": sum(event.time_range.elapsed_us() for event in events) / 1000,
-        "memory": f"{job.memory.kept:,} tokens at once kept, {job.memory.recomputed:,} recomputed",
+        "memory": f"{kept:,} tokens at once kept, {recomputed:,} recomputed",
         "auto": about_auto(auto),
     }
 

@@ -56,7 +56,7 @@ def cpu(options: Options) -> None:
     lines = shipped_lines(TRAIN, 8 if options.tiny else 64, shortest=options.tiny)
     data = write_lines(options.folder / "data" / "train.jsonl", lines)
     settings = t.parse_settings([])
-    steps = len(lines) // t.step_size(settings)
+    steps = len(lines) // t.examples_per_step(settings)
     seconds: dict[str, list[float]] = collections.defaultdict(list)
     busy: dict[str, list[float]] = collections.defaultdict(list)
     for number in range(options.pairs):
@@ -71,7 +71,7 @@ def cpu(options: Options) -> None:
     losses = {name: loss_of_adapter(model, path, options) for name, path in adapters.items()}
     print(
         f"CPU       {Path(model).name} in float32, {len(lines)} lines, {steps} steps of "
-        f"{t.step_size(settings)} examples; seconds of training"
+        f"{t.examples_per_step(settings)} examples; seconds of training"
     )
     row = table(16, 9, 9, 18, 15, 11)
     print(row("", "median", "a step", "processors' time", "held-out loss", "each run"))

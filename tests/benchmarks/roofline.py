@@ -57,7 +57,7 @@ def v100(options: Options) -> None:
     job = simulated_job(options)
     roofline = Roofline(Simulation(options.sizes, job.settings))
     steps = steps_of_epoch(job)
-    size = t.step_size(job.settings)
+    size = t.examples_per_step(job.settings)
     print(f"""\
 V100      a step of {size} examples, forward and backward, ON PAPER: measured nowhere
 Each operation takes the longest of its launches ({and_list(LAUNCHES_AT, 1e6)} us a kernel: usual
@@ -77,7 +77,7 @@ management, evaluation, the trials at the start, and any wait for Python beyond 
     shown = {MEDIAN: LEARNED / OF} | ({} if options.tiny else {shipped: share})
     for width, learned_share in shown.items():
         show_step(roofline, width, learned_share, spread, options)
-    _, most = t.step_tokens(job)
+    _, most = t.most_tokens(job)
     limits = t.MemoryLimits(most, most)
     if not options.tiny:
         limits = roofline.simulation.limits(job, CARDS["32 GB"])
@@ -89,7 +89,7 @@ def show_step(
 ) -> None:
     """Print the table of a step whose rows are so wide, and check the targets at 129 tokens."""
     settings = roofline.simulation.settings
-    size, batch = t.step_size(settings), settings.BATCH_SIZE
+    size, batch = t.examples_per_step(settings), settings.BATCH_SIZE
     learned = round(size * width * learned_share)
     positions = min(width - 1, round(learned * spread / size))
     ours = Pass(size, width, size * positions)

@@ -114,12 +114,13 @@ def memory(options: Options) -> None:
     print("\nWhat the script's trial finds, for the shipped data, all tokens of a trial learned:")
     row = table(33, 12, 12, 16)
     print(row("tokens at once", "kept", "recomputed", "longest step"))
-    _, most = t.step_tokens(job)
+    _, most = t.most_tokens(job)
     for card, size in CARDS.items():
         if options.tiny:
             size = tiny_memory(size, simulation, job)
         limits = simulation.limits(job, size)
-        print(row(card, f"{limits.kept:,}", f"{limits.recomputed:,}", f"{most:,}"))
+        counts = limits.tokens_at_once, limits.tokens_at_once_recomputed, most
+        print(row(card, *(f"{count:,}" for count in counts)))
 
 
 # ==== an epoch as passes through the model
@@ -157,7 +158,7 @@ def simulated_job(options: Options) -> t.Job:
 
 def steps_of_epoch(job: t.Job) -> list[dict[str, Any]]:
     """Return the padded steps of the first epoch, in the script's order."""
-    order, size = list(t.LikeLengthsSampler(job)), t.step_size(job.settings)
+    order, size = list(t.LikeLengthsSampler(job)), t.examples_per_step(job.settings)
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     return [t.pad([job.train[number] for number in group], "cpu") for group in groups]
 
@@ -189,7 +190,7 @@ def trl_passes(job: t.Job) -> list[Pass]:
 
 def tiny_memory(memory: int, simulation: Simulation, job: t.Job) -> int:
     """Return the memory of a card for a tiny model, so little that a step needs several parts."""
-    widest, _ = t.step_tokens(job)
+    widest, _ = t.most_tokens(job)
     return round(memory / (10 * GIB) * simulation.peak(Pass(1, widest, widest - 1))) + CUDA
 
 
