@@ -1076,25 +1076,33 @@ class OurTrainerMethods:
 
 
 def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return -log(probability) of each learned token, in nats; 0 where none is learned.
+    """Return -log(probability) of each token but the first, in nats; 0 where it is not learned.
 
-    The result has a row for each example, and a column for each position whose next token is
-    learned in any row. Only there are logits made: with 248,320 tokens in the vocabulary they are
-    the largest tensor of all.
+    The result has a row for each example and a column for each token. Logits are made for learned
+    tokens alone: with 248,320 tokens in the vocabulary they are the largest tensor of all.
     """
     labels = inputs["labels"][:, 1:]  # the logits at a position predict the next token
-    positions = (labels != -100).any(0).nonzero()[:, 0]
-    wanted = labels[:, positions]
-    logits = model(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        logits_to_keep=positions,
-        use_cache=False,
-    ).logits
-    losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=-100, reduction="none"
+    rows, columns = (labels != -100).nonzero(as_tuple=True)
+
+    def keep_learned(_: torch.nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
+        """Give the head (learned tokens x hidden size); the model has a place for each token."""
+        return given[0][rows, columns]
+
+    # transformers' logits_to_keep would keep a position in all examples if one of them needs it.
+    head = accelerate.utils.extract_model_from_parallel(model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(keep_learned)
+    try:
+        logits = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        ).logits
+    finally:
+        hook.remove()
+    wanted = labels[rows, columns]
+    losses = torch.zeros(labels.shape, device=logits.device)
+    losses[rows, columns] = torch.nn.functional.cross_entropy(
+        logits.float(), wanted, reduction="none"
     )
-    return losses.view(wanted.shape)
+    return losses
 
 
 def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
@@ -2399,7 +2407,7 @@ def about_targets(rows: dict[str, Any]) -> str:
         best = max(enough, key=lambda name: shares[name])
         return (
             f"targets: the update of {best} alone keeps {shares[best]:.0%} of the gain; the other "
-            "targets add nothing that these examples can show."
+            "targets add next to nothing."
         )
     if "unclear" in verdicts.values():
         return "targets: too few held-out examples to tell whether one group would do alone."
@@ -2426,9 +2434,9 @@ def about_rank(rows: dict[str, Any], job: Job) -> str:
     if enough:
         noun = "directions" if min(enough) > 1 else "direction"
         return (
-            f"r: cut to {min(enough)} {noun} of {job.plan.max_rank}, the update loses nothing that "
-            "these examples can show. It is about this adapter; training with a smaller r is "
-            "another run."
+            f"r: cut to {min(enough)} {noun} of {job.plan.max_rank}, the update keeps "
+            f"{cuts[min(enough)]['kept']['value']:.0%} of the gain. That says how much of its room "
+            "this adapter uses; a run with a smaller r is another run, and may end elsewhere."
         )
     if "unclear" in verdicts.values():
         return "r: too few held-out examples to tell how many directions are needed."

@@ -93,14 +93,14 @@ def test_memory_prints_less_where_activations_are_recomputed(options, capsys):
     assert int(limits.split()[2]) <= int(limits.split()[3])
 
 
-def test_as_many_positions_are_scored_as_the_simulation_counts():
+def test_as_many_tokens_are_scored_as_the_simulation_counts():
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY)
     rows = []
-    model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0]))
+    model.lm_head.register_forward_hook(lambda _, given, logits: rows.append(logits))
     inputs = t.pad([example_of(3, 4), example_of(5, 2), example_of(2, 3)], "cpu")
     with torch.no_grad():
         t.reply_losses(model, inputs)
-    assert rows[0][..., 0].numel() == simulate.Pass.of(inputs).scored
+    assert rows[0].shape[0] == simulate.Pass.of(inputs).scored == 4 + 2 + 3
 
 
 def test_the_work_of_a_pass_is_that_of_the_real_products():
@@ -127,12 +127,6 @@ def test_the_peak_of_two_rows_is_more_than_that_of_one_by_its_activations():
     peaks = [simulation.peak(simulate.Pass(rows, 70, 0)) for rows in (1, 2, 3)]
     assert simulation.weight_bytes < peaks[0]
     assert math.isclose(peaks[2] - peaks[1], peaks[1] - peaks[0], rel_tol=0.01)
-
-
-def test_trl_scores_learned_tokens_and_the_script_positions():
-    inputs = t.pad([example_of(3, 4), example_of(5, 2)], "cpu")
-    trl = simulate.Pass.of(inputs, is_recomputed=True, is_trl=True)
-    assert (trl.rows, trl.width, trl.scored) == (2, 7, 6)
 
 
 # ==== the V100 on paper

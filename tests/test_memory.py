@@ -197,9 +197,9 @@ def test_logits_are_made_only_where_a_token_is_learned(adapted, step):
     with recorded(trainer) as recorder:
         t.example_losses(trainer.model, job, step.examples, "")
         trainer.compute_loss(trainer.model.train(), inputs, num_items_in_batch=1)
-    learned = (inputs["labels"][:, 1:] != -100).any(0).sum()
+    learned = (inputs["labels"][:, 1:] != -100).sum()
     assert recorder.trained[0]["scored"] == recorder.evaluated[0]["scored"] == learned
-    assert learned < inputs["labels"].shape[1] - 1
+    assert learned < inputs["labels"].numel() / 2
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_the_held_out_loss_is_a_mean_over_tokens(adapted):
     trained = token_loss(trainer.model.eval(), job.held_out)
     with trainer.model.disable_adapter():
         base = token_loss(trainer.model, job.held_out)
-    assert trained != pytest.approx(base, rel=10 * ROUNDING)
+    assert trained != pytest.approx(base, rel=3 * ROUNDING)
     for steps, expected in ((1, trained), (0, base)):  # before the first step it is the base's
         trainer.state.global_step = steps
         metrics = trainer.evaluate()
@@ -300,7 +300,7 @@ def test_what_fits_is_found_by_trying(adapted, gpu, capsys, monkeypatch, name):
     # The first trial is a whole step, as wide as the longest example, with every token learned.
     first = trials.trained[0]
     assert first["size"] == 4 * WIDTH and len(first["rows"]) == 4
-    assert first["scored"] == WIDTH - 1 and len(trials.trained) <= 2 * 6
+    assert first["scored"] == 4 * (WIDTH - 1) and len(trials.trained) <= 2 * 6
     # A tenth is left while trying; later a little for what allocates outside of torch's view.
     assert gpu == [pytest.approx(0.9 * 0.4), pytest.approx(0.97 * 0.4)]
     # Nothing is left of it: no gradient, and the random numbers are those of the seed.

@@ -165,7 +165,7 @@ class Recorder(TrainerCallback):
         if "attention_mask" not in inputs:
             return
         if "logits" in output:  # TRL's own loss makes none
-            passes[-1]["scored"] = output.logits.shape[1]
+            passes[-1]["scored"] = output.logits.shape[0]
         passes[-1]["cached"] = output.get("past_key_values") is not None
 
     def on_pre_optimizer_step(self, *_, optimizer, **__):

@@ -71,12 +71,11 @@ TRL: its defaults, passes of {job.settings.BATCH_SIZE}, bfloat16 autocast, all r
 its Triton kernels cost nothing here.
 Views cost nothing. Not counted: the optimizer, clipping, copies between host and GPU, memory
 management, evaluation, the trials at the start, and any wait for Python beyond the launches.""")
-    spread = scored_over_learned(steps)
     share = sum(learned_tokens(step) for step in steps) / sum(real_tokens(step) for step in steps)
     shipped = median_width(job)
     shown = {MEDIAN: LEARNED / OF} | ({} if options.tiny else {shipped: share})
     for width, learned_share in shown.items():
-        show_step(roofline, width, learned_share, spread, options)
+        show_step(roofline, width, learned_share, options)
     _, most = t.most_tokens(job)
     limits = t.MemoryLimits(most, most)
     if not options.tiny:
@@ -84,15 +83,12 @@ management, evaluation, the trials at the start, and any wait for Python beyond 
     show_minutes(roofline, job, passes_of(steps, limits), options)
 
 
-def show_step(
-    roofline: Roofline, width: int, learned_share: float, spread: float, options: Options
-) -> None:
+def show_step(roofline: Roofline, width: int, learned_share: float, options: Options) -> None:
     """Print the table of a step whose rows are so wide, and check the targets at 129 tokens."""
     settings = roofline.simulation.settings
     size, batch = t.examples_per_step(settings), settings.BATCH_SIZE
     learned = round(size * width * learned_share)
-    positions = min(width - 1, round(learned * spread / size))
-    ours = Pass(size, width, size * positions)
+    ours = Pass(size, width, learned)
     ways = {
         "bf16": (1, ours),
         "fp16": (1, dataclasses.replace(ours, products="float16")),
@@ -102,10 +98,7 @@ def show_step(
         ),
     }
     costs = {name: times * roofline.costs(one) for name, (times, one) in ways.items()}
-    print(
-        f"\n{size} x {width} tokens, {learned} of {size * width} learned, {ours.scored} positions "
-        "scored by the script; ms at so many us a launch"
-    )
+    print(f"\n{size} x {width} tokens, {learned} of them learned; ms at so many us a launch")
     row = table(32, *itertools.chain(*[(9, 9, 9) for _ in ways]))
     heads = [(f"{name} {LAUNCHES_AT[0] * 1e6:g}", f"{LAUNCHES_AT[1] * 1e6:g}") for name in ways]
     print(row("", *itertools.chain(*[(*head, "kernels") for head in heads])))
@@ -156,15 +149,6 @@ def learned_tokens(step: dict[str, Any]) -> int:
 def real_tokens(step: dict[str, Any]) -> int:
     """Return how many tokens of a padded step are not padding."""
     return int(step["attention_mask"].sum())
-
-
-def scored_over_learned(steps: list[dict[str, Any]]) -> float:
-    """Return how many positions the script scores for each learned token.
-
-    A position is scored for all rows of a pass if one of them learns there.
-    """
-    scored = sum(Pass.of(step).scored for step in steps)
-    return scored / sum(map(learned_tokens, steps))
 
 
 # ==== what a pass costs

@@ -87,8 +87,8 @@ FLOPs of matrix products, convolutions and triangular solutions, forward and bac
 modeling code. In how many parts a step goes through, the script's own trial and split_step()
 decide, by simulated peaks within the memory that CUDA leaves (it is assumed to take 0.5 GiB). The
 peaks hold weights, gradients, AdamW's moments and logits, but not memory in pieces. TRL's:
-random batches of 2, all recomputed, the embeddings' gradient computed, only learned tokens scored,
-by Triton's kernels, and weights in bfloat16 like the others (float32 is its default).""")
+random batches of 2, all recomputed, the embeddings' gradient computed, tokens scored by Triton's
+kernels, and weights in bfloat16 like the others (float32 is its default).""")
 
 
 def memory(options: Options) -> None:
@@ -132,18 +132,17 @@ class Pass:
 
     rows: int
     width: int  # tokens of a row, padding included
-    scored: int  # positions whose logits are made, all rows together
+    scored: int  # tokens whose logits are made: those that are learned
     is_recomputed: bool = False
     is_trl: bool = False  # as TRL does it: the embeddings' gradient is computed, Triton's loss
     products: str = "dtype"  # of the frozen layers
 
     @classmethod
     def of(cls, inputs: dict[str, Any], is_recomputed: bool = False, is_trl: bool = False) -> Pass:
-        """Return a padded batch as a pass; the script scores a position for all rows."""
+        """Return a padded batch as a pass."""
         rows, width = inputs["input_ids"].shape
         learned = inputs["labels"][:, 1:] != -100
-        scored = learned.sum() if is_trl else rows * learned.any(0).sum()
-        return cls(rows, width, int(scored), is_recomputed, is_trl)
+        return cls(rows, width, int(learned.sum()), is_recomputed, is_trl)
 
 
 def simulated_job(options: Options) -> t.Job:
@@ -348,12 +347,24 @@ class Simulation:
             shape = one.rows, one.width, size[1]
             hidden = torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
 
-            def head(logits_to_keep: Any, **_: Any) -> types.SimpleNamespace:
-                return types.SimpleNamespace(logits=hidden[:, logits_to_keep] @ weight.T)
+            class OnlyHead(torch.nn.Module):
+                """A model whose layers have done their work already."""
 
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.head = torch.nn.Linear(*reversed(size), bias=False, dtype=weight.dtype)
+                    self.head.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+                def get_output_embeddings(self) -> torch.nn.Module:
+                    return self.head
+
+                def forward(self, **_: Any) -> types.SimpleNamespace:
+                    return types.SimpleNamespace(logits=self.head(hidden))
+
+            model = OnlyHead()
             labels = torch.empty(one.rows, one.width, dtype=torch.long)
             inputs = {"input_ids": labels, "labels": labels, "attention_mask": labels}
-            most = most_alive([hidden, weight], lambda: script_loss(head, inputs, one).backward())
+            most = most_alive([hidden, weight], lambda: script_loss(model, inputs, one).backward())
             return most - hidden.nbytes - weight.nbytes
 
     def limits(self, job: t.Job, memory: int) -> t.MemoryLimits:
@@ -444,13 +455,13 @@ def forward_and_backward(model: Any, one: Pass, autocast: bool = False) -> None:
 
 
 def script_loss(model: Any, inputs: dict[str, Any], one: Pass) -> Any:
-    """Return the script's loss, where the pass's positions are scored."""
+    """Return the script's loss, where so many tokens are learned as the pass scores."""
     import torch
 
-    def positions(_: Any) -> Any:
-        return torch.zeros(one.scored // one.rows, 1, dtype=torch.long)
+    def places(*_: Any, as_tuple: bool) -> Any:
+        return torch.zeros(2, one.scored, dtype=torch.long).unbind()
 
-    with unittest.mock.patch.object(torch.Tensor, "nonzero", positions):
+    with unittest.mock.patch.object(torch.Tensor, "nonzero", places):
         return t.reply_losses(model, inputs).sum()
 
 
