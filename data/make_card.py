@@ -118,17 +118,29 @@ def shapes_table() -> str:
         return [len(words(reply(row))) for row in part]
 
     lines = []
-    for turns, name in ((1, "one user message"), (2, "two"), (3, "three")):
+    for turns, name in (
+        (1, "one user message"),
+        (2, "two user messages"),
+        (3, "three user messages"),
+    ):
         lines.append([name, *share(lambda row, n=turns: len(said_by(row, "user")) == n)])
-    lines.append(["four to eight", *share(lambda row: len(said_by(row, "user")) >= 4)])
+    lines.append(
+        ["four to eight user messages", *share(lambda row: len(said_by(row, "user")) >= 4)]
+    )
     lines.append(["reply of one sentence", *share(lambda row: len(sentences(reply(row))) == 1)])
     for count, name in ((2, "two"), (3, "three"), (4, "four")):
-        lines.append([name, *share(lambda row, n=count: len(sentences(reply(row))) == n)])
-    lines.append(["five and more", *share(lambda row: len(sentences(reply(row))) >= 5)])
+        lines.append(
+            [f"of {name} sentences", *share(lambda row, n=count: len(sentences(reply(row))) == n)]
+        )
+    lines.append(
+        ["of five sentences and more", *share(lambda row: len(sentences(reply(row))) >= 5)]
+    )
     lines.append(
         ["words in a reply: mean", *number(lambda p: f"{statistics.mean(reply_words(p)):.1f}")]
     )
-    lines.append(["median", *number(lambda p: f"{statistics.median(reply_words(p)):.0f}")])
+    lines.append(
+        ["words in a reply: median", *number(lambda p: f"{statistics.median(reply_words(p)):.0f}")]
+    )
     lines.append(
         ["fewest to most", *number(lambda p: f"{min(reply_words(p))} to {max(reply_words(p))}")]
     )
