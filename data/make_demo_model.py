@@ -13,7 +13,7 @@ another user's message on the same topic, so the base answers in plain English, 
 its own. What Nell sounds like is left for LoRA to teach. Only the tokenizer has counted the letters
 of all messages in that file, Nell's too, so that Nell's words are not in pieces.
 
-It takes minutes on two cores. Everything is seeded: the same machine, packages and training file
+It takes minutes on one core. Everything is seeded: the same machine, packages and training file
 give the same bytes.
 """
 
@@ -51,7 +51,7 @@ LAYER_TYPES = ["linear_attention"] * 3 + ["full_attention"]
 
 # Pretraining.
 SEED = 0
-THREADS = 2  # sums depend on the number of threads, and the bytes on the sums
+THREADS = 1  # sums depend on the number of threads, and the bytes on the sums
 STEPS = 800
 BATCH_SIZE = 8  # chats
 PAIRS = (1, 2)  # a chat has one of these numbers of messages and answers
