@@ -1889,7 +1889,9 @@ def write_model_card(job: Job, folder: Path) -> None:
         eval_results=results or None,
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(job)}")
-    card.save(folder / "README.md")
+    new = folder.parent / "README.md.new"  # so that there is never half of it in the folder
+    card.save(new)
+    new.replace(folder / "README.md")
 
 
 def losses_before_and_after(job: Job) -> tuple[float, float] | None:
@@ -2039,11 +2041,18 @@ def vllm_rank(plan: Plan) -> int:
 # does a lower loss say that the replies are good: read samples.md.
 
 
-def show_evidence(model: peft.PeftModel, job: Job) -> None:
-    """Measure and show what the adapter learned; an error in any of it is only a warning.
+@contextmanager
+def error_is_a_warning(name: str) -> Iterator[None]:
+    """Turn an error into a warning: the adapter is whole and in place, whatever the error is."""
+    try:
+        yield
+    except Exception as error:
+        LOG.info("%s failed", name, exc_info=True)
+        report("warning", f"{name} failed ({one_line(repr(error))}); the adapter is whole")
 
-    The adapter is published already, so no failure here may lose it.
-    """
+
+def show_evidence(model: peft.PeftModel, job: Job) -> None:
+    """Measure and show what the adapter learned; an error in any of it is only a warning."""
     extras: dict[str, Callable[[peft.PeftModel, Job], None]] = {
         "learnt": report_update_sizes,
         "evidence": report_evidence,
@@ -2051,11 +2060,8 @@ def show_evidence(model: peft.PeftModel, job: Job) -> None:
         "picture": draw_picture,
     }
     for name, show in extras.items():
-        try:
+        with error_is_a_warning(name):
             show(model, job)
-        except Exception as error:  # whatever it is, the adapter is whole
-            LOG.info("%s failed", name, exc_info=True)
-            report("warning", f"{name} failed ({one_line(repr(error))}); the adapter is whole")
         write_record(job, "finished")
 
 
@@ -2174,7 +2180,11 @@ def report_evidence(model: peft.PeftModel, job: Job) -> None:
         chosen = evenly_spread(len(examples), job.settings.EVIDENCE_EXAMPLES)
         report_parts(model, job, chosen, base, adapter)
         seconds = time.monotonic() - began
-        report("", f"measured on {len(chosen)} held-out examples in {seconds:.0f} s")
+        report(
+            "",
+            f"measured on {len(chosen)} held-out examples, base and adapter on all "
+            f"{len(examples)}, in {seconds:.0f} s",
+        )
     report_kinds(job)
 
 
@@ -2319,25 +2329,24 @@ def cut_to(layers: dict[str, Any], rank: int) -> Iterator[None]:
     B A = U S V^T. Projecting B on the first columns of U gives the best approximation of B A of
     that rank (Eckart and Young, 1936), and leaves A alone. B A itself is never formed.
     """
-    whole = {}
-    for path, module in layers.items():
-        weight = module.lora_B["default"].weight
-        whole[path] = weight.data
-        b, a = weight.data.double(), module.lora_A["default"].weight.data.double()
-        q, r = torch.linalg.qr(b)
-        u = q @ torch.linalg.svd(r @ a, full_matrices=False).U[:, :rank]
-        weight.data = (u @ (u.T @ b)).to(weight.dtype)
+    whole = {path: module.lora_B["default"].weight.data for path, module in layers.items()}
     try:
+        for module in layers.values():
+            weight = module.lora_B["default"].weight
+            b, a = weight.data.double(), module.lora_A["default"].weight.data.double()
+            q, triangle = torch.linalg.qr(b)  # B = Q R
+            u = q @ torch.linalg.svd(triangle @ a, full_matrices=False).U[:, :rank]
+            weight.data = (u @ (u.T @ b)).to(weight.dtype)
         yield
     finally:
         for path, module in layers.items():
             module.lora_B["default"].weight.data = whole[path]
 
 
-# Both are shares of the gain: a smaller difference than the first is not worth a run, and if twice
-# the error is larger than the second, the examples are too few to call two losses the same.
+# Both are shares of the gain: a smaller difference than the first is not worth a run, and two
+# losses are called the same if their difference and twice its error are less than the second.
 SMALLEST_DIFFERENCE = 0.02
-LARGEST_ERROR = 0.10
+LARGEST_DIFFERENCE = 0.05
 
 
 def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
@@ -2368,7 +2377,8 @@ def judge(row: dict[str, Any]) -> str:
     change, share = Estimate(**row["change"]), Estimate(**row["kept"])
     if change.is_clear and abs(share.value - 1) > SMALLEST_DIFFERENCE:
         return "better" if change.value < 0 else "worse"
-    return "same" if 2 * share.error <= LARGEST_ERROR else "unclear"
+    largest = abs(share.value - 1) + 2 * share.error
+    return "same" if largest < LARGEST_DIFFERENCE else "unclear"
 
 
 def about_alpha(rows: dict[str, Any]) -> str:
@@ -2378,20 +2388,26 @@ def about_alpha(rows: dict[str, Any]) -> str:
         return ""
     best = min(scales, key=lambda label: scales[label]["loss"])
     row = scales[best]
-    if judge(row) == "unclear":
+    verdict, change = judge(row), Estimate(**row["change"])
+    # One of five strengths is better by twice its error in every ninth run by chance alone, but by
+    # three times its error only once in 150 runs.
+    is_chance = verdict == "better" and abs(change.value) <= 3 * change.error
+    if verdict == "unclear" or is_chance:
         return "alpha: too few held-out examples to tell whether another strength is better."
-    if judge(row) != "better":
+    if verdict != "better":
         return "alpha: no other strength of the update is better by a difference that matters."
     factor = float(best.removeprefix("update x "))
     gained = f"{100 * (row['kept']['value'] - 1):.0f} % more of the gain"
     if factor < 1:
         return (
             f"alpha: at x {factor:g} of its strength the same update has a lower loss ({gained}), "
-            "so the run went too far: fewer epochs, a lower LEARNING_RATE or a smaller LORA_ALPHA."
+            "so the run went too far. Worth trying next: fewer epochs, a lower LEARNING_RATE or a "
+            "smaller LORA_ALPHA."
         )
     return (
         f"alpha: at x {factor:g} of its strength the same update has a lower loss ({gained}), so "
-        "the run stopped short: more epochs, a higher LEARNING_RATE or a larger LORA_ALPHA."
+        "the run stopped short. Worth trying next: more epochs, a higher LEARNING_RATE or a larger "
+        "LORA_ALPHA."
     )
 
 
@@ -2405,9 +2421,14 @@ def about_targets(rows: dict[str, Any]) -> str:
     enough = [name for name, verdict in verdicts.items() if verdict in ("same", "better")]
     if enough:
         best = max(enough, key=lambda name: shares[name])
+        if verdicts[best] == "better":
+            return (
+                f"targets: the update of {best} alone has {shares[best]:.0%} of the gain, so in "
+                "this adapter the other targets do harm."
+            )
         return (
-            f"targets: the update of {best} alone keeps {shares[best]:.0%} of the gain; the other "
-            "targets add next to nothing."
+            f"targets: the update of {best} alone keeps {shares[best]:.0%} of the gain; what the "
+            "other targets add is less than 5 % of it."
         )
     if "unclear" in verdicts.values():
         return "targets: too few held-out examples to tell whether one group would do alone."
@@ -2700,6 +2721,7 @@ def draw_parts(axes: Any, parts: dict[str, Any]) -> None:
     )
 
 
+@error_is_a_warning("summary")
 def summarize(job: Job) -> None:
     """Print a verdict, what was written, and what to do next."""
     lines = [f"{job.output / 'final_lora'} is the adapter of {job.published}"]
@@ -2813,7 +2835,9 @@ def compare_runs(folders: list[str]) -> None:
     if any(run["resumed_from"] for run in ranked.values()):
         lines.append("+: the run was resumed, and took this long after that")
     if len(same) < len(runs):
-        lines.append(f"{len(runs) - len(same)} runs on other held-out examples are left out")
+        others = len(runs) - len(same)
+        noun, verb = ("runs", "are") if others > 1 else ("run", "is")
+        lines.append(f"{others} {noun} on other held-out examples {verb} left out")
     report("runs", "\n".join(lines))
 
 

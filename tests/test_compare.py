@@ -168,7 +168,7 @@ def test_a_run_on_other_held_out_examples_is_left_out_and_it_is_said(
     (tmp_path / "b/run.json").write_text(json.dumps(record), encoding="utf-8")
     lines = compare(tmp_path)
     assert [row[3].split("/")[-2] for row in rows_of(lines)] == ["a"]
-    assert re.search(r"^1 .*other held-out examples", "\n".join(lines), re.MULTILINE)
+    assert "1 run on other held-out examples is left out" in lines
 
 
 def test_the_same_file_at_another_place_is_the_same(put, compare, tmp_path):

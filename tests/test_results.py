@@ -373,6 +373,19 @@ def test_an_error_after_the_proof_is_a_warning(flags, tmp_path, tiny, monkeypatc
     assert PeftModel.from_pretrained(base_of(tiny), output / "final_lora")
 
 
+def test_an_error_in_the_last_words_is_a_warning(flags, finished, tmp_path, monkeypatch, capsys):
+    """They read what other runs left, such as one without a held-out loss of its own."""
+    record = record_of(finished)
+    del record["evidence"]["adapter"]
+    other = tmp_path / "output" / "earlier"
+    other.mkdir(parents=True)
+    (other / "run.json").write_text(json.dumps(record))
+    t.main([*flags, "--max_steps", "1"])
+    out = capsys.readouterr().out
+    assert re.search("(?m)^done ", out) and re.search("(?m)^warning .*the adapter is whole", out)
+    assert record_of(tmp_path / "output")["outcome"] == "finished"
+
+
 # ==== Which epoch is published
 
 
@@ -488,6 +501,25 @@ def test_the_card_of_a_run_stopped_in_its_evidence_is_whole(flags, tmp_path, mon
     first, last = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
     assert f"from {first:.4f} to {last:.4f}" in " ".join(text.split())
     assert "step 2" in text and "[More Information Needed]" not in text
+
+
+def test_a_card_that_cannot_be_written_again_stays_whole(flags, tmp_path, monkeypatch, capsys):
+    """The disk is full when the evidence brings the numbers."""
+    real, failed = ModelCard.save, []
+
+    def save(self, path, *args, **more):
+        if {".partial", "checkpoints"} & {*Path(path).parts}:
+            return real(self, path, *args, **more)
+        failed.append(path)
+        Path(path).write_text("half a ca")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ModelCard, "save", save)
+    t.main([*flags, "--max_steps", "2"])
+    assert "evidence failed" in capsys.readouterr().out and len(failed) == 1
+    final = tmp_path / "output" / "final_lora"
+    assert "## How to use it" in read(final / "README.md")
+    assert {path.name for path in final.iterdir()} == {"README.md"} | ADAPTER | TOKENIZER
 
 
 def test_targets_that_are_no_list_are_named_whole(flags, tmp_path, monkeypatch):
