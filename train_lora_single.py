@@ -62,6 +62,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if sys.version_info < (3, 11):
     raise SystemExit("This script needs Python 3.11 or newer; README.md says how to get it.")
+if sys.platform == "win32":
+    raise SystemExit("This script needs Linux or macOS; on Windows run it in WSL.")
 
 
 class LazyModule(types.ModuleType):
@@ -334,12 +336,14 @@ def prepare(job: Job) -> None:
     settings = job.settings
     train, problems = read_examples(settings.TRAIN_FILE)
     held_out: list[Example] = []
-    if settings.EVAL_FILE:
-        held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
-        problems += more_problems
-    if problems:  # these are shown at once; encode() adds what only the tokenizer can see
-        report("bad lines", join_limited(problems))
-    else:
+    try:
+        if settings.EVAL_FILE:
+            held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
+            problems += more_problems
+    finally:  # also if there is no such file; encode() adds what only the tokenizer can see
+        if problems:
+            report("bad lines", join_limited(problems))
+    if not problems:
         warn_of_repeats(train, held_out)
     if not settings.dry_run:
         check_device(job)
@@ -783,6 +787,7 @@ def make_plan(job: Job) -> Plan:
     only_lora = all(".lora_" in name for name in trained)
     only_a_and_b = all(re.search(r"\.lora_[AB]\.\w+\.weight$", name) for name in trained)
     layers = lora_layers(model)
+    max_rank = max((max(layer.r.values()) for layer in layers.values()), default=0)
     plan = Plan(
         trainable=trainable,
         total=total,
@@ -792,8 +797,8 @@ def make_plan(job: Job) -> Plan:
         frozen_shapes=frozen_shapes,
         only_lora=only_lora,
         plain=only_a_and_b and all(is_linear_lora(layer) for layer in layers.values()),
-        max_rank=max((max(layer.r.values()) for layer in layers.values()), default=0),
-        vllm_refuses=why_vllm_refuses(config),
+        max_rank=max_rank,
+        vllm_refuses=why_vllm_refuses(config, max_rank),
     )
     report_plan(job, plan, config, model)
     return plan
@@ -857,6 +862,11 @@ def refuse_unsupported(config: peft.LoraConfig) -> None:
             f'LoraConfig: init_lora_weights="{start}" changes the frozen weights or needs data, so '
             'the saved adapter would not fit the base model; use True, "gaussian" or "orthogonal".'
         )
+    if config.bias != "none":  # PEFT's disable_adapter() and unload() keep trained biases
+        raise SystemExit(
+            f'LoraConfig: bias="{config.bias}" trains biases, which stay changed where the adapter '
+            'is switched off, so nothing could be compared with the base model; use "none".'
+        )
     if config.layer_replication:
         raise SystemExit(
             "LoraConfig: layer_replication builds another model than the one that is served; "
@@ -880,20 +890,25 @@ def refuse_unknown_targets(
         if not any(path == target or path.endswith(f".{target}") for path in paths):
             close = difflib.get_close_matches(target, names, 1)
             hint = f" Did you mean {close[0]}?" if close else ""
+            if target == "all-linear":
+                hint = ' For all linear layers write target_modules="all-linear" in lora_config().'
             raise SystemExit(
                 f"LORA_TARGET_MODULES: no layer of the model is named {target}.{hint} The layers "
                 f"have {', '.join(names) or 'no linear modules'}."
             )
 
 
-def why_vllm_refuses(config: peft.LoraConfig) -> str:
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
+
+
+def why_vllm_refuses(config: peft.LoraConfig, max_rank: int) -> str:
     """Return why vLLM cannot load this kind of adapter, or ""; from the source of vLLM 0.32."""
     if config.use_dora:
         return "vLLM serves no DoRA adapters"
     if config.modules_to_save or config.trainable_token_indices:
         return "vLLM serves no adapters with fully trained modules"
-    if config.bias != "none":
-        return "vLLM serves no adapters with trained biases"
+    if max_rank > max(VLLM_RANKS):
+        return f"vLLM serves no adapters of a rank above {max(VLLM_RANKS)}"
     return ""
 
 
@@ -1498,7 +1513,8 @@ MAY_CHANGE_ON_RESUME = {
     "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
     # What follows from these is compared instead: the examples' tokens, the kind of products that
     # is in use, and the number of examples in a step.
-    "TRAIN_FILE", "EVAL_FILE", "MATMUL", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS",
+    "TRAIN_FILE", "EVAL_FILE", "MAX_SEQ_LEN", "MATMUL", "BATCH_SIZE",
+    "GRADIENT_ACCUMULATION_STEPS",
 }  # fmt: skip
 
 
@@ -1559,7 +1575,11 @@ def refuse_other_job(
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if not names:
         return
-    rows = [f"  {name} was {before.get(name)} and is now {now.get(name)}" for name in names]
+    rows = []
+    for name in names:
+        was = f"was {before[name]}" if name in before else "did not exist"
+        is_now = f"is now {now[name]}" if name in now else "does not exist now"
+        rows.append(f"  {name} {was} and {is_now}")
     raise SystemExit(
         f"{checkpoint} was made with other settings, data or model, so it cannot be resumed:\n"
         + join_limited(rows)
@@ -1925,17 +1945,26 @@ def card_text(job: Job) -> str:
     targets = config.target_modules
     if not isinstance(targets, str):
         targets = ", ".join(sorted(targets))
-    revision = ""
-    if not Path(settings.MODEL_NAME).is_dir():
-        revision = f', revision="{settings.MODEL_REVISION}"'
-    return f"""# A LoRA adapter for {settings.MODEL_NAME}
+    name, commit = settings.MODEL_NAME, f", commit `{settings.MODEL_REVISION}`"
+    base = f'"{name}", revision="{settings.MODEL_REVISION}"'
+    if Path(name).is_dir():  # its whole path would be no use to anybody else
+        name, commit = Path(name).resolve().name, ", a local folder"
+        base = f'"path/to/{name}"'
+    if job.plan.vllm_refuses:
+        serving = f"{job.plan.vllm_refuses}; merge this one into its base model instead."
+    else:
+        serving = (
+            "For vLLM use\n`final_lora_vllm` if it lies beside this folder, with "
+            f"`--max-lora-rank {vllm_rank(job.plan)}`."
+        )
+    return f"""# A LoRA adapter for {name}
 
 This adapter was trained with `train_lora_single.py`. It changes how the base model replies; it
 does not work without the base model.
 
 ## Base model
 
-`{settings.MODEL_NAME}`, commit `{settings.MODEL_REVISION}`.
+`{name}`{commit}.
 
 ## Training
 
@@ -1962,12 +1991,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("final_lora")
-base = AutoModelForCausalLM.from_pretrained("{settings.MODEL_NAME}"{revision}, dtype="auto")
+base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
 model = PeftModel.from_pretrained(base, "final_lora").eval()
 ```
 
-Render conversations with `enable_thinking=False`, as in training. For vLLM use
-`final_lora_vllm` if it lies beside this folder, with `--max-lora-rank {vllm_rank(job.plan)}`.
+Render conversations with `enable_thinking=False`, as in training. {serving}
 
 ## Limits
 
@@ -2019,8 +2047,7 @@ def card_system_message(job: Job) -> str:
 
 def vllm_rank(plan: Plan) -> int:
     """Return the smallest value of vLLM's --max-lora-rank that is enough."""
-    allowed = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-    return next(rank for rank in allowed if rank >= min(plan.max_rank, 512))
+    return next(rank for rank in VLLM_RANKS if rank >= plan.max_rank)
 
 
 # ==== EVIDENCE: what r, alpha and the targets were worth, measured after training
@@ -2907,10 +2934,20 @@ def chat(job: Job) -> None:
             f"--chat: the adapter in {folder} does not fit {job.settings.MODEL_NAME} "
             f"({one_line(error)}). Train again."
         ) from error
-    record = read_json(job.output / "run.json") or {}
-    system = record.get("system_message", "")
+    system = trained_system_message(job.output)
     report("chat", f"system message: {system or '(none)'}\ntype a message, or /help")
     talk(model, job, system)
+
+
+def trained_system_message(output: Path) -> str:
+    """Return the system message of the newest finished run in output, whose adapter is there.
+
+    A newer run that has not finished has left the adapter in its place, but not run.json.
+    """
+    records = [read_json(path) or {} for path in output.glob("run.json*")]
+    finished = [record for record in records if record.get("outcome") == "finished"]
+    newest = max(finished, key=lambda record: record.get("started", 0), default={})
+    return newest.get("system_message", "")
 
 
 def talk(model: peft.PeftModel, job: Job, system: str) -> None:
@@ -3009,14 +3046,16 @@ def choose_matmul(job: Job) -> None:
     is clearly faster than DTYPE and no less exact, compared with float32.
     """
     settings = job.settings
-    used = settings.MATMUL if settings.MATMUL != "auto" else "dtype"
-    job.matmul = {"used": used}
-    if settings.MATMUL != "auto" or settings.DEVICE == "cpu" or settings.DTYPE == "float32":
+    if settings.MATMUL != "auto":
+        job.matmul = {"used": settings.MATMUL}
         return
     folder = job.output / "checkpoints"
     before = read_json(folder / "job.json") or {}
     if newest_complete(folder) and "the products in use" in before:
-        job.matmul = {"used": before["the products in use"]}  # a new measurement might differ
+        job.matmul = {"used": before["the products in use"]}  # on any device
+        return
+    job.matmul = {"used": "dtype"}
+    if settings.DEVICE == "cpu" or settings.DTYPE == "float32":
         return
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     lengths = [len(example.input_ids) for example in job.train]
@@ -3027,6 +3066,8 @@ def choose_matmul(job: Job) -> None:
     dtype = getattr(torch, settings.DTYPE)
     try:
         measured = measure_products(shapes, row_count, dtype, accelerate.PartialState().device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # a product that the GPU cannot compute
         report("matmul", f"in {settings.DTYPE}; scaled float16 fails here ({one_line(error)})")
         return
@@ -3422,10 +3463,13 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
         "MAX_SEQ_LEN", "NUM_EPOCHS", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "LOGGING_STEPS",
         "SAVE_STEPS", "MAX_NEW_TOKENS",
     )  # fmt: skip
+    at_least_0 = ("MAX_STEPS", "EVIDENCE_EXAMPLES", "NUM_SAMPLES")
     for name in at_least_1:
-        require(1 <= getattr(settings, name) < 2**31, name, "it must be at least 1")
-    for name in ("MAX_STEPS", "EVIDENCE_EXAMPLES", "NUM_SAMPLES"):
-        require(0 <= getattr(settings, name) < 2**31, name, "it must be 0 or more")
+        require(getattr(settings, name) >= 1, name, "it must be at least 1")
+    for name in at_least_0:
+        require(getattr(settings, name) >= 0, name, "it must be 0 or more")
+    for name in at_least_1 + at_least_0:
+        require(getattr(settings, name) < 2**31, name, "it must be at most 2,147,483,647")
     if settings.EVAL_FILE == settings.TRAIN_FILE:
         problems.append("EVAL_FILE is TRAIN_FILE; held-out conversations must be other ones.")
     if settings.PUBLISH == "best" and not settings.EVAL_FILE:
@@ -3434,10 +3478,10 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
     trackers = ("tensorboard", "wandb", "trackio")
     if package not in ("none", *trackers):
         problems.append(f"REPORT_TO is {package!r}; it must be none, {', '.join(trackers)}.")
-    elif package != "none" and not (package.isidentifier() and importlib.util.find_spec(package)):
+    elif package != "none" and not importlib.util.find_spec(package):
         problems.append(
-            f'REPORT_TO is "{package}", but there is no such package; pip install {package}, or '
-            'choose "none".'
+            f'REPORT_TO is "{package}", which is not installed; pip install {package}, or choose '
+            '"none".'
         )
     return problems
 
@@ -3656,15 +3700,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def catch_signals(job: Job) -> None:
     """Within a step, finish and save it first; elsewhere, or at a second signal, stop at once."""
+    # A launcher passes the terminal's Ctrl-C on to its processes, which have had it already.
+    may_repeat = "TORCHELASTIC_RUN_ID" in os.environ
 
     def on_signal(number: int, _: Any) -> None:
-        is_second = job.stop_signal > 0
-        # A launcher passes the terminal's Ctrl-C on to its processes, which have had it already.
-        is_second = is_second and "TORCHELASTIC_RUN_ID" not in os.environ
+        is_second = job.stop_signal > 0 and not may_repeat
         job.stop_signal = number
         if job.saves_before_stopping and not is_second:
-            text = "after this step, which is saved first; a second signal stops at once"
-            report("stopping", text)
+            text = "after this step, which is saved first"
+            report("stopping", text + ("" if may_repeat else "; a second signal stops at once"))
             return
         message = "Stopped. The same command goes on from the newest checkpoint, if there is one."
         if job.published:
@@ -3708,8 +3752,10 @@ def explain(error: BaseException, job: Job) -> tuple[int, str]:
         return 1, f"The package {error.name} is missing; pip install -r requirements.txt"
     if type(error).__name__ == "OutOfMemoryError":
         return 1, (
-            f"The GPU's memory is full ({one_line(error)}). If another program runs there, end it; "
-            "otherwise lower MAX_SEQ_LEN."
+            f"The GPU's memory is full ({one_line(error)}). If another program runs there, end it, "
+            "and the same command resumes from the newest checkpoint. Otherwise lower MAX_SEQ_LEN, "
+            "so that the longest examples are left out; that is another training, which needs "
+            "another OUTPUT_DIR once there is a checkpoint."
         )
     if is_disk_full(error, job.output):
         return 1, f"The disk of {job.output} is full. Make room, and give the same command again."
@@ -3748,12 +3794,10 @@ def start(job: Job) -> None:
     """Open the log, say what is special about this run, and do it."""
     if not job.settings.dry_run and is_main_process():
         open_log(job.output)
-    if job.settings.demo:
-        report(
-            "demo",
-            "a toy with 2.5 million parameters that knows a few hundred plain sentences: look at "
-            "the\nnumbers, and not at what it says",
-        )
+    toy = DEMO["MODEL_NAME"]
+    if job.settings.demo and toy == job.settings.MODEL_NAME:
+        text = "a toy that knows a few hundred plain sentences: look at the numbers, and not at"
+        report("demo", f"{text}\nwhat it says")
     run(job)
 
 

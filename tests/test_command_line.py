@@ -357,6 +357,19 @@ def test_a_bad_value_of_the_demo_is_refused_by_name(monkeypatch, capsys):
     assert "NUM_EPOCHS is 0.5" in refusal(t.main, ["--demo", "--dry_run"], capsys)
 
 
+def test_only_the_toy_is_called_one(flags, capsys):
+    for more, is_toy in ((["--model_name", t.DEMO["MODEL_NAME"]], True), ([], False)):
+        t.main([*flags, *more, "--dry_run"])
+        assert bool(re.search("(?m)^demo .* toy ", capsys.readouterr().out)) == is_toy
+
+
+@pytest.mark.parametrize("name", ["SAVE_STEPS", "MAX_STEPS"])
+def test_a_value_that_is_too_large_is_said_to_be(name, capsys):
+    said = refusal(t.main, [f"--{name.lower()}", str(2**31), "--dry_run"], capsys)
+    assert f"{name} is 2147483648" in said and "at most 2,147,483,647" in said
+    assert "at least" not in said and "or more" not in said
+
+
 def test_the_demos_dry_run_works_from_another_folder_and_writes_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, SCRIPT, "--demo", "--dry_run"],
@@ -681,7 +694,10 @@ def test_several_processes_must_share_the_examples_evenly(flags, monkeypatch, ca
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (torch.OutOfMemoryError("Tried to allocate 1 GiB"), ["1 GiB", "MAX_SEQ_LEN"]),
+        (
+            torch.OutOfMemoryError("Tried to allocate 1 GiB"),
+            ["1 GiB", "MAX_SEQ_LEN", "same command", "resumes", "OUTPUT_DIR"],
+        ),
         (ModuleNotFoundError("No module", name="peft"), ["peft", "-r requirements.txt"]),
     ],
     ids=["memory", "package"],
@@ -729,6 +745,13 @@ def test_a_package_that_is_missing_is_one_message(flags, monkeypatch, capsys, na
 def test_an_older_python_is_one_message(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 12, "final", 0))
     with pytest.raises(SystemExit, match=r"Python 3\.11.*README"):
+        runpy.run_path(str(SCRIPT))
+
+
+def test_windows_is_refused_in_one_message(monkeypatch):
+    """It has neither SIGHUP nor EDQUOT."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match=r"Linux.*WSL"):
         runpy.run_path(str(SCRIPT))
 
 

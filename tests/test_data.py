@@ -230,6 +230,12 @@ def test_all_bad_lines_of_both_files_are_reported_by_one_run(capsys):
     assert "plan" not in out
 
 
+def test_bad_lines_are_shown_though_the_other_file_is_missing(capsys):
+    files = ["--train_file", write(b"\n".join(BAD_TEXT), "t"), "--eval_file", "absent.jsonl"]
+    out, err = stopped(capsys, *files)
+    assert re.findall(r"\bt:\d+(?=: )", out) == ["t:1", "t:3"] and "absent.jsonl" in err
+
+
 def test_the_first_20_bad_lines_are_named_and_all_are_counted(capsys):
     file = write(b"\n".join([b"bad"] * 25 + [CONTROL] * 25))
     out, err = stopped(capsys, "--train_file", file, "--eval_file", "")

@@ -169,6 +169,7 @@ def test_steps_are_counted_and_their_formula_is_shown(
         (["v_proj", "gate_up"], ["gate_up", "Did you mean gate_proj?"]),
         (["v_proj", "xyzzy"], ["xyzzy", "down_proj, gate_proj, "]),
         (["q_proj", "lm_head"], ["lm_head"]),  # TRL takes its loss from the head's weight
+        (["all-linear"], ["no layer", 'target_modules="all-linear"', "lora_config()"]),
     ],
     ids=lambda value: value[-1],
 )
@@ -217,6 +218,7 @@ OUTPUTS = 1024 + 256 + 256 + 64 + 2 * (192 + 192 + 64)  # of all targets' matric
 EDITED = {  # the field, what PEFT then trains, and why vLLM does not serve it
     "use_dora=True": (PLAIN + OUTPUTS, "DoRA"),
     'rank_pattern={"q_proj": 16}': (PLAIN + 8 * (1024 + 64), ""),
+    'rank_pattern={"q_proj": 520}': (PLAIN + 512 * (1024 + 64), "a rank above 512"),
     "layers_to_transform=[1]": (PLAIN - 8 * 3 * (192 + 64), ""),
     'exclude_modules=["up_proj"]': (PLAIN - 2 * 8 * (192 + 64), ""),
     'modules_to_save=["lm_head"]': (PLAIN + 2048 * 64, "fully trained modules"),
@@ -239,6 +241,8 @@ def test_an_edited_loraconfig_is_planned_trained_and_proved(
     served = [line for line in text.splitlines() if "vllm serve" in line]
     assert (output / "final_lora_vllm").exists() == bool(served) == (not refusal)
     assert refusal in text
+    card = (output / "final_lora" / "README.md").read_text(encoding="utf-8")
+    assert ("--max-lora-rank" in card) == (not refusal) and refusal in " ".join(card.split())
     if served:
         assert ("--max-lora-rank 16 " in text) == ("rank_pattern" in field)
     # The losses before and after are those of the files, by PEFT.
@@ -277,6 +281,15 @@ REFUSED = {
 def test_a_loraconfig_that_would_not_be_what_it_seems_is_refused(flags, capfd, tmp_path, field):
     message = refused(capfd, [*flags, "--dry_run"], with_config(tmp_path, field).main)
     assert message.startswith("LoraConfig: ") and REFUSED[field] in message
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_refused(flags, capfd, tmp_path, bias):
+    """PEFT keeps them where the adapter is switched off, so the base would not be the base."""
+    script = edited_script(tmp_path, ('bias="none",  #', f'bias="{bias}",  #'))
+    message = refused(capfd, [*flags, "--dry_run"], script.main)
+    assert message.startswith("LoraConfig: ") and f'bias="{bias}"' in message
+    assert '"none"' in message
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])

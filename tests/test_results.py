@@ -447,7 +447,9 @@ def test_the_model_card_says_where_the_adapter_comes_from(finished, tiny):
     assert "[More Information Needed]" not in card.content
     assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
     assert "base_model" not in card.data.to_dict()  # a folder is no model of the hub
-    assert tiny in card.text and "r = 8, alpha = 16" in card.text and "epoch 2 of 2" in card.text
+    assert card.text.strip().startswith("# A LoRA adapter for tiny-qwen3.5\n")
+    assert str(Path(tiny).parent) not in card.content and "commit" not in card.content
+    assert "r = 8, alpha = 16" in card.text and "epoch 2 of 2" in card.text
     for facts in record["data"].values():
         assert facts["sha256"] in card.text
     evidence = record["evidence"]
@@ -480,7 +482,8 @@ def test_a_hub_models_name_and_commit_are_written_wherever_it_is_named(flags, tm
     output = tmp_path / "output"
     t.main([*flags, "--model_name", hub_model, "--max_steps", "1", "--eval_file", ""])
     card = ModelCard.load(output / "final_lora" / "README.md")
-    assert card.data.base_model == hub_model and COMMIT in card.text
+    assert card.data.base_model == hub_model and f"commit `{COMMIT}`" in card.text
+    assert f'from_pretrained("{hub_model}", revision="{COMMIT}"' in card.text
     assert "loss was not measured" in card.text and not card.data.eval_results
     for name in ("final_lora", "final_lora_vllm"):
         config = config_of(output / name)
