@@ -1093,31 +1093,38 @@ class OurTrainerMethods:
 def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return -log(probability) of each token but the first, in nats; 0 where it is not learned.
 
-    The result has a row for each example and a column for each token. Logits are made for learned
-    tokens alone: with 248,320 tokens in the vocabulary they are the largest tensor of all.
+    The result has a row for each example and a column for each token.
     """
+    logits = reply_logits(model, inputs)
     labels = inputs["labels"][:, 1:]  # the logits at a position predict the next token
-    rows, columns = (labels != -100).nonzero(as_tuple=True)
+    is_learned = labels != -100
+    losses = torch.zeros(labels.shape, device=logits.device)
+    losses[is_learned] = torch.nn.functional.cross_entropy(
+        logits.float(), labels[is_learned], reduction="none"
+    )
+    return losses
+
+
+def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a row of logits for each learned token of all examples, and none for other tokens.
+
+    With 248,320 tokens in the vocabulary the logits are the largest tensor of all.
+    """
+    rows, columns = (inputs["labels"][:, 1:] != -100).nonzero(as_tuple=True)
 
     def keep_learned(_: torch.nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
-        """Give the head (learned tokens x hidden size); the model has a place for each token."""
+        """Pass the head only the positions that predict a learned token."""
         return given[0][rows, columns]
 
     # transformers' logits_to_keep would keep a position in all examples if one of them needs it.
     head = accelerate.utils.extract_model_from_parallel(model).get_output_embeddings()
     hook = head.register_forward_pre_hook(keep_learned)
     try:
-        logits = model(
+        return model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
         ).logits
     finally:
         hook.remove()
-    wanted = labels[rows, columns]
-    losses = torch.zeros(labels.shape, device=logits.device)
-    losses[rows, columns] = torch.nn.functional.cross_entropy(
-        logits.float(), wanted, reduction="none"
-    )
-    return losses
 
 
 def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
@@ -1202,8 +1209,9 @@ class LikeLengthsSampler:
         shuffler.shuffle(order)
         whole = len(order) - len(order) % size
         order, rest = order[:whole], order[whole:]  # the incomplete step must come last
-        # Sorting within blocks of 50 steps, not over all, gives each epoch other steps.
-        block = 50 * size
+        # Sorting within blocks, not over all, gives each epoch other steps: within a quarter of
+        # them, and 50 at the most.
+        block = size * min(50, math.ceil(len(self.lengths) / size / 4))
         steps: list[list[int]] = []
         for start in range(0, whole, block):
             by_length = sorted(order[start : start + block], key=lambda n: self.lengths[n])
@@ -1361,7 +1369,9 @@ class MemoryLimits:
     """How many tokens, padding included, may go through the model at once while training."""
 
     tokens_at_once: int  # with their activations kept for the backward pass
-    tokens_at_once_recomputed: int  # with their activations computed again: 45 % more work
+    # With their activations computed again: 45 % more work. It is tried only if the longest example
+    # needs it; otherwise this is the number above.
+    tokens_at_once_recomputed: int
 
     def as_recorded(self) -> dict[str, int]:
         """Return the limits under their names in run.json."""
@@ -1380,8 +1390,10 @@ def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
     report("memory", "trying how many examples fit on the GPU at once")
     free, total = torch.cuda.mem_get_info()
     share = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
-    # A tenth is left for the optimizer's states and for fragmentation.
-    torch.cuda.set_per_process_memory_fraction(0.9 * share)
+    # A tenth is left for fragmentation, and room for what AdamW will keep: two float32 numbers for
+    # each trained weight.
+    states = 8 * job.plan.trainable / total
+    torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * share - states))
     limits = try_what_fits(trainer, longest, whole_step)
     most = max(limits.tokens_at_once, limits.tokens_at_once_recomputed)
     if most < longest:
@@ -1408,8 +1420,11 @@ def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
 
 
 def most_tokens(job: Job) -> tuple[int, int]:
-    """Return the tokens of the longest example, and those of a step of nothing but such ones."""
-    longest = max(len(example.input_ids) for example in job.train + job.held_out)
+    """Return the tokens of the longest example, and those of a step of nothing but such ones.
+
+    Held-out examples do not count: they are only evaluated, which needs far less memory.
+    """
+    longest = max(len(example.input_ids) for example in job.train)
     processes = accelerate.PartialState().num_processes
     return longest, longest * max(1, examples_per_step(job.settings) // processes)
 
@@ -1850,9 +1865,9 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
 def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) -> peft.PeftModel:
     """Load the adapter from disk onto the bare base model; exit unless it is the trained one.
 
-    The files' tensors must be the trained ones to the bit. On one example the logits must be those
-    of the trained model and not those of the base. A GPU may round: a tenth of the adapter's
-    effect is allowed.
+    The files' tensors must be the trained ones to the bit. On one example's reply the logits must
+    be those of the trained model and not those of the base. A GPU may round: a tenth of the
+    adapter's effect is allowed.
     """
     trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     saved = safetensors_torch.load_file(folder / "adapter_model.safetensors")
@@ -1865,13 +1880,13 @@ def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) 
             f"proof: {folder} does not hold what was trained; these tensors differ or are not "
             f"numbers: {join_limited(sorted(wrong), 3, ', ')}. The checkpoints are still there."
         )
-    ids = torch.tensor([example.input_ids], device=model.device)
+    inputs = pad([example], model.device)
     with torch.no_grad():
-        before = model.eval()(input_ids=ids).logits
+        wanted = reply_logits(model.eval(), inputs)
         reloaded = peft.PeftModel.from_pretrained(model.unload(), folder).eval()
-        error = (reloaded(input_ids=ids).logits - before).abs().max().item()
+        error = (reply_logits(reloaded, inputs) - wanted).abs().max().item()
         with reloaded.disable_adapter():
-            effect = (reloaded(input_ids=ids).logits - before).abs().max().item()
+            effect = (reply_logits(reloaded, inputs) - wanted).abs().max().item()
     found = (
         f"loaded again from disk, the adapter's logits differ by at most {error:.2g} from the "
         f"trained\nmodel's, and by {effect:.2g} from the base model's"

@@ -255,9 +255,21 @@ def test_the_proof_returns_the_base_with_the_adapter_from_disk(adapted, tmp_path
         assert model(input_ids=ids).logits.equal(wanted)
         with model.disable_adapter():
             assert model(input_ids=ids).logits.equal(plain)
+    wanted, plain = wanted[:, 1:3], plain[:, 1:3]  # where the two learned tokens are predicted
     said = " ".join(capsys.readouterr().out.split())
     error, effect = map(float, re.findall(r"by (?:at most )?([\d.e-]+) from", said))
     assert error == 0 and effect == pytest.approx((wanted - plain).abs().max().item(), rel=0.05)
+
+
+def test_the_proof_makes_logits_for_learned_tokens_alone(adapted, tmp_path):
+    """With 248,320 tokens in the vocabulary, all those of a long prompt would take gigabytes."""
+    adapted.save_pretrained(tmp_path)
+    shapes = []
+    adapted.get_output_embeddings().register_forward_hook(
+        lambda _, __, logits: shapes.append(logits.shape[:-1].numel())
+    )
+    t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
+    assert shapes == [2, 2, 2]
 
 
 TAMPERED = {
