@@ -162,7 +162,9 @@ def run(job: Job) -> None:
     """
     prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
     if job.settings.dry_run:
-        report("done", "Nothing was trained. Without --dry_run, the same command trains this plan.")
+        report(
+            "done", "Nothing was trained. Without --dry_run the same command starts this training."
+        )
         return
     choose_matmul(job)  # FLOAT16 PRODUCTS: how this GPU multiplies best
     find_checkpoint(job)  # CHECKPOINTS: an earlier run to resume, if there is one
@@ -379,6 +381,10 @@ class Example:
 
 MESSAGE_RULE = 'a message is {"role": "system", "user" or "assistant", "content": "some text"}'
 ORDER_RULE = "write at most one system message, then user and assistant in turn"
+SHAREGPT_RULE = (
+    'rename "conversations" to "messages", "from" to "role", "value" to "content", and the roles '
+    '"human" to "user" and "gpt" to "assistant"; README.md has a converter that does it'
+)
 FORM_RULE = (
     'write {"prompt": [messages], "completion": [one message]} or {"messages": [messages]}; '
     "README.md shows both forms"
@@ -394,19 +400,27 @@ def read_examples(path: str, group_key: str = "") -> tuple[list[Example], list[s
         if Path(path).exists() and not Path(path).is_file():
             raise SystemExit(f"{path} is not a file; TRAIN_FILE and EVAL_FILE must be JSONL files.")
         lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError as error:
+        where = "" if Path(path).is_absolute() else f" (in {Path.cwd()})"
+        raise SystemExit(
+            f"There is no file {path}{where}; check TRAIN_FILE and EVAL_FILE."
+        ) from error
     except OSError as error:
         raise SystemExit(
             f"{path} cannot be read ({error.strerror}); check TRAIN_FILE and EVAL_FILE."
         ) from error
     shown = path_from_here(path)
     if is_json_array(lines):
-        return [], [f"{shown}: this is one JSON array; write one JSON object a line instead"]
+        advice = (
+            "put each object on a line of its own, without the outer [ ] and the commas between"
+        )
+        return [], [f"{shown}: this is one JSON array; {advice}"]
     examples: list[Example] = []
     problems: list[str] = []
     for number, line in enumerate(lines, 1):
         where = f"{shown}:{number}"
         try:
-            text = line.decode("utf-8-sig").strip()
+            text = line.decode("utf-8-sig").strip()  # files that were joined have a mark each
             if text:
                 examples += parse_line(text, where, group_key)
         except UnicodeDecodeError as error:
@@ -438,11 +452,16 @@ def parse_line(text: str, where: str, group_key: str) -> list[Example]:
     try:
         row = json.loads(text, object_pairs_hook=object_with_unique_keys)
     except json.JSONDecodeError as error:
-        raise ValueError(f"this is not JSON: {error.msg} at character {error.colno}") from error
+        hint = ""
+        if error.msg == "Expecting ',' delimiter":
+            hint = " (often a quotation mark within the text lacks its backslash)"
+        raise ValueError(
+            f"this is not JSON: {error.msg} at character {error.colno}{hint}"
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"this is not an object but {one_line(text, 60)}; {FORM_RULE}")
     if "tools" in row:
-        raise ValueError('the key "tools" is not supported, since no tools are served; remove it')
+        raise ValueError('this script does not train the use of tools; remove the key "tools"')
     messages = conversation_of(row)
     check_messages(messages)
     replies = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
@@ -474,6 +493,8 @@ def conversation_of(row: dict[str, Any]) -> list[Any]:
     if found not in (["messages"], ["prompt", "completion"]):
         keys = [one_line(json.dumps(key), 40) for key in list(row)[:5]]
         names = " and ".join(found) or ", ".join(keys) or "nothing"
+        if "conversations" in row and not found:
+            raise ValueError(SHAREGPT_RULE)
         raise ValueError(f"the line has {names}; {FORM_RULE}")
     messages: list[Any] = []
     for key in found:
@@ -573,7 +594,12 @@ def load_config_and_tokenizer(job: Job) -> None:
         chosen = {"revision": settings.MODEL_REVISION, "trust_remote_code": False}
         job.config = transformers.AutoConfig.from_pretrained(name, **chosen)
         job.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **chosen)
-    except (OSError, ValueError, HTTPError, RevisionResolutionError) as error:
+    except RevisionResolutionError as error:
+        raise SystemExit(
+            f"The Hugging Face hub cannot be reached, and {name} is not stored on this machine. "
+            "Check the network, or give a local folder as MODEL_NAME."
+        ) from error
+    except (OSError, ValueError, HTTPError) as error:
         raise SystemExit(
             f"MODEL_NAME {name}: there is no such model, or it cannot be reached "
             f"({one_line(error)}). Check the name, the folder or the network."
@@ -617,6 +643,7 @@ def encode_file(examples: list[Example], job: Job) -> tuple[list[Example], list[
     limit = job.settings.MAX_SEQ_LEN
     fitting: list[Example] = []
     too_long: list[str] = []
+    longest = 0
     problems: list[str] = []
     for example in examples:
         try:
@@ -624,6 +651,7 @@ def encode_file(examples: list[Example], job: Job) -> tuple[list[Example], list[
         except ValueError as error:
             problems.append(f"{example.where}: {error}")
             continue
+        longest = max(longest, len(example.input_ids))
         if len(example.input_ids) <= limit:
             fitting.append(example)
         else:
@@ -632,7 +660,8 @@ def encode_file(examples: list[Example], job: Job) -> tuple[list[Example], list[
         problems.append(
             f"{len(too_long):,} of {len(examples):,} examples are longer than MAX_SEQ_LEN "
             f"{limit:,}, more than a tenth of the file, so training would miss too much. Raise "
-            f"MAX_SEQ_LEN, or shorten these:\n{join_limited(too_long)}"
+            f"MAX_SEQ_LEN to {longest} to keep them all, or shorten these:\n"
+            f"{join_limited(too_long)}"
         )
     elif too_long:
         advice = f"longer than MAX_SEQ_LEN {limit:,} and left out; raise it to train on them"
@@ -883,7 +912,8 @@ def refuse_unknown_targets(
     if "lm_head" in config.target_modules:
         raise SystemExit(
             "LORA_TARGET_MODULES: lm_head cannot be a target, since TRL's trainer refuses it. "
-            "Remove it."
+            'Remove it, or train the whole head: write modules_to_save=["lm_head"] in '
+            "lora_config(), with DTYPE float32."
         )
     paths = [path for path, _ in model.named_modules()]
     for target in sorted(config.target_modules):
@@ -932,15 +962,23 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
             f"{deltanet} of {text_config.num_hidden_layers} layers are Gated DeltaNet, which has "
             "no q_proj, k_proj, v_proj and o_proj"
         )
-    settings = job.settings
-    formula = (
-        f"ceil({len(job.train):,} / ({settings.BATCH_SIZE} x "
-        f"{settings.GRADIENT_ACCUMULATION_STEPS})) x {settings.NUM_EPOCHS}"
-    )
-    if settings.MAX_STEPS:
-        formula = f"at most MAX_STEPS of {formula}"
-    lines.append(f"{plan.steps:,} steps of {examples_per_step(settings)} examples: {formula}")
+    size = examples_per_step(job.settings)
+    lines.append(f"{plan.steps:,} steps of {size} examples: {why_so_many_steps(job, plan)}")
     report("plan", "\n".join(lines))
+
+
+def why_so_many_steps(job: Job, plan: Plan) -> str:
+    """Return how the number of steps follows from the examples and the settings."""
+    settings, count = job.settings, len(job.train)
+    whole = plan.steps_per_epoch * settings.NUM_EPOCHS
+    if plan.steps == whole:
+        factors = f"{settings.BATCH_SIZE} x {settings.GRADIENT_ACCUMULATION_STEPS}"
+        return f"ceil({count:,} / ({factors})) x {settings.NUM_EPOCHS}"
+    seen = ""
+    if plan.steps < plan.steps_per_epoch:
+        seen = f"{plan.steps * examples_per_step(settings):,} of the {count:,} examples; "
+    epochs = "1 epoch" if settings.NUM_EPOCHS == 1 else f"{settings.NUM_EPOCHS} epochs"
+    return f"{seen}MAX_STEPS stops the {whole:,} steps of {epochs}"
 
 
 def table_of_targets(job: Job, plan: Plan, model: torch.nn.Module) -> list[str]:
@@ -2844,24 +2882,36 @@ def wrap_command(words: list[str], width: int = 86) -> str:
 RUN_KEYS = {"started", "settings", "data", "evidence", "train_seconds", "resumed_from"}
 
 
+def all_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
+    """Return the run.json files in the folders and below them."""
+    paths = [path for folder in folders for path in sorted(Path(folder).rglob("run.json*"))]
+    return {path.resolve(): read_json(path) or {} for path in paths}
+
+
 def finished_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
-    """Return the run.json files of finished runs in the folders and below them."""
+    """Return those of finished runs with held-out losses, which can be compared."""
     runs = {}
-    for folder in folders:
-        for path in sorted(Path(folder).rglob("run.json*")):
-            run = read_json(path)
-            is_finished = bool(run) and run.get("outcome") == "finished" and run.keys() >= RUN_KEYS
-            if is_finished and isinstance(run["evidence"], dict) and run["evidence"].get("losses"):
-                runs[path.resolve()] = run
+    for path, run in all_runs(folders).items():
+        is_finished = run.get("outcome") == "finished" and run.keys() >= RUN_KEYS
+        if is_finished and isinstance(run["evidence"], dict) and run["evidence"].get("losses"):
+            runs[path] = run
     return runs
 
 
 def compare_runs(folders: list[str]) -> None:
     """Print the runs from the best to the worst, with each paired difference to the best."""
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise SystemExit(f"--compare: there is no folder {folder}.")
     runs = finished_runs(folders)
     if not runs:
         where = ", ".join(folders)
-        raise SystemExit(f"--compare: there is no finished run with held-out losses in {where}.")
+        if any(run.get("outcome") == "finished" for run in all_runs(folders).values()):
+            raise SystemExit(
+                f"--compare: the finished runs in {where} had no held-out file, so they have no "
+                "losses to compare."
+            )
+        raise SystemExit(f"--compare: no run in {where} has finished.")
     newest = max(runs.values(), key=lambda run: run["started"])
     wanted = held_out_of(newest)
     same = {path: run for path, run in runs.items() if held_out_of(run) == wanted}
@@ -3342,6 +3392,10 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     settings, unknown = parser.parse_known_args(argv)
     if unknown:
         refuse_unknown_flags(parser, unknown)
+    modes = ("dry_run", "chat", "compare")
+    given = [f"--{mode}" for mode in modes if getattr(settings, mode)]
+    if len(given) > 1:
+        parser.error(f"{' and '.join(given)} cannot be given together")
     if settings.demo:
         parser.set_defaults(**DEMO)
         settings = parser.parse_args(argv)
@@ -3352,24 +3406,31 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     return settings
 
 
+SEE_README = """
+
+README.md shows the forms of the data under "Your data", and says how a run resumes under "Stopping,
+resuming, clusters"."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return a parser with the modes, and with a flag for each setting."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--SETTING VALUE ...] [--dry_run | --chat | --compare DIR ...] [--demo]",
-        description=__doc__.partition("\n\nThe sections")[0],
+        description=__doc__.partition("\n\nThe sections")[0] + SEE_README,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument(
+    parser.add_argument(
         "--dry_run", action="store_true", help="check the data, print the plan, and stop"
     )
-    modes.add_argument("--chat", action="store_true", help="talk to OUTPUT_DIR/final_lora")
-    modes.add_argument(
+    parser.add_argument("--chat", action="store_true", help="talk to OUTPUT_DIR/final_lora")
+    parser.add_argument(
         "--compare", nargs="+", metavar="DIR", help="compare the finished runs in these folders"
     )
     parser.add_argument(
-        "--demo", action="store_true", help="use the toy model, a CPU and output/demo"
+        "--demo",
+        action="store_true",
+        help=f"train a toy model on a CPU: sets {', '.join(DEMO)}, and other flags override it",
     )
     comments = setting_comments()
     flags = parser.add_argument_group("settings (hyphens will do as well: --lora-r 16)")
@@ -3385,9 +3446,11 @@ def build_parser() -> argparse.ArgumentParser:
             options |= {"nargs": "+", "metavar": "NAME"}
         elif annotation is bool:
             options |= {"type": parse_bool, "metavar": "true|false"}
+        elif annotation in (int, float):
+            metavar = "N" if annotation is int else "X"
+            options |= {"type": number_parser(annotation, default), "metavar": metavar}
         else:
-            metavar = {int: "N", float: "X"}.get(annotation, "TEXT")
-            options |= {"type": annotation, "metavar": metavar}
+            options |= {"type": annotation, "metavar": "TEXT"}
         flags.add_argument(f"--{name.lower()}", **options)
     return parser
 
@@ -3398,6 +3461,21 @@ def with_underscores(argument: str) -> str:
         return argument
     flag, equals, value = argument.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def number_parser(kind: type, example: float) -> Callable[[str], float]:
+    """Return a function that reads an int or a float, or says what a flag must be."""
+
+    def parse(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"it must be {noun}, such as {example}; it is {text!r}"
+            ) from None
+
+    return parse
 
 
 def parse_bool(text: str) -> bool:
@@ -3485,8 +3563,12 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
         require(getattr(settings, name) >= 0, name, "it must be 0 or more")
     for name in at_least_1 + at_least_0:
         require(getattr(settings, name) < 2**31, name, "it must be at most 2,147,483,647")
-    if settings.EVAL_FILE == settings.TRAIN_FILE:
-        problems.append("EVAL_FILE is TRAIN_FILE; held-out conversations must be other ones.")
+    reads_data = not settings.chat and not settings.compare
+    if settings.EVAL_FILE == settings.TRAIN_FILE and reads_data:
+        problems.append(
+            "EVAL_FILE is TRAIN_FILE; the held-out loss would be measured on what was learned. "
+            'Give another file, or "" for none.'
+        )
     if settings.PUBLISH == "best" and not settings.EVAL_FILE:
         problems.append('PUBLISH is "best", which needs an EVAL_FILE to tell which epoch that is.')
     package = settings.REPORT_TO
@@ -3596,15 +3678,17 @@ def check_device(job: Job) -> None:
 
 def no_gpu_message(error: Exception) -> str:
     """Return why torch sees no GPU, as far as it can be told."""
-    driver = "There is no NVIDIA driver on this machine."
+    reason = one_line(error)
     with suppress(OSError):
         version = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-        driver = f"The driver is: {one_line(version, 90)}."
+        reason = f"{reason} The driver is: {one_line(version, 90)}"
+    if reason.startswith("Found no NVIDIA driver") and "The driver is" not in reason:
+        reason = "this machine has no NVIDIA driver"
     hidden = ""
     if USERS_VISIBLE_DEVICES is not None:
         hidden = f" CUDA_VISIBLE_DEVICES is {USERS_VISIBLE_DEVICES!r}."
     return (
-        f"DEVICE cuda: torch sees no GPU ({one_line(error)}). {driver}{hidden} An NVIDIA GPU and a "
+        f"DEVICE cuda: torch sees no GPU: {reason.rstrip('.')}.{hidden} An NVIDIA GPU and a "
         "driver of the 525 branch or newer are needed; without one, try --demo, or --device cpu "
         "with a small model."
     )
