@@ -1,5 +1,7 @@
 """Train a LoRA adapter for Qwen3.5-4B on your conversations, on one GPU, and measure its worth.
 
+It is made for Linux; on Windows it runs in WSL.
+
     python train_lora_single.py              train on data/train.jsonl; write output/final_lora
     python train_lora_single.py --dry_run    check the data and print the plan; needs no GPU
     python train_lora_single.py --demo       the whole job in a minute, on a CPU, with a toy model
@@ -63,7 +65,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if sys.version_info < (3, 11):
     raise SystemExit("This script needs Python 3.11 or newer; README.md says how to get it.")
 if sys.platform == "win32":
-    raise SystemExit("This script needs Linux or macOS; on Windows run it in WSL.")
+    raise SystemExit("This script needs Linux; on Windows run it in WSL.")
 
 
 class LazyModule(types.ModuleType):
@@ -90,11 +92,11 @@ else:
 
 # ==== SETTINGS: edit them here, or give the flag of the same name, such as --lora_r 16
 #
-# To add a setting, write one line, such as
+# To add a setting, write one line with its type, such as
 #     WEIGHT_DECAY: float = 0.0  # shrinks A and B a little in each step
-# and use settings.WEIGHT_DECAY where you need it, here in training_config(). From that line follow
-# the flag --weight_decay, the check of its type, its help text and its place in run.json, and that
-# a checkpoint made with another value is not resumed. Limits of its value go into check_rules().
+# and use it, for example in training_config() as weight_decay=settings.WEIGHT_DECAY. Every constant
+# with a type gets a flag, a check and a help text, and is recorded in run.json; a checkpoint made
+# with another value, or before there was one, is refused. Limits go into check_rules().
 
 # The model.
 MODEL_NAME: str = "Qwen/Qwen3.5-4B"  # a chat model on the Hugging Face hub, or a local folder
@@ -104,12 +106,12 @@ DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 
 # The data. The section DATA shows the two forms that a line may have.
 TRAIN_FILE: str = "data/train.jsonl"  # the conversations to learn from
-EVAL_FILE: str = "data/eval.jsonl"  # held-out conversations, about a tenth; "" for none
-MAX_SEQ_LEN: int = 512  # in tokens; a longer example is left out, never cut
+EVAL_FILE: str = "data/eval.jsonl"  # held out: never trained on; about a tenth; "" for none
+MAX_SEQ_LEN: int = 512  # in tokens; longer examples, at most a tenth, are left out, never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
-LORA_R: int = 8  # the rank r: 4 for a narrow task, 8 for a style and 1,000 examples, 16 for more
-LORA_ALPHA: int = 16  # the update is scaled by alpha / r; 2 is usual, too large can oscillate
+LORA_R: int = 8  # the rank: 4 for a narrow task, 8 for a style, 16 for a broader task or more data
+LORA_ALPHA: int = 16  # scales the update by alpha / r; 2 r is usual; too large, and the loss jumps
 LORA_DROPOUT: float = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
 LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
     "q_proj",  # attention: which words the model looks at
@@ -122,18 +124,18 @@ LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
 ]
 
 # Training.
-NUM_EPOCHS: int = 3  # passes over the training file; fewer if the held-out loss rises again
+NUM_EPOCHS: int = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS: int = 0  # stop after this many steps, to try things out; 0 for all epochs
-# One optimizer step learns from BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. Only the product
-# counts: how many of them go through the GPU at once is found by trying, see MEMORY.
-BATCH_SIZE: int = 2  # one factor of the number of examples in an optimizer step
-GRADIENT_ACCUMULATION_STEPS: int = 2  # the other factor
+# Only the product of these two counts: how many examples of a step go through the GPU at once is
+# found by trying, see MEMORY.
+BATCH_SIZE: int = 2  # examples in a step = BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS
+GRADIENT_ACCUMULATION_STEPS: int = 2  # the other factor; memory depends on neither
 LEARNING_RATE: float = 2e-4  # the highest rate; lower it if the loss jumps
-LR_SCHEDULER_TYPE: Literal[  # how the learning rate goes on after it has risen
+LR_SCHEDULER_TYPE: Literal[  # the shape of the learning rate after its rise
     "cosine", "linear", "constant_with_warmup"
 ] = "cosine"
 WARMUP_RATIO: float = 0.03  # the share of the steps in which the learning rate rises from 0
-SEED: int = 42  # for A's first values, dropout, and the order of the examples
+SEED: int = 42  # the same number gives the same run (A's first values, dropout, order)
 
 # Results.
 OUTPUT_DIR: str = "output"  # gets final_lora, samples.md, lora.png, run.json and checkpoints
@@ -142,8 +144,8 @@ SAVE_STEPS: int = 50  # a checkpoint every so many steps: the most that a crash 
 PUBLISH: Literal["last", "best"] = "last"  # the epoch for final_lora; "best" by held-out loss
 REPORT_TO: str = "none"  # also log to "tensorboard", "wandb" or "trackio", if it is installed
 EVIDENCE_EXAMPLES: int = 200  # held-out examples that measure r, alpha and targets; 0 for none
-EVAL_GROUP: str = "kind"  # the key of the held-out lines to report the loss by; "" for none
-NUM_SAMPLES: int = 6  # held-out prompts answered in samples.md; one of each kind, up to 20
+EVAL_GROUP: str = "kind"  # the key that groups held-out lines in the report; "" for none
+NUM_SAMPLES: int = 6  # held-out prompts answered in samples.md; more for more kinds, up to 20
 MAX_NEW_TOKENS: int = 200  # a reply is cut after this many tokens
 
 # Products of matrices.
@@ -152,7 +154,7 @@ MATMUL: Literal["auto", "dtype", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "a
 
 # ==== THE RUN: the whole job
 #
-# Each line of run() is a step of the job; the comment behind it says which section explains it.
+# Each line of run() is a step of the job; the comment after it says which section explains it.
 
 
 def run(job: Job) -> None:
@@ -162,12 +164,10 @@ def run(job: Job) -> None:
     """
     prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
     if job.settings.dry_run:
-        report(
-            "done", "Nothing was trained. Without --dry_run the same command starts this training."
-        )
+        report("done", "Nothing was trained. Without --dry_run the same command starts this run.")
         return
     choose_matmul(job)  # FLOAT16 PRODUCTS: how this GPU multiplies best
-    find_checkpoint(job)  # CHECKPOINTS: an earlier run to resume, if there is one
+    resume_or_begin(job)  # CHECKPOINTS: an earlier run to resume, if there is one
     trainer = build_trainer(job)  # MODEL AND LORA: the weights, with LoRA in them
     check_only_lora_is_trained(trainer.model, job.plan)  # MODEL AND LORA
     find_what_fits(trainer, job)  # MEMORY: how many examples at once
@@ -202,12 +202,12 @@ def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
 def build_trainer(job: Job) -> trl.SFTTrainer:
     """Load the base model and return a trainer whose model has LoRA in it.
 
-    LoRA is injected here, by SFTTrainer's peft_config, and nowhere else. Whoever calls PEFT's
-    get_peft_model() as well injects it twice.
+    LoRA is injected here, by SFTTrainer's peft_config, and nowhere else. Do not also call PEFT's
+    get_peft_model(): LoRA would be added twice.
     """
 
     class LoraTrainer(OurTrainerMethods, trl.SFTTrainer):
-        """TRL's trainer with a few methods of ours, which stand in TRAINING with their reasons."""
+        """TRL's trainer with a few methods of ours; TRAINING gives the reason for each."""
 
     model = load_model(job.settings)
     if job.matmul["used"] == "float16":
@@ -229,8 +229,7 @@ def build_trainer(job: Job) -> trl.SFTTrainer:
 def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     """Stop unless exactly the planned weights are trainable, all of them in float32.
 
-    For Qwen3.5-4B and the settings above that is 0.2518 %. At 0 % nothing would be learned, at
-    100 % the whole model would be.
+    For Qwen3.5-4B and the settings above the trained share is 0.2518 %.
     """
     trainable = {
         name.removeprefix("base_model.model."): weight
@@ -263,7 +262,7 @@ def training_config(job: Job) -> trl.SFTConfig:
         output_dir=str(job.output / "checkpoints"),
         seed=settings.SEED,
         num_train_epochs=settings.NUM_EPOCHS,
-        max_steps=job.plan.steps,  # all epochs, or fewer with MAX_STEPS
+        max_steps=job.plan.steps,  # which decides: all epochs, or fewer with MAX_STEPS
         learning_rate=settings.LEARNING_RATE,
         lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
         # A fraction would be rounded up: in a run of few steps the first would have the rate 0.
@@ -299,7 +298,7 @@ def load_model(settings: argparse.Namespace) -> transformers.PreTrainedModel:
             settings.MODEL_NAME,
             revision=settings.MODEL_REVISION,
             dtype=settings.DTYPE,
-            device_map={"": device} if device.type == "cuda" else None,  # not by way of the RAM
+            device_map={"": device} if device.type == "cuda" else None,  # no copy in main memory
             trust_remote_code=False,
             use_safetensors=True,  # a pickle could run code
             output_loading_info=True,
@@ -348,7 +347,7 @@ def prepare(job: Job) -> None:
     if not problems:
         warn_of_repeats(train, held_out)
     if not settings.dry_run:
-        check_device(job)
+        prepare_device(job)
     load_config_and_tokenizer(job)
     job.train, job.held_out = encode(job, train, held_out, problems)
     job.data = report_tokens(job)
@@ -540,8 +539,8 @@ def check_content(content: Any, number: int, role: str) -> None:
         )
     if role == "assistant" and re.search("</?think>", content):
         raise ValueError(
-            f"message {number} holds a <think> tag; the adapter is served without thinking, so "
-            "remove the tag and the thoughts"
+            f"message {number} holds a <think> tag, but the model will answer without thinking; "
+            "remove the tag and what is in it"
         )
 
 
@@ -960,7 +959,7 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
     if deltanet:
         lines.append(
             f"{deltanet} of {text_config.num_hidden_layers} layers are Gated DeltaNet, which has "
-            "no q_proj, k_proj, v_proj and o_proj"
+            "no q_proj, k_proj, v_proj and o_proj:\nthe others have them, as it should be"
         )
     size = examples_per_step(job.settings)
     lines.append(f"{plan.steps:,} steps of {size} examples: {why_so_many_steps(job, plan)}")
@@ -1020,14 +1019,16 @@ def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
 # the sum of -log(probability) over the learned tokens, divided by the number of these; AdamW then
 # changes A and B. A loss or a gradient that is not a finite number ends the run. OurTrainerMethods
 # says how the trainer differs from TRL's, and OurTrainingEvents what is printed and saved between
-# the steps.
+# the steps. Under torchrun several processes, each with a GPU of its own, share each step's
+# examples, and the first of them prints and writes.
 #
 # What Ctrl-C, SIGTERM and SIGHUP do depends on the moment (catch_signals() in COMMAND LINE):
-# - While the data is read, the weights are loaded or the base model is evaluated, the run stops at
-#   once. There is nothing new to save, and the same command does the same again.
+# - While the data is read, the weights are loaded, products or memory are tried, or the base model
+#   is evaluated, the run stops at once. There is nothing new to save, and the same command does the
+#   same again.
 # - Within a step, and while an epoch is evaluated or a checkpoint is written, that step is finished
-#   and saved before the run stops. The same command resumes there. A second signal stops at once,
-#   and then the same command resumes from the checkpoint before.
+#   and saved before the run stops. The same command resumes there. A second signal stops at once
+#   (not under torchrun), and then the same command resumes from the checkpoint before.
 # - While the adapter is proved, the run stops at once, and the same command proves it again. While
 #   it is moved into its place, which takes a moment, a signal waits.
 # - While the evidence is measured, the run stops at once. final_lora is whole and in place, and
@@ -1345,7 +1346,7 @@ class OurTrainingEvents:
         accelerate.PartialState().wait_for_everyone()  # each process writes its random state
         if is_main_process():
             write_json(newest / "complete.json", file_hashes(newest))
-            remove_old_checkpoints(newest.parent, job.plan, whole=2)
+            remove_old_checkpoints(newest.parent, job.plan, keep_whole=2)
         if job.settings.DEVICE == "cuda":
             job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
         job.saves_before_stopping = step < job.plan.steps  # nothing is left to save at the end
@@ -1396,8 +1397,8 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
 #   backward pass but computed again, which takes little memory and 45 % more work. Such examples,
 #   too, go through together as long as they fit, and one by one if they do not.
-# - Only if the longest example does not fit even so does the run end, before it trains. The advice
-#   is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to end what else runs on this one.
+# - Only if the longest training example does not fit even so does the run end, before it trains.
+#   The advice is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to end what else runs.
 # - If another program takes the memory later, the run ends, and the same command resumes.
 # On a CPU nothing is tried, and every step goes through whole.
 
@@ -1474,7 +1475,7 @@ def try_what_fits(trainer: trl.SFTTrainer, longest: int, whole_step: int) -> Mem
         return MemoryLimits(kept, kept)
     recomputed = largest_that_fits(lambda n: pass_fits(trainer, n, longest, True), whole_step)
     if recomputed < longest and pass_fits(trainer, longest, longest, True):
-        recomputed = longest  # it lies between two multiples of 16
+        recomputed = longest  # which lies between two multiples of 16
     return MemoryLimits(kept, recomputed)
 
 
@@ -1510,7 +1511,7 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
 def split_step(
     inputs: dict[str, torch.Tensor], limits: MemoryLimits
 ) -> list[tuple[dict[str, torch.Tensor], bool]]:
-    """Divide a padded step into parts that fit; beside each stands whether it is recomputed.
+    """Divide a padded step into parts that fit, with a flag saying whether each is recomputed.
 
     A step that fits stays whole. Otherwise the examples that are too long to keep their
     activations go first, and are recomputed. Then come the others. Each part is as wide as its
@@ -1557,8 +1558,8 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # message is a table of what differs, and nothing is touched. What may change are the settings
 # below, and the data files' names and places. Other edits of this script are not compared.
 #
-# Once final_lora is in place the run is over: the same command trains anew, and renames what the
-# earlier run left.
+# Once final_lora is in place the run is over, and the same command trains anew. As it begins, it
+# renames the earlier checkpoints and run.json, and as it ends, final_lora, samples.md and lora.png.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
@@ -1571,7 +1572,7 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 
 
-def find_checkpoint(job: Job) -> None:
+def resume_or_begin(job: Job) -> None:
     """Find this job's newest complete checkpoint; exit if the folder holds another job's."""
     if is_main_process():
         folder = job.output / "checkpoints"
@@ -1686,10 +1687,10 @@ def is_complete(checkpoint: Path) -> bool:
     return bool(written) and written.items() <= file_hashes(checkpoint).items()
 
 
-def remove_old_checkpoints(folder: Path, plan: Plan, whole: int) -> None:
+def remove_old_checkpoints(folder: Path, plan: Plan, keep_whole: int) -> None:
     """Keep the newest checkpoints whole; of older ones only the adapter at an epoch's end."""
     saved = checkpoints_in(folder)
-    for step in list(saved)[: len(saved) - whole]:
+    for step in list(saved)[: len(saved) - keep_whole]:
         if not ends_an_epoch(step, plan):
             shutil.rmtree(saved[step])
             continue
@@ -1699,7 +1700,7 @@ def remove_old_checkpoints(folder: Path, plan: Plan, whole: int) -> None:
 
 
 def rename_old(path: Path) -> None:
-    """Rename what an earlier run left at path, by its time; nothing is ever overwritten."""
+    """Add the time of its last change to the name of what an earlier run left at path, if any."""
     if not path.exists():
         return
     when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.stat().st_mtime))
@@ -1723,8 +1724,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def file_fingerprints(folder: Path) -> list[tuple[str, int, str]]:
     """Return name, size and hash of a local model's files; nothing for a name on the hub.
 
-    Of large files only the first and last MiB are read: they hold the tensors' names and places,
-    and 8 GB would take a minute at each start.
+    Of large files only the first MiB, with safetensors' list of tensors, and the last are read:
+    8 GB would take a minute at each start.
     """
     found = []
     if folder.is_dir():
@@ -1822,6 +1823,8 @@ def installed_versions() -> dict[str, str]:
 #   run.json           all settings, versions, hashes, losses and measurements
 #   checkpoints/       each epoch's adapter
 #   all_logs.log       everything that was printed, with tracebacks
+#   .lock              held by the run that writes here
+#   NAME.DATE-TIME     what an earlier run left under that name
 #
 # The proof is verify_saved_adapter(). The adapter is written beside its place and loaded again from
 # disk onto the bare base model. It is moved into its place only if its tensors are the trained ones
@@ -1857,7 +1860,7 @@ def move_into_place(staging: Path, job: Job) -> None:
         new.rename(job.output / new.name)
     job.published = published_label(job)
     (job.output / "checkpoints" / "job.json").unlink(missing_ok=True)  # the next run starts anew
-    remove_old_checkpoints(job.output / "checkpoints", job.plan, whole=0)
+    remove_old_checkpoints(job.output / "checkpoints", job.plan, keep_whole=0)
     write_record(job, "finished")
 
 
@@ -1885,12 +1888,12 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
     write_json(final / "adapter_config.json", config)
     job.tokenizer.save_pretrained(final)
     tensors = safetensors_torch.load_file(final / "adapter_model.safetensors")
-    plain, wrapped = ".model.model.", ".model.model.language_model."
+    text_name, wrapped = ".model.model.", ".model.model.language_model."
     is_wrapper = job.config.get_text_config() is not job.config
     if is_wrapper and not job.plan.vllm_refuses and not any(wrapped in name for name in tensors):
         for_vllm.mkdir()
         shutil.copy(final / "adapter_config.json", for_vllm)
-        renamed = {name.replace(plain, wrapped, 1): tensor for name, tensor in tensors.items()}
+        renamed = {name.replace(text_name, wrapped, 1): tensor for name, tensor in tensors.items()}
         safetensors_torch.save_file(
             renamed, for_vllm / "adapter_model.safetensors", {"format": "pt"}
         )
@@ -2082,7 +2085,7 @@ def card_result(job: Job) -> str:
         result += f"; it is lower on {job.evidence['better']:,} of them"
     return (
         f"{result}. If the held-out file has the same authors as the training file, this says how "
-        "well the adapter speaks as they do, and no more."
+        "well the adapter imitates them, and no more."
     )
 
 
@@ -2134,8 +2137,8 @@ def error_is_a_warning(name: str) -> Iterator[None]:
 def show_evidence(model: peft.PeftModel, job: Job) -> None:
     """Measure and show what the adapter learned; an error in any of it is only a warning."""
     extras: dict[str, Callable[[peft.PeftModel, Job], None]] = {
-        "learnt": report_update_sizes,
-        "evidence": report_evidence,
+        "learnt": show_update_sizes,
+        "evidence": measure_evidence,
         "samples": write_samples,
         "picture": draw_picture,
     }
@@ -2145,7 +2148,7 @@ def show_evidence(model: peft.PeftModel, job: Job) -> None:
         write_record(job, "finished")
 
 
-def report_update_sizes(model: peft.PeftModel, job: Job) -> None:
+def show_update_sizes(model: peft.PeftModel, job: Job) -> None:
     """Print how large the update of each target is against its W; run.json has every layer's."""
     layers = lora_layers(model)
     if not job.plan.plain or not layers:
@@ -2171,8 +2174,8 @@ def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
     """Return for each target one row per layer: the update's size and its number of directions.
 
     With B = Q R and A^T = Q' R', the r x r matrix R R'^T has the singular values of B A, because
-    Q and Q' change no lengths. "update" is |alpha / r B A| / |W| (Frobenius norms), "directions"
-    how many of the strongest hold 90 % of its square.
+    multiplying by Q and Q' changes no lengths. "update" is |alpha / r B A| / |W| (Frobenius norms),
+    and "directions" how many of the strongest hold 90 % of its square.
     """
     found: dict[str, list[dict[str, float]]] = {}
     for path, module in lora_layers(model).items():
@@ -2193,7 +2196,7 @@ def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
 
 
 def in_order_of_settings(targets: list[str], settings: argparse.Namespace) -> list[str]:
-    """Return targets in the order of LORA_TARGET_MODULES, others behind them."""
+    """Return targets in the order of LORA_TARGET_MODULES, others after them."""
     order = {target: place for place, target in enumerate(settings.LORA_TARGET_MODULES)}
     return sorted(targets, key=lambda target: (order.get(target, len(order)), target))
 
@@ -2220,7 +2223,7 @@ def ratio(numerators: list[float], denominators: list[float]) -> Estimate:
 
     The error is that of a ratio estimator by linearization (Cochran, Sampling Techniques, 6.4):
     the residuals are numerator - ratio x denominator. With differences of losses over tokens it is
-    the paired difference a token, with each example as a cluster; with two differences it is a
+    the paired difference per token, with each example as a cluster; with two differences it is a
     share.
     """
     total = sum(denominators)
@@ -2233,7 +2236,7 @@ def ratio(numerators: list[float], denominators: list[float]) -> Estimate:
     return Estimate(value, error)
 
 
-def report_evidence(model: peft.PeftModel, job: Job) -> None:
+def measure_evidence(model: peft.PeftModel, job: Job) -> None:
     """Measure base, adapter and the adapter's parts on held-out examples, and print them."""
     if not job.held_out:
         report("evidence", "not measured: there is no EVAL_FILE")
@@ -2423,8 +2426,8 @@ def cut_to(layers: dict[str, Any], rank: int) -> Iterator[None]:
             module.lora_B["default"].weight.data = whole[path]
 
 
-# Both are shares of the gain: a smaller difference than the first is not worth a run, and two
-# losses are called the same if their difference and twice its error are less than the second.
+# Both are shares of the gain. A smaller difference than the first is not worth a run. Two losses
+# are called the same if their difference and twice its error together are less than the second.
 SMALLEST_DIFFERENCE = 0.02
 LARGEST_DIFFERENCE = 0.05
 
@@ -2858,7 +2861,8 @@ def next_commands(job: Job) -> str:
     serve += ["--enable-lora", "--max-lora-rank", str(vllm_rank(job.plan))]
     serve += ["--lora-modules", f"companion={folder}"]
     serve += ["--default-chat-template-kwargs", '{"enable_thinking": false}']
-    return f"{chat_command}\n{wrap_command(serve)}"
+    note = "# The server offers the adapter as the model named companion:"
+    return f"{chat_command}\n{note}\n{wrap_command(serve)}"
 
 
 def wrap_command(words: list[str], width: int = 86) -> str:
@@ -2875,7 +2879,7 @@ def wrap_command(words: list[str], width: int = 86) -> str:
 # ==== COMPARING: which of several runs is better, and whether the difference means anything
 #
 # The finished runs in some folders are ranked by the held-out loss of what they published. Only
-# runs with the same held-out examples as the newest one are compared. A "=" behind a run says that
+# runs with the same held-out examples as the newest one are compared. A "=" after a run says that
 # its difference to the best one is within twice its standard error, so it may be chance. A run ends
 # with this table if there are other finished runs in or below its own folder.
 
@@ -2923,7 +2927,7 @@ def compare_runs(folders: list[str]) -> None:
     head, *rows = table_of_runs(ranked, differing)
     lines = [head, join_limited(rows, 60)]
     if len(ranked) > 1:
-        lines.append("=: no difference to the best that is larger than twice its error")
+        lines.append("=: the difference to the best may be chance")
     if any(run["resumed_from"] for run in ranked.values()):
         lines.append("+: the run was resumed, and took this long after that")
     if len(same) < len(runs):
@@ -2989,7 +2993,7 @@ def chat(job: Job) -> None:
         raise SystemExit(f"--chat: {folder / 'adapter_config.json'} is damaged. Train again.")
     job.settings.MODEL_NAME = str(saved["base_model_name_or_path"])
     job.settings.MODEL_REVISION = saved.get("revision") or "main"
-    check_device(job)
+    prepare_device(job)
     load_config_and_tokenizer(job)
     base = load_model(job.settings).to(accelerate.PartialState().device)
     try:
@@ -3056,7 +3060,7 @@ def talk(model: peft.PeftModel, job: Job, system: str) -> None:
 
 
 def parse_scale(text: str, before: float) -> float:
-    """Return the number behind /scale, or say what is wrong with it and keep the old one."""
+    """Return the number after /scale, or say what is wrong with it and keep the old one."""
     try:
         scale = float(text)
     except ValueError:
@@ -3094,14 +3098,14 @@ def say(
 # Two things are different on a V100 or a T4. First, choose_matmul() decides how the frozen weights
 # are multiplied. With MATMUL "auto" it measures bfloat16 and scaled float16 on the GPU at hand, and
 # takes float16 only if it is clearly faster and no less exact. With any other MATMUL you decide. A
-# resumed run keeps what was decided. Second, check_device() keeps transformers from using
+# resumed run keeps what was decided. Second, prepare_device() keeps transformers from using
 # flash-linear-attention on a GPU of a capability below 8.0, where it does not run.
 #
 # The reason: a V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100
 # (mlxcel issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its
-# numbers end at 65,504. Here only the products of frozen weights are computed in float16, and each
-# row is scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and the loss
-# in float32.
+# largest number is 65,504. Here only the products of frozen weights are computed in float16, and
+# each row is scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and the
+# loss in float32.
 
 
 def choose_matmul(job: Job) -> None:
@@ -3137,16 +3141,16 @@ def choose_matmul(job: Job) -> None:
         report("matmul", f"in {settings.DTYPE}; scaled float16 fails here ({one_line(error)})")
         return
     job.matmul |= measured
-    plain, scaled = measured["dtype"], measured["float16"]
-    is_faster = scaled["seconds"] < plain["seconds"] / 1.2
-    # Both are rounded to DTYPE in the end. By way of float16 that errs 2.3 % more even if all sums
-    # are exact, so 5 % more counts as no less exact.
-    is_as_exact = scaled["error"] <= 1.05 * plain["error"]
+    usual, scaled = measured["dtype"], measured["float16"]
+    is_faster = scaled["seconds"] < usual["seconds"] / 1.2
+    # Both are rounded to DTYPE in the end. Rounding by way of float16 adds 2.3 % error even with
+    # exact sums, so 5 % more counts as no less exact.
+    is_as_exact = scaled["error"] <= 1.05 * usual["error"]
     if is_faster and is_as_exact:
         job.matmul["used"] = "float16"
     report(
         "matmul",
-        f"{settings.DTYPE}: {plain['tflops']:.1f} TFLOP/s, error {plain['error']:.2%}; scaled "
+        f"{settings.DTYPE}: {usual['tflops']:.1f} TFLOP/s, error {usual['error']:.2%}; scaled "
         f"float16: {scaled['tflops']:.1f} TFLOP/s, error {scaled['error']:.2%}\n"
         f"{'scaled float16' if job.matmul['used'] == 'float16' else settings.DTYPE} is used",
     )
@@ -3256,8 +3260,8 @@ def measure_products(
 
     Args:
         shapes: (d, k) of the weights.
-        row_count: how many rows are multiplied. A hundredth of their columns is made a hundred
-            times larger than the others, as in trained models.
+        row_count: how many rows are multiplied. About a hundred of their columns are made a
+            hundred times larger than the others, as in trained models.
         dtype: the type of rows and weights.
         device: where to measure.
     """
@@ -3308,7 +3312,7 @@ def synchronize(device: torch.device) -> None:
 # Each setting is a flag; its name, type and help come from the constant's line. A command ends with
 # status 0, with 1 after an error, with 2 after a wrong flag, and with 128 + the signal's number
 # after a signal. A mistake that is known is one message: what is wrong, where, and what to do.
-# Whatever is not known for certain is a traceback. What a training run prints is in all_logs.log,
+# Any other error ends in a traceback. What a training run prints is in all_logs.log,
 # too. Job, which goes through all sections, is defined here.
 
 LOG = logging.getLogger("train_lora_single")
@@ -3374,7 +3378,7 @@ def setting_types() -> dict[str, Any]:
 
 
 def setting_comments() -> dict[str, str]:
-    """Return {name: the comment behind it}, read from this file."""
+    """Return {name: the comment after it}, read from this file."""
     pattern = re.compile(r"^([A-Z][A-Z0-9_]*): .*?  # (.+)$", re.MULTILINE)
     return dict(pattern.findall(Path(__file__).read_text(encoding="utf-8")))
 
@@ -3641,7 +3645,7 @@ def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> st
     return separator.join([*items[:limit], more])
 
 
-def check_device(job: Job) -> None:
+def prepare_device(job: Job) -> None:
     """Find the device, or exit and say why there is none that works.
 
     This comes before the model's code is imported, since the import decides whether it uses
@@ -3738,7 +3742,7 @@ def set_environment(settings: argparse.Namespace) -> None:
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
     if settings.DEVICE == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        # Threads that wait actively slowed the demo from 28 s to 245 s beside a busy process.
+        # Threads that busy-wait slowed the demo from 28 s to 245 s beside a busy process.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if settings.DEVICE == "cpu" or settings.dry_run:
         forbid_gpu_packages()

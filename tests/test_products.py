@@ -533,9 +533,9 @@ def test_a_checkpoint_of_other_products_is_not_resumed(flags, tmp_path, monkeypa
         refused(capfd, [*flags, "--matmul", "float16"])
     job = prepared([*flags, "--matmul", "dtype"])
     with pytest.raises(SystemExit, match=r"products.* float16 .* dtype"):
-        t.find_checkpoint(job)
+        t.resume_or_begin(job)
     # With "auto" a resumed run keeps what was decided, and also on a CPU.
     for matmul in ("float16", "auto"):
         job = prepared([*flags, "--matmul", matmul])
-        t.find_checkpoint(job)
+        t.resume_or_begin(job)
         assert job.checkpoint == tmp_path / "output" / "checkpoints" / "checkpoint-4"

@@ -90,7 +90,7 @@ def trained(flags):
         job = t.Job(t.parse_settings([*flags, *more]))
         t.prepare(job)
         job.output.mkdir()
-        t.find_checkpoint(job)
+        t.resume_or_begin(job)
         trainer = t.build_trainer(job)
         fill(trainer.model)
         return trainer, job

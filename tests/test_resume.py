@@ -190,7 +190,7 @@ def prepared(flags, output, *more):
 def found_by(job):
     """Return the name of the checkpoint that would be resumed, or None."""
     job.checkpoint = None
-    t.find_checkpoint(job)
+    t.resume_or_begin(job)
     return job.checkpoint and job.checkpoint.name
 
 
