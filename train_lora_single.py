@@ -1136,10 +1136,10 @@ def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
     """
     logits = reply_logits(model, inputs)
     labels = inputs["labels"][:, 1:]  # the logits at a position predict the next token
-    is_learned = labels != -100
+    learned = (labels != -100).nonzero(as_tuple=True)
     losses = torch.zeros(labels.shape, device=logits.device)
-    losses[is_learned] = torch.nn.functional.cross_entropy(
-        logits.float(), labels[is_learned], reduction="none"
+    losses[learned] = torch.nn.functional.cross_entropy(
+        logits.float(), labels[learned], reduction="none"
     )
     return losses
 
@@ -1392,7 +1392,8 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 #
 # A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
 # is in how many parts they go through the model. The gradient is the same, since the loss is a sum
-# over tokens. Before training, find_what_fits() tries how many tokens fit at once:
+# over tokens. Before training, find_what_fits() tries how many tokens fit at once beside what the
+# optimizer will keep:
 # - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
 #   backward pass but computed again, which takes little memory and 45 % more work. Such examples,
@@ -1828,7 +1829,7 @@ def installed_versions() -> dict[str, str]:
 #
 # The proof is verify_saved_adapter(). The adapter is written beside its place and loaded again from
 # disk onto the bare base model. It is moved into its place only if its tensors are the trained ones
-# to the bit, and if its logits on one example are the trained model's and not the base model's.
+# to the bit, and if on one example's reply its logits are the trained model's and not the base's.
 # What an earlier run left is renamed, never overwritten.
 
 

@@ -1124,7 +1124,7 @@ def test_a_refused_command_with_a_closed_or_full_output_is_no_traceback(flags, t
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
     assert ("none.jsonl" in done.stderr) == (words == ">&-")
     log = (tmp_path / "output" / "all_logs.log").read_text("utf-8")
-    assert "none.jsonl cannot be read" in flat(log)
+    assert "There is no file" in flat(log)
 
 
 # ==== Errors that are not known
