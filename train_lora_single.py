@@ -2472,13 +2472,13 @@ def about_alpha(rows: dict[str, Any]) -> str:
         return ""
     best = min(scales, key=lambda label: scales[label]["loss"])
     row = scales[best]
-    verdict, change = judge(row), Estimate(**row["change"])
+    change, share = Estimate(**row["change"]), Estimate(**row["kept"])
     # One of five strengths is better by twice its error in every ninth run by chance alone, but by
     # three times its error only once in 150 runs.
-    is_chance = verdict == "better" and abs(change.value) <= 3 * change.error
-    if verdict == "unclear" or is_chance:
+    is_better = judge(row) == "better" and abs(change.value) > 3 * change.error
+    if not is_better and share.value + 2 * share.error > 1 + LARGEST_DIFFERENCE:
         return "alpha: too few held-out examples to tell whether another strength is better."
-    if verdict != "better":
+    if not is_better:
         return "alpha: no other strength of the update is better by a difference that matters."
     factor = float(best.removeprefix("update x "))
     gained = f"{100 * (row['kept']['value'] - 1):.0f} % more of the gain"
