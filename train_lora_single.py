@@ -2436,7 +2436,8 @@ LARGEST_DIFFERENCE = 0.05
 def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
     """Return what the table supports, at most a sentence each on alpha, the targets and r.
 
-    A difference is named only if it is larger than twice its error and than 2 % of the gain.
+    A difference is named only if it is larger than twice its error (for the best of five strengths
+    three times) and than 2 % of the gain.
     What each sentence may claim was tested by training the alternatives; README.md shows how.
     """
     if gain.error == math.inf:
