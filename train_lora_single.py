@@ -1,5 +1,7 @@
 """Train a LoRA adapter for Qwen3.5-4B on your conversations, on one GPU, and measure its worth.
 
+It is made for Linux; on Windows it runs in WSL.
+
     python train_lora_single.py              train on data/train.jsonl; write output/final_lora
     python train_lora_single.py --dry_run    check the data and print the plan; needs no GPU
     python train_lora_single.py --demo       the whole job in a minute, on a CPU, with a toy model
@@ -62,6 +64,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if sys.version_info < (3, 11):
     raise SystemExit("This script needs Python 3.11 or newer; README.md says how to get it.")
+if sys.platform == "win32":
+    raise SystemExit("This script needs Linux; on Windows run it in WSL.")
 
 
 class LazyModule(types.ModuleType):
@@ -88,11 +92,11 @@ else:
 
 # ==== SETTINGS: edit them here, or give the flag of the same name, such as --lora_r 16
 #
-# To add a setting, write one line, such as
+# To add a setting, write one line with its type, such as
 #     WEIGHT_DECAY: float = 0.0  # shrinks A and B a little in each step
-# and use settings.WEIGHT_DECAY where you need it, here in training_config(). From that line follow
-# the flag --weight_decay, the check of its type, its help text and its place in run.json, and that
-# a checkpoint made with another value is not resumed. Limits of its value go into check_rules().
+# and use it, for example in training_config() as weight_decay=settings.WEIGHT_DECAY. Every constant
+# with a type gets a flag, a check and a help text, and is recorded in run.json; a checkpoint made
+# with another value, or before there was one, is refused. Limits go into check_rules().
 
 # The model.
 MODEL_NAME: str = "Qwen/Qwen3.5-4B"  # a chat model on the Hugging Face hub, or a local folder
@@ -102,12 +106,12 @@ DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 
 # The data. The section DATA shows the two forms that a line may have.
 TRAIN_FILE: str = "data/train.jsonl"  # the conversations to learn from
-EVAL_FILE: str = "data/eval.jsonl"  # held-out conversations, about a tenth; "" for none
-MAX_SEQ_LEN: int = 512  # in tokens; a longer example is left out, never cut
+EVAL_FILE: str = "data/eval.jsonl"  # held out: never trained on; about a tenth; "" for none
+MAX_SEQ_LEN: int = 512  # in tokens; longer examples, at most a tenth, are left out, never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
-LORA_R: int = 8  # the rank r: 4 for a narrow task, 8 for a style and 1,000 examples, 16 for more
-LORA_ALPHA: int = 16  # the update is scaled by alpha / r; 2 is usual, too large can oscillate
+LORA_R: int = 8  # the rank: 4 for a narrow task, 8 for a style, 16 for a broader task or more data
+LORA_ALPHA: int = 16  # scales the update by alpha / r; 2 r is usual; too large, and the loss jumps
 LORA_DROPOUT: float = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
 LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
     "q_proj",  # attention: which words the model looks at
@@ -120,18 +124,18 @@ LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
 ]
 
 # Training.
-NUM_EPOCHS: int = 3  # passes over the training file; fewer if the held-out loss rises again
+NUM_EPOCHS: int = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS: int = 0  # stop after this many steps, to try things out; 0 for all epochs
-# One optimizer step learns from BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. Only the product
-# counts: how many of them go through the GPU at once is found by trying, see MEMORY.
-BATCH_SIZE: int = 2  # one factor of the number of examples in an optimizer step
-GRADIENT_ACCUMULATION_STEPS: int = 2  # the other factor
+# Only the product of these two counts: how many examples of a step go through the GPU at once is
+# found by trying, see MEMORY.
+BATCH_SIZE: int = 2  # examples in a step = BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS
+GRADIENT_ACCUMULATION_STEPS: int = 2  # the other factor; memory depends on neither
 LEARNING_RATE: float = 2e-4  # the highest rate; lower it if the loss jumps
-LR_SCHEDULER_TYPE: Literal[  # how the learning rate goes on after it has risen
+LR_SCHEDULER_TYPE: Literal[  # the shape of the learning rate after its rise
     "cosine", "linear", "constant_with_warmup"
 ] = "cosine"
 WARMUP_RATIO: float = 0.03  # the share of the steps in which the learning rate rises from 0
-SEED: int = 42  # for A's first values, dropout, and the order of the examples
+SEED: int = 42  # the same number gives the same run (A's first values, dropout, order)
 
 # Results.
 OUTPUT_DIR: str = "output"  # gets final_lora, samples.md, lora.png, run.json and checkpoints
@@ -140,8 +144,8 @@ SAVE_STEPS: int = 50  # a checkpoint every so many steps: the most that a crash 
 PUBLISH: Literal["last", "best"] = "last"  # the epoch for final_lora; "best" by held-out loss
 REPORT_TO: str = "none"  # also log to "tensorboard", "wandb" or "trackio", if it is installed
 EVIDENCE_EXAMPLES: int = 200  # held-out examples that measure r, alpha and targets; 0 for none
-EVAL_GROUP: str = "kind"  # the key of the held-out lines to report the loss by; "" for none
-NUM_SAMPLES: int = 6  # held-out prompts answered in samples.md; one of each kind, up to 20
+EVAL_GROUP: str = "kind"  # the key that groups held-out lines in the report; "" for none
+NUM_SAMPLES: int = 6  # held-out prompts answered in samples.md; more for more kinds, up to 20
 MAX_NEW_TOKENS: int = 200  # a reply is cut after this many tokens
 
 # Products of matrices.
@@ -150,7 +154,7 @@ MATMUL: Literal["auto", "dtype", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "a
 
 # ==== THE RUN: the whole job
 #
-# Each line of run() is a step of the job; the comment behind it says which section explains it.
+# Each line of run() is a step of the job; the comment after it says which section explains it.
 
 
 def run(job: Job) -> None:
@@ -160,10 +164,10 @@ def run(job: Job) -> None:
     """
     prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
     if job.settings.dry_run:
-        report("done", "Nothing was trained. Without --dry_run, the same command trains this plan.")
+        report("done", "Nothing was trained. Without --dry_run the same command starts this run.")
         return
     choose_matmul(job)  # FLOAT16 PRODUCTS: how this GPU multiplies best
-    find_checkpoint(job)  # CHECKPOINTS: an earlier run to resume, if there is one
+    resume_or_begin(job)  # CHECKPOINTS: an earlier run to resume, if there is one
     trainer = build_trainer(job)  # MODEL AND LORA: the weights, with LoRA in them
     check_only_lora_is_trained(trainer.model, job.plan)  # MODEL AND LORA
     find_what_fits(trainer, job)  # MEMORY: how many examples at once
@@ -198,12 +202,12 @@ def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
 def build_trainer(job: Job) -> trl.SFTTrainer:
     """Load the base model and return a trainer whose model has LoRA in it.
 
-    LoRA is injected here, by SFTTrainer's peft_config, and nowhere else. Whoever calls PEFT's
-    get_peft_model() as well injects it twice.
+    LoRA is injected here, by SFTTrainer's peft_config, and nowhere else. Do not also call PEFT's
+    get_peft_model(): LoRA would be added twice.
     """
 
     class LoraTrainer(OurTrainerMethods, trl.SFTTrainer):
-        """TRL's trainer with a few methods of ours, which stand in TRAINING with their reasons."""
+        """TRL's trainer with a few methods of ours; TRAINING gives the reason for each."""
 
     model = load_model(job.settings)
     if job.matmul["used"] == "float16":
@@ -225,8 +229,7 @@ def build_trainer(job: Job) -> trl.SFTTrainer:
 def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     """Stop unless exactly the planned weights are trainable, all of them in float32.
 
-    For Qwen3.5-4B and the settings above that is 0.2518 %. At 0 % nothing would be learned, at
-    100 % the whole model would be.
+    For Qwen3.5-4B and the settings above the trained share is 0.2518 %.
     """
     trainable = {
         name.removeprefix("base_model.model."): weight
@@ -259,7 +262,7 @@ def training_config(job: Job) -> trl.SFTConfig:
         output_dir=str(job.output / "checkpoints"),
         seed=settings.SEED,
         num_train_epochs=settings.NUM_EPOCHS,
-        max_steps=job.plan.steps,  # all epochs, or fewer with MAX_STEPS
+        max_steps=job.plan.steps,  # which decides: all epochs, or fewer with MAX_STEPS
         learning_rate=settings.LEARNING_RATE,
         lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
         # A fraction would be rounded up: in a run of few steps the first would have the rate 0.
@@ -295,7 +298,7 @@ def load_model(settings: argparse.Namespace) -> transformers.PreTrainedModel:
             settings.MODEL_NAME,
             revision=settings.MODEL_REVISION,
             dtype=settings.DTYPE,
-            device_map={"": device} if device.type == "cuda" else None,  # not by way of the RAM
+            device_map={"": device} if device.type == "cuda" else None,  # no copy in main memory
             trust_remote_code=False,
             use_safetensors=True,  # a pickle could run code
             output_loading_info=True,
@@ -334,15 +337,17 @@ def prepare(job: Job) -> None:
     settings = job.settings
     train, problems = read_examples(settings.TRAIN_FILE)
     held_out: list[Example] = []
-    if settings.EVAL_FILE:
-        held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
-        problems += more_problems
-    if problems:  # these are shown at once; encode() adds what only the tokenizer can see
-        report("bad lines", join_limited(problems))
-    else:
+    try:
+        if settings.EVAL_FILE:
+            held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
+            problems += more_problems
+    finally:  # also if there is no such file; encode() adds what only the tokenizer can see
+        if problems:
+            report("bad lines", join_limited(problems))
+    if not problems:
         warn_of_repeats(train, held_out)
     if not settings.dry_run:
-        check_device(job)
+        prepare_device(job)
     load_config_and_tokenizer(job)
     job.train, job.held_out = encode(job, train, held_out, problems)
     job.data = report_tokens(job)
@@ -375,6 +380,10 @@ class Example:
 
 MESSAGE_RULE = 'a message is {"role": "system", "user" or "assistant", "content": "some text"}'
 ORDER_RULE = "write at most one system message, then user and assistant in turn"
+SHAREGPT_RULE = (
+    'rename "conversations" to "messages", "from" to "role", "value" to "content", and the roles '
+    '"human" to "user" and "gpt" to "assistant"; README.md has a converter that does it'
+)
 FORM_RULE = (
     'write {"prompt": [messages], "completion": [one message]} or {"messages": [messages]}; '
     "README.md shows both forms"
@@ -390,19 +399,27 @@ def read_examples(path: str, group_key: str = "") -> tuple[list[Example], list[s
         if Path(path).exists() and not Path(path).is_file():
             raise SystemExit(f"{path} is not a file; TRAIN_FILE and EVAL_FILE must be JSONL files.")
         lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError as error:
+        where = "" if Path(path).is_absolute() else f" (in {Path.cwd()})"
+        raise SystemExit(
+            f"There is no file {path}{where}; check TRAIN_FILE and EVAL_FILE."
+        ) from error
     except OSError as error:
         raise SystemExit(
             f"{path} cannot be read ({error.strerror}); check TRAIN_FILE and EVAL_FILE."
         ) from error
     shown = path_from_here(path)
     if is_json_array(lines):
-        return [], [f"{shown}: this is one JSON array; write one JSON object a line instead"]
+        advice = (
+            "put each object on a line of its own, without the outer [ ] and the commas between"
+        )
+        return [], [f"{shown}: this is one JSON array; {advice}"]
     examples: list[Example] = []
     problems: list[str] = []
     for number, line in enumerate(lines, 1):
         where = f"{shown}:{number}"
         try:
-            text = line.decode("utf-8-sig").strip()
+            text = line.decode("utf-8-sig").strip()  # files that were joined have a mark each
             if text:
                 examples += parse_line(text, where, group_key)
         except UnicodeDecodeError as error:
@@ -434,11 +451,16 @@ def parse_line(text: str, where: str, group_key: str) -> list[Example]:
     try:
         row = json.loads(text, object_pairs_hook=object_with_unique_keys)
     except json.JSONDecodeError as error:
-        raise ValueError(f"this is not JSON: {error.msg} at character {error.colno}") from error
+        hint = ""
+        if error.msg == "Expecting ',' delimiter":
+            hint = " (often a quotation mark within the text lacks its backslash)"
+        raise ValueError(
+            f"this is not JSON: {error.msg} at character {error.colno}{hint}"
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"this is not an object but {one_line(text, 60)}; {FORM_RULE}")
     if "tools" in row:
-        raise ValueError('the key "tools" is not supported, since no tools are served; remove it')
+        raise ValueError('this script does not train the use of tools; remove the key "tools"')
     messages = conversation_of(row)
     check_messages(messages)
     replies = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
@@ -470,6 +492,8 @@ def conversation_of(row: dict[str, Any]) -> list[Any]:
     if found not in (["messages"], ["prompt", "completion"]):
         keys = [one_line(json.dumps(key), 40) for key in list(row)[:5]]
         names = " and ".join(found) or ", ".join(keys) or "nothing"
+        if "conversations" in row and not found:
+            raise ValueError(SHAREGPT_RULE)
         raise ValueError(f"the line has {names}; {FORM_RULE}")
     messages: list[Any] = []
     for key in found:
@@ -515,8 +539,8 @@ def check_content(content: Any, number: int, role: str) -> None:
         )
     if role == "assistant" and re.search("</?think>", content):
         raise ValueError(
-            f"message {number} holds a <think> tag; the adapter is served without thinking, so "
-            "remove the tag and the thoughts"
+            f"message {number} holds a <think> tag, but the model will answer without thinking; "
+            "remove the tag and what is in it"
         )
 
 
@@ -569,7 +593,12 @@ def load_config_and_tokenizer(job: Job) -> None:
         chosen = {"revision": settings.MODEL_REVISION, "trust_remote_code": False}
         job.config = transformers.AutoConfig.from_pretrained(name, **chosen)
         job.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **chosen)
-    except (OSError, ValueError, HTTPError, RevisionResolutionError) as error:
+    except RevisionResolutionError as error:
+        raise SystemExit(
+            f"The Hugging Face hub cannot be reached, and {name} is not stored on this machine. "
+            "Check the network, or give a local folder as MODEL_NAME."
+        ) from error
+    except (OSError, ValueError, HTTPError) as error:
         raise SystemExit(
             f"MODEL_NAME {name}: there is no such model, or it cannot be reached "
             f"({one_line(error)}). Check the name, the folder or the network."
@@ -613,6 +642,7 @@ def encode_file(examples: list[Example], job: Job) -> tuple[list[Example], list[
     limit = job.settings.MAX_SEQ_LEN
     fitting: list[Example] = []
     too_long: list[str] = []
+    longest = 0
     problems: list[str] = []
     for example in examples:
         try:
@@ -620,6 +650,7 @@ def encode_file(examples: list[Example], job: Job) -> tuple[list[Example], list[
         except ValueError as error:
             problems.append(f"{example.where}: {error}")
             continue
+        longest = max(longest, len(example.input_ids))
         if len(example.input_ids) <= limit:
             fitting.append(example)
         else:
@@ -628,7 +659,8 @@ def encode_file(examples: list[Example], job: Job) -> tuple[list[Example], list[
         problems.append(
             f"{len(too_long):,} of {len(examples):,} examples are longer than MAX_SEQ_LEN "
             f"{limit:,}, more than a tenth of the file, so training would miss too much. Raise "
-            f"MAX_SEQ_LEN, or shorten these:\n{join_limited(too_long)}"
+            f"MAX_SEQ_LEN to {longest} to keep them all, or shorten these:\n"
+            f"{join_limited(too_long)}"
         )
     elif too_long:
         advice = f"longer than MAX_SEQ_LEN {limit:,} and left out; raise it to train on them"
@@ -783,6 +815,7 @@ def make_plan(job: Job) -> Plan:
     only_lora = all(".lora_" in name for name in trained)
     only_a_and_b = all(re.search(r"\.lora_[AB]\.\w+\.weight$", name) for name in trained)
     layers = lora_layers(model)
+    max_rank = max((max(layer.r.values()) for layer in layers.values()), default=0)
     plan = Plan(
         trainable=trainable,
         total=total,
@@ -792,8 +825,8 @@ def make_plan(job: Job) -> Plan:
         frozen_shapes=frozen_shapes,
         only_lora=only_lora,
         plain=only_a_and_b and all(is_linear_lora(layer) for layer in layers.values()),
-        max_rank=max((max(layer.r.values()) for layer in layers.values()), default=0),
-        vllm_refuses=why_vllm_refuses(config),
+        max_rank=max_rank,
+        vllm_refuses=why_vllm_refuses(config, max_rank),
     )
     report_plan(job, plan, config, model)
     return plan
@@ -857,6 +890,11 @@ def refuse_unsupported(config: peft.LoraConfig) -> None:
             f'LoraConfig: init_lora_weights="{start}" changes the frozen weights or needs data, so '
             'the saved adapter would not fit the base model; use True, "gaussian" or "orthogonal".'
         )
+    if config.bias != "none":  # PEFT's disable_adapter() and unload() keep trained biases
+        raise SystemExit(
+            f'LoraConfig: bias="{config.bias}" trains biases, which stay changed where the adapter '
+            'is switched off, so nothing could be compared with the base model; use "none".'
+        )
     if config.layer_replication:
         raise SystemExit(
             "LoraConfig: layer_replication builds another model than the one that is served; "
@@ -873,27 +911,33 @@ def refuse_unknown_targets(
     if "lm_head" in config.target_modules:
         raise SystemExit(
             "LORA_TARGET_MODULES: lm_head cannot be a target, since TRL's trainer refuses it. "
-            "Remove it."
+            'Remove it, or train the whole head: write modules_to_save=["lm_head"] in '
+            "lora_config(), with DTYPE float32."
         )
     paths = [path for path, _ in model.named_modules()]
     for target in sorted(config.target_modules):
         if not any(path == target or path.endswith(f".{target}") for path in paths):
             close = difflib.get_close_matches(target, names, 1)
             hint = f" Did you mean {close[0]}?" if close else ""
+            if target == "all-linear":
+                hint = ' For all linear layers write target_modules="all-linear" in lora_config().'
             raise SystemExit(
                 f"LORA_TARGET_MODULES: no layer of the model is named {target}.{hint} The layers "
                 f"have {', '.join(names) or 'no linear modules'}."
             )
 
 
-def why_vllm_refuses(config: peft.LoraConfig) -> str:
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
+
+
+def why_vllm_refuses(config: peft.LoraConfig, max_rank: int) -> str:
     """Return why vLLM cannot load this kind of adapter, or ""; from the source of vLLM 0.32."""
     if config.use_dora:
         return "vLLM serves no DoRA adapters"
     if config.modules_to_save or config.trainable_token_indices:
         return "vLLM serves no adapters with fully trained modules"
-    if config.bias != "none":
-        return "vLLM serves no adapters with trained biases"
+    if max_rank > max(VLLM_RANKS):
+        return f"vLLM serves no adapters of a rank above {max(VLLM_RANKS)}"
     return ""
 
 
@@ -915,17 +959,25 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
     if deltanet:
         lines.append(
             f"{deltanet} of {text_config.num_hidden_layers} layers are Gated DeltaNet, which has "
-            "no q_proj, k_proj, v_proj and o_proj"
+            "no q_proj, k_proj, v_proj and o_proj:\nthe others have them, as it should be"
         )
-    settings = job.settings
-    formula = (
-        f"ceil({len(job.train):,} / ({settings.BATCH_SIZE} x "
-        f"{settings.GRADIENT_ACCUMULATION_STEPS})) x {settings.NUM_EPOCHS}"
-    )
-    if settings.MAX_STEPS:
-        formula = f"at most MAX_STEPS of {formula}"
-    lines.append(f"{plan.steps:,} steps of {examples_per_step(settings)} examples: {formula}")
+    size = examples_per_step(job.settings)
+    lines.append(f"{plan.steps:,} steps of {size} examples: {why_so_many_steps(job, plan)}")
     report("plan", "\n".join(lines))
+
+
+def why_so_many_steps(job: Job, plan: Plan) -> str:
+    """Return how the number of steps follows from the examples and the settings."""
+    settings, count = job.settings, len(job.train)
+    whole = plan.steps_per_epoch * settings.NUM_EPOCHS
+    if plan.steps == whole:
+        factors = f"{settings.BATCH_SIZE} x {settings.GRADIENT_ACCUMULATION_STEPS}"
+        return f"ceil({count:,} / ({factors})) x {settings.NUM_EPOCHS}"
+    seen = ""
+    if plan.steps < plan.steps_per_epoch:
+        seen = f"{plan.steps * examples_per_step(settings):,} of the {count:,} examples; "
+    epochs = "1 epoch" if settings.NUM_EPOCHS == 1 else f"{settings.NUM_EPOCHS} epochs"
+    return f"{seen}MAX_STEPS stops the {whole:,} steps of {epochs}"
 
 
 def table_of_targets(job: Job, plan: Plan, model: torch.nn.Module) -> list[str]:
@@ -967,14 +1019,16 @@ def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
 # the sum of -log(probability) over the learned tokens, divided by the number of these; AdamW then
 # changes A and B. A loss or a gradient that is not a finite number ends the run. OurTrainerMethods
 # says how the trainer differs from TRL's, and OurTrainingEvents what is printed and saved between
-# the steps.
+# the steps. Under torchrun several processes, each with a GPU of its own, share each step's
+# examples, and the first of them prints and writes.
 #
 # What Ctrl-C, SIGTERM and SIGHUP do depends on the moment (catch_signals() in COMMAND LINE):
-# - While the data is read, the weights are loaded or the base model is evaluated, the run stops at
-#   once. There is nothing new to save, and the same command does the same again.
+# - While the data is read, the weights are loaded, products or memory are tried, or the base model
+#   is evaluated, the run stops at once. There is nothing new to save, and the same command does the
+#   same again.
 # - Within a step, and while an epoch is evaluated or a checkpoint is written, that step is finished
-#   and saved before the run stops. The same command resumes there. A second signal stops at once,
-#   and then the same command resumes from the checkpoint before.
+#   and saved before the run stops. The same command resumes there. A second signal stops at once
+#   (not under torchrun), and then the same command resumes from the checkpoint before.
 # - While the adapter is proved, the run stops at once, and the same command proves it again. While
 #   it is moved into its place, which takes a moment, a signal waits.
 # - While the evidence is measured, the run stops at once. final_lora is whole and in place, and
@@ -1078,31 +1132,38 @@ class OurTrainerMethods:
 def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return -log(probability) of each token but the first, in nats; 0 where it is not learned.
 
-    The result has a row for each example and a column for each token. Logits are made for learned
-    tokens alone: with 248,320 tokens in the vocabulary they are the largest tensor of all.
+    The result has a row for each example and a column for each token.
     """
+    logits = reply_logits(model, inputs)
     labels = inputs["labels"][:, 1:]  # the logits at a position predict the next token
-    rows, columns = (labels != -100).nonzero(as_tuple=True)
+    learned = (labels != -100).nonzero(as_tuple=True)
+    losses = torch.zeros(labels.shape, device=logits.device)
+    losses[learned] = torch.nn.functional.cross_entropy(
+        logits.float(), labels[learned], reduction="none"
+    )
+    return losses
+
+
+def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a row of logits for each learned token of all examples, and none for other tokens.
+
+    With 248,320 tokens in the vocabulary the logits are the largest tensor of all.
+    """
+    rows, columns = (inputs["labels"][:, 1:] != -100).nonzero(as_tuple=True)
 
     def keep_learned(_: torch.nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
-        """Give the head (learned tokens x hidden size); the model has a place for each token."""
+        """Pass the head only the positions that predict a learned token."""
         return given[0][rows, columns]
 
     # transformers' logits_to_keep would keep a position in all examples if one of them needs it.
     head = accelerate.utils.extract_model_from_parallel(model).get_output_embeddings()
     hook = head.register_forward_pre_hook(keep_learned)
     try:
-        logits = model(
+        return model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
         ).logits
     finally:
         hook.remove()
-    wanted = labels[rows, columns]
-    losses = torch.zeros(labels.shape, device=logits.device)
-    losses[rows, columns] = torch.nn.functional.cross_entropy(
-        logits.float(), wanted, reduction="none"
-    )
-    return losses
 
 
 def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
@@ -1187,8 +1248,9 @@ class LikeLengthsSampler:
         shuffler.shuffle(order)
         whole = len(order) - len(order) % size
         order, rest = order[:whole], order[whole:]  # the incomplete step must come last
-        # Sorting within blocks of 50 steps, not over all, gives each epoch other steps.
-        block = 50 * size
+        # Sorting within blocks, not over all, gives each epoch other steps: within a quarter of
+        # them, and 50 at the most.
+        block = size * min(50, math.ceil(len(self.lengths) / size / 4))
         steps: list[list[int]] = []
         for start in range(0, whole, block):
             by_length = sorted(order[start : start + block], key=lambda n: self.lengths[n])
@@ -1284,7 +1346,7 @@ class OurTrainingEvents:
         accelerate.PartialState().wait_for_everyone()  # each process writes its random state
         if is_main_process():
             write_json(newest / "complete.json", file_hashes(newest))
-            remove_old_checkpoints(newest.parent, job.plan, whole=2)
+            remove_old_checkpoints(newest.parent, job.plan, keep_whole=2)
         if job.settings.DEVICE == "cuda":
             job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
         job.saves_before_stopping = step < job.plan.steps  # nothing is left to save at the end
@@ -1330,13 +1392,14 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 #
 # A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
 # is in how many parts they go through the model. The gradient is the same, since the loss is a sum
-# over tokens. Before training, find_what_fits() tries how many tokens fit at once:
+# over tokens. Before training, find_what_fits() tries how many tokens fit at once beside what the
+# optimizer will keep:
 # - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
 #   backward pass but computed again, which takes little memory and 45 % more work. Such examples,
 #   too, go through together as long as they fit, and one by one if they do not.
-# - Only if the longest example does not fit even so does the run end, before it trains. The advice
-#   is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to end what else runs on this one.
+# - Only if the longest training example does not fit even so does the run end, before it trains.
+#   The advice is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to end what else runs.
 # - If another program takes the memory later, the run ends, and the same command resumes.
 # On a CPU nothing is tried, and every step goes through whole.
 
@@ -1346,7 +1409,9 @@ class MemoryLimits:
     """How many tokens, padding included, may go through the model at once while training."""
 
     tokens_at_once: int  # with their activations kept for the backward pass
-    tokens_at_once_recomputed: int  # with their activations computed again: 45 % more work
+    # With their activations computed again: 45 % more work. It is tried only if the longest example
+    # needs it; otherwise this is the number above.
+    tokens_at_once_recomputed: int
 
     def as_recorded(self) -> dict[str, int]:
         """Return the limits under their names in run.json."""
@@ -1365,8 +1430,10 @@ def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
     report("memory", "trying how many examples fit on the GPU at once")
     free, total = torch.cuda.mem_get_info()
     share = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
-    # A tenth is left for the optimizer's states and for fragmentation.
-    torch.cuda.set_per_process_memory_fraction(0.9 * share)
+    # A tenth is left for fragmentation, and room for what AdamW will keep: two float32 numbers for
+    # each trained weight.
+    states = 8 * job.plan.trainable / total
+    torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * share - states))
     limits = try_what_fits(trainer, longest, whole_step)
     most = max(limits.tokens_at_once, limits.tokens_at_once_recomputed)
     if most < longest:
@@ -1393,8 +1460,11 @@ def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
 
 
 def most_tokens(job: Job) -> tuple[int, int]:
-    """Return the tokens of the longest example, and those of a step of nothing but such ones."""
-    longest = max(len(example.input_ids) for example in job.train + job.held_out)
+    """Return the tokens of the longest example, and those of a step of nothing but such ones.
+
+    Held-out examples do not count: they are only evaluated, which needs far less memory.
+    """
+    longest = max(len(example.input_ids) for example in job.train)
     processes = accelerate.PartialState().num_processes
     return longest, longest * max(1, examples_per_step(job.settings) // processes)
 
@@ -1406,7 +1476,7 @@ def try_what_fits(trainer: trl.SFTTrainer, longest: int, whole_step: int) -> Mem
         return MemoryLimits(kept, kept)
     recomputed = largest_that_fits(lambda n: pass_fits(trainer, n, longest, True), whole_step)
     if recomputed < longest and pass_fits(trainer, longest, longest, True):
-        recomputed = longest  # it lies between two multiples of 16
+        recomputed = longest  # which lies between two multiples of 16
     return MemoryLimits(kept, recomputed)
 
 
@@ -1442,7 +1512,7 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
 def split_step(
     inputs: dict[str, torch.Tensor], limits: MemoryLimits
 ) -> list[tuple[dict[str, torch.Tensor], bool]]:
-    """Divide a padded step into parts that fit; beside each stands whether it is recomputed.
+    """Divide a padded step into parts that fit, with a flag saying whether each is recomputed.
 
     A step that fits stays whole. Otherwise the examples that are too long to keep their
     activations go first, and are recomputed. Then come the others. Each part is as wide as its
@@ -1489,8 +1559,8 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # message is a table of what differs, and nothing is touched. What may change are the settings
 # below, and the data files' names and places. Other edits of this script are not compared.
 #
-# Once final_lora is in place the run is over: the same command trains anew, and renames what the
-# earlier run left.
+# Once final_lora is in place the run is over, and the same command trains anew. As it begins, it
+# renames the earlier checkpoints and run.json, and as it ends, final_lora, samples.md and lora.png.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
@@ -1498,11 +1568,12 @@ MAY_CHANGE_ON_RESUME = {
     "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
     # What follows from these is compared instead: the examples' tokens, the kind of products that
     # is in use, and the number of examples in a step.
-    "TRAIN_FILE", "EVAL_FILE", "MATMUL", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS",
+    "TRAIN_FILE", "EVAL_FILE", "MAX_SEQ_LEN", "MATMUL", "BATCH_SIZE",
+    "GRADIENT_ACCUMULATION_STEPS",
 }  # fmt: skip
 
 
-def find_checkpoint(job: Job) -> None:
+def resume_or_begin(job: Job) -> None:
     """Find this job's newest complete checkpoint; exit if the folder holds another job's."""
     if is_main_process():
         folder = job.output / "checkpoints"
@@ -1559,7 +1630,11 @@ def refuse_other_job(
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if not names:
         return
-    rows = [f"  {name} was {before.get(name)} and is now {now.get(name)}" for name in names]
+    rows = []
+    for name in names:
+        was = f"was {before[name]}" if name in before else "did not exist"
+        is_now = f"is now {now[name]}" if name in now else "does not exist now"
+        rows.append(f"  {name} {was} and {is_now}")
     raise SystemExit(
         f"{checkpoint} was made with other settings, data or model, so it cannot be resumed:\n"
         + join_limited(rows)
@@ -1613,10 +1688,10 @@ def is_complete(checkpoint: Path) -> bool:
     return bool(written) and written.items() <= file_hashes(checkpoint).items()
 
 
-def remove_old_checkpoints(folder: Path, plan: Plan, whole: int) -> None:
+def remove_old_checkpoints(folder: Path, plan: Plan, keep_whole: int) -> None:
     """Keep the newest checkpoints whole; of older ones only the adapter at an epoch's end."""
     saved = checkpoints_in(folder)
-    for step in list(saved)[: len(saved) - whole]:
+    for step in list(saved)[: len(saved) - keep_whole]:
         if not ends_an_epoch(step, plan):
             shutil.rmtree(saved[step])
             continue
@@ -1626,7 +1701,7 @@ def remove_old_checkpoints(folder: Path, plan: Plan, whole: int) -> None:
 
 
 def rename_old(path: Path) -> None:
-    """Rename what an earlier run left at path, by its time; nothing is ever overwritten."""
+    """Add the time of its last change to the name of what an earlier run left at path, if any."""
     if not path.exists():
         return
     when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.stat().st_mtime))
@@ -1650,8 +1725,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def file_fingerprints(folder: Path) -> list[tuple[str, int, str]]:
     """Return name, size and hash of a local model's files; nothing for a name on the hub.
 
-    Of large files only the first and last MiB are read: they hold the tensors' names and places,
-    and 8 GB would take a minute at each start.
+    Of large files only the first MiB, with safetensors' list of tensors, and the last are read:
+    8 GB would take a minute at each start.
     """
     found = []
     if folder.is_dir():
@@ -1749,10 +1824,12 @@ def installed_versions() -> dict[str, str]:
 #   run.json           all settings, versions, hashes, losses and measurements
 #   checkpoints/       each epoch's adapter
 #   all_logs.log       everything that was printed, with tracebacks
+#   .lock              held by the run that writes here
+#   NAME.DATE-TIME     what an earlier run left under that name
 #
 # The proof is verify_saved_adapter(). The adapter is written beside its place and loaded again from
 # disk onto the bare base model. It is moved into its place only if its tensors are the trained ones
-# to the bit, and if its logits on one example are the trained model's and not the base model's.
+# to the bit, and if on one example's reply its logits are the trained model's and not the base's.
 # What an earlier run left is renamed, never overwritten.
 
 
@@ -1784,7 +1861,7 @@ def move_into_place(staging: Path, job: Job) -> None:
         new.rename(job.output / new.name)
     job.published = published_label(job)
     (job.output / "checkpoints" / "job.json").unlink(missing_ok=True)  # the next run starts anew
-    remove_old_checkpoints(job.output / "checkpoints", job.plan, whole=0)
+    remove_old_checkpoints(job.output / "checkpoints", job.plan, keep_whole=0)
     write_record(job, "finished")
 
 
@@ -1812,12 +1889,12 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
     write_json(final / "adapter_config.json", config)
     job.tokenizer.save_pretrained(final)
     tensors = safetensors_torch.load_file(final / "adapter_model.safetensors")
-    plain, wrapped = ".model.model.", ".model.model.language_model."
+    text_name, wrapped = ".model.model.", ".model.model.language_model."
     is_wrapper = job.config.get_text_config() is not job.config
     if is_wrapper and not job.plan.vllm_refuses and not any(wrapped in name for name in tensors):
         for_vllm.mkdir()
         shutil.copy(final / "adapter_config.json", for_vllm)
-        renamed = {name.replace(plain, wrapped, 1): tensor for name, tensor in tensors.items()}
+        renamed = {name.replace(text_name, wrapped, 1): tensor for name, tensor in tensors.items()}
         safetensors_torch.save_file(
             renamed, for_vllm / "adapter_model.safetensors", {"format": "pt"}
         )
@@ -1830,9 +1907,9 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
 def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) -> peft.PeftModel:
     """Load the adapter from disk onto the bare base model; exit unless it is the trained one.
 
-    The files' tensors must be the trained ones to the bit. On one example the logits must be those
-    of the trained model and not those of the base. A GPU may round: a tenth of the adapter's
-    effect is allowed.
+    The files' tensors must be the trained ones to the bit. On one example's reply the logits must
+    be those of the trained model and not those of the base. A GPU may round: a tenth of the
+    adapter's effect is allowed.
     """
     trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     saved = safetensors_torch.load_file(folder / "adapter_model.safetensors")
@@ -1845,13 +1922,13 @@ def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) 
             f"proof: {folder} does not hold what was trained; these tensors differ or are not "
             f"numbers: {join_limited(sorted(wrong), 3, ', ')}. The checkpoints are still there."
         )
-    ids = torch.tensor([example.input_ids], device=model.device)
+    inputs = pad([example], model.device)
     with torch.no_grad():
-        before = model.eval()(input_ids=ids).logits
+        wanted = reply_logits(model.eval(), inputs)
         reloaded = peft.PeftModel.from_pretrained(model.unload(), folder).eval()
-        error = (reloaded(input_ids=ids).logits - before).abs().max().item()
+        error = (reply_logits(reloaded, inputs) - wanted).abs().max().item()
         with reloaded.disable_adapter():
-            effect = (reloaded(input_ids=ids).logits - before).abs().max().item()
+            effect = (reply_logits(reloaded, inputs) - wanted).abs().max().item()
     found = (
         f"loaded again from disk, the adapter's logits differ by at most {error:.2g} from the "
         f"trained\nmodel's, and by {effect:.2g} from the base model's"
@@ -1889,7 +1966,9 @@ def write_model_card(job: Job, folder: Path) -> None:
         eval_results=results or None,
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(job)}")
-    card.save(folder / "README.md")
+    new = folder.parent / "README.md.new"  # so that there is never half of it in the folder
+    card.save(new)
+    new.replace(folder / "README.md")
 
 
 def losses_before_and_after(job: Job) -> tuple[float, float] | None:
@@ -1923,17 +2002,26 @@ def card_text(job: Job) -> str:
     targets = config.target_modules
     if not isinstance(targets, str):
         targets = ", ".join(sorted(targets))
-    revision = ""
-    if not Path(settings.MODEL_NAME).is_dir():
-        revision = f', revision="{settings.MODEL_REVISION}"'
-    return f"""# A LoRA adapter for {settings.MODEL_NAME}
+    name, commit = settings.MODEL_NAME, f", commit `{settings.MODEL_REVISION}`"
+    base = f'"{name}", revision="{settings.MODEL_REVISION}"'
+    if Path(name).is_dir():  # its whole path would be no use to anybody else
+        name, commit = Path(name).resolve().name, ", a local folder"
+        base = f'"path/to/{name}"'
+    if job.plan.vllm_refuses:
+        serving = f"{job.plan.vllm_refuses}; merge this one into its base model instead."
+    else:
+        serving = (
+            "For vLLM use\n`final_lora_vllm` if it lies beside this folder, with "
+            f"`--max-lora-rank {vllm_rank(job.plan)}`."
+        )
+    return f"""# A LoRA adapter for {name}
 
 This adapter was trained with `train_lora_single.py`. It changes how the base model replies; it
 does not work without the base model.
 
 ## Base model
 
-`{settings.MODEL_NAME}`, commit `{settings.MODEL_REVISION}`.
+`{name}`{commit}.
 
 ## Training
 
@@ -1960,12 +2048,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("final_lora")
-base = AutoModelForCausalLM.from_pretrained("{settings.MODEL_NAME}"{revision}, dtype="auto")
+base = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")
 model = PeftModel.from_pretrained(base, "final_lora").eval()
 ```
 
-Render conversations with `enable_thinking=False`, as in training. For vLLM use
-`final_lora_vllm` if it lies beside this folder, with `--max-lora-rank {vllm_rank(job.plan)}`.
+Render conversations with `enable_thinking=False`, as in training. {serving}
 
 ## Limits
 
@@ -1999,7 +2086,7 @@ def card_result(job: Job) -> str:
         result += f"; it is lower on {job.evidence['better']:,} of them"
     return (
         f"{result}. If the held-out file has the same authors as the training file, this says how "
-        "well the adapter speaks as they do, and no more."
+        "well the adapter imitates them, and no more."
     )
 
 
@@ -2017,8 +2104,7 @@ def card_system_message(job: Job) -> str:
 
 def vllm_rank(plan: Plan) -> int:
     """Return the smallest value of vLLM's --max-lora-rank that is enough."""
-    allowed = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-    return next(rank for rank in allowed if rank >= min(plan.max_rank, 512))
+    return next(rank for rank in VLLM_RANKS if rank >= plan.max_rank)
 
 
 # ==== EVIDENCE: what r, alpha and the targets were worth, measured after training
@@ -2039,27 +2125,31 @@ def vllm_rank(plan: Plan) -> int:
 # does a lower loss say that the replies are good: read samples.md.
 
 
-def show_evidence(model: peft.PeftModel, job: Job) -> None:
-    """Measure and show what the adapter learned; an error in any of it is only a warning.
+@contextmanager
+def error_is_a_warning(name: str) -> Iterator[None]:
+    """Turn an error into a warning: the adapter is whole and in place, whatever the error is."""
+    try:
+        yield
+    except Exception as error:
+        LOG.info("%s failed", name, exc_info=True)
+        report("warning", f"{name} failed ({one_line(repr(error))}); the adapter is whole")
 
-    The adapter is published already, so no failure here may lose it.
-    """
+
+def show_evidence(model: peft.PeftModel, job: Job) -> None:
+    """Measure and show what the adapter learned; an error in any of it is only a warning."""
     extras: dict[str, Callable[[peft.PeftModel, Job], None]] = {
-        "learnt": report_update_sizes,
-        "evidence": report_evidence,
+        "learnt": show_update_sizes,
+        "evidence": measure_evidence,
         "samples": write_samples,
         "picture": draw_picture,
     }
     for name, show in extras.items():
-        try:
+        with error_is_a_warning(name):
             show(model, job)
-        except Exception as error:  # whatever it is, the adapter is whole
-            LOG.info("%s failed", name, exc_info=True)
-            report("warning", f"{name} failed ({one_line(repr(error))}); the adapter is whole")
         write_record(job, "finished")
 
 
-def report_update_sizes(model: peft.PeftModel, job: Job) -> None:
+def show_update_sizes(model: peft.PeftModel, job: Job) -> None:
     """Print how large the update of each target is against its W; run.json has every layer's."""
     layers = lora_layers(model)
     if not job.plan.plain or not layers:
@@ -2085,8 +2175,8 @@ def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
     """Return for each target one row per layer: the update's size and its number of directions.
 
     With B = Q R and A^T = Q' R', the r x r matrix R R'^T has the singular values of B A, because
-    Q and Q' change no lengths. "update" is |alpha / r B A| / |W| (Frobenius norms), "directions"
-    how many of the strongest hold 90 % of its square.
+    multiplying by Q and Q' changes no lengths. "update" is |alpha / r B A| / |W| (Frobenius norms),
+    and "directions" how many of the strongest hold 90 % of its square.
     """
     found: dict[str, list[dict[str, float]]] = {}
     for path, module in lora_layers(model).items():
@@ -2107,7 +2197,7 @@ def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
 
 
 def in_order_of_settings(targets: list[str], settings: argparse.Namespace) -> list[str]:
-    """Return targets in the order of LORA_TARGET_MODULES, others behind them."""
+    """Return targets in the order of LORA_TARGET_MODULES, others after them."""
     order = {target: place for place, target in enumerate(settings.LORA_TARGET_MODULES)}
     return sorted(targets, key=lambda target: (order.get(target, len(order)), target))
 
@@ -2134,7 +2224,7 @@ def ratio(numerators: list[float], denominators: list[float]) -> Estimate:
 
     The error is that of a ratio estimator by linearization (Cochran, Sampling Techniques, 6.4):
     the residuals are numerator - ratio x denominator. With differences of losses over tokens it is
-    the paired difference a token, with each example as a cluster; with two differences it is a
+    the paired difference per token, with each example as a cluster; with two differences it is a
     share.
     """
     total = sum(denominators)
@@ -2147,7 +2237,7 @@ def ratio(numerators: list[float], denominators: list[float]) -> Estimate:
     return Estimate(value, error)
 
 
-def report_evidence(model: peft.PeftModel, job: Job) -> None:
+def measure_evidence(model: peft.PeftModel, job: Job) -> None:
     """Measure base, adapter and the adapter's parts on held-out examples, and print them."""
     if not job.held_out:
         report("evidence", "not measured: there is no EVAL_FILE")
@@ -2174,7 +2264,11 @@ def report_evidence(model: peft.PeftModel, job: Job) -> None:
         chosen = evenly_spread(len(examples), job.settings.EVIDENCE_EXAMPLES)
         report_parts(model, job, chosen, base, adapter)
         seconds = time.monotonic() - began
-        report("", f"measured on {len(chosen)} held-out examples in {seconds:.0f} s")
+        report(
+            "",
+            f"measured on {len(chosen)} held-out examples, base and adapter on all "
+            f"{len(examples)}, in {seconds:.0f} s",
+        )
     report_kinds(job)
 
 
@@ -2319,31 +2413,31 @@ def cut_to(layers: dict[str, Any], rank: int) -> Iterator[None]:
     B A = U S V^T. Projecting B on the first columns of U gives the best approximation of B A of
     that rank (Eckart and Young, 1936), and leaves A alone. B A itself is never formed.
     """
-    whole = {}
-    for path, module in layers.items():
-        weight = module.lora_B["default"].weight
-        whole[path] = weight.data
-        b, a = weight.data.double(), module.lora_A["default"].weight.data.double()
-        q, r = torch.linalg.qr(b)
-        u = q @ torch.linalg.svd(r @ a, full_matrices=False).U[:, :rank]
-        weight.data = (u @ (u.T @ b)).to(weight.dtype)
+    whole = {path: module.lora_B["default"].weight.data for path, module in layers.items()}
     try:
+        for module in layers.values():
+            weight = module.lora_B["default"].weight
+            b, a = weight.data.double(), module.lora_A["default"].weight.data.double()
+            q, triangle = torch.linalg.qr(b)  # B = Q R
+            u = q @ torch.linalg.svd(triangle @ a, full_matrices=False).U[:, :rank]
+            weight.data = (u @ (u.T @ b)).to(weight.dtype)
         yield
     finally:
         for path, module in layers.items():
             module.lora_B["default"].weight.data = whole[path]
 
 
-# Both are shares of the gain: a smaller difference than the first is not worth a run, and if twice
-# the error is larger than the second, the examples are too few to call two losses the same.
+# Both are shares of the gain. A smaller difference than the first is not worth a run. Two losses
+# are called the same if their difference and twice its error together are less than the second.
 SMALLEST_DIFFERENCE = 0.02
-LARGEST_ERROR = 0.10
+LARGEST_DIFFERENCE = 0.05
 
 
 def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
     """Return what the table supports, at most a sentence each on alpha, the targets and r.
 
-    A difference is named only if it is larger than twice its error and than 2 % of the gain.
+    A difference is named only if it is larger than twice its error (for the best of five strengths
+    three times) and than 2 % of the gain.
     What each sentence may claim was tested by training the alternatives; README.md shows how.
     """
     if gain.error == math.inf:
@@ -2368,7 +2462,8 @@ def judge(row: dict[str, Any]) -> str:
     change, share = Estimate(**row["change"]), Estimate(**row["kept"])
     if change.is_clear and abs(share.value - 1) > SMALLEST_DIFFERENCE:
         return "better" if change.value < 0 else "worse"
-    return "same" if 2 * share.error <= LARGEST_ERROR else "unclear"
+    largest = abs(share.value - 1) + 2 * share.error
+    return "same" if largest < LARGEST_DIFFERENCE else "unclear"
 
 
 def about_alpha(rows: dict[str, Any]) -> str:
@@ -2378,20 +2473,26 @@ def about_alpha(rows: dict[str, Any]) -> str:
         return ""
     best = min(scales, key=lambda label: scales[label]["loss"])
     row = scales[best]
-    if judge(row) == "unclear":
+    change, share = Estimate(**row["change"]), Estimate(**row["kept"])
+    # One of five strengths is better by twice its error in every ninth run by chance alone, but by
+    # three times its error only once in 150 runs.
+    is_better = judge(row) == "better" and abs(change.value) > 3 * change.error
+    if not is_better and share.value + 2 * share.error > 1 + LARGEST_DIFFERENCE:
         return "alpha: too few held-out examples to tell whether another strength is better."
-    if judge(row) != "better":
+    if not is_better:
         return "alpha: no other strength of the update is better by a difference that matters."
     factor = float(best.removeprefix("update x "))
     gained = f"{100 * (row['kept']['value'] - 1):.0f} % more of the gain"
     if factor < 1:
         return (
             f"alpha: at x {factor:g} of its strength the same update has a lower loss ({gained}), "
-            "so the run went too far: fewer epochs, a lower LEARNING_RATE or a smaller LORA_ALPHA."
+            "so the run went too far. Worth trying next: fewer epochs, a lower LEARNING_RATE or a "
+            "smaller LORA_ALPHA."
         )
     return (
         f"alpha: at x {factor:g} of its strength the same update has a lower loss ({gained}), so "
-        "the run stopped short: more epochs, a higher LEARNING_RATE or a larger LORA_ALPHA."
+        "the run stopped short. Worth trying next: more epochs, a higher LEARNING_RATE or a larger "
+        "LORA_ALPHA."
     )
 
 
@@ -2405,9 +2506,14 @@ def about_targets(rows: dict[str, Any]) -> str:
     enough = [name for name, verdict in verdicts.items() if verdict in ("same", "better")]
     if enough:
         best = max(enough, key=lambda name: shares[name])
+        if verdicts[best] == "better":
+            return (
+                f"targets: the update of {best} alone has {shares[best]:.0%} of the gain, so in "
+                "this adapter the other targets do harm."
+            )
         return (
-            f"targets: the update of {best} alone keeps {shares[best]:.0%} of the gain; the other "
-            "targets add next to nothing."
+            f"targets: the update of {best} alone keeps {shares[best]:.0%} of the gain; what the "
+            "other targets add is less than 5 % of it."
         )
     if "unclear" in verdicts.values():
         return "targets: too few held-out examples to tell whether one group would do alone."
@@ -2700,6 +2806,7 @@ def draw_parts(axes: Any, parts: dict[str, Any]) -> None:
     )
 
 
+@error_is_a_warning("summary")
 def summarize(job: Job) -> None:
     """Print a verdict, what was written, and what to do next."""
     lines = [f"{job.output / 'final_lora'} is the adapter of {job.published}"]
@@ -2756,7 +2863,8 @@ def next_commands(job: Job) -> str:
     serve += ["--enable-lora", "--max-lora-rank", str(vllm_rank(job.plan))]
     serve += ["--lora-modules", f"companion={folder}"]
     serve += ["--default-chat-template-kwargs", '{"enable_thinking": false}']
-    return f"{chat_command}\n{wrap_command(serve)}"
+    note = "# The server offers the adapter as the model named companion:"
+    return f"{chat_command}\n{note}\n{wrap_command(serve)}"
 
 
 def wrap_command(words: list[str], width: int = 86) -> str:
@@ -2773,31 +2881,43 @@ def wrap_command(words: list[str], width: int = 86) -> str:
 # ==== COMPARING: which of several runs is better, and whether the difference means anything
 #
 # The finished runs in some folders are ranked by the held-out loss of what they published. Only
-# runs with the same held-out examples as the newest one are compared. A "=" behind a run says that
+# runs with the same held-out examples as the newest one are compared. A "=" after a run says that
 # its difference to the best one is within twice its standard error, so it may be chance. A run ends
 # with this table if there are other finished runs in or below its own folder.
 
 RUN_KEYS = {"started", "settings", "data", "evidence", "train_seconds", "resumed_from"}
 
 
+def all_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
+    """Return the run.json files in the folders and below them."""
+    paths = [path for folder in folders for path in sorted(Path(folder).rglob("run.json*"))]
+    return {path.resolve(): read_json(path) or {} for path in paths}
+
+
 def finished_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
-    """Return the run.json files of finished runs in the folders and below them."""
+    """Return those of finished runs with held-out losses, which can be compared."""
     runs = {}
-    for folder in folders:
-        for path in sorted(Path(folder).rglob("run.json*")):
-            run = read_json(path)
-            is_finished = bool(run) and run.get("outcome") == "finished" and run.keys() >= RUN_KEYS
-            if is_finished and isinstance(run["evidence"], dict) and run["evidence"].get("losses"):
-                runs[path.resolve()] = run
+    for path, run in all_runs(folders).items():
+        is_finished = run.get("outcome") == "finished" and run.keys() >= RUN_KEYS
+        if is_finished and isinstance(run["evidence"], dict) and run["evidence"].get("losses"):
+            runs[path] = run
     return runs
 
 
 def compare_runs(folders: list[str]) -> None:
     """Print the runs from the best to the worst, with each paired difference to the best."""
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise SystemExit(f"--compare: there is no folder {folder}.")
     runs = finished_runs(folders)
     if not runs:
         where = ", ".join(folders)
-        raise SystemExit(f"--compare: there is no finished run with held-out losses in {where}.")
+        if any(run.get("outcome") == "finished" for run in all_runs(folders).values()):
+            raise SystemExit(
+                f"--compare: the finished runs in {where} had no held-out file, so they have no "
+                "losses to compare."
+            )
+        raise SystemExit(f"--compare: no run in {where} has finished.")
     newest = max(runs.values(), key=lambda run: run["started"])
     wanted = held_out_of(newest)
     same = {path: run for path, run in runs.items() if held_out_of(run) == wanted}
@@ -2809,11 +2929,13 @@ def compare_runs(folders: list[str]) -> None:
     head, *rows = table_of_runs(ranked, differing)
     lines = [head, join_limited(rows, 60)]
     if len(ranked) > 1:
-        lines.append("=: no difference to the best that is larger than twice its error")
+        lines.append("=: the difference to the best may be chance")
     if any(run["resumed_from"] for run in ranked.values()):
         lines.append("+: the run was resumed, and took this long after that")
     if len(same) < len(runs):
-        lines.append(f"{len(runs) - len(same)} runs on other held-out examples are left out")
+        others = len(runs) - len(same)
+        noun, verb = ("runs", "are") if others > 1 else ("run", "is")
+        lines.append(f"{others} {noun} on other held-out examples {verb} left out")
     report("runs", "\n".join(lines))
 
 
@@ -2873,7 +2995,7 @@ def chat(job: Job) -> None:
         raise SystemExit(f"--chat: {folder / 'adapter_config.json'} is damaged. Train again.")
     job.settings.MODEL_NAME = str(saved["base_model_name_or_path"])
     job.settings.MODEL_REVISION = saved.get("revision") or "main"
-    check_device(job)
+    prepare_device(job)
     load_config_and_tokenizer(job)
     base = load_model(job.settings).to(accelerate.PartialState().device)
     try:
@@ -2883,10 +3005,20 @@ def chat(job: Job) -> None:
             f"--chat: the adapter in {folder} does not fit {job.settings.MODEL_NAME} "
             f"({one_line(error)}). Train again."
         ) from error
-    record = read_json(job.output / "run.json") or {}
-    system = record.get("system_message", "")
+    system = trained_system_message(job.output)
     report("chat", f"system message: {system or '(none)'}\ntype a message, or /help")
     talk(model, job, system)
+
+
+def trained_system_message(output: Path) -> str:
+    """Return the system message of the newest finished run in output, whose adapter is there.
+
+    A newer run that has not finished has left the adapter in its place, but not run.json.
+    """
+    records = [read_json(path) or {} for path in output.glob("run.json*")]
+    finished = [record for record in records if record.get("outcome") == "finished"]
+    newest = max(finished, key=lambda record: record.get("started", 0), default={})
+    return newest.get("system_message", "")
 
 
 def talk(model: peft.PeftModel, job: Job, system: str) -> None:
@@ -2930,7 +3062,7 @@ def talk(model: peft.PeftModel, job: Job, system: str) -> None:
 
 
 def parse_scale(text: str, before: float) -> float:
-    """Return the number behind /scale, or say what is wrong with it and keep the old one."""
+    """Return the number after /scale, or say what is wrong with it and keep the old one."""
     try:
         scale = float(text)
     except ValueError:
@@ -2968,14 +3100,14 @@ def say(
 # Two things are different on a V100 or a T4. First, choose_matmul() decides how the frozen weights
 # are multiplied. With MATMUL "auto" it measures bfloat16 and scaled float16 on the GPU at hand, and
 # takes float16 only if it is clearly faster and no less exact. With any other MATMUL you decide. A
-# resumed run keeps what was decided. Second, check_device() keeps transformers from using
+# resumed run keeps what was decided. Second, prepare_device() keeps transformers from using
 # flash-linear-attention on a GPU of a capability below 8.0, where it does not run.
 #
 # The reason: a V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100
 # (mlxcel issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its
-# numbers end at 65,504. Here only the products of frozen weights are computed in float16, and each
-# row is scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and the loss
-# in float32.
+# largest number is 65,504. Here only the products of frozen weights are computed in float16, and
+# each row is scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and the
+# loss in float32.
 
 
 def choose_matmul(job: Job) -> None:
@@ -2985,14 +3117,16 @@ def choose_matmul(job: Job) -> None:
     is clearly faster than DTYPE and no less exact, compared with float32.
     """
     settings = job.settings
-    used = settings.MATMUL if settings.MATMUL != "auto" else "dtype"
-    job.matmul = {"used": used}
-    if settings.MATMUL != "auto" or settings.DEVICE == "cpu" or settings.DTYPE == "float32":
+    if settings.MATMUL != "auto":
+        job.matmul = {"used": settings.MATMUL}
         return
     folder = job.output / "checkpoints"
     before = read_json(folder / "job.json") or {}
     if newest_complete(folder) and "the products in use" in before:
-        job.matmul = {"used": before["the products in use"]}  # a new measurement might differ
+        job.matmul = {"used": before["the products in use"]}  # on any device
+        return
+    job.matmul = {"used": "dtype"}
+    if settings.DEVICE == "cpu" or settings.DTYPE == "float32":
         return
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     lengths = [len(example.input_ids) for example in job.train]
@@ -3003,20 +3137,22 @@ def choose_matmul(job: Job) -> None:
     dtype = getattr(torch, settings.DTYPE)
     try:
         measured = measure_products(shapes, row_count, dtype, accelerate.PartialState().device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # a product that the GPU cannot compute
         report("matmul", f"in {settings.DTYPE}; scaled float16 fails here ({one_line(error)})")
         return
     job.matmul |= measured
-    plain, scaled = measured["dtype"], measured["float16"]
-    is_faster = scaled["seconds"] < plain["seconds"] / 1.2
-    # Both are rounded to DTYPE in the end. By way of float16 that errs 2.3 % more even if all sums
-    # are exact, so 5 % more counts as no less exact.
-    is_as_exact = scaled["error"] <= 1.05 * plain["error"]
+    usual, scaled = measured["dtype"], measured["float16"]
+    is_faster = scaled["seconds"] < usual["seconds"] / 1.2
+    # Both are rounded to DTYPE in the end. Rounding by way of float16 adds 2.3 % error even with
+    # exact sums, so 5 % more counts as no less exact.
+    is_as_exact = scaled["error"] <= 1.05 * usual["error"]
     if is_faster and is_as_exact:
         job.matmul["used"] = "float16"
     report(
         "matmul",
-        f"{settings.DTYPE}: {plain['tflops']:.1f} TFLOP/s, error {plain['error']:.2%}; scaled "
+        f"{settings.DTYPE}: {usual['tflops']:.1f} TFLOP/s, error {usual['error']:.2%}; scaled "
         f"float16: {scaled['tflops']:.1f} TFLOP/s, error {scaled['error']:.2%}\n"
         f"{'scaled float16' if job.matmul['used'] == 'float16' else settings.DTYPE} is used",
     )
@@ -3126,8 +3262,8 @@ def measure_products(
 
     Args:
         shapes: (d, k) of the weights.
-        row_count: how many rows are multiplied. A hundredth of their columns is made a hundred
-            times larger than the others, as in trained models.
+        row_count: how many rows are multiplied. About a hundred of their columns are made a
+            hundred times larger than the others, as in trained models.
         dtype: the type of rows and weights.
         device: where to measure.
     """
@@ -3178,7 +3314,7 @@ def synchronize(device: torch.device) -> None:
 # Each setting is a flag; its name, type and help come from the constant's line. A command ends with
 # status 0, with 1 after an error, with 2 after a wrong flag, and with 128 + the signal's number
 # after a signal. A mistake that is known is one message: what is wrong, where, and what to do.
-# Whatever is not known for certain is a traceback. What a training run prints is in all_logs.log,
+# Any other error ends in a traceback. What a training run prints is in all_logs.log,
 # too. Job, which goes through all sections, is defined here.
 
 LOG = logging.getLogger("train_lora_single")
@@ -3244,7 +3380,7 @@ def setting_types() -> dict[str, Any]:
 
 
 def setting_comments() -> dict[str, str]:
-    """Return {name: the comment behind it}, read from this file."""
+    """Return {name: the comment after it}, read from this file."""
     pattern = re.compile(r"^([A-Z][A-Z0-9_]*): .*?  # (.+)$", re.MULTILINE)
     return dict(pattern.findall(Path(__file__).read_text(encoding="utf-8")))
 
@@ -3262,6 +3398,10 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     settings, unknown = parser.parse_known_args(argv)
     if unknown:
         refuse_unknown_flags(parser, unknown)
+    modes = ("dry_run", "chat", "compare")
+    given = [f"--{mode}" for mode in modes if getattr(settings, mode)]
+    if len(given) > 1:
+        parser.error(f"{' and '.join(given)} cannot be given together")
     if settings.demo:
         parser.set_defaults(**DEMO)
         settings = parser.parse_args(argv)
@@ -3272,24 +3412,31 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     return settings
 
 
+SEE_README = """
+
+README.md shows the forms of the data under "Your data", and says how a run resumes under "Stopping,
+resuming, clusters"."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return a parser with the modes, and with a flag for each setting."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--SETTING VALUE ...] [--dry_run | --chat | --compare DIR ...] [--demo]",
-        description=__doc__.partition("\n\nThe sections")[0],
+        description=__doc__.partition("\n\nThe sections")[0] + SEE_README,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument(
+    parser.add_argument(
         "--dry_run", action="store_true", help="check the data, print the plan, and stop"
     )
-    modes.add_argument("--chat", action="store_true", help="talk to OUTPUT_DIR/final_lora")
-    modes.add_argument(
+    parser.add_argument("--chat", action="store_true", help="talk to OUTPUT_DIR/final_lora")
+    parser.add_argument(
         "--compare", nargs="+", metavar="DIR", help="compare the finished runs in these folders"
     )
     parser.add_argument(
-        "--demo", action="store_true", help="use the toy model, a CPU and output/demo"
+        "--demo",
+        action="store_true",
+        help=f"train a toy model on a CPU: sets {', '.join(DEMO)}, and other flags override it",
     )
     comments = setting_comments()
     flags = parser.add_argument_group("settings (hyphens will do as well: --lora-r 16)")
@@ -3305,9 +3452,11 @@ def build_parser() -> argparse.ArgumentParser:
             options |= {"nargs": "+", "metavar": "NAME"}
         elif annotation is bool:
             options |= {"type": parse_bool, "metavar": "true|false"}
+        elif annotation in (int, float):
+            metavar = "N" if annotation is int else "X"
+            options |= {"type": number_parser(annotation, default), "metavar": metavar}
         else:
-            metavar = {int: "N", float: "X"}.get(annotation, "TEXT")
-            options |= {"type": annotation, "metavar": metavar}
+            options |= {"type": annotation, "metavar": "TEXT"}
         flags.add_argument(f"--{name.lower()}", **options)
     return parser
 
@@ -3318,6 +3467,21 @@ def with_underscores(argument: str) -> str:
         return argument
     flag, equals, value = argument.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def number_parser(kind: type, example: float) -> Callable[[str], float]:
+    """Return a function that reads an int or a float, or says what a flag must be."""
+
+    def parse(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"it must be {noun}, such as {example}; it is {text!r}"
+            ) from None
+
+    return parse
 
 
 def parse_bool(text: str) -> bool:
@@ -3398,22 +3562,29 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
         "MAX_SEQ_LEN", "NUM_EPOCHS", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS", "LOGGING_STEPS",
         "SAVE_STEPS", "MAX_NEW_TOKENS",
     )  # fmt: skip
+    at_least_0 = ("MAX_STEPS", "EVIDENCE_EXAMPLES", "NUM_SAMPLES")
     for name in at_least_1:
-        require(1 <= getattr(settings, name) < 2**31, name, "it must be at least 1")
-    for name in ("MAX_STEPS", "EVIDENCE_EXAMPLES", "NUM_SAMPLES"):
-        require(0 <= getattr(settings, name) < 2**31, name, "it must be 0 or more")
-    if settings.EVAL_FILE == settings.TRAIN_FILE:
-        problems.append("EVAL_FILE is TRAIN_FILE; held-out conversations must be other ones.")
+        require(getattr(settings, name) >= 1, name, "it must be at least 1")
+    for name in at_least_0:
+        require(getattr(settings, name) >= 0, name, "it must be 0 or more")
+    for name in at_least_1 + at_least_0:
+        require(getattr(settings, name) < 2**31, name, "it must be at most 2,147,483,647")
+    reads_data = not settings.chat and not settings.compare
+    if settings.EVAL_FILE == settings.TRAIN_FILE and reads_data:
+        problems.append(
+            "EVAL_FILE is TRAIN_FILE; the held-out loss would be measured on what was learned. "
+            'Give another file, or "" for none.'
+        )
     if settings.PUBLISH == "best" and not settings.EVAL_FILE:
         problems.append('PUBLISH is "best", which needs an EVAL_FILE to tell which epoch that is.')
     package = settings.REPORT_TO
     trackers = ("tensorboard", "wandb", "trackio")
     if package not in ("none", *trackers):
         problems.append(f"REPORT_TO is {package!r}; it must be none, {', '.join(trackers)}.")
-    elif package != "none" and not (package.isidentifier() and importlib.util.find_spec(package)):
+    elif package != "none" and not importlib.util.find_spec(package):
         problems.append(
-            f'REPORT_TO is "{package}", but there is no such package; pip install {package}, or '
-            'choose "none".'
+            f'REPORT_TO is "{package}", which is not installed; pip install {package}, or choose '
+            '"none".'
         )
     return problems
 
@@ -3476,7 +3647,7 @@ def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> st
     return separator.join([*items[:limit], more])
 
 
-def check_device(job: Job) -> None:
+def prepare_device(job: Job) -> None:
     """Find the device, or exit and say why there is none that works.
 
     This comes before the model's code is imported, since the import decides whether it uses
@@ -3513,15 +3684,17 @@ def check_device(job: Job) -> None:
 
 def no_gpu_message(error: Exception) -> str:
     """Return why torch sees no GPU, as far as it can be told."""
-    driver = "There is no NVIDIA driver on this machine."
+    reason = one_line(error)
     with suppress(OSError):
         version = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-        driver = f"The driver is: {one_line(version, 90)}."
+        reason = f"{reason} The driver is: {one_line(version, 90)}"
+    if reason.startswith("Found no NVIDIA driver") and "The driver is" not in reason:
+        reason = "this machine has no NVIDIA driver"
     hidden = ""
     if USERS_VISIBLE_DEVICES is not None:
         hidden = f" CUDA_VISIBLE_DEVICES is {USERS_VISIBLE_DEVICES!r}."
     return (
-        f"DEVICE cuda: torch sees no GPU ({one_line(error)}). {driver}{hidden} An NVIDIA GPU and a "
+        f"DEVICE cuda: torch sees no GPU: {reason.rstrip('.')}.{hidden} An NVIDIA GPU and a "
         "driver of the 525 branch or newer are needed; without one, try --demo, or --device cpu "
         "with a small model."
     )
@@ -3571,7 +3744,7 @@ def set_environment(settings: argparse.Namespace) -> None:
         os.environ.setdefault("NCCL_IB_DISABLE", "1")
     if settings.DEVICE == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        # Threads that wait actively slowed the demo from 28 s to 245 s beside a busy process.
+        # Threads that busy-wait slowed the demo from 28 s to 245 s beside a busy process.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if settings.DEVICE == "cpu" or settings.dry_run:
         forbid_gpu_packages()
@@ -3632,15 +3805,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def catch_signals(job: Job) -> None:
     """Within a step, finish and save it first; elsewhere, or at a second signal, stop at once."""
+    # A launcher passes the terminal's Ctrl-C on to its processes, which have had it already.
+    may_repeat = "TORCHELASTIC_RUN_ID" in os.environ
 
     def on_signal(number: int, _: Any) -> None:
-        is_second = job.stop_signal > 0
-        # A launcher passes the terminal's Ctrl-C on to its processes, which have had it already.
-        is_second = is_second and "TORCHELASTIC_RUN_ID" not in os.environ
+        is_second = job.stop_signal > 0 and not may_repeat
         job.stop_signal = number
         if job.saves_before_stopping and not is_second:
-            text = "after this step, which is saved first; a second signal stops at once"
-            report("stopping", text)
+            text = "after this step, which is saved first"
+            report("stopping", text + ("" if may_repeat else "; a second signal stops at once"))
             return
         message = "Stopped. The same command goes on from the newest checkpoint, if there is one."
         if job.published:
@@ -3684,8 +3857,10 @@ def explain(error: BaseException, job: Job) -> tuple[int, str]:
         return 1, f"The package {error.name} is missing; pip install -r requirements.txt"
     if type(error).__name__ == "OutOfMemoryError":
         return 1, (
-            f"The GPU's memory is full ({one_line(error)}). If another program runs there, end it; "
-            "otherwise lower MAX_SEQ_LEN."
+            f"The GPU's memory is full ({one_line(error)}). If another program runs there, end it, "
+            "and the same command resumes from the newest checkpoint. Otherwise lower MAX_SEQ_LEN, "
+            "so that the longest examples are left out; that is another training, which needs "
+            "another OUTPUT_DIR once there is a checkpoint."
         )
     if is_disk_full(error, job.output):
         return 1, f"The disk of {job.output} is full. Make room, and give the same command again."
@@ -3724,12 +3899,10 @@ def start(job: Job) -> None:
     """Open the log, say what is special about this run, and do it."""
     if not job.settings.dry_run and is_main_process():
         open_log(job.output)
-    if job.settings.demo:
-        report(
-            "demo",
-            "a toy with 2.5 million parameters that knows a few hundred plain sentences: look at "
-            "the\nnumbers, and not at what it says",
-        )
+    toy = DEMO["MODEL_NAME"]
+    if job.settings.demo and toy == job.settings.MODEL_NAME:
+        text = "a toy that knows a few hundred plain sentences: look at the numbers, and not at"
+        report("demo", f"{text}\nwhat it says")
     run(job)
 
 

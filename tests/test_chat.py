@@ -69,7 +69,7 @@ def parrot(finished, tmp_path_factory):
     shutil.copytree(finished / "final_lora", output / "final_lora")
     shutil.copy(finished / "run.json", output)
     change_json(output / "run.json", system_message=SYSTEM)
-    torch.manual_seed(3)
+    torch.manual_seed(6)
     change_tensors(output / "final_lora" / TENSORS, at_random)
     change_json(output / "final_lora" / "adapter_config.json", base_model_name_or_path=str(model))
     flags = ["--chat", "--output_dir", str(output), "--device", "cpu", "--dtype", "float32"]
@@ -265,6 +265,19 @@ def test_the_end_of_input_ends_it_and_nothing_is_written(parrot, talk):
     before = listing(parrot.output.parent)
     assert talk("hello", "/scale 2", "hello").status == 0
     assert talk().status == 0 and listing(parrot.output.parent) == before
+
+
+def test_the_system_message_is_the_adapters_and_not_a_newer_runs(parrot, talk, tmp_path):
+    """A newer run has begun in the folder, and has not finished."""
+    output = shutil.copytree(parrot.output, tmp_path / "output")
+    (output / "run.json").rename(output / "run.json.2026-01-01-000000")
+    record = json.loads((parrot.output / "run.json").read_text(encoding="utf-8"))
+    older = record | {"started": record["started"] - 99, "system_message": "You are old."}
+    (output / "run.json.2025-01-01-000000").write_text(json.dumps(older))
+    newer = record | {"started": record["started"] + 99, "system_message": "You are new."}
+    (output / "run.json").write_text(json.dumps(newer | {"outcome": "failed: no memory"}))
+    end = talk("hello", more=["--output_dir", str(output)])
+    assert end.prompts == [ids_of(parrot.tokenizer, "hello")]
 
 
 # ==== What is refused

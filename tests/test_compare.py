@@ -168,7 +168,7 @@ def test_a_run_on_other_held_out_examples_is_left_out_and_it_is_said(
     (tmp_path / "b/run.json").write_text(json.dumps(record), encoding="utf-8")
     lines = compare(tmp_path)
     assert [row[3].split("/")[-2] for row in rows_of(lines)] == ["a"]
-    assert re.search(r"^1 .*other held-out examples", "\n".join(lines), re.MULTILINE)
+    assert "1 run on other held-out examples is left out" in lines
 
 
 def test_the_same_file_at_another_place_is_the_same(put, compare, tmp_path):
@@ -210,17 +210,34 @@ def test_damaged_foreign_and_unfinished_files_are_passed_over(put, compare, tmp_
     assert [row[3].split("/")[-2:] for row in rows_of(lines)] == [["a", "run.json"]]
 
 
-@pytest.mark.parametrize("content", [None, "nothing", "unfinished"])
-def test_without_a_finished_run_there_is_one_message(put, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("no folder", "there is no folder"),
+        ("nothing", "no run in"),
+        ("unfinished", "no run in"),
+        ("without losses", "no held-out file"),
+    ],
+)
+def test_without_a_run_to_compare_there_is_one_message_that_says_why(put, tmp_path, content, said):
     if content == "unfinished":
         put("a/run.json", outcome="running")
-    elif content:
+    elif content == "without losses":
+        record = put("a/run.json")
+        text = json.dumps(record | {"evidence": {}})
+        (tmp_path / "a/run.json").write_text(text, encoding="utf-8")
+    elif content == "nothing":
         (tmp_path / "a").mkdir()
-    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
     with pytest.raises(SystemExit) as stop:
-        t.main(["--compare", *folders])
+        t.main(["--compare", str(tmp_path / "a")])
     message = str(stop.value.code)
-    assert "no finished run" in message and all(folder in message for folder in folders)
+    assert said in message and str(tmp_path / "a") in message
+
+
+def test_a_folder_that_does_not_exist_is_not_passed_over(put, tmp_path):
+    put("a/run.json")
+    with pytest.raises(SystemExit, match=r"there is no folder .*/b"):
+        t.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
 
 
 def test_the_difference_is_that_of_the_examples_not_of_the_means(put, compare, tmp_path):

@@ -85,6 +85,7 @@ TURNS = ["user and assistant in turn"]
 REFUSED = [
     ("latin-1", '{"messages": "café"}'.encode("latin-1"), ["not UTF-8", "byte 18"]),
     ("trailing comma", GOOD[:-1] + b",}", ["not JSON", "character"]),
+    ("a quotation mark", GOOD.replace(b"turn 1", b'a "turn" 1'), ["character", "backslash"]),
     ("truncated", GOOD[:-3], ["not JSON", "character"]),
     ("two objects in one line", GOOD + b" " + GOOD, ["not JSON", f"character {len(GOOD) + 2}"]),
     ("a number", b"42", ["not an object", "42", *FORMS]),
@@ -96,7 +97,8 @@ REFUSED = [
     ("tools", line(messages=conversation("ua"), tools=[]), ['"tools"', "remove"]),
     ("no form", line(text="Hello"), ["text", *FORMS]),
     ("an empty object", b"{}", ["nothing", *FORMS]),
-    ("ShareGPT", line(conversations=[{"from": "human"}]), ["conversations", *FORMS]),
+    ("ShareGPT", line(conversations=[{"from": "human"}]),
+     ['"conversations" to "messages"', '"from" to "role"', '"value" to "content"', "README"]),
     ("both forms", line(messages=[], prompt=[], completion=[]), ["messages and prompt", *FORMS]),
     ("messages and prompt", line(messages=conversation("ua"), prompt=[]), ["messages and prompt"]),
     ("prompt alone", line(prompt=conversation("u")), ["the line has prompt;", *FORMS]),
@@ -153,7 +155,7 @@ def test_a_bad_line_is_named_with_its_number_the_reason_and_the_fix(bad, parts):
 def test_a_json_array_is_one_problem_that_says_so(content):
     examples, problems = problems_of(content)
     assert examples == [] and len(problems) == 1
-    assert "JSON array" in problems[0] and "one JSON object a line" in problems[0]
+    assert "JSON array" in problems[0] and "each object on a line of its own" in problems[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n\r\n\t\n", b"\xef\xbb\xbf"])
@@ -178,6 +180,8 @@ def test_a_path_that_is_no_file_is_refused_with_the_settings_to_check(name):
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     assert name in stop.value.code
+    if name == "absent.jsonl":
+        assert f"There is no file absent.jsonl (in {os.getcwd()})" in stop.value.code
     assert "TRAIN_FILE" in stop.value.code and "EVAL_FILE" in stop.value.code
 
 
@@ -228,6 +232,12 @@ def test_all_bad_lines_of_both_files_are_reported_by_one_run(capsys):
     assert re.findall(r"\b[te]:\d+(?=: )", err) == ["t:4", "e:2"]
     assert err.count("<|im_end|>") == 2 and "5 problems" in err and "nothing was trained" in err
     assert "plan" not in out
+
+
+def test_bad_lines_are_shown_though_the_other_file_is_missing(capsys):
+    files = ["--train_file", write(b"\n".join(BAD_TEXT), "t"), "--eval_file", "absent.jsonl"]
+    out, err = stopped(capsys, *files)
+    assert re.findall(r"\bt:\d+(?=: )", out) == ["t:1", "t:3"] and "absent.jsonl" in err
 
 
 def test_the_first_20_bad_lines_are_named_and_all_are_counted(capsys):

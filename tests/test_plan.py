@@ -143,6 +143,7 @@ def test_only_models_with_deltanet_are_told_of_it(tiny, capsys):
         (3, 4, 2, 2, 0, 1, 2),
         (8, 1, 4, 2, 0, 2, 4),
         (9, 2, 2, 2, 4, 3, 4),
+        (1000, 2, 2, 1, 80, 250, 80),
         (9, 2, 2, 2, 100, 3, 6),
     ],
 )
@@ -155,8 +156,14 @@ def test_steps_are_counted_and_their_formula_is_shown(
     assert (found.steps_per_epoch, found.steps) == (per_epoch, steps)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " steps of " in line]
     assert f"{steps} steps of {batch * accumulation} examples: " in line
-    assert line.endswith(f"ceil({n:,} / ({batch} x {accumulation})) x {epochs}")
-    assert ("MAX_STEPS" in line) == (most > 0)
+    whole = per_epoch * epochs
+    if steps == whole:
+        assert line.endswith(f"ceil({n:,} / ({batch} x {accumulation})) x {epochs}")
+        return
+    noun = "epochs" if epochs > 1 else "epoch"
+    assert line.endswith(f"MAX_STEPS stops the {whole} steps of {epochs} {noun}")
+    seen = f"{steps * batch * accumulation} of the {n:,} examples; "
+    assert (seen in line) == (steps < per_epoch)
 
 
 # ---- targets ------------------------------------------------------------------------------------
@@ -168,7 +175,11 @@ def test_steps_are_counted_and_their_formula_is_shown(
         (["q_projj", "v_proj"], ["q_projj", "Did you mean q_proj?"]),
         (["v_proj", "gate_up"], ["gate_up", "Did you mean gate_proj?"]),
         (["v_proj", "xyzzy"], ["xyzzy", "down_proj, gate_proj, "]),
-        (["q_proj", "lm_head"], ["lm_head"]),  # TRL takes its loss from the head's weight
+        (
+            ["q_proj", "lm_head"],
+            ["lm_head", 'modules_to_save=["lm_head"]'],
+        ),  # TRL takes its loss from the head's weight
+        (["all-linear"], ["no layer", 'target_modules="all-linear"', "lora_config()"]),
     ],
     ids=lambda value: value[-1],
 )
@@ -217,6 +228,7 @@ OUTPUTS = 1024 + 256 + 256 + 64 + 2 * (192 + 192 + 64)  # of all targets' matric
 EDITED = {  # the field, what PEFT then trains, and why vLLM does not serve it
     "use_dora=True": (PLAIN + OUTPUTS, "DoRA"),
     'rank_pattern={"q_proj": 16}': (PLAIN + 8 * (1024 + 64), ""),
+    'rank_pattern={"q_proj": 520}': (PLAIN + 512 * (1024 + 64), "a rank above 512"),
     "layers_to_transform=[1]": (PLAIN - 8 * 3 * (192 + 64), ""),
     'exclude_modules=["up_proj"]': (PLAIN - 2 * 8 * (192 + 64), ""),
     'modules_to_save=["lm_head"]': (PLAIN + 2048 * 64, "fully trained modules"),
@@ -239,6 +251,8 @@ def test_an_edited_loraconfig_is_planned_trained_and_proved(
     served = [line for line in text.splitlines() if "vllm serve" in line]
     assert (output / "final_lora_vllm").exists() == bool(served) == (not refusal)
     assert refusal in text
+    card = (output / "final_lora" / "README.md").read_text(encoding="utf-8")
+    assert ("--max-lora-rank" in card) == (not refusal) and refusal in " ".join(card.split())
     if served:
         assert ("--max-lora-rank 16 " in text) == ("rank_pattern" in field)
     # The losses before and after are those of the files, by PEFT.
@@ -277,6 +291,15 @@ REFUSED = {
 def test_a_loraconfig_that_would_not_be_what_it_seems_is_refused(flags, capfd, tmp_path, field):
     message = refused(capfd, [*flags, "--dry_run"], with_config(tmp_path, field).main)
     assert message.startswith("LoraConfig: ") and REFUSED[field] in message
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_refused(flags, capfd, tmp_path, bias):
+    """PEFT keeps them where the adapter is switched off, so the base would not be the base."""
+    script = edited_script(tmp_path, ('bias="none",  #', f'bias="{bias}",  #'))
+    message = refused(capfd, [*flags, "--dry_run"], script.main)
+    assert message.startswith("LoraConfig: ") and f'bias="{bias}"' in message
+    assert '"none"' in message
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])

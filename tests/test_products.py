@@ -472,6 +472,15 @@ def test_where_float16_fails_the_dtype_is_taken_and_said_why(job, monkeypatch, c
     assert "bfloat16" in text and "CUBLAS_STATUS_NOT_SUPPORTED" in text
 
 
+def test_a_gpu_that_is_full_is_not_one_where_float16_fails(job, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(t, "scaled_product", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        t.choose_matmul(job)
+
+
 def test_a_model_with_nothing_to_convert_keeps_its_dtype():
     """Such as GPT-2, whose layers are no linear modules of torch."""
     job = t.Job(t.parse_settings(["--lora_target_modules", "c_attn"]))
@@ -524,7 +533,9 @@ def test_a_checkpoint_of_other_products_is_not_resumed(flags, tmp_path, monkeypa
         refused(capfd, [*flags, "--matmul", "float16"])
     job = prepared([*flags, "--matmul", "dtype"])
     with pytest.raises(SystemExit, match=r"products.* float16 .* dtype"):
-        t.find_checkpoint(job)
-    job = prepared([*flags, "--matmul", "float16"])
-    t.find_checkpoint(job)
-    assert job.checkpoint == tmp_path / "output" / "checkpoints" / "checkpoint-4"
+        t.resume_or_begin(job)
+    # With "auto" a resumed run keeps what was decided, and also on a CPU.
+    for matmul in ("float16", "auto"):
+        job = prepared([*flags, "--matmul", matmul])
+        t.resume_or_begin(job)
+        assert job.checkpoint == tmp_path / "output" / "checkpoints" / "checkpoint-4"

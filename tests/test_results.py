@@ -90,7 +90,7 @@ def trained(flags):
         job = t.Job(t.parse_settings([*flags, *more]))
         t.prepare(job)
         job.output.mkdir()
-        t.find_checkpoint(job)
+        t.resume_or_begin(job)
         trainer = t.build_trainer(job)
         fill(trainer.model)
         return trainer, job
@@ -255,9 +255,21 @@ def test_the_proof_returns_the_base_with_the_adapter_from_disk(adapted, tmp_path
         assert model(input_ids=ids).logits.equal(wanted)
         with model.disable_adapter():
             assert model(input_ids=ids).logits.equal(plain)
+    wanted, plain = wanted[:, 1:3], plain[:, 1:3]  # where the two learned tokens are predicted
     said = " ".join(capsys.readouterr().out.split())
     error, effect = map(float, re.findall(r"by (?:at most )?([\d.e-]+) from", said))
     assert error == 0 and effect == pytest.approx((wanted - plain).abs().max().item(), rel=0.05)
+
+
+def test_the_proof_makes_logits_for_learned_tokens_alone(adapted, tmp_path):
+    """With 248,320 tokens in the vocabulary, all those of a long prompt would take gigabytes."""
+    adapted.save_pretrained(tmp_path)
+    shapes = []
+    adapted.get_output_embeddings().register_forward_hook(
+        lambda _, __, logits: shapes.append(logits.shape[:-1].numel())
+    )
+    t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
+    assert shapes == [2, 2, 2]
 
 
 TAMPERED = {
@@ -373,6 +385,19 @@ def test_an_error_after_the_proof_is_a_warning(flags, tmp_path, tiny, monkeypatc
     assert PeftModel.from_pretrained(base_of(tiny), output / "final_lora")
 
 
+def test_an_error_in_the_last_words_is_a_warning(flags, finished, tmp_path, monkeypatch, capsys):
+    """They read what other runs left, such as one without a held-out loss of its own."""
+    record = record_of(finished)
+    del record["evidence"]["adapter"]
+    other = tmp_path / "output" / "earlier"
+    other.mkdir(parents=True)
+    (other / "run.json").write_text(json.dumps(record))
+    t.main([*flags, "--max_steps", "1"])
+    out = capsys.readouterr().out
+    assert re.search("(?m)^done ", out) and re.search("(?m)^warning .*the adapter is whole", out)
+    assert record_of(tmp_path / "output")["outcome"] == "finished"
+
+
 # ==== Which epoch is published
 
 
@@ -434,7 +459,9 @@ def test_the_model_card_says_where_the_adapter_comes_from(finished, tiny):
     assert "[More Information Needed]" not in card.content
     assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
     assert "base_model" not in card.data.to_dict()  # a folder is no model of the hub
-    assert tiny in card.text and "r = 8, alpha = 16" in card.text and "epoch 2 of 2" in card.text
+    assert card.text.strip().startswith("# A LoRA adapter for tiny-qwen3.5\n")
+    assert str(Path(tiny).parent) not in card.content and "commit" not in card.content
+    assert "r = 8, alpha = 16" in card.text and "epoch 2 of 2" in card.text
     for facts in record["data"].values():
         assert facts["sha256"] in card.text
     evidence = record["evidence"]
@@ -467,7 +494,8 @@ def test_a_hub_models_name_and_commit_are_written_wherever_it_is_named(flags, tm
     output = tmp_path / "output"
     t.main([*flags, "--model_name", hub_model, "--max_steps", "1", "--eval_file", ""])
     card = ModelCard.load(output / "final_lora" / "README.md")
-    assert card.data.base_model == hub_model and COMMIT in card.text
+    assert card.data.base_model == hub_model and f"commit `{COMMIT}`" in card.text
+    assert f'from_pretrained("{hub_model}", revision="{COMMIT}"' in card.text
     assert "loss was not measured" in card.text and not card.data.eval_results
     for name in ("final_lora", "final_lora_vllm"):
         config = config_of(output / name)
@@ -488,6 +516,25 @@ def test_the_card_of_a_run_stopped_in_its_evidence_is_whole(flags, tmp_path, mon
     first, last = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
     assert f"from {first:.4f} to {last:.4f}" in " ".join(text.split())
     assert "step 2" in text and "[More Information Needed]" not in text
+
+
+def test_a_card_that_cannot_be_written_again_stays_whole(flags, tmp_path, monkeypatch, capsys):
+    """The disk is full when the evidence brings the numbers."""
+    real, failed = ModelCard.save, []
+
+    def save(self, path, *args, **more):
+        if {".partial", "checkpoints"} & {*Path(path).parts}:
+            return real(self, path, *args, **more)
+        failed.append(path)
+        Path(path).write_text("half a ca")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ModelCard, "save", save)
+    t.main([*flags, "--max_steps", "2"])
+    assert "evidence failed" in capsys.readouterr().out and len(failed) == 1
+    final = tmp_path / "output" / "final_lora"
+    assert "## How to use it" in read(final / "README.md")
+    assert {path.name for path in final.iterdir()} == {"README.md"} | ADAPTER | TOKENIZER
 
 
 def test_targets_that_are_no_list_are_named_whole(flags, tmp_path, monkeypatch):

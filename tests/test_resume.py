@@ -190,7 +190,7 @@ def prepared(flags, output, *more):
 def found_by(job):
     """Return the name of the checkpoint that would be resumed, or None."""
     job.checkpoint = None
-    t.find_checkpoint(job)
+    t.resume_or_begin(job)
     return job.checkpoint and job.checkpoint.name
 
 
@@ -347,7 +347,7 @@ def test_after_a_signal_the_same_command_ends_in_the_same_bytes(
         action(patch)
         assert run(command(flags, tmp_path)) == 128 + number
     printed = capfd.readouterr()
-    assert re.search("^stopping ", printed.out, re.MULTILINE)  # at once: a step may take long
+    assert re.search("^stopping .*second signal", printed.out, re.MULTILINE)  # at once
     said = flat(printed.err)
     assert f"after step {step} of 8" in said and f"checkpoint-{step}" in said
     assert "Traceback" not in said
@@ -764,6 +764,22 @@ def test_all_that_differs_is_named_at_once_and_nothing_is_touched(flags, stopped
     assert files(stopped) == before_it
 
 
+def test_a_setting_that_is_new_is_said_to_be(flags, stopped, capfd):
+    """What it did before there was a setting for it, nobody can tell."""
+    path = stopped / "checkpoints" / "job.json"
+    job = json.loads(path.read_text())
+    del job["WARMUP_RATIO"]
+    path.write_text(json.dumps(job | {"GONE": 3}))
+    assert run(command(flags, stopped)) == 1
+    said = flat(capfd.readouterr().err)
+    assert "WARMUP_RATIO did not exist and is now 0.03" in said and "None" not in said
+    assert "GONE was 3 and does not exist now" in said
+
+
+def test_another_limit_that_leaves_out_no_example_is_the_same_job(flags, whole, stopped, capfd):
+    assert go_on(command(flags, stopped, "--max_seq_len", 4000), whole, capfd) == 7
+
+
 def test_an_edited_lora_config_is_another_job(flags, interrupted, tmp_path, monkeypatch):
     job = prepared(flags, shutil.copytree(interrupted, tmp_path / "output"))
     real = t.lora_config
@@ -1108,7 +1124,7 @@ def test_a_refused_command_with_a_closed_or_full_output_is_no_traceback(flags, t
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
     assert ("none.jsonl" in done.stderr) == (words == ">&-")
     log = (tmp_path / "output" / "all_logs.log").read_text("utf-8")
-    assert "none.jsonl cannot be read" in flat(log)
+    assert "There is no file" in flat(log)
 
 
 # ==== Errors that are not known
@@ -1281,7 +1297,7 @@ def test_a_signal_to_either_stops_both_and_the_same_launch_goes_on(even, two, tm
     statuses, said = launch(argv, tmp_path, "nothing", "is stopped in step 3")
     assert statuses == [143, 143], said
     assert "after step 3 of 8" in flat(said[0])
-    assert "Traceback" not in said[0] + said[1]
+    assert "Traceback" not in said[0] + said[1] and "second signal" not in said[0] + said[1]
     written = json.loads((output / "checkpoints/checkpoint-3/complete.json").read_text())
     assert {"rng_state_0.pth", "rng_state_1.pth"} < written.keys()
 
@@ -1292,6 +1308,7 @@ def test_a_signal_to_either_stops_both_and_the_same_launch_goes_on(even, two, tm
 
     statuses, said = launch(argv, tmp_path, "has the launcher stopped", "nothing")
     assert statuses == [143, 143], said
+    assert re.search("^stopping ", said[0], re.MULTILINE) and "second signal" not in said[0]
     assert record(output)["outcome"].startswith("interrupted: Stopped after step ")
     assert complete(output)[-1] >= 5
     statuses, said = launch(argv, tmp_path, "nothing", "nothing")

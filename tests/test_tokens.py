@@ -222,6 +222,12 @@ def test_a_model_that_cannot_be_used_is_named_with_the_reason(
     assert reason.get(lacking, "cannot be reached") in said
 
 
+def test_a_hub_that_cannot_be_reached_is_told_in_two_sentences(dry_run, capsys):
+    (said,) = refusal(capsys, dry_run, TALK, flags=["--model_name", "some-one/a-model"])
+    assert "hub cannot be reached, and some-one/a-model is not stored on this machine" in said
+    assert "local folder" in said and "(" not in said  # the library's words are in the log
+
+
 # ---- what is too long
 
 
@@ -259,7 +265,8 @@ def test_more_than_a_tenth_too_long_is_refused_with_the_reason(dry_run, capsys):
     capsys.readouterr()
     said = refusal(capsys, dry_run, *[[HELLO, YES]] * 8, [HELLO, LONG], flags=flags(64))
     assert "1 of 9" in said[0] and "a tenth" in said[0] and "MAX_SEQ_LEN 64" in said[0]
-    assert re.match(r"train\.jsonl:9: \d+ tokens", said[1])
+    length = re.match(r"train\.jsonl:9: (\d+) tokens", said[1])[1]
+    assert f"MAX_SEQ_LEN to {length}" in said[0]  # which keeps them all
 
 
 def test_an_example_of_exactly_the_limit_is_kept_and_never_cut(dry_run, tiny, capsys):

@@ -368,6 +368,20 @@ def test_every_example_is_seen_once_an_epoch_in_other_groups(trained):
     assert sorted(first) != sorted(second)  # not the same groups in another order
 
 
+@pytest.mark.parametrize("count", [16, 80, 200])
+def test_also_a_small_file_gives_other_groups_in_each_epoch(data, tmp_path, count):
+    """Sorting all examples by length would make the same groups each time."""
+    job = prepared([*data, "--output_dir", str(tmp_path)])
+    numbers = random.Random(0)
+    give_examples(job, [numbers.randint(4, 60) for _ in range(count)])
+    sampler, groups = t.LikeLengthsSampler(job), []
+    for sampler.epoch in (0, 1):
+        order = list(sampler)
+        assert sorted(order) == list(range(count))
+        groups.append({frozenset(order[n : n + 4]) for n in range(0, count, 4)})
+    assert len(groups[0] & groups[1]) < count / 4 / 2
+
+
 def lengths_of_steps(trainer, epoch=0):
     """Return the lengths of each step's examples, as the trainer deals them out in an epoch."""
     trainer.state.global_step = epoch * trainer.args.max_steps // 2
