@@ -3330,8 +3330,8 @@ DEMO = {
     "DEVICE": "cpu",
     "DTYPE": "float32",
     "NUM_EPOCHS": 1,
-    "MAX_STEPS": 80,
-    "LEARNING_RATE": 5e-3,
+    "MAX_STEPS": 100,
+    "LEARNING_RATE": 2e-3,
     "EVIDENCE_EXAMPLES": 20,
 }
 
