@@ -2547,8 +2547,8 @@ def about_rank(rows: dict[str, Any], job: Job) -> str:
     if "unclear" in verdicts.values():
         return "r: too few held-out examples to tell how many directions are needed."
     return (
-        f"r: cut to {max(cuts)} of {job.plan.max_rank} directions, the update gets clearly worse; "
-        "a larger LORA_R may be worth a run."
+        f"r: cut to {max(cuts)} of {job.plan.max_rank} directions, the update keeps only "
+        f"{cuts[max(cuts)]['kept']['value']:.0%} of the gain; a larger LORA_R may be worth a run."
     )
 
 
