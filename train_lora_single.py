@@ -1996,17 +1996,22 @@ def system_messages(examples: list[Example]) -> list[str]:
     return sorted(counts, key=lambda text: -counts[text])
 
 
+def model_title(settings: argparse.Namespace) -> str:
+    """Return the base model's name; of a local folder's path only the last part."""
+    folder = Path(settings.MODEL_NAME)
+    return folder.resolve().name if folder.is_dir() else settings.MODEL_NAME
+
+
 def card_text(job: Job) -> str:
     """Return the body of the model card."""
     settings, config = job.settings, lora_config(job.settings)
     targets = config.target_modules
     if not isinstance(targets, str):
         targets = ", ".join(sorted(targets))
-    name, commit = settings.MODEL_NAME, f", commit `{settings.MODEL_REVISION}`"
+    name, commit = model_title(settings), f", commit `{settings.MODEL_REVISION}`"
     base = f'"{name}", revision="{settings.MODEL_REVISION}"'
-    if Path(name).is_dir():  # its whole path would be no use to anybody else
-        name, commit = Path(name).resolve().name, ", a local folder"
-        base = f'"path/to/{name}"'
+    if Path(settings.MODEL_NAME).is_dir():
+        commit, base = ", a local folder", f'"path/to/{name}"'
     if job.plan.vllm_refuses:
         serving = f"{job.plan.vllm_refuses}; merge this one into its base model instead."
     else:
@@ -2599,7 +2604,7 @@ def write_samples(model: peft.PeftModel, job: Job) -> None:
         base = generate(model, job, prompts)
     adapter = generate(model, job, prompts)
     lines = [
-        f"# Replies of {job.settings.MODEL_NAME} before and after training",
+        f"# Replies of {model_title(job.settings)} before and after training",
         "",
         f"The same held-out prompts, {job.published}, always the likeliest token (greedy).",
     ]
@@ -2703,7 +2708,8 @@ def draw_picture(_: peft.PeftModel, job: Job) -> None:
     figure = Figure((11, 1 + 3.2 * len(layout)), dpi=120, layout="constrained")
     panels = figure.subplot_mosaic(layout)
     figure.suptitle(
-        f"{job.settings.MODEL_NAME}, r = {config.r}, alpha = {config.lora_alpha}, {job.published}",
+        f"{model_title(job.settings)}, r = {config.r}, alpha = {config.lora_alpha}, "
+        f"{job.published}",
         parse_math=False,
     )
     draw_losses(panels["losses"], job)
