@@ -1873,6 +1873,10 @@ def published_label(job: Job) -> str:
     return f"epoch {step // job.plan.steps_per_epoch} of {job.settings.NUM_EPOCHS}"
 
 
+# Where the layers stand in the text model that is trained, and in the hub's wrapper around it.
+NAME_IN_TEXT_MODEL, NAME_IN_WRAPPER = ".model.model.", ".model.model.language_model."
+
+
 def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
     """Write folder/final_lora, and folder/final_lora_vllm if vLLM needs other names.
 
@@ -1889,12 +1893,15 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
     write_json(final / "adapter_config.json", config)
     job.tokenizer.save_pretrained(final)
     tensors = safetensors_torch.load_file(final / "adapter_model.safetensors")
-    text_name, wrapped = ".model.model.", ".model.model.language_model."
     is_wrapper = job.config.get_text_config() is not job.config
-    if is_wrapper and not job.plan.vllm_refuses and not any(wrapped in name for name in tensors):
+    is_named_so = any(NAME_IN_WRAPPER in name for name in tensors)
+    if is_wrapper and not job.plan.vllm_refuses and not is_named_so:
         for_vllm.mkdir()
         shutil.copy(final / "adapter_config.json", for_vllm)
-        renamed = {name.replace(text_name, wrapped, 1): tensor for name, tensor in tensors.items()}
+        renamed = {
+            name.replace(NAME_IN_TEXT_MODEL, NAME_IN_WRAPPER, 1): tensor
+            for name, tensor in tensors.items()
+        }
         safetensors_torch.save_file(
             renamed, for_vllm / "adapter_model.safetensors", {"format": "pt"}
         )
@@ -1907,21 +1914,14 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
 def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) -> peft.PeftModel:
     """Load the adapter from disk onto the bare base model; exit unless it is the trained one.
 
-    The files' tensors must be the trained ones to the bit. On one example's reply the logits must
-    be those of the trained model and not those of the base. A GPU may round: a tenth of the
-    adapter's effect is allowed.
+    The tensors of both files, vLLM's too, must be the trained ones to the bit. On one example's
+    reply the logits must be those of the trained model and not those of the base. A GPU may round:
+    a tenth of the adapter's effect is allowed.
     """
-    trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    saved = safetensors_torch.load_file(folder / "adapter_model.safetensors")
-    wrong = set(trained.keys() ^ saved.keys())
-    for name in trained.keys() & saved.keys():
-        if not saved[name].equal(trained[name].cpu()):
-            wrong.add(name)
-    if wrong:
-        raise SystemExit(
-            f"proof: {folder} does not hold what was trained; these tensors differ or are not "
-            f"numbers: {join_limited(sorted(wrong), 3, ', ')}. The checkpoints are still there."
-        )
+    check_saved_tensors(model, folder)
+    for_vllm = folder.with_name("final_lora_vllm")
+    if for_vllm.is_dir():
+        check_saved_tensors(model, for_vllm)
     inputs = pad([example], model.device)
     with torch.no_grad():
         wanted = reply_logits(model.eval(), inputs)
@@ -1937,6 +1937,25 @@ def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) 
         raise SystemExit(f"proof: {found}. The adapter in {folder} does not work.")
     report("proof", found)
     return reloaded
+
+
+def check_saved_tensors(model: peft.PeftModel, folder: Path) -> None:
+    """Exit unless a folder's file holds the model's trained tensors to the bit."""
+    trained = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    found = safetensors_torch.load_file(folder / "adapter_model.safetensors")
+    saved = {
+        name.replace(NAME_IN_WRAPPER, NAME_IN_TEXT_MODEL, 1): tensor
+        for name, tensor in found.items()
+    }
+    wrong = set(trained.keys() ^ saved.keys())
+    for name in trained.keys() & saved.keys():
+        if not saved[name].equal(trained[name].cpu()):
+            wrong.add(name)
+    if wrong:
+        raise SystemExit(
+            f"proof: {folder} does not hold what was trained; these tensors differ or are not "
+            f"numbers: {join_limited(sorted(wrong), 3, ', ')}. The checkpoints are still there."
+        )
 
 
 def write_model_card(job: Job, folder: Path) -> None:
@@ -2167,12 +2186,13 @@ def show_update_sizes(model: peft.PeftModel, job: Job) -> None:
     }
     smallest, largest = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
     rows = sorted(job.update_sizes[largest], key=lambda row: -row["update"])
-    top = ", ".join(str(row["layer"]) for row in rows[:3])
+    top = "layer" if len(rows) == 1 else "layers"
+    top += " " + ", ".join(str(row["layer"]) for row in rows[:3])
     report(
         "learnt",
         f"the update alpha / r B A has {sizes[smallest]:,.2f} % ({smallest}) to "
-        f"{sizes[largest]:,.2f} % ({largest}) of the size of W;\n"
-        f"{largest}'s is largest in layers {top}",
+        f"{sizes[largest]:,.2f} % ({largest}) of the size of W,\n"
+        f"on average over the layers; {largest}'s is largest in {top}",
     )
 
 
@@ -2272,7 +2292,7 @@ def measure_evidence(model: peft.PeftModel, job: Job) -> None:
         report(
             "",
             f"measured on {len(chosen)} held-out examples, base and adapter on all "
-            f"{len(examples)}, in {seconds:.0f} s",
+            f"{len(examples)}, in {seconds:.0f} s\n± is one standard error",
         )
     report_kinds(job)
 
@@ -2523,10 +2543,7 @@ def about_targets(rows: dict[str, Any]) -> str:
     if "unclear" in verdicts.values():
         return "targets: too few held-out examples to tell whether one group would do alone."
     listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    return (
-        f"targets: no group keeps the whole gain alone ({listed}); in this adapter they work "
-        "together."
-    )
+    return f"targets: no group alone keeps the whole gain: {listed}."
 
 
 def about_rank(rows: dict[str, Any], job: Job) -> str:
@@ -2567,7 +2584,7 @@ def report_kinds(job: Job) -> None:
         report("kinds", join_limited(table_of_kinds(job.settings.EVAL_GROUP, rows_of), 40))
     worst = sorted(losses, key=lambda row: row["base"] - row["adapter"])[:3]
     shown = [f"{row['where']} ({row['adapter'] - row['base']:+.2f})" for row in worst]
-    report("worst", "the adapter helps least, or harms, at\n" + "\n".join(shown))
+    report("worst", "the loss fell least, or rose, at\n" + "\n".join(shown))
 
 
 def table_of_kinds(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -2618,11 +2635,11 @@ def write_samples(model: peft.PeftModel, job: Job) -> None:
     path = job.output / "samples.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     job.samples = {"base": reply_habits(base), "adapter": reply_habits(adapter)}
-    columns = "{:<14}{:>16}{:>12}{:>24}".format
-    table = [columns("", "stop by itself", "mean words", "repeated word triples")]
+    columns = "{:<14}{:>16}{:>12}{:>12}{:>24}".format
+    table = [columns("", "stop by itself", "different", "mean words", "repeated word triples")]
     for name, habits in job.samples.items():
-        stops = f"{habits['stopped']} of {len(chosen)}"
-        table.append(columns(name, stops, f"{habits['words']:.0f}", f"{habits['repeated']:.0%}"))
+        counts = [f"{habits[what]} of {len(chosen)}" for what in ("stopped", "different")]
+        table.append(columns(name, *counts, f"{habits['words']:.0f}", f"{habits['repeated']:.0%}"))
     report("", "\n".join([*table, str(path)]))
 
 
@@ -2681,13 +2698,14 @@ def quoted(message: dict[str, Any]) -> str:
 
 
 def reply_habits(replies: list[dict[str, Any]]) -> dict[str, float]:
-    """Return how many replies stopped by themselves, their mean words, and how they repeat."""
+    """Return how many replies stopped by themselves or differ, their words, how they repeat."""
     texts = [reply["text"].lower().split() for reply in replies]
     triples = [list(zip(words, words[1:], words[2:])) for words in texts]  # noqa: B905
     count = sum(map(len, triples))
     different = sum(len(set(one)) for one in triples)
     return {
         "stopped": sum(reply["stopped"] for reply in replies),
+        "different": len({reply["text"] for reply in replies}),
         "words": statistics.fmean(map(len, texts)),
         "repeated": 1 - different / count if count else 0.0,
     }
@@ -2858,6 +2876,9 @@ def next_commands(job: Job) -> str:
     """Return the commands to talk to the adapter and to serve it."""
     settings = job.settings
     chat_command = wrap_command(["python", *sys.argv, "--chat"])
+    toy = DEMO["MODEL_NAME"]
+    if toy == settings.MODEL_NAME:
+        return chat_command  # nobody serves a toy
     if job.plan.vllm_refuses:
         return f"{chat_command}\n({job.plan.vllm_refuses}; merge this one into its base instead)"
     folder = job.output / "final_lora_vllm"

@@ -280,6 +280,22 @@ TAMPERED = {
 }
 
 
+def test_vllms_file_must_hold_the_same_tensors(adapted, tmp_path):
+    folder, for_vllm = tmp_path / "final_lora", tmp_path / "final_lora_vllm"
+    adapted.save_pretrained(folder)
+    shutil.copytree(folder, for_vllm)
+    tensors = tensors_of(folder)
+    wrapped = {
+        name.replace(".model.model.", ".model.model.language_model.", 1): x
+        for name, x in tensors.items()
+    }
+    save_file(wrapped, for_vllm / "adapter_model.safetensors", {"format": "pt"})
+    t.check_saved_tensors(adapted, for_vllm)
+    change_tensors(for_vllm, lambda x: next(iter(x.values()))[0, 0].add_(1e-3))
+    with pytest.raises(SystemExit, match=r"final_lora_vllm does not hold what was trained"):
+        t.verify_saved_adapter(adapted, folder, EXAMPLE)
+
+
 @pytest.mark.parametrize("how", TAMPERED)
 def test_a_file_that_is_not_as_trained_is_refused_by_the_tensors_name(adapted, tmp_path, how):
     adapted.save_pretrained(tmp_path)
