@@ -261,7 +261,7 @@ def short_run_flags(card: Card) -> list[str]:
         "train_file": write_lines(card.options.folder / "train.jsonl", chosen),
         "eval_file": write_lines(card.options.folder / "eval.jsonl", held_out),
         "device": "cuda" if card.is_gpu else "cpu",
-        "num_epochs": 3 if tiny else 1,
+        "num_epochs": 2 if tiny else 1,
         "num_samples": 1 if tiny else 4,
         "max_new_tokens": 4 if tiny else 48,
         "logging_steps": 1,
