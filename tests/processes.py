@@ -25,28 +25,34 @@ def run_in_a_fork(words, *, cwd, env=None, input="", **others):
     if words[0] != sys.executable or not words[1].endswith(".py") or not is_plain:
         return REAL_RUN(words, cwd=cwd, env=env, input=input, **others)
     with tempfile.TemporaryDirectory() as folder:
-        said, printed = Path(folder) / "said", Path(folder) / "printed"
+        said, printed, errors = (Path(folder) / name for name in ("said", "printed", "errors"))
+        errors.touch()
+        if others.get("stderr") == subprocess.STDOUT:
+            errors = printed
         said.write_text(input, encoding="utf-8")
         process = FORKS.Process(
-            target=be_the_command, args=(words[1:], str(cwd), environment, str(said), str(printed))
+            target=be_the_command,
+            args=(words[1:], str(cwd), environment, str(said), str(printed), str(errors)),
         )
         process.start()
         process.join(300)
         if process.exitcode is None:
             process.kill()
             process.join()
-        text = printed.read_text(encoding="utf-8")
-    return subprocess.CompletedProcess(words, process.exitcode, text, "")
+        text, complaints = (one.read_text(encoding="utf-8") for one in (printed, errors))
+    return subprocess.CompletedProcess(
+        words, process.exitcode, text, "" if errors == printed else complaints
+    )
 
 
-def be_the_command(words, cwd, environment, said, printed):
-    """Be that command in this process: read its input from one file, write into another."""
+def be_the_command(words, cwd, environment, said, printed, errors):
+    """Be that command in this process: read its input from one file, write into two others."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     os.dup2(os.open(said, os.O_RDONLY), 0)
-    for number in (1, 2):
-        os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    for number, path in ((1, printed), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # multiprocessing has closed it
     sys.path.insert(0, str(Path(words[0]).resolve().parent))
     sys.argv = words

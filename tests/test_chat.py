@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, handlers_restored, write_short_data
+from processes import run_in_a_fork
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import GenerationMixin
@@ -355,10 +356,8 @@ def real_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     output = folder / "Nell's $1 run"
     flags = [*write_short_data(folder, train=4, held_out=2), "--output_dir", str(output)]
-    done = subprocess.run(
-        [sys.executable, "train_lora_single.py", *flags, "--max_steps", "1", "--num_samples", "0"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    words = [sys.executable, "train_lora_single.py", *flags, "--max_steps", "1"]
+    done = run_in_a_fork([*words, "--num_samples", "0"], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return output, done.stdout
 

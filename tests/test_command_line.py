@@ -24,6 +24,7 @@ import torch
 import transformers
 from conftest import write_short_data
 from packaging.requirements import Requirement
+from processes import run_in_a_fork
 from torch.overrides import TorchFunctionMode
 from transformers.integrations import integration_utils
 
@@ -391,13 +392,7 @@ def test_a_value_that_is_too_large_is_said_to_be(name, capsys):
 
 
 def test_the_demos_dry_run_works_from_another_folder_and_writes_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--demo", "--dry_run"],
-        cwd=tmp_path,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+    done = run_in_a_fork([sys.executable, str(SCRIPT), "--demo", "--dry_run"], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "1,000 examples" in done.stdout and "trainable params" in done.stdout
     assert "Nothing was trained" in done.stdout
