@@ -58,8 +58,8 @@ def in_the_root(monkeypatch):
 LONGEST = [
     f"test_{name}.py"
     for name in (
-        *("benchmark", "resume", "card", "command_line", "training", "chat", "results"),
-        *("real_model", "evidence", "products", "plan"),
+        *("resume", "benchmark", "card", "command_line", "real_model", "chat", "results"),
+        *("training", "evidence", "products", "plan"),
     )
 ]
 

@@ -18,7 +18,7 @@ def smollm2(tmp_path_factory):
 
 
 def test_it_learns_and_peft_finds_the_same_losses(smollm2, flags, tmp_path):
-    for name, number in (("train", 16), ("eval", 2)):
+    for name, number in (("train", 12), ("eval", 2)):
         text = Path(f"data/{name}.jsonl").read_text(encoding="utf-8")
         rows = sorted(text.splitlines(keepends=True), key=len)[:number]
         (tmp_path / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
@@ -27,7 +27,7 @@ def test_it_learns_and_peft_finds_the_same_losses(smollm2, flags, tmp_path):
     output = tmp_path / "output"
     record = read_record(output)
     before, after = logged(record["loss_history"], "eval_loss")
-    assert len(logged(record["loss_history"], "loss")) == 16 / 4
+    assert len(logged(record["loss_history"], "loss")) == 12 / 4
     assert before - after > 0.2  # of about 4 nats; the tone of these lines is soon learned
 
     job = t.Job(t.parse_settings(flags))
