@@ -8,6 +8,7 @@ refuse     time to refuse a file with one bad line
 startup    time of a dry run with the real vocabulary and sizes, by function
 scale      time and memory to validate and encode many lines
 loading    host memory to load a checkpoint of the real size
+words      loss of guessing each token of the held-out replies by its frequency, for the demo
 precision  error of LoRA's gradients, with every kind of products
 products   losses of SmolLM2-135M with scaled float16 products, against bfloat16's
 gpu        the acceptance of a card, in nine minutes: one table to paste into the README
@@ -40,6 +41,7 @@ PARTS = {
     "startup": measure.startup,
     "scale": measure.scale,
     "loading": measure.loading,
+    "words": measure.words,
     "precision": precision.precision,
     "products": precision.products,
     "gpu": gpu.gpu,

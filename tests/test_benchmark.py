@@ -1,5 +1,6 @@
 """Every part of the benchmark runs at tiny sizes, and a missed target is an exit status of 1."""
 
+import json
 import math
 import re
 import subprocess
@@ -9,8 +10,8 @@ import pytest
 import torch
 import transformers
 from benchmarks import measure, precision, roofline, simulate
+from benchmarks.common import HELD_OUT, ROOT, TRAIN, Options, Targets, shipped_lines
 from benchmarks.common import TINY as TINY_SIZES
-from benchmarks.common import Options, Targets
 from conftest import TINY
 from processes import run_in_a_fork
 
@@ -199,6 +200,23 @@ def test_loading_reads_a_checkpoint_that_is_a_hole(options, capsys):
     file = options.folder / "qwen" / "model.safetensors"
     assert file.stat().st_blocks * 512 < file.stat().st_size / 10
     assert "copies of the model" in printed
+
+
+def test_words_gives_the_loss_that_readme_compares_the_demo_with(options, capsys):
+    measure.words(options)
+    loss = float(capsys.readouterr().out.split()[-1])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "data" / "demo-model")
+    counts = torch.ones(len(tokenizer), dtype=torch.float64)
+    learned = {}
+    for path in (TRAIN, HELD_OUT):
+        replies = [json.loads(line)["completion"][0]["content"] for line in shipped_lines(path)]
+        learned[path] = torch.cat([torch.tensor(tokenizer.encode(one)) for one in replies])
+    ends = torch.tensor([tokenizer.eos_token_id] * len(shipped_lines(TRAIN)))
+    counts += torch.bincount(torch.cat([learned[TRAIN], ends]), minlength=len(counts))
+    learned[HELD_OUT] = torch.cat([learned[HELD_OUT], ends[: len(shipped_lines(HELD_OUT))]])
+    expected = -(counts / counts.sum()).log()[learned[HELD_OUT]].mean()
+    assert loss == pytest.approx(float(expected), abs=0.01)
+    assert f"has {loss:.2f};" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_memory_watch_sees_what_is_allocated_meanwhile():

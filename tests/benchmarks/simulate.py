@@ -77,7 +77,7 @@ def flops(options: Options) -> None:
         show(f"this script, {card}", passes, target)
         left = memory - CUDA - simulation.largest_peak(passes)
         options.targets.require(f"flops: an epoch's parts do not fit in {card}", left > 0)
-    show(f"passes of {job.settings.BATCH_SIZE}, all kept, as before", halves_of(steps, job))
+    show(f"passes of {job.settings.BATCH_SIZE}, all kept", halves_of(steps, job))
     show(
         "this script, all recomputed", [replace(Pass.of(one), is_recomputed=True) for one in steps]
     )
