@@ -36,6 +36,7 @@ import bisect
 import contextlib
 import difflib
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -110,8 +111,8 @@ EVAL_FILE: str = "data/eval.jsonl"  # held out: never trained on; about a tenth;
 MAX_SEQ_LEN: int = 512  # in tokens; longer examples, at most a tenth, are left out, never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
-LORA_R: int = 8  # the rank: 4 for a narrow task, 8 for a style, 16 for a broader task or more data
-LORA_ALPHA: int = 16  # scales the update by alpha / r; 2 r is usual; too large, and the loss jumps
+LORA_R: int = 8  # the rank; a rule of thumb: 4 for a narrow task, 8 for a style, 16 for more
+LORA_ALPHA: int = 16  # scales the update by alpha / r; usual is 2 r; too large, and the loss jumps
 LORA_DROPOUT: float = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
 LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
     "q_proj",  # attention: which words the model looks at
@@ -135,7 +136,7 @@ LR_SCHEDULER_TYPE: Literal[  # the shape of the learning rate after its rise
     "cosine", "linear", "constant_with_warmup"
 ] = "cosine"
 WARMUP_RATIO: float = 0.03  # the share of the steps in which the learning rate rises from 0
-SEED: int = 42  # the same number gives the same run (A's first values, dropout, order)
+SEED: int = 42  # for A's first values, dropout and order; on a CPU, the same run to the byte
 
 # Results.
 OUTPUT_DIR: str = "output"  # gets final_lora, samples.md, lora.png, run.json and checkpoints
@@ -1805,6 +1806,7 @@ def write_record(job: Job, outcome: str) -> None:
         report("warning", f"{job.output / 'run.json'} is not written: {error}")
 
 
+@functools.cache  # run.json is written again with every checkpoint
 def installed_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that are installed."""
     versions = {"python": sys.version.split()[0]}
@@ -2745,7 +2747,7 @@ def draw_losses(axes: Any, job: Job) -> None:
     """Draw each step's loss thinly, their running mean boldly, and the held-out losses."""
     losses = job.logged("loss")
     steps, values = list(losses), list(losses.values())
-    width = max(1, len(values) // 30)
+    width = max(len(values) // 30, min(10, len(values) // 4))  # a short run is drawn boldly, too
     means = [statistics.fmean(values[max(0, n - width) : n]) for n in range(1, len(values) + 1)]
     axes.plot(steps, values, color="0.75", linewidth=0.7, label="training, each step")
     if width > 1:

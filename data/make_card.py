@@ -24,7 +24,7 @@ FILES = {"train": "train.jsonl", "eval": "eval.jsonl"}
 Row = dict[str, Any]
 
 KINDS = {
-    "everyday": "all topics, in one to three user messages",
+    "everyday": "all 32 topics of the training file, in one to three user messages",
     "plain": "a flat, ordinary message of few words, in which nothing is asked",
     "long": "four to eight user messages, in the held-out file six to eight",
     "pressure": "somebody presses over several turns to break a rule: a dose, a secret, a promise",

@@ -1,6 +1,7 @@
 """What the tests share: the script, no network, one thread, short data, one finished run."""
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -29,9 +30,14 @@ def default_handlers():
 
 default_handlers()
 
+import jinja2  # noqa: E402
 import pytest  # noqa: E402
 
 import train_lora_single as t  # noqa: E402
+
+# PEFT makes a model card for each checkpoint, and compiles its template anew each time: that is a
+# tenth of a short run.
+jinja2.Template = functools.cache(jinja2.Template)
 
 
 @contextlib.contextmanager

@@ -15,14 +15,17 @@ REAL_RUN = subprocess.run
 
 
 def run_in_a_fork(words, *, cwd, env=None, input="", **others):
-    """Do what subprocess.run() does, for `python FILE ...`; give any other command to it.
+    """Do what subprocess.run() does, for `python FILE ...` and `python -m MODULE ...`.
+
+    Any other command is given to it.
 
     A command with a PYTHONPATH of its own is given to it, too: what is installed there must be
     seen while the packages are imported.
     """
     environment = dict(os.environ if env is None else env)
     is_plain = environment.get("PYTHONPATH", "") == os.environ.get("PYTHONPATH", "")
-    if words[0] != sys.executable or not words[1].endswith(".py") or not is_plain:
+    is_known = words[1] == "-m" or words[1].endswith(".py")
+    if words[0] != sys.executable or not is_known or not is_plain:
         return REAL_RUN(words, cwd=cwd, env=env, input=input, **others)
     with tempfile.TemporaryDirectory() as folder:
         said, printed, errors = (Path(folder) / name for name in ("said", "printed", "errors"))
@@ -54,6 +57,10 @@ def be_the_command(words, cwd, environment, said, printed, errors):
     for number, path in ((1, printed), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # multiprocessing has closed it
-    sys.path.insert(0, str(Path(words[0]).resolve().parent))
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")

@@ -820,6 +820,21 @@ def test_the_picture_of_a_whole_run_is_a_png(finished, deep):
     assert is_png(finished / "lora.png") and is_png(deep.output / "lora.png")
 
 
+def test_the_mean_of_the_losses_is_drawn_boldly_over_the_single_ones(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, _: figures.append(figure)
+    )
+    output, _ = drawn_run(tmp_path, "--num_epochs", "4", "--evidence_examples", "0", train=8)
+    thin, bold, held_out = figures[0].axes[0].lines
+    losses = [entry["loss"] for entry in record_of(output)["loss_history"] if "loss" in entry]
+    assert list(thin.get_ydata()) == losses and len(losses) == 8
+    pairs = [sum(pair) / 2 for pair in itertools.pairwise(losses)]
+    assert list(bold.get_ydata()) == pytest.approx([losses[0], *pairs])
+    assert "mean of 2 steps" in bold.get_label() and len(held_out.get_ydata()) == 5
+    assert bold.get_linewidth() > 2 * thin.get_linewidth()
+
+
 def test_without_held_out_data_nothing_is_measured_but_updates(tmp_path):
     output, text = drawn_run(tmp_path, held_out=0)
     assert is_png(output / "lora.png") and "\nwarning" not in text

@@ -67,8 +67,9 @@ sheet's 900; assumed), and its FLOPs at {and_list(FLOPS_A_SECOND.values(), 1e-12
 bfloat16, float32 and float16 (mlxcel
 issue 1654: cuBLAS on a V100 has 9.6, 14 and 95 to 100). bf16: this script with bfloat16 products,
 fp16: with scaled float16 ones; both in one pass that keeps its activations, as fits in 32 GB.
-TRL: its defaults, passes of {job.settings.BATCH_SIZE}, bfloat16 autocast, all recomputed; \
-its Triton kernels cost nothing here.
+TRL: passes of {job.settings.BATCH_SIZE}, bfloat16 autocast and all recomputed, as are its \
+defaults, but weights in bfloat16
+(float32 is its default); its Triton kernels cost nothing here.
 Views cost nothing. Not counted: the optimizer, clipping, copies between host and GPU, memory
 management, evaluation, the trials at the start, and any wait for Python beyond the launches.""")
     share = sum(learned_tokens(step) for step in steps) / sum(real_tokens(step) for step in steps)
@@ -78,9 +79,10 @@ management, evaluation, the trials at the start, and any wait for Python beyond 
         show_step(roofline, width, learned_share, options)
     _, most = t.most_tokens(job)
     limits = t.MemoryLimits(most, most)
-    if not options.tiny:
-        limits = roofline.simulation.limits(job, CARDS["32 GB"])
-    show_minutes(roofline, job, passes_of(steps, limits), options)
+    for card, memory in CARDS.items():
+        if not options.tiny:
+            limits = roofline.simulation.limits(job, memory)
+        show_minutes(roofline, job, passes_of(steps, limits), card)
 
 
 def show_step(roofline: Roofline, width: int, learned_share: float, options: Options) -> None:
@@ -98,7 +100,9 @@ def show_step(roofline: Roofline, width: int, learned_share: float, options: Opt
         ),
     }
     costs = {name: times * roofline.costs(one) for name, (times, one) in ways.items()}
-    print(f"\n{size} x {width} tokens, {learned} of them learned; ms at so many us a launch")
+    print(
+        f"\n{size} x {width} tokens, {learned} of them learned; ms at so many microseconds a launch"
+    )
     row = table(32, *itertools.chain(*[(9, 9, 9) for _ in ways]))
     heads = [(f"{name} {LAUNCHES_AT[0] * 1e6:g}", f"{LAUNCHES_AT[1] * 1e6:g}") for name in ways]
     print(row("", *itertools.chain(*[(*head, "kernels") for head in heads])))
@@ -119,14 +123,14 @@ def show_step(roofline: Roofline, width: int, learned_share: float, options: Opt
         print(text, flush=True)
 
 
-def show_minutes(roofline: Roofline, job: t.Job, passes: list[Pass], options: Options) -> None:
-    """Print the minutes of all epochs, for each way and for each time of a launch."""
+def show_minutes(roofline: Roofline, job: t.Job, passes: list[Pass], card: str) -> None:
+    """Print the minutes of all epochs on a card, for each way and for each time of a launch."""
     epochs = job.settings.NUM_EPOCHS
     sizes = ", ".join(
         f"{sum(one.rows == rows for one in passes)} of {rows} rows"
         for rows in sorted({one.rows for one in passes}, reverse=True)
     )
-    print(f"\n{epochs} epochs over the shipped data on 32 GB; an epoch has passes: {sizes}")
+    print(f"\n{epochs} epochs over the shipped data on {card}; an epoch has passes: {sizes}")
     row = table(10, 12, 12)
     print(row("minutes at", *[f"{launch * 1e6:g} us" for launch in LAUNCHES_AT]))
     half = [dataclasses.replace(one, products="float16") for one in passes]
