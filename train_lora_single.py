@@ -1397,8 +1397,8 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 # optimizer will keep:
 # - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
-#   backward pass but computed again, which takes little memory and 45 % more work. Such examples,
-#   too, go through together as long as they fit, and one by one if they do not.
+#   backward pass but computed again, which takes little memory and nearly 50 % more work. Such
+#   examples, too, go through together as long as they fit, and one by one if they do not.
 # - Only if the longest training example does not fit even so does the run end, before it trains.
 #   The advice is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to end what else runs.
 # - If another program takes the memory later, the run ends, and the same command resumes.
@@ -1410,8 +1410,8 @@ class MemoryLimits:
     """How many tokens, padding included, may go through the model at once while training."""
 
     tokens_at_once: int  # with their activations kept for the backward pass
-    # With their activations computed again: 45 % more work. It is tried only if the longest example
-    # needs it; otherwise this is the number above.
+    # With their activations computed again: nearly 50 % more work. It is tried only if the longest
+    # example needs it; otherwise this is the number above.
     tokens_at_once_recomputed: int
 
     def as_recorded(self) -> dict[str, int]:

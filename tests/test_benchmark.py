@@ -221,7 +221,7 @@ def test_words_gives_the_loss_that_readme_compares_the_demo_with(options, capsys
     learned[HELD_OUT] = torch.cat([learned[HELD_OUT], ends[: len(shipped_lines(HELD_OUT))]])
     expected = -(counts / counts.sum()).log()[learned[HELD_OUT]].mean()
     assert loss == pytest.approx(float(expected), abs=0.01)
-    assert f"has {loss:.2f};" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"would have {loss:.2f}." in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_memory_watch_sees_what_is_allocated_meanwhile():

@@ -59,12 +59,34 @@ def test_the_file_for_slurm_works_as_it_is_pasted(tmp_path):
     assert subprocess.run(["bash", "-n", str(tmp_path / "job")]).returncode == 0
 
 
+def test_the_minutes_on_a_v100_are_those_of_the_last_estimate():
+    measured = Path("tests/README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^(bf16|fp16) +([\d.]+) +([\d.]+)$", measured, re.MULTILINE)
+    assert [name for name, _, _ in found] == ["bf16", "fp16"] * 2  # on 32 GB and on 16
+    text = " ".join(README.split())
+    for _, quick, slow in found:
+        assert f"{quick} to {slow}" in text, (quick, slow)
+
+
+def rows_of(*names):
+    """Return turns of a file of the ShareGPT form, each of which says its name and its place."""
+    return [{"from": name, "value": f"{name} {place}"} for place, name in enumerate(names)]
+
+
 def test_the_converter_turns_sharegpt_and_alpaca_files_into_what_is_accepted(tmp_path):
     turns = [("gpt", "Hi."), ("human", "one\ntwo"), ("gpt", "2"), ("user", "3"), ("gpt", "4")]
     rows = [
         {"id": 1, "conversations": [{"from": who, "value": text} for who, text in turns]},
         {"instruction": "Translate.", "input": "Haus", "output": "house"},
         {"instruction": "Say hello.", "input": "", "output": "Hello."},
+        {
+            "conversations": [
+                {"from": "system", "value": "Be kind."},
+                *rows_of("gpt", "human", "gpt"),
+            ]
+        },
+        {"system": "Be brief.", "conversations": rows_of("human", "gpt", "human")},
+        {"conversations": rows_of("gpt", "human")},
     ]
     (tmp_path / "in.json").write_text(json.dumps(rows), encoding="utf-8")
     command = [sys.executable, "-c", block_with("import json, sys"), str(tmp_path / "in.json")]
@@ -72,7 +94,9 @@ def test_the_converter_turns_sharegpt_and_alpaca_files_into_what_is_accepted(tmp
     (tmp_path / "out.jsonl").write_text(done.stdout, encoding="utf-8")
     examples, problems = t.read_examples(str(tmp_path / "out.jsonl"))
     assert problems == []
-    assert [e.messages[-1]["content"] for e in examples] == ["2", "4", "house", "Hello."]
+    replies = [example.messages[-1]["content"] for example in examples]
+    assert replies == ["2", "4", "house", "Hello.", "gpt 2", "gpt 1"]
+    assert [one.system_message for one in examples[-2:]] == ["Be kind.", "Be brief."]
     assert examples[2].messages[0]["content"] == "Translate.\n\nHaus"
 
 
