@@ -1,11 +1,15 @@
 """Commands in forks of a process that has done the imports, which take six seconds each time."""
 
+import fcntl
 import multiprocessing
 import os
+import pty
 import runpy
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -50,12 +54,41 @@ def run_in_a_fork(words, *, cwd, env=None, input="", **others):
 
 def be_the_command(words, cwd, environment, said, printed, errors):
     """Be that command in this process: read its input from one file, write into two others."""
-    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     os.dup2(os.open(said, os.O_RDONLY), 0)
     for number, path in ((1, printed), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    be_python(words, cwd)
+
+
+def begin_on_a_terminal(words, cwd):
+    """Begin `python FILE ...` in a fork, on a terminal of 100 columns; return it and our end."""
+    own, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 100, 0, 0))
+    is_opened = FORKS.Event()
+    arguments = (words[1:], str(cwd), os.ttyname(its), is_opened)
+    process = FORKS.Process(target=be_on_a_terminal, args=arguments)
+    process.start()
+    assert is_opened.wait(60)
+    os.close(its)  # so that reading from our end ends with the process
+    return process, own
+
+
+def be_on_a_terminal(words, cwd, name, is_opened):
+    """Be that command in this process, with a terminal that sends it signals."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)  # the first terminal of a session controls it
+    for number in range(3):
+        os.dup2(terminal, number)
+    os.close(terminal)
+    is_opened.set()
+    be_python(words, cwd)
+
+
+def be_python(words, cwd):
+    """Do what `python WORDS` does in a folder."""
+    os.chdir(cwd)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # multiprocessing has closed it
     if words[0] == "-m":
         sys.argv = words[1:]

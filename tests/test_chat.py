@@ -1,17 +1,14 @@
 """--chat: what it sends to the model, its commands, a pipe, a terminal, and what is refused."""
 
-import fcntl
 import io
 import json
 import os
-import pty
 import re
 import select
 import shlex
 import shutil
 import subprocess
 import sys
-import termios
 import time
 import types
 from pathlib import Path
@@ -19,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, handlers_restored, write_short_data
-from processes import run_in_a_fork
+from processes import begin_on_a_terminal, run_in_a_fork
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import GenerationMixin
@@ -397,21 +394,16 @@ def terminal(real_run, monkeypatch):
     begun = []
 
     def begin(*more):
-        own, its = pty.openpty()
-        process = subprocess.Popen(
-            [sys.executable, "train_lora_single.py", "--chat", "--output_dir", str(real_run[0]),
-             "--device", "cpu", *more],
-            cwd=ROOT, stdin=its, stdout=its, stderr=its, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that ^C is a signal
-        )  # fmt: skip
-        os.close(its)
+        words = [sys.executable, "train_lora_single.py", "--chat", "--device", "cpu"]
+        words += ["--output_dir", str(real_run[0]), *more]
+        process, own = begin_on_a_terminal(words, ROOT)
         begun.append((own, process))
         return own, process
 
     yield begin
     for own, process in begun:
         process.kill()
-        process.wait()
+        process.join()
         os.close(own)
 
 
@@ -427,7 +419,8 @@ def test_ctrl_c_stops_a_reply_and_at_the_prompt_the_talk(terminal, real_run):
     read_until(own, r"/quit(?s:.*)you> $", 30)
     time.sleep(0.5)  # Python's readline misses a signal in the moment before it waits
     os.write(own, b"\x03")
-    assert process.wait(30) == 0 and listing(real_run[0]) == before
+    process.join(30)
+    assert process.exitcode == 0 and listing(real_run[0]) == before
     with pytest.raises(pytest.fail.Exception, match="ended before") as rest:
         read_until(own, "nothing more comes", 10)
     assert "Traceback" not in str(rest.value)

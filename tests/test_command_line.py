@@ -6,15 +6,11 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import pty
 import re
 import runpy
 import signal
-import struct
 import subprocess
 import sys
-import termios
-from fcntl import ioctl
 from itertools import permutations
 from pathlib import Path
 
@@ -24,7 +20,7 @@ import torch
 import transformers
 from conftest import write_short_data
 from packaging.requirements import Requirement
-from processes import run_in_a_fork
+from processes import begin_on_a_terminal, run_in_a_fork
 from torch.overrides import TorchFunctionMode
 from transformers.integrations import integration_utils
 
@@ -536,18 +532,15 @@ def test_the_log_holds_what_was_printed(whole_run):
 
 
 def on_a_terminal(command, folder):
-    """Run a command on a pseudo-terminal of 100 columns; return status and output."""
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(folder)
-        os.execv(command[0], command)
-    ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 100, 0, 0))
+    """Run a command on a terminal of 100 columns; return status and output."""
+    process, terminal = begin_on_a_terminal(command, folder)
     output = b""
     with contextlib.suppress(OSError):  # it ends with an error when the process has ended
         while part := os.read(terminal, 65536):
             output += part
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), output.decode("utf-8")
+    process.join()
+    return process.exitcode, output.decode("utf-8")
 
 
 def screen(output):

@@ -279,7 +279,9 @@ class Simulation:
         from torch.utils.flop_counter import FlopCounterMode
 
         solve = {torch.ops.aten.linalg_solve_triangular: triangular_flops}
-        model, mode = self.model_of(one, layers)
+        # TRL's loss asks for the device's autocast, the layers alone do not.
+        is_trl = one.is_trl and one.scored > 0
+        model, mode = self.model(layers, one.products, is_trl)
         with quiet(), mode, FlopCounterMode(display=False, custom_mapping=solve) as counter:
             forward_and_backward(model, one)
         return counter.get_total_flops()
