@@ -1806,7 +1806,7 @@ def write_record(job: Job, outcome: str) -> None:
         report("warning", f"{job.output / 'run.json'} is not written: {error}")
 
 
-@functools.cache  # run.json is written again with every checkpoint
+@functools.cache  # run.json is written several times in a run
 def installed_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that are installed."""
     versions = {"python": sys.version.split()[0]}
@@ -2140,8 +2140,9 @@ def vllm_rank(plan: Plan) -> int:
 #   of the gain         what is left of the adapter's gain over the base model
 #   against as trained  by how much a token's loss is higher than with the whole adapter
 #   better on           on how many examples the loss is lower than with the whole adapter
-# Errors are standard errors over the examples, and differences are paired: both losses are of the
-# same examples (Miller, "Adding Error Bars to Evals", 2024).
+# Errors are standard errors over the held-out lines; the replies of one conversation count as one.
+# Differences are paired: both losses are of the same examples (Miller, "Adding Error Bars to
+# Evals", 2024).
 #
 # What may be concluded is about this adapter and these examples: whether its update is too strong
 # or too weak, what each group of targets contributes, and how many directions the update uses.
@@ -2246,14 +2247,22 @@ class Estimate:
         return abs(self.value) > 2 * self.error
 
 
-def ratio(numerators: list[float], denominators: list[float]) -> Estimate:
+def ratio(
+    numerators: list[float], denominators: list[float], lines: list[str] | None = None
+) -> Estimate:
     """Return sum(numerators) / sum(denominators), with its standard error over the examples.
 
     The error is that of a ratio estimator by linearization (Cochran, Sampling Techniques, 6.4):
     the residuals are numerator - ratio x denominator. With differences of losses over tokens it is
-    the paired difference per token, with each example as a cluster; with two differences it is a
-    share.
+    the paired difference per token; with two differences it is a share.
+
+    Args:
+        lines: the line that each example is of. A line in the form "messages" makes an example of
+            each reply, and replies of one conversation are alike: counted as independent, they
+            would make the error too small. So they are added up first, and lines are counted.
     """
+    if lines is not None:
+        numerators, denominators = sums_by(lines, numerators), sums_by(lines, denominators)
     total = sum(denominators)
     if total == 0:
         return Estimate(math.nan, math.inf)
@@ -2262,6 +2271,14 @@ def ratio(numerators: list[float], denominators: list[float]) -> Estimate:
     squares = sum((a - value * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
     error = math.sqrt(squares * n / (n - 1)) / abs(total) if n > 1 else math.inf
     return Estimate(value, error)
+
+
+def sums_by(keys: list[str], numbers: list[float]) -> list[float]:
+    """Return the sum of the numbers of each key, in the order in which the keys first come."""
+    sums = dict.fromkeys(keys, 0.0)
+    for key, number in zip(keys, numbers, strict=True):
+        sums[key] += number
+    return list(sums.values())
 
 
 def measure_evidence(model: peft.PeftModel, job: Job) -> None:
@@ -2317,17 +2334,24 @@ def report_parts(
         with change_model():
             losses[label] = example_losses(model, job, examples, label)
     tokens = [float(len(example.reply_ids)) for example in examples]
-    rows = {label: compare_part(one, trained, untrained, tokens) for label, one in losses.items()}
+    where = [example.where for example in examples]
+    rows = {
+        label: compare_part(one, trained, untrained, tokens, where) for label, one in losses.items()
+    }
     job.evidence["parts"] = rows
-    job.evidence["where"] = [example.where for example in examples]
+    job.evidence["where"] = where
     report("evidence", "\n".join(table_of_parts(rows)))
-    gain = ratio(differences(untrained, trained), tokens)
-    for sentence in conclusions(rows, gain, job):
+    gain = ratio(differences(untrained, trained), tokens, where)
+    for sentence in conclusions(rows, gain, len(set(where)), job):
         report("", textwrap.fill(sentence, 90, subsequent_indent="  "))
 
 
 def compare_part(
-    losses: list[float], trained: list[float], untrained: list[float], tokens: list[float]
+    losses: list[float],
+    trained: list[float],
+    untrained: list[float],
+    tokens: list[float],
+    where: list[str],
 ) -> dict[str, Any]:
     """Return a part's row of the table, from its losses and those of the adapter and the base.
 
@@ -2336,8 +2360,8 @@ def compare_part(
     gains, changes = differences(untrained, trained), differences(losses, trained)
     return {
         "loss": sum(losses) / sum(tokens),
-        "kept": asdict(ratio(differences(untrained, losses), gains)),
-        "change": asdict(ratio(changes, tokens)),
+        "kept": asdict(ratio(differences(untrained, losses), gains, where)),
+        "change": asdict(ratio(changes, tokens, where)),
         "better_on": sum(one < 0 for one in changes),
         "losses": [loss / n for loss, n in zip(losses, tokens, strict=True)],
     }
@@ -2454,27 +2478,37 @@ def cut_to(layers: dict[str, Any], rank: int) -> Iterator[None]:
             module.lora_B["default"].weight.data = whole[path]
 
 
-# Both are shares of the gain. A smaller difference than the first is not worth a run. Two losses
-# are called the same if their difference and twice its error together are less than the second.
+# Both are shares of the gain. A clear difference that is smaller than the first is not worth a run.
+# If no difference is clear, two losses are called the same only if the difference and twice its
+# error together are less than the second: otherwise the examples are too few to tell.
 SMALLEST_DIFFERENCE = 0.02
 LARGEST_DIFFERENCE = 0.05
+# From so many held-out lines on anything is concluded: with fewer, the errors are uncertain, too.
+FEWEST_LINES = 10
 
 
-def conclusions(rows: dict[str, Any], gain: Estimate, job: Job) -> list[str]:
+def conclusions(rows: dict[str, Any], gain: Estimate, lines: int, job: Job) -> list[str]:
     """Return what the table supports, at most a sentence each on alpha, the targets and r.
 
     A difference is named only if it is larger than twice its error (for the best of five strengths
     three times) and than 2 % of the gain.
     What each sentence may claim was tested by training the alternatives; README.md shows how.
+
+    Args:
+        lines: of how many lines of the held-out file the examples are.
     """
-    if gain.error == math.inf:
-        return ["One held-out example is too few to tell anything."]
-    if not (gain.is_clear and gain.value > 0):
-        return [
+    if lines < FEWEST_LINES:
+        sentences = [
+            f"Held-out examples from {lines} of the file's lines are too few to tell anything: "
+            f"{FEWEST_LINES} are needed."
+        ]
+    elif not (gain.is_clear and gain.value > 0):
+        sentences = [
             "The adapter is not better than the base model by more than twice the error, so its "
             "parts say nothing. More steps or a higher LEARNING_RATE may help."
         ]
-    sentences = [about_alpha(rows), about_targets(rows), about_rank(rows, job)]
+    else:
+        sentences = [about_alpha(rows), about_targets(rows), about_rank(rows, job)]
     if not job.plan.only_lora:
         sentences.append("More than LoRA was trained, so the adapter is not taken apart.")
     elif not job.plan.plain:
@@ -2502,7 +2536,7 @@ def about_alpha(rows: dict[str, Any]) -> str:
     row = scales[best]
     change, share = Estimate(**row["change"]), Estimate(**row["kept"])
     # One of five strengths is better by twice its error in every ninth run by chance alone, but by
-    # three times its error only once in 150 runs.
+    # three times its error only once in 150 runs (once in 30 with no more than FEWEST_LINES).
     is_better = judge(row) == "better" and abs(change.value) > 3 * change.error
     if not is_better and share.value + 2 * share.error > 1 + LARGEST_DIFFERENCE:
         return "alpha: too few held-out examples to tell whether another strength is better."
@@ -2524,8 +2558,9 @@ def about_alpha(rows: dict[str, Any]) -> str:
 
 
 def about_targets(rows: dict[str, Any]) -> str:
-    """Return the sentence on attention, feed-forward and DeltaNet."""
-    names = [f"{name} alone" for name in SUBLAYERS.values() if f"{name} alone" in rows]
+    """Return the sentence on attention, feed-forward, DeltaNet and what else has targets."""
+    is_layers = re.compile(r"layers? \d").match
+    names = [name for name in rows if name.endswith(" alone") and not is_layers(name)]
     if not names:
         return ""
     shares = {name.removesuffix(" alone"): rows[name]["kept"]["value"] for name in names}
@@ -2561,6 +2596,9 @@ def about_rank(rows: dict[str, Any], job: Job) -> str:
         if verdicts[rank] not in ("same", "better"):
             break  # a shorter cut that does well is chance
         enough.append(rank)
+    half = cuts[max(cuts)]["kept"]["value"]
+    if not enough and verdicts[max(cuts)] == "worse" and half >= 1 - LARGEST_DIFFERENCE:
+        enough = [max(cuts)]  # it loses clearly, but too little to ask for a larger r
     if enough:
         noun = "directions" if min(enough) > 1 else "direction"
         return (
@@ -2572,7 +2610,7 @@ def about_rank(rows: dict[str, Any], job: Job) -> str:
         return "r: too few held-out examples to tell how many directions are needed."
     return (
         f"r: cut to {max(cuts)} of {job.plan.max_rank} directions, the update keeps only "
-        f"{cuts[max(cuts)]['kept']['value']:.0%} of the gain; a larger LORA_R may be worth a run."
+        f"{half:.0%} of the gain; a larger LORA_R may be worth a run."
     )
 
 
@@ -2597,7 +2635,7 @@ def table_of_kinds(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> list
         tokens = [row["tokens"] for row in rows]
         before = sum(row["base"] * row["tokens"] for row in rows) / sum(tokens)
         changes = [(row["adapter"] - row["base"]) * row["tokens"] for row in rows]
-        change = ratio(changes, tokens)
+        change = ratio(changes, tokens, [row["where"] for row in rows])
         lower = sum(one < 0 for one in changes)
         lines.append(
             columns(
@@ -2605,7 +2643,7 @@ def table_of_kinds(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> list
                 len(rows),
                 f"{before:.4f}",
                 f"{before + change.value:.4f}",
-                str(change) if len(rows) > 1 else f"{change.value:+.4f}",
+                str(change) if change.error < math.inf else f"{change.value:+.4f}",
                 f"{lower}/{len(rows)}",
             )
         )
@@ -2747,7 +2785,7 @@ def draw_losses(axes: Any, job: Job) -> None:
     """Draw each step's loss thinly, their running mean boldly, and the held-out losses."""
     losses = job.logged("loss")
     steps, values = list(losses), list(losses.values())
-    width = max(len(values) // 30, min(10, len(values) // 4))  # a short run is drawn boldly, too
+    width = max(1, len(values) // 30, min(10, len(values) // 4))  # for short runs, too
     means = [statistics.fmean(values[max(0, n - width) : n]) for n in range(1, len(values) + 1)]
     axes.plot(steps, values, color="0.75", linewidth=0.7, label="training, each step")
     if width > 1:
@@ -2974,12 +3012,14 @@ def table_of_runs(ranked: dict[Path, dict[str, Any]], differing: list[str]) -> l
     lines = [columns("held-out", "against the best", "minutes", "run, and what differs")]
     best = next(iter(ranked.values()))
     tokens = [row["tokens"] for row in best["evidence"]["losses"]]
+    where = [row["where"] for row in best["evidence"]["losses"]]
     for path, run in ranked.items():
         minutes = f"{run['train_seconds'] / 60:.1f}" + ("+" if run["resumed_from"] else "")
         difference = "best"
         if run is not best:
             pairs = zip(run["evidence"]["losses"], best["evidence"]["losses"], strict=True)
-            change = ratio([(a["adapter"] - b["adapter"]) * a["tokens"] for a, b in pairs], tokens)
+            changes = [(a["adapter"] - b["adapter"]) * a["tokens"] for a, b in pairs]
+            change = ratio(changes, tokens, where)
             difference = str(change) + ("" if change.is_clear else " =")
         loss = f"{run['evidence']['adapter']:.4f}"
         lines.append(columns(loss, difference, minutes, shorten_path(str(path), 55)))
@@ -3838,7 +3878,8 @@ def catch_signals(job: Job) -> None:
     may_repeat = "TORCHELASTIC_RUN_ID" in os.environ
 
     def on_signal(number: int, _: Any) -> None:
-        is_second = job.stop_signal > 0 and not may_repeat
+        # A terminal that is closed sends SIGHUP twice, from the shell and from the kernel.
+        is_second = job.stop_signal > 0 and number != signal.SIGHUP and not may_repeat
         job.stop_signal = number
         if job.saves_before_stopping and not is_second:
             text = "after this step, which is saved first"

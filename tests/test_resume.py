@@ -1086,7 +1086,9 @@ def terminal_goes_away(patch):
     os.dup2(writer, 1)
     os.dup2(writer, 2)
     os.close(writer)
-    at_step(patch, 1, lambda *_: [os.close(reader), send(signal.SIGHUP)()])
+    # Both the shell and the kernel send the signal.
+    hang_up = send(signal.SIGHUP)
+    at_step(patch, 1, lambda *_: [os.close(reader), hang_up(), time.sleep(0.02), hang_up()])
 
 
 def closed(_):
