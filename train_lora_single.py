@@ -3000,7 +3000,8 @@ def held_out_of(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
 #
 # --chat loads the base model once, and OUTPUT_DIR/final_lora on top of it. The conversation begins
 # with the system message of the training data, replies are greedy (always the likeliest token), and
-# nothing is written. A pipe works too: each of its lines is answered.
+# nothing is written. A pipe works too: each of its lines is answered. The base model is that which
+# the adapter names; if its folder was moved, give the new one as MODEL_NAME.
 
 CHAT_HELP = """/base and /adapter  choose who answers
 /scale 0.5          answer with the adapter at another strength; 1 is as trained
@@ -3022,10 +3023,16 @@ def chat(job: Job) -> None:
     saved = read_json(folder / "adapter_config.json") or {}
     if "base_model_name_or_path" not in saved:
         raise SystemExit(f"--chat: {folder / 'adapter_config.json'} is damaged. Train again.")
-    job.settings.MODEL_NAME = str(saved["base_model_name_or_path"])
+    job.settings.MODEL_NAME = base_for_chat(saved, job.settings.MODEL_NAME, folder)
     job.settings.MODEL_REVISION = saved.get("revision") or "main"
     prepare_device(job)
-    load_config_and_tokenizer(job)
+    try:
+        load_config_and_tokenizer(job)
+    except SystemExit as error:
+        raise SystemExit(
+            f"{error} This name is base_model_name_or_path in {folder / 'adapter_config.json'}; "
+            "edit it there if the model has moved."
+        ) from error
     base = load_model(job.settings).to(accelerate.PartialState().device)
     try:
         model = peft.PeftModel.from_pretrained(base, folder).eval()
@@ -3037,6 +3044,27 @@ def chat(job: Job) -> None:
     system = trained_system_message(job.output)
     report("chat", f"system message: {system or '(none)'}\ntype a message, or /help")
     talk(model, job, system)
+
+
+def base_for_chat(saved: dict[str, Any], model_name: str, folder: Path) -> str:
+    """Return the base model that an adapter names, or MODEL_NAME's folder if that one is gone.
+
+    An adapter that was trained here on a model of the hub has a revision, and one that was trained
+    on a local folder has none.
+    """
+    recorded = str(saved["base_model_name_or_path"])
+    if Path(recorded).is_dir() or saved.get("revision"):
+        return recorded
+    if Path(model_name).is_dir():
+        report("chat", f"the adapter's base model {recorded} is not there; {model_name} is used")
+        return model_name
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", recorded):  # no name that the hub could have
+        raise SystemExit(
+            f"--chat: the adapter's base model {recorded} is not there. Give the folder that it is "
+            "in now as --model_name, or edit base_model_name_or_path in "
+            f"{folder / 'adapter_config.json'}."
+        )
+    return recorded
 
 
 def trained_system_message(output: Path) -> str:
