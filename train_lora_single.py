@@ -1935,8 +1935,15 @@ def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) 
         f"loaded again from disk, the adapter's logits differ by at most {error:.2g} from the "
         f"trained\nmodel's, and by {effect:.2g} from the base model's"
     )
+    kept = "The checkpoints are still there."
+    if error == effect == 0:
+        raise SystemExit(
+            "proof: the adapter changes nothing: with it and without it the model's logits are the "
+            "same. LEARNING_RATE is too small or the steps are too few; raise one of them and "
+            f"choose another OUTPUT_DIR. {kept}"
+        )
     if not (effect > 0 and error <= effect / 10):
-        raise SystemExit(f"proof: {found}. The adapter in {folder} does not work.")
+        raise SystemExit(f"proof: {found}. So the saved adapter does not work. {kept}")
     report("proof", found)
     return reloaded
 

@@ -307,20 +307,43 @@ def test_a_file_that_is_not_as_trained_is_refused_by_the_tensors_name(adapted, t
 
 
 USELESS = {
-    "all B are zero": lambda x: [x[name].zero_() for name in x if "lora_B" in name],
     "infinite": lambda x: x[f"{UP}.lora_B.weight"][0, 0].fill_(math.inf),
     "no number": lambda x: x[f"{UP}.lora_A.weight"][0, 0].fill_(math.nan),
-    "too small to matter": lambda x: [tensor.fill_(1e-30) for tensor in x.values()],
 }
 
 
 @pytest.mark.parametrize("how", USELESS)
-def test_an_adapter_that_does_nothing_is_refused_though_saved_as_trained(adapted, tmp_path, how):
+def test_an_adapter_of_no_use_is_refused_though_saved_as_trained(adapted, tmp_path, how):
     with torch.no_grad():
         USELESS[how](get_peft_model_state_dict(adapted))  # the parameters themselves
     adapted.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match=r"(?s)^proof: .*(does not work|not numbers)"):
         t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
+
+
+NOTHING = {
+    "all B are zero": lambda x: [x[name].zero_() for name in x if "lora_B" in name],
+    "too small to matter": lambda x: [tensor.fill_(1e-30) for tensor in x.values()],
+}
+
+
+@pytest.mark.parametrize("how", NOTHING)
+def test_an_adapter_that_changes_nothing_is_refused_with_the_reason(adapted, tmp_path, how):
+    with torch.no_grad():
+        NOTHING[how](get_peft_model_state_dict(adapted))
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
+    said = " ".join(str(stop.value).split())
+    assert said.startswith("proof: ") and "changes nothing" in said and "does not work" not in said
+
+
+def test_a_rate_that_is_too_small_is_named_and_no_folder_that_is_gone(flags, tmp_path, capsys):
+    assert run([*flags, "--learning_rate", "1e-30", "--max_steps", "1"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the adapter changes nothing" in said and "LEARNING_RATE" in said
+    assert ".partial" not in said and "checkpoints are still there" in said
+    assert t.newest_complete(tmp_path / "output" / "checkpoints")
 
 
 CONFIGS = {
