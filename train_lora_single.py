@@ -2948,10 +2948,11 @@ def compare_runs(folders: list[str]) -> None:
     runs = finished_runs(folders)
     if not runs:
         where = ", ".join(folders)
-        if any(run.get("outcome") == "finished" for run in all_runs(folders).values()):
+        finished = [run for run in all_runs(folders).values() if run.get("outcome") == "finished"]
+        if finished:
             raise SystemExit(
-                f"--compare: the finished runs in {where} had no held-out file, so they have no "
-                "losses to compare."
+                f"--compare: no finished run in {where} has held-out losses to compare: "
+                f"{why_no_losses(finished)}."
             )
         raise SystemExit(f"--compare: no run in {where} has finished.")
     newest = max(runs.values(), key=lambda run: run["started"])
@@ -2973,6 +2974,24 @@ def compare_runs(folders: list[str]) -> None:
         noun, verb = ("runs", "are") if others > 1 else ("run", "is")
         lines.append(f"{others} {noun} on other held-out examples {verb} left out")
     report("runs", "\n".join(lines))
+
+
+def why_no_losses(finished: list[dict[str, Any]]) -> str:
+    """Return for what reasons finished runs have no held-out losses, and how many for each."""
+    counts: dict[str, int] = {}
+    for run in finished:
+        parts = [run.get("settings"), run.get("evidence")]
+        if not run.keys() >= RUN_KEYS or not all(isinstance(part, dict) for part in parts):
+            reason = "the run.json of {} is damaged or of another version"
+        elif not run["settings"].get("EVAL_FILE"):
+            reason = "{} had no held-out file (EVAL_FILE)"
+        else:
+            reason = (
+                "the held-out losses of {} were not measured, since the run was stopped before or "
+                "an error prevented it (its all_logs.log tells)"
+            )
+        counts[reason] = counts.get(reason, 0) + 1
+    return "; ".join(reason.format(count) for reason, count in counts.items())
 
 
 def table_of_runs(ranked: dict[Path, dict[str, Any]], differing: list[str]) -> list[str]:
