@@ -347,6 +347,7 @@ def prepare(job: Job) -> None:
             report("bad lines", join_limited(problems))
     if not problems:
         warn_of_repeats(train, held_out)
+        warn_of_unknown_group(held_out, settings.EVAL_GROUP)
     if not settings.dry_run:
         prepare_device(job)
     load_config_and_tokenizer(job)
@@ -366,6 +367,7 @@ class Example:
     eval_group: str = ""  # the line's value of the key EVAL_GROUP
     prompt_ids: list[int] = field(default_factory=list)  # tokens that are only read
     reply_ids: list[int] = field(default_factory=list)  # tokens that are learned, with the end
+    keys: list[str] = field(default_factory=list)  # all keys of the line
 
     @property
     def input_ids(self) -> list[int]:
@@ -473,7 +475,7 @@ def parse_line(text: str, where: str, group_key: str) -> list[Example]:
             )
         replies = replies[-1:]
     eval_group = str(row.get(group_key, ""))
-    return [Example(where, messages[: reply + 1], eval_group) for reply in replies]
+    return [Example(where, messages[: reply + 1], eval_group, keys=list(row)) for reply in replies]
 
 
 def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -561,6 +563,20 @@ def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
             notes[f"{example.where} has the prompt of {twin}, so it tests nothing new"] = None
     if notes:
         report("warning", join_limited(list(notes)))
+
+
+def warn_of_unknown_group(held_out: list[Example], group_key: str) -> None:
+    """Warn of an EVAL_GROUP that no held-out line has; "kind" is silent, as it is the default."""
+    keys = dict.fromkeys(key for example in held_out for key in example.keys)
+    if not held_out or group_key in ("", "kind", *keys):
+        return
+    others = [key for key in keys if key not in ("messages", "prompt", "completion")]
+    shown = [one_line(json.dumps(key), 40) for key in others[:5]]
+    there = f"they have {', '.join(shown)}" if shown else "they have no other keys"
+    report(
+        "warning",
+        f"EVAL_GROUP is {json.dumps(group_key)}, a key that no held-out line has; {there}",
+    )
 
 
 # ==== TOKENS: what the model sees, and which part of it is learned
