@@ -1706,15 +1706,34 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def remove_old_checkpoints(folder: Path, plan: Plan, keep_whole: int) -> None:
-    """Keep the newest checkpoints whole; of older ones only the adapter at an epoch's end."""
+    """Keep the newest checkpoints whole; of older ones only the adapter at an epoch's end.
+
+    What cannot be removed is only a warning; it is tried again when the next one is saved.
+    """
     saved = checkpoints_in(folder)
+    stuck: list[str] = []
     for step in list(saved)[: len(saved) - keep_whole]:
-        if not ends_an_epoch(step, plan):
-            shutil.rmtree(saved[step])
-            continue
-        for path in saved[step].iterdir():
-            if path.is_file() and not path.name.startswith("adapter_"):
-                path.unlink()
+        try:
+            remove_checkpoint(saved[step], keep_adapter=ends_an_epoch(step, plan))
+        except OSError as error:
+            stuck.append(f"{saved[step].name} ({error.strerror or error})")
+    if stuck:
+        shown = join_limited(stuck, 3, ", ")
+        report(
+            "warning",
+            f"in {folder} old files cannot be removed: {shown}; remove them by hand, but keep an "
+            "epoch's adapter_ files",
+        )
+
+
+def remove_checkpoint(checkpoint: Path, keep_adapter: bool) -> None:
+    """Remove a checkpoint, or all of its files but the adapter's."""
+    if not keep_adapter:
+        shutil.rmtree(checkpoint)
+        return
+    for path in checkpoint.iterdir():
+        if path.is_file() and not path.name.startswith("adapter_"):
+            path.unlink()
 
 
 def rename_old(path: Path) -> None:
