@@ -978,9 +978,21 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
             f"{deltanet} of {text_config.num_hidden_layers} layers are Gated DeltaNet, which has "
             "no q_proj, k_proj, v_proj and o_proj:\nthe others have them, as it should be"
         )
-    size = examples_per_step(job.settings)
-    lines.append(f"{plan.steps:,} steps of {size} examples: {why_so_many_steps(job, plan)}")
+    lines.append(f"{steps_in_words(job, plan)}: {why_so_many_steps(job, plan)}")
     report("plan", "\n".join(lines))
+
+
+def steps_in_words(job: Job, plan: Plan) -> str:
+    """Return the number of steps, and how many examples they have: an epoch's last may have fewer.
+
+    A file with fewer examples than a step would take is one step.
+    """
+    count = len(job.train)
+    size = min(examples_per_step(job.settings), count)
+    all_are_full = count % size == 0 or plan.steps < plan.steps_per_epoch
+    steps = "1 step" if plan.steps == 1 else f"{plan.steps:,} steps"
+    examples = "1 example" if size == 1 else f"{size:,} examples"
+    return f"{steps} of {'' if all_are_full else 'up to '}{examples}"
 
 
 def why_so_many_steps(job: Job, plan: Plan) -> str:
@@ -2095,7 +2107,7 @@ does not work without the base model.
 
 LoRA with r = {config.r}, alpha = {config.lora_alpha}, dropout {config.lora_dropout:g}, on
 {targets}: {job.plan.trainable:,} of {job.plan.total:,} parameters.
-{job.plan.steps:,} steps of {examples_per_step(settings)} examples, learning rate
+{steps_in_words(job, job.plan)}, learning rate
 {settings.LEARNING_RATE:g} ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}. This is the
 adapter of {published_label(job)}.
 
