@@ -3702,7 +3702,7 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
     for name in at_least_1 + at_least_0:
         require(getattr(settings, name) < 2**31, name, "it must be at most 2,147,483,647")
     reads_data = not settings.chat and not settings.compare
-    if settings.EVAL_FILE == settings.TRAIN_FILE and reads_data:
+    if reads_data and is_same_file(settings.EVAL_FILE, settings.TRAIN_FILE):
         problems.append(
             "EVAL_FILE is TRAIN_FILE; the held-out loss would be measured on what was learned. "
             'Give another file, or "" for none.'
@@ -3719,6 +3719,13 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
             '"none".'
         )
     return problems
+
+
+def is_same_file(one: str, other: str) -> bool:
+    """Return whether two names are equal, or are names of one file, as a link is."""
+    with suppress(OSError, ValueError):  # one of them does not exist
+        return os.path.samefile(one, other)
+    return one == other
 
 
 def is_main_process() -> bool:

@@ -351,6 +351,28 @@ def test_a_file_is_not_held_out_from_itself(capsys):
         assert t.parse_settings([*same, *mode]).EVAL_FILE == t.TRAIN_FILE
 
 
+@pytest.mark.parametrize("how", ["a dot", "absolute", "symlink", "hard link"])
+def test_a_file_under_another_name_is_not_held_out_from_itself(how, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.jsonl").touch()
+    other = {"a dot": "./t.jsonl", "absolute": str(tmp_path / "t.jsonl")}.get(how, "e.jsonl")
+    if how == "symlink":
+        Path(other).symlink_to("t.jsonl")
+    elif how == "hard link":
+        Path(other).hardlink_to("t.jsonl")
+    files = ["--train_file", "t.jsonl", "--eval_file", other]
+    said = refusal(t.main, [*files, "--dry_run"], capsys)
+    assert "EVAL_FILE is TRAIN_FILE" in said and "on what was learned" in said
+    assert other == t.parse_settings([*files, "--chat"]).EVAL_FILE
+
+
+def test_two_files_of_equal_content_are_taken(tmp_path):
+    files = [tmp_path / name for name in ("t.jsonl", "e.jsonl")]
+    for file in files:
+        file.write_text("{}")
+    t.parse_settings(["--train_file", str(files[0]), "--eval_file", str(files[1])])
+
+
 # ---- --demo
 
 
