@@ -3713,12 +3713,18 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
     trackers = ("tensorboard", "wandb", "trackio")
     if package not in ("none", *trackers):
         problems.append(f"REPORT_TO is {package!r}; it must be none, {', '.join(trackers)}.")
-    elif package != "none" and not importlib.util.find_spec(package):
+    elif package != "none" and not is_installed(package):
         problems.append(
             f'REPORT_TO is "{package}", which is not installed; pip install {package}, or choose '
             '"none".'
         )
     return problems
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported; a mere folder, such as wandb's runs, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def is_same_file(one: str, other: str) -> bool:

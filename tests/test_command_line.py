@@ -626,6 +626,19 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_command(capsys):
     assert "is not installed; pip install trackio" in message and '"none"' in message
 
 
+def test_a_folder_of_a_trackers_name_is_no_package(tmp_path, monkeypatch, capsys):
+    """wandb leaves its runs in such a folder, and the script's own folder is on Python's path."""
+    with contextlib.suppress(ImportError):
+        import wandb
+
+        if getattr(wandb, "__file__", None):
+            pytest.skip("it is installed")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    message = refusal(t.main, ["--report_to", "wandb", "--dry_run"], capsys)
+    assert "is not installed; pip install wandb" in message
+
+
 # ---- the GPU
 
 
