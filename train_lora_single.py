@@ -1750,11 +1750,11 @@ def remove_checkpoint(checkpoint: Path, keep_adapter: bool) -> None:
 
 def rename_old(path: Path) -> None:
     """Add the time of its last change to the name of what an earlier run left at path, if any."""
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is there, too
         return
-    when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.lstat().st_mtime))
     aside = path.with_name(f"{path.name}.{when}")
-    while aside.exists():
+    while os.path.lexists(aside):
         aside = aside.with_name(f"{aside.name}+")
     path.rename(aside)
     report("moved", f"{path} of an earlier run is now {aside}")

@@ -207,6 +207,27 @@ def test_a_model_that_is_no_wrapper_gets_no_second_form(flags, tiny, tmp_path):
     assert f"companion={output}/final_lora " in log
 
 
+def test_links_that_lead_nowhere_are_set_aside_like_older_results(flags, tmp_path, capsys):
+    """As where an older result was moved to another disk that is not there now."""
+    output = tmp_path / "output"
+    output.mkdir()
+    for name in (*RESULTS, "run.json"):
+        (output / name).symlink_to(f"/nowhere/{name}")
+    assert run([*flags, "--max_steps", "1"]) == 0, capsys.readouterr().err
+    for name in (*RESULTS, "run.json"):
+        (renamed,) = output.glob(f"{name}.2*")
+        assert os.readlink(renamed) == f"/nowhere/{name}" and not (output / name).is_symlink()
+
+
+def test_what_is_set_aside_takes_no_others_name(tmp_path):
+    old, when = tmp_path / "final_lora", 1_700_000_000
+    for number in range(3):
+        old.symlink_to(f"/nowhere/{number}")
+        os.utime(old, (when, when), follow_symlinks=False)
+        t.rename_old(old)
+    assert {os.readlink(path) for path in tmp_path.iterdir()} == {f"/nowhere/{n}" for n in range(3)}
+
+
 def test_others_may_read_the_results(trained):
     before = os.umask(0o022)
     try:
