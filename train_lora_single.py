@@ -474,7 +474,8 @@ def parse_line(text: str, where: str, group_key: str) -> list[Example]:
                 'there, and what comes before it in "prompt"'
             )
         replies = replies[-1:]
-    eval_group = str(row.get(group_key, ""))
+    eval_group = str(row.get(group_key, "")) if group_key else ""
+    check_characters(eval_group, f"value of {one_line(json.dumps(group_key), 40)} (EVAL_GROUP)")
     return [Example(where, messages[: reply + 1], eval_group, keys=list(row)) for reply in replies]
 
 
@@ -535,15 +536,20 @@ def check_content(content: Any, number: int, role: str) -> None:
         raise ValueError(f"the content of message {number} is {shown}; it must be a text")
     if not content.strip():
         raise ValueError(f"the content of message {number} is empty; write it, or remove the line")
-    if re.search("[\ud800-\udfff]", content):
-        raise ValueError(
-            f"the content of message {number} holds half a character (a lone surrogate such as "
-            r"\ud83d); write the whole character"
-        )
+    check_characters(content, f"content of message {number}")
     if role == "assistant" and re.search("</?think>", content):
         raise ValueError(
             f"message {number} holds a <think> tag, but the model will answer without thinking; "
             "remove the tag and what is in it"
+        )
+
+
+def check_characters(text: str, what: str) -> None:
+    """Raise ValueError if a text holds half a character, which cannot be written or tokenized."""
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            rf"the {what} holds half a character (a lone surrogate such as \ud83d); write the "
+            "whole character"
         )
 
 

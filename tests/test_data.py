@@ -374,6 +374,24 @@ def test_each_example_has_its_lines_value_of_the_group_key():
     assert [one.eval_group for one in examples] == ["", "", ""]
 
 
+@pytest.mark.parametrize("value", ["\ud83d x", "x\udfff"])
+def test_a_group_with_half_a_character_is_a_bad_line(value):
+    """It could not be written into samples.md."""
+    rows = [line(**{"kind": value, "": value}, messages=conversation("ua")), GOOD]
+    examples, problems = t.read_examples(write(b"\n".join(rows)), "kind")
+    assert [one.where for one in examples] == ["data.jsonl:2"]
+    (said,) = problems
+    assert said.startswith('data.jsonl:1: the value of "kind"') and "whole character" in said
+    examples, problems = t.read_examples("data.jsonl")
+    assert [one.eval_group for one in examples] == ["", ""] and not problems
+
+
+def test_a_group_with_half_a_character_within_a_list_can_be_written():
+    row = line(kind=["\ud83d"], messages=conversation("ua"))
+    (example,), _ = t.read_examples(write(row), "kind")
+    example.eval_group.encode("utf-8")
+
+
 # ---- repeats
 
 
