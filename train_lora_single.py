@@ -3633,14 +3633,11 @@ def parse_bool(text: str) -> bool:
 def refuse_unknown_flags(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
     """Exit with status 2, naming the wrong flag and the one that was probably meant."""
     wrong = unknown[0].partition("=")[0]
-    known = [f"--{name.lower()}" for name in setting_types()]
-    known += ["--demo", "--dry_run", "--chat", "--compare"]
-    close = difflib.get_close_matches(
-        wrong.replace("-", "_").lower(), [f.replace("-", "_") for f in known], 1
-    )
+    known = [f"__{name.lower()}" for name in setting_types()]
+    known += ["__demo", "__dry_run", "__chat", "__compare"]
+    close = difflib.get_close_matches(wrong.replace("-", "_").lower(), known, 1)
     if close:
-        flag = known[[f.replace("-", "_") for f in known].index(close[0])]
-        parser.error(f"there is no flag {wrong}; did you mean {flag}?")
+        parser.error(f"there is no flag {wrong}; did you mean --{close[0][2:]}?")
     if not wrong.startswith("-"):
         parser.error(f"{wrong} stands alone; write --name_of_the_setting {wrong}")
     parser.error(f"there is no flag {wrong}; --help lists them all")
