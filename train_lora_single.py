@@ -1023,7 +1023,8 @@ def table_of_targets(job: Job, plan: Plan, model: torch.nn.Module) -> list[str]:
         parent, _, target = path.rpartition(".")
         shapes = [f"{rows:,}x{columns:,}" for rows, columns in lora_shapes(module)]
         paths_of.setdefault((target, parent.rpartition(".")[2], *shapes), []).append(path)
-    columns = "{:<12}{:<18}{:>13}{:>10}{:>10}{:>13}".format
+    width = max([12, *(len(key[0]) + 1 for key in paths_of)])
+    columns = f"{{:<{width}}}{{:<18}}{{:>13}}{{:>10}}{{:>10}}{{:>13}}".format
     lines = [columns("target", "in layers", "W (frozen)", "A", "B", "parameters")]
     order = in_order_of_settings(sorted({key[0] for key in paths_of}), job.settings)
     for key in sorted(paths_of, key=lambda key: (order.index(key[0]), key)):
@@ -1038,7 +1039,7 @@ def table_of_targets(job: Job, plan: Plan, model: torch.nn.Module) -> list[str]:
     covered = tuple(f"{path}." for path in lora_layers(model))
     for name, shape in plan.trainable_shapes.items():
         if not name.startswith(covered):  # LoraConfig asks for more than LoRA
-            lines.append(f"{one_line(name, 60):<63}{math.prod(shape):>13,}")
+            lines.append(f"{one_line(name, 60):<{width + 51}}{math.prod(shape):>13,}")
     return lines
 
 

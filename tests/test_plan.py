@@ -128,6 +128,23 @@ def test_the_table_shows_the_shapes_that_peft_makes(capsys):
     assert {(8, 32), (96, 8)} <= shapes
 
 
+def test_long_names_do_not_run_into_the_next_column(capsys):
+    config = transformers.GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=96,
+    )  # fmt: skip
+    targets = ["query_key_value", "dense_h_to_4h"]
+    t.make_plan(job_of(config, "--lora_target_modules", *targets))
+    lines = [line[10:] for line in capsys.readouterr().out.splitlines()]
+    head = next(line for line in lines if line.startswith("target "))
+    rows = [line for line in lines if line.startswith(tuple(targets))]
+    assert [row.split()[:3] for row in rows] == [
+        ["query_key_value", "2/2", "attention"], ["dense_h_to_4h", "2/2", "mlp"],
+    ]  # fmt: skip
+    assert {row.index("2/2") for row in rows} == {head.index("in layers")}
+    assert {len(row) for row in rows} == {len(head)} and len(head) <= 90
+
+
 def test_only_models_with_deltanet_are_told_of_it(tiny, capsys):
     t.make_plan(job_of(transformers.AutoConfig.from_pretrained(tiny)))
     assert "1 of 2 layers are Gated DeltaNet" in capsys.readouterr().out
