@@ -347,6 +347,7 @@ def prepare(job: Job) -> None:
             report("bad lines", join_limited(problems))
     if not problems:
         warn_of_repeats(train, held_out)
+        warn_of_unknown_group(held_out, settings.EVAL_GROUP)
     if not settings.dry_run:
         prepare_device(job)
     load_config_and_tokenizer(job)
@@ -366,6 +367,7 @@ class Example:
     eval_group: str = ""  # the line's value of the key EVAL_GROUP
     prompt_ids: list[int] = field(default_factory=list)  # tokens that are only read
     reply_ids: list[int] = field(default_factory=list)  # tokens that are learned, with the end
+    keys: list[str] = field(default_factory=list)  # all keys of the line
 
     @property
     def input_ids(self) -> list[int]:
@@ -472,8 +474,9 @@ def parse_line(text: str, where: str, group_key: str) -> list[Example]:
                 'there, and what comes before it in "prompt"'
             )
         replies = replies[-1:]
-    eval_group = str(row.get(group_key, ""))
-    return [Example(where, messages[: reply + 1], eval_group) for reply in replies]
+    eval_group = str(row.get(group_key, "")) if group_key else ""
+    check_characters(eval_group, f"value of {one_line(json.dumps(group_key), 40)} (EVAL_GROUP)")
+    return [Example(where, messages[: reply + 1], eval_group, keys=list(row)) for reply in replies]
 
 
 def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -533,15 +536,20 @@ def check_content(content: Any, number: int, role: str) -> None:
         raise ValueError(f"the content of message {number} is {shown}; it must be a text")
     if not content.strip():
         raise ValueError(f"the content of message {number} is empty; write it, or remove the line")
-    if re.search("[\ud800-\udfff]", content):
-        raise ValueError(
-            f"the content of message {number} holds half a character (a lone surrogate such as "
-            r"\ud83d); write the whole character"
-        )
+    check_characters(content, f"content of message {number}")
     if role == "assistant" and re.search("</?think>", content):
         raise ValueError(
             f"message {number} holds a <think> tag, but the model will answer without thinking; "
             "remove the tag and what is in it"
+        )
+
+
+def check_characters(text: str, what: str) -> None:
+    """Raise ValueError if a text holds half a character, which cannot be written or tokenized."""
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            rf"the {what} holds half a character (a lone surrogate such as \ud83d); write the "
+            "whole character"
         )
 
 
@@ -561,6 +569,20 @@ def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
             notes[f"{example.where} has the prompt of {twin}, so it tests nothing new"] = None
     if notes:
         report("warning", join_limited(list(notes)))
+
+
+def warn_of_unknown_group(held_out: list[Example], group_key: str) -> None:
+    """Warn of an EVAL_GROUP that no held-out line has; "kind" is silent, as it is the default."""
+    keys = dict.fromkeys(key for example in held_out for key in example.keys)
+    if not held_out or group_key in ("", "kind", *keys):
+        return
+    others = [key for key in keys if key not in ("messages", "prompt", "completion")]
+    shown = [one_line(json.dumps(key), 40) for key in others[:5]]
+    there = f"they have {', '.join(shown)}" if shown else "they have no other keys"
+    report(
+        "warning",
+        f"EVAL_GROUP is {json.dumps(group_key)}, a key that no held-out line has; {there}",
+    )
 
 
 # ==== TOKENS: what the model sees, and which part of it is learned
@@ -962,9 +984,21 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
             f"{deltanet} of {text_config.num_hidden_layers} layers are Gated DeltaNet, which has "
             "no q_proj, k_proj, v_proj and o_proj:\nthe others have them, as it should be"
         )
-    size = examples_per_step(job.settings)
-    lines.append(f"{plan.steps:,} steps of {size} examples: {why_so_many_steps(job, plan)}")
+    lines.append(f"{steps_in_words(job, plan)}: {why_so_many_steps(job, plan)}")
     report("plan", "\n".join(lines))
+
+
+def steps_in_words(job: Job, plan: Plan) -> str:
+    """Return the number of steps, and how many examples they have: an epoch's last may have fewer.
+
+    A file with fewer examples than a step would take is one step.
+    """
+    count = len(job.train)
+    size = min(examples_per_step(job.settings), count)
+    all_are_full = count % size == 0 or plan.steps < plan.steps_per_epoch
+    steps = "1 step" if plan.steps == 1 else f"{plan.steps:,} steps"
+    examples = "1 example" if size == 1 else f"{size:,} examples"
+    return f"{steps} of {'' if all_are_full else 'up to '}{examples}"
 
 
 def why_so_many_steps(job: Job, plan: Plan) -> str:
@@ -989,7 +1023,8 @@ def table_of_targets(job: Job, plan: Plan, model: torch.nn.Module) -> list[str]:
         parent, _, target = path.rpartition(".")
         shapes = [f"{rows:,}x{columns:,}" for rows, columns in lora_shapes(module)]
         paths_of.setdefault((target, parent.rpartition(".")[2], *shapes), []).append(path)
-    columns = "{:<12}{:<18}{:>13}{:>10}{:>10}{:>13}".format
+    width = max([12, *(len(key[0]) + 1 for key in paths_of)])
+    columns = f"{{:<{width}}}{{:<18}}{{:>13}}{{:>10}}{{:>10}}{{:>13}}".format
     lines = [columns("target", "in layers", "W (frozen)", "A", "B", "parameters")]
     order = in_order_of_settings(sorted({key[0] for key in paths_of}), job.settings)
     for key in sorted(paths_of, key=lambda key: (order.index(key[0]), key)):
@@ -1004,7 +1039,7 @@ def table_of_targets(job: Job, plan: Plan, model: torch.nn.Module) -> list[str]:
     covered = tuple(f"{path}." for path in lora_layers(model))
     for name, shape in plan.trainable_shapes.items():
         if not name.startswith(covered):  # LoraConfig asks for more than LoRA
-            lines.append(f"{one_line(name, 60):<63}{math.prod(shape):>13,}")
+            lines.append(f"{one_line(name, 60):<{width + 51}}{math.prod(shape):>13,}")
     return lines
 
 
@@ -1690,24 +1725,43 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def remove_old_checkpoints(folder: Path, plan: Plan, keep_whole: int) -> None:
-    """Keep the newest checkpoints whole; of older ones only the adapter at an epoch's end."""
+    """Keep the newest checkpoints whole; of older ones only the adapter at an epoch's end.
+
+    What cannot be removed is only a warning; it is tried again when the next one is saved.
+    """
     saved = checkpoints_in(folder)
+    stuck: list[str] = []
     for step in list(saved)[: len(saved) - keep_whole]:
-        if not ends_an_epoch(step, plan):
-            shutil.rmtree(saved[step])
-            continue
-        for path in saved[step].iterdir():
-            if path.is_file() and not path.name.startswith("adapter_"):
-                path.unlink()
+        try:
+            remove_checkpoint(saved[step], keep_adapter=ends_an_epoch(step, plan))
+        except OSError as error:
+            stuck.append(f"{saved[step].name} ({error.strerror or error})")
+    if stuck:
+        shown = join_limited(stuck, 3, ", ")
+        report(
+            "warning",
+            f"in {folder} old files cannot be removed: {shown}; remove them by hand, but keep an "
+            "epoch's adapter_ files",
+        )
+
+
+def remove_checkpoint(checkpoint: Path, keep_adapter: bool) -> None:
+    """Remove a checkpoint, or all of its files but the adapter's."""
+    if not keep_adapter:
+        shutil.rmtree(checkpoint)
+        return
+    for path in checkpoint.iterdir():
+        if path.is_file() and not path.name.startswith("adapter_"):
+            path.unlink()
 
 
 def rename_old(path: Path) -> None:
     """Add the time of its last change to the name of what an earlier run left at path, if any."""
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is there, too
         return
-    when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.lstat().st_mtime))
     aside = path.with_name(f"{path.name}.{when}")
-    while aside.exists():
+    while os.path.lexists(aside):
         aside = aside.with_name(f"{aside.name}+")
     path.rename(aside)
     report("moved", f"{path} of an earlier run is now {aside}")
@@ -1935,8 +1989,15 @@ def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) 
         f"loaded again from disk, the adapter's logits differ by at most {error:.2g} from the "
         f"trained\nmodel's, and by {effect:.2g} from the base model's"
     )
+    kept = "The checkpoints are still there."
+    if error == effect == 0:
+        raise SystemExit(
+            "proof: the adapter changes nothing: with it and without it the model's logits are the "
+            "same. LEARNING_RATE is too small or the steps are too few; raise one of them and "
+            f"choose another OUTPUT_DIR. {kept}"
+        )
     if not (effect > 0 and error <= effect / 10):
-        raise SystemExit(f"proof: {found}. The adapter in {folder} does not work.")
+        raise SystemExit(f"proof: {found}. So the saved adapter does not work. {kept}")
     report("proof", found)
     return reloaded
 
@@ -2053,7 +2114,7 @@ does not work without the base model.
 
 LoRA with r = {config.r}, alpha = {config.lora_alpha}, dropout {config.lora_dropout:g}, on
 {targets}: {job.plan.trainable:,} of {job.plan.total:,} parameters.
-{job.plan.steps:,} steps of {examples_per_step(settings)} examples, learning rate
+{steps_in_words(job, job.plan)}, learning rate
 {settings.LEARNING_RATE:g} ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}. This is the
 adapter of {published_label(job)}.
 
@@ -2119,6 +2180,8 @@ def card_result(job: Job) -> str:
 def card_system_message(job: Job) -> str:
     """Return what the card says about the system message to serve with."""
     messages = system_messages(job.train)
+    if not messages[0] and len(messages) > 1:
+        return "Most conversations in the training data have no system message; serve without one."
     said = "There was no system message in the training data; serve without one."
     if messages[0]:
         quotation = quoted({"content": messages[0]})
@@ -2979,10 +3042,11 @@ def compare_runs(folders: list[str]) -> None:
     runs = finished_runs(folders)
     if not runs:
         where = ", ".join(folders)
-        if any(run.get("outcome") == "finished" for run in all_runs(folders).values()):
+        finished = [run for run in all_runs(folders).values() if run.get("outcome") == "finished"]
+        if finished:
             raise SystemExit(
-                f"--compare: the finished runs in {where} had no held-out file, so they have no "
-                "losses to compare."
+                f"--compare: no finished run in {where} has held-out losses to compare: "
+                f"{why_no_losses(finished)}."
             )
         raise SystemExit(f"--compare: no run in {where} has finished.")
     newest = max(runs.values(), key=lambda run: run["started"])
@@ -3004,6 +3068,24 @@ def compare_runs(folders: list[str]) -> None:
         noun, verb = ("runs", "are") if others > 1 else ("run", "is")
         lines.append(f"{others} {noun} on other held-out examples {verb} left out")
     report("runs", "\n".join(lines))
+
+
+def why_no_losses(finished: list[dict[str, Any]]) -> str:
+    """Return for what reasons finished runs have no held-out losses, and how many for each."""
+    counts: dict[str, int] = {}
+    for run in finished:
+        parts = [run.get("settings"), run.get("evidence")]
+        if not run.keys() >= RUN_KEYS or not all(isinstance(part, dict) for part in parts):
+            reason = "the run.json of {} is damaged or of another version"
+        elif not run["settings"].get("EVAL_FILE"):
+            reason = "{} had no held-out file (EVAL_FILE)"
+        else:
+            reason = (
+                "the held-out losses of {} were not measured, since the run was stopped before or "
+                "an error prevented it (its all_logs.log tells)"
+            )
+        counts[reason] = counts.get(reason, 0) + 1
+    return "; ".join(reason.format(count) for reason, count in counts.items())
 
 
 def table_of_runs(ranked: dict[Path, dict[str, Any]], differing: list[str]) -> list[str]:
@@ -3040,7 +3122,8 @@ def held_out_of(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
 #
 # --chat loads the base model once, and OUTPUT_DIR/final_lora on top of it. The conversation begins
 # with the system message of the training data, replies are greedy (always the likeliest token), and
-# nothing is written. A pipe works too: each of its lines is answered.
+# nothing is written. A pipe works too: each of its lines is answered. The base model is that which
+# the adapter names; if its folder was moved, give the new one as MODEL_NAME.
 
 CHAT_HELP = """/base and /adapter  choose who answers
 /scale 0.5          answer with the adapter at another strength; 1 is as trained
@@ -3062,10 +3145,16 @@ def chat(job: Job) -> None:
     saved = read_json(folder / "adapter_config.json") or {}
     if "base_model_name_or_path" not in saved:
         raise SystemExit(f"--chat: {folder / 'adapter_config.json'} is damaged. Train again.")
-    job.settings.MODEL_NAME = str(saved["base_model_name_or_path"])
+    job.settings.MODEL_NAME = base_for_chat(saved, job.settings.MODEL_NAME, folder)
     job.settings.MODEL_REVISION = saved.get("revision") or "main"
     prepare_device(job)
-    load_config_and_tokenizer(job)
+    try:
+        load_config_and_tokenizer(job)
+    except SystemExit as error:
+        raise SystemExit(
+            f"{error} This name is base_model_name_or_path in {folder / 'adapter_config.json'}; "
+            "edit it there if the model has moved."
+        ) from error
     base = load_model(job.settings).to(accelerate.PartialState().device)
     try:
         model = peft.PeftModel.from_pretrained(base, folder).eval()
@@ -3077,6 +3166,27 @@ def chat(job: Job) -> None:
     system = trained_system_message(job.output)
     report("chat", f"system message: {system or '(none)'}\ntype a message, or /help")
     talk(model, job, system)
+
+
+def base_for_chat(saved: dict[str, Any], model_name: str, folder: Path) -> str:
+    """Return the base model that an adapter names, or MODEL_NAME's folder if that one is gone.
+
+    An adapter that was trained here on a model of the hub has a revision, and one that was trained
+    on a local folder has none.
+    """
+    recorded = str(saved["base_model_name_or_path"])
+    if Path(recorded).is_dir() or saved.get("revision"):
+        return recorded
+    if Path(model_name).is_dir():
+        report("chat", f"the adapter's base model {recorded} is not there; {model_name} is used")
+        return model_name
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", recorded):  # no name that the hub could have
+        raise SystemExit(
+            f"--chat: the adapter's base model {recorded} is not there. Give the folder that it is "
+            "in now as --model_name, or edit base_model_name_or_path in "
+            f"{folder / 'adapter_config.json'}."
+        )
+    return recorded
 
 
 def trained_system_message(output: Path) -> str:
@@ -3564,14 +3674,11 @@ def parse_bool(text: str) -> bool:
 def refuse_unknown_flags(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
     """Exit with status 2, naming the wrong flag and the one that was probably meant."""
     wrong = unknown[0].partition("=")[0]
-    known = [f"--{name.lower()}" for name in setting_types()]
-    known += ["--demo", "--dry_run", "--chat", "--compare"]
-    close = difflib.get_close_matches(
-        wrong.replace("-", "_").lower(), [f.replace("-", "_") for f in known], 1
-    )
+    known = [f"__{name.lower()}" for name in setting_types()]
+    known += ["__demo", "__dry_run", "__chat", "__compare"]
+    close = difflib.get_close_matches(wrong.replace("-", "_").lower(), known, 1)
     if close:
-        flag = known[[f.replace("-", "_") for f in known].index(close[0])]
-        parser.error(f"there is no flag {wrong}; did you mean {flag}?")
+        parser.error(f"there is no flag {wrong}; did you mean --{close[0][2:]}?")
     if not wrong.startswith("-"):
         parser.error(f"{wrong} stands alone; write --name_of_the_setting {wrong}")
     parser.error(f"there is no flag {wrong}; --help lists them all")
@@ -3639,7 +3746,7 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
     for name in at_least_1 + at_least_0:
         require(getattr(settings, name) < 2**31, name, "it must be at most 2,147,483,647")
     reads_data = not settings.chat and not settings.compare
-    if settings.EVAL_FILE == settings.TRAIN_FILE and reads_data:
+    if reads_data and is_same_file(settings.EVAL_FILE, settings.TRAIN_FILE):
         problems.append(
             "EVAL_FILE is TRAIN_FILE; the held-out loss would be measured on what was learned. "
             'Give another file, or "" for none.'
@@ -3650,12 +3757,25 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
     trackers = ("tensorboard", "wandb", "trackio")
     if package not in ("none", *trackers):
         problems.append(f"REPORT_TO is {package!r}; it must be none, {', '.join(trackers)}.")
-    elif package != "none" and not importlib.util.find_spec(package):
+    elif package != "none" and not is_installed(package):
         problems.append(
             f'REPORT_TO is "{package}", which is not installed; pip install {package}, or choose '
             '"none".'
         )
     return problems
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported; a mere folder, such as wandb's runs, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def is_same_file(one: str, other: str) -> bool:
+    """Return whether two names are equal, or are names of one file, as a link is."""
+    with suppress(OSError, ValueError):  # one of them does not exist
+        return os.path.samefile(one, other)
+    return one == other
 
 
 def is_main_process() -> bool:

@@ -305,6 +305,49 @@ def test_the_base_is_the_one_that_the_adapter_names_with_its_revision(talk, tmp_
     assert end.status == 1 and "a/model" in end.err and asked == [("a/model", "abc")]
 
 
+@pytest.fixture
+def moved(parrot, tmp_path):
+    """Return the output of an adapter whose model is no longer in the folder that it names."""
+    output = shutil.copytree(parrot.output, tmp_path / "output")
+    file = output / "final_lora" / "adapter_config.json"
+    change_json(file, base_model_name_or_path=str(tmp_path / "old" / "model"))
+    return output
+
+
+def test_a_model_folder_that_was_moved_may_be_given_as_a_setting(parrot, talk, moved):
+    end = talk("hello", more=["--output_dir", str(moved), "--model_name", parrot.name])
+    ids = ids_of(parrot.tokenizer, "hello")
+    assert end.replies == [("adapter", reply_by_hand(parrot, ids))]
+    (said,) = [line for line in end.out.splitlines() if "old/model" in line]
+    assert parrot.name in said
+
+
+def test_else_the_message_names_the_key_and_the_file_to_edit(talk, moved):
+    end = talk("hello", more=["--output_dir", str(moved)])
+    said = " ".join(end.err.split())
+    assert end.status == 1 and f"{moved.parent}/old/model" in said
+    assert f"base_model_name_or_path in {moved}/final_lora/adapter_config.json" in said
+    assert "--model_name" in said
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_relative_folder_that_is_gone_looks_like_a_name_on_the_hub(talk, moved, revision):
+    """The hub is asked; if it does not know the name, the key is named all the same."""
+    file = moved / "final_lora" / "adapter_config.json"
+    change_json(file, base_model_name_or_path="models/mine", revision=revision)
+    end = talk("hello", more=["--output_dir", str(moved)])
+    said = " ".join(end.err.split())
+    assert end.status == 1 and "models/mine" in said
+    assert f"base_model_name_or_path in {file}" in said
+
+
+def test_a_model_on_the_hub_is_not_replaced_by_a_folder(parrot, talk, moved):
+    file = moved / "final_lora" / "adapter_config.json"
+    change_json(file, base_model_name_or_path="a/model", revision="abc")
+    end = talk("hello", more=["--output_dir", str(moved), "--model_name", parrot.name])
+    assert end.status == 1 and "a/model" in end.err and not end.replies
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 

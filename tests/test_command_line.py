@@ -351,6 +351,28 @@ def test_a_file_is_not_held_out_from_itself(capsys):
         assert t.parse_settings([*same, *mode]).EVAL_FILE == t.TRAIN_FILE
 
 
+@pytest.mark.parametrize("how", ["a dot", "absolute", "symlink", "hard link"])
+def test_a_file_under_another_name_is_not_held_out_from_itself(how, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.jsonl").touch()
+    other = {"a dot": "./t.jsonl", "absolute": str(tmp_path / "t.jsonl")}.get(how, "e.jsonl")
+    if how == "symlink":
+        Path(other).symlink_to("t.jsonl")
+    elif how == "hard link":
+        Path(other).hardlink_to("t.jsonl")
+    files = ["--train_file", "t.jsonl", "--eval_file", other]
+    said = refusal(t.main, [*files, "--dry_run"], capsys)
+    assert "EVAL_FILE is TRAIN_FILE" in said and "on what was learned" in said
+    assert other == t.parse_settings([*files, "--chat"]).EVAL_FILE
+
+
+def test_two_files_of_equal_content_are_taken(tmp_path):
+    files = [tmp_path / name for name in ("t.jsonl", "e.jsonl")]
+    for file in files:
+        file.write_text("{}")
+    t.parse_settings(["--train_file", str(files[0]), "--eval_file", str(files[1])])
+
+
 # ---- --demo
 
 
@@ -602,6 +624,19 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_command(capsys):
         pytest.skip("it is installed")
     message = refusal(t.main, ["--report_to", "trackio", "--dry_run"], capsys)
     assert "is not installed; pip install trackio" in message and '"none"' in message
+
+
+def test_a_folder_of_a_trackers_name_is_no_package(tmp_path, monkeypatch, capsys):
+    """wandb leaves its runs in such a folder, and the script's own folder is on Python's path."""
+    with contextlib.suppress(ImportError):
+        import wandb
+
+        if getattr(wandb, "__file__", None):
+            pytest.skip("it is installed")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    message = refusal(t.main, ["--report_to", "wandb", "--dry_run"], capsys)
+    assert "is not installed; pip install wandb" in message
 
 
 # ---- the GPU

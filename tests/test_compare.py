@@ -212,26 +212,45 @@ def test_damaged_foreign_and_unfinished_files_are_passed_over(put, compare, tmp_
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [
-        ("no folder", "there is no folder"),
-        ("nothing", "no run in"),
-        ("unfinished", "no run in"),
-        ("without losses", "no held-out file"),
-    ],
+    [("no folder", "there is no folder"), ("nothing", "no run in"), ("unfinished", "no run in")],
 )
 def test_without_a_run_to_compare_there_is_one_message_that_says_why(put, tmp_path, content, said):
     if content == "unfinished":
         put("a/run.json", outcome="running")
-    elif content == "without losses":
-        record = put("a/run.json")
-        text = json.dumps(record | {"evidence": {}})
-        (tmp_path / "a/run.json").write_text(text, encoding="utf-8")
     elif content == "nothing":
         (tmp_path / "a").mkdir()
     with pytest.raises(SystemExit) as stop:
         t.main(["--compare", str(tmp_path / "a")])
     message = str(stop.value.code)
     assert said in message and str(tmp_path / "a") in message
+
+
+NO_FILE = {"settings": {"EVAL_FILE": ""}, "evidence": {}}
+NOT_MEASURED = {"settings": {"EVAL_FILE": "eval.jsonl"}, "evidence": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([NO_FILE], ["1 had no held-out file (EVAL_FILE)"]),
+        ([NOT_MEASURED], ["the held-out losses of 1 were not measured", "all_logs.log"]),
+        (
+            [NO_FILE, NOT_MEASURED, NOT_MEASURED],
+            ["1 had no held-out file (EVAL_FILE)", "the held-out losses of 2 were not measured"],
+        ),
+        ([{"settings": None, "evidence": {}}], ["the run.json of 1 is damaged"]),
+        ([{"evidence": [1]}], ["the run.json of 1 is damaged or of another version"]),
+    ],
+)
+def test_the_true_reason_is_said_why_finished_runs_have_no_losses(put, tmp_path, changes, said):
+    for number, change in enumerate(changes):
+        path = tmp_path / f"a/{number}/run.json"
+        path.write_text(json.dumps(put(f"a/{number}/run.json") | change), encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        t.main(["--compare", str(tmp_path / "a")])
+    message = " ".join(str(stop.value.code).split())
+    assert str(tmp_path / "a") in message and all(text in message for text in said)
+    assert message.count("held-out file") == (NO_FILE in changes)
 
 
 def test_a_folder_that_does_not_exist_is_not_passed_over(put, tmp_path):

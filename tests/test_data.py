@@ -374,6 +374,24 @@ def test_each_example_has_its_lines_value_of_the_group_key():
     assert [one.eval_group for one in examples] == ["", "", ""]
 
 
+@pytest.mark.parametrize("value", ["\ud83d x", "x\udfff"])
+def test_a_group_with_half_a_character_is_a_bad_line(value):
+    """It could not be written into samples.md."""
+    rows = [line(**{"kind": value, "": value}, messages=conversation("ua")), GOOD]
+    examples, problems = t.read_examples(write(b"\n".join(rows)), "kind")
+    assert [one.where for one in examples] == ["data.jsonl:2"]
+    (said,) = problems
+    assert said.startswith('data.jsonl:1: the value of "kind"') and "whole character" in said
+    examples, problems = t.read_examples("data.jsonl")
+    assert [one.eval_group for one in examples] == ["", ""] and not problems
+
+
+def test_a_group_with_half_a_character_within_a_list_can_be_written():
+    row = line(kind=["\ud83d"], messages=conversation("ua"))
+    (example,), _ = t.read_examples(write(row), "kind")
+    example.eval_group.encode("utf-8")
+
+
 # ---- repeats
 
 
@@ -422,6 +440,43 @@ def test_a_repeated_prompt_in_the_other_form_is_warned_of(capsys):
 def test_the_first_20_repeats_are_named_and_the_others_counted(capsys):
     found, out = repeats(capsys, chats("A|x"), chats(*["A|x"] * 45))
     assert found == [(f"e:{n}", "t:1") for n in range(1, 21)] and "25 more" in out
+
+
+# ---- a misspelt EVAL_GROUP
+
+
+def warnings_of_group(capsys, group, *rows):
+    """Return the warnings of a dry run with these held-out lines; no model is found for it."""
+    write(chats("A|x"), "t"), write(b"\n".join(rows), "e")
+    flags = ["--dry_run", "--train_file", "t", "--eval_file", "e", "--model_name", "/none"]
+    with pytest.raises(SystemExit):
+        t.main([*flags, "--device", "cpu", "--eval_group", group])
+    return re.findall("^warning +(.*(?:\n {10}.*)*)", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_misspelt_group_is_warned_of_once_with_the_keys_there_are(capsys):
+    rows = [
+        line(messages=talk_of("B", "y"), topic="a", source="b"),
+        line(messages=talk_of("C", "z"), **{f"key {n}": n for n in range(5)}),
+    ]
+    (said,) = warnings_of_group(capsys, "topics", *rows)
+    assert 'EVAL_GROUP is "topics"' in said and said.count("\n") == 0
+    assert re.findall(r'"(\w[^"]*)"', said)[1:] == ["topic", "source", "key 0", "key 1", "key 2"]
+    assert "messages" not in said
+
+
+def test_a_group_where_there_are_no_other_keys_is_warned_of(capsys):
+    (said,) = warnings_of_group(capsys, "topic", line(messages=talk_of("B", "y")))
+    assert 'EVAL_GROUP is "topic"' in said and "no other" in said
+
+
+@pytest.mark.parametrize("group", ["topic", "blank", "kind", ""])
+def test_a_group_that_a_line_has_none_and_the_default_are_not_warned_of(capsys, group):
+    rows = [
+        line(messages=talk_of("B", "y"), other=1),
+        line(messages=talk_of("C", "z"), topic="a", blank=""),
+    ]
+    assert warnings_of_group(capsys, group, *rows) == []
 
 
 # ---- any bytes

@@ -128,6 +128,23 @@ def test_the_table_shows_the_shapes_that_peft_makes(capsys):
     assert {(8, 32), (96, 8)} <= shapes
 
 
+def test_long_names_do_not_run_into_the_next_column(capsys):
+    config = transformers.GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=96,
+    )  # fmt: skip
+    targets = ["query_key_value", "dense_h_to_4h"]
+    t.make_plan(job_of(config, "--lora_target_modules", *targets))
+    lines = [line[10:] for line in capsys.readouterr().out.splitlines()]
+    head = next(line for line in lines if line.startswith("target "))
+    rows = [line for line in lines if line.startswith(tuple(targets))]
+    assert [row.split()[:3] for row in rows] == [
+        ["query_key_value", "2/2", "attention"], ["dense_h_to_4h", "2/2", "mlp"],
+    ]  # fmt: skip
+    assert {row.index("2/2") for row in rows} == {head.index("in layers")}
+    assert {len(row) for row in rows} == {len(head)} and len(head) <= 90
+
+
 def test_only_models_with_deltanet_are_told_of_it(tiny, capsys):
     t.make_plan(job_of(transformers.AutoConfig.from_pretrained(tiny)))
     assert "1 of 2 layers are Gated DeltaNet" in capsys.readouterr().out
@@ -155,7 +172,9 @@ def test_steps_are_counted_and_their_formula_is_shown(
     found = t.make_plan(job_of(tiny_config("Llama"), *flags, n_train=n))
     assert (found.steps_per_epoch, found.steps) == (per_epoch, steps)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " steps of " in line]
-    assert f"{steps} steps of {batch * accumulation} examples: " in line
+    size = f"{n}" if n < batch * accumulation else f"{batch * accumulation}"
+    is_even = n % int(size) == 0 or steps < per_epoch
+    assert f" {steps} steps of {'' if is_even else 'up to '}{size} examples: " in line
     whole = per_epoch * epochs
     if steps == whole:
         assert line.endswith(f"ceil({n:,} / ({batch} x {accumulation})) x {epochs}")
@@ -164,6 +183,25 @@ def test_steps_are_counted_and_their_formula_is_shown(
     assert line.endswith(f"MAX_STEPS stops the {whole} steps of {epochs} {noun}")
     seen = f"{steps * batch * accumulation} of the {n:,} examples; "
     assert (seen in line) == (steps < per_epoch)
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "most", "said"),
+    [
+        (16, 100, 0, "1 step of 16 examples"),
+        (16, 16, 0, "1 step of 16 examples"),
+        (17, 16, 0, "2 steps of up to 16 examples"),
+        (17, 16, 1, "1 step of 16 examples"),  # the step that is not full comes last
+        (2, 1, 0, "2 steps of 1 example"),
+    ],
+)
+def test_the_plan_and_the_card_say_how_many_examples_a_step_has(capsys, n, size, most, said):
+    flags = ["--batch_size", size, "--gradient_accumulation_steps", 1, "--num_epochs", 1]
+    job = job_of(tiny_config("Llama"), *flags, "--max_steps", most, n_train=n)
+    job.plan = t.make_plan(job)
+    assert f" {said}: " in capsys.readouterr().out
+    job.train[0].messages.append({"role": "user", "content": "Hi"})
+    assert f"\n{said}, learning rate" in t.card_text(job)
 
 
 # ---- targets ------------------------------------------------------------------------------------

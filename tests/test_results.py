@@ -207,6 +207,27 @@ def test_a_model_that_is_no_wrapper_gets_no_second_form(flags, tiny, tmp_path):
     assert f"companion={output}/final_lora " in log
 
 
+def test_links_that_lead_nowhere_are_set_aside_like_older_results(flags, tmp_path, capsys):
+    """As where an older result was moved to another disk that is not there now."""
+    output = tmp_path / "output"
+    output.mkdir()
+    for name in (*RESULTS, "run.json"):
+        (output / name).symlink_to(f"/nowhere/{name}")
+    assert run([*flags, "--max_steps", "1"]) == 0, capsys.readouterr().err
+    for name in (*RESULTS, "run.json"):
+        (renamed,) = output.glob(f"{name}.2*")
+        assert os.readlink(renamed) == f"/nowhere/{name}" and not (output / name).is_symlink()
+
+
+def test_what_is_set_aside_takes_no_others_name(tmp_path):
+    old, when = tmp_path / "final_lora", 1_700_000_000
+    for number in range(3):
+        old.symlink_to(f"/nowhere/{number}")
+        os.utime(old, (when, when), follow_symlinks=False)
+        t.rename_old(old)
+    assert {os.readlink(path) for path in tmp_path.iterdir()} == {f"/nowhere/{n}" for n in range(3)}
+
+
 def test_others_may_read_the_results(trained):
     before = os.umask(0o022)
     try:
@@ -307,20 +328,43 @@ def test_a_file_that_is_not_as_trained_is_refused_by_the_tensors_name(adapted, t
 
 
 USELESS = {
-    "all B are zero": lambda x: [x[name].zero_() for name in x if "lora_B" in name],
     "infinite": lambda x: x[f"{UP}.lora_B.weight"][0, 0].fill_(math.inf),
     "no number": lambda x: x[f"{UP}.lora_A.weight"][0, 0].fill_(math.nan),
-    "too small to matter": lambda x: [tensor.fill_(1e-30) for tensor in x.values()],
 }
 
 
 @pytest.mark.parametrize("how", USELESS)
-def test_an_adapter_that_does_nothing_is_refused_though_saved_as_trained(adapted, tmp_path, how):
+def test_an_adapter_of_no_use_is_refused_though_saved_as_trained(adapted, tmp_path, how):
     with torch.no_grad():
         USELESS[how](get_peft_model_state_dict(adapted))  # the parameters themselves
     adapted.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match=r"(?s)^proof: .*(does not work|not numbers)"):
         t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
+
+
+NOTHING = {
+    "all B are zero": lambda x: [x[name].zero_() for name in x if "lora_B" in name],
+    "too small to matter": lambda x: [tensor.fill_(1e-30) for tensor in x.values()],
+}
+
+
+@pytest.mark.parametrize("how", NOTHING)
+def test_an_adapter_that_changes_nothing_is_refused_with_the_reason(adapted, tmp_path, how):
+    with torch.no_grad():
+        NOTHING[how](get_peft_model_state_dict(adapted))
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
+    said = " ".join(str(stop.value).split())
+    assert said.startswith("proof: ") and "changes nothing" in said and "does not work" not in said
+
+
+def test_a_rate_that_is_too_small_is_named_and_no_folder_that_is_gone(flags, tmp_path, capsys):
+    assert run([*flags, "--learning_rate", "1e-30", "--max_steps", "1"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the adapter changes nothing" in said and "LEARNING_RATE" in said
+    assert ".partial" not in said and "checkpoints are still there" in said
+    assert t.newest_complete(tmp_path / "output" / "checkpoints")
 
 
 CONFIGS = {
@@ -587,6 +631,13 @@ def test_data_without_a_system_message_is_served_without_one(flags, trained, tmp
     text = read(job.output / "final_lora" / "README.md")
     assert "no system message" in text and "\n>" not in text
     assert record_of(job.output)["system_message"] == ""
+
+
+def test_where_most_lines_have_no_system_message_the_card_says_that_alone(trained, tmp_path):
+    rewrite(tmp_path / "train.jsonl", lambda number: "Be odd." if number < 2 else "")
+    _, job = trained()
+    said = "Most conversations in the training data have no system message; serve without one."
+    assert t.card_system_message(job) == said
 
 
 def test_of_several_system_messages_the_most_frequent_is_quoted_whole(flags, trained, tmp_path):

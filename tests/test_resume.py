@@ -604,6 +604,38 @@ def test_checkpoints_hold_what_resuming_needs_and_older_ones_less(interrupted, f
     assert kept == {f"checkpoints/checkpoint-{n}/{name}" for n in (4, 8) for name in ADAPTER_FILES}
 
 
+def test_old_checkpoints_that_cannot_be_removed_are_one_warning_each_time(
+    flags, tmp_path, monkeypatch, capsys
+):
+    """As on a network's file system, where a file that is open elsewhere cannot be removed."""
+    rmtree, unlink = shutil.rmtree, Path.unlink
+
+    def stuck_folder(path, *given, **how):
+        if Path(path).name == "checkpoint-3":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmtree(path, *given, **how)
+
+    def stuck_file(path, *given, **how):
+        if path.parent.name == "checkpoint-4" and path.name == "optimizer.pt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        unlink(path, *given, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", stuck_folder)
+    monkeypatch.setattr(Path, "unlink", stuck_file)
+    output = tmp_path / "output"
+    assert run(command(flags, output)) == 0
+    out = capsys.readouterr().out
+    said = [line for line in out.splitlines() if line.startswith("warning ")]
+    assert [re.findall(r"checkpoint-\d", line) for line in said] == [["checkpoint-3"]] + [
+        ["checkpoint-3", "checkpoint-4"]
+    ] * 2
+    assert all(f"{output}/checkpoints" in line and "by hand" in line for line in said)
+    assert "Directory not empty" in said[0] and "Permission denied" in said[1]
+    assert json.loads((output / "run.json").read_bytes())["outcome"] == "finished"
+    left = {path.name for path in (output / "checkpoints").iterdir()}
+    assert left == {"checkpoint-3", "checkpoint-4", "checkpoint-8"}  # 6 is removed all the same
+
+
 CHECKPOINT_FILES = """adapter_config.json adapter_model.safetensors optimizer.pt scheduler.pt
 rng_state.pth trainer_state.json complete.json"""
 
