@@ -3151,6 +3151,8 @@ def chat(job: Job) -> None:
     try:
         load_config_and_tokenizer(job)
     except SystemExit as error:
+        if saved["base_model_name_or_path"] != job.settings.MODEL_NAME:
+            raise
         raise SystemExit(
             f"{error} This name is base_model_name_or_path in {folder / 'adapter_config.json'}; "
             "edit it there if the model has moved."

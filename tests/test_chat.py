@@ -322,6 +322,13 @@ def test_a_model_folder_that_was_moved_may_be_given_as_a_setting(parrot, talk, m
     assert parrot.name in said
 
 
+def test_a_given_folder_without_a_model_is_not_said_to_be_the_adapters(talk, moved):
+    (moved.parent / "empty").mkdir()
+    end = talk("hello", more=["--output_dir", str(moved), "--model_name", f"{moved.parent}/empty"])
+    assert end.status == 1 and f"MODEL_NAME {moved.parent}/empty" in end.err
+    assert "base_model_name_or_path" not in end.err
+
+
 def test_else_the_message_names_the_key_and_the_file_to_edit(talk, moved):
     end = talk("hello", more=["--output_dir", str(moved)])
     said = " ".join(end.err.split())
