@@ -2181,7 +2181,7 @@ def card_system_message(job: Job) -> str:
     """Return what the card says about the system message to serve with."""
     messages = system_messages(job.train)
     if not messages[0] and len(messages) > 1:
-        return "Most conversations in the training data have no system message; serve without one."
+        return "The training data most often have no system message; serve without one."
     said = "There was no system message in the training data; serve without one."
     if messages[0]:
         quotation = quoted({"content": messages[0]})
