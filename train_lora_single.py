@@ -2566,10 +2566,7 @@ def conclusions(rows: dict[str, Any], gain: Estimate, lines: int, job: Job) -> l
             f"{FEWEST_LINES} are needed."
         ]
     elif not (gain.is_clear and gain.value > 0):
-        sentences = [
-            "The adapter is not better than the base model by more than twice the error, so its "
-            "parts say nothing. More steps or a higher LEARNING_RATE may help."
-        ]
+        sentences = [about_no_gain(rows, gain)]
     else:
         sentences = [about_alpha(rows), about_targets(rows), about_rank(rows, job)]
     if not job.plan.only_lora:
@@ -2588,6 +2585,23 @@ def judge(row: dict[str, Any]) -> str:
         return "better" if change.value < 0 else "worse"
     largest = abs(share.value - 1) + 2 * share.error
     return "same" if largest < LARGEST_DIFFERENCE else "unclear"
+
+
+def about_no_gain(rows: dict[str, Any], gain: Estimate) -> str:
+    """Return the sentence on an adapter that is not clearly better than the base model."""
+    weaker = [row for label, row in rows.items() if label in ("update x 0.5", "update x 0.75")]
+    changes = [Estimate(**row["change"]) for row in weaker]
+    is_too_strong = any(change.value < -3 * change.error for change in changes)
+    if gain.is_clear or is_too_strong:
+        return (
+            f"The adapter is {'worse' if gain.is_clear else 'not better'} than the base model, and "
+            "went too far: try fewer epochs, a lower LEARNING_RATE or a smaller LORA_ALPHA. Of its "
+            "parts nothing more is said."
+        )
+    return (
+        "The adapter is not better than the base model by more than twice the error, so its parts "
+        "say nothing. More steps or a higher LEARNING_RATE may help."
+    )
 
 
 def about_alpha(rows: dict[str, Any]) -> str:
