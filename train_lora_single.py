@@ -2181,7 +2181,7 @@ def card_system_message(job: Job) -> str:
     """Return what the card says about the system message to serve with."""
     messages = system_messages(job.train)
     if not messages[0] and len(messages) > 1:
-        return "The training data most often have no system message; serve without one."
+        return "Most often a training conversation has no system message; serve without one."
     said = "There was no system message in the training data; serve without one."
     if messages[0]:
         quotation = quoted({"content": messages[0]})
@@ -2546,7 +2546,7 @@ def cut_to(layers: dict[str, Any], rank: int) -> Iterator[None]:
 # error together are less than the second: otherwise the examples are too few to tell.
 SMALLEST_DIFFERENCE = 0.02
 LARGEST_DIFFERENCE = 0.05
-# From so many held-out lines on anything is concluded: with fewer, the errors are uncertain, too.
+# With fewer held-out lines nothing is concluded, since the errors themselves are too uncertain.
 FEWEST_LINES = 10
 
 
@@ -2558,12 +2558,12 @@ def conclusions(rows: dict[str, Any], gain: Estimate, lines: int, job: Job) -> l
     What each sentence may claim was tested by training the alternatives; README.md shows how.
 
     Args:
-        lines: of how many lines of the held-out file the examples are.
+        lines: the number of lines in the held-out file that the measured examples come from.
     """
     if lines < FEWEST_LINES:
         sentences = [
-            f"Held-out examples from {lines} of the file's lines are too few to tell anything: "
-            f"{FEWEST_LINES} are needed."
+            f"The held-out lines are too few to tell anything: {lines} measured, "
+            f"{FEWEST_LINES} needed."
         ]
     elif not (gain.is_clear and gain.value > 0):
         sentences = [about_no_gain(rows, gain)]
@@ -2594,9 +2594,9 @@ def about_no_gain(rows: dict[str, Any], gain: Estimate) -> str:
     is_too_strong = any(change.value < -3 * change.error for change in changes)
     if gain.is_clear or is_too_strong:
         return (
-            f"The adapter is {'worse' if gain.is_clear else 'not better'} than the base model, and "
-            "went too far: try fewer epochs, a lower LEARNING_RATE or a smaller LORA_ALPHA. Of its "
-            "parts nothing more is said."
+            f"The adapter is {'worse' if gain.is_clear else 'not better'} than the base model, "
+            "because the run went too far. Try fewer epochs, a lower LEARNING_RATE or a smaller "
+            "LORA_ALPHA. What its parts are worth cannot be said."
         )
     return (
         "The adapter is not better than the base model by more than twice the error, so its parts "
@@ -2635,7 +2635,7 @@ def about_alpha(rows: dict[str, Any]) -> str:
 
 
 def about_targets(rows: dict[str, Any]) -> str:
-    """Return the sentence on attention, feed-forward, DeltaNet and what else has targets."""
+    """Return the sentence on attention, feed-forward, DeltaNet and any other group of targets."""
     is_layers = re.compile(r"layers? \d").match
     names = [name for name in rows if name.endswith(" alone") and not is_layers(name)]
     if not names:
@@ -2862,7 +2862,8 @@ def draw_losses(axes: Any, job: Job) -> None:
     """Draw each step's loss thinly, their running mean boldly, and the held-out losses."""
     losses = job.logged("loss")
     steps, values = list(losses), list(losses.values())
-    width = max(1, len(values) // 30, min(10, len(values) // 4))  # for short runs, too
+    # The mean is over a thirtieth of a long run, and over up to ten steps of a short one.
+    width = max(1, len(values) // 30, min(10, len(values) // 4))
     means = [statistics.fmean(values[max(0, n - width) : n]) for n in range(1, len(values) + 1)]
     axes.plot(steps, values, color="0.75", linewidth=0.7, label="training, each step")
     if width > 1:

@@ -636,7 +636,7 @@ def test_data_without_a_system_message_is_served_without_one(flags, trained, tmp
 def test_where_most_lines_have_no_system_message_the_card_says_that_alone(trained, tmp_path):
     rewrite(tmp_path / "train.jsonl", lambda number: "Be odd." if number < 2 else "")
     _, job = trained()
-    said = "The training data most often have no system message; serve without one."
+    said = "Most often a training conversation has no system message; serve without one."
     assert t.card_system_message(job) == said
 
 
