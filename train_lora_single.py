@@ -1,16 +1,17 @@
-"""Train a LoRA adapter for Qwen3.5-4B on your conversations, on one GPU, and measure its worth.
+"""Train a LoRA adapter for Qwen3.5-4B on your conversations, on one GPU.
 
 It is made for Linux; on Windows it runs in WSL.
 
     python train_lora_single.py              train on data/train.jsonl; write output/final_lora
     python train_lora_single.py --dry_run    check the data and print the plan; needs no GPU
     python train_lora_single.py --demo       the whole job in a minute, on a CPU, with a toy model
-    python train_lora_single.py --chat       talk to output/final_lora
-    python train_lora_single.py --compare DIR ...            which finished run is better?
     python train_lora_single.py --lora_r 16 --lora_alpha 32  every setting below is also a flag
 
+At the end of a run inspect_lora.py, if it lies beside this file, measures what the adapter is
+worth. It also talks to an adapter and compares runs: python inspect_lora.py --help.
+
 The sections of this file, with the questions that they answer. The first three are the heart.
-To jump to any other, search for its name behind four equals signs, such as "==== MEMORY":
+To jump to any other, search for its name after four equals signs, such as "==== MEMORY":
 
     SETTINGS          What can be changed, and how is a setting added?
     THE RUN           What happens, and in which order?
@@ -21,10 +22,7 @@ To jump to any other, search for its name behind four equals signs, such as "===
     TRAINING          How is a step done? What happens on Ctrl-C, at any moment?
     MEMORY            What if a step does not fit in the GPU's memory?
     CHECKPOINTS       When is a run resumed, and when is a checkpoint refused?
-    PUBLISHING        Which files does a run leave, and what proves that the adapter works?
-    EVIDENCE          What were r, alpha and the targets worth? What may not be concluded?
-    COMPARING         Which of several runs is better, and is the difference more than chance?
-    CHAT              How does one talk to the adapter?
+    PUBLISHING        Which files does a run leave, and how is the adapter verified?
     FLOAT16 PRODUCTS  What is different on a V100, and who decides it?
     COMMAND LINE      How do flags, the log, exit statuses and messages work?
 """
@@ -33,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import contextlib
 import difflib
 import errno
 import functools
@@ -41,6 +38,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -127,10 +125,10 @@ LORA_TARGET_MODULES: list[str] = [  # the layers that LoRA is added to, by name
 # Training.
 NUM_EPOCHS: int = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS: int = 0  # stop after this many steps, to try things out; 0 for all epochs
-# Only the product of these two counts: how many examples of a step go through the GPU at once is
+# Only the product of these two counts. How many examples of a step go through the GPU at once is
 # found by trying, see MEMORY.
 BATCH_SIZE: int = 2  # examples in a step = BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS
-GRADIENT_ACCUMULATION_STEPS: int = 2  # the other factor; memory depends on neither
+GRADIENT_ACCUMULATION_STEPS: int = 2  # the other factor
 LEARNING_RATE: float = 2e-4  # the highest rate; lower it if the loss jumps
 LR_SCHEDULER_TYPE: Literal[  # the shape of the learning rate after its rise
     "cosine", "linear", "constant_with_warmup"
@@ -144,13 +142,13 @@ LOGGING_STEPS: int = 10  # a line is printed every so many steps
 SAVE_STEPS: int = 50  # a checkpoint every so many steps: the most that a crash can lose
 PUBLISH: Literal["last", "best"] = "last"  # the epoch for final_lora; "best" by held-out loss
 REPORT_TO: str = "none"  # also log to "tensorboard", "wandb" or "trackio", if it is installed
-EVIDENCE_EXAMPLES: int = 200  # held-out examples that measure r, alpha and targets; 0 for none
+EVIDENCE_EXAMPLES: int = 100  # held-out examples that measure r, alpha and targets; 0 for none
 EVAL_GROUP: str = "kind"  # the key that groups held-out lines in the report; "" for none
-NUM_SAMPLES: int = 6  # held-out prompts answered in samples.md; more for more kinds, up to 20
+NUM_SAMPLES: int = 6  # at least so many held-out prompts, and one of each kind, in samples.md
 MAX_NEW_TOKENS: int = 200  # a reply is cut after this many tokens
 
 # Products of matrices.
-MATMUL: Literal["auto", "dtype", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "auto" measures
+MATMUL: Literal["auto", "native", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "auto" measures
 
 
 # ==== THE RUN: the whole job
@@ -159,10 +157,7 @@ MATMUL: Literal["auto", "dtype", "float16"] = "auto"  # see FLOAT16 PRODUCTS; "a
 
 
 def run(job: Job) -> None:
-    """Train, publish and explain one adapter.
-
-    A Job holds the settings and what is found out on the way; it is defined in COMMAND LINE.
-    """
+    """Train and publish one adapter. A Job holds the settings, and what is found on the way."""
     prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
     if job.settings.dry_run:
         report("done", "Nothing was trained. Without --dry_run the same command starts this run.")
@@ -176,8 +171,45 @@ def run(job: Job) -> None:
     if not is_main_process():
         return
     adapter = publish(trainer, job)  # PUBLISHING: write, load again, compare, move into place
-    show_evidence(adapter, job)  # EVIDENCE: what r, alpha and the targets were worth
-    summarize(job)  # EVIDENCE: the verdict, and what to do next
+    measure_worth(adapter, job)  # by inspect_lora.py, if it lies beside this file
+    summarize(job)  # PUBLISHING: the verdict, and what to do next
+
+
+@dataclass
+class Job:
+    """What a run is given, and what it finds out step by step."""
+
+    settings: argparse.Namespace
+    config: transformers.PretrainedConfig | None = None
+    chat_format: ChatFormat | None = None  # how conversations become tokens
+    train: list[Example] = field(default_factory=list)
+    held_out: list[Example] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
+    plan: Plan | None = None
+    device_name: str = ""
+    # Which products are used, "native" or "float16", and what was measured of both.
+    matmul: dict[str, Any] = field(default_factory=lambda: {"used": "native"})
+    token_limits: MemoryLimits | None = None
+    checkpoint: Path | None = None  # the one to resume from
+    started: float = 0.0  # seconds since 1970
+    history: list[dict[str, float]] = field(default_factory=list)  # what the trainer logged
+    train_seconds: float = 0.0  # of optimizer steps in this process, evaluation apart
+    train_tokens: int = 0  # of these steps
+    peak_gib: float = 0.0  # GPU memory that torch had in use at the most
+    saves_before_stopping: bool = False  # a signal waits until the step is finished and saved
+    stop_signal: int = 0  # the signal that asks the run to stop
+    published: str = ""  # which epoch became final_lora
+    adapter_sha256: dict[str, str] = field(default_factory=dict)  # of the published files
+    findings: dict[str, Any] = field(default_factory=dict)  # what inspect_lora.py found
+
+    @property
+    def output(self) -> Path:
+        """The folder of the results."""
+        return Path(self.settings.OUTPUT_DIR)
+
+    def logged(self, key: str) -> dict[int, float]:
+        """Return {step: value} of "loss" or "eval_loss"; the eval loss at step 0 is the base's."""
+        return logged(self.history, key)
 
 
 # ==== MODEL AND LORA: the heart
@@ -219,7 +251,7 @@ def build_trainer(job: Job) -> trl.SFTTrainer:
         args=training_config(job),
         train_dataset=to_dataset(job.train),  # TRL's collator pads each step
         eval_dataset=to_dataset(job.held_out) if job.held_out else None,
-        processing_class=job.tokenizer,
+        processing_class=job.chat_format.tokenizer,
     )
     trainer.job, trainer.sampler = job, LikeLengthsSampler(job)
     trainer.add_callback(training_callback(trainer))  # prints, checks, saves and stops
@@ -275,7 +307,7 @@ def training_config(job: Job) -> trl.SFTConfig:
         bf16=False,  # no autocast: the weights have their type already
         use_cpu=settings.DEVICE == "cpu",
         dataset_kwargs={"skip_prepare_dataset": True},  # TRL must not render, cut or pack
-        eos_token=job.tokenizer.eos_token,
+        eos_token=job.chat_format.tokenizer.eos_token,
         eval_strategy="epoch" if job.held_out else "no",
         eval_on_start=bool(job.held_out) and not job.checkpoint,  # the base model's loss
         save_strategy="epoch",  # and every SAVE_STEPS steps, see TRAINING
@@ -326,8 +358,9 @@ def load_model(settings: argparse.Namespace) -> transformers.PreTrainedModel:
 # assistant take turns, and a reply comes last. Other keys of the line are ignored, except "tools",
 # which is refused, and the held-out lines' EVAL_GROUP.
 #
-# Every line of both files is checked. What is wrong is listed at once, by file and line (at most 20
-# of them), before torch is imported, and then nothing is trained.
+# Every line of both files is checked. All problems are reported together, by file and line (at most
+# 20 of them), before torch is imported, and nothing is trained. What only the tokenizer can see is
+# checked after that, in TOKENS.
 
 
 def prepare(job: Job) -> None:
@@ -336,26 +369,43 @@ def prepare(job: Job) -> None:
     This is all that comes before the weights: the sections DATA, TOKENS and PLAN.
     """
     settings = job.settings
-    train, problems = read_examples(settings.TRAIN_FILE)
-    held_out: list[Example] = []
-    try:
-        if settings.EVAL_FILE:
-            held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
-            problems += more_problems
-    finally:  # also if there is no such file; encode() adds what only the tokenizer can see
-        if problems:
-            report("bad lines", join_limited(problems))
-    if not problems:
-        warn_of_repeats(train, held_out)
-        warn_of_unknown_group(held_out, settings.EVAL_GROUP)
+    train, held_out = read_both_files(settings)
+    warn_of_repeats(train, held_out)
+    warn_of_unknown_group(held_out, settings.EVAL_GROUP)
     if not settings.dry_run:
-        prepare_device(job)
-    load_config_and_tokenizer(job)
-    job.train, job.held_out = encode(job, train, held_out, problems)
+        job.device_name = prepare_device(settings)
+    job.config, job.chat_format = load_config_and_tokenizer(settings)
+    job.train, job.held_out = encode(job, train, held_out)
     job.data = report_tokens(job)
-    show_example(job.train[0], job.tokenizer)
+    show_example(job.train[0], job.chat_format.tokenizer)
     job.plan = make_plan(job)
     check_multi_gpu_split(job)
+
+
+def read_both_files(settings: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+    """Return the examples of both files; exit with all that is wrong with any line."""
+    train, problems = read_examples(settings.TRAIN_FILE)
+    held_out: list[Example] = []
+    if settings.EVAL_FILE:
+        try:
+            held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
+            problems += more_problems
+        except SystemExit as error:  # there is no such file, which is one more problem
+            if not problems:
+                raise
+            problems.append(str(error))
+    stop_if_bad(problems)
+    return train, held_out
+
+
+def stop_if_bad(problems: list[str]) -> None:
+    """Exit with the first problems, and their number, if there are any."""
+    if problems:
+        noun = "problems" if len(problems) > 1 else "problem"
+        raise SystemExit(
+            f"{join_limited(problems)}\nThe data has {len(problems):,} {noun}, so nothing was "
+            "trained."
+        )
 
 
 @dataclass
@@ -393,10 +443,18 @@ FORM_RULE = (
 )
 
 
-def read_examples(path: str, group_key: str = "") -> tuple[list[Example], list[str]]:
+def read_examples(
+    path: str, group_key: str = "", accepts_sharegpt: bool = False, accepts_thinking: bool = False
+) -> tuple[list[Example], list[str]]:
     """Return a file's examples, and a description of every line that is not as it should be.
 
     Nothing here needs a model or a heavy library. Exits if the file cannot be read or is empty.
+
+    Args:
+        path: a JSONL file.
+        group_key: the key of a line whose value becomes Example.eval_group.
+        accepts_sharegpt: take lines in the ShareGPT form, too; training does not.
+        accepts_thinking: take replies with a <think> part, too; training does not.
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
@@ -422,9 +480,13 @@ def read_examples(path: str, group_key: str = "") -> tuple[list[Example], list[s
     for number, line in enumerate(lines, 1):
         where = f"{shown}:{number}"
         try:
-            text = line.decode("utf-8-sig").strip()  # files that were joined have a mark each
+            # Concatenated files may each start with a byte order mark.
+            text = line.decode("utf-8-sig").strip()
             if text:
-                examples += parse_line(text, where, group_key)
+                row = parse_row(text)
+                if accepts_sharegpt:
+                    row = from_sharegpt(row)
+                examples += examples_of(row, where, group_key, accepts_thinking)
         except UnicodeDecodeError as error:
             problems.append(
                 f"{where}: this is not UTF-8 (byte {error.start + 1}); save it as UTF-8"
@@ -446,11 +508,8 @@ def is_json_array(lines: list[bytes]) -> bool:
     return first == b"[" or first.startswith((b"[{", b"[ {"))
 
 
-def parse_line(text: str, where: str, group_key: str) -> list[Example]:
-    """Return one example for each reply that a line teaches, or raise ValueError.
-
-    A line with "completion" teaches that one reply; a line with "messages" teaches every reply.
-    """
+def parse_row(text: str) -> dict[str, Any]:
+    """Return a line's JSON object, or raise ValueError."""
     try:
         row = json.loads(text, object_pairs_hook=object_with_unique_keys)
     except json.JSONDecodeError as error:
@@ -462,10 +521,20 @@ def parse_line(text: str, where: str, group_key: str) -> list[Example]:
         ) from error
     if not isinstance(row, dict):
         raise ValueError(f"this is not an object but {one_line(text, 60)}; {FORM_RULE}")
+    return row
+
+
+def examples_of(
+    row: dict[str, Any], where: str, group_key: str, accepts_thinking: bool
+) -> list[Example]:
+    """Return one example for each reply that a line teaches, or raise ValueError.
+
+    A line with "completion" teaches that one reply; a line with "messages" teaches every reply.
+    """
     if "tools" in row:
         raise ValueError('this script does not train the use of tools; remove the key "tools"')
     messages = conversation_of(row)
-    check_messages(messages)
+    check_messages(messages, accepts_thinking)
     replies = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     if "completion" in row:
         if len(row["completion"]) != 1:
@@ -477,6 +546,36 @@ def parse_line(text: str, where: str, group_key: str) -> list[Example]:
     eval_group = str(row.get(group_key, "")) if group_key else ""
     check_characters(eval_group, f"value of {one_line(json.dumps(group_key), 40)} (EVAL_GROUP)")
     return [Example(where, messages[: reply + 1], eval_group, keys=list(row)) for reply in replies]
+
+
+SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant"}
+SHAREGPT_ROLES |= {"assistant": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+
+
+def from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a line in the ShareGPT form as one with "messages"; any other line as it is.
+
+    ShareGPT names a conversation's messages "conversations", with "from" and "value". What this
+    cannot translate stays as it is, and is refused by the checks that follow.
+    """
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or "messages" in row or "prompt" in row:
+        return row
+    messages = [one_from_sharegpt(turn) if isinstance(turn, dict) else turn for turn in turns]
+    system = row.get("system")
+    if isinstance(system, str) and system.strip():
+        messages.insert(0, {"role": "system", "content": system})
+    rest = {key: value for key, value in row.items() if key not in ("conversations", "system")}
+    return rest | {"messages": messages}
+
+
+def one_from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return a message of the ShareGPT form with "role" and "content"; an unknown role stays."""
+    if "from" not in turn or "value" not in turn:
+        return turn
+    sender = turn["from"]
+    role = SHAREGPT_ROLES.get(sender, sender) if isinstance(sender, str) else sender
+    return {"role": role, "content": turn["value"]}
 
 
 def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -507,7 +606,7 @@ def conversation_of(row: dict[str, Any]) -> list[Any]:
     return messages
 
 
-def check_messages(messages: list[Any]) -> None:
+def check_messages(messages: list[Any], accepts_thinking: bool = False) -> None:
     """Raise ValueError unless the messages form a conversation that ends with a reply."""
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
@@ -523,13 +622,15 @@ def check_messages(messages: list[Any]) -> None:
         if message["role"] not in ("system", "user", "assistant"):
             shown = one_line(json.dumps(message["role"]), 40)
             raise ValueError(f"the role of message {number} is {shown}; {MESSAGE_RULE}")
-        check_content(message["content"], number, message["role"])
+        check_content(message["content"], number)
+        if message["role"] == "assistant" and not accepts_thinking:
+            check_for_thinking(message["content"], number)
     roles = [message["role"] for message in messages]
     if not re.fullmatch("(system )?(user assistant )+", " ".join(roles) + " "):
         raise ValueError(f"the messages are {join_limited(roles, 6, ', ')}; {ORDER_RULE}")
 
 
-def check_content(content: Any, number: int, role: str) -> None:
+def check_content(content: Any, number: int) -> None:
     """Raise ValueError unless a message's content is text that can be trained on and served."""
     if not isinstance(content, str):
         shown = one_line(json.dumps(content), 60)
@@ -537,7 +638,11 @@ def check_content(content: Any, number: int, role: str) -> None:
     if not content.strip():
         raise ValueError(f"the content of message {number} is empty; write it, or remove the line")
     check_characters(content, f"content of message {number}")
-    if role == "assistant" and re.search("</?think>", content):
+
+
+def check_for_thinking(content: str, number: int) -> None:
+    """Raise ValueError if a reply holds a <think> tag."""
+    if re.search("</?think>", content):
         raise ValueError(
             f"message {number} holds a <think> tag, but the model will answer without thinking; "
             "remove the tag and what is in it"
@@ -598,24 +703,51 @@ def warn_of_unknown_group(held_out: list[Example], group_key: str) -> None:
 # tenth of a file is too long, the run is refused.
 
 
-# How conversations are rendered here, in the chat, and by the server's command that is printed.
-CHAT_TEMPLATE_KWARGS = {"enable_thinking": False, "return_dict": False}
+@dataclass
+class ChatFormat:
+    """How a model's conversations become tokens: here, in the chat, and on a server."""
+
+    tokenizer: transformers.PreTrainedTokenizerBase
+    end_ids: list[int]  # the tokens at which the model stops
+    enable_thinking: bool = False  # the server's command that is printed has it, too
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return the tokens of a conversation that the model is to reply to."""
+        return self.ids(messages, add_generation_prompt=True)
+
+    def ids(self, messages: list[dict[str, str]], **how: bool) -> list[int]:
+        """Return the tokens of a conversation, as the model's chat template writes it."""
+        return self.tokenizer.apply_chat_template(
+            messages, enable_thinking=self.enable_thinking, return_dict=False, **how
+        )
+
+    def end_names(self) -> str:
+        """Return the tokens at which the model stops, by name."""
+        return " or ".join(self.tokenizer.convert_ids_to_tokens(self.end_ids))
 
 
-def load_config_and_tokenizer(job: Job) -> None:
-    """Load MODEL_NAME's configuration and tokenizer; turn its branch into a commit."""
+def load_config_and_tokenizer(
+    settings: argparse.Namespace, tokenizer_folder: str = ""
+) -> tuple[transformers.PretrainedConfig, ChatFormat]:
+    """Return MODEL_NAME's configuration and chat format; turn its branch into a commit.
+
+    Args:
+        settings: MODEL_REVISION becomes the commit that was found on the hub.
+        tokenizer_folder: where the tokenizer is, if it is not the model's own.
+    """
     from huggingface_hub import resolve_revision
     from huggingface_hub.errors import HTTPError, RevisionResolutionError
 
-    settings = job.settings
     name = settings.MODEL_NAME
     try:
         if not Path(name).is_dir():  # transformers alone retries an unknown name for 25 seconds
             commit = resolve_revision(name, revision=settings.MODEL_REVISION)
             settings.MODEL_REVISION = commit.resolved
         chosen = {"revision": settings.MODEL_REVISION, "trust_remote_code": False}
-        job.config = transformers.AutoConfig.from_pretrained(name, **chosen)
-        job.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **chosen)
+        config = transformers.AutoConfig.from_pretrained(name, **chosen)
+        where = {"trust_remote_code": False} if tokenizer_folder else chosen
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder or name, **where)
+        end_ids = tokens_that_stop(settings, tokenizer)
     except RevisionResolutionError as error:
         raise SystemExit(
             f"The Hugging Face hub cannot be reached, and {name} is not stored on this machine. "
@@ -626,50 +758,65 @@ def load_config_and_tokenizer(job: Job) -> None:
             f"MODEL_NAME {name}: there is no such model, or it cannot be reached "
             f"({one_line(error)}). Check the name, the folder or the network."
         ) from error
-    if not job.tokenizer.chat_template or job.tokenizer.eos_token_id is None:
+    if not tokenizer.chat_template or not end_ids:
         raise SystemExit(
             f"MODEL_NAME {name}: its tokenizer has no chat template or no end-of-turn token. "
             "Use a model that was trained to chat, such as Qwen/Qwen3.5-4B."
         )
-    if "quantization_config" in job.config.to_dict():
+    if "quantization_config" in config.to_dict():
         raise SystemExit(
             f"MODEL_NAME {name}: this model is quantized, which is not supported. "
             "Use the model that it was made from."
         )
+    return config, ChatFormat(tokenizer, end_ids)
+
+
+def tokens_that_stop(
+    settings: argparse.Namespace, tokenizer: transformers.PreTrainedTokenizerBase
+) -> list[int]:
+    """Return the tokens at which the model stops: the tokenizer's end, and the configuration's.
+
+    Gemma's tokenizer ends with <eos>, but its turns with <end_of_turn>; generation_config.json has
+    both.
+    """
+    ends = [tokenizer.eos_token_id]
+    try:
+        config = transformers.GenerationConfig.from_pretrained(
+            settings.MODEL_NAME, revision=settings.MODEL_REVISION
+        )
+    except OSError:  # a model need not have one
+        config = transformers.GenerationConfig()
+    more = config.eos_token_id
+    ends += more if isinstance(more, list) else [more]
+    return [end for end in dict.fromkeys(ends) if end is not None]
 
 
 def encode(
-    job: Job, train: list[Example], held_out: list[Example], problems: list[str]
+    job: Job, train: list[Example], held_out: list[Example]
 ) -> tuple[list[Example], list[Example]]:
-    """Return the examples that fit, with their tokens; exit if any line of either file is bad.
-
-    The problems that were found while reading were shown already, so they are only counted.
-    """
-    train, more_problems = encode_file(train, job)
-    held_out, held_out_problems = encode_file(held_out, job)
-    more_problems += held_out_problems
-    count = len(problems) + len(more_problems)
-    if count:
-        noun = "problems" if count > 1 else "problem"
-        shown = join_limited(more_problems)
-        raise SystemExit(f"{shown}\nThe data has {count:,} {noun}, so nothing was trained.".strip())
+    """Return the examples that fit, with their tokens; exit with all that is wrong in any line."""
+    limit = job.settings.MAX_SEQ_LEN
+    train, problems = encode_file(train, job.chat_format, limit)
+    held_out, more_problems = encode_file(held_out, job.chat_format, limit)
+    stop_if_bad(problems + more_problems)
     return train, held_out
 
 
-def encode_file(examples: list[Example], job: Job) -> tuple[list[Example], list[str]]:
+def encode_file(
+    examples: list[Example], chat_format: ChatFormat, limit: int
+) -> tuple[list[Example], list[str]]:
     """Return one file's examples that fit, with their tokens, and what is wrong with the others.
 
     Too long examples are left out by name. Truncating them instead would drop the end-of-turn
     token, and teach the model not to stop.
     """
-    limit = job.settings.MAX_SEQ_LEN
     fitting: list[Example] = []
     too_long: list[str] = []
     longest = 0
     problems: list[str] = []
     for example in examples:
         try:
-            example.prompt_ids, example.reply_ids = render(example.messages, job.tokenizer)
+            example.prompt_ids, example.reply_ids = render(example.messages, chat_format)
         except ValueError as error:
             problems.append(f"{example.where}: {error}")
             continue
@@ -692,9 +839,7 @@ def encode_file(examples: list[Example], job: Job) -> tuple[list[Example], list[
     return fitting, problems
 
 
-def render(
-    messages: list[dict[str, str]], tokenizer: transformers.PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
+def render(messages: list[dict[str, str]], chat_format: ChatFormat) -> tuple[list[int], list[int]]:
     """Return the token ids of the prompt and of the reply, or raise ValueError.
 
     The prompt is rendered as a server renders it before it generates. It must be the beginning of
@@ -703,13 +848,12 @@ def render(
     from jinja2 import TemplateError
 
     text = "\n".join(message["content"] for message in messages)
-    for token in tokenizer.added_tokens_decoder.values():
+    for token in chat_format.tokenizer.added_tokens_decoder.values():
         if token.special and str(token) in text:
             raise ValueError(f"the text holds the control token {token}; reword or remove it")
-    to_ids = tokenizer.apply_chat_template
     try:
-        prompt = to_ids(messages[:-1], add_generation_prompt=True, **CHAT_TEMPLATE_KWARGS)
-        whole = to_ids(messages, **CHAT_TEMPLATE_KWARGS)
+        prompt = chat_format.prompt_ids(messages[:-1])
+        whole = chat_format.ids(messages)
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses this conversation: {error}") from error
     reply = whole[len(prompt) :]
@@ -718,13 +862,13 @@ def render(
             "the chat template renders the prompt differently once the reply follows, so training "
             "would not equal serving; reword the reply"
         )
-    end = tokenizer.eos_token_id
-    if end not in reply:
+    ends = [place for place, token in enumerate(reply) if token in chat_format.end_ids]
+    if not ends:
         raise ValueError(
-            f"the chat template does not end the reply with {tokenizer.eos_token}, so the model "
-            "would not learn to stop"
+            f"the chat template does not end the reply with {chat_format.end_names()}, so the "
+            "model would not learn to stop"
         )
-    return prompt, reply[: reply.index(end) + 1]  # without the newline that follows it
+    return prompt, reply[: ends[0] + 1]  # without the newline that follows it
 
 
 def report_tokens(job: Job) -> dict[str, Any]:
@@ -753,7 +897,7 @@ def report_tokens(job: Job) -> dict[str, Any]:
             "examples": len(examples),
             "tokens": tokens,
             "learned_tokens": learned,
-            "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+            "sha256": file_sha256(Path(path)),
         }
     report("tokens", "\n".join(lines))
     return facts
@@ -804,8 +948,6 @@ class Plan:
     steps_per_epoch: int
     steps: int
     frozen_shapes: list[tuple[int, int]]  # the different shapes of the layers' weights
-    only_lora: bool  # whether nothing but LoRA's A and B (and DoRA's magnitudes) is trained
-    plain: bool  # whether the update is alpha / r B A, which can be scaled and cut
     max_rank: int
     vllm_refuses: str  # why vLLM cannot serve this kind of adapter, or ""
 
@@ -819,11 +961,10 @@ def make_plan(job: Job) -> Plan:
     settings = job.settings
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(job.config, trust_remote_code=False)
-    names = linear_layer_names(model)
-    frozen_shapes = linear_shapes(model)
+    frozen = linear_layers(model)
     config = lora_config(settings)
     refuse_unsupported(config)
-    refuse_unknown_targets(config, model, names)
+    refuse_unknown_targets(config, model)
     try:
         peft.inject_adapter_in_model(config, model)
     except ValueError as error:
@@ -835,19 +976,14 @@ def make_plan(job: Job) -> Plan:
     steps = steps_per_epoch * settings.NUM_EPOCHS
     if settings.MAX_STEPS:
         steps = min(steps, settings.MAX_STEPS)
-    only_lora = all(".lora_" in name for name in trained)
-    only_a_and_b = all(re.search(r"\.lora_[AB]\.\w+\.weight$", name) for name in trained)
-    layers = lora_layers(model)
-    max_rank = max((max(layer.r.values()) for layer in layers.values()), default=0)
+    max_rank = largest_rank(model)
     plan = Plan(
         trainable=trainable,
         total=total,
         trainable_shapes={name: tuple(weight.shape) for name, weight in trained.items()},
         steps_per_epoch=steps_per_epoch,
         steps=steps,
-        frozen_shapes=frozen_shapes,
-        only_lora=only_lora,
-        plain=only_a_and_b and all(is_linear_lora(layer) for layer in layers.values()),
+        frozen_shapes=sorted({tuple(layer.weight.shape) for layer in frozen.values()}),
         max_rank=max_rank,
         vllm_refuses=why_vllm_refuses(config, max_rank),
     )
@@ -860,25 +996,13 @@ def examples_per_step(settings: argparse.Namespace) -> int:
     return settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS
 
 
-def linear_layer_names(model: torch.nn.Module) -> list[str]:
-    """Return the names of the linear modules inside the model's layers, such as q_proj."""
-    return sorted(
-        {
-            path.rpartition(".")[2]
-            for path, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and layer_number(path) is not None
-        }
-    )
-
-
-def linear_shapes(model: torch.nn.Module) -> list[tuple[int, int]]:
-    """Return the different shapes (d, k) of the linear modules inside the model's layers."""
-    shapes = {
-        tuple(module.weight.shape)
+def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """Return {path: module} of the linear modules inside the model's layers."""
+    return {
+        path: module
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and layer_number(path) is not None
     }
-    return sorted(shapes)
 
 
 def layer_number(path: str) -> int | None:
@@ -894,6 +1018,11 @@ def lora_layers(model: torch.nn.Module) -> dict[str, peft.tuners.lora.LoraLayer]
         for path, module in model.named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
+
+
+def largest_rank(model: torch.nn.Module) -> int:
+    """Return the largest rank of the modules that LoRA was added to, or 0."""
+    return max((max(layer.r.values()) for layer in lora_layers(model).values()), default=0)
 
 
 def is_linear_lora(module: torch.nn.Module) -> bool:
@@ -925,9 +1054,7 @@ def refuse_unsupported(config: peft.LoraConfig) -> None:
         )
 
 
-def refuse_unknown_targets(
-    config: peft.LoraConfig, model: torch.nn.Module, names: list[str]
-) -> None:
+def refuse_unknown_targets(config: peft.LoraConfig, model: torch.nn.Module) -> None:
     """Exit if a target matches no module; PEFT is silent as long as another target matches."""
     if not isinstance(config.target_modules, (list, set)):
         return  # "all-linear", or a regular expression; PEFT raises if it matches nothing
@@ -938,6 +1065,7 @@ def refuse_unknown_targets(
             "lora_config(), with DTYPE float32."
         )
     paths = [path for path, _ in model.named_modules()]
+    names = sorted({path.rpartition(".")[2] for path in linear_layers(model)})
     for target in sorted(config.target_modules):
         if not any(path == target or path.endswith(f".{target}") for path in paths):
             close = difflib.get_close_matches(target, names, 1)
@@ -966,15 +1094,25 @@ def why_vllm_refuses(config: peft.LoraConfig, max_rank: int) -> str:
 
 def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.Module) -> None:
     """Print the table of what LoRA is added to, the trainable share, and the steps."""
-    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    layers = lora_layers(model).values()
+    ranks = {layer.r["default"] for layer in layers}
+    scalings = {layer.scaling["default"] for layer in layers}
     lines = [
         f"LoRA with r = {config.r}, alpha = {config.lora_alpha} (the update is scaled by "
-        f"{scaling:g}), dropout {config.lora_dropout:g}"
+        f"{max(scalings, default=0):g}), dropout {config.lora_dropout:g}"
     ]
+    if len(ranks) > 1 or len(scalings) > 1:
+        lines = [
+            f"LoRA with {range_in_words(ranks)} directions, updates scaled by "
+            f"{range_in_words(scalings)} (by target, below), dropout {config.lora_dropout:g}"
+        ]
     lines += table_of_targets(job, plan, model)
     lines.append(
         f"trainable params: {plan.trainable:,} || all params: {plan.total:,} || "
         f"trainable%: {100 * plan.trainable / plan.total:.4f}"
+    )
+    lines.append(
+        f"a reply ends with {job.chat_format.tokenizer.decode(job.train[0].reply_ids[-1])}"
     )
     text_config = job.config.get_text_config()
     layer_types = text_config.to_dict().get("layer_types") or []
@@ -982,10 +1120,25 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
     if deltanet:
         lines.append(
             f"{deltanet} of {text_config.num_hidden_layers} layers are Gated DeltaNet, which has "
-            "no q_proj, k_proj, v_proj and o_proj:\nthe others have them, as it should be"
+            "no q_proj, k_proj, v_proj and o_proj:\nthe others have them, which is expected"
         )
     lines.append(f"{steps_in_words(job, plan)}: {why_so_many_steps(job, plan)}")
     report("plan", "\n".join(lines))
+
+
+def range_in_words(numbers: set[float]) -> str:
+    """Return one number, or the smallest and the largest of several."""
+    return " to ".join(f"{number:g}" for number in sorted({min(numbers), max(numbers)}))
+
+
+def lora_in_words(config: peft.LoraConfig) -> str:
+    """Return rank and alpha of a LoraConfig, with the patterns that change them for some layers."""
+    words = [f"r = {config.r}", f"alpha = {config.lora_alpha}"]
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, name)
+        if pattern:
+            words.append(f"{name} {pattern}")
+    return ", ".join(words)
 
 
 def steps_in_words(job: Job, plan: Plan) -> str:
@@ -1012,35 +1165,48 @@ def why_so_many_steps(job: Job, plan: Plan) -> str:
     if plan.steps < plan.steps_per_epoch:
         seen = f"{plan.steps * examples_per_step(settings):,} of the {count:,} examples; "
     epochs = "1 epoch" if settings.NUM_EPOCHS == 1 else f"{settings.NUM_EPOCHS} epochs"
-    return f"{seen}MAX_STEPS stops the {whole:,} steps of {epochs}"
+    verb = "would be" if whole > 1 else "is"
+    return f"{seen}cut short by MAX_STEPS ({epochs} {verb} {whole:,})"
 
 
 def table_of_targets(job: Job, plan: Plan, model: torch.nn.Module) -> list[str]:
     """Return a line for each target: where it is, its W, A and B, and how much of it is trained."""
     depth = job.config.get_text_config().num_hidden_layers
-    paths_of: dict[tuple, list[str]] = {}  # by target, parent module, and shapes
-    for path, module in lora_layers(model).items():
+    layers = lora_layers(model)
+    paths_of: dict[tuple, list[str]] = {}  # by target, parent module, scaling and shapes
+    for path, module in layers.items():
         parent, _, target = path.rpartition(".")
         shapes = [f"{rows:,}x{columns:,}" for rows, columns in lora_shapes(module)]
-        paths_of.setdefault((target, parent.rpartition(".")[2], *shapes), []).append(path)
-    width = max([12, *(len(key[0]) + 1 for key in paths_of)])
+        scaling = f"{module.scaling['default']:g}"
+        row = (target, parent.rpartition(".")[2], scaling, *shapes)
+        paths_of.setdefault(row, []).append(path)
+    has_scalings = len({row[2] for row in paths_of}) > 1
+    width = max([12, *(len(row[0]) + 1 for row in paths_of)])
     columns = f"{{:<{width}}}{{:<18}}{{:>13}}{{:>10}}{{:>10}}{{:>13}}".format
-    lines = [columns("target", "in layers", "W (frozen)", "A", "B", "parameters")]
-    order = in_order_of_settings(sorted({key[0] for key in paths_of}), job.settings)
-    for key in sorted(paths_of, key=lambda key: (order.index(key[0]), key)):
-        target, parent, *shapes = key
-        paths = tuple(f"{path}." for path in paths_of[key])
+    head = columns("target", "in layers", "W (frozen)", "A", "B", "parameters")
+    lines = [head + (f"{'scaled by':>11}" if has_scalings else "")]
+    order = in_order_of_settings(sorted({row[0] for row in paths_of}), job.settings)
+    for row in sorted(paths_of, key=lambda row: (order.index(row[0]), row)):
+        target, parent, scaling, *shapes = row
+        paths = tuple(f"{path}." for path in paths_of[row])
         count = sum(
             math.prod(shape)
             for name, shape in plan.trainable_shapes.items()
             if name.startswith(paths)
         )
-        lines.append(columns(target, f"{len(paths)}/{depth} {parent}", *shapes, f"{count:,}"))
-    covered = tuple(f"{path}." for path in lora_layers(model))
+        line = columns(target, f"{len(paths)}/{depth} {parent}", *shapes, f"{count:,}")
+        lines.append(line + (f"{scaling:>11}" if has_scalings else ""))
+    covered = tuple(f"{path}." for path in layers)
     for name, shape in plan.trainable_shapes.items():
         if not name.startswith(covered):  # LoraConfig asks for more than LoRA
             lines.append(f"{one_line(name, 60):<{width + 51}}{math.prod(shape):>13,}")
     return lines
+
+
+def in_order_of_settings(targets: list[str], settings: argparse.Namespace) -> list[str]:
+    """Return targets in the order of LORA_TARGET_MODULES, others after them."""
+    order = {target: place for place, target in enumerate(settings.LORA_TARGET_MODULES)}
+    return sorted(targets, key=lambda target: (order.get(target, len(order)), target))
 
 
 def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
@@ -1065,10 +1231,10 @@ def lora_shapes(module: torch.nn.Module) -> list[tuple[int, int]]:
 # - Within a step, and while an epoch is evaluated or a checkpoint is written, that step is finished
 #   and saved before the run stops. The same command resumes there. A second signal stops at once
 #   (not under torchrun), and then the same command resumes from the checkpoint before.
-# - While the adapter is proved, the run stops at once, and the same command proves it again. While
-#   it is moved into its place, which takes a moment, a signal waits.
-# - While the evidence is measured, the run stops at once. final_lora is whole and in place, and
-#   only the evidence, the samples or the picture are missing. The same command would train anew.
+# - While the adapter is verified, the run stops at once, and the same command verifies it again.
+#   While it is moved into its place, which takes a moment, a signal waits.
+# - While inspect_lora.py measures what it is worth, the run stops at once. final_lora is complete
+#   and in place; `python inspect_lora.py evidence` measures it without training.
 
 
 def train(trainer: trl.SFTTrainer, job: Job) -> None:
@@ -1112,10 +1278,11 @@ class OurTrainerMethods:
     ) -> torch.Tensor:
         """Send a whole step through the model, in as few parts as fit in memory.
 
-        The loss is a sum over tokens, so the gradient does not depend on the parts.
+        The loss is a sum over tokens, so but for dropout and rounding the gradient does not depend
+        on the parts.
         """
         model.train()
-        parts = split_step(self._prepare_inputs(inputs), self.job.memory)
+        parts = split_step(self._prepare_inputs(inputs), self.job.token_limits)
         total = torch.zeros((), device=self.args.device)
         for number, (part, is_recomputed) in enumerate(parts, 1):
             set_recomputation(self.model, is_recomputed)
@@ -1211,22 +1378,28 @@ def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
     share = job.held_out[process.process_index :: process.num_processes]
     # B A is 0 at first, but not with every init_lora_weights.
     with model.disable_adapter() if step == 0 else nullcontext():
-        losses = example_losses(model, job, share, "held-out loss")
+        losses = example_losses(model, share, job.token_limits.most(), "held-out loss")
     losses = accelerate.utils.gather_object(losses)
     return sum(losses) / sum(len(example.reply_ids) for example in job.held_out)
 
 
 def example_losses(
-    model: torch.nn.Module, job: Job, examples: list[Example], title: str
+    model: torch.nn.Module, examples: list[Example], tokens_at_once: int, title: str
 ) -> list[float]:
     """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
 
     The model is in evaluation mode meanwhile, so LoRA's dropout is off, and no gradient is kept.
     On a terminal a progress bar named title is shown.
+
+    Args:
+        model: with or without LoRA.
+        examples: with their tokens.
+        tokens_at_once: how many go through the model together, padding included; at least one
+            example does. If the GPU's memory is too small for them, fewer do.
+        title: what is measured.
     """
     from tqdm import tqdm
 
-    limit = max(job.memory.tokens_at_once, job.memory.tokens_at_once_recomputed)
     order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
     losses = [0.0] * len(examples)
     was_training = model.training
@@ -1234,9 +1407,16 @@ def example_losses(
     with torch.no_grad(), tqdm(total=len(order), desc=title, leave=False, disable=None) as bar:
         while order:
             width = len(examples[order[-1]].input_ids)
-            batch = order[-max(1, limit // width) :]  # the longest that are left
+            batch = order[-max(1, tokens_at_once // width) :]  # the longest that are left
             inputs = pad([examples[number] for number in batch], model.device)
-            sums = reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
+            try:
+                sums = reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                tokens_at_once = len(batch) // 2 * width
+                torch.cuda.empty_cache()
+                continue
             for number, loss in zip(batch, sums, strict=True):
                 losses[number] = loss
             order = order[: -len(batch)]
@@ -1261,8 +1441,8 @@ def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor
 class LikeLengthsSampler:
     """Gives each step examples of similar lengths, and the steps a random order.
 
-    Similar lengths need little padding. The order depends on the seed and the epoch alone, so a
-    resumed run sees the examples that it would have seen.
+    Similar lengths need little padding. The order depends on the seed, the epoch and the examples'
+    lengths alone, so a resumed run sees the examples that it would have seen.
     """
 
     def __init__(self, job: Job) -> None:
@@ -1360,7 +1540,7 @@ class OurTrainingEvents:
             "train",
             f"step {step:,}/{state.max_steps:,}  loss {statistics.fmean(self.losses):.4f}  "
             f"gradient {logs['grad_norm']:.2f}  rate {logs['learning_rate']:.1e}  "
-            f"{job.train_tokens / job.train_seconds:,.0f} tokens/s  {time_left(left)}",
+            f"{job.train_tokens / job.train_seconds:,.0f} tokens/s  {format_time_left(left)}",
         )
         self.losses = []
 
@@ -1383,6 +1563,7 @@ class OurTrainingEvents:
         if is_main_process():
             write_json(newest / "complete.json", file_hashes(newest))
             remove_old_checkpoints(newest.parent, job.plan, keep_whole=2)
+            write_record(job, "running")  # so that a run that is killed has its losses
         if job.settings.DEVICE == "cuda":
             job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
         job.saves_before_stopping = step < job.plan.steps  # nothing is left to save at the end
@@ -1410,7 +1591,7 @@ def stop_if_not_finite(logs: dict[str, float], step: int) -> None:
             )
 
 
-def time_left(seconds: float) -> str:
+def format_time_left(seconds: float) -> str:
     """Return seconds as a person would say them."""
     if seconds < 90:
         return f"{seconds:.0f} s left"
@@ -1427,15 +1608,15 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 # ==== MEMORY: in how many parts a step goes through the model
 #
 # A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
-# is in how many parts they go through the model. The gradient is the same, since the loss is a sum
-# over tokens. Before training, find_what_fits() tries how many tokens fit at once beside what the
-# optimizer will keep:
+# is in how many parts they go through the model. But for dropout and rounding the gradient is the
+# same, since the loss is a sum over tokens. Before training, find_what_fits() tries how many tokens
+# fit at once beside what the optimizer will keep:
 # - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
 #   backward pass but computed again, which takes little memory and nearly 50 % more work. Such
 #   examples, too, go through together as long as they fit, and one by one if they do not.
 # - Only if the longest training example does not fit even so does the run end, before it trains.
-#   The advice is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to end what else runs.
+#   The advice is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to stop other programs.
 # - If another program takes the memory later, the run ends, and the same command resumes.
 # On a CPU nothing is tried, and every step goes through whole.
 
@@ -1449,6 +1630,10 @@ class MemoryLimits:
     # example needs it; otherwise this is the number above.
     tokens_at_once_recomputed: int
 
+    def most(self) -> int:
+        """Return how many fit at the most; evaluation needs far less memory."""
+        return max(self.tokens_at_once, self.tokens_at_once_recomputed)
+
     def as_recorded(self) -> dict[str, int]:
         """Return the limits under their names in run.json."""
         return {"kept": self.tokens_at_once, "recomputed": self.tokens_at_once_recomputed}
@@ -1461,7 +1646,7 @@ def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
     model.activation_checkpointing_enable()
     model.disable_input_require_grads()  # recomputation does not need the embeddings' gradient
     if job.settings.DEVICE == "cpu":
-        job.memory = MemoryLimits(whole_step, whole_step)
+        job.token_limits = MemoryLimits(whole_step, whole_step)
         return
     report("memory", "trying how many examples fit on the GPU at once")
     free, total = torch.cuda.mem_get_info()
@@ -1471,21 +1656,23 @@ def find_what_fits(trainer: trl.SFTTrainer, job: Job) -> None:
     states = 8 * job.plan.trainable / total
     torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * share - states))
     limits = try_what_fits(trainer, longest, whole_step)
-    most = max(limits.tokens_at_once, limits.tokens_at_once_recomputed)
+    most = limits.most()
     if most < longest:
         raise SystemExit(
             f"A single example of {longest:,} tokens does not fit in the "
             f"{share * total / 2**30:.1f} GiB of GPU memory that are free; about {most:,} "
-            "tokens would. Lower MAX_SEQ_LEN, use a GPU with more memory, or end what else runs "
-            "on this one."
+            "tokens would. Lower MAX_SEQ_LEN, use a GPU with more memory, or stop other programs "
+            "on this GPU."
         )
-    job.memory = limits
+    job.token_limits = limits
     # CUDA's libraries allocate outside of torch's view, so a little must stay free.
     torch.cuda.set_per_process_memory_fraction(0.97 * share)
     torch.cuda.reset_peak_memory_stats()
     transformers.set_seed(job.settings.SEED)  # the trials drew random numbers
     if limits.tokens_at_once >= whole_step:
         text = f"a whole step of {examples_per_step(job.settings)} examples fits at once"
+    elif limits.tokens_at_once == 0:
+        text = "every example is computed twice to save memory"
     else:
         text = (
             f"up to {limits.tokens_at_once:,} tokens fit at once; larger steps go through in parts"
@@ -1519,9 +1706,10 @@ def try_what_fits(trainer: trl.SFTTrainer, longest: int, whole_step: int) -> Mem
 def pass_fits(trainer: trl.SFTTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
     """Return whether a forward and a backward pass over so many tokens find their memory.
 
-    The trial is as hard as can be: rows as long as the longest example, and every token learned.
+    The trial is at least as hard as any step of so many tokens: its rows are at least as long as
+    the longest example, or one row has them all, and every token is learned.
     """
-    rows = math.ceil(tokens / longest)
+    rows = max(1, tokens // longest)
     width = math.ceil(tokens / rows)
     ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
     inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
@@ -1586,8 +1774,9 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 
 # ==== CHECKPOINTS: what an earlier run left behind, resuming, and run.json
 #
-# A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal. The
-# same command resumes from the newest one whose files are all whole; the two newest are kept for
+# A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal;
+# run.json is written with it. The
+# same command resumes from the newest one whose files are all complete; the two newest are kept for
 # that. On a CPU the run then ends with the same bytes as one that was never stopped.
 #
 # A checkpoint is refused if it was made with other settings, another LoraConfig, another model,
@@ -1595,8 +1784,9 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # message is a table of what differs, and nothing is touched. What may change are the settings
 # below, and the data files' names and places. Other edits of this script are not compared.
 #
-# Once final_lora is in place the run is over, and the same command trains anew. As it begins, it
-# renames the earlier checkpoints and run.json, and as it ends, final_lora, samples.md and lora.png.
+# Once final_lora is in place the run is over, and the same command retrains from scratch. As it
+# begins, it renames the earlier checkpoints and run.json; as it ends, final_lora, samples.md and
+# lora.png.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
@@ -1621,7 +1811,7 @@ def resume_or_begin(job: Job) -> None:
             job.checkpoint = newest
             report("resume", f"going on from {job.checkpoint}")
         else:
-            begin_folder(job, now)
+            start_fresh(job, now)
     # The processes of a launch must go the same way.
     decided = [job.checkpoint, job.matmul]
     job.checkpoint, job.matmul = accelerate.utils.broadcast_object_list(decided)
@@ -1679,10 +1869,11 @@ def refuse_other_job(
     )
 
 
-def begin_folder(job: Job, now: dict[str, Any]) -> None:
+def start_fresh(job: Job, now: dict[str, Any]) -> None:
     """Rename what an earlier run left, and write down which job the new checkpoints belong to."""
     folder = job.output / "checkpoints"
-    if checkpoints_in(folder):  # of a finished run, or unusable
+    is_dangling = folder.is_symlink() and not folder.exists()
+    if is_dangling or checkpoints_in(folder):  # of a finished run, or unusable
         rename_old(folder)
     rename_old(job.output / "run.json")
     folder.mkdir(exist_ok=True)
@@ -1705,9 +1896,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
-    """Give the model the adapter's weights of a checkpoint."""
-    saved = safetensors_torch.load_file(checkpoint / "adapter_model.safetensors")
-    peft.set_peft_model_state_dict(model, saved)
+    """Give the model the adapter's weights of a checkpoint; exit unless they are what was saved."""
+    path = checkpoint / "adapter_model.safetensors"
+    written = read_json(checkpoint / "complete.json") or {}
+    if not path.is_file() or written.get(path.name) != file_sha256(path):
+        raise SystemExit(
+            f"{path} is not what was saved there, so it is not published. Its folder may be "
+            "restored, or another OUTPUT_DIR chosen to train again."
+        )
+    peft.set_peft_model_state_dict(model, safetensors_torch.load_file(path))
+    check_saved_tensors(model, checkpoint)
 
 
 def newest_complete(folder: Path) -> Path | None:
@@ -1751,7 +1949,8 @@ def remove_checkpoint(checkpoint: Path, keep_adapter: bool) -> None:
         shutil.rmtree(checkpoint)
         return
     for path in checkpoint.iterdir():
-        if path.is_file() and not path.name.startswith("adapter_"):
+        is_kept = path.name.startswith("adapter_") or path.name == "complete.json"
+        if path.is_file() and not is_kept:
             path.unlink()
 
 
@@ -1769,12 +1968,17 @@ def rename_old(path: Path) -> None:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Return {name: SHA-256} of a checkpoint's files, but for the list of them itself."""
-    hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != "complete.json":
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {
+        path.name: file_sha256(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != "complete.json"
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_fingerprints(folder: Path) -> list[tuple[str, int, str]]:
@@ -1835,12 +2039,14 @@ def write_record(job: Job, outcome: str) -> None:
         "outcome": outcome,
         "started": job.started,
         "command": shlex.join(["python", *sys.argv]),
-        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "working_folder": str(Path.cwd()),
+        "script_sha256": file_sha256(Path(__file__)),
         "versions": installed_versions(),
         "settings": {name: getattr(job.settings, name) for name in setting_types()},
+        "lora_config": config_as_recorded(lora_config(job.settings)),
         "device": job.device_name,
         "matmul": job.matmul,
-        "memory_limits": job.memory.as_recorded() if job.memory else None,
+        "memory_limits": job.token_limits.as_recorded() if job.token_limits else None,
         "data": job.data,
         "system_message": system_messages(job.train)[0],
         "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
@@ -1849,15 +2055,26 @@ def write_record(job: Job, outcome: str) -> None:
         "train_tokens": job.train_tokens,
         "peak_memory_gib": job.peak_gib,
         "published": job.published,
-        "learnt": job.update_sizes,
-        "evidence": job.evidence,
-        "samples": job.samples,
+        "adapter_sha256": job.adapter_sha256,
         "loss_history": job.history,
-    }
+    } | job.findings
     try:
         write_json(job.output / "run.json", record)
     except OSError as error:
         report("warning", f"{job.output / 'run.json'} is not written: {error}")
+
+
+def config_as_recorded(config: peft.LoraConfig) -> dict[str, Any]:
+    """Return a whole LoraConfig for run.json, with its sets in a fixed order."""
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
+
+
+def logged(history: list[dict[str, float]], key: str) -> dict[int, float]:
+    """Return {step: value} of "loss" or "eval_loss"; the eval loss at step 0 is the base's."""
+    return {int(entry["step"]): entry[key] for entry in history if key in entry}
 
 
 @functools.cache  # run.json is written several times in a run
@@ -1870,10 +2087,10 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-# ==== PUBLISHING: writing the adapter, proving that it works, the model card
+# ==== PUBLISHING: writing the adapter, verifying it, the model card, the last lines
 #
 # At the end OUTPUT_DIR holds:
-#   final_lora/        the adapter in PEFT's form, with tokenizer and model card; proved to work
+#   final_lora/        the adapter in PEFT's form, with tokenizer and model card; verified
 #   final_lora_vllm/   the same tensors under the names that vLLM needs, if it needs others
 #   samples.md         held-out prompts with the replies before and after training
 #   lora.png           losses, the size of the updates, and the evidence
@@ -1883,14 +2100,14 @@ def installed_versions() -> dict[str, str]:
 #   .lock              held by the run that writes here
 #   NAME.DATE-TIME     what an earlier run left under that name
 #
-# The proof is verify_saved_adapter(). The adapter is written beside its place and loaded again from
+# verify_saved_adapter() is the check. The adapter is written beside its place and loaded again from
 # disk onto the bare base model. It is moved into its place only if its tensors are the trained ones
 # to the bit, and if on one example's reply its logits are the trained model's and not the base's.
 # What an earlier run left is renamed, never overwritten.
 
 
 def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
-    """Write the adapter beside its place, prove it, move it in; return it as loaded from disk."""
+    """Write the adapter beside its place, verify it, move it in; return it as loaded from disk."""
     if job.settings.DEVICE == "cuda":
         torch.cuda.empty_cache()
     staging = job.output / ".partial"
@@ -1910,12 +2127,16 @@ def publish(trainer: trl.SFTTrainer, job: Job) -> peft.PeftModel:
 
 
 def move_into_place(staging: Path, job: Job) -> None:
-    """Move the proved files to where users find them, and mark the run as finished."""
+    """Move the verified files to where users find them, and mark the run as finished."""
     for name in ("final_lora", "final_lora_vllm", "samples.md", "lora.png"):
         rename_old(job.output / name)
     for new in sorted(staging.iterdir()):
         new.rename(job.output / new.name)
     job.published = published_label(job)
+    for folder in ("final_lora", "final_lora_vllm"):
+        path = job.output / folder / "adapter_model.safetensors"
+        if path.exists():
+            job.adapter_sha256[folder] = file_sha256(path)
     (job.output / "checkpoints" / "job.json").unlink(missing_ok=True)  # the next run starts anew
     remove_old_checkpoints(job.output / "checkpoints", job.plan, keep_whole=0)
     write_record(job, "finished")
@@ -1947,24 +2168,37 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
     if isinstance(config["target_modules"], list):  # PEFT's is a set, in any order
         config["target_modules"] = in_order_of_settings(config["target_modules"], job.settings)
     write_json(final / "adapter_config.json", config)
-    job.tokenizer.save_pretrained(final)
+    job.chat_format.tokenizer.save_pretrained(final)
     tensors = safetensors_torch.load_file(final / "adapter_model.safetensors")
-    is_wrapper = job.config.get_text_config() is not job.config
     is_named_so = any(NAME_IN_WRAPPER in name for name in tensors)
-    if is_wrapper and not job.plan.vllm_refuses and not is_named_so:
-        for_vllm.mkdir()
-        shutil.copy(final / "adapter_config.json", for_vllm)
-        renamed = {
-            name.replace(NAME_IN_TEXT_MODEL, NAME_IN_WRAPPER, 1): tensor
-            for name, tensor in tensors.items()
-        }
-        safetensors_torch.save_file(
-            renamed, for_vllm / "adapter_model.safetensors", {"format": "pt"}
-        )
+    if is_wrapper(job.config) and not job.plan.vllm_refuses and not is_named_so:
+        write_adapter_for_vllm(for_vllm, config, tensors, job.config)
     write_model_card(job, final)
     # safetensors files are readable by their owner alone, but the server may be another user.
     for path in folder.glob("*/*.safetensors"):
         shutil.copymode(final / "adapter_config.json", path)
+
+
+def is_wrapper(config: transformers.PretrainedConfig) -> bool:
+    """Return whether a model on the hub wraps the text model that is trained here."""
+    return config.get_text_config() is not config
+
+
+def write_adapter_for_vllm(
+    folder: Path,
+    adapter_config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    model_config: transformers.PretrainedConfig,
+) -> None:
+    """Write an adapter under the names that vLLM applies: of a wrapper, if the model has one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "adapter_config.json", adapter_config)
+    if is_wrapper(model_config):
+        tensors = {
+            name.replace(NAME_IN_TEXT_MODEL, NAME_IN_WRAPPER, 1): tensor
+            for name, tensor in tensors.items()
+        }
+    safetensors_torch.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) -> peft.PeftModel:
@@ -1992,13 +2226,13 @@ def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) 
     kept = "The checkpoints are still there."
     if error == effect == 0:
         raise SystemExit(
-            "proof: the adapter changes nothing: with it and without it the model's logits are the "
-            "same. LEARNING_RATE is too small or the steps are too few; raise one of them and "
+            "verified: the adapter changes nothing: with it and without it the model's logits are "
+            "the same. LEARNING_RATE is too small or the steps are too few; raise one of them and "
             f"choose another OUTPUT_DIR. {kept}"
         )
     if not (effect > 0 and error <= effect / 10):
-        raise SystemExit(f"proof: {found}. So the saved adapter does not work. {kept}")
-    report("proof", found)
+        raise SystemExit(f"verified: {found}. So the saved adapter does not work. {kept}")
+    report("verified", found)
     return reloaded
 
 
@@ -2016,7 +2250,7 @@ def check_saved_tensors(model: peft.PeftModel, folder: Path) -> None:
             wrong.add(name)
     if wrong:
         raise SystemExit(
-            f"proof: {folder} does not hold what was trained; these tensors differ or are not "
+            f"verified: {folder} does not hold what was trained; these tensors differ or are not "
             f"numbers: {join_limited(sorted(wrong), 3, ', ')}. The checkpoints are still there."
         )
 
@@ -2099,7 +2333,7 @@ def card_text(job: Job) -> str:
     else:
         serving = (
             "For vLLM use\n`final_lora_vllm` if it lies beside this folder, with "
-            f"`--max-lora-rank {vllm_rank(job.plan)}`."
+            f"`--max-lora-rank {vllm_rank(job.plan.max_rank)}`."
         )
     return f"""# A LoRA adapter for {name}
 
@@ -2112,7 +2346,7 @@ does not work without the base model.
 
 ## Training
 
-LoRA with r = {config.r}, alpha = {config.lora_alpha}, dropout {config.lora_dropout:g}, on
+LoRA with {lora_in_words(config)}, dropout {config.lora_dropout:g}, on
 {targets}: {job.plan.trainable:,} of {job.plan.total:,} parameters.
 {steps_in_words(job, job.plan)}, learning rate
 {settings.LEARNING_RATE:g} ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}. This is the
@@ -2169,11 +2403,23 @@ def card_result(job: Job) -> str:
     )
     if job.settings.PUBLISH == "best":
         result += " (the epoch was chosen by this loss)"
-    if "better" in job.evidence:
-        result += f"; it is lower on {job.evidence['better']:,} of them"
+    evidence = job.findings.get("evidence", {})
+    if "better" in evidence:
+        result += f"; it is lower on {evidence['better']:,} of them"
     return (
         f"{result}. If the held-out file has the same authors as the training file, this says how "
-        "well the adapter imitates them, and no more."
+        f"well the adapter imitates them, and no more.{card_evidence(evidence)}"
+    )
+
+
+def card_evidence(evidence: dict[str, Any]) -> str:
+    """Return the card's table of what the adapter's parts were worth, if it was measured."""
+    if not evidence.get("table"):
+        return ""
+    table = "\n".join([*evidence["table"], "", *evidence["conclusions"]])
+    return (
+        '\n\nWhat its parts were worth on these examples ("of the gain" is what is left of the '
+        f"improvement over the\nbase model; ± is one standard error):\n\n```\n{table}\n```"
     )
 
 
@@ -2184,768 +2430,74 @@ def card_system_message(job: Job) -> str:
         return "Most often a training conversation has no system message; serve without one."
     said = "There was no system message in the training data; serve without one."
     if messages[0]:
-        quotation = quoted({"content": messages[0]})
+        quotation = quoted(messages[0])
         said = f"The conversations have this system message. Serve with it:\n\n{quotation}"
     if len(messages) > 1:
         said += f"\n\n(This is the most frequent one of {len(messages)} in the training data.)"
     return said
 
 
-def vllm_rank(plan: Plan) -> int:
+def quoted(text: str) -> str:
+    """Return a text as a quotation in Markdown."""
+    return "\n".join(f"> {line}" for line in text.splitlines() or [""])
+
+
+def vllm_rank(max_rank: int) -> int:
     """Return the smallest value of vLLM's --max-lora-rank that is enough."""
-    return next(rank for rank in VLLM_RANKS if rank >= plan.max_rank)
+    return next(rank for rank in VLLM_RANKS if rank >= max_rank)
 
 
-# ==== EVIDENCE: what r, alpha and the targets were worth, measured after training
-#
-# Nothing is trained here. Parts of the finished adapter are switched off, scaled or cut, and the
-# held-out loss says what each part was worth. The columns of the table are:
-#   of the gain         what is left of the adapter's gain over the base model
-#   against as trained  by how much a token's loss is higher than with the whole adapter
-#   better on           on how many examples the loss is lower than with the whole adapter
-# Errors are standard errors over the held-out lines; the replies of one conversation count as one.
-# Differences are paired: both losses are of the same examples (Miller, "Adding Error Bars to
-# Evals", 2024).
-#
-# What may be concluded is about this adapter and these examples: whether its update is too strong
-# or too weak, what each group of targets contributes, and how many directions the update uses.
-#
-# What may not be concluded is what another run would reach. Training with a smaller r, another
-# alpha or fewer targets is another run, which may end elsewhere: train it, and use --compare. Nor
-# does a lower loss say that the replies are good: read samples.md.
+# ---- What comes after the adapter is in place: its worth, and the last lines that are printed
 
 
 @contextmanager
 def error_is_a_warning(name: str) -> Iterator[None]:
-    """Turn an error into a warning: the adapter is whole and in place, whatever the error is."""
+    """Turn an error into a warning: the adapter is complete and in place, whatever the error is."""
     try:
         yield
     except Exception as error:
         LOG.info("%s failed", name, exc_info=True)
-        report("warning", f"{name} failed ({one_line(repr(error))}); the adapter is whole")
+        report("warning", f"{name} failed ({one_line(repr(error))}); the adapter is complete")
 
 
-def show_evidence(model: peft.PeftModel, job: Job) -> None:
-    """Measure and show what the adapter learned; an error in any of it is only a warning."""
-    extras: dict[str, Callable[[peft.PeftModel, Job], None]] = {
-        "learnt": show_update_sizes,
-        "evidence": measure_evidence,
-        "samples": write_samples,
-        "picture": draw_picture,
-    }
-    for name, show in extras.items():
-        with error_is_a_warning(name):
-            show(model, job)
+def inspector() -> types.ModuleType | None:
+    """Return inspect_lora.py as a module if it lies beside this file, else None."""
+    if not (HERE / "inspect_lora.py").is_file():
+        return None
+    return importlib.import_module("inspect_lora")
+
+
+def measure_worth(model: peft.PeftModel, job: Job) -> None:
+    """Hand the verified adapter to inspect_lora.py; an error there is only a warning."""
+    command = wrap_command(
+        ["python", "inspect_lora.py", "evidence", str(job.output / "final_lora")]
+    )
+
+    def keep(findings: dict[str, Any]) -> None:
+        job.findings |= findings
         write_record(job, "finished")
+        write_model_card(job, job.output / "final_lora")
 
-
-def show_update_sizes(model: peft.PeftModel, job: Job) -> None:
-    """Print how large the update of each target is against its W; run.json has every layer's."""
-    layers = lora_layers(model)
-    if not job.plan.plain or not layers:
-        report("learnt", "the size of the updates is only measured for plain LoRA on linear layers")
-        return
-    job.update_sizes = measure_updates(model)
-    sizes = {
-        target: 100 * statistics.fmean(row["update"] for row in rows)
-        for target, rows in job.update_sizes.items()
-    }
-    smallest, largest = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
-    rows = sorted(job.update_sizes[largest], key=lambda row: -row["update"])
-    top = "layer" if len(rows) == 1 else "layers"
-    top += " " + ", ".join(str(row["layer"]) for row in rows[:3])
-    report(
-        "learnt",
-        f"the update alpha / r B A has {sizes[smallest]:,.2f} % ({smallest}) to "
-        f"{sizes[largest]:,.2f} % ({largest}) of the size of W,\n"
-        f"on average over the layers; {largest}'s is largest in {top}",
-    )
-
-
-def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
-    """Return for each target one row per layer: the update's size and its number of directions.
-
-    With B = Q R and A^T = Q' R', the r x r matrix R R'^T has the singular values of B A, because
-    multiplying by Q and Q' changes no lengths. "update" is |alpha / r B A| / |W| (Frobenius norms),
-    and "directions" how many of the strongest hold 90 % of its square.
-    """
-    found: dict[str, list[dict[str, float]]] = {}
-    for path, module in lora_layers(model).items():
-        a, b = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()
-        product = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
-        energy = torch.linalg.svdvals(module.scaling["default"] * product).square()
-        total = energy.sum().item()
-        weight = module.get_base_layer().weight
-        size = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
-        before_90_percent = int((energy.cumsum(0) < 0.9 * total).sum())
-        row = {
-            "layer": layer_number(path) or 0,
-            "update": math.sqrt(total) / size,
-            "directions": before_90_percent + 1 if total else 0,
-        }
-        found.setdefault(path.rpartition(".")[2], []).append(row)
-    return found
-
-
-def in_order_of_settings(targets: list[str], settings: argparse.Namespace) -> list[str]:
-    """Return targets in the order of LORA_TARGET_MODULES, others after them."""
-    order = {target: place for place, target in enumerate(settings.LORA_TARGET_MODULES)}
-    return sorted(targets, key=lambda target: (order.get(target, len(order)), target))
-
-
-@dataclass
-class Estimate:
-    """A mean over the held-out examples, with its standard error."""
-
-    value: float
-    error: float
-
-    def __str__(self) -> str:
-        """Return it as a difference of losses."""
-        return f"{self.value:+.4f} ± {self.error:.4f}"
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether it differs from 0 by more than twice its error."""
-        return abs(self.value) > 2 * self.error
-
-
-def ratio(
-    numerators: list[float], denominators: list[float], lines: list[str] | None = None
-) -> Estimate:
-    """Return sum(numerators) / sum(denominators), with its standard error over the examples.
-
-    The error is that of a ratio estimator by linearization (Cochran, Sampling Techniques, 6.4):
-    the residuals are numerator - ratio x denominator. With differences of losses over tokens it is
-    the paired difference per token; with two differences it is a share.
-
-    Args:
-        lines: the line that each example is of. A line in the form "messages" makes an example of
-            each reply, and replies of one conversation are alike: counted as independent, they
-            would make the error too small. So they are added up first, and lines are counted.
-    """
-    if lines is not None:
-        numerators, denominators = sums_by(lines, numerators), sums_by(lines, denominators)
-    total = sum(denominators)
-    if total == 0:
-        return Estimate(math.nan, math.inf)
-    value = sum(numerators) / total
-    n = len(numerators)
-    squares = sum((a - value * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
-    error = math.sqrt(squares * n / (n - 1)) / abs(total) if n > 1 else math.inf
-    return Estimate(value, error)
-
-
-def sums_by(keys: list[str], numbers: list[float]) -> list[float]:
-    """Return the sum of the numbers of each key, in the order in which the keys first come."""
-    sums = dict.fromkeys(keys, 0.0)
-    for key, number in zip(keys, numbers, strict=True):
-        sums[key] += number
-    return list(sums.values())
-
-
-def measure_evidence(model: peft.PeftModel, job: Job) -> None:
-    """Measure base, adapter and the adapter's parts on held-out examples, and print them."""
-    if not job.held_out:
-        report("evidence", "not measured: there is no EVAL_FILE")
-        return
-    began = time.monotonic()
-    examples = job.held_out
-    tokens = [len(example.reply_ids) for example in examples]
-    adapter = example_losses(model, job, examples, "adapter")
-    with model.disable_adapter():
-        base = example_losses(model, job, examples, "base")
-    better = sum(a < b for a, b in zip(adapter, base, strict=True))
-    job.evidence = {
-        "base": sum(base) / sum(tokens),
-        "adapter": sum(adapter) / sum(tokens),
-        "examples": len(examples),
-        "better": better,
-        "losses": [
-            {"where": e.where, "group": e.eval_group, "tokens": n, "base": b / n, "adapter": a / n}
-            for e, n, b, a in zip(examples, tokens, base, adapter, strict=True)
-        ],
-    }
-    write_model_card(job, job.output / "final_lora")
-    if job.settings.EVIDENCE_EXAMPLES:
-        chosen = evenly_spread(len(examples), job.settings.EVIDENCE_EXAMPLES)
-        report_parts(model, job, chosen, base, adapter)
-        seconds = time.monotonic() - began
-        report(
-            "",
-            f"measured on {len(chosen)} held-out examples, base and adapter on all "
-            f"{len(examples)}, in {seconds:.0f} s\n± is one standard error",
-        )
-    report_kinds(job)
-
-
-def evenly_spread(count: int, wanted: int) -> list[int]:
-    """Return at most wanted of the numbers below count, evenly spread."""
-    wanted = min(count, wanted)
-    return [number * count // wanted for number in range(wanted)]
-
-
-def report_parts(
-    model: peft.PeftModel, job: Job, chosen: list[int], base: list[float], adapter: list[float]
-) -> None:
-    """Measure the adapter's parts on the chosen examples; print the table and what it supports."""
-    examples = [job.held_out[number] for number in chosen]
-    trained = [adapter[number] for number in chosen]
-    untrained = [base[number] for number in chosen]
-    losses = {"as trained": trained, "base": untrained}
-    for label, change_model in parts_of(model, job.plan).items():
-        with change_model():
-            losses[label] = example_losses(model, job, examples, label)
-    tokens = [float(len(example.reply_ids)) for example in examples]
-    where = [example.where for example in examples]
-    rows = {
-        label: compare_part(one, trained, untrained, tokens, where) for label, one in losses.items()
-    }
-    job.evidence["parts"] = rows
-    job.evidence["where"] = where
-    report("evidence", "\n".join(table_of_parts(rows)))
-    gain = ratio(differences(untrained, trained), tokens, where)
-    for sentence in conclusions(rows, gain, len(set(where)), job):
-        report("", textwrap.fill(sentence, 90, subsequent_indent="  "))
-
-
-def compare_part(
-    losses: list[float],
-    trained: list[float],
-    untrained: list[float],
-    tokens: list[float],
-    where: list[str],
-) -> dict[str, Any]:
-    """Return a part's row of the table, from its losses and those of the adapter and the base.
-
-    "kept" is the column "of the gain", and "change" the column "against as trained".
-    """
-    gains, changes = differences(untrained, trained), differences(losses, trained)
-    return {
-        "loss": sum(losses) / sum(tokens),
-        "kept": asdict(ratio(differences(untrained, losses), gains, where)),
-        "change": asdict(ratio(changes, tokens, where)),
-        "better_on": sum(one < 0 for one in changes),
-        "losses": [loss / n for loss, n in zip(losses, tokens, strict=True)],
-    }
-
-
-def differences(ones: list[float], others: list[float]) -> list[float]:
-    """Return the first list minus the second one, number by number."""
-    return [one - other for one, other in zip(ones, others, strict=True)]
-
-
-def table_of_parts(rows: dict[str, Any]) -> list[str]:
-    """Return the lines of the evidence's table; the section's opening explains its columns."""
-    columns = "{:<31}{:>9}{:>17}{:>22}{:>11}".format
-    lines = [columns("", "loss", "of the gain", "against as trained", "better on")]
-    for label, row in rows.items():
-        share, change = Estimate(**row["kept"]), Estimate(**row["change"])
-        cells = [
-            f"{100 * share.value:.1f} ± {100 * share.error:.1f} %",
-            str(change),
-            f"{row['better_on']}/{len(row['losses'])}",
-        ]
-        if label == "as trained":
-            cells = ["", "", ""]
-        elif label == "base":
-            label, cells[0] = "base model", f"{share.value:.0%}"
-        lines.append(columns(label, f"{row['loss']:.4f}", *cells))
-    return lines
-
-
-def parts_of(
-    model: peft.PeftModel, plan: Plan
-) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
-    """Return {label: how to change the model for a while}, in the order of the table."""
-    parts: dict[str, Callable[[], contextlib.AbstractContextManager]] = {}
-    layers = lora_layers(model)
-    if plan.plain:
-        for scale in (0.5, 0.75, 1.25, 1.5, 2.0):
-            parts[f"update x {scale:g}"] = lambda scale=scale: rescaled(model, scale)
-    if not plan.only_lora:
-        return parts
-    for name, paths in (paths_by_sublayer(layers) | thirds_of_layers(layers)).items():
-        parts[f"{name} alone"] = lambda paths=paths: only_these(layers, paths)
-    if plan.plain:
-        rank = plan.max_rank // 2
-        while rank:
-            noun = "directions" if rank > 1 else "direction"
-            parts[f"cut to {rank} {noun}"] = lambda rank=rank: cut_to(layers, rank)
-            rank //= 2
-    return parts
-
-
-def rescaled(model: peft.PeftModel, scale: float) -> contextlib.AbstractContextManager:
-    """Multiply the finished adapter's update by scale for a while."""
-    return peft.helpers.rescale_adapter_scale(model, scale)
-
-
-SUBLAYERS = {"self_attn": "attention", "mlp": "feed-forward", "linear_attn": "DeltaNet"}
-
-
-def paths_by_sublayer(layers: dict[str, Any]) -> dict[str, set[str]]:
-    """Return {"attention": paths, ...} by the module that the targets are in, if several."""
-    paths_by: dict[str, set[str]] = {name: set() for name in SUBLAYERS.values()}
-    for path in layers:
-        parent = path.split(".")[-2]
-        paths_by.setdefault(SUBLAYERS.get(parent, parent), set()).add(path)
-    found = {name: paths for name, paths in paths_by.items() if paths}
-    return found if len(found) > 1 else {}
-
-
-def thirds_of_layers(layers: dict[str, Any]) -> dict[str, set[str]]:
-    """Return {"layers 0 to 9": paths, ...} for the first, middle and last third of the layers."""
-    numbers = sorted({layer_number(path) for path in layers} - {None})
-    if len(numbers) < 3:
-        return {}
-    thirds: dict[str, set[str]] = {}
-    for third in range(3):
-        part = numbers[third * len(numbers) // 3 : (third + 1) * len(numbers) // 3]
-        name = f"layers {part[0]} to {part[-1]}" if len(part) > 1 else f"layer {part[0]}"
-        thirds[name] = {path for path in layers if layer_number(path) in part}
-    return thirds
-
-
-@contextmanager
-def only_these(layers: dict[str, Any], paths: set[str]) -> Iterator[None]:
-    """Switch LoRA off for a while in all layers but those at paths."""
-    others = [module for path, module in layers.items() if path not in paths]
-    for module in others:
-        module.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for module in others:
-            module.enable_adapters(True)
-
-
-@contextmanager
-def cut_to(layers: dict[str, Any], rank: int) -> Iterator[None]:
-    """Cut every update to its strongest directions for a while.
-
-    B A = U S V^T. Projecting B on the first columns of U gives the best approximation of B A of
-    that rank (Eckart and Young, 1936), and leaves A alone. B A itself is never formed.
-    """
-    whole = {path: module.lora_B["default"].weight.data for path, module in layers.items()}
-    try:
-        for module in layers.values():
-            weight = module.lora_B["default"].weight
-            b, a = weight.data.double(), module.lora_A["default"].weight.data.double()
-            q, triangle = torch.linalg.qr(b)  # B = Q R
-            u = q @ torch.linalg.svd(triangle @ a, full_matrices=False).U[:, :rank]
-            weight.data = (u @ (u.T @ b)).to(weight.dtype)
-        yield
-    finally:
-        for path, module in layers.items():
-            module.lora_B["default"].weight.data = whole[path]
-
-
-# Both are shares of the gain. A clear difference that is smaller than the first is not worth a run.
-# If no difference is clear, two losses are called the same only if the difference and twice its
-# error together are less than the second: otherwise the examples are too few to tell.
-SMALLEST_DIFFERENCE = 0.02
-LARGEST_DIFFERENCE = 0.05
-# With fewer held-out lines nothing is concluded, since the errors themselves are too uncertain.
-FEWEST_LINES = 10
-
-
-def conclusions(rows: dict[str, Any], gain: Estimate, lines: int, job: Job) -> list[str]:
-    """Return what the table supports, at most a sentence each on alpha, the targets and r.
-
-    A difference is named only if it is larger than twice its error (for the best of five strengths
-    three times) and than 2 % of the gain.
-    What each sentence may claim was tested by training the alternatives; README.md shows how.
-
-    Args:
-        lines: the number of lines in the held-out file that the measured examples come from.
-    """
-    if lines < FEWEST_LINES:
-        sentences = [
-            f"The held-out lines are too few to tell anything: {lines} measured, "
-            f"{FEWEST_LINES} needed."
-        ]
-    elif not (gain.is_clear and gain.value > 0):
-        sentences = [about_no_gain(rows, gain)]
-    else:
-        sentences = [about_alpha(rows), about_targets(rows), about_rank(rows, job)]
-    if not job.plan.only_lora:
-        sentences.append("More than LoRA was trained, so the adapter is not taken apart.")
-    elif not job.plan.plain:
-        sentences.append(
-            "This LoRA is more than the update alpha / r B A, so it is neither scaled nor cut."
-        )
-    return [sentence for sentence in sentences if sentence]
-
-
-def judge(row: dict[str, Any]) -> str:
-    """Return whether a row is "better" or "worse" than as trained, the "same", or "unclear"."""
-    change, share = Estimate(**row["change"]), Estimate(**row["kept"])
-    if change.is_clear and abs(share.value - 1) > SMALLEST_DIFFERENCE:
-        return "better" if change.value < 0 else "worse"
-    largest = abs(share.value - 1) + 2 * share.error
-    return "same" if largest < LARGEST_DIFFERENCE else "unclear"
-
-
-def about_no_gain(rows: dict[str, Any], gain: Estimate) -> str:
-    """Return the sentence on an adapter that is not clearly better than the base model."""
-    weaker = [row for label, row in rows.items() if label in ("update x 0.5", "update x 0.75")]
-    changes = [Estimate(**row["change"]) for row in weaker]
-    is_too_strong = any(change.value < -3 * change.error for change in changes)
-    if gain.is_clear or is_too_strong:
-        return (
-            f"The adapter is {'worse' if gain.is_clear else 'not better'} than the base model, "
-            "because the run went too far. Try fewer epochs, a lower LEARNING_RATE or a smaller "
-            "LORA_ALPHA. What its parts are worth cannot be said."
-        )
-    return (
-        "The adapter is not better than the base model by more than twice the error, so its parts "
-        "say nothing. More steps or a higher LEARNING_RATE may help."
-    )
-
-
-def about_alpha(rows: dict[str, Any]) -> str:
-    """Return the sentence on the strength of the update."""
-    scales = {label: row for label, row in rows.items() if label.startswith("update x ")}
-    if not scales:
-        return ""
-    best = min(scales, key=lambda label: scales[label]["loss"])
-    row = scales[best]
-    change, share = Estimate(**row["change"]), Estimate(**row["kept"])
-    # One of five strengths is better by twice its error in every ninth run by chance alone, but by
-    # three times its error only once in 150 runs (once in 30 with no more than FEWEST_LINES).
-    is_better = judge(row) == "better" and abs(change.value) > 3 * change.error
-    if not is_better and share.value + 2 * share.error > 1 + LARGEST_DIFFERENCE:
-        return "alpha: too few held-out examples to tell whether another strength is better."
-    if not is_better:
-        return "alpha: no other strength of the update is better by a difference that matters."
-    factor = float(best.removeprefix("update x "))
-    gained = f"{100 * (row['kept']['value'] - 1):.0f} % more of the gain"
-    if factor < 1:
-        return (
-            f"alpha: at x {factor:g} of its strength the same update has a lower loss ({gained}), "
-            "so the run went too far. Worth trying next: fewer epochs, a lower LEARNING_RATE or a "
-            "smaller LORA_ALPHA."
-        )
-    return (
-        f"alpha: at x {factor:g} of its strength the same update has a lower loss ({gained}), so "
-        "the run stopped short. Worth trying next: more epochs, a higher LEARNING_RATE or a larger "
-        "LORA_ALPHA."
-    )
-
-
-def about_targets(rows: dict[str, Any]) -> str:
-    """Return the sentence on attention, feed-forward, DeltaNet and any other group of targets."""
-    is_layers = re.compile(r"layers? \d").match
-    names = [name for name in rows if name.endswith(" alone") and not is_layers(name)]
-    if not names:
-        return ""
-    shares = {name.removesuffix(" alone"): rows[name]["kept"]["value"] for name in names}
-    verdicts = {name: judge(rows[f"{name} alone"]) for name in shares}
-    enough = [name for name, verdict in verdicts.items() if verdict in ("same", "better")]
-    if enough:
-        best = max(enough, key=lambda name: shares[name])
-        if verdicts[best] == "better":
-            return (
-                f"targets: the update of {best} alone has {shares[best]:.0%} of the gain, so in "
-                "this adapter the other targets do harm."
+    with error_is_a_warning("evidence"):
+        inspect_lora = inspector()
+        if inspect_lora is None:
+            report(
+                "evidence",
+                "what the adapter gained was not measured, since inspect_lora.py is not beside "
+                f"this script.\nPut it there, and measure it without training: {command}",
             )
-        return (
-            f"targets: the update of {best} alone keeps {shares[best]:.0%} of the gain; what the "
-            "other targets add is less than 5 % of it."
+            return
+        subject = inspect_lora.Subject(
+            model=model,
+            chat_format=job.chat_format,
+            held_out=job.held_out,
+            settings=job.settings,
+            folder=job.output,
+            label=job.published,
+            tokens_at_once=job.token_limits.most(),
+            history=job.history,
         )
-    if "unclear" in verdicts.values():
-        return "targets: too few held-out examples to tell whether one group would do alone."
-    listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    return f"targets: no group alone keeps the whole gain: {listed}."
-
-
-def about_rank(rows: dict[str, Any], job: Job) -> str:
-    """Return the sentence on the number of directions that the update needs."""
-    cuts = {
-        int(label.split()[2]): row for label, row in rows.items() if label.startswith("cut to ")
-    }
-    if not cuts:
-        return ""
-    verdicts = {rank: judge(row) for rank, row in cuts.items()}
-    enough = []
-    for rank in sorted(verdicts, reverse=True):
-        if verdicts[rank] not in ("same", "better"):
-            break  # a shorter cut that does well is chance
-        enough.append(rank)
-    half = cuts[max(cuts)]["kept"]["value"]
-    if not enough and verdicts[max(cuts)] == "worse" and half >= 1 - LARGEST_DIFFERENCE:
-        enough = [max(cuts)]  # it loses clearly, but too little to ask for a larger r
-    if enough:
-        noun = "directions" if min(enough) > 1 else "direction"
-        return (
-            f"r: cut to {min(enough)} {noun} of {job.plan.max_rank}, the update keeps "
-            f"{cuts[min(enough)]['kept']['value']:.0%} of the gain. That says how much of its room "
-            "this adapter uses; a run with a smaller r is another run, and may end elsewhere."
-        )
-    if "unclear" in verdicts.values():
-        return "r: too few held-out examples to tell how many directions are needed."
-    return (
-        f"r: cut to {max(cuts)} of {job.plan.max_rank} directions, the update keeps only "
-        f"{half:.0%} of the gain; a larger LORA_R may be worth a run."
-    )
-
-
-def report_kinds(job: Job) -> None:
-    """Print the loss before and after by the lines' EVAL_GROUP, and the three worst examples."""
-    losses = job.evidence["losses"]
-    rows_of: dict[str, list[dict[str, Any]]] = {}
-    for row in losses:
-        rows_of.setdefault(row["group"], []).append(row)
-    if job.settings.EVAL_GROUP and (len(rows_of) > 1 or "" not in rows_of):
-        report("kinds", join_limited(table_of_kinds(job.settings.EVAL_GROUP, rows_of), 40))
-    worst = sorted(losses, key=lambda row: row["base"] - row["adapter"])[:3]
-    shown = [f"{row['where']} ({row['adapter'] - row['base']:+.2f})" for row in worst]
-    report("worst", "the loss fell least, or rose, at\n" + "\n".join(shown))
-
-
-def table_of_kinds(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Return a line for each kind of held-out line, the most frequent one first."""
-    columns = "{:<20}{:>9}{:>9}{:>9}{:>22}{:>12}".format
-    lines = [columns(title, "examples", "before", "after", "difference", "better on")]
-    for kind, rows in sorted(rows_of.items(), key=lambda item: -len(item[1])):
-        tokens = [row["tokens"] for row in rows]
-        before = sum(row["base"] * row["tokens"] for row in rows) / sum(tokens)
-        changes = [(row["adapter"] - row["base"]) * row["tokens"] for row in rows]
-        change = ratio(changes, tokens, [row["where"] for row in rows])
-        lower = sum(one < 0 for one in changes)
-        lines.append(
-            columns(
-                one_line(kind or "(none)", 19),
-                len(rows),
-                f"{before:.4f}",
-                f"{before + change.value:.4f}",
-                str(change) if change.error < math.inf else f"{change.value:+.4f}",
-                f"{lower}/{len(rows)}",
-            )
-        )
-    return lines
-
-
-def write_samples(model: peft.PeftModel, job: Job) -> None:
-    """Write samples.md: held-out prompts with the base's, adapter's and reference reply."""
-    if not job.settings.NUM_SAMPLES or not job.held_out:
-        return
-    chosen = choose_samples(job)
-    prompts = [example.prompt_ids for example in chosen]
-    report("samples", f"the base model and the adapter answer {len(chosen)} held-out prompts")
-    with model.disable_adapter():
-        base = generate(model, job, prompts)
-    adapter = generate(model, job, prompts)
-    lines = [
-        f"# Replies of {model_title(job.settings)} before and after training",
-        "",
-        f"The same held-out prompts, {job.published}, always the likeliest token (greedy).",
-    ]
-    for number, example in enumerate(chosen):
-        lines += ["", f"## {example.where} {example.eval_group}".rstrip()]
-        for message in example.messages[:-1]:
-            lines += ["", f"**{message['role']}**", "", quoted(message)]
-        lines += ["", "**base model**", "", quoted(base[number])]
-        lines += ["", "**adapter**", "", quoted(adapter[number])]
-        lines += ["", "**reference reply**", "", quoted(example.messages[-1])]
-    path = job.output / "samples.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    job.samples = {"base": reply_habits(base), "adapter": reply_habits(adapter)}
-    columns = "{:<14}{:>16}{:>12}{:>12}{:>24}".format
-    table = [columns("", "stop by itself", "different", "mean words", "repeated word triples")]
-    for name, habits in job.samples.items():
-        counts = [f"{habits[what]} of {len(chosen)}" for what in ("stopped", "different")]
-        table.append(columns(name, *counts, f"{habits['words']:.0f}", f"{habits['repeated']:.0%}"))
-    report("", "\n".join([*table, str(path)]))
-
-
-def choose_samples(job: Job) -> list[Example]:
-    """Return one held-out example of each kind, and as many more as NUM_SAMPLES asks for."""
-    first: dict[str, int] = {}
-    for number, example in enumerate(job.held_out):
-        first.setdefault(example.eval_group, number)
-    chosen = sorted(first.values())[: max(job.settings.NUM_SAMPLES, 20)]
-    for number in evenly_spread(len(job.held_out), job.settings.NUM_SAMPLES):
-        if len(chosen) < job.settings.NUM_SAMPLES and number not in chosen:
-            chosen.append(number)
-    return [job.held_out[number] for number in sorted(chosen)]
-
-
-def generate(
-    model: peft.PeftModel,
-    job: Job,
-    prompts: list[list[int]],
-    streamer: transformers.TextStreamer | None = None,
-) -> list[dict[str, Any]]:
-    """Return for each prompt its greedy reply: the text, and whether it stopped by itself.
-
-    All prompts go through the model in one batch, padded on the left, since each token costs a
-    pass of its own.
-    """
-    end, width = job.tokenizer.eos_token_id, max(map(len, prompts))
-    ids = torch.tensor([[end] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor(
-        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
-    )
-    config = transformers.GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,  # the model's own configuration may have another
-        max_new_tokens=job.settings.MAX_NEW_TOKENS,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    out = model.generate(ids, config, attention_mask=mask, streamer=streamer)
-    replies = []
-    for row in out[:, width:].tolist():
-        stopped = end in row
-        tokens = row[: row.index(end)] if stopped else row
-        text = job.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        replies.append({"text": text, "stopped": stopped})
-    return replies
-
-
-def quoted(message: dict[str, Any]) -> str:
-    """Return a message or a reply as a quotation in Markdown, marked if it was cut."""
-    text = message.get("content", message.get("text", ""))
-    if not message.get("stopped", True):
-        text += " [cut here]"
-    return "\n".join(f"> {line}" for line in text.splitlines() or [""])
-
-
-def reply_habits(replies: list[dict[str, Any]]) -> dict[str, float]:
-    """Return how many replies stopped by themselves or differ, their words, how they repeat."""
-    texts = [reply["text"].lower().split() for reply in replies]
-    triples = [list(zip(words, words[1:], words[2:])) for words in texts]  # noqa: B905
-    count = sum(map(len, triples))
-    different = sum(len(set(one)) for one in triples)
-    return {
-        "stopped": sum(reply["stopped"] for reply in replies),
-        "different": len({reply["text"] for reply in replies}),
-        "words": statistics.fmean(map(len, texts)),
-        "repeated": 1 - different / count if count else 0.0,
-    }
-
-
-def draw_picture(_: peft.PeftModel, job: Job) -> None:
-    """Draw lora.png: the losses, the size of each update, and the evidence."""
-    from matplotlib.figure import Figure
-
-    config = lora_config(job.settings)
-    parts = job.evidence.get("parts", {})
-    rows = ["losses", "losses"]
-    if job.update_sizes:
-        rows += ["updates", "updates"]
-    if parts:
-        rows += ["scales", "parts"]
-    layout = [rows[n : n + 2] for n in range(0, len(rows), 2)]
-    figure = Figure((11, 1 + 3.2 * len(layout)), dpi=120, layout="constrained")
-    panels = figure.subplot_mosaic(layout)
-    figure.suptitle(
-        f"{model_title(job.settings)}, r = {config.r}, alpha = {config.lora_alpha}, "
-        f"{job.published}",
-        parse_math=False,
-    )
-    draw_losses(panels["losses"], job)
-    if job.update_sizes:
-        draw_updates(panels["updates"], job)
-    if parts:
-        draw_scales(panels["scales"], parts)
-        draw_parts(panels["parts"], parts)
-    path = job.output / "lora.png"
-    figure.savefig(path)
-    report("picture", str(path))
-
-
-def draw_losses(axes: Any, job: Job) -> None:
-    """Draw each step's loss thinly, their running mean boldly, and the held-out losses."""
-    losses = job.logged("loss")
-    steps, values = list(losses), list(losses.values())
-    # The mean is over a thirtieth of a long run, and over up to ten steps of a short one.
-    width = max(1, len(values) // 30, min(10, len(values) // 4))
-    means = [statistics.fmean(values[max(0, n - width) : n]) for n in range(1, len(values) + 1)]
-    axes.plot(steps, values, color="0.75", linewidth=0.7, label="training, each step")
-    if width > 1:
-        label = f"training, mean of {width} steps"
-        axes.plot(steps, means, color="C0", linewidth=2, label=label)
-    evals = job.logged("eval_loss")
-    if evals:
-        look = {"color": "black", "markeredgecolor": "white", "markersize": 9, "zorder": 5}
-        axes.plot(list(evals), list(evals.values()), "o--", linewidth=0.8, label="held-out", **look)
-    for step, loss in evals.items():
-        axes.annotate(
-            f"{loss:.3f}",
-            (step, loss),
-            (0, 10),
-            textcoords="offset points",
-            ha="center",
-            zorder=6,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-        )
-    axes.margins(y=0.15)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title="Loss")
-    axes.legend()
-
-
-def draw_updates(axes: Any, job: Job) -> None:
-    """Draw the size of each module's update against its W, layers across."""
-    layer_types = job.config.get_text_config().to_dict().get("layer_types") or []
-    depth = job.config.get_text_config().num_hidden_layers
-    targets = in_order_of_settings(list(job.update_sizes), job.settings)
-    sizes = [[math.nan] * depth for _ in targets]
-    for number, target in enumerate(targets):
-        for row in job.update_sizes[target]:
-            sizes[number][row["layer"]] = 100 * row["update"]
-    image = axes.imshow(sizes, aspect="auto", vmin=0, cmap="viridis")
-    axes.patch.set(hatch="xx", edgecolor="silver")  # shows through where there is no module
-    axes.figure.colorbar(image, ax=axes, label="size of the update, % of W")
-    marks = [str(number) for number in range(depth)]
-    for number, layer_type in enumerate(layer_types):
-        if layer_type == "linear_attention":
-            marks[number] += "\nD"
-    axes.set_xticks(range(depth), marks, fontsize=7)
-    axes.set_yticks(range(len(sizes)), targets)
-    note = " (D: Gated DeltaNet)" if "linear_attention" in layer_types else ""
-    axes.set_xlabel(f"layer{note}; hatched: no such module, or not trained")
-    axes.set_title("Where the model was changed")
-
-
-def draw_scales(axes: Any, parts: dict[str, Any]) -> None:
-    """Draw the held-out loss against the strength of the update."""
-    points = {0.0: parts["base"], 1.0: parts["as trained"]}
-    for label, row in parts.items():
-        if label.startswith("update x "):
-            points[float(label.removeprefix("update x "))] = row
-    scales = sorted(points)
-    losses = [points[scale]["loss"] for scale in scales]
-    errors = [2 * points[scale]["change"]["error"] for scale in scales]
-    axes.errorbar(scales, losses, errors, marker="o", capsize=3)
-    axes.axvline(1, color="0.6", linestyle="--", linewidth=1)
-    axes.set(
-        xlabel="strength of the update (0: base, 1: as trained)\n"
-        "bars: twice the error of the difference to 1",
-        ylabel="held-out loss, nats per token",
-        title="At another strength",
-    )
-
-
-def draw_parts(axes: Any, parts: dict[str, Any]) -> None:
-    """Draw what each part keeps of the gain over the base model."""
-    shares = {
-        label: row["kept"]
-        for label, row in parts.items()
-        if label.endswith("alone") or label.startswith("cut")
-    }
-    labels = list(shares)
-    values = [100 * share["value"] for share in shares.values()]
-    errors = [200 * share["error"] for share in shares.values()]
-    axes.barh(labels, values, xerr=errors, color="0.6", error_kw={"capsize": 3})
-    axes.axvline(100, color="0.3", linestyle="--", linewidth=1)
-    axes.invert_yaxis()
-    axes.set(
-        xlabel="% of the gain over the base model (bars: twice the error)", title="Which part?"
-    )
+        inspect_lora.measure(subject, keep)
 
 
 @error_is_a_warning("summary")
@@ -2962,9 +2514,9 @@ def summarize(job: Job) -> None:
         spent += f"; torch used {job.peak_gib:.1f} GiB of the GPU at the most"
     lines.append(spent)
     report("done", "\n".join(lines))
-    others = finished_runs([str(job.output)])
-    if len(others) > 1:
-        compare_runs([str(job.output)])
+    inspect_lora = inspector()
+    if inspect_lora is not None:
+        inspect_lora.compare_with_others(job.output)
     report("next", next_commands(job))
 
 
@@ -2976,8 +2528,9 @@ def verdict(job: Job) -> list[str]:
     base, loss = before_and_after
     fell = f"fell by {base - loss:.4f} nats a token" if loss < base else "did NOT fall"
     lines = [f"the held-out loss {fell}: {base:.4f} -> {loss:.4f}"]
-    if "better" in job.evidence:
-        lines[0] += f", lower on {job.evidence['better']:,} of {job.evidence['examples']:,}"
+    evidence = job.findings.get("evidence", {})
+    if "better" in evidence:
+        lines[0] += f", lower on {evidence['better']:,} of {evidence['examples']:,}"
     losses = job.logged("eval_loss")
     losses.pop(0)
     best = min(losses, key=lambda step: losses[step])
@@ -2985,310 +2538,62 @@ def verdict(job: Job) -> list[str]:
         where = job.output / "checkpoints" / f"checkpoint-{best}"
         lines.append(
             f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} ({losses[best]:.4f}); "
-            f"that adapter is in {where},\nand --publish best publishes the best epoch of a run"
+            f"that adapter is in {where};\npython inspect_lora.py measures it, talks to it and "
+            "writes it for vLLM (evidence, chat, for_vllm), and\n--publish best publishes the best "
+            "epoch of a run"
         )
     return lines
 
 
 def next_commands(job: Job) -> str:
     """Return the commands to talk to the adapter and to serve it."""
-    settings = job.settings
-    chat_command = wrap_command(["python", *sys.argv, "--chat"])
+    chat_command = wrap_command(
+        ["python", "inspect_lora.py", "chat", str(job.output / "final_lora")]
+    )
     toy = DEMO["MODEL_NAME"]
-    if toy == settings.MODEL_NAME:
+    if toy == job.settings.MODEL_NAME:
         return chat_command  # nobody serves a toy
     if job.plan.vllm_refuses:
         return f"{chat_command}\n({job.plan.vllm_refuses}; merge this one into its base instead)"
     folder = job.output / "final_lora_vllm"
     if not folder.exists():
         folder = job.output / "final_lora"
+    return f"{chat_command}\n{vllm_command(job.settings, folder, job.plan.max_rank)}"
+
+
+def vllm_command(settings: argparse.Namespace, folder: Path, max_rank: int) -> str:
+    """Return the command that serves an adapter, under its output folder's name."""
+    name = folder.resolve().parent.name if folder.name.startswith("final_lora") else folder.name
+    name = re.sub(r"[^\w.-]", "-", name) or "adapter"
     serve = ["vllm", "serve", settings.MODEL_NAME]
     if not Path(settings.MODEL_NAME).is_dir():
         serve += ["--revision", settings.MODEL_REVISION]
-    serve += ["--enable-lora", "--max-lora-rank", str(vllm_rank(job.plan))]
-    serve += ["--lora-modules", f"companion={folder}"]
+    serve += ["--enable-lora", "--max-lora-rank", str(vllm_rank(max_rank))]
+    serve += ["--lora-modules", f"{name}={folder}"]
     serve += ["--default-chat-template-kwargs", '{"enable_thinking": false}']
-    note = "# The server offers the adapter as the model named companion:"
-    return f"{chat_command}\n{note}\n{wrap_command(serve)}"
+    note = f"# The server offers the adapter as the model named {name}:"
+    return f"{note}\n{wrap_command(serve)}"
 
 
 def wrap_command(words: list[str], width: int = 86) -> str:
-    """Return a command that can be pasted into a shell, on as many lines as it needs."""
-    lines = [shlex.quote(words[0])]
-    for word in map(shlex.quote, words[1:]):
-        if len(lines[-1]) + 1 + len(word) <= width:
-            lines[-1] += f" {word}"
+    """Return a command that can be pasted into a shell, on as many lines as it needs.
+
+    A flag and its value stay on one line, however long they are.
+    """
+    groups: list[str] = []
+    for word in words:
+        is_value = bool(groups) and groups[-1].startswith("--") and not word.startswith("--")
+        if is_value and " " not in groups[-1]:
+            groups[-1] += f" {shlex.quote(word)}"
         else:
-            lines.append(f"  {word}")
+            groups.append(shlex.quote(word))
+    lines = [groups[0]]
+    for group in groups[1:]:
+        if len(lines[-1]) + 1 + len(group) <= width:
+            lines[-1] += f" {group}"
+        else:
+            lines.append(f"  {group}")
     return " \\\n".join(lines)
-
-
-# ==== COMPARING: which of several runs is better, and whether the difference means anything
-#
-# The finished runs in some folders are ranked by the held-out loss of what they published. Only
-# runs with the same held-out examples as the newest one are compared. A "=" after a run says that
-# its difference to the best one is within twice its standard error, so it may be chance. A run ends
-# with this table if there are other finished runs in or below its own folder.
-
-RUN_KEYS = {"started", "settings", "data", "evidence", "train_seconds", "resumed_from"}
-
-
-def all_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
-    """Return the run.json files in the folders and below them."""
-    paths = [path for folder in folders for path in sorted(Path(folder).rglob("run.json*"))]
-    return {path.resolve(): read_json(path) or {} for path in paths}
-
-
-def finished_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
-    """Return those of finished runs with held-out losses, which can be compared."""
-    runs = {}
-    for path, run in all_runs(folders).items():
-        is_finished = run.get("outcome") == "finished" and run.keys() >= RUN_KEYS
-        if is_finished and isinstance(run["evidence"], dict) and run["evidence"].get("losses"):
-            runs[path] = run
-    return runs
-
-
-def compare_runs(folders: list[str]) -> None:
-    """Print the runs from the best to the worst, with each paired difference to the best."""
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise SystemExit(f"--compare: there is no folder {folder}.")
-    runs = finished_runs(folders)
-    if not runs:
-        where = ", ".join(folders)
-        finished = [run for run in all_runs(folders).values() if run.get("outcome") == "finished"]
-        if finished:
-            raise SystemExit(
-                f"--compare: no finished run in {where} has held-out losses to compare: "
-                f"{why_no_losses(finished)}."
-            )
-        raise SystemExit(f"--compare: no run in {where} has finished.")
-    newest = max(runs.values(), key=lambda run: run["started"])
-    wanted = held_out_of(newest)
-    same = {path: run for path, run in runs.items() if held_out_of(run) == wanted}
-    ranked = dict(sorted(same.items(), key=lambda item: item[1]["evidence"]["adapter"]))
-    names = [name for name in newest["settings"] if name not in ("OUTPUT_DIR", "LOGGING_STEPS")]
-    differing = [
-        name for name in names if len({str(run["settings"].get(name)) for run in same.values()}) > 1
-    ]
-    head, *rows = table_of_runs(ranked, differing)
-    lines = [head, join_limited(rows, 60)]
-    if len(ranked) > 1:
-        lines.append("=: the difference to the best may be chance")
-    if any(run["resumed_from"] for run in ranked.values()):
-        lines.append("+: the run was resumed, and took this long after that")
-    if len(same) < len(runs):
-        others = len(runs) - len(same)
-        noun, verb = ("runs", "are") if others > 1 else ("run", "is")
-        lines.append(f"{others} {noun} on other held-out examples {verb} left out")
-    report("runs", "\n".join(lines))
-
-
-def why_no_losses(finished: list[dict[str, Any]]) -> str:
-    """Return for what reasons finished runs have no held-out losses, and how many for each."""
-    counts: dict[str, int] = {}
-    for run in finished:
-        parts = [run.get("settings"), run.get("evidence")]
-        if not run.keys() >= RUN_KEYS or not all(isinstance(part, dict) for part in parts):
-            reason = "the run.json of {} is damaged or of another version"
-        elif not run["settings"].get("EVAL_FILE"):
-            reason = "{} had no held-out file (EVAL_FILE)"
-        else:
-            reason = (
-                "the held-out losses of {} were not measured, since the run was stopped before or "
-                "an error prevented it (its all_logs.log tells)"
-            )
-        counts[reason] = counts.get(reason, 0) + 1
-    return "; ".join(reason.format(count) for reason, count in counts.items())
-
-
-def table_of_runs(ranked: dict[Path, dict[str, Any]], differing: list[str]) -> list[str]:
-    """Return the lines of the table of runs, the best first, with the settings that differ."""
-    columns = "{:>9}  {:<22}{:>8}  {}".format
-    lines = [columns("held-out", "against the best", "minutes", "run, and what differs")]
-    best = next(iter(ranked.values()))
-    tokens = [row["tokens"] for row in best["evidence"]["losses"]]
-    where = [row["where"] for row in best["evidence"]["losses"]]
-    for path, run in ranked.items():
-        minutes = f"{run['train_seconds'] / 60:.1f}" + ("+" if run["resumed_from"] else "")
-        difference = "best"
-        if run is not best:
-            pairs = zip(run["evidence"]["losses"], best["evidence"]["losses"], strict=True)
-            changes = [(a["adapter"] - b["adapter"]) * a["tokens"] for a, b in pairs]
-            change = ratio(changes, tokens, where)
-            difference = str(change) + ("" if change.is_clear else " =")
-        loss = f"{run['evidence']['adapter']:.4f}"
-        lines.append(columns(loss, difference, minutes, shorten_path(str(path), 55)))
-        changed = [f"{name} {one_line(str(run['settings'].get(name)), 40)}" for name in differing]
-        lines += [" " * 43 + line for line in textwrap.wrap(", ".join(changed), 45)]
-    return lines
-
-
-def held_out_of(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
-    """Return what identifies a run's held-out examples: the file's hash, lines and lengths."""
-    rows = run["evidence"]["losses"]
-    file = run["data"].get(run["settings"]["EVAL_FILE"], {})
-    lines = [(row["where"].rpartition(":")[2], row["tokens"]) for row in rows]
-    return file.get("sha256", ""), lines
-
-
-# ==== CHAT: talking to the adapter
-#
-# --chat loads the base model once, and OUTPUT_DIR/final_lora on top of it. The conversation begins
-# with the system message of the training data, replies are greedy (always the likeliest token), and
-# nothing is written. A pipe works too: each of its lines is answered. The base model is that which
-# the adapter names; if its folder was moved, give the new one as MODEL_NAME.
-
-CHAT_HELP = """/base and /adapter  choose who answers
-/scale 0.5          answer with the adapter at another strength; 1 is as trained
-/new                forget what was said
-/help               show this
-/quit               end (also /exit, Ctrl-D, or Ctrl-C)"""
-
-
-def chat(job: Job) -> None:
-    """Talk to OUTPUT_DIR/final_lora, or answer each line of a pipe; nothing is written."""
-    from safetensors import SafetensorError
-
-    folder = job.output / "final_lora"
-    if not (folder / "adapter_config.json").is_file():
-        raise SystemExit(
-            f"--chat: there is no adapter in {folder}. Train first, or give the --output_dir of a "
-            "finished run."
-        )
-    saved = read_json(folder / "adapter_config.json") or {}
-    if "base_model_name_or_path" not in saved:
-        raise SystemExit(f"--chat: {folder / 'adapter_config.json'} is damaged. Train again.")
-    job.settings.MODEL_NAME = base_for_chat(saved, job.settings.MODEL_NAME, folder)
-    job.settings.MODEL_REVISION = saved.get("revision") or "main"
-    prepare_device(job)
-    try:
-        load_config_and_tokenizer(job)
-    except SystemExit as error:
-        if saved["base_model_name_or_path"] != job.settings.MODEL_NAME:
-            raise
-        raise SystemExit(
-            f"{error} This name is base_model_name_or_path in {folder / 'adapter_config.json'}; "
-            "edit it there if the model has moved."
-        ) from error
-    base = load_model(job.settings).to(accelerate.PartialState().device)
-    try:
-        model = peft.PeftModel.from_pretrained(base, folder).eval()
-    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        raise SystemExit(
-            f"--chat: the adapter in {folder} does not fit {job.settings.MODEL_NAME} "
-            f"({one_line(error)}). Train again."
-        ) from error
-    system = trained_system_message(job.output)
-    report("chat", f"system message: {system or '(none)'}\ntype a message, or /help")
-    talk(model, job, system)
-
-
-def base_for_chat(saved: dict[str, Any], model_name: str, folder: Path) -> str:
-    """Return the base model that an adapter names, or MODEL_NAME's folder if that one is gone.
-
-    An adapter that was trained here on a model of the hub has a revision, and one that was trained
-    on a local folder has none.
-    """
-    recorded = str(saved["base_model_name_or_path"])
-    if Path(recorded).is_dir() or saved.get("revision"):
-        return recorded
-    if Path(model_name).is_dir():
-        report("chat", f"the adapter's base model {recorded} is not there; {model_name} is used")
-        return model_name
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", recorded):  # no name that the hub could have
-        raise SystemExit(
-            f"--chat: the adapter's base model {recorded} is not there. Give the folder that it is "
-            "in now as --model_name, or edit base_model_name_or_path in "
-            f"{folder / 'adapter_config.json'}."
-        )
-    return recorded
-
-
-def trained_system_message(output: Path) -> str:
-    """Return the system message of the newest finished run in output, whose adapter is there.
-
-    A newer run that has not finished has left the adapter in its place, but not run.json.
-    """
-    records = [read_json(path) or {} for path in output.glob("run.json*")]
-    finished = [record for record in records if record.get("outcome") == "finished"]
-    newest = max(finished, key=lambda record: record.get("started", 0), default={})
-    return newest.get("system_message", "")
-
-
-def talk(model: peft.PeftModel, job: Job, system: str) -> None:
-    """Read lines and answer them, until the input ends."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 - arrow keys and history at the prompt
-    if sys.stdin is None:
-        raise SystemExit("--chat: standard input is closed, so nothing can be typed.")
-    with suppress(AttributeError):  # a replaced input, as in a notebook
-        sys.stdin.reconfigure(errors="replace")
-    turns: list[dict[str, str]] = []
-    scale = 1.0
-    while True:
-        try:
-            said = input("you> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print(flush=True)
-            return
-        if not sys.stdin.isatty():
-            print(said)  # the terminal did not show it
-        word, _, rest = said.partition(" ")
-        if word in ("/quit", "/exit"):
-            return
-        if word == "/new":
-            turns = []
-        elif word in ("/base", "/adapter"):
-            scale = 0.0 if word == "/base" else 1.0
-        elif word == "/scale":
-            scale = parse_scale(rest, scale)
-        elif word.startswith("/"):
-            print(CHAT_HELP if word == "/help" else f"{word} is no command here\n{CHAT_HELP}")
-        elif said:
-            turns.append({"role": "user", "content": said})
-            try:
-                turns.append(
-                    {"role": "assistant", "content": say(model, job, system, turns, scale)}
-                )
-            except KeyboardInterrupt:
-                print(" [stopped]", flush=True)
-                turns.pop()
-
-
-def parse_scale(text: str, before: float) -> float:
-    """Return the number after /scale, or say what is wrong with it and keep the old one."""
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if not 0 <= scale <= 10:
-        print(f"/scale needs a number from 0 (the base model) to 10, such as /scale {before:g}")
-        return before
-    return scale
-
-
-def say(
-    model: peft.PeftModel, job: Job, system: str, turns: list[dict[str, str]], scale: float
-) -> str:
-    """Print the reply to the conversation as it is generated, and return it.
-
-    The oldest turns are dropped when the model's window is full.
-    """
-    messages = [{"role": "system", "content": system}] if system else []
-    window = job.config.get_text_config().max_position_embeddings - job.settings.MAX_NEW_TOKENS
-    to_ids = job.tokenizer.apply_chat_template
-    ids = to_ids(messages + turns, add_generation_prompt=True, **CHAT_TEMPLATE_KWARGS)
-    while len(ids) > window and len(turns) > 2:
-        del turns[:2]
-        ids = to_ids(messages + turns, add_generation_prompt=True, **CHAT_TEMPLATE_KWARGS)
-    name = {0.0: "base", 1.0: "adapter"}.get(scale, f"adapter x {scale:g}")
-    print(f"{name}> ", end="", flush=True)
-    streamer = transformers.TextStreamer(job.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    state = model.disable_adapter() if scale == 0 else rescaled(model, scale)
-    with state:
-        return generate(model, job, [ids], streamer)[0]["text"]
 
 
 # ==== FLOAT16 PRODUCTS: an appendix for GPUs that only emulate bfloat16, such as the V100
@@ -3321,7 +2626,7 @@ def choose_matmul(job: Job) -> None:
     if newest_complete(folder) and "the products in use" in before:
         job.matmul = {"used": before["the products in use"]}  # on any device
         return
-    job.matmul = {"used": "dtype"}
+    job.matmul = {"used": "native"}
     if settings.DEVICE == "cpu" or settings.DTYPE == "float32":
         return
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -3339,7 +2644,7 @@ def choose_matmul(job: Job) -> None:
         report("matmul", f"in {settings.DTYPE}; scaled float16 fails here ({one_line(error)})")
         return
     job.matmul |= measured
-    usual, scaled = measured["dtype"], measured["float16"]
+    usual, scaled = measured["native"], measured["float16"]
     is_faster = scaled["seconds"] < usual["seconds"] / 1.2
     # Both are rounded to DTYPE in the end. Rounding by way of float16 adds 2.3 % error even with
     # exact sums, so 5 % more counts as no less exact.
@@ -3464,7 +2769,7 @@ def measure_products(
         device: where to measure.
     """
     generator = torch.Generator(device).manual_seed(0)
-    totals = {name: {"seconds": 0.0, "error": 0.0} for name in ("dtype", "float16")}
+    totals = {name: {"seconds": 0.0, "error": 0.0} for name in ("native", "float16")}
     work = sum(2e-12 * row_count * d * k for d, k in shapes)
     for d, k in shapes:
         rows = torch.randn(row_count, k, generator=generator, device=device)
@@ -3474,7 +2779,7 @@ def measure_products(
         half = weight.half()
         exact = rows.float() @ weight.float().T
         products: dict[str, Callable[[], torch.Tensor]] = {
-            "dtype": lambda rows=rows, weight=weight: rows @ weight.T,
+            "native": lambda rows=rows, weight=weight: rows @ weight.T,
             "float16": lambda rows=rows, half=half: scaled_product(rows, half.T),
         }
         for name, product in products.items():
@@ -3510,8 +2815,7 @@ def synchronize(device: torch.device) -> None:
 # Each setting is a flag; its name, type and help come from the constant's line. A command ends with
 # status 0, with 1 after an error, with 2 after a wrong flag, and with 128 + the signal's number
 # after a signal. A mistake that is known is one message: what is wrong, where, and what to do.
-# Any other error ends in a traceback. What a training run prints is in all_logs.log,
-# too. Job, which goes through all sections, is defined here.
+# Any other error ends in a traceback. What a training run prints is in all_logs.log, too.
 
 LOG = logging.getLogger("train_lora_single")
 
@@ -3532,44 +2836,6 @@ DEMO = {
 }
 
 
-@dataclass
-class Job:
-    """What a run is given, and what it finds out step by step."""
-
-    settings: argparse.Namespace
-    config: transformers.PretrainedConfig | None = None
-    tokenizer: transformers.PreTrainedTokenizerBase | None = None
-    train: list[Example] = field(default_factory=list)
-    held_out: list[Example] = field(default_factory=list)
-    data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
-    plan: Plan | None = None
-    device_name: str = ""
-    # Which products are used, "dtype" or "float16", and what was measured of both.
-    matmul: dict[str, Any] = field(default_factory=lambda: {"used": "dtype"})
-    memory: MemoryLimits | None = None
-    checkpoint: Path | None = None  # the one to resume from
-    started: float = 0.0  # seconds since 1970
-    history: list[dict[str, float]] = field(default_factory=list)  # what the trainer logged
-    train_seconds: float = 0.0  # of optimizer steps in this process, evaluation apart
-    train_tokens: int = 0  # of these steps
-    peak_gib: float = 0.0  # GPU memory that torch had in use at the most
-    saves_before_stopping: bool = False  # a signal waits until the step is finished and saved
-    stop_signal: int = 0  # the signal that asks the run to stop
-    published: str = ""  # which epoch became final_lora
-    update_sizes: dict[str, Any] = field(default_factory=dict)  # by target; "learnt" in run.json
-    evidence: dict[str, Any] = field(default_factory=dict)
-    samples: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def output(self) -> Path:
-        """The folder of the results."""
-        return Path(self.settings.OUTPUT_DIR)
-
-    def logged(self, key: str) -> dict[int, float]:
-        """Return {step: value} of "loss" or "eval_loss"; the eval loss at step 0 is the base's."""
-        return {int(entry["step"]): entry[key] for entry in self.history if key in entry}
-
-
 def setting_types() -> dict[str, Any]:
     """Return {name: type} of the settings: the annotated constants of this file."""
     return typing.get_type_hints(sys.modules[__name__])
@@ -3582,7 +2848,7 @@ def setting_comments() -> dict[str, str]:
 
 
 def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the settings as the flags change them, and the modes dry_run, chat, demo, compare.
+    """Return the settings as the flags change them, and the modes dry_run and demo.
 
     Exits with status 2 after a wrong flag, and with 1 if a constant was edited wrongly.
     """
@@ -3591,13 +2857,10 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
         raise SystemExit("\n".join(problems))
     parser = build_parser()
     argv = [with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    refuse_former_flags(parser, argv)
     settings, unknown = parser.parse_known_args(argv)
     if unknown:
         refuse_unknown_flags(parser, unknown)
-    modes = ("dry_run", "chat", "compare")
-    given = [f"--{mode}" for mode in modes if getattr(settings, mode)]
-    if len(given) > 1:
-        parser.error(f"{' and '.join(given)} cannot be given together")
     if settings.demo:
         parser.set_defaults(**DEMO)
         settings = parser.parse_args(argv)
@@ -3617,17 +2880,13 @@ resuming, clusters"."""
 def build_parser() -> argparse.ArgumentParser:
     """Return a parser with the modes, and with a flag for each setting."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--SETTING VALUE ...] [--dry_run | --chat | --compare DIR ...] [--demo]",
+        usage="%(prog)s [--SETTING VALUE ...] [--dry_run] [--demo]",
         description=__doc__.partition("\n\nThe sections")[0] + SEE_README,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="check the data, print the plan, and stop"
-    )
-    parser.add_argument("--chat", action="store_true", help="talk to OUTPUT_DIR/final_lora")
-    parser.add_argument(
-        "--compare", nargs="+", metavar="DIR", help="compare the finished runs in these folders"
     )
     parser.add_argument(
         "--demo",
@@ -3688,16 +2947,29 @@ def parse_bool(text: str) -> bool:
     return values[text.lower()]
 
 
+def refuse_former_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Exit with status 2 where a flag or value of an earlier version is given, naming the new."""
+    now = {
+        "--chat": "talking to an adapter is now: python inspect_lora.py chat OUTPUT_DIR/final_lora",
+        "--compare": "comparing runs is now: python inspect_lora.py compare FOLDER ...",
+    }
+    for argument in argv:
+        if argument.partition("=")[0] in now:
+            parser.error(now[argument.partition("=")[0]])
+    if "--matmul=dtype" in argv or ("--matmul", "dtype") in itertools.pairwise(argv):
+        parser.error('MATMUL "dtype" is now called "native"')
+
+
 def refuse_unknown_flags(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
     """Exit with status 2, naming the wrong flag and the one that was probably meant."""
     wrong = unknown[0].partition("=")[0]
     known = [f"__{name.lower()}" for name in setting_types()]
-    known += ["__demo", "__dry_run", "__chat", "__compare"]
+    known += ["__demo", "__dry_run"]
     close = difflib.get_close_matches(wrong.replace("-", "_").lower(), known, 1)
     if close:
         parser.error(f"there is no flag {wrong}; did you mean --{close[0][2:]}?")
     if not wrong.startswith("-"):
-        parser.error(f"{wrong} stands alone; write --name_of_the_setting {wrong}")
+        parser.error(f"{wrong} has no flag before it; write --name_of_the_setting {wrong}")
     parser.error(f"there is no flag {wrong}; --help lists them all")
 
 
@@ -3762,8 +3034,7 @@ def check_rules(settings: argparse.Namespace) -> list[str]:
         require(getattr(settings, name) >= 0, name, "it must be 0 or more")
     for name in at_least_1 + at_least_0:
         require(getattr(settings, name) < 2**31, name, "it must be at most 2,147,483,647")
-    reads_data = not settings.chat and not settings.compare
-    if reads_data and is_same_file(settings.EVAL_FILE, settings.TRAIN_FILE):
+    if is_same_file(settings.EVAL_FILE, settings.TRAIN_FILE):
         problems.append(
             "EVAL_FILE is TRAIN_FILE; the held-out loss would be measured on what was learned. "
             'Give another file, or "" for none.'
@@ -3853,18 +3124,16 @@ def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> st
     return separator.join([*items[:limit], more])
 
 
-def prepare_device(job: Job) -> None:
-    """Find the device, or exit and say why there is none that works.
+def prepare_device(settings: argparse.Namespace) -> str:
+    """Return the device's name, or exit and say why there is none that works.
 
     This comes before the model's code is imported, since the import decides whether it uses
     flash-linear-attention.
     """
-    settings = job.settings
     if settings.DEVICE == "cpu":
         accelerate.PartialState(cpu=True)
-        job.device_name = "CPU"
         report("device", "CPU")
-        return
+        return "CPU"
     try:
         torch.cuda.init()  # says why there is no GPU
     except (RuntimeError, AssertionError) as error:
@@ -3873,7 +3142,7 @@ def prepare_device(job: Job) -> None:
     device = accelerate.PartialState().device
     major, minor = torch.cuda.get_device_capability(device)
     free, total = torch.cuda.mem_get_info(device)
-    job.device_name = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+    name = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
     if major < 8:
         forbid_gpu_packages()  # flash-linear-attention does not run there, yet would be used
     try:  # a torch without this GPU's kernels says so only when it computes
@@ -3881,11 +3150,12 @@ def prepare_device(job: Job) -> None:
         (ones @ ones).sum().item()
     except RuntimeError as error:
         raise SystemExit(
-            f"DEVICE cuda: torch {torch.__version__} does not run on {job.device_name} "
+            f"DEVICE cuda: torch {torch.__version__} does not run on {name} "
             f"({one_line(error)}). The versions in requirements.txt run on sm_70 (V100) to sm_120; "
             "if it is one of these, free its memory."
         ) from error
-    report("device", f"{job.device_name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free")
+    report("device", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free")
+    return name
 
 
 def no_gpu_message(error: Exception) -> str:
@@ -3966,9 +3236,7 @@ def set_environment(settings: argparse.Namespace) -> None:
 
 
 def open_log(output: Path) -> None:
-    """Make the output folder, lock it, and log what is printed, warnings and tracebacks there."""
-    import filelock
-
+    """Make the output folder, and log what is printed, warnings and tracebacks there."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         log = logging.FileHandler(
@@ -3978,15 +3246,6 @@ def open_log(output: Path) -> None:
         raise SystemExit(
             f"OUTPUT_DIR {output} cannot be written ({error.strerror}); choose another folder."
         ) from error
-    try:
-        LOCKS.append(filelock.FileLock(output / ".lock"))
-        LOCKS[-1].acquire(blocking=False)
-    except filelock.Timeout as error:
-        raise SystemExit(
-            f"OUTPUT_DIR {output} is in use by another run; wait for it, or choose another folder."
-        ) from error
-    except (OSError, NotImplementedError):  # some network file systems have no locks
-        pass
     logging.basicConfig(handlers=[log, logging.lastResort], format="%(message)s", force=True)
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # a full disk must not end the run
@@ -3994,7 +3253,24 @@ def open_log(output: Path) -> None:
     LOG.info("\n---- %s %s", time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv))
 
 
-LOCKS = []  # held until the process ends
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the lock of an output folder; exit if another run writes there."""
+    import filelock
+
+    lock = filelock.FileLock(output / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise SystemExit(
+            f"OUTPUT_DIR {output} is in use by another run; wait for it, or choose another folder."
+        ) from error
+    except (OSError, NotImplementedError):  # some network file systems have no locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Stopped(KeyboardInterrupt):
@@ -4019,14 +3295,17 @@ def catch_signals(job: Job) -> None:
         is_second = job.stop_signal > 0 and number != signal.SIGHUP and not may_repeat
         job.stop_signal = number
         if job.saves_before_stopping and not is_second:
-            text = "after this step, which is saved first"
+            text = "finishing and saving the current step"
             report("stopping", text + ("" if may_repeat else "; a second signal stops at once"))
             return
         message = "Stopped. The same command goes on from the newest checkpoint, if there is one."
         if job.published:
+            final = job.output / "final_lora"
+            command = shlex.join(["python", "inspect_lora.py", "evidence", str(final)])
             message = (
-                f"Stopped. {job.output / 'final_lora'} is whole; only the evidence, the samples or "
-                "the picture are missing. The same command would train anew."
+                f"Stopped. {final} is complete. What it is worth was not measured to the end; this "
+                f"measures it without training (the same command would retrain from scratch):\n"
+                f"{command}"
             )
         raise Stopped(number, message)
 
@@ -4052,7 +3331,7 @@ def signals_wait() -> Iterator[None]:
         signal.raise_signal(number)
 
 
-def explain(error: BaseException, job: Job) -> tuple[int, str]:
+def explain(error: BaseException, output: Path) -> tuple[int, str]:
     """Return exit status and message for what ended the run; no message if it is not known."""
     if isinstance(error, SystemExit):
         return 1, str(error)
@@ -4064,13 +3343,13 @@ def explain(error: BaseException, job: Job) -> tuple[int, str]:
         return 1, f"The package {error.name} is missing; pip install -r requirements.txt"
     if type(error).__name__ == "OutOfMemoryError":
         return 1, (
-            f"The GPU's memory is full ({one_line(error)}). If another program runs there, end it, "
-            "and the same command resumes from the newest checkpoint. Otherwise lower MAX_SEQ_LEN, "
-            "so that the longest examples are left out; that is another training, which needs "
-            "another OUTPUT_DIR once there is a checkpoint."
+            f"The GPU's memory is full ({one_line(error)}). If another program runs there, stop "
+            "it, and the same command resumes from the newest checkpoint. Otherwise lower "
+            "MAX_SEQ_LEN, so that the longest examples are left out; that is another training, "
+            "which needs another OUTPUT_DIR once there is a checkpoint."
         )
-    if is_disk_full(error, job.output):
-        return 1, f"The disk of {job.output} is full. Make room, and give the same command again."
+    if is_disk_full(error, output):
+        return 1, f"The disk of {output} is full. Make room, and give the same command again."
     return 1, ""
 
 
@@ -4091,21 +3370,23 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command. Exits with 1 after an error, 2 after a wrong flag, 128 + a signal."""
     settings = parse_settings(argv)
     set_environment(settings)
-    if settings.compare:
-        compare_runs(settings.compare)
-        return
     job = Job(settings)
-    if settings.chat:
-        run_or_explain(chat, job)
-        return
     catch_signals(job)
-    run_or_explain(start, job)
+    run_or_explain(job)
 
 
 def start(job: Job) -> None:
-    """Open the log, say what is special about this run, and do it."""
-    if not job.settings.dry_run and is_main_process():
-        open_log(job.output)
+    """Open the log, lock the output folder, and do the run."""
+    if job.settings.dry_run or not is_main_process():
+        begin(job)
+        return
+    open_log(job.output)
+    with locked(job.output):
+        begin(job)
+
+
+def begin(job: Job) -> None:
+    """Say what is special about this run, and do it."""
     toy = DEMO["MODEL_NAME"]
     if job.settings.demo and toy == job.settings.MODEL_NAME:
         text = "a toy that knows a few hundred plain sentences: look at the numbers, and not at"
@@ -4113,16 +3394,16 @@ def start(job: Job) -> None:
     run(job)
 
 
-def run_or_explain(do: Callable[[Job], None], job: Job) -> None:
+def run_or_explain(job: Job) -> None:
     """Do the job; turn what is known to have gone wrong into a message and an exit status."""
     ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
     try:
-        do(job)
+        start(job)
     except BaseException as error:
         for number in SIGNALS:  # nothing may interrupt what is left to do
             signal.signal(number, signal.SIG_IGN)
         LOG.info("The run was ended by:", exc_info=True)
-        status, message = explain(error, job)
+        status, message = explain(error, job.output)
         if job.stop_signal and status == 1 and not isinstance(error, SystemExit):
             # A library turned the signal into an error of its own.
             status, message = 128 + job.stop_signal, f"Stopped. ({message or repr(error)})"
@@ -4133,8 +3414,6 @@ def run_or_explain(do: Callable[[Job], None], job: Job) -> None:
         print(wrap_lines(message), file=sys.stderr)
         raise SystemExit(status) from error
     finally:
-        while LOCKS:
-            LOCKS.pop().release()
         logging.shutdown()
         for number in SIGNALS:
             if number not in ignored:
@@ -4174,10 +3453,17 @@ def survive_closed_outputs() -> None:
 #     "accelerate>=1.15,<2",
 #     "safetensors>=0.8,<1",
 #     "matplotlib>=3.10,<4",
+#     "huggingface_hub",
+#     "filelock",
+#     "tqdm",
+#     "jinja2",
 # ]
 # ///
 
 
 if __name__ == "__main__":
+    # inspect_lora.py imports this module by its name. It must get this one, with its settings, also
+    # where this file is a copy under another name.
+    sys.modules["train_lora_single"] = sys.modules["__main__"]
     survive_closed_outputs()
     main()

@@ -1,0 +1,1857 @@
+"""Tell what a LoRA adapter is worth: what it gained, which part of it does the work, what it says.
+
+It takes any PEFT LoRA adapter, from a folder or from the Hugging Face hub: one that
+train_lora_single.py made, or TRL, Unsloth, axolotl or PEFT alone. Nothing is trained, and nothing
+is written into the adapter's folder.
+
+    python inspect_lora.py evidence output/final_lora    what it gained; what each part is worth
+    python inspect_lora.py evidence someone/adapter --eval_file my.jsonl    of another trainer
+    python inspect_lora.py chat output/final_lora        talk to it
+    python inspect_lora.py compare output/ranks          which of several finished runs is better?
+    python inspect_lora.py for_vllm ADAPTER FOLDER       write it under the names that vLLM applies
+
+What may be concluded is about this adapter and these held-out conversations: whether its update is
+too strong or too weak, what each group of targets contributes, how many directions the update uses.
+What may not be concluded is what another run would reach. Training with a smaller r, another alpha
+or fewer targets is another run, which may end elsewhere: train it, and compare. Nor does a lower
+loss say that the replies are good: read samples.md.
+
+This file needs train_lora_single.py beside it. Its sections; to jump to one, search for its name
+after four equals signs:
+
+    COMMANDS          What does each command do, and where does it write?
+    ADAPTERS          How is an adapter opened, its base found, and what is refused?
+    EVIDENCE          How is the worth of a part measured, and what is concluded from it?
+    PICTURE           What is drawn?
+    SAMPLES AND CHAT  How does the adapter reply?
+    COMPARING         Which of several runs is better, and is the difference more than chance?
+    SERVING           How does a server get the adapter under the right names?
+    COMMAND LINE      How do flags and messages work?
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import math
+import re
+import statistics
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import train_lora_single as trainer
+from train_lora_single import join_limited, one_line, report
+
+if TYPE_CHECKING:  # for editors and type checkers
+    import accelerate
+    import peft
+    import safetensors.torch as safetensors_torch
+    import torch
+    import transformers
+else:  # imported when first used, so that a wrong flag or a bad line is reported at once
+    accelerate, peft, torch = trainer.accelerate, trainer.peft, trainer.torch
+    safetensors_torch, transformers = trainer.safetensors_torch, trainer.transformers
+
+
+# ==== COMMANDS: each function is what one command does
+
+
+def evidence(options: argparse.Namespace) -> None:
+    """Measure an adapter on held-out conversations, and show what it and its parts are worth."""
+    place = find_adapter(options.adapter)
+    run = find_run(place)
+    settings = settings_for(options, run)
+    held_out = read_held_out(settings, run, options)
+    folder = folder_for_results(options, place, run)
+    adapter = open_adapter(options, place, run, settings)
+    examples = encode_held_out(held_out, adapter, settings)
+    subject = Subject(
+        adapter.model,
+        adapter.chat_format,
+        examples,
+        settings,
+        folder,
+        adapter.label,
+        tokens_at_once=tokens_to_begin_with(examples),
+        history=run.record.get("loss_history", []) if run else [],
+    )
+    findings: dict[str, Any] = {
+        "adapter": str(options.adapter),
+        "base": settings.MODEL_NAME,
+        "measured": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    measure(subject, findings.update)
+    path = keep_findings(findings, folder, place, run)
+    report("done", f"what was found is in {path}")
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Talk to an adapter, or answer each line of a pipe; nothing is written."""
+    place = find_adapter(options.adapter)
+    run = find_run(place)
+    settings = settings_for(options, run)
+    adapter = open_adapter(options, place, run, settings)
+    system = options.system
+    if system is None:
+        system = run.record.get("system_message", "") if run else ""
+    report("chat", f"system message: {system or '(none)'}\ntype a message, or /help")
+    talk(adapter.model, adapter.chat_format, system, settings.MAX_NEW_TOKENS)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print the finished runs in some folders, from the best to the worst."""
+    compare_runs(options.folders)
+
+
+def for_vllm(options: argparse.Namespace) -> None:
+    """Write a copy of an adapter under the names that vLLM applies, checked on a skeleton."""
+    place = find_adapter(options.adapter)
+    run = find_run(place)
+    settings = settings_for(options, run)
+    write_for_vllm(place, Path(options.folder), options, settings)
+
+
+# ==== ADAPTERS: opening any PEFT LoRA adapter on its base model
+#
+# An adapter of train_lora_single.py is known by the run.json beside it: its held-out file, its
+# settings and its system message are the defaults. Any other adapter is what its own files say:
+# - The base model is what adapter_config.json names, or --base. A quantized base is not taken.
+# - The tokenizer and the chat template are the adapter's own, if it has them, else the base's.
+# - Tensors under the names of a wrapper around the text model are renamed.
+# - Every tensor of the file must be found in the model afterwards, or the command ends. PEFT only
+#   warns, and the adapter's gain would read 0.
+# - Held-out conversations are asked for; they may be in the ShareGPT form.
+# Only safetensors files are read: an adapter_model.bin is a pickle, which could run code.
+
+
+@dataclass
+class Run:
+    """The run of train_lora_single.py that an adapter comes from."""
+
+    path: Path  # its run.json
+    record: dict[str, Any]  # what is in it
+    is_published: bool  # whether the adapter is the one that the run published
+
+
+@dataclass
+class Adapter:
+    """An adapter on its base model."""
+
+    model: peft.PeftModel
+    chat_format: trainer.ChatFormat
+    label: str  # which one it is, such as "epoch 2 of 3", for headings
+
+
+def find_adapter(name: str) -> Path:
+    """Return the folder of an adapter's files, from a folder or the hub; exit if it has none."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+            raise SystemExit(
+                f"There is no adapter {name}: give the folder that holds adapter_config.json, or a "
+                "name on the hub such as someone/adapter."
+            )
+        folder = download_adapter(name)
+    if not (folder / "adapter_config.json").is_file():
+        inner = [path.parent for path in sorted(folder.glob("*/adapter_config.json"))]
+        hint = f" Did you mean {inner[0]}?" if inner else ""
+        if (folder / "config.json").is_file():
+            hint = " It looks like a whole model; an adapter is saved by PEFT's save_pretrained()."
+        raise SystemExit(f"{name} is no adapter: it holds no adapter_config.json.{hint}")
+    if not (folder / "adapter_model.safetensors").is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise SystemExit(
+                f"{name} holds adapter_model.bin, a pickle that could run code when it is opened. "
+                "If you trust where it comes from, convert it in that folder: python -c "
+                "'import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in "
+                'torch.load("adapter_model.bin", map_location="cpu", weights_only=True).items()}, '
+                '"adapter_model.safetensors")\''
+            )
+        raise SystemExit(f"{name} holds no adapter_model.safetensors, so its weights are missing.")
+    return folder
+
+
+def download_adapter(name: str) -> Path:
+    """Return the folder of an adapter of the hub on this machine; exit if it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+
+    wanted = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=wanted, ignore_patterns=["checkpoint-*"])
+        )
+    except LocalEntryNotFoundError as error:
+        raise SystemExit(
+            f"The Hugging Face hub cannot be reached, and {name} is not stored on this machine. "
+            "Check the network, or give a local folder."
+        ) from error
+    except (OSError, HfHubHTTPError, HTTPError) as error:
+        raise SystemExit(
+            f"There is no adapter {name} on the hub, or it cannot be reached ({one_line(error)})."
+        ) from error
+
+
+def find_run(folder: Path) -> Run | None:
+    """Return the run that an adapter comes from, or None for one of another trainer.
+
+    A published adapter is known by its hash, which run.json holds, wherever the run's other results
+    have been moved to beside it; a checkpoint by its place.
+    """
+    folder = folder.resolve()
+    is_checkpoint = folder.parent.name == "checkpoints"
+    output = folder.parent.parent if is_checkpoint else folder.parent
+    sha256 = trainer.file_sha256(folder / "adapter_model.safetensors")
+    for path in sorted(output.glob("run.json*")):
+        record = trainer.read_json(path) or {}
+        if not isinstance(record.get("settings"), dict):
+            continue
+        if is_checkpoint and path.name == "run.json":
+            return Run(path, record, is_published=False)
+        hashes = record.get("adapter_sha256")
+        if isinstance(hashes, dict) and sha256 in hashes.values():
+            return Run(path, record, is_published=True)
+    return None
+
+
+def settings_for(options: argparse.Namespace, run: Run | None) -> argparse.Namespace:
+    """Return the trainer's settings for this adapter: its constants, the run's, then the flags."""
+    known = trainer.setting_types()
+    values = {name: getattr(trainer, name) for name in known}
+    values["EVAL_FILE"] = ""  # the shipped conversations say nothing about a foreign adapter
+    if run:
+        values |= {name: value for name, value in run.record["settings"].items() if name in known}
+        for name in ("EVAL_FILE", "MODEL_NAME"):
+            values[name] = str(where_it_is_now(values[name], run))
+    given = {name.upper(): value for name, value in vars(options).items() if value is not None}
+    values |= {
+        name: value for name, value in given.items() if name in known and name != "OUTPUT_DIR"
+    }
+    if problems := trainer.check_values(values):
+        raise SystemExit("\n".join(problems))
+    return argparse.Namespace(**values, dry_run=False)
+
+
+def where_it_is_now(name: str, run: Run) -> str:
+    """Return a run's file or folder as it is found from here, if it was named from elsewhere."""
+    there = Path(run.record.get("working_folder", "")) / name
+    is_from_elsewhere = name and not Path(name).exists() and there.exists()
+    return str(there) if is_from_elsewhere else name
+
+
+def folder_for_results(options: argparse.Namespace, place: Path, run: Run | None) -> Path:
+    """Return where samples.md and lora.png go: beside a published adapter, else a new folder."""
+    if options.output_dir:
+        folder = Path(options.output_dir)
+    elif run and run.is_published:
+        folder = run.path.parent
+    else:
+        name = options.adapter if not Path(options.adapter).is_dir() else place.resolve().name
+        folder = Path("output") / "inspected" / name.replace("/", "--")
+    if folder.resolve() == place.resolve():
+        raise SystemExit(
+            f"--output_dir {folder} is the adapter's own folder, into which nothing is written; "
+            "choose another one."
+        )
+    return folder
+
+
+def keep_findings(findings: dict[str, Any], folder: Path, place: Path, run: Run | None) -> Path:
+    """Write what was found: into run.json for an adapter of ours, else into the results' folder.
+
+    What an earlier measurement found stays in the file, under its date.
+    """
+    if run is None:
+        path = folder / "evidence.json"
+        trainer.rename_old(path)
+        trainer.write_json(path, findings)
+        return path
+    with trainer.locked(run.path.parent):
+        record = trainer.read_json(run.path) or run.record
+        if run.is_published:
+            keys = ("learned", "evidence", "samples", "measured")
+            before = {key: record[key] for key in keys if record.get(key)}
+            if before:
+                date = before.pop("measured", "at the end of the run")
+                record.setdefault("earlier_findings", {})[date] = before
+            record |= {key: findings[key] for key in keys if key in findings}
+        else:
+            record.setdefault("checkpoint_findings", {})[place.resolve().name] = findings
+        trainer.write_json(run.path, record)
+    return run.path
+
+
+def read_held_out(
+    settings: argparse.Namespace, run: Run | None, options: argparse.Namespace
+) -> list[trainer.Example]:
+    """Return the held-out conversations; exit if there are none, or a line is bad."""
+    if not settings.EVAL_FILE:
+        raise SystemExit(
+            "Held-out conversations are needed, which the adapter was not trained on: give a JSONL "
+            "file with --eval_file. README.md shows the forms that a line may have."
+        )
+    examples, problems = trainer.read_examples(
+        settings.EVAL_FILE,
+        settings.EVAL_GROUP,
+        accepts_sharegpt=True,
+        accepts_thinking=options.enable_thinking,
+    )
+    if problems:
+        raise SystemExit(f"{join_limited(problems)}\nNothing was measured.")
+    if run and not options.eval_file:
+        warn_of_changed_file(settings.EVAL_FILE, run)
+    return examples
+
+
+def warn_of_changed_file(path: str, run: Run) -> None:
+    """Say so if the held-out file is no longer what the run measured."""
+    facts = run.record.get("data", {}).get(run.record["settings"].get("EVAL_FILE"), {})
+    if facts and facts.get("sha256") != trainer.file_sha256(Path(path)):
+        report("warning", f"{path} has changed since the run, so the losses differ from the run's")
+
+
+def encode_held_out(
+    examples: list[trainer.Example], adapter: Adapter, settings: argparse.Namespace
+) -> list[trainer.Example]:
+    """Return the held-out examples that fit, with their tokens; exit if one cannot be rendered."""
+    fitting, problems = trainer.encode_file(examples, adapter.chat_format, settings.MAX_SEQ_LEN)
+    if problems:
+        raise SystemExit(f"{join_limited(problems)}\nNothing was measured.")
+    largest = max(max(example.input_ids) for example in fitting)
+    rows = adapter.model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise SystemExit(
+            f"The tokenizer has tokens up to {largest:,}, but the base model has only {rows:,}: "
+            "they do not belong together. Check --base."
+        )
+    return fitting
+
+
+def open_adapter(
+    options: argparse.Namespace, place: Path, run: Run | None, settings: argparse.Namespace
+) -> Adapter:
+    """Load the base model with the adapter on top; exit unless every tensor found its place."""
+    saved = read_adapter_config(place)
+    name_the_base(options, settings, saved, place, run)
+    trainer.set_environment(settings)
+    trainer.prepare_device(settings)
+    config = lora_config_of(place)
+    settings_of_base = argparse.Namespace(**vars(settings))
+    chat_format = load_chat_format(settings_of_base, place, options)
+    base = trainer.load_model(settings_of_base).to(accelerate.PartialState().device)
+    if run and run.record.get("matmul", {}).get("used") == "float16" and settings.DEVICE == "cuda":
+        base = trainer.use_float16_products(base)  # as it was trained
+    model = put_adapter_on(base, config, place)
+    label = label_of(place, run)
+    report("adapter", f"{options.adapter}: {describe(model)}\nbase model: {settings.MODEL_NAME}")
+    return Adapter(model, chat_format, label)
+
+
+def label_of(place: Path, run: Run | None) -> str:
+    """Return which adapter it is, for headings: a run's epoch, or the folder's name."""
+    if run and run.is_published:
+        return run.record.get("published") or place.resolve().name
+    return place.resolve().name
+
+
+def describe(model: peft.PeftModel) -> str:
+    """Return an adapter's rank, alpha and number of layers in one line."""
+    config = model.peft_config["default"]
+    count = len(trainer.lora_layers(model))
+    patterns = " (and others by pattern)" if config.rank_pattern or config.alpha_pattern else ""
+    return f"LoRA with r = {config.r}, alpha = {config.lora_alpha}{patterns} on {count} modules"
+
+
+def read_adapter_config(place: Path) -> dict[str, Any]:
+    """Return adapter_config.json; exit if it is damaged or of another kind than LoRA."""
+    saved = trainer.read_json(place / "adapter_config.json")
+    if not saved or "peft_type" not in saved:
+        raise SystemExit(f"{place / 'adapter_config.json'} is damaged, or was not written by PEFT.")
+    if saved["peft_type"] != "LORA":
+        raise SystemExit(
+            f"{place} is an adapter of the kind {saved['peft_type']}; only LORA is understood here."
+        )
+    return saved
+
+
+def lora_config_of(place: Path) -> peft.LoraConfig:
+    """Return the adapter's LoraConfig; exit if PEFT does not know it or it cannot be measured."""
+    try:
+        config = peft.LoraConfig.from_pretrained(place)
+    except (TypeError, ValueError, OSError) as error:
+        raise SystemExit(
+            f"{place / 'adapter_config.json'}: PEFT cannot read it ({one_line(error)})."
+        ) from error
+    if reason := why_not_measured(config):
+        raise SystemExit(f"{place} cannot be measured: {reason}.")
+    return config
+
+
+def why_not_measured(config: peft.LoraConfig) -> str:
+    """Return why the base model and parts of such an adapter cannot be told apart, or ""."""
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.lower().startswith(trainer.CHANGES_THE_BASE):
+        return (
+            f'it was begun with init_lora_weights="{start}", which changes the base model, so the '
+            "two cannot be compared; save it as plain LoRA first (PEFT's save_pretrained has "
+            "path_initial_model_for_weight_conversion for that)"
+        )
+    if config.bias != "none":
+        return (
+            f'it trained biases (bias="{config.bias}"), which stay changed where the adapter is '
+            "switched off, so nothing can be compared with the base model"
+        )
+    if config.layer_replication:
+        return "layer_replication builds another model than its base"
+    if config.alora_invocation_tokens:
+        return "an activated LoRA works only after its invocation tokens, which are not sent here"
+    return ""
+
+
+QUANTIZED_NAME = re.compile(
+    r"(?i)[-_.](?:unsloth-)?(?:bnb-)?(?:4bit|8bit|int4|int8|gptq|awq|fp8).*$"
+)
+
+
+def name_the_base(
+    options: argparse.Namespace,
+    settings: argparse.Namespace,
+    saved: dict[str, Any],
+    place: Path,
+    run: Run | None,
+) -> None:
+    """Set MODEL_NAME to the adapter's base model, or exit and ask for it."""
+    if options.base:
+        settings.MODEL_NAME, settings.MODEL_REVISION = options.base, options.base_revision or "main"
+        return
+    recorded = str(saved.get("base_model_name_or_path") or "")
+    if not recorded:
+        raise SystemExit(f"{place} does not name its base model; give it with --base.")
+    if QUANTIZED_NAME.search(recorded):
+        plain = QUANTIZED_NAME.sub("", recorded)
+        raise SystemExit(
+            f"The adapter was trained on {recorded}, a quantized copy, which is not loaded here. "
+            f"Give the model that it was made from with --base, such as --base {plain}; the losses "
+            "are then measured on that one."
+        )
+    looks_like_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", recorded)
+    if not Path(recorded).is_dir() and run and not saved.get("revision"):
+        recorded = where_it_is_now(recorded, run)
+    if (
+        not Path(recorded).is_dir()
+        and not saved.get("revision")
+        and (run or not looks_like_hub_name)
+    ):
+        raise SystemExit(
+            f"The adapter's base model {recorded} is not there. Give the folder that it is in now, "
+            "or its name on the hub, with --base."
+        )
+    settings.MODEL_NAME, settings.MODEL_REVISION = recorded, saved.get("revision") or "main"
+
+
+def load_chat_format(
+    settings: argparse.Namespace, place: Path, options: argparse.Namespace
+) -> trainer.ChatFormat:
+    """Return how conversations are rendered: by the adapter's own tokenizer, or by the base's."""
+    _, chat_format = trainer.load_config_and_tokenizer(
+        settings, tokenizer_folder=str(place) if has_chat_template(place) else ""
+    )
+    chat_format.enable_thinking = options.enable_thinking
+    whose = "the adapter's own" if has_chat_template(place) else "those of the base model"
+    report("tokens", f"tokenizer and chat template: {whose}")
+    return chat_format
+
+
+def has_chat_template(place: Path) -> bool:
+    """Return whether an adapter's folder has a whole tokenizer with a chat template."""
+    config = trainer.read_json(place / "tokenizer_config.json")
+    if config is None:
+        return False
+    return (place / "chat_template.jinja").is_file() or bool(config.get("chat_template"))
+
+
+# Where other libraries put the text model's layers in their wrapper around it.
+WRAPPERS = (
+    (trainer.NAME_IN_WRAPPER, trainer.NAME_IN_TEXT_MODEL),
+    ("base_model.model.language_model.model.", "base_model.model.model."),
+)
+
+
+def name_in_text_model(name: str) -> str:
+    """Return a tensor's name as it is in the text model alone."""
+    for in_wrapper, in_text_model in WRAPPERS:
+        name = name.replace(in_wrapper, in_text_model, 1)
+    return name
+
+
+def read_tensors(place: Path) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors under the text model's names; exit if the file is damaged."""
+    from safetensors import SafetensorError
+
+    path = place / "adapter_model.safetensors"
+    try:
+        tensors = safetensors_torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(f"{path} cannot be read ({one_line(error)}).") from error
+    if not tensors:
+        raise SystemExit(f"{path} holds no tensors, so the adapter changes nothing.")
+    return {name_in_text_model(name): tensor for name, tensor in tensors.items()}
+
+
+def put_adapter_on(
+    base: transformers.PreTrainedModel, config: peft.LoraConfig, place: Path
+) -> peft.PeftModel:
+    """Return the base model with the adapter's tensors in it, each of them checked."""
+    tensors = read_tensors(place)
+    config = fitted_config(config, tensors)
+    config.inference_mode = True
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        safetensors_torch.save_file(tensors, Path(folder) / "adapter_model.safetensors")
+        try:
+            model = peft.PeftModel.from_pretrained(base, folder).eval()
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise SystemExit(
+                f"The adapter in {place} does not fit the base model ({one_line(error)}). Check "
+                "--base."
+            ) from error
+    check_all_landed(model, tensors, place)
+    return model
+
+
+def fitted_config(config: peft.LoraConfig, tensors: dict[str, torch.Tensor]) -> peft.LoraConfig:
+    """Return the config with the modules that the file has tensors for, where it has a pattern.
+
+    A regular expression that was written for a wrapper, as Unsloth does, finds nothing in the text
+    model.
+    """
+    if isinstance(config.target_modules, str):
+        with_a = [name for name in tensors if ".lora_A." in name]
+        paths = [name.removeprefix("base_model.model.").partition(".lora_A.")[0] for name in with_a]
+        config.target_modules = sorted(set(paths))
+        config.exclude_modules = None
+    return config
+
+
+def check_all_landed(model: peft.PeftModel, tensors: dict[str, torch.Tensor], place: Path) -> None:
+    """Exit unless every tensor of the file is in the model, with its numbers."""
+    found = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    others = model.state_dict()
+    lost = []
+    for name, tensor in tensors.items():
+        landed = found.get(name, others.get(name))
+        if landed is None or not landed.cpu().to(tensor.dtype).equal(tensor):
+            lost.append(name)
+    if lost:
+        raise SystemExit(
+            f"{len(lost):,} of the {len(tensors):,} tensors in {place} find no place in the base "
+            f"model, so it would not be the adapter that is measured: {join_limited(lost, 3, ', ')}"
+            ". Check --base."
+        )
+
+
+# ==== EVIDENCE: what r, alpha and the targets were worth
+#
+# Parts of the finished adapter are switched off, scaled or cut, and the held-out loss says what
+# each part was worth. The columns of the table are:
+#   of the gain         what is left of the adapter's gain over the base model
+#   against as trained  by how much a token's loss is higher than with the whole adapter
+#   better on           on how many examples the loss is lower than with the whole adapter
+# Errors are standard errors over the held-out lines; the replies of one conversation count as one.
+# Differences are paired: both losses are of the same examples (Miller, "Adding Error Bars to
+# Evals", 2024).
+
+
+@dataclass
+class Subject:
+    """An adapter, and what it is measured with."""
+
+    model: peft.PeftModel
+    chat_format: trainer.ChatFormat
+    held_out: list[trainer.Example]
+    settings: argparse.Namespace
+    folder: Path  # gets samples.md and lora.png
+    label: str  # which adapter it is, such as "epoch 2 of 3"
+    tokens_at_once: int  # how many go through the model together
+    history: list[dict[str, float]]  # what the trainer logged, for the picture; may be empty
+
+
+def measure(subject: Subject, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Measure and show what the adapter learned, and hand each part of the findings to keep().
+
+    An error in one part is a warning, so that it costs neither the others nor a run.
+    """
+    findings: dict[str, Any] = {}
+    steps: dict[str, Callable[[Subject, dict[str, Any]], dict[str, Any]]] = {
+        "learned": show_update_sizes,
+        "evidence": measure_evidence,
+        "samples": write_samples,
+        "picture": draw_picture,
+    }
+    for name, step in steps.items():
+        with trainer.error_is_a_warning(name):
+            findings |= step(subject, findings)
+        keep(findings)
+
+
+def can_take_apart(model: peft.PeftModel) -> bool:
+    """Return whether the adapter is LoRA alone: no fully trained modules or tokens."""
+    names = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return all(".lora_" in name for name in names)
+
+
+def can_scale_and_cut(model: peft.PeftModel) -> bool:
+    """Return whether every update is alpha / r B A on a linear layer, without bias or DoRA."""
+    names = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    is_a_or_b = re.compile(r"\.lora_[AB]\.weight$").search
+    layers = trainer.lora_layers(model).values()
+    return all(map(is_a_or_b, names)) and all(map(trainer.is_linear_lora, layers))
+
+
+def show_update_sizes(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
+    """Print how large the update of each target is against its W; return every layer's."""
+    if not can_scale_and_cut(subject.model):
+        report(
+            "learned", "the size of the updates is only measured for plain LoRA on linear layers"
+        )
+        return {}
+    updates = measure_updates(subject.model)
+    sizes = {
+        target: 100 * statistics.fmean(row["update"] for row in rows)
+        for target, rows in updates.items()
+    }
+    smallest, largest = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+    rows = sorted(updates[largest], key=lambda row: -row["update"])
+    top = "layer" if len(rows) == 1 else "layers"
+    top += " " + ", ".join(str(row["layer"]) for row in rows[:3])
+    report(
+        "learned",
+        f"the update alpha / r B A has {sizes[smallest]:,.2f} % ({smallest}) to "
+        f"{sizes[largest]:,.2f} % ({largest}) of the size of W,\n"
+        f"on average over the layers; {largest}'s is largest in {top}",
+    )
+    return {"learned": updates}
+
+
+def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
+    """Return for each target one row per layer: the update's size and its number of directions.
+
+    With B = Q R and A^T = Q' R', the r x r matrix R R'^T has the singular values of B A, because
+    multiplying by Q and Q' changes no lengths. "update" is |alpha / r B A| / |W| (Frobenius norms),
+    and "directions" how many of the strongest hold 90 % of its square.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    for path, module in trainer.lora_layers(model).items():
+        a, b = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()
+        product = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+        energy = torch.linalg.svdvals(module.scaling["default"] * product).square()
+        total = energy.sum().item()
+        weight = module.get_base_layer().weight
+        size = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
+        before_90_percent = int((energy.cumsum(0) < 0.9 * total).sum())
+        row = {
+            "layer": trainer.layer_number(path) or 0,
+            "update": math.sqrt(total) / size,
+            "directions": before_90_percent + 1 if total else 0,
+        }
+        found.setdefault(path.rpartition(".")[2], []).append(row)
+    return found
+
+
+@dataclass
+class Estimate:
+    """A mean over the held-out examples, with its standard error."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        """Return it as a difference of losses."""
+        return f"{self.value:+.4f} ± {self.error:.4f}"
+
+    def is_clear(self, errors: float = 2) -> bool:
+        """Return whether it differs from 0 by more than so many times its error."""
+        return abs(self.value) > errors * self.error
+
+
+def ratio_with_error(
+    numerators: list[float], denominators: list[float], lines: list[str] | None = None
+) -> Estimate:
+    """Return sum(numerators) / sum(denominators), with its standard error over the examples.
+
+    The error is that of a ratio estimator by linearization (Cochran, Sampling Techniques, 6.4):
+    the residuals are numerator - ratio x denominator. With differences of losses over tokens it is
+    the paired difference per token; with two differences it is a share.
+
+    Args:
+        lines: the line that each example is of. A line in the form "messages" makes an example of
+            each reply, and replies of one conversation are alike: counted as independent, they
+            would make the error too small. So they are added up first, and lines are counted.
+    """
+    if lines is not None:
+        numerators, denominators = sums_by(lines, numerators), sums_by(lines, denominators)
+    total = sum(denominators)
+    if total == 0:
+        return Estimate(math.nan, math.inf)
+    value = sum(numerators) / total
+    n = len(numerators)
+    squares = sum((a - value * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
+    error = math.sqrt(squares * n / (n - 1)) / abs(total) if n > 1 else math.inf
+    return Estimate(value, error)
+
+
+def sums_by(keys: list[str], numbers: list[float]) -> list[float]:
+    """Return the sum of the numbers of each key, in the order in which the keys first come."""
+    sums = dict.fromkeys(keys, 0.0)
+    for key, number in zip(keys, numbers, strict=True):
+        sums[key] += number
+    return list(sums.values())
+
+
+def differences(ones: list[float], others: list[float]) -> list[float]:
+    """Return the first list minus the second one, number by number."""
+    return [one - other for one, other in zip(ones, others, strict=True)]
+
+
+def measure_evidence(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
+    """Measure base, adapter and the adapter's parts on held-out examples, and print them."""
+    if not subject.held_out:
+        report("evidence", "not measured: there is no EVAL_FILE")
+        return {}
+    began = time.monotonic()
+    examples = subject.held_out
+    tokens = [len(example.reply_ids) for example in examples]
+    adapter = losses_of(subject, examples, "adapter")
+    with subject.model.disable_adapter():
+        base = losses_of(subject, examples, "base")
+    better = sum(a < b for a, b in zip(adapter, base, strict=True))
+    found: dict[str, Any] = {
+        "base": sum(base) / sum(tokens),
+        "adapter": sum(adapter) / sum(tokens),
+        "examples": len(examples),
+        "better": better,
+        "losses": [
+            {"where": e.where, "group": e.eval_group, "tokens": n, "base": b / n, "adapter": a / n}
+            for e, n, b, a in zip(examples, tokens, base, adapter, strict=True)
+        ],
+    }
+    if subject.settings.EVIDENCE_EXAMPLES:
+        chosen = evenly_spread(len(examples), subject.settings.EVIDENCE_EXAMPLES)
+        found |= show_parts(subject, chosen, base, adapter)
+        seconds = time.monotonic() - began
+        report(
+            "",
+            f"measured on {len(chosen)} held-out examples, base and adapter on all "
+            f"{len(examples)}, in {seconds:.0f} s\n± is one standard error",
+        )
+    show_kinds(found["losses"], subject.settings.EVAL_GROUP)
+    return {"evidence": found}
+
+
+def losses_of(subject: Subject, examples: list[trainer.Example], title: str) -> list[float]:
+    """Return each example's loss with the model as it is now, in nats, summed over the reply."""
+    return trainer.example_losses(subject.model, examples, subject.tokens_at_once, title)
+
+
+def tokens_to_begin_with(examples: list[trainer.Example]) -> int:
+    """Return how many tokens are tried at once; fewer follow if the GPU's memory is too small."""
+    return 8 * max(len(example.input_ids) for example in examples)
+
+
+def evenly_spread(count: int, wanted: int) -> list[int]:
+    """Return at most wanted of the numbers below count, evenly spread."""
+    wanted = min(count, wanted)
+    return [number * count // wanted for number in range(wanted)]
+
+
+# ---- The parts of an adapter
+
+
+@dataclass
+class Part:
+    """The adapter, the base model, or a part of the adapter, with what was measured of it."""
+
+    kind: str  # "whole", "base", "strength", "group", "target", "layers" or "cut"
+    value: float | str  # the strength, the group's name, or the directions that are left
+    title: str  # as it is called in the table
+    change_model: Callable[[], contextlib.AbstractContextManager]  # for a while
+    loss: float = math.nan  # in nats a token
+    of_gain: Estimate = field(default_factory=lambda: Estimate(math.nan, math.inf))  # a share
+    against_trained: Estimate = field(default_factory=lambda: Estimate(math.nan, math.inf))
+    better_on: int = 0  # examples
+    losses: list[float] = field(default_factory=list)  # of each example, in nats a token
+
+    def judge(self, losses: ExampleLosses, own: list[float]) -> None:
+        """Compare its examples' losses, in nats, with those of the adapter and the base."""
+        changes = differences(own, losses.trained)
+        gained, gain = differences(losses.base, own), differences(losses.base, losses.trained)
+        self.loss = sum(own) / sum(losses.tokens)
+        self.of_gain = ratio_with_error(gained, gain, losses.lines)
+        self.against_trained = ratio_with_error(changes, losses.tokens, losses.lines)
+        self.better_on = sum(change < 0 for change in changes)
+        self.losses = [loss / n for loss, n in zip(own, losses.tokens, strict=True)]
+
+    def verdict(self, comparisons: int = 1) -> str:
+        """Return whether it is "better" or "worse" than as trained, the "same", or "unclear".
+
+        Args:
+            comparisons: among how many parts this one was picked.
+        """
+        share = self.of_gain
+        is_large = abs(share.value - 1) > WORTH_REPORTING
+        if is_large and self.against_trained.is_clear(errors_needed(comparisons)):
+            return "better" if self.against_trained.value < 0 else "worse"
+        largest = abs(share.value - 1) + 2 * share.error
+        return "same" if largest < THE_SAME_WITHIN else "unclear"
+
+    def as_recorded(self) -> dict[str, Any]:
+        """Return its row in run.json."""
+        row = {key: value for key, value in vars(self).items() if key != "change_model"}
+        return row | {name: asdict(row[name]) for name in ("of_gain", "against_trained")}
+
+
+@dataclass
+class ExampleLosses:
+    """The losses that parts are compared with: one number for each measured example."""
+
+    trained: list[float]  # with the whole adapter, in nats, summed over the reply
+    base: list[float]  # without it
+    tokens: list[float]  # in each reply
+    lines: list[str]  # the line of the held-out file that each is of
+
+
+# Both are shares of the gain. A clear difference that is smaller than the first is not worth a run.
+# If no difference is clear, two losses are called the same only if the difference and twice its
+# error together are less than the second: otherwise the examples are too few to tell.
+WORTH_REPORTING = 0.02
+THE_SAME_WITHIN = 0.05
+# With fewer held-out lines nothing is concluded, since the errors themselves are too uncertain.
+FEWEST_LINES = 10
+
+
+def errors_needed(comparisons: int) -> float:
+    """Return how many standard errors make a difference clear.
+
+    The best of five parts is better by twice its error in every ninth table by chance alone, but by
+    three times its error only once in 150 tables (once in 30 with no more than FEWEST_LINES).
+    """
+    return 2 if comparisons == 1 else 3
+
+
+def show_parts(
+    subject: Subject, chosen: list[int], base: list[float], adapter: list[float]
+) -> dict[str, Any]:
+    """Measure the adapter's parts on the chosen examples; print the table and what it supports."""
+    examples = [subject.held_out[number] for number in chosen]
+    losses = ExampleLosses(
+        trained=[adapter[number] for number in chosen],
+        base=[base[number] for number in chosen],
+        tokens=[float(len(example.reply_ids)) for example in examples],
+        lines=[example.where for example in examples],
+    )
+    whole = Part("whole", 1.0, "as trained", nullcontext)
+    without = Part("base", 0.0, "base model", subject.model.disable_adapter)
+    whole.judge(losses, losses.trained)
+    without.judge(losses, losses.base)
+    parts = [whole, without]
+    for part in parts_of(subject.model):
+        with part.change_model():
+            part.judge(losses, losses_of(subject, examples, part.title))
+        parts.append(part)
+    gain = ratio_with_error(differences(losses.base, losses.trained), losses.tokens, losses.lines)
+    table = table_of_parts(parts)
+    sentences = conclusions(parts, gain, len(set(losses.lines)))
+    sentences += what_is_not_measured(subject.model)
+    report("evidence", "\n".join(table))
+    for sentence in sentences:
+        report("", textwrap.fill(sentence, 90, subsequent_indent="  "))
+    return {
+        "parts": {part.title: part.as_recorded() for part in parts},
+        "where": losses.lines,
+        "table": table,
+        "conclusions": sentences,
+    }
+
+
+def what_is_not_measured(model: peft.PeftModel) -> list[str]:
+    """Return a sentence on parts that an adapter of another kind does not have."""
+    if not can_take_apart(model):
+        return ["More than LoRA was trained, so the adapter is not taken apart."]
+    if not can_scale_and_cut(model):
+        return ["This LoRA is more than the update alpha / r B A, so it is neither scaled nor cut."]
+    return []
+
+
+def table_of_parts(parts: list[Part]) -> list[str]:
+    """Return the lines of the evidence's table; the section's opening explains its columns."""
+    columns = "{:<31}{:>9}{:>17}{:>22}{:>11}".format
+    lines = [columns("", "loss", "of the gain", "against as trained", "better on")]
+    for part in parts:
+        cells = ["", "", ""]
+        if part.kind != "whole":
+            of_gain = f"{100 * part.of_gain.value:.1f} ± {100 * part.of_gain.error:.1f} %"
+            if part.kind == "base":
+                of_gain = f"{part.of_gain.value:.0%}"
+            better_on = f"{part.better_on}/{len(part.losses)}"
+            cells = [of_gain, str(part.against_trained), better_on]
+        lines.append(columns(part.title, f"{part.loss:.4f}", *cells))
+    return lines
+
+
+def parts_of(model: peft.PeftModel) -> list[Part]:
+    """Return the parts of an adapter, in the order of the table."""
+    layers = trainer.lora_layers(model)
+    parts: list[Part] = []
+    if can_scale_and_cut(model):
+        for scale in (0.5, 0.75, 1.25, 1.5, 2.0):
+            parts.append(
+                Part("strength", scale, f"update x {scale:g}", lambda s=scale: rescaled(model, s))
+            )
+    if not can_take_apart(model):
+        return parts
+    groups = {"group": paths_by_sublayer(layers), "layers": thirds_of_layers(layers)}
+    for kind, named in groups.items():
+        for name, paths in named.items():
+            parts.append(
+                Part(kind, name, f"{name} alone", lambda paths=paths: only_these(layers, paths))
+            )
+    return parts + (cuts_of(layers) if can_scale_and_cut(model) else [])
+
+
+def rescaled(model: peft.PeftModel, scale: float) -> contextlib.AbstractContextManager:
+    """Multiply the finished adapter's update by scale for a while."""
+    return peft.helpers.rescale_adapter_scale(model, scale)
+
+
+SUBLAYERS = {"self_attn": "attention", "mlp": "feed-forward", "linear_attn": "DeltaNet"}
+
+
+def paths_by_sublayer(layers: dict[str, Any]) -> dict[str, set[str]]:
+    """Return {"attention": paths, ...} by the module that the targets are in, if several."""
+    paths_by: dict[str, set[str]] = {name: set() for name in SUBLAYERS.values()}
+    for path in layers:
+        parent = path.split(".")[-2]
+        paths_by.setdefault(SUBLAYERS.get(parent, parent), set()).add(path)
+    found = {name: paths for name, paths in paths_by.items() if paths}
+    return found if len(found) > 1 else {}
+
+
+def thirds_of_layers(layers: dict[str, Any]) -> dict[str, set[str]]:
+    """Return {"layers 0 to 9": paths, ...} for the first, middle and last third of the layers."""
+    numbers = sorted({trainer.layer_number(path) for path in layers} - {None})
+    if len(numbers) < 3:
+        return {}
+    thirds: dict[str, set[str]] = {}
+    for third in range(3):
+        part = numbers[third * len(numbers) // 3 : (third + 1) * len(numbers) // 3]
+        name = f"layers {part[0]} to {part[-1]}" if len(part) > 1 else f"layer {part[0]}"
+        thirds[name] = {path for path in layers if trainer.layer_number(path) in part}
+    return thirds
+
+
+@contextmanager
+def only_these(layers: dict[str, Any], paths: set[str]) -> Iterator[None]:
+    """Switch LoRA off for a while in all layers but those at paths."""
+    others = [module for path, module in layers.items() if path not in paths]
+    for module in others:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in others:
+            module.enable_adapters(True)
+
+
+def cuts_of(layers: dict[str, Any]) -> list[Part]:
+    """Return the cuts to a half, a quarter, ... of each layer's directions, down to one."""
+    ranks = {path: module.r["default"] for path, module in layers.items()}
+    is_even = len(set(ranks.values())) == 1
+    parts: list[Part] = []
+    divisor = 2
+    while max(ranks.values()) // divisor:
+        left = {path: max(1, rank // divisor) for path, rank in ranks.items()}
+        most = max(left.values())
+        title = f"cut to {most} {'directions' if most > 1 else 'direction'}"
+        if not is_even:  # a rank_pattern gave the layers ranks of their own
+            title = f"cut to 1/{divisor} of the directions"
+        parts.append(Part("cut", most, title, lambda left=left: cut_to(layers, left)))
+        divisor *= 2
+    return parts
+
+
+@contextmanager
+def cut_to(layers: dict[str, Any], ranks: dict[str, int]) -> Iterator[None]:
+    """Cut every update to its strongest directions for a while.
+
+    B A = U S V^T. Projecting B on the first columns of U gives the best approximation of B A of
+    that rank (Eckart and Young, 1936), and leaves A alone. B A itself is never formed.
+    """
+    whole = {path: module.lora_B["default"].weight.data for path, module in layers.items()}
+    try:
+        for path, module in layers.items():
+            weight = module.lora_B["default"].weight
+            b, a = weight.data.double(), module.lora_A["default"].weight.data.double()
+            q, triangle = torch.linalg.qr(b)  # B = Q R
+            u = q @ torch.linalg.svd(triangle @ a, full_matrices=False).U[:, : ranks[path]]
+            weight.data = (u @ (u.T @ b)).to(weight.dtype)
+        yield
+    finally:
+        for path, module in layers.items():
+            module.lora_B["default"].weight.data = whole[path]
+
+
+# ---- What is concluded
+
+
+def conclusions(parts: list[Part], gain: Estimate, lines: int) -> list[str]:
+    """Return what the table supports, at most a sentence each on alpha, the targets and r.
+
+    A difference is named only if it is clear (see errors_needed) and larger than WORTH_REPORTING.
+    What each sentence may claim was tested by training the alternatives; README.md shows how.
+
+    Args:
+        parts: the rows of the table.
+        gain: by how much the adapter is better than the base, in nats a token.
+        lines: the number of lines in the held-out file that the measured examples come from.
+    """
+    if lines < FEWEST_LINES:
+        return [
+            f"The held-out lines are too few to tell anything: {lines} measured, "
+            f"{FEWEST_LINES} needed."
+        ]
+    if not (gain.is_clear() and gain.value > 0):
+        return [about_no_gain(parts, gain)]
+    sentences = [about_alpha(parts), about_targets(parts), about_rank(parts)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def of_kind(parts: list[Part], kind: str) -> list[Part]:
+    """Return the parts of one kind."""
+    return [part for part in parts if part.kind == kind]
+
+
+def about_no_gain(parts: list[Part], gain: Estimate) -> str:
+    """Return the sentence on an adapter that is not clearly better than the base model.
+
+    That the run went too far is said only if the same update helps at a smaller strength.
+    """
+    strengths = of_kind(parts, "strength")
+    needed = errors_needed(len(strengths))
+    weaker = [part for part in strengths if float(part.value) < 1]
+    is_too_strong = any(
+        part.against_trained.value < 0 and part.against_trained.is_clear(needed) for part in weaker
+    )
+    so = "worse" if gain.is_clear() else "not better"
+    if is_too_strong:
+        return (
+            f"The adapter is {so} than the base model, and a weaker update has a lower loss: the "
+            "run went too far. Try fewer epochs, a lower LEARNING_RATE or a smaller LORA_ALPHA. "
+            "What its parts are worth cannot be said."
+        )
+    if gain.is_clear():
+        return (
+            "The adapter is worse than the base model, and the table does not show why: no weaker "
+            "update is clearly better. Check that the held-out conversations are of the kind that "
+            "was trained on, and that tokenizer and template are those of the training."
+        )
+    return (
+        "The adapter is not better than the base model by more than twice the error, so its parts "
+        "say nothing. More steps or a higher LEARNING_RATE may help."
+    )
+
+
+def about_alpha(parts: list[Part]) -> str:
+    """Return the sentence on the strength of the update."""
+    strengths = of_kind(parts, "strength")
+    if not strengths:
+        return ""
+    best = min(strengths, key=lambda part: part.loss)
+    is_better = best.verdict(len(strengths)) == "better"
+    if not is_better and best.of_gain.value + 2 * best.of_gain.error > 1 + THE_SAME_WITHIN:
+        return "alpha: too few held-out examples to tell whether another strength is better."
+    if not is_better:
+        return "alpha: no other strength of the update is better by a difference that matters."
+    gained = f"{100 * (best.of_gain.value - 1):.0f} % more of the gain"
+    if float(best.value) < 1:
+        return (
+            f"alpha: at x {best.value:g} of its strength the same update has a lower loss "
+            f"({gained}), so the run went too far. Worth trying next: fewer epochs, a lower "
+            "LEARNING_RATE or a smaller LORA_ALPHA."
+        )
+    return (
+        f"alpha: at x {best.value:g} of its strength the same update has a lower loss ({gained}), "
+        "so the run stopped short. Worth trying next: more epochs, a higher LEARNING_RATE or a "
+        "larger LORA_ALPHA."
+    )
+
+
+def about_targets(parts: list[Part]) -> str:
+    """Return the sentence on attention, feed-forward, DeltaNet and any other group of targets."""
+    groups = of_kind(parts, "group")
+    if not groups:
+        return ""
+    verdicts = {part.value: part.verdict(len(groups)) for part in groups}
+    enough = [part for part in groups if verdicts[part.value] in ("same", "better")]
+    if enough:
+        best = max(enough, key=lambda part: part.of_gain.value)
+        share = f"{best.of_gain.value:.0%} of the gain"
+        if verdicts[best.value] == "better":
+            return (
+                f"targets: the update of {best.value} alone has {share}, so in this adapter the "
+                "other targets do harm."
+            )
+        return (
+            f"targets: the update of {best.value} alone keeps {share}; what the other targets add "
+            f"is less than {THE_SAME_WITHIN:.0%} of it."
+        )
+    if "unclear" in verdicts.values():
+        return "targets: too few held-out examples to tell whether one group would do alone."
+    listed = ", ".join(f"{part.value} {part.of_gain.value:.0%}" for part in groups)
+    return f"targets: no group alone keeps the whole gain: {listed}."
+
+
+def about_rank(parts: list[Part]) -> str:
+    """Return the sentence on the number of directions that the update needs."""
+    cuts = of_kind(parts, "cut")  # the mildest first
+    if not cuts:
+        return ""
+    verdicts = [part.verdict() for part in cuts]
+    enough: list[Part] = []
+    for part, verdict in zip(cuts, verdicts, strict=True):
+        if verdict not in ("same", "better"):
+            break  # a shorter cut that does well is chance
+        enough.append(part)
+    half = cuts[0].of_gain.value
+    if not enough and verdicts[0] == "worse" and half >= 1 - THE_SAME_WITHIN:
+        enough = [cuts[0]]  # it loses clearly, but too little to ask for a larger r
+    if enough:
+        return (
+            f"r: {enough[-1].title}, the update keeps {enough[-1].of_gain.value:.0%} of the gain. "
+            "That says how much of its room this adapter uses; a run with a smaller r is another "
+            "run, and may end elsewhere."
+        )
+    if "unclear" in verdicts:
+        return "r: too few held-out examples to tell how many directions are needed."
+    return (
+        f"r: {cuts[0].title}, the update keeps only {half:.0%} of the gain; a larger LORA_R may be "
+        "worth a run."
+    )
+
+
+def show_kinds(losses: list[dict[str, Any]], eval_group: str) -> None:
+    """Print the loss before and after by the lines' EVAL_GROUP, and the three worst examples."""
+    rows_of: dict[str, list[dict[str, Any]]] = {}
+    for row in losses:
+        rows_of.setdefault(row["group"], []).append(row)
+    if eval_group and (len(rows_of) > 1 or "" not in rows_of):
+        report("kinds", join_limited(table_of_kinds(eval_group, rows_of), 40))
+    worst = sorted(losses, key=lambda row: row["base"] - row["adapter"])[:3]
+    shown = [f"{row['where']} ({row['adapter'] - row['base']:+.2f})" for row in worst]
+    report("worst", "smallest improvements of the loss:\n" + "\n".join(shown))
+
+
+def table_of_kinds(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Return a line for each kind of held-out line, the most frequent one first."""
+    columns = "{:<20}{:>9}{:>9}{:>9}{:>22}{:>12}".format
+    lines = [columns(title, "examples", "before", "after", "difference", "better on")]
+    for kind, rows in sorted(rows_of.items(), key=lambda item: -len(item[1])):
+        tokens = [row["tokens"] for row in rows]
+        before = sum(row["base"] * row["tokens"] for row in rows) / sum(tokens)
+        changes = [(row["adapter"] - row["base"]) * row["tokens"] for row in rows]
+        change = ratio_with_error(changes, tokens, [row["where"] for row in rows])
+        lower = sum(one < 0 for one in changes)
+        lines.append(
+            columns(
+                one_line(kind or "(none)", 19),
+                len(rows),
+                f"{before:.4f}",
+                f"{before + change.value:.4f}",
+                str(change) if change.error < math.inf else f"{change.value:+.4f}",
+                f"{lower}/{len(rows)}",
+            )
+        )
+    return lines
+
+
+# ==== PICTURE: lora.png shows the losses, the size of each update, and the evidence
+
+
+def draw_picture(subject: Subject, findings: dict[str, Any]) -> dict[str, Any]:
+    """Draw lora.png from what was found; nothing is drawn if nothing was."""
+    from matplotlib.figure import Figure
+
+    updates = findings.get("learned", {})
+    parts = findings.get("evidence", {}).get("parts", {})
+    rows: list[list[str]] = []
+    if subject.history:
+        rows.append(["losses", "losses"])
+    if updates:
+        rows.append(["updates", "updates"])
+    if parts:
+        rows.append(["strengths", "parts"])
+    if not rows:
+        return {}
+    figure = Figure((11, 1 + 3.2 * len(rows)), dpi=120, layout="constrained")
+    panels = figure.subplot_mosaic(rows)
+    config = subject.model.peft_config["default"]
+    title = trainer.model_title(subject.settings)
+    figure.suptitle(
+        f"{title}, r = {config.r}, alpha = {config.lora_alpha}, {subject.label}", parse_math=False
+    )
+    if subject.history:
+        draw_losses(panels["losses"], subject.history)
+    if updates:
+        targets = trainer.in_order_of_settings(list(updates), subject.settings)
+        draw_updates(panels["updates"], subject.model.config, updates, targets)
+    if parts:
+        draw_strengths(panels["strengths"], list(parts.values()))
+        draw_parts(panels["parts"], list(parts.values()))
+    path = subject.folder / "lora.png"
+    trainer.rename_old(path)
+    figure.savefig(path)
+    report("picture", str(path))
+    return {}
+
+
+def draw_losses(axes: Any, history: list[dict[str, float]]) -> None:
+    """Draw each step's loss thinly, their running mean boldly, and the held-out losses."""
+    losses = trainer.logged(history, "loss")
+    steps, values = list(losses), list(losses.values())
+    # The mean is over a thirtieth of a long run, and over up to ten steps of a short one.
+    width = max(1, len(values) // 30, min(10, len(values) // 4))
+    means = [statistics.fmean(values[max(0, n - width) : n]) for n in range(1, len(values) + 1)]
+    axes.plot(steps, values, color="0.75", linewidth=0.7, label="training, each step")
+    if width > 1:
+        label = f"training, mean of {width} steps"
+        axes.plot(steps, means, color="C0", linewidth=2, label=label)
+    evals = trainer.logged(history, "eval_loss")
+    if evals:
+        look = {"color": "black", "markeredgecolor": "white", "markersize": 9, "zorder": 5}
+        axes.plot(list(evals), list(evals.values()), "o--", linewidth=0.8, label="held-out", **look)
+    for step, loss in evals.items():
+        axes.annotate(
+            f"{loss:.3f}",
+            (step, loss),
+            (0, 10),
+            textcoords="offset points",
+            ha="center",
+            zorder=6,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )
+    axes.margins(y=0.15)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title="Loss")
+    axes.legend()
+
+
+def draw_updates(
+    axes: Any,
+    config: transformers.PretrainedConfig,
+    updates: dict[str, list[dict[str, float]]],
+    targets: list[str],
+) -> None:
+    """Draw the size of each module's update against its W, layers across and targets down."""
+    text_config = config.get_text_config()
+    layer_types = text_config.to_dict().get("layer_types") or []
+    depth = text_config.num_hidden_layers
+    sizes = [[math.nan] * depth for _ in targets]
+    for number, target in enumerate(targets):
+        for row in updates[target]:
+            sizes[number][row["layer"]] = 100 * row["update"]
+    image = axes.imshow(sizes, aspect="auto", vmin=0, cmap="viridis")
+    axes.patch.set(hatch="xx", edgecolor="silver")  # shows through where there is no module
+    axes.figure.colorbar(image, ax=axes, label="size of the update, % of W")
+    marks = [str(number) for number in range(depth)]
+    for number, layer_type in enumerate(layer_types):
+        if layer_type == "linear_attention":
+            marks[number] += "\nD"
+    axes.set_xticks(range(depth), marks, fontsize=7)
+    axes.set_yticks(range(len(sizes)), targets)
+    note = " (D: Gated DeltaNet)" if "linear_attention" in layer_types else ""
+    axes.set_xlabel(f"layer{note}; hatched: no such module, or not trained")
+    axes.set_title("Where the model was changed")
+
+
+def draw_strengths(axes: Any, parts: list[dict[str, Any]]) -> None:
+    """Draw the held-out loss against the strength of the update."""
+    drawn = [part for part in parts if part["kind"] in ("base", "strength", "whole")]
+    drawn.sort(key=lambda part: part["value"])
+    errors = [2 * part["against_trained"]["error"] for part in drawn]
+    strengths, losses = [part["value"] for part in drawn], [part["loss"] for part in drawn]
+    axes.errorbar(strengths, losses, errors, marker="o", capsize=3)
+    axes.axvline(1, color="0.6", linestyle="--", linewidth=1)
+    axes.set(
+        xlabel="strength of the update (0: base, 1: as trained)\n"
+        "bars: twice the error of the difference to 1",
+        ylabel="held-out loss, nats per token",
+        title="At another strength",
+    )
+
+
+def draw_parts(axes: Any, parts: list[dict[str, Any]]) -> None:
+    """Draw what each part keeps of the gain over the base model."""
+    drawn = [part for part in parts if part["kind"] not in ("base", "strength", "whole")]
+    values = [100 * part["of_gain"]["value"] for part in drawn]
+    errors = [200 * part["of_gain"]["error"] for part in drawn]
+    titles = [part["title"] for part in drawn]
+    axes.barh(titles, values, xerr=errors, color="0.6", error_kw={"capsize": 3})
+    axes.axvline(100, color="0.3", linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="% of the gain over the base model (bars: twice the error)", title="Which part?"
+    )
+
+
+# ==== SAMPLES AND CHAT: how the adapter replies
+#
+# samples.md shows held-out prompts with the replies of base and adapter. In the chat, the
+# conversation begins with the system message of the training data (or --system), and nothing is
+# written. A pipe works too: each of its lines is answered. Replies are greedy in both: always the
+# likeliest token.
+
+
+def write_samples(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
+    """Write samples.md: held-out prompts with the base's, adapter's and reference reply."""
+    settings = subject.settings
+    if not settings.NUM_SAMPLES or not subject.held_out:
+        return {}
+    chosen = choose_samples(subject.held_out, settings.NUM_SAMPLES)
+    prompts = [example.prompt_ids for example in chosen]
+    report("samples", f"the base model and the adapter answer {len(chosen)} held-out prompts")
+    model, limit = subject.model, settings.MAX_NEW_TOKENS
+    with model.disable_adapter():
+        base = generate(model, subject.chat_format, prompts, limit)
+    adapter = generate(model, subject.chat_format, prompts, limit)
+    lines = [
+        f"# Replies of {trainer.model_title(settings)} before and after training",
+        "",
+        f"The same held-out prompts, {subject.label}, always the likeliest token (greedy).",
+    ]
+    for number, example in enumerate(chosen):
+        lines += ["", f"## {example.where} {example.eval_group}".rstrip()]
+        for message in example.messages[:-1]:
+            lines += ["", f"**{message['role']}**", "", trainer.quoted(message["content"])]
+        lines += ["", "**base model**", "", base[number].quoted()]
+        lines += ["", "**adapter**", "", adapter[number].quoted()]
+        reference = trainer.quoted(example.messages[-1]["content"])
+        lines += ["", "**reference reply**", "", reference]
+    path = subject.folder / "samples.md"
+    trainer.rename_old(path)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    habits = {"base": habits_of(base), "adapter": habits_of(adapter)}
+    columns = "{:<14}{:>20}{:>12}{:>12}{:>24}".format
+    head = ("", "ended on their own", "different", "mean words", "repeated word triples")
+    table = [columns(*head)]
+    for name, found in habits.items():
+        counts = [f"{found[what]} of {len(chosen)}" for what in ("stopped", "different")]
+        table.append(columns(name, *counts, f"{found['words']:.0f}", f"{found['repeated']:.0%}"))
+    report("", "\n".join([*table, str(path)]))
+    return {"samples": habits}
+
+
+def choose_samples(held_out: list[trainer.Example], wanted: int) -> list[trainer.Example]:
+    """Return one held-out example of each kind, up to 20, and as many more as are wanted."""
+    first: dict[str, int] = {}
+    for number, example in enumerate(held_out):
+        first.setdefault(example.eval_group, number)
+    chosen = sorted(first.values())[: max(wanted, 20)]
+    for number in evenly_spread(len(held_out), wanted):
+        if len(chosen) < wanted and number not in chosen:
+            chosen.append(number)
+    return [held_out[number] for number in sorted(chosen)]
+
+
+@dataclass
+class Reply:
+    """What a model said."""
+
+    text: str
+    stopped: bool  # whether it ended on its own, and was not cut
+
+    def quoted(self) -> str:
+        """Return it as a quotation in Markdown, marked if it was cut."""
+        return trainer.quoted(self.text if self.stopped else f"{self.text} [cut here]")
+
+
+def generate(
+    model: peft.PeftModel,
+    chat_format: trainer.ChatFormat,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    streamer: transformers.TextStreamer | None = None,
+) -> list[Reply]:
+    """Return the greedy reply to each prompt, given as token ids.
+
+    All prompts go through the model in one batch, padded on the left, since each token costs a
+    pass of its own.
+    """
+    ends, width = chat_format.end_ids, max(map(len, prompts))
+    ids = torch.tensor([[ends[0]] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor(
+        [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
+    )
+    config = transformers.GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,  # the model's own configuration may have another
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+    )
+    out = model.generate(ids, config, attention_mask=mask, streamer=streamer)
+    replies = []
+    for row in out[:, width:].tolist():
+        tokens, stopped = before_the_end(row, ends)
+        text = chat_format.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        replies.append(Reply(text, stopped))
+    return replies
+
+
+def before_the_end(tokens: list[int], ends: list[int]) -> tuple[list[int], bool]:
+    """Return the tokens before the first one that ends a turn, and whether there is one."""
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return tokens[:place], True
+    return tokens, False
+
+
+def habits_of(replies: list[Reply]) -> dict[str, float]:
+    """Return how many replies ended on their own or differ, their words, how they repeat."""
+    texts = [reply.text.lower().split() for reply in replies]
+    triples = [list(zip(words, words[1:], words[2:])) for words in texts]  # noqa: B905
+    count = sum(map(len, triples))
+    different = sum(len(set(one)) for one in triples)
+    return {
+        "stopped": sum(reply.stopped for reply in replies),
+        "different": len({reply.text for reply in replies}),
+        "words": statistics.fmean(map(len, texts)),
+        "repeated": 1 - different / count if count else 0.0,
+    }
+
+
+CHAT_HELP = """/base and /adapter  choose who answers
+/scale 0.5          answer with the adapter at another strength; 1 is as trained
+/new                forget what was said
+/help               show this
+/quit               end (also /exit, Ctrl-D, or Ctrl-C)"""
+
+
+def talk(
+    model: peft.PeftModel, chat_format: trainer.ChatFormat, system: str, max_new_tokens: int
+) -> None:
+    """Read lines and answer them, until the input ends."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - arrow keys and history at the prompt
+    if sys.stdin is None:
+        raise SystemExit("chat: standard input is closed, so nothing can be typed.")
+    with suppress(AttributeError):  # a replaced input, as in a notebook
+        sys.stdin.reconfigure(errors="replace")
+    messages = [{"role": "system", "content": system}] if system else []
+    turns: list[dict[str, str]] = []
+    scale = 1.0
+    while True:
+        try:
+            said = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(flush=True)
+            return
+        if not sys.stdin.isatty():
+            print(said)  # the terminal did not show it
+        word, _, rest = said.partition(" ")
+        if word in ("/quit", "/exit"):
+            return
+        if word == "/new":
+            turns = []
+        elif word in ("/base", "/adapter"):
+            scale = 0.0 if word == "/base" else 1.0
+        elif word == "/scale":
+            scale = parse_scale(rest, scale)
+        elif word.startswith("/"):
+            print(CHAT_HELP if word == "/help" else f"{word} is an unknown command\n{CHAT_HELP}")
+        elif said:
+            turns.append({"role": "user", "content": said})
+            try:
+                text = say(model, chat_format, messages, turns, scale, max_new_tokens)
+                turns.append({"role": "assistant", "content": text})
+            except KeyboardInterrupt:
+                print(" [stopped]", flush=True)
+                turns.pop()
+
+
+def parse_scale(text: str, before: float) -> float:
+    """Return the number after /scale, or say what is wrong with it and keep the old one."""
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not 0 <= scale <= 10:
+        print(f"/scale needs a number from 0 (the base model) to 10, such as /scale {before:g}")
+        return before
+    return scale
+
+
+def say(
+    model: peft.PeftModel,
+    chat_format: trainer.ChatFormat,
+    messages: list[dict[str, str]],
+    turns: list[dict[str, str]],
+    scale: float,
+    max_new_tokens: int,
+) -> str:
+    """Print the reply to the conversation as it is generated, and return it.
+
+    The oldest turns are dropped when the model's window is full.
+    """
+    window = model.config.get_text_config().max_position_embeddings - max_new_tokens
+    ids = chat_format.prompt_ids(messages + turns)
+    while len(ids) > window and len(turns) > 2:
+        del turns[:2]
+        ids = chat_format.prompt_ids(messages + turns)
+    name = {0.0: "base", 1.0: "adapter"}.get(scale, f"adapter x {scale:g}")
+    print(f"{name}> ", end="", flush=True)
+    streamer = transformers.TextStreamer(
+        chat_format.tokenizer, skip_prompt=True, skip_special_tokens=True
+    )
+    state = model.disable_adapter() if scale == 0 else rescaled(model, scale)
+    with state:
+        return generate(model, chat_format, [ids], max_new_tokens, streamer)[0].text
+
+
+# ==== COMPARING: which of several runs is better, and whether the difference means anything
+#
+# The finished runs in some folders are ranked by the held-out loss of what they published. Only
+# runs with the same held-out examples as the newest one are compared. A "=" after a run says that
+# its difference to the best one is within twice its standard error, so it may be chance. A run ends
+# with this table if there are other finished runs in or below its own folder.
+
+RUN_KEYS = {"started", "settings", "data", "evidence", "train_seconds", "resumed_from"}
+
+
+def all_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
+    """Return the run.json files in the folders and below them."""
+    paths = [path for folder in folders for path in sorted(Path(folder).rglob("run.json*"))]
+    return {path.resolve(): trainer.read_json(path) or {} for path in paths}
+
+
+def finished_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
+    """Return those of finished runs with held-out losses, which can be compared."""
+    runs = {}
+    for path, run in all_runs(folders).items():
+        if run.get("outcome") == "finished" and has_losses(run):
+            runs[path] = run
+    return runs
+
+
+def has_losses(run: dict[str, Any]) -> bool:
+    """Return whether a run.json is whole and holds what is compared."""
+    if not run.keys() >= RUN_KEYS:
+        return False
+    if not all(isinstance(run[key], dict) for key in ("settings", "data", "evidence")):
+        return False
+    losses = run["evidence"].get("losses")
+    if not losses or not isinstance(losses, list):
+        return False
+    numbers = (run["evidence"].get("adapter"), run["started"], run["train_seconds"])
+    return all(isinstance(number, (int, float)) for number in numbers) and all(
+        isinstance(row, dict) and row.keys() >= {"where", "tokens", "adapter"} for row in losses
+    )
+
+
+def compare_with_others(output: Path) -> None:
+    """Print the table of runs if the run in output is one of several that have finished."""
+    runs = finished_runs([str(output)])
+    if len(runs) > 1 and (output / "run.json").resolve() in runs:
+        compare_runs([str(output)])
+
+
+def compare_runs(folders: list[str]) -> None:
+    """Print the runs from the best to the worst, with each paired difference to the best."""
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise SystemExit(f"compare: there is no folder {folder}.")
+    runs = finished_runs(folders)
+    if not runs:
+        where = ", ".join(folders)
+        finished = [run for run in all_runs(folders).values() if run.get("outcome") == "finished"]
+        if finished:
+            raise SystemExit(
+                f"compare: no finished run in {where} has held-out losses to compare: "
+                f"{why_no_losses(finished)}."
+            )
+        raise SystemExit(f"compare: no run in {where} has finished.")
+    newest = max(runs.values(), key=lambda run: run["started"])
+    wanted = held_out_identity(newest)
+    same = {path: run for path, run in runs.items() if held_out_identity(run) == wanted}
+    ranked = dict(sorted(same.items(), key=lambda item: item[1]["evidence"]["adapter"]))
+    head, *rows = table_of_runs(ranked, what_differs(list(same.values())))
+    lines = [head, join_limited(rows, 60)]
+    if len(ranked) > 1:
+        lines.append("=: the difference to the best may be chance")
+    if any(run["resumed_from"] for run in ranked.values()):
+        lines.append("+: the run was resumed, and took this long after that")
+    if len(same) < len(runs):
+        others = len(runs) - len(same)
+        noun, verb = ("runs", "are") if others > 1 else ("run", "is")
+        lines.append(f"{others} {noun} on other held-out examples {verb} left out")
+    report("runs", "\n".join(lines))
+
+
+# What these say is in the table already, or cannot change a result.
+NOT_COMPARED = {"OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "NUM_SAMPLES"}
+NOT_COMPARED |= {"MAX_NEW_TOKENS", "EVIDENCE_EXAMPLES", "EVAL_GROUP"}
+
+
+def asked_for(run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's settings, and what its LoraConfig has beyond them, by name."""
+    config = run.get("lora_config")
+    config = config if isinstance(config, dict) else {}
+    in_settings = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path"}
+    more = {f"LoraConfig.{key}": value for key, value in config.items() if key not in in_settings}
+    return {k: v for k, v in run["settings"].items() if k not in NOT_COMPARED} | more
+
+
+def what_differs(runs: list[dict[str, Any]]) -> list[str]:
+    """Return the names of the settings, and of LoraConfig's fields, in which the runs differ."""
+    asked = [asked_for(run) for run in runs]
+    names = dict.fromkeys(name for one in asked for name in one)
+    return [name for name in names if len({str(one.get(name)) for one in asked}) > 1]
+
+
+def why_no_losses(finished: list[dict[str, Any]]) -> str:
+    """Return for what reasons finished runs have no held-out losses, and how many for each."""
+    counts: dict[str, int] = {}
+    for run in finished:
+        settings, evidence = run.get("settings"), run.get("evidence")
+        is_whole = run.keys() >= RUN_KEYS and isinstance(settings, dict)
+        if not is_whole or not isinstance(evidence, dict) or evidence.get("losses"):
+            reason = "the run.json of {} is damaged, edited or of another version"
+        elif not settings.get("EVAL_FILE"):
+            reason = "{} had no held-out file (EVAL_FILE)"
+        else:
+            reason = (
+                "the held-out losses of {} were not measured, since the run was stopped before or "
+                "an error prevented it (its all_logs.log tells); python inspect_lora.py evidence "
+                "FOLDER/final_lora measures them"
+            )
+        counts[reason] = counts.get(reason, 0) + 1
+    return "; ".join(reason.format(count) for reason, count in counts.items())
+
+
+def table_of_runs(ranked: dict[Path, dict[str, Any]], differing: list[str]) -> list[str]:
+    """Return the lines of the table of runs, the best first, with the settings that differ."""
+    columns = "{:>9}  {:<22}{:>8}  {}".format
+    lines = [columns("held-out", "against the best", "minutes", "run, and what differs")]
+    best = next(iter(ranked.values()))
+    tokens = [row["tokens"] for row in best["evidence"]["losses"]]
+    where = [row["where"] for row in best["evidence"]["losses"]]
+    for path, run in ranked.items():
+        minutes = f"{run['train_seconds'] / 60:.1f}" + ("+" if run["resumed_from"] else "")
+        difference = "best"
+        if run is not best:
+            pairs = zip(run["evidence"]["losses"], best["evidence"]["losses"], strict=True)
+            changes = [(a["adapter"] - b["adapter"]) * a["tokens"] for a, b in pairs]
+            change = ratio_with_error(changes, tokens, where)
+            difference = str(change) + ("" if change.is_clear() else " =")
+        loss = f"{run['evidence']['adapter']:.4f}"
+        lines.append(columns(loss, difference, minutes, trainer.shorten_path(str(path), 55)))
+        asked = asked_for(run)
+        changed = [f"{name} {one_line(str(asked.get(name)), 40)}" for name in differing]
+        lines += [" " * 43 + line for line in textwrap.wrap(", ".join(changed), 45)]
+    return lines
+
+
+def held_out_identity(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
+    """Return what identifies a run's held-out examples: the file's hash, lines and lengths."""
+    rows = run["evidence"]["losses"]
+    file = run["data"].get(run["settings"].get("EVAL_FILE"), {})
+    lines = [(row["where"].rpartition(":")[2], row["tokens"]) for row in rows]
+    return file.get("sha256", ""), lines
+
+
+# ==== SERVING: giving a server the adapter under the names that it applies
+
+
+def write_for_vllm(
+    place: Path, folder: Path, options: argparse.Namespace, settings: argparse.Namespace
+) -> None:
+    """Write a copy of an adapter into a new folder, under the names that vLLM applies.
+
+    Every tensor must have a place in the base model's skeleton, so no weights are loaded.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SystemExit(f"{folder} is not empty; give a new folder, since nothing is overwritten.")
+    saved = read_adapter_config(place)
+    name_the_base(options, settings, saved, place, find_run(place))
+    settings.DEVICE = "cpu"  # nothing is computed
+    trainer.set_environment(settings)
+    config = lora_config_of(place)
+    tensors = read_tensors(place)
+    model_config, _ = trainer.load_config_and_tokenizer(settings)
+    max_rank = check_on_skeleton(model_config, fitted_config(config, tensors), tensors, place)
+    if reason := trainer.why_vllm_refuses(config, max_rank):
+        raise SystemExit(f"{place}: {reason}; merge the adapter into its base model instead.")
+    saved["base_model_name_or_path"] = settings.MODEL_NAME
+    if not isinstance(saved.get("target_modules"), list):
+        saved["target_modules"] = sorted({name.split(".")[-3] for name in tensors})
+        saved["exclude_modules"] = None
+    trainer.write_adapter_for_vllm(folder, saved, tensors, model_config)
+    written = read_tensors(folder)
+    if any(not written[name].equal(tensor) for name, tensor in tensors.items()):
+        raise SystemExit(f"{folder} does not hold the adapter's tensors; is the disk full?")
+    command = trainer.vllm_command(settings, folder, max_rank)
+    report("written", f"{folder}: {len(tensors):,} tensors, each with a place in the base model")
+    report("next", command)
+
+
+def check_on_skeleton(
+    model_config: transformers.PretrainedConfig,
+    config: peft.LoraConfig,
+    tensors: dict[str, torch.Tensor],
+    place: Path,
+) -> int:
+    """Return the largest rank; exit unless the tensors are those that PEFT would expect."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+        try:
+            model = peft.PeftModel(model, config)
+        except ValueError as error:
+            raise SystemExit(f"{place} does not fit its base model ({one_line(error)}).") from error
+    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    wrong = [name for name, t in tensors.items() if shapes.get(name) != tuple(t.shape)]
+    if wrong:
+        raise SystemExit(
+            f"{len(wrong):,} of the {len(tensors):,} tensors in {place} have no place in the base "
+            f"model, so a server would ignore them: {join_limited(wrong, 3, ', ')}. Check --base."
+        )
+    return max((max(layer.r.values()) for layer in trainer.lora_layers(model).values()), default=0)
+
+
+# ==== COMMAND LINE: flags and messages
+#
+# A command ends with status 0, with 1 after an error, with 2 after a wrong flag, and with 130 after
+# Ctrl-C. A mistake that is known is one message; any other error ends in a traceback.
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
+    "evidence": (evidence, "measure what an adapter gained, and what its parts are worth"),
+    "chat": (chat, "talk to an adapter, or answer each line of a pipe"),
+    "compare": (compare, "compare finished runs of train_lora_single.py"),
+    "for_vllm": (for_vllm, "write an adapter under the names that vLLM applies"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return a parser with a subcommand for each command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\nThis file needs")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (_, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        if name == "compare":
+            command.add_argument("folders", nargs="+", metavar="FOLDER", help="folders of runs")
+            continue
+        command.add_argument(
+            "adapter", metavar="ADAPTER", help="an adapter's folder, or its name on the hub"
+        )
+        if name == "for_vllm":
+            command.add_argument("folder", metavar="FOLDER", help="a new folder to write into")
+        add_flags(command, name)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
+    """Add the flags of a command that opens an adapter.
+
+    What is not given is what the adapter's run had, or the constant in train_lora_single.py.
+    """
+    number = trainer.number_parser(int, 100)
+    parser.add_argument("--base", help="the base model, if adapter_config.json does not name it")
+    parser.add_argument("--base_revision", help="its branch, tag or commit on the hub")
+    if command == "for_vllm":
+        return
+    parser.add_argument("--device", choices=("cuda", "cpu"), help='"cpu" is for small models')
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the base's weights")
+    parser.add_argument("--max_new_tokens", type=number, help="a reply is cut after so many")
+    parser.add_argument(
+        "--enable_thinking",
+        action="store_true",
+        help="render prompts with enable_thinking, for an adapter that was trained so",
+    )
+    if command == "chat":
+        parser.add_argument("--system", help="the system message; default: that of the run")
+        return
+    parser.add_argument("--eval_file", help="held-out conversations, a JSONL file")
+    parser.add_argument("--eval_group", help="the key that groups its lines in the report")
+    parser.add_argument("--max_seq_len", type=number, help="longer examples are left out")
+    parser.add_argument(
+        "--evidence_examples", type=number, help="examples that measure the parts; 0 for none"
+    )
+    parser.add_argument("--num_samples", type=number, help="prompts answered in samples.md")
+    parser.add_argument("--output_dir", help="gets samples.md, lora.png and what was found")
+
+
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command and its flags; exits with status 2 after a wrong one."""
+    parser = build_parser()
+    argv = [trainer.with_underscores(one) for one in (sys.argv[1:] if argv is None else argv)]
+    if not argv:
+        parser.print_help()
+        raise SystemExit(2)
+    if argv[0] not in COMMANDS and not argv[0].startswith("-"):
+        close = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        parser.error(f"there is no command {argv[0]}; {hint}")
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.error(f"name a command: {', '.join(COMMANDS)}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Do one command. Exits with 1 after an error, 2 after a wrong flag, 130 after Ctrl-C."""
+    options = parse_options(argv)
+    command, _ = COMMANDS[options.command]
+    try:
+        command(options)
+    except BaseException as error:
+        status, message = trainer.explain(error, Path())
+        if not message:
+            raise
+        print(trainer.wrap_lines(message), file=sys.stderr)
+        raise SystemExit(status) from error
+
+
+# `uv run inspect_lora.py evidence ...` reads this and needs no environment made by hand (PEP 723).
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.7,<2.11",
+#     "transformers>=5.24,<5.30",
+#     "peft>=0.21.2,<0.22",
+#     "trl>=1.16,<1.17",
+#     "datasets>=5,<6",
+#     "accelerate>=1.15,<2",
+#     "safetensors>=0.8,<1",
+#     "matplotlib>=3.10,<4",
+#     "huggingface_hub",
+#     "filelock",
+#     "tqdm",
+#     "jinja2",
+# ]
+# ///
+
+
+if __name__ == "__main__":
+    trainer.survive_closed_outputs()
+    main()
