@@ -64,8 +64,8 @@ def in_the_root(monkeypatch):
 LONGEST = [
     f"test_{name}.py"
     for name in (
-        *("resume", "benchmark", "card", "command_line", "real_model", "chat", "results"),
-        *("training", "evidence", "products", "plan"),
+        *("resume", "inspect_evidence", "benchmark", "card", "command_line", "real_model"),
+        *("inspect_chat", "results", "training", "products", "plan"),
     )
 ]
 
@@ -124,7 +124,7 @@ def write_short_data(folder, train=13, held_out=4):
     """
     flags = ["--demo", "--model_name", TINY, "--learning_rate", "1e-2", "--num_epochs", "2"]
     flags += ["--logging_steps", "1", "--save_steps", "3", "--evidence_examples", "0"]
-    flags += ["--max_steps", "0"]
+    flags += ["--max_steps", "0", "--general_file", ""]
     flags += ["--num_samples", "1", "--max_new_tokens", "3", "--eval_group", ""]
     for name, number in (("train", train), ("eval", held_out)):
         text = (ROOT / "data" / f"{name}.jsonl").read_text(encoding="utf-8")

@@ -7,8 +7,19 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import TINY
 from safetensors.torch import load_file
-from trainers import ADAPTER, edited_script, logged, read_record, refused, token_loss
+from trainers import (
+    ADAPTER,
+    chat_format_of,
+    command_in,
+    commands_in,
+    edited_script,
+    logged,
+    read_record,
+    refused,
+    token_loss,
+)
 from transformers import AutoModelForCausalLM
 
 import train_lora_single as t
@@ -79,7 +90,7 @@ def test_the_figures_of_qwen35_4b(qwen_4b, tiny, tmp_path, monkeypatch, capsys, 
 def job_of(config, *flags, n_train=1000):
     """Return a job for a model's config and so many examples."""
     job = t.Job(t.parse_settings([str(flag) for flag in flags]))
-    job.config = config
+    job.config, job.chat_format = config, chat_format_of(TINY)
     job.train = [t.Example("made up", [], "", [1], [2])] * n_train
     return job
 
@@ -180,7 +191,7 @@ def test_steps_are_counted_and_their_formula_is_shown(
         assert line.endswith(f"ceil({n:,} / ({batch} x {accumulation})) x {epochs}")
         return
     noun = "epochs" if epochs > 1 else "epoch"
-    assert line.endswith(f"MAX_STEPS stops the {whole} steps of {epochs} {noun}")
+    assert line.endswith(f"cut short by MAX_STEPS ({epochs} {noun} would be {whole})")
     seen = f"{steps * batch * accumulation} of the {n:,} examples; "
     assert (seen in line) == (steps < per_epoch)
 
@@ -276,23 +287,31 @@ EDITED = {  # the field, what PEFT then trains, and why vLLM does not serve it
 
 
 @pytest.mark.parametrize("field", EDITED)
-def test_an_edited_loraconfig_is_planned_trained_and_proved(
+def test_an_edited_loraconfig_is_planned_trained_and_verified(
     one_step, field, tiny, tmp_path, capsys
 ):
     count, refusal = EDITED[field]
     with_config(tmp_path, field).main(one_step)
     text = capsys.readouterr().out
     assert f"trainable params: {count:,} ||" in text
-    assert f"model     {count:,} of " in text and "\nproof     loaded again" in text
+    assert f"model     {count:,} of " in text and "\nverified  loaded again" in text
     output = tmp_path / "output"
     assert sum(tensor.numel() for tensor in load_file(output / ADAPTER).values()) == count
-    served = [line for line in text.splitlines() if "vllm serve" in line]
+    served = [words for words in commands_in(text) if words[0] == "vllm"]
     assert (output / "final_lora_vllm").exists() == bool(served) == (not refusal)
     assert refusal in text
     card = (output / "final_lora" / "README.md").read_text(encoding="utf-8")
+    assert ("rank_pattern" in card) == ("rank_pattern" in field)
     assert ("--max-lora-rank" in card) == (not refusal) and refusal in " ".join(card.split())
     if served:
-        assert ("--max-lora-rank 16 " in text) == ("rank_pattern" in field)
+        words = command_in(text, "vllm", "serve", tiny)
+        rank = words[words.index("--max-lora-rank") + 1]
+        assert rank == ("16" if "rank_pattern" in field else "8")
+    # run.json holds the whole LoraConfig, which differs from the file's own in this field alone.
+    plain = json.loads(json.dumps(t.config_as_recorded(t.lora_config(t.parse_settings(one_step)))))
+    config = read_record(output)["lora_config"]
+    assert config.keys() == plain.keys()
+    assert [name for name in plain if config[name] != plain[name]] == [field.partition("=")[0]]
     # The losses before and after are those of the files, by PEFT.
     losses = logged(read_record(output)["loss_history"], "eval_loss")
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32").eval()
@@ -301,6 +320,34 @@ def test_an_edited_loraconfig_is_planned_trained_and_proved(
     assert losses[0] == pytest.approx(token_loss(model, job.held_out), rel=1e-4)
     model = peft.PeftModel.from_pretrained(model, output / "final_lora").eval()
     assert losses[1] == pytest.approx(token_loss(model, job.held_out), rel=1e-4)
+
+
+def test_ranks_and_scalings_that_differ_are_shown_by_target(one_step, tmp_path, capsys):
+    """The table has a row for each of them, and all rows together are what is trained."""
+    patterns = 'rank_pattern={"q_proj": 16, "layers.0.mlp.up_proj": 4}, alpha_pattern={"k_proj": 8}'
+    script = with_config(tmp_path, patterns)
+    script.main([*one_step, "--dry_run"])
+    text = capsys.readouterr().out
+    plan = text[text.index("\nplan ") + 1 :]
+    assert max(map(len, plan.splitlines())) <= 100
+    assert "LoRA with 4 to 16 directions, updates scaled by 1 to 4 (by target, below)" in plan
+    rows = [line[10:].split() for line in plan.splitlines() if re.search(r" \d/2 ", line)]
+    assert [(row[0], row[1], row[4], row[-1]) for row in rows] == [
+        ("q_proj", "1/2", "16x64", "1"),
+        ("k_proj", "1/2", "8x64", "1"),
+        ("v_proj", "1/2", "8x64", "2"),
+        ("o_proj", "1/2", "8x512", "2"),
+        ("gate_proj", "2/2", "8x64", "2"),
+        ("up_proj", "1/2", "8x64", "2"),
+        ("up_proj", "1/2", "4x64", "4"),
+        ("down_proj", "2/2", "8x192", "2"),
+    ]
+    trained = sum(int(row[-2].replace(",", "")) for row in rows)
+    assert f"trainable params: {trained:,} ||" in plan
+    with_config(tmp_path).main([*one_step, "--dry_run"])
+    plain = capsys.readouterr().out
+    assert "LoRA with r = 8, alpha = 16 (the update is scaled by 2)" in plain
+    assert "scaled by" in plan.splitlines()[1] and "scaled by" not in plain.partition("target ")[2]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +360,7 @@ def test_targets_may_be_all_linear_or_a_regular_expression(
     old = "target_modules=settings.LORA_TARGET_MODULES"
     edited_script(tmp_path, (old, f"target_modules={target_modules}")).main(one_step)
     text = capsys.readouterr().out
-    assert f"trainable params: {count:,} ||" in text and "\nproof     loaded again" in text
+    assert f"trainable params: {count:,} ||" in text and "\nverified  loaded again" in text
 
 
 REFUSED = {

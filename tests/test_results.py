@@ -1,7 +1,8 @@
-"""What a run leaves: the adapter and its proof, the model card, run.json; and what it touches."""
+"""What a run leaves: the adapter and its check, the model card, run.json; and what it touches."""
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,9 @@ from conftest import default_handlers, write_short_data
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from trainers import command_in
 
+import inspect_lora
 import train_lora_single as t
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -122,7 +125,8 @@ def test_a_run_leaves_exactly_these_files(finished):
     """Of the checkpoints each epoch's adapter is left; nothing of steps 3 and 6."""
     expected = {"all_logs.log", ".lock", "run.json", "samples.md", "lora.png"}
     folders = {"final_lora": {"README.md"} | ADAPTER | TOKENIZER, "final_lora_vllm": ADAPTER}
-    folders |= {f"checkpoints/checkpoint-{step}": ADAPTER for step in (4, 8)}
+    kept = ADAPTER | {"complete.json"}
+    folders |= {f"checkpoints/checkpoint-{step}": kept for step in (4, 8)}
     expected |= {f"{folder}/{name}" for folder, names in folders.items() for name in names}
     assert files(finished).keys() == expected
 
@@ -203,8 +207,8 @@ def test_a_model_that_is_no_wrapper_gets_no_second_form(flags, tiny, tmp_path):
     assert (output / "final_lora").exists() and not (output / "final_lora_vllm").exists()
     (renamed,) = output.glob("final_lora_vllm.2*")  # the older one must not be served
     assert files(renamed) == {"older": b"older"}
-    log = read(output / "all_logs.log")
-    assert f"companion={output}/final_lora " in log
+    words = command_in(read(output / "all_logs.log"), "vllm", "serve")
+    assert words[words.index("--lora-modules") + 1] == f"output={output}/final_lora"
 
 
 def test_links_that_lead_nowhere_are_set_aside_like_older_results(flags, tmp_path, capsys):
@@ -240,7 +244,7 @@ def test_others_may_read_the_results(trained):
     assert len(paths) == 8 and modes == dict.fromkeys(modes, 0o644)
 
 
-# ==== The proof
+# ==== The check of what was saved
 
 
 @pytest.fixture
@@ -267,7 +271,7 @@ def change_config(folder, **values):
     (folder / "adapter_config.json").write_text(json.dumps(config_of(folder) | values))
 
 
-def test_the_proof_returns_the_base_with_the_adapter_from_disk(adapted, tmp_path, tiny, capsys):
+def test_the_check_returns_the_base_with_the_adapter_from_disk(adapted, tmp_path, tiny, capsys):
     adapted.save_pretrained(tmp_path)
     ids = torch.tensor([EXAMPLE.input_ids])
     with torch.no_grad():
@@ -282,7 +286,7 @@ def test_the_proof_returns_the_base_with_the_adapter_from_disk(adapted, tmp_path
     assert error == 0 and effect == pytest.approx((wanted - plain).abs().max().item(), rel=0.05)
 
 
-def test_the_proof_makes_logits_for_learned_tokens_alone(adapted, tmp_path):
+def test_the_check_makes_logits_for_learned_tokens_alone(adapted, tmp_path):
     """With 248,320 tokens in the vocabulary, all those of a long prompt would take gigabytes."""
     adapted.save_pretrained(tmp_path)
     shapes = []
@@ -324,7 +328,7 @@ def test_a_file_that_is_not_as_trained_is_refused_by_the_tensors_name(adapted, t
     with pytest.raises(SystemExit) as stop:
         t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
     said = " ".join(str(stop.value).split())
-    assert said.startswith(f"proof: {tmp_path} ") and f": {UP}.lora_A.weight." in said
+    assert said.startswith(f"verified: {tmp_path} ") and f": {UP}.lora_A.weight." in said
 
 
 USELESS = {
@@ -338,7 +342,7 @@ def test_an_adapter_of_no_use_is_refused_though_saved_as_trained(adapted, tmp_pa
     with torch.no_grad():
         USELESS[how](get_peft_model_state_dict(adapted))  # the parameters themselves
     adapted.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match=r"(?s)^proof: .*(does not work|not numbers)"):
+    with pytest.raises(SystemExit, match=r"(?s)^verified: .*(does not work|not numbers)"):
         t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
 
 
@@ -356,7 +360,8 @@ def test_an_adapter_that_changes_nothing_is_refused_with_the_reason(adapted, tmp
     with pytest.raises(SystemExit) as stop:
         t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
     said = " ".join(str(stop.value).split())
-    assert said.startswith("proof: ") and "changes nothing" in said and "does not work" not in said
+    assert said.startswith("verified: ") and "changes nothing" in said
+    assert "does not work" not in said
 
 
 def test_a_rate_that_is_too_small_is_named_and_no_folder_that_is_gone(flags, tmp_path, capsys):
@@ -377,7 +382,7 @@ CONFIGS = {
 def test_equal_tensors_under_another_config_are_refused(adapted, tmp_path, what):
     adapted.save_pretrained(tmp_path)
     change_config(tmp_path, **CONFIGS[what])
-    with pytest.raises(SystemExit, match=r"(?s)^proof: .*does not work"):
+    with pytest.raises(SystemExit, match=r"(?s)^verified: .*does not work"):
         t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
 
 
@@ -388,7 +393,7 @@ def test_a_rounding_of_a_hundredth_is_not_refused(adapted, tmp_path):
     t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
 
 
-def test_a_failed_proof_touches_nothing_and_the_same_command_mends_it(
+def test_a_failed_check_touches_nothing_and_the_same_command_mends_it(
     finished, tmp_path, flags, after_saving, capsys
 ):
     output = shutil.copytree(finished, tmp_path / "output")
@@ -398,10 +403,10 @@ def test_a_failed_proof_touches_nothing_and_the_same_command_mends_it(
     argv = [*flags, "--seed", "7", "--num_epochs", "1"]
     assert run(argv) == 1
     printed = capsys.readouterr()
-    assert re.search("(?m)^proof:", printed.err) and "Traceback" not in printed.err
-    assert not re.search("(?m)^(proof|done) ", printed.out)
+    assert re.search("(?m)^verified:", printed.err) and "Traceback" not in printed.err
+    assert not re.search("(?m)^(verified|done) ", printed.out)
     assert {name: files(output / name) for name in RESULTS} == before
-    assert record_of(output)["outcome"].startswith("failed: proof: ")
+    assert record_of(output)["outcome"].startswith("failed: verified: ")
     assert not (output / ".partial").exists() and not [*output.glob("final_lora.*")]
 
     spoil.clear()
@@ -413,18 +418,18 @@ def test_a_failed_proof_touches_nothing_and_the_same_command_mends_it(
         assert files(renamed) == before[name] != files(output / name)
     printed = capsys.readouterr().out
     words = [line.split()[0] for line in printed.splitlines() if line[:1].isalpha()]
-    assert words.index("proof") < words.index("moved")  # what is there stays until then
+    assert words.index("verified") < words.index("moved")  # what is there stays until then
 
 
 EXTRAS = {  # what fails, where, and how
-    "learnt": (torch.linalg, "svdvals", torch.OutOfMemoryError("CUDA out of memory")),
+    "learned": (torch.linalg, "svdvals", torch.OutOfMemoryError("CUDA out of memory")),
     "samples": (transformers.GenerationMixin, "generate", IndexError("a bug upstream")),
     "picture": (matplotlib.figure.Figure, "savefig", OSError(28, "No space left on device")),
 }
 
 
 @pytest.mark.parametrize("what", EXTRAS)
-def test_an_error_after_the_proof_is_a_warning(flags, tmp_path, tiny, monkeypatch, capsys, what):
+def test_an_error_after_the_check_is_a_warning(flags, tmp_path, tiny, monkeypatch, capsys, what):
     owner, method, error = EXTRAS[what]
 
     def fail(*_, **__):
@@ -435,7 +440,7 @@ def test_an_error_after_the_proof_is_a_warning(flags, tmp_path, tiny, monkeypatc
     t.main([*flags, "--max_steps", "1"])
     out, log = capsys.readouterr().out, read(output / "all_logs.log")
     (warning,) = re.findall("(?m)^warning .*", out)
-    assert f"{what} failed" in warning and "the adapter is whole" in warning
+    assert f"{what} failed" in warning and "the adapter is complete" in warning
     assert type(error).__name__ in warning
     assert "Traceback" in log and "Traceback" not in out and re.search("(?m)^done ", out)
     assert record_of(output)["outcome"] == "finished"
@@ -445,16 +450,17 @@ def test_an_error_after_the_proof_is_a_warning(flags, tmp_path, tiny, monkeypatc
     assert PeftModel.from_pretrained(base_of(tiny), output / "final_lora")
 
 
-def test_an_error_in_the_last_words_is_a_warning(flags, finished, tmp_path, monkeypatch, capsys):
-    """They read what other runs left, such as one without a held-out loss of its own."""
-    record = record_of(finished)
-    del record["evidence"]["adapter"]
-    other = tmp_path / "output" / "earlier"
-    other.mkdir(parents=True)
-    (other / "run.json").write_text(json.dumps(record))
+def test_an_error_in_the_last_words_is_a_warning(flags, tmp_path, monkeypatch, capsys):
+    """They read what other runs left."""
+
+    def fail(_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(inspect_lora, "compare_with_others", fail)
     t.main([*flags, "--max_steps", "1"])
     out = capsys.readouterr().out
-    assert re.search("(?m)^done ", out) and re.search("(?m)^warning .*the adapter is whole", out)
+    assert re.search("(?m)^done ", out)
+    assert re.search("(?m)^warning .*the adapter is complete", out)
     assert record_of(tmp_path / "output")["outcome"] == "finished"
 
 
@@ -657,14 +663,47 @@ def test_of_several_system_messages_the_most_frequent_is_quoted_whole(flags, tra
 def test_the_printed_command_serves_the_adapter_whatever_its_folder(flags, tmp_path, tiny, capsys):
     output = tmp_path / "it's $a & #1"
     t.main([*flags, "--output_dir", str(output), "--max_steps", "1", "--lora_r", "12"])
-    text = re.search(r"(?s)vllm serve.*", capsys.readouterr().out)[0]
-    words = shlex.split(text.replace("\\\n", ""))
-    assert words[:4] == ["vllm", "serve", tiny, "--enable-lora"]
+    text = capsys.readouterr().out
+    words = command_in(text, "vllm", "serve", tiny, "--enable-lora")
     options = dict(zip(words[4::2], words[5::2], strict=True))
-    assert options["--lora-modules"] == f"companion={output}/final_lora_vllm"
+    assert options["--lora-modules"] == f"it-s--a----1={output}/final_lora_vllm"
+    assert "the adapter as the model named it-s--a----1:" in text  # as clients must ask for it
     assert options["--max-lora-rank"] == "16"  # the smallest that vLLM knows
     kwargs = json.loads(options["--default-chat-template-kwargs"])
     assert kwargs == {"enable_thinking": False}
+    chat = command_in(text, "python", "inspect_lora.py", "chat")
+    assert chat[3:] == [f"{output}/final_lora"]
+
+
+COMMAND = ["vllm", "serve", "/a/folder", "--enable-lora", "--max-lora-rank", "16", "--kwargs"]
+COMMAND += ['{"a": false}', "--lora-modules", "name=/some where/with blanks/final_lora"]
+for hostile in "it's|$HOME|`date`|a\\|#1||*|é ü|~|!!|a;b|(1)|\\n".split("|"):
+    COMMAND += [f"--flag-{len(COMMAND)}", hostile]
+
+
+def test_a_printed_command_can_be_pasted_into_a_shell_at_any_width():
+    """The shell gets the same words, and a flag stands on one line with its value."""
+    texts = [t.wrap_command(COMMAND, width) for width in range(1, 300)]
+    # Printed, a command stands ten columns to the right.
+    pasted = [t.beside("next", text).removeprefix("next") for text in texts]
+    script = "\n".join(f"printf '%s\\n' {text}" for text in [*texts, *pasted])
+    done = subprocess.run(["bash"], input=script, capture_output=True, encoding="utf-8")
+    assert done.stderr == "" and done.stdout.split("\n") == [*COMMAND * len(texts) * 2, ""]
+    values = {flag: value for flag, value in itertools.pairwise(COMMAND) if flag[:2] == "--"}
+    assert values.pop("--enable-lora") == "--max-lora-rank"  # a flag without a value
+    for width, text in enumerate(texts, 1):
+        lines = text.split("\n")
+        assert all(line.endswith(" \\") for line in lines[:-1])
+        assert all(line.startswith("  ") for line in lines[1:])
+        for line in lines:
+            words = shlex.split(line.removesuffix(" \\"))
+            for place, word in enumerate(words):
+                if word in values:
+                    assert words[place + 1] == values[word], (width, line)
+            # No line is too long but for one that could not be broken.
+            whole = line.strip().removesuffix(" \\")
+            assert len(line) <= width + 2 or len(words) == 1 + (words[0] in values), whole
+        assert width < 30 or "vllm serve" in lines[0]
 
 
 # ==== run.json
@@ -695,7 +734,7 @@ def test_run_json_says_running_then_finished_and_what_was_run(flags, tmp_path, m
         assert record["versions"].keys() >= {*PACKAGES, "python"}
         for name in PACKAGES:
             assert record["versions"][name] == importlib.metadata.version(name)
-        assert record["device"] == "CPU" and record["matmul"] == {"used": "dtype"}
+        assert record["device"] == "CPU" and record["matmul"] == {"used": "native"}
         assert record["resumed_from"] is None
         assert record["plan"]["steps"] == 2 and record["plan"]["trainable"] == 30_720
         for name in ("TRAIN_FILE", "EVAL_FILE"):
@@ -718,7 +757,7 @@ def test_run_json_holds_every_loss_that_was_printed(finished):
     assert found == [f"{loss:.4f}" for _, loss in held_out]
     assert record["train_tokens"] == 2 * next(iter(record["data"].values()))["tokens"]
     assert record["train_seconds"] > 0 and record["outcome"] == "finished"
-    assert {"learnt", "evidence", "samples"} <= record.keys() and record["evidence"]["parts"]
+    assert {"learned", "evidence", "samples"} <= record.keys() and record["evidence"]["parts"]
 
 
 def test_run_json_is_strict_json_also_after_a_loss_that_is_no_number(flags, tmp_path, tiny, capsys):
@@ -794,7 +833,8 @@ UNSET += ["TORCHINDUCTOR_CACHE_DIR"]  # other tests of this process have torch s
 def test_a_run_writes_only_its_output_asks_nobody_and_tells_no_secret(tmp_path):
     repo, root = tmp_path / "repo", Path(t.__file__).parent
     shutil.copytree(root / "tests" / "tiny-qwen3.5", repo / "model")
-    shutil.copy(t.__file__, repo)
+    for name in ("train_lora_single.py", "inspect_lora.py"):
+        shutil.copy(root / name, repo)
     for name in ("home", "cache", "tmp"):
         (tmp_path / name).mkdir()
     (tmp_path / "cache" / "token").write_text(SECRET)

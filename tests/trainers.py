@@ -1,10 +1,13 @@
 """What the tests of the plan, of training, memory and products share."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
 import random
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 import torch
 import trl
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_lora_single as t
@@ -49,6 +52,19 @@ def read_record(output):
 def logged(history, key):
     """Return the values of key in a trainer's log, in order."""
     return [entry[key] for entry in history if key in entry]
+
+
+def commands_in(text):
+    """Return the words of each command that was printed, however it was broken into lines."""
+    whole = re.sub(r" \\\n *", " ", text)
+    return list(map(shlex.split, re.findall(r"(?m)^(?:next)? *((?:python|vllm) .*)$", whole)))
+
+
+def command_in(text, *beginning):
+    """Return the words of the one printed command that begins with these."""
+    found = [words for words in commands_in(text) if words[: len(beginning)] == [*beginning]]
+    assert len(found) == 1, text
+    return found[0]
 
 
 def edited_script(folder, *changes):
@@ -86,6 +102,13 @@ def prepared(flags):
     accelerate.PartialState(cpu=True)
     t.choose_matmul(job)
     return job
+
+
+@functools.cache
+def chat_format_of(folder):
+    """Return the chat format of a model's folder, of which the tokenizer is needed alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return t.ChatFormat(tokenizer, [tokenizer.eos_token_id])
 
 
 def give_examples(job, lengths, seed=0):
@@ -153,7 +176,7 @@ class Recorder(TrainerCallback):
 
     def before(self, model, args, inputs):
         if "attention_mask" not in inputs:
-            return  # the proof and the samples, which are no part of training
+            return  # the check and the samples, which are no part of training
         ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].bool()
         given = {"rows": [row[one].tolist() for row, one in zip(ids, mask, strict=True)]}
         given |= {"size": ids.numel(), "keys": set(inputs), "mask": mask.clone()}
