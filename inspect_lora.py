@@ -22,6 +22,7 @@ after four equals signs:
     COMMANDS          What does each command do, and where does it write?
     ADAPTERS          How is an adapter opened, its base found, and what is refused?
     EVIDENCE          How is the worth of a part measured, and what is concluded from it?
+    ELSEWHERE         How far did training move the model on tasks that it should not touch?
     PICTURE           What is drawn?
     SAMPLES AND CHAT  How does the adapter reply?
     COMPARING         Which of several runs is better, and is the difference more than chance?
@@ -34,6 +35,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import json
 import math
 import re
 import statistics
@@ -80,6 +82,7 @@ def evidence(options: argparse.Namespace) -> None:
         settings,
         folder,
         adapter.label,
+        system_message=system_message_of(options, run),
         tokens_at_once=tokens_to_begin_with(examples),
         history=run.record.get("loss_history", []) if run else [],
     )
@@ -100,9 +103,7 @@ def chat(options: argparse.Namespace) -> None:
     run = find_run(place)
     settings = settings_for(options, run)
     adapter = open_adapter(options, place, run, settings)
-    system = options.system
-    if system is None:
-        system = run.record.get("system_message", "") if run else ""
+    system = system_message_of(options, run)
     report("chat", f"system message: {system or '(none)'}\ntype a message, or /help")
     talk(adapter.model, adapter.chat_format, system, settings.MAX_NEW_TOKENS)
 
@@ -230,7 +231,7 @@ def settings_for(options: argparse.Namespace, run: Run | None) -> argparse.Names
     values["EVAL_FILE"] = ""  # the shipped conversations say nothing about a foreign adapter
     if run:
         values |= {name: value for name, value in run.record["settings"].items() if name in known}
-        for name in ("EVAL_FILE", "MODEL_NAME"):
+        for name in ("EVAL_FILE", "GENERAL_FILE", "MODEL_NAME"):
             values[name] = str(where_it_is_now(values[name], run))
     given = {name.upper(): value for name, value in vars(options).items() if value is not None}
     values |= {
@@ -278,7 +279,7 @@ def keep_findings(findings: dict[str, Any], folder: Path, place: Path, run: Run 
     with trainer.locked(run.path.parent):
         record = trainer.read_json(run.path) or run.record
         if run.is_published:
-            keys = ("learned", "evidence", "samples", "measured")
+            keys = ("learned", "evidence", "elsewhere", "answers", "samples", "measured")
             before = {key: record[key] for key in keys if record.get(key)}
             if before:
                 date = before.pop("measured", "at the end of the run")
@@ -354,6 +355,13 @@ def open_adapter(
     label = label_of(place, run)
     report("adapter", f"{options.adapter}: {describe(model)}\nbase model: {settings.MODEL_NAME}")
     return Adapter(model, chat_format, label)
+
+
+def system_message_of(options: argparse.Namespace, run: Run | None) -> str:
+    """Return the system message of the training: --system, else the run's, else none."""
+    if options.system is not None:
+        return options.system
+    return run.record.get("system_message", "") if run else ""
 
 
 def label_of(place: Path, run: Run | None) -> str:
@@ -581,6 +589,7 @@ class Subject:
     settings: argparse.Namespace
     folder: Path  # gets samples.md and lora.png
     label: str  # which adapter it is, such as "epoch 2 of 3"
+    system_message: str  # of the training, or ""
     tokens_at_once: int  # how many go through the model together
     history: list[dict[str, float]]  # what the trainer logged, for the picture; may be empty
 
@@ -594,6 +603,8 @@ def measure(subject: Subject, keep: Callable[[dict[str, Any]], None]) -> None:
     steps: dict[str, Callable[[Subject, dict[str, Any]], dict[str, Any]]] = {
         "learned": show_update_sizes,
         "evidence": measure_evidence,
+        "elsewhere": measure_elsewhere,
+        "answers": compare_answers,
         "samples": write_samples,
         "picture": draw_picture,
     }
@@ -842,7 +853,8 @@ def errors_needed(comparisons: int) -> float:
     """Return how many standard errors make a difference clear.
 
     The best of five parts is better by twice its error in every ninth table by chance alone, but by
-    three times its error only once in 150 tables (once in 30 with no more than FEWEST_LINES).
+    three times its error only once in 150 tables (once in 30 with no more than FEWEST_LINES). So
+    three are asked for wherever a part was picked among several.
     """
     return 2 if comparisons == 1 else 3
 
@@ -896,6 +908,8 @@ def table_of_parts(parts: list[Part]) -> list[str]:
     columns = "{:<31}{:>9}{:>17}{:>22}{:>11}".format
     lines = [columns("", "loss", "of the gain", "against as trained", "better on")]
     for part in parts:
+        if part.kind == "target":
+            continue  # one line below says what each of them keeps
         cells = ["", "", ""]
         if part.kind != "whole":
             of_gain = f"{100 * part.of_gain.value:.1f} ± {100 * part.of_gain.error:.1f} %"
@@ -904,7 +918,15 @@ def table_of_parts(parts: list[Part]) -> list[str]:
             better_on = f"{part.better_on}/{len(part.losses)}"
             cells = [of_gain, str(part.against_trained), better_on]
         lines.append(columns(part.title, f"{part.loss:.4f}", *cells))
+    targets = sorted(of_kind(parts, "target"), key=lambda part: -part.of_gain.value)
+    if targets:
+        shares = ", ".join(f"{part.value} {part.of_gain.value:.0%}" for part in targets)
+        text = f"of the gain, each target alone: {shares}"
+        lines += textwrap.wrap(text, 90, subsequent_indent="  ")
     return lines
+
+
+STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
 
 
 def parts_of(model: peft.PeftModel) -> list[Part]:
@@ -912,13 +934,17 @@ def parts_of(model: peft.PeftModel) -> list[Part]:
     layers = trainer.lora_layers(model)
     parts: list[Part] = []
     if can_scale_and_cut(model):
-        for scale in (0.5, 0.75, 1.25, 1.5, 2.0):
+        for scale in STRENGTHS:
             parts.append(
                 Part("strength", scale, f"update x {scale:g}", lambda s=scale: rescaled(model, s))
             )
     if not can_take_apart(model):
         return parts
-    groups = {"group": paths_by_sublayer(layers), "layers": thirds_of_layers(layers)}
+    groups = {
+        "group": paths_by_sublayer(layers),
+        "target": paths_by_target(layers),
+        "layers": thirds_of_layers(layers),
+    }
     for kind, named in groups.items():
         for name, paths in named.items():
             parts.append(
@@ -942,6 +968,14 @@ def paths_by_sublayer(layers: dict[str, Any]) -> dict[str, set[str]]:
         parent = path.split(".")[-2]
         paths_by.setdefault(SUBLAYERS.get(parent, parent), set()).add(path)
     found = {name: paths for name, paths in paths_by.items() if paths}
+    return found if len(found) > 1 else {}
+
+
+def paths_by_target(layers: dict[str, Any]) -> dict[str, set[str]]:
+    """Return {"q_proj": paths, ...}, if there are several targets."""
+    found: dict[str, set[str]] = {}
+    for path in layers:
+        found.setdefault(path.rpartition(".")[2], set()).add(path)
     return found if len(found) > 1 else {}
 
 
@@ -1182,6 +1216,369 @@ def table_of_kinds(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> list
     return lines
 
 
+# ==== ELSEWHERE: what else the adapter changed
+#
+# An adapter that learned a style may also have moved the model where it should not. The tasks of
+# GENERAL_FILE are ordinary ones, such as sums, translations and lists. Two things are measured:
+# - How far the model moved. The base model replies to each task once (sampled with a fixed seed, at
+#   most 64 tokens). On these replies, "KL" is the mean over tokens of KL(base || adapter), in nats,
+#   exact from both models' probabilities, and "other tokens" the share of places where the adapter
+#   would choose another token. Once without a system message (what leaks into other uses), and
+#   once with the training's (which includes what was wanted). The loss on reference answers would
+#   measure style: an adapter that learned to be brief would look better while it forgets.
+# - What was forgotten. Some of the tasks have an answer that a program can check. Base and adapter
+#   answer them (greedily, without a system message), and the right ones are counted; McNemar's
+#   exact test says whether the difference may be chance. Nothing that a model wrote is ever run.
+
+
+@dataclass
+class Task:
+    """A task of GENERAL_FILE."""
+
+    where: str  # file:line
+    messages: list[dict[str, str]]  # user and assistant in turn; a user's comes last
+    check: dict[str, Any] | None  # how an answer is checked, see is_right()
+
+
+TASK_RULE = (
+    'a line is {"prompt": [messages without a system message, the last one of the user]}, with '
+    'or without a "check"'
+)
+CHECK_RULE = (
+    'a "check" is {"kind": "number", "answer": 42}, {"kind": "word", "answers": ["Paris"]}, '
+    '{"kind": "choice", "options": ["yes", "no"], "answer": "no"} or {"kind": "json", "keys": '
+    '{"name": "Ada"}}'
+)
+REPLY_TOKENS = 64  # of a reply to a task
+ROWS_AT_ONCE = 32  # replies that are generated or scored together
+LOGITS_AT_ONCE = 2**26  # a quarter of a GiB in float32; a token has one for each vocabulary entry
+
+
+def read_tasks(path: str) -> list[Task]:
+    """Return the tasks of a file; exit if a line is bad. There are none if there is no file."""
+    if not path or not Path(path).exists():
+        return []
+    tasks, problems = [], []
+    shown = trainer.path_from_here(path)
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{shown}:{number}"
+        try:
+            tasks.append(task_of(trainer.parse_row(line), where))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        raise SystemExit(f"{join_limited(problems)}\nGENERAL_FILE cannot be used.")
+    return tasks
+
+
+def task_of(row: dict[str, Any], where: str) -> Task:
+    """Return the task of a line, or raise ValueError."""
+    messages = row.get("prompt")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(TASK_RULE)
+    reply = {"role": "assistant", "content": "a reply"}
+    trainer.check_messages([*messages, reply])
+    if messages[0]["role"] == "system":
+        raise ValueError(TASK_RULE)
+    check = row.get("check")
+    if check is not None and not is_a_check(check):
+        raise ValueError(CHECK_RULE)
+    return Task(where, messages, check)
+
+
+def is_a_check(check: Any) -> bool:
+    """Return whether a "check" has the form that its kind needs."""
+    if not isinstance(check, dict):
+        return False
+    answer = check.get("answer")
+    if check.get("kind") == "number":
+        return isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    if check.get("kind") == "word":
+        return is_list_of_texts(check.get("answers")) and is_list_of_texts(check.get("not", ["-"]))
+    if check.get("kind") == "choice":
+        return is_list_of_texts(check.get("options")) and answer in check["options"]
+    return check.get("kind") == "json" and isinstance(check.get("keys"), dict)
+
+
+def is_list_of_texts(value: Any) -> bool:
+    """Return whether value is a list of one text or more."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+
+
+def is_right(reply: str, check: dict[str, Any]) -> bool:
+    """Return whether a reply passes the check of its task.
+
+    number: the last number in the reply is the answer. word: one of the answers occurs, and none
+    of "not". choice: exactly one of the options occurs, and it is the answer. json: the reply holds
+    one object that has these keys with these values. Letters' case and Markdown do not matter.
+    """
+    text = re.sub(r"[*_`]", "", reply)
+    if check["kind"] == "number":
+        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+        return bool(numbers) and math.isclose(
+            float(numbers[-1].replace(",", "")), check["answer"], rel_tol=1e-9, abs_tol=1e-9
+        )
+    if check["kind"] == "word":
+        is_said = any(occurs(answer, text) for answer in check["answers"])
+        return is_said and not any(occurs(wrong, text) for wrong in check.get("not", []))
+    if check["kind"] == "choice":
+        said = [option for option in check["options"] if occurs(option, text)]
+        return said == [check["answer"]]
+    found = json_object_in(reply)
+    return found is not None and all(
+        key in found and is_same_value(found[key], value) for key, value in check["keys"].items()
+    )
+
+
+def occurs(phrase: str, text: str) -> bool:
+    """Return whether a phrase occurs in a text as whole words, in any case of letters."""
+    pattern = rf"(?<!\w){re.escape(phrase.casefold())}(?!\w)"
+    return re.search(pattern, text.casefold()) is not None
+
+
+def json_object_in(reply: str) -> dict[str, Any] | None:
+    """Return the JSON object that a reply holds, perhaps within other text, or None."""
+    start, end = reply.find("{"), reply.rfind("}")
+    with suppress(ValueError):
+        found = json.loads(reply[start : end + 1])
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def is_same_value(one: Any, other: Any) -> bool:
+    """Return whether two JSON values are equal; of texts the letters' case does not matter."""
+    if isinstance(one, str) and isinstance(other, str):
+        return one.strip().casefold() == other.strip().casefold()
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return isinstance(one, bool) == isinstance(other, bool) and math.isclose(one, other)
+    return one == other
+
+
+def measure_elsewhere(subject: Subject, findings: dict[str, Any]) -> dict[str, Any]:
+    """Measure and print how far the adapter moves the model on other tasks."""
+    tasks = read_tasks(subject.settings.GENERAL_FILE)
+    if not tasks:
+        report("elsewhere", "not measured: there is no GENERAL_FILE with other tasks")
+        return {}
+    if not subject.settings.EVIDENCE_EXAMPLES:
+        return {}
+    tasks = [tasks[n] for n in evenly_spread(len(tasks), subject.settings.EVIDENCE_EXAMPLES)]
+    began = time.monotonic()
+    columns_of: dict[str, dict[float, Shift]] = {}
+    systems = {"no system message": ""}
+    if subject.system_message:
+        systems["the training's"] = subject.system_message
+    found: dict[str, Any] = {"tasks": len(tasks)}
+    for title, system in systems.items():
+        examples, texts = replies_of_base(subject, tasks, system)
+        shifts = shifts_of(subject.model, examples)
+        columns_of[title] = shifts
+        found[title] = {f"x {scale:g}": shift.as_recorded() for scale, shift in shifts.items()}
+        found[title]["replies"] = texts
+    table = table_of_shifts(columns_of)
+    report("elsewhere", "\n".join(table))
+    shifts = columns_of["no system message"]
+    parts = findings.get("evidence", {}).get("parts", {})
+    sentences = [about_change(shifts[1.0]), about_strength(parts, shifts)]
+    found["conclusions"] = [sentence for sentence in sentences if sentence]
+    for sentence in found["conclusions"]:
+        report("", textwrap.fill(sentence, 90, subsequent_indent="  "))
+    report(
+        "",
+        f"measured on the base model's replies to {len(tasks)} tasks, in "
+        f"{time.monotonic() - began:.0f} s",
+    )
+    found["table"] = table
+    return {"elsewhere": found}
+
+
+def replies_of_base(
+    subject: Subject, tasks: list[Task], system: str
+) -> tuple[list[trainer.Example], list[str]]:
+    """Return the base model's sampled reply to each task, as examples and as texts."""
+    first = [{"role": "system", "content": system}] if system else []
+    prompts = [subject.chat_format.prompt_ids(first + task.messages) for task in tasks]
+    with subject.model.disable_adapter(), torch.random.fork_rng():
+        torch.manual_seed(subject.settings.SEED)
+        replies = generate(
+            subject.model, subject.chat_format, prompts, REPLY_TOKENS, is_sampled=True
+        )
+    examples = [
+        trainer.Example(task.where, task.messages, "", prompt, reply.ids)
+        for task, prompt, reply in zip(tasks, prompts, replies, strict=True)
+    ]
+    return examples, [reply.text for reply in replies]
+
+
+@dataclass
+class Shift:
+    """How far an adapter, at some strength, moves the model: for each task, summed over tokens."""
+
+    kl: list[float] = field(default_factory=list)  # KL(base || adapter), in nats
+    other: list[float] = field(default_factory=list)  # places with another likeliest token
+    tokens: list[float] = field(default_factory=list)
+
+    def kl_a_token(self) -> Estimate:
+        """Return the mean KL of a token, with its error over the tasks."""
+        return ratio_with_error(self.kl, self.tokens)
+
+    def other_tokens(self) -> Estimate:
+        """Return the share of places where another token would be chosen."""
+        return ratio_with_error(self.other, self.tokens)
+
+    def as_recorded(self) -> dict[str, Any]:
+        """Return it as it is in run.json."""
+        return {"kl": asdict(self.kl_a_token()), "other_tokens": asdict(self.other_tokens())}
+
+
+def shifts_of(model: peft.PeftModel, examples: list[trainer.Example]) -> dict[float, Shift]:
+    """Return {strength: how far the model moves} on the base's replies; 1 is as trained."""
+    strengths = sorted((*STRENGTHS, 1.0)) if can_scale_and_cut(model) else [1.0]
+    shifts = {strength: Shift() for strength in strengths}
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    for batch in batches_of(examples, LOGITS_AT_ONCE // vocabulary):
+        inputs = trainer.pad(batch, model.device)
+        counts = [len(example.reply_ids) for example in batch]
+        with torch.no_grad():
+            with model.disable_adapter():
+                base = log_probabilities(model, inputs)
+            for strength, shift in shifts.items():
+                with nullcontext() if strength == 1 else rescaled(model, strength):
+                    moved = log_probabilities(model, inputs)
+                kl = (base.exp() * (base - moved)).sum(-1, dtype=torch.float64)
+                is_other = (base.argmax(-1) != moved.argmax(-1)).double()
+                shift.kl += [part.sum().item() for part in kl.split(counts)]
+                shift.other += [part.sum().item() for part in is_other.split(counts)]
+                shift.tokens += [float(count) for count in counts]
+    return shifts
+
+
+def log_probabilities(model: peft.PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the log-probabilities (tokens x vocabulary) that lead to each token of the replies."""
+    return trainer.reply_logits(model, inputs).float().log_softmax(-1)
+
+
+def batches_of(examples: list[trainer.Example], tokens: int) -> Iterator[list[trainer.Example]]:
+    """Yield the examples in order, in batches of few, whose replies have at most so many tokens."""
+    batch: list[trainer.Example] = []
+    for example in examples:
+        has_too_many = sum(len(one.reply_ids) for one in [*batch, example]) > tokens
+        if batch and (has_too_many or len(batch) == ROWS_AT_ONCE):
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
+
+
+def table_of_shifts(columns_of: dict[str, dict[float, Shift]]) -> list[str]:
+    """Return the lines of the table: a row for each strength, two columns a system message."""
+    heads = "".join(f"{f'with {title}' if title[0] == 't' else title:>36}" for title in columns_of)
+    names = "".join(f"{'KL':>20}{'other tokens':>16}" for _ in columns_of)
+    lines = [f"{'':<18}{heads}".rstrip(), f"{'':<18}{names}"]
+    for strength in next(iter(columns_of.values())):
+        cells = ""
+        for shifts in columns_of.values():
+            kl, other = shifts[strength].kl_a_token(), shifts[strength].other_tokens()
+            cells += f"{f'{kl.value:.4f} ± {kl.error:.4f}':>20}"
+            cells += f"{f'{100 * other.value:.1f} ± {100 * other.error:.1f} %':>16}"
+        name = "as trained" if strength == 1 else f"update x {strength:g}"
+        lines.append(f"{name:<18}{cells}")
+    return lines
+
+
+def about_change(shift: Shift) -> str:
+    """Return the sentence on how far the adapter moves the model where it should not."""
+    kl, other = shift.kl_a_token(), shift.other_tokens()
+    return (
+        f"change: on other tasks the adapter would choose another token at "
+        f"{100 * other.value:.1f} % of the places (KL {kl.value:.4f} a token). Compare runs by it: "
+        "of two with the same gain, the one that moves the model less is the safer one."
+    )
+
+
+def about_strength(parts: dict[str, dict[str, Any]], shifts: dict[float, Shift]) -> str:
+    """Return the sentence on a weaker update that keeps the gain and moves the model less.
+
+    It names the weakest strength whose gain is the same as the whole's, or better, and whose KL is
+    clearly smaller.
+    """
+    for strength in sorted(shifts):
+        row = parts.get(f"update x {strength:g}")
+        if strength >= 1 or row is None:
+            continue
+        share = Estimate(**row["of_gain"])
+        keeps = share.value - 2 * share.error > 1 - THE_SAME_WITHIN
+        moved = ratio_with_error(shifts[strength].kl, shifts[1.0].kl)
+        less = Estimate(1 - moved.value, moved.error)
+        if keeps and less.value > WORTH_REPORTING and less.is_clear(errors_needed(len(shifts))):
+            return (
+                f"strength: at x {strength:g} the update keeps {share.value:.0%} of the gain and "
+                f"moves the model {moved.value:.2f} times as far elsewhere. for_vllm --scale "
+                f"{strength:g} writes that adapter."
+            )
+    return ""
+
+
+def compare_answers(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
+    """Count and print the right answers of base and adapter to the tasks that can be checked."""
+    tasks = [task for task in read_tasks(subject.settings.GENERAL_FILE) if task.check]
+    if not tasks or not subject.settings.EVIDENCE_EXAMPLES:
+        return {}
+    prompts = [subject.chat_format.prompt_ids(task.messages) for task in tasks]
+    with subject.model.disable_adapter():
+        base = generate(subject.model, subject.chat_format, prompts, REPLY_TOKENS)
+    adapter = generate(subject.model, subject.chat_format, prompts, REPLY_TOKENS)
+    rows = [
+        {
+            "where": task.where,
+            "base": one.text,
+            "adapter": other.text,
+            "base_is_right": is_right(one.text, task.check),
+            "adapter_is_right": is_right(other.text, task.check),
+        }
+        for task, one, other in zip(tasks, base, adapter, strict=True)
+    ]
+    lost = [row["where"] for row in rows if row["base_is_right"] and not row["adapter_is_right"]]
+    won = [row["where"] for row in rows if row["adapter_is_right"] and not row["base_is_right"]]
+    before = sum(row["base_is_right"] for row in rows)
+    after = sum(row["adapter_is_right"] for row in rows)
+    p = mcnemar(len(lost), len(won))
+    text = about_answers(before, after, len(lost), len(won), len(tasks), p)
+    report("answers", textwrap.fill(text, 90))
+    if lost:
+        report("", textwrap.fill(f"no longer right: {join_limited(lost, 10, ', ')}", 90))
+    found = {"tasks": len(tasks), "base": before, "adapter": after, "lost": lost, "won": won}
+    return {"answers": found | {"p": p, "conclusion": text, "replies": rows}}
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Return the exact two-sided probability of so uneven a change by chance (McNemar, 1947)."""
+    changed, fewer = lost + won, min(lost, won)
+    tail = sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed
+    return min(1.0, 2 * tail)
+
+
+def about_answers(before: int, after: int, lost: int, won: int, count: int, p: float) -> str:
+    """Return the sentence on right answers before and after; none says that nothing was lost."""
+    text = f"of {count} tasks with a checkable answer the base model got {before} right, the "
+    text += f"adapter {after}: {lost} lost, {won} gained. "
+    if before == 0 and after == 0:
+        return (
+            text + "A model that answers none of them cannot show whether something is forgotten."
+        )
+    if p < 0.05:
+        verb = "forgets" if lost > won else "answers more of"
+        return text + f"That is more than chance (p = {p:.3f}): the adapter {verb} such tasks."
+    fewest = next(n for n in range(1, 60) if mcnemar(n, 0) < 0.05)
+    return (
+        f"{text}That may be chance (p = {p:.2f}), which does not show that nothing was lost: fewer "
+        f"than {fewest} lost answers cannot be told from chance."
+    )
+
+
 # ==== PICTURE: lora.png shows the losses, the size of each update, and the evidence
 
 
@@ -1198,6 +1595,9 @@ def draw_picture(subject: Subject, findings: dict[str, Any]) -> dict[str, Any]:
         rows.append(["updates", "updates"])
     if parts:
         rows.append(["strengths", "parts"])
+    shifts = findings.get("elsewhere", {}).get("no system message", {})
+    if parts and shifts:
+        rows.append(["trade", "trade"])
     if not rows:
         return {}
     figure = Figure((11, 1 + 3.2 * len(rows)), dpi=120, layout="constrained")
@@ -1215,6 +1615,8 @@ def draw_picture(subject: Subject, findings: dict[str, Any]) -> dict[str, Any]:
     if parts:
         draw_strengths(panels["strengths"], list(parts.values()))
         draw_parts(panels["parts"], list(parts.values()))
+    if parts and shifts:
+        draw_gain_and_change(panels["trade"], list(parts.values()), shifts)
     path = subject.folder / "lora.png"
     trainer.rename_old(path)
     figure.savefig(path)
@@ -1310,6 +1712,38 @@ def draw_parts(axes: Any, parts: list[dict[str, Any]]) -> None:
     )
 
 
+def draw_gain_and_change(
+    axes: Any, parts: list[dict[str, Any]], shifts: dict[str, dict[str, Any]]
+) -> None:
+    """Draw a point for each strength: its gain over the base against its change elsewhere."""
+    drawn = [part for part in parts if part["kind"] in ("base", "strength", "whole")]
+    drawn.sort(key=lambda part: part["value"])
+    points = []
+    for part in drawn:
+        shift = shifts.get(f"x {part['value']:g}")
+        if part["kind"] == "base":
+            points.append((0.0, 0.0, 0.0, "base"))
+        elif shift is not None:
+            name = "as trained" if part["kind"] == "whole" else f"x {part['value']:g}"
+            gain = part["of_gain"]
+            points.append((shift["kl"]["value"], 100 * gain["value"], 200 * gain["error"], name))
+    axes.errorbar(
+        [point[0] for point in points],
+        [point[1] for point in points],
+        [point[2] for point in points],
+        marker="o",
+        capsize=3,
+    )
+    for kl, gain, _, name in points:
+        axes.annotate(name, (kl, gain), (6, -12), textcoords="offset points", fontsize=8)
+    axes.axhline(100, color="0.6", linestyle="--", linewidth=1)
+    axes.set(
+        xlabel="change on other tasks, without a system message: KL(base || adapter) a token",
+        ylabel="% of the gain",
+        title="What is gained, and what else is changed, at each strength",
+    )
+
+
 # ==== SAMPLES AND CHAT: how the adapter replies
 #
 # samples.md shows held-out prompts with the replies of base and adapter. In the chat, the
@@ -1375,6 +1809,7 @@ class Reply:
 
     text: str
     stopped: bool  # whether it ended on its own, and was not cut
+    ids: list[int]  # its tokens, with the one that ends the turn
 
     def quoted(self) -> str:
         """Return it as a quotation in Markdown, marked if it was cut."""
@@ -1387,32 +1822,49 @@ def generate(
     prompts: list[list[int]],
     max_new_tokens: int,
     streamer: transformers.TextStreamer | None = None,
+    is_sampled: bool = False,
 ) -> list[Reply]:
-    """Return the greedy reply to each prompt, given as token ids.
+    """Return the reply to each prompt, given as token ids: greedy, or drawn by chance.
 
-    All prompts go through the model in one batch, padded on the left, since each token costs a
-    pass of its own.
+    Many prompts go through the model together, since each token costs a pass of its own.
     """
+    replies: list[Reply] = []
+    for start in range(0, len(prompts), ROWS_AT_ONCE):
+        batch = prompts[start : start + ROWS_AT_ONCE]
+        for row in generate_batch(model, chat_format, batch, max_new_tokens, streamer, is_sampled):
+            tokens, stopped = before_the_end(row, chat_format.end_ids)
+            text = chat_format.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            end = row[len(tokens) : len(tokens) + 1]  # nothing, if the reply was cut
+            replies.append(Reply(text, stopped, tokens + end))
+    return replies
+
+
+def generate_batch(
+    model: peft.PeftModel,
+    chat_format: trainer.ChatFormat,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    streamer: transformers.TextStreamer | None,
+    is_sampled: bool,
+) -> list[list[int]]:
+    """Return the new tokens after each prompt, from one batch, padded on the left."""
     ends, width = chat_format.end_ids, max(map(len, prompts))
     ids = torch.tensor([[ends[0]] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor(
         [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
     )
     config = transformers.GenerationConfig(
-        do_sample=False,
+        do_sample=is_sampled,
         num_beams=1,
         repetition_penalty=1.0,  # the model's own configuration may have another
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,
         pad_token_id=ends[0],
     )
+    if is_sampled:
+        config.temperature, config.top_k, config.top_p = 1.0, 0, 1.0  # the model's own odds
     out = model.generate(ids, config, attention_mask=mask, streamer=streamer)
-    replies = []
-    for row in out[:, width:].tolist():
-        tokens, stopped = before_the_end(row, ends)
-        text = chat_format.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        replies.append(Reply(text, stopped))
-    return replies
+    return out[:, width:].tolist()
 
 
 def before_the_end(tokens: list[int], ends: list[int]) -> tuple[list[int], bool]:
@@ -1556,13 +2008,22 @@ def has_losses(run: dict[str, Any]) -> bool:
         return False
     if not all(isinstance(run[key], dict) for key in ("settings", "data", "evidence")):
         return False
+    if not isinstance(run["settings"].get("EVAL_FILE"), str):
+        return False
+    if not all(isinstance(facts, dict) for facts in run["data"].values()):
+        return False
     losses = run["evidence"].get("losses")
-    if not losses or not isinstance(losses, list):
+    if not losses or not isinstance(losses, list) or not all(map(is_row_of_losses, losses)):
         return False
     numbers = (run["evidence"].get("adapter"), run["started"], run["train_seconds"])
-    return all(isinstance(number, (int, float)) for number in numbers) and all(
-        isinstance(row, dict) and row.keys() >= {"where", "tokens", "adapter"} for row in losses
-    )
+    return all(isinstance(number, (int, float)) for number in numbers)
+
+
+def is_row_of_losses(row: Any) -> bool:
+    """Return whether an example's row in a run.json holds what is compared."""
+    if not isinstance(row, dict) or not isinstance(row.get("where"), str):
+        return False
+    return all(isinstance(row.get(key), (int, float)) for key in ("tokens", "adapter"))
 
 
 def compare_with_others(output: Path) -> None:
@@ -1664,8 +2125,23 @@ def table_of_runs(ranked: dict[Path, dict[str, Any]], differing: list[str]) -> l
         lines.append(columns(loss, difference, minutes, trainer.shorten_path(str(path), 55)))
         asked = asked_for(run)
         changed = [f"{name} {one_line(str(asked.get(name)), 40)}" for name in differing]
+        changed += change_in_words(run)
         lines += [" " * 43 + line for line in textwrap.wrap(", ".join(changed), 45)]
     return lines
+
+
+def change_in_words(run: dict[str, Any]) -> list[str]:
+    """Return how far a run moved the model on other tasks, and its right answers, if measured."""
+    words = []
+    elsewhere, answers = run.get("elsewhere"), run.get("answers")
+    if isinstance(elsewhere, dict):
+        with suppress(KeyError, TypeError):
+            kl = elsewhere["no system message"]["x 1"]["kl"]
+            words.append(f"KL elsewhere {kl['value']:.4f} ± {kl['error']:.4f}")
+    if isinstance(answers, dict):
+        with suppress(KeyError, TypeError):
+            words.append(f"{answers['adapter']} of {answers['tasks']} answers right")
+    return words
 
 
 def held_out_identity(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
@@ -1698,6 +2174,8 @@ def write_for_vllm(
     max_rank = check_on_skeleton(model_config, fitted_config(config, tensors), tensors, place)
     if reason := trainer.why_vllm_refuses(config, max_rank):
         raise SystemExit(f"{place}: {reason}; merge the adapter into its base model instead.")
+    if options.scale != 1:
+        tensors = scaled_tensors(tensors, options.scale)
     saved["base_model_name_or_path"] = settings.MODEL_NAME
     if not isinstance(saved.get("target_modules"), list):
         saved["target_modules"] = sorted({name.split(".")[-3] for name in tensors})
@@ -1707,8 +2185,24 @@ def write_for_vllm(
     if any(not written[name].equal(tensor) for name, tensor in tensors.items()):
         raise SystemExit(f"{folder} does not hold the adapter's tensors; is the disk full?")
     command = trainer.vllm_command(settings, folder, max_rank)
-    report("written", f"{folder}: {len(tensors):,} tensors, each with a place in the base model")
+    strength = "" if options.scale == 1 else f", at {options.scale:g} of its strength"
+    text = f"{folder}: {len(tensors):,} tensors{strength}, each with a place in the base model"
+    report("written", text)
     report("next", command)
+
+
+def scaled_tensors(tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors with every B multiplied by scale, and so every update B A."""
+    if not 0 < scale <= 10:
+        raise SystemExit(f"--scale is {scale:g}; it must be above 0 and at most 10.")
+    others = [name for name in tensors if ".lora_A." not in name and ".lora_B.weight" not in name]
+    if others:
+        raise SystemExit(
+            f"This adapter is more than A and B ({one_line(others[0])}), so it cannot be scaled."
+        )
+    return {
+        name: tensor * scale if ".lora_B." in name else tensor for name, tensor in tensors.items()
+    }
 
 
 def check_on_skeleton(
@@ -1779,6 +2273,12 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument("--base", help="the base model, if adapter_config.json does not name it")
     parser.add_argument("--base_revision", help="its branch, tag or commit on the hub")
     if command == "for_vllm":
+        parser.add_argument(
+            "--scale",
+            type=trainer.number_parser(float, 0.75),
+            default=1.0,
+            help="write the adapter at this strength; 1 is as trained",
+        )
         return
     parser.add_argument("--device", choices=("cuda", "cpu"), help='"cpu" is for small models')
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the base's weights")
@@ -1788,8 +2288,8 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
         action="store_true",
         help="render prompts with enable_thinking, for an adapter that was trained so",
     )
+    parser.add_argument("--system", help="the system message; default: that of the run")
     if command == "chat":
-        parser.add_argument("--system", help="the system message; default: that of the run")
         return
     parser.add_argument("--eval_file", help="held-out conversations, a JSONL file")
     parser.add_argument("--eval_group", help="the key that groups its lines in the report")
@@ -1797,6 +2297,7 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument(
         "--evidence_examples", type=number, help="examples that measure the parts; 0 for none"
     )
+    parser.add_argument("--general_file", help="tasks of another kind, to see what else changed")
     parser.add_argument("--num_samples", type=number, help="prompts answered in samples.md")
     parser.add_argument("--output_dir", help="gets samples.md, lora.png and what was found")
 

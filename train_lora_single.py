@@ -106,6 +106,7 @@ DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 # The data. The section DATA shows the two forms that a line may have.
 TRAIN_FILE: str = "data/train.jsonl"  # the conversations to learn from
 EVAL_FILE: str = "data/eval.jsonl"  # held out: never trained on; about a tenth; "" for none
+GENERAL_FILE: str = "data/general.jsonl"  # other tasks, to see what else changed; "" for none
 MAX_SEQ_LEN: int = 512  # in tokens; longer examples, at most a tenth, are left out, never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
@@ -1791,6 +1792,7 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
     "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO", "EVAL_GROUP",
+    "GENERAL_FILE",
     "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
     # What follows from these is compared instead: the examples' tokens, the kind of products that
     # is in use, and the number of examples in a step.
@@ -2494,6 +2496,7 @@ def measure_worth(model: peft.PeftModel, job: Job) -> None:
             settings=job.settings,
             folder=job.output,
             label=job.published,
+            system_message=system_messages(job.train)[0],
             tokens_at_once=job.token_limits.most(),
             history=job.history,
         )
@@ -2826,6 +2829,7 @@ DEMO = {
     "MODEL_NAME": str(HERE / "data" / "demo-model"),
     "TRAIN_FILE": str(HERE / "data" / "train.jsonl"),
     "EVAL_FILE": str(HERE / "data" / "eval.jsonl"),
+    "GENERAL_FILE": str(HERE / "data" / "general.jsonl"),
     "OUTPUT_DIR": "output/demo",
     "DEVICE": "cpu",
     "DTYPE": "float32",
