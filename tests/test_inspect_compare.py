@@ -1,4 +1,4 @@
-"""--compare: which run is better, and by more than the error? And a run's own verdict."""
+"""inspect_lora.py compare: which run is better by more than the error? And a run's own verdict."""
 
 import json
 import math
@@ -11,6 +11,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import train_lora_single as t
+
+inspect_lora = pytest.importorskip("inspect_lora")
 
 
 def section(text, name):
@@ -59,14 +61,29 @@ def put(finished, tmp_path):
 
 @pytest.fixture
 def compare(capsys):
-    """Return a function that gives what --compare says of these folders."""
+    """Return a function that gives what the command says of these folders."""
 
     def run(*folders):
         capsys.readouterr()
-        t.main(["--compare", *map(str, folders)])
+        inspect_lora.main(["compare", *map(str, folders)])
         out, err = capsys.readouterr()
         assert err == ""
         return section(out, "runs")
+
+    return run
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Return a function that gives the one message with which the command ends."""
+
+    def run(*folders):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            inspect_lora.main(["compare", *map(str, folders)])
+        out, err = capsys.readouterr()
+        assert stop.value.code == 1 and out == "" and "Traceback" not in err
+        return " ".join(err.split())
 
     return run
 
@@ -214,14 +231,14 @@ def test_damaged_foreign_and_unfinished_files_are_passed_over(put, compare, tmp_
     ("content", "said"),
     [("no folder", "there is no folder"), ("nothing", "no run in"), ("unfinished", "no run in")],
 )
-def test_without_a_run_to_compare_there_is_one_message_that_says_why(put, tmp_path, content, said):
+def test_without_a_run_to_compare_there_is_one_message_that_says_why(
+    put, refusal, tmp_path, content, said
+):
     if content == "unfinished":
         put("a/run.json", outcome="running")
     elif content == "nothing":
         (tmp_path / "a").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        t.main(["--compare", str(tmp_path / "a")])
-    message = str(stop.value.code)
+    message = refusal(tmp_path / "a")
     assert said in message and str(tmp_path / "a") in message
 
 
@@ -233,30 +250,116 @@ NOT_MEASURED = {"settings": {"EVAL_FILE": "eval.jsonl"}, "evidence": {}}
     ("changes", "said"),
     [
         ([NO_FILE], ["1 had no held-out file (EVAL_FILE)"]),
-        ([NOT_MEASURED], ["the held-out losses of 1 were not measured", "all_logs.log"]),
+        (
+            [NOT_MEASURED],
+            [
+                "the held-out losses of 1 were not measured",
+                "all_logs.log",
+                "python inspect_lora.py evidence FOLDER/final_lora",
+            ],
+        ),
         (
             [NO_FILE, NOT_MEASURED, NOT_MEASURED],
             ["1 had no held-out file (EVAL_FILE)", "the held-out losses of 2 were not measured"],
         ),
         ([{"settings": None, "evidence": {}}], ["the run.json of 1 is damaged"]),
-        ([{"evidence": [1]}], ["the run.json of 1 is damaged or of another version"]),
+        ([{"evidence": [1]}], ["the run.json of 1 is damaged, edited or of another version"]),
     ],
 )
-def test_the_true_reason_is_said_why_finished_runs_have_no_losses(put, tmp_path, changes, said):
+def test_the_true_reason_is_said_why_finished_runs_have_no_losses(
+    put, refusal, tmp_path, changes, said
+):
     for number, change in enumerate(changes):
         path = tmp_path / f"a/{number}/run.json"
         path.write_text(json.dumps(put(f"a/{number}/run.json") | change), encoding="utf-8")
-    with pytest.raises(SystemExit) as stop:
-        t.main(["--compare", str(tmp_path / "a")])
-    message = " ".join(str(stop.value.code).split())
+    message = refusal(tmp_path / "a")
     assert str(tmp_path / "a") in message and all(text in message for text in said)
     assert message.count("held-out file") == (NO_FILE in changes)
 
 
-def test_a_folder_that_does_not_exist_is_not_passed_over(put, tmp_path):
+def test_a_folder_that_does_not_exist_is_not_passed_over(put, refusal, tmp_path):
     put("a/run.json")
-    with pytest.raises(SystemExit, match=r"there is no folder .*/b"):
-        t.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    message = refusal(tmp_path / "a", tmp_path / "b")
+    assert re.search(r"there is no folder .*/b", message)
+
+
+EDITS = {
+    "a losses row is a text": lambda evidence: evidence["losses"].append("text"),
+    "a row without its tokens": lambda evidence: evidence["losses"][0].pop("tokens"),
+    "a row without its place": lambda evidence: evidence["losses"][0].pop("where"),
+    "a row with a place that is a number": lambda evidence: evidence["losses"][0].update(where=3),
+    "a row with a text as its loss": lambda evidence: evidence["losses"][0].update(adapter="low"),
+    "a row with no number of tokens": lambda evidence: evidence["losses"][0].update(tokens=None),
+    "the losses are an object": lambda evidence: evidence.update(losses={"where": 1}),
+    "the mean is a text": lambda evidence: evidence.update(adapter="2.0"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_run_json_edited_by_hand_is_said_to_be(put, refusal, compare, tmp_path, edit):
+    record = put("a/run.json")
+    EDITS[edit](record["evidence"])
+    (tmp_path / "a/run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "the run.json of 1 is damaged, edited or of another version" in refusal(tmp_path / "a")
+    put("b/run.json")  # beside a whole one it is passed over
+    assert [row[3].split("/")[-2] for row in rows_of(compare(tmp_path))] == ["b"]
+
+
+@pytest.mark.parametrize("key", ["started", "settings", "data", "train_seconds"])
+@pytest.mark.parametrize("value", ["text", None, [1]])
+def test_an_entry_edited_by_hand_is_said_to_be(put, refusal, tmp_path, key, value):
+    put("a/run.json", **{key: value} if key != "settings" else {})
+    record = json.loads((tmp_path / "a/run.json").read_text(encoding="utf-8"))
+    (tmp_path / "a/run.json").write_text(json.dumps(record | {key: value}), encoding="utf-8")
+    assert "the run.json of 1 is damaged, edited or of another version" in refusal(tmp_path / "a")
+
+
+@pytest.mark.parametrize("part", ["data", "EVAL_FILE"])
+def test_facts_of_the_data_edited_by_hand_are_no_traceback(put, refusal, tmp_path, part):
+    record = put("a/run.json")
+    if part == "data":
+        record["data"] = dict.fromkeys(record["data"], "text")
+    else:
+        record["settings"]["EVAL_FILE"] = ["eval.jsonl"]
+    (tmp_path / "a/run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "the run.json of 1 is damaged, edited or of another version" in refusal(tmp_path / "a")
+
+
+# ==== What differs in LoraConfig
+
+
+def put_with_config(put, tmp_path, where, losses, **changes):
+    """Write a run whose LoraConfig was edited in the file."""
+    record = put(where, losses)
+    record["lora_config"] |= changes
+    (tmp_path / where).write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_what_differs_in_loraconfig_is_named_beside_the_settings(put, compare, tmp_path):
+    put_with_config(put, tmp_path, "a/run.json", (2.0,) * 4, use_rslora=True, r=99)
+    put_with_config(
+        put, tmp_path, "b/run.json", (2.1,) * 4, rank_pattern={"up_proj": 6}, lora_alpha=99,
+        target_modules=["x"], lora_dropout=0.9, base_model_name_or_path="x",
+    )  # fmt: skip
+    text = " ".join(" ".join(compare(tmp_path)).split())
+    assert text.index("LoraConfig.use_rslora True") < text.index("LoraConfig.use_rslora False")
+    assert "LoraConfig.rank_pattern {}" in text
+    assert "LoraConfig.rank_pattern {'up_proj': 6}" in text
+    assert {*re.findall(r"LoraConfig\.\w+", text)} == {
+        "LoraConfig.use_rslora", "LoraConfig.rank_pattern",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [None, "text", [1]])
+def test_a_run_before_there_was_a_loraconfig_is_compared_all_the_same(
+    put, compare, tmp_path, config
+):
+    put("a/run.json")
+    record = put("b/run.json", (2.1,) * 4, lora_config=config)
+    if config is None:
+        del record["lora_config"]
+    (tmp_path / "b/run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert len(rows_of(compare(tmp_path))) == 2
 
 
 def test_the_difference_is_that_of_the_examples_not_of_the_means(put, compare, tmp_path):
@@ -285,7 +388,7 @@ def run_with_losses(flags, monkeypatch, capsys):
     def run(*losses, more=()):
         left = list(losses)
 
-        def example_losses(model, job, examples, title):
+        def example_losses(model, examples, tokens_at_once, title):
             loss = left.pop(0) if len(left) > 1 else left[0]
             return [loss * len(example.reply_ids) for example in examples]
 

@@ -1,5 +1,6 @@
-"""--chat: what it sends to the model, its commands, a pipe, a terminal, and what is refused."""
+"""inspect_lora.py chat: what the model is sent, commands, a pipe, a terminal, what is refused."""
 
+import hashlib
 import io
 import json
 import os
@@ -15,13 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, handlers_restored, write_short_data
+from conftest import ROOT, TINY, write_short_data
 from processes import begin_on_a_terminal, run_in_a_fork
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import GenerationMixin
 
 import train_lora_single as t
+
+inspect_lora = pytest.importorskip("inspect_lora")
 
 TENSORS = "adapter_model.safetensors"
 SYSTEM = "You are Nell, an older person's companion."
@@ -38,6 +41,12 @@ def change_tensors(path, change):
 def change_json(path, **values):
     text = path.read_text(encoding="utf-8")
     path.write_text(json.dumps(json.loads(text) | values), encoding="utf-8")
+
+
+def say_that_it_is_the_adapter(output):
+    """Write the hash of the adapter in output into its run.json, as the run does."""
+    digest = hashlib.sha256((output / "final_lora" / TENSORS).read_bytes()).hexdigest()
+    change_json(output / "run.json", adapter_sha256={"final_lora": digest})
 
 
 def louder(name, tensor):
@@ -69,9 +78,9 @@ def parrot(finished, tmp_path_factory):
     change_json(output / "run.json", system_message=SYSTEM)
     torch.manual_seed(6)
     change_tensors(output / "final_lora" / TENSORS, at_random)
+    say_that_it_is_the_adapter(output)
     change_json(output / "final_lora" / "adapter_config.json", base_model_name_or_path=str(model))
-    flags = ["--chat", "--output_dir", str(output), "--device", "cpu", "--dtype", "float32"]
-    flags += ["--max_new_tokens", "8"]
+    flags = ["--device", "cpu", "--dtype", "float32", "--max_new_tokens", "8"]
     base = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
     return types.SimpleNamespace(
         flags=flags, output=output, name=str(model), base=base,
@@ -88,7 +97,7 @@ def talk(parrot, monkeypatch, capsys):
     """
     generate = GenerationMixin.generate
 
-    def run(*said, more=(), stopped=()):
+    def run(*said, output=parrot.output, more=(), stopped=()):
         prompts = []
 
         def watched(self, ids, *given, **how):
@@ -103,11 +112,10 @@ def talk(parrot, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", stdin)
         capsys.readouterr()
         status = 0
-        with handlers_restored():
-            try:
-                t.main([*parrot.flags, *more])
-            except SystemExit as stop:
-                status = stop.code
+        try:
+            inspect_lora.main(["chat", str(output / "final_lora"), *parrot.flags, *more])
+        except SystemExit as stop:
+            status = stop.code
         out, err = capsys.readouterr()
         pieces = re.split(r"^(you|base|adapter(?: x \S+)?)> ?", out, flags=re.MULTILINE)
         pairs = [*zip(pieces[1::2], pieces[2::2], strict=True)]
@@ -165,7 +173,7 @@ def test_adapter_base_and_scale_reply_as_weights_merged_by_hand(parrot, talk):
     assert len({*replies}) == 4
     end = talk(
         "", said[0], "/base", f"  {said[1]}  ", "   ", "/scale 0.5", said[2], "/adapter", said[3],
-        "/new", said[0], more=["--max_seq_len", "9"],
+        "/new", said[0],
     )  # fmt: skip
     assert end.status == 0
     who = ["adapter", "base", "adapter x 0.5", "adapter", "adapter"]
@@ -177,19 +185,37 @@ def test_the_prompt_is_the_one_that_was_trained_on(parrot, talk, finished, tmp_p
     """The system message and the ids before the first learned token of a training line."""
     shutil.copytree(parrot.output / "final_lora", tmp_path / "final_lora")
     shutil.copy(finished / "run.json", tmp_path)
+    say_that_it_is_the_adapter(tmp_path)
     record = json.loads((finished / "run.json").read_text(encoding="utf-8"))
     (example, *_), _ = t.read_examples(record["settings"]["TRAIN_FILE"])
-    prompt_ids, _ = t.render(example.messages, parrot.tokenizer)
+    chat_format = t.ChatFormat(parrot.tokenizer, [parrot.tokenizer.eos_token_id])
+    prompt_ids, _ = t.render(example.messages, chat_format)
     assert [message["role"] for message in example.messages] == ["system", "user", "assistant"]
-    end = talk(example.messages[1]["content"], more=["--output_dir", str(tmp_path)])
+    end = talk(example.messages[1]["content"], output=tmp_path)
     assert end.prompts == [prompt_ids]
 
 
 def test_a_run_without_a_system_message_is_talked_to_without_one(parrot, talk, tmp_path):
     shutil.copytree(parrot.output, tmp_path / "output")
     change_json(tmp_path / "output" / "run.json", system_message="")
-    end = talk("hello", more=["--output_dir", str(tmp_path / "output")])
+    end = talk("hello", output=tmp_path / "output")
     assert end.prompts == [ids_of(parrot.tokenizer, "hello", system="")]
+
+
+@pytest.mark.parametrize("system", ["You are a parrot.", ""])
+def test_another_system_message_may_be_given_or_none(parrot, talk, system):
+    end = talk("hello", more=["--system", system])
+    assert end.prompts == [ids_of(parrot.tokenizer, "hello", system=system)]
+    assert f"system message: {system or '(none)'}\n" in end.out
+
+
+def test_an_adapter_that_was_trained_to_think_is_asked_to(parrot, talk):
+    end = talk("hello", more=["--enable_thinking"])
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "hello"}]
+    thinking = parrot.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, enable_thinking=True, return_dict=False
+    )
+    assert end.prompts == [thinking] != [ids_of(parrot.tokenizer, "hello")]
 
 
 @pytest.mark.parametrize("word", ["/quit", "/exit"])
@@ -203,7 +229,7 @@ def test_help_lists_the_commands_and_an_unknown_one_is_no_message(talk):
     commands = ("/base", "/adapter", "/scale", "/new", "/help", "/quit", "/exit")
     assert all(end.out.count(f"\n{command} ") <= 3 for command in commands)
     assert all(command in end.out.partition("/Base")[0] for command in commands)
-    assert "/Base is no command" in end.out and "/unknown is no command" in end.out
+    assert "/Base is an unknown command" in end.out and "/unknown is an unknown" in end.out
     assert [who for who, _ in end.replies] == ["adapter"] and len(end.prompts) == 1
 
 
@@ -270,11 +296,12 @@ def test_the_system_message_is_the_adapters_and_not_a_newer_runs(parrot, talk, t
     output = shutil.copytree(parrot.output, tmp_path / "output")
     (output / "run.json").rename(output / "run.json.2026-01-01-000000")
     record = json.loads((parrot.output / "run.json").read_text(encoding="utf-8"))
-    older = record | {"started": record["started"] - 99, "system_message": "You are old."}
+    others = {"adapter_sha256": {"final_lora": "0" * 64}}
+    older = record | others | {"system_message": "You are old."}
     (output / "run.json.2025-01-01-000000").write_text(json.dumps(older))
-    newer = record | {"started": record["started"] + 99, "system_message": "You are new."}
+    newer = record | {"adapter_sha256": {}, "system_message": "You are new."}
     (output / "run.json").write_text(json.dumps(newer | {"outcome": "failed: no memory"}))
-    end = talk("hello", more=["--output_dir", str(output)])
+    end = talk("hello", output=output)
     assert end.prompts == [ids_of(parrot.tokenizer, "hello")]
 
 
@@ -283,11 +310,12 @@ def test_the_system_message_is_the_adapters_and_not_a_newer_runs(parrot, talk, t
 
 def test_without_an_adapter_there_is_one_message_and_no_folder_is_made(talk, tmp_path):
     (tmp_path / "empty").mkdir()
-    for name in ("none", "empty"):
-        end = talk("hello", more=["--output_dir", str(tmp_path / name)])
-        assert end.status == 1 and "Train first" in " ".join(end.err.split())
-        assert f"{tmp_path / name}/final_lora" in end.err
-    assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
+    (tmp_path / "empty" / "final_lora").mkdir()
+    for name, reason in {"none": "There is no adapter", "empty": "is no adapter"}.items():
+        end = talk("hello", output=tmp_path / name)
+        assert end.status == 1 and reason in " ".join(end.err.split())
+        assert f"{tmp_path / name}/final_lora" in end.err and "Traceback" not in end.err
+    assert [*tmp_path.rglob("*")] == [tmp_path / "empty", tmp_path / "empty" / "final_lora"]
 
 
 def test_the_base_is_the_one_that_the_adapter_names_with_its_revision(talk, tmp_path, monkeypatch):
@@ -301,7 +329,8 @@ def test_the_base_is_the_one_that_the_adapter_names_with_its_revision(talk, tmp_
     (tmp_path / "final_lora").mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": "a/model", "revision": "abc"}
     (tmp_path / "final_lora" / "adapter_config.json").write_text(json.dumps(config))
-    end = talk("hello", more=["--output_dir", str(tmp_path)])
+    (tmp_path / "final_lora" / TENSORS).touch()
+    end = talk("hello", output=tmp_path)
     assert end.status == 1 and "a/model" in end.err and asked == [("a/model", "abc")]
 
 
@@ -314,45 +343,46 @@ def moved(parrot, tmp_path):
     return output
 
 
-def test_a_model_folder_that_was_moved_may_be_given_as_a_setting(parrot, talk, moved):
-    end = talk("hello", more=["--output_dir", str(moved), "--model_name", parrot.name])
+def test_a_model_folder_that_was_moved_may_be_given(parrot, talk, moved):
+    end = talk("hello", output=moved, more=["--base", parrot.name])
     ids = ids_of(parrot.tokenizer, "hello")
     assert end.replies == [("adapter", reply_by_hand(parrot, ids))]
-    (said,) = [line for line in end.out.splitlines() if "old/model" in line]
-    assert parrot.name in said
+    assert f"base model: {parrot.name}\n" in end.out and "old/model" not in end.out
 
 
 def test_a_given_folder_without_a_model_is_not_said_to_be_the_adapters(talk, moved):
     (moved.parent / "empty").mkdir()
-    end = talk("hello", more=["--output_dir", str(moved), "--model_name", f"{moved.parent}/empty"])
+    end = talk("hello", output=moved, more=["--base", f"{moved.parent}/empty"])
     assert end.status == 1 and f"MODEL_NAME {moved.parent}/empty" in end.err
-    assert "base_model_name_or_path" not in end.err
+    assert "old/model" not in end.err
 
 
-def test_else_the_message_names_the_key_and_the_file_to_edit(talk, moved):
-    end = talk("hello", more=["--output_dir", str(moved)])
+def test_else_the_message_names_the_folder_and_the_flag(talk, moved):
+    end = talk("hello", output=moved)
     said = " ".join(end.err.split())
-    assert end.status == 1 and f"{moved.parent}/old/model" in said
-    assert f"base_model_name_or_path in {moved}/final_lora/adapter_config.json" in said
-    assert "--model_name" in said
+    assert end.status == 1 and f"base model {moved.parent}/old/model is not there" in said
+    assert "--base" in said
 
 
-@pytest.mark.parametrize("revision", [None, "main"])
-def test_a_relative_folder_that_is_gone_looks_like_a_name_on_the_hub(talk, moved, revision):
-    """The hub is asked; if it does not know the name, the key is named all the same."""
+@pytest.mark.parametrize(
+    ("revision", "said"),
+    [(None, "models/mine is not there"), ("main", "models/mine is not stored on this machine")],
+)
+def test_a_relative_folder_that_is_gone_is_no_name_on_the_hub(talk, moved, revision, said):
+    """A run on a model of the hub has recorded its commit; one on a local folder has none."""
     file = moved / "final_lora" / "adapter_config.json"
     change_json(file, base_model_name_or_path="models/mine", revision=revision)
-    end = talk("hello", more=["--output_dir", str(moved)])
-    said = " ".join(end.err.split())
-    assert end.status == 1 and "models/mine" in said
-    assert f"base_model_name_or_path in {file}" in said
+    end = talk("hello", output=moved)
+    assert end.status == 1 and said in " ".join(end.err.split())
 
 
-def test_a_model_on_the_hub_is_not_replaced_by_a_folder(parrot, talk, moved):
+def test_a_given_folder_replaces_a_model_on_the_hub(parrot, talk, moved):
     file = moved / "final_lora" / "adapter_config.json"
     change_json(file, base_model_name_or_path="a/model", revision="abc")
-    end = talk("hello", more=["--output_dir", str(moved), "--model_name", parrot.name])
+    end = talk("hello", output=moved)
     assert end.status == 1 and "a/model" in end.err and not end.replies
+    end = talk("hello", output=moved, more=["--base", parrot.name])
+    assert end.status == 0 and len(end.replies) == 1
 
 
 def cut(path):
@@ -389,9 +419,9 @@ def test_a_damaged_adapter_is_one_message(parrot, talk, tmp_path, name):
     shutil.copytree(parrot.output, output)
     file, damage = DAMAGES[name]
     damage(output / "final_lora" / file)
-    end = talk("hello", more=["--output_dir", str(output)])
+    end = talk("hello", output=output)
     assert end.status == 1 and not end.replies and "Traceback" not in end.err
-    assert f"{output}/final_lora" in end.err or "MODEL_NAME" in end.err
+    assert f"{output}/final_lora" in " ".join(end.err.split())
 
 
 # ==== A pipe, and a terminal
@@ -411,8 +441,9 @@ def real_run(tmp_path_factory):
 
 def test_the_printed_chat_command_works_as_printed_and_with_a_pipe(real_run):
     output, text = real_run
-    command = re.search(r"^next +(python (?:.*\\\n)*.*--chat)\n", text, re.MULTILINE)[1]
-    assert str(output) in shlex.split(command.replace("\\\n", ""))
+    command = re.search(r"^next +(python (?:.*\\\n)*.*)\n", text, re.MULTILINE)[1]
+    words = ["python", "inspect_lora.py", "chat", str(output / "final_lora")]
+    assert shlex.split(command.replace("\\\n", "")) == words
     python = Path(sys.executable).parent  # the one that is found as "python"
     before = listing(output)
     done = subprocess.run(
@@ -444,8 +475,7 @@ def terminal(real_run, monkeypatch):
     begun = []
 
     def begin(*more):
-        words = [sys.executable, "train_lora_single.py", "--chat", "--device", "cpu"]
-        words += ["--output_dir", str(real_run[0]), *more]
+        words = [sys.executable, "inspect_lora.py", "chat", str(real_run[0] / "final_lora"), *more]
         process, own = begin_on_a_terminal(words, ROOT)
         begun.append((own, process))
         return own, process
