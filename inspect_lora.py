@@ -72,6 +72,7 @@ def evidence(options: argparse.Namespace) -> None:
     run = find_run(place)
     settings = settings_for(options, run)
     held_out = read_held_out(settings, run, options)
+    read_tasks(settings.GENERAL_FILE)  # a bad line is reported before the model is loaded
     folder = folder_for_results(options, place, run)
     adapter = open_adapter(options, place, run, settings)
     examples = encode_held_out(held_out, adapter, settings)

@@ -2457,9 +2457,10 @@ def error_is_a_warning(name: str) -> Iterator[None]:
     """Turn an error into a warning: the adapter is complete and in place, whatever the error is."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a message that would end a command, too
         LOG.info("%s failed", name, exc_info=True)
-        report("warning", f"{name} failed ({one_line(repr(error))}); the adapter is complete")
+        reason = str(error) if isinstance(error, SystemExit) else repr(error)
+        report("warning", f"{name} failed ({one_line(reason)}); the adapter is complete")
 
 
 def inspector() -> types.ModuleType | None:
