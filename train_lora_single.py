@@ -56,7 +56,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -2029,7 +2029,7 @@ def without_nan(value: Any) -> Any:
 
 PACKAGES = (
     "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors",
-    "huggingface_hub", "tokenizers", "matplotlib",
+    "huggingface_hub", "tokenizers", "matplotlib", "filelock", "jinja2", "tqdm",
 )  # fmt: skip
 
 
@@ -3101,10 +3101,17 @@ def one_line(value: Any, width: int = 200) -> str:
 
 
 def wrap_lines(text: str) -> str:
-    """Return text with its long lines broken at spaces, so that a terminal does not cut words."""
+    """Return text with its long lines broken at spaces, so that a terminal does not cut words.
+
+    A command that wrap_command() has broken already stays as it is.
+    """
     lines: list[str] = []
     for line in text.split("\n"):
-        lines += textwrap.wrap(line, 100, break_long_words=False, break_on_hyphens=False) or [""]
+        if line.endswith(" \\") or (lines and lines[-1].endswith(" \\")):
+            lines.append(line)
+        else:
+            broken = textwrap.wrap(line, 100, break_long_words=False, break_on_hyphens=False)
+            lines += broken or [""]
     return "\n".join(lines)
 
 
@@ -3240,17 +3247,21 @@ def set_environment(settings: argparse.Namespace) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def open_log(output: Path) -> None:
-    """Make the output folder, and log what is printed, warnings and tracebacks there."""
+def open_log(output: Path) -> logging.Handler:
+    """Make the output folder, and open the log there; another run may still be writing to it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        log = logging.FileHandler(
+        return logging.FileHandler(
             output / "all_logs.log", encoding="utf-8", errors="backslashreplace"
         )
     except OSError as error:
         raise SystemExit(
             f"OUTPUT_DIR {output} cannot be written ({error.strerror}); choose another folder."
         ) from error
+
+
+def log_to(log: logging.Handler) -> None:
+    """Log what is printed, warnings and tracebacks."""
     logging.basicConfig(handlers=[log, logging.lastResort], format="%(message)s", force=True)
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # a full disk must not end the run
@@ -3306,10 +3317,10 @@ def catch_signals(job: Job) -> None:
         message = "Stopped. The same command goes on from the newest checkpoint, if there is one."
         if job.published:
             final = job.output / "final_lora"
-            command = shlex.join(["python", "inspect_lora.py", "evidence", str(final)])
+            command = wrap_command(["python", "inspect_lora.py", "evidence", str(final)])
             message = (
                 f"Stopped. {final} is complete. What it is worth was not measured to the end; this "
-                f"measures it without training (the same command would retrain from scratch):\n"
+                "measures it without training (the same command would retrain from scratch):\n"
                 f"{command}"
             )
         raise Stopped(number, message)
@@ -3344,7 +3355,7 @@ def explain(error: BaseException, output: Path) -> tuple[int, str]:
         return 128 + error.number, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "Stopped."
-    if isinstance(error, ModuleNotFoundError) and error.name in (*PACKAGES, "filelock"):
+    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
         return 1, f"The package {error.name} is missing; pip install -r requirements.txt"
     if type(error).__name__ == "OutOfMemoryError":
         return 1, (
@@ -3380,18 +3391,12 @@ def main(argv: list[str] | None = None) -> None:
     run_or_explain(job)
 
 
-def start(job: Job) -> None:
-    """Open the log, lock the output folder, and do the run."""
-    if job.settings.dry_run or not is_main_process():
-        begin(job)
-        return
-    open_log(job.output)
-    with locked(job.output):
-        begin(job)
-
-
-def begin(job: Job) -> None:
-    """Say what is special about this run, and do it."""
+def start(job: Job, until_the_end: ExitStack) -> None:
+    """Lock the output folder, open the log, say what is special about this run, and do it."""
+    if not job.settings.dry_run and is_main_process():
+        log = open_log(job.output)
+        until_the_end.enter_context(locked(job.output))
+        log_to(log)
     toy = DEMO["MODEL_NAME"]
     if job.settings.demo and toy == job.settings.MODEL_NAME:
         text = "a toy that knows a few hundred plain sentences: look at the numbers, and not at"
@@ -3402,8 +3407,9 @@ def begin(job: Job) -> None:
 def run_or_explain(job: Job) -> None:
     """Do the job; turn what is known to have gone wrong into a message and an exit status."""
     ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    until_the_end = ExitStack()  # run.json is written last, still under the folder's lock
     try:
-        start(job)
+        start(job, until_the_end)
     except BaseException as error:
         for number in SIGNALS:  # nothing may interrupt what is left to do
             signal.signal(number, signal.SIG_IGN)
@@ -3419,6 +3425,7 @@ def run_or_explain(job: Job) -> None:
         print(wrap_lines(message), file=sys.stderr)
         raise SystemExit(status) from error
     finally:
+        until_the_end.close()
         logging.shutdown()
         for number in SIGNALS:
             if number not in ignored:
