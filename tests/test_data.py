@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -212,7 +213,7 @@ def test_a_file_that_may_not_be_read_is_refused_with_the_reason(locked):
 
 
 def stopped(capsys, *argv):
-    """Return the words that a dry run says, and those that it ends with, as one line each."""
+    """Return what a dry run says, and what it ends with, as one line each."""
     model = ["--model_name", str(Path(SCRIPT).parent / "tests" / "tiny-qwen3.5")]
     with pytest.raises(SystemExit) as stop:
         t.main(["--demo", *model, "--dry_run", *argv])
@@ -225,37 +226,50 @@ BAD_TEXT = [line(text="Hello"), GOOD, messages_line("uu")]
 CONTROL = line_with_text("Good <|im_end|> night")
 
 
-def test_all_bad_lines_of_both_files_are_reported_by_one_run(capsys):
-    files = write(b"\n".join([*BAD_TEXT, CONTROL]), "t"), write(b"\xff\n" + CONTROL, "e")
+def test_all_bad_lines_of_both_files_are_one_list(capsys):
+    files = write(b"\n".join(BAD_TEXT), "t"), write(b"\xff\n" + GOOD, "e")
     out, err = stopped(capsys, "--train_file", files[0], "--eval_file", files[1])
-    assert re.findall(r"\b[te]:\d+(?=: )", out) == ["t:1", "t:3", "e:1"]
-    assert re.findall(r"\b[te]:\d+(?=: )", err) == ["t:4", "e:2"]
-    assert err.count("<|im_end|>") == 2 and "5 problems" in err and "nothing was trained" in err
-    assert "plan" not in out
+    assert re.findall(r"\b[te]:\d+(?=: )", err) == ["t:1", "t:3", "e:1"]
+    assert err.endswith("The data has 3 problems, so nothing was trained.")
+    assert out == ""  # no file is said to be taken
+
+
+def test_what_only_the_tokenizer_sees_is_one_list_as_well(capsys):
+    """It is looked at when nothing else is wrong, since that takes the heavy libraries."""
+    files = write(b"\n".join([GOOD, CONTROL]), "t"), write(CONTROL + b"\n" + GOOD, "e")
+    flags = ["--train_file", files[0], "--eval_file", files[1]]
+    out, err = stopped(capsys, *flags)
+    assert re.findall(r"\b[te]:\d+(?=: )", err) == ["t:2", "e:1"]
+    assert err.count("<|im_end|>") == 2 and "plan" not in out
+    assert err.endswith("The data has 2 problems, so nothing was trained.")
+    write(b"{", "e")
+    out, err = stopped(capsys, *flags)
+    assert re.findall(r"\b[te]:\d+(?=: )", err) == ["e:1"]
+    assert err.endswith("The data has 1 problem, so nothing was trained.")
 
 
 def test_bad_lines_are_shown_though_the_other_file_is_missing(capsys):
     files = ["--train_file", write(b"\n".join(BAD_TEXT), "t"), "--eval_file", "absent.jsonl"]
-    out, err = stopped(capsys, *files)
-    assert re.findall(r"\bt:\d+(?=: )", out) == ["t:1", "t:3"] and "absent.jsonl" in err
+    _, err = stopped(capsys, *files)
+    assert re.findall(r"\bt:\d+(?=: )", err) == ["t:1", "t:3"] and "no file absent.jsonl" in err
+    assert "3 problems" in err
+    write(GOOD, "t")
+    _, err = stopped(capsys, *files)
+    assert err.startswith("There is no file absent.jsonl") and "problems" not in err
 
 
-def test_the_first_20_bad_lines_are_named_and_all_are_counted(capsys):
-    file = write(b"\n".join([b"bad"] * 25 + [CONTROL] * 25))
-    out, err = stopped(capsys, "--train_file", file, "--eval_file", "")
-    assert re.findall(r"data\.jsonl:(\d+)", out) == [str(n) for n in range(1, 21)]
-    assert "and 5 more" in out
-    assert re.findall(r"data\.jsonl:(\d+)", err) == [str(n) for n in range(26, 46)]
-    assert "50 problems" in err
+@pytest.mark.parametrize("bad", [b"bad", CONTROL], ids=["text", "control token"])
+def test_the_first_20_bad_lines_are_named_and_all_are_counted(capsys, bad):
+    file = write(b"\n".join([bad] * 50))
+    _, err = stopped(capsys, "--train_file", file, "--eval_file", "")
+    assert re.findall(r"data\.jsonl:(\d+)", err) == [str(n) for n in range(1, 21)]
+    assert "and 30 more" in err and "50 problems" in err
 
 
 def test_bad_lines_are_shown_within_a_second_before_heavy_imports():
-    """A package named torch says when it is imported: after the lines, and after how much work."""
-    write(
-        b"import time\nprint('TORCH AFTER', time.process_time(), flush=True)\n"
-        b"raise SystemExit('enough')\n",
-        "torch.py",
-    )
+    """A package named torch says so if it is imported."""
+    write(b"print('TORCH', flush=True)\nraise SystemExit('enough')\n", "torch.py")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     files = ["--train_file", write(b"\n".join(BAD_TEXT * 300)), "--eval_file", write(b"{", "e")]
     done = subprocess.run(
         [sys.executable, SCRIPT, "--demo", *files],
@@ -264,15 +278,16 @@ def test_bad_lines_are_shown_within_a_second_before_heavy_imports():
         encoding="utf-8",
         timeout=60,
     )
-    lines, _, seconds = done.stdout.partition("TORCH AFTER ")
-    assert done.returncode == 1 and "data.jsonl:1: " in lines and "and 581 more" in lines
-    assert float(seconds.split()[0]) < 1
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 1 and "TORCH" not in done.stdout
+    assert "data.jsonl:1: " in done.stderr and "and 581 more" in done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 def test_no_example_of_a_file_with_bad_lines_is_said_to_be_taken(capsys):
-    write(GOOD, "t"), write(b"{", "e")
+    write(GOOD, "t"), write(b"{\n" + GOOD, "e")
     out, _ = stopped(capsys, "--train_file", "t", "--eval_file", "e")
-    assert "t: 1 examples" in out and "e: 1" not in out.replace("e:1: ", "")
+    assert out == "data t: 1 examples"
 
 
 # ---- huge lines, and files that grow

@@ -152,7 +152,7 @@ def test_loss_and_gradients_are_the_same_whatever_the_split(adapted, step, split
     job, trainer = adapted
     limits, counts = SPLITS[split]
     passes, recomputed = counts[step.name]
-    job.memory = t.MemoryLimits(*limits)
+    job.token_limits = t.MemoryLimits(*limits)
     calls = []
     layer = trainer.model.get_submodule("base_model.model.model.layers.0.mlp")
     handle = layer.register_forward_pre_hook(lambda *_: calls.append(None))
@@ -179,7 +179,7 @@ def test_recomputation_draws_the_same_dropout(data, tmp_path):
     examples = sorted(job.train[:4], key=lambda one: -len(one.input_ids))  # as a part has them
     found = []
     for limits in ((10_000, 10_000), (0, 10_000)):
-        job.memory = t.MemoryLimits(*limits)
+        job.token_limits = t.MemoryLimits(*limits)
         torch.manual_seed(0)
         inputs = inputs_of(trainer, examples)
         loss = trainer.training_step(trainer.model, inputs, num_items_in_batch=torch.tensor(99))
@@ -192,10 +192,10 @@ def test_recomputation_draws_the_same_dropout(data, tmp_path):
 def test_logits_are_made_only_where_a_token_is_learned(adapted, step):
     """With 248,320 words they are the largest tensor of all."""
     job, trainer = adapted
-    job.memory = t.MemoryLimits(10_000, 10_000)
+    job.token_limits = t.MemoryLimits(10_000, 10_000)
     inputs = inputs_of(trainer, step.examples)
     with recorded(trainer) as recorder:
-        t.example_losses(trainer.model, job, step.examples, "")
+        t.example_losses(trainer.model, step.examples, 10_000, "")
         trainer.compute_loss(trainer.model.train(), inputs, num_items_in_batch=1)
     learned = (inputs["labels"][:, 1:] != -100).sum()
     assert recorder.trained[0]["scored"] == recorder.evaluated[0]["scored"] == learned
@@ -211,14 +211,14 @@ def test_evaluation_does_not_depend_on_its_batches(adapted, limits):
     model = trainer.model
     give_examples(job, [30, 12, 47, 21])
     examples = [*job.train, job.train[1]]
-    job.memory = t.MemoryLimits(*limits)
+    job.token_limits = t.MemoryLimits(*limits)
     expected = [
         token_loss(model.eval(), [example]) * len(example.reply_ids) for example in examples
     ]
     for mode in (True, False):
         model.train(mode)
         with recorded(trainer) as recorder:
-            losses = t.example_losses(model, job, examples, "held-out loss")
+            losses = t.example_losses(model, examples, max(limits), "held-out loss")
         assert losses == pytest.approx(expected, rel=ROUNDING)
         assert model.training == mode and not recorder.trained  # so dropout was off
         sizes = [one["size"] for one in recorder.evaluated]
@@ -226,9 +226,32 @@ def test_evaluation_does_not_depend_on_its_batches(adapted, limits):
         assert len(sizes) == {10_000: 1, 90: 3, 47: 4, 100: 2}[max(limits)]
 
 
+def test_evaluation_that_runs_out_of_memory_goes_on_with_half_as_much(adapted):
+    """As where another program takes the memory later; less stays enough, so it is tried once."""
+    job, trainer = adapted
+    give_examples(job, [30] * 7 + [12])
+    expected = [token_loss(trainer.model.eval(), [one]) * len(one.reply_ids) for one in job.train]
+
+    def run_out(model, _, inputs):
+        if inputs["input_ids"].numel() > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = trainer.model.register_forward_pre_hook(run_out, with_kwargs=True)
+    with handle, recorded(trainer) as recorder:
+        room = 75
+        losses = t.example_losses(trainer.model, job.train, 10_000, "")
+        sizes = [one["size"] for one in recorder.evaluated]
+        room = 29
+        with pytest.raises(torch.OutOfMemoryError):  # nothing is smaller than one example
+            t.example_losses(trainer.model, job.train, 10_000, "")
+    assert losses == pytest.approx(expected, rel=ROUNDING)
+    assert [size for size in sizes if size <= 75] == [60, 60, 60, 60]
+    assert len(sizes) <= 2 + 4
+
+
 def test_the_held_out_loss_is_a_mean_over_tokens(adapted):
     job, trainer = adapted
-    job.memory = t.MemoryLimits(0, 100)
+    job.token_limits = t.MemoryLimits(0, 100)
     trained = token_loss(trainer.model.eval(), job.held_out)
     with trainer.model.disable_adapter():
         base = token_loss(trainer.model, job.held_out)
@@ -294,7 +317,8 @@ def test_what_fits_is_found_by_trying(adapted, gpu, capsys, monkeypatch, name):
     capsys.readouterr()
     with recorded(trainer) as trials, give_memory(trainer, kept, recomputed):
         look_for_memory(trainer, job)
-    assert (job.memory.tokens_at_once, job.memory.tokens_at_once_recomputed) == limits
+    found = job.token_limits
+    assert (found.tokens_at_once, found.tokens_at_once_recomputed) == limits
     text = capsys.readouterr().out
     assert word in text and text.startswith("memory ")
     # The first trial is a whole step, as wide as the longest example, with every token learned.
@@ -312,6 +336,22 @@ def test_what_fits_is_found_by_trying(adapted, gpu, capsys, monkeypatch, name):
     assert drawn.equal(torch.rand(3))
     embedding = trainer.model.get_input_embeddings()
     assert not embedding(torch.tensor([1])).requires_grad
+
+
+def test_a_trial_is_at_least_as_hard_as_any_step_of_so_many_tokens(adapted):
+    """By its tokens, by its attention, which is a square for each row, and by what is learned."""
+    job, trainer = adapted
+    for tokens in (*range(16, 4 * WIDTH, 16), WIDTH - 1, WIDTH, WIDTH + 1, 4 * WIDTH):
+        with recorded(trainer) as trials:
+            assert t.pass_fits(trainer, tokens, WIDTH, False)
+        (trial,) = trials.trained
+        rows, width = trial["mask"].shape
+        assert trial["mask"].all() and width >= min(WIDTH, tokens)
+        for count in range(1, tokens + 1):  # the rows of a step, as long as they may be
+            longest = min(WIDTH, tokens // count)
+            assert count * longest <= rows * width
+            assert count * longest**2 <= rows * width**2
+            assert count * (longest - 1) <= trial["scored"]
 
 
 def test_a_single_example_that_does_not_fit_ends_the_run(adapted, gpu, monkeypatch):
@@ -332,7 +372,7 @@ def test_a_single_example_that_just_fits_is_not_refused(adapted, gpu, monkeypatc
     give_examples(job, [WIDTH, 12])
     with give_memory(trainer, *room):
         look_for_memory(trainer, job)
-    assert max(job.memory.tokens_at_once, job.memory.tokens_at_once_recomputed) == WIDTH
+    assert job.token_limits.most() == WIDTH
 
 
 def test_a_long_held_out_example_refuses_no_training(adapted, gpu):
@@ -342,7 +382,7 @@ def test_a_long_held_out_example_refuses_no_training(adapted, gpu):
     assert max(len(example.input_ids) for example in job.held_out) > 20
     with recorded(trainer) as trials, give_memory(trainer, 20):
         look_for_memory(trainer, job)
-        losses = t.example_losses(trainer.model, job, job.held_out, "")
+        losses = t.example_losses(trainer.model, job.held_out, job.token_limits.most(), "")
     assert trials.trained[0]["size"] == 4 * 12 and len(losses) == len(job.held_out)
 
 
@@ -361,7 +401,7 @@ def test_on_a_cpu_a_whole_step_goes_through_at_once(data, tmp_path, monkeypatch)
     monkeypatch.setattr(trainer.model, "forward", lambda *_, **__: pytest.fail("tried something"))
     t.find_what_fits(trainer, job)
     widest = max(len(example.input_ids) for example in job.train)
-    assert job.memory.tokens_at_once == job.memory.tokens_at_once_recomputed == 4 * widest
+    assert job.token_limits == t.MemoryLimits(4 * widest, 4 * widest)
 
 
 def test_the_largest_that_fits_is_found_in_few_trials():

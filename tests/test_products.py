@@ -7,13 +7,14 @@ import accelerate
 import pytest
 import torch
 import transformers
-from conftest import write_short_data
+from conftest import TINY, write_short_data
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import (
     ADAPTER,
     assert_near,
     changed_model,
+    chat_format_of,
     give_examples,
     inputs_of,
     logged,
@@ -345,16 +346,16 @@ def test_loras_gradients_are_float32s_but_for_float16s_rounding(folder, tmp_path
     data = write_short_data(tmp_path)
     more = ["--model_name", str(folder), "--lora_dropout", "0", "--output_dir", str(tmp_path)]
     gradients = {}
-    for kind in ("dtype", "float16"):
+    for kind in ("native", "float16"):
         job = prepared([*data, *more, "--matmul", kind])
         trainer = t.build_trainer(job)
         set_b(trainer.model)
         inputs = inputs_of(trainer, job.train[:4])
         trainer.compute_loss(trainer.model, inputs, num_items_in_batch=100).backward()
         gradients[kind] = {name: p.grad for name, p in lora(trainer.model).items()}
-    assert_near(gradients["float16"], gradients["dtype"], share=0.01)
-    name = next(iter(gradients["dtype"]))
-    assert not gradients["float16"][name].equal(gradients["dtype"][name])
+    assert_near(gradients["float16"], gradients["native"], share=0.01)
+    name = next(iter(gradients["native"]))
+    assert not gradients["float16"][name].equal(gradients["native"][name])
 
 
 # ---- what is chosen ----------------------------------------------------------------------------
@@ -403,8 +404,8 @@ def reduced():
     [
         (10.0, 1.0, "float16"),
         (10.0, 8.2, "float16"),
-        (10.0, 8.4, "dtype"),  # a fifth faster is not sure to be faster in a step
-        (10.0, 12.0, "dtype"),
+        (10.0, 8.4, "native"),  # a fifth faster is not sure to be faster in a step
+        (10.0, 12.0, "native"),
     ],
 )
 def test_on_a_gpu_the_clearly_faster_is_taken(
@@ -413,7 +414,7 @@ def test_on_a_gpu_the_clearly_faster_is_taken(
     with Gpu(monkeypatch, plain, scaled) as gpu:
         t.choose_matmul(job)
     assert job.matmul["used"] == choice
-    assert job.matmul["dtype"]["seconds"] / job.matmul["float16"]["seconds"] == pytest.approx(
+    assert job.matmul["native"]["seconds"] / job.matmul["float16"]["seconds"] == pytest.approx(
         plain / scaled
     )
     # As many rows as a step has at the median length, of all shapes that would be converted.
@@ -432,8 +433,8 @@ def test_what_is_faster_but_less_true_is_not_taken(job, monkeypatch, capsys):
     monkeypatch.setattr(t, "scaled_product", lambda rows, weight: real(rows, weight) * 1.01)
     with Gpu(monkeypatch, 10.0, 1.0):
         t.choose_matmul(job)
-    assert job.matmul["used"] == "dtype"
-    assert job.matmul["float16"]["error"] > 1.5 * job.matmul["dtype"]["error"] > 0
+    assert job.matmul["used"] == "native"
+    assert job.matmul["float16"]["error"] > 1.5 * job.matmul["native"]["error"] > 0
     assert "bfloat16 is used" in capsys.readouterr().out
 
 
@@ -441,14 +442,14 @@ def test_both_errors_are_those_of_bfloat16s_rounding(job, monkeypatch):
     """Each is rounded to bfloat16 in the end; before that to float16, which adds a fortieth."""
     with Gpu(monkeypatch, 10.0, 1.0):
         t.choose_matmul(job)
-    errors = [job.matmul[kind]["error"] for kind in ("dtype", "float16")]
+    errors = [job.matmul[kind]["error"] for kind in ("native", "float16")]
     assert 0.0010 < errors[0] < HALF_STEP[torch.bfloat16]
     assert errors[0] < errors[1] < 1.04 * errors[0]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("matmul", ["auto", "dtype", "float16"])
+@pytest.mark.parametrize("matmul", ["auto", "native", "float16"])
 def test_nothing_is_measured_unasked(job, monkeypatch, capsys, dtype, device, matmul):
     """A CPU and float32 never become float16 by themselves; a forced choice is taken."""
     if (dtype, device, matmul) == ("bfloat16", "cuda", "auto"):
@@ -457,7 +458,7 @@ def test_nothing_is_measured_unasked(job, monkeypatch, capsys, dtype, device, ma
     capsys.readouterr()
     with Gpu(monkeypatch, 10.0, 1.0) as gpu:
         t.choose_matmul(job)
-    assert job.matmul == {"used": "float16" if matmul == "float16" else "dtype"}
+    assert job.matmul == {"used": "float16" if matmul == "float16" else "native"}
     assert gpu.shapes == [] and capsys.readouterr().out == ""
 
 
@@ -467,7 +468,7 @@ def test_where_float16_fails_the_dtype_is_taken_and_said_why(job, monkeypatch, c
 
     monkeypatch.setattr(t, "scaled_product", fail)
     t.choose_matmul(job)
-    assert job.matmul == {"used": "dtype"}
+    assert job.matmul == {"used": "native"}
     text = capsys.readouterr().out
     assert "bfloat16" in text and "CUBLAS_STATUS_NOT_SUPPORTED" in text
 
@@ -484,12 +485,13 @@ def test_a_gpu_that_is_full_is_not_one_where_float16_fails(job, monkeypatch):
 def test_a_model_with_nothing_to_convert_keeps_its_dtype():
     """Such as GPT-2, whose layers are no linear modules of torch."""
     job = t.Job(t.parse_settings(["--lora_target_modules", "c_attn"]))
+    job.chat_format = chat_format_of(TINY)
     job.config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=96)
     job.train = [t.Example("made up", [], "", [1, 2], [3])] * 9
     job.plan = t.make_plan(job)
     accelerate.PartialState(cpu=True)
     t.choose_matmul(job)
-    assert job.matmul["used"] == "dtype"
+    assert job.matmul["used"] == "native"
 
 
 # ---- whole runs --------------------------------------------------------------------------------
@@ -500,11 +502,11 @@ def test_a_run_in_float16_is_like_one_in_bfloat16(flags, tiny, untied, tmp_path,
     """As on a V100: the frozen weights in bfloat16, those of linear modules in float16."""
     runs = {}
     more = ["--model_name", {"tied": tiny, "untied": untied}[name], "--dtype", "bfloat16"]
-    for matmul in ("dtype", "float16"):
+    for matmul in ("native", "float16"):
         runs[matmul] = tmp_path / matmul
         t.main([*flags, *more, "--matmul", matmul, "--output_dir", str(runs[matmul])])
         text = capsys.readouterr().out
-        assert "warning" not in text and "\nproof " in text
+        assert "warning" not in text and "\nverified " in text
         assert ("frozen modules multiply in scaled float16" in text) == (matmul == "float16")
         assert read_record(runs[matmul])["matmul"] == {"used": matmul}
         assert (runs[matmul] / "samples.md").exists()
@@ -531,8 +533,8 @@ def test_a_checkpoint_of_other_products_is_not_resumed(flags, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         on_trainer(patch, stop_in_step_5)
         refused(capfd, [*flags, "--matmul", "float16"])
-    job = prepared([*flags, "--matmul", "dtype"])
-    with pytest.raises(SystemExit, match=r"products.* float16 .* dtype"):
+    job = prepared([*flags, "--matmul", "native"])
+    with pytest.raises(SystemExit, match=r"products.* float16 .* native"):
         t.resume_or_begin(job)
     # With "auto" a resumed run keeps what was decided, and also on a CPU.
     for matmul in ("float16", "auto"):

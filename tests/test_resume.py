@@ -33,11 +33,13 @@ from processes import FORKS
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import inspect_lora
 import train_lora_single as t
 
 STEPS = 8  # two epochs of four, with a checkpoint every three steps
 RESULTS = ("final_lora", "final_lora_vllm", "samples.md", "lora.png")
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+KEPT_FILES = ADAPTER_FILES | {"complete.json"}  # of an epoch that is not the newest
 
 
 # ==== What the tests share
@@ -152,9 +154,13 @@ def files(path):
 
 
 def complete(output):
-    """Return the steps of the checkpoints that say they are complete."""
-    found = output.glob("checkpoints/*/complete.json")
-    return sorted(int(path.parent.name.rpartition("-")[2]) for path in found)
+    """Return the steps of the checkpoints that have all the files that they say they have."""
+    steps = []
+    for path in output.glob("checkpoints/*/complete.json"):
+        names = json.loads(path.read_text("utf-8")).keys()
+        if names <= {one.name for one in path.parent.iterdir()}:
+            steps.append(int(path.parent.name.rpartition("-")[2]))
+    return sorted(steps)
 
 
 def put_old_results(output):
@@ -385,7 +391,7 @@ def test_a_signal_before_the_adapter_is_in_place_loses_nothing(
     flags, whole, stopped, monkeypatch, capfd
 ):
     with monkeypatch.context() as patch:
-        before(patch, peft.PeftModel, "from_pretrained", send(signal.SIGTERM))  # in the proof
+        before(patch, peft.PeftModel, "from_pretrained", send(signal.SIGTERM))  # in the check
         assert run(command(flags, stopped)) == 143
     said = flat(capfd.readouterr().err)
     assert "same command goes on" in said and "Traceback" not in said
@@ -413,7 +419,7 @@ def test_a_signal_while_the_adapter_is_moved_into_place_waits_until_it_is(
     assert run(command(flags, stopped)) == 128 + numbers[0]
     assert moments == [event == "os.remove"]
     said = flat(capfd.readouterr().err)
-    assert f"{stopped}/final_lora is whole" in said and "Traceback" not in said
+    assert f"{stopped}/final_lora is complete" in said and "Traceback" not in said
     assert adapter(stopped) == whole[0] and has_old_results(stopped)
     assert record(stopped)["outcome"] == "finished" and not (stopped / ".partial").exists()
     assert found_by(prepared(flags, stopped)) is None  # so the next command trains anew
@@ -432,7 +438,7 @@ def test_a_signal_in_the_extras_leaves_a_whole_adapter(
     AFTERWARDS[what](monkeypatch)
     assert run(command(flags, stopped, "--num_samples", 1)) == 130
     said = flat(capfd.readouterr().err)
-    assert f"{stopped}/final_lora is whole" in said and "Traceback" not in said
+    assert f"{stopped}/final_lora is complete" in said and "Traceback" not in said
     assert adapter(stopped) == whole[0] and has_old_results(stopped)
     assert record(stopped)["outcome"] == "finished"  # the rest can be done without
     assert found_by(prepared(flags, stopped)) is None  # so the next command trains anew
@@ -466,8 +472,8 @@ def test_a_second_signal_while_a_checkpoint_is_written_costs_only_that(
 def test_a_signal_while_the_end_is_recorded_changes_nothing(flags, tmp_path, monkeypatch, capfd):
     sent = []
     at_step(monkeypatch, 1, send(signal.SIGINT))
-    # The first time it is written is the start.
-    at_change("os.rename", "/run.json", lambda: sent.append(send(signal.SIGINT)()), number=2)
+    # The first time it is written is the start, the second the checkpoint.
+    at_change("os.rename", "/run.json", lambda: sent.append(send(signal.SIGINT)()), number=3)
     assert run(command(flags, tmp_path)) == 130 and sent
     assert record(tmp_path)["outcome"].startswith("interrupted: Stopped after step 1 of 8")
     assert "Traceback" not in capfd.readouterr().err
@@ -527,7 +533,7 @@ def test_after_sigkill_the_same_command_ends_in_the_same_bytes(
     assert ended(process) == -signal.SIGKILL, (tmp_path / "said").read_text("utf-8")
     assert has_old_results(stopped)
     step = KILLED[moment][1]
-    if step is None:  # the adapter is proved and in place, so the next command trains anew
+    if step is None:  # the adapter is checked and in place, so the next command trains anew
         assert adapter(stopped) == whole[0] and record(stopped)["outcome"] == "finished"
         assert found_by(prepared(flags, stopped)) is None
     else:
@@ -593,7 +599,7 @@ def test_checkpoints_hold_what_resuming_needs_and_older_ones_less(interrupted, f
     folder = interrupted / "checkpoints"
     names = {path.name for path in folder.iterdir()}
     assert names == {"job.json", "checkpoint-4", "checkpoint-6", "checkpoint-7"}
-    assert {path.name for path in (folder / "checkpoint-4").iterdir()} == ADAPTER_FILES
+    assert {path.name for path in (folder / "checkpoint-4").iterdir()} == KEPT_FILES
     needed = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
     for step in (6, 7):
         assert needed | ADAPTER_FILES < {p.name for p in (folder / f"checkpoint-{step}").iterdir()}
@@ -601,7 +607,7 @@ def test_checkpoints_hold_what_resuming_needs_and_older_ones_less(interrupted, f
         assert all(re.search(r"\.lora_[AB]\.weight$", name) for name in tensors)  # no base weights
     # Of a finished run each epoch's adapter stays.
     kept = {str(p.relative_to(finished)) for p in finished.glob("checkpoints/**/*") if p.is_file()}
-    assert kept == {f"checkpoints/checkpoint-{n}/{name}" for n in (4, 8) for name in ADAPTER_FILES}
+    assert kept == {f"checkpoints/checkpoint-{n}/{name}" for n in (4, 8) for name in KEPT_FILES}
 
 
 def test_old_checkpoints_that_cannot_be_removed_are_one_warning_each_time(
@@ -757,7 +763,7 @@ def test_every_setting_must_stay_but_for_those_that_may_change(flags, interrupte
             assert found.keys() <= {"the LoraConfig", "the files of MODEL_NAME"}
         setattr(job.settings, name, value)
     job.matmul = {"used": "float16"}
-    assert refused(job) == {"the products in use": ("dtype", "float16")}
+    assert refused(job) == {"the products in use": ("native", "float16")}
 
 
 def test_moved_files_and_other_output_settings_are_the_same_job(
@@ -768,7 +774,7 @@ def test_moved_files_and_other_output_settings_are_the_same_job(
     shutil.copy(settings.TRAIN_FILE, tmp_path / "train moved")
     shutil.copy(settings.EVAL_FILE, tmp_path / "eval moved")
     moved = ["--train_file", tmp_path / "train moved", "--eval_file", tmp_path / "eval moved"]
-    more = ["--save_steps", 1, "--logging_steps", 5, "--matmul", "dtype", "--eval_group", "kind"]
+    more = ["--save_steps", 1, "--logging_steps", 5, "--matmul", "native", "--eval_group", "kind"]
     assert go_on(command(flags, stopped, *moved, *more), whole, capfd) == 7
 
 
@@ -1069,7 +1075,7 @@ def fill(folder, room):
 
 
 # The adapter takes 125 kB, the tokenizer as much, the optimizer 250 kB: each is cut once.
-@pytest.mark.parametrize(("moment", "room"), [("step", 0), ("step", 400_000), ("proof", 0)])
+@pytest.mark.parametrize(("moment", "room"), [("step", 0), ("step", 400_000), ("end", 0)])
 def test_on_a_disk_that_is_really_full_nothing_is_lost(
     flags, whole, interrupted, small_disk, monkeypatch, capfd, moment, room
 ):
@@ -1167,7 +1173,7 @@ def test_a_refused_command_with_a_closed_or_full_output_is_no_traceback(flags, t
 UNKNOWN = {  # mode: (its flags, where the error comes from)
     "training": ([], accelerate.Accelerator, "backward"),
     "dry run": (["--dry_run"], transformers.AutoConfig, "from_pretrained"),
-    "chat": (["--chat"], peft.PeftModel, "from_pretrained"),
+    "chat": ([], peft.PeftModel, "from_pretrained"),
 }
 BUGS = [ZeroDivisionError("a bug"), PermissionError(errno.EACCES, "not yours"), Exception("28")]
 
@@ -1177,7 +1183,7 @@ def test_an_unknown_error_is_a_traceback_whatever_the_mode(
     flags, finished, tmp_path, monkeypatch, capfd, mode
 ):
     more, owner, name = UNKNOWN[mode]
-    output = finished if mode == "chat" else tmp_path / "output"
+    output = tmp_path / "output"
     for bug in BUGS if mode == "training" else BUGS[:1]:
         with monkeypatch.context() as patch:
 
@@ -1186,7 +1192,10 @@ def test_an_unknown_error_is_a_traceback_whatever_the_mode(
 
             before(patch, owner, name, fail)
             with pytest.raises(type(bug)) as raised:  # Python prints it, and exits with 1
-                t.main(command(flags, output, *more))
+                if mode == "chat":
+                    inspect_lora.main(["chat", str(finished / "final_lora")])
+                else:
+                    t.main(command(flags, output, *more))
         assert raised.value is bug
         assert "Make room" not in capfd.readouterr().err
         if mode == "training":
@@ -1299,12 +1308,12 @@ def test_the_first_process_alone_prints_and_writes(two):
     assert changed and {Path(path).name for path in changed} <= {
         "rng_state_1.pth", "checkpoints", *(f"checkpoint-{step}" for step in (3, 4, 6, 8))
     }  # fmt: skip
-    sections = "demo data tokens example plan device model memory train eval proof done next"
+    sections = "demo data tokens example plan device model memory train eval verified done next"
     words = {line.split(" ")[0] for line in said[1].splitlines() if "Gloo" not in line}
     assert not words & {*sections.split()}
     assert record(output)["device"] == "CPU, 2 processes"
     kept = {path.name for path in (output / "checkpoints").rglob("*") if path.is_file()}
-    assert kept == ADAPTER_FILES
+    assert kept == KEPT_FILES
 
 
 def one_is_stopped_twice(patch):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import trl
 from datasets import Dataset
+from peft import PeftModel
+from trainers import prepared, token_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -32,6 +34,15 @@ def write(folder, name, *talks):
     path = folder / name
     path.write_text("\n".join(json.dumps({"messages": messages(*talk)}) for talk in talks))
     return str(path)
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def render(tokenizer, *turns):
+    """Return the ids of prompt and reply of a conversation."""
+    return t.render(messages(*turns), t.ChatFormat(tokenizer, [tokenizer.eos_token_id]))
 
 
 @pytest.fixture(params=["own template", "Qwen3.5's template"])
@@ -99,7 +110,7 @@ def test_the_demo_template_renders_as_qwens(tiny):
 
 @pytest.mark.parametrize("end", [3, 5, 7], ids=["one turn", "two turns", "three turns"])
 def test_every_turn_is_learned_behind_the_ids_that_are_served(tokenizer, end):
-    prompt, reply = t.render(messages(*TALK[:end]), tokenizer)
+    prompt, reply = render(tokenizer, *TALK[:end])
     served = tokenizer.apply_chat_template(
         messages(*TALK[: end - 1]), add_generation_prompt=True, enable_thinking=False
     )["input_ids"]
@@ -119,7 +130,7 @@ def test_trl_prepares_a_single_turn_the_same_but_for_a_newline(tokenizer, tiny, 
         processing_class=tokenizer,
     )
     theirs = trainer.train_dataset[0]
-    prompt, reply = t.render(messages(SYSTEM, HELLO, MORNING), tokenizer)
+    prompt, reply = render(tokenizer, SYSTEM, HELLO, MORNING)
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     assert theirs["input_ids"] == prompt + reply + newline
     assert theirs["labels"] == [-100] * len(prompt) + reply + newline
@@ -136,10 +147,41 @@ def test_the_trainer_gets_each_reply_as_it_was_rendered(tiny, tmp_path):
     wanted = [TALK[:3], TALK[:5], TALK, *talks]
     found = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
     for (ids, labels), talk in zip(found, wanted, strict=True):
-        prompt, reply = t.render(messages(*talk), tokenizer)
+        prompt, reply = render(tokenizer, *talk)
         assert ids == prompt + reply and labels == [-100] * len(prompt) + reply
-    prompt, reply = t.render(messages(*TALK[1:3]), tokenizer)
+    prompt, reply = render(tokenizer, *TALK[1:3])
     assert [row["input_ids"] for row in trainer.eval_dataset] == [prompt + reply]
+
+
+@pytest.mark.parametrize("own_end", ["<|endoftext|>", None])
+def test_an_end_of_turn_that_generation_config_alone_names_is_learned(
+    flags, tiny, tmp_path, capsys, own_end
+):
+    """As Gemma's: its tokenizer's end is <eos>, but its turns end with <end_of_turn>."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    change_json(folder / "tokenizer_config.json", eos_token=own_end)
+    flags = [*flags, "--model_name", str(folder)]
+    t.main(flags)
+    out = capsys.readouterr().out
+    assert "a reply ends with <|im_end|>" in out and "\ndone " in out
+    job = prepared(flags)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output" / "final_lora")
+    assert tokenizer.eos_token == own_end
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    ends = []
+    for example in job.held_out:
+        assert example.reply_ids[-1] == end and example.reply_ids.count(end) == 1
+        *read, _ = example.input_ids
+        ends.append(t.Example("its end alone", [], prompt_ids=read, reply_ids=[end]))
+    before = token_loss(base, ends)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "output" / "final_lora").eval()
+    assert token_loss(adapted, ends) < before - 1
+
+    (folder / "generation_config.json").unlink()  # now nothing tells where a turn ends
+    with pytest.raises(SystemExit):
+        t.main([*flags, "--dry_run"])
+    assert re.search("end-of-turn|not end", capsys.readouterr().err)
 
 
 # ---- what is refused
@@ -151,7 +193,7 @@ def test_a_control_token_in_a_text_is_refused_by_name(tokenizer, place, token):
     turns = [SYSTEM, HELLO, MORNING]
     turns[place] = (turns[place][0], f"before {token}user after")
     with pytest.raises(ValueError, match=rf"control token {re.escape(token)}.*remove"):
-        t.render(messages(*turns), tokenizer)
+        render(tokenizer, *turns)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +217,7 @@ def test_a_template_that_cannot_serve_a_line_is_named_with_it(
 
 def test_a_template_that_changes_prompt_and_reply_alike_is_fine(model_with):
     tokenizer = AutoTokenizer.from_pretrained(model_with("trim %}", "trim | upper %}"))
-    _, reply = t.render(messages(HELLO, MORNING), tokenizer)
+    _, reply = render(tokenizer, HELLO, MORNING)
     assert tokenizer.decode(reply) == "GOOD MORNING.<|im_end|>"
 
 
@@ -194,7 +236,7 @@ def test_a_bug_is_not_blamed_on_the_conversation(tokenizer, monkeypatch):
 
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", bug)
     with pytest.raises(ZeroDivisionError):
-        t.render(messages(HELLO, YES), tokenizer)
+        render(tokenizer, HELLO, YES)
 
 
 @pytest.mark.parametrize("lacking", ["template", "end", "full weights", "folder", "config"])
@@ -205,13 +247,11 @@ def test_a_model_that_cannot_be_used_is_named_with_the_reason(
     if lacking == "template":
         (folder / "chat_template.jinja").unlink()
     if lacking == "end":
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        config["eos_token"] = None
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        change_json(folder / "tokenizer_config.json", eos_token=None)
+        (folder / "generation_config.json").unlink()
     if lacking == "full weights":
-        config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        (folder / "config.json").write_text(json.dumps(config))
+        four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        change_json(folder / "config.json", quantization_config=four_bits)
     if lacking == "folder":
         shutil.rmtree(folder)
     if lacking == "config":
@@ -247,7 +287,7 @@ def test_left_out_examples_are_counted_named_and_all_in_the_log(
     out, err = capsys.readouterr()
     assert "enough" in err
     numbers = [str(10 * n) for n in range(1, 26)]
-    prompt, reply = t.render(messages(HELLO, LONG), AutoTokenizer.from_pretrained(tiny))
+    prompt, reply = render(AutoTokenizer.from_pretrained(tiny), HELLO, LONG)
     length = len(prompt + reply)
     assert "left out" in out and "25 of 250" in out and "MAX_SEQ_LEN 64" in out
     assert re.findall(rf"\bt:(\d+): {length} tokens", out) == numbers[:20] and "5 more" in out
@@ -270,7 +310,7 @@ def test_more_than_a_tenth_too_long_is_refused_with_the_reason(dry_run, capsys):
 
 
 def test_an_example_of_exactly_the_limit_is_kept_and_never_cut(dry_run, tiny, capsys):
-    prompt, reply = t.render(messages(HELLO, LONG), AutoTokenizer.from_pretrained(tiny))
+    prompt, reply = render(AutoTokenizer.from_pretrained(tiny), HELLO, LONG)
     length = len(prompt + reply)
     dry_run([HELLO, LONG], flags=["--max_seq_len", str(length)])
     assert re.search(rf"train\.jsonl +1 +{length} +{length} ", capsys.readouterr().out)
@@ -300,7 +340,7 @@ def test_the_table_counts_the_tokens_of_each_file(dry_run, tiny, capsys):
     ends = [[m.end() for m in re.finditer(r"\S+(?= |$)", one.split(" (")[0])] for one in table]
     assert ends[1][1:5] == ends[2][1:5] == ends[0][1:5]  # each figure stands under its name
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    rows = [t.render(messages(*talk), tokenizer) for talk in (*talks, TALK[:3], TALK[:5])]
+    rows = [render(tokenizer, *talk) for talk in (*talks, TALK[:3], TALK[:5])]
     lengths = [len(prompt + reply) for prompt, reply in rows]
     learned = sum(len(reply) for _, reply in rows)
     assert round(statistics.median(lengths)) != round(statistics.fmean(lengths))

@@ -538,7 +538,7 @@ def test_the_losses_and_gradients_are_those_of_trl(data, tiny, tmp_path):
         AutoModelForCausalLM.from_pretrained(tiny, dtype="float32"),
         config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=job.tokenizer,
+        processing_class=job.chat_format.tokenizer,
         peft_config=peft.LoraConfig(
             r=8, lora_alpha=16, target_modules=t.LORA_TARGET_MODULES, task_type="CAUSAL_LM"
         ),
