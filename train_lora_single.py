@@ -5,6 +5,7 @@ It is made for Linux; on Windows it runs in WSL.
     python train_lora_single.py              train on data/train.jsonl; write output/final_lora
     python train_lora_single.py --dry_run    check the data and print the plan; needs no GPU
     python train_lora_single.py --demo       the whole job in a minute, on a CPU, with a toy model
+    python train_lora_single.py --split my.jsonl             hold out a tenth of your conversations
     python train_lora_single.py --lora_r 16 --lora_alpha 32  every setting below is also a flag
 
 At the end of a run inspect_lora.py, if it lies beside this file, measures what the adapter is
@@ -24,6 +25,7 @@ To jump to any other, search for its name after four equals signs, such as "====
     CHECKPOINTS       When is a run resumed, and when is a checkpoint refused?
     PUBLISHING        Which files does a run leave, and how is the adapter verified?
     FLOAT16 PRODUCTS  What is different on a V100, and who decides it?
+    SPLIT             How is a tenth of a file held out?
     COMMAND LINE      How do flags, the log, exit statuses and messages work?
 """
 
@@ -106,6 +108,7 @@ DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 # The data. The section DATA shows the two forms that a line may have.
 TRAIN_FILE: str = "data/train.jsonl"  # the conversations to learn from
 EVAL_FILE: str = "data/eval.jsonl"  # held out: never trained on; about a tenth; "" for none
+REPLIES: Literal["all", "last"] = "all"  # of a "messages" line: teach every reply, or only the last
 GENERAL_FILE: str = "data/general.jsonl"  # other tasks, to see what else changed; "" for none
 MAX_SEQ_LEN: int = 512  # in tokens; longer examples, at most a tenth, are left out, never cut
 
@@ -354,7 +357,8 @@ def load_model(settings: argparse.Namespace) -> transformers.PreTrainedModel:
 #
 # A line is one conversation, in one of two forms:
 #     {"prompt": [messages], "completion": [one message]}   teaches the completion alone
-#     {"messages": [messages]}                              teaches each reply of the assistant
+#     {"messages": [messages]}                              teaches each reply of the assistant;
+#                                                           with REPLIES "last" only the last one
 # A message has a "role" and a "content". At most one system message comes first, then user and
 # assistant take turns, and a reply comes last. Other keys of the line are ignored, except "tools",
 # which is refused, and the held-out lines' EVAL_GROUP.
@@ -385,11 +389,13 @@ def prepare(job: Job) -> None:
 
 def read_both_files(settings: argparse.Namespace) -> tuple[list[Example], list[Example]]:
     """Return the examples of both files; exit with all that is wrong with any line."""
-    train, problems = read_examples(settings.TRAIN_FILE)
+    train, problems = read_examples(settings.TRAIN_FILE, replies=settings.REPLIES)
     held_out: list[Example] = []
     if settings.EVAL_FILE:
         try:
-            held_out, more_problems = read_examples(settings.EVAL_FILE, settings.EVAL_GROUP)
+            held_out, more_problems = read_examples(
+                settings.EVAL_FILE, settings.EVAL_GROUP, replies=settings.REPLIES
+            )
             problems += more_problems
         except SystemExit as error:  # there is no such file, which is one more problem
             if not problems:
@@ -399,14 +405,12 @@ def read_both_files(settings: argparse.Namespace) -> tuple[list[Example], list[E
     return train, held_out
 
 
-def stop_if_bad(problems: list[str]) -> None:
+def stop_if_bad(problems: list[str], done: str = "trained") -> None:
     """Exit with the first problems, and their number, if there are any."""
     if problems:
         noun = "problems" if len(problems) > 1 else "problem"
-        raise SystemExit(
-            f"{join_limited(problems)}\nThe data has {len(problems):,} {noun}, so nothing was "
-            "trained."
-        )
+        count = f"The data has {len(problems):,} {noun}, so nothing was {done}."
+        raise SystemExit(f"{join_limited(problems)}\n{count}")
 
 
 @dataclass
@@ -436,7 +440,7 @@ MESSAGE_RULE = 'a message is {"role": "system", "user" or "assistant", "content"
 ORDER_RULE = "write at most one system message, then user and assistant in turn"
 SHAREGPT_RULE = (
     'rename "conversations" to "messages", "from" to "role", "value" to "content", and the roles '
-    '"human" to "user" and "gpt" to "assistant"; README.md has a converter that does it'
+    '"human" to "user" and "gpt" to "assistant", or let --split do all this; see README.md'
 )
 FORM_RULE = (
     'write {"prompt": [messages], "completion": [one message]} or {"messages": [messages]}; '
@@ -445,7 +449,11 @@ FORM_RULE = (
 
 
 def read_examples(
-    path: str, group_key: str = "", accepts_sharegpt: bool = False, accepts_thinking: bool = False
+    path: str,
+    group_key: str = "",
+    accepts_sharegpt: bool = False,
+    accepts_thinking: bool = False,
+    replies: str = "all",
 ) -> tuple[list[Example], list[str]]:
     """Return a file's examples, and a description of every line that is not as it should be.
 
@@ -456,38 +464,62 @@ def read_examples(
         group_key: the key of a line whose value becomes Example.eval_group.
         accepts_sharegpt: take lines in the ShareGPT form, too; training does not.
         accepts_thinking: take replies with a <think> part, too; training does not.
+        replies: "all" or "last", what a line with "messages" teaches.
     """
-    try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise SystemExit(f"{path} is not a file; TRAIN_FILE and EVAL_FILE must be JSONL files.")
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except FileNotFoundError as error:
-        where = "" if Path(path).is_absolute() else f" (in {Path.cwd()})"
-        raise SystemExit(
-            f"There is no file {path}{where}; check TRAIN_FILE and EVAL_FILE."
-        ) from error
-    except OSError as error:
-        raise SystemExit(
-            f"{path} cannot be read ({error.strerror}); check TRAIN_FILE and EVAL_FILE."
-        ) from error
+
+    def examples_in(text: str, where: str) -> list[Example]:
+        row = parse_row(text)
+        if accepts_sharegpt:
+            row = from_sharegpt(row)
+        return examples_of(row, where, group_key, accepts_thinking, replies)
+
     shown = path_from_here(path)
+    lines = read_lines(path)
     if is_json_array(lines):
         advice = (
-            "put each object on a line of its own, without the outer [ ] and the commas between"
+            "put each object on a line of its own, without the outer [ ] and the commas between, "
+            "or let --split do it"
         )
         return [], [f"{shown}: this is one JSON array; {advice}"]
-    examples: list[Example] = []
+    numbered = {f"{shown}:{number}": line for number, line in enumerate(lines, 1)}
+    examples, problems = from_each_line(numbered, examples_in)
+    if not examples and not problems:
+        raise SystemExit(f"{path} holds no examples; {FORM_RULE}.")
+    if not problems:
+        report("data", f"{shown}: {len(examples):,} examples")
+    return examples, problems
+
+
+def read_lines(path: str, settings: str = "TRAIN_FILE and EVAL_FILE") -> list[bytes]:
+    """Return a file's lines; exit if it cannot be read, naming the settings to check."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise SystemExit(f"{path} is not a file; {settings} must be JSONL files.")
+        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError as error:
+        where = "" if Path(path).is_absolute() else f" (in {Path.cwd()})"
+        raise SystemExit(f"There is no file {path}{where}; check {settings}.") from error
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read ({error.strerror}); check {settings}.") from error
+
+
+def from_each_line(
+    lines: dict[str, bytes], read: Callable[[str, str], list[Any]]
+) -> tuple[list[Any], list[str]]:
+    """Return all that is read from lines, and what is wrong with each of the others.
+
+    Args:
+        lines: {where it is: what it holds}, such as {"my.jsonl:1": b"..."}; blank ones are skipped.
+        read: gets a line's text and where it is; raises ValueError with what is wrong with it.
+    """
+    found: list[Any] = []
     problems: list[str] = []
-    for number, line in enumerate(lines, 1):
-        where = f"{shown}:{number}"
+    for where, line in lines.items():
         try:
             # Concatenated files may each start with a byte order mark.
             text = line.decode("utf-8-sig").strip()
             if text:
-                row = parse_row(text)
-                if accepts_sharegpt:
-                    row = from_sharegpt(row)
-                examples += examples_of(row, where, group_key, accepts_thinking)
+                found += read(text, where)
         except UnicodeDecodeError as error:
             problems.append(
                 f"{where}: this is not UTF-8 (byte {error.start + 1}); save it as UTF-8"
@@ -496,11 +528,7 @@ def read_examples(
             problems.append(f"{where}: the JSON is nested too deeply; {FORM_RULE}")
         except ValueError as error:
             problems.append(f"{where}: {error}")
-    if not examples and not problems:
-        raise SystemExit(f"{path} holds no examples; {FORM_RULE}.")
-    if not problems:
-        report("data", f"{shown}: {len(examples):,} examples")
-    return examples, problems
+    return found, problems
 
 
 def is_json_array(lines: list[bytes]) -> bool:
@@ -526,27 +554,28 @@ def parse_row(text: str) -> dict[str, Any]:
 
 
 def examples_of(
-    row: dict[str, Any], where: str, group_key: str, accepts_thinking: bool
+    row: dict[str, Any], where: str, group_key: str, accepts_thinking: bool, replies: str = "all"
 ) -> list[Example]:
     """Return one example for each reply that a line teaches, or raise ValueError.
 
-    A line with "completion" teaches that one reply; a line with "messages" teaches every reply.
+    A line with "completion" teaches that one reply; a line with "messages" teaches every reply, or
+    the last one.
     """
     if "tools" in row:
         raise ValueError('this script does not train the use of tools; remove the key "tools"')
     messages = conversation_of(row)
     check_messages(messages, accepts_thinking)
-    replies = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-    if "completion" in row:
-        if len(row["completion"]) != 1:
-            raise ValueError(
-                f'"completion" holds {len(row["completion"])} messages; write only the last reply '
-                'there, and what comes before it in "prompt"'
-            )
-        replies = replies[-1:]
+    if "completion" in row and len(row["completion"]) != 1:
+        raise ValueError(
+            f'"completion" holds {len(row["completion"])} messages; write only the last reply '
+            'there, and what comes before it in "prompt"'
+        )
+    places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if "completion" in row or replies == "last":
+        places = places[-1:]
     eval_group = str(row.get(group_key, "")) if group_key else ""
     check_characters(eval_group, f"value of {one_line(json.dumps(group_key), 40)} (EVAL_GROUP)")
-    return [Example(where, messages[: reply + 1], eval_group, keys=list(row)) for reply in replies]
+    return [Example(where, messages[: place + 1], eval_group, keys=list(row)) for place in places]
 
 
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant"}
@@ -556,13 +585,16 @@ SHAREGPT_ROLES |= {"assistant": "assistant", "chatgpt": "assistant", "bing": "as
 def from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
     """Return a line in the ShareGPT form as one with "messages"; any other line as it is.
 
-    ShareGPT names a conversation's messages "conversations", with "from" and "value". What this
-    cannot translate stays as it is, and is refused by the checks that follow.
+    ShareGPT names a conversation's messages "conversations", with "from" and "value". A greeting
+    before the first question and a question after the last reply are left out, since nobody asks
+    for the one or answers the other. What this cannot translate stays as it is, and is refused by
+    the checks that follow.
     """
     turns = row.get("conversations")
     if not isinstance(turns, list) or "messages" in row or "prompt" in row:
         return row
     messages = [one_from_sharegpt(turn) if isinstance(turn, dict) else turn for turn in turns]
+    messages = from_question_to_reply(messages)
     system = row.get("system")
     if isinstance(system, str) and system.strip():
         messages.insert(0, {"role": "system", "content": system})
@@ -577,6 +609,18 @@ def one_from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
     sender = turn["from"]
     role = SHAREGPT_ROLES.get(sender, sender) if isinstance(sender, str) else sender
     return {"role": role, "content": turn["value"]}
+
+
+def from_question_to_reply(messages: list[Any]) -> list[Any]:
+    """Return messages without replies that answer nobody, and without questions nobody answers."""
+    roles = [message.get("role") if isinstance(message, dict) else "" for message in messages]
+    first = 1 if roles[:1] == ["system"] else 0
+    begin, end = first, len(roles)
+    while begin < end and roles[begin] == "assistant":
+        begin += 1
+    while begin < end and roles[end - 1] == "user":
+        end -= 1
+    return messages[:first] + messages[begin:end]
 
 
 def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -699,7 +743,9 @@ def warn_of_unknown_group(held_out: list[Example], group_key: str) -> None:
 #   as "messages"                three examples: each of the three replies is learned once, after
 #                                all that was said before it;
 #   as "prompt" and "completion" one example: the last reply is learned, and the two replies in the
-#                                prompt are only read.
+#                                prompt are only read. So it is as "messages", with REPLIES "last".
+# What is wrong with the model's template is said once, of the model, before any line is rendered;
+# what is wrong with a line is said of the line.
 # An example that is longer than MAX_SEQ_LEN is left out and named; it is never cut. If more than a
 # tenth of a file is too long, the run is refused.
 
@@ -712,11 +758,17 @@ class ChatFormat:
     end_ids: list[int]  # the tokens at which the model stops
     enable_thinking: bool = False  # the server's command that is printed has it, too
 
+    @functools.cached_property
+    def control_tokens(self) -> list[str]:
+        """The tokens that no text may hold, such as the one at which the model stops."""
+        added = self.tokenizer.added_tokens_decoder.values()  # slow: Gemma has 6,384
+        return [str(token) for token in added if token.special]
+
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the tokens of a conversation that the model is to reply to."""
         return self.ids(messages, add_generation_prompt=True)
 
-    def ids(self, messages: list[dict[str, str]], **how: bool) -> list[int]:
+    def ids(self, messages: list[dict[str, str]], **how: Any) -> list[int]:
         """Return the tokens of a conversation, as the model's chat template writes it."""
         return self.tokenizer.apply_chat_template(
             messages, enable_thinking=self.enable_thinking, return_dict=False, **how
@@ -797,19 +849,132 @@ def encode(
 ) -> tuple[list[Example], list[Example]]:
     """Return the examples that fit, with their tokens; exit with all that is wrong in any line."""
     limit = job.settings.MAX_SEQ_LEN
-    train, problems = encode_file(train, job.chat_format, limit)
+    check_template(job.settings.MODEL_NAME, job.chat_format, train + held_out)
+    train, problems = encode_file(train, job.chat_format, limit, is_trained=True)
     held_out, more_problems = encode_file(held_out, job.chat_format, limit)
     stop_if_bad(problems + more_problems)
     return train, held_out
 
 
+# No template should object to this conversation, or to a part of it.
+PLAIN_TALK = [
+    {"role": "system", "content": "You are a good friend."},
+    {"role": "user", "content": "Was it a good day?"},
+    {"role": "assistant", "content": "Yes, it was."},
+    {"role": "user", "content": "Then sleep well."},
+    {"role": "assistant", "content": "Good night."},
+]
+
+
+def check_template(model_name: str, chat_format: ChatFormat, examples: list[Example]) -> None:
+    """Exit if the model's template is unfit for conversations of the data's forms.
+
+    A form is whether there is a system message, and whether there are several turns. Each that
+    occurs is tried with plain words, so that what goes wrong is the model's fault and not a line's.
+    """
+    forms: dict[tuple[bool, bool], str] = {}
+    for example in examples:
+        has_system = example.messages[0]["role"] == "system"
+        has_turns = sum(message["role"] == "user" for message in example.messages) > 1
+        forms.setdefault((has_system, has_turns), example.where)
+    is_dated = False
+    for (has_system, has_turns), where in sorted(forms.items()):
+        talk = PLAIN_TALK[0 if has_system else 1 : 5 if has_turns else 3]
+        fault = fault_of_template(chat_format, talk, where)
+        if fault:
+            raise SystemExit(f"MODEL_NAME {model_name}: {fault}")
+        is_dated = is_dated or prints_the_day(chat_format, talk)
+    if is_dated:
+        report(
+            "warning",
+            f"the chat template of {model_name} prints the day's date, so tomorrow the tokens will "
+            "be others, and\na run that is stopped cannot be resumed then. Finish it today, or "
+            "train a local copy of the model in whose\nchat template a date in quotes stands for "
+            "strftime_now(...).",
+        )
+
+
+ANOTHER_TEMPLATE = "Use another model, or a local copy of this one with another chat template."
+NO_SYSTEM_MESSAGE = (
+    "Put its text at the beginning of the first user message, in the data and in use, or use "
+    "another model."
+)
+
+
+def fault_of_template(chat_format: ChatFormat, talk: list[dict[str, str]], where: str) -> str:
+    """Return what is wrong with how a plain conversation is rendered, or "".
+
+    Args:
+        chat_format: the model's.
+        talk: the conversation, which ends with a reply.
+        where: a line of the data that has its form.
+    """
+    from jinja2 import TemplateError
+
+    has_system = talk[0]["role"] == "system"
+    try:
+        prompt, whole = chat_format.prompt_ids(talk[:-1]), chat_format.ids(talk)
+    except TemplateError as error:
+        if has_system and not fault_of_template(chat_format, talk[1:], where):
+            fault = f"its chat template refuses a system message, as {where} has one"
+            return f"{fault} ({one_line(error)}). {NO_SYSTEM_MESSAGE}"
+        fault = f"its chat template refuses a plain conversation of the form of {where}"
+        return f"{fault} ({one_line(error)}). {ANOTHER_TEMPLATE}"
+    for number, message in enumerate(talk):
+        other = {"role": message["role"], "content": "It is raining."}
+        if chat_format.ids([*talk[:number], other, *talk[number + 1 :]]) != whole:
+            continue
+        if message["role"] == "system":
+            fault = f"its chat template leaves out the system message, as {where} has one"
+            return f"{fault}. {NO_SYSTEM_MESSAGE}"
+        fault = f"its chat template leaves out what the {message['role']} says, as in {where}"
+        return f"{fault}; it may want a message in parts, with pictures. {ANOTHER_TEMPLATE}"
+    if whole[: len(prompt)] != prompt:
+        same = shared_beginning(prompt, whole)
+        served, trained = (
+            json.dumps(chat_format.tokenizer.decode(ids[same : same + 8]), ensure_ascii=False)
+            for ids in (prompt, whole)
+        )
+        return (
+            "its chat template renders a prompt differently once the reply follows, so training "
+            f"would not equal serving: in a plain conversation of the form of {where} the prompt "
+            f"goes on with {served}, and with the reply it goes on with {trained}. "
+            f"{ANOTHER_TEMPLATE}"
+        )
+    if not set(chat_format.end_ids) & set(whole[len(prompt) :]):
+        last = json.dumps(chat_format.tokenizer.decode(whole[-2:]), ensure_ascii=False)
+        return (
+            f"its chat template does not end a reply with {chat_format.end_names()}, at which the "
+            "model stops, so it would not learn to stop: a plain conversation of the form of "
+            f"{where} ends with {last}. Use another model, or a local copy of this one with "
+            "another chat template, or with the token that ends a reply as eos_token_id in "
+            "generation_config.json."
+        )
+    return ""
+
+
+def prints_the_day(chat_format: ChatFormat, talk: list[dict[str, str]]) -> bool:
+    """Return whether a conversation's tokens depend on the date, as those of Llama 3.2 do."""
+    monday, tuesday = (
+        chat_format.ids(talk, strftime_now=lambda _, day=day: day) for day in ("Monday", "Tuesday")
+    )
+    return monday != tuesday
+
+
+def shared_beginning(one: list[int], other: list[int]) -> int:
+    """Return how many tokens are the same at the beginning of both."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return sum(1 for _ in same)
+
+
 def encode_file(
-    examples: list[Example], chat_format: ChatFormat, limit: int
+    examples: list[Example], chat_format: ChatFormat, limit: int, is_trained: bool = False
 ) -> tuple[list[Example], list[str]]:
     """Return one file's examples that fit, with their tokens, and what is wrong with the others.
 
     Too long examples are left out by name. Truncating them instead would drop the end-of-turn
-    token, and teach the model not to stop.
+    token, and teach the model not to stop. If the file is trained on, what it would cost to keep
+    them is said with their names.
     """
     fitting: list[Example] = []
     too_long: list[str] = []
@@ -826,18 +991,44 @@ def encode_file(
             fitting.append(example)
         else:
             too_long.append(f"{example.where}: {len(example.input_ids):,} tokens")
+    cost = f" {cost_of_length(longest)}" if is_trained else ""
     if len(too_long) > len(examples) / 10:
         problems.append(
             f"{len(too_long):,} of {len(examples):,} examples are longer than MAX_SEQ_LEN "
             f"{limit:,}, more than a tenth of the file, so training would miss too much. Raise "
-            f"MAX_SEQ_LEN to {longest} to keep them all, or shorten these:\n"
+            f"MAX_SEQ_LEN to {longest} to keep them all, or shorten these.{cost}\n"
             f"{join_limited(too_long)}"
         )
     elif too_long:
-        advice = f"longer than MAX_SEQ_LEN {limit:,} and left out; raise it to train on them"
-        report("left out", f"{len(too_long):,} of {len(examples):,} examples are {advice}")
+        advice = f"longer than MAX_SEQ_LEN {limit:,} and left out; raise it to train on them."
+        text = f"{len(too_long):,} of {len(examples):,} examples are {advice}{cost}"
+        report("left out", textwrap.fill(text, 90))
         report("", join_limited(too_long), join_limited(too_long, len(too_long)))
     return fitting, problems
+
+
+# The longest example of Qwen3.5-4B that a GPU can train on, in tokens: with its activations kept,
+# and with them computed twice. From the simulation in tests/benchmarks/simulate.py, with r = 8 and
+# every token learned. By it a pass needs about 8 GiB, and for each 1,000 tokens 18 GiB more if the
+# activations are kept, or 3 GiB if they are computed twice.
+LONGEST_EXAMPLE = {"16 GB": (320, 1968), "32 GB": (1120, 6848)}
+
+
+def cost_of_length(tokens: int) -> str:
+    """Return what an example costs in memory and work with Qwen3.5-4B, as a sentence."""
+    verdicts = []
+    for size, (most_kept, most) in LONGEST_EXAMPLE.items():
+        verdict = f"it does not fit ({most:,} tokens are the most)"
+        if tokens <= most:
+            verdict = "it fits with that extra work"
+        if tokens <= most_kept:
+            verdict = "it fits at full speed"
+        verdicts.append(f"on {size} {verdict}")
+    return (
+        f"By a simulation of Qwen3.5-4B, an example of {tokens:,} tokens needs "
+        f"{8 + 0.018 * tokens:.0f} GiB of GPU memory, or {8 + 0.003 * tokens:.0f} GiB and nearly "
+        f"50 % more work: {', '.join(verdicts)}."
+    )
 
 
 def render(messages: list[dict[str, str]], chat_format: ChatFormat) -> tuple[list[int], list[int]]:
@@ -849,8 +1040,8 @@ def render(messages: list[dict[str, str]], chat_format: ChatFormat) -> tuple[lis
     from jinja2 import TemplateError
 
     text = "\n".join(message["content"] for message in messages)
-    for token in chat_format.tokenizer.added_tokens_decoder.values():
-        if token.special and str(token) in text:
+    for token in chat_format.control_tokens:
+        if token in text:
             raise ValueError(f"the text holds the control token {token}; reword or remove it")
     try:
         prompt = chat_format.prompt_ids(messages[:-1])
@@ -900,8 +1091,49 @@ def report_tokens(job: Job) -> dict[str, Any]:
             "learned_tokens": learned,
             "sha256": file_sha256(Path(path)),
         }
+    for path, examples in files.items():
+        lines += cost_of_dialogues(path, examples, job.settings)
     report("tokens", "\n".join(lines))
     return facts
+
+
+def cost_of_dialogues(
+    path: str, examples: list[Example], settings: argparse.Namespace
+) -> list[str]:
+    """Return what the lines with "messages" of a file cost, if it has such lines.
+
+    Each reply is an example of its own, after all that was said before it. So the beginning of a
+    dialogue goes through the model once for each reply.
+    """
+    dialogues: dict[str, list[Example]] = {}
+    for example in examples:
+        if "messages" in example.keys:
+            dialogues.setdefault(example.where, []).append(example)
+    if not dialogues:
+        return []
+    count = sum(len(replies) for replies in dialogues.values())
+    tokens = sum(len(example.input_ids) for example in examples)
+    repeated = sum(
+        shared_beginning(earlier.input_ids, later.input_ids)
+        for replies in dialogues.values()
+        for earlier, later in itertools.pairwise(replies)
+    )
+    is_trained = path == settings.TRAIN_FILE
+    text = (
+        f'{shorten_path(path, 25)}: {len(dialogues):,} lines with "messages" make {count:,} '
+        f"examples, one for {'each reply' if settings.REPLIES == 'all' else 'the last reply'}. "
+        f"{'An epoch' if is_trained else 'An evaluation'} sends {tokens:,} tokens through the "
+        f"model, and {repeated:,} of them ({repeated / tokens:.0%}) are repeated: beginnings that "
+        "an earlier example of the same line has, too."
+    )
+    if is_trained and repeated > tokens / 2:
+        fewer = sum(len(replies[-1].input_ids) for replies in dialogues.values())
+        text += (
+            f' To pay less, set REPLIES to "last": {len(dialogues):,} examples with {fewer:,} '
+            "tokens, in which the earlier replies are only read. Or cut the dialogues into shorter "
+            "lines."
+        )
+    return textwrap.wrap(text, 90, break_long_words=False, break_on_hyphens=False)
 
 
 def show_example(example: Example, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
@@ -1066,17 +1298,38 @@ def refuse_unknown_targets(config: peft.LoraConfig, model: torch.nn.Module) -> N
             "lora_config(), with DTYPE float32."
         )
     paths = [path for path, _ in model.named_modules()]
-    names = sorted({path.rpartition(".")[2] for path in linear_layers(model)})
-    for target in sorted(config.target_modules):
-        if not any(path == target or path.endswith(f".{target}") for path in paths):
-            close = difflib.get_close_matches(target, names, 1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            if target == "all-linear":
-                hint = ' For all linear layers write target_modules="all-linear" in lora_config().'
-            raise SystemExit(
-                f"LORA_TARGET_MODULES: no layer of the model is named {target}.{hint} The layers "
-                f"have {', '.join(names) or 'no linear modules'}."
-            )
+    missing = [
+        target
+        for target in sorted(config.target_modules)
+        if not any(path == target or path.endswith(f".{target}") for path in paths)
+    ]
+    if missing:
+        raise SystemExit(unknown_targets_message(missing, model))
+
+
+def unknown_targets_message(missing: list[str], model: torch.nn.Module) -> str:
+    """Return which targets the model does not have, and which names its layers have instead."""
+    matrices = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)  # the latter in GPT-2
+    names: set[str] = set()
+    fused: set[str] = set()
+    for path, module in model.named_modules():
+        if layer_number(f"{path}.") is None:
+            continue
+        if isinstance(module, matrices):
+            names.add(path.rpartition(".")[2])
+        if "expert" in path:
+            own = module.named_parameters(recurse=False)
+            fused |= {name for name, weight in own if weight.dim() == 3}
+    close = difflib.get_close_matches(missing[0], sorted(names), 1)
+    is_misspelt = bool(close) and len(missing) == 1  # several: the model has other names
+    hint = f" Did you mean {close[0]}?" if is_misspelt else ""
+    text = (
+        f"LORA_TARGET_MODULES: no layer of the model is named {' or '.join(missing)}.{hint} The "
+        f"layers have {', '.join(sorted(names)) or 'no linear modules'}."
+    )
+    if fused:
+        text += f" The experts' {' and '.join(sorted(fused))} are fused, and cannot be targets."
+    return text + ' For all of these layers write target_modules="all-linear" in lora_config().'
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
@@ -1796,7 +2049,7 @@ MAY_CHANGE_ON_RESUME = {
     "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
     # What follows from these is compared instead: the examples' tokens, the kind of products that
     # is in use, and the number of examples in a step.
-    "TRAIN_FILE", "EVAL_FILE", "MAX_SEQ_LEN", "MATMUL", "BATCH_SIZE",
+    "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "MATMUL", "BATCH_SIZE",
     "GRADIENT_ACCUMULATION_STEPS",
 }  # fmt: skip
 
@@ -2562,13 +2815,20 @@ def next_commands(job: Job) -> str:
     folder = job.output / "final_lora_vllm"
     if not folder.exists():
         folder = job.output / "final_lora"
-    return f"{chat_command}\n{vllm_command(job.settings, folder, job.plan.max_rank)}"
+    adapter = str(job.output / "final_lora")
+    return f"{chat_command}\n{vllm_command(job.settings, folder, job.plan.max_rank, adapter)}"
 
 
-def vllm_command(settings: argparse.Namespace, folder: Path, max_rank: int) -> str:
-    """Return the command that serves an adapter, under its output folder's name."""
-    name = folder.resolve().parent.name if folder.name.startswith("final_lora") else folder.name
-    name = re.sub(r"[^\w.-]", "-", name) or "adapter"
+def vllm_command(settings: argparse.Namespace, folder: Path, max_rank: int, adapter: str) -> str:
+    """Return the commands that serve a folder's adapter, and ask the server whether it applies it.
+
+    Args:
+        settings: the model's name and revision.
+        folder: what the server reads.
+        max_rank: the adapter's largest rank.
+        adapter: the same adapter as inspect_lora.py takes it, with its run beside it.
+    """
+    name = name_on_server(folder)
     serve = ["vllm", "serve", settings.MODEL_NAME]
     if not Path(settings.MODEL_NAME).is_dir():
         serve += ["--revision", settings.MODEL_REVISION]
@@ -2576,7 +2836,15 @@ def vllm_command(settings: argparse.Namespace, folder: Path, max_rank: int) -> s
     serve += ["--lora-modules", f"{name}={folder}"]
     serve += ["--default-chat-template-kwargs", '{"enable_thinking": false}']
     note = f"# The server offers the adapter as the model named {name}:"
-    return f"{note}\n{wrap_command(serve)}"
+    served = wrap_command(["python", "inspect_lora.py", "served", "http://localhost:8000", adapter])
+    question = "# Does it apply the adapter? Ask it while it runs:"
+    return "\n".join([note, wrap_command(serve), question, served])
+
+
+def name_on_server(folder: Path) -> str:
+    """Return the name under which a server is to offer an adapter: its output folder's name."""
+    name = folder.resolve().parent.name if folder.name.startswith("final_lora") else folder.name
+    return re.sub(r"[^\w.-]", "-", name) or "adapter"
 
 
 def wrap_command(words: list[str], width: int = 86) -> str:
@@ -2814,6 +3082,136 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# ==== SPLIT: --split holds out a tenth of a file's dialogues
+#
+# Two files are written beside the one that is split, and nothing is overwritten. Lines with the
+# same system message and the same first user message are parts of one dialogue, and go to the same
+# side. Which dialogues are held out follows from SEED and from how they begin, not from the order
+# of the lines. What is in the ShareGPT form is converted, and so is a file that is one JSON array;
+# any other line stays as it is, to the letter.
+
+LEAST_HELD_OUT = 20  # dialogues; the mean of fewer says little
+
+
+@dataclass
+class Line:
+    """A line of the file that is split."""
+
+    text: str  # as it will be written
+    dialogue: tuple[str, str]  # that it is a part of: system message and first user message
+    is_converted: bool
+    is_shortened: bool  # a greeting or a question without a reply is left out
+
+
+def split_file(settings: argparse.Namespace) -> None:
+    """Write the file that --split names as two: the dialogues to train on, and those held out."""
+    source = Path(settings.split)
+    targets = [source.with_suffix(f".{side}.jsonl") for side in ("train", "eval")]
+    lines = read_dialogues(str(source))
+    held_out = choose_held_out(lines, str(source), settings.SEED)
+    sides: list[list[Line]] = [[], []]
+    for line in lines:
+        sides[line.dialogue in held_out].append(line)
+    for target in targets:
+        if os.path.lexists(target):
+            raise SystemExit(f"{target} is there already, so nothing was written. Move it away.")
+    for target, side in zip(targets, sides, strict=True):
+        write_lines(target, [line.text for line in side])
+    report_split(source, lines, targets, sides)
+
+
+def read_dialogues(path: str) -> list[Line]:
+    """Return the lines of a JSONL file, or the entries of a JSON array; exit if one is bad."""
+    shown = path_from_here(path)
+    lines = read_lines(path, "--split")
+    numbered = {f"{shown}:{number}": line for number, line in enumerate(lines, 1)}
+    if is_json_array(lines):
+        try:
+            entries = json.loads(b"\n".join(lines), object_pairs_hook=object_with_unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise SystemExit(
+                f"{shown}: this is no JSON array ({one_line(error)}), so nothing was written."
+            ) from error
+        texts = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+        numbered = {
+            f"{shown}, entry {number}": text.encode(errors="surrogatepass")
+            for number, text in enumerate(texts, 1)
+        }
+    found, problems = from_each_line(numbered, dialogue_in)
+    stop_if_bad(problems, "written")
+    return found
+
+
+def dialogue_in(text: str, where: str) -> list[Line]:
+    """Return a line with what the split must know of it, or raise ValueError."""
+    given = parse_row(text)
+    row = from_sharegpt(given)
+    (example,) = examples_of(row, where, "", False, "last")
+    is_converted, is_shortened = row is not given, False
+    if is_converted:
+        text = json.dumps(row, ensure_ascii=False)
+        check_characters(text, "line")
+        asked = [turn for turn in given["conversations"] if turn.get("from") != "system"]
+        is_shortened = len(asked) > len(example.messages) - bool(example.system_message)
+    first = next(one["content"] for one in example.messages if one["role"] == "user")
+    dialogue = (example.system_message.strip(), first.strip())
+    return [Line(text, dialogue, is_converted, is_shortened)]
+
+
+def choose_held_out(lines: list[Line], path: str, seed: int) -> set[tuple[str, str]]:
+    """Return a tenth of the dialogues, and at least 20; exit if there are too few of them."""
+    counts: dict[tuple[str, str], int] = {}
+    for line in lines:
+        counts[line.dialogue] = counts.get(line.dialogue, 0) + 1
+    least = LEAST_HELD_OUT
+    if len(counts) < 2 * least:
+        raise SystemExit(
+            f"{path} has {len(counts):,} dialogues. Fewer than {2 * least} are not split, since "
+            f"fewer than {least} held-out ones would say little. Lines with the same system "
+            "message and the same first user message count as one dialogue."
+        )
+
+    def lot(dialogue: tuple[str, str]) -> str:
+        return hashlib.sha256(repr((seed, dialogue)).encode()).hexdigest()
+
+    # A beginning that many lines share, such as "Hello", would take them all along.
+    not_large = [one for one, count in counts.items() if count <= len(lines) / least]
+    return set(sorted(not_large, key=lot)[: max(least, round(len(counts) / 10))])
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """Write a file that does not exist yet."""
+    try:
+        with path.open("x", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written ({error.strerror}).") from error
+
+
+def report_split(
+    source: Path, lines: list[Line], targets: list[Path], sides: list[list[Line]]
+) -> None:
+    """Print what was written, and the command that says what training on it would cost."""
+
+    def dialogues(some: list[Line]) -> str:
+        count = len({line.dialogue for line in some})
+        return f"{count:,} dialogues" + (f" in {len(some):,} lines" if count < len(some) else "")
+
+    shown = [path_from_here(str(path)) for path in (source, *targets)]
+    said = [f"{shown[0]}: {dialogues(lines)}"]
+    converted = sum(line.is_converted for line in lines)
+    if converted:
+        said.append(f"{converted:,} were in the ShareGPT form and are converted")
+    shortened = sum(line.is_shortened for line in lines)
+    if shortened:
+        said.append(f"of {shortened:,}, a greeting or a question that has no reply is left out")
+    said.append(f"{shown[1]}: {dialogues(sides[0])}, to train on")
+    said.append(f"{shown[2]}: {dialogues(sides[1])}, held out; none is on both sides")
+    report("split", "\n".join(said))
+    command = ["python", "train_lora_single.py", "--train_file", shown[1], "--eval_file", shown[2]]
+    report("next", f"what training would cost, without a GPU:\n{wrap_command(command)} --dry_run")
+
+
 # ==== COMMAND LINE: flags, the log, the environment, signals, error messages, main()
 #
 # Each setting is a flag; its name, type and help come from the constant's line. A command ends with
@@ -2866,6 +3264,8 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     settings, unknown = parser.parse_known_args(argv)
     if unknown:
         refuse_unknown_flags(parser, unknown)
+    if settings.split is not None and (settings.demo or settings.dry_run):
+        parser.error("--split trains nothing; give it without --demo and --dry_run")
     if settings.demo:
         parser.set_defaults(**DEMO)
         settings = parser.parse_args(argv)
@@ -2885,7 +3285,7 @@ resuming, clusters"."""
 def build_parser() -> argparse.ArgumentParser:
     """Return a parser with the modes, and with a flag for each setting."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--SETTING VALUE ...] [--dry_run] [--demo]",
+        usage="%(prog)s [--SETTING VALUE ...] [--dry_run] [--demo] [--split FILE]",
         description=__doc__.partition("\n\nThe sections")[0] + SEE_README,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -2897,6 +3297,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--demo",
         action="store_true",
         help=f"train a toy model on a CPU: sets {', '.join(DEMO)}, and other flags override it",
+    )
+    parser.add_argument(
+        "--split",
+        metavar="FILE",
+        help="write FILE's conversations as two files, a tenth of them held out, and stop",
     )
     comments = setting_comments()
     flags = parser.add_argument_group("settings (hyphens will do as well: --lora-r 16)")
@@ -2969,7 +3374,7 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, unknown: list[str]) ->
     """Exit with status 2, naming the wrong flag and the one that was probably meant."""
     wrong = unknown[0].partition("=")[0]
     known = [f"__{name.lower()}" for name in setting_types()]
-    known += ["__demo", "__dry_run"]
+    known += ["__demo", "__dry_run", "__split"]
     close = difflib.get_close_matches(wrong.replace("-", "_").lower(), known, 1)
     if close:
         parser.error(f"there is no flag {wrong}; did you mean --{close[0][2:]}?")
@@ -3393,6 +3798,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def start(job: Job, until_the_end: ExitStack) -> None:
     """Lock the output folder, open the log, say what is special about this run, and do it."""
+    if job.settings.split is not None:
+        split_file(job.settings)
+        return
     if not job.settings.dry_run and is_main_process():
         log = open_log(job.output)
         until_the_end.enter_context(locked(job.output))
