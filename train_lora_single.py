@@ -1016,14 +1016,15 @@ LONGEST_EXAMPLE = {"16 GB": (320, 1968), "32 GB": (1120, 6848)}
 
 def cost_of_length(tokens: int) -> str:
     """Return what an example costs in memory and work with Qwen3.5-4B, as a sentence."""
-    verdicts = []
+    sizes_of: dict[str, list[str]] = {}
     for size, (most_kept, most) in LONGEST_EXAMPLE.items():
         verdict = f"it does not fit ({most:,} tokens are the most)"
         if tokens <= most:
             verdict = "it fits with that extra work"
         if tokens <= most_kept:
             verdict = "it fits at full speed"
-        verdicts.append(f"on {size} {verdict}")
+        sizes_of.setdefault(verdict, []).append(size)
+    verdicts = [f"on {' and '.join(sizes)} {verdict}" for verdict, sizes in sizes_of.items()]
     return (
         f"By a simulation of Qwen3.5-4B, an example of {tokens:,} tokens needs "
         f"{8 + 0.018 * tokens:.0f} GiB of GPU memory, or {8 + 0.003 * tokens:.0f} GiB and nearly "
@@ -1119,21 +1120,27 @@ def cost_of_dialogues(
         for earlier, later in itertools.pairwise(replies)
     )
     is_trained = path == settings.TRAIN_FILE
-    text = (
+    each = "each reply" if settings.REPLIES == "all" else "the last reply"
+    when = "An epoch" if is_trained else "An evaluation"
+    sends = f"{when} sends {tokens:,} tokens through the model"
+    if repeated:
+        sends += (
+            f", and {repeated:,} of them ({repeated / tokens:.0%}) are repeated: beginnings that an "
+            "earlier example of the same line has, too"
+        )
+    sentences = [
         f'{shorten_path(path, 25)}: {len(dialogues):,} lines with "messages" make {count:,} '
-        f"examples, one for {'each reply' if settings.REPLIES == 'all' else 'the last reply'}. "
-        f"{'An epoch' if is_trained else 'An evaluation'} sends {tokens:,} tokens through the "
-        f"model, and {repeated:,} of them ({repeated / tokens:.0%}) are repeated: beginnings that "
-        "an earlier example of the same line has, too."
-    )
+        f"examples, one for {each}.",
+        f"{sends}.",
+    ]
     if is_trained and repeated > tokens / 2:
         fewer = sum(len(replies[-1].input_ids) for replies in dialogues.values())
-        text += (
-            f' To pay less, set REPLIES to "last": {len(dialogues):,} examples with {fewer:,} '
+        sentences.append(
+            f'To pay less, set REPLIES to "last": {len(dialogues):,} examples with {fewer:,} '
             "tokens, in which the earlier replies are only read. Or cut the dialogues into shorter "
             "lines."
         )
-    return textwrap.wrap(text, 90, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(" ".join(sentences), 90, break_long_words=False, break_on_hyphens=False)
 
 
 def show_example(example: Example, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
@@ -3167,8 +3174,9 @@ def choose_held_out(lines: list[Line], path: str, seed: int) -> set[tuple[str, s
     if len(counts) < 2 * least:
         raise SystemExit(
             f"{path} has {len(counts):,} dialogues. Fewer than {2 * least} are not split, since "
-            f"fewer than {least} held-out ones would say little. Lines with the same system "
-            "message and the same first user message count as one dialogue."
+            f"fewer than {least} held-out ones would say little. Add more, or move some into a "
+            "file of their own by hand. Lines with the same system message and the same first user "
+            "message count as one dialogue."
         )
 
     def lot(dialogue: tuple[str, str]) -> str:
@@ -3208,8 +3216,9 @@ def report_split(
     said.append(f"{shown[1]}: {dialogues(sides[0])}, to train on")
     said.append(f"{shown[2]}: {dialogues(sides[1])}, held out; none is on both sides")
     report("split", "\n".join(said))
-    command = ["python", "train_lora_single.py", "--train_file", shown[1], "--eval_file", shown[2]]
-    report("next", f"what training would cost, without a GPU:\n{wrap_command(command)} --dry_run")
+    command = ["python", "train_lora_single.py", "--dry_run"]
+    command += ["--train_file", shown[1], "--eval_file", shown[2]]
+    report("next", f"what training would cost, without a GPU:\n{wrap_command(command)}")
 
 
 # ==== COMMAND LINE: flags, the log, the environment, signals, error messages, main()
