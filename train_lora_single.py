@@ -39,6 +39,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -1125,8 +1126,8 @@ def cost_of_dialogues(
     sends = f"{when} sends {tokens:,} tokens through the model"
     if repeated:
         sends += (
-            f", and {repeated:,} of them ({repeated / tokens:.0%}) are repeated: beginnings that an "
-            "earlier example of the same line has, too"
+            f", and {repeated:,} of them ({repeated / tokens:.0%}) are repeated: beginnings that "
+            "an earlier example of the same line has, too"
         )
     sentences = [
         f'{shorten_path(path, 25)}: {len(dialogues):,} lines with "messages" make {count:,} '
@@ -2887,7 +2888,8 @@ def wrap_command(words: list[str], width: int = 86) -> str:
 # (mlxcel issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its
 # largest number is 65,504. Here only the products of frozen weights are computed in float16, and
 # each row is scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and the
-# loss in float32.
+# loss in float32. A weight that the model's own code looks at stays as it is, too: some models cast
+# their activations to its type, which float16 would narrow.
 
 
 def choose_matmul(job: Job) -> None:
@@ -2965,10 +2967,14 @@ def use_float16_products(model: transformers.PreTrainedModel) -> transformers.Pr
     """Replace the frozen linear modules by ones that compute with scaled_product()."""
     float16_linear = float16_linear_class()
     dtype = model.dtype
-    converted, left = 0, []
+    looked_at = weights_looked_at(model)
+    converted, left, asked = 0, [], []
     for path, module in list(model.named_modules()):
         # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), would cost more than they save.
         if type(module) is not torch.nn.Linear or min(module.weight.shape) < 64:
+            continue
+        if module.weight in looked_at:
+            asked.append(path)
             continue
         if not sums_fit(module.weight):
             left.append(path)
@@ -2984,8 +2990,35 @@ def use_float16_products(model: transformers.PreTrainedModel) -> transformers.Pr
     if left:
         text += f"; {len(left)} stay in {dtype}, their sums being too large: "
         text += join_limited(left, 3, ", ")
+    if asked:
+        text += f"; {len(asked)} stay in {dtype}, the model's code looking at their weights: "
+        text += join_limited(asked, 3, ", ")
     report("matmul", text)
     return model
+
+
+def weights_looked_at(model: transformers.PreTrainedModel) -> set[torch.nn.Parameter]:
+    """Return the weights that the model's own code looks at, which must keep their type.
+
+    Mamba casts to self.lm_head.weight.dtype and multiplies with self.dt_proj.weight by itself.
+    Gemma's embedding scales its rows in the type of its weight, which its head may share.
+    """
+    classes = {one for module in model.modules() for one in type(module).__mro__}
+    code = [
+        inspect.getsource(one)
+        for one in classes
+        if one.__module__.startswith("transformers.models.")
+    ]
+    names = set(re.findall(r"\bself\.(?:\w+\.)*(\w+)\.weight\b", "\n".join(code)))
+    found = {
+        module.weight
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] in names and isinstance(module, torch.nn.Linear)
+    }
+    embedding = model.get_input_embeddings()
+    if type(embedding) is not torch.nn.Embedding:
+        found.add(embedding.weight)
+    return found
 
 
 def float16_linear_class() -> type[torch.nn.Linear]:
