@@ -173,7 +173,7 @@ def find_adapter(name: str) -> Path:
         if (folder / "adapter_model.bin").is_file():
             raise SystemExit(
                 f"{name} holds adapter_model.bin, a pickle that could run code when it is opened. "
-                "If you trust where it comes from, convert it in that folder: python -c "
+                "If you trust where it comes from, convert it in that folder:\npython -c "
                 "'import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in "
                 'torch.load("adapter_model.bin", map_location="cpu", weights_only=True).items()}, '
                 '"adapter_model.safetensors")\''
@@ -240,7 +240,13 @@ def settings_for(options: argparse.Namespace, run: Run | None) -> argparse.Names
     }
     if problems := trainer.check_values(values):
         raise SystemExit("\n".join(problems))
+    for name, least in SMALLEST_NUMBERS.items():
+        if values[name] < least:
+            raise SystemExit(f"--{name.lower()} is {values[name]}; it must be at least {least}.")
     return argparse.Namespace(**values, dry_run=False)
+
+
+SMALLEST_NUMBERS = {"MAX_SEQ_LEN": 1, "MAX_NEW_TOKENS": 1, "EVIDENCE_EXAMPLES": 0, "NUM_SAMPLES": 0}
 
 
 def where_it_is_now(name: str, run: Run) -> str:
@@ -259,10 +265,10 @@ def folder_for_results(options: argparse.Namespace, place: Path, run: Run | None
     else:
         name = options.adapter if not Path(options.adapter).is_dir() else place.resolve().name
         folder = Path("output") / "inspected" / name.replace("/", "--")
-    if folder.resolve() == place.resolve():
+    if place.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise SystemExit(
-            f"--output_dir {folder} is the adapter's own folder, into which nothing is written; "
-            "choose another one."
+            f"The results would go into {folder}, but nothing is written into the adapter's own "
+            "folder or below it; choose another one with --output_dir."
         )
     return folder
 
@@ -270,26 +276,39 @@ def folder_for_results(options: argparse.Namespace, place: Path, run: Run | None
 def keep_findings(findings: dict[str, Any], folder: Path, place: Path, run: Run | None) -> Path:
     """Write what was found: into run.json for an adapter of ours, else into the results' folder.
 
-    What an earlier measurement found stays in the file, under its date.
+    What an earlier measurement found is kept.
     """
-    if run is None:
-        path = folder / "evidence.json"
-        trainer.rename_old(path)
-        trainer.write_json(path, findings)
-        return path
-    with trainer.locked(run.path.parent):
-        record = trainer.read_json(run.path) or run.record
-        if run.is_published:
-            keys = ("learned", "evidence", "elsewhere", "answers", "samples", "measured")
-            before = {key: record[key] for key in keys if record.get(key)}
-            if before:
-                date = before.pop("measured", "at the end of the run")
-                record.setdefault("earlier_findings", {})[date] = before
-            record |= {key: findings[key] for key in keys if key in findings}
-        else:
-            record.setdefault("checkpoint_findings", {})[place.resolve().name] = findings
-        trainer.write_json(run.path, record)
-    return run.path
+    if run is not None:
+        try:
+            with trainer.locked(run.path.parent):
+                add_to_record(findings, place, run)
+            return run.path
+        except (SystemExit, OSError) as error:  # a run is at work there, or it cannot be written
+            report("warning", f"{run.path} is left as it is: {one_line(error)}")
+    path = folder / "evidence.json"
+    trainer.rename_old(path)
+    trainer.write_json(path, findings)
+    return path
+
+
+def add_to_record(findings: dict[str, Any], place: Path, run: Run) -> None:
+    """Write what was found into run.json; what stood in its place stays there, under its date."""
+    record = trainer.read_json(run.path) or run.record
+    earlier = record.get("earlier_findings") or {}
+    if run.is_published:
+        keys = ("learned", "evidence", "elsewhere", "answers", "samples", "measured")
+        before = {key: record[key] for key in keys if record.get(key)}
+        if before:
+            earlier[before.pop("measured", "at the end of the run")] = before
+        record |= {key: findings[key] for key in keys if key in findings}
+    else:
+        name, found = place.resolve().name, record.setdefault("checkpoint_findings", {})
+        if name in found:
+            earlier[f"{name}, {found[name]['measured']}"] = found[name]
+        found[name] = findings
+    if earlier:
+        record["earlier_findings"] = earlier
+    trainer.write_json(run.path, record)
 
 
 def read_held_out(
@@ -407,12 +426,12 @@ def lora_config_of(place: Path) -> peft.LoraConfig:
 
 def why_not_measured(config: peft.LoraConfig) -> str:
     """Return why the base model and parts of such an adapter cannot be told apart, or ""."""
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.lower().startswith(trainer.CHANGES_THE_BASE):
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(trainer.CHANGES_THE_BASE) and start != "eva":  # which needs data alone
         return (
-            f'it was begun with init_lora_weights="{start}", which changes the base model, so the '
-            "two cannot be compared; save it as plain LoRA first (PEFT's save_pretrained has "
-            "path_initial_model_for_weight_conversion for that)"
+            f'it was begun with init_lora_weights="{config.init_lora_weights}", which changes the '
+            "base model, so the two cannot be compared; save it as plain LoRA first (PEFT's "
+            "save_pretrained has path_initial_model_for_weight_conversion for that)"
         )
     if config.bias != "none":
         return (
@@ -471,13 +490,22 @@ def load_chat_format(
     settings: argparse.Namespace, place: Path, options: argparse.Namespace
 ) -> trainer.ChatFormat:
     """Return how conversations are rendered: by the adapter's own tokenizer, or by the base's."""
-    _, chat_format = trainer.load_config_and_tokenizer(
-        settings, tokenizer_folder=str(place) if has_chat_template(place) else ""
-    )
+    folder = str(place) if has_chat_template(place) else ""
+    _, chat_format = load_config_and_tokenizer(settings, folder)
     chat_format.enable_thinking = options.enable_thinking
     whose = "the adapter's own" if has_chat_template(place) else "those of the base model"
     report("tokens", f"tokenizer and chat template: {whose}")
     return chat_format
+
+
+def load_config_and_tokenizer(
+    settings: argparse.Namespace, tokenizer_folder: str = ""
+) -> tuple[transformers.PretrainedConfig, trainer.ChatFormat]:
+    """Do what the trainer does; where that fails, say by which flag the base model is given."""
+    try:
+        return trainer.load_config_and_tokenizer(settings, tokenizer_folder)
+    except SystemExit as error:
+        raise SystemExit(f"{error} (MODEL_NAME is the base model; see --base.)") from error
 
 
 def has_chat_template(place: Path) -> bool:
@@ -538,11 +566,16 @@ def put_adapter_on(
 
 
 def fitted_config(config: peft.LoraConfig, tensors: dict[str, torch.Tensor]) -> peft.LoraConfig:
-    """Return the config with the modules that the file has tensors for, where it has a pattern.
+    """Return the config with the names of the text model, where it may have a wrapper's.
 
     A regular expression that was written for a wrapper, as Unsloth does, finds nothing in the text
-    model.
+    model: the modules that the file has tensors for are named instead. Ranks and alphas by pattern
+    would not be found either, and PEFT would take the common ones without a word.
     """
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        renamed = {re.sub(r"language_model\\?\.", "", key): one for key, one in pattern.items()}
+        pattern.clear()
+        pattern.update(renamed)
     if isinstance(config.target_modules, str):
         with_a = [name for name in tensors if ".lora_A." in name]
         paths = [name.removeprefix("base_model.model.").partition(".lora_A.")[0] for name in with_a]
@@ -2171,7 +2204,7 @@ def write_for_vllm(
     trainer.set_environment(settings)
     config = lora_config_of(place)
     tensors = read_tensors(place)
-    model_config, _ = trainer.load_config_and_tokenizer(settings)
+    model_config, _ = load_config_and_tokenizer(settings)
     max_rank = check_on_skeleton(model_config, fitted_config(config, tensors), tensors, place)
     if reason := trainer.why_vllm_refuses(config, max_rank):
         raise SystemExit(f"{place}: {reason}; merge the adapter into its base model instead.")
