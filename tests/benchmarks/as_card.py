@@ -1,5 +1,7 @@
 """Run the script as on another machine: python tests/benchmarks/as_card.py plain|v100 FLAGS
 
+With inspect as the first of FLAGS inspect_lora.py is run instead.
+
 plain  flash-linear-attention counts as not installed
 v100   in addition only SDPA's math kernel is there, and the GPU says that it is an sm_70
 """
@@ -30,7 +32,12 @@ def main(kind: str, flags: list[str]) -> None:
             on_a_cpu = float16_cores()
     t.survive_closed_outputs()
     with on_a_cpu:
-        t.main(flags)
+        if flags[0] == "inspect":
+            import inspect_lora
+
+            inspect_lora.main(flags[1:])
+        else:
+            t.main(flags)
 
 
 if __name__ == "__main__":

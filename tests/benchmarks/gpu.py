@@ -353,7 +353,7 @@ def a_step(card: Card) -> Iterator[Row]:
     """Milliseconds and kernels of a step of median length, for both products."""
     output = f"--output_dir={card.output('step')}"
     auto = ""
-    for kind in ("dtype", "float16"):
+    for kind in ("native", "float16"):
         found = apart(card, measure_step, [*card.flags, output], kind)
         size = f"{found['rows']} x {found['width']} tokens"
         text = f"{found['ms']:.0f} ms, {found['count']:,} {found['unit']}"
@@ -361,7 +361,7 @@ def a_step(card: Card) -> Iterator[Row]:
             text += f", the card busy for {found['busy']:.0f} ms; {found['memory']}"
         yield Row(f"a step of {size}, {kind} products", text, math.isfinite(found["loss"]))
         auto = auto or found["auto"]
-    yield Row("MATMUL auto", auto or "dtype, since a CPU is not measured")
+    yield Row("MATMUL auto", auto or "native, since a CPU is not measured")
 
 
 def measure_step(flags: list[str], kind: str) -> dict[str, Any]:
@@ -402,7 +402,7 @@ def measure_step(flags: list[str], kind: str) -> dict[str, Any]:
     wanted = torch.autograd.DeviceType.CUDA if is_gpu else torch.autograd.DeviceType.CPU
     events = [event for event in profiled.events() if event.device_type == wanted]
     rows, width = inputs["input_ids"].shape
-    kept, recomputed = job.memory.tokens_at_once, job.memory.tokens_at_once_recomputed
+    kept, recomputed = job.token_limits.tokens_at_once, job.token_limits.tokens_at_once_recomputed
     return {
         "rows": rows,
         "width": width,
@@ -418,18 +418,18 @@ def measure_step(flags: list[str], kind: str) -> dict[str, Any]:
 
 def about_auto(matmul: dict[str, Any]) -> str:
     """Return what the script's own trial of products found."""
-    if "dtype" not in matmul:
+    if "native" not in matmul:
         return ""
     rates = ", ".join(
         f"{name} {matmul[name]['tflops']:.1f} TFLOP/s with an error of {matmul[name]['error']:.2%}"
-        for name in ("dtype", "float16")
+        for name in ("native", "float16")
     )
     return f"takes {matmul['used']}: {rates}"
 
 
 def whole_runs(card: Card) -> Iterator[Row]:
     """A whole run with either kind of products; the second one is as on a V100."""
-    for name, kind in (("dtype", "plain"), ("float16", "v100")):
+    for name, kind in (("native", "plain"), ("float16", "v100")):
         printed = run_script(card, name, "--matmul", name, kind=kind)
         record = card.record(name)
         losses = card.losses(name)
@@ -440,9 +440,9 @@ def whole_runs(card: Card) -> Iterator[Row]:
         is_good = record["outcome"] == "finished" and record["matmul"]["used"] == name
         note = " as on a V100" if kind == "v100" else ""
         yield Row(f"whole run, {name} products{note}", text, is_good)
-        proof = " ".join(re.findall(r"by(?: at most)? ([\d.e+-]+) from", printed))
-        yield Row(f"proof, {name} products", f"error and effect {proof}", bool(proof))
-    apart = largest_difference(card.losses("dtype"), card.losses("float16"))
+        found = " ".join(re.findall(r"by(?: at most)? ([\d.e+-]+) from", printed))
+        yield Row(f"verified, {name} products", f"error and effect {found}", bool(found))
+    apart = largest_difference(card.losses("native"), card.losses("float16"))
     yield Row("losses of the two runs", f"at most {apart:.2%} apart", apart <= 0.02)
 
 
@@ -457,7 +457,7 @@ def largest_difference(ones: list[float], others: list[float]) -> float:
 
 def evidence_and_samples(card: Card) -> Iterator[Row]:
     """What the whole runs left behind training: evidence, samples, picture, adapter."""
-    for name in ("dtype", "float16"):
+    for name in ("native", "float16"):
         record = card.record(name)
         parts, samples = record["evidence"].get("parts", {}), record["samples"]
         log = (card.output(name) / "all_logs.log").read_text(encoding="utf-8")
@@ -556,8 +556,8 @@ def a_card_of_32_gb(card: Card) -> Iterator[Row]:
 
 def chat(card: Card) -> Iterator[Row]:
     """The adapter and the base answer in the chat."""
-    words = [sys.executable, AS_CARD, "plain", "--chat", *card.flags]
-    words += ["--output_dir", str(card.output("dtype"))]
+    adapter = str(card.output("native") / "final_lora")
+    words = [sys.executable, AS_CARD, "plain", "inspect", "chat", adapter]
     began = time.monotonic()
     printed = finished(card, words, said="Hello, who are you?\n/base\nAnd now?\n/quit\n")
     seconds = time.monotonic() - began
@@ -569,9 +569,9 @@ def chat(card: Card) -> Iterator[Row]:
 
 def one_process_under_torchrun(card: Card) -> Iterator[Row]:
     """A launcher with one process does what the plain command does."""
-    flags = ["--matmul", "dtype", "--max_steps", "3", "--num_samples", "0"]
+    flags = ["--matmul", "native", "--max_steps", "3", "--num_samples", "0"]
     run_script(card, "launched", *flags, "--evidence_examples", "0", kind="torchrun")
-    apart = abs(card.losses("launched")[0] / card.losses("dtype")[0] - 1)
+    apart = abs(card.losses("launched")[0] / card.losses("native")[0] - 1)
     yield Row(
         "torchrun, one process", f"first loss {apart:.2%} from the plain run's", apart <= 0.01
     )
@@ -585,10 +585,10 @@ def flash_linear_attention(card: Card) -> Iterator[Row]:
     if not card.is_gpu or card.capability < 8:
         yield Row("flash-linear-attention", "does not run here, so the script does not use it")
         return
-    flags = ["--matmul", "dtype", "--num_samples", "0", "--evidence_examples", "0"]
+    flags = ["--matmul", "native", "--num_samples", "0", "--evidence_examples", "0"]
     run_script(card, "fla", *flags, kind="as is")
-    apart = largest_difference(card.losses("fla"), card.losses("dtype"))
-    record, plain = card.record("fla"), card.record("dtype")
+    apart = largest_difference(card.losses("fla"), card.losses("native"))
+    record, plain = card.record("fla"), card.record("native")
     seconds = f"{record['train_seconds']:.1f} s of training, {plain['train_seconds']:.1f} without"
     found = f"{importlib.metadata.version('fla-core')}: {seconds}; losses at most {apart:.2%} apart"
     yield Row("flash-linear-attention", found, apart <= 0.02)

@@ -191,7 +191,7 @@ def refuse(options: Options) -> None:
     target = options.targets.at_most("refuse: seconds", statistics.median(named), 1.0)
     for text, seconds, note in (
         ("the line is named", named, target),
-        ("the end, after the tokenizer's checks", ended, ""),
+        ("the end of the command", ended, ""),
     ):
         middle, slowest = statistics.median(seconds), max(seconds)
         print(f"{row(text, f'{middle:.2f}', f'{slowest:.2f}')}   {note}".rstrip())
@@ -229,9 +229,9 @@ def timed_dry_run(flags: list[str]) -> tuple[dict[str, float], int]:
 
     seconds["imports"] = time.perf_counter() - start
 
-    def timed(name: str, function: Any, *arguments: Any) -> Any:
+    def timed(name: str, function: Any, *arguments: Any, **named: Any) -> Any:
         start = time.perf_counter()
-        result = function(*arguments)
+        result = function(*arguments, **named)
         seconds[name] += time.perf_counter() - start
         return result
 
@@ -416,7 +416,7 @@ def words(options: Options) -> None:
     """
     job = prepared_job("--demo")
     counts = collections.Counter(token for one in job.train for token in one.reply_ids)
-    total = counts.total() + len(job.tokenizer)
+    total = counts.total() + len(job.chat_format.tokenizer)
     learned = [token for one in job.held_out for token in one.reply_ids]
     loss = statistics.fmean(-math.log((counts[token] + 1) / total) for token in learned)
     print(

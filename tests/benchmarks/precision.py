@@ -48,7 +48,7 @@ class Way:
     name: str
     dtype: str  # of the frozen weights
     autocast: bool = False
-    products: str = "dtype"
+    products: str = "native"
 
 
 EXACT = Way("", "float32")
@@ -96,7 +96,7 @@ def precision(options: Options) -> None:
     used = matmul_if_faster(options)
     is_taken = used["used"] == "float16"
     options.targets.require("precision: auto does not take float16, though faster", is_taken)
-    ratio = used["float16"]["error"] / used["dtype"]["error"]
+    ratio = used["float16"]["error"] / used["native"]["error"]
     print(
         f"MATMUL auto takes {used['used']} where float16 is ten times faster; its products err "
         f"{ratio:.4f} times as much\non the model's shapes   target: float16"
@@ -113,7 +113,7 @@ def matmul_if_faster(options: Options) -> dict[str, Any]:
     flags = ["--model_name", qwen_folder(options), "--train_file", str(data), "--eval_file", ""]
     job = prepared_job(*flags)
     accelerate.PartialState(cpu=True)
-    seconds = itertools.cycle([1.0, 0.1])  # the script measures "dtype" first
+    seconds = itertools.cycle([1.0, 0.1])  # the script measures "native" first
     with (
         quiet(),
         float16_cores(),
@@ -223,7 +223,7 @@ def products(options: Options) -> None:
         flags += [f"--{name}_file", str(write_lines(options.folder / f"{name}.jsonl", lines))]
     losses: dict[str, list[float]] = {}
     evals: dict[str, list[float]] = {}
-    for kind in ("dtype", "float16"):
+    for kind in ("native", "float16"):
         output = options.folder / kind
         in_a_new_process(train_apart, [*flags, "--matmul", kind, "--output_dir", str(output)])
         record = json.loads((output / "run.json").read_text(encoding="utf-8"))
@@ -231,7 +231,7 @@ def products(options: Options) -> None:
         history = record["loss_history"]
         losses[kind] = [entry["loss"] for entry in history if "loss" in entry]
         evals[kind] = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    pairs = list(zip(losses["dtype"], losses["float16"], strict=True))
+    pairs = list(zip(losses["native"], losses["float16"], strict=True))
     apart = [abs(one - other) / one for one, other in pairs]
     print(
         f"PRODUCTS  {Path(model).name}, bfloat16 weights, on the CPU; the {counts['train'][1]} "
@@ -245,7 +245,7 @@ def products(options: Options) -> None:
     most = options.targets.at_most("products: losses of a step apart", max(apart), 0.01)
     print(f"a step's losses are apart by {max(apart):.2%} at most   {most}")
     print(f"on average by {statistics.fmean(apart):.2%}")
-    last = abs(evals["dtype"][-1] - evals["float16"][-1])
+    last = abs(evals["native"][-1] - evals["float16"][-1])
     target = options.targets.at_most("products: last held-out losses apart", last, 0.01)
     print(f"the last held-out losses are {last:.4f} apart   {target}")
 

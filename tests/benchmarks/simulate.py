@@ -135,7 +135,7 @@ class Pass:
     scored: int  # tokens whose logits are made: those that are learned
     is_recomputed: bool = False
     is_trl: bool = False  # as TRL does it: the embeddings' gradient is computed, Triton's loss
-    products: str = "dtype"  # of the frozen layers
+    products: str = "native"  # of the frozen layers
 
     @classmethod
     def of(cls, inputs: dict[str, Any], is_recomputed: bool = False, is_trl: bool = False) -> Pass:
@@ -211,7 +211,7 @@ class Simulation:
         for name in ("model", "flops", "peak", "formula"):  # all are asked for again and again
             setattr(self, name, functools.cache(getattr(self, name)))
 
-    def model(self, layers: int, products: str = "dtype", is_trl: bool = False) -> tuple[Any, Any]:
+    def model(self, layers: int, products: str = "native", is_trl: bool = False) -> tuple[Any, Any]:
         """Return a model with so many layers, and the context in which it computes.
 
         Meta tensors are quickest, but have no autocast, which TRL uses: fake tensors are for that.
@@ -397,7 +397,7 @@ class Simulation:
         job.settings.DEVICE = "cuda"
         with unittest.mock.patch.multiple(torch.cuda, **card), quiet():
             t.find_what_fits(trainer, job)
-        return job.memory
+        return job.token_limits
 
 
 def triangular_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
