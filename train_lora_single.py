@@ -921,7 +921,7 @@ def fault_of_template(chat_format: ChatFormat, talk: list[dict[str, str]], where
             return f"{fault} ({one_line(error)}). {NO_SYSTEM_MESSAGE}"
         fault = f"its chat template refuses a plain conversation of the form of {where}"
         return f"{fault} ({one_line(error)}). {ANOTHER_TEMPLATE}"
-    for number, message in enumerate(talk):
+    for number, message in reversed([*enumerate(talk)]):
         other = {"role": message["role"], "content": "It is raining."}
         if chat_format.ids([*talk[:number], other, *talk[number + 1 :]]) != whole:
             continue
@@ -955,11 +955,15 @@ def fault_of_template(chat_format: ChatFormat, talk: list[dict[str, str]], where
 
 
 def prints_the_day(chat_format: ChatFormat, talk: list[dict[str, str]]) -> bool:
-    """Return whether a conversation's tokens depend on the date, as those of Llama 3.2 do."""
-    monday, tuesday = (
-        chat_format.ids(talk, strftime_now=lambda _, day=day: day) for day in ("Monday", "Tuesday")
-    )
-    return monday != tuesday
+    """Return whether the template asks for the date, as Llama 3.2's does: so it is made to fail."""
+    from jinja2 import TemplateError
+
+    template = chat_format.tokenizer.get_chat_template()
+    try:
+        chat_format.ids(talk, chat_template=template.replace("strftime_now(", "raise_exception("))
+    except TemplateError:
+        return True
+    return False
 
 
 def shared_beginning(one: list[int], other: list[int]) -> int:
