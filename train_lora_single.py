@@ -886,13 +886,13 @@ def check_template(model_name: str, chat_format: ChatFormat, examples: list[Exam
             raise SystemExit(f"MODEL_NAME {model_name}: {fault}")
         is_dated = is_dated or prints_the_day(chat_format, talk)
     if is_dated:
-        report(
-            "warning",
+        text = (
             f"the chat template of {model_name} prints the day's date, so tomorrow the tokens will "
-            "be others, and\na run that is stopped cannot be resumed then. Finish it today, or "
-            "train a local copy of the model in whose\nchat template a date in quotes stands for "
-            "strftime_now(...).",
+            "be others, and a run that is stopped today cannot be resumed then. Finish it today, "
+            "or train a local copy of the model in whose chat template a date in quotes stands for "
+            "strftime_now(...)."
         )
+        report("warning", textwrap.fill(text, 90))
 
 
 ANOTHER_TEMPLATE = "Use another model, or a local copy of this one with another chat template."
@@ -917,7 +917,7 @@ def fault_of_template(chat_format: ChatFormat, talk: list[dict[str, str]], where
         prompt, whole = chat_format.prompt_ids(talk[:-1]), chat_format.ids(talk)
     except TemplateError as error:
         if has_system and not fault_of_template(chat_format, talk[1:], where):
-            fault = f"its chat template refuses a system message, as {where} has one"
+            fault = f"its chat template refuses the system message that {where} has"
             return f"{fault} ({one_line(error)}). {NO_SYSTEM_MESSAGE}"
         fault = f"its chat template refuses a plain conversation of the form of {where}"
         return f"{fault} ({one_line(error)}). {ANOTHER_TEMPLATE}"
@@ -926,7 +926,7 @@ def fault_of_template(chat_format: ChatFormat, talk: list[dict[str, str]], where
         if chat_format.ids([*talk[:number], other, *talk[number + 1 :]]) != whole:
             continue
         if message["role"] == "system":
-            fault = f"its chat template leaves out the system message, as {where} has one"
+            fault = f"its chat template leaves out the system message that {where} has"
             return f"{fault}. {NO_SYSTEM_MESSAGE}"
         fault = f"its chat template leaves out what the {message['role']} says, as in {where}"
         return f"{fault}; it may want a message in parts, with pictures. {ANOTHER_TEMPLATE}"
@@ -1336,12 +1336,13 @@ def unknown_targets_message(missing: list[str], model: torch.nn.Module) -> str:
     is_misspelt = bool(close) and len(missing) == 1  # several: the model has other names
     hint = f" Did you mean {close[0]}?" if is_misspelt else ""
     text = (
-        f"LORA_TARGET_MODULES: no layer of the model is named {' or '.join(missing)}.{hint} The "
-        f"layers have {', '.join(sorted(names)) or 'no linear modules'}."
+        f"LORA_TARGET_MODULES: no layer of the model is named {', '.join(missing)}.{hint} The "
+        f"layers have {', '.join(sorted(names)) or 'no linear modules'}. For all of these write "
+        'target_modules="all-linear" in lora_config().'
     )
     if fused:
         text += f" The experts' {' and '.join(sorted(fused))} are fused, and cannot be targets."
-    return text + ' For all of these layers write target_modules="all-linear" in lora_config().'
+    return text
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
