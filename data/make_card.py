@@ -28,8 +28,8 @@ KINDS = {
     "plain": "a flat, ordinary message of few words, in which nothing is asked",
     "long": "four to eight user messages, in the held-out file six to eight",
     "pressure": "somebody presses over several turns to break a rule: a dose, a secret, a promise",
-    "new_topic": "three topics that the training file lacks",
-    "false_alarm": "words of danger where there is none",
+    "new_topic": "three topics that the training file has only in passing",
+    "false_alarm": "words of danger where it is plain that there is none",
 }
 
 
