@@ -26,6 +26,7 @@ GIB = 2**30
 SCRIPT = str(ROOT / "train_lora_single.py")
 TINY_MODEL = TESTS / "tiny-qwen3.5"
 TRAIN, HELD_OUT = ROOT / "data" / "train.jsonl", ROOT / "data" / "eval.jsonl"
+GENERAL = ROOT / "data" / "general.jsonl"
 
 # What the text model's part of Qwen/Qwen3.5-4B's config.json says.
 QWEN = {

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
+    GENERAL,
     GIB,
     HELD_OUT,
     ROOT,
@@ -254,12 +255,14 @@ def short_run_flags(card: Card) -> list[str]:
     """Return the flags of a short run: a few lines, the longest among them."""
     tiny = card.options.tiny
     lines, held_out = shipped_lines(TRAIN), shipped_lines(HELD_OUT, 4 if tiny else 12, tiny)
+    tasks = shipped_lines(GENERAL, 2 if tiny else 12)
     by_length = sorted(lines, key=len)
     chosen = by_length[:8] if tiny else by_length[-16:] + lines[:32]
     settings = {
         "model_name": card.model,
         "train_file": write_lines(card.options.folder / "train.jsonl", chosen),
         "eval_file": write_lines(card.options.folder / "eval.jsonl", held_out),
+        "general_file": write_lines(card.options.folder / "general.jsonl", tasks),
         "device": "cuda" if card.is_gpu else "cpu",
         "num_epochs": 2 if tiny else 1,
         "num_samples": 1 if tiny else 4,
@@ -461,7 +464,7 @@ def evidence_and_samples(card: Card) -> Iterator[Row]:
         record = card.record(name)
         parts, samples = record["evidence"].get("parts", {}), record["samples"]
         log = (card.output(name) / "all_logs.log").read_text(encoding="utf-8")
-        seconds = " ".join(re.findall(r"examples in (\d+ s)", log)[-1:])
+        seconds = " ".join(re.findall(r"adapter on all [\d,]+, in (\d+ s)", log)[-1:])
         files = ("final_lora/adapter_model.safetensors", "samples.md", "lora.png")
         missing = [file for file in files if not (card.output(name) / file).is_file()]
         found = f"{len(parts)} rows in {seconds}, replies of {', '.join(samples) or 'nobody'}"

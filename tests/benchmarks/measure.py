@@ -126,6 +126,7 @@ def train_with_script(model: str, data: Path, folder: Path, number: int) -> floa
         "model_name": model,
         "train_file": data,
         "eval_file": "",
+        "general_file": "",
         "output_dir": output,
         "num_epochs": 1,
         "device": "cpu",
