@@ -319,6 +319,7 @@ def training_config(job: Job) -> trl.SFTConfig:
         logging_steps=1,  # every loss is checked and recorded
         logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
         include_num_input_tokens_seen="non_padding",
+        router_aux_loss_coef=0.0,  # routers stay frozen, and our loss has no part for them
         report_to=settings.REPORT_TO,
         disable_tqdm=not sys.stderr.isatty(),  # the progress bar is for a terminal
         ddp_find_unused_parameters=False,
@@ -1341,7 +1342,10 @@ def unknown_targets_message(missing: list[str], model: torch.nn.Module) -> str:
         'target_modules="all-linear" in lora_config().'
     )
     if fused:
-        text += f" The experts' {' and '.join(sorted(fused))} are fused, and cannot be targets."
+        text += (
+            f" The experts' {' and '.join(sorted(fused))} are fused and cannot be named; for some "
+            'models PEFT takes them with "all-linear", which needs LORA_DROPOUT 0.'
+        )
     return text
 
 
@@ -1516,8 +1520,6 @@ def train(trainer: trl.SFTTrainer, job: Job) -> None:
     if job.checkpoint and step_of(job.checkpoint) >= job.plan.steps:
         # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
         load_adapter(trainer.model, job.checkpoint)
-        state = json.loads((job.checkpoint / "trainer_state.json").read_bytes())
-        job.history = state["log_history"]
         return
     if trainer.pop_callback(transformers.trainer_callback.ProgressCallback):
         trainer.add_callback(QuietBar())
@@ -2083,6 +2085,9 @@ def resume_or_begin(job: Job) -> None:
     # The processes of a launch must go the same way.
     decided = [job.checkpoint, job.matmul]
     job.checkpoint, job.matmul = accelerate.utils.broadcast_object_list(decided)
+    if job.checkpoint:
+        state = json.loads((job.checkpoint / "trainer_state.json").read_bytes())
+        job.history = state["log_history"]
     job.started = time.time()
     write_record(job, "running")
 
