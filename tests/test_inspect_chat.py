@@ -55,8 +55,8 @@ def louder(name, tensor):
 
 
 def at_random(name, tensor):
-    if "lora_B" in name:
-        tensor.normal_(std=0.3)
+    """Change A and B, so that what the run learned, and so the shipped data, does not matter."""
+    tensor.normal_(std=0.3 if "lora_B" in name else 0.07)
 
 
 @pytest.fixture(scope="module")
