@@ -215,10 +215,10 @@ def test_links_that_lead_nowhere_are_set_aside_like_older_results(flags, tmp_pat
     """As where an older result was moved to another disk that is not there now."""
     output = tmp_path / "output"
     output.mkdir()
-    for name in (*RESULTS, "run.json"):
+    for name in (*RESULTS, "run.json", "checkpoints"):
         (output / name).symlink_to(f"/nowhere/{name}")
     assert run([*flags, "--max_steps", "1"]) == 0, capsys.readouterr().err
-    for name in (*RESULTS, "run.json"):
+    for name in (*RESULTS, "run.json", "checkpoints"):
         (renamed,) = output.glob(f"{name}.2*")
         assert os.readlink(renamed) == f"/nowhere/{name}" and not (output / name).is_symlink()
 
@@ -515,6 +515,43 @@ def test_the_best_epoch_is_published_also_after_a_resume(
     assert record["published"] == "epoch 1 of 2"
     assert bool(record["resumed_from"]) == bool(stopped_in)
     assert "epoch 1 of 2" in read(output / "final_lora" / "README.md")
+
+
+SPOILT = {  # what happens to the older epoch's adapter while the run is stopped
+    "changed": lambda folder: change_tensors(folder, lambda x: next(iter(x.values())).add_(1e-3)),
+    "cut": lambda folder: os.truncate(folder / "adapter_model.safetensors", 1000),
+    "removed": lambda folder: (folder / "adapter_model.safetensors").unlink(),
+    "its hash removed": lambda folder: (folder / "complete.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_an_older_epochs_adapter_is_only_published_as_it_was_saved(
+    flags, tmp_path, rising, monkeypatch, capsys, what
+):
+    output, argv = tmp_path / "output", [*flags, "--publish", "best"]
+    with monkeypatch.context() as patch:
+        stop = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        patch.setattr(t, "verify_saved_adapter", stop)
+        assert run(argv) == 143
+    best = output / "checkpoints" / "checkpoint-4"
+    before = files(best)
+    assert before.keys() == ADAPTER | {"complete.json"}  # no longer enough to resume
+    SPOILT[what](best)
+    capsys.readouterr()
+    assert run(argv) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{best}/adapter_model.safetensors is not what was saved there" in said
+    assert "Traceback" not in said and not (output / "final_lora").exists()
+    assert record_of(output)["outcome"].startswith("failed: ")
+    for name, data in before.items():
+        (best / name).write_bytes(data)
+    assert run(argv) == 0
+    assert (
+        files(output / "final_lora")["adapter_model.safetensors"]
+        == before["adapter_model.safetensors"]
+    )
+    assert record_of(output)["published"] == "epoch 1 of 2"
 
 
 # ==== The model card

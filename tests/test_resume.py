@@ -32,6 +32,7 @@ from conftest import default_handlers, write_short_data
 from processes import FORKS
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from trainers import command_in
 
 import inspect_lora
 import train_lora_single as t
@@ -437,11 +438,30 @@ def test_a_signal_in_the_extras_leaves_a_whole_adapter(
 ):
     AFTERWARDS[what](monkeypatch)
     assert run(command(flags, stopped, "--num_samples", 1)) == 130
-    said = flat(capfd.readouterr().err)
-    assert f"{stopped}/final_lora is complete" in said and "Traceback" not in said
+    said = capfd.readouterr().err
+    assert f"{stopped}/final_lora is complete" in flat(said) and "Traceback" not in said
+    command_in(said, "python", "inspect_lora.py", "evidence", f"{stopped}/final_lora")
     assert adapter(stopped) == whole[0] and has_old_results(stopped)
     assert record(stopped)["outcome"] == "finished"  # the rest can be done without
     assert found_by(prepared(flags, stopped)) is None  # so the next command trains anew
+
+
+@pytest.mark.parametrize(
+    "name", ["o", "a folder whose name has blanks in it, and many of them " * 3]
+)
+def test_the_command_that_ctrl_c_in_the_evidence_prints_measures_the_adapter(
+    flags, whole, interrupted, tmp_path, monkeypatch, capfd, name
+):
+    """Whatever the folder is called, it can be pasted; nothing is trained."""
+    output = shutil.copytree(interrupted, tmp_path / name)
+    with monkeypatch.context() as patch:
+        AFTERWARDS["evidence"](patch)
+        assert run(command(flags, output, "--evidence_examples", 2)) == 130
+    said = capfd.readouterr().err
+    assert "retrain from scratch" in flat(said) and not record(output).get("evidence")
+    words = command_in(said, "python", "inspect_lora.py", "evidence", f"{output}/final_lora")
+    inspect_lora.main(words[2:])
+    assert record(output)["evidence"]["examples"] == 4 and adapter(output) == whole[0]
 
 
 def test_a_second_signal_in_a_step_stops_at_once(flags, whole, tmp_path, monkeypatch, capfd):
@@ -477,6 +497,27 @@ def test_a_signal_while_the_end_is_recorded_changes_nothing(flags, tmp_path, mon
     assert run(command(flags, tmp_path)) == 130 and sent
     assert record(tmp_path)["outcome"].startswith("interrupted: Stopped after step 1 of 8")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_folder_stays_locked_until_the_end_is_recorded(flags, tmp_path, monkeypatch):
+    found = []
+
+    def try_to_lock():
+        lock = filelock.FileLock(tmp_path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            found.append("locked")
+        else:
+            lock.release()
+            found.append("free")
+
+    at_step(monkeypatch, 1, send(signal.SIGINT))
+    for number in (1, 2, 3):  # the start, the checkpoint, the end
+        at_change("os.rename", "/run.json", try_to_lock, number)
+    assert run(command(flags, tmp_path)) == 130
+    try_to_lock()
+    assert found == ["locked", "locked", "locked", "free"]
 
 
 def test_a_signal_that_was_ignored_stays_ignored(flags, whole, tmp_path, monkeypatch):
@@ -523,6 +564,7 @@ KILLED = {  # what the process does to itself, and the step that is resumed from
     "in the evidence": (lambda p: before(p, torch.linalg, "svdvals", die), None),
 }
 ACTIONS |= {moment: action for moment, (action, _) in KILLED.items()}
+ACTIONS["is killed in step 6"] = lambda patch: at_step(patch, 6, die)
 
 
 @pytest.mark.parametrize("moment", KILLED)
@@ -538,8 +580,17 @@ def test_after_sigkill_the_same_command_ends_in_the_same_bytes(
         assert found_by(prepared(flags, stopped)) is None
     else:
         assert record(stopped)["outcome"] == "running"
+        # The losses up to the newest checkpoint are there, those before the resume among them.
+        assert losses(stopped) == [one for one in whole[1] if one[0] <= step]
         assert go_on(command(flags, stopped), whole, capfd) == step
         assert has_old_results(stopped)
+
+
+def test_after_sigkill_run_json_has_the_losses_up_to_the_checkpoint(flags, whole, tmp_path):
+    process = fork(command(flags, tmp_path), "is killed in step 6", tmp_path / "said")
+    assert ended(process) == -signal.SIGKILL, (tmp_path / "said").read_text("utf-8")
+    assert record(tmp_path)["outcome"] == "running" and complete(tmp_path) == [3, 4]
+    assert losses(tmp_path) == [one for one in whole[1] if one[0] <= 4]
 
 
 def test_whenever_it_is_killed_there_is_enough_left(flags, whole, tmp_path, monkeypatch, capfd):
