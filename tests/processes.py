@@ -18,10 +18,10 @@ FORKS.set_forkserver_preload(["pytest", "matplotlib.figure", "trl.trainer.sft_tr
 REAL_RUN = subprocess.run
 
 
-def run_in_a_fork(words, *, cwd, env=None, input="", **others):
+def run_in_a_fork(words, *, cwd, env=None, input="", first="", **others):
     """Do what subprocess.run() does, for `python FILE ...` and `python -m MODULE ...`.
 
-    Any other command is given to it.
+    The code in first is run before that. Any other command is given to subprocess.run().
 
     A command with a PYTHONPATH of its own is given to it, too: what is installed there must be
     seen while the packages are imported.
@@ -39,7 +39,7 @@ def run_in_a_fork(words, *, cwd, env=None, input="", **others):
         said.write_text(input, encoding="utf-8")
         process = FORKS.Process(
             target=be_the_command,
-            args=(words[1:], str(cwd), environment, str(said), str(printed), str(errors)),
+            args=(words[1:], str(cwd), environment, first, str(said), str(printed), str(errors)),
         )
         process.start()
         process.join(300)
@@ -52,13 +52,14 @@ def run_in_a_fork(words, *, cwd, env=None, input="", **others):
     )
 
 
-def be_the_command(words, cwd, environment, said, printed, errors):
+def be_the_command(words, cwd, environment, first, said, printed, errors):
     """Be that command in this process: read its input from one file, write into two others."""
     os.environ.clear()
     os.environ.update(environment)
     os.dup2(os.open(said, os.O_RDONLY), 0)
     for number, path in ((1, printed), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    exec(first, {})
     be_python(words, cwd)
 
 
@@ -95,5 +96,8 @@ def be_python(words, cwd):
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words
-        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        # The file's own folder comes first, and those of the tests are not on its path.
+        here = Path(__file__).resolve().parent
+        others = [one for one in sys.path if Path(one or ".").resolve() not in (here, here.parent)]
+        sys.path[:] = [str(Path(words[0]).resolve().parent), *others]
         runpy.run_path(words[0], run_name="__main__")
