@@ -407,6 +407,69 @@ def test_a_group_with_half_a_character_within_a_list_can_be_written():
     example.eval_group.encode("utf-8")
 
 
+# ---- what is taken beyond that where an adapter of another trainer is measured
+
+
+def sharegpt_line(*turns, **row):
+    """Return a line of the ShareGPT form, each turn given as "from|value"."""
+    keys = ("from", "value")
+    return line(
+        conversations=[dict(zip(keys, one.split("|"), strict=True)) for one in turns], **row
+    )
+
+
+def test_sharegpt_lines_are_taken_where_they_are_accepted():
+    rows = [
+        sharegpt_line("system|Be kind.", "human|Hello", "gpt|Hi", "human|So?", "gpt|So.", kind="a"),
+        sharegpt_line("user|Hello", "chatgpt|Hi", system="Be brief."),
+        sharegpt_line("human|Hello", "bing|Hi", system=" "),
+        sharegpt_line("gpt|Welcome!", "human|Hello", "assistant|Hi", "human|And now?"),
+        HELLO,
+    ]
+    path = write(b"\n".join(rows))
+    examples, problems = t.read_examples(path, "kind", accepts_sharegpt=True)
+    assert problems == []
+    kind, brief = ({"role": "system", "content": text} for text in ("Be kind.", "Be brief."))
+    longer = talk_of("Hello", "Hi", "So?", "So.")
+    wanted = [(1, [kind, *TALK]), (1, [kind, *longer]), (2, [brief, *TALK])]
+    wanted += [(3, TALK), (4, TALK), (5, TALK)]  # without what nobody asked, and the last question
+    assert [(one.where, one.messages) for one in examples] == [
+        (f"data.jsonl:{number}", talk) for number, talk in wanted
+    ]
+    assert [one.eval_group for one in examples] == ["a", "a", "", "", "", ""]
+    # Training takes none of them but the last.
+    examples, problems = t.read_examples(path)
+    assert [one.where for one in examples] == ["data.jsonl:5"] and len(problems) == 4
+    assert all('"conversations" to "messages"' in one for one in problems)
+
+
+@pytest.mark.parametrize(
+    ("bad", "part"),
+    [
+        (sharegpt_line("human|Hello", "function_call|f()"), 'role of message 2 is "function_call"'),
+        (sharegpt_line("human|Hello", "gpt| "), "content of message 2 is empty"),
+        (line(conversations=[{"from": "human", "text": "Hello"}]), 'message 1 has the key "from"'),
+        (line(conversations=["Hello"]), 'message 1 is "Hello"'),
+        (line(conversations="Hello"), '"conversations" to "messages"'),
+        (sharegpt_line("gpt|Hi"), '"messages" is []'),
+        (sharegpt_line("human|Hello", "gpt|Hi", tools=[]), '"tools"'),
+    ],
+    ids=["role", "empty", "other keys", "text", "no list", "no question", "tools"],
+)
+def test_a_sharegpt_line_that_cannot_be_taken_is_refused_as_any_other(bad, part):
+    content = sharegpt_line("human|Hello", "gpt|Hi") + b"\n" + bad
+    examples, (problem,) = t.read_examples(write(content), accepts_sharegpt=True)
+    assert [one.where for one in examples] == ["data.jsonl:1"]
+    assert problem.startswith("data.jsonl:2: ") and part in problem
+
+
+def test_thoughts_are_taken_where_they_are_accepted():
+    content = line_with_text("<think>\nHm.\n</think>\n\nHi")
+    (example,), problems = t.read_examples(write(content), accepts_thinking=True)
+    assert problems == [] and example.messages[-1]["content"].startswith("<think>")
+    assert t.read_examples("data.jsonl")[0] == []
+
+
 # ---- repeats
 
 

@@ -196,23 +196,59 @@ def test_a_control_token_in_a_text_is_refused_by_name(tokenizer, place, token):
         render(tokenizer, *turns)
 
 
+THINKING = "{{- '\\n</think>\\n\\n' }}"
+TURN = "{{- text + '<|im_end|>\\n' }}"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
         ("{%- set turn", "{{ raise_exception('no system') }}{%- set turn", "refuses.*no system"),
         ("{%- set turn", "{{ messages[7].content }}{%- set turn", "refuses"),
         ("{%- set turn", "{% if %}{%- set turn", "refuses"),
-        ("{{- '\\n</think>\\n\\n' }}", "{{- 'quick</think>' }}", "differently.*serving"),
-        ("{{- text + '<|im_end|>\\n' }}", "{{- text + '\\n' }}", r"<\|im_end\|>.*stop"),
+        (THINKING, "{{- 'quick</think>' }}", "differently.*not equal serving.*quick"),
+        (TURN, "{{- text + '\\n' }}", r"<\|im_end\|>.*not learn to stop"),
     ],
     ids=["raises", "undefined", "no template", "prompt otherwise", "no end of turn"],
 )
-def test_a_template_that_cannot_serve_a_line_is_named_with_it(
+def test_a_template_that_cannot_serve_is_named_once_with_its_model(
     model_with, dry_run, capsys, old, new, fault
 ):
+    """It is the model's fault, so no line is blamed, however many there are."""
+    model = model_with(old, new)
+    talks = [TALK[1:3], *[[HELLO, YES]] * 5]
+    (said,) = refusal(capsys, dry_run, *talks, flags=["--model_name", model])
+    assert re.search(rf"^MODEL_NAME {re.escape(model)}: its chat template .*{fault}", said)
+    assert "train.jsonl:1" in said and "train.jsonl:2" not in said and "problem" not in said
+
+
+ASKED = "if 'Nell' in messages[-1].content"
+REFUSE = "{% " + ASKED + " %}{{ raise_exception('no') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("{%- set turn", REFUSE + "{%- set turn", "refuses this conversation: no"),
+        (THINKING, "{{- 'quick</think>' " + ASKED + " else '\\n</think>\\n\\n' }}",
+         "differently.*not equal serving"),
+        (TURN, "{{- text + ('\\n' if 'Nell' in text else '<|im_end|>\\n') }}",
+         r"not end the reply with <\|im_end\|>.*not learn to stop"),
+    ],
+    ids=["raises", "prompt otherwise", "no end of turn"],
+)  # fmt: skip
+def test_a_template_that_cannot_serve_some_lines_names_those_alone(
+    model_with, dry_run, capsys, old, new, fault
+):
+    """A plain conversation is rendered as it should be; the name in a text is the trouble."""
     flags = ["--model_name", model_with(old, new)]
-    (said,) = refusal(capsys, dry_run, TALK[1:3], flags=flags)
-    assert re.search(rf"^train\.jsonl:1: .*{fault}", said)
+    nell = [("user", "Are you Nell?"), NELL]
+    talks = [[HELLO, YES], nell, [HELLO, YES], nell]
+    said = refusal(capsys, dry_run, *talks, held_out=[nell, [WHO, YES]], flags=flags)
+    assert [one.partition(": ")[0] for one in said] == [
+        "train.jsonl:2", "train.jsonl:4", "eval.jsonl:1"
+    ]  # fmt: skip
+    assert all(re.search(fault, one) for one in said) and "has 3 problems" in said[-1]
 
 
 def test_a_template_that_changes_prompt_and_reply_alike_is_fine(model_with):
@@ -221,13 +257,15 @@ def test_a_template_that_changes_prompt_and_reply_alike_is_fine(model_with):
     assert tokenizer.decode(reply) == "GOOD MORNING.<|im_end|>"
 
 
-def test_a_template_that_refuses_some_lines_names_those_alone(model_with, dry_run, capsys):
+def test_a_template_without_system_messages_is_said_to_be(model_with, dry_run, capsys):
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
-    flags = ["--model_name", model_with("{%- set turn", no_system + "{%- set turn")]
+    model = model_with("{%- set turn", no_system + "{%- set turn")
+    flags = ["--model_name", model]
     talks = [[HELLO, YES], [SYSTEM, HELLO, YES], [HELLO, YES], [SYSTEM, HELLO, NELL]]
-    said = refusal(capsys, dry_run, *talks, held_out=talks[1:2], flags=flags)
-    named = [one.partition(": ")[0] for one in said]
-    assert named == ["train.jsonl:2", "train.jsonl:4", "eval.jsonl:1"]
+    (said,) = refusal(capsys, dry_run, *talks, held_out=talks[1:2], flags=flags)
+    assert said.startswith(f"MODEL_NAME {model}: its chat template refuses the system message")
+    assert "train.jsonl:2" in said and "(no)" in said and "first user message" in said
+    dry_run([HELLO, YES], flags=flags)  # it is fit for conversations without one
 
 
 def test_a_bug_is_not_blamed_on_the_conversation(tokenizer, monkeypatch):
