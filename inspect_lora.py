@@ -9,6 +9,7 @@ is written into the adapter's folder.
     python inspect_lora.py chat output/final_lora        talk to it
     python inspect_lora.py compare output/ranks          which of several finished runs is better?
     python inspect_lora.py for_vllm ADAPTER FOLDER       write it under the names that vLLM applies
+    python inspect_lora.py served http://localhost:8000 output/final_lora    does a server apply it?
 
 What may be concluded is about this adapter and these held-out conversations: whether its update is
 too strong or too weak, what each group of targets contributes, how many directions the update uses.
@@ -26,7 +27,7 @@ after four equals signs:
     PICTURE           What is drawn?
     SAMPLES AND CHAT  How does the adapter reply?
     COMPARING         Which of several runs is better, and is the difference more than chance?
-    SERVING           How does a server get the adapter under the right names?
+    SERVING           How does a server get the adapter, and does a running one apply it?
     COMMAND LINE      How do flags and messages work?
 """
 
@@ -37,6 +38,7 @@ import contextlib
 import difflib
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -120,6 +122,29 @@ def for_vllm(options: argparse.Namespace) -> None:
     run = find_run(place)
     settings = settings_for(options, run)
     write_for_vllm(place, Path(options.folder), options, settings)
+
+
+def served(options: argparse.Namespace) -> None:
+    """Ask a running server whether it applies an adapter; the status is 0 only if it does."""
+    place = find_adapter(options.adapter)
+    run = find_run(place)
+    settings = settings_for(options, run)
+    server = find_server(options, place)
+    asked, chat_format = choose_replies(options, place, run, settings, server.window)
+    rendering = check_rendering(server, asked, chat_format, options.chat_template_kwargs)
+    generation = check_generation(server, asked)
+    ask_for_losses(server, asked)
+    losses = judge_losses(server, asked, options)
+    problems = [one for one in (losses or generation, rendering) if one]
+    if problems and not losses:
+        problems.insert(0, f"The server applies the adapter as {server.adapter}, but:")
+    if problems:
+        raise SystemExit("\n".join(problems))
+    report(
+        "applied",
+        f"the server applies the adapter under the name {server.adapter}\n"
+        "Ask it for the model of that name, with the system message of the training.",
+    )
 
 
 # ==== ADAPTERS: opening any PEFT LoRA adapter on its base model
@@ -2186,7 +2211,7 @@ def held_out_identity(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
     return file.get("sha256", ""), lines
 
 
-# ==== SERVING: giving a server the adapter under the names that it applies
+# ==== SERVING: giving a server the adapter under the names that it applies, and asking it
 
 
 def write_for_vllm(
@@ -2218,7 +2243,7 @@ def write_for_vllm(
     written = read_tensors(folder)
     if any(not written[name].equal(tensor) for name, tensor in tensors.items()):
         raise SystemExit(f"{folder} does not hold the adapter's tensors; is the disk full?")
-    command = trainer.vllm_command(settings, folder, max_rank)
+    command = trainer.vllm_command(settings, folder, max_rank, options.adapter)
     strength = "" if options.scale == 1 else f", at {options.scale:g} of its strength"
     text = f"{folder}: {len(tensors):,} tensors{strength}, each with a place in the base model"
     report("written", text)
@@ -2263,6 +2288,580 @@ def check_on_skeleton(
     return max((max(layer.r.values()) for layer in trainer.lora_layers(model).values()), default=0)
 
 
+# ---- Does a running server apply the adapter?
+#
+# A server can accept an adapter and ignore it without a word. So the server itself scores held-out
+# replies, under the adapter's name and under its base's, and what the adapter changes there is held
+# against what it changes here. Two numbers say how the two agree:
+#   slope  of the server's changes on those here: 1 where the adapter is applied, 0 where it is
+#          ignored. It cannot tell alone, since an adapter of three times the strength makes some
+#          replies better and some worse, and its slope may be anything.
+#   apart  how far the server's changes are from those here, as a share of them: near 0 % only
+#          where the adapter is applied.
+# The token ids are sent, so the server's chat template has no say in it; how it renders the prompts
+# is asked for separately. A server takes the beginning of a prompt from its cache when it replies,
+# but not when it scores: so one reply is compared with the server's own scoring of it.
+
+REPLIES_TO_SCORE = 12
+FEWEST_REPLIES = 3
+TOKENS_TO_GENERATE = 32
+# Shares of the adapter's effect: what two right computations may be apart, at least and at most; in
+# between it is twice what the base model's losses here and there are apart. With the demo's adapter
+# and vLLM 0.32 in bfloat16 it is 0.002. At 1.1 times the strength it is 0.02 or more, at 1.25 times
+# 0.06 (slope 1.00), at twice 0.42 (slope 0.66), at three times 0.97 (slope 0.19), at half 0.36 and
+# with attention alone 0.89. A small module that is left out goes unseen (0.009 without q_proj).
+MAY_BE_APART = 0.03
+MAY_BE_APART_AT_MOST = 0.3
+# Nats a token between the probabilities of a reply's tokens as generated and as scored: 0.001 to
+# 0.009 were seen where all was right, 0.04 to 0.07 with a stale cache (vLLM 0.32 for CPUs).
+# It is stale only if it is also so many times as much as for the base, of which nothing is stale.
+STALE_FROM = 0.02
+TIMES_THE_BASE = 4
+OTHER_BASE_FROM = 0.1  # nats a token; bfloat16 against float32 is 0.002 with the demo's model
+
+
+@dataclass
+class Server:
+    """A running server, and what it calls the adapter and its base model."""
+
+    url: str  # without /v1
+    adapter: str = ""
+    base: str = ""
+    folder: str = ""  # where it says that it has the adapter from
+    window: float = math.inf  # tokens that a prompt and its reply may have together
+
+
+@dataclass
+class Asked:
+    """What the server was asked about one held-out reply, and its answers; losses are in nats."""
+
+    example: trainer.Example
+    base_here: float
+    adapter_here: float
+    base_there: float = math.nan
+    adapter_there: float = math.nan
+    adapter_again: float = math.nan  # the same question a second time
+
+    @property
+    def here(self) -> float:
+        """By how much the adapter changes the loss of the reply here."""
+        return self.adapter_here - self.base_here
+
+    @property
+    def there(self) -> float:
+        """By how much the adapter's name changes it on the server."""
+        return self.adapter_there - self.base_there
+
+
+@dataclass
+class Agreement:
+    """How well what the adapter changes on the server agrees with what it changes here.
+
+    Sizes are root mean squares over the replies.
+    """
+
+    slope: Estimate
+    size: float  # of the changes here, in nats a reply
+    noise: float  # what the base's losses there and here are apart, in nats a reply
+    apart: float  # what the changes there and here are apart, as a share of the size
+    effect: float  # the changes there, as a share of the size
+
+    def verdict(self) -> str:
+        """Return whether the adapter is "applied", "ignored", "weak" (cannot tell), or "other"."""
+        noise = self.noise / self.size if self.size else math.inf
+        allowed = min(max(MAY_BE_APART, 2 * noise), MAY_BE_APART_AT_MOST)
+        if self.apart <= allowed:
+            return "applied"
+        if noise > 1:
+            return "weak"
+        if self.effect <= allowed:
+            return "ignored"
+        return "weak" if 2 * noise > MAY_BE_APART_AT_MOST else "other"
+
+
+def find_server(options: argparse.Namespace, place: Path) -> Server:
+    """Return the server and its names for adapter and base; exit if it does not offer them."""
+    server = Server(re.sub(r"(/v1)?/*$", "", options.url.strip()))
+    models = ask(server, "/v1/models").get("data")
+    if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
+        raise SystemExit(f"{server.url}/v1/models does not list models: is it an OpenAI server?")
+    offered = {str(one.get("id")): one for one in models}
+    server.adapter = options.name or name_of_adapter(offered, options, place)
+    found = offered.get(server.adapter)
+    if found is None:
+        raise SystemExit(
+            f"The server does not offer {server.adapter}; it offers {', '.join(offered) or 'none'}."
+            " Give one of these with --name, or start the server with --lora-modules "
+            f"{server.adapter}=FOLDER."
+        )
+    server.base = str(found.get("parent") or "")
+    if server.base not in offered:
+        raise SystemExit(
+            f"The server offers {server.adapter} as a model of its own, and not as an adapter of "
+            "another, so there is no base model to compare it with. Give the adapter's name with "
+            f"--name; it offers {', '.join(offered)}."
+        )
+    server.folder = str(found.get("root") or "")
+    windows = [one.get("max_model_len") for one in (found, offered[server.base])]
+    server.window = min([n for n in windows if isinstance(n, int)], default=math.inf)
+    report("server", f"{server.url} offers {server.adapter}, an adapter of {server.base}")
+    return server
+
+
+def name_of_adapter(
+    offered: dict[str, dict[str, Any]], options: argparse.Namespace, place: Path
+) -> str:
+    """Return the name under which a server offers the adapter; exit if that is not clear."""
+    adapters = {name: one for name, one in offered.items() if one.get("parent")}
+    if not adapters:
+        raise SystemExit(
+            f"The server offers no adapter, only {', '.join(offered) or 'nothing'}. Start it with "
+            "--enable-lora --lora-modules "
+            f"{trainer.name_on_server(place)}={folder_to_serve(place)}."
+        )
+    if len(adapters) == 1:
+        return next(iter(adapters))
+    names = {options.adapter, trainer.name_on_server(place)}
+    folders = {place, folder_to_serve(place)}
+    roots = {options.adapter, *map(str, folders), *(str(one.resolve()) for one in folders)}
+    ours = [name for name, one in adapters.items() if one.get("root") in roots or name in names]
+    if len(ours) != 1:
+        raise SystemExit(
+            f"The server offers several adapters: {', '.join(adapters)}. Say with --name which of "
+            "them is asked."
+        )
+    return ours[0]
+
+
+def folder_to_serve(place: Path) -> Path:
+    """Return the folder for a server: the one under vLLM's names, if a run wrote it beside."""
+    renamed = place.with_name("final_lora_vllm")
+    return renamed if place.name == "final_lora" and renamed.is_dir() else place
+
+
+def choose_replies(
+    options: argparse.Namespace,
+    place: Path,
+    run: Run | None,
+    settings: argparse.Namespace,
+    window: float,
+) -> tuple[list[Asked], trainer.ChatFormat]:
+    """Return some held-out replies with their losses here, and how prompts are rendered.
+
+    The losses are those in run.json, so that nothing is loaded or computed. If it has none for this
+    file and these tokens, they are measured.
+    """
+    held_out = read_held_out(settings, run, options)
+    if run and (recorded := with_losses_in_run(options, place, run)):
+        name_the_base(options, settings, read_adapter_config(place), place, run)
+        trainer.set_environment(settings)
+        chat_format = load_chat_format(settings, place, options)
+        held_out, _ = trainer.encode_file(held_out, chat_format, settings.MAX_SEQ_LEN)
+        lines = [(one.where.rpartition(":")[2], len(one.reply_ids)) for one in held_out]
+        if held_out_identity(recorded) == (trainer.file_sha256(Path(settings.EVAL_FILE)), lines):
+            report("here", f"the losses with and without the adapter are those in {run.path}")
+            rows = recorded["evidence"]["losses"]
+            chosen = spread_over(held_out, window)
+            return [as_recorded(held_out[n], rows[n]) for n in chosen], chat_format
+    adapter = open_adapter(options, place, run, settings)
+    held_out = encode_held_out(held_out, adapter, settings)
+    examples = [held_out[n] for n in spread_over(held_out, window)]
+    at_once = tokens_to_begin_with(examples)
+    with_it = trainer.example_losses(adapter.model, examples, at_once, "adapter")
+    with adapter.model.disable_adapter():
+        without = trainer.example_losses(adapter.model, examples, at_once, "base")
+    report("here", "the losses with and without the adapter were measured just now")
+    return list(map(Asked, examples, without, with_it)), adapter.chat_format
+
+
+def with_losses_in_run(options: argparse.Namespace, place: Path, run: Run) -> dict[str, Any]:
+    """Return run.json with the losses of this adapter, or nothing if others are asked for."""
+    if options.base or options.enable_thinking:
+        return {}
+    record = run.record
+    if not run.is_published:
+        findings = record.get("checkpoint_findings", {}).get(place.resolve().name, {})
+        record = record | {"evidence": findings.get("evidence", {})}
+    if not has_losses(record) or not all("base" in row for row in record["evidence"]["losses"]):
+        return {}
+    return record
+
+
+def as_recorded(example: trainer.Example, row: dict[str, Any]) -> Asked:
+    """Return a reply with its losses in run.json, which are in nats a token there."""
+    return Asked(example, row["tokens"] * row["base"], row["tokens"] * row["adapter"])
+
+
+def spread_over(examples: list[trainer.Example], window: float) -> list[int]:
+    """Return the numbers of the replies to score, evenly spread over those that the server takes.
+
+    The one with the longest prompt is among them: of that one most comes from the server's cache.
+    A server generates at least one token, even if it is only asked for scores.
+    """
+    fitting = [n for n, one in enumerate(examples) if len(one.input_ids) < window]
+    if len(fitting) < FEWEST_REPLIES:
+        limit = f" in the {window:,.0f} tokens that it takes" if math.isfinite(window) else ""
+        raise SystemExit(
+            f"The server can score {len(fitting)} of the {len(examples)} held-out replies{limit}, "
+            f"and {FEWEST_REPLIES} are needed.\nGive more with --eval_file, or start the server "
+            "with a larger --max-model-len."
+        )
+    longest = max(fitting, key=lambda n: len(examples[n].prompt_ids))
+    spread = [fitting[n] for n in evenly_spread(len(fitting), REPLIES_TO_SCORE - 1)]
+    return sorted({*spread, longest})
+
+
+def ask(
+    server: Server, path: str, body: dict[str, Any] | None = None, advice: str = ""
+) -> dict[str, Any]:
+    """Return the server's answer to one request; exit if it cannot be had, and give the advice."""
+    status, answer = send(server, path, body)
+    address = f"{server.url}{path}"
+    if status in (401, 403):
+        raise SystemExit(
+            f"{address}: the server asks for a key ({status}: {answer}).\nSet the environment "
+            "variable VLLM_API_KEY or OPENAI_API_KEY to the key that it was started with."
+        )
+    if status == 404 and body is None:
+        raise SystemExit(f"{address}: there is no such page ({status}).\n{GIVE_THE_ADDRESS}")
+    if status != 200:
+        raise SystemExit(f"{address}: the server answers {status}: {answer}\n{advice}".strip())
+    if not isinstance(answer, dict):
+        raise SystemExit(
+            f"{address}: the answer is no object in JSON: {answer}\n{GIVE_THE_ADDRESS}"
+        )
+    return answer
+
+
+GIVE_THE_ADDRESS = "Give the address of an OpenAI-compatible server, such as http://localhost:8000."
+
+
+def send(
+    server: Server, path: str, body: dict[str, Any] | None
+) -> tuple[int, dict[str, Any] | str]:
+    """Return the status of a request and its answer: an object, or what else it says in one line.
+
+    The key of the environment is always sent, since a server may ask for it on some paths only.
+    Each request has a connection of its own, so that a balancer may choose another replica.
+    """
+    try:
+        import httpx2 as httpx  # huggingface_hub brings it, from its version 2 on
+    except ModuleNotFoundError:
+        import httpx
+
+    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    try:
+        response = httpx.request(
+            "GET" if body is None else "POST",
+            f"{server.url}{path}",
+            json=body,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(300, connect=10),  # in seconds
+        )
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
+        raise SystemExit(
+            f"{server.url} is no address ({one_line(error)}).\n{GIVE_THE_ADDRESS}"
+        ) from error
+    except httpx.HTTPError as error:
+        reason = one_line(error) or type(error).__name__
+        raise SystemExit(
+            f"{server.url}{path} cannot be reached ({reason}).\nIs the server running, and has it "
+            "finished loading? Give the address that it prints."
+        ) from error
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = response.text
+    if response.status_code == 200:
+        return 200, answer if isinstance(answer, dict) else one_line(answer, 100)
+    if isinstance(answer, dict):  # an error: vLLM's is {"error": {"message": ...}}
+        answer = answer.get("error", answer)
+    if isinstance(answer, dict):
+        answer = answer.get("message", answer)
+    return response.status_code, one_line(answer)
+
+
+# ---- What the server's scores say
+
+
+CANNOT_SCORE = (
+    "So replies cannot be scored (prompt_logprobs of /v1/completions). vLLM can do it: ask it "
+    "itself, without a gateway before it."
+)
+
+
+def score(server: Server, name: str, prompt: list[int], reply: list[int]) -> list[float]:
+    """Return the log-probability of each of the reply's tokens, as the server computes it."""
+    body = {"model": name, "prompt": prompt + reply, "max_tokens": 1, "temperature": 0}
+    answer = ask(server, "/v1/completions", body | {"prompt_logprobs": 0}, CANNOT_SCORE)
+    try:
+        rows = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
+        pairs = zip(rows, reply, strict=True)
+        found = [float(row[str(token)]["logprob"]) for row, token in pairs]
+    except (KeyError, IndexError, TypeError, ValueError):
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise SystemExit(
+            f"{server.url}/v1/completions: as {name} the server gives no probability for each "
+            f"token of a prompt.\n{CANNOT_SCORE}"
+        )
+    return found
+
+
+def ask_for_losses(server: Server, asked: list[Asked]) -> None:
+    """Have the server score each reply: once as the base, and twice as the adapter.
+
+    The two questions follow each other, so that of two replicas that take turns each gets one.
+    """
+    from tqdm import tqdm
+
+    for one in tqdm(asked, desc="scoring", leave=False, disable=None):
+        prompt, reply = one.example.prompt_ids, one.example.reply_ids
+        one.base_there = -sum(score(server, server.base, prompt, reply))
+        one.adapter_there = -sum(score(server, server.adapter, prompt, reply))
+        one.adapter_again = -sum(score(server, server.adapter, prompt, reply))
+
+
+def root_mean_square(numbers: list[float]) -> float:
+    """Return the square root of the mean of the squares."""
+    return math.sqrt(statistics.fmean(number * number for number in numbers))
+
+
+def agreement_of(asked: list[Asked]) -> Agreement:
+    """Return how well the adapter's changes on the server agree with those here."""
+    here, there = [one.here for one in asked], [one.there for one in asked]
+    size = root_mean_square(here)
+    noise = root_mean_square([one.base_there - one.base_here for one in asked])
+    if size == 0:
+        return Agreement(Estimate(math.nan, math.inf), 0.0, noise, math.inf, math.inf)
+    squares = sum(x * x for x in here)
+    slope = sum(x * y for x, y in zip(here, there, strict=True)) / squares
+    left = sum((y - slope * x) ** 2 for x, y in zip(here, there, strict=True))
+    return Agreement(
+        Estimate(slope, math.sqrt(left / (len(asked) - 1) / squares)),
+        size,
+        noise,
+        apart=root_mean_square(differences(there, here)) / size,
+        effect=root_mean_square(there) / size,
+    )
+
+
+def judge_losses(server: Server, asked: list[Asked], options: argparse.Namespace) -> str:
+    """Print how the losses there and here agree; return what is wrong and what to do, or ""."""
+    found = agreement_of(asked)
+    tokens = sum(len(one.example.reply_ids) for one in asked)
+    base_here = sum(one.base_here for one in asked) / tokens
+    base_there = sum(one.base_there for one in asked) / tokens
+    here = sum(one.here for one in asked) / tokens
+    there = sum(one.there for one in asked) / tokens
+    slope = f"slope {found.slope.value:.3f} ± {found.slope.error:.3f}"
+    apart = f"single replies differ by {100 * found.apart:.1f} %"
+    lines = [
+        "loss, nats a token      here   on the server",
+        f"base model           {base_here:7.4f}   {base_there:13.4f}",
+        f"adapter - base       {here:+7.4f}   {there:+13.4f}",
+    ]
+    if found.size:
+        lines.append(f"{slope} (1: applied, 0: ignored); {apart}")
+    report("scored", "\n".join(lines))
+    if problem := two_answers(asked, found):
+        return problem
+    verdict = found.verdict()
+    if verdict == "applied":
+        return ""
+    whence = f" It has {server.adapter} from {server.folder}." if server.folder else ""
+    if verdict == "ignored":
+        better = folder_to_serve(Path(options.adapter))
+        folder = f"the folder {better}"
+        if better == Path(options.adapter):
+            folder = f"what `python inspect_lora.py for_vllm {options.adapter} FOLDER` writes"
+        return (
+            "The base answers under the adapter's name: the server gives the replies the same "
+            f"losses as {server.adapter} and as {server.base} ({slope}), so it ignores the adapter."
+            "\n"
+            f"Give the server {folder}, or use a newer version of the server.{whence}"
+        )
+    doubt = ""
+    if abs(base_there - base_here) > OTHER_BASE_FROM:
+        doubt = (
+            f" But first see whether it has the same base model, unquantized: its loss is "
+            f"{base_here:.4f} here and {base_there:.4f} there."
+        )
+    if verdict == "weak":
+        return (
+            "The effect is too weak to tell whether the adapter is applied: it changes the loss of "
+            f"a reply by {found.size:.2f} nats here, and the base model's losses here and there "
+            f"are {found.noise:.2f} nats apart.\nGive longer held-out replies, or "
+            f"some on which the adapter changes more, with --eval_file.{doubt}"
+        )
+    return (
+        f"The adapter is applied with another scaling or in part, or it is another adapter: "
+        f"{slope}, and {apart}.\nCompare r, lora_alpha and use_rslora in the adapter_config.json "
+        f"that the server reads with those in {options.adapter}, and look in its log for modules "
+        f"that it leaves out.{whence}{doubt}"
+    )
+
+
+def two_answers(asked: list[Asked], found: Agreement) -> str:
+    """Return that the server answered the same question in two ways, and what to do, or ""."""
+    gaps = [abs(one.adapter_again - one.adapter_there) for one in asked]
+    limit = max(0.2 * found.size, 2 * found.noise)
+    unlike = sum(gap > limit for gap in gaps)
+    if not unlike:
+        return ""
+    return (
+        f"The server's answers differ: asked twice, it gave {unlike} of {len(asked)} replies "
+        f"losses that are up to {max(gaps):.2f} nats apart, as where several servers stand behind "
+        "one address and not all have this adapter.\nAsk each of them by its own address, and "
+        "give the adapter to all."
+    )
+
+
+# ---- How the server renders prompts, and whether it replies as it scores
+
+
+def check_rendering(
+    server: Server, asked: list[Asked], chat_format: trainer.ChatFormat, kwargs: dict[str, Any]
+) -> str:
+    """Print whether the server writes prompts as in training; return what is wrong, or "".
+
+    Args:
+        kwargs: the chat_template_kwargs that a client sends; without any it is the server's
+            defaults that count.
+    """
+    how = f"with {json.dumps(kwargs)}" if kwargs else "by its defaults"
+    unlike: list[tuple[trainer.Example, list[int]]] = []
+    for one in asked:
+        tokens, reason = rendered_by(server, one.example, kwargs)
+        if reason:
+            report("rendered", f"not checked, since {reason}")
+            return ""
+        if tokens != one.example.prompt_ids:
+            unlike.append((one.example, tokens))
+    if not unlike:
+        report("rendered", f"{how} the server writes all {len(asked)} prompts as in training")
+        return ""
+    example, tokens = unlike[0]
+    trained, there = where_they_part(example.prompt_ids, tokens, chat_format)
+    report(
+        "rendered",
+        f"{how} the server writes {len(unlike)} of {len(asked)} prompts otherwise\n"
+        f"{example.where} in training:    {trained}\n"
+        f"{example.where} on the server:  {there}",
+    )
+    wanted = {"enable_thinking": chat_format.enable_thinking}
+    tokens, _ = rendered_by(server, example, kwargs | wanted)
+    advice = "Give the server the chat template of the training, with --chat-template."
+    if tokens == example.prompt_ids:
+        text = json.dumps(wanted)
+        advice = (
+            f"Start the server with --default-chat-template-kwargs '{text}', or let each client "
+            f'send "chat_template_kwargs": {text}.'
+        )
+    return (
+        f"The prompt is rendered otherwise than in training, {how}: {there} instead of {trained}, "
+        f"so the adapter is asked what it was not trained on.\n{advice}"
+    )
+
+
+def rendered_by(
+    server: Server, example: trainer.Example, kwargs: dict[str, Any]
+) -> tuple[list[int], str]:
+    """Return the tokens of a prompt as the server writes it, and "", or why they cannot be had."""
+    body = {
+        "model": server.adapter,
+        "messages": example.messages[:-1],
+        "add_generation_prompt": True,
+    }
+    if kwargs:
+        body["chat_template_kwargs"] = kwargs
+    status, answer = send(server, "/tokenize", body)
+    if status in (401, 403, 404, 405):
+        return [], f"/tokenize is closed ({status})"
+    if status != 200 or not isinstance(answer, dict):
+        return [], f"/tokenize answers {status}: {answer}"
+    tokens = answer.get("tokens")
+    return (tokens, "") if tokens else ([], "/tokenize does not take messages")
+
+
+def where_they_part(
+    trained: list[int], served: list[int], chat_format: trainer.ChatFormat
+) -> tuple[str, str]:
+    """Return the two texts around the first token in which they differ, as Python writes them."""
+    pairs = zip(trained, served, strict=False)
+    shorter = min(len(trained), len(served))
+    first = next((n for n, (one, other) in enumerate(pairs) if one != other), shorter)
+    around = slice(max(0, first - 6), first + 6)
+    decode = chat_format.tokenizer.decode
+    return repr(decode(trained[around])), repr(decode(served[around]))
+
+
+def check_generation(server: Server, asked: list[Asked]) -> str:
+    """Print whether the server replies as it scores; return what is wrong and what to do, or "".
+
+    This comes before the scoring, which may put fresh tokens into the server's cache.
+    """
+    prompts = [one.example.prompt_ids for one in asked]
+    fitting = [one for one in prompts if len(one) + TOKENS_TO_GENERATE < server.window]
+    if not fitting:
+        report("replied", "not compared with its scores, since no prompt leaves room for a reply")
+        return ""
+    prompt = max(fitting, key=len)
+    gaps = []
+    for name in (server.base, server.adapter):
+        tokens, generated = generated_by(server, name, prompt)
+        if not tokens:
+            report("replied", "not compared with its scores, since it gives no tokens of a reply")
+            return ""
+        scored = score(server, name, prompt, tokens)
+        gaps.append(statistics.fmean(map(abs, differences(generated, scored))))
+    base_gap, gap = gaps
+    report(
+        "replied",
+        f"a reply's tokens are {gap:.4f} nats from the server's own scores (base: {base_gap:.4f})",
+    )
+    if gap <= max(STALE_FROM, TIMES_THE_BASE * base_gap):
+        return ""
+    return (
+        f"Replies under the name {server.adapter} are stale: the probabilities of their tokens are "
+        f"{gap:.3f} nats from those that the server itself gives them (as {server.base} "
+        f"{base_gap:.3f}), as where an adapter was loaded anew under its name and the cache still "
+        "holds prompts that the old one read.\nLoad it from another folder or under another name, "
+        "or restart the server."
+    )
+
+
+def generated_by(server: Server, name: str, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """Return a greedy reply's tokens and their log-probabilities, or nothing if they are not told.
+
+    vLLM tells them since return_token_ids was added to it.
+    """
+    body = {
+        "model": name,
+        "prompt": prompt,
+        "max_tokens": TOKENS_TO_GENERATE,
+        "temperature": 0,
+        "repetition_penalty": 1.0,  # the model's own configuration may have another
+        "ignore_eos": True,  # more tokens tell more
+        "logprobs": 0,
+        "return_token_ids": True,
+    }
+    answer = ask(server, "/v1/completions", body, CANNOT_REPLY)
+    try:
+        choice = answer["choices"][0]
+        tokens, numbers = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        pairs = list(zip(tokens, map(float, numbers), strict=True))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return [], []
+    return [token for token, _ in pairs], [number for _, number in pairs]
+
+
+CANNOT_REPLY = (
+    "So it was not asked whether it applies the adapter. Its log may say more; the request is one "
+    "that vLLM answers."
+)
+
+
 # ==== COMMAND LINE: flags and messages
 #
 # A command ends with status 0, with 1 after an error, with 2 after a wrong flag, and with 130 after
@@ -2273,6 +2872,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
     "chat": (chat, "talk to an adapter, or answer each line of a pipe"),
     "compare": (compare, "compare finished runs of train_lora_single.py"),
     "for_vllm": (for_vllm, "write an adapter under the names that vLLM applies"),
+    "served": (served, "ask a running server whether it applies an adapter"),
 }
 
 
@@ -2289,6 +2889,8 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "compare":
             command.add_argument("folders", nargs="+", metavar="FOLDER", help="folders of runs")
             continue
+        if name == "served":
+            command.add_argument("url", metavar="URL", help="such as http://localhost:8000")
         command.add_argument(
             "adapter", metavar="ADAPTER", help="an adapter's folder, or its name on the hub"
         )
@@ -2316,24 +2918,46 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
         return
     parser.add_argument("--device", choices=("cuda", "cpu"), help='"cpu" is for small models')
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the base's weights")
-    parser.add_argument("--max_new_tokens", type=number, help="a reply is cut after so many")
     parser.add_argument(
         "--enable_thinking",
         action="store_true",
         help="render prompts with enable_thinking, for an adapter that was trained so",
     )
-    parser.add_argument("--system", help="the system message; default: that of the run")
+    if command != "served":
+        parser.add_argument("--max_new_tokens", type=number, help="a reply is cut after so many")
+        parser.add_argument("--system", help="the system message; default: that of the run")
     if command == "chat":
         return
     parser.add_argument("--eval_file", help="held-out conversations, a JSONL file")
-    parser.add_argument("--eval_group", help="the key that groups its lines in the report")
     parser.add_argument("--max_seq_len", type=number, help="longer examples are left out")
+    if command == "served":
+        parser.add_argument("--name", help="what the server calls the adapter; default: found out")
+        parser.add_argument(
+            "--chat_template_kwargs",
+            type=as_object,
+            default={},
+            metavar="JSON",
+            help="what clients send under this name, if not the server's defaults",
+        )
+        return
+    parser.add_argument("--eval_group", help="the key that groups its lines in the report")
     parser.add_argument(
         "--evidence_examples", type=number, help="examples that measure the parts; 0 for none"
     )
     parser.add_argument("--general_file", help="tasks of another kind, to see what else changed")
     parser.add_argument("--num_samples", type=number, help="prompts answered in samples.md")
     parser.add_argument("--output_dir", help="gets samples.md, lora.png and what was found")
+
+
+def as_object(text: str) -> dict[str, Any]:
+    """Return a flag's value as an object, or say what the flag must be."""
+    with suppress(ValueError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise argparse.ArgumentTypeError(
+        f"it must be an object in JSON, such as '{{\"enable_thinking\": false}}'; it is {text!r}"
+    )
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
