@@ -566,7 +566,13 @@ def read_tensors(place: Path) -> dict[str, torch.Tensor]:
         raise SystemExit(f"{path} cannot be read ({one_line(error)}).") from error
     if not tensors:
         raise SystemExit(f"{path} holds no tensors, so the adapter changes nothing.")
-    return {name_in_text_model(name): tensor for name, tensor in tensors.items()}
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        place_of_it = name_in_text_model(name)
+        if place_of_it in found:
+            raise SystemExit(f"{path} holds two tensors for one place, {place_of_it}.")
+        found[place_of_it] = tensor
+    return found
 
 
 def put_adapter_on(
@@ -595,7 +601,7 @@ def fitted_config(config: peft.LoraConfig, tensors: dict[str, torch.Tensor]) -> 
 
     A regular expression that was written for a wrapper, as Unsloth does, finds nothing in the text
     model: the modules that the file has tensors for are named instead. Ranks and alphas by pattern
-    would not be found either, and PEFT would take the common ones without a word.
+    would not be found either, and PEFT would only warn, and take the common ones.
     """
     for pattern in (config.rank_pattern, config.alpha_pattern):
         renamed = {re.sub(r"language_model\\?\.", "", key): one for key, one in pattern.items()}

@@ -354,6 +354,35 @@ def test_a_tensor_that_finds_no_place_ends_the_command(changed, inspect, held_ou
     assert str(folder) in end.err and "--base" in end.err and "evidence" not in end.out
 
 
+def test_a_tensor_that_landed_with_other_numbers_ends_the_command(
+    plain, inspect, held_out, monkeypatch
+):
+    load = peft.PeftModel.from_pretrained
+
+    def lossy(*given, **more):
+        model = load(*given, **more)
+        model.get_parameter(f"{FIRST_B.removesuffix('weight')}default.weight").data[0, 0] += 1e-3
+        return model
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", lossy)
+    end = inspect("evidence", plain, "--eval_file", held_out, *SHORT)
+    assert end.status == 1 and "1 of the 8 tensors" in end.err and FIRST_B in end.err
+
+
+FIRST_B = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
+
+
+def test_two_tensors_for_one_place_end_the_command(changed, inspect, held_out):
+    """One under the text model's name and one under the wrapper's: one of them would be lost."""
+    folder = changed()
+    tensors = load_file(folder / TENSORS)
+    twice = FIRST_B.replace(".model.model.", ".model.model.language_model.")
+    tensors[twice] = 2 * tensors[FIRST_B]
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
+    end = inspect("evidence", folder, "--eval_file", held_out, *SHORT)
+    assert end.status == 1 and "two tensors for one place" in end.err and FIRST_B in end.err
+
+
 def test_an_adapter_of_another_size_does_not_fit(changed, inspect, held_out):
     folder = changed()
     tensors = {name: one.repeat(1, 2) for name, one in load_file(folder / TENSORS).items()}
@@ -754,6 +783,8 @@ def test_an_adapter_whose_run_json_was_renamed_is_known_by_its_hash(run_of_ours,
     other = json.dumps(record | {"adapter_sha256": {"final_lora": "0" * 64}, "outcome": "running"})
     (output / "run.json").write_text(other, encoding="utf-8")
     (output / "run.json.0").write_text("{damaged", encoding="utf-8")
+    foreign = {"settings": None, "adapter_sha256": record["adapter_sha256"]}
+    (output / "run.json.1").write_text(json.dumps(foreign), encoding="utf-8")
     assert inspect("evidence", output / "final_lora", *SHORT).status == 0
     assert (output / "run.json").read_text(encoding="utf-8") == other
     assert "measured" in read_json(output / "run.json.2026-01-01-000000")
@@ -782,6 +813,13 @@ def test_a_checkpoint_is_measured_beside_the_published_adapter(run_of_ours, insp
     assert now["earlier_findings"] == {
         f"{checkpoint.name}, {found[checkpoint.name]['measured']}": found[checkpoint.name]
     }
+
+
+def test_a_checkpoint_is_not_of_the_run_whose_run_json_was_renamed(run_of_ours, inspect):
+    output, _ = run_of_ours
+    (output / "run.json").rename(output / "run.json.2026-01-01-000000")
+    end = inspect("evidence", output / "checkpoints" / "checkpoint-4", *SHORT)
+    assert end.status == 1 and "--eval_file" in end.err  # as for any adapter without a run
 
 
 @pytest.mark.parametrize("what", ["final_lora", "checkpoints/checkpoint-4"])
@@ -851,7 +889,11 @@ def test_what_a_run_named_from_its_own_folder_is_found_from_another(run_of_ours,
     change_json(output / "final_lora" / CONFIG, base_model_name_or_path="my-model")
     end = inspect("evidence", output / "final_lora", *SHORT)
     assert end.status == 0, end.err
-    assert f"base model: {home / 'my-model'}\n" in end.out
+    assert f"base model: {home / 'my-model'}\n" in end.out and "home/my-eval.jsonl" in end.out
+    lines = (home / "my-eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "my-eval.jsonl").write_text(lines[0], encoding="utf-8")  # what is here comes first
+    end = inspect("evidence", output / "final_lora", *SHORT)
+    assert end.status == 0 and re.search(r"^data +my-eval.jsonl: 1 examples$", end.out, re.M)
     shutil.rmtree(home / "my-model")
     end = inspect("evidence", output / "final_lora", *SHORT)
     assert end.status == 1 and "base model my-model is not there" in end.err
@@ -963,6 +1005,17 @@ def test_what_has_no_place_in_the_base_is_not_written(changed, inspect, tmp_path
     }  # fmt: skip
     assert end.status == 1 and said[damage] in end.err and str(folder) in end.err
     assert not (tmp_path / "served").exists()
+
+
+def test_what_was_written_for_vllm_is_read_again(plain, inspect, tmp_path, monkeypatch):
+    def lossy(tensors, *given):
+        tensors = {name: one.clone() for name, one in tensors.items()}
+        next(iter(tensors.values()))[0, 0] += 1
+        return save_file(tensors, *given)
+
+    monkeypatch.setattr("safetensors.torch.save_file", lossy)
+    end = inspect("for_vllm", plain, tmp_path / "served")
+    assert end.status == 1 and "does not hold the adapter's tensors" in end.err
 
 
 # ==== The command line

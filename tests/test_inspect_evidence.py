@@ -186,6 +186,22 @@ def memory_of(model):
     return tensors, states
 
 
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [
+        (2, []),
+        (3, ["layer 0", "layer 1", "layer 2"]),
+        (4, ["layer 0", "layer 1", "layers 2 to 3"]),
+        (10, ["layers 0 to 2", "layers 3 to 5", "layers 6 to 9"]),
+    ],
+)
+def test_each_layer_with_lora_is_in_one_of_the_thirds(count, names):
+    paths = {f"model.layers.{n}.mlp.up_proj" for n in range(count)}
+    thirds = inspect_lora.thirds_of_layers(dict.fromkeys(paths))
+    assert [*thirds] == names
+    assert sorted(path for part in thirds.values() for path in part) == sorted(paths) * bool(names)
+
+
 @pytest.fixture(scope="session", params=["finished", "deep"])
 def by_hand(request):
     """Return a run's record, and how to compute its losses without the script and without PEFT."""
