@@ -39,6 +39,8 @@ SHIPPED = {
     "DEVICE": "cuda",
     "TRAIN_FILE": "data/train.jsonl",
     "EVAL_FILE": "data/eval.jsonl",
+    "REPLIES": "all",
+    "GENERAL_FILE": "data/general.jsonl",
     "MAX_SEQ_LEN": 512,
     "LORA_R": 8,
     "LORA_ALPHA": 16,
@@ -68,11 +70,12 @@ SHIPPED = {
 CHOICES = {
     "DTYPE": ["bfloat16", "float32"],
     "DEVICE": ["cuda", "cpu"],
+    "REPLIES": ["all", "last"],
     "LR_SCHEDULER_TYPE": ["cosine", "linear", "constant_with_warmup"],
     "PUBLISH": ["last", "best"],
     "MATMUL": ["auto", "native", "float16"],
 }
-MODES = {"demo": False, "dry_run": False}
+MODES = {"demo": False, "dry_run": False, "split": None}
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +188,7 @@ def test_help_shows_each_settings_comment_choices_and_default(monkeypatch, capsy
         line = said[f"--{name.lower()}"]
         assert len(comment) > 8 and line.endswith(f" {comment} [{' '.join(words(value))}]")
         assert name not in CHOICES or "{" + ",".join(CHOICES[name]) + "}" in line
-    assert {"--demo", "--dry_run"} < said.keys()
+    assert {"--demo", "--dry_run", "--split"} < said.keys()
     assert "python train_lora_single.py --dry_run" in out and "inspect_lora.py --help" in out
     titles = re.findall("(?m)^## (.+)$", (SCRIPT.parent / "README.md").read_text(encoding="utf-8"))
     named = re.findall('under "(.+?)"', " ".join(out.split()))
@@ -278,6 +281,7 @@ def test_values_at_the_edge_of_what_is_allowed_are_taken():
         "LORA_R": (1, 512), "LORA_ALPHA": (1,), "SEED": (0, 2**32 - 1), "MAX_STEPS": (0, 1),
         "LEARNING_RATE": (1e-9, 0.99), "LORA_DROPOUT": (0.0, 0.99), "WARMUP_RATIO": (0.0, 0.99),
         "NUM_SAMPLES": (0, 1), "EVIDENCE_EXAMPLES": (0, 1), "EVAL_FILE": ("",), "EVAL_GROUP": ("",),
+        "GENERAL_FILE": ("",),
         **{name: (1,) for name in (
             "MAX_SEQ_LEN", "NUM_EPOCHS", "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS",
             "LOGGING_STEPS", "SAVE_STEPS", "MAX_NEW_TOKENS")},
@@ -389,7 +393,7 @@ def test_two_files_of_equal_content_are_taken(tmp_path):
 def test_demo_changes_what_it_lists_and_any_flag_beside_it_wins():
     demo = vars(t.parse_settings(["--demo"]))
     changed = {name for name in SHIPPED if demo[name] != SHIPPED[name]}
-    files = {"MODEL_NAME", "TRAIN_FILE", "EVAL_FILE", "OUTPUT_DIR"}
+    files = {"MODEL_NAME", "TRAIN_FILE", "EVAL_FILE", "GENERAL_FILE", "OUTPUT_DIR"}
     assert changed == files | {
         "DEVICE", "DTYPE", "NUM_EPOCHS", "MAX_STEPS", "LEARNING_RATE", "EVIDENCE_EXAMPLES",
     }  # fmt: skip
