@@ -893,7 +893,7 @@ def check_template(model_name: str, chat_format: ChatFormat, examples: list[Exam
             "or train a local copy of the model in whose chat template a date in quotes stands for "
             "strftime_now(...)."
         )
-        report("warning", textwrap.fill(text, 90))
+        report("warning", wrap_lines(text, 90))
 
 
 ANOTHER_TEMPLATE = "Use another model, or a local copy of this one with another chat template."
@@ -1008,7 +1008,7 @@ def encode_file(
     elif too_long:
         advice = f"longer than MAX_SEQ_LEN {limit:,} and left out; raise it to train on them."
         text = f"{len(too_long):,} of {len(examples):,} examples are {advice}{cost}"
-        report("left out", textwrap.fill(text, 90))
+        report("left out", wrap_lines(text, 90))
         report("", join_limited(too_long), join_limited(too_long, len(too_long)))
     return fitting, problems
 
@@ -1117,7 +1117,7 @@ def cost_of_dialogues(
         if "messages" in example.keys:
             dialogues.setdefault(example.where, []).append(example)
     if not dialogues:
-        return []
+        return []  # only completions, which the table is enough for
     count = sum(len(replies) for replies in dialogues.values())
     tokens = sum(len(example.input_ids) for example in examples)
     repeated = sum(
@@ -1146,7 +1146,7 @@ def cost_of_dialogues(
             "tokens, in which the earlier replies are only read. Or cut the dialogues into shorter "
             "lines."
         )
-    return textwrap.wrap(" ".join(sentences), 90, break_long_words=False, break_on_hyphens=False)
+    return [wrap_lines(" ".join(sentences), 90)]
 
 
 def show_example(example: Example, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
@@ -3002,7 +3002,7 @@ def use_float16_products(model: transformers.PreTrainedModel) -> transformers.Pr
         text += join_limited(left, 3, ", ")
     if asked:
         text += f"; {len(asked)} stay in {dtype}, the model's code looking at their weights: "
-        text += join_limited(asked, 3, ", ")
+        text += ", ".join(sorted({path.rpartition(".")[2] for path in asked}))
     report("matmul", text)
     return model
 
@@ -3557,7 +3557,7 @@ def one_line(value: Any, width: int = 200) -> str:
     return text if len(text) <= width else f"{text[: width - 4]} ..."
 
 
-def wrap_lines(text: str) -> str:
+def wrap_lines(text: str, width: int = 100) -> str:
     """Return text with its long lines broken at spaces, so that a terminal does not cut words.
 
     A command that wrap_command() has broken already stays as it is.
@@ -3567,7 +3567,7 @@ def wrap_lines(text: str) -> str:
         if line.endswith(" \\") or (lines and lines[-1].endswith(" \\")):
             lines.append(line)
         else:
-            broken = textwrap.wrap(line, 100, break_long_words=False, break_on_hyphens=False)
+            broken = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
             lines += broken or [""]
     return "\n".join(lines)
 
