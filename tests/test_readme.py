@@ -175,10 +175,11 @@ def test_the_messages_on_bad_lines_are_the_scripts(name, tmp_path):
         assert advice in line
 
 
-def test_the_header_for_uv_is_requirements_txt():
+@pytest.mark.parametrize("name", ["train_lora_single.py", "inspect_lora.py"])
+def test_the_header_for_uv_is_requirements_txt(name):
     import tomllib
 
-    script = Path("train_lora_single.py").read_text(encoding="utf-8")
+    script = Path(name).read_text(encoding="utf-8")
     block = re.search(r"^# /// script\n(.*?)^# ///$", script, re.MULTILINE | re.DOTALL)[1]
     header = tomllib.loads("\n".join(line[2:] for line in block.splitlines()))
     lines = Path("requirements.txt").read_text(encoding="utf-8").splitlines()
