@@ -569,6 +569,8 @@ def test_the_model_card_says_where_the_adapter_comes_from(finished, tiny):
         assert facts["sha256"] in card.text
     evidence = record["evidence"]
     assert f"{evidence['base']:.4f} to {evidence['adapter']:.4f}" in card.text
+    assert all(line in card.text for line in evidence["table"] + evidence["conclusions"])
+    assert len(evidence["table"]) > 8 and f"lower on {evidence['better']} of them" in card.text
     (result,) = card.data.eval_results
     assert result.metric_value == pytest.approx(evidence["adapter"], abs=1e-4)
     assert result.dataset_name == "eval.jsonl"
@@ -773,6 +775,8 @@ def test_run_json_says_running_then_finished_and_what_was_run(flags, tmp_path, m
         assert record["versions"].keys() >= {*PACKAGES, "python"}
         for name in PACKAGES:
             assert record["versions"][name] == importlib.metadata.version(name)
+        assert record["working_folder"] == str(Path.cwd())
+        assert record["lora_config"]["lora_alpha"] == 4
         assert record["device"] == "CPU" and record["matmul"] == {"used": "native"}
         assert record["resumed_from"] is None
         assert record["plan"]["steps"] == 2 and record["plan"]["trainable"] == 30_720
@@ -782,6 +786,11 @@ def test_run_json_says_running_then_finished_and_what_was_run(flags, tmp_path, m
             assert facts["sha256"] == hashlib.sha256(data).hexdigest()
             assert facts["examples"] == data.count(b"\n")
     assert late["published"] == "step 2" and not early[-1]["published"]
+    hashes = {
+        name: hashlib.sha256((output / name / "adapter_model.safetensors").read_bytes()).hexdigest()
+        for name in ("final_lora", "final_lora_vllm")
+    }
+    assert late["adapter_sha256"] == hashes and early[-1]["adapter_sha256"] == {}
 
 
 def test_run_json_holds_every_loss_that_was_printed(finished):
