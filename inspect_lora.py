@@ -980,10 +980,13 @@ def table_of_parts(parts: list[Part]) -> list[str]:
             of_gain = f"{100 * part.of_gain.value:.1f} ± {100 * part.of_gain.error:.1f} %"
             if part.kind == "base":
                 of_gain = f"{part.of_gain.value:.0%}"
+            if math.isnan(part.of_gain.value):  # there is none to have a share of
+                of_gain = "-"
             better_on = f"{part.better_on}/{len(part.losses)}"
             cells = [of_gain, str(part.against_trained), better_on]
         lines.append(columns(part.title, f"{part.loss:.4f}", *cells))
-    targets = sorted(of_kind(parts, "target"), key=lambda part: -part.of_gain.value)
+    targets = [part for part in of_kind(parts, "target") if not math.isnan(part.of_gain.value)]
+    targets.sort(key=lambda part: -part.of_gain.value)
     if targets:
         shares = ", ".join(f"{part.value} {part.of_gain.value:.0%}" for part in targets)
         text = f"of the gain, each target alone: {shares}"
@@ -1143,6 +1146,11 @@ def about_no_gain(parts: list[Part], gain: Estimate) -> str:
 
     That the run went too far is said only if the same update helps at a smaller strength.
     """
+    if gain.value == gain.error == 0:
+        return (
+            "With the adapter and without it all losses are the same: it changes nothing. Perhaps "
+            "it was saved before it was trained, when B is 0."
+        )
     strengths = of_kind(parts, "strength")
     needed = errors_needed(len(strengths))
     weaker = [part for part in strengths if float(part.value) < 1]

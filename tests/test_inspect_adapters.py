@@ -277,6 +277,18 @@ def test_an_adapter_begun_by_eva_is_measured_since_its_base_is_unchanged(changed
     assert columns(evidence) == columns(measure(plain).evidence)
 
 
+def test_an_adapter_that_changes_nothing_is_better_nowhere(measure, tmp_path):
+    """PEFT's B is 0 at first. There is no gain, so no part has a share of it."""
+    path = write_lines(tmp_path / "ten.jsonl", [{"messages": messages_of(SAID[0])}] * 10)
+    adapter = save_adapter(tmp_path / "adapter", std=0)
+    run = measure(adapter, "--evidence_examples", "10", eval_file=path)
+    base, adapter = columns(run.evidence)
+    assert base == adapter and run.evidence["better"] == 0
+    assert {part["better_on"] for part in run.evidence["parts"].values()} == {0}
+    assert "it changes nothing" in run.out and "higher LEARNING_RATE" not in run.out
+    assert "\nwarning" not in run.out and "nan" not in run.out
+
+
 # ==== Under a wrapper's names
 
 INTO_WRAPPER = {
@@ -756,12 +768,27 @@ def test_a_runs_adapter_needs_no_flags_and_what_was_found_before_is_kept(
     assert f"what was found is in {output / 'run.json'}" in end.out
 
 
+def test_the_picture_of_a_runs_adapter_has_its_losses(run_of_ours, inspect, monkeypatch):
+    output, record = run_of_ours
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, _: figures.append(figure)
+    )
+    assert inspect("evidence", output / "final_lora", *SHORT).status == 0
+    axes = figures[0].axes[0]
+    losses = [entry["loss"] for entry in record["loss_history"] if "loss" in entry]
+    assert axes.get_title() == "Loss" and list(axes.lines[0].get_ydata()) == losses
+    assert figures[0].get_suptitle().endswith(f", {record['published']}")
+
+
 def test_each_measurement_is_kept_under_its_date(run_of_ours, inspect):
     output, record = run_of_ours
-    (output / "run.json").write_text(json.dumps(record | {"measured": "2026-01-01 00:00:00"}))
+    record |= {"measured": "2026-01-01 00:00:00", "earlier_findings": {"once": {"learned": {}}}}
+    (output / "run.json").write_text(json.dumps(record), encoding="utf-8")
     assert inspect("evidence", output / "final_lora", *SHORT).status == 0
     now = read_json(output / "run.json")
-    assert [*now["earlier_findings"]] == ["2026-01-01 00:00:00"]
+    assert [*now["earlier_findings"]] == ["once", "2026-01-01 00:00:00"]
+    assert now["earlier_findings"]["once"] == {"learned": {}}
     assert "measured" not in now["earlier_findings"]["2026-01-01 00:00:00"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", now["measured"])
     assert len(now["evidence"]["parts"]["base model"]["losses"]) == 2  # --evidence_examples

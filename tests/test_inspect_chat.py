@@ -308,6 +308,13 @@ def test_the_system_message_is_the_adapters_and_not_a_newer_runs(parrot, talk, t
 # ==== What is refused
 
 
+def test_a_closed_standard_input_is_one_message(parrot, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as stop:
+        inspect_lora.main(["chat", str(parrot.output / "final_lora"), *parrot.flags])
+    assert stop.value.code == 1 and "standard input is closed" in capsys.readouterr().err
+
+
 def test_without_an_adapter_there_is_one_message_and_no_folder_is_made(talk, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "final_lora").mkdir()

@@ -731,6 +731,29 @@ def test_samples_show_one_of_each_kind_though_fewer_are_asked_for(deep):
     assert len(first) == 5
 
 
+@pytest.mark.parametrize(
+    ("kinds", "wanted", "numbers"),
+    [
+        ("aaaaaaaaab", 4, [0, 2, 5, 9]),
+        ("aaaaaaaaab", 1, [0, 9]),
+        ("aaaa", 6, [0, 1, 2, 3]),
+        ("abcdefghijklmnopqrstuvwxyz", 3, [*range(20)]),
+        ("abcdefghijklmnopqrstuvwxyz", 22, [*range(22)]),
+    ],
+)
+def test_samples_are_of_each_kind_up_to_20_and_then_evenly_spread(kinds, wanted, numbers):
+    held_out = [t.Example(str(n), [], eval_group=kind) for n, kind in enumerate(kinds)]
+    chosen = inspect_lora.choose_samples(held_out, wanted)
+    assert [int(example.where) for example in chosen] == numbers
+
+
+def test_a_reply_ends_at_the_first_of_the_tokens_that_end_a_turn():
+    """Gemma has two."""
+    assert inspect_lora.before_the_end([5, 8, 9, 7, 9], [7, 9]) == ([5, 8], True)
+    assert inspect_lora.before_the_end([5, 8, 9], [7]) == ([5, 8, 9], False)
+    assert inspect_lora.before_the_end([7], [7]) == ([], True)
+
+
 def greedy(model, tokenizer, ids, limit):
     """Return the likeliest reply to one prompt, without generate() and its cache."""
     new = []
@@ -891,7 +914,7 @@ def test_an_adapter_that_is_worse_than_the_base_went_too_far():
 @pytest.mark.parametrize("weaker", [(-0.2, 0.09), (0.2, 0.01)])
 def test_an_adapter_that_is_worse_for_no_reason_in_the_table_is_told_what_to_check(weaker):
     """A stronger update that is better says nothing about a run that went too far."""
-    against = {0.75: inspect_lora.Estimate(*weaker), 1.5: inspect_lora.Estimate(-0.3, 0.01)}
+    against = {0.75: inspect_lora.Estimate(*weaker), 1.25: inspect_lora.Estimate(-0.3, 0.01)}
     text = about_no_gain((-0.5, 0.01), against)
     assert "worse than the base model" in text and "does not show why" in text
     assert "went too far" not in text and "fewer epochs" not in text and "More steps" not in text
