@@ -108,7 +108,7 @@ DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 
 # The data. The section DATA shows the two forms that a line may have.
 TRAIN_FILE: str = "data/train.jsonl"  # the conversations to learn from
-EVAL_FILE: str = "data/eval.jsonl"  # held out: never trained on; about a tenth; "" for none
+EVAL_FILE: str = "data/eval.jsonl"  # only measured, never trained on; a tenth; "" for none
 REPLIES: Literal["all", "last"] = "all"  # of a "messages" line: teach every reply, or only the last
 GENERAL_FILE: str = "data/general.jsonl"  # other tasks, to see what else changed; "" for none
 MAX_SEQ_LEN: int = 512  # in tokens; longer examples, at most a tenth, are left out, never cut
@@ -147,7 +147,7 @@ LOGGING_STEPS: int = 10  # a line is printed every so many steps
 SAVE_STEPS: int = 50  # a checkpoint every so many steps: the most that a crash can lose
 PUBLISH: Literal["last", "best"] = "last"  # the epoch for final_lora; "best" by held-out loss
 REPORT_TO: str = "none"  # also log to "tensorboard", "wandb" or "trackio", if it is installed
-EVIDENCE_EXAMPLES: int = 100  # held-out examples that measure r, alpha and targets; 0 for none
+EVIDENCE_EXAMPLES: int = 100  # held-out examples that measure the adapter's parts; 0 for none
 EVAL_GROUP: str = "kind"  # the key that groups held-out lines in the report; "" for none
 NUM_SAMPLES: int = 6  # at least so many held-out prompts, and one of each kind, in samples.md
 MAX_NEW_TOKENS: int = 200  # a reply is cut after this many tokens
@@ -226,7 +226,11 @@ class Job:
 
 
 def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
-    """Return what PEFT is asked for. Edit it freely: the plan and all checks follow from it."""
+    """Return what PEFT is asked for. Any LoraConfig that refuse_unsupported() lets through will do.
+
+    Examples are use_dora=True, or rank_pattern={"down_proj": 16} with alpha_pattern={"down_proj":
+    32}, since an update is scaled by its alpha / r. The plan prints what follows.
+    """
     return peft.LoraConfig(
         r=settings.LORA_R,  # the rank: A is r x k, B is d x r
         lora_alpha=settings.LORA_ALPHA,  # the update is scaled by alpha / r
@@ -240,8 +244,9 @@ def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
 def build_trainer(job: Job) -> trl.SFTTrainer:
     """Load the base model and return a trainer whose model has LoRA in it.
 
-    LoRA is injected here, by SFTTrainer's peft_config, and nowhere else. Do not also call PEFT's
-    get_peft_model(): LoRA would be added twice.
+    LoRA gets into the model that is trained here, by SFTTrainer's peft_config, and nowhere else. Do
+    not also call PEFT's get_peft_model(): LoRA would be added twice, TRL refuses such a model, and
+    the check below would stop the run.
     """
 
     class LoraTrainer(OurTrainerMethods, trl.SFTTrainer):
@@ -252,7 +257,7 @@ def build_trainer(job: Job) -> trl.SFTTrainer:
         model = use_float16_products(model)  # see FLOAT16 PRODUCTS
     trainer = LoraTrainer(
         model=model,
-        peft_config=lora_config(job.settings),  # the only place where LoRA is injected
+        peft_config=lora_config(job.settings),  # the only injection
         args=training_config(job),
         train_dataset=to_dataset(job.train),  # TRL's collator pads each step
         eval_dataset=to_dataset(job.held_out) if job.held_out else None,
@@ -276,7 +281,13 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     }
     shapes = {name: tuple(weight.shape) for name, weight in trainable.items()}
     count = sum(weight.numel() for weight in trainable.values())
-    share = f"{count:,} of {plan.total:,} parameters are trained ({count / plan.total:.4%})"
+    total = sum(weight.numel() for weight in model.parameters())
+    share = f"{count:,} of {total:,} parameters are trained ({count / total:.4%})"
+    if total != plan.total and shapes == plan.trainable_shapes:
+        raise SystemExit(
+            f"LoRA is not in place as planned: the model has {total:,} parameters, but "
+            f"{plan.total:,} were planned. Is something added to it twice?"
+        )
     if shapes != plan.trainable_shapes:
         different = sorted(name for name, _ in shapes.items() ^ plan.trainable_shapes.items())
         raise SystemExit(
@@ -300,10 +311,11 @@ def training_config(job: Job) -> trl.SFTConfig:
         output_dir=str(job.output / "checkpoints"),
         seed=settings.SEED,
         num_train_epochs=settings.NUM_EPOCHS,
-        max_steps=job.plan.steps,  # which decides: all epochs, or fewer with MAX_STEPS
+        max_steps=job.plan.steps,  # this decides, not the epochs
         learning_rate=settings.LEARNING_RATE,
         lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
-        # A fraction would be rounded up: in a run of few steps the first would have the rate 0.
+        # TRL would round a fraction up. With a warm-up the first step has the rate 0, so a run of
+        # fewer than 34 steps has none.
         warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
         # Our training_step() gets a whole step, and divides it into as few parts as fit in memory.
         per_device_train_batch_size=examples_per_step(settings) // processes,
@@ -1135,8 +1147,8 @@ def cost_of_dialogues(
             "an earlier example of the same line has, too"
         )
     sentences = [
-        f'{shorten_path(path, 25)}: {len(dialogues):,} lines with "messages" make {count:,} '
-        f"examples, one for {each}.",
+        f"{shorten_path(path, 25)}: {counted(len(dialogues), 'line')} with \"messages\" made into "
+        f"{counted(count, 'example')}, one for {each}.",
         f"{sends}.",
     ]
     if is_trained and repeated > tokens / 2:
@@ -1199,7 +1211,7 @@ class Plan:
 
 
 # These start from a changed W, so the adapter would only fit this run's copy of the base model.
-CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva")
+CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def make_plan(job: Job) -> Plan:
@@ -1215,6 +1227,7 @@ def make_plan(job: Job) -> Plan:
         peft.inject_adapter_in_model(config, model)
     except ValueError as error:
         raise SystemExit(f"LoraConfig: PEFT refuses it: {one_line(error)}") from error
+    refuse_unknown_patterns(config, model)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     total = sum(weight.numel() for weight in model.parameters())
     trainable = sum(weight.numel() for weight in trained.values())
@@ -1285,8 +1298,18 @@ def refuse_unsupported(config: peft.LoraConfig) -> None:
     start = config.init_lora_weights
     if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
         raise SystemExit(
-            f'LoraConfig: init_lora_weights="{start}" changes the frozen weights or needs data, so '
-            'the saved adapter would not fit the base model; use True, "gaussian" or "orthogonal".'
+            f'LoraConfig: init_lora_weights="{start}" changes the frozen weights, so the saved '
+            'adapter would not fit the base model; use True, "gaussian" or "orthogonal".'
+        )
+    if str(start).lower() == "eva":
+        raise SystemExit(
+            'LoraConfig: init_lora_weights="eva" needs data before it can begin, which it does not '
+            'get here; use True, "gaussian" or "orthogonal".'
+        )
+    if config.target_modules is None:
+        raise SystemExit(
+            "LoraConfig: target_modules is missing; name the layers, or write "
+            'target_modules="all-linear".'
         )
     if config.bias != "none":  # PEFT's disable_adapter() and unload() keep trained biases
         raise SystemExit(
@@ -1349,6 +1372,19 @@ def unknown_targets_message(missing: list[str], model: torch.nn.Module) -> str:
     return text
 
 
+def refuse_unknown_patterns(config: peft.LoraConfig, model: torch.nn.Module) -> None:
+    """Exit if a key of rank_pattern or alpha_pattern matches no layer; PEFT would be silent."""
+    paths = list(lora_layers(model))
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name):
+            # PEFT matches a key against the end of a path, or against all of it.
+            if not any(re.fullmatch(rf"(.*\.)?({key})", path) for path in paths):
+                raise SystemExit(
+                    f"LoraConfig: {name} has {key!r}, which matches none of the layers that LoRA "
+                    f"is added to, such as {paths[0] if paths else 'none'}."
+                )
+
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 
 
@@ -1368,15 +1404,13 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
     layers = lora_layers(model).values()
     ranks = {layer.r["default"] for layer in layers}
     scalings = {layer.scaling["default"] for layer in layers}
-    lines = [
-        f"LoRA with r = {config.r}, alpha = {config.lora_alpha} (the update is scaled by "
-        f"{max(scalings, default=0):g}), dropout {config.lora_dropout:g}"
-    ]
+    more = "".join(f", {name}" for name in variants_of(config))
+    text = f"r = {config.r}, alpha = {config.lora_alpha} (the update is scaled by "
+    text += f"{max(scalings, default=0):g})"
     if len(ranks) > 1 or len(scalings) > 1:
-        lines = [
-            f"LoRA with {range_in_words(ranks)} directions, updates scaled by "
-            f"{range_in_words(scalings)} (by target, below), dropout {config.lora_dropout:g}"
-        ]
+        text = f"r = {range_in_words(ranks)}, updates scaled by {range_in_words(scalings)} "
+        text += "(by target, below)"
+    lines = [f"LoRA with {text}, dropout {config.lora_dropout:g}{more}"]
     lines += table_of_targets(job, plan, model)
     lines.append(
         f"trainable params: {plan.trainable:,} || all params: {plan.total:,} || "
@@ -1402,9 +1436,18 @@ def range_in_words(numbers: set[float]) -> str:
     return " to ".join(f"{number:g}" for number in sorted({min(numbers), max(numbers)}))
 
 
+VARIANTS = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "use_qalora": "QALoRA"}
+
+
+def variants_of(config: peft.LoraConfig) -> list[str]:
+    """Return the names of what makes a LoraConfig more than plain LoRA, such as DoRA."""
+    return [name for flag, name in VARIANTS.items() if getattr(config, flag)]
+
+
 def lora_in_words(config: peft.LoraConfig) -> str:
     """Return rank and alpha of a LoraConfig, with the patterns that change them for some layers."""
     words = [f"r = {config.r}", f"alpha = {config.lora_alpha}"]
+    words += variants_of(config)
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, name)
         if pattern:
@@ -2104,8 +2147,9 @@ def describe_job(job: Job) -> dict[str, Any]:
     config = lora_config(job.settings).to_dict()
     if isinstance(config["target_modules"], (list, set)):  # PEFT makes a set of a list
         config["target_modules"] = sorted(config["target_modules"])
+    config.pop("peft_version", None)
+    fields = {f"LoraConfig.{key}": as_stable_text(value) for key, value in config.items()}
     contents = {
-        "the LoraConfig": sorted((key, as_stable_text(value)) for key, value in config.items()),
         "the files of MODEL_NAME": file_fingerprints(Path(job.settings.MODEL_NAME)),
         "the tokens of TRAIN_FILE": [example.input_ids for example in job.train],
         "the tokens of EVAL_FILE": [example.input_ids for example in job.held_out],
@@ -2114,7 +2158,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         name: hashlib.sha256(repr(value).encode()).hexdigest()[:12]
         for name, value in contents.items()
     }
-    return job_settings | {"the products in use": job.matmul["used"]} | hashes
+    return job_settings | fields | {"the products in use": job.matmul["used"]} | hashes
 
 
 def as_stable_text(value: Any) -> str:
@@ -2365,8 +2409,8 @@ def installed_versions() -> dict[str, str]:
 # At the end OUTPUT_DIR holds:
 #   final_lora/        the adapter in PEFT's form, with tokenizer and model card; verified
 #   final_lora_vllm/   the same tensors under the names that vLLM needs, if it needs others
-#   samples.md         held-out prompts with the replies before and after training
-#   lora.png           losses, the size of the updates, and the evidence
+#   samples.md         held-out prompts with the replies before and after training, and
+#   lora.png           losses, the size of the updates, and the evidence: both by inspect_lora.py
 #   run.json           all settings, versions, hashes, losses and measurements
 #   checkpoints/       each epoch's adapter
 #   all_logs.log       everything that was printed, with tracebacks
@@ -2475,7 +2519,9 @@ def write_adapter_for_vllm(
 
 
 def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) -> peft.PeftModel:
-    """Load the adapter from disk onto the bare base model; exit unless it is the trained one.
+    """Load the adapter from disk onto the base model; exit unless it is the trained one.
+
+    The base model is the one in memory, with the trained LoRA taken out.
 
     The tensors of both files, vLLM's too, must be the trained ones to the bit. On one example's
     reply the logits must be those of the trained model and not those of the base. A GPU may round:
@@ -2499,12 +2545,16 @@ def verify_saved_adapter(model: peft.PeftModel, folder: Path, example: Example) 
     kept = "The checkpoints are still there."
     if error == effect == 0:
         raise SystemExit(
-            "verified: the adapter changes nothing: with it and without it the model's logits are "
-            "the same. LEARNING_RATE is too small or the steps are too few; raise one of them and "
-            f"choose another OUTPUT_DIR. {kept}"
+            "Not verified: the adapter changes nothing: with it and without it the model's logits "
+            "are the same. LEARNING_RATE is too small or the steps are too few; raise one of them "
+            f"and choose another OUTPUT_DIR. {kept}"
         )
     if not (effect > 0 and error <= effect / 10):
-        raise SystemExit(f"verified: {found}. So the saved adapter does not work. {kept}")
+        raise SystemExit(
+            f"Not verified: {found}. The file is right to the bit, but its effect cannot be told "
+            "from rounding, so the adapter is not published: the steps were too few or "
+            f"LEARNING_RATE too small, or loading is at fault. {kept}"
+        )
     report("verified", found)
     return reloaded
 
@@ -2523,8 +2573,8 @@ def check_saved_tensors(model: peft.PeftModel, folder: Path) -> None:
             wrong.add(name)
     if wrong:
         raise SystemExit(
-            f"verified: {folder} does not hold what was trained; these tensors differ or are not "
-            f"numbers: {join_limited(sorted(wrong), 3, ', ')}. The checkpoints are still there."
+            f"Not verified: {folder} does not hold what was trained; these tensors differ or are "
+            f"not numbers: {join_limited(sorted(wrong), 3, ', ')}. The checkpoints are still there."
         )
 
 
@@ -2650,9 +2700,9 @@ Render conversations with `enable_thinking=False`, as in training. {serving}
 
 ## Limits
 
-The adapter repeats the habits of its training data, mistakes included. Nothing else was measured;
-read its replies before you let anybody rely on them. The base model's licence holds
-for the adapter's use too.
+The adapter repeats the habits of its training data, mistakes included. Nothing was measured but
+what stands above; read its replies before you let anybody rely on them. The base model's licence
+holds for the adapter's use too.
 """
 
 
@@ -3216,7 +3266,7 @@ def choose_held_out(lines: list[Line], path: str, seed: int) -> set[tuple[str, s
     least = LEAST_HELD_OUT
     if len(counts) < 2 * least:
         raise SystemExit(
-            f"{path} has {len(counts):,} dialogues. Fewer than {2 * least} are not split, since "
+            f"{path} has {counted(len(counts), 'dialogue')}. Fewer than {2 * least} are not split, since "
             f"fewer than {least} held-out ones would say little. Add more, or move some into a "
             "file of their own by hand. Lines with the same system message and the same first user "
             "message count as one dialogue."
@@ -3246,7 +3296,8 @@ def report_split(
 
     def dialogues(some: list[Line]) -> str:
         count = len({line.dialogue for line in some})
-        return f"{count:,} dialogues" + (f" in {len(some):,} lines" if count < len(some) else "")
+        in_lines = f" in {len(some):,} lines" if count < len(some) else ""
+        return counted(count, "dialogue") + in_lines
 
     shown = [path_from_here(str(path)) for path in (source, *targets)]
     said = [f"{shown[0]}: {dialogues(lines)}"]
@@ -3583,6 +3634,11 @@ def shorten_path(path: str, width: int) -> str:
     """Return a path as seen from here; of a long one only the end."""
     path = path_from_here(path)
     return path if len(path) <= width else "..." + path[3 - width :]
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 line" or "1,000 lines"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> str:

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import TINY
+from conftest import TINY, write_short_data
 from safetensors.torch import load_file
 from trainers import (
     ADAPTER,
@@ -330,7 +330,7 @@ def test_ranks_and_scalings_that_differ_are_shown_by_target(one_step, tmp_path, 
     text = capsys.readouterr().out
     plan = text[text.index("\nplan ") + 1 :]
     assert max(map(len, plan.splitlines())) <= 100
-    assert "LoRA with 4 to 16 directions, updates scaled by 1 to 4 (by target, below)" in plan
+    assert "LoRA with r = 4 to 16, updates scaled by 1 to 4 (by target, below)" in plan
     rows = [line[10:].split() for line in plan.splitlines() if re.search(r" \d/2 ", line)]
     assert [(row[0], row[1], row[4], row[-1]) for row in rows] == [
         ("q_proj", "1/2", "16x64", "1"),
@@ -400,3 +400,25 @@ def test_trained_weights_in_bfloat16_are_refused(flags, capfd, tmp_path):
     message = refused(capfd, [*flags, "--dtype", "bfloat16"], script.main)
     assert "float32" in message and "torch.bfloat16" in message and "lm_head" in message
     assert not (tmp_path / "output" / "final_lora").exists()
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_key_of_a_pattern_that_matches_no_layer_is_refused(capfd, tmp_path, monkeypatch, name):
+    plain = t.lora_config
+
+    def edited(settings):
+        config = plain(settings)
+        setattr(config, name, {"down_projj": 16})
+        return config
+
+    monkeypatch.setattr(t, "lora_config", edited)
+    data = write_short_data(tmp_path)
+    said = refused(capfd, [*data, "--dry_run"])
+    assert name in said and "down_projj" in said
+
+
+def test_dora_is_named_in_plan_and_card():
+    from peft import LoraConfig
+
+    assert "DoRA" in t.lora_in_words(LoraConfig(use_dora=True))
+    assert "DoRA" not in t.lora_in_words(LoraConfig())

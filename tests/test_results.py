@@ -328,7 +328,7 @@ def test_a_file_that_is_not_as_trained_is_refused_by_the_tensors_name(adapted, t
     with pytest.raises(SystemExit) as stop:
         t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
     said = " ".join(str(stop.value).split())
-    assert said.startswith(f"verified: {tmp_path} ") and f": {UP}.lora_A.weight." in said
+    assert said.startswith(f"Not verified: {tmp_path} ") and f": {UP}.lora_A.weight." in said
 
 
 USELESS = {
@@ -342,7 +342,7 @@ def test_an_adapter_of_no_use_is_refused_though_saved_as_trained(adapted, tmp_pa
     with torch.no_grad():
         USELESS[how](get_peft_model_state_dict(adapted))  # the parameters themselves
     adapted.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match=r"(?s)^verified: .*(does not work|not numbers)"):
+    with pytest.raises(SystemExit, match=r"(?s)^Not verified: .*(not published|not numbers)"):
         t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
 
 
@@ -360,7 +360,7 @@ def test_an_adapter_that_changes_nothing_is_refused_with_the_reason(adapted, tmp
     with pytest.raises(SystemExit) as stop:
         t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
     said = " ".join(str(stop.value).split())
-    assert said.startswith("verified: ") and "changes nothing" in said
+    assert said.startswith("Not verified: ") and "changes nothing" in said
     assert "does not work" not in said
 
 
@@ -382,7 +382,7 @@ CONFIGS = {
 def test_equal_tensors_under_another_config_are_refused(adapted, tmp_path, what):
     adapted.save_pretrained(tmp_path)
     change_config(tmp_path, **CONFIGS[what])
-    with pytest.raises(SystemExit, match=r"(?s)^verified: .*does not work"):
+    with pytest.raises(SystemExit, match=r"(?s)^Not verified: .*not published"):
         t.verify_saved_adapter(adapted, tmp_path, EXAMPLE)
 
 
@@ -403,10 +403,10 @@ def test_a_failed_check_touches_nothing_and_the_same_command_mends_it(
     argv = [*flags, "--seed", "7", "--num_epochs", "1"]
     assert run(argv) == 1
     printed = capsys.readouterr()
-    assert re.search("(?m)^verified:", printed.err) and "Traceback" not in printed.err
+    assert re.search("(?m)^Not verified:", printed.err) and "Traceback" not in printed.err
     assert not re.search("(?m)^(verified|done) ", printed.out)
     assert {name: files(output / name) for name in RESULTS} == before
-    assert record_of(output)["outcome"].startswith("failed: verified: ")
+    assert record_of(output)["outcome"].startswith("failed: Not verified: ")
     assert not (output / ".partial").exists() and not [*output.glob("final_lora.*")]
 
     spoil.clear()
