@@ -1147,8 +1147,8 @@ def cost_of_dialogues(
             "an earlier example of the same line has, too"
         )
     sentences = [
-        f"{shorten_path(path, 25)}: {counted(len(dialogues), 'line')} with \"messages\" made into "
-        f"{counted(count, 'example')}, one for {each}.",
+        f'{shorten_path(path, 25)} has {counted(len(dialogues), "line")} with "messages", and of '
+        f"them {counted(count, 'example')}, one for {each}.",
         f"{sends}.",
     ]
     if is_trained and repeated > tokens / 2:
@@ -3266,10 +3266,10 @@ def choose_held_out(lines: list[Line], path: str, seed: int) -> set[tuple[str, s
     least = LEAST_HELD_OUT
     if len(counts) < 2 * least:
         raise SystemExit(
-            f"{path} has {counted(len(counts), 'dialogue')}. Fewer than {2 * least} are not split, since "
-            f"fewer than {least} held-out ones would say little. Add more, or move some into a "
-            "file of their own by hand. Lines with the same system message and the same first user "
-            "message count as one dialogue."
+            f"{path} has {counted(len(counts), 'dialogue')}. Fewer than {2 * least} are not split, "
+            f"since fewer than {least} held-out ones would say little. Add more, or move some into "
+            "a file of their own by hand. Lines with the same system message and the same first "
+            "user message count as one dialogue."
         )
 
     def lot(dialogue: tuple[str, str]) -> str:

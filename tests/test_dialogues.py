@@ -111,7 +111,7 @@ def test_what_the_dry_run_says_is_what_the_run_does(
         sent = rows_of(recorders[-1].trained)
         counts = {"all": sum(len(talk) // 2 for talk in made), "last": 50}
         each = {"all": "each reply", "last": "the last reply"}[replies]
-        lines = f'50 lines with "messages" make {counts[replies]} examples, one for {each}.'
+        lines = f'50 lines with "messages", and of them {counts[replies]} examples, one for {each}.'
         tokens = sum(len(row) for row in sent)
         assert len(sent) == counts[replies]
         assert f"{lines} An epoch sends {tokens:,} tokens through the model" in said
@@ -147,7 +147,7 @@ def test_advice_is_given_only_above_half(tiny, in_a_folder, capsys, replies, is_
     flags = ["--demo", "--dry_run", "--model_name", tiny, "--max_seq_len", "9000"]
     t.main([*flags, "--train_file", file, "--eval_file", ""])
     out = capsys.readouterr().out
-    assert f'12 lines with "messages" make {12 * replies} examples' in out
+    assert f'12 lines with "messages", and of them {12 * replies} examples' in out
     assert ("To pay less" in out) == is_advised and ("are repeated" in out) == (replies > 1)
     assert max(map(len, out.splitlines())) <= 100
 
@@ -159,7 +159,7 @@ def test_the_held_out_file_is_counted_and_completions_are_not_explained(tiny, in
     flags = ["--demo", "--dry_run", "--model_name", tiny, "--max_seq_len", "9000"]
     t.main([*flags, "--train_file", train_file, "--eval_file", eval_file])
     out = " ".join(capsys.readouterr().out.split())
-    assert 'e.jsonl: 1 lines with "messages" make 6 examples' in out
+    assert 'e.jsonl has 1 line with "messages", and of them 6 examples' in out
     assert "An evaluation sends" in out and "An epoch sends" not in out
     assert "To pay less" not in out  # an evaluation costs little
 
@@ -397,7 +397,7 @@ def test_nothing_is_overwritten_and_nothing_is_half_written(in_a_folder, capsys,
     ("content", "parts"),
     [
         ("few", ["mine.jsonl has 39 dialogues", "Fewer than 40", "count as one dialogue"]),
-        ("alike", ["mine.jsonl has 1 dialogues"]),
+        ("alike", ["mine.jsonl has 1 dialogue."]),
         ("bad line", ["mine.jsonl:2: the messages are user;", "so nothing was written"]),
         ("half a character", ["mine.jsonl:1: the line holds half a character"]),
         ("nothing", ["mine.jsonl has 0 dialogues"]),
