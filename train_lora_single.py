@@ -1227,7 +1227,8 @@ def make_plan(job: Job) -> Plan:
         peft.inject_adapter_in_model(config, model)
     except ValueError as error:
         raise SystemExit(f"LoraConfig: PEFT refuses it: {one_line(error)}") from error
-    refuse_unknown_patterns(config, model)
+    # Asked for anew, since PEFT writes patterns of its own into config for fused experts.
+    refuse_unknown_patterns(lora_config(settings), model)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     total = sum(weight.numel() for weight in model.parameters())
     trainable = sum(weight.numel() for weight in trained.values())
