@@ -130,8 +130,10 @@ def test_only_a_difference_within_twice_its_error_is_marked_as_equal(put, compar
 
 
 def test_what_differs_is_named_and_nothing_else(put, compare, tmp_path):
-    put("a/run.json", settings={"LORA_R": 4, "OUTPUT_DIR": "x", "LOGGING_STEPS": 1})
-    put("b/run.json", (2.1,) * 4, settings={"LORA_R": 16, "OUTPUT_DIR": "y", "LOGGING_STEPS": 9})
+    names = ("OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "NUM_SAMPLES", "EVAL_GROUP")
+    names += ("MAX_NEW_TOKENS", "EVIDENCE_EXAMPLES")
+    put("a/run.json", settings={"LORA_R": 4} | dict.fromkeys(names, "x"))
+    put("b/run.json", (2.1,) * 4, settings={"LORA_R": 16} | dict.fromkeys(names, "y"))
     text = "\n".join(compare(tmp_path))
     assert text.index("LORA_R 4") < text.index("LORA_R 16")
     assert {*re.findall(r"\b[A-Z]+_[A-Z_]+\b", text)} == {"LORA_R"}
