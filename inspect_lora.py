@@ -74,8 +74,11 @@ def evidence(options: argparse.Namespace) -> None:
     run = find_run(place)
     settings = settings_for(options, run)
     held_out = read_held_out(settings, run, options)
-    read_tasks(settings.GENERAL_FILE)  # a bad line is reported before the model is loaded
-    folder = folder_for_results(options, place, run)
+    check_tasks(options, settings)  # bad ones are reported before the model is loaded
+    # Measured otherwise than in the run, it is no part of run.json, which compare and served read.
+    is_as_in_run = options.eval_file is None and options.base is None
+    run_to_write = run if is_as_in_run else None
+    folder = folder_for_results(options, place, run_to_write)
     adapter = open_adapter(options, place, run, settings)
     examples = encode_held_out(held_out, adapter, settings)
     subject = Subject(
@@ -95,8 +98,12 @@ def evidence(options: argparse.Namespace) -> None:
         "measured": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    measure(subject, findings.update)
-    path = keep_findings(findings, folder, place, run)
+    try:
+        measure(subject, findings.update)
+    finally:  # also what was found before Ctrl-C
+        path = keep_findings(findings, folder, place, run_to_write)
+    if "evidence" not in findings:
+        raise SystemExit(f"The evidence was not measured; what else was found is in {path}.")
     report("done", f"what was found is in {path}")
 
 
@@ -224,7 +231,8 @@ def download_adapter(name: str) -> Path:
         ) from error
     except (OSError, HfHubHTTPError, HTTPError) as error:
         raise SystemExit(
-            f"There is no adapter {name} on the hub, or it cannot be reached ({one_line(error)})."
+            f"There is no folder {name}, and no adapter of this name on the hub, or it cannot be "
+            f"reached ({one_line(error)})."
         ) from error
 
 
@@ -288,7 +296,10 @@ def folder_for_results(options: argparse.Namespace, place: Path, run: Run | None
     elif run and run.is_published:
         folder = run.path.parent
     else:
-        name = options.adapter if not Path(options.adapter).is_dir() else place.resolve().name
+        name = options.adapter
+        if Path(name).is_dir():
+            names = [part for part in place.resolve().parts[-3:] if part != "checkpoints"]
+            name = "/".join(names[-2:])  # many an adapter's folder is called final_lora
         folder = Path("output") / "inspected" / name.replace("/", "--")
     if place.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise SystemExit(
@@ -322,7 +333,7 @@ def add_to_record(findings: dict[str, Any], place: Path, run: Run) -> None:
     earlier = record.get("earlier_findings") or {}
     if run.is_published:
         keys = ("learned", "evidence", "elsewhere", "answers", "samples", "measured")
-        before = {key: record[key] for key in keys if record.get(key)}
+        before = {key: record.pop(key) for key in keys if record.get(key)}
         if before:
             earlier[before.pop("measured", "at the end of the run")] = before
         record |= {key: findings[key] for key in keys if key in findings}
@@ -348,6 +359,7 @@ def read_held_out(
     examples, problems = trainer.read_examples(
         settings.EVAL_FILE,
         settings.EVAL_GROUP,
+        replies=settings.REPLIES,
         accepts_sharegpt=True,
         accepts_thinking=options.enable_thinking,
     )
@@ -470,8 +482,10 @@ def why_not_measured(config: peft.LoraConfig) -> str:
     return ""
 
 
+# The end of the name of a quantized copy, as other trainers record it.
 QUANTIZED_NAME = re.compile(
-    r"(?i)[-_.](?:unsloth-)?(?:bnb-)?(?:4bit|8bit|int4|int8|gptq|awq|fp8).*$"
+    r"(?i)[-_.](?:unsloth-)?(?:bnb-)?(?:[2-8]bit|int[48]|bnb|gptq|awq|gguf|exl2|"
+    r"(?:mx|nv)?(?:fp|nf)[48]|w[48]a(?:8|16))(?:[-_.][^/]*)?$"
 )
 
 
@@ -486,6 +500,8 @@ def name_the_base(
     if options.base:
         settings.MODEL_NAME, settings.MODEL_REVISION = options.base, options.base_revision or "main"
         return
+    if options.base_revision:
+        saved = saved | {"revision": options.base_revision}
     recorded = str(saved.get("base_model_name_or_path") or "")
     if not recorded:
         raise SystemExit(f"{place} does not name its base model; give it with --base.")
@@ -634,14 +650,16 @@ def check_all_landed(model: peft.PeftModel, tensors: dict[str, torch.Tensor], pl
 
 # ==== EVIDENCE: what r, alpha and the targets were worth
 #
-# Parts of the finished adapter are switched off, scaled or cut, and the held-out loss says what
-# each part was worth. The columns of the table are:
-#   of the gain         what is left of the adapter's gain over the base model
-#   against as trained  by how much a token's loss is higher than with the whole adapter
-#   better on           on how many examples the loss is lower than with the whole adapter
-# Errors are standard errors over the held-out lines; the replies of one conversation count as one.
-# Differences are paired: both losses are of the same examples (Miller, "Adding Error Bars to
-# Evals", 2024).
+# Parts of the finished adapter are switched off, scaled or cut; nothing is trained.
+#   of the gain         (base's loss - part's loss) / (base's loss - adapter's loss), of all tokens.
+#                       Parts overlap, so their shares need not add up to 100 %.
+#   against as trained  the part's loss minus the whole adapter's, per token; + is worse
+#   lower on            on how many examples the loss is lower than with the whole adapter
+# ± is one standard error over the held-out lines (the replies of one conversation count as one),
+# paired: both losses are of the same examples (Miller, "Adding Error Bars to Evals", 2024).
+# Nothing is concluded from fewer than 10 lines, or if the gain is not above twice its error. A part
+# is "better" or "worse" than the whole from 2 % of the gain and two errors on, three where it was
+# picked among several; the "same" if its share and two errors lie within 5 %; else "unclear".
 
 
 @dataclass
@@ -735,7 +753,7 @@ def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, float]]]:
         size = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
         before_90_percent = int((energy.cumsum(0) < 0.9 * total).sum())
         row = {
-            "layer": trainer.layer_number(path) or 0,
+            "layer": trainer.layer_number(path),  # None outside the layers, as for lm_head
             "update": math.sqrt(total) / size,
             "directions": before_90_percent + 1 if total else 0,
         }
@@ -813,6 +831,8 @@ def measure_evidence(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "base": sum(base) / sum(tokens),
         "adapter": sum(adapter) / sum(tokens),
+        "eval_file": subject.settings.EVAL_FILE,
+        "eval_sha256": trainer.file_sha256(Path(subject.settings.EVAL_FILE)),
         "examples": len(examples),
         "better": better,
         "losses": [
@@ -826,8 +846,9 @@ def measure_evidence(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
         seconds = time.monotonic() - began
         report(
             "",
-            f"measured on {len(chosen)} held-out examples, base and adapter on all "
-            f"{len(examples)}, in {seconds:.0f} s\n± is one standard error",
+            f"of {len(chosen)} held-out examples, evenly spread, in {seconds:.0f} s; ± is one "
+            f"standard error\non all {len(examples)} the base model has "
+            f"{found['base']:.4f}, the adapter {found['adapter']:.4f}",
         )
     show_kinds(found["losses"], subject.settings.EVAL_GROUP)
     return {"evidence": found}
@@ -863,6 +884,7 @@ class Part:
     loss: float = math.nan  # in nats a token
     of_gain: Estimate = field(default_factory=lambda: Estimate(math.nan, math.inf))  # a share
     against_trained: Estimate = field(default_factory=lambda: Estimate(math.nan, math.inf))
+    gained: Estimate = field(default_factory=lambda: Estimate(math.nan, math.inf))  # over the base
     better_on: int = 0  # examples
     losses: list[float] = field(default_factory=list)  # of each example, in nats a token
 
@@ -873,6 +895,7 @@ class Part:
         self.loss = sum(own) / sum(losses.tokens)
         self.of_gain = ratio_with_error(gained, gain, losses.lines)
         self.against_trained = ratio_with_error(changes, losses.tokens, losses.lines)
+        self.gained = ratio_with_error(gained, losses.tokens, losses.lines)
         self.better_on = sum(change < 0 for change in changes)
         self.losses = [loss / n for loss, n in zip(own, losses.tokens, strict=True)]
 
@@ -892,7 +915,8 @@ class Part:
     def as_recorded(self) -> dict[str, Any]:
         """Return its row in run.json."""
         row = {key: value for key, value in vars(self).items() if key != "change_model"}
-        return row | {name: asdict(row[name]) for name in ("of_gain", "against_trained")}
+        estimates = ("of_gain", "against_trained", "gained")
+        return row | {name: asdict(row[name]) for name in estimates}
 
 
 @dataclass
@@ -917,9 +941,9 @@ FEWEST_LINES = 10
 def errors_needed(comparisons: int) -> float:
     """Return how many standard errors make a difference clear.
 
-    The best of five parts is better by twice its error in every ninth table by chance alone, but by
-    three times its error only once in 150 tables (once in 30 with no more than FEWEST_LINES). So
-    three are asked for wherever a part was picked among several.
+    The best of six parts is better by twice its error in every eighth table by chance alone, but by
+    three times its error only once in 120 tables (once in 23 with no more than FEWEST_LINES), if
+    they are independent. So three are asked for wherever a part was picked among several.
     """
     return 2 if comparisons == 1 else 3
 
@@ -956,6 +980,7 @@ def show_parts(
         "where": losses.lines,
         "table": table,
         "conclusions": sentences,
+        "is_conclusive": is_conclusive(gain, len(set(losses.lines))),
     }
 
 
@@ -971,7 +996,7 @@ def what_is_not_measured(model: peft.PeftModel) -> list[str]:
 def table_of_parts(parts: list[Part]) -> list[str]:
     """Return the lines of the evidence's table; the section's opening explains its columns."""
     columns = "{:<31}{:>9}{:>17}{:>22}{:>11}".format
-    lines = [columns("", "loss", "of the gain", "against as trained", "better on")]
+    lines = [columns("", "loss", "of the gain", "against as trained", "lower on")]
     for part in parts:
         if part.kind == "target":
             continue  # one line below says what each of them keeps
@@ -989,7 +1014,7 @@ def table_of_parts(parts: list[Part]) -> list[str]:
     targets.sort(key=lambda part: -part.of_gain.value)
     if targets:
         shares = ", ".join(f"{part.value} {part.of_gain.value:.0%}" for part in targets)
-        text = f"of the gain, each target alone: {shares}"
+        text = f"of the gain, each target alone (they overlap): {shares}"
         lines += textwrap.wrap(text, 90, subsequent_indent="  ")
     return lines
 
@@ -1033,7 +1058,9 @@ def paths_by_sublayer(layers: dict[str, Any]) -> dict[str, set[str]]:
     """Return {"attention": paths, ...} by the module that the targets are in, if several."""
     paths_by: dict[str, set[str]] = {name: set() for name in SUBLAYERS.values()}
     for path in layers:
-        parent = path.split(".")[-2]
+        # An expert's parent is its number; the module above has a name.
+        names = [name for name in path.split(".")[:-1] if not name.isdecimal()]
+        parent = names[-1] if names else path
         paths_by.setdefault(SUBLAYERS.get(parent, parent), set()).add(path)
     found = {name: paths for name, paths in paths_by.items() if paths}
     return found if len(found) > 1 else {}
@@ -1136,6 +1163,11 @@ def conclusions(parts: list[Part], gain: Estimate, lines: int) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
+def is_conclusive(gain: Estimate, lines: int) -> bool:
+    """Return whether there are lines enough, and a clear gain, to say anything of parts."""
+    return lines >= FEWEST_LINES and gain.is_clear() and gain.value > 0
+
+
 def of_kind(parts: list[Part], kind: str) -> list[Part]:
     """Return the parts of one kind."""
     return [part for part in parts if part.kind == kind]
@@ -1144,7 +1176,8 @@ def of_kind(parts: list[Part], kind: str) -> list[Part]:
 def about_no_gain(parts: list[Part], gain: Estimate) -> str:
     """Return the sentence on an adapter that is not clearly better than the base model.
 
-    That the run went too far is said only if the same update helps at a smaller strength.
+    That the run went too far is said only if the same update, weaker, is clearly better than the
+    base: an update that does harm does less of it when it is weaker, and that shows nothing.
     """
     if gain.value == gain.error == 0:
         return (
@@ -1154,25 +1187,23 @@ def about_no_gain(parts: list[Part], gain: Estimate) -> str:
     strengths = of_kind(parts, "strength")
     needed = errors_needed(len(strengths))
     weaker = [part for part in strengths if float(part.value) < 1]
-    is_too_strong = any(
-        part.against_trained.value < 0 and part.against_trained.is_clear(needed) for part in weaker
-    )
+    is_too_strong = any(part.gained.value > 0 and part.gained.is_clear(needed) for part in weaker)
     so = "worse" if gain.is_clear() else "not better"
     if is_too_strong:
         return (
-            f"The adapter is {so} than the base model, and a weaker update has a lower loss: the "
-            "run went too far. Try fewer epochs, a lower LEARNING_RATE or a smaller LORA_ALPHA. "
-            "What its parts are worth cannot be said."
+            f"The adapter is {so} than the base model, but the same update is better than it when "
+            "it is weaker: the run went too far. Try fewer epochs, a lower LEARNING_RATE or a "
+            "smaller LORA_ALPHA. What its parts are worth cannot be said."
         )
     if gain.is_clear():
         return (
             "The adapter is worse than the base model, and the table does not show why: no weaker "
-            "update is clearly better. Check that the held-out conversations are of the kind that "
-            "was trained on, and that tokenizer and template are those of the training."
+            "update is clearly better than the base. Check that the held-out conversations are of "
+            "the kind that was trained on, and that tokenizer and template are the training's."
         )
     return (
         "The adapter is not better than the base model by more than twice the error, so its parts "
-        "say nothing. More steps or a higher LEARNING_RATE may help."
+        "say nothing. More steps, a higher LEARNING_RATE or more held-out lines may help."
     )
 
 
@@ -1181,12 +1212,13 @@ def about_alpha(parts: list[Part]) -> str:
     strengths = of_kind(parts, "strength")
     if not strengths:
         return ""
-    best = min(strengths, key=lambda part: part.loss)
-    is_better = best.verdict(len(strengths)) == "better"
-    if not is_better and best.of_gain.value + 2 * best.of_gain.error > 1 + THE_SAME_WITHIN:
+    better = [part for part in strengths if part.verdict(len(strengths)) == "better"]
+    largest = max(part.of_gain.value + 2 * part.of_gain.error for part in strengths)
+    if not better and largest > 1 + THE_SAME_WITHIN:
         return "alpha: too few held-out examples to tell whether another strength is better."
-    if not is_better:
+    if not better:
         return "alpha: no other strength of the update is better by a difference that matters."
+    best = min(better, key=lambda part: part.loss)
     gained = f"{100 * (best.of_gain.value - 1):.0f} % more of the gain"
     if float(best.value) < 1:
         return (
@@ -1223,7 +1255,7 @@ def about_targets(parts: list[Part]) -> str:
     if "unclear" in verdicts.values():
         return "targets: too few held-out examples to tell whether one group would do alone."
     listed = ", ".join(f"{part.value} {part.of_gain.value:.0%}" for part in groups)
-    return f"targets: no group alone keeps the whole gain: {listed}."
+    return f"targets: each group alone keeps clearly less than the whole gain: {listed}."
 
 
 def about_rank(parts: list[Part]) -> str:
@@ -1246,11 +1278,11 @@ def about_rank(parts: list[Part]) -> str:
             "That says how much of its room this adapter uses; a run with a smaller r is another "
             "run, and may end elsewhere."
         )
-    if "unclear" in verdicts:
+    if verdicts[0] == "unclear":
         return "r: too few held-out examples to tell how many directions are needed."
     return (
-        f"r: {cuts[0].title}, the update keeps only {half:.0%} of the gain; a larger LORA_R may be "
-        "worth a run."
+        f"r: {cuts[0].title}, the update keeps only {half:.0%} of the gain, so it uses all its "
+        "directions; whether a larger LORA_R gains more, only another run can tell."
     )
 
 
@@ -1263,13 +1295,13 @@ def show_kinds(losses: list[dict[str, Any]], eval_group: str) -> None:
         report("kinds", join_limited(table_of_kinds(eval_group, rows_of), 40))
     worst = sorted(losses, key=lambda row: row["base"] - row["adapter"])[:3]
     shown = [f"{row['where']} ({row['adapter'] - row['base']:+.2f})" for row in worst]
-    report("worst", "smallest improvements of the loss:\n" + "\n".join(shown))
+    report("worst", "where the loss fell least, or rose:\n" + "\n".join(shown))
 
 
 def table_of_kinds(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Return a line for each kind of held-out line, the most frequent one first."""
     columns = "{:<20}{:>9}{:>9}{:>9}{:>22}{:>12}".format
-    lines = [columns(title, "examples", "before", "after", "difference", "better on")]
+    lines = [columns(title, "examples", "before", "after", "difference", "lower on")]
     for kind, rows in sorted(rows_of.items(), key=lambda item: -len(item[1])):
         tokens = [row["tokens"] for row in rows]
         before = sum(row["base"] * row["tokens"] for row in rows) / sum(tokens)
@@ -1325,6 +1357,13 @@ CHECK_RULE = (
 REPLY_TOKENS = 64  # of a reply to a task
 ROWS_AT_ONCE = 32  # replies that are generated or scored together
 LOGITS_AT_ONCE = 2**26  # a quarter of a GiB in float32; a token has one for each vocabulary entry
+
+
+def check_tasks(options: argparse.Namespace, settings: argparse.Namespace) -> None:
+    """Exit if a task is bad, or if --general_file names no file."""
+    if options.general_file and not Path(options.general_file).is_file():
+        raise SystemExit(f"--general_file: there is no file {options.general_file}.")
+    read_tasks(settings.GENERAL_FILE)
 
 
 def read_tasks(path: str) -> list[Task]:
@@ -1454,7 +1493,9 @@ def measure_elsewhere(subject: Subject, findings: dict[str, Any]) -> dict[str, A
     report("elsewhere", "\n".join(table))
     shifts = columns_of["no system message"]
     parts = findings.get("evidence", {}).get("parts", {})
-    sentences = [about_change(shifts[1.0]), about_strength(parts, shifts)]
+    sentences = [about_change(shifts[1.0])]
+    if findings.get("evidence", {}).get("is_conclusive"):
+        sentences.append(about_strength(parts, shifts))
     found["conclusions"] = [sentence for sentence in sentences if sentence]
     for sentence in found["conclusions"]:
         report("", textwrap.fill(sentence, 90, subsequent_indent="  "))
@@ -1567,8 +1608,9 @@ def about_change(shift: Shift) -> str:
     kl, other = shift.kl_a_token(), shift.other_tokens()
     return (
         f"change: on other tasks the adapter would choose another token at "
-        f"{100 * other.value:.1f} % of the places (KL {kl.value:.4f} a token). Compare runs by it: "
-        "of two with the same gain, the one that moves the model less is the safer one."
+        f"{100 * other.value:.1f} % of the places (KL {kl.value:.4f} a token; 0 would be the base "
+        "model). It says how far the model was moved, not that anything got worse: with the same "
+        "gain, prefer the run that moves it less."
     )
 
 
@@ -1643,7 +1685,7 @@ def about_answers(before: int, after: int, lost: int, won: int, count: int, p: f
             text + "A model that answers none of them cannot show whether something is forgotten."
         )
     if p < 0.05:
-        verb = "forgets" if lost > won else "answers more of"
+        verb = "fails more of" if lost > won else "answers more of"
         return text + f"That is more than chance (p = {p:.3f}): the adapter {verb} such tasks."
     fewest = next(n for n in range(1, 60) if mcnemar(n, 0) < 0.05)
     return (
@@ -1740,7 +1782,8 @@ def draw_updates(
     sizes = [[math.nan] * depth for _ in targets]
     for number, target in enumerate(targets):
         for row in updates[target]:
-            sizes[number][row["layer"]] = 100 * row["update"]
+            if row["layer"] is not None:
+                sizes[number][row["layer"]] = 100 * row["update"]
     image = axes.imshow(sizes, aspect="auto", vmin=0, cmap="viridis")
     axes.patch.set(hatch="xx", edgecolor="silver")  # shows through where there is no module
     axes.figure.colorbar(image, ax=axes, label="size of the update, % of W")
@@ -1997,6 +2040,8 @@ def talk(
             turns = []
         elif word in ("/base", "/adapter"):
             scale = 0.0 if word == "/base" else 1.0
+        elif word == "/scale" and not can_scale_and_cut(model):
+            print("/scale is for plain LoRA; this adapter is more than alpha / r B A")
         elif word == "/scale":
             scale = parse_scale(rest, scale)
         elif word.startswith("/"):
@@ -2054,8 +2099,10 @@ def say(
 #
 # The finished runs in some folders are ranked by the held-out loss of what they published. Only
 # runs with the same held-out examples as the newest one are compared. A "=" after a run says that
-# its difference to the best one is within twice its standard error, so it may be chance. A run ends
-# with this table if there are other finished runs in or below its own folder.
+# its difference to the best one is within twice its standard error (three times among several
+# runs), so it may be chance of the held-out lines. What another SEED would change is not in it:
+# train a close winner with two seeds. A run ends with this table if there are other finished runs
+# in or below its own folder.
 
 RUN_KEYS = {"started", "settings", "data", "evidence", "train_seconds", "resumed_from"}
 
@@ -2128,7 +2175,7 @@ def compare_runs(folders: list[str]) -> None:
     head, *rows = table_of_runs(ranked, what_differs(list(same.values())))
     lines = [head, join_limited(rows, 60)]
     if len(ranked) > 1:
-        lines.append("=: the difference to the best may be chance")
+        lines.append("=: the difference to the best may be chance; another SEED may change more")
     if any(run["resumed_from"] for run in ranked.values()):
         lines.append("+: the run was resumed, and took this long after that")
     if len(same) < len(runs):
@@ -2193,7 +2240,8 @@ def table_of_runs(ranked: dict[Path, dict[str, Any]], differing: list[str]) -> l
             pairs = zip(run["evidence"]["losses"], best["evidence"]["losses"], strict=True)
             changes = [(a["adapter"] - b["adapter"]) * a["tokens"] for a, b in pairs]
             change = ratio_with_error(changes, tokens, where)
-            difference = str(change) + ("" if change.is_clear() else " =")
+            is_clear = change.is_clear(errors_needed(len(ranked) - 1))
+            difference = str(change) + ("" if is_clear else " =")
         loss = f"{run['evidence']['adapter']:.4f}"
         lines.append(columns(loss, difference, minutes, trainer.shorten_path(str(path), 55)))
         asked = asked_for(run)
@@ -2220,9 +2268,8 @@ def change_in_words(run: dict[str, Any]) -> list[str]:
 def held_out_identity(run: dict[str, Any]) -> tuple[str, list[tuple[str, int]]]:
     """Return what identifies a run's held-out examples: the file's hash, lines and lengths."""
     rows = run["evidence"]["losses"]
-    file = run["data"].get(run["settings"].get("EVAL_FILE"), {})
     lines = [(row["where"].rpartition(":")[2], row["tokens"]) for row in rows]
-    return file.get("sha256", ""), lines
+    return run["evidence"].get("eval_sha256", ""), lines
 
 
 # ==== SERVING: giving a server the adapter under the names that it applies, and asking it
@@ -2938,7 +2985,9 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
         help="render prompts with enable_thinking, for an adapter that was trained so",
     )
     if command != "served":
-        parser.add_argument("--max_new_tokens", type=number, help="a reply is cut after so many")
+        parser.add_argument(
+            "--max_new_tokens", type=number, help="a reply is cut after so many tokens"
+        )
         parser.add_argument("--system", help="the system message; default: that of the run")
     if command == "chat":
         return
@@ -2959,8 +3008,11 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
         "--evidence_examples", type=number, help="examples that measure the parts; 0 for none"
     )
     parser.add_argument("--general_file", help="tasks of another kind, to see what else changed")
-    parser.add_argument("--num_samples", type=number, help="prompts answered in samples.md")
-    parser.add_argument("--output_dir", help="gets samples.md, lora.png and what was found")
+    parser.add_argument("--num_samples", type=number, help="at least so many prompts in samples.md")
+    parser.add_argument(
+        "--output_dir",
+        help="gets samples.md, lora.png and, for an adapter of another trainer, what was found",
+    )
 
 
 def as_object(text: str) -> dict[str, Any]:

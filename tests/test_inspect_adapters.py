@@ -578,7 +578,7 @@ def test_a_name_on_the_hub_is_downloaded_without_checkpoints(
             LocalEntryNotFoundError("offline"),
             "cannot be reached, and someone/adapter is not stored",
         ),
-        (OSError("disk"), "There is no adapter someone/adapter on the hub"),
+        (OSError("disk"), "no adapter of this name on the hub"),
     ],
 )
 def test_an_adapter_that_the_hub_does_not_give_is_one_message(
@@ -715,8 +715,9 @@ def test_a_tokenizer_with_more_tokens_than_the_base_has_is_refused(changed, insp
 def test_results_go_into_a_folder_named_after_the_adapter(plain, inspect, held_out, tmp_path):
     end = inspect("evidence", plain, "--eval_file", held_out, *SHORT)
     assert end.status == 0
-    assert (tmp_path / "output" / "inspected" / "adapter" / "evidence.json").is_file()
-    assert "output/inspected/adapter/evidence.json" in end.out
+    name = f"{plain.parent.name}--{plain.name}"  # many an adapter's folder is called final_lora
+    assert (tmp_path / "output" / "inspected" / name / "evidence.json").is_file()
+    assert f"output/inspected/{name}/evidence.json" in " ".join(end.out.split())
 
 
 @pytest.mark.parametrize("where", [".", "results", "nothing given"])
@@ -794,13 +795,16 @@ def test_each_measurement_is_kept_under_its_date(run_of_ours, inspect):
     assert len(now["evidence"]["parts"]["base model"]["losses"]) == 2  # --evidence_examples
 
 
-def test_flags_come_before_what_the_run_had(run_of_ours, inspect, held_out, tmp_path):
+def test_another_held_out_file_is_no_part_of_run_json(run_of_ours, inspect, held_out, tmp_path):
+    """compare and served read run.json, and take it for a measurement on the run's own file."""
     output, record = run_of_ours
     words = ["--eval_file", held_out, "--output_dir", tmp_path / "elsewhere", *SHORT]
     assert inspect("evidence", output / "final_lora", *words, "--num_samples", "1").status == 0
-    now = read_json(output / "run.json")
-    assert len(now["evidence"]["losses"]) == 5 and now["settings"] == record["settings"]
-    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"samples.md", "lora.png"}
+    assert read_json(output / "run.json") == record
+    found = read_json(tmp_path / "elsewhere" / "evidence.json")
+    assert len(found["evidence"]["losses"]) == 5
+    names = {path.name for path in (tmp_path / "elsewhere").iterdir()}
+    assert names == {"samples.md", "lora.png", "evidence.json"}
 
 
 def test_an_adapter_whose_run_json_was_renamed_is_known_by_its_hash(run_of_ours, inspect):
@@ -832,7 +836,8 @@ def test_a_checkpoint_is_measured_beside_the_published_adapter(run_of_ours, insp
     tokens = sum(row["tokens"] for row in losses)
     loss = sum(row["adapter"] * row["tokens"] for row in losses) / tokens
     assert loss == pytest.approx(first_epoch, abs=1e-4)
-    folder = tmp_path / "output" / "inspected" / checkpoint.name
+    name = f"{output.resolve().name}--{checkpoint.name}"
+    folder = tmp_path / "output" / "inspected" / name
     assert checkpoint.name in (folder / "samples.md").read_text(encoding="utf-8")
     assert not (folder / "evidence.json").exists() and "earlier_findings" not in now
     assert inspect("evidence", checkpoint, *SHORT).status == 0
@@ -1114,3 +1119,26 @@ def test_an_error_that_is_not_known_keeps_its_traceback(inspect, plain, monkeypa
     monkeypatch.setattr(inspect_lora, "find_adapter", fail)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         inspect("evidence", plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("unsloth/Qwen3-4B-unsloth-bnb-4bit", "unsloth/Qwen3-4B"),
+        ("someone/Model-AWQ", "someone/Model"),
+        ("someone/Model-w4a16", "someone/Model"),
+        ("someone/Model-GPTQ-Int4", "someone/Model"),
+        ("someone/Model.nvfp4", "someone/Model"),
+        ("runs_8bit/Qwen3", None),
+        ("someone/Model-fp8less", None),
+    ],
+)
+def test_the_name_of_a_quantized_copy_is_known_by_its_end(name, plain):
+    found = inspect_lora.QUANTIZED_NAME.search(name)
+    assert (name[: found.start()] if found else None) == plain
+
+
+def test_tasks_that_are_asked_for_must_be_there(plain, inspect, held_out):
+    words = [*SHORT, "--eval_file", held_out, "--general_file", "no/such.jsonl"]
+    end = inspect("evidence", plain, *words)
+    assert end.status == 1 and "no/such.jsonl" in end.err

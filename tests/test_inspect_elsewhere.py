@@ -185,7 +185,7 @@ def test_mcnemars_test_is_the_exact_one(lost, won, p):
 def test_what_is_said_of_answers():
     said = inspect_lora.about_answers
     assert "cannot show" in said(0, 0, 0, 0, 60, 1.0)
-    assert "forgets" in said(30, 20, 11, 1, 60, inspect_lora.mcnemar(11, 1))
+    assert "fails more of" in said(30, 20, 11, 1, 60, inspect_lora.mcnemar(11, 1))
     assert "answers more of" in said(20, 30, 1, 11, 60, inspect_lora.mcnemar(1, 11))
     unclear = said(30, 29, 3, 2, 60, inspect_lora.mcnemar(3, 2))
     assert "does not show that nothing was lost" in unclear and "fewer than 6" in unclear
