@@ -724,15 +724,17 @@ def show_update_sizes(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
         for target, rows in updates.items()
     }
     smallest, largest = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
-    rows = sorted(updates[largest], key=lambda row: -row["update"])
-    top = "layer" if len(rows) == 1 else "layers"
-    top += " " + ", ".join(str(row["layer"]) for row in rows[:3])
-    report(
-        "learned",
+    text = (
         f"the update alpha / r B A has {sizes[smallest]:,.2f} % ({smallest}) to "
-        f"{sizes[largest]:,.2f} % ({largest}) of the size of W,\n"
-        f"on average over the layers; {largest}'s is largest in {top}",
+        f"{sizes[largest]:,.2f} % ({largest}) of the size of W,\non average over the layers"
     )
+    in_layers = [row for row in updates[largest] if row["layer"] is not None]  # lm_head is in none
+    if in_layers:
+        rows = sorted(in_layers, key=lambda row: -row["update"])
+        top = "layer " if len(rows) == 1 else "layers "
+        top += ", ".join(str(row["layer"]) for row in rows[:3])
+        text += f"; {largest}'s is largest in {top}"
+    report("learned", text)
     return {"learned": updates}
 
 
@@ -832,7 +834,7 @@ def measure_evidence(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
         "base": sum(base) / sum(tokens),
         "adapter": sum(adapter) / sum(tokens),
         "eval_file": subject.settings.EVAL_FILE,
-        "eval_sha256": trainer.file_sha256(Path(subject.settings.EVAL_FILE)),
+        "eval_sha256": sha256_if_there(Path(subject.settings.EVAL_FILE)),
         "examples": len(examples),
         "better": better,
         "losses": [
@@ -852,6 +854,13 @@ def measure_evidence(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
         )
     show_kinds(found["losses"], subject.settings.EVAL_GROUP)
     return {"evidence": found}
+
+
+def sha256_if_there(path: Path) -> str:
+    """Return a file's hash, or "" if it was moved since it was read, hours ago perhaps."""
+    with suppress(OSError):
+        return trainer.file_sha256(path)
+    return ""
 
 
 def losses_of(subject: Subject, examples: list[trainer.Example], title: str) -> list[float]:
@@ -997,6 +1006,8 @@ def table_of_parts(parts: list[Part]) -> list[str]:
     """Return the lines of the evidence's table; the section's opening explains its columns."""
     columns = "{:<31}{:>9}{:>17}{:>22}{:>11}".format
     lines = [columns("", "loss", "of the gain", "against as trained", "lower on")]
+    loss_of = {part.kind: part.loss for part in parts}
+    has_gain = loss_of["whole"] < loss_of["base"]  # else there is nothing to have a share of
     for part in parts:
         if part.kind == "target":
             continue  # one line below says what each of them keeps
@@ -1004,15 +1015,14 @@ def table_of_parts(parts: list[Part]) -> list[str]:
         if part.kind != "whole":
             of_gain = f"{100 * part.of_gain.value:.1f} ± {100 * part.of_gain.error:.1f} %"
             if part.kind == "base":
-                of_gain = f"{part.of_gain.value:.0%}"
-            if math.isnan(part.of_gain.value):  # there is none to have a share of
+                of_gain = "0%"
+            if not has_gain:
                 of_gain = "-"
             better_on = f"{part.better_on}/{len(part.losses)}"
             cells = [of_gain, str(part.against_trained), better_on]
         lines.append(columns(part.title, f"{part.loss:.4f}", *cells))
-    targets = [part for part in of_kind(parts, "target") if not math.isnan(part.of_gain.value)]
-    targets.sort(key=lambda part: -part.of_gain.value)
-    if targets:
+    targets = sorted(of_kind(parts, "target"), key=lambda part: -part.of_gain.value)
+    if targets and has_gain:
         shares = ", ".join(f"{part.value} {part.of_gain.value:.0%}" for part in targets)
         text = f"of the gain, each target alone (they overlap): {shares}"
         lines += textwrap.wrap(text, 90, subsequent_indent="  ")
@@ -1058,9 +1068,10 @@ def paths_by_sublayer(layers: dict[str, Any]) -> dict[str, set[str]]:
     """Return {"attention": paths, ...} by the module that the targets are in, if several."""
     paths_by: dict[str, set[str]] = {name: set() for name in SUBLAYERS.values()}
     for path in layers:
-        # An expert's parent is its number; the module above has a name.
-        names = [name for name in path.split(".")[:-1] if not name.isdecimal()]
-        parent = names[-1] if names else path
+        # An expert's parent is its number; the module above has a name. lm_head is in no layer.
+        *names, parent = [name for name in path.split(".") if not name.isdecimal()]
+        if trainer.layer_number(path) is not None:
+            parent = names[-1]
         paths_by.setdefault(SUBLAYERS.get(parent, parent), set()).add(path)
     found = {name: paths for name, paths in paths_by.items() if paths}
     return found if len(found) > 1 else {}

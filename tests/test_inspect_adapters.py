@@ -234,6 +234,7 @@ VARIANTS = {
     ),
     "by expression": ({"target_modules": r".*mlp\.(up|down)_proj"}, SCALED | {"target"}, []),
     "orthogonal": ({"init_lora_weights": "orthogonal"}, SCALED | GROUPS, []),
+    "the head": ({"target_modules": ["lm_head", "down_proj"]}, SCALED | GROUPS, []),
 }  # fmt: skip
 
 
@@ -287,6 +288,21 @@ def test_an_adapter_that_changes_nothing_is_better_nowhere(measure, tmp_path):
     assert {part["better_on"] for part in run.evidence["parts"].values()} == {0}
     assert "it changes nothing" in run.out and "higher LEARNING_RATE" not in run.out
     assert "\nwarning" not in run.out and "nan" not in run.out
+
+
+def test_the_head_is_in_no_layer_and_where_nothing_was_gained_nothing_has_a_share(
+    measure, tmp_path
+):
+    config = {"target_modules": ["lm_head", "down_proj"]}
+    run = measure(save_adapter(tmp_path / "adapter", std=1, **config))
+    parts = run.evidence["parts"]
+    assert parts["as trained"]["loss"] > parts["base model"]["loss"]
+    assert "lm_head alone" in parts and parts["lm_head alone"]["kind"] == "target"
+    assert [row["layer"] for row in run.found["learned"]["lm_head"]] == [None]
+    assert "(lm_head) of the size of W" in run.out and "None" not in run.out
+    table = run.evidence["table"]
+    assert table[2].split()[:2] == ["base", "model"] and table[2].split()[3] == "-"
+    assert not any("%" in line for line in table)
 
 
 # ==== Under a wrapper's names
@@ -453,6 +469,7 @@ def test_the_base_that_is_given_is_taken_and_named(changed, measure, plain, base
     [
         ([], ("someone/model", "abc")),
         (["--base", "other/model"], ("other/model", "main")),
+        (["--base_revision", "v2"], ("someone/model", "v2")),
         (["--base", "other/model", "--base_revision", "v2"], ("other/model", "v2")),
     ],
 )
@@ -791,6 +808,7 @@ def test_each_measurement_is_kept_under_its_date(run_of_ours, inspect):
     assert [*now["earlier_findings"]] == ["once", "2026-01-01 00:00:00"]
     assert now["earlier_findings"]["once"] == {"learned": {}}
     assert "measured" not in now["earlier_findings"]["2026-01-01 00:00:00"]
+    assert "samples" in record and "samples" not in now  # --num_samples 0
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", now["measured"])
     assert len(now["evidence"]["parts"]["base model"]["losses"]) == 2  # --evidence_examples
 
@@ -805,6 +823,54 @@ def test_another_held_out_file_is_no_part_of_run_json(run_of_ours, inspect, held
     assert len(found["evidence"]["losses"]) == 5
     names = {path.name for path in (tmp_path / "elsewhere").iterdir()}
     assert names == {"samples.md", "lora.png", "evidence.json"}
+
+
+def test_another_base_is_no_part_of_run_json(run_of_ours, inspect, tmp_path):
+    output, record = run_of_ours
+    words = ["--base", TINY, "--output_dir", tmp_path / "elsewhere", *SHORT]
+    assert inspect("evidence", output / "final_lora", *words).status == 0
+    assert read_json(output / "run.json") == record
+    assert (tmp_path / "elsewhere" / "evidence.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "Stopped."),
+        (RuntimeError("a bug"), 1, "The evidence was not measured; what else was found is in"),
+    ],
+)
+def test_what_was_found_before_an_error_or_ctrl_c_is_kept(
+    plain, inspect, held_out, tmp_path, monkeypatch, error, status, said
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(inspect_lora, "measure_evidence", fail)
+    words = ["--eval_file", held_out, "--output_dir", tmp_path / "results", *SHORT]
+    end = inspect("evidence", plain, *words)
+    assert end.status == status and said in end.err
+    found = read_json(tmp_path / "results" / "evidence.json")
+    assert found["learned"] and "evidence" not in found
+
+
+def test_a_held_out_file_that_is_gone_since_it_was_read_costs_no_evidence(
+    run_of_ours, inspect, tmp_path, monkeypatch
+):
+    output, _ = run_of_ours
+    encode = inspect_lora.encode_held_out
+
+    def then_it_is_gone(*given):
+        path.unlink()
+        return encode(*given)
+
+    path = tmp_path / "eval.jsonl"
+    write_lines(path, [{"messages": messages_of(said)} for said in SAID])
+    monkeypatch.setattr(inspect_lora, "encode_held_out", then_it_is_gone)
+    words = ["--eval_file", path, "--output_dir", tmp_path / "results", *SHORT]
+    assert inspect("evidence", output / "final_lora", *words).status == 0
+    evidence = read_json(tmp_path / "results" / "evidence.json")["evidence"]
+    assert len(evidence["losses"]) == 5 and evidence["eval_sha256"] == ""
 
 
 def test_an_adapter_whose_run_json_was_renamed_is_known_by_its_hash(run_of_ours, inspect):

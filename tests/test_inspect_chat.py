@@ -240,6 +240,13 @@ def test_a_wrong_scale_is_told_and_changes_nothing(talk, wrong):
     assert [who for who, _ in end.replies] == ["adapter x 0.25"]
 
 
+def test_only_plain_lora_has_a_scale(talk, monkeypatch):
+    monkeypatch.setattr(inspect_lora, "can_scale_and_cut", lambda model: False)
+    end = talk("/scale 0.5", "hello")
+    assert "/scale is for plain LoRA" in end.out
+    assert [who for who, _ in end.replies] == ["adapter"]
+
+
 def test_scale_0_is_the_base_and_scale_1_the_adapter(parrot, talk):
     end = talk("/scale 0", "hello", "/new", "/scale 1", "hello")
     ids = ids_of(parrot.tokenizer, "hello")

@@ -129,6 +129,18 @@ def test_only_a_difference_within_twice_its_error_is_marked_as_equal(put, compar
     assert any(line.startswith("=: ") for line in lines)
 
 
+def test_among_several_runs_three_errors_make_a_difference_clear(put, compare, tmp_path):
+    """This one is of two and a half."""
+    put("best/run.json", (2.0, 2.0, 2.0, 2.0))
+    change = np.array([0.1, 0.4, 0.2, 0.7]) * [10, 20, 30, 40]
+    error = standard_error(change, [10, 20, 30, 40])
+    assert 2 < change.sum() / 100 / error < 3
+    put("next/run.json", (2.1, 2.4, 2.2, 2.7))
+    assert not rows_of(compare(tmp_path))[1][1].endswith("=")
+    put("third/run.json", (9.0, 9.0, 9.0, 9.0))
+    assert rows_of(compare(tmp_path))[1][1].endswith(" =")
+
+
 def test_what_differs_is_named_and_nothing_else(put, compare, tmp_path):
     names = ("OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "NUM_SAMPLES", "EVAL_GROUP")
     names += ("MAX_NEW_TOKENS", "EVIDENCE_EXAMPLES")

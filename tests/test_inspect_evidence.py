@@ -202,6 +202,17 @@ def test_each_layer_with_lora_is_in_one_of_the_thirds(count, names):
     assert sorted(path for part in thirds.values() for path in part) == sorted(paths) * bool(names)
 
 
+def test_experts_are_of_the_module_that_holds_them_all():
+    paths = [f"model.layers.0.mlp.experts.{n}.up_proj" for n in range(3)]
+    paths += ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"]
+    paths += ["base_model.model.lm_head"]
+    groups = inspect_lora.paths_by_sublayer(dict.fromkeys(paths))
+    assert groups == {
+        "attention": {paths[3]}, "feed-forward": {paths[4]}, "experts": {*paths[:3]},
+        "lm_head": {paths[5]},
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="session", params=["finished", "deep"])
 def by_hand(request):
     """Return a run's record, and how to compute its losses without the script and without PEFT."""
