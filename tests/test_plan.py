@@ -367,6 +367,7 @@ REFUSED = {
     'init_lora_weights="pissa"': "pissa",
     'init_lora_weights="pissa_niter_4"': "pissa_niter_4",
     'init_lora_weights="olora"': "olora",
+    'init_lora_weights="eva"': '"eva" needs data',
     "layer_replication=[[0, 2], [0, 2]]": "layer_replication",
     "layers_to_transform=[7]": "PEFT refuses it",
 }
@@ -385,6 +386,13 @@ def test_trained_biases_are_refused(flags, capfd, tmp_path, bias):
     message = refused(capfd, [*flags, "--dry_run"], script.main)
     assert message.startswith("LoraConfig: ") and f'bias="{bias}"' in message
     assert '"none"' in message
+
+
+def test_a_loraconfig_without_targets_is_refused(flags, capfd, tmp_path):
+    old = "target_modules=settings.LORA_TARGET_MODULES"
+    script = edited_script(tmp_path, (old, "target_modules=None"))
+    message = refused(capfd, [*flags, "--dry_run"], script.main)
+    assert message.startswith("LoraConfig: target_modules is missing") and "all-linear" in message
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])
