@@ -1366,7 +1366,7 @@ CHECK_RULE = (
     '{"name": "Ada"}}'
 )
 REPLY_TOKENS = 64  # of a reply to a task
-ROWS_AT_ONCE = 32  # replies that are generated or scored together
+ROWS_AT_ONCE = 64  # replies that are generated or scored together
 LOGITS_AT_ONCE = 2**26  # a quarter of a GiB in float32; a token has one for each vocabulary entry
 
 
