@@ -683,6 +683,13 @@ def measure(subject: Subject, keep: Callable[[dict[str, Any]], None]) -> None:
     An error in one part is a warning, so that it costs neither the others nor a run.
     """
     findings: dict[str, Any] = {}
+    measured = min(subject.settings.EVIDENCE_EXAMPLES, len(subject.held_out))
+    if measured:
+        report(
+            "measuring",
+            f"the adapter's parts on {measured} held-out examples, and its change on other tasks; "
+            "nothing\nis trained, and EVIDENCE_EXAMPLES 0 leaves it out",
+        )
     steps: dict[str, Callable[[Subject, dict[str, Any]], dict[str, Any]]] = {
         "learned": show_update_sizes,
         "evidence": measure_evidence,
