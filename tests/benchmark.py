@@ -3,6 +3,7 @@
 flops      work of an epoch at Qwen3.5-4B's sizes, simulated, against the least possible
 memory     peak bytes of a step at these sizes, simulated, and what the script's trial finds
 v100       milliseconds of a step and minutes of a run on a V100, on paper: a roofline
+evidence   minutes of inspect_lora.py's measuring there, as a share of the training's
 cpu        training time of SmolLM2-135M on this machine, against TRL's own command
 refuse     time to refuse a file with one bad line
 startup    time of a dry run with the real vocabulary and sizes, by function
@@ -29,13 +30,14 @@ import time
 import warnings
 from pathlib import Path
 
-from benchmarks import gpu, measure, precision, roofline, simulate
+from benchmarks import evidence, gpu, measure, precision, roofline, simulate
 from benchmarks.common import ROOT, Options, Targets, set_environment
 
 PARTS = {
     "flops": simulate.flops,
     "memory": simulate.memory,
     "v100": roofline.v100,
+    "evidence": evidence.evidence,
     "cpu": measure.cpu,
     "refuse": measure.refuse,
     "startup": measure.startup,

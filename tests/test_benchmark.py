@@ -10,7 +10,7 @@ import benchmark
 import pytest
 import torch
 import transformers
-from benchmarks import measure, precision, roofline, simulate
+from benchmarks import evidence, measure, precision, roofline, simulate
 from benchmarks.common import HELD_OUT, ROOT, TRAIN, Options, Targets, shipped_lines
 from benchmarks.common import TINY as TINY_SIZES
 from conftest import TINY
@@ -159,6 +159,40 @@ def test_an_operation_takes_the_longest_of_bytes_and_products():
     seconds, kernels, _ = roofline.cost(torch.ops.aten.add.Tensor, ((a, a), {}), a)
     assert (seconds, kernels) == (2 * a.nbytes / 800e9, 1)
     assert roofline.cost(torch.ops.aten.view.default, ((a, [-1]), {}), a) == (0.0, 0, False)
+
+
+# ==== the evidence on paper
+
+
+def test_evidence_adds_up_what_each_measurement_costs(options, capsys):
+    evidence.evidence(options)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.endswith("share")) + 1
+    end = next(number for number, line in enumerate(lines) if line.startswith("all "))
+    # seconds at both times of a launch, and their shares of the training
+    rows = [[float(one.rstrip("%")) for one in line.split()[-4:]] for line in lines[start:end]]
+    total = [float(one.rstrip("%")) for one in lines[end].split()[-4:]]
+    assert [sum(column) for column in zip(*rows, strict=True)] == pytest.approx(total, abs=1)
+    assert all(0 <= quick <= slow for quick, slow, *_ in rows)
+    titles = "\n".join(lines[start:end])
+    kinds = ("strength: 6 parts", "group: ", "target: ", "cut: ", "KL on", "answers", "samples")
+    assert all(kind in titles for kind in kinds)
+    share = next(line for line in lines if line.startswith("evidence at 6 us"))
+    assert float(re.search(r"training ([\d.]+)", share)[1]) == pytest.approx(
+        total[2] / 100, abs=0.01
+    )
+
+
+def test_a_pass_with_the_adapter_costs_more_than_one_of_the_base():
+    simulation = simulate.Simulation(TINY_SIZES, t.parse_settings([]))
+    base, adapter = (evidence.loss(simulation, simulate.Pass(2, 70, 6), on) for on in (False, True))
+    assert (base < adapter).all()
+
+
+def test_passes_of_losses_are_those_of_the_trainer():
+    examples = [example_of(3, 4), example_of(5, 2), example_of(2, 3)]
+    found = evidence.passes_of_losses(examples, 14)
+    assert found == [simulate.Pass(2, 7, 6), simulate.Pass(1, 5, 3)]
 
 
 # ==== measured on this machine

@@ -20,6 +20,7 @@ TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
+import inspect_lora as inspector  # noqa: E402, F401
 import train_lora_single as t  # noqa: E402
 
 GIB = 2**30

@@ -313,6 +313,8 @@ def counting(model: Any) -> Iterator[Any]:
         inside.pop()
 
     def drop_out(rows: Any, share: float, training: bool, inplace: bool) -> Any:
+        if not training:
+            return rows
         return torch.native_dropout(rows, share, training)[0]  # of a GPU: one kernel
 
     with contextlib.ExitStack() as stack:
