@@ -2122,7 +2122,8 @@ def say(
 # train a close winner with two seeds. A run ends with this table if there are other finished runs
 # in or below its own folder.
 
-RUN_KEYS = {"started", "settings", "data", "evidence", "train_seconds", "resumed_from"}
+# What every run.json has; "evidence" comes when it has been measured.
+RUN_KEYS = {"started", "settings", "data", "train_seconds", "resumed_from"}
 
 
 def all_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
@@ -2142,7 +2143,7 @@ def finished_runs(folders: list[str]) -> dict[Path, dict[str, Any]]:
 
 def has_losses(run: dict[str, Any]) -> bool:
     """Return whether a run.json is whole and holds what is compared."""
-    if not run.keys() >= RUN_KEYS:
+    if not run.keys() >= {*RUN_KEYS, "evidence"}:
         return False
     if not all(isinstance(run[key], dict) for key in ("settings", "data", "evidence")):
         return False
@@ -2228,7 +2229,7 @@ def why_no_losses(finished: list[dict[str, Any]]) -> str:
     """Return for what reasons finished runs have no held-out losses, and how many for each."""
     counts: dict[str, int] = {}
     for run in finished:
-        settings, evidence = run.get("settings"), run.get("evidence")
+        settings, evidence = run.get("settings"), run.get("evidence", {})
         is_whole = run.keys() >= RUN_KEYS and isinstance(settings, dict)
         if not is_whole or not isinstance(evidence, dict) or evidence.get("losses"):
             reason = "the run.json of {} is damaged, edited or of another version"

@@ -449,3 +449,10 @@ def test_a_second_run_into_a_folder_is_compared_with_the_first(run_with_losses, 
     assert found == [("2.0000", aside.name), ("2.2500", "run.json")]
     text = "\n".join(lines)
     assert text.index("LORA_ALPHA 16") < text.index("LORA_ALPHA 4")
+
+
+def test_a_finished_run_that_is_not_measured_yet_is_told_to_be_so(put, refusal, tmp_path):
+    record = put("a/run.json")
+    del record["evidence"]
+    (tmp_path / "a" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "the held-out losses of 1 were not measured" in refusal(tmp_path / "a")
