@@ -255,14 +255,14 @@ def short_run_flags(card: Card) -> list[str]:
     """Return the flags of a short run: a few lines, the longest among them."""
     tiny = card.options.tiny
     lines, held_out = shipped_lines(TRAIN), shipped_lines(HELD_OUT, 4 if tiny else 12, tiny)
-    tasks = shipped_lines(GENERAL, 2 if tiny else 12)
+    general = write_lines(card.options.folder / "general.jsonl", shipped_lines(GENERAL, 12))
     by_length = sorted(lines, key=len)
     chosen = by_length[:8] if tiny else by_length[-16:] + lines[:32]
     settings = {
         "model_name": card.model,
         "train_file": write_lines(card.options.folder / "train.jsonl", chosen),
         "eval_file": write_lines(card.options.folder / "eval.jsonl", held_out),
-        "general_file": write_lines(card.options.folder / "general.jsonl", tasks),
+        "general_file": "" if tiny else general,
         "device": "cuda" if card.is_gpu else "cpu",
         "num_epochs": 2 if tiny else 1,
         "num_samples": 1 if tiny else 4,
