@@ -340,7 +340,7 @@ def test_what_fits_is_found_by_trying(adapted, gpu, capsys, monkeypatch, name):
 
 def test_a_trial_is_at_least_as_hard_as_any_step_of_so_many_tokens(adapted):
     """By its tokens, by its attention, which is a square for each row, and by what is learned."""
-    job, trainer = adapted
+    _, trainer = adapted
     for tokens in (*range(16, 4 * WIDTH, 16), WIDTH - 1, WIDTH, WIDTH + 1, 4 * WIDTH):
         with recorded(trainer) as trials:
             assert t.pass_fits(trainer, tokens, WIDTH, False)
