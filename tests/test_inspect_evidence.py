@@ -977,6 +977,20 @@ def test_nine_held_out_lines_support_no_conclusion_and_ten_do():
     assert "alpha" not in text and "alpha: " in conclusions(lines=10, **SCALES)
 
 
+@pytest.mark.parametrize(
+    ("gain", "lines", "is_so"),
+    [
+        ((1.0, 0.1), 10, True),
+        ((1.0, 0.1), 9, False),
+        ((0.1, 0.1), 99, False),
+        ((-1, 0.1), 99, False),
+    ],
+)
+def test_where_nothing_is_concluded_of_the_parts_nothing_is_of_the_change(gain, lines, is_so):
+    """The sentence on a weaker update that moves the model less rests on the parts, too."""
+    assert inspect_lora.is_conclusive(inspect_lora.Estimate(*gain), lines) is is_so
+
+
 def test_a_group_of_targets_with_another_name_is_spoken_of_too():
     text = conclusions(**{"attention alone": 0.4, "model alone": 0.99, "layer 0 alone": 0.3})
     assert "the update of model alone keeps 99%" in text
