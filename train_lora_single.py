@@ -3382,8 +3382,8 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
 
 SEE_README = """
 
-README.md shows the forms of the data under "Your data", and says how a run resumes under "Stopping,
-resuming, clusters"."""
+README.md shows the forms of the data under "Your data", and says how a run resumes under "When
+something looks wrong"."""
 
 
 def build_parser() -> argparse.ArgumentParser:
