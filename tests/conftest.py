@@ -64,7 +64,15 @@ def in_the_root(monkeypatch):
 LONGEST = [
     f"test_{name}.py"
     for name in (
-        *("resume", "inspect_evidence", "benchmark", "card", "command_line", "real_model"),
+        *(
+            "resume",
+            "inspect_evidence",
+            "inspect_adapters",
+            "benchmark",
+            "card",
+            "command_line",
+            "real_model",
+        ),
         *("inspect_chat", "results", "training", "products", "plan"),
     )
 ]
