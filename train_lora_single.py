@@ -389,6 +389,9 @@ def prepare(job: Job) -> None:
     """
     settings = job.settings
     train, held_out = read_both_files(settings)
+    warn_of_missing_system_messages(
+        settings.TRAIN_FILE, {example.where: example.system_message for example in train}
+    )
     warn_of_repeats(train, held_out)
     warn_of_unknown_group(held_out, settings.EVAL_GROUP)
     if not settings.dry_run:
@@ -715,6 +718,31 @@ def check_characters(text: str, what: str) -> None:
             rf"the {what} holds half a character (a lone surrogate such as \ud83d); write the "
             "whole character"
         )
+
+
+def warn_of_missing_system_messages(path: str, system_messages: dict[str, str]) -> None:
+    """Warn if some conversations of a file have a system message, and others have none.
+
+    Args:
+        path: the file.
+        system_messages: {where a conversation is: its system message, or an empty text}.
+    """
+    without = [where for where, text in system_messages.items() if not text]
+    if not without or len(without) == len(system_messages):
+        return
+    lack = f"have no system message ({without[0]} is one)"
+    if len(without) == 1:
+        lack = f"has no system message ({without[0]})"
+    report(
+        "warning",
+        wrap_lines(
+            f"{len(without):,} of the {len(system_messages):,} conversations in "
+            f"{path_from_here(path)} {lack}, and the others have one. The model's chat template "
+            "may put one of its own there, which is then trained on. Begin all of them with the "
+            "system message that you will serve with, or leave it out of all.",
+            90,
+        ),
+    )
 
 
 def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
@@ -3198,6 +3226,7 @@ LEAST_HELD_OUT = 20  # dialogues; the mean of fewer says little
 class Line:
     """A line of the file that is split."""
 
+    where: str  # file:line
     text: str  # as it will be written
     dialogue: tuple[str, str]  # that it is a part of: system message and first user message
     is_converted: bool
@@ -3256,7 +3285,7 @@ def dialogue_in(text: str, where: str) -> list[Line]:
         is_shortened = len(asked) > len(example.messages) - bool(example.system_message)
     first = next(one["content"] for one in example.messages if one["role"] == "user")
     dialogue = (example.system_message.strip(), first.strip())
-    return [Line(text, dialogue, is_converted, is_shortened)]
+    return [Line(where, text, dialogue, is_converted, is_shortened)]
 
 
 def choose_held_out(lines: list[Line], path: str, seed: int) -> set[tuple[str, str]]:
@@ -3311,6 +3340,7 @@ def report_split(
     said.append(f"{shown[1]}: {dialogues(sides[0])}, to train on")
     said.append(f"{shown[2]}: {dialogues(sides[1])}, held out; none is on both sides")
     report("split", "\n".join(said))
+    warn_of_missing_system_messages(str(source), {line.where: line.dialogue[0] for line in lines})
     command = ["python", "train_lora_single.py", "--dry_run"]
     command += ["--train_file", shown[1], "--eval_file", shown[2]]
     report("next", f"what training would cost, without a GPU:\n{wrap_command(command)}")

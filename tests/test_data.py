@@ -557,6 +557,37 @@ def test_a_group_that_a_line_has_none_and_the_default_are_not_warned_of(capsys, 
     assert warnings_of_group(capsys, group, *rows) == []
 
 
+# ---- system messages that only some lines have
+
+
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        (
+            ["sua", "ua", "suaua", "ua"],
+            "2 of the 4 conversations in t have no system message (t:2 is one)",
+        ),
+        (["suaua", "uaua", "sua"], "1 of the 3 conversations in t has no system message (t:2)"),
+        (["sua", "suaua"], ""),
+        (["ua", "uaua"], ""),
+    ],
+    ids=["two lack it", "a dialogue lacks it", "all have one", "none has one"],
+)
+def test_a_system_message_that_only_some_lines_have_is_warned_of(capsys, roles, said):
+    """Each line counts once, however many replies it has; held-out lines are not counted."""
+    write(b"\n".join(map(messages_line, roles)), "t"), write(chats("B|y"), "e")
+    flags = ["--dry_run", "--train_file", "t", "--eval_file", "e", "--model_name", "/none"]
+    with pytest.raises(SystemExit):
+        t.main([*flags, "--device", "cpu"])
+    out = capsys.readouterr().out
+    found = re.findall("^warning +(.*(?:\n {10}.*)*)", out, re.MULTILINE)
+    assert len(found) == bool(said) and max(map(len, out.splitlines())) <= 100
+    for text in found:
+        text = " ".join(text.split())
+        assert said in text and "may put one of its own there, which is then trained on" in text
+        assert "Begin all of them with the system message that you will serve with" in text
+
+
 # ---- any bytes
 
 CHECKS = settings(

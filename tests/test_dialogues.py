@@ -383,6 +383,25 @@ def test_other_lines_stay_as_they_are_to_the_letter(in_a_folder, capsys):
     assert sorted("".join(texts).splitlines()) == sorted(lines)
 
 
+@pytest.mark.parametrize("form", ["messages", "conversations", "array"])
+@pytest.mark.parametrize(("lacking", "said"), [((4, 9, 30), True), ((), False), (range(60), False)])
+def test_a_split_warns_of_a_system_message_that_only_some_have(
+    in_a_folder, capsys, form, lacking, said
+):
+    talks = [row["messages"] for row in many(60)]
+    talks = [talk[1:] if n in lacking else talk for n, talk in enumerate(talks)]
+    key = "conversations" if form == "conversations" else "messages"
+    rows = [{key: sharegpt(talk) if key == "conversations" else talk} for talk in talks]
+    file = write_jsonl("mine.jsonl", rows)
+    if form == "array":
+        Path(file).write_text(json.dumps(rows), encoding="utf-8")
+    *_, out = split(capsys, file)
+    where = "mine.jsonl, entry 5" if form == "array" else "mine.jsonl:5"
+    text = f"3 of the 60 conversations in mine.jsonl have no system message ({where} is one)"
+    assert (text in " ".join(out.split())) == ("warning" in out) == said
+    assert max(map(len, out.splitlines())) <= 100
+
+
 @pytest.mark.parametrize("side", ["train", "eval"])
 def test_nothing_is_overwritten_and_nothing_is_half_written(in_a_folder, capsys, side):
     file = write_jsonl("mine.jsonl", many(60))
