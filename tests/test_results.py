@@ -450,18 +450,39 @@ def test_an_error_after_the_check_is_a_warning(flags, tmp_path, tiny, monkeypatc
     assert PeftModel.from_pretrained(base_of(tiny), output / "final_lora")
 
 
-def test_an_error_in_the_last_words_is_a_warning(flags, tmp_path, monkeypatch, capsys):
-    """They read what other runs left."""
+@pytest.mark.parametrize(
+    "error", [KeyError("a bug"), SystemExit("compare: a folder\nis gone."), RecursionError("deep")]
+)
+def test_an_error_in_the_comparison_is_a_warning_and_costs_no_command(
+    flags, tmp_path, tiny, monkeypatch, capsys, error
+):
+    """It reads what other runs left."""
 
     def fail(_):
-        raise KeyError("a bug")
+        raise error
 
     monkeypatch.setattr(inspect_lora, "compare_with_others", fail)
     t.main([*flags, "--max_steps", "1"])
     out = capsys.readouterr().out
-    assert re.search("(?m)^done ", out)
-    assert re.search("(?m)^warning .*the adapter is complete", out)
+    (warning,) = re.findall("(?m)^warning .*", out)
+    reason = " ".join(str(error).split())
+    assert "comparing with earlier runs failed" in warning and reason in warning
+    assert warning.endswith("the adapter is complete")
+    assert out.index("\ndone ") < out.index(warning) < out.index("\nnext ")
+    assert command_in(out, "python", "inspect_lora.py", "chat")
+    assert command_in(out, "vllm", "serve", tiny)
+    assert command_in(out, "python", "inspect_lora.py", "served")
     assert record_of(tmp_path / "output")["outcome"] == "finished"
+
+
+def test_an_error_in_the_last_words_is_a_warning(monkeypatch, capsys):
+    def fail(_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(t, "verdict", fail)
+    t.summarize(t.Job(t.parse_settings([])))
+    said = "warning   summary failed (KeyError('a bug')); the adapter is complete\n"
+    assert capsys.readouterr().out == said
 
 
 # ==== Which epoch is published
