@@ -2813,11 +2813,14 @@ def error_is_a_warning(name: str) -> Iterator[None]:
         report("warning", f"{name} failed ({one_line(reason)}); the adapter is complete")
 
 
+def has_inspector() -> bool:
+    """Return whether inspect_lora.py lies beside this file."""
+    return (HERE / "inspect_lora.py").is_file()
+
+
 def inspector() -> types.ModuleType | None:
     """Return inspect_lora.py as a module if it lies beside this file, else None."""
-    if not (HERE / "inspect_lora.py").is_file():
-        return None
-    return importlib.import_module("inspect_lora")
+    return importlib.import_module("inspect_lora") if has_inspector() else None
 
 
 def measure_worth(model: peft.PeftModel, job: Job) -> None:
@@ -2891,30 +2894,38 @@ def verdict(job: Job) -> list[str]:
     best = min(losses, key=lambda step: losses[step])
     if losses[best] < loss:
         where = job.output / "checkpoints" / f"checkpoint-{best}"
+        tools = ""
+        if has_inspector():
+            tools = (
+                "python inspect_lora.py measures it, talks to it and writes it for vLLM (evidence, "
+                "chat, for_vllm), and\n"
+            )
         lines.append(
             f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} ({losses[best]:.4f}); "
-            f"that adapter is in {where};\npython inspect_lora.py measures it, talks to it and "
-            "writes it for vLLM (evidence, chat, for_vllm), and\n--publish best publishes the best "
-            "epoch of a run"
+            f"that adapter is in {where};\n{tools}--publish best publishes the best epoch of a run"
         )
     return lines
 
 
 def next_commands(job: Job) -> str:
-    """Return the commands to talk to the adapter and to serve it."""
-    chat_command = wrap_command(
-        ["python", "inspect_lora.py", "chat", str(job.output / "final_lora")]
-    )
+    """Return the commands to talk to the adapter and to serve it, or what they lack."""
+    adapter = str(job.output / "final_lora")
+    chat = wrap_command(["python", "inspect_lora.py", "chat", adapter])
+    if not has_inspector():
+        adapter = ""
+        chat = (
+            "inspect_lora.py is not beside this script. There it would talk to the adapter, and\n"
+            "ask a server whether it applies it."
+        )
     toy = DEMO["MODEL_NAME"]
     if toy == job.settings.MODEL_NAME:
-        return chat_command  # nobody serves a toy
+        return chat  # nobody serves a toy
     if job.plan.vllm_refuses:
-        return f"{chat_command}\n({job.plan.vllm_refuses}; merge this one into its base instead)"
+        return f"{chat}\n({job.plan.vllm_refuses}; merge this one into its base instead)"
     folder = job.output / "final_lora_vllm"
     if not folder.exists():
         folder = job.output / "final_lora"
-    adapter = str(job.output / "final_lora")
-    return f"{chat_command}\n{vllm_command(job.settings, folder, job.plan.max_rank, adapter)}"
+    return f"{chat}\n{vllm_command(job.settings, folder, job.plan.max_rank, adapter)}"
 
 
 def vllm_command(settings: argparse.Namespace, folder: Path, max_rank: int, adapter: str) -> str:
@@ -2924,7 +2935,8 @@ def vllm_command(settings: argparse.Namespace, folder: Path, max_rank: int, adap
         settings: the model's name and revision.
         folder: what the server reads.
         max_rank: the adapter's largest rank.
-        adapter: the same adapter as inspect_lora.py takes it, with its run beside it.
+        adapter: the same adapter as inspect_lora.py takes it, with its run beside it; an empty text
+            where there is no inspect_lora.py to ask the server.
     """
     name = name_on_server(folder)
     serve = ["vllm", "serve", settings.MODEL_NAME]
@@ -2934,6 +2946,8 @@ def vllm_command(settings: argparse.Namespace, folder: Path, max_rank: int, adap
     serve += ["--lora-modules", f"{name}={folder}"]
     serve += ["--default-chat-template-kwargs", '{"enable_thinking": false}']
     note = f"# The server offers the adapter as the model named {name}:"
+    if not adapter:
+        return "\n".join([note, wrap_command(serve)])
     served = wrap_command(["python", "inspect_lora.py", "served", "http://localhost:8000", adapter])
     question = "# Does it apply the adapter? Ask it while it runs:"
     return "\n".join([note, wrap_command(serve), question, served])
@@ -3862,6 +3876,8 @@ def catch_signals(job: Job) -> None:
         message = "Stopped. The same command goes on from the newest checkpoint, if there is one."
         if job.published:
             final = job.output / "final_lora"
+            message = f"Stopped. {final} is complete. The same command would retrain from scratch."
+        if job.published and has_inspector():
             command = wrap_command(["python", "inspect_lora.py", "evidence", str(final)])
             message = (
                 f"Stopped. {final} is complete. What it is worth was not measured to the end; this "

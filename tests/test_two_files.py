@@ -1,22 +1,29 @@
 """The trainer without inspect_lora.py, and copies of it under another name."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from conftest import write_short_data
 from processes import run_in_a_fork
 from safetensors.torch import load_file
-from trainers import command_in, read_record
+from trainers import command_in, commands_in, read_record
 
 import train_lora_single as t
 
 ORIGINAL, INSPECTOR = Path(t.__file__), Path(t.__file__).with_name("inspect_lora.py")
 RESULTS = {"final_lora", "final_lora_vllm", "checkpoints", "run.json", "all_logs.log", ".lock"}
 WORTH = {"samples.md", "lora.png"}  # what inspect_lora.py adds
+MISSING = (
+    "inspect_lora.py is not beside this script. There it would talk to the adapter, and ask a "
+)
+MISSING += "server whether it applies it."
 STOP_IN_STEP_5 = """
 import accelerate, itertools, os, signal
 calls, backward = itertools.count(1), accelerate.Accelerator.backward
@@ -71,6 +78,9 @@ def test_without_inspect_lora_it_trains_resumes_verifies_and_publishes(give, tin
     assert "was not measured, since inspect_lora.py is not beside this script. Put it there" in said
     advice = "python inspect_lora.py evidence output/final_lora"
     assert said.endswith(f"measure it without training: {advice}")
+    following = done.stdout[done.stdout.index("\nnext ") :]
+    assert [words[:2] for words in commands_in(following)] == [["vllm", "serve"]]
+    assert MISSING in " ".join(following.split()) and max(map(len, following.splitlines())) <= 100
 
     before = (output / "final_lora" / "adapter_model.safetensors").read_bytes()
     shutil.copy(INSPECTOR, tmp_path)
@@ -80,6 +90,41 @@ def test_without_inspect_lora_it_trains_resumes_verifies_and_publishes(give, tin
     evidence = read_record(output)["evidence"]
     assert evidence["examples"] == 4 and evidence["adapter"] < evidence["base"] - 0.1
     assert (output / "final_lora" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_the_last_lines_name_only_what_is_there(tmp_path, monkeypatch, is_beside):
+    """Also of the toy, which nobody serves, and of what vLLM cannot serve."""
+    monkeypatch.setattr(t, "HERE", tmp_path)
+    if is_beside:
+        shutil.copy(INSPECTOR, tmp_path)
+    for flags, refusal in ((["--demo"], ""), ([], "vLLM cannot serve it")):
+        job = t.Job(t.parse_settings(flags))
+        job.plan = types.SimpleNamespace(steps=8, steps_per_epoch=4, vllm_refuses=refusal)
+        said = " ".join(t.next_commands(job).split())
+        assert ("python inspect_lora.py chat" in said) == is_beside
+        assert (MISSING in said) != is_beside and refusal in said and "vllm serve" not in said
+        job.history = [{"step": step, "eval_loss": loss} for step, loss in ((0, 5), (4, 2), (8, 3))]
+        said = " ".join(" ".join(t.verdict(job)).split())
+        assert "lowest after epoch 1 (2.0000)" in said and "--publish best publishes" in said
+        assert ("inspect_lora.py measures it" in said) == is_beside
+
+
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_what_is_said_of_a_stop_after_publishing_names_only_what_is_there(
+    tmp_path, monkeypatch, is_beside
+):
+    monkeypatch.setattr(t, "HERE", tmp_path)
+    if is_beside:
+        shutil.copy(INSPECTOR, tmp_path)
+    job = t.Job(t.parse_settings([]))
+    job.published = "epoch 2 of 2"
+    t.catch_signals(job)
+    with pytest.raises(t.Stopped, match=r"Stopped\. output/final_lora is complete\.") as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    said = str(stop.value)
+    assert "retrain from scratch" in said
+    assert ("python inspect_lora.py evidence output/final_lora" in said) == is_beside
 
 
 @pytest.mark.parametrize(
