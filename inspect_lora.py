@@ -1345,10 +1345,11 @@ def table_of_kinds(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> list
 # GENERAL_FILE are ordinary ones, such as sums, translations and lists. Two things are measured:
 # - How far the model moved. The base model replies to each task once (sampled with a fixed seed, at
 #   most 64 tokens). On these replies, "KL" is the mean over tokens of KL(base || adapter), in nats,
-#   exact from both models' probabilities, and "other tokens" the share of places where the adapter
-#   would choose another token. Once without a system message (what leaks into other uses), and
-#   once with the training's (which includes what was wanted). The loss on reference answers would
-#   measure style: an adapter that learned to be brief would look better while it forgets.
+#   exact from both models' probabilities, and "other token" the share of places where the adapter
+#   would choose another token. At each strength without a system message (what leaks into other
+#   uses), and as trained also with the training's (which includes what was wanted). The loss on
+#   reference answers would measure style: an adapter that learned to be brief would look better
+#   while it forgets.
 # - What was forgotten. Some of the tasks have an answer that a program can check. Base and adapter
 #   answer them (greedily, without a system message), and the right ones are counted; McNemar's
 #   exact test says whether the difference may be chance. Nothing that a model wrote is ever run.
@@ -1496,20 +1497,18 @@ def measure_elsewhere(subject: Subject, findings: dict[str, Any]) -> dict[str, A
         return {}
     tasks = [tasks[n] for n in evenly_spread(len(tasks), subject.settings.EVIDENCE_EXAMPLES)]
     began = time.monotonic()
-    columns_of: dict[str, dict[float, Shift]] = {}
-    systems = {"no system message": ""}
-    if subject.system_message:
-        systems["the training's"] = subject.system_message
+    examples, replies = replies_of_base(subject, tasks, "")
+    shifts = shifts_of(subject.model, examples, strengths_of(subject.model))
     found: dict[str, Any] = {"tasks": len(tasks)}
-    for title, system in systems.items():
-        examples, texts = replies_of_base(subject, tasks, system)
-        shifts = shifts_of(subject.model, examples)
-        columns_of[title] = shifts
-        found[title] = {f"x {scale:g}": shift.as_recorded() for scale, shift in shifts.items()}
-        found[title]["replies"] = texts
-    table = table_of_shifts(columns_of)
+    found["no system message"] = {f"x {s:g}": shift.as_recorded() for s, shift in shifts.items()}
+    found["no system message"]["replies"] = replies
+    table = table_of_shifts(shifts)
+    if subject.system_message:
+        examples, replies = replies_of_base(subject, tasks, subject.system_message)
+        shift = shifts_of(subject.model, examples, [1.0])[1.0]
+        found["the training's"] = {"x 1": shift.as_recorded(), "replies": replies}
+        table += [row_of_shift("with system message", shift)]
     report("elsewhere", "\n".join(table))
-    shifts = columns_of["no system message"]
     parts = findings.get("evidence", {}).get("parts", {})
     sentences = [about_change(shifts[1.0])]
     if findings.get("evidence", {}).get("is_conclusive"):
@@ -1565,9 +1564,15 @@ class Shift:
         return {"kl": asdict(self.kl_a_token()), "other_tokens": asdict(self.other_tokens())}
 
 
-def shifts_of(model: peft.PeftModel, examples: list[trainer.Example]) -> dict[float, Shift]:
+def strengths_of(model: peft.PeftModel) -> list[float]:
+    """Return the strengths at which the adapter can be put on; 1 is as trained."""
+    return sorted((*STRENGTHS, 1.0)) if can_scale_and_cut(model) else [1.0]
+
+
+def shifts_of(
+    model: peft.PeftModel, examples: list[trainer.Example], strengths: list[float]
+) -> dict[float, Shift]:
     """Return {strength: how far the model moves} on the base's replies; 1 is as trained."""
-    strengths = sorted((*STRENGTHS, 1.0)) if can_scale_and_cut(model) else [1.0]
     shifts = {strength: Shift() for strength in strengths}
     vocabulary = model.get_output_embeddings().weight.shape[0]
     for batch in batches_of(examples, LOGITS_AT_ONCE // vocabulary):
@@ -1605,20 +1610,20 @@ def batches_of(examples: list[trainer.Example], tokens: int) -> Iterator[list[tr
         yield batch
 
 
-def table_of_shifts(columns_of: dict[str, dict[float, Shift]]) -> list[str]:
-    """Return the lines of the table: a row for each strength, two columns a system message."""
-    heads = "".join(f"{f'with {title}' if title[0] == 't' else title:>36}" for title in columns_of)
-    names = "".join(f"{'KL':>20}{'other tokens':>16}" for _ in columns_of)
-    lines = [f"{'':<18}{heads}".rstrip(), f"{'':<18}{names}"]
-    for strength in next(iter(columns_of.values())):
-        cells = ""
-        for shifts in columns_of.values():
-            kl, other = shifts[strength].kl_a_token(), shifts[strength].other_tokens()
-            cells += f"{f'{kl.value:.4f} ± {kl.error:.4f}':>20}"
-            cells += f"{f'{100 * other.value:.1f} ± {100 * other.error:.1f} %':>16}"
+def table_of_shifts(shifts: dict[float, Shift]) -> list[str]:
+    """Return the lines of the table: a row for each strength, without a system message."""
+    lines = [f"{'':<31}{'KL, nats a token':>20}{'other token':>20}"]
+    for strength, shift in shifts.items():
         name = "as trained" if strength == 1 else f"update x {strength:g}"
-        lines.append(f"{name:<18}{cells}")
+        lines.append(row_of_shift(name, shift))
     return lines
+
+
+def row_of_shift(name: str, shift: Shift) -> str:
+    """Return a row of the table."""
+    kl, other = shift.kl_a_token(), shift.other_tokens()
+    share = f"{100 * other.value:.1f} ± {100 * other.error:.1f} %"
+    return f"{name:<31}{f'{kl.value:.4f} ± {kl.error:.4f}':>20}{share:>20}"
 
 
 def about_change(shift: Shift) -> str:

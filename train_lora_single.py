@@ -147,7 +147,7 @@ LOGGING_STEPS: int = 10  # a line is printed every so many steps
 SAVE_STEPS: int = 50  # a checkpoint every so many steps: the most that a crash can lose
 PUBLISH: Literal["last", "best"] = "last"  # the epoch for final_lora; "best" by held-out loss
 REPORT_TO: str = "none"  # also log to "tensorboard", "wandb" or "trackio", if it is installed
-EVIDENCE_EXAMPLES: int = 60  # held-out examples that measure the adapter's parts; 0 for none
+EVIDENCE_EXAMPLES: int = 50  # held-out examples that measure the adapter's parts; 0 for none
 EVAL_GROUP: str = "kind"  # the key that groups held-out lines in the report; "" for none
 NUM_SAMPLES: int = 6  # at least so many held-out prompts, and one of each kind, in samples.md
 MAX_NEW_TOKENS: int = 200  # a reply is cut after this many tokens
@@ -2151,6 +2151,7 @@ def resume_or_begin(job: Job) -> None:
         if before and newest:
             refuse_other_job(job, before, now, newest)
             job.checkpoint = newest
+            job.findings = findings_of_checkpoints(job.output)
             report("resume", f"going on from {job.checkpoint}")
         else:
             start_fresh(job, now)
@@ -2162,6 +2163,13 @@ def resume_or_begin(job: Job) -> None:
         job.history = state["log_history"]
     job.started = time.time()
     write_record(job, "running")
+
+
+def findings_of_checkpoints(output: Path) -> dict[str, Any]:
+    """Return what inspect_lora.py has written into run.json while the run stood still."""
+    record = read_json(output / "run.json") or {}
+    keys = ("checkpoint_findings", "earlier_findings")
+    return {key: record[key] for key in keys if key in record}
 
 
 def describe_job(job: Job) -> dict[str, Any]:

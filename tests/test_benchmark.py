@@ -175,8 +175,9 @@ def test_evidence_adds_up_what_each_measurement_costs(options, capsys):
     assert [sum(column) for column in zip(*rows, strict=True)] == pytest.approx(total, abs=1)
     assert all(0 <= quick <= slow for quick, slow, *_ in rows)
     titles = "\n".join(lines[start:end])
-    kinds = ("strength: 6 parts", "group: ", "target: ", "cut: ", "KL: ", "answers", "samples")
+    kinds = ("strength: 6 parts", "group: ", "target: ", "cut: ", "KL: ", "answers")
     assert all(kind in titles for kind in kinds)
+    assert any("samples" in line for line in lines[end + 1 :])  # not counted: they may end sooner
     share = next(line for line in lines if line.startswith("evidence at 6 us"))
     assert float(re.search(r"training ([\d.]+)", share)[1]) == pytest.approx(
         total[2] / 100, abs=0.01

@@ -61,7 +61,7 @@ SHIPPED = {
     "SAVE_STEPS": 50,
     "PUBLISH": "last",
     "REPORT_TO": "none",
-    "EVIDENCE_EXAMPLES": 100,
+    "EVIDENCE_EXAMPLES": 50,
     "EVAL_GROUP": "kind",
     "NUM_SAMPLES": 6,
     "MAX_NEW_TOKENS": 200,

@@ -90,7 +90,7 @@ def test_kl_and_other_tokens_are_those_of_weights_merged_by_hand(measured):
     model = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), adapter
     ).eval()
-    shifts = inspect_lora.shifts_of(model, examples)
+    shifts = inspect_lora.shifts_of(model, examples, inspect_lora.strengths_of(model))
     assert list(shifts) == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
     for strength in (0.5, 1.0, 2.0):
         moved, kls, others = merged(strength), [], []
@@ -109,19 +109,21 @@ def test_kl_and_other_tokens_are_those_of_weights_merged_by_hand(measured):
     assert shifts[2.0].kl_a_token().value > shifts[0.5].kl_a_token().value > 0
 
 
-def test_the_command_writes_both_tables(measured):
+def test_the_command_writes_each_strength_and_the_systems_message_as_trained(measured):
     elsewhere = measured.found["elsewhere"]
     assert elsewhere["tasks"] == 3
-    for title in ("no system message", "the training's"):
-        rows = dict(elsewhere[title])
-        assert len(rows.pop("replies")) == 3
-        assert list(rows) == [f"x {s:g}" for s in (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)]
-        kls = [row["kl"]["value"] for row in rows.values()]
-        assert kls == sorted(kls) and kls[0] > 0
-        assert all(0 <= row["other_tokens"]["value"] <= 1 for row in rows.values())
-    table = "\n".join(elsewhere["table"])
-    as_trained = elsewhere["no system message"]["x 1"]["kl"]["value"]
-    assert f"{as_trained:.4f}" in table
+    rows = dict(elsewhere["no system message"])
+    assert len(rows.pop("replies")) == 3
+    assert list(rows) == [f"x {s:g}" for s in (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)]
+    kls = [row["kl"]["value"] for row in rows.values()]
+    assert kls == sorted(kls) and kls[0] > 0
+    assert all(0 <= row["other_tokens"]["value"] <= 1 for row in rows.values())
+    table = elsewhere["table"]
+    assert table[4].startswith("as trained") and f"{kls[3]:.4f}" in table[4]
+    with_system = elsewhere["the training's"]
+    assert list(with_system) == ["x 1", "replies"]  # the other strengths would tell little more
+    assert table[8].startswith("with system message")
+    assert f"{with_system['x 1']['kl']['value']:.4f}" in table[8]
 
 
 def test_the_bases_replies_are_the_same_in_each_run_and_do_not_depend_on_the_adapter(measured):

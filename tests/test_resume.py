@@ -840,6 +840,26 @@ def test_another_way_to_the_same_size_of_a_step_is_the_same_job(
     )
 
 
+def test_what_was_measured_of_a_checkpoint_stays_when_the_run_goes_on(
+    flags, whole, stopped, capfd
+):
+    """And it goes with the old run.json when the next run begins anew."""
+    place = stopped / "checkpoints" / "checkpoint-7"
+    for when in ("on Monday", "on Tuesday"):
+        found = inspect_lora.find_run(place)
+        inspect_lora.add_to_record({"evidence": {"adapter": 1.5}, "measured": when}, place, found)
+    measured = {key: record(stopped)[key] for key in ("checkpoint_findings", "earlier_findings")}
+    assert list(measured["earlier_findings"]) == ["checkpoint-7, on Monday"]
+    assert found_by(prepared(flags, stopped)) == "checkpoint-7"
+    assert measured.items() <= record(stopped).items() and record(stopped)["outcome"] == "running"
+    assert go_on(command(flags, stopped), whole, capfd) == 7
+    assert measured.items() <= record(stopped).items()
+    assert found_by(prepared(flags, stopped)) is None
+    assert not measured.keys() & record(stopped).keys()
+    (renamed,) = stopped.glob("run.json.2*")
+    assert measured.items() <= json.loads(renamed.read_text(encoding="utf-8")).items()
+
+
 def test_all_that_differs_is_named_at_once_and_nothing_is_touched(flags, stopped, capfd):
     before_it = files(stopped)
     assert run(command(flags, stopped, "--lora_r", 4, "--seed", 7, "--eval_file", "")) == 1

@@ -78,18 +78,24 @@ cuts, copies between host and GPU, the picture, any wait for Python beyond the l
         at_most = inspector.LOGITS_AT_ONCE // options.sizes["vocab_size"]
         batches = [*inspector.batches_of(examples, at_most)]
         passes = [Pass.of(t.pad(batch, "cpu")) for batch in batches]
-        seconds = fitted(passes, lambda n, b=batches, p=passes: shifts(simulation, b[n], p[n]))
-        times = len(inspector.STRENGTHS) + 2  # each strength, as trained, and the base
-        show(f"KL: {title}", times * len(passes), seconds.sum(0))
+        strengths = [1.0] if system else sorted((*inspector.STRENGTHS, 1.0))
+
+        def seconds_of(
+            number: int, b: list[Any] = batches, p: list[Pass] = passes, s: list[float] = strengths
+        ) -> Any:
+            return shifts(simulation, b[number], p[number], s)
+
+        seconds = fitted(passes, seconds_of).sum(0)
+        show(f"KL: {title}", (len(strengths) + 1) * len(passes), seconds)  # and the base
     prompts = [job.chat_format.prompt_ids(task.messages) for task in tasks if task.check]
     title = f"{len(prompts)} answers, base and adapter"
     show_replies(title, prompts, inspector.REPLY_TOKENS, False, True)
-    prompts = [one.prompt_ids for one in inspector.choose_samples(held_out, settings.NUM_SAMPLES)]
-    title = f"{len(prompts)} samples, base and adapter"
-    show_replies(title, prompts, settings.MAX_NEW_TOKENS, False, True)
     total = sum(rows)
     show("all", "", total)
     show(f"the training, {settings.NUM_EPOCHS} epochs", "", training)
+    prompts = [one.prompt_ids for one in inspector.choose_samples(held_out, settings.NUM_SAMPLES)]
+    title = f"besides, {len(prompts)} samples if none ends"  # set by settings of their own
+    show_replies(title, prompts, settings.MAX_NEW_TOKENS, False, True)
     for launch, share in zip(LAUNCHES_AT, total / training, strict=True):
         name = f"evidence at {launch * 1e6:g} us, share of the training"
         print(f"{name} {share:.2f}   {options.targets.at_most(name, share, AT_MOST)}")
@@ -143,7 +149,9 @@ def loss(simulation: Simulation, one: Pass, has_adapter: bool) -> Any:
     return seconds_without_gradient(simulation, run, has_adapter)
 
 
-def shifts(simulation: Simulation, batch: list[t.Example], one: Pass) -> Any:
+def shifts(
+    simulation: Simulation, batch: list[t.Example], one: Pass, strengths: list[float]
+) -> Any:
     """Return the seconds of shifts_of for a batch."""
     import torch
 
@@ -151,7 +159,7 @@ def shifts(simulation: Simulation, batch: list[t.Example], one: Pass) -> Any:
         places = torch.zeros(2, one.scored, dtype=torch.long).unbind()
         padded = patch.object(t, "pad", lambda *_: inputs_of(one))
         with padded, patch.object(torch.Tensor, "nonzero", lambda *_, **__: places):
-            inspector.shifts_of(model, batch)
+            inspector.shifts_of(model, batch, strengths)
 
     return seconds_without_gradient(simulation, run)
 
