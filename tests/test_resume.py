@@ -840,9 +840,7 @@ def test_another_way_to_the_same_size_of_a_step_is_the_same_job(
     )
 
 
-def test_what_was_measured_of_a_checkpoint_stays_when_the_run_goes_on(
-    flags, whole, stopped, capfd
-):
+def test_what_was_measured_of_a_checkpoint_stays_when_the_run_goes_on(flags, whole, stopped, capfd):
     """And it goes with the old run.json when the next run begins anew."""
     place = stopped / "checkpoints" / "checkpoint-7"
     for when in ("on Monday", "on Tuesday"):
