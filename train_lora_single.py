@@ -440,6 +440,7 @@ class Example:
     prompt_ids: list[int] = field(default_factory=list)  # tokens that are only read
     reply_ids: list[int] = field(default_factory=list)  # tokens that are learned, with the end
     keys: list[str] = field(default_factory=list)  # all keys of the line
+    is_last: bool = True  # whether no reply follows in its line
 
     @property
     def input_ids(self) -> list[int]:
@@ -588,11 +589,15 @@ def examples_of(
             'there, and what comes before it in "prompt"'
         )
     places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    end = places[-1]
     if "completion" in row or replies == "last":
-        places = places[-1:]
+        places = [end]
     eval_group = str(row.get(group_key, "")) if group_key else ""
     check_characters(eval_group, f"value of {one_line(json.dumps(group_key), 40)} (EVAL_GROUP)")
-    return [Example(where, messages[: place + 1], eval_group, keys=list(row)) for place in places]
+    return [
+        Example(where, messages[: place + 1], eval_group, keys=list(row), is_last=place == end)
+        for place in places
+    ]
 
 
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant"}
@@ -1180,13 +1185,38 @@ def cost_of_dialogues(
         f"{sends}.",
     ]
     if is_trained and repeated > tokens / 2:
-        fewer = sum(len(replies[-1].input_ids) for replies in dialogues.values())
-        sentences.append(
-            f'To pay less, set REPLIES to "last": {len(dialogues):,} examples with {fewer:,} '
-            "tokens, in which the earlier replies are only read. Or cut the dialogues into shorter "
-            "lines."
-        )
+        sentences += how_to_pay_less(examples)
     return [wrap_lines(" ".join(sentences), 90)]
+
+
+def how_to_pay_less(examples: list[Example]) -> list[str]:
+    """Return what REPLIES "last" would cost, or why it would be refused, in sentences.
+
+    Args:
+        examples: those that fit in MAX_SEQ_LEN, of each reply. Of a line whose last reply does not
+            fit nothing would be left.
+    """
+    last = [example for example in examples if example.is_last]
+    tokens = sum(len(example.input_ids) for example in last)
+    too_long = len({example.where for example in examples}) - len(last)
+    too_long_lines = counted(too_long, "line")
+    if too_long > (len(last) + too_long) / 10:  # as encode_file() counts
+        return [
+            "To pay less, cut the dialogues into shorter lines.",
+            'REPLIES "last" (--replies last) would need a larger MAX_SEQ_LEN, since the last reply '
+            f"of {too_long_lines} ends beyond MAX_SEQ_LEN.",
+        ]
+    only_read = "in which the earlier replies are only read"
+    if too_long:
+        verb, whose = ("is", "its") if too_long == 1 else ("are", "their")
+        only_read += (
+            f"; {too_long_lines} {verb} left out, since {whose} last reply ends beyond MAX_SEQ_LEN"
+        )
+    return [
+        f'To pay less, set REPLIES to "last" (--replies last): {counted(len(last), "example")} '
+        f"with {tokens:,} tokens, {only_read}.",
+        "Or cut the dialogues into shorter lines.",
+    ]
 
 
 def show_example(example: Example, tokenizer: transformers.PreTrainedTokenizerBase) -> None:

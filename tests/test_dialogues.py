@@ -86,6 +86,9 @@ def quick(tmp_path_factory, tiny):
     return str(folder)
 
 
+LAST = r'To pay less, set REPLIES to "last" \(--replies last\): (\d+) examples with ([\d,]+) tokens'
+
+
 # ---- what is said and what is done --------------------------------------------------------------
 
 
@@ -122,7 +125,7 @@ def test_what_the_dry_run_says_is_what_the_run_does(
         assert (share in said) == (replies == "all")
         if replies == "all":
             assert repeated > tokens / 2
-            advice = re.search(r'set REPLIES to "last": (\d+) examples with ([\d,]+) tokens', said)
+            advice = re.search(LAST, said)
             less = int(advice[2].replace(",", ""))
         else:
             assert "To pay less" not in said and int(advice[1]) == 50 and tokens == less
@@ -150,6 +153,35 @@ def test_advice_is_given_only_above_half(tiny, in_a_folder, capsys, replies, is_
     assert f'12 lines with "messages", and of them {12 * replies} examples' in out
     assert ("To pay less" in out) == is_advised and ("are repeated" in out) == (replies > 1)
     assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("long_ones", "completions"), [(0, 0), (0, 7), (2, 0), (2, 7), (5, 0)], ids=str
+)
+def test_the_figures_for_last_replies_are_those_of_a_run_with_them(
+    tiny, in_a_folder, capsys, long_ones, completions
+):
+    """Of some lines the last reply is too long; other lines are completions, which stay."""
+    talks = dialogues(20, [8], words=12)
+    for talk in talks[:long_ones]:
+        talk[-1]["content"] = "yes " * 900
+    rows = [{"messages": talk} for talk in talks]
+    rows += [{"prompt": talk[:2], "completion": talk[2:3]} for talk in talks[:completions]]
+    flags = ["--demo", "--dry_run", "--model_name", tiny, "--max_seq_len", "800"]
+    flags += ["--train_file", write_jsonl("d.jsonl", rows), "--eval_file", ""]
+    t.main(flags)
+    said = " ".join(capsys.readouterr().out.split())
+    advice = re.search(LAST, said)
+    if long_ones == 5:  # more than a tenth of the lines
+        assert not advice and "MAX_SEQ_LEN" in refused(capsys, [*flags, "--replies", "last"])
+        assert "To pay less, cut the dialogues into shorter lines." in said
+        assert "the last reply of 5 lines ends beyond MAX_SEQ_LEN" in said
+        return
+    run = prepared([*flags, "--replies", "last"]).train
+    assert int(advice[1]) == len(run) == 20 - long_ones + completions
+    assert int(advice[2].replace(",", "")) == sum(len(one.input_ids) for one in run)
+    left_out = "2 lines are left out, since their last reply ends beyond MAX_SEQ_LEN."
+    assert (left_out in said) == (long_ones == 2)
 
 
 def test_the_held_out_file_is_counted_and_completions_are_not_explained(tiny, in_a_folder, capsys):
