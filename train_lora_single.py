@@ -3295,12 +3295,15 @@ def split_file(settings: argparse.Namespace) -> None:
     sides: list[list[Line]] = [[], []]
     for line in lines:
         sides[line.dialogue in held_out].append(line)
-    for target in targets:
-        if os.path.lexists(target):
-            raise SystemExit(f"{target} is there already, so nothing was written. Move it away.")
+    there = [str(target) for target in targets if os.path.lexists(target)]
+    if there:
+        verb, them = ("is", "it") if len(there) == 1 else ("are", "them")
+        raise SystemExit(
+            f"{' and '.join(there)} {verb} there already, so nothing was written. Move {them} away."
+        )
     for target, side in zip(targets, sides, strict=True):
         write_lines(target, [line.text for line in side])
-    report_split(source, lines, targets, sides)
+    report_split(settings, lines, targets, sides)
 
 
 def read_dialogues(path: str) -> list[Line]:
@@ -3372,8 +3375,12 @@ def write_lines(path: Path, lines: list[str]) -> None:
         raise SystemExit(f"{path} cannot be written ({error.strerror}).") from error
 
 
+# What training costs follows from these, too, so the command that --split prints has those given.
+COST_SETTINGS = ("MODEL_NAME", "MODEL_REVISION", "REPLIES", "MAX_SEQ_LEN")
+
+
 def report_split(
-    source: Path, lines: list[Line], targets: list[Path], sides: list[list[Line]]
+    settings: argparse.Namespace, lines: list[Line], targets: list[Path], sides: list[list[Line]]
 ) -> None:
     """Print what was written, and the command that says what training on it would cost."""
 
@@ -3382,7 +3389,7 @@ def report_split(
         in_lines = f" in {len(some):,} lines" if count < len(some) else ""
         return counted(count, "dialogue") + in_lines
 
-    shown = [path_from_here(str(path)) for path in (source, *targets)]
+    shown = [path_from_here(str(path)) for path in (settings.split, *targets)]
     said = [f"{shown[0]}: {dialogues(lines)}"]
     converted = sum(line.is_converted for line in lines)
     if converted:
@@ -3393,8 +3400,13 @@ def report_split(
     said.append(f"{shown[1]}: {dialogues(sides[0])}, to train on")
     said.append(f"{shown[2]}: {dialogues(sides[1])}, held out; none is on both sides")
     report("split", "\n".join(said))
-    warn_of_missing_system_messages(str(source), {line.where: line.dialogue[0] for line in lines})
+    warn_of_missing_system_messages(
+        settings.split, {line.where: line.dialogue[0] for line in lines}
+    )
     command = ["python", "train_lora_single.py", "--dry_run"]
+    for name in COST_SETTINGS:
+        if getattr(settings, name) != globals()[name]:
+            command += [f"--{name.lower()}", str(getattr(settings, name))]
     command += ["--train_file", shown[1], "--eval_file", shown[2]]
     report("next", f"what training would cost, without a GPU:\n{wrap_command(command)}")
 

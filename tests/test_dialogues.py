@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
-from trainers import Recorder, on_trainer, prepared, refused, rows_of
+from trainers import Recorder, command_in, on_trainer, prepared, refused, rows_of
 
 import train_lora_single as t
 
@@ -434,14 +434,34 @@ def test_a_split_warns_of_a_system_message_that_only_some_have(
     assert max(map(len, out.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("side", ["train", "eval"])
-def test_nothing_is_overwritten_and_nothing_is_half_written(in_a_folder, capsys, side):
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (["train"], "mine.train.jsonl is there already, so nothing was written. Move it away."),
+        (["eval"], "mine.eval.jsonl is there already, so nothing was written. Move it away."),
+        (["train", "eval"], "mine.train.jsonl and mine.eval.jsonl are there already, so nothing "
+                            "was written. Move them away."),
+    ],
+    ids=["train", "eval", "both"],
+)  # fmt: skip
+def test_nothing_is_overwritten_and_nothing_is_half_written(in_a_folder, capsys, there, said):
     file = write_jsonl("mine.jsonl", many(60))
-    Path(f"mine.{side}.jsonl").write_text("mine")
-    said = refused(capsys, ["--split", file])
-    assert f"mine.{side}.jsonl is there already" in said and "nothing was written" in said
-    assert sorted(os.listdir()) == sorted(["mine.jsonl", f"mine.{side}.jsonl"])
-    assert Path(f"mine.{side}.jsonl").read_text() == "mine"
+    for side in there:
+        Path(f"mine.{side}.jsonl").write_text("mine")
+    assert refused(capsys, ["--split", file]) == said
+    assert sorted(os.listdir()) == sorted(["mine.jsonl", *[f"mine.{one}.jsonl" for one in there]])
+    assert all(Path(f"mine.{side}.jsonl").read_text() == "mine" for side in there)
+
+
+def test_the_next_command_of_a_split_has_what_was_given_for_the_training(in_a_folder, capsys):
+    given = ["--model_name", "a folder/model", "--model_revision", "v2", "--replies", "last"]
+    given += ["--max_seq_len", "2048"]
+    *_, said = split(capsys, write_jsonl("mine.jsonl", many(60)), *given, "--seed", "7")
+    words = command_in(said, "python", "train_lora_single.py", "--dry_run")
+    files = ["--train_file", "mine.train.jsonl", "--eval_file", "mine.eval.jsonl"]
+    assert words[3:] == [*given, *files]
+    *_, said = split(capsys, write_jsonl("other.jsonl", many(60)), "--model_name", t.MODEL_NAME)
+    assert "--model_name" not in said and "--replies" not in said
 
 
 @pytest.mark.parametrize(
