@@ -165,7 +165,8 @@ def run(job: Job) -> None:
     """Train and publish one adapter. A Job holds the settings, and what is found on the way."""
     prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
     if job.settings.dry_run:
-        report("done", "Nothing was trained. Without --dry_run the same command starts this run.")
+        nothing = "Nothing was trained. Without --dry_run the same command starts this run."
+        report("done", f"{tokens_in_words(job)}\n{nothing}")
         return
     choose_matmul(job)  # FLOAT16 PRODUCTS: how this GPU multiplies best
     resume_or_begin(job)  # CHECKPOINTS: an earlier run to resume, if there is one
@@ -1525,6 +1526,17 @@ def steps_in_words(job: Job, plan: Plan) -> str:
     steps = "1 step" if plan.steps == 1 else f"{plan.steps:,} steps"
     examples = "1 example" if size == 1 else f"{size:,} examples"
     return f"{steps} of {'' if all_are_full else 'up to '}{examples}"
+
+
+def tokens_in_words(job: Job) -> str:
+    """Return how many tokens all steps together have, from which the time can be estimated."""
+    tokens = sum(len(example.input_ids) for example in job.train)
+    tokens = round(tokens * job.plan.steps / job.plan.steps_per_epoch)
+    about = "about " if job.plan.steps % job.plan.steps_per_epoch else ""
+    return (
+        f"Training would send {about}{tokens:,} tokens through the model in "
+        f"{counted(job.plan.steps, 'step')}."
+    )
 
 
 def why_so_many_steps(job: Job, plan: Plan) -> str:

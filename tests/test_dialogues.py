@@ -120,6 +120,7 @@ def test_what_the_dry_run_says_is_what_the_run_does(
         assert f"{lines} An epoch sends {tokens:,} tokens through the model" in said
         steps = -(-counts[replies] // 4)
         assert f"{steps} steps of " in said
+        assert f"Training would send {tokens:,} tokens through the model in {steps} steps." in said
         repeated = repeats(prepared([*given, "--dry_run"]).train)
         share = f", and {repeated:,} of them ({repeated / tokens:.0%}) are repeated"
         assert (share in said) == (replies == "all")
@@ -129,6 +130,31 @@ def test_what_the_dry_run_says_is_what_the_run_does(
             less = int(advice[2].replace(",", ""))
         else:
             assert "To pay less" not in said and int(advice[1]) == 50 and tokens == less
+
+
+@pytest.mark.parametrize(
+    ("epochs", "most", "said"),
+    [
+        (1, 0, "{} tokens through the model in 3 steps."),
+        (5, 0, "{} tokens through the model in 15 steps."),
+        (5, 6, "{} tokens through the model in 6 steps."),
+        (5, 4, "about {} tokens through the model in 4 steps."),
+        (5, 1, "about {} tokens through the model in 1 step."),
+    ],
+)
+def test_the_dry_run_says_how_many_tokens_the_whole_training_has(
+    tiny, in_a_folder, capsys, epochs, most, said
+):
+    rows = [{"messages": talk} for talk in dialogues(12, [1], words=8)]
+    flags = ["--demo", "--dry_run", "--model_name", tiny, "--eval_file", ""]
+    flags += ["--train_file", write_jsonl("d.jsonl", rows), "--max_seq_len", "9000"]
+    flags += ["--num_epochs", str(epochs), "--max_steps", str(most)]
+    t.main(flags)
+    out = " ".join(capsys.readouterr().out.split())
+    an_epoch = sum(len(one.input_ids) for one in prepared(flags).train)
+    assert f"An epoch sends {an_epoch:,} tokens" in out
+    tokens = round(an_epoch * (most or 3 * epochs) / 3)
+    assert f"Training would send {said.format(f'{tokens:,}')}" in out
 
 
 def repeats(examples):
