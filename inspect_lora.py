@@ -856,8 +856,10 @@ def measure_evidence(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
         report(
             "",
             f"of {len(chosen)} held-out examples, evenly spread, in {seconds:.0f} s; ± is one "
-            f"standard error\non all {len(examples)} the base model has "
-            f"{found['base']:.4f}, the adapter {found['adapter']:.4f}",
+            "standard error\n"
+            "(loss: nats for each token of the replies; lower on: so many of the examples)\n"
+            f"on all {len(examples)} the base model has {found['base']:.4f}, the adapter "
+            f"{found['adapter']:.4f}",
         )
     show_kinds(found["losses"], subject.settings.EVAL_GROUP)
     return {"evidence": found}
@@ -1031,7 +1033,7 @@ def table_of_parts(parts: list[Part]) -> list[str]:
     targets = sorted(of_kind(parts, "target"), key=lambda part: -part.of_gain.value)
     if targets and has_gain:
         shares = ", ".join(f"{part.value} {part.of_gain.value:.0%}" for part in targets)
-        text = f"of the gain, each target alone (they overlap): {shares}"
+        text = f"each target alone, of the gain (they need not add up to 100%): {shares}"
         lines += textwrap.wrap(text, 90, subsequent_indent="  ")
     return lines
 
@@ -1235,7 +1237,10 @@ def about_alpha(parts: list[Part]) -> str:
     if not better and largest > 1 + THE_SAME_WITHIN:
         return "alpha: too few held-out examples to tell whether another strength is better."
     if not better:
-        return "alpha: no other strength of the update is better by a difference that matters."
+        return (
+            "alpha: for the loss, no other strength is clearly better by more than "
+            f"{WORTH_REPORTING:.0%} of the gain."
+        )
     best = min(better, key=lambda part: part.loss)
     gained = f"{100 * (best.of_gain.value - 1):.0f} % more of the gain"
     if float(best.value) < 1:
@@ -1273,7 +1278,7 @@ def about_targets(parts: list[Part]) -> str:
     if "unclear" in verdicts.values():
         return "targets: too few held-out examples to tell whether one group would do alone."
     listed = ", ".join(f"{part.value} {part.of_gain.value:.0%}" for part in groups)
-    return f"targets: each group alone keeps clearly less than the whole gain: {listed}."
+    return f"targets: no group alone keeps the whole gain, by a clear difference: {listed}."
 
 
 def about_rank(parts: list[Part]) -> str:
@@ -1292,9 +1297,9 @@ def about_rank(parts: list[Part]) -> str:
         enough = [cuts[0]]  # it loses clearly, but too little to ask for a larger r
     if enough:
         return (
-            f"r: {enough[-1].title}, the update keeps {enough[-1].of_gain.value:.0%} of the gain. "
-            "That says how much of its room this adapter uses; a run with a smaller r is another "
-            "run, and may end elsewhere."
+            f"r: {enough[-1].title}, its strongest, the update keeps "
+            f"{enough[-1].of_gain.value:.0%} of the gain. So much of its room this adapter uses; "
+            "training with a smaller r is another run, and may end elsewhere."
         )
     if verdicts[0] == "unclear":
         return "r: too few held-out examples to tell how many directions are needed."
@@ -1319,7 +1324,7 @@ def show_kinds(losses: list[dict[str, Any]], eval_group: str) -> None:
 def table_of_kinds(title: str, rows_of: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Return a line for each kind of held-out line, the most frequent one first."""
     columns = "{:<20}{:>9}{:>9}{:>9}{:>22}{:>12}".format
-    lines = [columns(title, "examples", "before", "after", "difference", "lower on")]
+    lines = [columns(title, "examples", "base", "adapter", "difference", "lower on")]
     for kind, rows in sorted(rows_of.items(), key=lambda item: -len(item[1])):
         tokens = [row["tokens"] for row in rows]
         before = sum(row["base"] * row["tokens"] for row in rows) / sum(tokens)
@@ -1507,7 +1512,7 @@ def measure_elsewhere(subject: Subject, findings: dict[str, Any]) -> dict[str, A
         examples, replies = replies_of_base(subject, tasks, subject.system_message)
         shift = shifts_of(subject.model, examples, [1.0])[1.0]
         found["the training's"] = {"x 1": shift.as_recorded(), "replies": replies}
-        table += [row_of_shift("with system message", shift)]
+        table += [row_of_shift("as trained, system message", shift)]
     report("elsewhere", "\n".join(table))
     parts = findings.get("evidence", {}).get("parts", {})
     sentences = [about_change(shifts[1.0])]
@@ -1612,7 +1617,7 @@ def batches_of(examples: list[trainer.Example], tokens: int) -> Iterator[list[tr
 
 def table_of_shifts(shifts: dict[float, Shift]) -> list[str]:
     """Return the lines of the table: a row for each strength, without a system message."""
-    lines = [f"{'':<31}{'KL, nats a token':>20}{'other token':>20}"]
+    lines = [f"{'':<31}{'KL, nats a token':>20}{'other top token':>20}"]
     for strength, shift in shifts.items():
         name = "as trained" if strength == 1 else f"update x {strength:g}"
         lines.append(row_of_shift(name, shift))
@@ -1630,10 +1635,10 @@ def about_change(shift: Shift) -> str:
     """Return the sentence on how far the adapter moves the model where it should not."""
     kl, other = shift.kl_a_token(), shift.other_tokens()
     return (
-        f"change: on other tasks the adapter would choose another token at "
-        f"{100 * other.value:.1f} % of the places (KL {kl.value:.4f} a token; 0 would be the base "
-        "model). It says how far the model was moved, not that anything got worse: with the same "
-        "gain, prefer the run that moves it less."
+        f"change: on other tasks the likeliest token is another one at {100 * other.value:.1f} % "
+        f"of the places (KL(base || adapter) is {kl.value:.4f} nats a token; 0 is no change). It "
+        "says how far the model was moved, not that anything got worse: with the same gain, prefer "
+        "the run that moves it less."
     )
 
 
@@ -1654,8 +1659,8 @@ def about_strength(parts: dict[str, dict[str, Any]], shifts: dict[float, Shift])
         if keeps and less.value > WORTH_REPORTING and less.is_clear(errors_needed(len(shifts))):
             return (
                 f"strength: at x {strength:g} the update keeps {share.value:.0%} of the gain and "
-                f"moves the model {moved.value:.2f} times as far elsewhere. for_vllm --scale "
-                f"{strength:g} writes that adapter."
+                f"moves the model only {moved.value:.2f} times as far elsewhere. inspect_lora.py "
+                f"for_vllm ADAPTER FOLDER --scale {strength:g} writes that adapter."
             )
     return ""
 
@@ -1703,17 +1708,18 @@ def about_answers(before: int, after: int, lost: int, won: int, count: int, p: f
     """Return the sentence on right answers before and after; none says that nothing was lost."""
     text = f"of {count} tasks with a checkable answer the base model got {before} right, the "
     text += f"adapter {after}: {lost} lost, {won} gained. "
-    if before == 0 and after == 0:
-        return (
-            text + "A model that answers none of them cannot show whether something is forgotten."
-        )
     if p < 0.05:
         verb = "fails more of" if lost > won else "answers more of"
         return text + f"That is more than chance (p = {p:.3f}): the adapter {verb} such tasks."
     fewest = next(n for n in range(1, 60) if mcnemar(n, 0) < 0.05)
+    if before < fewest:
+        return (
+            f"{text}The base model is right too seldom for this to show that something was "
+            f"forgotten: fewer than {fewest} lost answers cannot be told from chance."
+        )
     return (
-        f"{text}That may be chance (p = {p:.2f}), which does not show that nothing was lost: fewer "
-        f"than {fewest} lost answers cannot be told from chance."
+        f"{text}That may be chance (p = {p:.2f}), and it does not show that nothing was lost: "
+        f"fewer than {fewest} lost answers cannot be told from chance."
     )
 
 

@@ -122,7 +122,7 @@ def test_the_command_writes_each_strength_and_the_systems_message_as_trained(mea
     assert table[4].startswith("as trained") and f"{kls[3]:.4f}" in table[4]
     with_system = elsewhere["the training's"]
     assert list(with_system) == ["x 1", "replies"]  # the other strengths would tell little more
-    assert table[8].startswith("with system message")
+    assert table[8].startswith("as trained, system message")
     assert f"{with_system['x 1']['kl']['value']:.4f}" in table[8]
 
 
@@ -186,7 +186,9 @@ def test_mcnemars_test_is_the_exact_one(lost, won, p):
 
 def test_what_is_said_of_answers():
     said = inspect_lora.about_answers
-    assert "cannot show" in said(0, 0, 0, 0, 60, 1.0)
+    for before in (0, 5):  # all of them could be lost, and nothing would be clear
+        lost = inspect_lora.mcnemar(before, 0)
+        assert "right too seldom" in said(before, 0, before, 0, 60, lost)
     assert "fails more of" in said(30, 20, 11, 1, 60, inspect_lora.mcnemar(11, 1))
     assert "answers more of" in said(20, 30, 1, 11, 60, inspect_lora.mcnemar(1, 11))
     unclear = said(30, 29, 3, 2, 60, inspect_lora.mcnemar(3, 2))
@@ -204,7 +206,7 @@ def row(value, error):
 def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
     shifts = {0.5: shift([1.0, 1.1, 0.9] * 5), 1.0: shift([2.0, 2.2, 1.9] * 5)}
     text = inspect_lora.about_strength({"update x 0.5": row(0.98, 0.005)}, shifts)
-    assert "at x 0.5 the update keeps 98% of the gain and moves the model 0.49 times" in text
+    assert "at x 0.5 the update keeps 98% of the gain and moves the model only 0.49 times" in text
     assert inspect_lora.about_strength({"update x 0.5": row(0.94, 0.005)}, shifts) == ""
     assert inspect_lora.about_strength({"update x 0.5": row(0.98, 0.02)}, shifts) == ""
     noisy = {0.5: shift([0.1, 4.0]), 1.0: shift([2.0, 2.1])}

@@ -333,10 +333,10 @@ def test_the_printed_table_holds_these_numbers(by_hand):
         assert all(f" {number} " in rest for number in wanted), (line, wanted)
     shares = {name: parts[f"{name} alone"]["of_gain"]["value"] for name in by_hand.targets}
     best_first = sorted(shares, key=shares.get, reverse=True)
-    said = "each target alone (they overlap): " + ", ".join(
+    said = "each target alone, of the gain (they need not add up to 100%): " + ", ".join(
         f"{name} {shares[name]:.0%}" for name in best_first
     )
-    assert f"of the gain, {said}" in unwrapped("\n".join(lines))
+    assert said in unwrapped("\n".join(lines))
 
 
 def test_at_most_evidence_examples_are_measured_and_it_is_said(deep):
@@ -501,7 +501,7 @@ def test_three_hundredths_of_the_gain_matter():
 @pytest.mark.parametrize("share", [0.9, 0.99, 1.015, (1.02, 0.012), (0.978, 0.017)])
 def test_a_strength_that_is_hardly_or_not_clearly_better_is_not_named(share):
     text = conclusions(**SCALES | {"update x 1.25": share})
-    assert "alpha: no other strength" in text and "1.25" not in text
+    assert "no other strength is clearly better" in text and "1.25" not in text
     assert "too far" not in text and "short" not in text
 
 
@@ -527,7 +527,7 @@ def test_where_no_group_keeps_the_gain_each_ones_share_is_told():
     groups = {"attention alone": 0.7, "feed-forward alone": 0.9, "DeltaNet alone": 0.4}
     text = conclusions(**groups)
     assert all(word in text for word in ("attention 70%", "feed-forward 90%", "DeltaNet 40%"))
-    assert "each group alone keeps clearly less than the whole gain" in text
+    assert "no group alone keeps the whole gain" in text
 
 
 def test_a_group_that_is_better_alone_is_not_said_to_lose():
@@ -561,13 +561,13 @@ def cuts(four, two, one):
 
 def test_the_smallest_cut_that_keeps_nearly_all_is_named_with_its_limit():
     text = conclusions(**cuts(1.001, 0.99, 0.9))
-    assert "r: cut to 2 directions, the update keeps 99% of the gain" in text
+    assert "r: cut to 2 directions, its strongest, the update keeps 99% of the gain" in text
     assert "another run" in text  # a smaller r that is trained was not tried
 
 
 def test_a_cut_that_clearly_loses_a_little_asks_for_no_larger_r():
     text = conclusions(**cuts((0.97, 0.001), 0.9, 0.8))
-    assert "r: cut to 4 directions, the update keeps 97%" in text
+    assert "r: cut to 4 directions, its strongest, the update keeps 97%" in text
     assert "larger LORA_R" not in text
 
 
@@ -578,7 +578,10 @@ def test_where_every_cut_loses_a_larger_r_may_be_worth_a_run():
 
 def test_a_cut_that_is_clearly_better_does_not_lose():
     text = conclusions(**cuts(1.1, 1.05, 0.6))
-    assert "r: cut to 2 directions, the update keeps" in text and "larger LORA_R" not in text
+    assert (
+        "r: cut to 2 directions, its strongest, the update keeps" in text
+        and "larger LORA_R" not in text
+    )
 
 
 def test_no_cut_is_called_enough_where_a_milder_one_clearly_loses():
