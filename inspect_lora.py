@@ -383,7 +383,9 @@ def encode_held_out(
     """Return the held-out examples that fit, with their tokens; exit if one cannot be rendered."""
     fitting, problems = trainer.encode_file(examples, adapter.chat_format, settings.MAX_SEQ_LEN)
     if problems:
-        raise SystemExit(f"{join_limited(problems)}\nNothing was measured.")
+        fault = fault_of_template(adapter.chat_format, examples)
+        said = f"{settings.MODEL_NAME}: {fault}" if fault else join_limited(problems)
+        raise SystemExit(f"{said}\nNothing was measured.")
     largest = max(max(example.input_ids) for example in fitting)
     rows = adapter.model.get_input_embeddings().weight.shape[0]
     if largest >= rows:
@@ -392,6 +394,20 @@ def encode_held_out(
             "they do not belong together. Check --base."
         )
     return fitting
+
+
+def fault_of_template(chat_format: trainer.ChatFormat, examples: list[trainer.Example]) -> str:
+    """Return why even plain conversations cannot be rendered, to say it once and not of each line.
+
+    It is asked only once lines have failed: what the trainer would refuse may be measured.
+    """
+    if chat_format.enable_thinking:
+        return ""  # plain conversations hold no thoughts
+    for talk, where in trainer.plain_talks(examples):
+        fault = trainer.fault_of_template(chat_format, talk, where)
+        if fault:
+            return fault
+    return ""
 
 
 def open_adapter(

@@ -917,17 +917,11 @@ PLAIN_TALK = [
 def check_template(model_name: str, chat_format: ChatFormat, examples: list[Example]) -> None:
     """Exit if the model's template is unfit for conversations of the data's forms.
 
-    A form is whether there is a system message, and whether there are several turns. Each that
-    occurs is tried with plain words, so that what goes wrong is the model's fault and not a line's.
+    Each form that occurs is tried with plain words, so that what goes wrong is the model's fault
+    and not a line's.
     """
-    forms: dict[tuple[bool, bool], str] = {}
-    for example in examples:
-        has_system = example.messages[0]["role"] == "system"
-        has_turns = sum(message["role"] == "user" for message in example.messages) > 1
-        forms.setdefault((has_system, has_turns), example.where)
     is_dated = False
-    for (has_system, has_turns), where in sorted(forms.items()):
-        talk = PLAIN_TALK[0 if has_system else 1 : 5 if has_turns else 3]
+    for talk, where in plain_talks(examples):
         fault = fault_of_template(chat_format, talk, where)
         if fault:
             raise SystemExit(f"MODEL_NAME {model_name}: {fault}")
@@ -940,6 +934,22 @@ def check_template(model_name: str, chat_format: ChatFormat, examples: list[Exam
             "strftime_now(...)."
         )
         report("warning", wrap_lines(text, 90))
+
+
+def plain_talks(examples: list[Example]) -> list[tuple[list[dict[str, str]], str]]:
+    """Return a plain conversation of each form that examples have, and a line that has it.
+
+    A form is whether there is a system message, and whether there are several turns.
+    """
+    forms: dict[tuple[bool, bool], str] = {}
+    for example in examples:
+        has_system = example.messages[0]["role"] == "system"
+        has_turns = sum(message["role"] == "user" for message in example.messages) > 1
+        forms.setdefault((has_system, has_turns), example.where)
+    return [
+        (PLAIN_TALK[0 if has_system else 1 : 5 if has_turns else 3], where)
+        for (has_system, has_turns), where in sorted(forms.items())
+    ]
 
 
 ANOTHER_TEMPLATE = "Use another model, or a local copy of this one with another chat template."

@@ -703,6 +703,20 @@ def test_an_adapter_with_a_tokenizer_of_its_own_is_measured_with_its_template(
     assert columns(run.evidence)[1] == pytest.approx(merged.losses(conversations), abs=1e-4)
 
 
+def test_what_a_template_refuses_in_all_lines_is_said_once(changed, inspect, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    folder = changed()
+    tokenizer.save_pretrained(folder)
+    system = {"role": "system", "content": "Be kind."}
+    rows = [{"messages": [system, *messages_of(said)]} for said in SAID]
+    path = write_lines(tmp_path / "system.jsonl", rows)
+    end = inspect("evidence", folder, "--eval_file", path, *SHORT)
+    assert end.status == 1 and "Nothing was measured." in end.err
+    assert end.err.count("system.jsonl:") == end.err.count("refuses the system message") == 1
+
+
 @pytest.mark.parametrize("form", ["in its own file", "in the config", "none"])
 def test_a_tokenizer_counts_as_the_adapters_own_if_it_has_a_chat_template(changed, measure, form):
     folder = changed()
