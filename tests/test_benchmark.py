@@ -7,10 +7,11 @@ import subprocess
 import time
 
 import benchmark
+import peft
 import pytest
 import torch
 import transformers
-from benchmarks import evidence, measure, precision, roofline, simulate
+from benchmarks import behaviour, blind, evidence, measure, precision, roofline, simulate
 from benchmarks.common import HELD_OUT, ROOT, TRAIN, Options, Targets, shipped_lines
 from benchmarks.common import TINY as TINY_SIZES
 from conftest import TINY
@@ -293,3 +294,52 @@ def test_products_compares_the_losses_of_both_runs(options, capsys):
     dtype, float16 = ([float(one) for one in row] for row in rows)
     assert dtype == pytest.approx(float16, rel=0.01)
     assert options.targets.missed == []
+
+
+# ==== what an adapter says
+
+
+@pytest.fixture
+def adapter(tmp_path, monkeypatch):
+    """Return the folder of an adapter with random weights; results go into tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    config = peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "run" / "final_lora")
+    return str(tmp_path / "run" / "final_lora")
+
+
+def few_held_out(path, count):
+    lines = (t.HERE / "data" / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    short = sorted(lines, key=len)[:count]
+    path.write_text("\n".join(short) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_a_blind_reading_hides_whose_a_reply_is_and_counts_the_marks(adapter, tmp_path, capsys):
+    command = TINY, few_held_out(tmp_path / "eval.jsonl", 4), adapter, "3"
+    blind.main(*command)
+    text = (tmp_path / "blind.md").read_text(encoding="utf-8")
+    key = json.loads((tmp_path / "blind-key.json").read_text(encoding="utf-8"))
+    assert text.count("\n**A:** ") == text.count("\n**C:** ") == len(key) == 3
+    assert not any(name in text for name in ("base", "adapter", "Nell"))
+    assert all({one[letter] for letter in "ABC"} == set(blind.WHOSE) for one in key.values())
+    letter = {name: letter for letter, name in key["1"].items()}
+    marks = {"1": {"best": letter["adapter"], "safe": [letter["base"], letter["adapter"]]}}
+    (tmp_path / "blind-marks.json").write_text(json.dumps(marks), encoding="utf-8")
+    capsys.readouterr()
+    blind.main(*command)
+    best, safe = capsys.readouterr().out.splitlines()
+    assert best.split() == ["best", "adapter", "1", "(of", "1)"]
+    assert "adapter 1, base 1 (of 1)" in safe
+
+
+def test_the_behaviour_of_base_and_adapter_is_counted_by_kind(adapter, tmp_path, capsys):
+    behaviour.main(TINY, few_held_out(tmp_path / "eval.jsonl", 3), adapter)
+    out = capsys.readouterr().out
+    totals = [line.split() for line in out.splitlines() if line.startswith("all ")]
+    assert [row[1] for row in totals] == ["3", "3"] and totals[0][2] != totals[1][2]
+    found = json.loads((tmp_path / "behaviour-eval-run.json").read_text(encoding="utf-8"))
+    losses = [sum(row["loss"] for row in rows) for rows in found.values()]
+    tokens = sum(row["tokens"] for row in found["base"])
+    assert totals[0][2] == f"{losses[0] / tokens:.4f}"

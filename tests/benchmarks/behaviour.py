@@ -9,11 +9,12 @@ for other lines, by kind, how many replies name one, and give the loss by kind, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from benchmarks.common import t
 
@@ -24,12 +25,11 @@ def main(base: str, eval_file: str, *adapters: str) -> None:
     """Print the table, and write the replies beside each adapter's folder as JSON."""
     import inspect_lora
 
-    flags = ["evidence", "", "--base", base, "--device", "cpu", "--dtype", "float32"]
     names = ["base", *adapters]
     rows_of: dict[str, list[dict]] = {}
     for adapter in adapters:
-        options = inspect_lora.parse_options([*flags[:1], adapter, *flags[2:]])
-        found = measure(inspect_lora, options, eval_file, with_base="base" not in rows_of)
+        opened = open_with(inspect_lora, base, adapter)
+        found = measure(inspect_lora, opened, eval_file, with_base="base" not in rows_of)
         rows_of |= found if "base" in found else {}
         rows_of[adapter] = found["adapter"]
     del rows_of["adapter"]
@@ -39,16 +39,22 @@ def main(base: str, eval_file: str, *adapters: str) -> None:
     path.write_text(json.dumps(rows_of, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def measure(
-    inspect_lora: object, options: argparse.Namespace, eval_file: str, with_base: bool
-) -> dict[str, list[dict]]:
-    """Return a row for each held-out line: its kind, need, loss, tokens and reply."""
+def open_with(inspect_lora: ModuleType, base: str, adapter: str) -> Any:
+    """Return an adapter of inspect_lora, on its base model on a CPU in float32."""
+    words = ["evidence", adapter, "--base", base, "--device", "cpu", "--dtype", "float32"]
+    options = inspect_lora.parse_options(words)
     place = inspect_lora.find_adapter(options.adapter)
     settings = inspect_lora.settings_for(options, None)
-    adapter = inspect_lora.open_adapter(options, place, None, settings)
+    return inspect_lora.open_adapter(options, place, None, settings)
+
+
+def measure(
+    inspect_lora: ModuleType, adapter: Any, eval_file: str, with_base: bool
+) -> dict[str, list[dict]]:
+    """Return a row for each held-out line: its kind, need, loss, tokens and reply."""
     examples, problems = t.read_examples(eval_file, "kind")
     assert not problems, problems
-    examples, problems = t.encode_file(examples, adapter.chat_format, settings.MAX_SEQ_LEN)
+    examples, problems = t.encode_file(examples, adapter.chat_format, t.MAX_SEQ_LEN)
     assert not problems, problems
     found = {"adapter": rows(inspect_lora, adapter, examples)}
     if with_base:
@@ -58,7 +64,7 @@ def measure(
 
 
 def rows(
-    inspect_lora: object, adapter: object, examples: list[t.Example], replies_too: bool = True
+    inspect_lora: ModuleType, adapter: Any, examples: list[t.Example], replies_too: bool = True
 ) -> list[dict]:
     """Return what one model does with each example."""
     losses = t.example_losses(adapter.model, examples, 4096, "losses")

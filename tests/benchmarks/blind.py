@@ -1,0 +1,91 @@
+"""Replies for a blind reading: the base, the base with three examples, and the adapter.
+
+    python -m benchmarks.blind BASE EVAL_FILE ADAPTER [COUNT]     (in the folder tests)
+
+COUNT held-out prompts (40) are drawn by seed. Each gets three greedy replies of at most 80 tokens:
+of the base model, of the base model with three training conversations before the prompt (what one
+would do instead of training), and of the adapter. blind.md has them in a random order, and
+blind-key.json says which is whose. Once a reader has written {"1": {"best": "B", ...}, ...} into
+blind-marks.json, the same command prints the counts instead: a letter, or a list of letters, for
+each prompt and question. Run on a CPU in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.behaviour import open_with
+from benchmarks.common import TRAIN, t
+
+LETTERS = "ABC"
+WHOSE = ("base", "base with three examples", "adapter")
+TOKENS = 80
+
+
+def main(base: str, eval_file: str, adapter: str, count: str = "40") -> None:
+    """Write the replies, or count the marks if there are any."""
+    marks = Path("blind-marks.json")
+    if marks.is_file():
+        count_marks(json.loads(marks.read_text(encoding="utf-8")))
+        return
+    import inspect_lora
+
+    opened = open_with(inspect_lora, base, adapter)
+    numbers = random.Random(42)
+    examples, problems = t.read_examples(eval_file, "kind")
+    assert not problems, problems
+    chosen = sorted(numbers.sample(range(len(examples)), int(count)))
+    talks = [examples[number].messages[:-1] for number in chosen]
+    shown = three_examples(numbers)
+    ways = {
+        "base": [opened.chat_format.prompt_ids(talk) for talk in talks],
+        "base with three examples": [
+            opened.chat_format.prompt_ids(talk[:1] + shown + talk[1:]) for talk in talks
+        ],
+        "adapter": [opened.chat_format.prompt_ids(talk) for talk in talks],
+    }
+    replies = {}
+    for name, prompts in ways.items():
+        with t.nullcontext() if name == "adapter" else opened.model.disable_adapter():
+            replies[name] = inspect_lora.generate(opened.model, opened.chat_format, prompts, TOKENS)
+    lines, key = ["# Which reply is the better companion's?"], {}
+    for place, (number, talk) in enumerate(zip(chosen, talks, strict=True), 1):
+        order = random.Random(place).sample(WHOSE, len(WHOSE))
+        key[str(place)] = {"where": examples[number].where, "kind": examples[number].eval_group}
+        key[str(place)] |= dict(zip(LETTERS, order, strict=True))
+        lines += ["", f"## {place}"]
+        lines += [f"**{one['role']}:** {one['content']}" for one in talk if one["role"] != "system"]
+        for letter, name in zip(LETTERS, order, strict=True):
+            reply = replies[name][place - 1]
+            text = reply.text if reply.stopped else f"{reply.text} [cut here]"
+            lines += ["", f"**{letter}:** {text}"]
+    Path("blind.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path("blind-key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
+
+
+def three_examples(numbers: random.Random) -> list[dict[str, str]]:
+    """Return the messages of three training conversations of one question and one reply."""
+    examples, _ = t.read_examples(str(TRAIN), "kind")
+    short = [one.messages[-2:] for one in examples if len(one.messages) == 3]
+    return [message for talk in numbers.sample(short, 3) for message in talk]
+
+
+def count_marks(marks: dict[str, dict[str, str | list[str]]]) -> None:
+    """Print how often each of the three got each mark."""
+    key = json.loads(Path("blind-key.json").read_text(encoding="utf-8"))
+    counts: dict[str, Counter] = {}
+    for place, answers in marks.items():
+        for question, letters in answers.items():
+            names = [key[place].get(letter, letter) for letter in letters or ["none"]]
+            counts.setdefault(question, Counter()).update(names)
+    for question, found in counts.items():
+        shown = ", ".join(f"{name} {found[name]}" for name in sorted(found))
+        print(f"{question:<14}{shown} (of {len(marks)})")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
