@@ -339,6 +339,7 @@ def test_the_behaviour_of_base_and_adapter_is_counted_by_kind(adapter, tmp_path,
     out = capsys.readouterr().out
     totals = [line.split() for line in out.splitlines() if line.startswith("all ")]
     assert [row[1] for row in totals] == ["3", "3"] and totals[0][2] != totals[1][2]
+    assert totals[0][3:] == ["-"] * 3 and totals[1][-1] == "3"  # the base gives no replies
     found = json.loads((tmp_path / "behaviour-eval-run.json").read_text(encoding="utf-8"))
     losses = [sum(row["loss"] for row in rows) for rows in found.values()]
     tokens = sum(row["tokens"] for row in found["base"])

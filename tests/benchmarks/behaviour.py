@@ -102,8 +102,10 @@ def table(found: list[dict]) -> str:
             asked = [row for row in part if row["is_emergency"] == need]
             told = [row for row in asked if NUMBER.search(row["reply"])]
             cells.append(f"{len(told)} of {len(asked)}")
-        ends = sum(row["stopped"] for row in part)
-        lines.append(columns(kind, len(part), f"{loss:.4f}", *cells, f"{ends} of {len(part)}"))
+        cells.append(f"{sum(row['stopped'] for row in part)} of {len(part)}")
+        if not any(row["reply"] for row in found):  # only the losses were measured, as of the base
+            cells = ["-"] * 3
+        lines.append(columns(kind, len(part), f"{loss:.4f}", *cells))
     return "\n".join(lines)
 
 
