@@ -58,6 +58,7 @@ import time
 import types
 import typing
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -3293,8 +3294,20 @@ def synchronize(device: torch.device) -> None:
 # side. Which dialogues are held out follows from SEED and from how they begin, not from the order
 # of the lines. What is in the ShareGPT form is converted, and so is a file that is one JSON array;
 # any other line stays as it is, to the letter.
+#
+# A common opening, such as "hi", must not make one dialogue of half a file. It is a beginning that
+# more than a twentieth of the lines share, and 20 different dialogues among them. Lines that share
+# one are told apart by what follows: the first reply, then the next user message, and so on. So two
+# lines that share more than a common opening are never on both sides. These stay in training: lines
+# that end within an opening, and large groups that nothing tells apart, such as repeats.
+#
+# What still leaks: the opening itself is learned, so a held-out question may be one that is trained
+# on; the dry run names such lines. And only beginnings are compared, apart from spaces around each
+# message: parts of a dialogue that begin at different places, or nearly equal ones, are not found.
 
 LEAST_HELD_OUT = 20  # dialogues; the mean of fewer says little
+LARGEST_SHARE = 1 / 20  # of the lines; what more of them share is not held out, or is an opening
+LEAST_WITH_OPENING = 20  # different dialogues; fewer are parts or versions of one
 
 
 @dataclass
@@ -3303,9 +3316,11 @@ class Line:
 
     where: str  # file:line
     text: str  # as it will be written
-    dialogue: tuple[str, str]  # that it is a part of: system message and first user message
+    texts: tuple[str, ...]  # system message, first user message, first reply, and so on
     is_converted: bool
     is_shortened: bool  # a greeting or a question without a reply is left out
+    dialogue: tuple[str, ...] = ()  # as many of the texts as tell it from other dialogues
+    may_be_held_out: bool = True
 
 
 def split_file(settings: argparse.Namespace) -> None:
@@ -3313,6 +3328,7 @@ def split_file(settings: argparse.Namespace) -> None:
     source = Path(settings.split)
     targets = [source.with_suffix(f".{side}.jsonl") for side in ("train", "eval")]
     lines = read_dialogues(str(source))
+    tell_dialogues_apart(lines)
     held_out = choose_held_out(lines, str(source), settings.SEED)
     sides: list[list[Line]] = [[], []]
     for line in lines:
@@ -3361,31 +3377,58 @@ def dialogue_in(text: str, where: str) -> list[Line]:
         check_characters(text, "line")
         asked = [turn for turn in given["conversations"] if turn.get("from") != "system"]
         is_shortened = len(asked) > len(example.messages) - bool(example.system_message)
-    first = next(one["content"] for one in example.messages if one["role"] == "user")
-    dialogue = (example.system_message.strip(), first.strip())
-    return [Line(where, text, dialogue, is_converted, is_shortened)]
+    texts = [one["content"].strip() for one in example.messages if one["role"] != "system"]
+    texts.insert(0, example.system_message.strip())
+    return [Line(where, text, tuple(texts), is_converted, is_shortened)]
 
 
-def choose_held_out(lines: list[Line], path: str, seed: int) -> set[tuple[str, str]]:
+def tell_dialogues_apart(lines: list[Line]) -> None:
+    """Give each line its dialogue, and mark the lines that must not be held out."""
+    most = len(lines) * LARGEST_SHARE
+    different = without_beginnings({line.texts for line in lines})
+    length = 2  # the system message and the first user message
+    unsettled = lines
+    while unsettled:
+        for line in unsettled:
+            line.dialogue = line.texts[:length]
+        sharing = Counter(line.dialogue for line in unsettled)
+        different_sharing = Counter(texts[:length] for texts in different)
+        for line in unsettled:
+            line.may_be_held_out = sharing[line.dialogue] <= most
+        unsettled = [
+            line
+            for line in unsettled
+            if not line.may_be_held_out
+            and different_sharing[line.dialogue] >= LEAST_WITH_OPENING
+            and len(line.texts) > length
+        ]
+        length += 1
+
+
+def without_beginnings(dialogues: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return the dialogues that are not the beginning of another one."""
+    in_order = sorted(dialogues)  # what begins others comes right before one of them
+    pairs = itertools.pairwise([*in_order, ()])
+    return [one for one, after in pairs if after[: len(one)] != one]
+
+
+def choose_held_out(lines: list[Line], path: str, seed: int) -> set[tuple[str, ...]]:
     """Return a tenth of the dialogues, and at least 20; exit if there are too few of them."""
-    counts: dict[tuple[str, str], int] = {}
-    for line in lines:
-        counts[line.dialogue] = counts.get(line.dialogue, 0) + 1
+    dialogues = {line.dialogue for line in lines}
     least = LEAST_HELD_OUT
-    if len(counts) < 2 * least:
+    if len(dialogues) < 2 * least:
         raise SystemExit(
-            f"{path} has {counted(len(counts), 'dialogue')}. Fewer than {2 * least} are not split, "
-            f"since fewer than {least} held-out ones would say little. Add more, or move some into "
-            "a file of their own by hand. Lines with the same system message and the same first "
-            "user message count as one dialogue."
+            f"{path} has {counted(len(dialogues), 'dialogue')}. Fewer than {2 * least} are not "
+            f"split, since fewer than {least} held-out ones would say little. Add more, or move "
+            "some into a file of their own by hand. Lines with the same system message and the "
+            "same first user message count as one dialogue, unless very many begin with these."
         )
 
-    def lot(dialogue: tuple[str, str]) -> str:
+    def lot(dialogue: tuple[str, ...]) -> str:
         return hashlib.sha256(repr((seed, dialogue)).encode()).hexdigest()
 
-    # A beginning that many lines share, such as "Hello", would take them all along.
-    not_large = [one for one, count in counts.items() if count <= len(lines) / least]
-    return set(sorted(not_large, key=lot)[: max(least, round(len(counts) / 10))])
+    possible = {line.dialogue for line in lines if line.may_be_held_out}
+    return set(sorted(possible, key=lot)[: max(least, round(len(dialogues) / 10))])
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
@@ -3421,16 +3464,36 @@ def report_split(
         said.append(f"of {shortened:,}, a greeting or a question that has no reply is left out")
     said.append(f"{shown[1]}: {dialogues(sides[0])}, to train on")
     said.append(f"{shown[2]}: {dialogues(sides[1])}, held out; none is on both sides")
+    opened = [line for line in sides[1] if len(line.dialogue) > 2]
+    if opened:
+        opening = json.dumps(one_line(opened[0].texts[1], 40), ensure_ascii=False)
+        verb = "has" if len(opened) == 1 else "have"
+        text = f"{counted(len(opened), 'held-out line')} {verb} an opening such as {opening} in "
+        said.append(wrap_lines(f"{text}common with lines to train on, but not what follows it", 90))
     report("split", "\n".join(said))
-    warn_of_missing_system_messages(
-        settings.split, {line.where: line.dialogue[0] for line in lines}
-    )
+    warn_of_few_lines(lines, sides[1])
+    warn_of_missing_system_messages(settings.split, {line.where: line.texts[0] for line in lines})
     command = ["python", "train_lora_single.py", "--dry_run"]
     for name in COST_SETTINGS:
         if getattr(settings, name) != globals()[name]:
             command += [f"--{name.lower()}", str(getattr(settings, name))]
     command += ["--train_file", shown[1], "--eval_file", shown[2]]
     report("next", f"what training would cost, without a GPU:\n{wrap_command(command)}")
+
+
+def warn_of_few_lines(lines: list[Line], held_out: list[Line]) -> None:
+    """Say so, and why, if the held-out dialogues have much less than a tenth of the lines."""
+    if len(held_out) >= 0.05 * len(lines):
+        return
+    staying = sum(not line.may_be_held_out for line in lines)
+    why = "a tenth of the dialogues are, and these are short of lines; another --seed draws others"
+    if len(held_out) >= 0.05 * (len(lines) - staying):
+        why = (
+            f"{counted(staying, 'line')} stay in training: they repeat one another, or are parts "
+            "of one dialogue, and make up more than a twentieth of the file"
+        )
+    share = f"Only {len(held_out) / len(lines):.1%} of the lines are held out"
+    report("warning", wrap_lines(f"{share}, since {why}.", 90))
 
 
 # ==== COMMAND LINE: flags, the log, the environment, signals, error messages, main()

@@ -410,6 +410,142 @@ def test_a_beginning_that_many_share_stays_in_training(in_a_folder, capsys):
         assert len(held_out) == 20 and beginning({"messages": same}) not in map(beginning, held_out)
 
 
+def lines_of(*talks):
+    """Return numbered lines of conversations, each of which is given by its texts, user first."""
+    roles = ("user", "assistant")
+    return [
+        {"id": n, "messages": [{"role": roles[k % 2], "content": c} for k, c in enumerate(talk)]}
+        for n, talk in enumerate(talks)
+    ]
+
+
+def texts_of(row):
+    return [one["content"].strip() for one in row["messages"]]
+
+
+def check_sides(train, held_out):
+    """Check that what lines of both sides share begins more than a twentieth of all lines."""
+    texts = [texts_of(row) for row in train + held_out]
+    trained = {tuple(one[:n]) for one in map(texts_of, train) for n in range(1, len(one) + 1)}
+    for row in map(texts_of, held_out):
+        lengths = [n for n in range(1, len(row) + 1) if tuple(row[:n]) in trained]
+        if lengths:
+            assert max(lengths) < len(row)  # more follows
+            shared = row[: max(lengths)]
+            assert sum(one[: len(shared)] == shared for one in texts) > len(texts) / 20
+
+
+def plain(count, start=0):
+    return [(f"Question {n}?", f"Answer {n}.") for n in range(start, start + count)]
+
+
+def split_talks(capsys, talks, seed=42, name="mine"):
+    """Split lines of these conversations; return how many are on each side, and what is said."""
+    file = write_jsonl(f"{name}.jsonl", lines_of(*talks))
+    train, held_out, said = split(capsys, file, "--seed", str(seed))
+    assert len(train) + len(held_out) == len(talks)
+    check_sides(train, held_out)
+    return train, held_out, " ".join(said.split())
+
+
+def test_without_a_common_opening_the_same_dialogues_are_held_out_as_ever(in_a_folder, capsys):
+    """These were held out before openings were told apart by what follows."""
+    talks = [*plain(60), *[(*talk, "And?", "No.") for talk in plain(60)]]
+    before = [4, 10, 12, 13, 15, 21, 22, 24, 27, 30, 33, 34, 36, 38, 42, 46, 47, 49, 56, 59]
+    _, held_out, said = split_talks(capsys, talks)
+    assert [row["id"] for row in held_out] == [*before, *[60 + n for n in before]]
+    assert "opening" not in said and "warning" not in said
+
+
+OPENINGS = {
+    "then each reply differs": ("Hi", "Reply {}", "Then {}", "End {}"),
+    "then a question differs": ("Hi", "Hello!", "Then {}", "End {}"),
+    "then a later one differs": ("Hi", "Hello!", "A story, please.", "Of whom?", "Of {}", "End {}"),
+    "and one reply differs": ("Hi", "Reply {}"),
+}
+
+
+@pytest.mark.parametrize("opening", OPENINGS.values(), ids=OPENINGS)
+def test_lines_with_a_common_opening_are_told_apart_by_what_follows(in_a_folder, capsys, opening):
+    """Of 800 dialogues 400 begin with "Hi"."""
+    greeted = [[text.format(n) for text in opening] for n in range(400)]
+    drawn = set()
+    for seed in range(4):
+        _, held_out, said = split_talks(capsys, [*plain(400), *greeted], seed, f"m{seed}")
+        greetings = [row["id"] for row in held_out if texts_of(row)[0] == "Hi"]
+        assert len(held_out) == 80 and 20 <= len(greetings) <= 60
+        drawn |= set(greetings)
+        text = f'{len(greetings)} held-out lines have an opening such as "Hi" in common with lines'
+        assert text in said
+        assert "800 dialogues" in said and "warning" not in said
+    assert len(drawn) > 100
+
+
+def test_the_order_of_lines_with_a_common_opening_does_not_matter(in_a_folder, capsys):
+    rows = lines_of(*plain(100), *[("Hi", "Hello!", f"Then {n % 70}", f"{n}") for n in range(100)])
+    sides = []
+    for name, some in (("a", rows), ("b", rows[::-1]), ("c", random.Random(0).sample(rows, 200))):
+        _, held_out, _ = split(capsys, write_jsonl(f"{name}.jsonl", some))
+        sides.append(sorted(row["id"] for row in held_out))
+    assert sides[0] == sides[1] == sides[2]
+
+
+def test_what_shares_more_than_the_opening_stays_together(in_a_folder, capsys):
+    """Each of 60 dialogues that begin with "Hi" is there in parts, three lines that grow."""
+    talks = plain(60)
+    for n in range(60):
+        whole = ["Hi", "Hello!", f"Then {n}", f"So {n}", "Why?", f"Since {n}", "Yes?", "Yes."]
+        talks += [whole[:4], whole[:6], whole]
+    for seed in range(4):
+        _, held_out, _ = split_talks(capsys, talks, seed, f"m{seed}")
+        parts = [texts_of(row)[2] for row in held_out if len(texts_of(row)) > 2]
+        assert parts and all(parts.count(one) == 3 for one in parts)
+
+
+def test_a_line_that_ends_within_the_opening_is_not_held_out(in_a_folder, capsys):
+    talks = [*plain(60), *[("Hi", "Hello!")] * 3]
+    talks += [("Hi", "Hello!", f"Then {n}", "So.") for n in range(100)]
+    for seed in range(8):
+        train, held_out, _ = split_talks(capsys, talks, seed, f"m{seed}")
+        assert [texts_of(row) for row in train].count(["Hi", "Hello!"]) == 3
+        assert any(texts_of(row)[0] == "Hi" for row in held_out)
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+def test_the_parts_of_one_long_dialogue_are_no_common_opening(in_a_folder, capsys, branches):
+    """A line for each of its replies, also where some were given anew: few are whole dialogues."""
+    long_one = [f"turn {n}" for n in range(120)]
+    talks = [*plain(60), *[long_one[:n] for n in range(2, 121, 2)]]
+    talks += [[*long_one[:100], f"other {n}", "yes"] for n in range(1, branches)]
+    for seed in range(4):
+        _, held_out, _ = split_talks(capsys, talks, seed, f"m{seed}")
+        assert len(held_out) == 20 and all(len(row["messages"]) == 2 for row in held_out)
+
+
+@pytest.mark.parametrize(
+    ("talks", "reason"),
+    [
+        ([*plain(300), *[("Hi", "Hello!")] * 600],
+         "Only 3.3% of the lines are held out, since 600 lines stay in training: they repeat one "
+         "another, or are parts of one dialogue, and make up more than a twentieth of the file."),
+        ([*plain(320), *[(f"Hi {n % 12}", "Hello!") for n in range(480)]],
+         "% of the lines are held out, since a tenth of the dialogues are, and these are short of "
+         "lines; another --seed draws others."),
+        ([*plain(300), *[("Hi", "Hello!")] * 290], ""),
+        (plain(500), ""),
+    ],
+    ids=["repeats", "unlucky", "enough", "plain"],
+)  # fmt: skip
+def test_it_is_said_if_much_less_than_a_tenth_is_held_out(in_a_folder, capsys, talks, reason):
+    found = []
+    for seed in range(12):
+        train, held_out, said = split_talks(capsys, talks, seed, f"m{seed}")
+        is_little = len(held_out) < 0.05 * len(train + held_out)
+        assert ("of the lines are held out" in said) == is_little
+        found.append(reason in said and is_little)
+    assert any(found) == bool(reason)
+
+
 @pytest.mark.parametrize("form", ["lines", "array", "array over lines"])
 def test_sharegpt_is_converted_on_the_way(in_a_folder, capsys, form):
     talks = [row["messages"] for row in many(60, (2, 3))]
