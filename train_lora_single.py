@@ -167,7 +167,7 @@ def run(job: Job) -> None:
     prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
     if job.settings.dry_run:
         nothing = "Nothing was trained. Without --dry_run the same command starts this run."
-        report("done", f"{tokens_in_words(job)}\n{nothing}")
+        report("done", f"{tokens_in_words(job.train, job.settings)}\n{nothing}")
         return
     choose_matmul(job)  # FLOAT16 PRODUCTS: how this GPU multiplies best
     resume_or_begin(job)  # CHECKPOINTS: an earlier run to resume, if there is one
@@ -897,10 +897,13 @@ def encode(
     job: Job, train: list[Example], held_out: list[Example]
 ) -> tuple[list[Example], list[Example]]:
     """Return the examples that fit, with their tokens; exit with all that is wrong in any line."""
-    limit = job.settings.MAX_SEQ_LEN
-    check_template(job.settings.MODEL_NAME, job.chat_format, train + held_out)
-    train, problems = encode_file(train, job.chat_format, limit, is_trained=True)
+    settings = job.settings
+    limit = settings.MAX_SEQ_LEN
+    check_template(settings.MODEL_NAME, job.chat_format, train + held_out)
+    train, problems = encode_file(train, job.chat_format, limit, training=settings)
     held_out, more_problems = encode_file(held_out, job.chat_format, limit)
+    if settings.dry_run and more_problems and not problems:  # the dry run ends here
+        report("tokens", tokens_in_words(train, settings))
     stop_if_bad(problems + more_problems)
     return train, held_out
 
@@ -1031,14 +1034,24 @@ def shared_beginning(one: list[int], other: list[int]) -> int:
 
 
 def encode_file(
-    examples: list[Example], chat_format: ChatFormat, limit: int, is_trained: bool = False
+    examples: list[Example],
+    chat_format: ChatFormat,
+    limit: int,
+    training: argparse.Namespace | None = None,
 ) -> tuple[list[Example], list[str]]:
     """Return one file's examples that fit, with their tokens, and what is wrong with the others.
 
     Too long examples are left out by name. Truncating them instead would drop the end-of-turn
-    token, and teach the model not to stop. If the file is trained on, what it would cost to keep
-    them is said with their names.
+    token, and teach the model not to stop.
+
+    Args:
+        examples: all of the file.
+        chat_format: how they become tokens.
+        limit: the most tokens that an example may have.
+        training: the settings, if the file is trained on; what it would cost to keep the examples
+            that are too long is then said with their names.
     """
+    rendered: list[Example] = []
     fitting: list[Example] = []
     too_long: list[str] = []
     longest = 0
@@ -1049,25 +1062,60 @@ def encode_file(
         except ValueError as error:
             problems.append(f"{example.where}: {error}")
             continue
+        rendered.append(example)
         longest = max(longest, len(example.input_ids))
         if len(example.input_ids) <= limit:
             fitting.append(example)
         else:
             too_long.append(f"{example.where}: {len(example.input_ids):,} tokens")
-    cost = f" {cost_of_length(longest)}" if is_trained else ""
     if len(too_long) > len(examples) / 10:
+        advice = f"Raise MAX_SEQ_LEN to {longest} to keep them all, or shorten these."
+        if training:
+            advice = f"{ways_to_keep_enough(rendered, training)}\n{cost_of_length(longest)}"
         problems.append(
             f"{len(too_long):,} of {len(examples):,} examples are longer than MAX_SEQ_LEN "
-            f"{limit:,}, more than a tenth of the file, so training would miss too much. Raise "
-            f"MAX_SEQ_LEN to {longest} to keep them all, or shorten these.{cost}\n"
+            f"{limit:,}, more than a tenth of the file, so training would miss too much. {advice}\n"
             f"{join_limited(too_long)}"
         )
     elif too_long:
+        cost = f" {cost_of_length(longest)}" if training else ""
         advice = f"longer than MAX_SEQ_LEN {limit:,} and left out; raise it to train on them."
         text = f"{len(too_long):,} of {len(examples):,} examples are {advice}{cost}"
         report("left out", wrap_lines(text, 90))
         report("", join_limited(too_long), join_limited(too_long, len(too_long)))
     return fitting, problems
+
+
+def ways_to_keep_enough(examples: list[Example], settings: argparse.Namespace) -> str:
+    """Return which flags would leave out at most a tenth, or none, and what training then costs.
+
+    Args:
+        examples: all of the file, with their tokens.
+        settings: those of the training, by which so many are too long.
+    """
+    columns = "{:<36}{:>10}{:>15}{:>10}".format
+    lines = [
+        "Shorten these, or give one of the following; the tokens are all that training would then "
+        "send through the model:",
+        columns("", "left out", "tokens", "steps"),
+    ]
+    last = [example for example in examples if example.is_last]
+    choices = {"": examples}
+    if 0 < len(last) < len(examples):
+        choices = {"": examples, " --replies last": last}
+    for replies, chosen in choices.items():
+        lengths = sorted(len(example.input_ids) for example in chosen)
+        longest_but_a_tenth = lengths[-1 - len(lengths) // 10]
+        needed = [math.ceil(length / 64) * 64 for length in (longest_but_a_tenth, lengths[-1])]
+        for limit in sorted({max(length, settings.MAX_SEQ_LEN) for length in needed}):
+            kept = [length for length in lengths if length <= limit]
+            tokens, steps, _ = cost_in_tokens(kept, settings)
+            left_out = f"{len(lengths) - len(kept):,}"
+            flags = f"--max_seq_len {limit}{replies}"
+            lines.append(columns(flags, left_out, f"{tokens:,}", f"{steps:,}"))
+    if len(choices) > 1:
+        lines.append("With --replies last the earlier replies are only read, not learned.")
+    return "\n".join(lines)
 
 
 # The longest example of Qwen3.5-4B that a GPU can train on, in tokens: with its activations kept,
@@ -1302,10 +1350,7 @@ def make_plan(job: Job) -> Plan:
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     total = sum(weight.numel() for weight in model.parameters())
     trainable = sum(weight.numel() for weight in trained.values())
-    steps_per_epoch = math.ceil(len(job.train) / examples_per_step(settings))
-    steps = steps_per_epoch * settings.NUM_EPOCHS
-    if settings.MAX_STEPS:
-        steps = min(steps, settings.MAX_STEPS)
+    steps, steps_per_epoch = count_steps(len(job.train), settings)
     max_rank = largest_rank(model)
     plan = Plan(
         trainable=trainable,
@@ -1324,6 +1369,15 @@ def make_plan(job: Job) -> Plan:
 def examples_per_step(settings: argparse.Namespace) -> int:
     """Return the number of examples in one optimizer step."""
     return settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS
+
+
+def count_steps(examples: int, settings: argparse.Namespace) -> tuple[int, int]:
+    """Return how many steps so many examples take, in all and in an epoch."""
+    steps_per_epoch = math.ceil(examples / examples_per_step(settings))
+    steps = steps_per_epoch * settings.NUM_EPOCHS
+    if settings.MAX_STEPS:
+        steps = min(steps, settings.MAX_STEPS)
+    return steps, steps_per_epoch
 
 
 def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
@@ -1539,14 +1593,26 @@ def steps_in_words(job: Job, plan: Plan) -> str:
     return f"{steps} of {'' if all_are_full else 'up to '}{examples}"
 
 
-def tokens_in_words(job: Job) -> str:
-    """Return how many tokens all steps together have, from which the time can be estimated."""
-    tokens = sum(len(example.input_ids) for example in job.train)
-    tokens = round(tokens * job.plan.steps / job.plan.steps_per_epoch)
-    about = "about " if job.plan.steps % job.plan.steps_per_epoch else ""
+def cost_in_tokens(lengths: list[int], settings: argparse.Namespace) -> tuple[int, int, bool]:
+    """Return how many tokens all steps together have, how many steps, and if that is exact.
+
+    Args:
+        lengths: how many tokens each example has.
+        settings: by which there are so many steps; if they end within an epoch, a share of its
+            tokens is counted.
+    """
+    steps, steps_per_epoch = count_steps(len(lengths), settings)
+    return round(sum(lengths) * steps / steps_per_epoch), steps, steps % steps_per_epoch == 0
+
+
+def tokens_in_words(examples: list[Example], settings: argparse.Namespace) -> str:
+    """Return what training would send through the model, from which its time can be estimated."""
+    lengths = [len(example.input_ids) for example in examples]
+    tokens, steps, is_exact = cost_in_tokens(lengths, settings)
+    about = "" if is_exact else "about "
     return (
         f"Training would send {about}{tokens:,} tokens through the model in "
-        f"{counted(job.plan.steps, 'step')}."
+        f"{counted(steps, 'step')}."
     )
 
 

@@ -293,16 +293,87 @@ def test_what_a_longer_limit_costs_is_said_where_examples_are_too_long(tiny, in_
     assert "on 32 GB it fits with that extra work." in left_out
     write_jsonl(file, [*made[:4], {"messages": long_one}])
     said = refused(capsys, [*flags, *files])
-    assert f"MAX_SEQ_LEN to {length}" in said and cost in said
+    assert f"--max_seq_len {-(-length // 64) * 64} 0 " in said and cost in said
+
+
+OFFER = r"(--max_seq_len (\d+)(?: --replies last)?) +([\d,]+) +([\d,]+) +([\d,]+)"
+
+
+def offers_in(said):
+    """Return {the flags that a refusal offers: (examples left out, tokens, steps)}."""
+    found = re.findall(OFFER, said)
+    return {one[0]: tuple(int(part.replace(",", "")) for part in one[2:]) for one in found}
+
+
+@pytest.mark.parametrize("most", [0, 7])
+@pytest.mark.parametrize("form", ["dialogues", "and completions", "one reply each"])
+def test_what_a_refusal_offers_is_what_the_dry_run_says_with_it(
+    tiny, in_a_folder, capsys, form, most
+):
+    """Each offer leaves out at most a tenth, and so many tokens and steps follow from it."""
+    talks = dialogues(24, [1] if form == "one reply each" else range(1, 9))
+    rows = [{"messages": talk} for talk in talks]
+    if form == "and completions":
+        rows += [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in dialogues(9, [7])]
+    flags = ["--demo", "--dry_run", "--model_name", tiny, "--num_epochs", "3", "--eval_file", ""]
+    flags += ["--train_file", write_jsonl("d.jsonl", rows), "--max_steps", str(most)]
+    said = refused(capsys, [*flags, "--max_seq_len", "90"])
+    offers = offers_in(said)
+    lasts = ["--replies last" in one for one in offers]
+    assert lasts == ([False] * 2 if form == "one reply each" else [False] * 2 + [True] * 2)
+    assert ("the earlier replies are only read" in said) == any(lasts)
+    assert [offer[0] == 0 for offer in offers.values()] == [False, True] * (len(offers) // 2)
+    for words, (left_out, tokens, steps) in offers.items():
+        given = [*flags, *words.split()]
+        t.main(given)
+        out = " ".join(capsys.readouterr().out.split())
+        sends = f"Training would send {tokens:,} tokens through the model in {steps} steps."
+        assert sends in out.replace("send about", "send")
+        assert (f" left out {left_out} of " in out) == (left_out > 0)
+        length = int(words.split()[1])
+        assert length % 64 == 0
+        if left_out:  # the next smaller multiple is too small
+            given[given.index("--max_seq_len") + 1] = str(length - 64)
+            assert "more than a tenth" in refused(capsys, given)
+
+
+def test_offers_that_are_the_same_are_one_and_the_present_limit_may_do(tiny, in_a_folder, capsys):
+    """Thirty short lines, and one dialogue of which most replies are too long, yet one line."""
+    alike = [{"messages": [*talk[:2], {"role": "assistant", "content": "yes " * 300}]}
+             for talk in dialogues(9, [1], words=3)]  # fmt: skip
+    flags = ["--demo", "--dry_run", "--model_name", tiny, "--eval_file", "", "--max_seq_len", "99"]
+    file = write_jsonl("a.jsonl", alike)
+    assert len(offers_in(refused(capsys, [*flags, "--train_file", file]))) == 1
+    rows = [{"messages": talk} for talk in dialogues(30, [1], words=3) + dialogues(1, [30], 9)]
+    file = write_jsonl("b.jsonl", rows)
+    offers = offers_in(refused(capsys, [*flags, "--train_file", file]))
+    assert offers["--max_seq_len 99 --replies last"][0] == 1 and len(offers) == 4
+    said = refused(capsys, [*flags, "--train_file", write_jsonl("c.jsonl", rows[-1:])])
+    assert len(offers_in(said)) == 3  # of one line either all is kept, or nothing
+
+
+def test_no_other_replies_are_offered_where_the_last_are_taken_already(tiny, in_a_folder, capsys):
+    file = write_jsonl("d.jsonl", [{"messages": talk} for talk in dialogues(9, [4])])
+    flags = ["--demo", "--dry_run", "--model_name", tiny, "--max_seq_len", "90"]
+    said = refused(capsys, [*flags, "--train_file", file, "--eval_file", "", "--replies", "last"])
+    assert offers_in(said) and "--replies" not in said
 
 
 def test_a_held_out_example_is_not_priced(tiny, in_a_folder, capsys):
-    """An evaluation needs far less memory than training."""
+    """An evaluation needs far less memory than training, whose tokens are known."""
     short_ones = write_jsonl("t.jsonl", [{"messages": talk} for talk in dialogues(9, [1], 5)])
     long_ones = write_jsonl("e.jsonl", [{"messages": talk} for talk in dialogues(9, [9])])
     flags = ["--demo", "--dry_run", "--model_name", tiny, "--max_seq_len", "200"]
-    said = refused(capsys, [*flags, "--train_file", short_ones, "--eval_file", long_ones])
+    flags += ["--train_file", short_ones]
+    t.main([*flags, "--eval_file", ""])
+    (sends,) = re.findall("Training would send .* steps?[.]", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        t.main([*flags, "--eval_file", long_ones])
+    out, err = capsys.readouterr()
+    said = " ".join(err.split())
     assert "longer than MAX_SEQ_LEN" in said and "simulation" not in said
+    assert re.search(r"Raise MAX_SEQ_LEN to \d+ to keep them all", said) and not offers_in(said)
+    assert out.count("Training would send") == 1 and sends in out
 
 
 @pytest.mark.parametrize(
