@@ -765,7 +765,7 @@ def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
     for example in held_out:
         if prompt(example) in trained:
             twin = trained[prompt(example)]
-            notes[f"{example.where} has the prompt of {twin}, so it tests nothing new"] = None
+            notes[f"{example.where} has the prompt of {twin}, so its reply tests nothing new"] = None
     if notes:
         report("warning", join_limited(list(notes)))
 
@@ -2235,9 +2235,9 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # ==== CHECKPOINTS: what an earlier run left behind, resuming, and run.json
 #
 # A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal;
-# run.json is written with it. The
-# same command resumes from the newest one whose files are all complete; the two newest are kept for
-# that. On a CPU the run then ends with the same bytes as one that was never stopped.
+# run.json is written with it. The same command resumes from the newest one whose files are all
+# complete; the two newest are kept for that. On a CPU the run then ends with the same bytes as one
+# that was never stopped.
 #
 # A checkpoint is refused if it was made with other settings, another LoraConfig, another model,
 # other tokens in one of the files, or the other kind of products (see FLOAT16 PRODUCTS). The
@@ -2251,10 +2251,11 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
     "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO", "EVAL_GROUP",
-    "GENERAL_FILE",
-    "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
-    # What follows from these is compared instead: the examples' tokens, the kind of products that
-    # is in use, and the number of examples in a step.
+    "GENERAL_FILE", "EVIDENCE_EXAMPLES", "NUM_SAMPLES", "MAX_NEW_TOKENS",
+}  # fmt: skip
+# These, too, as long as what follows from them stays: the examples' tokens, the kind of products
+# that is in use, and the number of examples in a step.
+COMPARED_BY_EFFECT = {
     "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "MATMUL", "BATCH_SIZE",
     "GRADIENT_ACCUMULATION_STEPS",
 }  # fmt: skip
@@ -2296,7 +2297,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     job_settings = {
         name: getattr(job.settings, name)
         for name in setting_types()
-        if name not in MAY_CHANGE_ON_RESUME
+        if name not in MAY_CHANGE_ON_RESUME | COMPARED_BY_EFFECT
     }
     job_settings["LORA_TARGET_MODULES"] = sorted(job.settings.LORA_TARGET_MODULES)
     job_settings["BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"] = examples_per_step(job.settings)

@@ -796,7 +796,8 @@ STEP_SIZE = ("BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS")
 def test_every_setting_must_stay_but_for_those_that_may_change(flags, interrupted, tmp_path):
     job = prepared(flags, shutil.copytree(interrupted, tmp_path / "output"))
     names = [name for name in vars(job.settings) if name.isupper()]
-    assert len(names) > 25 and {*names} > t.MAY_CHANGE_ON_RESUME
+    may_change = t.MAY_CHANGE_ON_RESUME | t.COMPARED_BY_EFFECT
+    assert len(names) > 25 and {*names} > may_change
     for name in names:
         if name in ("OUTPUT_DIR", "DEVICE", "TRAIN_FILE", "EVAL_FILE"):
             continue  # the next test gives them
@@ -804,7 +805,7 @@ def test_every_setting_must_stay_but_for_those_that_may_change(flags, interrupte
         setattr(job.settings, name, other_value(value))
         if name in STEP_SIZE:  # of which only the product must stay
             assert refused(job) == {" x ".join(STEP_SIZE): ("4", "6")}
-        elif name in t.MAY_CHANGE_ON_RESUME:
+        elif name in may_change:
             assert found_by(job) == "checkpoint-7", name
         else:
             found = refused(job)
