@@ -765,7 +765,8 @@ def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
     for example in held_out:
         if prompt(example) in trained:
             twin = trained[prompt(example)]
-            notes[f"{example.where} has the prompt of {twin}, so its reply tests nothing new"] = None
+            note = f"{example.where} has the prompt of {twin}, so its reply tests nothing new"
+            notes[note] = None
     if notes:
         report("warning", join_limited(list(notes)))
 
