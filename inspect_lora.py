@@ -8,6 +8,7 @@ is written into the adapter's folder.
     python inspect_lora.py evidence someone/adapter --eval_file my.jsonl    of another trainer
     python inspect_lora.py chat output/final_lora        talk to it
     python inspect_lora.py compare output/ranks          which of several finished runs is better?
+    python inspect_lora.py compare output/inspected      or which adapter that evidence measured?
     python inspect_lora.py for_vllm ADAPTER FOLDER       write it under the names that vLLM applies
     python inspect_lora.py served http://localhost:8000 output/final_lora    does a server apply it?
 
@@ -26,7 +27,7 @@ after four equals signs:
     ELSEWHERE         How far did training move the model on tasks that it should not touch?
     PICTURE           What is drawn?
     SAMPLES AND CHAT  How does the adapter reply?
-    COMPARING         Which of several runs is better, and is the difference more than chance?
+    COMPARING         Which run or adapter is better, and is the difference more than chance?
     SERVING           How does a server get the adapter, and does a running one apply it?
     COMMAND LINE      How do flags and messages work?
 """
@@ -119,7 +120,7 @@ def chat(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Print the finished runs in some folders, from the best to the worst."""
+    """Print the finished runs and measured adapters in some folders, from the best to the worst."""
     compare_runs(options.folders)
 
 
@@ -323,7 +324,8 @@ def keep_findings(findings: dict[str, Any], folder: Path, place: Path, run: Run 
             report("warning", f"{run.path} is left as it is: {one_line(error)}")
     path = folder / "evidence.json"
     trainer.rename_old(path)
-    trainer.write_json(path, findings)
+    saved = trainer.read_json(place / "adapter_config.json")  # for compare; a run.json has its own
+    trainer.write_json(path, findings | {"adapter_config": saved})
     return path
 
 
@@ -2140,14 +2142,23 @@ def say(
         return generate(model, chat_format, [ids], max_new_tokens, streamer)[0].text
 
 
-# ==== COMPARING: which of several runs is better, and whether the difference means anything
+# ==== COMPARING: which run or adapter is better, and whether the difference means anything
 #
-# The finished runs in some folders are ranked by the held-out loss of what they published. Only
-# runs with the same held-out examples as the newest one are compared. A "=" after a run says that
-# its difference to the best one is within twice its standard error (three times among several
-# runs), so it may be chance of the held-out lines. What another SEED would change is not in it:
-# train a close winner with two seeds. A run ends with this table if there are other finished runs
-# in or below its own folder.
+# The finished runs in some folders are ranked by the held-out loss of what they published, and with
+# them the adapters that `evidence` measured, by their evidence.json. Only those with the same
+# held-out examples as the newest one are compared, and on the same base model. A "=" after a row
+# says that its difference to the best one is within twice its standard error (three times among
+# several rows), so it may be chance of the held-out lines. What another SEED would change is not in
+# it: train a close winner with two seeds. A run ends with this table, of runs alone and whatever
+# their base, if there are other finished runs in or below its own folder.
+#
+# The base model is known by its own loss on each example; an adapter's file does not tell the dtype
+# it was measured in. Runs that record the same MODEL_NAME and DTYPE need no such check. In bfloat16
+# it would fail: rounding depends on how many examples go through the model together, which differs
+# between runs (with SmolLM2-135M it moved the loss of an example by up to 0.018). `evidence` always
+# takes the same number, so what it has measured agrees.
+
+SAME_BASE = 1e-3  # base losses of an example, in nats per token, may differ by so much
 
 # What every run.json has; "evidence" comes when it has been measured.
 RUN_KEYS = {"started", "settings", "data", "train_seconds", "resumed_from"}
@@ -2186,37 +2197,170 @@ def has_losses(run: dict[str, Any]) -> bool:
 
 
 def is_row_of_losses(row: Any) -> bool:
-    """Return whether an example's row in a run.json holds what is compared."""
+    """Return whether an example's row holds what is compared."""
     if not isinstance(row, dict) or not isinstance(row.get("where"), str):
         return False
-    return all(isinstance(row.get(key), (int, float)) for key in ("tokens", "adapter"))
+    return all(isinstance(row.get(key), (int, float)) for key in ("tokens", "base", "adapter"))
+
+
+def all_inspected(folders: list[str]) -> dict[Path, dict[str, Any]]:
+    """Return the evidence.json files in the folders and below them, also renamed ones."""
+    paths = [path for folder in folders for path in sorted(Path(folder).rglob("evidence.json*"))]
+    return {
+        path.resolve(): trainer.read_json(path) or {}
+        for path in paths
+        if path.name == "evidence.json" or path.name.startswith("evidence.json.")
+    }
+
+
+def measured_adapters(inspected: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
+    """Return those whose evidence is whole, each in the form of a run with "inspected" added."""
+    return {path: as_a_run(found) for path, found in inspected.items() if is_measured(found)}
+
+
+def is_measured(found: dict[str, Any]) -> bool:
+    """Return whether an evidence.json is whole and holds what is compared."""
+    if not all(isinstance(found.get(key), str) for key in ("adapter", "base")):
+        return False
+    if time_measured(found) is None or not isinstance(found.get("evidence"), dict):
+        return False
+    losses = found["evidence"].get("losses")
+    if not losses or not isinstance(losses, list) or not all(map(is_row_of_losses, losses)):
+        return False
+    return isinstance(found["evidence"].get("adapter"), (int, float))
+
+
+def time_measured(found: dict[str, Any]) -> float | None:
+    """Return when an adapter was measured, as a run's "started", or None if it is not known."""
+    with suppress(ValueError, TypeError, OverflowError):
+        return time.mktime(time.strptime(found.get("measured"), "%Y-%m-%d %H:%M:%S"))
+    return None
+
+
+def as_a_run(found: dict[str, Any]) -> dict[str, Any]:
+    """Return a whole evidence.json in the form of a run.json, with what is known."""
+    config = found.get("adapter_config")
+    config = config if isinstance(config, dict) else {}
+    config = {key: in_order(value) for key, value in config.items() if key not in NOT_OF_TRAINING}
+    settings = {name: config[key] for key, name in LORA_SETTINGS.items() if key in config}
+    return {
+        "inspected": found["adapter"],
+        "started": time_measured(found),
+        "train_seconds": None,
+        "resumed_from": None,
+        "settings": {"MODEL_NAME": found["base"]} | settings,
+        "lora_config": config,
+        "evidence": found["evidence"],
+        "elsewhere": found.get("elsewhere"),
+        "answers": found.get("answers"),
+    }
+
+
+def in_order(value: Any) -> Any:
+    """Return a list in the order of its texts: PEFT writes sets, such as the targets, in any."""
+    return sorted(value, key=str) if isinstance(value, list) else value
 
 
 def compare_with_others(output: Path) -> None:
     """Print the table of runs if the run in output is one of several that have finished."""
     runs = finished_runs([str(output)])
     if len(runs) > 1 and (output / "run.json").resolve() in runs:
-        compare_runs([str(output)])
+        show_ranked(*on_the_same_examples(runs))
 
 
 def compare_runs(folders: list[str]) -> None:
-    """Print the runs from the best to the worst, with each paired difference to the best."""
+    """Print the runs and measured adapters from the best to the worst, as far as they are alike."""
     for folder in folders:
         if not Path(folder).is_dir():
             raise SystemExit(f"compare: there is no folder {folder}.")
-    runs = finished_runs(folders)
+    inspected = all_inspected(folders)
+    measured = measured_adapters(inspected)
+    without = [found for path, found in inspected.items() if path not in measured]
+    runs = finished_runs(folders) | measured
     if not runs:
         where = ", ".join(folders)
         finished = [run for run in all_runs(folders).values() if run.get("outcome") == "finished"]
-        if finished:
+        if finished or without:
+            reasons = [why_no_losses(finished), why_no_evidence(without)]
             raise SystemExit(
-                f"compare: no finished run in {where} has held-out losses to compare: "
-                f"{why_no_losses(finished)}."
+                f"compare: no finished run or measured adapter in {where} has held-out losses to "
+                f"compare: {'; '.join(filter(None, reasons))}."
             )
-        raise SystemExit(f"compare: no run in {where} has finished.")
-    newest = max(runs.values(), key=lambda run: run["started"])
-    wanted = held_out_identity(newest)
+        raise SystemExit(
+            f"compare: no run in {where} has finished, and there is no evidence.json, which "
+            "`python inspect_lora.py evidence ADAPTER` writes for an adapter of another trainer."
+        )
+    same, left_out = on_the_same_examples(runs)
+    same, on_other_bases = on_the_same_base(same)
+    left_out += on_other_bases
+    if without:
+        left_out.append(f"left out: {why_no_evidence(without)}")
+    show_ranked(same, left_out)
+
+
+def newest_of(runs: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """Return the run that started last, or the adapter that was measured last."""
+    return max(runs.values(), key=lambda run: run["started"])
+
+
+def on_the_same_examples(
+    runs: dict[Path, dict[str, Any]],
+) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+    """Return those on the newest one's held-out examples, and a sentence about the others."""
+    wanted = held_out_identity(newest_of(runs))
     same = {path: run for path, run in runs.items() if held_out_identity(run) == wanted}
+    others = [run for path, run in runs.items() if path not in same]
+    if not others:
+        return same, []
+    verb = "are" if len(others) > 1 else "is"
+    return same, [f"{counted_kinds(others)} on other held-out examples {verb} left out"]
+
+
+def on_the_same_base(
+    runs: dict[Path, dict[str, Any]],
+) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+    """Return those with the newest one's losses of the base model, and a sentence on the others."""
+    newest = newest_of(runs)
+    others = [run for run in runs.values() if not is_on_the_same_base(run, newest)]
+    same = {path: run for path, run in runs.items() if is_on_the_same_base(run, newest)}
+    if not others:
+        return same, []
+    verb = "are" if len(others) > 1 else "is"
+    models = sorted({str(run["settings"].get("MODEL_NAME")) for run in others})
+    largest = max(difference_of_bases(run, newest) for run in others)
+    return same, [
+        f"{counted_kinds(others)} {verb} left out, since the base model there "
+        f"({', '.join(models)}) has other losses than that of the newest one "
+        f"({newest['settings'].get('MODEL_NAME')}), by up to {largest:.4f} on an example, and a "
+        "loss on another base model or dtype says nothing about the adapter: measure each by "
+        "`evidence`, also a run's adapter, with the same --base and --dtype"
+    ]
+
+
+def is_on_the_same_base(run: dict[str, Any], newest: dict[str, Any]) -> bool:
+    """Return whether two runs record the same base model and dtype, or its losses are the same."""
+    if "inspected" not in run and "inspected" not in newest:
+        ones, others = run["settings"], newest["settings"]
+        if all(ones.get(name) == others.get(name) for name in ("MODEL_NAME", "DTYPE")):
+            return True
+    return run is newest or difference_of_bases(run, newest) <= SAME_BASE
+
+
+def difference_of_bases(run: dict[str, Any], newest: dict[str, Any]) -> float:
+    """Return the largest difference between base losses on an example, in nats per token."""
+    pairs = zip(run["evidence"]["losses"], newest["evidence"]["losses"], strict=True)
+    return max(abs(one["base"] - other["base"]) for one, other in pairs)
+
+
+def counted_kinds(runs: list[dict[str, Any]]) -> str:
+    """Return how many runs and how many adapters these are, in words."""
+    adapters = sum("inspected" in run for run in runs)
+    counts = {"run": len(runs) - adapters, "adapter": adapters}
+    return " and ".join(trainer.counted(count, noun) for noun, count in counts.items() if count)
+
+
+def show_ranked(same: dict[Path, dict[str, Any]], left_out: list[str]) -> None:
+    """Print the table, and under it what its marks mean and what is left out."""
     ranked = dict(sorted(same.items(), key=lambda item: item[1]["evidence"]["adapter"]))
     head, *rows = table_of_runs(ranked, what_differs(list(same.values())))
     lines = [head, join_limited(rows, 60)]
@@ -2224,31 +2368,42 @@ def compare_runs(folders: list[str]) -> None:
         lines.append("=: the difference to the best may be chance; another SEED may change more")
     if any(run["resumed_from"] for run in ranked.values()):
         lines.append("+: the run was resumed, and took this long after that")
-    if len(same) < len(runs):
-        others = len(runs) - len(same)
-        noun, verb = ("runs", "are") if others > 1 else ("run", "is")
-        lines.append(f"{others} {noun} on other held-out examples {verb} left out")
-    report("runs", "\n".join(lines))
+    for sentence in left_out:
+        first, *more = trainer.wrap_lines(sentence, 88).split("\n")
+        lines += [first, *("  " + line for line in more)]
+    has_adapters = any("inspected" in run for run in ranked.values())
+    report("adapters" if has_adapters else "runs", "\n".join(lines))
 
 
 # What these say is in the table already, or cannot change a result.
 NOT_COMPARED = {"OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "NUM_SAMPLES"}
 NOT_COMPARED |= {"MAX_NEW_TOKENS", "EVIDENCE_EXAMPLES", "EVAL_GROUP"}
+# What adapter_config.json has beyond what was trained.
+NOT_OF_TRAINING = {"inference_mode", "auto_mapping", "peft_version"}
+# The settings that are LoraConfig's own fields.
+LORA_SETTINGS = {"r": "LORA_R", "lora_alpha": "LORA_ALPHA", "lora_dropout": "LORA_DROPOUT"}
+LORA_SETTINGS |= {"target_modules": "LORA_TARGET_MODULES"}
 
 
 def asked_for(run: dict[str, Any]) -> dict[str, Any]:
     """Return a run's settings, and what its LoraConfig has beyond them, by name."""
     config = run.get("lora_config")
     config = config if isinstance(config, dict) else {}
-    in_settings = {"r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path"}
+    in_settings = {*LORA_SETTINGS, "base_model_name_or_path"}
     more = {f"LoraConfig.{key}": value for key, value in config.items() if key not in in_settings}
     return {k: v for k, v in run["settings"].items() if k not in NOT_COMPARED} | more
 
 
 def what_differs(runs: list[dict[str, Any]]) -> list[str]:
-    """Return the names of the settings, and of LoraConfig's fields, in which the runs differ."""
+    """Return the names of the settings, and of LoraConfig's fields, in which the runs differ.
+
+    Of a measured adapter only some are known; with one among them, what is known is compared.
+    """
     asked = [asked_for(run) for run in runs]
     names = dict.fromkeys(name for one in asked for name in one)
+    if any("inspected" in run for run in runs):
+        known = {name: [in_order(one[name]) for one in asked if name in one] for name in names}
+        return [name for name, (first, *more) in known.items() if any(one != first for one in more)]
     return [name for name in names if len({str(one.get(name)) for one in asked}) > 1]
 
 
@@ -2272,15 +2427,38 @@ def why_no_losses(finished: list[dict[str, Any]]) -> str:
     return "; ".join(reason.format(count) for reason, count in counts.items())
 
 
+def why_no_evidence(inspected: list[dict[str, Any]]) -> str:
+    """Return for what reasons files evidence.json hold nothing to compare, and how many each."""
+    stopped = sum("evidence" not in found and "adapter" in found for found in inspected)
+    damaged = len(inspected) - stopped
+    reasons = []
+    if damaged:
+        reasons.append(
+            f"the evidence.json of {damaged} is damaged, edited or of another version, or its "
+            "losses are no numbers"
+        )
+    if stopped:
+        reasons.append(
+            f"the held-out losses of {trainer.counted(stopped, 'adapter')} were not measured, "
+            "since the command was stopped before or an error prevented it; python "
+            "inspect_lora.py evidence ADAPTER measures them"
+        )
+    return "; ".join(reasons)
+
+
 def table_of_runs(ranked: dict[Path, dict[str, Any]], differing: list[str]) -> list[str]:
     """Return the lines of the table of runs, the best first, with the settings that differ."""
     columns = "{:>9}  {:<22}{:>8}  {}".format
-    lines = [columns("held-out", "against the best", "minutes", "run, and what differs")]
+    adapters = ["inspected" in run for run in ranked.values()]
+    noun = "adapter" if all(adapters) else "run or adapter" if any(adapters) else "run"
+    lines = [columns("held-out", "against the best", "minutes", f"{noun}, and what differs")]
     best = next(iter(ranked.values()))
     tokens = [row["tokens"] for row in best["evidence"]["losses"]]
     where = [row["where"] for row in best["evidence"]["losses"]]
     for path, run in ranked.items():
-        minutes = f"{run['train_seconds'] / 60:.1f}" + ("+" if run["resumed_from"] else "")
+        minutes = "-"  # not known of an adapter that another trainer made
+        if "inspected" not in run:
+            minutes = f"{run['train_seconds'] / 60:.1f}" + ("+" if run["resumed_from"] else "")
         difference = "best"
         if run is not best:
             pairs = zip(run["evidence"]["losses"], best["evidence"]["losses"], strict=True)
@@ -2291,7 +2469,11 @@ def table_of_runs(ranked: dict[Path, dict[str, Any]], differing: list[str]) -> l
         loss = f"{run['evidence']['adapter']:.4f}"
         lines.append(columns(loss, difference, minutes, trainer.shorten_path(str(path), 55)))
         asked = asked_for(run)
-        changed = [f"{name} {one_line(str(asked.get(name)), 40)}" for name in differing]
+        changed = []
+        if "inspected" in run:
+            changed.append(f"adapter {trainer.shorten_path(run['inspected'], 36)}")
+        names = [name for name in differing if name in asked or "inspected" not in run]
+        changed += [f"{name} {one_line(str(asked.get(name)), 40)}" for name in names]
         changed += change_in_words(run)
         lines += [" " * 43 + line for line in textwrap.wrap(", ".join(changed), 45)]
     return lines
@@ -2977,7 +3159,7 @@ CANNOT_REPLY = (
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
     "evidence": (evidence, "measure what an adapter gained, and what its parts are worth"),
     "chat": (chat, "talk to an adapter, or answer each line of a pipe"),
-    "compare": (compare, "compare finished runs of train_lora_single.py"),
+    "compare": (compare, "compare finished runs, and adapters that evidence has measured"),
     "for_vllm": (for_vllm, "write an adapter under the names that vLLM applies"),
     "served": (served, "ask a running server whether it applies an adapter"),
 }
@@ -2994,7 +3176,12 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (_, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         if name == "compare":
-            command.add_argument("folders", nargs="+", metavar="FOLDER", help="folders of runs")
+            command.add_argument(
+                "folders",
+                nargs="+",
+                metavar="FOLDER",
+                help="folders with runs, or with what evidence found, such as output/inspected",
+            )
             continue
         if name == "served":
             command.add_argument("url", metavar="URL", help="such as http://localhost:8000")
