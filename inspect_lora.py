@@ -7,7 +7,7 @@ is written into the adapter's folder.
     python inspect_lora.py evidence output/final_lora    what it gained; what each part is worth
     python inspect_lora.py evidence someone/adapter --eval_file my.jsonl    of another trainer
     python inspect_lora.py chat output/final_lora        talk to it
-    python inspect_lora.py compare output/ranks          which of several finished runs is better?
+    python inspect_lora.py compare output/ranks          which of the runs in this folder is better?
     python inspect_lora.py compare output/inspected      or which adapter that evidence measured?
     python inspect_lora.py for_vllm ADAPTER FOLDER       write it under the names that vLLM applies
     python inspect_lora.py served http://localhost:8000 output/final_lora    does a server apply it?
@@ -754,11 +754,10 @@ def show_update_sizes(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
         f"{sizes[largest]:,.2f} % ({largest}) of the size of W,\non average over the layers"
     )
     in_layers = [row for row in updates[largest] if row["layer"] is not None]  # lm_head is in none
-    if in_layers:
+    if len(in_layers) > 1:
         rows = sorted(in_layers, key=lambda row: -row["update"])
-        top = "layer " if len(rows) == 1 else "layers "
-        top += ", ".join(str(row["layer"]) for row in rows[:3])
-        text += f"; {largest}'s is largest in {top}"
+        top = ", ".join(str(row["layer"]) for row in rows[:3])
+        text += f"; {largest}'s is largest in layers {top}"
     report("learned", text)
     return {"learned": updates}
 
@@ -1256,7 +1255,7 @@ def about_alpha(parts: list[Part]) -> str:
         return "alpha: too few held-out examples to tell whether another strength is better."
     if not better:
         return (
-            "alpha: for the loss, no other strength is clearly better by more than "
+            "alpha: keep this strength, for the loss: no other one is clearly better by more than "
             f"{WORTH_REPORTING:.0%} of the gain."
         )
     best = min(better, key=lambda part: part.loss)
@@ -1316,8 +1315,8 @@ def about_rank(parts: list[Part]) -> str:
     if enough:
         return (
             f"r: {enough[-1].title}, its strongest, the update keeps "
-            f"{enough[-1].of_gain.value:.0%} of the gain. So much of its room this adapter uses; "
-            "training with a smaller r is another run, and may end elsewhere."
+            f"{enough[-1].of_gain.value:.0%} of the gain, so this adapter needs no more of them. "
+            "Training with a smaller r is another run, and may end elsewhere."
         )
     if verdicts[0] == "unclear":
         return "r: too few held-out examples to tell how many directions are needed."
@@ -3180,7 +3179,8 @@ def build_parser() -> argparse.ArgumentParser:
                 "folders",
                 nargs="+",
                 metavar="FOLDER",
-                help="folders with runs, or with what evidence found, such as output/inspected",
+                help="folders with runs, or with what evidence found: it writes into "
+                "output/inspected/NAME unless --output_dir says otherwise",
             )
             continue
         if name == "served":
@@ -3200,7 +3200,9 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
     What is not given is what the adapter's run had, or the constant in train_lora_single.py.
     """
     number = trainer.number_parser(int, 100)
-    parser.add_argument("--base", help="the base model, if adapter_config.json does not name it")
+    parser.add_argument(
+        "--base", help="the base model, if adapter_config.json names none, or a quantized one"
+    )
     parser.add_argument("--base_revision", help="its branch, tag or commit on the hub")
     if command == "for_vllm":
         parser.add_argument(
@@ -3224,8 +3226,14 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument("--system", help="the system message; default: that of the run")
     if command == "chat":
         return
-    parser.add_argument("--eval_file", help="held-out conversations, a JSONL file")
-    parser.add_argument("--max_seq_len", type=number, help="longer examples are left out")
+    parser.add_argument(
+        "--eval_file",
+        help="held-out conversations, a JSONL file; needed for an adapter of another trainer, else "
+        "that of its run",
+    )
+    parser.add_argument(
+        "--max_seq_len", type=number, help="in tokens; longer examples are left out"
+    )
     if command == "served":
         parser.add_argument("--name", help="what the server calls the adapter; default: found out")
         parser.add_argument(
@@ -3240,11 +3248,16 @@ def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument(
         "--evidence_examples", type=number, help="examples that measure the parts; 0 for none"
     )
-    parser.add_argument("--general_file", help="tasks of another kind, to see what else changed")
+    parser.add_argument(
+        "--general_file",
+        help="other tasks, to see what else changed, in the form of data/general.jsonl, which is "
+        'the default; "" for none',
+    )
     parser.add_argument("--num_samples", type=number, help="at least so many prompts in samples.md")
     parser.add_argument(
         "--output_dir",
-        help="gets samples.md, lora.png and, for an adapter of another trainer, what was found",
+        help="gets samples.md, lora.png and, for an adapter of another trainer, evidence.json; "
+        "default: the run's folder, or output/inspected/NAME",
     )
 
 

@@ -8,6 +8,7 @@ It is made for Linux; on Windows it runs in WSL.
     python train_lora_single.py --split my.jsonl             hold out a tenth of your conversations
     python train_lora_single.py --lora_r 16 --lora_alpha 32  every setting below is also a flag
 
+A run that was stopped is resumed by the same command. Older results are renamed, not overwritten.
 At the end of a run inspect_lora.py, if it lies beside this file, measures what the adapter is
 worth. It also talks to an adapter and compares runs: python inspect_lora.py --help.
 
@@ -1551,7 +1552,8 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
     if deltanet:
         lines.append(
             f"{deltanet} of {text_config.num_hidden_layers} layers are Gated DeltaNet, which has "
-            "no q_proj, k_proj, v_proj and o_proj:\nthe others have them, which is expected"
+            "no q_proj, k_proj, v_proj and o_proj:\n"
+            f"the other {text_config.num_hidden_layers - deltanet} have them, which is expected"
         )
     lines.append(f"{steps_in_words(job, plan)}: {why_so_many_steps(job, plan)}")
     report("plan", "\n".join(lines))
@@ -3047,8 +3049,11 @@ def next_commands(job: Job) -> str:
             "ask a server whether it applies it."
         )
     toy = DEMO["MODEL_NAME"]
-    if toy == job.settings.MODEL_NAME:
-        return chat  # nobody serves a toy
+    if toy == job.settings.MODEL_NAME:  # nobody serves a toy
+        return (
+            f"{chat}\nThis was a toy: its numbers are real, but it can hardly speak. README.md has "
+            'a small real\nmodel under "Start", and the way to a run of your own under "Your data".'
+        )
     if job.plan.vllm_refuses:
         return f"{chat}\n({job.plan.vllm_refuses}; merge this one into its base instead)"
     folder = job.output / "final_lora_vllm"
