@@ -116,6 +116,7 @@ GENERAL_FILE: str = "data/general.jsonl"  # other tasks, to see what else change
 MAX_SEQ_LEN: int = 512  # in tokens; longer examples, at most a tenth, are left out, never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
+# If you change r, keep alpha: then the best learning rate hardly changes (README.md, Evidence).
 LORA_R: int = 8  # the rank; a rule of thumb: 4 for a narrow task, 8 for a style, 16 for more
 LORA_ALPHA: int = 16  # scales the update by alpha / r; usual is 2 r; too large, and the loss jumps
 LORA_DROPOUT: float = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
