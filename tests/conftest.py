@@ -35,6 +35,11 @@ import pytest  # noqa: E402
 
 import train_lora_single as t  # noqa: E402
 
+# The script does without inspect_lora.py, and so do its tests; only what is about both is skipped.
+HAS_INSPECTOR = (ROOT / "inspect_lora.py").is_file()
+BY_INSPECTOR = ("samples.md", "lora.png") if HAS_INSPECTOR else ()  # what it adds to a run's output
+needs_inspector = pytest.mark.skipif(not HAS_INSPECTOR, reason="there is no inspect_lora.py")
+
 # PEFT makes a model card for each checkpoint, and compiles its template anew each time: that is a
 # tenth of a short run.
 jinja2.Template = functools.cache(jinja2.Template)

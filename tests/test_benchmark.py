@@ -14,7 +14,7 @@ import transformers
 from benchmarks import behaviour, blind, evidence, measure, precision, roofline, simulate
 from benchmarks.common import HELD_OUT, ROOT, TRAIN, Options, Targets, shipped_lines
 from benchmarks.common import TINY as TINY_SIZES
-from conftest import TINY
+from conftest import TINY, needs_inspector
 from processes import run_in_a_fork
 
 import train_lora_single as t
@@ -165,6 +165,7 @@ def test_an_operation_takes_the_longest_of_bytes_and_products():
 # ==== the evidence on paper
 
 
+@needs_inspector
 def test_evidence_adds_up_what_each_measurement_costs(options, capsys):
     evidence.evidence(options)
     lines = capsys.readouterr().out.splitlines()
@@ -183,6 +184,12 @@ def test_evidence_adds_up_what_each_measurement_costs(options, capsys):
     assert float(re.search(r"training ([\d.]+)", share)[1]) == pytest.approx(
         total[2] / 100, abs=0.01
     )
+
+
+def test_evidence_says_that_it_needs_the_other_file(options, monkeypatch):
+    monkeypatch.setattr(evidence, "inspector", None)
+    with pytest.raises(SystemExit, match=r"inspect_lora\.py must lie beside train_lora_single"):
+        evidence.evidence(options)
 
 
 def test_a_pass_with_the_adapter_costs_more_than_one_of_the_base():
@@ -316,6 +323,7 @@ def few_held_out(path, count):
     return str(path)
 
 
+@needs_inspector
 def test_a_blind_reading_hides_whose_a_reply_is_and_counts_the_marks(adapter, tmp_path, capsys):
     command = TINY, few_held_out(tmp_path / "eval.jsonl", 4), adapter, "3"
     blind.main(*command)
@@ -334,6 +342,7 @@ def test_a_blind_reading_hides_whose_a_reply_is_and_counts_the_marks(adapter, tm
     assert "adapter 1, base 1 (of 1)" in safe
 
 
+@needs_inspector
 def test_the_behaviour_of_base_and_adapter_is_counted_by_kind(adapter, tmp_path, capsys):
     behaviour.main(TINY, few_held_out(tmp_path / "eval.jsonl", 3), adapter)
     out = capsys.readouterr().out

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_inspector
 
 import train_lora_single as t
 
@@ -176,7 +177,9 @@ def test_the_messages_on_bad_lines_are_the_scripts(name, tmp_path):
         assert advice in line
 
 
-@pytest.mark.parametrize("name", ["train_lora_single.py", "inspect_lora.py"])
+@pytest.mark.parametrize(
+    "name", ["train_lora_single.py", pytest.param("inspect_lora.py", marks=needs_inspector)]
+)
 def test_the_header_for_uv_is_requirements_txt(name):
     import tomllib
 

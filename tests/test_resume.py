@@ -28,17 +28,16 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import default_handlers, write_short_data
+from conftest import BY_INSPECTOR, default_handlers, needs_inspector, write_short_data
 from processes import FORKS
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from trainers import command_in
 
-import inspect_lora
 import train_lora_single as t
 
 STEPS = 8  # two epochs of four, with a checkpoint every three steps
-RESULTS = ("final_lora", "final_lora_vllm", "samples.md", "lora.png")
+RESULTS = ("final_lora", "final_lora_vllm", *BY_INSPECTOR)
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 KEPT_FILES = ADAPTER_FILES | {"complete.json"}  # of an epoch that is not the newest
 
@@ -432,6 +431,7 @@ AFTERWARDS = {
 }
 
 
+@needs_inspector
 @pytest.mark.parametrize("what", AFTERWARDS)
 def test_a_signal_in_the_extras_leaves_a_whole_adapter(
     flags, whole, stopped, monkeypatch, capfd, what
@@ -446,6 +446,7 @@ def test_a_signal_in_the_extras_leaves_a_whole_adapter(
     assert found_by(prepared(flags, stopped)) is None  # so the next command trains anew
 
 
+@needs_inspector
 @pytest.mark.parametrize(
     "name", ["o", "a folder whose name has blanks in it, and many of them " * 3]
 )
@@ -453,6 +454,8 @@ def test_the_command_that_ctrl_c_in_the_evidence_prints_measures_the_adapter(
     flags, whole, interrupted, tmp_path, monkeypatch, capfd, name
 ):
     """Whatever the folder is called, it can be pasted; nothing is trained."""
+    import inspect_lora
+
     output = shutil.copytree(interrupted, tmp_path / name)
     with monkeypatch.context() as patch:
         AFTERWARDS["evidence"](patch)
@@ -567,7 +570,9 @@ ACTIONS |= {moment: action for moment, (action, _) in KILLED.items()}
 ACTIONS["is killed in step 6"] = lambda patch: at_step(patch, 6, die)
 
 
-@pytest.mark.parametrize("moment", KILLED)
+@pytest.mark.parametrize(
+    "moment", [*list(KILLED)[:-1], pytest.param("in the evidence", marks=needs_inspector)]
+)
 def test_after_sigkill_the_same_command_ends_in_the_same_bytes(
     flags, whole, stopped, tmp_path, capfd, moment
 ):
@@ -841,8 +846,11 @@ def test_another_way_to_the_same_size_of_a_step_is_the_same_job(
     )
 
 
+@needs_inspector
 def test_what_was_measured_of_a_checkpoint_stays_when_the_run_goes_on(flags, whole, stopped, capfd):
     """And it goes with the old run.json when the next run begins anew."""
+    import inspect_lora
+
     place = stopped / "checkpoints" / "checkpoint-7"
     for when in ("on Monday", "on Tuesday"):
         found = inspect_lora.find_run(place)
@@ -1249,7 +1257,9 @@ UNKNOWN = {  # mode: (its flags, where the error comes from)
 BUGS = [ZeroDivisionError("a bug"), PermissionError(errno.EACCES, "not yours"), Exception("28")]
 
 
-@pytest.mark.parametrize("mode", UNKNOWN)
+@pytest.mark.parametrize(
+    "mode", ["training", "dry run", pytest.param("chat", marks=needs_inspector)]
+)
 def test_an_unknown_error_is_a_traceback_whatever_the_mode(
     flags, finished, tmp_path, monkeypatch, capfd, mode
 ):
@@ -1264,6 +1274,8 @@ def test_an_unknown_error_is_a_traceback_whatever_the_mode(
             before(patch, owner, name, fail)
             with pytest.raises(type(bug)) as raised:  # Python prints it, and exits with 1
                 if mode == "chat":
+                    import inspect_lora
+
                     inspect_lora.main(["chat", str(finished / "final_lora")])
                 else:
                     t.main(command(flags, output, *more))

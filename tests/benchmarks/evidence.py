@@ -25,6 +25,8 @@ REPLY = 50  # tokens of the base's reply to a task, about; assumed
 
 def evidence(options: Options) -> None:
     """Print what each part of the measuring costs, and its share of the training."""
+    if inspector is None:
+        raise SystemExit("evidence: inspect_lora.py must lie beside train_lora_single.py.")
     job = simulate.simulated_job(options)
     settings, simulation = job.settings, Simulation(options.sizes, job.settings)
     at_once = t.LONGEST_EXAMPLE["32 GB"][0]  # what find_what_fits finds, simulated

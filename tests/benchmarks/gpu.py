@@ -51,6 +51,7 @@ from benchmarks.simulate import CARDS
 MINUTES = 9
 AS_CARD = str(Path(__file__).with_name("as_card.py"))
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+NO_INSPECTOR = "not done: there is no inspect_lora.py"
 
 
 # ==== the acceptance
@@ -461,6 +462,9 @@ def largest_difference(ones: list[float], others: list[float]) -> float:
 def evidence_and_samples(card: Card) -> Iterator[Row]:
     """What the whole runs left behind training: evidence, samples, picture, adapter."""
     for name in ("native", "float16"):
+        if not t.has_inspector():
+            yield Row(f"evidence and samples, {name}", NO_INSPECTOR)
+            continue
         record = card.record(name)
         parts, samples = record["evidence"].get("parts", {}), record["samples"]
         log = (card.output(name) / "all_logs.log").read_text(encoding="utf-8")
@@ -559,6 +563,9 @@ def a_card_of_32_gb(card: Card) -> Iterator[Row]:
 
 def chat(card: Card) -> Iterator[Row]:
     """The adapter and the base answer in the chat."""
+    if not t.has_inspector():
+        yield Row("chat", NO_INSPECTOR)
+        return
     adapter = str(card.output("native") / "final_lora")
     words = [sys.executable, AS_CARD, "plain", "inspect", "chat", adapter]
     began = time.monotonic()
