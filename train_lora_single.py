@@ -2972,7 +2972,7 @@ def measure_worth(model: peft.PeftModel, job: Job) -> None:
             report(
                 "evidence",
                 "what the adapter gained was not measured, since inspect_lora.py is not beside "
-                f"this script.\nPut it there, and measure it without training: {command}",
+                f"this script.\nPut it there, and measure it without training:\n{command}",
             )
             return
         subject = inspect_lora.Subject(
