@@ -1005,7 +1005,8 @@ def show_parts(
         parts.append(part)
     gain = ratio_with_error(differences(losses.base, losses.trained), losses.tokens, losses.lines)
     table = table_of_parts(parts)
-    sentences = conclusions(parts, gain, len(set(losses.lines)))
+    after_epochs = trainer.logged(subject.history, "eval_loss")
+    sentences = conclusions(parts, gain, len(set(losses.lines)), after_epochs)
     sentences += what_is_not_measured(subject.model)
     report("evidence", "\n".join(table))
     for sentence in sentences:
@@ -1178,7 +1179,9 @@ def cut_to(layers: dict[str, Any], ranks: dict[str, int]) -> Iterator[None]:
 # ---- What is concluded
 
 
-def conclusions(parts: list[Part], gain: Estimate, lines: int) -> list[str]:
+def conclusions(
+    parts: list[Part], gain: Estimate, lines: int, after_epochs: dict[int, float] | None = None
+) -> list[str]:
     """Return what the table supports, at most a sentence each on alpha, the targets and r.
 
     A difference is named only if it is clear (see errors_needed) and larger than WORTH_REPORTING.
@@ -1188,6 +1191,7 @@ def conclusions(parts: list[Part], gain: Estimate, lines: int) -> list[str]:
         parts: the rows of the table.
         gain: by how much the adapter is better than the base, in nats a token.
         lines: the number of lines in the held-out file that the measured examples come from.
+        after_epochs: {step: held-out loss} of the run, with the base model's at step 0, if known.
     """
     if lines < FEWEST_LINES:
         return [
@@ -1195,7 +1199,7 @@ def conclusions(parts: list[Part], gain: Estimate, lines: int) -> list[str]:
             f"{FEWEST_LINES} needed."
         ]
     if not (gain.is_clear() and gain.value > 0):
-        return [about_no_gain(parts, gain)]
+        return [about_no_gain(parts, gain, after_epochs or {})]
     sentences = [about_alpha(parts), about_targets(parts), about_rank(parts)]
     return [sentence for sentence in sentences if sentence]
 
@@ -1210,11 +1214,12 @@ def of_kind(parts: list[Part], kind: str) -> list[Part]:
     return [part for part in parts if part.kind == kind]
 
 
-def about_no_gain(parts: list[Part], gain: Estimate) -> str:
+def about_no_gain(parts: list[Part], gain: Estimate, after_epochs: dict[int, float]) -> str:
     """Return the sentence on an adapter that is not clearly better than the base model.
 
     That the run went too far is said only if the same update, weaker, is clearly better than the
-    base: an update that does harm does less of it when it is weaker, and that shows nothing.
+    base: an update that does harm does less of it when it is weaker, and that shows nothing. That
+    it was trained for too long is said only if the run's own losses show it.
     """
     if gain.value == gain.error == 0:
         return (
@@ -1231,6 +1236,14 @@ def about_no_gain(parts: list[Part], gain: Estimate) -> str:
             f"The adapter is {so} than the base model, but the same update is better than it when "
             "it is weaker: the run went too far. Try fewer epochs, a lower LEARNING_RATE or a "
             "smaller LORA_ALPHA. What its parts are worth cannot be said."
+        )
+    best = min(after_epochs, key=lambda step: after_epochs[step], default=0)
+    if gain.is_clear() and 0 < best < max(after_epochs):
+        return (
+            f"The adapter is worse than the base model. The held-out loss was lowest after step "
+            f"{best} ({after_epochs[best]:.4f}) and rose since: it was trained for too long, and "
+            'perhaps learned the conversations by heart. Publish the best epoch (PUBLISH "best"), '
+            "train fewer epochs, or find more conversations."
         )
     if gain.is_clear():
         return (

@@ -947,14 +947,33 @@ def test_an_adapter_that_is_worse_for_no_reason_in_the_table_is_told_what_to_che
     assert "held-out conversations" in text and "template" in text
 
 
-def about_no_gain(gain, gained):
+@pytest.mark.parametrize(
+    ("after_epochs", "is_too_long"),
+    [
+        ({0: 3.7, 10: 3.4, 20: 4.9}, True),
+        ({0: 3.7, 10: 4.4, 20: 4.2}, False),  # never better than the base
+        ({0: 3.7, 10: 3.6, 20: 3.4}, False),  # best at the end: another held-out file, perhaps
+        ({}, False),
+    ],
+)
+def test_training_for_too_long_is_named_where_the_runs_own_losses_show_it(
+    after_epochs, is_too_long
+):
+    worse = {0.5: inspect_lora.Estimate(-0.3, 0.01)}
+    text = about_no_gain((-0.5, 0.01), worse, after_epochs)
+    said = "lowest after step 10 (3.4000) and rose since: it was trained for too long"
+    assert (said in text) == is_too_long == ("does not show why" not in text)
+
+
+def about_no_gain(gain, gained, after_epochs=None):
     """Return the sentence on strengths with these gains over the base."""
     parts = [
         inspect_lora.Part("strength", strength, f"update x {strength}", contextlib.nullcontext,
                           gained=difference)
         for strength, difference in gained.items()
     ]  # fmt: skip
-    return "\n".join(inspect_lora.conclusions(parts, inspect_lora.Estimate(*gain), 10))
+    gain = inspect_lora.Estimate(*gain)
+    return "\n".join(inspect_lora.conclusions(parts, gain, 10, after_epochs))
 
 
 def test_a_weaker_update_that_is_clearly_better_than_the_base_shows_a_run_that_went_too_far():
