@@ -334,12 +334,13 @@ def test_a_blind_reading_hides_whose_a_reply_is_and_counts_the_marks(adapter, tm
     assert all({one[letter] for letter in "ABC"} == set(blind.WHOSE) for one in key.values())
     letter = {name: letter for letter, name in key["1"].items()}
     marks = {"1": {"best": letter["adapter"], "safe": [letter["base"], letter["adapter"]]}}
+    marks["2"] = {"best": "none", "safe": []}
     (tmp_path / "blind-marks.json").write_text(json.dumps(marks), encoding="utf-8")
     capsys.readouterr()
     blind.main(*command)
     best, safe = capsys.readouterr().out.splitlines()
-    assert best.split() == ["best", "adapter", "1", "(of", "1)"]
-    assert "adapter 1, base 1 (of 1)" in safe
+    assert best.split() == ["best", "adapter", "1,", "none", "1", "(of", "2)"]
+    assert "adapter 1, base 1, none 1 (of 2)" in safe
 
 
 @needs_inspector

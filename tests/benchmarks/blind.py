@@ -80,7 +80,8 @@ def count_marks(marks: dict[str, dict[str, str | list[str]]]) -> None:
     counts: dict[str, Counter] = {}
     for place, answers in marks.items():
         for question, letters in answers.items():
-            names = [key[place].get(letter, letter) for letter in letters or ["none"]]
+            listed = [letters] if isinstance(letters, str) else letters or ["none"]
+            names = [key[place].get(letter, letter) for letter in listed]
             counts.setdefault(question, Counter()).update(names)
     for question, found in counts.items():
         shown = ", ".join(f"{name} {found[name]}" for name in sorted(found))
