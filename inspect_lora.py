@@ -1268,7 +1268,7 @@ def about_alpha(parts: list[Part]) -> str:
         return "alpha: too few held-out examples to tell whether another strength is better."
     if not better:
         return (
-            "alpha: keep this strength, for the loss: no other one is clearly better by more than "
+            "alpha: keep it; for the loss, no other strength is clearly better by over "
             f"{WORTH_REPORTING:.0%} of the gain."
         )
     best = min(better, key=lambda part: part.loss)

@@ -501,7 +501,7 @@ def test_three_hundredths_of_the_gain_matter():
 @pytest.mark.parametrize("share", [0.9, 0.99, 1.015, (1.02, 0.012), (0.978, 0.017)])
 def test_a_strength_that_is_hardly_or_not_clearly_better_is_not_named(share):
     text = conclusions(**SCALES | {"update x 1.25": share})
-    assert "alpha: keep this strength" in text and "1.25" not in text
+    assert "alpha: keep it" in text and "1.25" not in text
     assert "too far" not in text and "short" not in text
 
 
