@@ -649,6 +649,15 @@ def fitted_config(config: peft.LoraConfig, tensors: dict[str, torch.Tensor]) -> 
     return config
 
 
+def changes_nothing(name: str, tensors: dict[str, torch.Tensor]) -> bool:
+    """Return whether a tensor is LoRA's A or B of an update B A that is 0, since B is.
+
+    Unsloth may put LoRA into the vision tower, too, which stays as it was if only text is trained.
+    """
+    b = tensors.get(name.replace(".lora_A.", ".lora_B."))
+    return ".lora_" in name and b is not None and not b.any()
+
+
 def check_all_landed(model: peft.PeftModel, tensors: dict[str, torch.Tensor], place: Path) -> None:
     """Exit unless every tensor of the file is in the model, with its numbers."""
     found = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -658,6 +667,14 @@ def check_all_landed(model: peft.PeftModel, tensors: dict[str, torch.Tensor], pl
         landed = found.get(name, others.get(name))
         if landed is None or not landed.cpu().to(tensor.dtype).equal(tensor):
             lost.append(name)
+    without_effect = [name for name in lost if changes_nothing(name, tensors)]
+    lost = [name for name in lost if name not in without_effect]
+    if without_effect:
+        report(
+            "left out",
+            f"{len(without_effect):,} tensors have no place in the text model, such as "
+            f"{without_effect[0]};\ntheir B is 0, so they change nothing",
+        )
     if lost:
         raise SystemExit(
             f"{len(lost):,} of the {len(tensors):,} tensors in {place} find no place in the base "

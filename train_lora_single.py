@@ -6,7 +6,7 @@ It is made for Linux; on Windows it runs in WSL.
     python train_lora_single.py --dry_run    check the data and print the plan; needs no GPU
     python train_lora_single.py --demo       the whole job in a minute, on a CPU, with a toy model
     python train_lora_single.py --split my.jsonl             hold out a tenth of your conversations
-    python train_lora_single.py --lora_r 16 --lora_alpha 32  every setting below is also a flag
+    python train_lora_single.py --lora_r 16 --num_epochs 2   every setting below is also a flag
 
 A run that was stopped is resumed by the same command. Older results are renamed, not overwritten.
 At the end of a run inspect_lora.py, if it lies beside this file, measures what the adapter is

@@ -382,6 +382,26 @@ def test_a_tensor_that_finds_no_place_ends_the_command(changed, inspect, held_ou
     assert str(folder) in end.err and "--base" in end.err and "evidence" not in end.out
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_an_update_of_the_vision_tower_is_left_out_only_if_it_is_0(
+    changed, plain, measure, inspect, held_out, value
+):
+    path = "base_model.model.model.visual.blocks.0.mlp.down_proj"
+    folder = changed()
+    tensors = load_file(folder / TENSORS)
+    tensors[f"{path}.lora_A.weight"] = torch.ones(4, 64)
+    tensors[f"{path}.lora_B.weight"] = torch.full((64, 4), value)
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
+    if value:
+        end = inspect("evidence", folder, "--eval_file", held_out, *SHORT)
+        assert end.status == 1 and "2 of the 10 tensors" in end.err and path in end.err
+        return
+    run = measure(folder)
+    assert f"2 tensors have no place in the text model, such as {path}" in run.out
+    assert columns(run.evidence) == columns(measure(plain).evidence)
+
+
 def test_a_tensor_that_landed_with_other_numbers_ends_the_command(
     plain, inspect, held_out, monkeypatch
 ):
