@@ -61,8 +61,9 @@ def sentences(text: str) -> list[str]:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown, its first column left-aligned and the others right-aligned."""
-    lines = [heads, [":--", *["--:"] * (len(heads) - 1)], *rows]
+    """Return a table in Markdown, its numbers right-aligned and its words left-aligned."""
+    words = (heads[0], "what it is")
+    lines = [heads, [":--" if head in words else "--:" for head in heads], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
