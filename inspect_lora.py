@@ -891,7 +891,8 @@ def measure_evidence(subject: Subject, _: dict[str, Any]) -> dict[str, Any]:
             "",
             f"of {len(chosen)} held-out examples, evenly spread, in {seconds:.0f} s; ± is one "
             "standard error\n"
-            "(loss: nats for each token of the replies; lower on: so many of the examples)\n"
+            '(the loss is in nats a token of the replies; "lower on" counts examples with a '
+            "lower one)\n"
             f"on all {len(examples)} the base model has {found['base']:.4f}, the adapter "
             f"{found['adapter']:.4f}",
         )

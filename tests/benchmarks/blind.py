@@ -16,6 +16,7 @@ import json
 import random
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 from benchmarks.behaviour import open_with
@@ -50,7 +51,7 @@ def main(base: str, eval_file: str, adapter: str, count: str = "40") -> None:
     }
     replies = {}
     for name, prompts in ways.items():
-        with t.nullcontext() if name == "adapter" else opened.model.disable_adapter():
+        with nullcontext() if name == "adapter" else opened.model.disable_adapter():
             replies[name] = inspect_lora.generate(opened.model, opened.chat_format, prompts, TOKENS)
     lines, key = ["# Which reply is the better companion's?"], {}
     for place, (number, talk) in enumerate(zip(chosen, talks, strict=True), 1):
