@@ -190,7 +190,7 @@ class Job:
     chat_format: ChatFormat | None = None  # how conversations become tokens
     train: list[Example] = field(default_factory=list)
     held_out: list[Example] = field(default_factory=list)
-    held_out_text: str = ""  # what held_out.jsonl gets, with an EVAL_FILE like "10%"
+    held_out_file: bytes = b""  # what held_out.jsonl gets, with an EVAL_FILE like "10%"
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
     device_name: str = ""
@@ -599,8 +599,9 @@ def read_both_files(job: Job) -> tuple[list[Example], list[Example], list[Proble
     if percent and not problems:
         train, held_out = hold_out(train, percent, settings.TRAIN_FILE)
         rows = {example.where: example.row for example in held_out}
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows.values()]
-        job.held_out_text = "".join(f"{line}\n" for line in lines)
+        text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows.values())
+        # Half a character becomes the escape that JSON has for it.
+        job.held_out_file = text.encode(errors="backslashreplace")
     elif settings.EVAL_FILE and not percent:
         held_out, more = read_conversations(settings.EVAL_FILE, settings.REPLIES)
         problems += more
@@ -1238,16 +1239,11 @@ def facts_of_held_out(job: Job) -> dict[str, Any] | None:
     """Return what run.json says of the held-out file, if there is one."""
     if not job.held_out:
         return None
-    if not job.held_out_text:
+    if not job.held_out_file:
         path = job.settings.EVAL_FILE
         return facts_of(path, job.held_out, file_sha256(Path(path)))
-    sha256 = hashlib.sha256(held_out_bytes(job)).hexdigest()
+    sha256 = hashlib.sha256(job.held_out_file).hexdigest()
     return facts_of(str(job.output / "held_out.jsonl"), job.held_out, sha256)
-
-
-def held_out_bytes(job: Job) -> bytes:
-    """Return what held_out.jsonl gets; half a character becomes the escape that JSON has for it."""
-    return job.held_out_text.encode(errors="backslashreplace")
 
 
 def report_tokens(job: Job) -> None:
@@ -1261,7 +1257,7 @@ def report_tokens(job: Job) -> None:
         share = facts["learned_tokens"] / facts["tokens"]
         lines.append(
             columns(
-                shorten_path(facts["file"], 25),
+                path_from_here(facts["file"]),
                 f"{len(examples):,}",
                 f"{statistics.median(lengths):,.0f}",
                 f"{max(lengths):,}",
@@ -1396,10 +1392,6 @@ def refuse_unsupported(config: peft.LoraConfig) -> None:
     start = str(config.init_lora_weights).lower()
     refusals = [
         (
-            str(config.task_type).rpartition(".")[2] != "CAUSAL_LM",
-            'task_type must be "CAUSAL_LM", since a chat model is trained',
-        ),
-        (
             start.startswith(CHANGES_THE_BASE),
             f'init_lora_weights="{config.init_lora_weights}" changes the frozen weights, so the '
             'saved adapter would not fit the base model; use True, "gaussian" or "orthogonal"',
@@ -1408,10 +1400,6 @@ def refuse_unsupported(config: peft.LoraConfig) -> None:
             start == "eva",
             'init_lora_weights="eva" needs data before it can begin, which it does not get here; '
             'use True, "gaussian" or "orthogonal"',
-        ),
-        (
-            config.target_modules is None,
-            'target_modules is missing; name the layers, or write target_modules="all-linear"',
         ),
         (
             config.bias != "none",  # PEFT's disable_adapter() and unload() keep trained biases
@@ -1451,29 +1439,19 @@ def refuse_unknown_targets(config: peft.LoraConfig, model: torch.nn.Module) -> N
 def unknown_targets_message(missing: list[str], model: torch.nn.Module) -> str:
     """Return which targets the model does not have, and which names its layers have instead."""
     matrices = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)  # the latter in GPT-2
-    names: set[str] = set()
-    fused: set[str] = set()
-    for path, module in model.named_modules():
-        is_in_a_layer = re.search(r"\.\d+\.", path) is not None
-        if is_in_a_layer and isinstance(module, matrices):
-            names.add(path.rpartition(".")[2])
-        if "expert" in path:
-            own = module.named_parameters(recurse=False)
-            fused |= {name for name, weight in own if weight.dim() == 3}
+    names = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if isinstance(module, matrices) and re.search(r"\.\d+\.", path)  # in one of the layers
+    }
     close = difflib.get_close_matches(missing[0], sorted(names), 1)
     is_misspelt = bool(close) and len(missing) == 1  # several: the model has other names
     hint = f" Did you mean {close[0]}?" if is_misspelt else ""
-    text = (
+    return (
         f"LORA_TARGET_MODULES: no layer of the model is named {', '.join(missing)}.{hint} The "
         f"layers have {', '.join(sorted(names)) or 'no linear modules'}. For all of these write "
         'target_modules="all-linear" in lora_config().'
     )
-    if fused:
-        text += (
-            f" The experts' {' and '.join(sorted(fused))} are fused and cannot be named; for some "
-            'models PEFT takes them with "all-linear", which needs LORA_DROPOUT 0.'
-        )
-    return text
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
@@ -2168,9 +2146,9 @@ def check_that_it_can_be_read(checkpoint: Path) -> None:
 def keep_held_out(job: Job) -> None:
     """Write the conversations that "10%" held out, or raise UserError if others lie there."""
     path = job.output / "held_out.jsonl"
-    if not job.held_out_text:
+    if not job.held_out_file:
         return
-    if path.exists() and path.read_bytes() != held_out_bytes(job):
+    if path.exists() and path.read_bytes() != job.held_out_file:
         if job.checkpoint:
             raise UserError(
                 f"{path} is not what this job held out: it was edited, or TRAIN_FILE was. Set it "
@@ -2178,7 +2156,7 @@ def keep_held_out(job: Job) -> None:
             )
         rename_old(path)
     new = path.with_name(f"{path.name}.new")
-    new.write_bytes(held_out_bytes(job))
+    new.write_bytes(job.held_out_file)
     new.replace(path)
 
 
@@ -3010,12 +2988,6 @@ def path_from_here(path: str) -> str:
     return path
 
 
-def shorten_path(path: str, width: int) -> str:
-    """Return a path as seen from here; of a long one only the end."""
-    path = path_from_here(path)
-    return path if len(path) <= width else "..." + path[3 - width :]
-
-
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, such as "1 line" or "1,000 lines"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
@@ -3055,9 +3027,6 @@ def prepare_device(device: str, dtype: str) -> str:
     if not is_launched:
         # TRL refuses several visible GPUs without a launcher.
         os.environ["CUDA_VISIBLE_DEVICES"] = ("0" if visible is None else visible).split(",")[0]
-        # accelerate refuses several RTX 40 cards with an older driver otherwise (peft issue 1927).
-        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
-        os.environ.setdefault("NCCL_IB_DISABLE", "1")
     try:
         torch.cuda.init()  # says why there is no GPU
     except (RuntimeError, AssertionError) as error:
