@@ -1488,6 +1488,13 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
         )
     lines.append(steps_in_words(job, plan))
     report("plan", "\n".join(lines))
+    unseen = [path for path in lora_layers(model) if "vision" in path]
+    if unseen:
+        report(
+            "warning",
+            f"{len(unseen):,} of these modules, such as {unseen[0]},\nsee pictures alone, so they "
+            'learn nothing from text; write exclude_modules=".*vision.*" in lora_config()',
+        )
 
 
 def layer_types(config: transformers.PretrainedConfig) -> list[str]:
@@ -2418,9 +2425,7 @@ def is_wrapper(config: transformers.PretrainedConfig) -> bool:
 
 def name_in_wrapper(name: str) -> str:
     """Return the name that a tensor of an adapter has in the hub's wrapper of the text model."""
-    if ".language_model." in name:
-        return name
-    return name.replace(".model.model.", ".model.model.language_model.", 1)
+    return name.replace(".model.model.layers.", ".model.model.language_model.layers.", 1)
 
 
 def check_names_for_vllm(
