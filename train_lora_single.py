@@ -119,9 +119,7 @@ MAX_SEQ_LEN: Count = 512  # in tokens; longer examples, at most a tenth, are lef
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
 # If you change r, keep alpha: then the best learning rate hardly changes (docs/evidence.md).
 LORA_R: Rank = 8  # the rank; a rule of thumb: 4 for a narrow task, 8 for a style, 16 for more
-LORA_ALPHA: Count = (
-    16  # scales the update by alpha / r; usual is 2 r; too large, and the loss jumps
-)
+LORA_ALPHA: Count = 16  # scales the update by alpha / r; usual: 2 r; too large: the loss jumps
 LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
 LORA_TARGET_MODULES: Annotated[list[Name], Field(min_length=1)] = [  # the layers that get LoRA
     "q_proj",  # attention: which words the model looks at
@@ -570,7 +568,7 @@ class Example:
     @property
     def extra(self) -> dict[str, Any]:
         """What the line has beside its messages, such as a kind."""
-        of_forms = {key for keys in FORMS for key in keys}
+        of_forms = {key for keys in FORMS for key in keys} | {"input", "system", "history"}
         return {key: value for key, value in self.row.items() if key not in of_forms}
 
 
@@ -627,15 +625,14 @@ def read_conversations(
     for where, text in entries_of(path, shown).items():
         try:
             row = parse_row(text)
-            messages = messages_of(row)
+            messages = messages_of({key: row[key] for key in row if row[key] is not None})
             if "conversations" in row:
                 answered = from_question_to_reply(messages)
                 shortened += len(answered) < len(messages)
                 messages = answered
             messages = check_messages(messages, accepts_thinking)
-            taught = "all" if "messages" in row or "conversations" in row else "last"
-            taught = "last" if replies == "last" else taught
-            examples += examples_of(messages, where, row, taught)
+            teaches_one = "completion" in row or "output" in row
+            examples += examples_of(messages, where, row, "last" if teaches_one else replies)
         except RecursionError:
             problems.append(Problem(where, f"the JSON is nested too deeply; {FORM_RULE}"))
         except ValueError as error:
@@ -661,6 +658,8 @@ def entries_of(path: str, shown: str) -> dict[str, bytes | dict[str, Any]]:
         path: the file.
         shown: its name in messages.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is not a file.")
     try:
         content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError as error:
@@ -673,15 +672,17 @@ def entries_of(path: str, shown: str) -> dict[str, bytes | dict[str, Any]]:
         return {f"{shown}:{number}": line for number, line in lines if line.strip()}
     try:
         entries = json.loads(content, object_pairs_hook=object_with_unique_keys)
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(
             f"{shown} begins like a JSON array, but is none ({one_line(error)})."
         ) from error
+    except ValueError as error:
+        raise UserError(f"{shown}: {error}.") from error
     return {f"{shown}, entry {number}": entry for number, entry in enumerate(entries, 1)}
 
 
 def parse_row(text: bytes | dict[str, Any]) -> dict[str, Any]:
-    """Return a conversation's JSON object without keys that are null, or raise ValueError."""
+    """Return a conversation's JSON object, or raise ValueError."""
     row = text
     if isinstance(text, bytes):
         try:
@@ -700,7 +701,7 @@ def parse_row(text: bytes | dict[str, Any]) -> dict[str, Any]:
             ) from error
     if not isinstance(row, dict):
         raise ValueError(f"this is not an object but {shown_value(row)}; {FORM_RULE}")
-    return {key: value for key, value in row.items() if value is not None}
+    return row
 
 
 def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -770,7 +771,8 @@ def message_of_sharegpt(turn: Any) -> Any:
         return turn
     sender = turn["from"]
     role = SHAREGPT_ROLES.get(sender, sender) if isinstance(sender, str) else sender
-    return {"role": role, "content": turn["value"]}
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {"role": role, "content": turn["value"], **others}
 
 
 def from_question_to_reply(messages: list[Any]) -> list[Any]:
@@ -2912,7 +2914,7 @@ def build_parser() -> argparse.ArgumentParser:
             f"--{name.lower()}",
             dest=name,
             nargs="+" if is_list else None,
-            metavar="|".join(typing.get_args(hint)) if is_choice else "VALUE",
+            metavar="|".join(map(str, typing.get_args(hint))) if is_choice else "VALUE",
             help=help_text,
         )
     return parser
