@@ -117,12 +117,18 @@ def test_all_forms_give_the_same_examples(layout):
 
 def test_keys_that_are_null_are_ignored():
     """So are written the files that a table with a column for each key becomes."""
-    others = ("tools", "system", "input", "history", "id")
-    for row in FORMS.values():
-        nulls = dict.fromkeys(key for keys in t.FORMS for key in keys) | dict.fromkeys(others)
+    keys = [key for keys in t.FORMS for key in keys] + ["tools", "system", "input", "history"]
+    nulls = dict.fromkeys([*keys, "id"])
+    said = talk("suaua")
+    several = [{"messages": said}, sharegpt(said), {"prompt": said[:4], "completion": said[4:]}]
+    for row in [*FORMS.values(), *several]:
         assert learned(line(**nulls | row)) == learned(line(**row))
-    nulls = {"name": None, "tool_calls": None}
-    assert learned(line(messages=[one | nulls for one in SAID])) == [SAID]
+    nulls_of_messages = {"name": None, "tool_calls": None}
+    assert learned(line(messages=[one | nulls_of_messages for one in SAID])) == [SAID]
+    _, (problem,) = read(line(**nulls | {"messages": talk("uau")}))
+    assert "missing" in problem.text
+    # What belongs to another form, but is not one, is a key like any other.
+    assert learned(line(messages=said, output="x", prompt="y")) == [said[:3], said]
 
 
 def test_messages_teach_each_reply_and_the_other_forms_the_last():
