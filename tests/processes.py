@@ -1,6 +1,7 @@
 """Commands in forks of the tests' own process, which has done the imports of seven seconds."""
 
 import fcntl
+import logging
 import os
 import pty
 import runpy
@@ -62,6 +63,7 @@ def status_of(be):
     status = 1
     try:
         os.setsid()  # a terminal's signals are not for it
+        logging.root.handlers.clear()  # whose files are the parent's
         status = be()
     except SystemExit as stop:
         status = stop.code
