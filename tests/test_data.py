@@ -251,7 +251,9 @@ def test_an_array_that_is_none_is_refused_with_the_place(capsys):
     assert said.startswith("t ") and "JSON array" in said and "line 3" in said
 
 
-@pytest.mark.parametrize("name", ["absent", "folder", "locked", "empty", "blank", "[]"])
+@pytest.mark.parametrize(
+    "name", ["absent", "folder", "/dev/null", "locked", "empty", "blank", "[]"]
+)
 def test_a_file_that_cannot_be_read_or_is_empty_is_one_sentence(name, capsys, monkeypatch):
     Path("folder").mkdir()
     for file, content in (("empty", b""), ("blank", b"\xef\xbb\xbf\n \n"), ("[]", b"[]")):
@@ -266,7 +268,8 @@ def test_a_file_that_cannot_be_read_or_is_empty_is_one_sentence(name, capsys, mo
     (said,) = refusal(capsys, "--train_file", name)
     parts = {
         "absent": f"no file absent (in {os.getcwd()})",
-        "folder": "cannot be read (Is a dir",
+        "folder": "is not a file",
+        "/dev/null": "is not a file",
         "locked": "cannot be read (Permission",
     }
     assert name in said and parts.get(name, "no conversations; write") in said
