@@ -53,6 +53,7 @@ import textwrap
 import time
 import typing
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -444,9 +445,6 @@ def training_config(job: Job) -> trl.SFTConfig:
         eval_strategy="epoch" if job.held_out else "no",
         eval_on_start=bool(job.held_out) and not job.checkpoint,  # the base model's loss
         save_strategy="epoch",  # and every SAVE_STEPS steps, see TRAINING
-        save_total_limit=3,  # the newest ones, and with held-out lines the best epoch's
-        metric_for_best_model="eval_loss" if job.held_out else None,
-        greater_is_better=False if job.held_out else None,
         logging_steps=1,  # every loss is checked and recorded
         logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
         include_num_input_tokens_seen="non_padding",
@@ -580,7 +578,12 @@ class Problem:
     text: str
 
 
-FORMS = (("messages",), ("prompt", "completion"), ("conversations",), ("instruction", "output"))
+COMPLETION, SHAREGPT, ALPACA = (
+    ("prompt", "completion"),
+    ("conversations",),
+    ("instruction", "output"),
+)
+FORMS = (("messages",), COMPLETION, SHAREGPT, ALPACA)
 FORM_RULE = (
     'write {"prompt": [messages], "completion": [one message]} or {"messages": [messages]}; '
     "docs/data.md shows all four forms"
@@ -625,13 +628,13 @@ def read_conversations(
     for where, text in entries_of(path, shown).items():
         try:
             row = parse_row(text)
-            messages = messages_of({key: row[key] for key in row if row[key] is not None})
-            if "conversations" in row:
+            form, messages = messages_of({key: row[key] for key in row if row[key] is not None})
+            if form == SHAREGPT:
                 answered = from_question_to_reply(messages)
                 shortened += len(answered) < len(messages)
                 messages = answered
             messages = check_messages(messages, accepts_thinking)
-            teaches_one = "completion" in row or "output" in row
+            teaches_one = form in (COMPLETION, ALPACA)
             examples += examples_of(messages, where, row, "last" if teaches_one else replies)
         except RecursionError:
             problems.append(Problem(where, f"the JSON is nested too deeply; {FORM_RULE}"))
@@ -651,8 +654,8 @@ def read_conversations(
     return examples, problems
 
 
-def entries_of(path: str, shown: str) -> dict[str, bytes | dict[str, Any]]:
-    """Return {where it is: what it holds} of each line that is not blank, or of each array entry.
+def entries_of(path: str, shown: str) -> dict[str, bytes]:
+    """Return {where it is: its JSON} of each line that is not blank, or of each array entry.
 
     Args:
         path: the file.
@@ -667,38 +670,44 @@ def entries_of(path: str, shown: str) -> dict[str, bytes | dict[str, Any]]:
         raise UserError(f"There is no file {path}{where}.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    if not content.lstrip().startswith(b"["):
-        lines = enumerate(content.split(b"\n"), 1)
-        return {f"{shown}:{number}": line for number, line in lines if line.strip()}
+    if content.lstrip().startswith(b"["):
+        return entries_of_array(content, shown)
+    lines = enumerate(content.split(b"\n"), 1)
+    return {f"{shown}:{number}": line for number, line in lines if line.strip()}
+
+
+def entries_of_array(content: bytes, shown: str) -> dict[str, bytes]:
+    """Return {where it is: its JSON} of each entry of a JSON array, or raise UserError."""
+    entries: dict[str, bytes] = {}
+    between = re.compile(r"[\s,]*")
     try:
-        entries = json.loads(content, object_pairs_hook=object_with_unique_keys)
+        text = content.decode()
+        place = between.match(text, text.index("[") + 1).end()
+        while text[place : place + 1] != "]":
+            _, end = json.JSONDecoder().raw_decode(text, place)
+            entries[f"{shown}, entry {len(entries) + 1}"] = text[place:end].encode()
+            place = between.match(text, end).end()
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(
             f"{shown} begins like a JSON array, but is none ({one_line(error)})."
         ) from error
-    except ValueError as error:
-        raise UserError(f"{shown}: {error}.") from error
-    return {f"{shown}, entry {number}": entry for number, entry in enumerate(entries, 1)}
+    return entries
 
 
-def parse_row(text: bytes | dict[str, Any]) -> dict[str, Any]:
+def parse_row(text: bytes) -> dict[str, Any]:
     """Return a conversation's JSON object, or raise ValueError."""
-    row = text
-    if isinstance(text, bytes):
-        try:
-            # Concatenated files may each start with a byte order mark.
-            row = json.loads(text.decode("utf-8-sig"), object_pairs_hook=object_with_unique_keys)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"this is not UTF-8 (byte {error.start + 1}); save it as UTF-8"
-            ) from error
-        except json.JSONDecodeError as error:
-            hint = ""
-            if error.msg == "Expecting ',' delimiter":
-                hint = " (often a quotation mark within the text lacks its backslash)"
-            raise ValueError(
-                f"this is not JSON: {error.msg} at character {error.colno}{hint}"
-            ) from error
+    try:
+        # Concatenated files may each start with a byte order mark.
+        row = json.loads(text.decode("utf-8-sig"), object_pairs_hook=object_with_unique_keys)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"this is not UTF-8 (byte {error.start + 1}); save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        hint = ""
+        if error.msg == "Expecting ',' delimiter":
+            hint = " (often a quotation mark within the text lacks its backslash)"
+        raise ValueError(
+            f"this is not JSON: {error.msg} at character {error.colno}{hint}"
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"this is not an object but {shown_value(row)}; {FORM_RULE}")
     return row
@@ -714,8 +723,8 @@ def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def messages_of(row: dict[str, Any]) -> list[Any]:
-    """Return all messages of a conversation in one of the four forms, or raise ValueError."""
+def messages_of(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
+    """Return a conversation's form, one of FORMS, and its messages, or raise ValueError."""
     if "tools" in row:
         raise ValueError('this script does not train the use of tools; remove the key "tools"')
     found = [keys for keys in FORMS if all(key in row for key in keys)]
@@ -723,23 +732,24 @@ def messages_of(row: dict[str, Any]) -> list[Any]:
         names = " and ".join(key for keys in found for key in keys)
         names = names or ", ".join(shown_value(key) for key in list(row)[:5]) or "nothing"
         raise ValueError(f"the line has {names}; {FORM_RULE}")
-    if found[0] == ("instruction", "output"):
-        return messages_of_alpaca(row)
+    form = found[0]
+    if form == ALPACA:
+        return form, messages_of_alpaca(row)
     messages: list[Any] = []
-    for key in found[0]:
+    for key in form:
         if not isinstance(row[key], list) or not row[key]:
             raise ValueError(f'"{key}" is {shown_value(row[key])}; {FORM_RULE}')
         messages += row[key]
-    if "completion" in row and found[0] == ("prompt", "completion") and len(row["completion"]) != 1:
+    if form == COMPLETION and len(row["completion"]) != 1:
         raise ValueError(
             f'"completion" holds {len(row["completion"])} messages; write only the last reply '
             'there, and what comes before it in "prompt"'
         )
-    if found[0] == ("conversations",):
+    if form == SHAREGPT:
         messages = [message_of_sharegpt(one) for one in messages]
         if row.get("system"):
             messages.insert(0, {"role": "system", "content": row["system"]})
-    return messages
+    return form, messages
 
 
 def messages_of_alpaca(row: dict[str, Any]) -> list[Any]:
@@ -1336,8 +1346,10 @@ def make_plan(job: Job) -> Plan:
     refuse_unknown_targets(config, model)
     try:
         with warnings.catch_warnings():
-            # PEFT only warns of a pattern's key that matches no layer, and ignores it.
-            warnings.filterwarnings("error", "The following .*_pattern keys", RuntimeWarning)
+            # PEFT only warns of a pattern's key that matches no layer, and ignores it. (It writes
+            # such keys itself where the experts of a mixture are fused.)
+            if config.rank_pattern or config.alpha_pattern:
+                warnings.filterwarnings("error", "The following .*_pattern keys", RuntimeWarning)
             peft.inject_adapter_in_model(config, model)
     except (ValueError, RuntimeWarning) as error:
         raise UserError(f"LoraConfig: PEFT refuses it: {one_line(error)}") from error
@@ -1495,7 +1507,7 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
         report(
             "warning",
             f"{len(unseen):,} of these modules, such as {unseen[0]},\nsee pictures alone, so they "
-            'learn nothing from text; write exclude_modules=".*vision.*" in lora_config()',
+            'learn nothing from text; write\nexclude_modules=".*vision.*" in lora_config()',
         )
 
 
@@ -1798,6 +1810,8 @@ class RunEvents(transformers.TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Record the losses beside the checkpoint that is complete now; stop after a signal."""
         job, step = self.job, state.global_step
+        if is_main_process():
+            remove_old_checkpoints(job)
         write_record(job, "running")  # so that a run that is killed has its losses
         if job.settings.DEVICE == "cuda":
             job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
@@ -2007,9 +2021,9 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # ==== CHECKPOINTS: what an earlier run left behind, resuming, and run.json
 #
 # A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal;
-# run.json is written with it. Three are kept, with held-out lines the best epoch's among them. The
-# same command resumes from the newest one that was written to its end. On a CPU the run then ends
-# with the same bytes as one that was never stopped.
+# run.json is written with it. The two newest are kept, and the best epoch's. The same command
+# resumes from the newest one that was written to its end. On a CPU the run then ends with the same
+# bytes as one that was never stopped.
 #
 # A checkpoint is refused if it was made with other settings, another LoraConfig or SFTConfig,
 # another model, other tokens in one of the files, or the other kind of products. The message is a
@@ -2031,12 +2045,13 @@ COMPARED_BY_EFFECT = {
     "GRADIENT_ACCUMULATION_STEPS",
 }  # fmt: skip
 # Fields of SFTConfig that begin so do not change what is trained: paths, logging, saving,
-# evaluation, device. What a process gets of a step depends on the number of processes.
+# evaluation, device.
 NOT_OF_TRAINING = (
     "output_dir", "run_name", "report_to", "project", "trackio", "hub_", "push_to_hub", "log",
-    "disable_tqdm", "eval_", "per_device_", "batch_eval", "prediction_loss", "include_", "save_",
-    "metric_for", "greater_is", "load_best", "use_cpu", "dataloader_", "ddp_", "local_rank",
-    "accelerator_config", "skip_memory", "debug", "do_", "resume_from",
+    "disable_tqdm", "eval_", "per_device_eval", "batch_eval", "prediction_loss", "include_",
+    "save_", "metric_for", "greater_is", "use_cpu", "dataloader_num", "dataloader_pin",
+    "dataloader_pe", "dataloader_pre", "ddp_", "local_rank", "skip_memory", "debug", "do_",
+    "resume_from",
 )  # fmt: skip
 
 
@@ -2092,7 +2107,10 @@ def describe_job(job: Job) -> dict[str, Any]:
     for key, value in config_as_recorded(lora_config(settings)).items():
         if key != "peft_version":
             described[f"LoraConfig.{key}"] = str(value)
-    for key, value in training_config(job).to_dict().items():
+    training = training_config(job).to_dict()
+    # What one process gets of a step depends on their number.
+    training["per_device_train_batch_size"] *= accelerate.PartialState().num_processes
+    for key, value in training.items():
         if not key.startswith(NOT_OF_TRAINING):
             described[f"SFTConfig.{key}"] = str(value)
     described["the products in use"] = job.products
@@ -2143,9 +2161,10 @@ def check_that_it_can_be_read(checkpoint: Path) -> None:
     """Raise UserError if a file of a checkpoint is damaged, as after a power cut."""
     try:
         safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        random_states = [path.name for path in checkpoint.glob("rng_state*.pth")]
+        for name in ("optimizer.pt", "scheduler.pt", *(random_states or ["rng_state.pth"])):
+            zipfile.ZipFile(checkpoint / name).testzip()  # torch's files are archives
+    except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         raise UserError(
             f"{checkpoint} cannot be read ({one_line(error)}). Move that folder away, and the same "
             "command resumes from the checkpoint before it."
@@ -2155,9 +2174,10 @@ def check_that_it_can_be_read(checkpoint: Path) -> None:
 def keep_held_out(job: Job) -> None:
     """Write the conversations that "10%" held out, or raise UserError if others lie there."""
     path = job.output / "held_out.jsonl"
-    if not job.held_out_file:
+    is_there = path.is_file() and path.read_bytes() == job.held_out_file
+    if not job.held_out_file or is_there:
         return
-    if path.exists() and path.read_bytes() != job.held_out_file:
+    if path.exists():
         if job.checkpoint:
             raise UserError(
                 f"{path} is not what this job held out: it was edited, or TRAIN_FILE was. Set it "
@@ -2193,6 +2213,26 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
 def step_of(checkpoint: Path) -> int:
     """Return the step of a folder named checkpoint-STEP."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def remove_old_checkpoints(job: Job) -> None:
+    """Keep the two newest checkpoints, and that of the epoch with the lowest held-out loss.
+
+    Trainer's own limit would count the base model's loss among the epochs', and remove a folder
+    such as checkpoint-50-backup, too.
+    """
+    saved = checkpoints_in(job.output / "checkpoints")
+    kept = {*list(saved)[-2:], best_step(job)}
+    for step, path in saved.items():
+        if step not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def best_step(job: Job) -> int:
+    """Return the step of the epoch with the lowest held-out loss; the last one if not measured."""
+    losses = job.logged("eval_loss")
+    losses.pop(0, None)  # the base's
+    return min(losses, key=lambda step: losses[step], default=job.plan.steps)
 
 
 def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
@@ -2380,11 +2420,7 @@ def move_into_place(staging: Path, job: Job) -> None:
 
 def published(job: Job) -> dict[str, Any]:
     """Return the step whose adapter is to be published, and its name such as "epoch 2 of 3"."""
-    losses = job.logged("eval_loss")
-    losses.pop(0, None)  # the base's
-    step = job.plan.steps
-    if job.settings.PUBLISH == "best" and losses:
-        step = min(losses, key=lambda step: losses[step])
+    step = best_step(job) if job.settings.PUBLISH == "best" else job.plan.steps
     label = f"step {step:,}"
     if step % job.plan.steps_per_epoch == 0:
         label = f"epoch {step // job.plan.steps_per_epoch} of {job.settings.NUM_EPOCHS}"
@@ -2626,12 +2662,12 @@ def summarize(job: Job) -> None:
         base, loss = before_and_after
         fell = f"fell by {base - loss:.4f} nats a token" if loss < base else "did NOT fall"
         lines.append(f"the held-out loss {fell}: {base:.4f} -> {loss:.4f}")
-        losses = job.logged("eval_loss")
-        best = min(losses, key=lambda step: losses[step])
-        if best > 0 and losses[best] < loss:
+        best = best_step(job)
+        lowest = job.logged("eval_loss")[best]
+        if lowest < loss:
             lines.append(
-                f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} "
-                f"({losses[best]:.4f}); the same command with --publish best publishes that one"
+                f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} ({lowest:.4f}); "
+                "the same command with --publish best publishes that one"
             )
     spent = f"{format_time(time.time() - job.started)} in all"
     if job.train_seconds:
@@ -2968,7 +3004,8 @@ def is_same_file(one: str, other: str) -> bool:
 
 def is_main_process() -> bool:
     """Return whether this is the process that prints, decides and writes."""
-    return os.environ.get("RANK", "0") == "0"
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun or accelerate launch
+    return not is_launched or os.environ["RANK"] == "0"
 
 
 def report(section: str, text: str) -> None:
@@ -3018,7 +3055,7 @@ def prepare_device(device: str, dtype: str) -> str:
         device: "cuda" or "cpu".
         dtype: the type of the weights that it must multiply.
     """
-    is_launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun or accelerate launch
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
     left_over = (
         "ACCELERATE_" if is_launched else ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
     )
