@@ -233,6 +233,11 @@ class Recorder(TrainerCallback):
         ]
         trainer.add_callback(self)
 
+    def stop(self):
+        """Record nothing more."""
+        for handle in self.handles:
+            handle.remove()
+
     def before(self, model, args, inputs):
         ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].bool()
         given = {"rows": [row[one].tolist() for row, one in zip(ids, mask, strict=True)]}
