@@ -47,7 +47,7 @@ def plan_of(capsys, *flags, main=t.main):
 
 
 def trainable(plan):
-    """Return how many parameters are trained, as in the sum of the table, and how many there are."""
+    """Return how many parameters are trained, as the table sums it, and how many there are."""
     found = re.search(r"trainable params: ([\d,]+) \|\| all params: ([\d,]+) \|\|", plan)
     trained, total = (int(one.replace(",", "")) for one in found.groups())
     table = plan[plan.index("scaled by\n") : found.start()].splitlines()[1:-1]
