@@ -245,10 +245,22 @@ def test_what_is_wrong_is_named_with_file_and_line_and_the_fix(bad, parts):
         assert [part for part in parts if part not in problem.text] == []
 
 
-def test_an_array_that_is_none_is_refused_with_the_place(capsys):
-    Path("t").write_bytes(b"[\n" + GOOD + b"\n" + GOOD + b"]")
+NO_ARRAYS = {
+    "cut": (b"[\n" + GOOD + b",\n" + GOOD[:-9], "line 3"),
+    "never closed": (b"[\n" + GOOD + b",", "line 2"),
+    "two of them": (b"[" + GOOD + b"]\n[" + GOOD + b"]", ""),
+    "5,000 digits": (b"[" + b"7" * 5000 + b"]", "digits"),
+    "not UTF-8": (b"[" + GOOD.replace(b"turn", b"\xff") + b"]", "utf-8"),
+    "nested too deeply": (b"[" * 99_999 + b"]" * 99_999, ""),
+}
+
+
+@pytest.mark.parametrize("name", NO_ARRAYS)
+def test_an_array_that_is_none_is_refused(name, capsys):
+    content, part = NO_ARRAYS[name]
+    Path("t").write_bytes(content)
     (said,) = refusal(capsys)
-    assert said.startswith("t ") and "JSON array" in said and "line 3" in said
+    assert said.startswith("t ") and "JSON array" in said and part in said
 
 
 @pytest.mark.parametrize(
