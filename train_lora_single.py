@@ -678,19 +678,20 @@ def entries_of(path: str, shown: str) -> dict[str, bytes]:
 
 def entries_of_array(content: bytes, shown: str) -> dict[str, bytes]:
     """Return {where it is: its JSON} of each entry of a JSON array, or raise UserError."""
-    entries: dict[str, bytes] = {}
-    between = re.compile(r"[\s,]*")
     try:
         text = content.decode()
-        place = between.match(text, text.index("[") + 1).end()
-        while text[place : place + 1] != "]":
-            _, end = json.JSONDecoder().raw_decode(text, place)
-            entries[f"{shown}, entry {len(entries) + 1}"] = text[place:end].encode()
-            place = between.match(text, end).end()
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{shown} begins like a JSON array, but is none ({one_line(error)})."
         ) from error
+    entries: dict[str, bytes] = {}
+    between = re.compile(r"[\s,]*")
+    place = between.match(text, text.index("[") + 1).end()
+    while text[place] != "]":
+        _, end = json.JSONDecoder().raw_decode(text, place)
+        entries[f"{shown}, entry {len(entries) + 1}"] = text[place:end].encode()
+        place = between.match(text, end).end()
     return entries
 
 
@@ -1811,7 +1812,7 @@ class RunEvents(transformers.TrainerCallback):
         """Record the losses beside the checkpoint that is complete now; stop after a signal."""
         job, step = self.job, state.global_step
         if is_main_process():
-            remove_old_checkpoints(job)
+            remove_old_checkpoints(job, step)
         write_record(job, "running")  # so that a run that is killed has its losses
         if job.settings.DEVICE == "cuda":
             job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
@@ -2163,7 +2164,9 @@ def check_that_it_can_be_read(checkpoint: Path) -> None:
         safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
         random_states = [path.name for path in checkpoint.glob("rng_state*.pth")]
         for name in ("optimizer.pt", "scheduler.pt", *(random_states or ["rng_state.pth"])):
-            zipfile.ZipFile(checkpoint / name).testzip()  # torch's files are archives
+            with zipfile.ZipFile(checkpoint / name) as archive:  # as torch's files are
+                if archive.testzip():
+                    raise zipfile.BadZipFile(f"{name} is damaged")
     except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         raise UserError(
             f"{checkpoint} cannot be read ({one_line(error)}). Move that folder away, and the same "
@@ -2215,17 +2218,18 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def remove_old_checkpoints(job: Job) -> None:
-    """Keep the two newest checkpoints, and that of the epoch with the lowest held-out loss.
+def remove_old_checkpoints(job: Job, newest: int) -> None:
+    """Keep the newest checkpoint, the one before it, and that of the epoch with the lowest loss.
 
     Trainer's own limit would count the base model's loss among the epochs', and remove a folder
     such as checkpoint-50-backup, too.
     """
     saved = checkpoints_in(job.output / "checkpoints")
-    kept = {*list(saved)[-2:], best_step(job)}
-    for step, path in saved.items():
+    until_now = [step for step in saved if step <= newest]  # later ones were not finished
+    kept = {*until_now[-2:], best_step(job)}
+    for step in until_now:
         if step not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(saved[step], ignore_errors=True)
 
 
 def best_step(job: Job) -> int:
@@ -2943,7 +2947,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, hint in setting_types().items():
         default = globals()[name]
         is_list = isinstance(default, list)
-        shown = " ".join(default) if is_list else default
+        shown = " ".join(map(str, default)) if is_list else default
         help_text = f"{comments.get(name, '')} [{shown}]".replace("%", "%%")
         is_choice = typing.get_origin(hint) is Literal
         flags.add_argument(
