@@ -458,7 +458,7 @@ def test_whenever_it_is_killed_there_is_enough_left(flags, whole, tmp_path, capf
 
 
 def test_checkpoints_hold_what_resuming_needs_and_nothing_else(interrupted, finished):
-    assert checkpoints(finished) == [4, 6, 8]
+    assert checkpoints(finished) == [6, 8]  # the two newest, and the best epoch's, which is 8
     needed = {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"}
     needed |= {"rng_state.pth", "trainer_state.json"}
     for step in (4, 6, 7):
@@ -485,8 +485,14 @@ def test_a_checkpoint_that_was_not_finished_is_named_and_passed_over(
     assert go_on(command(flags, stopped), whole, capfd) == 6
 
 
+def damage(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :])
+
+
 BROKEN = [
     ("adapter_model.safetensors", cut), ("optimizer.pt", cut), ("scheduler.pt", Path.unlink),
+    ("optimizer.pt", damage),
     ("rng_state.pth", cut), ("rng_state.pth", Path.unlink),
 ]  # fmt: skip
 
@@ -505,6 +511,20 @@ def test_an_unreadable_checkpoint_is_named_with_the_folder_to_move(
     assert files(stopped) == left
     newest.rename(tmp_path / "moved away")
     assert job_found(prepared(command(flags, stopped))) == "checkpoint-6"
+
+
+def test_unfinished_checkpoints_do_not_push_out_a_finished_one(
+    flags, whole, stopped, monkeypatch, capfd
+):
+    """A power cut may leave several."""
+    folder = stopped / "checkpoints"
+    for step in (6, 7):
+        cut(folder / f"checkpoint-{step}" / "trainer_state.json")
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, send(signal.SIGTERM))
+        assert run(command(flags, stopped)) == 143
+    assert "checkpoint-5" in capfd.readouterr().err
+    assert go_on(command(flags, stopped), whole, capfd) == 5
 
 
 NOTHING_TO_RESUME = {
