@@ -411,11 +411,11 @@ def test_an_older_python_and_windows_are_refused_in_one_message(monkeypatch):
         runpy.run_path(str(SCRIPT))
 
 
-# ---- trackers -----------------------------------------------------------------------------------
+# ---- a whole run --------------------------------------------------------------------------------
 
 
-def test_a_tracker_is_told_every_loss_and_the_runs_name(monkeypatch):
-    """The package is made up, and transformers' callback for it a recorder."""
+def test_a_run_does_what_its_dry_run_said_and_tells_a_tracker(monkeypatch, capsys):
+    """The tracker's package is made up, and transformers' callback for it a recorder."""
     told = []
 
     class Recorder(transformers.TrainerCallback):
@@ -423,9 +423,19 @@ def test_a_tracker_is_told_every_loss_and_the_runs_name(monkeypatch):
             told.append((args.run_name, state.global_step, logs))
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Recorder)
-    flags = [*RUN, "--output_dir", "out/a-run", "--eval_file", "e"]
+    flags = [*RUN, "--output_dir", "out/a-run", "--eval_file", "e", "--report_to", "tensorboard"]
     Path("e").write_bytes(Path("t").read_bytes())
-    t.main([*flags, "--report_to", "tensorboard"])
+    t.main([*flags, "--dry_run"])
+    promised = capsys.readouterr().out
+    assert not Path("out").exists() and not told
+    t.main(flags)
+    done = capsys.readouterr().out
+    said = [line for line in promised.splitlines() if not line.startswith("done ")]
+    lines = iter(done.splitlines())
+    assert len(said) > 20 and all(line in lines for line in said)  # in this order
+    (tokens,) = re.findall(r"all steps together train on ([\d,]+) tokens", promised)
+    record = json.loads(Path("out/a-run/run.json").read_bytes())
+    assert record["train_tokens"] == int(tokens.replace(",", "")) > 0
     assert {name for name, *_ in told} == {"a-run"}
     assert [step for _, step, logs in told if "loss" in logs] == [1, 2]
     assert [step for _, step, logs in told if "eval_loss" in logs] == [0, 2]
@@ -460,34 +470,54 @@ class NoKernels(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def a_gpu(monkeypatch):
-    """Pretend a GPU that is new, and for which torch has no kernels."""
+def pretend_a_gpu(monkeypatch, capability):
+    """Let there be a GPU of this capability, for which torch has no kernels."""
     monkeypatch.setattr(accelerate.PartialState, "_shared_state", {})
     answers = {
         "is_available": True, "set_device": None, "device_count": 1, "is_bf16_supported": True,
-        "get_device_capability": (8, 9), "mem_get_info": (2**34, 2**34),
+        "get_device_capability": capability, "mem_get_info": (2**34, 2**34),
         "get_device_name": "NVIDIA A GPU",
     }  # fmt: skip
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    with contextlib.ExitStack() as stack:
-        monkeypatch.setattr(torch.cuda, "init", lambda: stack.enter_context(NoKernels()))
-        yield
 
 
+FOR_GPUS = ("fla", "causal_conv1d")  # packages that work on newer GPUs alone
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (8, 9)])
 @pytest.mark.parametrize("visible", [None, "3,1"])
 def test_a_torch_without_the_gpus_kernels_is_named_with_the_gpu(
-    a_gpu, visible, monkeypatch, capsys
+    capability, visible, monkeypatch, capsys
 ):
     """And of several GPUs the first one is used: TRL refuses several without a launcher."""
+    pretend_a_gpu(monkeypatch, capability)
+    for name in FOR_GPUS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    said = refusal(t.main, [*RUN, *GPU], capsys, status=1)
-    assert f"torch {torch.__version__}" in said and "NVIDIA A GPU, sm_89" in said
-    assert "no kernel image" in said and "requirements.txt" in said
+    with contextlib.ExitStack() as stack:
+        monkeypatch.setattr(torch.cuda, "init", lambda: stack.enter_context(NoKernels()))
+        said = refusal(t.main, [*RUN, *GPU], capsys, status=1)
+    assert f"torch {torch.__version__}" in said and "requirements.txt" in said
+    assert f"NVIDIA A GPU, sm_{capability[0]}{capability[1]}" in said and "no kernel image" in said
     assert os.environ["CUDA_VISIBLE_DEVICES"] == (visible or "0")[0]
+    assert all((name in sys.modules) == (capability < (8, 0)) for name in FOR_GPUS)
+
+
+@pytest.mark.parametrize("mode", ["CPU", "dry run"])
+def test_packages_for_newer_gpus_are_not_imported_elsewhere(mode, monkeypatch):
+    for name in FOR_GPUS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if mode == "CPU":
+        t.prepare_device("cpu", "float32")
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    else:
+        t.main([*RUN, *GPU, "--dry_run"])
+    for name in FOR_GPUS:
+        with pytest.raises(ImportError):
+            __import__(name)
 
 
 @pytest.mark.parametrize(
