@@ -520,7 +520,8 @@ def prepare(job: Job) -> None:
     job.chat_format = load_chat_format(settings.MODEL_NAME, settings.MODEL_REVISION)
     job.train, more = encode(train, job.chat_format, settings.MAX_SEQ_LEN)
     job.held_out, still_more = encode(held_out, job.chat_format, settings.MAX_SEQ_LEN)
-    problems += more + still_more
+    # A conversation of several replies would be named for each of them.
+    problems = [*dict.fromkeys(problems + more + still_more)]
     if problems:
         noun = "problems" if len(problems) > 1 else "problem"
         raise UserError(
@@ -570,7 +571,7 @@ class Example:
         return {key: value for key, value in self.row.items() if key not in of_forms}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Problem:
     """What is wrong with a line, or with a file."""
 
@@ -2594,6 +2595,7 @@ def card_text(job: Job) -> str:
     )
     # Of a local folder's path only the last part is told.
     base = Path(settings.MODEL_NAME).resolve().name if is_folder else settings.MODEL_NAME
+    revision = "" if is_folder else f', revision="{settings.MODEL_REVISION}"'
     files = [
         f"- `{Path(facts['file']).name}`: {facts['examples']:,} examples, "
         f"{facts['learned_tokens']:,} learned tokens, SHA-256 `{facts['sha256']}`"
@@ -2636,7 +2638,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("final_lora")
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="auto")
 model = PeftModel.from_pretrained(base, "final_lora").eval()
 ```
 
