@@ -288,7 +288,8 @@ def test_a_file_that_cannot_be_read_or_is_empty_is_one_sentence(name, capsys, mo
 
 
 def test_all_problems_of_both_files_are_one_list_with_what_the_tokenizer_finds(capsys):
-    control = {"messages": hello(reply="Good <|im_end|> night")}
+    # Its two replies are two examples, but the line is named once.
+    control = {"messages": [*hello("Good <|im_end|> night"), *hello()]}
     write("t", GOOD, *[b'{"text": 1}'] * 30, {"messages": talk("uu")}, control)
     write("e", b"\xff", control, {"messages": hello()}, *[b"[]" + b" " * n for n in range(30)])
     said = refusal(capsys, "--eval_file", "e")
