@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -429,7 +430,12 @@ def test_a_run_does_what_its_dry_run_said_and_tells_a_tracker(monkeypatch, capsy
     promised = capsys.readouterr().out
     assert not Path("out").exists() and not told
     t.main(flags)
-    done = capsys.readouterr().out
+    done, errors = capsys.readouterr()
+    # Whole lines in words, and all of them are in the log, too.
+    assert errors == "" and re.findall(r"\{'|it/s|\d%\||Warning|\r|\x1b", done) == []
+    assert max(len(line) for line in done.splitlines() if " serve " not in line) <= 100
+    head, _, log = Path("out/a-run/all_logs.log").read_text().lstrip("\n").partition("\n")
+    assert head.startswith("---- 20") and log == done
     said = [line for line in promised.splitlines() if not line.startswith("done ")]
     lines = iter(done.splitlines())
     assert len(said) > 20 and all(line in lines for line in said)  # in this order
@@ -439,6 +445,18 @@ def test_a_run_does_what_its_dry_run_said_and_tells_a_tracker(monkeypatch, capsy
     assert {name for name, *_ in told} == {"a-run"}
     assert [step for _, step, logs in told if "loss" in logs] == [1, 2]
     assert [step for _, step, logs in told if "eval_loss" in logs] == [0, 2]
+
+
+def test_on_a_terminal_bars_run_below_whole_lines(monkeypatch, capsys):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    Path("e").write_bytes(Path("t").read_bytes())
+    t.main([*RUN, "--eval_file", "e", "--logging_steps", "1"])
+    bars, out = terminal.getvalue(), capsys.readouterr().out
+    assert re.search(r"50%\|.*\| 1/2 \[", bars) and re.search(r"held-out loss: .*\| \d/8 \[", bars)
+    assert "{'" not in bars + out and "%|" not in out
+    assert len(re.findall(r"(?m)^train +step \d/2  loss ", out)) == 2
 
 
 # ---- the GPU ------------------------------------------------------------------------------------
@@ -518,24 +536,6 @@ def test_packages_for_newer_gpus_are_not_imported_elsewhere(mode, monkeypatch):
     for name in FOR_GPUS:
         with pytest.raises(ImportError):
             __import__(name)
-
-
-@pytest.mark.parametrize(
-    ("capability", "has_fla", "is_said"),
-    [((8, 0), False, True), ((8, 0), True, False), ((7, 0), False, False)],
-    ids=["new", "with the package", "old"],
-)
-def test_a_new_gpu_without_the_faster_kernels_is_told(
-    capability, has_fla, is_said, monkeypatch, capsys
-):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(t.importlib.util, "find_spec", lambda _: object() if has_fla else None)
-    job = t.Job(t.parse_settings([]), config=transformers.AutoConfig.from_pretrained(TINY))
-    t.mention_faster_kernels(job)
-    assert ("pip install flash-linear-attention" in capsys.readouterr().out) == is_said
-    job.config = transformers.LlamaConfig()
-    t.mention_faster_kernels(job)
-    assert capsys.readouterr().out == ""
 
 
 # ---- importing, the environment, the packages ---------------------------------------------------
