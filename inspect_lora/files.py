@@ -21,6 +21,11 @@ PREFIX = "base_model.model."  # of each tensor's name in a file that PEFT wrote
 # Where a model for images and text has the layers of the text model, and where that has them alone.
 # PEFT takes these as load_adapter(key_mapping=...), which leaves out the prefix.
 KEY_MAPPING = {r"^model\.language_model\.": "model.", r"^language_model\.model\.": "model."}
+# The end of the name of a quantized copy, as other trainers record it.
+QUANTIZED_NAME = re.compile(
+    r"(?i)[-_.](?:unsloth-)?(?:bnb-)?(?:[2-8]bit|int[48]|bnb|gptq|awq|gguf|exl2|"
+    r"(?:mx|nv)?(?:fp|nf)[48]|w[48]a(?:8|16))(?:[-_.][^/]*)?$"
+)
 
 
 def find_adapter(name: str) -> Path:
@@ -92,15 +97,8 @@ def read_adapter_config(place: Path) -> dict[str, Any]:
 
 def read_tensors(place: Path) -> dict[str, torch.Tensor]:
     """Return an adapter's tensors under the text model's names, in the order of the file."""
-    import safetensors.torch
-
     path = place / "adapter_model.safetensors"
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InspectError(f"{path} cannot be read ({one_line(error)}).") from error
-    if not tensors:
-        raise InspectError(f"{path} holds no tensors, so the adapter changes nothing.")
+    tensors = read_as_named(place)
     foreign = [name for name in tensors if not name.startswith(PREFIX)]
     if foreign:
         raise InspectError(
@@ -114,6 +112,20 @@ def read_tensors(place: Path) -> dict[str, torch.Tensor]:
             raise InspectError(f"{path} holds two tensors for one place, {place_of_it}.")
         found[place_of_it] = tensor
     return found
+
+
+def read_as_named(place: Path) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors under the names that its file has."""
+    import safetensors.torch
+
+    path = place / "adapter_model.safetensors"
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InspectError(f"{path} cannot be read ({one_line(error)}).") from error
+    if not tensors:
+        raise InspectError(f"{path} holds no tensors, so the adapter changes nothing.")
+    return tensors
 
 
 def name_in_text_model(name: str) -> str:
