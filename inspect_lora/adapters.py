@@ -86,6 +86,18 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_revision", help="its branch, tag or commit on the hub")
 
 
+def add_system_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --system, which `evidence` has as well."""
+    parser.add_argument("--system", help="the system message; default: that of the training")
+
+
+def system_message_of(options: argparse.Namespace, trained_by: Run | None) -> str:
+    """Return the system message of the training: --system, else the run's, else none."""
+    if options.system is not None:
+        return options.system
+    return trained_by.record.get("system_message", "") if trained_by else ""
+
+
 def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> Adapter:
     """Load the base model with the adapter on top of it, each of its tensors in its place."""
     base, revision = base_of(options, place, run)

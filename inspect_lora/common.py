@@ -6,12 +6,14 @@ of it is written in the script as well, which stays one file that is complete al
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
 import os
 import textwrap
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,18 @@ def report(section: str, text: str) -> None:
 def report_sentence(section: str, sentence: str) -> None:
     """Print a sentence of any length, broken at spaces into lines of at most 100 columns."""
     report(section, textwrap.fill(sentence, 90, break_long_words=False, break_on_hyphens=False))
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return what reads a flag's whole number, which must be at least so much."""
+
+    def read(text: str) -> int:
+        """Return the number, or say what the flag must be."""
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"it must be a whole number from {least}, not {text}")
+        return int(text)
+
+    return read
 
 
 def one_line(value: Any, width: int = 200) -> str:

@@ -25,7 +25,14 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from inspect_lora.adapters import Adapter
-from inspect_lora.common import InspectError, file_sha256, join_limited, path_from_here, report
+from inspect_lora.common import (
+    InspectError,
+    at_least,
+    file_sha256,
+    join_limited,
+    path_from_here,
+    report,
+)
 from inspect_lora.files import Run, where_it_is_now
 from inspect_lora.trainer import (
     Example,
@@ -69,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of another trainer, else those of its run",
     )
     parser.add_argument(
-        "--max_seq_len", type=int, help="leave out longer ones; default: no line is too long"
+        "--max_seq_len",
+        type=at_least(1),
+        help="leave out what has more tokens; default: no line is too long",
     )
 
 
