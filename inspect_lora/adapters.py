@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import peft
 import torch
 import transformers
@@ -202,8 +201,9 @@ def choose_device_and_dtype(
         if options.device or device == "cpu":
             raise
         report("device", f"the CPU, since the GPU does not work: {one_line(error)}")
-        prepare_device("cpu", dtype)
-    return accelerate.PartialState().device, dtype
+        device = "cpu"
+        prepare_device(device, dtype)
+    return torch.device(device), dtype
 
 
 def chat_format_of(

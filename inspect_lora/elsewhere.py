@@ -103,14 +103,7 @@ def replies_of_base(
         config = by_chance(chat_format, REPLY_TOKENS)
         replies = generate(model, chat_format, prompts, config, "other tasks, base")
     examples = [
-        Example(
-            where=task.where,
-            messages=task.messages,
-            extra={},
-            prompt_ids=prompt,
-            reply_ids=reply.ids,
-            is_last=True,
-        )
+        Example(task.where, task.messages, prompt_ids=prompt, reply_ids=reply.ids)
         for task, prompt, reply in zip(tasks, prompts, replies, strict=True)
     ]
     return examples, [reply.text for reply in replies]

@@ -44,7 +44,7 @@ class Losses:
         return ratio_with_error(differences(self.base, self.trained), self.tokens, self.lines)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Estimate:
     """A mean over the held-out examples, with its standard error."""
 

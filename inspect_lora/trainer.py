@@ -7,6 +7,7 @@ since the working folder may hold another copy. The script itself knows nothing 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,8 @@ def load_script() -> ModuleType:
 
 
 script = load_script()
+# transformers advises packages for GPUs with each model; the script says where they help.
+logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 
 UserError = script.UserError
 Example = script.Example
