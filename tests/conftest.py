@@ -17,8 +17,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "tests" / "tiny-qwen3.5")
 sys.path.insert(0, str(ROOT))
-# A shell's background job ignores these, and the script leaves an ignored signal ignored.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A shell's background job ignores some of these, and the script leaves an ignored signal ignored.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def default_handlers():
@@ -34,11 +34,6 @@ import jinja2  # noqa: E402
 import pytest  # noqa: E402
 
 import train_lora_single as t  # noqa: E402
-
-# The script does without inspect_lora.py, and so do its tests; only what is about both is skipped.
-HAS_INSPECTOR = (ROOT / "inspect_lora.py").is_file()
-BY_INSPECTOR = ("samples.md", "lora.png") if HAS_INSPECTOR else ()  # what it adds to a run's output
-needs_inspector = pytest.mark.skipif(not HAS_INSPECTOR, reason="there is no inspect_lora.py")
 
 # PEFT makes a model card for each checkpoint, and compiles its template anew each time: that is a
 # tenth of a short run.
@@ -68,18 +63,7 @@ def in_the_root(monkeypatch):
 # The longest first, as they stand in this list: else one worker waits for the other at the end.
 LONGEST = [
     f"test_{name}.py"
-    for name in (
-        *(
-            "resume",
-            "inspect_evidence",
-            "inspect_adapters",
-            "benchmark",
-            "card",
-            "command_line",
-            "real_model",
-        ),
-        *("inspect_chat", "results", "training", "products", "plan"),
-    )
+    for name in ("resume", "evidence", "adapters", "story", "results", "training", "real_model")
 ]
 
 
@@ -98,13 +82,6 @@ def restored_environment(monkeypatch):
     yield
     for name in set(os.environ) - before:
         del os.environ[name]
-
-
-@pytest.fixture
-def no_picture(monkeypatch):
-    """Write a few bytes for lora.png: drawing is a third of a short run's time."""
-    placeholder = lambda _, path: Path(path).write_bytes(b"new")  # noqa: E731
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", placeholder)
 
 
 @pytest.fixture(scope="session")
@@ -132,13 +109,11 @@ def untied(tmp_path_factory):
 def write_short_data(folder, train=13, held_out=4):
     """Write the shortest lines of the shipped data to folder; return the flags of a short run.
 
-    The run is on the tests' model, has two epochs (of four steps with 13 lines), a checkpoint
-    every three steps, one sample, and no evidence. Later flags override these.
+    The run is on the tests' model, has two epochs (of four steps with 13 lines), and a checkpoint
+    every three steps. Later flags override these.
     """
     flags = ["--demo", "--model_name", TINY, "--learning_rate", "1e-2", "--num_epochs", "2"]
-    flags += ["--logging_steps", "1", "--save_steps", "3", "--evidence_examples", "0"]
-    flags += ["--max_steps", "0", "--general_file", ""]
-    flags += ["--num_samples", "1", "--max_new_tokens", "3", "--eval_group", ""]
+    flags += ["--logging_steps", "1", "--save_steps", "3", "--max_steps", "0"]
     for name, number in (("train", train), ("eval", held_out)):
         text = (ROOT / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
         rows = sorted(text.splitlines(keepends=True), key=len)[:number]
@@ -148,25 +123,24 @@ def write_short_data(folder, train=13, held_out=4):
 
 
 @pytest.fixture
-def flags(tmp_path, no_picture):
-    """Return the flags of a short run into tmp_path/output, which draws no picture."""
+def flags(tmp_path):
+    """Return the flags of a short run into tmp_path/output."""
     return [*write_short_data(tmp_path), "--output_dir", str(tmp_path / "output")]
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """Return the output folder of one finished short run with everything on.
+    """Return the output folder of one finished short run; its data lies beside that folder.
 
     What it printed is in all_logs.log there. Tests must not change the folder.
     """
     folder = tmp_path_factory.mktemp("finished")
-    flags = [*write_short_data(folder), "--output_dir", str(folder / "output")]
-    flags += ["--num_samples", "2", "--evidence_examples", "200", "--eval_group", "kind"]
     before = os.getcwd()
     os.chdir(ROOT)
     try:
         with handlers_restored():
-            t.main(flags)
+            default_handlers()
+            t.main([*write_short_data(folder), "--output_dir", str(folder / "output")])
     finally:
         os.chdir(before)
     gc.collect()
