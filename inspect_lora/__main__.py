@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
             raise
         give_up(
             f"The GPU's memory is full ({one_line(error)}). If another program runs there, stop "
-            "it. --dtype bfloat16 halves what float32 needs, and --device cpu needs no GPU.",
+            "it. Else --dtype bfloat16 halves what float32 needs, evidence leaves long lines out "
+            "with --max_seq_len, and --device cpu needs no GPU.",
             1,
         )
 

@@ -160,10 +160,9 @@ def about_change(found: Elsewhere) -> str:
     shift = found.without_system[1.0]
     kl, other = shift.kl_a_token(), shift.other_tokens()
     return (
-        f"change: on {found.tasks} other tasks the likeliest token is another one at "
-        f"{100 * other.value:.1f} % of the places (KL(base || adapter) is {kl.value:.4f} nats a "
-        "token; 0 is no change). That says how far the model was moved, not that anything got "
-        "worse: with the same gain, prefer the run that moves it less."
+        f"change: on {found.tasks} other tasks another token is the likeliest at "
+        f"{100 * other.value:.1f} % of the places (KL {kl.value:.4f} nats a token; 0 is none). It "
+        "says how far the model was moved, not that anything got worse."
     )
 
 

@@ -11,9 +11,12 @@ import transformers
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from inspect_lora.common import shorten_path
 from inspect_lora.elsewhere import Shift
 from inspect_lora.parts import Part
 from inspect_lora.report import Findings, logged
+
+BEHIND_A_NUMBER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 
 
 def draw_picture(found: Findings, path: Path) -> None:
@@ -34,7 +37,8 @@ def draw_picture(found: Findings, path: Path) -> None:
     panels = figure.subplot_mosaic(rows)
     config = found.adapter.model.peft_config["default"]
     figure.suptitle(
-        f"{found.name} on {found.adapter.base}, r = {config.r}, alpha = {config.lora_alpha}",
+        f"{shorten_path(found.name, 50)} on {shorten_path(found.adapter.base, 40)}, "
+        f"r = {config.r}, alpha = {config.lora_alpha}",
         parse_math=False,
     )
     if losses:
@@ -82,7 +86,7 @@ def draw_losses(axes: Axes, losses: dict[int, float], evals: dict[int, float]) -
             textcoords="offset points",
             ha="center",
             zorder=6,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            bbox=BEHIND_A_NUMBER,
         )
     axes.margins(y=0.15)
     axes.set(xlabel="step", ylabel="loss, nats per token", title="Loss")
@@ -155,7 +159,15 @@ def draw_gain_and_change(axes: Axes, parts: list[Part], shifts: dict[float, Shif
     names = ["base", *(f"x {part.value:g}" if part.value != 1 else "as trained" for part in drawn)]
     axes.errorbar(changes, gains, errors, marker="o", capsize=3)
     for change, gain, name in zip(changes, gains, names, strict=True):
-        axes.annotate(name, (change, gain), (6, -12), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            name,
+            (change, gain),
+            (7, -14),
+            textcoords="offset points",
+            fontsize=8,
+            zorder=6,
+            bbox=BEHIND_A_NUMBER,
+        )
     axes.axhline(100, color="0.6", linestyle="--", linewidth=1)
     axes.set(
         xlabel="change on other tasks, without a system message: KL(base || adapter) a token",

@@ -6,6 +6,7 @@ import math
 import re
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from inspect_lora.adapters import Adapter, scaling_in_words
@@ -17,6 +18,7 @@ from inspect_lora.common import (
     read_json,
     report,
     report_sentence,
+    shorten_path,
 )
 from inspect_lora.conversations import HeldOut
 from inspect_lora.elsewhere import Elsewhere, Shift
@@ -130,6 +132,11 @@ def verdict(found: Findings) -> str:
 # ---- report.md
 
 
+def short_line(where: str) -> str:
+    """Return which line of which file it is, without the folder."""
+    return Path(where).name
+
+
 def as_markdown(found: Findings) -> str:
     """Return report.md: the verdict first, then what it rests on."""
     sections = [
@@ -148,14 +155,11 @@ def as_markdown(found: Findings) -> str:
 def markdown_verdict(found: Findings) -> str:
     """Return the heading, the gain and the conclusions."""
     gain = found.losses.gain()
+    short = f"{abs(gain.value):.3f} nats a token {'better' if gain.value > 0 else 'worse'}"
     if not gain.is_clear():
-        short = "no clear gain"
-    else:
-        short = f"{abs(gain.value):.3f} nats a token {'better' if gain.value > 0 else 'worse'}"
-    lines = [f"# {escaped(found.name)}: {short} than its base"]
-    if not gain.is_clear():
-        lines = [f"# {escaped(found.name)}: {short} over its base"]
-    lines += ["", f"**{verdict(found)}.**".replace("\n", " "), ""]
+        short = "neither better nor worse, by a clear difference,"
+    title = f"# {escaped(shorten_path(found.name, 60))}: {short} than its base"
+    lines = [title, "", f"**{verdict(found)}.**".replace("\n", " "), ""]
     lines += [f"- {escaped(sentence)}" for sentence in found.conclusions]
     return "\n".join(lines)
 
@@ -208,7 +212,7 @@ def markdown_updates(found: Findings) -> str:
         )
     if not rows:
         return ""
-    head = ["target", "modules", "update, mean", "largest", "directions with 90 %"]
+    head = ["target", "modules", "update, mean", "largest", "directions that hold 90 % of it"]
     return (
         "The size of each update is compared with that of the weight W that it is added to "
         f"(Frobenius norms).\n\n{table(head, rows)}"
@@ -263,7 +267,8 @@ def markdown_checks(found: Findings) -> str:
     head = ["check", "lines", "base passes", "adapter passes", "lost", "won", "p"]
     sentences = []
     for row in found.checks:
-        lost = f" Lost: {escaped(join_limited(row.lost, 10, ', '))}." if row.lost else ""
+        lines = join_limited([short_line(where) for where in row.lost], 10, ", ")
+        lost = f" Lost: {escaped(lines)}." if row.lost else ""
         sentences.append(f"- {escaped(row.conclusion())}{lost}")
     return "\n\n".join(
         [
@@ -298,7 +303,10 @@ def markdown_kinds(found: Findings) -> str:
     head = [escaped(found.group), "replies", "base", "adapter", "difference", "lower on"]
     text = "## By kind of line\n\n" + table(head, rows[:40]) if len(rows) > 1 else "## By line"
     worst = sorted(range(len(changes)), key=lambda n: -changes[n] / losses.tokens[n])[:3]
-    shown = [f"{escaped(losses.lines[n])} ({changes[n] / losses.tokens[n]:+.2f})" for n in worst]
+    shown = [
+        f"{escaped(short_line(losses.lines[n]))} ({changes[n] / losses.tokens[n]:+.2f})"
+        for n in worst
+    ]
     return f"{text}\n\nThe loss fell least, or rose, on {', '.join(shown)}."
 
 
@@ -334,7 +342,7 @@ def markdown_samples(found: Findings) -> str:
             for reply in (sample.base, sample.adapter)
         ]
         parts += [
-            f"### {escaped(sample.example.where)} {escaped(kind)}".rstrip(),
+            f"### {escaped(short_line(sample.example.where))} {escaped(kind)}".rstrip(),
             "\n>\n".join(said),
             table(["base", "adapter", "reference"], [[*replies, cell(reference["content"])]]),
         ]
@@ -354,7 +362,7 @@ def markdown_facts(found: Findings) -> str:
     adapter, config = found.adapter, found.adapter.model.peft_config["default"]
     spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in found.seconds.items())
     facts = {
-        "adapter": f"{adapter.place}, r = {config.r}, alpha = {config.lora_alpha}",
+        "adapter": f"{found.name}, r = {config.r}, alpha = {config.lora_alpha}",
         "base": f"{adapter.base} ({adapter.revision}), in {adapter.dtype}",
         "held-out file": f"{found.held_out.path}, SHA-256 {found.held_out.sha256}",
         "system message": found.system_message or "(none)",
