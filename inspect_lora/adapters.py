@@ -14,7 +14,8 @@ import argparse
 import importlib.util
 import re
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ import peft
 import torch
 import transformers
 
-from inspect_lora.common import InspectError, join_limited, one_line, read_json, report
+from inspect_lora.common import (
+    InspectError,
+    join_limited,
+    one_line,
+    read_json,
+    report,
+    shorten_path,
+)
 from inspect_lora.files import (
     HUB_NAME,
     KEY_MAPPING,
@@ -40,6 +48,7 @@ from inspect_lora.trainer import (
     CHANGES_THE_BASE,
     ChatFormat,
     UserError,
+    commit_of,
     load_chat_format,
     load_config,
     load_model,
@@ -99,17 +108,18 @@ def system_message_of(options: argparse.Namespace, trained_by: Run | None) -> st
 
 def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> Adapter:
     """Load the base model with the adapter on top of it, each of its tensors in its place."""
-    base, revision = base_of(options, place, run)
     config = lora_config_of(place)
     tensors = read_tensors(place)
     refuse_not_finite(tensors, place)
-    try:
-        device, dtype = choose_device_and_dtype(options, base, revision, run)
-        refuse_other_quantization(base, load_config(base, revision))
+    base, revision = base_of(options, place, run)
+    with errors_name_the_base(base):
+        revision = commit_of(base, revision)
+        base_config = load_config(base, revision)
+    refuse_other_quantization(base, base_config)
+    device, dtype = choose_device_and_dtype(options, base_config, run)
+    with errors_name_the_base(base):
         chat_format = chat_format_of(options, place, base, revision)
         model = load_model(base, revision, dtype, device)
-    except UserError as error:
-        raise InspectError(f"{error}\n(The adapter's base model is {base}; see --base.)") from error
     if run and run.record.get("products") == "float16" and device.type == "cuda":
         model = use_float16_products(model)  # as it was trained
     model = put_adapter_on(model, config, tensors, place)
@@ -117,12 +127,22 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
     by_pattern = " (others by pattern)" if lora.rank_pattern or lora.alpha_pattern else ""
     report(
         "adapter",
-        f"{options.adapter}: LoRA with r = {lora.r}, alpha = {lora.lora_alpha}{by_pattern} on "
-        f"{len(lora_layers(model))} modules\nof {base} in {dtype}, on {device.type}",
+        f"{shorten_path(options.adapter, 90)}\nLoRA with r = {lora.r}, alpha = {lora.lora_alpha}"
+        f"{by_pattern} on {len(lora_layers(model))} modules, in {dtype} on {device.type}\n"
+        f"of {shorten_path(base, 87)}",
     )
     if run and run.record.get("script_sha256") not in (None, script_sha256()):
         report("", "It was trained by another version of train_lora_single.py than lies here.")
     return Adapter(place, run, model, chat_format, base, revision, dtype)
+
+
+@contextmanager
+def errors_name_the_base(base: str) -> Iterator[None]:
+    """Add to a message of the script by which flag another base model is named."""
+    try:
+        yield
+    except UserError as error:
+        raise InspectError(f"{error}\n(The adapter's base model is {base}; see --base.)") from error
 
 
 # ---- Which base model, device and type, and what renders the conversations
@@ -182,7 +202,7 @@ def refuse_other_quantization(base: str, config: transformers.PretrainedConfig) 
 
 
 def choose_device_and_dtype(
-    options: argparse.Namespace, base: str, revision: str, run: Run | None
+    options: argparse.Namespace, base_config: transformers.PretrainedConfig, run: Run | None
 ) -> tuple[torch.device, str]:
     """Return where the model goes and in which type: as it was trained, as far as is known.
 
@@ -192,8 +212,7 @@ def choose_device_and_dtype(
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = options.dtype or (run and run.settings.get("DTYPE"))
     if not dtype and device == "cuda":
-        own = str(load_config(base, revision).get_text_config().dtype).removeprefix("torch.")
-        dtype = "float32" if own == "float32" else "bfloat16"
+        dtype = "float32" if base_config.get_text_config().dtype == torch.float32 else "bfloat16"
     dtype = dtype or "float32"
     try:
         prepare_device(device, dtype)

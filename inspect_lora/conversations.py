@@ -151,7 +151,8 @@ def read_tasks(path: str) -> list[Task]:
 def task_of(row: Any, where: str) -> Task:
     """Return the task of a line, or raise ValueError."""
     messages = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, dict) or last.get("role") != "user":
         raise ValueError('a line is {"prompt": [messages, the last one of the user]}')
     check_messages([*messages, {"role": "assistant", "content": "a reply"}])
     return Task(where, messages, read_checks(row.get("checks", {})))

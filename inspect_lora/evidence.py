@@ -151,14 +151,16 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
     if options.examples:
         measure_parts_and_change(found, tasks, options.examples)
         checked = found.held_out.checked + [task for task in tasks if task.checks]
-        with timed(found, "checks"):
-            found.checks, found.checked_replies = ask_checked(model, chat_format, checked)
-        found.conclusions += [row.conclusion() for row in found.checks if row.is_clear]
+        if checked:
+            with timed(found, "checks"):
+                found.checks, found.checked_replies = ask_checked(model, chat_format, checked)
+            found.conclusions += [row.conclusion() for row in found.checks if row.is_clear]
     print_checks(found)
     print_conclusions(found)
     chosen = choose_samples(found.examples, options.group, options.samples)
-    with timed(found, "samples"):
-        found.samples = take_samples(model, chat_format, chosen, options.max_new_tokens)
+    if chosen:
+        with timed(found, "samples"):
+            found.samples = take_samples(model, chat_format, chosen, options.max_new_tokens)
     found.is_finished = True
 
 

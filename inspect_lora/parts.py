@@ -257,6 +257,11 @@ def conclusions(parts: list[Part], losses: Losses, after_epochs: dict[int, float
         after_epochs: {step: held-out loss} of the run, with the base model's at step 0, if known.
     """
     lines = len(set(losses.lines))
+    if losses.trained == losses.base:
+        return [
+            "With the adapter and without it all losses are the same: it changes nothing. Perhaps "
+            "it was saved before it was trained, when B is 0."
+        ]
     if lines < FEWEST_LINES:
         return [
             f"The held-out lines are too few to tell anything: {lines} measured, "
@@ -275,11 +280,6 @@ def about_no_gain(parts: list[Part], gain: Estimate, after_epochs: dict[int, flo
     base: an update that does harm does less of it when it is weaker, and that shows nothing. That
     it was trained for too long is said only if the run's own losses show it.
     """
-    if gain.value == gain.error == 0:
-        return (
-            "With the adapter and without it all losses are the same: it changes nothing. Perhaps "
-            "it was saved before it was trained, when B is 0."
-        )
     strengths = of_kind(parts, "strength")
     needed = errors_needed(len(strengths))
     weaker = [part for part in strengths if float(part.value) < 1]
