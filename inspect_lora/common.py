@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import textwrap
 import time
 from collections.abc import Callable
@@ -123,3 +124,10 @@ def shorten_path(path: str | Path, width: int) -> str:
     """Return a path as seen from here; of a long one only the end."""
     shown = path_from_here(path)
     return shown if len(shown) <= width else "..." + shown[3 - width :]
+
+
+def this_program() -> str:
+    """Return how this program is called from the working folder, to print what to type next."""
+    package = Path(__file__).resolve().parent
+    is_here = package.parent == Path.cwd()
+    return "python -m inspect_lora" if is_here else f"python {shlex.quote(str(package))}"

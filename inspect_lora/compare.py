@@ -29,6 +29,7 @@ from inspect_lora.common import (
     report,
     report_sentence,
     shorten_path,
+    this_program,
 )
 from inspect_lora.scores import errors_needed, ratio_with_error
 
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
         where = ", ".join(options.folders)
         reasons = "\n".join(["", *left_out]) if left_out else ""
         raise InspectError(
-            f"There is nothing to compare in {where}: `python -m inspect_lora evidence ADAPTER` "
+            f"There is nothing to compare in {where}: `{this_program()} evidence ADAPTER` "
             f"writes the evidence.json that is read here.{reasons}"
         )
     ranked = sorted(found, key=lambda one: one.mean("adapter"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -21,7 +22,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from inspect_lora.common import InspectError, counted, join_limited, report, write_json
+from inspect_lora.common import (
+    InspectError,
+    counted,
+    join_limited,
+    report,
+    this_program,
+    write_json,
+)
 from inspect_lora.files import (
     PREFIX,
     find_adapter,
@@ -32,7 +40,14 @@ from inspect_lora.files import (
     refuse_not_finite,
     where_it_is_now,
 )
-from inspect_lora.modules import PARTS, Module, modules_of, read_config, singular_values
+from inspect_lora.modules import (
+    CHANGES_THE_BASE,
+    PARTS,
+    Module,
+    modules_of,
+    read_config,
+    singular_values,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,7 +147,7 @@ def what_is_more(place: Path, modules: list[Module], tensors: dict[str, torch.Te
     if others:
         return f"holds more than A and B ({join_limited(others, 2, ', ')})"
     start = config.get("init_lora_weights")
-    if str(start).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    if str(start).lower().startswith(CHANGES_THE_BASE):
         return f"began with init_lora_weights = {start}, which changed the base model"
     if any(tensors[name].dim() != 2 for module in modules for name in module.names):
         return "has LoRA on convolutions"
@@ -257,12 +272,11 @@ def tell(
     if options.scale != 1:
         lines.append(f"each update is {options.scale:g} times what it was")
     if options.rank:
-        before = sum(singular_values(one).square().sum().item() for one in modules)
-        after = sum(singular_values(one).square().sum().item() for one in written)
-        kept = after / options.scale**2 / before if before else 1
+        before = sum(sum(one.squares) for one in modules)
+        kept = sum(sum(one.squares[: options.rank]) for one in modules) / before
         lines.append(
-            f"of at most {max(one.r for one in modules)} directions the {options.rank} strongest "
-            f"are kept, which hold {100 * kept:.1f} % of the updates (by square)"
+            f"the {counted(options.rank, 'strongest direction')} of {max(one.r for one in modules)}"
+            f" make up {100 * kept:.1f} % of the updates (by square)"
         )
     if len(written) < len(modules):
         lines.append(f"left out: {counted(len(modules) - len(written), 'module')} with B = 0")
@@ -271,7 +285,7 @@ def tell(
     lines.append("the file was read again, and each update is what it should be")
     report("written", "\n".join(lines))
     if not options.vllm:
-        report("next", f"python -m inspect_lora info {folder}")
+        report("next", f"{this_program()} info {shlex.quote(str(folder))}")
 
 
 # ---- Names for vLLM
@@ -335,5 +349,6 @@ class Server:
         if self.run:
             file = (self.run.record["data"].get("held_out") or {}).get("file")
             held_out = where_it_is_now(file, self.run) if file else held_out
-        ask = f"python -m inspect_lora served http://localhost:8000 {folder} --eval_file {held_out}"
+        words = ["served", "http://localhost:8000", str(folder), "--eval_file", held_out]
+        ask = f"{this_program()} {shlex.join(words)}"
         return f"{serve}\n# Does it apply the adapter? Ask it while it runs:\n{ask}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -34,6 +36,8 @@ def read_config(place: Path) -> dict[str, Any]:
     return config
 
 
+# Ways to begin that take something from the base's weights; "eva" needs data alone.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}
 
 
@@ -77,14 +81,22 @@ class Module:
         no layer, such as lm_head, has None.
         """
         found = re.fullmatch(r"(.*?)\.(\d+)\.(.+)", self.name)
-        if found:
-            return found[1], int(found[2]), found[3]
-        return self.name.rpartition(".")[0], None, self.target
+        return (found[1], int(found[2]), found[3]) if found else (self.name, None, "")
+
+    @property
+    def stack(self) -> str:
+        """Return which layers it is in, such as "model.layers", or its own path."""
+        return self.place[0]
 
     @property
     def layer(self) -> int | None:
         """Return the number of its layer, or None for what is in no layer."""
         return self.place[1]
+
+    @property
+    def in_layer(self) -> str:
+        """Return where it is in its layer, such as "self_attn.q_proj"."""
+        return self.place[2]
 
     @property
     def is_finite(self) -> bool:
@@ -100,6 +112,30 @@ class Module:
     def fits(self) -> bool:
         """Return whether A and B have the rank of the configuration."""
         return self.a.shape[0] == self.b.shape[1] == self.r * self.experts
+
+    @functools.cached_property
+    def squares(self) -> list[float]:
+        """Return the squares of the singular values of the update scaling x B A, largest first.
+
+        There are none where the update cannot be computed.
+        """
+        if not self.fits or not self.is_finite or self.experts > 1:
+            return []
+        return singular_values(self).square().tolist()
+
+    @property
+    def norm(self) -> float:
+        """Return the length of the update (its Frobenius norm), or NaN if it is not known."""
+        return math.sqrt(sum(self.squares)) if self.squares else math.nan
+
+    @property
+    def directions(self) -> int | None:
+        """Return how many directions hold 90 % of the update's square: 0 of one that is 0."""
+        if not self.squares:
+            return None
+        so_far = itertools.accumulate(self.squares)
+        missing = [part for part in so_far if part < 0.9 * sum(self.squares)]
+        return len(missing) + 1 if self.norm else 0
 
 
 PARTS = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<part>[AB])(?:\.weight)?$")

@@ -36,6 +36,7 @@ from inspect_lora.common import (
     path_from_here,
     read_json,
     report,
+    this_program,
 )
 from inspect_lora.files import Run, find_adapter, find_run
 from inspect_lora.scores import Estimate, differences, evenly_spread, losses_of
@@ -384,7 +385,7 @@ def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
         better = folder_to_serve(place)
         folder = f"the folder {better}"
         if better == place:
-            folder = f"what `python -m inspect_lora export {place} FOLDER --vllm` writes"
+            folder = f"what `{this_program()} export {place} FOLDER --vllm` writes"
         return (
             "The base answers under the adapter's name: the server gives the replies the same "
             f"losses as {server.adapter} and as {server.base} ({slope}), so it ignores the adapter."

@@ -77,7 +77,7 @@ def test_every_module_has_the_size_and_directions_of_its_update(plain, info):
 
 def test_the_real_scaling_is_told_by_rslora_and_by_pattern(tmp_path, info):
     found = info(save_adapter(tmp_path / "rslora", use_rslora=True))
-    assert "alpha / sqrt(r) = 4 (and not by alpha / r = 2)" in found.said
+    assert "alpha / sqrt(r) = 4, since it is rsLoRA (alpha / r = 2)" in found.said
     assert {row["scaling"] for row in found.json["modules"]} == {4}
     patterns = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 2}}
     found = info(save_adapter(tmp_path / "patterns", **patterns))
@@ -117,7 +117,7 @@ def test_a_vision_tower_that_was_never_trained_is_noted(plain, tmp_path, info):
     change_config(folder, base_model_name_or_path="unsloth/Qwen3.5-4B-unsloth-bnb-4bit")
     found = info(folder)
     assert found.status == 0
-    assert "All 2 modules of the vision tower (model.visual.blocks) have B = 0" in found.said
+    assert "All 2 modules of the vision tower, model.visual.blocks have B = 0" in found.said
     assert "visual qkv 00......" in found.said
     assert "named for the model that also takes images" in found.said
     assert "a quantized copy. On the full model (unsloth/Qwen3.5-4B)" in found.said
@@ -152,12 +152,12 @@ def test_layers_without_what_their_neighbours_have_are_noted(plain, tmp_path, in
         }
 
     found = info(change_tensors(copied(plain, tmp_path / "one"), without((7, "v_proj"))))
-    assert found.status == 0 and "layer 7 lacks self_attn.v_proj" in found.said
+    assert found.status == 0 and "layer 7 has no self_attn.v_proj" in found.said
     assert "v_proj #######." in found.said
     # Attention in every fourth layer alone is how Qwen3.5 is made.
     some = without(*((layer, "self_attn") for layer in (0, 1, 2, 4, 5, 6)))
     found = info(change_tensors(copied(plain, tmp_path / "two"), some))
-    assert "lacks" not in found.said and "q_proj ...#...#" in found.said
+    assert "has no" not in found.said and "q_proj ...#...#" in found.said
 
 
 def test_a_layer_of_another_size_and_a_partly_zero_one_are_noted(plain, tmp_path, info):
@@ -167,7 +167,10 @@ def test_a_layer_of_another_size_and_a_partly_zero_one_are_noted(plain, tmp_path
 
     found = info(change_tensors(copied(plain, tmp_path / "changed"), change))
     assert found.status == 0
-    assert "size is far from" in found.said and "layers.2.self_attn.q_proj (" in found.said
+    assert (
+        "is far from that of the same target" in found.said
+        and "layers.2.self_attn.q_proj (" in found.said
+    )
     assert "1 of the 24 modules in model.layers have B = 0" in found.said
 
 
@@ -178,7 +181,7 @@ def test_an_update_of_few_directions_is_told_what_a_cut_would_keep(plain, tmp_pa
                 one[:, 1:] *= 0.01
 
     found = info(change_tensors(copied(plain, tmp_path / "flat"), flatten))
-    assert "The 1 strongest of 4 directions hold 100 %" in found.said
+    assert "The 1 strongest direction of 4 make up 100 %" in found.said
     assert "export --rank 1" in found.said
 
 

@@ -286,7 +286,7 @@ def test_an_ignored_adapter_is_told_with_what_to_do(ask, imitation):
     found = ask()
     assert found.status == 1 and "applied  " not in found.out
     assert "The base answers under the adapter's name" in found.err and "slope 0.000" in found.err
-    assert "`python -m inspect_lora export adapter FOLDER --vllm` writes" in found.err
+    assert "inspect_lora export adapter FOLDER --vllm` writes" in found.err
     assert "It has companion from output/final_lora_vllm." in found.err
 
 
