@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from inspect_lora.trainer import Example, example_losses
-
 if TYPE_CHECKING:
     import torch
+
+    from inspect_lora.trainer import Example
 
 
 def losses_of(model: torch.nn.Module, examples: list[Example], title: str) -> list[float]:
@@ -21,6 +21,8 @@ def losses_of(model: torch.nn.Module, examples: list[Example], title: str) -> li
 
     Fewer go through the model together than here if the GPU's memory is too small for them.
     """
+    from inspect_lora.trainer import example_losses  # `compare` does without the script
+
     tokens_at_once = 8 * max(len(example.input_ids) for example in examples)
     return example_losses(model, examples, tokens_at_once, title)
 
