@@ -26,6 +26,7 @@ import transformers
 
 from inspect_lora.common import (
     InspectError,
+    counted,
     join_limited,
     one_line,
     read_json,
@@ -125,10 +126,11 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
     model = put_adapter_on(model, config, tensors, place)
     lora = model.peft_config["default"]
     by_pattern = " (others by pattern)" if lora.rank_pattern or lora.alpha_pattern else ""
+    modules = counted(len(lora_layers(model)), "module")
     report(
         "adapter",
         f"{shorten_path(options.adapter, 90)}\nLoRA with r = {lora.r}, alpha = {lora.lora_alpha}"
-        f"{by_pattern} on {len(lora_layers(model))} modules, in {dtype} on {device.type}\n"
+        f"{by_pattern} on {modules}, in {dtype} on {device.type}\n"
         f"of {shorten_path(base, 87)}",
     )
     if run and run.record.get("script_sha256") not in (None, script_sha256()):
@@ -374,8 +376,8 @@ def judge_landing(
         named = sorted({name.partition(".lora_")[0].removeprefix(PREFIX) for name in missing})
         report(
             "left out",
-            f"{len(named):,} modules are named as targets but have no tensors in the file, such as"
-            f"\n{named[0]}; they are left as the base has them",
+            f"the file has no tensors for {counted(len(named), 'module')} of the targets, such as\n"
+            f"{named[0]}; it is left as the base has it",
         )
     if without_effect:
         report(

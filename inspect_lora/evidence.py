@@ -107,8 +107,8 @@ def run(options: argparse.Namespace) -> None:
             for name in ("evidence.json", "report.md", "lora.png"):
                 rename_old(folder / name)
             write_json(folder / "evidence.json", as_json_object(found))
-    draw_picture(found, folder / "lora.png")
-    (folder / "report.md").write_text(as_markdown(found), encoding="utf-8")
+    has_picture = draw_picture(found, folder / "lora.png")
+    (folder / "report.md").write_text(as_markdown(found, has_picture), encoding="utf-8")
     spent = {what: f"{what} {seconds:.0f} s" for what, seconds in found.seconds.items()}
     report("report", f"{path_from_here(folder / 'report.md')}\n({', '.join(spent.values())})")
 

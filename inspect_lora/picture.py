@@ -19,20 +19,21 @@ from inspect_lora.report import Findings, logged
 BEHIND_A_NUMBER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 
 
-def draw_picture(found: Findings, path: Path) -> None:
-    """Draw a panel for each thing that was measured."""
+def draw_picture(found: Findings, path: Path) -> bool:
+    """Draw a panel for each thing that was measured; return whether there was any."""
     rows: list[list[str]] = []
     losses = logged(found.history, "loss")
+    single = [part for part in found.parts if part.kind in ("group", "target", "cut")]
     if losses:
         rows.append(["losses", "losses"])
     if found.updates:
         rows.append(["updates", "updates"])
     if found.parts:
-        rows.append(["strengths", "parts"])
+        rows.append(["strengths", "parts" if single else "strengths"])
     if found.parts and found.elsewhere:
         rows.append(["trade", "trade"])
     if not rows:
-        rows = [["gain", "gain"]]
+        return False
     figure = Figure((11, 1 + 3.2 * len(rows)), dpi=120, layout="constrained")
     panels = figure.subplot_mosaic(rows)
     config = found.adapter.model.peft_config["default"]
@@ -47,22 +48,12 @@ def draw_picture(found: Findings, path: Path) -> None:
         draw_updates(panels["updates"], found.adapter.model.config, found.updates)
     if found.parts:
         draw_strengths(panels["strengths"], found.parts)
-        draw_parts(panels["parts"], found.parts)
+    if single:
+        draw_parts(panels["parts"], single)
     if found.parts and found.elsewhere:
         draw_gain_and_change(panels["trade"], found.parts, found.elsewhere.without_system)
-    if "gain" in panels:
-        draw_gain(panels["gain"], found)
     figure.savefig(path)
-
-
-def draw_gain(axes: Axes, found: Findings) -> None:
-    """Draw each held-out reply: its loss with the adapter against its loss without."""
-    tokens = found.losses.tokens
-    base = [loss / n for loss, n in zip(found.losses.base, tokens, strict=True)]
-    trained = [loss / n for loss, n in zip(found.losses.trained, tokens, strict=True)]
-    axes.plot(base, trained, ".")
-    axes.axline((base[0], base[0]), slope=1, color="0.6", linestyle="--", linewidth=1)
-    axes.set(xlabel="loss without the adapter", ylabel="with it", title="Each held-out reply")
+    return True
 
 
 def draw_losses(axes: Axes, losses: dict[int, float], evals: dict[int, float]) -> None:
@@ -137,10 +128,9 @@ def draw_strengths(axes: Axes, parts: list[Part]) -> None:
 
 def draw_parts(axes: Axes, parts: list[Part]) -> None:
     """Draw what each part keeps of the gain over the base model."""
-    drawn = [part for part in parts if part.kind not in ("base", "strength", "whole")]
-    values = [100 * part.of_gain.value for part in drawn]
-    errors = [200 * part.of_gain.error for part in drawn]
-    titles = [part.title for part in drawn]
+    values = [100 * part.of_gain.value for part in parts]
+    errors = [200 * part.of_gain.error for part in parts]
+    titles = [part.title for part in parts]
     axes.barh(titles, values, xerr=errors, color="0.6", error_kw={"capsize": 3})
     axes.axvline(100, color="0.3", linestyle="--", linewidth=1)
     axes.invert_yaxis()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from inspect_lora.adapters import Adapter, scaling_in_words
@@ -21,10 +21,10 @@ from inspect_lora.common import (
     shorten_path,
 )
 from inspect_lora.conversations import HeldOut
-from inspect_lora.elsewhere import Elsewhere, Shift
+from inspect_lora.elsewhere import Elsewhere
 from inspect_lora.parts import Part, cut_that_is_enough, of_kind
 from inspect_lora.replies import CheckRow, Sample, group_of, habits_of
-from inspect_lora.scores import Losses, ratio_with_error
+from inspect_lora.scores import Losses, differences, ratio_with_error
 from inspect_lora.trainer import Example
 
 
@@ -132,21 +132,16 @@ def verdict(found: Findings) -> str:
 # ---- report.md
 
 
-def short_line(where: str) -> str:
-    """Return which line of which file it is, without the folder."""
-    return Path(where).name
-
-
-def as_markdown(found: Findings) -> str:
+def as_markdown(found: Findings, has_picture: bool) -> str:
     """Return report.md: the verdict first, then what it rests on."""
     sections = [
         markdown_verdict(found),
-        "![What was measured](lora.png)",
-        markdown_parts(found),
-        markdown_elsewhere(found),
-        markdown_checks(found),
+        "![What was measured](lora.png)" if has_picture else "",
+        markdown_parts(found) if found.parts else "",
+        markdown_elsewhere(found.elsewhere) if found.elsewhere else "",
+        markdown_checks(found.checks) if found.checks else "",
         markdown_kinds(found),
-        markdown_samples(found),
+        markdown_samples(found) if found.samples else "",
         markdown_facts(found),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -160,169 +155,117 @@ def markdown_verdict(found: Findings) -> str:
         short = "neither better nor worse, by a clear difference,"
     title = f"# {escaped(shorten_path(found.name, 60))}: {short} than its base"
     lines = [title, "", f"**{verdict(found)}.**".replace("\n", " "), ""]
-    lines += [f"- {escaped(sentence)}" for sentence in found.conclusions]
-    return "\n".join(lines)
-
-
-def markdown_parts(found: Findings) -> str:
-    """Return the table of the parts."""
-    if not found.parts:
-        return ""
-    has_gain = found.losses.only(found.measured).gain().value > 0
-    rows = [
-        [
-            part.title,
-            f"{part.loss:.4f}",
-            part.of_gain.percent() if has_gain and part.kind not in ("whole", "base") else "",
-            str(part.against_trained) if part.kind != "whole" else "",
-            f"{part.better_on} of {len(part.losses)}" if part.kind != "whole" else "",
-        ]
-        for part in found.parts
-    ]
-    head = ["", "loss", "of the gain", "against as trained", "lower on"]
-    config = found.adapter.model.peft_config["default"]
-    return "\n\n".join(
-        [
-            "## What each part is worth",
-            f"On {len(found.measured)} of the held-out replies, evenly spread. Each update is "
-            f"{scaling_in_words(config)} x B A; it is scaled, switched off in parts, or cut to its "
-            "strongest directions, and nothing is trained anew. Shares of the gain overlap, so "
-            "they need not add up to 100 %. ± is one standard error.",
-            table(head, rows),
-            markdown_updates(found),
-        ]
+    return "\n".join(
+        [*lines, *(f"- {escaped(sentence)}" for sentence in found.conclusions)]
     ).strip()
 
 
-def markdown_updates(found: Findings) -> str:
-    """Return the table of how large the updates are, a row for each target."""
+def markdown_parts(found: Findings) -> str:
+    """Return the tables of the parts and of the sizes of the updates."""
+    has_gain = found.losses.only(found.measured).gain().value > 0
+    rows = []
+    for part in found.parts:
+        of_gain = part.of_gain.percent() if has_gain and part.kind != "base" else ""
+        better_on = f"{part.better_on} of {len(part.losses)}"
+        compared = [of_gain, part.against_trained, better_on]
+        rows.append(
+            [part.title, f"{part.loss:.4f}", *(compared if part.kind != "whole" else [""] * 3)]
+        )
+    config = found.adapter.model.peft_config["default"]
+    text = (
+        "## What each part is worth\n\n"
+        f"On {len(found.measured)} of the held-out replies, evenly spread. Each update is "
+        f"{scaling_in_words(config)} x B A; it is scaled, switched off in parts, or cut to its "
+        "strongest directions, and nothing is trained anew. Shares of the gain overlap, so they "
+        "need not add up to 100 %. ± is one standard error.\n\n"
+        + table(["", "loss", "of the gain", "against as trained", "lower on"], rows)
+    )
     rows = []
     for target, modules in found.updates.items():
-        sizes = [100 * module["update"] for module in modules]
+        sizes = [module["update"] for module in modules]
         largest = max(modules, key=lambda module: module["update"])
-        directions = [module["directions"] for module in modules]
-        rows.append(
-            [
-                target,
-                str(len(modules)),
-                f"{sum(sizes) / len(sizes):.2f} %",
-                f"{max(sizes):.2f} %" + f" (layer {largest['layer']})" * (len(modules) > 1),
-                f"{sum(directions) / len(directions):.1f}",
-            ]
+        directions = fmean(module["directions"] for module in modules)
+        size = f"{max(sizes):.2%} (layer {largest['layer']})"
+        rows.append([target, len(modules), f"{fmean(sizes):.2%}", size, f"{directions:.1f}"])
+    if rows:
+        head = ["target", "modules", "update, mean", "largest", "directions that hold 90 % of it"]
+        text += (
+            "\n\nThe size of each update is compared with that of the weight W that it is added to "
+            f"(Frobenius norms).\n\n{table(head, rows)}"
         )
-    if not rows:
-        return ""
-    head = ["target", "modules", "update, mean", "largest", "directions that hold 90 % of it"]
-    return (
-        "The size of each update is compared with that of the weight W that it is added to "
-        f"(Frobenius norms).\n\n{table(head, rows)}"
-    )
+    return text
 
 
-def markdown_elsewhere(found: Findings) -> str:
+def markdown_elsewhere(elsewhere: Elsewhere) -> str:
     """Return the table of how far the model is moved on other tasks."""
-    if not found.elsewhere:
-        return ""
+    shifts = {
+        "as trained" if strength == 1 else f"update x {strength:g}": shift
+        for strength, shift in elsewhere.without_system.items()
+    }
+    if elsewhere.with_system:
+        shifts["as trained, with the training's system message"] = elsewhere.with_system
     rows = [
-        row_of_shift("as trained" if strength == 1 else f"update x {strength:g}", shift)
-        for strength, shift in found.elsewhere.without_system.items()
+        [name, str(shift.kl_a_token()).removeprefix("+"), shift.other_tokens().percent()]
+        for name, shift in shifts.items()
     ]
-    if found.elsewhere.with_system:
-        title = "as trained, with the training's system message"
-        rows.append(row_of_shift(title, found.elsewhere.with_system))
-    head = ["", "KL, nats a token", "another likeliest token"]
-    return "\n\n".join(
-        [
-            "## What else was changed",
-            f"On the base model's own replies to {found.elsewhere.tasks} ordinary tasks, such as "
-            "sums, translations and lists, without the training's system message: how far the "
-            "adapter's probabilities are from the base's, and how often it would go on otherwise.",
-            table(head, rows),
-        ]
+    return (
+        "## What else was changed\n\n"
+        f"On the base model's own replies to {elsewhere.tasks} ordinary tasks, such as sums, "
+        "translations and lists, without the training's system message: how far the adapter's "
+        "probabilities are from the base's, and how often it would go on otherwise.\n\n"
+        + table(["", "KL, nats a token", "another likeliest token"], rows)
     )
 
 
-def row_of_shift(title: str, shift: Shift) -> list[str]:
-    """Return a row of the table."""
-    kl = shift.kl_a_token()
-    return [title, f"{kl.value:.4f} ± {kl.error:.4f}", shift.other_tokens().percent()]
-
-
-def markdown_checks(found: Findings) -> str:
+def markdown_checks(checks: list[CheckRow]) -> str:
     """Return the table of the checks, and the lines whose replies no longer pass."""
-    if not found.checks:
-        return ""
-    rows = [
-        [
-            escaped(row.name),
-            str(row.lines),
-            str(row.before),
-            str(row.after),
-            str(len(row.lost)),
-            str(len(row.won)),
-            f"{row.p:.3f}",
-        ]
-        for row in found.checks
-    ]
+    rows, sentences = [], []
+    for row in checks:
+        counts = [row.lines, row.before, row.after, len(row.lost), len(row.won)]
+        rows.append([row.name, *counts, f"{row.p:.3f}"])
+        lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
+        sentences.append(f"- {escaped(row.conclusion() + (f' Lost: {lines}.' if lines else ''))}")
     head = ["check", "lines", "base passes", "adapter passes", "lost", "won", "p"]
-    sentences = []
-    for row in found.checks:
-        lines = join_limited([short_line(where) for where in row.lost], 10, ", ")
-        lost = f" Lost: {escaped(lines)}." if row.lost else ""
-        sentences.append(f"- {escaped(row.conclusion())}{lost}")
-    return "\n\n".join(
-        [
-            "## What the replies hold",
-            "Base and adapter reply to every line that says what a reply must hold. p is the "
-            "probability of so uneven a change by chance alone (McNemar's exact test).",
-            table(head, rows),
-            "\n".join(sentences),
-        ]
+    return (
+        "## What the replies hold\n\n"
+        "Base and adapter reply to every line that says what a reply must hold. p is the "
+        "probability of so uneven a change by chance alone (McNemar's exact test).\n\n"
+        + table(head, rows)
+        + "\n\n"
+        + "\n".join(sentences)
     )
 
 
 def markdown_kinds(found: Findings) -> str:
     """Return the loss by the kind of held-out line, and where it fell least."""
     losses, groups = found.losses, [group_of(example, found.group) for example in found.examples]
-    changes = [a - b for a, b in zip(losses.trained, losses.base, strict=True)]
     rows = []
     for kind in sorted(set(groups), key=lambda kind: (-groups.count(kind), kind)):
-        numbers = [number for number, group in enumerate(groups) if group == kind]
-        own = losses.only(numbers)
-        change = ratio_with_error([changes[n] for n in numbers], own.tokens, own.lines)
-        rows.append(
-            [
-                escaped(kind or "(none)"),
-                str(len(numbers)),
-                f"{sum(own.base) / sum(own.tokens):.4f}",
-                f"{sum(own.trained) / sum(own.tokens):.4f}",
-                str(change) if math.isfinite(change.error) else f"{change.value:+.4f}",
-                f"{sum(changes[number] < 0 for number in numbers)} of {len(numbers)}",
-            ]
+        own = losses.only([number for number, group in enumerate(groups) if group == kind])
+        changes = differences(own.trained, own.base)
+        change = ratio_with_error(changes, own.tokens, own.lines)
+        base = sum(own.base) / sum(own.tokens)
+        lower = f"{sum(one < 0 for one in changes)} of {len(changes)}"
+        means = [f"{base:.4f}", f"{base + change.value:.4f}"]
+        rows.append([kind or "(none)", len(changes), *means, change, lower])
+    head = [found.group, "replies", "base", "adapter", "difference", "lower on"]
+    text = f"## By kind of line\n\n{table(head, rows[:40])}" if len(rows) > 1 else "## By line"
+    each = [
+        (change / tokens, where)
+        for change, tokens, where in zip(
+            differences(losses.trained, losses.base), losses.tokens, losses.lines, strict=True
         )
-    head = [escaped(found.group), "replies", "base", "adapter", "difference", "lower on"]
-    text = "## By kind of line\n\n" + table(head, rows[:40]) if len(rows) > 1 else "## By line"
-    worst = sorted(range(len(changes)), key=lambda n: -changes[n] / losses.tokens[n])[:3]
-    shown = [
-        f"{escaped(short_line(losses.lines[n]))} ({changes[n] / losses.tokens[n]:+.2f})"
-        for n in worst
     ]
-    return f"{text}\n\nThe loss fell least, or rose, on {', '.join(shown)}."
+    worst = sorted(each, key=lambda one: -one[0])[:3]
+    shown = ", ".join(f"{escaped(Path(where).name)} ({change:+.2f})" for change, where in worst)
+    return f"{text}\n\nThe loss fell least, or rose, on {shown}."
 
 
 def markdown_samples(found: Findings) -> str:
     """Return held-out prompts with the replies of both side by side."""
-    if not found.samples:
-        return ""
     rows = [
-        [
-            name,
-            str(habits["stopped"]),
-            str(habits["different"]),
-            f"{habits['words']:.0f}",
-            f"{habits['repeated']:.0%}",
-        ]
-        for name, habits in habits_of_both(found.samples).items()
+        [name, one["stopped"], one["different"], f"{one['words']:.0f}", f"{one['repeated']:.0%}"]
+        for name, one in habits_of_both(found.samples).items()
     ]
     head = ["", "ended on their own", "different", "mean words", "repeated word triples"]
     parts = [
@@ -332,19 +275,19 @@ def markdown_samples(found: Findings) -> str:
     ]
     for sample in found.samples:
         *prompt, reference = sample.example.messages
-        kind = group_of(sample.example, found.group)
+        heading = f"{Path(sample.example.where).name} {group_of(sample.example, found.group)}"
         said = [
             f"> **{message['role']}**: {escaped(message['content'])}".replace("\n", "  \n> ")
             for message in prompt
         ]
         replies = [
-            cell(reply.text + ("" if reply.stopped else " [cut here]"))
-            for reply in (sample.base, sample.adapter)
+            one.text if one.stopped else f"{one.text} [cut here]"
+            for one in (sample.base, sample.adapter)
         ]
         parts += [
-            f"### {escaped(short_line(sample.example.where))} {escaped(kind)}".rstrip(),
+            f"### {escaped(heading)}".rstrip(),
             "\n>\n".join(said),
-            table(["base", "adapter", "reference"], [[*replies, cell(reference["content"])]]),
+            table(["base", "adapter", "reference"], [[*replies, reference["content"]]]),
         ]
     return "\n\n".join(parts)
 
@@ -368,27 +311,20 @@ def markdown_facts(found: Findings) -> str:
         "system message": found.system_message or "(none)",
         "measured": f"{time.strftime('%Y-%m-%d %H:%M')}: {spent}",
     }
-    if adapter.run:
-        facts["run"] = str(adapter.run.path)
-    return "## What was measured\n\n" + "\n".join(
-        f"- {name}: {escaped(text)}" for name, text in facts.items()
-    )
+    lines = [f"- {name}: {escaped(text)}" for name, text in facts.items()]
+    return "\n".join(["## What was measured", "", *lines])
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown; all columns but the first are numbers or texts as they are."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """Return a table in Markdown; a cell may have several lines."""
+    lines = [[escaped(str(cell)).replace("\n", "<br>") for cell in row] for row in [head, *rows]]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def escaped(text: str) -> str:
     """Return a text so that Markdown shows it as it is."""
     return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", text)
-
-
-def cell(text: str) -> str:
-    """Return a text of several lines for a cell of a table."""
-    return escaped(text).replace("\n", "<br>")
 
 
 # ---- evidence.json

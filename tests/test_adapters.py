@@ -89,7 +89,7 @@ def refused(capsys, held_out, tmp_path, monkeypatch):
 def test_an_adapter_of_peft_alone_has_the_losses_of_weights_merged_by_hand(plain, capsys, held_out):
     """Nothing of the computation on the other side knows the script, TRL or PEFT."""
     before = listing(plain)
-    run = measure(capsys, plain, held_out, *PARTS, "--samples", "2")
+    run = measure(capsys, plain, held_out, *PARTS, "--samples", "2", "--max_new_tokens", "5")
     merged = MergedByHand(TINY, plain / TENSORS, lambda _: PLAIN_SCALE)
     losses = functools.partial(merged.losses, read_conversations(held_out))
     base, adapter = losses(lambda path: False), losses()
@@ -108,7 +108,7 @@ def test_an_adapter_of_peft_alone_has_the_losses_of_weights_merged_by_hand(plain
         assert parts[title]["losses"] == pytest.approx(losses(**how), abs=1e-4), title
     kinds = [parts[title]["kind"] for title in expected]
     assert kinds == ["whole", "base", *["strength"] * 2, *["group"] * 2, "target", *["cut"] * 2]
-    assert "r = 4, alpha = 32 on 4 modules\n" in run.out
+    assert "r = 4, alpha = 32 on 4 modules, in float32 on cpu\n" in run.out
     assert "alpha / sqrt(r) x B A" in run.report  # what rsLoRA multiplies by
     assert listing(plain) == before  # nothing is written into the adapter's folder
     assert {path.name for path in run.results.iterdir()} == {
@@ -148,7 +148,7 @@ VARIANTS = {
     "trained tokens": ({"trainable_token_indices": [5, 6]}, set(), "not taken apart"),
     "all linear layers": ({"target_modules": "all-linear"}, SCALED | GROUPS, ""),
     "one layer, one target": (
-        {"target_modules": ["down_proj"], "layers_to_transform": [1]}, SCALED, "on 1 modules",
+        {"target_modules": ["down_proj"], "layers_to_transform": [1]}, SCALED, "on 1 module,",
     ),
     "by expression": ({"target_modules": r".*mlp\.(up|down)_proj"}, SCALED | {"target"}, ""),
     "begun by chance": ({"init_lora_weights": "orthogonal"}, SCALED | GROUPS, ""),
@@ -249,7 +249,7 @@ def test_a_module_without_tensors_is_left_as_the_base_has_it(capsys, held_out, c
     folder = changed(init_lora_weights=False, target_modules=["o_proj", "down_proj", "out_proj"])
     change_tensors(folder, lambda tensors: {k: v for k, v in tensors.items() if "o_proj" not in k})
     run = measure(capsys, folder, held_out, *SHORT)
-    assert "1 modules are named as targets but have no tensors" in run.said
+    assert "no tensors for 1 module of the targets" in run.said
     merged = MergedByHand(TINY, folder / TENSORS, lambda _: PLAIN_SCALE)
     losses = merged.losses(read_conversations(held_out))
     assert columns(run.found)[1] == pytest.approx(losses, abs=1e-4)
