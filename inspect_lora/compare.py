@@ -88,14 +88,17 @@ class HeldOut(pydantic.BaseModel):
 
 
 class Evidence(pydantic.BaseModel):
-    """What is compared of an evidence.json."""
+    """What is read of an evidence.json."""
 
     schema_: Literal[1] = pydantic.Field(alias="schema")
     finished: bool
     measured: str  # its date and time
     adapter: str
+    adapter_sha256: str
     adapter_config: dict[str, Any]
     base: str
+    base_revision: str
+    enable_thinking: bool
     held_out: HeldOut
     losses: Annotated[list[Row], pydantic.Field(min_length=1)]
     run: dict[str, Any] | None = None
@@ -123,12 +126,10 @@ def read_reports(folders: list[str], left_out: list[str]) -> list[Evidence]:
         paths |= dict.fromkeys(one.resolve() for one in sorted(Path(folder).rglob("evidence.json")))
     found, damaged, unfinished = [], [], []
     for path in paths:
-        try:
-            one = Evidence(**(read_json(path) or {}), folder=path.parent)
-        except (pydantic.ValidationError, TypeError):
+        one = read_evidence(path)
+        if one is None:
             damaged.append(path_from_here(path))
-            continue
-        if one.finished:
+        elif one.finished:
             found.append(one)
         else:
             unfinished.append(path_from_here(path))
@@ -144,6 +145,14 @@ def read_reports(folders: list[str], left_out: list[str]) -> list[Evidence]:
     return found
 
 
+def read_evidence(path: Path) -> Evidence | None:
+    """Return what an evidence.json holds, or None if it is damaged or of another version."""
+    try:
+        return Evidence.model_validate((read_json(path) or {}) | {"folder": path.parent})
+    except pydantic.ValidationError:
+        return None
+
+
 def on_the_same_lines(
     found: list[Evidence], newest: Evidence, left_out: list[str]
 ) -> list[Evidence]:
@@ -154,8 +163,7 @@ def on_the_same_lines(
         files = ", ".join(sorted({one.held_out.file for one in others}))
         left_out.append(
             f"{in_words([path_from_here(one.folder) for one in others])}: measured on other "
-            f"held-out replies ({files}) than the newest report ({newest.held_out.file}, "
-            f"{counted(len(newest.losses), 'reply').replace('replys', 'replies')})"
+            f"held-out replies ({files}) than the newest report ({newest.held_out.file})"
         )
     return same
 

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from inspect_lora.common import (
     InspectError,
     counted,
     join_limited,
+    one_line,
     report,
     this_program,
     write_json,
@@ -74,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     if options.rank:
         written = [cut(module, options.rank) for module in written]
     if options.scale != 1:
-        written = [replace(module, b=module.b * options.scale) for module in written]
+        written = [scaled(module, options.scale) for module in written]
     server = None
     if options.vllm:
         server = Server(options, place)
@@ -82,14 +84,17 @@ def run(options: argparse.Namespace) -> None:
         config |= server.names_in_config(written)
     if options.rank or (options.vllm and has_patterns(config)):
         config |= ranks_and_alphas(written)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-        staging = Path(beside) / folder.name
-        write(staging, place, written, config)
-        verify(staging, modules, options)
-        if server:
-            server.verify_names(staging)
-        staging.rename(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+            staging = Path(beside) / folder.name
+            write(staging, place, written, config)
+            verify(staging, modules, options)
+            if server:
+                server.verify_names(staging)
+            staging.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise InspectError(f"{folder} cannot be written ({one_line(error)}).") from error
     tell(options, folder, modules, written)
     if server:
         report("next", server.commands(folder, max(one.r for one in written)))
@@ -146,6 +151,8 @@ def what_is_more(place: Path, modules: list[Module], tensors: dict[str, torch.Te
     others = [name for name in tensors if not PARTS.match(name) or not name.startswith(PREFIX)]
     if others:
         return f"holds more than A and B ({join_limited(others, 2, ', ')})"
+    if len(set(map(name_in_text_model, tensors))) < len(tensors):
+        return "holds two tensors for one place"
     start = config.get("init_lora_weights")
     if str(start).lower().startswith(CHANGES_THE_BASE):
         return f"began with init_lora_weights = {start}, which changed the base model"
@@ -154,7 +161,12 @@ def what_is_more(place: Path, modules: list[Module], tensors: dict[str, torch.Te
     return "shares one A and B among experts" if any(one.experts > 1 for one in modules) else ""
 
 
-# ---- The strongest directions
+# ---- Weaker, and the strongest directions
+
+
+def scaled(module: Module, scale: float) -> Module:
+    """Return a module whose B, and so its update, is multiplied."""
+    return replace(module, b=(scale * module.b.double()).to(module.b.dtype))
 
 
 def cut(module: Module, rank: int) -> Module:

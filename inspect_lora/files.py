@@ -6,6 +6,7 @@ here needs the base model, transformers or the trainer's script.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,13 @@ QUANTIZED_NAME = re.compile(
 def find_adapter(name: str) -> Path:
     """Return the folder of an adapter's files, which may be on the hub; it need not be whole."""
     folder = Path(name)
-    if folder.is_file() and folder.name in ("adapter_model.safetensors", "adapter_config.json"):
+    if os.path.isfile(folder) and folder.name in (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    ):
         folder = folder.parent
-    if not folder.is_dir():
-        if folder.exists() or not HUB_NAME.fullmatch(name):
+    if not os.path.isdir(folder):  # which answers of any text
+        if os.path.exists(folder) or not HUB_NAME.fullmatch(name):
             raise InspectError(
                 f"There is no adapter {name}: give the folder that holds adapter_config.json, or a "
                 "name on the hub such as someone/adapter."
@@ -138,7 +142,12 @@ def name_in_text_model(name: str) -> str:
 
 def not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
     """Return the names of the tensors that hold NaN or infinity."""
-    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    return [name for name, tensor in tensors.items() if not is_finite(tensor)]
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all numbers are numbers; torch cannot tell of some types of one byte."""
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
 
 
 def refuse_not_finite(tensors: dict[str, torch.Tensor], place: Path) -> None:

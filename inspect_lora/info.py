@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shlex
 import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,15 @@ from inspect_lora.common import (
     report_sentence,
     this_program,
 )
-from inspect_lora.files import PREFIX, QUANTIZED_NAME, find_adapter, find_run, read_as_named
+from inspect_lora.files import (
+    PREFIX,
+    QUANTIZED_NAME,
+    find_adapter,
+    find_run,
+    name_in_text_model,
+    not_finite,
+    read_as_named,
+)
 from inspect_lora.modules import CHANGES_THE_BASE, PARTS, Module, modules_of, read_config
 
 
@@ -103,7 +113,14 @@ def find_problems(modules: list[Module], tensors: dict[str, torch.Tensor]) -> li
             f"{unfit[0].b.shape[1]} columns, where adapter_config.json says r = {unfit[0].r}. "
             "Either r or rank_pattern was edited, or the two files are of two adapters."
         )
-    damaged = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    twice = Counter(name_in_text_model(name) for name in tensors)
+    doubled = [name for name, count in twice.items() if count > 1]
+    if doubled:
+        problems.append(
+            f"{counted(len(doubled), 'tensor')} are in the file twice, under two names of one "
+            f"place ({doubled[0]}): which of them counts depends on the program."
+        )
+    damaged = not_finite(tensors)
     if damaged:
         problems.append(
             f"There is NaN or infinity in {len(damaged)} of the {len(tensors)} tensors "
@@ -306,10 +323,11 @@ def takes_images(base: str) -> bool | None:
     Its configuration is asked, if that is a folder's or stored on this machine.
     """
     path: Any = Path(base) / "config.json"
-    if not Path(base).is_dir() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+    if not os.path.isdir(base) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
         from huggingface_hub import try_to_load_from_cache
 
-        path = try_to_load_from_cache(base, "config.json")
+        with suppress(ValueError):  # the hub has no such name
+            path = try_to_load_from_cache(base, "config.json")
     config = read_json(Path(path)) if isinstance(path, (str, Path)) else None
     if config is not None:
         return "text_config" in config

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from inspect_lora.common import InspectError, join_limited
-from inspect_lora.files import PREFIX, read_adapter_config
+from inspect_lora.common import InspectError, counted, join_limited
+from inspect_lora.files import PREFIX, is_finite, read_adapter_config
 
 
 def read_config(place: Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Module:
     @property
     def is_finite(self) -> bool:
         """Return whether all numbers are numbers."""
-        return bool(self.a.isfinite().all() and self.b.isfinite().all())
+        return is_finite(self.a) and is_finite(self.b)
 
     @property
     def is_zero(self) -> bool:
@@ -153,11 +153,15 @@ def modules_of(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list
         match = PARTS.match(name.removeprefix(PREFIX))
         if match and name.startswith(PREFIX):
             found.setdefault(match["path"], {})[match["part"]] = name
-    halves = [path for path, parts in found.items() if len(parts) < 2]
-    if halves:
+    damaged = [
+        path
+        for path, parts in found.items()
+        if len(parts) < 2 or not all(is_matrix(tensors[name]) for name in parts.values())
+    ]
+    if damaged:
         raise InspectError(
-            f"The file is damaged: of {len(halves):,} of its modules it has only A or only B "
-            f"({join_limited(halves, 3, ', ')})."
+            f"The file is damaged: of {counted(len(damaged), 'module')} A or B is missing or is no "
+            f"matrix of numbers ({join_limited(damaged, 3, ', ')})."
         )
     modules = []
     for path, parts in found.items():
@@ -168,6 +172,11 @@ def modules_of(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list
         # Of a convolution these have four dimensions; flattened, B A is the same update.
         modules.append(Module(path, a.flatten(1), b.flatten(1), names, r, scaling, experts))
     return sorted(modules, key=lambda one: -1 if one.layer is None else one.layer)
+
+
+def is_matrix(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has rows and columns of real numbers; a convolution has more."""
+    return tensor.dim() >= 2 and tensor.numel() > 0 and tensor.is_floating_point()
 
 
 def rank_and_scaling(config: dict[str, Any], path: str) -> tuple[int, float]:

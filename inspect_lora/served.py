@@ -34,10 +34,10 @@ from inspect_lora.common import (
     file_sha256,
     one_line,
     path_from_here,
-    read_json,
     report,
     this_program,
 )
+from inspect_lora.compare import Evidence, Row, read_evidence
 from inspect_lora.files import Run, find_adapter, find_run
 from inspect_lora.scores import Estimate, differences, evenly_spread, losses_of
 from inspect_lora.trainer import ChatFormat, Example, encode, name_on_server
@@ -186,20 +186,19 @@ def choose_replies(
     """Return some held-out replies with their losses here, and how prompts are rendered."""
     trained_by = find_run(place)
     evidence = find_evidence(options, place, trained_by)
-    if evidence and not options.eval_file and Path(evidence["held_out"]["file"]).is_file():
-        options.eval_file = evidence["held_out"]["file"]
+    if evidence and not options.eval_file and Path(evidence.held_out.file).is_file():
+        options.eval_file = evidence.held_out.file
     held_out = conversations.read_held_out(options, trained_by)
-    if evidence and evidence["held_out"]["sha256"] == held_out.sha256:
-        chat_format = adapters.chat_format_of(
-            options, place, evidence["base"], evidence["base_revision"]
-        )
+    if evidence and evidence.held_out.sha256 == held_out.sha256:
+        base = (evidence.base, evidence.base_revision)
+        chat_format = adapters.chat_format_of(options, place, *base)
         examples, _ = encode(held_out.examples, chat_format, options.max_seq_len)
         lines = [(one.where.rpartition(":")[2], len(one.reply_ids)) for one in examples]
-        rows = evidence["losses"]
-        if lines == [(row["where"].rpartition(":")[2], row["tokens"]) for row in rows]:
-            report("here", f"the losses with and without the adapter are those in {evidence['at']}")
+        if evidence.replies() == (held_out.sha256, lines):
+            where = path_from_here(evidence.folder / "evidence.json")
+            report("here", f"the losses with and without the adapter are those in\n{where}")
             chosen = spread_over(examples, server.window)
-            return [as_recorded(examples[n], rows[n]) for n in chosen], chat_format
+            return [as_recorded(examples[n], evidence.losses[n]) for n in chosen], chat_format
     adapter = adapters.open_adapter(options, place, trained_by)
     examples = conversations.encode_held_out(held_out, adapter, options)
     examples = [examples[n] for n in spread_over(examples, server.window)]
@@ -212,31 +211,28 @@ def choose_replies(
 
 def find_evidence(
     options: argparse.Namespace, place: Path, trained_by: Run | None
-) -> dict[str, Any] | None:
+) -> Evidence | None:
     """Return what `evidence` found of this very adapter, known by the hash of its file.
 
     The run's two files, which differ in their names alone, are one adapter.
     """
-    if options.base:
-        return None
     hashes = {file_sha256(place / "adapter_model.safetensors")}
     folders = [Path("inspected"), place.parent / "inspected"]
     if trained_by:
         folders.append(trained_by.path.parent / "inspected")
-        published = trained_by.record.get("adapter_sha256") or {}
-        if hashes & set(published.values()):
-            hashes |= set(published.values())
+        published = set((trained_by.record.get("adapter_sha256") or {}).values())
+        hashes |= published if hashes & published else set()  # a checkpoint is not among them
     for path in (path for folder in folders for path in sorted(folder.rglob("evidence.json"))):
-        found = read_json(path) or {}
-        is_ours = found.get("schema") == 1 and found.get("adapter_sha256") in hashes
-        if is_ours and found["losses"] and found["enable_thinking"] == options.enable_thinking:
-            return found | {"at": path_from_here(path)}
+        found = read_evidence(path)
+        is_ours = found and found.adapter_sha256 in hashes and not options.base
+        if is_ours and found.enable_thinking == options.enable_thinking:
+            return found
     return None
 
 
-def as_recorded(example: Example, row: dict[str, Any]) -> Asked:
+def as_recorded(example: Example, row: Row) -> Asked:
     """Return a reply with its losses in evidence.json, which are in nats a token there."""
-    return Asked(example, row["tokens"] * row["base"], row["tokens"] * row["adapter"])
+    return Asked(example, row.tokens * row.base, row.tokens * row.adapter)
 
 
 def spread_over(examples: list[Example], window: float) -> list[int]:

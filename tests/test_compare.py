@@ -24,7 +24,10 @@ def put(tmp_path):
             "measured": "2026-11-28 12:00:00",
             "adapter": f"output/{where}",
             "adapter_config": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+            "adapter_sha256": "def",
             "base": "someone/model",
+            "base_revision": "main",
+            "enable_thinking": False,
             "held_out": {"file": "eval.jsonl", "sha256": "abc", "group": "kind"},
             "run": None,
             "losses": [

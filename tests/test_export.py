@@ -175,6 +175,8 @@ def test_the_folder_must_be_new(plain, export, tmp_path):
     for folder in (tmp_path / "used", tmp_path / "used" / "file"):
         assert f"{folder} is not empty" in export(plain, folder, "--scale", 2).err
     assert "in the adapter's own folder" in export(plain, plain / "new", "--scale", 2).err
+    end = export(plain, tmp_path / "used" / "file" / "new", "--scale", 2)
+    assert end.status == 1 and "cannot be written" in end.err
     (tmp_path / "empty").mkdir()
     assert export(plain, tmp_path / "empty", "--scale", 2).status == 0
 

@@ -219,13 +219,23 @@ def renamed(tensors):
     return {f"lora_unet_{number}": one for number, one in enumerate(tensors.values())}
 
 
+def twice(tensors):
+    return tensors | {n.replace(".layers", ".language_model.layers"): t.clone()
+                      for n, t in tensors.items()}  # fmt: skip
+
+
 def half(tensors):
     del tensors[LAYER.format(0, "q", "B")]
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(renamed, "There is nothing of LoRA in the file"), (half, "it has only A or only B")],
+    [
+        (renamed, "There is nothing of LoRA in the file"),
+        (half, "of 1 module A or B is missing"),
+        (lambda tensors: {n: one.bool() for n, one in tensors.items()}, "no matrix of numbers"),
+        (twice, "48 tensors are in the file twice"),
+    ],
 )
 def test_a_file_without_whole_modules_is_a_problem(plain, tmp_path, info, change, said):
     found = info(change_tensors(copied(plain, tmp_path / "new"), change))

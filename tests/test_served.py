@@ -507,7 +507,7 @@ def test_recorded_losses_are_taken_for_the_same_adapter_and_the_same_file_alone(
     ask, measured, tmp_path
 ):
     same = shutil.copytree(measured / "adapter", tmp_path / "copy")
-    assert "are those in inspected" in ask(adapter=same).out
+    assert "are those in inspected" in ask(adapter=same).said
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text((measured / "held-out.jsonl").read_text() + "\n")  # the same lines
     found = ask("--eval_file", held_out, "--device", "cpu")
@@ -531,7 +531,10 @@ def test_the_two_files_of_a_run_are_one_adapter(ask, measured, tmp_path):
     names = ("final_lora", "final_lora_vllm")
     record = {"settings": {}, "adapter_sha256": dict(zip(names, hashes, strict=True))}
     (tmp_path / "run.json").write_text(json.dumps(record))
-    assert "are those in inspected" in ask(adapter=place).out
+    assert "are those in inspected" in ask(adapter=place).said
+    # A checkpoint of that run is another adapter.
+    checkpoint = on_tiny.save_adapter(tmp_path / "checkpoints" / "checkpoint-3", std=0.2)
+    assert "Held-out conversations are needed" in ask(adapter=checkpoint).err
 
 
 @pytest.mark.parametrize("value", ["", "enable_thinking", "[]", "{'enable_thinking': false}"])
