@@ -1,7 +1,6 @@
 """Losses of an adapter without the scripts and without PEFT: its updates are merged into W."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,18 @@ class MergedByHand:
     def losses(
         self, conversations, wanted=lambda path: True, strength=1.0, divisor=None, thinks=False
     ):
-        """Return each reply's nats per token with these parts merged into W.
+        """Return each reply's nats per token with these parts merged into W."""
+        self.merge(wanted, strength, divisor)
+        return [reply_loss(self.model, self.tokenizer, one, thinks) for one in conversations]
+
+    def logits(self, ids, strength):
+        """Return the logits after each of these tokens, at a strength of the update."""
+        self.merge(strength=strength)
+        with torch.no_grad():
+            return self.model(input_ids=torch.tensor([ids])).logits[0]
+
+    def merge(self, wanted=lambda path: True, strength=1.0, divisor=None):
+        """Add these parts of the updates to W.
 
         A divisor cuts each update to that part of its own rank, and to one direction at least.
         """
@@ -45,7 +55,6 @@ class MergedByHand:
                     update, dtype=torch.float32
                 )
         self.model.load_state_dict(merged)
-        return [reply_loss(self.model, self.tokenizer, one, thinks) for one in conversations]
 
     def targets(self):
         """Return the names of the targets, in the order in which they stand in the model."""
@@ -81,8 +90,3 @@ def render(tokenizer, messages, enable_thinking=False, **more):
         messages, tokenize=False, enable_thinking=enable_thinking, **more
     )
     return tokenizer(text)["input_ids"]
-
-
-def in_layers(first, last):
-    """Return a function that tells whether a path is in one of these layers."""
-    return lambda path: first <= int(re.search(r"layers\.(\d+)\.", path)[1]) <= last

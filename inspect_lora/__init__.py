@@ -1,0 +1,1 @@
+"""Tells what any LoRA adapter is worth: `python -m inspect_lora`."""

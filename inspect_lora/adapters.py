@@ -1,0 +1,444 @@
+"""Opens any PEFT LoRA adapter on its base model, or says why it cannot be measured.
+
+- The base model is what adapter_config.json names, or --base. A copy that bitsandbytes quantized is
+  loaded as that where bitsandbytes is installed; any other quantized copy is refused.
+- The tokenizer and the chat template are the adapter's own, if it has them, else the base's.
+- Tensors under the names of a model for images and text find their places in its text part.
+- Every tensor of the file must have its place in the model. PEFT only warns, and the adapter's gain
+  would read 0. What switching the adapter off would not undo is refused: the "base" would be wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from inspect_lora.common import (
+    InspectError,
+    counted,
+    join_limited,
+    one_line,
+    read_json,
+    report,
+    shorten_path,
+)
+from inspect_lora.files import (
+    HUB_NAME,
+    KEY_MAPPING,
+    PREFIX,
+    QUANTIZED_NAME,
+    Run,
+    name_in_text_model,
+    read_adapter_config,
+    read_tensors,
+    refuse_not_finite,
+    where_it_is_now,
+)
+from inspect_lora.trainer import (
+    CHANGES_THE_BASE,
+    ChatFormat,
+    UserError,
+    commit_of,
+    load_chat_format,
+    load_config,
+    load_model,
+    prepare_device,
+    script_sha256,
+    use_float16_products,
+)
+
+
+@dataclass
+class Adapter:
+    """An adapter on its base model."""
+
+    place: Path  # the folder of its files
+    run: Run | None  # of train_lora_single.py, if it comes from one
+    model: peft.PeftModel
+    chat_format: ChatFormat
+    base: str  # the base model's folder or its name on the hub
+    revision: str  # its commit, if it is on the hub
+    dtype: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every command that loads an adapter onto its base."""
+    add_base_arguments(parser)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the base's weights")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one that works"
+    )
+    parser.add_argument(
+        "--enable_thinking",
+        action="store_true",
+        help="render prompts with enable_thinking, for an adapter that was trained so",
+    )
+
+
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the adapter itself, and the flags that name its base."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="a folder, or a name on the hub")
+    parser.add_argument(
+        "--base", help="the base model, if the adapter names none or a quantized copy"
+    )
+    parser.add_argument("--base_revision", help="its branch, tag or commit on the hub")
+
+
+def add_system_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --system, which `evidence` has as well."""
+    parser.add_argument("--system", help="the system message; default: that of the training")
+
+
+def system_message_of(options: argparse.Namespace, trained_by: Run | None) -> str:
+    """Return the system message of the training: --system, else the run's, else none."""
+    if options.system is not None:
+        return options.system
+    return trained_by.record.get("system_message", "") if trained_by else ""
+
+
+def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> Adapter:
+    """Load the base model with the adapter on top of it, each of its tensors in its place."""
+    config = lora_config_of(place)
+    tensors = read_tensors(place)
+    refuse_not_finite(tensors, place)
+    base, revision = base_of(options, place, run)
+    with errors_name_the_base(base):
+        revision = commit_of(base, revision)
+        base_config = load_config(base, revision)
+    refuse_other_quantization(base, base_config)
+    device, dtype = choose_device_and_dtype(options, base_config, run)
+    with errors_name_the_base(base):
+        chat_format = chat_format_of(options, place, base, revision)
+        model = load_model(base, revision, dtype, device)
+    if run and run.record.get("products") == "float16" and device.type == "cuda":
+        model = use_float16_products(model)  # as it was trained
+    model = put_adapter_on(model, config, tensors, place)
+    lora = model.peft_config["default"]
+    by_pattern = " (others by pattern)" if lora.rank_pattern or lora.alpha_pattern else ""
+    modules = counted(len(lora_layers(model)), "module")
+    report(
+        "adapter",
+        f"{shorten_path(options.adapter, 90)}\nLoRA with r = {lora.r}, alpha = {lora.lora_alpha}"
+        f"{by_pattern} on {modules}, in {dtype} on {device.type}\n"
+        f"of {shorten_path(base, 87)}",
+    )
+    if run and run.record.get("script_sha256") not in (None, script_sha256()):
+        report("", "It was trained by another version of train_lora_single.py than lies here.")
+    return Adapter(place, run, model, chat_format, base, revision, dtype)
+
+
+@contextmanager
+def errors_name_the_base(base: str) -> Iterator[None]:
+    """Add to a message of the script by which flag another base model is named."""
+    try:
+        yield
+    except UserError as error:
+        raise InspectError(f"{error}\n(The adapter's base model is {base}; see --base.)") from error
+
+
+# ---- Which base model, device and type, and what renders the conversations
+
+
+def base_of(options: argparse.Namespace, place: Path, run: Run | None) -> tuple[str, str]:
+    """Return the name and the revision of the adapter's base model, or say that it is needed."""
+    if options.base:
+        return options.base, options.base_revision or "main"
+    saved = read_adapter_config(place)
+    recorded = str(saved.get("base_model_name_or_path") or "")
+    revision = options.base_revision or saved.get("revision")
+    if not recorded:
+        raise InspectError(f"{place} does not name its base model; give it with --base.")
+    if run and not revision:
+        recorded = where_it_is_now(recorded, run)
+    if Path(recorded).is_dir():
+        return recorded, "main"
+    plain = QUANTIZED_NAME.sub("", recorded)
+    if plain != recorded and not ("bnb" in recorded.lower() and has_bitsandbytes()):
+        raise InspectError(quantized_message(recorded, plain))
+    if not revision and (run or not re.fullmatch(rf"[\w-][\w.-]*|{HUB_NAME.pattern}", recorded)):
+        raise InspectError(
+            f"The adapter's base model {recorded} is not there. Give the folder that it is in now, "
+            "or its name on the hub, with --base."
+        )
+    return recorded, revision or "main"
+
+
+def quantized_message(base: str, plain: str) -> str:
+    """Return what can be done about a base that is a quantized copy and cannot be loaded."""
+    by_package = ""
+    if "bnb" in base.lower() or "4bit" in base.lower():
+        by_package = (
+            "\nOr install the package that made the copy, and give the same command again: pip "
+            "install bitsandbytes. The losses are then those of the copy."
+        )
+    return (
+        f"The adapter was trained on {base}, a quantized copy, which cannot be loaded here. Give "
+        f"the model that it was made from with --base, such as --base {plain}; the losses are then "
+        f"measured on that one.{by_package}"
+    )
+
+
+def has_bitsandbytes() -> bool:
+    """Return whether the package that loads 4-bit copies is installed."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def refuse_other_quantization(base: str, config: transformers.PretrainedConfig) -> None:
+    """Refuse a quantized base that transformers would load otherwise, or with a traceback."""
+    how = config.to_dict().get("quantization_config")
+    if not how:
+        return
+    if how.get("quant_method") != "bitsandbytes" or not has_bitsandbytes():
+        raise InspectError(quantized_message(base, QUANTIZED_NAME.sub("", base)))
+
+
+def choose_device_and_dtype(
+    options: argparse.Namespace, base_config: transformers.PretrainedConfig, run: Run | None
+) -> tuple[torch.device, str]:
+    """Return where the model goes and in which type: as it was trained, as far as is known.
+
+    An adapter of another trainer is measured in its base's own type on a GPU; on a CPU in float32,
+    which every processor computes, and most of them faster.
+    """
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = options.dtype or (run and run.settings.get("DTYPE"))
+    if not dtype and device == "cuda":
+        dtype = "float32" if base_config.get_text_config().dtype == torch.float32 else "bfloat16"
+    dtype = dtype or "float32"
+    try:
+        prepare_device(device, dtype)
+    except UserError as error:
+        if options.device or device == "cpu":
+            raise
+        report("device", f"the CPU, since the GPU does not work: {one_line(error)}")
+        device = "cpu"
+        prepare_device(device, dtype)
+    return torch.device(device), dtype
+
+
+def chat_format_of(
+    options: argparse.Namespace, place: Path, base: str, revision: str
+) -> ChatFormat:
+    """Return how conversations are rendered: by the adapter's own tokenizer, or by the base's."""
+    config = read_json(place / "tokenizer_config.json") or {}
+    has_template = (place / "chat_template.jinja").is_file() or bool(config.get("chat_template"))
+    is_own = bool(config) and has_template
+    chat_format = load_chat_format(base, revision, str(place) if is_own else "")
+    chat_format.enable_thinking = options.enable_thinking
+    return chat_format
+
+
+# ---- The adapter's configuration and its tensors
+
+
+def lora_config_of(place: Path) -> peft.LoraConfig:
+    """Return the adapter's LoraConfig, unless PEFT does not know it or it cannot be measured."""
+    read_adapter_config(place)  # names another kind than LoRA
+    try:
+        config = peft.LoraConfig.from_pretrained(place)
+    except (TypeError, ValueError, OSError) as error:
+        raise InspectError(
+            f"{place / 'adapter_config.json'}: PEFT cannot read it ({one_line(error)})."
+        ) from error
+    if reason := why_not_measured(config):
+        raise InspectError(f"{place} cannot be measured: {reason}.")
+    return config
+
+
+def why_not_measured(config: peft.LoraConfig) -> str:
+    """Return why the base model and parts of such an adapter cannot be told apart, or ""."""
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(CHANGES_THE_BASE) and start != "eva":  # which needs data alone
+        return (
+            f'it was begun with init_lora_weights="{config.init_lora_weights}", which changes the '
+            "base model, so the two cannot be compared; save it as plain LoRA first (PEFT's "
+            "save_pretrained has path_initial_model_for_weight_conversion for that)"
+        )
+    if config.bias != "none":
+        return (
+            f'it trained biases (bias="{config.bias}"), which stay changed where the adapter is '
+            "switched off, so nothing can be compared with the base model"
+        )
+    if config.layer_replication:
+        return "layer_replication builds another model than its base"
+    if config.alora_invocation_tokens:
+        return "an activated LoRA works only after its invocation tokens, which are not sent here"
+    return ""
+
+
+def fitted_config(config: peft.LoraConfig, tensors: dict[str, torch.Tensor]) -> peft.LoraConfig:
+    """Return the config for measuring, with the names of the text model.
+
+    A regular expression that was written for a model for images and text, as Unsloth does, finds
+    nothing in the text model: the modules that the file has tensors for are named instead. Ranks
+    and alphas by pattern would not be found either, and PEFT would take the common ones.
+    """
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        renamed = {re.sub(r"language_model\\?\.", "", key): one for key, one in pattern.items()}
+        pattern.clear()
+        pattern.update(renamed)
+    if isinstance(config.target_modules, str):
+        with_a = [name for name in tensors if ".lora_A." in name]
+        paths = [name.removeprefix(PREFIX).partition(".lora_A.")[0] for name in with_a]
+        config.target_modules = sorted(set(paths))
+        config.exclude_modules = None
+    config.inference_mode = True
+    config.init_lora_weights = True  # B = 0: a module without tensors in the file changes nothing
+    return config
+
+
+def put_adapter_on(
+    base: transformers.PreTrainedModel,
+    config: peft.LoraConfig,
+    tensors: dict[str, torch.Tensor],
+    place: Path,
+) -> peft.PeftModel:
+    """Return the base model with the adapter's tensors in it, each of them in its place."""
+    try:
+        with warnings.catch_warnings():
+            # What PEFT only warns of, such as keys without a place, is judged below.
+            warnings.simplefilter("ignore")
+            model = peft.PeftModel(base, fitted_config(config, tensors))
+            refuse_changes_of_base(model, tensors, place)
+            landed = model.load_adapter(
+                place, "default", key_mapping=KEY_MAPPING, torch_device=str(model.device)
+            )
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InspectError(
+            f"The adapter in {place} does not fit the base model ({one_line(error)}). Check --base."
+        ) from error
+    judge_landing(tensors, landed.missing_keys, landed.unexpected_keys, place)
+    return model
+
+
+def refuse_changes_of_base(
+    model: peft.PeftModel, tensors: dict[str, torch.Tensor], place: Path
+) -> None:
+    """Refuse tensors that PEFT would load into the base model itself.
+
+    They would stay there where the adapter is switched off, so the base would be another model. A
+    file often holds a copy of the base's own embedding, which PEFT saves along: that one changes
+    nothing.
+    """
+    of_base = model.state_dict()
+    changing = [
+        name
+        for name in tensors.keys() & of_base.keys()
+        if not tensors[name].to(of_base[name]).equal(of_base[name])
+    ]
+    if changing:
+        raise InspectError(
+            f"{place} holds tensors that replace the base model's own: "
+            f"{join_limited(sorted(changing), 3, ', ')}. Switching the adapter off would not undo "
+            "them, so nothing could be compared with the base model. To be measured, such a "
+            "module must be saved as a part of the adapter: train it by modules_to_save or "
+            "trainable_token_indices."
+        )
+
+
+def judge_landing(
+    tensors: dict[str, torch.Tensor], missing: list[str], unexpected: list[str], place: Path
+) -> None:
+    """Refuse an adapter of which a tensor found no place, or half of a module is not there.
+
+    Unsloth may put LoRA into the vision tower, too. If only text was trained, B is 0 there still.
+    """
+    lost = [name_in_text_model(name.replace(".default", "")) for name in unexpected]
+    without_effect = [name for name in lost if is_without_effect(name, tensors)]
+    lost = [name for name in lost if name not in without_effect]
+    if lost:
+        raise InspectError(
+            f"{len(lost):,} of the {len(tensors):,} tensors in {place} find no place in the base "
+            f"model, so it would not be the adapter that is measured: {join_limited(lost, 3, ', ')}"
+            ". Check --base."
+        )
+    modules = {name.partition(".lora_")[0] for name in tensors}
+    halves = [name for name in missing if name.partition(".lora_")[0] in modules]
+    if halves:
+        raise InspectError(
+            f"{place} lacks tensors of modules that it has others of, so it is not whole: "
+            f"{join_limited(halves, 3, ', ')}."
+        )
+    if missing:
+        named = sorted({name.partition(".lora_")[0].removeprefix(PREFIX) for name in missing})
+        report(
+            "left out",
+            f"the file has no tensors for {counted(len(named), 'module')} of the targets, such as\n"
+            f"{named[0]}; it is left as the base has it",
+        )
+    if without_effect:
+        report(
+            "left out",
+            f"{len(without_effect):,} tensors have no place in the text model, such as\n"
+            f"{without_effect[0]};\ntheir B is 0, so they change nothing",
+        )
+
+
+def is_without_effect(name: str, tensors: dict[str, torch.Tensor]) -> bool:
+    """Return whether a tensor is LoRA's A or B of an update B A that is 0, since B is."""
+    b = tensors.get(name.replace(".lora_A.", ".lora_B."))
+    return ".lora_" in name and b is not None and not b.any()
+
+
+# ---- What an opened adapter consists of
+
+
+def lora_layers(model: torch.nn.Module) -> dict[str, peft.tuners.lora.LoraLayer]:
+    """Return {path: module} of the modules that LoRA was added to."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+
+def layer_number(path: str) -> int | None:
+    """Return the number of the layer that a module is in, from a path like model.layers.3.mlp."""
+    found = re.search(r"\.(\d+)\.", path)
+    return int(found[1]) if found else None
+
+
+def adapter_names(model: peft.PeftModel) -> list[str]:
+    """Return the names of the adapter's tensors, as PEFT would save them."""
+    return list(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def can_take_apart(model: peft.PeftModel) -> bool:
+    """Return whether the adapter is LoRA alone: no fully trained modules or tokens."""
+    return all(".lora_" in name for name in adapter_names(model))
+
+
+def can_scale_and_cut(model: peft.PeftModel) -> bool:
+    """Return whether every update is scaling x B A on a linear layer, without bias or DoRA."""
+    is_a_or_b = re.compile(r"\.lora_[AB]\.weight$").search
+    are_linear = all(is_linear_lora(layer) for layer in lora_layers(model).values())
+    return are_linear and all(map(is_a_or_b, adapter_names(model)))
+
+
+def is_linear_lora(layer: peft.tuners.lora.LoraLayer) -> bool:
+    """Return whether a LoRA module is a matrix W, perhaps of 4 bits, with an update B A."""
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)  # the latter is GPT-2's
+    return isinstance(layer.get_base_layer(), kinds) and "default" in layer.lora_A
+
+
+def scaling_in_words(config: peft.LoraConfig) -> str:
+    """Return by what B A is multiplied, as a formula."""
+    return "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
+
+
+def rescaled(model: peft.PeftModel, scale: float) -> AbstractContextManager[Any]:
+    """Multiply the finished adapter's update by scale for a while."""
+    return peft.helpers.rescale_adapter_scale(model, scale)

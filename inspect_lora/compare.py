@@ -1,0 +1,273 @@
+"""Rank the adapters that `evidence` has measured, from the best to the worst held-out loss.
+
+Every evidence.json in the folders and below them is read; reports that were renamed since a newer
+one took their place are passed over. Compared are those on the same held-out replies as the newest
+one, and on the same base model, which is known by its own loss on each reply: an adapter's file
+does not tell in which type its base was loaded. What is left out is said, with the reason.
+
+"=" says that a difference to the best may be chance of the held-out lines: it is within twice its
+standard error, three times where the best was picked among several. What another SEED would change
+is not in it: train a close winner with two seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from inspect_lora.common import (
+    InspectError,
+    counted,
+    join_limited,
+    one_line,
+    path_from_here,
+    read_json,
+    report,
+    report_sentence,
+    shorten_path,
+    this_program,
+)
+from inspect_lora.scores import errors_needed, ratio_with_error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the folders."""
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="FOLDER",
+        help="where reports are, at any depth, such as output or inspected",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table, and what is left out."""
+    left_out: list[str] = []
+    found = read_reports(options.folders, left_out)
+    if found:
+        newest = max(found, key=lambda one: one.measured)
+        found = on_the_same_lines(found, newest, left_out)
+        found = on_the_same_base(found, newest, left_out)
+    if not found:
+        where = ", ".join(options.folders)
+        reasons = "\n".join(["", *left_out]) if left_out else ""
+        raise InspectError(
+            f"There is nothing to compare in {where}: `{this_program()} evidence ADAPTER` "
+            f"writes the evidence.json that is read here.{reasons}"
+        )
+    ranked = sorted(found, key=lambda one: one.mean("adapter"))
+    report("compared", "\n".join(table_of(ranked)))
+    for sentence in left_out:
+        report_sentence("left out", sentence)
+
+
+# ---- What is read
+
+
+Number = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+
+
+class Row(pydantic.BaseModel):
+    """The losses of a held-out reply, in nats a token."""
+
+    where: str
+    tokens: Annotated[int, pydantic.Field(ge=1)]
+    base: Number
+    adapter: Number
+
+
+class HeldOut(pydantic.BaseModel):
+    """The file of the held-out replies."""
+
+    file: str
+    sha256: str
+
+
+class Evidence(pydantic.BaseModel):
+    """What is read of an evidence.json."""
+
+    schema_: Literal[1] = pydantic.Field(alias="schema")
+    finished: bool
+    measured: str  # its date and time
+    adapter: str
+    adapter_sha256: str
+    adapter_config: dict[str, Any]
+    base: str
+    base_revision: str
+    enable_thinking: bool
+    held_out: HeldOut
+    losses: Annotated[list[Row], pydantic.Field(min_length=1)]
+    run: dict[str, Any] | None = None
+    elsewhere: dict[str, Any] | None = None
+    checks: dict[str, dict[str, Any]] = {}
+    folder: Path = Path()
+
+    def mean(self, whose: Literal["base", "adapter"]) -> float:
+        """Return the mean loss of the base or the adapter, in nats a token."""
+        losses = [(row.base if whose == "base" else row.adapter, row.tokens) for row in self.losses]
+        return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+
+    def replies(self) -> tuple[str, list[tuple[str, int]]]:
+        """Return what tells the held-out replies apart: the file's hash, lines and lengths."""
+        rows = [(row.where.rpartition(":")[2], row.tokens) for row in self.losses]
+        return self.held_out.sha256, rows
+
+
+def read_reports(folders: list[str], left_out: list[str]) -> list[Evidence]:
+    """Return the whole reports in the folders, and add a sentence on those that are not whole."""
+    paths: dict[Path, None] = {}
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise InspectError(f"There is no folder {folder}.")
+        paths |= dict.fromkeys(one.resolve() for one in sorted(Path(folder).rglob("evidence.json")))
+    found, damaged, unfinished = [], [], []
+    for path in paths:
+        one = read_evidence(path)
+        if one is None:
+            damaged.append(path_from_here(path))
+        elif one.finished:
+            found.append(one)
+        else:
+            unfinished.append(path_from_here(path))
+    if damaged:
+        left_out.append(
+            f"{in_words(damaged)}: damaged, edited, or of another version of this program"
+        )
+    if unfinished:
+        left_out.append(
+            f"{in_words(unfinished)}: the command was stopped, or an error ended it, before all "
+            "was measured; give it again"
+        )
+    return found
+
+
+def read_evidence(path: Path) -> Evidence | None:
+    """Return what an evidence.json holds, or None if it is damaged or of another version."""
+    try:
+        return Evidence.model_validate((read_json(path) or {}) | {"folder": path.parent})
+    except pydantic.ValidationError:
+        return None
+
+
+def on_the_same_lines(
+    found: list[Evidence], newest: Evidence, left_out: list[str]
+) -> list[Evidence]:
+    """Return those on the newest one's held-out replies, and add a sentence on the others."""
+    same = [one for one in found if one.replies() == newest.replies()]
+    others = [one for one in found if one not in same]
+    if others:
+        files = ", ".join(sorted({one.held_out.file for one in others}))
+        left_out.append(
+            f"{in_words([path_from_here(one.folder) for one in others])}: measured on other "
+            f"held-out replies ({files}) than the newest report ({newest.held_out.file})"
+        )
+    return same
+
+
+SAME_BASE = 1e-3  # base losses of a reply, in nats a token, may differ by so much
+
+
+def on_the_same_base(
+    found: list[Evidence], newest: Evidence, left_out: list[str]
+) -> list[Evidence]:
+    """Return those with the newest one's losses of the base, and add a sentence on the others."""
+
+    def largest_difference(one: Evidence) -> float:
+        pairs = zip(one.losses, newest.losses, strict=True)
+        return max(abs(here.base - there.base) for here, there in pairs)
+
+    same = [one for one in found if largest_difference(one) <= SAME_BASE]
+    others = [one for one in found if one not in same]
+    if others:
+        left_out.append(
+            f"{in_words([path_from_here(one.folder) for one in others])}: the base model there "
+            f"({', '.join(sorted({one.base for one in others}))}) has other losses than that of "
+            f"the newest report ({newest.base}), by up to "
+            f"{max(map(largest_difference, others)):.4f} on a reply; measure all with the same "
+            "--base, --dtype and --device"
+        )
+    return same
+
+
+def in_words(paths: list[str]) -> str:
+    """Return some reports in words."""
+    return f"{counted(len(paths), 'report')} ({join_limited(paths, 3, ', ')})"
+
+
+# ---- The table
+
+
+def table_of(ranked: list[Evidence]) -> list[str]:
+    """Return the lines of the table, the best first, and last the base model."""
+    best = ranked[0]
+    columns = "{:<10}{:<22}{:<14}{}".format
+    lines = [columns("held-out", "against the best", "KL elsewhere", "report, and what differs")]
+    differing = what_differs(ranked)
+    for one in ranked:
+        against = "best" if one is best else difference(one, best, "adapter", len(ranked) - 1)
+        loss = f"{one.mean('adapter'):.4f}"
+        lines.append(columns(loss, against, change_elsewhere(one), shorten_path(one.folder, 44)))
+        facts = known_of(one)
+        words = [f"{name} {one_line(facts[name], 30)}" for name in differing if name in facts]
+        for name, row in one.checks.items():
+            words.append(f"{name} {row.get('after')}/{row.get('lines')}")
+        wrapped = textwrap.wrap(", ".join(words), 44, break_on_hyphens=False)
+        lines += [columns("", "", "", line) for line in wrapped]
+    loss = f"{best.mean('base'):.4f}"
+    lines.append(columns(loss, difference(best, best, "base", 1), "", f"base model {best.base}"))
+    if len(ranked) > 1:
+        lines.append("=: the difference may be chance; another SEED may change more than that")
+    return lines
+
+
+def difference(one: Evidence, best: Evidence, whose: str, comparisons: int) -> str:
+    """Return by how much more loss one has than the best adapter, paired, with its error."""
+    pairs = list(zip(one.losses, best.losses, strict=True))
+    changes = [
+        ((here.base if whose == "base" else here.adapter) - there.adapter) * here.tokens
+        for here, there in pairs
+    ]
+    tokens = [float(here.tokens) for here, _ in pairs]
+    found = ratio_with_error(changes, tokens, [here.where for here, _ in pairs])
+    return f"{found}" + ("" if found.is_clear(errors_needed(comparisons)) else " =")
+
+
+def change_elsewhere(one: Evidence) -> str:
+    """Return how far an adapter moves the model on other tasks, if that was measured."""
+    rows = (one.elsewhere or {}).get("no system message") or {}
+    kl = (rows.get("x 1") or {}).get("kl") or {}
+    value = kl.get("value")
+    return f"{value:.4f}" if isinstance(value, float) else "-"
+
+
+# What cannot change a result, or is told of the adapter itself.
+NOT_COMPARED = {"inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path"}
+NOT_COMPARED |= {"revision", "MODEL_NAME", "MODEL_REVISION", "DEVICE", "EVAL_FILE", "OUTPUT_DIR"}
+NOT_COMPARED |= {"LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "PUBLISH"}
+NOT_COMPARED |= {"LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGET_MODULES"}
+
+
+def known_of(one: Evidence) -> dict[str, str]:
+    """Return what is known of an adapter's training: its LoraConfig, and its run's settings."""
+    run = one.run or {}
+    settings = run.get("settings")
+    facts = one.adapter_config | (settings if isinstance(settings, dict) else {})
+    known = {"adapter": shorten_path(one.adapter, 34)}
+    for name, value in facts.items():
+        if name not in NOT_COMPARED:
+            # PEFT writes sets, such as the targets, in any order.
+            known[name] = str(sorted(value, key=str) if isinstance(value, list) else value)
+    if isinstance(run.get("train_seconds"), (int, float)):
+        known["minutes"] = f"{run['train_seconds'] / 60:.1f}"
+    return known
+
+
+def what_differs(found: list[Evidence]) -> list[str]:
+    """Return the names of what differs among those of which it is known."""
+    known = [known_of(one) for one in found]
+    names = dict.fromkeys(name for facts in known for name in facts)
+    return [name for name in names if len({one[name] for one in known if name in one}) > 1]

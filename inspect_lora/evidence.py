@@ -1,0 +1,196 @@
+"""Measure an adapter on held-out conversations, and show what it and its parts are worth.
+
+It writes report.md (the verdict, the tables, and samples side by side), lora.png and evidence.json
+into one folder: OUTPUT_DIR/inspected/NAME for an adapter of train_lora_single.py, which brings its
+held-out file and its system message, else inspected/NAME in the working folder.
+
+What may be concluded is about this adapter and these conversations: whether its update is too
+strong or too weak, what each group of targets contributes, how many directions it uses. What
+another run would reach may not be concluded: train it, and compare. Nor does a lower loss say that
+the replies are good: read them in the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from inspect_lora import adapters, conversations
+from inspect_lora.adapters import open_adapter, system_message_of
+from inspect_lora.common import (
+    InspectError,
+    at_least,
+    path_from_here,
+    rename_old,
+    report,
+    write_json,
+)
+from inspect_lora.conversations import (
+    GENERAL_FILE,
+    Task,
+    encode_held_out,
+    read_held_out,
+    read_tasks,
+)
+from inspect_lora.elsewhere import about_change, about_strength, measure_elsewhere
+from inspect_lora.files import Run, find_adapter, find_run
+from inspect_lora.parts import (
+    conclusions,
+    is_conclusive,
+    measure_parts,
+    measure_updates,
+    what_is_not_measured,
+)
+from inspect_lora.picture import draw_picture
+from inspect_lora.replies import ask_checked, choose_samples, take_samples
+from inspect_lora.report import (
+    Findings,
+    as_json_object,
+    as_markdown,
+    logged,
+    print_checks,
+    print_conclusions,
+    print_gain,
+    print_parts,
+)
+from inspect_lora.scores import Losses, evenly_spread, losses_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    adapters.add_arguments(parser)
+    adapters.add_system_argument(parser)
+    conversations.add_arguments(parser)
+    parser.add_argument(
+        "--general_file",
+        default=str(GENERAL_FILE),
+        help='other tasks, to see what else changed; default: the package\'s own; "" for none',
+    )
+    parser.add_argument(
+        "--group", default="kind", help='the key that groups held-out lines; default: "kind"'
+    )
+    parser.add_argument(
+        "--examples",
+        type=at_least(0),
+        default=50,
+        help="held-out replies and other tasks that measure the parts and what else changed; "
+        "default: 50; 0 leaves these and the checks out",
+    )
+    parser.add_argument(
+        "--samples", type=at_least(0), default=6, help="prompts in the report, and one of each kind"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=at_least(1), default=200, help="a sample is cut after so many"
+    )
+    parser.add_argument("--output_dir", help="where the report goes, if not as said above")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print what carries a conclusion, and write the report."""
+    place = find_adapter(options.adapter)
+    trained_by = find_run(place)
+    folder = folder_for_results(options, place, trained_by)
+    held_out = read_held_out(options, trained_by)
+    tasks = read_tasks(options.general_file)  # what is wrong is said before the model is loaded
+    adapter = open_adapter(options, place, trained_by)
+    examples = encode_held_out(held_out, adapter, options)
+    system_message = system_message_of(options, trained_by)
+    found = Findings(options.adapter, adapter, held_out, options.group, system_message, examples)
+    try:
+        measure(found, tasks, options)
+    finally:  # also what was found before Ctrl-C
+        if found.losses:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("evidence.json", "report.md", "lora.png"):
+                rename_old(folder / name)
+            write_json(folder / "evidence.json", as_json_object(found))
+    has_picture = draw_picture(found, folder / "lora.png")
+    (folder / "report.md").write_text(as_markdown(found, has_picture), encoding="utf-8")
+    spent = {what: f"{what} {seconds:.0f} s" for what, seconds in found.seconds.items()}
+    report("report", f"{path_from_here(folder / 'report.md')}\n({', '.join(spent.values())})")
+
+
+def folder_for_results(options: argparse.Namespace, place: Path, trained_by: Run | None) -> Path:
+    """Return where the report goes, which must not be in the adapter's own folder."""
+    if options.output_dir:
+        folder = Path(options.output_dir)
+    elif trained_by:
+        folder = trained_by.path.parent / "inspected" / place.resolve().name
+    else:
+        name = options.adapter
+        if Path(name).is_dir():  # many an adapter's folder is called checkpoint-500
+            name = "/".join(Path(path_from_here(place.resolve())).parts[-2:]).strip("/")
+        folder = Path("inspected") / name.replace("/", "--")
+    if place.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise InspectError(
+            f"The report would go into {folder}, but nothing is written into the adapter's own "
+            "folder or below it; choose another one with --output_dir."
+        )
+    return folder
+
+
+def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> None:
+    """Measure everything, and print each finding as soon as it is there."""
+    model, chat_format = found.adapter.model, found.adapter.chat_format
+    # A 4-bit weight is packed otherwise from the first pass on, so the updates come before it.
+    found.updates = measure_updates(model)
+    with timed(found, "losses"):
+        trained = losses_of(model, found.examples, "adapter")
+        with model.disable_adapter():
+            base = losses_of(model, found.examples, "base")
+    found.losses = Losses(
+        trained,
+        base,
+        tokens=[len(example.reply_ids) for example in found.examples],
+        lines=[example.where for example in found.examples],
+    )
+    print_gain(found)
+    if options.examples:
+        measure_parts_and_change(found, tasks, options.examples)
+        checked = found.held_out.checked + [task for task in tasks if task.checks]
+        if checked:
+            with timed(found, "checks"):
+                found.checks, found.checked_replies = ask_checked(model, chat_format, checked)
+            found.conclusions += [row.conclusion() for row in found.checks if row.is_clear]
+    print_checks(found)
+    print_conclusions(found)
+    chosen = choose_samples(found.examples, options.group, options.samples)
+    if chosen:
+        with timed(found, "samples"):
+            found.samples = take_samples(model, chat_format, chosen, options.max_new_tokens)
+    found.is_finished = True
+
+
+def measure_parts_and_change(found: Findings, tasks: list[Task], wanted: int) -> None:
+    """Measure the parts on some of the replies, and how far the model is moved on other tasks."""
+    model, chat_format = found.adapter.model, found.adapter.chat_format
+    found.measured = evenly_spread(len(found.examples), wanted)
+    losses = found.losses.only(found.measured)
+    with timed(found, "parts"):
+        chosen = [found.examples[number] for number in found.measured]
+        found.parts = measure_parts(model, chosen, losses)
+    found.conclusions = conclusions(found.parts, losses, logged(found.history, "eval_loss"))
+    found.conclusions += what_is_not_measured(model)
+    if is_conclusive(losses):
+        print_parts(found)
+    if not tasks:
+        return
+    with timed(found, "other tasks"):
+        some = [tasks[number] for number in evenly_spread(len(tasks), wanted)]
+        found.elsewhere = measure_elsewhere(model, chat_format, some, found.system_message)
+    found.conclusions.append(about_change(found.elsewhere))
+    if is_conclusive(losses):
+        shifts = found.elsewhere.without_system
+        if sentence := about_strength(found.parts, shifts, found.name):
+            found.conclusions.append(sentence)
+
+
+@contextmanager
+def timed(found: Findings, what: str) -> Iterator[None]:
+    """Note how long a measurement took."""
+    began = time.monotonic()
+    yield
+    found.seconds[what] = time.monotonic() - began

@@ -1,0 +1,366 @@
+"""Write a weaker, a smaller or a renamed copy of an adapter, verified from the written file.
+
+--scale multiplies every update by a number: 0.75 is what /scale 0.75 sounds like in the chat.
+--rank keeps the strongest directions of every update, which makes the file smaller. --vllm writes
+the names that vLLM applies: up to version 0.32 it accepts others, and ignores them without a word.
+They can be given together. --scale and --rank need the adapter's files alone; --vllm needs the
+configuration of the base model, but not its weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from inspect_lora.common import (
+    InspectError,
+    counted,
+    join_limited,
+    one_line,
+    report,
+    this_program,
+    write_json,
+)
+from inspect_lora.files import (
+    PREFIX,
+    find_adapter,
+    find_run,
+    name_in_text_model,
+    read_adapter_config,
+    read_as_named,
+    refuse_not_finite,
+    where_it_is_now,
+)
+from inspect_lora.modules import (
+    CHANGES_THE_BASE,
+    PARTS,
+    Module,
+    modules_of,
+    read_config,
+    singular_values,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="a folder, or a name on the hub")
+    parser.add_argument("folder", metavar="FOLDER", help="a new folder to write into")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="the strength of every update; 1 is as trained"
+    )
+    parser.add_argument("--rank", type=int, help="how many directions to keep of every update")
+    parser.add_argument("--vllm", action="store_true", help="write the names that vLLM applies")
+    parser.add_argument("--base", help="for --vllm: the base model, if the adapter names none")
+    parser.add_argument("--base_revision", help="its branch, tag or commit on the hub")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the copy beside its place, verify what was written, and move it there."""
+    place, folder = find_adapter(options.adapter), Path(options.folder)
+    check_options(options, place, folder)
+    tensors = read_as_named(place)
+    modules = modules_of(read_config(place), tensors)
+    refuse_what_is_more(place, options, modules, tensors)
+    written, config = modules, read_adapter_config(place)
+    if options.rank:
+        written = [cut(module, options.rank) for module in written]
+    if options.scale != 1:
+        written = [scaled(module, options.scale) for module in written]
+    server = None
+    if options.vllm:
+        server = Server(options, place)
+        written = server.renamed(written)
+        config |= server.names_in_config(written)
+    if options.rank or (options.vllm and has_patterns(config)):
+        config |= ranks_and_alphas(written)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+            staging = Path(beside) / folder.name
+            write(staging, place, written, config)
+            verify(staging, modules, options)
+            if server:
+                server.verify_names(staging)
+            staging.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise InspectError(f"{folder} cannot be written ({one_line(error)}).") from error
+    tell(options, folder, modules, written)
+    if server:
+        report("next", server.commands(folder, max(one.r for one in written)))
+
+
+# ---- What is refused
+
+
+def check_options(options: argparse.Namespace, place: Path, folder: Path) -> None:
+    """Refuse flags that ask for nothing or too much, and a folder that is not new."""
+    if options.scale == 1 and options.rank is None and not options.vllm:
+        raise InspectError("Say what to write: --scale 0.75, --rank 4, --vllm, or several of them.")
+    if not 0 < options.scale <= 10:
+        raise InspectError(f"--scale is {options.scale:g}; it must be above 0 and at most 10.")
+    if options.rank is not None and options.rank < 1:
+        raise InspectError(f"--rank is {options.rank}; it must be at least 1.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InspectError(f"{folder} is not empty; give a new folder: nothing is overwritten.")
+    if place.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise InspectError(f"{folder} lies in the adapter's own folder; give another one.")
+
+
+def refuse_what_is_more(
+    place: Path,
+    options: argparse.Namespace,
+    modules: list[Module],
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """Refuse an adapter whose update is more than scaling x B A, or not what it should be."""
+    refuse_not_finite(tensors, place)
+    if not modules:
+        raise InspectError(f"There is nothing of LoRA in {place}: `info` says what it holds.")
+    if all(module.is_zero for module in modules):
+        raise InspectError(f"Every B in {place} is 0: it was saved before it was trained.")
+    if unfit := [module.name for module in modules if not module.fits]:
+        raise InspectError(
+            f"{place} does not fit its own configuration ({unfit[0]}): `info` says more."
+        )
+    if reason := what_is_more(place, modules, tensors):
+        raise InspectError(
+            f"{place} {reason}, so it cannot be scaled, cut or renamed here. Merge it into its "
+            "base model instead."
+        )
+    if options.rank and options.rank >= max(module.r for module in modules):
+        largest = max(module.r for module in modules)
+        raise InspectError(f"--rank {options.rank} cuts nothing: the adapter's rank is {largest}.")
+
+
+def what_is_more(place: Path, modules: list[Module], tensors: dict[str, torch.Tensor]) -> str:
+    """Return what an adapter is beyond A and B of matrices, or nothing."""
+    config = read_config(place)
+    if config.get("use_dora"):
+        return "is DoRA, which trained the length of each column as well"
+    others = [name for name in tensors if not PARTS.match(name) or not name.startswith(PREFIX)]
+    if others:
+        return f"holds more than A and B ({join_limited(others, 2, ', ')})"
+    if len(set(map(name_in_text_model, tensors))) < len(tensors):
+        return "holds two tensors for one place"
+    start = config.get("init_lora_weights")
+    if str(start).lower().startswith(CHANGES_THE_BASE):
+        return f"began with init_lora_weights = {start}, which changed the base model"
+    if any(tensors[name].dim() != 2 for module in modules for name in module.names):
+        return "has LoRA on convolutions"
+    return "shares one A and B among experts" if any(one.experts > 1 for one in modules) else ""
+
+
+# ---- Weaker, and the strongest directions
+
+
+def scaled(module: Module, scale: float) -> Module:
+    """Return a module whose B, and so its update, is multiplied."""
+    return replace(module, b=(scale * module.b.double()).to(module.b.dtype))
+
+
+def cut(module: Module, rank: int) -> Module:
+    """Return a module with the best approximation of its update of a rank, and the same scaling.
+
+    B = Q R and A^T = Q' R' give B A = Q (R R'^T) Q'^T, so the singular vectors of the r x r matrix
+    are enough, and the strongest of them are the best choice (Eckart and Young, 1936). The root of
+    each singular value goes into A and into B.
+    """
+    if rank >= module.r:
+        return module
+    q_b, r_b = torch.linalg.qr(module.b.double())
+    q_a, r_a = torch.linalg.qr(module.a.double().T)
+    u, sizes, v = torch.linalg.svd(r_b @ r_a.T)
+    roots = sizes[:rank].sqrt()
+    b = q_b @ u[:, :rank] * roots
+    a = (q_a @ v[:rank].T * roots).T
+    return replace(module, a=a.to(module.a.dtype), b=b.to(module.b.dtype), r=rank)
+
+
+def has_patterns(config: dict[str, Any]) -> bool:
+    """Return whether some modules have a rank or an alpha of their own."""
+    return bool(config.get("rank_pattern") or config.get("alpha_pattern"))
+
+
+def ranks_and_alphas(modules: list[Module]) -> dict[str, Any]:
+    """Return the entries of a configuration that give each module its rank and its scaling.
+
+    The most frequent ones are the common r and alpha, and the others are named module by module.
+    The scaling is alpha / r again, also where it was rsLoRA's.
+    """
+    alphas = [as_whole(module.scaling * module.r) for module in modules]
+    (r, alpha), _ = Counter(zip((one.r for one in modules), alphas, strict=True)).most_common(1)[0]
+    pairs = list(zip(modules, alphas, strict=True))
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "rank_pattern": {module.name: module.r for module in modules if module.r != r},
+        "alpha_pattern": {module.name: one for module, one in pairs if one != alpha},
+    }
+
+
+def as_whole(number: float) -> float:
+    """Return a number as an integer if it is one but for rounding."""
+    whole = round(number)
+    return whole if math.isclose(number, whole, rel_tol=1e-9) else number
+
+
+# ---- Writing and verifying
+
+
+def write(folder: Path, place: Path, modules: list[Module], config: dict[str, Any]) -> None:
+    """Write an adapter, with the tokenizer and the chat template that lie beside the old one."""
+    folder.mkdir()
+    write_json(folder / "adapter_config.json", config)
+    tensors = {}
+    for module in modules:
+        for name, tensor in zip(module.names, (module.a, module.b), strict=True):
+            tensors[name] = tensor.contiguous()
+    path = folder / "adapter_model.safetensors"
+    save_file(tensors, path, {"format": "pt"})
+    # It would be readable by its owner alone, but the server may be another user.
+    shutil.copymode(folder / "adapter_config.json", path)
+    for pattern in TOKENIZER_FILES:
+        for file in place.glob(pattern):
+            shutil.copy2(file, folder)
+
+
+TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("vocab.*", "merges.txt", "*.model")
+
+
+def verify(folder: Path, modules: list[Module], options: argparse.Namespace) -> None:
+    """Compare each update in the written file with what it should be, as PEFT would compute it.
+
+    Its distance from the wanted update may be that of the directions that were cut off, and no
+    more but for the rounding of the file's type.
+    """
+    found = {
+        name_in_text_model(PREFIX + module.name): module
+        for module in modules_of(read_config(folder), read_as_named(folder))
+    }
+    wrong = []
+    for module in modules:
+        written = found.pop(name_in_text_model(PREFIX + module.name), None)
+        if written is None and module.is_zero and options.vllm:
+            continue
+        if written is None or not is_right(written, module, options.scale):
+            wrong.append(module.name)
+    wrong += found
+    if wrong:
+        raise InspectError(
+            f"What was written is not what was asked for: {counted(len(wrong), 'module')} differ, "
+            f"such as {wrong[0]}. Is the disk full? Nothing was left at {options.folder}."
+        )
+
+
+def is_right(written: Module, module: Module, scale: float) -> bool:
+    """Return whether a written update is scale times the old one, but for what was cut off."""
+    a = torch.cat([written.a.double(), module.a.double()])
+    wanted = -scale * module.scaling * module.b.double()
+    b = torch.cat([written.scaling * written.b.double(), wanted], dim=1)
+    apart = singular_values(replace(module, a=a, b=b, scaling=1.0)).norm().item()
+    values = scale * singular_values(module)
+    rounding = 8 * torch.finfo(written.b.dtype).eps * values.norm().item()
+    return written.fits and apart <= values[written.r :].norm().item() + rounding
+
+
+def tell(
+    options: argparse.Namespace, folder: Path, modules: list[Module], written: list[Module]
+) -> None:
+    """Print what was written."""
+    lines = [f"{folder}: {counted(len(written), 'module')}"]
+    if options.scale != 1:
+        lines.append(f"each update is {options.scale:g} times what it was")
+    if options.rank:
+        before = sum(sum(one.squares) for one in modules)
+        kept = sum(sum(one.squares[: options.rank]) for one in modules) / before
+        lines.append(
+            f"the {counted(options.rank, 'strongest direction')} of {max(one.r for one in modules)}"
+            f" make up {100 * kept:.1f} % of the updates (by square)"
+        )
+    if len(written) < len(modules):
+        lines.append(f"left out: {counted(len(modules) - len(written), 'module')} with B = 0")
+    if options.vllm:
+        lines.append("each tensor has its place and shape in the base model, under its new name")
+    lines.append("the file was read again, and each update is what it should be")
+    report("written", "\n".join(lines))
+    if not options.vllm:
+        report("next", f"{this_program()} info {shlex.quote(str(folder))}")
+
+
+# ---- Names for vLLM
+
+
+class Server:
+    """What vLLM needs: the base model's configuration, and names as its model on the hub has them.
+
+    The script is asked, since it writes such names as well; so all of it is imported here.
+    """
+
+    def __init__(self, options: argparse.Namespace, place: Path) -> None:
+        """Find the base model and load its configuration; refuse what vLLM does not serve."""
+        from inspect_lora import adapters, trainer
+
+        self.trainer = trainer
+        self.run = find_run(place)
+        self.base, self.revision = adapters.base_of(options, place, self.run)
+        self.config = trainer.load_config(self.base, self.revision)
+        lora_config = adapters.lora_config_of(place)
+        largest = options.rank or max(lora_config.r, *lora_config.rank_pattern.values(), 0)
+        if reason := trainer.why_vllm_refuses(lora_config, largest):
+            raise InspectError(f"{place}: {reason}; merge the adapter into its base instead.")
+
+    def renamed(self, modules: list[Module]) -> list[Module]:
+        """Return the modules under the server's names, without those whose update is 0.
+
+        Unsloth may put LoRA into the vision tower, where B stays 0 if only text was trained.
+        """
+        found = []
+        for module in modules:
+            names = [self.new_name(name) for name in module.names]
+            if not module.is_zero:
+                path = PARTS.match(names[0].removeprefix(PREFIX))["path"]
+                found.append(replace(module, name=path, names=tuple(names)))
+        return found
+
+    def new_name(self, name: str) -> str:
+        """Return a tensor's name as the server looks for it."""
+        name = name_in_text_model(name)
+        return self.trainer.name_in_wrapper(name) if self.trainer.is_wrapper(self.config) else name
+
+    def names_in_config(self, modules: list[Module]) -> dict[str, Any]:
+        """Return the entries of the configuration that name the base and the targets."""
+        targets = sorted({module.target for module in modules})
+        return {
+            "base_model_name_or_path": self.base,
+            "target_modules": targets,
+            "exclude_modules": None,
+        }
+
+    def verify_names(self, folder: Path) -> None:
+        """Ask a skeleton of the server's model for each name that was written."""
+        self.trainer.check_names_for_vllm(read_as_named(folder), self.config)
+
+    def commands(self, folder: Path, max_rank: int) -> str:
+        """Return the command that serves the written adapter, and the one that asks the server."""
+        name = self.trainer.name_on_server(folder)
+        serve = self.trainer.vllm_command(self.base, self.revision, folder, max_rank, name)
+        held_out = "HELD_OUT.jsonl"
+        if self.run:
+            file = (self.run.record["data"].get("held_out") or {}).get("file")
+            held_out = where_it_is_now(file, self.run) if file else held_out
+        words = ["served", "http://localhost:8000", str(folder), "--eval_file", held_out]
+        ask = f"{this_program()} {shlex.join(words)}"
+        return f"{serve}\n# Does it apply the adapter? Ask it while it runs:\n{ask}"

@@ -1,0 +1,202 @@
+"""An adapter's files: where they are, what they say, and the run that wrote them.
+
+Only safetensors files are read: an adapter_model.bin is a pickle, which could run code. Nothing
+here needs the base model, transformers or the trainer's script.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inspect_lora.common import InspectError, file_sha256, join_limited, one_line, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+PREFIX = "base_model.model."  # of each tensor's name in a file that PEFT wrote
+# Where a model for images and text has the layers of the text model, and where that has them alone.
+# PEFT takes these as load_adapter(key_mapping=...), which leaves out the prefix.
+KEY_MAPPING = {r"^model\.language_model\.": "model.", r"^language_model\.model\.": "model."}
+# The end of the name of a quantized copy, as other trainers record it.
+QUANTIZED_NAME = re.compile(
+    r"(?i)[-_.](?:unsloth-)?(?:bnb-)?(?:[2-8]bit|int[48]|bnb|gptq|awq|gguf|exl2|"
+    r"(?:mx|nv)?(?:fp|nf)[48]|w[48]a(?:8|16))(?:[-_.][^/]*)?$"
+)
+
+
+def find_adapter(name: str) -> Path:
+    """Return the folder of an adapter's files, which may be on the hub; it need not be whole."""
+    folder = Path(name)
+    if os.path.isfile(folder) and folder.name in (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    ):
+        folder = folder.parent
+    if not os.path.isdir(folder):  # which answers of any text
+        if os.path.exists(folder) or not HUB_NAME.fullmatch(name):
+            raise InspectError(
+                f"There is no adapter {name}: give the folder that holds adapter_config.json, or a "
+                "name on the hub such as someone/adapter."
+            )
+        folder = download_adapter(name)
+    if not (folder / "adapter_config.json").is_file():
+        inner = [path.parent for path in sorted(folder.glob("*/adapter_config.json"))]
+        hint = f" Did you mean {inner[0]}?" if inner else ""
+        if (folder / "config.json").is_file():
+            hint = " It looks like a whole model; an adapter is saved by PEFT's save_pretrained()."
+        raise InspectError(f"{name} is no adapter: it holds no adapter_config.json.{hint}")
+    if (folder / "adapter_model.safetensors").is_file():
+        return folder
+    if (folder / "adapter_model.bin").is_file():
+        raise InspectError(
+            f"{name} holds adapter_model.bin, a pickle that could run code when it is opened. "
+            "If you trust where it comes from, convert it in that folder:\npython -c "
+            "'import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in "
+            'torch.load("adapter_model.bin", map_location="cpu", weights_only=True).items()}, '
+            '"adapter_model.safetensors")\''
+        )
+    raise InspectError(f"{name} holds no adapter_model.safetensors, so its weights are missing.")
+
+
+def download_adapter(name: str) -> Path:
+    """Return the folder on this machine of an adapter that is on the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+
+    wanted = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=wanted, ignore_patterns=["checkpoint-*"])
+        )
+    except LocalEntryNotFoundError as error:
+        raise InspectError(
+            f"The Hugging Face hub cannot be reached, and {name} is not stored on this machine. "
+            "Check the network, or give a local folder."
+        ) from error
+    except (OSError, HfHubHTTPError, HTTPError) as error:
+        raise InspectError(
+            f"There is no folder {name}, and no adapter of this name on the hub, or it cannot be "
+            f"reached ({one_line(error)})."
+        ) from error
+
+
+def read_adapter_config(place: Path) -> dict[str, Any]:
+    """Return adapter_config.json; it must be of PEFT, and of a LoRA."""
+    saved = read_json(place / "adapter_config.json")
+    if not saved or "peft_type" not in saved:
+        raise InspectError(
+            f"{place / 'adapter_config.json'} is damaged, or was not written by PEFT."
+        )
+    if saved["peft_type"] != "LORA":
+        raise InspectError(
+            f"{place} is an adapter of the kind {saved['peft_type']}; only LORA is understood here."
+        )
+    return saved
+
+
+def read_tensors(place: Path) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors under the text model's names, in the order of the file."""
+    path = place / "adapter_model.safetensors"
+    tensors = read_as_named(place)
+    foreign = [name for name in tensors if not name.startswith(PREFIX)]
+    if foreign:
+        raise InspectError(
+            f"{path} was not written by PEFT's save_pretrained(): {len(foreign):,} of its "
+            f"{len(tensors):,} names do not begin with {PREFIX}, such as {foreign[0]}."
+        )
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        place_of_it = name_in_text_model(name)
+        if place_of_it in found:
+            raise InspectError(f"{path} holds two tensors for one place, {place_of_it}.")
+        found[place_of_it] = tensor
+    return found
+
+
+def read_as_named(place: Path) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors under the names that its file has."""
+    import safetensors.torch
+
+    path = place / "adapter_model.safetensors"
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InspectError(f"{path} cannot be read ({one_line(error)}).") from error
+    if not tensors:
+        raise InspectError(f"{path} holds no tensors, so the adapter changes nothing.")
+    return tensors
+
+
+def name_in_text_model(name: str) -> str:
+    """Return a tensor's name as it is where the text model is loaded alone."""
+    inner = name.removeprefix(PREFIX)
+    for pattern, replacement in KEY_MAPPING.items():
+        inner = re.sub(pattern, replacement, inner)
+    return PREFIX + inner
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of the tensors that hold NaN or infinity."""
+    return [name for name, tensor in tensors.items() if not is_finite(tensor)]
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all numbers are numbers; torch cannot tell of some types of one byte."""
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
+
+
+def refuse_not_finite(tensors: dict[str, torch.Tensor], place: Path) -> None:
+    """Name NaN and infinity as what they are, before anything is loaded or compared."""
+    bad = not_finite(tensors)
+    if bad:
+        raise InspectError(
+            f"{len(bad):,} of the {len(tensors):,} tensors in {place} hold NaN or infinity, so the "
+            f"adapter is broken: {join_limited(bad, 3, ', ')}. The training diverged, or the file "
+            "was damaged: take an earlier checkpoint, or train again with a lower learning rate."
+        )
+
+
+@dataclass
+class Run:
+    """The run of train_lora_single.py that an adapter comes from."""
+
+    path: Path  # its run.json
+    record: dict[str, Any]  # what is in it
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run, by the names of the script's constants."""
+        return self.record["settings"]
+
+
+def find_run(place: Path) -> Run | None:
+    """Return the run that an adapter comes from, or None for one of another trainer.
+
+    A published adapter is known by its hash, which run.json holds, also where both were renamed
+    together; a checkpoint by its place.
+    """
+    folder = place.resolve()
+    if folder.parent.name == "checkpoints":
+        record = read_json(folder.parent.parent / "run.json")
+        if record and isinstance(record.get("settings"), dict):
+            return Run(folder.parent.parent / "run.json", record)
+        return None
+    sha256 = file_sha256(folder / "adapter_model.safetensors")
+    for path in sorted(folder.parent.glob("run.json*")):
+        record = read_json(path) or {}
+        hashes = record.get("adapter_sha256") or {}
+        if sha256 in hashes.values() and isinstance(record.get("settings"), dict):
+            return Run(path, record)
+    return None
+
+
+def where_it_is_now(name: str, run: Run) -> str:
+    """Return a run's file or folder as it is found from here, if it was named from elsewhere."""
+    there = Path(run.record.get("working_folder", "")) / name
+    is_from_elsewhere = name and not Path(name).exists() and there.exists()
+    return str(there) if is_from_elsewhere else name

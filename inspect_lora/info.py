@@ -1,0 +1,470 @@
+"""Say what an adapter is, from its own files, in seconds, whatever trainer made it.
+
+No base model is loaded, and no data is needed. Problems are what makes an adapter useless or wrong:
+the exit status is then 1. Notes are what its user should know: the status stays 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shlex
+import statistics
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inspect_lora.common import (
+    as_json,
+    counted,
+    join_limited,
+    read_json,
+    report,
+    report_sentence,
+    this_program,
+)
+from inspect_lora.files import (
+    PREFIX,
+    QUANTIZED_NAME,
+    find_adapter,
+    find_run,
+    name_in_text_model,
+    not_finite,
+    read_as_named,
+)
+from inspect_lora.modules import CHANGES_THE_BASE, PARTS, Module, modules_of, read_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="a folder, or a name on the hub")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print what an adapter is; exit with status 1 if it is useless or wrong."""
+    place = find_adapter(options.adapter)
+    config = read_config(place)
+    tensors = read_as_named(place)
+    modules = modules_of(config, tensors)
+    problems = find_problems(modules, tensors)
+    notes = [] if problems else find_notes(place, config, modules, tensors)
+    if options.json:
+        print(as_json(as_object(config, modules, tensors, problems, notes)), flush=True)
+    else:
+        report("adapter", "\n".join(facts_of(options.adapter, config, modules, tensors)))
+        if modules:
+            report("targets", "\n".join(map_of_targets(modules)))
+        for section, sentences in (("problem", problems), ("note", notes)):
+            for sentence in sentences:
+                report_sentence(section, sentence)
+        report("next", next_commands(options.adapter, place, bool(problems)))
+    if problems:
+        raise SystemExit(1)
+
+
+def as_object(
+    config: dict[str, Any],
+    modules: list[Module],
+    tensors: dict[str, torch.Tensor],
+    problems: list[str],
+    notes: list[str],
+) -> dict[str, Any]:
+    """Return what --json prints."""
+    names = ["name", "target", "layer", "r", "scaling", "norm", "directions"]
+    names += ["is_finite", "is_zero"]
+    return {
+        "schema": 1,
+        "base": config.get("base_model_name_or_path"),
+        "r": config["r"],
+        "alpha": config["lora_alpha"],
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "modules": [dict(zip(names, attrgetter(*names)(one), strict=True)) for one in modules],
+        "problems": problems,
+        "notes": notes,
+    }
+
+
+# ---- Problems: what makes an adapter useless or wrong
+
+
+def find_problems(modules: list[Module], tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Return a sentence for each thing that makes the adapter useless or wrong."""
+    if not modules:
+        return [
+            f"There is nothing of LoRA in the file: no name is like {PREFIX}... .lora_A.weight; "
+            f"there are {join_limited(list(tensors), 2, ', ')}. Perhaps another library than PEFT "
+            "wrote it."
+        ]
+    problems = []
+    unfit = [one for one in modules if not one.fits]
+    if unfit:
+        problems.append(
+            f"{counted(len(unfit), 'module')} of {len(modules)} do not fit the configuration, so "
+            f"PEFT cannot load them: A of {unfit[0].name} has {unfit[0].a.shape[0]} rows and B "
+            f"{unfit[0].b.shape[1]} columns, where adapter_config.json says r = {unfit[0].r}. "
+            "Either r or rank_pattern was edited, or the two files are of two adapters."
+        )
+    twice = Counter(name_in_text_model(name) for name in tensors)
+    doubled = [name for name, count in twice.items() if count > 1]
+    if doubled:
+        problems.append(
+            f"{counted(len(doubled), 'tensor')} are in the file twice, under two names of one "
+            f"place ({doubled[0]}): which of them counts depends on the program."
+        )
+    damaged = not_finite(tensors)
+    if damaged:
+        problems.append(
+            f"There is NaN or infinity in {len(damaged)} of the {len(tensors)} tensors "
+            f"({join_limited(damaged, 2, ', ')}), so the model's replies will be noise. The "
+            "training diverged, as it often does in float16, or the file was damaged. Take an "
+            "earlier checkpoint, or train again in bfloat16 or float32, or at a lower rate."
+        )
+    if all(one.is_zero for one in modules) and not others_than_lora(tensors):
+        problems.append(
+            "Every B is 0, so the adapter changes nothing: LoRA begins so, and this was saved "
+            "before it was trained, or the optimizer never had these weights."
+        )
+    return problems
+
+
+def others_than_lora(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of what is neither A nor B."""
+    return [name for name in tensors if not PARTS.match(name)]
+
+
+# ---- Notes: what its user should know
+
+
+def find_notes(
+    place: Path, config: dict[str, Any], modules: list[Module], tensors: dict[str, torch.Tensor]
+) -> list[str]:
+    """Return a sentence for each thing that the adapter's user should know."""
+    notes = [
+        about_unused_targets(config, modules),
+        *about_zeros(modules),
+        about_missing_targets(modules),
+        about_sizes(modules),
+        *about_what_is_more(config, tensors),
+        about_names(place, config, modules),
+        about_quantized_base(config),
+        about_rank(modules),
+    ]
+    return [note for note in notes if note]
+
+
+def grouped(modules: list[Module], key: Callable[[Module], Any]) -> dict[Any, list[Module]]:
+    """Return the modules by what key() gives of them."""
+    groups: dict[Any, list[Module]] = {}
+    for module in modules:
+        groups.setdefault(key(module), []).append(module)
+    return groups
+
+
+def about_unused_targets(config: dict[str, Any], modules: list[Module]) -> str:
+    """Return a note on names in target_modules that led to no module; PEFT does not tell."""
+    wanted = config.get("target_modules")
+    wanted = wanted if isinstance(wanted, list) else []  # or a regular expression
+    names = [f".{one.name}" for one in modules]
+    unused = [str(one) for one in wanted if not any(name.endswith(f".{one}") for name in names)]
+    if not unused:
+        return ""
+    return (
+        f"target_modules names {', '.join(unused)}, but no module of that name was trained: the "
+        "base has none, or it is misspelt. PEFT does not say so."
+    )
+
+
+def about_zeros(modules: list[Module]) -> list[str]:
+    """Return notes on modules whose update is 0 though others are not."""
+    notes = []
+    for stack, members in grouped(modules, lambda one: one.stack).items():
+        zeros = [one for one in members if one.is_zero]
+        if zeros and len(zeros) == len(members):
+            whose = "the vision tower, " if re.search("vis(ual|ion)", stack) else ""
+            size = sum(one.a.nbytes + one.b.nbytes for one in zeros) / 1e6
+            notes.append(
+                f"All {counted(len(zeros), 'module')} of {whose}{stack} have B = 0: they were "
+                f"never trained and change nothing, but are {size:.1f} MB of the file. A model of "
+                "text alone has no place for a vision tower."
+            )
+        elif zeros:
+            notes.append(
+                f"{len(zeros)} of the {len(members)} modules in {stack} have B = 0, so they change "
+                f"nothing: {join_limited([one.name for one in zeros], 3, ', ')}."
+            )
+    return notes
+
+
+# So many times as many layers must have a target for the others to lack it.
+LACKING_FROM = 3
+
+
+def about_missing_targets(modules: list[Module]) -> str:
+    """Return a note on layers that lack a target which layers like them have.
+
+    A layer lacks one if its targets are some, but not all, of those that several layers share, and
+    layers with so few are rare. That attention stands in every fourth layer alone, as in Qwen3.5,
+    is the model's own form.
+    """
+    lacking = []
+    in_layers = [one for one in modules if one.layer is not None]
+    for members in grouped(in_layers, lambda one: one.stack).values():
+        by_layer = grouped(members, lambda one: one.layer)
+        targets = {n: frozenset(one.in_layer for one in some) for n, some in by_layer.items()}
+        counts = Counter(targets.values())
+        for number, own in targets.items():
+            least = max(2, LACKING_FROM * counts[own])
+            larger = [other for other in counts if own < other and counts[other] >= least]
+            if larger:
+                missing = sorted(min(larger, key=len) - own)
+                lacking.append(f"layer {number} has no {join_limited(missing, 3, ', ')}")
+    if not lacking:
+        return ""
+    return f"Some layers lack what their neighbours have: {join_limited(lacking, 3, '; ')}."
+
+
+def about_sizes(modules: list[Module]) -> str:
+    """Return a note on updates whose size is far from that of the same target in other layers."""
+    far = []
+    known = [one for one in modules if one.norm > 0]
+    for group in grouped(known, lambda one: (one.stack, one.target)).values():
+        median = statistics.median(one.norm for one in group)
+        for one in group:
+            if len(group) > 2 and not median / 10 <= one.norm <= 10 * median:
+                far.append(f"{one.name} ({one.norm / median:.2g} times)")
+    if not far:
+        return ""
+    return (
+        "The size of some updates is far from that of the same target in the other layers: "
+        f"{join_limited(far, 3, ', ')}. Were they damaged, merged, or trained otherwise?"
+    )
+
+
+def about_what_is_more(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Return notes on what the adapter is beyond A and B, and who does not take it."""
+    notes = []
+    others = others_than_lora(tensors)
+    if config.get("use_dora"):
+        notes.append(
+            "It is DoRA: the length of each row of W was trained as well, so B A is not the whole "
+            "update. vLLM refuses DoRA; merge it into its base to serve it."
+        )
+    whole = [name for name in others if ".lora_" not in name and name.startswith(PREFIX)]
+    if whole:
+        size = sum(tensors[name].nbytes for name in whole) / 1e6
+        named = join_limited([one.removeprefix(PREFIX) for one in whole], 2, ", ")
+        notes.append(
+            f"Besides LoRA the file holds {counted(len(whole), 'whole tensor')} ({named}; "
+            f"{size:.1f} MB), which take the place of the base's own. vLLM does not serve such an "
+            "adapter; merge it into its base."
+        )
+    if any(name.endswith("lora_B.bias") for name in others):
+        notes.append("Its B has biases (lora_bias), which vLLM refuses.")
+    unknown = [name for name in others if not name.startswith(PREFIX) or ".default." in name]
+    if unknown:
+        notes.append(
+            f"{counted(len(unknown), 'tensor')} ({join_limited(unknown, 2, ', ')}) have names that "
+            "PEFT does not look for, so it leaves them out."
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(CHANGES_THE_BASE):
+        notes.append(
+            f"It began with init_lora_weights = {start}, which changed the base model's own "
+            "weights. PEFT does that again on loading; on the plain base, in other programs, the "
+            "adapter is wrong."
+        )
+    return notes
+
+
+def about_names(place: Path, config: dict[str, Any], modules: list[Module]) -> str:
+    """Return a note on programs that look for other names than the tensors have.
+
+    It was seen with vLLM 0.17 to 0.33, PEFT 0.21 and llama.cpp b11434.
+    """
+    in_wrapper = [one.name for one in modules if "language_model." in one.name]
+    if in_wrapper:
+        return (
+            f"The tensors are named for the model that also takes images ({in_wrapper[0]}). vLLM "
+            "applies them; PEFT on AutoModelForCausalLM ignores them with no more than a warning, "
+            "and older llama.cpp converters refuse or ignore them."
+        )
+    is_certain = takes_images(str(config.get("base_model_name_or_path")))
+    if is_certain is False:
+        return ""
+    serve = "Serve what `export ADAPTER FOLDER --vllm` writes."
+    beside = place.with_name("final_lora_vllm")
+    if place.name == "final_lora" and beside.is_dir():
+        serve = f"Serve {beside}."
+    return (
+        f"The base {'is' if is_certain else 'seems to be'} a model that also takes images, but the "
+        "tensors have the names of its text part alone. vLLM up to 0.32 accepts such an adapter "
+        f"and ignores it without a word. {serve}"
+    )
+
+
+# Models that wrap a text model, known by their names if the base is not on this machine.
+WRAPPER_NAMES = re.compile(
+    r"(?i)qwen3[._]?[56]|gemma-?3-(4b|12b|27b)|gemma-?(3n|4)|llama-?4|-vl\b|mistral-small-3\.[1-9]"
+)
+
+
+def takes_images(base: str) -> bool | None:
+    """Return whether a base wraps a text model in one for images, or None if only its name says so.
+
+    Its configuration is asked, if that is a folder's or stored on this machine.
+    """
+    path: Any = Path(base) / "config.json"
+    if not os.path.isdir(base) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+        from huggingface_hub import try_to_load_from_cache
+
+        with suppress(ValueError):  # the hub has no such name
+            path = try_to_load_from_cache(base, "config.json")
+    config = read_json(Path(path)) if isinstance(path, (str, Path)) else None
+    if config is not None:
+        return "text_config" in config
+    return None if WRAPPER_NAMES.search(base) else False
+
+
+def about_quantized_base(config: dict[str, Any]) -> str:
+    """Return a note on a base that is a quantized copy."""
+    base = str(config.get("base_model_name_or_path"))
+    plain = QUANTIZED_NAME.sub("", base)
+    if plain == base:
+        return ""
+    return (
+        f"It was trained on {base}, a quantized copy. On the full model ({plain}) its replies may "
+        "differ: measure it on the one that you serve."
+    )
+
+
+NEARLY_ALL = 0.95
+
+
+def about_rank(modules: list[Module]) -> str:
+    """Return a note on the smallest rank that keeps nearly all of the updates, if there is one."""
+    known = [one for one in modules if one.norm > 0]
+    total = sum(sum(one.squares) for one in known)
+    largest = max((one.r for one in known), default=1)
+    rank = 1
+    while rank < largest:
+        kept = sum(sum(one.squares[:rank]) for one in known) / total
+        if kept >= NEARLY_ALL:
+            return (
+                f"The {counted(rank, 'strongest direction')} of {largest} make up {100 * kept:.0f} "
+                f"% of the updates (by square). `export --rank {rank}` writes an adapter of these "
+                "alone; `evidence` says what it would lose."
+            )
+        rank *= 2
+    return ""
+
+
+# ---- What is printed
+
+
+def facts_of(
+    name: str, config: dict[str, Any], modules: list[Module], tensors: dict[str, torch.Tensor]
+) -> list[str]:
+    """Return lines on the adapter's base, rank, scaling and size."""
+    base = config.get("base_model_name_or_path") or "a base model that it does not name"
+    revision = f" ({str(config['revision'])[:12]})" if config.get("revision") else ""
+    types = sorted({str(one.dtype).removeprefix("torch.") for one in tensors.values()})
+    numbers = sum(one.numel() for one in tensors.values())
+    size = sum(one.nbytes for one in tensors.values()) / 1e6
+    return [
+        f"{name}: LoRA for {base}{revision}",
+        scaling_in_words(config, modules),
+        f"{numbers:,} numbers in {counted(len(modules), 'module')}, {', '.join(types)}, "
+        f"{size:.1f} MB",
+    ]
+
+
+def scaling_in_words(config: dict[str, Any], modules: list[Module]) -> str:
+    """Return rank and alpha, and what the updates are multiplied by."""
+    ranks, scalings = {one.r for one in modules}, {one.scaling for one in modules}
+    text = f"r = {config['r']:g}, alpha = {config['lora_alpha']:g}"
+    if len(ranks) > 1 or len(scalings) > 1:
+        text += f", and others by pattern (ranks {in_range(ranks, ' to ')})"
+    formula, more = "alpha / r", ""
+    if config.get("use_rslora"):
+        formula = "alpha / sqrt(r)"
+        more = f", since it is rsLoRA (alpha / r = {config['lora_alpha'] / config['r']:.4g})"
+    return (
+        f"{text}\neach update B A is multiplied by {formula} = {in_range(scalings, ' to ')}{more}"
+    )
+
+
+def in_range(numbers: set[float], to: str) -> str:
+    """Return the least and the greatest of some numbers, or the only one."""
+    least, greatest = min(numbers, default=math.nan), max(numbers, default=math.nan)
+    return f"{least:.4g}" if least == greatest else f"{least:.4g}{to}{greatest:.4g}"
+
+
+WIDEST_MAP = 40  # signs
+SIGNS = {"#": "an update", ".": "none", "0": "one that is 0", "!": "NaN or infinity"}
+
+
+def map_of_targets(modules: list[Module]) -> list[str]:
+    """Return a small map: which target stands in which layer, and how large its updates are."""
+    layers = 1 + max((one.layer for one in modules if one.layer is not None), default=0)
+    each = math.ceil(layers / WIDEST_MAP)  # layers to a sign
+    head = f"layers 0 to {layers - 1}"
+    width = max(math.ceil(layers / each), len(head)) + 1
+    columns = f"{{:<18}}{{:<{width}}}{{:>7}}{{:>10}}{{:>8}}{{:>9}}".format
+    lines = [columns("", head, "rank", "scaling", "size", "90 % in")]
+    several = len({one.stack for one in modules if one.layer is not None}) > 1
+    seen = ""
+    for (stack, target), group in grouped(modules, lambda one: (one.stack, one.target)).items():
+        tower = re.split(r"[.]", f".{stack}")[-2] if several else ""
+        signs = "".join(sign_of(group, range(n, n + each)) for n in range(0, layers, each))
+        is_in_layers = group[0].layer is not None
+        seen += signs if is_in_layers else ""
+        known = [one for one in group if one.norm > 0]
+        size = f"{statistics.median(one.norm for one in known):.3g}" if known else "-"
+        directions = f"{statistics.fmean(one.directions for one in known):.1f}" if known else "-"
+        lines.append(
+            columns(
+                f"{tower} {target}".strip()[-17:],
+                signs if is_in_layers else "in none",
+                in_range({one.r for one in group}, "-"),
+                in_range({one.scaling for one in group}, "-"),
+                size,
+                directions,
+            )
+        )
+    signs = ", ".join(f"{sign} {meaning}" for sign, meaning in SIGNS.items() if sign in seen)
+    stand = f" (one sign for {each} layers)" if each > 1 else ""
+    legend = (
+        f"{signs}{stand}; size: the length of an update, median of the layers; 90 % in: so many of "
+        "its r directions make up nine tenths of its square, mean of the layers"
+    )
+    return lines + textwrap.wrap(legend, 90)
+
+
+def sign_of(group: list[Module], layers: range) -> str:
+    """Return the sign of a target in some layers: the worst that is the matter with one of them."""
+    here = [one for one in group if one.layer in layers]
+    if not here:
+        return "."
+    if not all(one.is_finite for one in here):
+        return "!"
+    return "0" if all(one.is_zero for one in here) else "#"
+
+
+def next_commands(name: str, place: Path, is_useless: bool) -> str:
+    """Return what to type next."""
+    if is_useless:
+        return f"{this_program()} info ANOTHER    such as an earlier checkpoint of this training"
+    held_out = "" if find_run(place) else " --eval_file HELD_OUT.jsonl"
+    return (
+        "# What did it gain on conversations that it was not trained on, and by which part?\n"
+        f"{this_program()} evidence {shlex.quote(name)}{held_out}"
+    )

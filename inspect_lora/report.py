@@ -1,0 +1,397 @@
+"""What is said of an adapter: the lines on the terminal, report.md, and evidence.json."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from inspect_lora.adapters import Adapter, scaling_in_words
+from inspect_lora.common import (
+    counted,
+    file_sha256,
+    join_limited,
+    one_line,
+    read_json,
+    report,
+    report_sentence,
+    shorten_path,
+)
+from inspect_lora.conversations import HeldOut
+from inspect_lora.elsewhere import Elsewhere
+from inspect_lora.parts import Part, cut_that_is_enough, of_kind
+from inspect_lora.replies import CheckRow, Sample, group_of, habits_of
+from inspect_lora.scores import Losses, differences, ratio_with_error
+from inspect_lora.trainer import Example
+
+
+@dataclass
+class Findings:
+    """What was measured of an adapter; what is not measured yet, or cannot be, is empty."""
+
+    name: str  # the adapter, as it was named on the command line
+    adapter: Adapter
+    held_out: HeldOut
+    group: str  # the key that groups held-out lines
+    system_message: str  # of the training, or ""
+    examples: list[Example]
+    losses: Losses | None = None  # of all examples
+    measured: list[int] = field(default_factory=list)  # the examples that the parts are measured on
+    parts: list[Part] = field(default_factory=list)
+    updates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    elsewhere: Elsewhere | None = None
+    checks: list[CheckRow] = field(default_factory=list)
+    checked_replies: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    conclusions: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # what each measurement took
+    is_finished: bool = False
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """What the trainer logged, if the adapter comes from a run that is known."""
+        return self.adapter.run.record.get("loss_history", []) if self.adapter.run else []
+
+    def mean(self, losses: list[float]) -> float:
+        """Return the mean of all examples' losses over their tokens."""
+        return sum(losses) / sum(self.losses.tokens)
+
+    def lower_on(self) -> int:
+        """Return on how many examples the adapter's loss is lower than the base's."""
+        return sum(a < b for a, b in zip(self.losses.trained, self.losses.base, strict=True))
+
+
+def logged(history: list[dict[str, float]], key: str) -> dict[int, float]:
+    """Return {step: value} of "loss" or "eval_loss"; the eval loss at step 0 is the base's."""
+    return {int(entry["step"]): entry[key] for entry in history if key in entry}
+
+
+# ---- On the terminal
+
+
+def print_gain(found: Findings) -> None:
+    """Print what the adapter gained."""
+    report("gain", verdict(found))
+
+
+def print_parts(found: Findings) -> None:
+    """Print the rows of the parts that a conclusion is drawn from."""
+    columns = "{:<27}{:>16}{:>21}{:>12}".format
+    rows = [columns("", "of the gain", "against as trained", "lower on")]
+    for part in telling_parts(found.parts):
+        better_on = f"{part.better_on} of {len(part.losses)}"
+        rows.append(
+            columns(part.title, part.of_gain.percent(), str(part.against_trained), better_on)
+        )
+    if len(rows) > 1:
+        report("parts", "\n".join(rows))
+
+
+def telling_parts(parts: list[Part]) -> list[Part]:
+    """Return the best strength, the groups, and the cut that is spoken of, in the table's order."""
+    telling = of_kind(parts, "group")[:6]
+    strengths = of_kind(parts, "strength")
+    if strengths:
+        telling.append(min(strengths, key=lambda part: part.loss))
+    if cuts := of_kind(parts, "cut"):
+        telling.append(cut_that_is_enough(cuts) or cuts[0])
+    return [part for part in parts if part in telling]
+
+
+def print_checks(found: Findings) -> None:
+    """Print a row for each name of a check."""
+    if found.checks:
+        columns = "{:<27}{:>16}{:>9}{:>9}{:>8}{:>8}{:>8}".format
+        rows = [columns("", "lines", "base", "adapter", "lost", "won", "p")]
+        for row in found.checks:
+            name, counts = one_line(row.name, 26), (len(row.lost), len(row.won))
+            rows.append(columns(name, row.lines, row.before, row.after, *counts, f"{row.p:.3f}"))
+        report("checks", join_limited(rows, 7))
+
+
+def print_conclusions(found: Findings) -> None:
+    """Print what may be concluded."""
+    for sentence in found.conclusions:
+        report_sentence("", sentence)
+
+
+def verdict(found: Findings) -> str:
+    """Return what the adapter gained, in a sentence of two lines."""
+    gain = found.losses.gain()
+    base, adapter = found.mean(found.losses.base), found.mean(found.losses.trained)
+    return (
+        f"{gain.value:+.4f} ± {gain.error:.4f} nats a token: the loss of {len(found.examples)} "
+        f"held-out replies is {base:.4f}\nwithout the adapter and {adapter:.4f} with it, and lower "
+        f"with it on {found.lower_on()} of them"
+    )
+
+
+# ---- report.md
+
+
+def as_markdown(found: Findings, has_picture: bool) -> str:
+    """Return report.md: the verdict first, then what it rests on."""
+    sections = [
+        markdown_verdict(found),
+        "![What was measured](lora.png)" if has_picture else "",
+        markdown_parts(found) if found.parts else "",
+        markdown_elsewhere(found.elsewhere) if found.elsewhere else "",
+        markdown_checks(found.checks) if found.checks else "",
+        markdown_kinds(found),
+        markdown_samples(found) if found.samples else "",
+        markdown_facts(found),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def markdown_verdict(found: Findings) -> str:
+    """Return the heading, the gain and the conclusions."""
+    gain = found.losses.gain()
+    short = f"{abs(gain.value):.3f} nats a token {'better' if gain.value > 0 else 'worse'}"
+    if not gain.is_clear():
+        short = "neither better nor worse, by a clear difference,"
+    title = f"# {escaped(shorten_path(found.name, 60))}: {short} than its base"
+    lines = [title, "", f"**{verdict(found)}.**".replace("\n", " "), ""]
+    return "\n".join(
+        [*lines, *(f"- {escaped(sentence)}" for sentence in found.conclusions)]
+    ).strip()
+
+
+def markdown_parts(found: Findings) -> str:
+    """Return the tables of the parts and of the sizes of the updates."""
+    has_gain = found.losses.only(found.measured).gain().value > 0
+    rows = []
+    for part in found.parts:
+        of_gain = part.of_gain.percent() if has_gain and part.kind != "base" else ""
+        better_on = f"{part.better_on} of {len(part.losses)}"
+        compared = [of_gain, part.against_trained, better_on]
+        rows.append(
+            [part.title, f"{part.loss:.4f}", *(compared if part.kind != "whole" else [""] * 3)]
+        )
+    config = found.adapter.model.peft_config["default"]
+    text = (
+        "## What each part is worth\n\n"
+        f"On {len(found.measured)} of the held-out replies, evenly spread. Each update is "
+        f"{scaling_in_words(config)} x B A; it is scaled, switched off in parts, or cut to its "
+        "strongest directions, and nothing is trained anew. Shares of the gain overlap, so they "
+        "need not add up to 100 %. ± is one standard error.\n\n"
+        + table(["", "loss", "of the gain", "against as trained", "lower on"], rows)
+    )
+    rows = []
+    for target, modules in found.updates.items():
+        sizes = [module["update"] for module in modules]
+        largest = max(modules, key=lambda module: module["update"])
+        directions = fmean(module["directions"] for module in modules)
+        size = f"{max(sizes):.2%} (layer {largest['layer']})"
+        rows.append([target, len(modules), f"{fmean(sizes):.2%}", size, f"{directions:.1f}"])
+    if rows:
+        head = ["target", "modules", "update, mean", "largest", "directions that hold 90 % of it"]
+        text += (
+            "\n\nThe size of each update is compared with that of the weight W that it is added to "
+            f"(Frobenius norms).\n\n{table(head, rows)}"
+        )
+    return text
+
+
+def markdown_elsewhere(elsewhere: Elsewhere) -> str:
+    """Return the table of how far the model is moved on other tasks."""
+    shifts = {
+        "as trained" if strength == 1 else f"update x {strength:g}": shift
+        for strength, shift in elsewhere.without_system.items()
+    }
+    if elsewhere.with_system:
+        shifts["as trained, with the training's system message"] = elsewhere.with_system
+    rows = [
+        [name, str(shift.kl_a_token()).removeprefix("+"), shift.other_tokens().percent()]
+        for name, shift in shifts.items()
+    ]
+    return (
+        "## What else was changed\n\n"
+        f"On the base model's own replies to {elsewhere.tasks} ordinary tasks, such as sums, "
+        "translations and lists, without the training's system message: how far the adapter's "
+        "probabilities are from the base's, and how often it would go on otherwise.\n\n"
+        + table(["", "KL, nats a token", "another likeliest token"], rows)
+    )
+
+
+def markdown_checks(checks: list[CheckRow]) -> str:
+    """Return the table of the checks, and the lines whose replies no longer pass."""
+    rows, sentences = [], []
+    for row in checks:
+        counts = [row.lines, row.before, row.after, len(row.lost), len(row.won)]
+        rows.append([row.name, *counts, f"{row.p:.3f}"])
+        lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
+        sentences.append(f"- {escaped(row.conclusion() + (f' Lost: {lines}.' if lines else ''))}")
+    head = ["check", "lines", "base passes", "adapter passes", "lost", "won", "p"]
+    return (
+        "## What the replies hold\n\n"
+        "Base and adapter reply to every line that says what a reply must hold. p is the "
+        "probability of so uneven a change by chance alone (McNemar's exact test).\n\n"
+        + table(head, rows)
+        + "\n\n"
+        + "\n".join(sentences)
+    )
+
+
+def markdown_kinds(found: Findings) -> str:
+    """Return the loss by the kind of held-out line, and where it fell least."""
+    losses, groups = found.losses, [group_of(example, found.group) for example in found.examples]
+    rows = []
+    for kind in sorted(set(groups), key=lambda kind: (-groups.count(kind), kind)):
+        own = losses.only([number for number, group in enumerate(groups) if group == kind])
+        changes = differences(own.trained, own.base)
+        change = ratio_with_error(changes, own.tokens, own.lines)
+        base = sum(own.base) / sum(own.tokens)
+        lower = f"{sum(one < 0 for one in changes)} of {len(changes)}"
+        means = [f"{base:.4f}", f"{base + change.value:.4f}"]
+        rows.append([kind or "(none)", len(changes), *means, change, lower])
+    head = [found.group, "replies", "base", "adapter", "difference", "lower on"]
+    text = f"## By kind of line\n\n{table(head, rows[:40])}" if len(rows) > 1 else "## By line"
+    each = [
+        (change / tokens, where)
+        for change, tokens, where in zip(
+            differences(losses.trained, losses.base), losses.tokens, losses.lines, strict=True
+        )
+    ]
+    worst = sorted(each, key=lambda one: -one[0])[:3]
+    shown = ", ".join(f"{escaped(Path(where).name)} ({change:+.2f})" for change, where in worst)
+    return f"{text}\n\nThe loss fell least, or rose, on {shown}."
+
+
+def markdown_samples(found: Findings) -> str:
+    """Return held-out prompts with the replies of both side by side."""
+    rows = [
+        [name, one["stopped"], one["different"], f"{one['words']:.0f}", f"{one['repeated']:.0%}"]
+        for name, one in habits_of_both(found.samples).items()
+    ]
+    head = ["", "ended on their own", "different", "mean words", "repeated word triples"]
+    parts = [
+        "## How it replies",
+        f"{counted(len(found.samples), 'held-out prompt')}; always the likeliest token (greedy).",
+        table(head, rows),
+    ]
+    for sample in found.samples:
+        *prompt, reference = sample.example.messages
+        heading = f"{Path(sample.example.where).name} {group_of(sample.example, found.group)}"
+        said = [
+            f"> **{message['role']}**: {escaped(message['content'])}".replace("\n", "  \n> ")
+            for message in prompt
+        ]
+        replies = [
+            one.text if one.stopped else f"{one.text} [cut here]"
+            for one in (sample.base, sample.adapter)
+        ]
+        parts += [
+            f"### {escaped(heading)}".rstrip(),
+            "\n>\n".join(said),
+            table(["base", "adapter", "reference"], [[*replies, reference["content"]]]),
+        ]
+    return "\n\n".join(parts)
+
+
+def habits_of_both(samples: list[Sample]) -> dict[str, dict[str, float]]:
+    """Return how base and adapter reply, in numbers."""
+    return {
+        "base": habits_of([sample.base for sample in samples]),
+        "adapter": habits_of([sample.adapter for sample in samples]),
+    }
+
+
+def markdown_facts(found: Findings) -> str:
+    """Return what was measured on what."""
+    adapter, config = found.adapter, found.adapter.model.peft_config["default"]
+    spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in found.seconds.items())
+    facts = {
+        "adapter": f"{found.name}, r = {config.r}, alpha = {config.lora_alpha}",
+        "base": f"{adapter.base} ({adapter.revision}), in {adapter.dtype}",
+        "held-out file": f"{found.held_out.path}, SHA-256 {found.held_out.sha256}",
+        "system message": found.system_message or "(none)",
+        "measured": f"{time.strftime('%Y-%m-%d %H:%M')}: {spent}",
+    }
+    lines = [f"- {name}: {escaped(text)}" for name, text in facts.items()]
+    return "\n".join(["## What was measured", "", *lines])
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """Return a table in Markdown; a cell may have several lines."""
+    lines = [[escaped(str(cell)).replace("\n", "<br>") for cell in row] for row in [head, *rows]]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Return a text so that Markdown shows it as it is."""
+    return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", text)
+
+
+# ---- evidence.json
+
+
+def as_json_object(found: Findings) -> dict[str, Any]:
+    """Return what `compare` and other programs read."""
+    adapter = found.adapter
+    record: dict[str, Any] = {
+        "schema": 1,
+        "finished": found.is_finished,
+        "measured": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "adapter": found.name,
+        "adapter_sha256": file_sha256(adapter.place / "adapter_model.safetensors"),
+        "adapter_config": read_json(adapter.place / "adapter_config.json"),
+        "base": adapter.base,
+        "base_revision": adapter.revision,
+        "dtype": adapter.dtype,
+        "device": adapter.model.device.type,
+        "enable_thinking": adapter.chat_format.enable_thinking,
+        "system_message": found.system_message,
+        "held_out": {
+            "file": found.held_out.path,
+            "sha256": found.held_out.sha256,
+            "group": found.group,
+        },
+        "run": None,
+        "losses": rows_of_losses(found),
+        "parts": {part.title: part.as_recorded() for part in found.parts},
+        "parts_measured_on": [found.examples[number].where for number in found.measured],
+        "updates": found.updates,
+        "elsewhere": found.elsewhere.as_recorded() if found.elsewhere else None,
+        "checks": {row.name: asdict(row) | {"says": row.conclusion()} for row in found.checks},
+        "checked_replies": found.checked_replies,
+        "conclusions": found.conclusions,
+        "seconds": found.seconds,
+    }
+    if adapter.run:
+        kept = ("outcome", "settings", "lora_config", "train_seconds", "resumed_from", "published")
+        known = {key: adapter.run.record.get(key) for key in (*kept, "script_sha256")}
+        record["run"] = {"path": str(adapter.run.path)} | known
+    if found.losses:
+        record["loss"] = {
+            "base": found.mean(found.losses.base),
+            "adapter": found.mean(found.losses.trained),
+        }
+        record["gain"] = asdict(found.losses.gain())
+        record["lower_on"] = found.lower_on()
+    if found.samples:
+        record["samples"] = habits_of_both(found.samples)
+    return record
+
+
+def rows_of_losses(found: Findings) -> list[dict[str, Any]]:
+    """Return a row for each example, in nats a token."""
+    if not found.losses:
+        return []
+    numbers = zip(
+        found.examples, found.losses.tokens, found.losses.base, found.losses.trained, strict=True
+    )
+    return [
+        {
+            "where": example.where,
+            "group": group_of(example, found.group),
+            "tokens": tokens,
+            "base": base / tokens,
+            "adapter": trained / tokens,
+        }
+        for example, tokens, base, trained in numbers
+    ]

@@ -1,0 +1,559 @@
+"""Ask a running server whether it applies an adapter; the status is 0 only if it does.
+
+A server can accept an adapter and ignore it without a word. So the server itself scores held-out
+replies, under the adapter's name and under its base's, and what the adapter changes there is held
+against what it changes here. It is asked as well whether it writes prompts as in training. vLLM
+answers both questions.
+
+The losses here are those in the adapter's evidence.json, so that nothing is loaded; without one a
+dozen replies are measured first, which needs the base model and held-out conversations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import math
+import os
+import re
+import statistics
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from inspect_lora import adapters, conversations
+from inspect_lora.common import (
+    InspectError,
+    file_sha256,
+    one_line,
+    path_from_here,
+    report,
+    this_program,
+)
+from inspect_lora.compare import Evidence, Row, read_evidence
+from inspect_lora.files import Run, find_adapter, find_run
+from inspect_lora.scores import Estimate, differences, evenly_spread, losses_of
+from inspect_lora.trainer import ChatFormat, Example, encode, name_on_server
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    parser.add_argument("url", metavar="URL", help="such as http://localhost:8000")
+    adapters.add_arguments(parser)
+    conversations.add_arguments(parser)
+    parser.add_argument("--name", help="what the server calls the adapter; default: found out")
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=as_object,
+        default={},
+        metavar="JSON",
+        help="what clients send under this name, if not the server's defaults",
+    )
+
+
+def as_object(text: str) -> dict[str, Any]:
+    """Return a flag's value as an object, or say what the flag must be."""
+    with suppress(ValueError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    raise argparse.ArgumentTypeError(
+        f"it must be an object in JSON, such as '{{\"enable_thinking\": false}}'; it is {text!r}"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Ask the server, and print what it answers."""
+    place = find_adapter(options.adapter)
+    server = find_server(options, place)
+    asked, chat_format = choose_replies(options, place, server)
+    rendering, unchecked = check_rendering(server, asked, chat_format, options.chat_template_kwargs)
+    ask_for_losses(server, asked)
+    losses = judge_losses(server, asked, place)
+    if losses or rendering:
+        applied = f"The server applies the adapter as {server.adapter}, but:"
+        raise InspectError("\n".join(filter(None, [losses or applied, rendering])))
+    report(
+        "applied",
+        f"The server applies the adapter under the name {server.adapter}.\n"
+        + (unchecked or "Ask it for the model of that name, with the training's system message."),
+    )
+
+
+@dataclass
+class Server:
+    """A running server, and what it calls the adapter and its base model."""
+
+    url: str  # without /v1
+    adapter: str = ""
+    base: str = ""
+    folder: str = ""  # where it says that it has the adapter from
+    window: float = math.inf  # tokens that a prompt and its reply may have together
+
+
+@dataclass
+class Asked:
+    """What the server was asked about one held-out reply, and its answers; losses are in nats."""
+
+    example: Example
+    base_here: float
+    adapter_here: float
+    base_there: float = math.nan
+    adapter_there: float = math.nan
+
+    @property
+    def here(self) -> float:
+        """By how much the adapter changes the loss of the reply here."""
+        return self.adapter_here - self.base_here
+
+    @property
+    def there(self) -> float:
+        """By how much the adapter's name changes it on the server."""
+        return self.adapter_there - self.base_there
+
+
+# ---- The server, and what it calls the adapter
+
+
+def find_server(options: argparse.Namespace, place: Path) -> Server:
+    """Return the server and its names for the adapter and its base."""
+    server = Server(re.sub(r"(/v1)?/*$", "", options.url.strip()))
+    models = ask(server, "/v1/models").get("data")
+    if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
+        raise InspectError(f"{server.url}/v1/models does not list models: is it an OpenAI server?")
+    offered = {str(one.get("id")): one for one in models}
+    server.adapter = options.name or name_of_adapter(offered, place)
+    found = offered.get(server.adapter)
+    if found is None:
+        raise InspectError(
+            f"The server does not offer {server.adapter}; it offers {', '.join(offered) or 'none'}."
+            " Give one of these with --name, or start the server with --lora-modules "
+            f"{server.adapter}=FOLDER."
+        )
+    server.base = str(found.get("parent") or "")
+    if server.base not in offered:
+        raise InspectError(
+            f"The server offers {server.adapter} as a model of its own, and not as an adapter of "
+            "another, so there is no base model to compare it with. Give the adapter's name with "
+            f"--name; it offers {', '.join(offered)}."
+        )
+    server.folder = str(found.get("root") or "")
+    windows = [one.get("max_model_len") for one in (found, offered[server.base])]
+    server.window = min([n for n in windows if isinstance(n, int)], default=math.inf)
+    report("server", f"{server.url} offers {server.adapter}, an adapter of {server.base}")
+    return server
+
+
+def name_of_adapter(offered: dict[str, dict[str, Any]], place: Path) -> str:
+    """Return the name under which a server offers the adapter: the printed one, or the only one."""
+    offers = [name for name, one in offered.items() if one.get("parent")]
+    name = name_on_server(place)
+    if not offers:
+        raise InspectError(
+            f"The server offers no adapter, only {', '.join(offered) or 'nothing'}. Start it with "
+            f"--enable-lora --lora-modules {name}={folder_to_serve(place)}."
+        )
+    if len(offers) > 1 and name not in offers:
+        raise InspectError(
+            f"The server offers several adapters: {', '.join(offers)}. Say with --name which of "
+            "them is asked."
+        )
+    return name if name in offers else offers[0]
+
+
+def folder_to_serve(place: Path) -> Path:
+    """Return the folder for a server: the one under vLLM's names, if a run wrote it beside."""
+    renamed = place.with_name("final_lora_vllm")
+    return renamed if place.name == "final_lora" and renamed.is_dir() else place
+
+
+# ---- The replies, and their losses here
+
+REPLIES_TO_SCORE = 12
+FEWEST_REPLIES = 3
+
+
+def choose_replies(
+    options: argparse.Namespace, place: Path, server: Server
+) -> tuple[list[Asked], ChatFormat]:
+    """Return some held-out replies with their losses here, and how prompts are rendered."""
+    trained_by = find_run(place)
+    evidence = find_evidence(options, place, trained_by)
+    if evidence and not options.eval_file and Path(evidence.held_out.file).is_file():
+        options.eval_file = evidence.held_out.file
+    held_out = conversations.read_held_out(options, trained_by)
+    if evidence and evidence.held_out.sha256 == held_out.sha256:
+        base = (evidence.base, evidence.base_revision)
+        chat_format = adapters.chat_format_of(options, place, *base)
+        examples, _ = encode(held_out.examples, chat_format, options.max_seq_len)
+        lines = [(one.where.rpartition(":")[2], len(one.reply_ids)) for one in examples]
+        if evidence.replies() == (held_out.sha256, lines):
+            where = path_from_here(evidence.folder / "evidence.json")
+            report("here", f"the losses with and without the adapter are those in\n{where}")
+            chosen = spread_over(examples, server.window)
+            return [as_recorded(examples[n], evidence.losses[n]) for n in chosen], chat_format
+    adapter = adapters.open_adapter(options, place, trained_by)
+    examples = conversations.encode_held_out(held_out, adapter, options)
+    examples = [examples[n] for n in spread_over(examples, server.window)]
+    with_it = losses_of(adapter.model, examples, "adapter")
+    with adapter.model.disable_adapter():
+        without = losses_of(adapter.model, examples, "base")
+    report("here", "the losses with and without the adapter were measured just now")
+    return list(map(Asked, examples, without, with_it)), adapter.chat_format
+
+
+def find_evidence(
+    options: argparse.Namespace, place: Path, trained_by: Run | None
+) -> Evidence | None:
+    """Return what `evidence` found of this very adapter, known by the hash of its file.
+
+    The run's two files, which differ in their names alone, are one adapter.
+    """
+    hashes = {file_sha256(place / "adapter_model.safetensors")}
+    folders = [Path("inspected"), place.parent / "inspected"]
+    if trained_by:
+        folders.append(trained_by.path.parent / "inspected")
+        published = set((trained_by.record.get("adapter_sha256") or {}).values())
+        hashes |= published if hashes & published else set()  # a checkpoint is not among them
+    for path in (path for folder in folders for path in sorted(folder.rglob("evidence.json"))):
+        found = read_evidence(path)
+        is_ours = found and found.adapter_sha256 in hashes and not options.base
+        if is_ours and found.enable_thinking == options.enable_thinking:
+            return found
+    return None
+
+
+def as_recorded(example: Example, row: Row) -> Asked:
+    """Return a reply with its losses in evidence.json, which are in nats a token there."""
+    return Asked(example, row.tokens * row.base, row.tokens * row.adapter)
+
+
+def spread_over(examples: list[Example], window: float) -> list[int]:
+    """Return the numbers of the replies to score, evenly spread over those that the server takes.
+
+    A server generates at least one token, even if it is only asked for scores.
+    """
+    fitting = [n for n, one in enumerate(examples) if len(one.input_ids) < window]
+    if len(fitting) < FEWEST_REPLIES:
+        limit = f" in the {window:,.0f} tokens that it takes" if math.isfinite(window) else ""
+        raise InspectError(
+            f"The server can score {len(fitting)} of the {len(examples)} held-out replies{limit}, "
+            f"and {FEWEST_REPLIES} are needed.\nGive more with --eval_file, or start the server "
+            "with a larger --max-model-len."
+        )
+    return [fitting[n] for n in evenly_spread(len(fitting), REPLIES_TO_SCORE)]
+
+
+# ---- What the server's scores say
+#
+# Two numbers say how the adapter's changes there and here agree:
+#   slope  of the server's changes on those here: 1 where the adapter is applied, 0 where it is
+#          ignored. It cannot tell alone, since an adapter of three times the strength makes some
+#          replies better and some worse, and its slope may be anything.
+#   apart  how far the server's changes are from those here, as a share of them: near 0 % only
+#          where the adapter is applied.
+# The token ids are sent, so the server's chat template has no say in it.
+
+# Shares of the adapter's effect: what two right computations may be apart, at least and at most; in
+# between it is twice what the base model's losses here and there are apart. With the demo's adapter
+# and vLLM 0.32 in bfloat16 it is 0.002. At 1.1 times the strength it is 0.02 or more, at 1.25 times
+# 0.06 (slope 1.00), at twice 0.42 (slope 0.66), at three times 0.97 (slope 0.19), at half 0.36 and
+# with attention alone 0.89. A small module that is left out goes unseen (0.009 without q_proj).
+MAY_BE_APART = 0.03
+MAY_BE_APART_AT_MOST = 0.3
+OTHER_BASE_FROM = 0.1  # nats a token; bfloat16 against float32 is 0.002 with the demo's model
+
+
+@dataclass
+class Agreement:
+    """How well what the adapter changes on the server agrees with what it changes here.
+
+    Sizes are root mean squares over the replies.
+    """
+
+    slope: Estimate
+    size: float  # of the changes here, in nats a reply
+    noise: float  # what the base's losses there and here are apart, in nats a reply
+    apart: float  # what the changes there and here are apart, as a share of the size
+    effect: float  # the changes there, as a share of the size
+
+    def verdict(self) -> str:
+        """Return whether the adapter is "applied", "ignored", "weak" (cannot tell), or "other"."""
+        noise = self.noise / self.size if self.size else math.inf
+        allowed = min(max(MAY_BE_APART, 2 * noise), MAY_BE_APART_AT_MOST)
+        if self.apart <= allowed:
+            return "applied"
+        if noise > 1:
+            return "weak"
+        if self.effect <= allowed:
+            return "ignored"
+        return "weak" if 2 * noise > MAY_BE_APART_AT_MOST else "other"
+
+
+def agreement_of(asked: list[Asked]) -> Agreement:
+    """Return how well the adapter's changes on the server agree with those here."""
+    here, there = [one.here for one in asked], [one.there for one in asked]
+    size = root_mean_square(here)
+    noise = root_mean_square([one.base_there - one.base_here for one in asked])
+    if size == 0:
+        return Agreement(Estimate(math.nan, math.inf), 0.0, noise, math.inf, math.inf)
+    squares = sum(x * x for x in here)
+    slope = sum(x * y for x, y in zip(here, there, strict=True)) / squares
+    left = sum((y - slope * x) ** 2 for x, y in zip(here, there, strict=True))
+    return Agreement(
+        Estimate(slope, math.sqrt(left / (len(asked) - 1) / squares)),
+        size,
+        noise,
+        apart=root_mean_square(differences(there, here)) / size,
+        effect=root_mean_square(there) / size,
+    )
+
+
+def root_mean_square(numbers: list[float]) -> float:
+    """Return the square root of the mean of the squares."""
+    return math.sqrt(statistics.fmean(number * number for number in numbers))
+
+
+def ask_for_losses(server: Server, asked: list[Asked]) -> None:
+    """Have the server score each reply, once as the base and once as the adapter."""
+    for one in tqdm(asked, desc="scoring", leave=False, disable=None):
+        prompt, reply = one.example.prompt_ids, one.example.reply_ids
+        one.base_there = -sum(score(server, server.base, prompt, reply))
+        one.adapter_there = -sum(score(server, server.adapter, prompt, reply))
+
+
+def score(server: Server, name: str, prompt: list[int], reply: list[int]) -> list[float]:
+    """Return the log-probability of each of the reply's tokens, as the server computes it."""
+    body = {"model": name, "prompt": prompt + reply, "max_tokens": 1, "temperature": 0}
+    answer = ask(server, "/v1/completions", body | {"prompt_logprobs": 0}, CANNOT_SCORE)
+    try:
+        rows = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
+        pairs = zip(rows, reply, strict=True)
+        found = [float(row[str(token)]["logprob"]) for row, token in pairs]
+    except (KeyError, IndexError, TypeError, ValueError):
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise InspectError(
+            f"{server.url}/v1/completions: as {name} the server gives no probability for each "
+            f"token of a prompt.\n{CANNOT_SCORE}"
+        )
+    return found
+
+
+CANNOT_SCORE = (
+    "So replies cannot be scored (prompt_logprobs of /v1/completions). vLLM can do it: ask it "
+    "itself, without a gateway before it."
+)
+
+
+def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
+    """Print how the losses there and here agree; return what is wrong and what to do, or ""."""
+    found = agreement_of(asked)
+    tokens = sum(len(one.example.reply_ids) for one in asked)
+
+    def a_token(number_of: Callable[[Asked], float]) -> float:
+        return sum(map(number_of, asked)) / tokens
+
+    base_here, base_there = a_token(lambda one: one.base_here), a_token(lambda one: one.base_there)
+    here, there = a_token(lambda one: one.here), a_token(lambda one: one.there)
+    slope = f"slope {found.slope.value:.3f} ± {found.slope.error:.3f}"
+    apart = f"single replies differ by {100 * found.apart:.1f} %"
+    lines = [
+        "loss, nats a token      here   on the server",
+        f"base model           {base_here:7.4f}   {base_there:13.4f}",
+        f"adapter - base       {here:+7.4f}   {there:+13.4f}",
+    ]
+    if found.size:
+        lines.append(f"{slope} (1: applied, 0: ignored); {apart}")
+    report("scored", "\n".join(lines))
+    verdict = found.verdict()
+    if verdict == "applied":
+        return ""
+    whence = f" It has {server.adapter} from {server.folder}." if server.folder else ""
+    if verdict == "ignored":
+        better = folder_to_serve(place)
+        folder = f"the folder {better}"
+        if better == place:
+            folder = f"what `{this_program()} export {place} FOLDER --vllm` writes"
+        return (
+            "The base answers under the adapter's name: the server gives the replies the same "
+            f"losses as {server.adapter} and as {server.base} ({slope}), so it ignores the adapter."
+            f"\nGive the server {folder}, or use a newer version of the server.{whence}"
+        )
+    doubt = ""
+    if abs(base_there - base_here) > OTHER_BASE_FROM:
+        doubt = (
+            " But first see whether it has the same base model, unquantized: its loss is "
+            f"{base_here:.4f} here and {base_there:.4f} there."
+        )
+    if verdict == "weak":
+        return (
+            "The effect is too weak to tell whether the adapter is applied: it changes the loss of "
+            f"a reply by {found.size:.2f} nats here, and the base model's losses here and there "
+            f"are {found.noise:.2f} nats apart.\nGive longer held-out replies, or "
+            f"some on which the adapter changes more, with --eval_file.{doubt}"
+        )
+    return (
+        f"The adapter is applied with another scaling or in part, or it is another adapter: "
+        f"{slope}, and {apart}.\nCompare r, lora_alpha and use_rslora in the adapter_config.json "
+        f"that the server reads with those in {place}, and look in its log for modules "
+        f"that it leaves out.{whence}{doubt}"
+    )
+
+
+# ---- How the server renders prompts
+
+
+def check_rendering(
+    server: Server, asked: list[Asked], chat_format: ChatFormat, kwargs: dict[str, Any]
+) -> tuple[str, str]:
+    """Print whether the server writes prompts as in training.
+
+    Args:
+        kwargs: the chat_template_kwargs that a client sends; without any it is the server's
+            defaults that count.
+
+    Returns:
+        What is wrong, or "", and what could not be checked, or "".
+    """
+    how = f"with {json.dumps(kwargs)}" if kwargs else "by its defaults"
+    unlike: list[tuple[Example, list[int]]] = []
+    for one in asked:
+        tokens, reason = rendered_by(server, one.example, kwargs)
+        if reason:
+            report("rendered", f"not checked, since {reason}")
+            return "", (
+                "Whether it writes prompts as in training could not be checked, so replies may "
+                "still\nbe worse than they should."
+            )
+        if tokens != one.example.prompt_ids:
+            unlike.append((one.example, tokens))
+    if not unlike:
+        report("rendered", f"{how} the server writes all {len(asked)} prompts as in training")
+        return "", ""
+    example, tokens = unlike[0]
+    trained, there = where_they_part(example.prompt_ids, tokens, chat_format)
+    report(
+        "rendered",
+        f"{how} the server writes {len(unlike)} of {len(asked)} prompts otherwise\n"
+        f"{example.where} in training:    {trained}\n"
+        f"{example.where} on the server:  {there}",
+    )
+    wanted = {"enable_thinking": chat_format.enable_thinking}
+    tokens, _ = rendered_by(server, example, kwargs | wanted)
+    advice = "Give the server the chat template of the training, with --chat-template."
+    if tokens == example.prompt_ids:
+        text = json.dumps(wanted)
+        advice = (
+            f"Start the server with --default-chat-template-kwargs '{text}', or let each client "
+            f'send "chat_template_kwargs": {text}.'
+        )
+    return (
+        f"The prompt is rendered otherwise than in training, {how}: {there} instead of {trained}, "
+        f"so the adapter is asked what it was not trained on.\n{advice}"
+    ), ""
+
+
+def rendered_by(server: Server, example: Example, kwargs: dict[str, Any]) -> tuple[list[int], str]:
+    """Return the tokens of a prompt as the server writes it, and "", or why they cannot be had."""
+    body = {
+        "model": server.adapter,
+        "messages": example.messages[:-1],
+        "add_generation_prompt": True,
+    }
+    if kwargs:
+        body["chat_template_kwargs"] = kwargs
+    status, answer = send(server, "/tokenize", body)
+    if status in (401, 403, 404, 405):
+        return [], f"/tokenize is closed ({status})"
+    if status != 200 or not isinstance(answer, dict):
+        return [], f"/tokenize answers {status}: {answer}"
+    tokens = answer.get("tokens")
+    return (tokens, "") if tokens else ([], "/tokenize does not take messages")
+
+
+def where_they_part(
+    trained: list[int], served: list[int], chat_format: ChatFormat
+) -> tuple[str, str]:
+    """Return the two texts around the first token in which they differ, as Python writes them."""
+    pairs = zip(trained, served, strict=False)
+    shorter = min(len(trained), len(served))
+    first = next((n for n, (one, other) in enumerate(pairs) if one != other), shorter)
+    around = slice(max(0, first - 6), first + 6)
+    decode = chat_format.tokenizer.decode
+    return repr(decode(trained[around])), repr(decode(served[around]))
+
+
+# ---- Questions and answers
+
+
+def ask(
+    server: Server, path: str, body: dict[str, Any] | None = None, advice: str = ""
+) -> dict[str, Any]:
+    """Return the server's answer to one request, or raise with what it says and the advice."""
+    status, answer = send(server, path, body)
+    address = f"{server.url}{path}"
+    if status in (401, 403):
+        raise InspectError(
+            f"{address}: the server asks for a key ({status}: {answer}).\nSet the environment "
+            "variable VLLM_API_KEY or OPENAI_API_KEY to the key that it was started with."
+        )
+    if status == 404 and body is None:
+        raise InspectError(f"{address}: there is no such page ({status}).\n{GIVE_THE_ADDRESS}")
+    if status != 200:
+        raise InspectError(f"{address}: the server answers {status}: {answer}\n{advice}".strip())
+    if not isinstance(answer, dict):
+        raise InspectError(
+            f"{address}: the answer is no object in JSON: {answer}\n{GIVE_THE_ADDRESS}"
+        )
+    return answer
+
+
+GIVE_THE_ADDRESS = "Give the address of an OpenAI-compatible server, such as http://localhost:8000."
+
+
+def send(
+    server: Server, path: str, body: dict[str, Any] | None
+) -> tuple[int, dict[str, Any] | str]:
+    """Return the status of a request and its answer: an object, or what else it says in one line.
+
+    The key of the environment is always sent, since a server may ask for it on some paths only.
+    Each request has a connection of its own, so that a balancer may choose another replica.
+    """
+    if not re.match(r"https?://[^/\s]", server.url):
+        raise InspectError(f"{server.url} is no address.\n{GIVE_THE_ADDRESS}")
+    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.url}{path}", data, headers)
+    seconds = 10 if body is None else 300
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as response:
+            status, text = response.status, response.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = one_line(error) or type(error).__name__
+        raise InspectError(
+            f"{server.url}{path} cannot be reached ({reason}).\nIs the server running, and has it "
+            f"finished loading? {GIVE_THE_ADDRESS}"
+        ) from error
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        answer = text
+    if status == 200:
+        return 200, answer if isinstance(answer, dict) else one_line(answer, 100)
+    for key in ("error", "message"):  # an error of vLLM is {"error": {"message": ...}}
+        if isinstance(answer, dict):
+            answer = answer.get(key, answer)
+    return status, one_line(answer)

@@ -1,0 +1,592 @@
+"""Any adapter is opened as it was trained, or refused with the reason."""
+
+import functools
+import importlib.util
+import json
+import re
+import shutil
+
+import peft
+import pytest
+import torch
+import trl
+from by_hand import MergedByHand, read_conversations
+from conftest import TINY
+from datasets import Dataset
+from huggingface_hub.errors import LocalEntryNotFoundError
+from on_tiny import (
+    PARTS,
+    PLAIN_SCALE,
+    SHORT,
+    base_model,
+    columns,
+    listing,
+    losses_of_peft,
+    measure,
+    messages_of,
+    save_adapter,
+    write_held_out,
+    write_lines,
+)
+from safetensors.torch import load_file, save_file
+from tiny_adapters import CONFIG, TENSORS, change_config, change_tensors, command
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import inspect_lora.adapters as adapters
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Write a few bytes for lora.png: drawing takes longer than measuring."""
+    placeholder = lambda _, path: path.write_bytes(b"picture")  # noqa: E731
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", placeholder)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """Return a file of four conversations with five replies."""
+    return write_held_out(tmp_path_factory.mktemp("held out") / "held-out.jsonl")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Return the folder of an adapter that PEFT alone made. Tests must not change it."""
+    return save_adapter(tmp_path_factory.mktemp("plain") / "adapter")
+
+
+@pytest.fixture
+def changed(plain, tmp_path):
+    """Return a function that gives a copy of that adapter with these entries in its config."""
+
+    def copied(**config):
+        folder = shutil.copytree(plain, tmp_path / "changed")
+        return change_config(folder, **config)
+
+    return copied
+
+
+@pytest.fixture
+def refused(capsys, held_out, tmp_path, monkeypatch):
+    """Return a function that measures an adapter that is refused, and gives the one message."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(adapter, *more):
+        end = command(capsys, "evidence", adapter, "--eval_file", held_out, *SHORT, *more)
+        assert end.status == 1 and "gain" not in end.out
+        assert not (tmp_path / "inspected").exists()
+        return end.err
+
+    return run
+
+
+# ==== Adapters of other trainers have the losses that they were trained to
+
+
+def test_an_adapter_of_peft_alone_has_the_losses_of_weights_merged_by_hand(plain, capsys, held_out):
+    """Nothing of the computation on the other side knows the script, TRL or PEFT."""
+    before = listing(plain)
+    run = measure(capsys, plain, held_out, *PARTS, "--samples", "2", "--max_new_tokens", "5")
+    merged = MergedByHand(TINY, plain / TENSORS, lambda _: PLAIN_SCALE)
+    losses = functools.partial(merged.losses, read_conversations(held_out))
+    base, adapter = losses(lambda path: False), losses()
+    assert columns(run.found) == [pytest.approx(one, abs=1e-4) for one in (base, adapter)]
+    assert max(abs(one - other) for one, other in zip(base, adapter, strict=True)) > 0.03
+    expected = {
+        "as trained": {}, "base model": {"wanted": lambda path: False},
+        "update x 0.5": {"strength": 0.5}, "update x 2": {"strength": 2},
+        "attention alone": {"wanted": lambda path: "self_attn" in path},
+        "DeltaNet alone": {"wanted": lambda path: "linear_attn" in path},
+        "down_proj alone": {"wanted": lambda path: "down_proj" in path},
+        "cut to 2 directions": {"divisor": 2}, "cut to 1 direction": {"divisor": 4},
+    }  # fmt: skip
+    parts = run.found["parts"]
+    for title, how in expected.items():
+        assert parts[title]["losses"] == pytest.approx(losses(**how), abs=1e-4), title
+    kinds = [parts[title]["kind"] for title in expected]
+    assert kinds == ["whole", "base", *["strength"] * 2, *["group"] * 2, "target", *["cut"] * 2]
+    assert "r = 4, alpha = 32 on 4 modules, in float32 on cpu\n" in run.out
+    assert "alpha / sqrt(r) x B A" in run.report  # what rsLoRA multiplies by
+    assert listing(plain) == before  # nothing is written into the adapter's folder
+    assert {path.name for path in run.results.iterdir()} == {
+        "evidence.json", "report.md", "lora.png",
+    }  # fmt: skip
+
+
+def test_an_adapter_of_trls_own_trainer_is_measured(capsys, held_out, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    rows = [{"messages": messages_of(("rain", "Tea, then?"))}] * 4
+    arguments = trl.SFTConfig(
+        str(tmp_path / "trl"), max_steps=2, learning_rate=1e-1, per_device_train_batch_size=2,
+        use_cpu=True, bf16=False, report_to=[], save_strategy="no", gradient_checkpointing=False,
+    )  # fmt: skip
+    model = adapters.load_model(TINY, "main", "float32", torch.device("cpu"))
+    lora = peft.LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    trainer = trl.SFTTrainer(
+        model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        peft_config=lora,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    run = measure(capsys, tmp_path / "adapter", held_out, *SHORT)
+    expected = losses_of_peft(tmp_path / "adapter", held_out)
+    assert columns(run.found) == [pytest.approx(one, abs=1e-4) for one in expected]
+    assert abs(sum(expected[0]) - sum(expected[1])) > 1e-2
+
+
+SCALED, GROUPS = {"strength", "cut"}, {"group", "target"}
+VARIANTS = {
+    "DoRA": ({"use_dora": True}, GROUPS, "neither scaled nor cut"),
+    "patterns": (
+        {"rank_pattern": {"out_proj": 6, "down_proj": 1}, "alpha_pattern": {"out_proj": 3}},
+        SCALED | GROUPS, "others by pattern",
+    ),
+    "modules_to_save": ({"modules_to_save": ["norm"]}, set(), "not taken apart"),
+    "trained tokens": ({"trainable_token_indices": [5, 6]}, set(), "not taken apart"),
+    "all linear layers": ({"target_modules": "all-linear"}, SCALED | GROUPS, ""),
+    "one layer, one target": (
+        {"target_modules": ["down_proj"], "layers_to_transform": [1]}, SCALED, "on 1 module,",
+    ),
+    "by expression": ({"target_modules": r".*mlp\.(up|down)_proj"}, SCALED | {"target"}, ""),
+    "begun by chance": ({"init_lora_weights": "orthogonal"}, SCALED | GROUPS, ""),
+    "the head": ({"target_modules": ["lm_head", "down_proj"]}, SCALED | GROUPS, ""),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_kind_of_lora_has_the_losses_that_peft_alone_gives_it(
+    capsys, held_out, tmp_path, name
+):
+    config, kinds, said = VARIANTS[name]
+    folder = save_adapter(tmp_path / "adapter", **config)
+    run = measure(capsys, folder, held_out, *PARTS, "--examples", "1")
+    base, adapter = losses_of_peft(folder, held_out)
+    assert columns(run.found) == [pytest.approx(one, abs=1e-4) for one in (base, adapter)]
+    assert abs(sum(base) - sum(adapter)) > 1e-3
+    found = {part["kind"] for part in run.found["parts"].values()}
+    assert found == kinds | {"whole", "base"}
+    assert said in run.said + " ".join(run.report.split())
+
+
+def test_fully_trained_modules_are_measured_in_bfloat16_too(capsys, held_out, tmp_path):
+    """A saved float32 tensor is not its bfloat16 copy bit by bit, and need not be."""
+    folder = save_adapter(tmp_path / "adapter", modules_to_save=["norm"])
+    run = measure(capsys, folder, held_out, *SHORT, "--dtype", "bfloat16")
+    expected = losses_of_peft(folder, held_out, "bfloat16")
+    assert columns(run.found) == [pytest.approx(one, abs=0.02) for one in expected]
+
+
+def test_a_cut_halves_each_layers_own_rank(capsys, held_out, tmp_path):
+    """Of the ranks 1, 4 and 6 half is 1 (not 0), 2 and 3."""
+    folder = save_adapter(tmp_path / "adapter", rank_pattern={"out_proj": 6, "down_proj": 1})
+    run = measure(capsys, folder, held_out, *PARTS)
+    scale = {"out_proj": 32 / 6**0.5, "down_proj": 32, "o_proj": 32 / 4**0.5}
+    merged = MergedByHand(TINY, folder / TENSORS, scale.get)
+    assert {len(a) for _, _, a in merged.factors.values()} == {1, 4, 6}
+    for divisor in (2, 4):
+        part = run.found["parts"][f"cut to 1/{divisor} of the directions"]
+        losses = merged.losses(read_conversations(held_out), divisor=divisor)
+        assert part["losses"] == pytest.approx(losses, abs=1e-4)
+
+
+INTO_WRAPPER = {
+    "Qwen3.5's": (".model.model.", ".model.model.language_model."),
+    "Gemma 3's of old": (".model.model.", ".model.language_model.model."),
+}
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:o_proj|down_proj|out_proj).*?)"
+)
+
+
+def wrapped(folder, form, **config):
+    """Rename an adapter's tensors as if it had been trained in a wrapper; return its folder."""
+    old, new = INTO_WRAPPER[form]
+    change_tensors(folder, lambda tensors: {
+        name.replace(old, new, 1): one for name, one in tensors.items()
+    })  # fmt: skip
+    return change_config(folder, **config)
+
+
+@pytest.mark.parametrize("form", INTO_WRAPPER)
+def test_an_adapter_in_unsloths_form_is_the_same(plain, changed, capsys, held_out, form):
+    """Its names are a wrapper's, its targets an expression, its vision tower's updates 0."""
+    config = {"target_modules": UNSLOTH, "exclude_modules": ".*o_proj.*"}  # of other names
+    config["base_model_name_or_path"] = "unsloth/tiny-unsloth-bnb-4bit"
+    folder = wrapped(changed(), form, **config)
+    vision = "base_model.model.model.visual.blocks.0.mlp.down_proj"
+    change_tensors(folder, lambda tensors: tensors.update({
+        f"{vision}.lora_A.weight": torch.ones(4, 64), f"{vision}.lora_B.weight": torch.zeros(64, 4),
+    }))  # fmt: skip
+    run = measure(capsys, folder, held_out, *SHORT, "--base", TINY)
+    assert columns(run.found) == columns(measure(capsys, plain, held_out, *SHORT).found)
+    assert f"2 tensors have no place in the text model, such as {vision}" in run.said
+    assert "on 4 modules" in run.out
+
+
+@pytest.mark.parametrize("form", INTO_WRAPPER)
+def test_patterns_that_were_written_for_a_wrapper_hold(capsys, held_out, tmp_path, form):
+    """PEFT alone warns of a pattern that matches nothing, and scales as if there were none."""
+    patterns = {"rank_pattern": {"model.layers.0.mlp.down_proj": 2}}
+    patterns["alpha_pattern"] = {"model.layers.0.linear_attn.out_proj": 5}
+    folder = save_adapter(tmp_path / "adapter", **patterns)
+    expected = losses_of_peft(folder, held_out)
+    inside = INTO_WRAPPER[form][1].removeprefix(".model.")
+    moved = {
+        name: {key.replace("model.", inside, 1): value for key, value in pattern.items()}
+        for name, pattern in patterns.items()
+    }
+    run = measure(capsys, wrapped(folder, form, **moved), held_out, *SHORT)
+    assert columns(run.found) == [pytest.approx(one, abs=1e-4) for one in expected]
+
+
+def test_a_module_without_tensors_is_left_as_the_base_has_it(capsys, held_out, changed, tmp_path):
+    """Also where PEFT would begin it by chance."""
+    folder = changed(init_lora_weights=False, target_modules=["o_proj", "down_proj", "out_proj"])
+    change_tensors(folder, lambda tensors: {k: v for k, v in tensors.items() if "o_proj" not in k})
+    run = measure(capsys, folder, held_out, *SHORT)
+    assert "no tensors for 1 module of the targets" in run.said
+    merged = MergedByHand(TINY, folder / TENSORS, lambda _: PLAIN_SCALE)
+    losses = merged.losses(read_conversations(held_out))
+    assert columns(run.found)[1] == pytest.approx(losses, abs=1e-4)
+
+
+def test_an_adapter_that_changes_nothing_is_better_nowhere(capsys, tmp_path):
+    """PEFT's B is 0 at first. There is no gain, so no part has a share of it."""
+    path = write_held_out(tmp_path / "ten.jsonl", [("hello", "Oh, hello.")] * 10)
+    run = measure(capsys, save_adapter(tmp_path / "adapter", std=0), path, *PARTS)
+    base, adapter = columns(run.found)
+    assert base == adapter and run.found["lower_on"] == 0
+    assert "it changes nothing" in run.said and "it changes nothing" in run.report
+    assert "nan" not in run.out + run.report
+
+
+# ==== What is refused, and why
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_named_before_the_base_is_looked_for(refused, changed, value):
+    folder = changed(base_model_name_or_path=TINY)
+
+    def damage(tensors):
+        tensors[next(iter(tensors))][0, 0] = value
+
+    said = refused(change_tensors(folder, damage), "--base", "/nowhere")
+    assert "1 of the 8 tensors" in said and "NaN or infinity" in said and "lora_A" in said
+    assert "nowhere" not in said
+
+
+EMBEDDING = "base_model.model.model.embed_tokens.weight"
+
+
+def test_what_switching_off_would_not_undo_is_refused(refused, changed):
+    """PEFT loads it into the base itself, in silence."""
+    weight = base_model().get_input_embeddings().weight
+    folder = change_tensors(changed(), lambda tensors: tensors.update({EMBEDDING: weight * 1.1}))
+    said = refused(folder)
+    assert EMBEDDING in said and "would not undo" in said and "modules_to_save" in said
+
+
+def test_a_copy_of_the_bases_own_embedding_changes_nothing(capsys, changed, plain, held_out):
+    """PEFT saves it along in many cases."""
+    weight = base_model().get_input_embeddings().weight.detach().clone()
+    folder = change_tensors(changed(), lambda tensors: tensors.update({EMBEDDING: weight}))
+    run = measure(capsys, folder, held_out, *SHORT)
+    assert columns(run.found) == columns(measure(capsys, plain, held_out, *SHORT).found)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",  # no target
+        "base_model.model.model.layers.7.mlp.down_proj.lora_A.weight",  # no such layer
+        "base_model.model.model.visual.blocks.0.mlp.down_proj.lora_A.weight",
+    ],
+)
+def test_a_tensor_that_finds_no_place_is_refused(refused, changed, name):
+    """PEFT only warns, or says nothing."""
+    folder = change_tensors(changed(), lambda tensors: tensors.update({name: torch.ones(4, 64)}))
+    said = refused(folder)
+    assert "1 of the 9 tensors" in said and name in said and "--base" in said
+
+
+def test_a_vision_tower_that_was_trained_is_refused(refused, changed):
+    vision = "base_model.model.model.visual.blocks.0.mlp.down_proj"
+    folder = change_tensors(changed(), lambda tensors: tensors.update({
+        f"{vision}.lora_A.weight": torch.ones(4, 64), f"{vision}.lora_B.weight": torch.ones(64, 4),
+    }))  # fmt: skip
+    assert "2 of the 10 tensors" in refused(folder)
+
+
+FIRST_B = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
+OF_WRAPPER = FIRST_B.replace("model.layers", "model.language_model.layers")
+DAMAGES = {
+    "half of a module": (
+        lambda tensors: {name: one for name, one in tensors.items() if name != FIRST_B},
+        "it is not whole",
+    ),
+    "two for one place": (
+        lambda tensors: tensors.update({OF_WRAPPER: tensors[FIRST_B] + 1}),
+        "two tensors for one place",
+    ),
+    "another size": (
+        lambda tensors: tensors.update({FIRST_B: torch.ones(5, 4)}), "does not fit the base model",
+    ),
+    "other names": (
+        lambda tensors: {name.replace("base_model.", "my."): one for name, one in tensors.items()},
+        "was not written by PEFT",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_file_that_does_not_fit_is_one_message(refused, changed, name):
+    change, said = DAMAGES[name]
+    assert said in refused(change_tensors(changed(), change))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"init_lora_weights": "pissa"}, "changes the base model"),
+        ({"bias": "lora_only"}, "trained biases"),
+        ({"layer_replication": [[0, 2]]}, "another model than its base"),
+        ({"alora_invocation_tokens": [5]}, "invocation tokens"),
+        ({"peft_type": "IA3"}, "of the kind IA3"),
+        ({"r": "eight", "target_modules": 5}, ""),
+        ({"target_modules": ["no_such_module"]}, "does not fit the base model"),
+    ],
+)
+def test_what_cannot_be_compared_with_its_base_is_refused_with_the_reason(
+    refused, changed, config, said
+):
+    assert said in refused(changed(**config))
+
+
+def test_files_that_are_no_adapter_are_told_what_they_are(refused, plain, tmp_path, changed):
+    assert "There is no adapter nowhere" in refused("nowhere")
+    assert f"Did you mean {plain}" in refused(plain.parent)
+    assert "whole model" in refused(TINY)
+    folder = changed()
+    (folder / CONFIG).write_text("{", encoding="utf-8")
+    assert "damaged" in refused(folder)
+    shutil.copy(plain / CONFIG, folder)
+    (folder / TENSORS).write_bytes((plain / TENSORS).read_bytes()[:-9])
+    assert "cannot be read" in refused(folder)
+    save_file({}, folder / TENSORS)
+    assert "holds no tensors" in refused(folder)
+    (folder / TENSORS).unlink()
+    assert "its weights are missing" in refused(folder)
+
+
+def test_a_pickle_is_not_opened_and_the_printed_command_converts_it(refused, changed, monkeypatch):
+    folder = changed()
+    tensors = load_file(folder / TENSORS)
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / TENSORS).unlink()
+    said = refused(folder)
+    assert "a pickle that could run code" in said
+    code = re.search(r"python -c '(.*)'", said)[1]
+    monkeypatch.chdir(folder)
+    exec(code)
+    assert load_file(folder / TENSORS).keys() == tensors.keys()
+
+
+def test_a_name_on_the_hub_is_asked_for_there(refused, monkeypatch, plain, capsys, held_out):
+    asked = {}
+
+    def download(name, **how):
+        asked.update({"name": name} | how)
+        if name == "someone/missing":
+            raise LocalEntryNotFoundError("offline")
+        return str(plain)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert "hub cannot be reached" in refused("someone/missing")
+    end = command(capsys, "evidence", "someone/adapter", "--eval_file", held_out, *SHORT)
+    assert end.status == 0 and "inspected/someone--adapter/report.md" in end.out
+    assert asked["name"] == "someone/adapter" and asked["ignore_patterns"] == ["checkpoint-*"]
+    assert "adapter_*" in asked["allow_patterns"]
+
+
+# ==== The base model
+
+
+def test_a_base_that_is_not_there_is_asked_for(refused, changed):
+    assert "does not name its base" in refused(changed(base_model_name_or_path=None))
+
+
+@pytest.mark.parametrize("base", ["/was/here/once", "my models/tiny", "models/qwen/tiny"])
+def test_a_folder_that_is_gone_is_no_name_on_the_hub(refused, changed, base):
+    said = refused(changed(base_model_name_or_path=base))
+    assert f"base model {base} is not there" in said and "--base" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "plain_name"),
+    [
+        ("unsloth/Qwen3-4B-unsloth-bnb-4bit", "unsloth/Qwen3-4B"),
+        ("unsloth/tinyllama-bnb-4bit", "unsloth/tinyllama"),
+    ],
+)
+def test_without_bitsandbytes_both_ways_are_named(refused, changed, monkeypatch, name, plain_name):
+    monkeypatch.setattr(adapters, "has_bitsandbytes", lambda: False)
+    said = refused(changed(base_model_name_or_path=name))
+    assert f"--base {plain_name};" in said and "pip install bitsandbytes" in said
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-4B-AWQ", "someone/model-GPTQ-Int4", "a/b-FP8"])
+def test_other_quantized_copies_are_never_loaded(refused, changed, monkeypatch, name):
+    monkeypatch.setattr(adapters, "has_bitsandbytes", lambda: True)
+    said = refused(changed(base_model_name_or_path=name))
+    assert "a quantized copy" in said and "--base" in said and "pip install" not in said
+
+
+def test_a_quantized_folder_is_known_by_its_config(refused, changed, tmp_path):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "a quantized copy" in refused(changed(base_model_name_or_path=str(model)))
+
+
+@needs_bitsandbytes
+def test_an_adapter_of_a_4_bit_copy_is_measured_on_that_copy(capsys, held_out, tmp_path):
+    """Switched off it leaves the copy's own losses, to the bit."""
+    import transformers
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "plain")
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=how, dtype="float32"
+    )
+    copy = tmp_path / "tiny-bnb-4bit"
+    model.save_pretrained(copy)
+    tokenizer.save_pretrained(copy)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    )
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    change_config(tmp_path / "adapter", base_model_name_or_path=str(copy))
+    run = measure(capsys, tmp_path / "adapter", held_out, *PARTS)
+
+    from by_hand import reply_loss
+
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype="float32")
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    conversations = read_conversations(held_out)
+    expected = [reply_loss(again, tokenizer, one) for one in conversations]
+    base, trained = columns(run.found)
+    assert trained == pytest.approx(expected, abs=1e-3)
+    with again.disable_adapter():
+        expected = [reply_loss(again, tokenizer, one) for one in conversations]
+    assert base == pytest.approx(expected, abs=1e-3)
+    assert run.found["parts"]["cut to 2 directions"]["loss"] > 0
+    assert all(0 < row["update"] < 9 for row in run.found["updates"]["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("saved", "flags", "asked"),
+    [
+        ({}, [], ("someone/base", "main")),
+        ({"revision": "abc"}, [], ("someone/base", "abc")),
+        ({"revision": "abc"}, ["--base_revision", "v2"], ("someone/base", "v2")),
+        ({"revision": "abc"}, ["--base", "other/base"], ("other/base", "main")),
+    ],
+)
+def test_the_hub_is_asked_for_the_right_base_and_revision(
+    refused, changed, monkeypatch, saved, flags, asked
+):
+    def look(name, revision):
+        raise adapters.UserError(f"asked for {name} at {revision}")
+
+    monkeypatch.setattr(adapters, "commit_of", look)
+    said = refused(changed(base_model_name_or_path="someone/base", **saved), *flags)
+    assert f"asked for {asked[0]} at {asked[1]}" in said and "--base" in said
+
+
+def test_a_full_gpu_is_one_message_and_says_nothing_of_checkpoints(refused, plain, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(adapters, "load_model", full)
+    said = refused(plain)
+    assert "GPU's memory is full" in said and "--dtype bfloat16" in said
+    assert "checkpoint" not in said and "MAX_SEQ_LEN" not in said
+
+
+def test_no_flag_is_needed_on_a_laptop(plain, capsys, held_out):
+    """The GPU is taken if there is one that works; else the CPU, in float32."""
+    words = [word for word in SHORT if word not in ("--device", "cpu")]
+    run = measure(capsys, plain, held_out, *words)
+    if not torch.cuda.is_available():
+        assert (run.found["device"], run.found["dtype"]) == ("cpu", "float32")
+
+
+def test_a_gpu_that_does_not_work_is_said_and_the_cpu_taken(plain, capsys, held_out, monkeypatch):
+    prepare = adapters.prepare_device
+
+    def too_old(device, dtype):
+        if device == "cuda":
+            raise adapters.UserError("torch does not run on this GPU")
+        return prepare(device, dtype)
+
+    monkeypatch.setattr(adapters, "prepare_device", too_old)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    words = [word for word in SHORT if word not in ("--device", "cpu")]
+    run = measure(capsys, plain, held_out, *words)
+    assert "since the GPU does not work: torch does not run on this GPU" in run.said
+    assert run.found["device"] == "cpu"
+
+
+# ==== Tokenizer and template
+
+
+def test_a_template_of_the_adapters_own_is_taken(capsys, changed, tmp_path, held_out):
+    folder = changed()
+    before = measure(capsys, folder, held_out, *SHORT)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
+    tokenizer.save_pretrained(folder)
+    assert columns(measure(capsys, folder, held_out, *SHORT).found) != columns(before.found)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base_has_is_refused(refused, changed, tmp_path):
+    folder = changed()
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.add_tokens(["beansareup"])
+    tokenizer.save_pretrained(folder)
+    path = write_held_out(tmp_path / "new.jsonl", [("beansareup", "Already!")])
+    assert "do not belong together" in refused(folder, "--eval_file", path)
+
+
+def test_without_held_out_conversations_they_are_asked_for(capsys, plain):
+    end = command(capsys, "evidence", plain, *SHORT)
+    assert end.status == 1 and "--eval_file" in end.err and '{"messages"' in end.err
+
+
+def test_a_bad_line_is_named_before_the_model_is_loaded(refused, plain, tmp_path):
+    path = write_lines(tmp_path / "bad.jsonl", [{"messages": messages_of(("a", "b", "c"))}])
+    said = refused(plain, "--eval_file", path, "--base", "/nowhere")
+    assert "bad.jsonl:1" in said and "nowhere" not in said
+
+
+def test_longer_lines_are_left_out_only_if_asked_for(capsys, plain, tmp_path):
+    said = [("hello", "Oh, hello.")] * 12 + [("rain " * 60, "Tea, then?")]
+    path = write_held_out(tmp_path / "long.jsonl", said)
+    assert len(measure(capsys, plain, path, *SHORT).found["losses"]) == 13
+    run = measure(capsys, plain, path, *SHORT, "--max_seq_len", "50")
+    assert len(run.found["losses"]) == 12 and "long.jsonl:13" in run.out

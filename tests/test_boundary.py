@@ -1,0 +1,114 @@
+"""The script knows nothing of the package, and one module of the package imports the script."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from tiny_adapters import command, llama, save_adapter
+
+from inspect_lora import trainer
+from inspect_lora.__main__ import MODULES
+from inspect_lora.common import InspectError
+
+PACKAGE = ROOT / "inspect_lora"
+
+
+def imported_by(path):
+    """Return the names of all modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+def test_the_script_imports_nothing_of_the_package():
+    names = imported_by(ROOT / "train_lora_single.py")
+    assert "torch" in names and not any(name.startswith("inspect_lora") for name in names)
+    assert "importlib" not in names
+
+
+def test_one_module_of_the_package_imports_the_script():
+    for path in PACKAGE.glob("*.py"):
+        assert "train_lora_single" not in imported_by(path), path
+        names_it = '"train_lora_single"' in path.read_text(encoding="utf-8")
+        assert names_it == (path.name in ("trainer.py", "__main__.py")), path
+
+
+def run_python(*words, cwd):
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_script_beside_the_package_is_taken_and_not_another_copy(tmp_path, monkeypatch):
+    (tmp_path / "train_lora_single.py").write_text("raise SystemExit('the wrong copy')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "train_lora_single")
+    script = trainer.load_script()
+    assert script is sys.modules["train_lora_single"]
+    assert script.__file__ == str(ROOT / "train_lora_single.py")
+    monkeypatch.setattr(trainer, "SCRIPT", tmp_path / "gone.py")
+    with pytest.raises(InspectError, match=r"gone\.py is missing"):
+        trainer.load_script()
+
+
+def test_it_is_started_from_any_folder_by_its_path(tmp_path):
+    """Its own folder must not lend its names, nor the working folder."""
+    (tmp_path / "common.py").write_text("raise SystemExit('not of the package')")
+    end = run_python(PACKAGE, "info", "--help", cwd=tmp_path)
+    assert end.returncode == 0 and "python -m inspect_lora info" in end.stdout, end.stderr
+
+
+def test_info_needs_neither_the_script_nor_transformers(tmp_path):
+    adapter = save_adapter(tmp_path / "adapter", model=llama())
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from inspect_lora.__main__ import main\n"
+        f"main(['info', {str(adapter)!r}])\n"
+        "heavy = {'train_lora_single', 'transformers', 'peft', 'trl', 'datasets', 'matplotlib'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
+    )
+    end = run_python("-c", code, cwd=tmp_path)
+    assert end.returncode == 0 and "HEAVY []" in end.stdout, end.stderr
+
+
+# ==== The commands
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "COMMAND"),
+        (["evidnece"], "invalid choice"),
+        (["--evidence"], "COMMAND"),
+        (["evidence"], "ADAPTER"),
+        (["evidence", "a", "--eval_fil", "b"], "--eval_fil"),
+        (["evidence", "a", "--examples", "many"], "a whole number from 0"),
+        (["evidence", "a", "--max_new_tokens", "0"], "a whole number from 1"),
+        (["evidence", "a", "--device", "tpu"], "tpu"),
+        (["chat", "a", "--max-new-tokens", "x"], "a whole number from 1"),  # hyphens will do
+    ],
+)
+def test_a_wrong_command_or_flag_exits_with_2(capsys, words, said):
+    end = command(capsys, *words)
+    assert end.status == 2 and said in end.said
+
+
+def test_a_missing_package_is_named_with_what_installs_it(capsys, monkeypatch):
+    monkeypatch.setitem(MODULES, "evidence", "no_such_module")
+    end = command(capsys, "evidence", "adapter")
+    assert end.status == 1 and "is missing: pip install -r" in end.err
+    assert "requirements.txt" in end.err
+
+
+def test_output_that_nobody_reads_is_no_traceback():
+    end = subprocess.run(
+        f"{sys.executable} {PACKAGE} | true", shell=True, capture_output=True, text=True, timeout=60
+    )
+    assert "Traceback" not in end.stderr and "BrokenPipe" not in end.stderr

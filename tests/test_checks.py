@@ -1,0 +1,192 @@
+"""What a reply must hold: the kinds of checks, bad ones, and the row for each name."""
+
+import json
+import re
+import types
+
+import peft
+import pytest
+import torch
+from conftest import TINY
+from on_tiny import SHORT, measure, messages_of, save_adapter, write_lines
+from tiny_adapters import command
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import inspect_lora.replies as replies
+from inspect_lora.conversations import CHECKS, GENERAL_FILE, read_tasks
+
+NUMBER = {"kind": "number", "answer": 42}
+CHOICE = {"kind": "choice", "options": ["yes", "no"], "answer": "no"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "check", "passes"),
+    [
+        ("The answer is **1,042**.", {"kind": "number", "answer": 1042}, True),
+        ("42 or 43", NUMBER, False),
+        ("-3.50", {"kind": "number", "answer": -3.5}, True),
+        ("none", {"kind": "number", "answer": 0}, False),
+        ("It is paris.", {"kind": "word", "answers": ["Paris"]}, True),
+        ("Parisian", {"kind": "word", "answers": ["Paris"]}, False),
+        ("Paris or Lyon", {"kind": "word", "answers": ["Paris"], "not": ["Lyon"]}, False),
+        ("Ring 999 now.", {"kind": "word", "answers": ["999", "911", "112"]}, True),
+        ("I am **always here**.", {"kind": "word", "not": ["always here"]}, False),
+        ("I am a program.", {"kind": "word", "not": ["always here"]}, True),
+        ("No.", CHOICE, True),
+        ("yes and no", CHOICE, False),
+        ('```json\n{"a": "X", "n": 5.0}\n```', {"kind": "json", "keys": {"a": "x", "n": 5}}, True),
+        ('{"a": "X"}', {"kind": "json", "keys": {"a": "x", "n": 5}}, False),
+        ('{"n": true}', {"kind": "json", "keys": {"n": 1}}, False),
+        ("{broken", {"kind": "json", "keys": {"n": 1}}, False),
+    ],
+)
+def test_a_reply_passes_or_not(reply, check, passes):
+    assert CHECKS.validate_python({"it": check})["it"].passes(reply) is passes
+
+
+BAD = [
+    ({"kind": "number", "answer": "42"}, "checks.right.number.answer"),
+    ({"kind": "number", "answer": True}, "checks.right.number.answer"),
+    ({"kind": "word"}, 'it needs "answers", "not" or both'),
+    ({"kind": "word", "answers": "Paris"}, "checks.right.word.answers"),
+    ({"kind": "word", "answers": [""]}, "checks.right.word.answers"),
+    ({"kind": "word", "answer": ["Paris"]}, "checks.right.word.answer"),
+    ({"kind": "choice", "options": ["a"], "answer": "b"}, 'its "answer" is none of its "options"'),
+    ({"kind": "json", "keys": []}, "checks.right.json.keys"),
+    ({"kind": "code"}, "'number'"),
+    (42, "checks.right"),
+]
+
+
+@pytest.mark.parametrize(("check", "said"), BAD)
+def test_a_bad_check_is_refused_by_its_line_before_the_model_is_loaded(
+    capsys, tmp_path, check, said
+):
+    good = {"messages": messages_of(("hello", "Oh, hello."))}
+    held_out = write_lines(tmp_path / "eval.jsonl", [good, good | {"checks": {"right": check}}])
+    adapter = save_adapter(tmp_path / "adapter")
+    words = ["--base", "/nowhere", "--eval_file", held_out]
+    end = command(capsys, "evidence", adapter, *words)
+    assert end.status == 1 and "eval.jsonl:2: " in end.err and said in end.err
+    assert "nowhere" not in end.err
+    task = {"prompt": messages_of(["hello"])}
+    tasks = write_lines(tmp_path / "tasks.jsonl", [task, task | {"checks": {"right": check}}])
+    held_out = write_lines(tmp_path / "eval.jsonl", [good])
+    end = command(capsys, "evidence", adapter, *words, "--general_file", tasks)
+    assert end.status == 1 and "tasks.jsonl:2: " in end.err and said in end.err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "tasks.jsonl:1: "),
+        ("[]", "a line is"),
+        ('{"prompt": []}', "a line is"),
+        (json.dumps({"prompt": messages_of(("a", "b"))}), "the last one of the user"),
+        (json.dumps({"prompt": messages_of(("a", "", "c"))}), "message 2"),
+    ],
+)
+def test_a_bad_task_is_named_with_its_line(capsys, tmp_path, line, said):
+    (tmp_path / "tasks.jsonl").write_text(line, encoding="utf-8")
+    held_out = write_lines(tmp_path / "eval.jsonl", [{"messages": messages_of(("a", "b"))}])
+    adapter = save_adapter(tmp_path / "adapter")
+    words = ["--general_file", tmp_path / "tasks.jsonl", "--eval_file", held_out]
+    end = command(capsys, "evidence", adapter, *words)
+    assert end.status == 1 and "tasks.jsonl:1: " in end.err and said in end.err
+    end = command(capsys, "evidence", adapter, *words[:1], tmp_path / "none.jsonl", *words[2:])
+    assert end.status == 1 and "none.jsonl cannot be read" in end.err
+
+
+def test_the_shipped_tasks_are_read_and_have_checks():
+    tasks = read_tasks(str(GENERAL_FILE))
+    assert len(tasks) >= 120 and sum(bool(task.checks) for task in tasks) >= 60
+
+
+# ==== Who passes
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """Return an adapter, and what both say to three prompts, of which two are held-out lines."""
+    folder = tmp_path_factory.mktemp("checked")
+    adapter = save_adapter(folder / "adapter", std=1.0)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32")
+    adapted = peft.PeftModel.from_pretrained(model, adapter).eval()
+    prompts = [messages_of(["hello"]), messages_of(("rain", "Tea?", "no")), messages_of(["sums"])]
+    said = {"base": [], "adapter": []}
+    for prompt in prompts:
+        text = tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        how = {"max_new_tokens": 80, "do_sample": False, "pad_token_id": 0}
+        with adapted.disable_adapter():
+            base = adapted.generate(ids, eos_token_id=tokenizer.eos_token_id, **how)
+        trained = adapted.generate(ids, eos_token_id=tokenizer.eos_token_id, **how)
+        for name, out in (("base", base), ("adapter", trained)):
+            tokens = out[0, ids.shape[1] :]
+            said[name].append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+    return types.SimpleNamespace(folder=folder, adapter=adapter, prompts=prompts, said=said)
+
+
+def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
+    """A held-out line is asked for its last reply, greedily, and tasks as well."""
+    said = re.search(r"\w+", checked.said["adapter"][1])[0]
+    no_cheese = {"kind": "word", "not": ["cheese"]}
+    reply = [{"role": "assistant", "content": "Yes."}]
+    lines = [{"messages": prompt + reply} for prompt in checked.prompts[:2]]
+    lines[1]["checks"] = {
+        "as the adapter": {"kind": "word", "answers": [said]},
+        "no cheese": no_cheese,
+    }
+    held_out = write_lines(checked.folder / "eval.jsonl", lines)
+    task = {"prompt": checked.prompts[2], "checks": {"right": NUMBER, "no cheese": no_cheese}}
+    tasks = write_lines(checked.folder / "tasks.jsonl", [task])
+    run = measure(
+        capsys, checked.adapter, held_out, *SHORT, "--examples", "2", "--general_file", tasks
+    )
+    for name, expected in checked.said.items():
+        assert [one[name] for one in run.found["checked_replies"]] == expected[1:]
+    rows = run.found["checks"]
+    assert {name: row["lines"] for name, row in rows.items()} == {
+        "as the adapter": 1, "no cheese": 2, "right": 1,
+    }  # fmt: skip
+    assert rows["as the adapter"]["after"] == 1
+    assert rows["no cheese"]["before"] == rows["no cheese"]["after"] == 2
+    assert "no cheese: of 2 lines the base passes 2" in run.report
+    assert "checks" in run.found["seconds"] and "| no cheese | 2 | 2 | 2 | 0 | 0 |" in run.report
+    assert run.out.count("no cheese") == 1
+
+
+def made_up_replies(lost, won, same, name="right"):
+    """Return replies to so many lines of one check."""
+    pairs = [(True, False)] * lost + [(False, True)] * won + [(True, True)] * same
+    return [
+        {"where": f"a:{number}", "base_passes": {name: before}, "adapter_passes": {name: after}}
+        for number, (before, after) in enumerate(pairs)
+    ]
+
+
+def test_a_row_counts_lines_and_says_whether_it_may_be_chance():
+    (row,) = replies.rows_of_checks(made_up_replies(11, 1, 20))
+    assert (row.lines, row.before, row.after, row.p) == (32, 31, 21, pytest.approx(0.00635, 1e-2))
+    assert row.lost == [f"a:{number}" for number in range(11)] and row.won == ["a:11"]
+    assert row.is_clear and "more than chance (p = 0.006): fewer replies pass" in row.conclusion()
+    (row,) = replies.rows_of_checks(made_up_replies(1, 11, 0))
+    assert "more replies pass now" in row.conclusion()
+    (row,) = replies.rows_of_checks(made_up_replies(3, 2, 20))
+    assert (
+        "may be chance (p = 1.00), and it does not show that nothing was lost" in row.conclusion()
+    )
+    (row,) = replies.rows_of_checks(made_up_replies(5, 0, 0))
+    assert "passes too seldom for a loss to show" in row.conclusion()
+
+
+def test_one_clear_row_of_many_must_be_clearer():
+    """One of twenty rows has p below 0.05 by chance alone."""
+    found = made_up_replies(7, 0, 9)
+    assert replies.rows_of_checks(found)[0].is_clear  # p = 0.016
+    for number in range(4):
+        found += made_up_replies(0, 0, 9, f"another {number}")
+    assert not replies.rows_of_checks(found)[0].is_clear

@@ -1,0 +1,151 @@
+"""compare: ranks reports by held-out loss, with paired errors, and says what it leaves out."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from tiny_adapters import command
+
+TOKENS = [10, 20, 30, 40]
+BASE = [3.0, 3.1, 2.9, 3.0]
+
+
+@pytest.fixture
+def put(tmp_path):
+    """Return a function that writes a report below tmp_path, with these losses of the adapter."""
+
+    def write(where, losses=(2.0, 2.0, 2.0, 2.0), base=BASE, lines=(1, 2, 3, 4), **changes):
+        rows = zip(lines, TOKENS, base, losses, strict=True)
+        record = {
+            "schema": 1,
+            "finished": True,
+            "measured": "2026-11-28 12:00:00",
+            "adapter": f"output/{where}",
+            "adapter_config": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+            "adapter_sha256": "def",
+            "base": "someone/model",
+            "base_revision": "main",
+            "enable_thinking": False,
+            "held_out": {"file": "eval.jsonl", "sha256": "abc", "group": "kind"},
+            "run": None,
+            "losses": [
+                {"where": f"eval.jsonl:{line}", "tokens": n, "base": one, "adapter": other}
+                for line, n, one, other in rows
+            ],
+            "elsewhere": None,
+            "checks": {},
+        }
+        path = tmp_path / where / "evidence.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | changes), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def compare(capsys, tmp_path):
+    """Return a function that compares what lies below tmp_path, or in other folders."""
+    return lambda *folders: command(capsys, "compare", *(folders or [tmp_path]))
+
+
+def rows_of(end):
+    """Return [(loss, difference, folder)] of the table."""
+    assert end.status == 0, end.err
+    row = r"(?m)^.{10}(\d+\.\d{4}) +(best|\S+ ± \S+(?: =)?) +(?:\d\S+|-) +\S*/(\S+)$"
+    return re.findall(row, end.out)
+
+
+def error_by_hand(changes, tokens):
+    """Return the error of a ratio of sums, as Cochran writes it (Sampling Techniques, 6.4)."""
+    y, x = np.array(changes) * tokens, np.array(tokens)
+    residuals = y - y.sum() / x.sum() * x
+    return math.sqrt((residuals**2).sum() / (len(y) - 1) / len(y)) / x.mean()
+
+
+def test_reports_are_ranked_with_the_paired_difference_to_the_best(put, compare):
+    put("worse", [2.5, 2.4, 2.6, 2.5])
+    put("best", [2.0, 2.1, 2.2, 2.3])
+    put("close", [2.1, 2.0, 2.3, 2.3])
+    (first, *_), second, third = rows = rows_of(compare())
+    assert [row[2] for row in rows] == ["best", "close", "worse"]
+    assert float(first) == pytest.approx(np.average([2.0, 2.1, 2.2, 2.3], weights=TOKENS), abs=1e-4)
+    error = error_by_hand([0.5, 0.3, 0.4, 0.2], TOKENS)
+    assert third[1] == f"+0.3100 ± {error:.4f}" and second[1].endswith(" =")
+    said = compare().said
+    base = np.average(BASE, weights=TOKENS)
+    assert f"{base:.4f} +" in said and "base model someone/model" in said
+
+
+def test_the_replies_of_one_line_count_as_one(put, compare):
+    put("best", lines=(1, 1, 2, 2))
+    put("other", [2.2, 2.4, 2.1, 2.0], lines=(1, 1, 2, 2))
+    error = error_by_hand([(10 * 0.2 + 20 * 0.4) / 30, 30 * 0.1 / 70], [30, 70])
+    assert rows_of(compare())[1][1].startswith(f"+0.1300 ± {error:.4f}")
+
+
+def test_what_differs_and_what_else_changed_stand_beside_a_report(put, compare):
+    config = {"r": 8, "target_modules": ["v_proj", "q_proj"]}
+    settings = {"LEARNING_RATE": 2e-4, "OUTPUT_DIR": "a", "LORA_R": 8}
+    ours = {"settings": settings, "train_seconds": 90.0}
+    put("ours", adapter_config=config, run=ours, checks={"rings": {"lines": 9, "after": 7}})
+    other = {"settings": settings | {"LEARNING_RATE": 1e-3}, "train_seconds": 600}
+    elsewhere = {"no system message": {"x 1": {"kl": {"value": 0.1234, "error": 0.01}}}}
+    put("other", [2.5] * 4, adapter_config=config | {"r": 16}, run=other, elsewhere=elsewhere)
+    put("foreign", [2.6] * 4)
+    said = compare().said
+    assert "adapter output/ours, r 8, LEARNING_RATE 0.0002, minutes 1.5, rings 7/9" in said
+    assert "r 16, LEARNING_RATE 0.001, minutes 10.0" in said and "0.1234" in said
+    assert "adapter output/foreign, r 8 " in said  # of its training nothing else is known
+    assert "target_modules" not in said and "OUTPUT_DIR" not in said and "LORA_R" not in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"held_out": {"file": "b.jsonl", "sha256": "d"}}, "other held-out replies (b.jsonl)"),
+        ({"lines": (1, 2, 3, 5)}, "other held-out replies"),
+        ({"base": [3.0, 3.1, 2.9, 3.0011]}, "has other losses than that of the newest report"),
+        ({"finished": False}, "the command was stopped"),
+        ({"schema": 2}, "damaged, edited, or of another version"),
+        ({"losses": [2.0, 2.0, 2.0, float("nan")]}, "damaged, edited"),
+        ({"losses": [2.0, 2.0, 2.0, "2.0 or so"]}, "damaged, edited"),
+    ],
+)
+def test_what_is_left_out_is_said_with_its_reason(put, compare, change, said):
+    put("newest", measured="2026-11-28 13:00:00")
+    put("other", [2.1] * 4)
+    put("odd", **change)
+    end = compare()
+    assert [row[2] for row in rows_of(end)] == ["newest", "other"]
+    assert said in end.said and "odd" in end.said.partition("left out 1 report (")[2]
+
+
+def test_the_newest_report_says_which_lines_and_which_base_count(put, compare):
+    put("old", measured="2026-11-27 12:00:00")
+    put("new", measured="2026-11-28 12:00:00", base=[2.0, 2.0, 2.0, 2.0])
+    end = compare()
+    assert [row[2] for row in rows_of(end)] == ["new"] and "by up to 1.1000 on a reply" in end.said
+
+
+def test_base_losses_may_differ_by_a_thousandth(put, compare):
+    put("one")
+    put("other", base=[3.0009, 3.1, 2.9, 3.0])
+    assert len(rows_of(compare())) == 2
+
+
+def test_files_that_are_no_reports_are_told_and_renamed_ones_passed_over(put, compare):
+    path = put("one")
+    path.rename(path.with_name("evidence.json.2026-11-27-120000"))
+    put("two").write_text("{", encoding="utf-8")
+    end = compare()
+    assert end.status == 1 and "nothing to compare" in end.err and "evidence ADAPTER" in end.err
+    assert "1 report" in end.err and "damaged" in end.err and "2026-11-27" not in end.err
+
+
+def test_a_folder_counts_once_and_must_be_there(put, compare, tmp_path):
+    put("one")
+    assert len(rows_of(compare(tmp_path, tmp_path / "one"))) == 1
+    assert "There is no folder nowhere" in compare("nowhere").err

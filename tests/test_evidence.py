@@ -1,0 +1,635 @@
+"""What `evidence` finds, concludes, prints and writes, and where."""
+
+import contextlib
+import json
+import math
+import re
+import shutil
+import types
+
+import numpy as np
+import peft
+import pytest
+import torch
+from by_hand import MergedByHand, read_conversations
+from conftest import ROOT, TINY
+from on_tiny import (
+    PARTS,
+    SHORT,
+    columns,
+    listing,
+    measure,
+    read_json,
+    save_adapter,
+    write_held_out,
+    write_lines,
+)
+from safetensors.torch import load_file
+from tiny_adapters import TENSORS, change_tensors, command
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import inspect_lora.elsewhere as elsewhere
+import inspect_lora.evidence as evidence
+import inspect_lora.parts as parts
+import inspect_lora.replies as replies
+from inspect_lora.__main__ import main
+from inspect_lora.common import file_sha256
+from inspect_lora.scores import Estimate, Losses, evenly_spread, mcnemar, ratio_with_error
+from inspect_lora.trainer import ChatFormat, Example
+
+TASKS = [
+    {"prompt": [{"role": "user", "content": "What is 6 times 7? Answer with the number alone."}],
+     "checks": {"right": {"kind": "number", "answer": 42}}},
+    {"prompt": [{"role": "user", "content": "Name a colour."}]},
+    {"prompt": [{"role": "system", "content": "You are a parrot."},
+                {"role": "user", "content": "Is ice warm? Say yes or no."}]},
+]  # fmt: skip
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Write a few bytes for lora.png: drawing takes longer than measuring."""
+    placeholder = lambda _, path: path.write_bytes(b"picture")  # noqa: E731
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", placeholder)
+
+
+@pytest.fixture
+def ours(finished, tmp_path):
+    """Return a copy of a finished run's output folder, whose adapter replies otherwise than it did.
+
+    The shipped data, and so what the run learned, must not matter here.
+    """
+    output = shutil.copytree(finished, tmp_path / "output")
+    torch.manual_seed(3)
+    change_tensors(output / "final_lora", lambda tensors: {
+        name: torch.randn_like(one) * (0.1 if "lora_B" in name else 0.05)
+        for name, one in tensors.items()
+    })  # fmt: skip
+    know_again(output)
+    return output
+
+
+def know_again(output):
+    """Write the hash of the adapter in output into its run.json, as the run does."""
+    change_record(
+        output, adapter_sha256={"final_lora": file_sha256(output / "final_lora" / TENSORS)}
+    )
+
+
+def change_record(output, **values):
+    record = read_json(output / "run.json") | values
+    (output / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+# ==== An adapter of train_lora_single.py
+
+
+def test_an_adapter_of_ours_needs_no_flags(ours, capsys, monkeypatch, tmp_path):
+    """From any folder; nothing is written into its folder or into run.json."""
+    before = listing(ours / "final_lora"), (ours / "run.json").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    end = command(capsys, "evidence", ours / "final_lora", "--general_file", "")
+    assert end.status == 0, end.err
+    results = ours / "inspected" / "final_lora"
+    assert {path.name for path in results.iterdir()} == {"evidence.json", "lora.png", "report.md"}
+    assert (listing(ours / "final_lora"), (ours / "run.json").read_bytes()) == before
+    found, record = read_json(results / "evidence.json"), read_json(ours / "run.json")
+    assert found["schema"] == 1 and found["finished"] is True
+    assert found["held_out"]["sha256"] == record["data"]["held_out"]["sha256"]
+    assert found["run"]["settings"] == record["settings"] and found["dtype"] == "float32"
+    merged = MergedByHand(TINY, ours / "final_lora" / TENSORS, lambda _: 16 / 8)
+    conversations = read_conversations(record["data"]["held_out"]["file"])
+    expected = merged.losses(conversations, lambda path: False), merged.losses(conversations)
+    assert columns(found) == [pytest.approx(one, abs=1e-4) for one in expected]
+    assert all(len(line) <= 100 for line in end.out.splitlines())
+    assert "inspected/final_lora/report.md" in end.out
+    png = (results / "lora.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and "![What was measured](lora.png)" in (
+        results / "report.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_an_earlier_report_is_renamed(ours, capsys, no_picture):
+    for _ in range(2):
+        assert command(capsys, "evidence", ours / "final_lora", *SHORT).status == 0
+    names = sorted(path.name for path in (ours / "inspected" / "final_lora").iterdir())
+    assert len(names) == 6 and names[0] == "evidence.json"
+    assert all(re.fullmatch(r".*\.\d{4}-\d\d-\d\d-\d{6}", name) for name in names[1::2])
+
+
+def test_a_checkpoint_has_a_report_of_its_own(ours, capsys, no_picture):
+    (first, *_) = sorted((ours / "checkpoints").iterdir())
+    assert command(capsys, "evidence", first, *SHORT).status == 0
+    assert (ours / "inspected" / first.name / "report.md").is_file()
+
+
+def test_a_held_out_file_that_changed_is_told(ours, capsys, no_picture, tmp_path):
+    path = write_held_out(tmp_path / "other.jsonl")
+    facts = read_json(ours / "run.json")["data"]
+    facts["held_out"]["file"] = path
+    change_record(ours, data=facts)
+    end = command(capsys, "evidence", ours / "final_lora", *SHORT)
+    assert end.status == 0 and "other.jsonl has changed since the run" in end.said
+
+
+def test_another_version_of_the_script_is_told(ours, capsys, no_picture):
+    end = command(capsys, "evidence", ours / "final_lora", *SHORT)
+    assert "another version" not in end.said
+    change_record(ours, script_sha256="of yesterday")
+    end = command(capsys, "evidence", ours / "final_lora", *SHORT)
+    assert "trained by another version of train_lora_single.py" in end.said
+
+
+def test_what_a_run_named_from_its_own_folder_is_found_from_another(
+    ours, capsys, no_picture, tmp_path, monkeypatch
+):
+    shutil.copytree(TINY, tmp_path / "there" / "model")
+    write_held_out(tmp_path / "there" / "held-out.jsonl")
+    facts = read_json(ours / "run.json")["data"]
+    facts["held_out"]["file"] = "held-out.jsonl"
+    change_record(ours, working_folder=str(tmp_path / "there"), data=facts)
+    config = read_json(ours / "final_lora" / "adapter_config.json")
+    config["base_model_name_or_path"] = "model"
+    (ours / "final_lora" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    end = command(capsys, "evidence", ours / "final_lora", *SHORT)
+    assert end.status == 0, end.err
+
+
+# ==== Where the report goes
+
+
+def test_a_foreign_adapters_report_goes_into_the_working_folder(
+    capsys, no_picture, tmp_path, monkeypatch
+):
+    adapter = save_adapter(tmp_path / "outputs" / "checkpoint-500")
+    path = write_held_out(tmp_path / "held-out.jsonl")
+    monkeypatch.chdir(tmp_path)
+    words = ["--eval_file", path, *SHORT]
+    assert command(capsys, "evidence", "outputs/checkpoint-500", *words).status == 0
+    assert (tmp_path / "inspected" / "outputs--checkpoint-500" / "report.md").is_file()
+    monkeypatch.chdir(adapter)
+    for more in ([], ["--output_dir", "results"]):
+        end = command(capsys, "evidence", ".", *words, *more)
+        assert end.status == 1 and "nothing is written into the adapter's own folder" in end.err
+
+
+@pytest.mark.parametrize("moment", ["losses_of", "measure_parts", "take_samples"])
+def test_what_was_found_before_ctrl_c_is_kept_as_unfinished(
+    ours, capsys, no_picture, monkeypatch, moment
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evidence, moment, stop)
+    end = command(capsys, "evidence", ours / "final_lora", *PARTS, "--samples", "1")
+    assert end.status == 130 and "Stopped." in end.err
+    path = ours / "inspected" / "final_lora" / "evidence.json"
+    assert path.exists() == (moment != "losses_of")
+    if path.exists():
+        assert read_json(path)["finished"] is False and len(read_json(path)["losses"]) == 4
+
+
+# ==== The report
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """Return an adapter of PEFT's that was measured with everything on, and what was found."""
+    folder = tmp_path_factory.mktemp("shown")
+    adapter = save_adapter(folder / "adapter", target_modules=["o_proj", "up_proj"])
+    lines = (ROOT / "data" / "eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    by_kind = {}
+    for line in sorted(lines, key=len):
+        by_kind.setdefault(json.loads(line)["kind"], []).append(line)
+    chosen = [line for some in [*by_kind.values()][:6] for line in some[:2]]
+    (folder / "eval.jsonl").write_text("".join(chosen), encoding="utf-8")
+    tasks = write_lines(folder / "general.jsonl", TASKS)
+    words = ["evidence", str(adapter), "--eval_file", str(folder / "eval.jsonl")]
+    words += ["--device", "cpu", "--general_file", tasks, "--system", "You are Nell."]
+    words += ["--max_new_tokens", "6", "--output_dir", str(folder / "found")]
+    main(words)
+    found = read_json(folder / "found" / "evidence.json")
+    report = (folder / "found" / "report.md").read_text(encoding="utf-8")
+    return types.SimpleNamespace(
+        found=found, report=report, adapter=adapter, folder=folder, words=words
+    )
+
+
+def test_the_report_begins_with_the_verdict(shown):
+    title, _, verdict, *_ = shown.report.splitlines()
+    gain = shown.found["gain"]
+    assert title.startswith("# ") and title.endswith("than its base")
+    assert f"{gain['value']:+.4f} ± {gain['error']:.4f} nats a token" in verdict
+    assert f"the loss of {len(shown.found['losses'])} held-out replies" in verdict
+    headings = re.findall(r"^## (.*)", shown.report, re.MULTILINE)
+    assert headings == [
+        "What each part is worth", "What else was changed", "What the replies hold",
+        "By kind of line", "How it replies", "What was measured",
+    ]  # fmt: skip
+    for sentence in shown.found["conclusions"]:
+        assert sentence.split(":")[0] in shown.report
+
+
+def test_each_table_of_the_report_is_whole(shown):
+    """A reply that holds Markdown must not break its table."""
+    for table in re.findall(r"(?:^\|.*\n)+", shown.report, re.MULTILINE):
+        counts = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(counts) == 1, table
+    plain = shown.report.replace("\\", "")
+    for title, part in shown.found["parts"].items():
+        assert f"| {title} | {part['loss']:.4f} |" in plain
+
+
+def test_kinds_have_their_losses_and_the_worst_lines_are_named(shown):
+    rows = shown.found["losses"]
+    kinds = {row["group"] for row in rows}
+    assert len(kinds) > 1
+    for kind in kinds:
+        own = [row for row in rows if row["group"] == kind]
+        base = sum(row["base"] * row["tokens"] for row in own) / sum(row["tokens"] for row in own)
+        name = kind.replace("_", r"\\_")
+        assert re.search(rf"^\| {name} \| {len(own)} \| {base:.4f} ", shown.report, re.MULTILINE)
+    worst = sorted(rows, key=lambda row: row["base"] - row["adapter"])[:3]
+    named = ", ".join(
+        f"{row['where'].rpartition('/')[2]} ({row['adapter'] - row['base']:+.2f})" for row in worst
+    )
+    assert f"The loss fell least, or rose, on {named}." in shown.report
+
+
+def test_samples_are_what_each_says_to_one_prompt_at_a_time(shown):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32").eval()
+    adapted = peft.PeftModel.from_pretrained(model, shown.adapter).eval()
+    sections = shown.report.split("\n### ")[1:]
+    assert len(sections) >= 6
+    lines = (shown.folder / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    for section in sections:
+        row = json.loads(lines[int(re.match(r"eval\.jsonl:(\d+)", section)[1]) - 1])
+        text = tokenizer.apply_chat_template(
+            row["prompt"], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        said = []
+        for state in (adapted.disable_adapter(), contextlib.nullcontext()):
+            with state:
+                out = adapted.generate(
+                    ids, max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=0,
+                )  # fmt: skip
+            said.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        table = [line for line in section.splitlines() if line.startswith("| ")][-1]
+        for text in said:
+            shown_text = text.split("\n")[0]
+            assert not shown_text or re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", shown_text) in table
+
+
+def test_samples_are_of_each_kind_up_to_20_and_then_evenly_spread():
+    def numbers(kinds, wanted):
+        examples = [Example(f"a:{n}", [], {"kind": kind}) for n, kind in enumerate(kinds)]
+        chosen = replies.choose_samples(examples, "kind", wanted)
+        return [int(example.where[2:]) for example in chosen]
+
+    assert numbers("aabbc", 0) == []
+    assert numbers("aabbc", 2) == [0, 2, 4]
+    assert numbers("a" * 10, 5) == [0, 2, 4, 6, 8]
+    assert len(numbers([str(n) for n in range(30)], 3)) == 20
+
+
+def test_a_reply_ends_at_the_first_of_the_tokens_that_end_a_turn():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    chat_format = ChatFormat(tokenizer, [3, 5])
+    reply = replies.reply_of([40, 41, 5, 3, 42], chat_format)
+    assert (reply.ids, reply.stopped) == ([40, 41, 5], True)
+    assert replies.reply_of([40, 41], chat_format).stopped is False
+
+
+def test_the_picture_shows_what_was_measured(shown, capsys, monkeypatch):
+    figures = []
+    save = lambda figure, _: figures.append(figure)  # noqa: E731
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+    assert command(capsys, *shown.words, "--samples", "0").status == 0
+    titles = [axes.get_title() for axes in figures[0].axes if axes.get_title()]
+    assert titles == [
+        "Where the model was changed", "At another strength", "Which part?",
+        "What is gained, and what else is changed, at each strength",
+    ]  # fmt: skip
+    assert figures[0].get_suptitle().endswith("r = 4, alpha = 32")
+    assert command(capsys, *shown.words, *SHORT).status == 0
+    (axes, _) = figures[1].axes[:2]
+    assert axes.get_title() == "Where the model was changed"
+
+
+def test_the_adapter_is_to_the_bit_what_it_was_after_an_error_in_a_part(monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32")
+    lora = peft.LoraConfig(target_modules=["o_proj", "up_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, lora)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
+    before = {name: one.clone() for name, one in adapted.state_dict().items()}
+    ids = torch.tensor([[5, 6, 7]])
+    logits = adapted(input_ids=ids).logits
+    for part in parts.parts_of(adapted):
+        with contextlib.suppress(RuntimeError), part.change_model():
+            assert not adapted(input_ids=ids).logits.equal(logits)
+            raise RuntimeError
+        assert adapted(input_ids=ids).logits.equal(logits)
+    assert all(one.equal(before[name]) for name, one in adapted.state_dict().items())
+
+
+def test_the_updates_are_those_of_numpys_svd(shown):
+    tensors = load_file(shown.adapter / TENSORS)
+    weights = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32").state_dict()
+    for target, rows in shown.found["updates"].items():
+        for row in rows:
+            (name,) = [one for one in tensors if f"layers.{row['layer']}." in one
+                       and f"{target}.lora_A" in one]  # fmt: skip
+            b = tensors[name.replace("lora_A", "lora_B")].double().numpy()
+            update = 32 / 2 * b @ tensors[name].double().numpy()
+            weight = weights[name.removeprefix("base_model.model.").replace("lora_A.", "")]
+            energy = np.linalg.svd(update, compute_uv=False) ** 2
+            assert row["update"] == pytest.approx(
+                math.sqrt(energy.sum()) / weight.double().norm().item(), rel=1e-5
+            )
+            directions = int((energy.cumsum() < 0.9 * energy.sum()).sum()) + 1
+            assert row["directions"] == directions
+
+
+# ==== What else was changed
+
+
+def test_kl_and_other_tokens_are_those_of_weights_merged_by_hand(shown):
+    merged = MergedByHand(TINY, shown.adapter / TENSORS, lambda _: 32 / 2)
+    random = np.random.default_rng(3)
+    examples = []
+    for reply in (1, 5, 9):
+        ids = [int(n) for n in random.integers(10, 2000, 12 + reply)]
+        examples.append(Example("made up", [], prompt_ids=ids[:12], reply_ids=ids[12:]))
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(TINY, dtype="float32"), shown.adapter
+    ).eval()
+    shifts = elsewhere.shifts_of(model, examples, [0.5, 1.0, 2.0])
+    for strength, shift in shifts.items():
+        kls, others = [], []
+        for example in examples:
+            p, q = (
+                merged.logits(example.input_ids, one)[-len(example.reply_ids) - 1 : -1]
+                .double()
+                .log_softmax(-1)
+                for one in (0.0, strength)
+            )
+            kls.append((p.exp() * (p - q)).sum().item())
+            others.append((p.argmax(-1) != q.argmax(-1)).sum().item())
+        assert shift.kl == pytest.approx(kls, rel=1e-3, abs=1e-5)
+        assert shift.other == others and shift.tokens == [1, 5, 9]
+        assert shift.kl_a_token().value == pytest.approx(sum(kls) / 15, rel=1e-3)
+
+
+def test_a_tasks_own_system_message_is_used_instead_of_the_trainings(shown, monkeypatch):
+    asked = []
+    generate = elsewhere.generate
+
+    def watched(model, chat_format, prompts, *more):
+        asked.append([chat_format.tokenizer.decode(ids) for ids in prompts])
+        return generate(model, chat_format, prompts, *more)
+
+    monkeypatch.setattr(elsewhere, "generate", watched)
+    main([*shown.words, "--samples", "0", "--output_dir", str(shown.folder / "again")])
+    without, with_it = asked
+    assert ["You are Nell." in text for text in without] == [False, False, False]
+    assert ["You are Nell." in text for text in with_it] == [True, True, False]
+    assert "You are a parrot." in without[2] and without[2] == with_it[2]
+    found = read_json(shown.folder / "again" / "evidence.json")["elsewhere"]
+    assert found["tasks"] == 3 and found == shown.found["elsewhere"]  # the same in each run
+    rows = [row["kl"]["value"] for key, row in found["no system message"].items() if "x" in key]
+    assert rows == sorted(rows) and rows[0] > 0 and len(rows) == 7
+
+
+def shift(kl):
+    return elsewhere.Shift(kl=list(kl), other=[1.0] * len(kl), tokens=[10] * len(kl))
+
+
+def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
+    def said(share, error, shifts):
+        half = parts.Part("strength", 0.5, "update x 0.5", None, of_gain=Estimate(share, error))
+        return elsewhere.about_strength([half], shifts, "ADAPTER")
+
+    shifts = {0.5: shift([1.0, 1.1, 0.9] * 5), 1.0: shift([2.0, 2.2, 1.9] * 5)}
+    text = said(0.98, 0.005, shifts)
+    assert "at x 0.5 the update keeps 98% of the gain and moves the model only 0.49 times" in text
+    assert "export ADAPTER FOLDER --scale 0.5" in text
+    assert said(0.94, 0.005, shifts) == said(0.98, 0.02, shifts) == ""
+    assert said(0.98, 0.005, {0.5: shift([0.1, 4.0]), 1.0: shift([2.0, 2.1])}) == ""
+
+
+# ==== The estimator
+
+
+def test_ratio_is_cochrans_on_fixed_numbers():
+    found = ratio_with_error([1.0, -2.0, 4.5, 0.5], [3.0, 1.0, 8.0, 4.0])
+    assert found.value == 0.25
+    # The residuals are 0.25, -2.25, 2.5 and -0.5, whose squares sum to 11.625.
+    assert found.error == pytest.approx(math.sqrt(11.625 / 3 / 4) / 4, rel=1e-12)
+
+
+def test_ratios_error_is_that_of_a_bootstrap_over_examples():
+    random = np.random.default_rng(5)
+    tokens = random.integers(10, 90, 150).astype(float)
+    change = tokens * random.normal(-0.3, 0.4, 150)
+    found = ratio_with_error([*change], [*tokens])
+    picks = random.integers(0, 150, (4000, 150))
+    resampled = change[picks].sum(1) / tokens[picks].sum(1)
+    assert found.error == pytest.approx(resampled.std(), rel=0.08)
+    assert found.is_clear() and abs(found.value) > 2 * found.error
+
+
+def test_replies_of_one_line_count_as_one_example():
+    """They are alike: here each line's replies have the same difference, so two lines tell two."""
+    changes, tokens = [1.0, 1.0, 1.0, 5.0, 5.0], [10.0, 10.0, 10.0, 20.0, 20.0]
+    found = ratio_with_error(changes, tokens, ["a:1", "a:1", "a:1", "a:2", "a:2"])
+    assert found == ratio_with_error([3.0, 10.0], [30.0, 40.0])
+    assert found.error > 1.5 * ratio_with_error(changes, tokens).error
+    one_line = ratio_with_error(changes, tokens, ["a:1"] * 5)
+    assert one_line.error == math.inf and not one_line.is_clear()
+
+
+@pytest.mark.parametrize(("value", "clear"), [(0.21, True), (-0.21, True), (0.19, False)])
+def test_a_difference_is_clear_beyond_twice_its_error(value, clear):
+    assert Estimate(value, 0.1).is_clear() is clear
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "p"),
+    [(0, 0, 1.0), (5, 0, 2 / 32), (6, 0, 2 / 64), (0, 6, 2 / 64), (3, 1, 0.625)],
+)
+def test_mcnemars_test_is_the_exact_one(lost, won, p):
+    assert mcnemar(lost, won) == pytest.approx(p)
+
+
+def test_examples_are_spread_evenly():
+    assert evenly_spread(10, 4) == [0, 2, 5, 7] and evenly_spread(3, 9) == [0, 1, 2]
+
+
+def test_at_most_the_wanted_examples_measure_the_parts(capsys, no_picture, tmp_path):
+    path = write_held_out(tmp_path / "six.jsonl", [("hello", "Oh, hello.")] * 6)
+    run = measure(capsys, save_adapter(tmp_path / "adapter"), path, *PARTS, "--examples", "3")
+    assert len(run.found["losses"]) == 6 and len(run.found["parts"]["as trained"]["losses"]) == 3
+    lines = [where.rpartition(":")[2] for where in run.found["parts_measured_on"]]
+    assert lines == ["1", "3", "5"]
+
+
+# ==== The sentences
+
+
+def losses_with(gain, error, lines=10):
+    """Return made-up losses whose gain has this value and this error, of that many lines."""
+    each = [gain + error * math.sqrt(lines) * (-1) ** n * math.sqrt((lines - 1) / lines)
+            for n in range(lines)]  # fmt: skip
+    return Losses([0.0] * lines, each, [1] * lines, [f"a:{n}" for n in range(lines)])
+
+
+def made_up_part(title, share):
+    """Return a part that keeps this share of a gain of 1 nat; share may be (share, its error)."""
+    value, error = share if isinstance(share, tuple) else (share, 0.002)
+    kind, what = "group", title.removesuffix(" alone")
+    if title.startswith("update x "):
+        kind, what = "strength", float(title.removeprefix("update x "))
+    elif title.startswith("cut to "):
+        kind, what = "cut", int(title.split()[2])
+    return parts.Part(
+        kind, what, title, contextlib.nullcontext, loss=3 - value,
+        of_gain=Estimate(value, error), against_trained=Estimate(1 - value, error),
+    )  # fmt: skip
+
+
+def conclusions(lines=10, **shares):
+    """Return the sentences on a made-up table, as one text."""
+    made_up = [made_up_part(title, share) for title, share in shares.items()]
+    return "\n".join(parts.conclusions(made_up, losses_with(1.0, 0.01, lines), {}))
+
+
+SCALES = {f"update x {scale}": 0.9 for scale in ("0.25", "0.5", "0.75", "1.25", "1.5", "2")}
+
+
+def cuts(four, two, one):
+    return {"cut to 4 directions": four, "cut to 2 directions": two, "cut to 1 direction": one}
+
+
+def groups(**shares):
+    return {f"{name.replace('_', '-')} alone": share for name, share in shares.items()}
+
+
+SENTENCES = {
+    "better weaker": (
+        SCALES | {"update x 0.75": 1.06, "update x 0.5": 1.03},
+        ["alpha: at x 0.75 ", "6 % more of the gain", "too far", "Worth trying", "smaller alpha"],
+        [],
+    ),
+    "better stronger": (
+        SCALES | {"update x 1.5": 1.2, "update x 2": 1.1},
+        ["alpha: at x 1.5 ", "20 % more", "stopped short", "higher learning rate"], [],
+    ),
+    "three hundredths matter": (SCALES | {"update x 1.25": 1.03}, ["alpha: at x 1.25 "], []),
+    "worse": (SCALES, ["alpha: keep it"], ["1.25", "too far", "short"]),
+    "hardly better": (SCALES | {"update x 1.25": 1.015}, ["alpha: keep it"], ["1.25"]),
+    "not clearly better": (SCALES | {"update x 1.25": (1.02, 0.012)}, ["alpha: keep it"], ["1.25"]),
+    # By chance alone one of five is better by two errors in every ninth run.
+    "the best of several by two and a half errors": (
+        SCALES | {"update x 1.25": (1.25, 0.1)}, ["alpha: too few held-out examples"], ["1.25"],
+    ),
+    "the best of several by three and a half": (
+        SCALES | {"update x 1.25": (1.35, 0.1)}, ["alpha: at x 1.25 "], [],
+    ),
+    "the lowest mean may be noise": (
+        SCALES | {"update x 2": (1.3, 0.4), "update x 1.25": (1.1, 0.01)}, ["alpha: at x 1.25 "],
+        [],
+    ),
+    "a group that keeps the gain": (
+        groups(attention=0.7, feed_forward=0.995), ["feed-forward alone keeps 100%"], [],
+    ),
+    "no group keeps it": (
+        groups(attention=0.7, feed_forward=0.9, conv=0.4),
+        ["no group alone keeps the whole gain", "attention 70%, feed-forward 90%, conv 40%."], [],
+    ),
+    "a group that is better alone": (
+        groups(attention=1.1, feed_forward=0.5), ["attention alone has 110%", "do harm"],
+        ["no group alone", "add"],
+    ),
+    # 92 % with an error of 4.9 % may be 82 %, and may be 102 %.
+    "what may lose a tenth is not the same": (
+        groups(attention=0.4, feed_forward=(0.92, 0.049)), ["too few held-out"], ["alone keeps"],
+    ),
+    "a group by two and a half errors": (
+        groups(attention=(0.75, 0.1), feed_forward=0.5), ["too few held-out"], ["attention"],
+    ),
+    "the smallest cut": (
+        cuts(1.001, 0.99, 0.9),
+        ["r: cut to 2 directions, its strongest, the update keeps 99% of", "another run"], [],
+    ),
+    "a cut that clearly loses a little": (
+        cuts((0.97, 0.001), 0.9, 0.8), ["r: cut to 4 directions, its strongest"], ["larger r"],
+    ),
+    "every cut loses": (cuts(0.9, 0.8, 0.5), ["r: cut to 4 ", "keeps only 90%", "larger r"], []),
+    "a cut that is better": (
+        cuts(1.1, 1.05, 0.6), ["r: cut to 2 directions, its strongest"], ["larger r"],
+    ),
+    "a milder cut loses clearly": (cuts(0.94, 0.9, (0.97, 0.04)), ["keeps only"], ["to 1 "]),
+    "a large loss that is not clear": (cuts(0.97, 0.9, (0.5, 0.3)), ["cut to 4"], ["cut to 1 "]),
+    "nobody can tell": (cuts((0.9, 0.3), (0.9, 0.3), (0.5, 0.3)), ["r: too few held-out"], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_a_sentence_is_said_only_where_the_numbers_bear_it(name):
+    shares, said, unsaid = SENTENCES[name]
+    text = conclusions(**shares)
+    assert all(one in text for one in said) and not any(one in text for one in unsaid), text
+
+
+def test_nine_held_out_lines_support_no_conclusion_and_ten_do():
+    text = conclusions(lines=9, **SCALES | cuts(1, 1, 1))
+    assert "too few to tell" in text and "9 measured, 10 needed" in text
+    assert "alpha" not in text and "alpha: " in conclusions(lines=10, **SCALES)
+
+
+def about_no_gain(gain, gained, after_epochs=None):
+    """Return the sentence on strengths with these gains over the base."""
+    strengths = [
+        parts.Part("strength", strength, "", contextlib.nullcontext, gained=Estimate(*one))
+        for strength, one in gained.items()
+    ]
+    return "\n".join(parts.conclusions(strengths, losses_with(*gain), after_epochs or {}))
+
+
+@pytest.mark.parametrize(
+    ("gain", "gained", "after_epochs", "said"),
+    [
+        # With SmolLM2 eight epochs over 40 conversations ended there.
+        ((-0.5, 0.01), {0.5: (0.2, 0.05), 1.5: (-0.7, 0.01)}, {}, "worse than the base.*too far"),
+        ((0.01, 0.02), {0.5: (0.3, 0.05)}, {}, "not better than the base.*fewer epochs"),
+        ((0.01, 0.02), {0.5: (0.1, 0.05)}, {}, "More steps"),
+        # An update that does harm at every strength does less of it when it is weaker.
+        ((-0.5, 0.01), {0.75: (0.2, 0.09), 1.25: (0.3, 0.01)}, {}, "do not show why.*template"),
+        ((-0.5, 0.01), {0.75: (-0.2, 0.01)}, {0: 3.7, 10: 4.4, 20: 4.2}, "do not show why"),
+        ((-0.5, 0.01), {0.75: (-0.2, 0.01)}, {0: 3.7, 10: 3.6, 20: 3.4}, "do not show why"),
+        ((-0.5, 0.01), {0.75: (-0.2, 0.01)}, {0: 3.7, 10: 3.4, 20: 4.9},
+         r"lowest after step 10 \(3.4000\) and rose since: it was trained for too long"),
+    ],
+)  # fmt: skip
+def test_without_a_clear_gain_nothing_is_said_of_the_parts(gain, gained, after_epochs, said):
+    text = about_no_gain(gain, gained, after_epochs)
+    assert re.search(said, text) and not re.search("^(alpha|r|targets):", text, re.MULTILINE)
+    assert ("More steps" in text) == (said == "More steps")
+
+
+def test_experts_are_of_the_module_that_holds_them_all():
+    layers = dict.fromkeys(
+        ["model.layers.0.mlp.experts.3.up_proj", "model.layers.0.self_attn.q_proj", "lm_head"]
+    )
+    assert parts.paths_by_sublayer(layers) == {
+        "attention": {"model.layers.0.self_attn.q_proj"},
+        "experts": {"model.layers.0.mlp.experts.3.up_proj"},
+        "lm_head": {"lm_head"},
+    }

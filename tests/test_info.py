@@ -1,0 +1,269 @@
+"""info: what it says of each kind of adapter, from the files alone."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from tiny_adapters import (
+    PLAIN,
+    TENSORS,
+    change_config,
+    change_tensors,
+    command,
+    copied,
+    save_adapter,
+)
+
+LAYER = "base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Return the folder of a plain adapter. Tests must not change it."""
+    return save_adapter(tmp_path_factory.mktemp("plain") / "adapter")
+
+
+@pytest.fixture
+def info(capsys):
+    """Return a function that gives what info prints of an adapter, and as JSON."""
+
+    def run(adapter, *flags):
+        end = command(capsys, "info", adapter, *flags)
+        assert all(len(line) <= 100 for line in end.out.splitlines() if str(adapter) not in line)
+        if not flags:
+            again = command(capsys, "info", adapter, "--json")
+            assert again.status == end.status
+            end.json = json.loads(again.out) if again.out else None
+        return end
+
+    return run
+
+
+def module(found, name):
+    """Return the one module of this name."""
+    (row,) = [row for row in found.json["modules"] if row["name"] == name]
+    return row
+
+
+def test_every_module_has_the_size_and_directions_of_its_update(plain, info):
+    found = info(plain)
+    assert found.status == 0
+    assert found.json.keys() == {
+        "schema", "base", "r", "alpha", "parameters", "modules", "problems", "notes"
+    }  # fmt: skip
+    assert (found.json["schema"], found.json["r"], found.json["alpha"]) == (1, 4, 8)
+    tensors = load_file(plain / TENSORS)
+    assert found.json["parameters"] == sum(one.numel() for one in tensors.values())
+    assert len(found.json["modules"]) == 24
+    for row in found.json["modules"]:
+        name = f"base_model.model.{row['name']}"
+        b, a = (tensors[f"{name}.lora_{part}.weight"].double().numpy() for part in "BA")
+        squares = np.linalg.svd(2 * b @ a, compute_uv=False)[:4] ** 2
+        assert row["norm"] == pytest.approx(np.sqrt(squares.sum()), rel=1e-6)
+        shares = squares.cumsum() / squares.sum()
+        assert row["directions"] == 1 + (shares < 0.9).sum()
+        assert row["target"] == name.rpartition(".")[2] and f"layers.{row['layer']}." in name
+        assert (row["r"], row["scaling"], row["is_finite"], row["is_zero"]) == (4, 2, True, False)
+    assert "alpha / r = 2" in found.said and "24 modules, float32" in found.said
+    assert "q_proj ######## 4 2" in found.said and "layers 0 to 7" in found.said
+    assert "evidence" in found.said and "note" not in found.said and "problem" not in found.said
+    assert len(found.out.splitlines()) < 24
+
+
+def test_the_real_scaling_is_told_by_rslora_and_by_pattern(tmp_path, info):
+    found = info(save_adapter(tmp_path / "rslora", use_rslora=True))
+    assert "alpha / sqrt(r) = 4, since it is rsLoRA (alpha / r = 2)" in found.said
+    assert {row["scaling"] for row in found.json["modules"]} == {4}
+    patterns = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 2}}
+    found = info(save_adapter(tmp_path / "patterns", **patterns))
+    assert "ranks 2 to 4" in found.said and "alpha / r = 0.5 to 4" in found.said
+    assert "q_proj ######## 2-4 2-4" in found.said
+    row = module(found, "model.layers.0.self_attn.q_proj")
+    assert (row["r"], row["scaling"]) == (2, 4)
+    assert module(found, "model.layers.7.self_attn.v_proj")["scaling"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"use_dora": True}, "It is DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "1 whole tensor (lm_head.weight; 0.0 MB)"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa, which changed the base"),
+        ({"target_modules": ["q_proj", "v_prj"]}, "target_modules names v_prj, but no module"),
+    ],
+)
+def test_what_others_do_not_take_is_noted(tmp_path, info, config, said):
+    found = info(save_adapter(tmp_path / "adapter", **config))
+    assert found.status == 0 and said in found.said and not found.json["problems"]
+    assert any(said in note for note in found.json["notes"])
+
+
+def test_a_vision_tower_that_was_never_trained_is_noted(plain, tmp_path, info):
+    def as_unsloth(tensors):
+        moved = {n.replace(".model.", ".model.language_model.", 1): t for n, t in tensors.items()}
+        for layer in range(2):
+            name = f"base_model.model.model.visual.blocks.{layer}.attn.qkv"
+            moved[f"{name}.lora_A.weight"] = torch.ones(4, 16)
+            moved[f"{name}.lora_B.weight"] = torch.zeros(48, 4)
+        return {name.replace("base_model.language_model", "base_model.model"): one
+                for name, one in moved.items()}  # fmt: skip
+
+    folder = change_tensors(copied(plain, tmp_path / "unsloth"), as_unsloth)
+    change_config(folder, base_model_name_or_path="unsloth/Qwen3.5-4B-unsloth-bnb-4bit")
+    found = info(folder)
+    assert found.status == 0
+    assert "All 2 modules of the vision tower, model.visual.blocks have B = 0" in found.said
+    assert "visual qkv 00......" in found.said
+    assert "named for the model that also takes images" in found.said
+    assert "a quantized copy. On the full model (unsloth/Qwen3.5-4B)" in found.said
+
+
+def test_nan_is_a_problem_and_null_in_json(plain, tmp_path, info):
+    def break_one(tensors):
+        tensors[LAYER.format(3, "q", "B")][0, 0] = float("nan")
+
+    found = info(change_tensors(copied(plain, tmp_path / "nan"), break_one))
+    assert found.status == 1 and "NaN or infinity in 1 of the 48 tensors" in found.said
+    row = module(found, "model.layers.3.self_attn.q_proj")
+    assert (row["norm"], row["directions"], row["is_finite"]) == (None, None, False)
+    assert "q_proj ###!####" in found.said
+
+
+def test_an_adapter_that_was_never_trained_is_a_problem(tmp_path, info):
+    found = info(save_adapter(tmp_path / "untrained", std=0))
+    assert found.status == 1 and "Every B is 0" in found.said
+    assert all(row["is_zero"] and row["directions"] == 0 for row in found.json["modules"])
+    # The fully trained module may be right all the same.
+    found = info(save_adapter(tmp_path / "head", std=0, modules_to_save=["lm_head"]))
+    assert found.status == 0 and "have B = 0" in found.said
+
+
+def test_layers_without_what_their_neighbours_have_are_noted(plain, tmp_path, info):
+    def without(*missing):
+        return lambda tensors: {
+            name: one
+            for name, one in tensors.items()
+            if not any(f"layers.{layer}." in name and part in name for layer, part in missing)
+        }
+
+    found = info(change_tensors(copied(plain, tmp_path / "one"), without((7, "v_proj"))))
+    assert found.status == 0 and "layer 7 has no self_attn.v_proj" in found.said
+    assert "v_proj #######." in found.said
+    # Attention in every fourth layer alone is how Qwen3.5 is made.
+    some = without(*((layer, "self_attn") for layer in (0, 1, 2, 4, 5, 6)))
+    found = info(change_tensors(copied(plain, tmp_path / "two"), some))
+    assert "has no" not in found.said and "q_proj ...#...#" in found.said
+
+
+def test_a_layer_of_another_size_and_a_partly_zero_one_are_noted(plain, tmp_path, info):
+    def change(tensors):
+        tensors[LAYER.format(2, "q", "B")] *= 20
+        tensors[LAYER.format(5, "v", "B")] *= 0
+
+    found = info(change_tensors(copied(plain, tmp_path / "changed"), change))
+    assert found.status == 0
+    assert (
+        "is far from that of the same target" in found.said
+        and "layers.2.self_attn.q_proj (" in found.said
+    )
+    assert "1 of the 24 modules in model.layers have B = 0" in found.said
+
+
+def test_an_update_of_few_directions_is_told_what_a_cut_would_keep(plain, tmp_path, info):
+    def flatten(tensors):
+        for name, one in tensors.items():
+            if "lora_B" in name:
+                one[:, 1:] *= 0.01
+
+    found = info(change_tensors(copied(plain, tmp_path / "flat"), flatten))
+    assert "The 1 strongest direction of 4 make up 100 %" in found.said
+    assert "export --rank 1" in found.said
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        (f"{ROOT}/tests/tiny-qwen3.5", "The base is a model that also takes images"),
+        ("google/gemma-3-4b-it", "The base seems to be a model that also takes images"),
+        (f"{ROOT}/tests", ""),
+        ("meta-llama/Llama-3.1-8B", ""),
+    ],
+)
+def test_names_that_a_server_would_ignore_are_noted(plain, tmp_path, info, base, said):
+    found = info(change_config(copied(plain, tmp_path / "new"), base_model_name_or_path=base))
+    assert found.status == 0 and bool(found.json["notes"]) == bool(said) and said in found.said
+    assert ("--vllm" in found.said) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"r": 8}, "24 modules of 24 do not fit the configuration"),
+        ({"rank_pattern": {"q_proj": 2}}, "8 modules of 24 do not fit"),
+        ({"peft_type": "IA3"}, "an adapter of the kind IA3; only LORA"),
+        ({"r": "eight"}, "must be numbers"),
+        ({"alpha_pattern": {"(": 2}}, "regular expressions"),
+    ],
+)
+def test_what_does_not_fit_is_a_problem(plain, tmp_path, info, change, said):
+    found = info(change_config(copied(plain, tmp_path / "new"), **change))
+    assert found.status == 1 and said in found.said
+
+
+def renamed(tensors):
+    return {f"lora_unet_{number}": one for number, one in enumerate(tensors.values())}
+
+
+def twice(tensors):
+    return tensors | {n.replace(".layers", ".language_model.layers"): t.clone()
+                      for n, t in tensors.items()}  # fmt: skip
+
+
+def half(tensors):
+    del tensors[LAYER.format(0, "q", "B")]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (renamed, "There is nothing of LoRA in the file"),
+        (half, "of 1 module A or B is missing"),
+        (lambda tensors: {n: one.bool() for n, one in tensors.items()}, "no matrix of numbers"),
+        (twice, "48 tensors are in the file twice"),
+    ],
+)
+def test_a_file_without_whole_modules_is_a_problem(plain, tmp_path, info, change, said):
+    found = info(change_tensors(copied(plain, tmp_path / "new"), change))
+    assert found.status == 1 and said in found.said
+
+
+def test_what_is_no_adapter_is_told_what_it_is(plain, tmp_path, info):
+    assert "There is no adapter" in info(tmp_path / "nowhere").err
+    assert "holds no adapter_config.json" in info(tmp_path).err
+    assert "It looks like a whole model" in info(ROOT / "tests" / "tiny-qwen3.5").err
+    assert f"Did you mean {plain}?" in info(plain.parent).err
+    folder = copied(plain, tmp_path / "pickle")
+    torch.save({}, (folder / TENSORS).with_suffix(".bin"))
+    (folder / TENSORS).write_bytes(b"cut short")
+    assert "cannot be read" in info(folder).err
+    (folder / TENSORS).unlink()
+    found = info(folder)
+    assert found.status == 1 and "a pickle that could run code" in found.err and not found.out
+
+
+def test_it_answers_from_any_folder_without_the_large_libraries(plain, tmp_path):
+    code = (
+        "import runpy, sys; sys.argv = ['inspect_lora', 'info', sys.argv[1]]; "
+        f"runpy.run_path({str(ROOT / 'inspect_lora')!r}, run_name='__main__'); "
+        "found = {'transformers', 'peft', 'trl', 'train_lora_single'} & set(sys.modules); "
+        "sys.exit(f'imported: {found}' if found else 0)"
+    )
+    words = [sys.executable, "-c", code, str(plain)]
+    end = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert end.returncode == 0 and end.stdout.startswith("adapter") and not end.stderr
+    assert PLAIN["r"] == 4 and "r = 4, alpha = 8" in end.stdout
