@@ -97,7 +97,7 @@ def fresh_streams():
 
 
 def run_in_a_fork(words, *, cwd, env=None, input="", first="", **others):
-    """Do what subprocess.run() does, for `python FILE ...` and `python -m MODULE ...`.
+    """Do what subprocess.run() does, for `python FILE ...`, a folder, and `python -m MODULE ...`.
 
     The code in first is run before that. Any other command is given to subprocess.run().
 
@@ -106,7 +106,7 @@ def run_in_a_fork(words, *, cwd, env=None, input="", first="", **others):
     """
     environment = dict(os.environ if env is None else env)
     is_plain = environment.get("PYTHONPATH", "") == os.environ.get("PYTHONPATH", "")
-    is_known = words[1] == "-m" or words[1].endswith(".py")
+    is_known = words[1] == "-m" or words[1].endswith(".py") or Path(cwd, words[1]).is_dir()
     if words[0] != sys.executable or not is_known or not is_plain:
         return REAL_RUN(words, cwd=cwd, env=env, input=input, **others)
     with tempfile.TemporaryDirectory() as folder:
