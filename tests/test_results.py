@@ -444,6 +444,7 @@ def test_a_hub_models_name_and_commit_are_written_wherever_it_is_named(
     t.main([*flags, "--model_name", hub_model, "--max_steps", "1", "--eval_file", ""])
     card = ModelCard.load(output / "final_lora" / "README.md")
     assert card.data.base_model == hub_model and f"commit `{COMMIT}`" in card.text
+    assert f'from_pretrained("{hub_model}", revision="{COMMIT}"' in card.text
     for name in RESULTS:
         config = config_of(output / name)
         assert (config["base_model_name_or_path"], config["revision"]) == (hub_model, COMMIT)
