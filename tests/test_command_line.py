@@ -441,6 +441,7 @@ def test_a_run_does_what_its_dry_run_said_and_tells_a_tracker(monkeypatch, capsy
     assert len(said) > 20 and all(line in lines for line in said)  # in this order
     (tokens,) = re.findall(r"all steps together train on ([\d,]+) tokens", promised)
     record = json.loads(Path("out/a-run/run.json").read_bytes())
+    assert record["device"] == "CPU" and "processes" not in done
     assert record["train_tokens"] == int(tokens.replace(",", "")) > 0
     assert {name for name, *_ in told} == {"a-run"}
     assert [step for _, step, logs in told if "loss" in logs] == [1, 2]
