@@ -113,14 +113,14 @@ DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 
 # The data. The section DATA shows the forms that a conversation may have.
 TRAIN_FILE: Name = "data/train.jsonl"  # the conversations to learn from
-EVAL_FILE: str = "data/eval.jsonl"  # only measured; "10%" holds out a tenth of TRAIN_FILE; "": none
-REPLIES: Literal["all", "last"] = "all"  # of several in a conversation: teach all, or the last one
-MAX_SEQ_LEN: Count = 512  # in tokens; longer examples, at most a tenth, are left out, never cut
+EVAL_FILE: str = "data/eval.jsonl"  # not trained on; "10%" holds out a tenth of TRAIN_FILE; or ""
+REPLIES: Literal["all", "last"] = "all"  # which replies of a conversation are learned
+MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
 # If you change r, keep alpha: then the best learning rate hardly changes (docs/evidence.md).
 LORA_R: Rank = 8  # the rank; a rule of thumb: 4 for a narrow task, 8 for a style, 16 for more
-LORA_ALPHA: Count = 16  # scales the update by alpha / r; usual: 2 r; too large: the loss jumps
+LORA_ALPHA: Count = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
 LORA_TARGET_MODULES: Annotated[list[Name], Field(min_length=1)] = [  # the layers that get LoRA
     "q_proj",  # attention: which words the model looks at
@@ -135,8 +135,8 @@ LORA_TARGET_MODULES: Annotated[list[Name], Field(min_length=1)] = [  # the layer
 # Training.
 NUM_EPOCHS: Count = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS: CountOrZero = 0  # stop after this many steps, to try things out; 0 for all epochs
-# Only the product of these two counts. How many examples of a step go through the GPU at once is
-# found by trying, see MEMORY.
+# Only the product of these two counts: how many examples a step has, one for each learned reply.
+# How many of them go through the GPU at once is found by trying, see MEMORY.
 BATCH_SIZE: Count = 2  # examples in a step = BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS
 GRADIENT_ACCUMULATION_STEPS: Count = 2  # the other factor
 LEARNING_RATE: Rate = 2e-4  # the highest rate; lower it if the loss jumps
@@ -144,17 +144,17 @@ LR_SCHEDULER_TYPE: Literal[  # the shape of the learning rate after its rise
     "cosine", "linear", "constant_with_warmup"
 ] = "cosine"
 WARMUP_RATIO: Share = 0.03  # the share of the steps in which the learning rate rises from 0
-SEED: Seed = 42  # for A's first values, dropout and order; on a CPU, the same run to the byte
+SEED: Seed = 42  # decides dropout, the order of the examples, and the values that A begins with
 
 # Results.
 OUTPUT_DIR: Name = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
 LOGGING_STEPS: Count = 10  # a line is printed every so many steps
 SAVE_STEPS: Count = 50  # a checkpoint every so many steps: the most that a crash can lose
-PUBLISH: Literal["last", "best"] = "last"  # the epoch for final_lora; "best" by held-out loss
+PUBLISH: Literal["last", "best"] = "last"  # the epoch to publish; "best" by the held-out loss
 REPORT_TO: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
 
-# Products of matrices.
-MATMUL: Literal["auto", "native", "float16"] = "auto"  # see FLOAT16 PRODUCTS
+# How the frozen weights are multiplied.
+MATMUL: Literal["auto", "native", "float16"] = "auto"  # for old GPUs, see FLOAT16 PRODUCTS
 
 
 # ==== THE RUN: the whole job
@@ -166,7 +166,7 @@ def run(job: Job) -> None:
     """Train and publish one adapter. A Job holds the settings, and what is found on the way."""
     prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
     if job.settings.dry_run:
-        report("done", "Nothing was trained. Without --dry_run the same command starts this run.")
+        report("done", "Nothing was trained. Without --dry_run the same command trains.")
         return
     resume_or_begin(job)  # CHECKPOINTS: an earlier run to resume, if there is one
     if job.is_finished:
@@ -189,7 +189,7 @@ class Job:
     chat_format: ChatFormat | None = None  # how conversations become tokens
     train: list[Example] = field(default_factory=list)
     held_out: list[Example] = field(default_factory=list)
-    held_out_file: bytes = b""  # what held_out.jsonl gets, with an EVAL_FILE like "10%"
+    held_out_content: bytes = b""  # what held_out.jsonl gets, with an EVAL_FILE like "10%"
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
     device_name: str = ""
@@ -233,7 +233,7 @@ def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
     """Return what PEFT is asked for. Any LoraConfig that refuse_unsupported() lets through will do.
 
     Examples are use_dora=True, or rank_pattern={"down_proj": 16} with alpha_pattern={"down_proj":
-    32}, since an update is scaled by its alpha / r. The plan prints what follows.
+    32} to keep its update's scaling of alpha / r. The plan prints what follows.
     """
     return peft.LoraConfig(
         r=settings.LORA_R,  # the rank: A is r x k, B is d x r
@@ -315,9 +315,10 @@ class LoraTrainer(trl.SFTTrainer):
     ) -> torch.Tensor:
         """Return the sum of a part's -log(probability) / the number of the step's learned tokens.
 
-        TRL's loss has the same value. This one needs no Triton, which has dropped the V100, and
-        multiplies by the model's own head, which may be a float16 one. DDP takes the mean over the
-        processes, so the loss is multiplied by their number.
+        Trainer counts these tokens, over the whole step and all processes. TRL's loss has the same
+        value. This one needs no Triton, which has dropped the V100, and multiplies by the model's
+        own head, which may be a float16 one. DDP takes the mean over the processes, so the loss is
+        multiplied by their number.
         """
         loss = reply_losses(model, inputs).sum() / num_items_in_batch
         return loss * self.accelerator.num_processes
@@ -528,6 +529,7 @@ def prepare(job: Job) -> None:
             f"{problems_as_text(problems)}\n"
             f"The data has {len(problems):,} {noun}, so nothing was trained."
         )
+    warn_of_shipped_eval_file(settings)
     warn_of_missing_system_messages(train)
     warn_of_repeats(job.train, job.held_out)
     warn_of_the_date(job)
@@ -603,7 +605,7 @@ def read_both_files(job: Job) -> tuple[list[Example], list[Example], list[Proble
         rows = {example.where: example.row for example in held_out}
         text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows.values())
         # Half a character becomes the escape that JSON has for it.
-        job.held_out_file = text.encode(errors="backslashreplace")
+        job.held_out_content = text.encode(errors="backslashreplace")
     elif settings.EVAL_FILE and not percent:
         held_out, more = read_conversations(settings.EVAL_FILE, settings.REPLIES)
         problems += more
@@ -904,18 +906,36 @@ def examples_of(
 
 
 def problems_as_text(problems: list[Problem]) -> str:
-    """Return a sentence for each kind of problem, with the first places where it occurs."""
-    places: dict[str, list[str]] = {}
+    """Return the first problem of each kind, with the first places where the kind occurs.
+
+    Problems that differ only in their numbers and in what they quote are of one kind.
+    """
+    kinds: dict[str, list[Problem]] = {}
     for problem in problems:
-        places.setdefault(problem.text, []).append(problem.where)
+        kinds.setdefault(re.sub(r'\d+|"[^"]*"', "", problem.text), []).append(problem)
     return join_limited(
-        [f"{join_limited(where, 3, ', ')}: {text}" for text, where in places.items()]
+        [
+            f"{join_limited([one.where for one in kind], 3, ', ')}: {kind[0].text}"
+            for kind in kinds.values()
+        ]
     )
 
 
 def shown_value(value: Any) -> str:
     """Return a value of the data as JSON, shortened."""
     return one_line(json.dumps(value, ensure_ascii=False, default=str), 60)
+
+
+def warn_of_shipped_eval_file(settings: argparse.Namespace) -> None:
+    """Warn if a user's own conversations would be judged by the shipped ones."""
+    shipped_train, shipped_eval = (HERE / "data" / f"{name}.jsonl" for name in ("train", "eval"))
+    is_own = not is_same_file(settings.TRAIN_FILE, str(shipped_train))
+    if is_own and is_same_file(settings.EVAL_FILE, str(shipped_eval)):
+        report(
+            "warning",
+            f"EVAL_FILE is still {settings.EVAL_FILE}, the shipped conversations, which may be of "
+            'another\nvoice than yours; "10%" would hold out a tenth of TRAIN_FILE',
+        )
 
 
 def warn_of_missing_system_messages(examples: list[Example]) -> None:
@@ -1030,10 +1050,6 @@ class ChatFormat:
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the tokens of a conversation that the model is to reply to."""
         return self.ids_of(self.text(messages, add_generation_prompt=True))
-
-    def ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the tokens of a conversation, as the model's chat template writes it."""
-        return self.ids_of(self.text(messages))
 
     def text(self, messages: list[dict[str, str]], **how: Any) -> str:
         """Return a conversation as the model's chat template writes it."""
@@ -1220,15 +1236,8 @@ def render(messages: list[dict[str, str]], chat_format: ChatFormat) -> tuple[lis
 
 
 def warn_of_the_date(job: Job) -> None:
-    """Warn if the chat template asks for the date, as Llama 3.2's does: so it is made to fail."""
-    chat_format = job.chat_format
-    template = chat_format.tokenizer.get_chat_template()
-    try:
-        chat_format.text(
-            job.train[0].messages,
-            chat_template=template.replace("strftime_now(", "raise_exception("),
-        )
-    except jinja2.TemplateError:
+    """Warn if the chat template asks for the date, as Llama 3.2's does."""
+    if "strftime_now(" in job.chat_format.tokenizer.get_chat_template():
         report(
             "warning",
             f"the chat template of {job.settings.MODEL_NAME} prints the day's date, so tomorrow "
@@ -1253,10 +1262,10 @@ def facts_of_held_out(job: Job) -> dict[str, Any] | None:
     """Return what run.json says of the held-out file, if there is one."""
     if not job.held_out:
         return None
-    if not job.held_out_file:
+    if not job.held_out_content:
         path = job.settings.EVAL_FILE
         return facts_of(path, job.held_out, file_sha256(Path(path)))
-    sha256 = hashlib.sha256(job.held_out_file).hexdigest()
+    sha256 = hashlib.sha256(job.held_out_content).hexdigest()
     return facts_of(str(job.output / "held_out.jsonl"), job.held_out, sha256)
 
 
@@ -2069,7 +2078,7 @@ def resume_or_begin(job: Job) -> None:
             check_that_it_can_be_read(newest)
             job.checkpoint = newest
             job.history = json.loads((newest / "trainer_state.json").read_bytes())["log_history"]
-            job.is_finished = record is not None and record["published"] == published(job)
+            job.is_finished = record is not None and record["published"] == epoch_to_publish(job)
         elif differences and record is None:
             raise UserError(
                 f"{newest} was made with other settings, data or model, so it cannot be resumed:\n"
@@ -2079,9 +2088,10 @@ def resume_or_begin(job: Job) -> None:
             )
         keep_held_out(job)
         if job.is_finished:
+            label = epoch_to_publish(job)["label"]
             report(
                 "finished",
-                f"{job.output / 'final_lora'} is this job's adapter, of {published(job)['label']}\n"
+                f"{job.output / 'final_lora'} is this job's adapter, of {label}\n"
                 f"To train it again, choose another OUTPUT_DIR, or move {folder} away.",
             )
         elif job.checkpoint:
@@ -2178,8 +2188,8 @@ def check_that_it_can_be_read(checkpoint: Path) -> None:
 def keep_held_out(job: Job) -> None:
     """Write the conversations that "10%" held out, or raise UserError if others lie there."""
     path = job.output / "held_out.jsonl"
-    is_there = path.is_file() and path.read_bytes() == job.held_out_file
-    if not job.held_out_file or is_there:
+    is_there = path.is_file() and path.read_bytes() == job.held_out_content
+    if not job.held_out_content or is_there:
         return
     if path.exists():
         if job.checkpoint:
@@ -2189,7 +2199,7 @@ def keep_held_out(job: Job) -> None:
             )
         rename_old(path)
     new = path.with_name(f"{path.name}.new")
-    new.write_bytes(job.held_out_file)
+    new.write_bytes(job.held_out_content)
     new.replace(path)
 
 
@@ -2399,7 +2409,7 @@ def publish(trainer: LoraTrainer, job: Job) -> None:
         torch.cuda.empty_cache()
     staging = job.output / ".partial"
     shutil.rmtree(staging, ignore_errors=True)
-    step = published(job)["step"]
+    step = epoch_to_publish(job)["step"]
     if step != job.plan.steps:
         load_adapter(trainer.model, job.output / "checkpoints" / f"checkpoint-{step}")
     try:
@@ -2419,11 +2429,11 @@ def move_into_place(staging: Path, job: Job) -> None:
         path = new / "adapter_model.safetensors"
         job.adapter_sha256[new.name] = file_sha256(path)
         new.rename(job.output / new.name)
-    job.published = published(job)
+    job.published = epoch_to_publish(job)
     write_record(job, "finished")
 
 
-def published(job: Job) -> dict[str, Any]:
+def epoch_to_publish(job: Job) -> dict[str, Any]:
     """Return the step whose adapter is to be published, and its name such as "epoch 2 of 3"."""
     step = best_step(job) if job.settings.PUBLISH == "best" else job.plan.steps
     label = f"step {step:,}"
@@ -2625,7 +2635,7 @@ It was trained with `train_lora_single.py`, and does not work without its base m
 - LoRA with {lora_in_words(lora_config(settings))}, dropout {settings.LORA_DROPOUT:g}:
   {job.plan.trainable:,} of {job.plan.total:,} parameters
 - {steps_in_words(job, job.plan)}; learning rate {settings.LEARNING_RATE:g}
-  ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}; this is {published(job)["label"]}
+  ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}; this is {epoch_to_publish(job)["label"]}
 {chr(10).join(files)}
 
 {result} It repeats the habits of its training data, mistakes included: read its replies before you
@@ -2651,7 +2661,7 @@ def losses_before_and_after(job: Job) -> tuple[float, float] | None:
     losses = job.logged("eval_loss")
     if 0 not in losses or len(losses) < 2:
         return None
-    return losses[0], losses[published(job)["step"]]
+    return losses[0], losses[epoch_to_publish(job)["step"]]
 
 
 def system_messages(examples: list[Example]) -> list[str]:
@@ -3286,14 +3296,13 @@ def survive_closed_outputs() -> None:
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.7,<2.11",
+#     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
 #     "transformers>=5.24,<5.30",
 #     "peft>=0.21.2,<0.22",
 #     "trl>=1.16,<1.17",
 #     "datasets>=5,<6",
 #     "accelerate>=1.15,<2",
 #     "safetensors>=0.8,<1",
-#     "matplotlib>=3.10,<4",
 #     "pydantic>=2.10,<3",
 #     "huggingface_hub",
 #     "filelock",

@@ -608,7 +608,8 @@ def test_the_scripts_own_block_of_requirements_is_the_file():
     """`uv run` reads it (PEP 723)."""
     (block,) = re.findall(r"(?m)^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SOURCE)
     values = tomllib.loads(re.sub("(?m)^# ?", "", block))
-    assert {one.name: one.specifier for one in map(Requirement, values["dependencies"])} == (
-        requirements()
-    )
+    own = {one.name: one.specifier for one in map(Requirement, values["dependencies"])}
+    others = requirements()
+    del others["matplotlib"]  # the package draws with it
+    assert own == others
     assert values["requires-python"] == ">=3.11"

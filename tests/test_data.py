@@ -299,10 +299,11 @@ def test_all_problems_of_both_files_are_one_list_with_what_the_tokenizer_finds(c
     assert any(one.startswith("t:33, e:2: ") and "<|im_end|>" in one for one in said)
     assert any(one.startswith("e:1: ") and "UTF-8" in one for one in said)
     assert said[-1] == "The data has 64 problems, so nothing was trained."
-    # At most 20 kinds are shown, and the others are counted.
-    write("t", *[line(**{f"key {n}": 1}) for n in range(25)])
+    # What differs in a number or in what is quoted alone is of one kind.
+    write("t", *[line(**{f"key {n}": 1}) for n in range(25)], b'{"a" 1}', b'{"text" 1}')
     said = refusal(capsys)
-    assert len(said) == 22 and said[19].startswith("t:20: ") and "5 more" in said[20]
+    assert len(said) == 3 and said[0].startswith("t:1, t:2, t:3, ... and 22 more: ")
+    assert said[1].startswith("t:26, t:27: this is not JSON")
 
 
 # ---- what is taken as it is ---------------------------------------------------------------------
@@ -467,6 +468,15 @@ def test_a_system_message_that_only_some_have_is_warned_of(capsys):
         said = warnings_in(capsys.readouterr().out)
         assert len(said) == bool(part)
         assert all(part in one and "t:2" in one and "no system message" in one for one in said)
+
+
+def test_ones_own_conversations_are_not_judged_by_the_shipped_ones_in_silence(capsys):
+    write("t", {"messages": talk("ua")})
+    shipped = {name: str(t.HERE / "data" / f"{name}.jsonl") for name in ("train", "eval")}
+    for train_file, part in (("t", '"10%"'), (shipped["train"], "")):
+        dry_run("--train_file", train_file, "--eval_file", shipped["eval"])
+        said = [one for one in warnings_in(capsys.readouterr().out) if "EVAL_FILE" in one]
+        assert len(said) == bool(part) and all(part in one for one in said)
 
 
 def test_a_held_out_prompt_that_is_trained_on_is_warned_of_in_any_form(capsys):
