@@ -424,11 +424,14 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(data, tmp_path):
         [*data, *more, "--output_dir", str(tmp_path)], lambda trainer: set_b(trainer.model)
     )
     history = read_record(tmp_path)["loss_history"]
-    with_dropout, without = logged(history, "loss"), logged(history, "eval_loss")[-1]
+    with_dropout, (before, without) = logged(history, "loss"), logged(history, "eval_loss")
     job = prepared([*data, *more, "--output_dir", str(tmp_path)])
     model = AutoModelForCausalLM.from_pretrained(job.settings.MODEL_NAME, dtype="float32")
     model = peft.PeftModel.from_pretrained(model, tmp_path / "final_lora").eval()
     assert without == pytest.approx(token_loss(model, job.held_out), rel=ROUNDING)
+    with model.disable_adapter():  # before the first step it is the base's, whatever B is
+        base_loss = token_loss(model, job.held_out)
+    assert before == pytest.approx(base_loss, rel=ROUNDING) != without
     distances = []
     for rows, loss in zip(recorder.trained, with_dropout, strict=True):
         examples = [one for one in job.train if one.input_ids in rows["rows"]]
