@@ -39,15 +39,16 @@ from inspect_lora.files import (
     name_in_text_model,
     read_adapter_config,
     read_as_named,
-    refuse_not_finite,
     where_it_is_now,
 )
+from inspect_lora.info import find_problems
 from inspect_lora.modules import (
     CHANGES_THE_BASE,
     PARTS,
     Module,
     modules_of,
     read_config,
+    share_kept,
     singular_values,
 )
 
@@ -123,38 +124,30 @@ def refuse_what_is_more(
     modules: list[Module],
     tensors: dict[str, torch.Tensor],
 ) -> None:
-    """Refuse an adapter whose update is more than scaling x B A, or not what it should be."""
-    refuse_not_finite(tensors, place)
-    if not modules:
-        raise InspectError(f"There is nothing of LoRA in {place}: `info` says what it holds.")
-    if all(module.is_zero for module in modules):
-        raise InspectError(f"Every B in {place} is 0: it was saved before it was trained.")
-    if unfit := [module.name for module in modules if not module.fits]:
-        raise InspectError(
-            f"{place} does not fit its own configuration ({unfit[0]}): `info` says more."
-        )
-    if reason := what_is_more(place, modules, tensors):
+    """Refuse an adapter that is useless or wrong, or whose update is more than scaling x B A."""
+    if problems := find_problems(modules, tensors):
+        raise InspectError("\n".join([f"{place} is not written anew.", *problems]))
+    if reason := what_is_more(read_config(place), modules, tensors):
         raise InspectError(
             f"{place} {reason}, so it cannot be scaled, cut or renamed here. Merge it into its "
             "base model instead."
         )
-    if options.rank and options.rank >= max(module.r for module in modules):
-        largest = max(module.r for module in modules)
+    largest = max(module.r for module in modules)
+    if options.rank and options.rank >= largest:
         raise InspectError(f"--rank {options.rank} cuts nothing: the adapter's rank is {largest}.")
 
 
-def what_is_more(place: Path, modules: list[Module], tensors: dict[str, torch.Tensor]) -> str:
+def what_is_more(
+    config: dict[str, Any], modules: list[Module], tensors: dict[str, torch.Tensor]
+) -> str:
     """Return what an adapter is beyond A and B of matrices, or nothing."""
-    config = read_config(place)
     if config.get("use_dora"):
-        return "is DoRA, which trained the length of each column as well"
+        return "is DoRA, which trained the length of each row of W as well"
     others = [name for name in tensors if not PARTS.match(name) or not name.startswith(PREFIX)]
     if others:
         return f"holds more than A and B ({join_limited(others, 2, ', ')})"
-    if len(set(map(name_in_text_model, tensors))) < len(tensors):
-        return "holds two tensors for one place"
-    start = config.get("init_lora_weights")
-    if str(start).lower().startswith(CHANGES_THE_BASE):
+    start = str(config.get("init_lora_weights"))
+    if start.lower().startswith(CHANGES_THE_BASE):
         return f"began with init_lora_weights = {start}, which changed the base model"
     if any(tensors[name].dim() != 2 for module in modules for name in module.names):
         return "has LoRA on convolutions"
@@ -284,11 +277,9 @@ def tell(
     if options.scale != 1:
         lines.append(f"each update is {options.scale:g} times what it was")
     if options.rank:
-        before = sum(sum(one.squares) for one in modules)
-        kept = sum(sum(one.squares[: options.rank]) for one in modules) / before
         lines.append(
-            f"the {counted(options.rank, 'strongest direction')} of {max(one.r for one in modules)}"
-            f" make up {100 * kept:.1f} % of the updates (by square)"
+            f"of {max(one.r for one in modules)} directions the strongest {options.rank} make up "
+            f"{100 * share_kept(modules, options.rank):.1f} % of an update, on average (by square)"
         )
     if len(written) < len(modules):
         lines.append(f"left out: {counted(len(modules) - len(written), 'module')} with B = 0")

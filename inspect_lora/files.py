@@ -196,7 +196,11 @@ def find_run(place: Path) -> Run | None:
 
 
 def where_it_is_now(name: str, run: Run) -> str:
-    """Return a run's file or folder as it is found from here, if it was named from elsewhere."""
+    """Return a run's file or folder as it is found from here.
+
+    It was named as seen from the run's working folder; what the run wrote itself, such as the lines
+    that it held out, lies beside its run.json, wherever that was moved to.
+    """
     there = Path(run.record.get("working_folder", "")) / name
-    is_from_elsewhere = name and not Path(name).exists() and there.exists()
-    return str(there) if is_from_elsewhere else name
+    found = [path for path in (there, run.path.parent / Path(name).name) if path.exists()]
+    return str(found[0]) if name and found and not Path(name).exists() else name

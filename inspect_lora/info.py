@@ -40,7 +40,14 @@ from inspect_lora.files import (
     not_finite,
     read_as_named,
 )
-from inspect_lora.modules import CHANGES_THE_BASE, PARTS, Module, modules_of, read_config
+from inspect_lora.modules import (
+    CHANGES_THE_BASE,
+    PARTS,
+    Module,
+    modules_of,
+    read_config,
+    share_kept,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -351,20 +358,17 @@ NEARLY_ALL = 0.95
 
 def about_rank(modules: list[Module]) -> str:
     """Return a note on the smallest rank that keeps nearly all of the updates, if there is one."""
-    known = [one for one in modules if one.norm > 0]
-    total = sum(sum(one.squares) for one in known)
-    largest = max((one.r for one in known), default=1)
-    rank = 1
-    while rank < largest:
-        kept = sum(sum(one.squares[:rank]) for one in known) / total
-        if kept >= NEARLY_ALL:
-            return (
-                f"The {counted(rank, 'strongest direction')} of {largest} make up {100 * kept:.0f} "
-                f"% of the updates (by square). `export --rank {rank}` writes an adapter of these "
-                "alone; `evidence` says what it would lose."
-            )
-        rank *= 2
-    return ""
+    largest = max((one.r for one in modules if one.norm > 0), default=1)
+    ranks = [2**n for n in range(10) if 2**n < largest]
+    enough = [rank for rank in ranks if share_kept(modules, rank) >= NEARLY_ALL]
+    if not enough:
+        return ""
+    kept = 100 * share_kept(modules, enough[0])
+    return (
+        f"Of {largest} directions the strongest {enough[0]} make up {kept:.0f} % of an update, on "
+        f"average (by square). `export --rank {enough[0]}` writes an adapter of these alone; "
+        "`evidence` says what it would lose."
+    )
 
 
 # ---- What is printed

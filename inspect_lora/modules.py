@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,3 +212,10 @@ def singular_values(module: Module) -> torch.Tensor:
     a, b = module.a.double(), module.b.double()
     product = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
     return torch.linalg.svdvals(module.scaling * product)
+
+
+def share_kept(modules: list[Module], rank: int) -> float:
+    """Return which share of an update's square its strongest directions make up, on average."""
+    return statistics.fmean(
+        sum(one.squares[:rank]) / sum(one.squares) for one in modules if one.norm > 0
+    )

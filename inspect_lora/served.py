@@ -125,47 +125,28 @@ class Asked:
 def find_server(options: argparse.Namespace, place: Path) -> Server:
     """Return the server and its names for the adapter and its base."""
     server = Server(re.sub(r"(/v1)?/*$", "", options.url.strip()))
-    models = ask(server, "/v1/models").get("data")
+    models = ask(server, "/v1/models", None, GIVE_THE_ADDRESS).get("data")
     if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
         raise InspectError(f"{server.url}/v1/models does not list models: is it an OpenAI server?")
-    offered = {str(one.get("id")): one for one in models}
-    server.adapter = options.name or name_of_adapter(offered, place)
-    found = offered.get(server.adapter)
-    if found is None:
+    loaded = {str(one.get("id")): one for one in models}
+    offered = {name: one for name, one in loaded.items() if one.get("parent") in loaded}
+    printed = name_on_server(place)  # in the command that serves it
+    only = next(iter(offered)) if len(offered) == 1 else printed
+    server.adapter = options.name or (printed if printed in offered else only)
+    if server.adapter not in offered:
+        others = [name for name in loaded if name not in offered]
         raise InspectError(
-            f"The server does not offer {server.adapter}; it offers {', '.join(offered) or 'none'}."
-            " Give one of these with --name, or start the server with --lora-modules "
-            f"{server.adapter}=FOLDER."
+            f"The server offers no adapter of the name {server.adapter}. Its adapters are "
+            f"{', '.join(offered) or 'none'}, its other models {', '.join(others) or 'none'}.\nSay "
+            "with --name which adapter is asked, or start the server with --enable-lora "
+            f"--lora-modules {printed}={folder_to_serve(place)}."
         )
-    server.base = str(found.get("parent") or "")
-    if server.base not in offered:
-        raise InspectError(
-            f"The server offers {server.adapter} as a model of its own, and not as an adapter of "
-            "another, so there is no base model to compare it with. Give the adapter's name with "
-            f"--name; it offers {', '.join(offered)}."
-        )
-    server.folder = str(found.get("root") or "")
-    windows = [one.get("max_model_len") for one in (found, offered[server.base])]
+    found = offered[server.adapter]
+    server.base, server.folder = str(found["parent"]), str(found.get("root") or "")
+    windows = [one.get("max_model_len") for one in (found, loaded[server.base])]
     server.window = min([n for n in windows if isinstance(n, int)], default=math.inf)
     report("server", f"{server.url} offers {server.adapter}, an adapter of {server.base}")
     return server
-
-
-def name_of_adapter(offered: dict[str, dict[str, Any]], place: Path) -> str:
-    """Return the name under which a server offers the adapter: the printed one, or the only one."""
-    offers = [name for name, one in offered.items() if one.get("parent")]
-    name = name_on_server(place)
-    if not offers:
-        raise InspectError(
-            f"The server offers no adapter, only {', '.join(offered) or 'nothing'}. Start it with "
-            f"--enable-lora --lora-modules {name}={folder_to_serve(place)}."
-        )
-    if len(offers) > 1 and name not in offers:
-        raise InspectError(
-            f"The server offers several adapters: {', '.join(offers)}. Say with --name which of "
-            "them is asked."
-        )
-    return name if name in offers else offers[0]
 
 
 def folder_to_serve(place: Path) -> Path:
@@ -494,26 +475,17 @@ def where_they_part(
 # ---- Questions and answers
 
 
-def ask(
-    server: Server, path: str, body: dict[str, Any] | None = None, advice: str = ""
-) -> dict[str, Any]:
+def ask(server: Server, path: str, body: dict[str, Any] | None, advice: str) -> dict[str, Any]:
     """Return the server's answer to one request, or raise with what it says and the advice."""
     status, answer = send(server, path, body)
-    address = f"{server.url}{path}"
+    if status == 200 and isinstance(answer, dict):
+        return answer
     if status in (401, 403):
-        raise InspectError(
-            f"{address}: the server asks for a key ({status}: {answer}).\nSet the environment "
-            "variable VLLM_API_KEY or OPENAI_API_KEY to the key that it was started with."
+        advice = (
+            "Set the environment variable VLLM_API_KEY or OPENAI_API_KEY to the key that the "
+            "server was started with."
         )
-    if status == 404 and body is None:
-        raise InspectError(f"{address}: there is no such page ({status}).\n{GIVE_THE_ADDRESS}")
-    if status != 200:
-        raise InspectError(f"{address}: the server answers {status}: {answer}\n{advice}".strip())
-    if not isinstance(answer, dict):
-        raise InspectError(
-            f"{address}: the answer is no object in JSON: {answer}\n{GIVE_THE_ADDRESS}"
-        )
-    return answer
+    raise InspectError(f"{server.url}{path}: the server answers {status}: {answer}\n{advice}")
 
 
 GIVE_THE_ADDRESS = "Give the address of an OpenAI-compatible server, such as http://localhost:8000."

@@ -19,6 +19,8 @@ from tiny_adapters import (
     save_adapter,
 )
 
+from inspect_lora.common import file_sha256
+
 LAYER = "base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
 
 
@@ -181,7 +183,7 @@ def test_an_update_of_few_directions_is_told_what_a_cut_would_keep(plain, tmp_pa
                 one[:, 1:] *= 0.01
 
     found = info(change_tensors(copied(plain, tmp_path / "flat"), flatten))
-    assert "The 1 strongest direction of 4 make up 100 %" in found.said
+    assert "Of 4 directions the strongest 1 make up 100 %" in found.said
     assert "export --rank 1" in found.said
 
 
@@ -198,6 +200,18 @@ def test_names_that_a_server_would_ignore_are_noted(plain, tmp_path, info, base,
     found = info(change_config(copied(plain, tmp_path / "new"), base_model_name_or_path=base))
     assert found.status == 0 and bool(found.json["notes"]) == bool(said) and said in found.said
     assert ("--vllm" in found.said) == bool(said)
+
+
+def test_of_this_trainer_it_knows_the_held_out_lines_and_what_to_serve(plain, tmp_path, info):
+    base = f"{ROOT}/tests/tiny-qwen3.5"
+    for name in ("final_lora", "final_lora_vllm"):
+        change_config(copied(plain, tmp_path / name), base_model_name_or_path=base)
+    record = {"settings": {}, "adapter_sha256": {"final_lora": file_sha256(plain / TENSORS)}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    found = info(tmp_path / "final_lora")
+    assert found.out.endswith(f"evidence {tmp_path / 'final_lora'}\n")
+    assert f"Serve {tmp_path / 'final_lora_vllm'}." in found.said
+    assert "--eval_file HELD_OUT.jsonl" in info(plain).out
 
 
 @pytest.mark.parametrize(
