@@ -184,7 +184,7 @@ def fitted(passes: list[Pass], seconds_of: Callable[[int], Any]) -> Any:
     """Return the seconds of each pass, from those of a few, the narrowest to the widest."""
     terms = numpy.array([[1, one.rows * one.width, simulate.chunks(one.width)] for one in passes])
     order = sorted(range(len(passes)), key=lambda number: passes[number].width)
-    known = [order[number] for number in scores.evenly_spread(len(order), 3)] + order[-1:]
+    known = sorted({*[order[n] for n in scores.evenly_spread(len(order), 3)], order[-1]})
     seconds = numpy.array([seconds_of(number) for number in known])
     return terms @ numpy.linalg.lstsq(terms[known], seconds, rcond=None)[0]
 

@@ -40,6 +40,7 @@ FLOPS_A_SECOND = {"bfloat16": 9.6e12, "float32": 13e12, "float16": 80e12}
 WAYS = {"bf16": "native", "fp16": "float16"}  # kinds of products, by their names in the tables
 # A step of this many learned tokens of so many is what the targets are about, in milliseconds.
 MEDIAN, LEARNED, OF = 129, 111, 258
+LENGTHS = (128, 256, 512, 1024, 1536)  # of examples, for the last table
 TARGETS = {6e-6: 340, 13e-6: 386}
 
 # By name: what no kernel does, what one operation launches beyond one, what is written but not
@@ -86,6 +87,8 @@ evaluation, the trials at the start, and any wait for Python beyond the launches
         if not options.tiny:
             limits = roofline.simulation.limits(job, memory)
         show_minutes(roofline, job, passes_of(steps, limits), card)
+    if not options.tiny:
+        show_lengths(roofline, job)
 
 
 def show_step(roofline: Roofline, width: int, learned_share: float, options: Options) -> None:
@@ -134,6 +137,30 @@ def show_minutes(roofline: Roofline, job: t.Job, passes: list[Pass], card: str) 
         )
         cells = [*(epochs * seconds / 60), *(seconds / 60 * 1e6 / tokens)]
         print(row(name, *[f"{one:.1f}" for one in cells]), flush=True)
+
+
+def show_lengths(roofline: Roofline, job: t.Job) -> None:
+    """Print the minutes of a million tokens where all examples have the same length."""
+    size = t.examples_per_step(job.settings)
+    print("\nminutes of a million tokens with scaled float16 products, 40 % of them learned")
+    row = table(22, *[9, 9, 26] * len(CARDS))
+    heads = [
+        (f"{card}: {LAUNCHES_AT[0] * 1e6:g}", f"{LAUNCHES_AT[1] * 1e6:g} us") for card in CARDS
+    ]
+    print(row("", *itertools.chain(*[(*head, "passes of a step") for head in heads])))
+    for width in LENGTHS:
+        labels = torch.full((size, width), 0)
+        labels[:, : round(0.6 * width)] = -100
+        step = {"input_ids": labels, "labels": labels, "attention_mask": torch.ones_like(labels)}
+        cells = []
+        for memory in CARDS.values():
+            passes = passes_of([step], roofline.simulation.limits(job, memory, longest=width))
+            half = [dataclasses.replace(one, products="float16") for one in passes]
+            seconds = sum(map(roofline.seconds, half))
+            cells += [f"{one:.1f}" for one in seconds / 60 * 1e6 / (size * width)]
+            how = "recomputed" if passes[0].is_recomputed else "kept"
+            cells.append(f"{len(passes)} of {passes[0].rows} rows, {how}")
+        print(row(f"examples of {width:,}", *cells), flush=True)
 
 
 def and_list(numbers: Any, factor: float) -> str:

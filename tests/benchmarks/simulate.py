@@ -43,7 +43,7 @@ CARDS = {"32 GB": int(31.74 * GIB), "16 GB": int(15.77 * GIB)}
 CUDA = GIB // 2
 # Of others: a T4, and an RTX 3090 or 4090.
 MORE_CARDS = {"24 GB": int(23.6 * GIB), "T4": int(14.74 * GIB)}
-LONG = 16384  # tokens; no longer example is looked for
+LONG = 8192  # tokens; no longer example is looked for
 
 
 # ==== the part
@@ -67,7 +67,7 @@ whose longest example has {longest:,} tokens: tokens at once, and the largest pe
         size = cards[card]
         if options.tiny:
             size = tiny_memory(size, simulation, job)
-        alone = simulation.longest_examples(job, size, 256 if options.tiny else LONG)
+        alone = simulation.longest_examples(job, size, 128 if options.tiny else LONG)
         limits = simulation.limits(job, size)
         counts = [alone.tokens_at_once, alone.tokens_at_once_recomputed]
         counts += [limits.tokens_at_once, limits.tokens_at_once_recomputed, whole_step]
@@ -222,9 +222,23 @@ class Simulation:
             largest = max([largest, *map(self.peak, {*by_size[-2:], *by_blocks[-2:]})])
         return largest
 
-    def limits(self, job: t.Job, size: int) -> t.MemoryLimits:
-        """Return what the script's own trial finds on a card with so much memory."""
-        with self.card(size) as trainer:
+    def limits(self, job: t.Job, size: int, longest: int = 0) -> t.MemoryLimits:
+        """Return what the script's own trial finds on a card with so much memory.
+
+        Args:
+            job: with its examples.
+            size: the card's memory in bytes.
+            longest: the tokens of the longest example, if they are not the job's.
+        """
+        most = (
+            (longest, longest * t.examples_per_step(job.settings))
+            if longest
+            else t.most_tokens(job)
+        )
+        with (
+            self.card(size) as trainer,
+            unittest.mock.patch.object(t, "most_tokens", lambda _: most),
+        ):
             t.find_what_fits(trainer, job)
         return job.token_limits
 
