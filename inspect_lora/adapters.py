@@ -129,9 +129,8 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
     modules = counted(len(lora_layers(model)), "module")
     report(
         "adapter",
-        f"{shorten_path(options.adapter, 90)}\nLoRA with r = {lora.r}, alpha = {lora.lora_alpha}"
-        f"{by_pattern} on {modules}, in {dtype} on {device.type}\n"
-        f"of {shorten_path(base, 87)}",
+        f"{shorten_path(options.adapter, 88)}, on {device.type}\nr = {lora.r}, alpha = "
+        f"{lora.lora_alpha}{by_pattern} on {modules} of {shorten_path(base, 40)}, {dtype}",
     )
     if run and run.record.get("script_sha256") not in (None, script_sha256()):
         report("", "It was trained by another version of train_lora_single.py than lies here.")

@@ -108,7 +108,7 @@ def test_an_adapter_of_peft_alone_has_the_losses_of_weights_merged_by_hand(plain
         assert parts[title]["losses"] == pytest.approx(losses(**how), abs=1e-4), title
     kinds = [parts[title]["kind"] for title in expected]
     assert kinds == ["whole", "base", *["strength"] * 2, *["group"] * 2, "target", *["cut"] * 2]
-    assert "r = 4, alpha = 32 on 4 modules, in float32 on cpu\n" in run.out
+    assert "adapter, on cpu\n          r = 4, alpha = 32 on 4 modules of " in run.out
     assert "alpha / sqrt(r) x B A" in run.report  # what rsLoRA multiplies by
     assert listing(plain) == before  # nothing is written into the adapter's folder
     assert {path.name for path in run.results.iterdir()} == {
@@ -148,7 +148,7 @@ VARIANTS = {
     "trained tokens": ({"trainable_token_indices": [5, 6]}, set(), "not taken apart"),
     "all linear layers": ({"target_modules": "all-linear"}, SCALED | GROUPS, ""),
     "one layer, one target": (
-        {"target_modules": ["down_proj"], "layers_to_transform": [1]}, SCALED, "on 1 module,",
+        {"target_modules": ["down_proj"], "layers_to_transform": [1]}, SCALED, "on 1 module of",
     ),
     "by expression": ({"target_modules": r".*mlp\.(up|down)_proj"}, SCALED | {"target"}, ""),
     "begun by chance": ({"init_lora_weights": "orthogonal"}, SCALED | GROUPS, ""),
