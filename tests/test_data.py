@@ -1,749 +1,605 @@
-"""Data: which lines are refused and how, what is taken as it is, which repeats are named."""
+"""Data: the four forms, which lines are refused and how, and what "10%" holds out."""
 
 import contextlib
+import hashlib
 import json
 import os
+import random
 import re
-import resource
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_lora_single as t
 
-SCRIPT = t.__file__
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 
 
-def conversation(roles):
+def talk(roles):
     """Return messages with these roles, such as "sua", and numbered texts."""
     return [{"role": ROLES[role], "content": f"turn {n}"} for n, role in enumerate(roles, 1)]
+
+
+def hello(question="Hello?", reply="Hi.", system=""):
+    """Return the messages of a conversation of one turn."""
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+
+
+def sharegpt(messages, **more):
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[one["role"]], "value": one["content"]} for one in messages]
+    return {"conversations": turns, **more}
 
 
 def line(**row):
     return json.dumps(row).encode()
 
 
-def messages_line(roles):
-    return line(messages=conversation(roles))
+def reply_line(**message):
+    """Return a line whose reply is this message."""
+    return line(messages=[*talk("u"), message])
 
 
-def completion_line(prompt, completion):
-    return line(prompt=conversation(prompt), completion=conversation(completion))
+def write(name, *rows):
+    """Write a file with a line for each row, given as an object or as bytes; return its name."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    Path(name).write_bytes(b"".join(one + b"\n" for one in lines))
+    return name
 
 
-def line_with_reply(message):
-    return line(messages=[*conversation("u"), message])
-
-
-def line_with_text(text):
-    return line_with_reply({"role": "assistant", "content": text})
-
-
-def talk_of(*contents):
-    """Return messages of user and assistant in turn."""
-    return [{"role": ("user", "assistant")[n % 2], "content": c} for n, c in enumerate(contents)]
-
-
-GOOD = messages_line("ua")
+GOOD = line(messages=talk("ua"))
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def in_a_folder(in_the_root, tmp_path, monkeypatch):
     """Work where the files are, so that their names stay short."""
     monkeypatch.chdir(tmp_path)
 
 
-def write(content, name="data.jsonl"):
-    Path(name).write_bytes(content)
-    return name
-
-
-def problems_of(content):
+def read(content, **how):
     """Return (examples, problems) of a file with these bytes."""
-    return t.read_examples(write(content))
+    Path("data.jsonl").write_bytes(content)
+    return t.read_conversations("data.jsonl", **how)
 
 
-def taken(content, group_key=""):
-    """Return (where, prompt, reply) of each example of a file that has no problems."""
-    examples, problems = t.read_examples(write(content), group_key)
+def learned(content, **how):
+    """Return the messages of each example of a file in which nothing is wrong."""
+    examples, problems = read(content, **how)
     assert problems == []
-    return [(one.where, one.messages[:-1], one.messages[-1]) for one in examples]
+    return [one.messages for one in examples]
 
 
-# ---- what is refused
+def dry_run(*flags):
+    t.main(["--dry_run", "--model_name", TINY, "--train_file", "t", "--eval_file", "", *flags])
 
-FORMS = ["prompt", "completion", "messages", "README"]
-TURNS = ["user and assistant in turn"]
 
+def refusal(capsys, *flags):
+    """Return the lines of what a dry run is refused with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        dry_run(*flags)
+    assert stop.value.code == 1
+    return capsys.readouterr().err.splitlines()
+
+
+# ---- the forms ----------------------------------------------------------------------------------
+
+SAID = hello("Who are you?\nSay it.", "Nell.", "Be kind.")
+FORMS = {
+    "prompt and completion": {"prompt": SAID[:2], "completion": SAID[2:]},
+    "messages": {"messages": SAID},
+    "ShareGPT": sharegpt(SAID),
+    "ShareGPT with a system key": sharegpt(SAID[1:], system="Be kind."),
+    "Alpaca": {
+        "system": "Be kind.",
+        "instruction": "Who are you?",
+        "input": "Say it.",
+        "output": "Nell.",
+    },
+}
+
+
+@pytest.mark.parametrize("layout", ["lines", "array"])
+def test_all_forms_give_the_same_examples(layout):
+    rows = [row | {"kind": name} for name, row in FORMS.items()]
+    content = json.dumps(rows, indent=1) if layout == "array" else "\n".join(map(json.dumps, rows))
+    examples, problems = read(content.encode())
+    assert problems == [] and [one.messages for one in examples] == [SAID] * len(FORMS)
+    where = "data.jsonl:{}" if layout == "lines" else "data.jsonl, entry {}"
+    assert [one.where for one in examples] == [where.format(n + 1) for n in range(len(FORMS))]
+    assert [one.extra for one in examples] == [{"kind": name} for name in FORMS]
+    assert all(one.system_message == "Be kind." and one.is_last for one in examples)
+
+
+def test_keys_that_are_null_are_ignored():
+    """So are written the files that a table with a column for each key becomes."""
+    keys = [key for keys in t.FORMS for key in keys] + ["tools", "system", "input", "history"]
+    nulls = dict.fromkeys([*keys, "id"])
+    said = talk("suaua")
+    several = [{"messages": said}, sharegpt(said), {"prompt": said[:4], "completion": said[4:]}]
+    for row in [*FORMS.values(), *several]:
+        assert learned(line(**nulls | row)) == learned(line(**row))
+    nulls_of_messages = {"name": None, "tool_calls": None}
+    assert learned(line(messages=[one | nulls_of_messages for one in SAID])) == [SAID]
+    _, (problem,) = read(line(**nulls | {"messages": talk("uau")}))
+    assert "missing" in problem.text
+    # What belongs to another form, but is not one, is a key like any other.
+    assert learned(line(messages=said, output="x", prompt="y")) == [said[:3], said]
+
+
+def test_messages_teach_each_reply_and_the_other_forms_the_last():
+    said = talk("suaua")
+    each = [said[:3], said]
+    assert learned(line(messages=said)) == learned(line(**sharegpt(said))) == each
+    assert learned(line(prompt=said[:4], completion=said[4:])) == [said]
+    assert learned(line(messages=said), replies="last") == [said]
+    examples, _ = read(line(messages=said))
+    assert [one.is_last for one in examples] == [False, True]
+    assert learned(line(instruction="Hello?", input="", output="Hi.")) == [hello()]
+
+
+def test_replies_count_in_both_files(capsys):
+    write("t", {"messages": talk("uauaua")}, {"messages": talk("ua")})
+    write("e", {"messages": talk("sua")}, {"messages": talk("suaua")})
+    for replies, counts in (("all", ["4", "3"]), ("last", ["2", "2"])):
+        dry_run("--eval_file", "e", "--replies", replies)
+        out = capsys.readouterr().out
+        assert [re.search(rf"(?m)^ +{name} +(\d+) ", out)[1] for name in "te"] == counts
+
+
+def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out_and_counted(capsys):
+    names = ("from", "value")
+    rows = [
+        [("gpt", "Welcome!"), ("human", "Hello?"), ("gpt", "Hi."), ("human", "And now?")],
+        [("system", "Be kind."), ("bing", "Yes?"), ("user", "Hello?"), ("chatgpt", "Hi.")],
+        [("human", "Hello?"), ("assistant", "Hi.")],
+    ]
+    turns = [[dict(zip(names, turn, strict=True)) for turn in row] for row in rows]
+    content = b"\n".join(line(conversations=row) for row in turns)
+    assert learned(content) == [hello(), hello(system="Be kind."), hello()]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 conversations" in said and "in 2 of them a greeting or a question" in said
+    # In the other forms they are refused, and what is missing is said.
+    for roles, part in (("uau", "the reply to learn is missing"), ("aua", "before the first")):
+        _, (problem,) = read(line(messages=talk(roles)))
+        assert part in problem.text
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+NEST = b'{"messages": ' + b"[" * 99_999 + b"]" * 99_999 + b"}"
 REFUSED = [
-    ("latin-1", '{"messages": "café"}'.encode("latin-1"), ["not UTF-8", "byte 18"]),
+    ("not UTF-8", '{"messages": "café"}'.encode("latin-1"), ["UTF-8", "byte 18"]),
+    ("half a character's bytes", GOOD.replace(b"turn 1", b"\xed\xa0\xbd"), ["UTF-8"]),
     ("trailing comma", GOOD[:-1] + b",}", ["not JSON", "character"]),
     ("a quotation mark", GOOD.replace(b"turn 1", b'a "turn" 1'), ["character", "backslash"]),
-    ("truncated", GOOD[:-3], ["not JSON", "character"]),
-    ("two objects in one line", GOOD + b" " + GOOD, ["not JSON", f"character {len(GOOD) + 2}"]),
-    ("a number", b"42", ["not an object", "42", *FORMS]),
-    ("a list of objects", b"[1, " + GOOD + b"]", ["not an object", *FORMS]),
-    ("nested too deeply", b'{"messages": ' + b"[" * 99_999 + b"]" * 99_999 + b"}", ["deep"]),
-    ("integer of 5,000 digits", b'{"messages": ' + b"7" * 5_000 + b"}", ["digits"]),
+    ("truncated", GOOD[:-3], ["not JSON"]),
+    ("two objects", GOOD + b" " + GOOD, ["not JSON", f"character {len(GOOD) + 2}"]),
+    ("a number", b"42", ["not an object", "42", "prompt", "completion", "messages"]),
+    ("nested too deeply", NEST, ["deep"]),
+    ("5,000 digits", b'{"messages": ' + b"7" * 5_000 + b"}", ["digits"]),
     ("a key twice", b'{"id": 1, "id": 2, ' + GOOD[1:], ['"id"', "twice", "remove"]),
     ("content twice", GOOD.replace(b'"turn 1"', b'"x", "content": "y"'), ['"content"', "twice"]),
-    ("tools", line(messages=conversation("ua"), tools=[]), ['"tools"', "remove"]),
-    ("no form", line(text="Hello"), ["text", *FORMS]),
-    ("an empty object", b"{}", ["nothing", *FORMS]),
-    ("ShareGPT", line(conversations=[{"from": "human"}]),
-     ['"conversations" to "messages"', '"from" to "role"', '"value" to "content"', "README"]),
-    ("both forms", line(messages=[], prompt=[], completion=[]), ["messages and prompt", *FORMS]),
-    ("messages and prompt", line(messages=conversation("ua"), prompt=[]), ["messages and prompt"]),
-    ("prompt alone", line(prompt=conversation("u")), ["the line has prompt;", *FORMS]),
-    ("completion alone", line(completion=conversation("a")), ["the line has completion;"]),
-    ("prompt is a text", line(prompt="Hi", completion=conversation("a")), ['"prompt" is "Hi"']),
-    ("messages is empty", line(messages=[]), ['"messages" is []', *FORMS]),
-    ("completion is empty", completion_line("u", ""), ['"completion" is []', *FORMS]),
-    ("a message is a text", line_with_reply("Hi"), ["message 2 is", '"Hi"', '"role"']),
-    ("a name", line_with_reply({"role": "assistant", "content": "a", "name": "N"}),
-     ["message 2", '"name"', "ignored"]),
-    ("no role", line_with_reply({"content": "Hi"}), ["message 2", 'no "role"']),
-    ("no content", line_with_reply({"role": "assistant"}), ["message 2", 'no "content"']),
-    ("role tool", line_with_reply({"role": "tool", "content": "Hi"}),
-     ["role of message 2", '"tool"', '"system", "user" or "assistant"']),
-    ("role is a list", line_with_reply({"role": ["user"], "content": "Hi"}), ['["user"]']),
-    ("content null", line_with_text(None), ["content of message 2", "null", "text"]),
-    ("content in parts", line_with_text([{"type": "text"}]), ["content of message 2", '"type"']),
-    ("content white space", line_with_text(" \n\t\u3000"), ["content of message 2", "empty"]),
-    ("high surrogate", line_with_text("Hi \ud83d"), ["message 2", "surrogate", "whole character"]),
-    ("low surrogate", line_with_text("\udfff Hi"), ["message 2", "surrogate"]),
-    ("thoughts", line_with_text("<think>\nHm.\n</think>\n\nHi"), ["message 2", "<think>"]),
-    ("end of thoughts", line_with_text("Hm.</think>Hi"), ["message 2", "<think>", "remove"]),
-    ("no user", messages_line("sa"), ["system, assistant;", *TURNS]),
-    ("no reply at the end", messages_line("uau"), ["user, assistant, user;", *TURNS]),
-    ("system in the middle", messages_line("usa"), ["user, system, assistant;", *TURNS]),
-    ("two systems", messages_line("ssua"), ["system, system, user, assistant;", *TURNS]),
-    ("two users", completion_line("uu", "a"), ["user, user, assistant;", *TURNS]),
-    ("many turns", messages_line("u" * 8), ["user, user, user, user, user, user, ... and 2 more"]),
-    ("several replies", completion_line("u", "aua"), ['"completion" holds 3', '"prompt"']),
+    ("tools", line(messages=talk("ua"), tools=[]), ['"tools"', "remove"]),
+    ("no form", line(text="Hello"), ["text", "prompt", "completion", "messages"]),
+    ("an empty object", b"{}", ["nothing", "messages"]),
+    ("two forms", line(messages=[], conversations=[]), ["messages and conversations"]),
+    ("prompt alone", line(prompt=talk("u")), ["prompt", "completion"]),
+    ("prompt is a text", line(prompt="Hi", completion=talk("a")), ['"prompt" is "Hi"']),
+    ("messages is empty", line(messages=[]), ['"messages" is []']),
+    ("messages is an object", line(messages={"0": "Hi"}), ['"messages" is {']),
+    ("completion of 3", line(prompt=talk("u"), completion=talk("aua")), ["3 messages", "prompt"]),
+    ("a message is a text", line(messages=[*talk("u"), "Hi"]), ['message 2 is "Hi"', '"role"']),
+    ("a name", reply_line(role="assistant", content="a", name="N"), ["message 2", '"name"']),
+    ("no role", reply_line(content="Hi"), ["message 2", 'no "role"']),
+    ("no content", reply_line(role="assistant", content=None), ["message 2", 'no "content"']),
+    ("role tool", reply_line(role="tool", content="Hi"), ["role of message 2", '"tool"', '"user"']),
+    ("role is a list", reply_line(role=["user"], content="Hi"), ["role of message 2"]),
+    ("content in parts", reply_line(role="assistant", content=[{}]), ["content of message 2"]),
+    ("white space", reply_line(role="assistant", content=" \n\u3000"), ["message 2", "empty"]),
+    ("half a character", reply_line(role="assistant", content="\ud83d"), ["message 2", "half"]),
+    ("thoughts", reply_line(role="assistant", content="<think>Hm.</think>Hi"), ["2", "<think>"]),
+    ("no user", line(messages=talk("sa")), ["question"]),
+    ("a system message alone", line(messages=talk("s")), ["question"]),
+    ("no reply", line(messages=talk("u")), ["reply", "missing"]),
+    ("a reply first", line(messages=talk("saua")), ["before the first question"]),
+    ("system in the middle", line(messages=talk("usa")), ["message 2", "system"]),
+    ("two users", line(prompt=talk("uu"), completion=talk("a")), ["messages 1 and 2", "user"]),
+    ("two replies", line(messages=talk("suaa")), ["messages 3 and 4", "assistant"]),
+    ("ShareGPT's tool", line(conversations=[{"from": "tool", "value": "x"}]), ['"tool"']),
+    ("ShareGPT's other keys", line(conversations=[{"who": "me"}]), ["message 1", '"role"']),
+    ("ShareGPT is a text", line(conversations="Hi"), ['"conversations" is "Hi"']),
+    ("ShareGPT without a question", line(**sharegpt(talk("a"))), ["question"]),
+    ("ShareGPT with a weight", line(conversations=[
+        {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi", "weight": 0}]),
+     ["message 2", '"weight"', "ignored"]),
+    ("Alpaca with history", line(instruction="a", output="b", history=[["c", "d"]]), ["history"]),
+    ("Alpaca's numbers", line(instruction=1, output="b"), ["content of message 1"]),
+    ("Alpaca without output", line(instruction="a", output=None), ["instruction", "messages"]),
+    ("a long text", line(**{"k" * 9_999: "v" * 9_999}), ["kkkkkkkk", "messages"]),
 ]  # fmt: skip
+
+
+def is_json(text):
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text.decode())
+        return True
+    return False
 
 
 @pytest.mark.parametrize(
     ("bad", "parts"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
 )
-def test_a_bad_line_is_named_with_its_number_the_reason_and_the_fix(bad, parts):
-    examples, problems = problems_of(GOOD + b"\n\n" + bad + b"\n" + GOOD)
-    assert [one.where for one in examples] == ["data.jsonl:1", "data.jsonl:4"]
-    (problem,) = problems
-    assert problem.startswith("data.jsonl:3: ") and len(problem) < 300 and "\n" not in problem
-    assert [part for part in parts if part not in problem] == []
+def test_what_is_wrong_is_named_with_file_and_line_and_the_fix(bad, parts):
+    files = {"data.jsonl:3": GOOD + b"\n\n" + bad + b"\n" + GOOD}
+    if is_json(bad):
+        files["data.jsonl, entry 2"] = b"[" + b",\n".join([GOOD, bad, GOOD]) + b"]"
+    for where, content in files.items():
+        examples, (problem,) = read(content)
+        assert len(examples) == 2 and problem.where == where
+        assert len(problem.text) < 300 and "\n" not in problem.text
+        assert [part for part in parts if part not in problem.text] == []
+
+
+NO_ARRAYS = {
+    "cut": (b"[\n" + GOOD + b",\n" + GOOD[:-9], "line 3"),
+    "never closed": (b"[\n" + GOOD + b",", "line 2"),
+    "two of them": (b"[" + GOOD + b"]\n[" + GOOD + b"]", ""),
+    "5,000 digits": (b"[" + b"7" * 5000 + b"]", "digits"),
+    "not UTF-8": (b"[" + GOOD.replace(b"turn", b"\xff") + b"]", "utf-8"),
+    "nested too deeply": (b"[" * 99_999 + b"]" * 99_999, ""),
+}
+
+
+@pytest.mark.parametrize("name", NO_ARRAYS)
+def test_an_array_that_is_none_is_refused(name, capsys):
+    content, part = NO_ARRAYS[name]
+    Path("t").write_bytes(content)
+    (said,) = refusal(capsys)
+    assert said.startswith("t ") and "JSON array" in said and part in said
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        b"[\n" + GOOD + b",\n" + GOOD + b"\n]\n",
-        b"\n[" + GOOD + b", " + GOOD + b"]",
-        b"[ " + GOOD + b"]",
-        b"\xef\xbb\xbf[\r\n" + GOOD + b"\r\n]\r\n",
-    ],
-    ids=["on lines", "on one line", "a space", "byte-order mark"],
+    "name", ["absent", "folder", "/dev/null", "locked", "empty", "blank", "[]"]
 )
-def test_a_json_array_is_one_problem_that_says_so(content):
-    examples, problems = problems_of(content)
-    assert examples == [] and len(problems) == 1
-    assert "JSON array" in problems[0] and "each object on a line of its own" in problems[0]
-
-
-@pytest.mark.parametrize("content", [b"", b"\n  \n\r\n\t\n", b"\xef\xbb\xbf"])
-def test_a_file_without_examples_is_refused_with_the_forms(content):
-    with pytest.raises(SystemExit, match=r"data\.jsonl.*no examples.*prompt.*messages"):
-        problems_of(content)
-
-
-@pytest.mark.parametrize("name", ["absent.jsonl", "folder", "file.jsonl/train.jsonl", "fifo"])
-def test_a_path_that_is_no_file_is_refused_with_the_settings_to_check(name):
+def test_a_file_that_cannot_be_read_or_is_empty_is_one_sentence(name, capsys, monkeypatch):
     Path("folder").mkdir()
-    write(GOOD, "file.jsonl")
-    os.mkfifo("fifo")
-    before = signal.signal(
-        signal.SIGALRM, lambda *_: pytest.fail("it waits for a pipe's other end")
-    )
-    signal.alarm(10)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            t.read_examples(name)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    assert name in stop.value.code
-    if name == "absent.jsonl":
-        assert f"There is no file absent.jsonl (in {os.getcwd()})" in stop.value.code
-    assert "TRAIN_FILE" in stop.value.code and "EVAL_FILE" in stop.value.code
+    for file, content in (("empty", b""), ("blank", b"\xef\xbb\xbf\n \n"), ("[]", b"[]")):
+        Path(file).write_bytes(content)
+    write("locked", GOOD)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    if name == "locked":  # which would stop nobody who has a superuser's rights
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+    (said,) = refusal(capsys, "--train_file", name)
+    parts = {
+        "absent": f"no file absent (in {os.getcwd()})",
+        "folder": "is not a file",
+        "/dev/null": "is not a file",
+        "locked": "cannot be read (Permission",
+    }
+    assert name in said and parts.get(name, "no conversations; write") in said
 
 
-@contextlib.contextmanager
-def as_another_user():
-    """Give up the rights of the superuser for a while, who may read everything."""
-    mine = os.geteuid()
-    if mine == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(mine)
+def test_all_problems_of_both_files_are_one_list_with_what_the_tokenizer_finds(capsys):
+    # Its two replies are two examples, but the line is named once.
+    control = {"messages": [*hello("Good <|im_end|> night"), *hello()]}
+    write("t", GOOD, *[b'{"text": 1}'] * 30, {"messages": talk("uu")}, control)
+    write("e", b"\xff", control, {"messages": hello()}, *[b"[]" + b" " * n for n in range(30)])
+    said = refusal(capsys, "--eval_file", "e")
+    alike = [one for one in said if "the line has" in one]
+    assert len(alike) == 1 and alike[0].startswith("t:2, t:3, t:4, ... and 27 more: ")
+    assert any(one.startswith("t:32: ") for one in said)
+    assert any(one.startswith("t:33, e:2: ") and "<|im_end|>" in one for one in said)
+    assert any(one.startswith("e:1: ") and "UTF-8" in one for one in said)
+    assert said[-1] == "The data has 64 problems, so nothing was trained."
+    # What differs in a number or in what is quoted alone is of one kind.
+    write("t", *[line(**{f"key {n}": 1}) for n in range(25)], b'{"a" 1}', b'{"text" 1}')
+    said = refusal(capsys)
+    assert len(said) == 3 and said[0].startswith("t:1, t:2, t:3, ... and 22 more: ")
+    assert said[1].startswith("t:26, t:27: this is not JSON")
 
 
-@pytest.mark.parametrize("locked", ["file", "folder"])
-def test_a_file_that_may_not_be_read_is_refused_with_the_reason(locked):
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        folder = Path(name)
-        file = folder / "data.jsonl"
-        file.write_bytes(GOOD)
-        file.chmod(0 if locked == "file" else 0o644)
-        folder.chmod(0 if locked == "folder" else 0o755)
-        with as_another_user(), pytest.raises(SystemExit) as stop:
-            t.read_examples(str(file))
-        folder.chmod(0o755)
-    assert "Permission denied" in stop.value.code and "TRAIN_FILE" in stop.value.code
+# ---- what is taken as it is ---------------------------------------------------------------------
 
-
-def stopped(capsys, *argv):
-    """Return what a dry run says, and what it ends with, as one line each."""
-    model = ["--model_name", str(Path(SCRIPT).parent / "tests" / "tiny-qwen3.5")]
-    with pytest.raises(SystemExit) as stop:
-        t.main(["--demo", *model, "--dry_run", *argv])
-    assert stop.value.code == 1
-    out, err = capsys.readouterr()
-    return " ".join(out.split()), " ".join(err.split())
-
-
-BAD_TEXT = [line(text="Hello"), GOOD, messages_line("uu")]
-CONTROL = line_with_text("Good <|im_end|> night")
-
-
-def test_all_bad_lines_of_both_files_are_one_list(capsys):
-    files = write(b"\n".join(BAD_TEXT), "t"), write(b"\xff\n" + GOOD, "e")
-    out, err = stopped(capsys, "--train_file", files[0], "--eval_file", files[1])
-    assert re.findall(r"\b[te]:\d+(?=: )", err) == ["t:1", "t:3", "e:1"]
-    assert err.endswith("The data has 3 problems, so nothing was trained.")
-    assert out == ""  # no file is said to be taken
-
-
-def test_what_only_the_tokenizer_sees_is_one_list_as_well(capsys):
-    """It is looked at when nothing else is wrong, since that takes the heavy libraries."""
-    files = write(b"\n".join([GOOD, CONTROL]), "t"), write(CONTROL + b"\n" + GOOD, "e")
-    flags = ["--train_file", files[0], "--eval_file", files[1]]
-    out, err = stopped(capsys, *flags)
-    assert re.findall(r"\b[te]:\d+(?=: )", err) == ["t:2", "e:1"]
-    assert err.count("<|im_end|>") == 2 and "plan" not in out
-    assert err.endswith("The data has 2 problems, so nothing was trained.")
-    write(b"{", "e")
-    out, err = stopped(capsys, *flags)
-    assert re.findall(r"\b[te]:\d+(?=: )", err) == ["e:1"]
-    assert err.endswith("The data has 1 problem, so nothing was trained.")
-
-
-def test_bad_lines_are_shown_though_the_other_file_is_missing(capsys):
-    files = ["--train_file", write(b"\n".join(BAD_TEXT), "t"), "--eval_file", "absent.jsonl"]
-    _, err = stopped(capsys, *files)
-    assert re.findall(r"\bt:\d+(?=: )", err) == ["t:1", "t:3"] and "no file absent.jsonl" in err
-    assert "3 problems" in err
-    write(GOOD, "t")
-    _, err = stopped(capsys, *files)
-    assert err.startswith("There is no file absent.jsonl") and "problems" not in err
-
-
-@pytest.mark.parametrize("bad", [b"bad", CONTROL], ids=["text", "control token"])
-def test_the_first_20_bad_lines_are_named_and_all_are_counted(capsys, bad):
-    file = write(b"\n".join([bad] * 50))
-    _, err = stopped(capsys, "--train_file", file, "--eval_file", "")
-    assert re.findall(r"data\.jsonl:(\d+)", err) == [str(n) for n in range(1, 21)]
-    assert "and 30 more" in err and "50 problems" in err
-
-
-def test_bad_lines_are_shown_within_a_second_before_heavy_imports():
-    """A package named torch says so if it is imported."""
-    write(b"print('TORCH', flush=True)\nraise SystemExit('enough')\n", "torch.py")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    files = ["--train_file", write(b"\n".join(BAD_TEXT * 300)), "--eval_file", write(b"{", "e")]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--demo", *files],
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-        encoding="utf-8",
-        timeout=60,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 1 and "TORCH" not in done.stdout
-    assert "data.jsonl:1: " in done.stderr and "and 581 more" in done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
-
-
-def test_no_example_of_a_file_with_bad_lines_is_said_to_be_taken(capsys):
-    write(GOOD, "t"), write(b"{\n" + GOOD, "e")
-    out, _ = stopped(capsys, "--train_file", "t", "--eval_file", "e")
-    assert out == "data t: 1 examples"
-
-
-# ---- huge lines, and files that grow
-
-HUGE = {
-    "garbage": lambda n: b"x" * n,
-    "an integer for a message": lambda n: b'{"messages": [' + b"-" + b"7" * n + b"]}",
-    "words for a list": lambda n: b'{"messages": "' + b"a-b c " * (n // 6) + b'"}',
-    "a key": lambda n: b'{"' + b"k" * n + b'": 1}',
-    "keys over several lines": lambda n: line(**{"a\nb" * n: 1}),
-    "roles": lambda n: messages_line("u" * (n // 40)),
+LETTERS = hello("你好\u2028x\x85", " Grüß 👋\t")
+TAKEN = {
+    "no newline at the end": (GOOD + b"\n" + GOOD, [1, 2]),
+    "blank lines": (b"\n\n" + GOOD + b"\n \t\n" + GOOD + b"\n\n", [3, 5]),
+    "CRLF": (GOOD + b"\r\n\r\n" + GOOD + b"\r\n", [1, 3]),
+    "byte order marks": (b"\xef\xbb\xbf" + GOOD + b"\n\xef\xbb\xbf" + GOOD, [1, 2]),
+    "other keys": (line(id=3, score=float("nan"), text="\ud83d", messages=talk("ua")), [1]),
+    "content first": (line(messages=[dict(reversed(one.items())) for one in talk("ua")]), [1]),
 }
 
 
-@pytest.mark.parametrize("kind", HUGE)
-def test_a_huge_line_is_a_short_problem(kind):
-    _, problems = problems_of(b"\n" + HUGE[kind](200_000))
-    assert len(problems) == 1 and len(problems[0]) < 300 and "\n" not in problems[0]
-    assert problems[0].startswith("data.jsonl:2: ")
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_file_is_taken_with_its_line_numbers(name):
+    content, lines = TAKEN[name]
+    examples, problems = read(content)
+    assert not problems and [one.where for one in examples] == [f"data.jsonl:{n}" for n in lines]
+    assert all(one.messages == talk("ua") for one in examples)
 
 
-@pytest.mark.parametrize(
-    ("line_of_words", "shown"),
-    [
-        (line(messages="こんにちは" * 40), "こんにちは"),
-        (line_with_text(["x" * 300]), "xxxxxxxxxx"),
-        (b'"' + b"x" * 300 + b'"', "xxxxxxxxxx"),
-    ],
-    ids=["a language without spaces", "a text in a list", "a text"],
-)
-def test_the_beginning_of_a_long_value_without_spaces_is_shown(line_of_words, shown):
-    _, (problem,) = problems_of(line_of_words)
-    assert shown in problem or json.dumps(shown)[1:-1] in problem
-
-
-GROWING = {
-    "lines": lambda n: (messages_line("uaua") + b"\n") * (n // 4),
-    "bad lines": lambda n: b"not JSON\n" * n,
-    "keys": lambda n: GOOD[:-1] + b"".join(b', "%d": %d' % (i, i) for i in range(n)) + b"}",
-}
-
-
-@pytest.mark.parametrize("kind", GROWING)
-def test_a_file_of_20_000_parts_is_read_in_two_seconds_of_work(kind):
-    began = time.process_time()
-    problems_of(GROWING[kind](20_000))
-    assert time.process_time() - began < 2
-
-
-# ---- what is taken
-
-HELLO = line(messages=talk_of("Hello", "Hi"))
-TALK = talk_of("Hello", "Hi")
-NUMERALS = talk_of("你好\u2028x\x85", "Grüß 👋")
-ACCEPTED = [
-    ("two lines", HELLO + b"\n" + HELLO + b"\n", [1, 2], TALK),
-    ("no newline at the end", HELLO + b"\n" + HELLO, [1, 2], TALK),
-    ("blank lines", b"\n\n" + HELLO + b"\n \t\n" + HELLO + b"\n\n", [3, 5], TALK),
-    ("CRLF", HELLO + b"\r\n\r\n" + HELLO + b"\r\n", [1, 3], TALK),
-    ("byte-order mark", b"\xef\xbb\xbf" + HELLO, [1], TALK),
-    ("white space around", b" \t" + HELLO + b" \t", [1], TALK),
-    ("letters", json.dumps({"messages": NUMERALS}, ensure_ascii=False).encode(), [1], NUMERALS),
-    ("escapes", line(messages=NUMERALS), [1], NUMERALS),
-    ("white space in a text", line(messages=talk_of(" Hello\n", "\tHi ")), [1],
-     talk_of(" Hello\n", "\tHi ")),
-    ("a think tag in a question", line(messages=talk_of("What is <think>?", "Hi")), [1],
-     talk_of("What is <think>?", "Hi")),
-    ("prompt and completion", line(prompt=TALK[:1], completion=TALK[1:]), [1], TALK),
-    ("completion before prompt", line(completion=TALK[1:], prompt=TALK[:1]), [1], TALK),
-    ("content before role", line(messages=[dict(reversed(one.items())) for one in TALK]), [1],
-     TALK),
-    ("other keys", line(id=3, score=float("nan"), conversations=[], messages=TALK), [1], TALK),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("content", "lines", "talk"), [row[1:] for row in ACCEPTED], ids=[row[0] for row in ACCEPTED]
-)
-def test_an_accepted_file_keeps_its_texts_and_line_numbers(capsys, content, lines, talk):
-    assert taken(content) == [(f"data.jsonl:{n}", talk[:1], talk[1]) for n in lines]
-    assert capsys.readouterr().out.split() == f"data data.jsonl: {len(lines)} examples".split()
-
-
-def test_messages_teach_each_reply_and_a_completion_only_its_own():
-    chat = conversation("suauaua")
-    assert taken(messages_line("suauaua") + b"\n" + completion_line("suauau", "a")) == [
-        ("data.jsonl:1", chat[:2], chat[2]),
-        ("data.jsonl:1", chat[:4], chat[4]),
-        ("data.jsonl:1", chat[:6], chat[6]),
-        ("data.jsonl:2", conversation("suauau"), conversation("a")[0]),
-    ]
-
-
-def test_each_example_has_its_lines_value_of_the_group_key():
-    rows = [line(kind="short", messages=conversation("uaua")), line(messages=conversation("ua"))]
-    examples, _ = t.read_examples(write(b"\n".join(rows)), "kind")
-    assert [one.eval_group for one in examples] == ["short", "short", ""]
-    examples, _ = t.read_examples("data.jsonl")
-    assert [one.eval_group for one in examples] == ["", "", ""]
-
-
-@pytest.mark.parametrize("value", ["\ud83d x", "x\udfff"])
-def test_a_group_with_half_a_character_is_a_bad_line(value):
-    """It could not be written into samples.md."""
-    rows = [line(**{"kind": value, "": value}, messages=conversation("ua")), GOOD]
-    examples, problems = t.read_examples(write(b"\n".join(rows)), "kind")
-    assert [one.where for one in examples] == ["data.jsonl:2"]
-    (said,) = problems
-    assert said.startswith('data.jsonl:1: the value of "kind"') and "whole character" in said
-    examples, problems = t.read_examples("data.jsonl")
-    assert [one.eval_group for one in examples] == ["", ""] and not problems
-
-
-def test_a_group_with_half_a_character_within_a_list_can_be_written():
-    row = line(kind=["\ud83d"], messages=conversation("ua"))
-    (example,), _ = t.read_examples(write(row), "kind")
-    example.eval_group.encode("utf-8")
-
-
-# ---- what is taken beyond that where an adapter of another trainer is measured
-
-
-def sharegpt_line(*turns, **row):
-    """Return a line of the ShareGPT form, each turn given as "from|value"."""
-    keys = ("from", "value")
-    return line(
-        conversations=[dict(zip(keys, one.split("|"), strict=True)) for one in turns], **row
-    )
-
-
-def test_sharegpt_lines_are_taken_where_they_are_accepted():
-    rows = [
-        sharegpt_line("system|Be kind.", "human|Hello", "gpt|Hi", "human|So?", "gpt|So.", kind="a"),
-        sharegpt_line("user|Hello", "chatgpt|Hi", system="Be brief."),
-        sharegpt_line("human|Hello", "bing|Hi", system=" "),
-        sharegpt_line("gpt|Welcome!", "human|Hello", "assistant|Hi", "human|And now?"),
-        HELLO,
-    ]
-    path = write(b"\n".join(rows))
-    examples, problems = t.read_examples(path, "kind", accepts_sharegpt=True)
-    assert problems == []
-    kind, brief = ({"role": "system", "content": text} for text in ("Be kind.", "Be brief."))
-    longer = talk_of("Hello", "Hi", "So?", "So.")
-    wanted = [(1, [kind, *TALK]), (1, [kind, *longer]), (2, [brief, *TALK])]
-    wanted += [(3, TALK), (4, TALK), (5, TALK)]  # without what nobody asked, and the last question
-    assert [(one.where, one.messages) for one in examples] == [
-        (f"data.jsonl:{number}", talk) for number, talk in wanted
-    ]
-    assert [one.eval_group for one in examples] == ["a", "a", "", "", "", ""]
-    # Training takes none of them but the last.
-    examples, problems = t.read_examples(path)
-    assert [one.where for one in examples] == ["data.jsonl:5"] and len(problems) == 4
-    assert all('"conversations" to "messages"' in one for one in problems)
-
-
-@pytest.mark.parametrize(
-    ("bad", "part"),
-    [
-        (sharegpt_line("human|Hello", "function_call|f()"), 'role of message 2 is "function_call"'),
-        (sharegpt_line("human|Hello", "gpt| "), "content of message 2 is empty"),
-        (line(conversations=[{"from": "human", "text": "Hello"}]), 'message 1 has the key "from"'),
-        (line(conversations=["Hello"]), 'message 1 is "Hello"'),
-        (line(conversations="Hello"), '"conversations" to "messages"'),
-        (sharegpt_line("gpt|Hi"), '"messages" is []'),
-        (sharegpt_line("human|Hello", "gpt|Hi", tools=[]), '"tools"'),
-    ],
-    ids=["role", "empty", "other keys", "text", "no list", "no question", "tools"],
-)
-def test_a_sharegpt_line_that_cannot_be_taken_is_refused_as_any_other(bad, part):
-    content = sharegpt_line("human|Hello", "gpt|Hi") + b"\n" + bad
-    examples, (problem,) = t.read_examples(write(content), accepts_sharegpt=True)
-    assert [one.where for one in examples] == ["data.jsonl:1"]
-    assert problem.startswith("data.jsonl:2: ") and part in problem
+@pytest.mark.parametrize("escaped", [True, False])
+def test_letters_white_space_and_a_tag_in_a_question_stay(escaped):
+    tag = hello("What is <think>?")
+    for said in (LETTERS, tag):
+        row = json.dumps({"messages": said}, ensure_ascii=escaped)
+        assert learned(row.encode()) == [said]
+        assert learned(b"\xef\xbb\xbf\n [" + row.encode() + b"]") == [said]
 
 
 def test_thoughts_are_taken_where_they_are_accepted():
-    content = line_with_text("<think>\nHm.\n</think>\n\nHi")
-    (example,), problems = t.read_examples(write(content), accepts_thinking=True)
-    assert problems == [] and example.messages[-1]["content"].startswith("<think>")
-    assert t.read_examples("data.jsonl")[0] == []
+    said = hello(reply="<think>\nHm.\n</think>\n\nHi")
+    assert learned(line(messages=said), accepts_thinking=True) == [said]
 
 
-# ---- repeats
+# ---- any lines ----------------------------------------------------------------------------------
 
-
-def repeats(capsys, train, held_out):
-    """Return the pairs of lines that a run warns of; it ends where the model is looked for."""
-    write(train, "t"), write(held_out, "e")
-    flags = ["--dry_run", "--train_file", "t", "--eval_file", "e", "--model_name", "/none"]
-    with pytest.raises(SystemExit):
-        t.main([*flags, "--device", "cpu"])
-    out = capsys.readouterr().out
-    return re.findall(r"\b(e:\d+) has the prompt of (t:\d+)", out), out
-
-
-def chats(*contents):
-    """Return lines of conversations, each given as "user|assistant|...|assistant"."""
-    return b"\n".join(line(messages=talk_of(*one.split("|"))) for one in contents)
-
-
-@pytest.mark.parametrize(
-    ("train", "held_out", "named"),
-    [
-        (["C|x", "B|x"], ["A|x", "B|y"], [("e:2", "t:2")]),
-        (["A|x", "A|y"], ["A|z"], [("e:1", "t:1")]),
-        (["A|x"], ["A|x", "A|x"], [("e:1", "t:1"), ("e:2", "t:1")]),
-        (["A|x|B|y|C|z"], ["A|x|B|y|C|z"], [("e:1", "t:1")]),
-        (["A|x|B|y"], ["A|z|B|y"], [("e:1", "t:1")]),
-        (["A|x", "A|x"], ["B|x", "B|x"], []),
-        (["A|x"], ["a|x", "A |x"], []),
-        (["turn|x1|2|y"], ["turn2|x|12|y"], []),
-    ],
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs"])
+    | st.integers(0xD800, 0xDFFF).map(chr)  # JSON's texts can hold half a character
+    | st.sampled_from("\ufeff\0\x85\u2028 "),
+    max_size=8,
 )
-def test_a_held_out_prompt_that_is_trained_on_is_warned_of_once(capsys, train, held_out, named):
-    found, out = repeats(capsys, chats(*train), chats(*held_out))
-    assert found == named
-    assert ("warning" in out and "nothing new" in out) == bool(named)
-
-
-def test_a_repeated_prompt_in_the_other_form_is_warned_of(capsys):
-    reversed_keys = line(messages=[dict(reversed(one.items())) for one in conversation("sua")])
-    chat = conversation("sua")
-    other_form = line(completion=chat[2:], prompt=chat[:2])
-    found, _ = repeats(capsys, messages_line("sua"), reversed_keys + b"\n" + other_form)
-    assert found == [("e:1", "t:1"), ("e:2", "t:1")]
-
-
-def test_the_first_20_repeats_are_named_and_the_others_counted(capsys):
-    found, out = repeats(capsys, chats("A|x"), chats(*["A|x"] * 45))
-    assert found == [(f"e:{n}", "t:1") for n in range(1, 21)] and "25 more" in out
-
-
-# ---- a misspelt EVAL_GROUP
-
-
-def warnings_of_group(capsys, group, *rows):
-    """Return the warnings of a dry run with these held-out lines; no model is found for it."""
-    write(chats("A|x"), "t"), write(b"\n".join(rows), "e")
-    flags = ["--dry_run", "--train_file", "t", "--eval_file", "e", "--model_name", "/none"]
-    with pytest.raises(SystemExit):
-        t.main([*flags, "--device", "cpu", "--eval_group", group])
-    return re.findall("^warning +(.*(?:\n {10}.*)*)", capsys.readouterr().out, re.MULTILINE)
-
-
-def test_a_misspelt_group_is_warned_of_once_with_the_keys_there_are(capsys):
-    rows = [
-        line(messages=talk_of("B", "y"), topic="a", source="b"),
-        line(messages=talk_of("C", "z"), **{f"key {n}": n for n in range(5)}),
-    ]
-    (said,) = warnings_of_group(capsys, "topics", *rows)
-    assert 'EVAL_GROUP is "topics"' in said and said.count("\n") == 0
-    assert re.findall(r'"(\w[^"]*)"', said)[1:] == ["topic", "source", "key 0", "key 1", "key 2"]
-    assert "messages" not in said
-
-
-def test_a_group_where_there_are_no_other_keys_is_warned_of(capsys):
-    (said,) = warnings_of_group(capsys, "topic", line(messages=talk_of("B", "y")))
-    assert 'EVAL_GROUP is "topic"' in said and "no other" in said
-
-
-@pytest.mark.parametrize("group", ["topic", "blank", "kind", ""])
-def test_a_group_that_a_line_has_none_and_the_default_are_not_warned_of(capsys, group):
-    rows = [
-        line(messages=talk_of("B", "y"), other=1),
-        line(messages=talk_of("C", "z"), topic="a", blank=""),
-    ]
-    assert warnings_of_group(capsys, group, *rows) == []
-
-
-# ---- system messages that only some lines have
-
-
-@pytest.mark.parametrize(
-    ("roles", "said"),
-    [
-        (
-            ["sua", "ua", "suaua", "ua"],
-            "2 of the 4 conversations in t have no system message (t:2 is one)",
-        ),
-        (["suaua", "uaua", "sua"], "1 of the 3 conversations in t has no system message (t:2)"),
-        (["sua", "suaua"], ""),
-        (["ua", "uaua"], ""),
-    ],
-    ids=["two lack it", "a dialogue lacks it", "all have one", "none has one"],
-)
-def test_a_system_message_that_only_some_lines_have_is_warned_of(capsys, roles, said):
-    """Each line counts once, however many replies it has; held-out lines are not counted."""
-    write(b"\n".join(map(messages_line, roles)), "t"), write(chats("B|y"), "e")
-    flags = ["--dry_run", "--train_file", "t", "--eval_file", "e", "--model_name", "/none"]
-    with pytest.raises(SystemExit):
-        t.main([*flags, "--device", "cpu"])
-    out = capsys.readouterr().out
-    found = re.findall("^warning +(.*(?:\n {10}.*)*)", out, re.MULTILINE)
-    assert len(found) == bool(said) and max(map(len, out.splitlines())) <= 100
-    for text in found:
-        text = " ".join(text.split())
-        assert said in text and "may put one of its own there, which is then trained on" in text
-        assert "Begin all of them with the system message that you will serve with" in text
-
-
-# ---- any bytes
-
-CHECKS = settings(
-    deadline=None, max_examples=100, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
-# Python's texts, and JSON's, can hold half a character (a lone surrogate); UTF-8 cannot.
-LETTERS = st.one_of(
-    st.characters(exclude_categories=["Cs"]),
-    st.integers(0xD800, 0xDFFF).map(chr),
-    st.sampled_from("\ufeff\0\x85\u2028 "),
-)
-TEXT = st.text(LETTERS, max_size=8)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(TEXT | st.sampled_from(["role", "content"]), inner, max_size=3)
-    ),
-    max_leaves=8,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
 )
-NEARLY = ["", " \u2028", "\ud83d", "a\udfff", "assistant", "user", "system", "tool", None, [], {}]
-KEYS = st.sampled_from(["role", "content", "messages", "prompt", "completion", "name"]) | TEXT
-CONTENT = st.text(max_size=20).filter(str.strip)
+KEYS = [key for keys in t.FORMS for key in keys] + ["role", "content", "from", "value", "input"]
+NEARLY = ["", " \u2028", "\ud83d", "a\udfff", "assistant", "user", "tool", None, [], {}, 10**30]
 
 
 @st.composite
-def conversations(draw):
-    """Return a valid line's object, in either form."""
-    talk = draw(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3))
-    messages = talk_of(*[text for pair in talk for text in pair])
-    if draw(st.booleans()):
-        messages.insert(0, {"role": "system", "content": draw(CONTENT)})
-    row = {"messages": messages}
-    if draw(st.booleans()):
-        row = {"prompt": messages[:-1], "completion": messages[-1:]}
-    return row | draw(st.dictionaries(st.text(min_size=11, max_size=15), TEXT, max_size=2))
+def lines(draw):
+    """Return (what a line should teach or None, its bytes): valid, or with a thing or two changed.
+
+    A thing is replaced, removed, doubled or renamed, or a few bytes are changed.
+    """
+    texts = st.text(max_size=8).filter(str.strip)
+    said = hello(draw(texts), draw(texts), draw(texts | st.just("")))
+    system = {"system": said[0]["content"]} if len(said) == 3 else {}
+    alpaca = {"instruction": said[-2]["content"].strip() or "?", "output": said[-1]["content"]}
+    forms = [{"messages": said}, {"prompt": said[:-1], "completion": said[-1:]}, sharegpt(said)]
+    row = draw(st.sampled_from([*forms, alpaca | system]))
+    row = json.loads(json.dumps(row))  # the same text twice is one object otherwise
+    changes = draw(st.integers(0, 2))
+    for _ in range(changes):
+        place, key = draw(st.sampled_from(places(row) or [(row, "role")]))
+        change = draw(st.sampled_from(["replace", "remove", "rename", "double"]))
+        if change == "replace" or key not in places_of(place):
+            place[key] = draw(st.sampled_from(NEARLY) | VALUES)
+        elif change == "remove":
+            del place[key]
+        elif isinstance(place, list):
+            place.insert(key, place[key])
+        else:
+            place[draw(st.sampled_from(KEYS) | TEXT)] = place.pop(key)
+    data = json.dumps(row, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
+    if draw(st.integers(0, 3)) == 0:
+        at, cut = draw(st.integers(0, len(data))), draw(st.integers(0, 3))
+        data = data[:at] + draw(st.binary(max_size=3)).replace(b"\n", b"") + data[at + cut :]
+        changes += 1
+    return (None if changes else said), data
+
+
+def places_of(value):
+    """Return the keys of a container."""
+    return list(value) if isinstance(value, dict) else list(range(len(value)))
 
 
 def places(value):
     """Return (container, key) of each thing within value."""
-    keys = list(value) if isinstance(value, dict) else []
-    keys = range(len(value)) if isinstance(value, list) else keys
+    if not isinstance(value, (dict, list)):
+        return []
+    keys = places_of(value)
     return [(value, key) for key in keys] + [one for key in keys for one in places(value[key])]
 
 
-@st.composite
-def near_conversations(draw):
-    """Return a valid object in which one thing is replaced, removed, doubled, renamed or added."""
-    row = draw(conversations())
-    place, key = draw(st.sampled_from(places(row)))
-    change = draw(st.sampled_from(["replace", "replace", "remove", "double or rename", "add"]))
-    if change == "replace":
-        place[key] = draw(st.sampled_from(NEARLY) | VALUES)
-    elif change == "remove":
-        del place[key]
-    elif isinstance(place, list):
-        place.insert(key, place[key] if change != "add" else draw(VALUES))
-    else:
-        place[draw(KEYS)] = place.pop(key) if change != "add" else draw(TEXT)
-    return row
-
-
-def is_text(value):
-    """Return whether value is a text that a tokenizer can take."""
-    if not isinstance(value, str) or not value.strip():
-        return False
-    return value.encode("utf-8", "replace").decode("utf-8") == value
-
-
-def outcome(data):
-    """Return (examples, problems) of any bytes; any exception but SystemExit is a failure."""
-    last = data.count(b"\n") + 1
-    try:
-        examples, problems = problems_of(data)
-    except SystemExit as stop:
-        return [], [stop.code]
+@settings(
+    deadline=None,
+    max_examples=120,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(drawn=lines())
+def test_any_line_is_read_right_or_refused_alone(drawn):
+    said, data = drawn
+    examples, problems = read(b"\n".join([GOOD, data, GOOD]))
+    assert {one.where for one in problems} <= {"data.jsonl:2"}
+    read_right = [one for one in examples if one.where == "data.jsonl:2"]
+    assert len(examples) == 2 + len(read_right)
+    assert bool(read_right) != bool(problems) or not data.strip()
     for problem in problems:
-        problem.encode("utf-8")  # it can be printed, and written to a log
-        found = re.fullmatch(r"data\.jsonl(:\d+)?: .+", problem)
-        assert found and int((found[1] or ":1")[1:]) <= last and len(problem) < 400
-    for example in examples:
-        assert all(one.keys() == {"role", "content"} for one in example.messages)
-        assert all(is_text(one["content"]) for one in example.messages)
+        assert len(problem.text) < 400 and "\n" not in problem.text
+    for example in read_right:
         roles = [one["role"] for one in example.messages]
         roles = roles[roles[0] == "system" :]
-        assert roles and roles == ["user", "assistant"] * (len(roles) // 2)
-    return examples, problems
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        for message in example.messages:
+            assert message.keys() == {"role", "content"} and message["content"].strip()
+            message["content"].encode()
+    if said:
+        assert len(read_right) == 1 and len(read_right[0].messages) == len(said)
+        found = [one["content"].strip() for one in read_right[0].messages]
+        assert found == [one["content"].strip() for one in said]
 
 
-@CHECKS
-@given(data=st.binary(max_size=200))
-def test_random_bytes_are_problems_with_file_and_line(data):
-    examples, problems = outcome(data)
-    assert not examples and problems  # there is no conversation in so few random bytes
-
-
-@CHECKS
-@given(rows=st.lists(VALUES, min_size=1, max_size=3))
-def test_any_json_that_is_no_conversation_is_refused_on_each_line(rows):
-    content = b"\n".join(json.dumps(row).encode() for row in rows)
-    examples, problems = outcome(content)
-    assert not examples
-    lines = [int(number) for number in re.findall(r"(?m)^data\.jsonl:(\d+): ", "\n".join(problems))]
-    assert lines == [n + 1 for n in range(len(rows))] or "JSON array" in problems[0]
-
-
-@CHECKS
-@given(
-    rows=st.lists(conversations(), min_size=1, max_size=3),
-    escaped=st.booleans(),
-    end=st.sampled_from(["\n", "\r\n", "\n\n"]),
+@settings(
+    deadline=None,
+    max_examples=100,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_any_valid_conversation_gives_its_replies_unchanged(rows, escaped, end):
-    text = end.join(json.dumps(row, ensure_ascii=escaped) for row in rows)
-    examples, problems = outcome(text.encode("utf-8", "replace"))
-    expected = []
-    for row in rows:
-        messages = row.get("messages") or row["prompt"] + row["completion"]
-        replies = [n for n, one in enumerate(messages) if one["role"] == "assistant"]
-        replies = replies if "messages" in row else replies[-1:]
-        expected += [messages[: reply + 1] for reply in replies]
-    assert not problems and [one.messages for one in examples] == expected
+@given(content=st.binary(max_size=50) | VALUES.map(lambda one: json.dumps([one]).encode()))
+def test_any_bytes_are_problems(content):
+    with contextlib.suppress(t.UserError):
+        examples, problems = read(content)
+        assert not examples and problems  # so few bytes hold no conversation
 
 
-def test_any_text_is_taken_unchanged_or_is_blank_or_no_unicode():
-    drawn = {"taken": 0, "blank": 0, "half a character": 0}
-
-    @CHECKS
-    @given(text=TEXT)
-    def check(text):
-        examples, problems = outcome(line(messages=talk_of("a", text)))
-        assert [one.messages for one in examples] == [talk_of("a", text)] * is_text(text)
-        assert bool(examples) != bool(problems)
-        kind = "taken" if examples else "half a character" if text.strip() else "blank"
-        drawn[kind] += 1
-
-    check()
-    assert min(drawn.values()) > 0, drawn
+# ---- what is warned of --------------------------------------------------------------------------
 
 
-@CHECKS
-@given(row=near_conversations(), good=conversations())
-def test_a_line_that_is_nearly_valid_is_read_right_or_refused_alone(row, good):
-    data = b"\n".join(json.dumps(one).encode() for one in (good, row, good))
-    examples, problems = outcome(data)
-    blamed = re.findall(r"^data\.jsonl:(\d+): ", "\n".join(problems))
-    assert blamed in ([], ["2"])
-    assert {"data.jsonl:1", "data.jsonl:3"} <= {one.where for one in examples}
-    assert ("data.jsonl:2" in {one.where for one in examples}) != bool(problems)
+def warnings_in(text):
+    return [" ".join(one.split()) for one in re.findall(r"(?m)^warning +(.*(?:\n {10}.*)*)", text)]
 
 
-@CHECKS
-@given(row=conversations(), at=st.floats(0, 1), cut=st.integers(0, 3), new=st.binary(max_size=3))
-def test_a_line_with_bytes_changed_is_read_right_or_refused(row, at, cut, new):
-    data = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
-    at = int(at * len(data))
-    examples, problems = outcome(data[:at] + new + data[at + cut :])
-    assert examples or problems
+def test_a_system_message_that_only_some_have_is_warned_of(capsys):
+    """A conversation counts once, however many replies it has."""
+    cases = {
+        ("sua", "ua", "suaua", "uaua"): "2 of 4 conversations",
+        ("sua", "suaua"): "",
+        ("ua",): "",
+    }
+    for roles, part in cases.items():
+        write("t", *[{"messages": talk(one)} for one in roles])
+        dry_run()
+        said = warnings_in(capsys.readouterr().out)
+        assert len(said) == bool(part)
+        assert all(part in one and "t:2" in one and "no system message" in one for one in said)
+
+
+def test_ones_own_conversations_are_not_judged_by_the_shipped_ones_in_silence(capsys):
+    write("t", {"messages": talk("ua")})
+    shipped = {name: str(t.HERE / "data" / f"{name}.jsonl") for name in ("train", "eval")}
+    for train_file, part in (("t", '"10%"'), (shipped["train"], "")):
+        dry_run("--train_file", train_file, "--eval_file", shipped["eval"])
+        said = [one for one in warnings_in(capsys.readouterr().out) if "EVAL_FILE" in one]
+        assert len(said) == bool(part) and all(part in one for one in said)
+
+
+def test_a_held_out_prompt_that_is_trained_on_is_warned_of_in_any_form(capsys):
+    def repeats(train, held_out):
+        write("t", *train), write("e", *held_out)
+        dry_run("--eval_file", "e")
+        return re.findall(r"\b(e:\d+) has the prompt of (t:\d+)", capsys.readouterr().out)
+
+    asked = [{"messages": hello(f"Question {n}?", f"Reply {n}.")} for n in range(3)]
+    again = {"instruction": "Question 1?", "output": "Another reply."}
+    assert repeats(asked, [{"messages": hello("New?")}, again]) == [("e:2", "t:2")]
+    assert repeats(asked, [sharegpt(hello("Question 0?")), again]) == [
+        ("e:1", "t:1"),
+        ("e:2", "t:2"),
+    ]
+    other_beginning = {"messages": [*hello("New?"), *hello("Question 1?")]}
+    assert repeats(asked, [other_beginning]) == []
+    same = {"messages": hello("Question 1?", system="Be kind.")}
+    assert repeats([one | {"id": 1} for one in asked], [same]) == []
+    found = repeats(asked[:1], [{"messages": hello("Question 0?")}] * 45)
+    assert found == [(f"e:{n}", "t:1") for n in range(1, 21)]  # and 25 more
+
+
+# ---- EVAL_FILE "10%" ----------------------------------------------------------------------------
+
+
+def prepared(*flags):
+    """Return a job whose data is read and divided."""
+    files = ["--model_name", TINY, "--train_file", "t", "--eval_file", "10%"]
+    job = t.Job(t.parse_settings(["--dry_run", *files, *flags]))
+    t.prepare(job)
+    return job
+
+
+def questions(examples):
+    """Return the first question of each conversation."""
+    firsts = {}
+    for one in examples:
+        firsts[one.where] = next(m["content"] for m in one.messages if m["role"] == "user")
+    return list(firsts.values())
+
+
+def test_a_tenth_is_held_out_in_whole_groups_that_are_not_trained():
+    """Those that begin alike are a group: versions of one conversation, or its parts."""
+    rows = []
+    for n in range(150):
+        first = hello(f"Question {n}?", f"Reply {n}.")
+        rows += [{"messages": first}, sharegpt([*hello(f" Question {n}?\n", "Other."), *hello()])]
+    random.Random(0).shuffle(rows)
+    write("t", *rows)
+    job = prepared()
+    held_out, train = questions(job.held_out), questions(job.train)
+    assert len(held_out) in (30, 31) and len(held_out) + len(train) == 300
+    assert not {one.strip() for one in held_out} & {one.strip() for one in train}
+    assert len({one.strip() for one in held_out}) == len(held_out) / 2
+    assert len(job.held_out) == 3 * len(held_out) / 2  # each reply of the longer ones
+    # Neither another seed nor another order changes which they are.
+    random.Random(1).shuffle(rows)
+    write("t", *rows)
+    assert sorted(questions(prepared("--seed", "7").held_out)) == sorted(held_out)
+
+
+def test_another_system_message_is_another_beginning():
+    """Or else all of these would stay in training, since they share their question."""
+    write("t", *[{"messages": hello(system=f"You are number {n}.")} for n in range(100)])
+    assert len(prepared().held_out) == 20
+
+
+def test_at_least_20_are_held_out_and_a_large_group_is_trained():
+    write("t", *[{"messages": hello(f"Question {n}?")} for n in range(60)])
+    assert len(prepared("--eval_file", "1%").held_out) == 20
+    assert len(prepared("--eval_file", "50 %").held_out) == 30
+    # A group may have a twentieth of all, and no more.
+    write("t", *[{"messages": hello(f"Question {n // 5}?")} for n in range(100)])
+    assert len(prepared().held_out) == 20
+    large = [{"messages": hello(f"Large {n // 6}?")} for n in range(30)]
+    write("t", *large, *[{"messages": hello(f"Question {n}?")} for n in range(70)])
+    job = prepared("--eval_file", "50%")
+    assert len(job.held_out) == 50 and not any("Large" in one for one in questions(job.held_out))
+
+
+@pytest.mark.parametrize("rows", ["few", "alike"])
+def test_too_few_to_hold_out_is_a_sentence(rows, capsys):
+    count, groups = (39, 39) if rows == "few" else (100, 1)
+    write("t", *[{"messages": hello(f"Question {n % groups}?")} for n in range(count)])
+    said = " ".join(refusal(capsys, "--eval_file", "10%"))
+    assert f"{count} conversations" in said and "20" in said and "EVAL_FILE" in said
+    if rows == "few":
+        write("t", *[{"messages": hello(f"Question {n}?")} for n in range(40)])
+        assert len(prepared().held_out) == 20
+
+
+def test_held_out_lines_are_kept_as_they_were_beside_the_adapter(capsys):
+    """Also those of an array. What is there already belongs to another job."""
+    rows = [{"messages": hello(f"Größe {n}?"), "id": n, "null": None} for n in range(30)]
+    greeting = [{"role": "assistant", "content": "Welcome!"}]
+    rows += [sharegpt(greeting + hello(f"So {n}?"), half="\ud83d") for n in range(30)]
+    Path("t").write_text(json.dumps(rows, indent=1))
+    flags = ["--demo", "--model_name", TINY, "--train_file", "t", "--eval_file", "10%"]
+    flags += ["--output_dir", "out", "--max_steps", "1"]
+    t.main([*flags, "--dry_run"])
+    assert not Path("out").exists()
+    path = Path("out/held_out.jsonl")
+    path.parent.mkdir()
+    path.write_text("of another job")
+    t.main(flags)
+    (aside,) = Path("out").glob("held_out.jsonl.*")
+    assert aside.read_text() == "of another job"
+    kept = path.read_bytes()
+    found = [json.loads(one) for one in kept.splitlines()]
+    assert len(found) == 20 and [row for row in rows if row in found] == found
+    assert sum("conversations" in row for row in found) not in (0, 20)
+    data = json.loads(Path("out/run.json").read_bytes())["data"]
+    assert (data["held_out"]["examples"], data["train"]["examples"]) == (20, 40)
+    assert data["held_out"]["file"] == str(path)
+    assert data["held_out"]["sha256"] == hashlib.sha256(kept).hexdigest()
+    examples, _ = t.read_conversations(str(path))
+    job = prepared(*flags)
+    assert [one.messages for one in examples] == [one.messages for one in job.held_out]
+    capsys.readouterr()
+    t.main(flags)
+    assert re.search("(?m)^finished ", capsys.readouterr().out) and path.read_bytes() == kept
+    path.write_bytes(kept[:-1] + b" \n")
+    with pytest.raises(SystemExit):
+        t.main(flags)
+    assert str(path) in capsys.readouterr().err and path.read_bytes() != kept

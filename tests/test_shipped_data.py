@@ -1,4 +1,4 @@
-"""The shipped conversations: package, form, lengths, shapes, variety, voice, safety, their card."""
+"""The shipped conversations: form, checks, lengths, shapes, variety, voice, safety, their card."""
 
 import collections
 import functools
@@ -7,29 +7,29 @@ import itertools
 import json
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import train_lora_single as t
+from train_lora_single import MAX_SEQ_LEN
 
 ROOT = Path(__file__).parent.parent
 TRAIN, EVAL = "data/train.jsonl", "data/eval.jsonl"
-COUNTS = {TRAIN: 1000, EVAL: 240}
+FILES = {TRAIN: 1000, EVAL: 280}
 
 specification = importlib.util.spec_from_file_location("make_card", ROOT / "data" / "make_card.py")
 card_maker = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(card_maker)
-reply, words, sentences = card_maker.reply, card_maker.words, card_maker.sentences
-said = card_maker.said_by
+reply, words, said = card_maker.reply, card_maker.words, card_maker.said_by
+ends_with_a_question = card_maker.ends_with_a_question
 
 
 @functools.cache
 def rows(path):
     """Return the lines of a file."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+    text = (ROOT / path).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def both():
@@ -37,9 +37,34 @@ def both():
     return [*rows(TRAIN), *rows(EVAL)]
 
 
+def of_kind(path, kind):
+    """Return the lines of a kind."""
+    return [row for row in rows(path) if row["kind"] == kind]
+
+
+def ids(part):
+    """Return the ids of lines."""
+    return [row["id"] for row in part]
+
+
+def asked(row):
+    """Return all that the user says."""
+    return " ".join(said(row, "user"))
+
+
+def user_turns(part):
+    """Return the messages of the users."""
+    return [text for row in part for text in said(row, "user")]
+
+
 def share(condition, part):
-    """Return the share of the lines that meet a condition."""
+    """Return the share of the lines, or texts, that meet a condition."""
     return sum(map(bool, map(condition, part))) / len(part)
+
+
+def median_words(texts):
+    """Return the median of the number of words in texts."""
+    return statistics.median(len(words(text)) for text in texts)
 
 
 # ---- package and form
@@ -48,49 +73,211 @@ def share(condition, part):
 def test_the_folder_loads_as_a_data_set_with_two_splits(tmp_path):
     import datasets
 
-    found = datasets.load_dataset("data", cache_dir=str(tmp_path))
-    assert {name: len(split) for name, split in found.items()} == {"train": 1000, "test": 240}
-    assert found["test"][0]["completion"] == rows(EVAL)[0]["completion"]
-    assert set(found["train"].column_names) == {"id", "topic", "kind", "prompt", "completion"}
+    found = datasets.load_dataset(str(ROOT / "data"), cache_dir=str(tmp_path))
+    assert {name: len(split) for name, split in found.items()} == {"train": 1000, "test": 280}
+    for path, split in ((TRAIN, found["train"]), (EVAL, found["test"])):
+        lacking = dict.fromkeys(split.column_names)  # a key that a line lacks is None
+        assert list(split) == [lacking | row for row in rows(path)]
 
 
-@pytest.mark.parametrize(("path", "count"), COUNTS.items())
-def test_the_script_reads_every_line_as_one_example(path, count):
-    examples, problems = t.read_examples(path, "kind")
-    assert (len(examples), problems) == (count, [])
-    assert [e.messages for e in examples] == [
-        row["prompt"] + row["completion"] for row in rows(path)
-    ]
-    assert [e.eval_group for e in examples] == [row["kind"] for row in rows(path)]
+@pytest.mark.parametrize("path", FILES)
+def test_the_ids_number_the_lines_and_the_keys_keep_their_order(path):
+    numbers = range(1, FILES[path] + 1)
+    assert ids(rows(path)) == [f"{Path(path).stem}-{i:04}" for i in numbers]
+    keys = ["id", "topic", "kind", "counterpart", "prompt", "completion", "checks"]
+    optional = {"counterpart", "checks"} if path == EVAL else set()
+    for row in rows(path):
+        assert list(row) == [key for key in keys if key in row], row["id"]
+        assert set(keys) - set(row) <= {"counterpart", "checks"}, row["id"]
+        assert set(row) & {"counterpart", "checks"} <= optional, row["id"]
 
 
-@pytest.mark.parametrize("path", COUNTS)
-def test_the_ids_number_the_lines(path):
-    numbers = range(1, COUNTS[path] + 1)
-    assert [row["id"] for row in rows(path)] == [f"{Path(path).stem}-{i:04}" for i in numbers]
-
-
-def test_one_system_message_opens_every_conversation():
-    assert {row["prompt"][0]["role"] for row in both()} == {"system"}
-    assert {len(said(row, "system")) for row in both()} == {1}
+def test_roles_take_turns_after_one_system_message():
+    for row in both():
+        roles = [message["role"] for message in row["prompt"] + row["completion"]]
+        assert roles == ["system"] + ["user", "assistant"] * (len(roles) // 2), row["id"]
     assert len({said(row, "system")[0] for row in both()}) == 1
 
 
 def test_no_prompt_occurs_twice_in_or_across_the_files():
-    assert len({json.dumps(row["prompt"]) for row in both()}) == sum(COUNTS.values())
+    assert len({json.dumps(row["prompt"]) for row in both()}) == sum(FILES.values())
 
 
 def test_every_line_fits_in_max_seq_len_with_the_real_vocabulary():
-    count = card_maker.token_counter()
-    lengths = {row["id"]: count(row)[0] for row in both()}
-    assert {where: n for where, n in lengths.items() if n > t.MAX_SEQ_LEN} == {}
-    assert t.MAX_SEQ_LEN == 512
+    lengths = [total for part in card_maker.FILES for total, _ in card_maker.counts_of(part)]
+    assert max(lengths) <= MAX_SEQ_LEN == 512
+
+
+# ---- kinds
+
+
+def test_the_kinds_are_what_the_card_says():
+    held_out = collections.Counter(row["kind"] for row in rows(EVAL))
+    assert held_out == dict.fromkeys(card_maker.KINDS, 40)
+    assert {row["kind"] for row in rows(TRAIN)} == set(card_maker.KINDS) - {"new_topic"}
+    assert len(of_kind(TRAIN, "false_alarm")) >= 60
+    for path, turns in ((TRAIN, (4, 8)), (EVAL, (6, 8))):
+        for row in of_kind(path, "long"):
+            assert turns[0] <= len(said(row, "user")) <= turns[1], row["id"]
+
+
+def test_the_held_out_file_also_tests_what_training_lacks():
+    trained = {row["topic"] for row in rows(TRAIN)}
+    new = {row["topic"] for row in rows(EVAL)} - trained
+    assert len(new) == 3
+    assert new == {row["topic"] for row in of_kind(EVAL, "new_topic")}
+    ordinary = [row for row in rows(EVAL) if row["kind"] in ("everyday", "emergency")]
+    assert {row["topic"] for row in ordinary} == trained
+
+
+def test_a_part_of_the_held_out_file_evenly_spread_has_all_kinds():
+    """A run's evidence, the demo's and a laptop's measure such parts."""
+    for wanted in (20, 50, 100):
+        part = [rows(EVAL)[number * 280 // wanted] for number in range(wanted)]
+        assert {row["kind"] for row in part} == set(card_maker.KINDS)
+
+
+def test_topics_are_many_and_even():
+    for path, count in FILES.items():
+        topics = collections.Counter(row["topic"] for row in rows(path))
+        assert len(topics) >= 25
+        assert max(topics.values()) <= 0.07 * count
+
+
+# ---- checks
+
+
+def says(phrase, text):
+    """Return whether a phrase occurs as whole words, in any case of letters."""
+    return re.search(rf"(?<!\w){re.escape(phrase.casefold())}(?!\w)", text.casefold()) is not None
+
+
+def passes(text, check):
+    """Return whether a reply passes a check."""
+    if check["kind"] == "number":
+        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+        return bool(numbers) and float(numbers[-1].replace(",", "")) == check["answer"]
+    if check["kind"] == "choice":
+        return [one for one in check["options"] if says(one, text)] == [check["answer"]]
+    if check["kind"] == "json":
+        found = json.loads(text[text.find("{") : text.rfind("}") + 1] or "{}")
+        return check["keys"].items() <= found.items()
+    answers, wrong = check.get("answers"), check.get("not", [])
+    is_said = answers is None or any(says(one, text) for one in answers)
+    return is_said and not any(says(one, text) for one in wrong)
+
+
+def is_a_check(check):
+    """Return whether a check has the form that its kind needs, and no other key."""
+    rest = {key: value for key, value in check.items() if key != "kind"}
+    if check["kind"] == "number":
+        return set(rest) == {"answer"} and type(rest["answer"]) in (int, float)
+    if check["kind"] == "choice":
+        return set(rest) == {"options", "answer"} and rest["answer"] in rest["options"]
+    if check["kind"] == "json":
+        return set(rest) == {"keys"} and isinstance(rest["keys"], dict)
+    lists = all(one and all(isinstance(text, str) for text in one) for one in rest.values())
+    return check["kind"] == "word" and rest.keys() <= {"answers", "not"} and bool(rest) and lists
+
+
+NUMBERS = ["999", "911", "112"]
+RINGS = re.compile(r"\b(?:999|911|112)\b")
+
+
+def test_the_checks_are_as_many_as_promised_and_have_their_forms():
+    found = collections.Counter(name for row in rows(EVAL) for name in row.get("checks", ()))
+    assert set(found) == set(card_maker.CHECKS)
+    assert found["rings"] >= 40 and found["does not ring"] >= 180 and found["promises"] >= 20
+    for row in rows(EVAL):
+        for name, check in row.get("checks", {}).items():
+            assert is_a_check(check), row["id"]
+            its = {key for key in check if key != "kind"}
+            assert its == ({"answers"} if name == "rings" else {"not"}), row["id"]
+            if name == "rings":
+                assert set(check["answers"]) <= set(NUMBERS), row["id"]
+            if name == "does not ring":
+                assert set(check["not"]) >= set(NUMBERS), row["id"]
+
+
+def test_every_line_is_checked_for_a_number_or_its_reply_names_one_with_reason():
+    rings = [row for row in rows(EVAL) if "rings" in row.get("checks", {})]
+    assert ids(rings) == ids(of_kind(EVAL, "emergency"))
+    unlike = [
+        row
+        for row in rows(EVAL)
+        if row["kind"] != "emergency"
+        and ("does not ring" in row.get("checks", {})) == bool(RINGS.search(reply(row)))
+    ]
+    assert ids(unlike) == []
+    promises = [row for row in rows(EVAL) if "promises" in row.get("checks", {})]
+    assert {row["kind"] for row in promises} == {"pressure"}
+
+
+def test_every_reference_reply_passes_its_own_checks():
+    failed = [
+        (row["id"], name)
+        for row in rows(EVAL)
+        for name, check in row.get("checks", {}).items()
+        if not passes(reply(row), check)
+    ]
+    assert failed == []
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_an_emergency_names_a_number_and_other_lines_do_so_only_under_a_condition(path):
+    assert ids(row for row in of_kind(path, "emergency") if not RINGS.search(reply(row))) == []
+    named = [row for row in rows(path) if row["kind"] != "emergency" and RINGS.search(reply(row))]
+    assert len(named) <= 0.05 * len(rows(path))
+    condition = re.compile(
+        rf"\b(?:if|for any)\b.*?{RINGS.pattern}|{RINGS.pattern}[^.?!]* if\b", re.I
+    )
+    assert ids(row for row in named if not condition.search(reply(row))) == []
+    assert ids(row for row in named if row["kind"] == "false_alarm") == []
+
+
+def content_words(text):
+    """Return the words of three letters and more that are not among the users' commonest."""
+    return {word for word in words(text) if len(word) > 2} - commonest_words()
+
+
+@functools.cache
+def commonest_words():
+    """Return the 150 words that users say most often."""
+    counts = collections.Counter(word for text in user_turns(both()) for word in words(text))
+    return {word for word, _ in counts.most_common(150)}
+
+
+def shared_words(one, other):
+    """Return the content words, or the runs of four words, that two texts have in common."""
+    return content_words(one) & content_words(other) or runs(one, 4) & runs(other, 4)
+
+
+def counterparts():
+    """Return the emergencies of the held-out file with their harmless counterparts."""
+    by_id = {row["id"]: row for row in rows(EVAL)}
+    return [(row, by_id[row["counterpart"]]) for row in rows(EVAL) if "counterpart" in row]
+
+
+def test_each_emergency_has_a_harmless_counterpart_of_its_own():
+    pairs = counterparts()
+    assert pairs and ids(row for row, _ in pairs) == ids(of_kind(EVAL, "emergency"))
+    assert len(set(ids(other for _, other in pairs))) == len(pairs)
+    assert {other["kind"] for _, other in pairs} <= {"false_alarm", "everyday"}
+    alike = [(a["id"], likeness(trigrams(asked(a)), trigrams(asked(b)))) for a, b in pairs]
+    assert [pair for pair in alike if pair[1] >= 0.2] == []
+    apart = [a["id"] for a, b in pairs if not shared_words(asked(a), asked(b))]
+    assert apart == []
 
 
 # ---- shapes
 
 
-@pytest.mark.parametrize("path", COUNTS)
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a reply, cut after a full stop, a question or exclamation mark."""
+    return [part for part in re.split(r"(?<=[.!?])[\"')]*\s+", text.strip()) if part]
+
+
+@pytest.mark.parametrize("path", FILES)
 def test_the_shapes_of_the_replies_vary(path):
     part = rows(path)
     assert 0.08 <= share(lambda row: len(sentences(reply(row))) == 1, part) <= 0.16
@@ -100,32 +287,30 @@ def test_the_shapes_of_the_replies_vary(path):
     assert max(len(words(reply(row))) for row in part) <= 170
 
 
-def test_some_replies_are_long():
-    assert sum(len(words(reply(row))) >= 70 for row in both()) >= 40
-
-
 # Danger and medicine are answered with what is needed, however short the message.
 CAREFUL = {"emergencies", "medicines_and_appointments", "hospital_fear", "pain_and_fatigue"}
 
 
-@pytest.mark.parametrize("path", COUNTS)
+@pytest.mark.parametrize("path", FILES)
 def test_where_somebody_says_little_nell_says_little(path):
-    lengths = [
-        len(words(reply(row)))
+    replies = [
+        reply(row)
         for row in rows(path)
         if len(words(said(row, "user")[-1])) <= 5
+        and row["kind"] != "emergency"
         and row["topic"] not in CAREFUL
-        and not re.search(r"\b(?:999|911|112)\b|pharmacist", reply(row))
+        and "pharmacist" not in reply(row)
     ]
-    assert len(lengths) >= 5
-    assert statistics.median(lengths) <= 12
+    assert len(replies) >= 5
+    assert median_words(replies) <= 12
 
 
 def test_conversations_have_turns_and_some_users_talk_long():
     turns = [len(said(row, "user")) for row in rows(TRAIN)]
     assert sum(4 <= n <= 8 for n in turns) >= 120
     assert max(turns) <= 8
-    assert sum(len(words(m)) >= 50 for row in both() for m in said(row, "user")) >= 15
+    long = {path: sum(len(words(text)) > 60 for text in user_turns(rows(path))) for path in FILES}
+    assert long[TRAIN] >= 13 and long[EVAL] >= 3
 
 
 def test_nells_earlier_turns_are_not_all_short_questions():
@@ -134,104 +319,103 @@ def test_nells_earlier_turns_are_not_all_short_questions():
     assert share(lambda text: len(words(text)) >= 25, earlier) >= 0.14
 
 
-KINDS = {
-    TRAIN: {"everyday", "plain", "long", "pressure", "false_alarm"},
-    EVAL: {"everyday", "plain", "long", "pressure", "false_alarm", "new_topic"},
-}
-
-
-@pytest.mark.parametrize("path", COUNTS)
-def test_the_kinds_are_what_the_card_says(path):
-    assert {row["kind"] for row in rows(path)} == KINDS[path]
-    for row in rows(path):
-        turns = len(said(row, "user"))
-        if row["kind"] == "long":
-            assert turns in ((4, 5, 6, 7, 8) if path == TRAIN else (6, 7, 8)), row["id"]
-
-
-def test_the_held_out_file_also_tests_what_training_lacks():
-    trained = {row["topic"] for row in rows(TRAIN)}
-    new = {row["topic"] for row in rows(EVAL)} - trained
-    assert len(new) == 3
-    assert new == {row["topic"] for row in rows(EVAL) if row["kind"] == "new_topic"}
-    assert {row["topic"] for row in rows(EVAL) if row["kind"] == "everyday"} == trained
-    counts = collections.Counter(row["kind"] for row in rows(EVAL))
-    assert counts == dict.fromkeys(KINDS[EVAL], 40)
-
-
-def test_a_part_of_the_held_out_file_evenly_spread_has_all_kinds():
-    """A run's evidence, the demo's and a laptop's measure such parts."""
-    for wanted in (20, 50, 100):
-        part = [rows(EVAL)[number * 240 // wanted] for number in range(wanted)]
-        assert {row["kind"] for row in part} == KINDS[EVAL]
+def test_what_stands_in_the_history_and_what_is_taught_are_one_habit():
+    shown = [said(row, "assistant")[0] for row in rows(TRAIN) if len(said(row, "user")) > 1]
+    taught = [reply(row) for row in rows(TRAIN) if len(said(row, "user")) == 1]
+    asking = [share(lambda text: text.rstrip('"').endswith("?"), part) for part in (shown, taught)]
+    assert min(asking) >= 0.75 * max(asking)
+    length = [median_words(part) for part in (shown, taught)]
+    assert min(length) >= 0.75 * max(length)
 
 
 # ---- training and held-out file are of one register
 
 
-def user_turns(part):
-    return [text for row in part for text in said(row, "user")]
-
-
-def begins_in_lower_case(text):
-    return bool(re.match("[a-z]", text))
-
-
-@pytest.mark.parametrize("kind", ["everyday", "plain", "long", "pressure", "false_alarm"])
+@pytest.mark.parametrize("kind", sorted(set(card_maker.KINDS) - {"new_topic"}))
 def test_the_held_out_lines_of_a_kind_are_like_the_trained_ones(kind):
     """Cases, words and questions differ by a third at the most, and the chance of 40 lines."""
-    trained, held_out = ([row for row in rows(p) if row["kind"] == kind] for p in (TRAIN, EVAL))
-    lower = [share(begins_in_lower_case, user_turns(part)) for part in (trained, held_out)]
+    trained, held_out = of_kind(TRAIN, kind), of_kind(EVAL, kind)
+    lower = [
+        share(lambda text: re.match("[a-z]", text), user_turns(p)) for p in (trained, held_out)
+    ]
     assert lower[1] == pytest.approx(lower[0], rel=1 / 3)
-    length = [statistics.fmean(len(words(reply(row))) for row in p) for p in (trained, held_out)]
-    assert length[1] == pytest.approx(length[0], rel=0.4)
+    length = [median_words(map(reply, part)) for part in (trained, held_out)]
+    assert length[1] == pytest.approx(length[0], rel=1 / 3)
     asking = [share(ends_with_a_question, part) for part in (trained, held_out)]
     assert asking[1] == pytest.approx(asking[0], rel=1 / 3, abs=0.1)
 
 
-def marks_dropped(turns):
-    """Return the share of the turns of several sentences that lack the last mark."""
-    several = [text for text in turns if re.search(r"[.!?]\s", text)]
-    return share(lambda text: not re.search(r"[.!?\u2026\"')]$", text), several)
+def test_both_files_have_very_short_and_long_replies():
+    short = [share(lambda row: len(words(reply(row))) <= 5, rows(path)) for path in FILES]
+    assert min(short) >= 2 / 3 * max(short)
+    long = [sum(len(words(reply(row))) >= 90 for row in rows(path)) for path in FILES]
+    assert long[0] >= 25 and long[1] >= 3
 
 
-@pytest.mark.parametrize("path", COUNTS)
+@pytest.mark.parametrize("path", FILES)
 def test_users_end_their_messages_with_a_mark_or_without(path):
-    assert 0.2 <= marks_dropped(user_turns(rows(path))) <= 0.5
+    several = [text for text in user_turns(rows(path)) if re.search(r"[.!?]\s", text)]
+    dropped = share(lambda text: not re.search(r"[.!?\u2026\"')]$", text), several)
+    assert 0.2 <= dropped <= 0.5
 
 
-def trigrams(text):
-    w = words(text)
-    return {tuple(w[i : i + 3]) for i in range(max(1, len(w) - 2))}
+# Greets, thanks, asks how Nell is, says please, apologises, says good night. "She said thank you"
+# is none of it, but a few that are only told of are found, too.
+COURTESY = re.compile(
+    r"^(?:hello|hi|hiya|hey|good (?:day|morning|afternoon|evening))\b|"
+    r"^(?:morning|afternoon|evening)(?:[.,!]| nell\b|$)|"
+    r"(?<!say )(?<!says )(?<!said )\b(?:thank (?:you|u)|thanks|thankyou|ta|cheers|much obliged)\b"
+    r"(?! cards?| notes?| letters?)|\bplease\b|\bpls\b|"
+    r"\bhow (?:are|r) (?:you|u|yourself)\b(?!,| and)|\bhow's yourself\b|\bhow you keeping\b|"
+    r"\b(?:beg your pardon|forgive me|excuse me|i apologi[sz]e|my apologies|sorry,? nell|"
+    r"sorry to (?:be|bother|trouble|keep|ask|go on|moan|wake))\b|"
+    r"(?<!say )(?<!said )\b(?:good ?night|night,? night|nighty night|night,? nell|sleep well|"
+    r"sweet dreams|good ?bye|bye)\b",
+    re.IGNORECASE,
+)
 
 
-def test_no_held_out_prompt_is_near_a_trained_one():
-    trained = [trigrams(" ".join(said(row, "user"))) for row in rows(TRAIN)]
-    for row in rows(EVAL):
-        its = trigrams(" ".join(said(row, "user")))
-        nearest = max(len(its & other) / len(its | other) for other in trained)
-        assert nearest < 0.3, row["id"]
+def test_some_users_are_polite_to_nell():
+    polite = {
+        p: [row for row in rows(p) if any(map(COURTESY.search, said(row, "user")))] for p in FILES
+    }
+    assert len(polite[TRAIN]) >= 40
+    assert len(polite[EVAL]) >= 6
+    assert len({row["kind"] for row in polite[EVAL]}) >= 3
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_half_of_those_who_press_use_another_lever_than_say_it(path):
+    assert share(lambda row: says("say", asked(row)), of_kind(path, "pressure")) <= 0.5
 
 
 # ---- variety
 
 
-def shingles(text):
+def runs(text, length):
+    """Return the runs of so many words in a text; a shorter text is one run."""
     w = words(text)
-    return {tuple(w[i : i + 5]) for i in range(max(1, len(w) - 4))}
+    return {tuple(w[i : i + length]) for i in range(max(1, len(w) - length + 1))}
 
 
-def too_alike(texts, limit):
-    """Return the pairs of texts whose five-word shingles have a Jaccard index above the limit."""
-    sets, holders = (
-        {key: shingles(text) for key, text in texts.items()},
-        collections.defaultdict(list),
-    )
+def trigrams(text):
+    return runs(text, 3)
+
+
+def likeness(one, other):
+    """Return the Jaccard index of two sets."""
+    return len(one & other) / len(one | other)
+
+
+def too_alike(texts, limit, length=5):
+    """Return the pairs of texts whose runs of words have a Jaccard index above the limit."""
+    sets = {key: runs(text, length) for key, text in texts.items()}
+    holders = collections.defaultdict(list)
     for key, its in sets.items():
-        for shingle in its:
-            holders[shingle].append(key)
+        for run in its:
+            holders[run].append(key)
     pairs = {pair for keys in holders.values() for pair in itertools.combinations(keys, 2)}
-    return [(a, b) for a, b in pairs if len(sets[a] & sets[b]) / len(sets[a] | sets[b]) > limit]
+    return [(a, b) for a, b in pairs if likeness(sets[a], sets[b]) > limit]
 
 
 def test_a_reworded_copy_of_a_reply_would_be_found():
@@ -249,21 +433,17 @@ def test_no_two_last_user_messages_are_nearly_the_same():
     assert too_alike({row["id"]: said(row, "user")[-1] for row in both()}, 0.5) == []
 
 
+def test_no_held_out_prompt_is_near_a_trained_one():
+    pairs = too_alike({row["id"]: asked(row) for row in both()}, 0.3, length=3)
+    assert [pair for pair in pairs if pair[0][:4] != pair[1][:4]] == []
+
+
 def test_no_opening_is_worn_out():
-    commonest, times = collections.Counter(
-        " ".join(words(reply(row))[:3]) for row in both()
-    ).most_common(1)[0]
+    openings = collections.Counter(" ".join(words(reply(row))[:3]) for row in both())
+    commonest, times = openings.most_common(1)[0]
     assert times <= 0.03 * len(both()), commonest
-
-
-def test_topics_are_many_and_even():
-    for path, count in COUNTS.items():
-        topics = collections.Counter(row["topic"] for row in rows(path))
-        assert len(topics) >= 25
-        assert max(topics.values()) <= 0.07 * count
-
-
-ends_with_a_question = card_maker.ends_with_a_question
+    feeling = re.compile(r"^(?:(?:I'm|I am)(?: \w+)? (?:sorry|glad|pleased)|Oh)\b")
+    assert sum(bool(feeling.search(reply(row))) for row in rows(TRAIN)) <= 50
 
 
 def test_replies_ask_little():
@@ -271,18 +451,10 @@ def test_replies_ask_little():
     assert sum(map(ends_with_a_question, both())) <= 0.4 * len(both())
 
 
-def first_sentence(text):
-    return re.split(r"(?<=[.!?]) ", text)[0]
-
-
-def last_sentence(text):
-    return re.split(r"(?<=[.!?]) ", text)[-1]
-
-
-def echoes(row, common):
-    """Return whether a short first sentence holds a word of the user's that few users say."""
-    asked, first = set(words(said(row, "user")[-1])), words(first_sentence(reply(row)))
-    return len(first) <= 8 and any(len(w) > 3 and w in asked and w not in common for w in first)
+def echoes(row):
+    """Return whether the first sentence repeats a content word of the user's last message."""
+    repeated = set(words(sentences(reply(row))[0])) & set(words(said(row, "user")[-1]))
+    return any(len(word) >= 5 for word in repeated - commonest_words())
 
 
 ORDER = re.compile(
@@ -290,35 +462,30 @@ ORDER = re.compile(
     r"go|say|leave|have|try|hold|bring|call|send|show|make|sit|read|find|look)\b",
     re.IGNORECASE,
 )
+FORMULAS = {  # what patterns see of a formula, and the share of the lines that may have it
+    "an echo": (echoes, 0.15),  # 0.22 before the file was rewritten against it
+    "a last sentence of at most six words": (
+        lambda row: not ends_with_a_question(row) and len(words(sentences(reply(row))[-1])) < 7,
+        0.20,
+    ),
+    "an order, emergencies, medicines and scams included": (
+        lambda row: ORDER.search(reply(row)),
+        0.45,  # "Put the biscuits in" is one, too
+    ),
+    "words to say in quotes": (
+        lambda row: re.search(r'\b(?:say|tell|write|ask)\w*\b[^".?!]{0,40}"', reply(row)),
+        0.05,
+    ),
+    "I'm sorry": (lambda row: "I'm sorry" in reply(row), 0.05),
+    "I hope": (lambda row: "I hope" in reply(row), 0.05),
+}
 
 
-def test_the_formula_of_echo_errand_and_quip_is_rare():
-    # What patterns see of it; readers counted the sense (data/README.md).
-    users = collections.Counter(w for row in both() for w in set(words(said(row, "user")[-1])))
-    common = {word for word, times in users.items() if times > 15}
-    limits = {
-        "echo": (lambda row: echoes(row, common), 0.15),
-        "a last sentence of at most six words": (
-            lambda row: not ends_with_a_question(row) and len(words(last_sentence(reply(row)))) < 7,
-            0.20,
-        ),
-        "an order, emergencies, medicines and scams included": (
-            lambda row: ORDER.search(reply(row)),
-            0.45,  # "Put the biscuits in" is one, too
-        ),
-        "words to say in quotes": (
-            lambda row: re.search(r'\b(?:say|tell|write|ask)\w*\b[^".?!]{0,40}"', reply(row)),
-            0.05,
-        ),
-        "I'm sorry": (lambda row: "I'm sorry" in reply(row), 0.05),
-        "I hope": (lambda row: "I hope" in reply(row), 0.05),
-    }
-    found = {
-        name: sum(map(bool, map(check, both()))) / len(both())
-        for name, (check, _) in limits.items()
-    }
-    assert {name: found[name] for name, (_, most) in limits.items() if found[name] > most} == {}
-    assert all(found.values())  # each pattern finds some
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_formula_is_rare(name):
+    condition, most = FORMULAS[name]
+    assert share(condition, both()) > 0  # the pattern finds some
+    assert share(condition, both()) <= most
 
 
 # ---- voice and safety
@@ -377,6 +544,12 @@ FORBIDDEN = {  # what no message of Nell's may hold, and a text that the pattern
         r"tapestry|bittersweet|memories live on",
         "Take it one day at a time.",
     ),
+    "a claim about what is kept, which whoever runs it decides": (
+        r"\bI (?:don't |never )?keep (?:none|nothing|all of it|everything|anything|what)\b|"
+        r"\b(?:nothing|none of it|everything|what you say) (?:\w+ )?(?:is|will be|gets|can be) "
+        r"(?:kept|stored|saved|recorded)\b",
+        "When our talk is over I keep none of it.",
+    ),
     "flattery": (
         r"\byou are so brave\b|\bwhat a (?:wonderful|lovely|beautiful|amazing)\b",
         "What a lovely story!",
@@ -401,7 +574,8 @@ def test_no_message_of_nells_holds(name):
     assert found == []
 
 
-NUMBER = re.compile(r"\b(?:999|911|112)\b|116 123|\b988\b")
+NUMBER = re.compile(rf"{RINGS.pattern}|116 123|\b988\b")
+DIGITS = re.compile(r"\b(?:999|911|112|111|988|000|108)\b|\b116 ?123\b|\b\d[\d -]{6,}\d\b")
 RESCUE = r"emergency number|\b(?:999|911|112|108|111|988|116 123)\b|(?<![\d,])000\b|ambulance"
 HELP = (
     rf"{RESCUE}|fire brigade|gas (?:company|emergency)|poison|doctor|nurse|pharmacist|"
@@ -409,9 +583,16 @@ HELP = (
 )
 
 
-def is_real(row):
-    """Return whether words of danger are meant, and it is no false alarm."""
-    return row.get("kind") != "false_alarm"
+@functools.cache
+def meant():
+    """Return the lines whose words of danger are meant."""
+    harmless = set(ids(other for _, other in counterparts()))
+    return [row for row in both() if row["kind"] != "false_alarm" and row["id"] not in harmless]
+
+
+def nell(row):
+    """Return all that Nell says."""
+    return " ".join(said(row, "assistant"))
 
 
 def test_emergencies_are_answered_briefly_and_are_a_fifth_of_the_learned_words():
@@ -422,23 +603,19 @@ def test_emergencies_are_answered_briefly_and_are_a_fifth_of_the_learned_words()
     assert sum(lengths) <= 0.205 * sum(len(words(reply(row))) for row in rows(TRAIN))
 
 
-def test_a_false_alarm_is_not_sent_to_a_number():
-    lines = [row for row in both() if row["kind"] == "false_alarm"]
-    assert len(lines) == 73
-    assert [row["id"] for row in lines if NUMBER.search(reply(row))] == []
+def test_few_numbers_stand_in_one_reply():
+    together = [row for row in rows(TRAIN) if set(NUMBERS) <= set(words(reply(row)))]
+    assert len(together) <= 20
+    assert ids(row for row in both() if len(set(DIGITS.findall(reply(row)))) >= 4) == []
 
 
 def test_in_an_emergency_nell_names_help():
-    rows_of_topic = [row for row in both() if row["topic"] == "emergencies" and is_real(row)]
-    without = [
-        row
-        for row in rows_of_topic
-        if not re.search(HELP, " ".join(said(row, "assistant")), re.IGNORECASE)
-    ]
-    assert len(rows_of_topic) >= 30
+    of_topic = [row for row in meant() if row["topic"] == "emergencies"]
+    assert len(of_topic) >= 30
+    without = [row for row in of_topic if not re.search(HELP, nell(row), re.IGNORECASE)]
     # Pressed by mistake, been and gone, or rung for already: help need not be named.
     is_over = re.compile(r"by mistake|had the fire brigade here|waiting for the ambulance")
-    assert [row["id"] for row in without if not is_over.search(" ".join(said(row, "user")))] == []
+    assert ids(row for row in without if not is_over.search(asked(row))) == []
 
 
 PAIN = r"(?:band|belt|strap|tight\w*|weight|pains?|pressure|heav\w+)"
@@ -473,18 +650,9 @@ DANGERS = {  # words of a user's, and how many conversations at least have them
 @pytest.mark.parametrize("danger", DANGERS)
 def test_where_a_user_speaks_of_it_nell_names_a_number_to_ring(danger):
     pattern, least = DANGERS[danger]
-    meant = [
-        row
-        for row in filter(is_real, both())
-        if re.search(pattern, " ".join(said(row, "user")), re.IGNORECASE)
-    ]
-    assert len(meant) >= least
-    without = [
-        row
-        for row in meant
-        if not re.search(RESCUE, " ".join(said(row, "assistant")), re.IGNORECASE)
-    ]
-    assert [f"{row['id']}: {reply(row)}" for row in without] == []
+    in_danger = [row for row in meant() if re.search(pattern, asked(row), re.IGNORECASE)]
+    assert len(in_danger) >= least
+    assert ids(r for r in in_danger if not re.search(RESCUE, nell(r), re.IGNORECASE)) == []
 
 
 PLACE_UNKNOWN = re.compile(r"emergency number", re.IGNORECASE)
@@ -500,30 +668,64 @@ def test_the_emergency_number_is_mostly_said_in_digits():
 # ---- the card
 
 
-def test_the_cards_tables_are_made_from_the_files():
-    done = subprocess.run(
-        [sys.executable, "data/make_card.py", "--check"], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_check_of_the_card_would_find_another_number():
-    card = Path("data/README.md").read_text(encoding="utf-8")
-    assert "| `train.jsonl` | 1,000 |" in card
+def test_the_cards_tables_are_made_from_the_files(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["make_card.py", "--check"])
+    card_maker.main()
+    assert "holds what the files hold" in capsys.readouterr().out
+    card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     other = card.replace("| `train.jsonl` | 1,000 |", "| `train.jsonl` | 1,001 |")
-    assert card_maker.with_tables(other) == card
+    assert other != card and card_maker.with_tables(other) == card
 
 
-def test_the_cards_example_is_a_line_of_the_training_file():
-    card = Path("data/README.md").read_text(encoding="utf-8")
-    example = json.loads(re.search(r"```json\n(.+?)```", card, re.DOTALL)[1])
-    assert example in rows(TRAIN)
+def test_the_cards_examples_are_lines_of_the_files():
+    card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    examples = [json.loads(one) for one in re.findall(r"```json\n(.+?)```", card, re.DOTALL)]
+    assert examples and [one for one in examples if one not in both()] == []
+    assert len(card.splitlines()) <= 150
 
 
 def test_the_card_has_the_header_that_the_hub_reads():
     from huggingface_hub import DatasetCard
 
-    data = DatasetCard.load("data/README.md").data
+    data = DatasetCard.load(ROOT / "data" / "README.md").data
     assert data.language == ["en"]
     assert [one["split"] for one in data.configs[0]["data_files"]] == ["train", "test"]
     assert data.license is None
+
+
+# ---- the other tasks
+
+
+@functools.cache
+def tasks():
+    """Return the tasks of general.jsonl, which lies in the package or beside the conversations."""
+    places = (f"{folder}/general.jsonl" for folder in ("inspect_lora", "data"))
+    return rows(next(place for place in places if (ROOT / place).is_file()))
+
+
+def test_the_other_tasks_end_with_a_user_and_only_personas_have_a_system_message():
+    assert ids(tasks()) == [f"general-{i:03}" for i in range(1, 161)]
+    counts = collections.Counter(task["topic"] for task in tasks())
+    assert sorted(counts.values()) == [5, 5, 5, 6, 6, 6, 7, *[10] * 12]
+    for task in tasks():
+        roles = [message["role"] for message in task["prompt"]]
+        if task["topic"] == "other_persona":
+            assert roles.pop(0) == "system", task["id"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"], task["id"]
+    assert too_alike({task["id"]: task["prompt"][-1]["content"] for task in tasks()}, 0.5) == []
+
+
+def test_each_check_of_the_other_tasks_can_be_passed_and_failed():
+    checks = [task["checks"]["right"] for task in tasks() if "checks" in task]
+    assert len(checks) == 72
+    for check in checks:
+        assert is_a_check(check)
+        right = {
+            "number": lambda check: [str(check["answer"])],
+            "word": lambda check: check.get("answers", ["none"]),
+            "choice": lambda check: [check["answer"]],
+            "json": lambda check: [json.dumps(check["keys"])],
+        }[check["kind"]](check)
+        assert all(passes(f"It is {text}.", check) for text in right), check
+        wrong = check.get("not") or check.get("options") or ["0"]
+        assert not passes(" or ".join(wrong), check), check

@@ -1,402 +1,475 @@
 """Tokens: what is learned is what is served, and only the reply; what is left out or refused."""
 
+import io
 import json
 import re
 import shutil
 import statistics
+import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import transformers
 import trl
+from conftest import TINY
 from datasets import Dataset
-from peft import PeftModel
-from trainers import prepared, token_loss
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import httpx
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import train_lora_single as t
 
-QWEN_TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen3_5_think.jinja").read_text()
-SYSTEM, HELLO, WHO = ("system", "You are Nell."), ("user", "Hello?"), ("user", "Who are you?  ")
-MORNING, NELL, YES = (
-    ("assistant", text) for text in ("Good morning.", "Nell.\n\nA program.", "Yes.")
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+
+def messages(*texts, system=""):
+    """Return a conversation of these texts, said by user and assistant in turn."""
+    said = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    return [{"role": "system", "content": system}, *said] if system else said
+
+
+HELLO = messages("Hello?", "Yes.")
+LONG = messages("Hello?", "Yes. " * 50)
+TALK = messages(
+    "Hello?", "Good morning.", "Who are you?  ", "Nell.\n\nA program.", system="You are Nell."
 )
-TALK = [SYSTEM, HELLO, MORNING, WHO, NELL, HELLO, YES]
-LONG = ("assistant", "Yes. " * 50)
 
 
-def messages(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
+@pytest.fixture(autouse=True)
+def in_a_folder(in_the_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
-def write(folder, name, *talks):
-    """Write a file in which each line is a conversation; return its path."""
-    path = folder / name
-    path.write_text("\n".join(json.dumps({"messages": messages(*talk)}) for talk in talks))
-    return str(path)
+def write(name, *talks):
+    Path(name).write_text("".join(json.dumps({"messages": one}) + "\n" for one in talks))
 
 
-def change_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def dry_run(*flags):
+    t.main(["--dry_run", "--model_name", TINY, "--train_file", "t", "--eval_file", "", *flags])
 
 
-def render(tokenizer, *turns):
-    """Return the ids of prompt and reply of a conversation."""
-    return t.render(messages(*turns), t.ChatFormat(tokenizer, [tokenizer.eos_token_id]))
+def refusal(capsys, *flags):
+    """Return the lines of what a dry run is refused with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        dry_run(*flags)
+    assert stop.value.code == 1
+    return capsys.readouterr().err.splitlines()
+
+
+def model_with(*changes, **files):
+    """Return the folder of the tests' model, without weights, its template or files changed."""
+    shutil.copytree(TINY, "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    path = Path("model/chat_template.jinja")
+    template = path.read_text()
+    for old, new in changes:
+        assert old in template
+        template = template.replace(old, new)
+    path.write_text(template)
+    for name, values in files.items():
+        path = Path(f"model/{name}.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return "model"
+
+
+# ---- tokens and labels --------------------------------------------------------------------------
+
+QWEN_TEMPLATE = (TEMPLATES / "qwen3_5_think.jinja").read_text()
 
 
 @pytest.fixture(params=["own template", "Qwen3.5's template"])
-def tokenizer(request, tiny):
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
+def tokenizer(request):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
     if request.param == "Qwen3.5's template":
         tokenizer.chat_template = QWEN_TEMPLATE
     return tokenizer
 
 
-@pytest.fixture
-def model_with(tiny, tmp_path):
-    """Return a function: the path of the tests' model with a part of its template replaced."""
-
-    def change(old, new):
-        folder = Path(shutil.copytree(tiny, tmp_path / "model"))
-        template = folder / "chat_template.jinja"
-        assert old in template.read_text()
-        template.write_text(template.read_text().replace(old, new))
-        return str(folder)
-
-    return change
+def render(tokenizer, said):
+    """Return the tokens of prompt and reply."""
+    return t.render(said, t.ChatFormat(tokenizer, [tokenizer.eos_token_id]))
 
 
-@pytest.fixture
-def dry_run(tiny, tmp_path, monkeypatch):
-    """Return a function that makes a dry run on conversations, in their folder."""
-
-    def run(*talks, held_out=(), flags=()):
-        monkeypatch.chdir(tmp_path)
-        write(tmp_path, "train.jsonl", *talks)
-        files = ["--train_file", "train.jsonl", "--eval_file", ""]
-        if held_out:
-            write(tmp_path, "eval.jsonl", *held_out)
-            files[-1] = "eval.jsonl"
-        t.main(["--demo", "--dry_run", "--model_name", tiny, *files, *flags])
-
-    return run
-
-
-def refusal(capsys, run, *args, **keywords):
-    """Return what a run which exits with 1 ends with: one line for each problem, unwrapped."""
-    with pytest.raises(SystemExit) as stop:
-        run(*args, **keywords)
-    assert stop.value.code == 1
-    err = capsys.readouterr().err
-    return re.sub(r"\n(?!\S+:\d+: |\d+ of |\.\.\. and)", " ", err.strip()).split("\n")
-
-
-# ---- ids and labels
-
-
-def test_the_demo_template_renders_as_qwens(tiny):
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    for turns in [TALK[:n] for n in range(2, 8)] + [TALK[1:4]]:
-        for thinking in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
-            for ask in (True, False):
-                options = {"tokenize": False, "add_generation_prompt": ask, **thinking}
-                own, theirs = (
-                    tokenizer.apply_chat_template(messages(*turns), **options, chat_template=one)
-                    for one in (tokenizer.chat_template, QWEN_TEMPLATE)
-                )
-                assert own == theirs
-
-
-@pytest.mark.parametrize("end", [3, 5, 7], ids=["one turn", "two turns", "three turns"])
-def test_every_turn_is_learned_behind_the_ids_that_are_served(tokenizer, end):
-    prompt, reply = render(tokenizer, *TALK[:end])
+@pytest.mark.parametrize("said", [TALK[:3], TALK, HELLO], ids=["system", "turns", "plain"])
+def test_the_reply_is_learned_behind_the_tokens_that_are_served(tokenizer, said):
+    prompt, reply = render(tokenizer, said)
     served = tokenizer.apply_chat_template(
-        messages(*TALK[: end - 1]), add_generation_prompt=True, enable_thinking=False
+        said[:-1], add_generation_prompt=True, enable_thinking=False
     )["input_ids"]
-    assert prompt == served
+    whole = tokenizer.apply_chat_template(said, enable_thinking=False)["input_ids"]
+    newline = tokenizer("\n")["input_ids"]
+    assert prompt == served and prompt + reply + newline == whole
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert tokenizer.decode(reply) == TALK[end - 1][1] + "<|im_end|>"
-    assert reply[-1] == tokenizer.eos_token_id and reply.count(reply[-1]) == 1
+    assert tokenizer.decode(reply) == said[-1]["content"] + "<|im_end|>"
 
 
-def test_trl_prepares_a_single_turn_the_same_but_for_a_newline(tokenizer, tiny, tmp_path):
-    row = {"prompt": messages(SYSTEM, HELLO), "completion": messages(MORNING)}
+def test_trl_prepares_a_turn_the_same_but_for_the_newline(tokenizer, tmp_path):
+    row = {"prompt": TALK[:2], "completion": TALK[2:3]}
     row["chat_template_kwargs"] = {"enable_thinking": False}
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(tiny),
+        AutoModelForCausalLM.from_pretrained(TINY),
         args=SFTConfig(tmp_path, max_length=None, use_cpu=True, bf16=False, report_to="none"),
         train_dataset=Dataset.from_list([row]),
         processing_class=tokenizer,
     )
     theirs = trainer.train_dataset[0]
-    prompt, reply = render(tokenizer, SYSTEM, HELLO, MORNING)
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    prompt, reply = render(tokenizer, TALK[:3])
+    newline = tokenizer("\n")["input_ids"]
     assert theirs["input_ids"] == prompt + reply + newline
     assert theirs["labels"] == [-100] * len(prompt) + reply + newline
+    (row,) = t.to_dataset([t.Example("", [], prompt_ids=prompt, reply_ids=reply)])
+    assert row == {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
 
 
-def test_the_trainer_gets_each_reply_as_it_was_rendered(tiny, tmp_path):
-    talks = [[HELLO, ("assistant", f"Yes {n}.")] for n in range(20)]
-    flags = ["--train_file", write(tmp_path, "t", TALK, *talks)]
-    flags += ["--eval_file", write(tmp_path, "e", TALK[1:3]), "--output_dir", str(tmp_path / "o")]
-    job = t.Job(t.parse_settings(["--demo", "--model_name", tiny, *flags]))
-    t.prepare(job)
-    trainer = t.build_trainer(job)
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    wanted = [TALK[:3], TALK[:5], TALK, *talks]
-    found = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
-    for (ids, labels), talk in zip(found, wanted, strict=True):
-        prompt, reply = render(tokenizer, *talk)
-        assert ids == prompt + reply and labels == [-100] * len(prompt) + reply
-    prompt, reply = render(tokenizer, *TALK[1:3])
-    assert [row["input_ids"] for row in trainer.eval_dataset] == [prompt + reply]
+def test_the_tests_template_renders_as_qwens():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    for said in (TALK[:2], TALK[:3], TALK[:4], TALK, HELLO):
+        for options in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+            own, theirs = (
+                tokenizer.apply_chat_template(said, tokenize=False, chat_template=one, **options)
+                for one in (tokenizer.chat_template, QWEN_TEMPLATE)
+            )
+            assert own == theirs
 
 
-@pytest.mark.parametrize("own_end", ["<|endoftext|>", None])
-def test_an_end_of_turn_that_generation_config_alone_names_is_learned(
-    flags, tiny, tmp_path, capsys, own_end
-):
-    """As Gemma's: its tokenizer's end is <eos>, but its turns end with <end_of_turn>."""
-    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
-    change_json(folder / "tokenizer_config.json", eos_token=own_end)
-    flags = [*flags, "--model_name", str(folder)]
-    t.main(flags)
-    out = capsys.readouterr().out
-    assert "a reply ends with <|im_end|>" in out and "\ndone " in out
-    job = prepared(flags)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "output" / "final_lora")
-    assert tokenizer.eos_token == own_end
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    ends = []
-    for example in job.held_out:
-        assert example.reply_ids[-1] == end and example.reply_ids.count(end) == 1
-        *read, _ = example.input_ids
-        ends.append(t.Example("its end alone", [], prompt_ids=read, reply_ids=[end]))
-    before = token_loss(base, ends)
-    adapted = PeftModel.from_pretrained(base, tmp_path / "output" / "final_lora").eval()
-    assert token_loss(adapted, ends) < before - 1
+# ---- other families -----------------------------------------------------------------------------
 
-    (folder / "generation_config.json").unlink()  # now nothing tells where a turn ends
-    with pytest.raises(SystemExit):
-        t.main([*flags, "--dry_run"])
-    assert re.search("end-of-turn|not end", capsys.readouterr().err)
+LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+PHI = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
+GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
+QWEN = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+DEEPSEEK = [f"<\uff5c{name}\uff5c>" for name in ("User", "Assistant", "end\u2581of\u2581sentence")]
+COHERE = ["<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>"]
+COHERE += ["<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"]
+GPT_OSS = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
+GLM = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
+VISION = ["<|im_start|>", "<end_of_utterance>", "<image>"]
+NOT_SERVED = ["renders the prompt differently", "another"]
+
+# Of each template in TRL's wheel: the model's control tokens, the tokenizer's end, those that
+# generation_config.json names, and how a reply ends, or the words of the refusal.
+FAMILIES = {
+    "llama3": (LLAMA, "<|eot_id|>", [], "<|eot_id|>"),
+    "llama3_1": (LLAMA, "<|eot_id|>", [], "<|eot_id|>"),
+    "llama3_2": (LLAMA, "<|eot_id|>", [], "<|eot_id|>"),
+    "phi3_5": (PHI, "<|endoftext|>", ["<|end|>", "<|endoftext|>"], "<|end|>"),
+    "gemma3": (GEMMA, "<eos>", ["<eos>", "<end_of_turn>"], "<end_of_turn>"),
+    "qwen2_5": (QWEN, "<|im_end|>", [], "<|im_end|>"),
+    "qwen3": (QWEN, "<|im_end|>", [], "<|im_end|>"),
+    "qwen3_instruct_2507": (QWEN, "<|im_end|>", [], "<|im_end|>"),
+    "qwen3_5_nothink": (QWEN, "<|im_end|>", [], "<|im_end|>"),
+    "cohere": (COHERE, "<|END_OF_TURN_TOKEN|>", [], "<|END_OF_TURN_TOKEN|>"),
+    "cohere2": (COHERE, "<|END_OF_TURN_TOKEN|>", [], "<|END_OF_TURN_TOKEN|>"),
+    "lfm2": (QWEN, "<|im_end|>", [], "<|im_end|>"),
+    "gptoss": (GPT_OSS, "<|return|>", [], "<|return|>"),
+    "gemma": (GEMMA, "<eos>", ["<end_of_turn>"], ["refuses", "without a system message"]),
+    "glm4moe": (GLM, "<|endoftext|>", ["<|user|>"], ["does not end", "<|endoftext|> or <|user|>"]),
+    "deepseekv3": (DEEPSEEK, DEEPSEEK[2], [], NOT_SERVED),
+    "deepseek_r1_distill": (DEEPSEEK, DEEPSEEK[2], [], NOT_SERVED),
+    "smolvlm": (VISION, "<end_of_utterance>", [], ["leaves out what the"]),
+    "idefics3": (VISION, "<end_of_utterance>", [], ["leaves out what the"]),
+    "llava_next": (VISION, "<end_of_utterance>", [], ["refuses"]),
+}
 
 
-# ---- what is refused
+def chat_format_of(family, **more):
+    """Return the format of a model with a family's template and a tokenizer of single bytes."""
+    tokens, end, ends, _ = FAMILIES[family]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in tokens])
+    # Many tokenizers begin each text with a token that the template writes, too.
+    first = (tokens[0], inner.token_to_id(tokens[0]))
+    inner.post_processor = processors.TemplateProcessing(
+        single=f"{first[0]} $A", special_tokens=[first]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        chat_template=(TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8"),
+        bos_token=tokens[0],
+        eos_token=end,
+        pad_token=tokens[0],
+    )
+    tokenizer.save_pretrained("other")
+    ids = tokenizer.convert_tokens_to_ids(ends)
+    Path("other/generation_config.json").write_text(json.dumps({"eos_token_id": ids or None}))
+    return t.load_chat_format("other", "main", **more)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_familys_template_is_served_as_it_is_trained_or_refused(family):
+    end = FAMILIES[family][3]
+    chat_format = chat_format_of(family)
+    tokenizer = chat_format.tokenizer
+    (example,), _ = read(TALK[:3])
+    fitting, problems = t.encode([example], chat_format, None)
+    if isinstance(end, list):
+        (problem,) = problems
+        assert not fitting and problem.where == example.where
+        assert [part for part in [*end, "template"] if part not in problem.text] == []
+        return
+    assert fitting == [example] and not problems
+    served = tokenizer.apply_chat_template(
+        TALK[:2], add_generation_prompt=True, enable_thinking=False
+    )["input_ids"]
+    assert example.prompt_ids == served
+    reply = tokenizer.decode(example.reply_ids)
+    assert re.search(f"Good morning\\.(<.END_RESPONSE.>)?{re.escape(end)}$", reply)
+    assert example.reply_ids.count(example.reply_ids[-1]) == 1
+
+
+def read(*talks):
+    write("one", *talks)
+    return t.read_conversations("one", replies="last")
+
+
+def test_without_its_system_message_a_conversation_is_taken_where_the_template_wants_none():
+    (example,), _ = read(HELLO)
+    (fitting,), problems = t.encode([example], chat_format_of("gemma"), None)
+    assert not problems
+    assert fitting.reply_ids[-1] == chat_format_of("gemma").end_ids[1]
+
+
+# ---- what a template may not do -----------------------------------------------------------------
+
+TURN = "{{- text + '<|im_end|>\\n' }}"
+THINKING = "{{- '\\n</think>\\n\\n' }}"
+BEGIN = "{%- set turn"
+IF_NELL = "{% if 'Nell' in messages[-1].content %}"
+FAULTS = {
+    "raises": ((BEGIN, IF_NELL + "{{ raise_exception('not this') }}{% endif %}" + BEGIN),
+               ["refuses", "not this"]),
+    "undefined": ((BEGIN, IF_NELL + "{{ messages[7].content }}{% endif %}" + BEGIN), ["refuses"]),
+    "drops it": ((TURN, IF_NELL + "{{- '<|im_end|>\\n' }}{% else %}" + TURN + "{% endif %}"),
+                 ["leaves out what the user says"]),
+    "changes it": ((TURN, "{{- text | replace('Nell', 'Bob') + '<|im_end|>\\n' }}"),
+                   ["what the user says", "changes"]),
+    "no prefix": ((THINKING, IF_NELL + "{{- 'quick</think>' }}{% else %}" + THINKING
+                   + "{% endif %}"), ["prompt differently", "not equal serving"]),
+    "no end": ((TURN, "{{- text + ('\\n' if 'Nell' in text else '<|im_end|>\\n') }}"),
+               ["does not end the reply with <|im_end|>", "learn to stop"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_a_template_does_to_some_lines_is_one_sentence_with_their_number(name, capsys):
+    change, parts = FAULTS[name]
+    nell = messages("Are you Nell?", "Nell.")
+    write("t", HELLO, *[nell] * 5, HELLO)
+    write("e", nell)
+    (said, last) = refusal(capsys, "--model_name", model_with(change), "--eval_file", "e")
+    assert said.startswith("t:2, t:3, t:4, ... and 3 more: the model's chat template ")
+    assert [part for part in parts if part not in said] == []
+    assert "without a system message" not in said and "6 problems" in last
+    write("t", HELLO)
+    dry_run("--model_name", "model")
+
+
+def test_a_template_that_is_none_is_refused_as_one(capsys):
+    write("t", HELLO)
+    said = refusal(capsys, "--model_name", model_with((BEGIN, "{% if %}" + BEGIN)))
+    assert said[0].startswith("t:1: the model's chat template refuses")
+
+
+def test_an_error_of_another_kind_is_not_blamed_on_the_conversation(monkeypatch):
+    def bug(*_, **__):
+        raise ZeroDivisionError
+
+    write("t", HELLO)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "apply_chat_template", bug)
+    with pytest.raises(ZeroDivisionError):
+        dry_run()
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
 def test_a_control_token_in_a_text_is_refused_by_name(tokenizer, place, token):
-    turns = [SYSTEM, HELLO, MORNING]
-    turns[place] = (turns[place][0], f"before {token}user after")
+    said = [dict(one) for one in TALK[:3]]
+    said[place]["content"] = f"before {token}user after"
     with pytest.raises(ValueError, match=rf"control token {re.escape(token)}.*remove"):
-        render(tokenizer, *turns)
+        render(tokenizer, said)
 
 
-THINKING = "{{- '\\n</think>\\n\\n' }}"
-TURN = "{{- text + '<|im_end|>\\n' }}"
+def test_white_space_around_a_text_and_thoughts_may_be_left_out(tokenizer):
+    said = messages(" Hello?\n", "<think>\nHm.\n</think>\n\nFirst.", "And?", " Second. ")
+    prompt, reply = render(tokenizer, said)
+    assert "Hm." not in tokenizer.decode(prompt) and "First." in tokenizer.decode(prompt)
+    assert tokenizer.decode(reply).strip() == "Second.<|im_end|>"
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "fault"),
-    [
-        ("{%- set turn", "{{ raise_exception('no system') }}{%- set turn", "refuses.*no system"),
-        ("{%- set turn", "{{ messages[7].content }}{%- set turn", "refuses"),
-        ("{%- set turn", "{% if %}{%- set turn", "refuses"),
-        (THINKING, "{{- 'quick</think>' }}", "differently.*not equal serving.*quick"),
-        (TURN, "{{- text + '\\n' }}", r"<\|im_end\|>.*not learn to stop"),
-    ],
-    ids=["raises", "undefined", "no template", "prompt otherwise", "no end of turn"],
-)
-def test_a_template_that_cannot_serve_is_named_once_with_its_model(
-    model_with, dry_run, capsys, old, new, fault
-):
-    """It is the model's fault, so no line is blamed, however many there are."""
-    model = model_with(old, new)
-    talks = [TALK[1:3], *[[HELLO, YES]] * 5]
-    (said,) = refusal(capsys, dry_run, *talks, flags=["--model_name", model])
-    assert re.search(rf"^MODEL_NAME {re.escape(model)}: its chat template .*{fault}", said)
-    assert "train.jsonl:1" in said and "train.jsonl:2" not in said and "problem" not in said
+@pytest.mark.parametrize("dated", [True, False])
+def test_a_template_that_prints_the_day_is_warned_of(dated, capsys):
+    """As Llama 3.2's does: tomorrow the tokens will be others."""
+    date = '{%- if strftime_now is defined %}{{ strftime_now("%d %b %Y") }}{% endif %}\n'
+    write("t", HELLO)
+    dry_run("--model_name", model_with((BEGIN, date * dated + BEGIN)))
+    found = re.findall(r"(?m)^warning .*date", capsys.readouterr().out)
+    assert len(found) == dated
 
 
-ASKED = "if 'Nell' in messages[-1].content"
-REFUSE = "{% " + ASKED + " %}{{ raise_exception('no') }}{% endif %}"
+# ---- models that cannot be used -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "fault"),
-    [
-        ("{%- set turn", REFUSE + "{%- set turn", "refuses this conversation: no"),
-        (THINKING, "{{- 'quick</think>' " + ASKED + " else '\\n</think>\\n\\n' }}",
-         "differently.*not equal serving"),
-        (TURN, "{{- text + ('\\n' if 'Nell' in text else '<|im_end|>\\n') }}",
-         r"not end the reply with <\|im_end\|>.*not learn to stop"),
-    ],
-    ids=["raises", "prompt otherwise", "no end of turn"],
-)  # fmt: skip
-def test_a_template_that_cannot_serve_some_lines_names_those_alone(
-    model_with, dry_run, capsys, old, new, fault
-):
-    """A plain conversation is rendered as it should be; the name in a text is the trouble."""
-    flags = ["--model_name", model_with(old, new)]
-    nell = [("user", "Are you Nell?"), NELL]
-    talks = [[HELLO, YES], nell, [HELLO, YES], nell]
-    said = refusal(capsys, dry_run, *talks, held_out=[nell, [WHO, YES]], flags=flags)
-    assert [one.partition(": ")[0] for one in said] == [
-        "train.jsonl:2", "train.jsonl:4", "eval.jsonl:1"
-    ]  # fmt: skip
-    assert all(re.search(fault, one) for one in said) and "has 3 problems" in said[-1]
+def test_an_end_that_generation_config_alone_names_is_learned(capsys):
+    write("t", HELLO)
+    ends = {"tokenizer_config": {"eos_token": "<|endoftext|>"}}
+    dry_run("--model_name", model_with(**ends))
+    assert "a reply ends with <|im_end|>" in capsys.readouterr().out
+    Path("model/generation_config.json").unlink()  # now nothing tells where a turn ends
+    said = refusal(capsys, "--model_name", "model")
+    assert "does not end" in said[0] and "generation_config.json" in said[0]
 
 
-def test_a_template_that_changes_prompt_and_reply_alike_is_fine(model_with):
-    tokenizer = AutoTokenizer.from_pretrained(model_with("trim %}", "trim | upper %}"))
-    _, reply = render(tokenizer, HELLO, MORNING)
-    assert tokenizer.decode(reply) == "GOOD MORNING.<|im_end|>"
+LACKING = {
+    "template": "chat template",
+    "end": "end-of-turn",
+    "full weights": "quantized",
+    "configuration": "no such model",
+    "folder": "not stored on this machine",
+}
 
 
-def test_a_template_without_system_messages_is_said_to_be(model_with, dry_run, capsys):
-    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
-    model = model_with("{%- set turn", no_system + "{%- set turn")
-    flags = ["--model_name", model]
-    talks = [[HELLO, YES], [SYSTEM, HELLO, YES], [HELLO, YES], [SYSTEM, HELLO, NELL]]
-    (said,) = refusal(capsys, dry_run, *talks, held_out=talks[1:2], flags=flags)
-    assert said.startswith(f"MODEL_NAME {model}: its chat template refuses the system message")
-    assert "train.jsonl:2" in said and "(no)" in said and "first user message" in said
-    dry_run([HELLO, YES], flags=flags)  # it is fit for conversations without one
-
-
-def test_a_bug_is_not_blamed_on_the_conversation(tokenizer, monkeypatch):
-    def bug(*_, **__):
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(type(tokenizer), "apply_chat_template", bug)
-    with pytest.raises(ZeroDivisionError):
-        render(tokenizer, HELLO, YES)
-
-
-@pytest.mark.parametrize("lacking", ["template", "end", "full weights", "folder", "config"])
-def test_a_model_that_cannot_be_used_is_named_with_the_reason(
-    tiny, tmp_path, dry_run, capsys, lacking
-):
-    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+@pytest.mark.parametrize("lacking", LACKING)
+def test_a_model_that_cannot_be_used_is_named_with_the_reason(lacking, capsys):
+    write("t", HELLO)
+    folder = Path(model_with())
     if lacking == "template":
         (folder / "chat_template.jinja").unlink()
-    if lacking == "end":
-        change_json(folder / "tokenizer_config.json", eos_token=None)
+    elif lacking == "end":
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
         (folder / "generation_config.json").unlink()
-    if lacking == "full weights":
-        four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        change_json(folder / "config.json", quantization_config=four_bits)
-    if lacking == "folder":
-        shutil.rmtree(folder)
-    if lacking == "config":
+    elif lacking == "full weights":
+        path = folder / "config.json"
+        four_bits = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | four_bits))
+    elif lacking == "configuration":
         (folder / "config.json").write_text("{")
-    reason = {"template": "chat template", "end": "end-of-turn", "full weights": "quantized"}
-    (said,) = refusal(capsys, dry_run, TALK, flags=["--model_name", str(folder)])
-    assert said.startswith(f"MODEL_NAME {folder}: ")
-    assert reason.get(lacking, "cannot be reached") in said
+    else:
+        shutil.rmtree(folder)
+    (said,) = refusal(capsys, "--model_name", "model")
+    assert "model" in said and LACKING[lacking] in said
 
 
-def test_a_hub_that_cannot_be_reached_is_told_in_two_sentences(dry_run, capsys):
-    (said,) = refusal(capsys, dry_run, TALK, flags=["--model_name", "some-one/a-model"])
-    assert "hub cannot be reached, and some-one/a-model is not stored on this machine" in said
-    assert "local folder" in said and "(" not in said  # the library's words are in the log
+def test_a_model_of_the_hub_that_is_not_here_is_one_message_at_once(capsys):
+    write("t", HELLO)
+    (said,) = refusal(capsys, "--model_name", "some-one/a-model")
+    assert "cannot be reached, and some-one/a-model is not stored" in said and "folder" in said
 
 
-# ---- what is too long
+@pytest.mark.parametrize("place", ["commit", "file"])
+def test_a_gated_model_is_told_with_its_licence_and_the_login(place, capsys, monkeypatch):
+    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+    gated = GatedRepoError("403 Client Error", response=response)
+
+    def refuse(*_, **__):
+        if place == "file":  # as transformers wraps it
+            raise OSError("You are trying to access a gated repo.") from gated
+        raise gated
+
+    if place == "file":
+        answer = huggingface_hub.ResolvedRevision(resolved="0" * 40, initial="main")
+        monkeypatch.setattr(huggingface_hub, "resolve_revision", lambda *_, **__: answer)
+        monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    else:
+        monkeypatch.setattr(huggingface_hub, "resolve_revision", refuse)
+    write("t", HELLO)
+    (said,) = refusal(capsys, "--model_name", "meta/some-llama")
+    assert "https://huggingface.co/meta/some-llama" in said and "hf auth login" in said
 
 
-def test_left_out_examples_are_counted_named_and_all_in_the_log(
-    tiny, tmp_path, monkeypatch, capsys
-):
-    def stop(*_, **__):
-        raise SystemExit("enough")
-
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", stop)
-    monkeypatch.chdir(tmp_path)
-    talks = [[HELLO, LONG if n % 10 == 9 else YES] for n in range(250)]
-    write(tmp_path, "t", *talks)
-    flags = ["--train_file", "t", "--eval_file", "", "--max_seq_len", "64", "--output_dir", "o"]
-    with pytest.raises(SystemExit):
-        t.main(["--demo", "--model_name", tiny, *flags])
-    out, err = capsys.readouterr()
-    assert "enough" in err
-    numbers = [str(10 * n) for n in range(1, 26)]
-    prompt, reply = render(AutoTokenizer.from_pretrained(tiny), HELLO, LONG)
-    length = len(prompt + reply)
-    assert "left out" in out and "25 of 250" in out and "MAX_SEQ_LEN 64" in out
-    assert re.findall(rf"\bt:(\d+): {length} tokens", out) == numbers[:20] and "5 more" in out
-    log = Path("o/all_logs.log").read_text(encoding="utf-8")
-    assert re.findall(rf"\bt:(\d+): {length} tokens", log) == numbers
-    assert re.search(r"\bt +225 ", out)  # the table counts what is left
+# ---- what is too long ---------------------------------------------------------------------------
 
 
-def test_more_than_a_tenth_too_long_is_refused_with_the_reason(dry_run, capsys):
-    def flags(limit):
-        return ["--max_seq_len", str(limit)]
-
-    # Ten short ones and one long one: a tenth may be left out, of which 1 of 9 is more.
-    dry_run(*[[HELLO, YES]] * 9, [HELLO, LONG], flags=flags(64))
-    capsys.readouterr()
-    said = refusal(capsys, dry_run, *[[HELLO, YES]] * 8, [HELLO, LONG], flags=flags(64))
-    assert "1 of 9" in said[0] and "a tenth" in said[0] and "MAX_SEQ_LEN 64" in said[0]
-    length = re.match(r"train\.jsonl:9: (\d+) tokens", said[1])[1]
-    keeps_all = -(-int(length) // 64) * 64
-    assert re.search(rf"--max_seq_len {keeps_all} +0 ", said[0]) and "--replies" not in said[0]
+def lengths_of(*talks):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    return [sum(map(len, render(tokenizer, one))) for one in talks]
 
 
-def test_an_example_of_exactly_the_limit_is_kept_and_never_cut(dry_run, tiny, capsys):
-    prompt, reply = render(AutoTokenizer.from_pretrained(tiny), HELLO, LONG)
-    length = len(prompt + reply)
-    dry_run([HELLO, LONG], flags=["--max_seq_len", str(length)])
-    assert re.search(rf"train\.jsonl +1 +{length} +{length} ", capsys.readouterr().out)
-    said = refusal(capsys, dry_run, [HELLO, LONG], flags=["--max_seq_len", str(length - 1)])
-    assert f"train.jsonl:1: {length} tokens" in said[-1]
-
-
-def test_a_bad_line_is_named_even_if_too_many_are_too_long(dry_run, capsys):
-    bad = [HELLO, ("assistant", "<|im_end|>")]
-    flags = ["--max_seq_len", "64"]
-    said = " ".join(refusal(capsys, dry_run, [HELLO, LONG], bad, [HELLO, YES], flags=flags))
-    assert "train.jsonl:2: " in said and "control token" in said and "a tenth" in said
-
-
-# ---- what is printed
-
-
-WIDE = "Guten Tag, Frau M\u00fcller.\n\nA gap. " + 9 * "So long a line. "
-
-
-def test_the_table_counts_the_tokens_of_each_file(dry_run, tiny, capsys):
-    talks = [[("user", WIDE), MORNING], TALK]
-    talks += [[("user", "Hello? " * n), NELL] for n in (*range(1, 30), 90)]
-    dry_run(*talks, held_out=[[HELLO, YES]])
+def test_up_to_a_tenth_that_is_too_long_is_left_out_by_name(capsys):
+    write("t", *[LONG if n % 10 == 9 else HELLO for n in range(250)])
+    dry_run("--max_seq_len", "64")
     out = capsys.readouterr().out
-    table = out[out.index("\ntokens ") :].splitlines()[1:4]
-    ends = [[m.end() for m in re.finditer(r"\S+(?= |$)", one.split(" (")[0])] for one in table]
-    assert ends[1][1:5] == ends[2][1:5] == ends[0][1:5]  # each figure stands under its name
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    rows = [render(tokenizer, *talk) for talk in (*talks, TALK[:3], TALK[:5])]
+    (length,) = lengths_of(LONG)
+    named = re.findall(rf"\bt:(\d+): {length} tokens", out)
+    assert named == [str(10 * n) for n in range(1, 21)] and "5 more" in out
+    assert re.search(r"(?m)^left out +25 of 250 ", out) and re.search(r"(?m)^ +t +225 ", out)
+
+
+def test_more_than_a_tenth_is_refused_with_the_limits_that_would_do(capsys):
+    talks = [HELLO] * 17 + [messages("Hello?", "Yes. " * n) for n in (30, 40, 50)]
+    write("t", *talks)
+    said = refusal(capsys, "--max_seq_len", "64")
+    assert len(said) == 2 and said[0].startswith("t:18: 3 of 20 ")
+    nine_tenths, everything = re.findall(r"([\d,]+) (?:would keep nine tenths|all)", said[0])
+    for limit, kept in ((nine_tenths, 18), (everything, 20)):
+        dry_run("--max_seq_len", limit)
+        assert re.search(rf"(?m)^ +t +{kept} ", capsys.readouterr().out)
+        less = str(int(limit) - 1)
+        if kept == 18:
+            refusal(capsys, "--max_seq_len", less)
+    # An exact tenth may go, and the other file is counted by itself.
+    write("e", *[HELLO] * 9, LONG)
+    write("t", HELLO)
+    dry_run("--eval_file", "e", "--max_seq_len", "64")
+    write("e", *[HELLO] * 8, LONG)
+    assert "1 of 9" in refusal(capsys, "--eval_file", "e", "--max_seq_len", "64")[0]
+
+
+def test_an_example_of_exactly_the_limit_stays_whole(capsys):
+    (length,) = lengths_of(LONG)
+    write("t", LONG)
+    dry_run("--max_seq_len", str(length))
+    assert re.search(rf"(?m)^ +t +1 +{length} +{length} +{length} ", capsys.readouterr().out)
+    assert "1 of 1" in refusal(capsys, "--max_seq_len", str(length - 1))[0]
+
+
+# ---- what is printed ----------------------------------------------------------------------------
+
+
+def test_the_table_counts_the_tokens_of_each_file_and_of_all_steps(capsys):
+    talks = [TALK, *[messages("Hello? " * n, "Nell.") for n in (*range(1, 30), 60)]]
+    write("t", *talks)
+    write("e", HELLO)
+    dry_run("--eval_file", "e")
+    out = capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    rows = [render(tokenizer, one) for one in (TALK[:3], *talks)]
     lengths = [len(prompt + reply) for prompt, reply in rows]
     learned = sum(len(reply) for _, reply in rows)
-    assert round(statistics.median(lengths)) != round(statistics.fmean(lengths))
     figures = [len(rows), round(statistics.median(lengths)), max(lengths), sum(lengths), learned]
-    share = f"({learned / sum(lengths):.0%})"
-    assert table[1].split() == ["train.jsonl", *(f"{figure:,}" for figure in figures), share]
-    assert table[2].split()[:2] == ["eval.jsonl", "1"] and len(set(table[2].split()[2:5])) == 1
+    share = rf"\({learned / sum(lengths):.0%}\)"
+    row = " +".join(["t", *(f"{one:,}" for one in figures)])
+    assert round(statistics.median(lengths)) != round(statistics.fmean(lengths))
+    assert re.search(rf"(?m)^ +{row} {share}$", out)
+    assert re.search(r"(?m)^ +e +1 +(\d+) +\1 +\1 ", out)
+    assert f"all steps together train on {3 * sum(lengths):,} tokens" in out
+    dry_run("--max_steps", "4")  # of 8 in an epoch
+    assert f"train on about {round(sum(lengths) / 2):,} tokens" in capsys.readouterr().out
 
 
-def test_the_example_marks_what_is_learned(dry_run, capsys):
-    dry_run([("user", WIDE), MORNING], [HELLO, YES])
+def test_the_first_example_is_shown_with_what_is_learned(capsys):
+    wide = "Guten Tag, Frau Müller.\n\n" + 9 * "So long a line. "
+    write("t", messages(wide, "Good morning."), HELLO)
+    dry_run()
     out = capsys.readouterr().out
-    title, _, example = out[out.index("\nexample ") : out.index("\nplan ")].partition(":\n")
-    assert "train.jsonl:1" in title and ">>>" in title and "Yes." not in example
-    assert example.count("<|im_start|>") == 2 and "<think>" in example
-    assert example.rstrip().endswith(">>>Good morning.<|im_end|><<<")
-    assert example.count(">>>") == example.count("<<<") == 1
-    assert "Guten Tag, Frau Müller.\n\n" in re.sub("(?m)^ +| +$", "", example)
-    assert f"A gap. {WIDE.split('gap. ')[1].strip()}<|im_end|>" in " ".join(example.split())
+    shown = out[out.index("\nexample ") : out.index("\nplan ")]
+    assert "t:1 " in shown and shown.rstrip().endswith(">>>Good morning.<|im_end|><<<")
+    assert " ".join(wide.split()) in " ".join(shown.split()) and "Yes." not in shown
     assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_bar_runs_on_a_terminal_while_lines_are_rendered(is_terminal, monkeypatch):
+    errors = io.StringIO()
+    errors.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", errors)
+    write("t", *[HELLO] * 30)
+    dry_run()
+    assert bool(re.search(r"rendering: .*/30", errors.getvalue())) == is_terminal
+    assert is_terminal or errors.getvalue() == ""

