@@ -30,7 +30,13 @@ from on_tiny import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_adapters import CONFIG, TENSORS, change_config, change_tensors, command
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import inspect_lora.adapters as adapters
 
@@ -357,6 +363,7 @@ def test_a_file_that_does_not_fit_is_one_message(refused, changed, name):
         ({"layer_replication": [[0, 2]]}, "another model than its base"),
         ({"alora_invocation_tokens": [5]}, "invocation tokens"),
         ({"peft_type": "IA3"}, "of the kind IA3"),
+        ({"task_type": "SEQ_CLS"}, "another task than replying (SEQ_CLS)"),
         ({"r": "eight", "target_modules": 5}, ""),
         ({"target_modules": ["no_such_module"]}, "does not fit the base model"),
     ],
@@ -424,6 +431,14 @@ def test_a_base_that_is_not_there_is_asked_for(refused, changed):
 def test_a_folder_that_is_gone_is_no_name_on_the_hub(refused, changed, base):
     said = refused(changed(base_model_name_or_path=base))
     assert f"base model {base} is not there" in said and "--base" in said
+
+
+def test_a_base_that_is_no_language_model_is_one_message(refused, plain, tmp_path):
+    sizes = {"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "d_kv": 8, "vocab_size": 50}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "t5")
+    said = refused(plain, "--base", tmp_path / "t5")
+    assert "cannot be loaded as a language model" in said and "--base" in said
 
 
 @pytest.mark.parametrize(
