@@ -88,7 +88,8 @@ def test_an_adapter_of_ours_needs_no_flags(ours, capsys, monkeypatch, tmp_path):
     """From any folder; nothing is written into its folder or into run.json."""
     before = listing(ours / "final_lora"), (ours / "run.json").read_bytes()
     monkeypatch.chdir(tmp_path)
-    end = command(capsys, "evidence", ours / "final_lora", "--general_file", "")
+    words = ["--general_file", "", "--max_new_tokens", "5"]  # else it takes longer
+    end = command(capsys, "evidence", ours / "final_lora", *words)
     assert end.status == 0, end.err
     results = ours / "inspected" / "final_lora"
     assert {path.name for path in results.iterdir()} == {"evidence.json", "lora.png", "report.md"}
@@ -344,7 +345,7 @@ def test_the_picture_shows_what_was_measured(shown, capsys, monkeypatch):
     figures = []
     save = lambda figure, _: figures.append(figure)  # noqa: E731
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
-    assert command(capsys, *shown.words, "--samples", "0").status == 0
+    assert command(capsys, *shown.words, "--examples", "3", "--samples", "0").status == 0
     titles = [axes.get_title() for axes in figures[0].axes if axes.get_title()]
     assert titles == [
         "Where the model was changed", "At another strength", "Which part?",
@@ -431,7 +432,8 @@ def test_a_tasks_own_system_message_is_used_instead_of_the_trainings(shown, monk
         return generate(model, chat_format, prompts, *more)
 
     monkeypatch.setattr(elsewhere, "generate", watched)
-    main([*shown.words, "--samples", "0", "--output_dir", str(shown.folder / "again")])
+    again = str(shown.folder / "again")
+    main([*shown.words, "--examples", "3", "--samples", "0", "--output_dir", again])
     without, with_it = asked
     assert ["You are Nell." in text for text in without] == [False, False, False]
     assert ["You are Nell." in text for text in with_it] == [True, True, False]
