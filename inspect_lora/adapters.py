@@ -129,9 +129,8 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
     modules = counted(len(lora_layers(model)), "module")
     report(
         "adapter",
-        f"{shorten_path(options.adapter, 90)}\nLoRA with r = {lora.r}, alpha = {lora.lora_alpha}"
-        f"{by_pattern} on {modules}, in {dtype} on {device.type}\n"
-        f"of {shorten_path(base, 87)}",
+        f"{shorten_path(options.adapter, 88)}, on {device.type}\nr = {lora.r}, alpha = "
+        f"{lora.lora_alpha}{by_pattern} on {modules} of {shorten_path(base, 40)}, {dtype}",
     )
     if run and run.record.get("script_sha256") not in (None, script_sha256()):
         report("", "It was trained by another version of train_lora_single.py than lies here.")
@@ -145,6 +144,11 @@ def errors_name_the_base(base: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise InspectError(f"{error}\n(The adapter's base model is {base}; see --base.)") from error
+    except ValueError as error:  # transformers' word on a model that is no language model
+        raise InspectError(
+            f"The base model {base} cannot be loaded as a language model ({one_line(error, 150)}); "
+            "see --base."
+        ) from error
 
 
 # ---- Which base model, device and type, and what renders the conversations
@@ -270,6 +274,8 @@ def why_not_measured(config: peft.LoraConfig) -> str:
             f'it trained biases (bias="{config.bias}"), which stay changed where the adapter is '
             "switched off, so nothing can be compared with the base model"
         )
+    if config.task_type not in (None, "CAUSAL_LM"):
+        return f"it is for another task than replying ({config.task_type})"
     if config.layer_replication:
         return "layer_replication builds another model than its base"
     if config.alora_invocation_tokens:

@@ -20,7 +20,7 @@ from inspect_lora.adapters import (
     rescaled,
     system_message_of,
 )
-from inspect_lora.common import InspectError, at_least, report
+from inspect_lora.common import InspectError, at_least, report, report_sentence
 from inspect_lora.files import find_adapter, find_run
 from inspect_lora.replies import generate_batch, greedy, reply_of
 
@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> None:
     trained_by = find_run(place)
     adapter = open_adapter(options, place, trained_by)
     system = system_message_of(options, trained_by)
-    report("chat", f"system message: {system or '(none)'}\ntype a message, or /help")
+    report_sentence("chat", f"system message: {system or '(none)'}")
+    report("", "type a message, or /help")
     talk(adapter, system, options.max_new_tokens)
 
 

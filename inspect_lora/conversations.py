@@ -108,6 +108,8 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
     sha256 = file_sha256(Path(path))
     if not options.eval_file and sha256 != facts["sha256"]:
         report("warning", f"{path} has changed since the run, so the losses differ from the run's")
+    if run and sha256 == run.record.get("data", {}).get("train", {}).get("sha256"):
+        report("warning", f"{path} is what the adapter was trained on, so it is not held out")
     return HeldOut(str(path), sha256, examples, checked)
 
 

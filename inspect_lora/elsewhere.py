@@ -161,8 +161,8 @@ def about_change(found: Elsewhere) -> str:
     kl, other = shift.kl_a_token(), shift.other_tokens()
     return (
         f"change: on {found.tasks} other tasks another token is the likeliest at "
-        f"{100 * other.value:.1f} % of the places (KL {kl.value:.4f} nats a token; 0 is none). It "
-        "says how far the model was moved, not that anything got worse."
+        f"{100 * other.value:.1f} % of the places (KL {kl.value:.4f} nats a token). It says how "
+        "far the model was moved, not that it got worse."
     )
 
 

@@ -13,6 +13,7 @@ the replies are good: read them in the report.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,12 +99,18 @@ def run(options: argparse.Namespace) -> None:
     adapter = open_adapter(options, place, trained_by)
     examples = encode_held_out(held_out, adapter, options)
     system_message = system_message_of(options, trained_by)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InspectError(
+            f"Nothing can be written into {folder} ({error}); choose another folder with "
+            "--output_dir."
+        ) from error
     found = Findings(options.adapter, adapter, held_out, options.group, system_message, examples)
     try:
         measure(found, tasks, options)
     finally:  # also what was found before Ctrl-C
         if found.losses:
-            folder.mkdir(parents=True, exist_ok=True)
             for name in ("evidence.json", "report.md", "lora.png"):
                 rename_old(folder / name)
             write_json(folder / "evidence.json", as_json_object(found))
@@ -141,6 +148,8 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         trained = losses_of(model, found.examples, "adapter")
         with model.disable_adapter():
             base = losses_of(model, found.examples, "base")
+    for name, losses in (("the base model", base), ("the adapter", trained)):
+        refuse_nan(name, losses, found)
     found.losses = Losses(
         trained,
         base,
@@ -154,7 +163,6 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         if checked:
             with timed(found, "checks"):
                 found.checks, found.checked_replies = ask_checked(model, chat_format, checked)
-            found.conclusions += [row.conclusion() for row in found.checks if row.is_clear]
     print_checks(found)
     print_conclusions(found)
     chosen = choose_samples(found.examples, options.group, options.samples)
@@ -162,6 +170,17 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         with timed(found, "samples"):
             found.samples = take_samples(model, chat_format, chosen, options.max_new_tokens)
     found.is_finished = True
+
+
+def refuse_nan(name: str, losses: list[float], found: Findings) -> None:
+    """Refuse losses that are no numbers, since every row would be wrong in silence."""
+    bad = sum(not math.isfinite(loss) for loss in losses)
+    if bad:
+        raise InspectError(
+            f"{name} has no loss that is a number on {bad} of {len(losses)} replies, in "
+            f"{found.adapter.dtype} on {found.adapter.model.device.type}. Try --dtype float32; if "
+            "it stays so, the training diverged or the base is not the one that was trained on."
+        )
 
 
 def measure_parts_and_change(found: Findings, tasks: list[Task], wanted: int) -> None:

@@ -158,6 +158,7 @@ def draw_gain_and_change(axes: Axes, parts: list[Part], shifts: dict[float, Shif
             zorder=6,
             bbox=BEHIND_A_NUMBER,
         )
+    axes.margins(y=0.15)  # room for the name below the lowest point
     axes.axhline(100, color="0.6", linestyle="--", linewidth=1)
     axes.set(
         xlabel="change on other tasks, without a system message: KL(base || adapter) a token",

@@ -117,6 +117,8 @@ class CheckRow:
     def conclusion(self) -> str:
         """Return the sentence on the row; none says that nothing was lost."""
         lost, won = len(self.lost), len(self.won)
+        if lost == won == 0:
+            return f"{self.name}: of {counted(self.lines, 'line')} both pass the same {self.after}."
         text = (
             f"{self.name}: of {counted(self.lines, 'line')} the base passes {self.before}, the "
             f"adapter {self.after}: {lost} lost, {won} won. "

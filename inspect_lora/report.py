@@ -104,16 +104,17 @@ def telling_parts(parts: list[Part]) -> list[Part]:
 def print_checks(found: Findings) -> None:
     """Print a row for each name of a check."""
     if found.checks:
-        columns = "{:<27}{:>16}{:>9}{:>9}{:>8}{:>8}{:>8}".format
-        rows = [columns("", "lines", "base", "adapter", "lost", "won", "p")]
+        columns = "{:<27}{:>9}{:>9}{:>9}{:>8}{:>8}  {:<}".format
+        rows = [columns("", "lines", "base", "adapter", "lost", "won", "by chance alone")]
         for row in found.checks:
-            name, counts = one_line(row.name, 26), (len(row.lost), len(row.won))
-            rows.append(columns(name, row.lines, row.before, row.after, *counts, f"{row.p:.3f}"))
+            counts = [row.lines, row.before, row.after, len(row.lost), len(row.won)]
+            chance = f"p = {row.p:.3f}" + (", so it is more" if row.is_clear else "")
+            rows.append(columns(one_line(row.name, 26), *counts, chance))
         report("checks", join_limited(rows, 7))
 
 
 def print_conclusions(found: Findings) -> None:
-    """Print what may be concluded."""
+    """Print what may be concluded, but for the checks, whose rows say it."""
     for sentence in found.conclusions:
         report_sentence("", sentence)
 

@@ -30,7 +30,13 @@ from on_tiny import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_adapters import CONFIG, TENSORS, change_config, change_tensors, command
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import inspect_lora.adapters as adapters
 
@@ -108,7 +114,7 @@ def test_an_adapter_of_peft_alone_has_the_losses_of_weights_merged_by_hand(plain
         assert parts[title]["losses"] == pytest.approx(losses(**how), abs=1e-4), title
     kinds = [parts[title]["kind"] for title in expected]
     assert kinds == ["whole", "base", *["strength"] * 2, *["group"] * 2, "target", *["cut"] * 2]
-    assert "r = 4, alpha = 32 on 4 modules, in float32 on cpu\n" in run.out
+    assert "adapter, on cpu\n          r = 4, alpha = 32 on 4 modules of " in run.out
     assert "alpha / sqrt(r) x B A" in run.report  # what rsLoRA multiplies by
     assert listing(plain) == before  # nothing is written into the adapter's folder
     assert {path.name for path in run.results.iterdir()} == {
@@ -148,7 +154,7 @@ VARIANTS = {
     "trained tokens": ({"trainable_token_indices": [5, 6]}, set(), "not taken apart"),
     "all linear layers": ({"target_modules": "all-linear"}, SCALED | GROUPS, ""),
     "one layer, one target": (
-        {"target_modules": ["down_proj"], "layers_to_transform": [1]}, SCALED, "on 1 module,",
+        {"target_modules": ["down_proj"], "layers_to_transform": [1]}, SCALED, "on 1 module of",
     ),
     "by expression": ({"target_modules": r".*mlp\.(up|down)_proj"}, SCALED | {"target"}, ""),
     "begun by chance": ({"init_lora_weights": "orthogonal"}, SCALED | GROUPS, ""),
@@ -357,6 +363,7 @@ def test_a_file_that_does_not_fit_is_one_message(refused, changed, name):
         ({"layer_replication": [[0, 2]]}, "another model than its base"),
         ({"alora_invocation_tokens": [5]}, "invocation tokens"),
         ({"peft_type": "IA3"}, "of the kind IA3"),
+        ({"task_type": "SEQ_CLS"}, "another task than replying (SEQ_CLS)"),
         ({"r": "eight", "target_modules": 5}, ""),
         ({"target_modules": ["no_such_module"]}, "does not fit the base model"),
     ],
@@ -424,6 +431,14 @@ def test_a_base_that_is_not_there_is_asked_for(refused, changed):
 def test_a_folder_that_is_gone_is_no_name_on_the_hub(refused, changed, base):
     said = refused(changed(base_model_name_or_path=base))
     assert f"base model {base} is not there" in said and "--base" in said
+
+
+def test_a_base_that_is_no_language_model_is_one_message(refused, plain, tmp_path):
+    sizes = {"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "d_kv": 8, "vocab_size": 50}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "t5")
+    said = refused(plain, "--base", tmp_path / "t5")
+    assert "cannot be loaded as a language model" in said and "--base" in said
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from tiny_adapters import command, llama, save_adapter
+from tiny_adapters import command
 
 from inspect_lora import trainer
 from inspect_lora.__main__ import MODULES
@@ -63,19 +63,6 @@ def test_it_is_started_from_any_folder_by_its_path(tmp_path):
     (tmp_path / "common.py").write_text("raise SystemExit('not of the package')")
     end = run_python(PACKAGE, "info", "--help", cwd=tmp_path)
     assert end.returncode == 0 and "python -m inspect_lora info" in end.stdout, end.stderr
-
-
-def test_info_needs_neither_the_script_nor_transformers(tmp_path):
-    adapter = save_adapter(tmp_path / "adapter", model=llama())
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from inspect_lora.__main__ import main\n"
-        f"main(['info', {str(adapter)!r}])\n"
-        "heavy = {'train_lora_single', 'transformers', 'peft', 'trl', 'datasets', 'matplotlib'}\n"
-        "print('HEAVY', sorted(heavy & set(sys.modules)))"
-    )
-    end = run_python("-c", code, cwd=tmp_path)
-    assert end.returncode == 0 and "HEAVY []" in end.stdout, end.stderr
 
 
 # ==== The commands

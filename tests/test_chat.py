@@ -161,7 +161,7 @@ def test_an_adapter_of_ours_is_talked_to_with_its_system_message(
     record = json.loads((finished / "run.json").read_text(encoding="utf-8"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), "utf-8"))
     end = command(capsys, "chat", finished / "final_lora")
-    assert end.status == 0 and f"system message: {record['system_message']}\n" in end.out
+    assert end.status == 0 and f"system message: {record['system_message']} " in end.said
 
 
 def test_an_adapter_that_was_trained_to_think_is_asked_to(parrot, talk):

@@ -155,7 +155,7 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     }  # fmt: skip
     assert rows["as the adapter"]["after"] == 1
     assert rows["no cheese"]["before"] == rows["no cheese"]["after"] == 2
-    assert "no cheese: of 2 lines the base passes 2" in run.report
+    assert "no cheese: of 2 lines both pass the same 2." in run.report
     assert "checks" in run.found["seconds"] and "| no cheese | 2 | 2 | 2 | 0 | 0 |" in run.report
     assert run.out.count("no cheese") == 1
 

@@ -88,7 +88,8 @@ def test_an_adapter_of_ours_needs_no_flags(ours, capsys, monkeypatch, tmp_path):
     """From any folder; nothing is written into its folder or into run.json."""
     before = listing(ours / "final_lora"), (ours / "run.json").read_bytes()
     monkeypatch.chdir(tmp_path)
-    end = command(capsys, "evidence", ours / "final_lora", "--general_file", "")
+    words = ["--general_file", "", "--max_new_tokens", "5"]  # else it takes longer
+    end = command(capsys, "evidence", ours / "final_lora", *words)
     assert end.status == 0, end.err
     results = ours / "inspected" / "final_lora"
     assert {path.name for path in results.iterdir()} == {"evidence.json", "lora.png", "report.md"}
@@ -157,7 +158,42 @@ def test_what_a_run_named_from_its_own_folder_is_found_from_another(
     assert end.status == 0, end.err
 
 
+def test_what_a_run_held_out_lies_beside_it_wherever_it_was_moved(ours, capsys, no_picture):
+    write_held_out(ours / "held_out.jsonl")
+    facts = read_json(ours / "run.json")["data"]
+    facts["held_out"] |= {
+        "file": "/gone/held_out.jsonl",
+        "sha256": file_sha256(ours / "held_out.jsonl"),
+    }
+    change_record(ours, working_folder="/gone", data=facts)
+    end = command(capsys, "evidence", ours / "final_lora", *SHORT)
+    assert end.status == 0 and "warning" not in end.out, end.err
+
+
+def test_the_training_file_is_not_held_out(ours, capsys, no_picture):
+    path = read_json(ours / "run.json")["data"]["train"]["file"]
+    end = command(capsys, "evidence", ours / "final_lora", "--eval_file", path, *SHORT)
+    assert end.status == 0 and "train.jsonl is what the adapter was trained on" in end.said
+
+
 # ==== Where the report goes
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(ours, capsys):
+    end = command(
+        capsys, "evidence", ours / "final_lora", "--output_dir", ours / "run.json", *SHORT
+    )
+    assert end.status == 1 and "--output_dir" in end.err and "gain" not in end.out
+
+
+def test_losses_that_are_no_numbers_are_refused(ours, capsys):
+    change_tensors(ours / "final_lora", lambda tensors: {
+        name: one * 1e30 for name, one in tensors.items()
+    })  # fmt: skip
+    know_again(ours)
+    end = command(capsys, "evidence", ours / "final_lora", *SHORT)
+    assert end.status == 1 and "the adapter has no loss that is a number on 4 of 4" in end.err
+    assert not (ours / "inspected" / "final_lora" / "evidence.json").exists()
 
 
 def test_a_foreign_adapters_report_goes_into_the_working_folder(
@@ -309,7 +345,7 @@ def test_the_picture_shows_what_was_measured(shown, capsys, monkeypatch):
     figures = []
     save = lambda figure, _: figures.append(figure)  # noqa: E731
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
-    assert command(capsys, *shown.words, "--samples", "0").status == 0
+    assert command(capsys, *shown.words, "--examples", "3", "--samples", "0").status == 0
     titles = [axes.get_title() for axes in figures[0].axes if axes.get_title()]
     assert titles == [
         "Where the model was changed", "At another strength", "Which part?",
@@ -396,7 +432,8 @@ def test_a_tasks_own_system_message_is_used_instead_of_the_trainings(shown, monk
         return generate(model, chat_format, prompts, *more)
 
     monkeypatch.setattr(elsewhere, "generate", watched)
-    main([*shown.words, "--samples", "0", "--output_dir", str(shown.folder / "again")])
+    again = str(shown.folder / "again")
+    main([*shown.words, "--examples", "3", "--samples", "0", "--output_dir", again])
     without, with_it = asked
     assert ["You are Nell." in text for text in without] == [False, False, False]
     assert ["You are Nell." in text for text in with_it] == [True, True, False]
