@@ -1509,7 +1509,7 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
     if deltanet:
         lines.append(
             f"{deltanet} of {depth} layers are Gated DeltaNet, which has no q_proj, k_proj, v_proj "
-            f"and o_proj:\nthe other {depth - deltanet} have them, which is expected"
+            f"and o_proj:\nit is expected that only {depth - deltanet} of the layers have these"
         )
     lines.append(steps_in_words(job, plan))
     report("plan", "\n".join(lines))
