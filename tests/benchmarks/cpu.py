@@ -69,13 +69,13 @@ def cpu(options: Options) -> None:
         f"CPU       {Path(model).name} in float32, {len(lines)} lines, {steps} steps of "
         f"{len(lines) // steps} examples; seconds of training"
     )
-    row = table(16, 9, 9, 18, 15, 11)
-    print(row("", "median", "a step", "processors' time", "held-out loss", "each run"))
+    row = table(16, 9, 9, 18, 15)
+    print(row("", "median", "a step", "processors' time", "held-out loss") + "  each run")
     for name, each in seconds.items():
         median = statistics.median(each)
         cells = [f"{median:.1f}", f"{median / steps:.2f}", f"{statistics.median(busy[name]):.1f}"]
         cells.append(f"{losses[name]:.4f}")
-        print(row(name, *cells, "  ".join(f"{one:.1f}" for one in each)))
+        print(row(name, *cells) + "".join(f"  {one:.1f}" for one in each))
     ratio, of_busy = (
         statistics.median(spent[OURS]) / statistics.median(spent[other])
         for spent in (seconds, busy)
