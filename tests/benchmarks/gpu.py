@@ -249,7 +249,9 @@ def make_model(folder: str, sizes: dict[str, Any], is_gpu: bool) -> int:
     Some channels are far larger than the others, as in trained models.
     """
     config = qwen_config(sizes)
-    config.vision_config.depth = 1
+    for name in ("hidden_size", "intermediate_size", "num_position_embeddings"):
+        setattr(config.vision_config, name, 64)  # the vision tower is not used
+    config.vision_config.depth, config.vision_config.num_heads = 1, 4
     config.vision_config.out_hidden_size = sizes["hidden_size"]
     torch.manual_seed(0)
     with torch.device("cuda" if is_gpu else "cpu"), quiet(), torch.no_grad():
