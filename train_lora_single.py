@@ -266,6 +266,7 @@ def build_trainer(job: Job) -> LoraTrainer:
         eval_dataset=to_dataset(job.held_out) if job.held_out else None,
         processing_class=job.chat_format.tokenizer,
     )
+    refuse_ignored_arguments(trainer.args)
     trainer.add_callback(RunEvents(trainer))  # prints, checks, saves and stops, see TRAINING
     trainer.remove_callback(transformers.PrinterCallback)  # it would print dictionaries
     return trainer
@@ -420,7 +421,8 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
 def training_config(job: Job) -> trl.SFTConfig:
     """Return what TRL is asked for. Its defaults hold: AdamW without decay, clipping at 1.0.
 
-    Any other argument may be written here; a checkpoint that was made without it is refused.
+    Other arguments may be written here; a checkpoint that was made without them is refused, and so
+    are those that LoraTrainer's own step and loss would ignore (refuse_ignored_arguments()).
     """
     settings = job.settings
     processes = accelerate.PartialState().num_processes
@@ -454,6 +456,26 @@ def training_config(job: Job) -> trl.SFTConfig:
         disable_tqdm=not sys.stderr.isatty(),  # the progress bar is for a terminal
         ddp_find_unused_parameters=False,
     )
+
+
+def refuse_ignored_arguments(config: trl.SFTConfig) -> None:
+    """Raise UserError if training_config() asks for what our own step and loss would not do."""
+    needed = {
+        "gradient_accumulation_steps": 1,  # a step is divided by what fits
+        "activation_checkpointing": False,  # found by trying, too
+        "label_smoothing_factor": 0.0,
+        "loss_type": "nll",
+        "packing": False,
+        "padding_free": False,
+        "bf16": False,
+        "fp16": False,
+    }
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise UserError(
+                f"training_config(): {name} must stay {value!r}, since this trainer's own step and "
+                "loss would ignore anything else."
+            )
 
 
 def load_model(
@@ -1007,11 +1029,10 @@ def hold_out(
             "left to learn from. (Those that begin alike stay together, and in training where "
             "they are more than a twentieth.) Add more, or give a file of your own as EVAL_FILE."
         )
-    report(
-        "held out",
-        f"{len(held_out):,} of the {count:,} conversations, by a hash of how they begin; they are "
-        "not trained on",
-    )
+    reason = "by a hash of how they begin; they are not trained on"
+    if wanted > math.ceil(count * percent / 100):
+        reason += f"\n({percent}% would be too few to measure with, so {FEWEST_HELD_OUT} are taken)"
+    report("held out", f"{len(held_out):,} of the {count:,} conversations, {reason}")
     return (
         [example for example in examples if example.where not in held_out],
         [example for example in examples if example.where in held_out],
@@ -1823,9 +1844,9 @@ class RunEvents(transformers.TrainerCallback):
         job, step = self.job, state.global_step
         if is_main_process():
             remove_old_checkpoints(job, step)
-        write_record(job, "running")  # so that a run that is killed has its losses
         if job.settings.DEVICE == "cuda":
             job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+        write_record(job, "running")  # so that a run that is killed has its losses
         job.signals_wait = step < job.plan.steps  # nothing is left to save at the end
         if job.stop_signal:
             newest = job.output / "checkpoints" / f"checkpoint-{step}"

@@ -28,6 +28,7 @@ from trainers import (
     assert_near,
     changed_model,
     checkpoints,
+    edited_script,
     logged,
     lora,
     made_up,
@@ -612,3 +613,21 @@ def test_what_a_launcher_left_behind_changes_nothing(flags, finished, tmp_path):
     assert "\ndone " in (tmp_path / "output" / "all_logs.log").read_text(encoding="utf-8")
     # What libraries say does not reach the console: neither warnings nor dictionaries of losses.
     assert "Warning" not in done.stdout + done.stderr and "{'" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argument", ["label_smoothing_factor=0.5", 'loss_type="dft"', "gradient_accumulation_steps=2"]
+)
+def test_an_argument_that_our_step_and_loss_would_ignore_is_refused(argument, tmp_path, capfd):
+    name = argument.partition("=")[0]
+    before = "        logging_steps=1,  # every loss"
+    if name == "gradient_accumulation_steps":
+        edit = ("        gradient_accumulation_steps=1,\n", f"        {argument},\n")
+    else:
+        edit = (before, f"        {argument},\n{before}")
+    script = edited_script(tmp_path, edit)
+    flags = [*write_short_data(tmp_path), "--output_dir", str(tmp_path / "output")]
+    with handlers_restored(), pytest.raises(SystemExit):
+        script.main(flags)
+    said = capfd.readouterr().err
+    assert f"{name} must stay" in said and "training_config()" in said
