@@ -1,207 +1,537 @@
-"""README.md: its commands stand alone, its code runs, and its tables hold what the script holds."""
+"""README.md and the other pages: what they say is compared with the code and the files.
 
+Commands, settings, plan, counts, forms and links are compared; how anything is worded is not.
+"""
+
+import argparse
+import ast
+import hashlib
+import importlib
 import json
 import re
+import shlex
+import shutil
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import needs_inspector
+import transformers
+from conftest import ROOT, TINY
+from packaging.requirements import Requirement
 
 import train_lora_single as t
+from inspect_lora import conversations, elsewhere, export, parts, replies
+from inspect_lora.__main__ import MODULES, main
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+README = "README.md"
+DOCS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))
+PAGES = [README, *DOCS, "data/README.md", "tests/README.md"]
+EXAMPLE = Path("docs/example")  # the report of the run that README shows
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FLAG = re.compile(r"(?<!\S)--[A-Za-z][\w-]*")
 
 
-def block_with(text):
-    """Return the code of the one block that holds a text."""
-    found = [code for _, code in BLOCKS if text in code]
-    assert len(found) == 1, f"{len(found)} blocks hold {text}"
+def read(page):
+    """Return the text of a page."""
+    return Path(page).read_text(encoding="utf-8")
+
+
+def prose_of(text):
+    """Return a page without its blocks of code."""
+    return FENCED.sub("", text)
+
+
+def spans_of(text):
+    """Return what a page has in backquotes, outside its blocks of code."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose_of(text))]
+
+
+def block_with(page, words):
+    """Return the one block of code of a page that holds these words."""
+    found = [code for _, code in FENCED.findall(read(page)) if words in code]
+    assert len(found) == 1, f"{len(found)} blocks of {page} hold {words!r}"
     return found[0]
 
 
-def test_every_block_says_its_language_and_nothing_is_left_to_fill_in():
-    assert all(language for language, _ in BLOCKS)
-    assert "@@" not in README
+# ---- its size, and what is left to do -----------------------------------------------------------
 
 
-def test_the_command_to_run_and_the_one_to_test_have_blocks_of_their_own():
-    assert block_with("python train_lora_single.py --demo\n").count("\n") == 1
-    assert block_with("python -m pytest\n").count("\n") == 1
+def test_readme_is_one_page():
+    text = read(README)
+    assert len(text.splitlines()) <= 200
+    assert len(text.split()) <= 1550
 
 
-def test_every_link_to_a_file_leads_to_one():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    files = [link for link in links if not link.startswith("http")]
-    assert len(files) >= 4
-    assert [link for link in files if not Path(link).exists()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_is_left_to_fill_in(page):
+    assert re.findall(r".*(?:@@|\bTODO\b).*", read(page)) == []
 
 
-def test_the_table_of_settings_holds_ten_of_the_files_settings_in_order():
-    rows = re.findall(r"^\| `([A-Z_0-9]+)` \| (.+?) \| (.+?) \|$", README, re.MULTILINE)
-    names = [name for name, _, _ in rows]
-    assert len(names) == 10 and names == [name for name in t.setting_types() if name in names]
-    for name, default, text in rows:
-        value = getattr(t, name)
-        shown = " ".join(value) if isinstance(value, list) else value
-        assert default == (f"`{shown}`" if shown != "" else "none"), name
-        assert len(text) > 10, name
+@pytest.mark.parametrize("words", ["pip install -r requirements.txt && python", "-m pytest"])
+def test_what_installs_and_runs_is_one_line_in_a_block_of_its_own(words):
+    assert block_with(README, words).count("\n") == 1
 
 
-def test_the_file_for_slurm_works_as_it_is_pasted(tmp_path):
-    text = block_with("#SBATCH")
-    lines = text.splitlines()
-    assert lines[0].startswith("#!")
-    directives = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
-    assert directives == list(range(1, len(directives) + 1))  # before the first command
-    (tmp_path / "job").write_text(text, encoding="utf-8")
-    assert subprocess.run(["bash", "-n", str(tmp_path / "job")]).returncode == 0
+# ---- links --------------------------------------------------------------------------------------
 
 
-def test_the_minutes_on_a_v100_are_those_of_the_last_estimate():
-    measured = Path("tests/README.md").read_text(encoding="utf-8")
-    found = re.findall(r"^(bf16|fp16) +([\d.]+) +([\d.]+)$", measured, re.MULTILINE)
-    assert [name for name, _, _ in found] == ["bf16", "fp16"] * 2  # on 32 GB and on 16
-    text = " ".join(README.split())
-    for _, quick, slow in found:
-        assert f"{quick} to {slow}" in text, (quick, slow)
+def anchors_of(page):
+    """Return the anchors that GitHub gives a page's headings."""
+    anchors = []
+    for heading in re.findall(r"(?m)^#+ +(.+?) *#*$", prose_of(read(page))):
+        shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        anchor = re.sub(r"[^\w\- ]", "", shown).replace(" ", "-")
+        anchors.append(anchor)
+    return anchors
 
 
-def rows_of(*names):
-    """Return turns of a file of the ShareGPT form, each of which says its name and its place."""
-    return [{"from": name, "value": f"{name} {place}"} for place, name in enumerate(names)]
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_to_a_heading_of_it(page):
+    prose = re.sub("`[^`]+`", "", prose_of(read(page)))
+    links = re.findall(r"\]\(([^)\s]+)[^)]*\)", prose) + re.findall(r'(?:src|href)="(.+?)"', prose)
+    wrong = []
+    for link in links:
+        name, _, anchor = link.partition("#")
+        path = Path(page).parent / name if name else Path(page)
+        if re.match(r"\w+:", link) or (path.is_relative_to(EXAMPLE) and not EXAMPLE.exists()):
+            continue  # the web is not there while tests run
+        if not path.exists() or (anchor and anchor not in anchors_of(path)):
+            wrong.append(link)
+    assert wrong == []
 
 
-def test_the_converter_turns_sharegpt_and_alpaca_files_into_what_is_accepted(tmp_path):
-    turns = [("gpt", "Hi."), ("human", "one\ntwo"), ("gpt", "2"), ("user", "3"), ("gpt", "4")]
-    rows = [
-        {"id": 1, "conversations": [{"from": who, "value": text} for who, text in turns]},
-        {"instruction": "Translate.", "input": "Haus", "output": "house"},
-        {"instruction": "Say hello.", "input": "", "output": "Hello."},
-        {
-            "conversations": [
-                {"from": "system", "value": "Be kind."},
-                *rows_of("gpt", "human", "gpt"),
-            ]
-        },
-        {"system": "Be brief.", "conversations": rows_of("human", "gpt", "human")},
-        {"conversations": rows_of("gpt", "human")},
-    ]
-    (tmp_path / "in.json").write_text(json.dumps(rows), encoding="utf-8")
-    command = [sys.executable, "-c", block_with("import json, sys"), str(tmp_path / "in.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    (tmp_path / "out.jsonl").write_text(done.stdout, encoding="utf-8")
-    examples, problems = t.read_examples(str(tmp_path / "out.jsonl"))
-    assert problems == []
-    replies = [example.messages[-1]["content"] for example in examples]
-    assert replies == ["2", "4", "house", "Hello.", "gpt 2", "gpt 1"]
-    assert [one.system_message for one in examples[-2:]] == ["Be kind.", "Be brief."]
-    assert examples[2].messages[0]["content"] == "Translate.\n\nHaus"
+def test_readme_links_to_every_page_and_the_pages_are_found():
+    assert len(DOCS) >= 4
+    assert [page for page in [*DOCS, "tests/README.md"] if f"]({page}" not in read(README)] == []
 
 
-def test_the_example_lines_are_accepted(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    path.write_text(block_with('{"prompt": [{"role": "system"'), encoding="utf-8")
-    examples, problems = t.read_examples(str(path))
-    assert (len(examples), problems) == (2, [])
+def test_the_table_of_tests_has_every_file():
+    rows = re.findall(r"(?m)^\| (`test_.*?`) \|", read("tests/README.md"))
+    named = re.findall(r"\btest_\w+\.py", " ".join(rows))
+    assert sorted(named) == sorted(path.name for path in Path("tests").glob("test_*.py"))
 
 
-def test_the_python_for_merging_gives_a_model_that_answers_like_the_adapter(
-    finished, tiny, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    code = block_with("merge_and_unload")
-    code = code.replace("output/final_lora", str(finished / "final_lora"))
-    code = code.replace("Qwen/Qwen3.5-4B", tiny).replace('dtype="auto"', 'dtype="float32"')
-    names = {}
-    exec(code, names)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+# ---- commands -----------------------------------------------------------------------------------
 
-    merged = AutoModelForCausalLM.from_pretrained("merged", dtype="float32").eval()
-    tokenizer = AutoTokenizer.from_pretrained("merged")
-    assert tokenizer.chat_template
-    assert json.loads(Path("merged/config.json").read_text())["architectures"] == [
-        "Qwen3_5ForCausalLM"
-    ]
-    from peft import PeftModel
-
-    base = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")
-    adapter = PeftModel.from_pretrained(base, finished / "final_lora").eval()
-    ids = torch.tensor([tokenizer.encode("Good morning, Nell.")])
-    with torch.no_grad():
-        one, other = merged(input_ids=ids).logits, adapter(input_ids=ids).logits
-        with adapter.disable_adapter():
-            untrained = adapter(input_ids=ids).logits
-    assert torch.allclose(one, other, atol=1e-4)
-    assert not torch.allclose(one, untrained, atol=1e-2)
-
-
-# What the text part of Qwen/Qwen3.5-4B's config.json says.
-QWEN = {
-    "vocab_size": 248320, "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256,
-    "linear_num_key_heads": 16, "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "tie_word_embeddings": True,
-}  # fmt: skip
-
-
-def test_the_plan_is_what_the_script_prints_for_the_real_sizes(tiny, tmp_path, capsys):
-    from transformers import AutoTokenizer, Qwen3_5Config
-
-    config = Qwen3_5Config(text_config=QWEN, tie_word_embeddings=True)
-    config.architectures = ["Qwen3_5ForConditionalGeneration"]
-    config.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
-    t.main(["--dry_run", "--model_name", str(tmp_path)])
-    printed = capsys.readouterr().out
-    plan = printed[printed.index("\nplan ") + 1 : printed.index("\ndone ")]
-    assert block_with("trainable params: 10,616,832") == f"{plan}\n"
-
-
-@pytest.mark.parametrize("name", ["bad.jsonl"])
-def test_the_messages_on_bad_lines_are_the_scripts(name, tmp_path):
-    good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
-    lines = [
-        good.replace('"b"}', '"b"'),
-        good.replace("assistant", "user"),
-        good.replace('"b"', '"<think>a</think>b"'),
-    ]
-    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
-    _, problems = t.read_examples(str(tmp_path / name))
-    shown = block_with("data/train.jsonl:17").splitlines()
-    for problem, line in zip(problems, shown, strict=True):
-        advice = problem.rpartition("; ")[2] if "; " in problem else "this is not JSON: Expecting"
-        assert advice in line
-
-
-@pytest.mark.parametrize(
-    "name", ["train_lora_single.py", pytest.param("inspect_lora.py", marks=needs_inspector)]
+OURS = re.compile(
+    r"(?:python3?|uv run|accelerate launch[^;|&]*?) +(?:-m +)?(?:\S*/)?"
+    r"(train_lora_single\.py|inspect_lora)(?![\w./-])"
 )
-def test_the_header_for_uv_is_requirements_txt(name):
-    import tomllib
-
-    script = Path(name).read_text(encoding="utf-8")
-    block = re.search(r"^# /// script\n(.*?)^# ///$", script, re.MULTILINE | re.DOTALL)[1]
-    header = tomllib.loads("\n".join(line[2:] for line in block.splitlines()))
-    lines = Path("requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert header["dependencies"] == [line for line in lines if not line.startswith("#")]
-    assert header["requires-python"] == ">=3.11"
 
 
-def test_the_header_of_the_second_file_is_the_same():
-    names = ("train_lora_single.py", "inspect_lora.py")
-    # Everything here stays true without the second file.
-    texts = [Path(name).read_text(encoding="utf-8") for name in names if Path(name).exists()]
-    header = re.compile(r"^# /// script\n(.*?)^# ///$", re.DOTALL | re.MULTILINE)
-    assert len({header.search(text)[1] for text in texts}) == 1
+def shell_lines(text):
+    """Return a page's lines of code, with those joined that a backslash breaks, and its spans."""
+    lines = [re.sub(r"\\\n\s*", " ", code).splitlines() for _, code in FENCED.findall(text)]
+    return [line for block in lines for line in block] + spans_of(text)
 
 
-def test_the_first_screen_is_one_screen():
-    """Name, status, the command, a result and where to go, in at most 40 lines of 120 columns."""
-    first = README.split("\n## ")[0].rstrip().split("\n")
-    assert len(first) <= 40
-    assert max(map(len, first)) <= 120
-    assert README.count("run on a GPU yet") <= 2  # once for the project, once for a command
+def words_of(text):
+    """Return the words up to the end of a command, as a shell reads them."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words = []
+    for word in lexer:
+        if not word.strip("();<>|&"):
+            break
+        words.append(word)
+    return words
+
+
+def commands_of(page):
+    """Return (program, words after it) of each command of ours on a page."""
+    found = []
+    for line in shell_lines(read(page)):
+        for call in OURS.finditer(line):
+            words = words_of(line[call.end() :])
+            if call[1] == "train_lora_single.py":
+                found.append((call[1], [word for word in words if word != "..."]))
+            elif words:  # the program's name alone is no command
+                found.append((call[1], words))
+    return found
+
+
+@pytest.fixture
+def parsing_only(monkeypatch):
+    """Let the package's commands do nothing but read their flags."""
+    for name in MODULES.values():
+        module = importlib.import_module(f"inspect_lora.{name}")
+        monkeypatch.setattr(module, "run", lambda options: None)
+    monkeypatch.setattr(
+        export,
+        "run",
+        lambda options: export.check_options(options, Path(options.adapter), Path(options.folder)),
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_one_that_the_parsers_take(page, parsing_only, capsys):
+    commands = commands_of(page)
+    assert commands or page not in (README, *DOCS)
+    wrong = []
+    for program, words in commands:
+        try:
+            t.parse_settings(words) if program == "train_lora_single.py" else main(words)
+        except SystemExit:
+            said = capsys.readouterr().err.strip().splitlines()[-1:]
+            wrong.append((program, shlex.join(words), said))
+    assert wrong == []
+
+
+def test_readme_shows_each_command_of_the_package_and_the_modes_of_the_script():
+    found = commands_of(README)
+    shown = {words[0] for program, words in found if program == "inspect_lora"}
+    assert shown == set(MODULES)
+    trained = [words for program, words in found if program != "inspect_lora"]
+    assert any("--demo" in words for words in trained)
+    assert any("--dry_run" in words for words in trained)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_commands_need_are_there(page):
+    """Scripts of this repository, lists of packages, and modules of the tests."""
+    code = "\n".join(shell_lines(read(page)))
+    needed = re.findall(r"python3? ((?:tests|data)/\S+\.py)|-r (\S+\.txt)\b", code)
+    needed = [one or other for one, other in needed]
+    needed += [f"tests/{name.replace('.', '/')}.py" for name in re.findall(r"-m (bench\S+)", code)]
+    assert [name for name in needed if not Path(name).exists()] == []
+
+
+@pytest.mark.parametrize("page", [README, *DOCS])
+def test_a_shell_reads_every_block_for_it(page):
+    """A file for Slurm has its directives before its first command."""
+    blocks = [code for language, code in FENCED.findall(read(page)) if language == "bash"]
+    for code in blocks:
+        end = subprocess.run(["bash", "-n"], input=code, capture_output=True, text=True)
+        assert (end.returncode, end.stderr) == (0, ""), code
+        lines = code.splitlines()
+        directives = [place for place, line in enumerate(lines) if line.startswith("#SBATCH")]
+        assert directives == [*range(1, len(directives) + 1)]
+        assert not directives or lines[0].startswith("#!/bin/")
+
+
+def flags_of(name):
+    """Return the flags of a command of the package."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"inspect_lora.{MODULES[name]}").add_arguments(parser)
+    return set(FLAG.findall(re.sub(r"[\[\],|]", " ", parser.format_help())))
+
+
+@pytest.mark.parametrize("page", [README, *DOCS])
+def test_every_flag_that_is_spoken_of_exists(page):
+    """Such as `--examples 0`, or `export --scale 0.75`."""
+    of_vllm = {"--max-lora-rank", "--default-chat-template-kwargs"}
+    of_any = of_vllm | {f"--{name.lower()}" for name in t.setting_types()}
+    of_any |= {"--help", "--dry_run", "--demo"}.union(*map(flags_of, MODULES))
+    wrong = []
+    for span in spans_of(read(page)):
+        first = span.split()[0]
+        if first in MODULES or first.startswith("--"):
+            known = flags_of(first) if first in MODULES else of_any
+            wrong += [span for flag in FLAG.findall(span) if flag not in known]
+    assert wrong == []
+
+
+# ---- settings -----------------------------------------------------------------------------------
+
+NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def test_the_table_of_settings_holds_ten_constants_in_their_order():
+    rows = re.findall(r"(?m)^\| `([A-Z]\w*)` \| (.+?) \| (.+?) \|$", read(README))
+    names = [name for name, _, _ in rows]
+    assert len(names) == 10
+    assert names == [name for name in t.setting_types() if name in names]
+    for name, cell, _ in rows:
+        value = getattr(t, name)
+        if isinstance(value, list):  # all of them, or in words how many
+            shown = cell.strip("`").split()
+            assert shown == value or NUMBERS[len(value)] in shown, name
+        else:
+            text = cell.strip("`")
+            assert text == str(value) or (type(value) is float and float(text) == value), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_setting_that_is_spoken_of_exists_and_may_have_its_value(page):
+    """Such as `PUBLISH = "best"`."""
+    spans = spans_of(read(page))
+    names = {name for span in spans for name in re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", span)}
+    assert names - set(t.setting_types()) == set()
+    assigned = [found for span in spans if (found := re.fullmatch(r"([A-Z_]+) = (.+)", span))]
+    wrong = []
+    for found in assigned:
+        if found[1] not in t.setting_types():
+            wrong.append(found[0])
+            continue
+        values = {found[1]: ast.literal_eval(found[2])}
+        wrong += t.check_values(dict(values), is_strict=True)
+        wrong += t.check_rules({name: getattr(t, name) for name in t.setting_types()} | values)
+    assert wrong == []
+
+
+# ---- what is printed ----------------------------------------------------------------------------
+
+
+def is_a_run_of(wanted, lines):
+    """Return whether some lines stand one after the other among others."""
+    return any(lines[n : n + len(wanted)] == wanted for n in range(len(lines)))
+
+
+def test_the_plan_is_what_a_dry_run_prints_at_the_real_sizes(tmp_path, capsys):
+    """Lines may be left out where "..." stands."""
+    shown = [line.rstrip() for line in block_with(README, "trainable params:").splitlines()]
+    sizes = {
+        "vocab_size": 248320, "hidden_size": 2560, "intermediate_size": 9216,
+        "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    config = transformers.Qwen3_5Config(text_config=sizes, tie_word_embeddings=True)
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    config.save_pretrained(model)
+    # The lengths of the held-out lines are another tokenizer's, and no part of the plan.
+    t.main(["--dry_run", "--model_name", str(model), "--eval_file", ""])
+    printed = capsys.readouterr().out.splitlines()
+    runs = [[]]
+    for line in shown:
+        runs.append([]) if line.strip() == "..." else runs[-1].append(line)
+    assert [run for run in runs if not is_a_run_of(run, printed)] == []
+    assert any(" steps of " in line for line in shown)
+
+
+def test_the_problems_of_bad_lines_are_what_the_script_says(tmp_path, monkeypatch):
+    shown = block_with("docs/data.md", "mine.jsonl:")
+    user, reply = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    lines = [json.dumps({"messages": [user, reply]})] * 203
+    begun = '{"messages": [{"role": "user", "content": "'
+    lines[16] = begun + "a" * (92 - len(begun)) + '"b" c"}]}'
+    for number in (40, 52, 61, 62, 63, 64):
+        lines[number - 1] = json.dumps({"messages": [user, reply, user]})
+    lines[202] = json.dumps({"messages": [user, reply | {"content": "<think>a</think>b"}]})
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    _, problems = t.read_conversations("mine.jsonl")
+    assert t.problems_as_text(problems) == shown.strip()
+
+
+def numbers_of(text):
+    """Return the numbers of a text as they are written, in order."""
+    return re.findall(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?![\w])", text)
+
+
+def stand_in(wanted, found):
+    """Return whether some numbers are among others, in the same order."""
+    rest = iter(found)
+    return all(number in rest for number in wanted)
+
+
+def test_the_numbers_of_the_shown_evidence_stand_in_the_report():
+    """In one line of it each time, which begins as a row does that is shown."""
+    if not EXAMPLE.exists():
+        pytest.skip("docs/example is not there yet")
+    report = re.sub(r"\\(.)", r"\1", read(EXAMPLE / "report.md")).splitlines()
+    shown = re.split(r"(?m)^(?=gain )", block_with(README, "of the gain"))[-1].splitlines()
+    shown = [line for line in shown if numbers_of(line)]
+    wrong = []
+    for line in shown:
+        title, *cells = re.split(" {2,}", line.strip())
+        is_row = line.startswith(" ") and cells  # and no sentence, nor the name of a part
+        title = f"| {title} |" if is_row else ""
+        numbers = numbers_of(line)
+        if not any(title in one and stand_in(numbers, numbers_of(one)) for one in report):
+            wrong.append(line)
+    assert wrong == [] and len(shown) >= 4
+
+
+def test_the_example_was_measured_on_the_shipped_conversations():
+    if not EXAMPLE.exists():
+        pytest.skip("docs/example is not there yet")
+    assert (EXAMPLE / "lora.png").read_bytes().startswith(b"\x89PNG")
+    assert "](lora.png)" in read(EXAMPLE / "report.md")
+    (named,) = re.findall(r"SHA-256 ([0-9a-f]{64})", read(EXAMPLE / "report.md"))
+    assert named == hashlib.sha256(Path(t.EVAL_FILE).read_bytes()).hexdigest()
+    for name in ("report.md", "lora.png"):
+        assert f"](docs/example/{name})" in read(README)
+
+
+# ---- forms of the data --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [README, "docs/data.md"])
+def test_the_four_forms_that_are_shown_are_accepted(page, tmp_path, capsys):
+    message = '{"role": "%s", "content": "..."}'
+    block = block_with(page, '"instruction"')
+    block = block.replace("[messages]", f"[{message % 'user'}]")
+    block = block.replace("[one message]", f"[{message % 'assistant'}]")
+    path = tmp_path / "lines.jsonl"
+    path.write_text(block, encoding="utf-8")
+    examples, problems = t.read_conversations(str(path))
+    assert problems == []
+    assert len({example.where for example in examples}) == len(block.splitlines()) == 4
+    forms = [t.messages_of(example.row)[0] for example in examples]
+    assert sorted(forms) == sorted(t.FORMS)
+    # All of them in one JSON array are accepted, too.
+    path.write_text(f"[{','.join(block.splitlines())}]", encoding="utf-8")
+    assert len(t.read_conversations(str(path))[0]) == len(examples)
+
+
+def test_the_line_on_the_card_is_one_of_the_held_out_file():
+    shown = json.loads(block_with("data/README.md", '"completion"'))
+    assert shown in rows_of(t.EVAL_FILE)
+
+
+def test_the_checks_that_are_shown_are_accepted(tmp_path):
+    page = read("docs/evidence.md")
+    shown = json.loads(f"{{{block_with('docs/evidence.md', 'checks')}}}")["checks"]
+    assert set(conversations.read_checks(shown)) == set(shown) != set()
+    (task,) = [span for span in spans_of(page) if span.startswith('{"prompt"')]
+    (tmp_path / "tasks.jsonl").write_text(task.replace("{...}", json.dumps(shown)))
+    (read_task,) = conversations.read_tasks(str(tmp_path / "tasks.jsonl"))
+    assert set(read_task.checks) == set(shown)
+
+
+def test_the_table_of_checks_has_their_kinds_and_keys():
+    rows = re.findall(r"(?m)^\| `(\w+)` \| .+? \| (.+?) \|$", read("docs/evidence.md"))
+    schema = conversations.CHECKS.json_schema()["$defs"]
+    expected = {
+        form["properties"].pop("kind")["const"]: set(form["properties"]) for form in schema.values()
+    }
+    shown = {kind: set(re.findall(r"`(\w+)`", keys)) for kind, keys in rows}
+    assert shown == expected
+
+
+# ---- counts -------------------------------------------------------------------------------------
+
+
+def rows_of(path):
+    """Return the objects of a file of JSON lines."""
+    return [json.loads(line) for line in read(path).splitlines() if line]
+
+
+def with_checks(path):
+    """Return how many lines of a file say what a reply must hold."""
+    return sum("checks" in row for row in rows_of(path))
+
+
+def files_counts():
+    """Return {noun: the numbers of it that are true of what is shipped, or of the settings}."""
+    train, held_out = len(rows_of(t.TRAIN_FILE)), len(rows_of(t.EVAL_FILE))
+    tasks = str(conversations.GENERAL_FILE)
+    some = default_of("evidence", "--examples")
+    return {
+        "conversations": {train, held_out, train + held_out, t.FEWEST_HELD_OUT},
+        "held-out (?:lines|replies|prompts|conversations)": {held_out, some, t.FEWEST_HELD_OUT},
+        "tasks": {len(rows_of(tasks)), with_checks(tasks), some},
+        "checked replies": {with_checks(t.EVAL_FILE) + with_checks(tasks)},
+    }
+
+
+def default_of(command, flag):
+    """Return what a flag of the package is if it is not given."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"inspect_lora.{MODULES[command]}").add_arguments(parser)
+    return parser.get_default(flag.lstrip("-"))
+
+
+def sections_of(page):
+    """Return the sections of a page, but for those that say of which other version they speak."""
+    sections = re.split(r"(?m)^(?=## )", read(page))
+    other = re.compile(r"\bcommit [0-9a-f]{7}|\bearlier\s+version")
+    return [text for text in sections if not other.search(text)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_counts_are_those_of_the_files(page):
+    wrong, text = [], "\n".join(sections_of(page))
+    for noun, true in files_counts().items():
+        for number, words in re.findall(rf"\b(\d[\d,]*|thousand) ((?:[a-z-]+ )??{noun})\b", text):
+            if int(number.replace(",", "").replace("thousand", "1000")) not in true:
+                wrong.append(f"{number} {words}")
+    for name, number in re.findall(r"`(train|eval)\.jsonl`\W{1,4}(\d[\d,]*)\b", text):
+        if int(number.replace(",", "")) != len(rows_of(f"data/{name}.jsonl")):
+            wrong.append(f"{name}.jsonl: {number}")
+    assert wrong == []
+
+
+def test_the_pages_name_the_counts_of_both_files():
+    named = {
+        number.replace(",", "")
+        for page in PAGES
+        for number in re.findall(r"\b(\d[\d,]*)\b", "".join(sections_of(page)))
+    }
+    assert {str(len(rows_of(path))) for path in (t.TRAIN_FILE, t.EVAL_FILE)} <= named
+
+
+def trained_tokens():
+    """Return the tokens of all epochs; tests/test_shipped_data.py counts those of the card."""
+    (tokens,) = re.findall(
+        r"(?m)^\| `train\.jsonl` (?:\| [\d,]+ ){5}\| ([\d,]+) ", read("data/README.md")
+    )
+    return int(tokens.replace(",", "")) * t.NUM_EPOCHS
+
+
+USR1 = 128 + signal.SIGUSR1
+# Where these are worded otherwise, mend the pattern: what is compared is the number.
+TAKEN_FROM_THE_CODE = [
+    ("docs/data.md", r"least (\d+) conversations are held out", lambda: t.FEWEST_HELD_OUT),
+    ("docs/data.md", r"least (\d+) are needed", lambda: 2 * t.FEWEST_HELD_OUT),
+    ("docs/evidence.md", r"(\d+) of the replies", lambda: default_of("evidence", "--examples")),
+    ("docs/evidence.md", r"most (\d+) tokens", lambda: elsewhere.REPLY_TOKENS),
+    ("docs/evidence.md", r"most (\d+) of them", lambda: replies.CHECKED_TOKENS),
+    ("docs/evidence.md", r"update x ([\d.]+) \.\.\.", lambda: min(parts.STRENGTHS)),
+    ("docs/evidence.md", r"\.\.\. x ([\d.]+)", lambda: max(parts.STRENGTHS)),
+    ("docs/evidence.md", r"above (\d+) % of the gain", lambda: 100 * parts.WORTH_REPORTING),
+    ("docs/evidence.md", r"within (\d+) % of the whole", lambda: 100 * parts.THE_SAME_WITHIN),
+    ("docs/gpu.md", r"([\d,]+) tokens in three epochs", trained_tokens),
+    ("docs/gpu.md", r"status\s+(?:-eq )?(\d{3})", lambda: USR1),
+    ("docs/gpu.md", r"-eq (\d{3})", lambda: USR1),
+]
+
+
+@pytest.mark.parametrize(("page", "pattern", "value"), TAKEN_FROM_THE_CODE)
+def test_numbers_that_are_taken_from_the_code(page, pattern, value):
+    found = re.findall(pattern, read(page))
+    assert found, f"{page} has no {pattern}"
+    assert {float(number.replace(",", "")) for number in found} == {value()}
+
+
+# ---- requirements, and vLLM ---------------------------------------------------------------------
+
+
+def requirements(name="requirements.txt"):
+    """Return {package: its requirement} of a file."""
+    lines = [line for line in read(name).splitlines() if line and not line.startswith("#")]
+    return {one.name: one for one in map(Requirement, lines)}
+
+
+def test_the_range_of_torch_is_that_of_requirements_txt():
+    (row,) = re.findall(r"(?m)^\| torch \|(.*)", read("docs/gpu.md"))
+    bounds = {one.operator: one.version for one in requirements()["torch"].specifier}
+    assert re.findall(r"\d+\.\d+", row)[:2] == [bounds[">="], bounds["<"]]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_versions_that_are_pinned_or_needed_are_those_of_the_files(page):
+    wanted, text = requirements("tests/requirements.txt") | requirements(), read(page)
+    pinned = re.findall(r"\b([\w-]+)==(\d[\w.]*\w)", text)
+    unfit = [one for one in pinned if one[0] in wanted and one[1] not in wanted[one[0]].specifier]
+    assert unfit == []
+    (python,) = re.findall(r'requires-python = ">=([\d.]+)"', read("train_lora_single.py"))
+    named = re.findall(r"Python (\d\.\d+) or newer", " ".join(text.split()))
+    assert set(named) <= {python} and (named or page != README)
+
+
+def test_the_ranks_that_vllm_takes_are_the_scripts():
+    said = [line for line in read("docs/serving.md").splitlines() if "`--max-lora-rank`" in line]
+    listed = [[int(one) for one in re.findall(r"\b\d+\b", line)] for line in said]
+    assert listed == [list(t.VLLM_RANKS)]
+
+
+def test_the_command_for_vllm_is_the_scripts():
+    shown = block_with("docs/serving.md", "vllm serve").replace("\\\n", " ")
+    shown = re.sub("<[^>]+>", "COMMIT", shown)
+    folder = Path(t.OUTPUT_DIR) / "final_lora_vllm"
+    made = t.vllm_command(t.MODEL_NAME, "COMMIT", folder, t.LORA_R, "companion")
+    assert shlex.split(shown) == shlex.split(made)
