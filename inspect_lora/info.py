@@ -32,13 +32,16 @@ from inspect_lora.common import (
     this_program,
 )
 from inspect_lora.files import (
+    HUB_NAME,
     PREFIX,
     QUANTIZED_NAME,
+    Run,
     find_adapter,
     find_run,
     name_in_text_model,
     not_finite,
     read_as_named,
+    where_it_is_now,
 )
 from inspect_lora.modules import (
     CHANGES_THE_BASE,
@@ -70,10 +73,12 @@ def run(options: argparse.Namespace) -> None:
         report("adapter", "\n".join(facts_of(options.adapter, config, modules, tensors)))
         if modules:
             report("targets", "\n".join(map_of_targets(modules)))
+        if not problems:
+            report_sentence("sound", what_is_sound(modules))
         for section, sentences in (("problem", problems), ("note", notes)):
             for sentence in sentences:
                 report_sentence(section, sentence)
-        report("next", next_commands(options.adapter, place, bool(problems)))
+        report("next", next_commands(options.adapter, place, config, bool(problems)))
     if problems:
         raise SystemExit(1)
 
@@ -463,12 +468,37 @@ def sign_of(group: list[Module], layers: range) -> str:
     return "0" if all(one.is_zero for one in here) else "#"
 
 
-def next_commands(name: str, place: Path, is_useless: bool) -> str:
+def what_is_sound(modules: list[Module]) -> str:
+    """Return a sentence on an adapter without problems; a note may tell which updates are 0."""
+    checked = ["every matrix is finite", "all shapes fit"]
+    if not any(one.is_zero for one in modules):
+        checked.insert(1, "none that should be trained is 0")
+    return f"Nothing is wrong with it: {', '.join(checked)}."
+
+
+def next_commands(name: str, place: Path, config: dict[str, Any], is_useless: bool) -> str:
     """Return what to type next."""
     if is_useless:
         return f"{this_program()} info ANOTHER    such as an earlier checkpoint of this training"
-    held_out = "" if find_run(place) else " --eval_file HELD_OUT.jsonl"
+    run = find_run(place)
+    flags = "" if run else " --eval_file HELD_OUT.jsonl"
+    flags += "" if is_base_known(config, run) else " --base BASE"
     return (
         "# What did it gain on conversations that it was not trained on, and by which part?\n"
-        f"{this_program()} evidence {shlex.quote(name)}{held_out}"
+        f"{this_program()} evidence {shlex.quote(name)}{flags}"
     )
+
+
+def is_base_known(config: dict[str, Any], run: Run | None) -> bool:
+    """Return whether the base that is recorded is a folder here, or may be a name on the hub."""
+    base = str(config.get("base_model_name_or_path") or "")
+    if not base:
+        return False
+    if run and not config.get("revision"):  # the run had it in a folder
+        return Path(where_it_is_now(base, run)).is_dir()
+    return Path(base).is_dir() or is_hub_name(base)
+
+
+def is_hub_name(base: str) -> bool:
+    """Return whether base may be the name of a model on the hub; some are without an owner."""
+    return bool(re.fullmatch(rf"[\w-][\w.-]*|{HUB_NAME.pattern}", base))

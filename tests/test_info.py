@@ -74,7 +74,8 @@ def test_every_module_has_the_size_and_directions_of_its_update(plain, info):
     assert "alpha / r = 2" in found.said and "24 modules, float32" in found.said
     assert "q_proj ######## 4 2" in found.said and "layers 0 to 7" in found.said
     assert "evidence" in found.said and "note" not in found.said and "problem" not in found.said
-    assert len(found.out.splitlines()) < 24
+    assert "sound Nothing is wrong with it: every matrix is finite, none that" in found.said
+    assert len(found.out.splitlines()) < 26
 
 
 def test_the_real_scaling_is_told_by_rslora_and_by_pattern(tmp_path, info):
@@ -138,11 +139,12 @@ def test_nan_is_a_problem_and_null_in_json(plain, tmp_path, info):
 
 def test_an_adapter_that_was_never_trained_is_a_problem(tmp_path, info):
     found = info(save_adapter(tmp_path / "untrained", std=0))
-    assert found.status == 1 and "Every B is 0" in found.said
+    assert found.status == 1 and "Every B is 0" in found.said and "sound" not in found.said
     assert all(row["is_zero"] and row["directions"] == 0 for row in found.json["modules"])
     # The fully trained module may be right all the same.
     found = info(save_adapter(tmp_path / "head", std=0, modules_to_save=["lm_head"]))
     assert found.status == 0 and "have B = 0" in found.said
+    assert "every matrix is finite, all shapes fit." in found.said
 
 
 def test_layers_without_what_their_neighbours_have_are_noted(plain, tmp_path, info):
@@ -212,6 +214,15 @@ def test_of_this_trainer_it_knows_the_held_out_lines_and_what_to_serve(plain, tm
     assert found.out.endswith(f"evidence {tmp_path / 'final_lora'}\n")
     assert f"Serve {tmp_path / 'final_lora_vllm'}." in found.said
     assert "--eval_file HELD_OUT.jsonl" in info(plain).out
+
+
+@pytest.mark.parametrize(
+    ("base", "is_asked"),
+    [(None, True), ("/no/such/base", True), (f"{ROOT}/tests", False), ("gpt2", False)],
+)
+def test_the_next_command_asks_for_a_base_that_is_not_there(plain, tmp_path, info, base, is_asked):
+    found = info(change_config(copied(plain, tmp_path / "new"), base_model_name_or_path=base))
+    assert ("--base BASE" in found.out) == is_asked
 
 
 @pytest.mark.parametrize(
