@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import peft
 import torch
 import transformers
@@ -105,6 +106,18 @@ def system_message_of(options: argparse.Namespace, trained_by: Run | None) -> st
     if options.system is not None:
         return options.system
     return trained_by.record.get("system_message", "") if trained_by else ""
+
+
+def refuse_system_message(system: str, chat_format: ChatFormat) -> None:
+    """Refuse a system message that the chat template does not take, such as Gemma 2's."""
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "hello"}]
+    try:
+        chat_format.prompt_ids(messages[0 if system else 1 :])
+    except jinja2.TemplateError as error:
+        raise InspectError(
+            f"The base model's chat template refuses a system message ({one_line(error)}). Leave "
+            'it out with --system "".'
+        ) from error
 
 
 def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> Adapter:

@@ -17,6 +17,7 @@ from inspect_lora.adapters import (
     Adapter,
     can_scale_and_cut,
     open_adapter,
+    refuse_system_message,
     rescaled,
     system_message_of,
 )
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
     trained_by = find_run(place)
     adapter = open_adapter(options, place, trained_by)
     system = system_message_of(options, trained_by)
+    refuse_system_message(system, adapter.chat_format)
     report_sentence("chat", f"system message: {system or '(none)'}")
     report("", "type a message, or /help")
     talk(adapter, system, options.max_new_tokens)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jinja2
 import pydantic
 
 from inspect_lora.adapters import Adapter
@@ -30,11 +31,13 @@ from inspect_lora.common import (
     at_least,
     file_sha256,
     join_limited,
+    one_line,
     path_from_here,
     report,
 )
 from inspect_lora.files import Run, where_it_is_now
 from inspect_lora.trainer import (
+    ChatFormat,
     Example,
     check_messages,
     encode,
@@ -148,6 +151,21 @@ def read_tasks(path: str) -> list[Task]:
                 bad.append(f"{where}: {error}")
     refuse_bad_lines(bad)
     return tasks
+
+
+def tasks_that_render(tasks: list[Task], chat_format: ChatFormat) -> list[Task]:
+    """Return the tasks that the chat template takes; Gemma 2's refuses system messages."""
+    taken, reason = [], ""
+    for task in tasks:
+        try:
+            chat_format.prompt_ids(task.messages)
+            taken.append(task)
+        except jinja2.TemplateError as error:
+            reason = one_line(error, 60)
+    if reason:
+        number = len(tasks) - len(taken)
+        report("left out", f"{number} of {len(tasks)} other tasks: the template says, {reason}")
+    return taken
 
 
 def task_of(row: Any, where: str) -> Task:

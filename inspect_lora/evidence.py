@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from inspect_lora import adapters, conversations
-from inspect_lora.adapters import open_adapter, system_message_of
+from inspect_lora.adapters import open_adapter, refuse_system_message, system_message_of
 from inspect_lora.common import (
     InspectError,
     at_least,
@@ -35,6 +35,7 @@ from inspect_lora.conversations import (
     encode_held_out,
     read_held_out,
     read_tasks,
+    tasks_that_render,
 )
 from inspect_lora.elsewhere import about_change, about_strength, measure_elsewhere
 from inspect_lora.files import Run, find_adapter, find_run
@@ -99,6 +100,8 @@ def run(options: argparse.Namespace) -> None:
     adapter = open_adapter(options, place, trained_by)
     examples = encode_held_out(held_out, adapter, options)
     system_message = system_message_of(options, trained_by)
+    refuse_system_message(system_message, adapter.chat_format)
+    tasks = tasks_that_render(tasks, adapter.chat_format)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -103,6 +103,30 @@ def test_the_shipped_tasks_are_read_and_have_checks():
     assert sum(task.has_own_system_message() for task in tasks) == 7
 
 
+def test_tasks_that_the_template_refuses_are_left_out_and_counted(capsys, tmp_path):
+    """As Gemma 2's refuses a system message."""
+    adapter = save_adapter(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    refusal = "{{ raise_exception('System role not supported') }}"
+    tokenizer.chat_template = (
+        f"{{% if messages[0]['role'] == 'system' %}}{refusal}{{% endif %}}"
+        + tokenizer.chat_template
+    )
+    tokenizer.save_pretrained(adapter)
+    system = {"role": "system", "content": "You are a parrot."}
+    task = {"prompt": messages_of(["hello"]), "checks": {"right": NUMBER}}
+    parrot = task | {"prompt": [system, *task["prompt"]]}
+    tasks = write_lines(tmp_path / "tasks.jsonl", [parrot, task, parrot])
+    held_out = write_lines(tmp_path / "eval.jsonl", [{"messages": messages_of(("a", "b"))}])
+    words = [*SHORT, "--examples", "2", "--general_file", tasks]
+    run = measure(capsys, adapter, held_out, *words)
+    assert "2 of 3 other tasks: the template says, System role not supported" in run.out
+    assert run.found["elsewhere"]["tasks"] == run.found["checks"]["right"]["lines"] == 1
+    for name, more in (("chat", []), ("evidence", [*words, "--eval_file", held_out])):
+        end = command(capsys, name, adapter, "--system", "You are Nell.", *more)
+        assert end.status == 1 and "template refuses a system message" in end.err
+
+
 # ==== Who passes
 
 
