@@ -76,7 +76,7 @@ def download_adapter(name: str) -> Path:
     except LocalEntryNotFoundError as error:
         raise InspectError(
             f"The Hugging Face hub cannot be reached, and {name} is not stored on this machine. "
-            "Check the network, or give a local folder."
+            f"There is no folder {name} either. Check the network, or give a local folder."
         ) from error
     except (OSError, HfHubHTTPError, HTTPError) as error:
         raise InspectError(
@@ -189,8 +189,9 @@ def find_run(place: Path) -> Run | None:
     sha256 = file_sha256(folder / "adapter_model.safetensors")
     for path in sorted(folder.parent.glob("run.json*")):
         record = read_json(path) or {}
-        hashes = record.get("adapter_sha256") or {}
-        if sha256 in hashes.values() and isinstance(record.get("settings"), dict):
+        hashes = record.get("adapter_sha256")
+        is_its = isinstance(hashes, dict) and sha256 in hashes.values()
+        if is_its and isinstance(record.get("settings"), dict):
             return Run(path, record)
     return None
 

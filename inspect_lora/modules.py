@@ -25,14 +25,14 @@ def read_config(place: Path) -> dict[str, Any]:
     """
     saved = read_adapter_config(place)
     config = DEFAULTS | {key: value for key, value in saved.items() if value is not None}
-    is_whole = is_number(config["r"]) and is_number(config["lora_alpha"])
-    if not (
-        is_whole and is_pattern(config["rank_pattern"]) and is_pattern(config["alpha_pattern"])
-    ):
+    ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
+    are_numbers = is_rank(config["r"]) and is_number(config["lora_alpha"])
+    are_patterns = is_pattern(ranks) and is_pattern(alphas) and all(map(is_rank, ranks.values()))
+    if not (are_numbers and are_patterns):
         raise InspectError(
             f"{place / 'adapter_config.json'} is damaged: r, lora_alpha and the values of "
-            "rank_pattern and alpha_pattern must be numbers above 0, and the keys of the patterns "
-            "regular expressions."
+            "rank_pattern and alpha_pattern must be numbers above 0 (ranks whole ones, none "
+            "infinite), and the keys of the patterns regular expressions."
         )
     return config
 
@@ -43,8 +43,17 @@ DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_
 
 
 def is_number(value: Any) -> bool:
-    """Return whether value is a number above 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    """Return whether value is a number above 0, and one that can be divided."""
+    is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_one and 0 < value < LARGEST
+
+
+LARGEST = 1e30
+
+
+def is_rank(value: Any) -> bool:
+    """Return whether value is a whole number above 0."""
+    return is_number(value) and value == int(value)
 
 
 def is_pattern(value: Any) -> bool:

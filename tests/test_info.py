@@ -214,6 +214,8 @@ def test_of_this_trainer_it_knows_the_held_out_lines_and_what_to_serve(plain, tm
     assert found.out.endswith(f"evidence {tmp_path / 'final_lora'}\n")
     assert f"Serve {tmp_path / 'final_lora_vllm'}." in found.said
     assert "--eval_file HELD_OUT.jsonl" in info(plain).out
+    (tmp_path / "run.json").write_text('{"adapter_sha256": ["of another program"]}')
+    assert "--eval_file HELD_OUT.jsonl" in info(tmp_path / "final_lora").out
 
 
 @pytest.mark.parametrize(
@@ -232,6 +234,11 @@ def test_the_next_command_asks_for_a_base_that_is_not_there(plain, tmp_path, inf
         ({"rank_pattern": {"q_proj": 2}}, "8 modules of 24 do not fit"),
         ({"peft_type": "IA3"}, "an adapter of the kind IA3; only LORA"),
         ({"r": "eight"}, "must be numbers"),
+        ({"r": 0.5}, "must be numbers"),
+        ({"r": float("inf")}, "must be numbers"),
+        ({"lora_alpha": float("inf")}, "must be numbers"),
+        ({"rank_pattern": {"q_proj": 0.5}}, "must be numbers"),
+        ({"alpha_pattern": ["q_proj"]}, "must be numbers"),
         ({"alpha_pattern": {"(": 2}}, "regular expressions"),
     ],
 )
