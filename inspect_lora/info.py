@@ -120,7 +120,8 @@ def find_problems(modules: list[Module], tensors: dict[str, torch.Tensor]) -> li
     unfit = [one for one in modules if not one.fits]
     if unfit:
         problems.append(
-            f"{counted(len(unfit), 'module')} of {len(modules)} do not fit the configuration, so "
+            f"{counted(len(unfit), 'module')} of {len(modules)} "
+            f"{'does' if len(unfit) == 1 else 'do'} not fit the configuration, so "
             f"PEFT cannot load them: A of {unfit[0].name} has {unfit[0].a.shape[0]} rows and B "
             f"{unfit[0].b.shape[1]} columns, where adapter_config.json says r = {unfit[0].r}. "
             "Either r or rank_pattern was edited, or the two files are of two adapters."
