@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import re
+import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,12 @@ def encode_held_out(
     fitting, problems = encode(held_out.examples, adapter.chat_format, options.max_seq_len)
     if problems:
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.")
+    if fitting and not any(is_text_of(one, adapter.chat_format) for one in fitting):
+        raise InspectError(
+            f"The tokenizer in {adapter.chat_format.tokenizer.name_or_path} turns no reply into "
+            "tokens that give its text again: its vocabulary is missing or damaged, such as "
+            "tokenizer.json."
+        )
     largest = max(max(example.input_ids) for example in fitting)
     rows = adapter.model.get_input_embeddings().weight.shape[0]
     if largest >= rows:
@@ -131,6 +138,13 @@ def encode_held_out(
             "they do not belong together. Check --base."
         )
     return fitting
+
+
+def is_text_of(example: Example, chat_format: ChatFormat) -> bool:
+    """Return whether the tokens of a reply give its text, but for spaces and capitals."""
+    said = chat_format.tokenizer.decode(example.reply_ids), example.messages[-1]["content"]
+    back, text = ("".join(unicodedata.normalize("NFKC", one).casefold().split()) for one in said)
+    return text in back
 
 
 def read_tasks(path: str) -> list[Task]:
@@ -219,7 +233,7 @@ class Number(Form):
     """The last number in the reply is the answer."""
 
     kind: Literal["number"]
-    answer: float
+    answer: pydantic.FiniteFloat
 
     def passes(self, reply: str) -> bool:
         """Return whether a reply passes."""

@@ -588,6 +588,14 @@ def test_a_tokenizer_with_more_tokens_than_the_base_has_is_refused(refused, chan
     assert "do not belong together" in refused(folder, "--eval_file", path)
 
 
+def test_a_tokenizer_without_a_vocabulary_is_refused(refused, changed):
+    """transformers makes an empty one, and every text is one token."""
+    folder = changed()
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    (folder / "tokenizer.json").unlink()
+    assert f"The tokenizer in {folder} turns no reply" in refused(folder)
+
+
 def test_without_held_out_conversations_they_are_asked_for(capsys, plain):
     end = command(capsys, "evidence", plain, *SHORT)
     assert end.status == 1 and "--eval_file" in end.err and '{"messages"' in end.err

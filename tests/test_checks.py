@@ -47,6 +47,7 @@ def test_a_reply_passes_or_not(reply, check, passes):
 BAD = [
     ({"kind": "number", "answer": "42"}, "checks.right.number.answer"),
     ({"kind": "number", "answer": True}, "checks.right.number.answer"),
+    ({"kind": "number", "answer": float("nan")}, "checks.right.number.answer"),
     ({"kind": "word"}, 'it needs "answers", "not" or both'),
     ({"kind": "word", "answers": "Paris"}, "checks.right.word.answers"),
     ({"kind": "word", "answers": [""]}, "checks.right.word.answers"),
