@@ -76,13 +76,13 @@ def cpu(options: Options) -> None:
         cells = [f"{median:.1f}", f"{median / steps:.2f}", f"{statistics.median(busy[name]):.1f}"]
         cells.append(f"{losses[name]:.4f}")
         print(row(name, *cells) + "".join(f"  {one:.1f}" for one in each))
-    ratio, of_busy = (
+    clock, work = (
         statistics.median(spent[OURS]) / statistics.median(spent[other])
         for spent in (seconds, busy)
     )
-    print(f"of the processors' time, which other work spoils less (whole commands): {of_busy:.3f}")
-    target = options.targets.at_most(f"cpu: of the time of {other}", ratio, limit)
-    print(f"ratio {ratio:.3f}   {target}")
+    target = options.targets.at_most(f"cpu: of the processors' time of {other}", work, limit)
+    print(f"of the time of {other} by the clock, which other work spoils: {clock:.3f}")
+    print(f"of the processors' time, whole commands: {work:.3f}   {target}")
     apart = abs(losses[OURS] / losses[other] - 1)
     target = options.targets.at_most("cpu: losses apart", apart, 0.01)
     print(f"the held-out losses are apart by {apart:.2%}   {target}")
