@@ -46,6 +46,7 @@ from inspect_lora.files import (
     refuse_not_finite,
     where_it_is_now,
 )
+from inspect_lora.modules import read_config
 from inspect_lora.trainer import (
     CHANGES_THE_BASE,
     ChatFormat,
@@ -261,7 +262,7 @@ def chat_format_of(
 
 def lora_config_of(place: Path) -> peft.LoraConfig:
     """Return the adapter's LoraConfig, unless PEFT does not know it or it cannot be measured."""
-    read_adapter_config(place)  # names another kind than LoRA
+    read_config(place)  # refuses another kind than LoRA, and numbers that cannot be
     try:
         config = peft.LoraConfig.from_pretrained(place)
     except (TypeError, ValueError, OSError) as error:

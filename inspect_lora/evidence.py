@@ -100,6 +100,9 @@ def run(options: argparse.Namespace) -> None:
     adapter = open_adapter(options, place, trained_by)
     examples = encode_held_out(held_out, adapter, options)
     system_message = system_message_of(options, trained_by)
+    if options.system is None and not trained_by:  # then it is the one that all lines share
+        shared = {example.system_message for example in examples}
+        system_message = shared.pop() if len(shared) == 1 else ""
     refuse_system_message(system_message, adapter.chat_format)
     tasks = tasks_that_render(tasks, adapter.chat_format)
     try:
