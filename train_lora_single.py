@@ -61,7 +61,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 if sys.version_info < (3, 11):
-    raise SystemExit("This script needs Python 3.11 or newer; README.md says how to get it.")
+    raise SystemExit("This script needs Python 3.11 or newer; docs/gpu.md says how to get it.")
 if sys.platform == "win32":
     raise SystemExit("This script needs Linux; on Windows run it in WSL.")
 
