@@ -17,6 +17,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from on_tiny import (
     PARTS,
     PLAIN_SCALE,
+    SAID,
     SHORT,
     base_model,
     columns,
@@ -613,3 +614,13 @@ def test_longer_lines_are_left_out_only_if_asked_for(capsys, plain, tmp_path):
     assert len(measure(capsys, plain, path, *SHORT).found["losses"]) == 13
     run = measure(capsys, plain, path, *SHORT, "--max_seq_len", "50")
     assert len(run.found["losses"]) == 12 and "long.jsonl:13" in run.out
+
+
+def test_a_foreign_adapters_system_message_is_the_one_that_all_lines_share(capsys, tmp_path):
+    folder = save_adapter(tmp_path / "adapter")
+    system = {"role": "system", "content": "You are Nell."}
+    alike = [{"messages": [system, *messages_of(said)]} for said in SAID]
+    other = [{"messages": messages_of(("one more", "No."))}]
+    for rows, expected in ((alike, "You are Nell."), (alike + other, "")):
+        eval_file = write_lines(tmp_path / "held_out.jsonl", rows)
+        assert measure(capsys, folder, eval_file, *SHORT).found["system_message"] == expected
