@@ -352,6 +352,29 @@ def test_the_example_was_measured_on_the_shipped_conversations():
         assert f"](docs/example/{name})" in read(README)
 
 
+def row_of_report(title):
+    """Return the numbers of the last row of the example's report that has this title."""
+    rows = re.findall(rf"(?m)^\| {title} \|(.*)$", read(EXAMPLE / "report.md"))
+    return [float(number) for number in numbers_of(rows[-1])]
+
+
+def test_the_figures_that_the_text_takes_from_the_report():
+    """Where they are worded otherwise, mend the pattern: what is compared is the numbers."""
+    lines, before, rings, *_ = row_of_report("rings")
+    others, quiet_before, quiet, lost, *_ = row_of_report("does not ring")
+    *_, changed, _ = row_of_report("as trained")
+    expected = {
+        (README, r"(\d+) of (\d+) emergencies"): [lines - rings, lines],
+        (README, r"(\d+) of (\d+) harmless"): [lost, others],
+        (README, r"(\d+) % of the places"): [round(changed)],
+        ("data/README.md", r"(\d+) emergencies (\d+) and (\d+)"): [lines, before, rings],
+        ("data/README.md", r"(\d+) others (\d+) and (\d+)"): [others, quiet_before, quiet],
+    }
+    for (page, pattern), numbers in expected.items():
+        (found,) = re.finditer(pattern, " ".join(read(page).split()))
+        assert [float(one) for one in found.groups()] == numbers, (page, pattern)
+
+
 # ---- forms of the data --------------------------------------------------------------------------
 
 
