@@ -15,6 +15,7 @@ To jump to any other, search for its name after four equals signs, such as "====
     SETTINGS          What can be changed, and how is a setting added?
     THE RUN           What happens, and in which order?
     MODEL AND LORA    The heart: what is trained, how is a step done, and what checks it?
+    MODEL FILES       Where do the base model, its tokenizer and its chat template come from?
     DATA              Which four forms may a conversation have, and how is a part held out?
     TOKENS            Which tokens of a conversation are learned?
     PLAN              How many weights and steps? What if a target is misspelt?
@@ -23,6 +24,7 @@ To jump to any other, search for its name after four equals signs, such as "====
     CHECKPOINTS       When is a run resumed, refused, or finished?
     PUBLISHING        Which files does a run leave, and how is the adapter verified?
     FLOAT16 PRODUCTS  What is different on a V100?
+    DEVICE            Which GPU is used? What if there are several, or none?
     COMMAND LINE      How do flags, the log, exit statuses and messages work?
 """
 
@@ -159,12 +161,13 @@ MATMUL: Literal["auto", "native", "float16"] = "auto"  # for old GPUs, see FLOAT
 
 # ==== THE RUN: the whole job
 #
-# Each line of run() is a step of the job; the comment after it says which section explains it.
+# Each line of run() and prepare() is a step of the job, and the comment after it names the section
+# that explains it.
 
 
 def run(job: Job) -> None:
-    """Train and publish one adapter. A Job holds the settings, and what is found on the way."""
-    prepare(job)  # DATA, TOKENS, PLAN: everything that comes before the weights
+    """Train and publish one adapter."""
+    prepare(job)  # everything that comes before the weights
     if job.settings.dry_run:
         report("done", "Nothing was trained. Without --dry_run the same command trains.")
         return
@@ -180,30 +183,49 @@ def run(job: Job) -> None:
         summarize(job)  # PUBLISHING: what was reached, and what to do next
 
 
+def prepare(job: Job) -> None:
+    """Find the device, check and render the data, and print what would be trained."""
+    job.device_name = find_device(job.settings)  # DEVICE
+    read_model_files(job)  # MODEL FILES: configuration, tokenizer and chat template
+    read_data(job)  # DATA and TOKENS: every line is checked before anything is trained
+    job.plan = make_plan(job)  # PLAN: which weights, and how many steps
+    job.products = choose_products(job)  # FLOAT16 PRODUCTS: how a V100 multiplies
+
+
 @dataclass
 class Job:
-    """What a run is given, and what it finds out step by step."""
+    """The settings of a run, and what is found out on the way."""
 
     settings: argparse.Namespace
-    config: transformers.PretrainedConfig | None = None
+
+    # From prepare(): what is to be done.
+    device_name: str = ""
+    config: transformers.PretrainedConfig | None = None  # the base model's
     chat_format: ChatFormat | None = None  # how conversations become tokens
     train: list[Example] = field(default_factory=list)
     held_out: list[Example] = field(default_factory=list)
     held_out_content: bytes = b""  # what held_out.jsonl gets, with an EVAL_FILE like "10%"
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
-    device_name: str = ""
-    products: str = "native"  # or "float16", see FLOAT16 PRODUCTS
-    token_limits: MemoryLimits | None = None
+    products: str = "native"  # or "float16"
+
+    # From resume_or_begin(): what an earlier run has done.
     checkpoint: Path | None = None  # the one to resume from
-    is_finished: bool = False  # by an earlier run of the same command
+    is_finished: bool = False  # nothing is left to do
     started: float = 0.0  # seconds since 1970
-    history: list[dict[str, float]] = field(default_factory=list)  # what the trainer logged
+
+    # From the training.
+    token_limits: MemoryLimits | None = None
+    history: list[dict[str, float]] = field(default_factory=list)  # what Trainer logged
     train_seconds: float = 0.0  # of optimizer steps in this process, evaluation apart
     train_tokens: int = 0  # of these steps
     peak_gib: float = 0.0  # GPU memory that torch had in use at the most
+
+    # From catch_signals().
     signals_wait: bool = False  # while what was begun must be finished and saved
     stop_signal: int = 0  # the signal that asks the run to stop
+
+    # From publish().
     published: dict[str, Any] | None = None  # which epoch became final_lora
     adapter_sha256: dict[str, str] = field(default_factory=dict)  # of the published files
 
@@ -220,13 +242,8 @@ class Job:
 # ==== MODEL AND LORA: the heart
 #
 # Each target, a matrix W of the model, gets two small matrices beside it, A and B. Only these are
-# trained, in float32; W and all else stay frozen. lora_config() says which layers are targets and
-# how large A and B are. SFTTrainer puts them into the model. check_only_lora_is_trained() then
-# compares all weights that can be trained with the plan: not one more, and not one less.
-#
-# LoraTrainer.training_step() gets the examples of one step, which have similar lengths. Their loss
-# is the sum of -log(probability) over the learned tokens, divided by the number of these. AdamW
-# then changes A and B.
+# trained, in float32; W and all else stay frozen. The loss of a step is -log(probability), summed
+# over the tokens that are learned and divided by their number. AdamW then changes A and B.
 
 
 def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
@@ -248,9 +265,8 @@ def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
 def build_trainer(job: Job) -> LoraTrainer:
     """Load the base model and return a trainer whose model has LoRA in it.
 
-    LoRA gets into the model that is trained here, by SFTTrainer's peft_config, and nowhere else. Do
-    not also call PEFT's get_peft_model(): LoRA would be added twice, TRL refuses such a model, and
-    the check below would stop the run.
+    LoRA is added by SFTTrainer's peft_config alone. Do not also call PEFT's get_peft_model(): LoRA
+    would be added twice, which TRL refuses.
     """
     settings = job.settings
     device = accelerate.PartialState().device
@@ -262,7 +278,7 @@ def build_trainer(job: Job) -> LoraTrainer:
         model=model,
         peft_config=lora_config(settings),  # the only injection
         args=training_config(job),
-        train_dataset=to_dataset(job.train),  # TRL's collator pads each step
+        train_dataset=to_dataset(job.train),
         eval_dataset=to_dataset(job.held_out) if job.held_out else None,
         processing_class=job.chat_format.tokenizer,
     )
@@ -273,10 +289,7 @@ def build_trainer(job: Job) -> LoraTrainer:
 
 
 class LoraTrainer(trl.SFTTrainer):
-    """TRL's trainer with a step in as few parts as fit in memory; each method says why it differs.
-
-    A loss or a gradient that is not a finite number ends the run, see TRAINING.
-    """
+    """TRL's trainer with a step in as few parts as fit in memory; each method says why."""
 
     def __init__(self, job: Job, **given: Any) -> None:
         """Remember the job, and the order in which its examples are seen."""
@@ -290,10 +303,10 @@ class LoraTrainer(trl.SFTTrainer):
         inputs: dict[str, torch.Tensor],
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Send a whole step through the model, in as few parts as fit in memory.
+        """Send the examples of a step through the model, and return their loss.
 
-        The loss is a sum over tokens, so but for dropout and rounding the gradient does not depend
-        on the parts.
+        The loss is a sum over tokens, so its gradient does not depend on the parts, but for dropout
+        and rounding.
         """
         model.train()
         parts = split_step(self._prepare_inputs(inputs), self.job.token_limits)  # see MEMORY
@@ -314,15 +327,13 @@ class LoraTrainer(trl.SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the sum of a part's -log(probability) / the number of the step's learned tokens.
+        """Return a part's sum of -log(probability) / the number of tokens that the step learns.
 
-        Trainer counts these tokens, over the whole step and all processes. TRL's loss has the same
-        value. This one needs no Triton, which has dropped the V100, and multiplies by the model's
-        own head, which may be a float16 one. DDP takes the mean over the processes, so the loss is
-        multiplied by their number.
+        TRL's loss has the same value, but needs Triton, which has dropped the V100. Trainer counts
+        the tokens, over the parts and all processes.
         """
         loss = reply_losses(model, inputs).sum() / num_items_in_batch
-        return loss * self.accelerator.num_processes
+        return loss * self.accelerator.num_processes  # of which DDP takes the mean
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
@@ -398,16 +409,12 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     count = sum(weight.numel() for weight in trainable.values())
     total = sum(weight.numel() for weight in model.parameters())
     share = f"{count:,} of {total:,} parameters are trained ({count / total:.4%})"
-    if total != plan.total and shapes == plan.trainable_shapes:
+    if shapes != plan.trainable_shapes or total != plan.total:
+        different = sorted({name for name, _ in shapes.items() ^ plan.trainable_shapes.items()})
         raise UserError(
-            f"LoRA is not in place as planned: the model has {total:,} parameters, but "
-            f"{plan.total:,} were planned. Is something added to it twice?"
-        )
-    if shapes != plan.trainable_shapes:
-        different = sorted(name for name, _ in shapes.items() ^ plan.trainable_shapes.items())
-        raise UserError(
-            f"LoRA is not in place as planned: {share}, but {plan.trainable:,} were planned. "
-            f"The difference is in {join_limited([*dict.fromkeys(different)], 3, ', ')}."
+            f"LoRA is not in place as planned: {share}, but {plan.trainable:,} of {plan.total:,} "
+            f"were planned. The difference is in "
+            f"{join_limited(different, 3, ', ') or 'frozen weights that were added'}."
         )
     narrow = [name for name, weight in trainable.items() if weight.dtype != torch.float32]
     if narrow:
@@ -421,8 +428,7 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
 def training_config(job: Job) -> trl.SFTConfig:
     """Return what TRL is asked for. Its defaults hold: AdamW without decay, clipping at 1.0.
 
-    Other arguments may be written here; a checkpoint that was made without them is refused, and so
-    are those that LoraTrainer's own step and loss would ignore (refuse_ignored_arguments()).
+    Other arguments may be added, but for those that refuse_ignored_arguments() names.
     """
     settings = job.settings
     processes = accelerate.PartialState().num_processes
@@ -434,12 +440,10 @@ def training_config(job: Job) -> trl.SFTConfig:
         max_steps=job.plan.steps,  # this decides, not the epochs
         learning_rate=settings.LEARNING_RATE,
         lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
-        # TRL would round a fraction up. With a warm-up the first step has the rate 0, so a run of
-        # fewer than 34 steps has none.
+        # TRL would round a fraction up, and the first step of a warm-up has the rate 0.
         warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
-        # Our training_step() gets a whole step, and divides it into as few parts as fit in memory.
-        per_device_train_batch_size=examples_per_step(settings) // processes,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=examples_per_step(settings) // processes,  # a whole step
+        gradient_accumulation_steps=1,  # training_step() divides it
         activation_checkpointing=False,  # find_what_fits() decides
         bf16=False,  # no autocast: the weights have their type already
         use_cpu=settings.DEVICE == "cpu",
@@ -458,24 +462,85 @@ def training_config(job: Job) -> trl.SFTConfig:
     )
 
 
-def refuse_ignored_arguments(config: trl.SFTConfig) -> None:
-    """Raise UserError if training_config() asks for what our own step and loss would not do."""
-    needed = {
-        "gradient_accumulation_steps": 1,  # a step is divided by what fits
-        "activation_checkpointing": False,  # found by trying, too
-        "label_smoothing_factor": 0.0,
-        "loss_type": "nll",
-        "packing": False,
-        "padding_free": False,
-        "bf16": False,
-        "fp16": False,
-    }
-    for name, value in needed.items():
-        if getattr(config, name) != value:
-            raise UserError(
-                f"training_config(): {name} must stay {value!r}, since this trainer's own step and "
-                "loss would ignore anything else."
-            )
+# ==== MODEL FILES: the base model, its tokenizer and its chat template, from the hub or a folder
+#
+# What is wrong with them is said before anything is trained. Only safetensors are loaded, and no
+# code that a model brings along is run.
+
+
+def read_model_files(job: Job) -> None:
+    """Read all but the weights: which commit it is, the configuration, and the chat format."""
+    settings = job.settings
+    settings.MODEL_REVISION = commit_of(settings.MODEL_NAME, settings.MODEL_REVISION)
+    job.config = load_config(settings.MODEL_NAME, settings.MODEL_REVISION)
+    refuse_quantized(settings.MODEL_NAME, job.config)
+    job.chat_format = load_chat_format(settings.MODEL_NAME, settings.MODEL_REVISION)
+    mention_faster_kernels(job)
+
+
+def commit_of(model_name: str, revision: str) -> str:
+    """Return the commit of a model's branch or tag on the hub; a folder's revision as it is."""
+    if Path(model_name).is_dir():
+        return revision
+    with model_is_named(model_name):  # transformers alone retries an unknown name for 25 seconds
+        return huggingface_hub.resolve_revision(model_name, revision=revision).resolved
+
+
+def load_config(model_name: str, revision: str) -> transformers.PretrainedConfig:
+    """Return a model's configuration, or raise UserError."""
+    with model_is_named(model_name):
+        return transformers.AutoConfig.from_pretrained(
+            model_name, revision=revision, trust_remote_code=False
+        )
+
+
+def refuse_quantized(model_name: str, config: transformers.PretrainedConfig) -> None:
+    """Raise UserError if a model is quantized, which is not trained here."""
+    if "quantization_config" in config.to_dict():
+        raise UserError(
+            f"{model_name}: this model is quantized, which is not supported. Use the model that it "
+            "was made from."
+        )
+
+
+def load_chat_format(model_name: str, revision: str, tokenizer_folder: str = "") -> ChatFormat:
+    """Return how a model's conversations become tokens, or raise UserError.
+
+    Args:
+        model_name: a folder, or a name on the hub.
+        revision: its commit there.
+        tokenizer_folder: where the tokenizer is, if it is not the model's own.
+    """
+    chosen = {"revision": revision, "trust_remote_code": False}
+    where = {"trust_remote_code": False} if tokenizer_folder else chosen
+    with model_is_named(model_name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            tokenizer_folder or model_name, **where
+        )
+        end_ids = tokens_that_stop(model_name, revision, tokenizer)
+    if not tokenizer.chat_template or not end_ids:
+        raise UserError(
+            f"{model_name}: its tokenizer has no chat template or no end-of-turn token. Use a "
+            "model that was trained to chat, such as Qwen/Qwen3.5-4B."
+        )
+    return ChatFormat(tokenizer, end_ids)
+
+
+def tokens_that_stop(
+    model_name: str, revision: str, tokenizer: transformers.PreTrainedTokenizerBase
+) -> list[int]:
+    """Return the tokens at which the model stops: the tokenizer's end, and the configuration's.
+
+    Gemma's tokenizer ends with <eos>, but its turns with <end_of_turn>; generation_config.json has
+    both.
+    """
+    try:
+        config = transformers.GenerationConfig.from_pretrained(model_name, revision=revision)
+    except OSError:  # a model need not have one
+        config = transformers.GenerationConfig()
+    more = config.eos_token_id
+    ends = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
+    return [end for end in dict.fromkeys(ends) if end is not None]
 
 
 def load_model(
@@ -508,6 +573,28 @@ def load_model(
     return model
 
 
+@contextlib.contextmanager
+def model_is_named(model_name: str) -> Iterator[None]:
+    """Turn the errors of loading a model's small files into a message that names the model."""
+    try:
+        yield
+    except RevisionResolutionError as error:
+        raise UserError(
+            f"The Hugging Face hub cannot be reached, and {model_name} is not stored on this "
+            "machine. Check the network, or give a local folder."
+        ) from error
+    except (OSError, ValueError, HTTPError) as error:
+        if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
+            raise UserError(
+                f"{model_name} is a gated model: accept its licence at "
+                f"https://huggingface.co/{model_name}, then log in with `hf auth login`."
+            ) from error
+        raise UserError(
+            f"{model_name}: there is no such model, or it cannot be reached ({one_line(error)}). "
+            "Check the name, the folder or the network."
+        ) from error
+
+
 # ==== DATA: reading the conversations, checking every line, and holding a part out
 #
 # A file holds one conversation a line (JSONL), or all of them in one JSON array. A conversation has
@@ -525,31 +612,18 @@ def load_model(
 # nothing is trained. With an EVAL_FILE like "10%" hold_out() chooses the held-out conversations.
 
 
-def prepare(job: Job) -> None:
-    """Read the data, render it as the model will see it, and print what would be trained.
-
-    This is all that comes before the weights: the sections DATA, TOKENS and PLAN.
-    """
+def read_data(job: Job) -> None:
+    """Read, check and render all conversations; raise UserError with what is wrong with any."""
     settings = job.settings
     train, held_out, problems = read_both_files(job)
-    if not settings.dry_run:
-        job.device_name = prepare_device(settings.DEVICE, settings.DTYPE)
-        check_processes(job)
-    else:
-        forbid_gpu_packages()
-    settings.MODEL_REVISION = commit_of(settings.MODEL_NAME, settings.MODEL_REVISION)
-    job.config = load_config(settings.MODEL_NAME, settings.MODEL_REVISION)
-    refuse_quantized(settings.MODEL_NAME, job.config)
-    job.chat_format = load_chat_format(settings.MODEL_NAME, settings.MODEL_REVISION)
     job.train, more = encode(train, job.chat_format, settings.MAX_SEQ_LEN)
     job.held_out, still_more = encode(held_out, job.chat_format, settings.MAX_SEQ_LEN)
     # A conversation of several replies would be named for each of them.
     problems = [*dict.fromkeys(problems + more + still_more)]
     if problems:
-        noun = "problems" if len(problems) > 1 else "problem"
         raise UserError(
             f"{problems_as_text(problems)}\n"
-            f"The data has {len(problems):,} {noun}, so nothing was trained."
+            f"The data has {counted(len(problems), 'problem')}, so nothing was trained."
         )
     warn_of_shipped_eval_file(settings)
     warn_of_missing_system_messages(train)
@@ -561,9 +635,6 @@ def prepare(job: Job) -> None:
     }
     report_tokens(job)
     show_example(job.train[0], job.chat_format.tokenizer)
-    job.plan = make_plan(job)
-    job.products = choose_products(job)
-    mention_faster_kernels(job)
 
 
 @dataclass
@@ -1017,7 +1088,7 @@ def hold_out(
     count = sum(len(places) for places in groups.values())
     wanted = max(FEWEST_HELD_OUT, math.ceil(count * percent / 100))
     held_out: set[str] = set()
-    for beginning in sorted(groups, key=lot_of):
+    for beginning in sorted(groups, key=number_drawn_for):
         if len(held_out) >= wanted:
             break
         if len(groups[beginning]) <= count / 20:
@@ -1039,7 +1110,7 @@ def hold_out(
     )
 
 
-def lot_of(beginning: tuple[str, str]) -> str:
+def number_drawn_for(beginning: tuple[str, str]) -> str:
     """Return a number that is drawn for a conversation's beginning, always the same one."""
     return hashlib.sha256(repr(("held out", beginning)).encode(errors="replace")).hexdigest()
 
@@ -1085,93 +1156,6 @@ class ChatFormat:
     def end_names(self) -> str:
         """Return the tokens at which the model stops, by name."""
         return " or ".join(self.tokenizer.convert_ids_to_tokens(self.end_ids))
-
-
-@contextlib.contextmanager
-def model_is_named(model_name: str) -> Iterator[None]:
-    """Turn the errors of loading a model's small files into a message that names the model."""
-    try:
-        yield
-    except RevisionResolutionError as error:
-        raise UserError(
-            f"The Hugging Face hub cannot be reached, and {model_name} is not stored on this "
-            "machine. Check the network, or give a local folder."
-        ) from error
-    except (OSError, ValueError, HTTPError) as error:
-        if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
-            raise UserError(
-                f"{model_name} is a gated model: accept its licence at "
-                f"https://huggingface.co/{model_name}, then log in with `hf auth login`."
-            ) from error
-        raise UserError(
-            f"{model_name}: there is no such model, or it cannot be reached ({one_line(error)}). "
-            "Check the name, the folder or the network."
-        ) from error
-
-
-def commit_of(model_name: str, revision: str) -> str:
-    """Return the commit of a model's branch or tag on the hub; a folder's revision as it is."""
-    if Path(model_name).is_dir():
-        return revision
-    with model_is_named(model_name):  # transformers alone retries an unknown name for 25 seconds
-        return huggingface_hub.resolve_revision(model_name, revision=revision).resolved
-
-
-def load_config(model_name: str, revision: str) -> transformers.PretrainedConfig:
-    """Return a model's configuration, or raise UserError."""
-    with model_is_named(model_name):
-        return transformers.AutoConfig.from_pretrained(
-            model_name, revision=revision, trust_remote_code=False
-        )
-
-
-def refuse_quantized(model_name: str, config: transformers.PretrainedConfig) -> None:
-    """Raise UserError if a model is quantized, which is not trained here."""
-    if "quantization_config" in config.to_dict():
-        raise UserError(
-            f"{model_name}: this model is quantized, which is not supported. Use the model that it "
-            "was made from."
-        )
-
-
-def load_chat_format(model_name: str, revision: str, tokenizer_folder: str = "") -> ChatFormat:
-    """Return how a model's conversations become tokens, or raise UserError.
-
-    Args:
-        model_name: a folder, or a name on the hub.
-        revision: its commit there.
-        tokenizer_folder: where the tokenizer is, if it is not the model's own.
-    """
-    chosen = {"revision": revision, "trust_remote_code": False}
-    where = {"trust_remote_code": False} if tokenizer_folder else chosen
-    with model_is_named(model_name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            tokenizer_folder or model_name, **where
-        )
-        end_ids = tokens_that_stop(model_name, revision, tokenizer)
-    if not tokenizer.chat_template or not end_ids:
-        raise UserError(
-            f"{model_name}: its tokenizer has no chat template or no end-of-turn token. Use a "
-            "model that was trained to chat, such as Qwen/Qwen3.5-4B."
-        )
-    return ChatFormat(tokenizer, end_ids)
-
-
-def tokens_that_stop(
-    model_name: str, revision: str, tokenizer: transformers.PreTrainedTokenizerBase
-) -> list[int]:
-    """Return the tokens at which the model stops: the tokenizer's end, and the configuration's.
-
-    Gemma's tokenizer ends with <eos>, but its turns with <end_of_turn>; generation_config.json has
-    both.
-    """
-    try:
-        config = transformers.GenerationConfig.from_pretrained(model_name, revision=revision)
-    except OSError:  # a model need not have one
-        config = transformers.GenerationConfig()
-    more = config.eos_token_id
-    ends = [tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]
-    return [end for end in dict.fromkeys(ends) if end is not None]
 
 
 def encode(
@@ -1611,20 +1595,6 @@ def in_order_of_settings(targets: list[str], settings: argparse.Namespace) -> li
     return sorted(targets, key=lambda target: (order.get(target, len(order)), target))
 
 
-def mention_faster_kernels(job: Job) -> None:
-    """Say that DeltaNet would be faster with a package that this GPU can run, if it is missing."""
-    if job.settings.DEVICE == "cpu" or job.settings.dry_run:
-        return
-    is_new_enough = torch.cuda.get_device_capability()[0] >= 8
-    has_deltanet = "linear_attention" in layer_types(job.config)
-    if is_new_enough and has_deltanet and importlib.util.find_spec("fla") is None:
-        report(
-            "faster",
-            "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
-            "with\npip install flash-linear-attention",
-        )
-
-
 # ==== TRAINING: the order of the examples, what is printed, saving and stopping
 #
 # RunEvents says what is printed, checked and saved between the steps. Under `accelerate launch`
@@ -1655,6 +1625,26 @@ def train(trainer: LoraTrainer, job: Job) -> None:
     trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
     accelerate.PartialState().wait_for_everyone()
     job.signals_wait = False
+
+
+def refuse_ignored_arguments(config: trl.SFTConfig) -> None:
+    """Raise UserError if training_config() asks for what our own step and loss would not do."""
+    needed = {
+        "gradient_accumulation_steps": 1,  # a step is divided by what fits
+        "activation_checkpointing": False,  # found by trying, too
+        "label_smoothing_factor": 0.0,
+        "loss_type": "nll",
+        "packing": False,
+        "padding_free": False,
+        "bf16": False,
+        "fp16": False,
+    }
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise UserError(
+                f"training_config(): {name} must stay {value!r}, since this trainer's own step and "
+                "loss would ignore anything else."
+            )
 
 
 class QuietBar(transformers.trainer_callback.ProgressCallback):
@@ -1950,13 +1940,13 @@ def find_what_fits(trainer: LoraTrainer, job: Job) -> None:
     if limits.tokens_at_once >= whole_step:
         text = f"a whole step of {examples_per_step(job.settings)} examples fits at once"
     elif limits.tokens_at_once == 0:
-        text = "every example is computed twice to save memory"
+        text = "every example is recomputed to save memory"
     else:
         text = (
             f"up to {limits.tokens_at_once:,} tokens fit at once; larger steps go through in parts"
         )
         if limits.tokens_at_once < longest:
-            text += ", and longer examples\nare computed twice to save memory"
+            text += ", and longer examples\nare recomputed to save memory"
     report("memory", text)
 
 
@@ -1967,7 +1957,8 @@ def most_tokens(job: Job) -> tuple[int, int]:
     """
     longest = max(len(example.input_ids) for example in job.train)
     processes = accelerate.PartialState().num_processes
-    return longest, longest * max(1, examples_per_step(job.settings) // processes)
+    examples = min(len(job.train), examples_per_step(job.settings) // processes)
+    return longest, longest * examples
 
 
 def try_what_fits(trainer: LoraTrainer, longest: int, whole_step: int) -> MemoryLimits:
@@ -1985,15 +1976,16 @@ def pass_fits(trainer: LoraTrainer, tokens: int, longest: int, is_recomputed: bo
     """Return whether a forward and a backward pass over so many tokens find their memory.
 
     The trial is at least as hard as any step of so many tokens: its rows are at least as long as
-    the longest example, or one row has them all, and every token is learned.
+    the longest example, or one row has them all; every token is learned, and there is padding.
     """
     rows = max(1, tokens // longest)
     width = math.ceil(tokens / rows)
-    ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
-    inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     set_recomputation(trainer.model, is_recomputed)
     trainer.model.train()
     try:
+        ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
+        inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        inputs["attention_mask"][1:, -1] = 0  # padding takes memory of its own
         trainer.compute_loss(trainer.model, inputs, num_items_in_batch=tokens).backward()
     except torch.OutOfMemoryError:
         return False
@@ -2159,12 +2151,17 @@ def describe_job(job: Job) -> dict[str, Any]:
 
 def what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a line for each thing in which a checkpoint's job is another one than this."""
-    rows = []
+    rows, changes = [], []
     for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            was = f"was {before[name]}" if name in before else "did not exist"
-            is_now = f"is now {now[name]}" if name in now else "does not exist now"
-            rows.append(f"  {name} {was} and {is_now}")
+        if before.get(name) == now.get(name):
+            continue
+        was = f"was {before[name]}" if name in before else "did not exist"
+        is_now = f"is now {now[name]}" if name in now else "does not exist now"
+        change = f"{was} and {is_now}"
+        # LoraConfig and SFTConfig come after the settings, and may only repeat their changes.
+        if "Config." not in name or change not in changes:
+            rows.append(f"  {name} {change}")
+        changes.append(change)
     return rows
 
 
@@ -2894,6 +2891,112 @@ def sums_fit(weight: torch.Tensor) -> bool:
     return max(largest_row, columns.max().item()) < 65504 / 2
 
 
+# ==== DEVICE: the GPU or the CPU, and several processes
+#
+# One process uses the first GPU of CUDA_VISIBLE_DEVICES. Under `accelerate launch` each process has
+# one of its own, and a step's examples must divide among them.
+
+
+def find_device(settings: argparse.Namespace) -> str:
+    """Return the device's name, or raise UserError if it cannot be used; a dry run needs none."""
+    if settings.dry_run:
+        forbid_gpu_packages()
+        return ""
+    name = prepare_device(settings.DEVICE, settings.DTYPE)
+    processes, size = accelerate.PartialState().num_processes, examples_per_step(settings)
+    if size % processes:
+        raise UserError(
+            f"{processes} processes cannot share steps of {size} examples. Choose BATCH_SIZE x "
+            f"GRADIENT_ACCUMULATION_STEPS as a multiple of {processes}."
+        )
+    if processes == 1:
+        return name
+    report(
+        "device",
+        f"{processes} processes share the examples of each step; an epoch's last step is filled "
+        "up\nwith examples from its beginning",
+    )
+    return f"{name}, {processes} processes"
+
+
+def prepare_device(device: str, dtype: str) -> str:
+    """Return the device's name, or raise UserError and say why there is none that works.
+
+    This comes before the model's code is imported, since the import decides whether it uses
+    flash-linear-attention.
+
+    Args:
+        device: "cuda" or "cpu".
+        dtype: the type of the weights that it must multiply.
+    """
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    left_over = (
+        "ACCELERATE_" if is_launched else ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+    )
+    for name in [name for name in os.environ if name.startswith(left_over)]:
+        del os.environ[name]  # left over from other work, they would change this run
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        forbid_gpu_packages()
+        accelerate.PartialState(cpu=True)
+        report("device", "CPU")
+        return "CPU"
+    if not is_launched:
+        # TRL refuses several visible GPUs without a launcher.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ("0" if visible is None else visible).split(",")[0]
+    try:
+        torch.cuda.init()  # says why there is no GPU
+    except (RuntimeError, AssertionError) as error:
+        hidden = "" if visible is None else f" CUDA_VISIBLE_DEVICES is {visible!r}."
+        raise UserError(
+            f"DEVICE cuda: torch sees no GPU ({one_line(error).rstrip('.')}).{hidden} An NVIDIA "
+            "GPU and a driver of the 525 branch or newer are needed; without one, try --demo, or "
+            "--device cpu with a small model."
+        ) from error
+    place = accelerate.PartialState().device
+    major, minor = torch.cuda.get_device_capability(place)
+    free, total = torch.cuda.mem_get_info(place)
+    name = f"{torch.cuda.get_device_name(place)}, sm_{major}{minor}"
+    if major < 8:
+        forbid_gpu_packages()
+    try:  # a torch without this GPU's kernels says so only when it computes
+        ones = torch.ones(8, 8, device=place, dtype=getattr(torch, dtype))
+        (ones @ ones).sum().item()
+    except RuntimeError as error:
+        raise UserError(
+            f"DEVICE cuda: torch {torch.__version__} does not run on {name} "
+            f"({one_line(error)}). The versions in requirements.txt run on sm_70 (V100) to sm_120; "
+            "if it is one of these, free its memory."
+        ) from error
+    report("device", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free")
+    return name
+
+
+def forbid_gpu_packages() -> None:
+    """Make fla and causal_conv1d unimportable.
+
+    transformers uses them wherever they can be imported, also on a CPU or a GPU of a capability
+    below 8.0, where their Triton kernels crash.
+    """
+    for name in ("fla", "causal_conv1d"):
+        sys.modules[name] = None
+
+
+def mention_faster_kernels(job: Job) -> None:
+    """Say that DeltaNet would be faster with a package that this GPU can run, if it is missing."""
+    if job.settings.DEVICE == "cpu" or job.settings.dry_run:
+        return
+    is_new_enough = torch.cuda.get_device_capability()[0] >= 8
+    has_deltanet = "linear_attention" in layer_types(job.config)
+    if is_new_enough and has_deltanet and importlib.util.find_spec("fla") is None:
+        report(
+            "faster",
+            "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
+            "with\npip install flash-linear-attention",
+        )
+
+
 # ==== COMMAND LINE: flags, the log, the device, signals, error messages, main()
 #
 # Each setting is a flag; its name, type and help come from the constant's line. A command ends with
@@ -3082,87 +3185,6 @@ def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> st
     return separator.join([*items[:limit], more])
 
 
-def prepare_device(device: str, dtype: str) -> str:
-    """Return the device's name, or raise UserError and say why there is none that works.
-
-    This comes before the model's code is imported, since the import decides whether it uses
-    flash-linear-attention.
-
-    Args:
-        device: "cuda" or "cpu".
-        dtype: the type of the weights that it must multiply.
-    """
-    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
-    left_over = (
-        "ACCELERATE_" if is_launched else ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
-    )
-    for name in [name for name in os.environ if name.startswith(left_over)]:
-        del os.environ[name]  # left over from other work, they would change this run
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        forbid_gpu_packages()
-        accelerate.PartialState(cpu=True)
-        report("device", "CPU")
-        return "CPU"
-    if not is_launched:
-        # TRL refuses several visible GPUs without a launcher.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ("0" if visible is None else visible).split(",")[0]
-    try:
-        torch.cuda.init()  # says why there is no GPU
-    except (RuntimeError, AssertionError) as error:
-        hidden = "" if visible is None else f" CUDA_VISIBLE_DEVICES is {visible!r}."
-        raise UserError(
-            f"DEVICE cuda: torch sees no GPU ({one_line(error).rstrip('.')}).{hidden} An NVIDIA "
-            "GPU and a driver of the 525 branch or newer are needed; without one, try --demo, or "
-            "--device cpu with a small model."
-        ) from error
-    place = accelerate.PartialState().device
-    major, minor = torch.cuda.get_device_capability(place)
-    free, total = torch.cuda.mem_get_info(place)
-    name = f"{torch.cuda.get_device_name(place)}, sm_{major}{minor}"
-    if major < 8:
-        forbid_gpu_packages()
-    try:  # a torch without this GPU's kernels says so only when it computes
-        ones = torch.ones(8, 8, device=place, dtype=getattr(torch, dtype))
-        (ones @ ones).sum().item()
-    except RuntimeError as error:
-        raise UserError(
-            f"DEVICE cuda: torch {torch.__version__} does not run on {name} "
-            f"({one_line(error)}). The versions in requirements.txt run on sm_70 (V100) to sm_120; "
-            "if it is one of these, free its memory."
-        ) from error
-    report("device", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free")
-    return name
-
-
-def forbid_gpu_packages() -> None:
-    """Make fla and causal_conv1d unimportable.
-
-    transformers uses them wherever they can be imported, also on a CPU or a GPU of a capability
-    below 8.0, where their Triton kernels crash.
-    """
-    for name in ("fla", "causal_conv1d"):
-        sys.modules[name] = None
-
-
-def check_processes(job: Job) -> None:
-    """Raise UserError if the processes of a launch cannot share a step."""
-    processes, size = accelerate.PartialState().num_processes, examples_per_step(job.settings)
-    if size % processes:
-        raise UserError(
-            f"{processes} processes cannot share steps of {size} examples. Choose BATCH_SIZE x "
-            f"GRADIENT_ACCUMULATION_STEPS as a multiple of {processes}."
-        )
-    if processes > 1:
-        job.device_name += f", {processes} processes"
-        report(
-            "device",
-            f"{processes} processes share the examples of each step; an epoch's last step is "
-            "filled up\nwith examples from its beginning",
-        )
-
-
 def open_log(output: Path) -> logging.Handler:
     """Make the output folder, and open the log there; another run may still be writing to it."""
     try:
@@ -3254,13 +3276,17 @@ def main(argv: list[str] | None = None) -> None:
     # PEFT 0.21 calls a function that transformers 5.24 renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     job = Job(settings)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     catch_signals(job)
-    run_or_explain(job)
+    try:
+        run_or_explain(job)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def run_or_explain(job: Job) -> None:
     """Do the job; turn what is known to have gone wrong into a message and an exit status."""
-    ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
     until_the_end = contextlib.ExitStack()  # run.json is written last, still under the lock
     try:
         if not job.settings.dry_run and is_main_process():
@@ -3287,9 +3313,6 @@ def run_or_explain(job: Job) -> None:
     finally:
         until_the_end.close()
         logging.shutdown()
-        for number in SIGNALS:
-            if number not in ignored:
-                signal.signal(number, signal.SIG_DFL)
 
 
 class LossyOutput(io.FileIO):

@@ -82,8 +82,8 @@ FOUND = {  # room with activations kept, and recomputed: what is found, and a wo
     "a whole step": ((STEP, 0), (STEP, STEP), "whole step"),
     "three examples": ((3 * LONGEST, 0), (128, 128), "parts"),
     "one example": ((LONGEST + 1, 0), (48, 48), "parts"),
-    "one example, just": ((LONGEST, 0), (32, LONGEST), "twice"),
-    "recomputed": ((LONGEST - 1, 150), (32, 144), "twice"),
+    "one example, just": ((LONGEST, 0), (32, LONGEST), "are recomputed"),
+    "recomputed": ((LONGEST - 1, 150), (32, 144), "are recomputed"),
     "always recomputed": ((0, STEP), (0, STEP), "every example"),
     "recomputed, just": ((0, LONGEST), (0, LONGEST), "every example"),
 }
@@ -115,7 +115,9 @@ def test_what_fits_is_found_by_trying(small, gpu, capsys, name):
     assert first["scored"] == STEP - 4 and len(recorder.trained) <= 2 * 6
     for trial in recorder.trained:  # each is as hard as a step of so many tokens can be
         rows, width = trial["mask"].shape
-        assert trial["mask"].all() and (width >= LONGEST or rows == 1)
+        # Padding takes memory of its own, so it is there unless one row has all tokens.
+        assert trial["mask"].sum() == rows * width - (rows - 1)
+        assert width >= LONGEST or rows == 1
     # A tenth and AdamW's two numbers for each trained weight are left while trying, and later a
     # little for what allocates outside of torch's view.
     states = 2 * 4 * sum(p.numel() for p in lora(trainer.model).values()) / (100 * 2**30)

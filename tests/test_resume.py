@@ -725,6 +725,7 @@ def test_all_that_differs_is_named_at_once_and_nothing_is_touched(flags, stopped
     assert "Traceback" not in said
     for part in ("LORA_R was 8 and is now 4", "SEED was 42 and is now 7", "tokens of EVAL_FILE"):
         assert part in said
+    assert said.count("was 42 and is now 7") == 1  # and not for SFTConfig.seed again
     (tmp_path / "bad.jsonl").write_text("{}\n")
     assert run(command(flags, stopped, "--train_file", tmp_path / "bad.jsonl")) == 1
     assert run(command(flags, stopped, "--model_name", tmp_path / "none")) == 1

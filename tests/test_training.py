@@ -173,7 +173,7 @@ SPOILT = {
     ),
     "the count alone is right": (freeze_one_and_train_as_much_of_the_base, "stolen"),
     "a frozen weight besides": (
-        lambda one: one.register_parameter("odd", frozen(7)), "has 435,403 parameters",
+        lambda one: one.register_parameter("odd", frozen(7)), "of 435,403 parameters",
     ),
     "A in bfloat16": (lambda one: in_layers(one, "0.mlp.up_proj.lora_A").bfloat16(), "float32"),
 }  # fmt: skip
@@ -622,7 +622,7 @@ def test_an_argument_that_our_step_and_loss_would_ignore_is_refused(argument, tm
     name = argument.partition("=")[0]
     before = "        logging_steps=1,  # every loss"
     if name == "gradient_accumulation_steps":
-        edit = ("        gradient_accumulation_steps=1,\n", f"        {argument},\n")
+        edit = ("        gradient_accumulation_steps=1,", f"        {argument},")
     else:
         edit = (before, f"        {argument},\n{before}")
     script = edited_script(tmp_path, edit)
