@@ -89,14 +89,38 @@ def talk(adapter: Adapter, system: str, max_new_tokens: int) -> None:
         elif word.startswith("/"):
             print(HELP if word == "/help" else f"{word} is an unknown command\n{HELP}")
         elif said:
-            turns.append({"role": "user", "content": said})
+            asked = [*turns, {"role": "user", "content": said}]
+            asked = newest_that_fit(adapter, messages, asked, max_new_tokens)
+            if not asked:
+                continue
             try:
                 for scale in scales:
-                    text = say(adapter, messages, turns, scale, max_new_tokens)
-                turns.append({"role": "assistant", "content": text})
+                    text = say(adapter, messages + asked, scale, max_new_tokens)
+                turns = [*asked, {"role": "assistant", "content": text}]
             except KeyboardInterrupt:
                 print(" [stopped]", flush=True)
-                turns.pop()
+
+
+def newest_that_fit(
+    adapter: Adapter,
+    messages: list[dict[str, str]],
+    turns: list[dict[str, str]],
+    max_new_tokens: int,
+) -> list[dict[str, str]]:
+    """Return the newest turns that leave room for a reply in the model's window, and say it."""
+    config = adapter.model.config.get_text_config()
+    window = getattr(config, "max_position_embeddings", None) or math.inf
+    for first in range(0, len(turns), 2):  # a question is left out with its reply
+        ids = adapter.chat_format.prompt_ids(messages + turns[first:])
+        if len(ids) + max_new_tokens <= window:
+            if first:
+                print(f"(The model takes {window:,} tokens: the oldest turns are left out.)")
+            return turns[first:]
+    print(
+        f"Not sent: {len(ids):,} tokens and a reply of {max_new_tokens:,} (--max_new_tokens) are "
+        f"more than the {window:,} that the model takes. Shorten the message."
+    )
+    return []
 
 
 def read_scale(text: str, before: list[float]) -> list[float]:
@@ -111,23 +135,10 @@ def read_scale(text: str, before: list[float]) -> list[float]:
     return before
 
 
-def say(
-    adapter: Adapter,
-    messages: list[dict[str, str]],
-    turns: list[dict[str, str]],
-    scale: float,
-    max_new_tokens: int,
-) -> str:
-    """Print the reply to the conversation as it is generated, and return it.
-
-    The oldest turns are dropped when the model's window is full.
-    """
+def say(adapter: Adapter, messages: list[dict[str, str]], scale: float, max_new_tokens: int) -> str:
+    """Print the reply to the conversation as it is generated, and return it."""
     model, chat_format = adapter.model, adapter.chat_format
-    window = model.config.get_text_config().max_position_embeddings - max_new_tokens
-    ids = chat_format.prompt_ids(messages + turns)
-    while len(ids) > window and len(turns) > 2:
-        del turns[:2]
-        ids = chat_format.prompt_ids(messages + turns)
+    ids = chat_format.prompt_ids(messages)
     name = {0.0: "base", 1.0: "adapter"}.get(scale, f"adapter x {scale:g}")
     print(f"{name}> ", end="", flush=True)
     streamer = transformers.TextStreamer(

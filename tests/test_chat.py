@@ -201,9 +201,12 @@ def test_only_plain_lora_has_a_scale(talk, monkeypatch):
 
 
 def test_a_full_window_drops_the_oldest_turns_and_no_more(parrot, talk):
-    """A question and its reply are dropped together, and there is room for the next reply."""
+    """A question and its reply are dropped together, and there is room for the next reply.
+
+    A message that is too long alone is not sent, and the talk goes on from where it was.
+    """
     said = [f"{'and ' * [14, 0, 1, 0, 3][n % 5]}day {n}?" for n in range(14)]
-    end = talk(*said, "/new", " ".join(said))
+    end = talk(*said, " ".join(said), "/new", "hello")
     assert end.status == 0 and len(end.prompts) == 15
     turns, before_last_drop, with_half_a_pair = [], [], []
     for text, (_, reply), ids in zip(said, end.replies[:14], end.prompts[:14], strict=True):
@@ -216,9 +219,18 @@ def test_a_full_window_drops_the_oldest_turns_and_no_more(parrot, talk):
         turns.append(reply)
     # Else a window without room for the reply, or half a pair dropped, would not be seen.
     assert min(before_last_drop) <= WINDOW and min(with_half_a_pair) <= WINDOW - 8
-    # A single message that is too long is still sent.
-    assert end.prompts[14] == ids_of(parrot.tokenizer, " ".join(said))
-    assert len(end.prompts[14]) > WINDOW - 8
+    assert f"takes {WINDOW} tokens: the oldest turns are left out" in end.out
+    assert end.out.count("Not sent: ") == 1
+    assert end.prompts[14] == ids_of(parrot.tokenizer, "hello")
+
+
+def test_a_model_that_names_no_window_takes_any_conversation():
+    config = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace())
+    chat_format = types.SimpleNamespace(prompt_ids=lambda messages: [0] * 10**6)
+    adapter = types.SimpleNamespace(
+        model=types.SimpleNamespace(config=config), chat_format=chat_format
+    )
+    assert chat.newest_that_fit(adapter, [], ["hello"], 8) == ["hello"]
 
 
 def test_a_message_whose_reply_was_stopped_is_forgotten(parrot, talk):
