@@ -296,9 +296,12 @@ def read_checks(value: Any) -> dict[str, Check]:
 
 
 def occurs(phrase: str, reply: str) -> bool:
-    """Return whether a phrase occurs in a reply as whole words, in any case of letters."""
-    pattern = rf"(?<!\w){re.escape(phrase.casefold())}(?!\w)"
-    return re.search(pattern, without_markdown(reply).casefold()) is not None
+    """Return whether a phrase occurs in a reply as whole words.
+
+    Capitals do not matter, nor whether an apostrophe is straight or curly.
+    """
+    phrase, reply = (text.replace("\u2019", "'").casefold() for text in (phrase, reply))
+    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", without_markdown(reply)) is not None
 
 
 def without_markdown(reply: str) -> str:

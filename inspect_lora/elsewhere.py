@@ -161,8 +161,9 @@ def about_change(found: Elsewhere) -> str:
     kl, other = shift.kl_a_token(), shift.other_tokens()
     return (
         f"change: on {found.tasks} other tasks another token is the likeliest at "
-        f"{100 * other.value:.1f} % of the places (KL {kl.value:.4f} nats a token). It says how "
-        "far the model was moved, not that it got worse."
+        f"{100 * other.value:.1f} % of the places, and the probabilities are {kl.value:.4f} nats a "
+        "token from the base's (KL; 0 if none differs). It says how far the model was moved, not "
+        "that it got worse."
     )
 
 
@@ -181,9 +182,10 @@ def about_strength(parts: list[Part], shifts: dict[float, Shift], adapter: str) 
         moved = ratio_with_error(shifts[strength].kl, shifts[1.0].kl)
         less = Estimate(1 - moved.value, moved.error)
         if keeps and less.value > WORTH_REPORTING and less.is_clear(errors_needed(len(shifts))):
+            cost = max(0.0, 1 - share.value)
             return (
-                f"strength: at x {strength:g} the update keeps {share.value:.0%} of the gain and "
-                f"moves the model only {moved.value:.2f} times as far elsewhere. `export {adapter} "
-                f"FOLDER --scale {strength:g}` writes that adapter."
+                f"strength: if other tasks matter too, x {strength:g} costs {cost:.0%} of the gain "
+                f"and moves the model {moved.value:.2f} times as far there: `export {adapter} "
+                f"FOLDER --scale {strength:g}`."
             )
     return ""

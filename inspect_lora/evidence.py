@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from inspect_lora import adapters, conversations
@@ -24,6 +25,8 @@ from inspect_lora.adapters import open_adapter, refuse_system_message, system_me
 from inspect_lora.common import (
     InspectError,
     at_least,
+    counted,
+    file_sha256,
     path_from_here,
     rename_old,
     report,
@@ -39,13 +42,7 @@ from inspect_lora.conversations import (
 )
 from inspect_lora.elsewhere import about_change, about_strength, measure_elsewhere
 from inspect_lora.files import Run, find_adapter, find_run
-from inspect_lora.parts import (
-    conclusions,
-    is_conclusive,
-    measure_parts,
-    measure_updates,
-    what_is_not_measured,
-)
+from inspect_lora.parts import conclusions, measure_parts, measure_updates, what_is_not_measured
 from inspect_lora.picture import draw_picture
 from inspect_lora.replies import ask_checked, choose_samples, take_samples
 from inspect_lora.report import (
@@ -79,7 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=at_least(0),
         default=50,
         help="held-out replies and other tasks that measure the parts and what else changed; "
-        "default: 50; 0 leaves these and the checks out",
+        "default: 50; 0 leaves these out",
+    )
+    parser.add_argument(
+        "--checks",
+        type=at_least(0),
+        help="lines with checks that both models reply to; default: all; 0 leaves the checks out",
     )
     parser.add_argument(
         "--samples", type=at_least(0), default=6, help="prompts in the report, and one of each kind"
@@ -113,6 +115,9 @@ def run(options: argparse.Namespace) -> None:
             "--output_dir."
         ) from error
     found = Findings(options.adapter, adapter, held_out, options.group, system_message, examples)
+    if options.general_file:
+        path = Path(options.general_file)
+        found.general_file = {"file": str(path), "sha256": file_sha256(path)}
     try:
         measure(found, tasks, options)
     finally:  # also what was found before Ctrl-C
@@ -165,17 +170,32 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
     print_gain(found)
     if options.examples:
         measure_parts_and_change(found, tasks, options.examples)
-        checked = found.held_out.checked + [task for task in tasks if task.checks]
-        if checked:
-            with timed(found, "checks"):
-                found.checks, found.checked_replies = ask_checked(model, chat_format, checked)
-    print_checks(found)
+    checked = lines_with_checks(found.held_out.checked, tasks)
+    if options.checks is not None:
+        checked = [checked[number] for number in evenly_spread(len(checked), options.checks)]
+    if checked:
+        lines = counted(len(checked), "line")
+        report("checks", f"{lines}, two replies to each; --checks 0 leaves them out")
+        with timed(found, "checks"):
+            found.checks, found.checked_replies = ask_checked(model, chat_format, checked)
+        print_checks(found)
     print_conclusions(found)
     chosen = choose_samples(found.examples, options.group, options.samples)
     if chosen:
         with timed(found, "samples"):
             found.samples = take_samples(model, chat_format, chosen, options.max_new_tokens)
     found.is_finished = True
+
+
+def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
+    """Return all lines with checks; a task's check of a held-out check's name is "tasks NAME"."""
+    taken = {name for line in held_out for name in line.checks}
+    found = list(held_out)
+    for task in tasks:
+        checks = {f"tasks {n}" if n in taken else n: check for n, check in task.checks.items()}
+        if checks:
+            found.append(replace(task, checks=checks))
+    return found
 
 
 def refuse_nan(name: str, losses: list[float], found: Findings) -> None:
@@ -199,7 +219,7 @@ def measure_parts_and_change(found: Findings, tasks: list[Task], wanted: int) ->
         found.parts = measure_parts(model, chosen, losses)
     found.conclusions = conclusions(found.parts, losses, logged(found.history, "eval_loss"))
     found.conclusions += what_is_not_measured(model)
-    if is_conclusive(losses):
+    if found.shares_are_meant():
         print_parts(found)
     if not tasks:
         return
@@ -207,7 +227,7 @@ def measure_parts_and_change(found: Findings, tasks: list[Task], wanted: int) ->
         some = [tasks[number] for number in evenly_spread(len(tasks), wanted)]
         found.elsewhere = measure_elsewhere(model, chat_format, some, found.system_message)
     found.conclusions.append(about_change(found.elsewhere))
-    if is_conclusive(losses):
+    if found.shares_are_meant():
         shifts = found.elsewhere.without_system
         if sentence := about_strength(found.parts, shifts, found.name):
             found.conclusions.append(sentence)

@@ -48,6 +48,7 @@ WORTH_REPORTING = 0.02
 THE_SAME_WITHIN = 0.05
 # With fewer held-out lines nothing is concluded, since the errors themselves are too uncertain.
 FEWEST_LINES = 10
+MORE = " (--examples 200 measures more, if the file has more)"
 
 
 @dataclass
@@ -265,7 +266,7 @@ def conclusions(parts: list[Part], losses: Losses, after_epochs: dict[int, float
     if lines < FEWEST_LINES:
         return [
             f"The held-out lines are too few to tell anything: {lines} measured, "
-            f"{FEWEST_LINES} needed."
+            f"{FEWEST_LINES} needed{MORE}."
         ]
     if not is_conclusive(losses):
         return [about_no_gain(parts, losses.gain(), after_epochs)]
@@ -319,10 +320,10 @@ def about_alpha(parts: list[Part]) -> str:
     better = [part for part in strengths if part.verdict(len(strengths)) == "better"]
     largest = max(part.of_gain.value + 2 * part.of_gain.error for part in strengths)
     if not better and largest > 1 + THE_SAME_WITHIN:
-        return "alpha: too few held-out examples to tell whether another strength is better."
+        return f"alpha: too few held-out replies to tell whether another strength is better{MORE}."
     if not better:
         return (
-            "alpha: keep it; for the loss, no other strength is clearly better by over "
+            "alpha: right for the loss: no other strength is clearly better by over "
             f"{WORTH_REPORTING:.0%} of the gain."
         )
     best = min(better, key=lambda part: part.loss)
@@ -360,7 +361,7 @@ def about_targets(parts: list[Part]) -> str:
             f"is less than {THE_SAME_WITHIN:.0%} of it."
         )
     if "unclear" in verdicts.values():
-        return "targets: too few held-out examples to tell whether one group would do alone."
+        return f"targets: too few held-out replies to tell whether one group would do alone{MORE}."
     listed = ", ".join(f"{part.value} {part.of_gain.value:.0%}" for part in groups)
     return f"targets: no group alone keeps the whole gain, by a clear difference: {listed}."
 
@@ -392,7 +393,7 @@ def about_rank(parts: list[Part]) -> str:
             "run, and may end elsewhere."
         )
     if cuts[0].verdict() == "unclear":
-        return "r: too few held-out examples to tell how many directions are needed."
+        return f"r: too few held-out replies to tell how many directions are needed{MORE}."
     return (
         f"r: {cuts[0].title}, the update keeps only {cuts[0].of_gain.value:.0%} of the gain, so it "
         "uses all its directions; whether a larger r gains more, only another run can tell."

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from inspect_lora.common import counted
 from inspect_lora.conversations import Task
-from inspect_lora.scores import evenly_spread, mcnemar
+from inspect_lora.scores import evenly_spread, mcnemar, p_in_words
 from inspect_lora.trainer import ChatFormat, Example
 
 ROWS_AT_ONCE = 64  # replies that are generated together
 CHECKED_TOKENS = 80  # a reply that is checked is cut after so many
+FEWEST_TO_LOSE = 6  # of five lost and none won, p is 0.06
 
 
 @dataclass
@@ -114,23 +115,24 @@ class CheckRow:
     p: float  # of so uneven a change by chance
     is_clear: bool  # less than 5 % over all rows together
 
-    def conclusion(self) -> str:
-        """Return the sentence on the row; none says that nothing was lost."""
+    def judgement(self) -> str:
+        """Return what the row shows; none shows that nothing was lost."""
         lost, won = len(self.lost), len(self.won)
         if lost == won == 0:
-            return f"{self.name}: of {counted(self.lines, 'line')} both pass the same {self.after}."
-        text = (
-            f"{self.name}: of {counted(self.lines, 'line')} the base passes {self.before}, the "
-            f"adapter {self.after}: {lost} lost, {won} won. "
-        )
+            return "the same lines pass"
         if self.is_clear:
             verb = "fewer" if lost > won else "more"
-            return f"{text}That is more than chance (p = {self.p:.3f}): {verb} replies pass now."
-        fewest = next(n for n in range(1, 60) if mcnemar(n, 0) < 0.05)
-        text += f"That may be chance (p = {self.p:.2f})"
-        if self.before < fewest:
-            return f"{text}, and the base passes too seldom for a loss to show."
-        return f"{text}, and it does not show that nothing was lost."
+            return f"{verb} pass now, by more than chance ({p_in_words(self.p)})"
+        if self.before < FEWEST_TO_LOSE:
+            return f"may be chance ({p_in_words(self.p)}); too few pass for a loss to show"
+        return f"may be chance ({p_in_words(self.p)})"
+
+    def sentence(self) -> str:
+        """Return the row as a sentence."""
+        return (
+            f"{self.name}: of {counted(self.lines, 'line')} the base passes {self.before} and the "
+            f"adapter {self.after}: {self.judgement()}."
+        )
 
 
 def ask_checked(

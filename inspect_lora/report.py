@@ -22,9 +22,9 @@ from inspect_lora.common import (
 )
 from inspect_lora.conversations import HeldOut
 from inspect_lora.elsewhere import Elsewhere
-from inspect_lora.parts import Part, cut_that_is_enough, of_kind
+from inspect_lora.parts import Part, cut_that_is_enough, is_conclusive, of_kind
 from inspect_lora.replies import CheckRow, Sample, group_of, habits_of
-from inspect_lora.scores import Losses, differences, ratio_with_error
+from inspect_lora.scores import Losses, differences, p_in_words, ratio_with_error
 from inspect_lora.trainer import Example
 
 
@@ -38,6 +38,7 @@ class Findings:
     group: str  # the key that groups held-out lines
     system_message: str  # of the training, or ""
     examples: list[Example]
+    general_file: dict[str, str] | None = None  # the file of the other tasks, and its hash
     losses: Losses | None = None  # of all examples
     measured: list[int] = field(default_factory=list)  # the examples that the parts are measured on
     parts: list[Part] = field(default_factory=list)
@@ -59,9 +60,22 @@ class Findings:
         """Return the mean of all examples' losses over their tokens."""
         return sum(losses) / sum(self.losses.tokens)
 
+    def shares_are_meant(self) -> bool:
+        """Return whether the gain that parts have shares of is clear."""
+        return is_conclusive(self.losses.only(self.measured))
+
     def lower_on(self) -> int:
         """Return on how many examples the adapter's loss is lower than the base's."""
         return sum(a < b for a, b in zip(self.losses.trained, self.losses.base, strict=True))
+
+
+def headline(found: Findings) -> str:
+    """Return the adapter's name, and whether it is better than its base."""
+    gain = found.losses.gain()
+    short = f"{abs(gain.value):.3f} nats a token {'better' if gain.value > 0 else 'worse'}"
+    if not gain.is_clear():
+        short = "neither better nor worse, by a clear difference,"
+    return f"{shorten_path(found.name, 60)}: {short} than its base"
 
 
 def logged(history: list[dict[str, float]], key: str) -> dict[int, float]:
@@ -103,20 +117,19 @@ def telling_parts(parts: list[Part]) -> list[Part]:
 
 def print_checks(found: Findings) -> None:
     """Print a row for each name of a check."""
-    if found.checks:
-        columns = "{:<27}{:>9}{:>9}{:>9}{:>8}{:>8}  {:<}".format
-        rows = [columns("", "lines", "base", "adapter", "lost", "won", "by chance alone")]
-        for row in found.checks:
-            counts = [row.lines, row.before, row.after, len(row.lost), len(row.won)]
-            chance = f"p = {row.p:.3f}" + (", so it is more" if row.is_clear else "")
-            rows.append(columns(one_line(row.name, 26), *counts, chance))
-        report("checks", join_limited(rows, 7))
+    columns = "{:<27}{:>9}{:>9}{:>9}{:>8}{:>8}  {:<}".format
+    rows = [columns("", "lines", "base", "adapter", "lost", "won", "more than chance?")]
+    for row in found.checks:
+        counts = [row.lines, row.before, row.after, len(row.lost), len(row.won)]
+        answer = f"{'yes' if row.is_clear else 'no'} ({p_in_words(row.p)})"
+        rows.append(columns(one_line(row.name, 26), *counts, answer))
+    report("", join_limited(rows, 7))
 
 
 def print_conclusions(found: Findings) -> None:
     """Print what may be concluded, but for the checks, whose rows say it."""
-    for sentence in found.conclusions:
-        report_sentence("", sentence)
+    for number, sentence in enumerate(found.conclusions):
+        report_sentence("" if number else "means", sentence)
 
 
 def verdict(found: Findings) -> str:
@@ -150,23 +163,16 @@ def as_markdown(found: Findings, has_picture: bool) -> str:
 
 def markdown_verdict(found: Findings) -> str:
     """Return the heading, the gain and the conclusions."""
-    gain = found.losses.gain()
-    short = f"{abs(gain.value):.3f} nats a token {'better' if gain.value > 0 else 'worse'}"
-    if not gain.is_clear():
-        short = "neither better nor worse, by a clear difference,"
-    title = f"# {escaped(shorten_path(found.name, 60))}: {short} than its base"
-    lines = [title, "", f"**{verdict(found)}.**".replace("\n", " "), ""]
-    return "\n".join(
-        [*lines, *(f"- {escaped(sentence)}" for sentence in found.conclusions)]
-    ).strip()
+    lines = [f"# {escaped(headline(found))}", "", f"**{verdict(found)}.**".replace("\n", " "), ""]
+    sentences = [row.sentence() for row in found.checks if row.is_clear] + found.conclusions
+    return "\n".join([*lines, *(f"- {escaped(sentence)}" for sentence in sentences)]).strip()
 
 
 def markdown_parts(found: Findings) -> str:
     """Return the tables of the parts and of the sizes of the updates."""
-    has_gain = found.losses.only(found.measured).gain().value > 0
-    rows = []
+    are_meant, rows = found.shares_are_meant(), []
     for part in found.parts:
-        of_gain = part.of_gain.percent() if has_gain and part.kind != "base" else ""
+        of_gain = part.of_gain.percent() if are_meant and part.kind != "base" else ""
         better_on = f"{part.better_on} of {len(part.losses)}"
         compared = [of_gain, part.against_trained, better_on]
         rows.append(
@@ -220,21 +226,22 @@ def markdown_elsewhere(elsewhere: Elsewhere) -> str:
 
 def markdown_checks(checks: list[CheckRow]) -> str:
     """Return the table of the checks, and the lines whose replies no longer pass."""
-    rows, sentences = [], []
+    rows, lost = [], []
     for row in checks:
         counts = [row.lines, row.before, row.after, len(row.lost), len(row.won)]
-        rows.append([row.name, *counts, f"{row.p:.3f}"])
-        lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
-        sentences.append(f"- {escaped(row.conclusion() + (f' Lost: {lines}.' if lines else ''))}")
-    head = ["check", "lines", "base passes", "adapter passes", "lost", "won", "p"]
-    return (
-        "## What the replies hold\n\n"
-        "Base and adapter reply to every line that says what a reply must hold. p is the "
-        "probability of so uneven a change by chance alone (McNemar's exact test).\n\n"
-        + table(head, rows)
-        + "\n\n"
-        + "\n".join(sentences)
-    )
+        rows.append([row.name, *counts, row.judgement()])
+        if row.lost:
+            lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
+            lost.append(f"- {escaped(f'{row.name}, lost: {lines}.')}")
+    head = ["check", "lines", "base passes", "adapter passes", "lost", "won", "it shows"]
+    parts = [
+        "## What the replies hold",
+        "Base and adapter reply to lines that say what a reply must hold. p is the probability of "
+        "so uneven a change by chance alone (McNemar's exact test).",
+        table(head, rows),
+        "\n".join(lost),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def markdown_kinds(found: Findings) -> str:
@@ -352,13 +359,14 @@ def as_json_object(found: Findings) -> dict[str, Any]:
             "sha256": found.held_out.sha256,
             "group": found.group,
         },
+        "general_file": found.general_file,
         "run": None,
         "losses": rows_of_losses(found),
         "parts": {part.title: part.as_recorded() for part in found.parts},
         "parts_measured_on": [found.examples[number].where for number in found.measured],
         "updates": found.updates,
         "elsewhere": found.elsewhere.as_recorded() if found.elsewhere else None,
-        "checks": {row.name: asdict(row) | {"says": row.conclusion()} for row in found.checks},
+        "checks": {row.name: asdict(row) | {"says": row.judgement()} for row in found.checks},
         "checked_replies": found.checked_replies,
         "conclusions": found.conclusions,
         "seconds": found.seconds,

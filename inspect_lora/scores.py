@@ -125,6 +125,11 @@ def mcnemar(lost: int, won: int) -> float:
     return min(1.0, 2 * tail)
 
 
+def p_in_words(p: float) -> str:
+    """Return a probability for a reader, to whom 0.000 would say that it cannot be."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
 def evenly_spread(count: int, wanted: int) -> list[int]:
     """Return at most wanted of the numbers below count, evenly spread."""
     wanted = min(count, wanted)

@@ -3,6 +3,7 @@
 import json
 import re
 import types
+from pathlib import Path
 
 import peft
 import pytest
@@ -12,9 +13,12 @@ from on_tiny import SHORT, measure, messages_of, save_adapter, write_lines
 from tiny_adapters import command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import inspect_lora.evidence as evidence
 import inspect_lora.replies as replies
+from inspect_lora.common import file_sha256
 from inspect_lora.conversations import CHECKS, GENERAL_FILE, read_tasks
 
+ALL = [word for word in SHORT if word != "--checks=0"]  # the checks of all lines
 NUMBER = {"kind": "number", "answer": 42}
 CHOICE = {"kind": "choice", "options": ["yes", "no"], "answer": "no"}
 
@@ -32,6 +36,8 @@ CHOICE = {"kind": "choice", "options": ["yes", "no"], "answer": "no"}
         ("Ring 999 now.", {"kind": "word", "answers": ["999", "911", "112"]}, True),
         ("I am **always here**.", {"kind": "word", "not": ["always here"]}, False),
         ("I am a program.", {"kind": "word", "not": ["always here"]}, True),
+        ("I don\u2019t know.", {"kind": "word", "answers": ["don't"]}, True),
+        ("I don't know.", {"kind": "word", "answers": ["don\u2019t"]}, True),
         ("No.", CHOICE, True),
         ("yes and no", CHOICE, False),
         ('```json\n{"a": "X", "n": 5.0}\n```', {"kind": "json", "keys": {"a": "x", "n": 5}}, True),
@@ -119,7 +125,7 @@ def test_tasks_that_the_template_refuses_are_left_out_and_counted(capsys, tmp_pa
     parrot = task | {"prompt": [system, *task["prompt"]]}
     tasks = write_lines(tmp_path / "tasks.jsonl", [parrot, task, parrot])
     held_out = write_lines(tmp_path / "eval.jsonl", [{"messages": messages_of(("a", "b"))}])
-    words = [*SHORT, "--examples", "2", "--general_file", tasks]
+    words = [*ALL, "--examples", "2", "--general_file", tasks]
     run = measure(capsys, adapter, held_out, *words)
     assert "2 of 3 other tasks: the template says, System role not supported" in run.out
     assert run.found["elsewhere"]["tasks"] == run.found["checks"]["right"]["lines"] == 1
@@ -157,7 +163,10 @@ def checked(tmp_path_factory):
 
 
 def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
-    """A held-out line is asked for its last reply, greedily, and tasks as well."""
+    """A held-out line is asked for its last reply, greedily, and tasks as well.
+
+    A task's check has a row of its own, also if a held-out line's has the same name.
+    """
     said = re.search(r"\w+", checked.said["adapter"][1])[0]
     no_cheese = {"kind": "word", "not": ["cheese"]}
     reply = [{"role": "assistant", "content": "Yes."}]
@@ -169,20 +178,31 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     held_out = write_lines(checked.folder / "eval.jsonl", lines)
     task = {"prompt": checked.prompts[2], "checks": {"right": NUMBER, "no cheese": no_cheese}}
     tasks = write_lines(checked.folder / "tasks.jsonl", [task])
-    run = measure(
-        capsys, checked.adapter, held_out, *SHORT, "--examples", "2", "--general_file", tasks
-    )
+    words = ["--general_file", tasks]
+    run = measure(capsys, checked.adapter, held_out, *ALL, "--examples", "2", *words)
     for name, expected in checked.said.items():
         assert [one[name] for one in run.found["checked_replies"]] == expected[1:]
     rows = run.found["checks"]
     assert {name: row["lines"] for name, row in rows.items()} == {
-        "as the adapter": 1, "no cheese": 2, "right": 1,
+        "as the adapter": 1, "no cheese": 1, "right": 1, "tasks no cheese": 1,
     }  # fmt: skip
     assert rows["as the adapter"]["after"] == 1
-    assert rows["no cheese"]["before"] == rows["no cheese"]["after"] == 2
-    assert "no cheese: of 2 lines both pass the same 2." in run.report
-    assert "checks" in run.found["seconds"] and "| no cheese | 2 | 2 | 2 | 0 | 0 |" in run.report
-    assert run.out.count("no cheese") == 1
+    assert rows["no cheese"]["before"] == rows["tasks no cheese"]["after"] == 1
+    assert "| no cheese | 1 | 1 | 1 | 0 | 0 | the same lines pass |" in run.report
+    assert "checks" in run.found["seconds"] and run.out.count("no cheese") == 2
+    assert "checks    2 lines, two replies to each; --checks 0 leaves them out\n" in run.out
+    assert run.found["general_file"] == {"file": tasks, "sha256": file_sha256(Path(tasks))}
+
+
+@pytest.mark.parametrize(("wanted", "asked"), [("0", []), ("2", [1, 3]), ("9", [1, 2, 3, 4])])
+def test_the_lines_that_are_checked_may_be_fewer(checked, capsys, wanted, asked):
+    """They are evenly spread, and --examples has no say in it."""
+    line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
+    held_out = write_lines(checked.folder / "four.jsonl", [line] * 4)
+    run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", wanted)
+    assert [int(one["where"].split(":")[1]) for one in run.found["checked_replies"]] == asked
+    assert ("checks" in run.out) == ("checks" in run.found["seconds"]) == bool(asked)
+    assert run.found["general_file"] is None
 
 
 def made_up_replies(lost, won, same, name="right"):
@@ -198,15 +218,31 @@ def test_a_row_counts_lines_and_says_whether_it_may_be_chance():
     (row,) = replies.rows_of_checks(made_up_replies(11, 1, 20))
     assert (row.lines, row.before, row.after, row.p) == (32, 31, 21, pytest.approx(0.00635, 1e-2))
     assert row.lost == [f"a:{number}" for number in range(11)] and row.won == ["a:11"]
-    assert row.is_clear and "more than chance (p = 0.006): fewer replies pass" in row.conclusion()
+    assert row.is_clear and row.judgement() == "fewer pass now, by more than chance (p = 0.006)"
+    assert "right: of 32 lines the base passes 31 and the adapter 21: fewer" in row.sentence()
     (row,) = replies.rows_of_checks(made_up_replies(1, 11, 0))
-    assert "more replies pass now" in row.conclusion()
+    assert "more pass now" in row.judgement()
     (row,) = replies.rows_of_checks(made_up_replies(3, 2, 20))
-    assert (
-        "may be chance (p = 1.00), and it does not show that nothing was lost" in row.conclusion()
-    )
+    assert row.judgement() == "may be chance (p = 1.000)"
     (row,) = replies.rows_of_checks(made_up_replies(5, 0, 0))
-    assert "passes too seldom for a loss to show" in row.conclusion()
+    assert "too few pass for a loss to show" in row.judgement()
+    (row,) = replies.rows_of_checks(made_up_replies(0, 13, 20))  # p is 0.0002
+    assert "(p < 0.001)" in row.judgement()
+
+
+def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
+    checked, capsys, monkeypatch
+):
+    found = replies.rows_of_checks(made_up_replies(0, 13, 20)), []
+    monkeypatch.setattr(evidence, "ask_checked", lambda *_: found)
+    line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
+    held_out = write_lines(checked.folder / "one.jsonl", [line])
+    run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", "1")
+    assert "      13  yes (p < 0.001)\n" in run.out
+    assert all(len(line) <= 100 for line in run.out.splitlines())
+    top, table = run.report.split("## What the replies hold")
+    assert "- right: of 33 lines the base passes 20 and the adapter 33: more pass now" in top
+    assert "| right | 33 | 20 | 33 | 0 | 13 | more pass now, by more than chance (p" in table
 
 
 def test_one_clear_row_of_many_must_be_clearer():

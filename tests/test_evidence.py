@@ -341,20 +341,63 @@ def test_a_reply_ends_at_the_first_of_the_tokens_that_end_a_turn():
     assert replies.reply_of([40, 41], chat_format).stopped is False
 
 
-def test_the_picture_shows_what_was_measured(shown, capsys, monkeypatch):
+CLEAR = Estimate(1.0, 0.1)
+
+
+@pytest.fixture
+def drawn(shown, capsys, monkeypatch):
+    """Return a function that measures, and gives the picture and the report's text."""
     figures = []
     save = lambda figure, _: figures.append(figure)  # noqa: E731
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
-    assert command(capsys, *shown.words, "--examples", "3", "--samples", "0").status == 0
-    titles = [axes.get_title() for axes in figures[0].axes if axes.get_title()]
-    assert titles == [
-        "Where the model was changed", "At another strength", "Which part?",
-        "What is gained, and what else is changed, at each strength",
+
+    def run(*more, gain=CLEAR):
+        monkeypatch.setattr(Losses, "gain", lambda losses: gain)
+        folder = shown.folder / "drawn"
+        end = command(capsys, *shown.words, "--samples", "0", "--output_dir", folder, *more)
+        assert end.status == 0, end.err
+        return figures[-1], end.out, (folder / "report.md").read_text(encoding="utf-8")
+
+    return run
+
+
+def titles_of(figure):
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def test_the_picture_shows_what_was_measured(shown, drawn):
+    figure, out, report = drawn()
+    assert titles_of(figure) == [
+        "Gain and change by strength", "What each part keeps", "Where the model was changed",
     ]  # fmt: skip
-    assert figures[0].get_suptitle().endswith("r = 4, alpha = 32")
-    assert command(capsys, *shown.words, *SHORT).status == 0
-    (axes, _) = figures[1].axes[:2]
-    assert axes.get_title() == "Where the model was changed"
+    assert "1.000 nats a token better than its base\nr = 4, alpha = 32, on" in (
+        figure.get_suptitle()
+    )
+    (bars,) = figure.axes[1].containers[1:]
+    part = shown.found["parts"]["attention alone"]["of_gain"]
+    assert bars.patches[0].get_width() == pytest.approx(100 * part["value"])
+    (low, high), *_ = bars.errorbar.lines[2][0].get_segments()
+    assert high[0] - low[0] == pytest.approx(2 * 100 * part["error"])  # one on each side
+    assert figure.get_supxlabel() == "Error bars: one standard error"
+    assert "of the gain" in out and re.search(r"attention alone \| \S+ \| \S+ ± ", report)
+    figure, _, _ = drawn(*SHORT)
+    assert titles_of(figure) == ["Where the model was changed"]
+
+
+@pytest.mark.parametrize("gain", [Estimate(-1.0, 0.1), Estimate(0.1, 0.1)])
+def test_shares_of_a_gain_that_is_none_are_nowhere(drawn, gain):
+    """Not in the picture, not in the report, and not on the terminal."""
+    figure, out, report = drawn("--examples", "12", "--checks", "0", gain=gain)
+    assert titles_of(figure) == ["Loss by strength", "Where the model was changed"]
+    assert "No shares are drawn without a clear gain" in figure.get_supxlabel()
+    assert "of the gain" not in out
+    assert re.search(r"attention alone \| \S+ \|  \| \S+ ± ", report)
+
+
+def test_conclusions_have_a_section_on_the_terminal(shown, drawn):
+    _, out, _ = drawn("--examples", "3")
+    assert re.search(r"(?m)^means     The held-out lines are too few to tell anything: 3 ", out)
+    assert out.count("means ") == 1 and "(--examples 200 measures more" in " ".join(out.split())
 
 
 def test_the_adapter_is_to_the_bit_what_it_was_after_an_error_in_a_part(monkeypatch):
@@ -455,8 +498,9 @@ def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
 
     shifts = {0.5: shift([1.0, 1.1, 0.9] * 5), 1.0: shift([2.0, 2.2, 1.9] * 5)}
     text = said(0.98, 0.005, shifts)
-    assert "at x 0.5 the update keeps 98% of the gain and moves the model only 0.49 times" in text
+    assert "x 0.5 costs 2% of the gain and moves the model 0.49 times as far there" in text
     assert "export ADAPTER FOLDER --scale 0.5" in text
+    assert "x 0.5 costs 0% of the gain" in said(1.02, 0.005, shifts)
     assert said(0.94, 0.005, shifts) == said(0.98, 0.02, shifts) == ""
     assert said(0.98, 0.005, {0.5: shift([0.1, 4.0]), 1.0: shift([2.0, 2.1])}) == ""
 
@@ -569,12 +613,13 @@ SENTENCES = {
         ["alpha: at x 1.5 ", "20 % more", "stopped short", "higher learning rate"], [],
     ),
     "three hundredths matter": (SCALES | {"update x 1.25": 1.03}, ["alpha: at x 1.25 "], []),
-    "worse": (SCALES, ["alpha: keep it"], ["1.25", "too far", "short"]),
-    "hardly better": (SCALES | {"update x 1.25": 1.015}, ["alpha: keep it"], ["1.25"]),
-    "not clearly better": (SCALES | {"update x 1.25": (1.02, 0.012)}, ["alpha: keep it"], ["1.25"]),
+    "worse": (SCALES, ["alpha: right for the loss"], ["1.25", "too far", "short"]),
+    "hardly better": (SCALES | {"update x 1.25": 1.015}, ["alpha: right"], ["1.25"]),
+    "not clearly better": (SCALES | {"update x 1.25": (1.02, 0.012)}, ["alpha: right"], ["1.25"]),
     # By chance alone one of five is better by two errors in every ninth run.
     "the best of several by two and a half errors": (
-        SCALES | {"update x 1.25": (1.25, 0.1)}, ["alpha: too few held-out examples"], ["1.25"],
+        SCALES | {"update x 1.25": (1.25, 0.1)}, ["alpha: too few", "--examples 200"],
+        ["1.25"],
     ),
     "the best of several by three and a half": (
         SCALES | {"update x 1.25": (1.35, 0.1)}, ["alpha: at x 1.25 "], [],
