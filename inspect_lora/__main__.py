@@ -34,14 +34,7 @@ if sys.stderr is None or not sys.stderr.isatty():
 from inspect_lora.common import InspectError, one_line
 
 # Each command's module is imported when it is called: `info` must not wait for transformers.
-MODULES = {
-    "info": "info",
-    "evidence": "evidence",
-    "chat": "chat",
-    "compare": "compare",
-    "export": "export",
-    "served": "served",
-}
+COMMANDS = ("info", "evidence", "chat", "compare", "export", "served")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,12 +73,12 @@ def run_command(words: list[str]) -> None:
         allow_abbrev=False,
         usage="python -m inspect_lora COMMAND ...",
     )
-    parser.add_argument("command", choices=MODULES, metavar="COMMAND", help=", ".join(MODULES))
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     if not words:
         parser.print_help()
         raise SystemExit(2)
     name = parser.parse_args(words[:1]).command
-    module = importlib.import_module(f"inspect_lora.{MODULES[name]}")
+    module = importlib.import_module(f"inspect_lora.{name}")
     command = argparse.ArgumentParser(
         prog=f"python -m inspect_lora {name}",
         description=module.__doc__,

@@ -4,10 +4,6 @@ A line may have "checks", each by a name of its own:
     "checks": {"rings": {"kind": "word", "answers": ["999", "112"]},
                "promises": {"kind": "word", "not": ["always here"]},
                "right": {"kind": "number", "answer": 42}}
-    word    one of the answers occurs, if there are any, and none of "not" does
-    number  the last number in the reply is the answer
-    choice  exactly one of the options occurs, and it is the answer
-    json    the reply holds one object that has these keys with these values
 Whether letters are capitals does not matter, nor does Markdown. Nothing that a model wrote is run.
 """
 
@@ -66,10 +62,6 @@ class Task:
     where: str  # file:line
     messages: list[dict[str, str]]  # the user's last message comes last
     checks: dict[str, Check]  # what a reply must hold, by name
-
-    def has_own_system_message(self) -> bool:
-        """Return whether the task comes with a system message, such as another persona's."""
-        return self.messages[0]["role"] == "system"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -96,7 +96,7 @@ def replies_of_base(
     prompts = []
     for task in tasks:
         first = [{"role": "system", "content": system_message}]
-        has_none = system_message and not task.has_own_system_message()
+        has_none = system_message and task.messages[0]["role"] != "system"
         prompts.append(chat_format.prompt_ids((first if has_none else []) + task.messages))
     with model.disable_adapter(), torch.random.fork_rng():
         torch.manual_seed(SEED)

@@ -49,11 +49,10 @@ from inspect_lora.report import (
     Findings,
     as_json_object,
     as_markdown,
-    logged,
     print_checks,
     print_conclusions,
-    print_gain,
     print_parts,
+    verdict,
 )
 from inspect_lora.scores import Losses, evenly_spread, losses_of
 
@@ -167,7 +166,7 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         tokens=[len(example.reply_ids) for example in found.examples],
         lines=[example.where for example in found.examples],
     )
-    print_gain(found)
+    report("gain", verdict(found))
     if options.examples:
         measure_parts_and_change(found, tasks, options.examples)
     checked = lines_with_checks(found.held_out.checked, tasks)
@@ -217,8 +216,7 @@ def measure_parts_and_change(found: Findings, tasks: list[Task], wanted: int) ->
     with timed(found, "parts"):
         chosen = [found.examples[number] for number in found.measured]
         found.parts = measure_parts(model, chosen, losses)
-    found.conclusions = conclusions(found.parts, losses, logged(found.history, "eval_loss"))
-    found.conclusions += what_is_not_measured(model)
+    found.conclusions = conclusions(found.parts, losses) + what_is_not_measured(model)
     if found.shares_are_meant():
         print_parts(found)
     if not tasks:

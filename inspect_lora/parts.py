@@ -1,13 +1,8 @@
 """The parts of a finished adapter: what r, alpha and the targets were worth.
 
 Parts are switched off, scaled or cut; nothing is trained.
-    of the gain         (base's loss - part's loss) / (base's loss - adapter's loss), of all tokens.
-                        Parts overlap, so their shares need not add up to 100 %.
-    against as trained  the part's loss minus the whole adapter's, per token; + is worse
-    lower on            on how many examples the loss is lower than with the whole adapter
-Nothing is concluded from fewer than 10 lines, or if the gain is not above twice its error. A part
-is "better" or "worse" than the whole from 2 % of the gain and two errors on, three where it was
-picked among several; the "same" if its share and two errors lie within 5 %; else "unclear".
+A part's share of the gain is (base's loss - part's loss) / (base's loss - adapter's loss), of all
+tokens. Parts overlap, so their shares need not add up to 100 %.
 """
 
 from __future__ import annotations
@@ -22,13 +17,8 @@ import peft
 import torch
 from peft.utils.integrations import dequantize_module_weight
 
-from inspect_lora.adapters import (
-    can_scale_and_cut,
-    can_take_apart,
-    layer_number,
-    lora_layers,
-    rescaled,
-)
+from inspect_lora.adapters import can_scale_and_cut, can_take_apart, lora_layers, rescaled
+from inspect_lora.modules import layer_number
 from inspect_lora.scores import (
     UNKNOWN,
     Estimate,
@@ -42,8 +32,8 @@ from inspect_lora.trainer import Example
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
 # Both are shares of the gain. A clear difference that is smaller than the first is not worth a run.
-# If no difference is clear, two losses are called the same only if the difference and twice its
-# error together are less than the second: otherwise the examples are too few to tell.
+# If no difference is clear, two losses are the same only if the difference and twice its error
+# together are less than the second: otherwise the examples are too few to tell.
 WORTH_REPORTING = 0.02
 THE_SAME_WITHIN = 0.05
 # With fewer held-out lines nothing is concluded, since the errors themselves are too uncertain.
@@ -249,14 +239,8 @@ def is_conclusive(losses: Losses) -> bool:
     return len(set(losses.lines)) >= FEWEST_LINES and gain.is_clear() and gain.value > 0
 
 
-def conclusions(parts: list[Part], losses: Losses, after_epochs: dict[int, float]) -> list[str]:
-    """Return what the parts support.
-
-    Args:
-        parts: with what was measured of them.
-        losses: of the examples that they were measured on.
-        after_epochs: {step: held-out loss} of the run, with the base model's at step 0, if known.
-    """
+def conclusions(parts: list[Part], losses: Losses) -> list[str]:
+    """Return what the parts support, measured on the examples that these losses are of."""
     lines = len(set(losses.lines))
     if losses.trained == losses.base:
         return [
@@ -269,17 +253,16 @@ def conclusions(parts: list[Part], losses: Losses, after_epochs: dict[int, float
             f"{FEWEST_LINES} needed{MORE}."
         ]
     if not is_conclusive(losses):
-        return [about_no_gain(parts, losses.gain(), after_epochs)]
+        return [about_no_gain(parts, losses.gain())]
     sentences = [about_alpha(parts), about_targets(parts), about_rank(parts)]
     return [sentence for sentence in sentences if sentence]
 
 
-def about_no_gain(parts: list[Part], gain: Estimate, after_epochs: dict[int, float]) -> str:
+def about_no_gain(parts: list[Part], gain: Estimate) -> str:
     """Return the sentence on an adapter that is not clearly better than the base model.
 
     That the run went too far is said only if the same update, weaker, is clearly better than the
-    base: an update that does harm does less of it when it is weaker, and that shows nothing. That
-    it was trained for too long is said only if the run's own losses show it.
+    base: an update that does harm does less of it when it is weaker, and that shows nothing.
     """
     strengths = of_kind(parts, "strength")
     needed = errors_needed(len(strengths))
@@ -292,19 +275,13 @@ def about_no_gain(parts: list[Part], gain: Estimate, after_epochs: dict[int, flo
             "it is weaker: the run went too far. Try fewer epochs, a lower learning rate or a "
             "smaller alpha. What its parts are worth cannot be said."
         )
-    best = min(after_epochs, key=lambda step: after_epochs[step], default=0)
-    if gain.is_clear() and 0 < best < max(after_epochs):
-        return (
-            f"The adapter is worse than the base model. The held-out loss was lowest after step "
-            f"{best} ({after_epochs[best]:.4f}) and rose since: it was trained for too long, and "
-            'perhaps learned the conversations by heart. Publish the best epoch (PUBLISH "best"), '
-            "train fewer epochs, or find more conversations."
-        )
     if gain.is_clear():
         return (
-            "The adapter is worse than the base model, and the parts do not show why: no weaker "
-            "update is clearly better than the base. Check that the held-out conversations are of "
-            "the kind that was trained on, and that tokenizer and template are the training's."
+            "The adapter is worse than the base model, and no weaker update is clearly better. If "
+            "the run's held-out losses rose at the end, it learned its conversations by heart: "
+            "publish the best epoch, train fewer, or find more conversations. Else check that the "
+            "held-out conversations are of the kind that was trained on, and that tokenizer and "
+            "template are the training's."
         )
     return (
         "The adapter is not better than the base model by more than twice the error, so its parts "

@@ -6,7 +6,6 @@ draws by chance.
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,17 +224,3 @@ def group_of(example: Example, group: str) -> str:
     """Return what the example's line has under the key that groups lines, or ""."""
     value = example.extra.get(group)
     return "" if value is None else str(value)
-
-
-def habits_of(replies: list[Reply]) -> dict[str, float]:
-    """Return how many replies ended on their own or differ, their words, how they repeat."""
-    texts = [reply.text.lower().split() for reply in replies]
-    triples = [list(zip(words, words[1:], words[2:])) for words in texts]  # noqa: B905
-    count = sum(map(len, triples))
-    different = sum(len(set(one)) for one in triples)
-    return {
-        "stopped": sum(reply.stopped for reply in replies),
-        "different": len({reply.text for reply in replies}),
-        "words": statistics.fmean(map(len, texts)),
-        "repeated": 1 - different / count if count else 0.0,
-    }

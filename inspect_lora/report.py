@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from inspect_lora.adapters import Adapter, scaling_in_words
+from inspect_lora.adapters import Adapter
 from inspect_lora.common import (
     counted,
     file_sha256,
@@ -22,8 +22,9 @@ from inspect_lora.common import (
 )
 from inspect_lora.conversations import HeldOut
 from inspect_lora.elsewhere import Elsewhere
+from inspect_lora.modules import scaling_in_words
 from inspect_lora.parts import Part, cut_that_is_enough, is_conclusive, of_kind
-from inspect_lora.replies import CheckRow, Sample, group_of, habits_of
+from inspect_lora.replies import CheckRow, Reply, Sample, group_of
 from inspect_lora.scores import Losses, differences, p_in_words, ratio_with_error
 from inspect_lora.trainer import Example
 
@@ -84,11 +85,6 @@ def logged(history: list[dict[str, float]], key: str) -> dict[int, float]:
 
 
 # ---- On the terminal
-
-
-def print_gain(found: Findings) -> None:
-    """Print what the adapter gained."""
-    report("gain", verdict(found))
 
 
 def print_parts(found: Findings) -> None:
@@ -182,7 +178,7 @@ def markdown_parts(found: Findings) -> str:
     text = (
         "## What each part is worth\n\n"
         f"On {len(found.measured)} of the held-out replies, evenly spread. Each update is "
-        f"{scaling_in_words(config)} x B A; it is scaled, switched off in parts, or cut to its "
+        f"{scaling_in_words(config.use_rslora)} x B A; it is scaled, switched off in parts, or cut to its "
         "strongest directions, and nothing is trained anew. Shares of the gain overlap, so they "
         "need not add up to 100 %. ± is one standard error.\n\n"
         + table(["", "loss", "of the gain", "against as trained", "lower on"], rows)
@@ -271,15 +267,11 @@ def markdown_kinds(found: Findings) -> str:
 
 def markdown_samples(found: Findings) -> str:
     """Return held-out prompts with the replies of both side by side."""
-    rows = [
-        [name, one["stopped"], one["different"], f"{one['words']:.0f}", f"{one['repeated']:.0%}"]
-        for name, one in habits_of_both(found.samples).items()
-    ]
-    head = ["", "ended on their own", "different", "mean words", "repeated word triples"]
     parts = [
         "## How it replies",
-        f"{counted(len(found.samples), 'held-out prompt')}; always the likeliest token (greedy).",
-        table(head, rows),
+        f"{counted(len(found.samples), 'held-out prompt')}, always the likeliest token (greedy). "
+        f"{habits('The base', [sample.base for sample in found.samples])} "
+        f"{habits('The adapter', [sample.adapter for sample in found.samples])}",
     ]
     for sample in found.samples:
         *prompt, reference = sample.example.messages
@@ -300,12 +292,11 @@ def markdown_samples(found: Findings) -> str:
     return "\n\n".join(parts)
 
 
-def habits_of_both(samples: list[Sample]) -> dict[str, dict[str, float]]:
-    """Return how base and adapter reply, in numbers."""
-    return {
-        "base": habits_of([sample.base for sample in samples]),
-        "adapter": habits_of([sample.adapter for sample in samples]),
-    }
+def habits(who: str, replies: list[Reply]) -> str:
+    """Return how many replies ended on their own, and how long they are."""
+    words = fmean(len(reply.text.split()) for reply in replies)
+    ended = sum(reply.stopped for reply in replies)
+    return f"{who} ended {ended} of its replies by itself, with {words:.0f} words on average."
 
 
 def markdown_facts(found: Findings) -> str:
@@ -382,8 +373,6 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         }
         record["gain"] = asdict(found.losses.gain())
         record["lower_on"] = found.lower_on()
-    if found.samples:
-        record["samples"] = habits_of_both(found.samples)
     return record
 
 

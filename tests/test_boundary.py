@@ -9,7 +9,6 @@ from conftest import ROOT
 from tiny_adapters import command
 
 from inspect_lora import trainer
-from inspect_lora.__main__ import MODULES
 from inspect_lora.common import InspectError
 
 PACKAGE = ROOT / "inspect_lora"
@@ -88,7 +87,7 @@ def test_a_wrong_command_or_flag_exits_with_2(capsys, words, said):
 
 
 def test_a_missing_package_is_named_with_what_installs_it(capsys, monkeypatch):
-    monkeypatch.setitem(MODULES, "evidence", "no_such_module")
+    monkeypatch.setitem(sys.modules, "inspect_lora.evidence", None)
     end = command(capsys, "evidence", "adapter")
     assert end.status == 1 and "is missing: pip install -r" in end.err
     assert "requirements.txt" in end.err

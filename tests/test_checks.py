@@ -107,7 +107,7 @@ def test_a_bad_task_is_named_with_its_line(capsys, tmp_path, line, said):
 def test_the_shipped_tasks_are_read_and_have_checks():
     tasks = read_tasks(str(GENERAL_FILE))
     assert len(tasks) == 160 and sum(bool(task.checks) for task in tasks) == 72
-    assert sum(task.has_own_system_message() for task in tasks) == 7
+    assert sum(task.messages[0]["role"] == "system" for task in tasks) == 7
 
 
 def test_tasks_that_the_template_refuses_are_left_out_and_counted(capsys, tmp_path):

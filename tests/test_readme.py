@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 import train_lora_single as t
 from inspect_lora import conversations, elsewhere, export, parts, replies
-from inspect_lora.__main__ import MODULES, main
+from inspect_lora.__main__ import COMMANDS, main
 
 README = "README.md"
 DOCS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))
@@ -154,7 +154,7 @@ def commands_of(page):
 @pytest.fixture
 def parsing_only(monkeypatch):
     """Let the package's commands do nothing but read their flags."""
-    for name in MODULES.values():
+    for name in COMMANDS:
         module = importlib.import_module(f"inspect_lora.{name}")
         monkeypatch.setattr(module, "run", lambda options: None)
     monkeypatch.setattr(
@@ -181,7 +181,7 @@ def test_every_command_is_one_that_the_parsers_take(page, parsing_only, capsys):
 def test_readme_shows_each_command_of_the_package_and_the_modes_of_the_script():
     found = commands_of(README)
     shown = {words[0] for program, words in found if program == "inspect_lora"}
-    assert shown == set(MODULES)
+    assert shown == set(COMMANDS)
     trained = [words for program, words in found if program != "inspect_lora"]
     assert any("--demo" in words for words in trained)
     assert any("--dry_run" in words for words in trained)
@@ -213,7 +213,7 @@ def test_a_shell_reads_every_block_for_it(page):
 def flags_of(name):
     """Return the flags of a command of the package."""
     parser = argparse.ArgumentParser()
-    importlib.import_module(f"inspect_lora.{MODULES[name]}").add_arguments(parser)
+    importlib.import_module(f"inspect_lora.{name}").add_arguments(parser)
     return set(FLAG.findall(re.sub(r"[\[\],|]", " ", parser.format_help())))
 
 
@@ -222,12 +222,12 @@ def test_every_flag_that_is_spoken_of_exists(page):
     """Such as `--examples 0`, or `export --scale 0.75`."""
     of_vllm = {"--max-lora-rank", "--default-chat-template-kwargs"}
     of_any = of_vllm | {f"--{name.lower()}" for name in t.setting_types()}
-    of_any |= {"--help", "--dry_run", "--demo"}.union(*map(flags_of, MODULES))
+    of_any |= {"--help", "--dry_run", "--demo"}.union(*map(flags_of, COMMANDS))
     wrong = []
     for span in spans_of(read(page)):
         first = span.split()[0]
-        if first in MODULES or first.startswith("--"):
-            known = flags_of(first) if first in MODULES else of_any
+        if first in COMMANDS or first.startswith("--"):
+            known = flags_of(first) if first in COMMANDS else of_any
             wrong += [span for flag in FLAG.findall(span) if flag not in known]
     assert wrong == []
 
@@ -450,7 +450,7 @@ def files_counts():
 def default_of(command, flag):
     """Return what a flag of the package is if it is not given."""
     parser = argparse.ArgumentParser()
-    importlib.import_module(f"inspect_lora.{MODULES[command]}").add_arguments(parser)
+    importlib.import_module(f"inspect_lora.{command}").add_arguments(parser)
     return parser.get_default(flag.lstrip("-"))
 
 
