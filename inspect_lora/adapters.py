@@ -35,20 +35,23 @@ from inspect_lora.common import (
     shorten_path,
 )
 from inspect_lora.files import (
-    HUB_NAME,
     KEY_MAPPING,
     PREFIX,
     QUANTIZED_NAME,
     Run,
+    find_base,
     name_in_text_model,
     read_adapter_config,
-    read_tensors,
-    refuse_not_finite,
-    where_it_is_now,
 )
-from inspect_lora.modules import read_config
+from inspect_lora.modules import (
+    SavedAdapter,
+    path_in_text_model,
+    problems_of,
+    rank_and_alpha,
+    read_adapter,
+    reasons_against,
+)
 from inspect_lora.trainer import (
-    CHANGES_THE_BASE,
     ChatFormat,
     UserError,
     commit_of,
@@ -123,9 +126,9 @@ def refuse_system_message(system: str, chat_format: ChatFormat) -> None:
 
 def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> Adapter:
     """Load the base model with the adapter on top of it, each of its tensors in its place."""
-    config = lora_config_of(place)
-    tensors = read_tensors(place)
-    refuse_not_finite(tensors, place)
+    saved = read_adapter(place)
+    refuse_unmeasurable(saved, place)
+    config = fitted_config(lora_config_of(place), saved)
     base, revision = base_of(options, place, run)
     with errors_name_the_base(base):
         revision = commit_of(base, revision)
@@ -137,7 +140,7 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
         model = load_model(base, revision, dtype, device)
     if run and run.record.get("products") == "float16" and device.type == "cuda":
         model = use_float16_products(model)  # as it was trained
-    model = put_adapter_on(model, config, tensors, place)
+    model = put_adapter_on(model, config, saved, place)
     lora = model.peft_config["default"]
     by_pattern = " (others by pattern)" if lora.rank_pattern or lora.alpha_pattern else ""
     modules = counted(len(lora_layers(model)), "module")
@@ -177,19 +180,18 @@ def base_of(options: argparse.Namespace, place: Path, run: Run | None) -> tuple[
     revision = options.base_revision or saved.get("revision")
     if not recorded:
         raise InspectError(f"{place} does not name its base model; give it with --base.")
-    if run and not revision:
-        recorded = where_it_is_now(recorded, run)
-    if Path(recorded).is_dir():
-        return recorded, "main"
+    found = find_base(saved, run, revision)
+    if found and Path(found).is_dir():
+        return found, "main"
     plain = QUANTIZED_NAME.sub("", recorded)
     if plain != recorded and not ("bnb" in recorded.lower() and has_bitsandbytes()):
         raise InspectError(quantized_message(recorded, plain))
-    if not revision and (run or not re.fullmatch(rf"[\w-][\w.-]*|{HUB_NAME.pattern}", recorded)):
+    if not found:
         raise InspectError(
             f"The adapter's base model {recorded} is not there. Give the folder that it is in now, "
             "or its name on the hub, with --base."
         )
-    return recorded, revision or "main"
+    return found, revision or "main"
 
 
 def quantized_message(base: str, plain: str) -> str:
@@ -260,77 +262,58 @@ def chat_format_of(
 # ---- The adapter's configuration and its tensors
 
 
+def refuse_unmeasurable(saved: SavedAdapter, place: Path) -> None:
+    """Refuse an adapter that is useless or wrong, or cannot be compared with its base model."""
+    if problems := problems_of(saved):
+        raise InspectError("\n".join([f"{place} is not measured.", *problems]))
+    if reasons := reasons_against("measuring", saved):
+        raise InspectError(f"{place} cannot be measured: it {'. It '.join(reasons)}.")
+
+
 def lora_config_of(place: Path) -> peft.LoraConfig:
-    """Return the adapter's LoraConfig, unless PEFT does not know it or it cannot be measured."""
-    read_config(place)  # refuses another kind than LoRA, and numbers that cannot be
+    """Return the adapter's LoraConfig, unless PEFT does not know it."""
     try:
-        config = peft.LoraConfig.from_pretrained(place)
+        return peft.LoraConfig.from_pretrained(place)
     except (TypeError, ValueError, OSError) as error:
         raise InspectError(
             f"{place / 'adapter_config.json'}: PEFT cannot read it ({one_line(error)})."
         ) from error
-    if reason := why_not_measured(config):
-        raise InspectError(f"{place} cannot be measured: {reason}.")
-    return config
 
 
-def why_not_measured(config: peft.LoraConfig) -> str:
-    """Return why the base model and parts of such an adapter cannot be told apart, or ""."""
-    start = str(config.init_lora_weights).lower()
-    if start.startswith(CHANGES_THE_BASE) and start != "eva":  # which needs data alone
-        return (
-            f'it was begun with init_lora_weights="{config.init_lora_weights}", which changes the '
-            "base model, so the two cannot be compared; save it as plain LoRA first (PEFT's "
-            "save_pretrained has path_initial_model_for_weight_conversion for that)"
-        )
-    if config.bias != "none":
-        return (
-            f'it trained biases (bias="{config.bias}"), which stay changed where the adapter is '
-            "switched off, so nothing can be compared with the base model"
-        )
-    if config.task_type not in (None, "CAUSAL_LM"):
-        return f"it is for another task than replying ({config.task_type})"
-    if config.layer_replication:
-        return "layer_replication builds another model than its base"
-    if config.alora_invocation_tokens:
-        return "an activated LoRA works only after its invocation tokens, which are not sent here"
-    return ""
+def fitted_config(config: peft.LoraConfig, saved: SavedAdapter) -> peft.LoraConfig:
+    """Return the config for measuring: each module of the file has its path in the text model.
 
-
-def fitted_config(config: peft.LoraConfig, tensors: dict[str, torch.Tensor]) -> peft.LoraConfig:
-    """Return the config for measuring, with the names of the text model.
-
-    A regular expression that was written for a model for images and text, as Unsloth does, finds
-    nothing in the text model: the modules that the file has tensors for are named instead. Ranks
-    and alphas by pattern would not be found either, and PEFT would take the common ones.
+    The names of the configuration may be those of a model for images and text. In the text model
+    PEFT would not find them, and take the common rank and alpha. What a list names besides is kept,
+    so that PEFT says which modules are missing in the file.
     """
-    for pattern in (config.rank_pattern, config.alpha_pattern):
-        renamed = {re.sub(r"language_model\\?\.", "", key): one for key, one in pattern.items()}
-        pattern.clear()
-        pattern.update(renamed)
-    if isinstance(config.target_modules, str):
-        with_a = [name for name in tensors if ".lora_A." in name]
-        paths = [name.removeprefix(PREFIX).partition(".lora_A.")[0] for name in with_a]
-        config.target_modules = sorted(set(paths))
-        config.exclude_modules = None
+    if not config.target_parameters:  # whose names are not those of modules
+        modules = {path_in_text_model(one.name): one.name for one in saved.modules}
+        if isinstance(config.target_modules, str):
+            config.target_modules = config.exclude_modules = None
+        config.target_modules = sorted({*modules, *(config.target_modules or ())})
+        config.rank_pattern, config.alpha_pattern = {}, {}
+        for path, name in modules.items():
+            r, alpha = rank_and_alpha(saved.config, name)
+            if r != config.r:
+                config.rank_pattern[f"^{re.escape(path)}"] = r
+            if alpha != config.lora_alpha:
+                config.alpha_pattern[f"^{re.escape(path)}"] = alpha
     config.inference_mode = True
     config.init_lora_weights = True  # B = 0: a module without tensors in the file changes nothing
     return config
 
 
 def put_adapter_on(
-    base: transformers.PreTrainedModel,
-    config: peft.LoraConfig,
-    tensors: dict[str, torch.Tensor],
-    place: Path,
+    base: transformers.PreTrainedModel, config: peft.LoraConfig, saved: SavedAdapter, place: Path
 ) -> peft.PeftModel:
     """Return the base model with the adapter's tensors in it, each of them in its place."""
     try:
         with warnings.catch_warnings():
             # What PEFT only warns of, such as keys without a place, is judged below.
             warnings.simplefilter("ignore")
-            model = peft.PeftModel(base, fitted_config(config, tensors))
-            refuse_changes_of_base(model, tensors, place)
+            model = peft.PeftModel(base, config)
+            refuse_changes_of_base(model, saved, place)
             landed = model.load_adapter(
                 place, "default", key_mapping=KEY_MAPPING, torch_device=str(model.device)
             )
@@ -340,13 +323,11 @@ def put_adapter_on(
         raise InspectError(
             f"The adapter in {place} does not fit the base model ({one_line(error)}). Check --base."
         ) from error
-    judge_landing(tensors, landed.missing_keys, landed.unexpected_keys, place)
+    judge_landing(saved, landed.missing_keys, landed.unexpected_keys, place)
     return model
 
 
-def refuse_changes_of_base(
-    model: peft.PeftModel, tensors: dict[str, torch.Tensor], place: Path
-) -> None:
+def refuse_changes_of_base(model: peft.PeftModel, saved: SavedAdapter, place: Path) -> None:
     """Refuse tensors that PEFT would load into the base model itself.
 
     They would stay there where the adapter is switched off, so the base would be another model. A
@@ -354,10 +335,11 @@ def refuse_changes_of_base(
     nothing.
     """
     of_base = model.state_dict()
+    places = {name_in_text_model(name): tensor for name, tensor in saved.tensors.items()}
     changing = [
         name
-        for name in tensors.keys() & of_base.keys()
-        if not tensors[name].to(of_base[name]).equal(of_base[name])
+        for name in places.keys() & of_base.keys()
+        if not places[name].to(of_base[name]).equal(of_base[name])
     ]
     if changing:
         raise InspectError(
@@ -370,47 +352,39 @@ def refuse_changes_of_base(
 
 
 def judge_landing(
-    tensors: dict[str, torch.Tensor], missing: list[str], unexpected: list[str], place: Path
+    saved: SavedAdapter, missing: list[str], unexpected: list[str], place: Path
 ) -> None:
-    """Refuse an adapter of which a tensor found no place, or half of a module is not there.
+    """Refuse an adapter of which a tensor found no place, unless its update is 0.
 
     Unsloth may put LoRA into the vision tower, too. If only text was trained, B is 0 there still.
     """
-    lost = [name_in_text_model(name.replace(".default", "")) for name in unexpected]
-    without_effect = [name for name in lost if is_without_effect(name, tensors)]
-    lost = [name for name in lost if name not in without_effect]
-    if lost:
+    zeros = {path_in_text_model(one.name) for one in saved.modules if one.is_zero}
+    lost = {name: path_of(name) for name in unexpected}
+    changing = [name for name, path in lost.items() if path not in zeros]
+    if changing:
         raise InspectError(
-            f"{len(lost):,} of the {len(tensors):,} tensors in {place} find no place in the base "
-            f"model, so it would not be the adapter that is measured: {join_limited(lost, 3, ', ')}"
-            ". Check --base."
-        )
-    modules = {name.partition(".lora_")[0] for name in tensors}
-    halves = [name for name in missing if name.partition(".lora_")[0] in modules]
-    if halves:
-        raise InspectError(
-            f"{place} lacks tensors of modules that it has others of, so it is not whole: "
-            f"{join_limited(halves, 3, ', ')}."
+            f"{len(changing):,} of the {len(saved.tensors):,} tensors in {place} find no place in "
+            "the base model, so it would not be the adapter that is measured: "
+            f"{join_limited(changing, 3, ', ')}. Check --base."
         )
     if missing:
-        named = sorted({name.partition(".lora_")[0].removeprefix(PREFIX) for name in missing})
+        named = sorted({path_of(name) for name in missing})
         report(
             "left out",
             f"the file has no tensors for {counted(len(named), 'module')} of the targets, such as\n"
             f"{named[0]}; it is left as the base has it",
         )
-    if without_effect:
+    if lost:
         report(
             "left out",
-            f"{len(without_effect):,} tensors have no place in the text model, such as\n"
-            f"{without_effect[0]};\ntheir B is 0, so they change nothing",
+            f"{counted(len(set(lost.values())), 'module')} of the file have no place in the text "
+            f"model, such as\n{min(lost.values())};\ntheir update is 0, so they change nothing",
         )
 
 
-def is_without_effect(name: str, tensors: dict[str, torch.Tensor]) -> bool:
-    """Return whether a tensor is LoRA's A or B of an update B A that is 0, since B is."""
-    b = tensors.get(name.replace(".lora_A.", ".lora_B."))
-    return ".lora_" in name and b is not None and not b.any()
+def path_of(name: str) -> str:
+    """Return the path in the text model of the module that a tensor of LoRA is of."""
+    return path_in_text_model(name.partition(".lora_")[0].removeprefix(PREFIX))
 
 
 # ---- What an opened adapter consists of
@@ -425,38 +399,20 @@ def lora_layers(model: torch.nn.Module) -> dict[str, peft.tuners.lora.LoraLayer]
     }
 
 
-def layer_number(path: str) -> int | None:
-    """Return the number of the layer that a module is in, from a path like model.layers.3.mlp."""
-    found = re.search(r"\.(\d+)\.", path)
-    return int(found[1]) if found else None
-
-
-def adapter_names(model: peft.PeftModel) -> list[str]:
-    """Return the names of the adapter's tensors, as PEFT would save them."""
-    return list(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+def as_saved(model: peft.PeftModel) -> SavedAdapter:
+    """Return what the files of a loaded adapter would hold."""
+    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return SavedAdapter(model.peft_config["default"].to_dict(), tensors)
 
 
 def can_take_apart(model: peft.PeftModel) -> bool:
     """Return whether the adapter is LoRA alone: no fully trained modules or tokens."""
-    return all(".lora_" in name for name in adapter_names(model))
+    return not reasons_against("parts", as_saved(model))
 
 
 def can_scale_and_cut(model: peft.PeftModel) -> bool:
     """Return whether every update is scaling x B A on a linear layer, without bias or DoRA."""
-    is_a_or_b = re.compile(r"\.lora_[AB]\.weight$").search
-    are_linear = all(is_linear_lora(layer) for layer in lora_layers(model).values())
-    return are_linear and all(map(is_a_or_b, adapter_names(model)))
-
-
-def is_linear_lora(layer: peft.tuners.lora.LoraLayer) -> bool:
-    """Return whether a LoRA module is a matrix W, perhaps of 4 bits, with an update B A."""
-    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)  # the latter is GPT-2's
-    return isinstance(layer.get_base_layer(), kinds) and "default" in layer.lora_A
-
-
-def scaling_in_words(config: peft.LoraConfig) -> str:
-    """Return by what B A is multiplied, as a formula."""
-    return "alpha / sqrt(r)" if config.use_rslora else "alpha / r"
+    return not reasons_against("scaling", as_saved(model))
 
 
 def rescaled(model: peft.PeftModel, scale: float) -> AbstractContextManager[Any]:

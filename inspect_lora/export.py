@@ -23,33 +23,25 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from inspect_lora.common import (
-    InspectError,
-    counted,
-    join_limited,
-    one_line,
-    report,
-    this_program,
-    write_json,
-)
+from inspect_lora.common import InspectError, counted, one_line, report, this_program, write_json
 from inspect_lora.files import (
     PREFIX,
     find_adapter,
     find_run,
     name_in_text_model,
     read_adapter_config,
-    read_as_named,
+    read_tensors,
     where_it_is_now,
 )
-from inspect_lora.info import find_problems
 from inspect_lora.modules import (
-    CHANGES_THE_BASE,
     PARTS,
     Module,
-    modules_of,
-    read_config,
+    SavedAdapter,
+    problems_of,
+    read_adapter,
+    reasons_against,
     share_kept,
-    singular_values,
+    strongest_directions,
 )
 
 
@@ -70,14 +62,15 @@ def run(options: argparse.Namespace) -> None:
     """Write the copy beside its place, verify what was written, and move it there."""
     place, folder = find_adapter(options.adapter), Path(options.folder)
     check_options(options, place, folder)
-    tensors = read_as_named(place)
-    modules = modules_of(read_config(place), tensors)
-    refuse_what_is_more(place, options, modules, tensors)
-    written, config = modules, read_adapter_config(place)
+    saved = read_adapter(place)
+    refuse_what_is_more(place, options, saved)
+    modules = written = saved.modules
+    config = read_adapter_config(place)
     if options.rank:
         written = [cut(module, options.rank) for module in written]
     if options.scale != 1:
         written = [scaled(module, options.scale) for module in written]
+    refuse_lossy(modules, written, options.scale)
     server = None
     if options.vllm:
         server = Server(options, place)
@@ -90,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
             staging = Path(beside) / folder.name
             write(staging, place, written, config)
-            verify(staging, modules, options)
+            verify(staging, written)
             if server:
                 server.verify_names(staging)
             staging.rename(folder)
@@ -98,7 +91,10 @@ def run(options: argparse.Namespace) -> None:
         raise InspectError(f"{folder} cannot be written ({one_line(error)}).") from error
     tell(options, folder, modules, written)
     if server:
+        report_base(saved.config, config)
         report("next", server.commands(folder, max(one.r for one in written)))
+    else:
+        report("next", f"{this_program()} info {shlex.quote(str(folder))}")
 
 
 # ---- What is refused
@@ -118,40 +114,17 @@ def check_options(options: argparse.Namespace, place: Path, folder: Path) -> Non
         raise InspectError(f"{folder} lies in the adapter's own folder; give another one.")
 
 
-def refuse_what_is_more(
-    place: Path,
-    options: argparse.Namespace,
-    modules: list[Module],
-    tensors: dict[str, torch.Tensor],
-) -> None:
+def refuse_what_is_more(place: Path, options: argparse.Namespace, saved: SavedAdapter) -> None:
     """Refuse an adapter that is useless or wrong, or whose update is more than scaling x B A."""
-    if problems := find_problems(modules, tensors):
+    if problems := problems_of(saved):
         raise InspectError("\n".join([f"{place} is not written anew.", *problems]))
-    if reason := what_is_more(read_config(place), modules, tensors):
+    if reasons := reasons_against("scaling", saved):
         raise InspectError(
-            f"{place} {reason}, so it cannot be scaled, cut or renamed here. Merge it into its "
-            "base model instead."
+            f"{place} cannot be scaled, cut or renamed here, since it {' It '.join(reasons)}."
         )
-    largest = max(module.r for module in modules)
+    largest = max(module.r for module in saved.modules)
     if options.rank and options.rank >= largest:
         raise InspectError(f"--rank {options.rank} cuts nothing: the adapter's rank is {largest}.")
-
-
-def what_is_more(
-    config: dict[str, Any], modules: list[Module], tensors: dict[str, torch.Tensor]
-) -> str:
-    """Return what an adapter is beyond A and B of matrices, or nothing."""
-    if config.get("use_dora"):
-        return "is DoRA, which trained the length of each row of W as well"
-    others = [name for name in tensors if not PARTS.match(name) or not name.startswith(PREFIX)]
-    if others:
-        return f"holds more than A and B ({join_limited(others, 2, ', ')})"
-    start = str(config.get("init_lora_weights"))
-    if start.lower().startswith(CHANGES_THE_BASE):
-        return f"began with init_lora_weights = {start}, which changed the base model"
-    if any(tensors[name].dim() != 2 for module in modules for name in module.names):
-        return "has LoRA on convolutions"
-    return "shares one A and B among experts" if any(one.experts > 1 for one in modules) else ""
 
 
 # ---- Weaker, and the strongest directions
@@ -163,21 +136,44 @@ def scaled(module: Module, scale: float) -> Module:
 
 
 def cut(module: Module, rank: int) -> Module:
-    """Return a module with the best approximation of its update of a rank, and the same scaling.
+    """Return a module with the strongest directions of its update, and the same scaling.
 
-    B = Q R and A^T = Q' R' give B A = Q (R R'^T) Q'^T, so the singular vectors of the r x r matrix
-    are enough, and the strongest of them are the best choice (Eckart and Young, 1936). The root of
-    each singular value goes into A and into B.
+    The root of each singular value goes into A and into B.
     """
     if rank >= module.r:
         return module
-    q_b, r_b = torch.linalg.qr(module.b.double())
-    q_a, r_a = torch.linalg.qr(module.a.double().T)
-    u, sizes, v = torch.linalg.svd(r_b @ r_a.T)
-    roots = sizes[:rank].sqrt()
-    b = q_b @ u[:, :rank] * roots
-    a = (q_a @ v[:rank].T * roots).T
-    return replace(module, a=a.to(module.a.dtype), b=b.to(module.b.dtype), r=rank)
+    u, sizes, v = strongest_directions(module.a, module.b, rank)
+    a, b = sizes.sqrt()[:, None] * v, u * sizes.sqrt()
+    return replace(module, a=a.to(module.a.dtype), b=b.to(module.b.dtype), r=len(sizes))
+
+
+def refuse_lossy(modules: list[Module], written: list[Module], scale: float) -> None:
+    """Refuse updates that are not what they should be, since the file's type cannot hold them."""
+    pairs = zip(written, modules, strict=True)
+    wrong = [new for new, old in pairs if not is_right(new, old, scale)]
+    if wrong:
+        raise InspectError(
+            f"The numbers of {counted(len(wrong), 'module')}, such as {wrong[0].name}, become too "
+            f"large or too small for the type of the file, {wrong[0].b.dtype}, so nothing was "
+            "written. Choose a --scale that is nearer to 1."
+        )
+
+
+def is_right(written: Module, module: Module, scale: float) -> bool:
+    """Return whether an update is scale times the old one, but for what was cut off.
+
+    Its distance from that may be the directions that were cut off, and no more but for the rounding
+    of its type.
+    """
+    if not written.is_finite:
+        return False
+    a = torch.cat([written.a.double(), module.a.double()])
+    wanted = -scale * module.scaling * module.b.double()
+    b = torch.cat([written.scaling * written.b.double(), wanted], dim=1)
+    apart = strongest_directions(a, b).sizes.norm().item()
+    values = scale * module.scaling * strongest_directions(module.a, module.b).sizes
+    rounding = 8 * torch.finfo(written.b.dtype).eps * values.norm().item()
+    return apart <= values[written.r :].norm().item() + rounding
 
 
 def has_patterns(config: dict[str, Any]) -> bool:
@@ -233,40 +229,23 @@ TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "a
 TOKENIZER_FILES += ("vocab.*", "merges.txt", "*.model")
 
 
-def verify(folder: Path, modules: list[Module], options: argparse.Namespace) -> None:
-    """Compare each update in the written file with what it should be, as PEFT would compute it.
-
-    Its distance from the wanted update may be that of the directions that were cut off, and no
-    more but for the rounding of the file's type.
-    """
-    found = {
-        name_in_text_model(PREFIX + module.name): module
-        for module in modules_of(read_config(folder), read_as_named(folder))
-    }
-    wrong = []
-    for module in modules:
-        written = found.pop(name_in_text_model(PREFIX + module.name), None)
-        if written is None and module.is_zero and options.vllm:
-            continue
-        if written is None or not is_right(written, module, options.scale):
-            wrong.append(module.name)
+def verify(folder: Path, written: list[Module]) -> None:
+    """Read the file again: PEFT must find each module in it, with its scaling, and no other."""
+    found = {module.name: module for module in read_adapter(folder).modules}
+    wrong = [one.name for one in written if not is_same(found.pop(one.name, None), one)]
     wrong += found
     if wrong:
         raise InspectError(
-            f"What was written is not what was asked for: {counted(len(wrong), 'module')} differ, "
-            f"such as {wrong[0]}. Is the disk full? Nothing was left at {options.folder}."
+            f"What was written is not what was asked for in {counted(len(wrong), 'module')}, such "
+            f"as {wrong[0]}, so nothing was left there. Is the disk full?"
         )
 
 
-def is_right(written: Module, module: Module, scale: float) -> bool:
-    """Return whether a written update is scale times the old one, but for what was cut off."""
-    a = torch.cat([written.a.double(), module.a.double()])
-    wanted = -scale * module.scaling * module.b.double()
-    b = torch.cat([written.scaling * written.b.double(), wanted], dim=1)
-    apart = singular_values(replace(module, a=a, b=b, scaling=1.0)).norm().item()
-    values = scale * singular_values(module)
-    rounding = 8 * torch.finfo(written.b.dtype).eps * values.norm().item()
-    return written.fits and apart <= values[written.r :].norm().item() + rounding
+def is_same(found: Module | None, module: Module) -> bool:
+    """Return whether a module was read as it was written."""
+    if found is None or not found.fits or not math.isclose(found.scaling, module.scaling):
+        return False
+    return found.a.equal(module.a) and found.b.equal(module.b)
 
 
 def tell(
@@ -282,13 +261,19 @@ def tell(
             f"{100 * share_kept(modules, options.rank):.1f} % of an update, on average (by square)"
         )
     if len(written) < len(modules):
-        lines.append(f"left out: {counted(len(modules) - len(written), 'module')} with B = 0")
+        missing = counted(len(modules) - len(written), "module")
+        lines.append(f"left out: {missing} whose update is 0")
     if options.vllm:
         lines.append("each tensor has its place and shape in the base model, under its new name")
     lines.append("the file was read again, and each update is what it should be")
     report("written", "\n".join(lines))
-    if not options.vllm:
-        report("next", f"{this_program()} info {shlex.quote(str(folder))}")
+
+
+def report_base(before: dict[str, Any], config: dict[str, Any]) -> None:
+    """Say that the copy names another base model, if it does."""
+    old, new = (one.get("base_model_name_or_path") for one in (before, config))
+    if old != new:
+        report("base", f"its adapter_config.json names {new} now, and not {old or 'no model'}")
 
 
 # ---- Names for vLLM
@@ -336,13 +321,14 @@ class Server:
         targets = sorted({module.target for module in modules})
         return {
             "base_model_name_or_path": self.base,
+            "revision": None if self.revision == "main" else self.revision,
             "target_modules": targets,
             "exclude_modules": None,
         }
 
     def verify_names(self, folder: Path) -> None:
         """Ask a skeleton of the server's model for each name that was written."""
-        self.trainer.check_names_for_vllm(read_as_named(folder), self.config)
+        self.trainer.check_names_for_vllm(read_tensors(folder), self.config)
 
     def commands(self, folder: Path, max_rank: int) -> str:
         """Return the command that serves the written adapter, and the one that asks the server."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inspect_lora.common import InspectError, file_sha256, join_limited, one_line, read_json
+from inspect_lora.common import InspectError, file_sha256, one_line, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +24,7 @@ PREFIX = "base_model.model."  # of each tensor's name in a file that PEFT wrote
 # Where a model for images and text has the layers of the text model, and where that has them alone.
 # PEFT takes these as load_adapter(key_mapping=...), which leaves out the prefix.
 KEY_MAPPING = {r"^model\.language_model\.": "model.", r"^language_model\.model\.": "model."}
+POINTER = b"version https://git-lfs"  # how a file begins where Git LFS has not fetched it
 # The end of the name of a quantized copy, as other trainers record it.
 QUANTIZED_NAME = re.compile(
     r"(?i)[-_.](?:unsloth-)?(?:bnb-)?(?:[2-8]bit|int[48]|bnb|gptq|awq|gguf|exl2|"
@@ -100,32 +103,19 @@ def read_adapter_config(place: Path) -> dict[str, Any]:
 
 
 def read_tensors(place: Path) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors under the text model's names, in the order of the file."""
-    path = place / "adapter_model.safetensors"
-    tensors = read_as_named(place)
-    foreign = [name for name in tensors if not name.startswith(PREFIX)]
-    if foreign:
-        raise InspectError(
-            f"{path} was not written by PEFT's save_pretrained(): {len(foreign):,} of its "
-            f"{len(tensors):,} names do not begin with {PREFIX}, such as {foreign[0]}."
-        )
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        place_of_it = name_in_text_model(name)
-        if place_of_it in found:
-            raise InspectError(f"{path} holds two tensors for one place, {place_of_it}.")
-        found[place_of_it] = tensor
-    return found
-
-
-def read_as_named(place: Path) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors under the names that its file has."""
+    """Return an adapter's tensors under the names that its file has, in its order."""
     import safetensors.torch
 
     path = place / "adapter_model.safetensors"
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise InspectError(
+                    f"{path} is a pointer of Git LFS, and not the tensors that it stands for: "
+                    f"git -C {shlex.quote(str(place))} lfs pull"
+                ) from error
         raise InspectError(f"{path} cannot be read ({one_line(error)}).") from error
     if not tensors:
         raise InspectError(f"{path} holds no tensors, so the adapter changes nothing.")
@@ -140,25 +130,10 @@ def name_in_text_model(name: str) -> str:
     return PREFIX + inner
 
 
-def not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """Return the names of the tensors that hold NaN or infinity."""
-    return [name for name, tensor in tensors.items() if not is_finite(tensor)]
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether all numbers are numbers; torch cannot tell of some types of one byte."""
-    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
-
-
-def refuse_not_finite(tensors: dict[str, torch.Tensor], place: Path) -> None:
-    """Name NaN and infinity as what they are, before anything is loaded or compared."""
-    bad = not_finite(tensors)
-    if bad:
-        raise InspectError(
-            f"{len(bad):,} of the {len(tensors):,} tensors in {place} hold NaN or infinity, so the "
-            f"adapter is broken: {join_limited(bad, 3, ', ')}. The training diverged, or the file "
-            "was damaged: take an earlier checkpoint, or train again with a lower learning rate."
-        )
+def folder_to_serve(place: Path) -> Path:
+    """Return the folder for a server: the one under vLLM's names, if a run wrote it beside."""
+    renamed = place.with_name("final_lora_vllm")
+    return renamed if place.name == "final_lora" and renamed.is_dir() else place
 
 
 @dataclass
@@ -205,3 +180,17 @@ def where_it_is_now(name: str, run: Run) -> str:
     there = Path(run.record.get("working_folder", "")) / name
     found = [path for path in (there, run.path.parent / Path(name).name) if path.exists()]
     return str(found[0]) if name and found and not Path(name).exists() else name
+
+
+def find_base(config: dict[str, Any], run: Run | None, revision: str | None) -> str:
+    """Return the base that is recorded as a folder here or a name for the hub, or "" if neither."""
+    base = str(config.get("base_model_name_or_path") or "")
+    if run and not revision:  # the run had it in a folder
+        base = where_it_is_now(base, run)
+    is_on_hub = is_hub_name(base) and (revision or not run)
+    return base if base and (Path(base).is_dir() or is_on_hub) else ""
+
+
+def is_hub_name(base: str) -> bool:
+    """Return whether base may be the name of a model on the hub; some are without an owner."""
+    return bool(re.fullmatch(rf"[\w-][\w.-]*|{HUB_NAME.pattern}", base))

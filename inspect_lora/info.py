@@ -20,8 +20,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from inspect_lora.common import (
     as_json,
     counted,
@@ -32,24 +30,23 @@ from inspect_lora.common import (
     this_program,
 )
 from inspect_lora.files import (
-    HUB_NAME,
-    PREFIX,
     QUANTIZED_NAME,
-    Run,
     find_adapter,
+    find_base,
     find_run,
-    name_in_text_model,
-    not_finite,
-    read_as_named,
-    where_it_is_now,
+    folder_to_serve,
+    is_hub_name,
 )
 from inspect_lora.modules import (
-    CHANGES_THE_BASE,
-    PARTS,
     Module,
-    modules_of,
-    read_config,
+    SavedAdapter,
+    extras_of,
+    is_named,
+    problems_of,
+    read_adapter,
+    scaling_in_words,
     share_kept,
+    what_is_zero,
 )
 
 
@@ -62,114 +59,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print what an adapter is; exit with status 1 if it is useless or wrong."""
     place = find_adapter(options.adapter)
-    config = read_config(place)
-    tensors = read_as_named(place)
-    modules = modules_of(config, tensors)
-    problems = find_problems(modules, tensors)
-    notes = [] if problems else find_notes(place, config, modules, tensors)
+    saved = read_adapter(place)
+    problems = problems_of(saved)
+    notes = [] if problems else find_notes(place, saved)
     if options.json:
-        print(as_json(as_object(config, modules, tensors, problems, notes)), flush=True)
+        print(as_json(as_object(saved, problems, notes)), flush=True)
     else:
-        report("adapter", "\n".join(facts_of(options.adapter, config, modules, tensors)))
-        if modules:
-            report("targets", "\n".join(map_of_targets(modules)))
+        report("adapter", "\n".join(facts_of(options.adapter, saved)))
+        if saved.modules:
+            report("targets", "\n".join(map_of_targets(saved.modules)))
         if not problems:
-            report_sentence("sound", what_is_sound(modules))
+            report_sentence("sound", what_is_sound(saved.modules))
         for section, sentences in (("problem", problems), ("note", notes)):
             for sentence in sentences:
                 report_sentence(section, sentence)
-        report("next", next_commands(options.adapter, place, config, bool(problems)))
+        report("next", next_commands(options.adapter, place, saved.config, bool(problems)))
     if problems:
         raise SystemExit(1)
 
 
-def as_object(
-    config: dict[str, Any],
-    modules: list[Module],
-    tensors: dict[str, torch.Tensor],
-    problems: list[str],
-    notes: list[str],
-) -> dict[str, Any]:
+def as_object(saved: SavedAdapter, problems: list[str], notes: list[str]) -> dict[str, Any]:
     """Return what --json prints."""
     names = ["name", "target", "layer", "r", "scaling", "norm", "directions"]
     names += ["is_finite", "is_zero"]
+    rows = [dict(zip(names, attrgetter(*names)(one), strict=True)) for one in saved.modules]
     return {
         "schema": 1,
-        "base": config.get("base_model_name_or_path"),
-        "r": config["r"],
-        "alpha": config["lora_alpha"],
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "modules": [dict(zip(names, attrgetter(*names)(one), strict=True)) for one in modules],
+        "base": saved.config.get("base_model_name_or_path"),
+        "r": saved.config["r"],
+        "alpha": saved.config["lora_alpha"],
+        "parameters": sum(tensor.numel() for tensor in saved.tensors.values()),
+        "modules": rows,
         "problems": problems,
         "notes": notes,
     }
 
 
-# ---- Problems: what makes an adapter useless or wrong
-
-
-def find_problems(modules: list[Module], tensors: dict[str, torch.Tensor]) -> list[str]:
-    """Return a sentence for each thing that makes the adapter useless or wrong."""
-    if not modules:
-        return [
-            f"There is nothing of LoRA in the file: no name is like {PREFIX}... .lora_A.weight; "
-            f"there are {join_limited(list(tensors), 2, ', ')}. Perhaps another library than PEFT "
-            "wrote it."
-        ]
-    problems = []
-    unfit = [one for one in modules if not one.fits]
-    if unfit:
-        problems.append(
-            f"{counted(len(unfit), 'module')} of {len(modules)} "
-            f"{'does' if len(unfit) == 1 else 'do'} not fit the configuration, so "
-            f"PEFT cannot load them: A of {unfit[0].name} has {unfit[0].a.shape[0]} rows and B "
-            f"{unfit[0].b.shape[1]} columns, where adapter_config.json says r = {unfit[0].r}. "
-            "Either r or rank_pattern was edited, or the two files are of two adapters."
-        )
-    twice = Counter(name_in_text_model(name) for name in tensors)
-    doubled = [name for name, count in twice.items() if count > 1]
-    if doubled:
-        problems.append(
-            f"{counted(len(doubled), 'tensor')} are in the file twice, under two names of one "
-            f"place ({doubled[0]}): which of them counts depends on the program."
-        )
-    damaged = not_finite(tensors)
-    if damaged:
-        problems.append(
-            f"There is NaN or infinity in {len(damaged)} of the {len(tensors)} tensors "
-            f"({join_limited(damaged, 2, ', ')}), so the model's replies will be noise. The "
-            "training diverged, as it often does in float16, or the file was damaged. Take an "
-            "earlier checkpoint, or train again in bfloat16 or float32, or at a lower rate."
-        )
-    if all(one.is_zero for one in modules) and not others_than_lora(tensors):
-        problems.append(
-            "Every B is 0, so the adapter changes nothing: LoRA begins so, and this was saved "
-            "before it was trained, or the optimizer never had these weights."
-        )
-    return problems
-
-
-def others_than_lora(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """Return the names of what is neither A nor B."""
-    return [name for name in tensors if not PARTS.match(name)]
-
-
 # ---- Notes: what its user should know
 
 
-def find_notes(
-    place: Path, config: dict[str, Any], modules: list[Module], tensors: dict[str, torch.Tensor]
-) -> list[str]:
+def find_notes(place: Path, saved: SavedAdapter) -> list[str]:
     """Return a sentence for each thing that the adapter's user should know."""
     notes = [
-        about_unused_targets(config, modules),
-        *about_zeros(modules),
-        about_missing_targets(modules),
-        about_sizes(modules),
-        *about_what_is_more(config, tensors),
-        about_names(place, config, modules),
-        about_quantized_base(config),
-        about_rank(modules),
+        about_unused_targets(saved),
+        *about_zeros(saved.modules),
+        about_missing_targets(saved.modules),
+        about_sizes(saved.modules),
+        *(f"It {what}." for _, what in extras_of(saved)),
+        about_names(place, saved),
+        about_quantized_base(saved.config),
+        about_rank(saved.modules),
     ]
     return [note for note in notes if note]
 
@@ -182,12 +121,11 @@ def grouped(modules: list[Module], key: Callable[[Module], Any]) -> dict[Any, li
     return groups
 
 
-def about_unused_targets(config: dict[str, Any], modules: list[Module]) -> str:
+def about_unused_targets(saved: SavedAdapter) -> str:
     """Return a note on names in target_modules that led to no module; PEFT does not tell."""
-    wanted = config.get("target_modules")
+    wanted = saved.config.get("target_modules")
     wanted = wanted if isinstance(wanted, list) else []  # or a regular expression
-    names = [f".{one.name}" for one in modules]
-    unused = [str(one) for one in wanted if not any(name.endswith(f".{one}") for name in names)]
+    unused = [one for one in wanted if not any(is_named([one], m.name) for m in saved.modules)]
     if not unused:
         return ""
     return (
@@ -202,17 +140,17 @@ def about_zeros(modules: list[Module]) -> list[str]:
     for stack, members in grouped(modules, lambda one: one.stack).items():
         zeros = [one for one in members if one.is_zero]
         if zeros and len(zeros) == len(members):
-            whose = "the vision tower, " if re.search("vis(ual|ion)", stack) else ""
             size = sum(one.a.nbytes + one.b.nbytes for one in zeros) / 1e6
             notes.append(
-                f"All {counted(len(zeros), 'module')} of {whose}{stack} have B = 0: they were "
-                f"never trained and change nothing, but are {size:.1f} MB of the file. A model of "
-                "text alone has no place for a vision tower."
+                f"{stack} has {what_is_zero(zeros)} = 0 everywhere: it was never trained and "
+                f"changes nothing, but {counted(len(zeros), 'module')} of it are {size:.1f} MB of "
+                "the file. (A model of text alone has no place for a vision tower.)"
             )
         elif zeros:
             notes.append(
-                f"{len(zeros)} of the {len(members)} modules in {stack} have B = 0, so they change "
-                f"nothing: {join_limited([one.name for one in zeros], 3, ', ')}."
+                f"{len(zeros)} of the {len(members)} modules in {stack} change nothing, since "
+                f"their {what_is_zero(zeros)} is 0: "
+                f"{join_limited([one.name for one in zeros], 3, ', ')}."
             )
     return notes
 
@@ -262,61 +200,24 @@ def about_sizes(modules: list[Module]) -> str:
     )
 
 
-def about_what_is_more(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[str]:
-    """Return notes on what the adapter is beyond A and B, and who does not take it."""
-    notes = []
-    others = others_than_lora(tensors)
-    if config.get("use_dora"):
-        notes.append(
-            "It is DoRA: the length of each row of W was trained as well, so B A is not the whole "
-            "update. vLLM refuses DoRA; merge it into its base to serve it."
-        )
-    whole = [name for name in others if ".lora_" not in name and name.startswith(PREFIX)]
-    if whole:
-        size = sum(tensors[name].nbytes for name in whole) / 1e6
-        named = join_limited([one.removeprefix(PREFIX) for one in whole], 2, ", ")
-        notes.append(
-            f"Besides LoRA the file holds {counted(len(whole), 'whole tensor')} ({named}; "
-            f"{size:.1f} MB), which take the place of the base's own. vLLM does not serve such an "
-            "adapter; merge it into its base."
-        )
-    if any(name.endswith("lora_B.bias") for name in others):
-        notes.append("Its B has biases (lora_bias), which vLLM refuses.")
-    unknown = [name for name in others if not name.startswith(PREFIX) or ".default." in name]
-    if unknown:
-        notes.append(
-            f"{counted(len(unknown), 'tensor')} ({join_limited(unknown, 2, ', ')}) have names that "
-            "PEFT does not look for, so it leaves them out."
-        )
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(CHANGES_THE_BASE):
-        notes.append(
-            f"It began with init_lora_weights = {start}, which changed the base model's own "
-            "weights. PEFT does that again on loading; on the plain base, in other programs, the "
-            "adapter is wrong."
-        )
-    return notes
-
-
-def about_names(place: Path, config: dict[str, Any], modules: list[Module]) -> str:
+def about_names(place: Path, saved: SavedAdapter) -> str:
     """Return a note on programs that look for other names than the tensors have.
 
     It was seen with vLLM 0.17 to 0.33, PEFT 0.21 and llama.cpp b11434.
     """
-    in_wrapper = [one.name for one in modules if "language_model." in one.name]
+    in_wrapper = [one.name for one in saved.modules if "language_model." in one.name]
     if in_wrapper:
         return (
             f"The tensors are named for the model that also takes images ({in_wrapper[0]}). vLLM "
             "applies them; PEFT on AutoModelForCausalLM ignores them with no more than a warning, "
             "and older llama.cpp converters refuse or ignore them."
         )
-    is_certain = takes_images(str(config.get("base_model_name_or_path")))
+    is_certain = takes_images(str(saved.config.get("base_model_name_or_path")))
     if is_certain is False:
         return ""
     serve = "Serve what `export ADAPTER FOLDER --vllm` writes."
-    beside = place.with_name("final_lora_vllm")
-    if place.name == "final_lora" and beside.is_dir():
-        serve = f"Serve {beside}."
+    if folder_to_serve(place) != place:
+        serve = f"Serve {folder_to_serve(place)}."
     return (
         f"The base {'is' if is_certain else 'seems to be'} a model that also takes images, but the "
         "tensors have the names of its text part alone. vLLM up to 0.32 accepts such an adapter "
@@ -336,7 +237,7 @@ def takes_images(base: str) -> bool | None:
     Its configuration is asked, if that is a folder's or stored on this machine.
     """
     path: Any = Path(base) / "config.json"
-    if not os.path.isdir(base) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+    if not os.path.isdir(base) and is_hub_name(base):
         from huggingface_hub import try_to_load_from_cache
 
         with suppress(ValueError):  # the hub has no such name
@@ -380,36 +281,34 @@ def about_rank(modules: list[Module]) -> str:
 # ---- What is printed
 
 
-def facts_of(
-    name: str, config: dict[str, Any], modules: list[Module], tensors: dict[str, torch.Tensor]
-) -> list[str]:
+def facts_of(name: str, saved: SavedAdapter) -> list[str]:
     """Return lines on the adapter's base, rank, scaling and size."""
+    config, tensors = saved.config, saved.tensors.values()
     base = config.get("base_model_name_or_path") or "a base model that it does not name"
     revision = f" ({str(config['revision'])[:12]})" if config.get("revision") else ""
-    types = sorted({str(one.dtype).removeprefix("torch.") for one in tensors.values()})
-    numbers = sum(one.numel() for one in tensors.values())
-    size = sum(one.nbytes for one in tensors.values()) / 1e6
+    types = sorted({str(one.dtype).removeprefix("torch.") for one in tensors})
+    size = sum(one.nbytes for one in tensors) / 1e6
     return [
         f"{name}: LoRA for {base}{revision}",
-        scaling_in_words(config, modules),
-        f"{numbers:,} numbers in {counted(len(modules), 'module')}, {', '.join(types)}, "
-        f"{size:.1f} MB",
+        *scaling_of(saved),
+        f"{sum(one.numel() for one in tensors):,} numbers in "
+        f"{counted(len(saved.modules), 'module')}, {', '.join(types)}, {size:.1f} MB",
     ]
 
 
-def scaling_in_words(config: dict[str, Any], modules: list[Module]) -> str:
-    """Return rank and alpha, and what the updates are multiplied by."""
-    ranks, scalings = {one.r for one in modules}, {one.scaling for one in modules}
-    text = f"r = {config['r']:g}, alpha = {config['lora_alpha']:g}"
-    if len(ranks) > 1 or len(scalings) > 1:
-        text += f", and others by pattern (ranks {in_range(ranks, ' to ')})"
-    formula, more = "alpha / r", ""
-    if config.get("use_rslora"):
-        formula = "alpha / sqrt(r)"
-        more = f", since it is rsLoRA (alpha / r = {config['lora_alpha'] / config['r']:.4g})"
-    return (
-        f"{text}\neach update B A is multiplied by {formula} = {in_range(scalings, ' to ')}{more}"
-    )
+def scaling_of(saved: SavedAdapter) -> list[str]:
+    """Return lines on rank and alpha, and on what the updates are multiplied by."""
+    config = saved.config
+    r, alpha, is_rslora = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
+    ranks, scalings = ({getattr(m, name) for m in saved.modules} for name in ("r", "scaling"))
+    several = len(ranks) > 1 or len(scalings) > 1
+    by_pattern = f", and others by pattern (ranks {in_range(ranks, ' to ')})" if several else ""
+    more = f", since it is rsLoRA (alpha / r = {alpha / r:.4g})" if is_rslora else ""
+    return [
+        f"r = {r:g}, alpha = {alpha:g}{by_pattern}",
+        f"each update B A is multiplied by {scaling_in_words(is_rslora)} = "
+        f"{in_range(scalings, ' to ')}{more}",
+    ]
 
 
 def in_range(numbers: set[float], to: str) -> str:
@@ -418,7 +317,7 @@ def in_range(numbers: set[float], to: str) -> str:
     return f"{least:.4g}" if least == greatest else f"{least:.4g}{to}{greatest:.4g}"
 
 
-WIDEST_MAP = 40  # signs
+WIDEST_MAP = 36  # signs
 SIGNS = {"#": "an update", ".": "none", "0": "one that is 0", "!": "NaN or infinity"}
 
 
@@ -428,35 +327,36 @@ def map_of_targets(modules: list[Module]) -> list[str]:
     each = math.ceil(layers / WIDEST_MAP)  # layers to a sign
     head = f"layers 0 to {layers - 1}"
     width = max(math.ceil(layers / each), len(head)) + 1
-    columns = f"{{:<18}}{{:<{width}}}{{:>7}}{{:>10}}{{:>8}}{{:>9}}".format
-    lines = [columns("", head, "rank", "scaling", "size", "90 % in")]
+    columns = f"{{:<17}} {{:<{width}}}{{:>7}}{{:>10}}{{:>8}}{{:>9}}".format
+    lines = [columns("", head, "rank", "scaling", "norm", "90 % in")]
     several = len({one.stack for one in modules if one.layer is not None}) > 1
     seen = ""
-    for (stack, target), group in grouped(modules, lambda one: (one.stack, one.target)).items():
-        tower = re.split(r"[.]", f".{stack}")[-2] if several else ""
-        signs = "".join(sign_of(group, range(n, n + each)) for n in range(0, layers, each))
-        is_in_layers = group[0].layer is not None
-        seen += signs if is_in_layers else ""
-        known = [one for one in group if one.norm > 0]
-        size = f"{statistics.median(one.norm for one in known):.3g}" if known else "-"
-        directions = f"{statistics.fmean(one.directions for one in known):.1f}" if known else "-"
-        lines.append(
-            columns(
-                f"{tower} {target}".strip()[-17:],
-                signs if is_in_layers else "in none",
-                in_range({one.r for one in group}, "-"),
-                in_range({one.scaling for one in group}, "-"),
-                size,
-                directions,
-            )
-        )
+    for stack, members in grouped(modules, lambda one: one.stack).items():
+        is_in_layers = members[0].layer is not None
+        lines += [f"{stack}:"] if several and is_in_layers else []
+        for target, group in grouped(members, lambda one: one.target).items():
+            signs = "in none"
+            if is_in_layers:
+                signs = "".join(sign_of(group, range(n, n + each)) for n in range(0, layers, each))
+                seen += signs
+            lines.append(columns(target, signs, *numbers_of(group)))
     signs = ", ".join(f"{sign} {meaning}" for sign, meaning in SIGNS.items() if sign in seen)
     stand = f" (one sign for {each} layers)" if each > 1 else ""
     legend = (
-        f"{signs}{stand}; size: the length of an update, median of the layers; 90 % in: so many of "
-        "its r directions make up nine tenths of its square, mean of the layers"
+        f"{signs}{stand}; norm: the length (Frobenius norm) of the update scaling x B A, median of "
+        "the layers; 90 % in: so many of its r directions make up nine tenths of its square, mean "
+        "of the layers"
     )
     return lines + textwrap.wrap(legend, 90)
+
+
+def numbers_of(group: list[Module]) -> tuple[str, str, str, str]:
+    """Return the ranks, scalings, norms and directions of a target's modules."""
+    ranks, scalings = {one.r for one in group}, {one.scaling for one in group}
+    known = [one for one in group if one.norm > 0]
+    norm = f"{statistics.median(one.norm for one in known):.3g}" if known else "-"
+    directions = f"{statistics.fmean(one.directions for one in known):.1f}" if known else "-"
+    return in_range(ranks, "-"), in_range(scalings, "-"), norm, directions
 
 
 def sign_of(group: list[Module], layers: range) -> str:
@@ -483,23 +383,8 @@ def next_commands(name: str, place: Path, config: dict[str, Any], is_useless: bo
         return f"{this_program()} info ANOTHER    such as an earlier checkpoint of this training"
     run = find_run(place)
     flags = "" if run else " --eval_file HELD_OUT.jsonl"
-    flags += "" if is_base_known(config, run) else " --base BASE"
+    flags += "" if find_base(config, run, config.get("revision")) else " --base BASE"
     return (
         "# What did it gain on conversations that it was not trained on, and by which part?\n"
         f"{this_program()} evidence {shlex.quote(name)}{flags}"
     )
-
-
-def is_base_known(config: dict[str, Any], run: Run | None) -> bool:
-    """Return whether the base that is recorded is a folder here, or may be a name on the hub."""
-    base = str(config.get("base_model_name_or_path") or "")
-    if not base:
-        return False
-    if run and not config.get("revision"):  # the run had it in a folder
-        return Path(where_it_is_now(base, run)).is_dir()
-    return Path(base).is_dir() or is_hub_name(base)
-
-
-def is_hub_name(base: str) -> bool:
-    """Return whether base may be the name of a model on the hub; some are without an owner."""
-    return bool(re.fullmatch(rf"[\w-][\w.-]*|{HUB_NAME.pattern}", base))

@@ -1,4 +1,7 @@
-"""The modules that LoRA was added to, as an adapter's files have them: A, B, rank and scaling."""
+"""What an adapter's folder holds: modules with A, B and a scaling; what is wrong, what is more.
+
+`info`, `evidence` and `export` judge an adapter here, each for its own ends and from one table.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +10,72 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from inspect_lora.common import InspectError, counted, join_limited
-from inspect_lora.files import PREFIX, is_finite, read_adapter_config
+from inspect_lora.files import PREFIX, name_in_text_model, read_adapter_config, read_tensors
+
+
+@dataclass
+class SavedAdapter:
+    """What an adapter's folder holds, or would if a loaded one were saved."""
+
+    config: dict[str, Any]  # see read_config()
+    tensors: dict[str, torch.Tensor]  # under the names that the file has
+
+    @functools.cached_property
+    def modules(self) -> list[Module]:
+        """Return its modules in the order of the layers."""
+        return modules_of(self.config, self.tensors)
+
+    @property
+    def others(self) -> list[str]:
+        """Return the names of the tensors that are neither A nor B."""
+        return [name for name in self.tensors if not PARTS.match(name)]
+
+
+def read_adapter(place: Path) -> SavedAdapter:
+    """Return what an adapter's folder holds."""
+    return SavedAdapter(read_config(place), read_tensors(place))
+
+
+# ---- Its configuration
 
 
 def read_config(place: Path) -> dict[str, Any]:
     """Return adapter_config.json with what an older PEFT left out, and without nulls.
 
-    Its r, alpha and their patterns are what they must be.
+    Its r, alpha and patterns are what they must be.
     """
     saved = read_adapter_config(place)
     config = DEFAULTS | {key: value for key, value in saved.items() if value is not None}
     ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
     are_numbers = is_rank(config["r"]) and is_number(config["lora_alpha"])
     are_patterns = is_pattern(ranks) and is_pattern(alphas) and all(map(is_rank, ranks.values()))
-    if not (are_numbers and are_patterns):
+    names = (config.get("target_modules", []), config.get("exclude_modules", []))
+    if not (are_numbers and are_patterns and all(map(are_names, names))):
         raise InspectError(
             f"{place / 'adapter_config.json'} is damaged: r, lora_alpha and the values of "
             "rank_pattern and alpha_pattern must be numbers above 0 (ranks whole ones, none "
-            "infinite), and the keys of the patterns regular expressions."
+            "infinite), the keys of the patterns regular expressions, and target_modules and "
+            "exclude_modules a list of names or a regular expression."
         )
     return config
 
 
-# Ways to begin that take something from the base's weights; "eva" needs data alone.
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def is_number(value: Any) -> bool:
-    """Return whether value is a number above 0, and one that can be divided."""
+    """Return whether value is a number above 0, and neither infinite nor too large to divide."""
     is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_one and 0 < value < LARGEST
-
-
-LARGEST = 1e30
+    return is_one and 0 < value < 1e30
 
 
 def is_rank(value: Any) -> bool:
@@ -58,12 +85,26 @@ def is_rank(value: Any) -> bool:
 
 def is_pattern(value: Any) -> bool:
     """Return whether value gives numbers by regular expressions, as rank_pattern does."""
-    if not isinstance(value, dict) or not all(map(is_number, value.values())):
-        return False
+    is_one = isinstance(value, dict) and all(map(is_number, value.values()))
+    return is_one and all(map(is_expression, value))
+
+
+def are_names(value: Any) -> bool:
+    """Return whether value is a list of names, or a regular expression for them."""
+    if isinstance(value, list):
+        return all(isinstance(name, str) for name in value)
+    return isinstance(value, str) and is_expression(value)
+
+
+def is_expression(text: str) -> bool:
+    """Return whether text is a regular expression."""
     try:
-        return all(re.compile(key) for key in value)
+        return bool(re.compile(text))
     except re.error:
         return False
+
+
+# ---- Its modules
 
 
 @dataclass
@@ -84,29 +125,20 @@ class Module:
         return self.name.rpartition(".")[2]
 
     @property
-    def place(self) -> tuple[str, int | None, str]:
-        """Return the path in three parts, such as "model.layers", 7 and "self_attn.q_proj".
-
-        The first number in a path is the layer's; the number of an expert comes later. What is in
-        no layer, such as lm_head, has None.
-        """
-        found = re.fullmatch(r"(.*?)\.(\d+)\.(.+)", self.name)
-        return (found[1], int(found[2]), found[3]) if found else (self.name, None, "")
-
-    @property
     def stack(self) -> str:
         """Return which layers it is in, such as "model.layers", or its own path."""
-        return self.place[0]
+        found = IN_A_LAYER.match(self.name)
+        return found["stack"] if found else self.name
 
     @property
     def layer(self) -> int | None:
         """Return the number of its layer, or None for what is in no layer."""
-        return self.place[1]
+        return layer_number(self.name)
 
     @property
     def in_layer(self) -> str:
         """Return where it is in its layer, such as "self_attn.q_proj"."""
-        return self.place[2]
+        return IN_A_LAYER.sub("", self.name)
 
     @property
     def is_finite(self) -> bool:
@@ -115,7 +147,7 @@ class Module:
 
     @property
     def is_zero(self) -> bool:
-        """Return whether the update is 0, since B is (of an embedding A), as before training."""
+        """Return whether the update is 0, since A or B is; before training B is (or A, rarely)."""
         return not (self.a.any() and self.b.any())
 
     @property
@@ -131,7 +163,7 @@ class Module:
         """
         if not self.fits or not self.is_finite or self.experts > 1:
             return []
-        return singular_values(self).square().tolist()
+        return (self.scaling * strongest_directions(self.a, self.b).sizes).square().tolist()
 
     @property
     def norm(self) -> float:
@@ -148,7 +180,16 @@ class Module:
         return len(missing) + 1 if self.norm else 0
 
 
-PARTS = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<part>[AB])(?:\.weight)?$")
+# PEFT's names. Those of a state_dict() have the adapter's name in them, which is mostly "default".
+PARTS = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<part>[AB])(?:\.default)?(?:\.weight)?$")
+# The first number in a path is the layer's; the number of an expert comes later.
+IN_A_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.")
+
+
+def layer_number(path: str) -> int | None:
+    """Return the number of the layer that a module is in, from a path like model.layers.3.mlp."""
+    found = IN_A_LAYER.match(path)
+    return int(found["layer"]) if found else None
 
 
 def modules_of(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[Module]:
@@ -176,9 +217,10 @@ def modules_of(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list
     modules = []
     for path, parts in found.items():
         a, b = tensors[parts["A"]], tensors[parts["B"]]
-        r, scaling = rank_and_scaling(config, path)
+        r, alpha = rank_and_alpha(config, path)
         experts = max(1, a.shape[0] // r) if config.get("target_parameters") else 1
         names = (parts["A"], parts["B"])
+        scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)  # arxiv 2312.03732
         # Of a convolution these have four dimensions; flattened, B A is the same update.
         modules.append(Module(path, a.flatten(1), b.flatten(1), names, r, scaling, experts))
     return sorted(modules, key=lambda one: -1 if one.layer is None else one.layer)
@@ -189,19 +231,20 @@ def is_matrix(tensor: torch.Tensor) -> bool:
     return tensor.dim() >= 2 and tensor.numel() > 0 and tensor.is_floating_point()
 
 
-def rank_and_scaling(config: dict[str, Any], path: str) -> tuple[int, float]:
-    """Return the rank of a module and the factor before its B A, as PEFT computes them.
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all numbers are numbers; torch cannot tell of some types of one byte."""
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
 
-    The factor is alpha / r, or alpha / sqrt(r) with rsLoRA (arxiv 2312.03732).
-    """
+
+def rank_and_alpha(config: dict[str, Any], path: str) -> tuple[int, float]:
+    """Return the rank and the alpha of a module, by the name that it has in the file."""
     r = int(value_by_pattern(config["rank_pattern"], path, config["r"]))
-    alpha = value_by_pattern(config["alpha_pattern"], path, config["lora_alpha"])
-    return r, alpha / divisor_of(config)(r)
+    return r, value_by_pattern(config["alpha_pattern"], path, config["lora_alpha"])
 
 
-def divisor_of(config: dict[str, Any]) -> Callable[[float], float]:
-    """Return the function of r by which alpha is divided."""
-    return math.sqrt if config.get("use_rslora") else float
+def scaling_in_words(use_rslora: bool) -> str:
+    """Return by what B A is multiplied, as a formula."""
+    return "alpha / sqrt(r)" if use_rslora else "alpha / r"
 
 
 def value_by_pattern(pattern: dict[str, float], path: str, default: float) -> float:
@@ -212,15 +255,26 @@ def value_by_pattern(pattern: dict[str, float], path: str, default: float) -> fl
     return default
 
 
-def singular_values(module: Module) -> torch.Tensor:
-    """Return the singular values of the update scaling x B A, the largest first.
+class Directions(NamedTuple):
+    """The directions of an update B A = U S V, the strongest first."""
 
-    With B = Q R and A^T = Q' R', the r x r matrix R R'^T has those of B A, since multiplying by Q
-    and Q' changes no lengths. So B A itself, which has the size of W, is never formed.
+    u: torch.Tensor  # out x rank
+    sizes: torch.Tensor  # the singular values
+    v: torch.Tensor  # rank x in
+
+
+def strongest_directions(a: torch.Tensor, b: torch.Tensor, rank: int | None = None) -> Directions:
+    """Return the strongest directions of an update B A, in float64; all, if no rank is given.
+
+    With B = Q R and A^T = Q' R' it is B A = Q (R R'^T) Q'^T, so the r x r matrix R R'^T has the
+    singular values of B A, and its singular vectors give those of B A. So B A itself, which has the
+    size of W, is never formed. No approximation of that rank is closer to B A than these directions
+    (Eckart and Young, 1936).
     """
-    a, b = module.a.double(), module.b.double()
-    product = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
-    return torch.linalg.svdvals(module.scaling * product)
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    u, sizes, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return Directions(q_b @ u[:, :rank], sizes[:rank], v[:rank] @ q_a.T)
 
 
 def share_kept(modules: list[Module], rank: int) -> float:
@@ -228,3 +282,229 @@ def share_kept(modules: list[Module], rank: int) -> float:
     return statistics.fmean(
         sum(one.squares[:rank]) / sum(one.squares) for one in modules if one.norm > 0
     )
+
+
+# ---- What is wrong with it
+
+
+def problems_of(saved: SavedAdapter) -> list[str]:
+    """Return a sentence for each thing that makes an adapter useless or wrong."""
+    if not saved.modules:
+        return [
+            f"There is nothing of LoRA in the file: no name is like {PREFIX}... .lora_A.weight; "
+            f"there are {join_limited(list(saved.tensors), 2, ', ')}. Perhaps another library than "
+            "PEFT wrote it."
+        ]
+    found = [about_misfits(saved), about_doubles(saved), about_nan(saved), about_zero(saved)]
+    return [sentence for sentence in found if sentence]
+
+
+def about_misfits(saved: SavedAdapter) -> str:
+    """Return a sentence on modules whose A and B have another rank than the configuration says."""
+    unfit = [one for one in saved.modules if not one.fits]
+    if not unfit:
+        return ""
+    first = unfit[0]
+    return (
+        f"Of {counted(len(unfit), 'module')} in {len(saved.modules)} the shape does not fit the "
+        f"configuration, so PEFT cannot load them: A of {first.name} has {first.a.shape[0]} rows "
+        f"and B {first.b.shape[1]} columns, where adapter_config.json says r = {first.r}. Either r "
+        "or rank_pattern was edited, or the two files are of two adapters."
+    )
+
+
+def about_doubles(saved: SavedAdapter) -> str:
+    """Return a sentence on tensors for one place."""
+    places = Counter(name_in_text_model(name) for name in saved.tensors)
+    doubled = [place for place, count in places.items() if count > 1]
+    if not doubled:
+        return ""
+    return (
+        f"The file holds {counted(len(doubled), 'tensor')} twice, under two names of one place "
+        f"({doubled[0]}): which of them counts depends on the program."
+    )
+
+
+def about_nan(saved: SavedAdapter) -> str:
+    """Return a sentence on NaN and infinity."""
+    damaged = [name for name, tensor in saved.tensors.items() if not is_finite(tensor)]
+    if not damaged:
+        return ""
+    return (
+        f"There is NaN or infinity in {len(damaged)} of the {len(saved.tensors)} tensors "
+        f"({join_limited(damaged, 2, ', ')}), so the model's replies will be noise. The training "
+        "diverged, as it often does in float16, or the file was damaged. Take an earlier "
+        "checkpoint, or train again in bfloat16 or float32, or at a lower rate."
+    )
+
+
+def about_zero(saved: SavedAdapter) -> str:
+    """Return a sentence on an adapter of which all updates are 0, and nothing else was trained."""
+    if saved.others or not all(one.is_zero for one in saved.modules):
+        return ""
+    return (
+        f"Every {what_is_zero(saved.modules)} is 0, so the adapter changes nothing. LoRA begins "
+        "with B = 0 (of an embedding A = 0): it was saved before it was trained, or the optimizer "
+        "never had these weights."
+    )
+
+
+def what_is_zero(modules: list[Module]) -> str:
+    """Return "A", "B" or "A or B": what is 0 in modules whose updates are 0."""
+    zeros = [part for part in "ab" if not any(getattr(one, part).any() for one in modules)]
+    return zeros[-1].upper() if zeros else "A or B"
+
+
+# ---- What is more than the update scaling x B A on matrices
+
+# Ways to begin that take something from the base's weights; "eva" needs data alone.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def extras_of(saved: SavedAdapter) -> list[tuple[str, str]]:
+    """Return what an adapter is beyond the update scaling x B A on matrices.
+
+    Returns:
+        Of each thing what it prevents, and a clause that goes on from "It". It may prevent
+        "measuring" at all, taking into "parts", and "scaling" (cutting and exporting, too).
+    """
+    config, names = saved.config, list(saved.tensors)
+    start, bias = str(config.get("init_lora_weights")), config.get("bias") or "none"
+    task = config.get("task_type") or "CAUSAL_LM"
+    is_dora = bool(config.get("use_dora"))
+    lengths = [name for name in names if ".lora_magnitude_vector" in name]
+    biases = [name for name in names if name.endswith(".lora_B.bias")]
+    whole = [name for name in names if ".lora_" not in name and name.startswith(PREFIX)]
+    megabytes = sum(saved.tensors[name].nbytes for name in whole) / 1e6
+    known = {*lengths, *biases, *whole}.union(*(one.names for one in saved.modules))
+    unknown = [name for name in names if name not in known]
+    outside = outside_targets(saved)
+    table = [
+        (
+            start.lower().startswith(CHANGES_THE_BASE),
+            "measuring, scaling",
+            f"began with init_lora_weights = {start}, which changed the base model's own weights: "
+            "on the plain base, as in other programs, it is wrong. PEFT's save_pretrained makes "
+            "plain LoRA of it (path_initial_model_for_weight_conversion)",
+        ),
+        (
+            bias != "none",
+            "measuring, scaling",
+            f"trained biases of the base (bias = {bias}), which stay changed where it is switched "
+            "off, and which vLLM refuses",
+        ),
+        (task != "CAUSAL_LM", "measuring", f"is for another task than replying ({task})"),
+        (
+            config.get("layer_replication"),
+            "measuring",
+            "repeats layers (layer_replication), so it needs another model than its base",
+        ),
+        (
+            config.get("alora_invocation_tokens"),
+            "measuring",
+            "is an activated LoRA, which works only after its invocation tokens, and none are sent "
+            "here",
+        ),
+        (
+            is_dora,
+            "scaling",
+            "is DoRA: the length of each row of W was trained as well, so B A is not the whole "
+            "update. vLLM refuses DoRA; merge it into its base to serve it",
+        ),
+        (
+            is_dora and len(lengths) < len(saved.modules),
+            "measuring",
+            f"is DoRA of {counted(len(saved.modules), 'module')}, but its file holds "
+            f"lora_magnitude_vector of {len(lengths)}: PEFT takes the base's own lengths instead",
+        ),
+        (
+            lengths and not is_dora,
+            "measuring, scaling",
+            "holds lora_magnitude_vector, as DoRA does, but use_dora is not set, so PEFT leaves "
+            "these out without a word",
+        ),
+        (
+            whole,
+            "parts, scaling",
+            f"holds {counted(len(whole), 'whole tensor')} besides LoRA ({listed(whole)}; "
+            f"{megabytes:.1f} MB), for the base's own. vLLM does not serve such an adapter; merge "
+            "it into its base",
+        ),
+        (biases, "scaling", "has biases of B (lora_bias), which vLLM refuses"),
+        (
+            any(saved.tensors[name].dim() > 2 for one in saved.modules for name in one.names),
+            "scaling",
+            "has LoRA on convolutions",
+        ),
+        (any("lora_embedding_" in name for name in names), "scaling", "has LoRA on an embedding"),
+        (
+            config.get("target_parameters"),
+            "scaling",
+            "has LoRA on parameters that are no layers (target_parameters): experts share A or B",
+        ),
+        (
+            any(".default." in name for name in names),
+            "scaling",
+            "has the names of a state_dict(), with .default. in them, which PEFT finds only if it "
+            "calls the adapter so, and others not at all; write it with save_pretrained()",
+        ),
+        (
+            unknown,
+            "measuring, scaling",
+            f"holds {counted(len(unknown), 'tensor')} under names that PEFT does not look for, so "
+            f"it leaves them out without a word ({listed(unknown)})",
+        ),
+        (
+            outside,
+            "measuring, scaling",
+            f"holds {counted(len(outside), 'module')} outside target_modules, or in the layers or "
+            f"modules that are excluded ({listed([one.name for one in outside])}). PEFT does not "
+            "apply them, mostly without a word; other programs do",
+        ),
+    ]
+    return [(prevents, what) for is_so, prevents, what in table if is_so]
+
+
+def listed(names: list[str]) -> str:
+    """Return the first names in a few words."""
+    return join_limited([name.removeprefix(PREFIX) for name in names], 2, ", ")
+
+
+def reasons_against(action: str, saved: SavedAdapter) -> list[str]:
+    """Return what prevents "measuring", taking into "parts" or "scaling", as extras_of() says."""
+    return [what for prevents, what in extras_of(saved) if action in prevents]
+
+
+def outside_targets(saved: SavedAdapter) -> list[Module]:
+    """Return the modules with an update on which PEFT would not put LoRA."""
+    return [one for one in saved.modules if not one.is_zero and not is_target(saved.config, one)]
+
+
+def is_target(config: dict[str, Any], module: Module) -> bool:
+    """Return whether PEFT puts LoRA on a module (its check_target_module_exists).
+
+    The names may be those of the file or those of the text model; PEFT is called for either.
+    """
+    wanted, layers = config.get("target_modules"), config.get("layers_to_transform")
+    paths = (module.name, path_in_text_model(module.name))
+    if any(is_named(config.get("exclude_modules") or [], path) for path in paths):
+        return False
+    if not wanted or wanted == "all-linear" or config.get("target_parameters"):
+        return True  # as far as can be known without the model
+    layers = [layers] if isinstance(layers, int) else layers
+    is_by_name = not isinstance(wanted, str) and not any(path in wanted for path in paths)
+    if is_by_name and layers and module.layer not in layers:
+        return False
+    return any(is_named(wanted, path) for path in paths)
+
+
+def path_in_text_model(name: str) -> str:
+    """Return a module's path where the text model is loaded alone."""
+    return name_in_text_model(PREFIX + name).removeprefix(PREFIX)
+
+
+def is_named(names: str | Collection[str], path: str) -> bool:
+    """Return whether a regular expression fits a path, or one of several names is its end."""
+    if isinstance(names, str):
+        return bool(re.fullmatch(names, path))
+    return any(f".{path}".endswith(f".{name}") for name in names)

@@ -38,7 +38,7 @@ from inspect_lora.common import (
     this_program,
 )
 from inspect_lora.compare import Evidence, Row, read_evidence
-from inspect_lora.files import Run, find_adapter, find_run
+from inspect_lora.files import Run, find_adapter, find_run, folder_to_serve
 from inspect_lora.scores import Estimate, differences, evenly_spread, losses_of
 from inspect_lora.trainer import ChatFormat, Example, encode, name_on_server
 
@@ -147,12 +147,6 @@ def find_server(options: argparse.Namespace, place: Path) -> Server:
     server.window = min([n for n in windows if isinstance(n, int)], default=math.inf)
     report("server", f"{server.url} offers {server.adapter}, an adapter of {server.base}")
     return server
-
-
-def folder_to_serve(place: Path) -> Path:
-    """Return the folder for a server: the one under vLLM's names, if a run wrote it beside."""
-    renamed = place.with_name("final_lora_vllm")
-    return renamed if place.name == "final_lora" and renamed.is_dir() else place
 
 
 # ---- The replies, and their losses here

@@ -48,7 +48,6 @@ UserError = script.UserError
 Example = script.Example
 Problem = script.Problem
 ChatFormat = script.ChatFormat
-CHANGES_THE_BASE = script.CHANGES_THE_BASE
 
 read_conversations = script.read_conversations
 problems_as_text = script.problems_as_text

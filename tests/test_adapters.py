@@ -222,7 +222,7 @@ def wrapped(folder, form, **config):
 @pytest.mark.parametrize("form", INTO_WRAPPER)
 def test_an_adapter_in_unsloths_form_is_the_same(plain, changed, capsys, held_out, form):
     """Its names are a wrapper's, its targets an expression, its vision tower's updates 0."""
-    config = {"target_modules": UNSLOTH, "exclude_modules": ".*o_proj.*"}  # of other names
+    config = {"target_modules": UNSLOTH, "exclude_modules": r".*visual\..*\.qkv"}
     config["base_model_name_or_path"] = "unsloth/tiny-unsloth-bnb-4bit"
     folder = wrapped(changed(), form, **config)
     vision = "base_model.model.model.visual.blocks.0.mlp.down_proj"
@@ -231,7 +231,8 @@ def test_an_adapter_in_unsloths_form_is_the_same(plain, changed, capsys, held_ou
     }))  # fmt: skip
     run = measure(capsys, folder, held_out, *SHORT, "--base", TINY)
     assert columns(run.found) == columns(measure(capsys, plain, held_out, *SHORT).found)
-    assert f"2 tensors have no place in the text model, such as {vision}" in run.said
+    name = vision.removeprefix("base_model.model.")
+    assert f"1 module of the file have no place in the text model, such as {name};" in run.said
     assert "on 4 modules" in run.out
 
 
@@ -263,9 +264,10 @@ def test_a_module_without_tensors_is_left_as_the_base_has_it(capsys, held_out, c
 
 
 def test_an_adapter_that_changes_nothing_is_better_nowhere(capsys, tmp_path):
-    """PEFT's B is 0 at first. There is no gain, so no part has a share of it."""
+    """There is no gain, so no part has a share of it."""
     path = write_held_out(tmp_path / "ten.jsonl", [("hello", "Oh, hello.")] * 10)
-    run = measure(capsys, save_adapter(tmp_path / "adapter", std=0), path, *PARTS)
+    folder = save_adapter(tmp_path / "adapter", std=0, modules_to_save=["norm"])
+    run = measure(capsys, folder, path, *PARTS)
     base, adapter = columns(run.found)
     assert base == adapter and run.found["lower_on"] == 0
     assert "it changes nothing" in run.said and "it changes nothing" in run.report
@@ -306,46 +308,65 @@ def test_a_copy_of_the_bases_own_embedding_changes_nothing(capsys, changed, plai
     assert columns(run.found) == columns(measure(capsys, plain, held_out, *SHORT).found)
 
 
+def with_module(folder, path):
+    """Add a module that has an update to an adapter's file; return the folder."""
+    return change_tensors(folder, lambda tensors: tensors.update({
+        f"base_model.model.{path}.lora_A.weight": torch.ones(4, 64),
+        f"base_model.model.{path}.lora_B.weight": torch.ones(64, 4),
+    }))  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "name",
+    "path", ["model.layers.7.mlp.down_proj", "model.visual.blocks.0.mlp.down_proj"]
+)
+def test_a_tensor_that_finds_no_place_is_refused(refused, changed, path):
+    """PEFT only warns, or says nothing."""
+    said = refused(with_module(changed(), path))
+    assert "2 of the 10 tensors" in said and path in said and "--base" in said
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of other modules, which the file lacks
+@pytest.mark.parametrize(
+    ("config", "path"),
     [
-        "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",  # no target
-        "base_model.model.model.layers.7.mlp.down_proj.lora_A.weight",  # no such layer
-        "base_model.model.model.visual.blocks.0.mlp.down_proj.lora_A.weight",
+        ({}, "layers.0.mlp.up_proj"),
+        ({"layers_to_transform": [0]}, "layers.1.mlp.down_proj"),
+        ({"layers_to_transform": 0}, "layers.1.self_attn.o_proj"),
+        ({"exclude_modules": ["layers.0.mlp.down_proj"]}, "layers.0.mlp.down_proj"),
+        ({"target_modules": r".*\.(o_proj|out_proj)"}, "layers.0.mlp.down_proj"),
     ],
 )
-def test_a_tensor_that_finds_no_place_is_refused(refused, changed, name):
-    """PEFT only warns, or says nothing."""
-    folder = change_tensors(changed(), lambda tensors: tensors.update({name: torch.ones(4, 64)}))
-    said = refused(folder)
-    assert "1 of the 9 tensors" in said and name in said and "--base" in said
-
-
-def test_a_vision_tower_that_was_trained_is_refused(refused, changed):
-    vision = "base_model.model.model.visual.blocks.0.mlp.down_proj"
-    folder = change_tensors(changed(), lambda tensors: tensors.update({
-        f"{vision}.lora_A.weight": torch.ones(4, 64), f"{vision}.lora_B.weight": torch.ones(64, 4),
-    }))  # fmt: skip
-    assert "2 of the 10 tensors" in refused(folder)
+def test_a_module_that_peft_leaves_out_is_refused(refused, changed, held_out, config, path):
+    folder = changed(**config)
+    if path == "layers.0.mlp.up_proj":  # the file has the others
+        name = f"base_model.model.model.{path}.lora_"
+        more = {f"{name}A.weight": torch.ones(4, 64), f"{name}B.weight": torch.ones(128, 4)}
+        change_tensors(folder, lambda tensors: tensors.update(more))
+    assert "outside target_modules" in refused(folder)
+    _, before = losses_of_peft(folder, held_out)
+    b = f"base_model.model.model.{path}.lora_B.weight"
+    change_tensors(folder, lambda tensors: tensors.update({b: 3 * tensors[b]}))
+    assert losses_of_peft(folder, held_out)[1] == before
 
 
 FIRST_B = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
-OF_WRAPPER = FIRST_B.replace("model.layers", "model.language_model.layers")
 DAMAGES = {
     "half of a module": (
         lambda tensors: {name: one for name, one in tensors.items() if name != FIRST_B},
-        "it is not whole",
+        "A or B is missing",
     ),
     "two for one place": (
-        lambda tensors: tensors.update({OF_WRAPPER: tensors[FIRST_B] + 1}),
-        "two tensors for one place",
+        lambda tensors: tensors.update({
+            name.replace("model.layers", "model.language_model.layers"): one + 1
+            for name, one in tensors.items()
+        }), "under two names of one place",
     ),
     "another size": (
         lambda tensors: tensors.update({FIRST_B: torch.ones(5, 4)}), "does not fit the base model",
     ),
     "other names": (
         lambda tensors: {name.replace("base_model.", "my."): one for name, one in tensors.items()},
-        "was not written by PEFT",
+        "another library than PEFT",
     ),
 }  # fmt: skip
 
@@ -359,14 +380,15 @@ def test_a_file_that_does_not_fit_is_one_message(refused, changed, name):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"init_lora_weights": "pissa"}, "changes the base model"),
+        ({"init_lora_weights": "pissa"}, "changed the base model's own weights"),
         ({"bias": "lora_only"}, "trained biases"),
+        ({"use_dora": True}, "its file holds lora_magnitude_vector of 0"),
         ({"layer_replication": [[0, 2]]}, "another model than its base"),
         ({"alora_invocation_tokens": [5]}, "invocation tokens"),
         ({"peft_type": "IA3"}, "of the kind IA3"),
         ({"task_type": "SEQ_CLS"}, "another task than replying (SEQ_CLS)"),
         ({"r": "eight", "target_modules": 5}, ""),
-        ({"target_modules": ["no_such_module"]}, "does not fit the base model"),
+        ({"target_modules": ["no_such_module"]}, "4 modules outside target_modules"),
     ],
 )
 def test_what_cannot_be_compared_with_its_base_is_refused_with_the_reason(

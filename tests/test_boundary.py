@@ -8,8 +8,10 @@ import pytest
 from conftest import ROOT
 from tiny_adapters import command
 
+import train_lora_single
 from inspect_lora import trainer
 from inspect_lora.common import InspectError
+from inspect_lora.modules import CHANGES_THE_BASE
 
 PACKAGE = ROOT / "inspect_lora"
 
@@ -36,6 +38,11 @@ def test_one_module_of_the_package_imports_the_script():
         assert "train_lora_single" not in imported_by(path), path
         names_it = '"train_lora_single"' in path.read_text(encoding="utf-8")
         assert names_it == (path.name in ("trainer.py", "__main__.py")), path
+
+
+def test_both_know_the_same_ways_to_begin_that_change_the_base():
+    """`info` must not import the script, so it has a list of its own."""
+    assert set(CHANGES_THE_BASE) == set(train_lora_single.CHANGES_THE_BASE)
 
 
 def run_python(*words, cwd):

@@ -95,7 +95,7 @@ def test_the_real_scaling_is_told_by_rslora_and_by_pattern(tmp_path, info):
     ("config", "said"),
     [
         ({"use_dora": True}, "It is DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "1 whole tensor (lm_head.weight; 0.0 MB)"),
+        ({"modules_to_save": ["lm_head"]}, "1 whole tensor besides LoRA (lm_head.weight; 0.0 MB)"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa, which changed the base"),
         ({"target_modules": ["q_proj", "v_prj"]}, "target_modules names v_prj, but no module"),
     ],
@@ -108,20 +108,23 @@ def test_what_others_do_not_take_is_noted(tmp_path, info, config, said):
 
 def test_a_vision_tower_that_was_never_trained_is_noted(plain, tmp_path, info):
     def as_unsloth(tensors):
-        moved = {n.replace(".model.", ".model.language_model.", 1): t for n, t in tensors.items()}
+        moved = {
+            n.replace(".model.layers", ".model.language_model.layers"): t
+            for n, t in tensors.items()
+        }
         for layer in range(2):
             name = f"base_model.model.model.visual.blocks.{layer}.attn.qkv"
             moved[f"{name}.lora_A.weight"] = torch.ones(4, 16)
             moved[f"{name}.lora_B.weight"] = torch.zeros(48, 4)
-        return {name.replace("base_model.language_model", "base_model.model"): one
-                for name, one in moved.items()}  # fmt: skip
+        return moved
 
     folder = change_tensors(copied(plain, tmp_path / "unsloth"), as_unsloth)
     change_config(folder, base_model_name_or_path="unsloth/Qwen3.5-4B-unsloth-bnb-4bit")
     found = info(folder)
     assert found.status == 0
-    assert "All 2 modules of the vision tower, model.visual.blocks have B = 0" in found.said
-    assert "visual qkv 00......" in found.said
+    assert "model.visual.blocks has B = 0 everywhere: it was never trained" in found.said
+    assert "model.language_model.layers: " in found.said and "v_proj ########" in found.said
+    assert "model.visual.blocks: qkv 00......" in found.said
     assert "named for the model that also takes images" in found.said
     assert "a quantized copy. On the full model (unsloth/Qwen3.5-4B)" in found.said
 
@@ -143,7 +146,7 @@ def test_an_adapter_that_was_never_trained_is_a_problem(tmp_path, info):
     assert all(row["is_zero"] and row["directions"] == 0 for row in found.json["modules"])
     # The fully trained module may be right all the same.
     found = info(save_adapter(tmp_path / "head", std=0, modules_to_save=["lm_head"]))
-    assert found.status == 0 and "have B = 0" in found.said
+    assert found.status == 0 and "model.layers has B = 0 everywhere" in found.said
     assert "every matrix is finite, all shapes fit." in found.said
 
 
@@ -175,7 +178,7 @@ def test_a_layer_of_another_size_and_a_partly_zero_one_are_noted(plain, tmp_path
         "is far from that of the same target" in found.said
         and "layers.2.self_attn.q_proj (" in found.said
     )
-    assert "1 of the 24 modules in model.layers have B = 0" in found.said
+    assert "1 of the 24 modules in model.layers change nothing, since their B is 0" in found.said
 
 
 def test_an_update_of_few_directions_is_told_what_a_cut_would_keep(plain, tmp_path, info):
@@ -230,8 +233,8 @@ def test_the_next_command_asks_for_a_base_that_is_not_there(plain, tmp_path, inf
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"r": 8}, "24 modules of 24 do not fit the configuration"),
-        ({"rank_pattern": {"q_proj": 2}}, "8 modules of 24 do not fit"),
+        ({"r": 8}, "Of 24 modules in 24 the shape does not fit the configuration"),
+        ({"rank_pattern": {"q_proj": 2}}, "Of 8 modules in 24 the shape"),
         ({"peft_type": "IA3"}, "an adapter of the kind IA3; only LORA"),
         ({"r": "eight"}, "must be numbers"),
         ({"r": 0.5}, "must be numbers"),
@@ -266,7 +269,7 @@ def half(tensors):
         (renamed, "There is nothing of LoRA in the file"),
         (half, "of 1 module A or B is missing"),
         (lambda tensors: {n: one.bool() for n, one in tensors.items()}, "no matrix of numbers"),
-        (twice, "48 tensors are in the file twice"),
+        (twice, "The file holds 48 tensors twice"),
     ],
 )
 def test_a_file_without_whole_modules_is_a_problem(plain, tmp_path, info, change, said):
