@@ -21,7 +21,7 @@ from inspect_lora.adapters import (
     rescaled,
     system_message_of,
 )
-from inspect_lora.common import InspectError, at_least, report, report_sentence
+from inspect_lora.common import at_least, report, report_sentence
 from inspect_lora.files import find_adapter, find_run
 from inspect_lora.replies import generate_batch, greedy, reply_of
 
@@ -44,8 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Load the adapter and talk."""
-    if sys.stdin is None:
-        raise InspectError("chat: standard input is closed, so nothing can be typed.")
     place = find_adapter(options.adapter)
     trained_by = find_run(place)
     adapter = open_adapter(options, place, trained_by)

@@ -235,25 +235,6 @@ class Number(Form):
         )
 
 
-class Choice(Form):
-    """Exactly one of the options occurs, and it is the answer."""
-
-    kind: Literal["choice"]
-    options: list[Phrase]
-    answer: str
-
-    @pydantic.model_validator(mode="after")
-    def answer_is_an_option(self) -> Choice:
-        """Refuse a check that no reply could pass."""
-        if self.answer not in self.options:
-            raise ValueError('its "answer" is none of its "options"')
-        return self
-
-    def passes(self, reply: str) -> bool:
-        """Return whether a reply passes."""
-        return [option for option in self.options if occurs(option, reply)] == [self.answer]
-
-
 class Json(Form):
     """The reply holds one object that has these keys with these values."""
 
@@ -268,7 +249,7 @@ class Json(Form):
         )
 
 
-Check = Annotated[Word | Number | Choice | Json, pydantic.Field(discriminator="kind")]
+Check = Annotated[Word | Number | Json, pydantic.Field(discriminator="kind")]
 CHECKS = pydantic.TypeAdapter(dict[Phrase, Check])
 
 

@@ -1,12 +1,10 @@
 """What else the adapter changed: how far it moves the model on tasks that it should not touch.
 
-An adapter that learned a style may also have moved the model where it should not. The base model
-replies to ordinary tasks once (sampled with a fixed seed, at most 64 tokens). On these replies
-"KL" is the mean over tokens of KL(base || adapter), in nats, exact from both models' probabilities,
-and "other token" the share of places where the adapter would choose another token: at each strength
-without a system message (what leaks into other uses), and as trained also with the training's
-(which includes what was wanted). The loss on reference answers would measure style: an adapter that
-learned to be brief would look better while it forgets.
+The base model replies to each task once, by chance with a fixed seed. On these replies the
+probabilities of both models are compared: at each strength without a system message (what leaks
+into other uses), and as trained also with the training's (which includes what was wanted). The loss
+on reference answers would measure style: an adapter that learned to be brief would look better
+while it forgets.
 """
 
 from __future__ import annotations
@@ -61,12 +59,11 @@ class Elsewhere:
     tasks: int
     without_system: dict[float, Shift]  # by strength; 1 is as trained
     with_system: Shift | None  # as trained, if the training had a system message
-    replies: list[str]  # of the base, which were scored without a system message
 
     def as_recorded(self) -> dict[str, Any]:
         """Return it as it is in evidence.json."""
         rows = {f"x {s:g}": shift.as_recorded() for s, shift in self.without_system.items()}
-        found = {"tasks": self.tasks, "no system message": rows | {"replies": self.replies}}
+        found = {"tasks": self.tasks, "no system message": rows}
         if self.with_system:
             found["the training's"] = {"x 1": self.with_system.as_recorded()}
         return found
@@ -77,19 +74,19 @@ def measure_elsewhere(
 ) -> Elsewhere:
     """Return how far the adapter moves the model on these tasks."""
     strengths = sorted((*STRENGTHS, 1.0)) if can_scale_and_cut(model) else [1.0]
-    examples, replies = replies_of_base(model, chat_format, tasks, "")
+    examples = replies_of_base(model, chat_format, tasks, "")
     shifts = shifts_of(model, examples, strengths)
     with_system = None
     if system_message:
-        examples, _ = replies_of_base(model, chat_format, tasks, system_message)
+        examples = replies_of_base(model, chat_format, tasks, system_message)
         with_system = shifts_of(model, examples, [1.0])[1.0]
-    return Elsewhere(len(tasks), shifts, with_system, replies)
+    return Elsewhere(len(tasks), shifts, with_system)
 
 
 def replies_of_base(
     model: peft.PeftModel, chat_format: ChatFormat, tasks: list[Task], system_message: str
-) -> tuple[list[Example], list[str]]:
-    """Return the base model's sampled reply to each task, as examples and as texts.
+) -> list[Example]:
+    """Return the base model's sampled reply to each task.
 
     A task with a system message of its own, such as another persona's, keeps that.
     """
@@ -102,11 +99,10 @@ def replies_of_base(
         torch.manual_seed(SEED)
         config = by_chance(chat_format, REPLY_TOKENS)
         replies = generate(model, chat_format, prompts, config, "other tasks, base")
-    examples = [
+    return [
         Example(task.where, task.messages, prompt_ids=prompt, reply_ids=reply.ids)
         for task, prompt, reply in zip(tasks, prompts, replies, strict=True)
     ]
-    return examples, [reply.text for reply in replies]
 
 
 def shifts_of(

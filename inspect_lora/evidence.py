@@ -4,10 +4,9 @@ It writes report.md (the verdict, the tables, and samples side by side), lora.pn
 into one folder: OUTPUT_DIR/inspected/NAME for an adapter of train_lora_single.py, which brings its
 held-out file and its system message, else inspected/NAME in the working folder.
 
-What may be concluded is about this adapter and these conversations: whether its update is too
-strong or too weak, what each group of targets contributes, how many directions it uses. What
-another run would reach may not be concluded: train it, and compare. Nor does a lower loss say that
-the replies are good: read them in the report.
+What is concluded is about this adapter and these conversations. What another run would reach may
+not be concluded: train it, and compare. Nor does a lower loss say that the replies are good: read
+them in the report.
 """
 
 from __future__ import annotations
@@ -126,8 +125,7 @@ def run(options: argparse.Namespace) -> None:
             write_json(folder / "evidence.json", as_json_object(found))
     has_picture = draw_picture(found, folder / "lora.png")
     (folder / "report.md").write_text(as_markdown(found, has_picture), encoding="utf-8")
-    spent = {what: f"{what} {seconds:.0f} s" for what, seconds in found.seconds.items()}
-    report("report", f"{path_from_here(folder / 'report.md')}\n({', '.join(spent.values())})")
+    report("report", path_from_here(folder / "report.md"))
 
 
 def folder_for_results(options: argparse.Namespace, place: Path, trained_by: Run | None) -> Path:

@@ -18,7 +18,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 
 from inspect_lora.adapters import can_scale_and_cut, can_take_apart, lora_layers, rescaled
-from inspect_lora.modules import layer_number
+from inspect_lora.modules import Module, layer_number, strongest_directions
 from inspect_lora.scores import (
     UNKNOWN,
     Estimate,
@@ -178,17 +178,15 @@ def cuts_of(layers: dict[str, Any]) -> list[Part]:
 def cut_to(layers: dict[str, Any], ranks: dict[str, int]) -> Iterator[None]:
     """Cut every update to its strongest directions for a while.
 
-    B A = U S V^T. Projecting B on the first columns of U gives the best approximation of B A of
-    that rank (Eckart and Young, 1936), and leaves A alone. B A itself is never formed.
+    B is projected on the first columns of U, where B A = U S V, and A is left alone.
     """
     whole = {path: module.lora_B["default"].weight.data for path, module in layers.items()}
     try:
         for path, module in layers.items():
             weight = module.lora_B["default"].weight
-            b, a = weight.data.double(), module.lora_A["default"].weight.data.double()
-            q, triangle = torch.linalg.qr(b)  # B = Q R
-            u = q @ torch.linalg.svd(triangle @ a, full_matrices=False).U[:, : ranks[path]]
-            weight.data = (u @ (u.T @ b)).to(weight.dtype)
+            a, b = module.lora_A["default"].weight.data, weight.data
+            u = strongest_directions(a, b, ranks[path]).u
+            weight.data = (u @ (u.T @ b.double())).to(weight.dtype)
         yield
     finally:
         for path, module in layers.items():
@@ -198,28 +196,21 @@ def cut_to(layers: dict[str, Any], ranks: dict[str, int]) -> Iterator[None]:
 def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, Any]]]:
     """Return for each target one row per layer: the update's size and its number of directions.
 
-    With B = Q R and A^T = Q' R', the r x r matrix R R'^T has the singular values of B A, because
-    multiplying by Q and Q' changes no lengths. "update" is |scaling x B A| / |W| (Frobenius norms),
-    and "directions" how many of the strongest hold 90 % of its square. Of an adapter that is more
-    than A and B there is nothing.
+    "update" is |scaling x B A| / |W| (Frobenius norms), and "directions" how many of the strongest
+    hold 90 % of its square. Of an adapter that is more than A and B there is nothing.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     if not can_scale_and_cut(model):
         return found
     for path, module in lora_layers(model).items():
-        a, b = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()
-        product = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
-        energy = torch.linalg.svdvals(module.scaling["default"] * product).square()
-        total = energy.sum().item()
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        r, scaling = module.r["default"], module.scaling["default"]
+        saved = Module(path, a.detach(), b.detach(), ("", ""), r, scaling)
         weight = dequantize_module_weight(module.get_base_layer())  # of 4 bits, perhaps
         size = torch.linalg.vector_norm(weight, dtype=torch.float64).item()
-        before_90_percent = int((energy.cumsum(0) < 0.9 * total).sum())
-        row = {
-            "layer": layer_number(path),  # None outside the layers, as for lm_head
-            "update": math.sqrt(total) / size,
-            "directions": before_90_percent + 1 if total else 0,
-        }
-        found.setdefault(path.rpartition(".")[2], []).append(row)
+        # The layer is None outside the layers, as for lm_head.
+        row = {"layer": saved.layer, "update": saved.norm / size, "directions": saved.directions}
+        found.setdefault(saved.target, []).append(row)
     return found
 
 
@@ -304,17 +295,14 @@ def about_alpha(parts: list[Part]) -> str:
             f"{WORTH_REPORTING:.0%} of the gain."
         )
     best = min(better, key=lambda part: part.loss)
-    gained = f"{100 * (best.of_gain.value - 1):.0f} % more of the gain"
     if float(best.value) < 1:
-        return (
-            f"alpha: at x {best.value:g} of its strength the same update has a lower loss "
-            f"({gained}), so the run went too far. Worth trying next: fewer epochs, a lower "
-            "learning rate or a smaller alpha."
-        )
+        so, advice = "went too far", "fewer epochs, a lower learning rate or a smaller alpha"
+    else:
+        so, advice = "stopped short", "more epochs, a higher learning rate or a larger alpha"
     return (
-        f"alpha: at x {best.value:g} of its strength the same update has a lower loss ({gained}), "
-        "so the run stopped short. Worth trying next: more epochs, a higher learning rate or a "
-        "larger alpha."
+        f"alpha: at x {best.value:g} of its strength the same update has a lower loss "
+        f"({100 * (best.of_gain.value - 1):.0f} % more of the gain), so the run {so}. Worth "
+        f"trying next: {advice}."
     )
 
 
@@ -327,15 +315,9 @@ def about_targets(parts: list[Part]) -> str:
     enough = [part for part in groups if verdicts[part.value] in ("same", "better")]
     if enough:
         best = max(enough, key=lambda part: part.of_gain.value)
-        share = f"{best.of_gain.value:.0%} of the gain"
-        if verdicts[best.value] == "better":
-            return (
-                f"targets: the update of {best.value} alone has {share}, so in this adapter the "
-                "other targets do harm."
-            )
         return (
-            f"targets: the update of {best.value} alone keeps {share}; what the other targets add "
-            f"is less than {THE_SAME_WITHIN:.0%} of it."
+            f"targets: the update of {best.value} alone keeps {best.of_gain.value:.0%} of the "
+            f"gain; what the other targets add is less than {THE_SAME_WITHIN:.0%} of it."
         )
     if "unclear" in verdicts.values():
         return f"targets: too few held-out replies to tell whether one group would do alone{MORE}."

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from inspect_lora.common import shorten_path
 from inspect_lora.elsewhere import Shift
 from inspect_lora.parts import FEWEST_LINES, Part
-from inspect_lora.report import Findings, headline, logged
+from inspect_lora.report import Findings, headline
 
 # A README shows it at 900 pixels or fewer, where the letters must be legible still.
 LOOK = {"font.size": 13, "axes.titlesize": 15, "figure.titlesize": 16, "axes.titleweight": "bold"}
@@ -23,7 +23,7 @@ COLOURS = {"group": "C0", "target": "0.75", "cut": "C1"}  # one for each kind of
 
 def draw_picture(found: Findings, path: Path) -> bool:
     """Draw a panel for each thing that was measured; return whether there was any."""
-    losses = logged(found.history, "loss")
+    losses = logged(found, "loss")
     parts = [part for part in found.parts if part.kind in COLOURS]
     shares_are_drawn = found.shares_are_meant()
     rows: list[list[str]] = []
@@ -51,7 +51,7 @@ def draw_picture(found: Findings, path: Path) -> bool:
         if "parts" in panels:
             draw_parts(panels["parts"], parts)
         if losses:
-            draw_losses(panels["losses"], losses, logged(found.history, "eval_loss"))
+            draw_losses(panels["losses"], losses, logged(found, "eval_loss"))
         if found.updates:
             depth = found.adapter.model.config.get_text_config().num_hidden_layers
             draw_updates(panels["updates"], depth, found.updates)
@@ -64,6 +64,12 @@ def draw_picture(found: Findings, path: Path) -> bool:
             figure.supxlabel(note, fontsize=12)
         figure.savefig(path)
     return True
+
+
+def logged(found: Findings, key: str) -> dict[int, float]:
+    """Return what the run logged, if it is known, as {step: loss}; the base is at step 0."""
+    history = found.adapter.run.record.get("loss_history", []) if found.adapter.run else []
+    return {int(entry["step"]): entry[key] for entry in history if key in entry}
 
 
 def draw_gain_and_change(axes: Axes, parts: list[Part], shifts: dict[float, Shift]) -> None:

@@ -169,18 +169,8 @@ def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
         lost = [one["where"] for one in asked if one["where"] in before - after]
         won = [one["where"] for one in asked if one["where"] in after - before]
         p = mcnemar(len(lost), len(won))
-        rows.append(
-            CheckRow(
-                name,
-                lines=len(asked),
-                before=len(before),
-                after=len(after),
-                lost=lost,
-                won=won,
-                p=p,
-                is_clear=p < 0.05 / len(names),  # one of twenty rows would look so by chance
-            )
-        )
+        is_clear = p < 0.05 / len(names)  # one of twenty rows would look so by chance
+        rows.append(CheckRow(name, len(asked), len(before), len(after), lost, won, p, is_clear))
     return rows
 
 

@@ -52,11 +52,6 @@ class Findings:
     seconds: dict[str, float] = field(default_factory=dict)  # what each measurement took
     is_finished: bool = False
 
-    @property
-    def history(self) -> list[dict[str, float]]:
-        """What the trainer logged, if the adapter comes from a run that is known."""
-        return self.adapter.run.record.get("loss_history", []) if self.adapter.run else []
-
     def mean(self, losses: list[float]) -> float:
         """Return the mean of all examples' losses over their tokens."""
         return sum(losses) / sum(self.losses.tokens)
@@ -77,11 +72,6 @@ def headline(found: Findings) -> str:
     if not gain.is_clear():
         short = "neither better nor worse, by a clear difference,"
     return f"{shorten_path(found.name, 60)}: {short} than its base"
-
-
-def logged(history: list[dict[str, float]], key: str) -> dict[int, float]:
-    """Return {step: value} of "loss" or "eval_loss"; the eval loss at step 0 is the base's."""
-    return {int(entry["step"]): entry[key] for entry in history if key in entry}
 
 
 # ---- On the terminal
@@ -166,7 +156,8 @@ def markdown_verdict(found: Findings) -> str:
 
 def markdown_parts(found: Findings) -> str:
     """Return the tables of the parts and of the sizes of the updates."""
-    are_meant, rows = found.shares_are_meant(), []
+    are_meant = found.shares_are_meant()
+    rows = []
     for part in found.parts:
         of_gain = part.of_gain.percent() if are_meant and part.kind != "base" else ""
         better_on = f"{part.better_on} of {len(part.losses)}"
@@ -177,11 +168,11 @@ def markdown_parts(found: Findings) -> str:
     config = found.adapter.model.peft_config["default"]
     text = (
         "## What each part is worth\n\n"
-        f"On {len(found.measured)} of the held-out replies, evenly spread. Each update is "
-        f"{scaling_in_words(config.use_rslora)} x B A; it is scaled, switched off in parts, or cut to its "
-        "strongest directions, and nothing is trained anew. Shares of the gain overlap, so they "
-        "need not add up to 100 %. ± is one standard error.\n\n"
-        + table(["", "loss", "of the gain", "against as trained", "lower on"], rows)
+        f"On {len(found.measured)} of the held-out replies, evenly spread; losses are in nats a "
+        f"token. Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
+        "switched off in parts, or cut to its strongest directions, and nothing is trained anew. "
+        "Shares of the gain overlap, so they need not add up to 100 %. ± is one standard error."
+        "\n\n" + table(["", "loss", "of the gain", "against as trained", "lower on"], rows)
     )
     rows = []
     for target, modules in found.updates.items():
@@ -253,7 +244,9 @@ def markdown_kinds(found: Findings) -> str:
         means = [f"{base:.4f}", f"{base + change.value:.4f}"]
         rows.append([kind or "(none)", len(changes), *means, change, lower])
     head = [found.group, "replies", "base", "adapter", "difference", "lower on"]
-    text = f"## By kind of line\n\n{table(head, rows[:40])}" if len(rows) > 1 else "## By line"
+    text = "## The loss by kind of line, in nats a token"
+    if len(rows) > 1:
+        text += f"\n\n{table(head, rows[:40])}"
     each = [
         (change / tokens, where)
         for change, tokens, where in zip(
@@ -352,6 +345,12 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         },
         "general_file": found.general_file,
         "run": None,
+        "loss": {
+            "base": found.mean(found.losses.base),
+            "adapter": found.mean(found.losses.trained),
+        },
+        "gain": asdict(found.losses.gain()),
+        "lower_on": found.lower_on(),
         "losses": rows_of_losses(found),
         "parts": {part.title: part.as_recorded() for part in found.parts},
         "parts_measured_on": [found.examples[number].where for number in found.measured],
@@ -366,20 +365,11 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         kept = ("outcome", "settings", "lora_config", "train_seconds", "resumed_from", "published")
         known = {key: adapter.run.record.get(key) for key in (*kept, "script_sha256")}
         record["run"] = {"path": str(adapter.run.path)} | known
-    if found.losses:
-        record["loss"] = {
-            "base": found.mean(found.losses.base),
-            "adapter": found.mean(found.losses.trained),
-        }
-        record["gain"] = asdict(found.losses.gain())
-        record["lower_on"] = found.lower_on()
     return record
 
 
 def rows_of_losses(found: Findings) -> list[dict[str, Any]]:
     """Return a row for each example, in nats a token."""
-    if not found.losses:
-        return []
     numbers = zip(
         found.examples, found.losses.tokens, found.losses.base, found.losses.trained, strict=True
     )

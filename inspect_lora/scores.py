@@ -78,10 +78,8 @@ def ratio_with_error(
     the residuals are numerator - ratio x denominator. With differences of losses over tokens it is
     the paired difference per token; with two differences it is a share.
 
-    Args:
-        lines: the line that each example is of. A line in the form "messages" makes an example of
-            each reply, and replies of one conversation are alike: counted as independent, they
-            would make the error too small. So they are added up first, and lines are counted.
+    The replies of one line are alike, and counted as independent they would make the error too
+    small: so if the line of each example is given, they are added up first, and lines are counted.
     """
     if lines is not None:
         numerators, denominators = sums_by(lines, numerators), sums_by(lines, denominators)

@@ -250,9 +250,3 @@ def test_the_end_of_input_ends_it_and_nothing_is_written(parrot, talk, tmp_path,
     assert talk("hello", "/scale 2", "hello").status == 0
     assert talk().status == 0 and listing(parrot.adapter.parent) == before
     assert not [*tmp_path.iterdir()]
-
-
-def test_a_closed_standard_input_is_one_message(parrot, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", None)
-    end = command(capsys, "chat", parrot.adapter)
-    assert end.status == 1 and "standard input is closed" in end.err

@@ -20,7 +20,7 @@ from inspect_lora.conversations import CHECKS, GENERAL_FILE, read_tasks
 
 ALL = [word for word in SHORT if word != "--checks=0"]  # the checks of all lines
 NUMBER = {"kind": "number", "answer": 42}
-CHOICE = {"kind": "choice", "options": ["yes", "no"], "answer": "no"}
+NO = {"kind": "word", "answers": ["no"], "not": ["yes"]}
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ CHOICE = {"kind": "choice", "options": ["yes", "no"], "answer": "no"}
         ("I am a program.", {"kind": "word", "not": ["always here"]}, True),
         ("I don\u2019t know.", {"kind": "word", "answers": ["don't"]}, True),
         ("I don't know.", {"kind": "word", "answers": ["don\u2019t"]}, True),
-        ("No.", CHOICE, True),
-        ("yes and no", CHOICE, False),
+        ("No.", NO, True),
+        ("yes and no", NO, False),
         ('```json\n{"a": "X", "n": 5.0}\n```', {"kind": "json", "keys": {"a": "x", "n": 5}}, True),
         ('{"a": "X"}', {"kind": "json", "keys": {"a": "x", "n": 5}}, False),
         ('{"n": true}', {"kind": "json", "keys": {"n": 1}}, False),
@@ -58,7 +58,6 @@ BAD = [
     ({"kind": "word", "answers": "Paris"}, "checks.right.word.answers"),
     ({"kind": "word", "answers": [""]}, "checks.right.word.answers"),
     ({"kind": "word", "answer": ["Paris"]}, "checks.right.word.answer"),
-    ({"kind": "choice", "options": ["a"], "answer": "b"}, 'its "answer" is none of its "options"'),
     ({"kind": "json", "keys": []}, "checks.right.json.keys"),
     ({"kind": "code"}, "'number'"),
     (42, "checks.right"),

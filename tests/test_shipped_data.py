@@ -157,8 +157,6 @@ def passes(text, check):
     if check["kind"] == "number":
         numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
         return bool(numbers) and float(numbers[-1].replace(",", "")) == check["answer"]
-    if check["kind"] == "choice":
-        return [one for one in check["options"] if says(one, text)] == [check["answer"]]
     if check["kind"] == "json":
         found = json.loads(text[text.find("{") : text.rfind("}") + 1] or "{}")
         return check["keys"].items() <= found.items()
@@ -172,8 +170,6 @@ def is_a_check(check):
     rest = {key: value for key, value in check.items() if key != "kind"}
     if check["kind"] == "number":
         return set(rest) == {"answer"} and type(rest["answer"]) in (int, float)
-    if check["kind"] == "choice":
-        return set(rest) == {"options", "answer"} and rest["answer"] in rest["options"]
     if check["kind"] == "json":
         return set(rest) == {"keys"} and isinstance(rest["keys"], dict)
     lists = all(one and all(isinstance(text, str) for text in one) for one in rest.values())
@@ -723,9 +719,8 @@ def test_each_check_of_the_other_tasks_can_be_passed_and_failed():
         right = {
             "number": lambda check: [str(check["answer"])],
             "word": lambda check: check.get("answers", ["none"]),
-            "choice": lambda check: [check["answer"]],
             "json": lambda check: [json.dumps(check["keys"])],
         }[check["kind"]](check)
         assert all(passes(f"It is {text}.", check) for text in right), check
-        wrong = check.get("not") or check.get("options") or ["0"]
+        wrong = check.get("not") or ["0"]
         assert not passes(" or ".join(wrong), check), check
