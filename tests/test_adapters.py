@@ -237,7 +237,16 @@ def test_an_adapter_in_unsloths_form_is_the_same(plain, changed, capsys, held_ou
 
 
 @pytest.mark.parametrize("form", INTO_WRAPPER)
-def test_patterns_that_were_written_for_a_wrapper_hold(capsys, held_out, tmp_path, form):
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda path, inside: path.replace("model.", inside, 1),
+        lambda path, _: f".*language_model.*{path.partition('layers.')[2]}",
+        lambda path, inside: f"^{re.escape(path.replace('model.', inside, 1))}",
+    ],
+    ids=["a path", "an expression", "an escaped path"],
+)
+def test_names_that_were_written_for_a_wrapper_hold(capsys, held_out, tmp_path, form, written):
     """PEFT alone warns of a pattern that matches nothing, and scales as if there were none."""
     patterns = {"rank_pattern": {"model.layers.0.mlp.down_proj": 2}}
     patterns["alpha_pattern"] = {"model.layers.0.linear_attn.out_proj": 5}
@@ -245,11 +254,18 @@ def test_patterns_that_were_written_for_a_wrapper_hold(capsys, held_out, tmp_pat
     expected = losses_of_peft(folder, held_out)
     inside = INTO_WRAPPER[form][1].removeprefix(".model.")
     moved = {
-        name: {key.replace("model.", inside, 1): value for key, value in pattern.items()}
+        name: {written(path, inside): value for path, value in pattern.items()}
         for name, pattern in patterns.items()
     }
+    paths = {name[17:].partition(".lora_")[0] for name in load_file(folder / TENSORS)}
+    moved["target_modules"] = [path.replace("model.", inside, 1) for path in sorted(paths)]
     run = measure(capsys, wrapped(folder, form, **moved), held_out, *SHORT)
     assert columns(run.found) == [pytest.approx(one, abs=1e-4) for one in expected]
+    rows = json.loads(command(capsys, "info", folder, "--json").out)["modules"]
+    scalings = {row["name"].partition("layers.")[2]: row["scaling"] for row in rows}
+    assert scalings["0.mlp.down_proj"] == 32 / 2**0.5
+    assert scalings["0.linear_attn.out_proj"] == 5 / 4**0.5
+    assert scalings["1.mlp.down_proj"] == PLAIN_SCALE
 
 
 def test_a_module_without_tensors_is_left_as_the_base_has_it(capsys, held_out, changed, tmp_path):
