@@ -78,6 +78,22 @@ def test_every_module_has_the_size_and_directions_of_its_update(plain, info):
     assert len(found.out.splitlines()) < 26
 
 
+@pytest.mark.parametrize(("layers", "signs"), [(36, 36), (40, 20)])
+def test_a_map_of_many_layers_fits_the_terminal(plain, tmp_path, info, layers, signs):
+    def deeper(tensors):
+        return tensors | {
+            name.replace("layers.7", f"layers.{layer}"): one.clone()
+            for layer in range(8, layers)
+            for name, one in tensors.items()
+            if "layers.7" in name
+        }
+
+    found = info(change_tensors(copied(plain, tmp_path / "deep"), deeper))
+    (row,) = [line for line in found.out.splitlines() if "q_proj" in line]
+    assert len(row) <= 100 and f" {signs * '#'} " in row
+    assert ("(one sign for 2 layers)" in found.said) == (layers > signs)
+
+
 def test_the_real_scaling_is_told_by_rslora_and_by_pattern(tmp_path, info):
     found = info(save_adapter(tmp_path / "rslora", use_rslora=True))
     assert "alpha / sqrt(r) = 4, since it is rsLoRA (alpha / r = 2)" in found.said
@@ -104,6 +120,49 @@ def test_what_others_do_not_take_is_noted(tmp_path, info, config, said):
     found = info(save_adapter(tmp_path / "adapter", **config))
     assert found.status == 0 and said in found.said and not found.json["problems"]
     assert any(said in note for note in found.json["notes"])
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"bias": "all"}, "It trained biases of the base (bias = all)"),
+        ({"task_type": "SEQ_CLS"}, "It is for another task than replying (SEQ_CLS)"),
+        ({"alora_invocation_tokens": [5]}, "It is an activated LoRA"),
+        ({"use_dora": True}, "DoRA of 24 modules, but its file holds lora_magnitude_vector of 0"),
+        ({"target_modules": ".*v_proj"}, "It holds 16 modules outside target_modules"),
+        ({"layers_to_transform": [0, 1]}, "It holds 18 modules outside target_modules"),
+        ({"exclude_modules": ["q_proj"]}, "It holds 8 modules outside target_modules"),
+    ],
+)
+def test_what_the_configuration_says_besides_is_noted(plain, tmp_path, info, config, said):
+    found = info(change_config(copied(plain, tmp_path / "new"), **config))
+    assert found.status == 0 and sum(said in note for note in found.json["notes"]) == 1
+
+
+def with_lengths(tensors):
+    tensors[LAYER.format(0, "q", "magnitude_vector").removesuffix(".weight")] = torch.ones(16)
+
+
+def with_default(tensors):
+    return {name.replace(".weight", ".default.weight"): one for name, one in tensors.items()}
+
+
+def with_another_name(tensors):
+    tensors[LAYER.format(0, "k", "A.mine")] = torch.ones(4, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_lengths, "It holds lora_magnitude_vector, as DoRA does, but use_dora is not set"),
+        (with_default, "It has the names of a state_dict(), with .default. in them"),
+        (with_another_name, "It holds 1 tensor under names that PEFT does not look for"),
+    ],
+)
+def test_names_that_are_not_those_of_a_plain_lora_are_noted(plain, tmp_path, info, change, said):
+    found = info(change_tensors(copied(plain, tmp_path / "new"), change))
+    assert found.status == 0 and sum(said in note for note in found.json["notes"]) == 1
+    assert len(found.json["modules"]) == 24
 
 
 def test_a_vision_tower_that_was_never_trained_is_noted(plain, tmp_path, info):
@@ -144,6 +203,12 @@ def test_an_adapter_that_was_never_trained_is_a_problem(tmp_path, info):
     found = info(save_adapter(tmp_path / "untrained", std=0))
     assert found.status == 1 and "Every B is 0" in found.said and "sound" not in found.said
     assert all(row["is_zero"] and row["directions"] == 0 for row in found.json["modules"])
+    zero = {"A": lambda name: "lora_A" in name, "A or B": lambda name: "q_proj.lora_A" in name
+            or ("q_proj" not in name and "lora_B" in name)}  # fmt: skip
+    for what, is_zero in zero.items():
+        folder = save_adapter(tmp_path / what)
+        change_tensors(folder, lambda t, z=is_zero: {n: one * (not z(n)) for n, one in t.items()})
+        assert f"Every {what} is 0" in info(folder).said
     # The fully trained module may be right all the same.
     found = info(save_adapter(tmp_path / "head", std=0, modules_to_save=["lm_head"]))
     assert found.status == 0 and "model.layers has B = 0 everywhere" in found.said
@@ -243,6 +308,8 @@ def test_the_next_command_asks_for_a_base_that_is_not_there(plain, tmp_path, inf
         ({"rank_pattern": {"q_proj": 0.5}}, "must be numbers"),
         ({"alpha_pattern": ["q_proj"]}, "must be numbers"),
         ({"alpha_pattern": {"(": 2}}, "regular expressions"),
+        ({"target_modules": "("}, "a list of names or a regular expression"),
+        ({"exclude_modules": 5}, "a list of names or a regular expression"),
     ],
 )
 def test_what_does_not_fit_is_a_problem(plain, tmp_path, info, change, said):
@@ -269,6 +336,8 @@ def half(tensors):
         (renamed, "There is nothing of LoRA in the file"),
         (half, "of 1 module A or B is missing"),
         (lambda tensors: {n: one.bool() for n, one in tensors.items()}, "no matrix of numbers"),
+        (lambda tensors: {n: one.flatten() for n, one in tensors.items()}, "no matrix of numbers"),
+        (lambda tensors: {n: one[:0] for n, one in tensors.items()}, "no matrix of numbers"),
         (twice, "The file holds 48 tensors twice"),
     ],
 )
@@ -286,6 +355,8 @@ def test_what_is_no_adapter_is_told_what_it_is(plain, tmp_path, info):
     torch.save({}, (folder / TENSORS).with_suffix(".bin"))
     (folder / TENSORS).write_bytes(b"cut short")
     assert "cannot be read" in info(folder).err
+    (folder / TENSORS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "a pointer of Git LFS" in info(folder).err and "lfs pull" in info(folder).err
     (folder / TENSORS).unlink()
     found = info(folder)
     assert found.status == 1 and "a pickle that could run code" in found.err and not found.out
