@@ -68,10 +68,9 @@ class Part:
         self.losses = [loss / n for loss, n in zip(own, losses.tokens, strict=True)]
 
     def verdict(self, comparisons: int = 1) -> str:
-        """Return whether it is "better" or "worse" than as trained, the "same", or "unclear".
+        """Return if it is "better" or "worse" than the whole, the "same", or "unclear".
 
-        Args:
-            comparisons: among how many parts this one was picked.
+        It was picked among so many parts.
         """
         share = self.of_gain
         is_large = abs(share.value - 1) > WORTH_REPORTING

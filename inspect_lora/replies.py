@@ -1,8 +1,4 @@
-"""Has base and adapter reply, and counts the replies that hold what they must.
-
-Replies are greedy, always the likeliest token, but for those of the base model that `elsewhere`
-draws by chance.
-"""
+"""Has base and adapter reply, and counts the replies that hold what they must."""
 
 from __future__ import annotations
 

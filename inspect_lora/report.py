@@ -177,10 +177,9 @@ def markdown_parts(found: Findings) -> str:
     rows = []
     for target, modules in found.updates.items():
         sizes = [module["update"] for module in modules]
-        largest = max(modules, key=lambda module: module["update"])
         directions = fmean(module["directions"] for module in modules)
-        size = f"{max(sizes):.2%} (layer {largest['layer']})"
-        rows.append([target, len(modules), f"{fmean(sizes):.2%}", size, f"{directions:.1f}"])
+        mean, largest = f"{fmean(sizes):.2%}", f"{max(sizes):.2%}"
+        rows.append([target, len(modules), mean, largest, f"{directions:.1f}"])
     if rows:
         head = ["target", "modules", "update, mean", "largest", "directions that hold 90 % of it"]
         text += (
@@ -362,8 +361,7 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "seconds": found.seconds,
     }
     if adapter.run:
-        kept = ("outcome", "settings", "lora_config", "train_seconds", "resumed_from", "published")
-        known = {key: adapter.run.record.get(key) for key in (*kept, "script_sha256")}
+        known = {key: adapter.run.record.get(key) for key in ("settings", "train_seconds")}
         record["run"] = {"path": str(adapter.run.path)} | known
     return record
 

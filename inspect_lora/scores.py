@@ -109,9 +109,8 @@ def differences(ones: list[float], others: list[float]) -> list[float]:
 def errors_needed(comparisons: int) -> float:
     """Return how many standard errors make a difference clear.
 
-    The best of six parts is better by twice its error in every eighth table by chance alone, but by
-    three times its error only once in 120 tables (once in 23 with no more than 10 held-out lines),
-    if they are independent. So three are asked for wherever a part was picked among several.
+    The best of six independent parts is better by twice its error in every eighth table by chance
+    alone, but by three times its error only once in 120 tables (once in 23 with 10 held-out lines).
     """
     return 2 if comparisons == 1 else 3
 

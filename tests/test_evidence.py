@@ -102,7 +102,8 @@ def test_an_adapter_of_ours_needs_no_flags(ours, capsys, monkeypatch, tmp_path):
     conversations = read_conversations(record["data"]["held_out"]["file"])
     expected = merged.losses(conversations, lambda path: False), merged.losses(conversations)
     assert columns(found) == [pytest.approx(one, abs=1e-4) for one in expected]
-    assert all(len(line) <= 100 for line in end.out.splitlines())
+    lines = end.out.splitlines()
+    assert len(lines) <= 30 and all(len(line) <= 100 for line in lines)
     assert "inspected/final_lora/report.md" in end.out
     png = (results / "lora.png").read_bytes()
     assert png.startswith(b"\x89PNG") and "![What was measured](lora.png)" in (
