@@ -335,7 +335,8 @@ def refuse_changes_of_base(model: peft.PeftModel, saved: SavedAdapter, place: Pa
     nothing.
     """
     of_base = model.state_dict()
-    places = {name_in_text_model(name): tensor for name, tensor in saved.tensors.items()}
+    others = [name for name in saved.others if ".lora_" not in name]
+    places = {name_in_text_model(name): saved.tensors[name] for name in others}
     changing = [
         name
         for name in places.keys() & of_base.keys()

@@ -268,6 +268,15 @@ def test_names_that_were_written_for_a_wrapper_hold(capsys, held_out, tmp_path, 
     assert scalings["1.mlp.down_proj"] == PLAIN_SCALE
 
 
+def test_names_of_a_state_dict_are_measured(capsys, plain, changed, held_out):
+    """PEFT takes them where the adapter is called "default", as it is here."""
+    folder = change_tensors(changed(), lambda tensors: {
+        name.replace(".weight", ".default.weight"): one for name, one in tensors.items()
+    })  # fmt: skip
+    run = measure(capsys, folder, held_out, *SHORT)
+    assert columns(run.found) == columns(measure(capsys, plain, held_out, *SHORT).found)
+
+
 def test_a_module_without_tensors_is_left_as_the_base_has_it(capsys, held_out, changed, tmp_path):
     """Also where PEFT would begin it by chance."""
     folder = changed(init_lora_weights=False, target_modules=["o_proj", "down_proj", "out_proj"])

@@ -141,6 +141,44 @@ def test_what_cannot_be_scaled_or_cut_is_refused(export, tmp_path, config, said)
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "rename", "said"),
+    [
+        ({}, (".weight", ".default.weight"), "the names of a state_dict()"),
+        ({"target_modules": ["q_proj", "v_proj"]}, ("", ""), "8 modules outside target_modules"),
+    ],
+)
+def test_what_peft_or_others_would_not_find_is_not_written_anew(
+    plain, export, tmp_path, config, rename, said
+):
+    folder = change_config(copied(plain, tmp_path / "adapter"), **config)
+    change_tensors(folder, lambda tensors: {n.replace(*rename): t for n, t in tensors.items()})
+    end = export(folder, tmp_path / "new", "--scale", 0.5)
+    assert end.status == 1 and said in end.err and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("factor", "scale"), [(30_000, 10), (1e-7, 0.01)])
+def test_numbers_that_do_not_fit_the_type_of_the_file_are_told(
+    plain, export, tmp_path, factor, scale
+):
+    def as_float16(tensors):
+        return {n: (one * (factor if "_B" in n else 1)).half() for n, one in tensors.items()}
+
+    folder = change_tensors(copied(plain, tmp_path / "adapter"), as_float16)
+    end = export(folder, tmp_path / "new", "--scale", scale)
+    assert end.status == 1 and "too large or too small for the type of the file" in end.err
+    assert "torch.float16" in end.err and "--scale" in end.err
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_rank_above_the_size_of_a_matrix_is_cut_to_it(export, tmp_path):
+    folder = save_adapter(tmp_path / "adapter", r=32, target_modules=["q_proj", "up_proj"])
+    assert export(folder, tmp_path / "new", "--rank", 20).status == 0
+    torch.testing.assert_close(
+        logits(loaded(tmp_path / "new")), logits(loaded(folder)), atol=1e-5, rtol=1e-4
+    )
+
+
 def test_damaged_adapters_are_refused(plain, export, tmp_path):
     def zero(tensors):
         return {n: one * (0 if "lora_B" in n else 1) for n, one in tensors.items()}
@@ -275,3 +313,14 @@ def test_what_vllm_does_not_serve_is_refused(export, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32")
     folder = save_adapter(tmp_path / "dora", model, use_dora=True, target_modules=["down_proj"])
     assert "is DoRA" in export(folder, tmp_path / "new", "--vllm").err
+
+
+def test_another_base_in_the_copy_is_told(of_wrapper, export, tmp_path):
+    folder = copied(of_wrapper, tmp_path / "adapter")
+    change_config(folder, base_model_name_or_path="someone/of-old", revision="abc")
+    end = export(folder, tmp_path / "new", "--vllm", "--base", TINY)
+    assert end.status == 0
+    assert f"base its adapter_config.json names {TINY} now, and not someone/of-old" in end.said
+    config = json.loads((tmp_path / "new" / CONFIG).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (TINY, None)
+    assert "adapter_config.json names" not in export(of_wrapper, tmp_path / "same", "--vllm").said
