@@ -178,10 +178,10 @@ def about_strength(parts: list[Part], shifts: dict[float, Shift], adapter: str) 
         moved = ratio_with_error(shifts[strength].kl, shifts[1.0].kl)
         less = Estimate(1 - moved.value, moved.error)
         if keeps and less.value > WORTH_REPORTING and less.is_clear(errors_needed(len(shifts))):
-            cost = max(0.0, 1 - share.value)
+            cost = max(0.0, 100 * (1 - share.value))
             return (
-                f"strength: if other tasks matter too, x {strength:g} costs {cost:.0%} of the gain "
-                f"and moves the model {moved.value:.2f} times as far there: `export {adapter} "
+                f"strength: if other tasks matter too, x {strength:g} costs {cost:.0f} % of the "
+                f"gain and moves the model {moved.value:.2f} times as far there: `export {adapter} "
                 f"FOLDER --scale {strength:g}`."
             )
     return ""

@@ -79,6 +79,10 @@ class Part:
         largest = abs(share.value - 1) + 2 * share.error
         return "same" if largest < THE_SAME_WITHIN else "unclear"
 
+    def share(self) -> str:
+        """Return its share of the gain in a sentence, without the error."""
+        return f"{100 * self.of_gain.value:.0f} %"
+
     def as_recorded(self) -> dict[str, Any]:
         """Return its row in evidence.json."""
         row = {key: value for key, value in vars(self).items() if key != "change_model"}
@@ -291,7 +295,7 @@ def about_alpha(parts: list[Part]) -> str:
     if not better:
         return (
             "alpha: right for the loss: no other strength is clearly better by over "
-            f"{WORTH_REPORTING:.0%} of the gain."
+            f"{100 * WORTH_REPORTING:.0f} % of the gain."
         )
     best = min(better, key=lambda part: part.loss)
     if float(best.value) < 1:
@@ -315,12 +319,12 @@ def about_targets(parts: list[Part]) -> str:
     if enough:
         best = max(enough, key=lambda part: part.of_gain.value)
         return (
-            f"targets: the update of {best.value} alone keeps {best.of_gain.value:.0%} of the "
-            f"gain; what the other targets add is less than {THE_SAME_WITHIN:.0%} of it."
+            f"targets: the update of {best.value} alone keeps {best.share()} of the "
+            f"gain; what the other targets add is less than {100 * THE_SAME_WITHIN:.0f} % of it."
         )
     if "unclear" in verdicts.values():
         return f"targets: too few held-out replies to tell whether one group would do alone{MORE}."
-    listed = ", ".join(f"{part.value} {part.of_gain.value:.0%}" for part in groups)
+    listed = ", ".join(f"{part.value} {part.share()}" for part in groups)
     return f"targets: no group alone keeps the whole gain, by a clear difference: {listed}."
 
 
@@ -346,14 +350,14 @@ def about_rank(parts: list[Part]) -> str:
     enough = cut_that_is_enough(cuts)
     if enough:
         return (
-            f"r: {enough.title}, its strongest, the update keeps {enough.of_gain.value:.0%} of the "
+            f"r: {enough.title}, its strongest, the update keeps {enough.share()} of the "
             "gain, so this adapter needs no more of them. Training with a smaller r is another "
             "run, and may end elsewhere."
         )
     if cuts[0].verdict() == "unclear":
         return f"r: too few held-out replies to tell how many directions are needed{MORE}."
     return (
-        f"r: {cuts[0].title}, the update keeps only {cuts[0].of_gain.value:.0%} of the gain, so it "
+        f"r: {cuts[0].title}, the update keeps only {cuts[0].share()} of the gain, so it "
         "uses all its directions; whether a larger r gains more, only another run can tell."
     )
 

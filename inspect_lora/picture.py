@@ -17,7 +17,7 @@ from inspect_lora.parts import FEWEST_LINES, Part
 from inspect_lora.report import Findings, headline
 
 # A README shows it at 900 pixels or fewer, where the letters must be legible still.
-LOOK = {"font.size": 13, "axes.titlesize": 15, "figure.titlesize": 16, "axes.titleweight": "bold"}
+LOOK = {"font.size": 13, "axes.titlesize": 15, "figure.titlesize": 15, "axes.titleweight": "bold"}
 COLOURS = {"group": "C0", "target": "0.75", "cut": "C1"}  # one for each kind of part
 
 
@@ -40,8 +40,8 @@ def draw_picture(found: Findings, path: Path) -> bool:
         panels = figure.subplot_mosaic(rows)
         config = found.adapter.model.peft_config["default"]
         figure.suptitle(
-            f"{headline(found)}\nr = {config.r}, alpha = {config.lora_alpha}, on "
-            f"{shorten_path(found.adapter.base, 40)}",
+            f"{shorten_path(found.name, 40)} on {shorten_path(found.adapter.base, 40)}\n"
+            f"r = {config.r}, alpha = {config.lora_alpha}: {headline(found)}",
             parse_math=False,
         )
         if found.parts and shares_are_drawn and found.elsewhere:

@@ -66,12 +66,12 @@ class Findings:
 
 
 def headline(found: Findings) -> str:
-    """Return the adapter's name, and whether it is better than its base."""
+    """Return whether the adapter is better than its base, in a few words."""
     gain = found.losses.gain()
-    short = f"{abs(gain.value):.3f} nats a token {'better' if gain.value > 0 else 'worse'}"
     if not gain.is_clear():
-        short = "neither better nor worse, by a clear difference,"
-    return f"{shorten_path(found.name, 60)}: {short} than its base"
+        return "neither better nor worse, by a clear difference, than its base"
+    word = "better" if gain.value > 0 else "worse"
+    return f"{abs(gain.value):.3f} nats a token {word} than its base"
 
 
 # ---- On the terminal
@@ -149,7 +149,8 @@ def as_markdown(found: Findings, has_picture: bool) -> str:
 
 def markdown_verdict(found: Findings) -> str:
     """Return the heading, the gain and the conclusions."""
-    lines = [f"# {escaped(headline(found))}", "", f"**{verdict(found)}.**".replace("\n", " "), ""]
+    title = f"# {escaped(shorten_path(found.name, 60))}: {headline(found)}"
+    lines = [title, "", f"**{verdict(found)}.**".replace("\n", " "), ""]
     sentences = [row.sentence() for row in found.checks if row.is_clear] + found.conclusions
     return "\n".join([*lines, *(f"- {escaped(sentence)}" for sentence in sentences)]).strip()
 
@@ -178,7 +179,7 @@ def markdown_parts(found: Findings) -> str:
     for target, modules in found.updates.items():
         sizes = [module["update"] for module in modules]
         directions = fmean(module["directions"] for module in modules)
-        mean, largest = f"{fmean(sizes):.2%}", f"{max(sizes):.2%}"
+        mean, largest = f"{100 * fmean(sizes):.2f} %", f"{100 * max(sizes):.2f} %"
         rows.append([target, len(modules), mean, largest, f"{directions:.1f}"])
     if rows:
         head = ["target", "modules", "update, mean", "largest", "directions that hold 90 % of it"]
