@@ -239,8 +239,14 @@ def choose_device_and_dtype(
     try:
         prepare_device(device, dtype)
     except UserError as error:
-        if options.device or device == "cpu":
+        if device == "cpu":
             raise
+        if options.device:
+            reason = str(error).partition(". ")[0]
+            raise InspectError(
+                f"--device {device} does not work here ({reason}). Without this flag the GPU is "
+                "taken if there is one that works, else the CPU."
+            ) from error
         report("device", f"the CPU, since the GPU does not work: {one_line(error)}")
         device = "cpu"
         prepare_device(device, dtype)

@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
         newest = max(found, key=lambda one: one.measured)
         found = on_the_same_lines(found, newest, left_out)
         found = on_the_same_base(found, newest, left_out)
+        forget_other_tasks(found, left_out)
     if not found:
         where = ", ".join(options.folders)
         reasons = "\n".join(["", *left_out]) if left_out else ""
@@ -80,8 +81,8 @@ class Row(pydantic.BaseModel):
     adapter: Number
 
 
-class HeldOut(pydantic.BaseModel):
-    """The file of the held-out replies."""
+class KnownFile(pydantic.BaseModel):
+    """A file that was measured on: that of the held-out replies, or that of the other tasks."""
 
     file: str
     sha256: str
@@ -99,17 +100,23 @@ class Evidence(pydantic.BaseModel):
     base: str
     base_revision: str
     enable_thinking: bool
-    held_out: HeldOut
+    held_out: KnownFile
+    general_file: KnownFile | None = None
     losses: Annotated[list[Row], pydantic.Field(min_length=1)]
     run: dict[str, Any] | None = None
     elsewhere: dict[str, Any] | None = None
     checks: dict[str, dict[str, Any]] = {}
+    checked_replies: list[dict[str, Any]] = []
     folder: Path = Path()
 
     def mean(self, whose: Literal["base", "adapter"]) -> float:
         """Return the mean loss of the base or the adapter, in nats a token."""
         losses = [(row.base if whose == "base" else row.adapter, row.tokens) for row in self.losses]
         return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+
+    def tasks_sha256(self) -> str:
+        """Return the hash of the file of the other tasks, or "" if it is not known."""
+        return self.general_file.sha256 if self.general_file else ""
 
     def replies(self) -> tuple[str, list[tuple[str, int]]]:
         """Return what tells the held-out replies apart: the file's hash, lines and lengths."""
@@ -128,11 +135,11 @@ def read_reports(folders: list[str], left_out: list[str]) -> list[Evidence]:
     for path in paths:
         one = read_evidence(path)
         if one is None:
-            damaged.append(path_from_here(path))
+            damaged.append(path)
         elif one.finished:
             found.append(one)
         else:
-            unfinished.append(path_from_here(path))
+            unfinished.append(path)
     if damaged:
         left_out.append(
             f"{in_words(damaged)}: damaged, edited, or of another version of this program"
@@ -162,7 +169,7 @@ def on_the_same_lines(
     if others:
         files = ", ".join(sorted({one.held_out.file for one in others}))
         left_out.append(
-            f"{in_words([path_from_here(one.folder) for one in others])}: measured on other "
+            f"{in_words([one.folder for one in others])}: measured on other "
             f"held-out replies ({files}) than the newest report ({newest.held_out.file})"
         )
     return same
@@ -184,7 +191,7 @@ def on_the_same_base(
     others = [one for one in found if one not in same]
     if others:
         left_out.append(
-            f"{in_words([path_from_here(one.folder) for one in others])}: the base model there "
+            f"{in_words([one.folder for one in others])}: the base model there "
             f"({', '.join(sorted({one.base for one in others}))}) has other losses than that of "
             f"the newest report ({newest.base}), by up to "
             f"{max(map(largest_difference, others)):.4f} on a reply; measure all with the same "
@@ -193,9 +200,30 @@ def on_the_same_base(
     return same
 
 
-def in_words(paths: list[str]) -> str:
+def forget_other_tasks(found: list[Evidence], left_out: list[str]) -> None:
+    """Forget what was measured on other tasks than those of the newest report that has some."""
+    measured = [one for one in found if one.elsewhere or one.checks]
+    newest = max(measured, key=lambda one: one.measured, default=None)
+    others = [one for one in measured if one.tasks_sha256() != newest.tasks_sha256()]
+    for one in others:
+        one.elsewhere = None
+        of_held_out = [
+            reply.get("base_passes", {})
+            for reply in one.checked_replies
+            if str(reply.get("where")).rpartition(":")[0] == one.held_out.file
+        ]
+        one.checks = {n: row for n, row in one.checks.items() if any(n in e for e in of_held_out)}
+    if others:
+        left_out.append(
+            f"KL and the tasks' checks of {in_words([one.folder for one in others])}"
+            ": measured on another --general_file than that of the newest report"
+        )
+
+
+def in_words(paths: list[Path]) -> str:
     """Return some reports in words."""
-    return f"{counted(len(paths), 'report')} ({join_limited(paths, 3, ', ')})"
+    named = join_limited([path_from_here(path) for path in paths], 3, ", ")
+    return f"{counted(len(paths), 'report')} ({named})"
 
 
 # ---- The table

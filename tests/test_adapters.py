@@ -615,6 +615,18 @@ def test_a_gpu_that_does_not_work_is_said_and_the_cpu_taken(plain, capsys, held_
     assert run.found["device"] == "cpu"
 
 
+def test_a_gpu_that_was_asked_for_and_does_not_work_is_told(refused, plain, monkeypatch):
+    """In the words of this command: the script would advise its own flags."""
+
+    def no_gpu(device, dtype):
+        raise adapters.UserError("torch sees no GPU (old driver). Try --demo, or another.")
+
+    monkeypatch.setattr(adapters, "prepare_device", no_gpu)
+    said = refused(plain, "--device", "cuda")
+    assert "--device cuda does not work here (torch sees no GPU (old driver))" in said
+    assert "--demo" not in said and "else the CPU" in said
+
+
 # ==== Tokenizer and template
 
 

@@ -123,6 +123,39 @@ def test_what_is_left_out_is_said_with_its_reason(put, compare, change, said):
     assert said in end.said and "odd" in end.said.partition("left out 1 report (")[2]
 
 
+def test_what_was_measured_on_other_tasks_is_not_set_side_by_side(put, compare):
+    def about(sha256, where):
+        kl = {"no system message": {"x 1": {"kl": {"value": 0.25}}}}
+        replies = [
+            {"where": f"{where}:1", "base_passes": {"sums": True}},
+            {"where": "eval.jsonl:2", "base_passes": {"rings": True}},
+        ]
+        return {
+            "general_file": sha256 and {"file": where, "sha256": sha256},
+            "elsewhere": kl,
+            "checks": {name: {"lines": 9, "after": 7} for name in ("sums", "rings")},
+            "checked_replies": replies,
+        }
+
+    put("newest", measured="2026-11-28 13:00:00", **about("a", "general.jsonl"))
+    put("same", [2.1] * 4, **about("a", "elsewhere/general.jsonl"))
+    put("other", [2.2] * 4, **about("b", "mine.jsonl"))
+    put("old", [2.3] * 4, **about(None, "general.jsonl"))
+    put("none", [2.4] * 4)
+    end = compare()
+    assert len(rows_of(end)) == 5 and end.said.count("0.2500") == 2
+    assert end.said.count("sums 7/9") == 2 and end.said.count("rings 7/9") == 4
+    assert "KL and the tasks' checks of 2 reports (" in end.said and "--general_file" in end.said
+
+
+def test_reports_of_old_that_do_not_name_their_tasks_are_compared(put, compare):
+    elsewhere = {"no system message": {"x 1": {"kl": {"value": 0.25}}}}
+    put("one", elsewhere=elsewhere)
+    put("other", [2.1] * 4, elsewhere=elsewhere)
+    end = compare()
+    assert end.said.count("0.2500") == 2 and "left out" not in end.said
+
+
 def test_the_newest_report_says_which_lines_and_which_base_count(put, compare):
     put("old", measured="2026-11-27 12:00:00")
     put("new", measured="2026-11-28 12:00:00", base=[2.0, 2.0, 2.0, 2.0])
