@@ -22,6 +22,7 @@ To jump to any other, search for its name after four equals signs, such as "====
     TRAINING          In which order? What is printed and saved? What happens on Ctrl-C?
     MEMORY            What if a step does not fit in the GPU's memory?
     CHECKPOINTS       When is a run resumed, refused, or finished?
+    RUN.JSON          What is recorded of a run?
     PUBLISHING        Which files does a run leave, and how is the adapter verified?
     FLOAT16 PRODUCTS  What is different on a V100?
     DEVICE            Which GPU is used? What if there are several, or none?
@@ -189,6 +190,7 @@ def prepare(job: Job) -> None:
     read_model_files(job)  # MODEL FILES: configuration, tokenizer and chat template
     read_data(job)  # DATA and TOKENS: every line is checked before anything is trained
     job.plan = make_plan(job)  # PLAN: which weights, and how many steps
+    refuse_changed_arguments(training_config(job), job)  # TRAINING
     job.products = choose_products(job)  # FLOAT16 PRODUCTS: how a V100 multiplies
 
 
@@ -202,7 +204,7 @@ class Job:
     device_name: str = ""
     config: transformers.PretrainedConfig | None = None  # the base model's
     chat_format: ChatFormat | None = None  # how conversations become tokens
-    train: list[Example] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)  # to learn from
     held_out: list[Example] = field(default_factory=list)
     held_out_content: bytes = b""  # what held_out.jsonl gets, with an EVAL_FILE like "10%"
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
@@ -249,8 +251,7 @@ class Job:
 def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
     """Return what PEFT is asked for. Any LoraConfig that refuse_unsupported() lets through will do.
 
-    Examples are use_dora=True, or rank_pattern={"down_proj": 16} with alpha_pattern={"down_proj":
-    32} to keep its update's scaling of alpha / r. The plan prints what follows.
+    Examples are use_dora=True, or rank_pattern={"down_proj": 16}. The plan prints what follows.
     """
     return peft.LoraConfig(
         r=settings.LORA_R,  # the rank: A is r x k, B is d x r
@@ -259,6 +260,45 @@ def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
         lora_dropout=settings.LORA_DROPOUT,  # on LoRA's input only
         bias="none",  # the biases stay frozen
         task_type="CAUSAL_LM",  # the model predicts the next token
+    )
+
+
+def training_config(job: Job) -> trl.SFTConfig:
+    """Return what TRL is asked for. Its defaults hold: AdamW without decay, clipping at 1.0.
+
+    Other arguments, such as weight_decay=0.01, may be added. Those on which this script depends are
+    refused by name, see TRAINING.
+    """
+    settings = job.settings
+    processes = accelerate.PartialState().num_processes
+    return trl.SFTConfig(
+        output_dir=str(job.output / "checkpoints"),
+        run_name=job.output.resolve().name,  # in a tracker
+        seed=settings.SEED,
+        num_train_epochs=settings.NUM_EPOCHS,
+        max_steps=job.plan.steps,  # this decides, not the epochs
+        learning_rate=settings.LEARNING_RATE,
+        lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
+        # Rounded down: TRL would round up, and the first step of a warm-up has the rate 0.
+        warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
+        per_device_train_batch_size=examples_per_step(settings) // processes,  # a whole step
+        gradient_accumulation_steps=1,  # training_step() divides it
+        activation_checkpointing=False,  # also called gradient checkpointing; see MEMORY
+        bf16=False,  # no autocast: the weights have their type already
+        use_cpu=settings.DEVICE == "cpu",
+        dataset_kwargs={"skip_prepare_dataset": True},  # TRL must not render or pack
+        max_length=None,  # nothing is cut
+        eos_token=job.chat_format.tokenizer.eos_token,
+        eval_strategy="epoch" if job.held_out else "no",
+        eval_on_start=bool(job.held_out) and not job.checkpoint,  # the base model's loss
+        save_strategy="epoch",  # and every SAVE_STEPS steps, see TRAINING
+        logging_steps=1,  # every loss is checked and recorded
+        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
+        include_num_input_tokens_seen="non_padding",
+        router_aux_loss_coef=0.0,  # the routers of a mixture of experts stay frozen
+        report_to=settings.REPORT_TO,
+        disable_tqdm=True,  # RunEvents prints what is done and how long is left
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -276,15 +316,14 @@ def build_trainer(job: Job) -> LoraTrainer:
     trainer = LoraTrainer(
         job,
         model=model,
-        peft_config=lora_config(settings),  # the only injection
+        peft_config=lora_config(settings),
         args=training_config(job),
-        train_dataset=to_dataset(job.train),
+        train_dataset=to_dataset(job.examples),  # see TOKENS
         eval_dataset=to_dataset(job.held_out) if job.held_out else None,
         processing_class=job.chat_format.tokenizer,
     )
-    refuse_ignored_arguments(trainer.args)
     trainer.add_callback(RunEvents(trainer))  # prints, checks, saves and stops, see TRAINING
-    trainer.remove_callback(transformers.PrinterCallback)  # it would print dictionaries
+    trainer.remove_callback(transformers.PrinterCallback)  # would print dictionaries
     return trainer
 
 
@@ -305,15 +344,16 @@ class LoraTrainer(trl.SFTTrainer):
     ) -> torch.Tensor:
         """Send the examples of a step through the model, and return their loss.
 
-        The loss is a sum over tokens, so its gradient does not depend on the parts, but for dropout
-        and rounding.
+        The loss is a sum over tokens. So apart from dropout and rounding the gradient is the same,
+        however the step is divided.
         """
         model.train()
-        parts = split_step(self._prepare_inputs(inputs), self.job.token_limits)  # see MEMORY
+        # What fits was found before, see MEMORY.
+        parts = split_step(self._prepare_inputs(inputs), self.job.token_limits)
         total = torch.zeros((), device=self.args.device)
         for number, (part, is_recomputed) in enumerate(parts, 1):
             set_recomputation(self.model, is_recomputed)
-            is_last = number == len(parts)
+            is_last = number == len(parts)  # then several processes add up their gradients
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                 loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
                 self.accelerator.backward(loss)
@@ -329,11 +369,12 @@ class LoraTrainer(trl.SFTTrainer):
     ) -> torch.Tensor:
         """Return a part's sum of -log(probability) / the number of tokens that the step learns.
 
-        TRL's loss has the same value, but needs Triton, which has dropped the V100. Trainer counts
-        the tokens, over the parts and all processes.
+        That number, num_items_in_batch, is counted by Trainer, over the whole step and all
+        processes. TRL's own loss has the same value, but needs Triton, which no longer supports the
+        V100.
         """
         loss = reply_losses(model, inputs).sum() / num_items_in_batch
-        return loss * self.accelerator.num_processes  # of which DDP takes the mean
+        return loss * self.accelerator.num_processes  # DDP takes the mean over the processes
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
@@ -350,7 +391,10 @@ class LoraTrainer(trl.SFTTrainer):
         return self.sampler
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the adapter alone; Trainer would add a pickle, and PEFT would contact the hub."""
+        """Save the adapter alone; Trainer would add training_args.bin, a pickle.
+
+        Only the main process saves. Without the argument PEFT would contact the hub.
+        """
         if self.args.should_save:
             self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
@@ -363,14 +407,18 @@ def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
 
     The result has a row for each example and a column for each token.
     """
-    logits = reply_logits(model, inputs)
-    labels = inputs["labels"][:, 1:]  # the logits at a position predict the next token
-    learned = (labels != -100).nonzero(as_tuple=True)
-    losses = torch.zeros(labels.shape, device=logits.device)
+    labels = inputs["labels"][:, 1:]
+    learned = places_of_learned(inputs)
+    losses = torch.zeros(labels.shape, device=labels.device)
     losses[learned] = torch.nn.functional.cross_entropy(
-        logits.float(), labels[learned], reduction="none"
+        reply_logits(model, inputs).float(), labels[learned], reduction="none"
     )
     return losses
+
+
+def places_of_learned(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return the rows and the columns at which the next token is one that is learned."""
+    return (inputs["labels"][:, 1:] != -100).nonzero(as_tuple=True)
 
 
 def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -378,13 +426,13 @@ def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
 
     With 248,320 tokens in the vocabulary the logits are the largest tensor of all.
     """
-    rows, columns = (inputs["labels"][:, 1:] != -100).nonzero(as_tuple=True)
+    learned = places_of_learned(inputs)
 
     def keep_learned(_: torch.nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
-        """Pass the head only the positions that predict a learned token."""
-        return given[0][rows, columns]
+        """Pass the head only the places that predict a learned token."""
+        return given[0][learned]
 
-    # transformers' logits_to_keep would keep a position in all examples if one of them needs it.
+    # transformers' logits_to_keep takes whole columns, which differ from example to example.
     head = accelerate.utils.extract_model_from_parallel(model).get_output_embeddings()
     hook = head.register_forward_pre_hook(keep_learned)
     try:
@@ -398,9 +446,10 @@ def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
 def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     """Stop unless exactly the planned weights are trainable, all of them in float32.
 
-    For Qwen3.5-4B and the settings above the trained share is 0.2518 %.
+    The plan has their names, shapes and the total, which PEFT has counted on a skeleton. For
+    Qwen3.5-4B and the settings above the trained share is 0.2518 %.
     """
-    trainable = {
+    trainable = {  # the skeleton's names have no prefix
         name.removeprefix("base_model.model."): weight
         for name, weight in model.named_parameters()
         if weight.requires_grad
@@ -423,43 +472,6 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
             f"{trainable[narrow[0]].dtype}, which rounds small steps away. Set DTYPE to float32."
         )
     report("model", f"{share}, in float32; all else is frozen")
-
-
-def training_config(job: Job) -> trl.SFTConfig:
-    """Return what TRL is asked for. Its defaults hold: AdamW without decay, clipping at 1.0.
-
-    Other arguments may be added, but for those that refuse_ignored_arguments() names.
-    """
-    settings = job.settings
-    processes = accelerate.PartialState().num_processes
-    return trl.SFTConfig(
-        output_dir=str(job.output / "checkpoints"),
-        run_name=job.output.resolve().name,  # in a tracker
-        seed=settings.SEED,
-        num_train_epochs=settings.NUM_EPOCHS,
-        max_steps=job.plan.steps,  # this decides, not the epochs
-        learning_rate=settings.LEARNING_RATE,
-        lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
-        # TRL would round a fraction up, and the first step of a warm-up has the rate 0.
-        warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
-        per_device_train_batch_size=examples_per_step(settings) // processes,  # a whole step
-        gradient_accumulation_steps=1,  # training_step() divides it
-        activation_checkpointing=False,  # find_what_fits() decides
-        bf16=False,  # no autocast: the weights have their type already
-        use_cpu=settings.DEVICE == "cpu",
-        dataset_kwargs={"skip_prepare_dataset": True},  # TRL must not render, cut or pack
-        eos_token=job.chat_format.tokenizer.eos_token,
-        eval_strategy="epoch" if job.held_out else "no",
-        eval_on_start=bool(job.held_out) and not job.checkpoint,  # the base model's loss
-        save_strategy="epoch",  # and every SAVE_STEPS steps, see TRAINING
-        logging_steps=1,  # every loss is checked and recorded
-        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
-        include_num_input_tokens_seen="non_padding",
-        router_aux_loss_coef=0.0,  # routers stay frozen, and our loss has no part for them
-        report_to=settings.REPORT_TO,
-        disable_tqdm=not sys.stderr.isatty(),  # the progress bar is for a terminal
-        ddp_find_unused_parameters=False,
-    )
 
 
 # ==== MODEL FILES: the base model, its tokenizer and its chat template, from the hub or a folder
@@ -604,9 +616,10 @@ def model_is_named(model_name: str) -> Iterator[None]:
 #                                                             with REPLIES "last" only the last one
 #     {"conversations": [{"from": "human", "value": ...}]}    ShareGPT: as "messages"
 #     {"instruction": ..., "input": ..., "output": ...}       Alpaca: teaches the output
-# A message has a "role" and a "content". At most one system message comes first, then user and
-# assistant take turns, and a reply comes last. Other keys of a line are ignored, except "tools",
-# which is refused, and so are keys whose value is null.
+# A message has a "role" and a "content", and no other keys. At most one system message comes first,
+# which may also be the line's key "system"; then user and assistant take turns, and a reply comes
+# last. "tools" and "functions" are refused. All other keys of a line are ignored, and everywhere
+# those whose value is null.
 #
 # Every line of both files is checked, and all problems are reported together, equal ones once; then
 # nothing is trained. With an EVAL_FILE like "10%" hold_out() chooses the held-out conversations.
@@ -616,7 +629,7 @@ def read_data(job: Job) -> None:
     """Read, check and render all conversations; raise UserError with what is wrong with any."""
     settings = job.settings
     train, held_out, problems = read_both_files(job)
-    job.train, more = encode(train, job.chat_format, settings.MAX_SEQ_LEN)
+    job.examples, more = encode(train, job.chat_format, settings.MAX_SEQ_LEN)
     job.held_out, still_more = encode(held_out, job.chat_format, settings.MAX_SEQ_LEN)
     # A conversation of several replies would be named for each of them.
     problems = [*dict.fromkeys(problems + more + still_more)]
@@ -627,14 +640,16 @@ def read_data(job: Job) -> None:
         )
     warn_of_shipped_eval_file(settings)
     warn_of_missing_system_messages(train)
-    warn_of_repeats(job.train, job.held_out)
+    warn_of_repeats(job.examples, job.held_out)
     warn_of_the_date(job)
     job.data = {
-        "train": facts_of(settings.TRAIN_FILE, job.train, file_sha256(Path(settings.TRAIN_FILE))),
+        "train": facts_of(
+            settings.TRAIN_FILE, job.examples, file_sha256(Path(settings.TRAIN_FILE))
+        ),
         "held_out": facts_of_held_out(job),
     }
     report_tokens(job)
-    show_example(job.train[0], job.chat_format.tokenizer)
+    show_example(job.examples[0], job.chat_format.tokenizer)
 
 
 @dataclass
@@ -775,20 +790,14 @@ def entries_of(path: str, shown: str) -> dict[str, bytes]:
 def entries_of_array(content: bytes, shown: str) -> dict[str, bytes]:
     """Return {where it is: its JSON} of each entry of a JSON array, or raise UserError."""
     try:
-        text = content.decode()
-        json.loads(text)
+        rows = json.loads(content.decode(), object_pairs_hook=object_with_unique_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{shown} begins like a JSON array, but is none ({one_line(error)})."
+            f"{shown} begins like a JSON array, but cannot be read as one ({one_line(error)})."
         ) from error
-    entries: dict[str, bytes] = {}
-    between = re.compile(r"[\s,]*")
-    place = between.match(text, text.index("[") + 1).end()
-    while text[place] != "]":
-        _, end = json.JSONDecoder().raw_decode(text, place)
-        entries[f"{shown}, entry {len(entries) + 1}"] = text[place:end].encode()
-        place = between.match(text, end).end()
-    return entries
+    return {
+        f"{shown}, entry {number}": json.dumps(row).encode() for number, row in enumerate(rows, 1)
+    }
 
 
 def parse_row(text: bytes) -> dict[str, Any]:
@@ -822,16 +831,25 @@ def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def messages_of(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
     """Return a conversation's form, one of FORMS, and its messages, or raise ValueError."""
-    if "tools" in row:
-        raise ValueError('this script does not train the use of tools; remove the key "tools"')
+    for key in ("tools", "functions"):
+        if key in row:
+            raise ValueError(f'this script does not train the use of tools; remove the key "{key}"')
     found = [keys for keys in FORMS if all(key in row for key in keys)]
     if len(found) != 1:
         names = " and ".join(key for keys in found for key in keys)
         names = names or ", ".join(shown_value(key) for key in list(row)[:5]) or "nothing"
         raise ValueError(f"the line has {names}; {FORM_RULE}")
     form = found[0]
-    if form == ALPACA:
-        return form, messages_of_alpaca(row)
+    messages = messages_of_alpaca(row) if form == ALPACA else messages_in_lists(row, form)
+    if form == SHAREGPT:
+        messages = [message_of_sharegpt(one) for one in messages]
+    if row.get("system"):
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return form, messages
+
+
+def messages_in_lists(row: dict[str, Any], form: tuple[str, ...]) -> list[Any]:
+    """Return the messages that a line has in the lists of its form."""
     messages: list[Any] = []
     for key in form:
         if not isinstance(row[key], list) or not row[key]:
@@ -842,11 +860,7 @@ def messages_of(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
             f'"completion" holds {len(row["completion"])} messages; write only the last reply '
             'there, and what comes before it in "prompt"'
         )
-    if form == SHAREGPT:
-        messages = [message_of_sharegpt(one) for one in messages]
-        if row.get("system"):
-            messages.insert(0, {"role": "system", "content": row["system"]})
-    return form, messages
+    return messages
 
 
 def messages_of_alpaca(row: dict[str, Any]) -> list[Any]:
@@ -854,16 +868,10 @@ def messages_of_alpaca(row: dict[str, Any]) -> list[Any]:
     if row.get("history"):
         raise ValueError('the key "history" is not understood; write it as "messages"')
     asked = [row["instruction"], row.get("input") or ""]
-    question = asked  # which is refused, unless both are texts
+    question: Any = asked  # a list, which the check of the messages refuses
     if all(isinstance(text, str) for text in asked):
         question = "\n".join(asked).strip()
-    messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": row["output"]},
-    ]
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return messages
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
 
 
 SHAREGPT_ROLES = {
@@ -942,23 +950,12 @@ def check_messages(messages: list[Any], accepts_thinking: bool = False) -> list[
 
 def message_error(error: Any) -> str:
     """Return what pydantic found wrong with a message, as a sentence that says what to write."""
-    number = error["loc"][0] + 1
-    field_name = error["loc"][1] if len(error["loc"]) > 1 else ""
-    value = shown_value(error["input"])
-    if error["type"] == "missing":
-        return f'message {number} has no "{field_name}"; {MESSAGE_RULE}'
-    if error["type"] == "extra_forbidden":
-        return (
-            f"message {number} has the key {shown_value(field_name)}, which would be ignored; "
-            f"{MESSAGE_RULE}"
-        )
+    number, *key = error["loc"]
+    where = f"message {number + 1}" + "".join(f', "{name}"' for name in key)
     if error["type"] == "value_error":
-        return f"the content of message {number} {error['ctx']['error']}"
-    if field_name == "content":
-        return f"the content of message {number} is {value}; it must be a text"
-    if field_name == "role":
-        return f"the role of message {number} is {value}; {MESSAGE_RULE}"
-    return f"message {number} is {value}; {MESSAGE_RULE}"
+        return f"{where} {error['ctx']['error']}"
+    found = "" if error["type"] == "missing" else f", and it is {shown_value(error['input'])}"
+    return f"{where}: {error['msg']}{found}; {MESSAGE_RULE}"
 
 
 def check_order(roles: list[str]) -> None:
@@ -1093,7 +1090,7 @@ def hold_out(
             break
         if len(groups[beginning]) <= count / 20:
             held_out.update(groups[beginning])
-    if len(held_out) < FEWEST_HELD_OUT or count < 2 * FEWEST_HELD_OUT:
+    if min(len(held_out), count - len(held_out)) < FEWEST_HELD_OUT:
         raise UserError(
             f'EVAL_FILE "{percent}%": of the {counted(count, "conversation")} in {path}, '
             f"{len(held_out):,} can be held out, and {FEWEST_HELD_OUT} are needed, with as many "
@@ -1278,7 +1275,10 @@ def report_tokens(job: Job) -> None:
     """Print the lengths of the examples, and how many tokens training would send through."""
     columns = "{:<26}{:>9}{:>8}{:>8}{:>11}{:>20}".format
     lines = [columns("", "examples", "median", "longest", "tokens", "of which learned")]
-    for facts, examples in ((job.data["train"], job.train), (job.data["held_out"], job.held_out)):
+    for facts, examples in (
+        (job.data["train"], job.examples),
+        (job.data["held_out"], job.held_out),
+    ):
         if not examples:
             continue
         lengths = [len(example.input_ids) for example in examples]
@@ -1293,7 +1293,7 @@ def report_tokens(job: Job) -> None:
                 f"{facts['learned_tokens']:,} ({share:.0%})",
             )
         )
-    steps, steps_per_epoch = count_steps(len(job.train), job.settings)
+    steps, steps_per_epoch = count_steps(len(job.examples), job.settings)
     tokens = round(job.data["train"]["tokens"] * steps / steps_per_epoch)
     about = "about " if steps % steps_per_epoch else ""
     lines.append(f"all steps together train on {about}{tokens:,} tokens")
@@ -1370,7 +1370,7 @@ def make_plan(job: Job) -> Plan:
     except (ValueError, RuntimeWarning) as error:
         raise UserError(f"LoraConfig: PEFT refuses it: {one_line(error)}") from error
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    steps, steps_per_epoch = count_steps(len(job.train), settings)
+    steps, steps_per_epoch = count_steps(len(job.examples), settings)
     max_rank = max((max(layer.r.values()) for layer in lora_layers(model).values()), default=0)
     plan = Plan(
         trainable=sum(weight.numel() for weight in trained.values()),
@@ -1507,7 +1507,7 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
         f"trainable%: {100 * plan.trainable / plan.total:.4f}"
     )
     lines.append(
-        f"a reply ends with {job.chat_format.tokenizer.decode(job.train[0].reply_ids[-1])}"
+        f"a reply ends with {job.chat_format.tokenizer.decode(job.examples[0].reply_ids[-1])}"
     )
     depth = job.config.get_text_config().num_hidden_layers
     deltanet = layer_types(job.config).count("linear_attention")
@@ -1545,7 +1545,7 @@ def lora_in_words(config: peft.LoraConfig) -> str:
 
 def steps_in_words(job: Job, plan: Plan) -> str:
     """Return the number of steps, and how it follows from the examples and the settings."""
-    settings, count = job.settings, len(job.train)
+    settings, count = job.settings, len(job.examples)
     size = min(examples_per_step(settings), count)
     steps = f"{counted(plan.steps, 'step')} of {counted(size, 'example')}"
     whole = plan.steps_per_epoch * settings.NUM_EPOCHS
@@ -1618,8 +1618,6 @@ def train(trainer: LoraTrainer, job: Job) -> None:
         # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
         load_adapter(trainer.model, job.checkpoint)
         return
-    if trainer.pop_callback(transformers.trainer_callback.ProgressCallback):
-        trainer.add_callback(QuietBar())
     if job.held_out and not job.checkpoint:
         report("train", "the held-out loss of the base model is measured first")
     trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
@@ -1627,8 +1625,12 @@ def train(trainer: LoraTrainer, job: Job) -> None:
     job.signals_wait = False
 
 
-def refuse_ignored_arguments(config: trl.SFTConfig) -> None:
-    """Raise UserError if training_config() asks for what our own step and loss would not do."""
+def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
+    """Raise UserError if training_config() was edited where this script depends on it.
+
+    Its step and loss would ignore the first of these, and its records would be wrong with the
+    others: of the time, of the best epoch, and of what is published.
+    """
     needed = {
         "gradient_accumulation_steps": 1,  # a step is divided by what fits
         "activation_checkpointing": False,  # found by trying, too
@@ -1638,20 +1640,20 @@ def refuse_ignored_arguments(config: trl.SFTConfig) -> None:
         "padding_free": False,
         "bf16": False,
         "fp16": False,
+        "average_tokens_across_devices": True,
+        "auto_find_batch_size": False,
+        "logging_steps": 1,
+        "eval_strategy": "epoch" if job.held_out else "no",
+        "save_strategy": "epoch",
+        "save_total_limit": None,
+        "load_best_model_at_end": False,
     }
     for name, value in needed.items():
         if getattr(config, name) != value:
             raise UserError(
-                f"training_config(): {name} must stay {value!r}, since this trainer's own step and "
-                "loss would ignore anything else."
+                f"training_config(): {name} must stay {value!r}, since this script's own step, "
+                "loss or records depend on it."
             )
-
-
-class QuietBar(transformers.trainer_callback.ProgressCallback):
-    """transformers' progress bar without its dictionaries of losses."""
-
-    def on_log(self, *_: Any, **__: Any) -> None:
-        """Do nothing, since RunEvents prints the losses."""
 
 
 def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
@@ -1730,7 +1732,7 @@ class LikeLengthsSampler:
 
     def __init__(self, job: Job) -> None:
         """Remember the lengths; the epoch is set before each pass."""
-        self.lengths = [len(example.input_ids) for example in job.train]
+        self.lengths = [len(example.input_ids) for example in job.examples]
         self.examples_per_step = examples_per_step(job.settings)
         self.seed = job.settings.SEED
         self.epoch = 0
@@ -1955,9 +1957,9 @@ def most_tokens(job: Job) -> tuple[int, int]:
 
     Held-out examples do not count: they are only evaluated, which needs far less memory.
     """
-    longest = max(len(example.input_ids) for example in job.train)
+    longest = max(len(example.input_ids) for example in job.examples)
     processes = accelerate.PartialState().num_processes
-    examples = min(len(job.train), examples_per_step(job.settings) // processes)
+    examples = min(len(job.examples), examples_per_step(job.settings) // processes)
     return longest, longest * examples
 
 
@@ -2042,7 +2044,7 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
             module.gradient_checkpointing = is_recomputed
 
 
-# ==== CHECKPOINTS: what an earlier run left behind, resuming, and run.json
+# ==== CHECKPOINTS: what an earlier run left behind, and resuming
 #
 # A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal;
 # run.json is written with it. The two newest are kept, and the best epoch's. The same command
@@ -2087,12 +2089,14 @@ def resume_or_begin(job: Job) -> None:
         newest = newest_checkpoint(folder)
         record = finished_record(job.output)
         differences = what_differs(before, now) if before and newest else []
+        # The hub's branch may have moved on since; that is no wish to train again.
+        is_only_the_commit = len(differences) == 1 and " MODEL_REVISION " in differences[0]
         if before and newest and not differences:
             check_that_it_can_be_read(newest)
             job.checkpoint = newest
             job.history = json.loads((newest / "trainer_state.json").read_bytes())["log_history"]
             job.is_finished = record is not None and record["published"] == epoch_to_publish(job)
-        elif differences and record is None:
+        elif differences and (record is None or is_only_the_commit):
             raise UserError(
                 f"{newest} was made with other settings, data or model, so it cannot be resumed:\n"
                 + join_limited(differences)
@@ -2141,7 +2145,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     described["the products in use"] = job.products
     contents = {
         "the files of MODEL_NAME": file_fingerprints(Path(settings.MODEL_NAME)),
-        "the tokens of TRAIN_FILE": [example.input_ids for example in job.train],
+        "the tokens of TRAIN_FILE": [example.input_ids for example in job.examples],
         "the tokens of EVAL_FILE": [example.input_ids for example in job.held_out],
     }
     for name, value in contents.items():
@@ -2228,6 +2232,8 @@ def start_fresh(job: Job, now: dict[str, Any]) -> None:
     if is_dangling or checkpoints_in(folder):  # of a finished run, or unusable
         rename_old(folder)
     rename_old(job.output / "run.json")
+    if not job.held_out_content:
+        rename_old(job.output / "held_out.jsonl")
     folder.mkdir(exist_ok=True)
     write_json(folder / "job.json", now)
 
@@ -2282,66 +2288,11 @@ def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
     check_saved_tensors(model, tensors, checkpoint)
 
 
-def rename_old(path: Path) -> None:
-    """Add the time of its last change to the name of what an earlier run left at path, if any."""
-    if not os.path.lexists(path):  # a link that leads nowhere is there, too
-        return
-    when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.lstat().st_mtime))
-    aside = path.with_name(f"{path.name}.{when}")
-    while os.path.lexists(aside):
-        aside = aside.with_name(f"{aside.name}+")
-    path.rename(aside)
-    report("moved", f"{path} of an earlier run is now {aside}")
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_fingerprints(folder: Path) -> list[tuple[str, int, str]]:
-    """Return name, size and hash of a local model's files; nothing for a name on the hub.
-
-    Of large files only the first MiB, with safetensors' list of tensors, and the last are read:
-    8 GB would take a minute at each start.
-    """
-    found = []
-    if folder.is_dir():
-        for path in sorted(path for path in folder.iterdir() if path.is_file()):
-            with path.open("rb") as file:
-                start = file.read(2**20)
-                file.seek(max(0, path.stat().st_size - 2**20))
-                end = file.read()
-            found.append((path.name, path.stat().st_size, hashlib.sha256(start + end).hexdigest()))
-    return found
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON file's object, or None if there is none or it is damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        value = json.loads(path.read_bytes())
-        return value if isinstance(value, dict) else None
-    return None
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file in such a way that there is never half of it."""
-    new = path.with_name(f"{path.name}.new")
-    text = json.dumps(without_nan(value), indent=1, allow_nan=False, default=str)
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
-def without_nan(value: Any) -> Any:
-    """Return value with NaN and infinity as null, since JSON has no such numbers."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+# ==== RUN.JSON: what is recorded of a run, and how files are written, hashed and renamed
+#
+# run.json is written when a run begins, with each checkpoint, and at the end. Its outcome says how
+# the run ended. A run that stops before it begins, as for a bad line of data, leaves the one that
+# is there.
 
 
 def write_record(job: Job, outcome: str) -> None:
@@ -2363,7 +2314,7 @@ def write_record(job: Job, outcome: str) -> None:
         "memory_limits": asdict(job.token_limits) if job.token_limits else None,  # in tokens
         "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
         "data": job.data,  # each file's name, hash and counts
-        "system_message": system_messages(job.train)[0],  # the most frequent one
+        "system_message": system_messages(job.examples)[0],  # the most frequent one
         "resumed_from": str(job.checkpoint) if job.checkpoint else None,
         "train_seconds": job.train_seconds,  # of this process
         "train_tokens": job.train_tokens,
@@ -2401,6 +2352,68 @@ def script_sha256() -> str:
     before, _, rest = text.partition("\n# ==== SETTINGS")
     _, _, after = rest.partition("\n# ==== THE RUN")
     return hashlib.sha256((before + after).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON file's object, or None if there is none or it is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        value = json.loads(path.read_bytes())
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file in such a way that there is never half of it."""
+    new = path.with_name(f"{path.name}.new")
+    text = json.dumps(without_nan(value), indent=1, allow_nan=False, default=str)
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def without_nan(value: Any) -> Any:
+    """Return value with NaN and infinity as null, since JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def rename_old(path: Path) -> None:
+    """Add the time of its last change to the name of what an earlier run left at path, if any."""
+    if not os.path.lexists(path):  # a link that leads nowhere is there, too
+        return
+    when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.lstat().st_mtime))
+    aside = path.with_name(f"{path.name}.{when}")
+    while os.path.lexists(aside):
+        aside = aside.with_name(f"{aside.name}+")
+    path.rename(aside)
+    report("moved", f"{path} of an earlier run is now {aside}")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_fingerprints(folder: Path) -> list[tuple[str, int, str]]:
+    """Return name, size and hash of a local model's files; nothing for a name on the hub.
+
+    Of large files only the first MiB, with safetensors' list of tensors, and the last are read:
+    8 GB would take a minute at each start.
+    """
+    found = []
+    if folder.is_dir():
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            with path.open("rb") as file:
+                start = file.read(2**20)
+                file.seek(max(0, path.stat().st_size - 2**20))
+                end = file.read()
+            found.append((path.name, path.stat().st_size, hashlib.sha256(start + end).hexdigest()))
+    return found
 
 
 # ==== PUBLISHING: writing the adapter, verifying it, the model card, the last lines
@@ -2553,7 +2566,7 @@ def verify_saved_adapter(model: peft.PeftModel, job: Job, staging: Path) -> None
     if for_vllm.is_dir():
         tensors = safetensors.torch.load_file(for_vllm / "adapter_model.safetensors")
         check_saved_tensors(model, tensors, for_vllm, name_in_wrapper)
-    inputs = pad([(job.held_out or job.train)[0]], model.device)
+    inputs = pad([(job.held_out or job.examples)[0]], model.device)
     with torch.no_grad():
         wanted = reply_logits(model.eval(), inputs)
         reloaded = peft.PeftModel.from_pretrained(model.unload(), folder).eval()
@@ -2613,7 +2626,7 @@ def check_saved_tensors(
 
 def card_text(job: Job) -> str:
     """Return the model card, in the hub's form: base, data, settings, losses, how to load."""
-    settings = job.settings
+    settings, lora, training = job.settings, lora_config(job.settings), training_config(job)
     is_folder = Path(settings.MODEL_NAME).is_dir()
     data = huggingface_hub.ModelCardData(
         base_model=None if is_folder else settings.MODEL_NAME,
@@ -2623,6 +2636,7 @@ def card_text(job: Job) -> str:
     )
     # Of a local folder's path only the last part is told.
     base = Path(settings.MODEL_NAME).resolve().name if is_folder else settings.MODEL_NAME
+    commit = "" if is_folder else f", commit `{settings.MODEL_REVISION}`"
     revision = "" if is_folder else f', revision="{settings.MODEL_REVISION}"'
     files = [
         f"- `{Path(facts['file']).name}`: {facts['examples']:,} examples, "
@@ -2634,7 +2648,7 @@ def card_text(job: Job) -> str:
     result = "The held-out loss was not measured."
     if losses:
         result = f"The held-out loss went from {losses[0]:.4f} to {losses[1]:.4f} nats a token."
-    messages = system_messages(job.train)
+    messages = system_messages(job.examples)
     system = "Most training conversations have no system message; serve without one."
     if messages[0]:
         quotation = "\n".join(f"> {line}" for line in messages[0].splitlines())
@@ -2648,12 +2662,13 @@ def card_text(job: Job) -> str:
 # A LoRA adapter for {base}
 
 It was trained with `train_lora_single.py`, and does not work without its base model,
-`{base}`{"" if is_folder else f", commit `{settings.MODEL_REVISION}`"}.
+`{base}`{commit}.
 
-- LoRA with {lora_in_words(lora_config(settings))}, dropout {settings.LORA_DROPOUT:g}:
+- LoRA with {lora_in_words(lora)}, dropout {lora.lora_dropout:g}:
   {job.plan.trainable:,} of {job.plan.total:,} parameters
-- {steps_in_words(job, job.plan)}; learning rate {settings.LEARNING_RATE:g}
-  ({settings.LR_SCHEDULER_TYPE}), seed {settings.SEED}; this is {epoch_to_publish(job)["label"]}
+- {steps_in_words(job, job.plan)}; learning rate {training.learning_rate:g}
+  ({training.lr_scheduler_type.value}), seed {training.seed}
+- this is {epoch_to_publish(job)["label"]}
 {chr(10).join(files)}
 
 {result} It repeats the habits of its training data, mistakes included: read its replies before you
@@ -2930,11 +2945,11 @@ def prepare_device(device: str, dtype: str) -> str:
         dtype: the type of the weights that it must multiply.
     """
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ
-    left_over = (
-        "ACCELERATE_" if is_launched else ("ACCELERATE_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
-    )
-    for name in [name for name in os.environ if name.startswith(left_over)]:
-        del os.environ[name]  # left over from other work, they would change this run
+    left_over = [name for name in os.environ if name.startswith("ACCELERATE_")]
+    if not is_launched:
+        left_over += ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
+    for name in left_over:  # from other work or a configuration, they would change this run
+        os.environ.pop(name, None)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -2997,7 +3012,7 @@ def mention_faster_kernels(job: Job) -> None:
         )
 
 
-# ==== COMMAND LINE: flags, the log, the device, signals, error messages, main()
+# ==== COMMAND LINE: flags, the log, signals, exit statuses, error messages, main()
 #
 # Each setting is a flag; its name, type and help come from the constant's line. A command ends with
 # status 0, with 1 after an error, with 2 after a wrong flag, and with 128 + the signal's number

@@ -115,6 +115,16 @@ def test_all_forms_give_the_same_examples(layout):
     assert all(one.system_message == "Be kind." and one.is_last for one in examples)
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_a_system_message_may_be_a_key_of_the_line_in_every_form(name):
+    said = {"ShareGPT": sharegpt(SAID[1:]), "messages": {"messages": SAID[1:]}}
+    said["prompt and completion"] = {"prompt": SAID[1:2], "completion": SAID[2:]}
+    row = said.get(name, FORMS[name]) | {"system": "Be kind."}
+    (example,), problems = read(line(**row))
+    assert not problems and example.messages[0] == {"role": "system", "content": "Be kind."}
+    assert [one["role"] for one in example.messages] == ["system", "user", "assistant"]
+
+
 def test_keys_that_are_null_are_ignored():
     """So are written the files that a table with a column for each key becomes."""
     keys = [key for keys in t.FORMS for key in keys] + ["tools", "system", "input", "history"]
@@ -185,6 +195,8 @@ REFUSED = [
     ("a key twice", b'{"id": 1, "id": 2, ' + GOOD[1:], ['"id"', "twice", "remove"]),
     ("content twice", GOOD.replace(b'"turn 1"', b'"x", "content": "y"'), ['"content"', "twice"]),
     ("tools", line(messages=talk("ua"), tools=[]), ['"tools"', "remove"]),
+    ("functions", line(messages=talk("ua"), functions=[]), ['"functions"', "remove"]),
+    ("two system messages", line(messages=talk("sua"), system="Hi"), ["message 2", "system"]),
     ("no form", line(text="Hello"), ["text", "prompt", "completion", "messages"]),
     ("an empty object", b"{}", ["nothing", "messages"]),
     ("two forms", line(messages=[], conversations=[]), ["messages and conversations"]),
@@ -193,13 +205,13 @@ REFUSED = [
     ("messages is empty", line(messages=[]), ['"messages" is []']),
     ("messages is an object", line(messages={"0": "Hi"}), ['"messages" is {']),
     ("completion of 3", line(prompt=talk("u"), completion=talk("aua")), ["3 messages", "prompt"]),
-    ("a message is a text", line(messages=[*talk("u"), "Hi"]), ['message 2 is "Hi"', '"role"']),
+    ("a message is a text", line(messages=[*talk("u"), "Hi"]), ["message 2: ", 'is "Hi"', '"role"']),
     ("a name", reply_line(role="assistant", content="a", name="N"), ["message 2", '"name"']),
-    ("no role", reply_line(content="Hi"), ["message 2", 'no "role"']),
-    ("no content", reply_line(role="assistant", content=None), ["message 2", 'no "content"']),
-    ("role tool", reply_line(role="tool", content="Hi"), ["role of message 2", '"tool"', '"user"']),
-    ("role is a list", reply_line(role=["user"], content="Hi"), ["role of message 2"]),
-    ("content in parts", reply_line(role="assistant", content=[{}]), ["content of message 2"]),
+    ("no role", reply_line(content="Hi"), ['2, "role": Field required']),
+    ("no content", reply_line(role="assistant", content=None), ['2, "content": Field required']),
+    ("role tool", reply_line(role="tool", content="Hi"), ['2, "role"', 'is "tool"', "'user'"]),
+    ("role is a list", reply_line(role=["user"], content="Hi"), ['2, "role"', 'is ["user"]']),
+    ("content in parts", reply_line(role="assistant", content=[{}]), ['2, "content"', "is [{}]"]),
     ("white space", reply_line(role="assistant", content=" \n\u3000"), ["message 2", "empty"]),
     ("half a character", reply_line(role="assistant", content="\ud83d"), ["message 2", "half"]),
     ("thoughts", reply_line(role="assistant", content="<think>Hm.</think>Hi"), ["2", "<think>"]),
@@ -216,9 +228,9 @@ REFUSED = [
     ("ShareGPT without a question", line(**sharegpt(talk("a"))), ["question"]),
     ("ShareGPT with a weight", line(conversations=[
         {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi", "weight": 0}]),
-     ["message 2", '"weight"', "ignored"]),
+     ['message 2, "weight"', "not permitted"]),
     ("Alpaca with history", line(instruction="a", output="b", history=[["c", "d"]]), ["history"]),
-    ("Alpaca's numbers", line(instruction=1, output="b"), ["content of message 1"]),
+    ("Alpaca's numbers", line(instruction=1, output="b"), ['message 1, "content"']),
     ("Alpaca without output", line(instruction="a", output=None), ["instruction", "messages"]),
     ("a long text", line(**{"k" * 9_999: "v" * 9_999}), ["kkkkkkkk", "messages"]),
 ]  # fmt: skip
@@ -236,7 +248,7 @@ def is_json(text):
 )
 def test_what_is_wrong_is_named_with_file_and_line_and_the_fix(bad, parts):
     files = {"data.jsonl:3": GOOD + b"\n\n" + bad + b"\n" + GOOD}
-    if is_json(bad):
+    if is_json(bad) and "twice" not in parts:
         files["data.jsonl, entry 2"] = b"[" + b",\n".join([GOOD, bad, GOOD]) + b"]"
     for where, content in files.items():
         examples, (problem,) = read(content)
@@ -252,6 +264,7 @@ NO_ARRAYS = {
     "5,000 digits": (b"[" + b"7" * 5000 + b"]", "digits"),
     "not UTF-8": (b"[" + GOOD.replace(b"turn", b"\xff") + b"]", "utf-8"),
     "nested too deeply": (b"[" * 99_999 + b"]" * 99_999, ""),
+    "a key twice": (b"[" + GOOD[:-1] + b', "id": 1, "id": 2}]', '"id" occurs twice'),
 }
 
 
@@ -528,7 +541,7 @@ def test_a_tenth_is_held_out_in_whole_groups_that_are_not_trained():
     random.Random(0).shuffle(rows)
     write("t", *rows)
     job = prepared()
-    held_out, train = questions(job.held_out), questions(job.train)
+    held_out, train = questions(job.held_out), questions(job.examples)
     assert len(held_out) in (30, 31) and len(held_out) + len(train) == 300
     assert not {one.strip() for one in held_out} & {one.strip() for one in train}
     assert len({one.strip() for one in held_out}) == len(held_out) / 2

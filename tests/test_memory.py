@@ -49,7 +49,7 @@ def made(data, folder, lengths):
     """Return (job, trainer) on made-up examples, with an adapter that has an effect."""
     job = prepared([*data, "--output_dir", str(folder)])
     give_examples(job, lengths)
-    job.held_out = job.train[:3]
+    job.held_out = job.examples[:3]
     trainer = t.build_trainer(job)
     set_b(trainer.model)
     return job, trainer
@@ -226,7 +226,7 @@ def test_the_losses_are_those_of_each_row_alone(in_whole_steps):
     model = recorder.model.eval()
     for name, weight in lora(model).items():
         weight.data.copy_(recorder.weights[0][name])
-    first = [one for one in job.train if one.input_ids in recorder.trained[0]["rows"]]
+    first = [one for one in job.examples if one.input_ids in recorder.trained[0]["rows"]]
     assert len({len(one.reply_ids) for one in first}) > 1
     loss = logged(job.history, "loss")[0]
     assert loss == pytest.approx(token_loss(model, first), rel=ROUNDING)
@@ -246,7 +246,7 @@ def test_recomputation_draws_the_same_dropout(data, gpu, tmp_path):
 def test_logits_are_made_only_where_a_token_is_learned(in_whole_steps):
     """With 248,320 words in the vocabulary they are the largest tensor of all."""
     job, recorder = in_whole_steps
-    learned = {tuple(one.input_ids): len(one.reply_ids) for one in job.train}
+    learned = {tuple(one.input_ids): len(one.reply_ids) for one in job.examples}
     for one in recorder.trained + recorder.evaluated:
         assert one["scored"] == sum(learned[tuple(row)] for row in one["rows"])
 
@@ -259,7 +259,7 @@ def test_evaluation_does_not_depend_on_its_batches(small, room):
     """Where the memory is smaller than was thought, it goes on with fewer at once."""
     job, trainer = small
     model, sizes = trainer.model, []
-    examples = [*job.train, job.train[1]]
+    examples = [*job.examples, job.examples[1]]
     expected = [token_loss(model.eval(), [one]) * len(one.reply_ids) for one in examples]
 
     def run_out(model, _, inputs):

@@ -676,7 +676,7 @@ def test_an_edited_configuration_is_another_job(flags, interrupted, tmp_path, mo
             edited(patch, name, **values)
             found = differences(job)
         assert expected is None or found == expected, values
-    harmless = {"run_name": "x", "logging_steps": 7, "save_total_limit": 9, "disable_tqdm": True}
+    harmless = {"run_name": "x", "eval_accumulation_steps": 7, "dataloader_num_workers": 2}
     edited(monkeypatch, "training_config", **harmless)
     assert job_found(job) == "checkpoint-7"
 
@@ -788,6 +788,29 @@ def test_a_job_whose_adapter_is_gone_publishes_it_again(
     assert [path.read_bytes() for path in output.glob("final_lora.2*/*.safetensors")] == (
         [b"old"] if what == "is changed" else []
     )
+
+
+def test_a_finished_job_is_not_trained_again_since_the_hubs_branch_moved_on(
+    flags, finished, tmp_path, capfd
+):
+    output = shutil.copytree(finished, tmp_path / "output")
+    path = output / "checkpoints" / "job.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"MODEL_REVISION": "older"}))
+    left = files(output)
+    assert run(command(flags, output, "--publish", "best")) == 1
+    assert "MODEL_REVISION was older and is now main" in capfd.readouterr().err
+    assert files(output) == left
+
+
+def test_what_was_held_out_before_does_not_lie_beside_another_jobs_results(flags, tmp_path):
+    output = tmp_path / "output"
+    write_short_data(tmp_path, train=60)
+    flags = command(flags, output, "--max_steps", 1, "--train_file", tmp_path / "train.jsonl")
+    assert run([*flags, "--eval_file", "50%"]) == 0
+    kept = (output / "held_out.jsonl").read_bytes()
+    assert run([*flags, "--eval_file", ""]) == 0
+    (aside,) = output.glob("held_out.jsonl*")
+    assert aside.name != "held_out.jsonl" and aside.read_bytes() == kept
 
 
 def test_another_job_renames_all_that_a_finished_one_left(flags, finished, tmp_path):

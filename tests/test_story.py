@@ -159,7 +159,7 @@ def test_the_story(clone, tmp_path, tiny, monkeypatch):
     assert facts["sha256"] == hashlib.sha256((output / "held_out.jsonl").read_bytes()).hexdigest()
     job = prepared(flags)
     trained = {tuple(row) for row in rows_of(recorders[0].trained)}
-    assert trained == {tuple(example.input_ids) for example in job.train}
+    assert trained == {tuple(example.input_ids) for example in job.examples}
     assert not trained & {tuple(example.input_ids) for example in job.held_out}
     questions = {json.loads(line)["id"]: first_question(line) for line in lines}
     ids = {json.loads(line)["id"] for line in held_out}

@@ -80,13 +80,13 @@ def trained(data, tmp_path_factory):
     flags = [*data, "--train_file", f"{folder}/train.jsonl", "--max_seq_len", "9999"]
     flags += ["--logging_steps", "3", "--warmup_ratio", "0.39", "--output_dir", f"{folder}/output"]
     recorder, job = record(flags), prepared(flags)
-    assert len(job.train) == 14 and max(len(one.input_ids) for one in job.train) > 1100
+    assert len(job.examples) == 14 and max(len(one.input_ids) for one in job.examples) > 1100
     return types.SimpleNamespace(
         output=folder / "output",
         record=read_record(folder / "output"),
         log=(folder / "output" / "all_logs.log").read_text(encoding="utf-8"),
         recorder=recorder,
-        train=job.train,
+        train=job.examples,
         held_out=job.held_out,
     )
 
@@ -359,7 +359,7 @@ def sampled(data):
     """Return a function that gives the steps of an epoch on 401 examples of all lengths."""
     numbers, job = random.Random(0), types.SimpleNamespace(settings=t.parse_settings(data))
     lengths = [numbers.randint(4, 60) for _ in range(401)]
-    job.train = [made_up([1], [2] * (length - 1)) for length in lengths]
+    job.examples = [made_up([1], [2] * (length - 1)) for length in lengths]
 
     def steps_of(seed=42, epoch=0):
         job.settings.SEED = seed
@@ -435,7 +435,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(data, tmp_path):
     assert before == pytest.approx(base_loss, rel=ROUNDING) != without
     distances = []
     for rows, loss in zip(recorder.trained, with_dropout, strict=True):
-        examples = [one for one in job.train if one.input_ids in rows["rows"]]
+        examples = [one for one in job.examples if one.input_ids in rows["rows"]]
         distances.append(abs(loss - token_loss(model, examples)))
     assert max(distances) > 0.01
 
@@ -462,7 +462,7 @@ def test_the_losses_and_gradients_are_those_of_trl(data, tiny, tmp_path):
     more += ["--num_epochs", "1", "--eval_file", "", "--output_dir", str(tmp_path)]
     ours = record([*data, *more], lambda trainer: set_b(trainer.model))
     job = prepared([*data, *more])
-    examples = {tuple(example.input_ids): example for example in job.train}
+    examples = {tuple(example.input_ids): example for example in job.examples}
     order = [examples[tuple(row)] for row in rows_of(ours.trained)]
     rows = [
         {"input_ids": one.input_ids, "labels": [-100] * len(one.prompt_ids) + one.reply_ids}
@@ -616,17 +616,27 @@ def test_what_a_launcher_left_behind_changes_nothing(flags, finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argument", ["label_smoothing_factor=0.5", 'loss_type="dft"', "gradient_accumulation_steps=2"]
+    "argument",
+    [
+        "label_smoothing_factor=0.5",
+        'loss_type="dft"',
+        "gradient_accumulation_steps=2",
+        "logging_steps=5",
+        "save_total_limit=1",
+        "average_tokens_across_devices=False",
+        "load_best_model_at_end=True",
+        'eval_strategy="no"',
+    ],
 )
-def test_an_argument_that_our_step_and_loss_would_ignore_is_refused(argument, tmp_path, capfd):
+def test_an_argument_on_which_the_script_depends_is_refused(argument, tmp_path, capfd):
+    """By the dry run already, and before the weights are loaded."""
     name = argument.partition("=")[0]
-    before = "        logging_steps=1,  # every loss"
-    if name == "gradient_accumulation_steps":
-        edit = ("        gradient_accumulation_steps=1,", f"        {argument},")
-    else:
-        edit = (before, f"        {argument},\n{before}")
-    script = edited_script(tmp_path, edit)
-    flags = [*write_short_data(tmp_path), "--output_dir", str(tmp_path / "output")]
+    source = Path(t.__file__).read_text(encoding="utf-8")
+    place = "        ddp_find_unused_parameters=False,"
+    edits = [(place, f"{place}\n        {argument},")]
+    edits += [(line, "") for line in re.findall(rf"(?m)^        {name}=.*\n", source)]
+    script = edited_script(tmp_path, *edits)
+    flags = [*write_short_data(tmp_path), "--output_dir", str(tmp_path / "output"), "--dry_run"]
     with handlers_restored(), pytest.raises(SystemExit):
         script.main(flags)
     said = capfd.readouterr().err

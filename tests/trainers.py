@@ -193,10 +193,10 @@ def made_up(prompt_ids, reply_ids):
 def give_examples(job, lengths, seed=0):
     """Give a job made-up examples of these lengths, of which the second half is learned."""
     numbers = random.Random(seed)
-    job.train = []
+    job.examples = []
     for length in lengths:
         ids = [numbers.randrange(10, 2000) for _ in range(length)]
-        job.train.append(made_up(ids[: length // 2], ids[length // 2 :]))
+        job.examples.append(made_up(ids[: length // 2], ids[length // 2 :]))
     with contextlib.redirect_stdout(io.StringIO()):
         job.plan = t.make_plan(job)
 

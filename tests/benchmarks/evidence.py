@@ -153,7 +153,7 @@ def show_change(ledger: Ledger, job: t.Job, tasks: list[conversations.Task], wan
     """Show the base's replies to other tasks, and how far the adapter is from it on these."""
     simulation = ledger.simulation
     some = [tasks[number] for number in scores.evenly_spread(len(tasks), wanted)]
-    for name, system in {"no": "", "training's": t.system_messages(job.train)[0]}.items():
+    for name, system in {"no": "", "training's": t.system_messages(job.examples)[0]}.items():
         first = [{"role": "system", "content": system}] if system else []
         prompts = [
             job.chat_format.prompt_ids(

@@ -378,7 +378,7 @@ def measure_step(flags: list[str], kind: str) -> dict[str, Any]:
         t.find_what_fits(trainer, job)
     device = trainer.args.device
     size = t.examples_per_step(job.settings)
-    by_length = sorted(job.train, key=lambda example: len(example.input_ids))
+    by_length = sorted(job.examples, key=lambda example: len(example.input_ids))
     middle = (len(by_length) - size) // 2
     examples = by_length[middle : middle + size]
     inputs = t.pad(examples, device)

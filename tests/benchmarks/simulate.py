@@ -119,7 +119,7 @@ def steps_of_epoch(job: t.Job) -> list[dict[str, torch.Tensor]]:
     """Return the padded steps of the first epoch, in the script's order."""
     order, size = list(t.LikeLengthsSampler(job)), t.examples_per_step(job.settings)
     groups = [order[start : start + size] for start in range(0, len(order), size)]
-    return [t.pad([job.train[number] for number in group], "cpu") for group in groups]
+    return [t.pad([job.examples[number] for number in group], "cpu") for group in groups]
 
 
 def passes_of(steps: list[dict[str, torch.Tensor]], limits: t.MemoryLimits) -> list[Pass]:
@@ -129,7 +129,7 @@ def passes_of(steps: list[dict[str, torch.Tensor]], limits: t.MemoryLimits) -> l
 
 def median_width(job: t.Job) -> int:
     """Return the median length of the training examples."""
-    return round(statistics.median(len(example.input_ids) for example in job.train))
+    return round(statistics.median(len(example.input_ids) for example in job.examples))
 
 
 def tiny_memory(size: int, simulation: Simulation, job: t.Job) -> int:
