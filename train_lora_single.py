@@ -1597,12 +1597,7 @@ def in_order_of_settings(targets: list[str], settings: argparse.Namespace) -> li
 
 # ==== TRAINING: the order of the examples, what is printed, saving and stopping
 #
-# RunEvents says what is printed, checked and saved between the steps. Under `accelerate launch`
-# several processes, each with a GPU of its own, share each step's examples, and the first of them
-# prints and writes.
-#
-# What Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 do depends on the moment (catch_signals() in COMMAND
-# LINE):
+# What Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 do depends on the moment:
 # - While the data is read, the weights are loaded, memory is tried, or the base model is evaluated,
 #   the run stops at once. There is nothing new to save, and the same command does the same again.
 # - Within a step, and while an epoch is evaluated or a checkpoint is written, that step is finished
@@ -1882,9 +1877,8 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 # ==== MEMORY: in how many parts a step goes through the model
 #
 # A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
-# is in how many parts they go through the model. But for dropout and rounding the gradient is the
-# same, since the loss is a sum over tokens. Before training, find_what_fits() tries how many tokens
-# fit at once beside what the optimizer will keep:
+# is in how many parts they go through the model. Before training, find_what_fits() tries how many
+# tokens fit at once beside what the optimizer will keep:
 # - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
 #   backward pass but computed again, which takes little memory and nearly 50 % more work. Such
@@ -1900,9 +1894,7 @@ class MemoryLimits:
     """How many tokens, padding included, may go through the model at once while training."""
 
     tokens_at_once: int  # with their activations kept for the backward pass
-    # With their activations computed again: nearly 50 % more work. It is tried only if the longest
-    # example needs it; otherwise this is the number above.
-    tokens_at_once_recomputed: int
+    tokens_at_once_recomputed: int  # the same number, unless the longest example needs more
 
     def most(self) -> int:
         """Return how many fit at the most; evaluation needs far less memory."""
@@ -2428,10 +2420,8 @@ def file_fingerprints(folder: Path) -> list[tuple[str, int, str]]:
 #   .lock              held by the run that writes here
 #   NAME.DATE-TIME     what an earlier run left under that name
 #
-# verify_saved_adapter() is the check. The adapter is written beside its place and loaded again from
-# disk onto the bare base model. It is moved into its place only if its tensors are the trained ones
-# to the bit, and if on one example's reply its logits are the trained model's and not the base's.
-# What an earlier run left is renamed, never overwritten.
+# The adapter is written beside its place, and moved there only after it was verified. What an
+# earlier run left is renamed, never overwritten.
 
 
 def publish(trainer: LoraTrainer, job: Job) -> None:
@@ -2553,12 +2543,10 @@ def check_names_for_vllm(
 def verify_saved_adapter(model: peft.PeftModel, job: Job, staging: Path) -> None:
     """Load the adapter from disk onto the base model; raise UserError unless it is the trained one.
 
-    The base model is the one in memory, with the trained LoRA taken out.
-
-    The tensors of both files must be the trained ones to the bit, vLLM's under the names that the
-    plan has found in the hub's model. On one example's reply the logits must be those of the
-    trained model and not those of the base. A GPU may round: a tenth of the adapter's effect is
-    allowed.
+    The base model is the one in memory, with the trained LoRA taken out. The tensors of both files
+    must be the trained ones to the bit, vLLM's under the names that the plan has found in the hub's
+    model. On one example's reply the logits must be those of the trained model and not those of the
+    base. A GPU may round: a tenth of the adapter's effect is allowed.
     """
     folder, for_vllm = staging / "final_lora", staging / "final_lora_vllm"
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
