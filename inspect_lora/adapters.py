@@ -239,17 +239,10 @@ def choose_device_and_dtype(
     try:
         prepare_device(device, dtype)
     except UserError as error:
-        if device == "cpu":
-            raise
-        if options.device:
-            reason = str(error).partition(". ")[0]
-            raise InspectError(
-                f"--device {device} does not work here ({reason}). Without this flag the GPU is "
-                "taken if there is one that works, else the CPU."
-            ) from error
-        report("device", f"the CPU, since the GPU does not work: {one_line(error)}")
-        device = "cpu"
-        prepare_device(device, dtype)
+        reason = str(error).partition(". ")[0]  # what follows is advice for training
+        raise InspectError(
+            f"On {device} it cannot be measured ({reason}). --device cpu needs no GPU."
+        ) from error
     return torch.device(device), dtype
 
 

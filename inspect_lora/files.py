@@ -35,11 +35,6 @@ QUANTIZED_NAME = re.compile(
 def find_adapter(name: str) -> Path:
     """Return the folder of an adapter's files, which may be on the hub; it need not be whole."""
     folder = Path(name)
-    if os.path.isfile(folder) and folder.name in (
-        "adapter_model.safetensors",
-        "adapter_config.json",
-    ):
-        folder = folder.parent
     if not os.path.isdir(folder):  # which answers of any text
         if os.path.exists(folder) or not HUB_NAME.fullmatch(name):
             raise InspectError(
@@ -69,22 +64,17 @@ def find_adapter(name: str) -> Path:
 def download_adapter(name: str) -> Path:
     """Return the folder on this machine of an adapter that is on the hub."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     wanted = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(
             snapshot_download(name, allow_patterns=wanted, ignore_patterns=["checkpoint-*"])
         )
-    except LocalEntryNotFoundError as error:
-        raise InspectError(
-            f"The Hugging Face hub cannot be reached, and {name} is not stored on this machine. "
-            f"There is no folder {name} either. Check the network, or give a local folder."
-        ) from error
     except (OSError, HfHubHTTPError, HTTPError) as error:
         raise InspectError(
-            f"There is no folder {name}, and no adapter of this name on the hub, or it cannot be "
-            f"reached ({one_line(error)})."
+            f"There is no folder {name}, and no adapter of this name on the Hugging Face hub, or "
+            f"the hub cannot be reached ({one_line(error)})."
         ) from error
 
 

@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import pydantic
 import torch
 
-from inspect_lora.common import InspectError, counted, join_limited
+from inspect_lora.common import InspectError, counted, join_limited, one_line
 from inspect_lora.files import PREFIX, name_in_text_model, read_adapter_config, read_tensors
 
 
@@ -48,60 +49,38 @@ def read_adapter(place: Path) -> SavedAdapter:
 # ---- Its configuration
 
 
-def read_config(place: Path) -> dict[str, Any]:
-    """Return adapter_config.json with what an older PEFT left out, and without nulls.
+Positive = Annotated[float, pydantic.Field(strict=True, gt=0, lt=1e30)]
+Rank = Annotated[int, pydantic.Field(strict=True, gt=0)]
+Names = re.Pattern[str] | list[str]
 
-    Its r, alpha and patterns are what they must be.
-    """
-    saved = read_adapter_config(place)
-    config = DEFAULTS | {key: value for key, value in saved.items() if value is not None}
-    ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
-    are_numbers = is_rank(config["r"]) and is_number(config["lora_alpha"])
-    are_patterns = is_pattern(ranks) and is_pattern(alphas) and all(map(is_rank, ranks.values()))
-    names = (config.get("target_modules", []), config.get("exclude_modules", []))
-    if not (are_numbers and are_patterns and all(map(are_names, names))):
-        raise InspectError(
-            f"{place / 'adapter_config.json'} is damaged: r, lora_alpha and the values of "
-            "rank_pattern and alpha_pattern must be numbers above 0 (ranks whole ones, none "
-            "infinite), the keys of the patterns regular expressions, and target_modules and "
-            "exclude_modules a list of names or a regular expression."
-        )
-    return config
+
+class Checked(pydantic.BaseModel):
+    """What must be so in an adapter_config.json, since it is computed with."""
+
+    r: Rank
+    lora_alpha: Positive
+    rank_pattern: dict[re.Pattern[str], Rank]
+    alpha_pattern: dict[re.Pattern[str], Positive]
+    target_modules: Names = []
+    exclude_modules: Names = []
 
 
 DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}
 
 
-def is_number(value: Any) -> bool:
-    """Return whether value is a number above 0, and neither infinite nor too large to divide."""
-    is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_one and 0 < value < 1e30
-
-
-def is_rank(value: Any) -> bool:
-    """Return whether value is a whole number above 0."""
-    return is_number(value) and value == int(value)
-
-
-def is_pattern(value: Any) -> bool:
-    """Return whether value gives numbers by regular expressions, as rank_pattern does."""
-    is_one = isinstance(value, dict) and all(map(is_number, value.values()))
-    return is_one and all(map(is_expression, value))
-
-
-def are_names(value: Any) -> bool:
-    """Return whether value is a list of names, or a regular expression for them."""
-    if isinstance(value, list):
-        return all(isinstance(name, str) for name in value)
-    return isinstance(value, str) and is_expression(value)
-
-
-def is_expression(text: str) -> bool:
-    """Return whether text is a regular expression."""
+def read_config(place: Path) -> dict[str, Any]:
+    """Return adapter_config.json with what an older PEFT left out, and without nulls."""
+    saved = read_adapter_config(place)
+    config = DEFAULTS | {key: value for key, value in saved.items() if value is not None}
     try:
-        return bool(re.compile(text))
-    except re.error:
-        return False
+        Checked.model_validate(config)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise InspectError(
+            f"{place / 'adapter_config.json'} is damaged: {first['loc'][0]}: {first['msg']} "
+            f"(it is {one_line(first['input'], 60)})."
+        ) from error
+    return config
 
 
 # ---- Its modules
@@ -289,64 +268,44 @@ def share_kept(modules: list[Module], rank: int) -> float:
 
 def problems_of(saved: SavedAdapter) -> list[str]:
     """Return a sentence for each thing that makes an adapter useless or wrong."""
-    if not saved.modules:
+    modules, tensors = saved.modules, saved.tensors
+    if not modules:
         return [
             f"There is nothing of LoRA in the file: no name is like {PREFIX}... .lora_A.weight; "
-            f"there are {join_limited(list(saved.tensors), 2, ', ')}. Perhaps another library than "
-            "PEFT wrote it."
+            f"there are {join_limited(list(tensors), 2, ', ')}. Perhaps another library than PEFT "
+            "wrote it."
         ]
-    found = [about_misfits(saved), about_doubles(saved), about_nan(saved), about_zero(saved)]
-    return [sentence for sentence in found if sentence]
-
-
-def about_misfits(saved: SavedAdapter) -> str:
-    """Return a sentence on modules whose A and B have another rank than the configuration says."""
-    unfit = [one for one in saved.modules if not one.fits]
-    if not unfit:
-        return ""
-    first = unfit[0]
-    return (
-        f"Of {counted(len(unfit), 'module')} in {len(saved.modules)} the shape does not fit the "
-        f"configuration, so PEFT cannot load them: A of {first.name} has {first.a.shape[0]} rows "
-        f"and B {first.b.shape[1]} columns, where adapter_config.json says r = {first.r}. Either r "
-        "or rank_pattern was edited, or the two files are of two adapters."
-    )
-
-
-def about_doubles(saved: SavedAdapter) -> str:
-    """Return a sentence on tensors for one place."""
-    places = Counter(name_in_text_model(name) for name in saved.tensors)
+    problems = []
+    unfit = [one for one in modules if not one.fits]
+    if unfit:
+        problems.append(
+            f"The shape of {counted(len(unfit), 'module')} does not fit the configuration, so PEFT "
+            f"cannot load them: A of {unfit[0].name} has {unfit[0].a.shape[0]} rows and B "
+            f"{unfit[0].b.shape[1]} columns, where adapter_config.json says r = {unfit[0].r}. "
+            "Either r or rank_pattern was edited, or the two files are of two adapters."
+        )
+    places = Counter(name_in_text_model(name) for name in tensors)
     doubled = [place for place, count in places.items() if count > 1]
-    if not doubled:
-        return ""
-    return (
-        f"The file holds {counted(len(doubled), 'tensor')} twice, under two names of one place "
-        f"({doubled[0]}): which of them counts depends on the program."
-    )
-
-
-def about_nan(saved: SavedAdapter) -> str:
-    """Return a sentence on NaN and infinity."""
-    damaged = [name for name, tensor in saved.tensors.items() if not is_finite(tensor)]
-    if not damaged:
-        return ""
-    return (
-        f"There is NaN or infinity in {len(damaged)} of the {len(saved.tensors)} tensors "
-        f"({join_limited(damaged, 2, ', ')}), so the model's replies will be noise. The training "
-        "diverged, as it often does in float16, or the file was damaged. Take an earlier "
-        "checkpoint, or train again in bfloat16 or float32, or at a lower rate."
-    )
-
-
-def about_zero(saved: SavedAdapter) -> str:
-    """Return a sentence on an adapter of which all updates are 0, and nothing else was trained."""
-    if saved.others or not all(one.is_zero for one in saved.modules):
-        return ""
-    return (
-        f"Every {what_is_zero(saved.modules)} is 0, so the adapter changes nothing. LoRA begins "
-        "with B = 0 (of an embedding A = 0): it was saved before it was trained, or the optimizer "
-        "never had these weights."
-    )
+    if doubled:
+        problems.append(
+            f"The file holds {counted(len(doubled), 'tensor')} twice, under two names of one place "
+            f"({doubled[0]}): which of them counts depends on the program."
+        )
+    damaged = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if damaged:
+        problems.append(
+            f"There is NaN or infinity in {len(damaged)} of the {len(tensors)} tensors "
+            f"({join_limited(damaged, 2, ', ')}), so the model's replies will be noise. The "
+            "training diverged, as it often does in float16, or the file was damaged. Take an "
+            "earlier checkpoint, or train again in bfloat16 or float32, or at a lower rate."
+        )
+    if all(one.is_zero for one in modules) and not saved.others:
+        problems.append(
+            f"Every {what_is_zero(modules)} is 0, so the adapter changes nothing. LoRA begins with "
+            "B = 0 (of an embedding A = 0): it was saved before it was trained, or the optimizer "
+            "never had these weights."
+        )
+    return problems
 
 
 def what_is_zero(modules: list[Module]) -> str:
@@ -370,99 +329,63 @@ def extras_of(saved: SavedAdapter) -> list[tuple[str, str]]:
     """
     config, names = saved.config, list(saved.tensors)
     start, bias = str(config.get("init_lora_weights")), config.get("bias") or "none"
-    task = config.get("task_type") or "CAUSAL_LM"
-    is_dora = bool(config.get("use_dora"))
+    task, is_dora = config.get("task_type") or "CAUSAL_LM", bool(config.get("use_dora"))
     lengths = [name for name in names if ".lora_magnitude_vector" in name]
     biases = [name for name in names if name.endswith(".lora_B.bias")]
     whole = [name for name in names if ".lora_" not in name and name.startswith(PREFIX)]
     megabytes = sum(saved.tensors[name].nbytes for name in whole) / 1e6
     known = {*lengths, *biases, *whole}.union(*(one.names for one in saved.modules))
     unknown = [name for name in names if name not in known]
-    outside = outside_targets(saved)
-    table = [
-        (
-            start.lower().startswith(CHANGES_THE_BASE),
-            "measuring, scaling",
+    outside = [one.name for one in saved.modules if is_left_out(config, one)]
+    are_matrices = all(saved.tensors[name].dim() == 2 for m in saved.modules for name in m.names)
+    is_elsewhere = config.get("target_parameters") or any("lora_embedding_" in n for n in names)
+    table = {
+        "measuring, scaling": {
             f"began with init_lora_weights = {start}, which changed the base model's own weights: "
             "on the plain base, as in other programs, it is wrong. PEFT's save_pretrained makes "
-            "plain LoRA of it (path_initial_model_for_weight_conversion)",
-        ),
-        (
-            bias != "none",
-            "measuring, scaling",
+            "plain LoRA of it (path_initial_model_for_weight_conversion)": (
+                start.lower().startswith(CHANGES_THE_BASE)
+            ),
             f"trained biases of the base (bias = {bias}), which stay changed where it is switched "
-            "off, and which vLLM refuses",
-        ),
-        (task != "CAUSAL_LM", "measuring", f"is for another task than replying ({task})"),
-        (
-            config.get("layer_replication"),
-            "measuring",
-            "repeats layers (layer_replication), so it needs another model than its base",
-        ),
-        (
-            config.get("alora_invocation_tokens"),
-            "measuring",
-            "is an activated LoRA, which works only after its invocation tokens, and none are sent "
-            "here",
-        ),
-        (
-            is_dora,
-            "scaling",
-            "is DoRA: the length of each row of W was trained as well, so B A is not the whole "
-            "update. vLLM refuses DoRA; merge it into its base to serve it",
-        ),
-        (
-            is_dora and len(lengths) < len(saved.modules),
-            "measuring",
-            f"is DoRA of {counted(len(saved.modules), 'module')}, but its file holds "
-            f"lora_magnitude_vector of {len(lengths)}: PEFT takes the base's own lengths instead",
-        ),
-        (
-            lengths and not is_dora,
-            "measuring, scaling",
+            "off, and which vLLM refuses": bias != "none",
             "holds lora_magnitude_vector, as DoRA does, but use_dora is not set, so PEFT leaves "
-            "these out without a word",
-        ),
-        (
-            whole,
-            "parts, scaling",
+            "these out without a word": lengths and not is_dora,
+            f"holds {counted(len(unknown), 'tensor')} under names that PEFT does not look for, so "
+            f"it leaves them out without a word ({listed(unknown)})": unknown,
+            f"holds {counted(len(outside), 'module')} outside target_modules, or in the layers or "
+            f"modules that are excluded ({listed(outside)}). PEFT does not apply them, mostly "
+            "without a word; other programs do": outside,
+        },
+        "measuring": {
+            f"is for another task than replying ({task})": task != "CAUSAL_LM",
+            "repeats layers (layer_replication), so it needs another model than its base": (
+                config.get("layer_replication")
+            ),
+            "is an activated LoRA, which works only after its invocation tokens, and none are sent "
+            "here": config.get("alora_invocation_tokens"),
+            f"is DoRA of {counted(len(saved.modules), 'module')}, but its file holds "
+            f"lora_magnitude_vector of {len(lengths)}: PEFT takes the base's own lengths "
+            "instead": is_dora and len(lengths) < len(saved.modules),
+        },
+        "parts, scaling": {
             f"holds {counted(len(whole), 'whole tensor')} besides LoRA ({listed(whole)}; "
             f"{megabytes:.1f} MB), for the base's own. vLLM does not serve such an adapter; merge "
-            "it into its base",
-        ),
-        (biases, "scaling", "has biases of B (lora_bias), which vLLM refuses"),
-        (
-            any(saved.tensors[name].dim() > 2 for one in saved.modules for name in one.names),
-            "scaling",
-            "has LoRA on convolutions",
-        ),
-        (any("lora_embedding_" in name for name in names), "scaling", "has LoRA on an embedding"),
-        (
-            config.get("target_parameters"),
-            "scaling",
-            "has LoRA on parameters that are no layers (target_parameters): experts share A or B",
-        ),
-        (
-            any(".default." in name for name in names),
-            "scaling",
+            "it into its base": whole
+        },
+        "scaling": {
+            "is DoRA: the length of each row of W was trained as well, so B A is not the whole "
+            "update. vLLM refuses DoRA; merge it into its base to serve it": is_dora,
+            "has biases of B (lora_bias), which vLLM refuses": biases,
+            "has LoRA on other things than linear layers: embeddings, convolutions, or experts "
+            "that share A or B": is_elsewhere or not are_matrices,
             "has the names of a state_dict(), with .default. in them, which PEFT finds only if it "
-            "calls the adapter so, and others not at all; write it with save_pretrained()",
-        ),
-        (
-            unknown,
-            "measuring, scaling",
-            f"holds {counted(len(unknown), 'tensor')} under names that PEFT does not look for, so "
-            f"it leaves them out without a word ({listed(unknown)})",
-        ),
-        (
-            outside,
-            "measuring, scaling",
-            f"holds {counted(len(outside), 'module')} outside target_modules, or in the layers or "
-            f"modules that are excluded ({listed([one.name for one in outside])}). PEFT does not "
-            "apply them, mostly without a word; other programs do",
-        ),
-    ]
-    return [(prevents, what) for is_so, prevents, what in table if is_so]
+            "calls the adapter so, and others not at all; write it with save_pretrained()": (
+                any(".default." in name for name in names)
+            ),
+        },
+    }
+    rows = [(prevents, row) for prevents, clauses in table.items() for row in clauses.items()]
+    return [(prevents, clause) for prevents, (clause, is_so) in rows if is_so]
 
 
 def listed(names: list[str]) -> str:
@@ -475,27 +398,24 @@ def reasons_against(action: str, saved: SavedAdapter) -> list[str]:
     return [what for prevents, what in extras_of(saved) if action in prevents]
 
 
-def outside_targets(saved: SavedAdapter) -> list[Module]:
-    """Return the modules with an update on which PEFT would not put LoRA."""
-    return [one for one in saved.modules if not one.is_zero and not is_target(saved.config, one)]
-
-
-def is_target(config: dict[str, Any], module: Module) -> bool:
-    """Return whether PEFT puts LoRA on a module (its check_target_module_exists).
+def is_left_out(config: dict[str, Any], module: Module) -> bool:
+    """Return whether PEFT puts no LoRA on a module (its check_target_module_exists).
 
     The names may be those of the file or those of the text model; PEFT is called for either.
     """
     wanted, layers = config.get("target_modules"), config.get("layers_to_transform")
     paths = (module.name, path_in_text_model(module.name))
+    if module.is_zero:
+        return False  # it would change nothing
     if any(is_named(config.get("exclude_modules") or [], path) for path in paths):
-        return False
+        return True
     if not wanted or wanted == "all-linear" or config.get("target_parameters"):
-        return True  # as far as can be known without the model
+        return False  # as far as can be known without the model
     layers = [layers] if isinstance(layers, int) else layers
     is_by_name = not isinstance(wanted, str) and not any(path in wanted for path in paths)
     if is_by_name and layers and module.layer not in layers:
-        return False
-    return any(is_named(wanted, path) for path in paths)
+        return True
+    return not any(is_named(wanted, path) for path in paths)
 
 
 def path_in_text_model(name: str) -> str:

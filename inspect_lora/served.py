@@ -21,7 +21,6 @@ import statistics
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from inspect_lora.common import (
 )
 from inspect_lora.compare import Evidence, Row, read_evidence
 from inspect_lora.files import Run, find_adapter, find_run, folder_to_serve
-from inspect_lora.scores import Estimate, differences, evenly_spread, losses_of
+from inspect_lora.scores import evenly_spread, losses_of
 from inspect_lora.trainer import ChatFormat, Example, encode, name_on_server
 
 
@@ -49,24 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapters.add_arguments(parser)
     conversations.add_arguments(parser)
     parser.add_argument("--name", help="what the server calls the adapter; default: found out")
-    parser.add_argument(
-        "--chat_template_kwargs",
-        type=as_object,
-        default={},
-        metavar="JSON",
-        help="what clients send under this name, if not the server's defaults",
-    )
-
-
-def as_object(text: str) -> dict[str, Any]:
-    """Return a flag's value as an object, or say what the flag must be."""
-    with suppress(ValueError):
-        value = json.loads(text)
-        if isinstance(value, dict):
-            return value
-    raise argparse.ArgumentTypeError(
-        f"it must be an object in JSON, such as '{{\"enable_thinking\": false}}'; it is {text!r}"
-    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -74,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     place = find_adapter(options.adapter)
     server = find_server(options, place)
     asked, chat_format = choose_replies(options, place, server)
-    rendering, unchecked = check_rendering(server, asked, chat_format, options.chat_template_kwargs)
+    rendering, unchecked = check_rendering(server, asked, chat_format)
     ask_for_losses(server, asked)
     losses = judge_losses(server, asked, place)
     if losses or rendering:
@@ -228,32 +209,23 @@ def spread_over(examples: list[Example], window: float) -> list[int]:
 
 # ---- What the server's scores say
 #
-# Two numbers say how the adapter's changes there and here agree:
-#   slope  of the server's changes on those here: 1 where the adapter is applied, 0 where it is
-#          ignored. It cannot tell alone, since an adapter of three times the strength makes some
-#          replies better and some worse, and its slope may be anything.
-#   apart  how far the server's changes are from those here, as a share of them: near 0 % only
-#          where the adapter is applied.
 # The token ids are sent, so the server's chat template has no say in it.
 
 # Shares of the adapter's effect: what two right computations may be apart, at least and at most; in
-# between it is twice what the base model's losses here and there are apart. With the demo's adapter
-# and vLLM 0.32 in bfloat16 it is 0.002. At 1.1 times the strength it is 0.02 or more, at 1.25 times
-# 0.06 (slope 1.00), at twice 0.42 (slope 0.66), at three times 0.97 (slope 0.19), at half 0.36 and
-# with attention alone 0.89. A small module that is left out goes unseen (0.009 without q_proj).
+# between it is twice what the base model's losses here and there are apart. docs/serving.md says
+# what these limits tell apart.
 MAY_BE_APART = 0.03
 MAY_BE_APART_AT_MOST = 0.3
-OTHER_BASE_FROM = 0.1  # nats a token; bfloat16 against float32 is 0.002 with the demo's model
+OTHER_BASE_FROM = 0.1  # nats a token
 
 
 @dataclass
 class Agreement:
     """How well what the adapter changes on the server agrees with what it changes here.
 
-    Sizes are root mean squares over the replies.
+    Sizes are root mean squares over the replies: that the changes agree on average is not enough.
     """
 
-    slope: Estimate
     size: float  # of the changes here, in nats a reply
     noise: float  # what the base's losses there and here are apart, in nats a reply
     apart: float  # what the changes there and here are apart, as a share of the size
@@ -274,21 +246,13 @@ class Agreement:
 
 def agreement_of(asked: list[Asked]) -> Agreement:
     """Return how well the adapter's changes on the server agree with those here."""
-    here, there = [one.here for one in asked], [one.there for one in asked]
-    size = root_mean_square(here)
+    size = root_mean_square([one.here for one in asked])
     noise = root_mean_square([one.base_there - one.base_here for one in asked])
     if size == 0:
-        return Agreement(Estimate(math.nan, math.inf), 0.0, noise, math.inf, math.inf)
-    squares = sum(x * x for x in here)
-    slope = sum(x * y for x, y in zip(here, there, strict=True)) / squares
-    left = sum((y - slope * x) ** 2 for x, y in zip(here, there, strict=True))
-    return Agreement(
-        Estimate(slope, math.sqrt(left / (len(asked) - 1) / squares)),
-        size,
-        noise,
-        apart=root_mean_square(differences(there, here)) / size,
-        effect=root_mean_square(there) / size,
-    )
+        return Agreement(size, noise, math.inf, math.inf)
+    apart = root_mean_square([one.there - one.here for one in asked])
+    effect = root_mean_square([one.there for one in asked])
+    return Agreement(size, noise, apart / size, effect / size)
 
 
 def root_mean_square(numbers: list[float]) -> float:
@@ -338,16 +302,13 @@ def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
 
     base_here, base_there = a_token(lambda one: one.base_here), a_token(lambda one: one.base_there)
     here, there = a_token(lambda one: one.here), a_token(lambda one: one.there)
-    slope = f"slope {found.slope.value:.3f} ± {found.slope.error:.3f}"
-    apart = f"single replies differ by {100 * found.apart:.1f} %"
-    lines = [
-        "loss, nats a token      here   on the server",
-        f"base model           {base_here:7.4f}   {base_there:13.4f}",
-        f"adapter - base       {here:+7.4f}   {there:+13.4f}",
-    ]
-    if found.size:
-        lines.append(f"{slope} (1: applied, 0: ignored); {apart}")
-    report("scored", "\n".join(lines))
+    apart = f"on single replies the changes differ by {100 * found.apart:.1f} %"
+    report(
+        "scored",
+        "loss, nats a token      here   on the server\n"
+        f"base model           {base_here:7.4f}   {base_there:13.4f}\n"
+        f"adapter - base       {here:+7.4f}   {there:+13.4f}" + (f"\n{apart}" * (found.size > 0)),
+    )
     verdict = found.verdict()
     if verdict == "applied":
         return ""
@@ -359,8 +320,8 @@ def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
             folder = f"what `{this_program()} export {place} FOLDER --vllm` writes"
         return (
             "The base answers under the adapter's name: the server gives the replies the same "
-            f"losses as {server.adapter} and as {server.base} ({slope}), so it ignores the adapter."
-            f"\nGive the server {folder}, or use a newer version of the server.{whence}"
+            f"losses as {server.adapter} and as {server.base}, so it ignores the adapter.\nGive "
+            f"the server {folder}, or use a newer version of the server.{whence}"
         )
     doubt = ""
     if abs(base_there - base_here) > OTHER_BASE_FROM:
@@ -376,32 +337,25 @@ def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
             f"some on which the adapter changes more, with --eval_file.{doubt}"
         )
     return (
-        f"The adapter is applied with another scaling or in part, or it is another adapter: "
-        f"{slope}, and {apart}.\nCompare r, lora_alpha and use_rslora in the adapter_config.json "
-        f"that the server reads with those in {place}, and look in its log for modules "
-        f"that it leaves out.{whence}{doubt}"
+        "The adapter is applied with another scaling or in part, or it is another adapter: "
+        f"{apart}.\nCompare r, lora_alpha and use_rslora in the adapter_config.json that the "
+        f"server reads with those in {place}, and look in its log for modules that it leaves "
+        f"out.{whence}{doubt}"
     )
 
 
 # ---- How the server renders prompts
 
 
-def check_rendering(
-    server: Server, asked: list[Asked], chat_format: ChatFormat, kwargs: dict[str, Any]
-) -> tuple[str, str]:
-    """Print whether the server writes prompts as in training.
-
-    Args:
-        kwargs: the chat_template_kwargs that a client sends; without any it is the server's
-            defaults that count.
+def check_rendering(server: Server, asked: list[Asked], chat_format: ChatFormat) -> tuple[str, str]:
+    """Print whether the server writes prompts as in training, if clients ask for nothing else.
 
     Returns:
         What is wrong, or "", and what could not be checked, or "".
     """
-    how = f"with {json.dumps(kwargs)}" if kwargs else "by its defaults"
     unlike: list[tuple[Example, list[int]]] = []
     for one in asked:
-        tokens, reason = rendered_by(server, one.example, kwargs)
+        tokens, reason = rendered_by(server, one.example, {})
         if reason:
             report("rendered", f"not checked, since {reason}")
             return "", (
@@ -411,18 +365,18 @@ def check_rendering(
         if tokens != one.example.prompt_ids:
             unlike.append((one.example, tokens))
     if not unlike:
-        report("rendered", f"{how} the server writes all {len(asked)} prompts as in training")
+        report("rendered", f"the server writes all {len(asked)} prompts as in training")
         return "", ""
     example, tokens = unlike[0]
     trained, there = where_they_part(example.prompt_ids, tokens, chat_format)
     report(
         "rendered",
-        f"{how} the server writes {len(unlike)} of {len(asked)} prompts otherwise\n"
+        f"the server writes {len(unlike)} of {len(asked)} prompts otherwise\n"
         f"{example.where} in training:    {trained}\n"
         f"{example.where} on the server:  {there}",
     )
     wanted = {"enable_thinking": chat_format.enable_thinking}
-    tokens, _ = rendered_by(server, example, kwargs | wanted)
+    tokens, _ = rendered_by(server, example, {"chat_template_kwargs": wanted})
     advice = "Give the server the chat template of the training, with --chat-template."
     if tokens == example.prompt_ids:
         text = json.dumps(wanted)
@@ -431,21 +385,19 @@ def check_rendering(
             f'send "chat_template_kwargs": {text}.'
         )
     return (
-        f"The prompt is rendered otherwise than in training, {how}: {there} instead of {trained}, "
-        f"so the adapter is asked what it was not trained on.\n{advice}"
+        f"The prompt is rendered otherwise than in training: {there} instead of {trained}, so the "
+        f"adapter is asked what it was not trained on.\n{advice}"
     ), ""
 
 
-def rendered_by(server: Server, example: Example, kwargs: dict[str, Any]) -> tuple[list[int], str]:
+def rendered_by(server: Server, example: Example, more: dict[str, Any]) -> tuple[list[int], str]:
     """Return the tokens of a prompt as the server writes it, and "", or why they cannot be had."""
     body = {
         "model": server.adapter,
         "messages": example.messages[:-1],
         "add_generation_prompt": True,
     }
-    if kwargs:
-        body["chat_template_kwargs"] = kwargs
-    status, answer = send(server, "/tokenize", body)
+    status, answer = send(server, "/tokenize", body | more)
     if status in (401, 403, 404, 405):
         return [], f"/tokenize is closed ({status})"
     if status != 200 or not isinstance(answer, dict):

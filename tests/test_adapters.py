@@ -599,23 +599,7 @@ def test_no_flag_is_needed_on_a_laptop(plain, capsys, held_out):
         assert (run.found["device"], run.found["dtype"]) == ("cpu", "float32")
 
 
-def test_a_gpu_that_does_not_work_is_said_and_the_cpu_taken(plain, capsys, held_out, monkeypatch):
-    prepare = adapters.prepare_device
-
-    def too_old(device, dtype):
-        if device == "cuda":
-            raise adapters.UserError("torch does not run on this GPU")
-        return prepare(device, dtype)
-
-    monkeypatch.setattr(adapters, "prepare_device", too_old)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    words = [word for word in SHORT if word not in ("--device", "cpu")]
-    run = measure(capsys, plain, held_out, *words)
-    assert "since the GPU does not work: torch does not run on this GPU" in run.said
-    assert run.found["device"] == "cpu"
-
-
-def test_a_gpu_that_was_asked_for_and_does_not_work_is_told(refused, plain, monkeypatch):
+def test_a_gpu_that_does_not_work_is_told(refused, plain, monkeypatch):
     """In the words of this command: the script would advise its own flags."""
 
     def no_gpu(device, dtype):
@@ -623,8 +607,8 @@ def test_a_gpu_that_was_asked_for_and_does_not_work_is_told(refused, plain, monk
 
     monkeypatch.setattr(adapters, "prepare_device", no_gpu)
     said = refused(plain, "--device", "cuda")
-    assert "--device cuda does not work here (torch sees no GPU (old driver))" in said
-    assert "--demo" not in said and "else the CPU" in said
+    assert "On cuda it cannot be measured (torch sees no GPU (old driver)). --device cpu" in said
+    assert "--demo" not in said
 
 
 # ==== Tokenizer and template
