@@ -78,8 +78,12 @@ class Adapter:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of every command that loads an adapter onto its base."""
-    add_base_arguments(parser)
+    """Add the adapter, and the flags of every command that loads it onto its base."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="a folder, or a name on the hub")
+    parser.add_argument(
+        "--base", help="the base model, if the adapter names none or a quantized copy"
+    )
+    parser.add_argument("--base_revision", help="its branch, tag or commit on the hub")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the base's weights")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one that works"
@@ -89,15 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="render prompts with enable_thinking, for an adapter that was trained so",
     )
-
-
-def add_base_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the adapter itself, and the flags that name its base."""
-    parser.add_argument("adapter", metavar="ADAPTER", help="a folder, or a name on the hub")
-    parser.add_argument(
-        "--base", help="the base model, if the adapter names none or a quantized copy"
-    )
-    parser.add_argument("--base_revision", help="its branch, tag or commit on the hub")
 
 
 def add_system_argument(parser: argparse.ArgumentParser) -> None:

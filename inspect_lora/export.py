@@ -23,7 +23,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from inspect_lora.common import InspectError, counted, one_line, report, this_program, write_json
+from inspect_lora.common import (
+    InspectError,
+    counted,
+    one_line,
+    report,
+    report_sentence,
+    this_program,
+    write_json,
+)
 from inspect_lora.files import (
     PREFIX,
     find_adapter,
@@ -76,7 +84,8 @@ def run(options: argparse.Namespace) -> None:
         server = Server(options, place)
         written = server.renamed(written)
         config |= server.names_in_config(written)
-    if options.rank or (options.vllm and has_patterns(config)):
+    has_patterns = bool(config.get("rank_pattern") or config.get("alpha_pattern"))
+    if options.rank or (options.vllm and has_patterns):
         config |= ranks_and_alphas(written)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +99,10 @@ def run(options: argparse.Namespace) -> None:
     except (OSError, SafetensorError) as error:
         raise InspectError(f"{folder} cannot be written ({one_line(error)}).") from error
     tell(options, folder, modules, written)
+    old, new = (one.get("base_model_name_or_path") for one in (saved.config, config))
+    if old != new:
+        report_sentence("base", f"its adapter_config.json names {new} now, not {old or 'none'}")
     if server:
-        report_base(saved.config, config)
         report("next", server.commands(folder, max(one.r for one in written)))
     else:
         report("next", f"{this_program()} info {shlex.quote(str(folder))}")
@@ -174,11 +185,6 @@ def is_right(written: Module, module: Module, scale: float) -> bool:
     values = scale * module.scaling * strongest_directions(module.a, module.b).sizes
     rounding = 8 * torch.finfo(written.b.dtype).eps * values.norm().item()
     return apart <= values[written.r :].norm().item() + rounding
-
-
-def has_patterns(config: dict[str, Any]) -> bool:
-    """Return whether some modules have a rank or an alpha of their own."""
-    return bool(config.get("rank_pattern") or config.get("alpha_pattern"))
 
 
 def ranks_and_alphas(modules: list[Module]) -> dict[str, Any]:
@@ -267,13 +273,6 @@ def tell(
         lines.append("each tensor has its place and shape in the base model, under its new name")
     lines.append("the file was read again, and each update is what it should be")
     report("written", "\n".join(lines))
-
-
-def report_base(before: dict[str, Any], config: dict[str, Any]) -> None:
-    """Say that the copy names another base model, if it does."""
-    old, new = (one.get("base_model_name_or_path") for one in (before, config))
-    if old != new:
-        report("base", f"its adapter_config.json names {new} now, and not {old or 'no model'}")
 
 
 # ---- Names for vLLM

@@ -320,7 +320,7 @@ def test_another_base_in_the_copy_is_told(of_wrapper, export, tmp_path):
     change_config(folder, base_model_name_or_path="someone/of-old", revision="abc")
     end = export(folder, tmp_path / "new", "--vllm", "--base", TINY)
     assert end.status == 0
-    assert f"base its adapter_config.json names {TINY} now, and not someone/of-old" in end.said
+    assert f"base its adapter_config.json names {TINY} now, not someone/of-old" in end.said
     config = json.loads((tmp_path / "new" / CONFIG).read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (TINY, None)
     assert "adapter_config.json names" not in export(of_wrapper, tmp_path / "same", "--vllm").said
