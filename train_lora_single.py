@@ -1387,6 +1387,7 @@ def make_plan(job: Job) -> Plan:
             for name, weight in trained.items()
         }
         try:
+            refuse_patterns_of_paths(config)
             check_names_for_vllm(planned, job.config)
         except UserError as error:
             plan.vllm_refuses = str(error)
@@ -2500,6 +2501,13 @@ def is_wrapper(config: transformers.PretrainedConfig) -> bool:
 def name_in_wrapper(name: str) -> str:
     """Return the name that a tensor of an adapter has in the hub's wrapper of the text model."""
     return name.replace(".model.model.layers.", ".model.model.language_model.layers.", 1)
+
+
+def refuse_patterns_of_paths(config: peft.LoraConfig) -> None:
+    """Raise UserError if a pattern would find nothing among the names that vLLM applies."""
+    for key in (*config.rank_pattern, *config.alpha_pattern):
+        if "layers" in key:
+            raise UserError(f"the pattern {key} is for the names of the text model")
 
 
 def check_names_for_vllm(

@@ -216,6 +216,7 @@ OUTPUTS = 1024 + 256 + 256 + 64 + 2 * (192 + 192 + 64)  # of all targets' matric
 EDITED = {  # the field, what PEFT then trains, and why vLLM does not serve it
     "use_dora=True": (PLAIN + OUTPUTS, "DoRA"),
     'rank_pattern={"q_proj": 16}, alpha_pattern={"q_proj": 8}': (PLAIN + 8 * (1024 + 64), ""),
+    'rank_pattern={"layers.0.mlp.up_proj": 16}': (PLAIN + 8 * (64 + 192), "of the text model"),
     "use_rslora=True, layers_to_transform=[1]": (PLAIN - 8 * 3 * (192 + 64), ""),
     'modules_to_save=["lm_head"]': (PLAIN + 2048 * 64, "fully trained modules"),
     "trainable_token_indices=[5, 6]": (PLAIN + 2 * 64, "fully trained modules"),
@@ -237,7 +238,7 @@ def test_an_edited_loraconfig_is_planned_trained_and_verified(fields, tmp_path, 
     wanted = eval(f"dict({fields})")
     assert {name: record["lora_config"][name] for name in wanted} == wanted
     assert record["plan"]["trainable"] == count
-    if "rank_pattern" in fields:
+    if "q_proj" in fields:
         assert record["plan"]["max_rank"] == 16 and "--max-lora-rank 16 " in commands[0]
         assert re.search(r"(?m)^ +q_proj .* 16x64 .* 0\.5$", out)
     # PEFT alone loads it, and it does something.
