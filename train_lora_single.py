@@ -661,7 +661,6 @@ class Example:
     row: dict[str, Any] = field(default_factory=dict)  # the conversation as it is in the file
     prompt_ids: list[int] = field(default_factory=list)  # tokens that are only read
     reply_ids: list[int] = field(default_factory=list)  # tokens that are learned, with the end
-    is_last: bool = True  # whether no reply follows in its conversation
 
     @property
     def input_ids(self) -> list[int]:
@@ -673,12 +672,6 @@ class Example:
         """The text of the system message, or an empty one."""
         first = self.messages[0]
         return first["content"] if first["role"] == "system" else ""
-
-    @property
-    def extra(self) -> dict[str, Any]:
-        """What the line has beside its messages, such as a kind."""
-        of_forms = {key for keys in FORMS for key in keys} | {"input", "system", "history"}
-        return {key: value for key, value in self.row.items() if key not in of_forms}
 
 
 @dataclass(frozen=True)
@@ -989,10 +982,7 @@ def examples_of(
     places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     if replies == "last":
         places = places[-1:]
-    return [
-        Example(where, messages[: place + 1], row, is_last=place == len(messages) - 1)
-        for place in places
-    ]
+    return [Example(where, messages[: place + 1], row) for place in places]
 
 
 def problems_as_text(problems: list[Problem]) -> str:

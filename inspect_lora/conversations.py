@@ -93,10 +93,11 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
     if problems:
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.")
     checked, bad = [], []
-    for example in examples:
-        if example.is_last and "checks" in example.extra:
+    last = {example.where: example for example in examples}  # of each conversation
+    for example in last.values():
+        if example.row.get("checks") is not None:
             try:
-                checks = read_checks(example.extra["checks"])
+                checks = read_checks(example.row["checks"])
                 checked.append(Task(example.where, example.messages[:-1], checks))
             except ValueError as error:
                 bad.append(f"{example.where}: {error}")

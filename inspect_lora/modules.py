@@ -336,56 +336,90 @@ def extras_of(saved: SavedAdapter) -> list[tuple[str, str]]:
     megabytes = sum(saved.tensors[name].nbytes for name in whole) / 1e6
     known = {*lengths, *biases, *whole}.union(*(one.names for one in saved.modules))
     unknown = [name for name in names if name not in known]
-    outside = [one.name for one in saved.modules if is_left_out(config, one)]
+    outside = [one for one in saved.modules if is_left_out(config, one)]
+    outside = [one.name for one in outside if not one.is_zero]  # others would change nothing
     are_matrices = all(saved.tensors[name].dim() == 2 for m in saved.modules for name in m.names)
-    is_elsewhere = config.get("target_parameters") or any("lora_embedding_" in n for n in names)
-    table = {
-        "measuring, scaling": {
+    has_embeddings = any("lora_embedding_" in name for name in names)
+    is_elsewhere = has_embeddings or bool(config.get("target_parameters"))
+    rows = [
+        (
+            "measuring, scaling",
+            start.lower().startswith(CHANGES_THE_BASE),
             f"began with init_lora_weights = {start}, which changed the base model's own weights: "
             "on the plain base, as in other programs, it is wrong. PEFT's save_pretrained makes "
-            "plain LoRA of it (path_initial_model_for_weight_conversion)": (
-                start.lower().startswith(CHANGES_THE_BASE)
-            ),
+            "plain LoRA of it (path_initial_model_for_weight_conversion)",
+        ),
+        (
+            "measuring, scaling",
+            bias != "none",
             f"trained biases of the base (bias = {bias}), which stay changed where it is switched "
-            "off, and which vLLM refuses": bias != "none",
+            "off, and which vLLM refuses",
+        ),
+        (
+            "measuring, scaling",
+            bool(lengths) and not is_dora,
             "holds lora_magnitude_vector, as DoRA does, but use_dora is not set, so PEFT leaves "
-            "these out without a word": lengths and not is_dora,
+            "these out without a word",
+        ),
+        (
+            "measuring, scaling",
+            bool(unknown),
             f"holds {counted(len(unknown), 'tensor')} under names that PEFT does not look for, so "
-            f"it leaves them out without a word ({listed(unknown)})": unknown,
+            f"it leaves them out without a word ({listed(unknown)})",
+        ),
+        (
+            "measuring, scaling",
+            bool(outside),
             f"holds {counted(len(outside), 'module')} outside target_modules, or in the layers or "
             f"modules that are excluded ({listed(outside)}). PEFT does not apply them, mostly "
-            "without a word; other programs do": outside,
-        },
-        "measuring": {
-            f"is for another task than replying ({task})": task != "CAUSAL_LM",
-            "repeats layers (layer_replication), so it needs another model than its base": (
-                config.get("layer_replication")
-            ),
+            "without a word; other programs do",
+        ),
+        ("measuring", task != "CAUSAL_LM", f"is for another task than replying ({task})"),
+        (
+            "measuring",
+            bool(config.get("layer_replication")),
+            "repeats layers (layer_replication), so it needs another model than its base",
+        ),
+        (
+            "measuring",
+            bool(config.get("alora_invocation_tokens")),
             "is an activated LoRA, which works only after its invocation tokens, and none are sent "
-            "here": config.get("alora_invocation_tokens"),
+            "here",
+        ),
+        (
+            "measuring",
+            is_dora and len(lengths) < len(saved.modules),
             f"is DoRA of {counted(len(saved.modules), 'module')}, but its file holds "
-            f"lora_magnitude_vector of {len(lengths)}: PEFT takes the base's own lengths "
-            "instead": is_dora and len(lengths) < len(saved.modules),
-        },
-        "parts, scaling": {
+            f"lora_magnitude_vector of {len(lengths)}: PEFT takes the base's own lengths instead",
+        ),
+        (
+            "parts, scaling",
+            bool(whole),
             f"holds {counted(len(whole), 'whole tensor')} besides LoRA ({listed(whole)}; "
             f"{megabytes:.1f} MB), for the base's own. vLLM does not serve such an adapter; merge "
-            "it into its base": whole
-        },
-        "scaling": {
+            "it into its base",
+        ),
+        (
+            "scaling",
+            is_dora,
             "is DoRA: the length of each row of W was trained as well, so B A is not the whole "
-            "update. vLLM refuses DoRA; merge it into its base to serve it": is_dora,
-            "has biases of B (lora_bias), which vLLM refuses": biases,
+            "update. vLLM refuses DoRA; merge it into its base to serve it",
+        ),
+        ("scaling", bool(biases), "has biases of B (lora_bias), which vLLM refuses"),
+        (
+            "scaling",
+            is_elsewhere or not are_matrices,
             "has LoRA on other things than linear layers: embeddings, convolutions, or experts "
-            "that share A or B": is_elsewhere or not are_matrices,
+            "that share A or B",
+        ),
+        (
+            "scaling",
+            any(".default." in name for name in names),
             "has the names of a state_dict(), with .default. in them, which PEFT finds only if it "
-            "calls the adapter so, and others not at all; write it with save_pretrained()": (
-                any(".default." in name for name in names)
-            ),
-        },
-    }
-    rows = [(prevents, row) for prevents, clauses in table.items() for row in clauses.items()]
-    return [(prevents, clause) for prevents, (clause, is_so) in rows if is_so]
+            "calls the adapter so, and others not at all; write it with save_pretrained()",
+        ),
+    ]
+    return [(prevents, clause) for prevents, is_so, clause in rows if is_so]
 
 
 def listed(names: list[str]) -> str:
@@ -405,8 +439,6 @@ def is_left_out(config: dict[str, Any], module: Module) -> bool:
     """
     wanted, layers = config.get("target_modules"), config.get("layers_to_transform")
     paths = (module.name, path_in_text_model(module.name))
-    if module.is_zero:
-        return False  # it would change nothing
     if any(is_named(config.get("exclude_modules") or [], path) for path in paths):
         return True
     if not wanted or wanted == "all-linear" or config.get("target_parameters"):

@@ -208,5 +208,5 @@ def choose_samples(examples: list[Example], group: str, wanted: int) -> list[Exa
 
 def group_of(example: Example, group: str) -> str:
     """Return what the example's line has under the key that groups lines, or ""."""
-    value = example.extra.get(group)
+    value = example.row.get(group)
     return "" if value is None else str(value)

@@ -111,8 +111,8 @@ def test_all_forms_give_the_same_examples(layout):
     assert problems == [] and [one.messages for one in examples] == [SAID] * len(FORMS)
     where = "data.jsonl:{}" if layout == "lines" else "data.jsonl, entry {}"
     assert [one.where for one in examples] == [where.format(n + 1) for n in range(len(FORMS))]
-    assert [one.extra for one in examples] == [{"kind": name} for name in FORMS]
-    assert all(one.system_message == "Be kind." and one.is_last for one in examples)
+    assert [one.row["kind"] for one in examples] == [*FORMS]
+    assert all(one.system_message == "Be kind." for one in examples)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -147,8 +147,6 @@ def test_messages_teach_each_reply_and_the_other_forms_the_last():
     assert learned(line(messages=said)) == learned(line(**sharegpt(said))) == each
     assert learned(line(prompt=said[:4], completion=said[4:])) == [said]
     assert learned(line(messages=said), replies="last") == [said]
-    examples, _ = read(line(messages=said))
-    assert [one.is_last for one in examples] == [False, True]
     assert learned(line(instruction="Hello?", input="", output="Hi.")) == [hello()]
 
 

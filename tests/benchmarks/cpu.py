@@ -159,7 +159,7 @@ def loss_of_adapter(model: str, run: Path, options: Options) -> float:
     lines = shipped_lines(HELD_OUT, 2 if options.tiny else 32)
     data = write_lines(options.folder / "held_out.jsonl", lines)
     flags = ["--model_name", model, "--train_file", str(data), "--eval_file", ""]
-    examples = prepared_job(*flags).train
+    examples = prepared_job(*flags).examples
     adapter = run / "final_lora" if (run / "final_lora").is_dir() else run
     with quiet():
         base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="float32")
