@@ -157,7 +157,7 @@ def show_change(ledger: Ledger, job: t.Job, tasks: list[conversations.Task], wan
         first = [{"role": "system", "content": system}] if system else []
         prompts = [
             job.chat_format.prompt_ids(
-                (first if not task.has_own_system_message() else []) + task.messages
+                (first if task.messages[0]["role"] != "system" else []) + task.messages
             )
             for task in some
         ]
