@@ -302,7 +302,7 @@ def training_config(job: Job) -> trl.SFTConfig:
     )
 
 
-def build_trainer(job: Job) -> LoraTrainer:
+def build_trainer(job: Job) -> RunTrainer:
     """Load the base model and return a trainer whose model has LoRA in it.
 
     LoRA is added by SFTTrainer's peft_config alone. Do not also call PEFT's get_peft_model(): LoRA
@@ -313,7 +313,7 @@ def build_trainer(job: Job) -> LoraTrainer:
     model = load_model(settings.MODEL_NAME, settings.MODEL_REVISION, settings.DTYPE, device)
     if job.products == "float16":
         model = use_float16_products(model)  # see FLOAT16 PRODUCTS
-    trainer = LoraTrainer(
+    trainer = RunTrainer(  # a LoraTrainer that also evaluates and saves, see TRAINING
         job,
         model=model,
         peft_config=lora_config(settings),
@@ -322,18 +322,17 @@ def build_trainer(job: Job) -> LoraTrainer:
         eval_dataset=to_dataset(job.held_out) if job.held_out else None,
         processing_class=job.chat_format.tokenizer,
     )
-    trainer.add_callback(RunEvents(trainer))  # prints, checks, saves and stops, see TRAINING
+    trainer.add_callback(RunEvents(trainer))  # prints, checks and stops, see TRAINING
     trainer.remove_callback(transformers.PrinterCallback)  # would print dictionaries
     return trainer
 
 
 class LoraTrainer(trl.SFTTrainer):
-    """TRL's trainer with a step in as few parts as fit in memory; each method says why."""
+    """TRL's trainer with a step in as few parts as fit in memory."""
 
     def __init__(self, job: Job, **given: Any) -> None:
-        """Remember the job, and the order in which its examples are seen."""
+        """Remember the job."""
         self.job = job
-        self.sampler = LikeLengthsSampler(job)
         super().__init__(**given)
 
     def training_step(
@@ -375,31 +374,6 @@ class LoraTrainer(trl.SFTTrainer):
         """
         loss = reply_losses(model, inputs).sum() / num_items_in_batch
         return loss * self.accelerator.num_processes  # DDP takes the mean over the processes
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
-        metrics = {"eval_loss": held_out_loss(self.model, self.job, self.state.global_step)}
-        self.log(metrics)
-        handler = self.callback_handler
-        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _get_train_sampler(
-        self, train_dataset: datasets.Dataset | None = None
-    ) -> LikeLengthsSampler:
-        """Return our order; Trainer's group_by_length has no seed, so it could not be resumed."""
-        return self.sampler
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the adapter alone; Trainer would add training_args.bin, a pickle.
-
-        Only the main process saves. Without the argument PEFT would contact the hub.
-        """
-        if self.args.should_save:
-            self.model.save_pretrained(output_dir, save_embedding_layers=False)
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Do nothing: TRL's card does not describe the run, and publish() writes one that does."""
 
 
 def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -1598,7 +1572,7 @@ def in_order_of_settings(targets: list[str], settings: argparse.Namespace) -> li
 #   While it is moved into its place, which takes a moment, a signal waits.
 
 
-def train(trainer: LoraTrainer, job: Job) -> None:
+def train(trainer: RunTrainer, job: Job) -> None:
     """Train to the end; a signal raises Stopped after the step's checkpoint."""
     if job.checkpoint and step_of(job.checkpoint) >= job.plan.steps:
         # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
@@ -1640,6 +1614,40 @@ def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
                 f"training_config(): {name} must stay {value!r}, since this script's own step, "
                 "loss or records depend on it."
             )
+
+
+class RunTrainer(LoraTrainer):
+    """LoraTrainer with this script's order of the examples, held-out loss, and way to save."""
+
+    def __init__(self, job: Job, **given: Any) -> None:
+        """Decide the order of the examples."""
+        self.sampler = LikeLengthsSampler(job)
+        super().__init__(job, **given)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
+        metrics = {"eval_loss": held_out_loss(self.model, self.job, self.state.global_step)}
+        self.log(metrics)
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(
+        self, train_dataset: datasets.Dataset | None = None
+    ) -> LikeLengthsSampler:
+        """Return our order; Trainer's group_by_length has no seed, so it could not be resumed."""
+        return self.sampler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the adapter alone; Trainer would add training_args.bin, a pickle.
+
+        Only the main process saves. Without the argument PEFT would contact the hub.
+        """
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Do nothing: TRL's card does not describe the run, and publish() writes one that does."""
 
 
 def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
@@ -1755,7 +1763,7 @@ class RunEvents(transformers.TrainerCallback):
     and its control (whether to save now).
     """
 
-    def __init__(self, trainer: LoraTrainer) -> None:
+    def __init__(self, trainer: RunTrainer) -> None:
         """Begin without losses to print."""
         self.job, self.sampler = trainer.job, trainer.sampler
         self.accelerator = trainer.accelerator
@@ -1892,7 +1900,7 @@ class MemoryLimits:
         return max(self.tokens_at_once, self.tokens_at_once_recomputed)
 
 
-def find_what_fits(trainer: LoraTrainer, job: Job) -> None:
+def find_what_fits(trainer: RunTrainer, job: Job) -> None:
     """Find by trying how many tokens fit in the GPU's memory at once; on a CPU, a whole step."""
     model = trainer.model
     longest, whole_step = most_tokens(job)
@@ -1946,7 +1954,7 @@ def most_tokens(job: Job) -> tuple[int, int]:
     return longest, longest * examples
 
 
-def try_what_fits(trainer: LoraTrainer, longest: int, whole_step: int) -> MemoryLimits:
+def try_what_fits(trainer: RunTrainer, longest: int, whole_step: int) -> MemoryLimits:
     """Return how many tokens fit; recomputation is tried only if a single example needs it."""
     kept = largest_that_fits(lambda n: pass_fits(trainer, n, longest, False), whole_step)
     if kept >= longest:
@@ -1957,7 +1965,7 @@ def try_what_fits(trainer: LoraTrainer, longest: int, whole_step: int) -> Memory
     return MemoryLimits(kept, recomputed)
 
 
-def pass_fits(trainer: LoraTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
+def pass_fits(trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
     """Return whether a forward and a backward pass over so many tokens find their memory.
 
     The trial is at least as hard as any step of so many tokens: its rows are at least as long as
@@ -2415,7 +2423,7 @@ def file_fingerprints(folder: Path) -> list[tuple[str, int, str]]:
 # earlier run left is renamed, never overwritten.
 
 
-def publish(trainer: LoraTrainer, job: Job) -> None:
+def publish(trainer: RunTrainer, job: Job) -> None:
     """Write the adapter beside its place, verify it, and move it in."""
     if job.settings.DEVICE == "cuda":
         torch.cuda.empty_cache()
