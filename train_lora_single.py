@@ -209,7 +209,7 @@ class Job:
     held_out_content: bytes = b""  # what held_out.jsonl gets, with an EVAL_FILE like "10%"
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
-    products: str = "native"  # or "float16"
+    products: str = "native"  # how frozen weights are multiplied; or "float16"
 
     # From resume_or_begin(): what an earlier run has done.
     checkpoint: Path | None = None  # the one to resume from
@@ -224,7 +224,7 @@ class Job:
     peak_gib: float = 0.0  # GPU memory that torch had in use at the most
 
     # From catch_signals().
-    signals_wait: bool = False  # while what was begun must be finished and saved
+    signals_wait: bool = False  # a signal is remembered, and obeyed after the next save
     stop_signal: int = 0  # the signal that asks the run to stop
 
     # From publish().
@@ -281,9 +281,9 @@ def training_config(job: Job) -> trl.SFTConfig:
         lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
         # Rounded down: TRL would round up, and the first step of a warm-up has the rate 0.
         warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
-        per_device_train_batch_size=examples_per_step(settings) // processes,  # a whole step
+        per_device_train_batch_size=examples_per_step(settings) // processes,  # its share of a step
         gradient_accumulation_steps=1,  # training_step() divides it
-        activation_checkpointing=False,  # also called gradient checkpointing; see MEMORY
+        activation_checkpointing=False,  # the new name of gradient checkpointing
         bf16=False,  # no autocast: the weights have their type already
         use_cpu=settings.DEVICE == "cpu",
         dataset_kwargs={"skip_prepare_dataset": True},  # TRL must not render or pack
@@ -316,7 +316,7 @@ def build_trainer(job: Job) -> RunTrainer:
     trainer = RunTrainer(  # a LoraTrainer that also evaluates and saves, see TRAINING
         job,
         model=model,
-        peft_config=lora_config(settings),
+        peft_config=lora_config(settings),  # PEFT makes A and B in float32
         args=training_config(job),
         train_dataset=to_dataset(job.examples),  # see TOKENS
         eval_dataset=to_dataset(job.held_out) if job.held_out else None,
@@ -343,8 +343,8 @@ class LoraTrainer(trl.SFTTrainer):
     ) -> torch.Tensor:
         """Send the examples of a step through the model, and return their loss.
 
-        The loss is a sum over tokens. So apart from dropout and rounding the gradient is the same,
-        however the step is divided.
+        It is a sum over tokens, divided by their number in the whole step. So apart from dropout
+        and rounding the gradient is the same, however the step is divided.
         """
         model.train()
         # What fits was found before, see MEMORY.
@@ -352,7 +352,7 @@ class LoraTrainer(trl.SFTTrainer):
         total = torch.zeros((), device=self.args.device)
         for number, (part, is_recomputed) in enumerate(parts, 1):
             set_recomputation(self.model, is_recomputed)
-            is_last = number == len(parts)  # then several processes add up their gradients
+            is_last = number == len(parts)  # only then do processes exchange gradients
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                 loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
                 self.accelerator.backward(loss)
@@ -420,10 +420,10 @@ def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
 def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     """Stop unless exactly the planned weights are trainable, all of them in float32.
 
-    The plan has their names, shapes and the total, which PEFT has counted on a skeleton. For
-    Qwen3.5-4B and the settings above the trained share is 0.2518 %.
+    The plan has their names, shapes and number, as PEFT has them in a copy of the model without
+    weights. For Qwen3.5-4B and the settings above the trained share is 0.2518 %.
     """
-    trainable = {  # the skeleton's names have no prefix
+    trainable = {
         name.removeprefix("base_model.model."): weight
         for name, weight in model.named_parameters()
         if weight.requires_grad
@@ -437,7 +437,7 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
         raise UserError(
             f"LoRA is not in place as planned: {share}, but {plan.trainable:,} of {plan.total:,} "
             f"were planned. The difference is in "
-            f"{join_limited(different, 3, ', ') or 'frozen weights that were added'}."
+            f"{join_limited(different, 3, ', ') or 'the frozen weights'}."
         )
     narrow = [name for name, weight in trainable.items() if weight.dtype != torch.float32]
     if narrow:
@@ -810,7 +810,7 @@ def messages_of(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
     messages = messages_of_alpaca(row) if form == ALPACA else messages_in_lists(row, form)
     if form == SHAREGPT:
         messages = [message_of_sharegpt(one) for one in messages]
-    if row.get("system"):
+    if row.get("system", "") != "":
         messages.insert(0, {"role": "system", "content": row["system"]})
     return form, messages
 
@@ -834,7 +834,7 @@ def messages_of_alpaca(row: dict[str, Any]) -> list[Any]:
     """Return the messages of a line in the Alpaca form; its input follows the instruction."""
     if row.get("history"):
         raise ValueError('the key "history" is not understood; write it as "messages"')
-    asked = [row["instruction"], row.get("input") or ""]
+    asked = [row["instruction"], row.get("input", "")]
     question: Any = asked  # a list, which the check of the messages refuses
     if all(isinstance(text, str) for text in asked):
         question = "\n".join(asked).strip()
@@ -851,6 +851,8 @@ def message_of_sharegpt(turn: Any) -> Any:
     """Return a message of the ShareGPT form with "role" and "content"; an unknown role stays."""
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         return turn
+    if "role" in turn or "content" in turn:
+        return turn  # nobody knows which of them counts, so the check will refuse it
     sender = turn["from"]
     role = SHAREGPT_ROLES.get(sender, sender) if isinstance(sender, str) else sender
     others = {key: value for key, value in turn.items() if key not in ("from", "value")}
@@ -1602,10 +1604,16 @@ def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
         "fp16": False,
         "average_tokens_across_devices": True,
         "auto_find_batch_size": False,
+        "dataloader_drop_last": False,
+        "max_length": None,
+        "logging_strategy": "steps",
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,
         "eval_strategy": "epoch" if job.held_out else "no",
         "save_strategy": "epoch",
         "save_total_limit": None,
+        "save_only_model": False,
+        "ignore_data_skip": False,
         "load_best_model_at_end": False,
     }
     for name, value in needed.items():
@@ -2080,14 +2088,12 @@ def resume_or_begin(job: Job) -> None:
         newest = newest_checkpoint(folder)
         record = finished_record(job.output)
         differences = what_differs(before, now) if before and newest else []
-        # The hub's branch may have moved on since; that is no wish to train again.
-        is_only_the_commit = len(differences) == 1 and " MODEL_REVISION " in differences[0]
         if before and newest and not differences:
             check_that_it_can_be_read(newest)
             job.checkpoint = newest
             job.history = json.loads((newest / "trainer_state.json").read_bytes())["log_history"]
             job.is_finished = record is not None and record["published"] == epoch_to_publish(job)
-        elif differences and (record is None or is_only_the_commit):
+        elif differences and (record is None or not is_meant_to_differ(record, job)):
             raise UserError(
                 f"{newest} was made with other settings, data or model, so it cannot be resumed:\n"
                 + join_limited(differences)
@@ -2170,6 +2176,22 @@ def finished_record(output: Path) -> dict[str, Any] | None:
     return record if is_the_same else None
 
 
+def is_meant_to_differ(record: dict[str, Any], job: Job) -> bool:
+    """Return whether the user has changed the settings, the data or the script since a run.
+
+    If not, the hub's branch has moved on, a library is another version, or the chat template prints
+    the day. That is no reason to train a finished job again.
+    """
+    of_files = {"TRAIN_FILE", "EVAL_FILE"}  # whose contents are compared below
+    for name in setting_types().keys() - MAY_CHANGE_ON_RESUME - {"MODEL_REVISION"} - of_files:
+        if record["settings"].get(name) != getattr(job.settings, name):
+            return True
+    for which, facts in job.data.items():
+        if (record["data"].get(which) or {}).get("sha256") != (facts or {}).get("sha256"):
+            return True
+    return record["script_sha256"] != script_sha256()
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that was written to its end, or None.
 
@@ -2223,8 +2245,9 @@ def start_fresh(job: Job, now: dict[str, Any]) -> None:
     if is_dangling or checkpoints_in(folder):  # of a finished run, or unusable
         rename_old(folder)
     rename_old(job.output / "run.json")
-    if not job.held_out_content:
-        rename_old(job.output / "held_out.jsonl")
+    held_out = job.output / "held_out.jsonl"
+    if not job.held_out_content and not is_same_file(job.settings.EVAL_FILE, str(held_out)):
+        rename_old(held_out)
     folder.mkdir(exist_ok=True)
     write_json(folder / "job.json", now)
 
@@ -2909,6 +2932,7 @@ def sums_fit(weight: torch.Tensor) -> bool:
 def find_device(settings: argparse.Namespace) -> str:
     """Return the device's name, or raise UserError if it cannot be used; a dry run needs none."""
     if settings.dry_run:
+        forget_other_launches()
         forbid_gpu_packages()
         return ""
     name = prepare_device(settings.DEVICE, settings.DTYPE)
@@ -2938,12 +2962,7 @@ def prepare_device(device: str, dtype: str) -> str:
         device: "cuda" or "cpu".
         dtype: the type of the weights that it must multiply.
     """
-    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
-    left_over = [name for name in os.environ if name.startswith("ACCELERATE_")]
-    if not is_launched:
-        left_over += ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
-    for name in left_over:  # from other work or a configuration, they would change this run
-        os.environ.pop(name, None)
+    is_launched = forget_other_launches()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -2980,6 +2999,20 @@ def prepare_device(device: str, dtype: str) -> str:
         ) from error
     report("device", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free")
     return name
+
+
+def forget_other_launches() -> bool:
+    """Return whether a launcher has started this process; remove what others left behind.
+
+    These variables of other work, or of a configuration, would change this run.
+    """
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    left_over = [name for name in os.environ if name.startswith("ACCELERATE_")]
+    if not is_launched:
+        left_over += ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
+    for name in left_over:
+        os.environ.pop(name, None)
+    return is_launched
 
 
 def forbid_gpu_packages() -> None:

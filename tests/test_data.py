@@ -228,6 +228,11 @@ REFUSED = [
         {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi", "weight": 0}]),
      ['message 2, "weight"', "not permitted"]),
     ("Alpaca with history", line(instruction="a", output="b", history=[["c", "d"]]), ["history"]),
+    ("ShareGPT with two contents", line(conversations=[
+        {"from": "human", "value": "Hi", "content": "Bye"}, {"from": "gpt", "value": "Hi"}]),
+     ["message 1", "Field required"]),
+    ("Alpaca's input is 0", line(instruction="a", input=0, output="b"), ['message 1, "content"']),
+    ("a system message of 0", line(messages=talk("ua"), system=0), ['message 1, "content"']),
     ("Alpaca's numbers", line(instruction=1, output="b"), ['message 1, "content"']),
     ("Alpaca without output", line(instruction="a", output=None), ["instruction", "messages"]),
     ("a long text", line(**{"k" * 9_999: "v" * 9_999}), ["kkkkkkkk", "messages"]),

@@ -790,15 +790,20 @@ def test_a_job_whose_adapter_is_gone_publishes_it_again(
     )
 
 
-def test_a_finished_job_is_not_trained_again_since_the_hubs_branch_moved_on(
-    flags, finished, tmp_path, capfd
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [("MODEL_REVISION", "older"), ("the tokens of TRAIN_FILE", "of yesterday"), ("NEW", "1")],
+)
+def test_a_finished_job_is_not_trained_again_unless_the_user_changed_something(
+    flags, finished, tmp_path, capfd, name, before
 ):
+    """The hub's branch, a date in the chat template or a library may change by themselves."""
     output = shutil.copytree(finished, tmp_path / "output")
     path = output / "checkpoints" / "job.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"MODEL_REVISION": "older"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: before}))
     left = files(output)
     assert run(command(flags, output, "--publish", "best")) == 1
-    assert "MODEL_REVISION was older and is now main" in capfd.readouterr().err
+    assert f"{name} was {before} and " in capfd.readouterr().err
     assert files(output) == left
 
 
@@ -811,6 +816,10 @@ def test_what_was_held_out_before_does_not_lie_beside_another_jobs_results(flags
     assert run([*flags, "--eval_file", ""]) == 0
     (aside,) = output.glob("held_out.jsonl*")
     assert aside.name != "held_out.jsonl" and aside.read_bytes() == kept
+    # One that is read again stays where it is.
+    aside.rename(output / "held_out.jsonl")
+    assert run([*flags, "--eval_file", output / "held_out.jsonl"]) == 0
+    assert (output / "held_out.jsonl").read_bytes() == kept
 
 
 def test_another_job_renames_all_that_a_finished_one_left(flags, finished, tmp_path):

@@ -610,6 +610,13 @@ def test_what_a_launcher_left_behind_changes_nothing(flags, finished, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "output" / ADAPTER).read_bytes() == (finished / ADAPTER).read_bytes()
+    dry = run_in_a_fork(
+        [sys.executable, "train_lora_single.py", *flags, "--dry_run"],
+        cwd=Path.cwd(),
+        env=os.environ | left,
+        first=forget,
+    )
+    assert dry.returncode == 0, dry.stderr
     assert "\ndone " in (tmp_path / "output" / "all_logs.log").read_text(encoding="utf-8")
     # What libraries say does not reach the console: neither warnings nor dictionaries of losses.
     assert "Warning" not in done.stdout + done.stderr and "{'" not in done.stdout
@@ -625,6 +632,8 @@ def test_what_a_launcher_left_behind_changes_nothing(flags, finished, tmp_path):
         "save_total_limit=1",
         "average_tokens_across_devices=False",
         "load_best_model_at_end=True",
+        "save_only_model=True",
+        "max_length=256",
         'eval_strategy="no"',
     ],
 )
