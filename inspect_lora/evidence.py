@@ -43,7 +43,7 @@ from inspect_lora.elsewhere import about_change, about_strength, measure_elsewhe
 from inspect_lora.files import Run, find_adapter, find_run
 from inspect_lora.parts import conclusions, measure_parts, measure_updates, what_is_not_measured
 from inspect_lora.picture import draw_picture
-from inspect_lora.replies import ask_checked, choose_samples, take_samples
+from inspect_lora.replies import about_endings, ask_checked, choose_samples, take_samples
 from inspect_lora.report import (
     Findings,
     as_json_object,
@@ -100,7 +100,8 @@ def run(options: argparse.Namespace) -> None:
     adapter = open_adapter(options, place, trained_by)
     examples = encode_held_out(held_out, adapter, options)
     system_message = system_message_of(options, trained_by)
-    if options.system is None and not trained_by:  # then it is the one that all lines share
+    is_guessed = options.system is None and not trained_by
+    if is_guessed:
         shared = {example.system_message for example in examples}
         system_message = shared.pop() if len(shared) == 1 else ""
     refuse_system_message(system_message, adapter.chat_format)
@@ -112,7 +113,9 @@ def run(options: argparse.Namespace) -> None:
             f"Nothing can be written into {folder} ({error}); choose another folder with "
             "--output_dir."
         ) from error
-    found = Findings(options.adapter, adapter, held_out, options.group, system_message, examples)
+    found = Findings(
+        options.adapter, adapter, held_out, options.group, system_message, is_guessed, examples
+    )
     if options.general_file:
         path = Path(options.general_file)
         found.general_file = {"file": str(path), "sha256": file_sha256(path)}
@@ -172,15 +175,18 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         checked = [checked[number] for number in evenly_spread(len(checked), options.checks)]
     if checked:
         lines = counted(len(checked), "line")
-        report("checks", f"{lines}, two replies to each; --checks 0 leaves them out")
+        several = "(a line may have several checks)"
+        report("checks", f"{lines}, two replies to each {several}; --checks 0 leaves them out")
         with timed(found, "checks"):
             found.checks, found.checked_replies = ask_checked(model, chat_format, checked)
         print_checks(found)
-    print_conclusions(found)
     chosen = choose_samples(found.examples, options.group, options.samples)
     if chosen:
         with timed(found, "samples"):
             found.samples = take_samples(model, chat_format, chosen, options.max_new_tokens)
+        if sentence := about_endings(found.samples, options.max_new_tokens):
+            found.conclusions.insert(0, sentence)
+    print_conclusions(found)
     found.is_finished = True
 
 

@@ -294,8 +294,8 @@ def about_alpha(parts: list[Part]) -> str:
         return f"alpha: too few held-out replies to tell whether another strength is better{MORE}."
     if not better:
         return (
-            "alpha: right for the loss: no other strength is clearly better by over "
-            f"{100 * WORTH_REPORTING:.0f} % of the gain."
+            "alpha: no other strength of this update has a clearly lower loss (by over "
+            f"{100 * WORTH_REPORTING:.0f} % of the gain)."
         )
     best = min(better, key=lambda part: part.loss)
     if float(best.value) < 1:
@@ -324,8 +324,8 @@ def about_targets(parts: list[Part]) -> str:
         )
     if "unclear" in verdicts.values():
         return f"targets: too few held-out replies to tell whether one group would do alone{MORE}."
-    listed = ", ".join(f"{part.value} {part.share()}" for part in groups)
-    return f"targets: no group alone keeps the whole gain, by a clear difference: {listed}."
+    listed = ", ".join(f"{part.value} keeps {part.share()}" for part in groups)
+    return f"targets: each group alone clearly loses some of the gain: {listed}."
 
 
 def cut_that_is_enough(cuts: list[Part]) -> Part | None:

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from inspect_lora.common import shorten_path
 from inspect_lora.elsewhere import Shift
@@ -19,6 +20,7 @@ from inspect_lora.report import Findings, headline
 # A README shows it at 900 pixels or fewer, where the letters must be legible still.
 LOOK = {"font.size": 13, "axes.titlesize": 15, "figure.titlesize": 15, "axes.titleweight": "bold"}
 COLOURS = {"group": "C0", "target": "0.75", "cut": "C1"}  # one for each kind of part
+LEGEND = {"group": "group alone", "target": "target alone", "cut": "cut"}
 
 
 def draw_picture(found: Findings, path: Path) -> bool:
@@ -89,7 +91,7 @@ def draw_gain_and_change(axes: Axes, parts: list[Part], shifts: dict[float, Shif
     axes.margins(x=0.16, y=0.14)  # room for the names
     axes.set(
         xlabel="change on other tasks (KL), nats a token",
-        ylabel="% of the gain",
+        ylabel=f"% of the gain, {len(parts[0].losses)} replies",
         title="Gain and change by strength",
     )
 
@@ -119,7 +121,12 @@ def draw_parts(axes: Axes, parts: list[Part]) -> None:
     axes.axvline(100, color="0.3", linestyle="--", linewidth=1)
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=11)
-    axes.set(xlabel="% of the gain", title="What each part keeps")
+    axes.set(xlabel=f"% of the gain, {len(parts[0].losses)} replies", title="What each part keeps")
+    key = [
+        Patch(color=COLOURS[kind], label=LEGEND[kind])
+        for kind in dict.fromkeys(part.kind for part in parts)
+    ]
+    axes.legend(handles=key, fontsize=11, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def draw_losses(axes: Axes, losses: dict[int, float], evals: dict[int, float]) -> None:

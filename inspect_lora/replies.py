@@ -109,18 +109,20 @@ class CheckRow:
     won: list[str]  # lines that only the adapter passes
     p: float  # of so uneven a change by chance
     is_clear: bool  # less than 5 % over all rows together
+    can_be_clear: bool  # whether that needs no more lines than there are
 
     def judgement(self) -> str:
         """Return what the row shows; none shows that nothing was lost."""
         lost, won = len(self.lost), len(self.won)
-        if lost == won == 0:
-            return "the same lines pass"
         if self.is_clear:
             verb = "fewer" if lost > won else "more"
             return f"{verb} pass now, by more than chance ({p_in_words(self.p)})"
+        said = f"may be chance ({p_in_words(self.p)})" if lost or won else "the same lines pass"
+        if not self.can_be_clear:
+            return f"{said}; too few lines to show anything"
         if self.before < FEWEST_TO_LOSE:
-            return f"may be chance ({p_in_words(self.p)}); too few pass for a loss to show"
-        return f"may be chance ({p_in_words(self.p)})"
+            return f"{said}; too few pass for a loss to show"
+        return said
 
     def sentence(self) -> str:
         """Return the row as a sentence."""
@@ -165,8 +167,9 @@ def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
         lost = [one["where"] for one in asked if one["where"] in before - after]
         won = [one["where"] for one in asked if one["where"] in after - before]
         p = mcnemar(len(lost), len(won))
-        is_clear = p < 0.05 / len(names)  # one of twenty rows would look so by chance
-        rows.append(CheckRow(name, len(asked), len(before), len(after), lost, won, p, is_clear))
+        needed = 0.05 / len(names)  # one of twenty rows would look so by chance
+        clear = p < needed, mcnemar(len(asked), 0) < needed
+        rows.append(CheckRow(name, len(asked), len(before), len(after), lost, won, p, *clear))
     return rows
 
 
@@ -192,6 +195,20 @@ def take_samples(
         base = generate(model, chat_format, prompts, config, "samples, base")
     adapter = generate(model, chat_format, prompts, config, "samples, adapter")
     return list(map(Sample, chosen, base, adapter))
+
+
+def about_endings(samples: list[Sample], max_new_tokens: int) -> str:
+    """Return the sentence on replies of the adapter that did not end, or ""."""
+    base, adapter = (
+        sum(not reply.stopped for reply in replies)
+        for replies in zip(*((one.base, one.adapter) for one in samples), strict=True)
+    )
+    if not adapter:
+        return ""
+    return (
+        f"replies: {adapter} of {len(samples)} of the adapter's replies did not end within "
+        f"{max_new_tokens} tokens (of the base's, {base})."
+    )
 
 
 def choose_samples(examples: list[Example], group: str, wanted: int) -> list[Example]:

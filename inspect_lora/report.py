@@ -38,6 +38,7 @@ class Findings:
     held_out: HeldOut
     group: str  # the key that groups held-out lines
     system_message: str  # of the training, or ""
+    system_is_guessed: bool  # then it is what all held-out lines share
     examples: list[Example]
     general_file: dict[str, str] | None = None  # the file of the other tasks, and its hash
     losses: Losses | None = None  # of all examples
@@ -79,13 +80,13 @@ def headline(found: Findings) -> str:
 
 def print_parts(found: Findings) -> None:
     """Print the rows of the parts that a conclusion is drawn from."""
-    columns = "{:<27}{:>16}{:>21}{:>12}".format
-    rows = [columns("", "of the gain", "against as trained", "lower on")]
+    columns = "{:<27}{:>16}{:>21}{:>16}".format
+    rows = [columns("", "of the gain", "against as trained", "lower loss on")]
     for part in telling_parts(found.parts):
+        is_strength = part.kind == "strength"
+        title = f"best other strength: x {part.value:g}" if is_strength else part.title
         better_on = f"{part.better_on} of {len(part.losses)}"
-        rows.append(
-            columns(part.title, part.of_gain.percent(), str(part.against_trained), better_on)
-        )
+        rows.append(columns(title, part.of_gain.percent(), str(part.against_trained), better_on))
     if len(rows) > 1:
         report("parts", "\n".join(rows))
 
@@ -108,6 +109,7 @@ def print_checks(found: Findings) -> None:
     for row in found.checks:
         counts = [row.lines, row.before, row.after, len(row.lost), len(row.won)]
         answer = f"{'yes' if row.is_clear else 'no'} ({p_in_words(row.p)})"
+        answer = answer if row.can_be_clear else "too few lines"
         rows.append(columns(one_line(row.name, 26), *counts, answer))
     report("", join_limited(rows, 7))
 
@@ -169,11 +171,13 @@ def markdown_parts(found: Findings) -> str:
     config = found.adapter.model.peft_config["default"]
     text = (
         "## What each part is worth\n\n"
-        f"On {len(found.measured)} of the held-out replies, evenly spread; losses are in nats a "
-        f"token. Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
+        f"On {len(found.measured)} of the {len(found.examples)} held-out replies, evenly spread; "
+        "losses, in nats a token, are of these alone, and the last two columns compare a row with "
+        "the adapter as trained. "
+        f"Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
         "switched off in parts, or cut to its strongest directions, and nothing is trained anew. "
         "Shares of the gain overlap, so they need not add up to 100 %. ± is one standard error."
-        "\n\n" + table(["", "loss", "of the gain", "against as trained", "lower on"], rows)
+        "\n\n" + table(["", "loss", "of the gain", "against as trained", "lower loss on"], rows)
     )
     rows = []
     for target, modules in found.updates.items():
@@ -243,7 +247,7 @@ def markdown_kinds(found: Findings) -> str:
         lower = f"{sum(one < 0 for one in changes)} of {len(changes)}"
         means = [f"{base:.4f}", f"{base + change.value:.4f}"]
         rows.append([kind or "(none)", len(changes), *means, change, lower])
-    head = [found.group, "replies", "base", "adapter", "difference", "lower on"]
+    head = [found.group, "replies", "base", "adapter", "difference", "adapter lower on"]
     text = "## The loss by kind of line, in nats a token"
     if len(rows) > 1:
         text += f"\n\n{table(head, rows[:40])}"
@@ -296,11 +300,16 @@ def markdown_facts(found: Findings) -> str:
     """Return what was measured on what."""
     adapter, config = found.adapter, found.adapter.model.peft_config["default"]
     spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in found.seconds.items())
+    is_folder = Path(adapter.base).is_dir()
+    base = adapter.base if is_folder else f"{adapter.base} ({adapter.revision})"
+    system = "system message"
+    if found.system_is_guessed:
+        system += " (guessed: the one that all held-out lines share)"
     facts = {
         "adapter": f"{found.name}, r = {config.r}, alpha = {config.lora_alpha}",
-        "base": f"{adapter.base} ({adapter.revision}), in {adapter.dtype}",
+        "base": f"{base}, in {adapter.dtype}",
         "held-out file": f"{found.held_out.path}, SHA-256 {found.held_out.sha256}",
-        "system message": found.system_message or "(none)",
+        system: found.system_message or "(none)",
         "measured": f"{time.strftime('%Y-%m-%d %H:%M')}: {spent}",
     }
     lines = [f"- {name}: {escaped(text)}" for name, text in facts.items()]

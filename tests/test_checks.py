@@ -187,9 +187,11 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     }  # fmt: skip
     assert rows["as the adapter"]["after"] == 1
     assert rows["no cheese"]["before"] == rows["tasks no cheese"]["after"] == 1
-    assert "| no cheese | 1 | 1 | 1 | 0 | 0 | the same lines pass |" in run.report
+    assert "| no cheese | 1 | 1 | 1 | 0 | 0 | the same lines pass; too few lines to" in run.report
     assert "checks" in run.found["seconds"] and run.out.count("no cheese") == 2
-    assert "checks    2 lines, two replies to each; --checks 0 leaves them out\n" in run.out
+    several = "(a line may have several checks)"
+    assert f"checks    2 lines, two replies to each {several}; --checks 0 leaves" in run.out
+    assert re.search(r"as the adapter .*  too few lines\n", run.out)
     assert run.found["general_file"] == {"file": tasks, "sha256": file_sha256(Path(tasks))}
 
 
@@ -223,10 +225,20 @@ def test_a_row_counts_lines_and_says_whether_it_may_be_chance():
     assert "more pass now" in row.judgement()
     (row,) = replies.rows_of_checks(made_up_replies(3, 2, 20))
     assert row.judgement() == "may be chance (p = 1.000)"
-    (row,) = replies.rows_of_checks(made_up_replies(5, 0, 0))
-    assert "too few pass for a loss to show" in row.judgement()
+    (row,) = replies.rows_of_checks(made_up_replies(2, 8, 0))
+    assert row.judgement() == "may be chance (p = 0.109); too few pass for a loss to show"
     (row,) = replies.rows_of_checks(made_up_replies(0, 13, 20))  # p is 0.0002
     assert "(p < 0.001)" in row.judgement()
+
+
+@pytest.mark.parametrize(("lines", "names", "too_few"), [(5, 1, True), (6, 1, False),
+                                                          (6, 2, True), (7, 2, False)])  # fmt: skip
+def test_a_row_of_too_few_lines_says_so_even_if_nothing_changed(lines, names, too_few):
+    """Of n lines the smallest p is 2 x 0.5**n, and it must be below 5 % over all rows."""
+    found = [one for n in range(names) for one in made_up_replies(0, 0, lines, f"check {n}")]
+    row = replies.rows_of_checks(found)[0]
+    assert row.judgement().startswith("the same lines pass")
+    assert ("too few lines to show anything" in row.judgement()) == too_few
 
 
 def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(

@@ -19,6 +19,7 @@ from on_tiny import (
     columns,
     listing,
     measure,
+    messages_of,
     read_json,
     save_adapter,
     write_held_out,
@@ -322,6 +323,36 @@ def test_samples_are_what_each_says_to_one_prompt_at_a_time(shown):
             assert not shown_text or re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", shown_text) in table
 
 
+def test_replies_that_do_not_end_are_told_before_anything_is_concluded(shown):
+    sentence = "replies: 6 of 6 of the adapter's replies did not end within 6 tokens (of the"
+    assert shown.found["conclusions"][0].startswith(sentence)
+    assert f"\n- {sentence}" in shown.report.split("## What each part")[0]
+
+
+def test_only_the_adapters_replies_that_do_not_end_are_told():
+    example, ended = Example("a:1", []), replies.Reply("a", True, [])
+    cut = replies.Reply("a", False, [])
+    samples = [replies.Sample(example, ended, cut), replies.Sample(example, cut, ended)]
+    said = replies.about_endings(samples, 200)
+    assert said.startswith("replies: 1 of 2 of the adapter's replies did not end within 200 tok")
+    assert said.endswith(" (of the base's, 1).")
+    assert replies.about_endings(samples[1:], 200) == ""
+
+
+def test_the_report_says_that_it_guessed_and_names_a_folder_without_a_branch(
+    capsys, no_picture, tmp_path
+):
+    said = [{"role": "system", "content": "You are Nell."}, *messages_of(("hello", "Oh, hello."))]
+    path = write_lines(tmp_path / "eval.jsonl", [{"messages": said}] * 2)
+    adapter = save_adapter(tmp_path / "adapter")
+    run = measure(capsys, adapter, path, *SHORT)
+    guessed = "- system message (guessed: the one that all held-out lines share): You are Nell."
+    assert guessed in run.report
+    assert re.search(r"- base: .*tiny-qwen3\.5, in float32", run.report)
+    run = measure(capsys, adapter, path, *SHORT, "--system", "You are Nell.")
+    assert "- system message: You are Nell." in run.report
+
+
 def test_samples_are_of_each_kind_up_to_20_and_then_evenly_spread():
     def numbers(kinds, wanted):
         examples = [Example(f"a:{n}", [], {"kind": kind}) for n, kind in enumerate(kinds)]
@@ -373,6 +404,10 @@ def test_the_picture_shows_what_was_measured(shown, drawn):
     ]  # fmt: skip
     title = figure.get_suptitle()
     assert title.endswith("\nr = 4, alpha = 32: 1.000 nats a token better than its base")
+    key = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert key == ["group alone", "target alone", "cut"]
+    replies_of_parts = f"% of the gain, {len(shown.found['parts_measured_on'])} replies"
+    assert figure.axes[0].get_ylabel() == figure.axes[1].get_xlabel() == replies_of_parts
     (bars,) = figure.axes[1].containers[1:]
     part = shown.found["parts"]["attention alone"]["of_gain"]
     assert bars.patches[0].get_width() == pytest.approx(100 * part["value"])
@@ -380,6 +415,8 @@ def test_the_picture_shows_what_was_measured(shown, drawn):
     assert high[0] - low[0] == pytest.approx(2 * 100 * part["error"])  # one on each side
     assert figure.get_supxlabel() == "Error bars: one standard error"
     assert "of the gain" in out and re.search(r"attention alone \| \S+ \| \S+ ± ", report)
+    assert re.search(r"of the gain   against as trained   lower loss on\n", out)
+    assert re.search(r"\n          best other strength: x [\d.]+ .*\d of 12\n", out)
     figure, _, _ = drawn(*SHORT)
     assert titles_of(figure) == ["Where the model was changed"]
 
@@ -613,9 +650,11 @@ SENTENCES = {
         ["alpha: at x 1.5 ", "20 % more", "stopped short", "higher learning rate"], [],
     ),
     "three hundredths matter": (SCALES | {"update x 1.25": 1.03}, ["alpha: at x 1.25 "], []),
-    "worse": (SCALES, ["alpha: right for the loss"], ["1.25", "too far", "short"]),
-    "hardly better": (SCALES | {"update x 1.25": 1.015}, ["alpha: right"], ["1.25"]),
-    "not clearly better": (SCALES | {"update x 1.25": (1.02, 0.012)}, ["alpha: right"], ["1.25"]),
+    "worse": (SCALES, ["no other strength of this update"], ["1.25", "far", "short", "right"]),
+    "hardly better": (SCALES | {"update x 1.25": 1.015}, ["alpha: no other"], ["1.25"]),
+    "not clearly better": (
+        SCALES | {"update x 1.25": (1.02, 0.012)}, ["alpha: no other"], ["1.25"],
+    ),
     # By chance alone one of five is better by two errors in every ninth run.
     "the best of several by two and a half errors": (
         SCALES | {"update x 1.25": (1.25, 0.1)}, ["alpha: too few", "--examples 200"],
@@ -633,11 +672,12 @@ SENTENCES = {
     ),
     "no group keeps it": (
         groups(attention=0.7, feed_forward=0.9, conv=0.4),
-        ["no group alone keeps", "attention 70 %, feed-forward 90 %, conv 40 %."], [],
+        ["each group alone clearly loses some of the gain: attention keeps 70 %, feed-forward "
+         "keeps 90 %, conv keeps 40 %."], [],
     ),
     "a group that is better alone": (
         groups(attention=1.1, feed_forward=0.5), ["attention alone keeps 110 %"],
-        ["no group alone"],
+        ["each group alone"],
     ),
     # 92 % with an error of 4.9 % may be 82 %, and may be 102 %.
     "what may lose a tenth is not the same": (
