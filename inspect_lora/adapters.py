@@ -125,6 +125,8 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
     refuse_unmeasurable(saved, place)
     config = fitted_config(lora_config_of(place), saved)
     base, revision = base_of(options, place, run)
+    if not options.base and not Path(base).is_dir():
+        refuse_quantized_name(base)
     with errors_name_the_base(base):
         revision = commit_of(base, revision)
         base_config = load_config(base, revision)
@@ -176,17 +178,19 @@ def base_of(options: argparse.Namespace, place: Path, run: Run | None) -> tuple[
     if not recorded:
         raise InspectError(f"{place} does not name its base model; give it with --base.")
     found = find_base(saved, run, revision)
-    if found and Path(found).is_dir():
-        return found, "main"
-    plain = QUANTIZED_NAME.sub("", recorded)
-    if plain != recorded and not ("bnb" in recorded.lower() and has_bitsandbytes()):
-        raise InspectError(quantized_message(recorded, plain))
     if not found:
         raise InspectError(
             f"The adapter's base model {recorded} is not there. Give the folder that it is in now, "
             "or its name on the hub, with --base."
         )
-    return found, revision or "main"
+    return found, "main" if Path(found).is_dir() else revision or "main"
+
+
+def refuse_quantized_name(base: str) -> None:
+    """Refuse a copy that cannot be loaded here, known by its name on the hub."""
+    plain = QUANTIZED_NAME.sub("", base)
+    if plain != base and not ("bnb" in base.lower() and has_bitsandbytes()):
+        raise InspectError(quantized_message(base, plain))
 
 
 def quantized_message(base: str, plain: str) -> str:

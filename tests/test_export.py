@@ -21,7 +21,7 @@ from tiny_adapters import (
     llama,
     save_adapter,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 IDS = torch.arange(2, 50)[None]
 VARIANTS = {
@@ -157,17 +157,25 @@ def test_what_peft_or_others_would_not_find_is_not_written_anew(
     assert end.status == 1 and said in end.err and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("factor", "scale"), [(30_000, 10), (1e-7, 0.01)])
+@pytest.mark.parametrize(
+    ("dtype", "factor", "flags"),
+    [
+        (torch.float16, 30_000, ["--scale", 10]),
+        (torch.float16, 1e-7, ["--scale", 0.01]),
+        (torch.float8_e4m3fn, 1, ["--scale", 0.02]),
+        (torch.float8_e4m3fn, 1, ["--rank", 2]),
+    ],
+)
 def test_numbers_that_do_not_fit_the_type_of_the_file_are_told(
-    plain, export, tmp_path, factor, scale
+    plain, export, tmp_path, dtype, factor, flags
 ):
-    def as_float16(tensors):
-        return {n: (one * (factor if "_B" in n else 1)).half() for n, one in tensors.items()}
+    def converted(tensors):
+        return {n: (one * (factor if "_B" in n else 1)).to(dtype) for n, one in tensors.items()}
 
-    folder = change_tensors(copied(plain, tmp_path / "adapter"), as_float16)
-    end = export(folder, tmp_path / "new", "--scale", scale)
+    folder = change_tensors(copied(plain, tmp_path / "adapter"), converted)
+    end = export(folder, tmp_path / "new", *flags)
     assert end.status == 1 and "too large or too small for the type of the file" in end.err
-    assert "torch.float16" in end.err and "--scale" in end.err
+    assert f"{dtype}, or lose too many digits" in end.err and "--scale" in end.err
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -211,8 +219,8 @@ def test_what_asks_for_nothing_or_too_much_is_refused(plain, export, tmp_path, f
 def test_the_folder_must_be_new(plain, export, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
-    for folder in (tmp_path / "used", tmp_path / "used" / "file"):
-        assert f"{folder} is not empty" in export(plain, folder, "--scale", 2).err
+    for folder, what in ((tmp_path / "used", "not empty"), (tmp_path / "used/file", "a file")):
+        assert f"{folder} is {what};" in export(plain, folder, "--scale", 2).err
     assert "in the adapter's own folder" in export(plain, plain / "new", "--scale", 2).err
     end = export(plain, tmp_path / "used" / "file" / "new", "--scale", 2)
     assert end.status == 1 and "cannot be written" in end.err
@@ -313,6 +321,21 @@ def test_what_vllm_does_not_serve_is_refused(export, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32")
     folder = save_adapter(tmp_path / "dora", model, use_dora=True, target_modules=["down_proj"])
     assert "is DoRA" in export(folder, tmp_path / "new", "--vllm").err
+
+
+def test_of_a_4_bit_base_the_configuration_is_enough(of_wrapper, export, tmp_path, monkeypatch):
+    """As Unsloth records it; no weight of it is loaded, and vLLM serves that copy."""
+    four_bits = AutoConfig.from_pretrained(TINY)
+    four_bits.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    monkeypatch.setattr("inspect_lora.trainer.load_config", lambda *_: four_bits)
+    folder = copied(of_wrapper, tmp_path / "adapter")
+    change_config(folder, base_model_name_or_path="unsloth/tiny-unsloth-bnb-4bit")
+    end = export(folder, tmp_path / "new", "--vllm")
+    assert end.status == 0, end.err
+    assert "vllm serve unsloth/tiny-unsloth-bnb-4bit --revision main --enable-lora" in end.said
+    config = json.loads((tmp_path / "new" / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "unsloth/tiny-unsloth-bnb-4bit"
+    assert all(".language_model." in name for name in written_names(tmp_path / "new"))
 
 
 def test_another_base_in_the_copy_is_told(of_wrapper, export, tmp_path):
