@@ -120,7 +120,8 @@ def check_options(options: argparse.Namespace, place: Path, folder: Path) -> Non
     if options.rank is not None and options.rank < 1:
         raise InspectError(f"--rank is {options.rank}; it must be at least 1.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InspectError(f"{folder} is not empty; give a new folder: nothing is overwritten.")
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise InspectError(f"{folder} {what}; give a new folder: nothing is overwritten.")
     if place.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise InspectError(f"{folder} lies in the adapter's own folder; give another one.")
 
@@ -165,16 +166,20 @@ def refuse_lossy(modules: list[Module], written: list[Module], scale: float) -> 
     if wrong:
         raise InspectError(
             f"The numbers of {counted(len(wrong), 'module')}, such as {wrong[0].name}, become too "
-            f"large or too small for the type of the file, {wrong[0].b.dtype}, so nothing was "
-            "written. Choose a --scale that is nearer to 1."
+            f"large or too small for the type of the file, {wrong[0].b.dtype}, or lose too many "
+            "digits in it, so nothing was written. Choose a --scale that is nearer to 1, or give "
+            "the adapter in float32."
         )
+
+
+MOST_ROUNDING = 0.03  # as a share of an update; types of one byte may lose all of it
 
 
 def is_right(written: Module, module: Module, scale: float) -> bool:
     """Return whether an update is scale times the old one, but for what was cut off.
 
     Its distance from that may be the directions that were cut off, and no more but for the rounding
-    of its type.
+    of its type, which is at right angles to them.
     """
     if not written.is_finite:
         return False
@@ -183,8 +188,10 @@ def is_right(written: Module, module: Module, scale: float) -> bool:
     b = torch.cat([written.scaling * written.b.double(), wanted], dim=1)
     apart = strongest_directions(a, b).sizes.norm().item()
     values = scale * module.scaling * strongest_directions(module.a, module.b).sizes
-    rounding = 8 * torch.finfo(written.b.dtype).eps * values.norm().item()
-    return apart <= values[written.r :].norm().item() + rounding
+    types = (torch.float32, written.a.dtype, written.b.dtype)  # no finer than float32's
+    eps = max(torch.finfo(one).eps for one in types)
+    rounding = min(8 * eps, MOST_ROUNDING) * values.norm().item()
+    return apart <= math.hypot(values[written.r :].norm().item(), rounding)
 
 
 def ranks_and_alphas(modules: list[Module]) -> dict[str, Any]:

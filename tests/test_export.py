@@ -179,6 +179,15 @@ def test_numbers_that_do_not_fit_the_type_of_the_file_are_told(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types_are_cut_and_weakened(plain, export, tmp_path, dtype):
+    folder = copied(plain, tmp_path / "adapter")
+    change_tensors(folder, lambda tensors: {n: one.to(dtype) for n, one in tensors.items()})
+    end = export(folder, tmp_path / "new", "--scale", 0.5, "--rank", 2)
+    assert end.status == 0, end.err
+    assert {one.dtype for one in load_file(tmp_path / "new" / TENSORS).values()} == {dtype}
+
+
 def test_a_rank_above_the_size_of_a_matrix_is_cut_to_it(export, tmp_path):
     folder = save_adapter(tmp_path / "adapter", r=32, target_modules=["q_proj", "up_proj"])
     assert export(folder, tmp_path / "new", "--rank", 20).status == 0
