@@ -360,6 +360,14 @@ def judge_landing(
     zeros = {path_in_text_model(one.name) for one in saved.modules if one.is_zero}
     lost = {name: path_of(name) for name in unexpected}
     changing = [name for name, path in lost.items() if path not in zeros]
+    of_vision = {path_in_text_model(one.name) for one in saved.modules if one.is_of_vision}
+    if changing and all(lost[name] in of_vision for name in changing):
+        raise InspectError(
+            f"LoRA of the vision tower was trained in {place} ({lost[changing[0]]} and others), "
+            "but only the text part of the base model is loaded here, so the adapter cannot be "
+            "measured as a whole. Train the language layers alone (in Unsloth: "
+            "finetune_vision_layers = False)."
+        )
     if changing:
         raise InspectError(
             f"{len(changing):,} of the {len(saved.tensors):,} tensors in {place} find no place in "

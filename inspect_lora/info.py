@@ -103,6 +103,7 @@ def find_notes(place: Path, saved: SavedAdapter) -> list[str]:
     notes = [
         about_unused_targets(saved),
         *about_zeros(saved.modules),
+        about_vision(saved.modules),
         about_missing_targets(saved.modules),
         about_sizes(saved.modules),
         *(f"It {what}." for _, what in extras_of(saved)),
@@ -143,8 +144,8 @@ def about_zeros(modules: list[Module]) -> list[str]:
             size = sum(one.a.nbytes + one.b.nbytes for one in zeros) / 1e6
             notes.append(
                 f"{stack} has {what_is_zero(zeros)} = 0 everywhere: it was never trained and "
-                f"changes nothing, but {counted(len(zeros), 'module')} of it are {size:.1f} MB of "
-                "the file. (A model of text alone has no place for a vision tower.)"
+                f"changes nothing, but takes {size:.1f} MB of the file. (A model of text alone has "
+                "no place for a vision tower.)"
             )
         elif zeros:
             notes.append(
@@ -153,6 +154,17 @@ def about_zeros(modules: list[Module]) -> list[str]:
                 f"{join_limited([one.name for one in zeros], 3, ', ')}."
             )
     return notes
+
+
+def about_vision(modules: list[Module]) -> str:
+    """Return a note on LoRA of a vision tower that was trained."""
+    trained = [one.name for one in modules if one.is_of_vision and not one.is_zero]
+    if not trained:
+        return ""
+    return (
+        f"LoRA of the vision tower was trained, too: {counted(len(trained), 'module')}, such as "
+        f"{trained[0]}. `evidence` and `chat` load the text model alone, so they refuse it."
+    )
 
 
 # So many times as many layers must have a target for the others to lack it.
@@ -327,8 +339,8 @@ def map_of_targets(modules: list[Module]) -> list[str]:
     each = math.ceil(layers / WIDEST_MAP)  # layers to a sign
     head = f"layers 0 to {layers - 1}"
     width = max(math.ceil(layers / each), len(head)) + 1
-    columns = f"{{:<17}} {{:<{width}}}{{:>7}}{{:>10}}{{:>8}}{{:>9}}".format
-    lines = [columns("", head, "rank", "scaling", "norm", "90 % in")]
+    columns = f"{{:<17}} {{:<{width}}}{{:>6}}{{:>9}}{{:>8}}{{:>11}}".format
+    lines = [columns("", head, "rank", "scaling", "size", "directions")]
     several = len({one.stack for one in modules if one.layer is not None}) > 1
     seen = ""
     for stack, members in grouped(modules, lambda one: one.stack).items():
@@ -343,9 +355,9 @@ def map_of_targets(modules: list[Module]) -> list[str]:
     signs = ", ".join(f"{sign} {meaning}" for sign, meaning in SIGNS.items() if sign in seen)
     stand = f" (one sign for {each} layers)" if each > 1 else ""
     legend = (
-        f"{signs}{stand}; norm: the length (Frobenius norm) of the update scaling x B A, median of "
-        "the layers; 90 % in: so many of its r directions make up nine tenths of its square, mean "
-        "of the layers"
+        f"{signs}{stand}; size: of the update scaling x B A (Frobenius norm), median of the "
+        "layers, in absolute terms: `evidence` compares it with W; directions: so many of the r "
+        "hold 90 % of the update (by square), mean of the layers"
     )
     return lines + textwrap.wrap(legend, 90)
 

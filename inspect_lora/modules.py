@@ -51,6 +51,7 @@ def read_adapter(place: Path) -> SavedAdapter:
 
 Positive = Annotated[float, pydantic.Field(strict=True, gt=0, lt=1e30)]
 Rank = Annotated[int, pydantic.Field(strict=True, gt=0)]
+Layer = Annotated[int, pydantic.Field(strict=True)]
 Names = re.Pattern[str] | list[str]
 
 
@@ -63,22 +64,26 @@ class Checked(pydantic.BaseModel):
     alpha_pattern: dict[re.Pattern[str], Positive]
     target_modules: Names = []
     exclude_modules: Names = []
+    layers_to_transform: Layer | list[Layer] = []
+    bias: str = "none"
 
 
+NEVER_NULL = ("r", "lora_alpha", "bias")  # PEFT does not load them so
 DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def read_config(place: Path) -> dict[str, Any]:
-    """Return adapter_config.json with what an older PEFT left out, and without nulls."""
+    """Return adapter_config.json with what an older PEFT left out, and without allowed nulls."""
     saved = read_adapter_config(place)
-    config = DEFAULTS | {key: value for key, value in saved.items() if value is not None}
+    given = {key: one for key, one in saved.items() if one is not None or key in NEVER_NULL}
+    config = DEFAULTS | given
     try:
         Checked.model_validate(config)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise InspectError(
             f"{place / 'adapter_config.json'} is damaged: {first['loc'][0]}: {first['msg']} "
-            f"(it is {one_line(first['input'], 60)})."
+            f"(it is {one_line(repr(first['input']), 60)})."
         ) from error
     return config
 
@@ -118,6 +123,11 @@ class Module:
     def in_layer(self) -> str:
         """Return where it is in its layer, such as "self_attn.q_proj"."""
         return IN_A_LAYER.sub("", self.name)
+
+    @property
+    def is_of_vision(self) -> bool:
+        """Return whether it belongs to the part of a model that reads images."""
+        return "vision" in self.name or "visual" in self.name
 
     @property
     def is_finite(self) -> bool:

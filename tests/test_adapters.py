@@ -341,11 +341,18 @@ def with_module(folder, path):
     }))  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "path", ["model.layers.7.mlp.down_proj", "model.visual.blocks.0.mlp.down_proj"]
-)
-def test_a_tensor_that_finds_no_place_is_refused(refused, changed, path):
+def test_a_trained_vision_tower_is_refused_as_that(refused, changed):
+    folder = with_module(changed(), "model.visual.blocks.0.mlp.down_proj")
+    said = refused(folder)
+    assert "vision tower was trained" in said and "only the text part of the base" in said
+    assert "model.visual.blocks.0.mlp.down_proj" in said and "--base" not in said
+    said = refused(with_module(folder, "model.layers.7.mlp.down_proj"))
+    assert "4 of the 12 tensors" in said and "--base" in said
+
+
+def test_a_tensor_that_finds_no_place_is_refused(refused, changed):
     """PEFT only warns, or says nothing."""
+    path = "model.layers.7.mlp.down_proj"
     said = refused(with_module(changed(), path))
     assert "2 of the 10 tensors" in said and path in said and "--base" in said
 

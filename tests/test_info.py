@@ -75,6 +75,8 @@ def test_every_module_has_the_size_and_directions_of_its_update(plain, info):
     assert "q_proj ######## 4 2" in found.said and "layers 0 to 7" in found.said
     assert "evidence" in found.said and "note" not in found.said and "problem" not in found.said
     assert "sound Nothing is wrong with it: every matrix is finite, none that" in found.said
+    assert "layers 0 to 7 rank scaling size directions" in found.said
+    assert "in absolute terms: `evidence` compares it with W" in found.said
     assert len(found.out.splitlines()) < 26
 
 
@@ -180,12 +182,24 @@ def test_a_vision_tower_that_was_never_trained_is_noted(plain, tmp_path, info):
     folder = change_tensors(copied(plain, tmp_path / "unsloth"), as_unsloth)
     change_config(folder, base_model_name_or_path="unsloth/Qwen3.5-4B-unsloth-bnb-4bit")
     found = info(folder)
-    assert found.status == 0
+    assert found.status == 0 and "vision tower was trained" not in found.said
     assert "model.visual.blocks has B = 0 everywhere: it was never trained" in found.said
+    assert "takes 0.0 MB of the file" in found.said
     assert "model.language_model.layers: " in found.said and "v_proj ########" in found.said
     assert "model.visual.blocks: qkv 00......" in found.said
     assert "named for the model that also takes images" in found.said
     assert "a quantized copy. On the full model (unsloth/Qwen3.5-4B)" in found.said
+
+
+def test_a_vision_tower_that_was_trained_is_noted(plain, tmp_path, info):
+    def with_vision(tensors):
+        name = "base_model.model.model.visual.blocks.0.attn.q_proj"
+        tensors[f"{name}.lora_A.weight"] = torch.ones(4, 16)
+        tensors[f"{name}.lora_B.weight"] = torch.ones(48, 4)
+
+    found = info(change_tensors(copied(plain, tmp_path / "vision"), with_vision))
+    assert found.status == 0 and "vision tower was trained, too: 1 module, such as" in found.said
+    assert "the text model alone, so they refuse it" in found.said
 
 
 def test_nan_is_a_problem_and_null_in_json(plain, tmp_path, info):
@@ -301,14 +315,19 @@ def test_the_next_command_asks_for_a_base_that_is_not_there(plain, tmp_path, inf
         ({"r": 8}, "The shape of 24 modules does not fit the configuration"),
         ({"rank_pattern": {"q_proj": 2}}, "The shape of 8 modules does not fit"),
         ({"peft_type": "IA3"}, "an adapter of the kind IA3; only LORA"),
-        ({"r": "eight"}, "r: Input should be a valid integer (it is eight)"),
+        ({"r": "8"}, "r: Input should be a valid integer (it is '8')"),
+        ({"r": None}, "r: Input should be a valid integer (it is None)"),
+        ({"lora_alpha": None}, "lora_alpha: Input should be a valid number (it is None)"),
+        ({"bias": None}, "bias: Input should be a valid string (it is None)"),
+        ({"layers_to_transform": "3"}, "layers_to_transform: Input should be a valid integer"),
+        ({"layers_to_transform": ["3"]}, "layers_to_transform: Input should be a valid integer"),
         ({"r": 0.5}, "r: Input should be a valid integer (it is 0.5)"),
         ({"r": float("inf")}, "r: Input should be"),
         ({"lora_alpha": float("inf")}, "lora_alpha: Input should be less than"),
         ({"rank_pattern": {"q_proj": 0.5}}, "rank_pattern: Input should be a valid integer"),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern: Input should be"),
-        ({"alpha_pattern": {"(": 2}}, "valid regular expression (it is ()"),
-        ({"target_modules": "("}, "valid regular expression (it is ()"),
+        ({"alpha_pattern": {"(": 2}}, "valid regular expression (it is '(')"),
+        ({"target_modules": "("}, "valid regular expression (it is '(')"),
         ({"exclude_modules": 5}, "(it is 5)"),
     ],
 )
