@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> None:
     adapter = open_adapter(options, place, trained_by)
     system = system_message_of(options, trained_by)
     refuse_system_message(system, adapter.chat_format)
-    report_sentence("chat", f"system message: {system or '(none)'}")
+    hint = "" if trained_by or options.system is not None else "; --system gives the training's"
+    report_sentence("chat", f"system message: {system or '(none)'}{hint}")
     report("", "type a message, or /help")
     talk(adapter, system, options.max_new_tokens)
 

@@ -152,7 +152,9 @@ def test_a_system_message_may_be_given_or_none(parrot, talk, system):
     end = talk("hello", more=["--system", system])
     assert end.prompts == [ids_of(parrot.tokenizer, "hello", system=system)]
     assert f"system message: {system or '(none)'}\n" in end.out
-    assert talk("hello", more=[]).prompts == [ids_of(parrot.tokenizer, "hello", system="")]
+    end = talk("hello", more=[])
+    assert end.prompts == [ids_of(parrot.tokenizer, "hello", system="")]
+    assert "system message: (none); --system gives the training's\n" in end.out
 
 
 def test_an_adapter_of_ours_is_talked_to_with_its_system_message(
