@@ -266,8 +266,8 @@ def about_no_gain(parts: list[Part], gain: Estimate) -> str:
     if is_too_strong:
         return (
             f"The adapter is {so} than the base model, but the same update is better than it when "
-            "it is weaker: the run went too far. Try fewer epochs, a lower learning rate or a "
-            "smaller alpha. What its parts are worth cannot be said."
+            "it is weaker: it is too strong. Try `export --scale`, a shorter training, a lower "
+            "learning rate or a smaller alpha. What its parts are worth cannot be said."
         )
     if gain.is_clear():
         return (
@@ -299,13 +299,13 @@ def about_alpha(parts: list[Part]) -> str:
         )
     best = min(better, key=lambda part: part.loss)
     if float(best.value) < 1:
-        so, advice = "went too far", "fewer epochs, a lower learning rate or a smaller alpha"
+        so, advice = "strong", "a shorter training, a lower learning rate, a smaller alpha"
     else:
-        so, advice = "stopped short", "more epochs, a higher learning rate or a larger alpha"
+        so, advice = "weak", "a longer training, a higher learning rate, a larger alpha"
     return (
         f"alpha: at x {best.value:g} of its strength the same update has a lower loss "
-        f"({100 * (best.of_gain.value - 1):.0f} % more of the gain), so the run {so}. Worth "
-        f"trying next: {advice}."
+        f"({100 * (best.of_gain.value - 1):.0f} % more of the gain), so it is too {so} for the "
+        f"loss. Worth trying next: {advice}, or `export --scale {best.value:g}`."
     )
 
 

@@ -642,15 +642,17 @@ def groups(**shares):
 SENTENCES = {
     "better weaker": (
         SCALES | {"update x 0.75": 1.06, "update x 0.5": 1.03},
-        ["alpha: at x 0.75 ", "6 % more of the gain", "too far", "Worth trying", "smaller alpha"],
-        [],
+        ["alpha: at x 0.75 ", "6 % more of the gain", "it is too strong for the loss",
+         "smaller alpha", "or `export --scale 0.75`."],
+        ["the run", "epochs"],
     ),
     "better stronger": (
         SCALES | {"update x 1.5": 1.2, "update x 2": 1.1},
-        ["alpha: at x 1.5 ", "20 % more", "stopped short", "higher learning rate"], [],
+        ["alpha: at x 1.5 ", "20 % more", "it is too weak for the loss", "a longer training",
+         "or `export --scale 1.5`."], ["the run", "epochs"],
     ),
     "three hundredths matter": (SCALES | {"update x 1.25": 1.03}, ["alpha: at x 1.25 "], []),
-    "worse": (SCALES, ["no other strength of this update"], ["1.25", "far", "short", "right"]),
+    "worse": (SCALES, ["no other strength of this update"], ["1.25", "strong", "weak", "right"]),
     "hardly better": (SCALES | {"update x 1.25": 1.015}, ["alpha: no other"], ["1.25"]),
     "not clearly better": (
         SCALES | {"update x 1.25": (1.02, 0.012)}, ["alpha: no other"], ["1.25"],
@@ -720,8 +722,8 @@ def test_nine_held_out_lines_support_no_conclusion_and_ten_do():
     ("gain", "gained", "said"),
     [
         # With SmolLM2 eight epochs over 40 conversations ended there.
-        ((-0.5, 0.01), {0.5: (0.2, 0.05), 1.5: (-0.7, 0.01)}, "worse than the base.*too far"),
-        ((0.01, 0.02), {0.5: (0.3, 0.05)}, "not better than the base.*fewer epochs"),
+        ((-0.5, 0.01), {0.5: (0.2, 0.05), 1.5: (-0.7, 0.01)}, "worse than the base.*too strong"),
+        ((0.01, 0.02), {0.5: (0.3, 0.05)}, "not better than the base.*export --scale"),
         ((0.01, 0.02), {0.5: (0.1, 0.05)}, "More steps"),
         # An update that does harm at every strength does less of it when it is weaker.
         ((-0.5, 0.01), {0.75: (0.2, 0.09), 1.25: (0.3, 0.01)}, "worse.*by heart.*template"),
