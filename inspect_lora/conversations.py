@@ -1,28 +1,18 @@
-"""Held-out conversations, other tasks, and what their lines say that a reply must hold.
-
-A line may have "checks", each by a name of its own:
-    "checks": {"rings": {"kind": "word", "answers": ["999", "112"]},
-               "promises": {"kind": "word", "not": ["always here"]},
-               "right": {"kind": "number", "answer": 42}}
-Nothing that a model wrote is run.
-"""
+"""Held-out conversations, and other tasks."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
 import unicodedata
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jinja2
-import pydantic
 
 from inspect_lora.adapters import Adapter
+from inspect_lora.checks import Check, read_checks
 from inspect_lora.common import (
     InspectError,
     at_least,
@@ -189,113 +179,3 @@ def refuse_bad_lines(bad: list[str]) -> None:
     """Name all bad lines at once, before any model is loaded."""
     if bad:
         raise InspectError(f"{join_limited(bad)}\nNothing was measured.")
-
-
-# ---- What a reply must hold
-
-Phrase = Annotated[str, pydantic.Field(min_length=1)]
-
-
-class Form(pydantic.BaseModel):
-    """What all kinds of checks have in common: a key or a type that is wrong is refused."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-
-
-class Word(Form):
-    """One of the answers occurs, if there are any, and none of "not"."""
-
-    kind: Literal["word"]
-    answers: list[Phrase] = []
-    wrong: list[Phrase] = pydantic.Field([], alias="not")
-
-    @pydantic.model_validator(mode="after")
-    def asks_for_something(self) -> Word:
-        """Refuse a check that every reply would pass."""
-        if not self.answers and not self.wrong:
-            raise ValueError('it needs "answers", "not" or both')
-        return self
-
-    def passes(self, reply: str) -> bool:
-        """Return whether a reply passes."""
-        is_said = not self.answers or any(occurs(answer, reply) for answer in self.answers)
-        return is_said and not any(occurs(phrase, reply) for phrase in self.wrong)
-
-
-class Number(Form):
-    """The last number in the reply is the answer."""
-
-    kind: Literal["number"]
-    answer: pydantic.FiniteFloat
-
-    def passes(self, reply: str) -> bool:
-        """Return whether a reply passes."""
-        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", without_markdown(reply))
-        return bool(numbers) and math.isclose(
-            float(numbers[-1].replace(",", "")), self.answer, rel_tol=1e-9, abs_tol=1e-9
-        )
-
-
-class Json(Form):
-    """The reply holds one object that has these keys with these values."""
-
-    kind: Literal["json"]
-    keys: Annotated[dict[str, Any], pydantic.Field(min_length=1)]
-
-    def passes(self, reply: str) -> bool:
-        """Return whether a reply passes."""
-        found = json_object_in(reply)
-        return found is not None and all(
-            key in found and is_same_value(found[key], value) for key, value in self.keys.items()
-        )
-
-
-Check = Annotated[Word | Number | Json, pydantic.Field(discriminator="kind")]
-CHECKS = pydantic.TypeAdapter(dict[Phrase, Check])
-
-
-def read_checks(value: Any) -> dict[str, Check]:
-    """Return a line's checks by name, or raise ValueError with a sentence for each that is bad."""
-    if value is None:  # as a table writes it that has no checks in this line
-        return {}
-    try:
-        return CHECKS.validate_python(value)
-    except pydantic.ValidationError as error:
-        said = [
-            f"{'.'.join(['checks', *map(str, one['loc'])])}: "
-            + one["msg"].removeprefix("Value error, ")
-            for one in error.errors()
-        ]
-        raise ValueError("; ".join(said)) from error
-
-
-def occurs(phrase: str, reply: str) -> bool:
-    """Return whether a phrase occurs in a reply as whole words.
-
-    Capitals and Markdown do not matter, nor whether an apostrophe is straight or curly.
-    """
-    phrase, reply = (text.replace("\u2019", "'").casefold() for text in (phrase, reply))
-    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", without_markdown(reply)) is not None
-
-
-def without_markdown(reply: str) -> str:
-    """Return a reply without the marks that make words bold or show them as code."""
-    return re.sub(r"[*_`]", "", reply)
-
-
-def json_object_in(reply: str) -> dict[str, Any] | None:
-    """Return the JSON object that a reply holds, perhaps within other text, or None."""
-    start, end = reply.find("{"), reply.rfind("}")
-    with suppress(ValueError):
-        found = json.loads(reply[start : end + 1])
-        return found if isinstance(found, dict) else None
-    return None
-
-
-def is_same_value(one: Any, other: Any) -> bool:
-    """Return whether two JSON values are equal; of texts the letters' case does not matter."""
-    if isinstance(one, str) and isinstance(other, str):
-        return one.strip().casefold() == other.strip().casefold()
-    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
-        return isinstance(one, bool) == isinstance(other, bool) and math.isclose(one, other)
-    return one == other

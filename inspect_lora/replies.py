@@ -10,14 +10,13 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from inspect_lora.common import counted
+from inspect_lora.checks import CheckRow, rows_of_checks
 from inspect_lora.conversations import Task
-from inspect_lora.scores import evenly_spread, mcnemar, p_in_words
+from inspect_lora.scores import evenly_spread
 from inspect_lora.trainer import ChatFormat, Example
 
 ROWS_AT_ONCE = 64  # replies that are generated together
 CHECKED_TOKENS = 80  # a reply that is checked is cut after so many
-FEWEST_TO_LOSE = 6  # of five lost and none won, p is 0.06
 
 
 @dataclass
@@ -97,41 +96,6 @@ def reply_of(tokens: list[int], chat_format: ChatFormat) -> Reply:
 # ---- Checks: what was forgotten, and what was learned besides the voice
 
 
-@dataclass
-class CheckRow:
-    """How often base and adapter passed the checks of one name."""
-
-    name: str
-    lines: int
-    before: int  # replies of the base that pass
-    after: int  # replies of the adapter that pass
-    lost: list[str]  # lines that only the base passes
-    won: list[str]  # lines that only the adapter passes
-    p: float  # of so uneven a change by chance
-    is_clear: bool  # less than 5 % over all rows together
-    can_be_clear: bool  # whether that needs no more lines than there are
-
-    def judgement(self) -> str:
-        """Return what the row shows; none shows that nothing was lost."""
-        lost, won = len(self.lost), len(self.won)
-        if self.is_clear:
-            verb = "fewer" if lost > won else "more"
-            return f"{verb} pass now, by more than chance ({p_in_words(self.p)})"
-        said = f"may be chance ({p_in_words(self.p)})" if lost or won else "the same lines pass"
-        if not self.can_be_clear:
-            return f"{said}; too few lines to show anything"
-        if self.before < FEWEST_TO_LOSE:
-            return f"{said}; too few pass for a loss to show"
-        return said
-
-    def sentence(self) -> str:
-        """Return the row as a sentence."""
-        return (
-            f"{self.name}: of {counted(self.lines, 'line')} the base passes {self.before} and the "
-            f"adapter {self.after}: {self.judgement()}."
-        )
-
-
 def ask_checked(
     model: peft.PeftModel, chat_format: ChatFormat, tasks: list[Task]
 ) -> tuple[list[CheckRow], list[dict[str, Any]]]:
@@ -154,23 +118,6 @@ def ask_checked(
         for task, one, other in zip(tasks, base, adapter, strict=True)
     ]
     return rows_of_checks(replies), replies
-
-
-def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
-    """Return a row for each name, in the order in which they first come."""
-    names = list(dict.fromkeys(name for reply in replies for name in reply["base_passes"]))
-    rows = []
-    for name in names:
-        asked = [reply for reply in replies if name in reply["base_passes"]]
-        before = {one["where"] for one in asked if one["base_passes"][name]}
-        after = {one["where"] for one in asked if one["adapter_passes"][name]}
-        lost = [one["where"] for one in asked if one["where"] in before - after]
-        won = [one["where"] for one in asked if one["where"] in after - before]
-        p = mcnemar(len(lost), len(won))
-        needed = 0.05 / len(names)  # one of twenty rows would look so by chance
-        clear = p < needed, mcnemar(len(asked), 0) < needed
-        rows.append(CheckRow(name, len(asked), len(before), len(after), lost, won, p, *clear))
-    return rows
 
 
 # ---- Samples: held-out prompts with the replies of both

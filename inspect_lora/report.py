@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from inspect_lora.adapters import Adapter
+from inspect_lora.checks import CheckRow, p_in_words
 from inspect_lora.common import (
     counted,
     file_sha256,
@@ -24,8 +25,8 @@ from inspect_lora.conversations import HeldOut
 from inspect_lora.elsewhere import Elsewhere
 from inspect_lora.modules import scaling_in_words
 from inspect_lora.parts import Part, cut_that_is_enough, is_conclusive, of_kind
-from inspect_lora.replies import CheckRow, Reply, Sample, group_of
-from inspect_lora.scores import Losses, differences, p_in_words, ratio_with_error
+from inspect_lora.replies import Reply, Sample, group_of
+from inspect_lora.scores import Losses, differences, ratio_with_error
 from inspect_lora.trainer import Example
 
 

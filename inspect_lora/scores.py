@@ -115,18 +115,6 @@ def errors_needed(comparisons: int) -> float:
     return 2 if comparisons == 1 else 3
 
 
-def mcnemar(lost: int, won: int) -> float:
-    """Return the exact two-sided probability of so uneven a change by chance (McNemar, 1947)."""
-    changed, fewer = lost + won, min(lost, won)
-    tail = sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed
-    return min(1.0, 2 * tail)
-
-
-def p_in_words(p: float) -> str:
-    """Return a probability for a reader, to whom 0.000 would say that it cannot be."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
 def evenly_spread(count: int, wanted: int) -> list[int]:
     """Return at most wanted of the numbers below count, evenly spread."""
     wanted = min(count, wanted)

@@ -14,9 +14,9 @@ from tiny_adapters import command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inspect_lora.evidence as evidence
-import inspect_lora.replies as replies
+from inspect_lora.checks import CHECKS, rows_of_checks
 from inspect_lora.common import file_sha256
-from inspect_lora.conversations import CHECKS, GENERAL_FILE, read_tasks
+from inspect_lora.conversations import GENERAL_FILE, read_tasks
 
 ALL = [word for word in SHORT if word != "--checks=0"]  # the checks of all lines
 NUMBER = {"kind": "number", "answer": 42}
@@ -216,18 +216,18 @@ def made_up_replies(lost, won, same, name="right"):
 
 
 def test_a_row_counts_lines_and_says_whether_it_may_be_chance():
-    (row,) = replies.rows_of_checks(made_up_replies(11, 1, 20))
+    (row,) = rows_of_checks(made_up_replies(11, 1, 20))
     assert (row.lines, row.before, row.after, row.p) == (32, 31, 21, pytest.approx(0.00635, 1e-2))
     assert row.lost == [f"a:{number}" for number in range(11)] and row.won == ["a:11"]
     assert row.is_clear and row.judgement() == "fewer pass now, by more than chance (p = 0.006)"
     assert "right: of 32 lines the base passes 31 and the adapter 21: fewer" in row.sentence()
-    (row,) = replies.rows_of_checks(made_up_replies(1, 11, 0))
+    (row,) = rows_of_checks(made_up_replies(1, 11, 0))
     assert "more pass now" in row.judgement()
-    (row,) = replies.rows_of_checks(made_up_replies(3, 2, 20))
+    (row,) = rows_of_checks(made_up_replies(3, 2, 20))
     assert row.judgement() == "may be chance (p = 1.000)"
-    (row,) = replies.rows_of_checks(made_up_replies(2, 8, 0))
+    (row,) = rows_of_checks(made_up_replies(2, 8, 0))
     assert row.judgement() == "may be chance (p = 0.109); too few pass for a loss to show"
-    (row,) = replies.rows_of_checks(made_up_replies(0, 13, 20))  # p is 0.0002
+    (row,) = rows_of_checks(made_up_replies(0, 13, 20))  # p is 0.0002
     assert "(p < 0.001)" in row.judgement()
 
 
@@ -236,7 +236,7 @@ def test_a_row_counts_lines_and_says_whether_it_may_be_chance():
 def test_a_row_of_too_few_lines_says_so_even_if_nothing_changed(lines, names, too_few):
     """Of n lines the smallest p is 2 x 0.5**n, and it must be below 5 % over all rows."""
     found = [one for n in range(names) for one in made_up_replies(0, 0, lines, f"check {n}")]
-    row = replies.rows_of_checks(found)[0]
+    row = rows_of_checks(found)[0]
     assert row.judgement().startswith("the same lines pass")
     assert ("too few lines to show anything" in row.judgement()) == too_few
 
@@ -244,7 +244,7 @@ def test_a_row_of_too_few_lines_says_so_even_if_nothing_changed(lines, names, to
 def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
     checked, capsys, monkeypatch
 ):
-    found = replies.rows_of_checks(made_up_replies(0, 13, 20)), []
+    found = rows_of_checks(made_up_replies(0, 13, 20)), []
     monkeypatch.setattr(evidence, "ask_checked", lambda *_: found)
     line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
     held_out = write_lines(checked.folder / "one.jsonl", [line])
@@ -259,7 +259,7 @@ def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
 def test_one_clear_row_of_many_must_be_clearer():
     """One of twenty rows has p below 0.05 by chance alone."""
     found = made_up_replies(7, 0, 9)
-    assert replies.rows_of_checks(found)[0].is_clear  # p = 0.016
+    assert rows_of_checks(found)[0].is_clear  # p = 0.016
     for number in range(4):
         found += made_up_replies(0, 0, 9, f"another {number}")
-    assert not replies.rows_of_checks(found)[0].is_clear
+    assert not rows_of_checks(found)[0].is_clear

@@ -34,8 +34,9 @@ import inspect_lora.evidence as evidence
 import inspect_lora.parts as parts
 import inspect_lora.replies as replies
 from inspect_lora.__main__ import main
+from inspect_lora.checks import mcnemar
 from inspect_lora.common import file_sha256
-from inspect_lora.scores import Estimate, Losses, evenly_spread, mcnemar, ratio_with_error
+from inspect_lora.scores import Estimate, Losses, evenly_spread, ratio_with_error
 from inspect_lora.trainer import ChatFormat, Example
 
 TASKS = [

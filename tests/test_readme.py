@@ -21,7 +21,7 @@ from conftest import ROOT, TINY
 from packaging.requirements import Requirement
 
 import train_lora_single as t
-from inspect_lora import conversations, elsewhere, export, parts, replies
+from inspect_lora import checks, conversations, elsewhere, export, parts, replies
 from inspect_lora.__main__ import COMMANDS, main
 
 README = "README.md"
@@ -404,7 +404,7 @@ def test_the_line_on_the_card_is_one_of_the_held_out_file():
 def test_the_checks_that_are_shown_are_accepted(tmp_path):
     page = read("docs/evidence.md")
     shown = json.loads(f"{{{block_with('docs/evidence.md', 'checks')}}}")["checks"]
-    assert set(conversations.read_checks(shown)) == set(shown) != set()
+    assert set(checks.read_checks(shown)) == set(shown) != set()
     (task,) = [span for span in spans_of(page) if span.startswith('{"prompt"')]
     (tmp_path / "tasks.jsonl").write_text(task.replace("{...}", json.dumps(shown)))
     (read_task,) = conversations.read_tasks(str(tmp_path / "tasks.jsonl"))
@@ -413,7 +413,7 @@ def test_the_checks_that_are_shown_are_accepted(tmp_path):
 
 def test_the_table_of_checks_has_their_kinds_and_keys():
     rows = re.findall(r"(?m)^\| `(\w+)` \| .+? \| (.+?) \|$", read("docs/evidence.md"))
-    schema = conversations.CHECKS.json_schema()["$defs"]
+    schema = checks.CHECKS.json_schema()["$defs"]
     expected = {
         form["properties"].pop("kind")["const"]: set(form["properties"]) for form in schema.values()
     }
