@@ -67,8 +67,8 @@ def counted(number: int, noun: str) -> str:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return a JSON file's object, or None if there is none or it is damaged."""
-    with suppress(OSError, ValueError):
-        value = json.loads(path.read_bytes())
+    with suppress(OSError, ValueError, RecursionError):
+        value = json.loads(path.read_text(encoding="utf-8"))  # other programs take no BOM
         return value if isinstance(value, dict) else None
     return None
 

@@ -132,7 +132,7 @@ def refuse_what_is_more(place: Path, options: argparse.Namespace, saved: SavedAd
         raise InspectError("\n".join([f"{place} is not written anew.", *problems]))
     if reasons := reasons_against("scaling", saved):
         raise InspectError(
-            f"{place} cannot be scaled, cut or renamed here, since it {' It '.join(reasons)}."
+            f"{place} cannot be scaled, cut or renamed here, since it {'. It '.join(reasons)}."
         )
     largest = max(module.r for module in saved.modules)
     if options.rank and options.rank >= largest:

@@ -44,6 +44,7 @@ from inspect_lora.modules import (
     is_named,
     problems_of,
     read_adapter,
+    reasons_against,
     scaling_in_words,
     share_kept,
     what_is_zero,
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         report("adapter", "\n".join(facts_of(options.adapter, saved)))
         if saved.modules:
             report("targets", "\n".join(map_of_targets(saved.modules)))
-        if not problems:
+        if not problems and not reasons_against("measuring", saved):
             report_sentence("sound", what_is_sound(saved.modules))
         for section, sentences in (("problem", problems), ("note", notes)):
             for sentence in sentences:

@@ -221,8 +221,8 @@ def is_matrix(tensor: torch.Tensor) -> bool:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether all numbers are numbers; torch cannot tell of some types of one byte."""
-    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())
+    """Return whether all numbers are numbers, also in float32, which they are computed in."""
+    return bool(tensor.float().isfinite().all())
 
 
 def rank_and_alpha(config: dict[str, Any], path: str) -> tuple[int, float]:
@@ -309,6 +309,14 @@ def problems_of(saved: SavedAdapter) -> list[str]:
             "training diverged, as it often does in float16, or the file was damaged. Take an "
             "earlier checkpoint, or train again in bfloat16 or float32, or at a lower rate."
         )
+    limits = torch.finfo(torch.float32)
+    beyond = [m for m in modules if not m.is_zero and (m.norm < limits.tiny or m.norm > limits.max)]
+    if beyond:
+        problems.append(
+            f"The update of {counted(len(beyond), 'module')}, such as {beyond[0].name}, is too "
+            f"{'large' if beyond[0].norm > 1 else 'small'} to be computed in float32: its size is "
+            f"{beyond[0].norm:.2g}. The file or lora_alpha was damaged."
+        )
     if all(one.is_zero for one in modules) and not saved.others:
         problems.append(
             f"Every {what_is_zero(modules)} is 0, so the adapter changes nothing. LoRA begins with "
@@ -328,6 +336,19 @@ def what_is_zero(modules: list[Module]) -> str:
 
 # Ways to begin that take something from the base's weights; "eva" needs data alone.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What makes LoRA another kind of it, if it is set: KaSA changes the base's own weights, too.
+OTHER_KINDS = ("kasa_config", "velora_config", "monteclora_config", "use_bdlora", "megatron_config")
+KNOWN_KEYS = {
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping",
+    "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "kasa_config",
+    "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
+    "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora",
+    "velora_config",
+}  # fmt: skip
 
 
 def extras_of(saved: SavedAdapter) -> list[tuple[str, str]]:
@@ -338,14 +359,17 @@ def extras_of(saved: SavedAdapter) -> list[tuple[str, str]]:
         "measuring" at all, taking into "parts", and "scaling" (cutting and exporting, too).
     """
     config, names = saved.config, list(saved.tensors)
-    start, bias = str(config.get("init_lora_weights")), config.get("bias") or "none"
+    start, bias = str(config.get("init_lora_weights")), config.get("bias", "none")
     task, is_dora = config.get("task_type") or "CAUSAL_LM", bool(config.get("use_dora"))
     lengths = [name for name in names if ".lora_magnitude_vector" in name]
     biases = [name for name in names if name.endswith(".lora_B.bias")]
     whole = [name for name in names if ".lora_" not in name and name.startswith(PREFIX)]
     megabytes = sum(saved.tensors[name].nbytes for name in whole) / 1e6
     known = {*lengths, *biases, *whole}.union(*(one.names for one in saved.modules))
-    unknown = [name for name in names if name not in known]
+    unknown = [key for key in OTHER_KINDS if config.get(key)]
+    unknown += [name for name in names if name not in known]
+    tokens = config.get("trainable_token_indices")
+    has_tokens = any("trainable_tokens" in name for name in names)
     outside = [one for one in saved.modules if is_left_out(config, one)]
     outside = [one.name for one in outside if not one.is_zero]  # others would change nothing
     are_matrices = all(saved.tensors[name].dim() == 2 for m in saved.modules for name in m.names)
@@ -374,8 +398,19 @@ def extras_of(saved: SavedAdapter) -> list[tuple[str, str]]:
         (
             "measuring, scaling",
             bool(unknown),
-            f"holds {counted(len(unknown), 'tensor')} under names that PEFT does not look for, so "
-            f"it leaves them out without a word ({listed(unknown)})",
+            f"has what is of a kind of LoRA that is not understood here ({listed(unknown)})",
+        ),
+        (
+            "measuring, scaling",
+            bool(tokens) and not has_tokens,
+            "trained single tokens (trainable_token_indices), but its file does not hold them, so "
+            "PEFT cannot load it",
+        ),
+        (
+            "",
+            not config.keys() <= KNOWN_KEYS,
+            "has keys in adapter_config.json that PEFT 0.21 does not know and leaves out: "
+            f"{', '.join(sorted(config.keys() - KNOWN_KEYS))}",
         ),
         (
             "measuring, scaling",

@@ -1,15 +1,18 @@
 """info: what it says of each kind of adapter, from the files alone."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from tiny_adapters import (
+    CONFIG,
     PLAIN,
     TENSORS,
     change_config,
@@ -20,6 +23,7 @@ from tiny_adapters import (
 )
 
 from inspect_lora.common import file_sha256
+from inspect_lora.modules import KNOWN_KEYS
 
 LAYER = "base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
 
@@ -134,11 +138,30 @@ def test_what_others_do_not_take_is_noted(tmp_path, info, config, said):
         ({"target_modules": ".*v_proj"}, "It holds 16 modules outside target_modules"),
         ({"layers_to_transform": [0, 1]}, "It holds 18 modules outside target_modules"),
         ({"exclude_modules": ["q_proj"]}, "It holds 8 modules outside target_modules"),
+        ({"velora_config": {"scale": 1}}, "LoRA that is not understood here (velora_config)"),
+        ({"use_bdlora": True}, "LoRA that is not understood here (use_bdlora)"),
+        ({"megatron_config": {"a": 1}}, "LoRA that is not understood here (megatron_config)"),
+        ({"trainable_token_indices": [1]}, "but its file does not hold them, so PEFT cannot load"),
     ],
 )
 def test_what_the_configuration_says_besides_is_noted(plain, tmp_path, info, config, said):
     found = info(change_config(copied(plain, tmp_path / "new"), **config))
     assert found.status == 0 and sum(said in note for note in found.json["notes"]) == 1
+    assert "sound" not in found.said
+
+
+def test_keys_of_a_newer_peft_are_noted(plain, tmp_path, info):
+    assert {one.name for one in dataclasses.fields(peft.LoraConfig)} == KNOWN_KEYS
+    found = info(change_config(copied(plain, tmp_path / "new"), use_zeta=True, zeta=None))
+    assert found.status == 0 and "PEFT 0.21 does not know and leaves out: use_zeta." in found.said
+
+
+@pytest.mark.parametrize("kind", [peft.KasaConfig, peft.MontecloraConfig, peft.VeloraConfig])
+def test_other_kinds_of_lora_are_not_called_sound(tmp_path, info, kind):
+    key = kind.__name__.removesuffix("Config").lower() + "_config"
+    found = info(save_adapter(tmp_path / "adapter", **{key: kind()}))
+    assert f"a kind of LoRA that is not understood here ({key}, model.layers.0." in found.said
+    assert found.status == 0 and "sound" not in found.said
 
 
 def with_lengths(tensors):
@@ -158,7 +181,7 @@ def with_another_name(tensors):
     [
         (with_lengths, "It holds lora_magnitude_vector, as DoRA does, but use_dora is not set"),
         (with_default, "It has the names of a state_dict(), with .default. in them"),
-        (with_another_name, "It holds 1 tensor under names that PEFT does not look for"),
+        (with_another_name, "It has what is of a kind of LoRA that is not understood here (model"),
     ],
 )
 def test_names_that_are_not_those_of_a_plain_lora_are_noted(plain, tmp_path, info, change, said):
@@ -211,6 +234,23 @@ def test_nan_is_a_problem_and_null_in_json(plain, tmp_path, info):
     row = module(found, "model.layers.3.self_attn.q_proj")
     assert (row["norm"], row["directions"], row["is_finite"]) == (None, None, False)
     assert "q_proj ###!####" in found.said
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (1e30, "The update of 24 modules, such as model.layers.0.mlp.up_proj, is too large to be"),
+        (1e-30, "The update of 24 modules, such as model.layers.0.mlp.up_proj, is too small to be"),
+        (1e-200, "is too small to be computed in float32: its size is 0."),
+        (1e200, "There is NaN or infinity in 48 of the 48 tensors"),
+    ],
+)
+def test_an_update_that_cannot_be_computed_is_a_problem(plain, tmp_path, info, factor, said):
+    def times(tensors):
+        return {name: factor * one.double() for name, one in tensors.items()}
+
+    found = info(change_tensors(copied(plain, tmp_path / "new"), times))
+    assert found.status == 1 and said in found.said
 
 
 def test_an_adapter_that_was_never_trained_is_a_problem(tmp_path, info):
@@ -379,6 +419,15 @@ def test_what_is_no_adapter_is_told_what_it_is(plain, tmp_path, info):
     (folder / TENSORS).unlink()
     found = info(folder)
     assert found.status == 1 and "a pickle that could run code" in found.err and not found.out
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xef\xbb\xbf{}", b"[" * 100_000])
+def test_a_damaged_configuration_is_told(plain, tmp_path, info, text):
+    folder = copied(plain, tmp_path / "damaged")
+    config = (folder / CONFIG).read_bytes()
+    (folder / CONFIG).write_bytes(text.replace(b"{}", config))
+    end = info(folder)
+    assert end.status == 1 and "is damaged, or was not written by PEFT" in end.said
 
 
 def test_it_answers_from_any_folder_without_the_large_libraries(plain, tmp_path):
