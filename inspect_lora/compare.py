@@ -15,9 +15,6 @@ from __future__ import annotations
 import argparse
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import pydantic
 
 from inspect_lora.common import (
     InspectError,
@@ -25,12 +22,12 @@ from inspect_lora.common import (
     join_limited,
     one_line,
     path_from_here,
-    read_json,
     report,
     report_sentence,
     shorten_path,
     this_program,
 )
+from inspect_lora.record import Evidence, read_evidence
 from inspect_lora.scores import errors_needed, ratio_with_error
 
 
@@ -69,61 +66,6 @@ def run(options: argparse.Namespace) -> None:
 # ---- What is read
 
 
-Number = Annotated[float, pydantic.Field(allow_inf_nan=False)]
-
-
-class Row(pydantic.BaseModel):
-    """The losses of a held-out reply, in nats a token."""
-
-    where: str
-    tokens: Annotated[int, pydantic.Field(ge=1)]
-    base: Number
-    adapter: Number
-
-
-class KnownFile(pydantic.BaseModel):
-    """A file that was measured on: that of the held-out replies, or that of the other tasks."""
-
-    file: str
-    sha256: str
-
-
-class Evidence(pydantic.BaseModel):
-    """What is read of an evidence.json."""
-
-    schema_: Literal[1] = pydantic.Field(alias="schema")
-    finished: bool
-    measured: str  # its date and time
-    adapter: str
-    adapter_sha256: str
-    adapter_config: dict[str, Any]
-    base: str
-    base_revision: str
-    enable_thinking: bool
-    held_out: KnownFile
-    general_file: KnownFile | None = None
-    losses: Annotated[list[Row], pydantic.Field(min_length=1)]
-    run: dict[str, Any] | None = None
-    elsewhere: dict[str, Any] | None = None
-    checks: dict[str, dict[str, Any]] = {}
-    checked_replies: list[dict[str, Any]] = []
-    folder: Path = Path()
-
-    def mean(self, whose: Literal["base", "adapter"]) -> float:
-        """Return the mean loss of the base or the adapter, in nats a token."""
-        losses = [(row.base if whose == "base" else row.adapter, row.tokens) for row in self.losses]
-        return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
-
-    def tasks_sha256(self) -> str:
-        """Return the hash of the file of the other tasks, or "" if it is not known."""
-        return self.general_file.sha256 if self.general_file else ""
-
-    def replies(self) -> tuple[str, list[tuple[str, int]]]:
-        """Return what tells the held-out replies apart: the file's hash, lines and lengths."""
-        rows = [(row.where.rpartition(":")[2], row.tokens) for row in self.losses]
-        return self.held_out.sha256, rows
-
-
 def read_reports(folders: list[str], left_out: list[str]) -> list[Evidence]:
     """Return the whole reports in the folders, and add a sentence on those that are not whole."""
     paths: dict[Path, None] = {}
@@ -150,14 +92,6 @@ def read_reports(folders: list[str], left_out: list[str]) -> list[Evidence]:
             "was measured; give it again"
         )
     return found
-
-
-def read_evidence(path: Path) -> Evidence | None:
-    """Return what an evidence.json holds, or None if it is damaged or of another version."""
-    try:
-        return Evidence.model_validate((read_json(path) or {}) | {"folder": path.parent})
-    except pydantic.ValidationError:
-        return None
 
 
 def on_the_same_lines(

@@ -20,11 +20,13 @@ from peft.utils.integrations import dequantize_module_weight
 from inspect_lora.adapters import can_scale_and_cut, can_take_apart, lora_layers, rescaled
 from inspect_lora.modules import Module, layer_number, strongest_directions
 from inspect_lora.scores import (
+    FEWEST_LINES,
     UNKNOWN,
     Estimate,
     Losses,
     differences,
     errors_needed,
+    is_conclusive,
     losses_of,
     ratio_with_error,
 )
@@ -36,8 +38,6 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
 # together are less than the second: otherwise the examples are too few to tell.
 WORTH_REPORTING = 0.02
 THE_SAME_WITHIN = 0.05
-# With fewer held-out lines nothing is concluded, since the errors themselves are too uncertain.
-FEWEST_LINES = 10
 MORE = " (--examples 200 measures more, if the file has more)"
 
 
@@ -225,12 +225,6 @@ def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, Any]]]:
 def of_kind(parts: list[Part], kind: str) -> list[Part]:
     """Return the parts of one kind."""
     return [part for part in parts if part.kind == kind]
-
-
-def is_conclusive(losses: Losses) -> bool:
-    """Return whether there are lines enough, and a clear gain, to say anything of parts."""
-    gain = losses.gain()
-    return len(set(losses.lines)) >= FEWEST_LINES and gain.is_clear() and gain.value > 0
 
 
 def conclusions(parts: list[Part], losses: Losses) -> list[str]:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from inspect_lora.checks import CheckRow, rows_of_checks
 from inspect_lora.conversations import Task
+from inspect_lora.record import group_of
 from inspect_lora.scores import evenly_spread
 from inspect_lora.trainer import ChatFormat, Example
 
@@ -168,9 +169,3 @@ def choose_samples(examples: list[Example], group: str, wanted: int) -> list[Exa
         if len(chosen) < wanted and number not in chosen:
             chosen.append(number)
     return [examples[number] for number in sorted(chosen)]
-
-
-def group_of(example: Example, group: str) -> str:
-    """Return what the example's line has under the key that groups lines, or ""."""
-    value = example.row.get(group)
-    return "" if value is None else str(value)

@@ -1,80 +1,28 @@
-"""What is said of an adapter: the lines on the terminal, report.md, and evidence.json."""
+"""What is said of an adapter: the lines on the terminal, and report.md."""
 
 from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from inspect_lora.adapters import Adapter
 from inspect_lora.checks import CheckRow, p_in_words
 from inspect_lora.common import (
     counted,
-    file_sha256,
     join_limited,
     one_line,
-    read_json,
     report,
     report_sentence,
     shorten_path,
 )
-from inspect_lora.conversations import HeldOut
 from inspect_lora.elsewhere import Elsewhere
 from inspect_lora.modules import scaling_in_words
-from inspect_lora.parts import Part, cut_that_is_enough, is_conclusive, of_kind
-from inspect_lora.replies import Reply, Sample, group_of
-from inspect_lora.scores import Losses, differences, ratio_with_error
-from inspect_lora.trainer import Example
-
-
-@dataclass
-class Findings:
-    """What was measured of an adapter; what is not measured yet, or cannot be, is empty."""
-
-    name: str  # the adapter, as it was named on the command line
-    adapter: Adapter
-    held_out: HeldOut
-    group: str  # the key that groups held-out lines
-    system_message: str  # of the training, or ""
-    system_is_guessed: bool  # then it is what all held-out lines share
-    examples: list[Example]
-    general_file: dict[str, str] | None = None  # the file of the other tasks, and its hash
-    losses: Losses | None = None  # of all examples
-    measured: list[int] = field(default_factory=list)  # the examples that the parts are measured on
-    parts: list[Part] = field(default_factory=list)
-    updates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    elsewhere: Elsewhere | None = None
-    checks: list[CheckRow] = field(default_factory=list)
-    checked_replies: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    conclusions: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # what each measurement took
-    is_finished: bool = False
-
-    def mean(self, losses: list[float]) -> float:
-        """Return the mean of all examples' losses over their tokens."""
-        return sum(losses) / sum(self.losses.tokens)
-
-    def shares_are_meant(self) -> bool:
-        """Return whether the gain that parts have shares of is clear."""
-        return is_conclusive(self.losses.only(self.measured))
-
-    def lower_on(self) -> int:
-        """Return on how many examples the adapter's loss is lower than the base's."""
-        return sum(a < b for a, b in zip(self.losses.trained, self.losses.base, strict=True))
-
-
-def headline(found: Findings) -> str:
-    """Return whether the adapter is better than its base, in a few words."""
-    gain = found.losses.gain()
-    if not gain.is_clear():
-        return "neither better nor worse, by a clear difference, than its base"
-    word = "better" if gain.value > 0 else "worse"
-    return f"{abs(gain.value):.3f} nats a token {word} than its base"
-
+from inspect_lora.parts import Part, cut_that_is_enough, of_kind
+from inspect_lora.record import Findings, group_of, headline
+from inspect_lora.replies import Reply
+from inspect_lora.scores import differences, ratio_with_error
 
 # ---- On the terminal
 
@@ -327,68 +275,3 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 def escaped(text: str) -> str:
     """Return a text so that Markdown shows it as it is."""
     return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", text)
-
-
-# ---- evidence.json
-
-
-def as_json_object(found: Findings) -> dict[str, Any]:
-    """Return what `compare` and other programs read."""
-    adapter = found.adapter
-    record: dict[str, Any] = {
-        "schema": 1,
-        "finished": found.is_finished,
-        "measured": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "adapter": found.name,
-        "adapter_sha256": file_sha256(adapter.place / "adapter_model.safetensors"),
-        "adapter_config": read_json(adapter.place / "adapter_config.json"),
-        "base": adapter.base,
-        "base_revision": adapter.revision,
-        "dtype": adapter.dtype,
-        "device": adapter.model.device.type,
-        "enable_thinking": adapter.chat_format.enable_thinking,
-        "system_message": found.system_message,
-        "held_out": {
-            "file": found.held_out.path,
-            "sha256": found.held_out.sha256,
-            "group": found.group,
-        },
-        "general_file": found.general_file,
-        "run": None,
-        "loss": {
-            "base": found.mean(found.losses.base),
-            "adapter": found.mean(found.losses.trained),
-        },
-        "gain": asdict(found.losses.gain()),
-        "lower_on": found.lower_on(),
-        "losses": rows_of_losses(found),
-        "parts": {part.title: part.as_recorded() for part in found.parts},
-        "parts_measured_on": [found.examples[number].where for number in found.measured],
-        "updates": found.updates,
-        "elsewhere": found.elsewhere.as_recorded() if found.elsewhere else None,
-        "checks": {row.name: asdict(row) | {"says": row.judgement()} for row in found.checks},
-        "checked_replies": found.checked_replies,
-        "conclusions": found.conclusions,
-        "seconds": found.seconds,
-    }
-    if adapter.run:
-        known = {key: adapter.run.record.get(key) for key in ("settings", "train_seconds")}
-        record["run"] = {"path": str(adapter.run.path)} | known
-    return record
-
-
-def rows_of_losses(found: Findings) -> list[dict[str, Any]]:
-    """Return a row for each example, in nats a token."""
-    numbers = zip(
-        found.examples, found.losses.tokens, found.losses.base, found.losses.trained, strict=True
-    )
-    return [
-        {
-            "where": example.where,
-            "group": group_of(example, found.group),
-            "tokens": tokens,
-            "base": base / tokens,
-            "adapter": trained / tokens,
-        }
-        for example, tokens, base, trained in numbers
-    ]

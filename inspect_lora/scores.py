@@ -67,6 +67,14 @@ class Estimate:
 
 
 UNKNOWN = Estimate(math.nan, math.inf)
+# With fewer held-out lines nothing is concluded, since the errors themselves are too uncertain.
+FEWEST_LINES = 10
+
+
+def is_conclusive(losses: Losses) -> bool:
+    """Return whether there are lines enough, and a clear gain, to say anything of parts."""
+    gain = losses.gain()
+    return len(set(losses.lines)) >= FEWEST_LINES and gain.is_clear() and gain.value > 0
 
 
 def ratio_with_error(
