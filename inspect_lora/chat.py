@@ -62,6 +62,8 @@ def talk(adapter: Adapter, system: str, max_new_tokens: int) -> None:
     """
     with suppress(ImportError):
         import readline  # noqa: F401 - arrow keys and history at the prompt
+    if sys.stdin is None:  # it was closed, as by <&-
+        return
     sys.stdin.reconfigure(errors="replace")  # a file that is not in UTF-8 must not end the talk
     messages = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, str]] = []

@@ -110,7 +110,8 @@ def find_server(options: argparse.Namespace, place: Path) -> Server:
     if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
         raise InspectError(f"{server.url}/v1/models does not list models: is it an OpenAI server?")
     loaded = {str(one.get("id")): one for one in models}
-    offered = {name: one for name, one in loaded.items() if one.get("parent") in loaded}
+    names = list(loaded)  # no set, since a parent may be of any type
+    offered = {name: one for name, one in loaded.items() if one.get("parent") in names}
     printed = name_on_server(place)  # in the command that serves it
     only = next(iter(offered)) if len(offered) == 1 else printed
     server.adapter = options.name or (printed if printed in offered else only)
@@ -403,7 +404,11 @@ def rendered_by(server: Server, example: Example, more: dict[str, Any]) -> tuple
     if status != 200 or not isinstance(answer, dict):
         return [], f"/tokenize answers {status}: {answer}"
     tokens = answer.get("tokens")
-    return (tokens, "") if tokens else ([], "/tokenize does not take messages")
+    if not tokens or not isinstance(tokens, list):
+        return [], "/tokenize does not take messages"
+    if not all(isinstance(one, int) and 0 <= one < 2**32 for one in tokens):
+        return [], "/tokenize answers with what are no tokens"
+    return tokens, ""
 
 
 def where_they_part(
@@ -452,9 +457,9 @@ def send(
     if key:
         headers["Authorization"] = f"Bearer {key}"
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{server.url}{path}", data, headers)
     seconds = 10 if body is None else 300
     try:
+        request = urllib.request.Request(f"{server.url}{path}", data, headers)
         with urllib.request.urlopen(request, timeout=seconds) as response:
             status, text = response.status, response.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
@@ -467,7 +472,7 @@ def send(
         ) from error
     try:
         answer = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = text
     if status == 200:
         return 200, answer if isinstance(answer, dict) else one_line(answer, 100)

@@ -414,6 +414,10 @@ def test_a_file_that_does_not_fit_is_one_message(refused, changed, name):
     [
         ({"init_lora_weights": "pissa"}, "changed the base model's own weights"),
         ({"bias": "lora_only"}, "trained biases"),
+        ({"bias": None}, "bias: Input should be a valid string (it is None)"),
+        ({"trainable_token_indices": [1]}, "its file does not hold them, so PEFT cannot load it"),
+        ({"velora_config": {"scale": 1}}, "of LoRA that is not understood here (velora_config)"),
+        ({"megatron_config": {"a": 1}}, "LoRA that is not understood here (megatron_config)"),
         ({"use_dora": True}, "its file holds lora_magnitude_vector of 0"),
         ({"layer_replication": [[0, 2]]}, "another model than its base"),
         ({"alora_invocation_tokens": [5]}, "invocation tokens"),

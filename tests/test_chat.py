@@ -246,9 +246,13 @@ def test_half_a_character_does_not_end_the_talk(talk):
     assert end.status == 0 and [who for who, _ in end.replies] == ["adapter", "adapter"]
 
 
-def test_the_end_of_input_ends_it_and_nothing_is_written(parrot, talk, tmp_path, monkeypatch):
+def test_the_end_of_input_ends_it_and_nothing_is_written(
+    parrot, talk, tmp_path, monkeypatch, capsys
+):
     before = listing(parrot.adapter.parent)
     monkeypatch.chdir(tmp_path)
     assert talk("hello", "/scale 2", "hello").status == 0
     assert talk().status == 0 and listing(parrot.adapter.parent) == before
+    monkeypatch.setattr(sys, "stdin", None)  # it was closed
+    assert command(capsys, "chat", parrot.adapter).status == 0
     assert not [*tmp_path.iterdir()]

@@ -146,6 +146,11 @@ def test_what_cannot_be_scaled_or_cut_is_refused(export, tmp_path, config, said)
     [
         ({}, (".weight", ".default.weight"), "the names of a state_dict()"),
         ({"target_modules": ["q_proj", "v_proj"]}, ("", ""), "8 modules outside target_modules"),
+        (
+            {"trainable_token_indices": [1], "kasa_config": {"beta": 1}},
+            ("", ""),
+            "not understood here (kasa_config). It trained single tokens (trainable_token_indices)",
+        ),
     ],
 )
 def test_what_peft_or_others_would_not_find_is_not_written_anew(

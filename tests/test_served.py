@@ -371,6 +371,10 @@ def test_another_chat_template_is_no_matter_of_thinking(ask, imitation):
     [
         ((404, "closed"), "/tokenize is closed (404)"),
         ((200, {"tokens": []}), "/tokenize does not take messages"),
+        ((200, {"tokens": "abc"}), "/tokenize does not take messages"),
+        ((200, {"tokens": 5}), "/tokenize does not take messages"),
+        ((200, {"tokens": ["a", "b"]}), "/tokenize answers with what are no tokens"),
+        ((200, {"tokens": [10**11]}), "/tokenize answers with what are no tokens"),
         ((200, "<html>"), "/tokenize answers 200: <html>"),
         ((500, {"error": {"message": "no template"}}), "/tokenize answers 500: no template"),
     ],
@@ -461,7 +465,9 @@ def test_a_server_that_is_not_there_is_told(measured, capsys):
     assert "Is the server running" in found.err
 
 
-@pytest.mark.parametrize("address", ["localhost:8000", "ftp://localhost", "http://", "http://a b"])
+@pytest.mark.parametrize(
+    "address", ["localhost:8000", "ftp://x", "http://", "http://a b", "http://[::1"]
+)
 def test_what_is_no_address_is_told(measured, capsys, address):
     found = command(capsys, "served", address, measured / "adapter")
     assert found.status == 1 and "http://localhost:8000" in found.err
@@ -472,7 +478,9 @@ def test_what_is_no_address_is_told(measured, capsys, address):
     [
         ((200, "<html>Welcome</html>"), "answers 200: <html>Welcome</html>"),
         ((200, ["toy"]), "answers 200: ['toy']"),
+        ((200, "[" * 100_000), "answers 200: [[[["),
         ((200, {"models": []}), "does not list models"),
+        ((200, {"data": [{"id": "a", "parent": ["b"]}, {"id": "b"}]}), "Its adapters are none"),
         ((404, "nothing"), "answers 404: nothing"),
         ((503, ""), "answers 503"),
     ],
