@@ -169,10 +169,10 @@ def table_of(ranked: list[Evidence]) -> list[str]:
     columns = "{:<10}{:<22}{:<14}{}".format
     lines = [columns("held-out", "against the best", "KL elsewhere", "report, and what differs")]
     differing = what_differs(ranked)
-    for one in ranked:
-        against = "best" if one is best else difference(one, best, "adapter", len(ranked) - 1)
+    against = [difference(one, best, "adapter", len(ranked) - 1) for one in ranked[1:]]
+    for one, compared in zip(ranked, ["best", *against], strict=True):
         loss = f"{one.mean('adapter'):.4f}"
-        lines.append(columns(loss, against, change_elsewhere(one), shorten_path(one.folder, 44)))
+        lines.append(columns(loss, compared, change_elsewhere(one), shorten_path(one.folder, 44)))
         facts = known_of(one)
         words = [f"{name} {one_line(facts[name], 30)}" for name in differing if name in facts]
         for name, row in one.checks.items():
@@ -180,8 +180,9 @@ def table_of(ranked: list[Evidence]) -> list[str]:
         wrapped = textwrap.wrap(", ".join(words), 44, break_on_hyphens=False)
         lines += [columns("", "", "", line) for line in wrapped]
     loss = f"{best.mean('base'):.4f}"
-    lines.append(columns(loss, difference(best, best, "base", 1), "", f"base model {best.base}"))
-    if len(ranked) > 1:
+    against.append(difference(best, best, "base", 1))
+    lines.append(columns(loss, against[-1], "", f"base model {best.base}"))
+    if any(one.endswith("=") for one in against):
         lines.append("=: the difference may be chance; another SEED may change more than that")
     return lines
 

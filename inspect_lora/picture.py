@@ -16,7 +16,6 @@ from inspect_lora.common import shorten_path
 from inspect_lora.elsewhere import Shift
 from inspect_lora.parts import Part
 from inspect_lora.record import Findings, headline
-from inspect_lora.scores import FEWEST_LINES
 
 # A README shows it at 900 pixels or fewer, where the letters must be legible still.
 LOOK = {"font.size": 13, "axes.titlesize": 15, "figure.titlesize": 15, "axes.titleweight": "bold"}
@@ -28,10 +27,12 @@ def draw_picture(found: Findings, path: Path) -> bool:
     """Draw a panel for each thing that was measured; return whether there was any."""
     losses = logged(found, "loss")
     parts = [part for part in found.parts if part.kind in COLOURS]
-    shares_are_drawn = found.shares_are_meant()
-    rows: list[list[str]] = []
-    if found.parts:
-        rows.append(["strengths", "parts"] if parts and shares_are_drawn else ["strengths"] * 2)
+    shares = []  # the panels that show shares of the gain
+    if found.elsewhere and found.shares_are_meant():
+        shares.append("strengths")
+    if parts and found.shares_are_meant():
+        shares.append("parts")
+    rows = [[shares[0], shares[-1]]] if shares else []
     if losses:
         rows.append(["losses", "losses"])
     if found.updates:
@@ -47,24 +48,17 @@ def draw_picture(found: Findings, path: Path) -> bool:
             f"r = {config.r}, alpha = {config.lora_alpha}: {headline(found)}",
             parse_math=False,
         )
-        if found.parts and shares_are_drawn and found.elsewhere:
+        if "strengths" in shares:
             draw_gain_and_change(panels["strengths"], found.parts, found.elsewhere.without_system)
-        elif found.parts:
-            draw_strengths(panels["strengths"], found.parts)
-        if "parts" in panels:
+        if "parts" in shares:
             draw_parts(panels["parts"], parts)
         if losses:
             draw_losses(panels["losses"], losses, logged(found, "eval_loss"))
         if found.updates:
             depth = found.adapter.model.config.get_text_config().num_hidden_layers
             draw_updates(panels["updates"], depth, found.updates)
-        if found.parts:
-            note = "Error bars: one standard error"
-            if not shares_are_drawn:
-                note += (
-                    f". No shares are drawn without a clear gain on {FEWEST_LINES} lines or more"
-                )
-            figure.supxlabel(note, fontsize=12)
+        if shares:
+            figure.supxlabel("Error bars: one standard error", fontsize=12)
         figure.savefig(path)
     return True
 
@@ -94,21 +88,6 @@ def draw_gain_and_change(axes: Axes, parts: list[Part], shifts: dict[float, Shif
         xlabel="change on other tasks (KL), nats a token",
         ylabel=f"% of the gain, {len(parts[0].losses)} replies",
         title="Gain and change by strength",
-    )
-
-
-def draw_strengths(axes: Axes, parts: list[Part]) -> None:
-    """Draw the held-out loss against the strength of the update."""
-    drawn = [part for part in parts if part.kind in ("base", "strength", "whole")]
-    drawn.sort(key=lambda part: part.value)
-    errors = [part.against_trained.error for part in drawn]
-    strengths, losses = [part.value for part in drawn], [part.loss for part in drawn]
-    axes.errorbar(strengths, losses, errors, marker="o", capsize=3)
-    axes.axvline(1, color="0.6", linestyle="--", linewidth=1)
-    axes.set(
-        xlabel="strength (0: base, 1: as trained)",
-        ylabel="held-out loss, nats a token",
-        title="Loss by strength",
     )
 
 

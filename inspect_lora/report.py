@@ -185,7 +185,7 @@ def markdown_checks(checks: list[CheckRow]) -> str:
 
 
 def markdown_kinds(found: Findings) -> str:
-    """Return the loss by the kind of held-out line, and where it fell least."""
+    """Return the loss by the kind of held-out line, or "" if there is only one."""
     losses, groups = found.losses, [group_of(example, found.group) for example in found.examples]
     rows = []
     for kind in sorted(set(groups), key=lambda kind: (-groups.count(kind), kind)):
@@ -196,19 +196,10 @@ def markdown_kinds(found: Findings) -> str:
         lower = f"{sum(one < 0 for one in changes)} of {len(changes)}"
         means = [f"{base:.4f}", f"{base + change.value:.4f}"]
         rows.append([kind or "(none)", len(changes), *means, change, lower])
+    if len(rows) == 1:
+        return ""
     head = [found.group, "replies", "base", "adapter", "difference", "adapter lower on"]
-    text = "## The loss by kind of line, in nats a token"
-    if len(rows) > 1:
-        text += f"\n\n{table(head, rows[:40])}"
-    each = [
-        (change / tokens, where)
-        for change, tokens, where in zip(
-            differences(losses.trained, losses.base), losses.tokens, losses.lines, strict=True
-        )
-    ]
-    worst = sorted(each, key=lambda one: -one[0])[:3]
-    shown = ", ".join(f"{escaped(Path(where).name)} ({change:+.2f})" for change, where in worst)
-    return f"{text}\n\nThe loss fell least, or rose, on {shown}."
+    return f"## The loss by kind of line, in nats a token\n\n{table(head, rows[:40])}"
 
 
 def markdown_samples(found: Findings) -> str:

@@ -281,7 +281,7 @@ def test_each_table_of_the_report_is_whole(shown):
         assert f"| {title} | {part['loss']:.4f} |" in plain
 
 
-def test_kinds_have_their_losses_and_the_worst_lines_are_named(shown):
+def test_kinds_have_their_losses(shown):
     rows = shown.found["losses"]
     kinds = {row["group"] for row in rows}
     assert len(kinds) > 1
@@ -290,11 +290,6 @@ def test_kinds_have_their_losses_and_the_worst_lines_are_named(shown):
         base = sum(row["base"] * row["tokens"] for row in own) / sum(row["tokens"] for row in own)
         name = kind.replace("_", r"\\_")
         assert re.search(rf"^\| {name} \| {len(own)} \| {base:.4f} ", shown.report, re.MULTILINE)
-    worst = sorted(rows, key=lambda row: row["base"] - row["adapter"])[:3]
-    named = ", ".join(
-        f"{row['where'].rpartition('/')[2]} ({row['adapter'] - row['base']:+.2f})" for row in worst
-    )
-    assert f"The loss fell least, or rose, on {named}." in shown.report
 
 
 def test_samples_are_what_each_says_to_one_prompt_at_a_time(shown):
@@ -350,6 +345,7 @@ def test_the_report_says_that_it_guessed_and_names_a_folder_without_a_branch(
     guessed = "- system message (guessed: the one that all held-out lines share): You are Nell."
     assert guessed in run.report
     assert re.search(r"- base: .*tiny-qwen3\.5, in float32", run.report)
+    assert "by kind of line" not in run.report  # there is one kind
     run = measure(capsys, adapter, path, *SHORT, "--system", "You are Nell.")
     assert "- system message: You are Nell." in run.report
 
@@ -418,6 +414,8 @@ def test_the_picture_shows_what_was_measured(shown, drawn):
     assert "of the gain" in out and re.search(r"attention alone \| \S+ \| \S+ ± ", report)
     assert re.search(r"of the gain   against as trained   lower loss on\n", out)
     assert re.search(r"\n          best other strength: x [\d.]+ .*\d of 12\n", out)
+    figure, _, _ = drawn("--checks", "0", "--general_file", "")
+    assert titles_of(figure) == ["What each part keeps", "Where the model was changed"]
     figure, _, _ = drawn(*SHORT)
     assert titles_of(figure) == ["Where the model was changed"]
 
@@ -426,8 +424,8 @@ def test_the_picture_shows_what_was_measured(shown, drawn):
 def test_shares_of_a_gain_that_is_none_are_nowhere(drawn, gain):
     """Not in the picture, not in the report, and not on the terminal."""
     figure, out, report = drawn("--examples", "12", "--checks", "0", gain=gain)
-    assert titles_of(figure) == ["Loss by strength", "Where the model was changed"]
-    assert "No shares are drawn without a clear gain" in figure.get_supxlabel()
+    assert titles_of(figure) == ["Where the model was changed"]
+    assert not figure.get_supxlabel()
     assert "of the gain" not in out
     assert re.search(r"attention alone \| \S+ \|  \| \S+ ± ", report)
 
