@@ -61,8 +61,9 @@ def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> st
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, such as "1 line" or "1,000 lines"."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    """Return a number with its noun, such as "1 line", "1,000 lines" or "2 replies"."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("reply") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

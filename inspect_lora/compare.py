@@ -102,9 +102,15 @@ def on_the_same_lines(
     others = [one for one in found if one not in same]
     if others:
         files = ", ".join(sorted({one.held_out.file for one in others}))
+        which = f"({files}) than the newest report ({newest.held_out.file})"
+        if files == newest.held_out.file:
+            which = (
+                f"than the newest report, though both are of {files}: its content, --max_seq_len "
+                "or the tokenizer was another"
+            )
         left_out.append(
-            f"{in_words([one.folder for one in others])}: measured on other "
-            f"held-out replies ({files}) than the newest report ({newest.held_out.file})"
+            f"{in_words([one.folder for one in others])}: measured on other held-out replies "
+            f"{which}"
         )
     return same
 

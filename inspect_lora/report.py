@@ -74,8 +74,8 @@ def verdict(found: Findings) -> str:
     gain = found.losses.gain()
     base, adapter = found.mean(found.losses.base), found.mean(found.losses.trained)
     return (
-        f"{gain.value:+.4f} ± {gain.error:.4f} nats a token: the loss of {len(found.examples)} "
-        f"held-out replies is {base:.4f}\nwithout the adapter and {adapter:.4f} with it, and lower "
+        f"{gain} nats a token: the loss of {counted(len(found.examples), 'held-out reply')} is "
+        f"{base:.4f}\nwithout the adapter and {adapter:.4f} with it, and lower "
         f"with it on {found.lower_on()} of them"
     )
 
@@ -120,8 +120,8 @@ def markdown_parts(found: Findings) -> str:
     config = found.adapter.model.peft_config["default"]
     text = (
         "## What each part is worth\n\n"
-        f"On {len(found.measured)} of the {len(found.examples)} held-out replies, evenly spread; "
-        "losses, in nats a token, are of these alone, and the last two columns compare a row with "
+        f"On {len(found.measured)} of the {counted(len(found.examples), 'held-out reply')}, "
+        "evenly spread; losses, in nats a token, are of these alone, and the last two columns compare a row with "
         "the adapter as trained. "
         f"Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
         "switched off in parts, or cut to its strongest directions, and nothing is trained anew. "
@@ -157,8 +157,8 @@ def markdown_elsewhere(elsewhere: Elsewhere) -> str:
     ]
     return (
         "## What else was changed\n\n"
-        f"On the base model's own replies to {elsewhere.tasks} ordinary tasks, such as sums, "
-        "translations and lists, without the training's system message: how far the adapter's "
+        f"On the base model's own replies to {counted(elsewhere.tasks, 'ordinary task')}, such as "
+        "sums, translations and lists, without the training's system message: how far the adapter's "
         "probabilities are from the base's, and how often it would go on otherwise.\n\n"
         + table(["", "KL, nats a token", "another likeliest token"], rows)
     )

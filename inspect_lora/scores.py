@@ -55,11 +55,12 @@ class Estimate:
 
     def __str__(self) -> str:
         """Return it as a difference of losses."""
-        return f"{self.value:+.4f} ± {self.error:.4f}"
+        return f"{self.value:+.4f} ± {self.error:.4f}".replace("inf", "?")
 
     def percent(self, digits: int = 1) -> str:
         """Return it as a share."""
-        return f"{100 * self.value:.{digits}f} ± {100 * self.error:.{digits}f} %"
+        text = f"{100 * self.value:.{digits}f} ± {100 * self.error:.{digits}f} %"
+        return text.replace("inf", "?")  # the error of one line is not known
 
     def is_clear(self, errors: float = 2) -> bool:
         """Return whether it differs from 0 by more than so many times its error."""

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from tiny_adapters import command
 
+from inspect_lora.common import counted
+
 TOKENS = [10, 20, 30, 40]
 BASE = [3.0, 3.1, 2.9, 3.0]
 
@@ -88,6 +90,16 @@ def test_the_replies_of_one_line_count_as_one(put, compare):
     assert rows_of(compare())[1][1].startswith(f"+0.1300 ± {error:.4f}")
 
 
+def test_the_error_of_one_line_is_not_known(put, compare):
+    put("best", lines=(1, 1, 1, 1))
+    put("other", [2.2, 2.4, 2.1, 2.0], lines=(1, 1, 1, 1))
+    assert rows_of(compare())[1][1] == "+0.1300 ± ? ="
+    assert [counted(n, "held-out reply") for n in (1, 2)] == [
+        "1 held-out reply",
+        "2 held-out replies",
+    ]
+
+
 def test_what_differs_and_what_else_changed_stand_beside_a_report(put, compare):
     config = {"r": 8, "target_modules": ["v_proj", "q_proj"]}
     settings = {"LEARNING_RATE": 2e-4, "OUTPUT_DIR": "a", "LORA_R": 8}
@@ -108,12 +120,13 @@ def test_what_differs_and_what_else_changed_stand_beside_a_report(put, compare):
     ("change", "said"),
     [
         ({"held_out": {"file": "b.jsonl", "sha256": "d"}}, "other held-out replies (b.jsonl)"),
-        ({"lines": (1, 2, 3, 5)}, "other held-out replies"),
+        ({"lines": (1, 2, 3, 5)}, "than the newest report, though both are of eval.jsonl: its"),
         ({"base": [3.0, 3.1, 2.9, 3.0011]}, "has other losses than that of the newest report"),
         ({"finished": False}, "the command was stopped"),
         ({"schema": 2}, "damaged, edited, or of another version"),
         ({"losses": [2.0, 2.0, 2.0, float("nan")]}, "damaged, edited"),
         ({"losses": [2.0, 2.0, 2.0, "2.0 or so"]}, "damaged, edited"),
+        ({"losses": [2.0, 2.0, 2.0, 1e308]}, "damaged, edited"),
     ],
 )
 def test_what_is_left_out_is_said_with_its_reason(put, compare, change, said):
