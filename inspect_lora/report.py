@@ -121,8 +121,8 @@ def markdown_parts(found: Findings) -> str:
     text = (
         "## What each part is worth\n\n"
         f"On {len(found.measured)} of the {counted(len(found.examples), 'held-out reply')}, "
-        "evenly spread; losses, in nats a token, are of these alone, and the last two columns compare a row with "
-        "the adapter as trained. "
+        "evenly spread; losses, in nats a token, are of these alone, and the last two columns "
+        "compare a row with the adapter as trained. "
         f"Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
         "switched off in parts, or cut to its strongest directions, and nothing is trained anew. "
         "Shares of the gain overlap, so they need not add up to 100 %. ± is one standard error."
@@ -158,8 +158,8 @@ def markdown_elsewhere(elsewhere: Elsewhere) -> str:
     return (
         "## What else was changed\n\n"
         f"On the base model's own replies to {counted(elsewhere.tasks, 'ordinary task')}, such as "
-        "sums, translations and lists, without the training's system message: how far the adapter's "
-        "probabilities are from the base's, and how often it would go on otherwise.\n\n"
+        "sums, translations and lists, without the training's system message: how far the "
+        "adapter's probabilities are from the base's, and how often it would go on otherwise.\n\n"
         + table(["", "KL, nats a token", "another likeliest token"], rows)
     )
 
