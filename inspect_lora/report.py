@@ -120,7 +120,7 @@ def markdown_parts(found: Findings) -> str:
     config = found.adapter.model.peft_config["default"]
     text = (
         "## What each part is worth\n\n"
-        f"On {len(found.measured)} of the {counted(len(found.examples), 'held-out reply')}, "
+        f"On {len(found.measured)} of {counted(len(found.examples), 'held-out reply')}, "
         "evenly spread; losses, in nats a token, are of these alone, and the last two columns "
         "compare a row with the adapter as trained. "
         f"Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
