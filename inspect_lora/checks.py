@@ -20,7 +20,7 @@ import pydantic
 
 from inspect_lora.common import counted
 
-Phrase = Annotated[str, pydantic.Field(min_length=1)]
+Phrase = Annotated[str, pydantic.Field(pattern=r"[^*_`]")]  # more than marks of Markdown
 
 
 class Form(pydantic.BaseModel):
@@ -50,14 +50,18 @@ class Word(Form):
 
 
 class Number(Form):
-    """The last number in the reply is the answer."""
+    """The last number in the reply is the answer.
+
+    In "10-15" the minus is no sign; a comma is one of thousands only before exactly three digits.
+    """
 
     kind: Literal["number"]
     answer: pydantic.FiniteFloat
 
     def passes(self, reply: str) -> bool:
         """Return whether a reply passes."""
-        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", without_markdown(reply))
+        text = without_markdown(reply).replace("\u2212", "-")
+        numbers = re.findall(r"(?:(?<!\w)-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?", text)
         return bool(numbers) and math.isclose(
             float(numbers[-1].replace(",", "")), self.answer, rel_tol=1e-9, abs_tol=1e-9
         )
@@ -101,13 +105,13 @@ def occurs(phrase: str, reply: str) -> bool:
 
     Capitals and Markdown do not matter, nor whether an apostrophe is straight or curly.
     """
-    phrase, reply = (text.replace("\u2019", "'").casefold() for text in (phrase, reply))
-    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", without_markdown(reply)) is not None
+    texts = [without_markdown(text).replace("\u2019", "'").casefold() for text in (phrase, reply)]
+    return re.search(rf"(?<!\w){re.escape(texts[0])}(?!\w)", texts[1]) is not None
 
 
-def without_markdown(reply: str) -> str:
-    """Return a reply without the marks that make words bold or show them as code."""
-    return re.sub(r"[*_`]", "", reply)
+def without_markdown(text: str) -> str:
+    """Return a text without the marks that make words bold or show them as code."""
+    return re.sub(r"[*_`]", "", text)
 
 
 def json_object_in(reply: str) -> dict[str, Any] | None:
