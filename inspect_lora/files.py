@@ -164,12 +164,14 @@ def find_run(place: Path) -> Run | None:
 def where_it_is_now(name: str, run: Run) -> str:
     """Return a run's file or folder as it is found from here.
 
-    It was named as seen from the run's working folder; what the run wrote itself, such as the lines
-    that it held out, lies beside its run.json, wherever that was moved to.
+    It was named as seen from the run's working folder, so one of that name here may be another;
+    what the run wrote itself, such as the lines that it held out, lies beside its run.json,
+    wherever that was moved to.
     """
-    there = Path(run.record.get("working_folder", "")) / name
-    found = [path for path in (there, run.path.parent / Path(name).name) if path.exists()]
-    return str(found[0]) if name and found and not Path(name).exists() else name
+    there, here = Path(run.record.get("working_folder", "")) / name, Path(name)
+    found = [path for path in (there, run.path.parent / here.name) if path.exists()]
+    is_here = not found or (here.exists() and here.samefile(found[0]))
+    return name if not name or is_here else str(found[0])
 
 
 def find_base(config: dict[str, Any], run: Run | None, revision: str | None) -> str:

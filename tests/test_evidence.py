@@ -155,10 +155,17 @@ def test_what_a_run_named_from_its_own_folder_is_found_from_another(
     config = read_json(ours / "final_lora" / "adapter_config.json")
     config["base_model_name_or_path"] = "model"
     (ours / "final_lora" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "model").mkdir(parents=True)  # others of the same names
+    write_held_out(tmp_path / "here" / "held-out.jsonl", [("hello", "Oh.")])
     monkeypatch.chdir(tmp_path / "here")
     end = command(capsys, "evidence", ours / "final_lora", *SHORT)
     assert end.status == 0, end.err
+    found = read_json(ours / "inspected" / "final_lora" / "evidence.json")
+    assert found["base"] == str(tmp_path / "there" / "model") and len(found["losses"]) == 5
+    monkeypatch.chdir(tmp_path / "there")  # where it is named as it was given
+    assert command(capsys, "evidence", ours / "final_lora", *SHORT).status == 0
+    found = read_json(ours / "inspected" / "final_lora" / "evidence.json")
+    assert (found["base"], found["held_out"]["file"]) == ("model", "held-out.jsonl")
 
 
 def test_what_a_run_held_out_lies_beside_it_wherever_it_was_moved(ours, capsys, no_picture):
