@@ -6,8 +6,8 @@ one, and on the same base model, which is known by its own loss on each reply: a
 does not tell in which type its base was loaded. What is left out is said, with the reason.
 
 "=" says that a difference to the best may be chance of the held-out lines: it is within twice its
-standard error, three times where the best was picked among several. What another SEED would change
-is not in it: train a close winner with two seeds.
+standard error, three times where the best was picked among several, or of fewer than ten lines.
+What another SEED would change is not in it: train a close winner with two seeds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from inspect_lora.common import (
     this_program,
 )
 from inspect_lora.record import Evidence, read_evidence
-from inspect_lora.scores import errors_needed, ratio_with_error
+from inspect_lora.scores import FEWEST_LINES, errors_needed, ratio_with_error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,13 +150,23 @@ def forget_other_tasks(found: list[Evidence], left_out: list[str]) -> None:
         of_held_out = [
             reply.get("base_passes", {})
             for reply in one.checked_replies
-            if str(reply.get("where")).rpartition(":")[0] == one.held_out.file
+            if str(reply.get("where")).rpartition(":")[0] == one.losses[0].where.rpartition(":")[0]
         ]
         one.checks = {n: row for n, row in one.checks.items() if any(n in e for e in of_held_out)}
     if others:
         left_out.append(
             f"KL and the tasks' checks of {in_words([one.folder for one in others])}"
             ": measured on another --general_file than that of the newest report"
+        )
+    moved = [one for one in found if one.elsewhere]
+    newest = max(moved, key=lambda one: one.measured, default=None)
+    others = [one for one in moved if one.elsewhere.get("tasks") != newest.elsewhere.get("tasks")]
+    for one in others:
+        one.elsewhere = None
+    if others:
+        left_out.append(
+            f"KL of {in_words([one.folder for one in others])}: measured on another number of "
+            "tasks (--examples) than that of the newest report"
         )
 
 
@@ -186,7 +196,7 @@ def table_of(ranked: list[Evidence]) -> list[str]:
         wrapped = textwrap.wrap(", ".join(words), 44, break_on_hyphens=False)
         lines += [columns("", "", "", line) for line in wrapped]
     loss = f"{best.mean('base'):.4f}"
-    against.append(difference(best, best, "base", 1))
+    against.append(difference(best, best, "base", len(ranked)))
     lines.append(columns(loss, against[-1], "", f"base model {best.base}"))
     if any(one.endswith("=") for one in against):
         lines.append("=: the difference may be chance; another SEED may change more than that")
@@ -201,8 +211,10 @@ def difference(one: Evidence, best: Evidence, whose: str, comparisons: int) -> s
         for here, there in pairs
     ]
     tokens = [float(here.tokens) for here, _ in pairs]
-    found = ratio_with_error(changes, tokens, [here.where for here, _ in pairs])
-    return f"{found}" + ("" if found.is_clear(errors_needed(comparisons)) else " =")
+    lines = [here.where for here, _ in pairs]
+    found = ratio_with_error(changes, tokens, lines)
+    is_clear = len(set(lines)) >= FEWEST_LINES and found.is_clear(errors_needed(comparisons))
+    return f"{found}" + ("" if is_clear else " =")
 
 
 def change_elsewhere(one: Evidence) -> str:

@@ -14,7 +14,7 @@ import pydantic
 
 from inspect_lora.checks import CheckRow
 from inspect_lora.common import file_sha256, read_json
-from inspect_lora.scores import Losses, is_conclusive
+from inspect_lora.scores import FEWEST_LINES, Losses, is_conclusive
 
 if TYPE_CHECKING:
     from inspect_lora.adapters import Adapter
@@ -65,6 +65,8 @@ class Findings:
 def headline(found: Findings) -> str:
     """Return whether the adapter is better than its base, in a few words."""
     gain = found.losses.gain()
+    if len(set(found.losses.lines)) < FEWEST_LINES:
+        return "too few held-out lines to tell whether it is better than its base"
     if not gain.is_clear():
         return "neither better nor worse, by a clear difference, than its base"
     word = "better" if gain.value > 0 else "worse"

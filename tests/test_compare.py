@@ -1,5 +1,6 @@
 """compare: ranks reports by held-out loss, with paired errors, and says what it leaves out."""
 
+import itertools
 import json
 import math
 import re
@@ -16,10 +17,13 @@ BASE = [3.0, 3.1, 2.9, 3.0]
 
 @pytest.fixture
 def put(tmp_path):
-    """Return a function that writes a report below tmp_path, with these losses of the adapter."""
+    """Return a function that writes a report below tmp_path, with these losses of the adapter.
 
-    def write(where, losses=(2.0, 2.0, 2.0, 2.0), base=BASE, lines=(1, 2, 3, 4), **changes):
-        rows = zip(lines, TOKENS, base, losses, strict=True)
+    There are twelve lines, or others, and the numbers are repeated for them.
+    """
+
+    def write(where, losses=(2.0, 2.0, 2.0, 2.0), base=BASE, lines=range(1, 13), **changes):
+        rows = zip(lines, *map(itertools.cycle, (TOKENS, base, losses)), strict=False)
         record = {
             "schema": 1,
             "finished": True,
@@ -62,7 +66,8 @@ def rows_of(end):
 
 def error_by_hand(changes, tokens):
     """Return the error of a ratio of sums, as Cochran writes it (Sampling Techniques, 6.4)."""
-    y, x = np.array(changes) * tokens, np.array(tokens)
+    x = np.array(tokens)
+    y = np.array(changes) * x
     residuals = y - y.sum() / x.sum() * x
     return math.sqrt((residuals**2).sum() / (len(y) - 1) / len(y)) / x.mean()
 
@@ -76,7 +81,7 @@ def test_reports_are_ranked_with_the_paired_difference_to_the_best(put, compare)
     (first, *_), second, third = rows = rows_of(compare())
     assert [row[2] for row in rows] == ["best", "close", "worse"]
     assert float(first) == pytest.approx(np.average([2.0, 2.1, 2.2, 2.3], weights=TOKENS), abs=1e-4)
-    error = error_by_hand([0.5, 0.3, 0.4, 0.2], TOKENS)
+    error = error_by_hand([0.5, 0.3, 0.4, 0.2] * 3, TOKENS * 3)
     assert third[1] == f"+0.3100 ± {error:.4f}" and second[1].endswith(" =")
     said = compare().said
     base = np.average(BASE, weights=TOKENS)
@@ -88,6 +93,25 @@ def test_the_replies_of_one_line_count_as_one(put, compare):
     put("other", [2.2, 2.4, 2.1, 2.0], lines=(1, 1, 2, 2))
     error = error_by_hand([(10 * 0.2 + 20 * 0.4) / 30, 30 * 0.1 / 70], [30, 70])
     assert rows_of(compare())[1][1].startswith(f"+0.1300 ± {error:.4f}")
+
+
+@pytest.mark.parametrize(("lines", "equal"), [(9, True), (10, False)])
+def test_of_fewer_than_ten_lines_no_difference_is_clear(put, compare, lines, equal):
+    put("best", lines=range(lines))
+    put("other", [2.5] * 4, lines=range(lines))
+    end = compare()
+    assert rows_of(end)[1][1].endswith("=") is equal
+    assert (" = " in end.said.partition("output/other")[2]) is equal  # the base's row
+
+
+def test_the_base_is_compared_with_the_best_of_several(put, compare):
+    """Its difference is 2.5 times its error here: clear for one adapter, but not for two."""
+    noise = [0.6, -0.3, 0.4, -0.3]  # which add up to 0 over the tokens
+    base = [2 + 2.5 * error_by_hand(noise * 3, TOKENS * 3) + one for one in noise]
+    put("best", base=base)
+    assert "=" not in compare().out
+    put("other", [2.5] * 4, base=base)
+    assert re.search(r"(?m) = +base model", compare().out)
 
 
 def test_the_error_of_one_line_is_not_known(put, compare):
@@ -152,15 +176,30 @@ def test_what_was_measured_on_other_tasks_is_not_set_side_by_side(put, compare):
             "checked_replies": replies,
         }
 
+    # The held-out file is named as it was given, and a line as it is seen from there.
+    held_out = {"held_out": {"file": "there/../eval.jsonl", "sha256": "abc"}}
     put("newest", measured="2026-11-28 13:00:00", **about("a", "general.jsonl"))
     put("same", [2.1] * 4, **about("a", "elsewhere/general.jsonl"))
-    put("other", [2.2] * 4, **about("b", "mine.jsonl"))
+    put("other", [2.2] * 4, **about("b", "mine.jsonl"), **held_out)
     put("old", [2.3] * 4, **about(None, "general.jsonl"))
     put("none", [2.4] * 4)
     end = compare()
     assert len(rows_of(end)) == 5 and end.said.count("0.2500") == 2
     assert end.said.count("sums 7/9") == 2 and end.said.count("rings 7/9") == 4
     assert "KL and the tasks' checks of 2 reports (" in end.said and "--general_file" in end.said
+
+
+def test_kl_of_another_number_of_tasks_is_not_set_side_by_side(put, compare):
+    def about(tasks):
+        kl = {"tasks": tasks, "no system message": {"x 1": {"kl": {"value": 0.25}}}}
+        return {"elsewhere": kl, "checks": {"rings": {"lines": 9, "after": 7}}}
+
+    put("newest", measured="2026-11-28 13:00:00", **about(50))
+    put("fewer", [2.1] * 4, **about(10))
+    put("none", [2.2] * 4)
+    end = compare()
+    assert end.said.count("0.2500") == 1 and end.said.count("rings 7/9") == 2
+    assert "left out KL of 1 report (" in end.said and "another number of tasks" in end.said
 
 
 def test_reports_of_old_that_do_not_name_their_tasks_are_compared(put, compare):

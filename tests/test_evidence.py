@@ -437,8 +437,17 @@ def test_shares_of_a_gain_that_is_none_are_nowhere(drawn, gain):
     assert re.search(r"attention alone \| \S+ \|  \| \S+ ± ", report)
 
 
+def test_of_fewer_than_ten_lines_the_headline_says_nothing_of_better(ours, capsys, no_picture):
+    path = write_held_out(ours / "held-out.jsonl")
+    words = ["--eval_file", path, *SHORT]
+    assert command(capsys, "evidence", ours / "final_lora", *words).status == 0
+    report = (ours / "inspected" / "final_lora" / "report.md").read_text(encoding="utf-8")
+    assert report.split("\n")[0].endswith(": too few held-out lines to tell whether it is better "
+                                          "than its base")  # fmt: skip
+
+
 def test_conclusions_have_a_section_on_the_terminal(shown, drawn):
-    _, out, _ = drawn("--examples", "3")
+    _, out, _ = drawn("--examples", "3")  # of twelve lines
     assert re.search(r"(?m)^means     The held-out lines are too few to tell anything: 3 ", out)
     assert out.count("means ") == 1 and "(--examples 200 measures more" in " ".join(out.split())
 
