@@ -78,6 +78,8 @@ def run(options: argparse.Namespace) -> None:
         written = [cut(module, options.rank) for module in written]
     if options.scale != 1:
         written = [scaled(module, options.scale) for module in written]
+    if options.rank or options.vllm:
+        written = with_one_scaling(written)
     refuse_lossy(modules, written, options.scale)
     server = None
     if options.vllm:
@@ -145,6 +147,15 @@ def refuse_what_is_more(place: Path, options: argparse.Namespace, saved: SavedAd
 def scaled(module: Module, scale: float) -> Module:
     """Return a module whose B, and so its update, is multiplied."""
     return replace(module, b=(scale * module.b.double()).to(module.b.dtype))
+
+
+def with_one_scaling(modules: list[Module]) -> list[Module]:
+    """Return modules that have the most frequent scaling, and in B what is left of their own.
+
+    Older versions of vLLM give every module the common scaling: they read no patterns.
+    """
+    (common, _), *_ = Counter(module.scaling for module in modules).most_common(1)
+    return [replace(scaled(one, one.scaling / common), scaling=common) for one in modules]
 
 
 def cut(module: Module, rank: int) -> Module:

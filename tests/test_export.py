@@ -277,13 +277,45 @@ def test_vllm_gets_the_same_updates_under_the_wrappers_names(of_wrapper, export,
     before, after = load_file(of_wrapper / TENSORS), load_file(tmp_path / "new" / TENSORS)
     inside = {n.replace(".model.model.", ".model.model.language_model."): n for n in before}
     assert after.keys() == inside.keys()
-    assert all(after[name].equal(before[old]) for name, old in inside.items())
+    of_one = "layers.0.mlp.down_proj.lora_B"  # alpha 3 instead of 8: its B has the rest
+    for name, old in inside.items():
+        expected = before[old] * (3 / 8 if of_one in name else 1)
+        torch.testing.assert_close(after[name], expected)
     config = json.loads((tmp_path / "new" / CONFIG).read_text())
-    assert config["alpha_pattern"] == {"model.language_model.layers.0.mlp.down_proj": 3}
+    assert config["alpha_pattern"] == {}
     assert "in the base model, under its new name" in end.said
     # The server is asked about the adapter that was written.
     command_line = re.search(r"served http://localhost:8000 (\S+)", end.said)
     assert command_line[1] == str(tmp_path / "new") and "--max-lora-rank 8" in end.said
+
+
+def test_for_vllm_all_modules_have_one_scaling(export, tmp_path):
+    """Up to some version it reads r and lora_alpha alone; PEFT reads the patterns, too."""
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32")
+    patterns = {
+        "use_rslora": True,
+        "target_modules": ["down_proj", "out_proj"],
+        "rank_pattern": {"out_proj": 2, "layers.0.mlp.down_proj": 3},
+        "alpha_pattern": {"layers.1.mlp.down_proj": 5},
+    }
+    folder = save_adapter(tmp_path / "adapter", base, **patterns)
+    end = export(folder, tmp_path / "new", "--vllm")
+    assert end.status == 0, end.err
+    config = json.loads((tmp_path / "new" / CONFIG).read_text())
+    assert config["use_rslora"] is False and 3 in config["rank_pattern"].values()
+    back = change_tensors(
+        copied(tmp_path / "new", tmp_path / "back"),
+        lambda tensors: {n.replace("language_model.", ""): one for n, one in tensors.items()},
+    )
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        renamed = {n.replace("language_model.", ""): one for n, one in config[pattern].items()}
+        change_config(back, **{pattern: renamed})
+    model = loaded(back, base)
+    layers = [one for one in model.modules() if isinstance(one, peft.tuners.lora.LoraLayer)]
+    common = config["lora_alpha"] / config["r"]
+    assert [one.scaling["default"] for one in layers] == pytest.approx([common] * len(layers))
+    assert len({one.r["default"] for one in layers}) == 3
+    torch.testing.assert_close(logits(model), logits(loaded(folder, base)), atol=1e-5, rtol=1e-4)
 
 
 def test_all_flags_together_and_a_tower_of_zeros(of_wrapper, export, tmp_path):
