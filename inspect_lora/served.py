@@ -5,8 +5,9 @@ replies, under the adapter's name and under its base's, and what the adapter cha
 against what it changes here. It is asked as well whether it writes prompts as in training. vLLM
 answers both questions.
 
-The losses here are those in the adapter's evidence.json, so that nothing is loaded; without one a
-dozen replies are measured first, which needs the base model and held-out conversations.
+The losses here are those in the adapter's newest evidence.json, so that nothing is loaded; without
+one, or with --base, --base_revision, --dtype or --device, a dozen replies are measured first, which
+needs the base model and held-out conversations.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def choose_replies(
     if evidence and not options.eval_file and Path(evidence.held_out.file).is_file():
         options.eval_file = evidence.held_out.file
     held_out = conversations.read_held_out(options, trained_by)
-    if evidence and evidence.held_out.sha256 == held_out.sha256:
+    is_asked_for = options.base or options.base_revision or options.dtype or options.device
+    if evidence and not is_asked_for and evidence.held_out.sha256 == held_out.sha256:
         base = (evidence.base, evidence.base_revision)
         chat_format = adapters.chat_format_of(options, place, *base)
         examples, _ = encode(held_out.examples, chat_format, options.max_seq_len)
@@ -169,7 +171,7 @@ def choose_replies(
 def find_evidence(
     options: argparse.Namespace, place: Path, trained_by: Run | None
 ) -> Evidence | None:
-    """Return what `evidence` found of this very adapter, known by the hash of its file.
+    """Return what `evidence` found last of this very adapter, known by the hash of its file.
 
     The run's two files, which differ in their names alone, are one adapter.
     """
@@ -179,12 +181,10 @@ def find_evidence(
         folders.append(trained_by.path.parent / "inspected")
         published = set((trained_by.record.get("adapter_sha256") or {}).values())
         hashes |= published if hashes & published else set()  # a checkpoint is not among them
-    for path in (path for folder in folders for path in sorted(folder.rglob("evidence.json"))):
-        found = read_evidence(path)
-        is_ours = found and found.adapter_sha256 in hashes and not options.base
-        if is_ours and found.enable_thinking == options.enable_thinking:
-            return found
-    return None
+    read = (read_evidence(path) for one in folders for path in sorted(one.rglob("evidence.json")))
+    ours = [one for one in read if one and one.adapter_sha256 in hashes]
+    ours = [one for one in ours if one.enable_thinking == options.enable_thinking]
+    return max(ours, key=lambda one: one.measured, default=None)
 
 
 def as_recorded(example: Example, row: Row) -> Asked:

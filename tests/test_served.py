@@ -519,10 +519,26 @@ def test_recorded_losses_are_taken_for_the_same_adapter_and_the_same_file_alone(
     found = ask("--eval_file", held_out, "--device", "cpu")
     assert found.status == 0 and "measured just now" in found.out
     assert "the changes differ by 0.0 %" in found.out
+    for flags in (["--device", "cpu"], ["--dtype", "float32"], ["--base", TINY]):
+        assert "measured just now" in ask(*flags).out  # on the recorded file
     on_tiny.save_adapter(tmp_path / "other", std=0.2)
     found = ask(adapter=tmp_path / "other")
     assert found.status == 1 and "Held-out conversations are needed" in found.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "held-out.jsonl", "other"]
+
+
+def test_of_several_records_the_newest_is_taken(ask, measured):
+    (path,) = measured.glob("inspected/*/evidence.json")
+    record = on_tiny.read_json(path)
+    for name, date in (("a", "2001-01-01"), ("z", "2999-01-01")):
+        other = measured / "inspected" / name / "evidence.json"
+        other.parent.mkdir()
+        other.write_text(json.dumps(record | {"measured": f"{date} 12:00:00"}), encoding="utf-8")
+    try:
+        assert "are those in inspected/z/evidence.json" in ask().said
+    finally:
+        for name in ("a", "z"):
+            shutil.rmtree(measured / "inspected" / name)
 
 
 def test_the_two_files_of_a_run_are_one_adapter(ask, measured, tmp_path):
