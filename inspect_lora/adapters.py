@@ -135,6 +135,8 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
     with errors_name_the_base(base):
         chat_format = chat_format_of(options, place, base, revision)
         model = load_model(base, revision, dtype, device)
+    # generate() would take from the model's own what it is not told, such as min_p.
+    model.generation_config = transformers.GenerationConfig()
     if run and run.record.get("products") == "float16" and device.type == "cuda":
         model = use_float16_products(model)  # as it was trained
     model = put_adapter_on(model, config, saved, place)

@@ -54,8 +54,6 @@ def greedy(chat_format: ChatFormat, max_new_tokens: int) -> transformers.Generat
     """Return how a model replies with always the likeliest token."""
     return transformers.GenerationConfig(
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,  # the model's own configuration may have another
         max_new_tokens=max_new_tokens,
         eos_token_id=chat_format.end_ids,
         pad_token_id=chat_format.end_ids[0],

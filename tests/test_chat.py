@@ -1,5 +1,6 @@
 """The chat: what the model is sent, its commands, a pipe."""
 
+import argparse
 import io
 import json
 import re
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import GenerationMixin
 
 import inspect_lora.chat as chat
+from inspect_lora.adapters import open_adapter
+from inspect_lora.replies import by_chance, generate
 
 SYSTEM = "You are Nell, an older person's companion."
 WINDOW = 132  # tokens that the parrot's model can see
@@ -27,7 +30,8 @@ SCALE = 16 / 8
 def parrot(tmp_path_factory):
     """Return an adapter and its base, whose replies differ from prompt to prompt.
 
-    The model's own configuration would draw replies by chance, and its window is short.
+    The model's own configuration would draw replies by chance, and not from all tokens, and its
+    window is short.
     """
     folder = tmp_path_factory.mktemp("parrot")
     model = shutil.copytree(TINY, folder / "model")
@@ -41,7 +45,9 @@ def parrot(tmp_path_factory):
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     path = model / "generation_config.json"
     own = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(own | {"do_sample": True, "temperature": 5.0}), encoding="utf-8")
+    own |= {"do_sample": True, "temperature": 5.0, "min_p": 1.0, "no_repeat_ngram_size": 1}
+    own |= {"suppress_tokens": list(range(10, 2000, 2))}
+    path.write_text(json.dumps(own), encoding="utf-8")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapter = save_adapter(
         folder / "adapter", std=0.3, r=8, lora_alpha=16, use_rslora=False, target_modules=targets
@@ -118,6 +124,19 @@ def reply_by_hand(parrot, ids, scale=1.0):
     finally:
         parrot.base.load_state_dict(weights)
     return parrot.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_what_is_drawn_by_chance_has_the_models_own_odds(parrot):
+    flags = {"base": None, "base_revision": None, "dtype": None, "device": "cpu"}
+    options = argparse.Namespace(adapter=str(parrot.adapter), enable_thinking=False, **flags)
+    opened = open_adapter(options, parrot.adapter, None)
+    prompts = [ids_of(parrot.tokenizer, "what's the time")] * 8
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = by_chance(opened.chat_format, 8)
+        drawn = generate(opened.model, opened.chat_format, prompts, config, "")
+    assert len({one.text for one in drawn}) > 4  # min_p = 1 would leave the likeliest alone
+    assert any(token in range(10, 2000, 2) for one in drawn for token in one.ids)
 
 
 def test_adapter_base_and_scale_reply_as_weights_merged_by_hand(parrot, talk):
