@@ -351,7 +351,7 @@ KNOWN_KEYS = {
 }  # fmt: skip
 
 
-def extras_of(saved: SavedAdapter) -> list[tuple[str, str]]:
+def extras_of(saved: SavedAdapter) -> list[tuple[tuple[str, ...], str]]:
     """Return what an adapter is beyond the update scaling x B A on matrices.
 
     Returns:
@@ -377,88 +377,88 @@ def extras_of(saved: SavedAdapter) -> list[tuple[str, str]]:
     is_elsewhere = has_embeddings or bool(config.get("target_parameters"))
     rows = [
         (
-            "measuring, scaling",
+            ("measuring", "scaling"),
             start.lower().startswith(CHANGES_THE_BASE),
             f"began with init_lora_weights = {start}, which changed the base model's own weights: "
             "on the plain base, as in other programs, it is wrong. PEFT's save_pretrained makes "
             "plain LoRA of it (path_initial_model_for_weight_conversion)",
         ),
         (
-            "measuring, scaling",
+            ("measuring", "scaling"),
             bias != "none",
             f"trained biases of the base (bias = {bias}), which stay changed where it is switched "
             "off, and which vLLM refuses",
         ),
         (
-            "measuring, scaling",
+            ("measuring", "scaling"),
             bool(lengths) and not is_dora,
             "holds lora_magnitude_vector, as DoRA does, but use_dora is not set, so PEFT leaves "
             "these out without a word",
         ),
         (
-            "measuring, scaling",
+            ("measuring", "scaling"),
             bool(unknown),
             f"has what is of a kind of LoRA that is not understood here ({listed(unknown)})",
         ),
         (
-            "measuring, scaling",
+            ("measuring", "scaling"),
             bool(tokens) and not has_tokens,
             "trained single tokens (trainable_token_indices), but its file does not hold them, so "
             "PEFT cannot load it",
         ),
         (
-            "",
+            (),
             not config.keys() <= KNOWN_KEYS,
             "has keys in adapter_config.json that PEFT 0.21 does not know and leaves out: "
             f"{', '.join(sorted(config.keys() - KNOWN_KEYS))}",
         ),
         (
-            "measuring, scaling",
+            ("measuring", "scaling"),
             bool(outside),
             f"holds {counted(len(outside), 'module')} outside target_modules, or in the layers or "
             f"modules that are excluded ({listed(outside)}). PEFT does not apply them, mostly "
             "without a word; other programs do",
         ),
-        ("measuring", task != "CAUSAL_LM", f"is for another task than replying ({task})"),
+        (("measuring",), task != "CAUSAL_LM", f"is for another task than replying ({task})"),
         (
-            "measuring",
+            ("measuring",),
             bool(config.get("layer_replication")),
             "repeats layers (layer_replication), so it needs another model than its base",
         ),
         (
-            "measuring",
+            ("measuring",),
             bool(config.get("alora_invocation_tokens")),
             "is an activated LoRA, which works only after its invocation tokens, and none are sent "
             "here",
         ),
         (
-            "measuring",
+            ("measuring",),
             is_dora and len(lengths) < len(saved.modules),
             f"is DoRA of {counted(len(saved.modules), 'module')}, but its file holds "
             f"lora_magnitude_vector of {len(lengths)}: PEFT takes the base's own lengths instead",
         ),
         (
-            "parts, scaling",
+            ("parts", "scaling"),
             bool(whole),
             f"holds {counted(len(whole), 'whole tensor')} besides LoRA ({listed(whole)}; "
             f"{megabytes:.1f} MB), for the base's own. vLLM does not serve such an adapter; merge "
             "it into its base",
         ),
         (
-            "scaling",
+            ("scaling",),
             is_dora,
             "is DoRA: the length of each row of W was trained as well, so B A is not the whole "
             "update. vLLM refuses DoRA; merge it into its base to serve it",
         ),
-        ("scaling", bool(biases), "has biases of B (lora_bias), which vLLM refuses"),
+        (("scaling",), bool(biases), "has biases of B (lora_bias), which vLLM refuses"),
         (
-            "scaling",
+            ("scaling",),
             is_elsewhere or not are_matrices,
             "has LoRA on other things than linear layers: embeddings, convolutions, or experts "
             "that share A or B",
         ),
         (
-            "scaling",
+            ("scaling",),
             any(".default." in name for name in names),
             "has the names of a state_dict(), with .default. in them, which PEFT finds only if it "
             "calls the adapter so, and others not at all; write it with save_pretrained()",

@@ -277,21 +277,29 @@ def about_no_gain(parts: list[Part], gain: Estimate) -> str:
     )
 
 
+def best_strength(parts: list[Part]) -> Part | None:
+    """Return the strength with the lowest loss, of those that are clearly better if some are."""
+    strengths = of_kind(parts, "strength")
+    better = [part for part in strengths if part.verdict(len(strengths)) == "better"]
+    return min(better or strengths, key=lambda part: part.loss, default=None)
+
+
 def about_alpha(parts: list[Part]) -> str:
     """Return the sentence on the strength of the update."""
     strengths = of_kind(parts, "strength")
-    if not strengths:
+    best = best_strength(parts)
+    if not best:
         return ""
-    better = [part for part in strengths if part.verdict(len(strengths)) == "better"]
-    largest = max(part.of_gain.value + 2 * part.of_gain.error for part in strengths)
-    if not better and largest > 1 + THE_SAME_WITHIN:
-        return f"alpha: too few held-out replies to tell whether another strength is better{MORE}."
-    if not better:
+    if best.verdict(len(strengths)) != "better":
+        largest = max(part.of_gain.value + 2 * part.of_gain.error for part in strengths)
+        if largest > 1 + THE_SAME_WITHIN:
+            return (
+                f"alpha: too few held-out replies to tell whether another strength is better{MORE}."
+            )
         return (
             "alpha: no other strength of this update has a clearly lower loss (by over "
             f"{100 * WORTH_REPORTING:.0f} % of the gain)."
         )
-    best = min(better, key=lambda part: part.loss)
     if float(best.value) < 1:
         so, advice = "strong", "a shorter training, a lower learning rate, a smaller alpha"
     else:

@@ -19,7 +19,7 @@ from inspect_lora.common import (
 )
 from inspect_lora.elsewhere import Elsewhere
 from inspect_lora.modules import scaling_in_words
-from inspect_lora.parts import Part, cut_that_is_enough, of_kind
+from inspect_lora.parts import Part, best_strength, cut_that_is_enough, of_kind
 from inspect_lora.record import Findings, group_of, headline
 from inspect_lora.replies import Reply
 from inspect_lora.scores import differences, ratio_with_error
@@ -43,9 +43,8 @@ def print_parts(found: Findings) -> None:
 def telling_parts(parts: list[Part]) -> list[Part]:
     """Return the best strength, the groups, and the cut that is spoken of, in the table's order."""
     telling = of_kind(parts, "group")[:6]
-    strengths = of_kind(parts, "strength")
-    if strengths:
-        telling.append(min(strengths, key=lambda part: part.loss))
+    if best := best_strength(parts):
+        telling.append(best)
     if cuts := of_kind(parts, "cut"):
         telling.append(cut_that_is_enough(cuts) or cuts[0])
     return [part for part in parts if part in telling]

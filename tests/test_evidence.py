@@ -36,6 +36,7 @@ import inspect_lora.replies as replies
 from inspect_lora.__main__ import main
 from inspect_lora.checks import mcnemar
 from inspect_lora.common import file_sha256
+from inspect_lora.report import telling_parts
 from inspect_lora.scores import Estimate, Losses, evenly_spread, ratio_with_error
 from inspect_lora.trainer import ChatFormat, Example
 
@@ -725,6 +726,16 @@ def test_a_sentence_is_said_only_where_the_numbers_bear_it(name):
     shares, said, unsaid = SENTENCES[name]
     text = conclusions(**shares)
     assert all(one in text for one in said) and not any(one in text for one in unsaid), text
+
+
+def test_the_strength_that_is_shown_is_the_one_that_is_spoken_of():
+    """One with a lower loss that is not clearly better is neither."""
+    shares = SCALES | {"update x 0.75": 1.06, "update x 1.5": (1.2, 0.1)}
+    assert "alpha: at x 0.75 " in conclusions(**shares)
+    telling = telling_parts([made_up_part(title, share) for title, share in shares.items()])
+    assert [part.value for part in telling] == [0.75]
+    telling = telling_parts([made_up_part(title, share) for title, share in SCALES.items()])
+    assert [part.value for part in telling] == [0.25]  # the first of equal ones
 
 
 def test_nine_held_out_lines_support_no_conclusion_and_ten_do():
