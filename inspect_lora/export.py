@@ -105,7 +105,9 @@ def run(options: argparse.Namespace) -> None:
     if old != new:
         report_sentence("base", f"its adapter_config.json names {new} now, not {old or 'none'}")
     if server:
-        report("next", server.commands(folder, max(one.r for one in written)))
+        # The same update under other names has the adapter's own evidence.
+        asked = folder if options.rank or options.scale != 1 else Path(options.adapter)
+        report("next", server.commands(folder, asked, max(one.r for one in written)))
     else:
         report("next", f"{this_program()} info {shlex.quote(str(folder))}")
 
@@ -347,14 +349,21 @@ class Server:
         """Ask a skeleton of the server's model for each name that was written."""
         self.trainer.check_names_for_vllm(read_tensors(folder), self.config)
 
-    def commands(self, folder: Path, max_rank: int) -> str:
-        """Return the command that serves the written adapter, and the one that asks the server."""
+    def commands(self, folder: Path, asked: Path, max_rank: int) -> str:
+        """Return the command that serves the written adapter, and the one that asks the server.
+
+        Args:
+            folder: what is served.
+            asked: the adapter that it is compared with.
+            max_rank: of its modules.
+        """
         name = self.trainer.name_on_server(folder)
         serve = self.trainer.vllm_command(self.base, self.revision, folder, max_rank, name)
         held_out = "HELD_OUT.jsonl"
         if self.run:
             file = (self.run.record["data"].get("held_out") or {}).get("file")
             held_out = where_it_is_now(file, self.run) if file else held_out
-        words = ["served", "http://localhost:8000", str(folder), "--eval_file", held_out]
+        words = ["served", "http://localhost:8000", str(asked), "--name", name]
+        words += ["--eval_file", held_out]
         ask = f"{this_program()} {shlex.join(words)}"
         return f"{serve}\n# Does it apply the adapter? Ask it while it runs:\n{ask}"

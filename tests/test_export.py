@@ -284,9 +284,12 @@ def test_vllm_gets_the_same_updates_under_the_wrappers_names(of_wrapper, export,
     config = json.loads((tmp_path / "new" / CONFIG).read_text())
     assert config["alpha_pattern"] == {}
     assert "in the base model, under its new name" in end.said
-    # The server is asked about the adapter that was written.
-    command_line = re.search(r"served http://localhost:8000 (\S+)", end.said)
-    assert command_line[1] == str(tmp_path / "new") and "--max-lora-rank 8" in end.said
+    assert "--max-lora-rank 8" in end.said
+    # The server is asked about the adapter whose evidence there may be, else about the new one.
+    asked = r"served http://localhost:8000 (\S+) --name new "
+    assert re.search(asked, end.said)[1] == str(of_wrapper)
+    weaker = export(of_wrapper, tmp_path / "weaker" / "new", "--vllm", "--scale", "0.5")
+    assert re.search(asked, weaker.said)[1] == str(tmp_path / "weaker" / "new")
 
 
 def test_for_vllm_all_modules_have_one_scaling(export, tmp_path):
