@@ -2,7 +2,7 @@
 
 It writes report.md (the verdict, the tables, and samples side by side), lora.png and evidence.json
 into one folder: OUTPUT_DIR/inspected/NAME for an adapter of train_lora_single.py, which brings its
-held-out file and its system message, else inspected/NAME in the working folder.
+held-out file and its system message, else inspected/PARENT--NAME in the working folder.
 
 What is concluded is about this adapter and these conversations. What another run would reach may
 not be concluded: train it, and compare. Nor does a lower loss say that the replies are good: read

@@ -366,7 +366,7 @@ def test_the_figures_that_the_text_takes_from_the_report():
     expected = {
         (README, r"(\d+) of (\d+) emergencies"): [lines - rings, lines],
         (README, r"(\d+) of (\d+) harmless"): [lost, others],
-        (README, r"(\d+) % of the places"): [round(changed)],
+        (README, r"(\d+) % of the tokens of ordinary"): [round(changed)],
         ("data/README.md", r"(\d+) emergencies (\d+) and (\d+)"): [lines, before, rings],
         ("data/README.md", r"(\d+) others (\d+) and (\d+)"): [others, quiet_before, quiet],
     }
