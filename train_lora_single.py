@@ -121,7 +121,7 @@ REPLIES: Literal["all", "last"] = "all"  # which replies of a conversation are l
 MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
-# If you change r, keep alpha: so r = 1 to 16 ended alike at one learning rate (docs/evidence.md).
+# If you change r, keep alpha: r = 1 to 16 then ended alike at one learning rate (docs/evidence.md).
 LORA_R: Rank = 8  # the rank; a rule of thumb: 4 for a narrow task, 8 for a style, 16 for more
 LORA_ALPHA: Count = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
@@ -2057,7 +2057,8 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 #
 # A job that has finished is finished: the same command says so, and does nothing. With another
 # PUBLISH it publishes that epoch from the checkpoints. Another job in the same folder renames what
-# the finished one left; that of an unfinished one is refused.
+# the finished one left, if its settings, its data or this script were changed; what has changed by
+# itself, such as the model on the hub, is refused, and so is another job than an unfinished one.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {

@@ -304,12 +304,14 @@ def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
     base_here, base_there = a_token(lambda one: one.base_here), a_token(lambda one: one.base_there)
     here, there = a_token(lambda one: one.here), a_token(lambda one: one.there)
     apart = f"on single replies the changes differ by {100 * found.apart:.1f} %"
-    report(
-        "scored",
-        "loss, nats a token      here   on the server\n"
-        f"base model           {base_here:7.4f}   {base_there:13.4f}\n"
-        f"adapter - base       {here:+7.4f}   {there:+13.4f}" + (f"\n{apart}" * (found.size > 0)),
-    )
+    lines = [
+        "loss, nats a token      here   on the server",
+        f"base model           {base_here:7.4f}   {base_there:13.4f}",
+        f"adapter - base       {here:+7.4f}   {there:+13.4f}",
+    ]
+    if found.size > 0:
+        lines.append(apart)
+    report("scored", "\n".join(lines))
     verdict = found.verdict()
     if verdict == "applied":
         return ""
