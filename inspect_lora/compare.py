@@ -27,7 +27,7 @@ from inspect_lora.common import (
     shorten_path,
     this_program,
 )
-from inspect_lora.record import Evidence, read_evidence
+from inspect_lora.evidence_file import Evidence, read_evidence
 from inspect_lora.scores import FEWEST_LINES, errors_needed, ratio_with_error
 
 

@@ -130,6 +130,12 @@ def is_text_of(example: Example, chat_format: ChatFormat) -> bool:
     return text in back
 
 
+def group_of(example: Example, group: str) -> str:
+    """Return what the example's line has under the key that groups lines, or ""."""
+    value = example.row.get(group)
+    return "" if value is None else str(value)
+
+
 def read_tasks(path: str) -> list[Task]:
     """Return the tasks of a file such as general.jsonl; a bad line is refused by its number."""
     if not path:

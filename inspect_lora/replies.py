@@ -11,8 +11,7 @@ import transformers
 from tqdm import tqdm
 
 from inspect_lora.checks import CheckRow, rows_of_checks
-from inspect_lora.conversations import Task
-from inspect_lora.record import group_of
+from inspect_lora.conversations import Task, group_of
 from inspect_lora.scores import evenly_spread
 from inspect_lora.trainer import ChatFormat, Example
 

@@ -37,8 +37,8 @@ from inspect_lora.common import (
     report,
     this_program,
 )
+from inspect_lora.evidence_file import Evidence, Row, read_evidence
 from inspect_lora.files import Run, find_adapter, find_run, folder_to_serve
-from inspect_lora.record import Evidence, Row, read_evidence
 from inspect_lora.scores import evenly_spread, losses_of
 from inspect_lora.trainer import ChatFormat, Example, encode, name_on_server
 
