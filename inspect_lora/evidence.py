@@ -31,6 +31,13 @@ from inspect_lora.common import (
     report,
     write_json,
 )
+from inspect_lora.conclusions import (
+    about_change,
+    about_endings,
+    about_strength,
+    conclusions,
+    what_is_not_measured,
+)
 from inspect_lora.conversations import (
     GENERAL_FILE,
     Task,
@@ -39,13 +46,13 @@ from inspect_lora.conversations import (
     read_tasks,
     tasks_that_render,
 )
-from inspect_lora.elsewhere import about_change, about_strength, measure_elsewhere
+from inspect_lora.elsewhere import measure_elsewhere
 from inspect_lora.evidence_file import as_json_object
 from inspect_lora.files import Run, find_adapter, find_run
 from inspect_lora.findings import Findings
-from inspect_lora.parts import conclusions, measure_parts, measure_updates, what_is_not_measured
+from inspect_lora.parts import measure_parts, measure_updates
 from inspect_lora.picture import draw_picture
-from inspect_lora.replies import about_endings, ask_checked, choose_samples, take_samples
+from inspect_lora.replies import ask_checked, choose_samples, take_samples
 from inspect_lora.report import as_markdown, print_checks, print_conclusions, print_parts, verdict
 from inspect_lora.scores import Losses, evenly_spread, losses_of
 

@@ -142,20 +142,6 @@ def take_samples(
     return list(map(Sample, chosen, base, adapter))
 
 
-def about_endings(samples: list[Sample], max_new_tokens: int) -> str:
-    """Return the sentence on replies of the adapter that did not end, or ""."""
-    base, adapter = (
-        sum(not reply.stopped for reply in replies)
-        for replies in zip(*((one.base, one.adapter) for one in samples), strict=True)
-    )
-    if not adapter:
-        return ""
-    return (
-        f"replies: {adapter} of {len(samples)} of the adapter's replies did not end within "
-        f"{max_new_tokens} tokens (of the base's, {base})."
-    )
-
-
 def choose_samples(examples: list[Example], group: str, wanted: int) -> list[Example]:
     """Return one held-out example of each kind, up to 20, and as many more as are wanted."""
     first: dict[str, int] = {}

@@ -17,11 +17,12 @@ from inspect_lora.common import (
     report_sentence,
     shorten_path,
 )
+from inspect_lora.conclusions import best_strength, cut_that_is_enough, of_kind
 from inspect_lora.conversations import group_of
 from inspect_lora.elsewhere import Elsewhere
 from inspect_lora.findings import Findings, headline
 from inspect_lora.modules import scaling_in_words
-from inspect_lora.parts import Part, best_strength, cut_that_is_enough, of_kind
+from inspect_lora.parts import Part
 from inspect_lora.replies import Reply
 from inspect_lora.scores import differences, ratio_with_error
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from tiny_adapters import TENSORS, change_tensors, command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import inspect_lora.conclusions as concluded
 import inspect_lora.elsewhere as elsewhere
 import inspect_lora.evidence as evidence
 import inspect_lora.parts as parts
@@ -337,10 +338,10 @@ def test_only_the_adapters_replies_that_do_not_end_are_told():
     example, ended = Example("a:1", []), replies.Reply("a", True, [])
     cut = replies.Reply("a", False, [])
     samples = [replies.Sample(example, ended, cut), replies.Sample(example, cut, ended)]
-    said = replies.about_endings(samples, 200)
+    said = concluded.about_endings(samples, 200)
     assert said.startswith("replies: 1 of 2 of the adapter's replies did not end within 200 tok")
     assert said.endswith(" (of the base's, 1).")
-    assert replies.about_endings(samples[1:], 200) == ""
+    assert concluded.about_endings(samples[1:], 200) == ""
 
 
 def test_the_report_says_that_it_guessed_and_names_a_folder_without_a_branch(
@@ -547,7 +548,7 @@ def shift(kl):
 def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
     def said(share, error, shifts):
         half = parts.Part("strength", 0.5, "update x 0.5", None, of_gain=Estimate(share, error))
-        return elsewhere.about_strength([half], shifts, "ADAPTER")
+        return concluded.about_strength([half], shifts, "ADAPTER")
 
     shifts = {0.5: shift([1.0, 1.1, 0.9] * 5), 1.0: shift([2.0, 2.2, 1.9] * 5)}
     text = said(0.98, 0.005, shifts)
@@ -641,7 +642,7 @@ def made_up_part(title, share):
 def conclusions(lines=10, **shares):
     """Return the sentences on a made-up table, as one text."""
     made_up = [made_up_part(title, share) for title, share in shares.items()]
-    return "\n".join(parts.conclusions(made_up, losses_with(1.0, 0.01, lines)))
+    return "\n".join(concluded.conclusions(made_up, losses_with(1.0, 0.01, lines)))
 
 
 SCALES = {f"update x {scale}": 0.9 for scale in ("0.25", "0.5", "0.75", "1.25", "1.5", "2")}
@@ -761,7 +762,7 @@ def test_without_a_clear_gain_nothing_is_said_of_the_parts(gain, gained, said):
         parts.Part("strength", strength, "", contextlib.nullcontext, gained=Estimate(*one))
         for strength, one in gained.items()
     ]
-    text = "\n".join(parts.conclusions(strengths, losses_with(*gain)))
+    text = "\n".join(concluded.conclusions(strengths, losses_with(*gain)))
     assert re.search(said, text) and not re.search("^(alpha|r|targets):", text, re.MULTILINE)
     assert ("More steps" in text) == (said == "More steps")
 
