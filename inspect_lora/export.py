@@ -32,6 +32,7 @@ from inspect_lora.common import (
     this_program,
     write_json,
 )
+from inspect_lora.faults import problems_of, reasons_against
 from inspect_lora.files import (
     PREFIX,
     find_adapter,
@@ -45,9 +46,7 @@ from inspect_lora.modules import (
     PARTS,
     Module,
     SavedAdapter,
-    problems_of,
     read_adapter,
-    reasons_against,
     share_kept,
     strongest_directions,
 )

@@ -29,6 +29,7 @@ from inspect_lora.common import (
     report_sentence,
     this_program,
 )
+from inspect_lora.faults import extras_of, is_named, problems_of, reasons_against, what_is_zero
 from inspect_lora.files import (
     QUANTIZED_NAME,
     find_adapter,
@@ -37,18 +38,7 @@ from inspect_lora.files import (
     folder_to_serve,
     is_hub_name,
 )
-from inspect_lora.modules import (
-    Module,
-    SavedAdapter,
-    extras_of,
-    is_named,
-    problems_of,
-    read_adapter,
-    reasons_against,
-    scaling_in_words,
-    share_kept,
-    what_is_zero,
-)
+from inspect_lora.modules import Module, SavedAdapter, read_adapter, scaling_in_words, share_kept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
