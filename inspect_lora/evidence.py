@@ -53,7 +53,13 @@ from inspect_lora.findings import Findings
 from inspect_lora.parts import measure_parts, measure_updates
 from inspect_lora.picture import draw_picture
 from inspect_lora.replies import ask_checked, choose_samples, take_samples
-from inspect_lora.report import as_markdown, print_checks, print_conclusions, print_parts, verdict
+from inspect_lora.report import (
+    as_markdown,
+    gain_sentence,
+    print_checks,
+    print_conclusions,
+    print_parts,
+)
 from inspect_lora.scores import Losses, evenly_spread, losses_of
 
 
@@ -168,7 +174,7 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         tokens=[len(example.reply_ids) for example in found.examples],
         lines=[example.where for example in found.examples],
     )
-    report("gain", verdict(found))
+    report("gain", gain_sentence(found))
     if options.examples:
         measure_parts_and_change(found, tasks, options.examples)
     checked = lines_with_checks(found.held_out.checked, tasks)

@@ -100,7 +100,7 @@ def find_notes(place: Path, saved: SavedAdapter) -> list[str]:
         *(f"It {what}." for _, what in extras_of(saved)),
         about_names(place, saved),
         about_quantized_base(saved.config),
-        about_rank(saved.modules),
+        about_smaller_rank(saved.modules),
     ]
     return [note for note in notes if note]
 
@@ -266,7 +266,7 @@ def about_quantized_base(config: dict[str, Any]) -> str:
 NEARLY_ALL = 0.95
 
 
-def about_rank(modules: list[Module]) -> str:
+def about_smaller_rank(modules: list[Module]) -> str:
     """Return a note on the smallest rank that keeps nearly all of the updates, if there is one."""
     largest = max((one.r for one in modules if one.norm > 0), default=1)
     ranks = [2**n for n in range(10) if 2**n < largest]

@@ -70,7 +70,7 @@ def print_conclusions(found: Findings) -> None:
         report_sentence("" if number else "means", sentence)
 
 
-def verdict(found: Findings) -> str:
+def gain_sentence(found: Findings) -> str:
     """Return what the adapter gained, in a sentence of two lines."""
     gain = found.losses.gain()
     base, adapter = found.mean(found.losses.base), found.mean(found.losses.trained)
@@ -102,7 +102,7 @@ def as_markdown(found: Findings, has_picture: bool) -> str:
 def markdown_verdict(found: Findings) -> str:
     """Return the heading, the gain and the conclusions."""
     title = f"# {escaped(shorten_path(found.name, 60))}: {headline(found)}"
-    lines = [title, "", f"**{verdict(found)}.**".replace("\n", " "), ""]
+    lines = [title, "", f"**{gain_sentence(found)}.**".replace("\n", " "), ""]
     sentences = [row.sentence() for row in found.checks if row.is_clear] + found.conclusions
     return "\n".join([*lines, *(f"- {escaped(sentence)}" for sentence in sentences)]).strip()
 
