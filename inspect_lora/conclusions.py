@@ -10,7 +10,7 @@ import peft
 from inspect_lora.adapters import can_scale_and_cut, can_take_apart
 from inspect_lora.elsewhere import Elsewhere, Shift
 from inspect_lora.parts import THE_SAME_WITHIN, WORTH_REPORTING, Part
-from inspect_lora.replies import Sample
+from inspect_lora.replies import Answered
 from inspect_lora.scores import (
     FEWEST_LINES,
     Estimate,
@@ -213,10 +213,10 @@ def about_strength(parts: list[Part], shifts: dict[float, Shift], adapter: str) 
     return ""
 
 
-def about_endings(samples: list[Sample], max_new_tokens: int) -> str:
+def about_endings(samples: list[Answered], max_new_tokens: int) -> str:
     """Return the sentence on replies of the adapter that did not end, or ""."""
     base, adapter = (
-        sum(not reply.stopped for reply in replies)
+        sum(not reply.ended for reply in replies)
         for replies in zip(*((one.base, one.adapter) for one in samples), strict=True)
     )
     if not adapter:

@@ -25,7 +25,7 @@ def as_json_object(found: Findings) -> dict[str, Any]:
     """Return what `compare` and other programs read."""
     adapter = found.adapter
     record: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "finished": found.is_finished,
         "measured": time.strftime("%Y-%m-%d %H:%M:%S"),
         "adapter": found.name,
@@ -56,7 +56,7 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "updates": found.updates,
         "elsewhere": found.elsewhere.as_recorded() if found.elsewhere else None,
         "checks": {row.name: asdict(row) | {"says": row.judgement()} for row in found.checks},
-        "checked_replies": found.checked_replies,
+        "replies": [one.as_recorded(found.group) for one in (*found.checked, *found.samples)],
         "conclusions": found.conclusions,
         "seconds": found.seconds,
     }
@@ -99,6 +99,51 @@ class Row(pydantic.BaseModel):
     adapter: Number
 
 
+class Said(pydantic.BaseModel):
+    """A reply that was made; of schema 1 only the text and the checks are known."""
+
+    text: str = ""
+    ended: bool | None = None
+    tokens: int | None = None
+    checks: dict[str, bool] = {}
+
+
+class Exchange(pydantic.BaseModel):
+    """A prompt, and what base and adapter replied to it."""
+
+    where: str
+    id: str = ""
+    group: str = ""
+    source: Literal["held_out", "tasks", "prompts"]
+    messages: list[dict[str, str]] = []
+    reference: str | None = None
+    max_new_tokens: int | None = None
+    base: Said
+    adapter: Said
+    rules: dict[str, Any] = {}
+    says: dict[str, str] = {}
+
+
+class CheckedReply(pydantic.BaseModel):
+    """What schema 1 has of a line with checks: the texts, and what each check said."""
+
+    where: str
+    base: str = ""
+    adapter: str = ""
+    base_passes: dict[str, bool] = {}
+    adapter_passes: dict[str, bool] = {}
+
+    def as_exchange(self, held_out_file: str) -> Exchange:
+        """Return it as schema 2 would have it, as far as it is known."""
+        is_held_out = self.where.rpartition(":")[0] == held_out_file
+        return Exchange(
+            where=self.where,
+            source="held_out" if is_held_out else "tasks",
+            base=Said(text=self.base, checks=self.base_passes),
+            adapter=Said(text=self.adapter, checks=self.adapter_passes),
+        )
+
+
 class KnownFile(pydantic.BaseModel):
     """A file that was measured on: that of the held-out replies, or that of the other tasks."""
 
@@ -109,7 +154,7 @@ class KnownFile(pydantic.BaseModel):
 class Evidence(pydantic.BaseModel):
     """What is read of an evidence.json."""
 
-    schema_: Literal[1] = pydantic.Field(alias="schema")
+    schema_: Literal[1, 2] = pydantic.Field(alias="schema")
     finished: bool
     measured: str  # its date and time
     adapter: str
@@ -118,14 +163,25 @@ class Evidence(pydantic.BaseModel):
     base: str
     base_revision: str
     enable_thinking: bool
-    held_out: KnownFile
+    held_out: KnownFile | None = None
     general_file: KnownFile | None = None
-    losses: Annotated[list[Row], pydantic.Field(min_length=1)]
+    losses: list[Row] = []
     run: dict[str, Any] | None = None
     elsewhere: dict[str, Any] | None = None
     checks: dict[str, dict[str, Any]] = {}
-    checked_replies: list[dict[str, Any]] = []
+    replies: list[Exchange] = []
+    checked_replies: list[CheckedReply] = []  # of schema 1, which had no others
     folder: Path = Path()
+
+    @pydantic.model_validator(mode="after")
+    def measured_something(self) -> Evidence:
+        """Refuse a record without losses, unless it is of prompts alone; complete schema 1."""
+        if not self.losses and (self.schema_ == 1 or self.held_out):
+            raise ValueError("it holds no losses")
+        if self.schema_ == 1:
+            file = self.losses[0].where.rpartition(":")[0]
+            self.replies = [one.as_exchange(file) for one in self.checked_replies]
+        return self
 
     def mean(self, whose: Literal["base", "adapter"]) -> float:
         """Return the mean loss of the base or the adapter, in nats a token."""
@@ -136,7 +192,7 @@ class Evidence(pydantic.BaseModel):
         """Return the hash of the file of the other tasks, or "" if it is not known."""
         return self.general_file.sha256 if self.general_file else ""
 
-    def replies(self) -> tuple[str, list[tuple[str, int]]]:
+    def measured_on(self) -> tuple[str, list[tuple[str, int]]]:
         """Return what tells the held-out replies apart: the file's hash, lines and lengths."""
         rows = [(row.where.rpartition(":")[2], row.tokens) for row in self.losses]
         return self.held_out.sha256, rows

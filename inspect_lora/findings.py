@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from inspect_lora.conversations import HeldOut
     from inspect_lora.elsewhere import Elsewhere
     from inspect_lora.parts import Part
-    from inspect_lora.replies import Sample
+    from inspect_lora.replies import Answered
     from inspect_lora.trainer import Example
 
 
@@ -36,8 +36,8 @@ class Findings:
     updates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     elsewhere: Elsewhere | None = None
     checks: list[CheckRow] = field(default_factory=list)
-    checked_replies: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    checked: list[Answered] = field(default_factory=list)  # what the rows of checks count
+    samples: list[Answered] = field(default_factory=list)
     conclusions: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # what each measurement took
     is_finished: bool = False

@@ -187,7 +187,7 @@ def markdown_checks(checks: list[CheckRow]) -> str:
 
 def markdown_kinds(found: Findings) -> str:
     """Return the loss by the kind of held-out line, or "" if there is only one."""
-    losses, groups = found.losses, [group_of(example, found.group) for example in found.examples]
+    losses, groups = found.losses, found.groups()
     rows = []
     for kind in sorted(set(groups), key=lambda kind: (-groups.count(kind), kind)):
         own = losses.only([number for number, group in enumerate(groups) if group == kind])
@@ -212,20 +212,20 @@ def markdown_samples(found: Findings) -> str:
         f"{habits('The adapter', [sample.adapter for sample in found.samples])}",
     ]
     for sample in found.samples:
-        *prompt, reference = sample.example.messages
-        heading = f"{Path(sample.example.where).name} {group_of(sample.example, found.group)}"
+        task = sample.task
+        heading = f"{Path(task.where).name} {group_of(task, found.group)}"
         said = [
             f"> **{message['role']}**: {escaped(message['content'])}".replace("\n", "  \n> ")
-            for message in prompt
+            for message in task.messages
         ]
         replies = [
-            one.text if one.stopped else f"{one.text} [cut here]"
+            one.text if one.ended else f"{one.text} [cut here]"
             for one in (sample.base, sample.adapter)
         ]
         parts += [
             f"### {escaped(heading)}".rstrip(),
             "\n>\n".join(said),
-            table(["base", "adapter", "reference"], [[*replies, reference["content"]]]),
+            table(["base", "adapter", "reference"], [[*replies, task.reference or ""]]),
         ]
     return "\n\n".join(parts)
 
@@ -233,7 +233,7 @@ def markdown_samples(found: Findings) -> str:
 def habits(who: str, replies: list[Reply]) -> str:
     """Return how many replies ended on their own, and how long they are."""
     words = fmean(len(reply.text.split()) for reply in replies)
-    ended = sum(reply.stopped for reply in replies)
+    ended = sum(reply.ended for reply in replies)
     return f"{who} ended {ended} of its replies by itself, with {words:.0f} words on average."
 
 

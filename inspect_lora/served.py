@@ -132,7 +132,7 @@ def choose_replies(
         chat_format = adapters.chat_format_of(options, place, *base)
         examples, _ = encode(held_out.examples, chat_format, options.max_seq_len)
         lines = [(one.where.rpartition(":")[2], len(one.reply_ids)) for one in examples]
-        if evidence.replies() == (held_out.sha256, lines):
+        if evidence.measured_on() == (held_out.sha256, lines):
             where = path_from_here(evidence.folder / "evidence.json")
             report("here", f"the losses with and without the adapter are those in\n{where}")
             chosen = spread_over(examples, server.window)

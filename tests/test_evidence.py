@@ -37,6 +37,7 @@ import inspect_lora.replies as replies
 from inspect_lora.__main__ import main
 from inspect_lora.checks import mcnemar
 from inspect_lora.common import file_sha256
+from inspect_lora.conversations import Task
 from inspect_lora.report import telling_parts
 from inspect_lora.scores import Estimate, Losses, evenly_spread, ratio_with_error
 from inspect_lora.trainer import ChatFormat, Example
@@ -99,7 +100,7 @@ def test_an_adapter_of_ours_needs_no_flags(ours, capsys, monkeypatch, tmp_path):
     assert {path.name for path in results.iterdir()} == {"evidence.json", "lora.png", "report.md"}
     assert (listing(ours / "final_lora"), (ours / "run.json").read_bytes()) == before
     found, record = read_json(results / "evidence.json"), read_json(ours / "run.json")
-    assert found["schema"] == 1 and found["finished"] is True
+    assert found["schema"] == 2 and found["finished"] is True
     assert found["held_out"]["sha256"] == record["data"]["held_out"]["sha256"]
     assert found["run"]["settings"] == record["settings"] and found["dtype"] == "float32"
     merged = MergedByHand(TINY, ours / "final_lora" / TENSORS, lambda _: 16 / 8)
@@ -223,7 +224,7 @@ def test_a_foreign_adapters_report_goes_into_the_working_folder(
         assert end.status == 1 and "nothing is written into the adapter's own folder" in end.err
 
 
-@pytest.mark.parametrize("moment", ["losses_of", "measure_parts", "take_samples"])
+@pytest.mark.parametrize("moment", ["losses_of", "measure_parts", "ask_both"])
 def test_what_was_found_before_ctrl_c_is_kept_as_unfinished(
     ours, capsys, no_picture, monkeypatch, moment
 ):
@@ -335,9 +336,9 @@ def test_replies_that_do_not_end_are_told_before_anything_is_concluded(shown):
 
 
 def test_only_the_adapters_replies_that_do_not_end_are_told():
-    example, ended = Example("a:1", []), replies.Reply("a", True, [])
+    task, ended = Task("a:1", [], "held_out", {}), replies.Reply("a", True, [])
     cut = replies.Reply("a", False, [])
-    samples = [replies.Sample(example, ended, cut), replies.Sample(example, cut, ended)]
+    samples = [replies.Answered(task, 200, ended, cut), replies.Answered(task, 200, cut, ended)]
     said = concluded.about_endings(samples, 200)
     assert said.startswith("replies: 1 of 2 of the adapter's replies did not end within 200 tok")
     assert said.endswith(" (of the base's, 1).")
@@ -375,8 +376,8 @@ def test_a_reply_ends_at_the_first_of_the_tokens_that_end_a_turn():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     chat_format = ChatFormat(tokenizer, [3, 5])
     reply = replies.reply_of([40, 41, 5, 3, 42], chat_format)
-    assert (reply.ids, reply.stopped) == ([40, 41, 5], True)
-    assert replies.reply_of([40, 41], chat_format).stopped is False
+    assert (reply.ids, reply.ended) == ([40, 41, 5], True)
+    assert replies.reply_of([40, 41], chat_format).ended is False
 
 
 CLEAR = Estimate(1.0, 0.1)
