@@ -22,9 +22,10 @@ import numpy as np
 
 from benchmarks.common import Options, table
 from inspect_lora.checks import rows_of_checks
-from inspect_lora.compare import difference
+from inspect_lora.compare import against_best
+from inspect_lora.conclusions import cut_that_is_enough
 from inspect_lora.elsewhere import Shift
-from inspect_lora.parts import Part, cut_that_is_enough
+from inspect_lora.parts import Part
 from inspect_lora.scores import Estimate, Losses
 
 SEED = 4911
@@ -72,7 +73,7 @@ def judge_coverage(options: Options, name: str, covered: dict[int, float]) -> No
 
 def holds(estimate: Estimate, truth: float) -> bool:
     """Return whether the printed interval of an estimate holds the truth."""
-    return abs(estimate.value - truth) <= 2 * estimate.error
+    return abs(estimate.value - truth) <= estimate.margin()
 
 
 # ==== Worlds
@@ -280,8 +281,7 @@ def nothing_there(drawn: HeldOut) -> dict[str, bool]:
 def compare_is_clear(drawn: HeldOut, count: int) -> bool:
     """Return whether any of so many equal adapters is clearly worse than the best."""
     found = [report_of(drawn, drawn.losses(drawn.differences(0.15, 0.5))) for _ in range(count)]
-    best, *others = sorted(found, key=lambda one: one.total)
-    said = [difference(one, best, "adapter", len(others)) for one in others]
+    said = against_best(sorted(found, key=lambda one: one.total))
     return any(not one.endswith("=") for one in said)
 
 
@@ -322,8 +322,9 @@ def replies_to(random: Random, name: str, lines: int, lost: float, won: float) -
     return [
         {
             "where": f"{name}:{number}",
-            "base_passes": {name: not lost <= one < lost + won},
-            "adapter_passes": {name: not one < lost},
+            "says": {name: ""},
+            "base": {"checks": {name: not lost <= one < lost + won}},
+            "adapter": {"checks": {name: not one < lost}},
         }
         for number, one in enumerate(draw)
     ]
