@@ -191,7 +191,7 @@ def about_strength(parts: list[Part], shifts: dict[float, Shift], adapter: str) 
         share = shares[strength]
         keeps = share.value - share.margin(len(weaker)) > 1 - THE_SAME_WITHIN
         moved = ratio_with_error(shifts[strength].kl, shifts[1.0].kl)
-        less = Estimate(1 - moved.value, moved.error, moved.lines)
+        less = Estimate(1 - moved.value, moved.error, moved.effective_lines)
         if keeps and less.value > WORTH_REPORTING and less.is_clear(len(weaker)):
             return (
                 f"strength: x {strength:g}: {share.percent()} of the gain at {moved.value:.2f} ± "

@@ -55,7 +55,7 @@ class Estimate:
 
     value: float
     error: float
-    lines: int | None = None  # that it rests on; None if they are very many
+    effective_lines: float | None = None  # that it rests on; None if they are very many
 
     def __str__(self) -> str:
         """Return it as a difference of losses."""
@@ -78,7 +78,8 @@ class Estimate:
 
     def margin(self, comparisons: int = 1) -> float:
         """Return half the width of its 95 % interval; so many intervals hold 95 % together."""
-        return errors_needed(comparisons, self.lines) * self.error
+        needed = errors_needed(comparisons, self.effective_lines)
+        return needed * self.error if math.isfinite(needed) else math.inf
 
     def is_clear(self, comparisons: int = 1) -> bool:
         """Return whether its 95 % interval leaves out 0, where it was picked among so many."""
@@ -105,7 +106,8 @@ def ratio_with_error(
     divided by what is left without its example, so that the error is the jackknife's: a long reply
     draws the ratio towards itself, and the plain error of few lines is too small by that. With
     differences of losses over tokens it is the paired difference per token; with two differences
-    it is a share.
+    it is a share. Since a long line weighs more than a short one, the error is as uncertain as that
+    of fewer lines of one length: their effective number (Kish, Survey Sampling, 1965).
 
     The replies of one line are alike, and counted as independent they would make the error too
     small: so if the line of each example is given, they are added up first, and lines are counted.
@@ -117,11 +119,12 @@ def ratio_with_error(
         return UNKNOWN
     value = sum(numerators) / total
     n = len(numerators)
+    effective = total**2 / sum(b**2 for b in denominators)
     if n == 1 or total in denominators:
-        return Estimate(value, math.inf, n)
+        return Estimate(value, math.inf, effective)
     pairs = zip(numerators, denominators, strict=True)
     squares = sum(((a - value * b) / (total - b)) ** 2 for a, b in pairs)
-    return Estimate(value, math.sqrt(squares * (n - 1) / n), n)
+    return Estimate(value, math.sqrt(squares * (n - 1) / n), effective)
 
 
 def sums_by(keys: list[str], numbers: list[float]) -> list[float]:
@@ -137,19 +140,22 @@ def differences(ones: list[float], others: list[float]) -> list[float]:
     return [one - other for one, other in zip(ones, others, strict=True)]
 
 
-def errors_needed(comparisons: int = 1, lines: int | None = None) -> float:
+def errors_needed(comparisons: int = 1, effective_lines: float | None = None) -> float:
     """Return how many standard errors make a difference clear: fewer than 5 % are so by chance.
 
     Args:
         comparisons: how many there are, or among how many it was picked. The best of six equal
             parts would be clear in every eighth table otherwise (Bonferroni's bound).
-        lines: how many the error is of. Of few lines the error itself is uncertain, so it is
+        effective_lines: that the error is of. Of few lines the error itself is uncertain, so it is
             Student's quantile: 2.26 errors of 10 lines, 2.01 of 50, 1.97 of 280.
+
+    Measured by `python tests/benchmark.py calib`: docs/evidence.md has the table.
     """
     chance = 0.05 / comparisons / 2  # to either side
-    if lines is None:
+    if effective_lines is None:
         return NormalDist().inv_cdf(1 - chance)
-    return students_quantile(chance, lines - 1) if lines > 1 else math.inf
+    freedom = math.floor(effective_lines + 1e-9) - 1  # ten equal lines may come out as 9.999...
+    return students_quantile(chance, freedom) if freedom > 0 else math.inf
 
 
 @functools.cache

@@ -335,7 +335,9 @@ def test_there_is_one_gain_and_shares_say_what_they_are_of(ours, capsys, no_pict
     assert "On 3 of 5 held-out replies, evenly spread. Losses, in nats a token, are" in report
     assert f"shares are of the gain on these: {said}." in report
     gain = found["gain"]
-    margin = 3.182446 * gain["error"]  # Student's quantile for four lines
+    # Student's quantile for four lines, of which one has half of the tokens.
+    assert 2 < gain["effective_lines"] < 4
+    margin = (4.302653 if gain["effective_lines"] >= 3 else 12.706205) * gain["error"]
     interval = f"{gain['value'] - margin:+.4f} to {gain['value'] + margin:+.4f}"
     base, adapter = found["loss"]["base"], found["loss"]["adapter"]
     sentence = (
@@ -680,7 +682,16 @@ def test_how_many_errors_are_clear_depends_on_the_lines_and_on_the_comparisons(
     assert errors_needed(comparisons, lines) == pytest.approx(needed, abs=1e-3)
     for errors, is_clear in ((needed - 0.002, False), (needed + 0.002, True)):
         assert Estimate(-errors, 1.0, lines).is_clear(comparisons) is is_clear
-    assert not Estimate(1e9, 1.0, 1).is_clear()
+    assert not Estimate(1e9, 1.0, 1).is_clear() and not Estimate(1e9, 0.0, 1.5).is_clear()
+
+
+def test_a_long_line_makes_the_effective_lines_fewer():
+    numbers = [1.0, -2.0, 3.0, -4.0]
+    assert ratio_with_error(numbers, [5.0] * 4).effective_lines == 4
+    assert ratio_with_error(numbers, [5.0, 5.0, 5.0, 15.0]).effective_lines == 3
+    assert Estimate(13.0, 3.0, 3).is_clear() and not Estimate(13.0, 3.0, 2.99).is_clear()
+    tenths = ratio_with_error(numbers * 3, [0.1] * 12)  # whose sum is not quite 1.2
+    assert tenths.margin() == pytest.approx(2.200985 * tenths.error)
 
 
 def test_replies_of_one_line_count_as_one_example():
