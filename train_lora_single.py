@@ -2048,8 +2048,8 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 #
 # A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal;
 # run.json is written with it. The two newest are kept, and the best epoch's. The same command
-# resumes from the newest whole one. On a CPU the run then ends with the same
-# bytes as one that was never stopped.
+# resumes from the newest whole one. On a CPU the run then ends with the same bytes as one that was
+# never stopped.
 #
 # What an earlier run left is looked at first, then decide() decides, and act_on() does it. A newest
 # checkpoint that is damaged, as after a power cut, is moved aside, and the one before it is taken.
