@@ -29,6 +29,25 @@ To jump to any other, search for its name after four equals signs, such as "====
     COMMAND LINE      How do flags, the log, exit statuses and messages work?
 """
 
+# `uv run train_lora_single.py --demo` reads this (PEP 723), and needs no environment made by hand.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
+#     "transformers>=5.24,<5.30",
+#     "peft>=0.21.2,<0.22",
+#     "trl>=1.16,<1.17",
+#     "datasets>=5,<6",
+#     "accelerate>=1.15,<2",
+#     "safetensors>=0.8,<1",
+#     "pydantic>=2.10,<3",
+#     "huggingface_hub",
+#     "filelock",
+#     "tqdm",
+#     "jinja2",
+# ]
+# ///
+
 from __future__ import annotations
 
 import argparse
@@ -121,8 +140,9 @@ REPLIES: Literal["all", "last"] = "all"  # which replies of a conversation are l
 MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
-# If you change r, keep alpha: r = 1 to 16 then ended alike at one learning rate (docs/evidence.md).
-LORA_R: Rank = 8  # the rank; a rule of thumb: 4 for a narrow task, 8 for a style, 16 for more
+# If you change r, keep alpha. With the shipped conversations r = 1 to 16 then gave the same loss
+# (docs/evidence.md), so r is not the first constant to try.
+LORA_R: Rank = 8  # the rank; larger data may need more, such as 16 or 32
 LORA_ALPHA: Count = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
 LORA_TARGET_MODULES: Annotated[list[Name], Field(min_length=1)] = [  # the layers that get LoRA
@@ -152,8 +172,8 @@ SEED: Seed = 42  # decides dropout, the order of the examples, and the values th
 # Results.
 OUTPUT_DIR: Name = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
 LOGGING_STEPS: Count = 10  # a line is printed every so many steps
-SAVE_STEPS: Count = 50  # a checkpoint every so many steps: the most that a crash can lose
-PUBLISH: Literal["last", "best"] = "last"  # the epoch to publish; "best" by the held-out loss
+SAVE_STEPS: Count = 50  # a checkpoint every so many steps; a crash loses the steps since then
+FINAL_LORA: Literal["last", "best"] = "last"  # its epoch; "best" by the held-out loss
 REPORT_TO: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
 
 # How the frozen weights are multiplied.
@@ -2061,13 +2081,13 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # this script are not compared.
 #
 # A job that has finished is finished: the same command says so, and does nothing. With another
-# PUBLISH it publishes that epoch from the checkpoints. Another job in the same folder renames what
+# FINAL_LORA it takes that epoch from the checkpoints. Another job in the same folder renames what
 # the finished one left, if its settings, its data or this script were changed; what has changed by
 # itself, such as the model on the hub, is refused, and so is another job than an unfinished one.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
-    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO",
+    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "FINAL_LORA", "REPORT_TO",
 }  # fmt: skip
 # These, too, as long as what follows from them stays: the examples' tokens, the kind of products
 # that is in use, and the number of examples in a step.
@@ -2124,7 +2144,7 @@ class Earlier:
     differences: list[str] | None  # between its job and this one; None without a job.json
     checkpoints: list[Saved]  # the newest first, down to the first whole one
     is_finished: bool  # run.json says so, and final_lora is unchanged
-    is_wanted_epoch: bool  # and it is of the epoch that PUBLISH asks for
+    is_wanted_epoch: bool  # and it is of the epoch that FINAL_LORA asks for
     may_be_replaced: bool  # the user has changed settings, data or script since then
 
 
@@ -2629,7 +2649,7 @@ def move_into_place(staging: Path, job: Job) -> None:
 
 def epoch_to_publish(job: Job) -> dict[str, Any]:
     """Return the step whose adapter is to be published, and its name such as "epoch 2 of 3"."""
-    step = best_step(job) if job.settings.PUBLISH == "best" else job.plan.steps
+    step = best_step(job) if job.settings.FINAL_LORA == "best" else job.plan.steps
     label = f"step {step:,}"
     if step % job.plan.steps_per_epoch == 0:
         label = f"epoch {step // job.plan.steps_per_epoch} of {job.settings.NUM_EPOCHS}"
@@ -2884,7 +2904,7 @@ def summarize(job: Job) -> None:
         if lowest < loss:
             lines.append(
                 f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} ({lowest:.4f}); "
-                "the same command with --publish best publishes that one"
+                "the same command with --final_lora best makes that one final_lora"
             )
     spent = f"{format_time(time.time() - job.started)} in all"
     if job.train_seconds:
@@ -3239,7 +3259,11 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     Exits with status 2 after a wrong flag, and with 1 if a constant was edited wrongly.
     """
     parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    words = [with_underscores(word) for word in words]
+    if any(re.fullmatch("--publish(=.*)?", word) for word in words):
+        parser.error("--publish is called --final_lora now.")
+    given = vars(parser.parse_args(words))
     values = {name: globals()[name] for name in setting_types()}
     problems = check_values(values, is_strict=True)
     if problems:
@@ -3253,6 +3277,14 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     if problems:
         parser.error("\n".join(problems))
     return argparse.Namespace(**values, **modes)
+
+
+def with_underscores(word: str) -> str:
+    """Return a flag that was typed with hyphens, such as --lora-r, as it is called here."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3323,8 +3355,8 @@ def check_rules(values: dict[str, Any]) -> list[str]:
             "EVAL_FILE is TRAIN_FILE: the held-out loss would be measured on what was learned. "
             'Give another file, "10%" to hold out a tenth of it, or "" for none.'
         )
-    if values["PUBLISH"] == "best" and not eval_file:
-        problems.append('PUBLISH is "best", which needs an EVAL_FILE to tell which epoch that is.')
+    if values["FINAL_LORA"] == "best" and not eval_file:
+        problems.append('FINAL_LORA "best" needs an EVAL_FILE, to tell which epoch that is.')
     return problems
 
 
@@ -3527,26 +3559,6 @@ def survive_closed_outputs() -> None:
             setattr(sys, name, wrapped)
         else:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
-
-
-# `uv run train_lora_single.py --demo` reads this and needs no environment made by hand (PEP 723).
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
-#     "transformers>=5.24,<5.30",
-#     "peft>=0.21.2,<0.22",
-#     "trl>=1.16,<1.17",
-#     "datasets>=5,<6",
-#     "accelerate>=1.15,<2",
-#     "safetensors>=0.8,<1",
-#     "pydantic>=2.10,<3",
-#     "huggingface_hub",
-#     "filelock",
-#     "tqdm",
-#     "jinja2",
-# ]
-# ///
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def change_elsewhere(one: Evidence) -> str:
 # What cannot change a result, or is told of the adapter itself.
 NOT_COMPARED = {"inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path"}
 NOT_COMPARED |= {"revision", "MODEL_NAME", "MODEL_REVISION", "DEVICE", "EVAL_FILE", "OUTPUT_DIR"}
-NOT_COMPARED |= {"LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "PUBLISH"}
+NOT_COMPARED |= {"LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "FINAL_LORA", "PUBLISH"}
 NOT_COMPARED |= {"LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGET_MODULES"}
 
 

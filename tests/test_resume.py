@@ -687,7 +687,7 @@ def other_value(value):
 
 
 STEP_SIZE = ("BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS")
-MAY_CHANGE = {"LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO"}
+MAY_CHANGE = {"LOGGING_STEPS", "SAVE_STEPS", "FINAL_LORA", "REPORT_TO"}
 # What they are in a resumed run follows from its tokens, or from the products in use.
 BY_EFFECT = {"REPLIES", "MAX_SEQ_LEN", "MATMUL"}
 OF_A_RUN = {"OUTPUT_DIR", "DEVICE", "TRAIN_FILE", "EVAL_FILE"}  # other tests give them
@@ -908,7 +908,7 @@ def test_a_finished_job_is_not_trained_again_unless_the_user_changed_something(
     path = output / "checkpoints" / "job.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: before}))
     left = files(output)
-    assert run(command(flags, output, "--publish", "best")) == 1
+    assert run(command(flags, output, "--final_lora", "best")) == 1
     assert f"{name} was {before} and " in capfd.readouterr().err
     assert files(output) == left
 
