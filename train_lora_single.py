@@ -515,7 +515,7 @@ def load_chat_format(model_name: str, revision: str, tokenizer_folder: str = "")
     Args:
         model_name: a folder, or a name on the hub.
         revision: its commit there.
-        tokenizer_folder: where the tokenizer is, if it is not the model's own.
+        tokenizer_folder: an adapter's own tokenizer; training takes the model's.
     """
     chosen = {"revision": revision, "trust_remote_code": False}
     where = {"trust_remote_code": False} if tokenizer_folder else chosen
@@ -613,10 +613,14 @@ def model_is_named(model_name: str) -> Iterator[None]:
 # A message has a "role" and a "content", and no other keys. At most one system message comes first,
 # which may also be the line's key "system"; then user and assistant take turns, and a reply comes
 # last. "tools" and "functions" are refused. All other keys of a line are ignored, and everywhere
-# those whose value is null.
+# those whose value is null. Dumps in ShareGPT's form often begin with a greeting of the assistant,
+# or end with a question that has no reply. There these are left out and counted; in "messages"
+# they are an error.
 #
 # Every line of both files is checked, and all problems are reported together, equal ones once; then
-# nothing is trained. With an EVAL_FILE like "10%" hold_out() chooses the held-out conversations.
+# nothing is trained. With an EVAL_FILE like "10%" hold_out() chooses the held-out conversations. If
+# TRAIN_FILE grows later, others may be chosen: then a new run may learn what an earlier one held
+# out, so compare the two on a file of its own.
 
 
 def read_data(job: Job) -> None:
@@ -718,7 +722,8 @@ def read_conversations(
     Args:
         path: a file of one JSON object a line, or of one JSON array.
         replies: "all" or "last", what a conversation with several replies teaches.
-        accepts_thinking: take replies with a <think> part, too; training does not.
+        accepts_thinking: take replies with a <think> part, too. Training does not; whoever
+            measures an adapter of another trainer may.
     """
     shown = path_from_here(path)
     examples: list[Example] = []
@@ -1153,7 +1158,7 @@ def encode(
     Args:
         examples: all of the file.
         chat_format: how they become tokens.
-        max_seq_len: the most tokens that an example may have, if there is a limit.
+        max_seq_len: the most tokens that an example may have. Training always has a limit.
     """
     rendered: list[Example] = []
     problems: list[Problem] = []
