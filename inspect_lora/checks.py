@@ -132,6 +132,25 @@ def is_same_value(one: Any, other: Any) -> bool:
     return one == other
 
 
+def in_words(check: Check) -> str:
+    """Return what a check asks of a reply, as a sentence without its subject and full stop."""
+    match check:
+        case Number():
+            return f"the last number is {check.answer:g}"
+        case Json():
+            wanted = ", ".join(f"{key}: {json.dumps(value)}" for key, value in check.keys.items())
+            return f"holds a JSON object with {wanted}"
+    said = f"says {quoted(check.answers)}" if check.answers else ""
+    unsaid = f"does not say {quoted(check.wrong)}" if check.wrong else ""
+    return " and ".join(one for one in (said, unsaid) if one)
+
+
+def quoted(phrases: list[str]) -> str:
+    """Return phrases in quotes, with "or" before the last one."""
+    *others, last = [f'"{one}"' for one in phrases]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 # ---- A row for each name
 
 FEWEST_TO_LOSE = 6  # of five lost and none won, p is 0.06
@@ -173,13 +192,17 @@ class CheckRow:
 
 
 def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
-    """Return a row for each name, in the order in which they first come."""
-    names = list(dict.fromkeys(name for reply in replies for name in reply["base_passes"]))
+    """Return a row for each name, in the order in which they first come.
+
+    Args:
+        replies: as they are in evidence.json.
+    """
+    names = list(dict.fromkeys(name for reply in replies for name in reply["base"]["checks"]))
     rows = []
     for name in names:
-        asked = [reply for reply in replies if name in reply["base_passes"]]
-        before = {one["where"] for one in asked if one["base_passes"][name]}
-        after = {one["where"] for one in asked if one["adapter_passes"][name]}
+        asked = [reply for reply in replies if name in reply["base"]["checks"]]
+        before = {one["where"] for one in asked if one["base"]["checks"][name]}
+        after = {one["where"] for one in asked if one["adapter"]["checks"][name]}
         lost = [one["where"] for one in asked if one["where"] in before - after]
         won = [one["where"] for one in asked if one["where"] in after - before]
         p = mcnemar(len(lost), len(won))

@@ -27,7 +27,7 @@ from inspect_lora.common import (
     shorten_path,
     this_program,
 )
-from inspect_lora.record import Evidence, read_evidence
+from inspect_lora.evidence_file import Evidence, read_evidence
 from inspect_lora.scores import FEWEST_LINES, errors_needed, ratio_with_error
 
 
@@ -98,7 +98,7 @@ def on_the_same_lines(
     found: list[Evidence], newest: Evidence, left_out: list[str]
 ) -> list[Evidence]:
     """Return those on the newest one's held-out replies, and add a sentence on the others."""
-    same = [one for one in found if one.replies() == newest.replies()]
+    same = [one for one in found if one.measured_on() == newest.measured_on()]
     others = [one for one in found if one not in same]
     if others:
         files = ", ".join(sorted({one.held_out.file for one in others}))
@@ -147,12 +147,8 @@ def forget_other_tasks(found: list[Evidence], left_out: list[str]) -> None:
     others = [one for one in measured if one.tasks_sha256() != newest.tasks_sha256()]
     for one in others:
         one.elsewhere = None
-        of_held_out = [
-            reply.get("base_passes", {})
-            for reply in one.checked_replies
-            if str(reply.get("where")).rpartition(":")[0] == one.losses[0].where.rpartition(":")[0]
-        ]
-        one.checks = {n: row for n, row in one.checks.items() if any(n in e for e in of_held_out)}
+        asked = [reply.base.checks for reply in one.replies if reply.source == "held_out"]
+        one.checks = {n: row for n, row in one.checks.items() if any(n in names for names in asked)}
     if others:
         left_out.append(
             f"KL and the tasks' checks of {in_words([one.folder for one in others])}"
@@ -228,7 +224,7 @@ def change_elsewhere(one: Evidence) -> str:
 # What cannot change a result, or is told of the adapter itself.
 NOT_COMPARED = {"inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path"}
 NOT_COMPARED |= {"revision", "MODEL_NAME", "MODEL_REVISION", "DEVICE", "EVAL_FILE", "OUTPUT_DIR"}
-NOT_COMPARED |= {"LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "PUBLISH"}
+NOT_COMPARED |= {"LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "FINAL_LORA", "PUBLISH"}
 NOT_COMPARED |= {"LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGET_MODULES"}
 
 

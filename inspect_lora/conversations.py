@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
@@ -51,7 +51,11 @@ class Task:
 
     where: str  # file:line
     messages: list[dict[str, str]]  # the user's last message comes last
-    checks: dict[str, Check]  # what a reply must hold, by name
+    source: Literal["held_out", "tasks", "prompts"]
+    row: dict[str, Any]  # the line as it is in the file
+    reference: str | None = None  # the reply that the file has
+    checks: dict[str, Check] = field(default_factory=dict)  # what a reply must hold, by name
+    rules: dict[str, Any] = field(default_factory=dict)  # the same checks, as the file has them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,8 +91,9 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
     for example in last.values():
         if example.row.get("checks") is not None:
             try:
-                checks = read_checks(example.row["checks"])
-                checked.append(Task(example.where, example.messages[:-1], checks))
+                rules = example.row["checks"]
+                task = replace(task_of_example(example), checks=read_checks(rules), rules=rules)
+                checked.append(task)
             except ValueError as error:
                 bad.append(f"{example.where}: {error}")
     refuse_bad_lines(bad)
@@ -128,6 +133,18 @@ def is_text_of(example: Example, chat_format: ChatFormat) -> bool:
     said = chat_format.tokenizer.decode(example.reply_ids), example.messages[-1]["content"]
     back, text = ("".join(unicodedata.normalize("NFKC", one).casefold().split()) for one in said)
     return text in back
+
+
+def task_of_example(example: Example) -> Task:
+    """Return the prompt of a held-out reply; what it is checked for is not looked at."""
+    *messages, reference = example.messages
+    return Task(example.where, messages, "held_out", example.row, reference["content"])
+
+
+def group_of(one: Example | Task, group: str) -> str:
+    """Return what the line of an example or a task has under the key that groups lines, or ""."""
+    value = one.row.get(group)
+    return "" if value is None else str(value)
 
 
 def read_tasks(path: str) -> list[Task]:
@@ -172,7 +189,8 @@ def task_of(row: Any, where: str) -> Task:
     if not isinstance(last, dict) or last.get("role") != "user":
         raise ValueError('a line is {"prompt": [messages, the last one of the user]}')
     check_messages([*messages, {"role": "assistant", "content": "a reply"}])
-    return Task(where, messages, read_checks(row.get("checks", {})))
+    rules = row.get("checks") or {}
+    return Task(where, messages, "tasks", row, None, read_checks(rules), rules)
 
 
 def refuse_bad_lines(bad: list[str]) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from inspect_lora import adapters, conversations
 from inspect_lora.adapters import open_adapter, refuse_system_message, system_message_of
+from inspect_lora.checks import rows_of_checks
 from inspect_lora.common import (
     InspectError,
     at_least,
@@ -31,21 +32,36 @@ from inspect_lora.common import (
     report,
     write_json,
 )
+from inspect_lora.conclusions import (
+    about_change,
+    about_endings,
+    about_strength,
+    conclusions,
+    what_is_not_measured,
+)
 from inspect_lora.conversations import (
     GENERAL_FILE,
     Task,
     encode_held_out,
     read_held_out,
     read_tasks,
+    task_of_example,
     tasks_that_render,
 )
-from inspect_lora.elsewhere import about_change, about_strength, measure_elsewhere
+from inspect_lora.elsewhere import measure_elsewhere
+from inspect_lora.evidence_file import as_json_object
 from inspect_lora.files import Run, find_adapter, find_run
-from inspect_lora.parts import conclusions, measure_parts, measure_updates, what_is_not_measured
+from inspect_lora.findings import Findings
+from inspect_lora.parts import measure_parts, measure_updates
 from inspect_lora.picture import draw_picture
-from inspect_lora.record import Findings, as_json_object
-from inspect_lora.replies import about_endings, ask_checked, choose_samples, take_samples
-from inspect_lora.report import as_markdown, print_checks, print_conclusions, print_parts, verdict
+from inspect_lora.replies import CHECKED_TOKENS, ask_both, choose_samples
+from inspect_lora.report import (
+    as_markdown,
+    gain_sentence,
+    print_checks,
+    print_conclusions,
+    print_parts,
+)
 from inspect_lora.scores import Losses, evenly_spread, losses_of
 
 
@@ -160,7 +176,7 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         tokens=[len(example.reply_ids) for example in found.examples],
         lines=[example.where for example in found.examples],
     )
-    report("gain", verdict(found))
+    report("gain", gain_sentence(found))
     if options.examples:
         measure_parts_and_change(found, tasks, options.examples)
     checked = lines_with_checks(found.held_out.checked, tasks)
@@ -171,12 +187,15 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         several = "(a line may have several checks)"
         report("checks", f"{lines}, two replies to each {several}; --checks 0 leaves them out")
         with timed(found, "checks"):
-            found.checks, found.checked_replies = ask_checked(model, chat_format, checked)
+            found.checked = ask_both(model, chat_format, checked, CHECKED_TOKENS, "checks")
+        found.checks = rows_of_checks([one.as_recorded(found.group) for one in found.checked])
         print_checks(found)
     chosen = choose_samples(found.examples, options.group, options.samples)
     if chosen:
         with timed(found, "samples"):
-            found.samples = take_samples(model, chat_format, chosen, options.max_new_tokens)
+            prompts = list(map(task_of_example, chosen))
+            most = options.max_new_tokens
+            found.samples = ask_both(model, chat_format, prompts, most, "samples")
         if sentence := about_endings(found.samples, options.max_new_tokens):
             found.conclusions.insert(0, sentence)
     print_conclusions(found)
@@ -188,9 +207,11 @@ def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
     taken = {name for line in held_out for name in line.checks}
     found = list(held_out)
     for task in tasks:
-        checks = {f"tasks {n}" if n in taken else n: check for n, check in task.checks.items()}
-        if checks:
-            found.append(replace(task, checks=checks))
+        names = {name: f"tasks {name}" if name in taken else name for name in task.checks}
+        if names:
+            checks = {names[name]: check for name, check in task.checks.items()}
+            rules = {names[name]: task.rules[name] for name in names}
+            found.append(replace(task, checks=checks, rules=rules))
     return found
 
 

@@ -120,6 +120,11 @@ def name_in_text_model(name: str) -> str:
     return PREFIX + inner
 
 
+def path_in_text_model(name: str) -> str:
+    """Return a module's path where the text model is loaded alone."""
+    return name_in_text_model(PREFIX + name).removeprefix(PREFIX)
+
+
 def folder_to_serve(place: Path) -> Path:
     """Return the folder for a server: the one under vLLM's names, if a run wrote it beside."""
     renamed = place.with_name("final_lora_vllm")

@@ -192,7 +192,7 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     words = ["--general_file", tasks]
     run = measure(capsys, checked.adapter, held_out, *ALL, "--examples", "2", *words)
     for name, expected in checked.said.items():
-        assert [one[name] for one in run.found["checked_replies"]] == expected[1:]
+        assert [one[name]["text"] for one in run.found["replies"]] == expected[1:]
     rows = run.found["checks"]
     assert {name: row["lines"] for name, row in rows.items()} == {
         "as the adapter": 1, "no cheese": 1, "right": 1, "tasks no cheese": 1,
@@ -213,7 +213,7 @@ def test_the_lines_that_are_checked_may_be_fewer(checked, capsys, wanted, asked)
     line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
     held_out = write_lines(checked.folder / "four.jsonl", [line] * 4)
     run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", wanted)
-    assert [int(one["where"].split(":")[1]) for one in run.found["checked_replies"]] == asked
+    assert [int(one["where"].split(":")[1]) for one in run.found["replies"]] == asked
     assert ("checks" in run.out) == ("checks" in run.found["seconds"]) == bool(asked)
     assert run.found["general_file"] is None
 
@@ -222,7 +222,11 @@ def made_up_replies(lost, won, same, name="right"):
     """Return replies to so many lines of one check."""
     pairs = [(True, False)] * lost + [(False, True)] * won + [(True, True)] * same
     return [
-        {"where": f"a:{number}", "base_passes": {name: before}, "adapter_passes": {name: after}}
+        {
+            "where": f"a:{number}",
+            "base": {"checks": {name: before}},
+            "adapter": {"checks": {name: after}},
+        }
         for number, (before, after) in enumerate(pairs)
     ]
 
@@ -256,8 +260,8 @@ def test_a_row_of_too_few_lines_says_so_even_if_nothing_changed(lines, names, to
 def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
     checked, capsys, monkeypatch
 ):
-    found = rows_of_checks(made_up_replies(0, 13, 20)), []
-    monkeypatch.setattr(evidence, "ask_checked", lambda *_: found)
+    found = rows_of_checks(made_up_replies(0, 13, 20))
+    monkeypatch.setattr(evidence, "rows_of_checks", lambda _: found)
     line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
     held_out = write_lines(checked.folder / "one.jsonl", [line])
     run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", "1")

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from tiny_adapters import TENSORS, change_tensors, command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import inspect_lora.conclusions as concluded
 import inspect_lora.elsewhere as elsewhere
 import inspect_lora.evidence as evidence
 import inspect_lora.parts as parts
@@ -36,6 +37,7 @@ import inspect_lora.replies as replies
 from inspect_lora.__main__ import main
 from inspect_lora.checks import mcnemar
 from inspect_lora.common import file_sha256
+from inspect_lora.conversations import Task
 from inspect_lora.report import telling_parts
 from inspect_lora.scores import Estimate, Losses, evenly_spread, ratio_with_error
 from inspect_lora.trainer import ChatFormat, Example
@@ -98,7 +100,7 @@ def test_an_adapter_of_ours_needs_no_flags(ours, capsys, monkeypatch, tmp_path):
     assert {path.name for path in results.iterdir()} == {"evidence.json", "lora.png", "report.md"}
     assert (listing(ours / "final_lora"), (ours / "run.json").read_bytes()) == before
     found, record = read_json(results / "evidence.json"), read_json(ours / "run.json")
-    assert found["schema"] == 1 and found["finished"] is True
+    assert found["schema"] == 2 and found["finished"] is True
     assert found["held_out"]["sha256"] == record["data"]["held_out"]["sha256"]
     assert found["run"]["settings"] == record["settings"] and found["dtype"] == "float32"
     merged = MergedByHand(TINY, ours / "final_lora" / TENSORS, lambda _: 16 / 8)
@@ -222,7 +224,7 @@ def test_a_foreign_adapters_report_goes_into_the_working_folder(
         assert end.status == 1 and "nothing is written into the adapter's own folder" in end.err
 
 
-@pytest.mark.parametrize("moment", ["losses_of", "measure_parts", "take_samples"])
+@pytest.mark.parametrize("moment", ["losses_of", "measure_parts", "ask_both"])
 def test_what_was_found_before_ctrl_c_is_kept_as_unfinished(
     ours, capsys, no_picture, monkeypatch, moment
 ):
@@ -334,13 +336,13 @@ def test_replies_that_do_not_end_are_told_before_anything_is_concluded(shown):
 
 
 def test_only_the_adapters_replies_that_do_not_end_are_told():
-    example, ended = Example("a:1", []), replies.Reply("a", True, [])
+    task, ended = Task("a:1", [], "held_out", {}), replies.Reply("a", True, [])
     cut = replies.Reply("a", False, [])
-    samples = [replies.Sample(example, ended, cut), replies.Sample(example, cut, ended)]
-    said = replies.about_endings(samples, 200)
+    samples = [replies.Answered(task, 200, ended, cut), replies.Answered(task, 200, cut, ended)]
+    said = concluded.about_endings(samples, 200)
     assert said.startswith("replies: 1 of 2 of the adapter's replies did not end within 200 tok")
     assert said.endswith(" (of the base's, 1).")
-    assert replies.about_endings(samples[1:], 200) == ""
+    assert concluded.about_endings(samples[1:], 200) == ""
 
 
 def test_the_report_says_that_it_guessed_and_names_a_folder_without_a_branch(
@@ -374,8 +376,8 @@ def test_a_reply_ends_at_the_first_of_the_tokens_that_end_a_turn():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     chat_format = ChatFormat(tokenizer, [3, 5])
     reply = replies.reply_of([40, 41, 5, 3, 42], chat_format)
-    assert (reply.ids, reply.stopped) == ([40, 41, 5], True)
-    assert replies.reply_of([40, 41], chat_format).stopped is False
+    assert (reply.ids, reply.ended) == ([40, 41, 5], True)
+    assert replies.reply_of([40, 41], chat_format).ended is False
 
 
 CLEAR = Estimate(1.0, 0.1)
@@ -547,7 +549,7 @@ def shift(kl):
 def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
     def said(share, error, shifts):
         half = parts.Part("strength", 0.5, "update x 0.5", None, of_gain=Estimate(share, error))
-        return elsewhere.about_strength([half], shifts, "ADAPTER")
+        return concluded.about_strength([half], shifts, "ADAPTER")
 
     shifts = {0.5: shift([1.0, 1.1, 0.9] * 5), 1.0: shift([2.0, 2.2, 1.9] * 5)}
     text = said(0.98, 0.005, shifts)
@@ -641,7 +643,7 @@ def made_up_part(title, share):
 def conclusions(lines=10, **shares):
     """Return the sentences on a made-up table, as one text."""
     made_up = [made_up_part(title, share) for title, share in shares.items()]
-    return "\n".join(parts.conclusions(made_up, losses_with(1.0, 0.01, lines)))
+    return "\n".join(concluded.conclusions(made_up, losses_with(1.0, 0.01, lines)))
 
 
 SCALES = {f"update x {scale}": 0.9 for scale in ("0.25", "0.5", "0.75", "1.25", "1.5", "2")}
@@ -761,7 +763,7 @@ def test_without_a_clear_gain_nothing_is_said_of_the_parts(gain, gained, said):
         parts.Part("strength", strength, "", contextlib.nullcontext, gained=Estimate(*one))
         for strength, one in gained.items()
     ]
-    text = "\n".join(parts.conclusions(strengths, losses_with(*gain)))
+    text = "\n".join(concluded.conclusions(strengths, losses_with(*gain)))
     assert re.search(said, text) and not re.search("^(alpha|r|targets):", text, re.MULTILINE)
     assert ("More steps" in text) == (said == "More steps")
 
