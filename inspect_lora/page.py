@@ -11,11 +11,12 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import unicodedata
 from pathlib import Path
 from typing import Any
 
-from inspect_lora.common import one_line
+from inspect_lora.common import one_line, path_from_here, report
 from inspect_lora.marks import parts_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -25,21 +26,35 @@ Replies = list[dict[str, Any]]  # as they are in evidence.json
 
 
 def page_of_evidence(adapter: str, base: str, replies: Replies) -> str:
-    """Return the page of a base and its adapter."""
+    """Return the page of a base and its adapter, or "" if they replied to nothing."""
     rows = by_prompt(replies).values()
     pairs = [(row, row["base"], row["adapter"]) for row in rows]
     limits = [(row["max_new_tokens"], row["max_new_tokens"]) for row in rows]
-    return as_html(adapter, [("base", base), ("adapter", adapter)], pairs, limits)
+    sides = [("base", base), ("adapter", adapter)]
+    return as_html(adapter, sides, pairs, limits) if pairs else ""
 
 
 def page_of_two(names: list[str], details: list[str], first: Replies, second: Replies) -> str:
     """Return the page of two adapters, or "" if there is no prompt that both replied to."""
     others = by_prompt(second)
     both = [(row, others[prompt]) for prompt, row in by_prompt(first).items() if prompt in others]
-    pairs = [(row, row["adapter"], other["adapter"]) for row, other in both]
+    pairs = [
+        (row | {"says": says_of_both(row, other)}, row["adapter"], other["adapter"])
+        for row, other in both
+    ]
     limits = [(row["max_new_tokens"], other["max_new_tokens"]) for row, other in both]
     sides = list(zip(names, details, strict=True))
     return as_html(" and ".join(names), sides, pairs, limits) if both else ""
+
+
+def report_page(path: Path) -> None:
+    """Say where a page is, and how to look at it from another computer."""
+    fetch = shlex.quote(f"CLUSTER:{path.resolve()}")
+    report(
+        "replies",
+        f"{path_from_here(path)}\nopens in any browser, without a network: side by side, or to be "
+        f"read blind.\nIf this is a cluster, fetch it to your own computer: scp {fetch} .",
+    )
 
 
 def by_prompt(replies: Replies) -> dict[str, dict[str, Any]]:
@@ -54,6 +69,14 @@ def by_prompt(replies: Replies) -> dict[str, dict[str, Any]]:
     return found
 
 
+def says_of_both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, str]:
+    """Return the checks in words that both records made, and by the same rule."""
+    rules = other["rules"]
+    return {
+        name: says for name, says in one["says"].items() if rules.get(name) == one["rules"][name]
+    }
+
+
 def as_html(
     title: str,
     sides: list[tuple[str, str]],
@@ -63,7 +86,7 @@ def as_html(
     """Return the page of prompts with two replies each, and after how many tokens each was cut."""
     prompts = [
         {key: row[key] for key in ("where", "id", "group", "source", "messages", "reference")}
-        | {"checks": row["says"]}
+        | {"checks": row["says"]}  # by name, in words
         | {"replies": [as_shown(one, row, min(limit)) for one in said]}
         for (row, *said), limit in zip(pairs, limits, strict=True)
     ]

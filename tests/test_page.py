@@ -8,8 +8,10 @@ import re
 import shutil
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_adapters import command
 
 from inspect_lora.checks import mcnemar, occurs, read_checks
 from inspect_lora.marks import parts_of, places_of_numbers, places_of_phrase
@@ -89,7 +91,7 @@ def test_what_is_said_is_text_in_the_file():
     nasty = "</script><script>alert(1)</script><!--<![CDATA[&lt; \u2028\u2029\u202e\ud800\x00"
     page = page_of([row(nasty, nasty, nasty, reference=nasty, where=nasty, id=nasty, group=nasty)])
     page.encode("utf-8")  # a lone surrogate has no bytes
-    template = page_of([])
+    template = page_of(some_rows(1))
     for sign in "<>\u2028\u2029\u202e\ud800":
         assert page.count(sign) == template.count(sign)
     prompt = data_in(page)["prompts"][0]
@@ -102,6 +104,10 @@ def test_names_lose_what_cannot_be_seen():
     names = data_in(page)["sides"]
     assert names[1]["detail"].startswith("ab cddd") and len(names[1]["detail"]) == 79
     assert names[0]["detail"] == "e[31m"
+
+
+def test_without_replies_there_is_no_page():
+    assert page_of([]) == page_of_two(["a", "b"], ["", ""], [], []) == ""
 
 
 def test_a_prompt_with_a_check_and_a_sample_is_shown_once():
@@ -119,6 +125,13 @@ def test_two_adapters_are_set_side_by_side_on_the_prompts_that_both_replied_to()
     assert prompt["where"] == "a.jsonl:7"
     assert [one["parts"][0][0] for one in prompt["replies"]] == ["first's two", "second's two"]
     assert page_of_two(["x", "y"], ["", ""], first, second[1:]) == ""
+
+
+def test_of_two_adapters_only_checks_by_the_same_rule_are_compared():
+    first = [row("a", "999", "999", {"rings": RINGS, "quiet": QUIET, "only": RINGS})]
+    second = [row("a", "999", "no", {"rings": RINGS, "quiet": RINGS})]
+    (prompt,) = data_in(page_of_two(["x", "y"], ["", ""], first, second))["prompts"]
+    assert prompt["checks"] == {"rings": "the rule of rings"}
 
 
 def test_a_reply_that_was_allowed_more_tokens_is_cut_like_the_other():
@@ -199,6 +212,81 @@ def test_a_number_is_marked_where_its_check_finds_it(text):
         marked = re.sub(r"[*,]", "", text[start:end]).replace("\u2212", "-")
         check.answer = float(marked)
     assert check.passes(text) == bool(places)
+
+
+# ==== The commands
+
+
+@pytest.fixture
+def two_reports(tmp_path):
+    """Return a function that writes the reports of two adapters, with these replies."""
+    record = json.loads((ROOT / "tests" / "evidence_schema_2.json").read_text(encoding="utf-8"))
+
+    def write(first, second, **changes):
+        folders = []
+        for name, rate, rows in (("one", 2e-4, first), ("two", 2e-3, second)):
+            run = {"settings": {"LEARNING_RATE": rate}, "train_seconds": 60.0}
+            own = {"adapter": f"{name}/final_lora", "run": run, "replies": rows} | changes
+            folders.append(tmp_path / "reports" / name)
+            folders[-1].mkdir(parents=True, exist_ok=True)
+            path = folders[-1] / "evidence.json"
+            path.write_text(json.dumps(record | own), encoding="utf-8")
+        return folders
+
+    return write
+
+
+def test_compare_writes_the_page_of_two_adapters(capsys, tmp_path, monkeypatch, two_reports):
+    first, second = [row("a", "b", "A's")], [row("a", "b", "B's"), row("c", "b", "B's")]
+    folders = two_reports(first, second)
+    monkeypatch.chdir(tmp_path)
+    end = command(capsys, "compare", *reversed(folders))
+    path = tmp_path / "compared" / "replies.html"
+    data = data_in(path.read_text(encoding="utf-8"))
+    assert data["sides"] == [
+        {"name": "two/final_lora", "detail": "LEARNING_RATE 0.002"},
+        {"name": "one/final_lora", "detail": "LEARNING_RATE 0.0002"},
+    ]
+    assert [one["parts"][0][0] for one in data["prompts"][0]["replies"]] == ["B's", "A's"]
+    assert end.out.splitlines()[-3:] == [
+        "replies   compared/replies.html",
+        "          opens in any browser, without a network: side by side, or to be read blind.",
+        f"          If this is a cluster, fetch it to your own computer: scp CLUSTER:{path} .",
+    ]
+    command(capsys, "compare", *reversed(folders))
+    assert os.listdir(path.parent) == ["replies.html"]  # the same page needs no second place
+    command(capsys, "compare", *folders)
+    assert len(os.listdir(path.parent)) == 2  # another one does
+
+
+def test_adapters_of_one_name_are_told_apart_by_their_reports(capsys, tmp_path, two_reports):
+    folders = two_reports([row("a", "b", "A's")], [row("a", "b", "B's")], adapter="final_lora")
+    command(capsys, "compare", *folders, "--output_dir", tmp_path / "page")
+    data = data_in((tmp_path / "page" / "replies.html").read_text(encoding="utf-8"))
+    assert [one["name"][-4:] for one in data["sides"]] == ["/one", "/two"]
+
+
+def test_compare_says_why_there_is_no_page(capsys, tmp_path, monkeypatch, two_reports):
+    monkeypatch.chdir(tmp_path)
+    folders = two_reports([row("a", "b", "A's")], [row("c", "b", "B's")])
+    end = command(capsys, "compare", *folders)
+    assert "no prompt to which a reply of both is recorded" in end.said
+    (three := tmp_path / "reports" / "three").mkdir()
+    (three / "evidence.json").write_bytes((folders[0] / "evidence.json").read_bytes())
+    end = command(capsys, "compare", "reports")
+    assert "name two of the folders alone to read their replies" in end.said
+    assert not (tmp_path / "compared").exists()
+    end = command(capsys, "compare", folders[0])
+    assert end.status == 0 and "replies" not in end.out
+
+
+def test_a_page_that_cannot_be_written_is_one_message(capsys, tmp_path, two_reports):
+    folders = two_reports([row("a", "b", "A's")], [row("a", "b", "B's")])
+    (tmp_path / "file").write_text("")
+    end = command(capsys, "compare", *folders, "--output_dir", tmp_path / "file")
+    assert end.status == 1 and "choose another folder with --output_dir" in " ".join(
+        end.err.split()
+    )
 
 
 # ==== In a browser
@@ -451,9 +539,8 @@ def test_what_is_not_there_is_not_offered(open_page):
     assert shown.texts("#numbers button") == ["All 3"] and not shown.all("#from")
 
 
-def test_a_page_without_replies_says_so(open_page):
-    shown = open_page(page_of([]))
-    assert shown.one("#shown").text == "0 prompts of 0"
+def test_where_all_replies_are_equal_nothing_is_read_blind(open_page):
+    shown = open_page(page_of([row("one", "the same", "the same")]))
     shown.one("#to-blind").click()
     assert shown.one("#numbers").text == "There are no two replies that differ."
 
