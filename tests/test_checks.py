@@ -210,8 +210,9 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
 @pytest.mark.parametrize(("wanted", "asked"), [("0", []), ("2", [1, 3]), ("9", [1, 2, 3, 4])])
 def test_the_lines_that_are_checked_may_be_fewer(checked, capsys, wanted, asked):
     """They are evenly spread, and --examples has no say in it."""
-    line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
-    held_out = write_lines(checked.folder / "four.jsonl", [line] * 4)
+    lines = [{"messages": messages_of((f"a{n}", "b")), "checks": {"right": NUMBER}}
+             for n in range(4)]  # fmt: skip
+    held_out = write_lines(checked.folder / "four.jsonl", lines)
     run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", wanted)
     assert [int(one["where"].split(":")[1]) for one in run.found["replies"]] == asked
     assert ("checks" in run.out) == ("checks" in run.found["seconds"]) == bool(asked)
