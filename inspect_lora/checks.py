@@ -41,10 +41,10 @@ class Form(pydantic.BaseModel):
 
 
 class Word(Form):
-    """One of the answers is said, if there are any, and none of "not".
+    """One of the answers is said, if there are any, and none of "not" in the whole reply.
 
-    With "first_sentences" only so many sentences are looked at, and with "not_before" none of
-    these phrases may stand anywhere before the answer.
+    With "first_sentences" the answer must stand in so many first sentences, and with "not_before"
+    none of these phrases may stand anywhere before it.
     """
 
     kind: Literal["word"]
@@ -58,52 +58,51 @@ class Word(Form):
         """Refuse a check that every reply would pass, and a key that has nothing to work on."""
         if not self.answers and not self.wrong:
             raise ValueError('it needs "answers", "not" or both')
-        if self.not_before and not self.answers:
-            raise ValueError('"not_before" is about answers, and there are no "answers"')
+        if not self.answers and (self.first_sentences or self.not_before):
+            raise ValueError('"first_sentences" and "not_before" need "answers"')
         return self
 
     def passes(self, reply: str) -> bool:
         """Return whether a reply passes."""
-        text = self.looked_at(reply)
-        return self.is_answered(text) and not places_of(self.wrong, text)
+        return self.is_answered(reply) and not places_of(self.wrong, reply)
 
-    def is_answered(self, text: str) -> bool:
+    def is_answered(self, reply: str) -> bool:
         """Return whether an answer stands where it may, or whether none is asked for."""
-        if not self.answers:
-            return True
-        answers, before = places_of(self.answers, text), self.in_the_way(text)
-        return bool(answers) and (not before or answers[0][0] < before[0][0])
-
-    def looked_at(self, reply: str) -> str:
-        """Return the part of a reply that the check looks at."""
-        count = self.first_sentences
-        return reply if count is None else reply[: end_of_sentences(reply, count)]
-
-    def in_the_way(self, text: str) -> list[Place]:
-        """Return where phrases of "not_before" stand, but for "even if" and "don't wait"."""
-        places = places_of(self.not_before, text)
-        return [one for one in places if not TURNED_ROUND.search(plain(text[: one[0]])[0])]
+        answers, before = self.places_of_answers(reply)
+        return not self.answers or (bool(answers) and not before)
 
     def found(self, reply: str) -> list[Place]:
-        """Return the places of answers in a reply, and of phrases that forbid it."""
-        text = self.looked_at(reply)
-        last = max((start for start, _ in places_of(self.answers, text)), default=0)
-        forbidding = [place for place in self.in_the_way(text) if place[0] < last]
-        return merged([*places_of([*self.answers, *self.wrong], text), *forbidding])
+        """Return the places of answers that stand where they may, and of phrases that forbid."""
+        answers, before = self.places_of_answers(reply)
+        return merged([*answers, *before, *places_of(self.wrong, reply)])
+
+    def places_of_answers(self, reply: str) -> tuple[list[Place], list[Place]]:
+        """Return where answers are in the first sentences, and what stands before the first."""
+        count = self.first_sentences
+        text = reply if count is None else reply[: end_of_sentences(reply, count)]
+        answers = places_of(self.answers, text)
+        before = [
+            (start, end)
+            for start, end in places_of(self.not_before, text)
+            if answers
+            and start < answers[0][0]
+            and not TURNED_ROUND.search(plain(text[:start])[0])  # "even if", "don't wait"
+        ]
+        return answers, before
 
     def rule(self) -> str:
         """Return the check as a sentence without its subject."""
         said = []
         if self.answers:
+            count = self.first_sentences
+            where = {None: "", 1: " in its first sentence"}.get(
+                count, f" in its first {count} sentences"
+            )
             before = f", without {listed(self.not_before)} before it" if self.not_before else ""
-            said.append(f"says {listed(self.answers)}{before}")
+            said.append(f"says {listed(self.answers)}{where}{before}")
         if self.wrong:
             said.append(f"does not say {listed(self.wrong)}")
-        count = self.first_sentences
-        where = {None: "", 1: "in its first sentence "}.get(
-            count, f"in its first {count} sentences "
-        )
-        return where + ", and ".join(said)
+        return ", and ".join(said)
 
 
 class Number(Form):

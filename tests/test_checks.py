@@ -80,7 +80,7 @@ def check_of(check):
         ("Wait, no: ring 999, and don't wait for 112.", RINGS, False),
         ("Ring 112 now. If he wakes, sit him up.", RINGS, True),
         ("Ring 999 if he wakes.", RINGS, False),
-        ("Ring 112 now. Or ring 999 if you like.", RINGS, True),
+        ("Ring 112 now. Or ring 999 if you like.", RINGS, False),
         ("Get out. Ring 999 from next door.", IN_TWO, True),
         ("Get out. Go next door. Ring 999.", IN_TWO, False),
         ("See if you can get out. Ring 999.", IN_TWO, False),
@@ -148,7 +148,7 @@ def test_several_sentences_end_after_the_last_of_them():
     [
         ("Ring **9**99, or 112. No yes.", RINGS, ["9**99", "112"]),
         ("Ring 999 now, yes, 999. And 112.", RINGS, ["999", "999"]),
-        ("If bad,\ndon\u2019t  ring 999 if\u2026", RINGS, []),
+        ("If bad,\ndon\u2019t  ring 999 if\u2026", RINGS, ["999 if"]),
         ("If bad, don\u2019t  ring 999 if.", RINGS, ["If", "don\u2019t  ring", "999 if"]),
         ("Even if bad, 999.", RINGS, ["999"]),
         ("Sit. Ring 999, if bad.", RINGS, []),
@@ -169,10 +169,10 @@ def test_what_was_found_is_told_by_its_place_in_the_reply(reply, check, found):
     [
         (
             RINGS,
-            'in its first sentence says "999" or "112", without "no need", "don\'t ring", "if" or '
+            'says "999" or "112" in its first sentence, without "no need", "don\'t ring", "if" or '
             '"wait" before it, and does not say "999 if"',
         ),
-        (IN_TWO, 'in its first 2 sentences says "999", without "if" before it'),
+        (IN_TWO, 'says "999" in its first 2 sentences, without "if" before it'),
         (NO, 'says "no", and does not say "yes"'),
         (
             {"kind": "word", "not": list("abcdefghij")},
@@ -203,8 +203,8 @@ BAD = [
     ),
     ({"kind": "word", "answers": ["a"], "not before": ["b"]}, "checks.right.word.not before"),
     ({"kind": "word", "answers": ["a"], "not_before": "b"}, "checks.right.word.not_before"),
-    ({"kind": "word", "not": ["a"], "not_before": ["b"]}, '"not_before" is about answers'),
-    ({"kind": "word", "first_sentences": 1}, 'it needs "answers", "not" or both'),
+    ({"kind": "word", "not": ["a"], "not_before": ["b"]}, 'need "answers"'),
+    ({"kind": "word", "not": ["a"], "first_sentences": 1}, 'need "answers"'),
     ({"kind": "word", "answer": ["Paris"]}, "checks.right.word.answer"),
     ({"kind": "json", "keys": []}, "checks.right.json.keys"),
     ({"kind": "code"}, "'number'"),
