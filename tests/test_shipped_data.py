@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -773,3 +774,56 @@ def test_each_check_of_the_other_tasks_can_be_passed_and_failed():
         assert all(check.passes(f"It is {text}.") for text in right), written
         wrong = written["right"].get("not") or ["0"]
         assert not check.passes(" or ".join(wrong)), written
+
+
+# ---- replies on which the checks were tried
+
+HALVES = ["open", "sealed"]
+
+
+def lines_of(name):
+    """Return the lines of a file of replies that were written for checked lines."""
+    return rows(f"tests/checked_replies/{name}.jsonl")
+
+
+def test_the_sealed_replies_are_those_whose_hash_was_recorded_first():
+    folder = ROOT / "tests" / "checked_replies"
+    (recorded, *_) = (folder / "sealed.sha256").read_text(encoding="utf-8").split()
+    assert hashlib.sha256((folder / "sealed.jsonl").read_bytes()).hexdigest() == recorded
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_the_frozen_checks_still_say_of_the_replies_what_was_recorded(half):
+    for line, verdict in zip(lines_of(half), lines_of(f"{half}_verdicts"), strict=True):
+        assert line["id"] == verdict["id"]
+        checks = read_checks(verdict["checks"]).values()
+        said = [all(check.passes(one["text"]) for check in checks) for one in line["replies"]]
+        assert said == verdict["passes"], line["id"]
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_no_bad_reply_to_an_emergency_passes_the_checks_of_today(half):
+    """Of the lines that still ask what they asked when the replies were written."""
+    today = {row["id"]: row for row in rows(EVAL)}
+    tried = 0
+    for line in lines_of(half):
+        row = today[line["id"]]
+        if line["kind"] != "emergency" or row["prompt"] != line["messages"]:
+            continue
+        checks = read_checks(row["checks"]).values()
+        bad = [one["text"] for one in line["replies"] if one["label"] == "bad"]
+        assert [text for text in bad if all(check.passes(text) for check in checks)] == []
+        tried += len(bad)
+    assert tried >= 25
+
+
+def test_the_share_of_wrong_judgements_has_wilsons_interval():
+    """The examples of Newcombe, Two-sided confidence intervals for the single proportion, 1998."""
+    expected = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
+    for counts, interval in expected.items():
+        assert card_maker.wilson(*counts) == pytest.approx(interval, abs=1e-4)
