@@ -22,7 +22,16 @@ from inspect_lora.common import (
     path_from_here,
     report,
 )
-from inspect_lora.files import Run, where_it_is_now
+from inspect_lora.evidence_file import KnownFile
+from inspect_lora.files import Run
+from inspect_lora.held_out import (
+    conversations_sha256,
+    facts_of_run,
+    find_held_out_file,
+    refuse_other_conversations,
+    without_equals,
+    without_learned,
+)
 from inspect_lora.trainer import (
     ChatFormat,
     Example,
@@ -41,8 +50,17 @@ class HeldOut:
 
     path: str
     sha256: str
+    conversations_sha256: str  # of the replies that are measured, whatever else their lines hold
     examples: list[Example]  # a reply each
     checked: list[Task]  # the lines that say what a reply must hold
+    # Where the file is not the one that the run held out: what the run's record says of that one,
+    # and all replies of this one, to be compared once they have their tokens.
+    unproved: tuple[dict[str, Any], list[Example]] | None = None
+
+    def as_known(self) -> KnownFile:
+        """Return its file as evidence.json names it."""
+        hashes = {"sha256": self.sha256, "conversations_sha256": self.conversations_sha256}
+        return KnownFile(file=self.path, **hashes)
 
 
 @dataclass
@@ -74,8 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
     """Return the held-out conversations; a bad line or a bad check is refused by its line."""
-    facts = (run and run.record.get("data", {}).get("held_out")) or {}
-    path = options.eval_file or (facts and where_it_is_now(facts["file"], run))
+    facts, is_its = facts_of_run(run), True
+    path = options.eval_file
+    if not path and facts:
+        path, is_its = find_held_out_file(run, facts)
     if not path:
         raise InspectError(
             "Held-out conversations are needed, which the adapter was not trained on: give a file "
@@ -83,26 +103,38 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
             "[...]}, or in the form of ShareGPT or Alpaca."
         )
     replies = run.settings.get("REPLIES", "all") if run else "all"
-    examples, problems = read_conversations(path, replies, accepts_thinking=options.enable_thinking)
+    in_file, problems = read_conversations(path, replies, accepts_thinking=options.enable_thinking)
     if problems:
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.")
+    examples = without_equals(without_learned(in_file, run) if run else in_file)
+    return HeldOut(
+        str(path),
+        file_sha256(Path(path)),
+        conversations_sha256(examples),
+        examples,
+        lines_to_check(in_file, examples),
+        unproved=None if is_its else (facts, in_file),
+    )
+
+
+def lines_to_check(in_file: list[Example], kept: list[Example]) -> list[Task]:
+    """Return the lines whose last reply is checked, if that is among those that are kept.
+
+    Raises InspectError, and names the lines, if a check is not as it should be.
+    """
     checked, bad = [], []
-    last = {example.where: example for example in examples}  # of each conversation
+    last = {example.where: example for example in in_file}  # of each conversation
+    are_kept = set(map(id, kept))
     for example in last.values():
-        if example.row.get("checks") is not None:
+        rules = example.row.get("checks")
+        if rules is not None:
             try:
-                rules = example.row["checks"]
                 task = replace(task_of_example(example), checks=read_checks(rules), rules=rules)
-                checked.append(task)
+                checked += [task] if id(example) in are_kept else []
             except ValueError as error:
                 bad.append(f"{example.where}: {error}")
     refuse_bad_lines(bad)
-    sha256 = file_sha256(Path(path))
-    if not options.eval_file and sha256 != facts["sha256"]:
-        report("warning", f"{path} has changed since the run, so the losses differ from the run's")
-    if run and sha256 == run.record.get("data", {}).get("train", {}).get("sha256"):
-        report("warning", f"{path} is what the adapter was trained on, so it is not held out")
-    return HeldOut(str(path), sha256, examples, checked)
+    return checked
 
 
 def encode_held_out(
@@ -112,6 +144,11 @@ def encode_held_out(
     fitting, problems = encode(held_out.examples, adapter.chat_format, options.max_seq_len)
     if problems:
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.")
+    if held_out.unproved and adapter.run:
+        facts, in_file = held_out.unproved
+        encode(in_file, adapter.chat_format, None)
+        longest = adapter.run.settings.get("MAX_SEQ_LEN")
+        refuse_other_conversations(held_out.path, facts, in_file, longest)
     if fitting and not any(is_text_of(one, adapter.chat_format) for one in fitting):
         raise InspectError(
             f"The tokenizer in {adapter.chat_format.tokenizer.name_or_path} turns no reply into "

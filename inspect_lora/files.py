@@ -78,6 +78,11 @@ def download_adapter(name: str) -> Path:
         ) from error
 
 
+def path_of_adapter(adapter: str, place: Path) -> str:
+    """Return what tells an adapter from others: its path, or its name on the hub."""
+    return str(place.resolve()) if Path(adapter).is_dir() else adapter
+
+
 def read_adapter_config(place: Path) -> dict[str, Any]:
     """Return adapter_config.json; it must be of PEFT, and of a LoRA."""
     saved = read_json(place / "adapter_config.json")
