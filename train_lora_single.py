@@ -29,6 +29,25 @@ To jump to any other, search for its name after four equals signs, such as "====
     COMMAND LINE      How do flags, the log, exit statuses and messages work?
 """
 
+# `uv run train_lora_single.py --demo` reads this (PEP 723), and needs no environment made by hand.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
+#     "transformers>=5.24,<5.30",
+#     "peft>=0.21.2,<0.22",
+#     "trl>=1.16,<1.17",
+#     "datasets>=5,<6",
+#     "accelerate>=1.15,<2",
+#     "safetensors>=0.8,<1",
+#     "pydantic>=2.10,<3",
+#     "huggingface_hub",
+#     "filelock",
+#     "tqdm",
+#     "jinja2",
+# ]
+# ///
+
 from __future__ import annotations
 
 import argparse
@@ -121,8 +140,9 @@ REPLIES: Literal["all", "last"] = "all"  # which replies of a conversation are l
 MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
-# If you change r, keep alpha: r = 1 to 16 then ended alike at one learning rate (docs/evidence.md).
-LORA_R: Rank = 8  # the rank; a rule of thumb: 4 for a narrow task, 8 for a style, 16 for more
+# If you change r, keep alpha. With the shipped conversations r = 1 to 16 then gave the same loss
+# (docs/evidence.md), so r is not the first constant to try.
+LORA_R: Rank = 8  # the rank; larger data may need more, such as 16 or 32
 LORA_ALPHA: Count = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
 LORA_TARGET_MODULES: Annotated[list[Name], Field(min_length=1)] = [  # the layers that get LoRA
@@ -152,8 +172,8 @@ SEED: Seed = 42  # decides dropout, the order of the examples, and the values th
 # Results.
 OUTPUT_DIR: Name = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
 LOGGING_STEPS: Count = 10  # a line is printed every so many steps
-SAVE_STEPS: Count = 50  # a checkpoint every so many steps: the most that a crash can lose
-PUBLISH: Literal["last", "best"] = "last"  # the epoch to publish; "best" by the held-out loss
+SAVE_STEPS: Count = 50  # a checkpoint every so many steps; a crash loses the steps since then
+FINAL_LORA: Literal["last", "best"] = "last"  # its epoch; "best" by the held-out loss
 REPORT_TO: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
 
 # How the frozen weights are multiplied.
@@ -495,7 +515,7 @@ def load_chat_format(model_name: str, revision: str, tokenizer_folder: str = "")
     Args:
         model_name: a folder, or a name on the hub.
         revision: its commit there.
-        tokenizer_folder: where the tokenizer is, if it is not the model's own.
+        tokenizer_folder: an adapter's own tokenizer; training takes the model's.
     """
     chosen = {"revision": revision, "trust_remote_code": False}
     where = {"trust_remote_code": False} if tokenizer_folder else chosen
@@ -593,10 +613,14 @@ def model_is_named(model_name: str) -> Iterator[None]:
 # A message has a "role" and a "content", and no other keys. At most one system message comes first,
 # which may also be the line's key "system"; then user and assistant take turns, and a reply comes
 # last. "tools" and "functions" are refused. All other keys of a line are ignored, and everywhere
-# those whose value is null.
+# those whose value is null. Dumps in ShareGPT's form often begin with a greeting of the assistant,
+# or end with a question that has no reply. There these are left out and counted; in "messages"
+# they are an error.
 #
 # Every line of both files is checked, and all problems are reported together, equal ones once; then
-# nothing is trained. With an EVAL_FILE like "10%" hold_out() chooses the held-out conversations.
+# nothing is trained. With an EVAL_FILE like "10%" hold_out() chooses the held-out conversations. If
+# TRAIN_FILE grows later, others may be chosen: then a new run may learn what an earlier one held
+# out, so compare the two on a file of its own.
 
 
 def read_data(job: Job) -> None:
@@ -662,6 +686,7 @@ COMPLETION, SHAREGPT, ALPACA = (
     ("instruction", "output"),
 )
 FORMS = (("messages",), COMPLETION, SHAREGPT, ALPACA)
+CONVERSATION_KEYS = {key for keys in FORMS for key in keys} | {"system", "input"}
 FORM_RULE = (
     'write {"prompt": [messages], "completion": [one message]} or {"messages": [messages]}; '
     "docs/data.md shows all four forms"
@@ -697,7 +722,8 @@ def read_conversations(
     Args:
         path: a file of one JSON object a line, or of one JSON array.
         replies: "all" or "last", what a conversation with several replies teaches.
-        accepts_thinking: take replies with a <think> part, too; training does not.
+        accepts_thinking: take replies with a <think> part, too. Training does not; whoever
+            measures an adapter of another trainer may.
     """
     shown = path_from_here(path)
     examples: list[Example] = []
@@ -1132,7 +1158,7 @@ def encode(
     Args:
         examples: all of the file.
         chat_format: how they become tokens.
-        max_seq_len: the most tokens that an example may have, if there is a limit.
+        max_seq_len: the most tokens that an example may have. Training always has a limit.
     """
     rendered: list[Example] = []
     problems: list[Problem] = []
@@ -2047,8 +2073,12 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 #
 # A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal;
 # run.json is written with it. The two newest are kept, and the best epoch's. The same command
-# resumes from the newest one that was written to its end. On a CPU the run then ends with the same
-# bytes as one that was never stopped.
+# resumes from the newest whole one. On a CPU the run then ends with the same bytes as one that was
+# never stopped.
+#
+# What an earlier run left is looked at first, then decide() decides, and act_on() does it. A newest
+# checkpoint that is damaged, as after a power cut, is moved aside, and the one before it is taken.
+# What cannot be read just now stops the run; nothing starts afresh because of it.
 #
 # A checkpoint is refused if it was made with other settings, another LoraConfig or SFTConfig,
 # another model, other tokens in one of the files, or the other kind of products. The message is a
@@ -2056,13 +2086,13 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # this script are not compared.
 #
 # A job that has finished is finished: the same command says so, and does nothing. With another
-# PUBLISH it publishes that epoch from the checkpoints. Another job in the same folder renames what
+# FINAL_LORA it takes that epoch from the checkpoints. Another job in the same folder renames what
 # the finished one left, if its settings, its data or this script were changed; what has changed by
 # itself, such as the model on the hub, is refused, and so is another job than an unfinished one.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
-    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO",
+    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "FINAL_LORA", "REPORT_TO",
 }  # fmt: skip
 # These, too, as long as what follows from them stays: the examples' tokens, the kind of products
 # that is in use, and the number of examples in a step.
@@ -2070,55 +2100,163 @@ COMPARED_BY_EFFECT = {
     "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "MATMUL", "BATCH_SIZE",
     "GRADIENT_ACCUMULATION_STEPS",
 }  # fmt: skip
-# Fields of SFTConfig that begin so do not change what is trained: paths, logging, saving,
-# evaluation, device.
-NOT_OF_TRAINING = (
-    "output_dir", "run_name", "report_to", "project", "trackio", "hub_", "push_to_hub", "log",
-    "disable_tqdm", "eval_", "per_device_eval", "batch_eval", "prediction_loss", "include_",
-    "save_", "metric_for", "greater_is", "use_cpu", "dataloader_num", "dataloader_pin",
-    "dataloader_pe", "dataloader_pre", "ddp_", "local_rank", "skip_memory", "debug", "do_",
-    "resume_from",
-)  # fmt: skip
+# These fields of SFTConfig do not change what is trained: they are of paths, logging, saving,
+# evaluation and the device.
+NOT_OF_TRAINING = {
+    "batch_eval_metrics", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_backend",
+    "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
+    "ddp_static_graph", "ddp_timeout", "debug", "disable_tqdm", "do_eval", "do_predict",
+    "do_train", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches",
+    "eval_on_start", "eval_packing", "eval_steps", "eval_strategy", "eval_use_gather_object",
+    "greater_is_better", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
+    "hub_strategy", "hub_token", "include_for_metrics", "include_num_input_tokens_seen",
+    "local_rank", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step",
+    "logging_nan_inf_filter", "logging_steps", "logging_strategy", "metric_for_best_model",
+    "output_dir", "per_device_eval_batch_size", "prediction_loss_only", "project",
+    "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_on_each_node",
+    "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics",
+    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "use_cpu",
+}  # fmt: skip
+# These fields only repeat a setting, so a change of it is told once.
+GIVEN_BY = {
+    "LoraConfig.r": "LORA_R",
+    "LoraConfig.lora_alpha": "LORA_ALPHA",
+    "LoraConfig.lora_dropout": "LORA_DROPOUT",
+    "LoraConfig.target_modules": "LORA_TARGET_MODULES",
+    "SFTConfig.seed": "SEED",
+    "SFTConfig.num_train_epochs": "NUM_EPOCHS",
+    "SFTConfig.max_steps": "MAX_STEPS",
+    "SFTConfig.learning_rate": "LEARNING_RATE",
+    "SFTConfig.lr_scheduler_type": "LR_SCHEDULER_TYPE",
+    "SFTConfig.per_device_train_batch_size": "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS",
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint folder, and whether training can go on from it."""
+
+    path: Path
+    state: Literal["whole", "unfinished", "damaged"]
+    fault: str = ""  # what is wrong with it
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run left in OUTPUT_DIR: the facts by which decide() decides."""
+
+    differences: list[str] | None  # between its job and this one; None without a job.json
+    checkpoints: list[Saved]  # the newest first, down to the first whole one
+    is_finished: bool  # run.json says so, and final_lora is unchanged
+    is_wanted_epoch: bool  # and it is of the epoch that FINAL_LORA asks for
+    may_be_replaced: bool  # the user has changed settings, data or script since then
+
+
+Decision = Literal["finished", "fresh", "resume", "refuse another job", "refuse damage"]
+
+
+def decide(earlier: Earlier) -> Decision:
+    """Return what to do with what an earlier run left."""
+    states = {saved.state for saved in earlier.checkpoints}
+    if earlier.is_finished and earlier.is_wanted_epoch and earlier.differences == []:
+        return "finished"  # comes first: then no checkpoint is needed
+    if states <= {"unfinished"} or earlier.differences is None:
+        return "fresh"
+    if earlier.differences:
+        may_go = earlier.is_finished and earlier.may_be_replaced
+        return "fresh" if may_go else "refuse another job"
+    return "resume" if "whole" in states else "refuse damage"
 
 
 def resume_or_begin(job: Job) -> None:
-    """Find this job's newest checkpoint; raise UserError if the folder holds another job's."""
+    """Find out what an earlier run left, and act on it; the processes of a launch go one way."""
     if is_main_process():
-        folder = job.output / "checkpoints"
-        before, now = read_json(folder / "job.json"), describe_job(job)
-        newest = newest_checkpoint(folder)
-        record = finished_record(job.output)
-        differences = what_differs(before, now) if before and newest else []
-        if before and newest and not differences:
-            check_that_it_can_be_read(newest)
-            job.checkpoint = newest
-            job.history = json.loads((newest / "trainer_state.json").read_bytes())["log_history"]
-            job.is_finished = record is not None and record["published"] == epoch_to_publish(job)
-        elif differences and (record is None or not is_meant_to_differ(record, job)):
-            raise UserError(
-                f"{newest} was made with other settings, data or model, so it cannot be resumed:\n"
-                + join_limited(differences)
-                + "\nSet these back to resume it, choose another OUTPUT_DIR, or move "
-                f"{folder} away."
-            )
-        keep_held_out(job)
-        if job.is_finished:
-            label = epoch_to_publish(job)["label"]
-            report(
-                "finished",
-                f"{job.output / 'final_lora'} is this job's adapter, of {label}\n"
-                f"To train it again, choose another OUTPUT_DIR, or move {folder} away.",
-            )
-        elif job.checkpoint:
-            report("resume", f"going on from {job.checkpoint}")
-        else:
-            start_fresh(job, now)
-    # The processes of a launch must go the same way.
+        now = describe_job(job)
+        earlier = what_is_there(job, now)
+        act_on(decide(earlier), earlier, job, now)
     decided = [job.checkpoint, job.history, job.is_finished]
     job.checkpoint, job.history, job.is_finished = accelerate.utils.broadcast_object_list(decided)
     if not job.is_finished:
         job.started = time.time()
         write_record(job, "running")
+
+
+def what_is_there(job: Job, now: dict[str, Any]) -> Earlier:
+    """Gather what an earlier run left; raise UserError if that cannot be read, and touch nothing.
+
+    A disk or a network file system that does not answer now may do so later, so it decides nothing.
+
+    Args:
+        job: this job.
+        now: what describe_job() says of it.
+    """
+    folder = job.output / "checkpoints"
+    try:
+        before = job_of_checkpoints(folder)
+        record = finished_record(job.output)
+        saved = checkpoints_down_to_a_whole_one(folder)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or job.output} cannot be read ({error.strerror}). Nothing was "
+            "changed; the same command goes on once it can be read."
+        ) from error
+    job.history = record["loss_history"] if record else []  # tells the best epoch
+    return Earlier(
+        differences=None if before is None else what_differs(before, now),
+        checkpoints=saved,
+        is_finished=record is not None,
+        is_wanted_epoch=record is not None and record["published"] == epoch_to_publish(job),
+        may_be_replaced=record is not None and is_meant_to_differ(record, job),
+    )
+
+
+def act_on(decision: Decision, earlier: Earlier, job: Job, now: dict[str, Any]) -> None:
+    """Resume, begin, or say that all is done; raise UserError where neither is right.
+
+    Args:
+        decision: what decide() said of earlier.
+        earlier: what is there.
+        job: this job; gets what the training needs to know.
+        now: what describe_job() says of it.
+    """
+    folder = job.output / "checkpoints"
+    faults = [f"{saved.path} {saved.fault}" for saved in earlier.checkpoints if saved.fault]
+    if decision == "refuse another job":
+        raise UserError(
+            f"{earlier.checkpoints[-1].path} was made with other settings, data or model, so it "
+            f"cannot be resumed:\n{join_limited(earlier.differences)}\n"
+            f"Set these back to resume it, choose another OUTPUT_DIR, or move {folder} away."
+        )
+    if decision == "refuse damage":
+        raise UserError(
+            f"No checkpoint of this job can be resumed:\n{join_limited(faults)}\n"
+            f"Restore one, or move {folder} away to train from the beginning."
+        )
+    if decision == "finished":
+        job.is_finished = True
+        keep_held_out(job)
+        label = epoch_to_publish(job)["label"]
+        report(
+            "finished",
+            f"{job.output / 'final_lora'} is this job's adapter, of {label}\n"
+            f"To train it again, choose another OUTPUT_DIR, or move {folder} away.",
+        )
+        return
+    for fault in faults:
+        report("resume", fault)
+    if decision == "fresh":
+        job.history = []
+        keep_held_out(job)
+        start_fresh(job, now)
+        return
+    job.checkpoint = earlier.checkpoints[-1].path
+    state = json.loads((job.checkpoint / "trainer_state.json").read_bytes())
+    job.history = state["log_history"]
+    keep_held_out(job)
+    for saved in earlier.checkpoints[:-1]:
+        rename_old(saved.path)
+    report("resume", f"going on from {job.checkpoint}")
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -2138,7 +2276,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     # What one process gets of a step depends on their number.
     training["per_device_train_batch_size"] *= accelerate.PartialState().num_processes
     for key, value in training.items():
-        if not key.startswith(NOT_OF_TRAINING):
+        if key not in NOT_OF_TRAINING:
             described[f"SFTConfig.{key}"] = str(value)
     described["the products in use"] = job.products
     contents = {
@@ -2153,18 +2291,19 @@ def describe_job(job: Job) -> dict[str, Any]:
 
 def what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a line for each thing in which a checkpoint's job is another one than this."""
-    rows, changes = [], []
+    changes: dict[str, str] = {}
     for name in {**before, **now}:
         if before.get(name) == now.get(name):
             continue
         was = f"was {before[name]}" if name in before else "did not exist"
         is_now = f"is now {now[name]}" if name in now else "does not exist now"
-        change = f"{was} and {is_now}"
-        # LoraConfig and SFTConfig come after the settings, and may only repeat their changes.
-        if "Config." not in name or change not in changes:
-            rows.append(f"  {name} {change}")
-        changes.append(change)
-    return rows
+        changes[name] = f"{was} and {is_now}"
+    # A field that a setting gives is not told again.
+    return [
+        f"  {name} {change}"
+        for name, change in changes.items()
+        if name not in GIVEN_BY or changes.get(GIVEN_BY[name]) != change
+    ]
 
 
 def finished_record(output: Path) -> dict[str, Any] | None:
@@ -2193,41 +2332,63 @@ def is_meant_to_differ(record: dict[str, Any], job: Job) -> bool:
     return record["script_sha256"] != script_sha256()
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, or None.
-
-    Trainer writes trainer_state.json last. A checkpoint without it is named and passed over.
-    """
-    for path in reversed(checkpoints_in(folder).values()):
-        if read_json(path / "trainer_state.json"):
-            return path
-        report("resume", f"{path} was not written to its end, and is passed over")
-    return None
-
-
-def check_that_it_can_be_read(checkpoint: Path) -> None:
-    """Raise UserError if a file of a checkpoint is damaged, as after a power cut."""
+def job_of_checkpoints(folder: Path) -> dict[str, Any] | None:
+    """Return what job.json says of the job that the checkpoints belong to, or None without one."""
+    path = folder / "job.json"
     try:
-        safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({one_line(error)}), so nobody knows which job the checkpoints "
+            f"belong to. Restore it, choose another OUTPUT_DIR, or move {folder} away."
+        ) from error
+
+
+def checkpoints_down_to_a_whole_one(folder: Path) -> list[Saved]:
+    """Return the checkpoints that training could go on from, the newest first, and their faults."""
+    found: list[Saved] = []
+    for path in reversed(checkpoints_in(folder).values()):
+        found.append(examine(path))
+        if found[-1].state == "whole":
+            break
+    return found
+
+
+def examine(checkpoint: Path) -> Saved:
+    """Return whether a checkpoint is whole; an error of the disk stays an OSError.
+
+    Trainer writes trainer_state.json last. Any file may be torn after a power cut.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return Saved(checkpoint, "unfinished", "was not written to its end, and is passed over")
+    try:
+        safetensors.torch.load((checkpoint / "adapter_model.safetensors").read_bytes())
         random_states = [path.name for path in checkpoint.glob("rng_state*.pth")]
         for name in ("optimizer.pt", "scheduler.pt", *(random_states or ["rng_state.pth"])):
             with zipfile.ZipFile(checkpoint / name) as archive:  # as torch's files are
                 if archive.testzip():
                     raise zipfile.BadZipFile(f"{name} is damaged")
-    except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{checkpoint} cannot be read ({one_line(error)}). Move that folder away, and the same "
-            "command resumes from the checkpoint before it."
-        ) from error
+    except (FileNotFoundError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        fault = f"is damaged ({one_line(error)}), and is passed over"
+        return Saved(checkpoint, "damaged", fault)
+    return Saved(checkpoint, "whole")
 
 
 def keep_held_out(job: Job) -> None:
-    """Write the conversations that "10%" held out, or raise UserError if others lie there."""
+    """Write the conversations that "10%" held out, or raise UserError if others lie there.
+
+    The same conversations may be there with other keys: checks may be added to their lines.
+    """
     path = job.output / "held_out.jsonl"
-    is_there = path.is_file() and path.read_bytes() == job.held_out_content
-    if not job.held_out_content or is_there:
+    if not job.held_out_content or (path.exists() and holds_what_was_held_out(path, job)):
         return
     if path.exists():
+        if job.is_finished:
+            return
         if job.checkpoint:
             raise UserError(
                 f"{path} is not what this job held out: it was edited, or TRAIN_FILE was. Set it "
@@ -2237,6 +2398,20 @@ def keep_held_out(job: Job) -> None:
     new = path.with_name(f"{path.name}.new")
     new.write_bytes(job.held_out_content)
     new.replace(path)
+
+
+def holds_what_was_held_out(path: Path, job: Job) -> bool:
+    """Return whether a file has the conversations that this job holds out, in their order."""
+    try:
+        return conversations_in(path.read_bytes()) == conversations_in(job.held_out_content)
+    except ValueError:  # this is not what was written
+        return False
+
+
+def conversations_in(content: bytes) -> list[dict[str, Any]]:
+    """Return the conversations of a held_out.jsonl, without the keys that training ignores."""
+    rows = [parse_row(line) for line in content.split(b"\n") if line.strip()]
+    return [{key: row[key] for key in row if key in CONVERSATION_KEYS} for row in rows]
 
 
 def start_fresh(job: Job, now: dict[str, Any]) -> None:
@@ -2371,7 +2546,7 @@ def script_sha256() -> str:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return a JSON file's object, or None if there is none or it is damaged."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError):
         value = json.loads(path.read_bytes())
         return value if isinstance(value, dict) else None
     return None
@@ -2479,7 +2654,7 @@ def move_into_place(staging: Path, job: Job) -> None:
 
 def epoch_to_publish(job: Job) -> dict[str, Any]:
     """Return the step whose adapter is to be published, and its name such as "epoch 2 of 3"."""
-    step = best_step(job) if job.settings.PUBLISH == "best" else job.plan.steps
+    step = best_step(job) if job.settings.FINAL_LORA == "best" else job.plan.steps
     label = f"step {step:,}"
     if step % job.plan.steps_per_epoch == 0:
         label = f"epoch {step // job.plan.steps_per_epoch} of {job.settings.NUM_EPOCHS}"
@@ -2734,7 +2909,7 @@ def summarize(job: Job) -> None:
         if lowest < loss:
             lines.append(
                 f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} ({lowest:.4f}); "
-                "the same command with --publish best publishes that one"
+                "the same command with --final_lora best makes that one final_lora"
             )
     spent = f"{format_time(time.time() - job.started)} in all"
     if job.train_seconds:
@@ -3089,7 +3264,11 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     Exits with status 2 after a wrong flag, and with 1 if a constant was edited wrongly.
     """
     parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    words = [with_underscores(word) for word in words]
+    if any(re.fullmatch("--publish(=.*)?", word) for word in words):
+        parser.error("--publish is called --final_lora now.")
+    given = vars(parser.parse_args(words))
     values = {name: globals()[name] for name in setting_types()}
     problems = check_values(values, is_strict=True)
     if problems:
@@ -3103,6 +3282,14 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     if problems:
         parser.error("\n".join(problems))
     return argparse.Namespace(**values, **modes)
+
+
+def with_underscores(word: str) -> str:
+    """Return a flag that was typed with hyphens, such as --lora-r, as it is called here."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3173,8 +3360,8 @@ def check_rules(values: dict[str, Any]) -> list[str]:
             "EVAL_FILE is TRAIN_FILE: the held-out loss would be measured on what was learned. "
             'Give another file, "10%" to hold out a tenth of it, or "" for none.'
         )
-    if values["PUBLISH"] == "best" and not eval_file:
-        problems.append('PUBLISH is "best", which needs an EVAL_FILE to tell which epoch that is.')
+    if values["FINAL_LORA"] == "best" and not eval_file:
+        problems.append('FINAL_LORA "best" needs an EVAL_FILE, to tell which epoch that is.')
     return problems
 
 
@@ -3377,26 +3564,6 @@ def survive_closed_outputs() -> None:
             setattr(sys, name, wrapped)
         else:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
-
-
-# `uv run train_lora_single.py --demo` reads this and needs no environment made by hand (PEP 723).
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
-#     "transformers>=5.24,<5.30",
-#     "peft>=0.21.2,<0.22",
-#     "trl>=1.16,<1.17",
-#     "datasets>=5,<6",
-#     "accelerate>=1.15,<2",
-#     "safetensors>=0.8,<1",
-#     "pydantic>=2.10,<3",
-#     "huggingface_hub",
-#     "filelock",
-#     "tqdm",
-#     "jinja2",
-# ]
-# ///
 
 
 if __name__ == "__main__":
