@@ -26,7 +26,6 @@ from inspect_lora.checks import rows_of_checks
 from inspect_lora.common import InspectError, at_least, counted, file_sha256, path_from_here, report
 from inspect_lora.conclusions import (
     about_change,
-    about_cut_checks,
     about_endings,
     about_strength,
     conclusions,
@@ -157,16 +156,13 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
             found.checked = ask_both(model, chat_format, checked, CHECKED_TOKENS, "checks")
         found.checks = rows_of_checks([one.as_recorded(found.group) for one in found.checked])
         print_checks(found)
-        if sentence := about_cut_checks(found.checked, CHECKED_TOKENS):
-            found.conclusions.insert(0, sentence)
     chosen = choose_samples(found.examples, options.group, options.samples)
     if chosen:
         with timed(found, "samples"):
             prompts = list(map(task_of_example, chosen))
             most = options.max_new_tokens
             found.samples = ask_both(model, chat_format, prompts, most, "samples")
-        if sentence := about_endings(found.samples, options.max_new_tokens):
-            found.conclusions.insert(0, sentence)
+    found.conclusions = about_endings(found.samples, found.checked) + found.conclusions
     print_conclusions(found)
     found.is_finished = True
 
@@ -213,7 +209,9 @@ def measure_parts_and_change(found: Findings, tasks: list[Task], wanted: int) ->
     with timed(found, "parts"):
         chosen = [found.examples[number] for number in found.measured]
         found.parts = measure_parts(model, chosen, losses)
-    found.conclusions = conclusions(found.parts, losses) + what_is_not_measured(model)
+    found.conclusions = conclusions(
+        found.parts, losses, found.losses.gain()
+    ) + what_is_not_measured(model)
     if found.shares_are_meant():
         print_parts(found)
     if not tasks:
