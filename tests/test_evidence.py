@@ -657,9 +657,11 @@ def test_replies_of_one_line_count_as_one_example():
     assert one_line.error == math.inf and not one_line.is_clear()
 
 
-@pytest.mark.parametrize(("value", "clear"), [(0.21, True), (-0.21, True), (0.19, False)])
-def test_a_difference_is_clear_beyond_twice_its_error(value, clear):
+@pytest.mark.parametrize(("value", "clear"), [(0.197, True), (-0.197, True), (0.195, False)])
+def test_a_difference_is_clear_if_its_interval_leaves_out_0(value, clear):
     assert Estimate(value, 0.1).is_clear() is clear
+    assert Estimate(0.1234, 0.01).interval() == "+0.1038 to +0.1430"
+    assert Estimate(0.1, math.inf, 1).interval() == "? to ?"
 
 
 @pytest.mark.parametrize(
