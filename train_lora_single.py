@@ -36,6 +36,7 @@ import bisect
 import contextlib
 import difflib
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -210,6 +211,7 @@ class Job:
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
     products: str = "native"  # how frozen weights are multiplied; or "float16"
+    products_compared: dict[str, Any] | None = None  # both kinds on this GPU, with MATMUL "auto"
 
     # From resume_or_begin(): what an earlier run has done.
     checkpoint: Path | None = None  # the one to resume from
@@ -308,10 +310,24 @@ def build_trainer(job: Job) -> RunTrainer:
     LoRA is added by SFTTrainer's peft_config alone. Do not also call PEFT's get_peft_model(): LoRA
     would be added twice, which TRL refuses.
     """
+    trainer = new_trainer(job)
+    if job.products == "float16" and job.settings.MATMUL == "auto":
+        reason = try_float16_products(trainer, job)  # see FLOAT16 PRODUCTS
+        if reason:
+            take_native_products(job, reason)
+            del trainer  # there is no room for two models
+            gc.collect()
+            torch.cuda.empty_cache()
+            trainer = new_trainer(job)
+    return trainer
+
+
+def new_trainer(job: Job) -> RunTrainer:
+    """Return a trainer with the weights as the model's files have them, and with new LoRA."""
     settings = job.settings
     device = accelerate.PartialState().device
     model = load_model(settings.MODEL_NAME, settings.MODEL_REVISION, settings.DTYPE, device)
-    if job.products == "float16":
+    if settings.MATMUL == "float16":
         model = use_float16_products(model)  # see FLOAT16 PRODUCTS
     trainer = RunTrainer(  # a LoraTrainer that also evaluates and saves, see TRAINING
         job,
@@ -2081,12 +2097,18 @@ NOT_OF_TRAINING = (
 )  # fmt: skip
 
 
+PRODUCTS = "the products in use"  # a key of job.json
+
+
 def resume_or_begin(job: Job) -> None:
     """Find this job's newest checkpoint; raise UserError if the folder holds another job's."""
     if is_main_process():
         folder = job.output / "checkpoints"
-        before, now = read_json(folder / "job.json"), describe_job(job)
+        before = read_json(folder / "job.json")
         newest = newest_checkpoint(folder)
+        if before and newest:
+            keep_products(job, before)
+        now = describe_job(job)
         record = finished_record(job.output)
         differences = what_differs(before, now) if before and newest else []
         if before and newest and not differences:
@@ -2114,11 +2136,29 @@ def resume_or_begin(job: Job) -> None:
         else:
             start_fresh(job, now)
     # The processes of a launch must go the same way.
-    decided = [job.checkpoint, job.history, job.is_finished]
-    job.checkpoint, job.history, job.is_finished = accelerate.utils.broadcast_object_list(decided)
+    decided = [job.checkpoint, job.history, job.is_finished, job.products]
+    job.checkpoint, job.history, job.is_finished, job.products = (
+        accelerate.utils.broadcast_object_list(decided)
+    )
     if not job.is_finished:
         job.started = time.time()
         write_record(job, "running")
+
+
+def keep_products(job: Job, before: dict[str, Any]) -> None:
+    """With MATMUL "auto" let a job go on with the kind of products that its checkpoints have.
+
+    It may have been put back into the queue and be on another GPU now.
+    """
+    kind = before.get(PRODUCTS, job.products)
+    if job.settings.MATMUL != "auto" or kind == job.products:
+        return
+    report(
+        "matmul",
+        f"the checkpoints were made with {kind} products, so the job goes on with these; on this "
+        f"GPU\na new one would take {job.products} products",
+    )
+    job.products = kind
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -2140,7 +2180,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     for key, value in training.items():
         if not key.startswith(NOT_OF_TRAINING):
             described[f"SFTConfig.{key}"] = str(value)
-    described["the products in use"] = job.products
+    described[PRODUCTS] = job.products
     contents = {
         "the files of MODEL_NAME": file_fingerprints(Path(settings.MODEL_NAME)),
         "the tokens of TRAIN_FILE": [example.input_ids for example in job.examples],
@@ -2164,6 +2204,8 @@ def what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if "Config." not in name or change not in changes:
             rows.append(f"  {name} {change}")
         changes.append(change)
+    if before.get(PRODUCTS, now[PRODUCTS]) != now[PRODUCTS]:
+        rows.append(f'  (MATMUL "auto" or "{before[PRODUCTS]}" goes on with the former products)')
     return rows
 
 
@@ -2326,6 +2368,7 @@ def write_record(job: Job, outcome: str) -> None:
         "lora_config": config_as_recorded(lora_config(job.settings)),  # all of it
         "device": job.device_name,
         "products": job.products,  # "native" or "float16"
+        "products_compared": job.products_compared,  # on this GPU: losses, gradients, seconds
         "memory_limits": asdict(job.token_limits) if job.token_limits else None,  # in tokens
         "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
         "data": job.data,  # each file's name, hash and counts
@@ -2805,6 +2848,11 @@ def name_on_server(folder: Path) -> str:
 # This was tested on CPUs: tests compare the losses with float32's for the models named below. Other
 # models may cast their activations to the type of a weight, which float16 would narrow, so they
 # keep DTYPE unless MATMUL says "float16".
+#
+# With "auto" the GPU itself decides. Before training, a few examples go forward and backward with
+# both kinds of products. float16 stays if the results agree and if it is faster. If not, the
+# weights are loaded anew, since float16 has lost bits of those below 6e-5, and bfloat16 is used. A
+# job that is resumed keeps its kind, on another GPU, too; it is refused if float16 is wrong there.
 
 TESTED_IN_FLOAT16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
 
@@ -2827,6 +2875,126 @@ def choose_products(job: Job) -> str:
         f'with\nmodels of the type {job.config.model_type}; MATMUL "float16" would use them',
     )
     return "native"
+
+
+# How far the two kinds of products may be apart, as a share, on the same examples.
+# The losses of 60 steps of SmolLM2-135M were at most 0.86 % apart.
+MOST_LOSS_APART = 0.01
+# Either kind gives gradients that err by 2.7 to 5.8 % against float32 (docs/gpu.md), so they may be
+# 11.6 % apart. SmolLM2-135M's were 4.2 to 5.4 % apart on a CPU. Those of kernels that compute
+# something else are 100 % apart and more.
+MOST_GRADIENTS_APART = 0.15
+TOKENS_TO_COMPARE = 1024  # recomputed, so many fit wherever training does
+
+
+@dataclass
+class Pass:
+    """What a forward and a backward pass gave, and how long they took."""
+
+    loss: float
+    gradients: torch.Tensor  # of every B; those of A are 0 at first
+    seconds: float
+
+
+def try_float16_products(trainer: RunTrainer, job: Job) -> str:
+    """Have a model multiply in float16; return why that must not stay on this GPU, or ""."""
+    trainer.model.activation_checkpointing_enable()
+    trainer.model.disable_input_require_grads()
+    set_recomputation(trainer.model, True)
+    examples = examples_to_compare(job)
+    native = timed_pass(trainer, examples)
+    use_float16_products(trainer.model.get_base_model())
+    float16 = timed_pass(trainer, examples)
+    transformers.set_seed(job.settings.SEED)  # both drew random numbers
+    # All processes must take the same kind.
+    reasons = accelerate.utils.gather_object([why_not_float16(native, float16)])
+    reason = min(reasons, key=lambda one: (one == "", one == SLOWER))  # what is wrong comes first
+    if reason == SLOWER and job.checkpoint:  # a job that has begun keeps what is right
+        reason = ""
+    apart = share_apart(native.gradients, float16.gradients)
+    job.products_compared = {
+        "seconds": [native.seconds, float16.seconds],  # native, float16
+        "loss": [native.loss, float16.loss],
+        "gradients_apart": apart,
+        "float16_is_not_used_since": reason,
+    }
+    dtype = job.settings.DTYPE
+    report(
+        "matmul",
+        f"tried on this GPU: {counted(len(examples), 'example')} forward and backward took "
+        f"{native.seconds:.3f} s in {dtype} and\n{float16.seconds:.3f} s in scaled float16; losses "
+        f"{native.loss:.4f} and {float16.loss:.4f}, LoRA's gradients {apart:.1%} apart;\n"
+        + (f"so {dtype} is used, since {reason}" if reason else "so scaled float16 is used"),
+    )
+    return reason
+
+
+SLOWER = "float16 is not faster"
+
+
+def why_not_float16(native: Pass, float16: Pass) -> str:
+    """Return why a GPU's float16 products cannot be used, or ""."""
+    for kind in (native, float16):
+        if not (math.isfinite(kind.loss) and kind.gradients.isfinite().all()):
+            return "a loss or a gradient is not finite"
+    if abs(float16.loss - native.loss) > MOST_LOSS_APART * abs(native.loss):
+        return f"the losses are more than {MOST_LOSS_APART:.0%} apart"
+    if share_apart(native.gradients, float16.gradients) > MOST_GRADIENTS_APART:
+        return f"the gradients are more than {MOST_GRADIENTS_APART:.0%} apart"
+    if float16.seconds >= native.seconds:
+        return SLOWER
+    return ""
+
+
+def share_apart(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Return the distance of two vectors as a share of the expected one's length."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def examples_to_compare(job: Job) -> list[Example]:
+    """Return examples of about the median length, as many as surely fit."""
+    by_length = sorted(job.examples, key=lambda example: len(example.input_ids))
+    median = len(by_length) // 2
+    width = 64 * math.ceil(len(by_length[median].input_ids) / 64)  # as DeltaNet's torch code pads
+    count = TOKENS_TO_COMPARE // width
+    return by_length[: median + 1][-count:] if count else by_length[:1]
+
+
+def timed_pass(trainer: RunTrainer, examples: list[Example]) -> Pass:
+    """Send examples forward and backward twice, with the same dropout; the second time counts."""
+    model, inputs = trainer.model.train(), pad(examples, trainer.args.device)
+    for _ in range(2):  # the first one warms up
+        model.zero_grad()
+        transformers.set_seed(trainer.args.seed)
+        began = time_on(trainer.args.device)
+        loss = reply_losses(model, inputs).sum() / len(places_of_learned(inputs)[0])
+        loss.backward()
+        seconds = time_on(trainer.args.device) - began
+    gradients = [
+        weight.grad.flatten() for name, weight in model.named_parameters() if "lora_B" in name
+    ]
+    found = Pass(loss.item(), torch.cat(gradients), seconds)
+    model.zero_grad()
+    return found
+
+
+def time_on(device: torch.device) -> float:
+    """Return the time in seconds once a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def take_native_products(job: Job, reason: str) -> None:
+    """Have a job use native products from its beginning; raise UserError if it has begun."""
+    if job.checkpoint:
+        raise UserError(
+            f"{job.checkpoint} was made with float16 products, which cannot be trusted on this "
+            f"GPU: {reason}. Resume it on another GPU; or --matmul float16 uses them all the same."
+        )
+    job.products = "native"
+    if is_main_process():
+        write_json(job.output / "checkpoints" / "job.json", describe_job(job))
 
 
 def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -2890,8 +3058,10 @@ def use_float16_products(model: transformers.PreTrainedModel) -> transformers.Pr
     kept = set() if type(embedding) is torch.nn.Embedding else {embedding.weight}
     converted, left = 0, []
     for path, module in list(model.named_modules()):
+        if type(module) is not torch.nn.Linear or ".lora_" in path:
+            continue
         # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), would cost more than they save.
-        if type(module) is not torch.nn.Linear or min(module.weight.shape) < 64:
+        if min(module.weight.shape) < 64:
             continue
         if module.weight in kept or not sums_fit(module.weight):
             left.append(path)
