@@ -40,6 +40,7 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -52,6 +53,7 @@ import shlex
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import textwrap
 import time
@@ -212,6 +214,7 @@ class Job:
     plan: Plan | None = None
     products: str = "native"  # how frozen weights are multiplied; or "float16"
     products_compared: dict[str, Any] | None = None  # both kinds on this GPU, with MATMUL "auto"
+    delta_kernels: str = ""  # what computes DeltaNet's layers, and why
 
     # From resume_or_begin(): what an earlier run has done.
     checkpoint: Path | None = None  # the one to resume from
@@ -477,7 +480,8 @@ def read_model_files(job: Job) -> None:
     job.config = load_config(settings.MODEL_NAME, settings.MODEL_REVISION)
     refuse_quantized(settings.MODEL_NAME, job.config)
     job.chat_format = load_chat_format(settings.MODEL_NAME, settings.MODEL_REVISION)
-    mention_faster_kernels(job)
+    if settings.DEVICE == "cuda" and not settings.dry_run:
+        job.delta_kernels = choose_delta_kernels(job.config)  # see DEVICE
 
 
 def commit_of(model_name: str, revision: str) -> str:
@@ -2133,6 +2137,7 @@ def resume_or_begin(job: Job) -> None:
             )
         elif job.checkpoint:
             report("resume", f"going on from {job.checkpoint}")
+            tell_of_other_kernels(job)
         else:
             start_fresh(job, now)
     # The processes of a launch must go the same way.
@@ -2159,6 +2164,17 @@ def keep_products(job: Job, before: dict[str, Any]) -> None:
         f"GPU\na new one would take {job.products} products",
     )
     job.products = kind
+
+
+def tell_of_other_kernels(job: Job) -> None:
+    """Say if the DeltaNet layers were computed by other code until now, which is allowed."""
+    before = (read_json(job.output / "run.json") or {}).get("delta_kernels", "")
+    if before and job.delta_kernels and before.split()[0] != job.delta_kernels.split()[0]:
+        report(
+            "kernels",
+            f"until now they were computed by {before}\nThe two round differently, so the rest may "
+            "differ a little from a run that was never stopped.",
+        )
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -2369,6 +2385,7 @@ def write_record(job: Job, outcome: str) -> None:
         "device": job.device_name,
         "products": job.products,  # "native" or "float16"
         "products_compared": job.products_compared,  # on this GPU: losses, gradients, seconds
+        "delta_kernels": job.delta_kernels,  # fla's or torch's, and why
         "memory_limits": asdict(job.token_limits) if job.token_limits else None,  # in tokens
         "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
         "data": job.data,  # each file's name, hash and counts
@@ -3196,18 +3213,128 @@ def forbid_gpu_packages() -> None:
         sys.modules[name] = None
 
 
-def mention_faster_kernels(job: Job) -> None:
-    """Say that DeltaNet would be faster with a package that this GPU can run, if it is missing."""
-    if job.settings.DEVICE == "cpu" or job.settings.dry_run:
-        return
-    is_new_enough = torch.cuda.get_device_capability()[0] >= 8
-    has_deltanet = "linear_attention" in layer_types(job.config)
-    if is_new_enough and has_deltanet and importlib.util.find_spec("fla") is None:
+# By then flash-linear-attention must have compiled its kernels and agreed with torch's code. The
+# first time Triton compiles a dozen in many variants, which takes minutes; it keeps what it has
+# compiled, so a second start gets further. The other processes of a launch wait for ten minutes.
+SECONDS_FOR_FLA = 400
+# How far fla's values and gradients may be from those of torch's code, as a share of their length.
+# That code computes in float32. With its products in bfloat16, as fla has them, all six of its
+# results were 0.28 to 0.42 % away (on a CPU, head size 128, 130 to 300 tokens, three seeds); fla's
+# own tests allow up to 2 %.
+MOST_FLA_APART = 0.02
+
+
+def choose_delta_kernels(config: transformers.PretrainedConfig) -> str:
+    """Return what computes a model's DeltaNet layers on this GPU, and why; "" if it has none.
+
+    transformers decides this when it imports the model's code, which must not have happened yet: it
+    takes fla where that can be imported, and torch's code where not. Broken or wrong kernels would
+    be taken, or fall back, without a word.
+    """
+    place = accelerate.PartialState().device
+    if "linear_attention" not in layer_types(config):
+        return ""
+    if torch.cuda.get_device_capability(place)[0] < 8:
+        return "torch's code, since fla needs a GPU of capability 8.0 or newer"
+    if importlib.util.find_spec("fla") is None:
         report(
             "faster",
             "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
             "with\npip install flash-linear-attention",
         )
+        return "torch's code, since fla is not installed"
+    reason = why_not_fla(config, place) if is_main_process() else ""
+    (reason,) = accelerate.utils.broadcast_object_list([reason])
+    if reason:
+        sys.modules["fla"] = None  # now it cannot be imported
+        chosen = f"torch's code, since fla {reason}"
+    else:
+        chosen = f"fla, which agrees with torch's code within {MOST_FLA_APART:.0%} on this GPU"
+    report("kernels", textwrap.fill(f"the DeltaNet layers are computed by {chosen}", 88))
+    return chosen
+
+
+def why_not_fla(config: transformers.PretrainedConfig, place: torch.device) -> str:
+    """Return why fla cannot be used for a model's DeltaNet layers on this GPU, or "".
+
+    A process of its own tries it, since a kernel may crash, hang, or spoil the GPU's state.
+    """
+    code = "from __future__ import annotations\n" + inspect.getsource(compare_fla_with_torch)
+    code += "compare_fla_with_torch()"
+    module = type(config.get_text_config()).__module__.replace(".configuration_", ".modeling_")
+    capability = torch.cuda.get_device_capability(place)[0]
+    given = [module, place, capability, MOST_FLA_APART, SECONDS_FOR_FLA]
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, *map(str, given)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that its compilers can be ended with it
+    )
+    try:
+        said, errors = child.communicate(timeout=SECONDS_FOR_FLA)
+    except subprocess.TimeoutExpired:
+        return f"was not ready after {SECONDS_FOR_FLA} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    found = re.search(r"^fla: (.*)\Z", said.strip(), re.MULTILINE)
+    if child.returncode == 0 and found:
+        return found[1].removeprefix("good")
+    LOG.info(errors)
+    return f"ended its trial with status {child.returncode} ({one_line(errors[-150:])})"
+
+
+def compare_fla_with_torch() -> None:
+    """Print "fla: good", or why it is not. This runs in a process of its own, see why_not_fla()."""
+    import importlib
+    import importlib.metadata
+    import signal
+    import sys
+
+    import torch
+
+    def results(function: typing.Any) -> list[torch.Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        query, key, value, g, beta = leaves
+        out, _ = function(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=True)
+        (out.float() * weights).sum().backward()
+        return [out.detach().float(), *(leaf.grad.float() for leaf in leaves)]
+
+    module, device, capability, limit, seconds = sys.argv[1:]
+    signal.alarm(int(seconds))  # whatever becomes of the process that waits
+    try:
+        importlib.import_module("fla")
+        version = importlib.metadata.version("fla-core")
+        if capability == "9" and tuple(map(int, version.split(".")[:2])) < (0, 5):
+            # Some gradients are 1 to 5 % wrong, which a comparison might let pass.
+            print(f"fla: in version {version} has wrong gradients on Hopper GPUs (fla issue 640)")
+            return
+        kernel = importlib.import_module(module).torch_chunk_gated_delta_rule
+        # As Qwen3.5 has them: two value heads for a key head, and the decay in float32. 200 tokens
+        # are three chunks of 64 and a part of one.
+        torch.manual_seed(0)
+        sizes = [(1, 200, 2, 128), (1, 200, 2, 128), (1, 200, 4, 128), (1, 200, 4), (1, 200, 4)]
+        tensors = [torch.randn(size).to(device, torch.bfloat16) for size in sizes]
+        tensors[3] = -torch.nn.functional.softplus(tensors[3].float())
+        tensors[4] = tensors[4].sigmoid()
+        weights = torch.randn(sizes[2]).to(device)
+        expected, found = results(kernel.__wrapped__), results(kernel)
+        names = ["values", *(f"gradients of {name}" for name in ("q", "k", "v", "g", "beta"))]
+        for name, right, its in zip(names, expected, found, strict=True):
+            apart = ((its - right).norm() / right.norm()).item()
+            if not apart <= float(limit):  # NaN is not, either
+                print(f"fla: has {name} that are {apart:.1%} away from those of torch's code")
+                return
+        if all(map(torch.equal, expected, found)):
+            print("fla: is not what transformers takes")
+            return
+    except Exception as error:  # whatever is wrong with it, it is not used
+        print("fla: cannot be used:", " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        return
+    print("fla: good")
 
 
 # ==== COMMAND LINE: flags, the log, signals, exit statuses, error messages, main()
@@ -3484,7 +3611,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 def main(argv: list[str] | None = None) -> None:
     """Run the command. Exits with 1 after an error, 2 after a wrong flag, 128 + a signal."""
     settings = parse_settings(argv)
-    # transformers advises installing fla; mention_faster_kernels() says where it helps.
+    # transformers advises installing fla; choose_delta_kernels() says where it helps.
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     # PEFT 0.21 calls a function that transformers 5.24 renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

@@ -1,7 +1,6 @@
 """Float16 products: one product, what is converted, what is chosen, whole runs."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import shutil
@@ -330,24 +329,19 @@ CHOICES = [  # capability, flags, model: products, and a word that is said of th
 def card(flags, tiny, tmp_path, monkeypatch):
     """Return a function that prepares a job on a simulated GPU; its weights are in bfloat16."""
 
-    def prepare(capability, more=(), kind="", has_fla=False):
+    def prepare(capability, more=(), kind=""):
         folder = tiny
         if kind:
             folder = shutil.copytree(tiny, tmp_path / "model")
             sizes = {"hidden_size": 96, "num_hidden_layers": 2, "vocab_size": 2048}
             sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
             getattr(transformers, f"{kind.title()}Config")(**sizes).save_pretrained(folder)
-        real = importlib.util.find_spec
-        found = {"fla": object() if has_fla else None}
         for owner, name, fake in (
             (torch.cuda, "get_device_capability", lambda *_: capability),
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
                 including_emulation or capability >= A100
             )),
             (t, "prepare_device", lambda *_: "a simulated GPU"),
-            (importlib.util, "find_spec", lambda name, *_: (
-                found[name] if name in found else real(name, *_)
-            )),
         ):  # fmt: skip
             monkeypatch.setattr(owner, name, fake)
         accelerate.PartialState(cpu=True)
@@ -367,22 +361,6 @@ def test_float16_is_taken_where_bfloat16_is_emulated_and_the_model_was_tested(
     assert card(capability, more, kind).products == products
     said = [line for line in capsys.readouterr().out.splitlines() if "phi3" in line]
     assert bool(said) == bool(word)
-
-
-@pytest.mark.parametrize(
-    ("capability", "has_fla", "kind", "is_said"),
-    [
-        (A100, False, "", True),
-        (A100, True, "", False),
-        (V100, False, "", False),
-        (A100, False, "phi3", False),
-    ],
-)
-def test_deltanets_faster_kernels_are_named_where_they_would_help(
-    card, capsys, capability, has_fla, kind, is_said
-):
-    card(capability, kind=kind, has_fla=has_fla)
-    assert ("pip install flash-linear-attention" in capsys.readouterr().out) == is_said
 
 
 # ---- a whole run -------------------------------------------------------------------------------
