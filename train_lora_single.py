@@ -2141,12 +2141,12 @@ def resume_or_begin(job: Job) -> None:
         else:
             start_fresh(job, now)
     # The processes of a launch must go the same way.
-    decided = [job.checkpoint, job.history, job.is_finished, job.products]
-    job.checkpoint, job.history, job.is_finished, job.products = (
+    decided = [job.checkpoint, job.history, job.is_finished, job.products, time.time()]
+    job.checkpoint, job.history, job.is_finished, job.products, began = (
         accelerate.utils.broadcast_object_list(decided)
     )
     if not job.is_finished:
-        job.started = time.time()
+        job.started = began
         write_record(job, "running")
 
 
@@ -2370,7 +2370,10 @@ def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
 
 def write_record(job: Job, outcome: str) -> None:
     """Write run.json: what was asked for, what was found, and how it ended."""
-    if not job.started or not is_main_process():
+    has_failed = outcome.startswith("failed")
+    if not job.started or not (is_main_process() or has_failed):
+        return
+    if outcome != "finished" and another_has_failed(job):
         return
     record = {
         "outcome": outcome,  # "running", "finished", "interrupted: ..." or "failed: ..."
@@ -2402,6 +2405,15 @@ def write_record(job: Job, outcome: str) -> None:
         write_json(job.output / "run.json", record)
     except OSError as error:
         report("warning", f"{job.output / 'run.json'} is not written: {error}")
+
+
+def another_has_failed(job: Job) -> bool:
+    """Return whether another process of this launch has failed and said so in run.json.
+
+    The launcher then stops this one, or its messages to the other fail. Neither is the reason.
+    """
+    before = read_json(job.output / "run.json") or {}
+    return before.get("started") == job.started and before["outcome"].startswith("failed")
 
 
 def config_as_recorded(config: peft.LoraConfig) -> dict[str, Any]:
@@ -2439,7 +2451,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file in such a way that there is never half of it."""
-    new = path.with_name(f"{path.name}.new")
+    # A process that fails may write while the main one does.
+    new = path.with_name(f"{path.name}.new" + ("" if is_main_process() else os.environ["RANK"]))
     text = json.dumps(without_nan(value), indent=1, allow_nan=False, default=str)
     new.write_text(text, encoding="utf-8")
     new.replace(path)
@@ -3189,12 +3202,28 @@ def prepare_device(device: str, dtype: str) -> str:
     return name
 
 
+# What `accelerate launch` sets for these; Trainer would shard the model, or expect that it is.
+SHARDED_BY = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
 def forget_other_launches() -> bool:
     """Return whether a launcher has started this process; remove what others left behind.
 
-    These variables of other work, or of a configuration, would change this run.
+    These variables of other work, or of a configuration, would change this run. Raises UserError
+    if a launcher asks for what this script does not do, instead of doing something else.
     """
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    for name, method in SHARDED_BY.items():
+        if is_launched and os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"The launcher asks for {method} ({name} is set), which this script does not do: "
+                "each GPU holds the whole model. Launch it with `accelerate launch --multi_gpu "
+                "--num_processes N`, or with torchrun."
+            )
     left_over = [name for name in os.environ if name.startswith("ACCELERATE_")]
     if not is_launched:
         left_over += ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
@@ -3570,7 +3599,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # Slur
 
 def catch_signals(job: Job) -> None:
     """Within a step, finish and save it first; elsewhere, or at a second signal, stop at once."""
-    # A launcher passes the terminal's Ctrl-C on to its processes, which have had it already.
+    # A launcher may pass a signal on that its process has had already, as Slurm sends it to all.
     may_repeat = "TORCHELASTIC_RUN_ID" in os.environ
 
     def on_signal(number: int, _: Any) -> None:
