@@ -776,6 +776,26 @@ def test_each_check_of_the_other_tasks_can_be_passed_and_failed():
         assert not check.passes(" or ".join(wrong)), written
 
 
+@pytest.mark.parametrize(
+    ("habit", "text", "others"),
+    [
+        (
+            card_maker.ends_with_if,
+            "Sit down. If it hurts, ring.",
+            ["If it hurts, ring.", "If so, I do. Sit."],
+        ),
+        (card_maker.closes_drily, "He ran for it. Wise cat.", ["Wise cat.", "He ran. Did he?"]),
+        (
+            card_maker.lists_in_prose,
+            "Tea, jam, eggs, oil, ham, salt.",
+            ["Tea, jam. Eggs, oil, ham, salt."],
+        ),
+    ],
+)
+def test_a_habit_is_seen(habit, text, others):
+    assert habit(text) and not any(map(habit, others))
+
+
 # ---- replies on which the checks were tried
 
 HALVES = ["open", "sealed"]
