@@ -583,10 +583,12 @@ def test_a_whole_blind_reading_by_keyboard_with_a_reload_in_the_middle(open_page
     tested = f"xact sign test on the {sum(counts[:2])} preferences, two-sided: p = {p:.3f}"
     assert f"E{tested}. " in shown.one("#test").text and not shown.all("#form")
     sentence = shown.one("#sentence").get_attribute("value")
+    names = ("the base (someone/model)", "the adapter (output/final_lora)")
+    ranked = sorted(zip(names, counts[:2], strict=True), key=lambda one: -one[1])
     assert sentence == (
-        "One reader, blind, on 20 prompts: preferred the adapter (output/final_lora) on "
-        f"{counts[1]} and the base (someone/model) on {counts[0]}; alike {counts[2]}, neither "
-        f"would do {counts[3]}. E{tested}."
+        f"One reader, blind, on 20 prompts: preferred {ranked[0][0]} on {ranked[0][1]} and "
+        f"{ranked[1][0]} on {ranked[1][1]}; alike {counts[2]}, neither would do {counts[3]}. "
+        f"E{tested}."
     )
     words = {"alike": "alike", "neither": "neither would do"}
     assert shown.texts("#key summary") == [
@@ -787,6 +789,20 @@ def test_what_is_said_is_text_in_the_browser(open_page):
     assert shown.run(elements) == 2 and shown.run("return window.harmed") is None
 
 
+def test_a_line_from_right_to_left_begins_on_the_right_and_turns_no_other(open_page):
+    hebrew, turned = "\u05e9\u05dc\u05d5\u05dd", "\u202eturned"
+    shown = open_page(page_of([row("asks", f"{hebrew}\nhello", turned, group=turned)]))
+    inner = """const box = arguments[0].getBoundingClientRect(), range = document.createRange();
+    range.selectNodeContents(arguments[0]);
+    return [...range.getClientRects()].filter((one) => one.width > 1)
+      .map((one) => [one.left - box.left, box.right - one.right])"""
+    text = shown.all(".reply .text")[0]
+    (before, after), (start, rest) = shown.run(inner, text)
+    assert after < 2 < before and start < 2 < rest
+    heading, label = shown.one("article h3"), shown.all(".reply h4")[1]
+    assert heading.text.startswith("eval.jsonl") and label.text == "adapter"
+
+
 def test_a_reply_of_100000_characters_is_folded_and_shown_in_full_when_asked(open_page):
     long = "word " * 20_000
     shown = open_page(
@@ -803,6 +819,15 @@ def test_a_reply_of_100000_characters_is_folded_and_shown_in_full_when_asked(ope
     assert shown.texts("article button")[0] == "Show less"
     shown.press("ENTER")
     assert len(shown.texts("article .text")[1]) < 700
+
+
+def test_a_folded_reply_shows_its_first_mark_and_of_many_marks_it_is_quick(open_page):
+    late = f"{'word ' * 400}999 {'word ' * 400}"
+    rows = [row("late", late, "999 " * 25_000, {"rings": RINGS})]
+    shown = open_page(page_of(rows))
+    assert shown.run("return document.querySelectorAll('mark').length") < 200
+    assert shown.all(".reply")[0].find_element("css selector", "mark").text == "999"
+    assert len(shown.texts(".reply")[0]) < 2_200
 
 
 def contrast(one, other):
