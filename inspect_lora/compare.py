@@ -31,7 +31,7 @@ from inspect_lora.common import (
     shorten_path,
     this_program,
 )
-from inspect_lora.evidence_file import Evidence, read_evidence
+from inspect_lora.evidence_file import Evidence, read_evidence, records_below
 from inspect_lora.page import page_of_two, report_page
 from inspect_lora.scores import FEWEST_LINES, errors_needed, ratio_with_error
 
@@ -81,7 +81,7 @@ def read_reports(folders: list[str], left_out: list[str]) -> list[Evidence]:
     for folder in folders:
         if not Path(folder).is_dir():
             raise InspectError(f"There is no folder {folder}.")
-        paths |= dict.fromkeys(one.resolve() for one in sorted(Path(folder).rglob("evidence.json")))
+        paths |= dict.fromkeys(one.resolve() for one in records_below(Path(folder)))
     found, damaged, unfinished = [], [], []
     for path in paths:
         one = read_evidence(path)
@@ -107,7 +107,7 @@ def on_the_same_lines(
     found: list[Evidence], newest: Evidence, left_out: list[str]
 ) -> list[Evidence]:
     """Return those on the newest one's held-out replies, and add a sentence on the others."""
-    same = [one for one in found if one.measured_on() == newest.measured_on()]
+    same = [one for one in found if one.has_the_replies_of(newest.held_out, newest.lengths())]
     others = [one for one in found if one not in same]
     if others:
         files = ", ".join(sorted({one.held_out.file for one in others}))

@@ -2,7 +2,8 @@
 
 It writes report.md (the verdict, the tables, and samples side by side), lora.png and evidence.json
 into one folder: OUTPUT_DIR/inspected/NAME for an adapter of train_lora_single.py, which brings its
-held-out file and its system message, else inspected/PARENT--NAME in the working folder.
+held-out file and its system message, else inspected/PARENT--NAME in the working folder. An earlier
+report of the adapter stays until the new one is whole, and is renamed then.
 
 What is concluded is about this adapter and these conversations. What another run would reach may
 not be concluded: train it, and compare. Nor does a lower loss say that the replies are good: read
@@ -22,16 +23,7 @@ from pathlib import Path
 from inspect_lora import adapters, conversations
 from inspect_lora.adapters import open_adapter, refuse_system_message, system_message_of
 from inspect_lora.checks import rows_of_checks
-from inspect_lora.common import (
-    InspectError,
-    at_least,
-    counted,
-    file_sha256,
-    path_from_here,
-    rename_old,
-    report,
-    write_json,
-)
+from inspect_lora.common import InspectError, at_least, counted, file_sha256, path_from_here, report
 from inspect_lora.conclusions import (
     about_change,
     about_endings,
@@ -49,18 +41,16 @@ from inspect_lora.conversations import (
     tasks_that_render,
 )
 from inspect_lora.elsewhere import measure_elsewhere
-from inspect_lora.evidence_file import as_json_object
-from inspect_lora.files import Run, find_adapter, find_run
+from inspect_lora.files import find_adapter, find_run
 from inspect_lora.findings import Findings
 from inspect_lora.parts import measure_parts, measure_updates
-from inspect_lora.picture import draw_picture
 from inspect_lora.replies import CHECKED_TOKENS, ask_both, choose_samples
-from inspect_lora.report import (
-    as_markdown,
-    gain_sentence,
-    print_checks,
-    print_conclusions,
-    print_parts,
+from inspect_lora.report import gain_sentence, print_checks, print_conclusions, print_parts
+from inspect_lora.report_folder import (
+    folder_for_report,
+    keep_unfinished,
+    prepare_folder,
+    write_report,
 )
 from inspect_lora.scores import Losses, evenly_spread, losses_of
 
@@ -103,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print what carries a conclusion, and write the report."""
     place = find_adapter(options.adapter)
     trained_by = find_run(place)
-    folder = folder_for_results(options, place, trained_by)
+    folder = folder_for_report(options, place, trained_by)
     held_out = read_held_out(options, trained_by)
     tasks = read_tasks(options.general_file)  # what is wrong is said before the model is loaded
     adapter = open_adapter(options, place, trained_by)
@@ -115,48 +105,23 @@ def run(options: argparse.Namespace) -> None:
         system_message = shared.pop() if len(shared) == 1 else ""
     refuse_system_message(system_message, adapter.chat_format)
     tasks = tasks_that_render(tasks, adapter.chat_format)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InspectError(
-            f"Nothing can be written into {folder} ({error}); choose another folder with "
-            "--output_dir."
-        ) from error
+    prepare_folder(folder)
     found = Findings(
         options.adapter, adapter, held_out, options.group, system_message, is_guessed, examples
     )
     if options.general_file:
         path = Path(options.general_file)
         found.general_file = {"file": str(path), "sha256": file_sha256(path)}
+    is_written = False
     try:
         measure(found, tasks, options)
+        write_report(found, folder)
+        is_written = True
     finally:  # also what was found before Ctrl-C
-        if found.losses:
-            for name in ("evidence.json", "report.md", "lora.png"):
-                rename_old(folder / name)
-            write_json(folder / "evidence.json", as_json_object(found))
-    has_picture = draw_picture(found, folder / "lora.png")
-    (folder / "report.md").write_text(as_markdown(found, has_picture), encoding="utf-8")
+        if found.losses and not is_written:
+            found.is_finished = False
+            keep_unfinished(found, folder)
     report("report", path_from_here(folder / "report.md"))
-
-
-def folder_for_results(options: argparse.Namespace, place: Path, trained_by: Run | None) -> Path:
-    """Return where the report goes, which must not be in the adapter's own folder."""
-    if options.output_dir:
-        folder = Path(options.output_dir)
-    elif trained_by:
-        folder = trained_by.path.parent / "inspected" / place.resolve().name
-    else:
-        name = options.adapter
-        if Path(name).is_dir():  # many an adapter's folder is called checkpoint-500
-            name = "/".join(Path(path_from_here(place.resolve())).parts[-2:]).strip("/")
-        folder = Path("inspected") / name.replace("/", "--")
-    if place.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise InspectError(
-            f"The report would go into {folder}, but nothing is written into the adapter's own "
-            "folder or below it; choose another one with --output_dir."
-        )
-    return folder
 
 
 def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
-from inspect_lora.common import file_sha256, read_json
+from inspect_lora.common import file_of, file_sha256, place_in_file, read_json
+from inspect_lora.files import path_of_adapter
 
 if TYPE_CHECKING:
     from inspect_lora.findings import Findings
@@ -29,17 +30,20 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "finished": found.is_finished,
         "measured": time.strftime("%Y-%m-%d %H:%M:%S"),
         "adapter": found.name,
+        "adapter_path": path_of_adapter(found.name, adapter.place),
         "adapter_sha256": file_sha256(adapter.place / "adapter_model.safetensors"),
         "adapter_config": read_json(adapter.place / "adapter_config.json"),
         "base": adapter.base,
         "base_revision": adapter.revision,
         "dtype": adapter.dtype,
+        "matmul": adapter.matmul,
         "device": adapter.model.device.type,
         "enable_thinking": adapter.chat_format.enable_thinking,
         "system_message": found.system_message,
         "held_out": {
             "file": found.held_out.path,
             "sha256": found.held_out.sha256,
+            "conversations_sha256": found.held_out.conversations_sha256,
             "group": found.group,
         },
         "general_file": found.general_file,
@@ -135,7 +139,7 @@ class CheckedReply(pydantic.BaseModel):
 
     def as_exchange(self, held_out_file: str) -> Exchange:
         """Return it as schema 2 would have it, as far as it is known."""
-        is_held_out = self.where.rpartition(":")[0] == held_out_file
+        is_held_out = file_of(self.where) == held_out_file
         return Exchange(
             where=self.where,
             source="held_out" if is_held_out else "tasks",
@@ -149,6 +153,7 @@ class KnownFile(pydantic.BaseModel):
 
     file: str
     sha256: str
+    conversations_sha256: str = ""  # schema 1 has none
 
 
 class Evidence(pydantic.BaseModel):
@@ -179,7 +184,7 @@ class Evidence(pydantic.BaseModel):
         if not self.losses and (self.schema_ == 1 or self.held_out):
             raise ValueError("it holds no losses")
         if self.schema_ == 1:
-            file = self.losses[0].where.rpartition(":")[0]
+            file = file_of(self.losses[0].where)
             self.replies = [one.as_exchange(file) for one in self.checked_replies]
         return self
 
@@ -192,10 +197,27 @@ class Evidence(pydantic.BaseModel):
         """Return the hash of the file of the other tasks, or "" if it is not known."""
         return self.general_file.sha256 if self.general_file else ""
 
-    def measured_on(self) -> tuple[str, list[tuple[str, int]]]:
-        """Return what tells the held-out replies apart: the file's hash, lines and lengths."""
-        rows = [(row.where.rpartition(":")[2], row.tokens) for row in self.losses]
-        return self.held_out.sha256, rows
+    def has_the_replies_of(self, other: KnownFile, lengths: list[tuple[str, int]]) -> bool:
+        """Return whether these held-out replies were measured, whatever else is in the file.
+
+        Args:
+            other: their file.
+            lengths: the place and the number of tokens of each.
+        """
+        own = self.held_out
+        is_same_file = own is not None and own.sha256 == other.sha256
+        hashes = (own.conversations_sha256 if own else "", other.conversations_sha256)
+        return (is_same_file or (hashes[0] == hashes[1] != "")) and self.lengths() == lengths
+
+    def lengths(self) -> list[tuple[str, int]]:
+        """Return each held-out reply's place in its file, and its number of tokens."""
+        return [(place_in_file(row.where), row.tokens) for row in self.losses]
+
+
+def records_below(folder: Path) -> list[Path]:
+    """Return the records in a folder and below it, but for what a killed command left half done."""
+    found = sorted(folder.rglob("evidence.json"))
+    return [path for path in found if not path.parent.name.startswith(".")]
 
 
 def read_evidence(path: Path) -> Evidence | None:

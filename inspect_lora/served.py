@@ -25,8 +25,15 @@ from typing import Any
 from tqdm import tqdm
 
 from inspect_lora import adapters, conversations
-from inspect_lora.common import InspectError, file_sha256, path_from_here, report, this_program
-from inspect_lora.evidence_file import Evidence, Row, read_evidence
+from inspect_lora.common import (
+    InspectError,
+    file_sha256,
+    path_from_here,
+    place_in_file,
+    report,
+    this_program,
+)
+from inspect_lora.evidence_file import Evidence, Row, read_evidence, records_below
 from inspect_lora.files import Run, find_adapter, find_run, folder_to_serve
 from inspect_lora.scores import evenly_spread, losses_of
 from inspect_lora.server import GIVE_THE_ADDRESS, Server
@@ -127,12 +134,12 @@ def choose_replies(
         options.eval_file = evidence.held_out.file
     held_out = conversations.read_held_out(options, trained_by)
     is_asked_for = options.base or options.base_revision or options.dtype or options.device
-    if evidence and not is_asked_for and evidence.held_out.sha256 == held_out.sha256:
+    if evidence and not is_asked_for:
         base = (evidence.base, evidence.base_revision)
         chat_format = adapters.chat_format_of(options, place, *base)
         examples, _ = encode(held_out.examples, chat_format, options.max_seq_len)
-        lines = [(one.where.rpartition(":")[2], len(one.reply_ids)) for one in examples]
-        if evidence.measured_on() == (held_out.sha256, lines):
+        lengths = [(place_in_file(one.where), len(one.reply_ids)) for one in examples]
+        if evidence.has_the_replies_of(held_out.as_known(), lengths):
             where = path_from_here(evidence.folder / "evidence.json")
             report("here", f"the losses with and without the adapter are those in\n{where}")
             chosen = spread_over(examples, server.window)
@@ -160,8 +167,8 @@ def find_evidence(
         folders.append(trained_by.path.parent / "inspected")
         published = set((trained_by.record.get("adapter_sha256") or {}).values())
         hashes |= published if hashes & published else set()  # a checkpoint is not among them
-    read = (read_evidence(path) for one in folders for path in sorted(one.rglob("evidence.json")))
-    ours = [one for one in read if one and one.adapter_sha256 in hashes]
+    read = (read_evidence(path) for one in folders for path in records_below(one))
+    ours = [one for one in read if one and one.losses and one.adapter_sha256 in hashes]
     ours = [one for one in ours if one.enable_thinking == options.enable_thinking]
     return max(ours, key=lambda one: one.measured, default=None)
 
