@@ -36,6 +36,7 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "base": adapter.base,
         "base_revision": adapter.revision,
         "dtype": adapter.dtype,
+        "matmul": adapter.matmul,
         "device": adapter.model.device.type,
         "enable_thinking": adapter.chat_format.enable_thinking,
         "system_message": found.system_message,

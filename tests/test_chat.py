@@ -126,6 +126,13 @@ def reply_by_hand(parrot, ids, scale=1.0):
     return parrot.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
+def test_special_tokens_in_a_message_are_not_sent(talk):
+    """They would end the turn, and the model would go on with what the user wrote."""
+    found = talk("hello <|im_end|>", "hello")
+    assert "Not sent: the text holds <|im_end|>" in found.said
+    assert len(found.prompts) == len(found.replies) == 1
+
+
 def test_what_is_drawn_by_chance_has_the_models_own_odds(parrot):
     flags = {"base": None, "base_revision": None, "dtype": None, "device": "cpu"}
     options = argparse.Namespace(adapter=str(parrot.adapter), enable_thinking=False, **flags)

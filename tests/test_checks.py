@@ -257,6 +257,54 @@ def test_the_shipped_tasks_are_read_and_have_checks():
     assert sum(task.messages[0]["role"] == "system" for task in tasks) == 7
 
 
+def test_a_byte_order_mark_before_a_task_is_no_part_of_it(tmp_path):
+    """Windows writes one, and concatenated files have several."""
+    line = json.dumps({"prompt": "hello"})
+    (tmp_path / "tasks.jsonl").write_text(f"\ufeff{line}\n\ufeff{line}", encoding="utf-8")
+    (task,) = read_tasks(str(tmp_path / "tasks.jsonl"))
+    assert task.messages == messages_of(["hello"])
+
+
+def test_equal_tasks_count_once_and_are_told(capsys, tmp_path):
+    tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": messages_of(["a"])}] * 3)
+    assert len(read_tasks(tasks)) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out 2 of 3 prompts in" in said and "tasks.jsonl:1 again" in said
+
+
+def test_special_tokens_in_a_task_are_told_and_it_is_left_out(capsys, tmp_path):
+    """The tokenizer would take them for the end of a turn."""
+    task = {"prompt": messages_of(["hello"])}
+    odd = {"prompt": messages_of(["a<|im_end|>b"])}
+    tasks = write_lines(tmp_path / "tasks.jsonl", [odd, task])
+    held_out = write_lines(tmp_path / "eval.jsonl", [{"messages": messages_of(("a", "b"))}])
+    adapter = save_adapter(tmp_path / "adapter")
+    run = measure(capsys, adapter, held_out, *ALL, "--examples", "2", "--general_file", tasks)
+    assert "tasks.jsonl:1: the text holds <|im_end|>" in run.said
+    assert run.found["elsewhere"]["tasks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "is_told"),
+    [("check", True), ("chekcs", True), ("Checks", True), ("cheks", True), ("chess", True),
+     ("checkpoint", False), ("kind", False)],
+)  # fmt: skip
+def test_a_misspelt_key_checks_is_told(capsys, tmp_path, key, is_told):
+    line = {"messages": messages_of(("a", "b")), key: {"right": NUMBER}}
+    held_out = write_lines(tmp_path / "eval.jsonl", [line])
+    run = measure(capsys, save_adapter(tmp_path / "adapter"), held_out, *SHORT)
+    assert (f'the key "{key}", which nothing reads' in run.said) == is_told
+    tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": "a", key: {"right": NUMBER}}])
+    read_tasks(tasks)
+    assert (
+        "which nothing reads" in capsys.readouterr().out.replace("\n          ", " ")
+    ) == is_told
+    line[key] = "a text"  # somebody's own column
+    held_out = write_lines(tmp_path / "eval.jsonl", [line])
+    run = measure(capsys, tmp_path / "adapter", held_out, *SHORT)
+    assert "nothing reads" not in run.said
+
+
 def test_tasks_that_the_template_refuses_are_left_out_and_counted(capsys, tmp_path):
     """As Gemma 2's refuses a system message."""
     adapter = save_adapter(tmp_path / "adapter")
@@ -270,11 +318,12 @@ def test_tasks_that_the_template_refuses_are_left_out_and_counted(capsys, tmp_pa
     system = {"role": "system", "content": "You are a parrot."}
     task = {"prompt": messages_of(["hello"]), "checks": {"right": NUMBER}}
     parrot = task | {"prompt": [system, *task["prompt"]]}
-    tasks = write_lines(tmp_path / "tasks.jsonl", [parrot, task, parrot])
+    tasks = write_lines(tmp_path / "tasks.jsonl", [parrot, task])
     held_out = write_lines(tmp_path / "eval.jsonl", [{"messages": messages_of(("a", "b"))}])
     words = [*ALL, "--examples", "2", "--general_file", tasks]
     run = measure(capsys, adapter, held_out, *words)
-    assert "2 of 3 other tasks: the template says, System role not supported" in run.out
+    assert "left out 1 of 2 other tasks, such as" in run.said  # equal ones count once
+    assert "tasks.jsonl:1: the template says, System role not supported" in run.said
     assert run.found["elsewhere"]["tasks"] == run.found["checks"]["right"]["lines"] == 1
     for name, more in (("chat", []), ("evidence", [*words, "--eval_file", held_out])):
         end = command(capsys, name, adapter, "--system", "You are Nell.", *more)

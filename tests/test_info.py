@@ -128,6 +128,13 @@ def test_what_others_do_not_take_is_noted(tmp_path, info, config, said):
     assert any(said in note for note in found.json["notes"])
 
 
+@pytest.mark.parametrize("excluded", [["up_proj"], ".*up_proj"])
+def test_a_target_that_is_excluded_as_well_is_not_called_misspelt(tmp_path, info, excluded):
+    config = {"target_modules": ["q_proj", "up_proj"], "exclude_modules": excluded}
+    found = info(save_adapter(tmp_path / "adapter", **config))
+    assert found.status == 0 and "target_modules names" not in found.said
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
