@@ -29,6 +29,25 @@ To jump to any other, search for its name after four equals signs, such as "====
     COMMAND LINE      How do flags, the log, exit statuses and messages work?
 """
 
+# `uv run train_lora_single.py --demo` reads this (PEP 723), and needs no environment made by hand.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
+#     "transformers>=5.24,<5.30",
+#     "peft>=0.21.2,<0.22",
+#     "trl>=1.16,<1.17",
+#     "datasets>=5,<6",
+#     "accelerate>=1.15,<2",
+#     "safetensors>=0.8,<1",
+#     "pydantic>=2.10,<3",
+#     "huggingface_hub",
+#     "filelock",
+#     "tqdm",
+#     "jinja2",
+# ]
+# ///
+
 from __future__ import annotations
 
 import argparse
@@ -36,9 +55,11 @@ import bisect
 import contextlib
 import difflib
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -51,6 +72,7 @@ import shlex
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import textwrap
 import time
@@ -121,8 +143,9 @@ REPLIES: Literal["all", "last"] = "all"  # which replies of a conversation are l
 MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
-# If you change r, keep alpha: r = 1 to 16 then ended alike at one learning rate (docs/evidence.md).
-LORA_R: Rank = 8  # the rank; a rule of thumb: 4 for a narrow task, 8 for a style, 16 for more
+# If you change r, keep alpha. With the shipped conversations r = 1 to 16 then gave the same loss
+# (docs/evidence.md), so r is not the first constant to try.
+LORA_R: Rank = 8  # the rank; larger data may need more, such as 16 or 32
 LORA_ALPHA: Count = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
 LORA_TARGET_MODULES: Annotated[list[Name], Field(min_length=1)] = [  # the layers that get LoRA
@@ -152,8 +175,8 @@ SEED: Seed = 42  # decides dropout, the order of the examples, and the values th
 # Results.
 OUTPUT_DIR: Name = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
 LOGGING_STEPS: Count = 10  # a line is printed every so many steps
-SAVE_STEPS: Count = 50  # a checkpoint every so many steps: the most that a crash can lose
-PUBLISH: Literal["last", "best"] = "last"  # the epoch to publish; "best" by the held-out loss
+SAVE_STEPS: Count = 50  # a checkpoint every so many steps; a crash loses the steps since then
+FINAL_LORA: Literal["last", "best"] = "last"  # its epoch; "best" by the held-out loss
 REPORT_TO: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
 
 # How the frozen weights are multiplied.
@@ -210,6 +233,8 @@ class Job:
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
     products: str = "native"  # how frozen weights are multiplied; or "float16"
+    products_compared: dict[str, Any] | None = None  # both kinds on this GPU, with MATMUL "auto"
+    delta_kernels: str = ""  # what computes DeltaNet's layers, and why
 
     # From resume_or_begin(): what an earlier run has done.
     checkpoint: Path | None = None  # the one to resume from
@@ -308,10 +333,24 @@ def build_trainer(job: Job) -> RunTrainer:
     LoRA is added by SFTTrainer's peft_config alone. Do not also call PEFT's get_peft_model(): LoRA
     would be added twice, which TRL refuses.
     """
+    trainer = new_trainer(job)
+    if job.products == "float16" and job.settings.MATMUL == "auto":
+        reason = try_float16_products(trainer, job)  # see FLOAT16 PRODUCTS
+        if reason:
+            take_native_products(job, reason)
+            del trainer  # there is no room for two models
+            gc.collect()
+            torch.cuda.empty_cache()
+            trainer = new_trainer(job)
+    return trainer
+
+
+def new_trainer(job: Job) -> RunTrainer:
+    """Return a trainer with the weights as the model's files have them, and with new LoRA."""
     settings = job.settings
     device = accelerate.PartialState().device
     model = load_model(settings.MODEL_NAME, settings.MODEL_REVISION, settings.DTYPE, device)
-    if job.products == "float16":
+    if settings.MATMUL == "float16":
         model = use_float16_products(model)  # see FLOAT16 PRODUCTS
     trainer = RunTrainer(  # a LoraTrainer that also evaluates and saves, see TRAINING
         job,
@@ -483,7 +522,8 @@ def read_model_files(job: Job) -> None:
     job.config = load_config(settings.MODEL_NAME, settings.MODEL_REVISION)
     refuse_quantized(settings.MODEL_NAME, job.config)
     job.chat_format = load_chat_format(settings.MODEL_NAME, settings.MODEL_REVISION)
-    mention_faster_kernels(job)
+    if settings.DEVICE == "cuda" and not settings.dry_run:
+        job.delta_kernels = choose_delta_kernels(job.config)  # see DEVICE
 
 
 def commit_of(model_name: str, revision: str) -> str:
@@ -517,7 +557,7 @@ def load_chat_format(model_name: str, revision: str, tokenizer_folder: str = "")
     Args:
         model_name: a folder, or a name on the hub.
         revision: its commit there.
-        tokenizer_folder: where the tokenizer is, if it is not the model's own.
+        tokenizer_folder: an adapter's own tokenizer; training takes the model's.
     """
     chosen = {"revision": revision, "trust_remote_code": False}
     where = {"trust_remote_code": False} if tokenizer_folder else chosen
@@ -615,10 +655,14 @@ def model_is_named(model_name: str) -> Iterator[None]:
 # A message has a "role" and a "content", and no other keys. At most one system message comes first,
 # which may also be the line's key "system"; then user and assistant take turns, and a reply comes
 # last. "tools" and "functions" are refused. All other keys of a line are ignored, and everywhere
-# those whose value is null.
+# those whose value is null. Dumps in ShareGPT's form often begin with a greeting of the assistant,
+# or end with a question that has no reply. There these are left out and counted; in "messages"
+# they are an error.
 #
 # Every line of both files is checked, and all problems are reported together, equal ones once; then
-# nothing is trained. With an EVAL_FILE like "10%" hold_out() chooses the held-out conversations.
+# nothing is trained. With an EVAL_FILE like "10%" hold_out() chooses the held-out conversations. If
+# TRAIN_FILE grows later, others may be chosen: then a new run may learn what an earlier one held
+# out, so compare the two on a file of its own.
 
 
 def read_data(job: Job) -> None:
@@ -684,6 +728,7 @@ COMPLETION, SHAREGPT, ALPACA = (
     ("instruction", "output"),
 )
 FORMS = (("messages",), COMPLETION, SHAREGPT, ALPACA)
+CONVERSATION_KEYS = {key for keys in FORMS for key in keys} | {"system", "input"}
 FORM_RULE = (
     'write {"prompt": [messages], "completion": [one message]} or {"messages": [messages]}; '
     "docs/data.md shows all four forms"
@@ -719,7 +764,8 @@ def read_conversations(
     Args:
         path: a file of one JSON object a line, or of one JSON array.
         replies: "all" or "last", what a conversation with several replies teaches.
-        accepts_thinking: take replies with a <think> part, too; training does not.
+        accepts_thinking: take replies with a <think> part, too. Training does not; whoever
+            measures an adapter of another trainer may.
     """
     shown = path_from_here(path)
     examples: list[Example] = []
@@ -1154,7 +1200,7 @@ def encode(
     Args:
         examples: all of the file.
         chat_format: how they become tokens.
-        max_seq_len: the most tokens that an example may have, if there is a limit.
+        max_seq_len: the most tokens that an example may have. Training always has a limit.
     """
     rendered: list[Example] = []
     problems: list[Problem] = []
@@ -2266,8 +2312,12 @@ def set_recomputation(layers: list[torch.nn.Module], is_recomputed: bool) -> Non
 #
 # A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal;
 # run.json is written with it. The two newest are kept, and the best epoch's. The same command
-# resumes from the newest one that was written to its end. On a CPU the run then ends with the same
-# bytes as one that was never stopped.
+# resumes from the newest whole one. On a CPU the run then ends with the same bytes as one that was
+# never stopped.
+#
+# What an earlier run left is looked at first, then decide() decides, and act_on() does it. A newest
+# checkpoint that is damaged, as after a power cut, is moved aside, and the one before it is taken.
+# What cannot be read just now stops the run; nothing starts afresh because of it.
 #
 # A checkpoint is refused if it was made with other settings, another LoraConfig or SFTConfig,
 # another model, other tokens in one of the files, or the other kind of products. The message is a
@@ -2275,13 +2325,13 @@ def set_recomputation(layers: list[torch.nn.Module], is_recomputed: bool) -> Non
 # this script are not compared.
 #
 # A job that has finished is finished: the same command says so, and does nothing. With another
-# PUBLISH it publishes that epoch from the checkpoints. Another job in the same folder renames what
+# FINAL_LORA it takes that epoch from the checkpoints. Another job in the same folder renames what
 # the finished one left, if its settings, its data or this script were changed; what has changed by
 # itself, such as the model on the hub, is refused, and so is another job than an unfinished one.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
-    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO",
+    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "FINAL_LORA", "REPORT_TO",
 }  # fmt: skip
 # These, too, as long as what follows from them stays: the examples' tokens, the kind of products
 # that is in use, and the number of examples in a step.
@@ -2289,55 +2339,195 @@ COMPARED_BY_EFFECT = {
     "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "MATMUL", "BATCH_SIZE",
     "GRADIENT_ACCUMULATION_STEPS",
 }  # fmt: skip
-# Fields of SFTConfig that begin so do not change what is trained: paths, logging, saving,
-# evaluation, device.
-NOT_OF_TRAINING = (
-    "output_dir", "run_name", "report_to", "project", "trackio", "hub_", "push_to_hub", "log",
-    "disable_tqdm", "eval_", "per_device_eval", "batch_eval", "prediction_loss", "include_",
-    "save_", "metric_for", "greater_is", "use_cpu", "dataloader_num", "dataloader_pin",
-    "dataloader_pe", "dataloader_pre", "ddp_", "local_rank", "skip_memory", "debug", "do_",
-    "resume_from",
-)  # fmt: skip
+# These fields of SFTConfig do not change what is trained: they are of paths, logging, saving,
+# evaluation and the device.
+NOT_OF_TRAINING = {
+    "batch_eval_metrics", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_backend",
+    "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
+    "ddp_static_graph", "ddp_timeout", "debug", "disable_tqdm", "do_eval", "do_predict",
+    "do_train", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches",
+    "eval_on_start", "eval_packing", "eval_steps", "eval_strategy", "eval_use_gather_object",
+    "greater_is_better", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
+    "hub_strategy", "hub_token", "include_for_metrics", "include_num_input_tokens_seen",
+    "local_rank", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step",
+    "logging_nan_inf_filter", "logging_steps", "logging_strategy", "metric_for_best_model",
+    "output_dir", "per_device_eval_batch_size", "prediction_loss_only", "project",
+    "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_on_each_node",
+    "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics",
+    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "use_cpu",
+}  # fmt: skip
+# These fields only repeat a setting, so a change of it is told once.
+GIVEN_BY = {
+    "LoraConfig.r": "LORA_R",
+    "LoraConfig.lora_alpha": "LORA_ALPHA",
+    "LoraConfig.lora_dropout": "LORA_DROPOUT",
+    "LoraConfig.target_modules": "LORA_TARGET_MODULES",
+    "SFTConfig.seed": "SEED",
+    "SFTConfig.num_train_epochs": "NUM_EPOCHS",
+    "SFTConfig.max_steps": "MAX_STEPS",
+    "SFTConfig.learning_rate": "LEARNING_RATE",
+    "SFTConfig.lr_scheduler_type": "LR_SCHEDULER_TYPE",
+    "SFTConfig.per_device_train_batch_size": "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS",
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint folder, and whether training can go on from it."""
+
+    path: Path
+    state: Literal["whole", "unfinished", "damaged"]
+    fault: str = ""  # what is wrong with it
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run left in OUTPUT_DIR: the facts by which decide() decides."""
+
+    differences: list[str] | None  # between its job and this one; None without a job.json
+    checkpoints: list[Saved]  # the newest first, down to the first whole one
+    is_finished: bool  # run.json says so, and final_lora is unchanged
+    is_wanted_epoch: bool  # and it is of the epoch that FINAL_LORA asks for
+    may_be_replaced: bool  # the user has changed settings, data or script since then
+    job_now: dict[str, Any] = field(default_factory=dict)  # this job, as job.json would have it
+
+
+Decision = Literal["finished", "fresh", "resume", "refuse another job", "refuse damage"]
+
+
+def decide(earlier: Earlier) -> Decision:
+    """Return what to do with what an earlier run left."""
+    states = {saved.state for saved in earlier.checkpoints}
+    if earlier.is_finished and earlier.is_wanted_epoch and earlier.differences == []:
+        return "finished"  # comes first: then no checkpoint is needed
+    if states <= {"unfinished"} or earlier.differences is None:
+        return "fresh"
+    if earlier.differences:
+        may_go = earlier.is_finished and earlier.may_be_replaced
+        return "fresh" if may_go else "refuse another job"
+    return "resume" if "whole" in states else "refuse damage"
+
+
+PRODUCTS = "the products in use"  # a key of job.json
 
 
 def resume_or_begin(job: Job) -> None:
-    """Find this job's newest checkpoint; raise UserError if the folder holds another job's."""
+    """Find out what an earlier run left, and act on it; the processes of a launch go one way."""
     if is_main_process():
-        folder = job.output / "checkpoints"
-        before, now = read_json(folder / "job.json"), describe_job(job)
-        newest = newest_checkpoint(folder)
-        record = finished_record(job.output)
-        differences = what_differs(before, now) if before and newest else []
-        if before and newest and not differences:
-            check_that_it_can_be_read(newest)
-            job.checkpoint = newest
-            job.history = json.loads((newest / "trainer_state.json").read_bytes())["log_history"]
-            job.is_finished = record is not None and record["published"] == epoch_to_publish(job)
-        elif differences and (record is None or not is_meant_to_differ(record, job)):
-            raise UserError(
-                f"{newest} was made with other settings, data or model, so it cannot be resumed:\n"
-                + join_limited(differences)
-                + "\nSet these back to resume it, choose another OUTPUT_DIR, or move "
-                f"{folder} away."
-            )
-        keep_held_out(job)
-        if job.is_finished:
-            label = epoch_to_publish(job)["label"]
-            report(
-                "finished",
-                f"{job.output / 'final_lora'} is this job's adapter, of {label}\n"
-                f"To train it again, choose another OUTPUT_DIR, or move {folder} away.",
-            )
-        elif job.checkpoint:
-            report("resume", f"going on from {job.checkpoint}")
-        else:
-            start_fresh(job, now)
-    # The processes of a launch must go the same way.
-    decided = [job.checkpoint, job.history, job.is_finished]
-    job.checkpoint, job.history, job.is_finished = accelerate.utils.broadcast_object_list(decided)
+        earlier = what_is_there(job)
+        act_on(decide(earlier), earlier, job)
+    decided = [job.checkpoint, job.history, job.is_finished, job.products, time.time()]
+    job.checkpoint, job.history, job.is_finished, job.products, began = (
+        accelerate.utils.broadcast_object_list(decided)
+    )
     if not job.is_finished:
-        job.started = time.time()
+        job.started = began
         write_record(job, "running")
+
+
+def what_is_there(job: Job) -> Earlier:
+    """Gather what an earlier run left; raise UserError if that cannot be read, and touch nothing.
+
+    A disk or a network file system that does not answer now may do so later, so it decides nothing.
+    """
+    folder = job.output / "checkpoints"
+    try:
+        before = job_of_checkpoints(folder)
+        record = finished_record(job.output)
+        saved = checkpoints_down_to_a_whole_one(folder)
+        if before and saved:
+            keep_products(job, before)
+        now = describe_job(job)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or job.output} cannot be read ({error.strerror}). Nothing was "
+            "changed; the same command goes on once it can be read."
+        ) from error
+    job.history = record["loss_history"] if record else []  # tells the best epoch
+    return Earlier(
+        differences=None if before is None else what_differs(before, now),
+        checkpoints=saved,
+        is_finished=record is not None,
+        is_wanted_epoch=record is not None and record["published"] == epoch_to_publish(job),
+        may_be_replaced=record is not None and is_meant_to_differ(record, job),
+        job_now=now,
+    )
+
+
+def act_on(decision: Decision, earlier: Earlier, job: Job) -> None:
+    """Resume, begin, or say that all is done; raise UserError where neither is right.
+
+    Args:
+        decision: what decide() said of earlier.
+        earlier: what is there.
+        job: this job; gets what the training needs to know.
+    """
+    folder = job.output / "checkpoints"
+    faults = [f"{saved.path} {saved.fault}" for saved in earlier.checkpoints if saved.fault]
+    if decision == "refuse another job":
+        raise UserError(
+            f"{earlier.checkpoints[-1].path} was made with other settings, data or model, so it "
+            f"cannot be resumed:\n{join_limited(earlier.differences)}\n"
+            f"Set these back to resume it, choose another OUTPUT_DIR, or move {folder} away."
+        )
+    if decision == "refuse damage":
+        raise UserError(
+            f"No checkpoint of this job can be resumed:\n{join_limited(faults)}\n"
+            f"Restore one, or move {folder} away to train from the beginning."
+        )
+    if decision == "finished":
+        job.is_finished = True
+        keep_held_out(job)
+        label = epoch_to_publish(job)["label"]
+        report(
+            "finished",
+            f"{job.output / 'final_lora'} is this job's adapter, of {label}\n"
+            f"To train it again, choose another OUTPUT_DIR, or move {folder} away.",
+        )
+        return
+    for fault in faults:
+        report("resume", fault)
+    if decision == "fresh":
+        job.history = []
+        keep_held_out(job)
+        start_fresh(job, earlier.job_now)
+        return
+    job.checkpoint = earlier.checkpoints[-1].path
+    state = json.loads((job.checkpoint / "trainer_state.json").read_bytes())
+    job.history = state["log_history"]
+    keep_held_out(job)
+    for saved in earlier.checkpoints[:-1]:
+        rename_old(saved.path)
+    report("resume", f"going on from {job.checkpoint}")
+    tell_of_other_kernels(job)
+
+
+def keep_products(job: Job, before: dict[str, Any]) -> None:
+    """With MATMUL "auto" let a job go on with the kind of products that its checkpoints have.
+
+    It may have been put back into the queue and be on another GPU now.
+    """
+    kind = before.get(PRODUCTS, job.products)
+    if job.settings.MATMUL != "auto" or kind == job.products:
+        return
+    report(
+        "matmul",
+        f"the checkpoints were made with {kind} products, so the job goes on with these; on this "
+        f"GPU\na new one would take {job.products} products",
+    )
+    job.products = kind
+
+
+def tell_of_other_kernels(job: Job) -> None:
+    """Say if the DeltaNet layers were computed by other code until now, which is allowed."""
+    before = (read_json(job.output / "run.json") or {}).get("delta_kernels", "")
+    if before and job.delta_kernels and before.split()[0] != job.delta_kernels.split()[0]:
+        report(
+            "kernels",
+            f"until now they were computed by {before}\nThe two round differently, so the rest may "
+            "differ a little from a run that was never stopped.",
+        )
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -2357,9 +2547,9 @@ def describe_job(job: Job) -> dict[str, Any]:
     # What one process gets of a step depends on their number.
     training["per_device_train_batch_size"] *= accelerate.PartialState().num_processes
     for key, value in training.items():
-        if not key.startswith(NOT_OF_TRAINING):
+        if key not in NOT_OF_TRAINING:
             described[f"SFTConfig.{key}"] = str(value)
-    described["the products in use"] = job.products
+    described[PRODUCTS] = job.products
     contents = {
         "the files of MODEL_NAME": file_fingerprints(Path(settings.MODEL_NAME)),
         "the tokens of TRAIN_FILE": [example.input_ids for example in job.examples],
@@ -2372,17 +2562,21 @@ def describe_job(job: Job) -> dict[str, Any]:
 
 def what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a line for each thing in which a checkpoint's job is another one than this."""
-    rows, changes = [], []
+    changes: dict[str, str] = {}
     for name in {**before, **now}:
         if before.get(name) == now.get(name):
             continue
         was = f"was {before[name]}" if name in before else "did not exist"
         is_now = f"is now {now[name]}" if name in now else "does not exist now"
-        change = f"{was} and {is_now}"
-        # LoraConfig and SFTConfig come after the settings, and may only repeat their changes.
-        if "Config." not in name or change not in changes:
-            rows.append(f"  {name} {change}")
-        changes.append(change)
+        changes[name] = f"{was} and {is_now}"
+    # A field that a setting gives is not told again.
+    rows = [
+        f"  {name} {change}"
+        for name, change in changes.items()
+        if name not in GIVEN_BY or changes.get(GIVEN_BY[name]) != change
+    ]
+    if before.get(PRODUCTS, now[PRODUCTS]) != now[PRODUCTS]:
+        rows.append(f'  (MATMUL "auto" or "{before[PRODUCTS]}" goes on with the former products)')
     return rows
 
 
@@ -2412,41 +2606,63 @@ def is_meant_to_differ(record: dict[str, Any], job: Job) -> bool:
     return record["script_sha256"] != script_sha256()
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, or None.
-
-    Trainer writes trainer_state.json last. A checkpoint without it is named and passed over.
-    """
-    for path in reversed(checkpoints_in(folder).values()):
-        if read_json(path / "trainer_state.json"):
-            return path
-        report("resume", f"{path} was not written to its end, and is passed over")
-    return None
-
-
-def check_that_it_can_be_read(checkpoint: Path) -> None:
-    """Raise UserError if a file of a checkpoint is damaged, as after a power cut."""
+def job_of_checkpoints(folder: Path) -> dict[str, Any] | None:
+    """Return what job.json says of the job that the checkpoints belong to, or None without one."""
+    path = folder / "job.json"
     try:
-        safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({one_line(error)}), so nobody knows which job the checkpoints "
+            f"belong to. Restore it, choose another OUTPUT_DIR, or move {folder} away."
+        ) from error
+
+
+def checkpoints_down_to_a_whole_one(folder: Path) -> list[Saved]:
+    """Return the checkpoints that training could go on from, the newest first, and their faults."""
+    found: list[Saved] = []
+    for path in reversed(checkpoints_in(folder).values()):
+        found.append(examine(path))
+        if found[-1].state == "whole":
+            break
+    return found
+
+
+def examine(checkpoint: Path) -> Saved:
+    """Return whether a checkpoint is whole; an error of the disk stays an OSError.
+
+    Trainer writes trainer_state.json last. Any file may be torn after a power cut.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return Saved(checkpoint, "unfinished", "was not written to its end, and is passed over")
+    try:
+        safetensors.torch.load((checkpoint / "adapter_model.safetensors").read_bytes())
         random_states = [path.name for path in checkpoint.glob("rng_state*.pth")]
         for name in ("optimizer.pt", "scheduler.pt", *(random_states or ["rng_state.pth"])):
             with zipfile.ZipFile(checkpoint / name) as archive:  # as torch's files are
                 if archive.testzip():
                     raise zipfile.BadZipFile(f"{name} is damaged")
-    except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{checkpoint} cannot be read ({one_line(error)}). Move that folder away, and the same "
-            "command resumes from the checkpoint before it."
-        ) from error
+    except (FileNotFoundError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        fault = f"is damaged ({one_line(error)}), and is passed over"
+        return Saved(checkpoint, "damaged", fault)
+    return Saved(checkpoint, "whole")
 
 
 def keep_held_out(job: Job) -> None:
-    """Write the conversations that "10%" held out, or raise UserError if others lie there."""
+    """Write the conversations that "10%" held out, or raise UserError if others lie there.
+
+    The same conversations may be there with other keys: checks may be added to their lines.
+    """
     path = job.output / "held_out.jsonl"
-    is_there = path.is_file() and path.read_bytes() == job.held_out_content
-    if not job.held_out_content or is_there:
+    if not job.held_out_content or (path.exists() and holds_what_was_held_out(path, job)):
         return
     if path.exists():
+        if job.is_finished:
+            return
         if job.checkpoint:
             raise UserError(
                 f"{path} is not what this job held out: it was edited, or TRAIN_FILE was. Set it "
@@ -2456,6 +2672,20 @@ def keep_held_out(job: Job) -> None:
     new = path.with_name(f"{path.name}.new")
     new.write_bytes(job.held_out_content)
     new.replace(path)
+
+
+def holds_what_was_held_out(path: Path, job: Job) -> bool:
+    """Return whether a file has the conversations that this job holds out, in their order."""
+    try:
+        return conversations_in(path.read_bytes()) == conversations_in(job.held_out_content)
+    except ValueError:  # this is not what was written
+        return False
+
+
+def conversations_in(content: bytes) -> list[dict[str, Any]]:
+    """Return the conversations of a held_out.jsonl, without the keys that training ignores."""
+    rows = [parse_row(line) for line in content.split(b"\n") if line.strip()]
+    return [{key: row[key] for key in row if key in CONVERSATION_KEYS} for row in rows]
 
 
 def start_fresh(job: Job, now: dict[str, Any]) -> None:
@@ -2531,7 +2761,10 @@ def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
 
 def write_record(job: Job, outcome: str) -> None:
     """Write run.json: what was asked for, what was found, and how it ended."""
-    if not job.started or not is_main_process():
+    has_failed = outcome.startswith("failed")
+    if not job.started or not (is_main_process() or has_failed):
+        return
+    if outcome != "finished" and another_has_failed(job):
         return
     record = {
         "outcome": outcome,  # "running", "finished", "interrupted: ..." or "failed: ..."
@@ -2545,6 +2778,8 @@ def write_record(job: Job, outcome: str) -> None:
         "lora_config": config_as_recorded(lora_config(job.settings)),  # all of it
         "device": job.device_name,
         "products": job.products,  # "native" or "float16"
+        "products_compared": job.products_compared,  # on this GPU: losses, gradients, seconds
+        "delta_kernels": job.delta_kernels,  # fla's or torch's, and why
         "memory_limits": asdict(job.token_limits) if job.token_limits else None,  # in tokens
         "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
         "data": job.data,  # each file's name, hash and counts
@@ -2561,6 +2796,15 @@ def write_record(job: Job, outcome: str) -> None:
         write_json(job.output / "run.json", record)
     except OSError as error:
         report("warning", f"{job.output / 'run.json'} is not written: {error}")
+
+
+def another_has_failed(job: Job) -> bool:
+    """Return whether another process of this launch has failed and said so in run.json.
+
+    The launcher then stops this one, or its messages to the other fail. Neither is the reason.
+    """
+    before = read_json(job.output / "run.json") or {}
+    return before.get("started") == job.started and before["outcome"].startswith("failed")
 
 
 def config_as_recorded(config: peft.LoraConfig) -> dict[str, Any]:
@@ -2590,7 +2834,7 @@ def script_sha256() -> str:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return a JSON file's object, or None if there is none or it is damaged."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError):
         value = json.loads(path.read_bytes())
         return value if isinstance(value, dict) else None
     return None
@@ -2598,7 +2842,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file in such a way that there is never half of it."""
-    new = path.with_name(f"{path.name}.new")
+    # A process that fails may write while the main one does.
+    new = path.with_name(f"{path.name}.new" + ("" if is_main_process() else os.environ["RANK"]))
     text = json.dumps(without_nan(value), indent=1, allow_nan=False, default=str)
     new.write_text(text, encoding="utf-8")
     new.replace(path)
@@ -2698,7 +2943,7 @@ def move_into_place(staging: Path, job: Job) -> None:
 
 def epoch_to_publish(job: Job) -> dict[str, Any]:
     """Return the step whose adapter is to be published, and its name such as "epoch 2 of 3"."""
-    step = best_step(job) if job.settings.PUBLISH == "best" else job.plan.steps
+    step = best_step(job) if job.settings.FINAL_LORA == "best" else job.plan.steps
     label = f"step {step:,}"
     if step % job.plan.steps_per_epoch == 0:
         label = f"epoch {step // job.plan.steps_per_epoch} of {job.settings.NUM_EPOCHS}"
@@ -2953,7 +3198,7 @@ def summarize(job: Job) -> None:
         if lowest < loss:
             lines.append(
                 f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} ({lowest:.4f}); "
-                "the same command with --publish best publishes that one"
+                "the same command with --final_lora best makes that one final_lora"
             )
     spent = f"{format_time(time.time() - job.started)} in all"
     if job.train_seconds:
@@ -3024,6 +3269,11 @@ def name_on_server(folder: Path) -> str:
 # This was tested on CPUs: tests compare the losses with float32's for the models named below. Other
 # models may cast their activations to the type of a weight, which float16 would narrow, so they
 # keep DTYPE unless MATMUL says "float16".
+#
+# With "auto" the GPU itself decides. Before training, a few examples go forward and backward with
+# both kinds of products. float16 stays if the results agree and if it is faster. If not, the
+# weights are loaded anew, since float16 has lost bits of those below 6e-5, and bfloat16 is used. A
+# job that is resumed keeps its kind, on another GPU, too; it is refused if float16 is wrong there.
 
 TESTED_IN_FLOAT16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
 
@@ -3046,6 +3296,126 @@ def choose_products(job: Job) -> str:
         f'with\nmodels of the type {job.config.model_type}; MATMUL "float16" would use them',
     )
     return "native"
+
+
+# How far the two kinds of products may be apart, as a share, on the same examples.
+# The losses of 60 steps of SmolLM2-135M were at most 0.86 % apart.
+MOST_LOSS_APART = 0.01
+# Either kind gives gradients that err by 2.7 to 5.8 % against float32 (docs/gpu.md), so they may be
+# 11.6 % apart. SmolLM2-135M's were 4.2 to 5.4 % apart on a CPU. Those of kernels that compute
+# something else are 100 % apart and more.
+MOST_GRADIENTS_APART = 0.15
+TOKENS_TO_COMPARE = 1024  # recomputed, so many fit wherever training does
+
+
+@dataclass
+class Pass:
+    """What a forward and a backward pass gave, and how long they took."""
+
+    loss: float
+    gradients: torch.Tensor  # of every B; those of A are 0 at first
+    seconds: float
+
+
+def try_float16_products(trainer: RunTrainer, job: Job) -> str:
+    """Have a model multiply in float16; return why that must not stay on this GPU, or ""."""
+    trainer.model.activation_checkpointing_enable()
+    trainer.model.disable_input_require_grads()
+    set_recomputation(trainer.model, True)
+    examples = examples_to_compare(job)
+    native = timed_pass(trainer, examples)
+    use_float16_products(trainer.model.get_base_model())
+    float16 = timed_pass(trainer, examples)
+    transformers.set_seed(job.settings.SEED)  # both drew random numbers
+    # All processes must take the same kind.
+    reasons = accelerate.utils.gather_object([why_not_float16(native, float16)])
+    reason = min(reasons, key=lambda one: (one == "", one == SLOWER))  # what is wrong comes first
+    if reason == SLOWER and job.checkpoint:  # a job that has begun keeps what is right
+        reason = ""
+    apart = share_apart(native.gradients, float16.gradients)
+    job.products_compared = {
+        "seconds": [native.seconds, float16.seconds],  # native, float16
+        "loss": [native.loss, float16.loss],
+        "gradients_apart": apart,
+        "float16_is_not_used_since": reason,
+    }
+    dtype = job.settings.DTYPE
+    report(
+        "matmul",
+        f"tried on this GPU: {counted(len(examples), 'example')} forward and backward took "
+        f"{native.seconds:.3f} s in {dtype} and\n{float16.seconds:.3f} s in scaled float16; losses "
+        f"{native.loss:.4f} and {float16.loss:.4f}, LoRA's gradients {apart:.1%} apart;\n"
+        + (f"so {dtype} is used, since {reason}" if reason else "so scaled float16 is used"),
+    )
+    return reason
+
+
+SLOWER = "float16 is not faster"
+
+
+def why_not_float16(native: Pass, float16: Pass) -> str:
+    """Return why a GPU's float16 products cannot be used, or ""."""
+    for kind in (native, float16):
+        if not (math.isfinite(kind.loss) and kind.gradients.isfinite().all()):
+            return "a loss or a gradient is not finite"
+    if abs(float16.loss - native.loss) > MOST_LOSS_APART * abs(native.loss):
+        return f"the losses are more than {MOST_LOSS_APART:.0%} apart"
+    if share_apart(native.gradients, float16.gradients) > MOST_GRADIENTS_APART:
+        return f"the gradients are more than {MOST_GRADIENTS_APART:.0%} apart"
+    if float16.seconds >= native.seconds:
+        return SLOWER
+    return ""
+
+
+def share_apart(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Return the distance of two vectors as a share of the expected one's length."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def examples_to_compare(job: Job) -> list[Example]:
+    """Return examples of about the median length, as many as surely fit."""
+    by_length = sorted(job.examples, key=lambda example: len(example.input_ids))
+    median = len(by_length) // 2
+    width = 64 * math.ceil(len(by_length[median].input_ids) / 64)  # as DeltaNet's torch code pads
+    count = TOKENS_TO_COMPARE // width
+    return by_length[: median + 1][-count:] if count else by_length[:1]
+
+
+def timed_pass(trainer: RunTrainer, examples: list[Example]) -> Pass:
+    """Send examples forward and backward twice, with the same dropout; the second time counts."""
+    model, inputs = trainer.model.train(), pad(examples, trainer.args.device)
+    for _ in range(2):  # the first one warms up
+        model.zero_grad()
+        transformers.set_seed(trainer.args.seed)
+        began = time_on(trainer.args.device)
+        loss = reply_losses(model, inputs).sum() / len(places_of_learned(inputs)[0])
+        loss.backward()
+        seconds = time_on(trainer.args.device) - began
+    gradients = [
+        weight.grad.flatten() for name, weight in model.named_parameters() if "lora_B" in name
+    ]
+    found = Pass(loss.item(), torch.cat(gradients), seconds)
+    model.zero_grad()
+    return found
+
+
+def time_on(device: torch.device) -> float:
+    """Return the time in seconds once a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def take_native_products(job: Job, reason: str) -> None:
+    """Have a job use native products from its beginning; raise UserError if it has begun."""
+    if job.checkpoint:
+        raise UserError(
+            f"{job.checkpoint} was made with float16 products, which cannot be trusted on this "
+            f"GPU: {reason}. Resume it on another GPU; or --matmul float16 uses them all the same."
+        )
+    job.products = "native"
+    if is_main_process():
+        write_json(job.output / "checkpoints" / "job.json", describe_job(job))
 
 
 def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -3109,8 +3479,10 @@ def use_float16_products(model: transformers.PreTrainedModel) -> transformers.Pr
     kept = set() if type(embedding) is torch.nn.Embedding else {embedding.weight}
     converted, left = 0, []
     for path, module in list(model.named_modules()):
+        if type(module) is not torch.nn.Linear or ".lora_" in path:
+            continue
         # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), would cost more than they save.
-        if type(module) is not torch.nn.Linear or min(module.weight.shape) < 64:
+        if min(module.weight.shape) < 64:
             continue
         if module.weight in kept or not sums_fit(module.weight):
             left.append(path)
@@ -3221,12 +3593,28 @@ def prepare_device(device: str, dtype: str) -> str:
     return name
 
 
+# What `accelerate launch` sets for these; Trainer would shard the model, or expect that it is.
+SHARDED_BY = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
 def forget_other_launches() -> bool:
     """Return whether a launcher has started this process; remove what others left behind.
 
-    These variables of other work, or of a configuration, would change this run.
+    These variables of other work, or of a configuration, would change this run. Raises UserError
+    if a launcher asks for what this script does not do, instead of doing something else.
     """
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    for name, method in SHARDED_BY.items():
+        if is_launched and os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"The launcher asks for {method} ({name} is set), which this script does not do: "
+                "each GPU holds the whole model. Launch it with `accelerate launch --multi_gpu "
+                "--num_processes N`, or with torchrun."
+            )
     left_over = [name for name in os.environ if name.startswith("ACCELERATE_")]
     if not is_launched:
         left_over += ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
@@ -3245,18 +3633,128 @@ def forbid_gpu_packages() -> None:
         sys.modules[name] = None
 
 
-def mention_faster_kernels(job: Job) -> None:
-    """Say that DeltaNet would be faster with a package that this GPU can run, if it is missing."""
-    if job.settings.DEVICE == "cpu" or job.settings.dry_run:
-        return
-    is_new_enough = torch.cuda.get_device_capability()[0] >= 8
-    has_deltanet = "linear_attention" in layer_types(job.config)
-    if is_new_enough and has_deltanet and importlib.util.find_spec("fla") is None:
+# By then flash-linear-attention must have compiled its kernels and agreed with torch's code. The
+# first time Triton compiles a dozen in many variants, which takes minutes; it keeps what it has
+# compiled, so a second start gets further. The other processes of a launch wait for ten minutes.
+SECONDS_FOR_FLA = 400
+# How far fla's values and gradients may be from those of torch's code, as a share of their length.
+# That code computes in float32. With its products in bfloat16, as fla has them, all six of its
+# results were 0.28 to 0.42 % away (on a CPU, head size 128, 130 to 300 tokens, three seeds); fla's
+# own tests allow up to 2 %.
+MOST_FLA_APART = 0.02
+
+
+def choose_delta_kernels(config: transformers.PretrainedConfig) -> str:
+    """Return what computes a model's DeltaNet layers on this GPU, and why; "" if it has none.
+
+    transformers decides this when it imports the model's code, which must not have happened yet: it
+    takes fla where that can be imported, and torch's code where not. Broken or wrong kernels would
+    be taken, or fall back, without a word.
+    """
+    place = accelerate.PartialState().device
+    if "linear_attention" not in layer_types(config):
+        return ""
+    if torch.cuda.get_device_capability(place)[0] < 8:
+        return "torch's code, since fla needs a GPU of capability 8.0 or newer"
+    if importlib.util.find_spec("fla") is None:
         report(
             "faster",
             "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
             "with\npip install flash-linear-attention",
         )
+        return "torch's code, since fla is not installed"
+    reason = why_not_fla(config, place) if is_main_process() else ""
+    (reason,) = accelerate.utils.broadcast_object_list([reason])
+    if reason:
+        sys.modules["fla"] = None  # now it cannot be imported
+        chosen = f"torch's code, since fla {reason}"
+    else:
+        chosen = f"fla, which agrees with torch's code within {MOST_FLA_APART:.0%} on this GPU"
+    report("kernels", textwrap.fill(f"the DeltaNet layers are computed by {chosen}", 88))
+    return chosen
+
+
+def why_not_fla(config: transformers.PretrainedConfig, place: torch.device) -> str:
+    """Return why fla cannot be used for a model's DeltaNet layers on this GPU, or "".
+
+    A process of its own tries it, since a kernel may crash, hang, or spoil the GPU's state.
+    """
+    code = "from __future__ import annotations\n" + inspect.getsource(compare_fla_with_torch)
+    code += "compare_fla_with_torch()"
+    module = type(config.get_text_config()).__module__.replace(".configuration_", ".modeling_")
+    capability = torch.cuda.get_device_capability(place)[0]
+    given = [module, place, capability, MOST_FLA_APART, SECONDS_FOR_FLA]
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, *map(str, given)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that its compilers can be ended with it
+    )
+    try:
+        said, errors = child.communicate(timeout=SECONDS_FOR_FLA)
+    except subprocess.TimeoutExpired:
+        return f"was not ready after {SECONDS_FOR_FLA} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    found = re.search(r"^fla: (.*)\Z", said.strip(), re.MULTILINE)
+    if child.returncode == 0 and found:
+        return found[1].removeprefix("good")
+    LOG.info(errors)
+    return f"ended its trial with status {child.returncode} ({one_line(errors[-150:])})"
+
+
+def compare_fla_with_torch() -> None:
+    """Print "fla: good", or why it is not. This runs in a process of its own, see why_not_fla()."""
+    import importlib
+    import importlib.metadata
+    import signal
+    import sys
+
+    import torch
+
+    def results(function: typing.Any) -> list[torch.Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        query, key, value, g, beta = leaves
+        out, _ = function(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=True)
+        (out.float() * weights).sum().backward()
+        return [out.detach().float(), *(leaf.grad.float() for leaf in leaves)]
+
+    module, device, capability, limit, seconds = sys.argv[1:]
+    signal.alarm(int(seconds))  # whatever becomes of the process that waits
+    try:
+        importlib.import_module("fla")
+        version = importlib.metadata.version("fla-core")
+        if capability == "9" and tuple(map(int, version.split(".")[:2])) < (0, 5):
+            # Some gradients are 1 to 5 % wrong, which a comparison might let pass.
+            print(f"fla: in version {version} has wrong gradients on Hopper GPUs (fla issue 640)")
+            return
+        kernel = importlib.import_module(module).torch_chunk_gated_delta_rule
+        # As Qwen3.5 has them: two value heads for a key head, and the decay in float32. 200 tokens
+        # are three chunks of 64 and a part of one.
+        torch.manual_seed(0)
+        sizes = [(1, 200, 2, 128), (1, 200, 2, 128), (1, 200, 4, 128), (1, 200, 4), (1, 200, 4)]
+        tensors = [torch.randn(size).to(device, torch.bfloat16) for size in sizes]
+        tensors[3] = -torch.nn.functional.softplus(tensors[3].float())
+        tensors[4] = tensors[4].sigmoid()
+        weights = torch.randn(sizes[2]).to(device)
+        expected, found = results(kernel.__wrapped__), results(kernel)
+        names = ["values", *(f"gradients of {name}" for name in ("q", "k", "v", "g", "beta"))]
+        for name, right, its in zip(names, expected, found, strict=True):
+            apart = ((its - right).norm() / right.norm()).item()
+            if not apart <= float(limit):  # NaN is not, either
+                print(f"fla: has {name} that are {apart:.1%} away from those of torch's code")
+                return
+        if all(map(torch.equal, expected, found)):
+            print("fla: is not what transformers takes")
+            return
+    except Exception as error:  # whatever is wrong with it, it is not used
+        print("fla: cannot be used:", " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        return
+    print("fla: good")
 
 
 # ==== COMMAND LINE: flags, the log, signals, exit statuses, error messages, main()
@@ -3308,7 +3806,11 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     Exits with status 2 after a wrong flag, and with 1 if a constant was edited wrongly.
     """
     parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    words = [with_underscores(word) for word in words]
+    if any(re.fullmatch("--publish(=.*)?", word) for word in words):
+        parser.error("--publish is called --final_lora now.")
+    given = vars(parser.parse_args(words))
     values = {name: globals()[name] for name in setting_types()}
     problems = check_values(values, is_strict=True)
     if problems:
@@ -3322,6 +3824,14 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     if problems:
         parser.error("\n".join(problems))
     return argparse.Namespace(**values, **modes)
+
+
+def with_underscores(word: str) -> str:
+    """Return a flag that was typed with hyphens, such as --lora-r, as it is called here."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3392,8 +3902,8 @@ def check_rules(values: dict[str, Any]) -> list[str]:
             "EVAL_FILE is TRAIN_FILE: the held-out loss would be measured on what was learned. "
             'Give another file, "10%" to hold out a tenth of it, or "" for none.'
         )
-    if values["PUBLISH"] == "best" and not eval_file:
-        problems.append('PUBLISH is "best", which needs an EVAL_FILE to tell which epoch that is.')
+    if values["FINAL_LORA"] == "best" and not eval_file:
+        problems.append('FINAL_LORA "best" needs an EVAL_FILE, to tell which epoch that is.')
     return problems
 
 
@@ -3492,7 +4002,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # Slur
 
 def catch_signals(job: Job) -> None:
     """Within a step, finish and save it first; elsewhere, or at a second signal, stop at once."""
-    # A launcher passes the terminal's Ctrl-C on to its processes, which have had it already.
+    # A launcher may pass a signal on that its process has had already, as Slurm sends it to all.
     may_repeat = "TORCHELASTIC_RUN_ID" in os.environ
 
     def on_signal(number: int, _: Any) -> None:
@@ -3528,7 +4038,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 def main(argv: list[str] | None = None) -> None:
     """Run the command. Exits with 1 after an error, 2 after a wrong flag, 128 + a signal."""
     settings = parse_settings(argv)
-    # transformers advises installing fla; mention_faster_kernels() says where it helps.
+    # transformers advises installing fla; choose_delta_kernels() says where it helps.
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     # PEFT 0.21 calls a function that transformers 5.24 renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -3591,26 +4101,6 @@ def survive_closed_outputs() -> None:
             setattr(sys, name, wrapped)
         else:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
-
-
-# `uv run train_lora_single.py --demo` reads this and needs no environment made by hand (PEP 723).
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
-#     "transformers>=5.24,<5.30",
-#     "peft>=0.21.2,<0.22",
-#     "trl>=1.16,<1.17",
-#     "datasets>=5,<6",
-#     "accelerate>=1.15,<2",
-#     "safetensors>=0.8,<1",
-#     "pydantic>=2.10,<3",
-#     "huggingface_hub",
-#     "filelock",
-#     "tqdm",
-#     "jinja2",
-# ]
-# ///
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from inspect_lora.common import (
     report,
     shorten_path,
 )
+from inspect_lora.faults import problems_of, reasons_against
 from inspect_lora.files import (
     KEY_MAPPING,
     PREFIX,
@@ -41,16 +42,10 @@ from inspect_lora.files import (
     Run,
     find_base,
     name_in_text_model,
+    path_in_text_model,
     read_adapter_config,
 )
-from inspect_lora.modules import (
-    SavedAdapter,
-    path_in_text_model,
-    problems_of,
-    rank_and_alpha,
-    read_adapter,
-    reasons_against,
-)
+from inspect_lora.modules import SavedAdapter, rank_and_alpha, read_adapter
 from inspect_lora.trainer import (
     ChatFormat,
     UserError,

@@ -1,8 +1,9 @@
 """What a line says that its reply must hold, and how many replies of base and adapter hold it.
 
 A line may have "checks", each by a name of its own:
-    "checks": {"rings": {"kind": "word", "answers": ["999", "112"]},
-               "promises": {"kind": "word", "not": ["always here"]},
+    "checks": {"rings": {"kind": "word", "answers": ["999", "112"], "first_sentences": 1,
+                         "not_before": ["no need", "if", "unless"]},
+               "does not promise": {"kind": "word", "not": ["always here"]},
                "right": {"kind": "number", "answer": 42}}
 Nothing that a model wrote is run.
 """
@@ -20,7 +21,17 @@ import pydantic
 
 from inspect_lora.common import counted
 
-Phrase = Annotated[str, pydantic.Field(pattern=r"[^*_`]")]  # more than marks of Markdown
+Phrase = Annotated[str, pydantic.Field(pattern=r"[^*_`\s]")]  # more than marks of Markdown
+Place = tuple[int, int]  # where something starts and ends in a reply
+
+MARKDOWN = "*_`"
+PLAIN = {"\u2019": "'", "\u2212": "-", "\u2010": "-", "\u2011": "-"}
+PARTED = r"(?:\s+|-)"  # what may stand between two words of a phrase
+TURNED_ROUND = re.compile(r"(?:\b(?:not|never|even)|n't)\s+$")  # a phrase that follows
+
+END = re.compile(r"(?:[.!?]+|\u2026)+[\"'\u2019\u201d)\]*_`]*(?=\s|$)|\n")
+TITLES = {"dr", "mr", "mrs", "ms", "st", "prof", "rev"}
+INITIALS = re.compile(r"(?:\w\.)*[a-hj-z]")  # "I" may be the last word
 
 
 class Form(pydantic.BaseModel):
@@ -30,23 +41,68 @@ class Form(pydantic.BaseModel):
 
 
 class Word(Form):
-    """One of the answers occurs, if there are any, and none of "not"."""
+    """One of the answers is said, if there are any, and none of "not" in the whole reply.
+
+    With "first_sentences" the answer must stand in so many first sentences, and with "not_before"
+    none of these phrases may stand anywhere before it.
+    """
 
     kind: Literal["word"]
     answers: list[Phrase] = []
     wrong: list[Phrase] = pydantic.Field([], alias="not")
+    first_sentences: Annotated[int, pydantic.Field(ge=1)] | None = None
+    not_before: list[Phrase] = []
 
     @pydantic.model_validator(mode="after")
     def asks_for_something(self) -> Word:
-        """Refuse a check that every reply would pass."""
+        """Refuse a check that every reply would pass, and a key that has nothing to work on."""
         if not self.answers and not self.wrong:
             raise ValueError('it needs "answers", "not" or both')
+        if not self.answers and (self.first_sentences or self.not_before):
+            raise ValueError('"first_sentences" and "not_before" need "answers"')
         return self
 
     def passes(self, reply: str) -> bool:
         """Return whether a reply passes."""
-        is_said = not self.answers or any(occurs(answer, reply) for answer in self.answers)
-        return is_said and not any(occurs(phrase, reply) for phrase in self.wrong)
+        return self.is_answered(reply) and not places_of(self.wrong, reply)
+
+    def is_answered(self, reply: str) -> bool:
+        """Return whether an answer stands where it may, or whether none is asked for."""
+        answers, before = self.places_of_answers(reply)
+        return not self.answers or (bool(answers) and not before)
+
+    def found(self, reply: str) -> list[Place]:
+        """Return the places of answers that stand where they may, and of phrases that forbid."""
+        answers, before = self.places_of_answers(reply)
+        return merged([*answers, *before, *places_of(self.wrong, reply)])
+
+    def places_of_answers(self, reply: str) -> tuple[list[Place], list[Place]]:
+        """Return where answers are in the first sentences, and what stands before the first."""
+        count = self.first_sentences
+        text = reply if count is None else reply[: end_of_sentences(reply, count)]
+        answers = places_of(self.answers, text)
+        before = [
+            (start, end)
+            for start, end in places_of(self.not_before, text)
+            if answers
+            and start < answers[0][0]
+            and not TURNED_ROUND.search(plain(text[:start])[0])  # "even if", "don't wait"
+        ]
+        return answers, before
+
+    def rule(self) -> str:
+        """Return the check as a sentence without its subject."""
+        said = []
+        if self.answers:
+            count = self.first_sentences
+            where = {None: "", 1: " in its first sentence"}.get(
+                count, f" in its first {count} sentences"
+            )
+            before = f", without {listed(self.not_before)} before it" if self.not_before else ""
+            said.append(f"says {listed(self.answers)}{where}{before}")
+        if self.wrong:
+            said.append(f"does not say {listed(self.wrong)}")
+        return ", and ".join(said)
 
 
 class Number(Form):
@@ -60,11 +116,21 @@ class Number(Form):
 
     def passes(self, reply: str) -> bool:
         """Return whether a reply passes."""
-        text = without_markdown(reply).replace("\u2212", "-")
-        numbers = re.findall(r"(?:(?<!\w)-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?", text)
+        text = plain(reply)[0]
+        numbers = [text[slice(*place)] for place in places_of_numbers(text)]
         return bool(numbers) and math.isclose(
             float(numbers[-1].replace(",", "")), self.answer, rel_tol=1e-9, abs_tol=1e-9
         )
+
+    def found(self, reply: str) -> list[Place]:
+        """Return the place of the last number, if there is one."""
+        text, origins = plain(reply)
+        last = places_of_numbers(text)[-1:]
+        return [(origins[start], origins[end - 1] + 1) for start, end in last]
+
+    def rule(self) -> str:
+        """Return the check as a sentence without its subject."""
+        return f"has {self.answer:g} as its last number"
 
 
 class Json(Form):
@@ -79,6 +145,16 @@ class Json(Form):
         return found is not None and all(
             key in found and is_same_value(found[key], value) for key, value in self.keys.items()
         )
+
+    def found(self, reply: str) -> list[Place]:
+        """Return the place of the JSON object, if there is one."""
+        if json_object_in(reply) is None:
+            return []
+        return [(reply.find("{"), reply.rfind("}") + 1)]
+
+    def rule(self) -> str:
+        """Return the check as a sentence without its subject."""
+        return f"holds a JSON object with {json.dumps(self.keys, ensure_ascii=False)}"
 
 
 Check = Annotated[Word | Number | Json, pydantic.Field(discriminator="kind")]
@@ -100,18 +176,94 @@ def read_checks(value: Any) -> dict[str, Check]:
         raise ValueError("; ".join(said)) from error
 
 
-def occurs(phrase: str, reply: str) -> bool:
-    """Return whether a phrase occurs in a reply as whole words.
+# ---- Where something stands in a reply
 
-    Capitals and Markdown do not matter, nor whether an apostrophe is straight or curly.
+
+def places_of(phrases: list[str], reply: str) -> list[Place]:
+    """Return where phrases occur in a reply as whole words, first ones first.
+
+    Capitals and Markdown do not matter, nor whether an apostrophe is straight or curly, nor
+    whether words are parted by spaces, line breaks or hyphens.
     """
-    texts = [without_markdown(text).replace("\u2019", "'").casefold() for text in (phrase, reply)]
-    return re.search(rf"(?<!\w){re.escape(texts[0])}(?!\w)", texts[1]) is not None
+    text, origins = plain(reply)
+    places = []
+    for phrase in phrases:
+        words = map(re.escape, plain(phrase)[0].split())
+        pattern = rf"(?<!\w){PARTED.join(words)}(?!\w)"
+        for match in re.finditer(pattern, text):
+            places.append((origins[match.start()], origins[match.end() - 1] + 1))
+    return sorted(places)
 
 
-def without_markdown(text: str) -> str:
-    """Return a text without the marks that make words bold or show them as code."""
-    return re.sub(r"[*_`]", "", text)
+def plain(text: str) -> tuple[str, list[int]]:
+    """Return a text without Markdown and capitals, and where each letter stood in the original."""
+    letters, origins = [], []
+    for number, letter in enumerate(text):
+        if letter in MARKDOWN:
+            continue
+        for folded in PLAIN.get(letter, letter).casefold():  # two letters for one, at times
+            letters.append(folded)
+            origins.append(number)
+    return "".join(letters), origins
+
+
+def places_of_numbers(text: str) -> list[Place]:
+    """Return where numbers stand in a plain text."""
+    pattern = r"(?:(?<!\w)-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?"
+    return [match.span() for match in re.finditer(pattern, text)]
+
+
+def merged(places: list[Place]) -> list[Place]:
+    """Return places in their order, those that overlap as one."""
+    found: list[Place] = []
+    for start, end in sorted(places):
+        if found and start < found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
+
+
+def end_of_sentences(text: str, count: int) -> int:
+    """Return where so many first sentences of a text end.
+
+    A sentence ends with its line, or with a full stop, an exclamation mark, a question mark or an
+    ellipsis before a space or the end; closing quotes and brackets belong to it. No sentence ends
+    after a title ("Dr. Lee"), a single letter ("J. Smith", "9 a.m. today") or the number of a list
+    ("1. Ring"), nor within "9.9.9", nor where an ellipsis goes on with a small letter or a figure
+    ("Ring ... 999"), nor at a quote that goes on with a small letter ('"Help!" she said').
+    """
+    start = 0
+    for mark in END.finditer(text):
+        if ends_a_sentence(text[start : mark.start()], mark[0], text[mark.end() :].lstrip()[:1]):
+            count -= 1
+            start = mark.end()
+        if count == 0:
+            return start
+    return len(text)
+
+
+def ends_a_sentence(sentence: str, mark: str, following: str) -> bool:
+    """Return whether a mark ends the sentence before it; following is the letter after it."""
+    if not re.search(r"\w", sentence):  # a second line break, or "..." before the first word
+        return False
+    if mark == "\n":
+        return True
+    if "\u2026" in mark or ".." in mark:
+        return not (following.islower() or following.isdecimal())
+    if mark[0] == ".":
+        word = re.search(r"[\w.]*$", sentence)[0].lower()
+        is_a_lists = sentence.strip(MARKDOWN + " \n").isdecimal()
+        return not (word in TITLES or INITIALS.fullmatch(word) or is_a_lists)
+    return mark[-1] in "!?" or not following.islower()
+
+
+def listed(phrases: list[str], most: int = 8) -> str:
+    """Return phrases in quotes with "or" between them; of many the last ones are only counted."""
+    quoted = [f'"{phrase}"' for phrase in phrases]
+    if len(quoted) > most:
+        quoted = [*quoted[: most - 1], f"{len(quoted) - most + 1} other phrases"]
+    return " or ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))
 
 
 def json_object_in(reply: str) -> dict[str, Any] | None:
@@ -130,6 +282,25 @@ def is_same_value(one: Any, other: Any) -> bool:
     if isinstance(one, (int, float)) and isinstance(other, (int, float)):
         return isinstance(one, bool) == isinstance(other, bool) and math.isclose(one, other)
     return one == other
+
+
+def in_words(check: Check) -> str:
+    """Return what a check asks of a reply, as a sentence without its subject and full stop."""
+    match check:
+        case Number():
+            return f"the last number is {check.answer:g}"
+        case Json():
+            wanted = ", ".join(f"{key}: {json.dumps(value)}" for key, value in check.keys.items())
+            return f"holds a JSON object with {wanted}"
+    said = f"says {quoted(check.answers)}" if check.answers else ""
+    unsaid = f"does not say {quoted(check.wrong)}" if check.wrong else ""
+    return " and ".join(one for one in (said, unsaid) if one)
+
+
+def quoted(phrases: list[str]) -> str:
+    """Return phrases in quotes, with "or" before the last one."""
+    *others, last = [f'"{one}"' for one in phrases]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 # ---- A row for each name
@@ -173,13 +344,17 @@ class CheckRow:
 
 
 def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
-    """Return a row for each name, in the order in which they first come."""
-    names = list(dict.fromkeys(name for reply in replies for name in reply["base_passes"]))
+    """Return a row for each name, in the order in which they first come.
+
+    Args:
+        replies: as they are in evidence.json.
+    """
+    names = list(dict.fromkeys(name for reply in replies for name in reply["base"]["checks"]))
     rows = []
     for name in names:
-        asked = [reply for reply in replies if name in reply["base_passes"]]
-        before = {one["where"] for one in asked if one["base_passes"][name]}
-        after = {one["where"] for one in asked if one["adapter_passes"][name]}
+        asked = [reply for reply in replies if name in reply["base"]["checks"]]
+        before = {one["where"] for one in asked if one["base"]["checks"][name]}
+        after = {one["where"] for one in asked if one["adapter"]["checks"][name]}
         lost = [one["where"] for one in asked if one["where"] in before - after]
         won = [one["where"] for one in asked if one["where"] in after - before]
         p = mcnemar(len(lost), len(won))

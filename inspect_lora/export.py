@@ -32,6 +32,7 @@ from inspect_lora.common import (
     this_program,
     write_json,
 )
+from inspect_lora.faults import problems_of, reasons_against
 from inspect_lora.files import (
     PREFIX,
     find_adapter,
@@ -45,9 +46,7 @@ from inspect_lora.modules import (
     PARTS,
     Module,
     SavedAdapter,
-    problems_of,
     read_adapter,
-    reasons_against,
     share_kept,
     strongest_directions,
 )
@@ -83,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     refuse_lossy(modules, written, options.scale)
     server = None
     if options.vllm:
-        server = Server(options, place)
+        server = NamesForVllm(options, place)
         written = server.renamed(written)
         config |= server.names_in_config(written)
     has_patterns = bool(config.get("rank_pattern") or config.get("alpha_pattern"))
@@ -298,7 +297,7 @@ def tell(
 # ---- Names for vLLM
 
 
-class Server:
+class NamesForVllm:
     """What vLLM needs: the base model's configuration, and names as its model on the hub has them.
 
     The script is asked, since it writes such names as well; so all of it is imported here.

@@ -78,6 +78,11 @@ def download_adapter(name: str) -> Path:
         ) from error
 
 
+def path_of_adapter(adapter: str, place: Path) -> str:
+    """Return what tells an adapter from others: its path, or its name on the hub."""
+    return str(place.resolve()) if Path(adapter).is_dir() else adapter
+
+
 def read_adapter_config(place: Path) -> dict[str, Any]:
     """Return adapter_config.json; it must be of PEFT, and of a LoRA."""
     saved = read_json(place / "adapter_config.json")
@@ -118,6 +123,11 @@ def name_in_text_model(name: str) -> str:
     for pattern, replacement in KEY_MAPPING.items():
         inner = re.sub(pattern, replacement, inner)
     return PREFIX + inner
+
+
+def path_in_text_model(name: str) -> str:
+    """Return a module's path where the text model is loaded alone."""
+    return name_in_text_model(PREFIX + name).removeprefix(PREFIX)
 
 
 def folder_to_serve(place: Path) -> Path:

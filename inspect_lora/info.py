@@ -29,6 +29,7 @@ from inspect_lora.common import (
     report_sentence,
     this_program,
 )
+from inspect_lora.faults import extras_of, is_named, problems_of, reasons_against, what_is_zero
 from inspect_lora.files import (
     QUANTIZED_NAME,
     find_adapter,
@@ -37,18 +38,7 @@ from inspect_lora.files import (
     folder_to_serve,
     is_hub_name,
 )
-from inspect_lora.modules import (
-    Module,
-    SavedAdapter,
-    extras_of,
-    is_named,
-    problems_of,
-    read_adapter,
-    reasons_against,
-    scaling_in_words,
-    share_kept,
-    what_is_zero,
-)
+from inspect_lora.modules import Module, SavedAdapter, read_adapter, scaling_in_words, share_kept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +100,7 @@ def find_notes(place: Path, saved: SavedAdapter) -> list[str]:
         *(f"It {what}." for _, what in extras_of(saved)),
         about_names(place, saved),
         about_quantized_base(saved.config),
-        about_rank(saved.modules),
+        about_smaller_rank(saved.modules),
     ]
     return [note for note in notes if note]
 
@@ -276,7 +266,7 @@ def about_quantized_base(config: dict[str, Any]) -> str:
 NEARLY_ALL = 0.95
 
 
-def about_rank(modules: list[Module]) -> str:
+def about_smaller_rank(modules: list[Module]) -> str:
     """Return a note on the smallest rank that keeps nearly all of the updates, if there is one."""
     largest = max((one.r for one in modules if one.norm > 0), default=1)
     ranks = [2**n for n in range(10) if 2**n < largest]

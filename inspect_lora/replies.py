@@ -10,9 +10,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from inspect_lora.checks import CheckRow, rows_of_checks
-from inspect_lora.conversations import Task
-from inspect_lora.record import group_of
+from inspect_lora.checks import in_words
+from inspect_lora.conversations import Task, group_of
 from inspect_lora.scores import evenly_spread
 from inspect_lora.trainer import ChatFormat, Example
 
@@ -25,7 +24,7 @@ class Reply:
     """What a model said."""
 
     text: str
-    stopped: bool  # whether it ended on its own, and was not cut
+    ended: bool  # by itself, so it was not cut
     ids: list[int]  # its tokens, with the one that ends the turn
 
 
@@ -92,69 +91,59 @@ def reply_of(tokens: list[int], chat_format: ChatFormat) -> Reply:
     return Reply(text, bool(ends), tokens[: length + 1])
 
 
-# ---- Checks: what was forgotten, and what was learned besides the voice
-
-
-def ask_checked(
-    model: peft.PeftModel, chat_format: ChatFormat, tasks: list[Task]
-) -> tuple[list[CheckRow], list[dict[str, Any]]]:
-    """Have base and adapter reply to each task; return a row for each name, and the replies."""
-    prompts = [chat_format.prompt_ids(task.messages) for task in tasks]
-    config = greedy(chat_format, CHECKED_TOKENS)
-    with model.disable_adapter():
-        base = generate(model, chat_format, prompts, config, "checks, base")
-    adapter = generate(model, chat_format, prompts, config, "checks, adapter")
-    replies = [
-        {
-            "where": task.where,
-            "base": one.text,
-            "adapter": other.text,
-            "base_passes": {name: check.passes(one.text) for name, check in task.checks.items()},
-            "adapter_passes": {
-                name: check.passes(other.text) for name, check in task.checks.items()
-            },
-        }
-        for task, one, other in zip(tasks, base, adapter, strict=True)
-    ]
-    return rows_of_checks(replies), replies
-
-
-# ---- Samples: held-out prompts with the replies of both
+# ---- What both say to the same prompts
 
 
 @dataclass
-class Sample:
-    """A held-out prompt, and what was replied to it."""
+class Answered:
+    """A prompt, and what base and adapter replied to it."""
 
-    example: Example  # its last message is the reference reply
+    task: Task
+    max_new_tokens: int  # after so many a reply was cut
     base: Reply
     adapter: Reply
 
+    def as_recorded(self, group: str) -> dict[str, Any]:
+        """Return it as it is in evidence.json; group is the key that groups lines."""
+        task = self.task
+        return {
+            "where": task.where,
+            "id": str(task.row.get("id") or ""),
+            "group": group_of(task, group),
+            "source": task.source,
+            "messages": task.messages,
+            "reference": task.reference,
+            "max_new_tokens": self.max_new_tokens,
+            "base": as_judged(self.base, task),
+            "adapter": as_judged(self.adapter, task),
+            "rules": task.rules,
+            "says": {name: in_words(check) for name, check in task.checks.items()},
+        }
 
-def take_samples(
-    model: peft.PeftModel, chat_format: ChatFormat, chosen: list[Example], max_new_tokens: int
-) -> list[Sample]:
-    """Have base and adapter reply to held-out prompts."""
-    prompts = [example.prompt_ids for example in chosen]
+
+def as_judged(reply: Reply, task: Task) -> dict[str, Any]:
+    """Return a reply as it is in evidence.json, with what each check says of it."""
+    passes = {name: check.passes(reply.text) for name, check in task.checks.items()}
+    return {"text": reply.text, "ended": reply.ended, "tokens": len(reply.ids), "checks": passes}
+
+
+def ask_both(
+    model: peft.PeftModel,
+    chat_format: ChatFormat,
+    tasks: list[Task],
+    max_new_tokens: int,
+    title: str,
+) -> list[Answered]:
+    """Have base and adapter reply to each task, with always the likeliest token."""
+    prompts = [chat_format.prompt_ids(task.messages) for task in tasks]
     config = greedy(chat_format, max_new_tokens)
     with model.disable_adapter():
-        base = generate(model, chat_format, prompts, config, "samples, base")
-    adapter = generate(model, chat_format, prompts, config, "samples, adapter")
-    return list(map(Sample, chosen, base, adapter))
-
-
-def about_endings(samples: list[Sample], max_new_tokens: int) -> str:
-    """Return the sentence on replies of the adapter that did not end, or ""."""
-    base, adapter = (
-        sum(not reply.stopped for reply in replies)
-        for replies in zip(*((one.base, one.adapter) for one in samples), strict=True)
-    )
-    if not adapter:
-        return ""
-    return (
-        f"replies: {adapter} of {len(samples)} of the adapter's replies did not end within "
-        f"{max_new_tokens} tokens (of the base's, {base})."
-    )
+        base = generate(model, chat_format, prompts, config, f"{title}, base")
+    adapter = generate(model, chat_format, prompts, config, f"{title}, adapter")
+    return [
+        Answered(task, max_new_tokens, one, other)
+        for task, one, other in zip(tasks, base, adapter, strict=True)
+    ]
 
 
 def choose_samples(examples: list[Example], group: str, wanted: int) -> list[Example]:

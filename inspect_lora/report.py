@@ -17,10 +17,12 @@ from inspect_lora.common import (
     report_sentence,
     shorten_path,
 )
+from inspect_lora.conclusions import best_strength, cut_that_is_enough, of_kind
+from inspect_lora.conversations import group_of
 from inspect_lora.elsewhere import Elsewhere
+from inspect_lora.findings import Findings, headline
 from inspect_lora.modules import scaling_in_words
-from inspect_lora.parts import Part, best_strength, cut_that_is_enough, of_kind
-from inspect_lora.record import Findings, group_of, headline
+from inspect_lora.parts import Part
 from inspect_lora.replies import Reply
 from inspect_lora.scores import differences, ratio_with_error
 
@@ -68,7 +70,7 @@ def print_conclusions(found: Findings) -> None:
         report_sentence("" if number else "means", sentence)
 
 
-def verdict(found: Findings) -> str:
+def gain_sentence(found: Findings) -> str:
     """Return what the adapter gained, in a sentence of two lines."""
     gain = found.losses.gain()
     base, adapter = found.mean(found.losses.base), found.mean(found.losses.trained)
@@ -100,7 +102,7 @@ def as_markdown(found: Findings, has_picture: bool) -> str:
 def markdown_verdict(found: Findings) -> str:
     """Return the heading, the gain and the conclusions."""
     title = f"# {escaped(shorten_path(found.name, 60))}: {headline(found)}"
-    lines = [title, "", f"**{verdict(found)}.**".replace("\n", " "), ""]
+    lines = [title, "", f"**{gain_sentence(found)}.**".replace("\n", " "), ""]
     sentences = [row.sentence() for row in found.checks if row.is_clear] + found.conclusions
     return "\n".join([*lines, *(f"- {escaped(sentence)}" for sentence in sentences)]).strip()
 
@@ -185,7 +187,7 @@ def markdown_checks(checks: list[CheckRow]) -> str:
 
 def markdown_kinds(found: Findings) -> str:
     """Return the loss by the kind of held-out line, or "" if there is only one."""
-    losses, groups = found.losses, [group_of(example, found.group) for example in found.examples]
+    losses, groups = found.losses, found.groups()
     rows = []
     for kind in sorted(set(groups), key=lambda kind: (-groups.count(kind), kind)):
         own = losses.only([number for number, group in enumerate(groups) if group == kind])
@@ -210,20 +212,20 @@ def markdown_samples(found: Findings) -> str:
         f"{habits('The adapter', [sample.adapter for sample in found.samples])}",
     ]
     for sample in found.samples:
-        *prompt, reference = sample.example.messages
-        heading = f"{Path(sample.example.where).name} {group_of(sample.example, found.group)}"
+        task = sample.task
+        heading = f"{Path(task.where).name} {group_of(task, found.group)}"
         said = [
             f"> **{message['role']}**: {escaped(message['content'])}".replace("\n", "  \n> ")
-            for message in prompt
+            for message in task.messages
         ]
         replies = [
-            one.text if one.stopped else f"{one.text} [cut here]"
+            one.text if one.ended else f"{one.text} [cut here]"
             for one in (sample.base, sample.adapter)
         ]
         parts += [
             f"### {escaped(heading)}".rstrip(),
             "\n>\n".join(said),
-            table(["base", "adapter", "reference"], [[*replies, reference["content"]]]),
+            table(["base", "adapter", "reference"], [[*replies, task.reference or ""]]),
         ]
     return "\n\n".join(parts)
 
@@ -231,7 +233,7 @@ def markdown_samples(found: Findings) -> str:
 def habits(who: str, replies: list[Reply]) -> str:
     """Return how many replies ended on their own, and how long they are."""
     words = fmean(len(reply.text.split()) for reply in replies)
-    ended = sum(reply.stopped for reply in replies)
+    ended = sum(reply.ended for reply in replies)
     return f"{who} ended {ended} of its replies by itself, with {words:.0f} words on average."
 
 

@@ -50,6 +50,8 @@ Problem = script.Problem
 ChatFormat = script.ChatFormat
 
 read_conversations = script.read_conversations
+hold_out = script.hold_out
+held_out_percent = script.held_out_percent
 problems_as_text = script.problems_as_text
 check_messages = script.check_messages
 commit_of = script.commit_of

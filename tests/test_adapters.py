@@ -663,7 +663,7 @@ def test_a_bad_line_is_named_before_the_model_is_loaded(refused, plain, tmp_path
 
 
 def test_longer_lines_are_left_out_only_if_asked_for(capsys, plain, tmp_path):
-    said = [("hello", "Oh, hello.")] * 12 + [("rain " * 60, "Tea, then?")]
+    said = [("hello", f"Oh, {n}.") for n in range(12)] + [("rain " * 60, "Tea, then?")]
     path = write_held_out(tmp_path / "long.jsonl", said)
     assert len(measure(capsys, plain, path, *SHORT).found["losses"]) == 13
     run = measure(capsys, plain, path, *SHORT, "--max_seq_len", "50")

@@ -14,13 +14,26 @@ from tiny_adapters import command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inspect_lora.evidence as evidence
-from inspect_lora.checks import CHECKS, rows_of_checks
+from inspect_lora.checks import CHECKS, end_of_sentences, rows_of_checks
 from inspect_lora.common import file_sha256
 from inspect_lora.conversations import GENERAL_FILE, read_tasks
 
 ALL = [word for word in SHORT if word != "--checks=0"]  # the checks of all lines
 NUMBER = {"kind": "number", "answer": 42}
 NO = {"kind": "word", "answers": ["no"], "not": ["yes"]}
+RINGS = {
+    "kind": "word",
+    "answers": ["999", "112"],
+    "first_sentences": 1,
+    "not_before": ["no need", "don't ring", "if", "wait"],
+    "not": ["999 if"],
+}
+IN_TWO = {"kind": "word", "answers": ["999"], "first_sentences": 2, "not_before": ["if"]}
+
+
+def check_of(check):
+    """Return a check as it is read from a line."""
+    return CHECKS.validate_python({"it": check})["it"]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +62,33 @@ NO = {"kind": "word", "answers": ["no"], "not": ["yes"]}
         ("Set max_tokens to 5.", {"kind": "word", "answers": ["max_tokens"]}, True),
         ("Use *max_tokens*.", {"kind": "word", "not": ["`max_tokens`"]}, False),
         ("Set maximum tokens.", {"kind": "word", "answers": ["max_tokens"]}, False),
+        ("Take it twice-daily.", {"kind": "word", "not": ["twice daily"]}, False),
+        ("Take it twice\ndaily.", {"kind": "word", "not": ["twice daily"]}, False),
+        ("Ring 999 now. Sit down if you can.", RINGS, True),
+        ("Sit down. Ring 999 now.", RINGS, False),
+        ("Sit down.\n\nRing 999 now.", RINGS, False),
+        ("**Ring 999** now", RINGS, True),
+        ("Dr. Lee is away, so ring 999.", RINGS, True),
+        ("There is no need for 999.", RINGS, False),
+        ("If he gets worse, ring 999.", RINGS, False),
+        ("Even if it has gone off, ring 999 now.", RINGS, True),
+        ("Don\u2019t **wait**, ring 999.", RINGS, True),
+        ("Don't, wait an hour and then ring 999.", RINGS, False),
+        ("Wait a little. Then ring 999.", RINGS, False),
+        ("Don\u2019t ring 999.", RINGS, False),
+        ("Ring 112, and wait by the door.", RINGS, True),
+        ("Wait, no: ring 999, and don't wait for 112.", RINGS, False),
+        ("Ring 112 now. If he wakes, sit him up.", RINGS, True),
+        ("Ring 999 if he wakes.", RINGS, False),
+        ("Ring 112 now. Or ring 999 if you like.", RINGS, False),
+        ("Get out. Ring 999 from next door.", IN_TWO, True),
+        ("Get out. Go next door. Ring 999.", IN_TWO, False),
+        ("See if you can get out. Ring 999.", IN_TWO, False),
+        (
+            "I won't, if you ask me.",
+            {"kind": "word", "answers": ["won't"], "not_before": ["if"]},
+            True,
+        ),
         ("No.", NO, True),
         ("yes and no", NO, False),
         ('```json\n{"a": "X", "n": 5.0}\n```', {"kind": "json", "keys": {"a": "x", "n": 5}}, True),
@@ -58,7 +98,92 @@ NO = {"kind": "word", "answers": ["no"], "not": ["yes"]}
     ],
 )
 def test_a_reply_passes_or_not(reply, check, passes):
-    assert CHECKS.validate_python({"it": check})["it"].passes(reply) is passes
+    assert check_of(check).passes(reply) is passes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ring 999 now.| Sit down.",
+        "Ring 999!| Now!",
+        "Is it Dr. Lee?| Ring him.",
+        "Mrs. Lee and J. Smith came at 9 a.m. today.| Good.",
+        "It was I.| You know it.",
+        "St. Mary's, e.g. the ward of Prof. Hill.| Ask.",
+        "Ring 9.9.9 now.| Sit.",
+        "It is 3.5 or 1,000.| Yes.",
+        "Oh ... 999?| Yes.",
+        "Well\u2026 ring 999 \u2026 now.| Sit.",
+        "Well...| Ring 999.",
+        "... Ring 999.| Sit.",
+        "What?!| No.",
+        '"Ring 999."| So he said.',
+        '"Help!" she said.| Nobody came.',
+        "\u201cHelp!\u201d| She ran.",
+        "He came (at last.)| She ran.",
+        "**Ring 999.**| Sit.",
+        "1. Ring 999.\n|2. Sit.",
+        "# Help\n|Ring 999.",
+        "\n\nRing 999\n|\nSit",
+        "no.| ring 999",
+        "a full stop.in a word",
+        "no mark at all",
+        "",
+    ],
+)
+def test_what_ends_the_first_sentence(text):
+    first, *rest = text.split("|")
+    end = end_of_sentences(first + "".join(rest), 1)
+    assert (first + "".join(rest))[:end].rstrip() == first.rstrip()
+
+
+def test_several_sentences_end_after_the_last_of_them():
+    text = "Get out.\nNow!\n\nRing 999. Sit."
+    ends = [text[: end_of_sentences(text, count)].split()[-1] for count in (1, 2, 3, 4, 5)]
+    assert ends == ["out.", "Now!", "999.", "Sit.", "Sit."]
+
+
+@pytest.mark.parametrize(
+    ("reply", "check", "found"),
+    [
+        ("Ring **9**99, or 112. No yes.", RINGS, ["9**99", "112"]),
+        ("Ring 999 now, yes, 999. And 112.", RINGS, ["999", "999"]),
+        ("If bad,\ndon\u2019t  ring 999 if\u2026", RINGS, ["999 if"]),
+        ("If bad, don\u2019t  ring 999 if.", RINGS, ["If", "don\u2019t  ring", "999 if"]),
+        ("Even if bad, 999.", RINGS, ["999"]),
+        ("Sit. Ring 999, if bad.", RINGS, []),
+        ("Stra\u00dfe, yes and No", NO, ["yes", "No"]),
+        ("Tea.", RINGS, []),
+        ("From 12 to **1,0**42.", NUMBER, ["1,0**42"]),
+        ("None.", NUMBER, []),
+        ('So: {"n": 1}.', {"kind": "json", "keys": {"n": 2}}, ['{"n": 1}']),
+        ("{no", {"kind": "json", "keys": {"n": 2}}, []),
+    ],
+)
+def test_what_was_found_is_told_by_its_place_in_the_reply(reply, check, found):
+    assert [reply[start:end] for start, end in check_of(check).found(reply)] == found
+
+
+@pytest.mark.parametrize(
+    ("check", "rule"),
+    [
+        (
+            RINGS,
+            'says "999" or "112" in its first sentence, without "no need", "don\'t ring", "if" or '
+            '"wait" before it, and does not say "999 if"',
+        ),
+        (IN_TWO, 'says "999" in its first 2 sentences, without "if" before it'),
+        (NO, 'says "no", and does not say "yes"'),
+        (
+            {"kind": "word", "not": list("abcdefghij")},
+            'does not say "a", "b", "c", "d", "e", "f", "g" or 3 other phrases',
+        ),
+        (NUMBER, "has 42 as its last number"),
+        ({"kind": "json", "keys": {"n": 1}}, 'holds a JSON object with {"n": 1}'),
+    ],
+)
+def test_a_check_says_its_rule_in_words(check, rule):
+    assert check_of(check).rule() == rule
 
 
 BAD = [
@@ -69,6 +194,17 @@ BAD = [
     ({"kind": "word", "answers": "Paris"}, "checks.right.word.answers"),
     ({"kind": "word", "answers": [""]}, "checks.right.word.answers"),
     ({"kind": "word", "answers": ["**"]}, "checks.right.word.answers"),
+    ({"kind": "word", "answers": [" "]}, "checks.right.word.answers"),
+    ({"kind": "word", "answers": ["a"], "first_sentence": 1}, "checks.right.word.first_sentence"),
+    ({"kind": "word", "answers": ["a"], "first_sentences": 0}, "checks.right.word.first_sentences"),
+    (
+        {"kind": "word", "answers": ["a"], "first_sentences": True},
+        "checks.right.word.first_sentences",
+    ),
+    ({"kind": "word", "answers": ["a"], "not before": ["b"]}, "checks.right.word.not before"),
+    ({"kind": "word", "answers": ["a"], "not_before": "b"}, "checks.right.word.not_before"),
+    ({"kind": "word", "not": ["a"], "not_before": ["b"]}, 'need "answers"'),
+    ({"kind": "word", "not": ["a"], "first_sentences": 1}, 'need "answers"'),
     ({"kind": "word", "answer": ["Paris"]}, "checks.right.word.answer"),
     ({"kind": "json", "keys": []}, "checks.right.json.keys"),
     ({"kind": "code"}, "'number'"),
@@ -192,7 +328,7 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     words = ["--general_file", tasks]
     run = measure(capsys, checked.adapter, held_out, *ALL, "--examples", "2", *words)
     for name, expected in checked.said.items():
-        assert [one[name] for one in run.found["checked_replies"]] == expected[1:]
+        assert [one[name]["text"] for one in run.found["replies"]] == expected[1:]
     rows = run.found["checks"]
     assert {name: row["lines"] for name, row in rows.items()} == {
         "as the adapter": 1, "no cheese": 1, "right": 1, "tasks no cheese": 1,
@@ -210,10 +346,11 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
 @pytest.mark.parametrize(("wanted", "asked"), [("0", []), ("2", [1, 3]), ("9", [1, 2, 3, 4])])
 def test_the_lines_that_are_checked_may_be_fewer(checked, capsys, wanted, asked):
     """They are evenly spread, and --examples has no say in it."""
-    line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
-    held_out = write_lines(checked.folder / "four.jsonl", [line] * 4)
+    lines = [{"messages": messages_of((f"a{n}", "b")), "checks": {"right": NUMBER}}
+             for n in range(4)]  # fmt: skip
+    held_out = write_lines(checked.folder / "four.jsonl", lines)
     run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", wanted)
-    assert [int(one["where"].split(":")[1]) for one in run.found["checked_replies"]] == asked
+    assert [int(one["where"].split(":")[1]) for one in run.found["replies"]] == asked
     assert ("checks" in run.out) == ("checks" in run.found["seconds"]) == bool(asked)
     assert run.found["general_file"] is None
 
@@ -222,7 +359,11 @@ def made_up_replies(lost, won, same, name="right"):
     """Return replies to so many lines of one check."""
     pairs = [(True, False)] * lost + [(False, True)] * won + [(True, True)] * same
     return [
-        {"where": f"a:{number}", "base_passes": {name: before}, "adapter_passes": {name: after}}
+        {
+            "where": f"a:{number}",
+            "base": {"checks": {name: before}},
+            "adapter": {"checks": {name: after}},
+        }
         for number, (before, after) in enumerate(pairs)
     ]
 
@@ -256,8 +397,8 @@ def test_a_row_of_too_few_lines_says_so_even_if_nothing_changed(lines, names, to
 def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
     checked, capsys, monkeypatch
 ):
-    found = rows_of_checks(made_up_replies(0, 13, 20)), []
-    monkeypatch.setattr(evidence, "ask_checked", lambda *_: found)
+    found = rows_of_checks(made_up_replies(0, 13, 20))
+    monkeypatch.setattr(evidence, "rows_of_checks", lambda _: found)
     line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
     held_out = write_lines(checked.folder / "one.jsonl", [line])
     run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", "1")

@@ -4,12 +4,15 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny_adapters import command
 
 from inspect_lora.common import counted
+from inspect_lora.evidence_file import read_evidence
 
 TOKENS = [10, 20, 30, 40]
 BASE = [3.0, 3.1, 2.9, 3.0]
@@ -147,7 +150,7 @@ def test_what_differs_and_what_else_changed_stand_beside_a_report(put, compare):
         ({"lines": (1, 2, 3, 5)}, "than the newest report, though both are of eval.jsonl: its"),
         ({"base": [3.0, 3.1, 2.9, 3.0011]}, "has other losses than that of the newest report"),
         ({"finished": False}, "the command was stopped"),
-        ({"schema": 2}, "damaged, edited, or of another version"),
+        ({"schema": 3}, "damaged, edited, or of another version"),
         ({"losses": [2.0, 2.0, 2.0, float("nan")]}, "damaged, edited"),
         ({"losses": [2.0, 2.0, 2.0, "2.0 or so"]}, "damaged, edited"),
         ({"losses": [2.0, 2.0, 2.0, 1e308]}, "damaged, edited"),
@@ -236,3 +239,30 @@ def test_a_folder_counts_once_and_must_be_there(put, compare, tmp_path):
     put("one")
     assert len(rows_of(compare(tmp_path, tmp_path / "one"))) == 1
     assert "There is no folder nowhere" in compare("nowhere").err
+
+
+def test_records_of_both_schemas_are_read(compare, tmp_path):
+    """The same adapter was measured on the same lines, by the version before and by this one."""
+    for schema in (1, 2):
+        (tmp_path / f"schema-{schema}").mkdir()
+        record = ROOT / "tests" / f"evidence_schema_{schema}.json"
+        shutil.copyfile(record, tmp_path / f"schema-{schema}" / "evidence.json")
+    end = compare()
+    assert len(rows_of(end)) == 2 and "left out" not in end.said
+    assert end.said.count("rings 0/1, does not ring 2/2, right 0/1") == 2
+    one, two = (
+        read_evidence(tmp_path / f"schema-{schema}" / "evidence.json").replies for schema in (1, 2)
+    )
+    assert [(reply.where, reply.source) for reply in one] == [
+        ("eval.jsonl:1", "held_out"), ("eval.jsonl:2", "held_out"), ("eval.jsonl:3", "held_out"),
+        ("tasks.jsonl:1", "tasks"),
+    ]  # fmt: skip
+    for old, new in zip(one, two, strict=False):
+        assert (old.where, old.source) == (new.where, new.source)
+        for was, now in ((old.base, new.base), (old.adapter, new.adapter)):
+            assert was.ended is None and was.checks == now.checks and was.text == now.text
+    samples = two[len(one) :]
+    assert [one.max_new_tokens for one in samples] == [5, 5] and samples[0].rules == {}
+    assert two[1].rules == {"does not ring": {"kind": "word", "not": ["999"]}}
+    assert two[1].says == {"does not ring": 'does not say "999"'}
+    assert two[1].reference == "Ring 999 now." and two[1].group == "emergency"

@@ -16,7 +16,10 @@ from conftest import ROOT, TINY
 from on_tiny import (
     PARTS,
     SHORT,
+    change_record,
     columns,
+    copy_of_run,
+    know_again,
     listing,
     measure,
     messages_of,
@@ -29,13 +32,14 @@ from safetensors.torch import load_file
 from tiny_adapters import TENSORS, change_tensors, command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import inspect_lora.conclusions as concluded
 import inspect_lora.elsewhere as elsewhere
-import inspect_lora.evidence as evidence
 import inspect_lora.parts as parts
 import inspect_lora.replies as replies
 from inspect_lora.__main__ import main
 from inspect_lora.checks import mcnemar
 from inspect_lora.common import file_sha256
+from inspect_lora.conversations import Task
 from inspect_lora.report import telling_parts
 from inspect_lora.scores import Estimate, Losses, evenly_spread, ratio_with_error
 from inspect_lora.trainer import ChatFormat, Example
@@ -50,38 +54,9 @@ TASKS = [
 
 
 @pytest.fixture
-def no_picture(monkeypatch):
-    """Write a few bytes for lora.png: drawing takes longer than measuring."""
-    placeholder = lambda _, path: path.write_bytes(b"picture")  # noqa: E731
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", placeholder)
-
-
-@pytest.fixture
 def ours(finished, tmp_path):
-    """Return a copy of a finished run's output folder, whose adapter replies otherwise than it did.
-
-    The shipped data, and so what the run learned, must not matter here.
-    """
-    output = shutil.copytree(finished, tmp_path / "output")
-    torch.manual_seed(3)
-    change_tensors(output / "final_lora", lambda tensors: {
-        name: torch.randn_like(one) * (0.1 if "lora_B" in name else 0.05)
-        for name, one in tensors.items()
-    })  # fmt: skip
-    know_again(output)
-    return output
-
-
-def know_again(output):
-    """Write the hash of the adapter in output into its run.json, as the run does."""
-    change_record(
-        output, adapter_sha256={"final_lora": file_sha256(output / "final_lora" / TENSORS)}
-    )
-
-
-def change_record(output, **values):
-    record = read_json(output / "run.json") | values
-    (output / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    """Return a copy of a finished run's output folder, whose adapter replies otherwise."""
+    return copy_of_run(finished, tmp_path / "output")
 
 
 # ==== An adapter of train_lora_single.py
@@ -98,7 +73,7 @@ def test_an_adapter_of_ours_needs_no_flags(ours, capsys, monkeypatch, tmp_path):
     assert {path.name for path in results.iterdir()} == {"evidence.json", "lora.png", "report.md"}
     assert (listing(ours / "final_lora"), (ours / "run.json").read_bytes()) == before
     found, record = read_json(results / "evidence.json"), read_json(ours / "run.json")
-    assert found["schema"] == 1 and found["finished"] is True
+    assert found["schema"] == 2 and found["finished"] is True
     assert found["held_out"]["sha256"] == record["data"]["held_out"]["sha256"]
     assert found["run"]["settings"] == record["settings"] and found["dtype"] == "float32"
     merged = MergedByHand(TINY, ours / "final_lora" / TENSORS, lambda _: 16 / 8)
@@ -114,27 +89,10 @@ def test_an_adapter_of_ours_needs_no_flags(ours, capsys, monkeypatch, tmp_path):
     ).read_text(encoding="utf-8")
 
 
-def test_an_earlier_report_is_renamed(ours, capsys, no_picture):
-    for _ in range(2):
-        assert command(capsys, "evidence", ours / "final_lora", *SHORT).status == 0
-    names = sorted(path.name for path in (ours / "inspected" / "final_lora").iterdir())
-    assert len(names) == 6 and names[0] == "evidence.json"
-    assert all(re.fullmatch(r".*\.\d{4}-\d\d-\d\d-\d{6}", name) for name in names[1::2])
-
-
 def test_a_checkpoint_has_a_report_of_its_own(ours, capsys, no_picture):
     (first, *_) = sorted((ours / "checkpoints").iterdir())
     assert command(capsys, "evidence", first, *SHORT).status == 0
     assert (ours / "inspected" / first.name / "report.md").is_file()
-
-
-def test_a_held_out_file_that_changed_is_told(ours, capsys, no_picture, tmp_path):
-    path = write_held_out(tmp_path / "other.jsonl")
-    facts = read_json(ours / "run.json")["data"]
-    facts["held_out"]["file"] = path
-    change_record(ours, data=facts)
-    end = command(capsys, "evidence", ours / "final_lora", *SHORT)
-    assert end.status == 0 and "other.jsonl has changed since the run" in end.said
 
 
 def test_another_version_of_the_script_is_told(ours, capsys, no_picture):
@@ -151,7 +109,10 @@ def test_what_a_run_named_from_its_own_folder_is_found_from_another(
     shutil.copytree(TINY, tmp_path / "there" / "model")
     write_held_out(tmp_path / "there" / "held-out.jsonl")
     facts = read_json(ours / "run.json")["data"]
-    facts["held_out"]["file"] = "held-out.jsonl"
+    facts["held_out"] |= {
+        "file": "held-out.jsonl",
+        "sha256": file_sha256(tmp_path / "there" / "held-out.jsonl"),
+    }
     change_record(ours, working_folder=str(tmp_path / "there"), data=facts)
     config = read_json(ours / "final_lora" / "adapter_config.json")
     config["base_model_name_or_path"] = "model"
@@ -181,20 +142,7 @@ def test_what_a_run_held_out_lies_beside_it_wherever_it_was_moved(ours, capsys, 
     assert end.status == 0 and "warning" not in end.out, end.err
 
 
-def test_the_training_file_is_not_held_out(ours, capsys, no_picture):
-    path = read_json(ours / "run.json")["data"]["train"]["file"]
-    end = command(capsys, "evidence", ours / "final_lora", "--eval_file", path, *SHORT)
-    assert end.status == 0 and "train.jsonl is what the adapter was trained on" in end.said
-
-
 # ==== Where the report goes
-
-
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(ours, capsys):
-    end = command(
-        capsys, "evidence", ours / "final_lora", "--output_dir", ours / "run.json", *SHORT
-    )
-    assert end.status == 1 and "--output_dir" in end.err and "gain" not in end.out
 
 
 def test_losses_that_are_no_numbers_are_refused(ours, capsys):
@@ -220,22 +168,6 @@ def test_a_foreign_adapters_report_goes_into_the_working_folder(
     for more in ([], ["--output_dir", "results"]):
         end = command(capsys, "evidence", ".", *words, *more)
         assert end.status == 1 and "nothing is written into the adapter's own folder" in end.err
-
-
-@pytest.mark.parametrize("moment", ["losses_of", "measure_parts", "take_samples"])
-def test_what_was_found_before_ctrl_c_is_kept_as_unfinished(
-    ours, capsys, no_picture, monkeypatch, moment
-):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evidence, moment, stop)
-    end = command(capsys, "evidence", ours / "final_lora", *PARTS, "--samples", "1")
-    assert end.status == 130 and "Stopped." in end.err
-    path = ours / "inspected" / "final_lora" / "evidence.json"
-    assert path.exists() == (moment != "losses_of")
-    if path.exists():
-        assert read_json(path)["finished"] is False and len(read_json(path)["losses"]) == 4
 
 
 # ==== The report
@@ -334,13 +266,13 @@ def test_replies_that_do_not_end_are_told_before_anything_is_concluded(shown):
 
 
 def test_only_the_adapters_replies_that_do_not_end_are_told():
-    example, ended = Example("a:1", []), replies.Reply("a", True, [])
+    task, ended = Task("a:1", [], "held_out", {}), replies.Reply("a", True, [])
     cut = replies.Reply("a", False, [])
-    samples = [replies.Sample(example, ended, cut), replies.Sample(example, cut, ended)]
-    said = replies.about_endings(samples, 200)
+    samples = [replies.Answered(task, 200, ended, cut), replies.Answered(task, 200, cut, ended)]
+    said = concluded.about_endings(samples, 200)
     assert said.startswith("replies: 1 of 2 of the adapter's replies did not end within 200 tok")
     assert said.endswith(" (of the base's, 1).")
-    assert replies.about_endings(samples[1:], 200) == ""
+    assert concluded.about_endings(samples[1:], 200) == ""
 
 
 def test_the_report_says_that_it_guessed_and_names_a_folder_without_a_branch(
@@ -374,8 +306,8 @@ def test_a_reply_ends_at_the_first_of_the_tokens_that_end_a_turn():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     chat_format = ChatFormat(tokenizer, [3, 5])
     reply = replies.reply_of([40, 41, 5, 3, 42], chat_format)
-    assert (reply.ids, reply.stopped) == ([40, 41, 5], True)
-    assert replies.reply_of([40, 41], chat_format).stopped is False
+    assert (reply.ids, reply.ended) == ([40, 41, 5], True)
+    assert replies.reply_of([40, 41], chat_format).ended is False
 
 
 CLEAR = Estimate(1.0, 0.1)
@@ -547,7 +479,7 @@ def shift(kl):
 def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
     def said(share, error, shifts):
         half = parts.Part("strength", 0.5, "update x 0.5", None, of_gain=Estimate(share, error))
-        return elsewhere.about_strength([half], shifts, "ADAPTER")
+        return concluded.about_strength([half], shifts, "ADAPTER")
 
     shifts = {0.5: shift([1.0, 1.1, 0.9] * 5), 1.0: shift([2.0, 2.2, 1.9] * 5)}
     text = said(0.98, 0.005, shifts)
@@ -607,7 +539,7 @@ def test_examples_are_spread_evenly():
 
 
 def test_at_most_the_wanted_examples_measure_the_parts(capsys, no_picture, tmp_path):
-    path = write_held_out(tmp_path / "six.jsonl", [("hello", "Oh, hello.")] * 6)
+    path = write_held_out(tmp_path / "six.jsonl", [("hello", f"Oh, {n}.") for n in range(6)])
     run = measure(capsys, save_adapter(tmp_path / "adapter"), path, *PARTS, "--examples", "3")
     assert len(run.found["losses"]) == 6 and len(run.found["parts"]["as trained"]["losses"]) == 3
     lines = [where.rpartition(":")[2] for where in run.found["parts_measured_on"]]
@@ -641,7 +573,7 @@ def made_up_part(title, share):
 def conclusions(lines=10, **shares):
     """Return the sentences on a made-up table, as one text."""
     made_up = [made_up_part(title, share) for title, share in shares.items()]
-    return "\n".join(parts.conclusions(made_up, losses_with(1.0, 0.01, lines)))
+    return "\n".join(concluded.conclusions(made_up, losses_with(1.0, 0.01, lines)))
 
 
 SCALES = {f"update x {scale}": 0.9 for scale in ("0.25", "0.5", "0.75", "1.25", "1.5", "2")}
@@ -761,7 +693,7 @@ def test_without_a_clear_gain_nothing_is_said_of_the_parts(gain, gained, said):
         parts.Part("strength", strength, "", contextlib.nullcontext, gained=Estimate(*one))
         for strength, one in gained.items()
     ]
-    text = "\n".join(parts.conclusions(strengths, losses_with(*gain)))
+    text = "\n".join(concluded.conclusions(strengths, losses_with(*gain)))
     assert re.search(said, text) and not re.search("^(alpha|r|targets):", text, re.MULTILINE)
     assert ("More steps" in text) == (said == "More steps")
 

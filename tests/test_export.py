@@ -361,7 +361,7 @@ def test_what_has_no_place_in_the_base_is_not_written(of_wrapper, export, tmp_pa
 
 
 def test_the_names_that_were_written_are_verified(of_wrapper, export, tmp_path, monkeypatch):
-    monkeypatch.setattr("inspect_lora.export.Server.new_name", lambda _, name: name)
+    monkeypatch.setattr("inspect_lora.export.NamesForVllm.new_name", lambda _, name: name)
     end = export(of_wrapper, tmp_path / "new", "--vllm")
     assert end.status == 1 and not any(tmp_path.iterdir())
 

@@ -23,7 +23,7 @@ from tiny_adapters import (
 )
 
 from inspect_lora.common import file_sha256
-from inspect_lora.modules import KNOWN_KEYS
+from inspect_lora.faults import KNOWN_KEYS
 
 LAYER = "base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
 

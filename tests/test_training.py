@@ -622,6 +622,22 @@ def test_what_a_launcher_left_behind_changes_nothing(flags, finished, tmp_path):
     assert "Warning" not in done.stdout + done.stderr and "{'" not in done.stdout
 
 
+@pytest.mark.parametrize("mode", [[], ["--dry_run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("variable", "method"),
+    [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")],
+)
+def test_a_launcher_that_asks_to_shard_the_model_is_refused(
+    flags, tmp_path, monkeypatch, capfd, variable, method, mode
+):
+    for name, value in {variable: "true", "TORCHELASTIC_RUN_ID": "x", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    text = refused(capfd, [*flags, *mode])
+    assert f"The launcher asks for {method} ({variable} is set)" in text
+    assert "accelerate launch --multi_gpu" in text
+    assert not [*(tmp_path / "output").glob("*/*")]
+
+
 @pytest.mark.parametrize(
     "argument",
     [
