@@ -373,6 +373,7 @@ class LoraTrainer(trl.SFTTrainer):
         """Remember the job."""
         self.job = job
         super().__init__(**given)
+        self.recomputing_layers = layers_that_recompute(self.model)
 
     def training_step(
         self,
@@ -383,20 +384,41 @@ class LoraTrainer(trl.SFTTrainer):
         """Send the examples of a step through the model, and return their loss.
 
         It is a sum over tokens, divided by their number in the whole step. So apart from dropout
-        and rounding the gradient is the same, however the step is divided.
+        and rounding the gradient is the same, however the step is divided. A step that runs out of
+        memory is done again in smaller parts, see MEMORY.
         """
-        model.train()
-        # What fits was found before, see MEMORY.
-        parts = split_step(self._prepare_inputs(inputs), self.job.token_limits)
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        for tries_left in (3, 2, 1, 0):
+            parts = split_step(inputs, self.job.token_limits)  # what fits was found before
+            loss, failed = self.go_through(model, parts, num_items_in_batch)
+            if failed is None:
+                return loss
+            make_room(self, failed, tries_left)
+        raise AssertionError("make_room() ends the run when no try is left")
+
+    def go_through(
+        self,
+        model: torch.nn.Module,
+        parts: list[tuple[dict[str, torch.Tensor], bool]],
+        num_items_in_batch: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, OutOfMemory | None]:
+        """Send each part forward and backward; return their loss, and the part that did not fit."""
         total = torch.zeros((), device=self.args.device)
         for number, (part, is_recomputed) in enumerate(parts, 1):
-            set_recomputation(self.model, is_recomputed)
+            set_recomputation(self.recomputing_layers, is_recomputed)
             is_last = number == len(parts)  # only then do processes exchange gradients
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
-                self.accelerator.backward(loss)
+            try:
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                    self.accelerator.backward(loss)
+            except torch.OutOfMemoryError as error:
+                if self.accelerator.num_processes > 1:
+                    raise  # the others wait for this one's gradients, so all must end
+                return total, OutOfMemory(part, is_recomputed, one_line(error))
             total += loss.detach()
-        return total
+        return total, None
 
     def compute_loss(
         self,
@@ -434,6 +456,14 @@ def places_of_learned(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ..
     return (inputs["labels"][:, 1:] != -100).nonzero(as_tuple=True)
 
 
+# In these families a token sees only those before it, so padding on the right changes nothing, and
+# attention without a mask has faster kernels. Tests compare losses and gradients for each of them.
+NEED_NO_MASK = (
+    "qwen3_5", "qwen3_5_text", "qwen3", "qwen3_moe", "qwen2", "llama", "mistral", "mixtral", "phi3",
+    "gemma2", "gemma3", "gemma3_text",
+)  # fmt: skip
+
+
 def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return a row of logits for each learned token of all examples, and none for other tokens.
 
@@ -445,15 +475,23 @@ def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
         """Pass the head only the places that predict a learned token."""
         return given[0][learned]
 
+    inner = accelerate.utils.extract_model_from_parallel(model)
+    given = {"input_ids": inputs["input_ids"], "use_cache": False}
+    if needs_mask(inner.config):
+        given["attention_mask"] = inputs["attention_mask"]
     # transformers' logits_to_keep takes whole columns, which differ from example to example.
-    head = accelerate.utils.extract_model_from_parallel(model).get_output_embeddings()
-    hook = head.register_forward_pre_hook(keep_learned)
+    hook = inner.get_output_embeddings().register_forward_pre_hook(keep_learned)
     try:
-        return model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        ).logits
+        return model(**given).logits
     finally:
         hook.remove()
+
+
+def needs_mask(config: transformers.PretrainedConfig) -> bool:
+    """Return whether a model must be told which tokens are padding on the right."""
+    config = config.get_text_config()
+    is_causal = not getattr(config, "use_bidirectional_attention", False)  # Gemma's can be set
+    return not (is_causal and config.model_type in NEED_NO_MASK)
 
 
 def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
@@ -1713,13 +1751,19 @@ def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
     share = job.held_out[process.process_index :: process.num_processes]
     # B A is 0 at first, but not with every init_lora_weights.
     with model.disable_adapter() if step == 0 else contextlib.nullcontext():
-        losses = example_losses(model, share, job.token_limits.most(), "held-out loss")
+        losses = example_losses(
+            model, share, job.token_limits.most(), "held-out loss", job.token_limits
+        )
     losses = accelerate.utils.gather_object(losses)
     return sum(losses) / sum(len(example.reply_ids) for example in job.held_out)
 
 
 def example_losses(
-    model: torch.nn.Module, examples: list[Example], tokens_at_once: int, title: str
+    model: torch.nn.Module,
+    examples: list[Example],
+    tokens_at_once: int,
+    title: str,
+    limits: MemoryLimits | None = None,
 ) -> list[float]:
     """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
 
@@ -1732,6 +1776,7 @@ def example_losses(
         tokens_at_once: how many go through the model together, padding included; at least one
             example does. If the GPU's memory is too small for them, fewer do.
         title: what is measured.
+        limits: where to remember that fewer fit, so that the next evaluation begins with as many.
     """
     order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
     losses = [0.0] * len(examples)
@@ -1741,14 +1786,12 @@ def example_losses(
         while order:
             width = len(examples[order[-1]].input_ids)
             batch = order[-max(1, tokens_at_once // width) :]  # the longest that are left
-            inputs = pad([examples[number] for number in batch], model.device)
-            try:
-                sums = reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                tokens_at_once = len(batch) // 2 * width
+            sums = losses_if_they_fit(model, [examples[number] for number in batch])
+            if sums is None:  # the exception is gone, and with it what it held
                 torch.cuda.empty_cache()
+                tokens_at_once = len(batch) // 2 * width
+                if limits is not None:
+                    limits.tokens_evaluated = tokens_at_once
                 continue
             for number, loss in zip(batch, sums, strict=True):
                 losses[number] = loss
@@ -1756,6 +1799,17 @@ def example_losses(
             bar.update(len(batch))
     model.train(was_training)
     return losses
+
+
+def losses_if_they_fit(model: torch.nn.Module, batch: list[Example]) -> list[float] | None:
+    """Return the summed loss of each example, or None where fewer at once may find their memory."""
+    try:
+        inputs = pad(batch, model.device)
+        return reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+        return None
 
 
 def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
@@ -1931,27 +1985,88 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 #
 # A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
 # is in how many parts they go through the model. Before training, find_what_fits() tries how many
-# tokens fit at once beside what the optimizer will keep:
+# tokens fit at once beside what the optimizer will keep, and measures what they cost:
+# - The trial is the hardest that so many tokens can be: all of them are targets, in rows as long as
+#   the longest example. Fewer targets cost less. A row that DeltaNet's torch code fills up to a
+#   multiple of 64 tokens costs more than its tokens. Both are measured, and each part is counted as
+#   so many tokens of the trial as it costs.
 # - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
 #   backward pass but computed again, which takes little memory and nearly 50 % more work. Such
 #   examples, too, go through together as long as they fit, and one by one if they do not.
 # - Only if the longest training example does not fit even so does the run end, before it trains.
 #   The advice is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to stop other programs.
-# - If another program takes the memory later, the run ends, and the same command resumes.
+# - If a step runs out of memory all the same, as when another program takes it, the limit becomes
+#   three quarters of what did not fit, and the step is done again. Several processes end instead.
 # On a CPU nothing is tried, and every step goes through whole.
+
+DELTANET_CHUNK = 64  # tokens: DeltaNet's torch code fills each row up to a multiple of them
+TARGET_SHARES = (0.0, 0.25, 0.5, 1.0)  # of a trial's tokens, at which its memory is measured
+
+
+@dataclass
+class TokenCosts:
+    """What tokens cost in memory, where one of the trial costs 1.
+
+    The memory of a pass is the most of several moments, such as the loss and the backward pass of a
+    layer, and each grows in proportion to tokens, targets and padding. So what lies between two
+    measurements costs at most what a straight line between them says.
+    """
+
+    # A token of a part in which none, a quarter, half, and all of the tokens are targets.
+    by_target_share: list[float] = field(default_factory=lambda: [1.0] * len(TARGET_SHARES))
+    padding: float = 1.0  # a place that fills a row up to a multiple of DELTANET_CHUNK
+
+    def count(self, lengths: list[int], targets: int) -> float:
+        """Return as how many tokens of the trial rows of these lengths count, padded to one width.
+
+        Args:
+            lengths: of the rows, in tokens.
+            targets: how many of all their tokens are targets.
+        """
+        rows, width = len(lengths), max(lengths)
+        share = targets / (rows * max(1, width - 1))  # the first token of a row is no target
+        place = max(0, bisect.bisect_left(TARGET_SHARES, share) - 1)
+        (low, high), (cost, next_cost) = (
+            values[place : place + 2] for values in (TARGET_SHARES, self.by_target_share)
+        )
+        cost += (share - low) / (high - low) * (next_cost - cost)
+        return rows * (width * cost + (whole_chunks(width) - width) * self.padding)
 
 
 @dataclass
 class MemoryLimits:
-    """How many tokens, padding included, may go through the model at once while training."""
+    """How much may go through the model at once while training, in tokens of the trial."""
 
     tokens_at_once: int  # with their activations kept for the backward pass
     tokens_at_once_recomputed: int  # the same number, unless the longest example needs more
+    costs: TokenCosts = field(default_factory=TokenCosts)
+    costs_recomputed: TokenCosts = field(default_factory=TokenCosts)
+    tokens_evaluated: int = 0  # how many fit while evaluating, once it has run out of memory
 
     def most(self) -> int:
-        """Return how many fit at the most; evaluation needs far less memory."""
-        return max(self.tokens_at_once, self.tokens_at_once_recomputed)
+        """Return how many tokens to evaluate at once; that needs far less memory than training."""
+        return self.tokens_evaluated or max(self.tokens_at_once, self.tokens_at_once_recomputed)
+
+    def count(self, lengths: list[int], targets: int, is_recomputed: bool) -> float:
+        """Return as how many tokens of the trial rows of these lengths count."""
+        costs = self.costs_recomputed if is_recomputed else self.costs
+        return costs.count(lengths, targets)
+
+    def fit(self, lengths: list[int], targets: int, is_recomputed: bool) -> bool:
+        """Return whether rows of these lengths may go through the model together."""
+        limit = self.tokens_at_once_recomputed if is_recomputed else self.tokens_at_once
+        # No row was tried that is longer than the trial: attention grows with the square of it.
+        return max(lengths) <= limit and self.count(lengths, targets, is_recomputed) <= limit
+
+
+@dataclass
+class OutOfMemory:
+    """A part of a step that did not find its memory."""
+
+    inputs: dict[str, torch.Tensor]
+    is_recomputed: bool
+    message: str  # torch's
 
 
 def find_what_fits(trainer: RunTrainer, job: Job) -> None:
@@ -2000,46 +2115,113 @@ def find_what_fits(trainer: RunTrainer, job: Job) -> None:
 def most_tokens(job: Job) -> tuple[int, int]:
     """Return the tokens of the longest example, and those of a step of nothing but such ones.
 
-    Held-out examples do not count: they are only evaluated, which needs far less memory.
+    In the second number each example is filled up to whole chunks of DeltaNet. Held-out examples do
+    not count: they are only evaluated, which needs far less memory.
     """
     longest = max(len(example.input_ids) for example in job.examples)
     processes = accelerate.PartialState().num_processes
     examples = min(len(job.examples), examples_per_step(job.settings) // processes)
-    return longest, longest * examples
+    return longest, whole_chunks(longest) * examples
+
+
+def whole_chunks(tokens: int) -> int:
+    """Return a number of tokens, rounded up to whole chunks of DeltaNet's torch code."""
+    return DELTANET_CHUNK * math.ceil(tokens / DELTANET_CHUNK)
 
 
 def try_what_fits(trainer: RunTrainer, longest: int, whole_step: int) -> MemoryLimits:
     """Return how many tokens fit; recomputation is tried only if a single example needs it."""
-    kept = largest_that_fits(lambda n: pass_fits(trainer, n, longest, False), whole_step)
-    if kept >= longest:
-        return MemoryLimits(kept, kept)
-    recomputed = largest_that_fits(lambda n: pass_fits(trainer, n, longest, True), whole_step)
-    if recomputed < longest and pass_fits(trainer, longest, longest, True):
+    kept = largest_that_fits(lambda n: trial_fits(trainer, n, longest, False), whole_step)
+    costs = measure_costs(trainer, kept, longest, False)
+    if kept >= whole_chunks(longest):
+        return MemoryLimits(kept, kept, costs)
+    recomputed = largest_that_fits(lambda n: trial_fits(trainer, n, longest, True), whole_step)
+    if recomputed < longest and trial_fits(trainer, longest, longest, True):
         recomputed = longest  # which lies between two multiples of 16
-    return MemoryLimits(kept, recomputed)
+    return MemoryLimits(kept, recomputed, costs, measure_costs(trainer, recomputed, longest, True))
 
 
-def pass_fits(trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
+def trial_fits(trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
     """Return whether a forward and a backward pass over so many tokens find their memory.
 
-    The trial is at least as hard as any step of so many tokens: its rows are at least as long as
-    the longest example, or one row has them all; every token is learned, and there is padding.
+    The trial is at least as hard as any part of a step that counts as so many tokens.
     """
-    rows = max(1, tokens // longest)
-    width = math.ceil(tokens / rows)
-    set_recomputation(trainer.model, is_recomputed)
+    rows, width = hardest_shape(tokens, longest)
+    return memory_of_pass(trainer, rows, width, 1.0, is_recomputed) is not None
+
+
+def hardest_shape(tokens: int, longest: int) -> tuple[int, int]:
+    """Return the rows and the width of a trial of so many tokens.
+
+    Its rows are at least as long as the longest example, but less than about twice as long, or one
+    row has all the tokens. As few places as possible fill rows up to whole chunks.
+    """
+    most_rows = max(1, tokens // whole_chunks(longest))
+    shapes = [(rows, math.ceil(tokens / rows)) for rows in range(most_rows, most_rows // 2, -1)]
+    return min(shapes, key=lambda shape: shape[0] * whole_chunks(shape[1]))
+
+
+def memory_of_pass(
+    trainer: RunTrainer, rows: int, width: int, target_share: float, is_recomputed: bool
+) -> int | None:
+    """Return how many bytes a forward and a backward pass need at the most; None if too many.
+
+    Args:
+        trainer: with the model.
+        rows: of the batch.
+        width: of each row, in tokens.
+        target_share: how many of the tokens are targets; each row has at least one.
+        is_recomputed: whether activations are computed again and not kept.
+    """
+    set_recomputation(trainer.recomputing_layers, is_recomputed)
     trainer.model.train()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     try:
         ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
-        inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        labels = ids.clone()
+        labels[:, : width - max(1, math.ceil(target_share * (width - 1)))] = -100
+        inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
         inputs["attention_mask"][1:, -1] = 0  # padding takes memory of its own
-        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=tokens).backward()
+        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=rows * width).backward()
+        return torch.cuda.max_memory_allocated() - before
     except torch.OutOfMemoryError:
-        return False
+        return None
     finally:
         trainer.model.zero_grad()
         torch.cuda.empty_cache()
-    return True
+
+
+def measure_costs(
+    trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool
+) -> TokenCosts:
+    """Measure what fewer targets save, and what filling up short rows costs.
+
+    Args:
+        trainer: with the model.
+        tokens: as many as fit at once.
+        longest: the tokens of the longest example.
+        is_recomputed: whether activations are computed again and not kept.
+    """
+    if tokens == 0:
+        return TokenCosts()
+    rows, width = hardest_shape(tokens, longest)
+    found = [memory_of_pass(trainer, rows, width, share, is_recomputed) for share in TARGET_SHARES]
+    # Rows of two tokens, of which one predicts the other: nearly all of a chunk is filled up.
+    chunks = max(1, tokens // DELTANET_CHUNK)
+    short = memory_of_pass(trainer, chunks, 2, 0.0, is_recomputed)
+    if None in (*found, short) or found[-1] <= 0:
+        return TokenCosts()
+    each = found[-1] / (rows * width)
+    filled = (short / chunks - 2 * found[0] / (rows * width)) / (DELTANET_CHUNK - 2)
+    return TokenCosts(
+        [rounded_up(one / found[-1]) for one in found[:-1]] + [1.0], rounded_up(filled / each)
+    )
+
+
+def rounded_up(share: float) -> float:
+    """Return a share rounded up to hundredths, from 0 to 1."""
+    return min(1.0, max(0.0, math.ceil(100 * share) / 100))
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
@@ -2061,32 +2243,85 @@ def split_step(
 
     Args:
         inputs: input_ids, attention_mask and labels, each rows x width, padded on the right.
-        limits: how many tokens a part may have, its own padding included.
+        limits: how much a part may have, its own padding included.
     """
-    lengths = inputs["attention_mask"].sum(1).tolist()
-    if len(lengths) * max(lengths) <= limits.tokens_at_once:
+    lengths, targets = lengths_and_targets(inputs)
+    if limits.fit(lengths, sum(targets), False):
         return [(inputs, False)]
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     parts = []
     for is_recomputed in (True, False):
-        limit = limits.tokens_at_once_recomputed if is_recomputed else limits.tokens_at_once
         left = [
-            row for row in longest_first if (lengths[row] > limits.tokens_at_once) == is_recomputed
+            row
+            for row in longest_first
+            if limits.fit([lengths[row]], targets[row], False) != is_recomputed
         ]
         while left:
-            width = lengths[left[0]]
-            count = max(1, limit // width)
+            count = 1
+            while count < len(left) and limits.fit(
+                [lengths[row] for row in left[: count + 1]],
+                sum(targets[row] for row in left[: count + 1]),
+                is_recomputed,
+            ):
+                count += 1
             rows, left = left[:count], left[count:]
-            part = {key: value[rows, :width] for key, value in inputs.items()}
+            part = {key: value[rows, : lengths[rows[0]]] for key, value in inputs.items()}
             parts.append((part, is_recomputed))
     return parts
 
 
-def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
-    """Tell the layers whether to keep their activations or to compute them again."""
-    for module in model.modules():
-        if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
-            module.gradient_checkpointing = is_recomputed
+def lengths_and_targets(inputs: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
+    """Return how many tokens each row has without its padding, and how many are targets."""
+    targets = (inputs["labels"][:, 1:] != -100).sum(1)
+    lengths, counts = torch.stack([inputs["attention_mask"].sum(1), targets]).tolist()
+    return lengths, counts
+
+
+def make_room(trainer: LoraTrainer, failed: OutOfMemory, tries_left: int) -> None:
+    """Forget a step that ran out of memory, and lower the limit; raise UserError if it cannot be.
+
+    The new limit is three quarters of the smaller one of the limit and what did not fit, so the
+    part that failed is divided, or its one example is recomputed. It holds for the rest of the run.
+    """
+    limits, (lengths, targets) = trainer.job.token_limits, lengths_and_targets(failed.inputs)
+    is_smallest = failed.is_recomputed and len(lengths) == 1
+    if is_smallest or tries_left == 0:
+        raise UserError(memory_is_full(failed.message))
+    trainer.model.zero_grad()
+    torch.cuda.empty_cache()
+    count = limits.count(lengths, sum(targets), failed.is_recomputed)
+    if failed.is_recomputed:
+        limits.tokens_at_once_recomputed = int(0.75 * min(limits.tokens_at_once_recomputed, count))
+        limit = limits.tokens_at_once_recomputed
+    else:
+        limits.tokens_at_once = int(0.75 * min(limits.tokens_at_once, count))
+        limit = limits.tokens_at_once
+    report(
+        "memory",
+        f"the GPU's memory was full in step {trainer.state.global_step + 1:,}; it is done again "
+        f"with up to\n{limit:,} tokens at once, and LoRA's dropout is drawn anew",
+    )
+
+
+def memory_is_full(error: str) -> str:
+    """Return what to tell somebody whose GPU has no memory left within the training."""
+    return (
+        f"The GPU's memory is full ({error}). Free it: stop other programs on this GPU, or take "
+        "one with more memory. Then the same command resumes from the newest checkpoint, or begins "
+        "again if there is none."
+    )
+
+
+def layers_that_recompute(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers that can compute their activations again."""
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def set_recomputation(layers: list[torch.nn.Module], is_recomputed: bool) -> None:
+    """Tell layers whether to keep their activations or to compute them again."""
+    for layer in layers:
+        layer.gradient_checkpointing = is_recomputed
 
 
 # ==== CHECKPOINTS: what an earlier run left behind, and resuming
@@ -3812,12 +4047,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "Stopped."
     if isinstance(error, torch.OutOfMemoryError):
-        return 1, (
-            f"The GPU's memory is full ({one_line(error)}). If another program runs there, stop "
-            "it, and the same command resumes from the newest checkpoint. Otherwise lower "
-            "MAX_SEQ_LEN, so that the longest examples are left out; that is another training, "
-            "which needs another OUTPUT_DIR once there is a checkpoint."
-        )
+        return 1, memory_is_full(one_line(error))
     return 1, ""
 
 
