@@ -126,9 +126,8 @@ class Number(Form):
     def found(self, reply: str) -> list[Place]:
         """Return the place of the last number, if there is one."""
         text, origins = plain(reply)
-        return [(origins[start], origins[end - 1] + 1) for start, end in places_of_numbers(text)][
-            -1:
-        ]
+        last = places_of_numbers(text)[-1:]
+        return [(origins[start], origins[end - 1] + 1) for start, end in last]
 
     def rule(self) -> str:
         """Return the check as a sentence without its subject."""

@@ -1,6 +1,7 @@
 """Measure an adapter on held-out conversations, and show what it and its parts are worth.
 
-It writes report.md (the verdict, the tables, and samples side by side), lora.png and evidence.json
+It writes report.md (the verdict, the tables, and samples side by side), lora.png, replies.html (all
+replies, to be searched, and to be read blind in a browser) and evidence.json
 into one folder: OUTPUT_DIR/inspected/NAME for an adapter of train_lora_single.py, which brings its
 held-out file and its system message, else inspected/PARENT--NAME in the working folder. An earlier
 report of the adapter stays until the new one is whole, and is renamed then.
@@ -43,10 +44,12 @@ from inspect_lora.conversations import (
 from inspect_lora.elsewhere import measure_elsewhere
 from inspect_lora.files import find_adapter, find_run
 from inspect_lora.findings import Findings
+from inspect_lora.page import report_page
 from inspect_lora.parts import measure_parts, measure_updates
 from inspect_lora.replies import CHECKED_TOKENS, ask_both, choose_samples
 from inspect_lora.report import gain_sentence, print_checks, print_conclusions, print_parts
 from inspect_lora.report_folder import (
+    PAGE,
     folder_for_report,
     keep_unfinished,
     prepare_folder,
@@ -123,6 +126,8 @@ def run(options: argparse.Namespace) -> None:
             found.is_finished = False
             keep_unfinished(found, folder)
     report("report", path_from_here(folder / "report.md"))
+    if (folder / PAGE).is_file():
+        report_page(folder / PAGE)
 
 
 def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> None:

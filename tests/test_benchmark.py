@@ -107,6 +107,10 @@ def test_an_operation_takes_the_longest_of_bytes_and_products():
     assert seconds == max(2 * 512**3 / 13e12, 3 * a.nbytes / 800e9)
     seconds, kernels, _ = roofline.cost(torch.ops.aten.add.Tensor, ((a, a), {}), a)
     assert (seconds, kernels) == (2 * a.nbytes / 800e9, 1)
+    matrices, rows = torch.empty(12, 64, 64, device="meta"), torch.empty(12, 64, 128, device="meta")
+    solve = torch.ops.aten.linalg_solve_triangular.default
+    seconds, *_ = roofline.cost(solve, ((matrices, rows), {"upper": False}), rows)
+    assert seconds == 64 * roofline.SECONDS_A_SOLVED_ROW  # its rows wait for one another
     assert roofline.cost(torch.ops.aten.view.default, ((a, [-1]), {}), a) == (0.0, 0, False)
 
 
