@@ -12,7 +12,6 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from inspect_lora.checks import in_words
 from inspect_lora.common import hash_of
 from inspect_lora.conversations import Task, group_of
 from inspect_lora.scores import evenly_spread
@@ -179,7 +178,7 @@ class Answered:
             "base": as_judged(self.base, task),
             "adapter": as_judged(self.adapter, task),
             "rules": task.rules,
-            "says": {name: in_words(check) for name, check in task.checks.items()},
+            "says": {name: check.rule() for name, check in task.checks.items()},
         }
 
 
