@@ -117,6 +117,22 @@ def test_the_base_is_compared_with_the_best_of_several(put, compare):
     assert re.search(r"(?m) = +base model", compare().out)
 
 
+@pytest.mark.parametrize(
+    ("adapters", "errors", "clear"),
+    [(2, 2.2, False), (2, 2.3, True), (3, 2.9, False), (3, 3.0, True)],
+)
+def test_the_more_adapters_the_more_errors_are_clear(put, compare, adapters, errors, clear):
+    """The twelve lines are ten effective ones; of three adapters there are three pairs."""
+    noise = [0.6, -0.3, 0.4, -0.3]  # which add up to 0 over the tokens
+    error = error_by_hand(noise * 3, TOKENS * 3)
+    put("best")
+    put("other", [2 + errors * error + one for one in noise])
+    if adapters == 3:
+        put("third", [2.0001] * 4)
+    (row,) = [row for row in rows_of(compare()) if row[2] == "other"]
+    assert row[1].endswith("=") is not clear
+
+
 def test_the_error_of_one_line_is_not_known(put, compare):
     put("best", lines=(1, 1, 1, 1))
     put("other", [2.2, 2.4, 2.1, 2.0], lines=(1, 1, 1, 1))

@@ -596,6 +596,18 @@ def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
     assert not any(word in text for word in ("far", "costs", "if other tasks matter"))
     assert "x 0.5: 102.0 ± 0.5 % of the gain" in said(1.02, 0.005, shifts)
     assert said(0.94, 0.005, shifts) == said(0.98, 0.02, shifts) == ""
+    # The interval of the share must lie above 95 %: 1.96 errors of one, 2.24 of the best of two.
+    assert said(0.98, 0.0153, shifts) != "" and said(0.98, 0.0154, shifts) == ""
+    several = shifts | {0.25: shift([0.5, 0.6, 0.4] * 5)}
+    quarter = parts.Part("strength", 0.25, "", None, of_gain=Estimate(0.5, 0.01))
+    for error, is_said in ((0.0133, True), (0.0135, False)):
+        half = parts.Part("strength", 0.5, "", None, of_gain=Estimate(0.98, error))
+        text = concluded.about_strength([quarter, half], several, "ADAPTER")
+        assert text.startswith("strength: x 0.5: 98.0") is is_said
+    # Fifteen tasks whose KL is 3 % less are told, and 1 % less are not worth it.
+    less = {0.5: shift([0.97, 0.98, 0.96] * 5), 1.0: shift([1.0] * 15)}
+    assert "at 0.97 ± 0.00 times the KL" in said(0.98, 0.005, less)
+    assert said(0.98, 0.005, less | {0.5: shift([0.99, 0.98, 1.0] * 5)}) == ""
     assert said(0.98, 0.005, {0.5: shift([0.1, 4.0]), 1.0: shift([2.0, 2.1])}) == ""
 
 
