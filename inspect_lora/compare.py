@@ -10,7 +10,7 @@ the same prompts, side by side or to be read blind.
 
 + is better, so what stands against the best is mostly below 0. "=" says that the difference may be
 chance of the held-out lines: its 95 % interval holds 0 (those of all pairs together, since the best
-was picked among them), or there are fewer than ten lines. What another SEED would change is not in
+was picked among them: three errors at least), or there are fewer than ten lines. What another SEED would change is not in
 it: train a close winner with two seeds.
 """
 
