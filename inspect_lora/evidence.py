@@ -353,7 +353,7 @@ def measure_parts_of(found: Findings, wanted: int) -> None:
     losses = found.losses.only(found.measured)
     with timed(found, "parts"):
         chosen = [found.examples[number] for number in found.measured]
-        found.parts = measure_parts(model, chosen, losses)
+        found.parts = measure_parts(model, chosen, losses, found.adapter.file_dtype)
     found.conclusions = conclusions(found.parts, losses) + what_is_not_measured(model)
     if found.shares_are_meant():
         print_parts(found)
