@@ -55,9 +55,11 @@ import bisect
 import contextlib
 import difflib
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -70,6 +72,7 @@ import shlex
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import textwrap
 import time
@@ -230,6 +233,8 @@ class Job:
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
     products: str = "native"  # how frozen weights are multiplied; or "float16"
+    products_compared: dict[str, Any] | None = None  # both kinds on this GPU, with MATMUL "auto"
+    delta_kernels: str = ""  # what computes DeltaNet's layers, and why
 
     # From resume_or_begin(): what an earlier run has done.
     checkpoint: Path | None = None  # the one to resume from
@@ -328,10 +333,24 @@ def build_trainer(job: Job) -> RunTrainer:
     LoRA is added by SFTTrainer's peft_config alone. Do not also call PEFT's get_peft_model(): LoRA
     would be added twice, which TRL refuses.
     """
+    trainer = new_trainer(job)
+    if job.products == "float16" and job.settings.MATMUL == "auto":
+        reason = try_float16_products(trainer, job)  # see FLOAT16 PRODUCTS
+        if reason:
+            take_native_products(job, reason)
+            del trainer  # there is no room for two models
+            gc.collect()
+            torch.cuda.empty_cache()
+            trainer = new_trainer(job)
+    return trainer
+
+
+def new_trainer(job: Job) -> RunTrainer:
+    """Return a trainer with the weights as the model's files have them, and with new LoRA."""
     settings = job.settings
     device = accelerate.PartialState().device
     model = load_model(settings.MODEL_NAME, settings.MODEL_REVISION, settings.DTYPE, device)
-    if job.products == "float16":
+    if settings.MATMUL == "float16":
         model = use_float16_products(model)  # see FLOAT16 PRODUCTS
     trainer = RunTrainer(  # a LoraTrainer that also evaluates and saves, see TRAINING
         job,
@@ -354,6 +373,7 @@ class LoraTrainer(trl.SFTTrainer):
         """Remember the job."""
         self.job = job
         super().__init__(**given)
+        self.recomputing_layers = layers_that_recompute(self.model)
 
     def training_step(
         self,
@@ -364,20 +384,41 @@ class LoraTrainer(trl.SFTTrainer):
         """Send the examples of a step through the model, and return their loss.
 
         It is a sum over tokens, divided by their number in the whole step. So apart from dropout
-        and rounding the gradient is the same, however the step is divided.
+        and rounding the gradient is the same, however the step is divided. A step that runs out of
+        memory is done again in smaller parts, see MEMORY.
         """
-        model.train()
-        # What fits was found before, see MEMORY.
-        parts = split_step(self._prepare_inputs(inputs), self.job.token_limits)
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        for tries_left in (3, 2, 1, 0):
+            parts = split_step(inputs, self.job.token_limits)  # what fits was found before
+            loss, failed = self.go_through(model, parts, num_items_in_batch)
+            if failed is None:
+                return loss
+            make_room(self, failed, tries_left)
+        raise AssertionError("make_room() ends the run when no try is left")
+
+    def go_through(
+        self,
+        model: torch.nn.Module,
+        parts: list[tuple[dict[str, torch.Tensor], bool]],
+        num_items_in_batch: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, OutOfMemory | None]:
+        """Send each part forward and backward; return their loss, and the part that did not fit."""
         total = torch.zeros((), device=self.args.device)
         for number, (part, is_recomputed) in enumerate(parts, 1):
-            set_recomputation(self.model, is_recomputed)
+            set_recomputation(self.recomputing_layers, is_recomputed)
             is_last = number == len(parts)  # only then do processes exchange gradients
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
-                self.accelerator.backward(loss)
+            try:
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                    self.accelerator.backward(loss)
+            except torch.OutOfMemoryError as error:
+                if self.accelerator.num_processes > 1:
+                    raise  # the others wait for this one's gradients, so all must end
+                return total, OutOfMemory(part, is_recomputed, one_line(error))
             total += loss.detach()
-        return total
+        return total, None
 
     def compute_loss(
         self,
@@ -415,6 +456,14 @@ def places_of_learned(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ..
     return (inputs["labels"][:, 1:] != -100).nonzero(as_tuple=True)
 
 
+# In these families a token sees only those before it, so padding on the right changes nothing, and
+# attention without a mask has faster kernels. Tests compare losses and gradients for each of them.
+NEED_NO_MASK = (
+    "qwen3_5", "qwen3_5_text", "qwen3", "qwen3_moe", "qwen2", "llama", "mistral", "mixtral", "phi3",
+    "gemma2", "gemma3", "gemma3_text",
+)  # fmt: skip
+
+
 def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return a row of logits for each learned token of all examples, and none for other tokens.
 
@@ -426,15 +475,23 @@ def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
         """Pass the head only the places that predict a learned token."""
         return given[0][learned]
 
+    inner = accelerate.utils.extract_model_from_parallel(model)
+    given = {"input_ids": inputs["input_ids"], "use_cache": False}
+    if needs_mask(inner.config):
+        given["attention_mask"] = inputs["attention_mask"]
     # transformers' logits_to_keep takes whole columns, which differ from example to example.
-    head = accelerate.utils.extract_model_from_parallel(model).get_output_embeddings()
-    hook = head.register_forward_pre_hook(keep_learned)
+    hook = inner.get_output_embeddings().register_forward_pre_hook(keep_learned)
     try:
-        return model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        ).logits
+        return model(**given).logits
     finally:
         hook.remove()
+
+
+def needs_mask(config: transformers.PretrainedConfig) -> bool:
+    """Return whether a model must be told which tokens are padding on the right."""
+    config = config.get_text_config()
+    is_causal = not getattr(config, "use_bidirectional_attention", False)  # Gemma's can be set
+    return not (is_causal and config.model_type in NEED_NO_MASK)
 
 
 def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
@@ -481,7 +538,8 @@ def read_model_files(job: Job) -> None:
     job.config = load_config(settings.MODEL_NAME, settings.MODEL_REVISION)
     refuse_quantized(settings.MODEL_NAME, job.config)
     job.chat_format = load_chat_format(settings.MODEL_NAME, settings.MODEL_REVISION)
-    mention_faster_kernels(job)
+    if settings.DEVICE == "cuda" and not settings.dry_run:
+        job.delta_kernels = choose_delta_kernels(job.config)  # see DEVICE
 
 
 def commit_of(model_name: str, revision: str) -> str:
@@ -1693,13 +1751,19 @@ def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
     share = job.held_out[process.process_index :: process.num_processes]
     # B A is 0 at first, but not with every init_lora_weights.
     with model.disable_adapter() if step == 0 else contextlib.nullcontext():
-        losses = example_losses(model, share, job.token_limits.most(), "held-out loss")
+        losses = example_losses(
+            model, share, job.token_limits.most(), "held-out loss", job.token_limits
+        )
     losses = accelerate.utils.gather_object(losses)
     return sum(losses) / sum(len(example.reply_ids) for example in job.held_out)
 
 
 def example_losses(
-    model: torch.nn.Module, examples: list[Example], tokens_at_once: int, title: str
+    model: torch.nn.Module,
+    examples: list[Example],
+    tokens_at_once: int,
+    title: str,
+    limits: MemoryLimits | None = None,
 ) -> list[float]:
     """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
 
@@ -1712,6 +1776,7 @@ def example_losses(
         tokens_at_once: how many go through the model together, padding included; at least one
             example does. If the GPU's memory is too small for them, fewer do.
         title: what is measured.
+        limits: where to remember that fewer fit, so that the next evaluation begins with as many.
     """
     order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
     losses = [0.0] * len(examples)
@@ -1721,14 +1786,12 @@ def example_losses(
         while order:
             width = len(examples[order[-1]].input_ids)
             batch = order[-max(1, tokens_at_once // width) :]  # the longest that are left
-            inputs = pad([examples[number] for number in batch], model.device)
-            try:
-                sums = reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                tokens_at_once = len(batch) // 2 * width
+            sums = losses_if_they_fit(model, [examples[number] for number in batch])
+            if sums is None:  # the exception is gone, and with it what it held
                 torch.cuda.empty_cache()
+                tokens_at_once = len(batch) // 2 * width
+                if limits is not None:
+                    limits.tokens_evaluated = tokens_at_once
                 continue
             for number, loss in zip(batch, sums, strict=True):
                 losses[number] = loss
@@ -1736,6 +1799,17 @@ def example_losses(
             bar.update(len(batch))
     model.train(was_training)
     return losses
+
+
+def losses_if_they_fit(model: torch.nn.Module, batch: list[Example]) -> list[float] | None:
+    """Return the summed loss of each example, or None where fewer at once may find their memory."""
+    try:
+        inputs = pad(batch, model.device)
+        return reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+        return None
 
 
 def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
@@ -1911,27 +1985,88 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 #
 # A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
 # is in how many parts they go through the model. Before training, find_what_fits() tries how many
-# tokens fit at once beside what the optimizer will keep:
+# tokens fit at once beside what the optimizer will keep, and measures what they cost:
+# - The trial is the hardest that so many tokens can be: all of them are targets, in rows as long as
+#   the longest example. Fewer targets cost less. A row that DeltaNet's torch code fills up to a
+#   multiple of 64 tokens costs more than its tokens. Both are measured, and each part is counted as
+#   so many tokens of the trial as it costs.
 # - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
 #   backward pass but computed again, which takes little memory and nearly 50 % more work. Such
 #   examples, too, go through together as long as they fit, and one by one if they do not.
 # - Only if the longest training example does not fit even so does the run end, before it trains.
 #   The advice is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to stop other programs.
-# - If another program takes the memory later, the run ends, and the same command resumes.
+# - If a step runs out of memory all the same, as when another program takes it, the limit becomes
+#   three quarters of what did not fit, and the step is done again. Several processes end instead.
 # On a CPU nothing is tried, and every step goes through whole.
+
+DELTANET_CHUNK = 64  # tokens: DeltaNet's torch code fills each row up to a multiple of them
+TARGET_SHARES = (0.0, 0.25, 0.5, 1.0)  # of a trial's tokens, at which its memory is measured
+
+
+@dataclass
+class TokenCosts:
+    """What tokens cost in memory, where one of the trial costs 1.
+
+    The memory of a pass is the most of several moments, such as the loss and the backward pass of a
+    layer, and each grows in proportion to tokens, targets and padding. So what lies between two
+    measurements costs at most what a straight line between them says.
+    """
+
+    # A token of a part in which none, a quarter, half, and all of the tokens are targets.
+    by_target_share: list[float] = field(default_factory=lambda: [1.0] * len(TARGET_SHARES))
+    padding: float = 1.0  # a place that fills a row up to a multiple of DELTANET_CHUNK
+
+    def count(self, lengths: list[int], targets: int) -> float:
+        """Return as how many tokens of the trial rows of these lengths count, padded to one width.
+
+        Args:
+            lengths: of the rows, in tokens.
+            targets: how many of all their tokens are targets.
+        """
+        rows, width = len(lengths), max(lengths)
+        share = targets / (rows * max(1, width - 1))  # the first token of a row is no target
+        place = max(0, bisect.bisect_left(TARGET_SHARES, share) - 1)
+        (low, high), (cost, next_cost) = (
+            values[place : place + 2] for values in (TARGET_SHARES, self.by_target_share)
+        )
+        cost += (share - low) / (high - low) * (next_cost - cost)
+        return rows * (width * cost + (whole_chunks(width) - width) * self.padding)
 
 
 @dataclass
 class MemoryLimits:
-    """How many tokens, padding included, may go through the model at once while training."""
+    """How much may go through the model at once while training, in tokens of the trial."""
 
     tokens_at_once: int  # with their activations kept for the backward pass
     tokens_at_once_recomputed: int  # the same number, unless the longest example needs more
+    costs: TokenCosts = field(default_factory=TokenCosts)
+    costs_recomputed: TokenCosts = field(default_factory=TokenCosts)
+    tokens_evaluated: int = 0  # how many fit while evaluating, once it has run out of memory
 
     def most(self) -> int:
-        """Return how many fit at the most; evaluation needs far less memory."""
-        return max(self.tokens_at_once, self.tokens_at_once_recomputed)
+        """Return how many tokens to evaluate at once; that needs far less memory than training."""
+        return self.tokens_evaluated or max(self.tokens_at_once, self.tokens_at_once_recomputed)
+
+    def count(self, lengths: list[int], targets: int, is_recomputed: bool) -> float:
+        """Return as how many tokens of the trial rows of these lengths count."""
+        costs = self.costs_recomputed if is_recomputed else self.costs
+        return costs.count(lengths, targets)
+
+    def fit(self, lengths: list[int], targets: int, is_recomputed: bool) -> bool:
+        """Return whether rows of these lengths may go through the model together."""
+        limit = self.tokens_at_once_recomputed if is_recomputed else self.tokens_at_once
+        # No row was tried that is longer than the trial: attention grows with the square of it.
+        return max(lengths) <= limit and self.count(lengths, targets, is_recomputed) <= limit
+
+
+@dataclass
+class OutOfMemory:
+    """A part of a step that did not find its memory."""
+
+    inputs: dict[str, torch.Tensor]
+    is_recomputed: bool
+    message: str  # torch's
 
 
 def find_what_fits(trainer: RunTrainer, job: Job) -> None:
@@ -1980,46 +2115,113 @@ def find_what_fits(trainer: RunTrainer, job: Job) -> None:
 def most_tokens(job: Job) -> tuple[int, int]:
     """Return the tokens of the longest example, and those of a step of nothing but such ones.
 
-    Held-out examples do not count: they are only evaluated, which needs far less memory.
+    In the second number each example is filled up to whole chunks of DeltaNet. Held-out examples do
+    not count: they are only evaluated, which needs far less memory.
     """
     longest = max(len(example.input_ids) for example in job.examples)
     processes = accelerate.PartialState().num_processes
     examples = min(len(job.examples), examples_per_step(job.settings) // processes)
-    return longest, longest * examples
+    return longest, whole_chunks(longest) * examples
+
+
+def whole_chunks(tokens: int) -> int:
+    """Return a number of tokens, rounded up to whole chunks of DeltaNet's torch code."""
+    return DELTANET_CHUNK * math.ceil(tokens / DELTANET_CHUNK)
 
 
 def try_what_fits(trainer: RunTrainer, longest: int, whole_step: int) -> MemoryLimits:
     """Return how many tokens fit; recomputation is tried only if a single example needs it."""
-    kept = largest_that_fits(lambda n: pass_fits(trainer, n, longest, False), whole_step)
-    if kept >= longest:
-        return MemoryLimits(kept, kept)
-    recomputed = largest_that_fits(lambda n: pass_fits(trainer, n, longest, True), whole_step)
-    if recomputed < longest and pass_fits(trainer, longest, longest, True):
+    kept = largest_that_fits(lambda n: trial_fits(trainer, n, longest, False), whole_step)
+    costs = measure_costs(trainer, kept, longest, False)
+    if kept >= whole_chunks(longest):
+        return MemoryLimits(kept, kept, costs)
+    recomputed = largest_that_fits(lambda n: trial_fits(trainer, n, longest, True), whole_step)
+    if recomputed < longest and trial_fits(trainer, longest, longest, True):
         recomputed = longest  # which lies between two multiples of 16
-    return MemoryLimits(kept, recomputed)
+    return MemoryLimits(kept, recomputed, costs, measure_costs(trainer, recomputed, longest, True))
 
 
-def pass_fits(trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
+def trial_fits(trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
     """Return whether a forward and a backward pass over so many tokens find their memory.
 
-    The trial is at least as hard as any step of so many tokens: its rows are at least as long as
-    the longest example, or one row has them all; every token is learned, and there is padding.
+    The trial is at least as hard as any part of a step that counts as so many tokens.
     """
-    rows = max(1, tokens // longest)
-    width = math.ceil(tokens / rows)
-    set_recomputation(trainer.model, is_recomputed)
+    rows, width = hardest_shape(tokens, longest)
+    return memory_of_pass(trainer, rows, width, 1.0, is_recomputed) is not None
+
+
+def hardest_shape(tokens: int, longest: int) -> tuple[int, int]:
+    """Return the rows and the width of a trial of so many tokens.
+
+    Its rows are at least as long as the longest example, but less than about twice as long, or one
+    row has all the tokens. As few places as possible fill rows up to whole chunks.
+    """
+    most_rows = max(1, tokens // whole_chunks(longest))
+    shapes = [(rows, math.ceil(tokens / rows)) for rows in range(most_rows, most_rows // 2, -1)]
+    return min(shapes, key=lambda shape: shape[0] * whole_chunks(shape[1]))
+
+
+def memory_of_pass(
+    trainer: RunTrainer, rows: int, width: int, target_share: float, is_recomputed: bool
+) -> int | None:
+    """Return how many bytes a forward and a backward pass need at the most; None if too many.
+
+    Args:
+        trainer: with the model.
+        rows: of the batch.
+        width: of each row, in tokens.
+        target_share: how many of the tokens are targets; each row has at least one.
+        is_recomputed: whether activations are computed again and not kept.
+    """
+    set_recomputation(trainer.recomputing_layers, is_recomputed)
     trainer.model.train()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     try:
         ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
-        inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        labels = ids.clone()
+        labels[:, : width - max(1, math.ceil(target_share * (width - 1)))] = -100
+        inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
         inputs["attention_mask"][1:, -1] = 0  # padding takes memory of its own
-        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=tokens).backward()
+        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=rows * width).backward()
+        return torch.cuda.max_memory_allocated() - before
     except torch.OutOfMemoryError:
-        return False
+        return None
     finally:
         trainer.model.zero_grad()
         torch.cuda.empty_cache()
-    return True
+
+
+def measure_costs(
+    trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool
+) -> TokenCosts:
+    """Measure what fewer targets save, and what filling up short rows costs.
+
+    Args:
+        trainer: with the model.
+        tokens: as many as fit at once.
+        longest: the tokens of the longest example.
+        is_recomputed: whether activations are computed again and not kept.
+    """
+    if tokens == 0:
+        return TokenCosts()
+    rows, width = hardest_shape(tokens, longest)
+    found = [memory_of_pass(trainer, rows, width, share, is_recomputed) for share in TARGET_SHARES]
+    # Rows of two tokens, of which one predicts the other: nearly all of a chunk is filled up.
+    chunks = max(1, tokens // DELTANET_CHUNK)
+    short = memory_of_pass(trainer, chunks, 2, 0.0, is_recomputed)
+    if None in (*found, short) or found[-1] <= 0:
+        return TokenCosts()
+    each = found[-1] / (rows * width)
+    filled = (short / chunks - 2 * found[0] / (rows * width)) / (DELTANET_CHUNK - 2)
+    return TokenCosts(
+        [rounded_up(one / found[-1]) for one in found[:-1]] + [1.0], rounded_up(filled / each)
+    )
+
+
+def rounded_up(share: float) -> float:
+    """Return a share rounded up to hundredths, from 0 to 1."""
+    return min(1.0, max(0.0, math.ceil(100 * share) / 100))
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
@@ -2041,32 +2243,85 @@ def split_step(
 
     Args:
         inputs: input_ids, attention_mask and labels, each rows x width, padded on the right.
-        limits: how many tokens a part may have, its own padding included.
+        limits: how much a part may have, its own padding included.
     """
-    lengths = inputs["attention_mask"].sum(1).tolist()
-    if len(lengths) * max(lengths) <= limits.tokens_at_once:
+    lengths, targets = lengths_and_targets(inputs)
+    if limits.fit(lengths, sum(targets), False):
         return [(inputs, False)]
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     parts = []
     for is_recomputed in (True, False):
-        limit = limits.tokens_at_once_recomputed if is_recomputed else limits.tokens_at_once
         left = [
-            row for row in longest_first if (lengths[row] > limits.tokens_at_once) == is_recomputed
+            row
+            for row in longest_first
+            if limits.fit([lengths[row]], targets[row], False) != is_recomputed
         ]
         while left:
-            width = lengths[left[0]]
-            count = max(1, limit // width)
+            count = 1
+            while count < len(left) and limits.fit(
+                [lengths[row] for row in left[: count + 1]],
+                sum(targets[row] for row in left[: count + 1]),
+                is_recomputed,
+            ):
+                count += 1
             rows, left = left[:count], left[count:]
-            part = {key: value[rows, :width] for key, value in inputs.items()}
+            part = {key: value[rows, : lengths[rows[0]]] for key, value in inputs.items()}
             parts.append((part, is_recomputed))
     return parts
 
 
-def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
-    """Tell the layers whether to keep their activations or to compute them again."""
-    for module in model.modules():
-        if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
-            module.gradient_checkpointing = is_recomputed
+def lengths_and_targets(inputs: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
+    """Return how many tokens each row has without its padding, and how many are targets."""
+    targets = (inputs["labels"][:, 1:] != -100).sum(1)
+    lengths, counts = torch.stack([inputs["attention_mask"].sum(1), targets]).tolist()
+    return lengths, counts
+
+
+def make_room(trainer: LoraTrainer, failed: OutOfMemory, tries_left: int) -> None:
+    """Forget a step that ran out of memory, and lower the limit; raise UserError if it cannot be.
+
+    The new limit is three quarters of the smaller one of the limit and what did not fit, so the
+    part that failed is divided, or its one example is recomputed. It holds for the rest of the run.
+    """
+    limits, (lengths, targets) = trainer.job.token_limits, lengths_and_targets(failed.inputs)
+    is_smallest = failed.is_recomputed and len(lengths) == 1
+    if is_smallest or tries_left == 0:
+        raise UserError(memory_is_full(failed.message))
+    trainer.model.zero_grad()
+    torch.cuda.empty_cache()
+    count = limits.count(lengths, sum(targets), failed.is_recomputed)
+    if failed.is_recomputed:
+        limits.tokens_at_once_recomputed = int(0.75 * min(limits.tokens_at_once_recomputed, count))
+        limit = limits.tokens_at_once_recomputed
+    else:
+        limits.tokens_at_once = int(0.75 * min(limits.tokens_at_once, count))
+        limit = limits.tokens_at_once
+    report(
+        "memory",
+        f"the GPU's memory was full in step {trainer.state.global_step + 1:,}; it is done again "
+        f"with up to\n{limit:,} tokens at once, and LoRA's dropout is drawn anew",
+    )
+
+
+def memory_is_full(error: str) -> str:
+    """Return what to tell somebody whose GPU has no memory left within the training."""
+    return (
+        f"The GPU's memory is full ({error}). Free it: stop other programs on this GPU, or take "
+        "one with more memory. Then the same command resumes from the newest checkpoint, or begins "
+        "again if there is none."
+    )
+
+
+def layers_that_recompute(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers that can compute their activations again."""
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def set_recomputation(layers: list[torch.nn.Module], is_recomputed: bool) -> None:
+    """Tell layers whether to keep their activations or to compute them again."""
+    for layer in layers:
+        layer.gradient_checkpointing = is_recomputed
 
 
 # ==== CHECKPOINTS: what an earlier run left behind, and resuming
@@ -2151,6 +2406,7 @@ class Earlier:
     is_finished: bool  # run.json says so, and final_lora is unchanged
     is_wanted_epoch: bool  # and it is of the epoch that FINAL_LORA asks for
     may_be_replaced: bool  # the user has changed settings, data or script since then
+    job_now: dict[str, Any] = field(default_factory=dict)  # this job, as job.json would have it
 
 
 Decision = Literal["finished", "fresh", "resume", "refuse another job", "refuse damage"]
@@ -2169,33 +2425,36 @@ def decide(earlier: Earlier) -> Decision:
     return "resume" if "whole" in states else "refuse damage"
 
 
+PRODUCTS = "the products in use"  # a key of job.json
+
+
 def resume_or_begin(job: Job) -> None:
     """Find out what an earlier run left, and act on it; the processes of a launch go one way."""
     if is_main_process():
-        now = describe_job(job)
-        earlier = what_is_there(job, now)
-        act_on(decide(earlier), earlier, job, now)
-    decided = [job.checkpoint, job.history, job.is_finished]
-    job.checkpoint, job.history, job.is_finished = accelerate.utils.broadcast_object_list(decided)
+        earlier = what_is_there(job)
+        act_on(decide(earlier), earlier, job)
+    decided = [job.checkpoint, job.history, job.is_finished, job.products, time.time()]
+    job.checkpoint, job.history, job.is_finished, job.products, began = (
+        accelerate.utils.broadcast_object_list(decided)
+    )
     if not job.is_finished:
-        job.started = time.time()
+        job.started = began
         write_record(job, "running")
 
 
-def what_is_there(job: Job, now: dict[str, Any]) -> Earlier:
+def what_is_there(job: Job) -> Earlier:
     """Gather what an earlier run left; raise UserError if that cannot be read, and touch nothing.
 
     A disk or a network file system that does not answer now may do so later, so it decides nothing.
-
-    Args:
-        job: this job.
-        now: what describe_job() says of it.
     """
     folder = job.output / "checkpoints"
     try:
         before = job_of_checkpoints(folder)
         record = finished_record(job.output)
         saved = checkpoints_down_to_a_whole_one(folder)
+        if before and saved:
+            keep_products(job, before)
+        now = describe_job(job)
     except OSError as error:
         raise UserError(
             f"{error.filename or job.output} cannot be read ({error.strerror}). Nothing was "
@@ -2208,17 +2467,17 @@ def what_is_there(job: Job, now: dict[str, Any]) -> Earlier:
         is_finished=record is not None,
         is_wanted_epoch=record is not None and record["published"] == epoch_to_publish(job),
         may_be_replaced=record is not None and is_meant_to_differ(record, job),
+        job_now=now,
     )
 
 
-def act_on(decision: Decision, earlier: Earlier, job: Job, now: dict[str, Any]) -> None:
+def act_on(decision: Decision, earlier: Earlier, job: Job) -> None:
     """Resume, begin, or say that all is done; raise UserError where neither is right.
 
     Args:
         decision: what decide() said of earlier.
         earlier: what is there.
         job: this job; gets what the training needs to know.
-        now: what describe_job() says of it.
     """
     folder = job.output / "checkpoints"
     faults = [f"{saved.path} {saved.fault}" for saved in earlier.checkpoints if saved.fault]
@@ -2248,7 +2507,7 @@ def act_on(decision: Decision, earlier: Earlier, job: Job, now: dict[str, Any]) 
     if decision == "fresh":
         job.history = []
         keep_held_out(job)
-        start_fresh(job, now)
+        start_fresh(job, earlier.job_now)
         return
     job.checkpoint = earlier.checkpoints[-1].path
     state = json.loads((job.checkpoint / "trainer_state.json").read_bytes())
@@ -2257,6 +2516,34 @@ def act_on(decision: Decision, earlier: Earlier, job: Job, now: dict[str, Any]) 
     for saved in earlier.checkpoints[:-1]:
         rename_old(saved.path)
     report("resume", f"going on from {job.checkpoint}")
+    tell_of_other_kernels(job)
+
+
+def keep_products(job: Job, before: dict[str, Any]) -> None:
+    """With MATMUL "auto" let a job go on with the kind of products that its checkpoints have.
+
+    It may have been put back into the queue and be on another GPU now.
+    """
+    kind = before.get(PRODUCTS, job.products)
+    if job.settings.MATMUL != "auto" or kind == job.products:
+        return
+    report(
+        "matmul",
+        f"the checkpoints were made with {kind} products, so the job goes on with these; on this "
+        f"GPU\na new one would take {job.products} products",
+    )
+    job.products = kind
+
+
+def tell_of_other_kernels(job: Job) -> None:
+    """Say if the DeltaNet layers were computed by other code until now, which is allowed."""
+    before = (read_json(job.output / "run.json") or {}).get("delta_kernels", "")
+    if before and job.delta_kernels and before.split()[0] != job.delta_kernels.split()[0]:
+        report(
+            "kernels",
+            f"until now they were computed by {before}\nThe two round differently, so the rest may "
+            "differ a little from a run that was never stopped.",
+        )
 
 
 def describe_job(job: Job) -> dict[str, Any]:
@@ -2278,7 +2565,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     for key, value in training.items():
         if key not in NOT_OF_TRAINING:
             described[f"SFTConfig.{key}"] = str(value)
-    described["the products in use"] = job.products
+    described[PRODUCTS] = job.products
     contents = {
         "the files of MODEL_NAME": file_fingerprints(Path(settings.MODEL_NAME)),
         "the tokens of TRAIN_FILE": [example.input_ids for example in job.examples],
@@ -2299,11 +2586,14 @@ def what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         is_now = f"is now {now[name]}" if name in now else "does not exist now"
         changes[name] = f"{was} and {is_now}"
     # A field that a setting gives is not told again.
-    return [
+    rows = [
         f"  {name} {change}"
         for name, change in changes.items()
         if name not in GIVEN_BY or changes.get(GIVEN_BY[name]) != change
     ]
+    if before.get(PRODUCTS, now[PRODUCTS]) != now[PRODUCTS]:
+        rows.append(f'  (MATMUL "auto" or "{before[PRODUCTS]}" goes on with the former products)')
+    return rows
 
 
 def finished_record(output: Path) -> dict[str, Any] | None:
@@ -2487,7 +2777,10 @@ def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
 
 def write_record(job: Job, outcome: str) -> None:
     """Write run.json: what was asked for, what was found, and how it ended."""
-    if not job.started or not is_main_process():
+    has_failed = outcome.startswith("failed")
+    if not job.started or not (is_main_process() or has_failed):
+        return
+    if outcome != "finished" and another_has_failed(job):
         return
     record = {
         "outcome": outcome,  # "running", "finished", "interrupted: ..." or "failed: ..."
@@ -2501,6 +2794,8 @@ def write_record(job: Job, outcome: str) -> None:
         "lora_config": config_as_recorded(lora_config(job.settings)),  # all of it
         "device": job.device_name,
         "products": job.products,  # "native" or "float16"
+        "products_compared": job.products_compared,  # on this GPU: losses, gradients, seconds
+        "delta_kernels": job.delta_kernels,  # fla's or torch's, and why
         "memory_limits": asdict(job.token_limits) if job.token_limits else None,  # in tokens
         "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
         "data": job.data,  # each file's name, hash and counts
@@ -2517,6 +2812,15 @@ def write_record(job: Job, outcome: str) -> None:
         write_json(job.output / "run.json", record)
     except OSError as error:
         report("warning", f"{job.output / 'run.json'} is not written: {error}")
+
+
+def another_has_failed(job: Job) -> bool:
+    """Return whether another process of this launch has failed and said so in run.json.
+
+    The launcher then stops this one, or its messages to the other fail. Neither is the reason.
+    """
+    before = read_json(job.output / "run.json") or {}
+    return before.get("started") == job.started and before["outcome"].startswith("failed")
 
 
 def config_as_recorded(config: peft.LoraConfig) -> dict[str, Any]:
@@ -2554,7 +2858,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file in such a way that there is never half of it."""
-    new = path.with_name(f"{path.name}.new")
+    # A process that fails may write while the main one does.
+    new = path.with_name(f"{path.name}.new" + ("" if is_main_process() else os.environ["RANK"]))
     text = json.dumps(without_nan(value), indent=1, allow_nan=False, default=str)
     new.write_text(text, encoding="utf-8")
     new.replace(path)
@@ -2980,6 +3285,11 @@ def name_on_server(folder: Path) -> str:
 # This was tested on CPUs: tests compare the losses with float32's for the models named below. Other
 # models may cast their activations to the type of a weight, which float16 would narrow, so they
 # keep DTYPE unless MATMUL says "float16".
+#
+# With "auto" the GPU itself decides. Before training, a few examples go forward and backward with
+# both kinds of products. float16 stays if the results agree and if it is faster. If not, the
+# weights are loaded anew, since float16 has lost bits of those below 6e-5, and bfloat16 is used. A
+# job that is resumed keeps its kind, on another GPU, too; it is refused if float16 is wrong there.
 
 TESTED_IN_FLOAT16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
 
@@ -3002,6 +3312,126 @@ def choose_products(job: Job) -> str:
         f'with\nmodels of the type {job.config.model_type}; MATMUL "float16" would use them',
     )
     return "native"
+
+
+# How far the two kinds of products may be apart, as a share, on the same examples.
+# The losses of 60 steps of SmolLM2-135M were at most 0.86 % apart.
+MOST_LOSS_APART = 0.01
+# Either kind gives gradients that err by 2.7 to 5.8 % against float32 (docs/gpu.md), so they may be
+# 11.6 % apart. SmolLM2-135M's were 4.2 to 5.4 % apart on a CPU. Those of kernels that compute
+# something else are 100 % apart and more.
+MOST_GRADIENTS_APART = 0.15
+TOKENS_TO_COMPARE = 1024  # recomputed, so many fit wherever training does
+
+
+@dataclass
+class Pass:
+    """What a forward and a backward pass gave, and how long they took."""
+
+    loss: float
+    gradients: torch.Tensor  # of every B; those of A are 0 at first
+    seconds: float
+
+
+def try_float16_products(trainer: RunTrainer, job: Job) -> str:
+    """Have a model multiply in float16; return why that must not stay on this GPU, or ""."""
+    trainer.model.activation_checkpointing_enable()
+    trainer.model.disable_input_require_grads()
+    set_recomputation(trainer.model, True)
+    examples = examples_to_compare(job)
+    native = timed_pass(trainer, examples)
+    use_float16_products(trainer.model.get_base_model())
+    float16 = timed_pass(trainer, examples)
+    transformers.set_seed(job.settings.SEED)  # both drew random numbers
+    # All processes must take the same kind.
+    reasons = accelerate.utils.gather_object([why_not_float16(native, float16)])
+    reason = min(reasons, key=lambda one: (one == "", one == SLOWER))  # what is wrong comes first
+    if reason == SLOWER and job.checkpoint:  # a job that has begun keeps what is right
+        reason = ""
+    apart = share_apart(native.gradients, float16.gradients)
+    job.products_compared = {
+        "seconds": [native.seconds, float16.seconds],  # native, float16
+        "loss": [native.loss, float16.loss],
+        "gradients_apart": apart,
+        "float16_is_not_used_since": reason,
+    }
+    dtype = job.settings.DTYPE
+    report(
+        "matmul",
+        f"tried on this GPU: {counted(len(examples), 'example')} forward and backward took "
+        f"{native.seconds:.3f} s in {dtype} and\n{float16.seconds:.3f} s in scaled float16; losses "
+        f"{native.loss:.4f} and {float16.loss:.4f}, LoRA's gradients {apart:.1%} apart;\n"
+        + (f"so {dtype} is used, since {reason}" if reason else "so scaled float16 is used"),
+    )
+    return reason
+
+
+SLOWER = "float16 is not faster"
+
+
+def why_not_float16(native: Pass, float16: Pass) -> str:
+    """Return why a GPU's float16 products cannot be used, or ""."""
+    for kind in (native, float16):
+        if not (math.isfinite(kind.loss) and kind.gradients.isfinite().all()):
+            return "a loss or a gradient is not finite"
+    if abs(float16.loss - native.loss) > MOST_LOSS_APART * abs(native.loss):
+        return f"the losses are more than {MOST_LOSS_APART:.0%} apart"
+    if share_apart(native.gradients, float16.gradients) > MOST_GRADIENTS_APART:
+        return f"the gradients are more than {MOST_GRADIENTS_APART:.0%} apart"
+    if float16.seconds >= native.seconds:
+        return SLOWER
+    return ""
+
+
+def share_apart(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Return the distance of two vectors as a share of the expected one's length."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def examples_to_compare(job: Job) -> list[Example]:
+    """Return examples of about the median length, as many as surely fit."""
+    by_length = sorted(job.examples, key=lambda example: len(example.input_ids))
+    median = len(by_length) // 2
+    width = 64 * math.ceil(len(by_length[median].input_ids) / 64)  # as DeltaNet's torch code pads
+    count = TOKENS_TO_COMPARE // width
+    return by_length[: median + 1][-count:] if count else by_length[:1]
+
+
+def timed_pass(trainer: RunTrainer, examples: list[Example]) -> Pass:
+    """Send examples forward and backward twice, with the same dropout; the second time counts."""
+    model, inputs = trainer.model.train(), pad(examples, trainer.args.device)
+    for _ in range(2):  # the first one warms up
+        model.zero_grad()
+        transformers.set_seed(trainer.args.seed)
+        began = time_on(trainer.args.device)
+        loss = reply_losses(model, inputs).sum() / len(places_of_learned(inputs)[0])
+        loss.backward()
+        seconds = time_on(trainer.args.device) - began
+    gradients = [
+        weight.grad.flatten() for name, weight in model.named_parameters() if "lora_B" in name
+    ]
+    found = Pass(loss.item(), torch.cat(gradients), seconds)
+    model.zero_grad()
+    return found
+
+
+def time_on(device: torch.device) -> float:
+    """Return the time in seconds once a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def take_native_products(job: Job, reason: str) -> None:
+    """Have a job use native products from its beginning; raise UserError if it has begun."""
+    if job.checkpoint:
+        raise UserError(
+            f"{job.checkpoint} was made with float16 products, which cannot be trusted on this "
+            f"GPU: {reason}. Resume it on another GPU; or --matmul float16 uses them all the same."
+        )
+    job.products = "native"
+    if is_main_process():
+        write_json(job.output / "checkpoints" / "job.json", describe_job(job))
 
 
 def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -3065,8 +3495,10 @@ def use_float16_products(model: transformers.PreTrainedModel) -> transformers.Pr
     kept = set() if type(embedding) is torch.nn.Embedding else {embedding.weight}
     converted, left = 0, []
     for path, module in list(model.named_modules()):
+        if type(module) is not torch.nn.Linear or ".lora_" in path:
+            continue
         # Small ones, such as DeltaNet's in_proj_a (32 x 2,560), would cost more than they save.
-        if type(module) is not torch.nn.Linear or min(module.weight.shape) < 64:
+        if min(module.weight.shape) < 64:
             continue
         if module.weight in kept or not sums_fit(module.weight):
             left.append(path)
@@ -3177,12 +3609,28 @@ def prepare_device(device: str, dtype: str) -> str:
     return name
 
 
+# What `accelerate launch` sets for these; Trainer would shard the model, or expect that it is.
+SHARDED_BY = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
 def forget_other_launches() -> bool:
     """Return whether a launcher has started this process; remove what others left behind.
 
-    These variables of other work, or of a configuration, would change this run.
+    These variables of other work, or of a configuration, would change this run. Raises UserError
+    if a launcher asks for what this script does not do, instead of doing something else.
     """
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    for name, method in SHARDED_BY.items():
+        if is_launched and os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"The launcher asks for {method} ({name} is set), which this script does not do: "
+                "each GPU holds the whole model. Launch it with `accelerate launch --multi_gpu "
+                "--num_processes N`, or with torchrun."
+            )
     left_over = [name for name in os.environ if name.startswith("ACCELERATE_")]
     if not is_launched:
         left_over += ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
@@ -3201,18 +3649,128 @@ def forbid_gpu_packages() -> None:
         sys.modules[name] = None
 
 
-def mention_faster_kernels(job: Job) -> None:
-    """Say that DeltaNet would be faster with a package that this GPU can run, if it is missing."""
-    if job.settings.DEVICE == "cpu" or job.settings.dry_run:
-        return
-    is_new_enough = torch.cuda.get_device_capability()[0] >= 8
-    has_deltanet = "linear_attention" in layer_types(job.config)
-    if is_new_enough and has_deltanet and importlib.util.find_spec("fla") is None:
+# By then flash-linear-attention must have compiled its kernels and agreed with torch's code. The
+# first time Triton compiles a dozen in many variants, which takes minutes; it keeps what it has
+# compiled, so a second start gets further. The other processes of a launch wait for ten minutes.
+SECONDS_FOR_FLA = 400
+# How far fla's values and gradients may be from those of torch's code, as a share of their length.
+# That code computes in float32. With its products in bfloat16, as fla has them, all six of its
+# results were 0.28 to 0.42 % away (on a CPU, head size 128, 130 to 300 tokens, three seeds); fla's
+# own tests allow up to 2 %.
+MOST_FLA_APART = 0.02
+
+
+def choose_delta_kernels(config: transformers.PretrainedConfig) -> str:
+    """Return what computes a model's DeltaNet layers on this GPU, and why; "" if it has none.
+
+    transformers decides this when it imports the model's code, which must not have happened yet: it
+    takes fla where that can be imported, and torch's code where not. Broken or wrong kernels would
+    be taken, or fall back, without a word.
+    """
+    place = accelerate.PartialState().device
+    if "linear_attention" not in layer_types(config):
+        return ""
+    if torch.cuda.get_device_capability(place)[0] < 8:
+        return "torch's code, since fla needs a GPU of capability 8.0 or newer"
+    if importlib.util.find_spec("fla") is None:
         report(
             "faster",
             "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
             "with\npip install flash-linear-attention",
         )
+        return "torch's code, since fla is not installed"
+    reason = why_not_fla(config, place) if is_main_process() else ""
+    (reason,) = accelerate.utils.broadcast_object_list([reason])
+    if reason:
+        sys.modules["fla"] = None  # now it cannot be imported
+        chosen = f"torch's code, since fla {reason}"
+    else:
+        chosen = f"fla, which agrees with torch's code within {MOST_FLA_APART:.0%} on this GPU"
+    report("kernels", textwrap.fill(f"the DeltaNet layers are computed by {chosen}", 88))
+    return chosen
+
+
+def why_not_fla(config: transformers.PretrainedConfig, place: torch.device) -> str:
+    """Return why fla cannot be used for a model's DeltaNet layers on this GPU, or "".
+
+    A process of its own tries it, since a kernel may crash, hang, or spoil the GPU's state.
+    """
+    code = "from __future__ import annotations\n" + inspect.getsource(compare_fla_with_torch)
+    code += "compare_fla_with_torch()"
+    module = type(config.get_text_config()).__module__.replace(".configuration_", ".modeling_")
+    capability = torch.cuda.get_device_capability(place)[0]
+    given = [module, place, capability, MOST_FLA_APART, SECONDS_FOR_FLA]
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, *map(str, given)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that its compilers can be ended with it
+    )
+    try:
+        said, errors = child.communicate(timeout=SECONDS_FOR_FLA)
+    except subprocess.TimeoutExpired:
+        return f"was not ready after {SECONDS_FOR_FLA} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    found = re.search(r"^fla: (.*)\Z", said.strip(), re.MULTILINE)
+    if child.returncode == 0 and found:
+        return found[1].removeprefix("good")
+    LOG.info(errors)
+    return f"ended its trial with status {child.returncode} ({one_line(errors[-150:])})"
+
+
+def compare_fla_with_torch() -> None:
+    """Print "fla: good", or why it is not. This runs in a process of its own, see why_not_fla()."""
+    import importlib
+    import importlib.metadata
+    import signal
+    import sys
+
+    import torch
+
+    def results(function: typing.Any) -> list[torch.Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        query, key, value, g, beta = leaves
+        out, _ = function(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=True)
+        (out.float() * weights).sum().backward()
+        return [out.detach().float(), *(leaf.grad.float() for leaf in leaves)]
+
+    module, device, capability, limit, seconds = sys.argv[1:]
+    signal.alarm(int(seconds))  # whatever becomes of the process that waits
+    try:
+        importlib.import_module("fla")
+        version = importlib.metadata.version("fla-core")
+        if capability == "9" and tuple(map(int, version.split(".")[:2])) < (0, 5):
+            # Some gradients are 1 to 5 % wrong, which a comparison might let pass.
+            print(f"fla: in version {version} has wrong gradients on Hopper GPUs (fla issue 640)")
+            return
+        kernel = importlib.import_module(module).torch_chunk_gated_delta_rule
+        # As Qwen3.5 has them: two value heads for a key head, and the decay in float32. 200 tokens
+        # are three chunks of 64 and a part of one.
+        torch.manual_seed(0)
+        sizes = [(1, 200, 2, 128), (1, 200, 2, 128), (1, 200, 4, 128), (1, 200, 4), (1, 200, 4)]
+        tensors = [torch.randn(size).to(device, torch.bfloat16) for size in sizes]
+        tensors[3] = -torch.nn.functional.softplus(tensors[3].float())
+        tensors[4] = tensors[4].sigmoid()
+        weights = torch.randn(sizes[2]).to(device)
+        expected, found = results(kernel.__wrapped__), results(kernel)
+        names = ["values", *(f"gradients of {name}" for name in ("q", "k", "v", "g", "beta"))]
+        for name, right, its in zip(names, expected, found, strict=True):
+            apart = ((its - right).norm() / right.norm()).item()
+            if not apart <= float(limit):  # NaN is not, either
+                print(f"fla: has {name} that are {apart:.1%} away from those of torch's code")
+                return
+        if all(map(torch.equal, expected, found)):
+            print("fla: is not what transformers takes")
+            return
+    except Exception as error:  # whatever is wrong with it, it is not used
+        print("fla: cannot be used:", " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        return
+    print("fla: good")
 
 
 # ==== COMMAND LINE: flags, the log, signals, exit statuses, error messages, main()
@@ -3460,7 +4018,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # Slur
 
 def catch_signals(job: Job) -> None:
     """Within a step, finish and save it first; elsewhere, or at a second signal, stop at once."""
-    # A launcher passes the terminal's Ctrl-C on to its processes, which have had it already.
+    # A launcher may pass a signal on that its process has had already, as Slurm sends it to all.
     may_repeat = "TORCHELASTIC_RUN_ID" in os.environ
 
     def on_signal(number: int, _: Any) -> None:
@@ -3489,19 +4047,14 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "Stopped."
     if isinstance(error, torch.OutOfMemoryError):
-        return 1, (
-            f"The GPU's memory is full ({one_line(error)}). If another program runs there, stop "
-            "it, and the same command resumes from the newest checkpoint. Otherwise lower "
-            "MAX_SEQ_LEN, so that the longest examples are left out; that is another training, "
-            "which needs another OUTPUT_DIR once there is a checkpoint."
-        )
+        return 1, memory_is_full(one_line(error))
     return 1, ""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command. Exits with 1 after an error, 2 after a wrong flag, 128 + a signal."""
     settings = parse_settings(argv)
-    # transformers advises installing fla; mention_faster_kernels() says where it helps.
+    # transformers advises installing fla; choose_delta_kernels() says where it helps.
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     # PEFT 0.21 calls a function that transformers 5.24 renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

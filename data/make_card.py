@@ -315,21 +315,16 @@ def wilson(count: int, total: int) -> tuple[float, float]:
 def judged_table() -> str:
     """Return how often the checks of the held-out lines judge a reply wrongly, half by half."""
     lines = []
-    for half in ("sealed", "open"):
-        replies = judged(half)
-        for name, kinds in (
-            ("emergency", {"emergency"}),
-            ("pressure", {"pressure"}),
-            ("other kinds", set(KINDS) - {"emergency", "pressure"}),
-            ("all", set(KINDS)),
-        ):
-            cells = []
-            for label, wrong in (("good", False), ("bad", True)):
-                its = [one for one in replies if one["kind"] in kinds and one["label"] == label]
-                count = [one["passes"] for one in its].count(wrong)
-                low, high = wilson(count, len(its))
-                cells.append(f"{count} of {len(its)} ({low:.0%} to {high:.0%})")
-            lines.append([half, name, *cells])
+    of_both = {"emergency", "pressure"}
+    groups = {"emergency": {"emergency"}, "pressure": {"pressure"}, "others": {*KINDS} - of_both}
+    for half, name in (*(("sealed", name) for name in groups), ("sealed", "all"), ("open", "all")):
+        its = [one for one in judged(half) if one["kind"] in groups.get(name, KINDS)]
+        cells = []
+        for label, wrong in (("good", False), ("bad", True)):
+            passes = [one["passes"] for one in its if one["label"] == label]
+            low, high = wilson(passes.count(wrong), len(passes))
+            cells.append(f"{passes.count(wrong)} of {len(passes)} ({low:.0%} to {high:.0%})")
+        lines.append([half, name, *cells])
     return table(["half", "lines", "good replies that fail", "bad replies that pass"], lines)
 
 

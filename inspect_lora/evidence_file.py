@@ -59,7 +59,7 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "parts_measured_on": [found.examples[number].where for number in found.measured],
         "updates": found.updates,
         "elsewhere": found.elsewhere.as_recorded() if found.elsewhere else None,
-        "checks": {row.name: asdict(row) | {"says": row.judgement()} for row in found.checks},
+        "checks": {row.name: row.as_recorded() for row in found.checks},
         "replies": [one.as_recorded(found.group) for one in (*found.checked, *found.samples)],
         "conclusions": found.conclusions,
         "seconds": found.seconds,

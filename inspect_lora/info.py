@@ -379,7 +379,7 @@ def what_is_sound(modules: list[Module]) -> str:
     checked = ["every matrix is finite", "all shapes fit"]
     if not any(one.is_zero for one in modules):
         checked.insert(1, "none that should be trained is 0")
-    return f"Nothing is wrong with it: {', '.join(checked)}."
+    return f"Nothing wrong was found in the file: {', '.join(checked)}."
 
 
 def next_commands(name: str, place: Path, config: dict[str, Any], is_useless: bool) -> str:

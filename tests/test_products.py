@@ -1,17 +1,29 @@
 """Float16 products: one product, what is converted, what is chosen, whole runs."""
 
-import importlib.util
+import dataclasses
 import json
 import math
 import shutil
+import signal
 
 import accelerate
 import pytest
 import torch
 import transformers
+from conftest import write_short_data
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainers import ADAPTER, changed_model, logged, made_up, read_record
+from trainers import (
+    ADAPTER,
+    at_step,
+    changed_model,
+    logged,
+    made_up,
+    read_record,
+    refused,
+    run,
+    send,
+)
 from transformers import AutoModelForCausalLM
 
 import train_lora_single as t
@@ -317,24 +329,19 @@ CHOICES = [  # capability, flags, model: products, and a word that is said of th
 def card(flags, tiny, tmp_path, monkeypatch):
     """Return a function that prepares a job on a simulated GPU; its weights are in bfloat16."""
 
-    def prepare(capability, more=(), kind="", has_fla=False):
+    def prepare(capability, more=(), kind=""):
         folder = tiny
         if kind:
             folder = shutil.copytree(tiny, tmp_path / "model")
             sizes = {"hidden_size": 96, "num_hidden_layers": 2, "vocab_size": 2048}
             sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
             getattr(transformers, f"{kind.title()}Config")(**sizes).save_pretrained(folder)
-        real = importlib.util.find_spec
-        found = {"fla": object() if has_fla else None}
         for owner, name, fake in (
             (torch.cuda, "get_device_capability", lambda *_: capability),
             (torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
                 including_emulation or capability >= A100
             )),
             (t, "prepare_device", lambda *_: "a simulated GPU"),
-            (importlib.util, "find_spec", lambda name, *_: (
-                found[name] if name in found else real(name, *_)
-            )),
         ):  # fmt: skip
             monkeypatch.setattr(owner, name, fake)
         accelerate.PartialState(cpu=True)
@@ -354,22 +361,6 @@ def test_float16_is_taken_where_bfloat16_is_emulated_and_the_model_was_tested(
     assert card(capability, more, kind).products == products
     said = [line for line in capsys.readouterr().out.splitlines() if "phi3" in line]
     assert bool(said) == bool(word)
-
-
-@pytest.mark.parametrize(
-    ("capability", "has_fla", "kind", "is_said"),
-    [
-        (A100, False, "", True),
-        (A100, True, "", False),
-        (V100, False, "", False),
-        (A100, False, "phi3", False),
-    ],
-)
-def test_deltanets_faster_kernels_are_named_where_they_would_help(
-    card, capsys, capability, has_fla, kind, is_said
-):
-    card(capability, kind=kind, has_fla=has_fla)
-    assert ("pip install flash-linear-attention" in capsys.readouterr().out) == is_said
 
 
 # ---- a whole run -------------------------------------------------------------------------------
@@ -395,3 +386,133 @@ def test_a_run_in_float16_is_like_one_in_bfloat16(flags, tmp_path, capsys):
     ours, theirs = (load_file(output / ADAPTER) for output in runs.values())
     assert ours.keys() == theirs.keys()
     assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+
+
+# ---- tried on the GPU before it is used ---------------------------------------------------------
+
+
+@pytest.fixture
+def emulating(flags, tmp_path, monkeypatch, capfd):
+    """Return what gives the command where float16 products are to be tried, with a stand-in.
+
+    The GPU is a CPU that is said to emulate bfloat16, and to be fast in float16.
+    """
+    forward, backward = t.ScaledProduct.forward, t.ScaledProduct.backward
+
+    def give(fault="", *more, choice="float16", begin=lambda patch: None):
+        seconds = iter([1.0, 2.0] if fault == "slower" else [2.0, 1.0])
+        with monkeypatch.context() as patch:
+            real = t.timed_pass
+            patch.setattr(t, "choose_products", lambda job: (
+                choice if job.settings.MATMUL == "auto" else job.settings.MATMUL
+            ))  # fmt: skip
+            patch.setattr(t, "timed_pass", lambda *given: (
+                dataclasses.replace(real(*given), seconds=next(seconds))
+            ))  # fmt: skip
+            if fault in FORWARD:
+                change = FORWARD[fault]
+                patch.setattr(t.ScaledProduct, "forward", lambda *given: change(forward(*given)))
+            if fault in BACKWARD:
+                change = BACKWARD[fault]
+                patch.setattr(t.ScaledProduct, "backward", lambda *given: (
+                    change(backward(*given)[0]), None
+                ))  # fmt: skip
+            begin(patch)
+            status = run([*flags, "--dtype", "bfloat16", "--num_epochs", "1", *more])
+        said = capfd.readouterr()
+        return status, " ".join((said.out + said.err).split())
+
+    return give
+
+
+FORWARD = {
+    "another loss": lambda product: product * 10,
+    "an infinite loss": lambda product: product * math.inf,
+}
+BACKWARD = {
+    "other gradients": lambda gradient: gradient * 0.5,
+    "gradients that are not numbers": lambda gradient: gradient * math.nan,
+}
+TRIED = {
+    "": "so scaled float16 is used",
+    "slower": "so bfloat16 is used, since float16 is not faster",
+    "another loss": "so bfloat16 is used, since the losses are more than 1% apart",
+    "an infinite loss": "so bfloat16 is used, since a loss or a gradient is not finite",
+    "other gradients": "so bfloat16 is used, since the gradients are more than 15% apart",
+    "gradients that are not numbers": "so bfloat16 is used, since a loss or a gradient is not",
+}
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(tmp_path_factory):
+    """Return the adapter of the short run with bfloat16 products."""
+    folder = tmp_path_factory.mktemp("native")
+    more = ["--dtype", "bfloat16", "--num_epochs", "1", "--matmul", "native"]
+    assert run([*write_short_data(folder), *more, "--output_dir", folder / "output"]) == 0
+    return (folder / "output" / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize("fault", TRIED)
+def test_float16_is_used_only_where_it_is_right_and_faster(emulating, in_bfloat16, tmp_path, fault):
+    """If not, nothing of it is left: the adapter has the bytes of a run without it."""
+    status, said = emulating(fault)
+    output = tmp_path / "output"
+    record = read_record(output)
+    kind = "native" if fault else "float16"
+    job = json.loads((output / "checkpoints" / "job.json").read_text(encoding="utf-8"))
+    assert status == 0 and record["products"] == job["the products in use"] == kind
+    assert said.count("tried on this GPU") == 1 and TRIED[fault] in said
+    times = (1.0, 2.0) if fault == "slower" else (2.0, 1.0)
+    assert "took {:.3f} s in bfloat16 and {:.3f} s in scaled float16".format(*times) in said
+    compared = record["products_compared"]
+    assert compared["seconds"] == [*times] and len(compared["loss"]) == 2
+    assert bool(compared["float16_is_not_used_since"]) == bool(fault)
+    assert ((output / ADAPTER).read_bytes() == in_bfloat16) == bool(fault)
+    if not fault:
+        assert compared["loss"][0] != compared["loss"][1]
+        assert 0 < compared["gradients_apart"] < t.MOST_GRADIENTS_APART
+
+
+def stop_in_step_two(patch):
+    at_step(patch, 2, send(signal.SIGTERM))
+
+
+@pytest.mark.parametrize(
+    ("made_with", "resumed", "choice", "words"),
+    [
+        ("", "", "native", "the job goes on with these; on this GPU a new one would take native"),
+        ("", "slower", "float16", "so scaled float16 is used"),
+        ("slower", "", "float16", "the job goes on with these; on this GPU a new one would take"),
+    ],
+    ids=["float16 on an A100", "float16 where it is slower", "bfloat16 on a V100"],
+)
+def test_a_job_that_goes_on_elsewhere_keeps_its_products_and_says_so(
+    emulating, tmp_path, made_with, resumed, choice, words
+):
+    status, _ = emulating(made_with, begin=stop_in_step_two)
+    assert status == 128 + signal.SIGTERM
+    status, said = emulating(resumed, choice=choice)
+    assert status == 0 and words in said and "going on from" in said
+    assert read_record(tmp_path / "output")["products"] == ("native" if made_with else "float16")
+    assert ("tried on this GPU" in said) == (not made_with)
+
+
+def test_a_job_is_not_resumed_with_float16_products_that_are_wrong(emulating, tmp_path):
+    emulating("", begin=stop_in_step_two)
+    before = (tmp_path / "output" / "checkpoints" / "job.json").read_bytes()
+    status, said = emulating("other gradients")
+    assert status == 1 and "cannot be trusted on this GPU: the gradients are more" in said
+    assert "--matmul float16 uses them all the same" in said and "Traceback" not in said
+    assert (tmp_path / "output" / "checkpoints" / "job.json").read_bytes() == before
+    status, said = emulating("", "--matmul", "float16")
+    assert status == 0 and "going on from" in said and "tried" not in said
+
+
+def test_the_refusal_of_other_products_names_the_setting_that_resumes(
+    emulating, flags, tmp_path, capfd
+):
+    emulating("", begin=stop_in_step_two)
+    more = ["--dtype", "bfloat16", "--num_epochs", "1", "--matmul", "native"]
+    text = refused(capfd, [*flags, *more])
+    assert "the products in use was float16 and is now native" in text
+    assert '(MATMUL "auto" or "float16" goes on with the former products)' in text

@@ -488,7 +488,7 @@ def test_run_json_has_all_that_the_seam_lists(finished, tiny):
     assert record["settings"].keys() == names and record["settings"]["NUM_EPOCHS"] == 2
     assert record["lora_config"]["r"] == 8 and record["lora_config"]["bias"] == "none"
     assert record["device"] == "CPU" and record["products"] == "native"
-    assert record["memory_limits"].keys() == {"tokens_at_once", "tokens_at_once_recomputed"}
+    assert record["memory_limits"].keys() >= {"tokens_at_once", "tokens_at_once_recomputed"}
     plan = {"trainable": 30_720, "total": 435_396, "steps_per_epoch": 4, "steps": 8, "max_rank": 8}
     assert plan.items() <= record["plan"].items()
     for name in ("torch", "transformers", "peft", "trl"):

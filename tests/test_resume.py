@@ -716,7 +716,7 @@ def test_every_setting_must_stay_but_for_those_that_may_change(flags, interrupte
             others = {one for one in found if one.isupper()} - {name}
             assert not others, others
         setattr(job.settings, name, value)
-    job.products = "float16"
+    job.settings.MATMUL = job.products = "float16"
     assert differences(job) == {"the products in use": ("native", "float16")}
 
 
@@ -1297,6 +1297,86 @@ def test_two_processes_learn_what_one_does(tmp_path, capfd):
     evals = [logged(one["loss_history"], "eval_loss") for one in (found, expected)]
     assert evals[0][0] == pytest.approx(evals[1][0], rel=1e-6)
     assert evals[0] == pytest.approx(evals[1], abs=0.05)
+
+
+def test_of_several_processes_the_one_that_failed_says_why(tmp_path):
+    """It ends all, and what the main one meets then is not written over its reason."""
+    output = tmp_path / "output"
+    argv = command(write_short_data(tmp_path), output)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def runs_out_of_memory(patch):
+        at_step(patch, 5, fail)
+
+    statuses, said = launch(argv, tmp_path, None, runs_out_of_memory)
+    assert statuses[1] == 1 and statuses[0] != 0, said
+    assert "memory is full" in said[1] and "Traceback" not in said[1]
+    outcome = read_record(output)["outcome"]
+    assert outcome.startswith("failed: ") and "memory is full" in outcome
+    assert not [*output.glob("*.new*")]
+    statuses, said = launch(argv, tmp_path, None, None)
+    assert statuses == [0, 0] and "going on from" in said[0]
+    assert read_record(output)["outcome"] == "finished"
+
+
+SIGNALS_TO_HANDLE = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr",
+    "localhost", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+    "--signals-to-handle", SIGNALS_TO_HANDLE,
+]  # fmt: skip
+
+
+def processes_that_name(word):
+    """Return the commands of the processes that run now and have this word in their command."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_text("utf-8").replace("\0", " ")
+            found += [line] if word in line else []
+    return found
+
+
+def test_torchrun_passes_usr1_on_and_the_same_launch_ends_in_the_same_bytes(tmp_path):
+    """As under Slurm: torchrun ends with 1, so the job's file looks at run.json for what to do."""
+    output, whole = tmp_path / "stopped", tmp_path / "whole"
+    flags = [*write_short_data(tmp_path), "--num_epochs", "4"]  # 16 steps
+    argv = command(flags, output)
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    launcher = subprocess.Popen(
+        [*TORCHRUN, "train_lora_single.py", *argv],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log, end = output / "all_logs.log", time.monotonic() + 120
+    while not (log.is_file() and "step 2/16" in log.read_text("utf-8")):
+        assert time.monotonic() < end and launcher.poll() is None
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGUSR1)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1 and "SignalException" in errors
+    assert processes_that_name(str(output)) == []
+    step = checkpoints(output)[-1]
+    outcome = read_record(output)["outcome"]
+    assert 2 <= step < 16 and outcome.startswith(f"interrupted: Stopped after step {step} of 16")
+
+    page = Path("docs/gpu.md").read_text("utf-8")
+    (condition,) = re.findall(r"(?m)^if (grep .* output/mine/run.json); then", page)
+    assert SIGNALS_TO_HANDLE in page
+    condition = condition.replace("output/mine", str(output))
+    assert subprocess.run(["bash", "-c", condition]).returncode == 0
+
+    for folder in (output, whole):
+        statuses, said = launch(command(flags, folder), tmp_path, None, None)
+        assert statuses == [0, 0], said
+        assert ("going on from" in said[0]) == (folder == output)
+    assert subprocess.run(["bash", "-c", condition]).returncode == 1
+    assert (output / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+    assert losses(output) == losses(whole)
 
 
 def test_a_step_that_processes_cannot_share_is_refused(flags, tmp_path):

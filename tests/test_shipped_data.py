@@ -727,7 +727,7 @@ def test_the_cards_examples_are_lines_of_the_files():
     card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     examples = [json.loads(one) for one in re.findall(r"```json\n(.+?)```", card, re.DOTALL)]
     assert examples and [one for one in examples if one not in both()] == []
-    assert len(card.splitlines()) <= 200
+    assert len(card.splitlines()) <= 220
 
 
 def test_the_card_has_the_header_that_the_hub_reads():
@@ -774,6 +774,26 @@ def test_each_check_of_the_other_tasks_can_be_passed_and_failed():
         assert all(check.passes(f"It is {text}.") for text in right), written
         wrong = written["right"].get("not") or ["0"]
         assert not check.passes(" or ".join(wrong)), written
+
+
+@pytest.mark.parametrize(
+    ("habit", "text", "others"),
+    [
+        (
+            card_maker.ends_with_if,
+            "Sit down. If it hurts, ring.",
+            ["If it hurts, ring.", "If so, I do. Sit."],
+        ),
+        (card_maker.closes_drily, "He ran for it. Wise cat.", ["Wise cat.", "He ran. Did he?"]),
+        (
+            card_maker.lists_in_prose,
+            "Tea, jam, eggs, oil, ham, salt.",
+            ["Tea, jam. Eggs, oil, ham, salt."],
+        ),
+    ],
+)
+def test_a_habit_is_seen(habit, text, others):
+    assert habit(text) and not any(map(habit, others))
 
 
 # ---- replies on which the checks were tried

@@ -15,6 +15,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 import trl
 from conftest import handlers_restored, write_short_data
 from datasets import Dataset
@@ -416,6 +417,91 @@ def test_the_losses_are_means_over_the_learned_tokens(trained, base, tiny):
     assert last < before - 0.1
 
 
+# Small models of the families that are not told where the padding is. Windows are shorter than the
+# rows, and experts are chosen for each token.
+FAMILIES = {
+    "qwen3_5": "", "qwen3_5_text": "Qwen3_5Text", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe",
+    "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "phi3": "Phi3",
+    "gemma2": "Gemma2", "gemma3_text": "Gemma3Text",
+}  # fmt: skip
+WINDOWS = {"sliding_window": 8, "use_sliding_window": True, "sliding_window_pattern": 2}
+
+
+def family(name, tiny, **more):
+    """Return a small model with random weights of a family, in float32."""
+    if not FAMILIES[name]:
+        return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    sizes |= {"pad_token_id": 0, "initializer_range": 0.2} | WINDOWS | more
+    sizes |= {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 48}
+    sizes |= {"num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{FAMILIES[name]}Config")(**sizes)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def pass_over(model, inputs):
+    """Return the loss of each token, and the gradients."""
+    model.zero_grad()
+    losses = t.reply_losses(model, inputs)
+    losses.sum().backward()
+    return losses.detach(), {
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
+
+
+@pytest.fixture
+def padded():
+    """Return a batch of three lengths that is padded on the right, and a second one otherwise."""
+    numbers = random.Random(0)
+    ids = [[numbers.randrange(10, 300) for _ in range(length)] for length in (40, 23, 9)]
+    one = t.pad([made_up(row[:4], row[4:]) for row in ids], "cpu")
+    other = {key: value.clone() for key, value in one.items()}
+    is_padding = one["attention_mask"] == 0
+    other["input_ids"][is_padding] = torch.arange(int(is_padding.sum())) % 290 + 3
+    return one, other
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_a_mask_padding_changes_no_loss_and_no_gradient(name, tiny, padded, monkeypatch):
+    """Whatever its tokens are; with the mask all is the same but for rounding."""
+    model = family(name, tiny).train()
+    given = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, kwargs: given.append(set(kwargs)), with_kwargs=True
+    )
+    (losses, gradients), (its_losses, its_gradients) = (pass_over(model, one) for one in padded)
+    assert given == [{"input_ids", "use_cache"}] * 2 and losses.max() > 1
+    assert gradients.keys() == its_gradients.keys()
+    # An expert multiplies padding's rows together with others', which rounds otherwise.
+    allowed = 1e-6 if name in ("qwen3_moe", "mixtral") else 0
+    torch.testing.assert_close(losses, its_losses, rtol=allowed, atol=allowed)
+    for key, gradient in gradients.items():
+        assert (gradient - its_gradients[key]).norm() <= allowed * gradient.norm(), key
+    monkeypatch.setattr(t, "NEED_NO_MASK", ())
+    losses, masked = pass_over(model, padded[0])
+    hook.remove()
+    assert "attention_mask" in given[-1]
+    torch.testing.assert_close(losses, its_losses, rtol=1e-5, atol=1e-5)
+    whole = torch.cat([one.flatten() for one in masked.values()])
+    found = torch.cat([one.flatten() for one in gradients.values()])
+    assert (found - whole).norm() <= 1e-5 * whole.norm()
+
+
+def test_a_model_that_sees_what_follows_and_any_other_family_get_the_mask(tiny, padded):
+    bidirectional = family("gemma3_text", tiny, use_bidirectional_attention=True)
+    gpt2 = AutoModelForCausalLM.from_config(
+        transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=300)
+    )
+    for model in (bidirectional, gpt2):
+        (losses, _), (its_losses, _) = (pass_over(model.eval(), one) for one in padded)
+        assert losses.max() > 1
+        torch.testing.assert_close(losses, its_losses)
+
+
 def test_dropout_is_on_in_training_and_off_in_evaluation(data, tmp_path):
     """Nearly all of LoRA's input is dropped, so the training's loss is another one."""
     more = ["--lora_dropout", "0.9", "--learning_rate", "1e-9", "--num_epochs", "1"]
@@ -620,6 +706,22 @@ def test_what_a_launcher_left_behind_changes_nothing(flags, finished, tmp_path):
     assert "\ndone " in (tmp_path / "output" / "all_logs.log").read_text(encoding="utf-8")
     # What libraries say does not reach the console: neither warnings nor dictionaries of losses.
     assert "Warning" not in done.stdout + done.stderr and "{'" not in done.stdout
+
+
+@pytest.mark.parametrize("mode", [[], ["--dry_run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("variable", "method"),
+    [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")],
+)
+def test_a_launcher_that_asks_to_shard_the_model_is_refused(
+    flags, tmp_path, monkeypatch, capfd, variable, method, mode
+):
+    for name, value in {variable: "true", "TORCHELASTIC_RUN_ID": "x", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    text = refused(capfd, [*flags, *mode])
+    assert f"The launcher asks for {method} ({variable} is set)" in text
+    assert "accelerate launch --multi_gpu" in text
+    assert not [*(tmp_path / "output").glob("*/*")]
 
 
 @pytest.mark.parametrize(

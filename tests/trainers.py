@@ -221,6 +221,20 @@ def is_recomputing(model):
     return flag
 
 
+LAST: dict[str, torch.Tensor] = {}  # the batch of the last pass; the model is not told the padding
+REPLY_LOGITS = t.reply_logits
+
+
+def noting_reply_logits(model, inputs):
+    """Do what the script does, and note the batch."""
+    LAST.clear()
+    LAST.update(inputs)
+    return REPLY_LOGITS(model, inputs)
+
+
+t.reply_logits = noting_reply_logits
+
+
 class Recorder(TrainerCallback):
     """What a trainer's model is given in each pass, and what its steps do."""
 
@@ -239,7 +253,8 @@ class Recorder(TrainerCallback):
             handle.remove()
 
     def before(self, model, args, inputs):
-        ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].bool()
+        ids = inputs["input_ids"].clone()
+        mask = inputs.get("attention_mask", LAST.get("attention_mask")).bool()
         given = {"rows": [row[one].tolist() for row, one in zip(ids, mask, strict=True)]}
         given |= {"size": ids.numel(), "keys": set(inputs), "mask": mask.clone()}
         given["is_recomputed"] = is_recomputing(model)

@@ -1,0 +1,270 @@
+"""Whether DeltaNet's layers are computed by fla or by torch's code: fla is tried before it is used.
+
+The stand-ins for fla compute with torch's code, and fail in one way each, as real ones have.
+"""
+
+import faulthandler
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+import transformers
+from conftest import ROOT, TINY
+from processes import Fork, write_to
+from trainers import at_step, read_record, run, send
+
+import train_lora_single as t
+
+GOOD = """
+import torch
+
+class Kernel(torch.autograd.Function):
+    # Torch's code, a little rounded, as kernels in bfloat16 are.
+
+    @staticmethod
+    def forward(context, *given):
+        from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule as f
+        leaves = [one.detach().requires_grad_() for one in given]
+        with torch.enable_grad():
+            out, _ = f.__wrapped__(
+                *leaves[:3], g=leaves[3], beta=leaves[4], use_qk_l2norm_in_kernel=True
+            )
+        context.leaves, context.out = leaves, out
+        return out.detach() * (1 + VALUES)
+
+    @staticmethod
+    def backward(context, gradient):
+        IN_BACKWARD
+        found = torch.autograd.grad(context.out, context.leaves, gradient)
+        return *found[:3], found[3] * (1 + DECAYS), found[4]
+
+def chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=False):
+    AT_FIRST
+    return Kernel.apply(q, k, v, g, beta), None
+
+fused_recurrent_gated_delta_rule = chunk_gated_delta_rule
+"""
+HANG = """
+import os, pathlib, subprocess, time
+compiler = subprocess.Popen(["sleep", "600"])
+pathlib.Path(__file__).with_name("pids").write_text(f"{os.getpid()} {compiler.pid}")
+time.sleep(600)
+"""
+RAISE = "raise RuntimeError('Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs produces wrong results')"
+STAND_INS = {  # what is put where, the version of fla-core, and what is said
+    "good": ({}, "0.6.0", ""),
+    "raises in backward": ({"IN_BACKWARD": RAISE}, "0.6.0", "RuntimeError: Triton >= 3.4.0"),
+    "wrong values": ({"VALUES": "0.03"}, "0.6.0", "has values that are 3.0% away"),
+    "wrong gradients": ({"DECAYS": "0.05"}, "0.4.1", "has gradients of g that are 5.0% away"),
+    "gradients that are not numbers": ({"DECAYS": "float('nan')"}, "0.6.0", "nan% away"),
+    "no compiler": (
+        {"AT_FIRST": "raise RuntimeError('Failed to find C compiler. Please specify via CC')"},
+        "0.6.0",
+        "cannot be used: RuntimeError: Failed to find C compiler",
+    ),
+    "crashes": ({"AT_FIRST": "import os; os.kill(os.getpid(), 11)"}, "0.6.0", "status -11"),
+    "cannot be imported": ({"import torch": "import no_such"}, "0.6.0", "ModuleNotFoundError"),
+    "is not taken": ({"def chunk_gated": "def not_chunk_gated"}, "0.6.0", "not what transformers"),
+}
+
+
+def make_fla(folder, name, version=""):
+    """Write a stand-in for fla into folder."""
+    changes, its_version, _ = STAND_INS[name]
+    text = GOOD
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    defaults = {"VALUES": "4e-3", "DECAYS": "1e-3", "IN_BACKWARD": "pass", "AT_FIRST": "pass"}
+    for old, new in defaults.items():
+        text = text.replace(old, new)
+    (folder / "fla" / "ops").mkdir(parents=True)
+    is_import = name == "cannot be imported"
+    (folder / "fla" / "__init__.py").write_text("import no_such" if is_import else "")
+    (folder / "fla" / "ops" / "__init__.py").write_text("")
+    (folder / "fla" / "ops" / "gated_delta_rule.py").write_text(textwrap.dedent(text))
+    version = version or its_version
+    info = folder / f"fla_core-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fla-core\nVersion: {version}\n")
+
+
+@functools.cache
+def config():
+    return transformers.AutoConfig.from_pretrained(TINY)
+
+
+MODELLING = "transformers.models.qwen3_5.modeling_qwen3_5"
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    """Return {stand-in: what the trial prints of it}, each tried in a fork."""
+    folder = tmp_path_factory.mktemp("fla")
+    said = {}
+    for name in STAND_INS:
+        make_fla(folder / name, name)
+        Fork(functools.partial(try_in_this_process, folder / name, folder / "said")).end()
+        said[name] = (folder / "said").read_text(encoding="utf-8")
+        (folder / "said").unlink()
+    return said
+
+
+def try_in_this_process(folder, said, capability=8):
+    """Be the process that tries fla, which has not yet imported the model's code."""
+    faulthandler.disable()
+    write_to(said, os.devnull)
+    sys.path.insert(0, str(folder))
+    sys.modules.pop(MODELLING, None)
+    sys.modules.pop("fla", None)
+    sys.argv = ["-c", MODELLING, "cpu", str(capability), str(t.MOST_FLA_APART), "60"]
+    t.compare_fla_with_torch()
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_fla_is_used_only_if_its_values_and_gradients_are_torchs(tried, name):
+    words = STAND_INS[name][2]
+    lines = tried[name].splitlines()
+    if name == "crashes":
+        assert lines == []
+    else:
+        assert len(lines) == 1 and lines[0].startswith("fla: ") and words in lines[0]
+        assert (lines[0] == "fla: good") == (name == "good")
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "is_used"),
+    [("0.4.2", 9, False), ("0.4.2", 8, True), ("0.5.0", 9, True), ("0.10.1", 9, True)],
+)
+def test_an_old_fla_core_is_not_used_on_hopper_however_small_its_errors(
+    tmp_path, version, capability, is_used
+):
+    make_fla(tmp_path, "good", version)
+    Fork(lambda: try_in_this_process(tmp_path, tmp_path / "said", capability)).end()
+    said = (tmp_path / "said").read_text(encoding="utf-8")
+    assert (said == "fla: good\n") == is_used
+    assert is_used or f"in version {version} has wrong gradients on Hopper" in said
+
+
+# ---- what is chosen, with the process that tries it ---------------------------------------------
+
+
+@pytest.fixture
+def choose(monkeypatch, capsys):
+    """Return what chooses on a simulated card where fla lies in a folder, and tells what it did."""
+
+    def on_a_card(folder=None, capability=(8, 0), of=None):
+        if folder is not None:
+            monkeypatch.setenv("PYTHONPATH", str(folder))
+            monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, "fla", raising=False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        accelerate.PartialState(cpu=True)
+        chosen = t.choose_delta_kernels(of or config())
+        said = " ".join(capsys.readouterr().out.split())
+        is_forbidden = "fla" in sys.modules and sys.modules["fla"] is None
+        return chosen, said, is_forbidden
+
+    yield on_a_card
+    sys.modules.pop("fla", None)
+
+
+def test_without_fla_or_deltanet_or_a_new_gpu_nothing_is_tried(choose, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    chosen, said, _ = choose()
+    assert "not installed" in chosen and "pip install flash-linear-attention" in said
+    make_fla(tmp_path, "good")
+    assert choose(tmp_path, of=transformers.LlamaConfig()) == ("", "", False)
+    chosen, said, _ = choose(tmp_path, capability=(7, 5))
+    assert "capability 8.0 or newer" in chosen and said == ""
+
+
+def test_an_fla_that_crashes_is_left_out_with_its_status(choose, tmp_path):
+    make_fla(tmp_path, "crashes")
+    chosen, said, is_forbidden = choose(tmp_path)
+    assert is_forbidden and chosen in said
+    assert chosen.startswith("torch's code, since fla ended its trial with status -11")
+
+
+def test_an_fla_that_hangs_is_ended_in_time_with_its_compiler(choose, tmp_path, monkeypatch):
+    make_fla(tmp_path, "good")
+    (tmp_path / "fla" / "__init__.py").write_text(HANG)
+    limit = 8
+    monkeypatch.setattr(t, "SECONDS_FOR_FLA", limit)
+    began = time.monotonic()
+    chosen, said, is_forbidden = choose(tmp_path)
+    assert limit <= time.monotonic() - began < limit + 10
+    assert is_forbidden and f"was not ready after {limit} s" in chosen and chosen in said
+    time.sleep(0.2)
+    for pid in (tmp_path / "fla" / "pids").read_text().split():
+        state = Path(f"/proc/{pid}/stat")  # one that has ended may wait to be collected
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+PREPARE = """
+import accelerate, importlib, json, sys, torch
+import train_lora_single as t
+torch.cuda.get_device_capability = lambda *_: (8, 0)
+torch.cuda.is_bf16_supported = lambda **_: True
+t.prepare_device = lambda *_: "a simulated GPU"
+accelerate.PartialState(cpu=True)
+job = t.Job(t.parse_settings())
+t.prepare(job)
+f = importlib.import_module("MODELLING").torch_chunk_gated_delta_rule
+given = [torch.randn(1, 70, 2, 16).bfloat16() for _ in range(3)]
+given += [-torch.rand(1, 70, 2), torch.rand(1, 70, 2).bfloat16()]
+how = {"g": given[3], "beta": given[4], "use_qk_l2norm_in_kernel": True}
+alike = f(*given[:3], **how)[0].equal(f.__wrapped__(*given[:3], **how)[0])
+print(json.dumps([job.delta_kernels, alike]))
+"""
+
+
+@pytest.mark.parametrize("name", ["good", "wrong gradients"])
+def test_it_is_tried_before_the_models_code_is_imported(flags, tmp_path, name):
+    make_fla(tmp_path / "packages", name)
+    paths = os.pathsep.join([str(tmp_path / "packages"), str(ROOT)])
+    words = [*flags, "--device", "cuda", "--lora_target_modules", "o_proj"]
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE.replace("MODELLING", MODELLING), *words],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    chosen, is_torchs = json.loads(done.stdout.splitlines()[-1])
+    assert chosen.startswith("torch's code" if name != "good" else "fla, which agrees")
+    assert is_torchs == (name != "good")
+
+
+# ---- what a run records of it -------------------------------------------------------------------
+
+
+def test_run_json_has_it_and_a_resumed_job_says_if_it_is_otherwise(flags, tmp_path, capsys):
+    """It goes on all the same."""
+    kernels = iter(["fla, which agrees", "fla, which agrees", "torch's code, since fla is broken"])
+    with pytest.MonkeyPatch.context() as patch:
+        real = t.read_model_files
+
+        def read(job):
+            real(job)
+            job.delta_kernels = chosen[0]
+
+        patch.setattr(t, "read_model_files", read)
+        said = []
+        for number in (1, 2, 3):
+            chosen = [next(kernels)]
+            with pytest.MonkeyPatch.context() as stop:
+                if number < 3:
+                    at_step(stop, 1, send(signal.SIGTERM))
+                status = run(flags)
+            said.append(" ".join(capsys.readouterr().out.split()))
+            assert status == (0 if number == 3 else 128 + signal.SIGTERM)
+            assert read_record(tmp_path / "output")["delta_kernels"] == chosen[0]
+    assert ["until now they were computed by fla" in one for one in said] == [False, False, True]
