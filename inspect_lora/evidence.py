@@ -23,6 +23,7 @@ from pathlib import Path
 
 from inspect_lora import adapters, conversations
 from inspect_lora.adapters import open_adapter, refuse_system_message, system_message_of
+from inspect_lora.base_side import BaseSide, hash_of_tokens
 from inspect_lora.checks import rows_of_checks
 from inspect_lora.common import InspectError, at_least, counted, file_sha256, path_from_here, report
 from inspect_lora.conclusions import (
@@ -119,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
         found.general_file = {"file": str(path), "sha256": file_sha256(path)}
     is_written = False
     try:
-        measure(found, tasks, options)
+        measure(found, tasks, BaseSide(adapter, folder), options)
         write_report(found, folder)
         is_written = True
     finally:  # also what was found before Ctrl-C
@@ -131,15 +132,21 @@ def run(options: argparse.Namespace) -> None:
         report_page(folder / PAGE)
 
 
-def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> None:
+def measure(
+    found: Findings, tasks: list[Task], before: BaseSide, options: argparse.Namespace
+) -> None:
     """Measure everything, and print each finding as soon as it is there."""
     model, chat_format = found.adapter.model, found.adapter.chat_format
     # A 4-bit weight is packed otherwise from the first pass on, so the updates come before it.
     found.updates = measure_updates(model)
+    found.base_computed_with = before.computed_with
+    found.tokens_hash = hash_of_tokens(found.examples)
     with timed(found, "losses"):
         trained = losses_of(model, found.examples, "adapter")
-        with model.disable_adapter():
-            base = losses_of(model, found.examples, "base")
+        base = before.losses(found.examples)
+        if base is None:
+            with model.disable_adapter():
+                base = losses_of(model, found.examples, "base")
     for name, losses in (("the base model", base), ("the adapter", trained)):
         refuse_nan(name, losses, found)
     found.losses = Losses(
@@ -159,7 +166,7 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         several = "(a line may have several checks)"
         report("checks", f"{lines}, two replies to each {several}; --checks 0 leaves them out")
         with timed(found, "checks"):
-            found.checked = ask_both(model, chat_format, checked, CHECKED_TOKENS, "checks")
+            found.checked = ask_both(model, chat_format, checked, CHECKED_TOKENS, "checks", before)
         found.checks = rows_of_checks([one.as_recorded(found.group) for one in found.checked])
         print_checks(found)
         if sentence := about_cut_checks(found.checked, CHECKED_TOKENS):
@@ -169,7 +176,7 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         with timed(found, "samples"):
             prompts = list(map(task_of_example, chosen))
             most = options.max_new_tokens
-            found.samples = ask_both(model, chat_format, prompts, most, "samples")
+            found.samples = ask_both(model, chat_format, prompts, most, "samples", before)
         if sentence := about_endings(found.samples, options.max_new_tokens):
             found.conclusions.insert(0, sentence)
     print_conclusions(found)

@@ -60,7 +60,12 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "updates": found.updates,
         "elsewhere": found.elsewhere.as_recorded() if found.elsewhere else None,
         "checks": {row.name: row.as_recorded() for row in found.checks},
-        "replies": [one.as_recorded(found.group) for one in (*found.checked, *found.samples)],
+        "replies": [one.as_recorded(found.group) for one in found.answered()],
+        "base_side": {
+            "computed_with": found.base_computed_with,
+            "examples": found.tokens_hash,
+            "prompts": [one.prompt_hash for one in found.answered()],
+        },
         "conclusions": found.conclusions,
         "seconds": found.seconds,
     }
@@ -156,6 +161,14 @@ class KnownFile(pydantic.BaseModel):
     conversations_sha256: str = ""  # schema 1 has none
 
 
+class OfBase(pydantic.BaseModel):
+    """What tells whether the base's losses and replies are those of another measurement."""
+
+    computed_with: dict[str, str] = {}
+    examples: str = ""  # a hash of the held-out replies' tokens
+    prompts: list[str] = []  # one of each prompt's tokens, as "replies" stand
+
+
 class Evidence(pydantic.BaseModel):
     """What is read of an evidence.json."""
 
@@ -175,6 +188,7 @@ class Evidence(pydantic.BaseModel):
     elsewhere: dict[str, Any] | None = None
     checks: dict[str, dict[str, Any]] = {}
     replies: list[Exchange] = []
+    base_side: OfBase = OfBase()
     checked_replies: list[CheckedReply] = []  # of schema 1, which had no others
     folder: Path = Path()
 

@@ -38,6 +38,8 @@ class Findings:
     checks: list[CheckRow] = field(default_factory=list)
     checked: list[Answered] = field(default_factory=list)  # what the rows of checks count
     samples: list[Answered] = field(default_factory=list)
+    base_computed_with: dict[str, str] = field(default_factory=dict)
+    tokens_hash: str = ""  # of all examples
     conclusions: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # what each measurement took
     is_finished: bool = False
@@ -53,6 +55,10 @@ class Findings:
     def groups(self) -> list[str]:
         """Return the kind of each example's line."""
         return [group_of(example, self.group) for example in self.examples]
+
+    def answered(self) -> list[Answered]:
+        """Return every prompt that both replied to, with the replies."""
+        return [*self.checked, *self.samples]
 
     def lower_on(self) -> int:
         """Return on how many examples the adapter's loss is lower than the base's."""
