@@ -168,8 +168,12 @@ def find_evidence(
         published = set((trained_by.record.get("adapter_sha256") or {}).values())
         hashes |= published if hashes & published else set()  # a checkpoint is not among them
     read = (read_evidence(path) for one in folders for path in records_below(one))
-    ours = [one for one in read if one and one.losses and one.adapter_sha256 in hashes]
-    ours = [one for one in ours if one.enable_thinking == options.enable_thinking]
+    ours = [one for one in read if one and one.adapter_sha256 in hashes]
+    with_losses = [one for one in ours if one.losses]
+    if ours and not with_losses:
+        where = path_from_here(ours[0].folder / "evidence.json")
+        report("here", f"{where}\nis of prompts without replies and holds no losses")
+    ours = [one for one in with_losses if one.enable_thinking == options.enable_thinking]
     return max(ours, key=lambda one: one.measured, default=None)
 
 

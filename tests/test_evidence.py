@@ -366,7 +366,7 @@ def test_the_report_says_that_it_guessed_and_names_a_folder_without_a_branch(
     path = write_lines(tmp_path / "eval.jsonl", [{"messages": said}] * 2)
     adapter = save_adapter(tmp_path / "adapter")
     run = measure(capsys, adapter, path, *SHORT)
-    guessed = "- system message (guessed: the one that all held-out lines share): You are Nell."
+    guessed = "- system message (guessed: the one that all lines share): You are Nell."
     assert guessed in run.report
     assert re.search(r"- base: .*tiny-qwen3\.5, in float32", run.report)
     assert "by kind of line" not in run.report  # there is one kind
