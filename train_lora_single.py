@@ -74,6 +74,10 @@ if sys.platform == "win32":
 # Libraries read these when they are imported.
 # Threads that busy-wait slowed a small model on a CPU from 28 s to 245 s beside a busy process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Each step has its own width, which would leave the GPU's memory in fragments. (Newer versions of
+# torch read PYTORCH_ALLOC_CONF, too.)
+if "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if sys.stderr is None or not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -282,6 +286,7 @@ def training_config(job: Job) -> trl.SFTConfig:
         seed=settings.SEED,
         num_train_epochs=settings.NUM_EPOCHS,
         max_steps=job.plan.steps,  # this decides, not the epochs
+        optim="adamw_torch_fused",  # the default from torch 2.8 on, and the same with 2.7
         learning_rate=settings.LEARNING_RATE,
         lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
         # Rounded down: TRL would round up, and the first step of a warm-up has the rate 0.
@@ -570,8 +575,18 @@ def load_model(
 ) -> transformers.PreTrainedModel:
     """Return the base model's text part, loaded straight onto the device.
 
-    Raises UserError if the weights cannot be had, or if the files lack some of them.
+    Raises UserError if the weights cannot be had, do not fit, or if the files lack some of them.
     """
+    full: list[str] = []
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        """Note a report that the memory is full, which transformers gives for each weight."""
+        if "out of memory" in record.getMessage():
+            full.append(record.getMessage())
+        return not full
+
+    loader = logging.getLogger("transformers.modeling_utils")
+    loader.addFilter(is_shown)
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             model_name,
@@ -582,13 +597,18 @@ def load_model(
             use_safetensors=True,  # a pickle could run code
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, RuntimeError, safetensors.SafetensorError, HTTPError) as error:
+        if full or isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"{model_name}: the weights do not fit in the GPU's free memory. Stop other "
+                "programs on this GPU (nvidia-smi lists them), or use one with more memory."
+            ) from error
         raise UserError(
             f"{model_name}: the weights cannot be loaded ({one_line(error)}). Whole safetensors "
             "files are needed; run the command again to go on downloading."
         ) from error
+    finally:
+        loader.removeFilter(is_shown)
     if found["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = join_limited(sorted(found["missing_keys"]), 3, ", ")
         raise UserError(f"{model_name}: the files lack the weights {missing}.")
@@ -1689,6 +1709,10 @@ class RunTrainer(LoraTrainer):
         """
         if self.args.should_save:
             self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Return 0: to count the weights for Trainer's estimate took 5 ms a step on a CPU."""
+        return 0
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Do nothing: TRL's card does not describe the run, and publish() writes one that does."""
@@ -3214,8 +3238,35 @@ def prepare_device(device: str, dtype: str) -> str:
             f"({one_line(error)}). The versions in requirements.txt run on sm_70 (V100) to sm_120; "
             "if it is one of these, free its memory."
         ) from error
-    report("device", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free")
+    # With a newer cuDNN on LD_LIBRARY_PATH torch would prefer its attention, which plans anew for
+    # each width of a step, in about a second (FunASR issue 3704).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    text = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+    if visible is None and not is_launched:
+        text += freer_gpu(free)
+    report("device", text)
     return name
+
+
+def freer_gpu(free: int) -> str:
+    """Return a note if the first GPU is used of several, and which of them has more free memory."""
+    command = ["nvidia-smi", "--query-gpu=uuid,name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):  # it need not be there
+        return ""
+    rows = [line.split(", ") for line in said.stdout.splitlines() if line.count(", ") == 2]
+    sizes = {(uuid, name): int(mib) * 2**20 for uuid, name, mib in rows if mib.isdecimal()}
+    if len(sizes) < 2:
+        return ""
+    note = f"\nit is the first of {len(sizes)} GPUs, since CUDA_VISIBLE_DEVICES is not set"
+    uuid, name = max(sizes, key=lambda gpu: sizes[gpu])
+    if sizes[uuid, name] > free + 2**30:
+        note += (
+            f";\n{sizes[uuid, name] / 2**30:.1f} GiB are free on another one ({name}): "
+            f"CUDA_VISIBLE_DEVICES={uuid} takes it"
+        )
+    return note
 
 
 # What `accelerate launch` sets for these; Trainer would shard the model, or expect that it is.
