@@ -29,6 +29,25 @@ To jump to any other, search for its name after four equals signs, such as "====
     COMMAND LINE      How do flags, the log, exit statuses and messages work?
 """
 
+# `uv run train_lora_single.py --demo` reads this (PEP 723), and needs no environment made by hand.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
+#     "transformers>=5.24,<5.30",
+#     "peft>=0.21.2,<0.22",
+#     "trl>=1.16,<1.17",
+#     "datasets>=5,<6",
+#     "accelerate>=1.15,<2",
+#     "safetensors>=0.8,<1",
+#     "pydantic>=2.10,<3",
+#     "huggingface_hub",
+#     "filelock",
+#     "tqdm",
+#     "jinja2",
+# ]
+# ///
+
 from __future__ import annotations
 
 import argparse
@@ -128,8 +147,9 @@ REPLIES: Literal["all", "last"] = "all"  # which replies of a conversation are l
 MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
-# If you change r, keep alpha: r = 1 to 16 then ended alike at one learning rate (docs/evidence.md).
-LORA_R: Rank = 8  # the rank; a rule of thumb: 4 for a narrow task, 8 for a style, 16 for more
+# If you change r, keep alpha. With the shipped conversations r = 1 to 16 then gave the same loss
+# (docs/evidence.md), so r is not the first constant to try.
+LORA_R: Rank = 8  # the rank; larger data may need more, such as 16 or 32
 LORA_ALPHA: Count = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
 LORA_TARGET_MODULES: Annotated[list[Name], Field(min_length=1)] = [  # the layers that get LoRA
@@ -159,8 +179,8 @@ SEED: Seed = 42  # decides dropout, the order of the examples, and the values th
 # Results.
 OUTPUT_DIR: Name = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
 LOGGING_STEPS: Count = 10  # a line is printed every so many steps
-SAVE_STEPS: Count = 50  # a checkpoint every so many steps: the most that a crash can lose
-PUBLISH: Literal["last", "best"] = "last"  # the epoch to publish; "best" by the held-out loss
+SAVE_STEPS: Count = 50  # a checkpoint every so many steps; a crash loses the steps since then
+FINAL_LORA: Literal["last", "best"] = "last"  # its epoch; "best" by the held-out loss
 REPORT_TO: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
 
 # How the frozen weights are multiplied.
@@ -358,6 +378,7 @@ class LoraTrainer(trl.SFTTrainer):
         """Remember the job."""
         self.job = job
         super().__init__(**given)
+        self.recomputing_layers = layers_that_recompute(self.model)
 
     def training_step(
         self,
@@ -368,20 +389,41 @@ class LoraTrainer(trl.SFTTrainer):
         """Send the examples of a step through the model, and return their loss.
 
         It is a sum over tokens, divided by their number in the whole step. So apart from dropout
-        and rounding the gradient is the same, however the step is divided.
+        and rounding the gradient is the same, however the step is divided. A step that runs out of
+        memory is done again in smaller parts, see MEMORY.
         """
-        model.train()
-        # What fits was found before, see MEMORY.
-        parts = split_step(self._prepare_inputs(inputs), self.job.token_limits)
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        for tries_left in (3, 2, 1, 0):
+            parts = split_step(inputs, self.job.token_limits)  # what fits was found before
+            loss, failed = self.go_through(model, parts, num_items_in_batch)
+            if failed is None:
+                return loss
+            make_room(self, failed, tries_left)
+        raise AssertionError("make_room() ends the run when no try is left")
+
+    def go_through(
+        self,
+        model: torch.nn.Module,
+        parts: list[tuple[dict[str, torch.Tensor], bool]],
+        num_items_in_batch: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, OutOfMemory | None]:
+        """Send each part forward and backward; return their loss, and the part that did not fit."""
         total = torch.zeros((), device=self.args.device)
         for number, (part, is_recomputed) in enumerate(parts, 1):
-            set_recomputation(self.model, is_recomputed)
+            set_recomputation(self.recomputing_layers, is_recomputed)
             is_last = number == len(parts)  # only then do processes exchange gradients
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
-                self.accelerator.backward(loss)
+            try:
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                    self.accelerator.backward(loss)
+            except torch.OutOfMemoryError as error:
+                if self.accelerator.num_processes > 1:
+                    raise  # the others wait for this one's gradients, so all must end
+                return total, OutOfMemory(part, is_recomputed, one_line(error))
             total += loss.detach()
-        return total
+        return total, None
 
     def compute_loss(
         self,
@@ -536,7 +578,7 @@ def load_chat_format(model_name: str, revision: str, tokenizer_folder: str = "")
     Args:
         model_name: a folder, or a name on the hub.
         revision: its commit there.
-        tokenizer_folder: where the tokenizer is, if it is not the model's own.
+        tokenizer_folder: an adapter's own tokenizer; training takes the model's.
     """
     chosen = {"revision": revision, "trust_remote_code": False}
     where = {"trust_remote_code": False} if tokenizer_folder else chosen
@@ -649,10 +691,14 @@ def model_is_named(model_name: str) -> Iterator[None]:
 # A message has a "role" and a "content", and no other keys. At most one system message comes first,
 # which may also be the line's key "system"; then user and assistant take turns, and a reply comes
 # last. "tools" and "functions" are refused. All other keys of a line are ignored, and everywhere
-# those whose value is null.
+# those whose value is null. Dumps in ShareGPT's form often begin with a greeting of the assistant,
+# or end with a question that has no reply. There these are left out and counted; in "messages"
+# they are an error.
 #
 # Every line of both files is checked, and all problems are reported together, equal ones once; then
-# nothing is trained. With an EVAL_FILE like "10%" hold_out() chooses the held-out conversations.
+# nothing is trained. With an EVAL_FILE like "10%" hold_out() chooses the held-out conversations. If
+# TRAIN_FILE grows later, others may be chosen: then a new run may learn what an earlier one held
+# out, so compare the two on a file of its own.
 
 
 def read_data(job: Job) -> None:
@@ -718,6 +764,7 @@ COMPLETION, SHAREGPT, ALPACA = (
     ("instruction", "output"),
 )
 FORMS = (("messages",), COMPLETION, SHAREGPT, ALPACA)
+CONVERSATION_KEYS = {key for keys in FORMS for key in keys} | {"system", "input"}
 FORM_RULE = (
     'write {"prompt": [messages], "completion": [one message]} or {"messages": [messages]}; '
     "docs/data.md shows all four forms"
@@ -753,7 +800,8 @@ def read_conversations(
     Args:
         path: a file of one JSON object a line, or of one JSON array.
         replies: "all" or "last", what a conversation with several replies teaches.
-        accepts_thinking: take replies with a <think> part, too; training does not.
+        accepts_thinking: take replies with a <think> part, too. Training does not; whoever
+            measures an adapter of another trainer may.
     """
     shown = path_from_here(path)
     examples: list[Example] = []
@@ -1188,7 +1236,7 @@ def encode(
     Args:
         examples: all of the file.
         chat_format: how they become tokens.
-        max_seq_len: the most tokens that an example may have, if there is a limit.
+        max_seq_len: the most tokens that an example may have. Training always has a limit.
     """
     rendered: list[Example] = []
     problems: list[Problem] = []
@@ -1727,13 +1775,19 @@ def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
     share = job.held_out[process.process_index :: process.num_processes]
     # B A is 0 at first, but not with every init_lora_weights.
     with model.disable_adapter() if step == 0 else contextlib.nullcontext():
-        losses = example_losses(model, share, job.token_limits.most(), "held-out loss")
+        losses = example_losses(
+            model, share, job.token_limits.most(), "held-out loss", job.token_limits
+        )
     losses = accelerate.utils.gather_object(losses)
     return sum(losses) / sum(len(example.reply_ids) for example in job.held_out)
 
 
 def example_losses(
-    model: torch.nn.Module, examples: list[Example], tokens_at_once: int, title: str
+    model: torch.nn.Module,
+    examples: list[Example],
+    tokens_at_once: int,
+    title: str,
+    limits: MemoryLimits | None = None,
 ) -> list[float]:
     """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
 
@@ -1746,6 +1800,7 @@ def example_losses(
         tokens_at_once: how many go through the model together, padding included; at least one
             example does. If the GPU's memory is too small for them, fewer do.
         title: what is measured.
+        limits: where to remember that fewer fit, so that the next evaluation begins with as many.
     """
     order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
     losses = [0.0] * len(examples)
@@ -1755,14 +1810,12 @@ def example_losses(
         while order:
             width = len(examples[order[-1]].input_ids)
             batch = order[-max(1, tokens_at_once // width) :]  # the longest that are left
-            inputs = pad([examples[number] for number in batch], model.device)
-            try:
-                sums = reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                tokens_at_once = len(batch) // 2 * width
+            sums = losses_if_they_fit(model, [examples[number] for number in batch])
+            if sums is None:  # the exception is gone, and with it what it held
                 torch.cuda.empty_cache()
+                tokens_at_once = len(batch) // 2 * width
+                if limits is not None:
+                    limits.tokens_evaluated = tokens_at_once
                 continue
             for number, loss in zip(batch, sums, strict=True):
                 losses[number] = loss
@@ -1770,6 +1823,17 @@ def example_losses(
             bar.update(len(batch))
     model.train(was_training)
     return losses
+
+
+def losses_if_they_fit(model: torch.nn.Module, batch: list[Example]) -> list[float] | None:
+    """Return the summed loss of each example, or None where fewer at once may find their memory."""
+    try:
+        inputs = pad(batch, model.device)
+        return reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+        return None
 
 
 def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
@@ -1945,27 +2009,88 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 #
 # A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
 # is in how many parts they go through the model. Before training, find_what_fits() tries how many
-# tokens fit at once beside what the optimizer will keep:
+# tokens fit at once beside what the optimizer will keep, and measures what they cost:
+# - The trial is the hardest that so many tokens can be: all of them are targets, in rows as long as
+#   the longest example. Fewer targets cost less. A row that DeltaNet's torch code fills up to a
+#   multiple of 64 tokens costs more than its tokens. Both are measured, and each part is counted as
+#   so many tokens of the trial as it costs.
 # - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
 #   backward pass but computed again, which takes little memory and nearly 50 % more work. Such
 #   examples, too, go through together as long as they fit, and one by one if they do not.
 # - Only if the longest training example does not fit even so does the run end, before it trains.
 #   The advice is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to stop other programs.
-# - If another program takes the memory later, the run ends, and the same command resumes.
+# - If a step runs out of memory all the same, as when another program takes it, the limit becomes
+#   three quarters of what did not fit, and the step is done again. Several processes end instead.
 # On a CPU nothing is tried, and every step goes through whole.
+
+DELTANET_CHUNK = 64  # tokens: DeltaNet's torch code fills each row up to a multiple of them
+TARGET_SHARES = (0.0, 0.25, 0.5, 1.0)  # of a trial's tokens, at which its memory is measured
+
+
+@dataclass
+class TokenCosts:
+    """What tokens cost in memory, where one of the trial costs 1.
+
+    The memory of a pass is the most of several moments, such as the loss and the backward pass of a
+    layer, and each grows in proportion to tokens, targets and padding. So what lies between two
+    measurements costs at most what a straight line between them says.
+    """
+
+    # A token of a part in which none, a quarter, half, and all of the tokens are targets.
+    by_target_share: list[float] = field(default_factory=lambda: [1.0] * len(TARGET_SHARES))
+    padding: float = 1.0  # a place that fills a row up to a multiple of DELTANET_CHUNK
+
+    def count(self, lengths: list[int], targets: int) -> float:
+        """Return as how many tokens of the trial rows of these lengths count, padded to one width.
+
+        Args:
+            lengths: of the rows, in tokens.
+            targets: how many of all their tokens are targets.
+        """
+        rows, width = len(lengths), max(lengths)
+        share = targets / (rows * max(1, width - 1))  # the first token of a row is no target
+        place = max(0, bisect.bisect_left(TARGET_SHARES, share) - 1)
+        (low, high), (cost, next_cost) = (
+            values[place : place + 2] for values in (TARGET_SHARES, self.by_target_share)
+        )
+        cost += (share - low) / (high - low) * (next_cost - cost)
+        return rows * (width * cost + (whole_chunks(width) - width) * self.padding)
 
 
 @dataclass
 class MemoryLimits:
-    """How many tokens, padding included, may go through the model at once while training."""
+    """How much may go through the model at once while training, in tokens of the trial."""
 
     tokens_at_once: int  # with their activations kept for the backward pass
     tokens_at_once_recomputed: int  # the same number, unless the longest example needs more
+    costs: TokenCosts = field(default_factory=TokenCosts)
+    costs_recomputed: TokenCosts = field(default_factory=TokenCosts)
+    tokens_evaluated: int = 0  # how many fit while evaluating, once it has run out of memory
 
     def most(self) -> int:
-        """Return how many fit at the most; evaluation needs far less memory."""
-        return max(self.tokens_at_once, self.tokens_at_once_recomputed)
+        """Return how many tokens to evaluate at once; that needs far less memory than training."""
+        return self.tokens_evaluated or max(self.tokens_at_once, self.tokens_at_once_recomputed)
+
+    def count(self, lengths: list[int], targets: int, is_recomputed: bool) -> float:
+        """Return as how many tokens of the trial rows of these lengths count."""
+        costs = self.costs_recomputed if is_recomputed else self.costs
+        return costs.count(lengths, targets)
+
+    def fit(self, lengths: list[int], targets: int, is_recomputed: bool) -> bool:
+        """Return whether rows of these lengths may go through the model together."""
+        limit = self.tokens_at_once_recomputed if is_recomputed else self.tokens_at_once
+        # No row was tried that is longer than the trial: attention grows with the square of it.
+        return max(lengths) <= limit and self.count(lengths, targets, is_recomputed) <= limit
+
+
+@dataclass
+class OutOfMemory:
+    """A part of a step that did not find its memory."""
+
+    inputs: dict[str, torch.Tensor]
+    is_recomputed: bool
+    message: str  # torch's
 
 
 def find_what_fits(trainer: RunTrainer, job: Job) -> None:
@@ -2014,46 +2139,113 @@ def find_what_fits(trainer: RunTrainer, job: Job) -> None:
 def most_tokens(job: Job) -> tuple[int, int]:
     """Return the tokens of the longest example, and those of a step of nothing but such ones.
 
-    Held-out examples do not count: they are only evaluated, which needs far less memory.
+    In the second number each example is filled up to whole chunks of DeltaNet. Held-out examples do
+    not count: they are only evaluated, which needs far less memory.
     """
     longest = max(len(example.input_ids) for example in job.examples)
     processes = accelerate.PartialState().num_processes
     examples = min(len(job.examples), examples_per_step(job.settings) // processes)
-    return longest, longest * examples
+    return longest, whole_chunks(longest) * examples
+
+
+def whole_chunks(tokens: int) -> int:
+    """Return a number of tokens, rounded up to whole chunks of DeltaNet's torch code."""
+    return DELTANET_CHUNK * math.ceil(tokens / DELTANET_CHUNK)
 
 
 def try_what_fits(trainer: RunTrainer, longest: int, whole_step: int) -> MemoryLimits:
     """Return how many tokens fit; recomputation is tried only if a single example needs it."""
-    kept = largest_that_fits(lambda n: pass_fits(trainer, n, longest, False), whole_step)
-    if kept >= longest:
-        return MemoryLimits(kept, kept)
-    recomputed = largest_that_fits(lambda n: pass_fits(trainer, n, longest, True), whole_step)
-    if recomputed < longest and pass_fits(trainer, longest, longest, True):
+    kept = largest_that_fits(lambda n: trial_fits(trainer, n, longest, False), whole_step)
+    costs = measure_costs(trainer, kept, longest, False)
+    if kept >= whole_chunks(longest):
+        return MemoryLimits(kept, kept, costs)
+    recomputed = largest_that_fits(lambda n: trial_fits(trainer, n, longest, True), whole_step)
+    if recomputed < longest and trial_fits(trainer, longest, longest, True):
         recomputed = longest  # which lies between two multiples of 16
-    return MemoryLimits(kept, recomputed)
+    return MemoryLimits(kept, recomputed, costs, measure_costs(trainer, recomputed, longest, True))
 
 
-def pass_fits(trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
+def trial_fits(trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
     """Return whether a forward and a backward pass over so many tokens find their memory.
 
-    The trial is at least as hard as any step of so many tokens: its rows are at least as long as
-    the longest example, or one row has them all; every token is learned, and there is padding.
+    The trial is at least as hard as any part of a step that counts as so many tokens.
     """
-    rows = max(1, tokens // longest)
-    width = math.ceil(tokens / rows)
-    set_recomputation(trainer.model, is_recomputed)
+    rows, width = hardest_shape(tokens, longest)
+    return memory_of_pass(trainer, rows, width, 1.0, is_recomputed) is not None
+
+
+def hardest_shape(tokens: int, longest: int) -> tuple[int, int]:
+    """Return the rows and the width of a trial of so many tokens.
+
+    Its rows are at least as long as the longest example, but less than about twice as long, or one
+    row has all the tokens. As few places as possible fill rows up to whole chunks.
+    """
+    most_rows = max(1, tokens // whole_chunks(longest))
+    shapes = [(rows, math.ceil(tokens / rows)) for rows in range(most_rows, most_rows // 2, -1)]
+    return min(shapes, key=lambda shape: shape[0] * whole_chunks(shape[1]))
+
+
+def memory_of_pass(
+    trainer: RunTrainer, rows: int, width: int, target_share: float, is_recomputed: bool
+) -> int | None:
+    """Return how many bytes a forward and a backward pass need at the most; None if too many.
+
+    Args:
+        trainer: with the model.
+        rows: of the batch.
+        width: of each row, in tokens.
+        target_share: how many of the tokens are targets; each row has at least one.
+        is_recomputed: whether activations are computed again and not kept.
+    """
+    set_recomputation(trainer.recomputing_layers, is_recomputed)
     trainer.model.train()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     try:
         ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
-        inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        labels = ids.clone()
+        labels[:, : width - max(1, math.ceil(target_share * (width - 1)))] = -100
+        inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
         inputs["attention_mask"][1:, -1] = 0  # padding takes memory of its own
-        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=tokens).backward()
+        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=rows * width).backward()
+        return torch.cuda.max_memory_allocated() - before
     except torch.OutOfMemoryError:
-        return False
+        return None
     finally:
         trainer.model.zero_grad()
         torch.cuda.empty_cache()
-    return True
+
+
+def measure_costs(
+    trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool
+) -> TokenCosts:
+    """Measure what fewer targets save, and what filling up short rows costs.
+
+    Args:
+        trainer: with the model.
+        tokens: as many as fit at once.
+        longest: the tokens of the longest example.
+        is_recomputed: whether activations are computed again and not kept.
+    """
+    if tokens == 0:
+        return TokenCosts()
+    rows, width = hardest_shape(tokens, longest)
+    found = [memory_of_pass(trainer, rows, width, share, is_recomputed) for share in TARGET_SHARES]
+    # Rows of two tokens, of which one predicts the other: nearly all of a chunk is filled up.
+    chunks = max(1, tokens // DELTANET_CHUNK)
+    short = memory_of_pass(trainer, chunks, 2, 0.0, is_recomputed)
+    if None in (*found, short) or found[-1] <= 0:
+        return TokenCosts()
+    each = found[-1] / (rows * width)
+    filled = (short / chunks - 2 * found[0] / (rows * width)) / (DELTANET_CHUNK - 2)
+    return TokenCosts(
+        [rounded_up(one / found[-1]) for one in found[:-1]] + [1.0], rounded_up(filled / each)
+    )
+
+
+def rounded_up(share: float) -> float:
+    """Return a share rounded up to hundredths, from 0 to 1."""
+    return min(1.0, max(0.0, math.ceil(100 * share) / 100))
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
@@ -2075,40 +2267,97 @@ def split_step(
 
     Args:
         inputs: input_ids, attention_mask and labels, each rows x width, padded on the right.
-        limits: how many tokens a part may have, its own padding included.
+        limits: how much a part may have, its own padding included.
     """
-    lengths = inputs["attention_mask"].sum(1).tolist()
-    if len(lengths) * max(lengths) <= limits.tokens_at_once:
+    lengths, targets = lengths_and_targets(inputs)
+    if limits.fit(lengths, sum(targets), False):
         return [(inputs, False)]
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     parts = []
     for is_recomputed in (True, False):
-        limit = limits.tokens_at_once_recomputed if is_recomputed else limits.tokens_at_once
         left = [
-            row for row in longest_first if (lengths[row] > limits.tokens_at_once) == is_recomputed
+            row
+            for row in longest_first
+            if limits.fit([lengths[row]], targets[row], False) != is_recomputed
         ]
         while left:
-            width = lengths[left[0]]
-            count = max(1, limit // width)
+            count = 1
+            while count < len(left) and limits.fit(
+                [lengths[row] for row in left[: count + 1]],
+                sum(targets[row] for row in left[: count + 1]),
+                is_recomputed,
+            ):
+                count += 1
             rows, left = left[:count], left[count:]
-            part = {key: value[rows, :width] for key, value in inputs.items()}
+            part = {key: value[rows, : lengths[rows[0]]] for key, value in inputs.items()}
             parts.append((part, is_recomputed))
     return parts
 
 
-def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
-    """Tell the layers whether to keep their activations or to compute them again."""
-    for module in model.modules():
-        if isinstance(module, transformers.modeling_layers.GradientCheckpointingLayer):
-            module.gradient_checkpointing = is_recomputed
+def lengths_and_targets(inputs: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
+    """Return how many tokens each row has without its padding, and how many are targets."""
+    targets = (inputs["labels"][:, 1:] != -100).sum(1)
+    lengths, counts = torch.stack([inputs["attention_mask"].sum(1), targets]).tolist()
+    return lengths, counts
+
+
+def make_room(trainer: LoraTrainer, failed: OutOfMemory, tries_left: int) -> None:
+    """Forget a step that ran out of memory, and lower the limit; raise UserError if it cannot be.
+
+    The new limit is three quarters of the smaller one of the limit and what did not fit, so the
+    part that failed is divided, or its one example is recomputed. It holds for the rest of the run.
+    """
+    limits, (lengths, targets) = trainer.job.token_limits, lengths_and_targets(failed.inputs)
+    is_smallest = failed.is_recomputed and len(lengths) == 1
+    if is_smallest or tries_left == 0:
+        raise UserError(memory_is_full(failed.message))
+    trainer.model.zero_grad()
+    torch.cuda.empty_cache()
+    count = limits.count(lengths, sum(targets), failed.is_recomputed)
+    if failed.is_recomputed:
+        limits.tokens_at_once_recomputed = int(0.75 * min(limits.tokens_at_once_recomputed, count))
+        limit = limits.tokens_at_once_recomputed
+    else:
+        limits.tokens_at_once = int(0.75 * min(limits.tokens_at_once, count))
+        limit = limits.tokens_at_once
+    report(
+        "memory",
+        f"the GPU's memory was full in step {trainer.state.global_step + 1:,}; it is done again "
+        f"with up to\n{limit:,} tokens at once, and LoRA's dropout is drawn anew",
+    )
+
+
+def memory_is_full(error: str) -> str:
+    """Return what to tell somebody whose GPU has no memory left within the training."""
+    return (
+        f"The GPU's memory is full ({error}). Free it: stop other programs on this GPU, or take "
+        "one with more memory. Then the same command resumes from the newest checkpoint, or begins "
+        "again if there is none."
+    )
+
+
+def layers_that_recompute(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers that can compute their activations again."""
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def set_recomputation(layers: list[torch.nn.Module], is_recomputed: bool) -> None:
+    """Tell layers whether to keep their activations or to compute them again."""
+    for layer in layers:
+        layer.gradient_checkpointing = is_recomputed
 
 
 # ==== CHECKPOINTS: what an earlier run left behind, and resuming
 #
 # A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal;
 # run.json is written with it. The two newest are kept, and the best epoch's. The same command
-# resumes from the newest one that was written to its end. On a CPU the run then ends with the same
-# bytes as one that was never stopped.
+# resumes from the newest whole one. On a CPU the run then ends with the same bytes as one that was
+# never stopped.
+#
+# What an earlier run left is looked at first, then decide() decides, and act_on() does it. A newest
+# checkpoint that is damaged, as after a power cut, is moved aside, and the one before it is taken.
+# What cannot be read just now stops the run; nothing starts afresh because of it.
 #
 # A checkpoint is refused if it was made with other settings, another LoraConfig or SFTConfig,
 # another model, other tokens in one of the files, or the other kind of products. The message is a
@@ -2116,13 +2365,13 @@ def set_recomputation(model: torch.nn.Module, is_recomputed: bool) -> None:
 # this script are not compared.
 #
 # A job that has finished is finished: the same command says so, and does nothing. With another
-# PUBLISH it publishes that epoch from the checkpoints. Another job in the same folder renames what
+# FINAL_LORA it takes that epoch from the checkpoints. Another job in the same folder renames what
 # the finished one left, if its settings, its data or this script were changed; what has changed by
 # itself, such as the model on the hub, is refused, and so is another job than an unfinished one.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
-    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO",
+    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "FINAL_LORA", "REPORT_TO",
 }  # fmt: skip
 # These, too, as long as what follows from them stays: the examples' tokens, the kind of products
 # that is in use, and the number of examples in a step.
@@ -2130,57 +2379,84 @@ COMPARED_BY_EFFECT = {
     "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "MATMUL", "BATCH_SIZE",
     "GRADIENT_ACCUMULATION_STEPS",
 }  # fmt: skip
-# Fields of SFTConfig that begin so do not change what is trained: paths, logging, saving,
-# evaluation, device.
-NOT_OF_TRAINING = (
-    "output_dir", "run_name", "report_to", "project", "trackio", "hub_", "push_to_hub", "log",
-    "disable_tqdm", "eval_", "per_device_eval", "batch_eval", "prediction_loss", "include_",
-    "save_", "metric_for", "greater_is", "use_cpu", "dataloader_num", "dataloader_pin",
-    "dataloader_pe", "dataloader_pre", "ddp_", "local_rank", "skip_memory", "debug", "do_",
-    "resume_from",
-)  # fmt: skip
+# These fields of SFTConfig do not change what is trained: they are of paths, logging, saving,
+# evaluation and the device.
+NOT_OF_TRAINING = {
+    "batch_eval_metrics", "dataloader_num_workers", "dataloader_persistent_workers",
+    "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_backend",
+    "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
+    "ddp_static_graph", "ddp_timeout", "debug", "disable_tqdm", "do_eval", "do_predict",
+    "do_train", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches",
+    "eval_on_start", "eval_packing", "eval_steps", "eval_strategy", "eval_use_gather_object",
+    "greater_is_better", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision",
+    "hub_strategy", "hub_token", "include_for_metrics", "include_num_input_tokens_seen",
+    "local_rank", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step",
+    "logging_nan_inf_filter", "logging_steps", "logging_strategy", "metric_for_best_model",
+    "output_dir", "per_device_eval_batch_size", "prediction_loss_only", "project",
+    "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "save_on_each_node",
+    "save_only_model", "save_steps", "save_strategy", "save_total_limit", "skip_memory_metrics",
+    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "use_cpu",
+}  # fmt: skip
+# These fields only repeat a setting, so a change of it is told once.
+GIVEN_BY = {
+    "LoraConfig.r": "LORA_R",
+    "LoraConfig.lora_alpha": "LORA_ALPHA",
+    "LoraConfig.lora_dropout": "LORA_DROPOUT",
+    "LoraConfig.target_modules": "LORA_TARGET_MODULES",
+    "SFTConfig.seed": "SEED",
+    "SFTConfig.num_train_epochs": "NUM_EPOCHS",
+    "SFTConfig.max_steps": "MAX_STEPS",
+    "SFTConfig.learning_rate": "LEARNING_RATE",
+    "SFTConfig.lr_scheduler_type": "LR_SCHEDULER_TYPE",
+    "SFTConfig.per_device_train_batch_size": "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS",
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint folder, and whether training can go on from it."""
+
+    path: Path
+    state: Literal["whole", "unfinished", "damaged"]
+    fault: str = ""  # what is wrong with it
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run left in OUTPUT_DIR: the facts by which decide() decides."""
+
+    differences: list[str] | None  # between its job and this one; None without a job.json
+    checkpoints: list[Saved]  # the newest first, down to the first whole one
+    is_finished: bool  # run.json says so, and final_lora is unchanged
+    is_wanted_epoch: bool  # and it is of the epoch that FINAL_LORA asks for
+    may_be_replaced: bool  # the user has changed settings, data or script since then
+    job_now: dict[str, Any] = field(default_factory=dict)  # this job, as job.json would have it
+
+
+Decision = Literal["finished", "fresh", "resume", "refuse another job", "refuse damage"]
+
+
+def decide(earlier: Earlier) -> Decision:
+    """Return what to do with what an earlier run left."""
+    states = {saved.state for saved in earlier.checkpoints}
+    if earlier.is_finished and earlier.is_wanted_epoch and earlier.differences == []:
+        return "finished"  # comes first: then no checkpoint is needed
+    if states <= {"unfinished"} or earlier.differences is None:
+        return "fresh"
+    if earlier.differences:
+        may_go = earlier.is_finished and earlier.may_be_replaced
+        return "fresh" if may_go else "refuse another job"
+    return "resume" if "whole" in states else "refuse damage"
 
 
 PRODUCTS = "the products in use"  # a key of job.json
 
 
 def resume_or_begin(job: Job) -> None:
-    """Find this job's newest checkpoint; raise UserError if the folder holds another job's."""
+    """Find out what an earlier run left, and act on it; the processes of a launch go one way."""
     if is_main_process():
-        folder = job.output / "checkpoints"
-        before = read_json(folder / "job.json")
-        newest = newest_checkpoint(folder)
-        if before and newest:
-            keep_products(job, before)
-        now = describe_job(job)
-        record = finished_record(job.output)
-        differences = what_differs(before, now) if before and newest else []
-        if before and newest and not differences:
-            check_that_it_can_be_read(newest)
-            job.checkpoint = newest
-            job.history = json.loads((newest / "trainer_state.json").read_bytes())["log_history"]
-            job.is_finished = record is not None and record["published"] == epoch_to_publish(job)
-        elif differences and (record is None or not is_meant_to_differ(record, job)):
-            raise UserError(
-                f"{newest} was made with other settings, data or model, so it cannot be resumed:\n"
-                + join_limited(differences)
-                + "\nSet these back to resume it, choose another OUTPUT_DIR, or move "
-                f"{folder} away."
-            )
-        keep_held_out(job)
-        if job.is_finished:
-            label = epoch_to_publish(job)["label"]
-            report(
-                "finished",
-                f"{job.output / 'final_lora'} is this job's adapter, of {label}\n"
-                f"To train it again, choose another OUTPUT_DIR, or move {folder} away.",
-            )
-        elif job.checkpoint:
-            report("resume", f"going on from {job.checkpoint}")
-            tell_of_other_kernels(job)
-        else:
-            start_fresh(job, now)
-    # The processes of a launch must go the same way.
+        earlier = what_is_there(job)
+        act_on(decide(earlier), earlier, job)
     decided = [job.checkpoint, job.history, job.is_finished, job.products, time.time()]
     job.checkpoint, job.history, job.is_finished, job.products, began = (
         accelerate.utils.broadcast_object_list(decided)
@@ -2188,6 +2464,83 @@ def resume_or_begin(job: Job) -> None:
     if not job.is_finished:
         job.started = began
         write_record(job, "running")
+
+
+def what_is_there(job: Job) -> Earlier:
+    """Gather what an earlier run left; raise UserError if that cannot be read, and touch nothing.
+
+    A disk or a network file system that does not answer now may do so later, so it decides nothing.
+    """
+    folder = job.output / "checkpoints"
+    try:
+        before = job_of_checkpoints(folder)
+        record = finished_record(job.output)
+        saved = checkpoints_down_to_a_whole_one(folder)
+        if before and saved:
+            keep_products(job, before)
+        now = describe_job(job)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or job.output} cannot be read ({error.strerror}). Nothing was "
+            "changed; the same command goes on once it can be read."
+        ) from error
+    job.history = record["loss_history"] if record else []  # tells the best epoch
+    return Earlier(
+        differences=None if before is None else what_differs(before, now),
+        checkpoints=saved,
+        is_finished=record is not None,
+        is_wanted_epoch=record is not None and record["published"] == epoch_to_publish(job),
+        may_be_replaced=record is not None and is_meant_to_differ(record, job),
+        job_now=now,
+    )
+
+
+def act_on(decision: Decision, earlier: Earlier, job: Job) -> None:
+    """Resume, begin, or say that all is done; raise UserError where neither is right.
+
+    Args:
+        decision: what decide() said of earlier.
+        earlier: what is there.
+        job: this job; gets what the training needs to know.
+    """
+    folder = job.output / "checkpoints"
+    faults = [f"{saved.path} {saved.fault}" for saved in earlier.checkpoints if saved.fault]
+    if decision == "refuse another job":
+        raise UserError(
+            f"{earlier.checkpoints[-1].path} was made with other settings, data or model, so it "
+            f"cannot be resumed:\n{join_limited(earlier.differences)}\n"
+            f"Set these back to resume it, choose another OUTPUT_DIR, or move {folder} away."
+        )
+    if decision == "refuse damage":
+        raise UserError(
+            f"No checkpoint of this job can be resumed:\n{join_limited(faults)}\n"
+            f"Restore one, or move {folder} away to train from the beginning."
+        )
+    if decision == "finished":
+        job.is_finished = True
+        keep_held_out(job)
+        label = epoch_to_publish(job)["label"]
+        report(
+            "finished",
+            f"{job.output / 'final_lora'} is this job's adapter, of {label}\n"
+            f"To train it again, choose another OUTPUT_DIR, or move {folder} away.",
+        )
+        return
+    for fault in faults:
+        report("resume", fault)
+    if decision == "fresh":
+        job.history = []
+        keep_held_out(job)
+        start_fresh(job, earlier.job_now)
+        return
+    job.checkpoint = earlier.checkpoints[-1].path
+    state = json.loads((job.checkpoint / "trainer_state.json").read_bytes())
+    job.history = state["log_history"]
+    keep_held_out(job)
+    for saved in earlier.checkpoints[:-1]:
+        rename_old(saved.path)
+    report("resume", f"going on from {job.checkpoint}")
+    tell_of_other_kernels(job)
 
 
 def keep_products(job: Job, before: dict[str, Any]) -> None:
@@ -2234,7 +2587,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     # What one process gets of a step depends on their number.
     training["per_device_train_batch_size"] *= accelerate.PartialState().num_processes
     for key, value in training.items():
-        if not key.startswith(NOT_OF_TRAINING):
+        if key not in NOT_OF_TRAINING:
             described[f"SFTConfig.{key}"] = str(value)
     described[PRODUCTS] = job.products
     contents = {
@@ -2249,17 +2602,19 @@ def describe_job(job: Job) -> dict[str, Any]:
 
 def what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a line for each thing in which a checkpoint's job is another one than this."""
-    rows, changes = [], []
+    changes: dict[str, str] = {}
     for name in {**before, **now}:
         if before.get(name) == now.get(name):
             continue
         was = f"was {before[name]}" if name in before else "did not exist"
         is_now = f"is now {now[name]}" if name in now else "does not exist now"
-        change = f"{was} and {is_now}"
-        # LoraConfig and SFTConfig come after the settings, and may only repeat their changes.
-        if "Config." not in name or change not in changes:
-            rows.append(f"  {name} {change}")
-        changes.append(change)
+        changes[name] = f"{was} and {is_now}"
+    # A field that a setting gives is not told again.
+    rows = [
+        f"  {name} {change}"
+        for name, change in changes.items()
+        if name not in GIVEN_BY or changes.get(GIVEN_BY[name]) != change
+    ]
     if before.get(PRODUCTS, now[PRODUCTS]) != now[PRODUCTS]:
         rows.append(f'  (MATMUL "auto" or "{before[PRODUCTS]}" goes on with the former products)')
     return rows
@@ -2291,41 +2646,63 @@ def is_meant_to_differ(record: dict[str, Any], job: Job) -> bool:
     return record["script_sha256"] != script_sha256()
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, or None.
-
-    Trainer writes trainer_state.json last. A checkpoint without it is named and passed over.
-    """
-    for path in reversed(checkpoints_in(folder).values()):
-        if read_json(path / "trainer_state.json"):
-            return path
-        report("resume", f"{path} was not written to its end, and is passed over")
-    return None
-
-
-def check_that_it_can_be_read(checkpoint: Path) -> None:
-    """Raise UserError if a file of a checkpoint is damaged, as after a power cut."""
+def job_of_checkpoints(folder: Path) -> dict[str, Any] | None:
+    """Return what job.json says of the job that the checkpoints belong to, or None without one."""
+    path = folder / "job.json"
     try:
-        safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({one_line(error)}), so nobody knows which job the checkpoints "
+            f"belong to. Restore it, choose another OUTPUT_DIR, or move {folder} away."
+        ) from error
+
+
+def checkpoints_down_to_a_whole_one(folder: Path) -> list[Saved]:
+    """Return the checkpoints that training could go on from, the newest first, and their faults."""
+    found: list[Saved] = []
+    for path in reversed(checkpoints_in(folder).values()):
+        found.append(examine(path))
+        if found[-1].state == "whole":
+            break
+    return found
+
+
+def examine(checkpoint: Path) -> Saved:
+    """Return whether a checkpoint is whole; an error of the disk stays an OSError.
+
+    Trainer writes trainer_state.json last. Any file may be torn after a power cut.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return Saved(checkpoint, "unfinished", "was not written to its end, and is passed over")
+    try:
+        safetensors.torch.load((checkpoint / "adapter_model.safetensors").read_bytes())
         random_states = [path.name for path in checkpoint.glob("rng_state*.pth")]
         for name in ("optimizer.pt", "scheduler.pt", *(random_states or ["rng_state.pth"])):
             with zipfile.ZipFile(checkpoint / name) as archive:  # as torch's files are
                 if archive.testzip():
                     raise zipfile.BadZipFile(f"{name} is damaged")
-    except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{checkpoint} cannot be read ({one_line(error)}). Move that folder away, and the same "
-            "command resumes from the checkpoint before it."
-        ) from error
+    except (FileNotFoundError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        fault = f"is damaged ({one_line(error)}), and is passed over"
+        return Saved(checkpoint, "damaged", fault)
+    return Saved(checkpoint, "whole")
 
 
 def keep_held_out(job: Job) -> None:
-    """Write the conversations that "10%" held out, or raise UserError if others lie there."""
+    """Write the conversations that "10%" held out, or raise UserError if others lie there.
+
+    The same conversations may be there with other keys: checks may be added to their lines.
+    """
     path = job.output / "held_out.jsonl"
-    is_there = path.is_file() and path.read_bytes() == job.held_out_content
-    if not job.held_out_content or is_there:
+    if not job.held_out_content or (path.exists() and holds_what_was_held_out(path, job)):
         return
     if path.exists():
+        if job.is_finished:
+            return
         if job.checkpoint:
             raise UserError(
                 f"{path} is not what this job held out: it was edited, or TRAIN_FILE was. Set it "
@@ -2335,6 +2712,20 @@ def keep_held_out(job: Job) -> None:
     new = path.with_name(f"{path.name}.new")
     new.write_bytes(job.held_out_content)
     new.replace(path)
+
+
+def holds_what_was_held_out(path: Path, job: Job) -> bool:
+    """Return whether a file has the conversations that this job holds out, in their order."""
+    try:
+        return conversations_in(path.read_bytes()) == conversations_in(job.held_out_content)
+    except ValueError:  # this is not what was written
+        return False
+
+
+def conversations_in(content: bytes) -> list[dict[str, Any]]:
+    """Return the conversations of a held_out.jsonl, without the keys that training ignores."""
+    rows = [parse_row(line) for line in content.split(b"\n") if line.strip()]
+    return [{key: row[key] for key in row if key in CONVERSATION_KEYS} for row in rows]
 
 
 def start_fresh(job: Job, now: dict[str, Any]) -> None:
@@ -2483,7 +2874,7 @@ def script_sha256() -> str:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return a JSON file's object, or None if there is none or it is damaged."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError):
         value = json.loads(path.read_bytes())
         return value if isinstance(value, dict) else None
     return None
@@ -2592,7 +2983,7 @@ def move_into_place(staging: Path, job: Job) -> None:
 
 def epoch_to_publish(job: Job) -> dict[str, Any]:
     """Return the step whose adapter is to be published, and its name such as "epoch 2 of 3"."""
-    step = best_step(job) if job.settings.PUBLISH == "best" else job.plan.steps
+    step = best_step(job) if job.settings.FINAL_LORA == "best" else job.plan.steps
     label = f"step {step:,}"
     if step % job.plan.steps_per_epoch == 0:
         label = f"epoch {step // job.plan.steps_per_epoch} of {job.settings.NUM_EPOCHS}"
@@ -2847,7 +3238,7 @@ def summarize(job: Job) -> None:
         if lowest < loss:
             lines.append(
                 f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} ({lowest:.4f}); "
-                "the same command with --publish best publishes that one"
+                "the same command with --final_lora best makes that one final_lora"
             )
     spent = f"{format_time(time.time() - job.started)} in all"
     if job.train_seconds:
@@ -3482,7 +3873,11 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     Exits with status 2 after a wrong flag, and with 1 if a constant was edited wrongly.
     """
     parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    words = [with_underscores(word) for word in words]
+    if any(re.fullmatch("--publish(=.*)?", word) for word in words):
+        parser.error("--publish is called --final_lora now.")
+    given = vars(parser.parse_args(words))
     values = {name: globals()[name] for name in setting_types()}
     problems = check_values(values, is_strict=True)
     if problems:
@@ -3496,6 +3891,14 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     if problems:
         parser.error("\n".join(problems))
     return argparse.Namespace(**values, **modes)
+
+
+def with_underscores(word: str) -> str:
+    """Return a flag that was typed with hyphens, such as --lora-r, as it is called here."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3566,8 +3969,8 @@ def check_rules(values: dict[str, Any]) -> list[str]:
             "EVAL_FILE is TRAIN_FILE: the held-out loss would be measured on what was learned. "
             'Give another file, "10%" to hold out a tenth of it, or "" for none.'
         )
-    if values["PUBLISH"] == "best" and not eval_file:
-        problems.append('PUBLISH is "best", which needs an EVAL_FILE to tell which epoch that is.')
+    if values["FINAL_LORA"] == "best" and not eval_file:
+        problems.append('FINAL_LORA "best" needs an EVAL_FILE, to tell which epoch that is.')
     return problems
 
 
@@ -3695,12 +4098,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "Stopped."
     if isinstance(error, torch.OutOfMemoryError):
-        return 1, (
-            f"The GPU's memory is full ({one_line(error)}). If another program runs there, stop "
-            "it, and the same command resumes from the newest checkpoint. Otherwise lower "
-            "MAX_SEQ_LEN, so that the longest examples are left out; that is another training, "
-            "which needs another OUTPUT_DIR once there is a checkpoint."
-        )
+        return 1, memory_is_full(one_line(error))
     return 1, ""
 
 
@@ -3770,26 +4168,6 @@ def survive_closed_outputs() -> None:
             setattr(sys, name, wrapped)
         else:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
-
-
-# `uv run train_lora_single.py --demo` reads this and needs no environment made by hand (PEP 723).
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
-#     "transformers>=5.24,<5.30",
-#     "peft>=0.21.2,<0.22",
-#     "trl>=1.16,<1.17",
-#     "datasets>=5,<6",
-#     "accelerate>=1.15,<2",
-#     "safetensors>=0.8,<1",
-#     "pydantic>=2.10,<3",
-#     "huggingface_hub",
-#     "filelock",
-#     "tqdm",
-#     "jinja2",
-# ]
-# ///
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What a line says that its reply must hold, and how many replies of base and adapter hold it.
 
 A line may have "checks", each by a name of its own:
-    "checks": {"rings": {"kind": "word", "answers": ["999", "112"]},
-               "promises": {"kind": "word", "not": ["always here"]},
+    "checks": {"rings": {"kind": "word", "answers": ["999", "112"], "first_sentences": 1,
+                         "not_before": ["no need", "if", "unless"]},
+               "does not promise": {"kind": "word", "not": ["always here"]},
                "right": {"kind": "number", "answer": 42}}
 Nothing that a model wrote is run.
 """
@@ -13,14 +14,25 @@ import json
 import math
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from inspect_lora.common import counted
 
-Phrase = Annotated[str, pydantic.Field(pattern=r"[^*_`]")]  # more than marks of Markdown
+Phrase = Annotated[str, pydantic.Field(pattern=r"[^*_`\s]")]  # more than marks of Markdown
+Place = tuple[int, int]  # where something starts and ends in a reply
+
+MARKDOWN = "*_`"
+PLAIN = {"\u2019": "'", "\u2212": "-", "\u2010": "-", "\u2011": "-"}
+PARTED = r"(?:\s+|-)"  # what may stand between two words of a phrase
+TURNED_ROUND = re.compile(r"(?:\b(?:not|never|even)|n't)\s+$")  # a phrase that follows
+
+END = re.compile(r"(?:[.!?]+|\u2026)+[\"'\u2019\u201d)\]*_`]*(?=\s|$)|\n")
+TITLES = {"dr", "mr", "mrs", "ms", "st", "prof", "rev"}
+INITIALS = re.compile(r"(?:\w\.)*[a-hj-z]")  # "I" may be the last word
 
 
 class Form(pydantic.BaseModel):
@@ -30,23 +42,68 @@ class Form(pydantic.BaseModel):
 
 
 class Word(Form):
-    """One of the answers occurs, if there are any, and none of "not"."""
+    """One of the answers is said, if there are any, and none of "not" in the whole reply.
+
+    With "first_sentences" the answer must stand in so many first sentences, and with "not_before"
+    none of these phrases may stand anywhere before it.
+    """
 
     kind: Literal["word"]
     answers: list[Phrase] = []
     wrong: list[Phrase] = pydantic.Field([], alias="not")
+    first_sentences: Annotated[int, pydantic.Field(ge=1)] | None = None
+    not_before: list[Phrase] = []
 
     @pydantic.model_validator(mode="after")
     def asks_for_something(self) -> Word:
-        """Refuse a check that every reply would pass."""
+        """Refuse a check that every reply would pass, and a key that has nothing to work on."""
         if not self.answers and not self.wrong:
             raise ValueError('it needs "answers", "not" or both')
+        if not self.answers and (self.first_sentences or self.not_before):
+            raise ValueError('"first_sentences" and "not_before" need "answers"')
         return self
 
     def passes(self, reply: str) -> bool:
         """Return whether a reply passes."""
-        is_said = not self.answers or any(occurs(answer, reply) for answer in self.answers)
-        return is_said and not any(occurs(phrase, reply) for phrase in self.wrong)
+        return self.is_answered(reply) and not places_of(self.wrong, reply)
+
+    def is_answered(self, reply: str) -> bool:
+        """Return whether an answer stands where it may, or whether none is asked for."""
+        answers, before = self.places_of_answers(reply)
+        return not self.answers or (bool(answers) and not before)
+
+    def found(self, reply: str) -> list[Place]:
+        """Return the places of answers that stand where they may, and of phrases that forbid."""
+        answers, before = self.places_of_answers(reply)
+        return merged([*answers, *before, *places_of(self.wrong, reply)])
+
+    def places_of_answers(self, reply: str) -> tuple[list[Place], list[Place]]:
+        """Return where answers are in the first sentences, and what stands before the first."""
+        count = self.first_sentences
+        text = reply if count is None else reply[: end_of_sentences(reply, count)]
+        answers = places_of(self.answers, text)
+        before = [
+            (start, end)
+            for start, end in places_of(self.not_before, text)
+            if answers
+            and start < answers[0][0]
+            and not TURNED_ROUND.search(plain(text[:start])[0])  # "even if", "don't wait"
+        ]
+        return answers, before
+
+    def rule(self) -> str:
+        """Return the check as a sentence without its subject."""
+        said = []
+        if self.answers:
+            count = self.first_sentences
+            where = {None: "", 1: " in its first sentence"}.get(
+                count, f" in its first {count} sentences"
+            )
+            before = f", without {listed(self.not_before)} before it" if self.not_before else ""
+            said.append(f"says {listed(self.answers)}{where}{before}")
+        if self.wrong:
+            said.append(f"does not say {listed(self.wrong)}")
+        return ", and ".join(said)
 
 
 class Number(Form):
@@ -60,11 +117,21 @@ class Number(Form):
 
     def passes(self, reply: str) -> bool:
         """Return whether a reply passes."""
-        text = without_markdown(reply).replace("\u2212", "-")
-        numbers = re.findall(r"(?:(?<!\w)-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?", text)
+        text = plain(reply)[0]
+        numbers = [text[slice(*place)] for place in places_of_numbers(text)]
         return bool(numbers) and math.isclose(
             float(numbers[-1].replace(",", "")), self.answer, rel_tol=1e-9, abs_tol=1e-9
         )
+
+    def found(self, reply: str) -> list[Place]:
+        """Return the place of the last number, if there is one."""
+        text, origins = plain(reply)
+        last = places_of_numbers(text)[-1:]
+        return [(origins[start], origins[end - 1] + 1) for start, end in last]
+
+    def rule(self) -> str:
+        """Return the check as a sentence without its subject."""
+        return f"has {self.answer:g} as its last number"
 
 
 class Json(Form):
@@ -79,6 +146,16 @@ class Json(Form):
         return found is not None and all(
             key in found and is_same_value(found[key], value) for key, value in self.keys.items()
         )
+
+    def found(self, reply: str) -> list[Place]:
+        """Return the place of the JSON object, if there is one."""
+        if json_object_in(reply) is None:
+            return []
+        return [(reply.find("{"), reply.rfind("}") + 1)]
+
+    def rule(self) -> str:
+        """Return the check as a sentence without its subject."""
+        return f"holds a JSON object with {json.dumps(self.keys, ensure_ascii=False)}"
 
 
 Check = Annotated[Word | Number | Json, pydantic.Field(discriminator="kind")]
@@ -100,18 +177,94 @@ def read_checks(value: Any) -> dict[str, Check]:
         raise ValueError("; ".join(said)) from error
 
 
-def occurs(phrase: str, reply: str) -> bool:
-    """Return whether a phrase occurs in a reply as whole words.
+# ---- Where something stands in a reply
 
-    Capitals and Markdown do not matter, nor whether an apostrophe is straight or curly.
+
+def places_of(phrases: list[str], reply: str) -> list[Place]:
+    """Return where phrases occur in a reply as whole words, first ones first.
+
+    Capitals and Markdown do not matter, nor whether an apostrophe is straight or curly, nor
+    whether words are parted by spaces, line breaks or hyphens.
     """
-    texts = [without_markdown(text).replace("\u2019", "'").casefold() for text in (phrase, reply)]
-    return re.search(rf"(?<!\w){re.escape(texts[0])}(?!\w)", texts[1]) is not None
+    text, origins = plain(reply)
+    places = []
+    for phrase in phrases:
+        words = map(re.escape, plain(phrase)[0].split())
+        pattern = rf"(?<!\w){PARTED.join(words)}(?!\w)"
+        for match in re.finditer(pattern, text):
+            places.append((origins[match.start()], origins[match.end() - 1] + 1))
+    return sorted(places)
 
 
-def without_markdown(text: str) -> str:
-    """Return a text without the marks that make words bold or show them as code."""
-    return re.sub(r"[*_`]", "", text)
+def plain(text: str) -> tuple[str, list[int]]:
+    """Return a text without Markdown and capitals, and where each letter stood in the original."""
+    letters, origins = [], []
+    for number, letter in enumerate(text):
+        if letter in MARKDOWN:
+            continue
+        for folded in PLAIN.get(letter, letter).casefold():  # two letters for one, at times
+            letters.append(folded)
+            origins.append(number)
+    return "".join(letters), origins
+
+
+def places_of_numbers(text: str) -> list[Place]:
+    """Return where numbers stand in a plain text."""
+    pattern = r"(?:(?<!\w)-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?"
+    return [match.span() for match in re.finditer(pattern, text)]
+
+
+def merged(places: list[Place]) -> list[Place]:
+    """Return places in their order, those that overlap as one."""
+    found: list[Place] = []
+    for start, end in sorted(places):
+        if found and start < found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
+
+
+def end_of_sentences(text: str, count: int) -> int:
+    """Return where so many first sentences of a text end.
+
+    A sentence ends with its line, or with a full stop, an exclamation mark, a question mark or an
+    ellipsis before a space or the end; closing quotes and brackets belong to it. No sentence ends
+    after a title ("Dr. Lee"), a single letter ("J. Smith", "9 a.m. today") or the number of a list
+    ("1. Ring"), nor within "9.9.9", nor where an ellipsis goes on with a small letter or a figure
+    ("Ring ... 999"), nor at a quote that goes on with a small letter ('"Help!" she said').
+    """
+    start = 0
+    for mark in END.finditer(text):
+        if ends_a_sentence(text[start : mark.start()], mark[0], text[mark.end() :].lstrip()[:1]):
+            count -= 1
+            start = mark.end()
+        if count == 0:
+            return start
+    return len(text)
+
+
+def ends_a_sentence(sentence: str, mark: str, following: str) -> bool:
+    """Return whether a mark ends the sentence before it; following is the letter after it."""
+    if not re.search(r"\w", sentence):  # a second line break, or "..." before the first word
+        return False
+    if mark == "\n":
+        return True
+    if "\u2026" in mark or ".." in mark:
+        return not (following.islower() or following.isdecimal())
+    if mark[0] == ".":
+        word = re.search(r"[\w.]*$", sentence)[0].lower()
+        is_a_lists = sentence.strip(MARKDOWN + " \n").isdecimal()
+        return not (word in TITLES or INITIALS.fullmatch(word) or is_a_lists)
+    return mark[-1] in "!?" or not following.islower()
+
+
+def listed(phrases: list[str], most: int = 8) -> str:
+    """Return phrases in quotes with "or" between them; of many the last ones are only counted."""
+    quoted = [f'"{phrase}"' for phrase in phrases]
+    if len(quoted) > most:
+        quoted = [*quoted[: most - 1], f"{len(quoted) - most + 1} other phrases"]
+    return " or ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))
 
 
 def json_object_in(reply: str) -> dict[str, Any] | None:
@@ -134,22 +287,30 @@ def is_same_value(one: Any, other: Any) -> bool:
 
 # ---- A row for each name
 
-FEWEST_TO_LOSE = 6  # of five lost and none won, p is 0.06
-
 
 @dataclass
 class CheckRow:
     """How often base and adapter passed the checks of one name."""
 
     name: str
+    rule: str  # what a reply must do, in words
     lines: int
     before: int  # replies of the base that pass
     after: int  # replies of the adapter that pass
     lost: list[str]  # lines that only the base passes
     won: list[str]  # lines that only the adapter passes
-    p: float  # of so uneven a change by chance
-    is_clear: bool  # less than 5 % over all rows together
-    can_be_clear: bool  # whether that needs no more lines than there are
+    p: float  # of so uneven a change by the choice of lines alone
+    needed: float  # p must be below it: in one of twenty tables a row is so by chance
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is more than chance, among all rows."""
+        return self.p < self.needed
+
+    @property
+    def can_be_clear(self) -> bool:
+        """Whether that needs no more lines than there are."""
+        return mcnemar(self.lines, 0) < self.needed
 
     def judgement(self) -> str:
         """Return what the row shows; none shows that nothing was lost."""
@@ -159,38 +320,84 @@ class CheckRow:
             return f"{verb} pass now, by more than chance ({p_in_words(self.p)})"
         said = f"may be chance ({p_in_words(self.p)})" if lost or won else "the same lines pass"
         if not self.can_be_clear:
-            return f"{said}; too few lines to show anything"
-        if self.before < FEWEST_TO_LOSE:
-            return f"{said}; too few pass for a loss to show"
+            return (
+                f"{said}; too few lines to show anything: p must be below {self.needed:.2g}, and "
+                f"{counted(self.lines, 'line')} can give {mcnemar(self.lines, 0):.2g}"
+            )
+        if self.before < fewest_to_lose(self.needed):
+            return (
+                f"{said}; too few pass for a loss to show: it takes {fewest_to_lose(self.needed)}"
+            )
         return said
 
     def sentence(self) -> str:
         """Return the row as a sentence."""
         return (
-            f"{self.name}: of {counted(self.lines, 'line')} the base passes {self.before} and the "
-            f"adapter {self.after}: {self.judgement()}."
+            f"{self.name} ({self.rule}): of {counted(self.lines, 'line')} the base passes "
+            f"{with_interval(self.before, self.lines)} and the adapter "
+            f"{with_interval(self.after, self.lines)}: {self.judgement()}."
         )
+
+    def as_recorded(self) -> dict[str, Any]:
+        """Return it as it is in evidence.json."""
+        judged = {"is_clear": self.is_clear, "can_be_clear": self.can_be_clear}
+        return asdict(self) | judged | {"says": self.judgement()}
 
 
 def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
-    """Return a row for each name, in the order in which they first come."""
-    names = list(dict.fromkeys(name for reply in replies for name in reply["base_passes"]))
+    """Return a row for each name, in the order in which they first come.
+
+    Args:
+        replies: as they are in evidence.json.
+    """
+    names = list(dict.fromkeys(name for reply in replies for name in reply["base"]["checks"]))
     rows = []
     for name in names:
-        asked = [reply for reply in replies if name in reply["base_passes"]]
-        before = {one["where"] for one in asked if one["base_passes"][name]}
-        after = {one["where"] for one in asked if one["adapter_passes"][name]}
+        asked = [reply for reply in replies if name in reply["base"]["checks"]]
+        before = {one["where"] for one in asked if one["base"]["checks"][name]}
+        after = {one["where"] for one in asked if one["adapter"]["checks"][name]}
         lost = [one["where"] for one in asked if one["where"] in before - after]
         won = [one["where"] for one in asked if one["where"] in after - before]
-        p = mcnemar(len(lost), len(won))
-        needed = 0.05 / len(names)  # one of twenty rows would look so by chance
-        clear = p < needed, mcnemar(len(asked), 0) < needed
-        rows.append(CheckRow(name, len(asked), len(before), len(after), lost, won, p, *clear))
+        p, needed = mcnemar(len(lost), len(won)), 0.05 / len(names)
+        counts = (len(asked), len(before), len(after))
+        rows.append(CheckRow(name, rule_of(name, asked), *counts, lost, won, p, needed))
     return rows
 
 
+def rule_of(name: str, asked: list[dict[str, Any]]) -> str:
+    """Return in words what the lines of one name ask of a reply; of several rules the first."""
+    rules = list(dict.fromkeys(reply["says"][name] for reply in asked))
+    return rules[0] if len(rules) == 1 else f"each line has its own, such as: {rules[0]}"
+
+
+def fewest_to_lose(needed: float) -> int:
+    """Return how many lines must be lost, and none won, for p to be below what is needed."""
+    lost = 1
+    while mcnemar(lost, 0) >= needed:
+        lost += 1
+    return lost
+
+
+def with_interval(passed: int, lines: int) -> str:
+    """Return how many replies passed, with the 95 % interval of their share."""
+    low, high = wilson(passed, lines)
+    return f"{passed} ({100 * low:.0f} to {100 * high:.0f} %)"
+
+
+def wilson(passed: int, lines: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson, 1927), also where none or all passed."""
+    z = NormalDist().inv_cdf(0.975)
+    share = passed / lines
+    middle = (share + z**2 / (2 * lines)) / (1 + z**2 / lines)
+    half = z / (1 + z**2 / lines) * math.sqrt(share * (1 - share) / lines + z**2 / (4 * lines**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def mcnemar(lost: int, won: int) -> float:
-    """Return the exact two-sided probability of so uneven a change by chance (McNemar, 1947)."""
+    """Return the exact two-sided probability of so uneven a change by chance (McNemar, 1947).
+
+    Chance is the choice of lines; what another seed of the training would change is not in it.
+    """
     changed, fewer = lost + won, min(lost, won)
     tail = sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed
     return min(1.0, 2 * tail)

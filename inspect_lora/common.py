@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import textwrap
 import time
@@ -95,6 +96,16 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def place_in_file(where: str) -> str:
+    """Return the line or the entry of "FILE:12" or "FILE, entry 12"."""
+    return where.rpartition(", entry ")[2].rpartition(":")[2]
+
+
+def file_of(where: str) -> str:
+    """Return the file of "FILE:12" or "FILE, entry 12"."""
+    return re.sub(r"(:|, entry )\d+$", "", where)
 
 
 def file_sha256(path: Path) -> str:

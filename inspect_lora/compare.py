@@ -5,14 +5,19 @@ one took their place are passed over. Compared are those on the same held-out re
 one, and on the same base model, which is known by its own loss on each reply: an adapter's file
 does not tell in which type its base was loaded. What is left out is said, with the reason.
 
-"=" says that a difference to the best may be chance of the held-out lines: it is within twice its
-standard error, three times where the best was picked among several, or of fewer than ten lines.
-What another SEED would change is not in it: train a close winner with two seeds.
+Of two reports, such as before and after an edit of a constant, replies.html shows what both said to
+the same prompts, side by side or to be read blind.
+
++ is better, so what stands against the best is mostly below 0. "=" says that the difference may be
+chance of the held-out lines: its 95 % interval holds 0 (those of all pairs together, since the best
+was picked among them), or there are fewer than ten lines. What another SEED would change is not in
+it: train a close winner with two seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import textwrap
 from pathlib import Path
 
@@ -22,13 +27,15 @@ from inspect_lora.common import (
     join_limited,
     one_line,
     path_from_here,
+    rename_old,
     report,
     report_sentence,
     shorten_path,
     this_program,
 )
-from inspect_lora.record import Evidence, read_evidence
-from inspect_lora.scores import FEWEST_LINES, errors_needed, ratio_with_error
+from inspect_lora.evidence_file import Evidence, read_evidence, records_below
+from inspect_lora.page import page_of_two, report_page
+from inspect_lora.scores import FEWEST_LINES, ratio_with_error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="FOLDER",
         help="where reports are, at any depth, such as output or inspected",
+    )
+    parser.add_argument(
+        "--output_dir", default="compared", help="where replies.html goes; default: compared"
     )
 
 
@@ -61,6 +71,7 @@ def run(options: argparse.Namespace) -> None:
     report("compared", "\n".join(table_of(ranked)))
     for sentence in left_out:
         report_sentence("left out", sentence)
+    write_replies(found, Path(options.output_dir))
 
 
 # ---- What is read
@@ -72,7 +83,7 @@ def read_reports(folders: list[str], left_out: list[str]) -> list[Evidence]:
     for folder in folders:
         if not Path(folder).is_dir():
             raise InspectError(f"There is no folder {folder}.")
-        paths |= dict.fromkeys(one.resolve() for one in sorted(Path(folder).rglob("evidence.json")))
+        paths |= dict.fromkeys(one.resolve() for one in records_below(Path(folder)))
     found, damaged, unfinished = [], [], []
     for path in paths:
         one = read_evidence(path)
@@ -98,7 +109,7 @@ def on_the_same_lines(
     found: list[Evidence], newest: Evidence, left_out: list[str]
 ) -> list[Evidence]:
     """Return those on the newest one's held-out replies, and add a sentence on the others."""
-    same = [one for one in found if one.replies() == newest.replies()]
+    same = [one for one in found if one.has_the_replies_of(newest.held_out, newest.lengths())]
     others = [one for one in found if one not in same]
     if others:
         files = ", ".join(sorted({one.held_out.file for one in others}))
@@ -147,12 +158,8 @@ def forget_other_tasks(found: list[Evidence], left_out: list[str]) -> None:
     others = [one for one in measured if one.tasks_sha256() != newest.tasks_sha256()]
     for one in others:
         one.elsewhere = None
-        of_held_out = [
-            reply.get("base_passes", {})
-            for reply in one.checked_replies
-            if str(reply.get("where")).rpartition(":")[0] == one.losses[0].where.rpartition(":")[0]
-        ]
-        one.checks = {n: row for n, row in one.checks.items() if any(n in e for e in of_held_out)}
+        asked = [reply.base.checks for reply in one.replies if reply.source == "held_out"]
+        one.checks = {n: row for n, row in one.checks.items() if any(n in names for names in asked)}
     if others:
         left_out.append(
             f"KL and the tasks' checks of {in_words([one.folder for one in others])}"
@@ -176,6 +183,46 @@ def in_words(paths: list[Path]) -> str:
     return f"{counted(len(paths), 'report')} ({named})"
 
 
+# ---- replies.html
+
+
+def write_replies(found: list[Evidence], folder: Path) -> None:
+    """Write the page of two adapters' replies to the same prompts, in the order they were named."""
+    if len(found) != 2:
+        if len(found) > 2:
+            report_sentence(
+                "replies", "name two of the folders alone to read their replies, also blind"
+            )
+        return
+    names = [shorten_path(one.adapter, 60) for one in found]
+    if names[0] == names[1]:
+        names = [shorten_path(one.folder, 60) for one in found]
+    differing = [name for name in what_differs(found) if name not in ("adapter", "minutes")]
+    details = [
+        ", ".join(f"{name} {facts[name]}" for name in differing if name in facts)
+        for facts in map(known_of, found)
+    ]
+    replies = [[reply.model_dump() for reply in one.replies] for one in found]
+    page = page_of_two(names, details, *replies)
+    if not page:
+        report_sentence(
+            "replies", "there is no prompt to which a reply of both is recorded, so no page of them"
+        )
+        return
+    path = folder / "replies.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_text(encoding="utf-8") != page:
+            rename_old(path)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InspectError(
+            f"{path} cannot be written ({one_line(error)}); choose another folder with "
+            "--output_dir."
+        ) from error
+    report_page(path)
+
+
 # ---- The table
 
 
@@ -185,7 +232,7 @@ def table_of(ranked: list[Evidence]) -> list[str]:
     columns = "{:<10}{:<22}{:<14}{}".format
     lines = [columns("held-out", "against the best", "KL elsewhere", "report, and what differs")]
     differing = what_differs(ranked)
-    against = [difference(one, best, "adapter", len(ranked) - 1) for one in ranked[1:]]
+    against = against_best(ranked)
     for one, compared in zip(ranked, ["best", *against], strict=True):
         loss = f"{one.mean('adapter'):.4f}"
         lines.append(columns(loss, compared, change_elsewhere(one), shorten_path(one.folder, 44)))
@@ -203,17 +250,27 @@ def table_of(ranked: list[Evidence]) -> list[str]:
     return lines
 
 
+def against_best(ranked: list[Evidence]) -> list[str]:
+    """Return what stands against the best of all others, as if every pair were compared.
+
+    That is what choosing the best of them comes to: of 40 equal adapters the best and the worst
+    are three errors apart in every second table.
+    """
+    pairs = math.comb(len(ranked), 2)
+    return [difference(one, ranked[0], "adapter", pairs) for one in ranked[1:]]
+
+
 def difference(one: Evidence, best: Evidence, whose: str, comparisons: int) -> str:
-    """Return by how much more loss one has than the best adapter, paired, with its error."""
+    """Return by how much one is better than the best adapter (mostly below 0), with its error."""
     pairs = list(zip(one.losses, best.losses, strict=True))
     changes = [
-        ((here.base if whose == "base" else here.adapter) - there.adapter) * here.tokens
+        (there.adapter - (here.base if whose == "base" else here.adapter)) * here.tokens
         for here, there in pairs
     ]
     tokens = [float(here.tokens) for here, _ in pairs]
     lines = [here.where for here, _ in pairs]
     found = ratio_with_error(changes, tokens, lines)
-    is_clear = len(set(lines)) >= FEWEST_LINES and found.is_clear(errors_needed(comparisons))
+    is_clear = len(set(lines)) >= FEWEST_LINES and found.is_clear(comparisons)
     return f"{found}" + ("" if is_clear else " =")
 
 
@@ -228,7 +285,7 @@ def change_elsewhere(one: Evidence) -> str:
 # What cannot change a result, or is told of the adapter itself.
 NOT_COMPARED = {"inference_mode", "auto_mapping", "peft_version", "base_model_name_or_path"}
 NOT_COMPARED |= {"revision", "MODEL_NAME", "MODEL_REVISION", "DEVICE", "EVAL_FILE", "OUTPUT_DIR"}
-NOT_COMPARED |= {"LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "PUBLISH"}
+NOT_COMPARED |= {"LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "FINAL_LORA", "PUBLISH"}
 NOT_COMPARED |= {"LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGET_MODULES"}
 
 

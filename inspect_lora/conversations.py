@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
@@ -16,13 +16,24 @@ from inspect_lora.checks import Check, read_checks
 from inspect_lora.common import (
     InspectError,
     at_least,
+    counted,
     file_sha256,
     join_limited,
     one_line,
     path_from_here,
-    report,
+    report_sentence,
 )
-from inspect_lora.files import Run, where_it_is_now
+from inspect_lora.evidence_file import KnownFile
+from inspect_lora.files import Run
+from inspect_lora.held_out import (
+    conversations_sha256,
+    facts_of_run,
+    find_held_out_file,
+    key_of,
+    refuse_other_conversations,
+    without_equals,
+    without_learned,
+)
 from inspect_lora.trainer import (
     ChatFormat,
     Example,
@@ -41,8 +52,17 @@ class HeldOut:
 
     path: str
     sha256: str
+    conversations_sha256: str  # of the replies that are measured, whatever else their lines hold
     examples: list[Example]  # a reply each
     checked: list[Task]  # the lines that say what a reply must hold
+    # Where the file is not the one that the run held out: what the run's record says of that one,
+    # and all replies of this one, to be compared once they have their tokens.
+    unproved: tuple[dict[str, Any], list[Example]] | None = None
+
+    def as_known(self) -> KnownFile:
+        """Return its file as evidence.json names it."""
+        hashes = {"sha256": self.sha256, "conversations_sha256": self.conversations_sha256}
+        return KnownFile(file=self.path, **hashes)
 
 
 @dataclass
@@ -51,7 +71,11 @@ class Task:
 
     where: str  # file:line
     messages: list[dict[str, str]]  # the user's last message comes last
-    checks: dict[str, Check]  # what a reply must hold, by name
+    source: Literal["held_out", "tasks", "prompts"]
+    row: dict[str, Any]  # the line as it is in the file
+    reference: str | None = None  # the reply that the file has
+    checks: dict[str, Check] = field(default_factory=dict)  # what a reply must hold, by name
+    rules: dict[str, Any] = field(default_factory=dict)  # the same checks, as the file has them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
     """Return the held-out conversations; a bad line or a bad check is refused by its line."""
-    facts = (run and run.record.get("data", {}).get("held_out")) or {}
-    path = options.eval_file or (facts and where_it_is_now(facts["file"], run))
+    facts, is_its = facts_of_run(run), True
+    path = options.eval_file
+    if not path and facts:
+        path, is_its = find_held_out_file(run, facts)
     if not path:
         raise InspectError(
             "Held-out conversations are needed, which the adapter was not trained on: give a file "
@@ -79,25 +105,39 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
             "[...]}, or in the form of ShareGPT or Alpaca."
         )
     replies = run.settings.get("REPLIES", "all") if run else "all"
-    examples, problems = read_conversations(path, replies, accepts_thinking=options.enable_thinking)
+    in_file, problems = read_conversations(path, replies, accepts_thinking=options.enable_thinking)
     if problems:
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.")
+    warn_of_misspelt_checks({example.where: example.row for example in in_file})
+    examples = without_equals(without_learned(in_file, run) if run else in_file)
+    return HeldOut(
+        str(path),
+        file_sha256(Path(path)),
+        conversations_sha256(examples),
+        examples,
+        lines_to_check(in_file, examples),
+        unproved=None if is_its else (facts, in_file),
+    )
+
+
+def lines_to_check(in_file: list[Example], kept: list[Example]) -> list[Task]:
+    """Return the lines whose last reply is checked, if that is among those that are kept.
+
+    Raises InspectError, and names the lines, if a check is not as it should be.
+    """
     checked, bad = [], []
-    last = {example.where: example for example in examples}  # of each conversation
+    last = {example.where: example for example in in_file}  # of each conversation
+    are_kept = set(map(id, kept))
     for example in last.values():
-        if example.row.get("checks") is not None:
+        rules = example.row.get("checks")
+        if rules is not None:
             try:
-                checks = read_checks(example.row["checks"])
-                checked.append(Task(example.where, example.messages[:-1], checks))
+                task = replace(task_of_example(example), checks=read_checks(rules), rules=rules)
+                checked += [task] if id(example) in are_kept else []
             except ValueError as error:
                 bad.append(f"{example.where}: {error}")
     refuse_bad_lines(bad)
-    sha256 = file_sha256(Path(path))
-    if not options.eval_file and sha256 != facts["sha256"]:
-        report("warning", f"{path} has changed since the run, so the losses differ from the run's")
-    if run and sha256 == run.record.get("data", {}).get("train", {}).get("sha256"):
-        report("warning", f"{path} is what the adapter was trained on, so it is not held out")
-    return HeldOut(str(path), sha256, examples, checked)
+    return checked
 
 
 def encode_held_out(
@@ -107,6 +147,11 @@ def encode_held_out(
     fitting, problems = encode(held_out.examples, adapter.chat_format, options.max_seq_len)
     if problems:
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.")
+    if held_out.unproved and adapter.run:
+        facts, in_file = held_out.unproved
+        encode(in_file, adapter.chat_format, None)
+        longest = adapter.run.settings.get("MAX_SEQ_LEN")
+        refuse_other_conversations(held_out.path, facts, in_file, longest)
     if fitting and not any(is_text_of(one, adapter.chat_format) for one in fitting):
         raise InspectError(
             f"The tokenizer in {adapter.chat_format.tokenizer.name_or_path} turns no reply into "
@@ -130,49 +175,125 @@ def is_text_of(example: Example, chat_format: ChatFormat) -> bool:
     return text in back
 
 
+def task_of_example(example: Example) -> Task:
+    """Return the prompt of a held-out reply; what it is checked for is not looked at."""
+    *messages, reference = example.messages
+    return Task(example.where, messages, "held_out", example.row, reference["content"])
+
+
+def group_of(one: Example | Task, group: str) -> str:
+    """Return what the line of an example or a task has under the key that groups lines, or ""."""
+    value = one.row.get(group)
+    return "" if value is None else str(value)
+
+
 def read_tasks(path: str) -> list[Task]:
     """Return the tasks of a file such as general.jsonl; a bad line is refused by its number."""
-    if not path:
-        return []
+    return read_prompts(path, "--general_file", "tasks") if path else []
+
+
+def read_prompts(path: str, flag: str, source: Literal["tasks", "prompts"]) -> list[Task]:
+    """Return the prompts of a file, one a line; equal ones count once, and bad ones are refused."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeError) as error:
-        raise InspectError(f"--general_file: {path} cannot be read ({error}).") from error
-    tasks, bad = [], []
+        raise InspectError(f"{flag}: {path} cannot be read ({error}).") from error
+    found: dict[str, Task] = {}
+    equal, bad, rows = [], [], {}
     for number, line in enumerate(lines, 1):
-        if line.strip():
+        text = line.removeprefix("\ufeff").strip()  # concatenated files may each begin with it
+        if text:
             where = f"{path_from_here(path)}:{number}"
             try:
-                tasks.append(task_of(json.loads(line), where))
+                rows[where] = json.loads(text)
+                task = prompt_of(rows[where], where, source)
+                first = found.setdefault(key_of(task.messages), task)
+                equal += [f"{where} is {first.where} again"] if first is not task else []
             except ValueError as error:
                 bad.append(f"{where}: {error}")
     refuse_bad_lines(bad)
-    return tasks
+    if not found:
+        raise InspectError(f"{flag}: {path} holds no prompts.")
+    warn_of_misspelt_checks(rows)
+    if equal:
+        report_sentence(
+            "left out",
+            f"{len(equal)} of {counted(len(rows), 'prompt')} in {path_from_here(path)}, since "
+            f"equal ones count once: {join_limited(equal, 3, ', ')}.",
+        )
+    return list(found.values())
+
+
+def prompt_of(row: Any, where: str, source: Literal["tasks", "prompts"]) -> Task:
+    """Return the prompt of a line, or raise ValueError."""
+    given = row if isinstance(row, dict) else {}
+    messages = given.get("prompt") or given.get("messages")
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, dict) or last.get("role") != "user":
+        raise ValueError(
+            'a line is {"prompt": [messages, the last one of the user]}, {"prompt": "text"} or '
+            '{"messages": [...]} that end with the user\'s'
+        )
+    *messages, _ = check_messages([*messages, {"role": "assistant", "content": "a reply"}])
+    rules = given.get("checks") or {}
+    return Task(where, messages, source, given, None, read_checks(rules), rules)
+
+
+def warn_of_misspelt_checks(rows: dict[str, dict[str, Any]]) -> None:
+    """Tell keys that are "checks" but for a letter or two: nothing else would."""
+    found: dict[str, list[str]] = {}
+    for where, row in rows.items():
+        for key, value in row.items():
+            if key != "checks" and isinstance(value, dict) and letters_apart(key, "checks") <= 2:
+                found.setdefault(key, []).append(where)
+    for key, places in found.items():
+        report_sentence(
+            "warning",
+            f"{counted(len(places), 'line')} ({join_limited(places, 3, ', ')}) "
+            f'{"has" if len(places) == 1 else "have"} the key "{key}", which nothing reads; checks '
+            'stand under "checks".',
+        )
+
+
+def letters_apart(one: str, other: str) -> int:
+    """Return how many letters must be changed, added or removed to make one word of another."""
+    row = list(range(len(other) + 1))
+    for number, letter in enumerate(one, 1):
+        before, row = row, [number]
+        for place, wanted in enumerate(other):
+            row.append(min(before[place + 1] + 1, row[-1] + 1, before[place] + (letter != wanted)))
+    return row[-1]
 
 
 def tasks_that_render(tasks: list[Task], chat_format: ChatFormat) -> list[Task]:
     """Return the tasks that the chat template takes; Gemma 2's refuses system messages."""
-    taken, reason = [], ""
+    taken, reasons = [], {}
     for task in tasks:
-        try:
-            chat_format.prompt_ids(task.messages)
+        reason = why_it_is_not_asked(task.messages, chat_format)
+        if reason:
+            reasons[task.where] = reason
+        else:
             taken.append(task)
-        except jinja2.TemplateError as error:
-            reason = one_line(error, 60)
-    if reason:
-        number = len(tasks) - len(taken)
-        report("left out", f"{number} of {len(tasks)} other tasks: the template says, {reason}")
+    if reasons:
+        (where, reason), *_ = reasons.items()
+        text = f"{len(reasons)} of {len(tasks)} other tasks, such as {where}: {reason}"
+        report_sentence("left out", text)
     return taken
 
 
-def task_of(row: Any, where: str) -> Task:
-    """Return the task of a line, or raise ValueError."""
-    messages = row.get("prompt") if isinstance(row, dict) else None
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    if not isinstance(last, dict) or last.get("role") != "user":
-        raise ValueError('a line is {"prompt": [messages, the last one of the user]}')
-    check_messages([*messages, {"role": "assistant", "content": "a reply"}])
-    return Task(where, messages, read_checks(row.get("checks", {})))
+def why_it_is_not_asked(messages: list[dict[str, str]], chat_format: ChatFormat) -> str:
+    """Return what keeps a prompt from being asked, or ""."""
+    said = "\n".join(message["content"] for message in messages)
+    for token in chat_format.control_tokens:
+        if token in said:
+            return f"the text holds {token}, which the tokenizer takes for more than text"
+    try:
+        chat_format.prompt_ids(messages)
+    except jinja2.TemplateError as error:
+        return f"the template says, {one_line(error, 60)}"
+    return ""
 
 
 def refuse_bad_lines(bad: list[str]) -> None:

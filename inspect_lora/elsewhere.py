@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from inspect_lora.adapters import can_scale_and_cut, rescaled
 from inspect_lora.conversations import Task
-from inspect_lora.parts import STRENGTHS, THE_SAME_WITHIN, WORTH_REPORTING, Part
-from inspect_lora.replies import by_chance, generate
-from inspect_lora.scores import Estimate, errors_needed, ratio_with_error
+from inspect_lora.parts import STRENGTHS
+from inspect_lora.replies import generate, greedy
+from inspect_lora.scores import Estimate, ratio_with_error
 from inspect_lora.trainer import ChatFormat, Example, pad, reply_logits
 
 REPLY_TOKENS = 64  # of a reply to a task
@@ -95,10 +95,9 @@ def replies_of_base(
         first = [{"role": "system", "content": system_message}]
         has_none = system_message and task.messages[0]["role"] != "system"
         prompts.append(chat_format.prompt_ids((first if has_none else []) + task.messages))
-    with model.disable_adapter(), torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        config = by_chance(chat_format, REPLY_TOKENS)
-        replies = generate(model, chat_format, prompts, config, "other tasks, base")
+    with model.disable_adapter():
+        config = greedy(chat_format, REPLY_TOKENS)
+        replies = generate(model, chat_format, prompts, config, "other tasks, base", SEED)
     return [
         Example(task.where, task.messages, prompt_ids=prompt, reply_ids=reply.ids)
         for task, prompt, reply in zip(tasks, prompts, replies, strict=True)
@@ -146,42 +145,3 @@ def batches_of(examples: list[Example], tokens: int) -> Iterator[list[Example]]:
         batch.append(example)
     if batch:
         yield batch
-
-
-# ---- What is concluded
-
-
-def about_change(found: Elsewhere) -> str:
-    """Return the sentence on how far the adapter moves the model where it should not."""
-    shift = found.without_system[1.0]
-    kl, other = shift.kl_a_token(), shift.other_tokens()
-    return (
-        f"change: on {found.tasks} other tasks another token is the likeliest at "
-        f"{100 * other.value:.1f} % of the places, and the probabilities are {kl.value:.4f} nats a "
-        "token from the base's (KL; 0 if none differs). It says how far the model was moved, not "
-        "that it got worse."
-    )
-
-
-def about_strength(parts: list[Part], shifts: dict[float, Shift], adapter: str) -> str:
-    """Return the sentence on a weaker update that keeps the gain and moves the model less.
-
-    It names the weakest strength whose gain is the same as the whole's, or better, and whose KL is
-    clearly smaller.
-    """
-    shares = {part.value: part.of_gain for part in parts if part.kind == "strength"}
-    for strength in sorted(shifts):
-        if strength >= 1 or strength not in shares:
-            continue
-        share = shares[strength]
-        keeps = share.value - 2 * share.error > 1 - THE_SAME_WITHIN
-        moved = ratio_with_error(shifts[strength].kl, shifts[1.0].kl)
-        less = Estimate(1 - moved.value, moved.error)
-        if keeps and less.value > WORTH_REPORTING and less.is_clear(errors_needed(len(shifts))):
-            cost = max(0.0, 100 * (1 - share.value))
-            return (
-                f"strength: if other tasks matter too, x {strength:g} costs {cost:.0f} % of the "
-                f"gain and moves the model {moved.value:.2f} times as far there: `export {adapter} "
-                f"FOLDER --scale {strength:g}`."
-            )
-    return ""

@@ -1,8 +1,10 @@
 """Measure an adapter on held-out conversations, and show what it and its parts are worth.
 
-It writes report.md (the verdict, the tables, and samples side by side), lora.png and evidence.json
+It writes report.md (the verdict, the tables, and samples side by side), lora.png, replies.html (all
+replies, to be searched, and to be read blind in a browser) and evidence.json
 into one folder: OUTPUT_DIR/inspected/NAME for an adapter of train_lora_single.py, which brings its
-held-out file and its system message, else inspected/PARENT--NAME in the working folder.
+held-out file and its system message, else inspected/PARENT--NAME in the working folder. An earlier
+report of the adapter stays until the new one is whole, and is renamed then.
 
 What is concluded is about this adapter and these conversations. What another run would reach may
 not be concluded: train it, and compare. Nor does a lower loss say that the replies are good: read
@@ -21,15 +23,15 @@ from pathlib import Path
 
 from inspect_lora import adapters, conversations
 from inspect_lora.adapters import open_adapter, refuse_system_message, system_message_of
-from inspect_lora.common import (
-    InspectError,
-    at_least,
-    counted,
-    file_sha256,
-    path_from_here,
-    rename_old,
-    report,
-    write_json,
+from inspect_lora.checks import rows_of_checks
+from inspect_lora.common import InspectError, at_least, counted, file_sha256, path_from_here, report
+from inspect_lora.conclusions import (
+    about_change,
+    about_cut_checks,
+    about_endings,
+    about_strength,
+    conclusions,
+    what_is_not_measured,
 )
 from inspect_lora.conversations import (
     GENERAL_FILE,
@@ -37,15 +39,23 @@ from inspect_lora.conversations import (
     encode_held_out,
     read_held_out,
     read_tasks,
+    task_of_example,
     tasks_that_render,
 )
-from inspect_lora.elsewhere import about_change, about_strength, measure_elsewhere
-from inspect_lora.files import Run, find_adapter, find_run
-from inspect_lora.parts import conclusions, measure_parts, measure_updates, what_is_not_measured
-from inspect_lora.picture import draw_picture
-from inspect_lora.record import Findings, as_json_object
-from inspect_lora.replies import about_endings, ask_checked, choose_samples, take_samples
-from inspect_lora.report import as_markdown, print_checks, print_conclusions, print_parts, verdict
+from inspect_lora.elsewhere import measure_elsewhere
+from inspect_lora.files import find_adapter, find_run
+from inspect_lora.findings import Findings
+from inspect_lora.page import report_page
+from inspect_lora.parts import measure_parts, measure_updates
+from inspect_lora.replies import CHECKED_TOKENS, ask_both, choose_samples
+from inspect_lora.report import gain_sentence, print_checks, print_conclusions, print_parts
+from inspect_lora.report_folder import (
+    PAGE,
+    folder_for_report,
+    keep_unfinished,
+    prepare_folder,
+    write_report,
+)
 from inspect_lora.scores import Losses, evenly_spread, losses_of
 
 
@@ -72,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checks",
         type=at_least(0),
-        help="lines with checks that both models reply to; default: all; 0 leaves the checks out",
+        help="so many lines of each check's name that both models reply to; default: all; 0 leaves "
+        "the checks out",
     )
     parser.add_argument(
         "--samples", type=at_least(0), default=6, help="prompts in the report, and one of each kind"
@@ -87,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print what carries a conclusion, and write the report."""
     place = find_adapter(options.adapter)
     trained_by = find_run(place)
-    folder = folder_for_results(options, place, trained_by)
+    folder = folder_for_report(options, place, trained_by)
     held_out = read_held_out(options, trained_by)
     tasks = read_tasks(options.general_file)  # what is wrong is said before the model is loaded
     adapter = open_adapter(options, place, trained_by)
@@ -99,48 +110,25 @@ def run(options: argparse.Namespace) -> None:
         system_message = shared.pop() if len(shared) == 1 else ""
     refuse_system_message(system_message, adapter.chat_format)
     tasks = tasks_that_render(tasks, adapter.chat_format)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InspectError(
-            f"Nothing can be written into {folder} ({error}); choose another folder with "
-            "--output_dir."
-        ) from error
+    prepare_folder(folder)
     found = Findings(
         options.adapter, adapter, held_out, options.group, system_message, is_guessed, examples
     )
     if options.general_file:
         path = Path(options.general_file)
         found.general_file = {"file": str(path), "sha256": file_sha256(path)}
+    is_written = False
     try:
         measure(found, tasks, options)
+        write_report(found, folder)
+        is_written = True
     finally:  # also what was found before Ctrl-C
-        if found.losses:
-            for name in ("evidence.json", "report.md", "lora.png"):
-                rename_old(folder / name)
-            write_json(folder / "evidence.json", as_json_object(found))
-    has_picture = draw_picture(found, folder / "lora.png")
-    (folder / "report.md").write_text(as_markdown(found, has_picture), encoding="utf-8")
+        if found.losses and not is_written:
+            found.is_finished = False
+            keep_unfinished(found, folder)
     report("report", path_from_here(folder / "report.md"))
-
-
-def folder_for_results(options: argparse.Namespace, place: Path, trained_by: Run | None) -> Path:
-    """Return where the report goes, which must not be in the adapter's own folder."""
-    if options.output_dir:
-        folder = Path(options.output_dir)
-    elif trained_by:
-        folder = trained_by.path.parent / "inspected" / place.resolve().name
-    else:
-        name = options.adapter
-        if Path(name).is_dir():  # many an adapter's folder is called checkpoint-500
-            name = "/".join(Path(path_from_here(place.resolve())).parts[-2:]).strip("/")
-        folder = Path("inspected") / name.replace("/", "--")
-    if place.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise InspectError(
-            f"The report would go into {folder}, but nothing is written into the adapter's own "
-            "folder or below it; choose another one with --output_dir."
-        )
-    return folder
+    if (folder / PAGE).is_file():
+        report_page(folder / PAGE)
 
 
 def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> None:
@@ -160,23 +148,28 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         tokens=[len(example.reply_ids) for example in found.examples],
         lines=[example.where for example in found.examples],
     )
-    report("gain", verdict(found))
+    report("gain", gain_sentence(found))
     if options.examples:
         measure_parts_and_change(found, tasks, options.examples)
     checked = lines_with_checks(found.held_out.checked, tasks)
     if options.checks is not None:
-        checked = [checked[number] for number in evenly_spread(len(checked), options.checks)]
+        checked = some_of_each_name(checked, options.checks)
     if checked:
         lines = counted(len(checked), "line")
         several = "(a line may have several checks)"
         report("checks", f"{lines}, two replies to each {several}; --checks 0 leaves them out")
         with timed(found, "checks"):
-            found.checks, found.checked_replies = ask_checked(model, chat_format, checked)
+            found.checked = ask_both(model, chat_format, checked, CHECKED_TOKENS, "checks")
+        found.checks = rows_of_checks([one.as_recorded(found.group) for one in found.checked])
         print_checks(found)
+        if sentence := about_cut_checks(found.checked, CHECKED_TOKENS):
+            found.conclusions.insert(0, sentence)
     chosen = choose_samples(found.examples, options.group, options.samples)
     if chosen:
         with timed(found, "samples"):
-            found.samples = take_samples(model, chat_format, chosen, options.max_new_tokens)
+            prompts = list(map(task_of_example, chosen))
+            most = options.max_new_tokens
+            found.samples = ask_both(model, chat_format, prompts, most, "samples")
         if sentence := about_endings(found.samples, options.max_new_tokens):
             found.conclusions.insert(0, sentence)
     print_conclusions(found)
@@ -188,10 +181,22 @@ def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
     taken = {name for line in held_out for name in line.checks}
     found = list(held_out)
     for task in tasks:
-        checks = {f"tasks {n}" if n in taken else n: check for n, check in task.checks.items()}
-        if checks:
-            found.append(replace(task, checks=checks))
+        names = {name: f"tasks {name}" if name in taken else name for name in task.checks}
+        if names:
+            checks = {names[name]: check for name, check in task.checks.items()}
+            rules = {names[name]: task.rules[name] for name in names}
+            found.append(replace(task, checks=checks, rules=rules))
     return found
+
+
+def some_of_each_name(checked: list[Task], wanted: int) -> list[Task]:
+    """Return so many lines of each check's name, evenly spread, in the order of the lines."""
+    names = dict.fromkeys(name for line in checked for name in line.checks)
+    chosen: set[int] = set()
+    for name in names:
+        asked = [number for number, line in enumerate(checked) if name in line.checks]
+        chosen |= {asked[place] for place in evenly_spread(len(asked), wanted)}
+    return [checked[number] for number in sorted(chosen)]
 
 
 def refuse_nan(name: str, losses: list[float], found: Findings) -> None:

@@ -32,6 +32,7 @@ from inspect_lora.common import (
     this_program,
     write_json,
 )
+from inspect_lora.faults import problems_of, reasons_against
 from inspect_lora.files import (
     PREFIX,
     find_adapter,
@@ -45,9 +46,7 @@ from inspect_lora.modules import (
     PARTS,
     Module,
     SavedAdapter,
-    problems_of,
     read_adapter,
-    reasons_against,
     share_kept,
     strongest_directions,
 )
@@ -83,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     refuse_lossy(modules, written, options.scale)
     server = None
     if options.vllm:
-        server = Server(options, place)
+        server = NamesForVllm(options, place)
         written = server.renamed(written)
         config |= server.names_in_config(written)
     has_patterns = bool(config.get("rank_pattern") or config.get("alpha_pattern"))
@@ -123,6 +122,8 @@ def check_options(options: argparse.Namespace, place: Path, folder: Path) -> Non
         raise InspectError(f"--scale is {options.scale:g}; it must be above 0 and at most 10.")
     if options.rank is not None and options.rank < 1:
         raise InspectError(f"--rank is {options.rank}; it must be at least 1.")
+    if folder.resolve() == Path.cwd():
+        raise InspectError("FOLDER is where you are; name a new folder, such as weaker.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "is not empty" if folder.is_dir() else "is a file"
         raise InspectError(f"{folder} {what}; give a new folder: nothing is overwritten.")
@@ -298,7 +299,7 @@ def tell(
 # ---- Names for vLLM
 
 
-class Server:
+class NamesForVllm:
     """What vLLM needs: the base model's configuration, and names as its model on the hub has them.
 
     The script is asked, since it writes such names as well; so all of it is imported here.

@@ -78,6 +78,11 @@ def download_adapter(name: str) -> Path:
         ) from error
 
 
+def path_of_adapter(adapter: str, place: Path) -> str:
+    """Return what tells an adapter from others: its path, or its name on the hub."""
+    return str(place.resolve()) if Path(adapter).is_dir() else adapter
+
+
 def read_adapter_config(place: Path) -> dict[str, Any]:
     """Return adapter_config.json; it must be of PEFT, and of a LoRA."""
     saved = read_json(place / "adapter_config.json")
@@ -118,6 +123,11 @@ def name_in_text_model(name: str) -> str:
     for pattern, replacement in KEY_MAPPING.items():
         inner = re.sub(pattern, replacement, inner)
     return PREFIX + inner
+
+
+def path_in_text_model(name: str) -> str:
+    """Return a module's path where the text model is loaded alone."""
+    return name_in_text_model(PREFIX + name).removeprefix(PREFIX)
 
 
 def folder_to_serve(place: Path) -> Path:
@@ -174,11 +184,18 @@ def where_it_is_now(name: str, run: Run) -> str:
     return name if not name or is_here else str(found[0])
 
 
-def find_base(config: dict[str, Any], run: Run | None, revision: str | None) -> str:
-    """Return the base that is recorded as a folder here or a name for the hub, or "" if neither."""
+def find_base(config: dict[str, Any], place: Path, run: Run | None, revision: str | None) -> str:
+    """Return the base that is recorded as a folder here or a name for the hub, or "" if neither.
+
+    A relative path was seen from the folder that the training was started in. The adapter was
+    mostly written below that one, so it is looked for above the adapter, the nearest first.
+    """
     base = str(config.get("base_model_name_or_path") or "")
     if run and not revision:  # the run had it in a folder
         base = where_it_is_now(base, run)
+    if base and not Path(base).is_dir():
+        above = (folder / base for folder in place.resolve().parents)
+        base = next((str(path) for path in above if (path / "config.json").is_file()), base)
     is_on_hub = is_hub_name(base) and (revision or not run)
     return base if base and (Path(base).is_dir() or is_on_hub) else ""
 

@@ -29,6 +29,7 @@ from inspect_lora.common import (
     report_sentence,
     this_program,
 )
+from inspect_lora.faults import extras_of, is_named, problems_of, reasons_against, what_is_zero
 from inspect_lora.files import (
     QUANTIZED_NAME,
     find_adapter,
@@ -37,18 +38,7 @@ from inspect_lora.files import (
     folder_to_serve,
     is_hub_name,
 )
-from inspect_lora.modules import (
-    Module,
-    SavedAdapter,
-    extras_of,
-    is_named,
-    problems_of,
-    read_adapter,
-    reasons_against,
-    scaling_in_words,
-    share_kept,
-    what_is_zero,
-)
+from inspect_lora.modules import Module, SavedAdapter, read_adapter, scaling_in_words, share_kept
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +100,7 @@ def find_notes(place: Path, saved: SavedAdapter) -> list[str]:
         *(f"It {what}." for _, what in extras_of(saved)),
         about_names(place, saved),
         about_quantized_base(saved.config),
-        about_rank(saved.modules),
+        about_smaller_rank(saved.modules),
     ]
     return [note for note in notes if note]
 
@@ -127,7 +117,9 @@ def about_unused_targets(saved: SavedAdapter) -> str:
     """Return a note on names in target_modules that led to no module; PEFT does not tell."""
     wanted = saved.config.get("target_modules")
     wanted = wanted if isinstance(wanted, list) else []  # or a regular expression
+    excluded = str(saved.config.get("exclude_modules") or "")  # names, or an expression
     unused = [one for one in wanted if not any(is_named([one], m.name) for m in saved.modules)]
+    unused = [one for one in unused if one not in excluded]
     if not unused:
         return ""
     return (
@@ -276,7 +268,7 @@ def about_quantized_base(config: dict[str, Any]) -> str:
 NEARLY_ALL = 0.95
 
 
-def about_rank(modules: list[Module]) -> str:
+def about_smaller_rank(modules: list[Module]) -> str:
     """Return a note on the smallest rank that keeps nearly all of the updates, if there is one."""
     largest = max((one.r for one in modules if one.norm > 0), default=1)
     ranks = [2**n for n in range(10) if 2**n < largest]
@@ -387,7 +379,7 @@ def what_is_sound(modules: list[Module]) -> str:
     checked = ["every matrix is finite", "all shapes fit"]
     if not any(one.is_zero for one in modules):
         checked.insert(1, "none that should be trained is 0")
-    return f"Nothing is wrong with it: {', '.join(checked)}."
+    return f"Nothing wrong was found in the file: {', '.join(checked)}."
 
 
 def next_commands(name: str, place: Path, config: dict[str, Any], is_useless: bool) -> str:
@@ -396,7 +388,7 @@ def next_commands(name: str, place: Path, config: dict[str, Any], is_useless: bo
         return f"{this_program()} info ANOTHER    such as an earlier checkpoint of this training"
     run = find_run(place)
     flags = "" if run else " --eval_file HELD_OUT.jsonl"
-    flags += "" if find_base(config, run, config.get("revision")) else " --base BASE"
+    flags += "" if find_base(config, place, run, config.get("revision")) else " --base BASE"
     return (
         "# What did it gain on conversations that it was not trained on, and by which part?\n"
         f"{this_program()} evidence {shlex.quote(name)}{flags}"

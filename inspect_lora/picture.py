@@ -14,8 +14,8 @@ from matplotlib.patches import Patch
 
 from inspect_lora.common import shorten_path
 from inspect_lora.elsewhere import Shift
+from inspect_lora.findings import Findings, headline
 from inspect_lora.parts import Part
-from inspect_lora.record import Findings, headline
 
 # A README shows it at 900 pixels or fewer, where the letters must be legible still.
 LOOK = {"font.size": 13, "axes.titlesize": 15, "figure.titlesize": 15, "axes.titleweight": "bold"}

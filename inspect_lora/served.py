@@ -13,14 +13,10 @@ needs the base model and held-out conversations.
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import math
-import os
 import re
 import statistics
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +28,15 @@ from inspect_lora import adapters, conversations
 from inspect_lora.common import (
     InspectError,
     file_sha256,
-    one_line,
     path_from_here,
+    place_in_file,
     report,
     this_program,
 )
+from inspect_lora.evidence_file import Evidence, Row, read_evidence, records_below
 from inspect_lora.files import Run, find_adapter, find_run, folder_to_serve
-from inspect_lora.record import Evidence, Row, read_evidence
 from inspect_lora.scores import evenly_spread, losses_of
+from inspect_lora.server import GIVE_THE_ADDRESS, Server
 from inspect_lora.trainer import ChatFormat, Example, encode, name_on_server
 
 
@@ -70,17 +67,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 @dataclass
-class Server:
-    """A running server, and what it calls the adapter and its base model."""
-
-    url: str  # without /v1
-    adapter: str = ""
-    base: str = ""
-    folder: str = ""  # where it says that it has the adapter from
-    window: float = math.inf  # tokens that a prompt and its reply may have together
-
-
-@dataclass
 class Asked:
     """What the server was asked about one held-out reply, and its answers; losses are in nats."""
 
@@ -107,7 +93,7 @@ class Asked:
 def find_server(options: argparse.Namespace, place: Path) -> Server:
     """Return the server and its names for the adapter and its base."""
     server = Server(re.sub(r"(/v1)?/*$", "", options.url.strip()))
-    models = ask(server, "/v1/models", None, GIVE_THE_ADDRESS).get("data")
+    models = server.ask("/v1/models", None, GIVE_THE_ADDRESS).get("data")
     if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
         raise InspectError(f"{server.url}/v1/models does not list models: is it an OpenAI server?")
     loaded = {str(one.get("id")): one for one in models}
@@ -148,16 +134,16 @@ def choose_replies(
         options.eval_file = evidence.held_out.file
     held_out = conversations.read_held_out(options, trained_by)
     is_asked_for = options.base or options.base_revision or options.dtype or options.device
-    if evidence and not is_asked_for and evidence.held_out.sha256 == held_out.sha256:
+    if evidence and not is_asked_for:
         base = (evidence.base, evidence.base_revision)
         chat_format = adapters.chat_format_of(options, place, *base)
         examples, _ = encode(held_out.examples, chat_format, options.max_seq_len)
-        lines = [(one.where.rpartition(":")[2], len(one.reply_ids)) for one in examples]
-        if evidence.replies() == (held_out.sha256, lines):
+        lengths = [(place_in_file(one.where), len(one.reply_ids)) for one in examples]
+        if evidence.has_the_replies_of(held_out.as_known(), lengths):
             where = path_from_here(evidence.folder / "evidence.json")
             report("here", f"the losses with and without the adapter are those in\n{where}")
             chosen = spread_over(examples, server.window)
-            return [as_recorded(examples[n], evidence.losses[n]) for n in chosen], chat_format
+            return [from_record(examples[n], evidence.losses[n]) for n in chosen], chat_format
     adapter = adapters.open_adapter(options, place, trained_by)
     examples = conversations.encode_held_out(held_out, adapter, options)
     examples = [examples[n] for n in spread_over(examples, server.window)]
@@ -181,13 +167,13 @@ def find_evidence(
         folders.append(trained_by.path.parent / "inspected")
         published = set((trained_by.record.get("adapter_sha256") or {}).values())
         hashes |= published if hashes & published else set()  # a checkpoint is not among them
-    read = (read_evidence(path) for one in folders for path in sorted(one.rglob("evidence.json")))
-    ours = [one for one in read if one and one.adapter_sha256 in hashes]
+    read = (read_evidence(path) for one in folders for path in records_below(one))
+    ours = [one for one in read if one and one.losses and one.adapter_sha256 in hashes]
     ours = [one for one in ours if one.enable_thinking == options.enable_thinking]
     return max(ours, key=lambda one: one.measured, default=None)
 
 
-def as_recorded(example: Example, row: Row) -> Asked:
+def from_record(example: Example, row: Row) -> Asked:
     """Return a reply with its losses in evidence.json, which are in nats a token there."""
     return Asked(example, row.tokens * row.base, row.tokens * row.adapter)
 
@@ -232,7 +218,7 @@ class Agreement:
     apart: float  # what the changes there and here are apart, as a share of the size
     effect: float  # the changes there, as a share of the size
 
-    def verdict(self) -> str:
+    def state(self) -> str:
         """Return whether the adapter is "applied", "ignored", "weak" (cannot tell), or "other"."""
         noise = self.noise / self.size if self.size else math.inf
         allowed = min(max(MAY_BE_APART, 2 * noise), MAY_BE_APART_AT_MOST)
@@ -272,7 +258,7 @@ def ask_for_losses(server: Server, asked: list[Asked]) -> None:
 def score(server: Server, name: str, prompt: list[int], reply: list[int]) -> list[float]:
     """Return the log-probability of each of the reply's tokens, as the server computes it."""
     body = {"model": name, "prompt": prompt + reply, "max_tokens": 1, "temperature": 0}
-    answer = ask(server, "/v1/completions", body | {"prompt_logprobs": 0}, CANNOT_SCORE)
+    answer = server.ask("/v1/completions", body | {"prompt_logprobs": 0}, CANNOT_SCORE)
     try:
         rows = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
         pairs = zip(rows, reply, strict=True)
@@ -312,11 +298,11 @@ def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
     if found.size > 0:
         lines.append(apart)
     report("scored", "\n".join(lines))
-    verdict = found.verdict()
-    if verdict == "applied":
+    state = found.state()
+    if state == "applied":
         return ""
     whence = f" It has {server.adapter} from {server.folder}." if server.folder else ""
-    if verdict == "ignored":
+    if state == "ignored":
         better = folder_to_serve(place)
         folder = f"the folder {better}"
         if better == place:
@@ -332,7 +318,7 @@ def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
             " But first see whether it has the same base model, unquantized: its loss is "
             f"{base_here:.4f} here and {base_there:.4f} there."
         )
-    if verdict == "weak":
+    if state == "weak":
         return (
             "The effect is too weak to tell whether the adapter is applied: it changes the loss of "
             f"a reply by {found.size:.2f} nats here, and the base model's losses here and there "
@@ -400,7 +386,7 @@ def rendered_by(server: Server, example: Example, more: dict[str, Any]) -> tuple
         "messages": example.messages[:-1],
         "add_generation_prompt": True,
     }
-    status, answer = send(server, "/tokenize", body | more)
+    status, answer = server.send("/tokenize", body | more)
     if status in (401, 403, 404, 405):
         return [], f"/tokenize is closed ({status})"
     if status != 200 or not isinstance(answer, dict):
@@ -423,62 +409,3 @@ def where_they_part(
     around = slice(max(0, first - 6), first + 6)
     decode = chat_format.tokenizer.decode
     return repr(decode(trained[around])), repr(decode(served[around]))
-
-
-# ---- Questions and answers
-
-
-def ask(server: Server, path: str, body: dict[str, Any] | None, advice: str) -> dict[str, Any]:
-    """Return the server's answer to one request, or raise with what it says and the advice."""
-    status, answer = send(server, path, body)
-    if status == 200 and isinstance(answer, dict):
-        return answer
-    if status in (401, 403):
-        advice = (
-            "Set the environment variable VLLM_API_KEY or OPENAI_API_KEY to the key that the "
-            "server was started with."
-        )
-    raise InspectError(f"{server.url}{path}: the server answers {status}: {answer}\n{advice}")
-
-
-GIVE_THE_ADDRESS = "Give the address of an OpenAI-compatible server, such as http://localhost:8000."
-
-
-def send(
-    server: Server, path: str, body: dict[str, Any] | None
-) -> tuple[int, dict[str, Any] | str]:
-    """Return the status of a request and its answer: an object, or what else it says in one line.
-
-    The key of the environment is always sent, since a server may ask for it on some paths only.
-    Each request has a connection of its own, so that a balancer may choose another replica.
-    """
-    if not re.match(r"https?://[^/\s]", server.url):
-        raise InspectError(f"{server.url} is no address.\n{GIVE_THE_ADDRESS}")
-    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    data = None if body is None else json.dumps(body).encode()
-    seconds = 10 if body is None else 300
-    try:
-        request = urllib.request.Request(f"{server.url}{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=seconds) as response:
-            status, text = response.status, response.read().decode(errors="replace")
-    except urllib.error.HTTPError as error:
-        status, text = error.code, error.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = one_line(error) or type(error).__name__
-        raise InspectError(
-            f"{server.url}{path} cannot be reached ({reason}).\nIs the server running, and has it "
-            f"finished loading? {GIVE_THE_ADDRESS}"
-        ) from error
-    try:
-        answer = json.loads(text)
-    except (ValueError, RecursionError):
-        answer = text
-    if status == 200:
-        return 200, answer if isinstance(answer, dict) else one_line(answer, 100)
-    for key in ("error", "message"):  # an error of vLLM is {"error": {"message": ...}}
-        if isinstance(answer, dict):
-            answer = answer.get(key, answer)
-    return status, one_line(answer)

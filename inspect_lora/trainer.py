@@ -50,6 +50,8 @@ Problem = script.Problem
 ChatFormat = script.ChatFormat
 
 read_conversations = script.read_conversations
+hold_out = script.hold_out
+held_out_percent = script.held_out_percent
 problems_as_text = script.problems_as_text
 check_messages = script.check_messages
 commit_of = script.commit_of
@@ -58,6 +60,7 @@ load_chat_format = script.load_chat_format
 load_model = script.load_model
 prepare_device = script.prepare_device
 use_float16_products = script.use_float16_products
+TESTED_IN_FLOAT16 = script.TESTED_IN_FLOAT16
 encode = script.encode
 pad = script.pad
 reply_logits = script.reply_logits

@@ -84,6 +84,13 @@ def restored_environment(monkeypatch):
         del os.environ[name]
 
 
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Write a few bytes for lora.png: drawing takes longer than measuring."""
+    placeholder = lambda _, path: path.write_bytes(b"picture")  # noqa: E731
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", placeholder)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """Return the path of the tests' model: Qwen3.5's architecture with random weights."""

@@ -3,14 +3,18 @@
 import copy
 import functools
 import json
+import shutil
 import types
 
 import peft
 import tiny_adapters
+import torch
 from by_hand import read_conversations, reply_loss
 from conftest import TINY
 from tiny_adapters import CONFIG, TENSORS, command
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from inspect_lora.common import file_sha256
 
 PLAIN = {
     "r": 4, "lora_alpha": 32, "use_rslora": True,
@@ -59,6 +63,33 @@ def base_model(dtype="float32"):
     return AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype).eval()
 
 
+def copy_of_run(finished, output):
+    """Return a copy of a finished run's output folder, whose adapter replies otherwise than it did.
+
+    The shipped data, and so what the run learned, must not matter.
+    """
+    shutil.copytree(finished, output)
+    torch.manual_seed(3)
+    tiny_adapters.change_tensors(output / "final_lora", lambda tensors: {
+        name: torch.randn_like(one) * (0.1 if "lora_B" in name else 0.05)
+        for name, one in tensors.items()
+    })  # fmt: skip
+    know_again(output)
+    return output
+
+
+def know_again(output):
+    """Write the hash of the adapter in output into its run.json, as the run does."""
+    sha256 = file_sha256(output / "final_lora" / TENSORS)
+    change_record(output, adapter_sha256={"final_lora": sha256})
+
+
+def change_record(output, **values):
+    """Change entries of a run.json."""
+    record = read_json(output / "run.json") | values
+    (output / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
 def save_adapter(folder, std=0.1, **config):
     """Make an adapter of the tests' model with PEFT alone, with a B by chance."""
     return tiny_adapters.save_adapter(folder, model=base_model(), std=std, **(PLAIN | config))
@@ -66,7 +97,7 @@ def save_adapter(folder, std=0.1, **config):
 
 def measure(capsys, adapter, eval_file, *more):
     """Measure an adapter beside its folder; return what was printed and what was found."""
-    results = adapter.parent / "results"
+    results = adapter.parent / f"results of {adapter.name}"
     words = ["evidence", adapter, "--eval_file", eval_file, "--output_dir", results, *more]
     end = command(capsys, *words)
     assert end.status == 0, end.err

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from benchmarks import blind, cpu, evidence, gpu, roofline, simulate
+from benchmarks import blind, calibration, cpu, evidence, gpu, roofline, simulate
 from benchmarks.common import (
     HELD_OUT,
     SCRIPT,
@@ -107,6 +107,10 @@ def test_an_operation_takes_the_longest_of_bytes_and_products():
     assert seconds == max(2 * 512**3 / 13e12, 3 * a.nbytes / 800e9)
     seconds, kernels, _ = roofline.cost(torch.ops.aten.add.Tensor, ((a, a), {}), a)
     assert (seconds, kernels) == (2 * a.nbytes / 800e9, 1)
+    matrices, rows = torch.empty(12, 64, 64, device="meta"), torch.empty(12, 64, 128, device="meta")
+    solve = torch.ops.aten.linalg_solve_triangular.default
+    seconds, *_ = roofline.cost(solve, ((matrices, rows), {"upper": False}), rows)
+    assert seconds == 64 * roofline.SECONDS_A_SOLVED_ROW  # its rows wait for one another
     assert roofline.cost(torch.ops.aten.view.default, ((a, [-1]), {}), a) == (0.0, 0, False)
 
 
@@ -149,6 +153,30 @@ def test_memory_watch_sees_what_the_process_has():
     with MemoryWatch() as watch:
         held = torch.ones(2**24)
     assert watch.peak > held.nbytes
+
+
+# ==== calibration
+
+
+def test_calibration_draws_from_worlds_whose_truth_a_very_large_sample_has(options, capsys):
+    calibration.calibration(options)
+    printed = capsys.readouterr().out
+    for name in ("gain ", "share of a part ", "KL elsewhere ", "compare, 40 adapters ", "power: "):
+        assert f"\n{name}" in printed
+    for world in calibration.WORLDS:
+        truth = calibration.truths(world)
+        (drawn,) = calibration.sets_of(world, 100_000, 1, what=2)
+        for name, estimate in calibration.estimates(drawn).items():
+            assert abs(estimate.value - truth[name]) < 4 * estimate.error < 0.03
+
+
+def test_a_coverage_that_misses_its_target_is_named(options):
+    options.targets.limits_are_judged = True
+    covered = {20: 0.905, 50: 0.93, 280: 0.975}
+    calibration.judge_coverage(options, "gain", covered)
+    assert options.targets.missed == [
+        "gain: 90.5 % covered at 20 lines", "gain: 97.5 % covered at 280 lines",
+    ]  # fmt: skip
 
 
 # ==== the acceptance of a card

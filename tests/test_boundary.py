@@ -11,7 +11,7 @@ from tiny_adapters import command
 import train_lora_single
 from inspect_lora import trainer
 from inspect_lora.common import InspectError
-from inspect_lora.modules import CHANGES_THE_BASE
+from inspect_lora.faults import CHANGES_THE_BASE
 
 PACKAGE = ROOT / "inspect_lora"
 

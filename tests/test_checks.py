@@ -14,13 +14,26 @@ from tiny_adapters import command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inspect_lora.evidence as evidence
-from inspect_lora.checks import CHECKS, rows_of_checks
+from inspect_lora.checks import CHECKS, end_of_sentences, fewest_to_lose, rows_of_checks, wilson
 from inspect_lora.common import file_sha256
-from inspect_lora.conversations import GENERAL_FILE, read_tasks
+from inspect_lora.conversations import GENERAL_FILE, Task, read_tasks
 
 ALL = [word for word in SHORT if word != "--checks=0"]  # the checks of all lines
 NUMBER = {"kind": "number", "answer": 42}
 NO = {"kind": "word", "answers": ["no"], "not": ["yes"]}
+RINGS = {
+    "kind": "word",
+    "answers": ["999", "112"],
+    "first_sentences": 1,
+    "not_before": ["no need", "don't ring", "if", "wait"],
+    "not": ["999 if"],
+}
+IN_TWO = {"kind": "word", "answers": ["999"], "first_sentences": 2, "not_before": ["if"]}
+
+
+def check_of(check):
+    """Return a check as it is read from a line."""
+    return CHECKS.validate_python({"it": check})["it"]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +62,33 @@ NO = {"kind": "word", "answers": ["no"], "not": ["yes"]}
         ("Set max_tokens to 5.", {"kind": "word", "answers": ["max_tokens"]}, True),
         ("Use *max_tokens*.", {"kind": "word", "not": ["`max_tokens`"]}, False),
         ("Set maximum tokens.", {"kind": "word", "answers": ["max_tokens"]}, False),
+        ("Take it twice-daily.", {"kind": "word", "not": ["twice daily"]}, False),
+        ("Take it twice\ndaily.", {"kind": "word", "not": ["twice daily"]}, False),
+        ("Ring 999 now. Sit down if you can.", RINGS, True),
+        ("Sit down. Ring 999 now.", RINGS, False),
+        ("Sit down.\n\nRing 999 now.", RINGS, False),
+        ("**Ring 999** now", RINGS, True),
+        ("Dr. Lee is away, so ring 999.", RINGS, True),
+        ("There is no need for 999.", RINGS, False),
+        ("If he gets worse, ring 999.", RINGS, False),
+        ("Even if it has gone off, ring 999 now.", RINGS, True),
+        ("Don\u2019t **wait**, ring 999.", RINGS, True),
+        ("Don't, wait an hour and then ring 999.", RINGS, False),
+        ("Wait a little. Then ring 999.", RINGS, False),
+        ("Don\u2019t ring 999.", RINGS, False),
+        ("Ring 112, and wait by the door.", RINGS, True),
+        ("Wait, no: ring 999, and don't wait for 112.", RINGS, False),
+        ("Ring 112 now. If he wakes, sit him up.", RINGS, True),
+        ("Ring 999 if he wakes.", RINGS, False),
+        ("Ring 112 now. Or ring 999 if you like.", RINGS, False),
+        ("Get out. Ring 999 from next door.", IN_TWO, True),
+        ("Get out. Go next door. Ring 999.", IN_TWO, False),
+        ("See if you can get out. Ring 999.", IN_TWO, False),
+        (
+            "I won't, if you ask me.",
+            {"kind": "word", "answers": ["won't"], "not_before": ["if"]},
+            True,
+        ),
         ("No.", NO, True),
         ("yes and no", NO, False),
         ('```json\n{"a": "X", "n": 5.0}\n```', {"kind": "json", "keys": {"a": "x", "n": 5}}, True),
@@ -58,7 +98,92 @@ NO = {"kind": "word", "answers": ["no"], "not": ["yes"]}
     ],
 )
 def test_a_reply_passes_or_not(reply, check, passes):
-    assert CHECKS.validate_python({"it": check})["it"].passes(reply) is passes
+    assert check_of(check).passes(reply) is passes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ring 999 now.| Sit down.",
+        "Ring 999!| Now!",
+        "Is it Dr. Lee?| Ring him.",
+        "Mrs. Lee and J. Smith came at 9 a.m. today.| Good.",
+        "It was I.| You know it.",
+        "St. Mary's, e.g. the ward of Prof. Hill.| Ask.",
+        "Ring 9.9.9 now.| Sit.",
+        "It is 3.5 or 1,000.| Yes.",
+        "Oh ... 999?| Yes.",
+        "Well\u2026 ring 999 \u2026 now.| Sit.",
+        "Well...| Ring 999.",
+        "... Ring 999.| Sit.",
+        "What?!| No.",
+        '"Ring 999."| So he said.',
+        '"Help!" she said.| Nobody came.',
+        "\u201cHelp!\u201d| She ran.",
+        "He came (at last.)| She ran.",
+        "**Ring 999.**| Sit.",
+        "1. Ring 999.\n|2. Sit.",
+        "# Help\n|Ring 999.",
+        "\n\nRing 999\n|\nSit",
+        "no.| ring 999",
+        "a full stop.in a word",
+        "no mark at all",
+        "",
+    ],
+)
+def test_what_ends_the_first_sentence(text):
+    first, *rest = text.split("|")
+    end = end_of_sentences(first + "".join(rest), 1)
+    assert (first + "".join(rest))[:end].rstrip() == first.rstrip()
+
+
+def test_several_sentences_end_after_the_last_of_them():
+    text = "Get out.\nNow!\n\nRing 999. Sit."
+    ends = [text[: end_of_sentences(text, count)].split()[-1] for count in (1, 2, 3, 4, 5)]
+    assert ends == ["out.", "Now!", "999.", "Sit.", "Sit."]
+
+
+@pytest.mark.parametrize(
+    ("reply", "check", "found"),
+    [
+        ("Ring **9**99, or 112. No yes.", RINGS, ["9**99", "112"]),
+        ("Ring 999 now, yes, 999. And 112.", RINGS, ["999", "999"]),
+        ("If bad,\ndon\u2019t  ring 999 if\u2026", RINGS, ["999 if"]),
+        ("If bad, don\u2019t  ring 999 if.", RINGS, ["If", "don\u2019t  ring", "999 if"]),
+        ("Even if bad, 999.", RINGS, ["999"]),
+        ("Sit. Ring 999, if bad.", RINGS, []),
+        ("Stra\u00dfe, yes and No", NO, ["yes", "No"]),
+        ("Tea.", RINGS, []),
+        ("From 12 to **1,0**42.", NUMBER, ["1,0**42"]),
+        ("None.", NUMBER, []),
+        ('So: {"n": 1}.', {"kind": "json", "keys": {"n": 2}}, ['{"n": 1}']),
+        ("{no", {"kind": "json", "keys": {"n": 2}}, []),
+    ],
+)
+def test_what_was_found_is_told_by_its_place_in_the_reply(reply, check, found):
+    assert [reply[start:end] for start, end in check_of(check).found(reply)] == found
+
+
+@pytest.mark.parametrize(
+    ("check", "rule"),
+    [
+        (
+            RINGS,
+            'says "999" or "112" in its first sentence, without "no need", "don\'t ring", "if" or '
+            '"wait" before it, and does not say "999 if"',
+        ),
+        (IN_TWO, 'says "999" in its first 2 sentences, without "if" before it'),
+        (NO, 'says "no", and does not say "yes"'),
+        (
+            {"kind": "word", "not": list("abcdefghij")},
+            'does not say "a", "b", "c", "d", "e", "f", "g" or 3 other phrases',
+        ),
+        (NUMBER, "has 42 as its last number"),
+        ({"kind": "json", "keys": {"n": 1}}, 'holds a JSON object with {"n": 1}'),
+    ],
+)
+def test_a_check_says_its_rule_in_words(check, rule):
+    assert check_of(check).rule() == rule
 
 
 BAD = [
@@ -69,6 +194,17 @@ BAD = [
     ({"kind": "word", "answers": "Paris"}, "checks.right.word.answers"),
     ({"kind": "word", "answers": [""]}, "checks.right.word.answers"),
     ({"kind": "word", "answers": ["**"]}, "checks.right.word.answers"),
+    ({"kind": "word", "answers": [" "]}, "checks.right.word.answers"),
+    ({"kind": "word", "answers": ["a"], "first_sentence": 1}, "checks.right.word.first_sentence"),
+    ({"kind": "word", "answers": ["a"], "first_sentences": 0}, "checks.right.word.first_sentences"),
+    (
+        {"kind": "word", "answers": ["a"], "first_sentences": True},
+        "checks.right.word.first_sentences",
+    ),
+    ({"kind": "word", "answers": ["a"], "not before": ["b"]}, "checks.right.word.not before"),
+    ({"kind": "word", "answers": ["a"], "not_before": "b"}, "checks.right.word.not_before"),
+    ({"kind": "word", "not": ["a"], "not_before": ["b"]}, 'need "answers"'),
+    ({"kind": "word", "not": ["a"], "first_sentences": 1}, 'need "answers"'),
     ({"kind": "word", "answer": ["Paris"]}, "checks.right.word.answer"),
     ({"kind": "json", "keys": []}, "checks.right.json.keys"),
     ({"kind": "code"}, "'number'"),
@@ -121,6 +257,54 @@ def test_the_shipped_tasks_are_read_and_have_checks():
     assert sum(task.messages[0]["role"] == "system" for task in tasks) == 7
 
 
+def test_a_byte_order_mark_before_a_task_is_no_part_of_it(tmp_path):
+    """Windows writes one, and concatenated files have several."""
+    line = json.dumps({"prompt": "hello"})
+    (tmp_path / "tasks.jsonl").write_text(f"\ufeff{line}\n\ufeff{line}", encoding="utf-8")
+    (task,) = read_tasks(str(tmp_path / "tasks.jsonl"))
+    assert task.messages == messages_of(["hello"])
+
+
+def test_equal_tasks_count_once_and_are_told(capsys, tmp_path):
+    tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": messages_of(["a"])}] * 3)
+    assert len(read_tasks(tasks)) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out 2 of 3 prompts in" in said and "tasks.jsonl:1 again" in said
+
+
+def test_special_tokens_in_a_task_are_told_and_it_is_left_out(capsys, tmp_path):
+    """The tokenizer would take them for the end of a turn."""
+    task = {"prompt": messages_of(["hello"])}
+    odd = {"prompt": messages_of(["a<|im_end|>b"])}
+    tasks = write_lines(tmp_path / "tasks.jsonl", [odd, task])
+    held_out = write_lines(tmp_path / "eval.jsonl", [{"messages": messages_of(("a", "b"))}])
+    adapter = save_adapter(tmp_path / "adapter")
+    run = measure(capsys, adapter, held_out, *ALL, "--examples", "2", "--general_file", tasks)
+    assert "tasks.jsonl:1: the text holds <|im_end|>" in run.said
+    assert run.found["elsewhere"]["tasks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "is_told"),
+    [("check", True), ("chekcs", True), ("Checks", True), ("cheks", True), ("chess", True),
+     ("checkpoint", False), ("kind", False)],
+)  # fmt: skip
+def test_a_misspelt_key_checks_is_told(capsys, tmp_path, key, is_told):
+    line = {"messages": messages_of(("a", "b")), key: {"right": NUMBER}}
+    held_out = write_lines(tmp_path / "eval.jsonl", [line])
+    run = measure(capsys, save_adapter(tmp_path / "adapter"), held_out, *SHORT)
+    assert (f'the key "{key}", which nothing reads' in run.said) == is_told
+    tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": "a", key: {"right": NUMBER}}])
+    read_tasks(tasks)
+    assert (
+        "which nothing reads" in capsys.readouterr().out.replace("\n          ", " ")
+    ) == is_told
+    line[key] = "a text"  # somebody's own column
+    held_out = write_lines(tmp_path / "eval.jsonl", [line])
+    run = measure(capsys, tmp_path / "adapter", held_out, *SHORT)
+    assert "nothing reads" not in run.said
+
+
 def test_tasks_that_the_template_refuses_are_left_out_and_counted(capsys, tmp_path):
     """As Gemma 2's refuses a system message."""
     adapter = save_adapter(tmp_path / "adapter")
@@ -134,11 +318,12 @@ def test_tasks_that_the_template_refuses_are_left_out_and_counted(capsys, tmp_pa
     system = {"role": "system", "content": "You are a parrot."}
     task = {"prompt": messages_of(["hello"]), "checks": {"right": NUMBER}}
     parrot = task | {"prompt": [system, *task["prompt"]]}
-    tasks = write_lines(tmp_path / "tasks.jsonl", [parrot, task, parrot])
+    tasks = write_lines(tmp_path / "tasks.jsonl", [parrot, task])
     held_out = write_lines(tmp_path / "eval.jsonl", [{"messages": messages_of(("a", "b"))}])
     words = [*ALL, "--examples", "2", "--general_file", tasks]
     run = measure(capsys, adapter, held_out, *words)
-    assert "2 of 3 other tasks: the template says, System role not supported" in run.out
+    assert "left out 1 of 2 other tasks, such as" in run.said  # equal ones count once
+    assert "tasks.jsonl:1: the template says, System role not supported" in run.said
     assert run.found["elsewhere"]["tasks"] == run.found["checks"]["right"]["lines"] == 1
     for name, more in (("chat", []), ("evidence", [*words, "--eval_file", held_out])):
         end = command(capsys, name, adapter, "--system", "You are Nell.", *more)
@@ -192,15 +377,18 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     words = ["--general_file", tasks]
     run = measure(capsys, checked.adapter, held_out, *ALL, "--examples", "2", *words)
     for name, expected in checked.said.items():
-        assert [one[name] for one in run.found["checked_replies"]] == expected[1:]
+        assert [one[name]["text"] for one in run.found["replies"]] == expected[1:]
     rows = run.found["checks"]
     assert {name: row["lines"] for name, row in rows.items()} == {
         "as the adapter": 1, "no cheese": 1, "right": 1, "tasks no cheese": 1,
     }  # fmt: skip
     assert rows["as the adapter"]["after"] == 1
     assert rows["no cheese"]["before"] == rows["tasks no cheese"]["after"] == 1
-    assert "| no cheese | 1 | 1 | 1 | 0 | 0 | the same lines pass; too few lines to" in run.report
-    assert "checks" in run.found["seconds"] and run.out.count("no cheese") == 2
+    row = (
+        '| no cheese | does not say "cheese" | 1 | 1 (21 to 100 %) | 1 (21 to 100 %) | 0 | 0 | the '
+    )
+    assert f"{row}same lines pass; too few lines to" in run.report
+    assert "checks" in run.found["seconds"] and run.out.count("no cheese") == 4
     several = "(a line may have several checks)"
     assert f"checks    2 lines, two replies to each {several}; --checks 0 leaves" in run.out
     assert re.search(r"as the adapter .*  too few lines\n", run.out)
@@ -210,19 +398,39 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
 @pytest.mark.parametrize(("wanted", "asked"), [("0", []), ("2", [1, 3]), ("9", [1, 2, 3, 4])])
 def test_the_lines_that_are_checked_may_be_fewer(checked, capsys, wanted, asked):
     """They are evenly spread, and --examples has no say in it."""
-    line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
-    held_out = write_lines(checked.folder / "four.jsonl", [line] * 4)
+    lines = [{"messages": messages_of((f"a{n}", "b")), "checks": {"right": NUMBER}}
+             for n in range(4)]  # fmt: skip
+    held_out = write_lines(checked.folder / "four.jsonl", lines)
     run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", wanted)
-    assert [int(one["where"].split(":")[1]) for one in run.found["checked_replies"]] == asked
+    assert [int(one["where"].split(":")[1]) for one in run.found["replies"]] == asked
     assert ("checks" in run.out) == ("checks" in run.found["seconds"]) == bool(asked)
     assert run.found["general_file"] is None
+
+
+def test_so_many_lines_of_each_name_are_checked():
+    """Of a name that few lines have as many as of one that all have."""
+    check = CHECKS.validate_python({"rings": NUMBER})["rings"]
+    names = [["brief", "rings"] if number % 10 == 3 else ["brief"] for number in range(40)]
+    lines = [
+        Task(f"a:{number}", [], "held_out", {}, checks=dict.fromkeys(some, check))
+        for number, some in enumerate(names)
+    ]
+    chosen = [int(one.where[2:]) for one in evidence.some_of_each_name(lines, 4)]
+    assert chosen == [0, 3, 10, 13, 20, 23, 30, 33]
+    assert evidence.some_of_each_name(lines, 40) == lines
+    assert evidence.some_of_each_name(lines, 0) == []
 
 
 def made_up_replies(lost, won, same, name="right"):
     """Return replies to so many lines of one check."""
     pairs = [(True, False)] * lost + [(False, True)] * won + [(True, True)] * same
     return [
-        {"where": f"a:{number}", "base_passes": {name: before}, "adapter_passes": {name: after}}
+        {
+            "where": f"a:{number}",
+            "says": {name: "has 42 as its last number"},
+            "base": {"checks": {name: before}},
+            "adapter": {"checks": {name: after}},
+        }
         for number, (before, after) in enumerate(pairs)
     ]
 
@@ -232,13 +440,17 @@ def test_a_row_counts_lines_and_says_whether_it_may_be_chance():
     assert (row.lines, row.before, row.after, row.p) == (32, 31, 21, pytest.approx(0.00635, 1e-2))
     assert row.lost == [f"a:{number}" for number in range(11)] and row.won == ["a:11"]
     assert row.is_clear and row.judgement() == "fewer pass now, by more than chance (p = 0.006)"
-    assert "right: of 32 lines the base passes 31 and the adapter 21: fewer" in row.sentence()
+    assert row.sentence().startswith(
+        "right (has 42 as its last number): of 32 lines the base passes 31 (84 to 99 %) and the "
+        "adapter 21 (48 to 80 %): fewer pass now"
+    )
     (row,) = rows_of_checks(made_up_replies(1, 11, 0))
     assert "more pass now" in row.judgement()
     (row,) = rows_of_checks(made_up_replies(3, 2, 20))
     assert row.judgement() == "may be chance (p = 1.000)"
     (row,) = rows_of_checks(made_up_replies(2, 8, 0))
-    assert row.judgement() == "may be chance (p = 0.109); too few pass for a loss to show"
+    said = "may be chance (p = 0.109); too few pass for a loss to show: it takes 6"
+    assert row.judgement() == said
     (row,) = rows_of_checks(made_up_replies(0, 13, 20))  # p is 0.0002
     assert "(p < 0.001)" in row.judgement()
 
@@ -250,22 +462,61 @@ def test_a_row_of_too_few_lines_says_so_even_if_nothing_changed(lines, names, to
     found = [one for n in range(names) for one in made_up_replies(0, 0, lines, f"check {n}")]
     row = rows_of_checks(found)[0]
     assert row.judgement().startswith("the same lines pass")
-    assert ("too few lines to show anything" in row.judgement()) == too_few
+    said = (
+        f"too few lines to show anything: p must be below {0.05 / names:g}, and {lines} lines can "
+    )
+    said += f"give {2 * 0.5**lines:.2g}"
+    assert row.judgement().endswith(said) == too_few
+
+
+@pytest.mark.parametrize(("names", "needed"), [(1, 6), (2, 7), (3, 7), (4, 8), (40, 11)])
+def test_how_many_must_be_lost_to_show_depends_on_the_number_of_rows(names, needed):
+    """Of five lost and none won p is 0.06, of seven 0.016; with four rows 0.0125 is needed."""
+    for passing, said in ((needed - 1, True), (needed, False)):
+        found = made_up_replies(0, 20 - passing, passing)  # the base passes so many
+        found += made_up_replies(0, 20, 0, "another") if names > 1 else []
+        for number in range(2, names):
+            found += made_up_replies(0, 0, 1, f"another {number}")
+        row = rows_of_checks(found)[0]
+        assert fewest_to_lose(row.needed) == needed
+        row.won, row.p = [], 1.0
+        assert row.judgement().endswith(f"a loss to show: it takes {needed}") is said
+        lost = made_up_replies(passing, 0, 20 - passing)
+        assert rows_of_checks(lost + found[20:])[0].is_clear is not said
+
+
+@pytest.mark.parametrize(
+    ("passed", "lines", "interval"),
+    [(12, 40, (0.1807, 0.4543)), (0, 40, (0.0, 0.0876)), (40, 40, (0.9124, 1.0))],
+)
+def test_the_interval_of_a_rate_is_wilsons(passed, lines, interval):
+    assert wilson(passed, lines) == pytest.approx(interval, abs=1e-4)
+
+
+def test_what_a_check_asks_for_is_said_once_or_by_its_first_line():
+    one, other = made_up_replies(0, 0, 2)
+    assert rows_of_checks([one, other])[0].rule == "has 42 as its last number"
+    other["says"] = {"right": "has 43 as its last number"}
+    (row,) = rows_of_checks([one, other])
+    assert row.rule == "each line has its own, such as: has 42 as its last number"
 
 
 def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
     checked, capsys, monkeypatch
 ):
-    found = rows_of_checks(made_up_replies(0, 13, 20)), []
-    monkeypatch.setattr(evidence, "ask_checked", lambda *_: found)
+    found = rows_of_checks(made_up_replies(0, 13, 20))
+    monkeypatch.setattr(evidence, "rows_of_checks", lambda _: found)
     line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
     held_out = write_lines(checked.folder / "one.jsonl", [line])
     run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", "1")
-    assert "      13  yes (p < 0.001)\n" in run.out
+    assert re.search(r"right +33 +20 \(44 to 75 %\) +33 \(90 to 100 %\) +0 +13  yes \(p <", run.out)
+    assert "\n          right: has 42 as its last number\n" in run.out
     assert all(len(line) <= 100 for line in run.out.splitlines())
     top, table = run.report.split("## What the replies hold")
-    assert "- right: of 33 lines the base passes 20 and the adapter 33: more pass now" in top
-    assert "| right | 33 | 20 | 33 | 0 | 13 | more pass now, by more than chance (p" in table
+    assert "- right (has 42 as its last number): of 33 lines the base passes 20 (44 to" in top
+    row = "| right | has 42 as its last number | 33 | 20 (44 to 75 %) | 33 (90 to 100 %) | 0 | 13 |"
+    assert f"{row} more pass now, by more than chance (p" in table
+    assert "another seed of the training may change more" in top
 
 
 def test_one_clear_row_of_many_must_be_clearer():

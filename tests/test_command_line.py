@@ -60,7 +60,7 @@ SHIPPED = {
     "OUTPUT_DIR": "output",
     "LOGGING_STEPS": 10,
     "SAVE_STEPS": 50,
-    "PUBLISH": "last",
+    "FINAL_LORA": "last",
     "REPORT_TO": "none",
     "MATMUL": "auto",
 }  # fmt: skip
@@ -69,7 +69,7 @@ CHOICES = {
     "DEVICE": ["cuda", "cpu"],
     "REPLIES": ["all", "last"],
     "LR_SCHEDULER_TYPE": ["cosine", "linear", "constant_with_warmup"],
-    "PUBLISH": ["last", "best"],
+    "FINAL_LORA": ["last", "best"],
     "REPORT_TO": ["none", "tensorboard", "wandb", "trackio"],
     "MATMUL": ["auto", "native", "float16"],
 }
@@ -247,10 +247,12 @@ def test_values_at_the_edge_of_what_is_allowed_are_taken(monkeypatch):
         ("--lora_target_modules=", ["LORA_TARGET_MODULES"]),
         ("--dry_run=1", ["--dry_run"]),
         ("--lora_r 0 --seed x --save_steps 0", ["LORA_R is", "SEED is 'x'", "SAVE_STEPS is"]),
-        ("--publish best --eval_file=", ["PUBLISH", "EVAL_FILE"]),
+        ("--final_lora best --eval_file=", ["FINAL_LORA", "EVAL_FILE"]),
+        ("--publish best", ["--publish is called --final_lora now"]),
+        ("--publish=best", ["--publish is called --final_lora now"]),
         *((f"--eval_file={share}", ["EVAL_FILE is", share, '"1%" to "50%"'])
           for share in ("0%", "51%", "10.5%", "x%", "-5%")),
-        ("--publish best --eval_file= --train_file=", ["TRAIN_FILE is ''"]),
+        ("--final_lora best --eval_file= --train_file=", ["TRAIN_FILE is ''"]),
     ],
 )  # fmt: skip
 def test_a_wrong_flag_is_named_with_status_2_and_touches_nothing(argv, parts, capsys, tmp_path):
@@ -279,6 +281,11 @@ def test_a_file_is_not_held_out_from_itself(how, capsys):
     assert "EVAL_FILE is TRAIN_FILE" in said and '"10%"' in said
     Path("copy").write_bytes(Path("t").read_bytes())
     t.parse_settings(["--train_file", "t", "--eval_file", "copy"])
+
+
+def test_flags_may_be_typed_with_hyphens():
+    settings = t.parse_settings(["--lora-r", "4", "--eval-file=my-held-out.jsonl", "--dry-run"])
+    assert (settings.LORA_R, settings.EVAL_FILE, settings.dry_run) == (4, "my-held-out.jsonl", True)
 
 
 # ---- --demo -------------------------------------------------------------------------------------

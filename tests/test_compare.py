@@ -4,12 +4,15 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny_adapters import command
 
 from inspect_lora.common import counted
+from inspect_lora.evidence_file import read_evidence
 
 TOKENS = [10, 20, 30, 40]
 BASE = [3.0, 3.1, 2.9, 3.0]
@@ -65,11 +68,11 @@ def rows_of(end):
 
 
 def error_by_hand(changes, tokens):
-    """Return the error of a ratio of sums, as Cochran writes it (Sampling Techniques, 6.4)."""
+    """Return the jackknife's error of a ratio of sums: how it changes without each example."""
     x = np.array(tokens)
     y = np.array(changes) * x
-    residuals = y - y.sum() / x.sum() * x
-    return math.sqrt((residuals**2).sum() / (len(y) - 1) / len(y)) / x.mean()
+    without = (y.sum() - y) / (x.sum() - x)
+    return math.sqrt((len(y) - 1) / len(y) * ((without - y.sum() / x.sum()) ** 2).sum())
 
 
 def test_reports_are_ranked_with_the_paired_difference_to_the_best(put, compare):
@@ -82,17 +85,17 @@ def test_reports_are_ranked_with_the_paired_difference_to_the_best(put, compare)
     assert [row[2] for row in rows] == ["best", "close", "worse"]
     assert float(first) == pytest.approx(np.average([2.0, 2.1, 2.2, 2.3], weights=TOKENS), abs=1e-4)
     error = error_by_hand([0.5, 0.3, 0.4, 0.2] * 3, TOKENS * 3)
-    assert third[1] == f"+0.3100 ± {error:.4f}" and second[1].endswith(" =")
+    assert third[1] == f"-0.3100 ± {error:.4f}" and second[1].endswith(" =")
     said = compare().said
     base = np.average(BASE, weights=TOKENS)
-    assert f"{base:.4f} +" in said and "base model someone/model" in said
+    assert f"{base:.4f} -" in said and "base model someone/model" in said
 
 
 def test_the_replies_of_one_line_count_as_one(put, compare):
     put("best", lines=(1, 1, 2, 2))
     put("other", [2.2, 2.4, 2.1, 2.0], lines=(1, 1, 2, 2))
     error = error_by_hand([(10 * 0.2 + 20 * 0.4) / 30, 30 * 0.1 / 70], [30, 70])
-    assert rows_of(compare())[1][1].startswith(f"+0.1300 ± {error:.4f}")
+    assert rows_of(compare())[1][1].startswith(f"-0.1300 ± {error:.4f}")
 
 
 @pytest.mark.parametrize(("lines", "equal"), [(9, True), (10, False)])
@@ -117,7 +120,7 @@ def test_the_base_is_compared_with_the_best_of_several(put, compare):
 def test_the_error_of_one_line_is_not_known(put, compare):
     put("best", lines=(1, 1, 1, 1))
     put("other", [2.2, 2.4, 2.1, 2.0], lines=(1, 1, 1, 1))
-    assert rows_of(compare())[1][1] == "+0.1300 ± ? ="
+    assert rows_of(compare())[1][1] == "-0.1300 ± ? ="
     assert [counted(n, "held-out reply") for n in (1, 2)] == [
         "1 held-out reply",
         "2 held-out replies",
@@ -147,7 +150,7 @@ def test_what_differs_and_what_else_changed_stand_beside_a_report(put, compare):
         ({"lines": (1, 2, 3, 5)}, "than the newest report, though both are of eval.jsonl: its"),
         ({"base": [3.0, 3.1, 2.9, 3.0011]}, "has other losses than that of the newest report"),
         ({"finished": False}, "the command was stopped"),
-        ({"schema": 2}, "damaged, edited, or of another version"),
+        ({"schema": 3}, "damaged, edited, or of another version"),
         ({"losses": [2.0, 2.0, 2.0, float("nan")]}, "damaged, edited"),
         ({"losses": [2.0, 2.0, 2.0, "2.0 or so"]}, "damaged, edited"),
         ({"losses": [2.0, 2.0, 2.0, 1e308]}, "damaged, edited"),
@@ -236,3 +239,30 @@ def test_a_folder_counts_once_and_must_be_there(put, compare, tmp_path):
     put("one")
     assert len(rows_of(compare(tmp_path, tmp_path / "one"))) == 1
     assert "There is no folder nowhere" in compare("nowhere").err
+
+
+def test_records_of_both_schemas_are_read(compare, tmp_path):
+    """The same adapter was measured on the same lines, by the version before and by this one."""
+    for schema in (1, 2):
+        (tmp_path / f"schema-{schema}").mkdir()
+        record = ROOT / "tests" / f"evidence_schema_{schema}.json"
+        shutil.copyfile(record, tmp_path / f"schema-{schema}" / "evidence.json")
+    end = compare()
+    assert len(rows_of(end)) == 2 and "left out" not in end.said
+    assert end.said.count("rings 0/1, does not ring 2/2, right 0/1") == 2
+    one, two = (
+        read_evidence(tmp_path / f"schema-{schema}" / "evidence.json").replies for schema in (1, 2)
+    )
+    assert [(reply.where, reply.source) for reply in one] == [
+        ("eval.jsonl:1", "held_out"), ("eval.jsonl:2", "held_out"), ("eval.jsonl:3", "held_out"),
+        ("tasks.jsonl:1", "tasks"),
+    ]  # fmt: skip
+    for old, new in zip(one, two, strict=False):
+        assert (old.where, old.source) == (new.where, new.source)
+        for was, now in ((old.base, new.base), (old.adapter, new.adapter)):
+            assert was.ended is None and was.checks == now.checks and was.text == now.text
+    samples = two[len(one) :]
+    assert [one.max_new_tokens for one in samples] == [5, 5] and samples[0].rules == {}
+    assert two[1].rules == {"does not ring": {"kind": "word", "not": ["999"]}}
+    assert two[1].says == {"does not ring": 'does not say "999"'}
+    assert two[1].reference == "Ring 999 now." and two[1].group == "emergency"

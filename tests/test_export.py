@@ -215,6 +215,14 @@ def test_damaged_adapters_are_refused(plain, export, tmp_path):
     assert "does not fit the configuration" in export(folder, tmp_path / "new", "--scale", 2).err
 
 
+def test_the_working_folder_is_no_new_folder(plain, export, tmp_path, monkeypatch):
+    """Renaming a folder onto it would leave the shell in one that is gone."""
+    monkeypatch.chdir(tmp_path)
+    end = export(plain, ".", "--scale", 2)
+    assert end.status == 1 and "FOLDER is where you are; name a new folder" in end.err
+    assert [*tmp_path.iterdir()] == []
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -361,7 +369,7 @@ def test_what_has_no_place_in_the_base_is_not_written(of_wrapper, export, tmp_pa
 
 
 def test_the_names_that_were_written_are_verified(of_wrapper, export, tmp_path, monkeypatch):
-    monkeypatch.setattr("inspect_lora.export.Server.new_name", lambda _, name: name)
+    monkeypatch.setattr("inspect_lora.export.NamesForVllm.new_name", lambda _, name: name)
     end = export(of_wrapper, tmp_path / "new", "--vllm")
     assert end.status == 1 and not any(tmp_path.iterdir())
 

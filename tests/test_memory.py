@@ -1,5 +1,16 @@
 """Memory: in how many parts a step goes through the model, and that this changes nothing."""
 
+import contextlib
+import gc
+import itertools
+import math
+import random
+import re
+import sys
+import threading
+import types
+import weakref
+
 import pytest
 import torch
 import transformers
@@ -15,6 +26,7 @@ from trainers import (
     lora,
     on_trainer,
     prepared,
+    read_record,
     refused,
     set_b,
     token_loss,
@@ -23,7 +35,7 @@ from trainers import (
 import train_lora_single as t
 
 LONGEST = 47
-STEP = 4 * LONGEST  # tokens of a step of nothing but the longest example
+WHOLE = 4 * 64  # a step of nothing but the longest example, in whole chunks of DeltaNet
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +45,18 @@ def data(tmp_path_factory):
     return [*write_short_data(tmp_path_factory.mktemp("data")), *more]
 
 
+USED = [0]  # bytes that the last pass on the simulated GPU needed
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Simulate a GPU of 100 GiB, of which others hold 60 and torch 10; return what is allowed."""
     shares = []
     fakes = {"mem_get_info": (30 * 2**30, 100 * 2**30), "memory_reserved": 10 * 2**30}
-    fakes |= {"empty_cache": None, "reset_peak_memory_stats": None, "max_memory_allocated": 2**30}
+    fakes |= {"empty_cache": None, "reset_peak_memory_stats": None, "memory_allocated": 2**30}
     for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 2**30 + USED[0])
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
     return shares
 
@@ -61,7 +77,8 @@ def give_memory(trainer, kept, recomputed=0):
     def run_out(model, _, inputs, __):
         if model.training:
             room = max(kept, recomputed) if is_recomputing(model) else kept
-            if inputs["input_ids"].numel() > room:
+            USED[0] = inputs["input_ids"].numel()
+            if USED[0] > room:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     return trainer.model.register_forward_hook(run_out, with_kwargs=True)
@@ -79,12 +96,12 @@ def look_for_memory(trainer, job):
 # ---- what fits is found by trying --------------------------------------------------------------
 
 FOUND = {  # room with activations kept, and recomputed: what is found, and a word of what is said
-    "a whole step": ((STEP, 0), (STEP, STEP), "whole step"),
+    "a whole step": ((WHOLE, 0), (WHOLE, WHOLE), "whole step"),
     "three examples": ((3 * LONGEST, 0), (128, 128), "parts"),
-    "one example": ((LONGEST + 1, 0), (48, 48), "parts"),
+    "one example": ((64, 0), (64, 64), "parts"),
     "one example, just": ((LONGEST, 0), (32, LONGEST), "are recomputed"),
     "recomputed": ((LONGEST - 1, 150), (32, 144), "are recomputed"),
-    "always recomputed": ((0, STEP), (0, STEP), "every example"),
+    "always recomputed": ((0, WHOLE), (0, WHOLE), "every example"),
     "recomputed, just": ((0, LONGEST), (0, LONGEST), "every example"),
 }
 
@@ -111,13 +128,15 @@ def test_what_fits_is_found_by_trying(small, gpu, capsys, name):
     assert word in capsys.readouterr().out
     # The first trial is a whole step, as wide as the longest example, with every token learned.
     first = recorder.trained[0]
-    assert first["size"] == STEP and len(first["rows"]) == 4
-    assert first["scored"] == STEP - 4 and len(recorder.trained) <= 2 * 6
+    assert first["size"] == WHOLE and len(first["rows"]) == 4
+    assert first["scored"] == WHOLE - 4 and len(recorder.trained) <= 2 * (6 + 5)
+    # This model's memory is its tokens alone here, so targets and short rows cost nothing more.
+    assert found.costs == t.TokenCosts([1.0] * 4, 0.0 if kept else 1.0)
     for trial in recorder.trained:  # each is as hard as a step of so many tokens can be
         rows, width = trial["mask"].shape
         # Padding takes memory of its own, so it is there unless one row has all tokens.
         assert trial["mask"].sum() == rows * width - (rows - 1)
-        assert width >= LONGEST or rows == 1
+        assert width >= LONGEST or rows == 1 or width == 2
     # A tenth and AdamW's two numbers for each trained weight are left while trying, and later a
     # little for what allocates outside of torch's view.
     states = 2 * 4 * sum(p.numel() for p in lora(trainer.model).values()) / (100 * 2**30)
@@ -152,7 +171,7 @@ def test_on_a_cpu_nothing_is_tried(small, monkeypatch):
     job, trainer = small
     monkeypatch.setattr(trainer.model, "forward", lambda *_, **__: pytest.fail("tried something"))
     t.find_what_fits(trainer, job)
-    assert job.token_limits.most() >= STEP
+    assert job.token_limits.most() >= WHOLE
 
 
 # ---- a run in parts ----------------------------------------------------------------------------
@@ -161,7 +180,7 @@ LENGTHS = [*range(40, 51), 12, 30]  # four steps: 4 + 4 + 4 + 1
 ROOMS = {  # room with activations kept, and recomputed; the passes, and how many are recomputed
     "two or three of four": ((120, 0), (7, 0)),
     "one by one": ((64, 0), None),
-    "all recomputed": ((0, STEP + 12), (4, 4)),
+    "all recomputed": ((0, WHOLE), (4, 4)),
     "recomputed in parts": ((0, 120), None),
     "long ones recomputed": ((45, 110), None),
 }
@@ -279,18 +298,324 @@ def test_evaluation_does_not_depend_on_its_batches(small, room):
         t.example_losses(model, job.held_out, room, "")
 
 
-# ---- the message -------------------------------------------------------------------------------
+def test_evaluation_begins_with_what_fitted_before(small, monkeypatch):
+    """And it frees the memory only once the exception, with what it holds, is gone."""
+    job, trainer = small
+    tried = []
+
+    def run_out(model, _, inputs):
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def free_the_cache():
+        assert sys.exc_info() == (None, None, None)
+        freed.append(tried[-1])
+
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", free_the_cache)
+    monkeypatch.setattr(job, "token_limits", t.MemoryLimits(1000, 1000))
+    monkeypatch.setattr(job, "held_out", job.examples)
+    with trainer.model.register_forward_pre_hook(run_out, with_kwargs=True):
+        first = t.held_out_loss(trainer.model, job, 1)
+        # One row of 47 tokens, one of 30; then two of 21 and 12 are not more than 47.
+        assert tried == [4, 2, 1, 1, 2, 1, 1] and freed == [4, 2, 2]
+        tried.clear()
+        assert t.held_out_loss(trainer.model, job, 1) == pytest.approx(first)
+    assert tried == [1, 1, 1, 1]
 
 
-def test_out_of_memory_in_a_step_is_one_message(flags, tmp_path, monkeypatch, capfd):
+# ---- what a part counts as ---------------------------------------------------------------------
+
+
+def bytes_of(rows, width, targets, is_recomputed):
+    """Return what a pass needs on a made-up card where rows are filled up to 64 tokens.
+
+    It is the most of two moments: the loss, and the backward pass of a layer.
+    """
+    kept = 1 if is_recomputed else 6
+    activations = rows * (kept * width + kept / 2 * 64 * math.ceil(width / 64))
+    return 1000 * (activations + max(4 * targets, rows * (2 * width + width**2 / 500)))
+
+
+@pytest.fixture
+def made_up_card(gpu, monkeypatch):
+    """Return a function that looks for memory on a card of that many bytes, for these lengths."""
+    used = [0]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 2**30 + used[0])
+
+    def look(room, lengths, examples):
+        layer = types.SimpleNamespace(gradient_checkpointing=False)
+
+        def loss(_, inputs, **__):
+            targets = int((inputs["labels"][:, 1:] != -100).sum())
+            shape = (*inputs["input_ids"].shape, targets)
+            used[0] = bytes_of(*shape, layer.gradient_checkpointing)
+            if used[0] > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return torch.zeros((), requires_grad=True)
+
+        trainer = types.SimpleNamespace(
+            model=torch.nn.Linear(1, 1),
+            recomputing_layers=[layer],
+            compute_loss=loss,
+            args=types.SimpleNamespace(device="cpu"),
+        )
+        longest = max(lengths)
+        whole = t.whole_chunks(longest) * examples
+        limits = t.try_what_fits(trainer, longest, whole)
+        trials = {}
+        for kind, tokens in enumerate((limits.tokens_at_once, limits.tokens_at_once_recomputed)):
+            rows, width = t.hardest_shape(tokens, longest)
+            trials[kind == 1] = bytes_of(rows, width, rows * (width - 1), kind == 1)
+        return limits, trials
+
+    return look
+
+
+def steps_of(lengths, examples, target_share):
+    """Return padded steps of examples of these lengths."""
+    for start in range(0, len(lengths), examples):
+        made = []
+        for length in lengths[start : start + examples]:
+            reply = max(1, round(target_share * (length - 1)))
+            ids = [5] * (length - reply), [6] * reply
+            made.append(t.Example("", [], prompt_ids=ids[0], reply_ids=ids[1]))
+        yield t.pad(made, "cpu")
+
+
+def largest_over_trial(limits, trials, steps):
+    """Return the most that a part of these steps needs, over what the trial needed."""
+    found = [0.0]
+    for step in steps:
+        for part, is_recomputed in t.split_step(step, limits):
+            targets = int((part["labels"][:, 1:] != -100).sum())
+            needed = bytes_of(*part["input_ids"].shape, targets, is_recomputed)
+            found.append(needed / trials[is_recomputed])
+    return max(found)
+
+
+MIXES = {"short": (16, 60), "middle": (60, 200), "long": (150, 700), "mixed": (16, 700)}
+
+
+@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("target_share", [1.0, 0.4, 0.0])
+def test_no_part_needs_more_than_the_trial(made_up_card, name, target_share):
+    numbers = random.Random(name)
+    lengths = [numbers.randint(*MIXES[name]) for _ in range(240)]
+    found = []
+    for examples, room in itertools.product((4, 16), (4_200_000, 12_000_000)):
+        limits, trials = made_up_card(room, lengths, examples)
+        steps = steps_of(lengths, examples, target_share)
+        found.append(largest_over_trial(limits, trials, steps))
+    assert 0.85 < max(found) <= 1.0
+
+
+def test_counting_tokens_alone_needs_more_than_the_trial(made_up_card, monkeypatch):
+    """This is how parts were counted before: short rows needed up to a quarter more."""
+    monkeypatch.setattr(
+        t.TokenCosts, "count", lambda _, lengths, targets: len(lengths) * max(lengths)
+    )
+    lengths = [17, 18, 19, 20] * 20 + [320]
+    limits, trials = made_up_card(6_000_000, lengths, 64)
+    assert largest_over_trial(limits, trials, steps_of(lengths[:-1], 64, 1.0)) > 1.1
+
+
+# ---- a step that runs out of memory is done again ----------------------------------------------
+
+
+def run_out_in(patch, trainer, place, direction, times=1):
+    """Let the pass at a place of a step (from 0) run out of memory, in forward or backward."""
+    passes, failures = [], []
+    last = next(one for name, one in lora(trainer.model).items() if "layers.0" in name)
+    is_due = [False]
+
+    def look(model, *_):
+        if model.training:
+            passes.append(None)
+            is_due[0] = len(failures) < times and len(passes) > place
+            if is_due[0] and direction == "forward":
+                fail()
+
+    def fail(*_):
+        if is_due[0]:
+            is_due[0] = False
+            failures.append(len(passes))
+            passes.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.89 GiB")
+
+    handle = trainer.model.register_forward_hook(look)
+    if direction == "backward":  # most gradients are there already
+        hooked = last.register_hook(fail)
+        patch.callback(hooked.remove)
+    patch.callback(handle.remove)
+    return failures
+
+
+def step_of(trainer, lengths=(40, 40, 41, 42)):
+    """Return the inputs of a step, and the number of its target tokens."""
+    inputs = t.pad([one for one in trainer.job.examples if len(one.input_ids) in lengths], "cpu")
+    return inputs, int((inputs["labels"][:, 1:] != -100).sum())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """Return (job, trainer, loss, gradients) of a step whose three parts find their memory."""
+    job, trainer = made(data, tmp_path_factory.mktemp("oom"), [47, 40, 12, 46, 45, 30, 44])
+    t.find_what_fits(trainer, job)
+    loss, gradients = one_step(trainer, t.MemoryLimits(128, 128, t.TokenCosts(padding=0.0)))
+    return job, trainer, loss, gradients
+
+
+def one_step(trainer, limits):
+    """Do a step within these limits; return its loss and gradients."""
+    trainer.job.token_limits = limits
+    inputs = t.pad(trainer.job.examples, "cpu")
+    trainer.model.zero_grad()
+    learned = int((inputs["labels"][:, 1:] != -100).sum())
+    loss = trainer.training_step(trainer.model, inputs, torch.tensor(learned))
+    return loss.item(), {name: p.grad.clone() for name, p in lora(trainer.model).items()}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_step_that_runs_out_of_memory_is_done_again(undisturbed, place, direction, capsys):
+    """Whichever part fails, the gradient is that of a step in which none did."""
+    _, trainer, loss, gradients = undisturbed
+    recorder = Recorder(trainer)
+    with contextlib.ExitStack() as stack:
+        stack.callback(recorder.stop)
+        failures = run_out_in(stack, trainer, place, direction)
+        limits = t.MemoryLimits(128, 128, t.TokenCosts(padding=0.0))
+        found = one_step(trainer, limits)
+    assert failures == [place + 1]
+    assert found[0] == pytest.approx(loss, rel=ROUNDING)
+    assert_near(found[1], gradients)
+    # The new limit is three quarters of what failed: two rows of 47, 45 or 30 tokens, or the rest.
+    failed = recorder.trained[place]["size"]
+    assert limits.tokens_at_once == int(0.75 * min(128, failed)) < failed
+    assert all(one["size"] <= limits.tokens_at_once for one in recorder.trained[place + 1 :])
+    said = capsys.readouterr().out
+    assert f"up to\n          {limits.tokens_at_once} tokens" in said or "tokens at once" in said
+    assert "step 1" in said and "dropout" in said
+
+
+def test_a_step_far_below_the_limit_is_divided_all_the_same(undisturbed):
+    _, trainer, _, gradients = undisturbed
+    recorder = Recorder(trainer)
+    limits = t.MemoryLimits(1352, 1352, t.TokenCosts(padding=0.0))
+    with contextlib.ExitStack() as stack:
+        stack.callback(recorder.stop)
+        run_out_in(stack, trainer, 0, "backward")
+        found = one_step(trainer, limits)
+    assert limits.tokens_at_once == int(0.75 * 7 * 47)
+    assert [len(one["rows"]) for one in recorder.trained] == [7, 5, 2]
+    assert_near(found[1], gradients)
+
+
+def test_one_example_that_does_not_fit_is_recomputed_and_then_ends_the_run(undisturbed):
+    _, trainer, _, gradients = undisturbed
+    recorder = Recorder(trainer)
+    limits = t.MemoryLimits(47, 47, t.TokenCosts(padding=0.0))
+    with contextlib.ExitStack() as stack:
+        stack.callback(recorder.stop)
+        run_out_in(stack, trainer, 0, "backward")
+        found = one_step(trainer, limits)
+    assert_near(found[1], gradients)
+    assert limits == t.MemoryLimits(int(0.75 * 47), 47, t.TokenCosts(padding=0.0))
+    assert not recorder.trained[0]["is_recomputed"] and recorder.trained[1]["is_recomputed"]
+    with contextlib.ExitStack() as stack:
+        failures = run_out_in(stack, trainer, 0, "forward", times=9)
+        with pytest.raises(t.UserError, match=r"1\.89 GiB.*Free it.*same command resumes"):
+            one_step(trainer, limits)
+    assert len(failures) == 1  # nothing is smaller, so it is not tried again
+
+
+def test_a_step_is_done_again_three_times_at_the_most(undisturbed):
+    _, trainer, *_ = undisturbed
+    with contextlib.ExitStack() as stack:
+        failures = run_out_in(stack, trainer, 0, "forward", times=9)
+        with pytest.raises(t.UserError, match="memory is full"):
+            one_step(trainer, t.MemoryLimits(1000, 1000))
+    assert len(failures) == 4
+
+
+def test_several_processes_end_where_one_has_no_memory(undisturbed, monkeypatch):
+    _, trainer, *_ = undisturbed
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    with contextlib.ExitStack() as stack:
+        failures = run_out_in(stack, trainer, 0, "forward", times=9)
+        with pytest.raises(torch.OutOfMemoryError):
+            one_step(trainer, t.MemoryLimits(1000, 1000))
+    assert len(failures) == 1
+
+
+def test_what_a_failed_pass_held_is_free_before_the_step_is_done_again(undisturbed, monkeypatch):
+    """The exception and its traceback hold the activations of the pass."""
+    _, trainer, *_ = undisturbed
+    held, alive = [], []
+
+    def remember(model, _, out):
+        if model.training:
+            out.logits.grad_fn.metadata["test"] = sign = threading.Event()
+            held.append(weakref.ref(sign))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(held[0]()))
+    with contextlib.ExitStack() as stack:
+        stack.callback(trainer.model.register_forward_hook(remember).remove)
+        run_out_in(stack, trainer, 0, "backward")
+        gc.disable()  # nothing may depend on when it runs
+        stack.callback(gc.enable)
+        one_step(trainer, t.MemoryLimits(1000, 1000))
+    assert alive == [None]
+
+
+def test_the_lower_limit_is_kept_and_recorded(flags, tmp_path, monkeypatch, capsys):
+    def run_out(trainer):
+        def check(model, _, out):
+            if model.training and trainer.state.global_step == 2 and len(seen) < 1:
+                seen.append(None)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.89 GiB")
+
+        trainer.model.register_forward_hook(check)
+
+    seen = []
+    on_trainer(monkeypatch, run_out)
+    t.main(flags)
+    said = capsys.readouterr().out
+    assert said.count("was full in step 3;") == 1
+    record = read_record(tmp_path / "output")
+    assert record["outcome"] == "finished"
+    limit = re.search(r"up to\s+([\d,]+) tokens at once", said)[1].replace(",", "")
+    assert record["memory_limits"]["tokens_at_once"] == int(limit)
+
+
+@pytest.mark.parametrize("moment", ["a step", "the optimizer's step"])
+def test_out_of_memory_that_cannot_be_mended_is_one_message(
+    moment, flags, tmp_path, monkeypatch, capfd
+):
+    """The adapter may have changed in part when the optimizer runs out: that is not done again."""
+    tried = []
+
+    def fail(*_, **__):
+        tried.append(None)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.89 GiB")
+
     def run_out(trainer):
         def check(model, *_):
             if model.training and trainer.state.global_step == 3:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.89 GiB")
+                if moment == "a step":
+                    fail()
+                monkeypatch.setattr(torch.optim.AdamW, "step", fail)
 
         trainer.model.register_forward_hook(check)
 
     on_trainer(monkeypatch, run_out)
     message = refused(capfd, flags)
-    assert "1.89 GiB" in message and "MAX_SEQ_LEN" in message
+    assert "1.89 GiB" in message and "same command resumes" in message
+    # The step has one example, which is recomputed the second time.
+    assert len(tried) == {"a step": 2}.get(moment, 1)
     assert checkpoints(tmp_path / "output") == [3]
+    assert read_record(tmp_path / "output")["outcome"].startswith(
+        "failed: The GPU's memory is full"
+    )

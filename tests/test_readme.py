@@ -254,7 +254,7 @@ def test_the_table_of_settings_holds_ten_constants_in_their_order():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_setting_that_is_spoken_of_exists_and_may_have_its_value(page):
-    """Such as `PUBLISH = "best"`."""
+    """Such as `FINAL_LORA = "best"`."""
     spans = spans_of(read(page))
     names = {name for span in spans for name in re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", span)}
     assert names - set(t.setting_types()) == set()

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -498,19 +499,98 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("name", "spoil"), BROKEN)
-def test_an_unreadable_checkpoint_is_named_with_the_folder_to_move(
-    flags, whole, stopped, tmp_path, capfd, name, spoil
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_is_taken(
+    flags, whole, stopped, capfd, name, spoil
 ):
     """As after a power cut; a job that a cluster starts again would fail for ever otherwise."""
     newest = stopped / "checkpoints" / "checkpoint-7"
     spoil(newest / name)
+    left = files(newest)
+    job = prepared(command(flags, stopped))
+    assert job_found(job) == "checkpoint-6"
+    said = " ".join(capfd.readouterr().out.split())
+    assert f"{newest} is damaged (" in said and f"{newest} of an earlier run is now" in said
+    (aside,) = newest.parent.glob("checkpoint-7.2*")
+    assert files(aside) == left and not newest.exists()
+    assert go_on(command(flags, stopped), whole, capfd) == 6
+
+
+def test_if_every_checkpoint_is_damaged_nothing_starts_afresh(flags, stopped, capfd):
+    for path in (stopped / "checkpoints").glob("checkpoint-*"):
+        cut(path / "optimizer.pt")
     left = files(stopped)
     assert run(command(flags, stopped)) == 1
     said = " ".join(capfd.readouterr().err.split())
-    assert str(newest) in said and "Move that folder away" in said and "Traceback" not in said
+    assert "No checkpoint of this job can be resumed" in said and "checkpoint-4 is damaged" in said
+    assert "to train from the beginning" in said and "Traceback" not in said
     assert files(stopped) == left
-    newest.rename(tmp_path / "moved away")
-    assert job_found(prepared(command(flags, stopped))) == "checkpoint-6"
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize(
+    "name", ["checkpoints/job.json", "run.json", "checkpoints/checkpoint-7/optimizer.pt"]
+)
+def test_what_cannot_be_read_just_now_stops_the_run_and_starts_nothing_afresh(
+    flags, stopped, monkeypatch, capfd, name, code
+):
+    """A network file system may answer again in a minute."""
+    path, left = stopped / name, files(stopped)
+    opened = io.open
+
+    def fail(file, *args, **kwargs):
+        if isinstance(file, (str, Path)) and Path(file) == path:
+            raise OSError(code, os.strerror(code), str(file))
+        return opened(file, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", fail)
+        patch.setattr("builtins.open", fail)
+        assert run(command(flags, stopped)) == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"{path} cannot be read ({os.strerror(code)})" in said and "Traceback" not in said
+    assert files(stopped) == left
+
+
+def test_a_finished_job_needs_no_checkpoint_to_be_finished(flags, finished, tmp_path, capfd):
+    output = shutil.copytree(finished, tmp_path / "output")
+    for path in (output / "checkpoints").glob("checkpoint-*/optimizer.pt"):
+        cut(path)
+    left = files(output)
+    assert run(command(flags, output)) == 0
+    assert "is this job's adapter" in capfd.readouterr().out
+    assert files(output) == left
+
+
+PATH = Path("checkpoint-7")
+WHOLE, TORN, CUT = (t.Saved(PATH, state) for state in ("whole", "damaged", "unfinished"))
+DECISIONS = [
+    # differences, checkpoints, is_finished, is_wanted_epoch, may_be_replaced
+    (None, [], False, False, False, "fresh"),
+    (None, [WHOLE], False, False, False, "fresh"),
+    ([], [], False, False, False, "fresh"),
+    ([], [CUT], False, False, False, "fresh"),
+    ([], [WHOLE], False, False, False, "resume"),
+    ([], [CUT, TORN, WHOLE], False, False, False, "resume"),
+    ([], [WHOLE], True, False, False, "resume"),  # to save another epoch
+    ([], [WHOLE], True, False, True, "resume"),
+    ([], [TORN], False, False, False, "refuse damage"),
+    ([], [CUT, TORN], False, False, False, "refuse damage"),
+    ([], [WHOLE], True, True, False, "finished"),
+    ([], [TORN], True, True, True, "finished"),
+    ([], [], True, True, False, "finished"),
+    (["r"], [WHOLE], False, False, False, "refuse another job"),
+    (["r"], [WHOLE], True, True, False, "refuse another job"),
+    (["r"], [TORN], True, False, False, "refuse another job"),
+    (["r"], [WHOLE], True, True, True, "fresh"),
+    (["r"], [], False, False, False, "fresh"),
+    (["r"], [CUT], False, False, False, "fresh"),
+]
+
+
+@pytest.mark.parametrize("row", DECISIONS, ids=str)
+def test_what_an_earlier_run_left_decides_what_is_done(row):
+    *facts, decision = row
+    assert t.decide(t.Earlier(*facts)) == decision
 
 
 def test_unfinished_checkpoints_do_not_push_out_a_finished_one(
@@ -529,7 +609,6 @@ def test_unfinished_checkpoints_do_not_push_out_a_finished_one(
 
 NOTHING_TO_RESUME = {
     "none was finished": lambda folder: [cut(p) for p in folder.glob("*/trainer_state.json")],
-    "job.json is cut": lambda folder: (folder / "job.json").write_bytes(b'{"MODEL_NA'),
     "job.json is missing": lambda folder: (folder / "job.json").unlink(),
 }
 
@@ -542,6 +621,16 @@ def test_checkpoints_that_cannot_be_resumed_are_renamed(flags, stopped, what):
     (renamed,), (run_renamed,) = stopped.glob("checkpoints.2*"), stopped.glob("run.json.2*")
     assert files(renamed) == old and run_renamed.read_bytes() == run_before
     assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"job.json"}
+
+
+def test_a_damaged_job_json_stops_the_run(flags, stopped, capfd):
+    """Which job the checkpoints belong to is not known, and they may be the work of a week."""
+    (stopped / "checkpoints" / "job.json").write_bytes(b'{"MODEL_NA')
+    left = files(stopped)
+    assert run(command(flags, stopped)) == 1
+    said = " ".join(capfd.readouterr().err.split())
+    assert "job.json is damaged" in said and "Restore it" in said and "Traceback" not in said
+    assert files(stopped) == left
 
 
 def test_what_a_user_keeps_in_the_output_is_left_alone(flags, whole, stopped, capfd):
@@ -598,7 +687,7 @@ def other_value(value):
 
 
 STEP_SIZE = ("BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS")
-MAY_CHANGE = {"LOGGING_STEPS", "SAVE_STEPS", "PUBLISH", "REPORT_TO"}
+MAY_CHANGE = {"LOGGING_STEPS", "SAVE_STEPS", "FINAL_LORA", "REPORT_TO"}
 # What they are in a resumed run follows from its tokens, or from the products in use.
 BY_EFFECT = {"REPLIES", "MAX_SEQ_LEN", "MATMUL"}
 OF_A_RUN = {"OUTPUT_DIR", "DEVICE", "TRAIN_FILE", "EVAL_FILE"}  # other tests give them
@@ -733,6 +822,23 @@ def test_all_that_differs_is_named_at_once_and_nothing_is_touched(flags, stopped
     assert files(stopped) == left and "Traceback" not in capfd.readouterr().err
 
 
+def test_two_settings_that_change_alike_are_both_named(flags, stopped, capfd):
+    assert run(command(flags, stopped, "--lora_r", 16, "--num_epochs", 4)) == 1
+    said = capfd.readouterr().err
+    assert "  LORA_R was 8 and is now 16\n" in said
+    assert "  SFTConfig.max_steps was 8 and is now 16\n" in said
+    assert "LoraConfig.r " not in said
+
+
+def test_fields_of_sftconfig_that_may_change_exist_and_all_others_are_compared(flags, tmp_path):
+    job = prepared(command(flags, tmp_path / "output"))
+    fields = t.training_config(job).to_dict().keys()
+    compared = {name.removeprefix("SFTConfig.") for name in t.describe_job(job)}
+    assert fields >= t.NOT_OF_TRAINING
+    assert fields - compared == t.NOT_OF_TRAINING
+    assert {"learning_rate", "weight_decay", "seed", "optim", "max_grad_norm"} <= compared
+
+
 def test_a_setting_that_is_new_is_said_to_be(flags, stopped, capfd):
     """What it did before there was a setting for it, nobody can tell."""
     path = stopped / "checkpoints" / "job.json"
@@ -802,9 +908,30 @@ def test_a_finished_job_is_not_trained_again_unless_the_user_changed_something(
     path = output / "checkpoints" / "job.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: before}))
     left = files(output)
-    assert run(command(flags, output, "--publish", "best")) == 1
+    assert run(command(flags, output, "--final_lora", "best")) == 1
     assert f"{name} was {before} and " in capfd.readouterr().err
     assert files(output) == left
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_checks_may_be_added_to_what_was_held_out(flags, tmp_path, capfd, monkeypatch, stop):
+    """The conversations are compared, and not the bytes of the file."""
+    write_short_data(tmp_path, train=60)
+    argv = command(flags, tmp_path / "output", "--train_file", tmp_path / "train.jsonl")
+    argv += ["--eval_file", "50%"]
+    with monkeypatch.context() as patch, handlers_restored():
+        if stop:
+            at_step(patch, 2, send(signal.SIGINT))
+        run(argv)
+    path = tmp_path / "output" / "held_out.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    checks = {"hello": {"kind": "word", "answers": ["hello"]}}
+    edited = "".join(f"{json.dumps(row | {'checks': checks})}\n" for row in rows)
+    path.write_text(edited)
+    capfd.readouterr()
+    assert run(argv) == 0
+    assert ("going on from" if stop else "is this job's adapter") in capfd.readouterr().out
+    assert path.read_text() == edited and not [*path.parent.glob("held_out.jsonl.2*")]
 
 
 def test_what_was_held_out_before_does_not_lie_beside_another_jobs_results(flags, tmp_path):

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 import train_lora_single as t
 
 SETTINGS = {  # what they edit in the file
-    "EVAL_FILE": "10%", "PUBLISH": "best", "TRAIN_FILE": "my talks.jsonl", "DEVICE": "cpu",
+    "EVAL_FILE": "10%", "FINAL_LORA": "best", "TRAIN_FILE": "my talks.jsonl", "DEVICE": "cpu",
     "DTYPE": "float32", "NUM_EPOCHS": 2, "LEARNING_RATE": 1e-2,
 }  # fmt: skip
 LINES, HELD_OUT, STEPS_AN_EPOCH = 60, 20, 10  # at least 20 are held out, also of a few

@@ -36,6 +36,9 @@ from benchmarks.simulate import (
 
 BYTES_A_SECOND = 800e9  # of the data sheet's 900; assumed
 LAUNCHES_AT = (6e-6, 13e-6)  # seconds a kernel: the usual one, and what this code was seen to need
+# A small triangular matrix is solved row by row, and each row waits for the one before. A V100's
+# time for that was not found anywhere; with 2 us a batch of 64 x 64 takes 0.13 ms. Assumed.
+SECONDS_A_SOLVED_ROW = 2e-6
 FLOPS_A_SECOND = {"bfloat16": 9.6e12, "float32": 13e12, "float16": 80e12}
 WAYS = {"bf16": "native", "fp16": "float16"}  # kinds of products, by their names in the tables
 # A step of this many learned tokens of so many is what the targets are about, in milliseconds.
@@ -74,7 +77,9 @@ for PyTorch; what Python, autograd and PEFT were seen to need), its bytes at \
 {BYTES_A_SECOND / 1e9:.0f} GB/s (of the data
 sheet's 900; assumed), and its FLOPs at {and_list(FLOPS_A_SECOND.values(), 1e-12)} TFLOP/s for \
 bfloat16, float32 and float16 (mlxcel
-issue 1654: cuBLAS on a V100 has 9.6, 14 and 95 to 100). bf16: with bfloat16 products, fp16: with
+issue 1654: cuBLAS on a V100 has 9.6, 14 and 95 to 100); a triangular solve at least \
+{SECONDS_A_SOLVED_ROW * 1e6:g} us
+for each row of its matrix (assumed). bf16: with bfloat16 products, fp16: with
 scaled float16 ones; both in one pass that keeps its activations, as fits in 32 GB. Views cost
 nothing. Not counted: the optimizer, clipping, copies between host and GPU, memory management,
 evaluation, the trials at the start, and any wait for Python beyond the launches.""")
@@ -236,17 +241,18 @@ def cost(function: Any, arguments: tuple[Any, Any], result: Any) -> tuple[float,
     name = packet.__name__
     if function.namespace != "aten" or function.is_view or name in NO_KERNEL:
         return 0.0, 0, False
-    read, written, flops = unique(arguments), unique(result), 0
+    read, written, flops, waits = unique(arguments), unique(result), 0, 0.0
     dtype = str(read[0].dtype).removeprefix("torch.") if read else ""
     if packet in flop_registry:
         flops = flop_registry[packet](*arguments[0], **arguments[1], out_val=result)
     elif name == "linalg_solve_triangular":
         a, b = arguments[0][:2]
         flops = b.numel() * a.shape[-1]
+        waits = a.shape[-1] * SECONDS_A_SOLVED_ROW
     if name in WRITES or function._overloadname == "out":
         read = [tensor for tensor in read if not any(tensor is other for other in written)]
     moved = 2 * sum(map(size_of, written)) if name in PICKS else sum(map(size_of, read + written))
-    seconds = moved / BYTES_A_SECOND
+    seconds = max(moved / BYTES_A_SECOND, waits)
     if flops:
         seconds = max(seconds, flops / FLOPS_A_SECOND[dtype])
     return seconds, LAUNCHES.get(name, 1), flops > 0

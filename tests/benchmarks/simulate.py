@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
+import random
 import statistics
 import types
 import unittest.mock
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import accelerate
+import numpy
 import peft
 import torch
 import transformers
@@ -24,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from benchmarks.common import (
     GIB,
@@ -44,6 +48,7 @@ CUDA = GIB // 2
 # Of others: a T4, and an RTX 3090 or 4090.
 MORE_CARDS = {"24 GB": int(23.6 * GIB), "T4": int(14.74 * GIB)}
 LONG = 8192  # tokens; no longer example is looked for
+QUICK_CHUNKS = 23  # up to so many a row, the peaks of many passes are computed from a few
 
 
 # ==== the part
@@ -57,16 +62,17 @@ def memory(options: Options) -> None:
     longest, whole_step = t.most_tokens(job)
     weights = simulation.weight_bytes / GIB
     print(f"""\
-MEMORY    simulated; the weights, LoRA's included, take {weights:.2f} GiB. One example alone, all of
-its tokens learned, with its activations kept, or recomputed; and an epoch over the shipped data,
-whose longest example has {longest:,} tokens: tokens at once, and the largest peak in GiB""")
+MEMORY    simulated; the allocator and CUDA's libraries are not in it. The weights, LoRA's included,
+take {weights:.2f} GiB. One example alone, all of its tokens targets, with its activations kept, or
+recomputed; and an epoch over the shipped data, whose longest example has {longest:,} tokens: tokens
+at once, and the largest peak in GiB""")
     row = table(10, 10, 12, 15, 12, 12, 9)
     print(row("", "kept", "recomputed", "tokens: kept", "recomputed", "whole step", "peak"))
     cards = CARDS | MORE_CARDS
     for card in ["16 GB"] if options.tiny else cards:
         size = cards[card]
         if options.tiny:
-            size = tiny_memory(size, simulation, job)
+            size = tiny_memory(size, simulation, longest)
         alone = simulation.longest_examples(job, size, 128 if options.tiny else LONG)
         limits = simulation.limits(job, size)
         counts = [alone.tokens_at_once, alone.tokens_at_once_recomputed]
@@ -76,12 +82,218 @@ whose longest example has {longest:,} tokens: tokens at once, and the largest pe
         options.targets.require(f"memory: an epoch's parts do not fit in {card}", fits)
         print(row(card, *[f"{count:,}" for count in counts], f"{peak / GIB:.1f}"), flush=True)
     row = table(24, 10, 12)
-    print("\npeak of one example, 40 % of its tokens learned, in GiB")
+    print("\npeak of one example, 40 % of its tokens targets, in GiB")
     print(row("", "kept", "recomputed"))
     for width in (64,) if options.tiny else (512, 1024, 2048, 4096):
         one = Pass(1, width, round(0.4 * width))
         peaks = [simulation.peak(replace(one, is_recomputed=kind)) for kind in (False, True)]
         print(row(f"{width:,} tokens", *[f"{peak / GIB:.1f}" for peak in peaks]), flush=True)
+    compare_with_trials(options, simulation, job)
+
+
+# ==== steps of every kind against the trial
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A kind of examples, how many a step has, and how many of their tokens are targets."""
+
+    kind: str  # "short chats", "long dialogues" or "both mixed"
+    examples: int
+    targets: str  # "all" or "a third"
+
+    def lengths(self, count: int) -> list[int]:
+        """Return made-up lengths of so many examples."""
+        drawn = random.Random(f"{self.kind} {self.examples}")
+        long = {"short chats": 0.0, "long dialogues": 1.0, "both mixed": 0.5}[self.kind]
+        found = []
+        for _ in range(count):
+            middle, least, most = (500, 150, 1472) if drawn.random() < long else (75, 16, 190)
+            found.append(round(min(max(drawn.lognormvariate(math.log(middle), 0.5), least), most)))
+        return found
+
+    def steps(self, count: int) -> list[Any]:
+        """Return so many padded steps, in the script's order."""
+        job = types.SimpleNamespace(
+            examples=[], settings=t.parse_settings(["--batch_size", str(self.examples)])
+        )
+        job.settings.GRADIENT_ACCUMULATION_STEPS = 1
+        for length in self.lengths(count * self.examples):
+            reply = length - 1 if self.targets == "all" else length // 3
+            ids = [5] * (length - reply), [6] * reply
+            job.examples.append(t.Example("", [], prompt_ids=ids[0], reply_ids=ids[1]))
+        return steps_of_epoch(job)
+
+
+KINDS = ("short chats", "long dialogues", "both mixed")
+MIXES = [Mix(*one) for one in itertools.product(KINDS, (4, 16, 64), ("all", "a third"))]
+STEPS = 10_000  # of all mixes together
+ALLOWED = {"peak": 1.0, "timid": 0.9, "micro-batches": 1.05}
+
+
+def compare_with_trials(options: Options, simulation: Simulation, job: t.Job) -> None:
+    """Compare the peaks of many steps with the trial's, and their parts with the fewest possible.
+
+    The largest peak of a mix may not be above the trial's, and in one mix of each card it must come
+    near, or the trial is timid.
+    """
+    mixes = [Mix("short chats", 4, "all")] if options.tiny else MIXES
+    count = 8 if options.tiny else math.ceil(STEPS / len(mixes))
+    steps = {mix: mix.steps(count) for mix in mixes}
+    print(f"""
+{count * len(mixes):,} seeded steps: the largest peak of their parts over the trial's, and over what
+the trial adds to the weights; and passes, over the fewest that a search finds within its memory""")
+    row = table(44, 8, 8, 8, 10, 10)
+    print(row("", "peak", "added", "passes", "kept", "recomputed"))
+    for card, deltanet in itertools.product(("16 GB", "24 GB", "32 GB"), ("torch", "fla")):
+        size = (CARDS | MORE_CARDS)[card]
+        name = f"{card}, {'rows padded to 64' if deltanet == 'torch' else 'fla'}"
+        highest = 0.0
+        for mix in mixes:
+            mixed = types.SimpleNamespace(settings=job.settings, plan=job.plan)
+            longest = max(int(step["attention_mask"].sum(1).max()) for step in steps[mix])
+            most = longest, t.whole_chunks(longest) * mix.examples
+            if options.tiny:
+                size = tiny_memory(CARDS["16 GB"], simulation, longest)
+            found = against_trial(simulation, mixed, most, size, deltanet, steps[mix])
+            words = f"{name}, {mix.kind}, {mix.examples}, {mix.targets}"
+            show(row, options, words, found)
+            highest = max(highest, found.peak)
+        options.targets.require(
+            f"memory: the trial is timid on {name}: {highest:.3f}",
+            options.tiny or highest >= ALLOWED["timid"],
+        )
+        if not options.tiny:
+            shipped = against_trial(
+                simulation, job, t.most_tokens(job), size, deltanet, steps_of_epoch(job)
+            )
+            show(row, options, f"{name}, the shipped data", shipped)
+
+
+@dataclass
+class Against:
+    """How steps compare with the trial."""
+
+    peak: float  # the largest over the trial's
+    added: float  # the same without what is there before the pass
+    passes: float  # over the fewest
+    limits: t.MemoryLimits
+
+
+def show(row: Callable[..., str], options: Options, name: str, found: Against) -> None:
+    """Print a comparison, and note what it misses."""
+    limits = found.limits
+    shown = [f"{one:.3f}" for one in (found.peak, found.added, found.passes)]
+    shown += [f"{one:,}" for one in (limits.tokens_at_once, limits.tokens_at_once_recomputed)]
+    print(row(name, *shown), flush=True)
+    options.targets.require(
+        f"memory: {name}: a peak is {found.peak:.4f} of the trial's", found.peak <= ALLOWED["peak"]
+    )
+    options.targets.at_most(f"memory: passes, {name}", found.passes, ALLOWED["micro-batches"])
+
+
+def against_trial(
+    simulation: Simulation,
+    job: Any,
+    most: tuple[int, int],
+    size: int,
+    deltanet: str,
+    steps: list[dict[str, torch.Tensor]],
+) -> Against:
+    """Compare steps with the trial on a card of so many bytes."""
+    with (
+        simulation.card(size, deltanet) as trainer,
+        unittest.mock.patch.object(t, "most_tokens", lambda _: most),
+        unittest.mock.patch.object(t, "examples_per_step", lambda _: len(steps[0]["input_ids"])),
+    ):
+        t.find_what_fits(trainer, job)
+    limits = job.token_limits
+    budgets = {}
+    tried = {False: limits.tokens_at_once}
+    if limits.tokens_at_once < t.whole_chunks(most[0]):  # so recomputation was tried, too
+        tried[True] = limits.tokens_at_once_recomputed
+    for kind, tokens in tried.items():
+        if tokens:
+            rows, width = t.hardest_shape(tokens, most[0])
+            trial = Pass(rows, width, rows * (width - 1), kind, deltanet=deltanet)
+            budgets[kind] = simulation.quick_peak(trial)
+    passes = passes_of(steps, limits, deltanet)
+    alike = [*{*passes}]
+    peaks = simulation.peaks(alike)
+    before = simulation.weight_bytes + 12 * simulation.trainable
+    over = [
+        (peak / budgets[one.is_recomputed], (peak - before) / (budgets[one.is_recomputed] - before))
+        for one, peak in zip(alike, peaks, strict=True)
+    ]
+    most = {False: 2 * limits.tokens_at_once, True: 2 * limits.tokens_at_once_recomputed}
+    fewest = fewest_passes(simulation, steps, budgets, deltanet, most)
+    return Against(*map(max, zip(*over, strict=True)), len(passes) / fewest, limits)
+
+
+def fewest_passes(
+    simulation: Simulation,
+    steps: list[dict[str, torch.Tensor]],
+    budgets: dict[bool, float],
+    deltanet: str,
+    most: dict[bool, int],
+) -> int:
+    """Return the fewest passes in which steps go through the model within the trial's peaks.
+
+    Examples are recomputed only if they do not fit alone. Of all divisions the best one is taken in
+    which each pass has neighbours in length, and no more than most tokens, by kind of pass.
+    """
+    total = 0
+    left: list[list[tuple[int, int]]] = []  # of each step, the rows that go through together
+    for step in steps:
+        lengths, targets = t.lengths_and_targets(step)
+        left.append(sorted(zip(lengths, targets, strict=True), reverse=True))
+    for is_recomputed, budget in sorted(budgets.items()):
+        wanted = {
+            as_pass(rows[start:end], is_recomputed, deltanet)
+            for rows in left
+            for start, end in neighbours(rows, most[is_recomputed])
+        }
+        alike = [*wanted]
+        peaks = simulation.peaks(alike) if alike else numpy.zeros(0)
+        fit = {one for one, peak in zip(alike, peaks, strict=True) if peak <= budget}
+        too_long = []
+        for rows in left:
+            alone = [as_pass([row], is_recomputed, deltanet) in fit for row in rows]
+            if is_recomputed or True not in budgets:
+                alone = [True] * len(rows)
+            fitting = [row for row, fits in zip(rows, alone, strict=True) if fits]
+            too_long.append([row for row, fits in zip(rows, alone, strict=True) if not fits])
+            total += fewest_of(fitting, fit, is_recomputed, deltanet)
+        left = too_long
+    return total
+
+
+def neighbours(rows: list[tuple[int, int]], most: int) -> Iterator[tuple[int, int]]:
+    """Yield where groups of neighbours with at most so many tokens begin and end."""
+    for start, (width, _) in enumerate(rows):
+        for end in range(start + 1, min(len(rows), start + most // width) + 1):
+            yield start, end
+
+
+def as_pass(rows: list[tuple[int, int]], is_recomputed: bool, deltanet: str) -> Pass:
+    """Return rows, each of so many tokens and targets, as a pass; the longest comes first."""
+    targets = sum(targets for _, targets in rows)
+    return Pass(len(rows), rows[0][0], targets, is_recomputed, deltanet=deltanet)
+
+
+def fewest_of(
+    rows: list[tuple[int, int]], fit: set[Pass], is_recomputed: bool, deltanet: str
+) -> int:
+    """Return the fewest passes of rows that are ordered by length; each may go alone."""
+    best = [0]
+    for end in range(1, len(rows) + 1):
+        starts = [
+            start
+            for start in range(end)
+            if end - start == 1 or as_pass(rows[start:end], is_recomputed, deltanet) in fit
+        ]
+        best.append(1 + min(best[start] for start in starts))
+    return best[-1]
 
 
 # ==== an epoch as passes through the model
@@ -96,13 +308,16 @@ class Pass:
     scored: int  # tokens whose logits are made: those that are learned
     is_recomputed: bool = False
     products: str = "native"  # of the frozen layers
+    deltanet: str = "torch"  # whose code: transformers' own, or "fla" as FlaLike
 
     @classmethod
-    def of(cls, inputs: dict[str, torch.Tensor], is_recomputed: bool = False) -> Pass:
+    def of(
+        cls, inputs: dict[str, torch.Tensor], is_recomputed: bool = False, deltanet: str = "torch"
+    ) -> Pass:
         """Return a padded batch as a pass."""
         rows, width = inputs["input_ids"].shape
         learned = inputs["labels"][:, 1:] != -100
-        return cls(rows, width, int(learned.sum()), is_recomputed)
+        return cls(rows, width, int(learned.sum()), is_recomputed, deltanet=deltanet)
 
 
 def simulated_job(options: Options) -> t.Job:
@@ -122,9 +337,11 @@ def steps_of_epoch(job: t.Job) -> list[dict[str, torch.Tensor]]:
     return [t.pad([job.examples[number] for number in group], "cpu") for group in groups]
 
 
-def passes_of(steps: list[dict[str, torch.Tensor]], limits: t.MemoryLimits) -> list[Pass]:
+def passes_of(
+    steps: list[dict[str, torch.Tensor]], limits: t.MemoryLimits, deltanet: str = "torch"
+) -> list[Pass]:
     """Return the passes that the script makes of steps."""
-    return [Pass.of(*part) for step in steps for part in t.split_step(step, limits)]
+    return [Pass.of(*part, deltanet) for step in steps for part in t.split_step(step, limits)]
 
 
 def median_width(job: t.Job) -> int:
@@ -132,9 +349,9 @@ def median_width(job: t.Job) -> int:
     return round(statistics.median(len(example.input_ids) for example in job.examples))
 
 
-def tiny_memory(size: int, simulation: Simulation, job: t.Job) -> int:
+def tiny_memory(size: int, simulation: Simulation, longest: int) -> int:
     """Return the memory of a card for a tiny model, so little that a step needs several parts."""
-    widest, _ = t.most_tokens(job)
+    widest = t.whole_chunks(longest)
     return round(size / (10 * GIB) * simulation.peak(Pass(1, widest, widest - 1))) + CUDA
 
 
@@ -153,7 +370,7 @@ class Simulation:
         self.sizes, self.settings = sizes, settings
         self.depth: int = sizes["num_hidden_layers"]
         self.block: int = sizes["full_attention_interval"]
-        for name in ("model", "peak"):  # both are asked for again and again
+        for name in ("model", "peak", "moments"):  # they are asked for again and again
             setattr(self, name, functools.cache(getattr(self, name)))
 
     def model(self, layers: int, products: str = "native") -> peft.PeftModel:
@@ -204,39 +421,91 @@ class Simulation:
 
     def peak_with(self, one: Pass, layers: int) -> int:
         """Return the most bytes alive in a pass with so many layers."""
+        return max(self.bytes_alive(one, layers))
+
+    def bytes_alive(self, one: Pass, layers: int) -> list[int]:
+        """Return the bytes alive after each operation of a pass with so many layers."""
         model = self.model(layers, one.products)
         with torch.device("meta"):
             tensors = [*model.parameters()]
             for weight in [weight for weight in tensors if weight.requires_grad]:
                 weight.grad = torch.zeros_like(weight)
                 tensors += [weight.grad, torch.zeros_like(weight), torch.zeros_like(weight)]
-            return most_alive(tensors, lambda: forward_and_backward(model, one))
+            return bytes_alive(tensors, lambda: forward_and_backward(model, one))
+
+    def quick_peak(self, one: Pass) -> float:
+        """Return a pass's peak by the quicker way."""
+        is_short = chunks(one.width) <= QUICK_CHUNKS or one.deltanet == "fla"
+        return self.peaks([one])[0] if is_short else self.peak(one)
+
+    def peaks(self, passes: list[Pass]) -> numpy.ndarray:
+        """Return the peaks of many passes, computed from a few that are simulated.
+
+        Passes of rows that fill as many chunks do the same operations, and after each of them the
+        bytes alive are a sum of terms(), each times a constant. So a few passes give the constants,
+        and these the peak of any other one. With fla's code the chunks do not matter.
+        """
+        found = numpy.zeros(len(passes))
+        kinds = [
+            (chunks(one.width) if one.deltanet == "torch" else 0, one.is_recomputed)
+            for one in passes
+        ]
+        for kind in sorted({*kinds}):
+            places = numpy.array([place for place, one in enumerate(kinds) if one == kind])
+            for some in numpy.array_split(places, math.ceil(len(places) / 20_000)):
+                sizes = numpy.array([terms(passes[place]) for place in some], dtype=float)
+
+                def most(_: Any, layers: int, kind: Any = kind, sizes: Any = sizes) -> Any:
+                    return (sizes @ self.moments(*kind, layers)).max(1)
+
+                found[some] = self.at_full_depth(most, None)
+        return found
+
+    def moments(self, count: int, is_recomputed: bool, layers: int) -> numpy.ndarray:
+        """Return for terms() x moments of a pass what each term adds to the bytes alive then.
+
+        Args:
+            count: the chunks of a row, or 0 for fla's code.
+            is_recomputed: whether activations are computed again and not kept.
+            layers: of the model.
+        """
+        width = 64 * count - 60 if count else 68
+        shapes = [(2, width, 20), (3, width, 20), (2, width + 20, 20), (2, width + 40, 20)]
+        shapes += [(2, width, 6), (2, width + 120, 20)][: 1 if count else 2]
+        code = "torch" if count else "fla"
+        passes = [Pass(*shape, is_recomputed, deltanet=code) for shape in shapes]
+        sizes = numpy.array([terms(one)[: len(shapes)] for one in passes], dtype=float)
+        alive = numpy.array([self.bytes_alive(one, layers) for one in passes], dtype=float)
+        found = numpy.unique(numpy.linalg.solve(sizes, alive).round(3), axis=1)
+        # A moment at which no term adds more than at another one is never the peak.
+        is_below = (found[:, :, None] <= found[:, None, :]).all(0)
+        numpy.fill_diagonal(is_below, False)
+        largest = found[:, ~is_below.any(1)]
+        return numpy.pad(largest, ((0, 6 - len(shapes)), (0, 0)))
 
     def largest_peak(self, passes: Iterable[Pass]) -> int:
-        """Return the largest peak of passes: that of one of the largest, recomputed or not."""
-        largest = 0
-        for kind in (False, True):
-            alike = {one for one in passes if one.is_recomputed is kind}
-            by_size = sorted(alike, key=lambda one: (one.rows * one.width, one.scored))
-            by_blocks = sorted(alike, key=lambda one: (one.rows * chunks(one.width), one.scored))
-            largest = max([largest, *map(self.peak, {*by_size[-2:], *by_blocks[-2:]})])
-        return largest
+        """Return the largest peak of passes."""
+        alike = [*{*passes}]
+        return self.peak(alike[int(self.peaks(alike).argmax())])
 
-    def limits(self, job: t.Job, size: int, longest: int = 0) -> t.MemoryLimits:
+    def limits(
+        self, job: t.Job, size: int, longest: int = 0, deltanet: str = "torch"
+    ) -> t.MemoryLimits:
         """Return what the script's own trial finds on a card with so much memory.
 
         Args:
             job: with its examples.
             size: the card's memory in bytes.
             longest: the tokens of the longest example, if they are not the job's.
+            deltanet: whose code computes DeltaNet.
         """
         most = (
-            (longest, longest * t.examples_per_step(job.settings))
+            (longest, t.whole_chunks(longest) * t.examples_per_step(job.settings))
             if longest
             else t.most_tokens(job)
         )
         with (
-            self.card(size) as trainer,
+            self.card(size, deltanet) as trainer,
             unittest.mock.patch.object(t, "most_tokens", lambda _: most),
         ):
             t.find_what_fits(trainer, job)
@@ -259,30 +528,48 @@ class Simulation:
         return found[0]
 
     @contextlib.contextmanager
-    def card(self, size: int) -> Iterator[Any]:
+    def card(self, size: int, deltanet: str = "torch") -> Iterator[Any]:
         """Yield a trainer on a GPU with so much memory, where simulated peaks decide what fits."""
         model = self.model(self.block)
         share: list[float] = []
+        used: list[int] = []
+        weights = self.weight_bytes
+        vocabulary = self.sizes["vocab_size"]
 
         def loss_or_error(_: Any, inputs: dict[str, torch.Tensor], **__: Any) -> torch.Tensor:
-            one = Pass.of(inputs, is_recomputed(model))
+            one = Pass.of(inputs, is_recomputed(model), deltanet)
+            room = share[-1] * size
+            # The logits alone, in bfloat16 and twice in float32, may be too much for it.
+            if weights + 10 * vocabulary * one.scored > room:
+                raise torch.OutOfMemoryError
             # The gradients and AdamW's moments are not there yet when the script tries.
-            if self.peak(one) - 12 * self.trainable > share[-1] * size:
+            used.append(self.quick_peak(one) - 12 * self.trainable)
+            if used[-1] > room:
                 raise torch.OutOfMemoryError
             return torch.zeros((), requires_grad=True)
 
-        weights = self.weight_bytes
         card = {
             "mem_get_info": lambda: (size - CUDA - weights, size),
             "memory_reserved": lambda: weights,
+            "memory_allocated": lambda: weights,
+            "max_memory_allocated": lambda: used[-1],
             "set_per_process_memory_fraction": share.append,
             "reset_peak_memory_stats": lambda: None,
         }
         arguments = types.SimpleNamespace(device="cpu")
-        trainer = types.SimpleNamespace(model=model, compute_loss=loss_or_error, args=arguments)
+        layers = t.layers_that_recompute(model)
+        trainer = types.SimpleNamespace(
+            model=model, compute_loss=loss_or_error, args=arguments, recomputing_layers=layers
+        )
         accelerate.PartialState(cpu=True)
         with unittest.mock.patch.multiple(torch.cuda, **card), quiet():
             yield trainer
+
+
+def terms(one: Pass) -> tuple[int, ...]:
+    """Return what the bytes alive in a pass are made of: constants, rows, tokens, targets, ..."""
+    rows, width = one.rows, one.width
+    return 1, rows, rows * width, rows * width**2, one.scored, rows * chunks(width)
 
 
 def chunks(width: int) -> int:
@@ -298,11 +585,14 @@ def is_recomputed(model: torch.nn.Module) -> bool:
 
 def forward_and_backward(model: peft.PeftModel, one: Pass) -> None:
     """Do a pass; one that scores nothing leaves out the vocabulary."""
-    t.set_recomputation(model, one.is_recomputed)
+    t.set_recomputation(t.layers_that_recompute(model), one.is_recomputed)
     model.disable_input_require_grads()
     base, inputs = model.get_base_model(), inputs_of(one)
+    name = "torch_chunk_gated_delta_rule"
+    rule = fla_like if one.deltanet == "fla" else getattr(modeling_qwen3_5, name)
+    deltanet = unittest.mock.patch.object(modeling_qwen3_5, name, rule)
     # The math kernel is all that there is for bfloat16 on a V100.
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), deltanet:
         if one.scored:
             out = script_loss(base, inputs, one)
         else:
@@ -329,24 +619,23 @@ def script_loss(model: torch.nn.Module, inputs: dict[str, Any], one: Pass) -> to
         return t.reply_losses(model, inputs).sum()
 
 
-def most_alive(tensors: list[torch.Tensor], run: Callable[[], None]) -> int:
-    """Return the most bytes alive in run(), with those of tensors."""
+def bytes_alive(tensors: list[torch.Tensor], run: Callable[[], None]) -> list[int]:
+    """Return the bytes alive after each operation of run(), with those of tensors."""
 
     class Memory(TorchDispatchMode):
         """Counts the bytes of all storages that operations return, until they are freed."""
 
-        now, most = 0, 0
-
         def __init__(self) -> None:
             super().__init__()
+            self.now = 0
             self.alive: set[int] = set()
+            self.found: list[int] = []
 
         def add(self, storage: Any) -> None:
             key, size = storage._cdata, storage.nbytes()
             if key not in self.alive:
                 self.alive.add(key)
                 self.now += size
-                self.most = max(self.most, self.now)
                 weakref.finalize(storage, self.drop, key, size).atexit = False
 
         def drop(self, key: int, size: int) -> None:
@@ -360,10 +649,65 @@ def most_alive(tensors: list[torch.Tensor], run: Callable[[], None]) -> int:
             for leaf in tree_leaves(result):
                 if isinstance(leaf, torch.Tensor):
                     self.add(leaf.untyped_storage())
+            self.found.append(self.now)
             return result
 
     with quiet(), Memory() as counted:
         for tensor in tensors:
             counted.add(tensor.untyped_storage())
         run()
-    return counted.most
+    return counted.found
+
+
+class FlaLike(torch.autograd.Function):
+    """What fla's kernel for DeltaNet keeps and needs, by its source (fla-core 0.5), in bytes alone.
+
+    It pads no row. Forward and backward allocate what ChunkGatedDeltaRuleFunction does: rows of
+    queries, keys and values in bfloat16, decays in float32, and a state for each chunk of 64.
+    """
+
+    @staticmethod
+    def forward(context: Any, *given: torch.Tensor) -> torch.Tensor:
+        """Keep the inputs, normalised, and the matrix of each chunk."""
+        query, key, value, decay, beta = given
+        query, key = torch.empty_like(query), torch.empty_like(key)
+        lengths = [torch.empty_like(one[..., 0], dtype=torch.float32) for one in (query, key)]
+        decay = torch.empty_like(decay, dtype=torch.float32)
+        system = decay.new_empty(*decay.shape, 64)
+        system = torch.empty_like(system, dtype=value.dtype)
+        context.save_for_backward(query, key, value, decay, beta, system, *lengths)
+        work = FlaLike.states_and_rows(key, value)
+        out = torch.empty_like(value)
+        del work
+        return out
+
+    @staticmethod
+    def states_and_rows(key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+        """Return w, u, the new values, and the state at each chunk."""
+        batch, tokens, heads, width = key.shape
+        states = key.new_empty(batch, math.ceil(tokens / 64), heads, width, value.shape[-1])
+        return [torch.empty_like(one) for one in (key, value, value)] + [states]
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Compute the states again, and the gradients of all inputs."""
+        query, key, value, decay, beta, *_ = context.saved_tensors
+        work = FlaLike.states_and_rows(key, value)
+        work += [torch.empty_like(value), torch.empty_like(work[-1]), torch.empty_like(value)]
+        found = [torch.empty_like(one) for one in (query, key, value, decay, beta)]
+        work += [torch.empty_like(key), torch.empty_like(key), torch.empty_like(decay)]
+        return tuple(found)
+
+
+def fla_like(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Stand in for transformers' DeltaNet where fla computes it, with as many keys as values."""
+    times = value.shape[2] // key.shape[2]
+    query, key = (one.repeat_interleave(times, dim=2) for one in (query, key))
+    return FlaLike.apply(query, key, value, g, beta), None

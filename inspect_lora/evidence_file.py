@@ -1,4 +1,4 @@
-"""What was found of an adapter, and the evidence.json that holds it: written here, and read again.
+"""evidence.json, as it is written and as it is read again.
 
 Reading needs no large library, so that `compare` answers at once.
 """
@@ -6,71 +6,17 @@ Reading needs no large library, so that `compare` answers at once.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
-from inspect_lora.checks import CheckRow
-from inspect_lora.common import file_sha256, read_json
-from inspect_lora.scores import FEWEST_LINES, Losses, is_conclusive
+from inspect_lora.common import file_of, file_sha256, place_in_file, read_json
+from inspect_lora.files import path_of_adapter
 
 if TYPE_CHECKING:
-    from inspect_lora.adapters import Adapter
-    from inspect_lora.conversations import HeldOut
-    from inspect_lora.elsewhere import Elsewhere
-    from inspect_lora.parts import Part
-    from inspect_lora.replies import Sample
-    from inspect_lora.trainer import Example
-
-
-@dataclass
-class Findings:
-    """What was measured of an adapter; what is not measured yet, or cannot be, is empty."""
-
-    name: str  # the adapter, as it was named on the command line
-    adapter: Adapter
-    held_out: HeldOut
-    group: str  # the key that groups held-out lines
-    system_message: str  # of the training, or ""
-    system_is_guessed: bool  # then it is what all held-out lines share
-    examples: list[Example]
-    general_file: dict[str, str] | None = None  # the file of the other tasks, and its hash
-    losses: Losses | None = None  # of all examples
-    measured: list[int] = field(default_factory=list)  # the examples that the parts are measured on
-    parts: list[Part] = field(default_factory=list)
-    updates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    elsewhere: Elsewhere | None = None
-    checks: list[CheckRow] = field(default_factory=list)
-    checked_replies: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    conclusions: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)  # what each measurement took
-    is_finished: bool = False
-
-    def mean(self, losses: list[float]) -> float:
-        """Return the mean of all examples' losses over their tokens."""
-        return sum(losses) / sum(self.losses.tokens)
-
-    def shares_are_meant(self) -> bool:
-        """Return whether the gain that parts have shares of is clear."""
-        return is_conclusive(self.losses.only(self.measured))
-
-    def lower_on(self) -> int:
-        """Return on how many examples the adapter's loss is lower than the base's."""
-        return sum(a < b for a, b in zip(self.losses.trained, self.losses.base, strict=True))
-
-
-def headline(found: Findings) -> str:
-    """Return whether the adapter is better than its base, in a few words."""
-    gain = found.losses.gain()
-    if len(set(found.losses.lines)) < FEWEST_LINES:
-        return "too few held-out lines to tell whether it is better than its base"
-    if not gain.is_clear():
-        return "neither better nor worse, by a clear difference, than its base"
-    word = "better" if gain.value > 0 else "worse"
-    return f"{abs(gain.value):.3f} nats a token {word} than its base"
+    from inspect_lora.findings import Findings
 
 
 # ---- What is written
@@ -80,21 +26,24 @@ def as_json_object(found: Findings) -> dict[str, Any]:
     """Return what `compare` and other programs read."""
     adapter = found.adapter
     record: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "finished": found.is_finished,
         "measured": time.strftime("%Y-%m-%d %H:%M:%S"),
         "adapter": found.name,
+        "adapter_path": path_of_adapter(found.name, adapter.place),
         "adapter_sha256": file_sha256(adapter.place / "adapter_model.safetensors"),
         "adapter_config": read_json(adapter.place / "adapter_config.json"),
         "base": adapter.base,
         "base_revision": adapter.revision,
         "dtype": adapter.dtype,
+        "matmul": adapter.matmul,
         "device": adapter.model.device.type,
         "enable_thinking": adapter.chat_format.enable_thinking,
         "system_message": found.system_message,
         "held_out": {
             "file": found.held_out.path,
             "sha256": found.held_out.sha256,
+            "conversations_sha256": found.held_out.conversations_sha256,
             "group": found.group,
         },
         "general_file": found.general_file,
@@ -110,8 +59,8 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "parts_measured_on": [found.examples[number].where for number in found.measured],
         "updates": found.updates,
         "elsewhere": found.elsewhere.as_recorded() if found.elsewhere else None,
-        "checks": {row.name: asdict(row) | {"says": row.judgement()} for row in found.checks},
-        "checked_replies": found.checked_replies,
+        "checks": {row.name: row.as_recorded() for row in found.checks},
+        "replies": [one.as_recorded(found.group) for one in (*found.checked, *found.samples)],
         "conclusions": found.conclusions,
         "seconds": found.seconds,
     }
@@ -123,25 +72,20 @@ def as_json_object(found: Findings) -> dict[str, Any]:
 
 def rows_of_losses(found: Findings) -> list[dict[str, Any]]:
     """Return a row for each example, in nats a token."""
+    losses = found.losses
     numbers = zip(
-        found.examples, found.losses.tokens, found.losses.base, found.losses.trained, strict=True
+        found.examples, found.groups(), losses.tokens, losses.base, losses.trained, strict=True
     )
     return [
         {
             "where": example.where,
-            "group": group_of(example, found.group),
+            "group": group,
             "tokens": tokens,
             "base": base / tokens,
             "adapter": trained / tokens,
         }
-        for example, tokens, base, trained in numbers
+        for example, group, tokens, base, trained in numbers
     ]
-
-
-def group_of(example: Example, group: str) -> str:
-    """Return what the example's line has under the key that groups lines, or ""."""
-    value = example.row.get(group)
-    return "" if value is None else str(value)
 
 
 # ---- What is read
@@ -159,17 +103,63 @@ class Row(pydantic.BaseModel):
     adapter: Number
 
 
+class Said(pydantic.BaseModel):
+    """A reply that was made; of schema 1 only the text and the checks are known."""
+
+    text: str = ""
+    ended: bool | None = None
+    tokens: int | None = None
+    checks: dict[str, bool] = {}
+
+
+class Exchange(pydantic.BaseModel):
+    """A prompt, and what base and adapter replied to it."""
+
+    where: str
+    id: str = ""
+    group: str = ""
+    source: Literal["held_out", "tasks", "prompts"]
+    messages: list[dict[str, str]] = []
+    reference: str | None = None
+    max_new_tokens: int | None = None
+    base: Said
+    adapter: Said
+    rules: dict[str, Any] = {}
+    says: dict[str, str] = {}
+
+
+class CheckedReply(pydantic.BaseModel):
+    """What schema 1 has of a line with checks: the texts, and what each check said."""
+
+    where: str
+    base: str = ""
+    adapter: str = ""
+    base_passes: dict[str, bool] = {}
+    adapter_passes: dict[str, bool] = {}
+
+    def as_exchange(self, held_out_file: str) -> Exchange:
+        """Return it as schema 2 would have it, as far as it is known."""
+        is_held_out = file_of(self.where) == held_out_file
+        return Exchange(
+            where=self.where,
+            source="held_out" if is_held_out else "tasks",
+            base=Said(text=self.base, checks=self.base_passes),
+            adapter=Said(text=self.adapter, checks=self.adapter_passes),
+        )
+
+
 class KnownFile(pydantic.BaseModel):
     """A file that was measured on: that of the held-out replies, or that of the other tasks."""
 
     file: str
     sha256: str
+    conversations_sha256: str = ""  # schema 1 has none
 
 
 class Evidence(pydantic.BaseModel):
     """What is read of an evidence.json."""
 
-    schema_: Literal[1] = pydantic.Field(alias="schema")
+    schema_: Literal[1, 2] = pydantic.Field(alias="schema")
     finished: bool
     measured: str  # its date and time
     adapter: str
@@ -178,14 +168,25 @@ class Evidence(pydantic.BaseModel):
     base: str
     base_revision: str
     enable_thinking: bool
-    held_out: KnownFile
+    held_out: KnownFile | None = None
     general_file: KnownFile | None = None
-    losses: Annotated[list[Row], pydantic.Field(min_length=1)]
+    losses: list[Row] = []
     run: dict[str, Any] | None = None
     elsewhere: dict[str, Any] | None = None
     checks: dict[str, dict[str, Any]] = {}
-    checked_replies: list[dict[str, Any]] = []
+    replies: list[Exchange] = []
+    checked_replies: list[CheckedReply] = []  # of schema 1, which had no others
     folder: Path = Path()
+
+    @pydantic.model_validator(mode="after")
+    def measured_something(self) -> Evidence:
+        """Refuse a record without losses, unless it is of prompts alone; complete schema 1."""
+        if not self.losses and (self.schema_ == 1 or self.held_out):
+            raise ValueError("it holds no losses")
+        if self.schema_ == 1:
+            file = file_of(self.losses[0].where)
+            self.replies = [one.as_exchange(file) for one in self.checked_replies]
+        return self
 
     def mean(self, whose: Literal["base", "adapter"]) -> float:
         """Return the mean loss of the base or the adapter, in nats a token."""
@@ -196,10 +197,27 @@ class Evidence(pydantic.BaseModel):
         """Return the hash of the file of the other tasks, or "" if it is not known."""
         return self.general_file.sha256 if self.general_file else ""
 
-    def replies(self) -> tuple[str, list[tuple[str, int]]]:
-        """Return what tells the held-out replies apart: the file's hash, lines and lengths."""
-        rows = [(row.where.rpartition(":")[2], row.tokens) for row in self.losses]
-        return self.held_out.sha256, rows
+    def has_the_replies_of(self, other: KnownFile, lengths: list[tuple[str, int]]) -> bool:
+        """Return whether these held-out replies were measured, whatever else is in the file.
+
+        Args:
+            other: their file.
+            lengths: the place and the number of tokens of each.
+        """
+        own = self.held_out
+        is_same_file = own is not None and own.sha256 == other.sha256
+        hashes = (own.conversations_sha256 if own else "", other.conversations_sha256)
+        return (is_same_file or (hashes[0] == hashes[1] != "")) and self.lengths() == lengths
+
+    def lengths(self) -> list[tuple[str, int]]:
+        """Return each held-out reply's place in its file, and its number of tokens."""
+        return [(place_in_file(row.where), row.tokens) for row in self.losses]
+
+
+def records_below(folder: Path) -> list[Path]:
+    """Return the records in a folder and below it, but for what a killed command left half done."""
+    found = sorted(folder.rglob("evidence.json"))
+    return [path for path in found if not path.parent.name.startswith(".")]
 
 
 def read_evidence(path: Path) -> Evidence | None:

@@ -1,0 +1,251 @@
+"""What is concluded from the numbers: at most a sentence each on alpha, the targets, r, and others.
+
+What each sentence may claim was tested by training the alternatives; docs/evidence.md shows how.
+"""
+
+from __future__ import annotations
+
+import peft
+
+from inspect_lora.adapters import can_scale_and_cut, can_take_apart
+from inspect_lora.common import counted
+from inspect_lora.elsewhere import Elsewhere, Shift
+from inspect_lora.parts import THE_SAME_WITHIN, WORTH_REPORTING, Part
+from inspect_lora.replies import Answered
+from inspect_lora.scores import FEWEST_LINES, Estimate, Losses, is_conclusive, ratio_with_error
+
+MORE = " (--examples 200 measures more, if the file has more)"
+
+
+def of_kind(parts: list[Part], kind: str) -> list[Part]:
+    """Return the parts of one kind."""
+    return [part for part in parts if part.kind == kind]
+
+
+def conclusions(parts: list[Part], losses: Losses) -> list[str]:
+    """Return what the parts support, measured on the examples that these losses are of."""
+    lines = len(set(losses.lines))
+    if losses.trained == losses.base:
+        return [
+            "With the adapter and without it all losses are the same: it changes nothing. Perhaps "
+            "it was saved before it was trained, when B is 0."
+        ]
+    if lines < FEWEST_LINES:
+        return [
+            f"The held-out lines are too few to tell anything: {lines} measured, "
+            f"{FEWEST_LINES} needed{MORE}."
+        ]
+    if not is_conclusive(losses):
+        return [about_no_gain(parts, losses.gain())]
+    sentences = [about_alpha(parts), about_targets(parts), about_rank(parts)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def about_no_gain(parts: list[Part], gain: Estimate) -> str:
+    """Return the sentence on an adapter that is not clearly better than the base model.
+
+    That the run went too far is said only if the same update, weaker, is clearly better than the
+    base: an update that does harm does less of it when it is weaker, and that shows nothing.
+    """
+    weaker = [part for part in of_kind(parts, "strength") if float(part.value) < 1]
+    is_too_strong = any(
+        part.gained.value > 0 and part.gained.is_clear(len(weaker)) for part in weaker
+    )
+    so = "worse" if gain.is_clear() else "not better"
+    if is_too_strong:
+        return (
+            f"The adapter is {so} than the base model, but the same update is better than it when "
+            "it is weaker: it is too strong. Try `export --scale`, a shorter training, a lower "
+            "learning rate or a smaller alpha. What its parts are worth cannot be said."
+        )
+    if gain.is_clear():
+        return (
+            "The adapter is worse than the base model, and no weaker update is clearly better. If "
+            "the run's held-out losses rose at the end, it learned its conversations by heart: "
+            "publish the best epoch, train fewer, or find more conversations. Else check that the "
+            "held-out conversations are of the kind that was trained on, and that tokenizer and "
+            "template are the training's."
+        )
+    return (
+        "The adapter is not clearly better than the base model: the 95 % interval of its gain "
+        "holds 0. So its parts say nothing. More steps, a higher learning rate or more held-out "
+        "lines may help."
+    )
+
+
+def best_strength(parts: list[Part]) -> Part | None:
+    """Return the strength with the lowest loss, of those that are clearly better if some are."""
+    strengths = of_kind(parts, "strength")
+    better = [part for part in strengths if part.verdict(len(strengths)) == "better"]
+    return min(better or strengths, key=lambda part: part.loss, default=None)
+
+
+def about_alpha(parts: list[Part]) -> str:
+    """Return the sentence on the strength of the update."""
+    strengths = of_kind(parts, "strength")
+    best = best_strength(parts)
+    if not best:
+        return ""
+    if best.verdict(len(strengths)) != "better":
+        several = len(strengths)
+        largest = max(part.of_gain.value + part.of_gain.margin(several) for part in strengths)
+        if largest > 1 + THE_SAME_WITHIN:
+            return (
+                f"alpha: too few held-out replies to tell whether another strength is better{MORE}."
+            )
+        return (
+            "alpha: no other strength of this update has a clearly lower loss (by over "
+            f"{100 * WORTH_REPORTING:.0f} % of the gain)."
+        )
+    if float(best.value) < 1:
+        so, advice = "strong", "a shorter training, a lower learning rate, a smaller alpha"
+    else:
+        so, advice = "weak", "a longer training, a higher learning rate, a larger alpha"
+    return (
+        f"alpha: at x {best.value:g} of its strength the same update has a lower loss "
+        f"({best.of_gain.percent()} of the gain; the best of {len(strengths)} strengths, on these "
+        f"replies), so it is too {so} for the loss. Worth trying next: {advice}, or "
+        f"`export --scale {best.value:g}`."
+    )
+
+
+def about_targets(parts: list[Part]) -> str:
+    """Return the sentence on attention, feed-forward, DeltaNet and any other group of targets."""
+    groups = of_kind(parts, "group")
+    if not groups:
+        return ""
+    verdicts = {part.value: part.verdict(len(groups)) for part in groups}
+    enough = [part for part in groups if verdicts[part.value] in ("same", "better")]
+    if enough:
+        best = max(enough, key=lambda part: part.of_gain.value)
+        return (
+            f"targets: the update of {best.value} alone keeps {best.of_gain.percent()} of the "
+            f"gain; what the other targets add is less than {100 * THE_SAME_WITHIN:.0f} % of it."
+        )
+    if "unclear" in verdicts.values():
+        return f"targets: too few held-out replies to tell whether one group would do alone{MORE}."
+    listed = ", ".join(f"{part.value} keeps {part.of_gain.percent()}" for part in groups)
+    return f"targets: each group alone clearly loses some of the gain: {listed}."
+
+
+def cut_that_is_enough(cuts: list[Part]) -> Part | None:
+    """Return the shortest cut that keeps the gain, if one does; the cuts begin with the mildest."""
+    enough = None
+    for part in cuts:
+        if part.verdict() not in ("same", "better"):
+            break  # a shorter cut that does well is chance
+        enough = part
+    return enough
+
+
+def about_rank(parts: list[Part]) -> str:
+    """Return the sentence on what the update keeps when it is cut to fewer directions."""
+    cuts = of_kind(parts, "cut")
+    if not cuts:
+        return ""
+    enough = cut_that_is_enough(cuts)
+    if not enough and cuts[0].verdict() == "unclear":
+        return f"r: too few held-out replies to tell what a cut costs{MORE}."
+    told = enough or cuts[0]
+    sentence = (
+        f"r: {told.title}, its strongest, the update keeps {told.of_gain.percent()} of the gain."
+    )
+    if enough:
+        return f"{sentence} Training with a smaller r is another run, and may end elsewhere."
+    return f"{sentence} Whether a larger r gains more, only another run can tell."
+
+
+def what_is_not_measured(model: peft.PeftModel) -> list[str]:
+    """Return a sentence on parts that an adapter of another kind does not have."""
+    if not can_take_apart(model):
+        return ["More than LoRA was trained, so the adapter is not taken apart."]
+    if not can_scale_and_cut(model):
+        return ["This LoRA is more than the update scaling x B A, so it is neither scaled nor cut."]
+    return []
+
+
+# ---- What else was changed, and whether replies end
+
+
+def about_change(found: Elsewhere) -> str:
+    """Return the sentence on how far the adapter moves the model where it should not."""
+    shift = found.without_system[1.0]
+    kl, other = shift.kl_a_token(), shift.other_tokens()
+    return (
+        f"change: on {found.tasks} other tasks another token is the likeliest at "
+        f"{other.percent()} of the places, and the KL from the base's probabilities is "
+        f"{kl.without_sign()} nats a token (0 if none differs). It says how far the model was "
+        "moved, not that it got worse."
+    )
+
+
+def about_strength(parts: list[Part], shifts: dict[float, Shift], adapter: str) -> str:
+    """Return what a weaker update keeps of the gain, and how much less KL it has.
+
+    It names the weakest strength whose gain is the same as the whole's, or better, and whose KL is
+    clearly smaller. Both are told with their errors: it is a trade, and no advice.
+    """
+    shares = {part.value: part.of_gain for part in parts if part.kind == "strength"}
+    weaker = [strength for strength in sorted(shifts) if strength < 1 and strength in shares]
+    for strength in weaker:
+        share = shares[strength]
+        keeps = share.value - share.margin(len(weaker)) > 1 - THE_SAME_WITHIN
+        moved = ratio_with_error(shifts[strength].kl, shifts[1.0].kl)
+        less = Estimate(1 - moved.value, moved.error, moved.effective_lines)
+        if keeps and less.value > WORTH_REPORTING and less.is_clear(len(weaker)):
+            return (
+                f"strength: x {strength:g}: {share.percent()} of the gain at {moved.value:.2f} ± "
+                f"{moved.error:.2f} times the KL elsewhere (picked among {len(weaker)} weaker ones "
+                "on these replies); the checks were not asked at it. "
+                f"`export {adapter} FOLDER --scale {strength:g}` writes it."
+            )
+    return ""
+
+
+# ---- Whether replies end
+
+
+def about_endings(samples: list[Answered], max_new_tokens: int) -> str:
+    """Return the sentence on samples that did not end, or "" if there is nothing to say."""
+    base, adapter = cut_replies(samples)
+    if not adapter and not is_most(base, samples):
+        return ""
+    return (
+        f"replies: {adapter} of {len(samples)} of the adapter's replies did not end within "
+        f"{max_new_tokens} tokens (of the base's, {base}).{about_base(base, samples)}"
+    )
+
+
+def about_cut_checks(checked: list[Answered], max_new_tokens: int) -> str:
+    """Return the sentence on replies that were cut before they were judged, or ""."""
+    base, adapter = cut_replies(checked)
+    if not base and not adapter:
+        return ""
+    return (
+        f"checks: of {counted(len(checked), 'reply')} each, {base} of the base's and {adapter} of "
+        f"the adapter's were cut at {max_new_tokens} tokens and judged as they stood. A cut helps "
+        "a reply that must not say something, and harms one that must hold a number or JSON."
+        f"{about_base(base, checked)}"
+    )
+
+
+def cut_replies(asked: list[Answered]) -> tuple[int, int]:
+    """Return how many replies of base and adapter did not end by themselves."""
+    base = [one for one in asked if not one.base.ended]
+    adapter = [one for one in asked if not one.adapter.ended]
+    return len(base), len(adapter)
+
+
+def is_most(count: int, asked: list[Answered]) -> bool:
+    """Return whether it is more than half of them."""
+    return 2 * count > len(asked)
+
+
+def about_base(cut: int, asked: list[Answered]) -> str:
+    """Return a sentence where most of the base's replies do not end, or ""."""
+    if not is_most(cut, asked):
+        return ""
+    return (
+        " The base mostly does not end its replies, so a difference to them says little of how "
+        "good the adapter's are: read those."
+    )

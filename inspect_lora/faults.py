@@ -1,0 +1,245 @@
+"""What is wrong with an adapter's files, and what is more in them than LoRA on matrices.
+
+`info`, `evidence` and `export` judge an adapter here, each for its own ends and from one table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from inspect_lora.common import counted, join_limited
+from inspect_lora.files import PREFIX, name_in_text_model, path_in_text_model
+from inspect_lora.modules import Module, SavedAdapter, is_finite
+
+# ---- What is wrong with it
+
+
+def problems_of(saved: SavedAdapter) -> list[str]:
+    """Return a sentence for each thing that makes an adapter useless or wrong."""
+    modules, tensors = saved.modules, saved.tensors
+    if not modules:
+        return [
+            f"There is nothing of LoRA in the file: no name is like {PREFIX}... .lora_A.weight; "
+            f"there are {join_limited(list(tensors), 2, ', ')}. Perhaps another library than PEFT "
+            "wrote it."
+        ]
+    problems = []
+    unfit = [one for one in modules if not one.fits]
+    if unfit:
+        problems.append(
+            f"The shape of {counted(len(unfit), 'module')} does not fit the configuration, so PEFT "
+            f"cannot load them: A of {unfit[0].name} has {unfit[0].a.shape[0]} rows and B "
+            f"{unfit[0].b.shape[1]} columns, where adapter_config.json says r = {unfit[0].r}. "
+            "Either r or rank_pattern was edited, or the two files are of two adapters."
+        )
+    places = Counter(name_in_text_model(name) for name in tensors)
+    doubled = [place for place, count in places.items() if count > 1]
+    if doubled:
+        problems.append(
+            f"The file holds {counted(len(doubled), 'tensor')} twice, under two names of one place "
+            f"({doubled[0]}): which of them counts depends on the program."
+        )
+    damaged = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if damaged:
+        problems.append(
+            f"There is NaN or infinity in {len(damaged)} of the {len(tensors)} tensors "
+            f"({join_limited(damaged, 2, ', ')}), so the model's replies will be noise. The "
+            "training diverged, as it often does in float16, or the file was damaged. Take an "
+            "earlier checkpoint, or train again in bfloat16 or float32, or at a lower rate."
+        )
+    limits = torch.finfo(torch.float32)
+    beyond = [m for m in modules if not m.is_zero and (m.norm < limits.tiny or m.norm > limits.max)]
+    if beyond:
+        problems.append(
+            f"The update of {counted(len(beyond), 'module')}, such as {beyond[0].name}, is too "
+            f"{'large' if beyond[0].norm > 1 else 'small'} to be computed in float32: its size is "
+            f"{beyond[0].norm:.2g}. The file or lora_alpha was damaged."
+        )
+    if all(one.is_zero for one in modules) and not saved.others:
+        problems.append(
+            f"Every {what_is_zero(modules)} is 0, so the adapter changes nothing. LoRA begins with "
+            "B = 0 (of an embedding A = 0): it was saved before it was trained, or the optimizer "
+            "never had these weights."
+        )
+    return problems
+
+
+def what_is_zero(modules: list[Module]) -> str:
+    """Return "A", "B" or "A or B": what is 0 in modules whose updates are 0."""
+    zeros = [part for part in "ab" if not any(getattr(one, part).any() for one in modules)]
+    return zeros[-1].upper() if zeros else "A or B"
+
+
+# ---- What is more than the update scaling x B A on matrices
+
+# Ways to begin that take something from the base's weights; "eva" needs data alone.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What makes LoRA another kind of it, if it is set: KaSA changes the base's own weights, too.
+OTHER_KINDS = ("kasa_config", "velora_config", "monteclora_config", "use_bdlora", "megatron_config")
+KNOWN_KEYS = {
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping",
+    "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "kasa_config",
+    "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
+    "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora",
+    "velora_config",
+}  # fmt: skip
+
+
+def extras_of(saved: SavedAdapter) -> list[tuple[tuple[str, ...], str]]:
+    """Return what an adapter is beyond the update scaling x B A on matrices.
+
+    Returns:
+        Of each thing what it prevents, and a clause that goes on from "It". It may prevent
+        "measuring" at all, taking into "parts", and "scaling" (cutting and exporting, too).
+    """
+    config, names = saved.config, list(saved.tensors)
+    start, bias = str(config.get("init_lora_weights")), config.get("bias", "none")
+    task, is_dora = config.get("task_type") or "CAUSAL_LM", bool(config.get("use_dora"))
+    lengths = [name for name in names if ".lora_magnitude_vector" in name]
+    biases = [name for name in names if name.endswith(".lora_B.bias")]
+    whole = [name for name in names if ".lora_" not in name and name.startswith(PREFIX)]
+    megabytes = sum(saved.tensors[name].nbytes for name in whole) / 1e6
+    known = {*lengths, *biases, *whole}.union(*(one.names for one in saved.modules))
+    unknown = [key for key in OTHER_KINDS if config.get(key)]
+    unknown += [name for name in names if name not in known]
+    tokens = config.get("trainable_token_indices")
+    has_tokens = any("trainable_tokens" in name for name in names)
+    outside = [one for one in saved.modules if is_left_out(config, one)]
+    outside = [one.name for one in outside if not one.is_zero]  # others would change nothing
+    are_matrices = all(saved.tensors[name].dim() == 2 for m in saved.modules for name in m.names)
+    has_embeddings = any("lora_embedding_" in name for name in names)
+    is_elsewhere = has_embeddings or bool(config.get("target_parameters"))
+    rows = [
+        (
+            ("measuring", "scaling"),
+            start.lower().startswith(CHANGES_THE_BASE),
+            f"began with init_lora_weights = {start}, which changed the base model's own weights: "
+            "on the plain base, as in other programs, it is wrong. PEFT's save_pretrained makes "
+            "plain LoRA of it (path_initial_model_for_weight_conversion)",
+        ),
+        (
+            ("measuring", "scaling"),
+            bias != "none",
+            f"trained biases of the base (bias = {bias}), which stay changed where it is switched "
+            "off, and which vLLM refuses",
+        ),
+        (
+            ("measuring", "scaling"),
+            bool(lengths) and not is_dora,
+            "holds lora_magnitude_vector, as DoRA does, but use_dora is not set, so PEFT leaves "
+            "these out without a word",
+        ),
+        (
+            ("measuring", "scaling"),
+            bool(unknown),
+            f"has what is of a kind of LoRA that is not understood here ({listed(unknown)})",
+        ),
+        (
+            ("measuring", "scaling"),
+            bool(tokens) and not has_tokens,
+            "trained single tokens (trainable_token_indices), but its file does not hold them, so "
+            "PEFT cannot load it",
+        ),
+        (
+            (),
+            not config.keys() <= KNOWN_KEYS,
+            "has keys in adapter_config.json that PEFT 0.21 does not know and leaves out: "
+            f"{', '.join(sorted(config.keys() - KNOWN_KEYS))}",
+        ),
+        (
+            ("measuring", "scaling"),
+            bool(outside),
+            f"holds {counted(len(outside), 'module')} outside target_modules, or in the layers or "
+            f"modules that are excluded ({listed(outside)}). PEFT does not apply them, mostly "
+            "without a word; other programs do",
+        ),
+        (("measuring",), task != "CAUSAL_LM", f"is for another task than replying ({task})"),
+        (
+            ("measuring",),
+            bool(config.get("layer_replication")),
+            "repeats layers (layer_replication), so it needs another model than its base",
+        ),
+        (
+            ("measuring",),
+            bool(config.get("alora_invocation_tokens")),
+            "is an activated LoRA, which works only after its invocation tokens, and none are sent "
+            "here",
+        ),
+        (
+            ("measuring",),
+            is_dora and len(lengths) < len(saved.modules),
+            f"is DoRA of {counted(len(saved.modules), 'module')}, but its file holds "
+            f"lora_magnitude_vector of {len(lengths)}: PEFT takes the base's own lengths instead",
+        ),
+        (
+            ("parts", "scaling"),
+            bool(whole),
+            f"holds {counted(len(whole), 'whole tensor')} besides LoRA ({listed(whole)}; "
+            f"{megabytes:.1f} MB), for the base's own. vLLM does not serve such an adapter; merge "
+            "it into its base",
+        ),
+        (
+            ("scaling",),
+            is_dora,
+            "is DoRA: the length of each row of W was trained as well, so B A is not the whole "
+            "update. vLLM refuses DoRA; merge it into its base to serve it",
+        ),
+        (("scaling",), bool(biases), "has biases of B (lora_bias), which vLLM refuses"),
+        (
+            ("scaling",),
+            is_elsewhere or not are_matrices,
+            "has LoRA on other things than linear layers: embeddings, convolutions, or experts "
+            "that share A or B",
+        ),
+        (
+            ("scaling",),
+            any(".default." in name for name in names),
+            "has the names of a state_dict(), with .default. in them, which PEFT finds only if it "
+            "calls the adapter so, and others not at all; write it with save_pretrained()",
+        ),
+    ]
+    return [(prevents, clause) for prevents, is_so, clause in rows if is_so]
+
+
+def listed(names: list[str]) -> str:
+    """Return the first names in a few words."""
+    return join_limited([name.removeprefix(PREFIX) for name in names], 2, ", ")
+
+
+def reasons_against(action: str, saved: SavedAdapter) -> list[str]:
+    """Return what prevents "measuring", taking into "parts" or "scaling", as extras_of() says."""
+    return [what for prevents, what in extras_of(saved) if action in prevents]
+
+
+def is_left_out(config: dict[str, Any], module: Module) -> bool:
+    """Return whether PEFT puts no LoRA on a module (its check_target_module_exists).
+
+    The names may be those of the file or those of the text model; PEFT is called for either.
+    """
+    wanted, layers = config.get("target_modules"), config.get("layers_to_transform")
+    paths = (module.name, path_in_text_model(module.name))
+    if any(is_named(config.get("exclude_modules") or [], path) for path in paths):
+        return True
+    if not wanted or wanted == "all-linear" or config.get("target_parameters"):
+        return False  # as far as can be known without the model
+    layers = [layers] if isinstance(layers, int) else layers
+    is_by_name = not isinstance(wanted, str) and not any(path in wanted for path in paths)
+    if is_by_name and layers and module.layer not in layers:
+        return True
+    return not any(is_named(wanted, path) for path in paths)
+
+
+def is_named(names: str | Collection[str], path: str) -> bool:
+    """Return whether a regular expression fits a path, or one of several names is its end."""
+    if isinstance(names, str):
+        return bool(re.fullmatch(names, path))
+    return any(f".{path}".endswith(f".{name}") for name in names)

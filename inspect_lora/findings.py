@@ -1,0 +1,70 @@
+"""What was found of an adapter so far, as it is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from inspect_lora.checks import CheckRow
+from inspect_lora.conversations import group_of
+from inspect_lora.scores import FEWEST_LINES, Losses, is_conclusive
+
+if TYPE_CHECKING:
+    from inspect_lora.adapters import Adapter
+    from inspect_lora.conversations import HeldOut
+    from inspect_lora.elsewhere import Elsewhere
+    from inspect_lora.parts import Part
+    from inspect_lora.replies import Answered
+    from inspect_lora.trainer import Example
+
+
+@dataclass
+class Findings:
+    """What was measured of an adapter; what is not measured yet, or cannot be, is empty."""
+
+    name: str  # the adapter, as it was named on the command line
+    adapter: Adapter
+    held_out: HeldOut
+    group: str  # the key that groups held-out lines
+    system_message: str  # of the training, or ""
+    system_is_guessed: bool  # then it is what all held-out lines share
+    examples: list[Example]
+    general_file: dict[str, str] | None = None  # the file of the other tasks, and its hash
+    losses: Losses | None = None  # of all examples
+    measured: list[int] = field(default_factory=list)  # the examples that the parts are measured on
+    parts: list[Part] = field(default_factory=list)
+    updates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    elsewhere: Elsewhere | None = None
+    checks: list[CheckRow] = field(default_factory=list)
+    checked: list[Answered] = field(default_factory=list)  # what the rows of checks count
+    samples: list[Answered] = field(default_factory=list)
+    conclusions: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)  # what each measurement took
+    is_finished: bool = False
+
+    def mean(self, losses: list[float]) -> float:
+        """Return the mean of all examples' losses over their tokens."""
+        return sum(losses) / sum(self.losses.tokens)
+
+    def shares_are_meant(self) -> bool:
+        """Return whether the gain that parts have shares of is clear."""
+        return is_conclusive(self.losses.only(self.measured))
+
+    def groups(self) -> list[str]:
+        """Return the kind of each example's line."""
+        return [group_of(example, self.group) for example in self.examples]
+
+    def lower_on(self) -> int:
+        """Return on how many examples the adapter's loss is lower than the base's."""
+        return sum(a < b for a, b in zip(self.losses.trained, self.losses.base, strict=True))
+
+
+def headline(found: Findings) -> str:
+    """Return whether the adapter is better than its base, in a few words."""
+    gain = found.losses.gain()
+    if len(set(found.losses.lines)) < FEWEST_LINES:
+        return "too few held-out lines to tell whether it is better than its base"
+    if not gain.is_clear():
+        return "neither better nor worse, by a clear difference, than its base"
+    word = "better" if gain.value > 0 else "worse"
+    return f"{abs(gain.value):.3f} nats a token {word} than its base"
