@@ -48,7 +48,7 @@ def conclusions(parts: list[Part], losses: Losses, gain: Estimate) -> list[str]:
             f"The gain is not clear on the {len(losses.tokens)} replies that measure the parts "
             f"({losses.gain()}), so the parts say nothing{MORE}."
         ]
-    sentences = [about_alpha(parts), about_targets(parts), about_rank(parts)]
+    sentences = [about_alpha(parts), about_targets(parts), about_rank(parts), about_merging(parts)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -164,6 +164,18 @@ def about_rank(parts: list[Part]) -> str:
     if enough:
         return f"{sentence} Training with a smaller r is another run, and may end elsewhere."
     return f"{sentence} Whether a larger r gains more, only another run can tell."
+
+
+def about_merging(parts: list[Part]) -> str:
+    """Return the sentence on an update that loses by being rounded into the base's weights."""
+    lossy = [part for part in of_kind(parts, "merged") if part.verdict() == "worse"]
+    if not lossy:
+        return ""
+    return (
+        f"{lossy[0].title}: rounded into the base's weights, as merge_and_unload() writes them, "
+        f"the update keeps {lossy[0].of_gain.percent()} of the gain. Serve it as an adapter, or "
+        "merge it into float32 weights."
+    )
 
 
 def what_is_not_measured(model: peft.PeftModel) -> list[str]:

@@ -40,21 +40,14 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "device": adapter.model.device.type,
         "enable_thinking": adapter.chat_format.enable_thinking,
         "system_message": found.system_message,
-        "held_out": {
-            "file": found.held_out.path,
-            "sha256": found.held_out.sha256,
-            "conversations_sha256": found.held_out.conversations_sha256,
-            "group": found.group,
-        },
+        "held_out": None,
+        "prompts": found.prompts_file,
         "general_file": found.general_file,
         "run": None,
-        "loss": {
-            "base": found.mean(found.losses.base),
-            "adapter": found.mean(found.losses.trained),
-        },
-        "gain": asdict(found.losses.gain()),
-        "lower_on": found.lower_on(),
-        "losses": rows_of_losses(found),
+        "loss": None,
+        "gain": None,
+        "lower_on": None,
+        "losses": [],
         "parts": {part.title: part.as_recorded() for part in found.parts},
         "parts_measured_on": [found.examples[number].where for number in found.measured],
         "updates": found.updates,
@@ -69,6 +62,16 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "conclusions": found.conclusions,
         "seconds": found.seconds,
     }
+    if found.held_out:
+        record["held_out"] = found.held_out.as_known().model_dump() | {"group": found.group}
+    if found.losses:
+        means = map(found.mean, (found.losses.base, found.losses.trained))
+        record |= {
+            "loss": dict(zip(("base", "adapter"), means, strict=True)),
+            "gain": asdict(found.losses.gain()),
+            "lower_on": found.lower_on(),
+            "losses": rows_of_losses(found),
+        }
     if adapter.run:
         known = {key: adapter.run.record.get(key) for key in ("settings", "train_seconds")}
         record["run"] = {"path": str(adapter.run.path)} | known
@@ -182,6 +185,7 @@ class Evidence(pydantic.BaseModel):
     base_revision: str
     enable_thinking: bool
     held_out: KnownFile | None = None
+    prompts: KnownFile | None = None
     general_file: KnownFile | None = None
     losses: list[Row] = []
     run: dict[str, Any] | None = None

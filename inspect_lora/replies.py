@@ -215,8 +215,8 @@ def ask_both(
     ]
 
 
-def choose_samples(examples: list[Example], group: str, wanted: int) -> list[Example]:
-    """Return one held-out example of each kind, up to 20, and as many more as are wanted."""
+def choose_samples(examples: list[Example] | list[Task], group: str, wanted: int) -> list[Any]:
+    """Return one example or prompt of each kind, up to 20, and as many more as are wanted."""
     first: dict[str, int] = {}
     for number, example in enumerate(examples):
         first.setdefault(group_of(example, group), number)

@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from by_hand import MergedByHand, read_conversations
+from by_hand import MergedByHand, read_conversations, reply_loss
 from conftest import ROOT, TINY
 from on_tiny import (
     PARTS,
@@ -368,7 +368,7 @@ def test_the_report_says_that_it_guessed_and_names_a_folder_without_a_branch(
     path = write_lines(tmp_path / "eval.jsonl", [{"messages": said}] * 2)
     adapter = save_adapter(tmp_path / "adapter")
     run = measure(capsys, adapter, path, *SHORT)
-    guessed = "- system message (guessed: the one that all held-out lines share): You are Nell."
+    guessed = "- system message (guessed: the one that all lines share): You are Nell."
     assert guessed in run.report
     assert re.search(r"- base: .*tiny-qwen3\.5, in float32", run.report)
     assert "by kind of line" not in run.report  # there is one kind
@@ -526,6 +526,53 @@ def test_the_updates_are_those_of_numpys_svd(shown):
             )
             directions = int((energy.cumsum() < 0.9 * energy.sum()).sum()) + 1
             assert row["directions"] == directions
+
+
+@pytest.mark.parametrize("std", [0.1, 1e-4])
+def test_the_merged_row_is_that_of_peft_merged_into_the_files_type(
+    capsys, no_picture, tmp_path, std
+):
+    """Rounded to bfloat16 a small update is lost; nothing is left merged."""
+    adapter = save_adapter(tmp_path / "adapter", std=std)
+    path = write_held_out(tmp_path / "held-out.jsonl")
+    run = measure(capsys, adapter, path, *SHORT, "--examples", "9")
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype="bfloat16")
+    merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    conversations = read_conversations(path)
+    expected = [reply_loss(merged.float().eval(), tokenizer, one) for one in conversations]
+    row = run.found["parts"]["merged, in bfloat16"]
+    assert row["losses"] == pytest.approx(expected, abs=1e-5)
+    whole = run.found["parts"]["as trained"]["losses"]
+    assert row["losses"] != pytest.approx(whole, abs=1e-6) or std == 1e-4
+    assert "| merged, in bfloat16 | " in run.report.replace("\\", "")
+    after = run.found["parts"]["update x 0.25"]["losses"]  # measured after it, unmerged
+    assert after != row["losses"]
+
+
+def test_a_layer_that_was_merged_for_a_while_is_what_it_was():
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32")
+    lora = peft.LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, lora).eval()
+    before = {name: one.clone() for name, one in adapted.state_dict().items()}
+    (part,) = parts.merged_parts(adapted, torch.bfloat16)
+    ids = torch.tensor([[5, 6, 7]])
+    logits = adapted(input_ids=ids).logits
+    with contextlib.suppress(RuntimeError), part.change_model():
+        raise RuntimeError
+    assert adapted(input_ids=ids).logits.equal(logits)
+    assert all(one.equal(before[name]) for name, one in adapted.state_dict().items())
+    head = peft.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
+    tied = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32")
+    assert parts.merged_parts(peft.get_peft_model(tied, head), torch.bfloat16) == []
+
+
+@pytest.mark.parametrize(("share", "is_said"), [(0.9, True), (0.99, False), (1.1, False)])
+def test_a_lossy_merge_is_told_and_no_other(share, is_said):
+    merged = made_up_part("merged, in bfloat16", share)
+    merged.kind = "merged"
+    said = concluded.about_merging([merged])
+    assert bool(said) == is_said and ("keeps 90.0 ± 0.2 %" in said) == is_said
 
 
 # ==== What else was changed
