@@ -17,7 +17,7 @@ from inspect_lora.adapters import Adapter
 from inspect_lora.common import hash_of, path_from_here, report_sentence
 from inspect_lora.evidence_file import read_evidence
 from inspect_lora.replies import Reply
-from inspect_lora.trainer import Example, file_fingerprints, script_sha256
+from inspect_lora.trainer import FILES_THAT_COUNT, Example, file_fingerprints, script_sha256
 
 
 class BaseSide:
@@ -71,7 +71,7 @@ def how_the_base_computes(adapter: Adapter) -> dict[str, str]:
     if place.is_dir():
         # Of large files the fingerprint has the ends alone.
         times = sorted((path.name, path.stat().st_mtime_ns) for path in place.iterdir())
-        files = [file_fingerprints(place), times]
+        files = [file_fingerprints(place, FILES_THAT_COUNT), times]
     is_commit = len(adapter.revision) == 40
     if not files and not is_commit:  # a branch may be another commit tomorrow
         return {}

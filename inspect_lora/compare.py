@@ -304,11 +304,13 @@ def difference(one: Evidence, best: Evidence, whose: str, comparisons: int) -> s
 
 
 def change_elsewhere(one: Evidence) -> str:
-    """Return how far an adapter moves the model on other tasks, if that was measured."""
+    """Return how far an adapter moves the model on other tasks, with its error, if it is known."""
     rows = (one.elsewhere or {}).get("no system message") or {}
     kl = (rows.get("x 1") or {}).get("kl") or {}
-    value = kl.get("value")
-    return f"{value:.4f}" if isinstance(value, float) else "-"
+    value, error = kl.get("value"), kl.get("error")
+    if not isinstance(value, float):
+        return "-"
+    return f"{value:.3f} ± {error:.3f}" if isinstance(error, float) else f"{value:.3f}"
 
 
 # What cannot change a result, or is told of the adapter itself.

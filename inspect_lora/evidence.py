@@ -36,7 +36,6 @@ from inspect_lora.common import (
 )
 from inspect_lora.conclusions import (
     about_change,
-    about_cut_checks,
     about_endings,
     about_strength,
     conclusions,
@@ -233,6 +232,8 @@ def measure(
     ask_checked_lines(found, lines_with_checks(lines or prompts, tasks), before, options)
     if found.held_out:
         take_samples(found, before, options)
+    asked = found.prompted or found.samples
+    found.conclusions = about_endings(asked, found.checked) + found.conclusions
     print_conclusions(found)
     found.is_finished = True
 
@@ -269,8 +270,6 @@ def ask_prompts(
     report("prompts", f"two replies to each of {counted(len(prompts), 'prompt')}")
     shown = choose_samples([one.task for one in found.prompted], options.group, options.samples)
     found.samples = [one for one in found.prompted if one.task in shown]
-    if sentence := about_endings(found.prompted, most):
-        found.conclusions.insert(0, sentence)
 
 
 def ask_checked_lines(
@@ -295,8 +294,6 @@ def ask_checked_lines(
     replies = [one.as_recorded(found.group) for one in (*of_prompts, *found.checked)]
     found.checks = rows_of_checks(replies)
     print_checks(found)
-    if sentence := about_cut_checks(found.checked, CHECKED_TOKENS):
-        found.conclusions.insert(0, sentence)
 
 
 def take_samples(found: Findings, before: BaseSide, options: argparse.Namespace) -> None:
@@ -308,8 +305,6 @@ def take_samples(found: Findings, before: BaseSide, options: argparse.Namespace)
     prompts, most = list(map(task_of_example, chosen)), options.max_new_tokens
     with timed(found, "samples"):
         found.samples = ask_both(model, chat_format, prompts, most, "samples", before)
-    if sentence := about_endings(found.samples, most):
-        found.conclusions.insert(0, sentence)
 
 
 def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
@@ -354,7 +349,8 @@ def measure_parts_of(found: Findings, wanted: int) -> None:
     with timed(found, "parts"):
         chosen = [found.examples[number] for number in found.measured]
         found.parts = measure_parts(model, chosen, losses, found.adapter.file_dtype)
-    found.conclusions = conclusions(found.parts, losses) + what_is_not_measured(model)
+    found.conclusions = conclusions(found.parts, losses, found.losses.gain())
+    found.conclusions += what_is_not_measured(model)
     if found.shares_are_meant():
         print_parts(found)
 

@@ -52,8 +52,12 @@ class Findings:
         return sum(losses) / sum(self.losses.tokens)
 
     def shares_are_meant(self) -> bool:
-        """Return whether the gain that parts have shares of is clear."""
-        return bool(self.losses) and is_conclusive(self.losses.only(self.measured))
+        """Return whether there is a clear gain, also on the replies that measure the parts."""
+        if not self.losses:
+            return False
+        gain = self.losses.gain()
+        is_better = gain.is_clear() and gain.value > 0
+        return is_better and is_conclusive(self.losses.only(self.measured))
 
     def groups(self) -> list[str]:
         """Return the kind of each example's line."""

@@ -152,12 +152,13 @@ def markdown_parts(found: Findings) -> str:
             [part.title, f"{part.loss:.4f}", *(compared if part.kind != "whole" else [""] * 3)]
         )
     config = found.adapter.model.peft_config["default"]
+    gain = found.losses.only(found.measured).gain()
+    shares = f", and shares are of the gain on these, {gain}" if are_meant else ""
     text = (
         "## What each part is worth\n\n"
         f"On {len(found.measured)} of {counted(len(found.examples), 'held-out reply')}, "
-        "evenly spread. Losses, in nats a token, are of these alone, and shares are of the gain "
-        f"on these: {found.losses.only(found.measured).gain()}. The last two columns compare a row "
-        "with the adapter as trained: above 0 is better. "
+        f"evenly spread. Losses, in nats a token, are of these alone{shares}. The last two columns "
+        "compare a row with the adapter as trained: above 0 is better. "
         f"Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
         "switched off in parts, or cut to its strongest directions, and nothing is trained anew. "
         "Shares of the gain overlap, so they need not add up to 100 %."
@@ -210,7 +211,7 @@ def markdown_checks(found: Findings) -> str:
         if row.lost:
             lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
             lost.append(f"- {escaped(f'{row.name}, lost: {lines}.')}")
-    head = ["check", "a reply passes that", "lines", "base passes", "adapter passes"]
+    head = ["check", "what passes", "lines", "base passes", "adapter passes"]
     head += ["lost", "won", "it shows"]
     parts = [
         "## What the replies hold",
