@@ -72,3 +72,5 @@ why_vllm_refuses = script.why_vllm_refuses
 vllm_command = script.vllm_command
 name_on_server = script.name_on_server
 script_sha256 = script.script_sha256
+FILES_THAT_COUNT = script.FILES_THAT_COUNT
+file_fingerprints = script.file_fingerprints
