@@ -1739,6 +1739,9 @@ def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
         "save_only_model": False,
         "ignore_data_skip": False,
         "load_best_model_at_end": False,
+        "fsdp": None,  # each GPU holds the whole model
+        "deepspeed": None,
+        "accelerator_config": transformers.trainer_pt_utils.AcceleratorConfig(),  # divides examples
     }
     for name, value in needed.items():
         if getattr(config, name) != value:
