@@ -33,6 +33,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ from typing import Any, NamedTuple
 
 import psutil  # accelerate requires it
 import pytest
+from processes import Fork, write_to
 
 SEED = 49
 NUMBER = 60
@@ -190,8 +192,8 @@ class Recorder:
             self.failed.add(report.nodeid)
 
 
-def record_here(out: str) -> None:
-    """Run the suite in this process, in a copy, and write who executes what to a file."""
+def record_here(out: str, files: list[str]) -> None:
+    """Run the suite (or files of it) in this process, and write who executes what to a file."""
     coverage = importlib.import_module("coverage")
     folder = Path(out).parent
     include = [f"*/{pattern}" for pattern in FILES]
@@ -209,7 +211,7 @@ def record_here(out: str) -> None:
 
     os._exit = save_and_leave  # the end of each fork
     recorder = Recorder(cover)
-    pytest.main(["-n", "0", "-p", "no:cacheprovider"], plugins=[recorder])
+    pytest.main(["-n", "0", "-p", "no:cacheprovider", *files], plugins=[recorder])
     cover.stop()
     cover.save()
     whole = coverage.Coverage(data_file=data_file, config_file=False)
@@ -360,23 +362,23 @@ class Chosen:
             self.write("fail", report.nodeid, str(report.longrepr)[-300:])
 
 
-def test_here(job_file: str) -> int:
-    """Run the tests of a job in this process, in a copy; return pytest's status."""
-    resource.setrlimit(resource.RLIMIT_DATA, (BYTES, resource.RLIM_INFINITY))
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    chosen = Chosen(job["tests"], job["without"], Path(job["log"]))
-    words = ["-x", "-n", "0", "-p", "no:cacheprovider", "--basetemp", job["temp"]]
-    return pytest.main([*words, *job["files"]], plugins=[chosen])
+def imported_once() -> None:
+    """Import what takes seconds, for all forks, as conftest.py would: offline, with one thread."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True  # a former change's code must not be taken for this one's
+    for name in ("torch", "transformers", "peft", "trl"):
+        importlib.import_module(name)
 
 
-def end_all(process: subprocess.Popen) -> None:
+def end_all(process: Fork) -> None:
     """Kill a process and all that it began: forks of the tests have sessions of their own."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     for child in children:
         if child.is_running():
             child.kill()
-    process.wait()
+    process.join(10)
 
 
 class End(NamedTuple):
@@ -399,29 +401,24 @@ def run_tests(folder: Path, tests: Tests, seconds: float) -> End:
     """Run these tests in the copy until one fails, or for so many seconds."""
     log, temp = folder / "log.jsonl", folder / "temp"
     log.write_text("", encoding="utf-8")
-    job = tests._asdict() | {"log": str(log), "temp": str(temp)}
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    words = [sys.executable, "tests/change_places.py", "test_here", str(folder / "job.json")]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}  # no code of the former change
-    with (folder / "printed.txt").open("w") as printed:
-        process = subprocess.Popen(
-            words,
-            cwd=folder / "copy",
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    verdict = "time limit"
+    words = ["-x", "-n", "0", "-p", "no:cacheprovider", "--basetemp", str(temp), *tests.files]
+
+    def be_pytest() -> int:
+        resource.setrlimit(resource.RLIMIT_DATA, (BYTES, resource.RLIM_INFINITY))
+        write_to(folder / "printed.txt")
+        os.chdir(folder / "copy")
+        sys.path[0] = str(folder / "copy" / "tests")
+        del sys.modules["processes"]  # the tests import the copy's
+        return int(pytest.main(words, plugins=[Chosen(tests.tests, tests.without, log)]))
+
+    process = Fork(be_pytest)
     try:
-        status = process.wait(seconds)
-        verdict = {0: "not seen", 5: "no test"}.get(status, "seen")
-    except subprocess.TimeoutExpired:
-        pass
+        process.join(seconds)
     finally:
-        if process.returncode is None:
+        if process.exitcode is None:
             end_all(process)
+            process.exitcode = None
+    verdict = {None: "time limit", 0: "not seen", 5: "no test"}.get(process.exitcode, "seen")
     shutil.rmtree(temp, ignore_errors=True)
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     failed = [line[1:] for line in lines if line[0] == "fail"]
@@ -470,13 +467,13 @@ def copy_tree(folder: Path) -> Path:
     return copy
 
 
-def record(folder: Path) -> None:
-    """Run the suite once in a copy, and keep which tests execute which line."""
+def record(folder: Path, files: list[str]) -> None:
+    """Run the suite (or files of it) once in a copy, and keep which tests execute which line."""
     copy = copy_tree(folder)
     for path in folder.glob("lines*"):
         path.unlink()
     out = folder / "record.json"
-    words = [sys.executable, "tests/change_places.py", "record_here", str(out)]
+    words = [sys.executable, "tests/change_places.py", "record_here", str(out), *files]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run(words, cwd=copy, env=environment, check=True)
     kept = json.loads(out.read_text(encoding="utf-8"))
@@ -504,6 +501,7 @@ def run(folder: Path, args: argparse.Namespace) -> None:
     files = digest(sources)
     is_whole = args.command == "whole"
     known = None if args.tests else Record(folder / "record.json", sources)
+    imported_once()
     verdicts = {one["place"]: one["verdict"] for one in results_of(folder, files)}
     for number, (place, new) in enumerate(drawn(sources), 1):
         verdict = verdicts.get(number, "none")
@@ -541,10 +539,9 @@ def told(line: dict[str, Any]) -> str:
 
 def main() -> None:
     """Do what the command says."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped."))  # and the tests end, too
     if sys.argv[1:2] == ["record_here"]:
-        sys.exit(record_here(sys.argv[2]))
-    if sys.argv[1:2] == ["test_here"]:
-        sys.exit(test_here(sys.argv[2]))
+        sys.exit(record_here(sys.argv[2], sys.argv[3:]))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -565,7 +562,7 @@ def main() -> None:
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if args.command == "record":
-        record(folder)
+        record(folder, args.tests or [])
     else:
         run(folder, args)
 
