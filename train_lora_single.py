@@ -3337,7 +3337,7 @@ def try_float16_products(trainer: RunTrainer, job: Job) -> str:
     """Have a model multiply in float16; return why that must not stay on this GPU, or ""."""
     trainer.model.activation_checkpointing_enable()
     trainer.model.disable_input_require_grads()
-    set_recomputation(trainer.model, True)
+    set_recomputation(trainer.recomputing_layers, True)
     examples = examples_to_compare(job)
     native = timed_pass(trainer, examples)
     use_float16_products(trainer.model.get_base_model())

@@ -67,6 +67,47 @@ def test_memory_finds_how_long_an_example_may_be_kept_and_recomputed(options, ca
     assert options.targets.missed == []
 
 
+COUNTS = {  # what a part counts as, and what the simulation says of it
+    "former": (lambda tokens, _: tokens, r"a peak is 1\.0\d+ of the trial's"),
+    "timid": (lambda _, count: 2 * count, "the trial is timid on 16 GB, rows padded to 64"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_that_is_too_low_or_too_high_misses_a_target(name, options, capsys, monkeypatch):
+    change, expected = COUNTS[name]
+    real = t.TokenCosts.count
+
+    def count(self, lengths, targets):
+        return change(len(lengths) * max(lengths), real(self, lengths, targets))
+
+    monkeypatch.setattr(t.TokenCosts, "count", count)
+    simulation = simulate.Simulation(TINY_SIZES | {"num_hidden_layers": 4}, t.parse_settings([]))
+    simulate.compare_with_trials(options, simulation, simulate.simulated_job(options))
+    assert any(re.search(expected, missed) for missed in options.targets.missed)
+
+
+@pytest.mark.parametrize("deltanet", ["torch", "fla"])
+def test_peaks_of_many_passes_are_those_of_each(deltanet):
+    """They are computed from a few, to the kilobyte."""
+    simulation = simulate.Simulation(TINY_SIZES | {"num_hidden_layers": 4}, t.parse_settings([]))
+    shapes = [(1, 128, 127), (3, 70, 40), (5, 65, 1), (7, 33, 200), (2, 64, 126)]
+    for kind in (False, True):
+        passes = [simulate.Pass(*shape, kind, deltanet=deltanet) for shape in shapes]
+        alone = [simulation.peak(one) for one in passes]
+        assert simulation.peaks(passes).tolist() == pytest.approx(alone, abs=4096)
+
+
+def test_the_fewest_passes_of_a_step_are_found_within_the_peak():
+    simulation = simulate.Simulation(TINY_SIZES | {"num_hidden_layers": 4}, t.parse_settings([]))
+    ids = [5] * 30, [6] * 10
+    step = t.pad([t.Example("", [], prompt_ids=ids[0], reply_ids=ids[1])] * 6, "cpu")
+    for rows, fewest in ((6, 1), (4, 2), (2, 3), (1, 6)):
+        budget = simulation.peak(simulate.Pass(rows, 40, 10 * rows))
+        found = simulate.fewest_passes(simulation, [step], {False: budget}, "torch", {False: 999})
+        assert found == fewest
+
+
 def test_a_simulated_pass_scores_and_holds_what_a_real_one_does():
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY)
     rows = []

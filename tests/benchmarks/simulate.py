@@ -57,7 +57,9 @@ QUICK_CHUNKS = 23  # up to so many a row, the peaks of many passes are computed 
 def memory(options: Options) -> None:
     """Simulate the script's trial on cards, for examples of any length and for the shipped data."""
     job = simulated_job(options)
-    simulation = Simulation(options.sizes, job.settings)
+    # Nothing before the first DeltaNet layer is trained, so its activations are not kept.
+    sizes = options.sizes | ({"num_hidden_layers": 4} if options.tiny else {})
+    simulation = Simulation(sizes, job.settings)
     steps = steps_of_epoch(job)
     longest, whole_step = t.most_tokens(job)
     weights = simulation.weight_bytes / GIB
@@ -73,7 +75,7 @@ at once, and the largest peak in GiB""")
         size = cards[card]
         if options.tiny:
             size = tiny_memory(size, simulation, longest)
-        alone = simulation.longest_examples(job, size, 128 if options.tiny else LONG)
+        alone = simulation.longest_examples(job, size, 256 if options.tiny else LONG)
         limits = simulation.limits(job, size)
         counts = [alone.tokens_at_once, alone.tokens_at_once_recomputed]
         counts += [limits.tokens_at_once, limits.tokens_at_once_recomputed, whole_step]
@@ -137,15 +139,16 @@ def compare_with_trials(options: Options, simulation: Simulation, job: t.Job) ->
     The largest peak of a mix may not be above the trial's, and in one mix of each card it must come
     near, or the trial is timid.
     """
-    mixes = [Mix("short chats", 4, "all")] if options.tiny else MIXES
+    mixes = [Mix("short chats", 64, "all")] if options.tiny else MIXES
     count = 8 if options.tiny else math.ceil(STEPS / len(mixes))
     steps = {mix: mix.steps(count) for mix in mixes}
     print(f"""
 {count * len(mixes):,} seeded steps: the largest peak of their parts over the trial's, and over what
 the trial adds to the weights; and passes, over the fewest that a search finds within its memory""")
-    row = table(44, 8, 8, 8, 10, 10)
+    row = table(52, 8, 8, 8, 10, 12)
     print(row("", "peak", "added", "passes", "kept", "recomputed"))
-    for card, deltanet in itertools.product(("16 GB", "24 GB", "32 GB"), ("torch", "fla")):
+    cards = ("16 GB",) if options.tiny else ("16 GB", "24 GB", "32 GB")
+    for card, deltanet in itertools.product(cards, ("torch", "fla")):
         size = (CARDS | MORE_CARDS)[card]
         name = f"{card}, {'rows padded to 64' if deltanet == 'torch' else 'fla'}"
         highest = 0.0
@@ -160,8 +163,7 @@ the trial adds to the weights; and passes, over the fewest that a search finds w
             show(row, options, words, found)
             highest = max(highest, found.peak)
         options.targets.require(
-            f"memory: the trial is timid on {name}: {highest:.3f}",
-            options.tiny or highest >= ALLOWED["timid"],
+            f"memory: the trial is timid on {name}: {highest:.3f}", highest >= ALLOWED["timid"]
         )
         if not options.tiny:
             shipped = against_trial(
@@ -592,11 +594,15 @@ def forward_and_backward(model: peft.PeftModel, one: Pass) -> None:
     rule = fla_like if one.deltanet == "fla" else getattr(modeling_qwen3_5, name)
     deltanet = unittest.mock.patch.object(modeling_qwen3_5, name, rule)
     # The math kernel is all that there is for bfloat16 on a V100.
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), deltanet:
+    # Without a mask transformers looks for packed rows, which there are none of, by their values.
+    not_packed = unittest.mock.patch.object(
+        transformers.masking_utils, "find_packed_sequence_indices", lambda _: None
+    )
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), deltanet, not_packed:
         if one.scored:
             out = script_loss(base, inputs, one)
         else:
-            del inputs["labels"]
+            del inputs["labels"], inputs["attention_mask"]
             out = base.model(**inputs, use_cache=False).last_hidden_state
         out.sum().backward()
 
