@@ -223,9 +223,11 @@ def against_trial(
     alike = [*{*passes}]
     peaks = simulation.peaks(alike)
     before = simulation.weight_bytes + 12 * simulation.trainable
+    # Without a trial of its own recomputation has the limit of kept activations.
+    allowed = [budgets.get(one.is_recomputed, budgets.get(False)) for one in alike]
     over = [
-        (peak / budgets[one.is_recomputed], (peak - before) / (budgets[one.is_recomputed] - before))
-        for one, peak in zip(alike, peaks, strict=True)
+        (peak / budget, (peak - before) / (budget - before))
+        for budget, peak in zip(allowed, peaks, strict=True)
     ]
     most = {False: 2 * limits.tokens_at_once, True: 2 * limits.tokens_at_once_recomputed}
     fewest = fewest_passes(simulation, steps, budgets, deltanet, most)
