@@ -58,8 +58,10 @@ def main(argv: list[str] | None = None) -> None:
             raise
         give_up(
             f"The GPU's memory is full ({one_line(error)}). If another program runs there, stop "
-            "it. Else --dtype bfloat16 halves what float32 needs, evidence leaves long lines out "
-            "with --max_seq_len, and --device cpu needs no GPU.",
+            "it. Else --dtype bfloat16 halves what float32 needs, and --device cpu needs no GPU. "
+            "evidence needs less with --max_seq_len, which leaves long held-out lines out, with a "
+            "smaller --max_new_tokens for its samples, and with --examples 0 and --checks 0, which "
+            "leave measurements out.",
             1,
         )
 

@@ -11,10 +11,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +49,13 @@ from inspect_lora.files import (
 )
 from inspect_lora.modules import SavedAdapter, rank_and_alpha, read_adapter
 from inspect_lora.trainer import (
+    TESTED_IN_FLOAT16,
     ChatFormat,
+    Example,
     UserError,
     commit_of,
+    encode,
+    example_losses,
     load_chat_format,
     load_config,
     load_model,
@@ -70,6 +76,7 @@ class Adapter:
     base: str  # the base model's folder or its name on the hub
     revision: str  # its commit, if it is on the hub
     dtype: str
+    matmul: str = "native"  # or "float16", on a GPU that only emulates bfloat16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,8 +139,12 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
         model = load_model(base, revision, dtype, device)
     # generate() would take from the model's own what it is not told, such as min_p.
     model.generation_config = transformers.GenerationConfig()
+    matmul = "native"
     if run and run.record.get("products") == "float16" and device.type == "cuda":
-        model = use_float16_products(model)  # as it was trained
+        model, matmul = use_float16_products(model), "float16"  # as it was trained
+    elif emulates_bfloat16(device, dtype) and base_config.model_type in TESTED_IN_FLOAT16:
+        reload = functools.partial(load_model, base, revision, dtype, device)
+        model, matmul = with_float16_matmuls(model, chat_format, reload)
     model = put_adapter_on(model, config, saved, place)
     lora = model.peft_config["default"]
     by_pattern = " (others by pattern)" if lora.rank_pattern or lora.alpha_pattern else ""
@@ -145,7 +156,7 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
     )
     if run and run.record.get("script_sha256") not in (None, script_sha256()):
         report("", "It was trained by another version of train_lora_single.py than lies here.")
-    return Adapter(place, run, model, chat_format, base, revision, dtype)
+    return Adapter(place, run, model, chat_format, base, revision, dtype, matmul)
 
 
 @contextmanager
@@ -154,7 +165,10 @@ def errors_name_the_base(base: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise InspectError(f"{error}\n(The adapter's base model is {base}; see --base.)") from error
+        raise InspectError(
+            f"{error}\n(The adapter's base model is {base}; if that is a "
+            "folder, give with --base where it is now.)"
+        ) from error
     except ValueError as error:  # transformers' word on a model that is no language model
         raise InspectError(
             f"The base model {base} cannot be loaded as a language model ({one_line(error, 150)}); "
@@ -174,7 +188,7 @@ def base_of(options: argparse.Namespace, place: Path, run: Run | None) -> tuple[
     revision = options.base_revision or saved.get("revision")
     if not recorded:
         raise InspectError(f"{place} does not name its base model; give it with --base.")
-    found = find_base(saved, run, revision)
+    found = find_base(saved, place, run, revision)
     if not found:
         raise InspectError(
             f"The adapter's base model {recorded} is not there. Give the folder that it is in now, "
@@ -227,7 +241,7 @@ def choose_device_and_dtype(
     An adapter of another trainer is measured in its base's own type on a GPU; on a CPU in float32,
     which every processor computes, and most of them faster.
     """
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or ("cuda" if sees_a_gpu() else "cpu")
     dtype = options.dtype or (run and run.settings.get("DTYPE"))
     if not dtype and device == "cuda":
         dtype = "float32" if base_config.get_text_config().dtype == torch.float32 else "bfloat16"
@@ -240,6 +254,54 @@ def choose_device_and_dtype(
             f"On {device} it cannot be measured ({reason}). --device cpu needs no GPU."
         ) from error
     return torch.device(device), dtype
+
+
+def sees_a_gpu() -> bool:
+    """Return whether there is a GPU; of several only the first is used, as prepare_device() has it.
+
+    torch counts them once, when it is first asked, so the choice must be made before that.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+    return torch.cuda.is_available()
+
+
+def emulates_bfloat16(device: torch.device, dtype: str) -> bool:
+    """Return whether a GPU only emulates the type, as a V100 does, at a tenth of its speed."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return False
+    return not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+MAY_LOSE = 0.01  # of a reply's loss, by float16 matmuls
+
+
+def with_float16_matmuls(
+    model: transformers.PreTrainedModel,
+    chat_format: ChatFormat,
+    reload: Callable[[], transformers.PreTrainedModel],
+) -> tuple[transformers.PreTrainedModel, str]:
+    """Return the model with fast matmuls if a reply's loss stays what it is, and "float16".
+
+    Else the weights are loaded anew, since float16 has lost bits of them, and it is "native".
+    """
+    before = loss_of_a_reply(model, chat_format)
+    model = use_float16_products(model)
+    after = loss_of_a_reply(model, chat_format)
+    if abs(after - before) <= MAY_LOSE * before:  # NaN is not
+        return model, "float16"
+    report("matmul", f"in float16 a reply's loss is {after:.3f} and not {before:.3f}: not used")
+    return reload(), "native"
+
+
+def loss_of_a_reply(model: transformers.PreTrainedModel, chat_format: ChatFormat) -> float:
+    """Return the loss of one reply, in nats."""
+    texts = ["Where does the river Severn end?", "It ends in the Bristol Channel, after 220 miles."]
+    roles = ("user", "assistant")
+    messages = [{"role": one, "content": text} for one, text in zip(roles, texts, strict=True)]
+    (example,), _ = encode([Example("made up", messages)], chat_format, None)
+    (loss,) = example_losses(model, [example], len(example.input_ids), "matmul")
+    return loss
 
 
 def chat_format_of(

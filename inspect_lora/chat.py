@@ -22,6 +22,7 @@ from inspect_lora.adapters import (
     system_message_of,
 )
 from inspect_lora.common import at_least, report, report_sentence
+from inspect_lora.conversations import why_it_is_not_asked
 from inspect_lora.files import find_adapter, find_run
 from inspect_lora.replies import generate_batch, greedy, reply_of
 
@@ -93,6 +94,9 @@ def talk(adapter: Adapter, system: str, max_new_tokens: int) -> None:
             asked = [*turns, {"role": "user", "content": said}]
             asked = newest_that_fit(adapter, messages, asked, max_new_tokens)
             if not asked:
+                continue
+            if reason := why_it_is_not_asked(asked, adapter.chat_format):
+                print(f"Not sent: {reason}. Write it otherwise.")
                 continue
             try:
                 for scale in scales:

@@ -14,7 +14,8 @@ import json
 import math
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -284,28 +285,7 @@ def is_same_value(one: Any, other: Any) -> bool:
     return one == other
 
 
-def in_words(check: Check) -> str:
-    """Return what a check asks of a reply, as a sentence without its subject and full stop."""
-    match check:
-        case Number():
-            return f"the last number is {check.answer:g}"
-        case Json():
-            wanted = ", ".join(f"{key}: {json.dumps(value)}" for key, value in check.keys.items())
-            return f"holds a JSON object with {wanted}"
-    said = f"says {quoted(check.answers)}" if check.answers else ""
-    unsaid = f"does not say {quoted(check.wrong)}" if check.wrong else ""
-    return " and ".join(one for one in (said, unsaid) if one)
-
-
-def quoted(phrases: list[str]) -> str:
-    """Return phrases in quotes, with "or" before the last one."""
-    *others, last = [f'"{one}"' for one in phrases]
-    return f"{', '.join(others)} or {last}" if others else last
-
-
 # ---- A row for each name
-
-FEWEST_TO_LOSE = 6  # of five lost and none won, p is 0.06
 
 
 @dataclass
@@ -313,14 +293,24 @@ class CheckRow:
     """How often base and adapter passed the checks of one name."""
 
     name: str
+    rule: str  # what a reply must do, in words
     lines: int
     before: int  # replies of the base that pass
     after: int  # replies of the adapter that pass
     lost: list[str]  # lines that only the base passes
     won: list[str]  # lines that only the adapter passes
-    p: float  # of so uneven a change by chance
-    is_clear: bool  # less than 5 % over all rows together
-    can_be_clear: bool  # whether that needs no more lines than there are
+    p: float  # of so uneven a change by the choice of lines alone
+    needed: float  # p must be below it: in one of twenty tables a row is so by chance
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is more than chance, among all rows."""
+        return self.p < self.needed
+
+    @property
+    def can_be_clear(self) -> bool:
+        """Whether that needs no more lines than there are."""
+        return mcnemar(self.lines, 0) < self.needed
 
     def judgement(self) -> str:
         """Return what the row shows; none shows that nothing was lost."""
@@ -330,17 +320,28 @@ class CheckRow:
             return f"{verb} pass now, by more than chance ({p_in_words(self.p)})"
         said = f"may be chance ({p_in_words(self.p)})" if lost or won else "the same lines pass"
         if not self.can_be_clear:
-            return f"{said}; too few lines to show anything"
-        if self.before < FEWEST_TO_LOSE:
-            return f"{said}; too few pass for a loss to show"
+            return (
+                f"{said}; too few lines to show anything: p must be below {self.needed:.2g}, and "
+                f"{counted(self.lines, 'line')} can give {mcnemar(self.lines, 0):.2g}"
+            )
+        if self.before < fewest_to_lose(self.needed):
+            return (
+                f"{said}; too few pass for a loss to show: it takes {fewest_to_lose(self.needed)}"
+            )
         return said
 
     def sentence(self) -> str:
         """Return the row as a sentence."""
         return (
-            f"{self.name}: of {counted(self.lines, 'line')} the base passes {self.before} and the "
-            f"adapter {self.after}: {self.judgement()}."
+            f"{self.name} ({self.rule}): of {counted(self.lines, 'line')} the base passes "
+            f"{with_interval(self.before, self.lines)} and the adapter "
+            f"{with_interval(self.after, self.lines)}: {self.judgement()}."
         )
+
+    def as_recorded(self) -> dict[str, Any]:
+        """Return it as it is in evidence.json."""
+        judged = {"is_clear": self.is_clear, "can_be_clear": self.can_be_clear}
+        return asdict(self) | judged | {"says": self.judgement()}
 
 
 def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
@@ -357,15 +358,46 @@ def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
         after = {one["where"] for one in asked if one["adapter"]["checks"][name]}
         lost = [one["where"] for one in asked if one["where"] in before - after]
         won = [one["where"] for one in asked if one["where"] in after - before]
-        p = mcnemar(len(lost), len(won))
-        needed = 0.05 / len(names)  # one of twenty rows would look so by chance
-        clear = p < needed, mcnemar(len(asked), 0) < needed
-        rows.append(CheckRow(name, len(asked), len(before), len(after), lost, won, p, *clear))
+        p, needed = mcnemar(len(lost), len(won)), 0.05 / len(names)
+        counts = (len(asked), len(before), len(after))
+        rows.append(CheckRow(name, rule_of(name, asked), *counts, lost, won, p, needed))
     return rows
 
 
+def rule_of(name: str, asked: list[dict[str, Any]]) -> str:
+    """Return in words what the lines of one name ask of a reply; of several rules the first."""
+    rules = list(dict.fromkeys(reply["says"][name] for reply in asked))
+    return rules[0] if len(rules) == 1 else f"each line has its own, such as: {rules[0]}"
+
+
+def fewest_to_lose(needed: float) -> int:
+    """Return how many lines must be lost, and none won, for p to be below what is needed."""
+    lost = 1
+    while mcnemar(lost, 0) >= needed:
+        lost += 1
+    return lost
+
+
+def with_interval(passed: int, lines: int) -> str:
+    """Return how many replies passed, with the 95 % interval of their share."""
+    low, high = wilson(passed, lines)
+    return f"{passed} ({100 * low:.0f} to {100 * high:.0f} %)"
+
+
+def wilson(passed: int, lines: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson, 1927), also where none or all passed."""
+    z = NormalDist().inv_cdf(0.975)
+    share = passed / lines
+    middle = (share + z**2 / (2 * lines)) / (1 + z**2 / lines)
+    half = z / (1 + z**2 / lines) * math.sqrt(share * (1 - share) / lines + z**2 / (4 * lines**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def mcnemar(lost: int, won: int) -> float:
-    """Return the exact two-sided probability of so uneven a change by chance (McNemar, 1947)."""
+    """Return the exact two-sided probability of so uneven a change by chance (McNemar, 1947).
+
+    Chance is the choice of lines; what another seed of the training would change is not in it.
+    """
     changed, fewer = lost + won, min(lost, won)
     tail = sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed
     return min(1.0, 2 * tail)

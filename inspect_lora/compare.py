@@ -8,14 +8,16 @@ does not tell in which type its base was loaded. What is left out is said, with 
 Of two reports, such as before and after an edit of a constant, replies.html shows what both said to
 the same prompts, side by side or to be read blind.
 
-"=" says that a difference to the best may be chance of the held-out lines: it is within twice its
-standard error, three times where the best was picked among several, or of fewer than ten lines.
-What another SEED would change is not in it: train a close winner with two seeds.
++ is better, so what stands against the best is mostly below 0. "=" says that the difference may be
+chance of the held-out lines: its 95 % interval holds 0 (those of all pairs together, since the best
+was picked among them), or there are fewer than ten lines. What another SEED would change is not in
+it: train a close winner with two seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import textwrap
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from inspect_lora.common import (
 )
 from inspect_lora.evidence_file import Evidence, read_evidence, records_below
 from inspect_lora.page import page_of_two, report_page
-from inspect_lora.scores import FEWEST_LINES, errors_needed, ratio_with_error
+from inspect_lora.scores import FEWEST_LINES, ratio_with_error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,7 +232,7 @@ def table_of(ranked: list[Evidence]) -> list[str]:
     columns = "{:<10}{:<22}{:<14}{}".format
     lines = [columns("held-out", "against the best", "KL elsewhere", "report, and what differs")]
     differing = what_differs(ranked)
-    against = [difference(one, best, "adapter", len(ranked) - 1) for one in ranked[1:]]
+    against = against_best(ranked)
     for one, compared in zip(ranked, ["best", *against], strict=True):
         loss = f"{one.mean('adapter'):.4f}"
         lines.append(columns(loss, compared, change_elsewhere(one), shorten_path(one.folder, 44)))
@@ -248,17 +250,27 @@ def table_of(ranked: list[Evidence]) -> list[str]:
     return lines
 
 
+def against_best(ranked: list[Evidence]) -> list[str]:
+    """Return what stands against the best of all others, as if every pair were compared.
+
+    That is what choosing the best of them comes to: of 40 equal adapters the best and the worst
+    are three errors apart in every second table.
+    """
+    pairs = math.comb(len(ranked), 2)
+    return [difference(one, ranked[0], "adapter", pairs) for one in ranked[1:]]
+
+
 def difference(one: Evidence, best: Evidence, whose: str, comparisons: int) -> str:
-    """Return by how much more loss one has than the best adapter, paired, with its error."""
+    """Return by how much one is better than the best adapter (mostly below 0), with its error."""
     pairs = list(zip(one.losses, best.losses, strict=True))
     changes = [
-        ((here.base if whose == "base" else here.adapter) - there.adapter) * here.tokens
+        (there.adapter - (here.base if whose == "base" else here.adapter)) * here.tokens
         for here, there in pairs
     ]
     tokens = [float(here.tokens) for here, _ in pairs]
     lines = [here.where for here, _ in pairs]
     found = ratio_with_error(changes, tokens, lines)
-    is_clear = len(set(lines)) >= FEWEST_LINES and found.is_clear(errors_needed(comparisons))
+    is_clear = len(set(lines)) >= FEWEST_LINES and found.is_clear(comparisons)
     return f"{found}" + ("" if is_clear else " =")
 
 

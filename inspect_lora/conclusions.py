@@ -8,17 +8,11 @@ from __future__ import annotations
 import peft
 
 from inspect_lora.adapters import can_scale_and_cut, can_take_apart
+from inspect_lora.common import counted
 from inspect_lora.elsewhere import Elsewhere, Shift
 from inspect_lora.parts import THE_SAME_WITHIN, WORTH_REPORTING, Part
 from inspect_lora.replies import Answered
-from inspect_lora.scores import (
-    FEWEST_LINES,
-    Estimate,
-    Losses,
-    errors_needed,
-    is_conclusive,
-    ratio_with_error,
-)
+from inspect_lora.scores import FEWEST_LINES, Estimate, Losses, is_conclusive, ratio_with_error
 
 MORE = " (--examples 200 measures more, if the file has more)"
 
@@ -53,10 +47,10 @@ def about_no_gain(parts: list[Part], gain: Estimate) -> str:
     That the run went too far is said only if the same update, weaker, is clearly better than the
     base: an update that does harm does less of it when it is weaker, and that shows nothing.
     """
-    strengths = of_kind(parts, "strength")
-    needed = errors_needed(len(strengths))
-    weaker = [part for part in strengths if float(part.value) < 1]
-    is_too_strong = any(part.gained.value > 0 and part.gained.is_clear(needed) for part in weaker)
+    weaker = [part for part in of_kind(parts, "strength") if float(part.value) < 1]
+    is_too_strong = any(
+        part.gained.value > 0 and part.gained.is_clear(len(weaker)) for part in weaker
+    )
     so = "worse" if gain.is_clear() else "not better"
     if is_too_strong:
         return (
@@ -73,8 +67,9 @@ def about_no_gain(parts: list[Part], gain: Estimate) -> str:
             "template are the training's."
         )
     return (
-        "The adapter is not better than the base model by more than twice the error, so its parts "
-        "say nothing. More steps, a higher learning rate or more held-out lines may help."
+        "The adapter is not clearly better than the base model: the 95 % interval of its gain "
+        "holds 0. So its parts say nothing. More steps, a higher learning rate or more held-out "
+        "lines may help."
     )
 
 
@@ -92,7 +87,8 @@ def about_alpha(parts: list[Part]) -> str:
     if not best:
         return ""
     if best.verdict(len(strengths)) != "better":
-        largest = max(part.of_gain.value + 2 * part.of_gain.error for part in strengths)
+        several = len(strengths)
+        largest = max(part.of_gain.value + part.of_gain.margin(several) for part in strengths)
         if largest > 1 + THE_SAME_WITHIN:
             return (
                 f"alpha: too few held-out replies to tell whether another strength is better{MORE}."
@@ -107,8 +103,9 @@ def about_alpha(parts: list[Part]) -> str:
         so, advice = "weak", "a longer training, a higher learning rate, a larger alpha"
     return (
         f"alpha: at x {best.value:g} of its strength the same update has a lower loss "
-        f"({100 * (best.of_gain.value - 1):.0f} % more of the gain), so it is too {so} for the "
-        f"loss. Worth trying next: {advice}, or `export --scale {best.value:g}`."
+        f"({best.of_gain.percent()} of the gain; the best of {len(strengths)} strengths, on these "
+        f"replies), so it is too {so} for the loss. Worth trying next: {advice}, or "
+        f"`export --scale {best.value:g}`."
     )
 
 
@@ -122,47 +119,40 @@ def about_targets(parts: list[Part]) -> str:
     if enough:
         best = max(enough, key=lambda part: part.of_gain.value)
         return (
-            f"targets: the update of {best.value} alone keeps {best.share()} of the "
+            f"targets: the update of {best.value} alone keeps {best.of_gain.percent()} of the "
             f"gain; what the other targets add is less than {100 * THE_SAME_WITHIN:.0f} % of it."
         )
     if "unclear" in verdicts.values():
         return f"targets: too few held-out replies to tell whether one group would do alone{MORE}."
-    listed = ", ".join(f"{part.value} keeps {part.share()}" for part in groups)
+    listed = ", ".join(f"{part.value} keeps {part.of_gain.percent()}" for part in groups)
     return f"targets: each group alone clearly loses some of the gain: {listed}."
 
 
 def cut_that_is_enough(cuts: list[Part]) -> Part | None:
     """Return the shortest cut that keeps the gain, if one does; the cuts begin with the mildest."""
-    verdicts = [part.verdict() for part in cuts]
     enough = None
-    for part, verdict in zip(cuts, verdicts, strict=True):
-        if verdict not in ("same", "better"):
+    for part in cuts:
+        if part.verdict() not in ("same", "better"):
             break  # a shorter cut that does well is chance
         enough = part
-    loses_little = cuts[0].of_gain.value >= 1 - THE_SAME_WITHIN
-    if enough is None and verdicts[0] == "worse" and loses_little:
-        return cuts[0]  # it loses clearly, but too little to ask for a larger r
     return enough
 
 
 def about_rank(parts: list[Part]) -> str:
-    """Return the sentence on the number of directions that the update needs."""
+    """Return the sentence on what the update keeps when it is cut to fewer directions."""
     cuts = of_kind(parts, "cut")
     if not cuts:
         return ""
     enough = cut_that_is_enough(cuts)
-    if enough:
-        return (
-            f"r: {enough.title}, its strongest, the update keeps {enough.share()} of the "
-            "gain, so this adapter needs no more of them. Training with a smaller r is another "
-            "run, and may end elsewhere."
-        )
-    if cuts[0].verdict() == "unclear":
-        return f"r: too few held-out replies to tell how many directions are needed{MORE}."
-    return (
-        f"r: {cuts[0].title}, the update keeps only {cuts[0].share()} of the gain, so it "
-        "uses all its directions; whether a larger r gains more, only another run can tell."
+    if not enough and cuts[0].verdict() == "unclear":
+        return f"r: too few held-out replies to tell what a cut costs{MORE}."
+    told = enough or cuts[0]
+    sentence = (
+        f"r: {told.title}, its strongest, the update keeps {told.of_gain.percent()} of the gain."
     )
+    if enough:
+        return f"{sentence} Training with a smaller r is another run, and may end elsewhere."
+    return f"{sentence} Whether a larger r gains more, only another run can tell."
 
 
 def what_is_not_measured(model: peft.PeftModel) -> list[str]:
@@ -183,45 +173,79 @@ def about_change(found: Elsewhere) -> str:
     kl, other = shift.kl_a_token(), shift.other_tokens()
     return (
         f"change: on {found.tasks} other tasks another token is the likeliest at "
-        f"{100 * other.value:.1f} % of the places, and the probabilities are {kl.value:.4f} nats a "
-        "token from the base's (KL; 0 if none differs). It says how far the model was moved, not "
-        "that it got worse."
+        f"{other.percent()} of the places, and the KL from the base's probabilities is "
+        f"{kl.without_sign()} nats a token (0 if none differs). It says how far the model was "
+        "moved, not that it got worse."
     )
 
 
 def about_strength(parts: list[Part], shifts: dict[float, Shift], adapter: str) -> str:
-    """Return the sentence on a weaker update that keeps the gain and moves the model less.
+    """Return what a weaker update keeps of the gain, and how much less KL it has.
 
     It names the weakest strength whose gain is the same as the whole's, or better, and whose KL is
-    clearly smaller.
+    clearly smaller. Both are told with their errors: it is a trade, and no advice.
     """
     shares = {part.value: part.of_gain for part in parts if part.kind == "strength"}
-    for strength in sorted(shifts):
-        if strength >= 1 or strength not in shares:
-            continue
+    weaker = [strength for strength in sorted(shifts) if strength < 1 and strength in shares]
+    for strength in weaker:
         share = shares[strength]
-        keeps = share.value - 2 * share.error > 1 - THE_SAME_WITHIN
+        keeps = share.value - share.margin(len(weaker)) > 1 - THE_SAME_WITHIN
         moved = ratio_with_error(shifts[strength].kl, shifts[1.0].kl)
-        less = Estimate(1 - moved.value, moved.error)
-        if keeps and less.value > WORTH_REPORTING and less.is_clear(errors_needed(len(shifts))):
-            cost = max(0.0, 100 * (1 - share.value))
+        less = Estimate(1 - moved.value, moved.error, moved.effective_lines)
+        if keeps and less.value > WORTH_REPORTING and less.is_clear(len(weaker)):
             return (
-                f"strength: if other tasks matter too, x {strength:g} costs {cost:.0f} % of the "
-                f"gain and moves the model {moved.value:.2f} times as far there: `export {adapter} "
-                f"FOLDER --scale {strength:g}`."
+                f"strength: x {strength:g}: {share.percent()} of the gain at {moved.value:.2f} ± "
+                f"{moved.error:.2f} times the KL elsewhere (picked among {len(weaker)} weaker ones "
+                "on these replies); the checks were not asked at it. "
+                f"`export {adapter} FOLDER --scale {strength:g}` writes it."
             )
     return ""
 
 
+# ---- Whether replies end
+
+
 def about_endings(samples: list[Answered], max_new_tokens: int) -> str:
-    """Return the sentence on replies of the adapter that did not end, or ""."""
-    base, adapter = (
-        sum(not reply.ended for reply in replies)
-        for replies in zip(*((one.base, one.adapter) for one in samples), strict=True)
-    )
-    if not adapter:
+    """Return the sentence on samples that did not end, or "" if there is nothing to say."""
+    base, adapter = cut_replies(samples)
+    if not adapter and not is_most(base, samples):
         return ""
     return (
         f"replies: {adapter} of {len(samples)} of the adapter's replies did not end within "
-        f"{max_new_tokens} tokens (of the base's, {base})."
+        f"{max_new_tokens} tokens (of the base's, {base}).{about_base(base, samples)}"
+    )
+
+
+def about_cut_checks(checked: list[Answered], max_new_tokens: int) -> str:
+    """Return the sentence on replies that were cut before they were judged, or ""."""
+    base, adapter = cut_replies(checked)
+    if not base and not adapter:
+        return ""
+    return (
+        f"checks: of {counted(len(checked), 'reply')} each, {base} of the base's and {adapter} of "
+        f"the adapter's were cut at {max_new_tokens} tokens and judged as they stood. A cut helps "
+        "a reply that must not say something, and harms one that must hold a number or JSON."
+        f"{about_base(base, checked)}"
+    )
+
+
+def cut_replies(asked: list[Answered]) -> tuple[int, int]:
+    """Return how many replies of base and adapter did not end by themselves."""
+    base = [one for one in asked if not one.base.ended]
+    adapter = [one for one in asked if not one.adapter.ended]
+    return len(base), len(adapter)
+
+
+def is_most(count: int, asked: list[Answered]) -> bool:
+    """Return whether it is more than half of them."""
+    return 2 * count > len(asked)
+
+
+def about_base(cut: int, asked: list[Answered]) -> str:
+    """Return a sentence where most of the base's replies do not end, or ""."""
+    if not is_most(cut, asked):
+        return ""
+    return (
+        " The base mostly does not end its replies, so a difference to them says little of how "
+        "good the adapter's are: read those."
     )

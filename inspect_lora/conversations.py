@@ -16,11 +16,12 @@ from inspect_lora.checks import Check, read_checks
 from inspect_lora.common import (
     InspectError,
     at_least,
+    counted,
     file_sha256,
     join_limited,
     one_line,
     path_from_here,
-    report,
+    report_sentence,
 )
 from inspect_lora.evidence_file import KnownFile
 from inspect_lora.files import Run
@@ -28,6 +29,7 @@ from inspect_lora.held_out import (
     conversations_sha256,
     facts_of_run,
     find_held_out_file,
+    key_of,
     refuse_other_conversations,
     without_equals,
     without_learned,
@@ -106,6 +108,7 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
     in_file, problems = read_conversations(path, replies, accepts_thinking=options.enable_thinking)
     if problems:
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.")
+    warn_of_misspelt_checks({example.where: example.row for example in in_file})
     examples = without_equals(without_learned(in_file, run) if run else in_file)
     return HeldOut(
         str(path),
@@ -186,48 +189,111 @@ def group_of(one: Example | Task, group: str) -> str:
 
 def read_tasks(path: str) -> list[Task]:
     """Return the tasks of a file such as general.jsonl; a bad line is refused by its number."""
-    if not path:
-        return []
+    return read_prompts(path, "--general_file", "tasks") if path else []
+
+
+def read_prompts(path: str, flag: str, source: Literal["tasks", "prompts"]) -> list[Task]:
+    """Return the prompts of a file, one a line; equal ones count once, and bad ones are refused."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeError) as error:
-        raise InspectError(f"--general_file: {path} cannot be read ({error}).") from error
-    tasks, bad = [], []
+        raise InspectError(f"{flag}: {path} cannot be read ({error}).") from error
+    found: dict[str, Task] = {}
+    equal, bad, rows = [], [], {}
     for number, line in enumerate(lines, 1):
-        if line.strip():
+        text = line.removeprefix("\ufeff").strip()  # concatenated files may each begin with it
+        if text:
             where = f"{path_from_here(path)}:{number}"
             try:
-                tasks.append(task_of(json.loads(line), where))
+                rows[where] = json.loads(text)
+                task = prompt_of(rows[where], where, source)
+                first = found.setdefault(key_of(task.messages), task)
+                equal += [f"{where} is {first.where} again"] if first is not task else []
             except ValueError as error:
                 bad.append(f"{where}: {error}")
     refuse_bad_lines(bad)
-    return tasks
+    if not found:
+        raise InspectError(f"{flag}: {path} holds no prompts.")
+    warn_of_misspelt_checks(rows)
+    if equal:
+        report_sentence(
+            "left out",
+            f"{len(equal)} of {counted(len(rows), 'prompt')} in {path_from_here(path)}, since "
+            f"equal ones count once: {join_limited(equal, 3, ', ')}.",
+        )
+    return list(found.values())
+
+
+def prompt_of(row: Any, where: str, source: Literal["tasks", "prompts"]) -> Task:
+    """Return the prompt of a line, or raise ValueError."""
+    given = row if isinstance(row, dict) else {}
+    messages = given.get("prompt") or given.get("messages")
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, dict) or last.get("role") != "user":
+        raise ValueError(
+            'a line is {"prompt": [messages, the last one of the user]}, {"prompt": "text"} or '
+            '{"messages": [...]} that end with the user\'s'
+        )
+    *messages, _ = check_messages([*messages, {"role": "assistant", "content": "a reply"}])
+    rules = given.get("checks") or {}
+    return Task(where, messages, source, given, None, read_checks(rules), rules)
+
+
+def warn_of_misspelt_checks(rows: dict[str, dict[str, Any]]) -> None:
+    """Tell keys that are "checks" but for a letter or two: nothing else would."""
+    found: dict[str, list[str]] = {}
+    for where, row in rows.items():
+        for key, value in row.items():
+            if key != "checks" and isinstance(value, dict) and letters_apart(key, "checks") <= 2:
+                found.setdefault(key, []).append(where)
+    for key, places in found.items():
+        report_sentence(
+            "warning",
+            f"{counted(len(places), 'line')} ({join_limited(places, 3, ', ')}) "
+            f'{"has" if len(places) == 1 else "have"} the key "{key}", which nothing reads; checks '
+            'stand under "checks".',
+        )
+
+
+def letters_apart(one: str, other: str) -> int:
+    """Return how many letters must be changed, added or removed to make one word of another."""
+    row = list(range(len(other) + 1))
+    for number, letter in enumerate(one, 1):
+        before, row = row, [number]
+        for place, wanted in enumerate(other):
+            row.append(min(before[place + 1] + 1, row[-1] + 1, before[place] + (letter != wanted)))
+    return row[-1]
 
 
 def tasks_that_render(tasks: list[Task], chat_format: ChatFormat) -> list[Task]:
     """Return the tasks that the chat template takes; Gemma 2's refuses system messages."""
-    taken, reason = [], ""
+    taken, reasons = [], {}
     for task in tasks:
-        try:
-            chat_format.prompt_ids(task.messages)
+        reason = why_it_is_not_asked(task.messages, chat_format)
+        if reason:
+            reasons[task.where] = reason
+        else:
             taken.append(task)
-        except jinja2.TemplateError as error:
-            reason = one_line(error, 60)
-    if reason:
-        number = len(tasks) - len(taken)
-        report("left out", f"{number} of {len(tasks)} other tasks: the template says, {reason}")
+    if reasons:
+        (where, reason), *_ = reasons.items()
+        text = f"{len(reasons)} of {len(tasks)} other tasks, such as {where}: {reason}"
+        report_sentence("left out", text)
     return taken
 
 
-def task_of(row: Any, where: str) -> Task:
-    """Return the task of a line, or raise ValueError."""
-    messages = row.get("prompt") if isinstance(row, dict) else None
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    if not isinstance(last, dict) or last.get("role") != "user":
-        raise ValueError('a line is {"prompt": [messages, the last one of the user]}')
-    check_messages([*messages, {"role": "assistant", "content": "a reply"}])
-    rules = row.get("checks") or {}
-    return Task(where, messages, "tasks", row, None, read_checks(rules), rules)
+def why_it_is_not_asked(messages: list[dict[str, str]], chat_format: ChatFormat) -> str:
+    """Return what keeps a prompt from being asked, or ""."""
+    said = "\n".join(message["content"] for message in messages)
+    for token in chat_format.control_tokens:
+        if token in said:
+            return f"the text holds {token}, which the tokenizer takes for more than text"
+    try:
+        chat_format.prompt_ids(messages)
+    except jinja2.TemplateError as error:
+        return f"the template says, {one_line(error, 60)}"
+    return ""
 
 
 def refuse_bad_lines(bad: list[str]) -> None:

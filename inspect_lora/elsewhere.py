@@ -21,7 +21,7 @@ from tqdm import tqdm
 from inspect_lora.adapters import can_scale_and_cut, rescaled
 from inspect_lora.conversations import Task
 from inspect_lora.parts import STRENGTHS
-from inspect_lora.replies import by_chance, generate
+from inspect_lora.replies import generate, greedy
 from inspect_lora.scores import Estimate, ratio_with_error
 from inspect_lora.trainer import ChatFormat, Example, pad, reply_logits
 
@@ -95,10 +95,9 @@ def replies_of_base(
         first = [{"role": "system", "content": system_message}]
         has_none = system_message and task.messages[0]["role"] != "system"
         prompts.append(chat_format.prompt_ids((first if has_none else []) + task.messages))
-    with model.disable_adapter(), torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        config = by_chance(chat_format, REPLY_TOKENS)
-        replies = generate(model, chat_format, prompts, config, "other tasks, base")
+    with model.disable_adapter():
+        config = greedy(chat_format, REPLY_TOKENS)
+        replies = generate(model, chat_format, prompts, config, "other tasks, base", SEED)
     return [
         Example(task.where, task.messages, prompt_ids=prompt, reply_ids=reply.ids)
         for task, prompt, reply in zip(tasks, prompts, replies, strict=True)

@@ -1,6 +1,7 @@
 """Measure an adapter on held-out conversations, and show what it and its parts are worth.
 
-It writes report.md (the verdict, the tables, and samples side by side), lora.png and evidence.json
+It writes report.md (the verdict, the tables, and samples side by side), lora.png, replies.html (all
+replies, to be searched, and to be read blind in a browser) and evidence.json
 into one folder: OUTPUT_DIR/inspected/NAME for an adapter of train_lora_single.py, which brings its
 held-out file and its system message, else inspected/PARENT--NAME in the working folder. An earlier
 report of the adapter stays until the new one is whole, and is renamed then.
@@ -26,6 +27,7 @@ from inspect_lora.checks import rows_of_checks
 from inspect_lora.common import InspectError, at_least, counted, file_sha256, path_from_here, report
 from inspect_lora.conclusions import (
     about_change,
+    about_cut_checks,
     about_endings,
     about_strength,
     conclusions,
@@ -43,10 +45,12 @@ from inspect_lora.conversations import (
 from inspect_lora.elsewhere import measure_elsewhere
 from inspect_lora.files import find_adapter, find_run
 from inspect_lora.findings import Findings
+from inspect_lora.page import report_page
 from inspect_lora.parts import measure_parts, measure_updates
 from inspect_lora.replies import CHECKED_TOKENS, ask_both, choose_samples
 from inspect_lora.report import gain_sentence, print_checks, print_conclusions, print_parts
 from inspect_lora.report_folder import (
+    PAGE,
     folder_for_report,
     keep_unfinished,
     prepare_folder,
@@ -78,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checks",
         type=at_least(0),
-        help="lines with checks that both models reply to; default: all; 0 leaves the checks out",
+        help="so many lines of each check's name that both models reply to; default: all; 0 leaves "
+        "the checks out",
     )
     parser.add_argument(
         "--samples", type=at_least(0), default=6, help="prompts in the report, and one of each kind"
@@ -122,6 +127,8 @@ def run(options: argparse.Namespace) -> None:
             found.is_finished = False
             keep_unfinished(found, folder)
     report("report", path_from_here(folder / "report.md"))
+    if (folder / PAGE).is_file():
+        report_page(folder / PAGE)
 
 
 def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> None:
@@ -146,7 +153,7 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         measure_parts_and_change(found, tasks, options.examples)
     checked = lines_with_checks(found.held_out.checked, tasks)
     if options.checks is not None:
-        checked = [checked[number] for number in evenly_spread(len(checked), options.checks)]
+        checked = some_of_each_name(checked, options.checks)
     if checked:
         lines = counted(len(checked), "line")
         several = "(a line may have several checks)"
@@ -155,6 +162,8 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
             found.checked = ask_both(model, chat_format, checked, CHECKED_TOKENS, "checks")
         found.checks = rows_of_checks([one.as_recorded(found.group) for one in found.checked])
         print_checks(found)
+        if sentence := about_cut_checks(found.checked, CHECKED_TOKENS):
+            found.conclusions.insert(0, sentence)
     chosen = choose_samples(found.examples, options.group, options.samples)
     if chosen:
         with timed(found, "samples"):
@@ -178,6 +187,16 @@ def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
             rules = {names[name]: task.rules[name] for name in names}
             found.append(replace(task, checks=checks, rules=rules))
     return found
+
+
+def some_of_each_name(checked: list[Task], wanted: int) -> list[Task]:
+    """Return so many lines of each check's name, evenly spread, in the order of the lines."""
+    names = dict.fromkeys(name for line in checked for name in line.checks)
+    chosen: set[int] = set()
+    for name in names:
+        asked = [number for number, line in enumerate(checked) if name in line.checks]
+        chosen |= {asked[place] for place in evenly_spread(len(asked), wanted)}
+    return [checked[number] for number in sorted(chosen)]
 
 
 def refuse_nan(name: str, losses: list[float], found: Findings) -> None:

@@ -122,6 +122,8 @@ def check_options(options: argparse.Namespace, place: Path, folder: Path) -> Non
         raise InspectError(f"--scale is {options.scale:g}; it must be above 0 and at most 10.")
     if options.rank is not None and options.rank < 1:
         raise InspectError(f"--rank is {options.rank}; it must be at least 1.")
+    if folder.resolve() == Path.cwd():
+        raise InspectError("FOLDER is where you are; name a new folder, such as weaker.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "is not empty" if folder.is_dir() else "is a file"
         raise InspectError(f"{folder} {what}; give a new folder: nothing is overwritten.")

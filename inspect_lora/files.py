@@ -184,11 +184,18 @@ def where_it_is_now(name: str, run: Run) -> str:
     return name if not name or is_here else str(found[0])
 
 
-def find_base(config: dict[str, Any], run: Run | None, revision: str | None) -> str:
-    """Return the base that is recorded as a folder here or a name for the hub, or "" if neither."""
+def find_base(config: dict[str, Any], place: Path, run: Run | None, revision: str | None) -> str:
+    """Return the base that is recorded as a folder here or a name for the hub, or "" if neither.
+
+    A relative path was seen from the folder that the training was started in. The adapter was
+    mostly written below that one, so it is looked for above the adapter, the nearest first.
+    """
     base = str(config.get("base_model_name_or_path") or "")
     if run and not revision:  # the run had it in a folder
         base = where_it_is_now(base, run)
+    if base and not Path(base).is_dir():
+        above = (folder / base for folder in place.resolve().parents)
+        base = next((str(path) for path in above if (path / "config.json").is_file()), base)
     is_on_hub = is_hub_name(base) and (revision or not run)
     return base if base and (Path(base).is_dir() or is_on_hub) else ""
 

@@ -117,7 +117,9 @@ def about_unused_targets(saved: SavedAdapter) -> str:
     """Return a note on names in target_modules that led to no module; PEFT does not tell."""
     wanted = saved.config.get("target_modules")
     wanted = wanted if isinstance(wanted, list) else []  # or a regular expression
+    excluded = str(saved.config.get("exclude_modules") or "")  # names, or an expression
     unused = [one for one in wanted if not any(is_named([one], m.name) for m in saved.modules)]
+    unused = [one for one in unused if one not in excluded]
     if not unused:
         return ""
     return (
@@ -377,7 +379,7 @@ def what_is_sound(modules: list[Module]) -> str:
     checked = ["every matrix is finite", "all shapes fit"]
     if not any(one.is_zero for one in modules):
         checked.insert(1, "none that should be trained is 0")
-    return f"Nothing is wrong with it: {', '.join(checked)}."
+    return f"Nothing wrong was found in the file: {', '.join(checked)}."
 
 
 def next_commands(name: str, place: Path, config: dict[str, Any], is_useless: bool) -> str:
@@ -386,7 +388,7 @@ def next_commands(name: str, place: Path, config: dict[str, Any], is_useless: bo
         return f"{this_program()} info ANOTHER    such as an earlier checkpoint of this training"
     run = find_run(place)
     flags = "" if run else " --eval_file HELD_OUT.jsonl"
-    flags += "" if find_base(config, run, config.get("revision")) else " --base BASE"
+    flags += "" if find_base(config, place, run, config.get("revision")) else " --base BASE"
     return (
         "# What did it gain on conversations that it was not trained on, and by which part?\n"
         f"{this_program()} evidence {shlex.quote(name)}{flags}"

@@ -52,8 +52,9 @@ def report_page(path: Path) -> None:
     fetch = shlex.quote(f"CLUSTER:{path.resolve()}")
     report(
         "replies",
-        f"{path_from_here(path)}\nopens in any browser, without a network: side by side, or to be "
-        f"read blind.\nIf this is a cluster, fetch it to your own computer: scp {fetch} .",
+        f"{path_from_here(path)}\n"
+        "opens in any browser, without a network: side by side, or to be read blind.\n"
+        f"To look at it from a cluster, fetch it to your own computer:\nscp {fetch} .",
     )
 
 
@@ -85,7 +86,8 @@ def as_html(
 ) -> str:
     """Return the page of prompts with two replies each, and after how many tokens each was cut."""
     prompts = [
-        {key: row[key] for key in ("where", "id", "group", "source", "messages", "reference")}
+        {key: row[key] for key in ("id", "group", "source", "messages", "reference")}
+        | {"where": Path(row["where"]).name}
         | {"checks": row["says"]}  # by name, in words
         | {"replies": [as_shown(one, row, min(limit)) for one in said]}
         for (row, *said), limit in zip(pairs, limits, strict=True)

@@ -19,21 +19,13 @@ from peft.utils.integrations import dequantize_module_weight
 
 from inspect_lora.adapters import can_scale_and_cut, can_take_apart, lora_layers, rescaled
 from inspect_lora.modules import Module, layer_number, strongest_directions
-from inspect_lora.scores import (
-    UNKNOWN,
-    Estimate,
-    Losses,
-    differences,
-    errors_needed,
-    losses_of,
-    ratio_with_error,
-)
+from inspect_lora.scores import UNKNOWN, Estimate, Losses, differences, losses_of, ratio_with_error
 from inspect_lora.trainer import Example
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
 # Both are shares of the gain. A clear difference that is smaller than the first is not worth a run.
-# If no difference is clear, two losses are the same only if the difference and twice its error
-# together are less than the second: otherwise the examples are too few to tell.
+# If no difference is clear, two losses are the same only if the whole 95 % interval of the share is
+# within the second: otherwise the examples are too few to tell.
 WORTH_REPORTING = 0.02
 THE_SAME_WITHIN = 0.05
 
@@ -48,20 +40,20 @@ class Part:
     change_model: Callable[[], AbstractContextManager[Any]]  # for a while
     loss: float = math.nan  # in nats a token
     of_gain: Estimate = UNKNOWN  # a share
-    against_trained: Estimate = UNKNOWN
+    against_trained: Estimate = UNKNOWN  # above 0 is better, as in all that is shown
     gained: Estimate = UNKNOWN  # over the base
     better_on: int = 0  # examples
     losses: list[float] = field(default_factory=list)  # of each example, in nats a token
 
     def judge(self, losses: Losses, own: list[float]) -> None:
         """Compare its examples' losses, in nats, with those of the adapter and the base."""
-        changes = differences(own, losses.trained)
+        changes = differences(losses.trained, own)
         gained, gain = differences(losses.base, own), differences(losses.base, losses.trained)
         self.loss = sum(own) / sum(losses.tokens)
         self.of_gain = ratio_with_error(gained, gain, losses.lines)
         self.against_trained = ratio_with_error(changes, losses.tokens, losses.lines)
         self.gained = ratio_with_error(gained, losses.tokens, losses.lines)
-        self.better_on = sum(change < 0 for change in changes)
+        self.better_on = sum(change > 0 for change in changes)
         self.losses = [loss / n for loss, n in zip(own, losses.tokens, strict=True)]
 
     def verdict(self, comparisons: int = 1) -> str:
@@ -71,14 +63,10 @@ class Part:
         """
         share = self.of_gain
         is_large = abs(share.value - 1) > WORTH_REPORTING
-        if is_large and self.against_trained.is_clear(errors_needed(comparisons)):
-            return "better" if self.against_trained.value < 0 else "worse"
-        largest = abs(share.value - 1) + 2 * share.error
+        if is_large and self.against_trained.is_clear(comparisons):
+            return "better" if self.against_trained.value > 0 else "worse"
+        largest = abs(share.value - 1) + share.margin(comparisons)
         return "same" if largest < THE_SAME_WITHIN else "unclear"
-
-    def share(self) -> str:
-        """Return its share of the gain in a sentence, without the error."""
-        return f"{100 * self.of_gain.value:.0f} %"
 
     def as_recorded(self) -> dict[str, Any]:
         """Return its row in evidence.json."""

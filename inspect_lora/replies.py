@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +12,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from inspect_lora.checks import in_words
 from inspect_lora.conversations import Task, group_of
 from inspect_lora.scores import evenly_spread
 from inspect_lora.trainer import ChatFormat, Example
 
-ROWS_AT_ONCE = 64  # replies that are generated together
+ROWS_AT_ONCE = 64  # replies that are generated together, at most
+TOKENS_AT_ONCE = 2**15  # of their prompts and replies, padding included
 CHECKED_TOKENS = 80  # a reply that is checked is cut after so many
 
 
@@ -25,7 +27,8 @@ class Reply:
 
     text: str
     ended: bool  # by itself, so it was not cut
-    ids: list[int]  # its tokens, with the one that ends the turn
+    ids: list[int]  # its tokens, with the one that ends the turn; none of one that was read again
+    tokens: int = 0  # how many there are
 
 
 def generate(
@@ -34,19 +37,47 @@ def generate(
     prompts: list[list[int]],
     config: transformers.GenerationConfig,
     title: str,
+    seed: int | None = None,
 ) -> list[Reply]:
-    """Return the reply to each prompt, given as token ids; on a terminal a bar shows how far it is.
+    """Return the reply to each prompt; on a terminal a bar shows how far it is.
 
-    Many prompts go through the model together, since each token costs a pass of its own.
+    Many prompts of like lengths go through the model together, since each token costs a pass of its
+    own; the longest come first. If the GPU's memory is too small for them, half as many do.
+
+    Args:
+        model: with the adapter or without it.
+        chat_format: how tokens become text, and where a reply ends.
+        prompts: as token ids.
+        config: the longest reply, and what ends it.
+        title: what is asked.
+        seed: draw replies by chance, with the odds that the model gives itself; each reply depends
+            on the seed and its prompt alone, and not on the prompts beside it.
     """
-    replies: list[Reply] = []
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    rows_at_once = ROWS_AT_ONCE
+    replies: dict[int, Reply] = {}
     with tqdm(total=len(prompts), desc=title, leave=False, disable=None) as bar:
-        for start in range(0, len(prompts), ROWS_AT_ONCE):
-            batch = prompts[start : start + ROWS_AT_ONCE]
-            for row in generate_batch(model, batch, config):
-                replies.append(reply_of(row, chat_format))
+        while order:
+            width = len(prompts[order[0]]) + config.max_new_tokens
+            batch = order[: max(1, min(rows_at_once, TOKENS_AT_ONCE // width))]
+            chosen = [prompts[number] for number in batch]
+            chance = None if seed is None else Chance([seed_of(one, seed) for one in chosen])
+            rows = None
+            try:
+                rows = generate_batch(model, chosen, config, chance=chance)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            if rows is None:  # after `except`, whose traceback holds the batch's tensors
+                rows_at_once = len(batch) // 2
+                gc.collect()
+                torch.cuda.empty_cache()
+                continue
+            for number, row in zip(batch, rows, strict=True):
+                replies[number] = reply_of(row, chat_format)
+            order = order[len(batch) :]
             bar.update(len(batch))
-    return replies
+    return [replies[number] for number in range(len(prompts))]
 
 
 def greedy(chat_format: ChatFormat, max_new_tokens: int) -> transformers.GenerationConfig:
@@ -59,12 +90,32 @@ def greedy(chat_format: ChatFormat, max_new_tokens: int) -> transformers.Generat
     )
 
 
-def by_chance(chat_format: ChatFormat, max_new_tokens: int) -> transformers.GenerationConfig:
-    """Return how a model replies with the odds that it gives itself."""
-    config = greedy(chat_format, max_new_tokens)
-    config.do_sample = True
-    config.temperature, config.top_k, config.top_p = 1.0, 0, 1.0
-    return config
+class Chance(transformers.LogitsProcessor):
+    """Has greedy decoding draw tokens with the model's own odds, each row by a seed of its own.
+
+    The likeliest of log(p) - log(E), with E drawn from the exponential distribution, is a token
+    drawn with probability p (the Gumbel-max trick).
+    """
+
+    def __init__(self, seeds: list[int]) -> None:
+        """Keep a seed for each row."""
+        self.seeds = seeds
+        self.generators: list[torch.Generator] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores (rows x vocabulary) with each row's own noise."""
+        if not self.generators:
+            made = [torch.Generator(scores.device) for _ in self.seeds]
+            self.generators = [one.manual_seed(s) for one, s in zip(made, self.seeds, strict=True)]
+        noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() - noise.log()
+
+
+def seed_of(prompt: list[int], seed: int) -> int:
+    """Return the seed of the reply to a prompt."""
+    return int.from_bytes(hashlib.sha256(repr((seed, prompt)).encode()).digest()[:7], "big")
 
 
 def generate_batch(
@@ -72,6 +123,7 @@ def generate_batch(
     prompts: list[list[int]],
     config: transformers.GenerationConfig,
     streamer: transformers.TextStreamer | None = None,
+    chance: Chance | None = None,
 ) -> list[list[int]]:
     """Return the new tokens after each prompt, from one batch, padded on the left."""
     width, padding = max(map(len, prompts)), config.pad_token_id
@@ -79,7 +131,10 @@ def generate_batch(
     mask = torch.tensor(
         [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
     )
-    out = model.generate(ids, config, attention_mask=mask, streamer=streamer)
+    noise = transformers.LogitsProcessorList([chance] if chance else [])
+    out = model.generate(
+        ids, config, attention_mask=mask, streamer=streamer, logits_processor=noise
+    )
     return out[:, width:].tolist()
 
 
@@ -88,7 +143,8 @@ def reply_of(tokens: list[int], chat_format: ChatFormat) -> Reply:
     ends = [place for place, token in enumerate(tokens) if token in chat_format.end_ids]
     length = ends[0] if ends else len(tokens)
     text = chat_format.tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
-    return Reply(text, bool(ends), tokens[: length + 1])
+    ids = tokens[: length + 1]
+    return Reply(text, bool(ends), ids, len(ids))
 
 
 # ---- What both say to the same prompts
@@ -117,14 +173,14 @@ class Answered:
             "base": as_judged(self.base, task),
             "adapter": as_judged(self.adapter, task),
             "rules": task.rules,
-            "says": {name: in_words(check) for name, check in task.checks.items()},
+            "says": {name: check.rule() for name, check in task.checks.items()},
         }
 
 
 def as_judged(reply: Reply, task: Task) -> dict[str, Any]:
     """Return a reply as it is in evidence.json, with what each check says of it."""
     passes = {name: check.passes(reply.text) for name, check in task.checks.items()}
-    return {"text": reply.text, "ended": reply.ended, "tokens": len(reply.ids), "checks": passes}
+    return {"text": reply.text, "ended": reply.ended, "tokens": reply.tokens, "checks": passes}
 
 
 def ask_both(

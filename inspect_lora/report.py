@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from inspect_lora.checks import CheckRow, p_in_words
+from inspect_lora.checks import CheckRow, p_in_words, with_interval
 from inspect_lora.common import (
     counted,
     join_limited,
@@ -23,14 +24,15 @@ from inspect_lora.elsewhere import Elsewhere
 from inspect_lora.findings import Findings, headline
 from inspect_lora.modules import scaling_in_words
 from inspect_lora.parts import Part
-from inspect_lora.replies import Reply
-from inspect_lora.scores import differences, ratio_with_error
+from inspect_lora.replies import CHECKED_TOKENS, Reply
+from inspect_lora.scores import differences
 
 # ---- On the terminal
 
 
 def print_parts(found: Findings) -> None:
     """Print the rows of the parts that a conclusion is drawn from."""
+    report("parts", what_shares_are_of(found))
     columns = "{:<27}{:>16}{:>21}{:>16}".format
     rows = [columns("", "of the gain", "against as trained", "lower loss on")]
     for part in telling_parts(found.parts):
@@ -39,7 +41,14 @@ def print_parts(found: Findings) -> None:
         better_on = f"{part.better_on} of {len(part.losses)}"
         rows.append(columns(title, part.of_gain.percent(), str(part.against_trained), better_on))
     if len(rows) > 1:
-        report("parts", "\n".join(rows))
+        report("", "\n".join(rows))
+
+
+def what_shares_are_of(found: Findings) -> str:
+    """Return the gain that parts have shares of: that on the replies that measure them."""
+    gain = found.losses.only(found.measured).gain()
+    replies = counted(len(found.examples), "held-out reply")
+    return f"on {len(found.measured)} of {replies}; shares are of the gain on these, {gain}"
 
 
 def telling_parts(parts: list[Part]) -> list[Part]:
@@ -53,15 +62,18 @@ def telling_parts(parts: list[Part]) -> list[Part]:
 
 
 def print_checks(found: Findings) -> None:
-    """Print a row for each name of a check."""
-    columns = "{:<27}{:>9}{:>9}{:>9}{:>8}{:>8}  {:<}".format
-    rows = [columns("", "lines", "base", "adapter", "lost", "won", "more than chance?")]
+    """Print a row for each name of a check, and what each asks for."""
+    columns = "{:<18}{:>6}{:>18}{:>18}{:>6}{:>5}  {:<}".format
+    rows = [columns("", "lines", "base", "adapter", "lost", "won", "beyond chance?")]
     for row in found.checks:
-        counts = [row.lines, row.before, row.after, len(row.lost), len(row.won)]
+        rates = [with_interval(passed, row.lines) for passed in (row.before, row.after)]
         answer = f"{'yes' if row.is_clear else 'no'} ({p_in_words(row.p)})"
         answer = answer if row.can_be_clear else "too few lines"
-        rows.append(columns(one_line(row.name, 26), *counts, answer))
+        counts = (len(row.lost), len(row.won))
+        rows.append(columns(one_line(row.name, 17), row.lines, *rates, *counts, answer))
     report("", join_limited(rows, 7))
+    rules = [one_line(f"{row.name}: {row.rule}", 90) for row in found.checks]
+    report("", join_limited(rules, 6))
 
 
 def print_conclusions(found: Findings) -> None:
@@ -71,14 +83,21 @@ def print_conclusions(found: Findings) -> None:
 
 
 def gain_sentence(found: Findings) -> str:
-    """Return what the adapter gained, in a sentence of two lines."""
+    """Return what the adapter gained, in a sentence of three lines."""
     gain = found.losses.gain()
     base, adapter = found.mean(found.losses.base), found.mean(found.losses.trained)
     return (
-        f"{gain} nats a token: the loss of {counted(len(found.examples), 'held-out reply')} is "
-        f"{base:.4f}\nwithout the adapter and {adapter:.4f} with it, and lower "
-        f"with it on {found.lower_on()} of them"
+        f"{gain} nats a token (95 % interval {gain.interval()}): the loss of\n"
+        f"{counted(len(found.examples), 'held-out reply')} is {base:.4f} without the adapter and "
+        f"{adapter:.4f} with it\n(perplexity {perplexity(base)} and {perplexity(adapter)}), and "
+        f"lower with it on {found.lower_on()} of them"
     )
+
+
+def perplexity(loss: float) -> str:
+    """Return e to the power of a loss in nats a token: among how many tokens it is as if chosen."""
+    value = math.exp(min(loss, 700.0))  # more is no number any longer
+    return f"{value:,.1f}" if value < 1e6 else f"{value:.1e}"
 
 
 # ---- report.md
@@ -104,7 +123,15 @@ def markdown_verdict(found: Findings) -> str:
     title = f"# {escaped(shorten_path(found.name, 60))}: {headline(found)}"
     lines = [title, "", f"**{gain_sentence(found)}.**".replace("\n", " "), ""]
     sentences = [row.sentence() for row in found.checks if row.is_clear] + found.conclusions
-    return "\n".join([*lines, *(f"- {escaped(sentence)}" for sentence in sentences)]).strip()
+    lines += [f"- {escaped(sentence)}" for sentence in sentences]
+    return "\n".join([*lines, *([""] if sentences else []), HOW_SURE])
+
+
+HOW_SURE = (
+    "± is one standard error over the held-out lines, and wherever two losses are compared, above "
+    "0 is better. Chance is the choice of these lines; another seed of the training may change "
+    "more than that."
+)
 
 
 def markdown_parts(found: Findings) -> str:
@@ -122,11 +149,12 @@ def markdown_parts(found: Findings) -> str:
     text = (
         "## What each part is worth\n\n"
         f"On {len(found.measured)} of {counted(len(found.examples), 'held-out reply')}, "
-        "evenly spread; losses, in nats a token, are of these alone, and the last two columns "
-        "compare a row with the adapter as trained. "
+        "evenly spread. Losses, in nats a token, are of these alone, and shares are of the gain "
+        f"on these: {found.losses.only(found.measured).gain()}. The last two columns compare a row "
+        "with the adapter as trained: above 0 is better. "
         f"Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
         "switched off in parts, or cut to its strongest directions, and nothing is trained anew. "
-        "Shares of the gain overlap, so they need not add up to 100 %. ± is one standard error."
+        "Shares of the gain overlap, so they need not add up to 100 %."
         "\n\n" + table(["", "loss", "of the gain", "against as trained", "lower loss on"], rows)
     )
     rows = []
@@ -153,7 +181,7 @@ def markdown_elsewhere(elsewhere: Elsewhere) -> str:
     if elsewhere.with_system:
         shifts["as trained, with the training's system message"] = elsewhere.with_system
     rows = [
-        [name, str(shift.kl_a_token()).removeprefix("+"), shift.other_tokens().percent()]
+        [name, shift.kl_a_token().without_sign(), shift.other_tokens().percent()]
         for name, shift in shifts.items()
     ]
     return (
@@ -169,16 +197,20 @@ def markdown_checks(checks: list[CheckRow]) -> str:
     """Return the table of the checks, and the lines whose replies no longer pass."""
     rows, lost = [], []
     for row in checks:
-        counts = [row.lines, row.before, row.after, len(row.lost), len(row.won)]
-        rows.append([row.name, *counts, row.judgement()])
+        rates = [with_interval(passed, row.lines) for passed in (row.before, row.after)]
+        counts = [row.lines, *rates, len(row.lost), len(row.won)]
+        rows.append([row.name, row.rule, *counts, row.judgement()])
         if row.lost:
             lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
             lost.append(f"- {escaped(f'{row.name}, lost: {lines}.')}")
-    head = ["check", "lines", "base passes", "adapter passes", "lost", "won", "it shows"]
+    head = ["check", "a reply passes that", "lines", "base passes", "adapter passes"]
+    head += ["lost", "won", "it shows"]
     parts = [
         "## What the replies hold",
-        "Base and adapter reply to lines that say what a reply must hold. p is the probability of "
-        "so uneven a change by chance alone (McNemar's exact test).",
+        "Base and adapter reply to lines that say what a reply must hold, always with the "
+        f"likeliest token, {CHECKED_TOKENS} of them at most. In brackets is the 95 % interval of "
+        "the share (Wilson). p is the probability of so uneven a change by the choice of lines "
+        "alone (McNemar's exact test).",
         table(head, rows),
         "\n".join(lost),
     ]
@@ -191,15 +223,14 @@ def markdown_kinds(found: Findings) -> str:
     rows = []
     for kind in sorted(set(groups), key=lambda kind: (-groups.count(kind), kind)):
         own = losses.only([number for number, group in enumerate(groups) if group == kind])
-        changes = differences(own.trained, own.base)
-        change = ratio_with_error(changes, own.tokens, own.lines)
+        gains, gain = differences(own.base, own.trained), own.gain()
         base = sum(own.base) / sum(own.tokens)
-        lower = f"{sum(one < 0 for one in changes)} of {len(changes)}"
-        means = [f"{base:.4f}", f"{base + change.value:.4f}"]
-        rows.append([kind or "(none)", len(changes), *means, change, lower])
+        lower = f"{sum(one > 0 for one in gains)} of {len(gains)}"
+        means = [f"{base:.4f}", f"{base - gain.value:.4f}"]
+        rows.append([kind or "(none)", len(gains), *means, gain, lower])
     if len(rows) == 1:
         return ""
-    head = [found.group, "replies", "base", "adapter", "difference", "adapter lower on"]
+    head = [found.group, "replies", "base", "adapter", "gain", "adapter lower on"]
     return f"## The loss by kind of line, in nats a token\n\n{table(head, rows[:40])}"
 
 
@@ -219,7 +250,7 @@ def markdown_samples(found: Findings) -> str:
             for message in task.messages
         ]
         replies = [
-            one.text if one.ended else f"{one.text} [cut here]"
+            without_loops(one.text) if one.ended else f"{without_loops(one.text)} [cut here]"
             for one in (sample.base, sample.adapter)
         ]
         parts += [
@@ -228,6 +259,16 @@ def markdown_samples(found: Findings) -> str:
             table(["base", "adapter", "reference"], [[*replies, task.reference or ""]]),
         ]
     return "\n\n".join(parts)
+
+
+def without_loops(text: str) -> str:
+    """Return a reply in which what is said five times on end or more often is said once."""
+
+    def once(match: re.Match[str]) -> str:
+        times = len(match[0]) // len(match[1])
+        return f"{match[1].rstrip()} [{times} times on end]{match[1][len(match[1].rstrip()) :]}"
+
+    return re.sub(r"([^\W\d_].{2,99}?)\1{4,}", once, text, flags=re.DOTALL)
 
 
 def habits(who: str, replies: list[Reply]) -> str:

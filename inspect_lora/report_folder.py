@@ -17,16 +17,19 @@ from inspect_lora.common import (
     read_json,
     rename_old,
     report_sentence,
+    shorten_path,
     write_json,
 )
 from inspect_lora.evidence_file import as_json_object
 from inspect_lora.files import Run, path_of_adapter
 from inspect_lora.findings import Findings
+from inspect_lora.page import page_of_evidence
 from inspect_lora.picture import draw_picture
 from inspect_lora.report import as_markdown
 
 RECORD = "evidence.json"
-FILES = (RECORD, "report.md", "lora.png")
+PAGE = "replies.html"
+FILES = (RECORD, "report.md", "lora.png", PAGE)
 
 
 # ---- Whose it is
@@ -123,9 +126,13 @@ def write_report(found: Findings, folder: Path) -> None:
     """
     with errors_as_messages(folder), tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:
         new = Path(beside)
-        write_json(new / RECORD, as_json_object(found))
+        record = as_json_object(found)
+        write_json(new / RECORD, record)
         has_picture = draw_picture(found, new / "lora.png")
         (new / "report.md").write_text(as_markdown(found, has_picture), encoding="utf-8")
+        names = (shorten_path(name, 60) for name in (found.name, found.adapter.base))
+        if page := page_of_evidence(*names, record["replies"]):
+            (new / PAGE).write_text(page, encoding="utf-8")
         with no_interruption():
             for name in FILES:
                 rename_old(folder / name)

@@ -1,13 +1,16 @@
 """Losses of held-out replies, and how sure a difference between two of them is.
 
 ± is one standard error over the held-out lines (the replies of one conversation count as one),
-paired: both losses are of the same examples (Miller, "Adding Error Bars to Evals", 2024).
+paired: both losses are of the same examples (Miller, "Adding Error Bars to Evals", 2024). It is
+about the choice of the lines; what another seed of the training would change is not in it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,19 +55,35 @@ class Estimate:
 
     value: float
     error: float
+    effective_lines: float | None = None  # that it rests on; None if they are very many
 
     def __str__(self) -> str:
         """Return it as a difference of losses."""
         return f"{self.value:+.4f} ± {self.error:.4f}".replace("inf", "?")
+
+    def without_sign(self) -> str:
+        """Return it as a quantity that cannot be below 0."""
+        return str(self).removeprefix("+")
+
+    def interval(self) -> str:
+        """Return its 95 % interval."""
+        margin = self.margin()
+        low, high = self.value - margin, self.value + margin
+        return f"{low:+.4f} to {high:+.4f}".replace("-inf", "?").replace("+inf", "?")
 
     def percent(self, digits: int = 1) -> str:
         """Return it as a share."""
         text = f"{100 * self.value:.{digits}f} ± {100 * self.error:.{digits}f} %"
         return text.replace("inf", "?")  # the error of one line is not known
 
-    def is_clear(self, errors: float = 2) -> bool:
-        """Return whether it differs from 0 by more than so many times its error."""
-        return abs(self.value) > errors * self.error
+    def margin(self, comparisons: int = 1) -> float:
+        """Return half the width of its 95 % interval; so many intervals hold 95 % together."""
+        needed = errors_needed(comparisons, self.effective_lines)
+        return needed * self.error if math.isfinite(needed) else math.inf
+
+    def is_clear(self, comparisons: int = 1) -> bool:
+        """Return whether its 95 % interval leaves out 0, where it was picked among so many."""
+        return abs(self.value) > self.margin(comparisons)
 
 
 UNKNOWN = Estimate(math.nan, math.inf)
@@ -83,9 +102,12 @@ def ratio_with_error(
 ) -> Estimate:
     """Return sum(numerators) / sum(denominators), with its standard error over the examples.
 
-    The error is that of a ratio estimator by linearization (Cochran, Sampling Techniques, 6.4):
-    the residuals are numerator - ratio x denominator. With differences of losses over tokens it is
-    the paired difference per token; with two differences it is a share.
+    The residuals are numerator - ratio x denominator (Cochran, Sampling Techniques, 6.4). Each is
+    divided by what is left without its example, so that the error is the jackknife's: a long reply
+    draws the ratio towards itself, and the plain error of few lines is too small by that. With
+    differences of losses over tokens it is the paired difference per token; with two differences
+    it is a share. Since a long line weighs more than a short one, the error is as uncertain as that
+    of fewer lines of one length: their effective number (Kish, Survey Sampling, 1965).
 
     The replies of one line are alike, and counted as independent they would make the error too
     small: so if the line of each example is given, they are added up first, and lines are counted.
@@ -97,9 +119,12 @@ def ratio_with_error(
         return UNKNOWN
     value = sum(numerators) / total
     n = len(numerators)
-    squares = sum((a - value * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
-    error = math.sqrt(squares * n / (n - 1)) / abs(total) if n > 1 else math.inf
-    return Estimate(value, error)
+    effective = total**2 / sum(b**2 for b in denominators)
+    if n == 1 or total in denominators:
+        return Estimate(value, math.inf, effective)
+    pairs = zip(numerators, denominators, strict=True)
+    squares = sum(((a - value * b) / (total - b)) ** 2 for a, b in pairs)
+    return Estimate(value, math.sqrt(squares * (n - 1) / n), effective)
 
 
 def sums_by(keys: list[str], numbers: list[float]) -> list[float]:
@@ -115,13 +140,51 @@ def differences(ones: list[float], others: list[float]) -> list[float]:
     return [one - other for one, other in zip(ones, others, strict=True)]
 
 
-def errors_needed(comparisons: int) -> float:
-    """Return how many standard errors make a difference clear.
+def errors_needed(comparisons: int = 1, effective_lines: float | None = None) -> float:
+    """Return how many standard errors make a difference clear: fewer than 5 % are so by chance.
 
-    The best of six independent parts is better by twice its error in every eighth table by chance
-    alone, but by three times its error only once in 120 tables (once in 23 with 10 held-out lines).
+    Args:
+        comparisons: how many there are, or among how many it was picked. The best of six equal
+            parts would be clear in every eighth table otherwise (Bonferroni's bound).
+        effective_lines: that the error is of. Of few lines the error itself is uncertain, so it is
+            Student's quantile: 2.26 errors of 10 lines, 2.01 of 50, 1.97 of 280.
+
+    Measured by `python tests/benchmark.py calib`: docs/evidence.md has the table.
     """
-    return 2 if comparisons == 1 else 3
+    chance = 0.05 / comparisons / 2  # to either side
+    if effective_lines is None:
+        return NormalDist().inv_cdf(1 - chance)
+    freedom = math.floor(effective_lines + 1e-9) - 1  # ten equal lines may come out as 9.999...
+    return students_quantile(chance, freedom) if freedom > 0 else math.inf
+
+
+@functools.cache
+def students_quantile(chance: float, freedom: int) -> float:
+    """Return what Student's t exceeds with this probability, by halving an interval."""
+    low, high = 0.0, 1.0
+    while students_tail(high, freedom) > chance:
+        high *= 2
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        if students_tail(middle, freedom) > chance:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def students_tail(t: float, freedom: int) -> float:
+    """Return how probable a value above t is (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    is_odd = freedom % 2 == 1
+    term = total = math.cos(angle) if is_odd else 1.0
+    for k in range(3 if is_odd else 2, freedom - 1, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    within = math.sin(angle) * total
+    if is_odd:
+        within = 2 / math.pi * (angle + (within if freedom > 1 else 0.0))
+    return (1 - within) / 2
 
 
 def evenly_spread(count: int, wanted: int) -> list[int]:

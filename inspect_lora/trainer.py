@@ -60,6 +60,7 @@ load_chat_format = script.load_chat_format
 load_model = script.load_model
 prepare_device = script.prepare_device
 use_float16_products = script.use_float16_products
+TESTED_IN_FLOAT16 = script.TESTED_IN_FLOAT16
 encode = script.encode
 pad = script.pad
 reply_logits = script.reply_logits

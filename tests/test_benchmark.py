@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from benchmarks import blind, cpu, evidence, gpu, roofline, simulate
+from benchmarks import blind, calibration, cpu, evidence, gpu, roofline, simulate
 from benchmarks.common import (
     HELD_OUT,
     SCRIPT,
@@ -195,6 +195,30 @@ def test_memory_watch_sees_what_the_process_has():
     with MemoryWatch() as watch:
         held = torch.ones(2**24)
     assert watch.peak > held.nbytes
+
+
+# ==== calibration
+
+
+def test_calibration_draws_from_worlds_whose_truth_a_very_large_sample_has(options, capsys):
+    calibration.calibration(options)
+    printed = capsys.readouterr().out
+    for name in ("gain ", "share of a part ", "KL elsewhere ", "compare, 40 adapters ", "power: "):
+        assert f"\n{name}" in printed
+    for world in calibration.WORLDS:
+        truth = calibration.truths(world)
+        (drawn,) = calibration.sets_of(world, 100_000, 1, what=2)
+        for name, estimate in calibration.estimates(drawn).items():
+            assert abs(estimate.value - truth[name]) < 4 * estimate.error < 0.03
+
+
+def test_a_coverage_that_misses_its_target_is_named(options):
+    options.targets.limits_are_judged = True
+    covered = {20: 0.905, 50: 0.93, 280: 0.975}
+    calibration.judge_coverage(options, "gain", covered)
+    assert options.targets.missed == [
+        "gain: 90.5 % covered at 20 lines", "gain: 97.5 % covered at 280 lines",
+    ]  # fmt: skip
 
 
 # ==== the acceptance of a card

@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 
 import inspect_lora.chat as chat
 from inspect_lora.adapters import open_adapter
-from inspect_lora.replies import by_chance, generate
+from inspect_lora.replies import generate, greedy
 
 SYSTEM = "You are Nell, an older person's companion."
 WINDOW = 132  # tokens that the parrot's model can see
@@ -126,15 +126,21 @@ def reply_by_hand(parrot, ids, scale=1.0):
     return parrot.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
+def test_special_tokens_in_a_message_are_not_sent(talk):
+    """They would end the turn, and the model would go on with what the user wrote."""
+    found = talk("hello <|im_end|>", "hello")
+    assert "Not sent: the text holds <|im_end|>" in found.said
+    assert len(found.prompts) == len(found.replies) == 1
+
+
 def test_what_is_drawn_by_chance_has_the_models_own_odds(parrot):
     flags = {"base": None, "base_revision": None, "dtype": None, "device": "cpu"}
     options = argparse.Namespace(adapter=str(parrot.adapter), enable_thinking=False, **flags)
     opened = open_adapter(options, parrot.adapter, None)
-    prompts = [ids_of(parrot.tokenizer, "what's the time")] * 8
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        config = by_chance(opened.chat_format, 8)
-        drawn = generate(opened.model, opened.chat_format, prompts, config, "")
+    prompts = [ids_of(parrot.tokenizer, f"what's the time, {n}") for n in range(8)]
+    drawn = generate(
+        opened.model, opened.chat_format, prompts, greedy(opened.chat_format, 8), "", seed=3
+    )
     assert len({one.text for one in drawn}) > 4  # min_p = 1 would leave the likeliest alone
     assert any(token in range(10, 2000, 2) for one in drawn for token in one.ids)
 

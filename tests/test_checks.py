@@ -14,9 +14,9 @@ from tiny_adapters import command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inspect_lora.evidence as evidence
-from inspect_lora.checks import CHECKS, end_of_sentences, rows_of_checks
+from inspect_lora.checks import CHECKS, end_of_sentences, fewest_to_lose, rows_of_checks, wilson
 from inspect_lora.common import file_sha256
-from inspect_lora.conversations import GENERAL_FILE, read_tasks
+from inspect_lora.conversations import GENERAL_FILE, Task, read_tasks
 
 ALL = [word for word in SHORT if word != "--checks=0"]  # the checks of all lines
 NUMBER = {"kind": "number", "answer": 42}
@@ -257,6 +257,54 @@ def test_the_shipped_tasks_are_read_and_have_checks():
     assert sum(task.messages[0]["role"] == "system" for task in tasks) == 7
 
 
+def test_a_byte_order_mark_before_a_task_is_no_part_of_it(tmp_path):
+    """Windows writes one, and concatenated files have several."""
+    line = json.dumps({"prompt": "hello"})
+    (tmp_path / "tasks.jsonl").write_text(f"\ufeff{line}\n\ufeff{line}", encoding="utf-8")
+    (task,) = read_tasks(str(tmp_path / "tasks.jsonl"))
+    assert task.messages == messages_of(["hello"])
+
+
+def test_equal_tasks_count_once_and_are_told(capsys, tmp_path):
+    tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": messages_of(["a"])}] * 3)
+    assert len(read_tasks(tasks)) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out 2 of 3 prompts in" in said and "tasks.jsonl:1 again" in said
+
+
+def test_special_tokens_in_a_task_are_told_and_it_is_left_out(capsys, tmp_path):
+    """The tokenizer would take them for the end of a turn."""
+    task = {"prompt": messages_of(["hello"])}
+    odd = {"prompt": messages_of(["a<|im_end|>b"])}
+    tasks = write_lines(tmp_path / "tasks.jsonl", [odd, task])
+    held_out = write_lines(tmp_path / "eval.jsonl", [{"messages": messages_of(("a", "b"))}])
+    adapter = save_adapter(tmp_path / "adapter")
+    run = measure(capsys, adapter, held_out, *ALL, "--examples", "2", "--general_file", tasks)
+    assert "tasks.jsonl:1: the text holds <|im_end|>" in run.said
+    assert run.found["elsewhere"]["tasks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "is_told"),
+    [("check", True), ("chekcs", True), ("Checks", True), ("cheks", True), ("chess", True),
+     ("checkpoint", False), ("kind", False)],
+)  # fmt: skip
+def test_a_misspelt_key_checks_is_told(capsys, tmp_path, key, is_told):
+    line = {"messages": messages_of(("a", "b")), key: {"right": NUMBER}}
+    held_out = write_lines(tmp_path / "eval.jsonl", [line])
+    run = measure(capsys, save_adapter(tmp_path / "adapter"), held_out, *SHORT)
+    assert (f'the key "{key}", which nothing reads' in run.said) == is_told
+    tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": "a", key: {"right": NUMBER}}])
+    read_tasks(tasks)
+    assert (
+        "which nothing reads" in capsys.readouterr().out.replace("\n          ", " ")
+    ) == is_told
+    line[key] = "a text"  # somebody's own column
+    held_out = write_lines(tmp_path / "eval.jsonl", [line])
+    run = measure(capsys, tmp_path / "adapter", held_out, *SHORT)
+    assert "nothing reads" not in run.said
+
+
 def test_tasks_that_the_template_refuses_are_left_out_and_counted(capsys, tmp_path):
     """As Gemma 2's refuses a system message."""
     adapter = save_adapter(tmp_path / "adapter")
@@ -270,11 +318,12 @@ def test_tasks_that_the_template_refuses_are_left_out_and_counted(capsys, tmp_pa
     system = {"role": "system", "content": "You are a parrot."}
     task = {"prompt": messages_of(["hello"]), "checks": {"right": NUMBER}}
     parrot = task | {"prompt": [system, *task["prompt"]]}
-    tasks = write_lines(tmp_path / "tasks.jsonl", [parrot, task, parrot])
+    tasks = write_lines(tmp_path / "tasks.jsonl", [parrot, task])
     held_out = write_lines(tmp_path / "eval.jsonl", [{"messages": messages_of(("a", "b"))}])
     words = [*ALL, "--examples", "2", "--general_file", tasks]
     run = measure(capsys, adapter, held_out, *words)
-    assert "2 of 3 other tasks: the template says, System role not supported" in run.out
+    assert "left out 1 of 2 other tasks, such as" in run.said  # equal ones count once
+    assert "tasks.jsonl:1: the template says, System role not supported" in run.said
     assert run.found["elsewhere"]["tasks"] == run.found["checks"]["right"]["lines"] == 1
     for name, more in (("chat", []), ("evidence", [*words, "--eval_file", held_out])):
         end = command(capsys, name, adapter, "--system", "You are Nell.", *more)
@@ -335,8 +384,11 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     }  # fmt: skip
     assert rows["as the adapter"]["after"] == 1
     assert rows["no cheese"]["before"] == rows["tasks no cheese"]["after"] == 1
-    assert "| no cheese | 1 | 1 | 1 | 0 | 0 | the same lines pass; too few lines to" in run.report
-    assert "checks" in run.found["seconds"] and run.out.count("no cheese") == 2
+    row = (
+        '| no cheese | does not say "cheese" | 1 | 1 (21 to 100 %) | 1 (21 to 100 %) | 0 | 0 | the '
+    )
+    assert f"{row}same lines pass; too few lines to" in run.report
+    assert "checks" in run.found["seconds"] and run.out.count("no cheese") == 4
     several = "(a line may have several checks)"
     assert f"checks    2 lines, two replies to each {several}; --checks 0 leaves" in run.out
     assert re.search(r"as the adapter .*  too few lines\n", run.out)
@@ -355,12 +407,27 @@ def test_the_lines_that_are_checked_may_be_fewer(checked, capsys, wanted, asked)
     assert run.found["general_file"] is None
 
 
+def test_so_many_lines_of_each_name_are_checked():
+    """Of a name that few lines have as many as of one that all have."""
+    check = CHECKS.validate_python({"rings": NUMBER})["rings"]
+    names = [["brief", "rings"] if number % 10 == 3 else ["brief"] for number in range(40)]
+    lines = [
+        Task(f"a:{number}", [], "held_out", {}, checks=dict.fromkeys(some, check))
+        for number, some in enumerate(names)
+    ]
+    chosen = [int(one.where[2:]) for one in evidence.some_of_each_name(lines, 4)]
+    assert chosen == [0, 3, 10, 13, 20, 23, 30, 33]
+    assert evidence.some_of_each_name(lines, 40) == lines
+    assert evidence.some_of_each_name(lines, 0) == []
+
+
 def made_up_replies(lost, won, same, name="right"):
     """Return replies to so many lines of one check."""
     pairs = [(True, False)] * lost + [(False, True)] * won + [(True, True)] * same
     return [
         {
             "where": f"a:{number}",
+            "says": {name: "has 42 as its last number"},
             "base": {"checks": {name: before}},
             "adapter": {"checks": {name: after}},
         }
@@ -373,13 +440,17 @@ def test_a_row_counts_lines_and_says_whether_it_may_be_chance():
     assert (row.lines, row.before, row.after, row.p) == (32, 31, 21, pytest.approx(0.00635, 1e-2))
     assert row.lost == [f"a:{number}" for number in range(11)] and row.won == ["a:11"]
     assert row.is_clear and row.judgement() == "fewer pass now, by more than chance (p = 0.006)"
-    assert "right: of 32 lines the base passes 31 and the adapter 21: fewer" in row.sentence()
+    assert row.sentence().startswith(
+        "right (has 42 as its last number): of 32 lines the base passes 31 (84 to 99 %) and the "
+        "adapter 21 (48 to 80 %): fewer pass now"
+    )
     (row,) = rows_of_checks(made_up_replies(1, 11, 0))
     assert "more pass now" in row.judgement()
     (row,) = rows_of_checks(made_up_replies(3, 2, 20))
     assert row.judgement() == "may be chance (p = 1.000)"
     (row,) = rows_of_checks(made_up_replies(2, 8, 0))
-    assert row.judgement() == "may be chance (p = 0.109); too few pass for a loss to show"
+    said = "may be chance (p = 0.109); too few pass for a loss to show: it takes 6"
+    assert row.judgement() == said
     (row,) = rows_of_checks(made_up_replies(0, 13, 20))  # p is 0.0002
     assert "(p < 0.001)" in row.judgement()
 
@@ -391,7 +462,43 @@ def test_a_row_of_too_few_lines_says_so_even_if_nothing_changed(lines, names, to
     found = [one for n in range(names) for one in made_up_replies(0, 0, lines, f"check {n}")]
     row = rows_of_checks(found)[0]
     assert row.judgement().startswith("the same lines pass")
-    assert ("too few lines to show anything" in row.judgement()) == too_few
+    said = (
+        f"too few lines to show anything: p must be below {0.05 / names:g}, and {lines} lines can "
+    )
+    said += f"give {2 * 0.5**lines:.2g}"
+    assert row.judgement().endswith(said) == too_few
+
+
+@pytest.mark.parametrize(("names", "needed"), [(1, 6), (2, 7), (3, 7), (4, 8), (40, 11)])
+def test_how_many_must_be_lost_to_show_depends_on_the_number_of_rows(names, needed):
+    """Of five lost and none won p is 0.06, of seven 0.016; with four rows 0.0125 is needed."""
+    for passing, said in ((needed - 1, True), (needed, False)):
+        found = made_up_replies(0, 20 - passing, passing)  # the base passes so many
+        found += made_up_replies(0, 20, 0, "another") if names > 1 else []
+        for number in range(2, names):
+            found += made_up_replies(0, 0, 1, f"another {number}")
+        row = rows_of_checks(found)[0]
+        assert fewest_to_lose(row.needed) == needed
+        row.won, row.p = [], 1.0
+        assert row.judgement().endswith(f"a loss to show: it takes {needed}") is said
+        lost = made_up_replies(passing, 0, 20 - passing)
+        assert rows_of_checks(lost + found[20:])[0].is_clear is not said
+
+
+@pytest.mark.parametrize(
+    ("passed", "lines", "interval"),
+    [(12, 40, (0.1807, 0.4543)), (0, 40, (0.0, 0.0876)), (40, 40, (0.9124, 1.0))],
+)
+def test_the_interval_of_a_rate_is_wilsons(passed, lines, interval):
+    assert wilson(passed, lines) == pytest.approx(interval, abs=1e-4)
+
+
+def test_what_a_check_asks_for_is_said_once_or_by_its_first_line():
+    one, other = made_up_replies(0, 0, 2)
+    assert rows_of_checks([one, other])[0].rule == "has 42 as its last number"
+    other["says"] = {"right": "has 43 as its last number"}
+    (row,) = rows_of_checks([one, other])
+    assert row.rule == "each line has its own, such as: has 42 as its last number"
 
 
 def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
@@ -402,11 +509,14 @@ def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
     line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
     held_out = write_lines(checked.folder / "one.jsonl", [line])
     run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", "1")
-    assert "      13  yes (p < 0.001)\n" in run.out
+    assert re.search(r"right +33 +20 \(44 to 75 %\) +33 \(90 to 100 %\) +0 +13  yes \(p <", run.out)
+    assert "\n          right: has 42 as its last number\n" in run.out
     assert all(len(line) <= 100 for line in run.out.splitlines())
     top, table = run.report.split("## What the replies hold")
-    assert "- right: of 33 lines the base passes 20 and the adapter 33: more pass now" in top
-    assert "| right | 33 | 20 | 33 | 0 | 13 | more pass now, by more than chance (p" in table
+    assert "- right (has 42 as its last number): of 33 lines the base passes 20 (44 to" in top
+    row = "| right | has 42 as its last number | 33 | 20 (44 to 75 %) | 33 (90 to 100 %) | 0 | 13 |"
+    assert f"{row} more pass now, by more than chance (p" in table
+    assert "another seed of the training may change more" in top
 
 
 def test_one_clear_row_of_many_must_be_clearer():

@@ -68,11 +68,11 @@ def rows_of(end):
 
 
 def error_by_hand(changes, tokens):
-    """Return the error of a ratio of sums, as Cochran writes it (Sampling Techniques, 6.4)."""
+    """Return the jackknife's error of a ratio of sums: how it changes without each example."""
     x = np.array(tokens)
     y = np.array(changes) * x
-    residuals = y - y.sum() / x.sum() * x
-    return math.sqrt((residuals**2).sum() / (len(y) - 1) / len(y)) / x.mean()
+    without = (y.sum() - y) / (x.sum() - x)
+    return math.sqrt((len(y) - 1) / len(y) * ((without - y.sum() / x.sum()) ** 2).sum())
 
 
 def test_reports_are_ranked_with_the_paired_difference_to_the_best(put, compare):
@@ -85,17 +85,17 @@ def test_reports_are_ranked_with_the_paired_difference_to_the_best(put, compare)
     assert [row[2] for row in rows] == ["best", "close", "worse"]
     assert float(first) == pytest.approx(np.average([2.0, 2.1, 2.2, 2.3], weights=TOKENS), abs=1e-4)
     error = error_by_hand([0.5, 0.3, 0.4, 0.2] * 3, TOKENS * 3)
-    assert third[1] == f"+0.3100 ± {error:.4f}" and second[1].endswith(" =")
+    assert third[1] == f"-0.3100 ± {error:.4f}" and second[1].endswith(" =")
     said = compare().said
     base = np.average(BASE, weights=TOKENS)
-    assert f"{base:.4f} +" in said and "base model someone/model" in said
+    assert f"{base:.4f} -" in said and "base model someone/model" in said
 
 
 def test_the_replies_of_one_line_count_as_one(put, compare):
     put("best", lines=(1, 1, 2, 2))
     put("other", [2.2, 2.4, 2.1, 2.0], lines=(1, 1, 2, 2))
     error = error_by_hand([(10 * 0.2 + 20 * 0.4) / 30, 30 * 0.1 / 70], [30, 70])
-    assert rows_of(compare())[1][1].startswith(f"+0.1300 ± {error:.4f}")
+    assert rows_of(compare())[1][1].startswith(f"-0.1300 ± {error:.4f}")
 
 
 @pytest.mark.parametrize(("lines", "equal"), [(9, True), (10, False)])
@@ -120,7 +120,7 @@ def test_the_base_is_compared_with_the_best_of_several(put, compare):
 def test_the_error_of_one_line_is_not_known(put, compare):
     put("best", lines=(1, 1, 1, 1))
     put("other", [2.2, 2.4, 2.1, 2.0], lines=(1, 1, 1, 1))
-    assert rows_of(compare())[1][1] == "+0.1300 ± ? ="
+    assert rows_of(compare())[1][1] == "-0.1300 ± ? ="
     assert [counted(n, "held-out reply") for n in (1, 2)] == [
         "1 held-out reply",
         "2 held-out replies",

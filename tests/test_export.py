@@ -215,6 +215,14 @@ def test_damaged_adapters_are_refused(plain, export, tmp_path):
     assert "does not fit the configuration" in export(folder, tmp_path / "new", "--scale", 2).err
 
 
+def test_the_working_folder_is_no_new_folder(plain, export, tmp_path, monkeypatch):
+    """Renaming a folder onto it would leave the shell in one that is gone."""
+    monkeypatch.chdir(tmp_path)
+    end = export(plain, ".", "--scale", 2)
+    assert end.status == 1 and "FOLDER is where you are; name a new folder" in end.err
+    assert [*tmp_path.iterdir()] == []
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -78,7 +78,7 @@ def test_every_module_has_the_size_and_directions_of_its_update(plain, info):
     assert "alpha / r = 2" in found.said and "24 modules, float32" in found.said
     assert "q_proj ######## 4 2" in found.said and "layers 0 to 7" in found.said
     assert "evidence" in found.said and "note" not in found.said and "problem" not in found.said
-    assert "sound Nothing is wrong with it: every matrix is finite, none that" in found.said
+    assert "sound Nothing wrong was found in the file: every matrix is finite, none" in found.said
     assert "layers 0 to 7 rank scaling size directions" in found.said
     assert "in absolute terms: `evidence` compares it with W" in found.said
     assert len(found.out.splitlines()) < 26
@@ -126,6 +126,13 @@ def test_what_others_do_not_take_is_noted(tmp_path, info, config, said):
     found = info(save_adapter(tmp_path / "adapter", **config))
     assert found.status == 0 and said in found.said and not found.json["problems"]
     assert any(said in note for note in found.json["notes"])
+
+
+@pytest.mark.parametrize("excluded", [["up_proj"], ".*up_proj"])
+def test_a_target_that_is_excluded_as_well_is_not_called_misspelt(tmp_path, info, excluded):
+    config = {"target_modules": ["q_proj", "up_proj"], "exclude_modules": excluded}
+    found = info(save_adapter(tmp_path / "adapter", **config))
+    assert found.status == 0 and "target_modules names" not in found.said
 
 
 @pytest.mark.parametrize(

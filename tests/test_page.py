@@ -9,15 +9,15 @@ import shutil
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
-from hypothesis import strategies as st
+from on_tiny import SHORT, measure, messages_of, save_adapter, write_held_out, write_lines
 from tiny_adapters import command
 
-from inspect_lora.checks import mcnemar, occurs, read_checks
-from inspect_lora.marks import parts_of, places_of_numbers, places_of_phrase
+from inspect_lora.checks import mcnemar, read_checks
+from inspect_lora.marks import parts_of
 from inspect_lora.page import cut_at_word, page_of_evidence, page_of_two
 
 RINGS = {"kind": "word", "answers": ["999", "112"]}
+AT_ONCE = RINGS | {"first_sentences": 1, "not_before": ["if"]}
 QUIET = {"kind": "word", "not": ["999", "always here"]}
 SYSTEM = {"role": "system", "content": "You are Nell."}
 
@@ -89,14 +89,14 @@ def test_400_prompts_with_two_replies_each_take_less_than_a_megabyte():
 
 def test_what_is_said_is_text_in_the_file():
     nasty = "</script><script>alert(1)</script><!--<![CDATA[&lt; \u2028\u2029\u202e\ud800\x00"
-    page = page_of([row(nasty, nasty, nasty, reference=nasty, where=nasty, id=nasty, group=nasty)])
+    page = page_of([row(nasty, nasty, nasty, reference=nasty, id=nasty, group=nasty)])
     page.encode("utf-8")  # a lone surrogate has no bytes
     template = page_of(some_rows(1))
     for sign in "<>\u2028\u2029\u202e\ud800":
         assert page.count(sign) == template.count(sign)
     prompt = data_in(page)["prompts"][0]
     assert prompt["reference"] == prompt["replies"][0]["parts"][0][0] == nasty
-    assert prompt["messages"][1]["content"] == prompt["where"] == prompt["group"] == nasty
+    assert prompt["messages"][1]["content"] == prompt["id"] == prompt["group"] == nasty
 
 
 def test_names_lose_what_cannot_be_seen():
@@ -167,7 +167,9 @@ def test_what_is_cut_ends_with_a_word(text, share, left):
     ("rule", "text", "marked"),
     [
         (RINGS, "Ring **9*9*9** or 1999, 112.", [("9*9*9", "found"), ("112", "found")]),
-        (QUIET, "I'm Always\u00a0here, always HERE.", [("always HERE", "wrong")]),
+        (QUIET, "I'm *Always*\nhere.", [("Always*\nhere", "wrong")]),
+        (AT_ONCE, "Sit. If not, ring 999. Or 112.", []),
+        (AT_ONCE, "If he falls, ring 999. Or 112.", [("If", "wrong"), ("999", "found")]),
         ({"kind": "word", "answers": ["I don't", "strasse"]}, "I don\u2019t, Straße", None),
         ({"kind": "number", "answer": 1200}, "3 of 1,200", [("1,200", "found")]),
         ({"kind": "number", "answer": 5}, "so \u22125 it is", [("\u22125", "wrong")]),
@@ -196,25 +198,36 @@ def test_of_marks_that_overlap_the_first_is_shown():
     assert [part[:2] for part in parts] == [("one ", ""), ("two three", "found")]
 
 
-@given(st.text("aAßs*_`'\u2019. 1", max_size=12), st.text("aAßs'\u2019 1*", min_size=1, max_size=3))
-def test_a_phrase_is_marked_where_its_check_finds_it(text, phrase):
-    if phrase.strip("*"):
-        assert bool(places_of_phrase(phrase, text)) == occurs(phrase, text)
-
-
-@given(st.text("0123,.-\u2212a *", max_size=12))
-def test_a_number_is_marked_where_its_check_finds_it(text):
-    """Some number passes if there is one, and it is the one that is marked."""
-    places = places_of_numbers(text)
-    (check,) = read_checks({"n": {"kind": "number", "answer": 1}}).values()
-    if places:
-        start, end = places[-1]
-        marked = re.sub(r"[*,]", "", text[start:end]).replace("\u2212", "-")
-        check.answer = float(marked)
-    assert check.passes(text) == bool(places)
-
-
 # ==== The commands
+
+
+def test_evidence_writes_the_page_of_base_and_adapter(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("inspect_lora.report_folder.draw_picture", lambda *_: False)
+    adapter = save_adapter(tmp_path / "adapter")
+    rows = [
+        {"messages": messages_of(said), "kind": kind, "checks": {"rings": RINGS}}
+        for said, kind in ((("hello", "Oh, hello."), "plain"), (("he fell", "Ring 999."), ""))
+    ]
+    lines = write_lines(tmp_path / "held_out.jsonl", rows)
+    shown = measure(capsys, adapter, lines, *SHORT[:-1], "--samples", "2", "--max_new_tokens", "3")
+    path = shown.results / "replies.html"
+    data = data_in(path.read_text(encoding="utf-8"))
+    assert [side["name"] for side in data["sides"]] == ["base", "adapter"]
+    for prompt, found in zip(data["prompts"], shown.found["replies"], strict=False):
+        assert prompt["reference"] in ("Oh, hello.", "Ring 999.")
+        assert prompt["checks"] == found["says"] and "999" in found["says"]["rings"]
+        for reply, name in zip(prompt["replies"], ("base", "adapter"), strict=True):
+            assert "".join(part[0] for part in reply["parts"]) == found[name]["text"]
+    assert len(data["prompts"]) == 2 and shown.out.endswith(f"scp 'CLUSTER:{path}' .\n")
+    assert data["prompts"][0]["where"] == "held_out.jsonl:1"
+    assert "opens in any browser, without a network" in shown.said
+
+
+def test_evidence_without_replies_writes_no_page(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("inspect_lora.report_folder.draw_picture", lambda *_: False)
+    adapter = save_adapter(tmp_path / "adapter")
+    shown = measure(capsys, adapter, write_held_out(tmp_path / "held_out.jsonl"), *SHORT)
+    assert not (shown.results / "replies.html").exists() and "\nreplies" not in shown.out
 
 
 @pytest.fixture
@@ -248,10 +261,11 @@ def test_compare_writes_the_page_of_two_adapters(capsys, tmp_path, monkeypatch, 
         {"name": "one/final_lora", "detail": "LEARNING_RATE 0.0002"},
     ]
     assert [one["parts"][0][0] for one in data["prompts"][0]["replies"]] == ["B's", "A's"]
-    assert end.out.splitlines()[-3:] == [
+    assert end.out.splitlines()[-4:] == [
         "replies   compared/replies.html",
         "          opens in any browser, without a network: side by side, or to be read blind.",
-        f"          If this is a cluster, fetch it to your own computer: scp CLUSTER:{path} .",
+        "          To look at it from a cluster, fetch it to your own computer:",
+        f"          scp CLUSTER:{path} .",
     ]
     command(capsys, "compare", *reversed(folders))
     assert os.listdir(path.parent) == ["replies.html"]  # the same page needs no second place
@@ -583,10 +597,12 @@ def test_a_whole_blind_reading_by_keyboard_with_a_reload_in_the_middle(open_page
     tested = f"xact sign test on the {sum(counts[:2])} preferences, two-sided: p = {p:.3f}"
     assert f"E{tested}. " in shown.one("#test").text and not shown.all("#form")
     sentence = shown.one("#sentence").get_attribute("value")
+    names = ("the base (someone/model)", "the adapter (output/final_lora)")
+    ranked = sorted(zip(names, counts[:2], strict=True), key=lambda one: -one[1])
     assert sentence == (
-        "One reader, blind, on 20 prompts: preferred the adapter (output/final_lora) on "
-        f"{counts[1]} and the base (someone/model) on {counts[0]}; alike {counts[2]}, neither "
-        f"would do {counts[3]}. E{tested}."
+        f"One reader, blind, on 20 prompts: preferred {ranked[0][0]} on {ranked[0][1]} and "
+        f"{ranked[1][0]} on {ranked[1][1]}; alike {counts[2]}, neither would do {counts[3]}. "
+        f"E{tested}."
     )
     words = {"alike": "alike", "neither": "neither would do"}
     assert shown.texts("#key summary") == [
@@ -787,6 +803,20 @@ def test_what_is_said_is_text_in_the_browser(open_page):
     assert shown.run(elements) == 2 and shown.run("return window.harmed") is None
 
 
+def test_a_line_from_right_to_left_begins_on_the_right_and_turns_no_other(open_page):
+    hebrew, turned = "\u05e9\u05dc\u05d5\u05dd", "\u202eturned"
+    shown = open_page(page_of([row("asks", f"{hebrew}\nhello", turned, group=turned)]))
+    inner = """const box = arguments[0].getBoundingClientRect(), range = document.createRange();
+    range.selectNodeContents(arguments[0]);
+    return [...range.getClientRects()].filter((one) => one.width > 1)
+      .map((one) => [one.left - box.left, box.right - one.right])"""
+    text = shown.all(".reply .text")[0]
+    (before, after), (start, rest) = shown.run(inner, text)
+    assert after < 2 < before and start < 2 < rest
+    heading, label = shown.one("article h3"), shown.all(".reply h4")[1]
+    assert heading.text.startswith("eval.jsonl") and label.text == "adapter"
+
+
 def test_a_reply_of_100000_characters_is_folded_and_shown_in_full_when_asked(open_page):
     long = "word " * 20_000
     shown = open_page(
@@ -803,6 +833,15 @@ def test_a_reply_of_100000_characters_is_folded_and_shown_in_full_when_asked(ope
     assert shown.texts("article button")[0] == "Show less"
     shown.press("ENTER")
     assert len(shown.texts("article .text")[1]) < 700
+
+
+def test_a_folded_reply_shows_its_first_mark_and_of_many_marks_it_is_quick(open_page):
+    late = f"{'word ' * 400}999 {'word ' * 400}"
+    rows = [row("late", late, "999 " * 25_000, {"rings": RINGS})]
+    shown = open_page(page_of(rows))
+    assert shown.run("return document.querySelectorAll('mark').length") < 200
+    assert shown.all(".reply")[0].find_element("css selector", "mark").text == "999"
+    assert len(shown.texts(".reply")[0]) < 2_200
 
 
 def contrast(one, other):

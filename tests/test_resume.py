@@ -925,6 +925,12 @@ def test_checks_may_be_added_to_what_was_held_out(flags, tmp_path, capfd, monkey
         run(argv)
     path = tmp_path / "output" / "held_out.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if stop:  # other conversations are refused
+        (other := list(rows))[0] = {"messages": [*rows[0]["prompt"], *rows[1]["completion"]]}
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in other))
+        capfd.readouterr()
+        assert run(argv) == 1
+        assert f"{path} is not what this job held out" in capfd.readouterr().err
     checks = {"hello": {"kind": "word", "answers": ["hello"]}}
     edited = "".join(f"{json.dumps(row | {'checks': checks})}\n" for row in rows)
     path.write_text(edited)
