@@ -54,6 +54,7 @@ import argparse
 import bisect
 import contextlib
 import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -115,6 +116,7 @@ import trl
 from huggingface_hub.errors import GatedRepoError, HTTPError, RevisionResolutionError
 from pydantic import Field
 from tqdm import tqdm
+from transformers.integrations import get_reporting_integration_callbacks
 
 # The kinds of settings, with their limits.
 Name = Annotated[str, Field(min_length=1)]
@@ -218,6 +220,7 @@ def prepare(job: Job) -> None:
     read_data(job)  # DATA and TOKENS: every line is checked before anything is trained
     job.plan = make_plan(job)  # PLAN: which weights, and how many steps
     refuse_changed_arguments(training_config(job), job)  # TRAINING
+    refuse_what_is_missing(training_config(job))  # TRAINING
     job.products = choose_products(job)  # FLOAT16 PRODUCTS: how a V100 multiplies
 
 
@@ -718,6 +721,7 @@ def read_data(job: Job) -> None:
     warn_of_missing_system_messages(train)
     warn_of_repeats(job.examples, job.held_out)
     warn_of_the_date(job)
+    warn_of_the_window(job)
     job.data = {
         "train": facts_of(
             settings.TRAIN_FILE, job.examples, file_sha256(Path(settings.TRAIN_FILE))
@@ -1319,6 +1323,22 @@ def warn_of_the_date(job: Job) -> None:
         )
 
 
+def warn_of_the_window(job: Job) -> None:
+    """Warn if examples are, or may be, longer than what the model was made for."""
+    window = getattr(job.config.get_text_config(), "max_position_embeddings", None)
+    limit = job.settings.MAX_SEQ_LEN
+    if not window or limit <= window:
+        return
+    long = [one for one in job.examples + job.held_out if len(one.input_ids) > window]
+    text = (
+        f"MAX_SEQ_LEN {limit:,} is more than the {window:,} tokens that the model was made for\n"
+        "(max_position_embeddings in its config.json)"
+    )
+    if long:
+        text += f"; of the examples {len(long):,} are longer, such as {long[0].where}"
+    report("warning", text)
+
+
 def facts_of(path: str, examples: list[Example], sha256: str) -> dict[str, Any]:
     """Return what run.json says of a data file: its name, its hash and its counts."""
     return {
@@ -1438,7 +1458,7 @@ def make_plan(job: Job) -> Plan:
                 warnings.filterwarnings("error", "The following .*_pattern keys", RuntimeWarning)
             peft.inject_adapter_in_model(config, model)
     except (ValueError, RuntimeWarning) as error:
-        raise UserError(f"LoraConfig: PEFT refuses it: {one_line(error)}") from error
+        raise UserError(f"LoraConfig: PEFT refuses it: {one_line(error, 2000)}") from error
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     steps, steps_per_epoch = count_steps(len(job.examples), settings)
     max_rank = max((max(layer.r.values()) for layer in lora_layers(model).values()), default=0)
@@ -1726,6 +1746,35 @@ def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
                 f"training_config(): {name} must stay {value!r}, since this script's own step, "
                 "loss or records depend on it."
             )
+
+
+def refuse_what_is_missing(config: trl.SFTConfig) -> None:
+    """Raise UserError if a tracker, the optimizer or the hub cannot be used.
+
+    Trainer would find out after the weights are loaded and older results are moved aside.
+    """
+    for name in config.report_to:
+        (callback,) = get_reporting_integration_callbacks([name])
+        try:
+            callback()  # looks for its package
+        except (RuntimeError, ImportError) as error:
+            raise UserError(f"REPORT_TO {name}: {one_line(error)}") from error
+    try:
+        transformers.Trainer.get_optimizer_cls_and_kwargs(config)
+    except (ImportError, ValueError) as error:
+        # Some kinds need the model, too, and say so after they have looked for their package.
+        if isinstance(error, ImportError) or "install" in str(error):
+            raise UserError(
+                f"training_config(): optim {config.optim.value!r} cannot be used: {one_line(error)}"
+            ) from error
+    if config.push_to_hub:
+        try:
+            huggingface_hub.whoami(token=config.hub_token)
+        except (OSError, ValueError, HTTPError) as error:
+            raise UserError(
+                f"training_config(): push_to_hub needs the Hugging Face hub, which does not answer "
+                f"({one_line(error)}). Log in with `hf auth login`, or remove it."
+            ) from error
 
 
 class RunTrainer(LoraTrainer):
@@ -2466,6 +2515,15 @@ def resume_or_begin(job: Job) -> None:
         write_record(job, "running")
 
 
+# Of a local model's folder; notes that lie beside them change nothing.
+FILES_THAT_COUNT = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*",
+    "merges.txt",
+)  # fmt: skip
+FILE_OF_MODEL = "MODEL_NAME's file"  # keys of job.json begin so
+
+
 def what_is_there(job: Job) -> Earlier:
     """Gather what an earlier run left; raise UserError if that cannot be read, and touch nothing.
 
@@ -2486,7 +2544,9 @@ def what_is_there(job: Job) -> Earlier:
         ) from error
     job.history = record["loss_history"] if record else []  # tells the best epoch
     return Earlier(
-        differences=None if before is None else what_differs(before, now),
+        differences=None
+        if before is None
+        else what_differs(before, described_as_before(job, before, now)),
         checkpoints=saved,
         is_finished=record is not None,
         is_wanted_epoch=record is not None and record["published"] == epoch_to_publish(job),
@@ -2590,14 +2650,30 @@ def describe_job(job: Job) -> dict[str, Any]:
         if key not in NOT_OF_TRAINING:
             described[f"SFTConfig.{key}"] = str(value)
     described[PRODUCTS] = job.products
-    contents = {
-        "the files of MODEL_NAME": file_fingerprints(Path(settings.MODEL_NAME)),
+    files = file_fingerprints(Path(settings.MODEL_NAME), FILES_THAT_COUNT)
+    contents = {f"{FILE_OF_MODEL} {facts[0]}": facts for facts in files}
+    contents |= {
         "the tokens of TRAIN_FILE": [example.input_ids for example in job.examples],
         "the tokens of EVAL_FILE": [example.input_ids for example in job.held_out],
     }
-    for name, value in contents.items():
-        described[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:12]
-    return described
+    return described | {name: short_hash(value) for name, value in contents.items()}
+
+
+def described_as_before(job: Job, before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return what describe_job() says, with one hash of all the model's files if before has that.
+
+    job.json was written so until 2026-11-28.
+    """
+    name = "the files of MODEL_NAME"
+    if name not in before:
+        return now
+    others = {key: value for key, value in now.items() if not key.startswith(FILE_OF_MODEL)}
+    return others | {name: short_hash(file_fingerprints(Path(job.settings.MODEL_NAME), ("*",)))}
+
+
+def short_hash(value: Any) -> str:
+    """Return the beginning of a hash of what a value is."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -2918,15 +2994,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_fingerprints(folder: Path) -> list[tuple[str, int, str]]:
+def file_fingerprints(folder: Path, patterns: tuple[str, ...]) -> list[tuple[str, int, str]]:
     """Return name, size and hash of a local model's files; nothing for a name on the hub.
 
     Of large files only the first MiB, with safetensors' list of tensors, and the last are read:
     8 GB would take a minute at each start.
+
+    Args:
+        folder: the model's.
+        patterns: of the names of the files that count.
     """
     found = []
     if folder.is_dir():
         for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            if not any(map(path.match, patterns)):
+                continue
             with path.open("rb") as file:
                 start = file.read(2**20)
                 file.seek(max(0, path.stat().st_size - 2**20))
@@ -4099,7 +4181,23 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 128 + signal.SIGINT, "Stopped."
     if isinstance(error, torch.OutOfMemoryError):
         return 1, memory_is_full(one_line(error))
+    if is_of_a_full_disk(error):
+        return 1, (
+            f"A file could not be written, since the disk or your share of it is full "
+            f"({one_line(error)}). Make room, and the same command goes on from the newest "
+            "checkpoint, if there is one."
+        )
     return 1, ""
+
+
+def is_of_a_full_disk(error: BaseException) -> bool:
+    """Return whether an error says that the disk is full, in the words of any library."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    # As safetensors has it; and torch, whose file then ends before the place that it writes to.
+    of_the_system = re.search(r"No space left on device|Disk quota exceeded", text)
+    return bool(of_the_system) or ("inline_container.cc" in text and "unexpected pos" in text)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -419,6 +419,38 @@ def test_an_older_python_and_windows_are_refused_in_one_message(monkeypatch):
         runpy.run_path(str(SCRIPT))
 
 
+# ---- what would be missing later ----------------------------------------------------------------
+
+OPTIM = 'optim="adamw_torch_fused"'
+MISSING = {  # flags, an edit of training_config(), and what is said
+    "a tracker": (["--report_to", "wandb"], None, ["REPORT_TO wandb: ", "pip install wandb"]),
+    "another": (["--report_to", "trackio"], None, ["REPORT_TO trackio: ", "pip install trackio"]),
+    "the optimizer's package": (
+        [], (OPTIM, 'optim="adamw_8bit"'), ["optim 'adamw_8bit' cannot be", "bitsandbytes"]
+    ),
+    "the hub": ([], (OPTIM, f"{OPTIM}, push_to_hub=True"), ["push_to_hub needs", "hf auth login"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [[], ["--dry_run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize("what", MISSING)
+def test_what_is_missing_is_told_before_anything_is_moved(what, mode, tmp_path, capsys):
+    flags, edit, parts = MISSING[what]
+    main = edited_script(tmp_path, edit).main if edit else t.main
+    Path("output/final_lora").mkdir(parents=True)
+    Path("output/run.json").write_text("{}")
+    said = refusal(main, [*RUN, *flags, *mode], capsys, status=1)
+    assert all(part in said for part in parts) and "Traceback" not in said
+    left = {path.name for path in Path("output").iterdir()} - {"all_logs.log", ".lock"}
+    assert left == {"final_lora", "run.json"} and Path("output/run.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_an_optimizer_that_is_there_is_taken(optim, tmp_path, capsys):
+    edited_script(tmp_path, (OPTIM, f'optim="{optim}"')).main([*RUN, "--dry_run"])
+    assert "Nothing was trained" in capsys.readouterr().out
+
+
 # ---- a whole run --------------------------------------------------------------------------------
 
 
