@@ -793,18 +793,22 @@ def change_config(model):
     (model / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("edit", [scale_weights, change_config])
-def test_a_replaced_model_folder_is_another_job(flags, interrupted, tiny, tmp_path, edit):
+@pytest.mark.parametrize(
+    ("edit", "name"), [(scale_weights, "model.safetensors"), (change_config, "config.json")]
+)
+def test_a_replaced_model_folder_is_another_job(flags, interrupted, tiny, tmp_path, edit, name):
     model = shutil.copytree(tiny, tmp_path / "model")
     (model / ".cache").mkdir()  # `hf download --local-dir` leaves one
     job = prepared(command(flags, tmp_path / "output", "--model_name", model))
     job.output.mkdir()
     assert job_found(job) is None  # it writes down which job it is
-    name = "checkpoints/checkpoint-7"
-    shutil.copytree(interrupted / name, job.output / name)
+    saved = "checkpoints/checkpoint-7"
+    shutil.copytree(interrupted / saved, job.output / saved)
+    assert job_found(job) == "checkpoint-7"
+    (model / "NOTES.txt").write_text("a note that changes nothing")
     assert job_found(job) == "checkpoint-7"
     edit(model)
-    assert differences(job).keys() == {"the files of MODEL_NAME"}
+    assert differences(job).keys() == {f"MODEL_NAME's file {name}"}
 
 
 def test_all_that_differs_is_named_at_once_and_nothing_is_touched(flags, stopped, tmp_path, capfd):
@@ -940,6 +944,13 @@ def test_checks_may_be_added_to_what_was_held_out(flags, tmp_path, capfd, monkey
     assert path.read_text() == edited and not [*path.parent.glob("held_out.jsonl.2*")]
 
 
+def test_an_empty_folder_of_checkpoints_is_no_obstacle(flags, tmp_path):
+    (tmp_path / "output" / "checkpoints").mkdir(parents=True)
+    assert run(command(flags, tmp_path / "output", "--max_steps", 1)) == 0
+    assert not [*(tmp_path / "output").glob("checkpoints.*")]
+    assert checkpoints(tmp_path / "output") == [1]
+
+
 def test_what_was_held_out_before_does_not_lie_beside_another_jobs_results(flags, tmp_path):
     output = tmp_path / "output"
     write_short_data(tmp_path, train=60)
@@ -1061,7 +1072,10 @@ def test_a_full_disk_loses_nothing(flags, whole, stopped, monkeypatch, capfd):
             make_full(patch)
             assert run(command(flags, stopped)) == 1, what
         ON_CHANGE.clear()
-        assert read_record(stopped)["outcome"].startswith("failed: "), what
+        assert read_record(stopped)["outcome"].startswith("failed: A file could not be"), what
+        said = capfd.readouterr()
+        assert "the disk or your share of it is full" in said.err and "Make room" in said.err
+        assert "Traceback" not in said.err
         assert files(stopped / "final_lora") == {"adapter_model.safetensors": b"old"}, what
         assert not [*stopped.glob("final_lora.2*")] and not (stopped / ".partial").exists()
         assert read_record(stopped)["resumed_from"].endswith("-7" if step == 7 else ("-7", "-8"))
