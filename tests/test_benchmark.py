@@ -27,6 +27,9 @@ from processes import run_in_a_fork
 
 import train_lora_single as t
 
+# Nothing is trained before the first DeltaNet layer, so only a second one has gradients.
+DEEPER = TINY_SIZES | {"num_hidden_layers": 4}
+
 
 @pytest.fixture(autouse=True)
 def quick_and_clean(monkeypatch, restored_environment):
@@ -83,15 +86,16 @@ def test_a_count_that_is_too_low_or_too_high_misses_a_target(name, options, caps
         return change(len(lengths) * max(lengths), real(self, lengths, targets))
 
     monkeypatch.setattr(t.TokenCosts, "count", count)
-    simulation = simulate.Simulation(TINY_SIZES | {"num_hidden_layers": 4}, t.parse_settings([]))
-    simulate.compare_with_trials(options, simulation, simulate.simulated_job(options))
+    simulation = simulate.Simulation(DEEPER, t.parse_settings([]))
+    job, steps = simulate.simulated_job(options), simulate.steps_of_mixes(options)
+    simulate.compare_on_card(options, simulation, job, "16 GB", "torch", steps)
     assert any(re.search(expected, missed) for missed in options.targets.missed)
 
 
 @pytest.mark.parametrize("deltanet", ["torch", "fla"])
 def test_peaks_of_many_passes_are_those_of_each(deltanet):
     """They are computed from a few, to the kilobyte."""
-    simulation = simulate.Simulation(TINY_SIZES | {"num_hidden_layers": 4}, t.parse_settings([]))
+    simulation = simulate.Simulation(DEEPER, t.parse_settings([]))
     shapes = [(1, 128, 127), (3, 70, 40), (5, 65, 1), (7, 33, 200), (2, 64, 126)]
     for kind in (False, True):
         passes = [simulate.Pass(*shape, kind, deltanet=deltanet) for shape in shapes]
@@ -100,7 +104,7 @@ def test_peaks_of_many_passes_are_those_of_each(deltanet):
 
 
 def test_the_fewest_passes_of_a_step_are_found_within_the_peak():
-    simulation = simulate.Simulation(TINY_SIZES | {"num_hidden_layers": 4}, t.parse_settings([]))
+    simulation = simulate.Simulation(DEEPER, t.parse_settings([]))
     ids = [5] * 30, [6] * 10
     step = t.pad([t.Example("", [], prompt_ids=ids[0], reply_ids=ids[1])] * 6, "cpu")
     for rows, fewest in ((6, 1), (4, 2), (2, 3), (1, 6)):
@@ -119,7 +123,7 @@ def test_a_simulated_pass_scores_and_holds_what_a_real_one_does():
     with torch.no_grad():
         t.reply_losses(model, inputs)
     assert rows[0].shape[0] == simulate.Pass.of(inputs).scored == 4 + 2 + 3
-    simulation = simulate.Simulation(TINY_SIZES | {"num_hidden_layers": 4}, t.parse_settings([]))
+    simulation = simulate.Simulation(DEEPER, t.parse_settings([]))
     one, three = simulate.Pass(1, 70, 6), simulate.Pass(3, 70, 6)
     assert simulation.peak(one) == simulation.peak_with(one, 4)  # from one block and from two
     assert simulation.weight_bytes < simulation.peak(one) < simulation.peak(three)
@@ -245,8 +249,11 @@ def test_the_acceptance_of_a_card_passes_on_a_cpu_at_tiny_sizes(monkeypatch, opt
 @pytest.fixture(scope="module")
 def look(tmp_path_factory):
     """Return what one process of the acceptance looks at, with its model loaded."""
-    folder = tmp_path_factory.mktemp("look")
-    options = Options(folder, Targets(limits_are_judged=False), tiny=True)
+
+    class Deeper(Options):
+        sizes = DEEPER
+
+    options = Deeper(tmp_path_factory.mktemp("look"), Targets(False), tiny=True)
     card = gpu.Card(options, is_gpu=False)
     card.model = gpu.qwen_folder(options)
     gpu.make_model(card.model, options.sizes, False)
@@ -269,12 +276,28 @@ def worse(real, factor):
     return changed
 
 
+def in_turn(results):
+    """Return a function that returns these one after the other."""
+    left = iter(results)
+    return lambda *_: next(left)
+
+
+def with_a_copy(real):
+    """Return a function that loads the model and holds as much again as is allowed."""
+
+    def load(*given, **named):
+        held = torch.ones(80 * 2**20)
+        return [real(*given, **named), held][0]
+
+    return load
+
+
 BROKEN = {  # a check of the acceptance, and what makes its row fail
-    "loading": lambda patch, look: patch.setattr(gpu, "OWN_AT_LEAST", -1),
+    "loading": lambda patch, look: patch.setattr(t, "load_model", with_a_copy(t.load_model)),
     "trial": lambda patch, look: patch.setattr(t.MemoryLimits, "most", lambda _: 0),
     "a_step": lambda patch, look: patch.setattr(look, "step", worse(look.step, float("nan"))),
     "steps_of_new_widths": lambda patch, look: patch.setattr(
-        look, "milliseconds", lambda _, times=iter([5000.0] * 12 + [9.0] * 12): next(times)
+        look, "milliseconds", in_turn([5000.0] * 12 + [9.0] * 12)
     ),
     "products_against_float64": lambda patch, look: patch.setattr(
         t, "scaled_product", worse(t.scaled_product, 1.5)
@@ -291,7 +314,8 @@ def test_a_row_of_the_model_s_own_process_can_fail(name, look, monkeypatch):
 
 
 def test_a_step_that_is_not_divided_or_has_other_gradients_fails(look, monkeypatch):
-    monkeypatch.setattr(look, "step", lambda numbers=iter([1.0, 2.0]): (0, torch.full((9,), next(numbers))))
+    found = [(0.0, torch.full((9,), size)) for size in (1.0, 2.0)]
+    monkeypatch.setattr(look, "step", in_turn(found))
     (row,) = gpu.out_of_memory_in_a_step(look)
     assert row.is_good is False and "100.00% apart" in row.found
 
