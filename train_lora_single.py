@@ -12,21 +12,21 @@ A run that was stopped is resumed by the same command. Older results are renamed
 The sections of this file, with the questions that they answer. The first three are the heart.
 To jump to any other, search for its name after four equals signs, such as "==== MEMORY":
 
-    SETTINGS          What can be changed, and how is a setting added?
-    THE RUN           What happens, and in which order?
-    MODEL AND LORA    The heart: what is trained, how is a step done, and what checks it?
-    MODEL FILES       Where do the base model, its tokenizer and its chat template come from?
-    DATA              Which four forms may a conversation have, and how is a part held out?
-    TOKENS            Which tokens of a conversation are learned?
-    PLAN              How many weights and steps? What if a target is misspelt?
-    TRAINING          In which order? What is printed and saved? What happens on Ctrl-C?
-    MEMORY            What if a step does not fit in the GPU's memory?
-    CHECKPOINTS       When is a run resumed, refused, or finished?
-    RUN.JSON          What is recorded of a run?
-    PUBLISHING        Which files does a run leave, and how is the adapter verified?
-    FLOAT16 PRODUCTS  What is different on a V100?
-    DEVICE            Which GPU is used? What if there are several, or none?
-    COMMAND LINE      How do flags, the log, exit statuses and messages work?
+    SETTINGS      What can be changed, and how is a setting added?
+    THE RUN       What happens, and in which order?
+    THE HEART     What is trained, how is a step done, and what checks it?
+    DEVICE        Which GPU is used? What if there are several, or none? Which kernels?
+    MODEL FILES   Where do the base model, its tokenizer and its chat template come from?
+    DATA          Which four formats may a conversation have, and how is a part held out?
+    TOKENS        Which tokens of a conversation are targets?
+    PLAN          How many weights and steps? What if a target module is misspelt?
+    CHECKPOINTS   When is a run resumed, refused, or finished?
+    MEMORY        What if a step does not fit in the GPU's memory?
+    TRAINING      In which order? What is printed and saved? What happens on Ctrl-C?
+    SAVING        Which files does a run leave, and how is the adapter verified?
+    RUN.JSON      What is recorded of a run?
+    FP16 MATMUL   What is different on a V100?
+    COMMAND LINE  How do flags, the log, exit statuses and messages work?
 """
 
 # `uv run train_lora_single.py --demo` reads this (PEP 723), and needs no environment made by hand.
@@ -186,7 +186,7 @@ FINAL_LORA: Literal["last", "best"] = "last"  # its epoch; "best" by the held-ou
 REPORT_TO: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
 
 # How the frozen weights are multiplied.
-MATMUL: Literal["auto", "native", "float16"] = "auto"  # for old GPUs, see FLOAT16 PRODUCTS
+MATMUL: Literal["auto", "native", "float16"] = "auto"  # for old GPUs, see FP16 MATMUL
 
 
 # ==== THE RUN: the whole job
@@ -204,13 +204,13 @@ def run(job: Job) -> None:
     resume_or_begin(job)  # CHECKPOINTS: an earlier run to resume, if there is one
     if job.is_finished:
         return
-    trainer = build_trainer(job)  # MODEL AND LORA: the weights, with LoRA in them
-    check_only_lora_is_trained(trainer.model, job.plan)  # MODEL AND LORA
+    trainer = build_trainer(job)  # THE HEART: the weights, with LoRA in them
+    check_only_lora_is_trained(trainer.model, job.plan)  # THE HEART
     find_what_fits(trainer, job)  # MEMORY: how many examples at once
     train(trainer, job)  # TRAINING: all steps, or those that are left
     if is_main_process():
-        publish(trainer, job)  # PUBLISHING: write, load again, compare, move into place
-        summarize(job)  # PUBLISHING: what was reached, and what to do next
+        publish(trainer, job)  # SAVING: write, load again, compare, move into place
+        summarize(job)  # SAVING: what was reached, and what to do next
 
 
 def prepare(job: Job) -> None:
@@ -221,7 +221,7 @@ def prepare(job: Job) -> None:
     job.plan = make_plan(job)  # PLAN: which weights, and how many steps
     refuse_changed_arguments(training_config(job), job)  # TRAINING
     refuse_what_is_missing(training_config(job))  # TRAINING
-    job.products = choose_products(job)  # FLOAT16 PRODUCTS: how a V100 multiplies
+    job.products = choose_products(job)  # FP16 MATMUL: how a V100 multiplies
 
 
 @dataclass
@@ -273,7 +273,20 @@ class Job:
         return {int(entry["step"]): entry[key] for entry in self.history if key in entry}
 
 
-# ==== MODEL AND LORA: the heart
+@dataclass
+class Plan:
+    """What will be trained, as PEFT itself counts it on a skeleton without weights."""
+
+    trainable: int  # parameters
+    total: int  # parameters, LoRA's among them
+    trainable_shapes: dict[str, tuple[int, ...]]  # of each trained tensor
+    steps_per_epoch: int
+    steps: int
+    max_rank: int
+    vllm_refuses: str  # why vLLM cannot serve this kind of adapter, or ""
+
+
+# ==== THE HEART: LoRA, the trainer, its step and its loss
 #
 # Each target, a matrix W of the model, gets two small matrices beside it, A and B. Only these are
 # trained, in float32; W and all else stay frozen. The loss of a step is -log(probability), summed
@@ -343,7 +356,7 @@ def build_trainer(job: Job) -> RunTrainer:
     """
     trainer = new_trainer(job)
     if job.products == "float16" and job.settings.MATMUL == "auto":
-        reason = try_float16_products(trainer, job)  # see FLOAT16 PRODUCTS
+        reason = try_float16_products(trainer, job)  # see FP16 MATMUL
         if reason:
             take_native_products(job, reason)
             del trainer  # there is no room for two models
@@ -359,7 +372,7 @@ def new_trainer(job: Job) -> RunTrainer:
     device = accelerate.PartialState().device
     model = load_model(settings.MODEL_NAME, settings.MODEL_REVISION, settings.DTYPE, device)
     if settings.MATMUL == "float16":
-        model = use_float16_products(model)  # see FLOAT16 PRODUCTS
+        model = use_float16_products(model)  # see FP16 MATMUL
     trainer = RunTrainer(  # a LoraTrainer that also evaluates and saves, see TRAINING
         job,
         model=model,
@@ -443,6 +456,44 @@ class LoraTrainer(trl.SFTTrainer):
         """
         loss = reply_losses(model, inputs).sum() / num_items_in_batch
         return loss * self.accelerator.num_processes  # DDP takes the mean over the processes
+
+
+def split_step(
+    inputs: dict[str, torch.Tensor], limits: MemoryLimits
+) -> list[tuple[dict[str, torch.Tensor], bool]]:
+    """Divide a padded step into parts that fit, with a flag saying whether each is recomputed.
+
+    A step that fits stays whole. Otherwise the examples that are too long to keep their
+    activations go first, and are recomputed. Then come the others. Each part is as wide as its
+    longest example, so it has less padding than the step.
+
+    Args:
+        inputs: input_ids, attention_mask and labels, each rows x width, padded on the right.
+        limits: how much a part may have, its own padding included.
+    """
+    lengths, targets = lengths_and_targets(inputs)
+    if limits.fit(lengths, sum(targets), False):
+        return [(inputs, False)]
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    parts = []
+    for is_recomputed in (True, False):
+        left = [
+            row
+            for row in longest_first
+            if limits.fit([lengths[row]], targets[row], False) != is_recomputed
+        ]
+        while left:
+            count = 1
+            while count < len(left) and limits.fit(
+                [lengths[row] for row in left[: count + 1]],
+                sum(targets[row] for row in left[: count + 1]),
+                is_recomputed,
+            ):
+                count += 1
+            rows, left = left[:count], left[count:]
+            part = {key: value[rows, : lengths[rows[0]]] for key, value in inputs.items()}
+            parts.append((part, is_recomputed))
+    return parts
 
 
 def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -531,6 +582,277 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
             f"{trainable[narrow[0]].dtype}, which rounds small steps away. Set DTYPE to float32."
         )
     report("model", f"{share}, in float32; all else is frozen")
+
+
+# ==== DEVICE: the GPU or the CPU, and several processes
+#
+# One process uses the first GPU of CUDA_VISIBLE_DEVICES. Under `accelerate launch` each process has
+# one of its own, and a step's examples must divide among them.
+
+
+def find_device(settings: argparse.Namespace) -> str:
+    """Return the device's name, or raise UserError if it cannot be used; a dry run needs none."""
+    if settings.dry_run:
+        forget_other_launches()
+        forbid_gpu_packages()
+        return ""
+    name = prepare_device(settings.DEVICE, settings.DTYPE)
+    processes, size = accelerate.PartialState().num_processes, examples_per_step(settings)
+    if size % processes:
+        raise UserError(
+            f"{processes} processes cannot share steps of {size} examples. Choose BATCH_SIZE x "
+            f"GRADIENT_ACCUMULATION_STEPS as a multiple of {processes}."
+        )
+    if processes == 1:
+        return name
+    report(
+        "device",
+        f"{processes} processes share the examples of each step; an epoch's last step is filled "
+        "up\nwith examples from its beginning",
+    )
+    return f"{name}, {processes} processes"
+
+
+def prepare_device(device: str, dtype: str) -> str:
+    """Return the device's name, or raise UserError and say why there is none that works.
+
+    This comes before the model's code is imported, since the import decides whether it uses
+    flash-linear-attention.
+
+    Args:
+        device: "cuda" or "cpu".
+        dtype: the type of the weights that it must multiply.
+    """
+    is_launched = forget_other_launches()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        forbid_gpu_packages()
+        accelerate.PartialState(cpu=True)
+        report("device", "CPU")
+        return "CPU"
+    if not is_launched:
+        # TRL refuses several visible GPUs without a launcher.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ("0" if visible is None else visible).split(",")[0]
+    try:
+        torch.cuda.init()  # says why there is no GPU
+    except (RuntimeError, AssertionError) as error:
+        hidden = "" if visible is None else f" CUDA_VISIBLE_DEVICES is {visible!r}."
+        raise UserError(
+            f"DEVICE cuda: torch sees no GPU ({one_line(error).rstrip('.')}).{hidden} An NVIDIA "
+            "GPU and a driver of the 525 branch or newer are needed; without one, try --demo, or "
+            "--device cpu with a small model."
+        ) from error
+    place = accelerate.PartialState().device
+    major, minor = torch.cuda.get_device_capability(place)
+    free, total = torch.cuda.mem_get_info(place)
+    name = f"{torch.cuda.get_device_name(place)}, sm_{major}{minor}"
+    if major < 8:
+        forbid_gpu_packages()
+    try:  # a torch without this GPU's kernels says so only when it computes
+        ones = torch.ones(8, 8, device=place, dtype=getattr(torch, dtype))
+        (ones @ ones).sum().item()
+    except RuntimeError as error:
+        raise UserError(
+            f"DEVICE cuda: torch {torch.__version__} does not run on {name} "
+            f"({one_line(error)}). The versions in requirements.txt run on sm_70 (V100) to sm_120; "
+            "if it is one of these, free its memory."
+        ) from error
+    # With a newer cuDNN on LD_LIBRARY_PATH torch would prefer its attention, which plans anew for
+    # each width of a step, in about a second (FunASR issue 3704).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    text = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+    if visible is None and not is_launched:
+        text += freer_gpu(free)
+    report("device", text)
+    return name
+
+
+def freer_gpu(free: int) -> str:
+    """Return a note if the first GPU is used of several, and which of them has more free memory."""
+    command = ["nvidia-smi", "--query-gpu=uuid,name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):  # it need not be there
+        return ""
+    rows = [line.split(", ") for line in said.stdout.splitlines() if line.count(", ") == 2]
+    sizes = {(uuid, name): int(mib) * 2**20 for uuid, name, mib in rows if mib.isdecimal()}
+    if len(sizes) < 2:
+        return ""
+    note = f"\nit is the first of {len(sizes)} GPUs, since CUDA_VISIBLE_DEVICES is not set"
+    uuid, name = max(sizes, key=lambda gpu: sizes[gpu])
+    if sizes[uuid, name] > free + 2**30:
+        note += (
+            f";\n{sizes[uuid, name] / 2**30:.1f} GiB are free on another one ({name}): "
+            f"CUDA_VISIBLE_DEVICES={uuid} takes it"
+        )
+    return note
+
+
+# What `accelerate launch` sets for these; Trainer would shard the model, or expect that it is.
+SHARDED_BY = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
+def forget_other_launches() -> bool:
+    """Return whether a launcher has started this process; remove what others left behind.
+
+    These variables of other work, or of a configuration, would change this run. Raises UserError
+    if a launcher asks for what this script does not do, instead of doing something else.
+    """
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    for name, method in SHARDED_BY.items():
+        if is_launched and os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"The launcher asks for {method} ({name} is set), which this script does not do: "
+                "each GPU holds the whole model. Launch it with `accelerate launch --multi_gpu "
+                "--num_processes N`, or with torchrun."
+            )
+    left_over = [name for name in os.environ if name.startswith("ACCELERATE_")]
+    if not is_launched:
+        left_over += ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
+    for name in left_over:
+        os.environ.pop(name, None)
+    return is_launched
+
+
+def forbid_gpu_packages() -> None:
+    """Make fla and causal_conv1d unimportable.
+
+    transformers uses them wherever they can be imported, also on a CPU or a GPU of a capability
+    below 8.0, where their Triton kernels crash.
+    """
+    for name in ("fla", "causal_conv1d"):
+        sys.modules[name] = None
+
+
+# By then flash-linear-attention must have compiled its kernels and agreed with torch's code. The
+# first time Triton compiles a dozen in many variants, which takes minutes; it keeps what it has
+# compiled, so a second start gets further. The other processes of a launch wait for ten minutes.
+SECONDS_FOR_FLA = 400
+# How far fla's values and gradients may be from those of torch's code, as a share of their length.
+# That code computes in float32. With its products in bfloat16, as fla has them, all six of its
+# results were 0.28 to 0.42 % away (on a CPU, head size 128, 130 to 300 tokens, three seeds); fla's
+# own tests allow up to 2 %.
+MOST_FLA_APART = 0.02
+
+
+def choose_delta_kernels(config: transformers.PretrainedConfig) -> str:
+    """Return what computes a model's DeltaNet layers on this GPU, and why; "" if it has none.
+
+    transformers decides this when it imports the model's code, which must not have happened yet: it
+    takes fla where that can be imported, and torch's code where not. Broken or wrong kernels would
+    be taken, or fall back, without a word.
+    """
+    if "linear_attention" not in layer_types(config):
+        return ""
+    place = accelerate.PartialState().device
+    is_new_enough = torch.cuda.get_device_capability(place)[0] >= 8
+    is_there = is_new_enough and importlib.util.find_spec("fla") is not None
+    reason = why_not_fla(config, place) if is_there and is_main_process() else ""
+    (reason,) = accelerate.utils.broadcast_object_list([reason])  # all processes take part
+    if not is_new_enough:
+        return "torch's code, since fla needs a GPU of capability 8.0 or newer"
+    if not is_there:
+        report(
+            "faster",
+            "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
+            "with\npip install flash-linear-attention",
+        )
+        return "torch's code, since fla is not installed"
+    if reason:
+        sys.modules["fla"] = None  # now it cannot be imported
+        chosen = f"torch's code, since fla {reason}"
+    else:
+        chosen = f"fla, which agrees with torch's code within {MOST_FLA_APART:.0%} on this GPU"
+    report("kernels", textwrap.fill(f"the DeltaNet layers are computed by {chosen}", 88))
+    return chosen
+
+
+def why_not_fla(config: transformers.PretrainedConfig, place: torch.device) -> str:
+    """Return why fla cannot be used for a model's DeltaNet layers on this GPU, or "".
+
+    A process of its own tries it, since a kernel may crash, hang, or spoil the GPU's state.
+    """
+    code = "from __future__ import annotations\n" + inspect.getsource(compare_fla_with_torch)
+    code += "compare_fla_with_torch()"
+    module = type(config.get_text_config()).__module__.replace(".configuration_", ".modeling_")
+    capability = torch.cuda.get_device_capability(place)[0]
+    given = [module, place, capability, MOST_FLA_APART, SECONDS_FOR_FLA]
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, *map(str, given)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that its compilers can be ended with it
+    )
+    try:
+        said, errors = child.communicate(timeout=SECONDS_FOR_FLA)
+    except subprocess.TimeoutExpired:
+        return f"was not ready after {SECONDS_FOR_FLA} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    found = re.search(r"^fla: (.*)\Z", said.strip(), re.MULTILINE)
+    if child.returncode == 0 and found:
+        return found[1].removeprefix("good")
+    LOG.info(errors)
+    return f"ended its trial with status {child.returncode} ({one_line(errors[-150:])})"
+
+
+def compare_fla_with_torch() -> None:
+    """Print "fla: good", or why it is not. This runs in a process of its own, see why_not_fla()."""
+    import importlib
+    import importlib.metadata
+    import signal
+    import sys
+
+    import torch
+
+    def results(function: typing.Any) -> list[torch.Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        query, key, value, g, beta = leaves
+        out, _ = function(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=True)
+        (out.float() * weights).sum().backward()
+        return [out.detach().float(), *(leaf.grad.float() for leaf in leaves)]
+
+    module, device, capability, limit, seconds = sys.argv[1:]
+    signal.alarm(int(seconds))  # whatever becomes of the process that waits
+    try:
+        importlib.import_module("fla")
+        version = importlib.metadata.version("fla-core")
+        if capability == "9" and tuple(map(int, version.split(".")[:2])) < (0, 5):
+            # Some gradients are 1 to 5 % wrong, which a comparison might let pass.
+            print(f"fla: in version {version} has wrong gradients on Hopper GPUs (fla issue 640)")
+            return
+        kernel = importlib.import_module(module).torch_chunk_gated_delta_rule
+        # As Qwen3.5 has them: two value heads for a key head, and the decay in float32. 200 tokens
+        # are three chunks of 64 and a part of one.
+        torch.manual_seed(0)
+        sizes = [(1, 200, 2, 128), (1, 200, 2, 128), (1, 200, 4, 128), (1, 200, 4), (1, 200, 4)]
+        tensors = [torch.randn(size).to(device, torch.bfloat16) for size in sizes]
+        tensors[3] = -torch.nn.functional.softplus(tensors[3].float())
+        tensors[4] = tensors[4].sigmoid()
+        weights = torch.randn(sizes[2]).to(device)
+        expected, found = results(kernel.__wrapped__), results(kernel)
+        names = ["values", *(f"gradients of {name}" for name in ("q", "k", "v", "g", "beta"))]
+        for name, right, its in zip(names, expected, found, strict=True):
+            apart = ((its - right).norm() / right.norm()).item()
+            if not apart <= float(limit):  # NaN is not, either
+                print(f"fla: has {name} that are {apart:.1%} away from those of torch's code")
+                return
+        if all(map(torch.equal, expected, found)):
+            print("fla: is not what transformers takes")
+            return
+    except Exception as error:  # whatever is wrong with it, it is not used
+        print("fla: cannot be used:", " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        return
+    print("fla: good")
 
 
 # ==== MODEL FILES: the base model, its tokenizer and its chat template, from the hub or a folder
@@ -1425,19 +1747,6 @@ def to_dataset(examples: list[Example]) -> datasets.Dataset:
 # as shipped and 1,000 examples these are 250, so three epochs have 750.
 
 
-@dataclass
-class Plan:
-    """What will be trained, as PEFT itself counts it on a skeleton without weights."""
-
-    trainable: int  # parameters
-    total: int  # parameters, LoRA's among them
-    trainable_shapes: dict[str, tuple[int, ...]]  # of each trained tensor
-    steps_per_epoch: int
-    steps: int
-    max_rank: int
-    vllm_refuses: str  # why vLLM cannot serve this kind of adapter, or ""
-
-
 # These start from a changed W, so the adapter would only fit this run's copy of the base model.
 CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -1686,31 +1995,6 @@ def in_order_of_settings(targets: list[str], settings: argparse.Namespace) -> li
     return sorted(targets, key=lambda target: (order.get(target, len(order)), target))
 
 
-# ==== TRAINING: the order of the examples, what is printed, saving and stopping
-#
-# What Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 do depends on the moment:
-# - While the data is read, the weights are loaded, memory is tried, or the base model is evaluated,
-#   the run stops at once. There is nothing new to save, and the same command does the same again.
-# - Within a step, and while an epoch is evaluated or a checkpoint is written, that step is finished
-#   and saved before the run stops. The same command resumes there. A second signal stops at once
-#   (not under a launcher), and then the same command resumes from the checkpoint before.
-# - While the adapter is verified, the run stops at once, and the same command verifies it again.
-#   While it is moved into its place, which takes a moment, a signal waits.
-
-
-def train(trainer: RunTrainer, job: Job) -> None:
-    """Train to the end; a signal raises Stopped after the step's checkpoint."""
-    if job.checkpoint and step_of(job.checkpoint) >= job.plan.steps:
-        # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
-        load_adapter(trainer.model, job.checkpoint)
-        return
-    if job.held_out and not job.checkpoint:
-        report("train", "the held-out loss of the base model is measured first")
-    trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
-    accelerate.PartialState().wait_for_everyone()
-    job.signals_wait = False
-
-
 def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
     """Raise UserError if training_config() was edited where this script depends on it.
 
@@ -1749,655 +2033,6 @@ def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
                 f"training_config(): {name} must stay {value!r}, since this script's own step, "
                 "loss or records depend on it."
             )
-
-
-def refuse_what_is_missing(config: trl.SFTConfig) -> None:
-    """Raise UserError if a tracker, the optimizer or the hub cannot be used.
-
-    Trainer would find out after the weights are loaded and older results are moved aside.
-    """
-    for name in config.report_to:
-        (callback,) = get_reporting_integration_callbacks([name])
-        try:
-            callback()  # looks for its package
-        except (RuntimeError, ImportError) as error:
-            raise UserError(f"REPORT_TO {name}: {one_line(error)}") from error
-    try:
-        transformers.Trainer.get_optimizer_cls_and_kwargs(config)
-    except (ImportError, ValueError) as error:
-        # Some kinds need the model, too, and say so after they have looked for their package.
-        if isinstance(error, ImportError) or "install" in str(error):
-            raise UserError(
-                f"training_config(): optim {config.optim.value!r} cannot be used: {one_line(error)}"
-            ) from error
-    if config.push_to_hub:
-        try:
-            huggingface_hub.whoami(token=config.hub_token)
-        except (OSError, ValueError, HTTPError) as error:
-            raise UserError(
-                f"training_config(): push_to_hub needs the Hugging Face hub, which does not answer "
-                f"({one_line(error)}). Log in with `hf auth login`, or remove it."
-            ) from error
-
-
-class RunTrainer(LoraTrainer):
-    """LoraTrainer with this script's order of the examples, held-out loss, and way to save."""
-
-    def __init__(self, job: Job, **given: Any) -> None:
-        """Decide the order of the examples."""
-        self.sampler = LikeLengthsSampler(job)
-        super().__init__(job, **given)
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
-        metrics = {"eval_loss": held_out_loss(self.model, self.job, self.state.global_step)}
-        self.log(metrics)
-        handler = self.callback_handler
-        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _get_train_sampler(
-        self, train_dataset: datasets.Dataset | None = None
-    ) -> LikeLengthsSampler:
-        """Return our order; Trainer's group_by_length has no seed, so it could not be resumed."""
-        return self.sampler
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the adapter alone; Trainer would add training_args.bin, a pickle.
-
-        Only the main process saves. Without the argument PEFT would contact the hub.
-        """
-        if self.args.should_save:
-            self.model.save_pretrained(output_dir, save_embedding_layers=False)
-
-    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
-        """Return 0: to count the weights for Trainer's estimate took 5 ms a step on a CPU."""
-        return 0
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Do nothing: TRL's card does not describe the run, and publish() writes one that does."""
-
-
-def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
-    """Return the held-out loss, in nats per learned token; at step 0 that of the base model.
-
-    Several processes share the examples.
-    """
-    process = accelerate.PartialState()
-    share = job.held_out[process.process_index :: process.num_processes]
-    # B A is 0 at first, but not with every init_lora_weights.
-    with model.disable_adapter() if step == 0 else contextlib.nullcontext():
-        losses = example_losses(
-            model, share, job.token_limits.most(), "held-out loss", job.token_limits
-        )
-    losses = accelerate.utils.gather_object(losses)
-    return sum(losses) / sum(len(example.reply_ids) for example in job.held_out)
-
-
-def example_losses(
-    model: torch.nn.Module,
-    examples: list[Example],
-    tokens_at_once: int,
-    title: str,
-    limits: MemoryLimits | None = None,
-) -> list[float]:
-    """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
-
-    The model is in evaluation mode meanwhile, so LoRA's dropout is off, and no gradient is kept.
-    On a terminal a progress bar named title is shown.
-
-    Args:
-        model: with or without LoRA.
-        examples: with their tokens.
-        tokens_at_once: how many go through the model together, padding included; at least one
-            example does. If the GPU's memory is too small for them, fewer do.
-        title: what is measured.
-        limits: where to remember that fewer fit, so that the next evaluation begins with as many.
-    """
-    order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
-    losses = [0.0] * len(examples)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), tqdm(total=len(order), desc=title, leave=False, disable=None) as bar:
-        while order:
-            width = len(examples[order[-1]].input_ids)
-            batch = order[-max(1, tokens_at_once // width) :]  # the longest that are left
-            sums = losses_if_they_fit(model, [examples[number] for number in batch])
-            if sums is None:  # the exception is gone, and with it what it held
-                torch.cuda.empty_cache()
-                tokens_at_once = len(batch) // 2 * width
-                if limits is not None:
-                    limits.tokens_evaluated = tokens_at_once
-                continue
-            for number, loss in zip(batch, sums, strict=True):
-                losses[number] = loss
-            order = order[: -len(batch)]
-            bar.update(len(batch))
-    model.train(was_training)
-    return losses
-
-
-def losses_if_they_fit(model: torch.nn.Module, batch: list[Example]) -> list[float] | None:
-    """Return the summed loss of each example, or None where fewer at once may find their memory."""
-    try:
-        inputs = pad(batch, model.device)
-        return reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-        return None
-
-
-def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
-    """Return input_ids, labels and attention_mask of examples, padded on the right."""
-    width = max(len(example.input_ids) for example in examples)
-    ids, labels, mask = [], [], []
-    for example in examples:
-        padding = width - len(example.input_ids)
-        ids.append(example.input_ids + [0] * padding)
-        labels.append([-100] * len(example.prompt_ids) + example.reply_ids + [-100] * padding)
-        mask.append([1] * len(example.input_ids) + [0] * padding)
-    columns = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    return {key: torch.tensor(value, device=device) for key, value in columns.items()}
-
-
-class LikeLengthsSampler:
-    """Gives each step examples of similar lengths, and the steps a random order.
-
-    Similar lengths need little padding. The order depends on the seed, the epoch and the examples'
-    lengths alone, so a resumed run sees the examples that it would have seen.
-    """
-
-    def __init__(self, job: Job) -> None:
-        """Remember the lengths; the epoch is set before each pass."""
-        self.lengths = [len(example.input_ids) for example in job.examples]
-        self.examples_per_step = examples_per_step(job.settings)
-        self.seed = job.settings.SEED
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        """Return the number of examples in an epoch."""
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield the examples' numbers, one step after the other."""
-        size = self.examples_per_step
-        shuffler = random.Random(f"{self.seed} {self.epoch}")
-        order = list(range(len(self.lengths)))
-        shuffler.shuffle(order)
-        whole = len(order) - len(order) % size
-        order, rest = order[:whole], order[whole:]  # the incomplete step must come last
-        # Sorting within blocks, not over all, gives each epoch other steps: within a quarter of
-        # them, and 50 at the most.
-        block = size * min(50, math.ceil(len(self.lengths) / size / 4))
-        steps: list[list[int]] = []
-        for start in range(0, whole, block):
-            by_length = sorted(order[start : start + block], key=lambda n: self.lengths[n])
-            steps += [by_length[n : n + size] for n in range(0, len(by_length), size)]
-        shuffler.shuffle(steps)
-        for step in steps:
-            yield from step
-        yield from rest
-
-
-class RunEvents(transformers.TrainerCallback):
-    """What is printed, checked, saved and stopped at the edges of steps.
-
-    Trainer calls these methods by their names, with its arguments, its state (which step it is)
-    and its control (whether to save now).
-    """
-
-    def __init__(self, trainer: RunTrainer) -> None:
-        """Begin without losses to print."""
-        self.job, self.sampler = trainer.job, trainer.sampler
-        self.accelerator = trainer.accelerator
-        self.losses: list[float] = []  # since the last printed line
-        self.step_began = 0.0
-        self.tokens_before = 0
-        self.steps_done = 0  # in this process
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Give each epoch its own order, also when it is resumed in the middle."""
-        self.sampler.epoch = state.global_step // self.job.plan.steps_per_epoch
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """From now on, let a signal wait until the step is finished and saved."""
-        self.job.signals_wait = True
-        self.step_began = time.monotonic()
-        self.tokens_before = state.num_input_tokens_seen
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        """Stop at a loss that is not a number; print the held-out losses and the training's."""
-        self.job.history = state.log_history
-        step = state.global_step
-        stop_if_not_finite(logs, step)
-        if "eval_loss" in logs:
-            note = "  (the base model, before training)" if step == 0 else ""
-            report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}{note}")
-        if "loss" in logs:
-            self.count_step(state, logs)
-            if step % self.job.settings.LOGGING_STEPS == 0 or step == state.max_steps:
-                self.print_losses(state, logs)
-
-    def count_step(self, state: Any, logs: dict[str, float]) -> None:
-        """Add up the time, the tokens and the loss of the step that has just ended."""
-        self.job.train_seconds += time.monotonic() - self.step_began
-        self.job.train_tokens += state.num_input_tokens_seen - self.tokens_before
-        self.steps_done += 1
-        self.losses.append(logs["loss"])
-
-    def print_losses(self, state: Any, logs: dict[str, float]) -> None:
-        """Print the mean loss since the last line, the speed, and the time that is left."""
-        job, step = self.job, state.global_step
-        left = job.train_seconds / self.steps_done * (state.max_steps - step)
-        report(
-            "train",
-            f"step {step:,}/{state.max_steps:,}  loss {statistics.fmean(self.losses):.4f}  "
-            f"gradient {logs['grad_norm']:.2f}  rate {logs['learning_rate']:.1e}  "
-            f"{job.train_tokens / job.train_seconds:,.0f} tokens/s  {format_time(left)} left",
-        )
-        self.losses = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save every SAVE_STEPS steps, or now if any process was sent a signal."""
-        job = self.job
-        if job.stop_signal:
-            self.accelerator.set_trigger()
-        if self.accelerator.check_trigger() and not job.stop_signal:  # another process got one
-            job.stop_signal = signal.SIGTERM
-        is_due = state.global_step % job.settings.SAVE_STEPS == 0 or job.stop_signal > 0
-        # The last step of an epoch is saved after its evaluation.
-        control.should_save = is_due and not ends_an_epoch(state.global_step, job.plan)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Record the losses beside the checkpoint that is complete now; stop after a signal."""
-        job, step = self.job, state.global_step
-        if is_main_process():
-            remove_old_checkpoints(job, step)
-        if job.settings.DEVICE == "cuda":
-            job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
-        write_record(job, "running")  # so that a run that is killed has its losses
-        job.signals_wait = step < job.plan.steps  # nothing is left to save at the end
-        if job.stop_signal:
-            newest = job.output / "checkpoints" / f"checkpoint-{step}"
-            raise Stopped(
-                job.stop_signal,
-                f"Stopped after step {step:,} of {job.plan.steps:,}. The same command resumes "
-                f"from {newest}.",
-            )
-
-
-def stop_if_not_finite(logs: dict[str, float], step: int) -> None:
-    """Raise UserError if a loss or gradient is infinite or NaN: the rest would be worthless."""
-    names = {"loss": "loss", "grad_norm": "gradient", "eval_loss": "held-out loss"}
-    for key, name in names.items():
-        if not math.isfinite(logs.get(key, 0.0)):
-            if step == 0:
-                raise UserError(
-                    f"The base model's {name} is {logs[key]}: its weights do not work in this "
-                    "type. Set DTYPE to float32, or check the model's files."
-                )
-            raise UserError(
-                f"The {name} is {logs[key]} at step {step:,}. Lower LEARNING_RATE; if that does "
-                "not help, set DTYPE to float32. Changed settings need a new OUTPUT_DIR."
-            )
-
-
-def format_time(seconds: float) -> str:
-    """Return seconds as a person would say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def ends_an_epoch(step: int, plan: Plan) -> bool:
-    """Return whether a step is the last one of an epoch, or of the run."""
-    return step % plan.steps_per_epoch == 0 or step == plan.steps
-
-
-# ==== MEMORY: in how many parts a step goes through the model
-#
-# A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
-# is in how many parts they go through the model. Before training, find_what_fits() tries how many
-# tokens fit at once beside what the optimizer will keep, and measures what they cost:
-# - The trial is the hardest that so many tokens can be: all of them are targets, in rows as long as
-#   the longest example. Fewer targets cost less. A row that DeltaNet's torch code fills up to a
-#   multiple of 64 tokens costs more than its tokens. Both are measured, and each part is counted as
-#   so many tokens of the trial as it costs.
-# - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
-# - An example that does not fit even alone is recomputed: its activations are not kept for the
-#   backward pass but computed again, which takes little memory and nearly 50 % more work. Such
-#   examples, too, go through together as long as they fit, and one by one if they do not.
-# - Only if the longest training example does not fit even so does the run end, before it trains.
-#   The advice is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to stop other programs.
-# - If a step runs out of memory all the same, as when another program takes it, the limit becomes
-#   three quarters of what did not fit, and the step is done again. Several processes end instead.
-# On a CPU nothing is tried, and every step goes through whole.
-
-DELTANET_CHUNK = 64  # tokens: DeltaNet's torch code fills each row up to a multiple of them
-TARGET_SHARES = (0.0, 0.25, 0.5, 1.0)  # of a trial's tokens, at which its memory is measured
-
-
-@dataclass
-class TokenCosts:
-    """What tokens cost in memory, where one of the trial costs 1.
-
-    The memory of a pass is the most of several moments, such as the loss and the backward pass of a
-    layer, and each grows in proportion to tokens, targets and padding. So what lies between two
-    measurements costs at most what a straight line between them says.
-    """
-
-    # A token of a part in which none, a quarter, half, and all of the tokens are targets.
-    by_target_share: list[float] = field(default_factory=lambda: [1.0] * len(TARGET_SHARES))
-    padding: float = 1.0  # a place that fills a row up to a multiple of DELTANET_CHUNK
-
-    def count(self, lengths: list[int], targets: int) -> float:
-        """Return as how many tokens of the trial rows of these lengths count, padded to one width.
-
-        Args:
-            lengths: of the rows, in tokens.
-            targets: how many of all their tokens are targets.
-        """
-        rows, width = len(lengths), max(lengths)
-        share = targets / (rows * max(1, width - 1))  # the first token of a row is no target
-        place = max(0, bisect.bisect_left(TARGET_SHARES, share) - 1)
-        (low, high), (cost, next_cost) = (
-            values[place : place + 2] for values in (TARGET_SHARES, self.by_target_share)
-        )
-        cost += (share - low) / (high - low) * (next_cost - cost)
-        return rows * (width * cost + (whole_chunks(width) - width) * self.padding)
-
-
-@dataclass
-class MemoryLimits:
-    """How much may go through the model at once while training, in tokens of the trial."""
-
-    tokens_at_once: int  # with their activations kept for the backward pass
-    tokens_at_once_recomputed: int  # the same number, unless the longest example needs more
-    costs: TokenCosts = field(default_factory=TokenCosts)
-    costs_recomputed: TokenCosts = field(default_factory=TokenCosts)
-    tokens_evaluated: int = 0  # how many fit while evaluating, once it has run out of memory
-
-    def most(self) -> int:
-        """Return how many tokens to evaluate at once; that needs far less memory than training."""
-        return self.tokens_evaluated or max(self.tokens_at_once, self.tokens_at_once_recomputed)
-
-    def count(self, lengths: list[int], targets: int, is_recomputed: bool) -> float:
-        """Return as how many tokens of the trial rows of these lengths count."""
-        costs = self.costs_recomputed if is_recomputed else self.costs
-        return costs.count(lengths, targets)
-
-    def fit(self, lengths: list[int], targets: int, is_recomputed: bool) -> bool:
-        """Return whether rows of these lengths may go through the model together."""
-        limit = self.tokens_at_once_recomputed if is_recomputed else self.tokens_at_once
-        # No row was tried that is longer than the trial: attention grows with the square of it.
-        return max(lengths) <= limit and self.count(lengths, targets, is_recomputed) <= limit
-
-
-@dataclass
-class OutOfMemory:
-    """A part of a step that did not find its memory."""
-
-    inputs: dict[str, torch.Tensor]
-    is_recomputed: bool
-    message: str  # torch's
-
-
-def find_what_fits(trainer: RunTrainer, job: Job) -> None:
-    """Find by trying how many tokens fit in the GPU's memory at once; on a CPU, a whole step."""
-    model = trainer.model
-    longest, whole_step = most_tokens(job)
-    model.activation_checkpointing_enable()
-    model.disable_input_require_grads()  # recomputation does not need the embeddings' gradient
-    if job.settings.DEVICE == "cpu":
-        job.token_limits = MemoryLimits(whole_step, whole_step)
-        return
-    report("memory", "trying how many examples fit on the GPU at once")
-    free, total = torch.cuda.mem_get_info()
-    share = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
-    # A tenth is left for fragmentation, and room for what AdamW will keep: two float32 numbers for
-    # each trained weight.
-    states = 8 * job.plan.trainable / total
-    torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * share - states))
-    limits = try_what_fits(trainer, longest, whole_step)
-    most = limits.most()
-    if most < longest:
-        raise UserError(
-            f"A single example of {longest:,} tokens does not fit in the "
-            f"{share * total / 2**30:.1f} GiB of GPU memory that are free; about {most:,} "
-            "tokens would. Lower MAX_SEQ_LEN, use a GPU with more memory, or stop other programs "
-            "on this GPU."
-        )
-    job.token_limits = limits
-    # CUDA's libraries allocate outside of torch's view, so a little must stay free.
-    torch.cuda.set_per_process_memory_fraction(0.97 * share)
-    torch.cuda.reset_peak_memory_stats()
-    transformers.set_seed(job.settings.SEED)  # the trials drew random numbers
-    if limits.tokens_at_once >= whole_step:
-        text = f"a whole step of {examples_per_step(job.settings)} examples fits at once"
-    elif limits.tokens_at_once == 0:
-        text = "every example is recomputed to save memory"
-    else:
-        text = (
-            f"up to {limits.tokens_at_once:,} tokens fit at once; larger steps go through in parts"
-        )
-        if limits.tokens_at_once < longest:
-            text += ", and longer examples\nare recomputed to save memory"
-    report("memory", text)
-
-
-def most_tokens(job: Job) -> tuple[int, int]:
-    """Return the tokens of the longest example, and those of a step of nothing but such ones.
-
-    In the second number each example is filled up to whole chunks of DeltaNet. Held-out examples do
-    not count: they are only evaluated, which needs far less memory.
-    """
-    longest = max(len(example.input_ids) for example in job.examples)
-    processes = accelerate.PartialState().num_processes
-    examples = min(len(job.examples), examples_per_step(job.settings) // processes)
-    return longest, whole_chunks(longest) * examples
-
-
-def whole_chunks(tokens: int) -> int:
-    """Return a number of tokens, rounded up to whole chunks of DeltaNet's torch code."""
-    return DELTANET_CHUNK * math.ceil(tokens / DELTANET_CHUNK)
-
-
-def try_what_fits(trainer: RunTrainer, longest: int, whole_step: int) -> MemoryLimits:
-    """Return how many tokens fit; recomputation is tried only if a single example needs it."""
-    kept = largest_that_fits(lambda n: trial_fits(trainer, n, longest, False), whole_step)
-    costs = measure_costs(trainer, kept, longest, False)
-    if kept >= whole_chunks(longest):
-        return MemoryLimits(kept, kept, costs)
-    recomputed = largest_that_fits(lambda n: trial_fits(trainer, n, longest, True), whole_step)
-    if recomputed < longest and trial_fits(trainer, longest, longest, True):
-        recomputed = longest  # which lies between two multiples of 16
-    return MemoryLimits(kept, recomputed, costs, measure_costs(trainer, recomputed, longest, True))
-
-
-def trial_fits(trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
-    """Return whether a forward and a backward pass over so many tokens find their memory.
-
-    The trial is at least as hard as any part of a step that counts as so many tokens.
-    """
-    rows, width = hardest_shape(tokens, longest)
-    return memory_of_pass(trainer, rows, width, 1.0, is_recomputed) is not None
-
-
-def hardest_shape(tokens: int, longest: int) -> tuple[int, int]:
-    """Return the rows and the width of a trial of so many tokens.
-
-    Its rows are at least as long as the longest example, but less than about twice as long, or one
-    row has all the tokens. As few places as possible fill rows up to whole chunks.
-    """
-    most_rows = max(1, tokens // whole_chunks(longest))
-    shapes = [(rows, math.ceil(tokens / rows)) for rows in range(most_rows, most_rows // 2, -1)]
-    return min(shapes, key=lambda shape: shape[0] * whole_chunks(shape[1]))
-
-
-def memory_of_pass(
-    trainer: RunTrainer, rows: int, width: int, target_share: float, is_recomputed: bool
-) -> int | None:
-    """Return how many bytes a forward and a backward pass need at the most; None if too many.
-
-    Args:
-        trainer: with the model.
-        rows: of the batch.
-        width: of each row, in tokens.
-        target_share: how many of the tokens are targets; each row has at least one.
-        is_recomputed: whether activations are computed again and not kept.
-    """
-    set_recomputation(trainer.recomputing_layers, is_recomputed)
-    trainer.model.train()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
-        labels = ids.clone()
-        labels[:, : width - max(1, math.ceil(target_share * (width - 1)))] = -100
-        inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-        inputs["attention_mask"][1:, -1] = 0  # padding takes memory of its own
-        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=rows * width).backward()
-        return torch.cuda.max_memory_allocated() - before
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        trainer.model.zero_grad()
-        torch.cuda.empty_cache()
-
-
-def measure_costs(
-    trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool
-) -> TokenCosts:
-    """Measure what fewer targets save, and what filling up short rows costs.
-
-    Args:
-        trainer: with the model.
-        tokens: as many as fit at once.
-        longest: the tokens of the longest example.
-        is_recomputed: whether activations are computed again and not kept.
-    """
-    if tokens == 0:
-        return TokenCosts()
-    rows, width = hardest_shape(tokens, longest)
-    found = [memory_of_pass(trainer, rows, width, share, is_recomputed) for share in TARGET_SHARES]
-    # Rows of two tokens, of which one predicts the other: nearly all of a chunk is filled up.
-    chunks = max(1, tokens // DELTANET_CHUNK)
-    short = memory_of_pass(trainer, chunks, 2, 0.0, is_recomputed)
-    if None in (*found, short) or found[-1] <= 0:
-        return TokenCosts()
-    each = found[-1] / (rows * width)
-    filled = (short / chunks - 2 * found[0] / (rows * width)) / (DELTANET_CHUNK - 2)
-    return TokenCosts(
-        [rounded_up(one / found[-1]) for one in found[:-1]] + [1.0], rounded_up(filled / each)
-    )
-
-
-def rounded_up(share: float) -> float:
-    """Return a share rounded up to hundredths, from 0 to 1."""
-    return min(1.0, max(0.0, math.ceil(100 * share) / 100))
-
-
-def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """Return most if it fits, otherwise the largest multiple of 16 that does; 0 if none does."""
-    if fits(most):
-        return most
-    sizes = range(16, most, 16)
-    return 16 * bisect.bisect_left(sizes, True, key=lambda size: not fits(size))
-
-
-def split_step(
-    inputs: dict[str, torch.Tensor], limits: MemoryLimits
-) -> list[tuple[dict[str, torch.Tensor], bool]]:
-    """Divide a padded step into parts that fit, with a flag saying whether each is recomputed.
-
-    A step that fits stays whole. Otherwise the examples that are too long to keep their
-    activations go first, and are recomputed. Then come the others. Each part is as wide as its
-    longest example, so it has less padding than the step.
-
-    Args:
-        inputs: input_ids, attention_mask and labels, each rows x width, padded on the right.
-        limits: how much a part may have, its own padding included.
-    """
-    lengths, targets = lengths_and_targets(inputs)
-    if limits.fit(lengths, sum(targets), False):
-        return [(inputs, False)]
-    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    parts = []
-    for is_recomputed in (True, False):
-        left = [
-            row
-            for row in longest_first
-            if limits.fit([lengths[row]], targets[row], False) != is_recomputed
-        ]
-        while left:
-            count = 1
-            while count < len(left) and limits.fit(
-                [lengths[row] for row in left[: count + 1]],
-                sum(targets[row] for row in left[: count + 1]),
-                is_recomputed,
-            ):
-                count += 1
-            rows, left = left[:count], left[count:]
-            part = {key: value[rows, : lengths[rows[0]]] for key, value in inputs.items()}
-            parts.append((part, is_recomputed))
-    return parts
-
-
-def lengths_and_targets(inputs: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
-    """Return how many tokens each row has without its padding, and how many are targets."""
-    targets = (inputs["labels"][:, 1:] != -100).sum(1)
-    lengths, counts = torch.stack([inputs["attention_mask"].sum(1), targets]).tolist()
-    return lengths, counts
-
-
-def make_room(trainer: LoraTrainer, failed: OutOfMemory, tries_left: int) -> None:
-    """Forget a step that ran out of memory, and lower the limit; raise UserError if it cannot be.
-
-    The new limit is three quarters of the smaller one of the limit and what did not fit, so the
-    part that failed is divided, or its one example is recomputed. It holds for the rest of the run.
-    """
-    limits, (lengths, targets) = trainer.job.token_limits, lengths_and_targets(failed.inputs)
-    is_smallest = failed.is_recomputed and len(lengths) == 1
-    if is_smallest or tries_left == 0:
-        raise UserError(memory_is_full(failed.message))
-    trainer.model.zero_grad()
-    torch.cuda.empty_cache()
-    count = limits.count(lengths, sum(targets), failed.is_recomputed)
-    if failed.is_recomputed:
-        limits.tokens_at_once_recomputed = int(0.75 * min(limits.tokens_at_once_recomputed, count))
-        limit = limits.tokens_at_once_recomputed
-    else:
-        limits.tokens_at_once = int(0.75 * min(limits.tokens_at_once, count))
-        limit = limits.tokens_at_once
-    report(
-        "memory",
-        f"the GPU's memory was full in step {trainer.state.global_step + 1:,}; it is done again "
-        f"with up to\n{limit:,} tokens at once, and LoRA's dropout is drawn anew",
-    )
-
-
-def memory_is_full(error: str) -> str:
-    """Return what to tell somebody whose GPU has no memory left within the training."""
-    return (
-        f"The GPU's memory is full ({error}). Free it: stop other programs on this GPU, or take "
-        "one with more memory. Then the same command resumes from the newest checkpoint, or begins "
-        "again if there is none."
-    )
-
-
-def layers_that_recompute(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers that can compute their activations again."""
-    kind = transformers.modeling_layers.GradientCheckpointingLayer
-    return [module for module in model.modules() if isinstance(module, kind)]
-
-
-def set_recomputation(layers: list[torch.nn.Module], is_recomputed: bool) -> None:
-    """Tell layers whether to keep their activations or to compute them again."""
-    for layer in layers:
-        layer.gradient_checkpointing = is_recomputed
 
 
 # ==== CHECKPOINTS: what an earlier run left behind, and resuming
@@ -2871,156 +2506,643 @@ def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
     check_saved_tensors(model, tensors, checkpoint)
 
 
-# ==== RUN.JSON: what is recorded of a run, and how files are written, hashed and renamed
+# ==== MEMORY: in how many parts a step goes through the model
 #
-# run.json is written when a run begins, with each checkpoint, and at the end. Its outcome says how
-# the run ended. A run that stops before it begins, as for a bad line of data, leaves the one that
-# is there.
+# A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
+# is in how many parts they go through the model. Before training, find_what_fits() tries how many
+# tokens fit at once beside what the optimizer will keep, and measures what they cost:
+# - The trial is the hardest that so many tokens can be: all of them are targets, in rows as long as
+#   the longest example. Fewer targets cost less. A row that DeltaNet's torch code fills up to a
+#   multiple of 64 tokens costs more than its tokens. Both are measured, and each part is counted as
+#   so many tokens of the trial as it costs.
+# - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
+# - An example that does not fit even alone is recomputed: its activations are not kept for the
+#   backward pass but computed again, which takes little memory and nearly 50 % more work. Such
+#   examples, too, go through together as long as they fit, and one by one if they do not.
+# - Only if the longest training example does not fit even so does the run end, before it trains.
+#   The advice is to lower MAX_SEQ_LEN, to take a GPU with more memory, or to stop other programs.
+# - If a step runs out of memory all the same, as when another program takes it, the limit becomes
+#   three quarters of what did not fit, and the step is done again. Several processes end instead.
+# On a CPU nothing is tried, and every step goes through whole.
+
+DELTANET_CHUNK = 64  # tokens: DeltaNet's torch code fills each row up to a multiple of them
+TARGET_SHARES = (0.0, 0.25, 0.5, 1.0)  # of a trial's tokens, at which its memory is measured
 
 
-def write_record(job: Job, outcome: str) -> None:
-    """Write run.json: what was asked for, what was found, and how it ended."""
-    has_failed = outcome.startswith("failed")
-    if not job.started or not (is_main_process() or has_failed):
-        return
-    if outcome != "finished" and another_has_failed(job):
-        return
-    record = {
-        "outcome": outcome,  # "running", "finished", "interrupted: ..." or "failed: ..."
-        "started": job.started,  # seconds since 1970
-        "ended": None if outcome == "running" else time.time(),
-        "command": shlex.join(["python", *sys.argv]),
-        "working_folder": str(Path.cwd()),
-        "script_sha256": script_sha256(),  # without its SETTINGS
-        "versions": installed_versions(),
-        "settings": {name: getattr(job.settings, name) for name in setting_types()},
-        "lora_config": config_as_recorded(lora_config(job.settings)),  # all of it
-        "device": job.device_name,
-        "products": job.products,  # "native" or "float16"
-        "products_compared": job.products_compared,  # on this GPU: losses, gradients, seconds
-        "delta_kernels": job.delta_kernels,  # fla's or torch's, and why
-        "memory_limits": asdict(job.token_limits) if job.token_limits else None,  # in tokens
-        "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
-        "data": job.data,  # each file's name, hash and counts
-        "system_message": system_messages(job.examples)[0],  # the most frequent one
-        "resumed_from": str(job.checkpoint) if job.checkpoint else None,
-        "train_seconds": job.train_seconds,  # of this process
-        "train_tokens": job.train_tokens,
-        "peak_memory_gib": job.peak_gib,
-        "published": job.published,  # {"step", "label"}
-        "adapter_sha256": job.adapter_sha256,  # {folder: hash of adapter_model.safetensors}
-        "loss_history": job.history,  # what Trainer logged
-    }
-    try:
-        write_json(job.output / "run.json", record)
-    except OSError as error:
-        report("warning", f"{job.output / 'run.json'} is not written: {error}")
+@dataclass
+class TokenCosts:
+    """What tokens cost in memory, where one of the trial costs 1.
 
-
-def another_has_failed(job: Job) -> bool:
-    """Return whether another process of this launch has failed and said so in run.json.
-
-    The launcher then stops this one, or its messages to the other fail. Neither is the reason.
+    The memory of a pass is the most of several moments, such as the loss and the backward pass of a
+    layer, and each grows in proportion to tokens, targets and padding. So what lies between two
+    measurements costs at most what a straight line between them says.
     """
-    before = read_json(job.output / "run.json") or {}
-    return before.get("started") == job.started and before["outcome"].startswith("failed")
+
+    # A token of a part in which none, a quarter, half, and all of the tokens are targets.
+    by_target_share: list[float] = field(default_factory=lambda: [1.0] * len(TARGET_SHARES))
+    padding: float = 1.0  # a place that fills a row up to a multiple of DELTANET_CHUNK
+
+    def count(self, lengths: list[int], targets: int) -> float:
+        """Return as how many tokens of the trial rows of these lengths count, padded to one width.
+
+        Args:
+            lengths: of the rows, in tokens.
+            targets: how many of all their tokens are targets.
+        """
+        rows, width = len(lengths), max(lengths)
+        share = targets / (rows * max(1, width - 1))  # the first token of a row is no target
+        place = max(0, bisect.bisect_left(TARGET_SHARES, share) - 1)
+        (low, high), (cost, next_cost) = (
+            values[place : place + 2] for values in (TARGET_SHARES, self.by_target_share)
+        )
+        cost += (share - low) / (high - low) * (next_cost - cost)
+        return rows * (width * cost + (whole_chunks(width) - width) * self.padding)
 
 
-def config_as_recorded(config: peft.LoraConfig) -> dict[str, Any]:
-    """Return a whole LoraConfig, with its sets in a fixed order."""
-    return {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in config.to_dict().items()
-    }
+@dataclass
+class MemoryLimits:
+    """How much may go through the model at once while training, in tokens of the trial."""
+
+    tokens_at_once: int  # with their activations kept for the backward pass
+    tokens_at_once_recomputed: int  # the same number, unless the longest example needs more
+    costs: TokenCosts = field(default_factory=TokenCosts)
+    costs_recomputed: TokenCosts = field(default_factory=TokenCosts)
+    tokens_evaluated: int = 0  # how many fit while evaluating, once it has run out of memory
+
+    def most(self) -> int:
+        """Return how many tokens to evaluate at once; that needs far less memory than training."""
+        return self.tokens_evaluated or max(self.tokens_at_once, self.tokens_at_once_recomputed)
+
+    def count(self, lengths: list[int], targets: int, is_recomputed: bool) -> float:
+        """Return as how many tokens of the trial rows of these lengths count."""
+        costs = self.costs_recomputed if is_recomputed else self.costs
+        return costs.count(lengths, targets)
+
+    def fit(self, lengths: list[int], targets: int, is_recomputed: bool) -> bool:
+        """Return whether rows of these lengths may go through the model together."""
+        limit = self.tokens_at_once_recomputed if is_recomputed else self.tokens_at_once
+        # No row was tried that is longer than the trial: attention grows with the square of it.
+        return max(lengths) <= limit and self.count(lengths, targets, is_recomputed) <= limit
 
 
-@functools.cache  # run.json is written several times in a run
-def installed_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that are imported here."""
-    names = "torch transformers peft trl datasets accelerate safetensors huggingface_hub tokenizers"
-    versions = {name: importlib.metadata.version(name) for name in names.split()}
-    return {"python": sys.version.split()[0]} | versions
+@dataclass
+class OutOfMemory:
+    """A part of a step that did not find its memory."""
+
+    inputs: dict[str, torch.Tensor]
+    is_recomputed: bool
+    message: str  # torch's
 
 
-@functools.cache
-def script_sha256() -> str:
-    """Return the hash of this file without its SETTINGS, which run.json has anyway."""
-    text = Path(__file__).read_text(encoding="utf-8")
-    before, _, rest = text.partition("\n# ==== SETTINGS")
-    _, _, after = rest.partition("\n# ==== THE RUN")
-    return hashlib.sha256((before + after).encode()).hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON file's object, or None if there is none or it is damaged."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        value = json.loads(path.read_bytes())
-        return value if isinstance(value, dict) else None
-    return None
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file in such a way that there is never half of it."""
-    # A process that fails may write while the main one does.
-    new = path.with_name(f"{path.name}.new" + ("" if is_main_process() else os.environ["RANK"]))
-    text = json.dumps(without_nan(value), indent=1, allow_nan=False, default=str)
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
-def without_nan(value: Any) -> Any:
-    """Return value with NaN and infinity as null, since JSON has no such numbers."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def rename_old(path: Path) -> None:
-    """Add the time of its last change to the name of what an earlier run left at path, if any."""
-    if not os.path.lexists(path):  # a link that leads nowhere is there, too
+def find_what_fits(trainer: RunTrainer, job: Job) -> None:
+    """Find by trying how many tokens fit in the GPU's memory at once; on a CPU, a whole step."""
+    model = trainer.model
+    longest, whole_step = most_tokens(job)
+    model.activation_checkpointing_enable()
+    model.disable_input_require_grads()  # recomputation does not need the embeddings' gradient
+    if job.settings.DEVICE == "cpu":
+        job.token_limits = MemoryLimits(whole_step, whole_step)
         return
-    when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.lstat().st_mtime))
-    aside = path.with_name(f"{path.name}.{when}")
-    while os.path.lexists(aside):
-        aside = aside.with_name(f"{aside.name}+")
-    path.rename(aside)
-    report("moved", f"{path} of an earlier run is now {aside}")
+    report("memory", "trying how many examples fit on the GPU at once")
+    free, total = torch.cuda.mem_get_info()
+    share = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
+    # A tenth is left for fragmentation, and room for what AdamW will keep: two float32 numbers for
+    # each trained weight.
+    states = 8 * job.plan.trainable / total
+    torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * share - states))
+    limits = try_what_fits(trainer, longest, whole_step)
+    most = limits.most()
+    if most < longest:
+        raise UserError(
+            f"A single example of {longest:,} tokens does not fit in the "
+            f"{share * total / 2**30:.1f} GiB of GPU memory that are free; about {most:,} "
+            "tokens would. Lower MAX_SEQ_LEN, use a GPU with more memory, or stop other programs "
+            "on this GPU."
+        )
+    job.token_limits = limits
+    # CUDA's libraries allocate outside of torch's view, so a little must stay free.
+    torch.cuda.set_per_process_memory_fraction(0.97 * share)
+    torch.cuda.reset_peak_memory_stats()
+    transformers.set_seed(job.settings.SEED)  # the trials drew random numbers
+    if limits.tokens_at_once >= whole_step:
+        text = f"a whole step of {examples_per_step(job.settings)} examples fits at once"
+    elif limits.tokens_at_once == 0:
+        text = "every example is recomputed to save memory"
+    else:
+        text = (
+            f"up to {limits.tokens_at_once:,} tokens fit at once; larger steps go through in parts"
+        )
+        if limits.tokens_at_once < longest:
+            text += ", and longer examples\nare recomputed to save memory"
+    report("memory", text)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def most_tokens(job: Job) -> tuple[int, int]:
+    """Return the tokens of the longest example, and those of a step of nothing but such ones.
+
+    In the second number each example is filled up to whole chunks of DeltaNet. Held-out examples do
+    not count: they are only evaluated, which needs far less memory.
+    """
+    longest = max(len(example.input_ids) for example in job.examples)
+    processes = accelerate.PartialState().num_processes
+    examples = min(len(job.examples), examples_per_step(job.settings) // processes)
+    return longest, whole_chunks(longest) * examples
 
 
-def file_fingerprints(folder: Path, patterns: tuple[str, ...]) -> list[tuple[str, int, str]]:
-    """Return name, size and hash of a local model's files; nothing for a name on the hub.
+def whole_chunks(tokens: int) -> int:
+    """Return a number of tokens, rounded up to whole chunks of DeltaNet's torch code."""
+    return DELTANET_CHUNK * math.ceil(tokens / DELTANET_CHUNK)
 
-    Of large files only the first MiB, with safetensors' list of tensors, and the last are read:
-    8 GB would take a minute at each start.
+
+def try_what_fits(trainer: RunTrainer, longest: int, whole_step: int) -> MemoryLimits:
+    """Return how many tokens fit; recomputation is tried only if a single example needs it."""
+    kept = largest_that_fits(lambda n: trial_fits(trainer, n, longest, False), whole_step)
+    costs = measure_costs(trainer, kept, longest, False)
+    if kept >= whole_chunks(longest):
+        return MemoryLimits(kept, kept, costs)
+    recomputed = largest_that_fits(lambda n: trial_fits(trainer, n, longest, True), whole_step)
+    if recomputed < longest and trial_fits(trainer, longest, longest, True):
+        recomputed = longest  # which lies between two multiples of 16
+    return MemoryLimits(kept, recomputed, costs, measure_costs(trainer, recomputed, longest, True))
+
+
+def trial_fits(trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
+    """Return whether a forward and a backward pass over so many tokens find their memory.
+
+    The trial is at least as hard as any part of a step that counts as so many tokens.
+    """
+    rows, width = hardest_shape(tokens, longest)
+    return memory_of_pass(trainer, rows, width, 1.0, is_recomputed) is not None
+
+
+def hardest_shape(tokens: int, longest: int) -> tuple[int, int]:
+    """Return the rows and the width of a trial of so many tokens.
+
+    Its rows are at least as long as the longest example, but less than about twice as long, or one
+    row has all the tokens. As few places as possible fill rows up to whole chunks.
+    """
+    most_rows = max(1, tokens // whole_chunks(longest))
+    shapes = [(rows, math.ceil(tokens / rows)) for rows in range(most_rows, most_rows // 2, -1)]
+    return min(shapes, key=lambda shape: shape[0] * whole_chunks(shape[1]))
+
+
+def memory_of_pass(
+    trainer: RunTrainer, rows: int, width: int, target_share: float, is_recomputed: bool
+) -> int | None:
+    """Return how many bytes a forward and a backward pass need at the most; None if too many.
 
     Args:
-        folder: the model's.
-        patterns: of the names of the files that count.
+        trainer: with the model.
+        rows: of the batch.
+        width: of each row, in tokens.
+        target_share: how many of the tokens are targets; each row has at least one.
+        is_recomputed: whether activations are computed again and not kept.
     """
-    found = []
-    if folder.is_dir():
-        for path in sorted(path for path in folder.iterdir() if path.is_file()):
-            if not any(map(path.match, patterns)):
+    set_recomputation(trainer.recomputing_layers, is_recomputed)
+    trainer.model.train()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
+        labels = ids.clone()
+        labels[:, : width - max(1, math.ceil(target_share * (width - 1)))] = -100
+        inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        inputs["attention_mask"][1:, -1] = 0  # padding takes memory of its own
+        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=rows * width).backward()
+        return torch.cuda.max_memory_allocated() - before
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        trainer.model.zero_grad()
+        torch.cuda.empty_cache()
+
+
+def measure_costs(
+    trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool
+) -> TokenCosts:
+    """Measure what fewer targets save, and what filling up short rows costs.
+
+    Args:
+        trainer: with the model.
+        tokens: as many as fit at once.
+        longest: the tokens of the longest example.
+        is_recomputed: whether activations are computed again and not kept.
+    """
+    if tokens == 0:
+        return TokenCosts()
+    rows, width = hardest_shape(tokens, longest)
+    found = [memory_of_pass(trainer, rows, width, share, is_recomputed) for share in TARGET_SHARES]
+    # Rows of two tokens, of which one predicts the other: nearly all of a chunk is filled up.
+    chunks = max(1, tokens // DELTANET_CHUNK)
+    short = memory_of_pass(trainer, chunks, 2, 0.0, is_recomputed)
+    if None in (*found, short) or found[-1] <= 0:
+        return TokenCosts()
+    each = found[-1] / (rows * width)
+    filled = (short / chunks - 2 * found[0] / (rows * width)) / (DELTANET_CHUNK - 2)
+    return TokenCosts(
+        [rounded_up(one / found[-1]) for one in found[:-1]] + [1.0], rounded_up(filled / each)
+    )
+
+
+def rounded_up(share: float) -> float:
+    """Return a share rounded up to hundredths, from 0 to 1."""
+    return min(1.0, max(0.0, math.ceil(100 * share) / 100))
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
+    """Return most if it fits, otherwise the largest multiple of 16 that does; 0 if none does."""
+    if fits(most):
+        return most
+    sizes = range(16, most, 16)
+    return 16 * bisect.bisect_left(sizes, True, key=lambda size: not fits(size))
+
+
+def lengths_and_targets(inputs: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
+    """Return how many tokens each row has without its padding, and how many are targets."""
+    targets = (inputs["labels"][:, 1:] != -100).sum(1)
+    lengths, counts = torch.stack([inputs["attention_mask"].sum(1), targets]).tolist()
+    return lengths, counts
+
+
+def make_room(trainer: LoraTrainer, failed: OutOfMemory, tries_left: int) -> None:
+    """Forget a step that ran out of memory, and lower the limit; raise UserError if it cannot be.
+
+    The new limit is three quarters of the smaller one of the limit and what did not fit, so the
+    part that failed is divided, or its one example is recomputed. It holds for the rest of the run.
+    """
+    limits, (lengths, targets) = trainer.job.token_limits, lengths_and_targets(failed.inputs)
+    is_smallest = failed.is_recomputed and len(lengths) == 1
+    if is_smallest or tries_left == 0:
+        raise UserError(memory_is_full(failed.message))
+    trainer.model.zero_grad()
+    torch.cuda.empty_cache()
+    count = limits.count(lengths, sum(targets), failed.is_recomputed)
+    if failed.is_recomputed:
+        limits.tokens_at_once_recomputed = int(0.75 * min(limits.tokens_at_once_recomputed, count))
+        limit = limits.tokens_at_once_recomputed
+    else:
+        limits.tokens_at_once = int(0.75 * min(limits.tokens_at_once, count))
+        limit = limits.tokens_at_once
+    report(
+        "memory",
+        f"the GPU's memory was full in step {trainer.state.global_step + 1:,}; it is done again "
+        f"with up to\n{limit:,} tokens at once, and LoRA's dropout is drawn anew",
+    )
+
+
+def memory_is_full(error: str) -> str:
+    """Return what to tell somebody whose GPU has no memory left within the training."""
+    return (
+        f"The GPU's memory is full ({error}). Free it: stop other programs on this GPU, or take "
+        "one with more memory. Then the same command resumes from the newest checkpoint, or begins "
+        "again if there is none."
+    )
+
+
+def layers_that_recompute(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers that can compute their activations again."""
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def set_recomputation(layers: list[torch.nn.Module], is_recomputed: bool) -> None:
+    """Tell layers whether to keep their activations or to compute them again."""
+    for layer in layers:
+        layer.gradient_checkpointing = is_recomputed
+
+
+# ==== TRAINING: the order of the examples, what is printed, saving and stopping
+#
+# What Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 do depends on the moment:
+# - While the data is read, the weights are loaded, memory is tried, or the base model is evaluated,
+#   the run stops at once. There is nothing new to save, and the same command does the same again.
+# - Within a step, and while an epoch is evaluated or a checkpoint is written, that step is finished
+#   and saved before the run stops. The same command resumes there. A second signal stops at once
+#   (not under a launcher), and then the same command resumes from the checkpoint before.
+# - While the adapter is verified, the run stops at once, and the same command verifies it again.
+#   While it is moved into its place, which takes a moment, a signal waits.
+
+
+def train(trainer: RunTrainer, job: Job) -> None:
+    """Train to the end; a signal raises Stopped after the step's checkpoint."""
+    if job.checkpoint and step_of(job.checkpoint) >= job.plan.steps:
+        # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
+        load_adapter(trainer.model, job.checkpoint)
+        return
+    if job.held_out and not job.checkpoint:
+        report("train", "the held-out loss of the base model is measured first")
+    trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
+    accelerate.PartialState().wait_for_everyone()
+    job.signals_wait = False
+
+
+def refuse_what_is_missing(config: trl.SFTConfig) -> None:
+    """Raise UserError if a tracker, the optimizer or the hub cannot be used.
+
+    Trainer would find out after the weights are loaded and older results are moved aside.
+    """
+    for name in config.report_to:
+        (callback,) = get_reporting_integration_callbacks([name])
+        try:
+            callback()  # looks for its package
+        except (RuntimeError, ImportError) as error:
+            raise UserError(f"REPORT_TO {name}: {one_line(error)}") from error
+    try:
+        transformers.Trainer.get_optimizer_cls_and_kwargs(config)
+    except (ImportError, ValueError) as error:
+        # Some kinds need the model, too, and say so after they have looked for their package.
+        if isinstance(error, ImportError) or "install" in str(error):
+            raise UserError(
+                f"training_config(): optim {config.optim.value!r} cannot be used: {one_line(error)}"
+            ) from error
+    if config.push_to_hub:
+        try:
+            huggingface_hub.whoami(token=config.hub_token)
+        except (OSError, ValueError, HTTPError) as error:
+            raise UserError(
+                f"training_config(): push_to_hub needs the Hugging Face hub, which does not answer "
+                f"({one_line(error)}). Log in with `hf auth login`, or remove it."
+            ) from error
+
+
+class RunTrainer(LoraTrainer):
+    """LoraTrainer with this script's order of the examples, held-out loss, and way to save."""
+
+    def __init__(self, job: Job, **given: Any) -> None:
+        """Decide the order of the examples."""
+        self.sampler = LikeLengthsSampler(job)
+        super().__init__(job, **given)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
+        metrics = {"eval_loss": held_out_loss(self.model, self.job, self.state.global_step)}
+        self.log(metrics)
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(
+        self, train_dataset: datasets.Dataset | None = None
+    ) -> LikeLengthsSampler:
+        """Return our order; Trainer's group_by_length has no seed, so it could not be resumed."""
+        return self.sampler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the adapter alone; Trainer would add training_args.bin, a pickle.
+
+        Only the main process saves. Without the argument PEFT would contact the hub.
+        """
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Return 0: to count the weights for Trainer's estimate took 5 ms a step on a CPU."""
+        return 0
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Do nothing: TRL's card does not describe the run, and publish() writes one that does."""
+
+
+def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
+    """Return the held-out loss, in nats per learned token; at step 0 that of the base model.
+
+    Several processes share the examples.
+    """
+    process = accelerate.PartialState()
+    share = job.held_out[process.process_index :: process.num_processes]
+    # B A is 0 at first, but not with every init_lora_weights.
+    with model.disable_adapter() if step == 0 else contextlib.nullcontext():
+        losses = example_losses(
+            model, share, job.token_limits.most(), "held-out loss", job.token_limits
+        )
+    losses = accelerate.utils.gather_object(losses)
+    return sum(losses) / sum(len(example.reply_ids) for example in job.held_out)
+
+
+def example_losses(
+    model: torch.nn.Module,
+    examples: list[Example],
+    tokens_at_once: int,
+    title: str,
+    limits: MemoryLimits | None = None,
+) -> list[float]:
+    """Return the loss of each example's reply: -log(probability), in nats, summed over tokens.
+
+    The model is in evaluation mode meanwhile, so LoRA's dropout is off, and no gradient is kept.
+    On a terminal a progress bar named title is shown.
+
+    Args:
+        model: with or without LoRA.
+        examples: with their tokens.
+        tokens_at_once: how many go through the model together, padding included; at least one
+            example does. If the GPU's memory is too small for them, fewer do.
+        title: what is measured.
+        limits: where to remember that fewer fit, so that the next evaluation begins with as many.
+    """
+    order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
+    losses = [0.0] * len(examples)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), tqdm(total=len(order), desc=title, leave=False, disable=None) as bar:
+        while order:
+            width = len(examples[order[-1]].input_ids)
+            batch = order[-max(1, tokens_at_once // width) :]  # the longest that are left
+            sums = losses_if_they_fit(model, [examples[number] for number in batch])
+            if sums is None:  # the exception is gone, and with it what it held
+                torch.cuda.empty_cache()
+                tokens_at_once = len(batch) // 2 * width
+                if limits is not None:
+                    limits.tokens_evaluated = tokens_at_once
                 continue
-            with path.open("rb") as file:
-                start = file.read(2**20)
-                file.seek(max(0, path.stat().st_size - 2**20))
-                end = file.read()
-            found.append((path.name, path.stat().st_size, hashlib.sha256(start + end).hexdigest()))
-    return found
+            for number, loss in zip(batch, sums, strict=True):
+                losses[number] = loss
+            order = order[: -len(batch)]
+            bar.update(len(batch))
+    model.train(was_training)
+    return losses
 
 
-# ==== PUBLISHING: writing the adapter, verifying it, the model card, the last lines
+def losses_if_they_fit(model: torch.nn.Module, batch: list[Example]) -> list[float] | None:
+    """Return the summed loss of each example, or None where fewer at once may find their memory."""
+    try:
+        inputs = pad(batch, model.device)
+        return reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+        return None
+
+
+def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return input_ids, labels and attention_mask of examples, padded on the right."""
+    width = max(len(example.input_ids) for example in examples)
+    ids, labels, mask = [], [], []
+    for example in examples:
+        padding = width - len(example.input_ids)
+        ids.append(example.input_ids + [0] * padding)
+        labels.append([-100] * len(example.prompt_ids) + example.reply_ids + [-100] * padding)
+        mask.append([1] * len(example.input_ids) + [0] * padding)
+    columns = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return {key: torch.tensor(value, device=device) for key, value in columns.items()}
+
+
+class LikeLengthsSampler:
+    """Gives each step examples of similar lengths, and the steps a random order.
+
+    Similar lengths need little padding. The order depends on the seed, the epoch and the examples'
+    lengths alone, so a resumed run sees the examples that it would have seen.
+    """
+
+    def __init__(self, job: Job) -> None:
+        """Remember the lengths; the epoch is set before each pass."""
+        self.lengths = [len(example.input_ids) for example in job.examples]
+        self.examples_per_step = examples_per_step(job.settings)
+        self.seed = job.settings.SEED
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of examples in an epoch."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the examples' numbers, one step after the other."""
+        size = self.examples_per_step
+        shuffler = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        shuffler.shuffle(order)
+        whole = len(order) - len(order) % size
+        order, rest = order[:whole], order[whole:]  # the incomplete step must come last
+        # Sorting within blocks, not over all, gives each epoch other steps: within a quarter of
+        # them, and 50 at the most.
+        block = size * min(50, math.ceil(len(self.lengths) / size / 4))
+        steps: list[list[int]] = []
+        for start in range(0, whole, block):
+            by_length = sorted(order[start : start + block], key=lambda n: self.lengths[n])
+            steps += [by_length[n : n + size] for n in range(0, len(by_length), size)]
+        shuffler.shuffle(steps)
+        for step in steps:
+            yield from step
+        yield from rest
+
+
+class RunEvents(transformers.TrainerCallback):
+    """What is printed, checked, saved and stopped at the edges of steps.
+
+    Trainer calls these methods by their names, with its arguments, its state (which step it is)
+    and its control (whether to save now).
+    """
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        """Begin without losses to print."""
+        self.job, self.sampler = trainer.job, trainer.sampler
+        self.accelerator = trainer.accelerator
+        self.losses: list[float] = []  # since the last printed line
+        self.step_began = 0.0
+        self.tokens_before = 0
+        self.steps_done = 0  # in this process
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Give each epoch its own order, also when it is resumed in the middle."""
+        self.sampler.epoch = state.global_step // self.job.plan.steps_per_epoch
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """From now on, let a signal wait until the step is finished and saved."""
+        self.job.signals_wait = True
+        self.step_began = time.monotonic()
+        self.tokens_before = state.num_input_tokens_seen
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Stop at a loss that is not a number; print the held-out losses and the training's."""
+        self.job.history = state.log_history
+        step = state.global_step
+        stop_if_not_finite(logs, step)
+        if "eval_loss" in logs:
+            note = "  (the base model, before training)" if step == 0 else ""
+            report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}{note}")
+        if "loss" in logs:
+            self.count_step(state, logs)
+            if step % self.job.settings.LOGGING_STEPS == 0 or step == state.max_steps:
+                self.print_losses(state, logs)
+
+    def count_step(self, state: Any, logs: dict[str, float]) -> None:
+        """Add up the time, the tokens and the loss of the step that has just ended."""
+        self.job.train_seconds += time.monotonic() - self.step_began
+        self.job.train_tokens += state.num_input_tokens_seen - self.tokens_before
+        self.steps_done += 1
+        self.losses.append(logs["loss"])
+
+    def print_losses(self, state: Any, logs: dict[str, float]) -> None:
+        """Print the mean loss since the last line, the speed, and the time that is left."""
+        job, step = self.job, state.global_step
+        left = job.train_seconds / self.steps_done * (state.max_steps - step)
+        report(
+            "train",
+            f"step {step:,}/{state.max_steps:,}  loss {statistics.fmean(self.losses):.4f}  "
+            f"gradient {logs['grad_norm']:.2f}  rate {logs['learning_rate']:.1e}  "
+            f"{job.train_tokens / job.train_seconds:,.0f} tokens/s  {format_time(left)} left",
+        )
+        self.losses = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save every SAVE_STEPS steps, or now if any process was sent a signal."""
+        job = self.job
+        if job.stop_signal:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger() and not job.stop_signal:  # another process got one
+            job.stop_signal = signal.SIGTERM
+        is_due = state.global_step % job.settings.SAVE_STEPS == 0 or job.stop_signal > 0
+        # The last step of an epoch is saved after its evaluation.
+        control.should_save = is_due and not ends_an_epoch(state.global_step, job.plan)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Record the losses beside the checkpoint that is complete now; stop after a signal."""
+        job, step = self.job, state.global_step
+        if is_main_process():
+            remove_old_checkpoints(job, step)
+        if job.settings.DEVICE == "cuda":
+            job.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+        write_record(job, "running")  # so that a run that is killed has its losses
+        job.signals_wait = step < job.plan.steps  # nothing is left to save at the end
+        if job.stop_signal:
+            newest = job.output / "checkpoints" / f"checkpoint-{step}"
+            raise Stopped(
+                job.stop_signal,
+                f"Stopped after step {step:,} of {job.plan.steps:,}. The same command resumes "
+                f"from {newest}.",
+            )
+
+
+def stop_if_not_finite(logs: dict[str, float], step: int) -> None:
+    """Raise UserError if a loss or gradient is infinite or NaN: the rest would be worthless."""
+    names = {"loss": "loss", "grad_norm": "gradient", "eval_loss": "held-out loss"}
+    for key, name in names.items():
+        if not math.isfinite(logs.get(key, 0.0)):
+            if step == 0:
+                raise UserError(
+                    f"The base model's {name} is {logs[key]}: its weights do not work in this "
+                    "type. Set DTYPE to float32, or check the model's files."
+                )
+            raise UserError(
+                f"The {name} is {logs[key]} at step {step:,}. Lower LEARNING_RATE; if that does "
+                "not help, set DTYPE to float32. Changed settings need a new OUTPUT_DIR."
+            )
+
+
+def format_time(seconds: float) -> str:
+    """Return seconds as a person would say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def ends_an_epoch(step: int, plan: Plan) -> bool:
+    """Return whether a step is the last one of an epoch, or of the run."""
+    return step % plan.steps_per_epoch == 0 or step == plan.steps
+
+
+# ==== SAVING: writing the adapter, verifying it, the model card, the last lines
 #
 # At the end OUTPUT_DIR holds:
 #   final_lora/        the adapter in PEFT's form, with tokenizer and model card; verified
@@ -3383,7 +3505,156 @@ def name_on_server(folder: Path) -> str:
     return re.sub(r"[^\w.-]", "-", name) or "adapter"
 
 
-# ==== FLOAT16 PRODUCTS: for GPUs that only emulate bfloat16, such as the V100
+# ==== RUN.JSON: what is recorded of a run, and how files are written, hashed and renamed
+#
+# run.json is written when a run begins, with each checkpoint, and at the end. Its outcome says how
+# the run ended. A run that stops before it begins, as for a bad line of data, leaves the one that
+# is there.
+
+
+def write_record(job: Job, outcome: str) -> None:
+    """Write run.json: what was asked for, what was found, and how it ended."""
+    has_failed = outcome.startswith("failed")
+    if not job.started or not (is_main_process() or has_failed):
+        return
+    if outcome != "finished" and another_has_failed(job):
+        return
+    record = {
+        "outcome": outcome,  # "running", "finished", "interrupted: ..." or "failed: ..."
+        "started": job.started,  # seconds since 1970
+        "ended": None if outcome == "running" else time.time(),
+        "command": shlex.join(["python", *sys.argv]),
+        "working_folder": str(Path.cwd()),
+        "script_sha256": script_sha256(),  # without its SETTINGS
+        "versions": installed_versions(),
+        "settings": {name: getattr(job.settings, name) for name in setting_types()},
+        "lora_config": config_as_recorded(lora_config(job.settings)),  # all of it
+        "device": job.device_name,
+        "products": job.products,  # "native" or "float16"
+        "products_compared": job.products_compared,  # on this GPU: losses, gradients, seconds
+        "delta_kernels": job.delta_kernels,  # fla's or torch's, and why
+        "memory_limits": asdict(job.token_limits) if job.token_limits else None,  # in tokens
+        "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
+        "data": job.data,  # each file's name, hash and counts
+        "system_message": system_messages(job.examples)[0],  # the most frequent one
+        "resumed_from": str(job.checkpoint) if job.checkpoint else None,
+        "train_seconds": job.train_seconds,  # of this process
+        "train_tokens": job.train_tokens,
+        "peak_memory_gib": job.peak_gib,
+        "published": job.published,  # {"step", "label"}
+        "adapter_sha256": job.adapter_sha256,  # {folder: hash of adapter_model.safetensors}
+        "loss_history": job.history,  # what Trainer logged
+    }
+    try:
+        write_json(job.output / "run.json", record)
+    except OSError as error:
+        report("warning", f"{job.output / 'run.json'} is not written: {error}")
+
+
+def another_has_failed(job: Job) -> bool:
+    """Return whether another process of this launch has failed and said so in run.json.
+
+    The launcher then stops this one, or its messages to the other fail. Neither is the reason.
+    """
+    before = read_json(job.output / "run.json") or {}
+    return before.get("started") == job.started and before["outcome"].startswith("failed")
+
+
+def config_as_recorded(config: peft.LoraConfig) -> dict[str, Any]:
+    """Return a whole LoraConfig, with its sets in a fixed order."""
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
+
+
+@functools.cache  # run.json is written several times in a run
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that are imported here."""
+    names = "torch transformers peft trl datasets accelerate safetensors huggingface_hub tokenizers"
+    versions = {name: importlib.metadata.version(name) for name in names.split()}
+    return {"python": sys.version.split()[0]} | versions
+
+
+@functools.cache
+def script_sha256() -> str:
+    """Return the hash of this file without its SETTINGS, which run.json has anyway."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    before, _, rest = text.partition("\n# ==== SETTINGS")
+    _, _, after = rest.partition("\n# ==== THE RUN")
+    return hashlib.sha256((before + after).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON file's object, or None if there is none or it is damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        value = json.loads(path.read_bytes())
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file in such a way that there is never half of it."""
+    # A process that fails may write while the main one does.
+    new = path.with_name(f"{path.name}.new" + ("" if is_main_process() else os.environ["RANK"]))
+    text = json.dumps(without_nan(value), indent=1, allow_nan=False, default=str)
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def without_nan(value: Any) -> Any:
+    """Return value with NaN and infinity as null, since JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def rename_old(path: Path) -> None:
+    """Add the time of its last change to the name of what an earlier run left at path, if any."""
+    if not os.path.lexists(path):  # a link that leads nowhere is there, too
+        return
+    when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.lstat().st_mtime))
+    aside = path.with_name(f"{path.name}.{when}")
+    while os.path.lexists(aside):
+        aside = aside.with_name(f"{aside.name}+")
+    path.rename(aside)
+    report("moved", f"{path} of an earlier run is now {aside}")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_fingerprints(folder: Path, patterns: tuple[str, ...]) -> list[tuple[str, int, str]]:
+    """Return name, size and hash of a local model's files; nothing for a name on the hub.
+
+    Of large files only the first MiB, with safetensors' list of tensors, and the last are read:
+    8 GB would take a minute at each start.
+
+    Args:
+        folder: the model's.
+        patterns: of the names of the files that count.
+    """
+    found = []
+    if folder.is_dir():
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            if not any(map(path.match, patterns)):
+                continue
+            with path.open("rb") as file:
+                start = file.read(2**20)
+                file.seek(max(0, path.stat().st_size - 2**20))
+                end = file.read()
+            found.append((path.name, path.stat().st_size, hashlib.sha256(start + end).hexdigest()))
+    return found
+
+
+# ==== FP16 MATMUL: for GPUs that only emulate bfloat16, such as the V100
 #
 # A V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100 (mlxcel
 # issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its largest
@@ -3638,277 +3909,6 @@ def sums_fit(weight: torch.Tensor) -> bool:
         largest_row = max(largest_row, sizes.sum(1).max().item())
         columns += sizes.sum(0)
     return max(largest_row, columns.max().item()) < 65504 / 2
-
-
-# ==== DEVICE: the GPU or the CPU, and several processes
-#
-# One process uses the first GPU of CUDA_VISIBLE_DEVICES. Under `accelerate launch` each process has
-# one of its own, and a step's examples must divide among them.
-
-
-def find_device(settings: argparse.Namespace) -> str:
-    """Return the device's name, or raise UserError if it cannot be used; a dry run needs none."""
-    if settings.dry_run:
-        forget_other_launches()
-        forbid_gpu_packages()
-        return ""
-    name = prepare_device(settings.DEVICE, settings.DTYPE)
-    processes, size = accelerate.PartialState().num_processes, examples_per_step(settings)
-    if size % processes:
-        raise UserError(
-            f"{processes} processes cannot share steps of {size} examples. Choose BATCH_SIZE x "
-            f"GRADIENT_ACCUMULATION_STEPS as a multiple of {processes}."
-        )
-    if processes == 1:
-        return name
-    report(
-        "device",
-        f"{processes} processes share the examples of each step; an epoch's last step is filled "
-        "up\nwith examples from its beginning",
-    )
-    return f"{name}, {processes} processes"
-
-
-def prepare_device(device: str, dtype: str) -> str:
-    """Return the device's name, or raise UserError and say why there is none that works.
-
-    This comes before the model's code is imported, since the import decides whether it uses
-    flash-linear-attention.
-
-    Args:
-        device: "cuda" or "cpu".
-        dtype: the type of the weights that it must multiply.
-    """
-    is_launched = forget_other_launches()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        forbid_gpu_packages()
-        accelerate.PartialState(cpu=True)
-        report("device", "CPU")
-        return "CPU"
-    if not is_launched:
-        # TRL refuses several visible GPUs without a launcher.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ("0" if visible is None else visible).split(",")[0]
-    try:
-        torch.cuda.init()  # says why there is no GPU
-    except (RuntimeError, AssertionError) as error:
-        hidden = "" if visible is None else f" CUDA_VISIBLE_DEVICES is {visible!r}."
-        raise UserError(
-            f"DEVICE cuda: torch sees no GPU ({one_line(error).rstrip('.')}).{hidden} An NVIDIA "
-            "GPU and a driver of the 525 branch or newer are needed; without one, try --demo, or "
-            "--device cpu with a small model."
-        ) from error
-    place = accelerate.PartialState().device
-    major, minor = torch.cuda.get_device_capability(place)
-    free, total = torch.cuda.mem_get_info(place)
-    name = f"{torch.cuda.get_device_name(place)}, sm_{major}{minor}"
-    if major < 8:
-        forbid_gpu_packages()
-    try:  # a torch without this GPU's kernels says so only when it computes
-        ones = torch.ones(8, 8, device=place, dtype=getattr(torch, dtype))
-        (ones @ ones).sum().item()
-    except RuntimeError as error:
-        raise UserError(
-            f"DEVICE cuda: torch {torch.__version__} does not run on {name} "
-            f"({one_line(error)}). The versions in requirements.txt run on sm_70 (V100) to sm_120; "
-            "if it is one of these, free its memory."
-        ) from error
-    # With a newer cuDNN on LD_LIBRARY_PATH torch would prefer its attention, which plans anew for
-    # each width of a step, in about a second (FunASR issue 3704).
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    text = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
-    if visible is None and not is_launched:
-        text += freer_gpu(free)
-    report("device", text)
-    return name
-
-
-def freer_gpu(free: int) -> str:
-    """Return a note if the first GPU is used of several, and which of them has more free memory."""
-    command = ["nvidia-smi", "--query-gpu=uuid,name,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):  # it need not be there
-        return ""
-    rows = [line.split(", ") for line in said.stdout.splitlines() if line.count(", ") == 2]
-    sizes = {(uuid, name): int(mib) * 2**20 for uuid, name, mib in rows if mib.isdecimal()}
-    if len(sizes) < 2:
-        return ""
-    note = f"\nit is the first of {len(sizes)} GPUs, since CUDA_VISIBLE_DEVICES is not set"
-    uuid, name = max(sizes, key=lambda gpu: sizes[gpu])
-    if sizes[uuid, name] > free + 2**30:
-        note += (
-            f";\n{sizes[uuid, name] / 2**30:.1f} GiB are free on another one ({name}): "
-            f"CUDA_VISIBLE_DEVICES={uuid} takes it"
-        )
-    return note
-
-
-# What `accelerate launch` sets for these; Trainer would shard the model, or expect that it is.
-SHARDED_BY = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
-
-
-def forget_other_launches() -> bool:
-    """Return whether a launcher has started this process; remove what others left behind.
-
-    These variables of other work, or of a configuration, would change this run. Raises UserError
-    if a launcher asks for what this script does not do, instead of doing something else.
-    """
-    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
-    for name, method in SHARDED_BY.items():
-        if is_launched and os.environ.get(name, "").lower() in ("1", "true", "yes"):
-            raise UserError(
-                f"The launcher asks for {method} ({name} is set), which this script does not do: "
-                "each GPU holds the whole model. Launch it with `accelerate launch --multi_gpu "
-                "--num_processes N`, or with torchrun."
-            )
-    left_over = [name for name in os.environ if name.startswith("ACCELERATE_")]
-    if not is_launched:
-        left_over += ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
-    for name in left_over:
-        os.environ.pop(name, None)
-    return is_launched
-
-
-def forbid_gpu_packages() -> None:
-    """Make fla and causal_conv1d unimportable.
-
-    transformers uses them wherever they can be imported, also on a CPU or a GPU of a capability
-    below 8.0, where their Triton kernels crash.
-    """
-    for name in ("fla", "causal_conv1d"):
-        sys.modules[name] = None
-
-
-# By then flash-linear-attention must have compiled its kernels and agreed with torch's code. The
-# first time Triton compiles a dozen in many variants, which takes minutes; it keeps what it has
-# compiled, so a second start gets further. The other processes of a launch wait for ten minutes.
-SECONDS_FOR_FLA = 400
-# How far fla's values and gradients may be from those of torch's code, as a share of their length.
-# That code computes in float32. With its products in bfloat16, as fla has them, all six of its
-# results were 0.28 to 0.42 % away (on a CPU, head size 128, 130 to 300 tokens, three seeds); fla's
-# own tests allow up to 2 %.
-MOST_FLA_APART = 0.02
-
-
-def choose_delta_kernels(config: transformers.PretrainedConfig) -> str:
-    """Return what computes a model's DeltaNet layers on this GPU, and why; "" if it has none.
-
-    transformers decides this when it imports the model's code, which must not have happened yet: it
-    takes fla where that can be imported, and torch's code where not. Broken or wrong kernels would
-    be taken, or fall back, without a word.
-    """
-    if "linear_attention" not in layer_types(config):
-        return ""
-    place = accelerate.PartialState().device
-    is_new_enough = torch.cuda.get_device_capability(place)[0] >= 8
-    is_there = is_new_enough and importlib.util.find_spec("fla") is not None
-    reason = why_not_fla(config, place) if is_there and is_main_process() else ""
-    (reason,) = accelerate.utils.broadcast_object_list([reason])  # all processes take part
-    if not is_new_enough:
-        return "torch's code, since fla needs a GPU of capability 8.0 or newer"
-    if not is_there:
-        report(
-            "faster",
-            "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
-            "with\npip install flash-linear-attention",
-        )
-        return "torch's code, since fla is not installed"
-    if reason:
-        sys.modules["fla"] = None  # now it cannot be imported
-        chosen = f"torch's code, since fla {reason}"
-    else:
-        chosen = f"fla, which agrees with torch's code within {MOST_FLA_APART:.0%} on this GPU"
-    report("kernels", textwrap.fill(f"the DeltaNet layers are computed by {chosen}", 88))
-    return chosen
-
-
-def why_not_fla(config: transformers.PretrainedConfig, place: torch.device) -> str:
-    """Return why fla cannot be used for a model's DeltaNet layers on this GPU, or "".
-
-    A process of its own tries it, since a kernel may crash, hang, or spoil the GPU's state.
-    """
-    code = "from __future__ import annotations\n" + inspect.getsource(compare_fla_with_torch)
-    code += "compare_fla_with_torch()"
-    module = type(config.get_text_config()).__module__.replace(".configuration_", ".modeling_")
-    capability = torch.cuda.get_device_capability(place)[0]
-    given = [module, place, capability, MOST_FLA_APART, SECONDS_FOR_FLA]
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, *map(str, given)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # so that its compilers can be ended with it
-    )
-    try:
-        said, errors = child.communicate(timeout=SECONDS_FOR_FLA)
-    except subprocess.TimeoutExpired:
-        return f"was not ready after {SECONDS_FOR_FLA} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    found = re.search(r"^fla: (.*)\Z", said.strip(), re.MULTILINE)
-    if child.returncode == 0 and found:
-        return found[1].removeprefix("good")
-    LOG.info(errors)
-    return f"ended its trial with status {child.returncode} ({one_line(errors[-150:])})"
-
-
-def compare_fla_with_torch() -> None:
-    """Print "fla: good", or why it is not. This runs in a process of its own, see why_not_fla()."""
-    import importlib
-    import importlib.metadata
-    import signal
-    import sys
-
-    import torch
-
-    def results(function: typing.Any) -> list[torch.Tensor]:
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        query, key, value, g, beta = leaves
-        out, _ = function(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=True)
-        (out.float() * weights).sum().backward()
-        return [out.detach().float(), *(leaf.grad.float() for leaf in leaves)]
-
-    module, device, capability, limit, seconds = sys.argv[1:]
-    signal.alarm(int(seconds))  # whatever becomes of the process that waits
-    try:
-        importlib.import_module("fla")
-        version = importlib.metadata.version("fla-core")
-        if capability == "9" and tuple(map(int, version.split(".")[:2])) < (0, 5):
-            # Some gradients are 1 to 5 % wrong, which a comparison might let pass.
-            print(f"fla: in version {version} has wrong gradients on Hopper GPUs (fla issue 640)")
-            return
-        kernel = importlib.import_module(module).torch_chunk_gated_delta_rule
-        # As Qwen3.5 has them: two value heads for a key head, and the decay in float32. 200 tokens
-        # are three chunks of 64 and a part of one.
-        torch.manual_seed(0)
-        sizes = [(1, 200, 2, 128), (1, 200, 2, 128), (1, 200, 4, 128), (1, 200, 4), (1, 200, 4)]
-        tensors = [torch.randn(size).to(device, torch.bfloat16) for size in sizes]
-        tensors[3] = -torch.nn.functional.softplus(tensors[3].float())
-        tensors[4] = tensors[4].sigmoid()
-        weights = torch.randn(sizes[2]).to(device)
-        expected, found = results(kernel.__wrapped__), results(kernel)
-        names = ["values", *(f"gradients of {name}" for name in ("q", "k", "v", "g", "beta"))]
-        for name, right, its in zip(names, expected, found, strict=True):
-            apart = ((its - right).norm() / right.norm()).item()
-            if not apart <= float(limit):  # NaN is not, either
-                print(f"fla: has {name} that are {apart:.1%} away from those of torch's code")
-                return
-        if all(map(torch.equal, expected, found)):
-            print("fla: is not what transformers takes")
-            return
-    except Exception as error:  # whatever is wrong with it, it is not used
-        print("fla: cannot be used:", " ".join(f"{type(error).__name__}: {error}".split())[:200])
-        return
-    print("fla: good")
 
 
 # ==== COMMAND LINE: flags, the log, signals, exit statuses, error messages, main()
