@@ -219,8 +219,8 @@ def prepare(job: Job) -> None:
     read_model_files(job)  # MODEL FILES: configuration, tokenizer and chat template
     read_data(job)  # DATA and TOKENS: every line is checked before anything is trained
     job.plan = make_plan(job)  # PLAN: which weights, and how many steps
-    refuse_changed_arguments(training_config(job), job)  # TRAINING
-    refuse_what_is_missing(training_config(job))  # TRAINING
+    refuse_changed_arguments(training_config(job), job)  # PLAN
+    refuse_what_is_missing(training_config(job))  # PLAN: packages and the hub
     job.products = choose_products(job)  # FP16 MATMUL: how a V100 multiplies
 
 
@@ -2035,6 +2035,35 @@ def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
             )
 
 
+def refuse_what_is_missing(config: trl.SFTConfig) -> None:
+    """Raise UserError if a tracker, the optimizer or the hub cannot be used.
+
+    Trainer would find out after the weights are loaded and older results are moved aside.
+    """
+    for name in config.report_to:
+        (callback,) = get_reporting_integration_callbacks([name])
+        try:
+            callback()  # looks for its package
+        except (RuntimeError, ImportError) as error:
+            raise UserError(f"REPORT_TO {name}: {one_line(error)}") from error
+    try:
+        transformers.Trainer.get_optimizer_cls_and_kwargs(config)
+    except (ImportError, ValueError) as error:
+        # Some kinds need the model, too, and say so after they have looked for their package.
+        if isinstance(error, ImportError) or "install" in str(error):
+            raise UserError(
+                f"training_config(): optim {config.optim.value!r} cannot be used: {one_line(error)}"
+            ) from error
+    if config.push_to_hub:
+        try:
+            huggingface_hub.whoami(token=config.hub_token)
+        except (OSError, ValueError, HTTPError) as error:
+            raise UserError(
+                f"training_config(): push_to_hub needs the Hugging Face hub, which does not answer "
+                f"({one_line(error)}). Log in with `hf auth login`, or remove it."
+            ) from error
+
+
 # ==== CHECKPOINTS: what an earlier run left behind, and resuming
 #
 # A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal;
@@ -2834,35 +2863,6 @@ def train(trainer: RunTrainer, job: Job) -> None:
     trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
     accelerate.PartialState().wait_for_everyone()
     job.signals_wait = False
-
-
-def refuse_what_is_missing(config: trl.SFTConfig) -> None:
-    """Raise UserError if a tracker, the optimizer or the hub cannot be used.
-
-    Trainer would find out after the weights are loaded and older results are moved aside.
-    """
-    for name in config.report_to:
-        (callback,) = get_reporting_integration_callbacks([name])
-        try:
-            callback()  # looks for its package
-        except (RuntimeError, ImportError) as error:
-            raise UserError(f"REPORT_TO {name}: {one_line(error)}") from error
-    try:
-        transformers.Trainer.get_optimizer_cls_and_kwargs(config)
-    except (ImportError, ValueError) as error:
-        # Some kinds need the model, too, and say so after they have looked for their package.
-        if isinstance(error, ImportError) or "install" in str(error):
-            raise UserError(
-                f"training_config(): optim {config.optim.value!r} cannot be used: {one_line(error)}"
-            ) from error
-    if config.push_to_hub:
-        try:
-            huggingface_hub.whoami(token=config.hub_token)
-        except (OSError, ValueError, HTTPError) as error:
-            raise UserError(
-                f"training_config(): push_to_hub needs the Hugging Face hub, which does not answer "
-                f"({one_line(error)}). Log in with `hf auth login`, or remove it."
-            ) from error
 
 
 class RunTrainer(LoraTrainer):
