@@ -119,7 +119,8 @@ from tqdm import tqdm
 from transformers.integrations import get_reporting_integration_callbacks
 
 # The kinds of settings, with their limits.
-Name = Annotated[str, Field(min_length=1)]
+NonEmptyStr = Annotated[str, Field(min_length=1)]
+TargetModules = Annotated[list[NonEmptyStr], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Rank = Annotated[int, Field(ge=1, le=512)]
@@ -137,15 +138,15 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 # with another value, or before there was one, is refused.
 
 # The model.
-MODEL_NAME: Name = "Qwen/Qwen3.5-4B"  # a chat model on the Hugging Face hub, or a local folder
-MODEL_REVISION: Name = "main"  # the model's branch, tag or commit on the hub
+MODEL_NAME: NonEmptyStr = "Qwen/Qwen3.5-4B"  # a chat model on the hub, or a local folder
+MODEL_REVISION: NonEmptyStr = "main"  # the model's branch, tag or commit on the hub
 DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # the type of the frozen weights
 DEVICE: Literal["cuda", "cpu"] = "cuda"  # "cpu" is for small models
 
-# The data. The section DATA shows the forms that a conversation may have.
-TRAIN_FILE: Name = "data/train.jsonl"  # the conversations to learn from
+# The data. The section DATA shows the formats that a conversation may have.
+TRAIN_FILE: NonEmptyStr = "data/train.jsonl"  # the conversations to learn from
 EVAL_FILE: str = "data/eval.jsonl"  # not trained on; "10%" holds out a tenth of TRAIN_FILE; or ""
-REPLIES: Literal["all", "last"] = "all"  # which replies of a conversation are learned
+REPLIES: Literal["all", "last"] = "all"  # which replies of a conversation are targets
 MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
@@ -154,7 +155,7 @@ MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never c
 LORA_R: Rank = 8  # the rank; larger data may need more, such as 16 or 32
 LORA_ALPHA: Count = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
-LORA_TARGET_MODULES: Annotated[list[Name], Field(min_length=1)] = [  # the layers that get LoRA
+LORA_TARGET_MODULES: TargetModules = [  # the modules that get LoRA
     "q_proj",  # attention: which words the model looks at
     "k_proj",
     "v_proj",
@@ -167,7 +168,7 @@ LORA_TARGET_MODULES: Annotated[list[Name], Field(min_length=1)] = [  # the layer
 # Training.
 NUM_EPOCHS: Count = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS: CountOrZero = 0  # stop after this many steps, to try things out; 0 for all epochs
-# Only the product of these two counts: how many examples a step has, one for each learned reply.
+# Only BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS counts: how many examples a step has, one a reply.
 # How many of them go through the GPU at once is found by trying, see MEMORY.
 BATCH_SIZE: Count = 2  # examples in a step = BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS
 GRADIENT_ACCUMULATION_STEPS: Count = 2  # the other factor
@@ -179,7 +180,7 @@ WARMUP_RATIO: Share = 0.03  # the share of the steps in which the learning rate 
 SEED: Seed = 42  # decides dropout, the order of the examples, and the values that A begins with
 
 # Results.
-OUTPUT_DIR: Name = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
+OUTPUT_DIR: NonEmptyStr = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
 LOGGING_STEPS: Count = 10  # a line is printed every so many steps
 SAVE_STEPS: Count = 50  # a checkpoint every so many steps; a crash loses the steps since then
 FINAL_LORA: Literal["last", "best"] = "last"  # its epoch; "best" by the held-out loss
@@ -196,7 +197,7 @@ MATMUL: Literal["auto", "native", "float16"] = "auto"  # for old GPUs, see FP16 
 
 
 def run(job: Job) -> None:
-    """Train and publish one adapter."""
+    """Train one adapter, verify it, and save it as final_lora."""
     prepare(job)  # everything that comes before the weights
     if job.settings.dry_run:
         report("done", "Nothing was trained. Without --dry_run the same command trains.")
@@ -209,7 +210,7 @@ def run(job: Job) -> None:
     find_what_fits(trainer, job)  # MEMORY: how many examples at once
     train(trainer, job)  # TRAINING: all steps, or those that are left
     if is_main_process():
-        publish(trainer, job)  # SAVING: write, load again, compare, move into place
+        save_final_lora(trainer, job)  # SAVING: write, load again, compare, move into place
         summarize(job)  # SAVING: what was reached, and what to do next
 
 
@@ -221,7 +222,7 @@ def prepare(job: Job) -> None:
     job.plan = make_plan(job)  # PLAN: which weights, and how many steps
     refuse_changed_arguments(training_config(job), job)  # PLAN
     refuse_what_is_missing(training_config(job))  # PLAN: packages and the hub
-    job.products = choose_products(job)  # FP16 MATMUL: how a V100 multiplies
+    job.matmul = choose_matmul(job)  # FP16 MATMUL: how a V100 multiplies
 
 
 @dataclass
@@ -239,8 +240,8 @@ class Job:
     held_out_content: bytes = b""  # what held_out.jsonl gets, with an EVAL_FILE like "10%"
     data: dict[str, Any] = field(default_factory=dict)  # counts and hashes of the two files
     plan: Plan | None = None
-    products: str = "native"  # how frozen weights are multiplied; or "float16"
-    products_compared: dict[str, Any] | None = None  # both kinds on this GPU, with MATMUL "auto"
+    matmul: str = "native"  # how frozen weights are multiplied; or "float16"
+    matmul_compared: dict[str, Any] | None = None  # both kinds on this GPU, with MATMUL "auto"
     delta_kernels: str = ""  # what computes DeltaNet's layers, and why
 
     # From resume_or_begin(): what an earlier run has done.
@@ -259,9 +260,11 @@ class Job:
     signals_wait: bool = False  # a signal is remembered, and obeyed after the next save
     stop_signal: int = 0  # the signal that asks the run to stop
 
-    # From publish().
-    published: dict[str, Any] | None = None  # which epoch became final_lora
-    adapter_sha256: dict[str, str] = field(default_factory=dict)  # of the published files
+    # From save_final_lora().
+    saved_epoch: dict[str, Any] | None = None  # which epoch became final_lora
+    adapter_sha256: dict[str, str] = field(
+        default_factory=dict
+    )  # of final_lora and final_lora_vllm
 
     @property
     def output(self) -> Path:
@@ -275,7 +278,7 @@ class Job:
 
 @dataclass
 class Plan:
-    """What will be trained, as PEFT itself counts it on a skeleton without weights."""
+    """What will be trained, as PEFT itself counts it on the meta device, without weights."""
 
     trainable: int  # parameters
     total: int  # parameters, LoRA's among them
@@ -288,9 +291,13 @@ class Plan:
 
 # ==== THE HEART: LoRA, the trainer, its step and its loss
 #
-# Each target, a matrix W of the model, gets two small matrices beside it, A and B. Only these are
-# trained, in float32; W and all else stay frozen. The loss of a step is -log(probability), summed
-# over the tokens that are learned and divided by their number. AdamW then changes A and B.
+# Each target module, a matrix W of the model, gets two small matrices beside it, A and B. Only
+# these are trained, in float32; W and all else stay frozen.
+#
+# The labels are the target tokens: those of a reply, with the one that ends it. All others have the
+# label -100. At position t the model predicts token t + 1. The loss of a step is the sum of
+# -log(probability) over its target tokens, divided by their number in the whole step, however many
+# micro-batches it goes through the GPU in. AdamW then changes A and B.
 
 
 def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
@@ -299,12 +306,12 @@ def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
     Examples are use_dora=True, or rank_pattern={"down_proj": 16}. The plan prints what follows.
     """
     return peft.LoraConfig(
-        r=settings.LORA_R,  # the rank: A is r x k, B is d x r
-        lora_alpha=settings.LORA_ALPHA,  # the update is scaled by alpha / r
-        target_modules=settings.LORA_TARGET_MODULES,  # must be names of the model's layers
-        lora_dropout=settings.LORA_DROPOUT,  # on LoRA's input only
+        r=settings.LORA_R,
+        lora_alpha=settings.LORA_ALPHA,
+        target_modules=settings.LORA_TARGET_MODULES,
+        lora_dropout=settings.LORA_DROPOUT,
         bias="none",  # the biases stay frozen
-        task_type="CAUSAL_LM",  # the model predicts the next token
+        task_type="CAUSAL_LM",
     )
 
 
@@ -312,7 +319,7 @@ def training_config(job: Job) -> trl.SFTConfig:
     """Return what TRL is asked for. Its defaults hold: AdamW without decay, clipping at 1.0.
 
     Other arguments, such as weight_decay=0.01, may be added. Those on which this script depends are
-    refused by name, see TRAINING.
+    refused by name, see PLAN.
     """
     settings = job.settings
     processes = accelerate.PartialState().num_processes
@@ -328,8 +335,8 @@ def training_config(job: Job) -> trl.SFTConfig:
         # Rounded down: TRL would round up, and the first step of a warm-up has the rate 0.
         warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
         per_device_train_batch_size=examples_per_step(settings) // processes,  # its share of a step
-        gradient_accumulation_steps=1,  # training_step() divides it
-        activation_checkpointing=False,  # the new name of gradient checkpointing
+        gradient_accumulation_steps=1,  # training_step() divides a step into micro-batches
+        activation_checkpointing=False,  # gradient checkpointing is switched by micro-batch, MEMORY
         bf16=False,  # no autocast: the weights have their type already
         use_cpu=settings.DEVICE == "cpu",
         dataset_kwargs={"skip_prepare_dataset": True},  # TRL must not render or pack
@@ -348,17 +355,17 @@ def training_config(job: Job) -> trl.SFTConfig:
     )
 
 
-def build_trainer(job: Job) -> RunTrainer:
+def build_trainer(job: Job) -> LoraTrainer:
     """Load the base model and return a trainer whose model has LoRA in it.
 
     LoRA is added by SFTTrainer's peft_config alone. Do not also call PEFT's get_peft_model(): LoRA
     would be added twice, which TRL refuses.
     """
     trainer = new_trainer(job)
-    if job.products == "float16" and job.settings.MATMUL == "auto":
-        reason = try_float16_products(trainer, job)  # see FP16 MATMUL
+    if job.matmul == "float16" and job.settings.MATMUL == "auto":
+        reason = try_fp16_matmul(trainer, job)  # see FP16 MATMUL
         if reason:
-            take_native_products(job, reason)
+            take_native_matmul(job, reason)
             del trainer  # there is no room for two models
             gc.collect()
             torch.cuda.empty_cache()
@@ -366,14 +373,14 @@ def build_trainer(job: Job) -> RunTrainer:
     return trainer
 
 
-def new_trainer(job: Job) -> RunTrainer:
+def new_trainer(job: Job) -> LoraTrainer:
     """Return a trainer with the weights as the model's files have them, and with new LoRA."""
     settings = job.settings
     device = accelerate.PartialState().device
     model = load_model(settings.MODEL_NAME, settings.MODEL_REVISION, settings.DTYPE, device)
     if settings.MATMUL == "float16":
-        model = use_float16_products(model)  # see FP16 MATMUL
-    trainer = RunTrainer(  # a LoraTrainer that also evaluates and saves, see TRAINING
+        model = use_fp16_matmul(model)  # see FP16 MATMUL
+    trainer = LoraTrainer(
         job,
         model=model,
         peft_config=lora_config(settings),  # PEFT makes A and B in float32
@@ -388,11 +395,12 @@ def new_trainer(job: Job) -> RunTrainer:
 
 
 class LoraTrainer(trl.SFTTrainer):
-    """TRL's trainer with a step in as few parts as fit in memory."""
+    """TRL's trainer with this script's micro-batches, loss, order of the examples, and saving."""
 
     def __init__(self, job: Job, **given: Any) -> None:
-        """Remember the job."""
+        """Decide the order of the examples; find the layers that can recompute activations."""
         self.job = job
+        self.sampler = LengthGroupedSampler(job)  # see TRAINING
         super().__init__(**given)
         self.recomputing_layers = layers_that_recompute(self.model)
 
@@ -402,18 +410,23 @@ class LoraTrainer(trl.SFTTrainer):
         inputs: dict[str, torch.Tensor],
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Send the examples of a step through the model, and return their loss.
+        """Send the examples of a step through the model, in micro-batches; return their loss.
 
-        It is a sum over tokens, divided by their number in the whole step. So apart from dropout
-        and rounding the gradient is the same, however the step is divided. A step that runs out of
-        memory is done again in smaller parts, see MEMORY.
+        Each micro-batch adds its share of the step's mean, so apart from dropout and rounding the
+        gradient does not depend on the division. A step that runs out of memory is done again in
+        smaller micro-batches, see MEMORY.
+
+        Args:
+            model: self.model, or DDP around it.
+            inputs: input_ids, attention_mask and labels, each examples x tokens.
+            num_items_in_batch: the target tokens of the whole step, in all processes.
         """
         if not model.training:
             model.train()
         inputs = self._prepare_inputs(inputs)
         for tries_left in (3, 2, 1, 0):
-            parts = split_step(inputs, self.job.token_limits)  # what fits was found before
-            loss, failed = self.go_through(model, parts, num_items_in_batch)
+            micro_batches = split_into_micro_batches(inputs, self.job.token_limits)
+            loss, failed = self.go_through(model, micro_batches, num_items_in_batch)
             if failed is None:
                 return loss
             make_room(self, failed, tries_left)
@@ -422,22 +435,22 @@ class LoraTrainer(trl.SFTTrainer):
     def go_through(
         self,
         model: torch.nn.Module,
-        parts: list[tuple[dict[str, torch.Tensor], bool]],
+        micro_batches: list[tuple[dict[str, torch.Tensor], bool]],
         num_items_in_batch: torch.Tensor | None,
     ) -> tuple[torch.Tensor, OutOfMemory | None]:
-        """Send each part forward and backward; return their loss, and the part that did not fit."""
+        """Send each micro-batch forward and backward; return the loss, and what did not fit."""
         total = torch.zeros((), device=self.args.device)
-        for number, (part, is_recomputed) in enumerate(parts, 1):
+        for number, (inputs, is_recomputed) in enumerate(micro_batches, 1):
             set_recomputation(self.recomputing_layers, is_recomputed)
-            is_last = number == len(parts)  # only then do processes exchange gradients
+            is_last = number == len(micro_batches)  # only then do processes exchange gradients
             try:
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                    loss = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                    loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
                     self.accelerator.backward(loss)
             except torch.OutOfMemoryError as error:
                 if self.accelerator.num_processes > 1:
                     raise  # the others wait for this one's gradients, so all must end
-                return total, OutOfMemory(part, is_recomputed, one_line(error))
+                return total, OutOfMemory(inputs, is_recomputed, one_line(error))
             total += loss.detach()
         return total, None
 
@@ -448,34 +461,62 @@ class LoraTrainer(trl.SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return a part's sum of -log(probability) / the number of tokens that the step learns.
+        """Return a micro-batch's sum of -log(probability) / the target tokens of the whole step.
 
-        That number, num_items_in_batch, is counted by Trainer, over the whole step and all
-        processes. TRL's own loss has the same value, but needs Triton, which no longer supports the
-        V100.
+        TRL's own loss has the same value. It is not used, since it computes entropy and accuracy in
+        every step as well, and needs Triton on a GPU, which no longer supports the V100.
         """
         loss = reply_losses(model, inputs).sum() / num_items_in_batch
         return loss * self.accelerator.num_processes  # DDP takes the mean over the processes
 
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
+        metrics = {"eval_loss": held_out_loss(self.model, self.job, self.state.global_step)}
+        self.log(metrics)
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
-def split_step(
+    def _get_train_sampler(
+        self, train_dataset: datasets.Dataset | None = None
+    ) -> LengthGroupedSampler:
+        """Return our order; Trainer's group_by_length has no seed, so it could not be resumed."""
+        return self.sampler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the adapter alone; Trainer would add training_args.bin, a pickle.
+
+        Only the main process saves. Without the argument PEFT would contact the hub.
+        """
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Return 0: to count the weights for Trainer's estimate took 5 ms a step on a CPU."""
+        return 0
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Do nothing: TRL's card does not describe the run; save_adapter() writes one that does."""
+
+
+def split_into_micro_batches(
     inputs: dict[str, torch.Tensor], limits: MemoryLimits
 ) -> list[tuple[dict[str, torch.Tensor], bool]]:
-    """Divide a padded step into parts that fit, with a flag saying whether each is recomputed.
+    """Divide a padded step into micro-batches that fit, with a flag: is it recomputed?
 
     A step that fits stays whole. Otherwise the examples that are too long to keep their
-    activations go first, and are recomputed. Then come the others. Each part is as wide as its
-    longest example, so it has less padding than the step.
+    activations go first, and are recomputed. Then come the others. Each micro-batch is as wide as
+    its longest example, so it has less padding than the step.
 
     Args:
-        inputs: input_ids, attention_mask and labels, each rows x width, padded on the right.
-        limits: how much a part may have, its own padding included.
+        inputs: input_ids, attention_mask and labels, each examples x tokens, padded on the right.
+        limits: how much fits at once, padding included.
     """
     lengths, targets = lengths_and_targets(inputs)
     if limits.fit(lengths, sum(targets), False):
         return [(inputs, False)]
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    parts = []
+    micro_batches = []
     for is_recomputed in (True, False):
         left = [
             row
@@ -491,27 +532,29 @@ def split_step(
             ):
                 count += 1
             rows, left = left[:count], left[count:]
-            part = {key: value[rows, : lengths[rows[0]]] for key, value in inputs.items()}
-            parts.append((part, is_recomputed))
-    return parts
+            width = lengths[rows[0]]
+            micro_batch = {key: value[rows, :width] for key, value in inputs.items()}
+            micro_batches.append((micro_batch, is_recomputed))
+    return micro_batches
 
 
 def reply_losses(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return -log(probability) of each token but the first, in nats; 0 where it is not learned.
+    """Return -log(probability) of each target token, in nats, and 0 for all others.
 
-    The result has a row for each example and a column for each token.
+    The result has a row for each example and a column for each token but the first, which nothing
+    predicts.
     """
-    labels = inputs["labels"][:, 1:]
-    learned = places_of_learned(inputs)
-    losses = torch.zeros(labels.shape, device=labels.device)
-    losses[learned] = torch.nn.functional.cross_entropy(
-        reply_logits(model, inputs).float(), labels[learned], reduction="none"
+    next_tokens = inputs["labels"][:, 1:]
+    positions = target_positions(inputs)
+    losses = torch.zeros(next_tokens.shape, device=next_tokens.device)
+    losses[positions] = torch.nn.functional.cross_entropy(
+        reply_logits(model, inputs).float(), next_tokens[positions], reduction="none"
     )
     return losses
 
 
-def places_of_learned(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Return the rows and the columns at which the next token is one that is learned."""
+def target_positions(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return rows and columns of the positions that predict a target token: t for token t + 1."""
     return (inputs["labels"][:, 1:] != -100).nonzero(as_tuple=True)
 
 
@@ -524,22 +567,24 @@ NEED_NO_MASK = (
 
 
 def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return a row of logits for each learned token of all examples, and none for other tokens.
+    """Return a row of logits for each target token, and none for other tokens.
 
-    With 248,320 tokens in the vocabulary the logits are the largest tensor of all.
+    With 248,320 tokens in the vocabulary the logits are the largest tensor of all. So a hook gives
+    the head the target positions alone. A hook, since the call must go through DDP, which is around
+    the model; and transformers' own logits_to_keep takes whole columns, which differ from example
+    to example.
     """
-    learned = places_of_learned(inputs)
+    positions = target_positions(inputs)
 
-    def keep_learned(_: torch.nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
-        """Pass the head only the places that predict a learned token."""
-        return given[0][learned]
+    def keep_targets(_: torch.nn.Module, given: tuple[torch.Tensor]) -> torch.Tensor:
+        """Pass the head only the hidden states at the target positions."""
+        return given[0][positions]
 
     inner = accelerate.utils.extract_model_from_parallel(model)
     given = {"input_ids": inputs["input_ids"], "use_cache": False}
     if needs_mask(inner.config):
         given["attention_mask"] = inputs["attention_mask"]
-    # transformers' logits_to_keep takes whole columns, which differ from example to example.
-    hook = inner.get_output_embeddings().register_forward_pre_hook(keep_learned)
+    hook = inner.get_output_embeddings().register_forward_pre_hook(keep_targets)
     try:
         return model(**given).logits
     finally:
@@ -734,9 +779,9 @@ def forbid_gpu_packages() -> None:
 # compiled, so a second start gets further. The other processes of a launch wait for ten minutes.
 SECONDS_FOR_FLA = 400
 # How far fla's values and gradients may be from those of torch's code, as a share of their length.
-# That code computes in float32. With its products in bfloat16, as fla has them, all six of its
-# results were 0.28 to 0.42 % away (on a CPU, head size 128, 130 to 300 tokens, three seeds); fla's
-# own tests allow up to 2 %.
+# That code computes in float32. With its matrices multiplied in bfloat16, as fla has them, all six
+# of its results were 0.28 to 0.42 % away (on a CPU, head size 128, 130 to 300 tokens, three seeds);
+# fla's own tests allow up to 2 %.
 MOST_FLA_APART = 0.02
 
 
@@ -832,7 +877,7 @@ def compare_fla_with_torch() -> None:
             return
         kernel = importlib.import_module(module).torch_chunk_gated_delta_rule
         # As Qwen3.5 has them: two value heads for a key head, and the decay in float32. 200 tokens
-        # are three chunks of 64 and a part of one.
+        # are three chunks of 64 and an incomplete one.
         torch.manual_seed(0)
         sizes = [(1, 200, 2, 128), (1, 200, 2, 128), (1, 200, 4, 128), (1, 200, 4), (1, 200, 4)]
         tensors = [torch.randn(size).to(device, torch.bfloat16) for size in sizes]
@@ -911,16 +956,16 @@ def load_chat_format(model_name: str, revision: str, tokenizer_folder: str = "")
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             tokenizer_folder or model_name, **where
         )
-        end_ids = tokens_that_stop(model_name, revision, tokenizer)
-    if not tokenizer.chat_template or not end_ids:
+        stop_token_ids = find_stop_token_ids(model_name, revision, tokenizer)
+    if not tokenizer.chat_template or not stop_token_ids:
         raise UserError(
             f"{model_name}: its tokenizer has no chat template or no end-of-turn token. Use a "
             "model that was trained to chat, such as Qwen/Qwen3.5-4B."
         )
-    return ChatFormat(tokenizer, end_ids)
+    return ChatFormat(tokenizer, stop_token_ids)
 
 
-def tokens_that_stop(
+def find_stop_token_ids(
     model_name: str, revision: str, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> list[int]:
     """Return the tokens at which the model stops: the tokenizer's end, and the configuration's.
@@ -1007,7 +1052,7 @@ def model_is_named(model_name: str) -> Iterator[None]:
 # ==== DATA: reading the conversations, checking every line, and holding a part out
 #
 # A file holds one conversation a line (JSONL), or all of them in one JSON array. A conversation has
-# one of four forms:
+# one of four formats:
 #     {"prompt": [messages], "completion": [one message]}     teaches the completion alone
 #     {"messages": [messages]}                                teaches each reply of the assistant;
 #                                                             with REPLIES "last" only the last one
@@ -1016,9 +1061,9 @@ def model_is_named(model_name: str) -> Iterator[None]:
 # A message has a "role" and a "content", and no other keys. At most one system message comes first,
 # which may also be the line's key "system"; then user and assistant take turns, and a reply comes
 # last. "tools" and "functions" are refused. All other keys of a line are ignored, and everywhere
-# those whose value is null. Dumps in ShareGPT's form often begin with a greeting of the assistant,
-# or end with a question that has no reply. There these are left out and counted; in "messages"
-# they are an error.
+# those whose value is null. Dumps in ShareGPT's format often begin with a greeting of the
+# assistant, or end with a question that has no reply. There these are left out and counted; in
+# "messages" they are an error.
 #
 # Every line of both files is checked, and all problems are reported together, equal ones once; then
 # nothing is trained. With an EVAL_FILE like "10%" hold_out() chooses the held-out conversations. If
@@ -1037,7 +1082,7 @@ def read_data(job: Job) -> None:
     if problems:
         raise UserError(
             f"{problems_as_text(problems)}\n"
-            f"The data has {counted(len(problems), 'problem')}, so nothing was trained."
+            f"The data has {pluralize(len(problems), 'problem')}, so nothing was trained."
         )
     warn_of_shipped_eval_file(settings)
     warn_of_missing_system_messages(train)
@@ -1056,13 +1101,15 @@ def read_data(job: Job) -> None:
 
 @dataclass
 class Example:
-    """A reply to be learned, and the conversation that leads to it."""
+    """A reply to train on, and the conversation that leads to it."""
 
-    where: str  # file:line
+    source: str  # file:line
     messages: list[dict[str, str]]  # up to and including the reply
     row: dict[str, Any] = field(default_factory=dict)  # the conversation as it is in the file
     prompt_ids: list[int] = field(default_factory=list)  # tokens that are only read
-    reply_ids: list[int] = field(default_factory=list)  # tokens that are learned, with the end
+    reply_ids: list[int] = field(
+        default_factory=list
+    )  # the target tokens, with the one that ends the turn
 
     @property
     def input_ids(self) -> list[int]:
@@ -1080,7 +1127,7 @@ class Example:
 class Problem:
     """What is wrong with a line, or with a file."""
 
-    where: str
+    source: str  # file, or file:line
     text: str
 
 
@@ -1089,11 +1136,11 @@ COMPLETION, SHAREGPT, ALPACA = (
     ("conversations",),
     ("instruction", "output"),
 )
-FORMS = (("messages",), COMPLETION, SHAREGPT, ALPACA)
-CONVERSATION_KEYS = {key for keys in FORMS for key in keys} | {"system", "input"}
-FORM_RULE = (
+DATA_FORMATS = (("messages",), COMPLETION, SHAREGPT, ALPACA)
+CONVERSATION_KEYS = {key for keys in DATA_FORMATS for key in keys} | {"system", "input"}
+FORMAT_RULE = (
     'write {"prompt": [messages], "completion": [one message]} or {"messages": [messages]}; '
-    "docs/data.md shows all four forms"
+    "docs/data.md shows all four formats"
 )
 MESSAGE_RULE = 'a message is {"role": "system", "user" or "assistant", "content": "some text"}'
 
@@ -1106,7 +1153,7 @@ def read_both_files(job: Job) -> tuple[list[Example], list[Example], list[Proble
     percent = held_out_percent(settings.EVAL_FILE)
     if percent and not problems:
         train, held_out = hold_out(train, percent, settings.TRAIN_FILE)
-        rows = {example.where: example.row for example in held_out}
+        rows = {example.source: example.row for example in held_out}
         text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows.values())
         # Half a character becomes the escape that JSON has for it.
         job.held_out_content = text.encode(errors="backslashreplace")
@@ -1133,26 +1180,28 @@ def read_conversations(
     examples: list[Example] = []
     problems: list[Problem] = []
     shortened = 0
-    for where, text in entries_of(path, shown).items():
+    for source, text in entries_of(path, shown).items():
         try:
             row = parse_row(text)
-            form, messages = messages_of({key: row[key] for key in row if row[key] is not None})
-            if form == SHAREGPT:
+            data_format, messages = messages_of(
+                {key: row[key] for key in row if row[key] is not None}
+            )
+            if data_format == SHAREGPT:
                 answered = from_question_to_reply(messages)
                 shortened += len(answered) < len(messages)
                 messages = answered
             messages = check_messages(messages, accepts_thinking)
-            teaches_one = form in (COMPLETION, ALPACA)
-            examples += examples_of(messages, where, row, "last" if teaches_one else replies)
+            teaches_one = data_format in (COMPLETION, ALPACA)
+            examples += examples_of(messages, source, row, "last" if teaches_one else replies)
         except RecursionError:
-            problems.append(Problem(where, f"the JSON is nested too deeply; {FORM_RULE}"))
+            problems.append(Problem(source, f"the JSON is nested too deeply; {FORMAT_RULE}"))
         except ValueError as error:
-            problems.append(Problem(where, str(error)))
+            problems.append(Problem(source, str(error)))
     if not examples and not problems:
-        raise UserError(f"{path} holds no conversations; {FORM_RULE}.")
+        raise UserError(f"{path} holds no conversations; {FORMAT_RULE}.")
     if not problems:
-        conversations = len({example.where for example in examples})
-        text = f"{shown}: {counted(conversations, 'conversation')}"
+        conversations = len({example.source for example in examples})
+        text = f"{shown}: {pluralize(conversations, 'conversation')}"
         if len(examples) > conversations:
             text += f" with {len(examples):,} replies to learn"
         if shortened:
@@ -1212,7 +1261,7 @@ def parse_row(text: bytes) -> dict[str, Any]:
             f"this is not JSON: {error.msg} at character {error.colno}{hint}"
         ) from error
     if not isinstance(row, dict):
-        raise ValueError(f"this is not an object but {shown_value(row)}; {FORM_RULE}")
+        raise ValueError(f"this is not an object but {shown_value(row)}; {FORMAT_RULE}")
     return row
 
 
@@ -1227,32 +1276,34 @@ def object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def messages_of(row: dict[str, Any]) -> tuple[tuple[str, ...], list[Any]]:
-    """Return a conversation's form, one of FORMS, and its messages, or raise ValueError."""
+    """Return a conversation's format and its messages, or raise ValueError."""
     for key in ("tools", "functions"):
         if key in row:
             raise ValueError(f'this script does not train the use of tools; remove the key "{key}"')
-    found = [keys for keys in FORMS if all(key in row for key in keys)]
+    found = [keys for keys in DATA_FORMATS if all(key in row for key in keys)]
     if len(found) != 1:
         names = " and ".join(key for keys in found for key in keys)
         names = names or ", ".join(shown_value(key) for key in list(row)[:5]) or "nothing"
-        raise ValueError(f"the line has {names}; {FORM_RULE}")
-    form = found[0]
-    messages = messages_of_alpaca(row) if form == ALPACA else messages_in_lists(row, form)
-    if form == SHAREGPT:
+        raise ValueError(f"the line has {names}; {FORMAT_RULE}")
+    data_format = found[0]
+    messages = (
+        messages_of_alpaca(row) if data_format == ALPACA else messages_in_lists(row, data_format)
+    )
+    if data_format == SHAREGPT:
         messages = [message_of_sharegpt(one) for one in messages]
     if row.get("system", "") != "":
         messages.insert(0, {"role": "system", "content": row["system"]})
-    return form, messages
+    return data_format, messages
 
 
-def messages_in_lists(row: dict[str, Any], form: tuple[str, ...]) -> list[Any]:
-    """Return the messages that a line has in the lists of its form."""
+def messages_in_lists(row: dict[str, Any], data_format: tuple[str, ...]) -> list[Any]:
+    """Return the messages that a line has in the lists of its format."""
     messages: list[Any] = []
-    for key in form:
+    for key in data_format:
         if not isinstance(row[key], list) or not row[key]:
-            raise ValueError(f'"{key}" is {shown_value(row[key])}; {FORM_RULE}')
+            raise ValueError(f'"{key}" is {shown_value(row[key])}; {FORMAT_RULE}')
         messages += row[key]
-    if form == COMPLETION and len(row["completion"]) != 1:
+    if data_format == COMPLETION and len(row["completion"]) != 1:
         raise ValueError(
             f'"completion" holds {len(row["completion"])} messages; write only the last reply '
             'there, and what comes before it in "prompt"'
@@ -1261,7 +1312,7 @@ def messages_in_lists(row: dict[str, Any], form: tuple[str, ...]) -> list[Any]:
 
 
 def messages_of_alpaca(row: dict[str, Any]) -> list[Any]:
-    """Return the messages of a line in the Alpaca form; its input follows the instruction."""
+    """Return the messages of a line in the Alpaca format; its input follows the instruction."""
     if row.get("history"):
         raise ValueError('the key "history" is not understood; write it as "messages"')
     asked = [row["instruction"], row.get("input", "")]
@@ -1278,7 +1329,7 @@ SHAREGPT_ROLES = {
 
 
 def message_of_sharegpt(turn: Any) -> Any:
-    """Return a message of the ShareGPT form with "role" and "content"; an unknown role stays."""
+    """Return a message of the ShareGPT format with "role" and "content"; an unknown role stays."""
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         return turn
     if "role" in turn or "content" in turn:
@@ -1382,13 +1433,13 @@ def check_order(roles: list[str]) -> None:
 
 
 def examples_of(
-    messages: list[dict[str, str]], where: str, row: dict[str, Any], replies: str
+    messages: list[dict[str, str]], source: str, row: dict[str, Any], replies: str
 ) -> list[Example]:
     """Return an example for each reply of a conversation, or for the last one alone."""
     places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     if replies == "last":
         places = places[-1:]
-    return [Example(where, messages[: place + 1], row) for place in places]
+    return [Example(source, messages[: place + 1], row) for place in places]
 
 
 def problems_as_text(problems: list[Problem]) -> str:
@@ -1401,7 +1452,7 @@ def problems_as_text(problems: list[Problem]) -> str:
         kinds.setdefault(re.sub(r'\d+|"[^"]*"', "", problem.text), []).append(problem)
     return join_limited(
         [
-            f"{join_limited([one.where for one in kind], 3, ', ')}: {kind[0].text}"
+            f"{join_limited([one.source for one in kind], 3, ', ')}: {kind[0].text}"
             for kind in kinds.values()
         ]
     )
@@ -1426,8 +1477,8 @@ def warn_of_shipped_eval_file(settings: argparse.Namespace) -> None:
 
 def warn_of_missing_system_messages(examples: list[Example]) -> None:
     """Warn if some conversations have a system message, and others have none."""
-    system_messages = {example.where: example.system_message for example in examples}
-    without = [where for where, text in system_messages.items() if not text]
+    system_messages = {example.source: example.system_message for example in examples}
+    without = [source for source, text in system_messages.items() if not text]
     if without and len(without) < len(system_messages):
         report(
             "warning",
@@ -1442,13 +1493,13 @@ def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
     """Print the held-out prompts that are trained on as well."""
     trained: dict[str, str] = {}
     for example in train:
-        trained.setdefault(repr(example.messages[:-1]), example.where)
+        trained.setdefault(repr(example.messages[:-1]), example.source)
     notes: list[str] = []
     for example in held_out:
         twin = trained.get(repr(example.messages[:-1]))
         if twin:
             notes.append(
-                f"{example.where} has the prompt of {twin}, so its reply tests nothing new"
+                f"{example.source} has the prompt of {twin}, so its reply tests nothing new"
             )
     if notes:
         report("warning", join_limited([*dict.fromkeys(notes)]))
@@ -1474,10 +1525,10 @@ def hold_out(
     on the same ones. A beginning that more than a twentieth of the file shares stays in training.
     """
     groups: dict[tuple[str, str], list[str]] = {}
-    for where, messages in {example.where: example.messages for example in examples}.items():
+    for source, messages in {example.source: example.messages for example in examples}.items():
         question = next(one["content"] for one in messages if one["role"] == "user")
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        groups.setdefault((system.strip(), question.strip()), []).append(where)
+        groups.setdefault((system.strip(), question.strip()), []).append(source)
     count = sum(len(places) for places in groups.values())
     wanted = max(FEWEST_HELD_OUT, math.ceil(count * percent / 100))
     held_out: set[str] = set()
@@ -1488,7 +1539,7 @@ def hold_out(
             held_out.update(groups[beginning])
     if min(len(held_out), count - len(held_out)) < FEWEST_HELD_OUT:
         raise UserError(
-            f'EVAL_FILE "{percent}%": of the {counted(count, "conversation")} in {path}, '
+            f'EVAL_FILE "{percent}%": of the {pluralize(count, "conversation")} in {path}, '
             f"{len(held_out):,} can be held out, and {FEWEST_HELD_OUT} are needed, with as many "
             "left to learn from. (Those that begin alike stay together, and in training where "
             "they are more than a twentieth.) Add more, or give a file of your own as EVAL_FILE."
@@ -1498,8 +1549,8 @@ def hold_out(
         reason += f"\n({percent}% would be too few to measure with, so {FEWEST_HELD_OUT} are taken)"
     report("held out", f"{len(held_out):,} of the {count:,} conversations, {reason}")
     return (
-        [example for example in examples if example.where not in held_out],
-        [example for example in examples if example.where in held_out],
+        [example for example in examples if example.source not in held_out],
+        [example for example in examples if example.source in held_out],
     )
 
 
@@ -1508,11 +1559,11 @@ def number_drawn_for(beginning: tuple[str, str]) -> str:
     return hashlib.sha256(repr(("held out", beginning)).encode(errors="replace")).hexdigest()
 
 
-# ==== TOKENS: what the model sees, and which part of it is learned
+# ==== TOKENS: what the model sees, and which tokens are targets
 #
 # A conversation is rendered by the model's own chat template, as a server renders it. The tokens of
-# a reply are learned, with the token that ends its turn; all that comes before is only read. So
-# "messages" with three replies are three examples: each reply is learned once, after all that was
+# a reply are the targets, with the token that ends its turn; all that comes before is only read. So
+# "messages" with three replies are three examples: each reply is a target once, after all that was
 # said before it.
 # An example that is longer than MAX_SEQ_LEN is left out and named; it is never cut. If more than a
 # tenth of a file is too long, the run is refused.
@@ -1523,11 +1574,11 @@ class ChatFormat:
     """How a model's conversations become tokens: here, in a chat, and on a server."""
 
     tokenizer: transformers.PreTrainedTokenizerBase
-    end_ids: list[int]  # the tokens at which the model stops
+    stop_token_ids: list[int]  # the tokens at which the model stops
     enable_thinking: bool = False  # the server's command that is printed has it, too
 
     @functools.cached_property
-    def control_tokens(self) -> list[str]:
+    def special_tokens(self) -> list[str]:
         """The tokens that no text may hold, such as the one at which the model stops."""
         added = self.tokenizer.added_tokens_decoder.values()  # slow: Gemma has 6,384
         return [str(token) for token in added if token.special]
@@ -1546,9 +1597,9 @@ class ChatFormat:
         """Return the tokens of a text in which the template has put all that is needed."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def end_names(self) -> str:
+    def stop_token_names(self) -> str:
         """Return the tokens at which the model stops, by name."""
-        return " or ".join(self.tokenizer.convert_ids_to_tokens(self.end_ids))
+        return " or ".join(self.tokenizer.convert_ids_to_tokens(self.stop_token_ids))
 
 
 def encode(
@@ -1571,7 +1622,7 @@ def encode(
             example.prompt_ids, example.reply_ids = render(example.messages, chat_format)
             rendered.append(example)
         except ValueError as error:
-            problems.append(Problem(example.where, str(error)))
+            problems.append(Problem(example.source, str(error)))
     lengths = sorted(len(example.input_ids) for example in rendered)
     limit = max_seq_len or max(lengths, default=0)
     too_long = [example for example in rendered if len(example.input_ids) > limit]
@@ -1582,9 +1633,9 @@ def encode(
             f"{limit:,}; {most_kept:,} would keep nine tenths, and {lengths[-1]:,} all"
         )
         if len(too_long) > len(examples) / 10:
-            problems.append(Problem(too_long[0].where, text))
+            problems.append(Problem(too_long[0].source, text))
         else:
-            named = [f"{example.where}: {len(example.input_ids):,} tokens" for example in too_long]
+            named = [f"{example.source}: {len(example.input_ids):,} tokens" for example in too_long]
             report("left out", f"{text}\n{join_limited(named)}")
     return [example for example in rendered if len(example.input_ids) <= limit], problems
 
@@ -1596,9 +1647,9 @@ def render(messages: list[dict[str, str]], chat_format: ChatFormat) -> tuple[lis
     the whole conversation; otherwise the model would be trained on a text that it never meets.
     """
     said = "\n".join(message["content"] for message in messages)
-    for token in chat_format.control_tokens:
+    for token in chat_format.special_tokens:
         if token in said:
-            raise ValueError(f"the text holds the control token {token}; reword or remove it")
+            raise ValueError(f"the text holds the special token {token}; reword or remove it")
     has_system = messages[0]["role"] == "system"
     without = "; without a system message it may do so" if has_system else ""
     try:
@@ -1623,12 +1674,13 @@ def render(messages: list[dict[str, str]], chat_format: ChatFormat) -> tuple[lis
             "training would not equal serving; use another model, or a local copy with another "
             "chat template"
         )
-    ends = [place for place, token in enumerate(reply) if token in chat_format.end_ids]
+    ends = [place for place, token in enumerate(reply) if token in chat_format.stop_token_ids]
     if not ends:
         raise ValueError(
-            f"the model's chat template does not end the reply with {chat_format.end_names()}, so "
-            "the model would not learn to stop; use another model, or name the token that ends a "
-            "reply as eos_token_id in generation_config.json of a local copy"
+            f"the model's chat template does not end the reply with "
+            f"{chat_format.stop_token_names()}, so the model would not learn to stop; use "
+            "another model, or name the token "
+            "that ends a reply as eos_token_id in generation_config.json of a local copy"
         )
     return prompt, reply[: ends[0] + 1]  # without the newline that follows it
 
@@ -1657,7 +1709,7 @@ def warn_of_the_window(job: Job) -> None:
         "(max_position_embeddings in its config.json)"
     )
     if long:
-        text += f"; of the examples {len(long):,} are longer, such as {long[0].where}"
+        text += f"; of the examples {len(long):,} are longer, such as {long[0].source}"
     report("warning", text)
 
 
@@ -1686,7 +1738,7 @@ def facts_of_held_out(job: Job) -> dict[str, Any] | None:
 def report_tokens(job: Job) -> None:
     """Print the lengths of the examples, and how many tokens training would send through."""
     columns = "{:<26}{:>9}{:>8}{:>8}{:>11}{:>20}".format
-    lines = [columns("", "examples", "median", "longest", "tokens", "of which learned")]
+    lines = [columns("", "examples", "median", "longest", "tokens", "of which targets")]
     for facts, examples in (
         (job.data["train"], job.examples),
         (job.data["held_out"], job.held_out),
@@ -1713,16 +1765,16 @@ def report_tokens(job: Job) -> None:
 
 
 def show_example(example: Example, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """Print an example as the model sees it, with the learned part between >>> and <<<."""
+    """Print an example as the model sees it, with the target tokens between >>> and <<<."""
     prompt, reply = tokenizer.decode(example.prompt_ids), tokenizer.decode(example.reply_ids)
-    lines = [f"{example.where} as the model sees it; only what is in >>> <<< is learned:"]
+    lines = [f"{example.source} as the model sees it; only what is in >>> <<< is a target:"]
     for line in f"{prompt}>>>{reply}<<<".split("\n"):
         lines.append(textwrap.fill(line, 90))
     report("example", "\n".join(lines))
 
 
 def to_dataset(examples: list[Example]) -> datasets.Dataset:
-    """Return what SFTTrainer takes as it is; a label of -100 is not learned."""
+    """Return what SFTTrainer takes as it is; a label of -100 is no target."""
     return datasets.Dataset.from_list(
         [
             {
@@ -1736,8 +1788,8 @@ def to_dataset(examples: list[Example]) -> datasets.Dataset:
 
 # ==== PLAN: which matrices are trained, and in how many steps
 #
-# Before any weights are loaded, PEFT puts LoRA into a skeleton of the model, and what it would
-# train is read off there.
+# Before any weights are loaded, PEFT puts LoRA into a copy of the model on the meta device, and
+# what it would train is read off there.
 #
 # A misspelt target, such as q_projj, ends the run here, also with --dry_run. The message names it
 # and the names that exist. PEFT alone would ignore it as long as another target exists. Only
@@ -1752,7 +1804,7 @@ CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def make_plan(job: Job) -> Plan:
-    """Put LoRA into a skeleton of the model, check and print what it would train."""
+    """Put LoRA into a model on the meta device; check and print what it would train."""
     settings = job.settings
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(job.config, trust_remote_code=False)
@@ -1780,9 +1832,9 @@ def make_plan(job: Job) -> Plan:
         max_rank=max_rank,
         vllm_refuses=why_vllm_refuses(config, max_rank),
     )
-    if not plan.vllm_refuses and is_wrapper(job.config):
+    if not plan.vllm_refuses and is_multimodal(job.config):
         planned = {
-            name_in_wrapper(f"base_model.model.{name}".replace(".default.", ".")): weight
+            name_in_multimodal_model(f"base_model.model.{name}".replace(".default.", ".")): weight
             for name, weight in trained.items()
         }
         try:
@@ -1947,7 +1999,7 @@ def steps_in_words(job: Job, plan: Plan) -> str:
     """Return the number of steps, and how it follows from the examples and the settings."""
     settings, count = job.settings, len(job.examples)
     size = min(examples_per_step(settings), count)
-    steps = f"{counted(plan.steps, 'step')} of {counted(size, 'example')}"
+    steps = f"{pluralize(plan.steps, 'step')} of {pluralize(size, 'example')}"
     whole = plan.steps_per_epoch * settings.NUM_EPOCHS
     if plan.steps < whole:
         return f"{steps}, cut short by MAX_STEPS (the epochs would have {whole:,})"
@@ -1999,7 +2051,7 @@ def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
     """Raise UserError if training_config() was edited where this script depends on it.
 
     Its step and loss would ignore the first of these, and its records would be wrong with the
-    others: of the time, of the best epoch, and of what is published.
+    others: of the time, of the best epoch, and of what becomes final_lora.
     """
     needed = {
         "gradient_accumulation_steps": 1,  # a step is divided by what fits
@@ -2076,7 +2128,7 @@ def refuse_what_is_missing(config: trl.SFTConfig) -> None:
 # What cannot be read just now stops the run; nothing starts afresh because of it.
 #
 # A checkpoint is refused if it was made with other settings, another LoraConfig or SFTConfig,
-# another model, other tokens in one of the files, or the other kind of products. The message is a
+# another model, other tokens in one of the files, or the other kind of matmul. The message is a
 # table of what differs, and nothing is touched. What may change is listed below; other edits of
 # this script are not compared.
 #
@@ -2089,7 +2141,7 @@ def refuse_what_is_missing(config: trl.SFTConfig) -> None:
 MAY_CHANGE_ON_RESUME = {
     "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "FINAL_LORA", "REPORT_TO",
 }  # fmt: skip
-# These, too, as long as what follows from them stays: the examples' tokens, the kind of products
+# These, too, as long as what follows from them stays: the examples' tokens, the kind of matmul
 # that is in use, and the number of examples in a step.
 COMPARED_BY_EFFECT = {
     "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "MATMUL", "BATCH_SIZE",
@@ -2165,7 +2217,7 @@ def decide(earlier: Earlier) -> Decision:
     return "resume" if "whole" in states else "refuse damage"
 
 
-PRODUCTS = "the products in use"  # a key of job.json
+MATMUL_IN_USE = "the products in use"  # a key of job.json
 
 
 def resume_or_begin(job: Job) -> None:
@@ -2173,8 +2225,8 @@ def resume_or_begin(job: Job) -> None:
     if is_main_process():
         earlier = what_is_there(job)
         act_on(decide(earlier), earlier, job)
-    decided = [job.checkpoint, job.history, job.is_finished, job.products, time.time()]
-    job.checkpoint, job.history, job.is_finished, job.products, began = (
+    decided = [job.checkpoint, job.history, job.is_finished, job.matmul, time.time()]
+    job.checkpoint, job.history, job.is_finished, job.matmul, began = (
         accelerate.utils.broadcast_object_list(decided)
     )
     if not job.is_finished:
@@ -2202,7 +2254,7 @@ def what_is_there(job: Job) -> Earlier:
         record = finished_record(job.output)
         saved = checkpoints_down_to_a_whole_one(folder)
         if before and saved:
-            keep_products(job, before)
+            keep_matmul(job, before)
         now = describe_job(job)
     except OSError as error:
         raise UserError(
@@ -2216,7 +2268,7 @@ def what_is_there(job: Job) -> Earlier:
         else what_differs(before, described_as_before(job, before, now)),
         checkpoints=saved,
         is_finished=record is not None,
-        is_wanted_epoch=record is not None and record["published"] == epoch_to_publish(job),
+        is_wanted_epoch=record is not None and record["published"] == epoch_of_final_lora(job),
         may_be_replaced=record is not None and is_meant_to_differ(record, job),
         job_now=now,
     )
@@ -2246,7 +2298,7 @@ def act_on(decision: Decision, earlier: Earlier, job: Job) -> None:
     if decision == "finished":
         job.is_finished = True
         keep_held_out(job)
-        label = epoch_to_publish(job)["label"]
+        label = epoch_of_final_lora(job)["label"]
         report(
             "finished",
             f"{job.output / 'final_lora'} is this job's adapter, of {label}\n"
@@ -2270,20 +2322,20 @@ def act_on(decision: Decision, earlier: Earlier, job: Job) -> None:
     tell_of_other_kernels(job)
 
 
-def keep_products(job: Job, before: dict[str, Any]) -> None:
-    """With MATMUL "auto" let a job go on with the kind of products that its checkpoints have.
+def keep_matmul(job: Job, before: dict[str, Any]) -> None:
+    """With MATMUL "auto" let a job go on with the kind of matmul that its checkpoints have.
 
     It may have been put back into the queue and be on another GPU now.
     """
-    kind = before.get(PRODUCTS, job.products)
-    if job.settings.MATMUL != "auto" or kind == job.products:
+    kind = before.get(MATMUL_IN_USE, job.matmul)
+    if job.settings.MATMUL != "auto" or kind == job.matmul:
         return
     report(
         "matmul",
-        f"the checkpoints were made with {kind} products, so the job goes on with these; on this "
-        f"GPU\na new one would take {job.products} products",
+        f"the checkpoints were made with {kind} matmul, so the job goes on with it; on this GPU\n"
+        f"a new one would take {job.matmul} matmul",
     )
-    job.products = kind
+    job.matmul = kind
 
 
 def tell_of_other_kernels(job: Job) -> None:
@@ -2316,7 +2368,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     for key, value in training.items():
         if key not in NOT_OF_TRAINING:
             described[f"SFTConfig.{key}"] = str(value)
-    described[PRODUCTS] = job.products
+    described[MATMUL_IN_USE] = job.matmul
     files = file_fingerprints(Path(settings.MODEL_NAME), FILES_THAT_COUNT)
     contents = {f"{FILE_OF_MODEL} {facts[0]}": facts for facts in files}
     contents |= {
@@ -2358,13 +2410,13 @@ def what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name, change in changes.items()
         if name not in GIVEN_BY or changes.get(GIVEN_BY[name]) != change
     ]
-    if before.get(PRODUCTS, now[PRODUCTS]) != now[PRODUCTS]:
-        rows.append(f'  (MATMUL "auto" or "{before[PRODUCTS]}" goes on with the former products)')
+    if before.get(MATMUL_IN_USE, now[MATMUL_IN_USE]) != now[MATMUL_IN_USE]:
+        rows.append(f'  (MATMUL "auto" or "{before[MATMUL_IN_USE]}" goes on with the former kind)')
     return rows
 
 
 def finished_record(output: Path) -> dict[str, Any] | None:
-    """Return run.json if it says that the run has finished, and final_lora is what it published."""
+    """Return run.json if it says that the run has finished, and final_lora is what it saved."""
     record = read_json(output / "run.json") or {}
     path = output / "final_lora" / "adapter_model.safetensors"
     if record.get("outcome") != "finished" or not path.is_file():
@@ -2528,23 +2580,23 @@ def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"{path} cannot be read ({one_line(error)}), so it is not published. Its folder may be "
-            "restored, or another OUTPUT_DIR chosen to train again."
+            f"{path} cannot be read ({one_line(error)}), so it does not become final_lora. Its "
+            "folder may be restored, or another OUTPUT_DIR chosen to train again."
         ) from error
     peft.set_peft_model_state_dict(model, tensors)
     check_saved_tensors(model, tensors, checkpoint)
 
 
-# ==== MEMORY: in how many parts a step goes through the model
+# ==== MEMORY: in how many micro-batches a step goes through the model
 #
 # A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
-# is in how many parts they go through the model. Before training, find_what_fits() tries how many
-# tokens fit at once beside what the optimizer will keep, and measures what they cost:
+# is in how many micro-batches they go through the model. Before training, find_what_fits() tries
+# how many tokens fit at once beside what the optimizer will keep, and measures what they cost:
 # - The trial is the hardest that so many tokens can be: all of them are targets, in rows as long as
 #   the longest example. Fewer targets cost less. A row that DeltaNet's torch code fills up to a
-#   multiple of 64 tokens costs more than its tokens. Both are measured, and each part is counted as
-#   so many tokens of the trial as it costs.
-# - A step that fits goes through whole. Any other goes through in parts of as many examples as fit.
+#   multiple of 64 tokens costs more than its tokens. Both are measured, and each micro-batch is
+#   counted as so many tokens of the trial as it costs.
+# - A step that fits goes through whole. Any other goes in micro-batches of as many examples as fit.
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
 #   backward pass but computed again, which takes little memory and nearly 50 % more work. Such
 #   examples, too, go through together as long as they fit, and one by one if they do not.
@@ -2567,7 +2619,7 @@ class TokenCosts:
     measurements costs at most what a straight line between them says.
     """
 
-    # A token of a part in which none, a quarter, half, and all of the tokens are targets.
+    # A token of a micro-batch in which none, a quarter, half, and all of the tokens are targets.
     by_target_share: list[float] = field(default_factory=lambda: [1.0] * len(TARGET_SHARES))
     padding: float = 1.0  # a place that fills a row up to a multiple of DELTANET_CHUNK
 
@@ -2616,14 +2668,14 @@ class MemoryLimits:
 
 @dataclass
 class OutOfMemory:
-    """A part of a step that did not find its memory."""
+    """A micro-batch that did not find its memory."""
 
     inputs: dict[str, torch.Tensor]
     is_recomputed: bool
     message: str  # torch's
 
 
-def find_what_fits(trainer: RunTrainer, job: Job) -> None:
+def find_what_fits(trainer: LoraTrainer, job: Job) -> None:
     """Find by trying how many tokens fit in the GPU's memory at once; on a CPU, a whole step."""
     model = trainer.model
     longest, whole_step = most_tokens(job)
@@ -2659,7 +2711,7 @@ def find_what_fits(trainer: RunTrainer, job: Job) -> None:
         text = "every example is recomputed to save memory"
     else:
         text = (
-            f"up to {limits.tokens_at_once:,} tokens fit at once; larger steps go through in parts"
+            f"up to {limits.tokens_at_once:,} tokens fit at once; larger steps go in micro-batches"
         )
         if limits.tokens_at_once < longest:
             text += ", and longer examples\nare recomputed to save memory"
@@ -2683,7 +2735,7 @@ def whole_chunks(tokens: int) -> int:
     return DELTANET_CHUNK * math.ceil(tokens / DELTANET_CHUNK)
 
 
-def try_what_fits(trainer: RunTrainer, longest: int, whole_step: int) -> MemoryLimits:
+def try_what_fits(trainer: LoraTrainer, longest: int, whole_step: int) -> MemoryLimits:
     """Return how many tokens fit; recomputation is tried only if a single example needs it."""
     kept = largest_that_fits(lambda n: trial_fits(trainer, n, longest, False), whole_step)
     costs = measure_costs(trainer, kept, longest, False)
@@ -2695,10 +2747,10 @@ def try_what_fits(trainer: RunTrainer, longest: int, whole_step: int) -> MemoryL
     return MemoryLimits(kept, recomputed, costs, measure_costs(trainer, recomputed, longest, True))
 
 
-def trial_fits(trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
+def trial_fits(trainer: LoraTrainer, tokens: int, longest: int, is_recomputed: bool) -> bool:
     """Return whether a forward and a backward pass over so many tokens find their memory.
 
-    The trial is at least as hard as any part of a step that counts as so many tokens.
+    The trial is at least as hard as any micro-batch that counts as so many tokens.
     """
     rows, width = hardest_shape(tokens, longest)
     return memory_of_pass(trainer, rows, width, 1.0, is_recomputed) is not None
@@ -2716,7 +2768,7 @@ def hardest_shape(tokens: int, longest: int) -> tuple[int, int]:
 
 
 def memory_of_pass(
-    trainer: RunTrainer, rows: int, width: int, target_share: float, is_recomputed: bool
+    trainer: LoraTrainer, rows: int, width: int, target_share: float, is_recomputed: bool
 ) -> int | None:
     """Return how many bytes a forward and a backward pass need at the most; None if too many.
 
@@ -2747,7 +2799,7 @@ def memory_of_pass(
 
 
 def measure_costs(
-    trainer: RunTrainer, tokens: int, longest: int, is_recomputed: bool
+    trainer: LoraTrainer, tokens: int, longest: int, is_recomputed: bool
 ) -> TokenCosts:
     """Measure what fewer targets save, and what filling up short rows costs.
 
@@ -2797,7 +2849,8 @@ def make_room(trainer: LoraTrainer, failed: OutOfMemory, tries_left: int) -> Non
     """Forget a step that ran out of memory, and lower the limit; raise UserError if it cannot be.
 
     The new limit is three quarters of the smaller one of the limit and what did not fit, so the
-    part that failed is divided, or its one example is recomputed. It holds for the rest of the run.
+    micro-batch that failed is divided, or its one example is recomputed. It holds for the rest of
+    the run.
     """
     limits, (lengths, targets) = trainer.job.token_limits, lengths_and_targets(failed.inputs)
     is_smallest = failed.is_recomputed and len(lengths) == 1
@@ -2852,7 +2905,7 @@ def set_recomputation(layers: list[torch.nn.Module], is_recomputed: bool) -> Non
 #   While it is moved into its place, which takes a moment, a signal waits.
 
 
-def train(trainer: RunTrainer, job: Job) -> None:
+def train(trainer: LoraTrainer, job: Job) -> None:
     """Train to the end; a signal raises Stopped after the step's checkpoint."""
     if job.checkpoint and step_of(job.checkpoint) >= job.plan.steps:
         # The run was stopped after its last step; Trainer would do one more with MAX_STEPS.
@@ -2865,46 +2918,8 @@ def train(trainer: RunTrainer, job: Job) -> None:
     job.signals_wait = False
 
 
-class RunTrainer(LoraTrainer):
-    """LoraTrainer with this script's order of the examples, held-out loss, and way to save."""
-
-    def __init__(self, job: Job, **given: Any) -> None:
-        """Decide the order of the examples."""
-        self.sampler = LikeLengthsSampler(job)
-        super().__init__(job, **given)
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return the held-out loss as a mean over tokens; Trainer's depends on the batches."""
-        metrics = {"eval_loss": held_out_loss(self.model, self.job, self.state.global_step)}
-        self.log(metrics)
-        handler = self.callback_handler
-        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _get_train_sampler(
-        self, train_dataset: datasets.Dataset | None = None
-    ) -> LikeLengthsSampler:
-        """Return our order; Trainer's group_by_length has no seed, so it could not be resumed."""
-        return self.sampler
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the adapter alone; Trainer would add training_args.bin, a pickle.
-
-        Only the main process saves. Without the argument PEFT would contact the hub.
-        """
-        if self.args.should_save:
-            self.model.save_pretrained(output_dir, save_embedding_layers=False)
-
-    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
-        """Return 0: to count the weights for Trainer's estimate took 5 ms a step on a CPU."""
-        return 0
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Do nothing: TRL's card does not describe the run, and publish() writes one that does."""
-
-
 def held_out_loss(model: peft.PeftModel, job: Job, step: int) -> float:
-    """Return the held-out loss, in nats per learned token; at step 0 that of the base model.
+    """Return the held-out loss, in nats per target token; at step 0 that of the base model.
 
     Several processes share the examples.
     """
@@ -2986,7 +3001,7 @@ def pad(examples: list[Example], device: torch.device) -> dict[str, torch.Tensor
     return {key: torch.tensor(value, device=device) for key, value in columns.items()}
 
 
-class LikeLengthsSampler:
+class LengthGroupedSampler:
     """Gives each step examples of similar lengths, and the steps a random order.
 
     Similar lengths need little padding. The order depends on the seed, the epoch and the examples'
@@ -3032,7 +3047,7 @@ class RunEvents(transformers.TrainerCallback):
     and its control (whether to save now).
     """
 
-    def __init__(self, trainer: RunTrainer) -> None:
+    def __init__(self, trainer: LoraTrainer) -> None:
         """Begin without losses to print."""
         self.job, self.sampler = trainer.job, trainer.sampler
         self.accelerator = trainer.accelerator
@@ -3078,7 +3093,7 @@ class RunEvents(transformers.TrainerCallback):
         report(
             "train",
             f"step {step:,}/{state.max_steps:,}  loss {statistics.fmean(self.losses):.4f}  "
-            f"gradient {logs['grad_norm']:.2f}  rate {logs['learning_rate']:.1e}  "
+            f"grad_norm {logs['grad_norm']:.2f}  lr {logs['learning_rate']:.1e}  "
             f"{job.train_tokens / job.train_seconds:,.0f} tokens/s  {format_time(left)} left",
         )
         self.losses = []
@@ -3145,7 +3160,7 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 # ==== SAVING: writing the adapter, verifying it, the model card, the last lines
 #
 # At the end OUTPUT_DIR holds:
-#   final_lora/        the adapter in PEFT's form, with tokenizer and model card; verified
+#   final_lora/        the adapter in PEFT's format, with tokenizer and model card; verified
 #   final_lora_vllm/   the same tensors under the names that vLLM needs, if it needs others
 #   run.json           all settings, versions, hashes and losses; write_record() says what each is
 #   held_out.jsonl     what was not trained on, with an EVAL_FILE like "10%"
@@ -3158,13 +3173,13 @@ def ends_an_epoch(step: int, plan: Plan) -> bool:
 # earlier run left is renamed, never overwritten.
 
 
-def publish(trainer: RunTrainer, job: Job) -> None:
+def save_final_lora(trainer: LoraTrainer, job: Job) -> None:
     """Write the adapter beside its place, verify it, and move it in."""
     if job.settings.DEVICE == "cuda":
         torch.cuda.empty_cache()
     staging = job.output / ".partial"
     shutil.rmtree(staging, ignore_errors=True)
-    step = epoch_to_publish(job)["step"]
+    step = epoch_of_final_lora(job)["step"]
     if step != job.plan.steps:
         load_adapter(trainer.model, job.output / "checkpoints" / f"checkpoint-{step}")
     try:
@@ -3184,12 +3199,12 @@ def move_into_place(staging: Path, job: Job) -> None:
         path = new / "adapter_model.safetensors"
         job.adapter_sha256[new.name] = file_sha256(path)
         new.rename(job.output / new.name)
-    job.published = epoch_to_publish(job)
+    job.saved_epoch = epoch_of_final_lora(job)
     write_record(job, "finished")
 
 
-def epoch_to_publish(job: Job) -> dict[str, Any]:
-    """Return the step whose adapter is to be published, and its name such as "epoch 2 of 3"."""
+def epoch_of_final_lora(job: Job) -> dict[str, Any]:
+    """Return the step whose adapter becomes final_lora, and its name such as "epoch 2 of 3"."""
     step = best_step(job) if job.settings.FINAL_LORA == "best" else job.plan.steps
     label = f"step {step:,}"
     if step % job.plan.steps_per_epoch == 0:
@@ -3214,8 +3229,8 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
     job.chat_format.tokenizer.save_pretrained(final)
     (final / "README.md").write_text(card_text(job), encoding="utf-8")
     tensors = safetensors.torch.load_file(final / "adapter_model.safetensors")
-    renamed = {name_in_wrapper(name): tensor for name, tensor in tensors.items()}
-    if is_wrapper(job.config) and not job.plan.vllm_refuses and renamed.keys() != tensors.keys():
+    renamed = {name_in_multimodal_model(name): tensor for name, tensor in tensors.items()}
+    if is_multimodal(job.config) and not job.plan.vllm_refuses and renamed.keys() != tensors.keys():
         for_vllm.mkdir()
         shutil.copy(final / "adapter_config.json", for_vllm)
         safetensors.torch.save_file(
@@ -3226,13 +3241,13 @@ def save_adapter(model: peft.PeftModel, job: Job, folder: Path) -> None:
         shutil.copymode(final / "adapter_config.json", path)
 
 
-def is_wrapper(config: transformers.PretrainedConfig) -> bool:
+def is_multimodal(config: transformers.PretrainedConfig) -> bool:
     """Return whether a model on the hub wraps the text model that is trained here."""
     return config.get_text_config() is not config
 
 
-def name_in_wrapper(name: str) -> str:
-    """Return the name that a tensor of an adapter has in the hub's wrapper of the text model."""
+def name_in_multimodal_model(name: str) -> str:
+    """Return the name that a tensor of an adapter has in the hub's multimodal model."""
     return name.replace(".model.model.layers.", ".model.model.language_model.layers.", 1)
 
 
@@ -3248,14 +3263,14 @@ def check_names_for_vllm(
 ) -> None:
     """Raise UserError unless each tensor of LoRA has its place in the model as the hub has it.
 
-    vLLM looks its modules up under the names of that model. A skeleton without weights is asked.
+    vLLM looks its modules up under the names of that model. A model on the meta device is asked.
 
     Args:
         tensors: an adapter's, under the names that they have in its file.
         config: the base model's.
     """
     kind = transformers.AutoModelForCausalLM
-    if is_wrapper(config):
+    if is_multimodal(config):
         kind = transformers.AutoModelForImageTextToText
     try:
         with torch.device("meta"):
@@ -3294,7 +3309,7 @@ def verify_saved_adapter(model: peft.PeftModel, job: Job, staging: Path) -> None
     check_saved_tensors(model, tensors, folder)
     if for_vllm.is_dir():
         tensors = safetensors.torch.load_file(for_vllm / "adapter_model.safetensors")
-        check_saved_tensors(model, tensors, for_vllm, name_in_wrapper)
+        check_saved_tensors(model, tensors, for_vllm, name_in_multimodal_model)
     inputs = pad([(job.held_out or job.examples)[0]], model.device)
     with torch.no_grad():
         wanted = reply_logits(model.eval(), inputs)
@@ -3316,7 +3331,7 @@ def verify_saved_adapter(model: peft.PeftModel, job: Job, staging: Path) -> None
     if not (effect > 0 and error <= effect / 10):
         raise UserError(
             f"Not verified: {found}. The file is right to the bit, but its effect cannot be told "
-            "from rounding, so the adapter is not published: the steps were too few or "
+            "from rounding, so it does not become final_lora: the steps were too few or "
             f"LEARNING_RATE too small, or loading is at fault. {kept}"
         )
     report("verified", found)
@@ -3354,7 +3369,7 @@ def check_saved_tensors(
 
 
 def card_text(job: Job) -> str:
-    """Return the model card, in the hub's form: base, data, settings, losses, how to load."""
+    """Return the model card, in the hub's format: base, data, settings, losses, how to load."""
     settings, lora, training = job.settings, lora_config(job.settings), training_config(job)
     is_folder = Path(settings.MODEL_NAME).is_dir()
     data = huggingface_hub.ModelCardData(
@@ -3363,13 +3378,13 @@ def card_text(job: Job) -> str:
         pipeline_tag="text-generation",
         tags=["lora", "sft", "trl"],
     )
-    # Of a local folder's path only the last part is told.
+    # Of a local folder's path only the last name is told.
     base = Path(settings.MODEL_NAME).resolve().name if is_folder else settings.MODEL_NAME
     commit = "" if is_folder else f", commit `{settings.MODEL_REVISION}`"
     revision = "" if is_folder else f', revision="{settings.MODEL_REVISION}"'
     files = [
         f"- `{Path(facts['file']).name}`: {facts['examples']:,} examples, "
-        f"{facts['learned_tokens']:,} learned tokens, SHA-256 `{facts['sha256']}`"
+        f"{facts['learned_tokens']:,} target tokens, SHA-256 `{facts['sha256']}`"
         for facts in job.data.values()
         if facts
     ]
@@ -3397,7 +3412,7 @@ It was trained with `train_lora_single.py`, and does not work without its base m
   {job.plan.trainable:,} of {job.plan.total:,} parameters
 - {steps_in_words(job, job.plan)}; learning rate {training.learning_rate:g}
   ({training.lr_scheduler_type.value}), seed {training.seed}
-- this is {epoch_to_publish(job)["label"]}
+- this is {epoch_of_final_lora(job)["label"]}
 {chr(10).join(files)}
 
 {result} It repeats the habits of its training data, mistakes included: read its replies before you
@@ -3419,11 +3434,11 @@ Render conversations with `enable_thinking=False`, as in training.
 
 
 def losses_before_and_after(job: Job) -> tuple[float, float] | None:
-    """Return the held-out loss of the base model and of the published adapter, if measured."""
+    """Return the held-out loss of the base model and of final_lora, if measured."""
     losses = job.logged("eval_loss")
     if 0 not in losses or len(losses) < 2:
         return None
-    return losses[0], losses[epoch_to_publish(job)["step"]]
+    return losses[0], losses[epoch_of_final_lora(job)["step"]]
 
 
 def system_messages(examples: list[Example]) -> list[str]:
@@ -3434,7 +3449,7 @@ def system_messages(examples: list[Example]) -> list[str]:
 
 def summarize(job: Job) -> None:
     """Print what was reached, and the commands that come next."""
-    lines = [f"{job.output / 'final_lora'} is the adapter of {job.published['label']}"]
+    lines = [f"{job.output / 'final_lora'} is the adapter of {job.saved_epoch['label']}"]
     before_and_after = losses_before_and_after(job)
     if before_and_after:
         base, loss = before_and_after
@@ -3530,8 +3545,8 @@ def write_record(job: Job, outcome: str) -> None:
         "settings": {name: getattr(job.settings, name) for name in setting_types()},
         "lora_config": config_as_recorded(lora_config(job.settings)),  # all of it
         "device": job.device_name,
-        "products": job.products,  # "native" or "float16"
-        "products_compared": job.products_compared,  # on this GPU: losses, gradients, seconds
+        "products": job.matmul,  # "native" or "float16"
+        "matmul_compared": job.matmul_compared,  # on this GPU: losses, gradients, seconds
         "delta_kernels": job.delta_kernels,  # fla's or torch's, and why
         "memory_limits": asdict(job.token_limits) if job.token_limits else None,  # in tokens
         "plan": {key: value for key, value in asdict(job.plan).items() if "shapes" not in key},
@@ -3541,7 +3556,7 @@ def write_record(job: Job, outcome: str) -> None:
         "train_seconds": job.train_seconds,  # of this process
         "train_tokens": job.train_tokens,
         "peak_memory_gib": job.peak_gib,
-        "published": job.published,  # {"step", "label"}
+        "published": job.saved_epoch,  # {"step", "label"}
         "adapter_sha256": job.adapter_sha256,  # {folder: hash of adapter_model.safetensors}
         "loss_history": job.history,  # what Trainer logged
     }
@@ -3658,8 +3673,8 @@ def file_fingerprints(folder: Path, patterns: tuple[str, ...]) -> list[tuple[str
 #
 # A V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100 (mlxcel
 # issue 1654, measured on a V100), but training in float16 as usual gives NaN, since its largest
-# number is 65,504. So on a GPU without bfloat16 of its own, and with MATMUL "auto", the products of
-# frozen weights are computed in float16, each row scaled into its range first. Norms, attention and
+# number is 65,504. So on a GPU without bfloat16 of its own, and with MATMUL "auto", frozen
+# weights are multiplied in float16, each row scaled into its range first. Norms, attention and
 # DeltaNet stay in DTYPE, LoRA and the loss in float32.
 #
 # This was tested on CPUs: tests compare the losses with float32's for the models named below. Other
@@ -3667,14 +3682,14 @@ def file_fingerprints(folder: Path, patterns: tuple[str, ...]) -> list[tuple[str
 # keep DTYPE unless MATMUL says "float16".
 #
 # With "auto" the GPU itself decides. Before training, a few examples go forward and backward with
-# both kinds of products. float16 stays if the results agree and if it is faster. If not, the
+# both kinds of matmul. float16 stays if the results agree and if it is faster. If not, the
 # weights are loaded anew, since float16 has lost bits of those below 6e-5, and bfloat16 is used. A
 # job that is resumed keeps its kind, on another GPU, too; it is refused if float16 is wrong there.
 
-TESTED_IN_FLOAT16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
+TESTED_IN_FP16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
 
 
-def choose_products(job: Job) -> str:
+def choose_matmul(job: Job) -> str:
     """Return how the frozen weights are multiplied: "native", or "float16" where that is faster."""
     settings = job.settings
     if settings.MATMUL != "auto":
@@ -3684,17 +3699,17 @@ def choose_products(job: Job) -> str:
     # Without the argument torch says yes on a V100 too, which emulates bfloat16.
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "native"
-    if job.config.model_type in TESTED_IN_FLOAT16:
+    if job.config.model_type in TESTED_IN_FP16:
         return "float16"
     report(
         "matmul",
-        f"this GPU only emulates bfloat16, which is slow, and float16 products were not tested "
+        f"this GPU only emulates bfloat16, which is slow, and float16 matmul was not tested "
         f'with\nmodels of the type {job.config.model_type}; MATMUL "float16" would use them',
     )
     return "native"
 
 
-# How far the two kinds of products may be apart, as a share, on the same examples.
+# How far the two kinds of matmul may be apart, as a share, on the same examples.
 # The losses of 60 steps of SmolLM2-135M were at most 0.86 % apart.
 MOST_LOSS_APART = 0.01
 # Either kind gives gradients that err by 2.7 to 5.8 % against float32 (docs/gpu.md), so they may be
@@ -3713,23 +3728,23 @@ class Pass:
     seconds: float
 
 
-def try_float16_products(trainer: RunTrainer, job: Job) -> str:
+def try_fp16_matmul(trainer: LoraTrainer, job: Job) -> str:
     """Have a model multiply in float16; return why that must not stay on this GPU, or ""."""
     trainer.model.activation_checkpointing_enable()
     trainer.model.disable_input_require_grads()
     set_recomputation(trainer.recomputing_layers, True)
     examples = examples_to_compare(job)
     native = timed_pass(trainer, examples)
-    use_float16_products(trainer.model.get_base_model())
+    use_fp16_matmul(trainer.model.get_base_model())
     float16 = timed_pass(trainer, examples)
     transformers.set_seed(job.settings.SEED)  # both drew random numbers
     # All processes must take the same kind.
-    reasons = accelerate.utils.gather_object([why_not_float16(native, float16)])
+    reasons = accelerate.utils.gather_object([why_not_fp16(native, float16)])
     reason = min(reasons, key=lambda one: (one == "", one == SLOWER))  # what is wrong comes first
     if reason == SLOWER and job.checkpoint:  # a job that has begun keeps what is right
         reason = ""
     apart = share_apart(native.gradients, float16.gradients)
-    job.products_compared = {
+    job.matmul_compared = {
         "seconds": [native.seconds, float16.seconds],  # native, float16
         "loss": [native.loss, float16.loss],
         "gradients_apart": apart,
@@ -3738,7 +3753,7 @@ def try_float16_products(trainer: RunTrainer, job: Job) -> str:
     dtype = job.settings.DTYPE
     report(
         "matmul",
-        f"tried on this GPU: {counted(len(examples), 'example')} forward and backward took "
+        f"tried on this GPU: {pluralize(len(examples), 'example')} forward and backward took "
         f"{native.seconds:.3f} s in {dtype} and\n{float16.seconds:.3f} s in scaled float16; losses "
         f"{native.loss:.4f} and {float16.loss:.4f}, LoRA's gradients {apart:.1%} apart;\n"
         + (f"so {dtype} is used, since {reason}" if reason else "so scaled float16 is used"),
@@ -3749,8 +3764,8 @@ def try_float16_products(trainer: RunTrainer, job: Job) -> str:
 SLOWER = "float16 is not faster"
 
 
-def why_not_float16(native: Pass, float16: Pass) -> str:
-    """Return why a GPU's float16 products cannot be used, or ""."""
+def why_not_fp16(native: Pass, float16: Pass) -> str:
+    """Return why float16 matmul cannot be used on a GPU, or ""."""
     for kind in (native, float16):
         if not (math.isfinite(kind.loss) and kind.gradients.isfinite().all()):
             return "a loss or a gradient is not finite"
@@ -3777,14 +3792,14 @@ def examples_to_compare(job: Job) -> list[Example]:
     return by_length[: median + 1][-count:] if count else by_length[:1]
 
 
-def timed_pass(trainer: RunTrainer, examples: list[Example]) -> Pass:
+def timed_pass(trainer: LoraTrainer, examples: list[Example]) -> Pass:
     """Send examples forward and backward twice, with the same dropout; the second time counts."""
     model, inputs = trainer.model.train(), pad(examples, trainer.args.device)
     for _ in range(2):  # the first one warms up
         model.zero_grad()
         transformers.set_seed(trainer.args.seed)
         began = time_on(trainer.args.device)
-        loss = reply_losses(model, inputs).sum() / len(places_of_learned(inputs)[0])
+        loss = reply_losses(model, inputs).sum() / len(target_positions(inputs)[0])
         loss.backward()
         seconds = time_on(trainer.args.device) - began
     gradients = [
@@ -3802,19 +3817,19 @@ def time_on(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def take_native_products(job: Job, reason: str) -> None:
-    """Have a job use native products from its beginning; raise UserError if it has begun."""
+def take_native_matmul(job: Job, reason: str) -> None:
+    """Have a job use native matmul from its beginning; raise UserError if it has begun."""
     if job.checkpoint:
         raise UserError(
-            f"{job.checkpoint} was made with float16 products, which cannot be trusted on this "
+            f"{job.checkpoint} was made with float16 matmul, which cannot be trusted on this "
             f"GPU: {reason}. Resume it on another GPU; or --matmul float16 uses them all the same."
         )
-    job.products = "native"
+    job.matmul = "native"
     if is_main_process():
         write_json(job.output / "checkpoints" / "job.json", describe_job(job))
 
 
-def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def scaled_fp16_matmul(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return rows @ weight, multiplied in float16 with float32 sums, in the type of rows.
 
     Args:
@@ -3837,22 +3852,22 @@ def scaled_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.mul(product, power, out=out)
 
 
-class ScaledProduct(torch.autograd.Function):
+class ScaledFp16Matmul(torch.autograd.Function):
     """rows @ weight.T, with a gradient for rows alone."""
 
     @staticmethod
     def forward(context: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Multiply, and keep the weight for the way back."""
         context.weight = weight
-        return scaled_product(rows, weight.T)
+        return scaled_fp16_matmul(rows, weight.T)
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Return the gradient for rows, and none for the frozen weight."""
-        return scaled_product(gradient, context.weight), None
+        return scaled_fp16_matmul(gradient, context.weight), None
 
 
-class Float16Linear(torch.nn.Linear):
+class Fp16Linear(torch.nn.Linear):
     """A linear module that takes over another one's weight, and multiplies in scaled float16."""
 
     def __init__(self, module: torch.nn.Linear) -> None:
@@ -3863,12 +3878,12 @@ class Float16Linear(torch.nn.Linear):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows @ weight.T + bias."""
-        product = ScaledProduct.apply(rows, self.weight)
+        product = ScaledFp16Matmul.apply(rows, self.weight)
         return product if self.bias is None else product + self.bias
 
 
-def use_float16_products(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """Replace the frozen linear modules by ones that compute with scaled_product()."""
+def use_fp16_matmul(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Replace the frozen linear modules by ones that compute with scaled_fp16_matmul()."""
     dtype = model.dtype
     embedding = model.get_input_embeddings()
     # Gemma's embedding scales its rows in the type of its own weight, which its head may share.
@@ -3885,7 +3900,7 @@ def use_float16_products(model: transformers.PreTrainedModel) -> transformers.Pr
             continue
         module.weight.data = module.weight.data.half()
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Float16Linear(module))
+        setattr(model.get_submodule(parent), name, Fp16Linear(module))
         converted += 1
     # The embedding may share its weight with the head, and must still return the model's type.
     embedding.register_forward_hook(lambda _, __, rows: rows.to(dtype))
@@ -3904,8 +3919,8 @@ def sums_fit(weight: torch.Tensor) -> bool:
     """
     columns = torch.zeros(weight.shape[1], device=weight.device)
     largest_row = 0.0
-    for part in weight.detach().split(4096):  # a part at a time needs less memory
-        sizes = part.float().abs()
+    for rows in weight.detach().split(4096):  # some rows at a time need less memory
+        sizes = rows.float().abs()
         largest_row = max(largest_row, sizes.sum(1).max().item())
         columns += sizes.sum(0)
     return max(largest_row, columns.max().item()) < 65504 / 2
@@ -4053,7 +4068,7 @@ def check_rules(values: dict[str, Any]) -> list[str]:
         )
     if is_same_file(eval_file, values["TRAIN_FILE"]):
         problems.append(
-            "EVAL_FILE is TRAIN_FILE: the held-out loss would be measured on what was learned. "
+            "EVAL_FILE is TRAIN_FILE: the held-out loss would be measured on what was trained on. "
             'Give another file, "10%" to hold out a tenth of it, or "" for none.'
         )
     if values["FINAL_LORA"] == "best" and not eval_file:
@@ -4098,7 +4113,7 @@ def path_from_here(path: str) -> str:
     return path
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """Return a number with its noun, such as "1 line" or "1,000 lines"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
@@ -4242,7 +4257,7 @@ def run_or_explain(job: Job) -> None:
             # A library turned the signal into an error of its own.
             status, message = 128 + job.stop_signal, f"Stopped. ({message or repr(error)})"
         how = "interrupted" if status > 1 else "failed"
-        write_record(job, "finished" if job.published else f"{how}: {message or repr(error)}")
+        write_record(job, "finished" if job.saved_epoch else f"{how}: {message or repr(error)}")
         if not message:
             raise
         print(message, file=sys.stderr)

@@ -29,9 +29,9 @@ import transformers
 
 from inspect_lora.common import (
     InspectError,
-    counted,
     join_limited,
     one_line,
+    pluralize,
     read_json,
     report,
     shorten_path,
@@ -49,7 +49,7 @@ from inspect_lora.files import (
 )
 from inspect_lora.modules import SavedAdapter, rank_and_alpha, read_adapter
 from inspect_lora.trainer import (
-    TESTED_IN_FLOAT16,
+    TESTED_IN_FP16,
     ChatFormat,
     Example,
     UserError,
@@ -61,7 +61,7 @@ from inspect_lora.trainer import (
     load_model,
     prepare_device,
     script_sha256,
-    use_float16_products,
+    use_fp16_matmul,
 )
 
 
@@ -143,14 +143,14 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
     file_dtype = base_config.get_text_config().dtype or base_config.dtype or model.dtype
     matmul = "native"
     if run and run.record.get("products") == "float16" and device.type == "cuda":
-        model, matmul = use_float16_products(model), "float16"  # as it was trained
-    elif emulates_bfloat16(device, dtype) and base_config.model_type in TESTED_IN_FLOAT16:
+        model, matmul = use_fp16_matmul(model), "float16"  # as it was trained
+    elif emulates_bfloat16(device, dtype) and base_config.model_type in TESTED_IN_FP16:
         reload = functools.partial(load_model, base, revision, dtype, device)
         model, matmul = with_float16_matmuls(model, chat_format, reload)
     model = put_adapter_on(model, config, saved, place)
     lora = model.peft_config["default"]
     by_pattern = " (others by pattern)" if lora.rank_pattern or lora.alpha_pattern else ""
-    modules = counted(len(lora_layers(model)), "module")
+    modules = pluralize(len(lora_layers(model)), "module")
     report(
         "adapter",
         f"{shorten_path(options.adapter, 88)}, on {device.type}\nr = {lora.r}, alpha = "
@@ -288,7 +288,7 @@ def with_float16_matmuls(
     Else the weights are loaded anew, since float16 has lost bits of them, and it is "native".
     """
     before = loss_of_a_reply(model, chat_format)
-    model = use_float16_products(model)
+    model = use_fp16_matmul(model)
     after = loss_of_a_reply(model, chat_format)
     if abs(after - before) <= MAY_LOSE * before:  # NaN is not
         return model, "float16"
@@ -439,13 +439,13 @@ def judge_landing(
         named = sorted({path_of(name) for name in missing})
         report(
             "left out",
-            f"the file has no tensors for {counted(len(named), 'module')} of the targets, such as\n"
-            f"{named[0]}; it is left as the base has it",
+            f"the file has no tensors for {pluralize(len(named), 'module')} of the targets, such "
+            f"as\n{named[0]}; it is left as the base has it",
         )
     if lost:
         report(
             "left out",
-            f"{counted(len(set(lost.values())), 'module')} of the file have no place in the text "
+            f"{pluralize(len(set(lost.values())), 'module')} of the file have no place in the text "
             f"model, such as\n{min(lost.values())};\ntheir update is 0, so they change nothing",
         )
 

@@ -82,7 +82,7 @@ def how_the_base_computes(adapter: Adapter) -> dict[str, str]:
         "dtype": adapter.dtype,
         "matmul": adapter.matmul,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "end_ids": repr(adapter.chat_format.end_ids),
+        "stop_token_ids": repr(adapter.chat_format.stop_token_ids),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from inspect_lora.common import counted
+from inspect_lora.common import pluralize
 
 Phrase = Annotated[str, pydantic.Field(pattern=r"[^*_`\s]")]  # more than marks of Markdown
 Place = tuple[int, int]  # where something starts and ends in a reply
@@ -322,7 +322,7 @@ class CheckRow:
         if not self.can_be_clear:
             return (
                 f"{said}; too few lines to show anything: p must be below {self.needed:.2g}, and "
-                f"{counted(self.lines, 'line')} can give {mcnemar(self.lines, 0):.2g}"
+                f"{pluralize(self.lines, 'line')} can give {mcnemar(self.lines, 0):.2g}"
             )
         if self.before < fewest_to_lose(self.needed):
             return (
@@ -333,7 +333,7 @@ class CheckRow:
     def sentence(self) -> str:
         """Return the row as a sentence."""
         return (
-            f"{self.name} ({self.rule}): of {counted(self.lines, 'line')} the base passes "
+            f"{self.name} ({self.rule}): of {pluralize(self.lines, 'line')} the base passes "
             f"{with_interval(self.before, self.lines)} and the adapter "
             f"{with_interval(self.after, self.lines)}: {self.judgement()}."
         )

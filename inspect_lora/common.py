@@ -61,7 +61,7 @@ def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> st
     return separator.join([*items[:limit], f"... and {len(items) - limit:,} more"])
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """Return a number with its noun, such as "1 line", "1,000 lines" or "2 replies"."""
     plural = f"{noun[:-1]}ies" if noun.endswith("reply") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"

@@ -23,10 +23,10 @@ from pathlib import Path
 
 from inspect_lora.common import (
     InspectError,
-    counted,
     join_limited,
     one_line,
     path_from_here,
+    pluralize,
     rename_old,
     report,
     report_sentence,
@@ -209,7 +209,7 @@ def forget_other_tasks(found: list[Evidence], left_out: list[str]) -> None:
 def in_words(paths: list[Path]) -> str:
     """Return some reports in words."""
     named = join_limited([path_from_here(path) for path in paths], 3, ", ")
-    return f"{counted(len(paths), 'report')} ({named})"
+    return f"{pluralize(len(paths), 'report')} ({named})"
 
 
 # ---- replies.html

@@ -8,7 +8,7 @@ from __future__ import annotations
 import peft
 
 from inspect_lora.adapters import can_scale_and_cut, can_take_apart
-from inspect_lora.common import counted
+from inspect_lora.common import pluralize
 from inspect_lora.elsewhere import Elsewhere, Shift
 from inspect_lora.parts import THE_SAME_WITHIN, WORTH_REPORTING, Part
 from inspect_lora.replies import Answered
@@ -240,7 +240,7 @@ def about_endings(samples: list[Answered], checked: list[Answered]) -> list[str]
     base, adapter = cut_replies(checked)
     if base or adapter:
         sentences.append(
-            f"checks: of {counted(len(checked), 'reply')} each, {base} of the base's and "
+            f"checks: of {pluralize(len(checked), 'reply')} each, {base} of the base's and "
             f"{adapter} of the adapter's were cut at {checked[0].max_new_tokens} tokens and judged "
             "as they stood. A cut helps a reply that must not say something, and harms one that "
             "must hold a number or JSON."

@@ -16,11 +16,11 @@ from inspect_lora.checks import Check, read_checks
 from inspect_lora.common import (
     InspectError,
     at_least,
-    counted,
     file_sha256,
     join_limited,
     one_line,
     path_from_here,
+    pluralize,
     report_sentence,
 )
 from inspect_lora.evidence_file import KnownFile
@@ -124,7 +124,7 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
         if are_prompts(path):
             hint = f"\nThese are prompts without replies: give them with --prompts {path}."
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.{hint}")
-    warn_of_misspelt_checks({example.where: example.row for example in in_file})
+    warn_of_misspelt_checks({example.source: example.row for example in in_file})
     examples = without_equals(without_learned(in_file, run) if run else in_file)
     return HeldOut(
         str(path),
@@ -142,7 +142,7 @@ def lines_to_check(in_file: list[Example], kept: list[Example]) -> list[Task]:
     Raises InspectError, and names the lines, if a check is not as it should be.
     """
     checked, bad = [], []
-    last = {example.where: example for example in in_file}  # of each conversation
+    last = {example.source: example for example in in_file}  # of each conversation
     are_kept = set(map(id, kept))
     for example in last.values():
         rules = example.row.get("checks")
@@ -151,7 +151,7 @@ def lines_to_check(in_file: list[Example], kept: list[Example]) -> list[Task]:
                 task = replace(task_of_example(example), checks=read_checks(rules), rules=rules)
                 checked += [task] if id(example) in are_kept else []
             except ValueError as error:
-                bad.append(f"{example.where}: {error}")
+                bad.append(f"{example.source}: {error}")
     refuse_bad_lines(bad)
     return checked
 
@@ -194,7 +194,7 @@ def is_text_of(example: Example, chat_format: ChatFormat) -> bool:
 def task_of_example(example: Example) -> Task:
     """Return the prompt of a held-out reply; what it is checked for is not looked at."""
     *messages, reference = example.messages
-    return Task(example.where, messages, "held_out", example.row, reference["content"])
+    return Task(example.source, messages, "held_out", example.row, reference["content"])
 
 
 def group_of(one: Example | Task, group: str) -> str:
@@ -234,7 +234,7 @@ def read_prompts(path: str, flag: str, source: Literal["tasks", "prompts"]) -> l
     if equal:
         report_sentence(
             "left out",
-            f"{len(equal)} of {counted(len(rows), 'prompt')} in {path_from_here(path)}, since "
+            f"{len(equal)} of {pluralize(len(rows), 'prompt')} in {path_from_here(path)}, since "
             f"equal ones count once: {join_limited(equal, 3, ', ')}.",
         )
     return list(found.values())
@@ -276,7 +276,7 @@ def warn_of_misspelt_checks(rows: dict[str, dict[str, Any]]) -> None:
     for key, places in found.items():
         report_sentence(
             "warning",
-            f"{counted(len(places), 'line')} ({join_limited(places, 3, ', ')}) "
+            f"{pluralize(len(places), 'line')} ({join_limited(places, 3, ', ')}) "
             f'{"has" if len(places) == 1 else "have"} the key "{key}", which nothing reads; checks '
             'stand under "checks".',
         )
@@ -317,7 +317,7 @@ def refuse_bad_prompts(prompts: list[Task], chat_format: ChatFormat) -> None:
 def why_it_is_not_asked(messages: list[dict[str, str]], chat_format: ChatFormat) -> str:
     """Return what keeps a prompt from being asked, or ""."""
     said = "\n".join(message["content"] for message in messages)
-    for token in chat_format.control_tokens:
+    for token in chat_format.special_tokens:
         if token in said:
             return f"the text holds {token}, which the tokenizer takes for more than text"
     try:

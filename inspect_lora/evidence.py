@@ -28,9 +28,9 @@ from inspect_lora.checks import CheckRow, rows_of_checks
 from inspect_lora.common import (
     InspectError,
     at_least,
-    counted,
     file_sha256,
     path_from_here,
+    pluralize,
     report,
     report_sentence,
 )
@@ -254,7 +254,7 @@ def measure_losses(found: Findings, before: BaseSide) -> None:
         trained,
         base,
         tokens=[len(example.reply_ids) for example in found.examples],
-        lines=[example.where for example in found.examples],
+        lines=[example.source for example in found.examples],
     )
     report("gain", gain_sentence(found))
 
@@ -267,7 +267,7 @@ def ask_prompts(
     most = options.max_new_tokens
     with timed(found, "prompts"):
         found.prompted = ask_both(model, chat_format, prompts, most, "prompts", before)
-    report("prompts", f"two replies to each of {counted(len(prompts), 'prompt')}")
+    report("prompts", f"two replies to each of {pluralize(len(prompts), 'prompt')}")
     shown = choose_samples([one.task for one in found.prompted], options.group, options.samples)
     found.samples = [one for one in found.prompted if one.task in shown]
 
@@ -284,7 +284,7 @@ def ask_checked_lines(
         checked = some_of_each_name(checked, options.checks)
     if not checked:
         return
-    lines = counted(len(checked), "line")
+    lines = pluralize(len(checked), "line")
     several = "(a line may have several checks)"
     report("checks", f"{lines}, two replies to each {several}; --checks 0 leaves them out")
     asked = [one for one in checked if one.source != "prompts"]

@@ -49,7 +49,7 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "lower_on": None,
         "losses": [],
         "parts": {part.title: part.as_recorded() for part in found.parts},
-        "parts_measured_on": [found.examples[number].where for number in found.measured],
+        "parts_measured_on": [found.examples[number].source for number in found.measured],
         "updates": found.updates,
         "elsewhere": found.elsewhere.as_recorded() if found.elsewhere else None,
         "checks": {row.name: row.as_recorded() for row in found.checks},
@@ -86,7 +86,7 @@ def rows_of_losses(found: Findings) -> list[dict[str, Any]]:
     )
     return [
         {
-            "where": example.where,
+            "where": example.source,
             "group": group,
             "tokens": tokens,
             "base": base / tokens,

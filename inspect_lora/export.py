@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 
 from inspect_lora.common import (
     InspectError,
-    counted,
     one_line,
+    pluralize,
     report,
     report_sentence,
     this_program,
@@ -179,10 +179,10 @@ def refuse_lossy(modules: list[Module], written: list[Module], scale: float) -> 
     wrong = [new for new, old in pairs if not is_right(new, old, scale)]
     if wrong:
         raise InspectError(
-            f"The numbers of {counted(len(wrong), 'module')}, such as {wrong[0].name}, become too "
-            f"large or too small for the type of the file, {wrong[0].b.dtype}, or lose too many "
-            "digits in it, so nothing was written. Choose a --scale that is nearer to 1, or give "
-            "the adapter in float32."
+            f"The numbers of {pluralize(len(wrong), 'module')}, such as {wrong[0].name}, become "
+            f"too large or too small for the type of the file, {wrong[0].b.dtype}, or lose too "
+            "many digits in it, so nothing was written. Choose a --scale that is nearer to 1, or "
+            "give the adapter in float32."
         )
 
 
@@ -263,8 +263,8 @@ def verify(folder: Path, written: list[Module]) -> None:
     wrong += found
     if wrong:
         raise InspectError(
-            f"What was written is not what was asked for in {counted(len(wrong), 'module')}, such "
-            f"as {wrong[0]}, so nothing was left there. Is the disk full?"
+            f"What was written is not what was asked for in {pluralize(len(wrong), 'module')}, "
+            f"such as {wrong[0]}, so nothing was left there. Is the disk full?"
         )
 
 
@@ -279,7 +279,7 @@ def tell(
     options: argparse.Namespace, folder: Path, modules: list[Module], written: list[Module]
 ) -> None:
     """Print what was written."""
-    lines = [f"{folder}: {counted(len(written), 'module')}"]
+    lines = [f"{folder}: {pluralize(len(written), 'module')}"]
     if options.scale != 1:
         lines.append(f"each update is {options.scale:g} times what it was")
     if options.rank:
@@ -288,7 +288,7 @@ def tell(
             f"{100 * share_kept(modules, options.rank):.1f} % of an update, on average (by square)"
         )
     if len(written) < len(modules):
-        missing = counted(len(modules) - len(written), "module")
+        missing = pluralize(len(modules) - len(written), "module")
         lines.append(f"left out: {missing} whose update is 0")
     if options.vllm:
         lines.append("each tensor has its place and shape in the base model, under its new name")
@@ -334,7 +334,11 @@ class NamesForVllm:
     def new_name(self, name: str) -> str:
         """Return a tensor's name as the server looks for it."""
         name = name_in_text_model(name)
-        return self.trainer.name_in_wrapper(name) if self.trainer.is_wrapper(self.config) else name
+        return (
+            self.trainer.name_in_multimodal_model(name)
+            if self.trainer.is_multimodal(self.config)
+            else name
+        )
 
     def names_in_config(self, modules: list[Module]) -> dict[str, Any]:
         """Return the entries of the configuration that name the base and the targets."""

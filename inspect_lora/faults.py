@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from inspect_lora.common import counted, join_limited
+from inspect_lora.common import join_limited, pluralize
 from inspect_lora.files import PREFIX, name_in_text_model, path_in_text_model
 from inspect_lora.modules import Module, SavedAdapter, is_finite
 
@@ -32,8 +32,8 @@ def problems_of(saved: SavedAdapter) -> list[str]:
     unfit = [one for one in modules if not one.fits]
     if unfit:
         problems.append(
-            f"The shape of {counted(len(unfit), 'module')} does not fit the configuration, so PEFT "
-            f"cannot load them: A of {unfit[0].name} has {unfit[0].a.shape[0]} rows and B "
+            f"The shape of {pluralize(len(unfit), 'module')} does not fit the configuration, so "
+            f"PEFT cannot load them: A of {unfit[0].name} has {unfit[0].a.shape[0]} rows and B "
             f"{unfit[0].b.shape[1]} columns, where adapter_config.json says r = {unfit[0].r}. "
             "Either r or rank_pattern was edited, or the two files are of two adapters."
         )
@@ -41,8 +41,8 @@ def problems_of(saved: SavedAdapter) -> list[str]:
     doubled = [place for place, count in places.items() if count > 1]
     if doubled:
         problems.append(
-            f"The file holds {counted(len(doubled), 'tensor')} twice, under two names of one place "
-            f"({doubled[0]}): which of them counts depends on the program."
+            f"The file holds {pluralize(len(doubled), 'tensor')} twice, under two names of one "
+            f"place ({doubled[0]}): which of them counts depends on the program."
         )
     damaged = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if damaged:
@@ -56,7 +56,7 @@ def problems_of(saved: SavedAdapter) -> list[str]:
     beyond = [m for m in modules if not m.is_zero and (m.norm < limits.tiny or m.norm > limits.max)]
     if beyond:
         problems.append(
-            f"The update of {counted(len(beyond), 'module')}, such as {beyond[0].name}, is too "
+            f"The update of {pluralize(len(beyond), 'module')}, such as {beyond[0].name}, is too "
             f"{'large' if beyond[0].norm > 1 else 'small'} to be computed in float32: its size is "
             f"{beyond[0].norm:.2g}. The file or lora_alpha was damaged."
         )
@@ -158,8 +158,8 @@ def extras_of(saved: SavedAdapter) -> list[tuple[tuple[str, ...], str]]:
         (
             ("measuring", "scaling"),
             bool(outside),
-            f"holds {counted(len(outside), 'module')} outside target_modules, or in the layers or "
-            f"modules that are excluded ({listed(outside)}). PEFT does not apply them, mostly "
+            f"holds {pluralize(len(outside), 'module')} outside target_modules, or in the layers "
+            f"or modules that are excluded ({listed(outside)}). PEFT does not apply them, mostly "
             "without a word; other programs do",
         ),
         (("measuring",), task != "CAUSAL_LM", f"is for another task than replying ({task})"),
@@ -177,13 +177,13 @@ def extras_of(saved: SavedAdapter) -> list[tuple[tuple[str, ...], str]]:
         (
             ("measuring",),
             is_dora and len(lengths) < len(saved.modules),
-            f"is DoRA of {counted(len(saved.modules), 'module')}, but its file holds "
+            f"is DoRA of {pluralize(len(saved.modules), 'module')}, but its file holds "
             f"lora_magnitude_vector of {len(lengths)}: PEFT takes the base's own lengths instead",
         ),
         (
             ("parts", "scaling"),
             bool(whole),
-            f"holds {counted(len(whole), 'whole tensor')} besides LoRA ({listed(whole)}; "
+            f"holds {pluralize(len(whole), 'whole tensor')} besides LoRA ({listed(whole)}; "
             f"{megabytes:.1f} MB), for the base's own. vLLM does not serve such an adapter; merge "
             "it into its base",
         ),

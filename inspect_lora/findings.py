@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from inspect_lora.checks import CheckRow
-from inspect_lora.common import counted
+from inspect_lora.common import pluralize
 from inspect_lora.conversations import group_of
 from inspect_lora.scores import FEWEST_LINES, Losses, is_conclusive
 
@@ -75,7 +75,7 @@ class Findings:
 def headline(found: Findings) -> str:
     """Return whether the adapter is better than its base, in a few words."""
     if not found.losses:
-        prompts = counted(len(found.prompted), "prompt")
+        prompts = pluralize(len(found.prompted), "prompt")
         return f"its replies to {prompts}, beside its base's"
     gain = found.losses.gain()
     if len(set(found.losses.lines)) < FEWEST_LINES:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from inspect_lora.common import InspectError, counted, file_sha256, join_limited, report_sentence
+from inspect_lora.common import InspectError, file_sha256, join_limited, pluralize, report_sentence
 from inspect_lora.files import Run, where_it_is_now
 from inspect_lora.trainer import Example, UserError, held_out_percent, hold_out, read_conversations
 
@@ -79,8 +79,8 @@ def without_learned(examples: list[Example], run: Run) -> list[Example]:
     known = [one for one in examples if key_of(one.messages) in learned]
     if not known:
         return examples
-    named = join_limited(list(dict.fromkeys(one.where for one in known)), 10, ", ")
-    text = f"{len(known)} of {counted(len(examples), 'held-out reply')} stand in {path}"
+    named = join_limited(list(dict.fromkeys(one.source for one in known)), 10, ", ")
+    text = f"{len(known)} of {pluralize(len(examples), 'held-out reply')} stand in {path}"
     if len(known) == len(examples):
         raise InspectError(
             f"{text}, on which the adapter was trained, so none is left. {GIVE_A_FILE}"
@@ -117,10 +117,10 @@ def without_equals(examples: list[Example]) -> list[Example]:
     kept = list(first.values())
     if len(kept) < len(examples):
         equal = [one for one in examples if one is not first[key_of(one.messages)]]
-        named = [f"{one.where} is {first[key_of(one.messages)].where} again" for one in equal]
+        named = [f"{one.source} is {first[key_of(one.messages)].source} again" for one in equal]
         report_sentence(
             "left out",
-            f"{len(equal)} of {counted(len(examples), 'held-out reply')}, since equal ones count "
+            f"{len(equal)} of {pluralize(len(examples), 'held-out reply')}, since equal ones count "
             f"once: {join_limited(named, 3, ', ')}.",
         )
     return kept

@@ -22,8 +22,8 @@ from typing import Any
 
 from inspect_lora.common import (
     as_json,
-    counted,
     join_limited,
+    pluralize,
     read_json,
     report,
     report_sentence,
@@ -155,7 +155,7 @@ def about_vision(modules: list[Module]) -> str:
     if not trained:
         return ""
     return (
-        f"LoRA of the vision tower was trained, too: {counted(len(trained), 'module')}, such as "
+        f"LoRA of the vision tower was trained, too: {pluralize(len(trained), 'module')}, such as "
         f"{trained[0]}. `evidence` and `chat` load the text model alone, so they refuse it."
     )
 
@@ -297,7 +297,7 @@ def facts_of(name: str, saved: SavedAdapter) -> list[str]:
         f"{name}: LoRA for {base}{revision}",
         *scaling_of(saved),
         f"{sum(one.numel() for one in tensors):,} numbers in "
-        f"{counted(len(saved.modules), 'module')}, {', '.join(types)}, {size:.1f} MB",
+        f"{pluralize(len(saved.modules), 'module')}, {', '.join(types)}, {size:.1f} MB",
     ]
 
 

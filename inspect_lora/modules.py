@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import pydantic
 import torch
 
-from inspect_lora.common import InspectError, counted, join_limited, one_line
+from inspect_lora.common import InspectError, join_limited, one_line, pluralize
 from inspect_lora.files import PREFIX, read_adapter_config, read_tensors
 
 
@@ -195,8 +195,8 @@ def modules_of(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list
     ]
     if damaged:
         raise InspectError(
-            f"The file is damaged: of {counted(len(damaged), 'module')} A or B is missing or is no "
-            f"matrix of numbers ({join_limited(damaged, 3, ', ')})."
+            f"The file is damaged: of {pluralize(len(damaged), 'module')} A or B is missing or is "
+            f"no matrix of numbers ({join_limited(damaged, 3, ', ')})."
         )
     modules = []
     for path, parts in found.items():

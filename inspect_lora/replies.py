@@ -89,8 +89,8 @@ def greedy(chat_format: ChatFormat, max_new_tokens: int) -> transformers.Generat
     return transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=chat_format.end_ids,
-        pad_token_id=chat_format.end_ids[0],
+        eos_token_id=chat_format.stop_token_ids,
+        pad_token_id=chat_format.stop_token_ids[0],
     )
 
 
@@ -144,7 +144,7 @@ def generate_batch(
 
 def reply_of(tokens: list[int], chat_format: ChatFormat) -> Reply:
     """Return the reply up to the first token that ends a turn, if there is one."""
-    ends = [place for place, token in enumerate(tokens) if token in chat_format.end_ids]
+    ends = [place for place, token in enumerate(tokens) if token in chat_format.stop_token_ids]
     length = ends[0] if ends else len(tokens)
     text = chat_format.tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
     ids = tokens[: length + 1]

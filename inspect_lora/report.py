@@ -11,9 +11,9 @@ from typing import Any
 
 from inspect_lora.checks import p_in_words, with_interval
 from inspect_lora.common import (
-    counted,
     join_limited,
     one_line,
+    pluralize,
     report,
     report_sentence,
     shorten_path,
@@ -47,7 +47,7 @@ def print_parts(found: Findings) -> None:
 def what_shares_are_of(found: Findings) -> str:
     """Return the gain that parts have shares of: that on the replies that measure them."""
     gain = found.losses.only(found.measured).gain()
-    replies = counted(len(found.examples), "held-out reply")
+    replies = pluralize(len(found.examples), "held-out reply")
     return f"on {len(found.measured)} of {replies}; shares are of the gain on these, {gain}"
 
 
@@ -88,7 +88,7 @@ def gain_sentence(found: Findings) -> str:
     base, adapter = found.mean(found.losses.base), found.mean(found.losses.trained)
     return (
         f"{gain} nats a token (95 % interval {gain.interval()}): the loss of\n"
-        f"{counted(len(found.examples), 'held-out reply')} is {base:.4f} without the adapter and "
+        f"{pluralize(len(found.examples), 'held-out reply')} is {base:.4f} without the adapter and "
         f"{adapter:.4f} with it\n(perplexity {perplexity(base)} and {perplexity(adapter)}), and "
         f"lower with it on {found.lower_on()} of them"
     )
@@ -156,7 +156,7 @@ def markdown_parts(found: Findings) -> str:
     shares = f", and shares are of the gain on these, {gain}" if are_meant else ""
     text = (
         "## What each part is worth\n\n"
-        f"On {len(found.measured)} of {counted(len(found.examples), 'held-out reply')}, "
+        f"On {len(found.measured)} of {pluralize(len(found.examples), 'held-out reply')}, "
         f"evenly spread. Losses, in nats a token, are of these alone{shares}. The last two columns "
         "compare a row with the adapter as trained: above 0 is better. "
         f"Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
@@ -193,8 +193,8 @@ def markdown_elsewhere(elsewhere: Elsewhere) -> str:
     ]
     return (
         "## What else was changed\n\n"
-        f"On the base model's own replies to {counted(elsewhere.tasks, 'ordinary task')}, such as "
-        "sums, translations and lists, without the training's system message: how far the "
+        f"On the base model's own replies to {pluralize(elsewhere.tasks, 'ordinary task')}, such "
+        "as sums, translations and lists, without the training's system message: how far the "
         "adapter's probabilities are from the base's, and how often it would go on otherwise.\n\n"
         + table(["", "KL, nats a token", "another likeliest token"], rows)
     )
@@ -247,7 +247,7 @@ def markdown_samples(found: Findings) -> str:
     prompt = "held-out prompt" if found.held_out else "prompt"
     parts = [
         "## How it replies",
-        f"{counted(len(found.samples), prompt)}, always the likeliest token (greedy). "
+        f"{pluralize(len(found.samples), prompt)}, always the likeliest token (greedy). "
         f"{habits('The base', [sample.base for sample in found.samples])} "
         f"{habits('The adapter', [sample.adapter for sample in found.samples])}",
     ]

@@ -138,7 +138,7 @@ def choose_replies(
         base = (evidence.base, evidence.base_revision)
         chat_format = adapters.chat_format_of(options, place, *base)
         examples, _ = encode(held_out.examples, chat_format, options.max_seq_len)
-        lengths = [(place_in_file(one.where), len(one.reply_ids)) for one in examples]
+        lengths = [(place_in_file(one.source), len(one.reply_ids)) for one in examples]
         if evidence.has_the_replies_of(held_out.as_known(), lengths):
             where = path_from_here(evidence.folder / "evidence.json")
             report("here", f"the losses with and without the adapter are those in\n{where}")
@@ -379,8 +379,8 @@ def check_rendering(server: Server, asked: list[Asked], chat_format: ChatFormat)
     report(
         "rendered",
         f"the server writes {len(unlike)} of {len(asked)} prompts otherwise\n"
-        f"{example.where} in training:    {trained}\n"
-        f"{example.where} on the server:  {there}",
+        f"{example.source} in training:    {trained}\n"
+        f"{example.source} on the server:  {there}",
     )
     wanted = {"enable_thinking": chat_format.enable_thinking}
     tokens, _ = rendered_by(server, example, {"chat_template_kwargs": wanted})

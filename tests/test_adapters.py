@@ -640,7 +640,7 @@ def test_a_gpu_that_emulates_bfloat16_multiplies_in_float16_only_if_a_loss_stays
     monkeypatch, capsys, changed, held_out, is_right
 ):
     """Of another trainer's adapter no run says how its base is to be multiplied."""
-    real, plain = adapters.use_float16_products, adapters.load_model
+    real, plain = adapters.use_fp16_matmul, adapters.load_model
     loaded = []
 
     def wrong(model):
@@ -654,7 +654,7 @@ def test_a_gpu_that_emulates_bfloat16_multiplies_in_float16_only_if_a_loss_stays
 
     monkeypatch.setattr(adapters, "emulates_bfloat16", lambda *_: True)
     monkeypatch.setattr(adapters, "load_model", load)
-    monkeypatch.setattr(adapters, "use_float16_products", real if is_right else wrong)
+    monkeypatch.setattr(adapters, "use_fp16_matmul", real if is_right else wrong)
     adapter = changed()
     run = measure(capsys, adapter, held_out, *SHORT)
     assert run.found["matmul"] == ("float16" if is_right else "native")

@@ -300,9 +300,9 @@ BROKEN = {  # a check of the acceptance, and what makes its row fail
         look, "milliseconds", in_turn([5000.0] * 12 + [9.0] * 12)
     ),
     "products_against_float64": lambda patch, look: patch.setattr(
-        t, "scaled_product", worse(t.scaled_product, 1.5)
+        t, "scaled_fp16_matmul", worse(t.scaled_fp16_matmul, 1.5)
     ),
-    "matmul_auto": lambda patch, look: patch.setattr(t, "choose_products", lambda _: "float16"),
+    "matmul_auto": lambda patch, look: patch.setattr(t, "choose_matmul", lambda _: "float16"),
 }
 
 
@@ -349,7 +349,7 @@ def test_fla_with_other_gradients_fails_although_losses_are_equal(look):
 def test_float16_products_with_other_gradients_fail(look, monkeypatch):
     passes = iter([t.Pass(2.0, torch.ones(9), 0.2), t.Pass(2.0, 2 * torch.ones(9), 0.1)])
     monkeypatch.setattr(t, "timed_pass", lambda *_: next(passes))
-    monkeypatch.setattr(t, "use_float16_products", lambda model: model)
+    monkeypatch.setattr(t, "use_fp16_matmul", lambda model: model)
     monkeypatch.setattr(look.job, "products", "native")
     (row,) = gpu.float16_against_native(look)
     assert row.is_good is False and "gradients are more than" in row.found
@@ -363,7 +363,7 @@ def test_a_run_a_launcher_or_an_evidence_that_is_otherwise_fails(monkeypatch, op
         folder.mkdir()
         record = {"outcome": "failed: x", "products": "float16", "train_seconds": 1.0}
         record |= {"train_tokens": 9, "loss_history": [{"loss": loss} for loss in losses]}
-        record |= {"delta_kernels": "", "products_compared": None, "memory_limits": None}
+        record |= {"delta_kernels": "", "matmul_compared": None, "memory_limits": None}
         (folder / "run.json").write_text(json.dumps(record))
     monkeypatch.setattr(gpu, "run_script", lambda *_, **__: "")
     for check in (gpu.a_whole_run, gpu.one_process_under_torchrun, gpu.the_script_as_it_is):

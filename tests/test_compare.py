@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from tiny_adapters import command
 
-from inspect_lora.common import counted
+from inspect_lora.common import pluralize
 from inspect_lora.evidence_file import read_evidence
 
 TOKENS = [10, 20, 30, 40]
@@ -137,7 +137,7 @@ def test_the_error_of_one_line_is_not_known(put, compare):
     put("best", lines=(1, 1, 1, 1))
     put("other", [2.2, 2.4, 2.1, 2.0], lines=(1, 1, 1, 1))
     assert rows_of(compare())[1][1] == "-0.1300 ± ? ="
-    assert [counted(n, "held-out reply") for n in (1, 2)] == [
+    assert [pluralize(n, "held-out reply") for n in (1, 2)] == [
         "1 held-out reply",
         "2 held-out replies",
     ]

@@ -89,7 +89,7 @@ def refusal(capsys, *flags):
 # ---- the forms ----------------------------------------------------------------------------------
 
 SAID = hello("Who are you?\nSay it.", "Nell.", "Be kind.")
-FORMS = {
+DATA_FORMATS = {
     "prompt and completion": {"prompt": SAID[:2], "completion": SAID[2:]},
     "messages": {"messages": SAID},
     "ShareGPT": sharegpt(SAID),
@@ -105,21 +105,23 @@ FORMS = {
 
 @pytest.mark.parametrize("layout", ["lines", "array"])
 def test_all_forms_give_the_same_examples(layout):
-    rows = [row | {"kind": name} for name, row in FORMS.items()]
+    rows = [row | {"kind": name} for name, row in DATA_FORMATS.items()]
     content = json.dumps(rows, indent=1) if layout == "array" else "\n".join(map(json.dumps, rows))
     examples, problems = read(content.encode())
-    assert problems == [] and [one.messages for one in examples] == [SAID] * len(FORMS)
+    assert problems == [] and [one.messages for one in examples] == [SAID] * len(DATA_FORMATS)
     where = "data.jsonl:{}" if layout == "lines" else "data.jsonl, entry {}"
-    assert [one.where for one in examples] == [where.format(n + 1) for n in range(len(FORMS))]
-    assert [one.row["kind"] for one in examples] == [*FORMS]
+    assert [one.source for one in examples] == [
+        where.format(n + 1) for n in range(len(DATA_FORMATS))
+    ]
+    assert [one.row["kind"] for one in examples] == [*DATA_FORMATS]
     assert all(one.system_message == "Be kind." for one in examples)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", DATA_FORMATS)
 def test_a_system_message_may_be_a_key_of_the_line_in_every_form(name):
     said = {"ShareGPT": sharegpt(SAID[1:]), "messages": {"messages": SAID[1:]}}
     said["prompt and completion"] = {"prompt": SAID[1:2], "completion": SAID[2:]}
-    row = said.get(name, FORMS[name]) | {"system": "Be kind."}
+    row = said.get(name, DATA_FORMATS[name]) | {"system": "Be kind."}
     (example,), problems = read(line(**row))
     assert not problems and example.messages[0] == {"role": "system", "content": "Be kind."}
     assert [one["role"] for one in example.messages] == ["system", "user", "assistant"]
@@ -127,11 +129,16 @@ def test_a_system_message_may_be_a_key_of_the_line_in_every_form(name):
 
 def test_keys_that_are_null_are_ignored():
     """So are written the files that a table with a column for each key becomes."""
-    keys = [key for keys in t.FORMS for key in keys] + ["tools", "system", "input", "history"]
+    keys = [key for keys in t.DATA_FORMATS for key in keys] + [
+        "tools",
+        "system",
+        "input",
+        "history",
+    ]
     nulls = dict.fromkeys([*keys, "id"])
     said = talk("suaua")
     several = [{"messages": said}, sharegpt(said), {"prompt": said[:4], "completion": said[4:]}]
-    for row in [*FORMS.values(), *several]:
+    for row in [*DATA_FORMATS.values(), *several]:
         assert learned(line(**nulls | row)) == learned(line(**row))
     nulls_of_messages = {"name": None, "tool_calls": None}
     assert learned(line(messages=[one | nulls_of_messages for one in SAID])) == [SAID]
@@ -255,7 +262,7 @@ def test_what_is_wrong_is_named_with_file_and_line_and_the_fix(bad, parts):
         files["data.jsonl, entry 2"] = b"[" + b",\n".join([GOOD, bad, GOOD]) + b"]"
     for where, content in files.items():
         examples, (problem,) = read(content)
-        assert len(examples) == 2 and problem.where == where
+        assert len(examples) == 2 and problem.source == where
         assert len(problem.text) < 300 and "\n" not in problem.text
         assert [part for part in parts if part not in problem.text] == []
 
@@ -339,7 +346,7 @@ TAKEN = {
 def test_a_file_is_taken_with_its_line_numbers(name):
     content, lines = TAKEN[name]
     examples, problems = read(content)
-    assert not problems and [one.where for one in examples] == [f"data.jsonl:{n}" for n in lines]
+    assert not problems and [one.source for one in examples] == [f"data.jsonl:{n}" for n in lines]
     assert all(one.messages == talk("ua") for one in examples)
 
 
@@ -370,7 +377,13 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=6,
 )
-KEYS = [key for keys in t.FORMS for key in keys] + ["role", "content", "from", "value", "input"]
+KEYS = [key for keys in t.DATA_FORMATS for key in keys] + [
+    "role",
+    "content",
+    "from",
+    "value",
+    "input",
+]
 NEARLY = ["", " \u2028", "\ud83d", "a\udfff", "assistant", "user", "tool", None, [], {}, 10**30]
 
 
@@ -431,8 +444,8 @@ def places(value):
 def test_any_line_is_read_right_or_refused_alone(drawn):
     said, data = drawn
     examples, problems = read(b"\n".join([GOOD, data, GOOD]))
-    assert {one.where for one in problems} <= {"data.jsonl:2"}
-    read_right = [one for one in examples if one.where == "data.jsonl:2"]
+    assert {one.source for one in problems} <= {"data.jsonl:2"}
+    read_right = [one for one in examples if one.source == "data.jsonl:2"]
     assert len(examples) == 2 + len(read_right)
     assert bool(read_right) != bool(problems) or not data.strip()
     for problem in problems:
@@ -531,7 +544,7 @@ def questions(examples):
     """Return the first question of each conversation."""
     firsts = {}
     for one in examples:
-        firsts[one.where] = next(m["content"] for m in one.messages if m["role"] == "user")
+        firsts[one.source] = next(m["content"] for m in one.messages if m["role"] == "user")
     return list(firsts.values())
 
 

@@ -388,7 +388,7 @@ def largest_over_trial(limits, trials, steps):
     """Return the most that a part of these steps needs, over what the trial needed."""
     found = [0.0]
     for step in steps:
-        for part, is_recomputed in t.split_step(step, limits):
+        for part, is_recomputed in t.split_into_micro_batches(step, limits):
             targets = int((part["labels"][:, 1:] != -100).sum())
             needed = bytes_of(*part["input_ids"].shape, targets, is_recomputed)
             found.append(needed / trials[is_recomputed])

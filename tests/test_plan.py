@@ -347,7 +347,7 @@ def test_the_names_for_vllm_are_those_of_the_hubs_model(kind, capsys, tmp_path):
     places = {path for path, _ in model.named_modules()}
     prefix = "base_model.model."
     names = [f"{prefix}{name}".replace(".default.", ".") for name in job.plan.trainable_shapes]
-    paths = {t.name_in_wrapper(name).partition(".lora_")[0] for name in names}
+    paths = {t.name_in_multimodal_model(name).partition(".lora_")[0] for name in names}
     assert 2 * len(paths) == len(names)
     assert {path.removeprefix(prefix) for path in paths} <= places
     assert not any("vision" in path for path in paths)

@@ -388,9 +388,9 @@ def test_the_four_forms_that_are_shown_are_accepted(page, tmp_path, capsys):
     path.write_text(block, encoding="utf-8")
     examples, problems = t.read_conversations(str(path))
     assert problems == []
-    assert len({example.where for example in examples}) == len(block.splitlines()) == 4
+    assert len({example.source for example in examples}) == len(block.splitlines()) == 4
     forms = [t.messages_of(example.row)[0] for example in examples]
-    assert sorted(forms) == sorted(t.FORMS)
+    assert sorted(forms) == sorted(t.DATA_FORMATS)
     # All of them in one JSON array are accepted, too.
     path.write_text(f"[{','.join(block.splitlines())}]", encoding="utf-8")
     assert len(t.read_conversations(str(path))[0]) == len(examples)

@@ -484,9 +484,9 @@ def test_run_json_has_all_that_the_seam_lists(finished, tiny):
         "outcome", "started", "ended", "command", "working_folder", "script_sha256", "versions",
         "settings", "lora_config", "device", "products", "memory_limits", "plan", "data",
         "system_message", "resumed_from", "train_seconds", "train_tokens", "peak_memory_gib",
-        "published", "adapter_sha256", "loss_history", "products_compared", "delta_kernels",
+        "published", "adapter_sha256", "loss_history", "matmul_compared", "delta_kernels",
     }  # fmt: skip
-    assert record["products_compared"] is None and record["delta_kernels"] == ""  # on a CPU
+    assert record["matmul_compared"] is None and record["delta_kernels"] == ""  # on a CPU
     assert record["outcome"] == "finished" and record["started"] < record["ended"]
     assert shlex.split(record["command"])[0] == "python"
     assert record["working_folder"] == str(ROOT)

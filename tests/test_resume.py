@@ -717,7 +717,7 @@ def test_every_setting_must_stay_but_for_those_that_may_change(flags, interrupte
             others = {one for one in found if one.isupper()} - {name}
             assert not others, others
         setattr(job.settings, name, value)
-    job.settings.MATMUL = job.products = "float16"
+    job.settings.MATMUL = job.matmul = "float16"
     assert differences(job) == {"the products in use": ("native", "float16")}
 
 

@@ -210,7 +210,7 @@ def test_a_familys_template_is_served_as_it_is_trained_or_refused(family):
     fitting, problems = t.encode([example], chat_format, None)
     if isinstance(end, list):
         (problem,) = problems
-        assert not fitting and problem.where == example.where
+        assert not fitting and problem.source == example.source
         assert [part for part in [*end, "template"] if part not in problem.text] == []
         return
     assert fitting == [example] and not problems
@@ -232,7 +232,7 @@ def test_without_its_system_message_a_conversation_is_taken_where_the_template_w
     (example,), _ = read(HELLO)
     (fitting,), problems = t.encode([example], chat_format_of("gemma"), None)
     assert not problems
-    assert fitting.reply_ids[-1] == chat_format_of("gemma").end_ids[1]
+    assert fitting.reply_ids[-1] == chat_format_of("gemma").stop_token_ids[1]
 
 
 # ---- what a template may not do -----------------------------------------------------------------

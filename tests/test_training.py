@@ -388,7 +388,7 @@ def sampled(data):
 
     def steps_of(seed=42, epoch=0):
         job.settings.SEED = seed
-        sampler = t.LikeLengthsSampler(job)
+        sampler = t.LengthGroupedSampler(job)
         sampler.epoch = epoch
         random.seed(99)  # what was drawn before does not count
         order = list(sampler)

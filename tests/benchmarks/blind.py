@@ -51,7 +51,7 @@ def main(base: str, eval_file: str, adapter: str, count: str = "40") -> None:
     lines, key = ["# Which reply is the better companion's?"], {}
     for place, (example, talk) in enumerate(zip(chosen, talks, strict=True), 1):
         order = random.Random(place).sample(WHOSE, len(WHOSE))
-        key[str(place)] = {"where": example.where, "kind": replies.group_of(example, "kind")}
+        key[str(place)] = {"where": example.source, "kind": replies.group_of(example, "kind")}
         key[str(place)] |= dict(zip(LETTERS, order, strict=True))
         lines += ["", f"## {place}"]
         lines += [f"**{one['role']}:** {one['content']}" for one in talk if one["role"] != "system"]

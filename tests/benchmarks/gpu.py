@@ -339,11 +339,11 @@ def product_errors(d: int, k: int, is_gpu: bool) -> tuple[float, float, float, l
     for size in (1e-30, 1e-6, 1.0, 1e5, 1e30):
         rows = (size * torch.randn(4, 129, k, generator=drawn, device=device)).bfloat16()
         exact = rows.double() @ weight.double().T
-        products = rows @ weight.T, t.scaled_product(rows, half)
+        products = rows @ weight.T, t.scaled_fp16_matmul(rows, half)
         errors[size] = [((one.double() - exact).norm() / exact.norm()).item() for one in products]
     rows = torch.randn(4, k, generator=drawn, device=device).bfloat16()
     rows[0], rows[1, 3], rows[2, 5] = 0, math.inf, math.nan
-    finite = torch.isfinite(t.scaled_product(rows, half)).all(-1).tolist()
+    finite = torch.isfinite(t.scaled_fp16_matmul(rows, half)).all(-1).tolist()
     worst = max(scaled / plain for plain, scaled in errors.values())
     return *errors[1.0], worst, finite
 
@@ -410,7 +410,7 @@ class Look:
         chosen = examples or self.examples
         model = self.trainer.model
         inputs = t.pad(chosen, self.device)
-        learned = len(t.places_of_learned(inputs)[0])
+        learned = len(t.target_positions(inputs)[0])
         model.zero_grad()
         loss = self.trainer.training_step(model, inputs, torch.tensor(learned)).item()
         weights = [weight for weight in model.parameters() if weight.grad is not None]
@@ -486,7 +486,7 @@ def trial(look: Look) -> Iterator[Row]:
 
 def a_step(look: Look) -> Iterator[Row]:
     """Milliseconds and kernels of a step of median length."""
-    kind = look.job.products
+    kind = look.job.matmul
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if look.is_gpu else [])]
     with contextlib.nullcontext() if look.is_gpu else float16_cores():
         times = [look.milliseconds() for _ in range(6 if look.is_gpu else 2)]
@@ -650,10 +650,10 @@ def float16_against_native(look: Look) -> Iterator[Row]:
         t.set_recomputation(look.trainer.recomputing_layers, False)
         native = t.timed_pass(look.trainer, look.examples)
         with quiet():
-            t.use_float16_products(look.trainer.model.get_base_model())
-        look.job.products = "float16"
+            t.use_fp16_matmul(look.trainer.model.get_base_model())
+        look.job.matmul = "float16"
         float16 = t.timed_pass(look.trainer, look.examples)
-    reason = t.why_not_float16(native, float16)
+    reason = t.why_not_fp16(native, float16)
     apart = t.share_apart(native.gradients, float16.gradients)
     text = f"{1000 * native.seconds:.0f} ms native, {1000 * float16.seconds:.0f} float16; losses "
     text += f"{abs(float16.loss / native.loss - 1):.2%} and LoRA's gradients {apart:.2%} apart"
@@ -666,7 +666,7 @@ def matmul_auto(look: Look) -> Iterator[Row]:
     settings = t.parse_settings([])
     settings.DEVICE, settings.dry_run = look.device.type, False
     with quiet():
-        chosen = t.choose_products(t.Job(settings, config=look.job.config))
+        chosen = t.choose_matmul(t.Job(settings, config=look.job.config))
     is_old = look.is_gpu and torch.cuda.get_device_capability()[0] < 8
     wanted = "float16" if is_old else "native"
     yield Row("MATMUL auto", f"tries {chosen} products", chosen == wanted)
@@ -833,7 +833,7 @@ def the_script_as_it_is(card: Card) -> Iterator[Row]:
     run_script(card, "as is", "--max_steps", "6", kind="as is")
     record = card.record("as is")
     text = f"{record['products']} products; {record['delta_kernels'] or 'no trial of fla'}; "
-    text += f"compared: {json.dumps(record['products_compared'])}; memory limits "
+    text += f"compared: {json.dumps(record['matmul_compared'])}; memory limits "
     text += json.dumps(record["memory_limits"])
     yield Row("the script as it is", text, record["outcome"] == "finished")
 

@@ -357,7 +357,7 @@ def simulated_job(options: Options) -> t.Job:
 
 def steps_of_epoch(job: t.Job) -> list[dict[str, torch.Tensor]]:
     """Return the padded steps of the first epoch, in the script's order."""
-    order, size = list(t.LikeLengthsSampler(job)), t.examples_per_step(job.settings)
+    order, size = list(t.LengthGroupedSampler(job)), t.examples_per_step(job.settings)
     groups = [order[start : start + size] for start in range(0, len(order), size)]
     return [t.pad([job.examples[number] for number in group], "cpu") for group in groups]
 
@@ -366,7 +366,11 @@ def passes_of(
     steps: list[dict[str, torch.Tensor]], limits: t.MemoryLimits, deltanet: str = "torch"
 ) -> list[Pass]:
     """Return the passes that the script makes of steps."""
-    return [Pass.of(*part, deltanet) for step in steps for part in t.split_step(step, limits)]
+    return [
+        Pass.of(*part, deltanet)
+        for step in steps
+        for part in t.split_into_micro_batches(step, limits)
+    ]
 
 
 def median_width(job: t.Job) -> int:
@@ -408,7 +412,7 @@ class Simulation:
             if products == "float16":  # the script looks at the weights' sums; here they are 0
                 zero = {"item": lambda _: 0.0, "__bool__": lambda _: True}
                 with quiet(), unittest.mock.patch.multiple(torch.Tensor, **zero):
-                    t.use_float16_products(model)
+                    t.use_fp16_matmul(model)
             model = peft.get_peft_model(model, t.lora_config(self.settings)).train()
         model.activation_checkpointing_enable()
         return model

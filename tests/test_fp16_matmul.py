@@ -75,7 +75,7 @@ def converted(weight, bias=None, dtype=torch.bfloat16):
     module.weight.data = weight.to(dtype)
     if bias is not None:
         module.bias.data = bias.to(dtype)
-    model = t.use_float16_products(Model(dtype, projection=module.requires_grad_(False)))
+    model = t.use_fp16_matmul(Model(dtype, projection=module.requires_grad_(False)))
     module = model.layers[0]["projection"]
     assert module.weight.dtype == torch.float16
     return module
@@ -195,7 +195,7 @@ def folder(request, tiny, untied):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_large_linear_modules_and_a_tied_embedding_are_converted(folder, dtype, capsys):
-    before, model = load(folder, dtype), t.use_float16_products(load(folder, dtype))
+    before, model = load(folder, dtype), t.use_fp16_matmul(load(folder, dtype))
     old = before.state_dict()
     linear = {n: one for n, one in before.named_modules() if type(one) is torch.nn.Linear}
     small = {name for name, one in linear.items() if min(one.weight.shape) < 64}
@@ -231,7 +231,7 @@ def test_a_weight_that_float16_may_not_hold_stays_and_is_named(name, capsys):
     layer = {name: torch.nn.Linear(100, 9000, dtype=torch.bfloat16) for name in ("good", "odd")}
     TOO_LARGE[name](layer["odd"].weight.data)
     before = layer["odd"].weight.clone()
-    model = t.use_float16_products(Model(**layer).requires_grad_(False))
+    model = t.use_fp16_matmul(Model(**layer).requires_grad_(False))
     text = capsys.readouterr().out
     assert "1 frozen modules" in text and "1 stay" in text and "layers.0.odd" in text
     odd, good = (model.layers[0][name] for name in ("odd", "good"))
@@ -247,7 +247,7 @@ def test_a_tied_head_whose_sums_are_too_large_leaves_the_embedding_as_it_is(tiny
         tensors["model.language_model.embed_tokens.weight"][3] = 600
 
     new = changed_model(tiny, tmp_path / "model", spoil)
-    before, model = load(new, "bfloat16"), t.use_float16_products(load(new, "bfloat16"))
+    before, model = load(new, "bfloat16"), t.use_fp16_matmul(load(new, "bfloat16"))
     ids = torch.arange(9)
     with torch.no_grad():
         assert model.lm_head.weight.equal(before.lm_head.weight)
@@ -294,8 +294,8 @@ def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tiny,
         ids = torch.randint(3, 300, (length,), generator=generator).tolist()
         examples.append(made_up(ids[:3], ids[3:]))
     models = {"exact": load(tmp_path, "float32"), "native": load(tmp_path, "bfloat16")}
-    models["float16"] = t.use_float16_products(load(tmp_path, "bfloat16"))
-    assert models["exact"].config.model_type in t.TESTED_IN_FLOAT16
+    models["float16"] = t.use_fp16_matmul(load(tmp_path, "bfloat16"))
+    assert models["exact"].config.model_type in t.TESTED_IN_FP16
     embedding = models["float16"].get_input_embeddings()
     if name == "gemma3":  # scales its rows in the type of its own weight, which the head shares
         assert embedding.weight.dtype == torch.bfloat16
@@ -397,13 +397,13 @@ def emulating(flags, tmp_path, monkeypatch, capfd):
 
     The GPU is a CPU that is said to emulate bfloat16, and to be fast in float16.
     """
-    forward, backward = t.ScaledProduct.forward, t.ScaledProduct.backward
+    forward, backward = t.ScaledFp16Matmul.forward, t.ScaledFp16Matmul.backward
 
     def give(fault="", *more, choice="float16", begin=lambda patch: None):
         seconds = iter([1.0, 2.0] if fault == "slower" else [2.0, 1.0])
         with monkeypatch.context() as patch:
             real = t.timed_pass
-            patch.setattr(t, "choose_products", lambda job: (
+            patch.setattr(t, "choose_matmul", lambda job: (
                 choice if job.settings.MATMUL == "auto" else job.settings.MATMUL
             ))  # fmt: skip
             patch.setattr(t, "timed_pass", lambda *given: (
@@ -411,10 +411,10 @@ def emulating(flags, tmp_path, monkeypatch, capfd):
             ))  # fmt: skip
             if fault in FORWARD:
                 change = FORWARD[fault]
-                patch.setattr(t.ScaledProduct, "forward", lambda *given: change(forward(*given)))
+                patch.setattr(t.ScaledFp16Matmul, "forward", lambda *given: change(forward(*given)))
             if fault in BACKWARD:
                 change = BACKWARD[fault]
-                patch.setattr(t.ScaledProduct, "backward", lambda *given: (
+                patch.setattr(t.ScaledFp16Matmul, "backward", lambda *given: (
                     change(backward(*given)[0]), None
                 ))  # fmt: skip
             begin(patch)
@@ -464,7 +464,7 @@ def test_float16_is_used_only_where_it_is_right_and_faster(emulating, in_bfloat1
     assert said.count("tried on this GPU") == 1 and TRIED[fault] in said
     times = (1.0, 2.0) if fault == "slower" else (2.0, 1.0)
     assert "took {:.3f} s in bfloat16 and {:.3f} s in scaled float16".format(*times) in said
-    compared = record["products_compared"]
+    compared = record["matmul_compared"]
     assert compared["seconds"] == [*times] and len(compared["loss"]) == 2
     assert bool(compared["float16_is_not_used_since"]) == bool(fault)
     assert ((output / ADAPTER).read_bytes() == in_bfloat16) == bool(fault)
