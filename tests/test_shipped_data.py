@@ -824,7 +824,7 @@ def test_a_habit_is_seen(habit, text, others):
 
 # ---- replies on which the checks were tried
 
-HALVES = ["open", "sealed"]
+HALVES = ["open", "sealed", "sealed2"]
 
 
 def lines_of(name):
@@ -832,10 +832,11 @@ def lines_of(name):
     return rows(f"tests/checked_replies/{name}.jsonl")
 
 
-def test_the_sealed_replies_are_those_whose_hash_was_recorded_first():
+@pytest.mark.parametrize("half", ["sealed", "sealed2"])
+def test_the_sealed_replies_are_those_whose_hash_was_recorded_first(half):
     folder = ROOT / "tests" / "checked_replies"
-    (recorded, *_) = (folder / "sealed.sha256").read_text(encoding="utf-8").split()
-    assert hashlib.sha256((folder / "sealed.jsonl").read_bytes()).hexdigest() == recorded
+    (recorded, *_) = (folder / f"{half}.sha256").read_text(encoding="utf-8").split()
+    assert hashlib.sha256((folder / f"{half}.jsonl").read_bytes()).hexdigest() == recorded
 
 
 @pytest.mark.parametrize("half", HALVES)
