@@ -54,6 +54,7 @@ import argparse
 import bisect
 import contextlib
 import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -93,6 +94,10 @@ if sys.platform == "win32":
 # Libraries read these when they are imported.
 # Threads that busy-wait slowed a small model on a CPU from 28 s to 245 s beside a busy process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Each step has its own width, which would leave the GPU's memory in fragments. (Newer versions of
+# torch read PYTORCH_ALLOC_CONF, too.)
+if "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if sys.stderr is None or not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -111,6 +116,7 @@ import trl
 from huggingface_hub.errors import GatedRepoError, HTTPError, RevisionResolutionError
 from pydantic import Field
 from tqdm import tqdm
+from transformers.integrations import get_reporting_integration_callbacks
 
 # The kinds of settings, with their limits.
 Name = Annotated[str, Field(min_length=1)]
@@ -214,6 +220,7 @@ def prepare(job: Job) -> None:
     read_data(job)  # DATA and TOKENS: every line is checked before anything is trained
     job.plan = make_plan(job)  # PLAN: which weights, and how many steps
     refuse_changed_arguments(training_config(job), job)  # TRAINING
+    refuse_what_is_missing(training_config(job))  # TRAINING
     job.products = choose_products(job)  # FLOAT16 PRODUCTS: how a V100 multiplies
 
 
@@ -302,6 +309,7 @@ def training_config(job: Job) -> trl.SFTConfig:
         seed=settings.SEED,
         num_train_epochs=settings.NUM_EPOCHS,
         max_steps=job.plan.steps,  # this decides, not the epochs
+        optim="adamw_torch_fused",  # the default from torch 2.8 on, and the same with 2.7
         learning_rate=settings.LEARNING_RATE,
         lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
         # Rounded down: TRL would round up, and the first step of a warm-up has the rate 0.
@@ -612,8 +620,18 @@ def load_model(
 ) -> transformers.PreTrainedModel:
     """Return the base model's text part, loaded straight onto the device.
 
-    Raises UserError if the weights cannot be had, or if the files lack some of them.
+    Raises UserError if the weights cannot be had, do not fit, or if the files lack some of them.
     """
+    full: list[str] = []
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        """Note a report that the memory is full, which transformers gives for each weight."""
+        if "out of memory" in record.getMessage():
+            full.append(record.getMessage())
+        return not full
+
+    loader = logging.getLogger("transformers.modeling_utils")
+    loader.addFilter(is_shown)
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             model_name,
@@ -624,13 +642,18 @@ def load_model(
             use_safetensors=True,  # a pickle could run code
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, RuntimeError, safetensors.SafetensorError, HTTPError) as error:
+        if full or isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"{model_name}: the weights do not fit in the GPU's free memory. Stop other "
+                "programs on this GPU (nvidia-smi lists them), or use one with more memory."
+            ) from error
         raise UserError(
             f"{model_name}: the weights cannot be loaded ({one_line(error)}). Whole safetensors "
             "files are needed; run the command again to go on downloading."
         ) from error
+    finally:
+        loader.removeFilter(is_shown)
     if found["missing_keys"]:  # transformers would go on with random numbers in their place
         missing = join_limited(sorted(found["missing_keys"]), 3, ", ")
         raise UserError(f"{model_name}: the files lack the weights {missing}.")
@@ -698,6 +721,7 @@ def read_data(job: Job) -> None:
     warn_of_missing_system_messages(train)
     warn_of_repeats(job.examples, job.held_out)
     warn_of_the_date(job)
+    warn_of_the_window(job)
     job.data = {
         "train": facts_of(
             settings.TRAIN_FILE, job.examples, file_sha256(Path(settings.TRAIN_FILE))
@@ -1299,6 +1323,22 @@ def warn_of_the_date(job: Job) -> None:
         )
 
 
+def warn_of_the_window(job: Job) -> None:
+    """Warn if examples are, or may be, longer than what the model was made for."""
+    window = getattr(job.config.get_text_config(), "max_position_embeddings", None)
+    limit = job.settings.MAX_SEQ_LEN
+    if not window or limit <= window:
+        return
+    long = [one for one in job.examples + job.held_out if len(one.input_ids) > window]
+    text = (
+        f"MAX_SEQ_LEN {limit:,} is more than the {window:,} tokens that the model was made for\n"
+        "(max_position_embeddings in its config.json)"
+    )
+    if long:
+        text += f"; of the examples {len(long):,} are longer, such as {long[0].where}"
+    report("warning", text)
+
+
 def facts_of(path: str, examples: list[Example], sha256: str) -> dict[str, Any]:
     """Return what run.json says of a data file: its name, its hash and its counts."""
     return {
@@ -1418,7 +1458,7 @@ def make_plan(job: Job) -> Plan:
                 warnings.filterwarnings("error", "The following .*_pattern keys", RuntimeWarning)
             peft.inject_adapter_in_model(config, model)
     except (ValueError, RuntimeWarning) as error:
-        raise UserError(f"LoraConfig: PEFT refuses it: {one_line(error)}") from error
+        raise UserError(f"LoraConfig: PEFT refuses it: {one_line(error, 2000)}") from error
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     steps, steps_per_epoch = count_steps(len(job.examples), settings)
     max_rank = max((max(layer.r.values()) for layer in lora_layers(model).values()), default=0)
@@ -1699,6 +1739,9 @@ def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
         "save_only_model": False,
         "ignore_data_skip": False,
         "load_best_model_at_end": False,
+        "fsdp": None,  # each GPU holds the whole model
+        "deepspeed": None,
+        "accelerator_config": transformers.trainer_pt_utils.AcceleratorConfig(),  # divides examples
     }
     for name, value in needed.items():
         if getattr(config, name) != value:
@@ -1706,6 +1749,35 @@ def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
                 f"training_config(): {name} must stay {value!r}, since this script's own step, "
                 "loss or records depend on it."
             )
+
+
+def refuse_what_is_missing(config: trl.SFTConfig) -> None:
+    """Raise UserError if a tracker, the optimizer or the hub cannot be used.
+
+    Trainer would find out after the weights are loaded and older results are moved aside.
+    """
+    for name in config.report_to:
+        (callback,) = get_reporting_integration_callbacks([name])
+        try:
+            callback()  # looks for its package
+        except (RuntimeError, ImportError) as error:
+            raise UserError(f"REPORT_TO {name}: {one_line(error)}") from error
+    try:
+        transformers.Trainer.get_optimizer_cls_and_kwargs(config)
+    except (ImportError, ValueError) as error:
+        # Some kinds need the model, too, and say so after they have looked for their package.
+        if isinstance(error, ImportError) or "install" in str(error):
+            raise UserError(
+                f"training_config(): optim {config.optim.value!r} cannot be used: {one_line(error)}"
+            ) from error
+    if config.push_to_hub:
+        try:
+            huggingface_hub.whoami(token=config.hub_token)
+        except (OSError, ValueError, HTTPError) as error:
+            raise UserError(
+                f"training_config(): push_to_hub needs the Hugging Face hub, which does not answer "
+                f"({one_line(error)}). Log in with `hf auth login`, or remove it."
+            ) from error
 
 
 class RunTrainer(LoraTrainer):
@@ -1737,6 +1809,10 @@ class RunTrainer(LoraTrainer):
         """
         if self.args.should_save:
             self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Return 0: to count the weights for Trainer's estimate took 5 ms a step on a CPU."""
+        return 0
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Do nothing: TRL's card does not describe the run, and publish() writes one that does."""
@@ -2442,6 +2518,15 @@ def resume_or_begin(job: Job) -> None:
         write_record(job, "running")
 
 
+# Of a local model's folder; notes that lie beside them change nothing.
+FILES_THAT_COUNT = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*",
+    "merges.txt",
+)  # fmt: skip
+FILE_OF_MODEL = "MODEL_NAME's file"  # keys of job.json begin so
+
+
 def what_is_there(job: Job) -> Earlier:
     """Gather what an earlier run left; raise UserError if that cannot be read, and touch nothing.
 
@@ -2462,7 +2547,9 @@ def what_is_there(job: Job) -> Earlier:
         ) from error
     job.history = record["loss_history"] if record else []  # tells the best epoch
     return Earlier(
-        differences=None if before is None else what_differs(before, now),
+        differences=None
+        if before is None
+        else what_differs(before, described_as_before(job, before, now)),
         checkpoints=saved,
         is_finished=record is not None,
         is_wanted_epoch=record is not None and record["published"] == epoch_to_publish(job),
@@ -2566,14 +2653,30 @@ def describe_job(job: Job) -> dict[str, Any]:
         if key not in NOT_OF_TRAINING:
             described[f"SFTConfig.{key}"] = str(value)
     described[PRODUCTS] = job.products
-    contents = {
-        "the files of MODEL_NAME": file_fingerprints(Path(settings.MODEL_NAME)),
+    files = file_fingerprints(Path(settings.MODEL_NAME), FILES_THAT_COUNT)
+    contents = {f"{FILE_OF_MODEL} {facts[0]}": facts for facts in files}
+    contents |= {
         "the tokens of TRAIN_FILE": [example.input_ids for example in job.examples],
         "the tokens of EVAL_FILE": [example.input_ids for example in job.held_out],
     }
-    for name, value in contents.items():
-        described[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:12]
-    return described
+    return described | {name: short_hash(value) for name, value in contents.items()}
+
+
+def described_as_before(job: Job, before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return what describe_job() says, with one hash of all the model's files if before has that.
+
+    job.json was written so until 2026-11-28.
+    """
+    name = "the files of MODEL_NAME"
+    if name not in before:
+        return now
+    others = {key: value for key, value in now.items() if not key.startswith(FILE_OF_MODEL)}
+    return others | {name: short_hash(file_fingerprints(Path(job.settings.MODEL_NAME), ("*",)))}
+
+
+def short_hash(value: Any) -> str:
+    """Return the beginning of a hash of what a value is."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -2894,15 +2997,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_fingerprints(folder: Path) -> list[tuple[str, int, str]]:
+def file_fingerprints(folder: Path, patterns: tuple[str, ...]) -> list[tuple[str, int, str]]:
     """Return name, size and hash of a local model's files; nothing for a name on the hub.
 
     Of large files only the first MiB, with safetensors' list of tensors, and the last are read:
     8 GB would take a minute at each start.
+
+    Args:
+        folder: the model's.
+        patterns: of the names of the files that count.
     """
     found = []
     if folder.is_dir():
         for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            if not any(map(path.match, patterns)):
+                continue
             with path.open("rb") as file:
                 start = file.read(2**20)
                 file.seek(max(0, path.stat().st_size - 2**20))
@@ -3337,7 +3446,7 @@ def try_float16_products(trainer: RunTrainer, job: Job) -> str:
     """Have a model multiply in float16; return why that must not stay on this GPU, or ""."""
     trainer.model.activation_checkpointing_enable()
     trainer.model.disable_input_require_grads()
-    set_recomputation(trainer.model, True)
+    set_recomputation(trainer.recomputing_layers, True)
     examples = examples_to_compare(job)
     native = timed_pass(trainer, examples)
     use_float16_products(trainer.model.get_base_model())
@@ -3605,8 +3714,35 @@ def prepare_device(device: str, dtype: str) -> str:
             f"({one_line(error)}). The versions in requirements.txt run on sm_70 (V100) to sm_120; "
             "if it is one of these, free its memory."
         ) from error
-    report("device", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free")
+    # With a newer cuDNN on LD_LIBRARY_PATH torch would prefer its attention, which plans anew for
+    # each width of a step, in about a second (FunASR issue 3704).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    text = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+    if visible is None and not is_launched:
+        text += freer_gpu(free)
+    report("device", text)
     return name
+
+
+def freer_gpu(free: int) -> str:
+    """Return a note if the first GPU is used of several, and which of them has more free memory."""
+    command = ["nvidia-smi", "--query-gpu=uuid,name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):  # it need not be there
+        return ""
+    rows = [line.split(", ") for line in said.stdout.splitlines() if line.count(", ") == 2]
+    sizes = {(uuid, name): int(mib) * 2**20 for uuid, name, mib in rows if mib.isdecimal()}
+    if len(sizes) < 2:
+        return ""
+    note = f"\nit is the first of {len(sizes)} GPUs, since CUDA_VISIBLE_DEVICES is not set"
+    uuid, name = max(sizes, key=lambda gpu: sizes[gpu])
+    if sizes[uuid, name] > free + 2**30:
+        note += (
+            f";\n{sizes[uuid, name] / 2**30:.1f} GiB are free on another one ({name}): "
+            f"CUDA_VISIBLE_DEVICES={uuid} takes it"
+        )
+    return note
 
 
 # What `accelerate launch` sets for these; Trainer would shard the model, or expect that it is.
@@ -3667,20 +3803,22 @@ def choose_delta_kernels(config: transformers.PretrainedConfig) -> str:
     takes fla where that can be imported, and torch's code where not. Broken or wrong kernels would
     be taken, or fall back, without a word.
     """
-    place = accelerate.PartialState().device
     if "linear_attention" not in layer_types(config):
         return ""
-    if torch.cuda.get_device_capability(place)[0] < 8:
+    place = accelerate.PartialState().device
+    is_new_enough = torch.cuda.get_device_capability(place)[0] >= 8
+    is_there = is_new_enough and importlib.util.find_spec("fla") is not None
+    reason = why_not_fla(config, place) if is_there and is_main_process() else ""
+    (reason,) = accelerate.utils.broadcast_object_list([reason])  # all processes take part
+    if not is_new_enough:
         return "torch's code, since fla needs a GPU of capability 8.0 or newer"
-    if importlib.util.find_spec("fla") is None:
+    if not is_there:
         report(
             "faster",
             "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
             "with\npip install flash-linear-attention",
         )
         return "torch's code, since fla is not installed"
-    reason = why_not_fla(config, place) if is_main_process() else ""
-    (reason,) = accelerate.utils.broadcast_object_list([reason])
     if reason:
         sys.modules["fla"] = None  # now it cannot be imported
         chosen = f"torch's code, since fla {reason}"
@@ -4048,7 +4186,23 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 128 + signal.SIGINT, "Stopped."
     if isinstance(error, torch.OutOfMemoryError):
         return 1, memory_is_full(one_line(error))
+    if is_of_a_full_disk(error):
+        return 1, (
+            f"A file could not be written, since the disk or your share of it is full "
+            f"({one_line(error)}). Make room, and the same command goes on from the newest "
+            "checkpoint, if there is one."
+        )
     return 1, ""
+
+
+def is_of_a_full_disk(error: BaseException) -> bool:
+    """Return whether an error says that the disk is full, in the words of any library."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    # As safetensors has it; and torch, whose file then ends before the place that it writes to.
+    of_the_system = re.search(r"No space left on device|Disk quota exceeded", text)
+    return bool(of_the_system) or ("inline_container.cc" in text and "unexpected pos" in text)
 
 
 def main(argv: list[str] | None = None) -> None:

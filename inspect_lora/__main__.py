@@ -9,7 +9,8 @@
 
 ADAPTER is the folder of a LoRA adapter that PEFT saved, whoever trained it, or its name on the
 Hugging Face hub. Nothing is trained, and nothing is written into the adapter's folder. A command
-tells its flags with --help; it ends with status 0, 1 after an error, 2 after a wrong flag.
+tells its flags with --help; it ends with status 0, 1 after an error, 2 after a wrong flag, and 3
+if `evidence --fail_if` names what was found.
 """
 
 from __future__ import annotations

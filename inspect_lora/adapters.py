@@ -76,6 +76,7 @@ class Adapter:
     base: str  # the base model's folder or its name on the hub
     revision: str  # its commit, if it is on the hub
     dtype: str
+    file_dtype: torch.dtype  # of the base's weights in their file
     matmul: str = "native"  # or "float16", on a GPU that only emulates bfloat16
 
 
@@ -139,6 +140,7 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
         model = load_model(base, revision, dtype, device)
     # generate() would take from the model's own what it is not told, such as min_p.
     model.generation_config = transformers.GenerationConfig()
+    file_dtype = base_config.get_text_config().dtype or base_config.dtype or model.dtype
     matmul = "native"
     if run and run.record.get("products") == "float16" and device.type == "cuda":
         model, matmul = use_float16_products(model), "float16"  # as it was trained
@@ -156,7 +158,7 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
     )
     if run and run.record.get("script_sha256") not in (None, script_sha256()):
         report("", "It was trained by another version of train_lora_single.py than lies here.")
-    return Adapter(place, run, model, chat_format, base, revision, dtype, matmul)
+    return Adapter(place, run, model, chat_format, base, revision, dtype, file_dtype, matmul)
 
 
 @contextmanager

@@ -108,6 +108,11 @@ def file_of(where: str) -> str:
     return re.sub(r"(:|, entry )\d+$", "", where)
 
 
+def hash_of(value: Any) -> str:
+    """Return what tells a value of numbers and texts from others."""
+    return hashlib.sha256(repr(value).encode(errors="surrogatepass")).hexdigest()[:32]
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:

@@ -9,9 +9,9 @@ Of two reports, such as before and after an edit of a constant, replies.html sho
 the same prompts, side by side or to be read blind.
 
 + is better, so what stands against the best is mostly below 0. "=" says that the difference may be
-chance of the held-out lines: its 95 % interval holds 0 (those of all pairs together, since the best
-was picked among them), or there are fewer than ten lines. What another SEED would change is not in
-it: train a close winner with two seeds.
+chance of the held-out lines: its 95 % interval holds 0, or there are fewer than ten lines. Of
+several adapters the intervals of all pairs hold 95 % together, since the best was picked among
+them. What another SEED would change is not in it: train a close winner with two seeds.
 """
 
 from __future__ import annotations
@@ -55,6 +55,17 @@ def run(options: argparse.Namespace) -> None:
     """Print the table, and what is left out."""
     left_out: list[str] = []
     found = read_reports(options.folders, left_out)
+    of_prompts = [one for one in found if not one.losses]
+    if of_prompts and len(of_prompts) == len(found):
+        compare_on_prompts(found, left_out)
+        write_replies(found, Path(options.output_dir))
+        return
+    if of_prompts:
+        found = [one for one in found if one.losses]
+        left_out.append(
+            f"{in_words([one.folder for one in of_prompts])}: measured on prompts without replies "
+            "(--prompts), so they have no held-out loss to be ranked by"
+        )
     if found:
         newest = max(found, key=lambda one: one.measured)
         found = on_the_same_lines(found, newest, left_out)
@@ -103,6 +114,24 @@ def read_reports(folders: list[str], left_out: list[str]) -> list[Evidence]:
             "was measured; give it again"
         )
     return found
+
+
+def compare_on_prompts(found: list[Evidence], left_out: list[str]) -> None:
+    """Print what two or more reports on prompts alone have: checks, and change elsewhere."""
+    forget_other_tasks(found, left_out)
+    lines = ["on prompts without replies there is no loss, so nothing is ranked"]
+    columns = "{:<14}{}".format
+    lines.append(columns("KL elsewhere", "report, and what its adapter passes"))
+    for one in sorted(found, key=lambda one: str(one.folder)):
+        passes = [
+            f"{name} {row.get('after')}/{row.get('lines')}" for name, row in one.checks.items()
+        ]
+        words = textwrap.wrap(", ".join(passes), 76, break_on_hyphens=False)
+        lines.append(columns(change_elsewhere(one), shorten_path(one.folder, 76)))
+        lines += [columns("", line) for line in words]
+    report("compared", "\n".join(lines))
+    for sentence in left_out:
+        report_sentence("left out", sentence)
 
 
 def on_the_same_lines(
@@ -158,7 +187,7 @@ def forget_other_tasks(found: list[Evidence], left_out: list[str]) -> None:
     others = [one for one in measured if one.tasks_sha256() != newest.tasks_sha256()]
     for one in others:
         one.elsewhere = None
-        asked = [reply.base.checks for reply in one.replies if reply.source == "held_out"]
+        asked = [reply.base.checks for reply in one.replies if reply.source != "tasks"]
         one.checks = {n: row for n, row in one.checks.items() if any(n in names for names in asked)}
     if others:
         left_out.append(
@@ -275,11 +304,13 @@ def difference(one: Evidence, best: Evidence, whose: str, comparisons: int) -> s
 
 
 def change_elsewhere(one: Evidence) -> str:
-    """Return how far an adapter moves the model on other tasks, if that was measured."""
+    """Return how far an adapter moves the model on other tasks, with its error, if it is known."""
     rows = (one.elsewhere or {}).get("no system message") or {}
     kl = (rows.get("x 1") or {}).get("kl") or {}
-    value = kl.get("value")
-    return f"{value:.4f}" if isinstance(value, float) else "-"
+    value, error = kl.get("value"), kl.get("error")
+    if not isinstance(value, float):
+        return "-"
+    return f"{value:.3f} ± {error:.3f}" if isinstance(error, float) else f"{value:.3f}"
 
 
 # What cannot change a result, or is told of the adapter itself.

@@ -22,8 +22,14 @@ def of_kind(parts: list[Part], kind: str) -> list[Part]:
     return [part for part in parts if part.kind == kind]
 
 
-def conclusions(parts: list[Part], losses: Losses) -> list[str]:
-    """Return what the parts support, measured on the examples that these losses are of."""
+def conclusions(parts: list[Part], losses: Losses, gain: Estimate) -> list[str]:
+    """Return what the parts support.
+
+    Args:
+        parts: as they were measured.
+        losses: of the examples that the parts are measured on.
+        gain: on all examples; whether the adapter is better than its base is said of it alone.
+    """
     lines = len(set(losses.lines))
     if losses.trained == losses.base:
         return [
@@ -35,9 +41,14 @@ def conclusions(parts: list[Part], losses: Losses) -> list[str]:
             f"The held-out lines are too few to tell anything: {lines} measured, "
             f"{FEWEST_LINES} needed{MORE}."
         ]
+    if not gain.is_clear() or gain.value < 0:
+        return [about_no_gain(parts, gain)]
     if not is_conclusive(losses):
-        return [about_no_gain(parts, losses.gain())]
-    sentences = [about_alpha(parts), about_targets(parts), about_rank(parts)]
+        return [
+            f"The gain is not clear on the {len(losses.tokens)} replies that measure the parts "
+            f"({losses.gain()}), so the parts say nothing{MORE}."
+        ]
+    sentences = [about_alpha(parts), about_targets(parts), about_rank(parts), about_merging(parts)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -155,6 +166,18 @@ def about_rank(parts: list[Part]) -> str:
     return f"{sentence} Whether a larger r gains more, only another run can tell."
 
 
+def about_merging(parts: list[Part]) -> str:
+    """Return the sentence on an update that loses by being rounded into the base's weights."""
+    lossy = [part for part in of_kind(parts, "merged") if part.verdict() == "worse"]
+    if not lossy:
+        return ""
+    return (
+        f"{lossy[0].title}: rounded into the base's weights, as merge_and_unload() writes them, "
+        f"the update keeps {lossy[0].of_gain.percent()} of the gain. Serve it as an adapter, or "
+        "merge it into float32 weights."
+    )
+
+
 def what_is_not_measured(model: peft.PeftModel) -> list[str]:
     """Return a sentence on parts that an adapter of another kind does not have."""
     if not can_take_apart(model):
@@ -205,28 +228,31 @@ def about_strength(parts: list[Part], shifts: dict[float, Shift], adapter: str) 
 # ---- Whether replies end
 
 
-def about_endings(samples: list[Answered], max_new_tokens: int) -> str:
-    """Return the sentence on samples that did not end, or "" if there is nothing to say."""
+def about_endings(samples: list[Answered], checked: list[Answered]) -> list[str]:
+    """Return the sentences on replies that did not end by themselves: mostly none."""
+    sentences = []
     base, adapter = cut_replies(samples)
-    if not adapter and not is_most(base, samples):
-        return ""
-    return (
-        f"replies: {adapter} of {len(samples)} of the adapter's replies did not end within "
-        f"{max_new_tokens} tokens (of the base's, {base}).{about_base(base, samples)}"
-    )
-
-
-def about_cut_checks(checked: list[Answered], max_new_tokens: int) -> str:
-    """Return the sentence on replies that were cut before they were judged, or ""."""
+    if adapter:
+        sentences.append(
+            f"replies: {adapter} of {len(samples)} of the adapter's replies did not end within "
+            f"{samples[0].max_new_tokens} tokens (of the base's, {base})."
+        )
     base, adapter = cut_replies(checked)
-    if not base and not adapter:
-        return ""
-    return (
-        f"checks: of {counted(len(checked), 'reply')} each, {base} of the base's and {adapter} of "
-        f"the adapter's were cut at {max_new_tokens} tokens and judged as they stood. A cut helps "
-        "a reply that must not say something, and harms one that must hold a number or JSON."
-        f"{about_base(base, checked)}"
-    )
+    if base or adapter:
+        sentences.append(
+            f"checks: of {counted(len(checked), 'reply')} each, {base} of the base's and "
+            f"{adapter} of the adapter's were cut at {checked[0].max_new_tokens} tokens and judged "
+            "as they stood. A cut helps a reply that must not say something, and harms one that "
+            "must hold a number or JSON."
+        )
+    asked = [*checked, *samples]
+    base, _ = cut_replies(asked)
+    if 2 * base > len(asked):
+        sentences.append(
+            f"base: {base} of {len(asked)} of its replies did not end by themselves, so a "
+            "difference to them says little of how good the adapter's are: read those."
+        )
+    return sentences
 
 
 def cut_replies(asked: list[Answered]) -> tuple[int, int]:
@@ -234,18 +260,3 @@ def cut_replies(asked: list[Answered]) -> tuple[int, int]:
     base = [one for one in asked if not one.base.ended]
     adapter = [one for one in asked if not one.adapter.ended]
     return len(base), len(adapter)
-
-
-def is_most(count: int, asked: list[Answered]) -> bool:
-    """Return whether it is more than half of them."""
-    return 2 * count > len(asked)
-
-
-def about_base(cut: int, asked: list[Answered]) -> str:
-    """Return a sentence where most of the base's replies do not end, or ""."""
-    if not is_most(cut, asked):
-        return ""
-    return (
-        " The base mostly does not end its replies, so a difference to them says little of how "
-        "good the adapter's are: read those."
-    )

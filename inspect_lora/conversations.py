@@ -77,6 +77,18 @@ class Task:
     checks: dict[str, Check] = field(default_factory=dict)  # what a reply must hold, by name
     rules: dict[str, Any] = field(default_factory=dict)  # the same checks, as the file has them
 
+    @property
+    def system_message(self) -> str:
+        """The text of the system message, or an empty one."""
+        first = self.messages[0]
+        return first["content"] if first["role"] == "system" else ""
+
+    def with_system_message(self, text: str) -> Task:
+        """Return the prompt with a system message, unless it has one of its own."""
+        if not text or self.system_message:
+            return self
+        return replace(self, messages=[{"role": "system", "content": text}, *self.messages])
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name held-out conversations."""
@@ -102,12 +114,16 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
         raise InspectError(
             "Held-out conversations are needed, which the adapter was not trained on: give a file "
             'with --eval_file. A line is {"prompt": [...], "completion": [...]}, {"messages": '
-            "[...]}, or in the form of ShareGPT or Alpaca."
+            "[...]}, or in the form of ShareGPT or Alpaca. Prompts without replies are given with "
+            "--prompts."
         )
     replies = run.settings.get("REPLIES", "all") if run else "all"
     in_file, problems = read_conversations(path, replies, accepts_thinking=options.enable_thinking)
     if problems:
-        raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.")
+        hint = ""
+        if are_prompts(path):
+            hint = f"\nThese are prompts without replies: give them with --prompts {path}."
+        raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.{hint}")
     warn_of_misspelt_checks({example.where: example.row for example in in_file})
     examples = without_equals(without_learned(in_file, run) if run else in_file)
     return HeldOut(
@@ -224,6 +240,15 @@ def read_prompts(path: str, flag: str, source: Literal["tasks", "prompts"]) -> l
     return list(found.values())
 
 
+def are_prompts(path: str) -> bool:
+    """Return whether each line of a file is a prompt without a reply."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        return all(prompt_of(json.loads(line), "", "prompts") for line in lines if line.strip())
+    except (OSError, ValueError):
+        return False
+
+
 def prompt_of(row: Any, where: str, source: Literal["tasks", "prompts"]) -> Task:
     """Return the prompt of a line, or raise ValueError."""
     given = row if isinstance(row, dict) else {}
@@ -281,6 +306,12 @@ def tasks_that_render(tasks: list[Task], chat_format: ChatFormat) -> list[Task]:
         text = f"{len(reasons)} of {len(tasks)} other tasks, such as {where}: {reason}"
         report_sentence("left out", text)
     return taken
+
+
+def refuse_bad_prompts(prompts: list[Task], chat_format: ChatFormat) -> None:
+    """Refuse prompts that the chat template does not take, or that hold special tokens."""
+    reasons = [(one.where, why_it_is_not_asked(one.messages, chat_format)) for one in prompts]
+    refuse_bad_lines([f"{where}: {reason}" for where, reason in reasons if reason])
 
 
 def why_it_is_not_asked(messages: list[dict[str, str]], chat_format: ChatFormat) -> str:

@@ -23,11 +23,19 @@ from pathlib import Path
 
 from inspect_lora import adapters, conversations
 from inspect_lora.adapters import open_adapter, refuse_system_message, system_message_of
-from inspect_lora.checks import rows_of_checks
-from inspect_lora.common import InspectError, at_least, counted, file_sha256, path_from_here, report
+from inspect_lora.base_side import BaseSide, hash_of_tokens
+from inspect_lora.checks import CheckRow, rows_of_checks
+from inspect_lora.common import (
+    InspectError,
+    at_least,
+    counted,
+    file_sha256,
+    path_from_here,
+    report,
+    report_sentence,
+)
 from inspect_lora.conclusions import (
     about_change,
-    about_cut_checks,
     about_endings,
     about_strength,
     conclusions,
@@ -38,7 +46,9 @@ from inspect_lora.conversations import (
     Task,
     encode_held_out,
     read_held_out,
+    read_prompts,
     read_tasks,
+    refuse_bad_prompts,
     task_of_example,
     tasks_that_render,
 )
@@ -56,7 +66,7 @@ from inspect_lora.report_folder import (
     prepare_folder,
     write_report,
 )
-from inspect_lora.scores import Losses, evenly_spread, losses_of
+from inspect_lora.scores import Estimate, Losses, evenly_spread, losses_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +101,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_new_tokens", type=at_least(1), default=200, help="a sample is cut after so many"
     )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='prompts without replies, instead of held-out conversations: {"prompt": [messages] '
+        'or "text"}, one a line, with "checks" or without; there is no loss then',
+    )
+    parser.add_argument(
+        "--fail_if",
+        action="append",
+        choices=("worse", "lost"),
+        default=[],
+        help="end with status 3 if the adapter is clearly worse than its base, or if clearly fewer "
+        "replies pass a check; may be given twice",
+    )
     parser.add_argument("--output_dir", help="where the report goes, if not as said above")
 
 
@@ -99,47 +123,131 @@ def run(options: argparse.Namespace) -> None:
     place = find_adapter(options.adapter)
     trained_by = find_run(place)
     folder = folder_for_report(options, place, trained_by)
-    held_out = read_held_out(options, trained_by)
+    refuse_what_cannot_fail(options)
+    prompts, held_out = [], None
+    if options.prompts:
+        prompts = read_prompts(options.prompts, "--prompts", "prompts")
+    else:
+        held_out = read_held_out(options, trained_by)
     tasks = read_tasks(options.general_file)  # what is wrong is said before the model is loaded
     adapter = open_adapter(options, place, trained_by)
-    examples = encode_held_out(held_out, adapter, options)
+    examples = encode_held_out(held_out, adapter, options) if held_out else []
     system_message = system_message_of(options, trained_by)
     is_guessed = options.system is None and not trained_by
     if is_guessed:
-        shared = {example.system_message for example in examples}
+        shared = {one.system_message for one in (examples or prompts)}
         system_message = shared.pop() if len(shared) == 1 else ""
     refuse_system_message(system_message, adapter.chat_format)
+    prompts = [one.with_system_message(system_message) for one in prompts]
+    refuse_bad_prompts(prompts, adapter.chat_format)
     tasks = tasks_that_render(tasks, adapter.chat_format)
     prepare_folder(folder)
     found = Findings(
         options.adapter, adapter, held_out, options.group, system_message, is_guessed, examples
     )
-    if options.general_file:
-        path = Path(options.general_file)
-        found.general_file = {"file": str(path), "sha256": file_sha256(path)}
+    found.prompts_file = known_file(options.prompts)
+    found.general_file = known_file(options.general_file)
     is_written = False
     try:
-        measure(found, tasks, options)
+        measure(found, prompts, tasks, BaseSide(adapter, folder), options)
         write_report(found, folder)
         is_written = True
     finally:  # also what was found before Ctrl-C
-        if found.losses and not is_written:
+        if (found.losses or found.prompted) and not is_written:
             found.is_finished = False
             keep_unfinished(found, folder)
     report("report", path_from_here(folder / "report.md"))
     if (folder / PAGE).is_file():
         report_page(folder / PAGE)
+    end_with_3_if_asked(found, options)
 
 
-def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> None:
+def known_file(path: str | None) -> dict[str, str] | None:
+    """Return what evidence.json says of a file that was given, if one was."""
+    return {"file": str(Path(path)), "sha256": file_sha256(Path(path))} if path else None
+
+
+def refuse_what_cannot_fail(options: argparse.Namespace) -> None:
+    """Refuse flags that cannot be given together."""
+    if options.prompts and options.eval_file:
+        raise InspectError(
+            "Give --eval_file or --prompts, and not both: held-out conversations have replies, "
+            "whose loss is measured, and prompts have none."
+        )
+    if options.prompts and "worse" in options.fail_if:
+        raise InspectError(
+            "--fail_if worse needs held-out replies (--eval_file): prompts alone have no loss."
+        )
+    if options.checks == 0 and "lost" in options.fail_if:
+        raise InspectError("--fail_if lost needs checks, and --checks 0 leaves them out.")
+
+
+def end_with_3_if_asked(found: Findings, options: argparse.Namespace) -> None:
+    """End with status 3 if what --fail_if names was found: for a machine that waits for it."""
+    reasons = []
+    if "worse" in options.fail_if:
+        gain = found.losses.gain()
+        reasons += ["the adapter is worse than its base"] if is_worse(gain) else []
+    if "lost" in options.fail_if:
+        if not found.checks:
+            raise InspectError("--fail_if lost: no line has checks, so nothing can be lost.")
+        reasons += [row.sentence() for row in found.checks if is_lost(row)]
+    for reason in reasons:
+        report_sentence("failed", reason)
+    if reasons:
+        raise SystemExit(3)
+
+
+def is_worse(gain: Estimate) -> bool:
+    """Return whether an adapter is worse than its base by a clear difference."""
+    return gain.value < 0 and gain.is_clear()
+
+
+def is_lost(row: CheckRow) -> bool:
+    """Return whether fewer replies pass now, by more than chance."""
+    return row.is_clear and len(row.lost) > len(row.won)
+
+
+def measure(
+    found: Findings,
+    prompts: list[Task],
+    tasks: list[Task],
+    before: BaseSide,
+    options: argparse.Namespace,
+) -> None:
     """Measure everything, and print each finding as soon as it is there."""
-    model, chat_format = found.adapter.model, found.adapter.chat_format
+    model = found.adapter.model
     # A 4-bit weight is packed otherwise from the first pass on, so the updates come before it.
     found.updates = measure_updates(model)
+    found.base_computed_with = before.computed_with
+    if found.held_out:
+        measure_losses(found, before)
+        if options.examples:
+            measure_parts_of(found, options.examples)
+    if options.examples and tasks:
+        measure_change(found, tasks, options.examples)
+    if prompts:
+        ask_prompts(found, prompts, before, options)
+    lines = found.held_out.checked if found.held_out else []
+    ask_checked_lines(found, lines_with_checks(lines or prompts, tasks), before, options)
+    if found.held_out:
+        take_samples(found, before, options)
+    asked = found.prompted or found.samples
+    found.conclusions = about_endings(asked, found.checked) + found.conclusions
+    print_conclusions(found)
+    found.is_finished = True
+
+
+def measure_losses(found: Findings, before: BaseSide) -> None:
+    """Measure the loss of each held-out reply, with the adapter and without it."""
+    model = found.adapter.model
+    found.tokens_hash = hash_of_tokens(found.examples)
     with timed(found, "losses"):
         trained = losses_of(model, found.examples, "adapter")
-        with model.disable_adapter():
-            base = losses_of(model, found.examples, "base")
+        base = before.losses(found.examples)
+        if base is None:
+            with model.disable_adapter():
+                base = losses_of(model, found.examples, "base")
     for name, losses in (("the base model", base), ("the adapter", trained)):
         refuse_nan(name, losses, found)
     found.losses = Losses(
@@ -149,31 +257,54 @@ def measure(found: Findings, tasks: list[Task], options: argparse.Namespace) -> 
         lines=[example.where for example in found.examples],
     )
     report("gain", gain_sentence(found))
-    if options.examples:
-        measure_parts_and_change(found, tasks, options.examples)
-    checked = lines_with_checks(found.held_out.checked, tasks)
+
+
+def ask_prompts(
+    found: Findings, prompts: list[Task], before: BaseSide, options: argparse.Namespace
+) -> None:
+    """Have base and adapter reply to prompts of which no reply is known; some go into report.md."""
+    model, chat_format = found.adapter.model, found.adapter.chat_format
+    most = options.max_new_tokens
+    with timed(found, "prompts"):
+        found.prompted = ask_both(model, chat_format, prompts, most, "prompts", before)
+    report("prompts", f"two replies to each of {counted(len(prompts), 'prompt')}")
+    shown = choose_samples([one.task for one in found.prompted], options.group, options.samples)
+    found.samples = [one for one in found.prompted if one.task in shown]
+
+
+def ask_checked_lines(
+    found: Findings, checked: list[Task], before: BaseSide, options: argparse.Namespace
+) -> None:
+    """Have base and adapter reply to lines with checks, and count the replies that pass.
+
+    Prompts without held-out replies have been replied to.
+    """
+    model, chat_format = found.adapter.model, found.adapter.chat_format
     if options.checks is not None:
         checked = some_of_each_name(checked, options.checks)
-    if checked:
-        lines = counted(len(checked), "line")
-        several = "(a line may have several checks)"
-        report("checks", f"{lines}, two replies to each {several}; --checks 0 leaves them out")
-        with timed(found, "checks"):
-            found.checked = ask_both(model, chat_format, checked, CHECKED_TOKENS, "checks")
-        found.checks = rows_of_checks([one.as_recorded(found.group) for one in found.checked])
-        print_checks(found)
-        if sentence := about_cut_checks(found.checked, CHECKED_TOKENS):
-            found.conclusions.insert(0, sentence)
+    if not checked:
+        return
+    lines = counted(len(checked), "line")
+    several = "(a line may have several checks)"
+    report("checks", f"{lines}, two replies to each {several}; --checks 0 leaves them out")
+    asked = [one for one in checked if one.source != "prompts"]
+    with timed(found, "checks"):
+        found.checked = ask_both(model, chat_format, asked, CHECKED_TOKENS, "checks", before)
+    of_prompts = [one for one in found.prompted if one.task in checked]
+    replies = [one.as_recorded(found.group) for one in (*of_prompts, *found.checked)]
+    found.checks = rows_of_checks(replies)
+    print_checks(found)
+
+
+def take_samples(found: Findings, before: BaseSide, options: argparse.Namespace) -> None:
+    """Have base and adapter reply to some held-out prompts, which go into report.md."""
     chosen = choose_samples(found.examples, options.group, options.samples)
-    if chosen:
-        with timed(found, "samples"):
-            prompts = list(map(task_of_example, chosen))
-            most = options.max_new_tokens
-            found.samples = ask_both(model, chat_format, prompts, most, "samples")
-        if sentence := about_endings(found.samples, options.max_new_tokens):
-            found.conclusions.insert(0, sentence)
-    print_conclusions(found)
-    found.is_finished = True
+    if not chosen:
+        return
+    model, chat_format = found.adapter.model, found.adapter.chat_format
+    prompts, most = list(map(task_of_example, chosen)), options.max_new_tokens
+    with timed(found, "samples"):
+        found.samples = ask_both(model, chat_format, prompts, most, "samples", before)
 
 
 def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
@@ -210,19 +341,23 @@ def refuse_nan(name: str, losses: list[float], found: Findings) -> None:
         )
 
 
-def measure_parts_and_change(found: Findings, tasks: list[Task], wanted: int) -> None:
-    """Measure the parts on some of the replies, and how far the model is moved on other tasks."""
-    model, chat_format = found.adapter.model, found.adapter.chat_format
+def measure_parts_of(found: Findings, wanted: int) -> None:
+    """Measure the parts on some of the replies."""
+    model = found.adapter.model
     found.measured = evenly_spread(len(found.examples), wanted)
     losses = found.losses.only(found.measured)
     with timed(found, "parts"):
         chosen = [found.examples[number] for number in found.measured]
-        found.parts = measure_parts(model, chosen, losses)
-    found.conclusions = conclusions(found.parts, losses) + what_is_not_measured(model)
+        found.parts = measure_parts(model, chosen, losses, found.adapter.file_dtype)
+    found.conclusions = conclusions(found.parts, losses, found.losses.gain())
+    found.conclusions += what_is_not_measured(model)
     if found.shares_are_meant():
         print_parts(found)
-    if not tasks:
-        return
+
+
+def measure_change(found: Findings, tasks: list[Task], wanted: int) -> None:
+    """Measure how far the model is moved on some of the other tasks."""
+    model, chat_format = found.adapter.model, found.adapter.chat_format
     with timed(found, "other tasks"):
         some = [tasks[number] for number in evenly_spread(len(tasks), wanted)]
         found.elsewhere = measure_elsewhere(model, chat_format, some, found.system_message)

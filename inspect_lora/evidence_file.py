@@ -40,30 +40,38 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "device": adapter.model.device.type,
         "enable_thinking": adapter.chat_format.enable_thinking,
         "system_message": found.system_message,
-        "held_out": {
-            "file": found.held_out.path,
-            "sha256": found.held_out.sha256,
-            "conversations_sha256": found.held_out.conversations_sha256,
-            "group": found.group,
-        },
+        "held_out": None,
+        "prompts": found.prompts_file,
         "general_file": found.general_file,
         "run": None,
-        "loss": {
-            "base": found.mean(found.losses.base),
-            "adapter": found.mean(found.losses.trained),
-        },
-        "gain": asdict(found.losses.gain()),
-        "lower_on": found.lower_on(),
-        "losses": rows_of_losses(found),
+        "loss": None,
+        "gain": None,
+        "lower_on": None,
+        "losses": [],
         "parts": {part.title: part.as_recorded() for part in found.parts},
         "parts_measured_on": [found.examples[number].where for number in found.measured],
         "updates": found.updates,
         "elsewhere": found.elsewhere.as_recorded() if found.elsewhere else None,
         "checks": {row.name: row.as_recorded() for row in found.checks},
-        "replies": [one.as_recorded(found.group) for one in (*found.checked, *found.samples)],
+        "replies": [one.as_recorded(found.group) for one in found.answered()],
+        "base_side": {
+            "computed_with": found.base_computed_with,
+            "examples": found.tokens_hash,
+            "prompts": [one.prompt_hash for one in found.answered()],
+        },
         "conclusions": found.conclusions,
         "seconds": found.seconds,
     }
+    if found.held_out:
+        record["held_out"] = found.held_out.as_known().model_dump() | {"group": found.group}
+    if found.losses:
+        means = map(found.mean, (found.losses.base, found.losses.trained))
+        record |= {
+            "loss": dict(zip(("base", "adapter"), means, strict=True)),
+            "gain": asdict(found.losses.gain()),
+            "lower_on": found.lower_on(),
+            "losses": rows_of_losses(found),
+        }
     if adapter.run:
         known = {key: adapter.run.record.get(key) for key in ("settings", "train_seconds")}
         record["run"] = {"path": str(adapter.run.path)} | known
@@ -156,6 +164,14 @@ class KnownFile(pydantic.BaseModel):
     conversations_sha256: str = ""  # schema 1 has none
 
 
+class OfBase(pydantic.BaseModel):
+    """What tells whether the base's losses and replies are those of another measurement."""
+
+    computed_with: dict[str, str] = {}
+    examples: str = ""  # a hash of the held-out replies' tokens
+    prompts: list[str] = []  # one of each prompt's tokens, as "replies" stand
+
+
 class Evidence(pydantic.BaseModel):
     """What is read of an evidence.json."""
 
@@ -169,12 +185,14 @@ class Evidence(pydantic.BaseModel):
     base_revision: str
     enable_thinking: bool
     held_out: KnownFile | None = None
+    prompts: KnownFile | None = None
     general_file: KnownFile | None = None
     losses: list[Row] = []
     run: dict[str, Any] | None = None
     elsewhere: dict[str, Any] | None = None
     checks: dict[str, dict[str, Any]] = {}
     replies: list[Exchange] = []
+    base_side: OfBase = OfBase()
     checked_replies: list[CheckedReply] = []  # of schema 1, which had no others
     folder: Path = Path()
 

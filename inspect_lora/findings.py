@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from inspect_lora.checks import CheckRow
+from inspect_lora.common import counted
 from inspect_lora.conversations import group_of
 from inspect_lora.scores import FEWEST_LINES, Losses, is_conclusive
 
@@ -24,12 +25,13 @@ class Findings:
 
     name: str  # the adapter, as it was named on the command line
     adapter: Adapter
-    held_out: HeldOut
+    held_out: HeldOut | None  # or prompts alone, of which no reply is known
     group: str  # the key that groups held-out lines
     system_message: str  # of the training, or ""
     system_is_guessed: bool  # then it is what all held-out lines share
     examples: list[Example]
     general_file: dict[str, str] | None = None  # the file of the other tasks, and its hash
+    prompts_file: dict[str, str] | None = None
     losses: Losses | None = None  # of all examples
     measured: list[int] = field(default_factory=list)  # the examples that the parts are measured on
     parts: list[Part] = field(default_factory=list)
@@ -37,7 +39,10 @@ class Findings:
     elsewhere: Elsewhere | None = None
     checks: list[CheckRow] = field(default_factory=list)
     checked: list[Answered] = field(default_factory=list)  # what the rows of checks count
-    samples: list[Answered] = field(default_factory=list)
+    prompted: list[Answered] = field(default_factory=list)  # all prompts without a known reply
+    samples: list[Answered] = field(default_factory=list)  # what report.md shows
+    base_computed_with: dict[str, str] = field(default_factory=dict)
+    tokens_hash: str = ""  # of all examples
     conclusions: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # what each measurement took
     is_finished: bool = False
@@ -47,12 +52,20 @@ class Findings:
         return sum(losses) / sum(self.losses.tokens)
 
     def shares_are_meant(self) -> bool:
-        """Return whether the gain that parts have shares of is clear."""
-        return is_conclusive(self.losses.only(self.measured))
+        """Return whether there is a clear gain, also on the replies that measure the parts."""
+        if not self.losses:
+            return False
+        gain = self.losses.gain()
+        is_better = gain.is_clear() and gain.value > 0
+        return is_better and is_conclusive(self.losses.only(self.measured))
 
     def groups(self) -> list[str]:
         """Return the kind of each example's line."""
         return [group_of(example, self.group) for example in self.examples]
+
+    def answered(self) -> list[Answered]:
+        """Return every prompt that both replied to, with the replies."""
+        return [*self.prompted, *self.checked, *([] if self.prompted else self.samples)]
 
     def lower_on(self) -> int:
         """Return on how many examples the adapter's loss is lower than the base's."""
@@ -61,6 +74,9 @@ class Findings:
 
 def headline(found: Findings) -> str:
     """Return whether the adapter is better than its base, in a few words."""
+    if not found.losses:
+        prompts = counted(len(found.prompted), "prompt")
+        return f"its replies to {prompts}, beside its base's"
     gain = found.losses.gain()
     if len(set(found.losses.lines)) < FEWEST_LINES:
         return "too few held-out lines to tell whether it is better than its base"

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import peft
@@ -34,7 +35,7 @@ THE_SAME_WITHIN = 0.05
 class Part:
     """The adapter, the base model, or a part of the adapter, with what was measured of it."""
 
-    kind: str  # "whole", "base", "strength", "group", "target" or "cut"
+    kind: str  # "whole", "base", "merged", "strength", "group", "target" or "cut"
     value: float | str  # the strength, the group's name, or the directions that are left
     title: str  # as it is called in the table
     change_model: Callable[[], AbstractContextManager[Any]]  # for a while
@@ -75,13 +76,22 @@ class Part:
         return row | {name: asdict(row[name]) for name in estimates}
 
 
-def measure_parts(model: peft.PeftModel, examples: list[Example], losses: Losses) -> list[Part]:
-    """Return the whole adapter, the base and each part, measured on these examples."""
+def measure_parts(
+    model: peft.PeftModel, examples: list[Example], losses: Losses, file_dtype: torch.dtype
+) -> list[Part]:
+    """Return the whole adapter, the base and each part, measured on these examples.
+
+    Args:
+        model: with the adapter on.
+        examples: held-out replies.
+        losses: theirs, with the adapter and without it.
+        file_dtype: of the base's weights in their file, into which the update would be merged.
+    """
     whole = Part("whole", 1.0, "as trained", nullcontext)
     without = Part("base", 0.0, "base model", model.disable_adapter)
     whole.judge(losses, losses.trained)
     without.judge(losses, losses.base)
-    parts = parts_of(model)
+    parts = [*merged_parts(model, file_dtype), *parts_of(model)]
     for part in parts:
         with part.change_model():
             part.judge(losses, losses_of(model, examples, part.title))
@@ -179,6 +189,49 @@ def cut_to(layers: dict[str, Any], ranks: dict[str, int]) -> Iterator[None]:
     finally:
         for path, module in layers.items():
             module.lora_B["default"].weight.data = whole[path]
+
+
+def merged_parts(model: peft.PeftModel, dtype: torch.dtype) -> list[Part]:
+    """Return the update as merge_and_unload would serve it, if it can be computed here.
+
+    It cannot for packed weights, for other than linear layers, and for a head that shares its
+    weight with the embedding, which would be changed as well.
+    """
+    layers = lora_layers(model)
+    bases = [module.get_base_layer() for module in layers.values()]
+    embedding = model.get_input_embeddings().weight
+    if not can_scale_and_cut(model) or not all(
+        isinstance(base, torch.nn.Linear)
+        and base.weight.is_floating_point()
+        and base.weight is not embedding
+        for base in bases
+    ):
+        return []
+    title = f"merged, in {str(dtype).removeprefix('torch.')}"
+    return [Part("merged", 1.0, title, lambda: merged_into(layers, dtype))]
+
+
+@contextmanager
+def merged_into(layers: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
+    """Have each layer compute for a while with W + scaling x B A, rounded to a type.
+
+    The sum is made anew in each pass, so no second model is needed, and nothing is left merged.
+    """
+    for module in layers.values():
+        module.forward = partial(forward_merged, module, dtype)
+    try:
+        yield
+    finally:
+        for module in layers.values():
+            del module.forward  # that of its class is seen again
+
+
+def forward_merged(module: Any, dtype: torch.dtype, rows: torch.Tensor) -> torch.Tensor:
+    """Return what a layer with LoRA would if its update were merged into weights of this type."""
+    base = module.get_base_layer()
+    weight = base.weight.float() + module.get_delta_weight("default").float()
+    bias = None if base.bias is None else base.bias.to(rows.dtype)
+    return torch.nn.functional.linear(rows, weight.to(dtype).to(rows.dtype), bias)
 
 
 def measure_updates(model: peft.PeftModel) -> dict[str, list[dict[str, Any]]]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import gc
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
 import transformers
 from tqdm import tqdm
 
+from inspect_lora.common import hash_of
 from inspect_lora.conversations import Task, group_of
 from inspect_lora.scores import evenly_spread
 from inspect_lora.trainer import ChatFormat, Example
+
+if TYPE_CHECKING:
+    from inspect_lora.base_side import BaseSide
 
 ROWS_AT_ONCE = 64  # replies that are generated together, at most
 TOKENS_AT_ONCE = 2**15  # of their prompts and replies, padding included
@@ -158,6 +162,7 @@ class Answered:
     max_new_tokens: int  # after so many a reply was cut
     base: Reply
     adapter: Reply
+    prompt_hash: str = ""  # of its tokens
 
     def as_recorded(self, group: str) -> dict[str, Any]:
         """Return it as it is in evidence.json; group is the key that groups lines."""
@@ -189,21 +194,29 @@ def ask_both(
     tasks: list[Task],
     max_new_tokens: int,
     title: str,
+    before: BaseSide | None = None,
 ) -> list[Answered]:
-    """Have base and adapter reply to each task, with always the likeliest token."""
+    """Have base and adapter reply to each task, with always the likeliest token.
+
+    What the base said before is not asked again.
+    """
     prompts = [chat_format.prompt_ids(task.messages) for task in tasks]
     config = greedy(chat_format, max_new_tokens)
+    base = before.replies(prompts, max_new_tokens) if before else {}
+    unknown = [number for number in range(len(prompts)) if number not in base]
     with model.disable_adapter():
-        base = generate(model, chat_format, prompts, config, f"{title}, base")
+        asked = [prompts[number] for number in unknown]
+        said = generate(model, chat_format, asked, config, f"{title}, base")
+    base |= dict(zip(unknown, said, strict=True))
     adapter = generate(model, chat_format, prompts, config, f"{title}, adapter")
     return [
-        Answered(task, max_new_tokens, one, other)
-        for task, one, other in zip(tasks, base, adapter, strict=True)
+        Answered(task, max_new_tokens, base[number], adapter[number], hash_of(prompts[number]))
+        for number, task in enumerate(tasks)
     ]
 
 
-def choose_samples(examples: list[Example], group: str, wanted: int) -> list[Example]:
-    """Return one held-out example of each kind, up to 20, and as many more as are wanted."""
+def choose_samples(examples: list[Example] | list[Task], group: str, wanted: int) -> list[Any]:
+    """Return one example or prompt of each kind, up to 20, and as many more as are wanted."""
     first: dict[str, int] = {}
     for number, example in enumerate(examples):
         first.setdefault(group_of(example, group), number)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from inspect_lora.checks import CheckRow, p_in_words, with_interval
+from inspect_lora.checks import p_in_words, with_interval
 from inspect_lora.common import (
     counted,
     join_limited,
@@ -19,12 +19,12 @@ from inspect_lora.common import (
     shorten_path,
 )
 from inspect_lora.conclusions import best_strength, cut_that_is_enough, of_kind
-from inspect_lora.conversations import group_of
+from inspect_lora.conversations import Task, group_of
 from inspect_lora.elsewhere import Elsewhere
 from inspect_lora.findings import Findings, headline
 from inspect_lora.modules import scaling_in_words
 from inspect_lora.parts import Part
-from inspect_lora.replies import CHECKED_TOKENS, Reply
+from inspect_lora.replies import Reply
 from inspect_lora.scores import differences
 
 # ---- On the terminal
@@ -110,8 +110,8 @@ def as_markdown(found: Findings, has_picture: bool) -> str:
         "![What was measured](lora.png)" if has_picture else "",
         markdown_parts(found) if found.parts else "",
         markdown_elsewhere(found.elsewhere) if found.elsewhere else "",
-        markdown_checks(found.checks) if found.checks else "",
-        markdown_kinds(found),
+        markdown_checks(found) if found.checks else "",
+        markdown_kinds(found) if found.losses else "",
         markdown_samples(found) if found.samples else "",
         markdown_facts(found),
     ]
@@ -121,10 +121,16 @@ def as_markdown(found: Findings, has_picture: bool) -> str:
 def markdown_verdict(found: Findings) -> str:
     """Return the heading, the gain and the conclusions."""
     title = f"# {escaped(shorten_path(found.name, 60))}: {headline(found)}"
-    lines = [title, "", f"**{gain_sentence(found)}.**".replace("\n", " "), ""]
+    gain = (
+        gain_sentence(found)
+        if found.losses
+        else "Prompts without replies have no loss: nothing is said of a gain"
+    )
+    lines = [title, "", f"**{gain}.**".replace("\n", " "), ""]
     sentences = [row.sentence() for row in found.checks if row.is_clear] + found.conclusions
     lines += [f"- {escaped(sentence)}" for sentence in sentences]
-    return "\n".join([*lines, *([""] if sentences else []), HOW_SURE])
+    how_sure = HOW_SURE if found.losses else ""
+    return "\n".join([*lines, *([""] if sentences else []), how_sure]).rstrip()
 
 
 HOW_SURE = (
@@ -146,12 +152,13 @@ def markdown_parts(found: Findings) -> str:
             [part.title, f"{part.loss:.4f}", *(compared if part.kind != "whole" else [""] * 3)]
         )
     config = found.adapter.model.peft_config["default"]
+    gain = found.losses.only(found.measured).gain()
+    shares = f", and shares are of the gain on these, {gain}" if are_meant else ""
     text = (
         "## What each part is worth\n\n"
         f"On {len(found.measured)} of {counted(len(found.examples), 'held-out reply')}, "
-        "evenly spread. Losses, in nats a token, are of these alone, and shares are of the gain "
-        f"on these: {found.losses.only(found.measured).gain()}. The last two columns compare a row "
-        "with the adapter as trained: above 0 is better. "
+        f"evenly spread. Losses, in nats a token, are of these alone{shares}. The last two columns "
+        "compare a row with the adapter as trained: above 0 is better. "
         f"Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
         "switched off in parts, or cut to its strongest directions, and nothing is trained anew. "
         "Shares of the gain overlap, so they need not add up to 100 %."
@@ -193,24 +200,25 @@ def markdown_elsewhere(elsewhere: Elsewhere) -> str:
     )
 
 
-def markdown_checks(checks: list[CheckRow]) -> str:
+def markdown_checks(found: Findings) -> str:
     """Return the table of the checks, and the lines whose replies no longer pass."""
     rows, lost = [], []
-    for row in checks:
+    limits = sorted({one.max_new_tokens for one in found.answered() if one.task.checks})
+    for row in found.checks:
         rates = [with_interval(passed, row.lines) for passed in (row.before, row.after)]
         counts = [row.lines, *rates, len(row.lost), len(row.won)]
         rows.append([row.name, row.rule, *counts, row.judgement()])
         if row.lost:
             lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
             lost.append(f"- {escaped(f'{row.name}, lost: {lines}.')}")
-    head = ["check", "a reply passes that", "lines", "base passes", "adapter passes"]
+    head = ["check", "what passes", "lines", "base passes", "adapter passes"]
     head += ["lost", "won", "it shows"]
     parts = [
         "## What the replies hold",
         "Base and adapter reply to lines that say what a reply must hold, always with the "
-        f"likeliest token, {CHECKED_TOKENS} of them at most. In brackets is the 95 % interval of "
-        "the share (Wilson). p is the probability of so uneven a change by the choice of lines "
-        "alone (McNemar's exact test).",
+        f"likeliest token, {' or '.join(map(str, limits))} of them at most. In brackets is the "
+        "95 % interval of the share (Wilson). p is the probability of so uneven a change by the "
+        "choice of lines alone (McNemar's exact test).",
         table(head, rows),
         "\n".join(lost),
     ]
@@ -235,13 +243,15 @@ def markdown_kinds(found: Findings) -> str:
 
 
 def markdown_samples(found: Findings) -> str:
-    """Return held-out prompts with the replies of both side by side."""
+    """Return prompts with the replies of both side by side."""
+    prompt = "held-out prompt" if found.held_out else "prompt"
     parts = [
         "## How it replies",
-        f"{counted(len(found.samples), 'held-out prompt')}, always the likeliest token (greedy). "
+        f"{counted(len(found.samples), prompt)}, always the likeliest token (greedy). "
         f"{habits('The base', [sample.base for sample in found.samples])} "
         f"{habits('The adapter', [sample.adapter for sample in found.samples])}",
     ]
+    head = ["base", "adapter", "reference"]
     for sample in found.samples:
         task = sample.task
         heading = f"{Path(task.where).name} {group_of(task, found.group)}"
@@ -256,9 +266,14 @@ def markdown_samples(found: Findings) -> str:
         parts += [
             f"### {escaped(heading)}".rstrip(),
             "\n>\n".join(said),
-            table(["base", "adapter", "reference"], [[*replies, task.reference or ""]]),
+            table(head if found.held_out else head[:2], [[*replies, *reference_of(task)]]),
         ]
     return "\n\n".join(parts)
+
+
+def reference_of(task: Task) -> list[str]:
+    """Return the reply that the file has, if there is one, as a list."""
+    return [] if task.reference is None else [task.reference]
 
 
 def without_loops(text: str) -> str:
@@ -286,11 +301,14 @@ def markdown_facts(found: Findings) -> str:
     base = adapter.base if is_folder else f"{adapter.base} ({adapter.revision})"
     system = "system message"
     if found.system_is_guessed:
-        system += " (guessed: the one that all held-out lines share)"
+        system += " (guessed: the one that all lines share)"
+    file, known = "prompts", found.prompts_file
+    if found.held_out:
+        file, known = "held-out file", found.held_out.as_known().model_dump()
     facts = {
         "adapter": f"{found.name}, r = {config.r}, alpha = {config.lora_alpha}",
         "base": f"{base}, in {adapter.dtype}",
-        "held-out file": f"{found.held_out.path}, SHA-256 {found.held_out.sha256}",
+        file: f"{known['file']}, SHA-256 {known['sha256']}",
         system: found.system_message or "(none)",
         "measured": f"{time.strftime('%Y-%m-%d %H:%M')}: {spent}",
     }

@@ -145,17 +145,19 @@ def errors_needed(comparisons: int = 1, effective_lines: float | None = None) ->
 
     Args:
         comparisons: how many there are, or among how many it was picked. The best of six equal
-            parts would be clear in every eighth table otherwise (Bonferroni's bound).
+            parts would be clear in every eighth table otherwise (Bonferroni's bound). It is three
+            errors at least, since skewed differences have longer tails than Student's.
         effective_lines: that the error is of. Of few lines the error itself is uncertain, so it is
             Student's quantile: 2.26 errors of 10 lines, 2.01 of 50, 1.97 of 280.
 
     Measured by `python tests/benchmark.py calib`: docs/evidence.md has the table.
     """
     chance = 0.05 / comparisons / 2  # to either side
+    least = 3.0 if comparisons > 1 else 0.0
     if effective_lines is None:
-        return NormalDist().inv_cdf(1 - chance)
+        return max(least, NormalDist().inv_cdf(1 - chance))
     freedom = math.floor(effective_lines + 1e-9) - 1  # ten equal lines may come out as 9.999...
-    return students_quantile(chance, freedom) if freedom > 0 else math.inf
+    return max(least, students_quantile(chance, freedom)) if freedom > 0 else math.inf
 
 
 @functools.cache

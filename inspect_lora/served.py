@@ -168,8 +168,12 @@ def find_evidence(
         published = set((trained_by.record.get("adapter_sha256") or {}).values())
         hashes |= published if hashes & published else set()  # a checkpoint is not among them
     read = (read_evidence(path) for one in folders for path in records_below(one))
-    ours = [one for one in read if one and one.losses and one.adapter_sha256 in hashes]
-    ours = [one for one in ours if one.enable_thinking == options.enable_thinking]
+    ours = [one for one in read if one and one.adapter_sha256 in hashes]
+    with_losses = [one for one in ours if one.losses]
+    if ours and not with_losses:
+        where = path_from_here(ours[0].folder / "evidence.json")
+        report("here", f"{where}\nis of prompts without replies and holds no losses")
+    ours = [one for one in with_losses if one.enable_thinking == options.enable_thinking]
     return max(ours, key=lambda one: one.measured, default=None)
 
 
@@ -218,17 +222,25 @@ class Agreement:
     apart: float  # what the changes there and here are apart, as a share of the size
     effect: float  # the changes there, as a share of the size
 
+    @property
+    def relative_noise(self) -> float:
+        """What the base's losses there and here are apart, as a share of the size."""
+        return self.noise / self.size if self.size else math.inf
+
+    @property
+    def allowed(self) -> float:
+        """What the changes there and here may be apart, as a share of the size."""
+        return min(max(MAY_BE_APART, 2 * self.relative_noise), MAY_BE_APART_AT_MOST)
+
     def state(self) -> str:
         """Return whether the adapter is "applied", "ignored", "weak" (cannot tell), or "other"."""
-        noise = self.noise / self.size if self.size else math.inf
-        allowed = min(max(MAY_BE_APART, 2 * noise), MAY_BE_APART_AT_MOST)
-        if self.apart <= allowed:
+        if self.apart <= self.allowed:
             return "applied"
-        if noise > 1:
+        if self.relative_noise > 1:
             return "weak"
-        if self.effect <= allowed:
+        if self.effect <= self.allowed:
             return "ignored"
-        return "weak" if 2 * noise > MAY_BE_APART_AT_MOST else "other"
+        return "weak" if 2 * self.relative_noise > MAY_BE_APART_AT_MOST else "other"
 
 
 def agreement_of(asked: list[Asked]) -> Agreement:
@@ -279,6 +291,12 @@ CANNOT_SCORE = (
 )
 
 
+LEFT_OUT_BY_FLAG = (
+    "If vLLM was started with --lora-target-modules, it leaves out all modules that the flag does "
+    "not name, without a word: start it without the flag."
+)
+
+
 def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
     """Print how the losses there and here agree; return what is wrong and what to do, or ""."""
     found = agreement_of(asked)
@@ -296,7 +314,7 @@ def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
         f"adapter - base       {here:+7.4f}   {there:+13.4f}",
     ]
     if found.size > 0:
-        lines.append(apart)
+        lines.append(f"{apart} (up to {100 * found.allowed:.1f} % counts as the same)")
     report("scored", "\n".join(lines))
     state = found.state()
     if state == "applied":
@@ -310,7 +328,7 @@ def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
         return (
             "The base answers under the adapter's name: the server gives the replies the same "
             f"losses as {server.adapter} and as {server.base}, so it ignores the adapter.\nGive "
-            f"the server {folder}, or use a newer version of the server.{whence}"
+            f"the server {folder}, or use a newer version of the server. {LEFT_OUT_BY_FLAG}{whence}"
         )
     doubt = ""
     if abs(base_there - base_here) > OTHER_BASE_FROM:
@@ -329,7 +347,7 @@ def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
         "The adapter is applied with another scaling or in part, or it is another adapter: "
         f"{apart}.\nCompare r, lora_alpha and use_rslora in the adapter_config.json that the "
         f"server reads with those in {place}, and look in its log for modules that it leaves "
-        f"out.{whence}{doubt}"
+        f"out. {LEFT_OUT_BY_FLAG}{whence}{doubt}"
     )
 
 

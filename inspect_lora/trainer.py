@@ -46,7 +46,6 @@ logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERRO
 
 UserError = script.UserError
 Example = script.Example
-Problem = script.Problem
 ChatFormat = script.ChatFormat
 
 read_conversations = script.read_conversations
@@ -72,3 +71,5 @@ why_vllm_refuses = script.why_vllm_refuses
 vllm_command = script.vllm_command
 name_on_server = script.name_on_server
 script_sha256 = script.script_sha256
+FILES_THAT_COUNT = script.FILES_THAT_COUNT
+file_fingerprints = script.file_fingerprints

@@ -706,6 +706,27 @@ def test_a_template_of_the_adapters_own_is_taken(capsys, changed, tmp_path, held
     assert columns(measure(capsys, folder, held_out, *SHORT).found) != columns(before.found)
 
 
+def test_nothing_of_an_adapter_is_executed(capsys, changed, held_out, tmp_path):
+    """Its tokenizer may name code of its own, which would run wherever it is trusted."""
+    folder = changed()
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    marker = tmp_path / "executed"
+    (folder / "own.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import Qwen2TokenizerFast\n"
+        "class Own(Qwen2TokenizerFast):\n    pass\n"
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # it would
+    assert marker.is_file()
+    marker.unlink()
+    for words in (["info"], ["evidence", "--eval_file", held_out, *SHORT], ["chat"]):
+        command(capsys, words[0], folder, *words[1:])
+        assert not marker.exists(), words
+
+
 def test_a_tokenizer_with_more_tokens_than_the_base_has_is_refused(refused, changed, tmp_path):
     folder = changed()
     tokenizer = AutoTokenizer.from_pretrained(TINY)

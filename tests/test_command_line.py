@@ -378,7 +378,7 @@ def test_a_new_setting_may_be_a_switch_a_list_a_limit_or_a_choice(tmp_path, caps
 @pytest.mark.parametrize(
     ("error", "status", "parts"),
     [
-        (torch.OutOfMemoryError("Tried to allocate 1 GiB"), 1, ["1 GiB", "MAX_SEQ_LEN", "resumes"]),
+        (torch.OutOfMemoryError("Tried to allocate 1 GiB"), 1, ["1 GiB", "Free it", "resumes"]),
         (t.UserError("This is it."), 1, ["This is it."]),
         (KeyboardInterrupt(), 128 + signal.SIGINT, ["Stopped"]),
     ],
@@ -417,6 +417,38 @@ def test_an_older_python_and_windows_are_refused_in_one_message(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SystemExit, match=r"Linux.*WSL"):
         runpy.run_path(str(SCRIPT))
+
+
+# ---- what would be missing later ----------------------------------------------------------------
+
+OPTIM = 'optim="adamw_torch_fused"'
+MISSING = {  # flags, an edit of training_config(), and what is said
+    "a tracker": (["--report_to", "wandb"], None, ["REPORT_TO wandb: ", "pip install wandb"]),
+    "another": (["--report_to", "trackio"], None, ["REPORT_TO trackio: ", "pip install trackio"]),
+    "the optimizer's package": (
+        [], (OPTIM, 'optim="adamw_8bit"'), ["optim 'adamw_8bit' cannot be", "bitsandbytes"]
+    ),
+    "the hub": ([], (OPTIM, f"{OPTIM}, push_to_hub=True"), ["push_to_hub needs", "hf auth login"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [[], ["--dry_run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize("what", MISSING)
+def test_what_is_missing_is_told_before_anything_is_moved(what, mode, tmp_path, capsys):
+    flags, edit, parts = MISSING[what]
+    main = edited_script(tmp_path, edit).main if edit else t.main
+    Path("output/final_lora").mkdir(parents=True)
+    Path("output/run.json").write_text("{}")
+    said = refusal(main, [*RUN, *flags, *mode], capsys, status=1)
+    assert all(part in said for part in parts) and "Traceback" not in said
+    left = {path.name for path in Path("output").iterdir()} - {"all_logs.log", ".lock"}
+    assert left == {"final_lora", "run.json"} and Path("output/run.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_an_optimizer_that_is_there_is_taken(optim, tmp_path, capsys):
+    edited_script(tmp_path, (OPTIM, f'optim="{optim}"')).main([*RUN, "--dry_run"])
+    assert "Nothing was trained" in capsys.readouterr().out
 
 
 # ---- a whole run --------------------------------------------------------------------------------
@@ -533,6 +565,66 @@ def test_a_torch_without_the_gpus_kernels_is_named_with_the_gpu(
     assert all((name in sys.modules) == (capability < (8, 0)) for name in FOR_GPUS)
 
 
+class OnTheCpu(TorchFunctionMode):
+    """Let a CPU compute what a GPU should."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+GPUS = {  # what nvidia-smi says, and what is said of it; 16 GiB of the first one are free
+    "only one": ("GPU-1, NVIDIA A GPU, 16384", ""),
+    "the other is no freer": (
+        "GPU-1, NVIDIA A GPU, 16384\nGPU-2, NVIDIA B GPU, 16384",
+        "it is the first of 2 GPUs, since CUDA_VISIBLE_DEVICES is not set",
+    ),
+    "another is freer": (
+        "GPU-1, NVIDIA A GPU, 16384\nGPU-2, NVIDIA B GPU, 30000\nGPU-3, NVIDIA C GPU, 20000",
+        "set; 29.3 GiB are free on another one (NVIDIA B GPU): CUDA_VISIBLE_DEVICES=GPU-2 takes it",
+    ),
+    "it cannot be read": ("GPU-1, NVIDIA A GPU, [N/A]\nGPU-2, NVIDIA B GPU, [N/A]", ""),
+    "it fails": (None, ""),
+}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_of_several_gpus_the_one_that_is_used_and_a_freer_one_are_named(
+    name, monkeypatch, capsys, tmp_path
+):
+    pretend_a_gpu(monkeypatch, (7, 0))
+    said, words = GPUS[name]
+    command = tmp_path / "bin" / "nvidia-smi"
+    command.parent.mkdir()
+    answer = "exit 9" if said is None else f"cat <<'END'\n{said}\nEND"
+    command.write_text(f"#!/bin/sh\n{answer}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    for visible in (None, "0"):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with contextlib.ExitStack() as stack:
+            monkeypatch.setattr(torch.cuda, "init", lambda: stack.enter_context(OnTheCpu()))
+            t.prepare_device("cuda", "bfloat16")
+        line = " ".join(capsys.readouterr().out.split())
+        assert "NVIDIA A GPU, sm_70, 16.0 of 16.0 GiB are free" in line
+        rest = line.partition("are free")[2].lstrip(" ")
+        assert rest.endswith(words) and bool(rest) == bool(words) if visible is None else not rest
+
+
+def test_attention_does_not_plan_anew_for_each_width(monkeypatch):
+    pretend_a_gpu(monkeypatch, (9, 0))
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with contextlib.ExitStack() as stack:
+        monkeypatch.setattr(torch.cuda, "init", lambda: stack.enter_context(OnTheCpu()))
+        t.prepare_device("cuda", "bfloat16")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 @pytest.mark.parametrize("mode", ["CPU", "dry run"])
 def test_packages_for_newer_gpus_are_not_imported_elsewhere(mode, monkeypatch):
     for name in FOR_GPUS:
@@ -579,17 +671,29 @@ def test_what_libraries_read_is_set_before_the_first_is_imported(tmp_path, chose
         "raise SystemExit('enough')\n"
     )
     environment = {
-        name: os.environ[name] for name in os.environ if not re.match("OMP|HF_HUB", name)
+        name: os.environ[name] for name in os.environ if not re.match("OMP|HF_HUB|PYTORCH", name)
     }
-    environment |= {"PYTHONPATH": str(tmp_path)} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
+    environment |= {"PYTHONPATH": str(tmp_path)}
+    if chosen:
+        environment |= {"OMP_WAIT_POLICY": chosen, "PYTORCH_ALLOC_CONF": "backend:native"}
     done = subprocess.run(
         [sys.executable, SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr == "enough\n"
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
+    segments = seen.get("PYTORCH_CUDA_ALLOC_CONF")
+    assert segments == (None if chosen else "expandable_segments:True")
     assert seen["HF_HUB_DISABLE_TELEMETRY"] == seen["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
     assert "CUDA_VISIBLE_DEVICES" not in seen.keys() - os.environ.keys()
+
+
+def test_the_installed_torch_has_the_kernels_of_all_gpus_that_are_promised():
+    """From the V100 to the RTX 50 series; a raised bound would lose the first ones in silence."""
+    flags = torch._C._cuda_getArchFlags()
+    if flags is None:
+        pytest.skip("this torch was built without CUDA")
+    assert {"sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"} <= {*flags.split()}
 
 
 def requirements():

@@ -63,7 +63,7 @@ def compare(capsys, tmp_path):
 def rows_of(end):
     """Return [(loss, difference, folder)] of the table."""
     assert end.status == 0, end.err
-    row = r"(?m)^.{10}(\d+\.\d{4}) +(best|\S+ ± \S+(?: =)?) +(?:\d\S+|-) +\S*/(\S+)$"
+    row = r"(?m)^.{10}(\d+\.\d{4}) +(best|\S+ ± \S+(?: =)?) +(?:\d\S+(?: ± \S+)?|-) +\S*/(\S+)$"
     return re.findall(row, end.out)
 
 
@@ -117,6 +117,22 @@ def test_the_base_is_compared_with_the_best_of_several(put, compare):
     assert re.search(r"(?m) = +base model", compare().out)
 
 
+@pytest.mark.parametrize(
+    ("adapters", "errors", "clear"),
+    [(2, 2.2, False), (2, 2.3, True), (3, 2.9, False), (3, 3.1, True)],
+)
+def test_the_more_adapters_the_more_errors_are_clear(put, compare, adapters, errors, clear):
+    """The twelve lines are ten effective ones; of three adapters there are three pairs."""
+    noise = [0.6, -0.3, 0.4, -0.3]  # which add up to 0 over the tokens
+    error = error_by_hand(noise * 3, TOKENS * 3)
+    put("best")
+    put("other", [2 + errors * error + one for one in noise])
+    if adapters == 3:
+        put("third", [2.0001] * 4)
+    (row,) = [row for row in rows_of(compare()) if row[2] == "other"]
+    assert row[1].endswith("=") is not clear
+
+
 def test_the_error_of_one_line_is_not_known(put, compare):
     put("best", lines=(1, 1, 1, 1))
     put("other", [2.2, 2.4, 2.1, 2.0], lines=(1, 1, 1, 1))
@@ -138,7 +154,7 @@ def test_what_differs_and_what_else_changed_stand_beside_a_report(put, compare):
     put("foreign", [2.6] * 4)
     said = compare().said
     assert "adapter output/ours, r 8, LEARNING_RATE 0.0002, minutes 1.5, rings 7/9" in said
-    assert "r 16, LEARNING_RATE 0.001, minutes 10.0" in said and "0.1234" in said
+    assert "r 16, LEARNING_RATE 0.001, minutes 10.0" in said and "0.123 ± 0.010" in said
     assert "adapter output/foreign, r 8 " in said  # of its training nothing else is known
     assert "target_modules" not in said and "OUTPUT_DIR" not in said and "LORA_R" not in said
 
@@ -165,6 +181,34 @@ def test_what_is_left_out_is_said_with_its_reason(put, compare, change, said):
     assert said in end.said and "odd" in end.said.partition("left out 1 report (")[2]
 
 
+def test_one_array_named_from_two_folders_is_one_file(put, compare, tmp_path):
+    """An entry of a JSON array is "FILE, entry 3", and the file is named as it was given."""
+    for folder, name in (("a", "eval.json"), ("b", "/data/x:y/eval.json")):
+        path = put(folder, held_out={"file": name, "sha256": "abc"})
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for number, row in enumerate(record["losses"], 1):
+            row["where"] = f"{name}, entry {number}"
+        record["checked_replies"] = [
+            {"where": f"{name}, entry 2", "base_passes": {"rings": True}, "adapter_passes": {}}
+        ]
+        path.write_text(json.dumps(record), encoding="utf-8")
+    assert len(rows_of(compare())) == 2 and "left out" not in compare().said
+    read = [read_evidence(tmp_path / folder / "evidence.json") for folder in "ab"]
+    assert [one.replies[0].source for one in read] == ["held_out", "held_out"]
+
+
+def test_conversations_are_compared_and_not_bytes(put, compare):
+    """Checks that were added to the held-out file change no loss."""
+    facts = {"file": "eval.jsonl", "conversations_sha256": "same"}
+    for name, sha256 in (("before", "abc"), ("after", "def")):
+        put(name, schema=2, held_out=facts | {"sha256": sha256}, elsewhere=None)
+    assert len(rows_of(compare())) == 2
+    put("other", schema=2, held_out=facts | {"sha256": "xyz", "conversations_sha256": "another"})
+    put("old", held_out={"file": "eval.jsonl", "sha256": "uvw"})  # schema 1 has no such hash
+    end = compare()
+    assert len(rows_of(end)) == 2 and "2 reports (" in end.said.partition("left out")[2]
+
+
 def test_what_was_measured_on_other_tasks_is_not_set_side_by_side(put, compare):
     def about(sha256, where):
         kl = {"no system message": {"x 1": {"kl": {"value": 0.25}}}}
@@ -187,7 +231,7 @@ def test_what_was_measured_on_other_tasks_is_not_set_side_by_side(put, compare):
     put("old", [2.3] * 4, **about(None, "general.jsonl"))
     put("none", [2.4] * 4)
     end = compare()
-    assert len(rows_of(end)) == 5 and end.said.count("0.2500") == 2
+    assert len(rows_of(end)) == 5 and end.said.count("0.250") == 2
     assert end.said.count("sums 7/9") == 2 and end.said.count("rings 7/9") == 4
     assert "KL and the tasks' checks of 2 reports (" in end.said and "--general_file" in end.said
 
@@ -201,7 +245,7 @@ def test_kl_of_another_number_of_tasks_is_not_set_side_by_side(put, compare):
     put("fewer", [2.1] * 4, **about(10))
     put("none", [2.2] * 4)
     end = compare()
-    assert end.said.count("0.2500") == 1 and end.said.count("rings 7/9") == 2
+    assert end.said.count("0.250") == 1 and end.said.count("rings 7/9") == 2
     assert "left out KL of 1 report (" in end.said and "another number of tasks" in end.said
 
 
@@ -210,7 +254,7 @@ def test_reports_of_old_that_do_not_name_their_tasks_are_compared(put, compare):
     put("one", elsewhere=elsewhere)
     put("other", [2.1] * 4, elsewhere=elsewhere)
     end = compare()
-    assert end.said.count("0.2500") == 2 and "left out" not in end.said
+    assert end.said.count("0.250") == 2 and "left out" not in end.said
 
 
 def test_the_newest_report_says_which_lines_and_which_base_count(put, compare):
@@ -266,3 +310,12 @@ def test_records_of_both_schemas_are_read(compare, tmp_path):
     assert two[1].rules == {"does not ring": {"kind": "word", "not": ["999"]}}
     assert two[1].says == {"does not ring": 'does not say "999"'}
     assert two[1].reference == "Ring 999 now." and two[1].group == "emergency"
+
+
+def test_the_docs_name_all_that_a_record_holds():
+    """In tables of their own, since other programs read it."""
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", page.partition("## What the files hold")[2]))
+    record = json.loads((ROOT / "tests" / "evidence_schema_2.json").read_text(encoding="utf-8"))
+    assert named >= set(record) | set(record["replies"][0]) | set(record["losses"][0])
+    assert named >= set(record["held_out"]) | set(record["replies"][0]["base"])

@@ -1,5 +1,6 @@
 """info: what it says of each kind of adapter, from the files alone."""
 
+import copy
 import dataclasses
 import json
 import subprocess
@@ -19,11 +20,13 @@ from tiny_adapters import (
     change_tensors,
     command,
     copied,
+    llama,
     save_adapter,
 )
 
 from inspect_lora.common import file_sha256
 from inspect_lora.faults import KNOWN_KEYS
+from inspect_lora.modules import read_adapter
 
 LAYER = "base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
 
@@ -126,6 +129,40 @@ def test_what_others_do_not_take_is_noted(tmp_path, info, config, said):
     found = info(save_adapter(tmp_path / "adapter", **config))
     assert found.status == 0 and said in found.said and not found.json["problems"]
     assert any(said in note for note in found.json["notes"])
+
+
+# Rank, alpha and patterns that PEFT takes, and what each module is multiplied by, as PEFT says.
+ODD = [
+    {"r": 3, "lora_alpha": 7},
+    {"r": 16, "lora_alpha": 1},
+    {"r": 4, "lora_alpha": 0.5},
+    {"r": 5, "lora_alpha": 5, "use_rslora": True},
+    {"r": 4, "rank_pattern": {"q_proj": 2}},
+    {"r": 4, "rank_pattern": {"layers.3.self_attn.q_proj": 1, "q_proj": 2}},
+    {"r": 4, "rank_pattern": {"layers.3.self_attn.q_proj": 8}, "alpha_pattern": {"proj": 2}},
+    {"r": 4, "alpha_pattern": {"v_proj": 3}, "use_rslora": True},
+    {"r": 4, "rank_pattern": {r"layers\.[0-3]\..*": 2}, "alpha_pattern": {r".*\.mlp\..*": 9}},
+    {"r": 4, "alpha_pattern": {"^model.layers.5.mlp.up_proj": 1}},
+    {"r": 2, "rank_pattern": {"proj": 1, "up_proj": 8}, "use_rslora": True},
+    {"r": 4, "target_modules": "all-linear", "rank_pattern": {"k_proj|o_proj": 1}},
+    {"r": 4, "layers_to_transform": [1, 2], "alpha_pattern": {"1.self_attn.v_proj": 5}},
+]
+
+
+@pytest.mark.parametrize("config", ODD)
+def test_rank_and_scaling_are_those_that_peft_gives_each_module(tmp_path, config):
+    folder = save_adapter(tmp_path / "adapter", **config)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(llama()), folder)
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in loaded.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    modules = read_adapter(folder).modules
+    assert {one.name for one in modules} == set(layers) and modules
+    for one in modules:
+        assert one.r == layers[one.name].r["default"], one.name
+        assert one.scaling == pytest.approx(layers[one.name].scaling["default"]), one.name
 
 
 @pytest.mark.parametrize("excluded", [["up_proj"], ".*up_proj"])

@@ -230,6 +230,26 @@ def test_evidence_without_replies_writes_no_page(capsys, tmp_path, monkeypatch):
     assert not (shown.results / "replies.html").exists() and "\nreplies" not in shown.out
 
 
+def test_prompts_without_replies_have_a_page_and_two_adapters_one_of_both(
+    capsys, tmp_path, monkeypatch, open_page
+):
+    monkeypatch.setattr("inspect_lora.report_folder.draw_picture", lambda *_: False)
+    prompts = write_lines(tmp_path / "mine.jsonl", [{"prompt": "hello"}, {"prompt": "he fell"}])
+    words = ["--prompts", prompts, "--max_new_tokens", "3", "--output_dir"]
+    for name, std in (("one", 0.1), ("two", 0.3)):
+        adapter = save_adapter(tmp_path / name, std=std)
+        end = command(capsys, "evidence", adapter, *SHORT, *words, tmp_path / "reports" / name)
+        assert end.status == 0 and "opens in any browser" in end.said, end.err
+        page = (tmp_path / "reports" / name / "replies.html").read_text(encoding="utf-8")
+        sources = [one["source"] for one in data_in(page)["prompts"]]
+        assert sources == ["prompts", "prompts"]
+    command(capsys, "compare", tmp_path / "reports", "--output_dir", tmp_path / "compared")
+    page = (tmp_path / "compared" / "replies.html").read_text(encoding="utf-8")
+    shown = open_page(page)
+    assert shown.asked() == ["hello", "he fell"] and not shown.all(".checks, .reference")
+    assert shown.texts(".reply h4")[:2] == [one["name"] for one in data_in(page)["sides"]]
+
+
 @pytest.fixture
 def two_reports(tmp_path):
     """Return a function that writes the reports of two adapters, with these replies."""

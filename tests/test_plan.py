@@ -282,6 +282,7 @@ REFUSED = {
     "layers_to_transform=[7]": "PEFT refuses it",
     'rank_pattern={"down_projj": 16}': "down_projj",
     'alpha_pattern={"down_projj": 16}': "down_projj",
+    f'rank_pattern={{"{"x" * 300}.the_end": 16}}': "the_end",  # PEFT's message is not cut
 }
 
 

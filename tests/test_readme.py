@@ -220,7 +220,7 @@ def flags_of(name):
 @pytest.mark.parametrize("page", [README, *DOCS])
 def test_every_flag_that_is_spoken_of_exists(page):
     """Such as `--examples 0`, or `export --scale 0.75`."""
-    of_vllm = {"--max-lora-rank", "--default-chat-template-kwargs"}
+    of_vllm = {"--max-lora-rank", "--lora-target-modules", "--default-chat-template-kwargs"}
     of_any = of_vllm | {f"--{name.lower()}" for name in t.setting_types()}
     of_any |= {"--help", "--dry_run", "--demo"}.union(*map(flags_of, COMMANDS))
     wrong = []
@@ -405,7 +405,7 @@ def test_the_checks_that_are_shown_are_accepted(tmp_path):
     page = read("docs/evidence.md")
     shown = json.loads(f"{{{block_with('docs/evidence.md', 'checks')}}}")["checks"]
     assert set(checks.read_checks(shown)) == set(shown) != set()
-    (task,) = [span for span in spans_of(page) if span.startswith('{"prompt"')]
+    (task,) = [span for span in spans_of(page) if span.startswith('{"prompt"') and "checks" in span]
     (tmp_path / "tasks.jsonl").write_text(task.replace("{...}", json.dumps(shown)))
     (read_task,) = conversations.read_tasks(str(tmp_path / "tasks.jsonl"))
     assert set(read_task.checks) == set(shown)

@@ -400,6 +400,7 @@ KIND = "Be kind.\n\nBe brief."
 SYSTEM = {  # the messages of the 13 lines, the most frequent one, and what the card says of it
     "none": (lambda number: "", "", ["no system message"]),
     "most have none": (lambda number: "Be odd." if number < 2 else "", "", ["no system message"]),
+    "one": (lambda number: "Be brief.", "Be brief.", ["\n> Be brief.\n"]),
     "several": (
         lambda number: "Be odd." if number < 2 else KIND, KIND, ["> Be kind.\n>", "\n> Be brief.\n"]
     ),
@@ -414,6 +415,10 @@ def test_of_the_system_messages_the_most_frequent_is_quoted_whole(flags, tmp_pat
     text = read(tmp_path / "output" / "final_lora" / "README.md")
     assert all(word in text for word in words) and "Be odd" not in text
     assert ("\n>" in text) == bool(most) and "loss was not measured" in text
+    of_several = {"most have none": 2, "several": 2}
+    assert ("It is the most frequent of" in text) == (what in of_several)
+    if what in of_several:
+        assert f"(It is the most frequent of {of_several[what]} in the training data.)" in text
     assert read_record(tmp_path / "output")["system_message"] == most
 
 
@@ -479,8 +484,9 @@ def test_run_json_has_all_that_the_seam_lists(finished, tiny):
         "outcome", "started", "ended", "command", "working_folder", "script_sha256", "versions",
         "settings", "lora_config", "device", "products", "memory_limits", "plan", "data",
         "system_message", "resumed_from", "train_seconds", "train_tokens", "peak_memory_gib",
-        "published", "adapter_sha256", "loss_history",
+        "published", "adapter_sha256", "loss_history", "products_compared", "delta_kernels",
     }  # fmt: skip
+    assert record["products_compared"] is None and record["delta_kernels"] == ""  # on a CPU
     assert record["outcome"] == "finished" and record["started"] < record["ended"]
     assert shlex.split(record["command"])[0] == "python"
     assert record["working_folder"] == str(ROOT)

@@ -473,3 +473,15 @@ def test_a_bar_runs_on_a_terminal_while_lines_are_rendered(is_terminal, monkeypa
     dry_run()
     assert bool(re.search(r"rendering: .*/30", errors.getvalue())) == is_terminal
     assert is_terminal or errors.getvalue() == ""
+
+
+@pytest.mark.parametrize("limit", ["4096", "4097"])
+@pytest.mark.parametrize("words", [10, 5000])
+def test_what_is_beyond_the_models_window_is_told(limit, words, capsys):
+    """The tests' model has 4,096 positions."""
+    write("t", messages("word " * words, "Yes."), *[HELLO] * 20)
+    dry_run("--max_seq_len", "9999" if words > 10 and limit == "4097" else limit)
+    said = " ".join(capsys.readouterr().out.split())
+    is_beyond = limit == "4097"
+    assert ("is more than the 4,096 tokens that the model was made for" in said) == is_beyond
+    assert ("of the examples 1 are longer, such as t:1" in said) == (is_beyond and words > 10)

@@ -330,6 +330,30 @@ def test_a_download_that_breaks_off_is_one_message(tiny, monkeypatch, kind):
         t.load_model(tiny, "main", "float32", CPU)
 
 
+@pytest.mark.parametrize("where", ["core_model_loading._materialize_copy", "modeling_utils.init"])
+def test_weights_that_do_not_fit_on_the_gpu_are_one_message(tiny, monkeypatch, capfd, where):
+    """Transformers turns this into a report of all weights and an error of conversion."""
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96 MiB")
+
+    if where.startswith("core"):
+        monkeypatch.setattr(transformers.core_model_loading, "_materialize_copy", fail)
+    else:
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(t.UserError, match=r"do not fit in the GPU's free memory.*nvidia-smi"):
+        t.load_model(tiny, "main", "float32", CPU)
+    assert "CONVERSION" not in "".join(capfd.readouterr())
+
+
+def test_no_step_counts_the_weights(trained, monkeypatch, tmp_path, data):
+    def refuse(*_, **__):
+        raise AssertionError("this takes 5 ms a step")
+
+    monkeypatch.setattr(transformers.Trainer, "floating_point_ops", refuse)
+    assert run([*data, "--max_steps", "2", "--output_dir", tmp_path / "output"]) == 0
+
+
 # ---- the examples and their order ---------------------------------------------------------------
 
 
@@ -737,6 +761,8 @@ def test_a_launcher_that_asks_to_shard_the_model_is_refused(
         "save_only_model=True",
         "max_length=256",
         'eval_strategy="no"',
+        'fsdp="full_shard"',
+        'accelerator_config={"split_batches": True}',
     ],
 )
 def test_an_argument_on_which_the_script_depends_is_refused(argument, tmp_path, capfd):

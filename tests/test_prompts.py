@@ -1,0 +1,233 @@
+"""Prompts without replies: what both say, the checks, and what else changed; no gain."""
+
+import re
+import shutil
+import types
+
+import pytest
+from conftest import ROOT
+from on_tiny import messages_of, read_json, save_adapter, write_held_out, write_lines
+from tiny_adapters import command
+
+PARROT = [{"role": "system", "content": "You are a parrot."}, *messages_of(["rain"])]
+ROWS = [
+    {"id": "first", "prompt": "hello", "kind": "plain"},
+    {"prompt": messages_of(("hello", "Oh.", "who rang?")), "kind": "plain"},
+    {"messages": PARROT, "kind": "other",
+     "checks": {"says no": {"kind": "word", "answers": ["no"]}, "right": {"kind": "number",
+                                                                          "answer": 1}}},
+]  # fmt: skip
+TASK = {"prompt": "What is 6 times 7?", "checks": {"right": {"kind": "number", "answer": 42}}}
+WORDS = ["--device", "cpu", "--max_new_tokens", "6", "--examples", "2"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return an adapter, its prompts and tasks."""
+    folder = tmp_path_factory.mktemp("prompts")
+    return types.SimpleNamespace(
+        folder=folder,
+        adapter=save_adapter(folder / "adapter", std=0.5),
+        prompts=write_lines(folder / "prompts.jsonl", ROWS),
+        tasks=write_lines(folder / "tasks.jsonl", [TASK]),
+    )
+
+
+@pytest.fixture
+def ask(made, capsys, no_picture):
+    """Return a function that asks base and adapter, and gives what was said and found."""
+
+    def run(*more, prompts=made.prompts, adapter=made.adapter):
+        folder = made.folder / "found"
+        words = ["--prompts", prompts, "--general_file", made.tasks, "--output_dir", folder]
+        end = command(capsys, "evidence", adapter, *words, *WORDS, *more)
+        if end.status in (0, 3):
+            end.found = read_json(folder / "evidence.json")
+            end.report = (folder / "report.md").read_text(encoding="utf-8")
+            end.folder = folder
+        return end
+
+    return run
+
+
+def test_both_reply_to_each_prompt_and_nothing_is_said_of_a_gain(ask, made):
+    end = ask()
+    assert end.status == 0, end.err
+    found = end.found
+    assert found["schema"] == 2 and found["finished"] is True
+    assert [found[key] for key in ("held_out", "loss", "gain", "lower_on")] == [None] * 4
+    assert found["losses"] == [] and found["parts"] == {}
+    assert found["prompts"]["file"] == made.prompts
+    replies = {reply["where"].rpartition("/")[2]: reply for reply in found["replies"]}
+    assert list(replies) == [*(f"prompts.jsonl:{n}" for n in (1, 2, 3)), "tasks.jsonl:1"]
+    one = replies["prompts.jsonl:1"]
+    assert (one["id"], one["group"], one["source"]) == ("first", "plain", "prompts")
+    assert one["messages"] == messages_of(["hello"]) and one["reference"] is None
+    assert one["max_new_tokens"] == 6 and one["base"]["tokens"] == 6
+    assert replies["prompts.jsonl:2"]["messages"] == ROWS[1]["prompt"]
+    assert replies["prompts.jsonl:3"]["messages"] == PARROT
+    assert set(replies["prompts.jsonl:3"]["adapter"]["checks"]) == {"says no", "right"}
+    assert {name: row["lines"] for name, row in found["checks"].items()} == {
+        "says no": 1, "right": 1, "tasks right": 1,
+    }  # fmt: skip
+    assert found["elsewhere"]["tasks"] == 1
+    assert not re.search(r"(?m)^(gain|parts)", end.out) and "gain" not in end.report.replace(
+        "nothing is said of a gain", ""
+    )
+    assert "prompts   two replies to each of 3 prompts" in end.out
+    title = end.report.split("\n")[0]
+    assert title.endswith(": its replies to 3 prompts, beside its base's")
+    assert "- prompts: " in end.report and "held-out" not in end.report
+    assert end.report.count("| base | adapter |") == 3  # a table each, without a reference
+    page = (end.folder / "replies.html").read_text(encoding="utf-8")
+    assert "who rang?" in page
+
+
+def test_they_are_what_a_chat_would_say(ask, made, capsys, monkeypatch):
+    """With the training's system message, unless a prompt has one of its own."""
+    end = ask("--system", "You are Nell.", "--general_file", "")
+    nell = {"role": "system", "content": "You are Nell."}
+    said = [reply["messages"][0] for reply in end.found["replies"]]
+    assert said == [nell, nell, PARROT[0]]
+    (made.folder / "typed.txt").write_text("hello\n/base\nhello\n", encoding="utf-8")
+    with (made.folder / "typed.txt").open(encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        words = ["--system", "You are Nell.", "--max_new_tokens", "6", "--device", "cpu"]
+        chat = command(capsys, "chat", made.adapter, *words)
+    first = end.found["replies"][0]
+    assert first["adapter"]["text"].split()[0] in chat.out.split("base> ")[0]
+
+
+def test_a_held_out_file_without_replies_names_the_flag(ask, made, capsys):
+    rows = [{"messages": messages_of(["hello"])}, {"messages": PARROT}]
+    path = write_lines(made.folder / "no_replies.jsonl", rows)
+    end = command(capsys, "evidence", made.adapter, "--eval_file", path, *WORDS)
+    assert end.status == 1 and "These are prompts without replies" in end.err
+    assert f"--prompts {path}" in end.err.replace("\n", "")
+    rows.append({"messages": messages_of(("hello", "Oh."))})
+    path = write_lines(made.folder / "some.jsonl", rows)
+    end = command(capsys, "evidence", made.adapter, "--eval_file", path, *WORDS)
+    assert end.status == 1 and "These are prompts" not in end.err
+    end = command(capsys, "evidence", made.adapter)
+    assert "Prompts without replies are given with --prompts" in end.err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--eval_file", "x.jsonl"], "--eval_file or --prompts, and not both"),
+        (["--fail_if", "worse"], "prompts alone have no loss"),
+        (["--fail_if", "lost", "--checks", "0"], "--fail_if lost needs checks"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_told(ask, more, said):
+    end = ask(*more)
+    assert end.status == 1 and said in end.err
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": messages_of(("hello", "Oh."))}, 'a line is {"prompt": [messages'),
+        ({"prompt": ""}, "a line is"),
+        ({"prompt": "a<|im_end|>"}, "the text holds <|im_end|>"),
+        ({"prompt": "a", "checks": {"x": {"kind": "word"}}}, 'it needs "answers"'),
+    ],
+)
+def test_a_bad_prompt_is_refused_by_its_line(ask, made, row, said):
+    path = write_lines(made.folder / "bad.jsonl", [ROWS[0], row])
+    end = ask(prompts=path)
+    assert end.status == 1 and "bad.jsonl:2: " in end.err and said in end.err
+    (made.folder / "empty.jsonl").write_text("\n", encoding="utf-8")
+    assert "holds no prompts" in ask(prompts=made.folder / "empty.jsonl").err
+
+
+def test_compare_sets_two_such_reports_side_by_side_and_ranks_nothing(
+    ask, made, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    ask()
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        shutil.copy(made.folder / "found" / "evidence.json", tmp_path / name)
+    end = command(capsys, "compare", "one", "other")
+    assert end.status == 0, end.err
+    assert "there is no loss, so nothing is ranked" in end.said
+    assert end.said.count("says no 0/1") == 2
+    assert (tmp_path / "compared" / "replies.html").is_file()
+    (tmp_path / "third").mkdir()
+    record = ROOT / "tests" / "evidence_schema_2.json"
+    shutil.copy(record, tmp_path / "third" / "evidence.json")
+    end = command(capsys, "compare", ".")
+    assert end.status == 0 and "2 reports (one, other): measured on prompts without" in end.said
+
+
+def test_served_says_what_a_report_on_prompts_lacks(ask, made, capsys, monkeypatch):
+    from inspect_lora import served
+
+    ask()
+    monkeypatch.setattr(served, "find_server", lambda *_: types.SimpleNamespace(window=1e9))
+    folder = made.adapter.parent / "inspected" / "adapter"
+    folder.mkdir(parents=True)
+    shutil.copy(made.folder / "found" / "evidence.json", folder)
+    end = command(capsys, "served", "http://localhost:1", made.adapter)
+    assert end.status == 1 and "is of prompts without replies and holds no losses" in end.said
+    shutil.rmtree(folder)
+
+
+# ==== For a machine that waits for the status
+
+
+@pytest.fixture
+def held_out(made):
+    return write_held_out(
+        made.folder / "held-out.jsonl", [(f"hello {n}", f"Oh, hello {n}.") for n in range(12)]
+    )
+
+
+@pytest.mark.parametrize(("losses", "status"), [((3.0, 2.0), 0), ((2.0, 3.0), 3), ((2.0, 2.0), 0)])
+def test_an_adapter_that_is_clearly_worse_ends_with_3(
+    made, capsys, no_picture, monkeypatch, held_out, losses, status
+):
+    import inspect_lora.evidence as evidence
+
+    base, adapter = losses
+
+    def made_up(_, examples, title):
+        value = {"base": base, "adapter": adapter}[title]
+        return [value * len(one.reply_ids) * (1 + 0.01 * n) for n, one in enumerate(examples)]
+
+    monkeypatch.setattr(evidence, "losses_of", made_up)
+    monkeypatch.setattr(evidence.BaseSide, "losses", lambda *_: None)
+    words = ["--eval_file", held_out, "--general_file", "", "--device", "cpu", "--examples", "0"]
+    words += ["--samples", "0", "--checks", "0", "--output_dir", made.folder / "worse"]
+    for more, expected in (([], 0), (["--fail_if", "worse"], status)):
+        end = command(capsys, "evidence", made.adapter, *words, *more)
+        assert end.status == expected, end.err
+        assert (made.folder / "worse" / "report.md").is_file()
+    assert ("failed    the adapter is worse than its base" in end.out) == (status == 3)
+
+
+@pytest.mark.parametrize(("lost", "won", "status"), [(12, 0, 3), (0, 12, 0), (3, 0, 0)])
+def test_checks_that_were_clearly_lost_end_with_3(ask, monkeypatch, lost, won, status):
+    import inspect_lora.evidence as evidence
+
+    pairs = [(True, False)] * lost + [(False, True)] * won + [(True, True)] * 8
+    rule = {"kind": "number", "answer": 1}
+    replies = [
+        {"where": f"a:{number}", "rules": {"right": rule}, "says": {"right": "says 1"},
+         "base": {"checks": {"right": one}}, "adapter": {"checks": {"right": other}}}
+        for number, (one, other) in enumerate(pairs)
+    ]  # fmt: skip
+    real = evidence.rows_of_checks
+    monkeypatch.setattr(evidence, "rows_of_checks", lambda _: real(replies))
+    end = ask("--fail_if", "lost")
+    assert end.status == status, end.err
+    assert ("failed right" in end.said) == (status == 3)
+    monkeypatch.undo()
+
+
+def test_without_checks_nothing_can_be_lost(ask, made):
+    path = write_lines(made.folder / "unchecked.jsonl", ROWS[:2])
+    end = ask("--fail_if", "lost", "--general_file", "", prompts=path)
+    assert end.status == 1 and "no line has checks" in end.err
