@@ -70,7 +70,8 @@ def how_the_base_computes(adapter: Adapter) -> dict[str, str]:
     files = []
     if place.is_dir():
         # Of large files the fingerprint has the ends alone.
-        times = sorted((path.name, path.stat().st_mtime_ns) for path in place.iterdir())
+        weights = place.glob("*.safetensors")
+        times = sorted((path.name, path.stat().st_mtime_ns) for path in weights)
         files = [file_fingerprints(place, FILES_THAT_COUNT), times]
     is_commit = len(adapter.revision) == 40
     if not files and not is_commit:  # a branch may be another commit tomorrow

@@ -119,7 +119,7 @@ def test_the_base_is_compared_with_the_best_of_several(put, compare):
 
 @pytest.mark.parametrize(
     ("adapters", "errors", "clear"),
-    [(2, 2.2, False), (2, 2.3, True), (3, 2.9, False), (3, 3.0, True)],
+    [(2, 2.2, False), (2, 2.3, True), (3, 2.9, False), (3, 3.1, True)],
 )
 def test_the_more_adapters_the_more_errors_are_clear(put, compare, adapters, errors, clear):
     """The twelve lines are ten effective ones; of three adapters there are three pairs."""
@@ -179,6 +179,34 @@ def test_what_is_left_out_is_said_with_its_reason(put, compare, change, said):
     end = compare()
     assert [row[2] for row in rows_of(end)] == ["newest", "other"]
     assert said in end.said and "odd" in end.said.partition("left out 1 report (")[2]
+
+
+def test_one_array_named_from_two_folders_is_one_file(put, compare, tmp_path):
+    """An entry of a JSON array is "FILE, entry 3", and the file is named as it was given."""
+    for folder, name in (("a", "eval.json"), ("b", "/data/x:y/eval.json")):
+        path = put(folder, held_out={"file": name, "sha256": "abc"})
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for number, row in enumerate(record["losses"], 1):
+            row["where"] = f"{name}, entry {number}"
+        record["checked_replies"] = [
+            {"where": f"{name}, entry 2", "base_passes": {"rings": True}, "adapter_passes": {}}
+        ]
+        path.write_text(json.dumps(record), encoding="utf-8")
+    assert len(rows_of(compare())) == 2 and "left out" not in compare().said
+    read = [read_evidence(tmp_path / folder / "evidence.json") for folder in "ab"]
+    assert [one.replies[0].source for one in read] == ["held_out", "held_out"]
+
+
+def test_conversations_are_compared_and_not_bytes(put, compare):
+    """Checks that were added to the held-out file change no loss."""
+    facts = {"file": "eval.jsonl", "conversations_sha256": "same"}
+    for name, sha256 in (("before", "abc"), ("after", "def")):
+        put(name, schema=2, held_out=facts | {"sha256": sha256}, elsewhere=None)
+    assert len(rows_of(compare())) == 2
+    put("other", schema=2, held_out=facts | {"sha256": "xyz", "conversations_sha256": "another"})
+    put("old", held_out={"file": "eval.jsonl", "sha256": "uvw"})  # schema 1 has no such hash
+    end = compare()
+    assert len(rows_of(end)) == 2 and "2 reports (" in end.said.partition("left out")[2]
 
 
 def test_what_was_measured_on_other_tasks_is_not_set_side_by_side(put, compare):

@@ -223,7 +223,7 @@ def flags_of(name):
 @pytest.mark.parametrize("page", [README, *DOCS])
 def test_every_flag_that_is_spoken_of_exists(page):
     """Such as `--examples 0`, or `export --scale 0.75`."""
-    of_vllm = {"--max-lora-rank", "--default-chat-template-kwargs"}
+    of_vllm = {"--max-lora-rank", "--lora-target-modules", "--default-chat-template-kwargs"}
     of_any = of_vllm | {f"--{name.lower()}" for name in t.setting_types()}
     of_any |= {"--help", "--dry_run", "--demo"}.union(*map(flags_of, COMMANDS))
     wrong = []

@@ -100,20 +100,19 @@ at once, and the largest peak in GiB""")
 class Mix:
     """A kind of examples, how many a step has, and how many of their tokens are targets."""
 
-    kind: str  # "short chats", "long dialogues" or "both mixed"
+    kind: str  # of KINDS
     examples: int
     targets: str  # "all" or "a third"
 
     def lengths(self, count: int) -> list[int]:
         """Return made-up lengths of so many examples."""
         drawn = random.Random(f"{self.kind} {self.examples}")
-        long = {"short chats": 0.0, "long dialogues": 1.0, "both mixed": 0.5}[self.kind]
         found = []
         for _ in range(count):
-            middle, least, most = (400, 150, 960) if drawn.random() < long else (75, 16, 190)
+            middle, least, most = LENGTHS_OF[drawn.choice(KINDS[self.kind])]
             length = round(min(max(drawn.lognormvariate(math.log(middle), 0.5), least), most))
-            count = min(CHUNKS, key=lambda one: abs(one - chunks(length)))
-            found.append(64 * (count - 1) + (length - 1) % 64 + 1)
+            nearest = min(CHUNKS, key=lambda one, length=length: abs(one - chunks(length)))
+            found.append(64 * (nearest - 1) + (length - 1) % 64 + 1)
         return found
 
     def steps(self, count: int) -> list[Any]:
@@ -129,8 +128,14 @@ class Mix:
         return steps_of_epoch(job)
 
 
-KINDS = ("short chats", "long dialogues", "both mixed")
-MIXES = [Mix(*one) for one in itertools.product(KINDS, (4, 16, 64), ("all", "a third"))]
+LENGTHS_OF = {"tiny": (40, 16, 120), "short": (75, 16, 190), "long": (400, 150, 960)}
+KINDS = {  # which of these lengths they have: the middle, the least, the most
+    "tiny chats": ("tiny",),
+    "short chats": ("short",),
+    "long dialogues": ("long",),
+    "both mixed": ("short", "long"),
+}
+MIXES = [Mix(*one) for one in itertools.product([*KINDS][1:], (4, 16, 64), ("all", "a third"))]
 # Each number of chunks takes a simulation of its own, so not all of them occur.
 CHUNKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15)
 STEPS = 10_000  # of all mixes together
@@ -159,8 +164,8 @@ COMPARED = table(52, 9, 9, 9, 10, 12)
 
 def steps_of_mixes(options: Options) -> dict[Mix, list[dict[str, torch.Tensor]]]:
     """Return the steps of all mixes; for tiny sizes a few of one."""
-    mixes = [Mix("short chats", 64, "all")] if options.tiny else MIXES
-    return {mix: mix.steps(8 if options.tiny else math.ceil(STEPS / len(mixes))) for mix in mixes}
+    mixes = [Mix("tiny chats", 64, "all")] if options.tiny else MIXES
+    return {mix: mix.steps(4 if options.tiny else math.ceil(STEPS / len(mixes))) for mix in mixes}
 
 
 def compare_on_card(
