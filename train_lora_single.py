@@ -1739,6 +1739,9 @@ def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
         "save_only_model": False,
         "ignore_data_skip": False,
         "load_best_model_at_end": False,
+        "fsdp": None,  # each GPU holds the whole model
+        "deepspeed": None,
+        "accelerator_config": transformers.trainer_pt_utils.AcceleratorConfig(),  # divides examples
     }
     for name, value in needed.items():
         if getattr(config, name) != value:
@@ -3800,20 +3803,22 @@ def choose_delta_kernels(config: transformers.PretrainedConfig) -> str:
     takes fla where that can be imported, and torch's code where not. Broken or wrong kernels would
     be taken, or fall back, without a word.
     """
-    place = accelerate.PartialState().device
     if "linear_attention" not in layer_types(config):
         return ""
-    if torch.cuda.get_device_capability(place)[0] < 8:
+    place = accelerate.PartialState().device
+    is_new_enough = torch.cuda.get_device_capability(place)[0] >= 8
+    is_there = is_new_enough and importlib.util.find_spec("fla") is not None
+    reason = why_not_fla(config, place) if is_there and is_main_process() else ""
+    (reason,) = accelerate.utils.broadcast_object_list([reason])  # all processes take part
+    if not is_new_enough:
         return "torch's code, since fla needs a GPU of capability 8.0 or newer"
-    if importlib.util.find_spec("fla") is None:
+    if not is_there:
         report(
             "faster",
             "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
             "with\npip install flash-linear-attention",
         )
         return "torch's code, since fla is not installed"
-    reason = why_not_fla(config, place) if is_main_process() else ""
-    (reason,) = accelerate.utils.broadcast_object_list([reason])
     if reason:
         sys.modules["fla"] = None  # now it cannot be imported
         chosen = f"torch's code, since fla {reason}"

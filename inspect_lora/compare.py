@@ -9,9 +9,9 @@ Of two reports, such as before and after an edit of a constant, replies.html sho
 the same prompts, side by side or to be read blind.
 
 + is better, so what stands against the best is mostly below 0. "=" says that the difference may be
-chance of the held-out lines: its 95 % interval holds 0 (those of all pairs together, since the best
-was picked among them), or there are fewer than ten lines. What another SEED would change is not in
-it: train a close winner with two seeds.
+chance of the held-out lines: its 95 % interval holds 0, or there are fewer than ten lines. Of
+several adapters the intervals of all pairs hold 95 % together, since the best was picked among
+them. What another SEED would change is not in it: train a close winner with two seeds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measure what the script costs, and check the targets: python tests/benchmark.py PART [OPTIONS]
 
-gpu        the acceptance of a card, in nine minutes: one table, to be sent with a report
+gpu        the acceptance of a card, in twenty minutes: a table, and output/acceptance.json to send
 v100       milliseconds of a step and minutes of a run on a V100, on paper: a roofline
 memory     the longest example and the peak of a run on several cards, simulated
 evidence   minutes of `inspect_lora evidence` on a V100, as a share of the training's, on paper

@@ -119,7 +119,7 @@ def test_the_base_is_compared_with_the_best_of_several(put, compare):
 
 @pytest.mark.parametrize(
     ("adapters", "errors", "clear"),
-    [(2, 2.2, False), (2, 2.3, True), (3, 2.9, False), (3, 3.0, True)],
+    [(2, 2.2, False), (2, 2.3, True), (3, 2.9, False), (3, 3.1, True)],
 )
 def test_the_more_adapters_the_more_errors_are_clear(put, compare, adapters, errors, clear):
     """The twelve lines are ten effective ones; of three adapters there are three pairs."""

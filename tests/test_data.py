@@ -574,6 +574,16 @@ def test_at_least_20_are_held_out_and_a_large_group_is_trained():
     assert len(job.held_out) == 50 and not any("Large" in one for one in questions(job.held_out))
 
 
+@pytest.mark.parametrize(("count", "is_raised"), [(190, True), (191, False), (200, False)])
+def test_it_is_said_where_a_share_is_raised_to_20(count, is_raised, capsys):
+    """A tenth of 191 is rounded up to 20, which is enough."""
+    write("t", *[{"messages": hello(f"Question {n}?")} for n in range(count)])
+    assert len(prepared("--eval_file", "10%").held_out) == 20
+    t.main(["--demo", "--dry_run", "--model_name", TINY, "--train_file", "t", "--eval_file", "10%"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("(10% would be too few to measure with, so 20 are taken)" in said) == is_raised
+
+
 @pytest.mark.parametrize("rows", ["few", "alike"])
 def test_too_few_to_hold_out_is_a_sentence(rows, capsys):
     count, groups = (39, 39) if rows == "few" else (100, 1)

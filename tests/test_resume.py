@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.metadata
 import io
 import json
 import logging
@@ -23,7 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import handlers_restored, write_short_data
+from conftest import ROOT, TINY, handlers_restored, write_short_data
 from processes import Fork, write_to
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -985,6 +986,58 @@ def test_another_job_renames_all_that_a_finished_one_left(flags, finished, tmp_p
             assert len(left) == len(kept) and all(one[name] in left for one in kept)
     there = {path.name.partition(".2")[0] for path in output.iterdir()}
     assert there == {"all_logs.log", ".lock", *names}
+
+
+# ==== What the version of 2026-11-28 left
+
+FORMER = ROOT / "tests" / "job_2026_11_28"  # its job.json and run.json, and a copy of the data
+
+
+def put_former(name, folder, **changes):
+    """Put a file of the former version into folder, as if it had been written for this model."""
+    text = (FORMER / name).read_text("utf-8").replace('"MODEL"', json.dumps(TINY))
+    (folder / name).write_text(json.dumps(json.loads(text) | changes), "utf-8")
+
+
+@pytest.fixture
+def former_flags(tmp_path):
+    """Return the flags of the job that it did; with other packages it would be another one."""
+    versions = json.loads((FORMER / "run.json").read_text("utf-8"))["versions"]
+    if any(importlib.metadata.version(one) != versions[one] for one in ("peft", "transformers")):
+        pytest.skip("LoraConfig and SFTConfig have other fields in other versions")
+    files = ["--train_file", FORMER / "train.jsonl", "--eval_file", FORMER / "eval.jsonl"]
+    return command([*write_short_data(tmp_path), *files], tmp_path / "output")
+
+
+def test_a_job_that_the_former_version_finished_is_finished(former_flags, tmp_path, capfd):
+    output = tmp_path / "output"
+    assert run(former_flags) == 0
+    hashes = read_record(output)["adapter_sha256"]
+    put_former("job.json", output / "checkpoints")
+    put_former("run.json", output, adapter_sha256=hashes)
+    left = files(output)
+    capfd.readouterr()
+    assert run(former_flags) == 0
+    assert "is this job's adapter" in capfd.readouterr().out and files(output) == left
+
+
+def test_a_job_that_the_former_version_began_is_resumed(former_flags, tmp_path, capfd):
+    output = tmp_path / "output"
+    with pytest.MonkeyPatch.context() as patch, handlers_restored():
+        at_step(patch, 5, send(signal.SIGTERM))
+        assert run(former_flags) == 143
+    put_former("job.json", output / "checkpoints")
+    put_former("run.json", output, outcome="interrupted: Stopped after step 5 of 8.")
+    capfd.readouterr()
+    assert run(former_flags) == 0
+    assert "going on from" in capfd.readouterr().out
+    found = losses(output)
+    expected = json.loads((FORMER / "run.json").read_text("utf-8"))["loss_history"]
+    former = [(e["step"], e[key]) for e in expected for key in ("loss", "eval_loss") if key in e]
+    # It gave the model an attention mask, which rounds otherwise.
+    assert [step for step, _ in found] == [step for step, _ in former]
+    values = [[value for _, value in one] for one in (found, former)]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 # ==== Other runs in the same folder

@@ -761,6 +761,8 @@ def test_a_launcher_that_asks_to_shard_the_model_is_refused(
         "save_only_model=True",
         "max_length=256",
         'eval_strategy="no"',
+        'fsdp="full_shard"',
+        'accelerator_config={"split_batches": True}',
     ],
 )
 def test_an_argument_on_which_the_script_depends_is_refused(argument, tmp_path, capfd):

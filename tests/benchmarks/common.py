@@ -87,6 +87,7 @@ class Options:
     tiny: bool = False  # small sizes and short data: only to see that the part works
     pairs: int = 2
     against: str = ""
+    report: Path = ROOT / "output" / "acceptance.json"  # what gpu writes, to be sent back
 
     @property
     def sizes(self) -> dict[str, Any]:

@@ -1,13 +1,17 @@
-"""The acceptance of a card: everything that can only be seen on a GPU, in under nine minutes.
+"""The acceptance of a card: everything that can only be seen on a GPU, in twenty minutes.
 
 A random Qwen3.5-4B of the real size is made on the GPU, so nothing is downloaded. Each check is a
-row of the table or several; one that fails is a row as well, and does not end the others. Without
-a GPU, or with --tiny, all that a CPU can do is done with a tiny model.
+row of the table or several; one that fails is a row as well, and does not end the others. All rows
+stand in one file, which is to be sent back. What the model's own process can do comes first; what
+there is no time for is "not done". Without a GPU, or with --tiny, all that a CPU can do is done
+with a tiny model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.metadata
 import json
 import math
@@ -21,8 +25,9 @@ import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import (
+    FORKS,
     GIB,
     HELD_OUT,
     ROOT,
@@ -49,9 +55,9 @@ from benchmarks.common import (
     t,
     write_lines,
 )
-from benchmarks.simulate import CARDS
+from benchmarks.simulate import CARDS, Pass, Simulation
 
-MINUTES = 9
+MINUTES = 20
 AS_CARD = str(Path(__file__).with_name("as_card.py"))
 GENERAL = ROOT / "inspect_lora" / "general.jsonl"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -61,13 +67,15 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
 def gpu(options: Options) -> None:
-    """Do all checks, and print one table."""
+    """Do all checks, print one table, and write the file to send back."""
     has_gpu = torch.cuda.is_available()
     options.tiny = options.tiny or not has_gpu
     card = Card(options, is_gpu=has_gpu and not options.tiny)  # no context of CUDA in this process
     for check in CHECKS:
         card.do(check)
+        card.write_report()  # so that it is there whatever comes
     print(card.table())
+    print(f"\nAll of it stands in {t.path_from_here(str(options.report))}. Please send that file.")
     for row in card.rows:
         options.targets.require(f"gpu: {row.what}: {row.found}", row.is_good is not False)
 
@@ -78,12 +86,20 @@ class Row:
 
     what: str
     found: str
-    is_good: bool | None = None  # None: a figure that is not judged, or a check that cannot be done
+    is_good: bool | None = None  # None: a figure that is not judged, or a check that was not done
 
     def __str__(self) -> str:
         """Return it in Markdown."""
         mark = {True: "ok", False: "**FAILED**", None: ""}[self.is_good]
         return f"| {self.what} | {t.one_line(self.found, 300).replace('|', '/')} | {mark} |"
+
+
+def rows_of(check: Callable[..., Iterator[Row]], *given: Any) -> Iterator[Row]:
+    """Yield the rows of a check; an error in it is a row."""
+    try:
+        yield from check(*given)
+    except Exception as error:
+        yield Row(check.__name__.replace("_", " "), repr(error), False)
 
 
 @dataclass
@@ -95,6 +111,7 @@ class Card:
     rows: list[Row] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     name: str = "CPU with a tiny model"
+    about: dict[str, Any] = field(default_factory=dict)  # driver, capability and more
     capability: int = 0  # 7 of sm_70
     model: str = ""  # the folder of the random model
     flags: list[str] = field(default_factory=list)  # of a short run
@@ -103,16 +120,28 @@ class Card:
         """Do a check; an error in it is a row, and so is a lack of time."""
         name = check.__name__.replace("_", " ")
         if self.seconds_left() < 20:
-            self.rows.append(Row(name, f"not done: {MINUTES} minutes are over", False))
+            self.rows.append(Row(name, f"not done: {MINUTES} minutes are over"))
             return
         print(f"({time.monotonic() - self.began:.0f} s) {name}", file=sys.stderr, flush=True)
-        try:
-            self.rows.extend(check(self))
-        except Exception as error:
-            self.rows.append(Row(name, repr(error), False))
+        self.rows.extend(rows_of(check, self))
+
+    def write_report(self) -> None:
+        """Write all that was found into the file to send back."""
+        report = {
+            "card": self.name,
+            **self.about,
+            "date": time.strftime("%Y-%m-%d"),
+            "seconds": round(time.monotonic() - self.began),
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "script_sha256": t.script_sha256(),
+            "rows": [asdict(row) for row in self.rows],
+        }
+        self.options.report.parent.mkdir(parents=True, exist_ok=True)
+        t.write_json(self.options.report, report)
 
     def seconds_left(self) -> float:
-        """Return how much of the nine minutes is left; a CPU may take longer."""
+        """Return how much of the time is left; a CPU may take longer."""
         minutes = MINUTES if self.is_gpu else 60
         return 60 * minutes - (time.monotonic() - self.began)
 
@@ -149,9 +178,10 @@ def run_script(card: Card, name: str, *flags: str, kind: str = "plain", wanted: 
     words = [sys.executable, AS_CARD, kind]
     if kind == "as is":
         words = [sys.executable, SCRIPT]
-    if kind == "torchrun":
+    if kind == "torchrun":  # with the kernels of the runs before
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
-        words += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), SCRIPT]
+        words += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+        words += [AS_CARD, "v100"]
     return finished(
         card, [*words, *card.flags, *flags, f"--output_dir={card.output(name)}"], wanted
     )
@@ -212,11 +242,12 @@ def versions(card: Card) -> Iterator[Row]:
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     yield Row("packages", f"Python {python}, {packages}")
     if card.is_gpu:
-        card.name, card.capability, found = card.apart(about_card)
+        card.name, card.capability, card.about = card.apart(about_card)
+        found = ", ".join(f"{name} {value}" for name, value in card.about.items())
         yield Row("card", f"{found}, {os.cpu_count()} CPU cores")
 
 
-def about_card() -> tuple[str, int, str]:
+def about_card() -> tuple[str, int, dict[str, str]]:
     """Return the card's name, the first number of its sm, and what else is to be known of it."""
     major, minor = torch.cuda.get_device_capability()
     free, total = torch.cuda.mem_get_info()
@@ -225,7 +256,8 @@ def about_card() -> tuple[str, int, str]:
     with contextlib.suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
         driver = re.findall(r"\d+\.\d+[.\d]*", text)[0]
-    found = f"sm_{major}{minor}, {memory}, CUDA {torch.version.cuda}, driver {driver}"
+    found = {"capability": f"sm_{major}{minor}", "memory": memory, "driver": driver}
+    found |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
     return torch.cuda.get_device_name(), major, found
 
 
@@ -286,11 +318,10 @@ def short_run_flags(card: Card) -> list[str]:
 ROUNDED_TWICE = 1.05
 
 
-def products_against_float64(card: Card) -> Iterator[Row]:
+def products_against_float64(look: Look) -> Iterator[Row]:
     """Scaled float16 products of rows of every size, and of rows that hold no numbers."""
-    sizes = card.options.sizes
-    shape = sizes["intermediate_size"], sizes["hidden_size"]
-    plain, scaled, worst, finite = card.apart(product_errors, *shape, card.is_gpu)
+    shape = look.sizes["intermediate_size"], look.sizes["hidden_size"]
+    plain, scaled, worst, finite = product_errors(*shape, look.is_gpu)
     text = f"bfloat16 {plain:.3%}, scaled float16 {scaled:.3%}"
     found = f"{text}; over rows of 1e-30 to 1e30 at most {worst:.3f} of bfloat16's"
     yield Row("products against float64", found, worst <= ROUNDED_TWICE)
@@ -317,32 +348,348 @@ def product_errors(d: int, k: int, is_gpu: bool) -> tuple[float, float, float, l
     return *errors[1.0], worst, finite
 
 
-def loading(card: Card) -> Iterator[Row]:
-    """How long loading takes, and how much of the host's memory."""
-    seconds, own, size = card.apart(load_on_device, card.flags)
-    text = f"{seconds:.1f} s, {own / GIB:.2f} GiB of the host's memory, {size / GIB:.2f} are a copy"
-    yield Row("loading", text, own <= 1.02 * size)
+def the_model_in_one_process(card: Card) -> Iterator[Row]:
+    """All that one process can find out about the model, which is loaded once for it."""
+    path = card.options.folder / "rows.jsonl"
+    given = card.flags, str(path), card.options.sizes
+    if card.is_gpu:
+        process = FORKS.Process(target=look_at_model, args=given)
+        process.start()
+        process.join(card.seconds_left())
+        if process.is_alive():
+            process.kill()
+            process.join()
+        ended = process.exitcode
+    else:
+        ended = look_at_model(*given)
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in rows:
+        yield Row(**json.loads(line))
+    if ended:
+        yield Row("the model in one process", f"it ended with {ended}", False)
 
 
-def load_on_device(flags: list[str]) -> tuple[float, int, int]:
-    """Load the model as the script does; return seconds, what the host gave, and a copy's bytes."""
-    job = prepared_for_device(flags)
-    device, settings = accelerate.PartialState().device, job.settings
+def look_at_model(flags: list[str], path: str, sizes: dict[str, Any]) -> int:
+    """Do all checks of Look, and append their rows to a file as they come."""
+    look = Look(prepared_for_device([*flags, "--matmul", "native", "--lora_dropout", "0"]), sizes)
+    for check in LOOKS:
+        for row in rows_of(check, look):
+            with open(path, "a", encoding="utf-8") as file:
+                print(json.dumps(asdict(row)), file=file)
+    return 0
+
+
+@dataclass
+class Look:
+    """The model that one process looks at. LoRA has no dropout, so gradients can be compared."""
+
+    job: t.Job
+    sizes: dict[str, Any]
+    trainer: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.trainer.args.device
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether that is a GPU."""
+        return self.device.type == "cuda"
+
+    @functools.cached_property
+    def examples(self) -> list[t.Example]:
+        """The examples of a step, of about the median length."""
+        size = t.examples_per_step(self.job.settings)
+        by_length = sorted(self.job.examples, key=lambda example: len(example.input_ids))
+        middle = (len(by_length) - size) // 2
+        return by_length[middle : middle + size]
+
+    def step(self, examples: list[t.Example] | None = None) -> tuple[float, torch.Tensor]:
+        """Do a step forward and backward; return its loss, and LoRA's gradients as one vector."""
+        chosen = examples or self.examples
+        model = self.trainer.model
+        inputs = t.pad(chosen, self.device)
+        learned = len(t.places_of_learned(inputs)[0])
+        model.zero_grad()
+        loss = self.trainer.training_step(model, inputs, torch.tensor(learned)).item()
+        weights = [weight for weight in model.parameters() if weight.grad is not None]
+        found = torch.cat([weight.grad.flatten() for weight in weights])
+        model.zero_grad()
+        wait_for(self.device)
+        return loss, found
+
+    def milliseconds(self, examples: list[t.Example] | None = None) -> float:
+        """Return how long a step takes."""
+        began = time.perf_counter()
+        self.step(examples)
+        return 1000 * (time.perf_counter() - began)
+
+
+# Anonymous memory that loading may take, as a share of the weights, which lie in the file's pages:
+# buffers for their way to the GPU. A tiny model drowns in what the process takes anyway.
+OWN_WHILE_LOADING, OWN_AT_LEAST = 0.15, GIB // 4
+
+
+def loading(look: Look) -> Iterator[Row]:
+    """How long loading takes, and how much of the host's memory that is not a file's."""
+    device = accelerate.PartialState().device
+    found: list[float] = []
+    real = t.load_model
+
+    def load(*given: Any, **named: Any) -> Any:
+        began = time.monotonic()
+        with MemoryWatch() as watch:
+            model = real(*given, **named)
+            wait_for(device)
+        found.extend([time.monotonic() - began, watch.peak])
+        return model
+
     with MemoryWatch() as before:
         wait_for(device)
+    with quiet(), unittest.mock.patch.object(t, "load_model", load):
+        look.trainer = t.new_trainer(look.job)
+    seconds, peak = found
+    size = sum(weight.nbytes for weight in look.trainer.model.parameters())
+    own = peak - before.peak
+    text = f"{seconds:.1f} s, {own / GIB:.2f} GiB of the host's anonymous memory; the weights are "
+    yield Row(
+        "loading", f"{text}{size / GIB:.2f}", own <= max(OWN_WHILE_LOADING * size, OWN_AT_LEAST)
+    )
+
+
+def trial(look: Look) -> Iterator[Row]:
+    """What fits at once, what tokens cost, and what the simulation says of the trial's peak."""
     began = time.monotonic()
-    with quiet(), MemoryWatch() as watch:
-        model = t.load_model(settings.MODEL_NAME, settings.MODEL_REVISION, settings.DTYPE, device)
+    with quiet():
+        t.find_what_fits(look.trainer, look.job)
+    limits = look.job.token_limits
+    text = f"{time.monotonic() - began:.1f} s; {json.dumps(asdict(limits))}"
+    yield Row("trial of memory", text, limits.most() > 0)
+    if not look.is_gpu:
+        yield Row("the trial's peak, simulated", "not done: on a CPU nothing is tried")
+        return
+    longest, _ = t.most_tokens(look.job)
+    is_recomputed = limits.tokens_at_once < t.whole_chunks(longest)
+    tokens = limits.tokens_at_once_recomputed if is_recomputed else limits.tokens_at_once
+    rows, width = t.hardest_shape(tokens, longest)
+    needed = t.memory_of_pass(look.trainer, rows, width, 1.0, is_recomputed)
+    simulation = Simulation(look.sizes, look.job.settings)
+    peak = simulation.peak(Pass(rows, width, rows * (width - 1), is_recomputed))
+    simulated = peak - simulation.weight_bytes - 12 * simulation.trainable
+    share = needed / simulated
+    text = f"{rows} x {width} tokens need {needed / GIB:.2f} GiB more than the weights, "
+    text += f"{share:.3f} of the simulated {simulated / GIB:.2f}"
+    # Other attention than the simulation's may take less, but nothing should take much more.
+    yield Row("the trial's peak, simulated", text, share <= 1.1)
+
+
+def a_step(look: Look) -> Iterator[Row]:
+    """Milliseconds and kernels of a step of median length."""
+    kind = look.job.products
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if look.is_gpu else [])]
+    with contextlib.nullcontext() if look.is_gpu else float16_cores():
+        times = [look.milliseconds() for _ in range(6 if look.is_gpu else 2)]
+        loss, gradients = look.step()
+        with profile(activities=activities) as profiled:
+            look.step()
+    wanted = torch.autograd.DeviceType.CUDA if look.is_gpu else torch.autograd.DeviceType.CPU
+    events = [event for event in profiled.events() if event.device_type == wanted]
+    width = max(len(example.input_ids) for example in look.examples)
+    unit = "kernels and copies" if look.is_gpu else "operations"
+    text = (
+        f"{statistics.median(times[1:]):.0f} ms, the first {times[0]:.0f}; {len(events):,} {unit}"
+    )
+    if look.is_gpu:
+        busy = sum(event.time_range.elapsed_us() for event in events) / 1000
+        text += f", the card busy for {busy:.0f} ms"
+    is_good = math.isfinite(loss) and bool(gradients.isfinite().all())
+    yield Row(f"a step of {len(look.examples)} x {width} tokens, {kind} products", text, is_good)
+
+
+def fla_against_torch(look: Look) -> Iterator[Row]:
+    """Where fla is used: LoRA's gradients of a step with it and with the torch code it wraps."""
+    chosen = look.job.delta_kernels or "no GPU, so nothing was tried"
+    yield Row("DeltaNet's kernels", chosen)
+    if not chosen.startswith("fla"):
+        yield Row("fla against torch's code", "not done: fla is not used here")
+        return
+    module = importlib.import_module("transformers.models.qwen3_5.modeling_qwen3_5")
+    name = "torch_chunk_gated_delta_rule"
+    yield from compare_ways(look, module, name, getattr(module, name).__wrapped__)
+
+
+def compare_ways(look: Look, module: Any, name: str, other: Callable[..., Any]) -> Iterator[Row]:
+    """Compare steps with a function of a module and with another one in its place."""
+    times, found = [], []
+    for function in (other, getattr(module, name)):
+        with unittest.mock.patch.object(module, name, function):
+            look.step()
+            found.append(look.step())
+            times.append(look.milliseconds())
+    (torch_loss, expected), (loss, gradients) = found
+    apart = t.share_apart(expected, gradients)
+    losses = abs(loss / torch_loss - 1)
+    text = f"{times[1]:.0f} ms with it, {times[0]:.0f} without; loss {losses:.2%} and LoRA's "
+    text += f"gradients {apart:.2%} apart"
+    is_good = losses <= t.MOST_LOSS_APART and apart <= t.MOST_GRADIENTS_APART
+    yield Row("fla against torch's code", text, is_good)
+
+
+def out_of_memory_in_a_step(look: Look) -> Iterator[Row]:
+    """A step that runs out of memory is done again, and its gradients stay."""
+    _, expected = look.step()
+    before = look.job.token_limits
+    look.job.token_limits = t.MemoryLimits(**asdict(before) | {"costs": before.costs})
+    look.job.token_limits.costs_recomputed = before.costs_recomputed
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(memory_for_half_a_step(look))
+            with quiet():
+                _, found = look.step()
+        limit = look.job.token_limits.tokens_at_once
+    finally:
+        look.job.token_limits = before
+    apart = t.share_apart(expected, found)
+    text = f"{before.tokens_at_once:,} tokens at once, then {limit:,}; gradients {apart:.2%} apart"
+    is_good = limit < before.tokens_at_once and apart <= 0.05
+    yield Row("out of memory in a step", text, is_good)
+
+
+@contextlib.contextmanager
+def memory_for_half_a_step(look: Look) -> Iterator[None]:
+    """Let a step find about half of the memory that it needs; on a CPU let it fail once."""
+    if not look.is_gpu:
+        failed: list[None] = []
+
+        def fail(model: Any, _: Any, __: Any) -> None:
+            if not failed:
+                failed.append(None)
+                raise torch.OutOfMemoryError("out of memory, as a check wants it")
+
+        with look.trainer.model.register_forward_hook(fail):
+            yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    look.step()
+    needed = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    room = torch.cuda.memory_reserved() + 0.6 * needed
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(0.97)
+
+
+def steps_of_new_widths(look: Look) -> Iterator[Row]:
+    """Each new width costs little, and the allocator's memory does not fall into fragments."""
+    made = [
+        [t.Example("", [], prompt_ids=[5] * width, reply_ids=[6] * (width // 2))] * 2
+        for width in range(20, 80, 5)
+    ]
+    torch.cuda.empty_cache()
+    times = [[look.milliseconds(examples) for examples in made] for _ in range(2)]
+    first, again = (statistics.median(one) for one in times)
+    text = f"{first:.0f} ms for a width's first step, {again:.0f} for its second one"
+    yield Row("steps of new widths", text, first <= 3 * again + 200)
+    if not look.is_gpu:
+        yield Row("the allocator's fragments", "not done: no GPU")
+        return
+    reserved = torch.cuda.max_memory_reserved() / GIB
+    allocated = torch.cuda.max_memory_allocated() / GIB
+    setting = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    text = f"{reserved:.2f} GiB reserved, {allocated:.2f} in use at the most; {setting}"
+    yield Row("the allocator's fragments", text, reserved <= 1.2 * allocated + 0.5)
+
+
+def rates(look: Look) -> Iterator[Row]:
+    """What the minutes in docs/gpu.md rest on: products of each type, copies, and solves."""
+    size = 4096 if look.is_gpu else 128
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        matrix = torch.ones(size, size, dtype=dtype, device=look.device)
+        found[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds_of(lambda: matrix @ matrix)  # noqa: B023
+    text = ", ".join(f"{name} {rate / 1e12:.1f}" for name, rate in found.items())
+    # Scaled float16 is there for cards that only emulate bfloat16.
+    is_emulated = look.is_gpu and torch.cuda.get_device_capability()[0] < 8
+    is_good = not look.is_gpu or (found["float16"] > 2 * found["bfloat16"]) == is_emulated
+    yield Row("products, TFLOP/s", text, is_good)
+    moved = torch.ones(64 * size**2 // 16, device=look.device)
+    rate = 2 * moved.nbytes / seconds_of(moved.clone)
+    yield Row("copies", f"{rate / 1e9:.0f} GB/s")
+    systems = torch.eye(64, device=look.device).expand(4, 32, 3, 64, 64).contiguous()
+    values = torch.ones(4, 32, 3, 64, 128, device=look.device)
+    seconds = seconds_of(
+        lambda: torch.linalg.solve_triangular(systems, values, upper=False, unitriangular=True)
+    )
+    yield Row(
+        "triangular solve of 384 x 64 x 64", f"{1e6 * seconds:.0f} us, {seconds / 64e-6:.2f} a row"
+    )
+
+
+def seconds_of(do: Callable[[], Any]) -> float:
+    """Return how long something takes on this process's device, as the best of some times."""
+    device = accelerate.PartialState().device
+    times = []
+    for _ in range(8):
         wait_for(device)
-    seconds = time.monotonic() - began
-    size = sum(weight.nbytes for weight in model.parameters())
-    return seconds, watch.peak - before.peak, size
+        began = time.perf_counter()
+        do()
+        wait_for(device)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def float16_against_native(look: Look) -> Iterator[Row]:
+    """The products of frozen weights become scaled float16: loss, gradients and times."""
+    with contextlib.nullcontext() if look.is_gpu else float16_cores():
+        t.set_recomputation(look.trainer.recomputing_layers, False)
+        native = t.timed_pass(look.trainer, look.examples)
+        with quiet():
+            t.use_float16_products(look.trainer.model.get_base_model())
+        look.job.products = "float16"
+        float16 = t.timed_pass(look.trainer, look.examples)
+    reason = t.why_not_float16(native, float16)
+    apart = t.share_apart(native.gradients, float16.gradients)
+    text = f"{1000 * native.seconds:.0f} ms native, {1000 * float16.seconds:.0f} float16; losses "
+    text += f"{abs(float16.loss / native.loss - 1):.2%} and LoRA's gradients {apart:.2%} apart"
+    is_good = reason in ("", t.SLOWER)
+    yield Row("float16 products against native", f"{text}; {reason}".rstrip("; "), is_good)
+
+
+def matmul_auto(look: Look) -> Iterator[Row]:
+    """MATMUL "auto" tries float16 just where the card only emulates bfloat16."""
+    settings = t.parse_settings([])
+    settings.DEVICE, settings.dry_run = look.device.type, False
+    with quiet():
+        chosen = t.choose_products(t.Job(settings, config=look.job.config))
+    is_old = look.is_gpu and torch.cuda.get_device_capability()[0] < 8
+    wanted = "float16" if is_old else "native"
+    yield Row("MATMUL auto", f"tries {chosen} products", chosen == wanted)
+
+
+LOOKS: list[Callable[[Look], Iterator[Row]]] = [
+    loading,
+    trial,
+    a_step,
+    fla_against_torch,
+    out_of_memory_in_a_step,
+    steps_of_new_widths,
+    float16_against_native,
+    a_step,
+    products_against_float64,
+    matmul_auto,
+    rates,
+]
 
 
 def prepared_for_device(flags: list[str]) -> t.Job:
     """Return the script's job with its data, its plan and its device."""
     os.chdir(ROOT)
-    t.forbid_gpu_packages()
     job = t.Job(t.parse_settings(flags))
     with quiet():
         t.prepare(job)
@@ -355,89 +702,20 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def a_step(card: Card) -> Iterator[Row]:
-    """Milliseconds and kernels of a step of median length, for both products."""
-    output = f"--output_dir={card.output('step')}"
-    for kind in ("native", "float16"):
-        found = card.apart(measure_step, [*card.flags, output], kind)
-        size = f"{found['rows']} x {found['width']} tokens"
-        text = f"{found['ms']:.0f} ms, {found['count']:,} {found['unit']}"
-        if card.is_gpu:
-            text += f", the card busy for {found['busy']:.0f} ms; {found['memory']}"
-        yield Row(f"a step of {size}, {kind} products", text, math.isfinite(found["loss"]))
-    wanted = "float16" if card.is_gpu and card.capability < 8 else "native"
-    yield Row("MATMUL auto", f"takes {found['auto']} products", found["auto"] == wanted)
-
-
-def measure_step(flags: list[str], kind: str) -> dict[str, Any]:
-    """Time and profile the step of the four examples in the middle, by length."""
-    job = prepared_for_device(flags)
-    auto, job.products = job.products, kind
-    with quiet():
-        trainer = t.build_trainer(job)
-        t.find_what_fits(trainer, job)
-    device = trainer.args.device
-    size = t.examples_per_step(job.settings)
-    by_length = sorted(job.examples, key=lambda example: len(example.input_ids))
-    middle = (len(by_length) - size) // 2
-    examples = by_length[middle : middle + size]
-    inputs = t.pad(examples, device)
-    learned = sum(len(example.reply_ids) for example in examples)
-
-    def step() -> float:
-        loss = trainer.training_step(trainer.model, dict(inputs), learned)
-        trainer.model.zero_grad()
-        wait_for(device)
-        return loss.item()
-
-    is_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
-    with contextlib.nullcontext() if is_gpu else float16_cores():
-        times = []
-        for _ in range(6 if is_gpu else 2):
-            began = time.perf_counter()
-            loss = step()
-            times.append(1000 * (time.perf_counter() - began))
-        with profile(activities=activities) as profiled:
-            step()
-    wanted = torch.autograd.DeviceType.CUDA if is_gpu else torch.autograd.DeviceType.CPU
-    events = [event for event in profiled.events() if event.device_type == wanted]
-    rows, width = inputs["input_ids"].shape
-    limits = job.token_limits
-    return {
-        "rows": rows,
-        "width": width,
-        "loss": loss,
-        "ms": statistics.median(times[1:]),
-        "count": len(events),
-        "unit": "kernels and copies" if is_gpu else "operations",
-        "busy": sum(event.time_range.elapsed_us() for event in events) / 1000,
-        "memory": f"{limits.tokens_at_once:,} tokens at once kept, "
-        f"{limits.tokens_at_once_recomputed:,} recomputed",
-        "auto": auto,
-    }
-
-
-def whole_runs(card: Card) -> Iterator[Row]:
-    """A whole run with either kind of products; the second one is as on a V100."""
-    for name, kind in (("native", "plain"), ("float16", "v100")):
-        printed = run_script(card, name, "--matmul", name, kind=kind)
-        record = card.record(name)
-        speed = record["train_tokens"] / record["train_seconds"]
-        steps = len(card.losses(name))
-        text = f"{steps} steps in {record['train_seconds']:.1f} s, {speed:,.0f} tokens/s"
-        if card.is_gpu:
-            text += f", {record['peak_memory_gib']:.1f} GiB; {line_of(printed, 'memory')}"
-        is_good = record["outcome"] == "finished" and record["products"] == name
-        note = " as on a V100" if kind == "v100" else ""
-        yield Row(f"whole run, {name} products{note}", text, is_good)
-        found = " ".join(re.findall(r"by(?: at most)? ([\d.e+-]+) from", printed))
-        is_there = (card.output(name) / "final_lora" / "adapter_model.safetensors").is_file()
-        yield Row(
-            f"verified, {name} products", f"error and effect {found}", bool(found) and is_there
-        )
-    apart = largest_difference(card.losses("native"), card.losses("float16"))
-    yield Row("losses of the two runs", f"at most {apart:.2%} apart", apart <= 0.02)
+def a_whole_run(card: Card) -> Iterator[Row]:
+    """A whole run as on a V100, with float16 products."""
+    printed = run_script(card, "float16", "--matmul", "float16", kind="v100")
+    record = card.record("float16")
+    speed = record["train_tokens"] / record["train_seconds"]
+    steps = len(card.losses("float16"))
+    text = f"{steps} steps in {record['train_seconds']:.1f} s, {speed:,.0f} tokens/s"
+    if card.is_gpu:
+        text += f", {record['peak_memory_gib']:.1f} GiB; {line_of(printed, 'memory')}"
+    is_good = record["outcome"] == "finished" and record["products"] == "float16"
+    yield Row("whole run as on a V100", text, is_good)
+    found = " ".join(re.findall(r"by(?: at most)? ([\d.e+-]+) from", printed))
+    is_there = (card.output("float16") / "final_lora" / "adapter_model.safetensors").is_file()
+    yield Row("verified", f"error and effect {found}", bool(found) and is_there)
 
 
 def evidence(card: Card) -> Iterator[Row]:
@@ -463,12 +741,14 @@ def evidence(card: Card) -> Iterator[Row]:
 
 
 def chat(card: Card) -> Iterator[Row]:
-    """The adapter and the base answer in the chat."""
-    adapter = str(card.output("native") / "final_lora")
+    """The adapter, as another trainer's, and the base answer in the chat."""
+    # As somebody else's adapter, with no record of a run beside it.
+    adapter = str(shutil.copytree(card.output("float16") / "final_lora", card.output("foreign")))
     began = time.monotonic()
     limit = "4" if card.options.tiny else "48"
     said = "Hello, who are you?\n/base\nAnd now?\n/quit\n"
-    printed = run_inspector(card, "chat", adapter, "--max_new_tokens", limit, said=said)
+    words = ["chat", adapter, "--base", card.model, "--max_new_tokens", limit]
+    printed = run_inspector(card, *words, said=said)
     names = re.findall(r"(adapter|base)> ", printed)
     text = f"answers of {' and '.join(names)} in {time.monotonic() - began:.0f} s"
     yield Row("chat", text, names == ["adapter", "base"])
@@ -541,32 +821,33 @@ def a_card_of_32_gb(card: Card) -> Iterator[Row]:
 
 
 def one_process_under_torchrun(card: Card) -> Iterator[Row]:
-    """A launcher with one process does what the plain command does."""
-    run_script(card, "launched", "--matmul", "native", "--max_steps", "2", kind="torchrun")
-    apart = abs(card.losses("launched")[0] / card.losses("native")[0] - 1)
+    """A launcher with one process does what the plain command does, with the same kernels."""
+    run_script(card, "launched", "--matmul", "float16", "--max_steps", "2", kind="torchrun")
+    apart = abs(card.losses("launched")[0] / card.losses("float16")[0] - 1)
     text = f"first loss {apart:.2%} from the plain run's"
     yield Row("torchrun, one process", text, apart <= 0.01)
 
 
-def flash_linear_attention(card: Card) -> Iterator[Row]:
-    """Where fla is installed: a run with it on a card that it runs on, and the demo without one."""
-    try:  # the module itself is forbidden in this process, see forbid_gpu_packages()
+def the_script_as_it_is(card: Card) -> Iterator[Row]:
+    """The command that a user gives: it chooses products and kernels by itself, and says why."""
+    run_script(card, "as is", "--max_steps", "6", kind="as is")
+    record = card.record("as is")
+    text = f"{record['products']} products; {record['delta_kernels'] or 'no trial of fla'}; "
+    text += f"compared: {json.dumps(record['products_compared'])}; memory limits "
+    text += json.dumps(record["memory_limits"])
+    yield Row("the script as it is", text, record["outcome"] == "finished")
+
+
+def the_demo_with_fla_installed(card: Card) -> Iterator[Row]:
+    """Where fla is installed: it must not be used on the CPU of a machine with a GPU."""
+    try:  # the module itself may be forbidden in this process, see forbid_gpu_packages()
         version = importlib.metadata.version("fla-core")
     except importlib.metadata.PackageNotFoundError:
-        yield Row("flash-linear-attention", "not installed")
+        yield Row("demo on the CPU with fla installed", "not done: fla is not installed")
         return
     words = [sys.executable, SCRIPT, "--demo", "--max_steps", "3"]
     finished(card, [*words, "--output_dir", str(card.output("demo"))])
-    yield Row("demo on the CPU with it installed", "finished", True)
-    if card.capability < 8:
-        yield Row("flash-linear-attention", "does not run here, so the script does not use it")
-        return
-    run_script(card, "fla", "--matmul", "native", kind="as is")
-    apart = largest_difference(card.losses("fla"), card.losses("native"))
-    record, plain = card.record("fla"), card.record("native")
-    seconds = f"{record['train_seconds']:.1f} s of training, {plain['train_seconds']:.1f} without"
-    found = f"{version}: {seconds}; losses at most {apart:.2%} apart"
-    yield Row("flash-linear-attention", found, apart <= 0.02)
+    yield Row("demo on the CPU with fla installed", f"finished, fla-core {version}", True)
 
 
 def room_left(card: Card) -> Iterator[Row]:
@@ -579,15 +860,14 @@ def room_left(card: Card) -> Iterator[Row]:
 CHECKS: list[Callable[[Card], Iterator[Row]]] = [
     versions,
     random_model,
-    products_against_float64,
-    loading,
-    a_step,
-    whole_runs,
-    evidence,
+    the_model_in_one_process,
+    a_whole_run,
     a_card_of_16_gb_and_slurm,
     a_card_of_32_gb,
-    chat,
     one_process_under_torchrun,
-    flash_linear_attention,
+    evidence,
+    chat,
+    the_script_as_it_is,
+    the_demo_with_fla_installed,
     room_left,
 ]
