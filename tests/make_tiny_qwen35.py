@@ -5,7 +5,7 @@
 The folder is what the hub holds for Qwen/Qwen3.5-4B, made small: a checkpoint of
 Qwen3_5ForConditionalGeneration (vision tower and text model, one Gated DeltaNet and one
 full-attention layer, the real head sizes 128 and 256, tied embeddings), processor files, a BPE
-tokenizer with the real control tokens, and a chat template that renders text turns and the think
+tokenizer with the real special tokens, and a chat template that renders text turns and the think
 block as Qwen3.5's does. The weights are random; only the tokenizer was trained, on
 data/train.jsonl.
 """
@@ -72,7 +72,7 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer over the shipped data, control tokens last, as in Qwen's."""
+    """A byte-level BPE tokenizer over the shipped data, special tokens last, as in Qwen's."""
     lines = (HERE.parent / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     texts = [message["content"] for row in rows for message in row["prompt"] + row["completion"]]

@@ -354,11 +354,11 @@ def card(flags, tiny, tmp_path, monkeypatch):
     return prepare
 
 
-@pytest.mark.parametrize(("capability", "more", "kind", "products", "word"), CHOICES)
+@pytest.mark.parametrize(("capability", "more", "kind", "matmul", "word"), CHOICES)
 def test_float16_is_taken_where_bfloat16_is_emulated_and_the_model_was_tested(
-    card, capsys, capability, more, kind, products, word
+    card, capsys, capability, more, kind, matmul, word
 ):
-    assert card(capability, more, kind).products == products
+    assert card(capability, more, kind).matmul == matmul
     said = [line for line in capsys.readouterr().out.splitlines() if "phi3" in line]
     assert bool(said) == bool(word)
 
@@ -480,9 +480,9 @@ def stop_in_step_two(patch):
 @pytest.mark.parametrize(
     ("made_with", "resumed", "choice", "words"),
     [
-        ("", "", "native", "the job goes on with these; on this GPU a new one would take native"),
+        ("", "", "native", "the job goes on with it; on this GPU a new one would take native"),
         ("", "slower", "float16", "so scaled float16 is used"),
-        ("slower", "", "float16", "the job goes on with these; on this GPU a new one would take"),
+        ("slower", "", "float16", "the job goes on with it; on this GPU a new one would take"),
     ],
     ids=["float16 on an A100", "float16 where it is slower", "bfloat16 on a V100"],
 )
@@ -515,4 +515,4 @@ def test_the_refusal_of_other_products_names_the_setting_that_resumes(
     more = ["--dtype", "bfloat16", "--num_epochs", "1", "--matmul", "native"]
     text = refused(capfd, [*flags, *more])
     assert "the products in use was float16 and is now native" in text
-    assert '(MATMUL "auto" or "float16" goes on with the former products)' in text
+    assert '(MATMUL "auto" or "float16" goes on with the former kind)' in text

@@ -1,4 +1,4 @@
-"""Memory: in how many parts a step goes through the model, and that this changes nothing."""
+"""Memory: in how many micro-batches a step goes through the model, and that this changes nothing."""
 
 import contextlib
 import gc
@@ -97,8 +97,8 @@ def look_for_memory(trainer, job):
 
 FOUND = {  # room with activations kept, and recomputed: what is found, and a word of what is said
     "a whole step": ((WHOLE, 0), (WHOLE, WHOLE), "whole step"),
-    "three examples": ((3 * LONGEST, 0), (128, 128), "parts"),
-    "one example": ((64, 0), (64, 64), "parts"),
+    "three examples": ((3 * LONGEST, 0), (128, 128), "micro-batches"),
+    "one example": ((64, 0), (64, 64), "micro-batches"),
     "one example, just": ((LONGEST, 0), (32, LONGEST), "are recomputed"),
     "recomputed": ((LONGEST - 1, 150), (32, 144), "are recomputed"),
     "always recomputed": ((0, WHOLE), (0, WHOLE), "every example"),
@@ -174,14 +174,14 @@ def test_on_a_cpu_nothing_is_tried(small, monkeypatch):
     assert job.token_limits.most() >= WHOLE
 
 
-# ---- a run in parts ----------------------------------------------------------------------------
+# ---- a run in micro-batches ----------------------------------------------------------------------------
 
 LENGTHS = [*range(40, 51), 12, 30]  # four steps: 4 + 4 + 4 + 1
 ROOMS = {  # room with activations kept, and recomputed; the passes, and how many are recomputed
     "two or three of four": ((120, 0), (7, 0)),
     "one by one": ((64, 0), None),
     "all recomputed": ((0, WHOLE), (4, 4)),
-    "recomputed in parts": ((0, 120), None),
+    "recomputed in micro-batches": ((0, 120), None),
     "long ones recomputed": ((45, 110), None),
 }
 
@@ -218,7 +218,7 @@ def test_the_loss_and_the_gradients_do_not_depend_on_the_parts(
         assert logged(job.history, key) == pytest.approx(expected, rel=1e-3), key
     # Each step's weights differ by what the steps before have rounded, so the first one counts.
     assert_near(recorder.gradients[0], whole.gradients[0])
-    # Each row goes through once, in parts that fit and are no wider than their longest row; only
+    # Each row goes through once, in micro-batches that fit and are no wider than their longest row; only
     # what is too long to keep its activations is computed again.
     rows = [
         sorted(row for one in found.trained for row in one["rows"]) for found in (recorder, whole)
@@ -233,9 +233,10 @@ def test_the_loss_and_the_gradients_do_not_depend_on_the_parts(
     passes = len(recorder.trained), [one["is_recomputed"] for one in recorder.trained].count(True)
     if counts:
         assert passes == counts
-    assert {"all recomputed": passes[1] == passes[0], "recomputed in parts": passes[1] > 4}.get(
-        name, True
-    )
+    assert {
+        "all recomputed": passes[1] == passes[0],
+        "recomputed in micro-batches": passes[1] > 4,
+    }.get(name, True)
 
 
 def test_the_losses_are_those_of_each_row_alone(in_whole_steps):
@@ -412,7 +413,7 @@ def test_no_part_needs_more_than_the_trial(made_up_card, name, target_share):
 
 
 def test_counting_tokens_alone_needs_more_than_the_trial(made_up_card, monkeypatch):
-    """This is how parts were counted before: short rows needed up to a quarter more."""
+    """This is how micro-batches were counted before: short rows needed up to a quarter more."""
     monkeypatch.setattr(
         t.TokenCosts, "count", lambda _, lengths, targets: len(lengths) * max(lengths)
     )
@@ -460,7 +461,7 @@ def step_of(trainer, lengths=(40, 40, 41, 42)):
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
-    """Return (job, trainer, loss, gradients) of a step whose three parts find their memory."""
+    """Return (job, trainer, loss, gradients) of a step whose three micro-batches find their memory."""
     job, trainer = made(data, tmp_path_factory.mktemp("oom"), [47, 40, 12, 46, 45, 30, 44])
     t.find_what_fits(trainer, job)
     loss, gradients = one_step(trainer, t.MemoryLimits(128, 128, t.TokenCosts(padding=0.0)))
@@ -480,7 +481,7 @@ def one_step(trainer, limits):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_step_that_runs_out_of_memory_is_done_again(undisturbed, place, direction, capsys):
-    """Whichever part fails, the gradient is that of a step in which none did."""
+    """Whichever micro-batch fails, the gradient is that of a step in which none did."""
     _, trainer, loss, gradients = undisturbed
     recorder = Recorder(trainer)
     with contextlib.ExitStack() as stack:

@@ -149,7 +149,7 @@ GLM = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|endofte
 VISION = ["<|im_start|>", "<end_of_utterance>", "<image>"]
 NOT_SERVED = ["renders the prompt differently", "another"]
 
-# Of each template in TRL's wheel: the model's control tokens, the tokenizer's end, those that
+# Of each template in TRL's wheel: the model's special tokens, the tokenizer's end, those that
 # generation_config.json names, and how a reply ends, or the words of the refusal.
 FAMILIES = {
     "llama3": (LLAMA, "<|eot_id|>", [], "<|eot_id|>"),
@@ -291,7 +291,7 @@ def test_an_error_of_another_kind_is_not_blamed_on_the_conversation(monkeypatch)
 def test_a_control_token_in_a_text_is_refused_by_name(tokenizer, place, token):
     said = [dict(one) for one in TALK[:3]]
     said[place]["content"] = f"before {token}user after"
-    with pytest.raises(ValueError, match=rf"control token {re.escape(token)}.*remove"):
+    with pytest.raises(ValueError, match=rf"special token {re.escape(token)}.*remove"):
         render(tokenizer, said)
 
 
