@@ -1,4 +1,4 @@
-"""Memory: in how many micro-batches a step goes through the model, and that this changes nothing."""
+"""Memory: in how many micro-batches a step goes, and that this changes nothing."""
 
 import contextlib
 import gc
@@ -174,7 +174,7 @@ def test_on_a_cpu_nothing_is_tried(small, monkeypatch):
     assert job.token_limits.most() >= WHOLE
 
 
-# ---- a run in micro-batches ----------------------------------------------------------------------------
+# ---- a run in micro-batches ---------------------------------------------------------------------
 
 LENGTHS = [*range(40, 51), 12, 30]  # four steps: 4 + 4 + 4 + 1
 ROOMS = {  # room with activations kept, and recomputed; the passes, and how many are recomputed
@@ -218,8 +218,8 @@ def test_the_loss_and_the_gradients_do_not_depend_on_the_parts(
         assert logged(job.history, key) == pytest.approx(expected, rel=1e-3), key
     # Each step's weights differ by what the steps before have rounded, so the first one counts.
     assert_near(recorder.gradients[0], whole.gradients[0])
-    # Each row goes through once, in micro-batches that fit and are no wider than their longest row; only
-    # what is too long to keep its activations is computed again.
+    # Each row goes through once, in micro-batches that fit and are no wider than their longest row;
+    # only what is too long to keep its activations is computed again.
     rows = [
         sorted(row for one in found.trained for row in one["rows"]) for found in (recorder, whole)
     ]
@@ -461,7 +461,7 @@ def step_of(trainer, lengths=(40, 40, 41, 42)):
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
-    """Return (job, trainer, loss, gradients) of a step whose three micro-batches find their memory."""
+    """Return (job, trainer, loss, gradients) of a step whose three micro-batches fit."""
     job, trainer = made(data, tmp_path_factory.mktemp("oom"), [47, 40, 12, 46, 45, 30, 44])
     t.find_what_fits(trainer, job)
     loss, gradients = one_step(trainer, t.MemoryLimits(128, 128, t.TokenCosts(padding=0.0)))

@@ -211,7 +211,9 @@ WRONG = {  # what happens to the written file, in which form, and a word of what
     "no number": (in_tensors(lambda x: x[first_of(x)][0].fill_(math.nan)), "final_lora", "lora_A"),
     "a name": (in_tensors(lambda x: rename(x, "up_proj", "upproj")), "final_lora", "upproj"),
     "another alpha": (in_config(lora_alpha=24), "final_lora", "does not become final_lora"),
-    "fewer targets": (in_config(target_modules=["q_proj"]), "final_lora", "does not become final_lora"),
+    "fewer targets": (
+        in_config(target_modules=["q_proj"]), "final_lora", "does not become final_lora"
+    ),
     "a number for vLLM": (
         in_tensors(lambda x: x[first_of(x)][0, 0].add_(1e-3)), "final_lora_vllm", "lora_A",
     ),
