@@ -198,14 +198,17 @@ def test_an_fla_that_crashes_is_left_out_with_its_status(choose, tmp_path):
 def test_an_fla_that_hangs_is_ended_in_time_with_its_compiler(choose, tmp_path, monkeypatch):
     make_fla(tmp_path, "good")
     (tmp_path / "fla" / "__init__.py").write_text(HANG)
-    limit = 8
-    monkeypatch.setattr(t, "SECONDS_FOR_FLA", limit)
-    began = time.monotonic()
-    chosen, said, is_forbidden = choose(tmp_path)
-    assert limit <= time.monotonic() - began < limit + 10
-    assert is_forbidden and f"was not ready after {limit} s" in chosen and chosen in said
+    pids = tmp_path / "fla" / "pids"
+    for limit in (8, 60):  # on a loaded machine it may take longer to come so far
+        monkeypatch.setattr(t, "SECONDS_FOR_FLA", limit)
+        began = time.monotonic()
+        chosen, said, is_forbidden = choose(tmp_path)
+        assert limit <= time.monotonic() - began < limit + 30
+        assert is_forbidden and f"was not ready after {limit} s" in chosen and chosen in said
+        if pids.exists():
+            break
     time.sleep(0.2)
-    for pid in (tmp_path / "fla" / "pids").read_text().split():
+    for pid in pids.read_text().split():
         state = Path(f"/proc/{pid}/stat")  # one that has ended may wait to be collected
         assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
