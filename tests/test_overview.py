@@ -61,7 +61,7 @@ def test_gains_costs_and_a_prompt_stand_side_by_side(drawn):
         "other tasks: first choice is another token", "0 %", "41 %",
     ]  # fmt: skip
     assert prompt[:2] == ["user", "my $5 roses <b>won</b>"]
-    assert prompt[3].endswith(" ...") and prompt[-1] == "(nothing)"
+    assert prompt[3].endswith("...") and prompt[-1] == "(nothing)"
 
 
 def test_a_loss_that_rose_is_a_cost_and_one_in_doubt_says_so(drawn):
