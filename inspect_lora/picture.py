@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from inspect_lora.common import shorten_path
 from inspect_lora.elsewhere import Shift
 from inspect_lora.findings import Findings, headline
 from inspect_lora.parts import Part
@@ -44,7 +43,7 @@ def draw_picture(found: Findings, path: Path) -> bool:
         panels = figure.subplot_mosaic(rows)
         config = found.adapter.model.peft_config["default"]
         figure.suptitle(
-            f"{shorten_path(found.name, 40)} on {shorten_path(found.adapter.base, 40)}\n"
+            f"LoRA on {found.adapter.base.rstrip('/').rpartition('/')[2]}\n"
             f"r = {config.r}, alpha = {config.lora_alpha}: {headline(found)}",
             parse_math=False,
         )
@@ -70,25 +69,23 @@ def logged(found: Findings, key: str) -> dict[int, float]:
 
 
 def draw_gain_and_change(axes: Axes, parts: list[Part], shifts: dict[float, Shift]) -> None:
-    """Draw a point for each strength: its gain over the base against its change elsewhere."""
+    """Draw, by strength, the share of the gain on the left scale and the KL on the right one."""
     drawn = [part for part in parts if part.kind in ("strength", "whole") and part.value in shifts]
     drawn.sort(key=lambda part: part.value)
-    changes = [0.0, *(shifts[part.value].kl_a_token().value for part in drawn)]
+    strengths = [0.0, *(part.value for part in drawn)]
     gains = [0.0, *(100 * part.of_gain.value for part in drawn)]
     errors = [0.0, *(100 * part.of_gain.error for part in drawn)]
-    names = ["base", *(f"x {part.value:g}" if part.value != 1 else "as trained" for part in drawn)]
-    axes.errorbar(changes, gains, errors, marker="o", capsize=3)
-    for change, gain, name in zip(changes, gains, names, strict=True):
-        where = {"xytext": (9, -5)}
-        if name == "as trained":
-            where = {"xytext": (0, 8), "ha": "center", "weight": "bold"}
-        axes.annotate(name, (change, gain), textcoords="offset points", fontsize=11, **where)
-    axes.margins(x=0.16, y=0.14)  # room for the names
-    axes.set(
-        xlabel="change on other tasks (KL), nats a token",
-        ylabel=f"% of the gain, {len(parts[0].losses)} replies",
-        title="Gain and change by strength",
-    )
+    changes = [0.0, *(shifts[part.value].kl_a_token().value for part in drawn)]
+    axes.errorbar(strengths, gains, errors, marker="o", capsize=3, color="C0")
+    axes.axvline(1, color="0.6", linestyle=":", linewidth=1)
+    axes.tick_params(axis="y", labelcolor="C0")
+    axes.set(xlabel="strength of the update; 1 is as trained", title="Gain and change by strength")
+    axes.set_ylabel(f"% of the gain, {len(parts[0].losses)} replies", color="C0")
+    right = axes.twinx()
+    right.plot(strengths, changes, marker="s", linestyle="--", color="C1")
+    right.tick_params(axis="y", labelcolor="C1")
+    right.set_ylabel("KL on other tasks, nats a token", color="C1")
+    right.set_ylim(bottom=0)
 
 
 def draw_parts(axes: Axes, parts: list[Part]) -> None:
@@ -118,7 +115,7 @@ def draw_losses(axes: Axes, losses: dict[int, float], evals: dict[int, float]) -
     axes.plot(steps, values, color="0.8", linewidth=0.8)
     axes.plot(steps, means, color="C0", linewidth=2, label=f"training, mean of {width} steps")
     if evals:
-        axes.plot(list(evals), list(evals.values()), "o--", color="black", label="held-out")
+        axes.plot(list(evals), list(evals.values()), "o", color="black", label="held-out")
     for step, loss in evals.items():
         axes.annotate(f"{loss:.2f}", (step, loss), (0, 9), textcoords="offset points", ha="center")
     axes.margins(y=0.15)
@@ -127,16 +124,39 @@ def draw_losses(axes: Axes, losses: dict[int, float], evals: dict[int, float]) -
 
 
 def draw_updates(axes: Axes, depth: int, updates: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw the size of each module's update against its W, layers across and targets down."""
+    """Draw the size of each module's update against its W, layers across and targets down.
+
+    The colours end at the size that 19 of 20 modules do not exceed, so that few large ones leave
+    a difference to be seen among the others.
+    """
     sizes = [[math.nan] * depth for _ in updates]
     for number, rows in enumerate(updates.values()):
         for row in rows:
             if row["layer"] is not None:
                 sizes[number][row["layer"]] = 100 * row["update"]
-    image = axes.imshow(sizes, aspect="auto", vmin=0, cmap="viridis")
-    axes.patch.set(hatch="xx", edgecolor="silver")  # shows through where there is no module
-    bar = axes.figure.colorbar(image, ax=axes, location="bottom", aspect=50, shrink=0.6)
-    bar.set_label("size of the update, % of the weight W")
+    known = sorted(size for row in sizes for size in row if math.isfinite(size))
+    largest = known[-1] if known else 0.0
+    end = known[round(0.95 * (len(known) - 1))] if known else 0.0
+    is_clipped = largest > 1.2 * end
+    image = axes.imshow(
+        sizes, aspect="auto", vmin=0, vmax=end if is_clipped else largest, cmap="viridis"
+    )
+    bar = axes.figure.colorbar(
+        image,
+        ax=axes,
+        location="bottom",
+        aspect=50,
+        shrink=0.6,
+        extend="max" if is_clipped else "neither",
+    )
+    note = f"; the largest is {largest:.1f} %" if is_clipped else ""
+    bar.set_label(f"size of the update, % of the weight W{note}")
     axes.set_xticks(range(0, depth, 1 + depth // 24))
     axes.set_yticks(range(len(sizes)), list(updates))
-    axes.set(xlabel="layer (hatched: nothing trained)", title="Where the model was changed")
+    has_gaps = len(known) < len(sizes) * depth
+    if has_gaps:
+        axes.patch.set(hatch="xx", edgecolor="silver")  # shows through where there is no module
+    axes.set(
+        xlabel="layer" + (" (hatched: nothing trained)" if has_gaps else ""),
+        title="Where the model was changed",
+    )
