@@ -1,8 +1,8 @@
 """Measure an adapter on held-out conversations, and show what it and its parts are worth.
 
-It writes report.md (the verdict, the tables, and samples side by side), lora.png, replies.html (all
-replies, to be searched, and to be read blind in a browser) and evidence.json
-into one folder: OUTPUT_DIR/inspected/NAME for an adapter of train_lora_single.py, which brings its
+It writes report.md (the verdict, the tables, and samples side by side), overview.png, lora.png,
+replies.html (all replies, to be searched, and to be read blind in a browser) and evidence.json into
+one folder: OUTPUT_DIR/inspected/NAME for an adapter of train_lora_single.py, which brings its
 held-out file and its system message, else inspected/PARENT--NAME in the working folder. An earlier
 report of the adapter stays until the new one is whole, and is renamed then.
 

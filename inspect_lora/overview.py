@@ -71,7 +71,7 @@ def bars_of_loss(record: dict[str, Any]) -> Bars:
     """Return the bars of the held-out loss, the larger one as long as there is room."""
     base, adapter = record["loss"]["base"], record["loss"]["adapter"]
     largest, gain = max(base, adapter), record["gain"]
-    is_clear = abs(gain["value"]) > 2 * gain["error"]
+    is_clear = abs(gain["value"]) > 2 * (gain["error"] or math.inf)
     title = "loss on unseen replies" + ("" if is_clear else ", no clear difference")
     return Bars(title, base / largest, adapter / largest, f"{base:.3f}", f"{adapter:.3f}")
 

@@ -103,11 +103,12 @@ def perplexity(loss: float) -> str:
 # ---- report.md
 
 
-def as_markdown(found: Findings, has_picture: bool) -> str:
+def as_markdown(found: Findings, pictures: set[str]) -> str:
     """Return report.md: the verdict first, then what it rests on."""
     sections = [
         markdown_verdict(found),
-        "![What was measured](lora.png)" if has_picture else "",
+        "![What was gained, and what it cost](overview.png)" if "overview.png" in pictures else "",
+        "![What was measured](lora.png)" if "lora.png" in pictures else "",
         markdown_parts(found) if found.parts else "",
         markdown_elsewhere(found.elsewhere) if found.elsewhere else "",
         markdown_checks(found) if found.checks else "",

@@ -23,13 +23,14 @@ from inspect_lora.common import (
 from inspect_lora.evidence_file import as_json_object
 from inspect_lora.files import Run, path_of_adapter
 from inspect_lora.findings import Findings
+from inspect_lora.overview import draw_overview
 from inspect_lora.page import page_of_evidence
 from inspect_lora.picture import draw_picture
 from inspect_lora.report import as_markdown
 
 RECORD = "evidence.json"
 PAGE = "replies.html"
-FILES = (RECORD, "report.md", "lora.png", PAGE)
+FILES = (RECORD, "report.md", "overview.png", "lora.png", PAGE)
 
 
 # ---- Whose it is
@@ -128,8 +129,10 @@ def write_report(found: Findings, folder: Path) -> None:
         new = Path(beside)
         record = as_json_object(found)
         write_json(new / RECORD, record)
-        has_picture = draw_picture(found, new / "lora.png")
-        (new / "report.md").write_text(as_markdown(found, has_picture), encoding="utf-8")
+        draw_overview(record, new / "overview.png")
+        draw_picture(found, new / "lora.png")
+        pictures = {path.name for path in new.glob("*.png")}
+        (new / "report.md").write_text(as_markdown(found, pictures), encoding="utf-8")
         names = (shorten_path(name, 60) for name in (found.name, found.adapter.base))
         if page := page_of_evidence(*names, record["replies"]):
             (new / PAGE).write_text(page, encoding="utf-8")

@@ -121,7 +121,7 @@ def test_an_adapter_of_peft_alone_has_the_losses_of_weights_merged_by_hand(plain
     assert "alpha / sqrt(r) x B A" in run.report  # what rsLoRA multiplies by
     assert listing(plain) == before  # nothing is written into the adapter's folder
     assert {path.name for path in run.results.iterdir()} == {
-        "evidence.json", "report.md", "lora.png", "replies.html",
+        "evidence.json", "report.md", "lora.png", "overview.png", "replies.html",
     }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_an_adapter_of_ours_needs_no_flags(ours, capsys, monkeypatch, tmp_path):
     end = command(capsys, "evidence", ours / "final_lora", *words)
     assert end.status == 0, end.err
     results = ours / "inspected" / "final_lora"
-    names = {"evidence.json", "lora.png", "replies.html", "report.md"}
+    names = {"evidence.json", "lora.png", "overview.png", "replies.html", "report.md"}
     assert {path.name for path in results.iterdir()} == names
     assert (listing(ours / "final_lora"), (ours / "run.json").read_bytes()) == before
     found, record = read_json(results / "evidence.json"), read_json(ours / "run.json")
