@@ -95,7 +95,7 @@ def talk(adapter: Adapter, system: str, max_new_tokens: int) -> None:
             asked = newest_that_fit(adapter, messages, asked, max_new_tokens)
             if not asked:
                 continue
-            if reason := why_it_is_not_asked(asked, adapter.chat_format):
+            if reason := why_it_is_not_asked(asked[-1:], adapter.chat_format):
                 print(f"Not sent: {reason}. Write it otherwise.")
                 continue
             try:

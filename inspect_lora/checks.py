@@ -22,7 +22,7 @@ import pydantic
 
 from inspect_lora.common import counted
 
-Phrase = Annotated[str, pydantic.Field(pattern=r"[^*_`\s]")]  # more than marks of Markdown
+Phrase = Annotated[str, pydantic.Field(pattern=r"[^*_`|\s]")]  # more than marks
 Place = tuple[int, int]  # where something starts and ends in a reply
 
 MARKDOWN = "*_`"
@@ -184,16 +184,23 @@ def places_of(phrases: list[str], reply: str) -> list[Place]:
     """Return where phrases occur in a reply as whole words, first ones first.
 
     Capitals and Markdown do not matter, nor whether an apostrophe is straight or curly, nor
-    whether words are parted by spaces, line breaks or hyphens.
+    whether words are parted by spaces, line breaks or hyphens. In "ring|call 999" either word will
+    do.
     """
     text, origins = plain(reply)
     places = []
     for phrase in phrases:
-        words = map(re.escape, plain(phrase)[0].split())
+        words = map(one_of, plain(phrase)[0].split())
         pattern = rf"(?<!\w){PARTED.join(words)}(?!\w)"
         for match in re.finditer(pattern, text):
             places.append((origins[match.start()], origins[match.end() - 1] + 1))
     return sorted(places)
+
+
+def one_of(word: str) -> str:
+    """Return the pattern of a word of a phrase, or of any of several with "|" between them."""
+    words = [one for one in word.split("|") if one]
+    return f"(?:{'|'.join(map(re.escape, words or [word]))})"
 
 
 def plain(text: str) -> tuple[str, list[int]]:
@@ -261,7 +268,7 @@ def ends_a_sentence(sentence: str, mark: str, following: str) -> bool:
 
 def listed(phrases: list[str], most: int = 8) -> str:
     """Return phrases in quotes with "or" between them; of many the last ones are only counted."""
-    quoted = [f'"{phrase}"' for phrase in phrases]
+    quoted = [f'"{phrase.replace("|", "/")}"' for phrase in phrases]
     if len(quoted) > most:
         quoted = [*quoted[: most - 1], f"{len(quoted) - most + 1} other phrases"]
     return " or ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))

@@ -28,6 +28,7 @@ RINGS = {
     "not_before": ["no need", "don't ring", "if", "wait"],
     "not": ["999 if"],
 }
+EITHER = {"kind": "word", "answers": ["can't|won't|shan't sign|write"]}
 IN_TWO = {"kind": "word", "answers": ["999"], "first_sentences": 2, "not_before": ["if"]}
 
 
@@ -64,6 +65,10 @@ def check_of(check):
         ("Set maximum tokens.", {"kind": "word", "answers": ["max_tokens"]}, False),
         ("Take it twice-daily.", {"kind": "word", "not": ["twice daily"]}, False),
         ("Take it twice\ndaily.", {"kind": "word", "not": ["twice daily"]}, False),
+        ("I shan't sign it.", EITHER, True),
+        ("I won't ever sign it.", EITHER, False),
+        ("It won't or sign.", EITHER, False),
+        ("a | b", {"kind": "word", "answers": ["a | b"]}, True),
         ("Ring 999 now. Sit down if you can.", RINGS, True),
         ("Sit down. Ring 999 now.", RINGS, False),
         ("Sit down.\n\nRing 999 now.", RINGS, False),

@@ -115,9 +115,10 @@ def test_the_table_of_tests_has_every_file():
 # ---- commands -----------------------------------------------------------------------------------
 
 OURS = re.compile(
-    r"(?:python3?|uv run|accelerate launch[^;|&]*?) +(?:-m +)?(?:\S*/)?"
+    r"(?:python3?|uv run|(?:accelerate launch|torchrun)[^;|&]*?) +(?:-m +)?(?:\S*/)?"
     r"(train_lora_single\.py|inspect_lora)(?![\w./-])"
 )
+SUBMITTED = re.compile(r"\bsbatch(?: +--\S+)* +\w+\.sh\b")  # its flags are the script's
 
 
 def shell_lines(text):
@@ -143,11 +144,13 @@ def commands_of(page):
     found = []
     for line in shell_lines(read(page)):
         for call in OURS.finditer(line):
-            words = words_of(line[call.end() :])
+            words = words_of(line[call.end() :].replace('"$rate"', "0.1"))  # of an array of jobs
             if call[1] == "train_lora_single.py":
-                found.append((call[1], [word for word in words if word != "..."]))
+                found.append((call[1], [word for word in words if word not in ("...", "$@")]))
             elif words:  # the program's name alone is no command
                 found.append((call[1], words))
+        for call in SUBMITTED.finditer(line):
+            found.append(("train_lora_single.py", words_of(line[call.end() :])))
     return found
 
 

@@ -47,6 +47,8 @@ CARDS = {"32 GB": int(31.74 * GIB), "16 GB": int(15.77 * GIB)}
 CUDA = GIB // 2
 # Of others: a T4, and an RTX 3090 or 4090.
 MORE_CARDS = {"24 GB": int(23.6 * GIB), "T4": int(14.74 * GIB)}
+# An A100 of either size, or an H100, as messages of torch give their memory; fla is used there.
+NEWER_CARDS = {"40 GB": int(39.38 * GIB), "80 GB": int(79.10 * GIB)}
 LONG = 8192  # tokens; no longer example is looked for
 QUICK_CHUNKS = 23  # up to so many a row, the peaks of many passes are computed from a few
 
@@ -68,28 +70,30 @@ MEMORY    simulated; the allocator and CUDA's libraries are not in it. The weigh
 take {weights:.2f} GiB. One example alone, all of its tokens targets, with its activations kept, or
 recomputed; and an epoch over the shipped data, whose longest example has {longest:,} tokens: tokens
 at once, and the largest peak in GiB""")
-    row = table(10, 10, 12, 15, 12, 12, 9)
+    row = table(12, 10, 12, 15, 12, 12, 9)
     print(row("", "kept", "recomputed", "tokens: kept", "recomputed", "whole step", "peak"))
-    cards = CARDS | MORE_CARDS
-    for card in ["16 GB"] if options.tiny else cards:
-        size = cards[card]
-        if options.tiny:
-            size = tiny_memory(size, simulation, longest)
-        alone = simulation.longest_examples(job, size, 256 if options.tiny else LONG)
-        limits = simulation.limits(job, size)
+    cards = [(card, size, "torch") for card, size in (CARDS | MORE_CARDS).items()]
+    cards += [(f"{card}, fla", size, "fla") for card, size in NEWER_CARDS.items()]
+    if options.tiny:
+        cards = [("16 GB", tiny_memory(CARDS["16 GB"], simulation, longest), "torch")]
+    for card, size, deltanet in cards:
+        alone = simulation.longest_examples(job, size, 256 if options.tiny else LONG, deltanet)
+        limits = simulation.limits(job, size, deltanet=deltanet)
         counts = [alone.tokens_at_once, alone.tokens_at_once_recomputed]
         counts += [limits.tokens_at_once, limits.tokens_at_once_recomputed, whole_step]
-        peak = simulation.largest_peak(passes_of(steps, limits))
+        peak = simulation.largest_peak(passes_of(steps, limits, deltanet))
         fits = peak < size - CUDA
         options.targets.require(f"memory: an epoch's parts do not fit in {card}", fits)
         print(row(card, *[f"{count:,}" for count in counts], f"{peak / GIB:.1f}"), flush=True)
     row = table(24, 10, 12)
     print("\npeak of one example, 40 % of its tokens targets, in GiB")
     print(row("", "kept", "recomputed"))
-    for width in (64,) if options.tiny else (512, 1024, 2048, 4096):
-        one = Pass(1, width, round(0.4 * width))
+    widths = (64,) if options.tiny else (512, 1024, 2048, 4096)
+    for width, deltanet in itertools.product(widths, ("torch", "fla")):
+        one = Pass(1, width, round(0.4 * width), deltanet=deltanet)
         peaks = [simulation.peak(replace(one, is_recomputed=kind)) for kind in (False, True)]
-        print(row(f"{width:,} tokens", *[f"{peak / GIB:.1f}" for peak in peaks]), flush=True)
+        name = f"{width:,} tokens, {deltanet}"
+        print(row(name, *[f"{peak / GIB:.1f}" for peak in peaks]), flush=True)
     compare_with_trials(options, simulation, job)
 
 
@@ -100,20 +104,19 @@ at once, and the largest peak in GiB""")
 class Mix:
     """A kind of examples, how many a step has, and how many of their tokens are targets."""
 
-    kind: str  # "short chats", "long dialogues" or "both mixed"
+    kind: str  # of KINDS
     examples: int
     targets: str  # "all" or "a third"
 
     def lengths(self, count: int) -> list[int]:
         """Return made-up lengths of so many examples."""
         drawn = random.Random(f"{self.kind} {self.examples}")
-        long = {"short chats": 0.0, "long dialogues": 1.0, "both mixed": 0.5}[self.kind]
         found = []
         for _ in range(count):
-            middle, least, most = (400, 150, 960) if drawn.random() < long else (75, 16, 190)
+            middle, least, most = LENGTHS_OF[drawn.choice(KINDS[self.kind])]
             length = round(min(max(drawn.lognormvariate(math.log(middle), 0.5), least), most))
-            count = min(CHUNKS, key=lambda one: abs(one - chunks(length)))
-            found.append(64 * (count - 1) + (length - 1) % 64 + 1)
+            nearest = min(CHUNKS, key=lambda one, length=length: abs(one - chunks(length)))
+            found.append(64 * (nearest - 1) + (length - 1) % 64 + 1)
         return found
 
     def steps(self, count: int) -> list[Any]:
@@ -129,8 +132,14 @@ class Mix:
         return steps_of_epoch(job)
 
 
-KINDS = ("short chats", "long dialogues", "both mixed")
-MIXES = [Mix(*one) for one in itertools.product(KINDS, (4, 16, 64), ("all", "a third"))]
+LENGTHS_OF = {"tiny": (40, 16, 120), "short": (75, 16, 190), "long": (400, 150, 960)}
+KINDS = {  # which of these lengths they have: the middle, the least, the most
+    "tiny chats": ("tiny",),
+    "short chats": ("short",),
+    "long dialogues": ("long",),
+    "both mixed": ("short", "long"),
+}
+MIXES = [Mix(*one) for one in itertools.product([*KINDS][1:], (4, 16, 64), ("all", "a third"))]
 # Each number of chunks takes a simulation of its own, so not all of them occur.
 CHUNKS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15)
 STEPS = 10_000  # of all mixes together
@@ -159,8 +168,8 @@ COMPARED = table(52, 9, 9, 9, 10, 12)
 
 def steps_of_mixes(options: Options) -> dict[Mix, list[dict[str, torch.Tensor]]]:
     """Return the steps of all mixes; for tiny sizes a few of one."""
-    mixes = [Mix("short chats", 64, "all")] if options.tiny else MIXES
-    return {mix: mix.steps(8 if options.tiny else math.ceil(STEPS / len(mixes))) for mix in mixes}
+    mixes = [Mix("tiny chats", 64, "all")] if options.tiny else MIXES
+    return {mix: mix.steps(4 if options.tiny else math.ceil(STEPS / len(mixes))) for mix in mixes}
 
 
 def compare_on_card(
@@ -536,7 +545,9 @@ class Simulation:
             t.find_what_fits(trainer, job)
         return job.token_limits
 
-    def longest_examples(self, job: t.Job, size: int, longest: int) -> t.MemoryLimits:
+    def longest_examples(
+        self, job: t.Job, size: int, longest: int, deltanet: str = "torch"
+    ) -> t.MemoryLimits:
         """Return how long a single example may be, kept or recomputed, by the same trial."""
         found: list[t.MemoryLimits] = []
         real = t.try_what_fits
@@ -546,7 +557,7 @@ class Simulation:
             return t.MemoryLimits(longest, longest)  # so that the script does not refuse the card
 
         with (
-            self.card(size) as trainer,
+            self.card(size, deltanet) as trainer,
             unittest.mock.patch.object(t, "try_what_fits", try_long_ones),
         ):
             t.find_what_fits(trainer, job)
