@@ -94,7 +94,7 @@ if sys.platform == "win32":
 # Libraries read these when they are imported.
 # Threads that busy-wait slowed a small model on a CPU from 28 s to 245 s beside a busy process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Each step has its own width, which would leave the GPU's memory in fragments. (Newer versions of
+# Batch width varies by step, which fragments GPU memory. (Newer versions of
 # torch read PYTORCH_ALLOC_CONF, too.)
 if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -135,7 +135,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 #     WEIGHT_DECAY: Share = 0.0  # shrinks A and B a little in each step
 # and use it, for example in training_config() as weight_decay=settings.WEIGHT_DECAY. Every constant
 # with a type gets a flag, a check and a help text, and is recorded in run.json; a checkpoint made
-# with another value, or before there was one, is refused.
+# with another value, or before the setting existed, is refused.
 
 # The model.
 MODEL_NAME: NonEmptyStr = "Qwen/Qwen3.5-4B"  # a chat model on the hub, or a local folder
@@ -154,13 +154,13 @@ MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never c
 # (docs/evidence.md), so r is not the first constant to try.
 LORA_R: Rank = 8  # the rank; larger data may need more, such as 16 or 32
 LORA_ALPHA: Count = 16  # scales the update by alpha / r; if it is too large, the loss jumps
-LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes it harder to learn phrases by heart
+LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes memorizing harder
 LORA_TARGET_MODULES: TargetModules = [  # the modules that get LoRA
-    "q_proj",  # attention: which words the model looks at
+    "q_proj",  # attention; in Qwen3.5 one layer in four has it, the others have Gated DeltaNet
     "k_proj",
     "v_proj",
     "o_proj",
-    "gate_proj",  # feed-forward: which words it chooses
+    "gate_proj",  # feed-forward, in every layer
     "up_proj",
     "down_proj",
 ]
@@ -168,7 +168,7 @@ LORA_TARGET_MODULES: TargetModules = [  # the modules that get LoRA
 # Training.
 NUM_EPOCHS: Count = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS: CountOrZero = 0  # stop after this many steps, to try things out; 0 for all epochs
-# Only BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS counts: how many examples a step has, one a reply.
+# Only BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS counts: the examples, one for each reply, of a step.
 # How many of them go through the GPU at once is found by trying, see MEMORY.
 BATCH_SIZE: Count = 2  # examples in a step = BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS
 GRADIENT_ACCUMULATION_STEPS: Count = 2  # the other factor
@@ -183,7 +183,7 @@ SEED: Seed = 42  # decides dropout, the order of the examples, and the values th
 OUTPUT_DIR: NonEmptyStr = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
 LOGGING_STEPS: Count = 10  # a line is printed every so many steps
 SAVE_STEPS: Count = 50  # a checkpoint every so many steps; a crash loses the steps since then
-FINAL_LORA: Literal["last", "best"] = "last"  # its epoch; "best" by the held-out loss
+FINAL_LORA: Literal["last", "best"] = "last"  # which epoch; "best": lowest held-out loss
 REPORT_TO: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also log there
 
 # How the frozen weights are multiplied.
@@ -297,13 +297,18 @@ class Plan:
 # The labels are the target tokens: those of a reply, with the one that ends it. All others have the
 # label -100. At position t the model predicts token t + 1. The loss of a step is the sum of
 # -log(probability) over its target tokens, divided by their number in the whole step, however many
-# micro-batches it goes through the GPU in. AdamW then changes A and B.
+# micro-batches it goes through the GPU in.
+#
+# Trainer pads a step's examples, counts their target tokens (num_items_in_batch), calls
+# training_step() once, clips the gradient, and lets AdamW change A and B. Three checks guard this:
+# check_only_lora_is_trained() before the first step, stop_if_not_finite() at each step (TRAINING),
+# and verify_saved_adapter() at the end (SAVING).
 
 
 def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
     """Return what PEFT is asked for. Any LoraConfig that refuse_unsupported() lets through will do.
 
-    Examples are use_dora=True, or rank_pattern={"down_proj": 16}. The plan prints what follows.
+    Examples are use_dora=True, or rank_pattern={"down_proj": 16}. The plan prints the result.
     """
     return peft.LoraConfig(
         r=settings.LORA_R,
@@ -332,7 +337,8 @@ def training_config(job: Job) -> trl.SFTConfig:
         optim="adamw_torch_fused",  # the default from torch 2.8 on, and the same with 2.7
         learning_rate=settings.LEARNING_RATE,
         lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
-        # Rounded down: TRL would round up, and the first step of a warm-up has the rate 0.
+        # Rounded down: Trainer would round up, and the first step of a warm-up has the rate 0, so a
+        # short run would waste it.
         warmup_steps=int(settings.WARMUP_RATIO * job.plan.steps),
         per_device_train_batch_size=examples_per_step(settings) // processes,  # its share of a step
         gradient_accumulation_steps=1,  # training_step() divides a step into micro-batches
@@ -358,8 +364,8 @@ def training_config(job: Job) -> trl.SFTConfig:
 def build_trainer(job: Job) -> LoraTrainer:
     """Load the base model and return a trainer whose model has LoRA in it.
 
-    LoRA is added by SFTTrainer's peft_config alone. Do not also call PEFT's get_peft_model(): LoRA
-    would be added twice, which TRL refuses.
+    LoRA is added by SFTTrainer's peft_config alone. Do not also call PEFT's get_peft_model(): TRL
+    refuses a model that already has LoRA.
     """
     trainer = new_trainer(job)
     if job.matmul == "float16" and job.settings.MATMUL == "auto":
@@ -413,13 +419,13 @@ class LoraTrainer(trl.SFTTrainer):
         """Send the examples of a step through the model, in micro-batches; return their loss.
 
         Each micro-batch adds its share of the step's mean, so apart from dropout and rounding the
-        gradient does not depend on the division. A step that runs out of memory is done again in
-        smaller micro-batches, see MEMORY.
+        gradient does not depend on how the step is split. A step that runs out of memory is done
+        again in smaller micro-batches, see MEMORY.
 
         Args:
             model: self.model, or DDP around it.
             inputs: input_ids, attention_mask and labels, each examples x tokens.
-            num_items_in_batch: the target tokens of the whole step, in all processes.
+            num_items_in_batch: the target tokens of the whole step in all processes, by Trainer.
         """
         if not model.training:
             model.train()
@@ -464,7 +470,7 @@ class LoraTrainer(trl.SFTTrainer):
         """Return a micro-batch's sum of -log(probability) / the target tokens of the whole step.
 
         TRL's own loss has the same value. It is not used, since it computes entropy and accuracy in
-        every step as well, and needs Triton on a GPU, which no longer supports the V100.
+        every step as well, and needs Triton on a GPU, and Triton no longer supports the V100.
         """
         loss = reply_losses(model, inputs).sum() / num_items_in_batch
         return loss * self.accelerator.num_processes  # DDP takes the mean over the processes
@@ -492,7 +498,7 @@ class LoraTrainer(trl.SFTTrainer):
             self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
-        """Return 0: to count the weights for Trainer's estimate took 5 ms a step on a CPU."""
+        """Return 0: Trainer's estimate of FLOPs cost 5 ms a step on a CPU."""
         return 0
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
@@ -1561,10 +1567,12 @@ def number_drawn_for(beginning: tuple[str, str]) -> str:
 
 # ==== TOKENS: what the model sees, and which tokens are targets
 #
-# A conversation is rendered by the model's own chat template, as a server renders it. The tokens of
-# a reply are the targets, with the token that ends its turn; all that comes before is only read. So
-# "messages" with three replies are three examples: each reply is a target once, after all that was
-# said before it.
+# A conversation is rendered by the model's own chat template, as a server renders it. The prompt is
+# rendered with the generation prompt and must be the beginning of the whole; what comes after it is
+# the reply. So the targets are found by the prompt's length, and not by generation markers in the
+# template. They end with the token that ends the turn. With thinking off, Qwen's empty think block
+# belongs to the prompt. "messages" with three replies are three examples: each reply is a target
+# once, after all that was said before it.
 # An example that is longer than MAX_SEQ_LEN is left out and named; it is never cut. If more than a
 # tenth of a file is too long, the run is refused.
 
@@ -2120,12 +2128,14 @@ def refuse_what_is_missing(config: trl.SFTConfig) -> None:
 #
 # A checkpoint is written every SAVE_STEPS steps, at the end of each epoch, and after a signal;
 # run.json is written with it. The two newest are kept, and the best epoch's. The same command
-# resumes from the newest whole one. On a CPU the run then ends with the same bytes as one that was
-# never stopped.
+# resumes from the newest whole one: LoRA, AdamW's state, the LR scheduler, the random states, and
+# the place in the data, which follows from step and seed. There is no GradScaler. On a CPU the run
+# then ends with the same bytes as one that was never stopped.
 #
-# What an earlier run left is looked at first, then decide() decides, and act_on() does it. A newest
-# checkpoint that is damaged, as after a power cut, is moved aside, and the one before it is taken.
-# What cannot be read just now stops the run; nothing starts afresh because of it.
+# What an earlier run left is looked at first, then decide() decides, and act_on() does it. A
+# newest checkpoint that was not written to its end, or is damaged, is moved aside, and the one
+# before it is taken. Checkpoints without a job.json are renamed, and the run begins afresh. What
+# cannot be read just now stops the run; nothing starts afresh because of it.
 #
 # A checkpoint is refused if it was made with other settings, another LoraConfig or SFTConfig,
 # another model, other tokens in one of the files, or the other kind of matmul. The message is a
@@ -2133,9 +2143,10 @@ def refuse_what_is_missing(config: trl.SFTConfig) -> None:
 # this script are not compared.
 #
 # A job that has finished is finished: the same command says so, and does nothing. With another
-# FINAL_LORA it takes that epoch from the checkpoints. Another job in the same folder renames what
-# the finished one left, if its settings, its data or this script were changed; what has changed by
-# itself, such as the model on the hub, is refused, and so is another job than an unfinished one.
+# FINAL_LORA it takes that epoch from the checkpoints. If you changed the settings, the data or this
+# script since then, the new job renames what the finished one left. If only the model on the hub or
+# a library changed, the run is refused. A different job is also refused while the earlier one is
+# unfinished.
 
 # These settings may change between stopping and resuming.
 MAY_CHANGE_ON_RESUME = {
@@ -2244,7 +2255,7 @@ FILE_OF_MODEL = "MODEL_NAME's file"  # keys of job.json begin so
 
 
 def what_is_there(job: Job) -> Earlier:
-    """Gather what an earlier run left; raise UserError if that cannot be read, and touch nothing.
+    """Gather what an earlier run left; raise UserError if that cannot be read, and change no file.
 
     A disk or a network file system that does not answer now may do so later, so it decides nothing.
     """
@@ -2411,7 +2422,8 @@ def what_differs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if name not in GIVEN_BY or changes.get(GIVEN_BY[name]) != change
     ]
     if before.get(MATMUL_IN_USE, now[MATMUL_IN_USE]) != now[MATMUL_IN_USE]:
-        rows.append(f'  (MATMUL "auto" or "{before[MATMUL_IN_USE]}" goes on with the former kind)')
+        kind = before[MATMUL_IN_USE]
+        rows.append(f'  (MATMUL "auto" or "{kind}" goes on with {kind} matmul)')
     return rows
 
 
@@ -2591,7 +2603,7 @@ def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
 #
 # A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. What the GPU's memory decides
 # is in how many micro-batches they go through the model. Before training, find_what_fits() tries
-# how many tokens fit at once beside what the optimizer will keep, and measures what they cost:
+# how many tokens fit at once on top of the optimizer's state, and measures what they cost:
 # - The trial is the hardest that so many tokens can be: all of them are targets, in rows as long as
 #   the longest example. Fewer targets cost less. A row that DeltaNet's torch code fills up to a
 #   multiple of 64 tokens costs more than its tokens. Both are measured, and each micro-batch is
@@ -2849,9 +2861,11 @@ def lengths_and_targets(inputs: dict[str, torch.Tensor]) -> tuple[list[int], lis
 
 
 def make_room(trainer: LoraTrainer, failed: OutOfMemory, tries_left: int) -> None:
-    """Forget a step that ran out of memory, and lower the limit; raise UserError if it cannot be.
+    """Zero the gradients of a step that ran out of memory, and lower the limit for the next try.
 
-    The new limit is three quarters of the smaller one of the limit and what did not fit, so the
+    Raises UserError if it cannot be lower, or after three tries.
+
+    The new limit is three quarters of the smaller of the limit and what did not fit, so the
     micro-batch that failed is divided, or its one example is recomputed. It holds for the rest of
     the run.
     """
@@ -3030,8 +3044,8 @@ class LengthGroupedSampler:
         shuffler.shuffle(order)
         whole = len(order) - len(order) % size
         order, rest = order[:whole], order[whole:]  # the incomplete step must come last
-        # Sorting within blocks, not over all, gives each epoch other steps: within a quarter of
-        # them, and 50 at the most.
+        # Sorted within blocks, of a quarter of the epoch and 50 steps at the most, so that each
+        # epoch groups the examples differently.
         block = size * min(50, math.ceil(len(self.lengths) / size / 4))
         steps: list[list[int]] = []
         for start in range(0, whole, block):
@@ -3367,7 +3381,7 @@ def check_saved_tensors(
     if wrong:
         raise UserError(
             f"Not verified: {folder} does not hold what was trained; these tensors differ or are "
-            f"not numbers: {join_limited(sorted(wrong), 3, ', ')}. The checkpoints are still there."
+            f"NaN: {join_limited(sorted(wrong), 3, ', ')}. The checkpoints are still there."
         )
 
 
@@ -3487,7 +3501,11 @@ def next_commands(job: Job) -> list[str]:
         toy = "This was a toy: its numbers are real, but it can hardly speak. README.md says how"
         return [*lines, toy, "to train a real model, and how to bring your own conversations."]
     if job.plan.vllm_refuses:
-        return [*lines, f"vLLM cannot serve it ({job.plan.vllm_refuses}); merge it into its base."]
+        return [
+            *lines,
+            f"vLLM cannot serve it ({job.plan.vllm_refuses}); merge it into its base with "
+            "PEFT's merge_and_unload().",
+        ]
     for_vllm = job.output / "final_lora_vllm"
     folder = for_vllm if for_vllm.is_dir() else final
     settings, name = job.settings, name_on_server(folder)

@@ -515,4 +515,4 @@ def test_the_refusal_of_other_products_names_the_setting_that_resumes(
     more = ["--dtype", "bfloat16", "--num_epochs", "1", "--matmul", "native"]
     text = refused(capfd, [*flags, *more])
     assert "the products in use was float16 and is now native" in text
-    assert '(MATMUL "auto" or "float16" goes on with the former kind)' in text
+    assert '(MATMUL "auto" or "float16" goes on with float16 matmul)' in text
