@@ -697,6 +697,22 @@ def test_a_gpu_that_does_not_work_is_told(refused, plain, monkeypatch):
     assert "--demo" not in said
 
 
+def test_on_a_gpu_the_kernels_are_tried_before_the_model_is_loaded(refused, plain, monkeypatch):
+    """transformers takes fla wherever it can be imported, also where it computes wrong values."""
+    seen = []
+
+    def load(*_):
+        seen.append("loaded")
+        raise adapters.InspectError("far enough")
+
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(adapters, "choose_device_and_dtype", lambda *_: (gpu, "bfloat16"))
+    monkeypatch.setattr(adapters, "choose_delta_kernels", lambda config: seen.append("tried"))
+    monkeypatch.setattr(adapters, "load_model", load)
+    assert "far enough" in refused(plain)
+    assert seen == ["tried", "loaded"]
+
+
 # ==== Tokenizer and template
 
 
