@@ -2634,7 +2634,6 @@ class TokenCosts:
     # A token of a micro-batch in which none, a quarter, half, and all of the tokens are targets.
     by_target_share: list[float] = field(default_factory=lambda: [1.0] * len(TARGET_SHARES))
     padding: float = 1.0  # a place that fills a row up to a multiple of DELTANET_CHUNK
-    row: float = 0.0  # what a row of one chunk costs beside its tokens, as DeltaNet's state
 
     def count(self, lengths: list[int], targets: int) -> float:
         """Return as how many tokens of the trial rows of these lengths count, padded to one width.
@@ -2650,7 +2649,7 @@ class TokenCosts:
             values[place : place + 2] for values in (TARGET_SHARES, self.by_target_share)
         )
         cost += (share - low) / (high - low) * (next_cost - cost)
-        return rows * (width * cost + (whole_chunks(width) - width) * self.padding + self.row)
+        return rows * (width * cost + (whole_chunks(width) - width) * self.padding)
 
 
 @dataclass
@@ -2826,23 +2825,28 @@ def measure_costs(
         return TokenCosts()
     rows, width = hardest_shape(tokens, longest)
     found = [memory_of_pass(trainer, rows, width, share, is_recomputed) for share in TARGET_SHARES]
-    # Rows of one chunk, and rows of two tokens, of which nearly all of a chunk is filled up. Fewer
-    # than the trial has will do, as memory grows in proportion.
-    chunks = max(1, 3 * tokens // DELTANET_CHUNK // 4)
-    full = memory_of_pass(trainer, chunks, DELTANET_CHUNK, 1.0, is_recomputed)
-    short = memory_of_pass(trainer, chunks, 2, 0.0, is_recomputed)
-    if None in (*found, full, short) or found[-1] <= 0:
+    if None in found or found[-1] <= 0:
         return TokenCosts()
-    each = found[-1] / (rows * width)  # bytes
     by_share = [rounded_up(one / found[-1]) for one in found[:-1]] + [1.0]
-    row = rounded_up(full / chunks / each - DELTANET_CHUNK)
-    filled = (short / chunks / each - 2 * by_share[0] - row) / (DELTANET_CHUNK - 2)
-    return TokenCosts(by_share, min(1.0, rounded_up(filled)), row)
+    each = found[-1] / (rows * width)  # bytes
+    filled = []
+    # Rows whose first or second chunk is nearly all filled up. Fewer than in a trial will do, as
+    # memory grows in proportion.
+    for length, share in ((2, 0.0), (DELTANET_CHUNK + 2, 0.0), (DELTANET_CHUNK + 2, 1.0)):
+        if length > tokens:
+            continue  # no row of that length goes through like this
+        count = max(1, 3 * tokens // whole_chunks(length) // 4)
+        needed = memory_of_pass(trainer, count, length, share, is_recomputed)
+        if needed is None:
+            return TokenCosts(by_share)
+        beside = needed / count / each - length * by_share[TARGET_SHARES.index(share)]
+        filled.append(beside / (whole_chunks(length) - length))
+    return TokenCosts(by_share, rounded_up(max(filled, default=1.0)))
 
 
-def rounded_up(number: float) -> float:
-    """Return a number rounded up to hundredths, or 0 if it is below."""
-    return max(0.0, math.ceil(100 * number) / 100)
+def rounded_up(share: float) -> float:
+    """Return a share rounded up to hundredths, from 0 to 1."""
+    return min(1.0, max(0.0, math.ceil(100 * share) / 100))
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:

@@ -129,14 +129,14 @@ def test_what_fits_is_found_by_trying(small, gpu, capsys, name):
     # The first trial is a whole step, as wide as the longest example, with every token learned.
     first = recorder.trained[0]
     assert first["size"] == WHOLE and len(first["rows"]) == 4
-    assert first["scored"] == WHOLE - 4 and len(recorder.trained) <= 2 * (6 + 5)
+    assert first["scored"] == WHOLE - 4 and len(recorder.trained) <= 2 * (6 + 7)
     # This model's memory is its tokens alone here, so targets and short rows cost nothing more.
     assert found.costs == t.TokenCosts([1.0] * 4, 0.0 if kept else 1.0)
     for trial in recorder.trained:  # each is as hard as a step of so many tokens can be
         rows, width = trial["mask"].shape
         # Padding takes memory of its own, so it is there unless one row has all tokens.
         assert trial["mask"].sum() == rows * width - (rows - 1)
-        assert width >= LONGEST or rows == 1 or width == 2
+        assert width >= LONGEST or rows == 1 or width in (2, 66)
     # A tenth and AdamW's two numbers for each trained weight are left while trying, and later a
     # little for what allocates outside of torch's view.
     states = 2 * 4 * sum(p.numel() for p in lora(trainer.model).values()) / (100 * 2**30)
@@ -335,8 +335,9 @@ def bytes_of(rows, width, targets, is_recomputed):
     It is the most of two moments: the loss, and the backward pass of a layer.
     """
     kept = 1 if is_recomputed else 6
-    # Each row has something of its own, too, as DeltaNet's state.
-    activations = rows * (kept * width + kept / 2 * 64 * math.ceil(width / 64) + 8 * kept)
+    # Each chunk but the first one has something of its own, as DeltaNet's state.
+    chunks = math.ceil(width / 64)
+    activations = rows * kept * (width + 32 * chunks + 8 * (chunks - 1))
     return 1000 * (activations + max(4 * targets, rows * (2 * width + width**2 / 500)))
 
 
@@ -413,13 +414,10 @@ def test_no_part_needs_more_than_the_trial(made_up_card, name, target_share):
     assert 0.85 < max(found) <= 1.0
 
 
-def test_many_rows_of_one_chunk_need_no_more_than_the_trial_of_a_few_long_ones(made_up_card):
-    lengths = [64] * 127 + [192]
+def test_a_second_chunk_that_is_nearly_empty_counts_as_what_it_costs(made_up_card):
+    lengths = [67] * 127 + [192]
     limits, trials = made_up_card(12_000_000, lengths, 64)
-    assert limits.costs.row > 0
-    assert 0.95 < largest_over_trial(limits, trials, steps_of(lengths, 64, 1.0)) <= 1.0
-    limits.costs.row = 0.0
-    assert largest_over_trial(limits, trials, steps_of(lengths, 64, 1.0)) > 1.0
+    assert 0.85 < largest_over_trial(limits, trials, steps_of(lengths, 64, 1.0)) <= 1.0
 
 
 def test_counting_tokens_alone_needs_more_than_the_trial(made_up_card, monkeypatch):
