@@ -210,10 +210,10 @@ def about_names(place: Path, saved: SavedAdapter) -> str:
 
     It was seen with vLLM 0.17 to 0.33, PEFT 0.21 and llama.cpp b11434.
     """
-    in_wrapper = [one.name for one in saved.modules if "language_model." in one.name]
-    if in_wrapper:
+    in_multimodal = [one.name for one in saved.modules if "language_model." in one.name]
+    if in_multimodal:
         return (
-            f"The tensors are named for the model that also takes images ({in_wrapper[0]}). vLLM "
+            f"The tensors are named for the model that also takes images ({in_multimodal[0]}). vLLM "
             "applies them; PEFT on AutoModelForCausalLM ignores them with no more than a warning, "
             "and older llama.cpp converters refuse or ignore them."
         )
