@@ -655,6 +655,27 @@ def test_a_blind_reading_by_button_with_a_choice_undone(open_page):
     assert "on the 1 preference, two-sided: p = 1.000" in shown.one("#test").text
 
 
+def test_a_blind_reading_shows_the_whole_talk_and_says_which_choice_is_which(open_page):
+    """A last turn alone cannot be judged; three readers had only that."""
+    rows = some_rows(10)
+    earlier = {"role": "assistant", "content": "Tell me of Olive."}
+    rows[0]["messages"] = [
+        SYSTEM,
+        {"role": "user", "content": "Olive"},
+        earlier,
+        *rows[0]["messages"][1:],
+    ]
+    shown = open_page(page_of(rows))
+    shown.begin("All 10")
+    seen = []
+    for _ in range(10):
+        seen.append("Tell me of Olive." in shown.one("#dialogue").text)
+        assert "if you would send neither" in shown.one("#question").text
+        shown.press("4")
+    assert seen.count(True) == 1
+    assert "On 10 of 10 prompts neither reply would do" in shown.one("#test").text
+
+
 def test_keys_that_mean_something_else_choose_nothing(open_page):
     from selenium.webdriver import ActionChains, Keys
 
