@@ -42,7 +42,7 @@ To jump to any other, search for its name after four equals signs, such as "====
 #     "safetensors>=0.8,<1",
 #     "pydantic>=2.10,<3",
 #     "huggingface_hub",
-#     "filelock",
+#     "filelock>=3.30,<5",
 #     "tqdm",
 #     "jinja2",
 # ]
@@ -4176,7 +4176,9 @@ def log_to(log: logging.Handler) -> None:
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Hold the lock of an output folder; raise UserError if another run writes there."""
-    lock = filelock.FileLock(output / ".lock")
+    # Without real locks filelock would leave a marker, and one of a killed run would refuse a
+    # requeued job for ever.
+    lock = filelock.FileLock(output / ".lock", fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
