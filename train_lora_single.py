@@ -790,37 +790,71 @@ SECONDS_FOR_FLA = 400
 # fla's own tests allow up to 2 %.
 MOST_FLA_APART = 0.02
 
+FLA_IS_MISSING = "is not installed"
+FLA_NEEDS_A_NEWER_GPU = "needs a GPU of capability 8.0 or newer"
 
-def choose_delta_kernels(config: transformers.PretrainedConfig) -> str:
+
+def choose_delta_kernels(config: transformers.PretrainedConfig, dtype: str) -> str:
     """Return what computes a model's DeltaNet layers on this GPU, and why; "" if it has none.
 
     transformers decides this when it imports the model's code, which must not have happened yet: it
     takes fla where that can be imported, and torch's code where not. Broken or wrong kernels would
     be taken, or fall back, without a word.
+
+    Args:
+        config: the model's.
+        dtype: the type of its weights.
     """
     if "linear_attention" not in layer_types(config):
         return ""
     place = accelerate.PartialState().device
-    is_new_enough = torch.cuda.get_device_capability(place)[0] >= 8
-    is_there = is_new_enough and importlib.util.find_spec("fla") is not None
-    reason = why_not_fla(config, place) if is_there and is_main_process() else ""
-    (reason,) = accelerate.utils.broadcast_object_list([reason])  # all processes take part
-    if not is_new_enough:
-        return "torch's code, since fla needs a GPU of capability 8.0 or newer"
-    if not is_there:
-        report(
-            "faster",
-            "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
-            "with\npip install flash-linear-attention",
-        )
-        return "torch's code, since fla is not installed"
+    reason = why_not_try_fla(torch.cuda.get_device_capability(place), dtype)
+    # The main process tries fla for all, so what it finds must hold for the others' GPUs.
+    found = accelerate.utils.gather_object([(reason, torch.cuda.get_device_capability(place))])
+    if len(set(found)) > 1:
+        reason = "is not used where the GPUs or the packages of the processes differ"
+    if not reason:
+        reason = why_not_fla(config, place) if is_main_process() else ""
+        (reason,) = accelerate.utils.broadcast_object_list([reason])  # all processes take part
     if reason:
         sys.modules["fla"] = None  # now it cannot be imported
         chosen = f"torch's code, since fla {reason}"
     else:
         chosen = f"fla, which agrees with torch's code within {MOST_FLA_APART:.0%} on this GPU"
-    report("kernels", textwrap.fill(f"the DeltaNet layers are computed by {chosen}", 88))
+    if reason == FLA_IS_MISSING:
+        report(
+            "faster",
+            "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
+            "with\npip install flash-linear-attention",
+        )
+    elif reason != FLA_NEEDS_A_NEWER_GPU:
+        report("kernels", textwrap.fill(f"the DeltaNet layers are computed by {chosen}", 88))
     return chosen
+
+
+def why_not_try_fla(capability: tuple[int, int], dtype: str) -> str:
+    """Return why fla need not be tried with a GPU of this capability, or ""."""
+    if capability < (8, 0):
+        return FLA_NEEDS_A_NEWER_GPU
+    if dtype != "bfloat16":
+        return f"is tried only with bfloat16, which its kernels are for, and not with {dtype}"
+    is_there = importlib.util.find_spec("fla") is not None
+    version, triton = version_of("fla-core"), version_of("triton")
+    if capability[0] == 9 and is_there and version < (0, 5):
+        # Some gradients are 1 to 5 % wrong, which a comparison might let pass.
+        return "below version 0.5 has wrong gradients on Hopper GPUs (fla issue 640)"
+    if capability[0] == 9 and version <= (0, 6, 0) and (3, 4) <= triton < (3, 7, 1):
+        advice = "" if is_there else ", so installing it would not help"
+        installed = ".".join(map(str, triton))
+        return f"0.5.0 to 0.6.0 cannot train on a Hopper GPU with Triton {installed}{advice}"
+    return "" if is_there else FLA_IS_MISSING
+
+
+def version_of(package: str) -> tuple[int, ...]:
+    """Return up to three numbers of a package's version; () if it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return tuple(map(int, re.findall(r"\d+", importlib.metadata.version(package))[:3]))
+    return ()
 
 
 def why_not_fla(config: transformers.PretrainedConfig, place: torch.device) -> str:
@@ -830,9 +864,12 @@ def why_not_fla(config: transformers.PretrainedConfig, place: torch.device) -> s
     """
     code = "from __future__ import annotations\n" + inspect.getsource(compare_fla_with_torch)
     code += "compare_fla_with_torch()"
-    module = type(config.get_text_config()).__module__.replace(".configuration_", ".modeling_")
-    capability = torch.cuda.get_device_capability(place)[0]
-    given = [module, place, capability, MOST_FLA_APART, SECONDS_FOR_FLA]
+    text_config = config.get_text_config()
+    module = type(text_config).__module__.replace(".configuration_", ".modeling_")
+    # Kernels are compiled for a number of heads and for their sizes, so the model's are tried.
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    heads = [getattr(text_config, f"linear_{name}", 0) for name in names]  # 0 if it has others
+    given = [module, place, MOST_FLA_APART, SECONDS_FOR_FLA, *heads]
     child = subprocess.Popen(
         [sys.executable, "-P", "-c", code, *map(str, given)],
         stdout=subprocess.PIPE,
@@ -859,7 +896,6 @@ def why_not_fla(config: transformers.PretrainedConfig, place: torch.device) -> s
 def compare_fla_with_torch() -> None:
     """Print "fla: good", or why it is not. This runs in a process of its own, see why_not_fla()."""
     import importlib
-    import importlib.metadata
     import signal
     import sys
 
@@ -872,20 +908,17 @@ def compare_fla_with_torch() -> None:
         (out.float() * weights).sum().backward()
         return [out.detach().float(), *(leaf.grad.float() for leaf in leaves)]
 
-    module, device, capability, limit, seconds = sys.argv[1:]
+    module, device, limit, seconds, *heads = sys.argv[1:]
+    key_heads, value_heads, key_size, value_size = map(int, heads)
     signal.alarm(int(seconds))  # whatever becomes of the process that waits
     try:
         importlib.import_module("fla")
-        version = importlib.metadata.version("fla-core")
-        if capability == "9" and tuple(map(int, version.split(".")[:2])) < (0, 5):
-            # Some gradients are 1 to 5 % wrong, which a comparison might let pass.
-            print(f"fla: in version {version} has wrong gradients on Hopper GPUs (fla issue 640)")
-            return
         kernel = importlib.import_module(module).torch_chunk_gated_delta_rule
-        # As Qwen3.5 has them: two value heads for a key head, and the decay in float32. 200 tokens
-        # are three chunks of 64 and an incomplete one.
+        # The decay is in float32, as Qwen3.5 has it. 200 tokens are three chunks of 64 and an
+        # incomplete one.
         torch.manual_seed(0)
-        sizes = [(1, 200, 2, 128), (1, 200, 2, 128), (1, 200, 4, 128), (1, 200, 4), (1, 200, 4)]
+        keys, values = (1, 200, key_heads, key_size), (1, 200, value_heads)
+        sizes = [keys, keys, (*values, value_size), values, values]
         tensors = [torch.randn(size).to(device, torch.bfloat16) for size in sizes]
         tensors[3] = -torch.nn.functional.softplus(tensors[3].float())
         tensors[4] = tensors[4].sigmoid()
@@ -920,7 +953,7 @@ def read_model_files(job: Job) -> None:
     refuse_quantized(settings.MODEL_NAME, job.config)
     job.chat_format = load_chat_format(settings.MODEL_NAME, settings.MODEL_REVISION)
     if settings.DEVICE == "cuda" and not settings.dry_run:
-        job.delta_kernels = choose_delta_kernels(job.config)  # see DEVICE
+        job.delta_kernels = choose_delta_kernels(job.config, settings.DTYPE)  # see DEVICE
 
 
 def commit_of(model_name: str, revision: str) -> str:
