@@ -698,12 +698,19 @@ def prepare_device(device: str, dtype: str) -> str:
     major, minor = torch.cuda.get_device_capability(place)
     free, total = torch.cuda.mem_get_info(place)
     name = f"{torch.cuda.get_device_name(place)}, sm_{major}{minor}"
-    if major < 8:
-        forbid_gpu_packages()
+    # Nothing here tries causal_conv1d's kernels before they are used, as fla's are.
+    forbid_gpu_packages(("fla", "causal_conv1d") if major < 8 else ("causal_conv1d",))
     try:  # a torch without this GPU's kernels says so only when it computes
         ones = torch.ones(8, 8, device=place, dtype=getattr(torch, dtype))
         (ones @ ones).sum().item()
     except RuntimeError as error:
+        # Drivers of virtual GPUs, and some in WSL, cannot expand segments of memory.
+        if re.search("operation not supported|unknown error", str(error)):
+            raise UserError(
+                f"DEVICE cuda: {name} does not give memory ({one_line(error)}). Its driver may "
+                "not support expandable segments: set PYTORCH_CUDA_ALLOC_CONF="
+                "expandable_segments:False, and start the command again."
+            ) from error
         raise UserError(
             f"DEVICE cuda: torch {torch.__version__} does not run on {name} "
             f"({one_line(error)}). The versions in requirements.txt run on sm_70 (V100) to sm_120; "
@@ -770,13 +777,13 @@ def forget_other_launches() -> bool:
     return is_launched
 
 
-def forbid_gpu_packages() -> None:
-    """Make fla and causal_conv1d unimportable.
+def forbid_gpu_packages(names: tuple[str, ...] = ("fla", "causal_conv1d")) -> None:
+    """Make packages unimportable.
 
     transformers uses them wherever they can be imported, also on a CPU or a GPU of a capability
-    below 8.0, where their Triton kernels crash.
+    below 8.0, where their kernels crash.
     """
-    for name in ("fla", "causal_conv1d"):
+    for name in names:
         sys.modules[name] = None
 
 

@@ -562,7 +562,22 @@ def test_a_torch_without_the_gpus_kernels_is_named_with_the_gpu(
     assert f"torch {torch.__version__}" in said and "requirements.txt" in said
     assert f"NVIDIA A GPU, sm_{capability[0]}{capability[1]}" in said and "no kernel image" in said
     assert os.environ["CUDA_VISIBLE_DEVICES"] == (visible or "0")[0]
-    assert all((name in sys.modules) == (capability < (8, 0)) for name in FOR_GPUS)
+    assert ("fla" in sys.modules) == (capability < (8, 0))
+    assert sys.modules["causal_conv1d"] is None  # it is not tried before it would be used
+
+
+@pytest.mark.parametrize("words", ["operation not supported", "unknown error"])
+def test_a_driver_without_expandable_segments_is_told_how_to_do_without(
+    words, monkeypatch, capsys
+):
+    def fail(*_, **__):
+        raise RuntimeError(f"CUDA driver error: {words}")
+
+    pretend_a_gpu(monkeypatch, (8, 0))
+    monkeypatch.setattr(torch.cuda, "init", lambda: monkeypatch.setattr(torch, "ones", fail))
+    said = refusal(t.main, [*RUN, *GPU], capsys, status=1)
+    assert words in said and "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False" in said
+    assert "free its memory" not in said
 
 
 class OnTheCpu(TorchFunctionMode):
