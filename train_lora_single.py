@@ -2756,7 +2756,9 @@ def find_what_fits(trainer: LoraTrainer, job: Job) -> None:
     # CUDA's libraries allocate outside of torch's view, so a little must stay free.
     torch.cuda.set_per_process_memory_fraction(0.97 * share)
     torch.cuda.reset_peak_memory_stats()
-    transformers.set_seed(job.settings.SEED)  # the trials drew random numbers
+    # The trials drew random numbers. Each process draws dropout of its own for its examples.
+    process = accelerate.PartialState().process_index
+    transformers.set_seed((job.settings.SEED + process) % 2**32)
     if limits.tokens_at_once >= whole_step:
         text = f"a whole step of {examples_per_step(job.settings)} examples fits at once"
     elif limits.tokens_at_once == 0:

@@ -567,9 +567,7 @@ def test_a_torch_without_the_gpus_kernels_is_named_with_the_gpu(
 
 
 @pytest.mark.parametrize("words", ["operation not supported", "unknown error"])
-def test_a_driver_without_expandable_segments_is_told_how_to_do_without(
-    words, monkeypatch, capsys
-):
+def test_a_driver_without_expandable_segments_is_told_how_to_do_without(words, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError(f"CUDA driver error: {words}")
 

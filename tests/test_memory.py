@@ -11,6 +11,7 @@ import threading
 import types
 import weakref
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -165,6 +166,15 @@ def test_a_trained_part_that_is_larger_than_the_gpu_is_one_message(small, gpu, m
     with give_memory(trainer, 0), pytest.raises(t.UserError, match="does not fit"):
         look_for_memory(trainer, job)
     assert gpu == [0]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_each_process_draws_dropout_of_its_own_after_the_trial(small, gpu, monkeypatch, process):
+    job, trainer = small
+    monkeypatch.setitem(accelerate.PartialState._shared_state, "process_index", process)
+    with give_memory(trainer, WHOLE):
+        look_for_memory(trainer, job)
+    assert torch.initial_seed() == job.settings.SEED + process
 
 
 def test_on_a_cpu_nothing_is_tried(small, monkeypatch):
