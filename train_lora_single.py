@@ -453,8 +453,8 @@ class LoraTrainer(trl.SFTTrainer):
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                     loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
                     self.accelerator.backward(loss)
-            except torch.OutOfMemoryError as error:
-                if self.accelerator.num_processes > 1:
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.accelerator.num_processes > 1:
                     raise  # the others wait for this one's gradients, so all must end
                 return total, OutOfMemory(inputs, is_recomputed, one_line(error))
             total += loss.detach()
@@ -1056,7 +1056,7 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, RuntimeError, safetensors.SafetensorError, HTTPError) as error:
-        if full or isinstance(error, torch.OutOfMemoryError):
+        if full or is_out_of_memory(error):
             raise UserError(
                 f"{model_name}: the weights do not fit in the GPU's free memory. Stop other "
                 "programs on this GPU (nvidia-smi lists them), or use one with more memory."
@@ -2845,7 +2845,9 @@ def memory_of_pass(
         inputs["attention_mask"][1:, -1] = 0  # padding takes memory of its own
         trainer.compute_loss(trainer.model, inputs, num_items_in_batch=rows * width).backward()
         return torch.cuda.max_memory_allocated() - before
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     finally:
         trainer.model.zero_grad()
@@ -2933,6 +2935,14 @@ def make_room(trainer: LoraTrainer, failed: OutOfMemory, tries_left: int) -> Non
         f"the GPU's memory was full in step {trainer.state.global_step + 1:,}; it is done again "
         f"with up to\n{limit:,} tokens at once, and LoRA's dropout is drawn anew",
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a GPU has no memory left, in the words of torch, cuBLAS, CUDA or Triton."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    words = "CUBLAS_STATUS_ALLOC_FAILED|out of memory"
+    return isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
 
 
 def memory_is_full(error: str) -> str:
@@ -3045,8 +3055,8 @@ def losses_if_they_fit(model: torch.nn.Module, batch: list[Example]) -> list[flo
     try:
         inputs = pad(batch, model.device)
         return reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(batch) == 1:
             raise
         return None
 
@@ -4268,7 +4278,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 128 + error.number, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "Stopped."
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return 1, memory_is_full(one_line(error))
     if is_of_a_full_disk(error):
         return 1, (

@@ -379,10 +379,11 @@ def test_a_new_setting_may_be_a_switch_a_list_a_limit_or_a_choice(tmp_path, caps
     ("error", "status", "parts"),
     [
         (torch.OutOfMemoryError("Tried to allocate 1 GiB"), 1, ["1 GiB", "Free it", "resumes"]),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), 1, ["Triton", "Free it", "resumes"]),
         (t.UserError("This is it."), 1, ["This is it."]),
         (KeyboardInterrupt(), 128 + signal.SIGINT, ["Stopped"]),
     ],
-    ids=["memory", "the user", "Ctrl-C"],
+    ids=["memory", "memory, by Triton", "the user", "Ctrl-C"],
 )
 def test_what_is_known_is_one_message(monkeypatch, capsys, error, status, parts):
     monkeypatch.setattr(t, "build_trainer", failing(error))

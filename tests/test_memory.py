@@ -309,6 +309,40 @@ def test_evaluation_does_not_depend_on_its_batches(small, room):
         t.example_losses(model, job.held_out, room, "")
 
 
+FULL = [  # in the words of others than torch's allocator
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "Triton Error [CUDA]: out of memory",
+]
+
+
+@pytest.mark.parametrize("words", [*FULL, "CUDA error: an illegal memory access"])
+@pytest.mark.parametrize("place", ["a step", "the trial", "evaluation"])
+def test_memory_that_is_full_is_known_by_others_words_too_and_nothing_else_is(
+    small, gpu, monkeypatch, words, place
+):
+    job, trainer = small
+    monkeypatch.setattr(job, "token_limits", t.MemoryLimits(1000, 1000))
+
+    def fail(*_, **__):
+        if len(failures) < 1:
+            failures.append(None)
+            raise RuntimeError(words)
+
+    failures = []
+    inputs, count = step_of(trainer, (LONGEST, 12, 30, 21))
+    begin = {
+        "a step": lambda: trainer.training_step(trainer.model, inputs, torch.tensor(count)),
+        "the trial": lambda: t.memory_of_pass(trainer, 2, 20, 1.0, False),
+        "evaluation": lambda: t.held_out_loss(trainer.model, job, 1),
+    }[place]
+    monkeypatch.setattr(job, "held_out", job.examples)
+    expected = contextlib.nullcontext() if words in FULL else pytest.raises(RuntimeError)
+    with trainer.model.register_forward_pre_hook(fail), expected:
+        begin()
+    trainer.model.zero_grad()
+    assert failures
+
+
 def test_evaluation_begins_with_what_fitted_before(small, monkeypatch):
     """And it frees the memory only once the exception, with what it holds, is gone."""
     job, trainer = small
