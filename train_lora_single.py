@@ -3811,7 +3811,11 @@ def try_fp16_matmul(trainer: LoraTrainer, job: Job) -> str:
     trainer.model.disable_input_require_grads()
     set_recomputation(trainer.recomputing_layers, True)
     examples = examples_to_compare(job)
-    native = timed_pass(trainer, examples)
+    native = timed_pass_if_it_fits(trainer, examples)
+    if native is None:  # the exception is gone, and with it what it held
+        torch.cuda.empty_cache()
+        examples = examples[:1]
+        native = timed_pass(trainer, examples)
     use_fp16_matmul(trainer.model.get_base_model())
     float16 = timed_pass(trainer, examples)
     transformers.set_seed(job.settings.SEED)  # both drew random numbers
@@ -3885,6 +3889,16 @@ def timed_pass(trainer: LoraTrainer, examples: list[Example]) -> Pass:
     found = Pass(loss.item(), torch.cat(gradients), seconds)
     model.zero_grad()
     return found
+
+
+def timed_pass_if_it_fits(trainer: LoraTrainer, examples: list[Example]) -> Pass | None:
+    """Return what timed_pass() does, or None where a single example may find its memory."""
+    try:
+        return timed_pass(trainer, examples)
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(examples) == 1:
+            raise
+        return None
 
 
 def time_on(device: torch.device) -> float:
