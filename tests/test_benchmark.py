@@ -330,7 +330,7 @@ def test_fla_with_other_gradients_fails_although_losses_are_equal(look):
 
         @staticmethod
         def backward(_, gradient):
-            return 3 * gradient
+            return 100 * gradient
 
     module = sys.modules["transformers.models.qwen3_5.modeling_qwen3_5"]
     name = "torch_chunk_gated_delta_rule"
@@ -350,7 +350,7 @@ def test_float16_products_with_other_gradients_fail(look, monkeypatch):
     passes = iter([t.Pass(2.0, torch.ones(9), 0.2), t.Pass(2.0, 2 * torch.ones(9), 0.1)])
     monkeypatch.setattr(t, "timed_pass", lambda *_: next(passes))
     monkeypatch.setattr(t, "use_fp16_matmul", lambda model: model)
-    monkeypatch.setattr(look.job, "products", "native")
+    monkeypatch.setattr(look.job, "matmul", "native")
     (row,) = gpu.float16_against_native(look)
     assert row.is_good is False and "gradients are more than" in row.found
 
