@@ -42,7 +42,7 @@ To jump to any other, search for its name after four equals signs, such as "====
 #     "safetensors>=0.8,<1",
 #     "pydantic>=2.10,<3",
 #     "huggingface_hub",
-#     "filelock",
+#     "filelock>=3.30,<5",
 #     "tqdm",
 #     "jinja2",
 # ]
@@ -453,8 +453,8 @@ class LoraTrainer(trl.SFTTrainer):
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                     loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
                     self.accelerator.backward(loss)
-            except torch.OutOfMemoryError as error:
-                if self.accelerator.num_processes > 1:
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.accelerator.num_processes > 1:
                     raise  # the others wait for this one's gradients, so all must end
                 return total, OutOfMemory(inputs, is_recomputed, one_line(error))
             total += loss.detach()
@@ -698,12 +698,19 @@ def prepare_device(device: str, dtype: str) -> str:
     major, minor = torch.cuda.get_device_capability(place)
     free, total = torch.cuda.mem_get_info(place)
     name = f"{torch.cuda.get_device_name(place)}, sm_{major}{minor}"
-    if major < 8:
-        forbid_gpu_packages()
+    # Nothing here tries causal_conv1d's kernels before they are used, as fla's are.
+    forbid_gpu_packages(("fla", "causal_conv1d") if major < 8 else ("causal_conv1d",))
     try:  # a torch without this GPU's kernels says so only when it computes
         ones = torch.ones(8, 8, device=place, dtype=getattr(torch, dtype))
         (ones @ ones).sum().item()
     except RuntimeError as error:
+        # Drivers of virtual GPUs, and some in WSL, cannot expand segments of memory.
+        if re.search("operation not supported|unknown error", str(error)):
+            raise UserError(
+                f"DEVICE cuda: {name} does not give memory ({one_line(error)}). Its driver may "
+                "not support expandable segments: set PYTORCH_CUDA_ALLOC_CONF="
+                "expandable_segments:False, and start the command again."
+            ) from error
         raise UserError(
             f"DEVICE cuda: torch {torch.__version__} does not run on {name} "
             f"({one_line(error)}). The versions in requirements.txt run on sm_70 (V100) to sm_120; "
@@ -770,13 +777,13 @@ def forget_other_launches() -> bool:
     return is_launched
 
 
-def forbid_gpu_packages() -> None:
-    """Make fla and causal_conv1d unimportable.
+def forbid_gpu_packages(names: tuple[str, ...] = ("fla", "causal_conv1d")) -> None:
+    """Make packages unimportable.
 
     transformers uses them wherever they can be imported, also on a CPU or a GPU of a capability
-    below 8.0, where their Triton kernels crash.
+    below 8.0, where their kernels crash.
     """
-    for name in ("fla", "causal_conv1d"):
+    for name in names:
         sys.modules[name] = None
 
 
@@ -790,37 +797,71 @@ SECONDS_FOR_FLA = 400
 # fla's own tests allow up to 2 %.
 MOST_FLA_APART = 0.02
 
+FLA_IS_MISSING = "is not installed"
+FLA_NEEDS_A_NEWER_GPU = "needs a GPU of capability 8.0 or newer"
 
-def choose_delta_kernels(config: transformers.PretrainedConfig) -> str:
+
+def choose_delta_kernels(config: transformers.PretrainedConfig, dtype: str) -> str:
     """Return what computes a model's DeltaNet layers on this GPU, and why; "" if it has none.
 
     transformers decides this when it imports the model's code, which must not have happened yet: it
     takes fla where that can be imported, and torch's code where not. Broken or wrong kernels would
     be taken, or fall back, without a word.
+
+    Args:
+        config: the model's.
+        dtype: the type of its weights.
     """
     if "linear_attention" not in layer_types(config):
         return ""
     place = accelerate.PartialState().device
-    is_new_enough = torch.cuda.get_device_capability(place)[0] >= 8
-    is_there = is_new_enough and importlib.util.find_spec("fla") is not None
-    reason = why_not_fla(config, place) if is_there and is_main_process() else ""
-    (reason,) = accelerate.utils.broadcast_object_list([reason])  # all processes take part
-    if not is_new_enough:
-        return "torch's code, since fla needs a GPU of capability 8.0 or newer"
-    if not is_there:
-        report(
-            "faster",
-            "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
-            "with\npip install flash-linear-attention",
-        )
-        return "torch's code, since fla is not installed"
+    reason = why_not_try_fla(torch.cuda.get_device_capability(place), dtype)
+    # The main process tries fla for all, so what it finds must hold for the others' GPUs.
+    found = accelerate.utils.gather_object([(reason, torch.cuda.get_device_capability(place))])
+    if len(set(found)) > 1:
+        reason = "is not used where the GPUs or the packages of the processes differ"
+    if not reason:
+        reason = why_not_fla(config, place) if is_main_process() else ""
+        (reason,) = accelerate.utils.broadcast_object_list([reason])  # all processes take part
     if reason:
         sys.modules["fla"] = None  # now it cannot be imported
         chosen = f"torch's code, since fla {reason}"
     else:
         chosen = f"fla, which agrees with torch's code within {MOST_FLA_APART:.0%} on this GPU"
-    report("kernels", textwrap.fill(f"the DeltaNet layers are computed by {chosen}", 88))
+    if reason == FLA_IS_MISSING:
+        report(
+            "faster",
+            "without flash-linear-attention the DeltaNet layers take longer on this GPU; get it "
+            "with\npip install flash-linear-attention",
+        )
+    elif reason != FLA_NEEDS_A_NEWER_GPU:
+        report("kernels", textwrap.fill(f"the DeltaNet layers are computed by {chosen}", 88))
     return chosen
+
+
+def why_not_try_fla(capability: tuple[int, int], dtype: str) -> str:
+    """Return why fla need not be tried with a GPU of this capability, or ""."""
+    if capability < (8, 0):
+        return FLA_NEEDS_A_NEWER_GPU
+    if dtype != "bfloat16":
+        return f"is tried only with bfloat16, which its kernels are for, and not with {dtype}"
+    is_there = importlib.util.find_spec("fla") is not None
+    version, triton = version_of("fla-core"), version_of("triton")
+    if capability[0] == 9 and is_there and version < (0, 5):
+        # Some gradients are 1 to 5 % wrong, which a comparison might let pass.
+        return "below version 0.5 has wrong gradients on Hopper GPUs (fla issue 640)"
+    if capability[0] == 9 and version <= (0, 6, 0) and (3, 4) <= triton < (3, 7, 1):
+        advice = "" if is_there else ", so installing it would not help"
+        installed = ".".join(map(str, triton))
+        return f"0.5.0 to 0.6.0 cannot train on a Hopper GPU with Triton {installed}{advice}"
+    return "" if is_there else FLA_IS_MISSING
+
+
+def version_of(package: str) -> tuple[int, ...]:
+    """Return up to three numbers of a package's version; () if it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return tuple(map(int, re.findall(r"\d+", importlib.metadata.version(package))[:3]))
+    return ()
 
 
 def why_not_fla(config: transformers.PretrainedConfig, place: torch.device) -> str:
@@ -830,9 +871,12 @@ def why_not_fla(config: transformers.PretrainedConfig, place: torch.device) -> s
     """
     code = "from __future__ import annotations\n" + inspect.getsource(compare_fla_with_torch)
     code += "compare_fla_with_torch()"
-    module = type(config.get_text_config()).__module__.replace(".configuration_", ".modeling_")
-    capability = torch.cuda.get_device_capability(place)[0]
-    given = [module, place, capability, MOST_FLA_APART, SECONDS_FOR_FLA]
+    text_config = config.get_text_config()
+    module = type(text_config).__module__.replace(".configuration_", ".modeling_")
+    # Kernels are compiled for a number of heads and for their sizes, so the model's are tried.
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    heads = [getattr(text_config, f"linear_{name}", 0) for name in names]  # 0 if it has others
+    given = [module, place, MOST_FLA_APART, SECONDS_FOR_FLA, *heads]
     child = subprocess.Popen(
         [sys.executable, "-P", "-c", code, *map(str, given)],
         stdout=subprocess.PIPE,
@@ -859,7 +903,6 @@ def why_not_fla(config: transformers.PretrainedConfig, place: torch.device) -> s
 def compare_fla_with_torch() -> None:
     """Print "fla: good", or why it is not. This runs in a process of its own, see why_not_fla()."""
     import importlib
-    import importlib.metadata
     import signal
     import sys
 
@@ -872,20 +915,17 @@ def compare_fla_with_torch() -> None:
         (out.float() * weights).sum().backward()
         return [out.detach().float(), *(leaf.grad.float() for leaf in leaves)]
 
-    module, device, capability, limit, seconds = sys.argv[1:]
+    module, device, limit, seconds, *heads = sys.argv[1:]
+    key_heads, value_heads, key_size, value_size = map(int, heads)
     signal.alarm(int(seconds))  # whatever becomes of the process that waits
     try:
         importlib.import_module("fla")
-        version = importlib.metadata.version("fla-core")
-        if capability == "9" and tuple(map(int, version.split(".")[:2])) < (0, 5):
-            # Some gradients are 1 to 5 % wrong, which a comparison might let pass.
-            print(f"fla: in version {version} has wrong gradients on Hopper GPUs (fla issue 640)")
-            return
         kernel = importlib.import_module(module).torch_chunk_gated_delta_rule
-        # As Qwen3.5 has them: two value heads for a key head, and the decay in float32. 200 tokens
-        # are three chunks of 64 and an incomplete one.
+        # The decay is in float32, as Qwen3.5 has it. 200 tokens are three chunks of 64 and an
+        # incomplete one.
         torch.manual_seed(0)
-        sizes = [(1, 200, 2, 128), (1, 200, 2, 128), (1, 200, 4, 128), (1, 200, 4), (1, 200, 4)]
+        keys, values = (1, 200, key_heads, key_size), (1, 200, value_heads)
+        sizes = [keys, keys, (*values, value_size), values, values]
         tensors = [torch.randn(size).to(device, torch.bfloat16) for size in sizes]
         tensors[3] = -torch.nn.functional.softplus(tensors[3].float())
         tensors[4] = tensors[4].sigmoid()
@@ -920,7 +960,7 @@ def read_model_files(job: Job) -> None:
     refuse_quantized(settings.MODEL_NAME, job.config)
     job.chat_format = load_chat_format(settings.MODEL_NAME, settings.MODEL_REVISION)
     if settings.DEVICE == "cuda" and not settings.dry_run:
-        job.delta_kernels = choose_delta_kernels(job.config)  # see DEVICE
+        job.delta_kernels = choose_delta_kernels(job.config, settings.DTYPE)  # see DEVICE
 
 
 def commit_of(model_name: str, revision: str) -> str:
@@ -1016,7 +1056,7 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, RuntimeError, safetensors.SafetensorError, HTTPError) as error:
-        if full or isinstance(error, torch.OutOfMemoryError):
+        if full or is_out_of_memory(error):
             raise UserError(
                 f"{model_name}: the weights do not fit in the GPU's free memory. Stop other "
                 "programs on this GPU (nvidia-smi lists them), or use one with more memory."
@@ -2716,7 +2756,9 @@ def find_what_fits(trainer: LoraTrainer, job: Job) -> None:
     # CUDA's libraries allocate outside of torch's view, so a little must stay free.
     torch.cuda.set_per_process_memory_fraction(0.97 * share)
     torch.cuda.reset_peak_memory_stats()
-    transformers.set_seed(job.settings.SEED)  # the trials drew random numbers
+    # The trials drew random numbers. Each process draws dropout of its own for its examples.
+    process = accelerate.PartialState().process_index
+    transformers.set_seed((job.settings.SEED + process) % 2**32)
     if limits.tokens_at_once >= whole_step:
         text = f"a whole step of {examples_per_step(job.settings)} examples fits at once"
     elif limits.tokens_at_once == 0:
@@ -2803,7 +2845,9 @@ def memory_of_pass(
         inputs["attention_mask"][1:, -1] = 0  # padding takes memory of its own
         trainer.compute_loss(trainer.model, inputs, num_items_in_batch=rows * width).backward()
         return torch.cuda.max_memory_allocated() - before
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     finally:
         trainer.model.zero_grad()
@@ -2891,6 +2935,14 @@ def make_room(trainer: LoraTrainer, failed: OutOfMemory, tries_left: int) -> Non
         f"the GPU's memory was full in step {trainer.state.global_step + 1:,}; it is done again "
         f"with up to\n{limit:,} tokens at once, and LoRA's dropout is drawn anew",
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a GPU has no memory left, in the words of torch, cuBLAS, CUDA or Triton."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    words = "CUBLAS_STATUS_ALLOC_FAILED|out of memory"
+    return isinstance(error, RuntimeError) and bool(re.search(words, str(error)))
 
 
 def memory_is_full(error: str) -> str:
@@ -3003,8 +3055,8 @@ def losses_if_they_fit(model: torch.nn.Module, batch: list[Example]) -> list[flo
     try:
         inputs = pad(batch, model.device)
         return reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(batch) == 1:
             raise
         return None
 
@@ -3759,7 +3811,11 @@ def try_fp16_matmul(trainer: LoraTrainer, job: Job) -> str:
     trainer.model.disable_input_require_grads()
     set_recomputation(trainer.recomputing_layers, True)
     examples = examples_to_compare(job)
-    native = timed_pass(trainer, examples)
+    native = timed_pass_if_it_fits(trainer, examples)
+    if native is None:  # the exception is gone, and with it what it held
+        torch.cuda.empty_cache()
+        examples = examples[:1]
+        native = timed_pass(trainer, examples)
     use_fp16_matmul(trainer.model.get_base_model())
     float16 = timed_pass(trainer, examples)
     transformers.set_seed(job.settings.SEED)  # both drew random numbers
@@ -3833,6 +3889,16 @@ def timed_pass(trainer: LoraTrainer, examples: list[Example]) -> Pass:
     found = Pass(loss.item(), torch.cat(gradients), seconds)
     model.zero_grad()
     return found
+
+
+def timed_pass_if_it_fits(trainer: LoraTrainer, examples: list[Example]) -> Pass | None:
+    """Return what timed_pass() does, or None where a single example may find its memory."""
+    try:
+        return timed_pass(trainer, examples)
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(examples) == 1:
+            raise
+        return None
 
 
 def time_on(device: torch.device) -> float:
@@ -4176,7 +4242,9 @@ def log_to(log: logging.Handler) -> None:
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Hold the lock of an output folder; raise UserError if another run writes there."""
-    lock = filelock.FileLock(output / ".lock")
+    # Without real locks filelock would leave a marker, and one of a killed run would refuse a
+    # requeued job for ever.
+    lock = filelock.FileLock(output / ".lock", fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
@@ -4224,7 +4292,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 128 + error.number, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "Stopped."
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return 1, memory_is_full(one_line(error))
     if is_of_a_full_disk(error):
         return 1, (

@@ -137,7 +137,7 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
     refuse_other_quantization(base, base_config)
     device, dtype = choose_device_and_dtype(options, base_config, run)
     if device.type == "cuda":
-        choose_delta_kernels(base_config)  # before the model's code is imported
+        choose_delta_kernels(base_config, dtype)  # before the model's code is imported
     with errors_name_the_base(base):
         chat_format = chat_format_of(options, place, base, revision)
         model = load_model(base, revision, dtype, device)

@@ -707,10 +707,10 @@ def test_on_a_gpu_the_kernels_are_tried_before_the_model_is_loaded(refused, plai
 
     gpu = torch.device("cuda")
     monkeypatch.setattr(adapters, "choose_device_and_dtype", lambda *_: (gpu, "bfloat16"))
-    monkeypatch.setattr(adapters, "choose_delta_kernels", lambda config: seen.append("tried"))
+    monkeypatch.setattr(adapters, "choose_delta_kernels", lambda *given: seen.append(given[1]))
     monkeypatch.setattr(adapters, "load_model", load)
     assert "far enough" in refused(plain)
-    assert seen == ["tried", "loaded"]
+    assert seen == ["bfloat16", "loaded"]
 
 
 # ==== Tokenizer and template

@@ -379,10 +379,11 @@ def test_a_new_setting_may_be_a_switch_a_list_a_limit_or_a_choice(tmp_path, caps
     ("error", "status", "parts"),
     [
         (torch.OutOfMemoryError("Tried to allocate 1 GiB"), 1, ["1 GiB", "Free it", "resumes"]),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), 1, ["Triton", "Free it", "resumes"]),
         (t.UserError("This is it."), 1, ["This is it."]),
         (KeyboardInterrupt(), 128 + signal.SIGINT, ["Stopped"]),
     ],
-    ids=["memory", "the user", "Ctrl-C"],
+    ids=["memory", "memory, by Triton", "the user", "Ctrl-C"],
 )
 def test_what_is_known_is_one_message(monkeypatch, capsys, error, status, parts):
     monkeypatch.setattr(t, "build_trainer", failing(error))
@@ -562,7 +563,20 @@ def test_a_torch_without_the_gpus_kernels_is_named_with_the_gpu(
     assert f"torch {torch.__version__}" in said and "requirements.txt" in said
     assert f"NVIDIA A GPU, sm_{capability[0]}{capability[1]}" in said and "no kernel image" in said
     assert os.environ["CUDA_VISIBLE_DEVICES"] == (visible or "0")[0]
-    assert all((name in sys.modules) == (capability < (8, 0)) for name in FOR_GPUS)
+    assert ("fla" in sys.modules) == (capability < (8, 0))
+    assert sys.modules["causal_conv1d"] is None  # it is not tried before it would be used
+
+
+@pytest.mark.parametrize("words", ["operation not supported", "unknown error"])
+def test_a_driver_without_expandable_segments_is_told_how_to_do_without(words, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError(f"CUDA driver error: {words}")
+
+    pretend_a_gpu(monkeypatch, (8, 0))
+    monkeypatch.setattr(torch.cuda, "init", lambda: monkeypatch.setattr(torch, "ones", fail))
+    said = refusal(t.main, [*RUN, *GPU], capsys, status=1)
+    assert words in said and "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False" in said
+    assert "free its memory" not in said
 
 
 class OnTheCpu(TorchFunctionMode):

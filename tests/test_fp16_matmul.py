@@ -473,6 +473,23 @@ def test_float16_is_used_only_where_it_is_right_and_faster(emulating, in_bfloat1
         assert 0 < compared["gradients_apart"] < t.MOST_GRADIENTS_APART
 
 
+def test_one_example_is_compared_where_more_find_no_memory(emulating):
+    def has_room_for_one(patch):
+        real = t.reply_losses
+
+        def losses(model, inputs):
+            if len(inputs["input_ids"]) > 1 and not failures:
+                failures.append(None)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(model, inputs)
+
+        failures = []
+        patch.setattr(t, "reply_losses", losses)
+
+    status, said = emulating(begin=has_room_for_one)
+    assert status == 0 and "tried on this GPU: 1 example forward and backward" in said
+
+
 def stop_in_step_two(patch):
     at_step(patch, 2, send(signal.SIGTERM))
 

@@ -92,10 +92,14 @@ def make_fla(folder, name, version=""):
     (folder / "fla" / "__init__.py").write_text("import no_such" if is_import else "")
     (folder / "fla" / "ops" / "__init__.py").write_text("")
     (folder / "fla" / "ops" / "gated_delta_rule.py").write_text(textwrap.dedent(text))
-    version = version or its_version
-    info = folder / f"fla_core-{version}.dist-info"
+    write_version(folder, "fla-core", version or its_version)
+
+
+def write_version(folder, name, version):
+    """Let a package be installed in folder, as far as its metadata say."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fla-core\nVersion: {version}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
 @functools.cache
@@ -119,14 +123,14 @@ def tried(tmp_path_factory):
     return said
 
 
-def try_in_this_process(folder, said, capability=8):
+def try_in_this_process(folder, said):
     """Be the process that tries fla, which has not yet imported the model's code."""
     faulthandler.disable()
     write_to(said, os.devnull)
     sys.path.insert(0, str(folder))
     sys.modules.pop(MODELLING, None)
     sys.modules.pop("fla", None)
-    sys.argv = ["-c", MODELLING, "cpu", str(capability), str(t.MOST_FLA_APART), "60"]
+    sys.argv = ["-c", MODELLING, "cpu", str(t.MOST_FLA_APART), "60", "2", "4", "128", "128"]
     t.compare_fla_with_torch()
 
 
@@ -141,20 +145,6 @@ def test_fla_is_used_only_if_its_values_and_gradients_are_torchs(tried, name):
         assert (lines[0] == "fla: good") == (name == "good")
 
 
-@pytest.mark.parametrize(
-    ("version", "capability", "is_used"),
-    [("0.4.2", 9, False), ("0.4.2", 8, True), ("0.5.0", 9, True), ("0.10.1", 9, True)],
-)
-def test_an_old_fla_core_is_not_used_on_hopper_however_small_its_errors(
-    tmp_path, version, capability, is_used
-):
-    make_fla(tmp_path, "good", version)
-    Fork(lambda: try_in_this_process(tmp_path, tmp_path / "said", capability)).end()
-    said = (tmp_path / "said").read_text(encoding="utf-8")
-    assert (said == "fla: good\n") == is_used
-    assert is_used or f"in version {version} has wrong gradients on Hopper" in said
-
-
 # ---- what is chosen, with the process that tries it ---------------------------------------------
 
 
@@ -162,14 +152,14 @@ def test_an_old_fla_core_is_not_used_on_hopper_however_small_its_errors(
 def choose(monkeypatch, capsys):
     """Return what chooses on a simulated card where fla lies in a folder, and tells what it did."""
 
-    def on_a_card(folder=None, capability=(8, 0), of=None):
+    def on_a_card(folder=None, capability=(8, 0), of=None, dtype="bfloat16"):
         if folder is not None:
             monkeypatch.setenv("PYTHONPATH", str(folder))
             monkeypatch.syspath_prepend(folder)
         monkeypatch.delitem(sys.modules, "fla", raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         accelerate.PartialState(cpu=True)
-        chosen = t.choose_delta_kernels(of or config())
+        chosen = t.choose_delta_kernels(of or config(), dtype)
         said = " ".join(capsys.readouterr().out.split())
         is_forbidden = "fla" in sys.modules and sys.modules["fla"] is None
         return chosen, said, is_forbidden
@@ -186,6 +176,75 @@ def test_without_fla_or_deltanet_or_a_new_gpu_nothing_is_tried(choose, tmp_path,
     assert choose(tmp_path, of=transformers.LlamaConfig()) == ("", "", False)
     chosen, said, _ = choose(tmp_path, capability=(7, 5))
     assert "capability 8.0 or newer" in chosen and said == ""
+
+
+ON_HOPPER = {  # the versions of fla-core and Triton, and why fla is not tried; "" if it is
+    ("0.4.2", "3.3.1"): "below version 0.5 has wrong gradients on Hopper GPUs",
+    ("0.5.0", "3.3.1"): "",
+    ("0.5.1", "3.4.0"): "0.5.0 to 0.6.0 cannot train on a Hopper GPU with Triton 3.4.0",
+    ("0.6.0", "3.7.0"): "0.5.0 to 0.6.0 cannot train on a Hopper GPU with Triton 3.7.0",
+    ("0.6.0", "3.7.1"): "",
+    ("0.10.1", "3.6.0"): "",
+    ("", "3.6.0"): "with Triton 3.6.0, so installing it would not help",
+}
+
+
+@pytest.mark.parametrize("versions", ON_HOPPER)
+def test_on_hopper_versions_that_cannot_train_are_not_tried(
+    choose, tmp_path, monkeypatch, versions
+):
+    """However small an old one's errors are; and nobody is told to install one."""
+    tried = []
+    monkeypatch.setattr(t, "why_not_fla", lambda *_: tried.append(1) or "")
+    write_version(tmp_path, "triton", versions[1])
+    if versions[0]:
+        make_fla(tmp_path, "good", versions[0])
+    chosen, said, is_forbidden = choose(tmp_path, capability=(9, 0))
+    words = ON_HOPPER[versions]
+    assert words in chosen and bool(tried) == (not words) and is_forbidden == bool(words)
+    assert chosen in said and "pip install" not in said
+    assert choose(tmp_path, capability=(8, 0))[0] != chosen or not words
+
+
+def test_with_float32_weights_fla_is_not_tried(choose, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    make_fla(tmp_path, "good")
+    chosen, said, is_forbidden = choose(tmp_path, dtype="float32")
+    assert chosen == (
+        "torch's code, since fla is tried only with bfloat16, which its kernels are for, and not "
+        "with float32"
+    )
+    assert chosen in said and is_forbidden
+
+
+@pytest.mark.parametrize(
+    "other",
+    [("", (8, 6)), ("below version 0.5 has wrong gradients", (9, 0)), ("is not installed", (8, 0))],
+)
+def test_processes_whose_gpus_or_packages_differ_all_take_torchs_code(
+    choose, tmp_path, monkeypatch, other
+):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda own: [*own, other])
+    make_fla(tmp_path, "good")
+    chosen, said, is_forbidden = choose(tmp_path)
+    assert "the GPUs or the packages of the processes differ" in chosen and chosen in said
+    assert is_forbidden
+
+
+def test_the_models_own_heads_are_tried(choose, tmp_path):
+    """Kernels are compiled for their number and their sizes."""
+    make_fla(tmp_path, "good")
+    path = tmp_path / "fla" / "ops" / "gated_delta_rule.py"
+    tell = "raise RuntimeError(f'{tuple(q.shape)} {tuple(v.shape)} {tuple(g.shape)}')"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("    pass\n    return", f"    {tell}\n    return"))
+    of = transformers.AutoConfig.from_pretrained(TINY)
+    text_config = of.get_text_config()
+    text_config.linear_num_key_heads, text_config.linear_num_value_heads = 3, 6
+    text_config.linear_key_head_dim, text_config.linear_value_head_dim = 64, 32
+    chosen, _, _ = choose(tmp_path, of=of)
+    assert "(1, 200, 3, 64) (1, 200, 6, 32) (1, 200, 6)" in chosen
 
 
 def test_an_fla_that_crashes_is_left_out_with_its_status(choose, tmp_path):
@@ -235,7 +294,8 @@ print(json.dumps([job.delta_kernels, alike]))
 def test_it_is_tried_before_the_models_code_is_imported(flags, tmp_path, name):
     make_fla(tmp_path / "packages", name)
     paths = os.pathsep.join([str(tmp_path / "packages"), str(ROOT)])
-    words = [*flags, "--device", "cuda", "--lora_target_modules", "o_proj"]
+    words = [*flags, "--device", "cuda", "--dtype", "bfloat16"]
+    words += ["--lora_target_modules", "o_proj"]
     done = subprocess.run(
         [sys.executable, "-c", PREPARE.replace("MODELLING", MODELLING), *words],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},

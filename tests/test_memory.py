@@ -11,6 +11,7 @@ import threading
 import types
 import weakref
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -167,6 +168,15 @@ def test_a_trained_part_that_is_larger_than_the_gpu_is_one_message(small, gpu, m
     assert gpu == [0]
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_each_process_draws_dropout_of_its_own_after_the_trial(small, gpu, monkeypatch, process):
+    job, trainer = small
+    monkeypatch.setitem(accelerate.PartialState._shared_state, "process_index", process)
+    with give_memory(trainer, WHOLE):
+        look_for_memory(trainer, job)
+    assert torch.initial_seed() == job.settings.SEED + process
+
+
 def test_on_a_cpu_nothing_is_tried(small, monkeypatch):
     job, trainer = small
     monkeypatch.setattr(trainer.model, "forward", lambda *_, **__: pytest.fail("tried something"))
@@ -297,6 +307,40 @@ def test_evaluation_does_not_depend_on_its_batches(small, room):
         pytest.raises(torch.OutOfMemoryError),
     ):  # nothing is smaller than one example
         t.example_losses(model, job.held_out, room, "")
+
+
+FULL = [  # in the words of others than torch's allocator
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "Triton Error [CUDA]: out of memory",
+]
+
+
+@pytest.mark.parametrize("words", [*FULL, "CUDA error: an illegal memory access"])
+@pytest.mark.parametrize("place", ["a step", "the trial", "evaluation"])
+def test_memory_that_is_full_is_known_by_others_words_too_and_nothing_else_is(
+    small, gpu, monkeypatch, words, place
+):
+    job, trainer = small
+    monkeypatch.setattr(job, "token_limits", t.MemoryLimits(1000, 1000))
+
+    def fail(*_, **__):
+        if len(failures) < 1:
+            failures.append(None)
+            raise RuntimeError(words)
+
+    failures = []
+    inputs, count = step_of(trainer, (LONGEST, 12, 30, 21))
+    begin = {
+        "a step": lambda: trainer.training_step(trainer.model, inputs, torch.tensor(count)),
+        "the trial": lambda: t.memory_of_pass(trainer, 2, 20, 1.0, False),
+        "evaluation": lambda: t.held_out_loss(trainer.model, job, 1),
+    }[place]
+    monkeypatch.setattr(job, "held_out", job.examples)
+    expected = contextlib.nullcontext() if words in FULL else pytest.raises(RuntimeError)
+    with trainer.model.register_forward_pre_hook(fail), expected:
+        begin()
+    trainer.model.zero_grad()
+    assert failures
 
 
 def test_evaluation_begins_with_what_fitted_before(small, monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import importlib.metadata
 import io
 import json
@@ -1066,6 +1067,17 @@ def test_where_files_cannot_be_locked_a_run_goes_on(flags, tmp_path, monkeypatch
 
     monkeypatch.setattr(filelock.FileLock, "acquire", fail)
     assert run(command(flags, tmp_path, "--max_steps", 1)) == 0
+
+
+def test_without_flock_no_marker_is_left_that_would_refuse_a_requeued_job(tmp_path, monkeypatch):
+    def missing(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with t.locked(tmp_path):  # as in a run that is killed now
+        assert all(path.read_bytes() == b"" for path in tmp_path.iterdir())
+        with t.locked(tmp_path):
+            pass
 
 
 # ==== A full disk
