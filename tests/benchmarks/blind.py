@@ -57,7 +57,7 @@ def main(base: str, eval_file: str, adapter: str, count: str = "40") -> None:
         lines += [f"**{one['role']}:** {one['content']}" for one in talk if one["role"] != "system"]
         for letter, name in zip(LETTERS, order, strict=True):
             reply = said[name][place - 1]
-            text = reply.text if reply.stopped else f"{reply.text} [cut here]"
+            text = reply.text if reply.ended else f"{reply.text} [cut here]"
             lines += ["", f"**{letter}:** {text}"]
     Path("blind.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     Path("blind-key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import simulate
 from benchmarks.common import HELD_OUT, Options, quiet, shipped_lines, t, table, write_lines
 from benchmarks.roofline import LAUNCHES_AT, Roofline, counting
-from benchmarks.simulate import CARDS, Pass, Simulation, inputs_of
+from benchmarks.simulate import CARDS, Pass, Simulation, inputs_of, nothing_is_packed
 from inspect_lora import conversations, elsewhere, parts, replies, scores
 from inspect_lora import evidence as command
 
@@ -274,7 +274,16 @@ def seconds_without_gradient(
         adapter = contextlib.nullcontext() if has_adapter else model.disable_adapter()
         valueless = patch.object(torch.Tensor, "item", lambda _: 0.0)
         device, where = torch.device("meta"), sdpa_kernel(SDPBackend.MATH)
-        with quiet(), device, torch.no_grad(), where, valueless, adapter, counting(model) as found:
+        with (
+            quiet(),
+            device,
+            torch.no_grad(),
+            where,
+            nothing_is_packed(),
+            valueless,
+            adapter,
+            counting(model) as found,
+        ):
             run(model)
         model.train()
         return found

@@ -632,17 +632,19 @@ def forward_and_backward(model: peft.PeftModel, one: Pass) -> None:
     rule = fla_like if one.deltanet == "fla" else getattr(modeling_qwen3_5, name)
     deltanet = unittest.mock.patch.object(modeling_qwen3_5, name, rule)
     # The math kernel is all that there is for bfloat16 on a V100.
-    # Without a mask transformers looks for packed rows, which there are none of, by their values.
-    not_packed = unittest.mock.patch.object(
-        transformers.masking_utils, "find_packed_sequence_indices", lambda _: None
-    )
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), deltanet, not_packed:
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), deltanet, nothing_is_packed():
         if one.scored:
             out = script_loss(base, inputs, one)
         else:
             del inputs["labels"], inputs["attention_mask"]
             out = base.model(**inputs, use_cache=False).last_hidden_state
         out.sum().backward()
+
+
+def nothing_is_packed() -> contextlib.AbstractContextManager:
+    """Keep transformers from looking for packed rows, by values, where there is no mask."""
+    masks = transformers.masking_utils
+    return unittest.mock.patch.object(masks, "find_packed_sequence_indices", lambda _: None)
 
 
 def inputs_of(one: Pass, before: int = 0) -> dict[str, Any]:
