@@ -2845,8 +2845,8 @@ def measure_costs(
 
 
 def rounded_up(share: float) -> float:
-    """Return a share rounded up to hundredths, from 0 to 1."""
-    return min(1.0, max(0.0, math.ceil(100 * share) / 100))
+    """Return a share rounded up to thousandths, from 0 to 1."""
+    return min(1.0, max(0.0, math.ceil(1000 * share) / 1000))
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:

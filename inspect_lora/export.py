@@ -351,7 +351,7 @@ class NamesForVllm:
         }
 
     def verify_names(self, folder: Path) -> None:
-        """Ask a skeleton of the server's model for each name that was written."""
+        """Ask a meta-device copy of the server's model for each name that was written."""
         self.trainer.check_names_for_vllm(read_tensors(folder), self.config)
 
     def commands(self, folder: Path, asked: Path, max_rank: int) -> str:

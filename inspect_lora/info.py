@@ -210,12 +210,12 @@ def about_names(place: Path, saved: SavedAdapter) -> str:
 
     It was seen with vLLM 0.17 to 0.33, PEFT 0.21 and llama.cpp b11434.
     """
-    in_wrapper = [one.name for one in saved.modules if "language_model." in one.name]
-    if in_wrapper:
+    in_multimodal = [one.name for one in saved.modules if "language_model." in one.name]
+    if in_multimodal:
         return (
-            f"The tensors are named for the model that also takes images ({in_wrapper[0]}). vLLM "
-            "applies them; PEFT on AutoModelForCausalLM ignores them with no more than a warning, "
-            "and older llama.cpp converters refuse or ignore them."
+            f"The tensors are named for the model that also takes images ({in_multimodal[0]}). "
+            "vLLM applies them; PEFT on AutoModelForCausalLM ignores them with no more than a "
+            "warning, and older llama.cpp converters refuse or ignore them."
         )
     is_certain = takes_images(str(saved.config.get("base_model_name_or_path")))
     if is_certain is False:

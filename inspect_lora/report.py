@@ -107,7 +107,7 @@ def as_markdown(found: Findings, pictures: set[str]) -> str:
     """Return report.md: the verdict first, then what it rests on."""
     sections = [
         markdown_verdict(found),
-        "![What was gained, and what it cost](overview.png)" if "overview.png" in pictures else "",
+        "![The adapter at a glance](overview.png)" if "overview.png" in pictures else "",
         "![What was measured](lora.png)" if "lora.png" in pictures else "",
         markdown_parts(found) if found.parts else "",
         markdown_elsewhere(found.elsewhere) if found.elsewhere else "",

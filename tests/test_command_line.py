@@ -348,7 +348,7 @@ def test_a_setting_needs_one_line_and_one_use(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(torch.optim.AdamW, "__init__", remember)
     with monkeypatch.context() as patch:  # the checkpoints stay, and no run is finished
-        patch.setattr(copy, "publish", failing(copy.UserError("not yet")))
+        patch.setattr(copy, "save_final_lora", failing(copy.UserError("not yet")))
         refusal(copy.main, [*RUN, "--weight_decay", "0.5"], capsys, status=1)
     assert 0.5 in {group["weight_decay"] for group in optimizers[0].param_groups}
     said = refusal(copy.main, [*RUN, "--weight_decay", "0.25"], capsys, status=1)

@@ -1,4 +1,4 @@
-"""Data: the four forms, which lines are refused and how, and what "10%" holds out."""
+"""Data: the four formats, which lines are refused and how, and what "10%" holds out."""
 
 import contextlib
 import hashlib

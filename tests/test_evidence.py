@@ -380,7 +380,7 @@ def test_samples_are_of_each_kind_up_to_20_and_then_evenly_spread():
     def numbers(kinds, wanted):
         examples = [Example(f"a:{n}", [], {"kind": kind}) for n, kind in enumerate(kinds)]
         chosen = replies.choose_samples(examples, "kind", wanted)
-        return [int(example.where[2:]) for example in chosen]
+        return [int(example.source[2:]) for example in chosen]
 
     assert numbers("aabbc", 0) == []
     assert numbers("aabbc", 2) == [0, 2, 4]

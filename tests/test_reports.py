@@ -85,7 +85,7 @@ def test_an_earlier_report_is_renamed_by_the_next(ours, capsys):
     for _ in range(2):
         assert command(capsys, "evidence", ours / "final_lora", *SHORT).status == 0
     names = sorted(path.name for path in (ours / "inspected" / "final_lora").iterdir())
-    assert len(names) == 6 and names[0] == "evidence.json"
+    assert len(names) == 8 and names[0] == "evidence.json"
     assert all(re.fullmatch(r".*\.\d{4}-\d\d-\d\d-\d{6}", name) for name in names[1::2])
 
 

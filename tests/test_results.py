@@ -149,7 +149,7 @@ def unverified(tmp_path_factory):
 
 @pytest.fixture
 def ready(unverified, tmp_path):
-    """Return the command that will publish, and its output, where older results stand."""
+    """Return the command that will save final_lora, and its output, where older results stand."""
     flags, stopped = unverified
     output = shutil.copytree(stopped, tmp_path / "output")
     for name in RESULTS:
@@ -273,7 +273,7 @@ def test_an_adapter_that_changes_nothing_is_refused_with_the_reason(flags, tmp_p
     assert not (tmp_path / "output" / "final_lora").exists()
 
 
-# ==== Which epoch is published
+# ==== Which epoch becomes final_lora
 
 
 def worsen(epochs):
@@ -303,7 +303,7 @@ BEST = {
 
 @pytest.mark.parametrize("what", BEST)
 def test_the_best_epoch_is_kept_and_published_when_asked_for(tmp_path, monkeypatch, capfd, what):
-    """From the checkpoints, also after a stop, and of a job that has published the last one."""
+    """From the checkpoints, also after a stop, and of a job that has saved the last one."""
     flags = [*write_short_data(tmp_path, train=4, held_out=2), "--num_epochs", "5"]
     last, best, output = [], ["--final_lora", "best"], tmp_path / "output"
     flags += ["--save_steps", "100", "--output_dir", str(output)]
