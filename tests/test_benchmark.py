@@ -1,9 +1,12 @@
 """Every part of the benchmark runs at tiny sizes, and a missed target is an exit status of 1."""
 
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import benchmark
 import numpy
@@ -13,6 +16,7 @@ import torch
 import transformers
 from benchmarks import blind, calibration, cpu, evidence, gpu, roofline, simulate
 from benchmarks.common import (
+    GIB,
     HELD_OUT,
     SCRIPT,
     MemoryWatch,
@@ -35,6 +39,14 @@ DEEPER = TINY_SIZES | {"num_hidden_layers": 4}
 def quick_and_clean(monkeypatch, restored_environment):
     """Take back what the benchmark sets in the environment; commands do no imports of their own."""
     monkeypatch.setattr(subprocess, "run", run_in_a_fork)
+    monkeypatch.setattr(gpu, "run_in_a_group", in_a_fork)
+
+
+def in_a_fork(words, said, seconds):
+    """Do what gpu.run_in_a_group() does, for a command that is in time."""
+    merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = run_in_a_fork(words, cwd=gpu.ROOT, input=said, **merged)
+    return done.returncode, done.stdout
 
 
 @pytest.fixture
@@ -238,8 +250,8 @@ def test_the_acceptance_of_a_card_passes_on_a_cpu_at_tiny_sizes(monkeypatch, opt
     assert report["script_sha256"] == t.script_sha256() and "torch" in report["versions"]
     found = {row["what"]: row for row in report["rows"]}
     good = ["plan", "loading", "trial of memory", "out of memory in a step", "steps of new widths"]
-    good += ["float16 products against native", "products against float64", "MATMUL auto"]
-    good += ["products, TFLOP/s", "whole run as on a V100", "verified", "SIGUSR1 in a step"]
+    good += ["float16 matmul against native", "matmul against float64", "MATMUL auto"]
+    good += ["matmul, TFLOP/s", "whole run as on a V100", "verified", "SIGUSR1 in a step"]
     good += ["gone on", "given once more", "evidence", "chat", "the script as it is"]
     assert [name for name in good if not found[name]["is_good"]] == []
     for name in ("fla against torch's code", "the allocator's fragments"):
@@ -346,13 +358,51 @@ def test_fla_with_other_gradients_fails_although_losses_are_equal(look):
     assert row.is_good is False and "loss 0.00%" in row.found
 
 
-def test_float16_products_with_other_gradients_fail(look, monkeypatch):
-    passes = iter([t.Pass(2.0, torch.ones(9), 0.2), t.Pass(2.0, 2 * torch.ones(9), 0.1)])
-    monkeypatch.setattr(t, "timed_pass", lambda *_: next(passes))
+def compared(look, monkeypatch, times, scale=1.0):
+    """Return the row of float16 against native, with these seconds and gradients so far apart."""
+    passes = [
+        t.Pass(2.0, size * torch.ones(9), one)
+        for size, one in zip((1.0, scale), times, strict=True)
+    ]
+    monkeypatch.setattr(t, "timed_pass", in_turn(passes))
     monkeypatch.setattr(t, "use_fp16_matmul", lambda model: model)
     monkeypatch.setattr(look.job, "matmul", "native")
     (row,) = gpu.float16_against_native(look)
+    return row
+
+
+def test_float16_matmul_with_other_gradients_fails(look, monkeypatch):
+    row = compared(look, monkeypatch, (0.2, 0.1), scale=2.0)
     assert row.is_good is False and "gradients are more than" in row.found
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_float16_matmul_may_be_slower_only_on_a_card_with_bfloat16(is_old, look, monkeypatch):
+    monkeypatch.setattr(gpu, "emulates_bfloat16", lambda _: is_old)
+    row = compared(look, monkeypatch, (0.1, 0.2))
+    assert row.is_good is not is_old and t.SLOWER in row.found
+    assert compared(look, monkeypatch, (0.2, 0.1)).is_good
+
+
+def test_what_earlier_checks_had_reserved_does_not_hide_fragments(look, monkeypatch):
+    """These steps have 1 GiB in use, in 4 GiB that are reserved; before them both were larger."""
+    peaks = {"reserved": 20 * GIB, "allocated": 19 * GIB}
+
+    def step(*_):
+        for name, size in (("reserved", 4 * GIB), ("allocated", 1 * GIB)):
+            peaks[name] = max(peaks[name], size)
+        return 9.0
+
+    monkeypatch.setattr(gpu.Look, "is_gpu", True)
+    monkeypatch.setattr(look, "milliseconds", step)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda: peaks.update(reserved=0, allocated=0)
+    )
+    for name in peaks:
+        monkeypatch.setattr(torch.cuda, f"max_memory_{name}", lambda name=name: peaks[name])
+    rows = {row.what: row for row in gpu.steps_of_new_widths(look)}
+    assert rows["the allocator's fragments"].is_good is False
 
 
 def test_a_run_a_launcher_or_an_evidence_that_is_otherwise_fails(monkeypatch, options):
@@ -394,6 +444,69 @@ def test_a_check_that_fails_or_comes_too_late_is_a_row_and_not_the_end(
     assert len(options.targets.missed) == 1
     report = json.loads(options.report.read_text(encoding="utf-8"))
     assert [row["is_good"] for row in report["rows"]] == [True, False, None, None]
+
+
+REAL_RUN_IN_A_GROUP = gpu.run_in_a_group
+# It starts a process that would live on, notes its number, and both wait.
+WITH_A_CHILD = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, file=open("child", "w"), flush=True)
+time.sleep(600)
+"""
+
+
+def is_alive(pid):
+    """Return whether a process runs, one that nobody has waited for yet apart."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until(is_so):
+    """Wait for something, for a minute at the most."""
+    end = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_command_that_is_out_of_time_is_killed_with_its_children_and_is_no_failure(
+    monkeypatch, options
+):
+    monkeypatch.setattr(gpu, "run_in_a_group", REAL_RUN_IN_A_GROUP)
+    monkeypatch.setattr(gpu, "ROOT", options.folder)
+    card = gpu.Card(options, is_gpu=True)
+    card.began -= 60 * gpu.MINUTES - 3
+
+    def too_long(card):
+        gpu.finished(card, [sys.executable, "-c", WITH_A_CHILD])
+        yield gpu.Row("never", "seen", True)
+
+    assert list(gpu.rows_of(too_long, card)) == [gpu.Row("too long", "not done: no time")]
+    child = (options.folder / "child").read_text("utf-8").strip()
+    wait_until(lambda: not is_alive(child))
+
+
+def test_a_model_s_process_that_is_out_of_time_keeps_its_rows_and_is_no_failure(
+    monkeypatch, options
+):
+    path = options.folder / "rows.jsonl"
+    path.write_text(json.dumps({"what": "loading", "found": "9 s", "is_good": True}) + "\n")
+    card = gpu.Card(options, is_gpu=True)
+    monkeypatch.setattr(gpu, "look_at_model", wait_for_long)
+    monkeypatch.setattr(gpu, "FORKS", multiprocessing.get_context("fork"))  # does no imports
+    monkeypatch.setattr(card, "seconds_left", lambda: 1.0)
+    rows = list(gpu.rows_of(gpu.the_model_in_one_process, card))
+    assert [row.is_good for row in rows] == [True, None]
+    assert rows[1] == gpu.Row("the model in one process", "not done: no time")
+
+
+def wait_for_long(*_):
+    """Take longer than any test."""
+    time.sleep(600)
 
 
 # ==== the blind reading

@@ -3,13 +3,16 @@
 Slurm's commands are small scripts in their place. The two machines are launchers on this one.
 """
 
+import contextlib
 import json
 import os
+import random
 import re
 import shlex
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,11 +23,18 @@ import train_lora_single as t
 
 PAGE = "docs/gpu.md"
 
-# srun starts its command once on each node, and ends with the highest status.
+# srun starts its command once on each node, and ends with the highest status. Told so, it kills the
+# others when one has failed.
 SRUN = """\
-while [[ $1 == --* ]]; do shift; done
+set -m
+while [[ $1 == --* ]]; do [[ $1 == --kill-on-bad-exit=1 ]] && kills=yes; shift; done
 for ((node = 0; node < ${NODES:-1}; node++)); do SLURM_NODEID=$node "$@" & jobs+=($!); done
-for job in "${jobs[@]}"; do wait "$job"; one=$?; ((one > status)) && status=$one; done
+for job in "${jobs[@]}"; do
+    wait -n
+    one=$?
+    ((one > status)) && status=$one
+    [[ $one != 0 && $kills ]] && for job in "${jobs[@]}"; do kill -9 -- "-$job" 2> /dev/null; done
+done
 exit $((status))
 """
 # A call is noted, its words one after the other; python ends with the status that was asked for.
@@ -129,26 +139,89 @@ def test_the_array_trains_and_measures_three_rates_and_a_job_after_it_compares(c
     assert compared == ["python", "inspect_lora", "compare", *sorted(found)]
 
 
-# ==== several machines
+# ==== several GPUs and machines
+
+# A launcher that is stopped: it may write a record, and ends with a status.
+TORCHRUN = (
+    NOTE
+    + """\
+[[ $RECORD ]] && printf '{"outcome": "%s"}' "$RECORD" > output/mine/run.json
+exit "${TRAINED:-0}"
+"""
+)
+STOPPED = "interrupted: Stopped after step 9 of 16. The same command resumes from it."
+FAILED = "failed: CUDA is out of memory"
 
 
-def free_port():
-    """Return a port that no program listens at now."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def job_of_several_machines():
+    """Return the page's file for several GPUs, with the srun for several machines in its place."""
+    code, several = block("--standalone --nproc-per-node 2 \\"), block("--kill-on-bad-exit")
+    (replaced,) = re.findall(r"(?ms)^srun .*?[^\\]\n", code)
+    return code.replace(replaced, several)
+
+
+@pytest.mark.parametrize("kind", ["GPUs", "machines"])
+def test_a_launched_job_goes_back_into_the_queue_only_if_this_start_was_stopped(cluster, kind):
+    """Else one that fails before it writes its record would be put back for ever."""
+    write_command(cluster / "slurm/torchrun", TORCHRUN)
+    write_command(cluster / "slurm/sleep", NOTE)
+    code = block("--standalone --nproc-per-node 2 \\")
+    if kind == "machines":
+        code = job_of_several_machines()
+    requeues = []
+    # The first start fails, with no record at all; the third one leaves that of the second.
+    for record, status in ((None, 1), (STOPPED, 1), (None, 1), (FAILED, 1), (STOPPED, 0)):
+        variables = {"TRAINED": str(status), "RECORD": record or ""}
+        end, called = submit(cluster, code, **variables)
+        assert (end.returncode, end.stderr) == (status, "")
+        requeues.append(["scontrol", "requeue", "7"] in called)
+        (launched,) = [words for words in called if words[0] == "torchrun"]
+        place = launched.index("train_lora_single.py")
+        assert t.parse_settings(launched[place + 1 :]).OUTPUT_DIR == "output/mine"
+        assert (["sleep", "30"] in called) == (kind == "machines" and status == 1)
+        assert [path.name for path in cluster.glob("output/*")] == ["mine"]  # no mark is left
+    assert requeues == [False, True, False, False, False]
+
+
+def test_a_machine_that_fails_ends_the_job_of_all(cluster):
+    waits = NOTE + '[[ $PET_NODE_RANK == 1 ]] && exit 3\nexec "$(command -pv sleep)" 600\n'
+    write_command(cluster / "slurm/torchrun", waits)
+    write_command(cluster / "slurm/sleep", NOTE)
+    began = time.monotonic()
+    end, called = submit(cluster, job_of_several_machines(), NODES="2")
+    assert end.returncode != 0 and time.monotonic() - began < 60
+    assert ["scontrol", "requeue", "7"] not in called
+
+
+def test_two_jobs_on_the_same_machines_take_other_ports(cluster):
+    write_command(cluster / "slurm/torchrun", TORCHRUN)
+    ports = set()
+    for job in ("4999999", "5000000"):
+        _, called = submit(cluster, job_of_several_machines(), SLURM_JOB_ID=job)
+        (launched,) = [words for words in called if words[0] == "torchrun"]
+        ports.add(int(launched[launched.index("--master-port") + 1]))
+    assert len(ports) == 2 and all(1024 < port < 32768 for port in ports)
+
+
+def job_with_a_free_port():
+    """Return a job's number from which the page makes a port that no program listens at now."""
+    while True:
+        job = random.SystemRandom().randrange(10_000)
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", 20_000 + job))
+            return str(job)
 
 
 def test_two_machines_with_one_output_folder_are_one_job(cluster):
-    """The page's command for Slurm, with two nodes that are this machine."""
-    code = block("--nnodes 2 --nproc-per-node")
+    """The page's file for Slurm, with two nodes that are this machine."""
+    code = job_of_several_machines()
     output = cluster / "output/mine"
-    flags = [*write_short_data(cluster), "--max_steps", "4", "--output_dir", str(output)]
+    flags = [*write_short_data(cluster), "--max_steps", "4"]
     torchrun = f'exec {shlex.quote(sys.executable)} -m torch.distributed.run "$@"\n'
     write_command(cluster / "slurm/torchrun", torchrun)
     code = code.replace("train_lora_single.py", str(ROOT / "train_lora_single.py"))
-    code = code.replace("--master-port 29500", f"--master-port {free_port()}")
     variables = {"NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "GLOO_SOCKET_IFNAME": "lo"}
+    variables["SLURM_JOB_ID"] = job_with_a_free_port()
     end, _ = submit(cluster, code, *flags, **variables)
     assert end.returncode == 0, end.stdout + end.stderr
 

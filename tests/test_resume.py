@@ -1451,9 +1451,9 @@ def test_torchrun_passes_usr1_on_and_the_same_launch_ends_in_the_same_bytes(tmp_
     assert 2 <= step < 16 and outcome.startswith(f"interrupted: Stopped after step {step} of 16")
 
     page = Path("docs/gpu.md").read_text("utf-8")
-    (condition,) = re.findall(r"(?m)^if (grep .* output/mine/run.json); then", page)
+    (condition,) = re.findall(r'(?m)^    (grep .* "\$output/run.json"); then', page)
     assert SIGNALS_TO_HANDLE in page
-    condition = condition.replace("output/mine", str(output))
+    condition = condition.replace("$output", str(output))
     assert subprocess.run(["bash", "-c", condition]).returncode == 0
 
     for folder in (output, whole):

@@ -94,12 +94,22 @@ class Row:
         return f"| {self.what} | {t.one_line(self.found, 300).replace('|', '/')} | {mark} |"
 
 
+class NoTimeError(Exception):
+    """The acceptance's own time is over, which says nothing about the card."""
+
+
+NO_TIME = "not done: no time"
+
+
 def rows_of(check: Callable[..., Iterator[Row]], *given: Any) -> Iterator[Row]:
-    """Yield the rows of a check; an error in it is a row."""
+    """Yield the rows of a check; an error in it is a row, and so is a lack of time."""
+    name = check.__name__.replace("_", " ")
     try:
         yield from check(*given)
+    except NoTimeError:
+        yield Row(name, NO_TIME)
     except Exception as error:
-        yield Row(check.__name__.replace("_", " "), repr(error), False)
+        yield Row(name, repr(error), False)
 
 
 @dataclass
@@ -196,19 +206,43 @@ def run_inspector(card: Card, *words: str, said: str = "") -> str:
 
 def finished(card: Card, words: list[str], wanted: int = 0, said: str = "") -> str:
     """Run a command to its end; return what it printed, or raise if it ended otherwise."""
-    done = subprocess.run(
+    status, printed = run_in_a_group(words, said, max(1.0, card.seconds_left()))
+    if status != wanted:
+        raise RuntimeError(f"status {status}: {' '.join(printed.split())[-200:]}")
+    return printed
+
+
+def run_in_a_group(words: list[str], said: str, seconds: float) -> tuple[int, str]:
+    """Run a command; return its status and what it printed, or raise NoTimeError.
+
+    A command that takes longer is killed with all that it started, such as a launcher's workers,
+    which would hold the card.
+    """
+    with subprocess.Popen(
         words,
         cwd=ROOT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        input=said,
         text=True,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=max(1.0, card.seconds_left()),
-    )
-    if done.returncode != wanted:
-        raise RuntimeError(f"status {done.returncode}: {' '.join(done.stdout.split())[-200:]}")
-    return done.stdout
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, _ = process.communicate(said, timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            kill_group(process.pid)
+            raise NoTimeError from error
+        except BaseException:  # a terminal's Ctrl-C does not reach the group
+            kill_group(process.pid)
+            raise
+    return process.returncode, printed
+
+
+def kill_group(leader: int) -> None:
+    """Kill what is left of a process's group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def free_port() -> int:
@@ -319,12 +353,12 @@ ROUNDED_TWICE = 1.05
 
 
 def products_against_float64(look: Look) -> Iterator[Row]:
-    """Scaled float16 products of rows of every size, and of rows that hold no numbers."""
+    """Scaled float16 matmul of rows of every size, and of rows that hold no numbers."""
     shape = look.sizes["intermediate_size"], look.sizes["hidden_size"]
     plain, scaled, worst, finite = product_errors(*shape, look.is_gpu)
     text = f"bfloat16 {plain:.3%}, scaled float16 {scaled:.3%}"
     found = f"{text}; over rows of 1e-30 to 1e30 at most {worst:.3f} of bfloat16's"
-    yield Row("products against float64", found, worst <= ROUNDED_TWICE)
+    yield Row("matmul against float64", found, worst <= ROUNDED_TWICE)
     is_good = finite == [True, False, False, True]
     yield Row("rows of 0, infinity, NaN, numbers", f"finite: {finite}", is_good)
 
@@ -352,21 +386,34 @@ def the_model_in_one_process(card: Card) -> Iterator[Row]:
     """All that one process can find out about the model, which is loaded once for it."""
     path = card.options.folder / "rows.jsonl"
     given = card.flags, str(path), card.options.sizes
-    if card.is_gpu:
-        process = FORKS.Process(target=look_at_model, args=given)
-        process.start()
-        process.join(card.seconds_left())
-        if process.is_alive():
-            process.kill()
-            process.join()
-        ended = process.exitcode
-    else:
-        ended = look_at_model(*given)
+    ended = ended_apart(card, look_at_model, *given) if card.is_gpu else look_at_model(*given)
     rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for line in rows:
         yield Row(**json.loads(line))
+    if ended is None:
+        raise NoTimeError
     if ended:
         yield Row("the model in one process", f"it ended with {ended}", False)
+
+
+def ended_apart(card: Card, do: Callable[..., Any], *given: Any) -> int | None:
+    """Call a function in a process group of its own; return its status, None if time is over."""
+    process = FORKS.Process(target=lead_a_group, args=(do, *given))
+    process.start()
+    try:
+        process.join(card.seconds_left())
+        return process.exitcode  # None while it runs
+    finally:
+        if process.is_alive():
+            kill_group(process.pid)
+            process.kill()  # if it had no time to lead a group
+            process.join()
+
+
+def lead_a_group(do: Callable[..., Any], *given: Any) -> None:
+    """Do something as the first process of a group, so that all it starts can be killed."""
+    os.setpgid(0, 0)
+    do(*given)
 
 
 def look_at_model(flags: list[str], path: str, sizes: dict[str, Any]) -> int:
@@ -504,7 +551,7 @@ def a_step(look: Look) -> Iterator[Row]:
         busy = sum(event.time_range.elapsed_us() for event in events) / 1000
         text += f", the card busy for {busy:.0f} ms"
     is_good = math.isfinite(loss) and bool(gradients.isfinite().all())
-    yield Row(f"a step of {len(look.examples)} x {width} tokens, {kind} products", text, is_good)
+    yield Row(f"a step of {len(look.examples)} x {width} tokens, {kind} matmul", text, is_good)
 
 
 def fla_against_torch(look: Look) -> Iterator[Row]:
@@ -592,6 +639,8 @@ def steps_of_new_widths(look: Look) -> Iterator[Row]:
         for width in range(20, 80, 5)
     ]
     torch.cuda.empty_cache()
+    if look.is_gpu:
+        torch.cuda.reset_peak_memory_stats()  # the trials before took far more than these steps
     times = [[look.milliseconds(examples) for examples in made] for _ in range(2)]
     first, again = (statistics.median(one) for one in times)
     text = f"{first:.0f} ms for a width's first step, {again:.0f} for its second one"
@@ -607,17 +656,15 @@ def steps_of_new_widths(look: Look) -> Iterator[Row]:
 
 
 def rates(look: Look) -> Iterator[Row]:
-    """What the minutes in docs/gpu.md rest on: products of each type, copies, and solves."""
+    """What the minutes in docs/gpu.md rest on: matmul of each type, copies, and solves."""
     size = 4096 if look.is_gpu else 128
     found = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         matrix = torch.ones(size, size, dtype=dtype, device=look.device)
         found[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds_of(lambda: matrix @ matrix)  # noqa: B023
     text = ", ".join(f"{name} {rate / 1e12:.1f}" for name, rate in found.items())
-    # Scaled float16 is there for cards that only emulate bfloat16.
-    is_emulated = look.is_gpu and torch.cuda.get_device_capability()[0] < 8
-    is_good = not look.is_gpu or (found["float16"] > 2 * found["bfloat16"]) == is_emulated
-    yield Row("products, TFLOP/s", text, is_good)
+    is_faster = found["float16"] > 2 * found["bfloat16"]
+    yield Row("matmul, TFLOP/s", text, not look.is_gpu or is_faster == emulates_bfloat16(look))
     moved = torch.ones(64 * size**2 // 16, device=look.device)
     rate = 2 * moved.nbytes / seconds_of(moved.clone)
     yield Row("copies", f"{rate / 1e9:.0f} GB/s")
@@ -629,6 +676,11 @@ def rates(look: Look) -> Iterator[Row]:
     yield Row(
         "triangular solve of 384 x 64 x 64", f"{1e6 * seconds:.0f} us, {seconds / 64e-6:.2f} a row"
     )
+
+
+def emulates_bfloat16(look: Look) -> bool:
+    """Return whether it is a card without bfloat16 of its own, so that float16 is for it."""
+    return look.is_gpu and torch.cuda.get_device_capability()[0] < 8
 
 
 def seconds_of(do: Callable[[], Any]) -> float:
@@ -645,7 +697,7 @@ def seconds_of(do: Callable[[], Any]) -> float:
 
 
 def float16_against_native(look: Look) -> Iterator[Row]:
-    """The products of frozen weights become scaled float16: loss, gradients and times."""
+    """The matmul of frozen weights becomes scaled float16: loss, gradients and times."""
     with contextlib.nullcontext() if look.is_gpu else float16_cores():
         t.set_recomputation(look.trainer.recomputing_layers, False)
         native = t.timed_pass(look.trainer, look.examples)
@@ -657,8 +709,8 @@ def float16_against_native(look: Look) -> Iterator[Row]:
     apart = t.share_apart(native.gradients, float16.gradients)
     text = f"{1000 * native.seconds:.0f} ms native, {1000 * float16.seconds:.0f} float16; losses "
     text += f"{abs(float16.loss / native.loss - 1):.2%} and LoRA's gradients {apart:.2%} apart"
-    is_good = reason in ("", t.SLOWER)
-    yield Row("float16 products against native", f"{text}; {reason}".rstrip("; "), is_good)
+    is_good = reason == "" or (reason == t.SLOWER and not emulates_bfloat16(look))
+    yield Row("float16 matmul against native", f"{text}; {reason}".rstrip("; "), is_good)
 
 
 def matmul_auto(look: Look) -> Iterator[Row]:
@@ -667,9 +719,8 @@ def matmul_auto(look: Look) -> Iterator[Row]:
     settings.DEVICE, settings.dry_run = look.device.type, False
     with quiet():
         chosen = t.choose_matmul(t.Job(settings, config=look.job.config))
-    is_old = look.is_gpu and torch.cuda.get_device_capability()[0] < 8
-    wanted = "float16" if is_old else "native"
-    yield Row("MATMUL auto", f"tries {chosen} products", chosen == wanted)
+    wanted = "float16" if emulates_bfloat16(look) else "native"
+    yield Row("MATMUL auto", f"tries {chosen} matmul", chosen == wanted)
 
 
 LOOKS: list[Callable[[Look], Iterator[Row]]] = [
@@ -703,7 +754,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def a_whole_run(card: Card) -> Iterator[Row]:
-    """A whole run as on a V100, with float16 products."""
+    """A whole run as on a V100, with float16 matmul."""
     printed = run_script(card, "float16", "--matmul", "float16", kind="v100")
     record = card.record("float16")
     speed = record["train_tokens"] / record["train_seconds"]
@@ -719,7 +770,7 @@ def a_whole_run(card: Card) -> Iterator[Row]:
 
 
 def evidence(card: Card) -> Iterator[Row]:
-    """The package measures the adapter that was trained with float16 products, with these."""
+    """The package measures the adapter that was trained with float16 matmul, with it."""
     tiny = card.options.tiny
     general = write_lines(card.options.folder / "general.jsonl", shipped_lines(GENERAL, 12))
     words = ["evidence", str(card.output("float16") / "final_lora")]
@@ -806,7 +857,7 @@ def leave_only(card: Card, size: int) -> Iterator[str]:
 
 
 def a_card_of_32_gb(card: Card) -> Iterator[Row]:
-    """A step that is too large for a card goes through in parts."""
+    """A step that is too large for a card goes through in micro-batches."""
     if not card.is_gpu:
         yield Row("steps of 24 examples", "not done: on a CPU every step goes through whole")
         return
@@ -829,10 +880,10 @@ def one_process_under_torchrun(card: Card) -> Iterator[Row]:
 
 
 def the_script_as_it_is(card: Card) -> Iterator[Row]:
-    """The command that a user gives: it chooses products and kernels by itself, and says why."""
+    """The command that a user gives: it chooses matmul and kernels by itself, and says why."""
     run_script(card, "as is", "--max_steps", "6", kind="as is")
     record = card.record("as is")
-    text = f"{record['products']} products; {record['delta_kernels'] or 'no trial of fla'}; "
+    text = f"{record['products']} matmul; {record['delta_kernels'] or 'no trial of fla'}; "
     text += f"compared: {json.dumps(record['matmul_compared'])}; memory limits "
     text += json.dumps(record["memory_limits"])
     yield Row("the script as it is", text, record["outcome"] == "finished")
