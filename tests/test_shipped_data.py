@@ -753,7 +753,7 @@ def test_the_cards_examples_are_lines_of_the_files():
     card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     examples = [json.loads(one) for one in re.findall(r"```json\n(.+?)```", card, re.DOTALL)]
     assert examples and [one for one in examples if one not in both()] == []
-    assert len(card.splitlines()) <= 220
+    assert len(card.splitlines()) <= 225
 
 
 def test_the_card_has_the_header_that_the_hub_reads():
