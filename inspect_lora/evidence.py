@@ -66,7 +66,7 @@ from inspect_lora.report_folder import (
     prepare_folder,
     write_report,
 )
-from inspect_lora.scores import Estimate, Losses, evenly_spread, losses_of
+from inspect_lora.scores import FEWEST_LINES, Estimate, Losses, evenly_spread, losses_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +186,12 @@ def end_with_3_if_asked(found: Findings, options: argparse.Namespace) -> None:
     """End with status 3 if what --fail_if names was found: for a machine that waits for it."""
     reasons = []
     if "worse" in options.fail_if:
+        lines = len(set(found.losses.lines))
+        if lines < FEWEST_LINES:
+            raise InspectError(
+                f"--fail_if worse: {pluralize(lines, 'held-out line')} cannot tell; "
+                f"{FEWEST_LINES} are needed."
+            )
         gain = found.losses.gain()
         reasons += ["the adapter is worse than its base"] if is_worse(gain) else []
     if "lost" in options.fail_if:
