@@ -241,11 +241,12 @@ def about_endings(samples: list[Answered], checked: list[Answered]) -> list[str]
         )
     base, adapter = cut_replies(checked)
     if base or adapter:
+        limits = sorted({one.max_new_tokens for one in checked})
         sentences.append(
             f"checks: of {pluralize(len(checked), 'reply')} each, {base} of the base's and "
-            f"{adapter} of the adapter's were cut at {checked[0].max_new_tokens} tokens and judged "
-            "as they stood. A cut helps a reply that must not say something, and harms one that "
-            "must say or hold something."
+            f"{adapter} of the adapter's were cut at {' or '.join(map(str, limits))} tokens and "
+            "judged as they stood. A cut helps a reply that must not say something, and harms one "
+            "that must say or hold something."
         )
     known = {one.prompt_hash for one in checked}  # a sample of these is no other reply
     asked = [*checked, *(one for one in samples if one.prompt_hash not in known)]

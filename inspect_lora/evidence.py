@@ -239,7 +239,7 @@ def measure(
     if found.held_out:
         take_samples(found, before, options)
     asked = found.prompted or found.samples
-    found.conclusions = about_endings(asked, found.checked) + found.conclusions
+    found.conclusions = about_endings(asked, found.judged) + found.conclusions
     print_conclusions(found)
     found.is_finished = True
 
@@ -297,8 +297,8 @@ def ask_checked_lines(
     with timed(found, "checks"):
         found.checked = ask_both(model, chat_format, asked, CHECKED_TOKENS, "checks", before)
     of_prompts = [one for one in found.prompted if one.task in checked]
-    replies = [one.as_recorded(found.group) for one in (*of_prompts, *found.checked)]
-    found.checks = rows_of_checks(replies)
+    found.judged = [*of_prompts, *found.checked]
+    found.checks = rows_of_checks([one.as_recorded(found.group) for one in found.judged])
     print_checks(found)
 
 
@@ -316,7 +316,7 @@ def take_samples(found: Findings, before: BaseSide, options: argparse.Namespace)
 def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
     """Return all lines with checks; a task's check of a held-out check's name is "tasks NAME"."""
     taken = {name for line in held_out for name in line.checks}
-    found = list(held_out)
+    found = [line for line in held_out if line.checks]  # of --prompts, some have none
     for task in tasks:
         names = {name: f"tasks {name}" if name in taken else name for name in task.checks}
         if names:

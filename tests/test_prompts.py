@@ -70,6 +70,13 @@ def test_both_reply_to_each_prompt_and_nothing_is_said_of_a_gain(ask, made):
     assert {name: row["lines"] for name, row in found["checks"].items()} == {
         "says no": 1, "right": 1, "tasks right": 1,
     }  # fmt: skip
+    # Of the prompts with checks as of the tasks it is told how many were cut.
+    judged = [reply for reply in found["replies"] if reply["base"]["checks"]]
+    cut = [sum(not reply[who]["ended"] for reply in judged) for who in ("base", "adapter")]
+    said = f"checks: of 2 replies each, {cut[0]} of the base's and {cut[1]} of the adapter's were "
+    assert len(judged) == 2 and cut[0] > 0
+    assert [one for one in found["conclusions"] if one.startswith(f"{said}cut at 6 or 80 tokens")]
+    assert "checks    2 lines, two replies to each" in end.out
     assert found["elsewhere"]["tasks"] == 1
     assert not re.search(r"(?m)^(gain|parts)", end.out) and "gain" not in end.report.replace(
         "nothing is said of a gain", ""
