@@ -105,25 +105,23 @@ def row_of_loss(record: dict[str, Any]) -> Row:
     losses = (record["loss"]["base"], record["loss"]["adapter"])
     note = " (lower is better)" if is_clear(record) else ": may be chance"
     bars = [
-        Bar(loss / max(losses), f"{loss:.3f}", colour)
+        Bar(loss / max(losses), f"{loss:.4f}", colour)
         for loss, colour in zip(losses, (BASE, ADAPTER), strict=True)
     ]
     return Row(f"loss on unseen replies{note}", bars)
 
 
 def checks_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of checks, first those whose change is more than chance."""
+    """Return the rows of checks with a change, first those where it is more than chance."""
     rows = (record.get("checks") or {}).values()
-    return sorted(rows, key=lambda row: not row["is_clear"])
+    changed = [row for row in rows if row["won"] or row["lost"]]
+    return sorted(changed, key=lambda row: not row["is_clear"])
 
 
 def row_of_check(row: dict[str, Any]) -> Row:
     """Return the bars of a row of checks."""
     lines, name = row["lines"], shown(one_line(row["name"], 16))
-    title = f"replies that pass “{name}”"
-    if not row["is_clear"]:
-        is_same = not row["won"] and not row["lost"]
-        title = f"pass “{name}”: {'no difference' if is_same else 'may be chance'}"
+    title = f"replies that pass “{name}”" if row["is_clear"] else f"pass “{name}”: may be chance"
     passed = ((row["before"], BASE), (row["after"], ADAPTER))
     return Row(title, [Bar(n / lines, f"{n} of {lines}", colour) for n, colour in passed])
 

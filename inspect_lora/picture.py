@@ -104,7 +104,8 @@ def draw_parts(axes: Axes, parts: list[Part]) -> None:
         Patch(color=COLOURS[kind], label=LEGEND[kind])
         for kind in dict.fromkeys(part.kind for part in parts)
     ]
-    axes.legend(handles=key, fontsize=11, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+    axes.legend(handles=key, fontsize=11, ncols=3, columnspacing=1.2, **place)
 
 
 def draw_losses(axes: Axes, losses: dict[int, float], evals: dict[int, float]) -> None:
