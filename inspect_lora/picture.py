@@ -43,9 +43,10 @@ def draw_picture(found: Findings, path: Path) -> bool:
         figure = Figure((11, 1 + 3.6 * len(rows)), dpi=120, layout="constrained")
         panels = figure.subplot_mosaic(rows)
         config = found.adapter.model.peft_config["default"]
+        verdict = f": {headline(found)}" if found.losses else ""  # no panel shows replies
         figure.suptitle(
             f"LoRA on {found.adapter.base.rstrip('/').rpartition('/')[2]}\n"
-            f"r = {config.r}, alpha = {config.lora_alpha}: {headline(found)}",
+            f"r = {config.r}, alpha = {config.lora_alpha}{verdict}",
             parse_math=False,
         )
         if "strengths" in shares:
@@ -125,7 +126,7 @@ def draw_losses(axes: Axes, losses: dict[int, float], evals: dict[int, float]) -
     if evals:
         label = f"held-out: {evals_in_words(list(evals.values()))}"
         axes.plot(list(evals), list(evals.values()), "o", color="black", label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.margins(y=0.15)
     axes.set(xlabel="step", ylabel="loss, nats a token", title="The training")
     axes.legend(fontsize=11)
