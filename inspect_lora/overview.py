@@ -102,12 +102,15 @@ def is_clear(record: dict[str, Any]) -> bool:
 
 def row_of_loss(record: dict[str, Any]) -> Row:
     """Return the bars of the held-out loss, the larger one as long as there is room."""
-    losses = (record["loss"]["base"], record["loss"]["adapter"])
-    note = " (lower is better)" if is_clear(record) else ": may be chance"
+    base, adapter = record["loss"]["base"], record["loss"]["adapter"]
+    largest = max(base, adapter)
     bars = [
-        Bar(loss / max(losses), f"{loss:.4f}", colour)
-        for loss, colour in zip(losses, (BASE, ADAPTER), strict=True)
+        Bar(loss / largest, f"{loss:.4f}", colour)
+        for loss, colour in ((base, BASE), (adapter, ADAPTER))
     ]
+    note = " (lower is better)" if is_clear(record) else ": may be chance"
+    if bars[0].label == bars[1].label:
+        note = ": no difference"
     return Row(f"loss on unseen replies{note}", bars)
 
 

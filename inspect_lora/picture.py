@@ -77,7 +77,8 @@ def draw_gain_and_change(axes: Axes, parts: list[Part], shifts: dict[float, Shif
     strengths = [0.0, *(part.value for part in drawn)]
     gains = [0.0, *(100 * part.of_gain.value for part in drawn)]
     errors = [0.0, *(100 * part.of_gain.error for part in drawn)]
-    changes = [0.0, *(shifts[part.value].kl_a_token().value for part in drawn)]
+    # Of two models that are nearly equal, rounding can bring the KL below 0.
+    changes = [0.0, *(max(0.0, shifts[part.value].kl_a_token().value) for part in drawn)]
     axes.errorbar(strengths, gains, errors, marker="o", capsize=3, color="C0")
     axes.axvline(1, color="0.6", linestyle=":", linewidth=1)
     axes.tick_params(axis="y", labelcolor="C0")
@@ -87,7 +88,7 @@ def draw_gain_and_change(axes: Axes, parts: list[Part], shifts: dict[float, Shif
     right.plot(strengths, changes, marker="s", linestyle="--", color="C1")
     right.tick_params(axis="y", labelcolor="C1")
     right.set_ylabel("KL on ordinary tasks, nats", color="C1")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, max(0.001, 1.06 * max(changes)))  # what is rounding must not fill the panel
 
 
 def draw_parts(axes: Axes, parts: list[Part]) -> None:
@@ -186,8 +187,8 @@ def draw_map(axes: Axes, sizes: dict[str, list[float]]) -> None:
         aspect=50,
         shrink=0.6,
         extend="max" if is_clipped else "neither",
+        ticks=MaxNLocator(6),
     )
-    bar.formatter.set_useMathText(True)
     note = f"; the largest is {largest:.3g} %" if is_clipped else ""
     bar.set_label(f"size of the update, % of the weight W{note}")
     depth = len(next(iter(sizes.values())))

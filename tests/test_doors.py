@@ -186,7 +186,7 @@ def test_the_door_without_a_gpu(reader):
 
 
 def write_mine(path):
-    """Write the shortest of the shipped conversations, in the four forms that README shows."""
+    """Write the shortest of the shipped conversations, in the four forms that are read."""
     lines = (ROOT / t.TRAIN_FILE).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in sorted(lines, key=len)[:LINES]]
     said = [(row["prompt"][-1]["content"], row["completion"][0]["content"]) for row in rows]
@@ -206,10 +206,12 @@ def in_form(number, question, reply):
 
 
 def check_mine(reader, words):
-    """All is said, and nothing is written; it needs no GPU."""
+    """All is said, and nothing is written; also with the flags for a machine without a GPU."""
+    (without_gpu,) = re.findall(r"`(--model_name [^`]+)`", read(README))
     before = listing(reader.folder)
-    out = reader.paste(words)
-    assert "trainable params" in out and f"{HELD_OUT} of the {LINES}" in out
+    for more in ([], without_gpu.split()):
+        out = reader.paste(words, *more)
+        assert "trainable params" in out and f"{HELD_OUT} of the {LINES}" in out
     assert listing(reader.folder) == before
 
 

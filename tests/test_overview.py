@@ -97,6 +97,13 @@ def test_a_loss_in_doubt_is_no_cost_and_says_so(drawn, value, error, lines):
     assert lost == ["ordinary tasks: another likeliest token", "41 %"]
 
 
+def test_losses_that_are_written_alike_are_called_so(drawn):
+    """However clear the difference is: its first digit is not seen."""
+    alike = {"loss": {"base": 3.0, "adapter": 2.99999}, "gain": {"value": 1e-5, "error": 1e-6}}
+    gained, *_ = drawn(RECORD | alike | {"checks": {}})
+    assert gained == ["loss on unseen replies: no difference", "3.0000", "3.0000"]
+
+
 def test_prompts_alone_show_the_replies_and_nothing_draws_nothing(drawn, tmp_path):
     alone = {"base": "b", "adapter_config": {}, "checks": {}, "replies": [ANSWERED]}
     gained, lost, prompt = drawn(alone)

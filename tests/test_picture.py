@@ -6,7 +6,10 @@ import math
 import pytest
 from matplotlib.figure import Figure
 
-from inspect_lora.picture import draw_losses, draw_updates
+from inspect_lora.elsewhere import Shift
+from inspect_lora.parts import Part
+from inspect_lora.picture import draw_gain_and_change, draw_losses, draw_updates
+from inspect_lora.scores import Estimate
 
 
 @pytest.fixture
@@ -73,9 +76,11 @@ def test_the_colours_fit_updates_of_any_size(axes, update, tmp_path):
     axes.figure.savefig(tmp_path / "picture.png")
     (image,) = axes.images
     assert image.norm.vmin == 0 and image.norm.vmax == pytest.approx(100 * update or 1)
-    labels = [label.get_window_extent() for label in axes.get_xticklabels()]
-    assert len(labels) == 20
-    assert not any(one.overlaps(other) for one, other in itertools.pairwise(labels))
+    assert len(axes.get_xticks()) == 20
+    for drawn in axes.figure.axes:  # the map, and the scale of its colours
+        ends = [(label.get_window_extent().x0, label.get_window_extent().x1)
+                for label in drawn.get_xticklabels() if label.get_text()]  # fmt: skip
+        assert all(end < start for (_, end), (start, _) in itertools.pairwise(ends))
 
 
 def test_one_large_update_leaves_the_others_a_difference(axes):
@@ -83,3 +88,17 @@ def test_one_large_update_leaves_the_others_a_difference(axes):
     (image,) = axes.images
     assert image.norm.vmax < 2
     assert any("the largest is 100 %" in one.get_xlabel() for one in axes.figure.axes)
+
+
+def test_a_change_of_rounding_size_is_drawn_as_0(axes):
+    """KL cannot be below 0, and its scale must not be of what float32 rounds."""
+    parts = [
+        Part("strength", value, "", change_model=None, of_gain=Estimate(value, 0.1), losses=[1.0])
+        for value in (0.5, 2.0)
+    ]
+    draw_gain_and_change(axes, parts, {0.5: Shift([-5e-9], [0], [1]), 2.0: Shift([5e-9], [0], [1])})
+    (_, right) = axes.figure.axes
+    assert list(right.lines[0].get_ydata()) == [0.0, 0.0, pytest.approx(5e-9)]
+    assert right.get_ylim() == (0, 0.001)
+    draw_gain_and_change(axes, parts, {0.5: Shift([0.2], [0], [1]), 2.0: Shift([0.9], [0], [1])})
+    assert axes.figure.axes[-1].get_ylim()[1] == pytest.approx(0.9, rel=0.1)
