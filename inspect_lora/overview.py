@@ -139,7 +139,7 @@ def draw_bars(axes: Axes, title: str, rows: list[Row] | str, most: int) -> None:
         return
     for number, row in enumerate(rows):
         top = -3.0 * number
-        axes.text(0, top - 0.25, row.name, fontsize=11, parse_math=False)
+        axes.text(0, top - 0.17, row.name, fontsize=11, parse_math=False)
         for place, bar in enumerate(row.bars):
             middle = top - 0.75 - 0.8 * place
             length = bar.length if math.isfinite(bar.length) else 0.0
