@@ -3,8 +3,9 @@
 It writes report.md (the verdict, the tables, and samples side by side), overview.png, lora.png,
 replies.html (all replies, to be searched, and to be read blind in a browser) and evidence.json into
 one folder: OUTPUT_DIR/inspected/NAME for an adapter of train_lora_single.py, which brings its
-held-out file and its system message, else inspected/PARENT--NAME in the working folder. An earlier
-report of the adapter stays until the new one is whole, and is renamed then.
+held-out file and its system message, else inspected/PARENT--NAME in the working folder. With
+--prompts, "--prompts" is added to the name. An earlier report of the adapter stays until the new
+one is whole, and is renamed then.
 
 What is concluded is about this adapter and these conversations. What another run would reach may
 not be concluded: train it, and compare. Nor does a lower loss say that the replies are good: read

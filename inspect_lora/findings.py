@@ -84,4 +84,5 @@ def headline(found: Findings) -> str:
     if not gain.is_clear():
         return "neither better nor worse, by a clear difference, than its base"
     word = "better" if gain.value > 0 else "worse"
-    return f"{abs(gain.value):.3f} nats a token {word} than its base"
+    size = f"{abs(gain.value):.3f}" if abs(gain.value) >= 0.001 else "less than 0.001"
+    return f"{size} nats a token {word} than its base"

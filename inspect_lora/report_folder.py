@@ -39,8 +39,11 @@ FILES = (RECORD, "report.md", "overview.png", "lora.png", PAGE)
 def folder_for_report(options: argparse.Namespace, place: Path, trained_by: Run | None) -> Path:
     """Return where the report goes: a folder of its own, and not in the adapter's.
 
+    A report on prompts alone has one as well, since `served` and `compare` need that on replies.
+
     Raises InspectError if --output_dir holds another adapter's report.
     """
+    suffix = "--prompts" if options.prompts else ""
     if options.output_dir:
         folder = Path(options.output_dir)
         if is_of_another(folder, options.adapter, place):
@@ -49,9 +52,10 @@ def folder_for_report(options: argparse.Namespace, place: Path, trained_by: Run 
                 f"({adapter_of_report(folder)[0]}); give each its own --output_dir."
             )
     elif trained_by:
-        folder = trained_by.path.parent / "inspected" / place.resolve().name
+        folder = trained_by.path.parent / "inspected" / f"{place.resolve().name}{suffix}"
     else:
-        named = (Path("inspected") / name for name in names_for(options.adapter, place))
+        names = names_for(options.adapter, place)
+        named = (Path("inspected") / f"{name}{suffix}" for name in names)
         folder = next(one for one in named if not is_of_another(one, options.adapter, place))
     if place.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise InspectError(

@@ -3,6 +3,7 @@
 import re
 import shutil
 import types
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -92,6 +93,21 @@ def test_both_reply_to_each_prompt_and_nothing_is_said_of_a_gain(ask, made):
     assert "who rang?" in page
 
 
+def test_the_picture_of_the_updates_says_nothing_of_replies(ask, monkeypatch):
+    figures = {}
+
+    def save(figure, path):
+        figures[path.name] = figure
+        path.write_bytes(b"picture")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+    assert ask("--general_file", "").status == 0
+    assert figures["lora.png"].get_suptitle().endswith("\nr = 4, alpha = 32")
+    assert [axes.get_title() for axes in figures["lora.png"].axes][:1] == [
+        "Where the model was changed"
+    ]
+
+
 def test_they_are_what_a_chat_would_say(ask, made, capsys, monkeypatch):
     """With the training's system message, unless a prompt has one of its own."""
     end = ask("--system", "You are Nell.", "--general_file", "")
@@ -169,6 +185,22 @@ def test_compare_sets_two_such_reports_side_by_side_and_ranks_nothing(
     shutil.copy(record, tmp_path / "third" / "evidence.json")
     end = command(capsys, "compare", ".")
     assert end.status == 0 and "2 reports (one, other): measured on prompts without" in end.said
+
+
+def test_the_report_on_replies_stays_beside_that_on_prompts(
+    made, capsys, no_picture, held_out, monkeypatch
+):
+    """`served` and `compare` need its losses, whichever was written last."""
+    monkeypatch.chdir(made.folder)
+    less = ["--general_file", "", "--examples", "0", "--checks", "0", "--samples", "0"]
+    for flag, path in (("--eval_file", held_out), ("--prompts", made.prompts)):
+        end = command(capsys, "evidence", made.adapter, flag, path, *WORDS, *less)
+        assert end.status == 0, end.err
+    found = {path.parent.name: read_json(path) for path in Path("inspected").glob("*/*.json")}
+    assert found["adapter"]["losses"] and found["adapter--prompts"]["losses"] == []
+    end = command(capsys, "compare", "inspected")
+    assert end.status == 0 and "inspected/adapter" in end.out
+    shutil.rmtree("inspected")
 
 
 def test_served_says_what_a_report_on_prompts_lacks(ask, made, capsys, monkeypatch):
