@@ -306,7 +306,7 @@ class CheckRow:
     after: int  # replies of the adapter that pass
     lost: list[str]  # lines that only the base passes
     won: list[str]  # lines that only the adapter passes
-    p: float  # of so uneven a change by the choice of lines alone
+    p: float  # of a change at least so uneven, if lines were lost as often as won
     needed: float  # p must be below it: in one of twenty tables a row is so by chance
 
     @property
@@ -328,7 +328,7 @@ class CheckRow:
         said = f"may be chance ({p_in_words(self.p)})" if lost or won else "the same lines pass"
         if not self.can_be_clear:
             return (
-                f"{said}; too few lines to show anything: p must be below {self.needed:.2g}, and "
+                f"{said}; too few lines to show anything: p must be below {self.needed:.3g}, and "
                 f"{pluralize(self.lines, 'line')} can give {mcnemar(self.lines, 0):.2g}"
             )
         if self.before < fewest_to_lose(self.needed):
@@ -401,9 +401,10 @@ def wilson(passed: int, lines: int) -> tuple[float, float]:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Return the exact two-sided probability of so uneven a change by chance (McNemar, 1947).
+    """Return how probable a change at least so uneven is if lines are as likely lost as won.
 
-    Chance is the choice of lines; what another seed of the training would change is not in it.
+    It is McNemar's test (1947), exact and two-sided. Chance is the choice of lines; what another
+    seed of the training would change is not in it.
     """
     changed, fewer = lost + won, min(lost, won)
     tail = sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed

@@ -62,7 +62,7 @@ def about_no_gain(parts: list[Part], gain: Estimate) -> str:
     is_too_strong = any(
         part.gained.value > 0 and part.gained.is_clear(len(weaker)) for part in weaker
     )
-    so = "worse" if gain.is_clear() else "not better"
+    so = "worse" if gain.is_clear() else "not clearly better"
     if is_too_strong:
         return (
             f"The adapter is {so} than the base model, but the same update is better than it when "
@@ -70,8 +70,9 @@ def about_no_gain(parts: list[Part], gain: Estimate) -> str:
             "learning rate or a smaller alpha. What its parts are worth cannot be said."
         )
     if gain.is_clear():
+        also = ", and no weaker update is clearly better" if weaker else ""
         return (
-            "The adapter is worse than the base model, and no weaker update is clearly better. If "
+            f"The adapter is worse than the base model{also}. If "
             "the run's held-out losses rose at the end, it learned its conversations by heart: "
             "publish the best epoch, train fewer, or find more conversations. Else check that the "
             "held-out conversations are of the kind that was trained on, and that tokenizer and "
@@ -104,9 +105,10 @@ def about_alpha(parts: list[Part]) -> str:
             return (
                 f"alpha: too few held-out replies to tell whether another strength is better{MORE}."
             )
+        tried = [float(part.value) for part in strengths]
         return (
-            "alpha: no other strength of this update has a clearly lower loss (by over "
-            f"{100 * WORTH_REPORTING:.0f} % of the gain)."
+            f"alpha: no other strength that was tried (x {min(tried):g} to x {max(tried):g}) has a "
+            f"clearly lower loss (by over {100 * WORTH_REPORTING:.0f} % of the gain)."
         )
     if float(best.value) < 1:
         so, advice = "strong", "a shorter training, a lower learning rate, a smaller alpha"
@@ -195,9 +197,9 @@ def about_change(found: Elsewhere) -> str:
     shift = found.without_system[1.0]
     kl, other = shift.kl_a_token(), shift.other_tokens()
     return (
-        f"change: on {found.tasks} other tasks another token is the likeliest at "
-        f"{other.percent()} of the places, and the KL from the base's probabilities is "
-        f"{kl.without_sign()} nats a token (0 if none differs). It says how far the model was "
+        f"change: in the base's own replies to {found.tasks} other tasks another token is the "
+        f"likeliest at {other.percent()} of the places, and the KL from the base's probabilities "
+        f"is {kl.without_sign()} nats a token (0 if none differs). It says how far the model was "
         "moved, not that it got worse."
     )
 
@@ -239,18 +241,20 @@ def about_endings(samples: list[Answered], checked: list[Answered]) -> list[str]
         )
     base, adapter = cut_replies(checked)
     if base or adapter:
+        limits = sorted({one.max_new_tokens for one in checked})
         sentences.append(
             f"checks: of {pluralize(len(checked), 'reply')} each, {base} of the base's and "
-            f"{adapter} of the adapter's were cut at {checked[0].max_new_tokens} tokens and judged "
-            "as they stood. A cut helps a reply that must not say something, and harms one that "
-            "must hold a number or JSON."
+            f"{adapter} of the adapter's were cut at {' or '.join(map(str, limits))} tokens and "
+            "judged as they stood. A cut helps a reply that must not say something, and harms one "
+            "that must say or hold something."
         )
-    asked = [*checked, *samples]
+    known = {one.prompt_hash for one in checked}  # a sample of these is no other reply
+    asked = [*checked, *(one for one in samples if one.prompt_hash not in known)]
     base, _ = cut_replies(asked)
     if 2 * base > len(asked):
         sentences.append(
-            f"base: {base} of {len(asked)} of its replies did not end by themselves, so a "
-            "difference to them says little of how good the adapter's are: read those."
+            f"base: of its {pluralize(len(asked), 'reply')} {base} were cut before they ended, so "
+            "a difference from them says little about how good the adapter's are: read those."
         )
     return sentences
 

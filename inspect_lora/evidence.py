@@ -66,7 +66,7 @@ from inspect_lora.report_folder import (
     prepare_folder,
     write_report,
 )
-from inspect_lora.scores import Estimate, Losses, evenly_spread, losses_of
+from inspect_lora.scores import FEWEST_LINES, Estimate, Losses, evenly_spread, losses_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +186,12 @@ def end_with_3_if_asked(found: Findings, options: argparse.Namespace) -> None:
     """End with status 3 if what --fail_if names was found: for a machine that waits for it."""
     reasons = []
     if "worse" in options.fail_if:
+        lines = len(set(found.losses.lines))
+        if lines < FEWEST_LINES:
+            raise InspectError(
+                f"--fail_if worse: {pluralize(lines, 'held-out line')} cannot tell; "
+                f"{FEWEST_LINES} are needed."
+            )
         gain = found.losses.gain()
         reasons += ["the adapter is worse than its base"] if is_worse(gain) else []
     if "lost" in options.fail_if:
@@ -233,7 +239,7 @@ def measure(
     if found.held_out:
         take_samples(found, before, options)
     asked = found.prompted or found.samples
-    found.conclusions = about_endings(asked, found.checked) + found.conclusions
+    found.conclusions = about_endings(asked, found.judged) + found.conclusions
     print_conclusions(found)
     found.is_finished = True
 
@@ -291,8 +297,8 @@ def ask_checked_lines(
     with timed(found, "checks"):
         found.checked = ask_both(model, chat_format, asked, CHECKED_TOKENS, "checks", before)
     of_prompts = [one for one in found.prompted if one.task in checked]
-    replies = [one.as_recorded(found.group) for one in (*of_prompts, *found.checked)]
-    found.checks = rows_of_checks(replies)
+    found.judged = [*of_prompts, *found.checked]
+    found.checks = rows_of_checks([one.as_recorded(found.group) for one in found.judged])
     print_checks(found)
 
 
@@ -310,7 +316,7 @@ def take_samples(found: Findings, before: BaseSide, options: argparse.Namespace)
 def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
     """Return all lines with checks; a task's check of a held-out check's name is "tasks NAME"."""
     taken = {name for line in held_out for name in line.checks}
-    found = list(held_out)
+    found = [line for line in held_out if line.checks]  # of --prompts, some have none
     for task in tasks:
         names = {name: f"tasks {name}" if name in taken else name for name in task.checks}
         if names:

@@ -38,7 +38,8 @@ class Findings:
     updates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     elsewhere: Elsewhere | None = None
     checks: list[CheckRow] = field(default_factory=list)
-    checked: list[Answered] = field(default_factory=list)  # what the rows of checks count
+    checked: list[Answered] = field(default_factory=list)  # held-out lines and tasks with checks
+    judged: list[Answered] = field(default_factory=list)  # these and prompts: what the rows count
     prompted: list[Answered] = field(default_factory=list)  # all prompts without a known reply
     samples: list[Answered] = field(default_factory=list)  # what report.md shows
     base_computed_with: dict[str, str] = field(default_factory=dict)

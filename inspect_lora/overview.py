@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from inspect_lora.common import one_line
+from inspect_lora.scores import FEWEST_LINES, Estimate
 
 BASE, ADAPTER = "0.72", "#1f6fb4"  # the colours of the two models
 LOOK = {"font.size": 12, "axes.titlesize": 14, "axes.titleweight": "bold"}
@@ -71,7 +72,8 @@ def bars_of_loss(record: dict[str, Any]) -> Bars:
     """Return the bars of the held-out loss, the larger one as long as there is room."""
     base, adapter = record["loss"]["base"], record["loss"]["adapter"]
     largest, gain = max(base, adapter), record["gain"]
-    is_clear = abs(gain["value"]) > 2 * (gain["error"] or math.inf)
+    lines = {row["where"] for row in record["losses"]}
+    is_clear = len(lines) >= FEWEST_LINES and Estimate(**gain).is_clear()
     title = "loss on unseen replies" + ("" if is_clear else ", no clear difference")
     return Bars(title, base / largest, adapter / largest, f"{base:.3f}", f"{adapter:.3f}")
 

@@ -20,7 +20,7 @@ from inspect_lora.common import (
 )
 from inspect_lora.conclusions import best_strength, cut_that_is_enough, of_kind
 from inspect_lora.conversations import Task, group_of
-from inspect_lora.elsewhere import Elsewhere
+from inspect_lora.elsewhere import REPLY_TOKENS, Elsewhere
 from inspect_lora.findings import Findings, headline
 from inspect_lora.modules import scaling_in_words
 from inspect_lora.parts import Part
@@ -67,7 +67,7 @@ def print_checks(found: Findings) -> None:
     rows = [columns("", "lines", "base", "adapter", "lost", "won", "beyond chance?")]
     for row in found.checks:
         rates = [with_interval(passed, row.lines) for passed in (row.before, row.after)]
-        answer = f"{'yes' if row.is_clear else 'no'} ({p_in_words(row.p)})"
+        answer = f"{'yes' if row.is_clear else 'not shown'} ({p_in_words(row.p)})"
         answer = answer if row.can_be_clear else "too few lines"
         counts = (len(row.lost), len(row.won))
         rows.append(columns(one_line(row.name, 17), row.lines, *rates, *counts, answer))
@@ -86,9 +86,11 @@ def gain_sentence(found: Findings) -> str:
     """Return what the adapter gained, in a sentence of three lines."""
     gain = found.losses.gain()
     base, adapter = found.mean(found.losses.base), found.mean(found.losses.trained)
+    replies, lines = len(found.examples), len(set(found.losses.lines))
+    of_lines = f" of {pluralize(lines, 'line')}" if lines < replies else ""  # what ± counts
     return (
         f"{gain} nats a token (95 % interval {gain.interval()}): the loss of\n"
-        f"{pluralize(len(found.examples), 'held-out reply')} is {base:.4f} without the adapter and "
+        f"{pluralize(replies, 'held-out reply')}{of_lines} is {base:.4f} without the adapter and "
         f"{adapter:.4f} with it\n(perplexity {perplexity(base)} and {perplexity(adapter)}), and "
         f"lower with it on {found.lower_on()} of them"
     )
@@ -130,14 +132,21 @@ def markdown_verdict(found: Findings) -> str:
     lines = [title, "", f"**{gain}.**".replace("\n", " "), ""]
     sentences = [row.sentence() for row in found.checks if row.is_clear] + found.conclusions
     lines += [f"- {escaped(sentence)}" for sentence in sentences]
-    how_sure = HOW_SURE if found.losses else ""
+    how_sure = OF_LOSSES if found.losses else OF_TASKS if found.elsewhere else ""
+    if found.losses or found.elsewhere or found.checks:
+        how_sure += CHANCE
     return "\n".join([*lines, *([""] if sentences else []), how_sure]).rstrip()
 
 
-HOW_SURE = (
-    "± is one standard error over the held-out lines, and wherever two losses are compared, above "
-    "0 is better. Chance is the choice of these lines; another seed of the training may change "
-    "more than that."
+# How sure the numbers are.
+OF_LOSSES = (
+    "± is one standard error over the held-out lines, or over the other tasks, and wherever two "
+    "losses are compared, above 0 is better. A difference is clear if its 95 % interval leaves out "
+    "0; where several are compared, their intervals hold 95 % together. "
+)
+OF_TASKS = "± is one standard error over the other tasks. "
+CHANCE = (
+    "Chance is the choice of these lines; another seed of the training may change more than that."
 )
 
 
@@ -162,7 +171,7 @@ def markdown_parts(found: Findings) -> str:
         "compare a row with the adapter as trained: above 0 is better. "
         f"Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
         "switched off in parts, or cut to its strongest directions, and nothing is trained anew. "
-        "Shares of the gain overlap, so they need not add up to 100 %."
+        "Parts overlap, so their shares need not add up to 100 %."
         "\n\n" + table(["", "loss", "of the gain", "against as trained", "lower loss on"], rows)
     )
     rows = []
@@ -175,7 +184,8 @@ def markdown_parts(found: Findings) -> str:
         head = ["target", "modules", "update, mean", "largest", "directions that hold 90 % of it"]
         text += (
             "\n\nThe size of each update is compared with that of the weight W that it is added to "
-            f"(Frobenius norms).\n\n{table(head, rows)}"
+            "(Frobenius norms); directions count by their squares, and their number is a mean over "
+            f"the modules.\n\n{table(head, rows)}"
         )
     return text
 
@@ -195,8 +205,9 @@ def markdown_elsewhere(elsewhere: Elsewhere) -> str:
     return (
         "## What else was changed\n\n"
         f"On the base model's own replies to {pluralize(elsewhere.tasks, 'ordinary task')}, such "
-        "as sums, translations and lists, without the training's system message: how far the "
-        "adapter's probabilities are from the base's, and how often it would go on otherwise.\n\n"
+        f"as sums, translations and lists (one reply each, drawn by chance, {REPLY_TOKENS} tokens "
+        "at most), without the training's system message: how far the adapter's probabilities are "
+        "from the base's, and how often it would go on otherwise.\n\n"
         + table(["", "KL, nats a token", "another likeliest token"], rows)
     )
 
@@ -218,8 +229,9 @@ def markdown_checks(found: Findings) -> str:
         "## What the replies hold",
         "Base and adapter reply to lines that say what a reply must hold, always with the "
         f"likeliest token, {' or '.join(map(str, limits))} of them at most. In brackets is the "
-        "95 % interval of the share (Wilson). p is the probability of so uneven a change by the "
-        "choice of lines alone (McNemar's exact test).",
+        "95 % interval of the share (Wilson). p is how probable a change at least so uneven would "
+        "be if lines were lost as often as won (McNemar's exact test). A row shows more than "
+        f"chance if p is below {found.checks[0].needed:.3g}: 5 %, divided by the number of rows.",
         table(head, rows),
         "\n".join(lost),
     ]
@@ -248,7 +260,8 @@ def markdown_samples(found: Findings) -> str:
     prompt = "held-out prompt" if found.held_out else "prompt"
     parts = [
         "## How it replies",
-        f"{pluralize(len(found.samples), prompt)}, always the likeliest token (greedy). "
+        f"{pluralize(len(found.samples), prompt)}, always the likeliest token (greedy), "
+        f"{found.samples[0].max_new_tokens} of them at most. "
         f"{habits('The base', [sample.base for sample in found.samples])} "
         f"{habits('The adapter', [sample.adapter for sample in found.samples])}",
     ]

@@ -1,8 +1,14 @@
 """Every part of the benchmark runs at tiny sizes, and a missed target is an exit status of 1."""
 
+import contextlib
+import functools
+import importlib.metadata
 import json
+import math
 import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -254,8 +260,15 @@ def test_the_acceptance_of_a_card_passes_on_a_cpu_at_tiny_sizes(monkeypatch, opt
     good += ["matmul, TFLOP/s", "whole run as on a V100", "verified", "SIGUSR1 in a step"]
     good += ["gone on", "given once more", "evidence", "chat", "the script as it is"]
     assert [name for name in good if not found[name]["is_good"]] == []
+    fired = tuple(row for row, *_ in BROKEN + WRONG) + FIRED_BELOW
+    judged = [name for name, row in found.items() if row["is_good"] is not None]
+    assert [name for name in judged if not name.startswith(fired)] == []
     for name in ("fla against torch's code", "the allocator's fragments"):
         assert found[name]["found"].startswith("not done") and found[name]["is_good"] is None
+
+
+# Rows with tests of their own.
+FIRED_BELOW = ("plan", "float16 matmul against native", "matmul, TFLOP/s")
 
 
 @pytest.fixture(scope="module")
@@ -304,36 +317,19 @@ def with_a_copy(real):
     return load
 
 
-BROKEN = {  # a check of the acceptance, and what makes its row fail
-    "loading": lambda patch, look: patch.setattr(t, "load_model", with_a_copy(t.load_model)),
-    "trial": lambda patch, look: patch.setattr(t.MemoryLimits, "most", lambda _: 0),
-    "a_step": lambda patch, look: patch.setattr(look, "step", worse(look.step, float("nan"))),
-    "steps_of_new_widths": lambda patch, look: patch.setattr(
-        look, "milliseconds", in_turn([5000.0] * 12 + [9.0] * 12)
-    ),
-    "products_against_float64": lambda patch, look: patch.setattr(
-        t, "scaled_fp16_matmul", worse(t.scaled_fp16_matmul, 1.5)
-    ),
-    "matmul_auto": lambda patch, look: patch.setattr(t, "choose_matmul", lambda _: "float16"),
-}
+def numbers_only(real):
+    """Return a function whose result holds a number wherever it is none."""
+    return lambda *given: torch.nan_to_num(real(*given))
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_row_of_the_model_s_own_process_can_fail(name, look, monkeypatch):
-    BROKEN[name](monkeypatch, look)
-    rows = list(gpu.rows_of(getattr(gpu, name), look))
-    assert False in [row.is_good for row in rows]
+def other_gradients_when_redone(patch, look):
+    """Double the gradients of the second step, whose memory is short."""
+    real, factors = look.step, in_turn((1, 2))
+    patch.setattr(look, "step", lambda: worse(real, factors())())
 
 
-def test_a_step_that_is_not_divided_or_has_other_gradients_fails(look, monkeypatch):
-    found = [(0.0, torch.full((9,), size)) for size in (1.0, 2.0)]
-    monkeypatch.setattr(look, "step", in_turn(found))
-    (row,) = gpu.out_of_memory_in_a_step(look)
-    assert row.is_good is False and "100.00% apart" in row.found
-
-
-def test_fla_with_other_gradients_fails_although_losses_are_equal(look):
-    """Its forward pass is right here, and its backward pass is not."""
+def other_kernels(patch, look):
+    """Let fla have right losses and wrong gradients: its forward pass is right."""
 
     class Wrong(torch.autograd.Function):
         @staticmethod
@@ -345,17 +341,86 @@ def test_fla_with_other_gradients_fails_although_losses_are_equal(look):
             return 100 * gradient
 
     module = sys.modules["transformers.models.qwen3_5.modeling_qwen3_5"]
-    name = "torch_chunk_gated_delta_rule"
-    right = getattr(module, name)
+    right = module.torch_chunk_gated_delta_rule
 
+    @functools.wraps(right.__wrapped__)
     def wrong(query, key, value, **named):
         out, state = right(query, key, Wrong.apply(value), **named)
         return Wrong.apply(out), state
 
-    (row,) = gpu.compare_ways(look, module, name, right)
-    assert row.is_good
-    (row,) = gpu.compare_ways(look, module, name, wrong)
-    assert row.is_good is False and "loss 0.00%" in row.found
+    patch.setattr(module, "torch_chunk_gated_delta_rule", wrong)
+    patch.setattr(look.job, "delta_kernels", "fla, as a test wants it")
+
+
+# A row, its check, and what makes it fail.
+BROKEN = [
+    ("loading", "loading", lambda patch, _: patch.setattr(
+        t, "load_model", with_a_copy(t.load_model))),
+    ("trial of memory", "trial", lambda patch, _: patch.setattr(
+        t.MemoryLimits, "most", lambda _: 0)),
+    ("a step of ", "a_step", lambda patch, look: patch.setattr(
+        look, "step", worse(look.step, float("nan")))),
+    ("fla against torch's code", "fla_against_torch", other_kernels),
+    ("out of memory in a step", "out_of_memory_in_a_step", other_gradients_when_redone),
+    ("out of memory in a step", "out_of_memory_in_a_step", lambda patch, _: patch.setattr(
+        gpu, "memory_for_half_a_step", contextlib.nullcontext)),
+    ("steps of new widths", "steps_of_new_widths", lambda patch, look: patch.setattr(
+        look, "milliseconds", in_turn([5000.0] * 12 + [9.0] * 12))),
+    ("matmul against float64", "products_against_float64", lambda patch, _: patch.setattr(
+        t, "scaled_fp16_matmul", worse(t.scaled_fp16_matmul, 1.5))),
+    ("rows of 0, infinity, NaN", "products_against_float64", lambda patch, _: patch.setattr(
+        t, "scaled_fp16_matmul", numbers_only(t.scaled_fp16_matmul))),
+    ("MATMUL auto", "matmul_auto", lambda patch, _: patch.setattr(
+        t, "choose_matmul", lambda _: "float16")),
+    ("MATMUL auto", "matmul_auto", lambda patch, _: patch.setattr(
+        gpu, "emulates_bfloat16", lambda _: True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "check", "break_it"), BROKEN)
+def test_a_row_of_the_model_s_own_process_can_fail(row, check, break_it, look, monkeypatch):
+    break_it(monkeypatch, look)
+    rows = list(gpu.rows_of(getattr(gpu, check), look))
+    (failed,) = [one.what for one in rows if one.is_good is False]
+    assert failed.startswith(row)
+
+
+def test_fla_with_the_same_gradients_is_good(look, monkeypatch):
+    monkeypatch.setattr(look.job, "delta_kernels", "fla, as a test wants it")
+    _, row = gpu.fla_against_torch(look)
+    assert row.is_good and "gradients 0.00% apart" in row.found
+
+
+@pytest.mark.parametrize("code", ["torch", "fla"])
+def test_the_trial_s_peak_is_compared_with_the_kernels_that_are_used(code, look, monkeypatch):
+    simulation = simulate.Simulation(DEEPER, look.job.settings)
+    needed = []
+
+    def memory(_, rows, width, __, is_recomputed):
+        one = simulate.Pass(rows, width, rows * (width - 1), is_recomputed, deltanet=code)
+        weights = simulation.weight_bytes + 12 * simulation.trainable
+        return needed[0] * (simulation.peak(one) - weights)
+
+    monkeypatch.setattr(gpu.Look, "is_gpu", True)
+    monkeypatch.setattr(look.job, "delta_kernels", f"{code}, as a test wants it")
+    monkeypatch.setattr(t, "memory_of_pass", memory)
+    for factor, is_good in ((1.0, True), (1.2, False)):
+        needed[:] = [factor]
+        _, row = gpu.trial(look)
+        assert row.is_good is is_good and f"{factor:.3f} of the simulated" in row.found
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_float16_has_to_be_the_faster_matmul_just_on_a_card_without_bfloat16(
+    is_old, look, monkeypatch
+):
+    monkeypatch.setattr(gpu.Look, "is_gpu", True)
+    monkeypatch.setattr(gpu, "emulates_bfloat16", lambda _: is_old)
+    for factor in (1.5, 5):
+        seconds = [1.0, 1 / factor, 1.0, 1.0, 1.0]  # bfloat16, float16, float32, copies, solves
+        monkeypatch.setattr(gpu, "seconds_of", in_turn(seconds))
+        row, *_ = gpu.rates(look)
+        assert row.what == "matmul, TFLOP/s" and row.is_good is (is_old == (factor == 5))
 
 
 def compared(look, monkeypatch, times, scale=1.0):
@@ -405,19 +470,129 @@ def test_what_earlier_checks_had_reserved_does_not_hide_fragments(look, monkeypa
     assert rows["the allocator's fragments"].is_good is False
 
 
-def test_a_run_a_launcher_or_an_evidence_that_is_otherwise_fails(monkeypatch, options):
-    card = gpu.Card(options, is_gpu=False)
-    records = {"float16": [2.0, 2.0], "launched": [2.5], "as is": [2.0]}
-    for name, losses in records.items():
-        folder = card.output(name)
-        folder.mkdir()
-        record = {"outcome": "failed: x", "products": "float16", "train_seconds": 1.0}
-        record |= {"train_tokens": 9, "loss_history": [{"loss": loss} for loss in losses]}
-        record |= {"delta_kernels": "", "matmul_compared": None, "memory_limits": None}
-        (folder / "run.json").write_text(json.dumps(record))
-    monkeypatch.setattr(gpu, "run_script", lambda *_, **__: "")
-    for check in (gpu.a_whole_run, gpu.one_process_under_torchrun, gpu.the_script_as_it_is):
-        assert False in [row.is_good for row in check(card)], check
+# What the commands print where all is well.
+PRINTED = """\
+memory    up to 99 tokens fit at once; larger steps go in micro-batches
+resume    2 of 3 checkpoints are whole
+finished  this job has been done
+loaded again from disk: they differ by at most 1e-05 from them, by 0.02 from the base's
+you> adapter> I am.
+you> base> And I.
+"""
+
+
+class Commands:
+    """Stands in for all commands of the acceptance, after which all is well."""
+
+    def __init__(self, card):
+        """Lay down what the commands leave behind."""
+        self.card, self.printed, self.statuses = card, PRINTED, {"stopped": 128 + signal.SIGUSR1}
+        for name in ("float16", "small", "large", "launched", "as is"):
+            self.record(name)
+        self.write("float16/final_lora/adapter_model.safetensors")
+        self.write("small/checkpoints/checkpoint-2")
+        for name in ("report.md", "lora.png"):
+            self.write(f"float16/inspected/final_lora/{name}")
+        self.find(base=3.0)
+
+    def __call__(self, words, said, seconds):
+        """Return the status of a command, and what it printed."""
+        found = [status for word, status in self.statuses.items() if word in words]
+        return found[0] if found else 0, self.printed
+
+    def write(self, name, text=""):
+        """Write a file below the acceptance's folder."""
+        write_lines(self.card.options.folder / name, [text])
+
+    def lose(self, name):
+        """Remove such a file."""
+        (self.card.options.folder / name).unlink()
+
+    def record(self, name, losses=(2.5, 2.4), **changed):
+        """Write the run.json of a run."""
+        history = [{"eval_loss": 3.0}, *[{"loss": loss} for loss in losses], {"eval_loss": 2.0}]
+        found = {"outcome": "finished", "products": "float16", "resumed_from": "checkpoint-2"}
+        found |= {"train_seconds": 1.0, "train_tokens": 9, "peak_memory_gib": 1.0}
+        found |= {"delta_kernels": "", "matmul_compared": None, "memory_limits": None}
+        self.write(f"{name}/run.json", json.dumps(found | {"loss_history": history} | changed))
+
+    def find(self, base, parts=("layers",)):
+        """Write the evidence.json of the adapter."""
+        found = {"losses": [], "parts": parts, "loss": {"base": base, "adapter": 2.0}}
+        self.write("float16/inspected/final_lora/evidence.json", json.dumps(found))
+
+
+@pytest.fixture
+def commands(options, monkeypatch):
+    """Return the commands of a card that has a GPU."""
+    options.tiny = False
+    found = Commands(gpu.Card(options, is_gpu=True))
+    monkeypatch.setattr(gpu, "run_in_a_group", found)
+    monkeypatch.setattr(gpu, "leave_only", lambda *_: contextlib.nullcontext(" left"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.6.0")  # fla is installed
+    return found
+
+
+BY_COMMANDS = (
+    gpu.a_whole_run, gpu.a_card_of_16_gb_and_slurm, gpu.a_card_of_32_gb,
+    gpu.one_process_under_torchrun, gpu.evidence, gpu.chat, gpu.the_script_as_it_is,
+    gpu.the_demo_with_fla_installed,
+)  # fmt: skip
+
+
+def test_rows_about_commands_are_good_where_all_is_well(commands):
+    rows = [row for check in BY_COMMANDS for row in gpu.rows_of(check, commands.card)]
+    assert {row.is_good for row in rows} == {True}, rows
+    judged = {row.what.removesuffix(" left") for row in rows}
+    assert judged - {row for row, *_ in WRONG} == {"demo on the CPU with fla installed"}
+
+
+FAILED = {"outcome": "failed: x"}
+INSPECTED = "float16/inspected/final_lora"
+# A row, its check, and what makes it fail.
+WRONG = [
+    ("whole run as on a V100", gpu.a_whole_run, lambda c: c.record("float16", **FAILED)),
+    ("whole run as on a V100", gpu.a_whole_run, lambda c: c.record("float16", products="native")),
+    ("verified", gpu.a_whole_run, lambda c: setattr(c, "printed", "")),
+    ("verified", gpu.a_whole_run, lambda c: c.lose("float16/final_lora/adapter_model.safetensors")),
+    ("SIGUSR1 in a step", gpu.a_card_of_16_gb_and_slurm, lambda c: c.lose(
+        "small/checkpoints/checkpoint-2")),
+    ("gone on", gpu.a_card_of_16_gb_and_slurm, lambda c: c.record("small", **FAILED)),
+    ("gone on", gpu.a_card_of_16_gb_and_slurm, lambda c: c.record("small", resumed_from=None)),
+    ("gone on", gpu.a_card_of_16_gb_and_slurm, lambda c: c.record("small", [2.5, 2.5])),
+    ("gone on", gpu.a_card_of_16_gb_and_slurm, lambda c: c.record("small", [2.5])),
+    ("gone on", gpu.a_card_of_16_gb_and_slurm, lambda c: c.record("small", [2.5, math.nan])),
+    ("given once more", gpu.a_card_of_16_gb_and_slurm, lambda c: setattr(c, "printed", "")),
+    ("steps of 24 examples", gpu.a_card_of_32_gb, lambda c: c.record("large", **FAILED)),
+    ("steps of 24 examples", gpu.a_card_of_32_gb, lambda c: setattr(
+        c, "printed", "memory    a whole step of 24 examples fits at once")),
+    ("torchrun, one process", gpu.one_process_under_torchrun, lambda c: c.record(
+        "launched", [2.6])),
+    ("evidence", gpu.evidence, lambda c: c.lose(f"{INSPECTED}/report.md")),
+    ("evidence", gpu.evidence, lambda c: c.lose(f"{INSPECTED}/lora.png")),
+    ("evidence", gpu.evidence, lambda c: c.find(base=3.0, parts=[])),
+    ("evidence's losses and the run's", gpu.evidence, lambda c: c.find(base=3.1)),
+    ("chat", gpu.chat, lambda c: setattr(c, "printed", "you> adapter> I am.")),
+    ("the script as it is", gpu.the_script_as_it_is, lambda c: c.record("as is", **FAILED)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "check", "change"), WRONG)
+def test_a_row_about_a_command_can_fail(row, check, change, commands):
+    change(commands)
+    rows = gpu.rows_of(check, commands.card)
+    assert row in [one.what.removesuffix(" left") for one in rows if one.is_good is False]
+
+
+STATUSES = {"v100": 1, "stopped": 0, "torch.distributed.run": 1, "chat": 1, "--demo": 1}
+
+
+@pytest.mark.parametrize("word", STATUSES)
+def test_a_command_that_ends_with_another_status_is_a_row_that_failed(word, commands):
+    """A run that is to be stopped may not go on to its end."""
+    commands.statuses[word] = STATUSES[word]
+    rows = [row for check in BY_COMMANDS for row in gpu.rows_of(check, commands.card)]
+    assert any(row.is_good is False and "status" in row.found for row in rows)
 
 
 def test_a_check_that_fails_or_comes_too_late_is_a_row_and_not_the_end(
@@ -488,6 +663,20 @@ def test_a_command_that_is_out_of_time_is_killed_with_its_children_and_is_no_fai
     assert list(gpu.rows_of(too_long, card)) == [gpu.Row("too long", "not done: no time")]
     child = (options.folder / "child").read_text("utf-8").strip()
     wait_until(lambda: not is_alive(child))
+
+
+def test_a_plan_that_counts_otherwise_than_the_model_fails(monkeypatch, options):
+    monkeypatch.setattr(gpu, "make_model", lambda *_: 5)
+    *_, row = gpu.random_model(gpu.Card(options, is_gpu=False))
+    assert row.what == "plan" and row.is_good is False
+
+
+def test_a_model_s_process_that_ends_otherwise_fails(monkeypatch, options):
+    monkeypatch.setattr(gpu, "look_at_model", lambda *_: os._exit(7))
+    monkeypatch.setattr(gpu, "FORKS", multiprocessing.get_context("fork"))  # does no imports
+    card = gpu.Card(options, is_gpu=True)
+    rows = list(gpu.rows_of(gpu.the_model_in_one_process, card))
+    assert rows == [gpu.Row("the model in one process", "it ended with 7", False)]
 
 
 def test_a_model_s_process_that_is_out_of_time_keeps_its_rows_and_is_no_failure(

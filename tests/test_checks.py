@@ -17,6 +17,7 @@ import inspect_lora.evidence as evidence
 from inspect_lora.checks import CHECKS, end_of_sentences, fewest_to_lose, rows_of_checks, wilson
 from inspect_lora.common import file_sha256
 from inspect_lora.conversations import GENERAL_FILE, Task, read_tasks
+from inspect_lora.report import print_checks
 
 ALL = [word for word in SHORT if word != "--checks=0"]  # the checks of all lines
 NUMBER = {"kind": "number", "answer": 42}
@@ -397,6 +398,8 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     several = "(a line may have several checks)"
     assert f"checks    2 lines, two replies to each {several}; --checks 0 leaves" in run.out
     assert re.search(r"as the adapter .*  too few lines\n", run.out)
+    assert "more than chance if p is below 0.0125: 5 %, divided by the number of rows" in run.report
+    assert "be if lines were lost as often as won (McNemar's exact test)" in run.report
     assert run.found["general_file"] == {"file": tasks, "sha256": file_sha256(Path(tasks))}
 
 
@@ -461,16 +464,15 @@ def test_a_row_counts_lines_and_says_whether_it_may_be_chance():
 
 
 @pytest.mark.parametrize(("lines", "names", "too_few"), [(5, 1, True), (6, 1, False),
-                                                          (6, 2, True), (7, 2, False)])  # fmt: skip
+                                                          (6, 2, True), (7, 2, False),
+                                                          (7, 4, True), (8, 4, False)])  # fmt: skip
 def test_a_row_of_too_few_lines_says_so_even_if_nothing_changed(lines, names, too_few):
     """Of n lines the smallest p is 2 x 0.5**n, and it must be below 5 % over all rows."""
     found = [one for n in range(names) for one in made_up_replies(0, 0, lines, f"check {n}")]
     row = rows_of_checks(found)[0]
     assert row.judgement().startswith("the same lines pass")
-    said = (
-        f"too few lines to show anything: p must be below {0.05 / names:g}, and {lines} lines can "
-    )
-    said += f"give {2 * 0.5**lines:.2g}"
+    said = f"too few lines to show anything: p must be below {0.05 / names:.3g}, and {lines} lines "
+    said += f"can give {2 * 0.5**lines:.2g}"
     assert row.judgement().endswith(said) == too_few
 
 
@@ -522,6 +524,14 @@ def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
     row = "| right | has 42 as its last number | 33 | 20 (44 to 75 %) | 33 (90 to 100 %) | 0 | 13 |"
     assert f"{row} more pass now, by more than chance (p" in table
     assert "another seed of the training may change more" in top
+
+
+@pytest.mark.parametrize(("lost", "said"), [(5, "not shown (p = 0.062)"), (6, "yes (p = 0.031)")])
+def test_what_may_be_chance_is_called_not_shown(capsys, lost, said):
+    """And not "no": that a change is chance cannot be shown."""
+    print_checks(types.SimpleNamespace(checks=rows_of_checks(made_up_replies(lost, 0, 20))))
+    head, row, *_ = capsys.readouterr().out.splitlines()
+    assert head.endswith("beyond chance?") and row.endswith(f"  {said}")
 
 
 def test_one_clear_row_of_many_must_be_clearer():

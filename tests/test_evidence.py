@@ -252,6 +252,13 @@ def test_above_0_is_better_in_the_table_of_parts(shown):
     assert "wherever two losses are compared, above 0 is better" in shown.report
 
 
+def test_the_report_says_what_its_errors_are_of_and_what_is_clear(shown):
+    assert "one standard error over the held-out lines, or over the other tasks" in shown.report
+    assert "clear if its 95 % interval leaves out 0; where several are compared" in shown.report
+    assert "(one reply each, drawn by chance, 64 tokens at most)" in shown.report
+    assert "always the likeliest token (greedy), 6 of them at most. The base ended" in shown.report
+
+
 def test_there_is_one_gain_and_shares_say_what_they_are_of(ours, capsys, no_picture):
     path = write_held_out(ours / "held-out.jsonl")
     words = ["--eval_file", path, *PARTS, "--examples", "3"]
@@ -273,7 +280,8 @@ def test_there_is_one_gain_and_shares_say_what_they_are_of(ours, capsys, no_pict
     base, adapter = found["loss"]["base"], found["loss"]["adapter"]
     sentence = (
         f"{gain['value']:+.4f} ± {gain['error']:.4f} nats a token (95 % interval {interval}): the "
-        f"loss of 5 held-out replies is {base:.4f} without the adapter and {adapter:.4f} with it "
+        f"loss of 5 held-out replies of 4 lines is {base:.4f} without the adapter and "
+        f"{adapter:.4f} with it "
         f"(perplexity {math.exp(base):,.1f} and {math.exp(adapter):,.1f}), and lower with it on "
         f"{found['lower_on']} of them"
     )
@@ -327,12 +335,14 @@ def test_replies_that_do_not_end_are_told_before_anything_is_concluded(shown):
     assert f"\n- {sentence}" in shown.report.split("## What each part")[0]
 
 
-def asked_of(*pairs, limit=200):
+def asked_of(*pairs, limit=200, prompts="sample"):
     """Return what was asked; of each pair of replies it is said whether they ended."""
     task = Task("a:1", [], "held_out", {})
     return [
-        replies.Answered(task, limit, *(replies.Reply("a", ended, []) for ended in pair))
-        for pair in pairs
+        replies.Answered(
+            task, limit, *(replies.Reply("a", ended, []) for ended in pair), f"{prompts} {number}"
+        )
+        for number, pair in enumerate(pairs)
     ]
 
 
@@ -349,16 +359,25 @@ def test_replies_that_were_cut_before_they_were_judged_are_counted():
     assert said.startswith(
         "checks: of 4 replies each, 2 of the base's and 2 of the adapter's were cut at 80 tokens"
     )
+    assert said.endswith("harms one that must say or hold something.")
     assert concluded.about_endings([], asked_of((True, True))) == []
 
 
 def test_a_base_that_mostly_does_not_end_is_told_once():
     cut, whole = (False, True), (True, True)
+    checked = asked_of(cut, cut, whole, prompts="check")
+    said = concluded.about_endings(asked_of(cut, whole), checked)
+    assert said[-1].startswith("base: of its 5 replies 3 were cut before they ended, so a diff")
+    assert sum("before they ended" in one for one in said) == 1
+    said = concluded.about_endings(asked_of(cut, whole), asked_of(cut, whole, prompts="check"))
+    assert not any("before they ended" in one for one in said)  # it is one half
+
+
+def test_a_sample_whose_prompt_was_checked_as_well_is_counted_once():
+    """The base's reply to it is the same, cut at another length."""
+    cut, whole = (False, True), (True, True)
     said = concluded.about_endings(asked_of(cut, whole), asked_of(cut, cut, whole))
-    assert said[-1].startswith("base: 3 of 5 of its replies did not end by themselves, so a diff")
-    assert sum("did not end by themselves" in one for one in said) == 1
-    said = concluded.about_endings(asked_of(cut, whole), asked_of(cut, whole))  # one half
-    assert not any("by themselves" in one for one in said)
+    assert said[-1].startswith("base: of its 3 replies 2 were cut before they ended")
 
 
 def test_the_report_says_that_it_guessed_and_names_a_folder_without_a_branch(
@@ -804,7 +823,11 @@ SENTENCES = {
          "or `export --scale 1.5`."], ["the run", "epochs"],
     ),
     "three hundredths matter": (SCALES | {"update x 1.25": 1.03}, ["alpha: at x 1.25 "], []),
-    "worse": (SCALES, ["no other strength of this update"], ["1.25", "strong", "weak", "right"]),
+    "worse": (
+        SCALES,
+        ["no other strength that was tried (x 0.25 to x 2) has a clearly lower loss (by over 2 %"],
+        ["1.25", "too strong", "weak", "right"],
+    ),
     "hardly better": (SCALES | {"update x 1.25": 1.015}, ["alpha: no other"], ["1.25"]),
     "not clearly better": (
         SCALES | {"update x 1.25": (1.02, 0.0099)}, ["alpha: no other"], ["1.25"],
@@ -911,12 +934,12 @@ def test_nine_held_out_lines_support_no_conclusion_and_ten_do():
     [
         # With SmolLM2 eight epochs over 40 conversations ended there.
         ((-0.5, 0.01), {0.5: (0.2, 0.05), 1.5: (-0.7, 0.01)}, "worse than the base.*too strong"),
-        ((0.01, 0.02), {0.5: (0.3, 0.05)}, "not better than the base.*export --scale"),
+        ((0.01, 0.02), {0.5: (0.3, 0.05)}, "not clearly better than the base.*export --scale"),
         ((0.01, 0.02), {0.5: (0.099, 0.05), 0.25: (0.149, 0.05)}, "More steps"),
         (
             (0.01, 0.02),
             {0.5: (0.099, 0.05), 0.25: (0.151, 0.05)},
-            "not better than the base.*export --scale",
+            "not clearly better than the base.*export --scale",
         ),
         ((0.01, 0.02), {0.5: (0.097, 0.05)}, "More steps"),
         # An update that does harm at every strength does less of it when it is weaker.
@@ -933,6 +956,17 @@ def test_without_a_clear_gain_nothing_is_said_of_the_parts(gain, gained, said):
     text = "\n".join(concluded.conclusions(strengths, losses, losses.gain()))
     assert re.search(said, text) and not re.search("^(alpha|r|targets):", text, re.MULTILINE)
     assert ("More steps" in text) == (said == "More steps")
+    assert not re.search("is (not better|no better) than", text)  # that cannot be known
+
+
+def test_of_weaker_updates_nothing_is_said_if_none_was_measured():
+    """As of DoRA, which is not scaled."""
+    losses = losses_with(-0.5, 0.01)
+    (said,) = concluded.conclusions([], losses, losses.gain())
+    assert said.startswith("The adapter is worse than the base model. If the run's") is True
+    weaker = parts.Part("strength", 0.5, "", None, gained=Estimate(-0.2, 0.01))
+    (said,) = concluded.conclusions([weaker], losses, losses.gain())
+    assert said.startswith("The adapter is worse than the base model, and no weaker update is cl")
 
 
 def test_experts_are_of_the_module_that_holds_them_all():

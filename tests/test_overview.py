@@ -16,7 +16,7 @@ RECORD = {
     "adapter_config": {"r": 8, "lora_alpha": 16},
     "loss": {"base": 3.8, "adapter": 3.1},
     "gain": {"value": 0.7, "error": 0.1},
-    "losses": [{}] * 20,
+    "losses": [{"where": f"a:{number}"} for number in range(20)],
     "lower_on": 19,
     "checks": {
         "rings": {
@@ -70,6 +70,18 @@ def test_a_loss_that_rose_is_a_cost_and_one_in_doubt_says_so(drawn):
     assert gained == ["nothing that is clear"] and lost[0] == "loss on unseen replies"
     _, lost, _ = drawn(worse | {"gain": {"value": -0.1, "error": 0.09}})
     assert lost[0] == "loss on unseen replies, no clear difference"
+
+
+@pytest.mark.parametrize(
+    ("errors", "lines", "is_clear"),
+    # Of twelve effective lines it takes 2.20 errors, as everywhere.
+    [(2.1, 20, False), (2.3, 20, True), (9.0, 9, False), (9.0, 10, True)],
+)
+def test_the_picture_calls_clear_what_the_report_calls_clear(drawn, errors, lines, is_clear):
+    gain = {"value": 0.7, "error": 0.7 / errors, "effective_lines": 12.0}
+    losses = [{"where": f"a:{number}"} for number in range(lines)] * 2
+    gained, *_ = drawn(RECORD | {"gain": gain, "losses": losses})
+    assert (gained[0] == "loss on unseen replies") is is_clear
 
 
 def test_prompts_alone_show_the_replies_and_nothing_draws_nothing(drawn, tmp_path):

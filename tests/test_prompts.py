@@ -70,6 +70,13 @@ def test_both_reply_to_each_prompt_and_nothing_is_said_of_a_gain(ask, made):
     assert {name: row["lines"] for name, row in found["checks"].items()} == {
         "says no": 1, "right": 1, "tasks right": 1,
     }  # fmt: skip
+    # Of the prompts with checks as of the tasks it is told how many were cut.
+    judged = [reply for reply in found["replies"] if reply["base"]["checks"]]
+    cut = [sum(not reply[who]["ended"] for reply in judged) for who in ("base", "adapter")]
+    said = f"checks: of 2 replies each, {cut[0]} of the base's and {cut[1]} of the adapter's were "
+    assert len(judged) == 2 and cut[0] > 0
+    assert [one for one in found["conclusions"] if one.startswith(f"{said}cut at 6 or 80 tokens")]
+    assert "checks    2 lines, two replies to each" in end.out
     assert found["elsewhere"]["tasks"] == 1
     assert not re.search(r"(?m)^(gain|parts)", end.out) and "gain" not in end.report.replace(
         "nothing is said of a gain", ""
@@ -78,6 +85,8 @@ def test_both_reply_to_each_prompt_and_nothing_is_said_of_a_gain(ask, made):
     title = end.report.split("\n")[0]
     assert title.endswith(": its replies to 3 prompts, beside its base's")
     assert "- prompts: " in end.report and "held-out" not in end.report
+    assert "\n± is one standard error over the other tasks. Chance is the choice" in end.report
+    assert "another seed of the training may change more than that.\n" in end.report
     assert end.report.count("| base | adapter |") == 3  # a table each, without a reference
     page = (end.folder / "replies.html").read_text(encoding="utf-8")
     assert "who rang?" in page
@@ -183,6 +192,19 @@ def held_out(made):
     return write_held_out(
         made.folder / "held-out.jsonl", [(f"hello {n}", f"Oh, hello {n}.") for n in range(12)]
     )
+
+
+def test_of_fewer_than_ten_lines_it_cannot_be_told_whether_it_is_worse(made, capsys, no_picture):
+    """Neither that it is, nor that it is not: the report says that the lines are too few."""
+    words = ["--general_file", "", "--device", "cpu", "--examples", "0", "--samples", "0"]
+    words += ["--checks", "0", "--output_dir", made.folder / "few", "--fail_if", "worse"]
+    for lines in (9, 10):
+        said = [(f"hello {n}", f"Oh, hello {n}.") for n in range(lines)]
+        path = write_held_out(made.folder / "few.jsonl", said)
+        end = command(capsys, "evidence", made.adapter, "--eval_file", path, *words)
+        assert (made.folder / "few" / "report.md").is_file()
+        told = "--fail_if worse: 9 held-out lines cannot tell; 10 are needed." in end.err
+        assert told is (lines == 9) is (end.status == 1)
 
 
 @pytest.mark.parametrize(("losses", "status"), [((3.0, 2.0), 0), ((2.0, 3.0), 3), ((2.0, 2.0), 0)])

@@ -259,12 +259,13 @@ def line_of(printed: str, section: str) -> str:
 
 
 def largest_difference(ones: list[float], others: list[float]) -> float:
-    """Return by how much two lists of losses differ at the most, as a share."""
-    count = min(len(ones), len(others))
-    if not count:
+    """Return by how much two lists of losses differ at the most, as a share.
+
+    Lists of other lengths, empty ones and losses that are no numbers differ infinitely.
+    """
+    if not ones or len(ones) != len(others) or not all(map(math.isfinite, ones + others)):
         return math.inf
-    pairs = zip(ones[:count], others[:count], strict=True)
-    return max(abs(one / other - 1) for one, other in pairs)
+    return max(abs(one / other - 1) for one, other in zip(ones, others, strict=True))
 
 
 # ==== the checks, in the order of the table
@@ -522,7 +523,8 @@ def trial(look: Look) -> Iterator[Row]:
     rows, width = t.hardest_shape(tokens, longest)
     needed = t.memory_of_pass(look.trainer, rows, width, 1.0, is_recomputed)
     simulation = Simulation(look.sizes, look.job.settings)
-    peak = simulation.peak(Pass(rows, width, rows * (width - 1), is_recomputed))
+    code = "fla" if uses_fla(look) else "torch"
+    peak = simulation.peak(Pass(rows, width, rows * (width - 1), is_recomputed, deltanet=code))
     simulated = peak - simulation.weight_bytes - 12 * simulation.trainable
     share = needed / simulated
     text = f"{rows} x {width} tokens need {needed / GIB:.2f} GiB more than the weights, "
@@ -558,12 +560,17 @@ def fla_against_torch(look: Look) -> Iterator[Row]:
     """Where fla is used: LoRA's gradients of a step with it and with the torch code it wraps."""
     chosen = look.job.delta_kernels or "no GPU, so nothing was tried"
     yield Row("DeltaNet's kernels", chosen)
-    if not chosen.startswith("fla"):
+    if not uses_fla(look):
         yield Row("fla against torch's code", "not done: fla is not used here")
         return
     module = importlib.import_module("transformers.models.qwen3_5.modeling_qwen3_5")
     name = "torch_chunk_gated_delta_rule"
     yield from compare_ways(look, module, name, getattr(module, name).__wrapped__)
+
+
+def uses_fla(look: Look) -> bool:
+    """Return whether DeltaNet is computed by fla's kernels."""
+    return look.job.delta_kernels.startswith("fla")
 
 
 def compare_ways(look: Look, module: Any, name: str, other: Callable[..., Any]) -> Iterator[Row]:
@@ -599,7 +606,8 @@ def out_of_memory_in_a_step(look: Look) -> Iterator[Row]:
         look.job.token_limits = before
     apart = t.share_apart(expected, found)
     text = f"{before.tokens_at_once:,} tokens at once, then {limit:,}; gradients {apart:.2%} apart"
-    is_good = limit < before.tokens_at_once and apart <= 0.05
+    # Other shapes may have other kernels, which round otherwise; a lost micro-batch is far more.
+    is_good = limit < before.tokens_at_once and apart <= t.MOST_GRADIENTS_APART
     yield Row("out of memory in a step", text, is_good)
 
 
@@ -857,7 +865,7 @@ def leave_only(card: Card, size: int) -> Iterator[str]:
 
 
 def a_card_of_32_gb(card: Card) -> Iterator[Row]:
-    """A step that is too large for a card goes through in micro-batches."""
+    """A step that is too large for 32 GB goes through in micro-batches."""
     if not card.is_gpu:
         yield Row("steps of 24 examples", "not done: on a CPU every step goes through whole")
         return
@@ -865,10 +873,10 @@ def a_card_of_32_gb(card: Card) -> Iterator[Row]:
     flags += ["--gradient_accumulation_steps", "1"]
     with leave_only(card, CARDS["32 GB"]) as note:
         printed = run_script(card, "large", *flags, kind="v100")
-    record = card.record("large")
-    text = f"{len(card.losses('large'))} steps; {line_of(printed, 'memory')}; "
-    text += f"{record['peak_memory_gib']:.1f} GiB"
-    yield Row(f"steps of 24 examples{note}", text, record["outcome"] == "finished")
+    record, memory = card.record("large"), line_of(printed, "memory")
+    text = f"{len(card.losses('large'))} steps; {memory}; {record['peak_memory_gib']:.1f} GiB"
+    is_good = record["outcome"] == "finished" and "whole step" not in memory
+    yield Row(f"steps of 24 examples{note}", text, is_good)
 
 
 def one_process_under_torchrun(card: Card) -> Iterator[Row]:

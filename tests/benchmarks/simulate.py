@@ -706,43 +706,61 @@ def bytes_alive(tensors: list[torch.Tensor], run: Callable[[], None]) -> list[in
 
 
 class FlaLike(torch.autograd.Function):
-    """What fla's kernel for DeltaNet keeps and needs, by its source (fla-core 0.5), in bytes alone.
+    """What fla's code for DeltaNet keeps and needs, in bytes alone, by fla-core 0.6.0's source.
 
-    It pads no row. Forward and backward allocate what ChunkGatedDeltaRuleFunction does: rows of
-    queries, keys and values in bfloat16, decays in float32, and a state for each chunk of 64.
+    It allocates what ChunkGatedDeltaRuleFunction in fla/ops/gated_delta_rule/chunk.py and what that
+    calls do, in their order; names with an underscore only keep something alive as long as they do.
+    That Python code, run on tensors without values and without Triton's kernels, had the same peaks
+    at Qwen3.5-4B's sizes to the byte (0.5.2 as well). Everything has the inputs' type, the state at
+    each chunk of 64 tokens too; decays and norms are float32. No row is padded, and no query or key
+    is repeated for the values that share it. Not counted is what Triton takes to tune a kernel.
     """
 
     @staticmethod
     def forward(context: Any, *given: torch.Tensor) -> torch.Tensor:
-        """Keep the inputs, normalised, and the matrix of each chunk."""
-        query, key, value, decay, beta = given
-        query, key = torch.empty_like(query), torch.empty_like(key)
-        lengths = [torch.empty_like(one[..., 0], dtype=torch.float32) for one in (query, key)]
+        """Keep the inputs, queries and keys normalised, their norms, and each chunk's matrix."""
+        _query, _key, value, decay, beta = [one.contiguous() for one in given]
+        query, key = torch.empty_like(_query), torch.empty_like(_key)
+        norms = [one.new_empty(one.shape[:-1], dtype=torch.float32) for one in (query, key)]
         decay = torch.empty_like(decay, dtype=torch.float32)
-        system = decay.new_empty(*decay.shape, 64)
-        system = torch.empty_like(system, dtype=value.dtype)
-        context.save_for_backward(query, key, value, decay, beta, system, *lengths)
-        work = FlaLike.states_and_rows(key, value)
-        out = torch.empty_like(value)
-        del work
-        return out
+        system = key.new_zeros(*beta.shape, 64)
+        _work = FlaLike.rows_and_states(key, value)
+        context.save_for_backward(query, key, value, decay, beta, system, *norms)
+        return torch.empty_like(value)
 
     @staticmethod
-    def states_and_rows(key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
-        """Return w, u, the new values, and the state at each chunk."""
-        batch, tokens, heads, width = key.shape
-        states = key.new_empty(batch, math.ceil(tokens / 64), heads, width, value.shape[-1])
-        return [torch.empty_like(one) for one in (key, value, value)] + [states]
+    def rows_and_states(key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+        """Return w, u, the state at each chunk, and the new values."""
+        batch, tokens, heads, size = value.shape
+        width = key.shape[-1]
+        states = key.new_empty(batch, chunks(tokens), heads, width, size)
+        rows = key.new_empty(batch, tokens, heads, width), torch.empty_like(value)
+        return [*rows, states, torch.empty_like(value)]
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Compute the states again, and the gradients of all inputs."""
+        """Compute rows and states again, and from the last chunk to the first the gradients."""
         query, key, value, decay, beta, *_ = context.saved_tensors
-        work = FlaLike.states_and_rows(key, value)
-        work += [torch.empty_like(value), torch.empty_like(work[-1]), torch.empty_like(value)]
-        found = [torch.empty_like(one) for one in (query, key, value, decay, beta)]
-        work += [torch.empty_like(key), torch.empty_like(key), torch.empty_like(decay)]
-        return tuple(found)
+        gradient = gradient.contiguous()
+        w, _u, states, _new = FlaLike.rows_and_states(key, value)
+        of_new = torch.empty_like(gradient)
+        _of_states, of_new = torch.empty_like(states), torch.empty_like(of_new)
+        of_query, of_key = torch.empty_like(w), torch.empty_like(w)
+        of_decay, _of_w = torch.empty_like(decay), torch.empty_like(w)
+        of_query = FlaLike.of_shared(of_query, query)
+        of_key = FlaLike.of_shared(of_key, key)
+        more = torch.empty_like(w)
+        of_value, _more, of_beta = [torch.empty_like(one) for one in (value, decay, beta)]
+        more = FlaLike.of_shared(more, key)
+        del w, _u, states, _new, of_new, _of_states, _of_w, more
+        of_query = torch.empty_like(query)  # before they were normalised
+        of_key = torch.empty_like(key)
+        return of_query, of_key, of_value, of_decay, of_beta
+
+    @staticmethod
+    def of_shared(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of queries or keys, summed over the values that share them."""
+        return gradient.view(*like.shape[:3], -1, like.shape[-1]).sum(3)
 
 
 def fla_like(
@@ -753,7 +771,5 @@ def fla_like(
     beta: torch.Tensor,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Stand in for transformers' DeltaNet where fla computes it, with as many keys as values."""
-    times = value.shape[2] // key.shape[2]
-    query, key = (one.repeat_interleave(times, dim=2) for one in (query, key))
+    """Stand in for transformers' DeltaNet where fla computes it."""
     return FlaLike.apply(query, key, value, g, beta), None
