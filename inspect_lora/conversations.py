@@ -37,6 +37,7 @@ from inspect_lora.held_out import (
 from inspect_lora.trainer import (
     ChatFormat,
     Example,
+    Problem,
     check_messages,
     encode,
     entries_of,
@@ -153,7 +154,7 @@ def lines_to_check(in_file: list[Example], kept: list[Example]) -> list[Task]:
                 task = replace(task_of_example(example), checks=read_checks(rules), rules=rules)
                 checked += [task] if id(example) in are_kept else []
             except ValueError as error:
-                bad.append(f"{example.source}: {error}")
+                bad.append(Problem(example.source, str(error)))
     refuse_bad_lines(bad)
     return checked
 
@@ -237,7 +238,7 @@ def read_prompts(path: str, source: Literal["tasks", "prompts"]) -> list[Task]:
             first = found.setdefault(key_of(task.messages), task)
             equal += [f"{where} is {first.where} again"] if first is not task else []
         except ValueError as error:
-            bad.append(f"{where}: {error}")
+            bad.append(Problem(where, str(error)))
     refuse_bad_lines(bad)
     if not found:
         raise InspectError(f"{path} holds no prompts; {PROMPT_RULE}.")
@@ -330,7 +331,7 @@ def tasks_that_render(tasks: list[Task], chat_format: ChatFormat) -> list[Task]:
 def refuse_bad_prompts(prompts: list[Task], chat_format: ChatFormat) -> None:
     """Refuse prompts that the chat template does not take, or that hold special tokens."""
     reasons = [(one.where, why_it_is_not_asked(one.messages, chat_format)) for one in prompts]
-    refuse_bad_lines([f"{where}: {reason}" for where, reason in reasons if reason])
+    refuse_bad_lines([Problem(where, reason) for where, reason in reasons if reason])
 
 
 def why_it_is_not_asked(messages: list[dict[str, str]], chat_format: ChatFormat) -> str:
@@ -346,7 +347,7 @@ def why_it_is_not_asked(messages: list[dict[str, str]], chat_format: ChatFormat)
     return ""
 
 
-def refuse_bad_lines(bad: list[str]) -> None:
+def refuse_bad_lines(bad: list[Problem]) -> None:
     """Name all bad lines at once, before any model is loaded."""
     if bad:
-        raise InspectError(f"{join_limited(bad)}\nNothing was measured.")
+        raise InspectError(f"{problems_as_text(bad)}\nNothing was measured.")

@@ -46,6 +46,7 @@ logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERRO
 
 UserError = script.UserError
 Example = script.Example
+Problem = script.Problem
 ChatFormat = script.ChatFormat
 
 read_conversations = script.read_conversations

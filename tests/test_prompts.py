@@ -147,9 +147,9 @@ def test_a_bad_prompt_is_refused_by_its_line(ask, made, row, said):
     path = write_lines(made.folder / "bad.jsonl", [ROWS[0], row])
     end = ask(prompts=path)
     assert end.status == 1 and "bad.jsonl:2: " in end.err and said in end.err
-    Path(path).write_text(json.dumps(ROWS[0]) + "\nhello there\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(ROWS[0]) + "\nhello there\nrain\n", encoding="utf-8")
     said = ask(prompts=path).err
-    assert "bad.jsonl:2: this is no JSON" in said and '{"prompt": "text"}' in said
+    assert "bad.jsonl:3: this is no JSON" in said and said.count('{"prompt": "text"}') == 1
     (made.folder / "empty.jsonl").write_text("\n", encoding="utf-8")
     assert "holds no prompts" in ask(prompts=made.folder / "empty.jsonl").err
 
