@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -117,4 +118,7 @@ def give_up(message: str, status: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a queue's time limit, as Ctrl-C
+    if sys.stdout is not None:  # a locale without "±", or half a character in a data file
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

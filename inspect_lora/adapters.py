@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import math
 import os
 import re
 import warnings
@@ -313,7 +314,13 @@ def chat_format_of(
     options: argparse.Namespace, place: Path, base: str, revision: str
 ) -> ChatFormat:
     """Return how conversations are rendered: by the adapter's own tokenizer, or by the base's."""
-    config = read_json(place / "tokenizer_config.json") or {}
+    path = place / "tokenizer_config.json"
+    config = read_json(path) or {}
+    if path.is_file() and not config:
+        raise InspectError(
+            f"{path} is damaged, so it is not known how the adapter's prompts are written. Copy it "
+            "again, or remove it: then the base's tokenizer and chat template are taken."
+        )
     has_template = (place / "chat_template.jinja").is_file() or bool(config.get("chat_template"))
     is_own = bool(config) and has_template
     chat_format = load_chat_format(base, revision, str(place) if is_own else "")
@@ -382,8 +389,10 @@ def put_adapter_on(
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        reason = f"the file lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise InspectError(
-            f"The adapter in {place} does not fit the base model ({one_line(error)}). Check --base."
+            f"The adapter in {place} does not fit the base model ({reason}). Check --base, and "
+            "whether adapter_config.json is this adapter's."
         ) from error
     judge_landing(saved, landed.missing_keys, landed.unexpected_keys, place)
     return model
@@ -468,6 +477,12 @@ def lora_layers(model: torch.nn.Module) -> dict[str, peft.tuners.lora.LoraLayer]
         for path, module in model.named_modules()
         if isinstance(module, peft.tuners.lora.LoraLayer)
     }
+
+
+def window_of(model: torch.nn.Module) -> float:
+    """Return how many tokens a model was made for, or infinity if it does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def as_saved(model: peft.PeftModel) -> SavedAdapter:

@@ -37,7 +37,7 @@ class BaseSide:
         """Return the base's losses of these replies, in nats, if a record has them."""
         wanted = hash_of_tokens(examples)
         for one in reversed(self.records):
-            if one.base_side.examples == wanted:
+            if one.base_side.examples == wanted and len(one.losses) == len(examples):
                 self.report("its losses are", {one.folder})
                 return [row.base * row.tokens for row in one.losses]
         return None

@@ -20,6 +20,7 @@ from inspect_lora.adapters import (
     refuse_system_message,
     rescaled,
     system_message_of,
+    window_of,
 )
 from inspect_lora.common import at_least, report, report_sentence
 from inspect_lora.conversations import why_it_is_not_asked
@@ -113,8 +114,7 @@ def newest_that_fit(
     max_new_tokens: int,
 ) -> list[dict[str, str]]:
     """Return the newest turns that leave room for a reply in the model's window, and say it."""
-    config = adapter.model.config.get_text_config()
-    window = getattr(config, "max_position_embeddings", None) or math.inf
+    window = window_of(adapter.model)
     for first in range(0, len(turns), 2):  # a question is left out with its reply
         ids = adapter.chat_format.prompt_ids(messages + turns[first:])
         if len(ids) + max_new_tokens <= window:

@@ -277,7 +277,7 @@ def listed(phrases: list[str], most: int = 8) -> str:
 def json_object_in(reply: str) -> dict[str, Any] | None:
     """Return the JSON object that a reply holds, perhaps within other text, or None."""
     start, end = reply.find("{"), reply.rfind("}")
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):  # a model may repeat "[" until it is cut
         found = json.loads(reply[start : end + 1])
         return found if isinstance(found, dict) else None
     return None

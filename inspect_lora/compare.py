@@ -239,11 +239,13 @@ def write_replies(found: list[Evidence], folder: Path) -> None:
         )
         return
     path = folder / "replies.html"
+    new = path.with_name(f"{path.name}.new")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or path.read_text(encoding="utf-8") != page:
+        new.write_text(page, encoding="utf-8")
+        if not path.is_file() or path.read_bytes() != new.read_bytes():
             rename_old(path)
-        path.write_text(page, encoding="utf-8")
+        new.replace(path)
     except OSError as error:
         raise InspectError(
             f"{path} cannot be written ({one_line(error)}); choose another folder with "
@@ -305,9 +307,11 @@ def difference(one: Evidence, best: Evidence, whose: str, comparisons: int) -> s
 
 def change_elsewhere(one: Evidence) -> str:
     """Return how far an adapter moves the model on other tasks, with its error, if it is known."""
-    rows = (one.elsewhere or {}).get("no system message") or {}
-    kl = (rows.get("x 1") or {}).get("kl") or {}
-    value, error = kl.get("value"), kl.get("error")
+    try:
+        kl = one.elsewhere["no system message"]["x 1"]["kl"]
+        value, error = kl["value"], kl.get("error")
+    except (KeyError, TypeError):  # it was not measured, or the record was edited
+        return "-"
     if not isinstance(value, float):
         return "-"
     return f"{value:.3f} ± {error:.3f}" if isinstance(error, float) else f"{value:.3f}"

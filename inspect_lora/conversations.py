@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jinja2
 
-from inspect_lora.adapters import Adapter
+from inspect_lora.adapters import Adapter, window_of
 from inspect_lora.checks import Check, read_checks
 from inspect_lora.common import (
     InspectError,
@@ -37,8 +37,10 @@ from inspect_lora.held_out import (
 from inspect_lora.trainer import (
     ChatFormat,
     Example,
+    Problem,
     check_messages,
     encode,
+    entries_of,
     problems_as_text,
     read_conversations,
 )
@@ -125,7 +127,8 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
             hint = f"\nThese are prompts without replies: give them with --prompts {path}."
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.{hint}")
     warn_of_misspelt_checks({example.source: example.row for example in in_file})
-    examples = without_equals(without_learned(in_file, run) if run else in_file)
+    unlearned = without_learned(in_file, run, is_its=not options.eval_file) if run else in_file
+    examples = without_equals(unlearned)
     return HeldOut(
         str(path),
         file_sha256(Path(path)),
@@ -151,7 +154,7 @@ def lines_to_check(in_file: list[Example], kept: list[Example]) -> list[Task]:
                 task = replace(task_of_example(example), checks=read_checks(rules), rules=rules)
                 checked += [task] if id(example) in are_kept else []
             except ValueError as error:
-                bad.append(f"{example.source}: {error}")
+                bad.append(Problem(example.source, str(error)))
     refuse_bad_lines(bad)
     return checked
 
@@ -173,6 +176,16 @@ def encode_held_out(
             f"The tokenizer in {adapter.chat_format.tokenizer.name_or_path} turns no reply into "
             "tokens that give its text again: its vocabulary is missing or damaged, such as "
             "tokenizer.json."
+        )
+    window = window_of(adapter.model)
+    long = [one.source for one in fitting if len(one.input_ids) > window]
+    if long:
+        report_sentence(
+            "warning",
+            f"longer than the {window:,} tokens that the model was made for "
+            "(max_position_embeddings in its config.json): "
+            f"{pluralize(len(long), 'held-out reply')} with its conversation, such as {long[0]}. "
+            f"--max_seq_len {window} leaves such out.",
         )
     largest = max(max(example.input_ids) for example in fitting)
     rows = adapter.model.get_input_embeddings().weight.shape[0]
@@ -205,31 +218,30 @@ def group_of(one: Example | Task, group: str) -> str:
 
 def read_tasks(path: str) -> list[Task]:
     """Return the tasks of a file such as general.jsonl; a bad line is refused by its number."""
-    return read_prompts(path, "--general_file", "tasks") if path else []
+    return read_prompts(path, "tasks") if path else []
 
 
-def read_prompts(path: str, flag: str, source: Literal["tasks", "prompts"]) -> list[Task]:
-    """Return the prompts of a file, one a line; equal ones count once, and bad ones are refused."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeError) as error:
-        raise InspectError(f"{flag}: {path} cannot be read ({error}).") from error
+PROMPT_RULE = (
+    'a line is {"prompt": [messages, the last one of the user]}, {"prompt": "text"} or '
+    '{"messages": [...]} that end with the user\'s'
+)
+
+
+def read_prompts(path: str, source: Literal["tasks", "prompts"]) -> list[Task]:
+    """Return the prompts of a file; equal ones count once, and bad lines are refused."""
     found: dict[str, Task] = {}
     equal, bad, rows = [], [], {}
-    for number, line in enumerate(lines, 1):
-        text = line.removeprefix("\ufeff").strip()  # concatenated files may each begin with it
-        if text:
-            where = f"{path_from_here(path)}:{number}"
-            try:
-                rows[where] = json.loads(text)
-                task = prompt_of(rows[where], where, source)
-                first = found.setdefault(key_of(task.messages), task)
-                equal += [f"{where} is {first.where} again"] if first is not task else []
-            except ValueError as error:
-                bad.append(f"{where}: {error}")
+    for where, text in entries_of(path, path_from_here(path)).items():
+        try:
+            rows[where] = read_line(text)
+            task = prompt_of(rows[where], where, source)
+            first = found.setdefault(key_of(task.messages), task)
+            equal += [f"{where} is {first.where} again"] if first is not task else []
+        except ValueError as error:
+            bad.append(Problem(where, str(error)))
     refuse_bad_lines(bad)
     if not found:
-        raise InspectError(f"{flag}: {path} holds no prompts.")
+        raise InspectError(f"{path} holds no prompts; {PROMPT_RULE}.")
     warn_of_misspelt_checks(rows)
     if equal:
         report_sentence(
@@ -240,12 +252,23 @@ def read_prompts(path: str, flag: str, source: Literal["tasks", "prompts"]) -> l
     return list(found.values())
 
 
+def read_line(text: bytes) -> Any:
+    """Return what a line of a file of prompts holds, or raise ValueError."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))  # concatenated files may each begin with a BOM
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"this is no JSON in UTF-8 ({one_line(error, 90)}); {PROMPT_RULE}"
+        ) from error
+
+
 def are_prompts(path: str) -> bool:
     """Return whether each line of a file is a prompt without a reply."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        return all(prompt_of(json.loads(line), "", "prompts") for line in lines if line.strip())
-    except (OSError, ValueError):
+        return all(
+            prompt_of(read_line(one), "", "prompts") for one in entries_of(path, "").values()
+        )
+    except ValueError:
         return False
 
 
@@ -257,10 +280,7 @@ def prompt_of(row: Any, where: str, source: Literal["tasks", "prompts"]) -> Task
         messages = [{"role": "user", "content": messages}]
     last = messages[-1] if isinstance(messages, list) and messages else None
     if not isinstance(last, dict) or last.get("role") != "user":
-        raise ValueError(
-            'a line is {"prompt": [messages, the last one of the user]}, {"prompt": "text"} or '
-            '{"messages": [...]} that end with the user\'s'
-        )
+        raise ValueError(PROMPT_RULE)
     *messages, _ = check_messages([*messages, {"role": "assistant", "content": "a reply"}])
     rules = given.get("checks") or {}
     return Task(where, messages, source, given, None, read_checks(rules), rules)
@@ -311,7 +331,7 @@ def tasks_that_render(tasks: list[Task], chat_format: ChatFormat) -> list[Task]:
 def refuse_bad_prompts(prompts: list[Task], chat_format: ChatFormat) -> None:
     """Refuse prompts that the chat template does not take, or that hold special tokens."""
     reasons = [(one.where, why_it_is_not_asked(one.messages, chat_format)) for one in prompts]
-    refuse_bad_lines([f"{where}: {reason}" for where, reason in reasons if reason])
+    refuse_bad_lines([Problem(where, reason) for where, reason in reasons if reason])
 
 
 def why_it_is_not_asked(messages: list[dict[str, str]], chat_format: ChatFormat) -> str:
@@ -327,7 +347,7 @@ def why_it_is_not_asked(messages: list[dict[str, str]], chat_format: ChatFormat)
     return ""
 
 
-def refuse_bad_lines(bad: list[str]) -> None:
+def refuse_bad_lines(bad: list[Problem]) -> None:
     """Name all bad lines at once, before any model is loaded."""
     if bad:
-        raise InspectError(f"{join_limited(bad)}\nNothing was measured.")
+        raise InspectError(f"{problems_as_text(bad)}\nNothing was measured.")

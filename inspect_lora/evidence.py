@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> None:
     refuse_what_cannot_fail(options)
     prompts, held_out = [], None
     if options.prompts:
-        prompts = read_prompts(options.prompts, "--prompts", "prompts")
+        prompts = read_prompts(options.prompts, "prompts")
     else:
         held_out = read_held_out(options, trained_by)
     tasks = read_tasks(options.general_file)  # what is wrong is said before the model is loaded
@@ -151,6 +151,9 @@ def run(options: argparse.Namespace) -> None:
     is_written = False
     try:
         measure(found, prompts, tasks, BaseSide(adapter, folder), options)
+        if not options.output_dir:  # another adapter's report may have come there meanwhile
+            folder = folder_for_report(options, place, trained_by)
+            prepare_folder(folder)
         write_report(found, folder)
         is_written = True
     finally:  # also what was found before Ctrl-C
@@ -235,8 +238,9 @@ def measure(
         measure_change(found, tasks, options.examples)
     if prompts:
         ask_prompts(found, prompts, before, options)
-    lines = found.held_out.checked if found.held_out else []
-    ask_checked_lines(found, lines_with_checks(lines or prompts, tasks), before, options)
+    lines = list(found.held_out.checked) if found.held_out else []
+    lines += [one for one in prompts if one.checks]
+    ask_checked_lines(found, lines_with_checks(lines, tasks), before, options)
     if found.held_out:
         take_samples(found, before, options)
     asked = found.prompted or found.samples

@@ -135,6 +135,14 @@ class Exchange(pydantic.BaseModel):
     rules: dict[str, Any] = {}
     says: dict[str, str] = {}
 
+    @pydantic.model_validator(mode="after")
+    def is_whole(self) -> Exchange:
+        """Refuse an edited row that a page could not show; of schema 1 no prompt is known."""
+        counted = (self.max_new_tokens, self.base.tokens, self.adapter.tokens)
+        if self.messages and (None in counted or self.says.keys() - self.rules.keys()):
+            raise ValueError("it has no number of tokens, or no rule of a check")
+        return self
+
 
 class CheckedReply(pydantic.BaseModel):
     """What schema 1 has of a line with checks: the texts, and what each check said."""
@@ -199,8 +207,9 @@ class Evidence(pydantic.BaseModel):
     @pydantic.model_validator(mode="after")
     def measured_something(self) -> Evidence:
         """Refuse a record without losses, unless it is of prompts alone; complete schema 1."""
-        if not self.losses and (self.schema_ == 1 or self.held_out):
-            raise ValueError("it holds no losses")
+        has_file = self.held_out is not None or self.schema_ == 1
+        if bool(self.losses) != has_file:
+            raise ValueError("it holds no losses, or not the file that they are of")
         if self.schema_ == 1:
             file = file_of(self.losses[0].where)
             self.replies = [one.as_exchange(file) for one in self.checked_replies]

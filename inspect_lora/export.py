@@ -248,7 +248,7 @@ def write(folder: Path, place: Path, modules: list[Module], config: dict[str, An
     # It would be readable by its owner alone, but the server may be another user.
     shutil.copymode(folder / "adapter_config.json", path)
     for pattern in TOKENIZER_FILES:
-        for file in place.glob(pattern):
+        for file in filter(Path.is_file, place.glob(pattern)):
             shutil.copy2(file, folder)
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,8 +79,10 @@ def what_is_zero(modules: list[Module]) -> str:
 
 # Ways to begin that take something from the base's weights; "eva" needs data alone.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# What makes LoRA another kind of it, if it is set: KaSA changes the base's own weights, too.
+# What makes LoRA another kind of it, if it is set. KaSA changes the base's own weights, too; copied
+# layers make another base; an activated LoRA works only after tokens that are not sent here.
 OTHER_KINDS = ("kasa_config", "velora_config", "monteclora_config", "use_bdlora", "megatron_config")
+OTHER_KINDS += ("layer_replication", "alora_invocation_tokens")
 KNOWN_KEYS = {
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping",
     "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
@@ -92,122 +94,113 @@ KNOWN_KEYS = {
     "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora",
     "velora_config",
 }  # fmt: skip
+BOTH = ("measuring", "scaling")
 
 
-def extras_of(saved: SavedAdapter) -> list[tuple[tuple[str, ...], str]]:
-    """Return what an adapter is beyond the update scaling x B A on matrices.
+class Extra(NamedTuple):
+    """What an adapter is beyond the update scaling x B A on matrices."""
 
-    Returns:
-        Of each thing what it prevents, and a clause that goes on from "It". It may prevent
-        "measuring" at all, taking into "parts", and "scaling" (cutting and exporting, too).
-    """
-    config, names = saved.config, list(saved.tensors)
+    # "measuring" at all, taking into "parts", or "scaling" (cutting and exporting, too)
+    prevents: tuple[str, ...]
+    clause: str  # that goes on from "It"
+
+
+def extras_of(saved: SavedAdapter) -> list[Extra]:
+    """Return what an adapter is beyond the update scaling x B A on matrices."""
+    return [*extras_in_config(saved.config), *extras_in_names(saved), *extras_on_modules(saved)]
+
+
+def extras_in_config(config: dict[str, Any]) -> Iterator[Extra]:
+    """Yield what the configuration alone tells."""
     start, bias = str(config.get("init_lora_weights")), config.get("bias", "none")
-    task, is_dora = config.get("task_type") or "CAUSAL_LM", bool(config.get("use_dora"))
-    lengths = [name for name in names if ".lora_magnitude_vector" in name]
-    biases = [name for name in names if name.endswith(".lora_B.bias")]
-    whole = [name for name in names if ".lora_" not in name and name.startswith(PREFIX)]
-    megabytes = sum(saved.tensors[name].nbytes for name in whole) / 1e6
-    known = {*lengths, *biases, *whole}.union(*(one.names for one in saved.modules))
-    unknown = [key for key in OTHER_KINDS if config.get(key)]
-    unknown += [name for name in names if name not in known]
-    tokens = config.get("trainable_token_indices")
-    has_tokens = any("trainable_tokens" in name for name in names)
-    outside = [one for one in saved.modules if is_left_out(config, one)]
-    outside = [one.name for one in outside if not one.is_zero]  # others would change nothing
-    are_matrices = all(saved.tensors[name].dim() == 2 for m in saved.modules for name in m.names)
-    has_embeddings = any("lora_embedding_" in name for name in names)
-    is_elsewhere = has_embeddings or bool(config.get("target_parameters"))
-    rows = [
-        (
-            ("measuring", "scaling"),
-            start.lower().startswith(CHANGES_THE_BASE),
+    if start.lower().startswith(CHANGES_THE_BASE):
+        yield Extra(
+            BOTH,
             f"began with init_lora_weights = {start}, which changed the base model's own weights: "
             "on the plain base, as in other programs, it is wrong. PEFT's save_pretrained makes "
             "plain LoRA of it (path_initial_model_for_weight_conversion)",
-        ),
-        (
-            ("measuring", "scaling"),
-            bias != "none",
+        )
+    if bias != "none":
+        yield Extra(
+            BOTH,
             f"trained biases of the base (bias = {bias}), which stay changed where it is switched "
             "off, and which vLLM refuses",
-        ),
-        (
-            ("measuring", "scaling"),
-            bool(lengths) and not is_dora,
-            "holds lora_magnitude_vector, as DoRA does, but use_dora is not set, so PEFT leaves "
-            "these out without a word",
-        ),
-        (
-            ("measuring", "scaling"),
-            bool(unknown),
-            f"has what is of a kind of LoRA that is not understood here ({listed(unknown)})",
-        ),
-        (
-            ("measuring", "scaling"),
-            bool(tokens) and not has_tokens,
-            "trained single tokens (trainable_token_indices), but its file does not hold them, so "
-            "PEFT cannot load it",
-        ),
-        (
+        )
+    task = config.get("task_type") or "CAUSAL_LM"
+    if task != "CAUSAL_LM":
+        yield Extra(("measuring",), f"is for another task than replying ({task})")
+    if config.get("use_dora"):
+        yield Extra(
+            ("scaling",),
+            "is DoRA: the length of each row of W was trained as well, so B A is not the whole "
+            "update. vLLM refuses DoRA; merge it into its base to serve it",
+        )
+    if unknown := sorted(config.keys() - KNOWN_KEYS):
+        yield Extra(
             (),
-            not config.keys() <= KNOWN_KEYS,
             "has keys in adapter_config.json that PEFT 0.21 does not know and leaves out: "
-            f"{', '.join(sorted(config.keys() - KNOWN_KEYS))}",
-        ),
-        (
-            ("measuring", "scaling"),
-            bool(outside),
-            f"holds {pluralize(len(outside), 'module')} outside target_modules, or in the layers "
-            f"or modules that are excluded ({listed(outside)}). PEFT does not apply them, mostly "
-            "without a word; other programs do",
-        ),
-        (("measuring",), task != "CAUSAL_LM", f"is for another task than replying ({task})"),
-        (
-            ("measuring",),
-            bool(config.get("layer_replication")),
-            "repeats layers (layer_replication), so it needs another model than its base",
-        ),
-        (
-            ("measuring",),
-            bool(config.get("alora_invocation_tokens")),
-            "is an activated LoRA, which works only after its invocation tokens, and none are sent "
-            "here",
-        ),
-        (
-            ("measuring",),
-            is_dora and len(lengths) < len(saved.modules),
-            f"is DoRA of {pluralize(len(saved.modules), 'module')}, but its file holds "
-            f"lora_magnitude_vector of {len(lengths)}: PEFT takes the base's own lengths instead",
-        ),
-        (
+            f"{', '.join(unknown)}",
+        )
+
+
+def extras_in_names(saved: SavedAdapter) -> Iterator[Extra]:
+    """Yield what the names of the file's tensors tell, beside the configuration."""
+    config, names = saved.config, list(saved.tensors)
+    lengths = [name for name in names if ".lora_magnitude_vector" in name]
+    biases = [name for name in names if name.endswith(".lora_B.bias")]
+    whole = [name for name in names if ".lora_" not in name and name.startswith(PREFIX)]
+    known = {*lengths, *biases, *whole}.union(*(one.names for one in saved.modules))
+    unknown = [key for key in OTHER_KINDS if config.get(key)]
+    unknown += [name for name in names if name not in known]
+    if unknown:
+        yield Extra(
+            BOTH, f"has what is of a kind of LoRA that is not understood here ({listed(unknown)})"
+        )
+    wanted = len(saved.modules) if config.get("use_dora") else 0
+    if len(lengths) < wanted or (lengths and not wanted):
+        yield Extra(
+            BOTH,
+            f"holds lora_magnitude_vector, which DoRA trains, of {len(lengths)} of "
+            f"{pluralize(len(saved.modules), 'module')}, and use_dora is {bool(wanted)}: without a "
+            "word PEFT leaves out what is too many, and takes the base's own for what is missing",
+        )
+    if whole:
+        megabytes = sum(saved.tensors[name].nbytes for name in whole) / 1e6
+        yield Extra(
             ("parts", "scaling"),
-            bool(whole),
             f"holds {pluralize(len(whole), 'whole tensor')} besides LoRA ({listed(whole)}; "
             f"{megabytes:.1f} MB), for the base's own. vLLM does not serve such an adapter; merge "
             "it into its base",
-        ),
-        (
+        )
+    if biases:
+        yield Extra(("scaling",), "has biases of B (lora_bias), which vLLM refuses")
+    if any(".default." in name for name in names):
+        yield Extra(
             ("scaling",),
-            is_dora,
-            "is DoRA: the length of each row of W was trained as well, so B A is not the whole "
-            "update. vLLM refuses DoRA; merge it into its base to serve it",
-        ),
-        (("scaling",), bool(biases), "has biases of B (lora_bias), which vLLM refuses"),
-        (
-            ("scaling",),
-            is_elsewhere or not are_matrices,
-            "has LoRA on other things than linear layers: embeddings, convolutions, or experts "
-            "that share A or B",
-        ),
-        (
-            ("scaling",),
-            any(".default." in name for name in names),
             "has the names of a state_dict(), with .default. in them, which PEFT finds only if it "
             "calls the adapter so, and others not at all; write it with save_pretrained()",
-        ),
-    ]
-    return [(prevents, clause) for prevents, is_so, clause in rows if is_so]
+        )
+
+
+def extras_on_modules(saved: SavedAdapter) -> Iterator[Extra]:
+    """Yield what is told by the places of the modules and by their shapes."""
+    outside = [one for one in saved.modules if is_left_out(saved.config, one)]
+    outside = [one.name for one in outside if not one.is_zero]  # others would change nothing
+    if outside:
+        yield Extra(
+            BOTH,
+            f"holds {pluralize(len(outside), 'module')} outside target_modules, or in the layers "
+            f"or modules that are excluded ({listed(outside)}). PEFT does not apply them, mostly "
+            "without a word; other programs do",
+        )
+    used = [name for one in saved.modules for name in one.names]
+    has_others = any("lora_embedding_" in name or saved.tensors[name].dim() > 2 for name in used)
+    if has_others or saved.config.get("target_parameters"):
+        yield Extra(
+            ("scaling",),
+            "has LoRA on other things than linear layers: embeddings, convolutions, or experts "
+            "that share A or B",
+        )
 
 
 def listed(names: list[str]) -> str:
@@ -217,7 +210,7 @@ def listed(names: list[str]) -> str:
 
 def reasons_against(action: str, saved: SavedAdapter) -> list[str]:
     """Return what prevents "measuring", taking into "parts" or "scaling", as extras_of() says."""
-    return [what for prevents, what in extras_of(saved) if action in prevents]
+    return [one.clause for one in extras_of(saved) if action in one.prevents]
 
 
 def is_left_out(config: dict[str, Any], module: Module) -> bool:

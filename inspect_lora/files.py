@@ -111,7 +111,9 @@ def read_tensors(place: Path) -> dict[str, torch.Tensor]:
                     f"{path} is a pointer of Git LFS, and not the tensors that it stands for: "
                     f"git -C {shlex.quote(str(place))} lfs pull"
                 ) from error
-        raise InspectError(f"{path} cannot be read ({one_line(error)}).") from error
+        raise InspectError(
+            f"{path} cannot be read ({one_line(error)}). Copy or download it again."
+        ) from error
     if not tensors:
         raise InspectError(f"{path} holds no tensors, so the adapter changes nothing.")
     return tensors
@@ -132,8 +134,9 @@ def path_in_text_model(name: str) -> str:
 
 def folder_to_serve(place: Path) -> Path:
     """Return the folder for a server: the one under vLLM's names, if a run wrote it beside."""
-    renamed = place.with_name("final_lora_vllm")
-    return renamed if place.name == "final_lora" and renamed.is_dir() else place
+    own = place.resolve()  # it may be given as "."
+    renamed = own.with_name("final_lora_vllm")
+    return renamed if own.name == "final_lora" and renamed.is_dir() else place
 
 
 @dataclass

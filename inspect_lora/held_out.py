@@ -73,10 +73,22 @@ def refuse_other_conversations(
         )
 
 
-def without_learned(examples: list[Example], run: Run) -> list[Example]:
-    """Return the replies that do not stand in the run's training file, and name the others."""
+def without_learned(examples: list[Example], run: Run, is_its: bool) -> list[Example]:
+    """Return the replies that do not stand in the run's training file, and name the others.
+
+    Args:
+        examples: all replies in a file.
+        run: the one that the adapter comes from.
+        is_its: whether that run held the file out.
+    """
     path, learned = replies_learned_by(run)
-    known = [one for one in examples if key_of(one.messages) in learned]
+    if path and not learned and not is_its:
+        report_sentence(
+            "note",
+            f"{path}, on which the adapter was trained, is not there any more or was changed, so "
+            "it is not known whether it learned some of these replies.",
+        )
+    known = [one for one in examples if said_in(one.messages) in learned]
     if not known:
         return examples
     named = join_limited(list(dict.fromkeys(one.source for one in known)), 10, ", ")
@@ -86,11 +98,11 @@ def without_learned(examples: list[Example], run: Run) -> list[Example]:
             f"{text}, on which the adapter was trained, so none is left. {GIVE_A_FILE}"
         )
     report_sentence("left out", f"{text}, on which the adapter was trained: {named}.")
-    return [one for one in examples if key_of(one.messages) not in learned]
+    return [one for one in examples if said_in(one.messages) not in learned]
 
 
 def replies_learned_by(run: Run) -> tuple[str, set[str]]:
-    """Return a run's training file and the keys of the replies in it that were trained on.
+    """Return a run's training file and what was said up to each reply that was trained on.
 
     There are none if the file is not there any more, or is not what it was.
     """
@@ -106,7 +118,16 @@ def replies_learned_by(run: Run) -> tuple[str, set[str]]:
                 examples, _ = hold_out(examples, percent, path)
         except UserError:  # by another version's rules
             return path, set()
-    return path, {key_of(one.messages) for one in examples}
+    return path, {said_in(one.messages) for one in examples}
+
+
+def said_in(messages: list[dict[str, str]]) -> str:
+    """Return what is equal of two conversations if users and replies say the same words.
+
+    A reply was learned also if its line has another system message, or other spaces.
+    """
+    turns = [one for one in messages if one["role"] != "system"]
+    return json.dumps([(one["role"], one["content"].split()) for one in turns])
 
 
 def without_equals(examples: list[Example]) -> list[Example]:

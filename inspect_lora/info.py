@@ -97,7 +97,7 @@ def find_notes(place: Path, saved: SavedAdapter) -> list[str]:
         about_vision(saved.modules),
         about_missing_targets(saved.modules),
         about_sizes(saved.modules),
-        *(f"It {what}." for _, what in extras_of(saved)),
+        *(f"It {one.clause}." for one in extras_of(saved)),
         about_names(place, saved),
         about_quantized_base(saved.config),
         about_smaller_rank(saved.modules),

@@ -195,8 +195,9 @@ def modules_of(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list
     ]
     if damaged:
         raise InspectError(
-            f"The file is damaged: of {pluralize(len(damaged), 'module')} A or B is missing or is "
-            f"no matrix of numbers ({join_limited(damaged, 3, ', ')})."
+            f"adapter_model.safetensors is damaged: of {pluralize(len(damaged), 'module')} A or B "
+            f"is missing or is no matrix of numbers ({join_limited(damaged, 3, ', ')}). Save the "
+            "adapter anew, or take an earlier checkpoint."
         )
     modules = []
     for path, parts in found.items():

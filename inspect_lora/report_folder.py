@@ -136,7 +136,8 @@ def write_report(found: Findings, folder: Path) -> None:
         draw_overview(record, new / "overview.png")
         draw_picture(found, new / "lora.png")
         pictures = {path.name for path in new.glob("*.png")}
-        (new / "report.md").write_text(as_markdown(found, pictures), encoding="utf-8")
+        text = as_markdown(found, pictures).encode(errors="backslashreplace")
+        (new / "report.md").write_bytes(text)  # a kind may hold half a character
         names = (shorten_path(name, 60) for name in (found.name, found.adapter.base))
         if page := page_of_evidence(*names, record["replies"]):
             (new / PAGE).write_text(page, encoding="utf-8")

@@ -275,7 +275,7 @@ def score(server: Server, name: str, prompt: list[int], reply: list[int]) -> lis
         rows = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
         pairs = zip(rows, reply, strict=True)
         found = [float(row[str(token)]["logprob"]) for row, token in pairs]
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         found = [math.nan]
     if not all(map(math.isfinite, found)):
         raise InspectError(

@@ -55,10 +55,8 @@ class Server:
         seconds = 10 if body is None else 300
         try:
             request = urllib.request.Request(f"{self.url}{path}", data, headers)
-            with urllib.request.urlopen(request, timeout=seconds) as response:
+            with answer_to(request, seconds) as response:
                 status, text = response.status, response.read().decode(errors="replace")
-        except urllib.error.HTTPError as error:
-            status, text = error.code, error.read().decode(errors="replace")
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = one_line(error) or type(error).__name__
             raise InspectError(
@@ -75,3 +73,11 @@ class Server:
             if isinstance(answer, dict):
                 answer = answer.get(key, answer)
         return status, one_line(answer)
+
+
+def answer_to(request: urllib.request.Request, seconds: float) -> Any:
+    """Return a server's answer, also one that tells an error, which may end halfway as well."""
+    try:
+        return urllib.request.urlopen(request, timeout=seconds)
+    except urllib.error.HTTPError as error:
+        return error

@@ -46,9 +46,11 @@ logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERRO
 
 UserError = script.UserError
 Example = script.Example
+Problem = script.Problem
 ChatFormat = script.ChatFormat
 
 read_conversations = script.read_conversations
+entries_of = script.entries_of
 hold_out = script.hold_out
 held_out_percent = script.held_out_percent
 problems_as_text = script.problems_as_text

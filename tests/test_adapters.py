@@ -420,12 +420,12 @@ def test_a_file_that_does_not_fit_is_one_message(refused, changed, name):
         ({"init_lora_weights": "pissa"}, "changed the base model's own weights"),
         ({"bias": "lora_only"}, "trained biases"),
         ({"bias": None}, "bias: Input should be a valid string (it is None)"),
-        ({"trainable_token_indices": [1]}, "its file does not hold them, so PEFT cannot load it"),
+        ({"trainable_token_indices": [1]}, "does not fit the base model"),
         ({"velora_config": {"scale": 1}}, "of LoRA that is not understood here (velora_config)"),
         ({"megatron_config": {"a": 1}}, "LoRA that is not understood here (megatron_config)"),
-        ({"use_dora": True}, "its file holds lora_magnitude_vector of 0"),
-        ({"layer_replication": [[0, 2]]}, "another model than its base"),
-        ({"alora_invocation_tokens": [5]}, "invocation tokens"),
+        ({"use_dora": True}, "which DoRA trains, of 0 of 4 modules, and use_dora is True"),
+        ({"layer_replication": [[0, 2]]}, "not understood here (layer_replication)"),
+        ({"alora_invocation_tokens": [5]}, "not understood here (alora_invocation_tokens)"),
         ({"peft_type": "IA3"}, "of the kind IA3"),
         ({"task_type": "SEQ_CLS"}, "another task than replying (SEQ_CLS)"),
         ({"r": "eight", "target_modules": 5}, ""),
@@ -436,6 +436,12 @@ def test_what_cannot_be_compared_with_its_base_is_refused_with_the_reason(
     refused, changed, config, said
 ):
     assert said in refused(changed(**config))
+
+
+def test_what_the_file_lacks_is_named(refused, changed):
+    said = refused(changed(modules_to_save=["lm_head"]))
+    assert "the file lacks 'base_model.model.lm_head.weight'" in said
+    assert "whether adapter_config.json is this adapter's" in said
 
 
 def test_files_that_are_no_adapter_are_told_what_they_are(refused, plain, tmp_path, changed):
@@ -725,6 +731,14 @@ def test_a_template_of_the_adapters_own_is_taken(capsys, changed, tmp_path, held
     assert columns(measure(capsys, folder, held_out, *SHORT).found) != columns(before.found)
 
 
+def test_a_damaged_tokenizer_of_the_adapters_own_is_told(refused, changed):
+    """The base's template would write other prompts, in silence."""
+    folder = changed()
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "', encoding="utf-8")
+    said = refused(folder)
+    assert "tokenizer_config.json is damaged" in said and "or remove it" in said
+
+
 def test_nothing_of_an_adapter_is_executed(capsys, changed, held_out, tmp_path):
     """Its tokenizer may name code of its own, which would run wherever it is trusted."""
     folder = changed()
@@ -780,6 +794,20 @@ def test_longer_lines_are_left_out_only_if_asked_for(capsys, plain, tmp_path):
     assert len(measure(capsys, plain, path, *SHORT).found["losses"]) == 13
     run = measure(capsys, plain, path, *SHORT, "--max_seq_len", "50")
     assert len(run.found["losses"]) == 12 and "long.jsonl:13" in run.out
+
+
+def test_lines_beyond_the_models_window_are_told(capsys, plain, tmp_path):
+    """Nothing else would be: most models go on, with a loss that says little."""
+    base = shutil.copytree(TINY, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["max_position_embeddings"] = 60
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    path = write_held_out(tmp_path / "long.jsonl", [("rain " * 60, "Tea, then?"), *SAID])
+    run = measure(capsys, plain, path, *SHORT, "--base", base)
+    assert "longer than the 60 tokens that the model was made for" in run.said
+    assert "1 held-out reply with its conversation, such as" in run.said
+    assert "long.jsonl:1. --max_seq_len 60 leaves such out" in run.said
+    assert "was made for" not in measure(capsys, plain, path, *SHORT).said
 
 
 def test_a_foreign_adapters_system_message_is_the_one_that_all_lines_share(capsys, tmp_path):

@@ -115,3 +115,12 @@ def test_of_another_base_type_or_version_nothing_is_taken(ask, two, monkeypatch,
         monkeypatch.setattr("inspect_lora.base_side.how_the_base_computes", lambda _: {})
     end = ask("other", *more)
     assert end.asked == ALL and "are those in" not in end.said
+
+
+def test_of_a_record_that_lacks_a_row_no_loss_is_taken(ask, two):
+    ask("one")
+    path = two.parent / "inspected" / "out--one" / "evidence.json"
+    record = read_json(path)
+    record["losses"].pop()
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert ask("other").asked == ["base"]

@@ -101,6 +101,7 @@ def check_of(check):
         ('{"a": "X"}', {"kind": "json", "keys": {"a": "x", "n": 5}}, False),
         ('{"n": true}', {"kind": "json", "keys": {"n": 1}}, False),
         ("{broken", {"kind": "json", "keys": {"n": 1}}, False),
+        ('{"n":' + "[" * 100_000 + "}", {"kind": "json", "keys": {"n": 1}}, False),
     ],
 )
 def test_a_reply_passes_or_not(reply, check, passes):
@@ -240,7 +241,8 @@ def test_a_bad_check_is_refused_by_its_line_before_the_model_is_loaded(
     ("line", "said"),
     [
         ("{", "tasks.jsonl:1: "),
-        ("[]", "a line is"),
+        ("5", "a line is"),
+        ('{"prompt":' + "[" * 100_000, "this is no JSON"),
         ('{"prompt": []}', "a line is"),
         (json.dumps({"prompt": messages_of(("a", "b"))}), "the last one of the user"),
         (json.dumps({"prompt": messages_of(("a", "", "c"))}), "message 2"),
@@ -254,7 +256,7 @@ def test_a_bad_task_is_named_with_its_line(capsys, tmp_path, line, said):
     end = command(capsys, "evidence", adapter, *words)
     assert end.status == 1 and "tasks.jsonl:1: " in end.err and said in end.err
     end = command(capsys, "evidence", adapter, *words[:1], tmp_path / "none.jsonl", *words[2:])
-    assert end.status == 1 and "none.jsonl cannot be read" in end.err
+    assert end.status == 1 and "There is no file" in end.err and "none.jsonl" in end.err
 
 
 def test_the_shipped_tasks_are_read_and_have_checks():

@@ -18,6 +18,11 @@ TOKENS = [10, 20, 30, 40]
 BASE = [3.0, 3.1, 2.9, 3.0]
 
 
+SAID = {"text": "Oh.", "tokens": 3, "ended": True}
+REPLY = {"where": "eval.jsonl:1", "source": "held_out", "messages": [{"role": "user"}]}
+REPLY |= {"max_new_tokens": 9, "base": SAID, "adapter": SAID}
+
+
 @pytest.fixture
 def put(tmp_path):
     """Return a function that writes a report below tmp_path, with these losses of the adapter.
@@ -170,6 +175,10 @@ def test_what_differs_and_what_else_changed_stand_beside_a_report(put, compare):
         ({"losses": [2.0, 2.0, 2.0, float("nan")]}, "damaged, edited"),
         ({"losses": [2.0, 2.0, 2.0, "2.0 or so"]}, "damaged, edited"),
         ({"losses": [2.0, 2.0, 2.0, 1e308]}, "damaged, edited"),
+        ({"schema": 2, "held_out": None}, "damaged, edited"),
+        ({"schema": 2, "replies": [REPLY | {"max_new_tokens": None}]}, "damaged, edited"),
+        ({"schema": 2, "replies": [REPLY | {"adapter": {"text": "a"}}]}, "damaged, edited"),
+        ({"schema": 2, "replies": [REPLY | {"says": {"right": "says"}}]}, "damaged, edited"),
     ],
 )
 def test_what_is_left_out_is_said_with_its_reason(put, compare, change, said):
@@ -207,6 +216,14 @@ def test_conversations_are_compared_and_not_bytes(put, compare):
     put("old", held_out={"file": "eval.jsonl", "sha256": "uvw"})  # schema 1 has no such hash
     end = compare()
     assert len(rows_of(end)) == 2 and "2 reports (" in end.said.partition("left out")[2]
+
+
+@pytest.mark.parametrize("edited", [[], "x", {"x 1": []}, {"x 1": "x"}, {"x 1": {"kl": [1]}}])
+def test_an_edited_kl_is_not_shown(put, compare, edited):
+    put("one", elsewhere={"no system message": edited})
+    put("two", schema=2, replies=[REPLY])
+    end = compare()
+    assert len(rows_of(end)) == 2 and "left out" not in end.said
 
 
 def test_what_was_measured_on_other_tasks_is_not_set_side_by_side(put, compare):

@@ -117,6 +117,7 @@ def test_the_tokenizer_goes_along_and_the_card_does_not(plain, export, tmp_path)
     folder = copied(plain, tmp_path / "adapter")
     for name in ("tokenizer.json", "chat_template.jinja", "optimizer.pt"):
         (folder / name).touch()
+    (folder / "tokenizer").mkdir()  # a folder of somebody's, which is left there
     assert export(folder, tmp_path / "new", "--scale", 2).status == 0
     names = {path.name for path in (tmp_path / "new").iterdir()}
     assert names == {CONFIG, TENSORS, "tokenizer.json", "chat_template.jinja"}
@@ -147,9 +148,9 @@ def test_what_cannot_be_scaled_or_cut_is_refused(export, tmp_path, config, said)
         ({}, (".weight", ".default.weight"), "the names of a state_dict()"),
         ({"target_modules": ["q_proj", "v_proj"]}, ("", ""), "8 modules outside target_modules"),
         (
-            {"trainable_token_indices": [1], "kasa_config": {"beta": 1}},
+            {"kasa_config": {"beta": 1}, "exclude_modules": ["q_proj"]},
             ("", ""),
-            "not understood here (kasa_config). It trained single tokens (trainable_token_indices)",
+            "not understood here (kasa_config). It holds 8 modules outside target_modules",
         ),
     ],
 )

@@ -120,6 +120,21 @@ def test_lines_of_the_training_file_are_named_and_left_out(ours, evidence, tmp_p
     assert f"{path}:2" in end.said.replace(" ", "") and "mixed.jsonl:3" in end.said
 
 
+def test_lines_of_the_training_file_are_known_without_their_system_message(
+    ours, evidence, tmp_path
+):
+    rows = [json.loads(line) for line in trained_lines(ours)[2:6]]
+    rows = [{"messages": row["prompt"] + row["completion"]} for row in rows]
+    assert all(row["messages"][0]["role"] == "system" for row in rows)
+    for row in rows[:2]:
+        del row["messages"][0]
+    rows[2]["messages"][-1]["content"] += "\n"
+    rows[3]["messages"][-1]["content"] += " Yes."  # another reply
+    end = evidence("--eval_file", write_lines(tmp_path / "mixed.jsonl", rows))
+    assert end.status == 0 and lines_of(end.found) == [4]
+    assert "left out 3 of 4 held-out replies stand in" in end.said
+
+
 def test_of_the_training_file_itself_nothing_is_left(ours, evidence):
     path = read_json(ours / "run.json")["data"]["train"]["file"]
     end = evidence("--eval_file", path)
@@ -127,12 +142,14 @@ def test_of_the_training_file_itself_nothing_is_left(ours, evidence):
     assert "with --eval_file" in end.err
 
 
-def test_a_training_file_that_is_not_the_runs_any_more_says_nothing(ours, evidence, tmp_path):
+def test_a_training_file_that_is_not_the_runs_any_more_is_told(ours, evidence, tmp_path):
     facts = read_json(ours / "run.json")["data"]
     facts["train"]["sha256"] = "of another"
     change_record(ours, data=facts)
     end = evidence("--eval_file", ROOT / facts["train"]["file"])
     assert end.status == 0 and len(end.found["losses"]) == 13
+    said = "so it is not known whether it learned some of these replies"
+    assert said in end.said and said not in evidence().said
 
 
 def test_what_a_percentage_held_out_of_the_training_file_was_not_learned(ours, tmp_path):

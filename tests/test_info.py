@@ -1,5 +1,6 @@
 """info: what it says of each kind of adapter, from the files alone."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -177,15 +178,14 @@ def test_a_target_that_is_excluded_as_well_is_not_called_misspelt(tmp_path, info
     [
         ({"bias": "all"}, "It trained biases of the base (bias = all)"),
         ({"task_type": "SEQ_CLS"}, "It is for another task than replying (SEQ_CLS)"),
-        ({"alora_invocation_tokens": [5]}, "It is an activated LoRA"),
-        ({"use_dora": True}, "DoRA of 24 modules, but its file holds lora_magnitude_vector of 0"),
+        ({"alora_invocation_tokens": [5]}, "not understood here (alora_invocation_tokens)"),
+        ({"use_dora": True}, "lora_magnitude_vector, which DoRA trains, of 0 of 24 modules"),
         ({"target_modules": ".*v_proj"}, "It holds 16 modules outside target_modules"),
         ({"layers_to_transform": [0, 1]}, "It holds 18 modules outside target_modules"),
         ({"exclude_modules": ["q_proj"]}, "It holds 8 modules outside target_modules"),
         ({"velora_config": {"scale": 1}}, "LoRA that is not understood here (velora_config)"),
         ({"use_bdlora": True}, "LoRA that is not understood here (use_bdlora)"),
         ({"megatron_config": {"a": 1}}, "LoRA that is not understood here (megatron_config)"),
-        ({"trainable_token_indices": [1]}, "but its file does not hold them, so PEFT cannot load"),
     ],
 )
 def test_what_the_configuration_says_besides_is_noted(plain, tmp_path, info, config, said):
@@ -223,7 +223,7 @@ def with_another_name(tensors):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (with_lengths, "It holds lora_magnitude_vector, as DoRA does, but use_dora is not set"),
+        (with_lengths, "which DoRA trains, of 1 of 24 modules, and use_dora is False"),
         (with_default, "It has the names of a state_dict(), with .default. in them"),
         (with_another_name, "It has what is of a kind of LoRA that is not understood here (model"),
     ],
@@ -379,6 +379,10 @@ def test_of_this_trainer_it_knows_the_held_out_lines_and_what_to_serve(plain, tm
     found = info(tmp_path / "final_lora")
     assert found.out.endswith(f"evidence {tmp_path / 'final_lora'}\n")
     assert f"Serve {tmp_path / 'final_lora_vllm'}." in found.said
+    with contextlib.chdir(tmp_path / "final_lora"):
+        assert f"Serve {tmp_path / 'final_lora_vllm'}." in info(".").said
+    with contextlib.chdir(plain):
+        assert info(".").status == 0
     assert "--eval_file HELD_OUT.jsonl" in info(plain).out
     (tmp_path / "run.json").write_text('{"adapter_sha256": ["of another program"]}')
     assert "--eval_file HELD_OUT.jsonl" in info(tmp_path / "final_lora").out

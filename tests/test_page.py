@@ -1,11 +1,13 @@
 """replies.html: in a real browser, side by side and blind; what anybody said is never markup."""
 
 import base64
+import errno
 import itertools
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -312,6 +314,25 @@ def test_compare_says_why_there_is_no_page(capsys, tmp_path, monkeypatch, two_re
     assert not (tmp_path / "compared").exists()
     end = command(capsys, "compare", folders[0])
     assert end.status == 0 and "replies" not in end.out
+
+
+def test_an_earlier_page_stays_whole_if_the_disk_is_full(
+    capsys, tmp_path, monkeypatch, two_reports
+):
+    folders = two_reports([row("a", "b", "A's")], [row("a", "b", "B's")])
+    words = ["--output_dir", tmp_path / "page"]
+    assert command(capsys, "compare", *folders, *words).status == 0
+    path = tmp_path / "page" / "replies.html"
+    before = path.read_bytes()
+
+    def half(self, text, **_):
+        self.write_bytes(text.encode()[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", half)
+    end = command(capsys, "compare", *reversed(folders), *words)
+    assert end.status == 1 and "No space left on device" in end.err
+    assert path.read_bytes() == before
 
 
 def test_a_page_that_cannot_be_written_is_one_message(capsys, tmp_path, two_reports):

@@ -1,5 +1,6 @@
 """Prompts without replies: what both say, the checks, and what else changed; no gain."""
 
+import json
 import re
 import shutil
 import types
@@ -108,6 +109,13 @@ def test_the_picture_of_the_updates_says_nothing_of_replies(ask, monkeypatch):
     ]
 
 
+def test_without_checks_no_table_of_them_is_shown(ask, made):
+    path = write_lines(made.folder / "plain.jsonl", ROWS[:2])
+    end = ask("--general_file", "", prompts=path)
+    assert end.status == 0 and len(end.found["replies"]) == 2
+    assert "two replies to each of 2 prompts" in end.said and "beyond chance" not in end.said
+
+
 def test_they_are_what_a_chat_would_say(ask, made, capsys, monkeypatch):
     """With the training's system message, unless a prompt has one of its own."""
     end = ask("--system", "You are Nell.", "--general_file", "")
@@ -163,6 +171,9 @@ def test_a_bad_prompt_is_refused_by_its_line(ask, made, row, said):
     path = write_lines(made.folder / "bad.jsonl", [ROWS[0], row])
     end = ask(prompts=path)
     assert end.status == 1 and "bad.jsonl:2: " in end.err and said in end.err
+    Path(path).write_text(json.dumps(ROWS[0]) + "\nhello there\nrain\n", encoding="utf-8")
+    said = ask(prompts=path).err
+    assert "bad.jsonl:3: this is no JSON" in said and said.count('{"prompt": "text"}') == 1
     (made.folder / "empty.jsonl").write_text("\n", encoding="utf-8")
     assert "holds no prompts" in ask(prompts=made.folder / "empty.jsonl").err
 

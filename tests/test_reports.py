@@ -2,21 +2,25 @@
 
 import errno
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from on_tiny import (
     PARTS,
     SHORT,
     copy_of_run,
     listing,
     measure,
+    messages_of,
     read_json,
     save_adapter,
     write_held_out,
     write_lines,
 )
+from processes import run_in_a_fork
 from tiny_adapters import command
 
 import inspect_lora.elsewhere as elsewhere
@@ -174,6 +178,60 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
     monkeypatch.setattr("tempfile.TemporaryFile", no_space)
     end = command(capsys, *words)
     assert end.status == 1 and "No space left on device" in end.err and "gain" not in end.out
+
+
+def test_two_adapters_of_one_name_may_be_measured_at_once(
+    capsys, no_picture, tmp_path, monkeypatch, eval_file
+):
+    """As by an array of jobs: neither had a report when the other one began."""
+    for name, std in (("exp1", 0.1), ("exp2", 0.5)):
+        save_adapter(tmp_path / name / "out" / "checkpoint-5", std=std)
+    monkeypatch.chdir(tmp_path)
+    words = ["--eval_file", eval_file, *SHORT]
+    measure_one = evidence.measure
+
+    def measure_the_other_first(*given):
+        monkeypatch.setattr(evidence, "measure", measure_one)
+        assert command(capsys, "evidence", "exp2/out/checkpoint-5", *words).status == 0
+        measure_one(*given)
+
+    monkeypatch.setattr(evidence, "measure", measure_the_other_first)
+    assert command(capsys, "evidence", "exp1/out/checkpoint-5", *words).status == 0
+    found = {path.name: read_json(path / "evidence.json") for path in Path("inspected").iterdir()}
+    assert {name: one["adapter"] for name, one in found.items()} == {
+        "out--checkpoint-5": "exp2/out/checkpoint-5",
+        "exp1--out--checkpoint-5": "exp1/out/checkpoint-5",
+    }
+
+
+STOPPED_BY_A_QUEUE = """
+import os, signal, tempfile
+tempfile.TemporaryDirectory = lambda **_: os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_what_was_found_before_sigterm_is_kept_too(tmp_path, eval_file):
+    adapter = save_adapter(tmp_path / "adapter")
+    words = [sys.executable, "-m", "inspect_lora", "evidence", str(adapter), "--eval_file"]
+    words += [eval_file, *SHORT, "--output_dir", str(tmp_path / "found")]
+    end = run_in_a_fork(words, cwd=ROOT, first=STOPPED_BY_A_QUEUE)
+    assert end.returncode == 130 and end.stderr.endswith("Stopped.\n")
+    assert read_json(tmp_path / "found" / "evidence.json")["finished"] is False
+
+
+def test_what_cannot_be_printed_or_written_does_not_cost_the_report(tmp_path):
+    """A locale of ASCII has no plus-minus, and a kind may hold half a character."""
+    adapter = save_adapter(tmp_path / "adapter")
+    check = {"right": {"kind": "json", "keys": {"\ud83d": 1}}}
+    rows = [{"messages": messages_of(("a", "b")), "kind": "\ud83d", "checks": check}]
+    path = write_lines(tmp_path / "odd.jsonl", rows)
+    words = [sys.executable, "-m", "inspect_lora", "evidence", str(adapter), "--eval_file", path]
+    words += [*SHORT[:-1], "--output_dir", str(tmp_path / "found")]
+    first = "import sys; sys.stdout.reconfigure(encoding='ascii')"
+    end = run_in_a_fork(words, cwd=ROOT, first=first)
+    assert end.returncode == 0, end.stderr
+    assert r"\xb1 ? nats a token" in end.stdout and r"\ud83d" in end.stdout
+    assert r"\ud83d" in (tmp_path / "found" / "report.md").read_text(encoding="utf-8")
 
 
 def test_what_a_killed_command_left_half_done_is_no_report(ours, capsys):

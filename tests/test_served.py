@@ -27,8 +27,11 @@ THINKING_OFF = '{"enable_thinking": false}'
 
 
 @contextlib.contextmanager
-def running(answer):
-    """Run a server on this machine; answer(method, path, body, headers) gives status and reply."""
+def running(answer, missing=0):
+    """Run a server on this machine; answer(method, path, body, headers) gives status and reply.
+
+    So many bytes of each reply are missing at its end.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def reply(self):
@@ -37,7 +40,7 @@ def running(answer):
             status, reply = answer(self.command, self.path, body, self.headers)
             text = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
+            self.send_header("Content-Length", str(len(text) + missing))
             self.end_headers()
             self.wfile.write(text)
 
@@ -424,16 +427,16 @@ def test_a_server_without_adapters_is_told_how_to_get_one(ask, imitation):
 # ---- What cannot be asked
 
 
-@pytest.mark.parametrize("value", [None, "left out", "not a number"])
+@pytest.mark.parametrize("value", [None, "left out", "not a number", "too large"])
 def test_a_server_that_cannot_score_is_told(ask, imitation, value):
     def without_scores(status, answer):
         choice = answer["choices"][0]
         if value == "left out":
             del choice["prompt_logprobs"]
-        elif value == "not a number":
+        elif value in ("not a number", "too large"):
             for row in choice["prompt_logprobs"][1:]:
                 for number in row.values():
-                    number["logprob"] = float("nan")
+                    number["logprob"] = float("nan") if value == "not a number" else 10**400
         else:
             choice["prompt_logprobs"] = value
         return status, answer
@@ -494,6 +497,14 @@ def test_another_kind_of_server_is_told(ask, imitation, answer, said):
     imitation.change["/v1/models"] = lambda *_: answer
     found = ask()
     assert found.status == 1 and said in found.err
+
+
+def test_an_answer_that_ends_halfway_is_told(measured, capsys):
+    """Of an error, too, whose text is read apart."""
+    for status in (200, 500):
+        with running(lambda *_, status=status: (status, "half"), missing=9) as url:
+            found = command(capsys, "served", url, measured / "adapter")
+        assert found.status == 1 and "cannot be reached (IncompleteRead" in found.err
 
 
 def test_the_key_of_the_environment_is_sent_with_every_question(ask, imitation, monkeypatch):
