@@ -588,6 +588,8 @@ def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
 
     inner = accelerate.utils.extract_model_from_parallel(model)
     given = {"input_ids": inputs["input_ids"], "use_cache": False}
+    # Without a mask transformers looks for packed rows, and waits for the GPU to tell it. nonzero()
+    # has just waited in target_positions(), so nothing is left to wait for.
     if needs_mask(inner.config):
         given["attention_mask"] = inputs["attention_mask"]
     hook = inner.get_output_embeddings().register_forward_pre_hook(keep_targets)
@@ -919,6 +921,7 @@ def compare_fla_with_torch() -> None:
     key_heads, value_heads, key_size, value_size = map(int, heads)
     signal.alarm(int(seconds))  # whatever becomes of the process that waits
     try:
+        torch.zeros(1, device=device)  # what fails here is not fla's fault
         importlib.import_module("fla")
         kernel = importlib.import_module(module).torch_chunk_gated_delta_rule
         # The decay is in float32, as Qwen3.5 has it. 200 tokens are three chunks of 64 and an
@@ -941,7 +944,14 @@ def compare_fla_with_torch() -> None:
             print("fla: is not what transformers takes")
             return
     except Exception as error:  # whatever is wrong with it, it is not used
-        print("fla: cannot be used:", " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if "busy or unavailable" in text:  # so CUDA says it (pytorch issues 3871, 100691)
+            print(
+                "fla: could not be tried: CUDA admits no second process to this GPU (nvidia-smi -q "
+                "-d COMPUTE shows its mode; Exclusive_Process admits one, and Default several)"
+            )
+        else:
+            print("fla: cannot be used:", text)
         return
     print("fla: good")
 
@@ -3761,7 +3771,8 @@ def file_fingerprints(folder: Path, patterns: tuple[str, ...]) -> list[tuple[str
 # With "auto" the GPU itself decides. Before training, a few examples go forward and backward with
 # both kinds of matmul. float16 stays if the results agree and if it is faster. If not, the
 # weights are loaded anew, since float16 has lost bits of those below 6e-5, and bfloat16 is used. A
-# job that is resumed keeps its kind, on another GPU, too; it is refused if float16 is wrong there.
+# job that is resumed keeps its kind, on another GPU, too; it is refused if float16 is wrong there,
+# or runs out of memory.
 
 TESTED_IN_FP16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
 
@@ -3817,36 +3828,42 @@ def try_fp16_matmul(trainer: LoraTrainer, job: Job) -> str:
         examples = examples[:1]
         native = timed_pass(trainer, examples)
     use_fp16_matmul(trainer.model.get_base_model())
-    float16 = timed_pass(trainer, examples)
+    float16 = timed_pass_if_it_fits(trainer, examples)
     transformers.set_seed(job.settings.SEED)  # both drew random numbers
     # All processes must take the same kind.
     reasons = accelerate.utils.gather_object([why_not_fp16(native, float16)])
     reason = min(reasons, key=lambda one: (one == "", one == SLOWER))  # what is wrong comes first
     if reason == SLOWER and job.checkpoint:  # a job that has begun keeps what is right
         reason = ""
-    apart = share_apart(native.gradients, float16.gradients)
-    job.matmul_compared = {
-        "seconds": [native.seconds, float16.seconds],  # native, float16
-        "loss": [native.loss, float16.loss],
-        "gradients_apart": apart,
-        "float16_is_not_used_since": reason,
-    }
     dtype = job.settings.DTYPE
-    report(
-        "matmul",
+    tried = (
         f"tried on this GPU: {pluralize(len(examples), 'example')} forward and backward took "
-        f"{native.seconds:.3f} s in {dtype} and\n{float16.seconds:.3f} s in scaled float16; losses "
-        f"{native.loss:.4f} and {float16.loss:.4f}, LoRA's gradients {apart:.1%} apart;\n"
-        + (f"so {dtype} is used, since {reason}" if reason else "so scaled float16 is used"),
+        f"{native.seconds:.3f} s in {dtype}"
     )
+    job.matmul_compared = {"float16_is_not_used_since": reason}
+    if float16 is not None:
+        apart = share_apart(native.gradients, float16.gradients)
+        tried += (
+            f" and\n{float16.seconds:.3f} s in scaled float16; losses {native.loss:.4f} and "
+            f"{float16.loss:.4f}, LoRA's gradients {apart:.1%} apart"
+        )
+        job.matmul_compared |= {
+            "seconds": [native.seconds, float16.seconds],  # native, float16
+            "loss": [native.loss, float16.loss],
+            "gradients_apart": apart,
+        }
+    used = f"so {dtype} is used, since {reason}" if reason else "so scaled float16 is used"
+    report("matmul", f"{tried};\n{used}")
     return reason
 
 
 SLOWER = "float16 is not faster"
 
 
-def why_not_fp16(native: Pass, float16: Pass) -> str:
-    """Return why float16 matmul cannot be used on a GPU, or ""."""
+def why_not_fp16(native: Pass, float16: Pass | None) -> str:
+    """Return why float16 matmul cannot be used on a GPU, or ""; None did not find its memory."""
+    if float16 is None:
+        return "float16 matmul ran out of memory"
     for kind in (native, float16):
         if not (math.isfinite(kind.loss) and kind.gradients.isfinite().all()):
             return "a loss or a gradient is not finite"
@@ -3892,11 +3909,11 @@ def timed_pass(trainer: LoraTrainer, examples: list[Example]) -> Pass:
 
 
 def timed_pass_if_it_fits(trainer: LoraTrainer, examples: list[Example]) -> Pass | None:
-    """Return what timed_pass() does, or None where a single example may find its memory."""
+    """Return what timed_pass() does, or None if it runs out of memory."""
     try:
         return timed_pass(trainer, examples)
     except RuntimeError as error:
-        if not is_out_of_memory(error) or len(examples) == 1:
+        if not is_out_of_memory(error):
             raise
         return None
 
@@ -3912,8 +3929,8 @@ def take_native_matmul(job: Job, reason: str) -> None:
     """Have a job use native matmul from its beginning; raise UserError if it has begun."""
     if job.checkpoint:
         raise UserError(
-            f"{job.checkpoint} was made with float16 matmul, which cannot be trusted on this "
-            f"GPU: {reason}. Resume it on another GPU; or --matmul float16 uses them all the same."
+            f"{job.checkpoint} was made with float16 matmul, which is not used on this GPU, since "
+            f"{reason}. Resume it on another GPU; or --matmul float16 uses it all the same."
         )
     job.matmul = "native"
     if is_main_process():

@@ -57,6 +57,7 @@ from inspect_lora.trainer import (
     commit_of,
     encode,
     example_losses,
+    is_out_of_memory,
     load_chat_format,
     load_config,
     load_model,
@@ -380,7 +381,7 @@ def put_adapter_on(
                 place, "default", key_mapping=KEY_MAPPING, torch_device=str(model.device)
             )
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise InspectError(
             f"The adapter in {place} does not fit the base model ({one_line(error)}). Check --base."
