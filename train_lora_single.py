@@ -2655,9 +2655,9 @@ def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
 # is in how many micro-batches they go through the model. Before training, find_what_fits() tries
 # how many tokens fit at once on top of the optimizer's state, and measures what they cost:
 # - The trial is the hardest that so many tokens can be: all of them are targets, in rows as long as
-#   the longest example. Fewer targets cost less. A row that DeltaNet's torch code fills up to a
-#   multiple of 64 tokens costs more than its tokens. Both are measured, and each micro-batch is
-#   counted as so many tokens of the trial as it costs.
+#   the longest example. Fewer targets cost less, and so do narrower rows, with less attention. A
+#   row that DeltaNet's torch code fills up to a multiple of 64 tokens costs more than its tokens.
+#   All this is measured, and a micro-batch is counted as so many tokens of the trial as it costs.
 # - A step that fits goes through whole. Any other goes in micro-batches of as many examples as fit.
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
 #   backward pass but computed again, which takes little memory and nearly 50 % more work. Such
@@ -2684,6 +2684,9 @@ class TokenCosts:
     # A token of a micro-batch in which none, a quarter, half, and all of the tokens are targets.
     by_target_share: list[float] = field(default_factory=lambda: [1.0] * len(TARGET_SHARES))
     padding: float = 1.0  # a place that fills a row up to a multiple of DELTANET_CHUNK
+    narrow: float = 1.0  # a token in rows of narrow_width, all of them targets
+    narrow_width: int = 0
+    trial_width: int = 1
 
     def count(self, lengths: list[int], targets: int) -> float:
         """Return as how many tokens of the trial rows of these lengths count, padded to one width.
@@ -2699,7 +2702,11 @@ class TokenCosts:
             values[place : place + 2] for values in (TARGET_SHARES, self.by_target_share)
         )
         cost += (share - low) / (high - low) * (next_cost - cost)
-        return rows * (width * cost + (whole_chunks(width) - width) * self.padding)
+        # Attention grows with the square of a row's width. So a row costs at most what a straight
+        # line from a narrow one to the trial's says.
+        narrower = (self.trial_width - width) / (self.trial_width - self.narrow_width)
+        saved = (1 - self.narrow) * min(width, self.narrow_width * narrower)
+        return rows * (width * cost - saved + (whole_chunks(width) - width) * self.padding)
 
 
 @dataclass
@@ -2867,7 +2874,7 @@ def memory_of_pass(
 def measure_costs(
     trainer: LoraTrainer, tokens: int, longest: int, is_recomputed: bool
 ) -> TokenCosts:
-    """Measure what fewer targets save, and what filling up short rows costs.
+    """Measure what fewer targets and narrower rows save, and what filling up short rows costs.
 
     Args:
         trainer: with the model.
@@ -2883,19 +2890,30 @@ def measure_costs(
         return TokenCosts()
     by_share = [rounded_up(one / found[-1]) for one in found[:-1]] + [1.0]
     each = found[-1] / (rows * width)  # bytes
+    costs = TokenCosts(by_share, padding=0.0)
+    narrow_width = whole_chunks(math.ceil(width / 4))
+    if narrow_width < width:
+        count = tokens // narrow_width
+        needed = memory_of_pass(trainer, count, narrow_width, 1.0, is_recomputed)
+        if needed is not None:
+            costs.narrow = rounded_up(needed / (count * narrow_width) / each)
+            costs.narrow_width, costs.trial_width = narrow_width, width
     filled = []
-    # Rows whose first or second chunk is nearly all filled up. Fewer than in a trial will do, as
-    # memory grows in proportion.
-    for length, share in ((2, 0.0), (DELTANET_CHUNK + 2, 0.0), (DELTANET_CHUNK + 2, 1.0)):
+    # Rows whose first chunk, or the one after a narrow row's, is nearly all filled up. Fewer than
+    # in a trial will do, as memory grows in proportion.
+    for length, share in ((2, 0.0), (narrow_width + 1, 0.0), (narrow_width + 1, 1.0)):
         if length > tokens:
             continue  # no row of that length goes through like this
         count = max(1, 3 * tokens // whole_chunks(length) // 4)
         needed = memory_of_pass(trainer, count, length, share, is_recomputed)
         if needed is None:
-            return TokenCosts(by_share)
-        beside = needed / count / each - length * by_share[TARGET_SHARES.index(share)]
-        filled.append(beside / (whole_chunks(length) - length))
-    return TokenCosts(by_share, rounded_up(max(filled, default=1.0)))
+            filled.append(1.0)
+            break
+        targets = count * max(1, math.ceil(share * (length - 1)))
+        beside = needed / each - costs.count([length] * count, targets)
+        filled.append(beside / count / (whole_chunks(length) - length))
+    costs.padding = rounded_up(max(filled, default=1.0))
+    return costs
 
 
 def rounded_up(share: float) -> float:
