@@ -2891,7 +2891,8 @@ def measure_costs(
     by_share = [rounded_up(one / found[-1]) for one in found[:-1]] + [1.0]
     each = found[-1] / (rows * width)  # bytes
     costs = TokenCosts(by_share, padding=0.0)
-    narrow_width = whole_chunks(math.ceil(width / 4))
+    # A row of a single chunk would not do: only later ones keep the state of the chunk before.
+    narrow_width = max(2 * DELTANET_CHUNK, whole_chunks(math.ceil(width / 4)))
     if narrow_width < width:
         count = tokens // narrow_width
         needed = memory_of_pass(trainer, count, narrow_width, 1.0, is_recomputed)
@@ -2899,18 +2900,18 @@ def measure_costs(
             costs.narrow = rounded_up(needed / (count * narrow_width) / each)
             costs.narrow_width, costs.trial_width = narrow_width, width
     filled = []
-    # Rows whose first chunk, or the one after a narrow row's, is nearly all filled up. Fewer than
-    # in a trial will do, as memory grows in proportion.
-    for length, share in ((2, 0.0), (narrow_width + 1, 0.0), (narrow_width + 1, 1.0)):
-        if length > tokens:
+    # Rows whose first or second chunk, or the one after a narrow row's, is nearly all filled up.
+    # Fewer than in a trial will do, as memory grows in proportion.
+    lengths = (2, DELTANET_CHUNK + 1, narrow_width + 1)
+    for length, share in itertools.product(lengths, (0, 1)):
+        if length > width:
             continue  # no row of that length goes through like this
         count = max(1, 3 * tokens // whole_chunks(length) // 4)
         needed = memory_of_pass(trainer, count, length, share, is_recomputed)
         if needed is None:
             filled.append(1.0)
             break
-        targets = count * max(1, math.ceil(share * (length - 1)))
-        beside = needed / each - costs.count([length] * count, targets)
+        beside = needed / each - costs.count([length] * count, count * share * (length - 1))
         filled.append(beside / count / (whole_chunks(length) - length))
     costs.padding = rounded_up(max(filled, default=1.0))
     return costs
