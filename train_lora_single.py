@@ -1131,8 +1131,9 @@ def read_data(job: Job) -> None:
     """Read, check and render all conversations; raise UserError with what is wrong with any."""
     settings = job.settings
     train, held_out, problems = read_both_files(job)
-    job.examples, more = encode(train, job.chat_format, settings.MAX_SEQ_LEN)
-    job.held_out, still_more = encode(held_out, job.chat_format, settings.MAX_SEQ_LEN)
+    chat_format, limit = job.chat_format, settings.MAX_SEQ_LEN
+    job.examples, more = encode(train, chat_format, limit, "training examples")
+    job.held_out, still_more = encode(held_out, chat_format, limit, "held-out examples")
     # A conversation of several replies would be named for each of them.
     problems = [*dict.fromkeys(problems + more + still_more)]
     if problems:
@@ -1661,7 +1662,10 @@ class ChatFormat:
 
 
 def encode(
-    examples: list[Example], chat_format: ChatFormat, max_seq_len: int | None
+    examples: list[Example],
+    chat_format: ChatFormat,
+    max_seq_len: int | None,
+    kind: str = "examples",
 ) -> tuple[list[Example], list[Problem]]:
     """Return one file's examples that fit, with their tokens, and what is wrong with the others.
 
@@ -1672,6 +1676,7 @@ def encode(
         examples: all of the file.
         chat_format: how they become tokens.
         max_seq_len: the most tokens that an example may have. Training always has a limit.
+        kind: what they are called, so that messages on both halves of one file stay two.
     """
     rendered: list[Example] = []
     problems: list[Problem] = []
@@ -1685,16 +1690,15 @@ def encode(
     limit = max_seq_len or max(lengths, default=0)
     too_long = [example for example in rendered if len(example.input_ids) > limit]
     if too_long:
-        most_kept = max(limit, lengths[-1 - len(lengths) // 10])
-        text = (
-            f"{len(too_long):,} of {len(examples):,} examples are longer than MAX_SEQ_LEN "
-            f"{limit:,}; {most_kept:,} would keep nine tenths, and {lengths[-1]:,} all"
-        )
+        text = f"{len(too_long):,} of {len(examples):,} {kind} are longer than MAX_SEQ_LEN "
+        text += f"{limit:,}; "
         if len(too_long) > len(examples) / 10:
+            most_kept = max(limit, lengths[-1 - len(lengths) // 10])
+            text += f"{most_kept:,} would keep nine tenths, and {lengths[-1]:,} all"
             problems.append(Problem(too_long[0].source, text))
         else:
             named = [f"{example.source}: {len(example.input_ids):,} tokens" for example in too_long]
-            report("left out", f"{text}\n{join_limited(named)}")
+            report("left out", f"{text}{lengths[-1]:,} would keep all\n{join_limited(named)}")
     return [example for example in rendered if len(example.input_ids) <= limit], problems
 
 
@@ -1822,12 +1826,19 @@ def report_tokens(job: Job) -> None:
     report("tokens", "\n".join(lines))
 
 
+SHOWN_LINES = 15  # of a long example, at its beginning and at its end
+
+
 def show_example(example: Example, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     """Print an example as the model sees it, with the target tokens between >>> and <<<."""
     prompt, reply = tokenizer.decode(example.prompt_ids), tokenizer.decode(example.reply_ids)
     lines = [f"{example.source} as the model sees it; only what is in >>> <<< is a target:"]
     for line in f"{prompt}>>>{reply}<<<".split("\n"):
-        lines.append(textwrap.fill(line, 90))
+        lines += textwrap.wrap(line, 90) or [""]
+    if len(lines) > 2 * SHOWN_LINES:
+        left_out = len(lines) - 2 * SHOWN_LINES
+        middle = [f"[{pluralize(left_out, 'line')} left out here]"]
+        lines = lines[:SHOWN_LINES] + middle + lines[-SHOWN_LINES:]
     report("example", "\n".join(lines))
 
 
@@ -3578,11 +3589,17 @@ def next_commands(job: Job) -> list[str]:
     """Return the commands that measure the adapter and serve it, each with a line before it."""
     final = job.output / "final_lora"
     package = HERE / "inspect_lora"
+    is_toy = DEMO["MODEL_NAME"] == job.settings.MODEL_NAME
     lines = ["The package inspect_lora, which tells what an adapter is worth, is not here."]
     if package.is_dir():
-        command = ["python", path_from_here(str(package)), "evidence", str(final)]
-        lines = ["# What is the adapter worth, and what else did it change?", shlex.join(command)]
-    if DEMO["MODEL_NAME"] == job.settings.MODEL_NAME:  # nobody serves a toy
+        command = ["python", path_from_here(str(package))]
+        lines = ["# What is the adapter worth, and what else did it change?"]
+        if job.settings.DEVICE == "cpu":
+            lines.append("# On a CPU: quicker with --examples 0 --checks 10 --general_file=")
+        lines.append(shlex.join([*command, "evidence", str(final)]))
+        if not is_toy:
+            lines += ["# Talk to it:", shlex.join([*command, "chat", str(final)])]
+    if is_toy:  # nobody serves one
         toy = "This was a toy: its numbers are real, but it can hardly speak. README.md says how"
         return [*lines, toy, "to train a real model, and how to bring your own conversations."]
     if job.plan.vllm_refuses:

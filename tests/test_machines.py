@@ -101,6 +101,9 @@ def test_the_job_file_passes_flags_on_and_goes_back_into_the_queue_at_its_limit(
 
     end, called = submit(cluster, code, TRAINED="138")
     assert end.returncode == 138 and called[1:] == [["scontrol", "requeue", "7"]]
+    # A limit that is shorter than loading takes saves nothing, and must not requeue for ever.
+    end, called = submit(cluster, code, TRAINED="138", SLURM_RESTART_COUNT="20")
+    assert end.returncode == 138 and len(called) == 1
     end, called = submit(cluster, code, TRAINED="1")
     assert end.returncode == 1 and len(called) == 1
 
@@ -123,9 +126,13 @@ def test_the_array_trains_and_measures_three_rates_and_a_job_after_it_compares(c
     assert t.LEARNING_RATE in found.values()
 
     # The limit may come while it trains, or while it measures.
+    # One task has the id of the whole array, so only number and task name this one alone.
+    task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     for variables in ({"TRAINED": "138"}, {"MEASURED": "138"}):
-        end, called = submit(cluster, code, SLURM_ARRAY_TASK_ID="2", **variables)
-        assert end.returncode == 138 and called[-1] == ["scontrol", "requeue", "7"]
+        end, called = submit(cluster, code, **task, **variables)
+        assert end.returncode == 138 and called[-1] == ["scontrol", "requeue", "7_2"]
+    end, called = submit(cluster, code, **task, TRAINED="138", SLURM_RESTART_COUNT="20")
+    assert end.returncode == 138 and len(called) == 1
     end, called = submit(cluster, code, SLURM_ARRAY_TASK_ID="2", TRAINED="1")
     assert end.returncode == 1 and len(called) == 1  # what failed is not measured
 

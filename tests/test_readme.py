@@ -283,7 +283,7 @@ def is_a_run_of(wanted, lines):
 
 def test_the_plan_is_what_a_dry_run_prints_at_the_real_sizes(tmp_path, capsys):
     """Lines may be left out where "..." stands."""
-    shown = [line.rstrip() for line in block_with(README, "trainable params:").splitlines()]
+    shown = [line.rstrip() for line in block_with("docs/gpu.md", "trainable params:").splitlines()]
     sizes = {
         "vocab_size": 248320, "hidden_size": 2560, "intermediate_size": 9216,
         "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4,
@@ -376,8 +376,7 @@ def test_the_figures_that_the_text_takes_from_the_report():
     *_, changed, _ = row_of_report("as trained")
     expected = {
         (README, r"answers (\d+) of (\d+) emergencies with"): [rings, lines],
-        (README, r"`does not yield` in (\d+) of (\d+) talks"): [firm, pressed],
-        (README, r"misses (\d+) of (\d+) emergencies"): [lines - rings, lines],
+        (README, r"`does not yield` in (\d+) of (\d+) such dialogues"): [firm, pressed],
         (README, r"differs from the base's at (\d+) % of the places"): [round(changed)],
         ("data/README.md", r"(\d+) emergencies (\d+) and (\d+)"): [lines, before, rings],
         ("data/README.md", r"(\d+) others (\d+) and (\d+)"): [others, quiet_before, quiet],
@@ -391,10 +390,9 @@ def test_the_figures_that_the_text_takes_from_the_report():
 # ---- forms of the data --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", [README, "docs/data.md"])
-def test_the_four_forms_that_are_shown_are_accepted(page, tmp_path, capsys):
+def test_the_four_forms_that_are_shown_are_accepted(tmp_path, capsys):
     message = '{"role": "%s", "content": "..."}'
-    block = block_with(page, '"instruction"')
+    block = block_with("docs/data.md", '"instruction"')
     block = block.replace("[messages]", f"[{message % 'user'}]")
     block = block.replace("[one message]", f"[{message % 'assistant'}]")
     path = tmp_path / "lines.jsonl"

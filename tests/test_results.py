@@ -586,9 +586,11 @@ def test_the_last_lines_name_only_commands_that_work_from_there(flags, tiny, tmp
     kwargs = json.loads(options["--default-chat-template-kwargs"])
     assert kwargs == {"enable_thinking": False}
     found = [words for words in commands_in(done.stdout) if words[0] == "python"]
-    assert len(found) == is_beside and ("inspect_lora" in done.stdout)
+    assert "inspect_lora" in done.stdout
+    named = [words[2:] for words in found]
+    final = f"{output}/final_lora"
+    assert named == ([["evidence", final], ["chat", final]] if is_beside else [])
     for _, *words in found:
-        assert words[1:] == ["evidence", f"{output}/final_lora"]
         measured = subprocess.run(
             [sys.executable, *words, "--help"], cwd=tmp_path, capture_output=True, text=True
         )

@@ -419,6 +419,28 @@ def test_more_than_a_tenth_is_refused_with_the_limits_that_would_do(capsys):
     dry_run("--eval_file", "e", "--max_seq_len", "64")
     write("e", *[HELLO] * 8, LONG)
     assert "1 of 9" in refusal(capsys, "--eval_file", "e", "--max_seq_len", "64")[0]
+    # Both files are named with the limits that each needs, and not the first one's alone.
+    write("t", *talks)
+    longest = [HELLO] * 8 + [messages("Hello?", "Yes. " * 60)]
+    write("e", *longest)
+    said = refusal(capsys, "--eval_file", "e", "--max_seq_len", "64")
+    assert said[0].startswith("t:18: 3 of 20 training") and f" {everything} all" in said[0]
+    assert said[1].startswith("e:9: 1 of 9 held-out")
+    (longer,) = lengths_of(longest[-1])
+    assert longer > int(everything) and said[1].endswith(f" {longer:,} all")
+
+
+def test_a_long_example_is_shown_without_its_middle(capsys):
+    lines = "\n".join(f"Line {n}." for n in range(100))
+    write("t", messages("Hello?", lines, "Go on.", "The last word."))
+    dry_run("--max_seq_len", "4096", "--replies", "last")
+    shown = capsys.readouterr().out.partition("\nexample ")[2]
+    assert "Hello?" in shown and ">>>The last word." in shown
+    assert "Line 50." not in shown and re.search(r"\[\d+ lines left out here\]", shown)
+    assert len(shown.splitlines()) < 60
+    write("t", TALK)
+    dry_run()
+    assert "left out here" not in capsys.readouterr().out
 
 
 def test_an_example_of_exactly_the_limit_stays_whole(capsys):
