@@ -588,6 +588,8 @@ def reply_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
 
     inner = accelerate.utils.extract_model_from_parallel(model)
     given = {"input_ids": inputs["input_ids"], "use_cache": False}
+    # Without a mask transformers looks for packed rows, and waits for the GPU to tell it. nonzero()
+    # has just waited in target_positions(), so nothing is left to wait for.
     if needs_mask(inner.config):
         given["attention_mask"] = inputs["attention_mask"]
     hook = inner.get_output_embeddings().register_forward_pre_hook(keep_targets)
@@ -919,6 +921,7 @@ def compare_fla_with_torch() -> None:
     key_heads, value_heads, key_size, value_size = map(int, heads)
     signal.alarm(int(seconds))  # whatever becomes of the process that waits
     try:
+        torch.zeros(1, device=device)  # what fails here is not fla's fault
         importlib.import_module("fla")
         kernel = importlib.import_module(module).torch_chunk_gated_delta_rule
         # The decay is in float32, as Qwen3.5 has it. 200 tokens are three chunks of 64 and an
@@ -941,7 +944,14 @@ def compare_fla_with_torch() -> None:
             print("fla: is not what transformers takes")
             return
     except Exception as error:  # whatever is wrong with it, it is not used
-        print("fla: cannot be used:", " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if "busy or unavailable" in text:  # so CUDA says it (pytorch issues 3871, 100691)
+            print(
+                "fla: could not be tried: CUDA admits no second process to this GPU (nvidia-smi -q "
+                "-d COMPUTE shows its mode; Exclusive_Process admits one, and Default several)"
+            )
+        else:
+            print("fla: cannot be used:", text)
         return
     print("fla: good")
 
@@ -2656,9 +2666,9 @@ def load_adapter(model: peft.PeftModel, checkpoint: Path) -> None:
 # is in how many micro-batches they go through the model. Before training, find_what_fits() tries
 # how many tokens fit at once on top of the optimizer's state, and measures what they cost:
 # - The trial is the hardest that so many tokens can be: all of them are targets, in rows as long as
-#   the longest example. Fewer targets cost less. A row that DeltaNet's torch code fills up to a
-#   multiple of 64 tokens costs more than its tokens. Both are measured, and each micro-batch is
-#   counted as so many tokens of the trial as it costs.
+#   the longest example. Fewer targets cost less, and so do narrower rows, with less attention. A
+#   row that DeltaNet's torch code fills up to a multiple of 64 tokens costs more than its tokens.
+#   All this is measured, and a micro-batch is counted as so many tokens of the trial as it costs.
 # - A step that fits goes through whole. Any other goes in micro-batches of as many examples as fit.
 # - An example that does not fit even alone is recomputed: its activations are not kept for the
 #   backward pass but computed again, which takes little memory and nearly 50 % more work. Such
@@ -2685,6 +2695,9 @@ class TokenCosts:
     # A token of a micro-batch in which none, a quarter, half, and all of the tokens are targets.
     by_target_share: list[float] = field(default_factory=lambda: [1.0] * len(TARGET_SHARES))
     padding: float = 1.0  # a place that fills a row up to a multiple of DELTANET_CHUNK
+    narrow: float = 1.0  # a token in rows of narrow_width, all of them targets
+    narrow_width: int = 0
+    trial_width: int = 1
 
     def count(self, lengths: list[int], targets: int) -> float:
         """Return as how many tokens of the trial rows of these lengths count, padded to one width.
@@ -2700,7 +2713,11 @@ class TokenCosts:
             values[place : place + 2] for values in (TARGET_SHARES, self.by_target_share)
         )
         cost += (share - low) / (high - low) * (next_cost - cost)
-        return rows * (width * cost + (whole_chunks(width) - width) * self.padding)
+        # Attention grows with the square of a row's width. So a row costs at most what a straight
+        # line from a narrow one to the trial's says.
+        narrower = (self.trial_width - width) / (self.trial_width - self.narrow_width)
+        saved = (1 - self.narrow) * min(width, self.narrow_width * narrower)
+        return rows * (width * cost - saved + (whole_chunks(width) - width) * self.padding)
 
 
 @dataclass
@@ -2868,7 +2885,7 @@ def memory_of_pass(
 def measure_costs(
     trainer: LoraTrainer, tokens: int, longest: int, is_recomputed: bool
 ) -> TokenCosts:
-    """Measure what fewer targets save, and what filling up short rows costs.
+    """Measure what fewer targets and narrower rows save, and what filling up short rows costs.
 
     Args:
         trainer: with the model.
@@ -2884,19 +2901,31 @@ def measure_costs(
         return TokenCosts()
     by_share = [rounded_up(one / found[-1]) for one in found[:-1]] + [1.0]
     each = found[-1] / (rows * width)  # bytes
+    costs = TokenCosts(by_share, padding=0.0)
+    # A row of a single chunk would not do: only later ones keep the state of the chunk before.
+    narrow_width = max(2 * DELTANET_CHUNK, whole_chunks(math.ceil(width / 4)))
+    if narrow_width < width:
+        count = tokens // narrow_width
+        needed = memory_of_pass(trainer, count, narrow_width, 1.0, is_recomputed)
+        if needed is not None:
+            costs.narrow = rounded_up(needed / (count * narrow_width) / each)
+            costs.narrow_width, costs.trial_width = narrow_width, width
     filled = []
-    # Rows whose first or second chunk is nearly all filled up. Fewer than in a trial will do, as
-    # memory grows in proportion.
-    for length, share in ((2, 0.0), (DELTANET_CHUNK + 2, 0.0), (DELTANET_CHUNK + 2, 1.0)):
-        if length > tokens:
+    # Rows whose first or second chunk, or the one after a narrow row's, is nearly all filled up.
+    # Fewer than in a trial will do, as memory grows in proportion.
+    lengths = (2, DELTANET_CHUNK + 1, narrow_width + 1)
+    for length, share in itertools.product(lengths, (0, 1)):
+        if length > width:
             continue  # no row of that length goes through like this
         count = max(1, 3 * tokens // whole_chunks(length) // 4)
         needed = memory_of_pass(trainer, count, length, share, is_recomputed)
         if needed is None:
-            return TokenCosts(by_share)
-        beside = needed / count / each - length * by_share[TARGET_SHARES.index(share)]
-        filled.append(beside / (whole_chunks(length) - length))
-    return TokenCosts(by_share, rounded_up(max(filled, default=1.0)))
+            filled.append(1.0)
+            break
+        beside = needed / each - costs.count([length] * count, count * share * (length - 1))
+        filled.append(beside / count / (whole_chunks(length) - length))
+    costs.padding = rounded_up(max(filled, default=1.0))
+    return costs
 
 
 def rounded_up(share: float) -> float:
@@ -3778,7 +3807,8 @@ def file_fingerprints(folder: Path, patterns: tuple[str, ...]) -> list[tuple[str
 # With "auto" the GPU itself decides. Before training, a few examples go forward and backward with
 # both kinds of matmul. float16 stays if the results agree and if it is faster. If not, the
 # weights are loaded anew, since float16 has lost bits of those below 6e-5, and bfloat16 is used. A
-# job that is resumed keeps its kind, on another GPU, too; it is refused if float16 is wrong there.
+# job that is resumed keeps its kind, on another GPU, too; it is refused if float16 is wrong there,
+# or runs out of memory.
 
 TESTED_IN_FP16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
 
@@ -3834,36 +3864,42 @@ def try_fp16_matmul(trainer: LoraTrainer, job: Job) -> str:
         examples = examples[:1]
         native = timed_pass(trainer, examples)
     use_fp16_matmul(trainer.model.get_base_model())
-    float16 = timed_pass(trainer, examples)
+    float16 = timed_pass_if_it_fits(trainer, examples)
     transformers.set_seed(job.settings.SEED)  # both drew random numbers
     # All processes must take the same kind.
     reasons = accelerate.utils.gather_object([why_not_fp16(native, float16)])
     reason = min(reasons, key=lambda one: (one == "", one == SLOWER))  # what is wrong comes first
     if reason == SLOWER and job.checkpoint:  # a job that has begun keeps what is right
         reason = ""
-    apart = share_apart(native.gradients, float16.gradients)
-    job.matmul_compared = {
-        "seconds": [native.seconds, float16.seconds],  # native, float16
-        "loss": [native.loss, float16.loss],
-        "gradients_apart": apart,
-        "float16_is_not_used_since": reason,
-    }
     dtype = job.settings.DTYPE
-    report(
-        "matmul",
+    tried = (
         f"tried on this GPU: {pluralize(len(examples), 'example')} forward and backward took "
-        f"{native.seconds:.3f} s in {dtype} and\n{float16.seconds:.3f} s in scaled float16; losses "
-        f"{native.loss:.4f} and {float16.loss:.4f}, LoRA's gradients {apart:.1%} apart;\n"
-        + (f"so {dtype} is used, since {reason}" if reason else "so scaled float16 is used"),
+        f"{native.seconds:.3f} s in {dtype}"
     )
+    job.matmul_compared = {"float16_is_not_used_since": reason}
+    if float16 is not None:
+        apart = share_apart(native.gradients, float16.gradients)
+        tried += (
+            f" and\n{float16.seconds:.3f} s in scaled float16; losses {native.loss:.4f} and "
+            f"{float16.loss:.4f}, LoRA's gradients {apart:.1%} apart"
+        )
+        job.matmul_compared |= {
+            "seconds": [native.seconds, float16.seconds],  # native, float16
+            "loss": [native.loss, float16.loss],
+            "gradients_apart": apart,
+        }
+    used = f"so {dtype} is used, since {reason}" if reason else "so scaled float16 is used"
+    report("matmul", f"{tried};\n{used}")
     return reason
 
 
 SLOWER = "float16 is not faster"
 
 
-def why_not_fp16(native: Pass, float16: Pass) -> str:
-    """Return why float16 matmul cannot be used on a GPU, or ""."""
+def why_not_fp16(native: Pass, float16: Pass | None) -> str:
+    """Return why float16 matmul cannot be used on a GPU, or ""; None did not find its memory."""
+    if float16 is None:
+        return "float16 matmul ran out of memory"
     for kind in (native, float16):
         if not (math.isfinite(kind.loss) and kind.gradients.isfinite().all()):
             return "a loss or a gradient is not finite"
@@ -3909,11 +3945,11 @@ def timed_pass(trainer: LoraTrainer, examples: list[Example]) -> Pass:
 
 
 def timed_pass_if_it_fits(trainer: LoraTrainer, examples: list[Example]) -> Pass | None:
-    """Return what timed_pass() does, or None where a single example may find its memory."""
+    """Return what timed_pass() does, or None if it runs out of memory."""
     try:
         return timed_pass(trainer, examples)
     except RuntimeError as error:
-        if not is_out_of_memory(error) or len(examples) == 1:
+        if not is_out_of_memory(error):
             raise
         return None
 
@@ -3929,8 +3965,8 @@ def take_native_matmul(job: Job, reason: str) -> None:
     """Have a job use native matmul from its beginning; raise UserError if it has begun."""
     if job.checkpoint:
         raise UserError(
-            f"{job.checkpoint} was made with float16 matmul, which cannot be trusted on this "
-            f"GPU: {reason}. Resume it on another GPU; or --matmul float16 uses them all the same."
+            f"{job.checkpoint} was made with float16 matmul, which is not used on this GPU, since "
+            f"{reason}. Resume it on another GPU; or --matmul float16 uses it all the same."
         )
     job.matmul = "native"
     if is_main_process():

@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+        script = sys.modules.get("train_lora_single")  # without it nothing is on a GPU
+        if script is None or not script.is_out_of_memory(error):
             raise
         give_up(
             f"The GPU's memory is full ({one_line(error)}). If another program runs there, stop "

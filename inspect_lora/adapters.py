@@ -58,6 +58,7 @@ from inspect_lora.trainer import (
     commit_of,
     encode,
     example_losses,
+    is_out_of_memory,
     load_chat_format,
     load_config,
     load_model,
@@ -387,7 +388,7 @@ def put_adapter_on(
                 place, "default", key_mapping=KEY_MAPPING, torch_device=str(model.device)
             )
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         reason = f"the file lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise InspectError(

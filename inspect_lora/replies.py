@@ -15,7 +15,7 @@ from tqdm import tqdm
 from inspect_lora.common import hash_of
 from inspect_lora.conversations import Task, group_of
 from inspect_lora.scores import evenly_spread
-from inspect_lora.trainer import ChatFormat, Example
+from inspect_lora.trainer import ChatFormat, Example, is_out_of_memory
 
 if TYPE_CHECKING:
     from inspect_lora.base_side import BaseSide
@@ -69,8 +69,8 @@ def generate(
             rows = None
             try:
                 rows = generate_batch(model, chosen, config, chance=chance)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(batch) == 1:
                     raise
             if rows is None:  # after `except`, whose traceback holds the batch's tensors
                 rows_at_once = len(batch) // 2

@@ -59,6 +59,7 @@ commit_of = script.commit_of
 load_config = script.load_config
 load_chat_format = script.load_chat_format
 load_model = script.load_model
+is_out_of_memory = script.is_out_of_memory
 choose_delta_kernels = script.choose_delta_kernels
 prepare_device = script.prepare_device
 use_fp16_matmul = script.use_fp16_matmul

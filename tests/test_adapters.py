@@ -603,11 +603,22 @@ def test_the_hub_is_asked_for_the_right_base_and_revision(
     assert f"asked for {asked[0]} at {asked[1]}" in said and "--base" in said
 
 
-def test_a_full_gpu_is_one_message_and_says_nothing_of_checkpoints(refused, plain, monkeypatch):
+@pytest.mark.parametrize("place", ["load_model", "refuse_changes_of_base"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["torch's", "cuBLAS's"],
+)
+def test_a_full_gpu_is_one_message_and_says_nothing_of_checkpoints(
+    refused, plain, monkeypatch, place, error
+):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
-    monkeypatch.setattr(adapters, "load_model", full)
+    monkeypatch.setattr(adapters, place, full)
     said = refused(plain)
     assert "GPU's memory is full" in said and "--dtype bfloat16" in said
     assert "checkpoint" not in said and "MAX_SEQ_LEN" not in said

@@ -490,6 +490,39 @@ def test_one_example_is_compared_where_more_find_no_memory(emulating):
     assert status == 0 and "tried on this GPU: 1 example forward and backward" in said
 
 
+def has_no_room_for_float16(patch):
+    """Let each pass after the modules were replaced run out of memory."""
+    real, losses = t.use_fp16_matmul, t.reply_losses
+
+    def replace(model):
+        real(model)
+        patch.setattr(t, "reply_losses", run_out)
+
+    def run_out(*_):
+        patch.setattr(t, "reply_losses", losses)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    patch.setattr(t, "use_fp16_matmul", replace)
+
+
+def test_where_float16_alone_finds_no_memory_bfloat16_is_used(emulating, in_bfloat16, tmp_path):
+    """With all examples that were compared: nothing is shrunk for it."""
+    status, said = emulating(begin=has_no_room_for_float16)
+    output = tmp_path / "output"
+    assert status == 0 and (output / ADAPTER).read_bytes() == in_bfloat16
+    assert "tried on this GPU: 7 examples" in said and "losses" not in said.split("so bfloat16")[0]
+    assert "so bfloat16 is used, since float16 matmul ran out of memory" in said
+    compared = read_record(output)["matmul_compared"]
+    assert compared == {"float16_is_not_used_since": "float16 matmul ran out of memory"}
+
+
+def test_a_job_with_float16_matmul_is_not_resumed_where_it_finds_no_memory(emulating):
+    emulating("", begin=stop_in_step_two)
+    status, said = emulating("", begin=has_no_room_for_float16)
+    assert status == 1 and "is not used on this GPU, since float16 matmul ran out" in said
+    assert "--matmul float16 uses it all the same" in said and "Traceback" not in said
+
+
 def stop_in_step_two(patch):
     at_step(patch, 2, send(signal.SIGTERM))
 
@@ -518,8 +551,8 @@ def test_a_job_is_not_resumed_with_float16_products_that_are_wrong(emulating, tm
     emulating("", begin=stop_in_step_two)
     before = (tmp_path / "output" / "checkpoints" / "job.json").read_bytes()
     status, said = emulating("other gradients")
-    assert status == 1 and "cannot be trusted on this GPU: the gradients are more" in said
-    assert "--matmul float16 uses them all the same" in said and "Traceback" not in said
+    assert status == 1 and "is not used on this GPU, since the gradients are more" in said
+    assert "--matmul float16 uses it all the same" in said and "Traceback" not in said
     assert (tmp_path / "output" / "checkpoints" / "job.json").read_bytes() == before
     status, said = emulating("", "--matmul", "float16")
     assert status == 0 and "going on from" in said and "tried" not in said

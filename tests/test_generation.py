@@ -70,14 +70,21 @@ def test_tokens_are_drawn_with_the_models_own_odds():
     assert counts[4] == 0
 
 
-def watched(monkeypatch, fits=lambda rows, width: True):
+FULL = {
+    "torch's": torch.OutOfMemoryError("CUDA out of memory."),
+    "cuBLAS's": RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "Triton's": RuntimeError("Triton Error [CUDA]: out of memory"),
+}
+
+
+def watched(monkeypatch, fits=lambda rows, width: True, error=FULL["torch's"]):
     """Return the (rows, width) of each batch; one that does not fit is out of memory."""
     batches, real = [], replies.generate_batch
 
     def run(model, prompts, config, **how):
         batches.append((len(prompts), max(map(len, prompts))))
         if not fits(*batches[-1]):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return real(model, prompts, config, **how)
 
     monkeypatch.setattr(replies, "generate_batch", run)
@@ -96,11 +103,11 @@ def test_batches_are_sorted_by_length_and_bounded_by_tokens(model, chat_format, 
     assert ids_of(found) == ids_of(replies_to(model, chat_format, prompts))
 
 
-@pytest.mark.parametrize("seed", [None, 7])
-def test_half_as_many_go_together_where_memory_is_full(model, chat_format, monkeypatch, seed):
+@pytest.mark.parametrize(("seed", "full"), [(None, "torch's"), *((7, name) for name in FULL)])
+def test_half_as_many_go_together_where_memory_is_full(model, chat_format, monkeypatch, seed, full):
     prompts = prompts_of(chat_format)
     expected = ids_of(replies_to(model, chat_format, prompts, seed))
-    batches = watched(monkeypatch, lambda rows, _: rows < 2)
+    batches = watched(monkeypatch, lambda rows, _: rows < 2, FULL[full])
     assert ids_of(replies_to(model, chat_format, prompts, seed)) == expected
     assert [rows for rows, _ in batches] == [4, 2, 1, 1, 1, 1]
 
@@ -109,3 +116,10 @@ def test_one_prompt_that_does_not_fit_is_out_of_memory(model, chat_format, monke
     watched(monkeypatch, lambda *_: False)
     with pytest.raises(torch.OutOfMemoryError):
         replies_to(model, chat_format, prompts_of(chat_format))
+
+
+def test_another_error_is_not_taken_for_full_memory(model, chat_format, monkeypatch):
+    batches = watched(monkeypatch, lambda *_: False, RuntimeError("an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        replies_to(model, chat_format, prompts_of(chat_format))
+    assert len(batches) == 1

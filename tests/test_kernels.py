@@ -72,6 +72,11 @@ STAND_INS = {  # what is put where, the version of fla-core, and what is said
         "cannot be used: RuntimeError: Failed to find C compiler",
     ),
     "crashes": ({"AT_FIRST": "import os; os.kill(os.getpid(), 11)"}, "0.6.0", "status -11"),
+    "another process's GPU": (
+        {"AT_FIRST": "raise RuntimeError('CUDA-capable device(s) is/are busy or unavailable')"},
+        "0.6.0",
+        "could not be tried: CUDA admits no second process to this GPU",
+    ),
     "cannot be imported": ({"import torch": "import no_such"}, "0.6.0", "ModuleNotFoundError"),
     "is not taken": ({"def chunk_gated": "def not_chunk_gated"}, "0.6.0", "not what transformers"),
 }
