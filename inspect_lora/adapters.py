@@ -162,7 +162,7 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
         f"{lora.lora_alpha}{by_pattern} on {modules} of {shorten_path(base, 40)}, {dtype}",
     )
     if run and run.record.get("script_sha256") not in (None, script_sha256()):
-        report("", "It was trained by another version of train_lora_single.py than lies here.")
+        report("", "It was trained by another version of train_lora_single.py than the one here.")
     return Adapter(place, run, model, chat_format, base, revision, dtype, file_dtype, matmul)
 
 

@@ -348,9 +348,9 @@ def map_of_targets(modules: list[Module]) -> list[str]:
     signs = ", ".join(f"{sign} {meaning}" for sign, meaning in SIGNS.items() if sign in seen)
     stand = f" (one sign for {each} layers)" if each > 1 else ""
     legend = (
-        f"{signs}{stand}; size: of the update scaling x B A (Frobenius norm), median of the "
-        "layers, in absolute terms: `evidence` compares it with W; directions: so many of the r "
-        "hold 90 % of the update (by square), mean of the layers"
+        f"{signs}{stand}; size: Frobenius norm of the update scaling x B A, median of "
+        "the layers (`evidence` compares it with W); directions: how many of the r hold 90 % of "
+        "the update (by square), mean of the layers"
     )
     return lines + textwrap.wrap(legend, 90)
 

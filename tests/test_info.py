@@ -84,7 +84,7 @@ def test_every_module_has_the_size_and_directions_of_its_update(plain, info):
     assert "evidence" in found.said and "note" not in found.said and "problem" not in found.said
     assert "sound Nothing wrong was found in the file: every matrix is finite, none" in found.said
     assert "layers 0 to 7 rank scaling size directions" in found.said
-    assert "in absolute terms: `evidence` compares it with W" in found.said
+    assert "(`evidence` compares it with W)" in found.said
     assert len(found.out.splitlines()) < 26
 
 

@@ -559,7 +559,7 @@ def test_a_finished_job_needs_no_checkpoint_to_be_finished(flags, finished, tmp_
         cut(path)
     left = files(output)
     assert run(command(flags, output)) == 0
-    assert "is this job's adapter" in capfd.readouterr().out
+    assert "is the finished adapter of this job" in capfd.readouterr().out
     assert files(output) == left
 
 
@@ -942,7 +942,7 @@ def test_checks_may_be_added_to_what_was_held_out(flags, tmp_path, capfd, monkey
     path.write_text(edited)
     capfd.readouterr()
     assert run(argv) == 0
-    assert ("going on from" if stop else "is this job's adapter") in capfd.readouterr().out
+    assert ("resuming from" if stop else "is the finished adapter") in capfd.readouterr().out
     assert path.read_text() == edited and not [*path.parent.glob("held_out.jsonl.2*")]
 
 
@@ -1019,7 +1019,7 @@ def test_a_job_that_the_former_version_finished_is_finished(former_flags, tmp_pa
     left = files(output)
     capfd.readouterr()
     assert run(former_flags) == 0
-    assert "is this job's adapter" in capfd.readouterr().out and files(output) == left
+    assert "is the finished adapter of this job" in capfd.readouterr().out and files(output) == left
 
 
 def test_a_job_that_the_former_version_began_is_resumed(former_flags, tmp_path, capfd):
@@ -1031,7 +1031,7 @@ def test_a_job_that_the_former_version_began_is_resumed(former_flags, tmp_path, 
     put_former("run.json", output, outcome="interrupted: Stopped after step 5 of 8.")
     capfd.readouterr()
     assert run(former_flags) == 0
-    assert "going on from" in capfd.readouterr().out
+    assert "resuming from" in capfd.readouterr().out
     found = losses(output)
     expected = json.loads((FORMER / "run.json").read_text("utf-8"))["loss_history"]
     former = [(e["step"], e[key]) for e in expected for key in ("loss", "eval_loss") if key in e]
@@ -1403,7 +1403,7 @@ def test_of_several_processes_the_one_that_failed_says_why(tmp_path):
     assert outcome.startswith("failed: ") and "memory is full" in outcome
     assert not [*output.glob("*.new*")]
     statuses, said = launch(argv, tmp_path, None, None)
-    assert statuses == [0, 0] and "going on from" in said[0]
+    assert statuses == [0, 0] and "resuming from" in said[0]
     assert read_record(output)["outcome"] == "finished"
 
 
@@ -1459,7 +1459,7 @@ def test_torchrun_passes_usr1_on_and_the_same_launch_ends_in_the_same_bytes(tmp_
     for folder in (output, whole):
         statuses, said = launch(command(flags, folder), tmp_path, None, None)
         assert statuses == [0, 0], said
-        assert ("going on from" in said[0]) == (folder == output)
+        assert ("resuming from" in said[0]) == (folder == output)
     assert subprocess.run(["bash", "-c", condition]).returncode == 1
     assert (output / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
     assert losses(output) == losses(whole)
