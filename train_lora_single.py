@@ -1597,10 +1597,10 @@ def hold_out(
     if min(len(held_out), count - len(held_out)) < FEWEST_HELD_OUT:
         raise UserError(
             f'EVAL_FILE "{percent}%": of the {pluralize(count, "conversation")} in {path}, '
-            f"{len(held_out):,} can be held out, and that leaves {count - len(held_out):,} to train "
-            f"on. Each side needs {FEWEST_HELD_OUT}. (Conversations that begin alike stay together, "
-            "and stay in training if they are more than a twentieth.) Add more, or set EVAL_FILE "
-            "to a file of your own."
+            f"{len(held_out):,} can be held out, and that leaves {count - len(held_out):,} to "
+            f"train on. Each side needs {FEWEST_HELD_OUT}. (Conversations that begin alike stay "
+            "together, and stay in training if they are more than a twentieth.) Add more, or set "
+            "EVAL_FILE to a file of your own."
         )
     reason = "chosen by a hash of how they begin; they are not trained on"
     if wanted > math.ceil(count * percent / 100):
@@ -1704,6 +1704,10 @@ def encode(
     return [example for example in rendered if len(example.input_ids) <= limit], problems
 
 
+# What a chat template raises: jinja's errors, and Python's at 1 / 0, range(10**9) and 1 + "a".
+TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, TypeError)
+
+
 def render(messages: list[dict[str, str]], chat_format: ChatFormat) -> tuple[list[int], list[int]]:
     """Return the token ids of the prompt and of the reply, or raise ValueError.
 
@@ -1719,7 +1723,7 @@ def render(messages: list[dict[str, str]], chat_format: ChatFormat) -> tuple[lis
     try:
         prompt = chat_format.prompt_ids(messages[:-1])
         text = chat_format.text(messages)
-    except jinja2.TemplateError as error:
+    except TEMPLATE_ERRORS as error:
         raise ValueError(
             f"the model's chat template refuses the conversation ({one_line(error)}){without}"
         ) from error
@@ -4358,13 +4362,18 @@ def explain(error: BaseException) -> tuple[int, str]:
     return 1, ""
 
 
+# The last is how some file systems tell a quota, and what a limit on the size of files gives.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def is_of_a_full_disk(error: BaseException) -> bool:
-    """Return whether an error says that the disk is full, in the words of any library."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Return whether an error says that the disk or a quota is full, in any library's words."""
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
         return True
     text = str(error)
     # As safetensors has it; and torch, whose file then ends before the place that it writes to.
-    of_the_system = re.search(r"No space left on device|Disk quota exceeded", text)
+    words = "No space left on device|Disk quota exceeded|File too large"
+    of_the_system = re.search(words, text)
     return bool(of_the_system) or ("inline_container.cc" in text and "unexpected pos" in text)
 
 

@@ -483,7 +483,7 @@ def test_shares_are_of_the_gain_on_the_replies_that_measure_them(shown, drawn, m
     main([*shown.words, "--examples", "10", "--samples", "0", "--checks", "0",
           "--output_dir", str(folder)])  # fmt: skip
     report = (folder / "report.md").read_text(encoding="utf-8")
-    assert "shares are of the gain on these, +10.0000 ± 0.1000. The last two" in report
+    assert "shares are of the gain on them, +10.0000 ± 0.1000. The last two" in report
     assert "**+12.0000 ± 0.1000 nats a token (95 % interval " in report
 
 

@@ -1087,6 +1087,15 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def too_large(*_, **__):
+    """As a quota is told by some file systems, and a limit on the size of files."""
+    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
+def too_large_in_safetensors(*_, **__):
+    raise SafetensorError("I/O error: File too large (os error 27)")
+
+
 def full_in_safetensors(*_, **__):
     raise SafetensorError("I/O error: No space left on device (os error 28)")
 
@@ -1108,12 +1117,12 @@ def fail_at(patch, owner, name, action, part):
     patch.setattr(owner, name, call)
 
 
-def full_at(part):
+def full_at(part, action=full):
     """Have the disk be full for every file that is opened whose path holds part."""
 
     def see(event, path, _):
         if event == "open" and part in path:
-            full()
+            action()
 
     watch_changes(see)
 
@@ -1123,10 +1132,10 @@ FULL = {  # how the disk is found to be full, and the step that is resumed from
         lambda p: fail_at(p, peft.peft_model, "safe_save_file", full_in_safetensors, "point-8"), 7
     ),
     "its optimizer": (lambda p: fail_at(p, torch, "save", full_in_torch, "optimizer.pt"), 7),
-    "its trainer_state.json": (lambda _: full_at("trainer_state.json"), 7),
+    "its trainer_state.json": (lambda _: full_at("trainer_state.json", too_large), 7),
     "final_lora": (lambda _: full_at("final_lora/adapter_config.json"), 8),
     "final_lora_vllm": (
-        lambda p: fail_at(p, safetensors.torch, "save_file", full_in_safetensors, "_vllm"), 8
+        lambda p: fail_at(p, safetensors.torch, "save_file", too_large_in_safetensors, "_vllm"), 8
     ),
 }  # fmt: skip
 
@@ -1139,7 +1148,7 @@ def test_a_full_disk_loses_nothing(flags, whole, stopped, monkeypatch, capfd):
         ON_CHANGE.clear()
         assert read_record(stopped)["outcome"].startswith("failed: A file could not be"), what
         said = capfd.readouterr()
-        assert "the disk or your share of it is full" in said.err and "Make room" in said.err
+        assert "the disk is full, or your quota" in said.err and "Make room" in said.err
         assert "Traceback" not in said.err
         assert files(stopped / "final_lora") == {"adapter_model.safetensors": b"old"}, what
         assert not [*stopped.glob("final_lora.2*")] and not (stopped / ".partial").exists()
