@@ -1,4 +1,4 @@
-"""Draws overview.png from evidence.json: what was gained, what it cost, and one prompt."""
+"""Draws overview.png from evidence.json: what was gained, what else changed, some prompts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from inspect_lora.scores import FEWEST_LINES, Estimate
 BASE, ADAPTER = "0.72", "#1f6fb4"  # the colours of the two models
 LOOK = {"font.size": 12, "axes.titlesize": 14, "axes.titleweight": "bold"}
 MOST_ROWS = 4  # that a panel has room for
-MOST_LETTERS = 150  # of a text beside the name of who said it
-LINE = 0.058  # the height of a line of it, as a share of the panel
+MOST_LETTERS = 150  # of a prompt, which is shown whole
+MOST_OF_REPLY = 110
+COLUMNS = 40  # of a text beside the name of who said it
+LINE = 0.054  # the height of a line of it, as a share of the panel
+MOST_LINES = 16.5  # that the panel has room for
+BETWEEN_TEXTS, BETWEEN_PROMPTS = 0.3, 1.0  # in lines
 
 
 class Bar(NamedTuple):
@@ -27,6 +31,14 @@ class Bar(NamedTuple):
 
     length: float
     label: str
+    colour: str
+
+
+class Said(NamedTuple):
+    """What somebody said, in lines, with the colour of the name."""
+
+    name: str
+    lines: list[str]
     colour: str
 
 
@@ -39,29 +51,28 @@ class Row(NamedTuple):
 
 def draw_overview(record: dict[str, Any], path: Path) -> bool:
     """Draw what an evidence.json says in one wide picture; return whether there is anything."""
-    gained, lost = gains_of(record), costs_of(record)
+    gained, changed = gains_of(record), changes_of(record)
     replies = record.get("replies") or []
-    if not gained and not lost and not replies:
+    if not gained and not changed and not replies:
         return False
-    is_checked = bool(record.get("checks"))
-    no_gain = (
-        "nothing" if is_checked or record.get("loss") else "not measured: prompts have no loss"
-    )
-    no_cost = "nothing" if is_checked or record.get("loss") else "not measured"
-    most = max(len(gained), len(lost), 2)  # so that the bars of both panels have one height
+    is_measured = record.get("checks") or record.get("loss")
+    no_gain = "nothing" if is_measured else "not measured: prompts have no loss"
+    note = note_on_changes(record)
+    # So that the bars of both panels have one height.
+    most = max(len(gained), len(changed) + bool(note), 2)
     with matplotlib.rc_context(LOOK):
         figure = Figure((11, 11 / 3), dpi=120)
         left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
         figure.subplots_adjust(0.012, 0.11, 0.988, 0.91, wspace=0.06)
-        draw_bars(left, "What was gained", gained or no_gain, most)
-        draw_bars(middle, "What it cost", lost or no_cost, most)
-        draw_reply(right, reply_to_show(replies))
+        draw_bars(left, "What was gained", gained, "" if gained else no_gain, most)
+        draw_bars(middle, "What else changed", changed, note, most)
+        draw_replies(right, replies_to_show(replies))
         figure.text(0.012, 0.04, caption_of(record), fontsize=10.5, parse_math=False)
         figure.savefig(path)
     return True
 
 
-# ---- What was gained, and what it cost
+# ---- What was gained, and what else changed
 
 
 def gains_of(record: dict[str, Any]) -> list[Row]:
@@ -74,16 +85,31 @@ def gains_of(record: dict[str, Any]) -> list[Row]:
     return rows[:MOST_ROWS]
 
 
-def costs_of(record: dict[str, Any]) -> list[Row]:
+def changes_of(record: dict[str, Any]) -> list[Row]:
     """Return the loss if it clearly rose, the change elsewhere, and the checks that fewer pass."""
     rows = [row_of_loss(record)] if loss_rose(record) else []
-    changed = ((record.get("elsewhere") or {}).get("no system message") or {}).get("x 1")
-    if changed:
+    if changed := elsewhere_of(record):
         share = changed["other_tokens"]["value"]
         bar = Bar(share, f"{100 * share:.0f} %", ADAPTER)
         rows.append(Row("ordinary tasks: top-1 token differs", [bar]))
     rows += [row_of_check(row) for row in checks_of(record) if len(row["lost"]) > len(row["won"])]
     return rows[:MOST_ROWS]
+
+
+def elsewhere_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return how far the adapter as trained moves the model on other tasks, if it was measured."""
+    return ((record.get("elsewhere") or {}).get("no system message") or {}).get("x 1") or {}
+
+
+def note_on_changes(record: dict[str, Any]) -> str:
+    """Return which changes were not measured, or that no check shows one, below the bars."""
+    checks = (record.get("checks") or {}).values()
+    is_worse = any(len(row["lost"]) > len(row["won"]) for row in checks)
+    if elsewhere_of(record):
+        return ""
+    if not checks:
+        return "other tasks and checks: not measured"
+    return "other tasks: not measured" + ("" if is_worse else "\nno check is passed less often")
 
 
 def loss_rose(record: dict[str, Any]) -> bool:
@@ -129,14 +155,14 @@ def row_of_check(row: dict[str, Any]) -> Row:
     return Row(title, [Bar(n / lines, f"{n} of {lines}", colour) for n, colour in passed])
 
 
-def draw_bars(axes: Axes, title: str, rows: list[Row] | str, most: int) -> None:
-    """Draw a row's bars below its name, with the numbers behind; or write why there is none."""
+def draw_bars(axes: Axes, title: str, rows: list[Row], note: str, most: int) -> None:
+    """Draw a row's bars below its name, with the numbers behind; write a note below them."""
     axes.set_title(title, loc="left")
     axes.set_axis_off()
     axes.set(xlim=(0, 1.34), ylim=(-3.0 * most + 0.4, 0.4))
-    if isinstance(rows, str):
-        axes.text(0, -0.25, rows, fontsize=11, color="0.35")
-        return
+    if note:
+        top = -3.0 * len(rows) + 0.25
+        axes.text(0, top, note, fontsize=11, color="0.35", va="top", linespacing=1.5)
     for number, row in enumerate(rows):
         top = -3.0 * number
         axes.text(0, top - 0.17, row.name, fontsize=11, parse_math=False)
@@ -147,50 +173,66 @@ def draw_bars(axes: Axes, title: str, rows: list[Row] | str, most: int) -> None:
             axes.text(length + 0.03, middle, bar.label, va="center", fontsize=11)
 
 
-# ---- One prompt
+# ---- Some prompts
 
 
-def reply_to_show(replies: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the first held-out prompt, or other prompt, that is one short message, if any is.
+def replies_to_show(replies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first held-out prompts, or other prompts, that the panel has room for.
 
-    All letters must be in the picture's font, which has none of Chinese, for example.
+    Each is one short message, and all letters must be in the picture's font, which has none of
+    Chinese, for example.
     """
-    fitting = [
-        one
-        for one in replies
-        if one["source"] != "tasks"
-        and sum(message["role"] == "user" for message in one["messages"]) == 1
-        and len(one["messages"][-1]["content"]) <= MOST_LETTERS
-        and all(shown(text) == text for _, text, _ in what_was_said(one))
-    ]
-    return fitting[0] if fitting else None
+    fitting, room = [], MOST_LINES
+    for one in replies:
+        is_short = (
+            one["source"] != "tasks"
+            and sum(message["role"] == "user" for message in one["messages"]) == 1
+            and len(one["messages"][-1]["content"]) <= MOST_LETTERS
+        )
+        if is_short and height_of(one) <= room and is_in_font(one):
+            fitting.append(one)
+            room -= height_of(one) + BETWEEN_PROMPTS
+    return fitting
 
 
-def what_was_said(reply: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return who said what, each with its colour."""
-    said = [("user", one_line(reply["messages"][-1]["content"], MOST_LETTERS), "0.35")]
+def what_was_said(reply: dict[str, Any]) -> list[Said]:
+    """Return who said what: the user, the base and the adapter."""
+    asked = one_line(reply["messages"][-1]["content"], MOST_LETTERS)
+    said = [Said("user", textwrap.wrap(asked, COLUMNS), "0.35")]
     for name, colour in (("base", "0.45"), ("adapter", ADAPTER)):
-        text = one_line(reply[name]["text"], MOST_LETTERS)
-        said.append((name, text or "(nothing)", colour))
+        text = one_line(reply[name]["text"], MOST_OF_REPLY) or "(nothing)"
+        said.append(Said(name, textwrap.wrap(text, COLUMNS), colour))
     return said
 
 
-def draw_reply(axes: Axes, reply: dict[str, Any] | None) -> None:
-    """Write one prompt and both replies, line by line, so that they stand beside their names."""
+def height_of(reply: dict[str, Any]) -> float:
+    """Return how many lines a prompt and its replies take."""
+    texts = what_was_said(reply)
+    return sum(len(one.lines) for one in texts) + BETWEEN_TEXTS * (len(texts) - 1)
+
+
+def is_in_font(reply: dict[str, Any]) -> bool:
+    """Return whether the picture's font has all letters of a prompt and its replies."""
+    return all(shown(line) == line for one in what_was_said(reply) for line in one.lines)
+
+
+def draw_replies(axes: Axes, replies: list[dict[str, Any]]) -> None:
+    """Write prompts and both replies, line by line, so that they stand beside their names."""
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    is_unseen = reply is not None and reply["source"] == "held_out"
-    axes.set_title("One unseen prompt" if is_unseen else "One prompt", loc="left")
-    if reply is None:
+    are_unseen = all(one["source"] == "held_out" for one in replies)
+    axes.set_title("Unseen prompts" if replies and are_unseen else "Prompts", loc="left")
+    if not replies:
         axes.text(0, 0.93, "no short one to show: see replies.html", color="0.35")
-        return
-    height = 0.93
-    for name, text, colour in what_was_said(reply):
-        axes.text(0, height, name, fontsize=10.5, color=colour, weight="bold")
-        for line in textwrap.wrap(text, 38):
-            axes.text(0.18, height, line, fontsize=10.5, parse_math=False)
-            height -= LINE
-        height -= 0.6 * LINE
+    height = 0.92
+    for reply in replies:
+        for one in what_was_said(reply):
+            axes.text(0, height, one.name, fontsize=10, color=one.colour, weight="bold")
+            for line in one.lines:
+                axes.text(0.17, height, line, fontsize=10, parse_math=False)
+                height -= LINE
+            height -= BETWEEN_TEXTS * LINE
+        height -= (BETWEEN_PROMPTS - BETWEEN_TEXTS) * LINE
 
 
 def shown(text: str) -> str:

@@ -1,8 +1,9 @@
-"""The wide picture of what was gained and what it cost."""
+"""The wide picture of what was gained, what else changed, and some prompts."""
 
 import math
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from inspect_lora.overview import draw_overview
@@ -60,7 +61,7 @@ def drawn(monkeypatch, tmp_path):
     return draw
 
 
-def test_gains_costs_and_a_prompt_stand_side_by_side(drawn):
+def test_gains_changes_and_a_prompt_stand_side_by_side(drawn):
     """What may be chance is shown as such, after what is clear."""
     gained, lost, prompt = drawn(RECORD)
     assert gained == [
@@ -77,7 +78,7 @@ def test_gains_costs_and_a_prompt_stand_side_by_side(drawn):
     assert prompt[-3].endswith(" ...") and prompt[-2:] == ["adapter", "(nothing)"]
 
 
-def test_a_loss_that_clearly_rose_is_a_cost(drawn):
+def test_a_loss_that_clearly_rose_is_no_gain(drawn):
     worse = RECORD | {"loss": {"base": 3.0, "adapter": 3.1}, "checks": {}}
     gained, lost, _ = drawn(worse | {"gain": {"value": -0.1, "error": 0.01}})
     assert gained == ["nothing"]
@@ -88,7 +89,7 @@ def test_a_loss_that_clearly_rose_is_a_cost(drawn):
 @pytest.mark.parametrize(
     ("error", "lines"), [(0.09, 20), (math.inf, 20), (None, 20), (0.01, 9)], ids=str
 )
-def test_a_loss_in_doubt_is_no_cost_and_says_so(drawn, value, error, lines):
+def test_a_loss_in_doubt_stays_on_the_left_and_says_so(drawn, value, error, lines):
     """By the rule of report.md, which wants ten lines, and Student's quantile of their number."""
     loss = {"base": 3.0, "adapter": 3.0 - value}
     doubt = {"gain": {"value": value, "error": error}, "losses": RECORD["losses"][:lines]}
@@ -119,9 +120,48 @@ def test_losses_that_are_written_alike_are_called_so(drawn):
 def test_prompts_alone_show_the_replies_and_nothing_draws_nothing(drawn, tmp_path):
     alone = {"base": "b", "adapter_config": {}, "checks": {}, "replies": [ANSWERED]}
     gained, lost, prompt = drawn(alone)
-    assert gained == ["not measured: prompts have no loss"] and lost == ["not measured"]
+    assert gained == ["not measured: prompts have no loss"]
+    assert lost == ["other tasks and checks: not measured"]
     assert prompt[0] == "user"
     assert not draw_overview(alone | {"replies": []}, tmp_path / "none.png")
+
+
+def test_what_was_not_measured_elsewhere_is_not_called_nothing(drawn):
+    rows = RECORD["checks"]
+    with_checks = lambda *names: RECORD | {  # noqa: E731
+        "elsewhere": None, "checks": {name: rows[name] for name in names},
+    }  # fmt: skip
+    _, lost, _ = drawn(with_checks("rings", "others"))  # one that as many lost as won
+    assert lost == ["other tasks: not measured\nno check is passed less often"]
+    _, lost, _ = drawn(with_checks("rings", "calm"))
+    assert lost[0] == "other tasks: not measured" and "replies that pass “calm”" in lost
+    _, lost, _ = drawn(with_checks())
+    assert lost == ["other tasks and checks: not measured"]
+
+
+def test_as_many_prompts_are_shown_as_there_is_room_for(drawn):
+    def prompt(number, **changes):
+        asked = [{"role": "user", "content": f"number {number}"}]
+        short = {"messages": asked, "base": {"text": "No."}, "adapter": {"text": "Yes."}}
+        return ANSWERED | short | changes
+
+    long = prompt("to be long " * 12, base=ANSWERED["base"])
+    replies = [prompt(0), prompt(1), long, prompt(2), prompt(3)]
+    *_, shown = drawn(RECORD | {"replies": replies})
+    asked = [text for text in shown if text.startswith("number")]
+    assert asked == ["number 0", "number 1", "number 2"]  # the others have no room
+    *_, shown = drawn(RECORD | {"replies": [prompt(0, source="tasks"), *replies]})
+    assert shown.count("number 0") == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "title"), [("held_out", "Unseen prompts"), ("prompts", "Prompts")]
+)
+def test_only_held_out_prompts_are_called_unseen(drawn, monkeypatch, source, title):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda _, text, **__: titles.append(text))
+    drawn(RECORD | {"replies": [ANSWERED | {"source": source}]})
+    assert titles == ["What was gained", "What else changed", title]
 
 
 def test_a_prompt_in_letters_that_the_font_lacks_is_passed_over(drawn):
@@ -145,7 +185,7 @@ def test_the_longest_texts_stay_within_their_panels(monkeypatch, tmp_path):
     replies = [{
         "source": "prompts", "messages": [{"role": "user", "content": (words * 9)[:150]}],
         "base": {"text": words * 9}, "adapter": {"text": words * 9},
-    }]  # fmt: skip
+    }, ANSWERED | {"base": {"text": "No."}}]  # fmt: skip
     assert draw_overview(
         RECORD | {"checks": checks | lost, "replies": replies}, tmp_path / "overview.png"
     )

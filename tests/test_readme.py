@@ -253,6 +253,14 @@ def test_the_table_of_settings_holds_ten_constants_in_their_order():
             assert text == str(value) or (type(value) is float and float(text) == value), name
 
 
+def test_the_advice_on_r_is_that_of_its_flag(capsys):
+    with pytest.raises(SystemExit):
+        t.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    (cell,) = re.findall(r"(?m)^\| `LORA_R` \| `8` \| (.+) \|$", read(README))
+    assert re.sub(r"\[(.+?)\]\(.+?\)", r"\1", cell) in said
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_setting_that_is_spoken_of_exists_and_may_have_its_value(page):
     """Such as `FINAL_LORA = "best"`."""
@@ -506,8 +514,8 @@ TAKEN_FROM_THE_CODE = [
     ("docs/data.md", r"least (\d+) conversations are held out", lambda: t.FEWEST_HELD_OUT),
     ("docs/data.md", r"least (\d+) are needed", lambda: 2 * t.FEWEST_HELD_OUT),
     ("docs/evidence.md", r"(\d+) of the replies", lambda: default_of("evidence", "--examples")),
-    ("docs/evidence.md", r"most (\d+) tokens", lambda: elsewhere.REPLY_TOKENS),
-    ("docs/evidence.md", r"most (\d+) of them", lambda: replies.CHECKED_TOKENS),
+    ("docs/evidence.md", r"most (\d+) tokens long", lambda: elsewhere.REPLY_TOKENS),
+    ("docs/evidence.md", r"with at most (\d+) tokens", lambda: replies.CHECKED_TOKENS),
     ("docs/evidence.md", r"update x ([\d.]+) \.\.\.", lambda: min(parts.STRENGTHS)),
     ("docs/evidence.md", r"\.\.\. x ([\d.]+)", lambda: max(parts.STRENGTHS)),
     ("docs/evidence.md", r"above (\d+) % of the gain", lambda: 100 * parts.WORTH_REPORTING),
