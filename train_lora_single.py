@@ -150,9 +150,9 @@ REPLIES: Literal["all", "last"] = "all"  # which replies of a conversation are t
 MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never cut
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
-# If you change r, keep alpha. With the shipped conversations r = 1 to 16 then gave the same loss
-# (docs/evidence.md), so r is not the first constant to try.
-LORA_R: Rank = 8  # the rank; larger data may need more, such as 16 or 32
+# If you change r, keep alpha. In one small test the losses of r = 1 to 16 then lay within 0.012
+# (docs/evidence.md).
+LORA_R: Rank = 8  # the rank; change it last: in one small test 1 to 16 ended within 0.012
 LORA_ALPHA: Count = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes memorizing harder
 LORA_TARGET_MODULES: TargetModules = [  # the modules that get LoRA
@@ -634,7 +634,7 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
             f"{len(narrow)} trained weights, such as {narrow[0]}, are not in float32 but in "
             f"{trainable[narrow[0]].dtype}, which rounds small steps away. Set DTYPE to float32."
         )
-    report("model", f"{share}, in float32; all else is frozen")
+    report("model", f"{share}, in float32; all other weights are frozen")
 
 
 # ==== DEVICE: the GPU or the CPU, and several processes
@@ -1540,8 +1540,8 @@ def warn_of_missing_system_messages(examples: list[Example]) -> None:
         report(
             "warning",
             f"{len(without):,} of {len(system_messages):,} conversations have no system message "
-            f"(such as {without[0]}),\nand the others have one. The model's chat template may put "
-            "one of its own there.\nGive every conversation the system message that you will "
+            f"(such as {without[0]}),\nand the others have one. The model's chat template may add "
+            "one of its own to these.\nGive every conversation the system message that you will "
             "serve with, or give it to none.",
         )
 
@@ -1556,7 +1556,7 @@ def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
         twin = trained.get(repr(example.messages[:-1]))
         if twin:
             notes.append(
-                f"{example.source} has the prompt of {twin}, so its reply tests nothing new"
+                f"{example.source} has the same prompt as {twin}, so its reply tests nothing new"
             )
     if notes:
         report("warning", join_limited([*dict.fromkeys(notes)]))
@@ -1597,11 +1597,12 @@ def hold_out(
     if min(len(held_out), count - len(held_out)) < FEWEST_HELD_OUT:
         raise UserError(
             f'EVAL_FILE "{percent}%": of the {pluralize(count, "conversation")} in {path}, '
-            f"{len(held_out):,} can be held out, and {FEWEST_HELD_OUT} are needed, with as many "
-            "left to learn from. (Those that begin alike stay together, and in training where "
-            "they are more than a twentieth.) Add more, or give a file of your own as EVAL_FILE."
+            f"{len(held_out):,} can be held out, and that leaves {count - len(held_out):,} to "
+            f"train on. Each side needs {FEWEST_HELD_OUT}. (Conversations that begin alike stay "
+            "together, and stay in training if they are more than a twentieth.) Add more, or set "
+            "EVAL_FILE to a file of your own."
         )
-    reason = "by a hash of how they begin; they are not trained on"
+    reason = "chosen by a hash of how they begin; they are not trained on"
     if wanted > math.ceil(count * percent / 100):
         reason += f"\n({percent}% would be too few to measure with, so {FEWEST_HELD_OUT} are taken)"
     report("held out", f"{len(held_out):,} of the {count:,} conversations, {reason}")
@@ -1694,12 +1695,17 @@ def encode(
         text += f"{limit:,}; "
         if len(too_long) > len(examples) / 10:
             most_kept = max(limit, lengths[-1 - len(lengths) // 10])
-            text += f"{most_kept:,} would keep nine tenths, and {lengths[-1]:,} all"
+            text += f"{most_kept:,} would keep nine tenths of all, and {lengths[-1]:,} would keep "
+            text += "every one"
             problems.append(Problem(too_long[0].source, text))
         else:
             named = [f"{example.source}: {len(example.input_ids):,} tokens" for example in too_long]
             report("left out", f"{text}{lengths[-1]:,} would keep all\n{join_limited(named)}")
     return [example for example in rendered if len(example.input_ids) <= limit], problems
+
+
+# What a chat template raises: jinja's errors, and Python's at 1 / 0, range(10**9) and 1 + "a".
+TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, TypeError)
 
 
 def render(messages: list[dict[str, str]], chat_format: ChatFormat) -> tuple[list[int], list[int]]:
@@ -1717,7 +1723,7 @@ def render(messages: list[dict[str, str]], chat_format: ChatFormat) -> tuple[lis
     try:
         prompt = chat_format.prompt_ids(messages[:-1])
         text = chat_format.text(messages)
-    except jinja2.TemplateError as error:
+    except TEMPLATE_ERRORS as error:
         raise ValueError(
             f"the model's chat template refuses the conversation ({one_line(error)}){without}"
         ) from error
@@ -1752,10 +1758,10 @@ def warn_of_the_date(job: Job) -> None:
     if "strftime_now(" in job.chat_format.tokenizer.get_chat_template():
         report(
             "warning",
-            f"the chat template of {job.settings.MODEL_NAME} prints the day's date, so tomorrow "
-            "the tokens\nwill be others, and a run that is stopped today cannot be resumed then. "
-            "Finish it today, or\ntrain a local copy of the model in whose chat template a date in "
-            "quotes stands for\nstrftime_now(...).",
+            f"the chat template of {job.settings.MODEL_NAME} prints today's date, so tomorrow's "
+            "tokens\nwill differ, and a run that is stopped today cannot be resumed then. Finish "
+            "it today, or\ntrain a local copy of the model, with a fixed date in quotes in its "
+            "chat template instead\nof strftime_now(...).",
         )
 
 
@@ -1832,7 +1838,7 @@ SHOWN_LINES = 15  # of a long example, at its beginning and at its end
 def show_example(example: Example, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     """Print an example as the model sees it, with the target tokens between >>> and <<<."""
     prompt, reply = tokenizer.decode(example.prompt_ids), tokenizer.decode(example.reply_ids)
-    lines = [f"{example.source} as the model sees it; only what is in >>> <<< is a target:"]
+    lines = [f"{example.source} as the model sees it; only the text between >>> <<< is a target:"]
     for line in f"{prompt}>>>{reply}<<<".split("\n"):
         lines += textwrap.wrap(line, 90) or [""]
     if len(lines) > 2 * SHOWN_LINES:
@@ -2034,8 +2040,8 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
     deltanet = layer_types(job.config).count("linear_attention")
     if deltanet:
         lines.append(
-            f"{deltanet} of {depth} layers are Gated DeltaNet, which has no q_proj, k_proj, v_proj "
-            f"and o_proj:\nit is expected that only {depth - deltanet} of the layers have these"
+            f"{deltanet} of {depth} layers are Gated DeltaNet and have no q_proj, k_proj, v_proj "
+            f"or o_proj.\nAs expected, these targets are in {depth - deltanet} layers only"
         )
     lines.append(steps_in_words(job, plan))
     report("plan", "\n".join(lines))
@@ -2071,7 +2077,7 @@ def steps_in_words(job: Job, plan: Plan) -> str:
     steps = f"{pluralize(plan.steps, 'step')} of {pluralize(size, 'example')}"
     whole = plan.steps_per_epoch * settings.NUM_EPOCHS
     if plan.steps < whole:
-        return f"{steps}, cut short by MAX_STEPS (the epochs would have {whole:,})"
+        return f"{steps}, limited by MAX_STEPS (the full epochs would take {whole:,})"
     factors = f"{settings.BATCH_SIZE} x {settings.GRADIENT_ACCUMULATION_STEPS}"
     return f"{steps}: ceil({count:,} / ({factors})) x {settings.NUM_EPOCHS}"
 
@@ -2360,7 +2366,8 @@ def act_on(decision: Decision, earlier: Earlier, job: Job) -> None:
         raise UserError(
             f"{earlier.checkpoints[-1].path} was made with other settings, data or model, so it "
             f"cannot be resumed:\n{join_limited(earlier.differences)}\n"
-            f"Set these back to resume it, choose another OUTPUT_DIR, or move {folder} away."
+            f"To resume it, restore these. To train anew, choose another OUTPUT_DIR, or move "
+            f"{folder} away."
         )
     if decision == "refuse damage":
         raise UserError(
@@ -2373,7 +2380,7 @@ def act_on(decision: Decision, earlier: Earlier, job: Job) -> None:
         label = epoch_of_final_lora(job)["label"]
         report(
             "finished",
-            f"{job.output / 'final_lora'} is this job's adapter, of {label}\n"
+            f"{job.output / 'final_lora'} is the finished adapter of this job ({label})\n"
             f"To train it again, choose another OUTPUT_DIR, or move {folder} away.",
         )
         return
@@ -2390,7 +2397,7 @@ def act_on(decision: Decision, earlier: Earlier, job: Job) -> None:
     keep_held_out(job)
     for saved in earlier.checkpoints[:-1]:
         rename_old(saved.path)
-    report("resume", f"going on from {job.checkpoint}")
+    report("resume", f"resuming from {job.checkpoint}")
     tell_of_other_kernels(job)
 
 
@@ -2790,13 +2797,12 @@ def find_what_fits(trainer: LoraTrainer, job: Job) -> None:
     if limits.tokens_at_once >= whole_step:
         text = f"a whole step of {examples_per_step(job.settings)} examples fits at once"
     elif limits.tokens_at_once == 0:
-        text = "every example is recomputed to save memory"
+        text = "gradient checkpointing is used for every example, to save memory"
     else:
-        text = (
-            f"up to {limits.tokens_at_once:,} tokens fit at once; larger steps go in micro-batches"
-        )
+        text = f"up to {limits.tokens_at_once:,} tokens fit at once; larger steps are split into "
+        text += "micro-batches"
         if limits.tokens_at_once < longest:
-            text += ", and longer examples\nare recomputed to save memory"
+            text += ",\nand longer examples use gradient checkpointing to save memory"
     report("memory", text)
 
 
@@ -2972,8 +2978,8 @@ def make_room(trainer: LoraTrainer, failed: OutOfMemory, tries_left: int) -> Non
         limit = limits.tokens_at_once
     report(
         "memory",
-        f"the GPU's memory was full in step {trainer.state.global_step + 1:,}; it is done again "
-        f"with up to\n{limit:,} tokens at once, and LoRA's dropout is drawn anew",
+        f"step {trainer.state.global_step + 1:,} ran out of GPU memory; it is repeated with up to\n"
+        f"{limit:,} tokens at once, and with new LoRA dropout",
     )
 
 
@@ -2988,9 +2994,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_is_full(error: str) -> str:
     """Return what to tell somebody whose GPU has no memory left within the training."""
     return (
-        f"The GPU's memory is full ({error}). Free it: stop other programs on this GPU, or take "
-        "one with more memory. Then the same command resumes from the newest checkpoint, or begins "
-        "again if there is none."
+        f"The GPU's memory is full ({error}). Stop other programs on this GPU, or use one with "
+        "more memory. Then give the same command again: it resumes from the newest checkpoint, or "
+        "starts over if there is none."
     )
 
 
@@ -3025,7 +3031,7 @@ def train(trainer: LoraTrainer, job: Job) -> None:
         load_adapter(trainer.model, job.checkpoint)
         return
     if job.held_out and not job.checkpoint:
-        report("train", "the held-out loss of the base model is measured first")
+        report("train", "measuring the held-out loss of the base model first")
     trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
     accelerate.PartialState().wait_for_everyone()
     job.signals_wait = False
@@ -3431,8 +3437,8 @@ def verify_saved_adapter(model: peft.PeftModel, job: Job, staging: Path) -> None
         with reloaded.disable_adapter():
             effect = (reply_logits(reloaded, inputs) - wanted).abs().max().item()
     found = (
-        f"loaded again from disk, the adapter's logits differ by at most {error:.2g} from the "
-        f"trained\nmodel's, and by {effect:.2g} from the base model's"
+        f"reloaded from disk, the adapter's logits differ by at most {error:.2g} from the trained\n"
+        f"model's, and by {effect:.2g} from the base model's"
     )
     kept = "The checkpoints are still there."
     if error == effect == 0:
@@ -3573,14 +3579,14 @@ def summarize(job: Job) -> None:
         if lowest < loss:
             lines.append(
                 f"it was lowest after epoch {best / job.plan.steps_per_epoch:g} ({lowest:.4f}); "
-                "the same command with --final_lora best makes that one final_lora"
+                "to make that adapter final_lora, run the same command with --final_lora best"
             )
-    spent = f"{format_time(time.time() - job.started)} in all"
+    spent = f"{format_time(time.time() - job.started)} in total"
     if job.train_seconds:
         speed = job.train_tokens / job.train_seconds
-        spent += f", {format_time(job.train_seconds)} of training at {speed:,.0f} tokens/s"
+        spent += f", {format_time(job.train_seconds)} of it training at {speed:,.0f} tokens/s"
     if job.peak_gib:
-        spent += f"; torch used {job.peak_gib:.1f} GiB of the GPU at the most"
+        spent += f"; torch used at most {job.peak_gib:.1f} GiB of GPU memory"
     report("done", "\n".join([*lines, spent]))
     report("next", "\n".join(next_commands(job)))
 
@@ -3590,18 +3596,18 @@ def next_commands(job: Job) -> list[str]:
     final = job.output / "final_lora"
     package = HERE / "inspect_lora"
     is_toy = DEMO["MODEL_NAME"] == job.settings.MODEL_NAME
-    lines = ["The package inspect_lora, which tells what an adapter is worth, is not here."]
+    lines = ["The package inspect_lora, which measures adapters, is not beside this script."]
     if package.is_dir():
         command = ["python", path_from_here(str(package))]
-        lines = ["# What is the adapter worth, and what else did it change?"]
+        lines = ["# Measure what the adapter gained and what else it changed:"]
         if job.settings.DEVICE == "cpu":
-            lines.append("# On a CPU: quicker with --examples 0 --checks 10 --general_file=")
+            lines.append("# Quicker on a CPU: add --examples 0 --checks 10 --general_file=")
         lines.append(shlex.join([*command, "evidence", str(final)]))
         if not is_toy:
             lines += ["# Talk to it:", shlex.join([*command, "chat", str(final)])]
     if is_toy:  # nobody serves one
-        toy = "This was a toy: its numbers are real, but it can hardly speak. README.md says how"
-        return [*lines, toy, "to train a real model, and how to bring your own conversations."]
+        toy = "This was a toy model: its numbers are real, but it can hardly speak. README.md says"
+        return [*lines, toy, "how to train a real model, and how to use your own conversations."]
     if job.plan.vllm_refuses:
         return [
             *lines,
@@ -3614,7 +3620,7 @@ def next_commands(job: Job) -> list[str]:
     serve = vllm_command(
         settings.MODEL_NAME, settings.MODEL_REVISION, folder, job.plan.max_rank, name
     )
-    return [*lines, f"# Serve it, under the name {name}:", serve]
+    return [*lines, f"# Serve it as {name}:", serve]
 
 
 def vllm_command(model_name: str, revision: str, folder: Path, max_rank: int, name: str) -> str:
@@ -4329,7 +4335,7 @@ def catch_signals(job: Job) -> None:
             report("stopping", text + ("" if may_repeat else "; a second signal stops at once"))
             return
         raise Stopped(
-            number, "Stopped. The same command goes on from the newest checkpoint, if there is one."
+            number, "Stopped. The same command resumes from the newest checkpoint, if there is one."
         )
 
     for number in SIGNALS:
@@ -4349,20 +4355,25 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 1, memory_is_full(one_line(error))
     if is_of_a_full_disk(error):
         return 1, (
-            f"A file could not be written, since the disk or your share of it is full "
-            f"({one_line(error)}). Make room, and the same command goes on from the newest "
-            "checkpoint, if there is one."
+            "A file could not be written, because the disk is full, or your quota or a limit on "
+            f"the size of files is reached ({one_line(error)}). Make room and give the same "
+            "command again: it resumes from the newest checkpoint, if there is one."
         )
     return 1, ""
 
 
+# The last is how some file systems tell a quota, and what a limit on the size of files gives.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def is_of_a_full_disk(error: BaseException) -> bool:
-    """Return whether an error says that the disk is full, in the words of any library."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Return whether an error says that the disk or a quota is full, in any library's words."""
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
         return True
     text = str(error)
     # As safetensors has it; and torch, whose file then ends before the place that it writes to.
-    of_the_system = re.search(r"No space left on device|Disk quota exceeded", text)
+    words = "No space left on device|Disk quota exceeded|File too large"
+    of_the_system = re.search(words, text)
     return bool(of_the_system) or ("inline_container.cc" in text and "unexpected pos" in text)
 
 
@@ -4392,7 +4403,7 @@ def run_or_explain(job: Job) -> None:
             until_the_end.enter_context(locked(job.output))
             log_to(log)
         if DEMO["MODEL_NAME"] == job.settings.MODEL_NAME:
-            report("demo", "a toy model: look at the numbers, and not at what it says")
+            report("demo", "this is a toy model: look at its numbers, not at its replies")
         run(job)
     except BaseException as error:
         for number in SIGNALS:  # nothing may interrupt what is left to do

@@ -60,11 +60,11 @@ def main(argv: list[str] | None = None) -> None:
         if script is None or not script.is_out_of_memory(error):
             raise
         give_up(
-            f"The GPU's memory is full ({one_line(error)}). If another program runs there, stop "
-            "it. Else --dtype bfloat16 halves what float32 needs, and --device cpu needs no GPU. "
-            "evidence needs less with --max_seq_len, which leaves long held-out lines out, with a "
-            "smaller --max_new_tokens for its samples, and with --examples 0 and --checks 0, which "
-            "leave measurements out.",
+            f"The GPU's memory is full ({one_line(error)}). Stop other programs there. If there "
+            "are none, --dtype bfloat16 halves what float32 needs, and --device cpu needs no GPU. "
+            "evidence needs less with --max_seq_len (it leaves long held-out lines out), with a "
+            "smaller --max_new_tokens for its samples, or with --examples 0 and --checks 0 (they "
+            "leave measurements out).",
             1,
         )
 

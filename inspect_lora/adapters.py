@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import math
 import os
 import re
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import peft
 import torch
 import transformers
@@ -43,6 +41,7 @@ from inspect_lora.files import (
     PREFIX,
     QUANTIZED_NAME,
     Run,
+    can_load_quantized,
     find_base,
     name_in_text_model,
     path_in_text_model,
@@ -50,6 +49,7 @@ from inspect_lora.files import (
 )
 from inspect_lora.modules import SavedAdapter, rank_and_alpha, read_adapter
 from inspect_lora.trainer import (
+    TEMPLATE_ERRORS,
     TESTED_IN_FP16,
     ChatFormat,
     Example,
@@ -118,7 +118,7 @@ def refuse_system_message(system: str, chat_format: ChatFormat) -> None:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "hello"}]
     try:
         chat_format.prompt_ids(messages[0 if system else 1 :])
-    except jinja2.TemplateError as error:
+    except TEMPLATE_ERRORS as error:
         raise InspectError(
             f"The base model's chat template refuses a system message ({one_line(error)}). Leave "
             'it out with --system "".'
@@ -162,7 +162,7 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
         f"{lora.lora_alpha}{by_pattern} on {modules} of {shorten_path(base, 40)}, {dtype}",
     )
     if run and run.record.get("script_sha256") not in (None, script_sha256()):
-        report("", "It was trained by another version of train_lora_single.py than lies here.")
+        report("", "It was trained by another version of train_lora_single.py than the one here.")
     return Adapter(place, run, model, chat_format, base, revision, dtype, file_dtype, matmul)
 
 
@@ -207,7 +207,7 @@ def base_of(options: argparse.Namespace, place: Path, run: Run | None) -> tuple[
 def refuse_quantized_name(base: str) -> None:
     """Refuse a copy that cannot be loaded here, known by its name on the hub."""
     plain = QUANTIZED_NAME.sub("", base)
-    if plain != base and not ("bnb" in base.lower() and has_bitsandbytes()):
+    if plain != base and not can_load_quantized("bnb" in base.lower()):
         raise InspectError(quantized_message(base, plain))
 
 
@@ -226,17 +226,12 @@ def quantized_message(base: str, plain: str) -> str:
     )
 
 
-def has_bitsandbytes() -> bool:
-    """Return whether the package that loads 4-bit copies is installed."""
-    return importlib.util.find_spec("bitsandbytes") is not None
-
-
 def refuse_other_quantization(base: str, config: transformers.PretrainedConfig) -> None:
     """Refuse a quantized base that transformers would load otherwise, or with a traceback."""
     how = config.to_dict().get("quantization_config")
     if not how:
         return
-    if how.get("quant_method") != "bitsandbytes" or not has_bitsandbytes():
+    if not can_load_quantized(how.get("quant_method") == "bitsandbytes"):
         raise InspectError(quantized_message(base, QUANTIZED_NAME.sub("", base)))
 
 

@@ -33,7 +33,7 @@ def conclusions(parts: list[Part], losses: Losses, gain: Estimate) -> list[str]:
     lines = len(set(losses.lines))
     if losses.trained == losses.base:
         return [
-            "With the adapter and without it all losses are the same: it changes nothing. Perhaps "
+            "All losses are the same with and without the adapter, so it changes nothing. Perhaps "
             "it was saved before it was trained, when B is 0."
         ]
     if lines < FEWEST_LINES:
@@ -73,10 +73,10 @@ def about_no_gain(parts: list[Part], gain: Estimate) -> str:
         also = ", and no weaker update is clearly better" if weaker else ""
         return (
             f"The adapter is worse than the base model{also}. If "
-            "the run's held-out losses rose at the end, it learned its conversations by heart: "
-            "publish the best epoch, train fewer, or find more conversations. Else check that the "
-            "held-out conversations are of the kind that was trained on, and that tokenizer and "
-            "template are the training's."
+            "the run's held-out losses rose at the end, it memorized its conversations: use the "
+            "best epoch, train fewer epochs, or find more conversations. Otherwise check that the "
+            "held-out conversations are of the kind that was trained on, and that the tokenizer "
+            "and the chat template are those of the training."
         )
     return (
         "The adapter is not clearly better than the base model: the 95 % interval of its gain "
@@ -161,7 +161,7 @@ def about_rank(parts: list[Part]) -> str:
         return f"r: too few held-out replies to tell what a cut costs{MORE}."
     told = enough or cuts[0]
     sentence = (
-        f"r: {told.title}, its strongest, the update keeps {told.of_gain.percent()} of the gain."
+        f"r: {told.title} (the strongest), the update keeps {told.of_gain.percent()} of the gain."
     )
     if enough:
         return f"{sentence} Training with a smaller r is another run, and may end elsewhere."
@@ -197,9 +197,9 @@ def about_change(found: Elsewhere) -> str:
     shift = found.without_system[1.0]
     kl, other = shift.kl_a_token(), shift.other_tokens()
     return (
-        f"change: in the base's own replies to {found.tasks} other tasks another token is the "
-        f"likeliest at {other.percent()} of the places, and the KL from the base's probabilities "
-        f"is {kl.without_sign()} nats a token (0 if none differs). It says how far the model was "
+        f"change: in the base's own replies to {found.tasks} other tasks the top-1 token differs "
+        f"at {other.percent()} of the token positions, and the KL divergence from the base is "
+        f"{kl.without_sign()} nats a token (0 if nothing differs). It says how far the model was "
         "moved, not that it got worse."
     )
 
@@ -253,8 +253,8 @@ def about_endings(samples: list[Answered], checked: list[Answered]) -> list[str]
     base, _ = cut_replies(asked)
     if 2 * base > len(asked):
         sentences.append(
-            f"base: of its {pluralize(len(asked), 'reply')} {base} were cut before they ended, so "
-            "a difference from them says little about how good the adapter's are: read those."
+            f"base: {base} of its {pluralize(len(asked), 'reply')} were cut before they ended. A "
+            "difference from them says little about how good the adapter's replies are: read those."
         )
     return sentences
 

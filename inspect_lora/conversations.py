@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-
 from inspect_lora.adapters import Adapter, window_of
 from inspect_lora.checks import Check, read_checks
 from inspect_lora.common import (
@@ -35,6 +33,7 @@ from inspect_lora.held_out import (
     without_learned,
 )
 from inspect_lora.trainer import (
+    TEMPLATE_ERRORS,
     ChatFormat,
     Example,
     Problem,
@@ -342,7 +341,7 @@ def why_it_is_not_asked(messages: list[dict[str, str]], chat_format: ChatFormat)
             return f"the text holds {token}, which the tokenizer takes for more than text"
     try:
         chat_format.prompt_ids(messages)
-    except jinja2.TemplateError as error:
+    except TEMPLATE_ERRORS as error:
         return f"the template says, {one_line(error, 60)}"
     return ""
 

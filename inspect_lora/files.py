@@ -6,6 +6,7 @@ here needs the base model, transformers or the trainer's script.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -201,6 +202,16 @@ def find_base(config: dict[str, Any], place: Path, run: Run | None, revision: st
         base = next((str(path) for path in above if (path / "config.json").is_file()), base)
     is_on_hub = is_hub_name(base) and (revision or not run)
     return base if base and (Path(base).is_dir() or is_on_hub) else ""
+
+
+def can_load_quantized(is_by_bitsandbytes: bool) -> bool:
+    """Return whether a quantized copy can be loaded here: only by the package that made it."""
+    return is_by_bitsandbytes and has_bitsandbytes()
+
+
+def has_bitsandbytes() -> bool:
+    """Return whether the package that loads 4-bit copies is installed."""
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def is_hub_name(base: str) -> bool:

@@ -32,6 +32,7 @@ from inspect_lora.common import (
 from inspect_lora.faults import extras_of, is_named, problems_of, reasons_against, what_is_zero
 from inspect_lora.files import (
     QUANTIZED_NAME,
+    can_load_quantized,
     find_adapter,
     find_base,
     find_run,
@@ -348,9 +349,9 @@ def map_of_targets(modules: list[Module]) -> list[str]:
     signs = ", ".join(f"{sign} {meaning}" for sign, meaning in SIGNS.items() if sign in seen)
     stand = f" (one sign for {each} layers)" if each > 1 else ""
     legend = (
-        f"{signs}{stand}; size: of the update scaling x B A (Frobenius norm), median of the "
-        "layers, in absolute terms: `evidence` compares it with W; directions: so many of the r "
-        "hold 90 % of the update (by square), mean of the layers"
+        f"{signs}{stand}; size: Frobenius norm of the update scaling x B A, median of "
+        "the layers (`evidence` compares it with W); directions: how many of the r hold 90 % of "
+        "the update (by square), mean of the layers"
     )
     return lines + textwrap.wrap(legend, 90)
 
@@ -382,13 +383,27 @@ def what_is_sound(modules: list[Module]) -> str:
     return f"Nothing wrong was found in the file: {', '.join(checked)}."
 
 
+def base_to_give(base: str) -> str:
+    """Return the flag for the base that `evidence` would ask for, if it would refuse this one."""
+    if not base:
+        return " --base BASE"
+    if not os.path.isdir(base):
+        plain = QUANTIZED_NAME.sub("", base)
+        is_refused = plain != base and not can_load_quantized("bnb" in base.lower())
+        return f" --base {shlex.quote(plain)}" if is_refused else ""
+    how = (read_json(Path(base) / "config.json") or {}).get("quantization_config")
+    by = how.get("quant_method") if isinstance(how, dict) else None
+    is_refused = how and not can_load_quantized(by == "bitsandbytes")
+    return " --base FULL_PRECISION_BASE" if is_refused else ""
+
+
 def next_commands(name: str, place: Path, config: dict[str, Any], is_useless: bool) -> str:
     """Return what to type next."""
     if is_useless:
         return f"{this_program()} info ANOTHER    such as an earlier checkpoint of this training"
     run = find_run(place)
     flags = "" if run else " --eval_file HELD_OUT.jsonl"
-    flags += "" if find_base(config, place, run, config.get("revision")) else " --base BASE"
+    flags += base_to_give(find_base(config, place, run, config.get("revision")))
     return (
         "# What did it gain on conversations that it was not trained on, and by which part?\n"
         f"{this_program()} evidence {shlex.quote(name)}{flags}"

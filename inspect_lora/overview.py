@@ -81,7 +81,7 @@ def costs_of(record: dict[str, Any]) -> list[Row]:
     if changed:
         share = changed["other_tokens"]["value"]
         bar = Bar(share, f"{100 * share:.0f} %", ADAPTER)
-        rows.append(Row("ordinary tasks: another likeliest token", [bar]))
+        rows.append(Row("ordinary tasks: top-1 token differs", [bar]))
     rows += [row_of_check(row) for row in checks_of(record) if len(row["lost"]) > len(row["won"])]
     return rows[:MOST_ROWS]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shlex
 import unicodedata
@@ -22,6 +23,7 @@ from inspect_lora.marks import parts_of
 TEMPLATE = Path(__file__).with_name("page.html")
 # What could end the script element, a line of JavaScript or the text's direction, or is no UTF-8.
 UNSAFE = re.compile("[<>&\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+REMOTE = {"SSH_CONNECTION", "SLURM_JOB_ID"}  # in the environment of a session on another computer
 Replies = list[dict[str, Any]]  # as they are in evidence.json
 
 
@@ -48,14 +50,15 @@ def page_of_two(names: list[str], details: list[str], first: Replies, second: Re
 
 
 def report_page(path: Path) -> None:
-    """Say where a page is, and how to look at it from another computer."""
-    fetch = shlex.quote(f"CLUSTER:{path.resolve()}")
-    report(
-        "replies",
-        f"{path_from_here(path)}\n"
-        "opens in any browser, without a network: side by side, or to be read blind.\n"
-        f"To look at it from a cluster, fetch it to your own computer:\nscp {fetch} .",
-    )
+    """Say where a page is, and in a remote session how to fetch it."""
+    lines = [
+        path_from_here(path),
+        "Open it in any browser; it needs no network. Read the replies blind, or side by side.",
+    ]
+    if REMOTE & os.environ.keys():
+        fetch = shlex.quote(f"CLUSTER:{path.resolve()}")
+        lines += ["From a cluster, copy it to your own computer first:", f"scp {fetch} ."]
+    report("replies", "\n".join(lines))
 
 
 def by_prompt(replies: Replies) -> dict[str, dict[str, Any]]:

@@ -163,14 +163,14 @@ def markdown_parts(found: Findings) -> str:
         )
     config = found.adapter.model.peft_config["default"]
     gain = found.losses.only(found.measured).gain()
-    shares = f", and shares are of the gain on these, {gain}" if are_meant else ""
+    shares = f", and shares are of the gain on them, {gain}" if are_meant else ""
     text = (
         "## What each part is worth\n\n"
-        f"On {len(found.measured)} of {pluralize(len(found.examples), 'held-out reply')}, "
-        f"evenly spread. Losses, in nats a token, are of these alone{shares}. The last two columns "
-        "compare a row with the adapter as trained: above 0 is better. "
-        f"Each update is {scaling_in_words(config.use_rslora)} x B A; it is scaled, "
-        "switched off in parts, or cut to its strongest directions, and nothing is trained anew. "
+        f"Measured on {len(found.measured)} of {pluralize(len(found.examples), 'held-out reply')}, "
+        f"evenly spread. All losses, in nats a token, are on these replies{shares}. The last two "
+        "columns compare a row with the adapter as trained: above 0 is better. "
+        f"Each update is {scaling_in_words(config.use_rslora)} x B A. It is scaled, "
+        "switched off in parts, or cut to its strongest directions; nothing is retrained. "
         "Parts overlap, so their shares need not add up to 100 %."
         "\n\n" + table(["", "loss", "of the gain", "against as trained", "lower loss on"], rows)
     )
@@ -204,11 +204,11 @@ def markdown_elsewhere(elsewhere: Elsewhere) -> str:
     ]
     return (
         "## What else was changed\n\n"
-        f"On the base model's own replies to {pluralize(elsewhere.tasks, 'ordinary task')}, such "
-        f"as sums, translations and lists (one reply each, drawn by chance, {REPLY_TOKENS} tokens "
-        "at most), without the training's system message: how far the adapter's probabilities are "
-        "from the base's, and how often it would go on otherwise.\n\n"
-        + table(["", "KL, nats a token", "another likeliest token"], rows)
+        f"The base model replied to {pluralize(elsewhere.tasks, 'ordinary task')}, such as sums, "
+        f"translations and lists (one sampled reply each, {REPLY_TOKENS} tokens at most), without "
+        "the training's system message. The table says how far the adapter's probabilities on "
+        "these replies are from the base's, and how often its top-1 token differs.\n\n"
+        + table(["", "KL, nats a token", "top-1 token differs"], rows)
     )
 
 
@@ -227,8 +227,8 @@ def markdown_checks(found: Findings) -> str:
     head += ["lost", "won", "it shows"]
     parts = [
         "## What the replies hold",
-        "Base and adapter reply to lines that say what a reply must hold, always with the "
-        f"likeliest token, {' or '.join(map(str, limits))} of them at most. In brackets is the "
+        "Base and adapter replied to lines that say what a reply must hold, by greedy decoding, "
+        f"with at most {' or '.join(map(str, limits))} tokens. In brackets is the "
         "95 % interval of the share (Wilson). p is how probable a change at least so uneven would "
         "be if lines were lost as often as won (McNemar's exact test). A row shows more than "
         f"chance if p is below {found.checks[0].needed:.3g}: 5 %, divided by the number of rows.",
@@ -260,8 +260,8 @@ def markdown_samples(found: Findings) -> str:
     prompt = "held-out prompt" if found.held_out else "prompt"
     parts = [
         "## How it replies",
-        f"{pluralize(len(found.samples), prompt)}, always the likeliest token (greedy), "
-        f"{found.samples[0].max_new_tokens} of them at most. "
+        f"{pluralize(len(found.samples), prompt)}, greedy decoding, at most "
+        f"{found.samples[0].max_new_tokens} tokens. "
         f"{habits('The base', [sample.base for sample in found.samples])} "
         f"{habits('The adapter', [sample.adapter for sample in found.samples])}",
     ]

@@ -65,6 +65,7 @@ prepare_device = script.prepare_device
 use_fp16_matmul = script.use_fp16_matmul
 TESTED_IN_FP16 = script.TESTED_IN_FP16
 encode = script.encode
+TEMPLATE_ERRORS = script.TEMPLATE_ERRORS
 pad = script.pad
 reply_logits = script.reply_logits
 example_losses = script.example_losses

@@ -42,6 +42,7 @@ from transformers import (
 )
 
 import inspect_lora.adapters as adapters
+import inspect_lora.files as files
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -519,14 +520,14 @@ def test_a_base_that_is_no_language_model_is_one_message(refused, plain, tmp_pat
     ],
 )
 def test_without_bitsandbytes_both_ways_are_named(refused, changed, monkeypatch, name, plain_name):
-    monkeypatch.setattr(adapters, "has_bitsandbytes", lambda: False)
+    monkeypatch.setattr(files, "has_bitsandbytes", lambda: False)
     said = refused(changed(base_model_name_or_path=name))
     assert f"--base {plain_name};" in said and "pip install bitsandbytes" in said
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-4B-AWQ", "someone/model-GPTQ-Int4", "a/b-FP8"])
 def test_other_quantized_copies_are_never_loaded(refused, changed, monkeypatch, name):
-    monkeypatch.setattr(adapters, "has_bitsandbytes", lambda: True)
+    monkeypatch.setattr(files, "has_bitsandbytes", lambda: True)
     said = refused(changed(base_model_name_or_path=name))
     assert "a quantized copy" in said and "--base" in said and "pip install" not in said
 

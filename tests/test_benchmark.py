@@ -472,10 +472,10 @@ def test_what_earlier_checks_had_reserved_does_not_hide_fragments(look, monkeypa
 
 # What the commands print where all is well.
 PRINTED = """\
-memory    up to 99 tokens fit at once; larger steps go in micro-batches
+memory    up to 99 tokens fit at once; larger steps are split into micro-batches
 resume    2 of 3 checkpoints are whole
 finished  this job has been done
-loaded again from disk: they differ by at most 1e-05 from them, by 0.02 from the base's
+reloaded from disk, they differ by at most 1e-05 from them, and by 0.02 from the base's
 you> adapter> I am.
 you> base> And I.
 """

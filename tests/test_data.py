@@ -512,7 +512,7 @@ def test_a_held_out_prompt_that_is_trained_on_is_warned_of_in_any_form(capsys):
     def repeats(train, held_out):
         write("t", *train), write("e", *held_out)
         dry_run("--eval_file", "e")
-        return re.findall(r"\b(e:\d+) has the prompt of (t:\d+)", capsys.readouterr().out)
+        return re.findall(r"\b(e:\d+) has the same prompt as (t:\d+)", capsys.readouterr().out)
 
     asked = [{"messages": hello(f"Question {n}?", f"Reply {n}.")} for n in range(3)]
     again = {"instruction": "Question 1?", "output": "Another reply."}

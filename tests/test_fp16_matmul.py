@@ -542,7 +542,7 @@ def test_a_job_that_goes_on_elsewhere_keeps_its_products_and_says_so(
     status, _ = emulating(made_with, begin=stop_in_step_two)
     assert status == 128 + signal.SIGTERM
     status, said = emulating(resumed, choice=choice)
-    assert status == 0 and words in said and "going on from" in said
+    assert status == 0 and words in said and "resuming from" in said
     assert read_record(tmp_path / "output")["products"] == ("native" if made_with else "float16")
     assert ("tried on this GPU" in said) == (not made_with)
 
@@ -555,7 +555,7 @@ def test_a_job_is_not_resumed_with_float16_products_that_are_wrong(emulating, tm
     assert "--matmul float16 uses it all the same" in said and "Traceback" not in said
     assert (tmp_path / "output" / "checkpoints" / "job.json").read_bytes() == before
     status, said = emulating("", "--matmul", "float16")
-    assert status == 0 and "going on from" in said and "tried" not in said
+    assert status == 0 and "resuming from" in said and "tried" not in said
 
 
 def test_the_refusal_of_other_products_names_the_setting_that_resumes(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -84,7 +85,7 @@ def test_every_module_has_the_size_and_directions_of_its_update(plain, info):
     assert "evidence" in found.said and "note" not in found.said and "problem" not in found.said
     assert "sound Nothing wrong was found in the file: every matrix is finite, none" in found.said
     assert "layers 0 to 7 rank scaling size directions" in found.said
-    assert "in absolute terms: `evidence` compares it with W" in found.said
+    assert "(`evidence` compares it with W)" in found.said
     assert len(found.out.splitlines()) < 26
 
 
@@ -395,6 +396,25 @@ def test_of_this_trainer_it_knows_the_held_out_lines_and_what_to_serve(plain, tm
 def test_the_next_command_asks_for_a_base_that_is_not_there(plain, tmp_path, info, base, is_asked):
     found = info(change_config(copied(plain, tmp_path / "new"), base_model_name_or_path=base))
     assert ("--base BASE" in found.out) == is_asked
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+@pytest.mark.parametrize(
+    ("base", "plain_base"),
+    [("a/b-bnb-4bit", "a/b"), ("a/b-AWQ", "a/b"), ("fp8", "FULL_PRECISION_BASE"), ("a/b", "")],
+)
+def test_the_next_command_names_a_base_that_evidence_takes(
+    plain, tmp_path, info, monkeypatch, base, plain_base, is_installed
+):
+    """As `evidence` refuses a quantized copy that cannot be loaded here."""
+    monkeypatch.setattr("inspect_lora.files.has_bitsandbytes", lambda: is_installed)
+    monkeypatch.chdir(tmp_path)
+    Path("fp8").mkdir()
+    Path("fp8/config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    found = info(change_config(copied(plain, tmp_path / "new"), base_model_name_or_path=base))
+    is_taken = not plain_base or ("bnb" in base and is_installed)
+    flags = "--eval_file HELD_OUT.jsonl" + ("" if is_taken else f" --base {plain_base}")
+    assert found.out.rstrip().endswith(flags)
 
 
 @pytest.mark.parametrize(

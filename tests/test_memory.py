@@ -100,8 +100,8 @@ FOUND = {  # room with activations kept, and recomputed: what is found, and a wo
     "a whole step": ((WHOLE, 0), (WHOLE, WHOLE), "whole step"),
     "three examples": ((3 * LONGEST, 0), (128, 128), "micro-batches"),
     "one example": ((64, 0), (64, 64), "micro-batches"),
-    "one example, just": ((LONGEST, 0), (32, LONGEST), "are recomputed"),
-    "recomputed": ((LONGEST - 1, 150), (32, 144), "are recomputed"),
+    "one example, just": ((LONGEST, 0), (32, LONGEST), "longer examples use"),
+    "recomputed": ((LONGEST - 1, 150), (32, 144), "longer examples use"),
     "always recomputed": ((0, WHOLE), (0, WHOLE), "every example"),
     "recomputed, just": ((0, LONGEST), (0, LONGEST), "every example"),
 }

@@ -69,7 +69,7 @@ def test_gains_costs_and_a_prompt_stand_side_by_side(drawn):
         "pass “others”: may be chance", "3 of 40", "3 of 40",
     ]  # fmt: skip
     assert lost == [
-        "ordinary tasks: another likeliest token", "41 %",
+        "ordinary tasks: top-1 token differs", "41 %",
         "replies that pass “calm”", "50 of 50", "41 of 50",
         "pass “in doubt”: may be chance", "9 of 50", "8 of 50",
     ]  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_loss_in_doubt_is_no_cost_and_says_so(drawn, value, error, lines):
     doubt = {"gain": {"value": value, "error": error}, "losses": RECORD["losses"][:lines]}
     gained, lost, _ = drawn(RECORD | {"loss": loss, "checks": {}} | doubt)
     assert gained[0] == "loss on unseen replies: may be chance" and len(gained) == 3
-    assert lost == ["ordinary tasks: another likeliest token", "41 %"]
+    assert lost == ["ordinary tasks: top-1 token differs", "41 %"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tiny_adapters import command
 
 from inspect_lora.checks import mcnemar, read_checks
 from inspect_lora.marks import parts_of
-from inspect_lora.page import cut_at_word, page_of_evidence, page_of_two
+from inspect_lora.page import REMOTE, cut_at_word, page_of_evidence, page_of_two
 
 RINGS = {"kind": "word", "answers": ["999", "112"]}
 AT_ONCE = RINGS | {"first_sentences": 1, "not_before": ["if"]}
@@ -204,6 +204,7 @@ def test_of_marks_that_overlap_the_first_is_shown():
 
 
 def test_evidence_writes_the_page_of_base_and_adapter(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setattr("inspect_lora.report_folder.draw_picture", lambda *_: False)
     adapter = save_adapter(tmp_path / "adapter")
     rows = [
@@ -222,7 +223,7 @@ def test_evidence_writes_the_page_of_base_and_adapter(capsys, tmp_path, monkeypa
             assert "".join(part[0] for part in reply["parts"]) == found[name]["text"]
     assert len(data["prompts"]) == 2 and shown.out.endswith(f"scp 'CLUSTER:{path}' .\n")
     assert data["prompts"][0]["where"] == "held_out.jsonl:1"
-    assert "opens in any browser, without a network" in shown.said
+    assert "Open it in any browser; it needs no network." in shown.said
 
 
 def test_evidence_without_replies_writes_no_page(capsys, tmp_path, monkeypatch):
@@ -241,7 +242,7 @@ def test_prompts_without_replies_have_a_page_and_two_adapters_one_of_both(
     for name, std in (("one", 0.1), ("two", 0.3)):
         adapter = save_adapter(tmp_path / name, std=std)
         end = command(capsys, "evidence", adapter, *SHORT, *words, tmp_path / "reports" / name)
-        assert end.status == 0 and "opens in any browser" in end.said, end.err
+        assert end.status == 0 and "Open it in any browser" in end.said, end.err
         page = (tmp_path / "reports" / name / "replies.html").read_text(encoding="utf-8")
         sources = [one["source"] for one in data_in(page)["prompts"]]
         assert sources == ["prompts", "prompts"]
@@ -275,6 +276,7 @@ def test_compare_writes_the_page_of_two_adapters(capsys, tmp_path, monkeypatch, 
     first, second = [row("a", "b", "A's")], [row("a", "b", "B's"), row("c", "b", "B's")]
     folders = two_reports(first, second)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 50000 10.0.0.2 22")
     end = command(capsys, "compare", *reversed(folders))
     path = tmp_path / "compared" / "replies.html"
     data = data_in(path.read_text(encoding="utf-8"))
@@ -285,10 +287,15 @@ def test_compare_writes_the_page_of_two_adapters(capsys, tmp_path, monkeypatch, 
     assert [one["parts"][0][0] for one in data["prompts"][0]["replies"]] == ["B's", "A's"]
     assert end.out.splitlines()[-4:] == [
         "replies   compared/replies.html",
-        "          opens in any browser, without a network: side by side, or to be read blind.",
-        "          To look at it from a cluster, fetch it to your own computer:",
+        "          Open it in any browser; it needs no network. "
+        "Read the replies blind, or side by side.",
+        "          From a cluster, copy it to your own computer first:",
         f"          scp CLUSTER:{path} .",
     ]
+    for name in REMOTE:
+        monkeypatch.delenv(name, raising=False)
+    end = command(capsys, "compare", *reversed(folders))
+    assert end.out.splitlines()[-1].endswith("side by side.") and "scp" not in end.out
     command(capsys, "compare", *reversed(folders))
     assert os.listdir(path.parent) == ["replies.html"]  # the same page needs no second place
     command(capsys, "compare", *folders)

@@ -149,9 +149,9 @@ def test_the_table_shows_the_shapes_that_peft_makes(capsys):
         (9, 2, 2, 1, 0, "3 steps of 4 examples: ceil(9 / (2 x 2)) x 1"),
         (3, 4, 2, 2, 0, "2 steps of 3 examples: ceil(3 / (4 x 2)) x 2"),
         (8, 1, 4, 2, 0, "4 steps of 4 examples: ceil(8 / (1 x 4)) x 2"),
-        (8, 1, 1, 1, 1, "1 step of 1 example, cut short by MAX_STEPS (the epochs would have 8)"),
+        (8, 1, 1, 1, 1, "1 step of 1 example, limited by MAX_STEPS (the full epochs would take 8)"),
         (9, 2, 2, 2, 6, "6 steps of 4 examples: ceil(9 / (2 x 2)) x 2"),
-        (9, 2, 2, 2, 5, "5 steps of 4 examples, cut short by MAX_STEPS"),
+        (9, 2, 2, 2, 5, "5 steps of 4 examples, limited by MAX_STEPS"),
     ],
 )
 def test_steps_are_counted_and_their_formula_is_shown(

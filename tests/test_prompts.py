@@ -7,9 +7,10 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 from on_tiny import messages_of, read_json, save_adapter, write_held_out, write_lines
 from tiny_adapters import command
+from transformers import AutoTokenizer
 
 PARROT = [{"role": "system", "content": "You are a parrot."}, *messages_of(["rain"])]
 ROWS = [
@@ -176,6 +177,20 @@ def test_a_bad_prompt_is_refused_by_its_line(ask, made, row, said):
     assert "bad.jsonl:3: this is no JSON" in said and said.count('{"prompt": "text"}') == 1
     (made.folder / "empty.jsonl").write_text("\n", encoding="utf-8")
     assert "holds no prompts" in ask(prompts=made.folder / "empty.jsonl").err
+
+
+@pytest.mark.parametrize("fault", ["1 / 0", "range(10**9)", "1 + 'a'", "raise_exception('no')"])
+def test_a_prompt_at_which_the_template_fails_is_refused_by_its_line(ask, made, tmp_path, fault):
+    adapter = shutil.copytree(made.adapter, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    asks = "{% if 'fail' in messages[0].content %}{{ FAULT }}{% endif %}"
+    tokenizer.chat_template = asks.replace("FAULT", fault) + tokenizer.chat_template
+    tokenizer.save_pretrained(adapter)
+    path = write_lines(tmp_path / "bad.jsonl", [ROWS[0], {"prompt": "fail"}])
+    end = ask(prompts=path, adapter=adapter)
+    assert end.status == 1 and "bad.jsonl:2: the template says, " in end.err
+    end = ask("--system", "fail", adapter=adapter)
+    assert end.status == 1 and "template refuses a system message" in end.err
 
 
 def test_compare_sets_two_such_reports_side_by_side_and_ranks_nothing(

@@ -559,7 +559,7 @@ def test_a_finished_job_needs_no_checkpoint_to_be_finished(flags, finished, tmp_
         cut(path)
     left = files(output)
     assert run(command(flags, output)) == 0
-    assert "is this job's adapter" in capfd.readouterr().out
+    assert "is the finished adapter of this job" in capfd.readouterr().out
     assert files(output) == left
 
 
@@ -942,7 +942,7 @@ def test_checks_may_be_added_to_what_was_held_out(flags, tmp_path, capfd, monkey
     path.write_text(edited)
     capfd.readouterr()
     assert run(argv) == 0
-    assert ("going on from" if stop else "is this job's adapter") in capfd.readouterr().out
+    assert ("resuming from" if stop else "is the finished adapter") in capfd.readouterr().out
     assert path.read_text() == edited and not [*path.parent.glob("held_out.jsonl.2*")]
 
 
@@ -1019,7 +1019,7 @@ def test_a_job_that_the_former_version_finished_is_finished(former_flags, tmp_pa
     left = files(output)
     capfd.readouterr()
     assert run(former_flags) == 0
-    assert "is this job's adapter" in capfd.readouterr().out and files(output) == left
+    assert "is the finished adapter of this job" in capfd.readouterr().out and files(output) == left
 
 
 def test_a_job_that_the_former_version_began_is_resumed(former_flags, tmp_path, capfd):
@@ -1031,7 +1031,7 @@ def test_a_job_that_the_former_version_began_is_resumed(former_flags, tmp_path, 
     put_former("run.json", output, outcome="interrupted: Stopped after step 5 of 8.")
     capfd.readouterr()
     assert run(former_flags) == 0
-    assert "going on from" in capfd.readouterr().out
+    assert "resuming from" in capfd.readouterr().out
     found = losses(output)
     expected = json.loads((FORMER / "run.json").read_text("utf-8"))["loss_history"]
     former = [(e["step"], e[key]) for e in expected for key in ("loss", "eval_loss") if key in e]
@@ -1087,6 +1087,15 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def too_large(*_, **__):
+    """As a quota is told by some file systems, and a limit on the size of files."""
+    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
+def too_large_in_safetensors(*_, **__):
+    raise SafetensorError("I/O error: File too large (os error 27)")
+
+
 def full_in_safetensors(*_, **__):
     raise SafetensorError("I/O error: No space left on device (os error 28)")
 
@@ -1108,12 +1117,12 @@ def fail_at(patch, owner, name, action, part):
     patch.setattr(owner, name, call)
 
 
-def full_at(part):
+def full_at(part, action=full):
     """Have the disk be full for every file that is opened whose path holds part."""
 
     def see(event, path, _):
         if event == "open" and part in path:
-            full()
+            action()
 
     watch_changes(see)
 
@@ -1123,10 +1132,10 @@ FULL = {  # how the disk is found to be full, and the step that is resumed from
         lambda p: fail_at(p, peft.peft_model, "safe_save_file", full_in_safetensors, "point-8"), 7
     ),
     "its optimizer": (lambda p: fail_at(p, torch, "save", full_in_torch, "optimizer.pt"), 7),
-    "its trainer_state.json": (lambda _: full_at("trainer_state.json"), 7),
+    "its trainer_state.json": (lambda _: full_at("trainer_state.json", too_large), 7),
     "final_lora": (lambda _: full_at("final_lora/adapter_config.json"), 8),
     "final_lora_vllm": (
-        lambda p: fail_at(p, safetensors.torch, "save_file", full_in_safetensors, "_vllm"), 8
+        lambda p: fail_at(p, safetensors.torch, "save_file", too_large_in_safetensors, "_vllm"), 8
     ),
 }  # fmt: skip
 
@@ -1139,7 +1148,7 @@ def test_a_full_disk_loses_nothing(flags, whole, stopped, monkeypatch, capfd):
         ON_CHANGE.clear()
         assert read_record(stopped)["outcome"].startswith("failed: A file could not be"), what
         said = capfd.readouterr()
-        assert "the disk or your share of it is full" in said.err and "Make room" in said.err
+        assert "the disk is full, or your quota" in said.err and "Make room" in said.err
         assert "Traceback" not in said.err
         assert files(stopped / "final_lora") == {"adapter_model.safetensors": b"old"}, what
         assert not [*stopped.glob("final_lora.2*")] and not (stopped / ".partial").exists()
@@ -1403,7 +1412,7 @@ def test_of_several_processes_the_one_that_failed_says_why(tmp_path):
     assert outcome.startswith("failed: ") and "memory is full" in outcome
     assert not [*output.glob("*.new*")]
     statuses, said = launch(argv, tmp_path, None, None)
-    assert statuses == [0, 0] and "going on from" in said[0]
+    assert statuses == [0, 0] and "resuming from" in said[0]
     assert read_record(output)["outcome"] == "finished"
 
 
@@ -1459,7 +1468,7 @@ def test_torchrun_passes_usr1_on_and_the_same_launch_ends_in_the_same_bytes(tmp_
     for folder in (output, whole):
         statuses, said = launch(command(flags, folder), tmp_path, None, None)
         assert statuses == [0, 0], said
-        assert ("going on from" in said[0]) == (folder == output)
+        assert ("resuming from" in said[0]) == (folder == output)
     assert subprocess.run(["bash", "-c", condition]).returncode == 1
     assert (output / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
     assert losses(output) == losses(whole)

@@ -245,6 +245,10 @@ FAULTS = {
     "raises": ((BEGIN, IF_NELL + "{{ raise_exception('not this') }}{% endif %}" + BEGIN),
                ["refuses", "not this"]),
     "undefined": ((BEGIN, IF_NELL + "{{ messages[7].content }}{% endif %}" + BEGIN), ["refuses"]),
+    "divides by 0": ((BEGIN, IF_NELL + "{{ 1 / 0 }}{% endif %}" + BEGIN), ["refuses", "by zero"]),
+    "overflows": ((BEGIN, IF_NELL + "{% for i in range(10**9) %}{% endfor %}{% endif %}" + BEGIN),
+                  ["refuses", "Range too big"]),
+    "adds text to 1": ((BEGIN, IF_NELL + "{{ 1 + 'a' }}{% endif %}" + BEGIN), ["unsupported"]),
     "drops it": ((TURN, IF_NELL + "{{- '<|im_end|>\\n' }}{% else %}" + TURN + "{% endif %}"),
                  ["leaves out what the user says"]),
     "changes it": ((TURN, "{{- text | replace('Nell', 'Bob') + '<|im_end|>\\n' }}"),
@@ -278,11 +282,11 @@ def test_a_template_that_is_none_is_refused_as_one(capsys):
 
 def test_an_error_of_another_kind_is_not_blamed_on_the_conversation(monkeypatch):
     def bug(*_, **__):
-        raise ZeroDivisionError
+        raise AttributeError
 
     write("t", HELLO)
     monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "apply_chat_template", bug)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(AttributeError):
         dry_run()
 
 
@@ -406,7 +410,7 @@ def test_more_than_a_tenth_is_refused_with_the_limits_that_would_do(capsys):
     write("t", *talks)
     said = refusal(capsys, "--max_seq_len", "64")
     assert len(said) == 2 and said[0].startswith("t:18: 3 of 20 ")
-    nine_tenths, everything = re.findall(r"([\d,]+) (?:would keep nine tenths|all)", said[0])
+    nine_tenths, everything = re.findall(r"([\d,]+) would keep (?:nine|every)", said[0])
     for limit, kept in ((nine_tenths, 18), (everything, 20)):
         dry_run("--max_seq_len", limit)
         assert re.search(rf"(?m)^ +t +{kept} ", capsys.readouterr().out)
