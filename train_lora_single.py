@@ -2039,9 +2039,10 @@ def report_plan(job: Job, plan: Plan, config: peft.LoraConfig, model: torch.nn.M
     depth = job.config.get_text_config().num_hidden_layers
     deltanet = layer_types(job.config).count("linear_attention")
     if deltanet:
+        others = pluralize(depth - deltanet, "layer")
         lines.append(
             f"{deltanet} of {depth} layers are Gated DeltaNet and have no q_proj, k_proj, v_proj "
-            f"or o_proj.\nAs expected, these targets are in {depth - deltanet} layers only"
+            f"or o_proj.\nAs expected, these targets are in {others} only"
         )
     lines.append(steps_in_words(job, plan))
     report("plan", "\n".join(lines))
