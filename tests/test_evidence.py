@@ -255,7 +255,7 @@ def test_above_0_is_better_in_the_table_of_parts(shown):
 def test_the_report_says_what_its_errors_are_of_and_what_is_clear(shown):
     assert "one standard error over the held-out lines, or over the other tasks" in shown.report
     assert "clear if its 95 % interval leaves out 0; where several are compared" in shown.report
-    assert "(one reply each, drawn by chance, 64 tokens at most)" in shown.report
+    assert "(one sampled reply each, 64 tokens at most)" in shown.report
     assert "greedy decoding, at most 6 tokens. The base ended" in shown.report
 
 

@@ -653,7 +653,7 @@ def test_the_lower_limit_is_kept_and_recorded(flags, tmp_path, monkeypatch, caps
     on_trainer(monkeypatch, run_out)
     t.main(flags)
     said = capsys.readouterr().out
-    assert said.count("was full in step 3;") == 1
+    assert said.count("step 3 ran out of GPU memory;") == 1
     record = read_record(tmp_path / "output")
     assert record["outcome"] == "finished"
     limit = re.search(r"up to\s+([\d,]+) tokens at once", said)[1].replace(",", "")
