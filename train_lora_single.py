@@ -1547,7 +1547,7 @@ def warn_of_missing_system_messages(examples: list[Example]) -> None:
 
 
 def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
-    """Print the held-out prompts that are trained on as well."""
+    """Print the held-out prompts that are trained on as well, and how many of the replies are."""
     trained: dict[str, str] = {}
     for example in train:
         trained.setdefault(repr(example.messages[:-1]), example.source)
@@ -1560,6 +1560,14 @@ def warn_of_repeats(train: list[Example], held_out: list[Example]) -> None:
             )
     if notes:
         report("warning", join_limited([*dict.fromkeys(notes)]))
+    replies = {example.messages[-1]["content"].strip() for example in train}
+    known = [one for one in held_out if one.messages[-1]["content"].strip() in replies]
+    if 10 * len(known) > len(held_out):
+        report(
+            "warning",
+            f"{len(known):,} of {len(held_out):,} held-out replies also stand in training data, "
+            "word for word.\nSo the held-out loss says how well these are remembered.",
+        )
 
 
 def held_out_percent(eval_file: str) -> int:
