@@ -152,7 +152,7 @@ MAX_SEQ_LEN: Count = 512  # in tokens; longer examples are left out, and never c
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
 # If you change r, keep alpha. In one small test the losses of r = 1 to 16 then lay within 0.012
 # (docs/evidence.md).
-LORA_R: Rank = 8  # the rank; change it last: in one small test 1 to 16 ended within 0.012
+LORA_R: Rank = 8  # rank; change it last: in one small test the losses of 1 to 16 lay within 0.012
 LORA_ALPHA: Count = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT: Share = 0.05  # on the LoRA branch only; makes memorizing harder
 LORA_TARGET_MODULES: TargetModules = [  # the modules that get LoRA
