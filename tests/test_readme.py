@@ -382,8 +382,8 @@ def test_the_figures_that_the_text_takes_from_the_report():
     *_, changed, _ = row_of_report("as trained")
     expected = {
         (README, r"answers (\d+) of (\d+) emergencies with"): [rings, lines],
-        (README, r"`does not yield` in (\d+) of (\d+) such dialogues"): [firm, pressed],
-        (README, r"differs from the base's at (\d+) % of the places"): [round(changed)],
+        (README, r"In (\d+) dialogues where .* \(`does not yield`\) in (\d+),"): [pressed, firm],
+        (README, r"differs from the base's at (\d+) % of positions"): [round(changed)],
         ("data/README.md", r"(\d+) emergencies (\d+) and (\d+)"): [lines, before, rings],
         ("data/README.md", r"(\d+) others (\d+) and (\d+)"): [others, quiet_before, quiet],
         ("data/README.md", r"(\d+) pressed (\d+) and (\d+)"): [pressed, firm_before, firm],
