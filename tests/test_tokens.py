@@ -432,7 +432,7 @@ def test_more_than_a_tenth_is_refused_with_the_limits_that_would_do(capsys):
     assert said[0].endswith(f" {everything} would keep every one")
     assert said[1].startswith("e:9: 1 of 9 held-out")
     (longer,) = lengths_of(longest[-1])
-    assert longer > int(everything) and said[1].endswith(f" {longer:,} all")
+    assert longer > int(everything) and said[1].endswith(f" {longer:,} would keep every one")
 
 
 def test_a_long_example_is_shown_without_its_middle(capsys):
