@@ -204,6 +204,17 @@ def base_of(options: argparse.Namespace, place: Path, run: Run | None) -> tuple[
     return found, "main" if Path(found).is_dir() else revision or "main"
 
 
+def how_base_was_given(options: argparse.Namespace, place: Path) -> str:
+    """Return that --base names another base than the adapter does, or "" if it does not."""
+    recorded = str(read_adapter_config(place).get("base_model_name_or_path") or "")
+    if not options.base or options.base == recorded:
+        return ""
+    one, other = Path(options.base), Path(recorded)
+    if recorded and one.is_dir() and other.is_dir() and one.samefile(other):
+        return ""
+    return f"given by --base; adapter_config.json names {recorded or 'none'}"
+
+
 def refuse_quantized_name(base: str) -> None:
     """Refuse a copy that cannot be loaded here, known by its name on the hub."""
     plain = QUANTIZED_NAME.sub("", base)

@@ -308,6 +308,12 @@ class CheckRow:
     won: list[str]  # lines that only the adapter passes
     p: float  # of a change at least so uneven, if lines were lost as often as won
     needed: float  # p must be below it: in one of twenty tables a row is so by chance
+    source: str = ""  # "tasks" if no line of the user's own has a check of this name
+
+    @property
+    def title(self) -> str:
+        """Its name, for a reader, who knows nothing of the other tasks and did not ask them."""
+        return title_of_row(self.name, self.source)
 
     @property
     def is_clear(self) -> bool:
@@ -340,7 +346,7 @@ class CheckRow:
     def sentence(self) -> str:
         """Return the row as a sentence."""
         return (
-            f"{self.name} ({self.rule}): of {pluralize(self.lines, 'line')} the base passes "
+            f"{self.title} ({self.rule}): of {pluralize(self.lines, 'line')} the base passes "
             f"{with_interval(self.before, self.lines)} and the adapter "
             f"{with_interval(self.after, self.lines)}: {self.judgement()}."
         )
@@ -367,8 +373,15 @@ def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
         won = [one["where"] for one in asked if one["where"] in after - before]
         p, needed = mcnemar(len(lost), len(won)), 0.05 / len(names)
         counts = (len(asked), len(before), len(after))
-        rows.append(CheckRow(name, rule_of(name, asked), *counts, lost, won, p, needed))
+        sources = {one.get("source", "") for one in asked}
+        source = sources.pop() if len(sources) == 1 else ""
+        rows.append(CheckRow(name, rule_of(name, asked), *counts, lost, won, p, needed, source))
     return rows
+
+
+def title_of_row(name: str, source: str) -> str:
+    """Return what a row is called where it is shown: "tasks: right" if it is of the other tasks."""
+    return f"tasks: {name.removeprefix('tasks ')}" if source == "tasks" else name
 
 
 def rule_of(name: str, asked: list[dict[str, Any]]) -> str:

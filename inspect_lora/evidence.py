@@ -23,13 +23,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from inspect_lora import adapters, conversations
-from inspect_lora.adapters import open_adapter, refuse_system_message, system_message_of
+from inspect_lora.adapters import (
+    how_base_was_given,
+    open_adapter,
+    refuse_system_message,
+    system_message_of,
+)
 from inspect_lora.base_side import BaseSide, hash_of_tokens
 from inspect_lora.checks import CheckRow, rows_of_checks
 from inspect_lora.common import (
     InspectError,
     at_least,
     file_sha256,
+    one_line,
     path_from_here,
     pluralize,
     report,
@@ -39,6 +45,7 @@ from inspect_lora.conclusions import (
     about_change,
     about_endings,
     about_strength,
+    about_updates,
     conclusions,
     what_is_not_measured,
 )
@@ -97,10 +104,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the checks out",
     )
     parser.add_argument(
-        "--samples", type=at_least(0), default=6, help="prompts in the report, and one of each kind"
+        "--samples",
+        type=at_least(0),
+        default=6,
+        help="so many prompts in report.md, with one of each kind; default: 6",
     )
     parser.add_argument(
-        "--max_new_tokens", type=at_least(1), default=200, help="a sample is cut after so many"
+        "--max_new_tokens",
+        type=at_least(1),
+        default=200,
+        help="a sample's replies are cut after so many tokens, and with --prompts every reply is "
+        "(those to the other tasks after 80); default: 200",
     )
     parser.add_argument(
         "--prompts",
@@ -135,10 +149,14 @@ def run(options: argparse.Namespace) -> None:
     examples = encode_held_out(held_out, adapter, options) if held_out else []
     system_message = system_message_of(options, trained_by)
     is_guessed = options.system is None and not trained_by
+    systems = {one.system_message for one in (examples or prompts)}
     if is_guessed:
-        shared = {one.system_message for one in (examples or prompts)}
-        system_message = shared.pop() if len(shared) == 1 else ""
+        system_message = min(systems) if len(systems) == 1 else ""
     refuse_system_message(system_message, adapter.chat_format)
+    base_note = how_base_was_given(options, place)
+    if base_note:
+        report_sentence("base", f"{adapter.base}, {base_note}.")
+    report_system_of_prompts(prompts, system_message)
     prompts = [one.with_system_message(system_message) for one in prompts]
     refuse_bad_prompts(prompts, adapter.chat_format)
     tasks = tasks_that_render(tasks, adapter.chat_format)
@@ -146,6 +164,7 @@ def run(options: argparse.Namespace) -> None:
     found = Findings(
         options.adapter, adapter, held_out, options.group, system_message, is_guessed, examples
     )
+    found.base_note, found.systems = base_note, systems
     found.prompts_file = known_file(options.prompts)
     found.general_file = known_file(options.general_file)
     is_written = False
@@ -162,8 +181,20 @@ def run(options: argparse.Namespace) -> None:
             keep_unfinished(found, folder)
     report("report", path_from_here(folder / "report.md"))
     if (folder / PAGE).is_file():
-        report_page(folder / PAGE)
+        report_page(folder / PAGE, len(prompts))
     end_with_3_if_asked(found, options)
+
+
+def report_system_of_prompts(prompts: list[Task], system_message: str) -> None:
+    """Say which system message those prompts get that have none of their own."""
+    without = sum(not one.system_message for one in prompts)
+    if without:
+        gets = f'this one: "{one_line(system_message)}"' if system_message else "none"
+        hint = "" if system_message else "; --system gives one"
+        of_all = f"{without} of {pluralize(len(prompts), 'prompt')}"
+        report_sentence(
+            "system", f"without a system message of their own {of_all} get {gets}{hint}"
+        )
 
 
 def known_file(path: str | None) -> dict[str, str] | None:
@@ -230,6 +261,7 @@ def measure(
     # A 4-bit weight is packed otherwise from the first pass on, so the updates come before it.
     found.updates = measure_updates(model)
     found.base_computed_with = before.computed_with
+    found.conclusions += about_updates(found.updates)
     if found.held_out:
         measure_losses(found, before)
         if options.examples:
@@ -360,7 +392,7 @@ def measure_parts_of(found: Findings, wanted: int) -> None:
     with timed(found, "parts"):
         chosen = [found.examples[number] for number in found.measured]
         found.parts = measure_parts(model, chosen, losses, found.adapter.file_dtype)
-    found.conclusions = conclusions(found.parts, losses, found.losses.gain())
+    found.conclusions += conclusions(found.parts, losses, found.losses.gain())
     found.conclusions += what_is_not_measured(model)
     if found.shares_are_meant():
         print_parts(found)

@@ -28,8 +28,10 @@ class Findings:
     held_out: HeldOut | None  # or prompts alone, of which no reply is known
     group: str  # the key that groups held-out lines
     system_message: str  # of the training, or ""
-    system_is_guessed: bool  # then it is what all held-out lines share
+    system_is_guessed: bool  # then it is what all lines share, if they share one
     examples: list[Example]
+    base_note: str = ""  # how it comes that another base is measured than the adapter names
+    systems: set[str] = field(default_factory=set)  # of the lines as they are in their file
     general_file: dict[str, str] | None = None  # the file of the other tasks, and its hash
     prompts_file: dict[str, str] | None = None
     losses: Losses | None = None  # of all examples

@@ -12,6 +12,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from inspect_lora.checks import title_of_row
 from inspect_lora.common import one_line
 from inspect_lora.scores import FEWEST_LINES, Estimate
 
@@ -55,16 +56,14 @@ def draw_overview(record: dict[str, Any], path: Path) -> bool:
     replies = record.get("replies") or []
     if not gained and not changed and not replies:
         return False
-    is_measured = record.get("checks") or record.get("loss")
-    no_gain = "nothing" if is_measured else "not measured: prompts have no loss"
-    note = note_on_changes(record)
+    no_gain, note = note_on_gains(record, gained), note_on_changes(record)
     # So that the bars of both panels have one height.
-    most = max(len(gained), len(changed) + bool(note), 2)
+    most = max(len(gained) + bool(gained and no_gain), len(changed) + bool(note), 2)
     with matplotlib.rc_context(LOOK):
         figure = Figure((11, 11 / 3), dpi=120)
         left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
         figure.subplots_adjust(0.012, 0.11, 0.988, 0.91, wspace=0.06)
-        draw_bars(left, "What was gained", gained, "" if gained else no_gain, most)
+        draw_bars(left, "What was gained", gained, no_gain, most)
         draw_bars(middle, "What else changed", changed, note, most)
         draw_replies(right, replies_to_show(replies))
         figure.text(0.012, 0.04, caption_of(record), fontsize=10.5, parse_math=False)
@@ -99,6 +98,18 @@ def changes_of(record: dict[str, Any]) -> list[Row]:
 def elsewhere_of(record: dict[str, Any]) -> dict[str, Any]:
     """Return how far the adapter as trained moves the model on other tasks, if it was measured."""
     return ((record.get("elsewhere") or {}).get("no system message") or {}).get("x 1") or {}
+
+
+def note_on_gains(record: dict[str, Any], gained: list[Row]) -> str:
+    """Return what to say below the bars: of prompts no loss is known, so "nothing" would be false.
+
+    It is not said where a check of the user's own prompts was won; the other tasks' are no gain.
+    """
+    if record.get("loss"):
+        return "" if gained else "nothing"
+    own = [row for row in checks_of(record) if row.get("source") != "tasks"]
+    is_won = any(len(row["won"]) > len(row["lost"]) for row in own)
+    return "" if is_won else "not measured: prompts have no loss"
 
 
 def note_on_changes(record: dict[str, Any]) -> str:
@@ -149,7 +160,8 @@ def checks_of(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def row_of_check(row: dict[str, Any]) -> Row:
     """Return the bars of a row of checks."""
-    lines, name = row["lines"], shown(one_line(row["name"], 16))
+    lines = row["lines"]
+    name = shown(one_line(title_of_row(row["name"], row.get("source", "")), 16))
     title = f"replies that pass “{name}”" if row["is_clear"] else f"pass “{name}”: may be chance"
     passed = ((row["before"], BASE), (row["after"], ADAPTER))
     return Row(title, [Bar(n / lines, f"{n} of {lines}", colour) for n, colour in passed])

@@ -49,12 +49,20 @@ def page_of_two(names: list[str], details: list[str], first: Replies, second: Re
     return as_html(" and ".join(names), sides, pairs, limits) if both else ""
 
 
-def report_page(path: Path) -> None:
-    """Say where a page is, and in a remote session how to fetch it."""
-    lines = [
-        path_from_here(path),
-        "Open it in any browser; it needs no network. Read the replies blind, or side by side.",
-    ]
+def report_page(path: Path, prompts: int = 0) -> None:
+    """Say where a page is, and in a remote session how to fetch it.
+
+    Args:
+        path: of the page.
+        prompts: how many there are if no reply to them is known, so that only a reader can judge.
+    """
+    what_to_do = "Open it in any browser; it needs no network."
+    if prompts:
+        number = "40" if prompts > 40 else "all"
+        what_to_do += f'\nNow judge the replies there: choose "Blind reading", and read {number}.'
+    else:
+        what_to_do += " Read the replies blind, or side by side."
+    lines = [path_from_here(path), what_to_do]
     if REMOTE & os.environ.keys():
         fetch = shlex.quote(f"CLUSTER:{path.resolve()}")
         lines += ["From a cluster, copy it to your own computer first:", f"scp {fetch} ."]

@@ -70,9 +70,9 @@ def print_checks(found: Findings) -> None:
         answer = f"{'yes' if row.is_clear else 'not shown'} ({p_in_words(row.p)})"
         answer = answer if row.can_be_clear else "too few lines"
         counts = (len(row.lost), len(row.won))
-        rows.append(columns(one_line(row.name, 17), row.lines, *rates, *counts, answer))
+        rows.append(columns(one_line(row.title, 17), row.lines, *rates, *counts, answer))
     report("", join_limited(rows, 7))
-    rules = [one_line(f"{row.name}: {row.rule}", 90) for row in found.checks]
+    rules = [one_line(f"{row.title}: {row.rule}", 90) for row in found.checks]
     report("", join_limited(rules, 6))
 
 
@@ -112,6 +112,7 @@ def as_markdown(found: Findings, pictures: set[str]) -> str:
         "![The adapter at a glance](overview.png)" if "overview.png" in pictures else "",
         "![What was measured](lora.png)" if "lora.png" in pictures else "",
         markdown_parts(found) if found.parts else "",
+        markdown_updates(found) if found.updates else "",
         markdown_elsewhere(found.elsewhere) if found.elsewhere else "",
         markdown_checks(found) if found.checks else "",
         markdown_kinds(found) if found.losses else "",
@@ -151,7 +152,7 @@ CHANCE = (
 
 
 def markdown_parts(found: Findings) -> str:
-    """Return the tables of the parts and of the sizes of the updates."""
+    """Return the table of the parts."""
     are_meant = found.shares_are_meant()
     rows = []
     for part in found.parts:
@@ -164,7 +165,7 @@ def markdown_parts(found: Findings) -> str:
     config = found.adapter.model.peft_config["default"]
     gain = found.losses.only(found.measured).gain()
     shares = f", and shares are of the gain on them, {gain}" if are_meant else ""
-    text = (
+    return (
         "## What each part is worth\n\n"
         f"Measured on {len(found.measured)} of {pluralize(len(found.examples), 'held-out reply')}, "
         f"evenly spread. All losses, in nats a token, are on these replies{shares}. The last two "
@@ -174,20 +175,23 @@ def markdown_parts(found: Findings) -> str:
         "Parts overlap, so their shares need not add up to 100 %."
         "\n\n" + table(["", "loss", "of the gain", "against as trained", "lower loss on"], rows)
     )
+
+
+def markdown_updates(found: Findings) -> str:
+    """Return the table of the sizes of the updates, which is measured of the adapter alone."""
     rows = []
     for target, modules in found.updates.items():
         sizes = [module["update"] for module in modules]
         directions = fmean(module["directions"] for module in modules)
         mean, largest = f"{100 * fmean(sizes):.2f} %", f"{100 * max(sizes):.2f} %"
         rows.append([target, len(modules), mean, largest, f"{directions:.1f}"])
-    if rows:
-        head = ["target", "modules", "update, mean", "largest", "directions that hold 90 % of it"]
-        text += (
-            "\n\nThe size of each update is compared with that of the weight W that it is added to "
-            "(Frobenius norms); directions count by their squares, and their number is a mean over "
-            f"the modules.\n\n{table(head, rows)}"
-        )
-    return text
+    head = ["target", "modules", "update, mean", "largest", "directions that hold 90 % of it"]
+    return (
+        "## How large the updates are\n\n"
+        "The size of each update is compared with that of the weight W that it is added to "
+        "(Frobenius norms); directions count by their squares, and their number is a mean over "
+        f"the modules.\n\n{table(head, rows)}"
+    )
 
 
 def markdown_elsewhere(elsewhere: Elsewhere) -> str:
@@ -219,10 +223,10 @@ def markdown_checks(found: Findings) -> str:
     for row in found.checks:
         rates = [with_interval(passed, row.lines) for passed in (row.before, row.after)]
         counts = [row.lines, *rates, len(row.lost), len(row.won)]
-        rows.append([row.name, row.rule, *counts, row.judgement()])
+        rows.append([row.title, row.rule, *counts, row.judgement()])
         if row.lost:
             lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
-            lost.append(f"- {escaped(f'{row.name}, lost: {lines}.')}")
+            lost.append(f"- {escaped(f'{row.title}, lost: {lines}.')}")
     head = ["check", "what passes", "lines", "base passes", "adapter passes"]
     head += ["lost", "won", "it shows"]
     parts = [
@@ -291,13 +295,27 @@ def reference_of(task: Task) -> list[str]:
 
 
 def without_loops(text: str) -> str:
-    """Return a reply in which what is said five times on end or more often is said once."""
+    """Return a reply in which what is said five times in a row or more often is said once.
+
+    What is said begins and ends at a space, so that no word and no character is cut; Chinese and
+    Japanese have no spaces, so their stops count as well. It holds a letter: rules stay.
+    """
 
     def once(match: re.Match[str]) -> str:
-        times = len(match[0]) // len(match[1])
-        return f"{match[1].rstrip()} [{times} times on end]{match[1][len(match[1].rstrip()) :]}"
+        unit, said = match["unit"] or match["stopped"], match[0]
+        if not any(letter.isalpha() for letter in unit):
+            return said
+        return f"{unit} [{said.count(unit)} times in a row]"
 
-    return re.sub(r"([^\W\d_].{2,99}?)\1{4,}", once, text, flags=re.DOTALL)
+    return re.sub(IN_A_ROW, once, text, flags=re.DOTALL)
+
+
+STOPS = "\u3001\u3002\uff01\uff0c\uff1f"
+IN_A_ROW = (
+    rf"(?:(?<!\S)|(?<=[{STOPS}]))"
+    r"(?:(?P<unit>\S.{1,98}?)(?P<space>\s+)(?:(?P=unit)(?P=space)){3,}(?P=unit)(?!\S)"
+    rf"|(?P<stopped>\S.{{1,98}}?[{STOPS}])(?P=stopped){{4,}})"
+)
 
 
 def habits(who: str, replies: list[Reply]) -> str:
@@ -313,21 +331,37 @@ def markdown_facts(found: Findings) -> str:
     spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in found.seconds.items())
     is_folder = Path(adapter.base).is_dir()
     base = adapter.base if is_folder else f"{adapter.base} ({adapter.revision})"
+    if found.base_note:
+        base += f", {found.base_note};"
     system = "system message"
-    if found.system_is_guessed:
+    if found.system_is_guessed and found.system_message:
         system += " (guessed: the one that all lines share)"
     file, known = "prompts", found.prompts_file
     if found.held_out:
         file, known = "held-out file", found.held_out.as_known().model_dump()
     facts = {
         "adapter": f"{found.name}, r = {config.r}, alpha = {config.lora_alpha}",
-        "base": f"{base}, in {adapter.dtype}",
+        "base": f"{base}{'' if found.base_note else ','} in {adapter.dtype}",
         file: f"{known['file']}, SHA-256 {known['sha256']}",
-        system: found.system_message or "(none)",
+        system: found.system_message or why_no_system_message(found),
         "measured": f"{time.strftime('%Y-%m-%d %H:%M')}: {spent}",
     }
     lines = [f"- {name}: {escaped(text)}" for name, text in facts.items()]
     return "\n".join(["## What was measured", "", *lines])
+
+
+def why_no_system_message(found: Findings) -> str:
+    """Return that no system message of the training is known, and why not."""
+    if not found.system_is_guessed:
+        return "(none)"
+    lines = "held-out lines" if found.held_out else "prompts"
+    if len(found.systems) < 2:
+        why = f"the {lines} have none"
+    elif "" in found.systems:
+        why = f"some {lines} have one, and others have none"
+    else:
+        why = f"the {lines} have different ones"
+    return f"none: {why}; --system gives one"
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:

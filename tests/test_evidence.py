@@ -294,12 +294,25 @@ def test_a_perplexity_of_any_loss_can_be_shown():
     ]  # fmt: skip
 
 
-def test_what_a_reply_says_on_end_is_shown_once():
-    loop = "Oh. " + "I'm sorry.\n\n" * 20 + "I'm"
-    assert without_loops(loop) == "Oh. I'm sorry. [20 times on end]\n\nI'm"
-    assert without_loops("You can't. " * 5) == "You can't. [5 times on end] "
-    assert without_loops("You can't. " * 4) == "You can't. " * 4
-    assert without_loops("-" * 30 + " 1" * 30) == "-" * 30 + " 1" * 30
+@pytest.mark.parametrize(
+    ("text", "shown_text"),
+    [
+        ("Oh. " + "I'm sorry.\n\n" * 20 + "I'm", "Oh. I'm sorry. [20 times in a row]\n\nI'm"),
+        ("You can't. " * 5, "You can't. [5 times in a row] "),
+        ("You can't." + " You can't." * 4 + " You", "You can't. [5 times in a row] You"),
+        ("You can't. " * 4, "You can't. " * 4),
+        ("-" * 30 + " 1" * 30, "-" * 30 + " 1" * 30),
+        ("it isn't " * 9 + "so", "it isn't [9 times in a row] so"),
+        ("the changed " + "print changed " * 13, "the changed print [13 times in a row] changed "),
+        ("a" + "banana" * 9, "a" + "banana" * 9),  # no word is cut
+        ("e\u0301te\u0301 " * 6 + "e\u0301", "e\u0301te\u0301 [6 times in a row] e\u0301"),
+        ("\u0915\u093f" * 9, "\u0915\u093f" * 9),  # nor a character of two signs
+        ("\u597d\u3002\u5bf9\u4e0d\u8d77\u3002" + "\u5bf9\u4e0d\u8d77\u3002" * 6,
+         "\u597d\u3002\u5bf9\u4e0d\u8d77\u3002 [7 times in a row]"),
+    ],
+)  # fmt: skip
+def test_what_a_reply_says_in_a_row_is_shown_once_and_in_whole_words(text, shown_text):
+    assert without_loops(text) == shown_text
 
 
 def test_samples_are_what_each_says_to_one_prompt_at_a_time(shown):
@@ -349,6 +362,7 @@ def asked_of(*pairs, limit=200, prompts="sample"):
 def test_the_adapters_replies_that_do_not_end_are_told():
     (said,) = concluded.about_endings(asked_of((True, False), (False, True)), [])
     assert said.startswith("replies: 1 of 2 of the adapter's replies did not end within 200 tok")
+    assert said.endswith("--max_new_tokens allows more.")
     assert said.endswith(" (of the base's, 1).")
     assert concluded.about_endings(asked_of((True, True), (False, True)), []) == []
 

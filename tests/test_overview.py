@@ -126,6 +126,21 @@ def test_prompts_alone_show_the_replies_and_nothing_draws_nothing(drawn, tmp_pat
     assert not draw_overview(alone | {"replies": []}, tmp_path / "none.png")
 
 
+def test_without_a_loss_only_a_check_of_the_users_own_is_a_gain(drawn):
+    """The package's own tasks bring checks to every report, also to one on prompts alone."""
+    rows = RECORD["checks"]
+    own = {"rings": rows["rings"] | {"source": "prompts"}}
+    right = rows["others"] | {"name": "tasks right", "source": "tasks", "lost": []}
+    alone = RECORD | {"loss": None, "losses": []}
+    none, tasks = "not measured: prompts have no loss", "pass “tasks: right”: may be chance"
+    gained, *_ = drawn(alone | {"checks": {"the same": rows["the same"]}})
+    assert gained == [none]
+    gained, *_ = drawn(alone | {"checks": {"tasks right": right}})
+    assert sorted(gained) == sorted([tasks, "3 of 40", "3 of 40", none])
+    gained, *_ = drawn(alone | {"checks": {"tasks right": right, **own}})
+    assert gained[0] == "replies that pass “rings”" and tasks in gained and none not in gained
+
+
 def test_what_was_not_measured_elsewhere_is_not_called_nothing(drawn):
     rows = RECORD["checks"]
     with_checks = lambda *names: RECORD | {  # noqa: E731

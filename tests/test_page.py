@@ -777,6 +777,26 @@ def test_only_the_prompts_that_are_asked_for_are_read(open_page):
     assert asked | {shown.one(".asked").text} == {"mine 0", "mine 1"}
 
 
+@pytest.mark.parametrize(
+    ("source", "name"), [("prompts", "your prompts"), ("held_out", "held-out")]
+)
+def test_both_views_begin_with_the_readers_own_prompts(open_page, source, name):
+    """The package's 72 tasks stand under "all", which stays a choice."""
+    tasks = [row(f"sum {n}", "4", "5", source="tasks") for n in range(9)]
+    own = [row(f"mine {n}", "a", "b", source=source, group=f"kind {n}") for n in range(3)]
+    shown = open_page(page_of(tasks + own))
+    chosen = "return arguments[0].selectedOptions[0].textContent"
+    assert len(shown.all("article")) == 3
+    assert shown.run(chosen, shown.one("#prompts")).startswith(f"all {name}")
+    shown.choose("#prompts", "all (12)")
+    assert len(shown.all("article")) == 12
+    shown.one("#clear").click()
+    assert len(shown.all("article")) == 3
+    shown.one("#to-blind").click()
+    assert shown.run(chosen, shown.one("#from")).startswith(f"all {name}")
+    assert shown.texts("#numbers button") == ["All 3"]
+
+
 def test_both_replies_are_cut_alike_where_they_are_read_blind(open_page):
     long = said("one two three four five six seven eight nine ten", {}, tokens=160, ended=False)
     first = [row("a", "b", said("un deux trois", {}, tokens=80, ended=False))]

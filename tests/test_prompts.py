@@ -95,6 +95,84 @@ def test_both_reply_to_each_prompt_and_nothing_is_said_of_a_gain(ask, made):
     assert "who rang?" in page
 
 
+def test_what_the_packages_own_tasks_hold_is_called_theirs(ask):
+    end = ask()
+    (row,) = [one for one in end.report.splitlines() if one.startswith("| tasks: right |")]
+    assert "has 42 as its last number" in row
+    assert re.search(r"(?m)^ +tasks: right +1 ", end.out) and "tasks right" not in end.said
+    assert end.found["checks"]["tasks right"]["source"] == "tasks"
+    assert end.found["checks"]["right"]["source"] == "prompts"
+
+
+def test_it_is_said_which_system_message_prompts_without_one_get(ask, made):
+    end = ask("--general_file", "")
+    facts = end.report.split("## What was measured")[1]
+    said = "none: some prompts have one, and others have none; --system gives one"
+    assert f"- system message: {said}" in facts and "guessed" not in facts
+    assert "of their own 2 of 3 prompts get none; --system gives one" in end.said
+    end = ask("--general_file", "", "--system", "You are Nell.")
+    assert "- system message: You are Nell." in end.report
+    assert 'of their own 2 of 3 prompts get this one: "You are Nell."' in end.said
+    path = write_lines(made.folder / "plain.jsonl", ROWS[:2])
+    end = ask("--general_file", "", prompts=path)
+    assert "- system message: none: the prompts have none; --system gives one" in end.report
+    other = [{"role": "system", "content": "You are a dog."}, *messages_of(["rain"])]
+    path = write_lines(made.folder / "two.jsonl", [{"prompt": PARROT}, {"prompt": other}])
+    end = ask("--general_file", "", prompts=path)
+    assert "- system message: none: the prompts have different ones; --sys" in end.report
+    assert "system    without" not in end.out
+    path = write_lines(made.folder / "one.jsonl", [{"prompt": PARROT}])
+    end = ask("--general_file", "", prompts=path)
+    assert "(guessed: the one that all lines share): You are a parrot." in end.report
+
+
+def test_another_base_than_the_adapter_names_is_told(ask, made, tmp_path):
+    end = ask("--general_file", "", "--base", TINY)
+    assert "given by --base" not in end.said + end.report  # it is the one that is named
+    base = shutil.copytree(TINY, tmp_path / "other")
+    end = ask("--general_file", "", "--base", base)
+    named = read_json(made.adapter / "adapter_config.json")["base_model_name_or_path"]
+    said = f"{base}, given by --base; adapter_config.json names {named}"
+    assert said.replace(" ", "") in end.out.replace("\n", "").replace(" ", "")
+    assert f"- base: {said}; in float32" in end.report.replace("\\", "")
+
+
+@pytest.mark.parametrize("size", [0.39, 0.41])
+def test_the_sizes_of_the_updates_are_shown_and_large_ones_are_told(ask, monkeypatch, size):
+    import inspect_lora.evidence as evidence
+
+    rows = [{"layer": 0, "update": size, "directions": 2}, {"layer": 1, "update": 0.02} | {
+        "directions": 3}]  # fmt: skip
+    monkeypatch.setattr(evidence, "measure_updates", lambda _: {"up_proj": rows})
+    monkeypatch.setattr("inspect_lora.report_folder.draw_picture", lambda *_: None)
+    end = ask("--general_file", "")
+    assert (
+        f"| up\\_proj | 2 | {50 * (size + 0.02):.2f} % | {100 * size:.2f} % | 2.5 |" in end.report
+    )
+    said = "updates: 1 of 2 updates are over 40 % of the weight W"
+    assert (said in end.said) is (said in end.report) is (size > 0.4)
+    assert ("the largest 41 % (up_proj)" in end.said) is (size > 0.4)
+
+
+def test_the_last_lines_lead_to_the_reading(ask, made, monkeypatch):
+    for name in ("SSH_CONNECTION", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    end = ask("--general_file", "")
+    assert end.out.rstrip().endswith(
+        'Now judge the replies there: choose "Blind reading", and read all.'
+    )
+    rows = [{"prompt": f"hello {number}"} for number in range(41)]
+    path = write_lines(made.folder / "many.jsonl", rows)
+    end = ask("--general_file", "", "--max_new_tokens", "1", prompts=path)
+    assert end.out.rstrip().endswith('choose "Blind reading", and read 40.')
+
+
+def test_the_help_names_the_defaults_of_samples_and_lengths(capsys):
+    said = " ".join(command(capsys, "evidence", "--help").out.split())
+    assert "with one of each kind; default: 6" in said
+    assert "with --prompts every reply is (those to the other tasks after 80); default: 200" in said
+
+
 def test_the_picture_of_the_updates_says_nothing_of_replies(ask, monkeypatch):
     figures = {}
 
