@@ -912,7 +912,7 @@ SENTENCES = {
         cuts(0.9, 0.8, 0.5), ["r: cut to 4 ", "keeps 90.0 ± 0.2 % of", "larger r"], ["uses all"],
     ),
     "a cut that is better": (
-        cuts(1.1, 1.05, 0.6), ["r: cut to 2 directions, its strongest"], ["larger r"],
+        cuts(1.1, 1.05, 0.6), ["r: cut to 2 directions (the strongest)"], ["larger r"],
     ),
     "a milder cut loses clearly": (cuts(0.94, 0.9, (0.97, 0.04)), ["keeps 94.0"], ["to 1 "]),
     "a large loss that is not clear": (cuts(0.97, 0.9, (0.5, 0.3)), ["cut to 4"], ["cut to 1 "]),
