@@ -378,8 +378,8 @@ def test_a_new_setting_may_be_a_switch_a_list_a_limit_or_a_choice(tmp_path, caps
 @pytest.mark.parametrize(
     ("error", "status", "parts"),
     [
-        (torch.OutOfMemoryError("Tried to allocate 1 GiB"), 1, ["1 GiB", "Free it", "resumes"]),
-        (RuntimeError("Triton Error [CUDA]: out of memory"), 1, ["Triton", "Free it", "resumes"]),
+        (torch.OutOfMemoryError("Tried to allocate 1 GiB"), 1, ["1 GiB", "Stop other", "resumes"]),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), 1, ["Triton", "resumes"]),
         (t.UserError("This is it."), 1, ["This is it."]),
         (KeyboardInterrupt(), 128 + signal.SIGINT, ["Stopped"]),
     ],

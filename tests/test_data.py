@@ -529,6 +529,17 @@ def test_a_held_out_prompt_that_is_trained_on_is_warned_of_in_any_form(capsys):
     assert found == [(f"e:{n}", "t:1") for n in range(1, 21)]  # and 25 more
 
 
+@pytest.mark.parametrize(("known", "is_told"), [(2, True), (1, False)])
+def test_held_out_replies_that_are_trained_on_are_counted(known, is_told, capsys):
+    """Stock answers in both files: their loss falls, and nothing was generalised."""
+    write("t", *[{"messages": hello(f"Question {n}?", f"Reply {n}.")} for n in range(20)])
+    replies = [f" Reply {n}." if n < known else f"New reply {n}." for n in range(10)]
+    write("e", *[{"messages": hello(f"New {n}?", reply)} for n, reply in enumerate(replies)])
+    dry_run("--eval_file", "e")
+    said = [one for one in warnings_in(capsys.readouterr().out) if "word for word" in one]
+    assert len(said) == is_told and all(one.startswith("2 of 10 ") for one in said)
+
+
 # ---- EVAL_FILE "10%" ----------------------------------------------------------------------------
 
 

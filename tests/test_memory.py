@@ -596,7 +596,7 @@ def test_one_example_that_does_not_fit_is_recomputed_and_then_ends_the_run(undis
     assert not recorder.trained[0]["is_recomputed"] and recorder.trained[1]["is_recomputed"]
     with contextlib.ExitStack() as stack:
         failures = run_out_in(stack, trainer, 0, "forward", times=9)
-        with pytest.raises(t.UserError, match=r"1\.89 GiB.*Free it.*same command resumes"):
+        with pytest.raises(t.UserError, match=r"1\.89 GiB.*Stop other.*same command again"):
             one_step(trainer, limits)
     assert len(failures) == 1  # nothing is smaller, so it is not tried again
 
@@ -682,7 +682,7 @@ def test_out_of_memory_that_cannot_be_mended_is_one_message(
 
     on_trainer(monkeypatch, run_out)
     message = refused(capfd, flags)
-    assert "1.89 GiB" in message and "same command resumes" in message
+    assert "1.89 GiB" in message and "it resumes from" in message
     # The step has one example, which is recomputed the second time.
     assert len(tried) == {"a step": 2}.get(moment, 1)
     assert checkpoints(tmp_path / "output") == [3]

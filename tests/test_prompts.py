@@ -265,9 +265,10 @@ def test_a_prompt_at_which_the_template_fails_is_refused_by_its_line(ask, made, 
     tokenizer.chat_template = asks.replace("FAULT", fault) + tokenizer.chat_template
     tokenizer.save_pretrained(adapter)
     path = write_lines(tmp_path / "bad.jsonl", [ROWS[0], {"prompt": "fail"}])
-    end = ask(prompts=path, adapter=adapter)
+    own = ["--output_dir", tmp_path / "found"]
+    end = ask(*own, prompts=path, adapter=adapter)
     assert end.status == 1 and "bad.jsonl:2: the template says, " in end.err
-    end = ask("--system", "fail", adapter=adapter)
+    end = ask(*own, "--system", "fail", adapter=adapter)
     assert end.status == 1 and "template refuses a system message" in end.err
 
 

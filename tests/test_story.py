@@ -183,7 +183,7 @@ def evidence_from_another_folder(folder, log, elsewhere, job):
     if not (folder / "inspect_lora").is_dir():
         assert not re.search("(?m)^ *python ", log) and "inspect_lora" in log
         return
-    _, package, *words = command_in(log, "python")
+    _, package, *words = command_in(log, "python", "inspect_lora", "evidence")
     assert words == ["evidence", "output/final_lora"]
     words = [str(folder / package), "evidence", str(folder / "output" / "final_lora")]
     less = ["--general_file", "", "--samples", "1", "--max_new_tokens", "3"]

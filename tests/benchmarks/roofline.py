@@ -44,6 +44,7 @@ WAYS = {"bf16": "native", "fp16": "float16"}  # kinds of products, by their name
 # A step of this many learned tokens of so many is what the targets are about, in milliseconds.
 MEDIAN, LEARNED, OF = 129, 111, 258
 LENGTHS = (128, 256, 512, 1024, 1536)  # of examples, for the last table
+LONG = (2048, 4096, 6144)  # of examples that go alone, and are recomputed
 TARGETS = {6e-6: 350, 13e-6: 394}
 
 # By name: what no kernel does, what one operation launches beyond one, what is written but not
@@ -166,6 +167,11 @@ def show_lengths(roofline: Roofline, job: t.Job) -> None:
             how = "recomputed" if passes[0].is_recomputed else "kept"
             cells.append(f"{len(passes)}, {how}")
         print(row(f"examples of {width:,}", *cells), flush=True)
+    print("\nthe same where each example goes alone and is recomputed, as on 32 GB")
+    for width in LONG:
+        one = Pass(1, width, round(0.4 * width), is_recomputed=True, products="float16")
+        cells = [f"{minutes:.1f}" for minutes in roofline.seconds(one) / 60 * 1e6 / width]
+        print(row(f"examples of {width:,}", *cells, *[""] * (3 * len(CARDS) - 2)), flush=True)
 
 
 def and_list(numbers: Any, factor: float) -> str:
