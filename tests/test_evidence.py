@@ -206,7 +206,8 @@ def test_the_report_begins_with_the_verdict(shown):
     assert f"the loss of {len(shown.found['losses'])} held-out replies" in verdict
     headings = re.findall(r"^## (.*)", shown.report, re.MULTILINE)
     assert headings == [
-        "What each part is worth", "What else was changed", "What the replies hold",
+        "What each part is worth", "How large the updates are", "What else was changed",
+        "What the replies hold",
         "The loss by kind of line, in nats a token", "How it replies", "What was measured",
     ]  # fmt: skip
     for sentence in shown.found["conclusions"]:
