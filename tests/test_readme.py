@@ -384,7 +384,10 @@ def test_the_figures_that_the_text_takes_from_the_report():
     *_, changed, _ = row_of_report("as trained")
     expected = {
         (README, r"answers (\d+) of (\d+) emergencies with"): [rings, lines],
-        (README, r"In (\d+) dialogues where .* \(`does not yield`\) in (\d+),"): [pressed, firm],
+        (
+            README,
+            r"In (\d+) dialogues where .* \(`does not yield`\) in (\d+), and its base in (\d+)\.",
+        ): [pressed, firm, firm_before],
         (README, r"differs from the base's at (\d+) % of positions"): [round(changed)],
         ("data/README.md", r"(\d+) emergencies (\d+) and (\d+)"): [lines, before, rings],
         ("data/README.md", r"(\d+) others (\d+) and (\d+)"): [others, quiet_before, quiet],
