@@ -634,7 +634,7 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
             f"{len(narrow)} trained weights, such as {narrow[0]}, are not in float32 but in "
             f"{trainable[narrow[0]].dtype}, which rounds small steps away. Set DTYPE to float32."
         )
-    report("model", f"{share}, in float32; all other weights are frozen")
+    report("model", f"{share}, in float32; the rest is frozen")
 
 
 # ==== DEVICE: the GPU or the CPU, and several processes
