@@ -57,8 +57,10 @@ def draw_overview(record: dict[str, Any], path: Path) -> bool:
     if not gained and not changed and not replies:
         return False
     no_gain, note = note_on_gains(record, gained), note_on_changes(record)
-    # So that the bars of both panels have one height.
-    most = max(len(gained) + bool(gained and no_gain), len(changed) + bool(note), 2)
+    # So that the bars of both panels have one height; a note takes the room of a row.
+    rows_left = len(gained) + 1 if gained and no_gain else len(gained)
+    rows_right = len(changed) + 1 if note else len(changed)
+    most = max(rows_left, rows_right, 2)
     with matplotlib.rc_context(LOOK):
         figure = Figure((11, 11 / 3), dpi=120)
         left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
