@@ -313,6 +313,13 @@ def test_the_demo_works_from_another_folder_and_its_dry_run_writes_nothing(tmp_p
     assert "Nothing was trained" in done.stdout and {*tmp_path.iterdir()} == here
 
 
+def test_the_demo_is_shorter_than_one_epoch(capsys):
+    t.main(["--demo", "--dry_run"])
+    examples = len(Path(t.DEMO["TRAIN_FILE"]).read_text(encoding="utf-8").splitlines())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"limited by MAX_STEPS (the full epochs would take {examples // 4})" in said
+
+
 def test_only_the_toy_is_called_one(capsys):
     t.main(["--demo", *FILES, "--dry_run"])
     assert "toy" not in capsys.readouterr().out

@@ -25,6 +25,7 @@ from tiny_adapters import (
     llama,
     save_adapter,
 )
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from inspect_lora.common import file_sha256
 from inspect_lora.faults import KNOWN_KEYS
@@ -345,6 +346,27 @@ def test_a_layer_of_another_size_and_a_partly_zero_one_are_noted(plain, tmp_path
     assert "1 of the 24 modules in model.layers change nothing, since their B is 0" in found.said
 
 
+def test_experts_that_share_one_a_and_b_fit_and_have_no_size(tmp_path, info):
+    """With target_parameters, PEFT stacks the directions of all experts in one A and one B."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 60}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    folder = save_adapter(tmp_path / "experts", model=model, lora_dropout=0.0, **targets)
+    found = info(folder)
+    assert found.status == 0 and not found.json["problems"], found.err
+    assert "experts ## 4 2 - -" in found.said and "q_proj ## 4 2 " in found.said
+    assert "LoRA on other things than linear layers" in found.said
+    row = module(found, "model.layers.0.mlp.experts")
+    assert (row["r"], row["norm"], row["is_zero"]) == (4, None, False)
+    broken = change_tensors(folder, lambda tensors: {
+        name: one[:, :8].clone() if "experts.lora_B" in name else one
+        for name, one in tensors.items()
+    })  # fmt: skip
+    assert info(broken).status == 1
+
+
 def test_an_update_of_few_directions_is_told_what_a_cut_would_keep(plain, tmp_path, info):
     def flatten(tensors):
         for name, one in tensors.items():
@@ -354,6 +376,20 @@ def test_an_update_of_few_directions_is_told_what_a_cut_would_keep(plain, tmp_pa
     found = info(change_tensors(copied(plain, tmp_path / "flat"), flatten))
     assert "Of 4 directions the strongest 1 make up 100 %" in found.said
     assert "export --rank 1" in found.said
+
+
+def test_the_smallest_power_of_two_that_keeps_nearly_all_is_named(tmp_path, info):
+    """Of 8 directions, a cut to 2 loses most, and one to 4 nearly nothing."""
+    folder = save_adapter(tmp_path / "three", r=8)
+
+    def flatten(tensors):
+        for name, one in tensors.items():
+            if "lora_B" in name:
+                one[:, 3:] *= 0.01
+
+    found = info(change_tensors(folder, flatten))
+    assert "Of 8 directions the strongest 4 make up 100 %" in found.said
+    assert "export --rank 4" in found.said
 
 
 @pytest.mark.parametrize(

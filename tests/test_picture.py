@@ -102,3 +102,13 @@ def test_a_change_of_rounding_size_is_drawn_as_0(axes):
     assert right.get_ylim() == (0, 0.001)
     draw_gain_and_change(axes, parts, {0.5: Shift([0.2], [0], [1]), 2.0: Shift([0.9], [0], [1])})
     assert axes.figure.axes[-1].get_ylim()[1] == pytest.approx(0.9, rel=0.1)
+
+
+def test_the_strength_as_trained_is_marked(axes):
+    parts = [
+        Part(kind, value, "", change_model=None, of_gain=Estimate(value, 0.1), losses=[1.0])
+        for kind, value in (("strength", 0.5), ("whole", 1.0), ("strength", 2.0))
+    ]
+    shifts = {part.value: Shift([0.2], [0], [1]) for part in parts}
+    draw_gain_and_change(axes, parts, shifts)
+    assert [1, 1] in [list(line.get_xdata()) for line in axes.lines]

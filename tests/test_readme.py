@@ -526,6 +526,9 @@ TAKEN_FROM_THE_CODE = [
     ("docs/evidence.md", r"above (\d+) % of the gain", lambda: 100 * parts.WORTH_REPORTING),
     ("docs/evidence.md", r"within (\d+) % of the whole", lambda: 100 * parts.THE_SAME_WITHIN),
     ("docs/gpu.md", r"([\d,]+) tokens in three epochs", trained_tokens),
+    ("docs/gpu.md", r"trial takes at most (\d+) seconds", lambda: t.SECONDS_FOR_FLA),
+    ("docs/gpu.md", r"gradients are at most (\d+) % apart", lambda: 100 * t.MOST_FLA_APART),
+    ("docs/gpu.md", r"Some examples, up to ([\d,]+) tokens", lambda: t.TOKENS_TO_COMPARE),
     ("docs/gpu.md", r"status\s+(?:-eq )?(\d{3})", lambda: USR1),
     ("docs/gpu.md", r"-eq (\d{3})", lambda: USR1),
 ]

@@ -337,6 +337,22 @@ def test_the_base_elsewhere_may_differ_by_less_than_the_effect(ask, imitation):
     assert found.status == 1 and "too weak to tell" in found.err and "--eval_file" in found.err
 
 
+@pytest.mark.parametrize(
+    ("noise", "apart", "effect", "state"),
+    [
+        # All are shares of the changes here. By itself, 0.03 may be apart ...
+        (0, 0.03, 1, "applied"), (0, 0.031, 1, "other"),
+        (0, 1, 0.03, "ignored"), (0, 1, 0.031, "other"),
+        # ... and twice what the base differs by, but no more than 0.3.
+        (0.1, 0.2, 1, "applied"), (0.1, 0.21, 1, "other"),
+        (0.4, 0.3, 1, "applied"), (0.15, 0.31, 1, "other"), (0.16, 0.31, 1, "weak"),
+        (1, 1, 0.3, "ignored"), (1.1, 1, 0.3, "weak"),
+    ],
+)  # fmt: skip
+def test_what_may_be_apart_grows_with_what_the_base_differs_by(noise, apart, effect, state):
+    assert served.Agreement(1, noise, apart, effect).state() == state
+
+
 def test_no_effect_at_all_is_too_weak_to_tell(capsys):
     example = Example("", [], {}, [1], [2])
     asked = [served.Asked(example, 2.0, 2.0, 2.0, 2.0) for _ in range(4)]

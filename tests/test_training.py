@@ -562,8 +562,10 @@ def test_a_line_has_the_mean_loss_since_the_last_and_the_speed(trained):
     speed = float(speed.replace(",", ""))
     expected = trained.record["train_tokens"] / trained.record["train_seconds"]
     assert speed == pytest.approx(expected, abs=0.5)
-    evals = re.findall(r"(?m)^eval .* loss ([0-9.]+)", trained.log)
-    assert evals == [f"{loss:.4f}" for loss in logged(history, "eval_loss")]
+    evals = re.findall(r"(?m)^eval .* loss ([0-9.]+)(.*)", trained.log)
+    notes = ["  (the base model, before training)", "", ""]
+    losses = [f"{loss:.4f}" for loss in logged(history, "eval_loss")]
+    assert evals == list(zip(losses, notes, strict=True))
 
 
 def test_the_losses_and_gradients_are_those_of_trl(data, tiny, tmp_path):
