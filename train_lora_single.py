@@ -1314,6 +1314,8 @@ def parse_row(text: bytes) -> dict[str, Any]:
         hint = ""
         if error.msg == "Expecting ',' delimiter":
             hint = " (often a quotation mark within the text lacks its backslash)"
+        if not text.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):  # such as CSV
+            hint = f"; {FORMAT_RULE}"
         raise ValueError(
             f"this is not JSON: {error.msg} at character {error.colno}{hint}"
         ) from error

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     system = system_message_of(options, trained_by)
     refuse_system_message(system, adapter.chat_format)
     hint = "" if trained_by or options.system is not None else "; --system gives the training's"
-    report_sentence("chat", f"system message: {system or '(none)'}{hint}")
+    report_sentence("chat", f"system message: {system or '(none given)'}{hint}")
     report("", "type a message, or /help")
     talk(adapter, system, options.max_new_tokens)
 
@@ -129,13 +129,16 @@ def newest_that_fit(
 
 
 def read_scale(text: str, before: list[float]) -> list[float]:
-    """Return the number after /scale, or say what is wrong with it and keep what was."""
+    """Return who answers after /scale, or say what is wrong with it and keep who did.
+
+    After /both, the base goes on answering first.
+    """
     try:
         scale = float(text)
     except ValueError:
         scale = math.nan
     if 0 <= scale <= 10:
-        return [scale]
+        return [*before[:-1], scale]
     print("/scale needs a number from 0 (the base model) to 10, such as /scale 0.5")
     return before
 

@@ -172,14 +172,21 @@ def test_both_reply_one_below_the_other_and_the_talk_goes_on_from_the_adapters(p
     assert end.prompts == [ids, ids, ids_of(parrot.tokenizer, "hello", adapter, "so?")]
 
 
+def test_after_both_another_strength_is_compared_with_the_base(parrot, talk):
+    end = talk("/both", "/scale 0.5", "hello")
+    ids = ids_of(parrot.tokenizer, "hello")
+    half = reply_by_hand(parrot, ids, 0.5)
+    assert end.replies == [("base", reply_by_hand(parrot, ids, 0)), ("adapter x 0.5", half)]
+
+
 @pytest.mark.parametrize("system", ["You are a parrot.", ""])
 def test_a_system_message_may_be_given_or_none(parrot, talk, system):
     end = talk("hello", more=["--system", system])
     assert end.prompts == [ids_of(parrot.tokenizer, "hello", system=system)]
-    assert f"system message: {system or '(none)'}\n" in end.out
+    assert f"system message: {system or '(none given)'}\n" in end.out
     end = talk("hello", more=[])
     assert end.prompts == [ids_of(parrot.tokenizer, "hello", system="")]
-    assert "system message: (none); --system gives the training's\n" in end.out
+    assert "system message: (none given); --system gives the training's\n" in end.out
 
 
 def test_an_adapter_of_ours_is_talked_to_with_its_system_message(

@@ -194,6 +194,7 @@ REFUSED = [
     ("a quotation mark", GOOD.replace(b"turn 1", b'a "turn" 1'), ["character", "backslash"]),
     ("truncated", GOOD[:-3], ["not JSON"]),
     ("two objects", GOOD + b" " + GOOD, ["not JSON", f"character {len(GOOD) + 2}"]),
+    ("CSV", b"user,assistant", ["not JSON", "write", "completion", "messages"]),
     ("a number", b"42", ["not an object", "42", "prompt", "completion", "messages"]),
     ("nested too deeply", NEST, ["deep"]),
     ("5,000 digits", b'{"messages": ' + b"7" * 5_000 + b"}", ["digits"]),
