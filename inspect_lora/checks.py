@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
@@ -325,6 +326,11 @@ class CheckRow:
         """Whether that needs no more lines than there are."""
         return mcnemar(self.lines, 0) < self.needed
 
+    @property
+    def can_lose(self) -> bool:
+        """Whether a loss would show if the adapter passed none of the base's lines."""
+        return self.before >= fewest_to_lose(self.needed)
+
     def judgement(self) -> str:
         """Return what the row shows; none shows that nothing was lost."""
         lost, won = len(self.lost), len(self.won)
@@ -337,7 +343,7 @@ class CheckRow:
                 f"{said}; too few lines to show anything: p must be below {self.needed:.3g}, and "
                 f"{pluralize(self.lines, 'line')} can give {mcnemar(self.lines, 0):.2g}"
             )
-        if self.before < fewest_to_lose(self.needed):
+        if not self.can_lose:
             return (
                 f"{said}; too few pass for a loss to show: it takes {fewest_to_lose(self.needed)}"
             )
@@ -357,13 +363,21 @@ class CheckRow:
         return asdict(self) | judged | {"says": self.judgement()}
 
 
+# Of five lost and none won p is 0.062, so a row of fewer lines can never be clear.
+FEWEST_CHECKED = 6
+
+
 def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
     """Return a row for each name, in the order in which they first come.
+
+    5 % is divided by the number of rows with enough lines: one that can never be clear by chance
+    must not hide a loss in another.
 
     Args:
         replies: as they are in evidence.json.
     """
-    names = list(dict.fromkeys(name for reply in replies for name in reply["base"]["checks"]))
+    names = Counter(name for reply in replies for name in reply["base"]["checks"])
+    needed = needed_among(list(names.values()))
     rows = []
     for name in names:
         asked = [reply for reply in replies if name in reply["base"]["checks"]]
@@ -371,12 +385,31 @@ def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
         after = {one["where"] for one in asked if one["adapter"]["checks"][name]}
         lost = [one["where"] for one in asked if one["where"] in before - after]
         won = [one["where"] for one in asked if one["where"] in after - before]
-        p, needed = mcnemar(len(lost), len(won)), 0.05 / len(names)
+        p = mcnemar(len(lost), len(won))
         counts = (len(asked), len(before), len(after))
         sources = {one.get("source", "") for one in asked}
         source = sources.pop() if len(sources) == 1 else ""
         rows.append(CheckRow(name, rule_of(name, asked), *counts, lost, won, p, needed, source))
     return rows
+
+
+def needed_among(lines: list[int]) -> float:
+    """Return what p must be below, in rows of so many lines each (Bonferroni's bound)."""
+    return 0.05 / max(1, sum(one >= FEWEST_CHECKED for one in lines))
+
+
+def when_clear(rows: list[CheckRow]) -> str:
+    """Return below which p a row is clear, and why."""
+    enough = sum(row.lines >= FEWEST_CHECKED for row in rows)
+    if not enough:
+        return f"0.05, for which it takes {FEWEST_CHECKED} lines: no row has so many"
+    if enough == len(rows) == 1:
+        return "0.05"
+    rows_in_words = "the one row" if enough == 1 else f"the {enough} rows"
+    return (
+        f"{rows[0].needed:.3g}: 5 %, divided by {rows_in_words} with enough lines "
+        f"({FEWEST_CHECKED} or more)"
+    )
 
 
 def title_of_row(name: str, source: str) -> str:

@@ -30,7 +30,7 @@ from inspect_lora.adapters import (
     system_message_of,
 )
 from inspect_lora.base_side import BaseSide, hash_of_tokens
-from inspect_lora.checks import CheckRow, rows_of_checks
+from inspect_lora.checks import CheckRow, fewest_to_lose, rows_of_checks
 from inspect_lora.common import (
     InspectError,
     at_least,
@@ -232,11 +232,29 @@ def end_with_3_if_asked(found: Findings, options: argparse.Namespace) -> None:
     if "lost" in options.fail_if:
         if not found.checks:
             raise InspectError("--fail_if lost: no line has checks, so nothing can be lost.")
+        report_blind_checks(found.checks)
         reasons += [row.sentence() for row in found.checks if is_lost(row)]
     for reason in reasons:
         report_sentence("failed", reason)
     if reasons:
         raise SystemExit(3)
+
+
+def report_blind_checks(rows: list[CheckRow]) -> None:
+    """Name the rows in which no loss could show; raise InspectError if these are all of them."""
+    blind = [row for row in rows if not row.can_lose]
+    if not blind:
+        return
+    if len(blind) == len(rows):
+        most, fewest = max(row.before for row in rows), fewest_to_lose(rows[0].needed)
+        raise InspectError(
+            f"--fail_if lost: no loss could show. The base passes {most} lines of a check at most, "
+            f"and {fewest} must be lost for a row to be clear. Ask more lines that the base "
+            "passes."
+        )
+    names = ", ".join(row.title for row in blind)
+    said = f"cannot fail: {names}: too few of the base's replies pass for a loss to show"
+    report_sentence("fail_if", said)
 
 
 def is_worse(gain: Estimate) -> bool:
@@ -291,6 +309,7 @@ def measure_losses(found: Findings, before: BaseSide) -> None:
         if base is None:
             with model.disable_adapter():
                 base = losses_of(model, found.examples, "base")
+    found.losses_of_base = before.losses_from
     for name, losses in (("the base model", base), ("the adapter", trained)):
         refuse_nan(name, losses, found)
     found.losses = Losses(

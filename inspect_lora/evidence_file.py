@@ -191,6 +191,7 @@ class Evidence(pydantic.BaseModel):
     adapter_config: dict[str, Any]
     base: str
     base_revision: str
+    dtype: str = ""
     enable_thinking: bool
     held_out: KnownFile | None = None
     prompts: KnownFile | None = None
@@ -210,6 +211,8 @@ class Evidence(pydantic.BaseModel):
         has_file = self.held_out is not None or self.schema_ == 1
         if bool(self.losses) != has_file:
             raise ValueError("it holds no losses, or not the file that they are of")
+        if not self.losses and self.prompts is None:
+            raise ValueError("it holds no losses, and names no prompts either")
         if self.schema_ == 1:
             file = file_of(self.losses[0].where)
             self.replies = [one.as_exchange(file) for one in self.checked_replies]

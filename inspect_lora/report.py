@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from inspect_lora.checks import p_in_words, with_interval
+from inspect_lora.checks import p_in_words, when_clear, with_interval
 from inspect_lora.common import (
     join_limited,
     one_line,
@@ -235,7 +235,7 @@ def markdown_checks(found: Findings) -> str:
         f"with at most {' or '.join(map(str, limits))} tokens. In brackets is the "
         "95 % interval of the share (Wilson). p is how probable a change at least so uneven would "
         "be if lines were lost as often as won (McNemar's exact test). A row shows more than "
-        f"chance if p is below {found.checks[0].needed:.3g}: 5 %, divided by the number of rows.",
+        f"chance if p is below {when_clear(found.checks)}.",
         table(head, rows),
         "\n".join(lost),
     ]
@@ -344,6 +344,7 @@ def markdown_facts(found: Findings) -> str:
         "base": f"{base}{'' if found.base_note else ','} in {adapter.dtype}",
         file: f"{known['file']}, SHA-256 {known['sha256']}",
         system: found.system_message or why_no_system_message(found),
+        **({"losses of the base": found.losses_of_base} if found.losses else {}),
         "measured": f"{time.strftime('%Y-%m-%d %H:%M')}: {spent}",
     }
     lines = [f"- {name}: {escaped(text)}" for name, text in facts.items()]

@@ -14,7 +14,15 @@ from tiny_adapters import command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inspect_lora.evidence as evidence
-from inspect_lora.checks import CHECKS, end_of_sentences, fewest_to_lose, rows_of_checks, wilson
+from inspect_lora.checks import (
+    CHECKS,
+    FEWEST_CHECKED,
+    end_of_sentences,
+    fewest_to_lose,
+    rows_of_checks,
+    when_clear,
+    wilson,
+)
 from inspect_lora.common import file_sha256
 from inspect_lora.conversations import GENERAL_FILE, Task, read_tasks
 from inspect_lora.report import print_checks
@@ -400,7 +408,7 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     several = "(a line may have several checks)"
     assert f"checks    2 lines, two replies to each {several}; --checks 0 leaves" in run.out
     assert re.search(r"as the adapter .*  too few lines\n", run.out)
-    assert "more than chance if p is below 0.0125: 5 %, divided by the number of rows" in run.report
+    assert "chance if p is below 0.05, for which it takes 6 lines: no row has so many" in run.report
     assert "be if lines were lost as often as won (McNemar's exact test)" in run.report
     assert run.found["general_file"] == {"file": tasks, "sha256": file_sha256(Path(tasks))}
 
@@ -485,7 +493,7 @@ def test_how_many_must_be_lost_to_show_depends_on_the_number_of_rows(names, need
         found = made_up_replies(0, 20 - passing, passing)  # the base passes so many
         found += made_up_replies(0, 20, 0, "another") if names > 1 else []
         for number in range(2, names):
-            found += made_up_replies(0, 0, 1, f"another {number}")
+            found += made_up_replies(0, 0, 6, f"another {number}")
         row = rows_of_checks(found)[0]
         assert fewest_to_lose(row.needed) == needed
         row.won, row.p = [], 1.0
@@ -534,6 +542,22 @@ def test_what_may_be_chance_is_called_not_shown(capsys, lost, said):
     print_checks(types.SimpleNamespace(checks=rows_of_checks(made_up_replies(lost, 0, 20))))
     head, row, *_ = capsys.readouterr().out.splitlines()
     assert head.endswith("beyond chance?") and row.endswith(f"  {said}")
+
+
+def test_rows_that_can_never_be_clear_hide_no_loss():
+    """Nine lost and none won are p = 0.004; 0.05 / 13 is 0.0038."""
+    for lines, is_clear, said in (
+        (5, True, "0.05: 5 %, divided by the one row with enough lines (6 or more)"),
+        (6, False, "0.00385: 5 %, divided by the 13 rows with enough lines (6 or more)"),
+    ):
+        found = made_up_replies(9, 0, 9)
+        for number in range(12):
+            found += made_up_replies(0, 0, lines, f"another {number}")
+        row, *others = rows_of_checks(found)
+        assert row.is_clear is is_clear and when_clear([row, *others]) == said
+        assert not any(one.is_clear for one in others)
+    assert when_clear(rows_of_checks(made_up_replies(9, 0, 9))) == "0.05"
+    assert fewest_to_lose(0.05) == FEWEST_CHECKED
 
 
 def test_one_clear_row_of_many_must_be_clearer():

@@ -266,6 +266,48 @@ def test_kl_of_another_number_of_tasks_is_not_set_side_by_side(put, compare):
     assert "left out KL of 1 report (" in end.said and "another number of tasks" in end.said
 
 
+RULE = {"kind": "word", "answers": ["999"]}
+CHECKED = REPLY | {"messages": [{"role": "user", "content": "help"}]}
+CHECKED |= {"rules": {"rings": RULE}, "says": {"rings": "says"}}
+CHECKED |= {who: SAID | {"checks": {"rings": True}} for who in ("base", "adapter")}
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        ({}, True),
+        ({"where": "/elsewhere/eval.jsonl:1"}, True),
+        ({"rules": {"rings": RULE | {"answers": ["112"]}}}, False),
+        ({"where": "eval.jsonl:2"}, False),
+        ({"messages": [{"role": "user", "content": "hello"}]}, False),
+        ({"max_new_tokens": 10}, False),
+        ({"source": "tasks"}, False),
+    ],
+)
+def test_a_check_stands_beside_another_only_if_rules_and_lines_are_the_same(
+    put, compare, change, is_same
+):
+    rows = {name: {"lines": 1, "after": 1} for name in ("rings", "calm")}
+    put("old", schema=2, checks=rows, replies=[CHECKED | change])
+    put("newest", schema=2, measured="2026-11-28 13:00:00", checks=rows, replies=[CHECKED])
+    put("none", [2.1] * 4)
+    end = compare()
+    assert len(rows_of(end)) == 3 and end.said.count("calm 1/1") == 2
+    assert end.said.count("rings 1/1") == (2 if is_same else 1)
+    said = 'left out the check "rings" of 1 report ('
+    assert (said in end.said and "asked by other rules, or on other lines" in end.said) != is_same
+
+
+def test_a_check_on_another_number_of_lines_is_left_out(put, compare):
+    """Also where no replies are recorded."""
+    put("old", checks={"rings": {"lines": 9, "after": 7}})
+    checks = {"rings": {"lines": 40, "after": 30}}
+    put("newest", [2.1] * 4, measured="2026-11-28 13:00:00", checks=checks)
+    end = compare()
+    assert "rings 30/40" in end.said and "rings 7/9" not in end.said
+    assert 'the check "rings" of 1 report (' in end.said
+
+
 def test_reports_of_old_that_do_not_name_their_tasks_are_compared(put, compare):
     elsewhere = {"no system message": {"x 1": {"kl": {"value": 0.25}}}}
     put("one", elsewhere=elsewhere)
