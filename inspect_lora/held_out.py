@@ -25,8 +25,8 @@ LEARNED_IN_WORDS: dict[Learned, str] = {
     "none": "none of these replies stands in the run's training file",
     "not compared": "the run held these replies out; they were not compared with its training "
     "file, which is not there any more or was changed",
-    "not known": "not known: the adapter's training file was not at hand, so it may have learned "
-    "some of these replies",
+    "not known": "not known, since the adapter's training file was not at hand: it may have "
+    "learned some of these replies",
 }
 GIVE_A_FILE = "Give conversations that the adapter was not trained on with --eval_file."
 
@@ -187,9 +187,9 @@ def note_copies(examples: list[Example], notes: list[Note]) -> None:
         report_note(
             notes,
             "note",
-            f"{len(named)} of {pluralize(len(examples), 'held-out reply')} say what another line "
-            "says, but for spaces or the system message, so ± counts them with that line: "
-            f"{join_limited(named, 3, ', ')}.",
+            f"{len(named)} of {pluralize(len(examples), 'held-out reply')}: copies of other lines "
+            "but for spaces or the system message. ± counts each with the line that it is a copy "
+            f"of: {join_limited(named, 3, ', ')}.",
         )
 
 

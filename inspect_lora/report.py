@@ -293,7 +293,8 @@ def markdown_kinds(found: Findings) -> str:
     if len(rows) == 1:
         return ""
     head = [found.group, "replies", "base", "adapter", "gain", "adapter lower on"]
-    cut = f" {len(rows) - MOST_KINDS} more kinds are left out." if len(rows) > MOST_KINDS else ""
+    more = pluralize(len(rows) - MOST_KINDS, "more kind")
+    cut = f" Left out: {more}." if len(rows) > MOST_KINDS else ""
     return (
         "## The loss by kind of line, in nats a token\n\n"
         f"Kinds are not compared with each other. Below {FEWEST_LINES} lines no error is given."

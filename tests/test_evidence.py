@@ -770,11 +770,11 @@ def test_a_kind_of_fewer_than_ten_lines_has_no_error_and_kinds_that_are_cut_are_
     assert re.search(r"\| b \| 10 \| .* \| \+1\.1350 ± 0\.0096 \| 10 of 10 \|", rows[-2])
     assert re.search(r"\| a \| 9 \| .* \| \+1\.0400 \| 9 of 9 \|", rows[-1])
     kinds = [f"kind {n}" for n in range(41)]
-    for count, cut in ((40, ""), (41, " 1 more kinds are left out.")):
+    for count, cut in ((40, ""), (41, " Left out: 1 more kind.")):
         found = found_of([3.0] * count, [2.0] * count, kinds[:count])
         text = markdown_kinds(found)
         assert "Kinds are not compared with each other." in text
-        assert text.count("| kind ") == 41 and ("left out" in text) is bool(cut)
+        assert text.count("| kind ") == 41 and ("Left out" in text) is bool(cut) and cut in text
 
 
 @pytest.mark.parametrize(

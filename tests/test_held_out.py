@@ -199,9 +199,12 @@ def test_copies_that_differ_by_spaces_or_the_system_message_count_once_in_the_er
     assert [row["line"].rpartition(":")[2] for row in copied.found["losses"]] == [*"123" * 3]
     assert "the loss of 9 held-out replies of 3 lines is" in copied.said
     assert copied.found["gain"]["effective_lines"] <= 3
-    assert copied.said.count("note 6 of 9 held-out replies say what another line says, but") == 1
-    assert "- note: 6 of 9 held-out replies say what another line says" in copied.report
-    assert "what another line says" not in plain.said and "of 3 lines" not in plain.said
+    assert (
+        copied.said.count("note 6 of 9 held-out replies: copies of other lines but for spaces or")
+        == 1
+    )
+    assert "- note: 6 of 9 held-out replies: copies of other lines but" in copied.report
+    assert "copies of other" not in plain.said and "of 3 lines" not in plain.said
 
 
 def test_another_word_or_another_turn_before_it_is_no_copy():
@@ -255,8 +258,8 @@ def test_the_report_says_whether_the_adapter_may_have_learned_the_lines(
     assert end.said.count("it is not known whether it learned some of these replies") == 1
     assert len(said()) == 2  # at the top, too
     foreign = measure(capsys, save_adapter(tmp_path / "adapter"), path, *SHORT)
-    unknown = "learned lines: not known: the adapter's training file was not at hand, so it may"
-    assert foreign.out.count("note      learned lines: not known") == 1
+    unknown = "learned lines: not known, since the adapter's training file was not at hand: it may"
+    assert foreign.out.count("note      learned lines: not known, since") == 1
     assert unknown in foreign.said and foreign.report.count(unknown) == 2
     assert unknown in foreign.report.split("In the tables")[0]
     assert foreign.found["held_out"]["learned"] == "not known"
