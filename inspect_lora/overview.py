@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from inspect_lora.common import one_line
-from inspect_lora.scores import FEWEST_LINES, Estimate
+from inspect_lora.scores import FEWEST_LINES, Estimate, look_equal
 
 BASE, ADAPTER = "0.72", "#1f6fb4"  # the colours of the two models
 LOOK = {"font.size": 12, "axes.titlesize": 14, "axes.titleweight": "bold"}
@@ -71,17 +71,22 @@ def draw_overview(record: dict[str, Any], path: Path) -> bool:
         figure = Figure((11, 11 / 3), dpi=120)
         left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
         figure.subplots_adjust(0.012, 0.11, 0.988, 0.91, wspace=0.06)
-        is_of_prompts = not record.get("loss")
-        title = "On the prompts" if is_of_prompts else "On held-out lines"
-        draw_bars(left, title, own[:MOST_ROWS], notes[0], most)
+        draw_bars(left, title_of_own(record), own[:MOST_ROWS], notes[0], most)
         draw_bars(middle, "On other tasks", tasks[:MOST_ROWS], notes[1], most)
-        draw_replies(right, replies_to_show(replies))
+        draw_replies(right, replies_to_show(replies), are_unseen(record))
         figure.text(0.012, 0.04, caption_of(record), fontsize=10.5, parse_math=False)
         figure.savefig(path)
     return True
 
 
 # ---- On held-out lines or prompts, and on other tasks
+
+
+def title_of_own(record: dict[str, Any]) -> str:
+    """Return whose the lines are that the left panel is of."""
+    if not record.get("loss"):
+        return "On the prompts"
+    return "On held-out lines" if are_unseen(record) else "On the given lines"
 
 
 def rows_of_own(record: dict[str, Any]) -> list[Row]:
@@ -137,8 +142,8 @@ def note_below(rows: list[Row], note: str) -> str:
 
 
 def is_clear(record: dict[str, Any]) -> bool:
-    """Return whether the gain is more than chance, as report.md judges it."""
-    lines = {row["where"] for row in record["losses"]}
+    """Return whether the gain is clear, as report.md judges it."""
+    lines = {row.get("line", row["where"]) for row in record["losses"]}
     gain = record["gain"]
     if gain["value"] is None or gain["error"] is None:  # as JSON has a number that is none
         return False
@@ -155,9 +160,15 @@ def row_of_loss(record: dict[str, Any]) -> Row:
     ]
     is_sure = is_clear(record)
     note = " (lower is better)" if is_sure else ": change not shown"
-    if bars[0].label == bars[1].label:
+    if look_equal(base, adapter):
         note = ": no difference"
-    return Row(f"loss on unseen replies{note}", bars, is_sure)
+    which = "unseen" if are_unseen(record) else "the given"
+    return Row(f"loss on {which} replies{note}", bars, is_sure)
+
+
+def are_unseen(record: dict[str, Any]) -> bool:
+    """Return whether the adapter is known not to have learned the replies that it is judged by."""
+    return (record.get("held_out") or {}).get("learned", "not known") != "not known"
 
 
 def row_of_check(row: dict[str, Any]) -> Row:
@@ -237,12 +248,13 @@ def is_in_font(reply: dict[str, Any]) -> bool:
     return all(shown(line) == line for one in what_was_said(reply) for line in one.lines)
 
 
-def draw_replies(axes: Axes, replies: list[dict[str, Any]]) -> None:
+def draw_replies(axes: Axes, replies: list[dict[str, Any]], are_new: bool) -> None:
     """Write prompts and both replies, line by line, so that they stand beside their names."""
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    are_unseen = all(one["source"] == "held_out" for one in replies)
-    axes.set_title("Unseen prompts" if replies and are_unseen else "Prompts", loc="left")
+    are_held_out = replies and all(one["source"] == "held_out" for one in replies)
+    title = "Unseen prompts" if are_new else "Given prompts"
+    axes.set_title(title if are_held_out else "Prompts", loc="left")
     if not replies:
         axes.text(0, 0.93, "no short one to show: see replies.html", color="0.35")
     height = 0.92

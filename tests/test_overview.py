@@ -17,6 +17,7 @@ ANSWERED = {
 RECORD = {
     "base": "somebody/Model-1B",
     "adapter_config": {"r": 8, "lora_alpha": 16},
+    "held_out": {"file": "eval.jsonl", "learned": "none"},
     "loss": {"base": 3.8, "adapter": 3.1},
     "gain": {"value": 0.7, "error": 0.1},
     "losses": [{"where": f"eval.jsonl:{number}"} for number in range(20)],
@@ -207,6 +208,28 @@ def test_only_held_out_prompts_are_called_unseen(drawn, monkeypatch, source, own
     loss = RECORD["loss"] if source == "held_out" else None
     drawn(RECORD | {"loss": loss, "replies": [ANSWERED | {"source": source}]})
     assert titles == [own, "On other tasks", title]
+
+
+def test_what_the_adapter_may_have_learned_is_not_called_unseen(drawn, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda _, text, **__: titles.append(text))
+    for learned, name, heads in (
+        ("none", "unseen", ("On held-out lines", "Unseen prompts")),
+        ("not compared", "unseen", ("On held-out lines", "Unseen prompts")),
+        ("not known", "the given", ("On the given lines", "Given prompts")),
+    ):
+        gained, *_ = drawn(RECORD | {"held_out": {"learned": learned}})
+        assert gained[0] == f"loss on {name} replies (lower is better)"
+        assert (titles[-3], titles[-1]) == heads
+    gained, *_ = drawn(RECORD | {"held_out": {}})  # of an older version
+    assert gained[0].startswith("loss on the given replies")
+
+
+def test_copies_are_one_line_in_the_picture(drawn):
+    for lines, is_clear in ((9, False), (10, True)):
+        losses = [{"where": f"a:{n}", "line": f"a:{n % lines}"} for n in range(20)]
+        gained, *_ = drawn(RECORD | {"losses": losses, "checks": {}})
+        assert ("not shown" not in gained[0]) is is_clear
 
 
 def test_a_prompt_in_letters_that_the_font_lacks_is_passed_over(drawn):
