@@ -386,8 +386,9 @@ def test_the_figures_that_the_text_takes_from_the_report():
         (README, r"answers (\d+) of (\d+) emergencies with"): [rings, lines],
         (
             README,
-            r"In (\d+) dialogues where .* \(`does not yield`\) in (\d+), and its base in (\d+)\.",
+            r"In (\d+) dialogues .*: (\d+) of its replies pass `.*`, and (\d+) of its base's",
         ): [pressed, firm, firm_before],
+        (README, r"that (\d+) others leave it out"): [others],
         (README, r"differs from the base's at (\d+) % of positions"): [round(changed)],
         ("data/README.md", r"(\d+) emergencies (\d+) and (\d+)"): [lines, before, rings],
         ("data/README.md", r"(\d+) others (\d+) and (\d+)"): [others, quiet_before, quiet],
