@@ -310,6 +310,7 @@ class CheckRow:
     p: float  # of a change at least so uneven, if lines were lost as often as won
     needed: float  # p must be below it: in one of twenty tables a row is so by chance
     source: str = ""  # "tasks" if no line of the user's own has a check of this name
+    lines_in_all: int = 0  # that have a check of this name; with --checks some are drawn
 
     @property
     def title(self) -> str:
@@ -331,6 +332,15 @@ class CheckRow:
         """Whether a loss would show if the adapter passed none of the base's lines."""
         return self.before >= fewest_to_lose(self.needed)
 
+    def counted(self) -> str:
+        """Return how many lines it counts, such as "40 of 231" if these were drawn."""
+        return f"{self.lines} of {self.lines_in_all}" if self.is_drawn else str(self.lines)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether more lines have a check of its name."""
+        return self.lines_in_all > self.lines
+
     def judgement(self) -> str:
         """Return what the row shows; none shows that nothing was lost."""
         lost, won = len(self.lost), len(self.won)
@@ -351,8 +361,10 @@ class CheckRow:
 
     def sentence(self) -> str:
         """Return the row as a sentence."""
+        of_more = f" (drawn from {self.lines_in_all})" if self.is_drawn else ""
         return (
-            f"{self.title} ({self.rule}): of {pluralize(self.lines, 'line')} the base passes "
+            f"{self.title} ({self.rule}): of {pluralize(self.lines, 'line')}{of_more} the base "
+            "passes "
             f"{with_interval(self.before, self.lines)} and the adapter "
             f"{with_interval(self.after, self.lines)}: {self.judgement()}."
         )
@@ -367,7 +379,9 @@ class CheckRow:
 FEWEST_CHECKED = 6
 
 
-def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
+def rows_of_checks(
+    replies: list[dict[str, Any]], lines_in_all: dict[str, int] | None = None
+) -> list[CheckRow]:
     """Return a row for each name, in the order in which they first come.
 
     5 % is divided by the number of rows with enough lines: one that can never be clear by chance
@@ -375,6 +389,7 @@ def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
 
     Args:
         replies: as they are in evidence.json.
+        lines_in_all: with a check of each name, if not all of them were asked.
     """
     names = Counter(name for reply in replies for name in reply["base"]["checks"])
     needed = needed_among(list(names.values()))
@@ -389,7 +404,9 @@ def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
         counts = (len(asked), len(before), len(after))
         sources = {one.get("source", "") for one in asked}
         source = sources.pop() if len(sources) == 1 else ""
-        rows.append(CheckRow(name, rule_of(name, asked), *counts, lost, won, p, needed, source))
+        total = (lines_in_all or {}).get(name, len(asked))
+        rule = rule_of(name, asked)
+        rows.append(CheckRow(name, rule, *counts, lost, won, p, needed, source, total))
     return rows
 
 

@@ -258,13 +258,13 @@ def forget_other_tasks(found: list[Evidence], left_out: list[str]) -> None:
         )
     moved = [one for one in found if one.elsewhere]
     newest = max(moved, key=lambda one: one.measured, default=None)
-    others = [one for one in moved if one.elsewhere.get("tasks") != newest.elsewhere.get("tasks")]
+    others = [one for one in moved if one.tasks_measured_on() != newest.tasks_measured_on()]
     for one in others:
         one.elsewhere = None
     if others:
         left_out.append(
-            f"KL of {in_words([one.folder for one in others])}: measured on another number of "
-            "tasks (--examples) than that of the newest report"
+            f"KL of {in_words([one.folder for one in others])}: measured on other tasks of that "
+            "file than the newest report (--examples, or another version of this program)"
         )
 
 

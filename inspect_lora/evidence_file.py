@@ -238,6 +238,13 @@ class Evidence(pydantic.BaseModel):
         """Return the hash of the file of the other tasks, or "" if it is not known."""
         return self.general_file.sha256 if self.general_file else ""
 
+    def tasks_measured_on(self) -> tuple[Any, list[str] | None]:
+        """Return how many other tasks the KL is of, and their lines; former versions have none."""
+        found = self.elsewhere or {}
+        places = found.get("measured_on")
+        is_known = isinstance(places, list)
+        return found.get("tasks"), [place_in_file(str(one)) for one in places] if is_known else None
+
     def has_the_replies_of(self, other: KnownFile, lengths: list[tuple[str, int]]) -> bool:
         """Return whether these held-out replies were measured, whatever else is in the file.
 

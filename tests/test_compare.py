@@ -263,7 +263,39 @@ def test_kl_of_another_number_of_tasks_is_not_set_side_by_side(put, compare):
     put("none", [2.2] * 4)
     end = compare()
     assert end.said.count("0.250") == 1 and end.said.count("rings 7/9") == 2
-    assert "left out KL of 1 report (" in end.said and "another number of tasks" in end.said
+    assert "left out KL of 1 report (" in end.said and "other tasks of that file" in end.said
+
+
+@pytest.mark.parametrize(
+    ("newest", "other", "are_shown"),
+    [
+        (
+            ["general.jsonl:1", "general.jsonl:3"],
+            ["there/general.jsonl:1", "there/general.jsonl:3"],
+            2,
+        ),
+        (["general.jsonl:1", "general.jsonl:3"], ["general.jsonl:1", "general.jsonl:2"], 1),
+        (["general.jsonl:1", "general.jsonl:3"], None, 1),
+        (None, ["general.jsonl:1", "general.jsonl:3"], 1),
+        (None, None, 2),
+        ([], None, 1),
+        ("edited", ["general.jsonl:1"], 1),
+    ],
+)
+def test_kl_of_other_tasks_of_one_file_is_not_set_side_by_side(
+    put, compare, newest, other, are_shown
+):
+    """A former version chose other ones, and did not say which."""
+
+    def about(measured_on):
+        kl = {"tasks": 2, "no system message": {"x 1": {"kl": {"value": 0.25}}}}
+        return {"elsewhere": kl if measured_on is None else kl | {"measured_on": measured_on}}
+
+    put("newest", measured="2026-11-28 13:00:00", **about(newest))
+    put("other", [2.1] * 4, **about(other))
+    end = compare()
+    assert len(rows_of(end)) == 2 and end.said.count("0.250") == are_shown
+    assert ("other tasks of that file" in end.said) is (are_shown == 1)
 
 
 RULE = {"kind": "word", "answers": ["999"]}

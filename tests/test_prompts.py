@@ -195,6 +195,19 @@ def test_without_checks_no_table_of_them_is_shown(ask, made):
     assert "two replies to each of 2 prompts" in end.said and "clear?" not in end.said
 
 
+@pytest.mark.parametrize(("wanted", "judged"), [(2, 2), (3, 3), (4, 3)])
+def test_of_prompts_as_many_are_judged_as_are_drawn(ask, made, wanted, judged):
+    """Base and adapter reply to all of them; the record has the checks that the rows count."""
+    check = {"checks": {"right": TASK["checks"]["right"]}}
+    path = write_lines(made.folder / "three.jsonl", [{"prompt": f"{n}?"} | check for n in range(3)])
+    end = ask("--general_file", "", "--checks", str(wanted), prompts=path)
+    row = end.found["checks"]["right"]
+    assert (row["lines"], row["lines_in_all"], len(end.found["replies"])) == (judged, 3, 3)
+    for key in ("base", "adapter"):
+        assert sum("right" in one[key]["checks"] for one in end.found["replies"]) == judged
+    assert f"| {'2 of 3' if wanted == 2 else 3} | " in end.report
+
+
 def test_they_are_what_a_chat_would_say(ask, made, capsys, monkeypatch):
     """With the training's system message, unless a prompt has one of its own."""
     end = ask("--system", "You are Nell.", "--general_file", "")
@@ -424,7 +437,7 @@ def test_checks_that_were_clearly_lost_end_with_3(ask, monkeypatch, lost, won, s
 
     replies = replies_that_pass("right", lost, won, 8)
     real = evidence.rows_of_checks
-    monkeypatch.setattr(evidence, "rows_of_checks", lambda _: real(replies))
+    monkeypatch.setattr(evidence, "rows_of_checks", lambda *_: real(replies))
     end = ask("--fail_if", "lost")
     assert end.status == status, end.err
     assert ("failed right" in end.said) == (status == 3)
