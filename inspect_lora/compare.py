@@ -270,6 +270,7 @@ def forget_other_tasks(found: list[Evidence], left_out: list[str]) -> None:
 
 def forget_other_checks(found: list[Evidence], left_out: list[str]) -> None:
     """Forget the checks whose rules or lines are not those of the newest report that has them."""
+    forgotten: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for one in found for name in one.checks):
         having = [one for one in found if name in one.checks]
         newest = max(having, key=lambda one: one.measured)
@@ -277,10 +278,14 @@ def forget_other_checks(found: list[Evidence], left_out: list[str]) -> None:
         for one in others:
             del one.checks[name]
         if others:
-            left_out.append(
-                f'the check "{name}" of {in_words([one.folder for one in others])}: asked by other '
-                "rules, or on other lines, than in the newest report that has it"
-            )
+            reports = in_words([one.folder for one in others])
+            forgotten.setdefault(reports, []).append(f'"{name}"')
+    for reports, names in forgotten.items():
+        checks = "the check" if len(names) == 1 else "the checks"
+        left_out.append(
+            f"{checks} {join_limited(names, 6, ', ')} of {reports}: asked by other rules, or on "
+            "other lines, than in the newest report that has it"
+        )
 
 
 def is_same_check(name: str, one: Evidence, other: Evidence) -> bool:

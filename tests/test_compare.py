@@ -330,6 +330,13 @@ def test_a_check_stands_beside_another_only_if_rules_and_lines_are_the_same(
     assert (said in end.said and "asked by other rules, or on other lines" in end.said) != is_same
 
 
+def test_several_such_checks_are_named_in_one_line(put, compare):
+    for name, lines in (("old", 9), ("newest", 40)):
+        checks = {check: {"lines": lines, "after": 7} for check in ("rings", "calm")}
+        put(name, checks=checks, measured=f"20{lines:02}-11-28 13:00:00")
+    assert compare().said.count('left out the checks "rings", "calm" of 1 report (') == 1
+
+
 def test_a_check_on_another_number_of_lines_is_left_out(put, compare):
     """Also where no replies are recorded."""
     put("old", checks={"rings": {"lines": 9, "after": 7}})
