@@ -467,7 +467,7 @@ def test_where_no_loss_could_show_it_is_no_success(ask, monkeypatch, rows, statu
     import inspect_lora.evidence as evidence
 
     found = evidence.rows_of_checks([one for row in rows for one in replies_that_pass(*row)])
-    monkeypatch.setattr(evidence, "rows_of_checks", lambda _: found)
+    monkeypatch.setattr(evidence, "rows_of_checks", lambda *_: found)
     end = ask("--fail_if", "lost")
     assert end.status == status, end.err
     told = " ".join(end.err.split()) if status == 1 else end.said
