@@ -162,7 +162,7 @@ def row_of_loss(record: dict[str, Any]) -> Row:
     note = " (lower is better)" if is_sure else ": change not shown"
     if look_equal(base, adapter):
         note = ": no difference"
-    which = "unseen" if are_unseen(record) else "the given"
+    which = "unseen" if are_unseen(record) else "given"
     return Row(f"loss on {which} replies{note}", bars, is_sure)
 
 

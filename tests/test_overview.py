@@ -216,13 +216,13 @@ def test_what_the_adapter_may_have_learned_is_not_called_unseen(drawn, monkeypat
     for learned, name, heads in (
         ("none", "unseen", ("On held-out lines", "Unseen prompts")),
         ("not compared", "unseen", ("On held-out lines", "Unseen prompts")),
-        ("not known", "the given", ("On the given lines", "Given prompts")),
+        ("not known", "given", ("On the given lines", "Given prompts")),
     ):
         gained, *_ = drawn(RECORD | {"held_out": {"learned": learned}})
         assert gained[0] == f"loss on {name} replies (lower is better)"
         assert (titles[-3], titles[-1]) == heads
     gained, *_ = drawn(RECORD | {"held_out": {}})  # of an older version
-    assert gained[0].startswith("loss on the given replies")
+    assert gained[0].startswith("loss on given replies")
 
 
 def test_copies_are_one_line_in_the_picture(drawn):
