@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from inspect_lora.elsewhere import Shift
 from inspect_lora.parts import Part
-from inspect_lora.picture import draw_gain_and_change, draw_losses, draw_updates
+from inspect_lora.picture import draw_gain_and_change, draw_losses, draw_parts, draw_updates
 from inspect_lora.scores import Estimate
 
 
@@ -104,11 +104,42 @@ def test_a_change_of_rounding_size_is_drawn_as_0(axes):
     assert axes.figure.axes[-1].get_ylim()[1] == pytest.approx(0.9, rel=0.1)
 
 
+def some_part(kind, value):
+    """Return a part that was measured on one reply."""
+    share = Estimate(float(value), 0.1)
+    return Part(kind, value, str(value), change_model=None, of_gain=share, losses=[1.0])
+
+
+def some_parts():
+    """Return the parts of two strengths and the whole."""
+    return [some_part("strength", 0.5), some_part("whole", 1.0), some_part("strength", 2.0)]
+
+
+def draw_strengths(axes):
+    """Draw some_parts() by strength."""
+    shifts = {part.value: Shift([0.2], [0], [1]) for part in some_parts()}
+    draw_gain_and_change(axes, some_parts(), shifts)
+
+
 def test_the_strength_as_trained_is_marked(axes):
-    parts = [
-        Part(kind, value, "", change_model=None, of_gain=Estimate(value, 0.1), losses=[1.0])
-        for kind, value in (("strength", 0.5), ("whole", 1.0), ("strength", 2.0))
-    ]
-    shifts = {part.value: Shift([0.2], [0], [1]) for part in parts}
-    draw_gain_and_change(axes, parts, shifts)
+    draw_strengths(axes)
     assert [1, 1] in [list(line.get_xdata()) for line in axes.lines]
+
+
+def test_error_bars_and_lines_of_reference_look_alike_in_both_panels(axes):
+    draw_strengths(axes)
+    beside = Figure().subplots()
+    draw_parts(beside, [some_part("cut", 4)])
+    for lines_of in (caps, references):
+        here, there = lines_of(axes), lines_of(beside)
+        assert here and here == there
+
+
+def caps(axes):
+    """Return the sizes of the ends of error bars."""
+    return {line.get_markersize() for line in axes.lines if line.get_marker() in ("_", "|")}
+
+
+def references(axes):
+    """Return the widths of the lines that go through the whole panel."""
+    return {line.get_linewidth() for line in axes.lines if line.get_linestyle() in (":", "--")}
