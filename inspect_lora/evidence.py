@@ -61,7 +61,7 @@ from inspect_lora.conversations import (
     tasks_that_render,
 )
 from inspect_lora.elsewhere import measure_elsewhere
-from inspect_lora.files import find_adapter, find_run
+from inspect_lora.files import find_adapter, find_run, why_run_is_unknown
 from inspect_lora.findings import Findings
 from inspect_lora.page import report_page
 from inspect_lora.parts import measure_parts, measure_updates
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
     if options.prompts:
         prompts = read_prompts(options.prompts, "prompts")
     else:
-        held_out = read_held_out(options, trained_by)
+        held_out = read_held_out(options, trained_by, why_run_is_unknown(place))
     tasks = read_tasks(options.general_file)  # what is wrong is said before the model is loaded
     adapter = open_adapter(options, place, trained_by)
     examples = encode_held_out(held_out, adapter, options) if held_out else []
@@ -261,6 +261,7 @@ def measure(
     # A 4-bit weight is packed otherwise from the first pass on, so the updates come before it.
     found.updates = measure_updates(model)
     found.base_computed_with = before.computed_with
+    found.conclusions += found.held_out.doubts if found.held_out else []
     found.conclusions += about_updates(found.updates)
     if found.held_out:
         measure_losses(found, before)

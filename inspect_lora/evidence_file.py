@@ -63,7 +63,10 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "seconds": found.seconds,
     }
     if found.held_out:
-        record["held_out"] = found.held_out.as_known().model_dump() | {"group": found.group}
+        learned = found.held_out.learned
+        counts = {"is_known": learned.is_known, "left_out": learned.left_out}
+        more = {"group": found.group, "learned_lines": counts | {"says": learned.says}}
+        record["held_out"] = found.held_out.as_known().model_dump() | more
     if found.losses:
         means = map(found.mean, (found.losses.base, found.losses.trained))
         record |= {
