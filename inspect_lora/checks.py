@@ -317,7 +317,7 @@ class CheckRow:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it is more than chance, among all rows."""
+        """Whether the change is clear, among all rows."""
         return self.p < self.needed
 
     @property
@@ -325,19 +325,24 @@ class CheckRow:
         """Whether that needs no more lines than there are."""
         return mcnemar(self.lines, 0) < self.needed
 
+    @property
+    def can_lose(self) -> bool:
+        """Whether a loss would show if the adapter passed none of the base's lines."""
+        return self.before >= fewest_to_lose(self.needed)
+
     def judgement(self) -> str:
         """Return what the row shows; none shows that nothing was lost."""
         lost, won = len(self.lost), len(self.won)
         if self.is_clear:
             verb = "fewer" if lost > won else "more"
-            return f"{verb} pass now, by more than chance ({p_in_words(self.p)})"
-        said = f"may be chance ({p_in_words(self.p)})" if lost or won else "the same lines pass"
+            return f"clearly {verb} pass now ({p_in_words(self.p)})"
+        said = f"not shown ({p_in_words(self.p)})" if lost or won else "the same lines pass"
         if not self.can_be_clear:
             return (
                 f"{said}; too few lines to show anything: p must be below {self.needed:.3g}, and "
                 f"{pluralize(self.lines, 'line')} can give {mcnemar(self.lines, 0):.2g}"
             )
-        if self.before < fewest_to_lose(self.needed):
+        if not self.can_lose:
             return (
                 f"{said}; too few pass for a loss to show: it takes {fewest_to_lose(self.needed)}"
             )
@@ -400,8 +405,17 @@ def fewest_to_lose(needed: float) -> int:
 
 def with_interval(passed: int, lines: int) -> str:
     """Return how many replies passed, with the 95 % interval of their share."""
-    low, high = wilson(passed, lines)
-    return f"{passed} ({100 * low:.0f} to {100 * high:.0f} %)"
+    low, high = map(percent_of, wilson(passed, lines))
+    return f"{passed} ({low} to {high} %)"
+
+
+def percent_of(share: float) -> str:
+    """Return a share in whole per cent, with decimals if it would look like none or all."""
+    for digits in range(4):
+        text = f"{100 * share:.{digits}f}"
+        if 0 < float(text) < 100:
+            return text
+    return f"{100 * share:.0f}"  # 1 - 1e-16 is all
 
 
 def wilson(passed: int, lines: int) -> tuple[float, float]:

@@ -277,7 +277,7 @@ def table_of(ranked: list[Evidence]) -> list[str]:
     against.append(difference(best, best, "base", len(ranked)))
     lines.append(columns(loss, against[-1], "", f"base model {best.base}"))
     if any(one.endswith("=") for one in against):
-        lines.append("=: the difference may be chance; another SEED may change more than that")
+        lines.append("=: the difference is not shown; another SEED may change more than that")
     return lines
 
 
@@ -299,7 +299,7 @@ def difference(one: Evidence, best: Evidence, whose: str, comparisons: int) -> s
         for here, there in pairs
     ]
     tokens = [float(here.tokens) for here, _ in pairs]
-    lines = [here.where for here, _ in pairs]
+    lines = [here.line or here.where for here, _ in pairs]
     found = ratio_with_error(changes, tokens, lines)
     is_clear = len(set(lines)) >= FEWEST_LINES and found.is_clear(comparisons)
     return f"{found}" + ("" if is_clear else " =")

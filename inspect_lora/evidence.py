@@ -28,11 +28,13 @@ from inspect_lora.adapters import (
     open_adapter,
     refuse_system_message,
     system_message_of,
+    whose_template,
 )
 from inspect_lora.base_side import BaseSide, hash_of_tokens
 from inspect_lora.checks import CheckRow, rows_of_checks
 from inspect_lora.common import (
     InspectError,
+    Note,
     at_least,
     file_sha256,
     one_line,
@@ -63,6 +65,7 @@ from inspect_lora.conversations import (
 from inspect_lora.elsewhere import measure_elsewhere
 from inspect_lora.files import find_adapter, find_run, why_run_is_unknown
 from inspect_lora.findings import Findings
+from inspect_lora.held_out import lines_that_count
 from inspect_lora.page import report_page
 from inspect_lora.parts import measure_parts, measure_updates
 from inspect_lora.replies import CHECKED_TOKENS, ask_both, choose_samples
@@ -140,15 +143,18 @@ def run(options: argparse.Namespace) -> None:
     folder = folder_for_report(options, place, trained_by)
     refuse_what_cannot_fail(options)
     prompts, held_out = [], None
+    notes: list[Note] = []
     if options.prompts:
-        prompts = read_prompts(options.prompts, "prompts")
+        prompts = read_prompts(options.prompts, "prompts", notes)
     else:
         held_out = read_held_out(options, trained_by, why_run_is_unknown(place))
-    tasks = read_tasks(options.general_file)  # what is wrong is said before the model is loaded
+    tasks = read_tasks(options.general_file, notes)  # before the model is loaded
     adapter = open_adapter(options, place, trained_by)
     examples = encode_held_out(held_out, adapter, options) if held_out else []
     system_message = system_message_of(options, trained_by)
     is_guessed = options.system is None and not trained_by
+    if held_out and not trained_by:
+        report_sentence("note", f"learned lines: {held_out.learned_in_words()}.")
     systems = {one.system_message for one in (examples or prompts)}
     if is_guessed:
         system_message = min(systems) if len(systems) == 1 else ""
@@ -159,12 +165,14 @@ def run(options: argparse.Namespace) -> None:
     report_system_of_prompts(prompts, system_message)
     prompts = [one.with_system_message(system_message) for one in prompts]
     refuse_bad_prompts(prompts, adapter.chat_format)
-    tasks = tasks_that_render(tasks, adapter.chat_format)
+    tasks = tasks_that_render(tasks, adapter.chat_format, notes)
     prepare_folder(folder)
     found = Findings(
         options.adapter, adapter, held_out, options.group, system_message, is_guessed, examples
     )
     found.base_note, found.systems = base_note, systems
+    found.template = whose_template(adapter)
+    found.notes = [*(held_out.notes if held_out else []), *notes]
     found.prompts_file = known_file(options.prompts)
     found.general_file = known_file(options.general_file)
     is_written = False
@@ -245,7 +253,7 @@ def is_worse(gain: Estimate) -> bool:
 
 
 def is_lost(row: CheckRow) -> bool:
-    """Return whether fewer replies pass now, by more than chance."""
+    """Return whether clearly fewer replies pass now."""
     return row.is_clear and len(row.lost) > len(row.won)
 
 
@@ -261,7 +269,6 @@ def measure(
     # A 4-bit weight is packed otherwise from the first pass on, so the updates come before it.
     found.updates = measure_updates(model)
     found.base_computed_with = before.computed_with
-    found.conclusions += found.held_out.doubts if found.held_out else []
     found.conclusions += about_updates(found.updates)
     if found.held_out:
         measure_losses(found, before)
@@ -298,7 +305,7 @@ def measure_losses(found: Findings, before: BaseSide) -> None:
         trained,
         base,
         tokens=[len(example.reply_ids) for example in found.examples],
-        lines=[example.source for example in found.examples],
+        lines=lines_that_count(found.examples),
     )
     report("gain", gain_sentence(found))
 
@@ -393,7 +400,8 @@ def measure_parts_of(found: Findings, wanted: int) -> None:
     with timed(found, "parts"):
         chosen = [found.examples[number] for number in found.measured]
         found.parts = measure_parts(model, chosen, losses, found.adapter.file_dtype)
-    found.conclusions += conclusions(found.parts, losses, found.losses.gain())
+    lines = len(set(found.losses.lines))
+    found.conclusions += conclusions(found.parts, losses, found.losses.gain(), lines)
     found.conclusions += what_is_not_measured(model)
     if found.shares_are_meant():
         print_parts(found)
@@ -405,7 +413,7 @@ def measure_change(found: Findings, tasks: list[Task], wanted: int) -> None:
     with timed(found, "other tasks"):
         some = [tasks[number] for number in evenly_spread(len(tasks), wanted)]
         found.elsewhere = measure_elsewhere(model, chat_format, some, found.system_message)
-    found.conclusions.append(about_change(found.elsewhere))
+    found.conclusions.append(about_change(found.elsewhere, len(tasks)))
     if found.shares_are_meant():
         shifts = found.elsewhere.without_system
         if sentence := about_strength(found.parts, shifts, found.name):

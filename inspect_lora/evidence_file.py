@@ -63,10 +63,10 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "seconds": found.seconds,
     }
     if found.held_out:
-        learned = found.held_out.learned
-        counts = {"is_known": learned.is_known, "left_out": learned.left_out}
-        more = {"group": found.group, "learned_lines": counts | {"says": learned.says}}
-        record["held_out"] = found.held_out.as_known().model_dump() | more
+        record["held_out"] = found.held_out.as_known().model_dump() | {
+            "group": found.group,
+            "learned": found.held_out.learned,
+        }
     if found.losses:
         means = map(found.mean, (found.losses.base, found.losses.trained))
         record |= {
@@ -85,17 +85,24 @@ def rows_of_losses(found: Findings) -> list[dict[str, Any]]:
     """Return a row for each example, in nats a token."""
     losses = found.losses
     numbers = zip(
-        found.examples, found.groups(), losses.tokens, losses.base, losses.trained, strict=True
+        found.examples,
+        losses.lines,
+        found.groups(),
+        losses.tokens,
+        losses.base,
+        losses.trained,
+        strict=True,
     )
     return [
         {
             "where": example.source,
+            "line": line,
             "group": group,
             "tokens": tokens,
             "base": base / tokens,
             "adapter": trained / tokens,
         }
-        for example, group, tokens, base, trained in numbers
+        for example, line, group, tokens, base, trained in numbers
     ]
 
 
@@ -109,6 +116,7 @@ class Row(pydantic.BaseModel):
     """The losses of a held-out reply, in nats a token."""
 
     where: str
+    line: str = ""  # that it counts with, if it is known: a copy counts with the first such line
     tokens: Annotated[int, pydantic.Field(ge=1)]
     base: Number
     adapter: Number

@@ -221,7 +221,7 @@ def why_run_is_unknown(place: Path) -> str:
         output, what = folder.parent, "holds the hash of this adapter"
     if find_run(place) or not (runs_in(output) or (folder.parent / "job.json").is_file()):
         return ""
-    return f"no run.json in {path_from_here(output)} {what}, so its run is not known"
+    return f"no run.json in {path_from_here(output)} {what}"
 
 
 def where_it_is_now(name: str, run: Run) -> str:

@@ -10,19 +10,21 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from inspect_lora.common import (
     InspectError,
+    Note,
     file_sha256,
     join_limited,
     path_from_here,
     pluralize,
-    report_sentence,
+    report_note,
 )
 from inspect_lora.files import Run, where_it_is_now
 from inspect_lora.trainer import Example, Job, UserError, held_out_percent, read_both_files
 
+Learned = Literal["none", "not compared", "not known"]
 GIVE_A_FILE = "Give conversations that the adapter was not trained on with --eval_file."
 LARGEST_SEARCHED = 10**9  # bytes; larger files are not hashed in search of the held-out one
 
@@ -145,7 +147,7 @@ def split_again(run: Run) -> Split | None:
 
 
 @dataclass
-class Learned:
+class LearnedReplies:
     """What a run learned, as far as it can be known now."""
 
     path: str  # its training file
@@ -154,7 +156,7 @@ class Learned:
     has_changed: bool = False  # the file, since the run
 
 
-def replies_learned_by(run: Run) -> Learned:
+def replies_learned_by(run: Run) -> LearnedReplies:
     """Return what a run's training file holds now, but for what the run held out of it.
 
     Of a file that was changed since the run it is the best that is known: a line that was added
@@ -163,10 +165,10 @@ def replies_learned_by(run: Run) -> Learned:
     facts = run.record.get("data", {}).get("train") or {}
     path = where_it_is_now(facts.get("file", ""), run)
     if not Path(path).is_file():
-        return Learned(path or "the training file", fault="is not there any more")
+        return LearnedReplies(path or "the training file", fault="is not there any more")
     split = split_again(run)
     if not split:
-        return Learned(path, fault="cannot be read any more")
+        return LearnedReplies(path, fault="cannot be read any more")
     learned = {said_in(one.messages) for one in split.learned}
     percent = held_out_percent(str(run.settings.get("EVAL_FILE") or ""))
     if percent and not split.is_of_the_run:
@@ -177,7 +179,7 @@ def replies_learned_by(run: Run) -> Learned:
     fault = "has changed since the run" if has_changed else ""
     if split.problems:
         fault = f"has {pluralize(split.problems, 'line')} that cannot be read"
-    return Learned(path, learned, fault, has_changed)
+    return LearnedReplies(path, learned, fault, has_changed)
 
 
 def known_held_out(run: Run, drawn: set[str]) -> set[str]:
@@ -204,42 +206,29 @@ def known_held_out(run: Run, drawn: set[str]) -> set[str]:
     return set()
 
 
-@dataclass
-class LearnedLines:
-    """What came of comparing held-out replies with those that the adapter learned."""
-
-    is_known: bool  # which of them it learned
-    left_out: int
-    says: str  # in words
-    doubt: str = ""  # that it is not known though a run of ours is, in a sentence
-
-
-def nothing_known(unknown_run: str) -> LearnedLines:
+def nothing_known(unknown_run: str) -> str:
     """Return what is told of an adapter without a run, and why, if it lies like one of a run."""
-    if not unknown_run:
-        return LearnedLines(False, 0, "no record tells what the adapter was trained on")
-    says = f"{unknown_run}, nor whether it learned some of these replies"
-    report_sentence("note", f"{says}.")
-    return LearnedLines(False, 0, says, f"learned lines: {says}.")
+    reason = unknown_run or "the adapter's training file was not at hand"
+    return f"not known, since {reason}: it may have learned some of these replies"
 
 
 def without_learned(
-    examples: list[Example], run: Run, is_proved: bool
-) -> tuple[list[Example], LearnedLines]:
-    """Return the replies that do not stand in the run's training file, and name the others.
+    examples: list[Example], run: Run, is_proved: bool, notes: list[Note]
+) -> tuple[list[Example], Learned, str]:
+    """Return the replies that do not stand in the run's training file, and whether that is known.
 
     Args:
         examples: all replies in a file.
         run: the one that the adapter comes from.
         is_proved: whether these are what that run held out.
+        notes: gets a sentence that names the others.
     """
     learned = replies_learned_by(run)
-    path = path_from_here(learned.path)
+    path, fault = path_from_here(learned.path), learned.fault
     known = [one for one in examples if said_in(one.messages) in learned.said]
-    found, doubt = "", ""
     if known:
         named = join_limited(list(dict.fromkeys(one.source for one in known)), 10, ", ")
-        found = (
+        text = (
             f"{len(known)} of {pluralize(len(examples), 'held-out reply')} stand in {path}, on "
             "which the adapter was trained"
         )
@@ -247,22 +236,25 @@ def without_learned(
             added = ""
             if learned.has_changed:
                 added = " It has changed since the run, and lines that were added count as learned."
-            raise InspectError(f"{found}, so none is left.{added} {GIVE_A_FILE}")
-        report_sentence("left out", f"{found}: {named}.")
-        found += "; they are left out"
-    if learned.fault and not (is_proved and run.holds_out_lines):
-        rest = "others" if known else "some of these replies"
-        doubt = (
-            f"{path}, on which the adapter was trained, {learned.fault}, so it is not known "
-            f"whether it learned {rest}"
-        )
-        report_sentence("note", f"{doubt}.")
-    none = f"no held-out reply stands in {path}, on which the adapter was trained"
-    says = "; ".join(one for one in (found, doubt) if one) or none
+            raise InspectError(f"{text}, so none is left.{added} {GIVE_A_FILE}")
+        report_note(notes, "left out", f"{text}: {named}.")
     kept = [one for one in examples if said_in(one.messages) not in learned.said]
-    return kept, LearnedLines(
-        not doubt, len(known), says, f"learned lines: {says}." if doubt else ""
+    if not fault:
+        return kept, "none", "none of these replies stands in the run's training file"
+    if is_proved and run.holds_out_lines:
+        return kept, "none", "the run held these replies out of its training file"
+    if is_proved:
+        compared = " None of them stands in it as it is now." if learned.said else ""
+        says = f"the run held these replies out; its training file {fault}.{compared}"
+        return kept, "not compared", says.rstrip(".")
+    rest = "others" if known else "some of these replies"
+    report_note(
+        notes,
+        "note",
+        f"{path}, on which the adapter was trained, {fault}, so it is not known whether it "
+        f"learned {rest}.",
     )
+    return kept, "not known", f"not known, since {path} {fault}: it may have learned {rest}"
 
 
 # ---- Equal ones
@@ -277,7 +269,7 @@ def said_in(messages: list[dict[str, str]]) -> str:
     return json.dumps([(one["role"], one["content"].split()) for one in turns])
 
 
-def without_equals(examples: list[Example]) -> list[Example]:
+def without_equals(examples: list[Example], notes: list[Note]) -> list[Example]:
     """Return the replies without those that stand in the file before, which are named."""
     first: dict[str, Example] = {}
     for one in examples:
@@ -286,12 +278,37 @@ def without_equals(examples: list[Example]) -> list[Example]:
     if len(kept) < len(examples):
         equal = [one for one in examples if one is not first[key_of(one.messages)]]
         named = [f"{one.source} is {first[key_of(one.messages)].source} again" for one in equal]
-        report_sentence(
+        report_note(
+            notes,
             "left out",
             f"{len(equal)} of {pluralize(len(examples), 'held-out reply')}, since equal ones count "
             f"once: {join_limited(named, 3, ', ')}.",
         )
     return kept
+
+
+def lines_that_count(examples: list[Example]) -> list[str]:
+    """Return the line that each reply counts with, so that a copy does not narrow ±.
+
+    That is its own line, unless the same was said in a line before it, but for spaces and the
+    system message.
+    """
+    first: dict[str, str] = {}
+    return [first.setdefault(said_in(one.messages), one.source) for one in examples]
+
+
+def note_copies(examples: list[Example], notes: list[Note]) -> None:
+    """Name replies that are copies of others but for spaces or the system message."""
+    pairs = zip(examples, lines_that_count(examples), strict=True)
+    named = [f"{one.source} is {line}" for one, line in pairs if line != one.source]
+    if named:
+        report_note(
+            notes,
+            "note",
+            f"{len(named)} of {pluralize(len(examples), 'held-out reply')}: copies of other lines "
+            "but for spaces or the system message. ± counts each with the line that it is a copy "
+            f"of: {join_limited(named, 3, ', ')}.",
+        )
 
 
 def key_of(messages: list[dict[str, str]]) -> str:

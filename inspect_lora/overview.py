@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from inspect_lora.checks import title_of_row
 from inspect_lora.common import one_line
-from inspect_lora.scores import FEWEST_LINES, Estimate
+from inspect_lora.scores import FEWEST_LINES, Estimate, look_equal
 
 BASE, ADAPTER = "0.72", "#1f6fb4"  # the colours of the two models
 LOOK = {"font.size": 12, "axes.titlesize": 14, "axes.titleweight": "bold"}
@@ -67,7 +67,7 @@ def draw_overview(record: dict[str, Any], path: Path) -> bool:
         figure.subplots_adjust(0.012, 0.11, 0.988, 0.91, wspace=0.06)
         draw_bars(left, "What was gained", gained, no_gain, most)
         draw_bars(middle, "What else changed", changed, note, most)
-        draw_replies(right, replies_to_show(replies))
+        draw_replies(right, replies_to_show(replies), are_unseen(record))
         figure.text(0.012, 0.04, caption_of(record), fontsize=10.5, parse_math=False)
         figure.savefig(path)
     return True
@@ -79,7 +79,7 @@ def draw_overview(record: dict[str, Any], path: Path) -> bool:
 def gains_of(record: dict[str, Any]) -> list[Row]:
     """Return the held-out loss unless it clearly rose, and the checks that no fewer replies pass.
 
-    A check whose change is clear comes before those where it may be chance.
+    A check whose change is clear comes before those where it is not shown.
     """
     rows = [] if loss_rose(record) or not record.get("loss") else [row_of_loss(record)]
     rows += [row_of_check(row) for row in checks_of(record) if len(row["won"]) >= len(row["lost"])]
@@ -92,7 +92,7 @@ def changes_of(record: dict[str, Any]) -> list[Row]:
     if changed := elsewhere_of(record):
         share = changed["other_tokens"]["value"]
         bar = Bar(share, f"{100 * share:.0f} %", ADAPTER)
-        rows.append(Row("ordinary tasks: top-1 token differs", [bar]))
+        rows.append(Row("other tasks: top-1 token differs", [bar]))
     rows += [row_of_check(row) for row in checks_of(record) if len(row["lost"]) > len(row["won"])]
     return rows[:MOST_ROWS]
 
@@ -131,8 +131,8 @@ def loss_rose(record: dict[str, Any]) -> bool:
 
 
 def is_clear(record: dict[str, Any]) -> bool:
-    """Return whether the gain is more than chance, as report.md judges it."""
-    lines = {row["where"] for row in record["losses"]}
+    """Return whether the gain is clear, as report.md judges it."""
+    lines = {row.get("line", row["where"]) for row in record["losses"]}
     gain = record["gain"]
     if gain["value"] is None or gain["error"] is None:  # as JSON has a number that is none
         return False
@@ -147,14 +147,20 @@ def row_of_loss(record: dict[str, Any]) -> Row:
         Bar(loss / largest, f"{loss:.4f}", colour)
         for loss, colour in ((base, BASE), (adapter, ADAPTER))
     ]
-    note = " (lower is better)" if is_clear(record) else ": may be chance"
-    if bars[0].label == bars[1].label:
+    note = " (lower is better)" if is_clear(record) else ": not shown"
+    if look_equal(base, adapter):
         note = ": no difference"
-    return Row(f"loss on unseen replies{note}", bars)
+    which = "unseen" if are_unseen(record) else "the given"
+    return Row(f"loss on {which} replies{note}", bars)
+
+
+def are_unseen(record: dict[str, Any]) -> bool:
+    """Return whether the adapter is known not to have learned the replies that it is judged by."""
+    return (record.get("held_out") or {}).get("learned", "not known") != "not known"
 
 
 def checks_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of checks with a change, first those where it is more than chance."""
+    """Return the rows of checks with a change, first those where it is clear."""
     rows = (record.get("checks") or {}).values()
     changed = [row for row in rows if row["won"] or row["lost"]]
     return sorted(changed, key=lambda row: not row["is_clear"])
@@ -164,7 +170,7 @@ def row_of_check(row: dict[str, Any]) -> Row:
     """Return the bars of a row of checks."""
     lines = row["lines"]
     name = shown(one_line(title_of_row(row["name"], row.get("source", "")), 16))
-    title = f"replies that pass “{name}”" if row["is_clear"] else f"pass “{name}”: may be chance"
+    title = f"replies that pass “{name}”" if row["is_clear"] else f"pass “{name}”: not shown"
     passed = ((row["before"], BASE), (row["after"], ADAPTER))
     return Row(title, [Bar(n / lines, f"{n} of {lines}", colour) for n, colour in passed])
 
@@ -230,12 +236,13 @@ def is_in_font(reply: dict[str, Any]) -> bool:
     return all(shown(line) == line for one in what_was_said(reply) for line in one.lines)
 
 
-def draw_replies(axes: Axes, replies: list[dict[str, Any]]) -> None:
+def draw_replies(axes: Axes, replies: list[dict[str, Any]], are_new: bool) -> None:
     """Write prompts and both replies, line by line, so that they stand beside their names."""
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    are_unseen = all(one["source"] == "held_out" for one in replies)
-    axes.set_title("Unseen prompts" if replies and are_unseen else "Prompts", loc="left")
+    are_held_out = replies and all(one["source"] == "held_out" for one in replies)
+    title = "Unseen prompts" if are_new else "Given prompts"
+    axes.set_title(title if are_held_out else "Prompts", loc="left")
     if not replies:
         axes.text(0, 0.93, "no short one to show: see replies.html", color="0.35")
     height = 0.92

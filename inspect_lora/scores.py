@@ -86,6 +86,11 @@ class Estimate:
         return abs(self.value) > self.margin(comparisons)
 
 
+def look_equal(one: float, other: float) -> bool:
+    """Return whether two losses are the same as they are shown, with four digits."""
+    return f"{one:.4f}" == f"{other:.4f}"
+
+
 UNKNOWN = Estimate(math.nan, math.inf)
 # With fewer held-out lines nothing is concluded, since the errors themselves are too uncertain.
 FEWEST_LINES = 10

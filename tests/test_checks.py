@@ -14,7 +14,14 @@ from tiny_adapters import command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import inspect_lora.evidence as evidence
-from inspect_lora.checks import CHECKS, end_of_sentences, fewest_to_lose, rows_of_checks, wilson
+from inspect_lora.checks import (
+    CHECKS,
+    end_of_sentences,
+    fewest_to_lose,
+    rows_of_checks,
+    wilson,
+    with_interval,
+)
 from inspect_lora.common import file_sha256
 from inspect_lora.conversations import GENERAL_FILE, Task, read_tasks
 from inspect_lora.report import print_checks
@@ -400,7 +407,7 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     several = "(a line may have several checks)"
     assert f"checks    2 lines, two replies to each {several}; --checks 0 leaves" in run.out
     assert re.search(r"as the adapter .*  too few lines\n", run.out)
-    assert "more than chance if p is below 0.0125: 5 %, divided by the number of rows" in run.report
+    assert "A row is clear if p is below 0.0125: 5 %, divided by the number of rows" in run.report
     assert "be if lines were lost as often as won (McNemar's exact test)" in run.report
     assert run.found["general_file"] == {"file": tasks, "sha256": file_sha256(Path(tasks))}
 
@@ -449,17 +456,17 @@ def test_a_row_counts_lines_and_says_whether_it_may_be_chance():
     (row,) = rows_of_checks(made_up_replies(11, 1, 20))
     assert (row.lines, row.before, row.after, row.p) == (32, 31, 21, pytest.approx(0.00635, 1e-2))
     assert row.lost == [f"a:{number}" for number in range(11)] and row.won == ["a:11"]
-    assert row.is_clear and row.judgement() == "fewer pass now, by more than chance (p = 0.006)"
+    assert row.is_clear and row.judgement() == "clearly fewer pass now (p = 0.006)"
     assert row.sentence().startswith(
         "right (has 42 as its last number): of 32 lines the base passes 31 (84 to 99 %) and the "
-        "adapter 21 (48 to 80 %): fewer pass now"
+        "adapter 21 (48 to 80 %): clearly fewer pass now"
     )
     (row,) = rows_of_checks(made_up_replies(1, 11, 0))
     assert "more pass now" in row.judgement()
     (row,) = rows_of_checks(made_up_replies(3, 2, 20))
-    assert row.judgement() == "may be chance (p = 1.000)"
+    assert row.judgement() == "not shown (p = 1.000)"
     (row,) = rows_of_checks(made_up_replies(2, 8, 0))
-    said = "may be chance (p = 0.109); too few pass for a loss to show: it takes 6"
+    said = "not shown (p = 0.109); too few pass for a loss to show: it takes 6"
     assert row.judgement() == said
     (row,) = rows_of_checks(made_up_replies(0, 13, 20))  # p is 0.0002
     assert "(p < 0.001)" in row.judgement()
@@ -524,7 +531,7 @@ def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
     top, table = run.report.split("## What the replies hold")
     assert "- right (has 42 as its last number): of 33 lines the base passes 20 (44 to" in top
     row = "| right | has 42 as its last number | 33 | 20 (44 to 75 %) | 33 (90 to 100 %) | 0 | 13 |"
-    assert f"{row} more pass now, by more than chance (p" in table
+    assert f"{row} clearly more pass now (p" in table
     assert "another seed of the training may change more" in top
 
 
@@ -533,7 +540,40 @@ def test_what_may_be_chance_is_called_not_shown(capsys, lost, said):
     """And not "no": that a change is chance cannot be shown."""
     print_checks(types.SimpleNamespace(checks=rows_of_checks(made_up_replies(lost, 0, 20))))
     head, row, *_ = capsys.readouterr().out.splitlines()
-    assert head.endswith("beyond chance?") and row.endswith(f"  {said}")
+    assert head.endswith("clear?") and row.endswith(f"  {said}")
+
+
+@pytest.mark.parametrize(("passing", "is_told"), [(5, True), (6, False)])
+def test_the_terminal_says_where_no_loss_could_show(capsys, passing, is_told):
+    """Of five lost and none won p is 0.062. Each line fits into 100 columns."""
+    found = made_up_replies(0, 20, passing, "names somebody to ring at night")
+    found += made_up_replies(3, 0, 1000, "another")
+    for one in found[:20]:
+        one["adapter"]["checks"] = dict.fromkeys(one["adapter"]["checks"], False)
+    rows = rows_of_checks(found)
+    for row in rows:
+        row.needed = 0.05
+    print_checks(types.SimpleNamespace(checks=rows))
+    out = capsys.readouterr().out
+    told = "no loss could show, too few of the base's pass: names somebody to ring at night\n"
+    assert (told in out) is is_told and "another, " not in out
+    assert all(len(line) <= 100 for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("passed", "lines", "said"),
+    [
+        (228, 231, "228 (96 to 99.6 %)"),  # and not 100 %, since three do not pass
+        (231, 231, "231 (98 to 100 %)"),
+        (0, 40, "0 (0 to 9 %)"),
+        (1, 300, "1 (0.1 to 2 %)"),
+        (1, 40, "1 (0.4 to 13 %)"),
+        (2, 40, "2 (1 to 17 %)"),
+        (1, 1000, "1 (0.02 to 1 %)"),
+    ],
+)
+def test_a_share_looks_like_none_or_all_only_where_it_is(passed, lines, said):
+    assert with_interval(passed, lines) == said
 
 
 def test_one_clear_row_of_many_must_be_clearer():

@@ -24,6 +24,8 @@ from inspect_lora import held_out
 from inspect_lora.common import InspectError, file_sha256
 from inspect_lora.conversations import read_held_out, read_prompts
 from inspect_lora.files import Run, find_run
+from inspect_lora.held_out import lines_that_count
+from inspect_lora.trainer import Example
 
 
 @pytest.fixture
@@ -61,6 +63,10 @@ def trained_lines(ours):
 
 def lines_of(found):
     return [int(row["where"].rpartition(":")[2]) for row in found["losses"]]
+
+
+def fact(report, name):
+    return [line for line in report.splitlines() if line.startswith(f"- {name}: ")]
 
 
 # ==== The run's own file
@@ -135,7 +141,9 @@ def test_checks_may_be_added_to_its_lines(ours, evidence):
     write_lines(ours / "held_out.jsonl", rows)
     end = evidence("--checks", "2")
     assert end.status == 0 and "warning" not in end.said, end.err
-    assert note in end.said and any(note in one for one in end.found["conclusions"])
+    report = (ours / "inspected" / "final_lora" / "report.md").read_text(encoding="utf-8")
+    assert note in end.said and len(fact(report, "note")) == 1
+    assert note in fact(report, "note")[0] and end.found["held_out"]["learned"] == "none"
     assert end.found["checks"]["rings"]["lines"] == 2
     assert end.found["losses"] == before["losses"]
     assert end.found["held_out"]["sha256"] != before["held_out"]["sha256"]
@@ -205,11 +213,11 @@ def test_of_a_training_file_that_changed_its_lines_are_left_out_as_well(
     assert end.status == 0 and lines_of(end.found) == [1, 15]
     assert "left out 13 of 15 held-out replies stand in" in end.said
     doubt = f"has changed since the run, {UNKNOWN} others"
-    assert end.said.count(doubt) == 2 and doubt in end.found["conclusions"][0]
-    known = end.found["held_out"]["learned_lines"]
-    assert (known["is_known"], known["left_out"]) == (False, 13) and doubt in known["says"]
+    assert end.said.count(doubt) == 1 and end.found["held_out"]["learned"] == "not known"
     report = (ours / "inspected" / "final_lora" / "report.md").read_text(encoding="utf-8")
-    assert doubt in report
+    (_, said) = fact(report, "learned lines")
+    assert said.endswith("has changed since the run: it may have learned others")
+    assert doubt in report and "13 of 15 held-out replies stand in" in report
 
 
 def test_of_a_training_file_that_only_grew_nothing_is_left(ours, evidence, changeable):
@@ -228,27 +236,19 @@ def test_of_a_training_file_that_only_grew_nothing_is_left(ours, evidence, chang
         ('{"prompt": 5}\n', "has 1 line that cannot be read"),
     ],
 )  # fmt: skip
-def test_a_training_file_that_tells_nothing_is_told(ours, evidence, changeable, content, fault):
-    known = evidence().found
-    assert known["held_out"]["learned_lines"]["is_known"] is True
-    assert not any("learned" in one for one in known["conclusions"])
+def test_a_training_file_that_tells_nothing_is_told(
+    ours, evidence, changeable, tmp_path, content, fault
+):
+    assert evidence().found["held_out"]["learned"] == "none"
     changeable.unlink() if content is None else changeable.write_text(content, encoding="utf-8")
     end = evidence()
-    assert end.status == 0 and len(end.found["losses"]) == 4
-    assert f"{fault}, {UNKNOWN} some of these replies" in end.said
-    assert end.found["held_out"]["learned_lines"]["is_known"] is False
-
-
-def test_of_another_trainers_adapter_nothing_is_known_and_no_run_is_missed(
-    capsys, no_picture, tmp_path
-):
-    path = write_held_out(tmp_path / "eval.jsonl")
-    run = measure(capsys, save_adapter(tmp_path / "adapter"), path, *SHORT)
-    assert run.found["held_out"]["learned_lines"] == {
-        "is_known": False, "left_out": 0,
-        "says": "no record tells what the adapter was trained on",
-    }  # fmt: skip
-    assert "its run is not known" not in run.said and "learned lines" not in run.report
+    assert end.status == 0 and len(end.found["losses"]) == 4 and UNKNOWN not in end.said
+    assert end.found["held_out"]["learned"] == "not compared"
+    report = (ours / "inspected" / "final_lora" / "report.md").read_text(encoding="utf-8")
+    assert f"the run held these replies out; its training file {fault}" in report
+    end = evidence("--eval_file", write_held_out(tmp_path / "own.jsonl"))
+    assert end.status == 0 and f"{fault}, {UNKNOWN} some of these replies" in end.said
+    assert end.found["held_out"]["learned"] == "not known"
 
 
 # ==== A run that held out some per cent of its training file
@@ -341,12 +341,11 @@ def test_a_checkpoint_that_a_later_run_renamed_is_known_by_its_losses(
     assert find_run(older) is None
     words = ["evidence", older, *SHORT, "--output_dir", tmp_path / "found"]
     end = command(capsys, *words)
-    reason = "belongs to this checkpoint, so its run is not known"
+    reason = "belongs to this checkpoint"
     assert end.status == 1 and reason in end.err and "with --eval_file" in end.err
     end = command(capsys, *words, "--eval_file", write_held_out(tmp_path / "own.jsonl"))
-    assert end.status == 0 and end.said.count(reason) == 2
-    found = read_json(tmp_path / "found" / "evidence.json")
-    assert reason in found["held_out"]["learned_lines"]["says"]
+    assert end.status == 0 and end.said.count(f"{reason}: it may have learned some") == 1
+    assert f"{reason}: it may" in (tmp_path / "found" / "report.md").read_text(encoding="utf-8")
 
 
 def test_an_adapter_beside_a_run_that_did_not_write_it_is_told(ours, capsys, tmp_path):
@@ -354,10 +353,10 @@ def test_an_adapter_beside_a_run_that_did_not_write_it_is_told(ours, capsys, tmp
     own = write_held_out(tmp_path / "own.jsonl")
     words = [*SHORT, "--eval_file", own, "--output_dir", tmp_path / "found"]
     end = command(capsys, "evidence", ours / "another", *words)
-    assert end.status == 0 and "holds the hash of this adapter, so its run" in end.said
-    assert (
-        "its run is not known" not in command(capsys, "evidence", ours / "final_lora", *words).said
-    )
+    assert end.status == 0 and "holds the hash of this adapter: it may have" in end.said
+    save_adapter(tmp_path / "apart" / "another")
+    end = command(capsys, "evidence", tmp_path / "apart" / "another", *words[:-1], tmp_path / "b")
+    assert end.status == 0 and "since the adapter's training file was not at hand" in end.said
 
 
 # ==== Equal lines
@@ -423,3 +422,100 @@ def test_checks_of_a_line_that_equals_a_part_of_another_are_asked(tmp_path):
     assert len(found.examples) == 2
     asked = [(one.where.rpartition(":")[2], one.rules, one.reference) for one in found.checked]
     assert asked == [("1", BRIEF, "d"), ("2", RINGS, "b")]
+
+
+def test_copies_that_differ_by_spaces_or_the_system_message_count_once_in_the_error(
+    capsys, no_picture, tmp_path
+):
+    """They stay, with their own losses, but ± counts them with the line that they are copies of."""
+    said = [("rain", "Tea, then?"), ("hello", "Oh, hello."), ("who rang?", "Nobody yet.")]
+    once = [{"messages": messages_of(one)} for one in said]
+    system = {"role": "system", "content": "You are Nell."}
+    spaced = [{"messages": messages_of((f"{asked} ", reply))} for asked, reply in said]
+    other = [{"messages": [system, *one["messages"]]} for one in once]
+    adapter = save_adapter(tmp_path / "adapter")
+    plain = measure(capsys, adapter, write_lines(tmp_path / "once.jsonl", once), *SHORT)
+    path = write_lines(tmp_path / "copies.jsonl", once + spaced + other)
+    copied = measure(capsys, adapter, path, *SHORT)
+    assert lines_of(copied.found) == [*range(1, 10)] and "left out" not in copied.said
+    assert [row["line"].rpartition(":")[2] for row in copied.found["losses"]] == [*"123" * 3]
+    assert "the loss of 9 held-out replies of 3 lines is" in copied.said
+    assert copied.found["gain"]["effective_lines"] <= 3
+    assert (
+        copied.said.count("note 6 of 9 held-out replies: copies of other lines but for spaces or")
+        == 1
+    )
+    assert "- note: 6 of 9 held-out replies: copies of other lines but" in copied.report
+    assert "copies of other" not in plain.said and "of 3 lines" not in plain.said
+
+
+def test_another_word_or_another_turn_before_it_is_no_copy():
+    def example(place, *said):
+        return Example(f"a:{place}", messages_of(said))
+
+    found = lines_that_count(
+        [
+            example(1, "rain", "Tea?"),
+            example(1, "rain", "Tea?", "no", "A biscuit?"),
+            example(2, "rain ", " Tea?"),
+            example(3, "rain", "Tea!"),
+            example(4, "snow", "Tea?"),
+            example(5, "rain", "Tea?", "no\n", "A  biscuit?"),
+        ]
+    )
+    assert found == ["a:1", "a:1", "a:1", "a:3", "a:4", "a:1"]
+
+
+# ==== What the report says of it
+
+
+def test_the_report_says_whether_the_adapter_may_have_learned_the_lines(
+    ours, evidence, tmp_path, capsys, no_picture
+):
+    report = ours / "inspected" / "final_lora" / "report.md"
+
+    def said():
+        lines = fact(report.read_text(encoding="utf-8"), "learned lines")
+        return [line.removeprefix("- learned lines: ") for line in lines]
+
+    end = evidence()
+    assert end.found["held_out"]["learned"] == "none" and "note" not in end.said
+    assert said() == ["none of these replies stands in the run's training file"]
+    path = write_held_out(tmp_path / "own.jsonl")
+    end = evidence("--eval_file", path)
+    assert end.found["held_out"]["learned"] == "none"
+    assert "- note: this is not the file that the run held out (" in report.read_text("utf-8")
+    facts = read_json(ours / "run.json")["data"]
+    facts["train"]["sha256"] = "of another"
+    change_record(ours, data=facts)
+    end = evidence()
+    assert end.found["held_out"]["learned"] == "not compared" and "note" not in end.said
+    begins = "the run held these replies out; its training file has changed since the run. None of"
+    assert said()[0].startswith(begins)
+    end = evidence("--eval_file", path)
+    assert end.found["held_out"]["learned"] == "not known"
+    assert end.said.count("it is not known whether it learned some of these replies") == 1
+    assert len(said()) == 2  # at the top, too
+    foreign = measure(capsys, save_adapter(tmp_path / "adapter"), path, *SHORT)
+    unknown = "learned lines: not known, since the adapter's training file was not at hand: it may"
+    assert foreign.out.count("note      learned lines: not known, since") == 1
+    assert unknown in foreign.said and foreign.report.count(unknown) == 2
+    assert unknown in foreign.report.split("In the tables")[0]
+    assert foreign.found["held_out"]["learned"] == "not known"
+
+
+def test_what_was_left_out_stands_in_the_report(ours, evidence, tmp_path):
+    rows = [json.loads(line) for line in trained_lines(ours)[2:4]]
+    said = [(f"question {number}", "Nobody yet.") for number in range(20)]
+    rows += [{"messages": messages_of(one)} for one in (*said, said[0])]
+    rows += [{"messages": messages_of(("a", "long reply " * 50))}]
+    path = write_lines(tmp_path / "mixed.jsonl", rows)
+    end = evidence("--eval_file", path, "--max_seq_len", "90")
+    assert end.status == 0 and len(end.found["losses"]) == 20, end.err
+    report = (ours / "inspected" / "final_lora" / "report.md").read_text(encoding="utf-8")
+    learned, equal, long = fact(report.split("## What was measured")[1], "left out")
+    assert "left out: 2 of 24 held-out replies stand in " in learned
+    assert "left out: 1 of 22 held-out replies, since equal ones count once: " in equal
+    assert long == "- left out: 1 of 21 held-out replies, with over 90 tokens (--max\\_seq\\_len)"
+    evidence()
+    assert fact((ours / "inspected" / "final_lora" / "report.md").read_text("utf-8"), "left") == []

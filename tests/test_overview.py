@@ -17,6 +17,7 @@ ANSWERED = {
 RECORD = {
     "base": "somebody/Model-1B",
     "adapter_config": {"r": 8, "lora_alpha": 16},
+    "held_out": {"file": "eval.jsonl", "learned": "none"},
     "loss": {"base": 3.8, "adapter": 3.1},
     "gain": {"value": 0.7, "error": 0.1},
     "losses": [{"where": f"eval.jsonl:{number}"} for number in range(20)],
@@ -62,17 +63,17 @@ def drawn(monkeypatch, tmp_path):
 
 
 def test_gains_changes_and_a_prompt_stand_side_by_side(drawn):
-    """What may be chance is shown as such, after what is clear."""
+    """What is not shown says so, after what is clear."""
     gained, lost, prompt = drawn(RECORD)
     assert gained == [
         "loss on unseen replies (lower is better)", "3.8000", "3.1000",
         "replies that pass “rings”", "0 of 40", "12 of 40",
-        "pass “others”: may be chance", "3 of 40", "3 of 40",
+        "pass “others”: not shown", "3 of 40", "3 of 40",
     ]  # fmt: skip
     assert lost == [
-        "ordinary tasks: top-1 token differs", "41 %",
+        "other tasks: top-1 token differs", "41 %",
         "replies that pass “calm”", "50 of 50", "41 of 50",
-        "pass “in doubt”: may be chance", "9 of 50", "8 of 50",
+        "pass “in doubt”: not shown", "9 of 50", "8 of 50",
     ]  # fmt: skip
     assert prompt[:2] == ["user", "my $5 roses <b>won</b>"]
     assert prompt[-3].endswith(" ...") and prompt[-2:] == ["adapter", "(nothing)"]
@@ -94,8 +95,8 @@ def test_a_loss_in_doubt_stays_on_the_left_and_says_so(drawn, value, error, line
     loss = {"base": 3.0, "adapter": 3.0 - value}
     doubt = {"gain": {"value": value, "error": error}, "losses": RECORD["losses"][:lines]}
     gained, lost, _ = drawn(RECORD | {"loss": loss, "checks": {}} | doubt)
-    assert gained[0] == "loss on unseen replies: may be chance" and len(gained) == 3
-    assert lost == ["ordinary tasks: top-1 token differs", "41 %"]
+    assert gained[0] == "loss on unseen replies: not shown" and len(gained) == 3
+    assert lost == ["other tasks: top-1 token differs", "41 %"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_the_picture_calls_clear_what_the_report_calls_clear(drawn, errors, line
     gain = {"value": 0.7, "error": 0.7 / errors, "effective_lines": 12.0}
     losses = [{"where": f"a:{number}"} for number in range(lines)] * 2
     gained, *_ = drawn(RECORD | {"gain": gain, "losses": losses})
-    assert ("may be chance" in gained[0]) is not is_clear
+    assert ("not shown" in gained[0]) is not is_clear
 
 
 def test_losses_that_are_written_alike_are_called_so(drawn):
@@ -132,7 +133,7 @@ def test_without_a_loss_only_a_check_of_the_users_own_is_a_gain(drawn):
     own = {"rings": rows["rings"] | {"source": "prompts"}}
     right = rows["others"] | {"name": "tasks right", "source": "tasks", "lost": []}
     alone = RECORD | {"loss": None, "losses": []}
-    none, tasks = "not measured: prompts have no loss", "pass “tasks: right”: may be chance"
+    none, tasks = "not measured: prompts have no loss", "pass “tasks: right”: not shown"
     gained, *_ = drawn(alone | {"checks": {"the same": rows["the same"]}})
     assert gained == [none]
     gained, *_ = drawn(alone | {"checks": {"tasks right": right}})
@@ -177,6 +178,27 @@ def test_only_held_out_prompts_are_called_unseen(drawn, monkeypatch, source, tit
     monkeypatch.setattr(Axes, "set_title", lambda _, text, **__: titles.append(text))
     drawn(RECORD | {"replies": [ANSWERED | {"source": source}]})
     assert titles == ["What was gained", "What else changed", title]
+
+
+def test_what_the_adapter_may_have_learned_is_not_called_unseen(drawn, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda _, text, **__: titles.append(text))
+    for learned, name, title in (
+        ("none", "unseen", "Unseen prompts"),
+        ("not compared", "unseen", "Unseen prompts"),
+        ("not known", "the given", "Given prompts"),
+    ):
+        gained, *_ = drawn(RECORD | {"held_out": {"learned": learned}})
+        assert gained[0] == f"loss on {name} replies (lower is better)" and titles[-1] == title
+    gained, *_ = drawn(RECORD | {"held_out": {}})  # of an older version
+    assert gained[0].startswith("loss on the given replies")
+
+
+def test_copies_are_one_line_in_the_picture(drawn):
+    for lines, is_clear in ((9, False), (10, True)):
+        losses = [{"where": f"a:{n}", "line": f"a:{n % lines}"} for n in range(20)]
+        gained, *_ = drawn(RECORD | {"losses": losses})
+        assert ("not shown" not in gained[0]) is is_clear
 
 
 def test_a_prompt_in_letters_that_the_font_lacks_is_passed_over(drawn):

@@ -524,7 +524,7 @@ def filtered(open_page):
         ("all held-out lines (5)", "lost won kept never turned"),
         ("emergency (3)", "lost won kept"),
         ("plain (2)", "never turned"),
-        ("ordinary tasks (1)", "sum"),
+        ("other tasks (1)", "sum"),
         ("your prompts (1)", "mine"),
     ],
 )

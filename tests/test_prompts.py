@@ -192,7 +192,7 @@ def test_without_checks_no_table_of_them_is_shown(ask, made):
     path = write_lines(made.folder / "plain.jsonl", ROWS[:2])
     end = ask("--general_file", "", prompts=path)
     assert end.status == 0 and len(end.found["replies"]) == 2
-    assert "two replies to each of 2 prompts" in end.said and "beyond chance" not in end.said
+    assert "two replies to each of 2 prompts" in end.said and "clear?" not in end.said
 
 
 def test_they_are_what_a_chat_would_say(ask, made, capsys, monkeypatch):
