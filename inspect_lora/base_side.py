@@ -1,8 +1,8 @@
 """What the base model lost and said before: a second adapter of the same base need not ask again.
 
 It is taken from an earlier evidence.json only if all that it depends on is the same: the base's
-files, type, device, matmuls and kernels, the versions of what computes, and the tokens of each
-held-out reply and each prompt.
+files, type, device and matmuls, the versions of what computes, and the tokens of each held-out
+reply and each prompt.
 """
 
 from __future__ import annotations
