@@ -215,11 +215,11 @@ def run_of_renamed(checkpoint: Path) -> Run | None:
 def why_run_is_unknown(place: Path) -> str:
     """Return why no run is known of an adapter that lies where a run of ours puts one, or ""."""
     folder = place.resolve()
+    output, what, is_ours = folder.parent, "holds the hash of this adapter", False
     if folder.parent.name.startswith("checkpoints"):
         output, what = folder.parent.parent, "belongs to this checkpoint"
-    else:
-        output, what = folder.parent, "holds the hash of this adapter"
-    if find_run(place) or not (runs_in(output) or (folder.parent / "job.json").is_file()):
+        is_ours = (folder.parent / "job.json").is_file()
+    if find_run(place) or not (is_ours or runs_in(output)):
         return ""
     return f"no run.json in {path_from_here(output)} {what}"
 

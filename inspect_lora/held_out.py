@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -47,11 +48,14 @@ def find_held_out_file(run: Run, facts: dict[str, Any]) -> tuple[str, bool]:
     Raises InspectError if there is none.
     """
     name = where_it_is_now(facts["file"], run)
-    others = {*Path(name).parent.glob(f"{Path(name).name}.*"), *run.path.parent.glob("*.jsonl*")}
-    for path in (Path(name), *sorted(others)):
-        is_searched = path.is_file() and path.stat().st_size <= LARGEST_SEARCHED
-        if is_searched and file_sha256(path) == facts["sha256"]:
-            return (name if path == Path(name) else str(path)), True
+    if Path(name).is_file() and file_sha256(Path(name)) == facts["sha256"]:
+        return name, True
+    renamed = Path(name).parent.glob(f"{glob.escape(Path(name).name)}.*")
+    for path in sorted({*renamed, *run.path.parent.glob("*.jsonl*")}):
+        with contextlib.suppress(OSError):  # one that may not be read is passed over
+            is_searched = path.is_file() and path.stat().st_size <= LARGEST_SEARCHED
+            if is_searched and file_sha256(path) == facts["sha256"]:
+                return str(path), True
     if Path(name).is_file():
         return name, False
     raise InspectError(

@@ -113,8 +113,10 @@ def test_it_is_found_by_its_hash_whatever_its_name(ours, evidence, name, is_foun
 def test_no_large_file_is_hashed_in_search_of_it(ours, monkeypatch):
     record = read_json(ours / "run.json")
     run, facts = Run(ours / "run.json", record), record["data"]["held_out"]
+    size = (ours / "held_out.jsonl").stat().st_size
+    monkeypatch.setattr(held_out, "LARGEST_SEARCHED", size - 1)
+    assert held_out.find_held_out_file(run, facts)[1]  # it is where it was
     own = (ours / "held_out.jsonl").rename(ours / "kept.jsonl")
-    size = own.stat().st_size
     monkeypatch.setattr(held_out, "LARGEST_SEARCHED", size)
     assert held_out.find_held_out_file(run, facts) == (str(own), True)
     monkeypatch.setattr(held_out, "LARGEST_SEARCHED", size - 1)
