@@ -169,7 +169,8 @@ OF_LOSSES = (
 OF_TASKS = "± is one standard error over the other tasks. "
 OF_CHECKS = "A check is clear if its p is below the limit that is given. "
 CHANCE = (
-    "All of this is about the choice of these lines; another seed of the training may change more."
+    "All of this is about the choice of these lines; another seed of the training may change more "
+    "than that."
 )
 
 

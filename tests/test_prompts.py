@@ -88,7 +88,9 @@ def test_both_reply_to_each_prompt_and_nothing_is_said_of_a_gain(ask, made):
     title = end.report.split("\n")[0]
     assert title.endswith(": its replies to 3 prompts, beside its base's")
     assert "- prompts: " in end.report and "held-out" not in end.report
-    assert "\n± is one standard error over the other tasks. Chance is the choice" in end.report
+    assert (
+        "\n± is one standard error over the other tasks. A check is clear if its p is" in end.report
+    )
     assert "another seed of the training may change more than that.\n" in end.report
     assert end.report.count("| base | adapter |") == 3  # a table each, without a reference
     page = (end.folder / "replies.html").read_text(encoding="utf-8")
