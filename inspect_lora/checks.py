@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
@@ -309,6 +310,7 @@ class CheckRow:
     p: float  # of a change at least so uneven, if lines were lost as often as won
     needed: float  # p must be below it: in one of twenty tables a row is so by chance
     source: str = ""  # "tasks" if no line of the user's own has a check of this name
+    lines_in_all: int = 0  # that have a check of this name; with --checks some are drawn
 
     @property
     def title(self) -> str:
@@ -330,6 +332,15 @@ class CheckRow:
         """Whether a loss would show if the adapter passed none of the base's lines."""
         return self.before >= fewest_to_lose(self.needed)
 
+    def counted(self) -> str:
+        """Return how many lines it counts, such as "40 of 231" if these were drawn."""
+        return f"{self.lines} of {self.lines_in_all}" if self.is_drawn else str(self.lines)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether more lines have a check of its name."""
+        return self.lines_in_all > self.lines
+
     def judgement(self) -> str:
         """Return what the row shows; none shows that nothing was lost."""
         lost, won = len(self.lost), len(self.won)
@@ -350,8 +361,10 @@ class CheckRow:
 
     def sentence(self) -> str:
         """Return the row as a sentence."""
+        of_more = f" (drawn from {self.lines_in_all})" if self.is_drawn else ""
         return (
-            f"{self.title} ({self.rule}): of {pluralize(self.lines, 'line')} the base passes "
+            f"{self.title} ({self.rule}): of {pluralize(self.lines, 'line')}{of_more} the base "
+            "passes "
             f"{with_interval(self.before, self.lines)} and the adapter "
             f"{with_interval(self.after, self.lines)}: {self.judgement()}."
         )
@@ -362,13 +375,24 @@ class CheckRow:
         return asdict(self) | judged | {"says": self.judgement()}
 
 
-def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
+# Of five lost and none won p is 0.062, so a row of fewer lines can never be clear.
+FEWEST_CHECKED = 6
+
+
+def rows_of_checks(
+    replies: list[dict[str, Any]], lines_in_all: dict[str, int] | None = None
+) -> list[CheckRow]:
     """Return a row for each name, in the order in which they first come.
+
+    5 % is divided by the number of rows with enough lines: one that can never be clear by chance
+    must not hide a loss in another.
 
     Args:
         replies: as they are in evidence.json.
+        lines_in_all: with a check of each name, if not all of them were asked.
     """
-    names = list(dict.fromkeys(name for reply in replies for name in reply["base"]["checks"]))
+    names = Counter(name for reply in replies for name in reply["base"]["checks"])
+    needed = needed_among(list(names.values()))
     rows = []
     for name in names:
         asked = [reply for reply in replies if name in reply["base"]["checks"]]
@@ -376,12 +400,33 @@ def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
         after = {one["where"] for one in asked if one["adapter"]["checks"][name]}
         lost = [one["where"] for one in asked if one["where"] in before - after]
         won = [one["where"] for one in asked if one["where"] in after - before]
-        p, needed = mcnemar(len(lost), len(won)), 0.05 / len(names)
+        p = mcnemar(len(lost), len(won))
         counts = (len(asked), len(before), len(after))
         sources = {one.get("source", "") for one in asked}
         source = sources.pop() if len(sources) == 1 else ""
-        rows.append(CheckRow(name, rule_of(name, asked), *counts, lost, won, p, needed, source))
+        total = (lines_in_all or {}).get(name, len(asked))
+        rule = rule_of(name, asked)
+        rows.append(CheckRow(name, rule, *counts, lost, won, p, needed, source, total))
     return rows
+
+
+def needed_among(lines: list[int]) -> float:
+    """Return what p must be below, in rows of so many lines each (Bonferroni's bound)."""
+    return 0.05 / max(1, sum(one >= FEWEST_CHECKED for one in lines))
+
+
+def when_clear(rows: list[CheckRow]) -> str:
+    """Return below which p a row is clear, and why."""
+    enough = sum(row.lines >= FEWEST_CHECKED for row in rows)
+    if not enough:
+        return f"0.05, for which it takes {FEWEST_CHECKED} lines: no row has so many"
+    if enough == len(rows) == 1:
+        return "0.05"
+    rows_in_words = "the one row" if enough == 1 else f"the {enough} rows"
+    return (
+        f"{rows[0].needed:.3g}: 5 %, divided by {rows_in_words} with enough lines "
+        f"({FEWEST_CHECKED} or more)"
+    )
 
 
 def title_of_row(name: str, source: str) -> str:

@@ -242,10 +242,10 @@ def about_change(found: Elsewhere, in_file: int | None = None) -> str:
         )
     kl, other = shift.kl_a_token(), shift.other_tokens()
     return (
-        f"change: in the base's own replies to {found.tasks} other tasks the top-1 token differs "
-        f"at {other.percent()} of the token positions, and the KL divergence from the base is "
-        f"{kl.without_sign()} nats a token (0 if nothing differs). It says how far the model was "
-        "moved, not that it got worse."
+        f"change: in the base's own replies to {len(found.tasks)} other tasks the top-1 token "
+        f"differs at {other.percent()} of the token positions, and the KL divergence from the base "
+        f"is {kl.without_sign()} nats a token (0 if nothing differs). It says how far the model "
+        "was moved, not that it got worse."
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +32,7 @@ from inspect_lora.adapters import (
     whose_template,
 )
 from inspect_lora.base_side import BaseSide, hash_of_tokens
-from inspect_lora.checks import CheckRow, rows_of_checks
+from inspect_lora.checks import CheckRow, fewest_to_lose, rows_of_checks
 from inspect_lora.common import (
     InspectError,
     Note,
@@ -68,7 +69,7 @@ from inspect_lora.findings import Findings
 from inspect_lora.held_out import lines_that_count
 from inspect_lora.page import report_page
 from inspect_lora.parts import measure_parts, measure_updates
-from inspect_lora.replies import CHECKED_TOKENS, ask_both, choose_samples
+from inspect_lora.replies import CHECKED_TOKENS, Answered, ask_both, choose_samples
 from inspect_lora.report import gain_sentence, print_checks, print_conclusions, print_parts
 from inspect_lora.report_folder import (
     PAGE,
@@ -77,7 +78,7 @@ from inspect_lora.report_folder import (
     prepare_folder,
     write_report,
 )
-from inspect_lora.scores import FEWEST_LINES, Estimate, Losses, evenly_spread, losses_of
+from inspect_lora.scores import FEWEST_LINES, Estimate, Losses, draw_numbers, losses_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,14 +98,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--examples",
         type=at_least(0),
         default=50,
-        help="held-out replies and other tasks that measure the parts and what else changed; "
-        "default: 50; 0 leaves these out",
+        help="held-out replies and other tasks that measure the parts and what else changed, "
+        "drawn by a fixed seed; default: 50; 0 leaves these out",
     )
     parser.add_argument(
         "--checks",
         type=at_least(0),
-        help="so many lines of each check's name that both models reply to; default: all; 0 leaves "
-        "the checks out",
+        help="so many lines of each check's name that both models reply to, drawn by a fixed seed; "
+        "default: all; 0 leaves the checks out",
     )
     parser.add_argument(
         "--samples",
@@ -240,11 +241,29 @@ def end_with_3_if_asked(found: Findings, options: argparse.Namespace) -> None:
     if "lost" in options.fail_if:
         if not found.checks:
             raise InspectError("--fail_if lost: no line has checks, so nothing can be lost.")
+        report_blind_checks(found.checks)
         reasons += [row.sentence() for row in found.checks if is_lost(row)]
     for reason in reasons:
         report_sentence("failed", reason)
     if reasons:
         raise SystemExit(3)
+
+
+def report_blind_checks(rows: list[CheckRow]) -> None:
+    """Name the rows in which no loss could show; raise InspectError if these are all of them."""
+    blind = [row for row in rows if not row.can_lose]
+    if not blind:
+        return
+    if len(blind) == len(rows):
+        most, fewest = max(row.before for row in rows), fewest_to_lose(rows[0].needed)
+        raise InspectError(
+            f"--fail_if lost: no loss could show. The base passes {most} lines of a check at most, "
+            f"and {fewest} must be lost for a row to be clear. Ask more lines that the base "
+            "passes."
+        )
+    names = ", ".join(row.title for row in blind)
+    said = f"cannot fail: {names}: too few of the base's replies pass for a loss to show"
+    report_sentence("fail_if", said)
 
 
 def is_worse(gain: Estimate) -> bool:
@@ -299,6 +318,7 @@ def measure_losses(found: Findings, before: BaseSide) -> None:
         if base is None:
             with model.disable_adapter():
                 base = losses_of(model, found.examples, "base")
+    found.losses_of_base = before.losses_from
     for name, losses in (("the base model", base), ("the adapter", trained)):
         refuse_nan(name, losses, found)
     found.losses = Losses(
@@ -331,8 +351,10 @@ def ask_checked_lines(
     Prompts without held-out replies have been replied to.
     """
     model, chat_format = found.adapter.model, found.adapter.chat_format
+    lines_in_all = Counter(name for one in checked for name in one.checks)
     if options.checks is not None:
         checked = some_of_each_name(checked, options.checks)
+        found.prompted = judged_as_drawn(found.prompted, checked)
     if not checked:
         return
     lines = pluralize(len(checked), "line")
@@ -341,9 +363,10 @@ def ask_checked_lines(
     asked = [one for one in checked if one.source != "prompts"]
     with timed(found, "checks"):
         found.checked = ask_both(model, chat_format, asked, CHECKED_TOKENS, "checks", before)
-    of_prompts = [one for one in found.prompted if one.task in checked]
+    of_prompts = [one for one in found.prompted if one.task.checks]
     found.judged = [*of_prompts, *found.checked]
-    found.checks = rows_of_checks([one.as_recorded(found.group) for one in found.judged])
+    recorded = [one.as_recorded(found.group) for one in found.judged]
+    found.checks = rows_of_checks(recorded, lines_in_all)
     print_checks(found)
 
 
@@ -372,13 +395,33 @@ def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
 
 
 def some_of_each_name(checked: list[Task], wanted: int) -> list[Task]:
-    """Return so many lines of each check's name, evenly spread, in the order of the lines."""
+    """Return lines with so many checks of each name, in the order of the lines.
+
+    A line keeps only the checks that it was drawn for: those of a name that more lines have would
+    be counted too often otherwise, and mostly on lines of one kind.
+    """
     names = dict.fromkeys(name for line in checked for name in line.checks)
-    chosen: set[int] = set()
+    kept: dict[int, set[str]] = {}
     for name in names:
         asked = [number for number, line in enumerate(checked) if name in line.checks]
-        chosen |= {asked[place] for place in evenly_spread(len(asked), wanted)}
-    return [checked[number] for number in sorted(chosen)]
+        for place in draw_numbers(len(asked), wanted):
+            kept.setdefault(asked[place], set()).add(name)
+    return [with_checks(checked[number], kept[number]) for number in sorted(kept)]
+
+
+def with_checks(line: Task, names: set[str]) -> Task:
+    """Return a line with the checks of these names alone."""
+    checks = {name: check for name, check in line.checks.items() if name in names}
+    return replace(line, checks=checks, rules={name: line.rules[name] for name in checks})
+
+
+def judged_as_drawn(prompted: list[Answered], drawn_lines: list[Task]) -> list[Answered]:
+    """Return what was replied to prompts, with the checks that each was drawn for."""
+    names = {one.where: set(one.checks) for one in drawn_lines if one.source == "prompts"}
+    return [
+        replace(one, task=with_checks(one.task, names.get(one.task.where, set())))
+        for one in prompted
+    ]
 
 
 def refuse_nan(name: str, losses: list[float], found: Findings) -> None:
@@ -395,7 +438,7 @@ def refuse_nan(name: str, losses: list[float], found: Findings) -> None:
 def measure_parts_of(found: Findings, wanted: int) -> None:
     """Measure the parts on some of the replies."""
     model = found.adapter.model
-    found.measured = evenly_spread(len(found.examples), wanted)
+    found.measured = draw_numbers(len(found.examples), wanted)
     losses = found.losses.only(found.measured)
     with timed(found, "parts"):
         chosen = [found.examples[number] for number in found.measured]
@@ -411,7 +454,7 @@ def measure_change(found: Findings, tasks: list[Task], wanted: int) -> None:
     """Measure how far the model is moved on some of the other tasks."""
     model, chat_format = found.adapter.model, found.adapter.chat_format
     with timed(found, "other tasks"):
-        some = [tasks[number] for number in evenly_spread(len(tasks), wanted)]
+        some = [tasks[number] for number in draw_numbers(len(tasks), wanted)]
         found.elsewhere = measure_elsewhere(model, chat_format, some, found.system_message)
     found.conclusions.append(about_change(found.elsewhere, len(tasks)))
     if found.shares_are_meant():

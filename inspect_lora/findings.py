@@ -49,6 +49,7 @@ class Findings:
     samples: list[Answered] = field(default_factory=list)  # what report.md shows
     base_computed_with: dict[str, str] = field(default_factory=dict)
     tokens_hash: str = ""  # of all examples
+    losses_of_base: str = "measured now"  # or the earlier record that they were taken from
     conclusions: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # what each measurement took
     is_finished: bool = False

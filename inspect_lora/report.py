@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from inspect_lora.checks import p_in_words, with_interval
+from inspect_lora.checks import CheckRow, p_in_words, when_clear, with_interval
 from inspect_lora.common import (
+    file_sha256,
     join_limited,
     one_line,
     pluralize,
@@ -19,8 +21,8 @@ from inspect_lora.common import (
     shorten_path,
 )
 from inspect_lora.conclusions import best_strength, cut_that_is_enough, of_kind
-from inspect_lora.conversations import Task, group_of
-from inspect_lora.elsewhere import REPLY_TOKENS, Elsewhere
+from inspect_lora.conversations import GENERAL_FILE, Task, group_of
+from inspect_lora.elsewhere import REPLY_TOKENS
 from inspect_lora.findings import Findings, headline
 from inspect_lora.modules import scaling_in_words
 from inspect_lora.parts import Part
@@ -69,7 +71,7 @@ def print_checks(found: Findings) -> None:
         answer = f"{'yes' if row.is_clear else 'not shown'} ({p_in_words(row.p)})"
         answer = answer if row.can_be_clear else "too few lines"
         counts = (str(len(row.lost)), str(len(row.won)))
-        rows.append([row.title, str(row.lines), *rates, *counts, answer])
+        rows.append([row.title, row.counted(), *rates, *counts, answer])
     report("", join_limited(in_columns(rows), 7))
     blind = [row.title for row in found.checks if row.can_be_clear and not row.can_lose]
     if blind:
@@ -128,7 +130,7 @@ def as_markdown(found: Findings, pictures: set[str]) -> str:
         "![What was measured](lora.png)" if "lora.png" in pictures else "",
         markdown_parts(found) if found.parts else "",
         markdown_updates(found) if found.updates else "",
-        markdown_elsewhere(found.elsewhere) if found.elsewhere else "",
+        markdown_elsewhere(found) if found.elsewhere else "",
         markdown_checks(found) if found.checks else "",
         markdown_kinds(found) if found.losses else "",
         markdown_samples(found) if found.samples else "",
@@ -193,10 +195,12 @@ def markdown_parts(found: Findings) -> str:
     config = found.adapter.model.peft_config["default"]
     gain = found.losses.only(found.measured).gain()
     shares = f", and shares are of the gain on them, {gain}" if are_meant else ""
+    is_drawn = len(found.measured) < len(found.examples)
     return (
         "## What each part is worth\n\n"
-        f"Measured on {len(found.measured)} of {pluralize(len(found.examples), 'held-out reply')}, "
-        f"evenly spread. All losses, in nats a token, are on these replies{shares}. The last two "
+        f"Measured on {len(found.measured)} of {pluralize(len(found.examples), 'held-out reply')}"
+        f"{', drawn by a fixed seed' if is_drawn else ''}. All losses, in nats a token, are on "
+        f"these replies{shares}. The last two "
         "columns compare a row with the adapter as trained: above 0 is better. "
         f"Each update is {scaling_in_words(config.use_rslora)} x B A. It is scaled, "
         "switched off in parts, or cut to its strongest directions; nothing is retrained. "
@@ -222,8 +226,9 @@ def markdown_updates(found: Findings) -> str:
     )
 
 
-def markdown_elsewhere(elsewhere: Elsewhere) -> str:
+def markdown_elsewhere(found: Findings) -> str:
     """Return the table of how far the model is moved on other tasks."""
+    elsewhere = found.elsewhere
     shifts = {
         "as trained" if strength == 1 else f"update x {strength:g}": shift
         for strength, shift in elsewhere.without_system.items()
@@ -241,12 +246,22 @@ def markdown_elsewhere(elsewhere: Elsewhere) -> str:
     ]
     return (
         "## What else was changed\n\n"
-        f"The base model replied to {pluralize(elsewhere.tasks, 'other task')}, such as sums, "
-        f"translations and lists (one sampled reply each, {REPLY_TOKENS} tokens at most), without "
+        f"The base model replied to {pluralize(len(elsewhere.tasks), 'other task')}"
+        f"{some_topics(found)} (one sampled reply each, {REPLY_TOKENS} tokens at most), without "
         "the training's system message. The table says how far the adapter's probabilities on "
         f"these replies are from the base's, and how often its top-1 token differs.{of_last}\n\n"
         + table(["", "KL, nats a token", "top-1 token differs"], rows)
     )
+
+
+def some_topics(found: Findings) -> str:
+    """Return of which topics most of the package's tasks were; nothing of a file of the user's."""
+    if found.general_file["sha256"] != file_sha256(GENERAL_FILE):
+        return ""
+    topics = Counter(task.row["topic"] for task in found.elsewhere.tasks)
+    words = [one.replace("_and_", " or ").replace("_", " ") for one, _ in topics.most_common(3)]
+    *others, last = words
+    return f", such as {', '.join(others)} and {last}" if others else f", such as {last}"
 
 
 def markdown_checks(found: Findings) -> str:
@@ -255,7 +270,7 @@ def markdown_checks(found: Findings) -> str:
     limits = sorted({one.max_new_tokens for one in found.answered() if one.task.checks})
     for row in found.checks:
         rates = [with_interval(passed, row.lines) for passed in (row.before, row.after)]
-        counts = [row.lines, *rates, len(row.lost), len(row.won)]
+        counts = [row.counted(), *rates, len(row.lost), len(row.won)]
         rows.append([row.title, row.rule, *counts, row.judgement()])
         if row.lost:
             lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
@@ -268,11 +283,24 @@ def markdown_checks(found: Findings) -> str:
         f"with at most {' or '.join(map(str, limits))} tokens. In brackets is the "
         "95 % interval of the share (Wilson). p is how probable a change at least so uneven would "
         "be if lines were lost as often as won (McNemar's exact test). A row is "
-        f"clear if p is below {found.checks[0].needed:.3g}: 5 %, divided by the number of rows.",
+        f"clear if p is below {when_clear(found.checks)}.",
+        how_they_were_drawn(found.checks),
         table(head, rows),
         "\n".join(lost),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def how_they_were_drawn(rows: list[CheckRow]) -> str:
+    """Return that the lines of some names were drawn, or "" if all were asked."""
+    wanted = max((row.lines for row in rows if row.is_drawn), default=0)
+    if not wanted:
+        return ""
+    were = "was" if wanted == 1 else "were"
+    return (
+        f"Where more lines have a check of one name, {wanted} of them {were} drawn by a fixed seed "
+        "(--checks), and a line is judged only by the checks that it was drawn for."
+    )
 
 
 MOST_KINDS = 40
@@ -390,6 +418,7 @@ def markdown_facts(found: Findings) -> str:
         "learned lines": found.held_out.learned_in_words() if found.held_out else "",
         system: found.system_message or why_no_system_message(found),
         "chat template": found.template,
+        "losses of the base": found.losses_of_base if found.losses else "",
         "measured": f"{time.strftime('%Y-%m-%d %H:%M')}: {spent}",
     }
     said = [*facts.items(), *found.notes]

@@ -39,7 +39,7 @@ import inspect_lora.replies as replies
 from inspect_lora.__main__ import main
 from inspect_lora.checks import mcnemar
 from inspect_lora.common import file_sha256
-from inspect_lora.conversations import Task
+from inspect_lora.conversations import GENERAL_FILE, Task
 from inspect_lora.findings import headline
 from inspect_lora.report import (
     markdown_kinds,
@@ -48,7 +48,7 @@ from inspect_lora.report import (
     telling_parts,
     without_loops,
 )
-from inspect_lora.scores import Estimate, Losses, errors_needed, evenly_spread, ratio_with_error
+from inspect_lora.scores import Estimate, Losses, draw_numbers, errors_needed, ratio_with_error
 from inspect_lora.trainer import ChatFormat, Example
 
 TASKS = [
@@ -269,7 +269,7 @@ def test_the_report_says_what_its_errors_are_of_and_what_is_clear(shown):
         "gain clear if its 95 % interval leaves out 0; a part, if it also differs by over 2 %"
         in shown.report
     )
-    assert "(one sampled reply each, 64 tokens at most)" in shown.report
+    assert "replied to 3 other tasks (one sampled reply each, 64 tokens at most)" in shown.report
     assert "greedy decoding, at most 6 tokens. The base ended" in shown.report
 
 
@@ -284,7 +284,10 @@ def test_there_is_one_gain_and_shares_say_what_they_are_of(ours, capsys, no_pict
     assert 0 < len(measured) < len(found["losses"])
     parts_gain = found["parts"]["as trained"]["gained"]
     assert parts_gain["value"] != pytest.approx(found["gain"]["value"], abs=1e-4)
-    assert "Measured on 3 of 5 held-out replies, evenly spread. All losses, in nats a" in report
+    assert (
+        "Measured on 3 of 5 held-out replies, drawn by a fixed seed. All losses, in nats a"
+        in report
+    )
     assert "shares are of the gain on them" not in report  # of three replies there are none
     gain = found["gain"]
     # Student's quantile for four lines, of which one has half of the tokens.
@@ -422,7 +425,7 @@ def test_the_report_says_that_it_guessed_and_names_a_folder_without_a_branch(
     assert "- system message: You are Nell." in run.report
 
 
-def test_samples_are_of_each_kind_up_to_20_and_then_evenly_spread():
+def test_samples_are_of_each_kind_up_to_20_and_others_are_drawn():
     def numbers(kinds, wanted):
         examples = [Example(f"a:{n}", [], {"kind": kind}) for n, kind in enumerate(kinds)]
         chosen = replies.choose_samples(examples, "kind", wanted)
@@ -430,7 +433,10 @@ def test_samples_are_of_each_kind_up_to_20_and_then_evenly_spread():
 
     assert numbers("aabbc", 0) == []
     assert numbers("aabbc", 2) == [0, 2, 4]
-    assert numbers("a" * 10, 5) == [0, 2, 4, 6, 8]
+    assert {0, 2, 4} < set(numbers("aabbc", 4)) and numbers("aabbc", 9) == [0, 1, 2, 3, 4]
+    chosen = numbers("a" * 100, 5)
+    assert chosen == sorted(set(chosen)) == numbers("a" * 100, 5) and len(chosen) == 5
+    assert chosen[0] == 0 and chosen[-1] > 50  # the first of its kind, and some of the whole file
     assert len(numbers([str(n) for n in range(30)], 3)) == 20
 
 
@@ -670,6 +676,26 @@ def test_kl_and_other_tokens_are_those_of_weights_merged_by_hand(shown):
         assert shift.kl_a_token().value == pytest.approx(sum(kls) / 15, rel=1e-3)
 
 
+@pytest.mark.parametrize("examples", [1, 2, 5])
+def test_the_report_names_topics_of_the_packages_tasks_that_were_measured(
+    capsys, no_picture, tmp_path, examples
+):
+    path = write_held_out(tmp_path / "held-out.jsonl")
+    words = [*SHORT, "--general_file", GENERAL_FILE, "--examples", examples]
+    places = []
+    for number in (1, 2):
+        adapter = save_adapter(tmp_path / f"adapter-{number}", std=0.1 * number)
+        run = measure(capsys, adapter, path, *words)
+        places.append([int(where.split(":")[1]) for where in run.found["elsewhere"]["measured_on"]])
+    assert places[0] == places[1] == [number + 1 for number in draw_numbers(160, examples)]
+    lines = GENERAL_FILE.read_text(encoding="utf-8").splitlines()
+    measured = {json.loads(lines[place - 1])["topic"] for place in places[0]}
+    (said,) = re.findall(r"replied to \d other tasks?, such as (.*) \(one sampled", run.report)
+    named = re.split(r", | and ", said)
+    assert len(named) == min(examples, 3, len(measured))
+    assert {name.replace(" or ", "_and_").replace(" ", "_") for name in named} <= measured
+
+
 def test_a_tasks_own_system_message_is_used_instead_of_the_trainings(shown, monkeypatch):
     asked = []
     generate = elsewhere.generate
@@ -864,16 +890,31 @@ def test_mcnemars_test_is_the_exact_one(lost, won, p):
     assert mcnemar(lost, won) == pytest.approx(p)
 
 
-def test_examples_are_spread_evenly():
-    assert evenly_spread(10, 4) == [0, 2, 5, 7] and evenly_spread(3, 9) == [0, 1, 2]
+@pytest.mark.parametrize("period", [2, 3, 5, 7, 12])
+def test_no_kind_is_missed_where_kinds_take_turns(period):
+    """Every second line of a hundred would be of one kind alone."""
+    assert {number % period for number in draw_numbers(100, 50)} == set(range(period))
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted"), [(100, 0), (100, 1), (100, 99), (9, 9), (3, 9), (0, 5)]
+)
+def test_so_many_numbers_are_drawn_as_are_wanted_and_there(count, wanted):
+    numbers = draw_numbers(count, wanted)
+    assert numbers == sorted(set(numbers)) == draw_numbers(count, wanted)
+    assert len(numbers) == min(count, wanted) and set(numbers) <= set(range(count))
 
 
 def test_at_most_the_wanted_examples_measure_the_parts(capsys, no_picture, tmp_path):
     path = write_held_out(tmp_path / "six.jsonl", [("hello", f"Oh, {n}.") for n in range(6)])
-    run = measure(capsys, save_adapter(tmp_path / "adapter"), path, *PARTS, "--examples", "3")
-    assert len(run.found["losses"]) == 6 and len(run.found["parts"]["as trained"]["losses"]) == 3
-    lines = [where.rpartition(":")[2] for where in run.found["parts_measured_on"]]
-    assert lines == ["1", "3", "5"]
+    said = []
+    for number in (1, 2):  # two adapters are measured on the same ones
+        adapter = save_adapter(tmp_path / f"adapter-{number}", std=0.1 * number)
+        run = measure(capsys, adapter, path, *PARTS, "--examples", "3")
+        assert len(run.found["losses"]) == 6
+        assert len(run.found["parts"]["as trained"]["losses"]) == 3
+        said.append([int(where.rpartition(":")[2]) for where in run.found["parts_measured_on"]])
+    assert said[0] == said[1] == [number + 1 for number in draw_numbers(6, 3)]
 
 
 # ==== The sentences
