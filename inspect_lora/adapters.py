@@ -81,6 +81,7 @@ class Adapter:
     dtype: str
     file_dtype: torch.dtype  # of the base's weights in their file
     matmul: str = "native"  # or "float16", on a GPU that only emulates bfloat16
+    delta_kernels: str = ""  # what computes DeltaNet's layers on a GPU, and why
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,8 +139,9 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
         base_config = load_config(base, revision)
     refuse_other_quantization(base, base_config)
     device, dtype = choose_device_and_dtype(options, base_config, run)
-    if device.type == "cuda":
-        choose_delta_kernels(base_config, dtype)  # before the model's code is imported
+    delta_kernels = ""
+    if device.type == "cuda":  # before the model's code is imported
+        delta_kernels = choose_delta_kernels(base_config, dtype)
     with errors_name_the_base(base):
         chat_format = chat_format_of(options, place, base, revision)
         model = load_model(base, revision, dtype, device)
@@ -163,7 +165,9 @@ def open_adapter(options: argparse.Namespace, place: Path, run: Run | None) -> A
     )
     if run and run.record.get("script_sha256") not in (None, script_sha256()):
         report("", "It was trained by another version of train_lora_single.py than the one here.")
-    return Adapter(place, run, model, chat_format, base, revision, dtype, file_dtype, matmul)
+    return Adapter(
+        place, run, model, chat_format, base, revision, dtype, file_dtype, matmul, delta_kernels
+    )
 
 
 @contextmanager

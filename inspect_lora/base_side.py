@@ -8,6 +8,7 @@ become a gain.
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 import peft
@@ -123,12 +124,20 @@ def how_the_base_computes(adapter: Adapter) -> dict[str, str]:
         "dtype": adapter.dtype,
         "matmul": adapter.matmul,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "delta_kernels": kernels_of(adapter),
         "stop_token_ids": repr(adapter.chat_format.stop_token_ids),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "script": script_sha256(),
     }
+
+
+def kernels_of(adapter: Adapter) -> str:
+    """Return what computes DeltaNet's layers: torch, or fla and its version; "" without them."""
+    if not adapter.delta_kernels.startswith("fla"):
+        return adapter.delta_kernels and "torch"
+    return f"fla {importlib.metadata.version('fla-core')}"
 
 
 def hash_of_tokens(examples: list[Example]) -> str:

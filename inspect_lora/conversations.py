@@ -26,14 +26,15 @@ from inspect_lora.common import (
 from inspect_lora.evidence_file import KnownFile
 from inspect_lora.files import Run
 from inspect_lora.held_out import (
-    LEARNED_IN_WORDS,
     Learned,
     conversations_sha256,
     facts_of_run,
     find_held_out_file,
+    is_what_was_held_out,
     key_of,
     note_copies,
-    refuse_other_conversations,
+    nothing_known,
+    refuse_other_sums,
     without_equals,
     without_learned,
 )
@@ -62,6 +63,7 @@ class HeldOut:
     examples: list[Example]  # a reply each
     checked: list[Task]  # the lines that say what a reply must hold
     learned: Learned  # which of the replies stand in the training file, as far as that is known
+    learned_says: str  # the same in words
     notes: list[Note]  # what was left out, and what else a reader of the report must know
     # Where the file is not the one that the run held out: what the run's record says of that one,
     # and all replies of this one, to be compared once they have their tokens.
@@ -74,7 +76,7 @@ class HeldOut:
 
     def learned_in_words(self) -> str:
         """Return whether the adapter may have learned some of the replies."""
-        return LEARNED_IN_WORDS[self.learned]
+        return self.learned_says
 
     def as_known(self) -> KnownFile:
         """Return its file as evidence.json names it."""
@@ -121,18 +123,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
-    """Return the held-out conversations; a bad line or a bad check is refused by its line."""
+def read_held_out(options: argparse.Namespace, run: Run | None, unknown_run: str = "") -> HeldOut:
+    """Return the held-out conversations; a bad line or a bad check is refused by its line.
+
+    Args:
+        options: the flags of the command.
+        run: the one that the adapter comes from.
+        unknown_run: why that is not known though the adapter lies where a run of ours puts one.
+    """
     facts, is_its = facts_of_run(run), True
     path = options.eval_file
     if not path and facts:
         path, is_its = find_held_out_file(run, facts)
     if not path:
+        reason = f"{unknown_run}. " if unknown_run else ""
         raise InspectError(
-            "Held-out conversations are needed, which the adapter was not trained on: give a file "
-            'with --eval_file. A line is {"prompt": [...], "completion": [...]}, {"messages": '
-            "[...]}, or in the form of ShareGPT or Alpaca. Prompts without replies are given with "
-            "--prompts."
+            f"{reason}Held-out conversations are needed, which the adapter was not trained on: "
+            'give a file with --eval_file. A line is {"prompt": [...], "completion": [...]}, '
+            '{"messages": [...]}, or in the form of ShareGPT or Alpaca. Prompts without replies '
+            "are given with --prompts."
         )
     replies = run.settings.get("REPLIES", "all") if run else "all"
     in_file, problems = read_conversations(path, replies, accepts_thinking=options.enable_thinking)
@@ -143,15 +152,17 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.{hint}")
     warn_of_misspelt_checks({example.source: example.row for example in in_file})
     notes: list[Note] = []
-    unlearned, learned = in_file, "not known"
+    is_proved = not options.eval_file and (is_its or is_what_was_held_out(path, in_file, run))
     if run:
-        unlearned, learned = without_learned(in_file, run, not options.eval_file, notes)
+        unlearned, learned, says = without_learned(in_file, run, is_proved, notes)
+    else:
+        unlearned, learned, says = in_file, "not known", nothing_known(unknown_run)
     examples = without_equals(unlearned, notes)
     note_copies(examples, notes)
     sha256 = file_sha256(Path(path))
-    if not is_its:  # other conversations are refused below
+    if is_proved and not is_its:
         notes.append(("note", f"{path} was changed since the run, but for its conversations"))
-    elif sha256 != facts.get("sha256", sha256):
+    elif options.eval_file and sha256 != facts.get("sha256", sha256):
         notes.append(("note", f"this is not the file that the run held out ({facts['file']})"))
     return HeldOut(
         str(path),
@@ -160,8 +171,9 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
         examples,
         lines_to_check(in_file, examples),
         learned,
+        says,
         notes,
-        unproved=None if is_its else (facts, in_file),
+        unproved=None if options.eval_file or is_proved else (facts, in_file),
     )
 
 
@@ -170,19 +182,42 @@ def lines_to_check(in_file: list[Example], kept: list[Example]) -> list[Task]:
 
     Raises InspectError, and names the lines, if a check is not as it should be.
     """
-    checked, bad = [], []
+    checked: dict[str, Task] = {}
+    bad = []
     last = {example.source: example for example in in_file}  # of each conversation
-    are_kept = set(map(id, kept))
+    first = {key_of(one.messages): one for one in kept}
     for example in last.values():
         rules = example.row.get("checks")
         if rules is not None:
             try:
                 task = replace(task_of_example(example), checks=read_checks(rules), rules=rules)
-                checked += [task] if id(example) in are_kept else []
+                key = key_of(example.messages)
+                if key in checked:
+                    checked[key] = with_checks_of(checked[key], task)
+                elif key in first:
+                    # The first of equal ones may be a reply within a longer conversation.
+                    is_last = first[key] is last[first[key].source]
+                    asked = task_of_example(first[key]) if is_last else task
+                    checked[key] = replace(asked, checks=task.checks, rules=task.rules)
             except ValueError as error:
                 bad.append(Problem(example.source, str(error)))
     refuse_bad_lines(bad)
-    return checked
+    return list(checked.values())
+
+
+def with_checks_of(task: Task, equal: Task) -> Task:
+    """Return a task with the checks of an equal one as well.
+
+    Raises ValueError if one name stands for two checks.
+    """
+    for name, rule in equal.rules.items():
+        if task.rules.get(name, rule) != rule:
+            raise ValueError(
+                f'this line is {task.where} again, and its check "{name}" is another one than '
+                "there: give it another name, or take one of the two out"
+            )
+    checks, rules = task.checks | equal.checks, task.rules | equal.rules
+    return replace(task, checks=checks, rules=rules)
 
 
 def encode_held_out(
@@ -199,7 +234,8 @@ def encode_held_out(
         facts, in_file = held_out.unproved
         encode(in_file, adapter.chat_format, None)
         longest = adapter.run.settings.get("MAX_SEQ_LEN")
-        refuse_other_conversations(held_out.path, facts, in_file, longest)
+        doubt = refuse_other_sums(held_out.path, facts, in_file, longest)
+        report_note(held_out.notes, "note", doubt)
     if fitting and not any(is_text_of(one, adapter.chat_format) for one in fitting):
         raise InspectError(
             f"The tokenizer in {adapter.chat_format.tokenizer.name_or_path} turns no reply into "
@@ -267,8 +303,12 @@ def read_prompts(
         try:
             rows[where] = read_line(text)
             task = prompt_of(rows[where], where, source)
-            first = found.setdefault(key_of(task.messages), task)
-            equal += [f"{where} is {first.where} again"] if first is not task else []
+            key = key_of(task.messages)
+            if key in found:
+                equal.append(f"{where} is {found[key].where} again")
+                found[key] = with_checks_of(found[key], task)
+            else:
+                found[key] = task
         except ValueError as error:
             bad.append(Problem(where, str(error)))
     refuse_bad_lines(bad)

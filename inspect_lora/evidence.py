@@ -64,7 +64,7 @@ from inspect_lora.conversations import (
     tasks_that_render,
 )
 from inspect_lora.elsewhere import measure_elsewhere
-from inspect_lora.files import find_adapter, find_run
+from inspect_lora.files import find_adapter, find_run, why_run_is_unknown
 from inspect_lora.findings import Findings
 from inspect_lora.held_out import lines_that_count
 from inspect_lora.page import report_page
@@ -148,7 +148,7 @@ def run(options: argparse.Namespace) -> None:
     if options.prompts:
         prompts = read_prompts(options.prompts, "prompts", notes)
     else:
-        held_out = read_held_out(options, trained_by)
+        held_out = read_held_out(options, trained_by, why_run_is_unknown(place))
     tasks = read_tasks(options.general_file, notes)  # before the model is loaded
     adapter = open_adapter(options, place, trained_by)
     examples = encode_held_out(held_out, adapter, options) if held_out else []

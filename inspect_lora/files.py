@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inspect_lora.common import InspectError, file_sha256, one_line, read_json
+from inspect_lora.common import (
+    InspectError,
+    file_sha256,
+    one_line,
+    path_from_here,
+    read_json,
+    without_nan,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -152,27 +159,69 @@ class Run:
         """The settings of the run, by the names of the script's constants."""
         return self.record["settings"]
 
+    @property
+    def holds_out_lines(self) -> bool:
+        """Whether it held out some lines of its training file, with an EVAL_FILE like "10%"."""
+        return str(self.settings.get("EVAL_FILE") or "").strip().endswith("%")
+
 
 def find_run(place: Path) -> Run | None:
     """Return the run that an adapter comes from, or None for one of another trainer.
 
     A published adapter is known by its hash, which run.json holds, also where both were renamed
-    together; a checkpoint by its place.
+    together; a checkpoint by its place, and a renamed one (checkpoints.DATE) by its losses.
     """
     folder = place.resolve()
     if folder.parent.name == "checkpoints":
-        record = read_json(folder.parent.parent / "run.json")
-        if record and isinstance(record.get("settings"), dict):
-            return Run(folder.parent.parent / "run.json", record)
-        return None
+        of_now = [one for one in runs_in(folder.parent.parent) if one.path.name == "run.json"]
+        return of_now[0] if of_now else None
+    if folder.parent.name.startswith("checkpoints."):
+        return run_of_renamed(folder)
     sha256 = file_sha256(folder / "adapter_model.safetensors")
-    for path in sorted(folder.parent.glob("run.json*")):
-        record = read_json(path) or {}
-        hashes = record.get("adapter_sha256")
-        is_its = isinstance(hashes, dict) and sha256 in hashes.values()
-        if is_its and isinstance(record.get("settings"), dict):
-            return Run(path, record)
+    for run in runs_in(folder.parent):
+        hashes = run.record.get("adapter_sha256")
+        if isinstance(hashes, dict) and sha256 in hashes.values():
+            return run
     return None
+
+
+def runs_in(folder: Path) -> list[Run]:
+    """Return the runs whose records lie in a folder, also those that later runs renamed."""
+    read = ((path, read_json(path)) for path in sorted(folder.glob("run.json*")))
+    return [
+        Run(path, record)
+        for path, record in read
+        if record and isinstance(record.get("settings"), dict)
+    ]
+
+
+def run_of_renamed(checkpoint: Path) -> Run | None:
+    """Return the run of a checkpoint in checkpoints.DATE, or None if it is not known.
+
+    The DATE of run.json.DATE may be another one, since each name tells when that one was changed
+    last. But a record holds all that was logged, and a checkpoint what was logged until then; the
+    seconds that each step took are among it, so no other run has the same.
+    """
+    logged = without_nan((read_json(checkpoint / "trainer_state.json") or {}).get("log_history"))
+    if not isinstance(logged, list) or not logged:
+        return None
+    for run in runs_in(checkpoint.parent.parent):
+        history = run.record.get("loss_history")
+        if isinstance(history, list) and history[: len(logged)] == logged:
+            return run
+    return None
+
+
+def why_run_is_unknown(place: Path) -> str:
+    """Return why no run is known of an adapter that lies where a run of ours puts one, or ""."""
+    folder = place.resolve()
+    output, what, is_ours = folder.parent, "holds the hash of this adapter", False
+    if folder.parent.name.startswith("checkpoints"):
+        output, what = folder.parent.parent, "belongs to this checkpoint"
+        is_ours = (folder.parent / "job.json").is_file()
+    if find_run(place) or not (is_ours or runs_in(output)):
+        return ""
+    return f"no run.json in {path_from_here(output)} {what}"
 
 
 def where_it_is_now(name: str, run: Run) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import glob
 import hashlib
 import io
 import json
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,21 +18,19 @@ from inspect_lora.common import (
     Note,
     file_sha256,
     join_limited,
+    path_from_here,
     pluralize,
     report_note,
 )
 from inspect_lora.files import Run, where_it_is_now
-from inspect_lora.trainer import Example, UserError, held_out_percent, hold_out, read_conversations
+from inspect_lora.trainer import Example, Job, UserError, held_out_percent, read_both_files
 
 Learned = Literal["none", "not compared", "not known"]
-LEARNED_IN_WORDS: dict[Learned, str] = {
-    "none": "none of these replies stands in the run's training file",
-    "not compared": "the run held these replies out; they were not compared with its training "
-    "file, which is not there any more or was changed",
-    "not known": "not known, since the adapter's training file was not at hand: it may have "
-    "learned some of these replies",
-}
 GIVE_A_FILE = "Give conversations that the adapter was not trained on with --eval_file."
+LARGEST_SEARCHED = 10**9  # bytes; larger files are not hashed in search of the held-out one
+
+
+# ---- The run's own file
 
 
 def facts_of_run(run: Run | None) -> dict[str, Any]:
@@ -40,36 +42,35 @@ def find_held_out_file(run: Run, facts: dict[str, Any]) -> tuple[str, bool]:
     """Return a run's held-out file, and whether its hash is the one in the run's record.
 
     A later run into the same folder renames the file of an earlier one (held_out.jsonl.DATE) and
-    puts its own there, of which the earlier run may have learned some lines.
+    puts its own there, of which the earlier run may have learned some lines. A user may give it
+    any name, so all such files beside the record are hashed.
 
     Raises InspectError if there is none.
     """
     name = where_it_is_now(facts["file"], run)
-    folders = {Path(name).parent, run.path.parent}
-    renamed = sorted(
-        path
-        for folder in folders
-        if folder.is_dir()
-        for path in folder.iterdir()
-        if path.name.startswith(f"{Path(name).name}.")
-    )
-    for path in (Path(name), *renamed):
-        if path.is_file() and file_sha256(path) == facts["sha256"]:
-            return (name if path == Path(name) else str(path)), True
+    if Path(name).is_file() and file_sha256(Path(name)) == facts["sha256"]:
+        return name, True
+    renamed = Path(name).parent.glob(f"{glob.escape(Path(name).name)}.*")
+    for path in sorted({*renamed, *run.path.parent.glob("*.jsonl*")}):
+        with contextlib.suppress(OSError):  # one that may not be read is passed over
+            is_searched = path.is_file() and path.stat().st_size <= LARGEST_SEARCHED
+            if is_searched and file_sha256(path) == facts["sha256"]:
+                return str(path), True
     if Path(name).is_file():
         return name, False
     raise InspectError(
-        f"What the run held out is not there: {facts['file']}, and nothing beside {run.path} has "
-        f"its SHA-256 ({facts['sha256'][:12]}...). {GIVE_A_FILE}"
+        f"What the run held out is not there: {facts['file']}, and no *.jsonl file beside "
+        f"{run.path} has its SHA-256 ({facts['sha256'][:12]}...). {GIVE_A_FILE}"
     )
 
 
-def refuse_other_conversations(
+def refuse_other_sums(
     path: str, facts: dict[str, Any], examples: list[Example], max_seq_len: int | None
-) -> None:
-    """Refuse a file that is not the run's own, unless its conversations are: with checks added.
+) -> str:
+    """Refuse a file that is not the run's own, unless as much stands there: with checks added.
 
-    Of these the run's record has the number of replies, of tokens and of those that count.
+    Of the conversations the run's record has the number of replies, of tokens and of those that
+    count, so other ones of the same sums pass. Returned is the sentence that tells this.
 
     Args:
         path: the file.
@@ -86,60 +87,181 @@ def refuse_other_conversations(
             f"{path} is not what the run held out: other conversations stand there now, and the "
             f"adapter may have learned some of them. {GIVE_A_FILE}"
         )
+    return (
+        f"{path_from_here(path)} was edited since the run. It has as many replies and tokens as "
+        "the run held out; whether they are the same conversations is not known."
+    )
+
+
+def is_what_was_held_out(path: str, examples: list[Example], run: Run) -> bool:
+    """Return whether a file holds the conversations that a run held out, whatever else is in it.
+
+    They are held out of TRAIN_FILE again; False if that does not give what the run held out.
+
+    Raises InspectError if it does, and others stand in the file, or some are missing.
+    """
+    split = split_again(run)
+    if not split or not split.is_of_the_run:
+        return False
+    there = Counter(key_of(one.messages) for one in examples)
+    then = Counter(key_of(one.messages) for one in split.held_out)
+    others, missing = (there - then).total(), (then - there).total()
+    if others or missing:
+        text = f"{pluralize(others, 'other reply')} stand" + ("s" if others == 1 else "")
+        raise InspectError(
+            f"{path} is not what the run held out: {text} there now, and {missing:,} of "
+            f"{pluralize(len(split.held_out), 'reply')} {'is' if missing == 1 else 'are'} missing. "
+            f"Set it back. {GIVE_A_FILE}"
+        )
+    return True
+
+
+# ---- What the run learned
+
+
+@dataclass
+class Split:
+    """What a run's training file gives now: what is learned, and what N % hold out of it."""
+
+    learned: list[Example]
+    held_out: list[Example]
+    is_of_the_run: bool  # the run held out just this
+    problems: int  # lines that cannot be read
+
+
+def split_again(run: Run) -> Split | None:
+    """Return what a run's training file gives now, by the script's own rules.
+
+    None if the file is not there, or none of it can be read, or it cannot be divided.
+    """
+    facts, settings = run.record.get("data", {}).get("train") or {}, run.settings
+    eval_file = str(settings.get("EVAL_FILE") or "")
+    percent = eval_file if held_out_percent(eval_file) else ""
+    path = where_it_is_now(facts.get("file", ""), run)
+    values = {"TRAIN_FILE": path, "REPLIES": settings.get("REPLIES", "all")}
+    for wanted in dict.fromkeys((percent, "")):  # a file that became too short is not divided
+        job = Job(argparse.Namespace(**values, EVAL_FILE=wanted))
+        # The run has told what is in its file; an older script may have had other rules.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
+            learned, held_out, problems = read_both_files(job)
+            sha256 = hashlib.sha256(job.held_out_content).hexdigest()
+            is_of_the_run = bool(held_out) and sha256 == facts_of_run(run).get("sha256")
+            return Split(learned, held_out, is_of_the_run, len(problems))
+    return None
+
+
+@dataclass
+class LearnedReplies:
+    """What a run learned, as far as it can be known now."""
+
+    path: str  # its training file
+    said: set[str] = field(default_factory=set)  # what was said up to each reply, see said_in()
+    fault: str = ""  # why it may be more or others
+    has_changed: bool = False  # the file, since the run
+
+
+def replies_learned_by(run: Run) -> LearnedReplies:
+    """Return what a run's training file holds now, but for what the run held out of it.
+
+    Of a file that was changed since the run it is the best that is known: a line that was added
+    counts as learned.
+    """
+    facts = run.record.get("data", {}).get("train") or {}
+    path = where_it_is_now(facts.get("file", ""), run)
+    if not Path(path).is_file():
+        return LearnedReplies(path or "the training file", fault="is not there any more")
+    split = split_again(run)
+    if not split:
+        return LearnedReplies(path, fault="cannot be read any more")
+    learned = {said_in(one.messages) for one in split.learned}
+    percent = held_out_percent(str(run.settings.get("EVAL_FILE") or ""))
+    if percent and not split.is_of_the_run:
+        # Of a longer file more is held out, of which the run learned some.
+        drawn = {said_in(one.messages) for one in split.held_out}
+        learned = (learned | drawn) - known_held_out(run, drawn)
+    has_changed = file_sha256(Path(path)) != facts.get("sha256")
+    fault = "has changed since the run" if has_changed else ""
+    if split.problems:
+        fault = f"has {pluralize(split.problems, 'line')} that cannot be read"
+    return LearnedReplies(path, learned, fault, has_changed)
+
+
+def known_held_out(run: Run, drawn: set[str]) -> set[str]:
+    """Return what was said in those conversations that a run with N % surely did not learn.
+
+    Args:
+        run: the run, whose training file was changed since.
+        drawn: what was said in those that N % would hold out of that file now.
+    """
+    facts = facts_of_run(run)
+    if not facts:
+        return set()
+    with contextlib.suppress(InspectError, UserError):
+        path, is_its = find_held_out_file(run, facts)
+        values = {
+            "TRAIN_FILE": path,
+            "EVAL_FILE": "",
+            "REPLIES": run.settings.get("REPLIES", "all"),
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            there, _, _ = read_both_files(Job(argparse.Namespace(**values)))
+        said = {said_in(one.messages) for one in there}
+        return said if is_its else said & drawn  # an edited one may hold others
+    return set()
+
+
+def nothing_known(unknown_run: str) -> str:
+    """Return what is told of an adapter without a run, and why, if it lies like one of a run."""
+    reason = unknown_run or "the adapter's training file was not at hand"
+    return f"not known, since {reason}: it may have learned some of these replies"
 
 
 def without_learned(
-    examples: list[Example], run: Run, is_its: bool, notes: list[Note]
-) -> tuple[list[Example], Learned]:
+    examples: list[Example], run: Run, is_proved: bool, notes: list[Note]
+) -> tuple[list[Example], Learned, str]:
     """Return the replies that do not stand in the run's training file, and whether that is known.
 
     Args:
         examples: all replies in a file.
         run: the one that the adapter comes from.
-        is_its: whether that run held the file out.
+        is_proved: whether these are what that run held out.
         notes: gets a sentence that names the others.
     """
-    path, learned = replies_learned_by(run)
-    if not learned and not is_its:
-        report_note(
-            notes,
-            "note",
-            f"{path or 'The file'}, on which the adapter was trained, is not there any more or was "
-            "changed, so it is not known whether it learned some of these replies.",
+    learned = replies_learned_by(run)
+    path, fault = path_from_here(learned.path), learned.fault
+    known = [one for one in examples if said_in(one.messages) in learned.said]
+    if known:
+        named = join_limited(list(dict.fromkeys(one.source for one in known)), 10, ", ")
+        text = (
+            f"{len(known)} of {pluralize(len(examples), 'held-out reply')} stand in {path}, on "
+            "which the adapter was trained"
         )
-    if not learned:
-        return examples, "not compared" if is_its else "not known"
-    known = [one for one in examples if said_in(one.messages) in learned]
-    if not known:
-        return examples, "none"
-    named = join_limited(list(dict.fromkeys(one.source for one in known)), 10, ", ")
-    text = f"{len(known)} of {pluralize(len(examples), 'held-out reply')} stand in {path}"
-    if len(known) == len(examples):
-        raise InspectError(
-            f"{text}, on which the adapter was trained, so none is left. {GIVE_A_FILE}"
-        )
-    report_note(notes, "left out", f"{text}, on which the adapter was trained: {named}.")
-    return [one for one in examples if said_in(one.messages) not in learned], "none"
+        if len(known) == len(examples):
+            added = ""
+            if learned.has_changed:
+                added = " It has changed since the run, and lines that were added count as learned."
+            raise InspectError(f"{text}, so none is left.{added} {GIVE_A_FILE}")
+        report_note(notes, "left out", f"{text}: {named}.")
+    kept = [one for one in examples if said_in(one.messages) not in learned.said]
+    if not fault:
+        return kept, "none", "none of these replies stands in the run's training file"
+    if is_proved and run.holds_out_lines:
+        return kept, "none", "the run held these replies out of its training file"
+    if is_proved:
+        compared = " None of them stands in it as it is now." if learned.said else ""
+        says = f"the run held these replies out; its training file {fault}.{compared}"
+        return kept, "not compared", says.rstrip(".")
+    rest = "others" if known else "some of these replies"
+    report_note(
+        notes,
+        "note",
+        f"{path}, on which the adapter was trained, {fault}, so it is not known whether it "
+        f"learned {rest}.",
+    )
+    return kept, "not known", f"not known, since {path} {fault}: it may have learned {rest}"
 
 
-def replies_learned_by(run: Run) -> tuple[str, set[str]]:
-    """Return a run's training file and what was said up to each reply that was trained on.
-
-    There are none if the file is not there any more, or is not what it was.
-    """
-    facts = run.record.get("data", {}).get("train") or {}
-    path = where_it_is_now(facts.get("file", ""), run)
-    if not Path(path).is_file() or file_sha256(Path(path)) != facts.get("sha256"):
-        return path, set()
-    percent = held_out_percent(str(run.settings.get("EVAL_FILE") or ""))
-    with contextlib.redirect_stdout(io.StringIO()):  # the run has told what is in its file
-        try:
-            examples, _ = read_conversations(path, run.settings.get("REPLIES", "all"))
-            if percent:
-                examples, _ = hold_out(examples, percent, path)
-        except UserError:  # by another version's rules
-            return path, set()
-    return path, {said_in(one.messages) for one in examples}
+# ---- Equal ones
 
 
 def said_in(messages: list[dict[str, str]]) -> str:

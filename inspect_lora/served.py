@@ -34,7 +34,7 @@ from inspect_lora.common import (
     this_program,
 )
 from inspect_lora.evidence_file import Evidence, Row, read_evidence, records_below
-from inspect_lora.files import Run, find_adapter, find_run, folder_to_serve
+from inspect_lora.files import Run, find_adapter, find_run, folder_to_serve, why_run_is_unknown
 from inspect_lora.scores import draw_numbers, losses_of
 from inspect_lora.server import GIVE_THE_ADDRESS, Server
 from inspect_lora.trainer import ChatFormat, Example, encode, name_on_server
@@ -132,7 +132,7 @@ def choose_replies(
     evidence = find_evidence(options, place, trained_by)
     if evidence and not options.eval_file and Path(evidence.held_out.file).is_file():
         options.eval_file = evidence.held_out.file
-    held_out = conversations.read_held_out(options, trained_by)
+    held_out = conversations.read_held_out(options, trained_by, why_run_is_unknown(place))
     is_asked_for = options.base or options.base_revision or options.dtype or options.device
     if evidence and not is_asked_for:
         base = (evidence.base, evidence.base_revision)

@@ -51,7 +51,8 @@ ChatFormat = script.ChatFormat
 
 read_conversations = script.read_conversations
 entries_of = script.entries_of
-hold_out = script.hold_out
+Job = script.Job
+read_both_files = script.read_both_files
 held_out_percent = script.held_out_percent
 problems_as_text = script.problems_as_text
 check_messages = script.check_messages

@@ -1,17 +1,23 @@
 """What the base lost and said is taken from an earlier record only if nothing else would come."""
 
+import argparse
+import copy
 import json
 import os
 import shutil
+import types
 
 import pytest
-from conftest import TINY
-from on_tiny import SHORT, messages_of, read_json, save_adapter, write_lines
+import torch
+from conftest import ROOT, TINY
+from on_tiny import SHORT, base_model, messages_of, read_json, save_adapter, write_lines
 from tiny_adapters import change_config, command
 
 import inspect_lora.base_side as base_side
 import inspect_lora.evidence as evidence
 import inspect_lora.replies as replies
+from inspect_lora import adapters
+from inspect_lora.base_side import BaseSide, how_the_base_computes
 
 CHECK = {"right": {"kind": "word", "answers": ["hello"]}}
 WORDS = [word for word in SHORT if word != "--checks=0"]
@@ -181,3 +187,69 @@ def test_a_record_whose_losses_were_edited_is_not_used(ask, two, dtype, by, is_u
         assert ("losses of the base: measured now" in end.report) is not is_used
         shutil.rmtree(two.parent / "inspected" / "out--other")
         change_loss(two, number, -by)
+
+
+# ==== What computed
+
+
+def adapter_with(**changed):
+    """Return what is known of an adapter on the tests' model, as far as its base's numbers go."""
+    known = {"dtype": "bfloat16", "matmul": "native", "delta_kernels": "torch's code, since fla"}
+    stop, device = changed.pop("stop", [7]), torch.device(changed.pop("device", "cpu"))
+    return types.SimpleNamespace(
+        base=TINY, revision="main", model=types.SimpleNamespace(device=device),
+        chat_format=types.SimpleNamespace(stop_token_ids=stop), **(known | changed),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def record_of(tmp_path, monkeypatch):
+    """Return a function that gives the records used for an adapter, of which one was measured."""
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "some GPU")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.4.1")
+    record = read_json(ROOT / "tests" / "evidence_schema_2.json")
+    record["base_side"]["computed_with"] = how_the_base_computes(adapter_with())
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "evidence.json").write_text(json.dumps(record), encoding="utf-8")
+    return lambda adapter: BaseSide(adapter, tmp_path / "other").records
+
+
+FLA = "fla, which agrees with torch's code"
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({}, None),
+        ({"delta_kernels": "torch's code, since it needs a newer GPU"}, None),  # the same code
+        ({"delta_kernels": FLA}, "delta_kernels"), ({"delta_kernels": ""}, "delta_kernels"),
+        ({"matmul": "float16"}, "matmul"), ({"dtype": "float32"}, "dtype"),
+        ({"device": "cuda"}, "device"), ({"stop": [7, 8]}, "stop_token_ids"),
+    ],
+)  # fmt: skip
+def test_what_computed_otherwise_is_not_used(record_of, changed, key):
+    adapter = adapter_with(**changed)
+    before, now = how_the_base_computes(adapter_with()), how_the_base_computes(adapter)
+    assert [name for name in now if now[name] != before[name]] == ([key] if key else [])
+    assert len(record_of(adapter)) == (0 if key else 1)
+
+
+def test_another_gpu_or_another_fla_is_not_the_same(record_of, monkeypatch):
+    adapter = adapter_with(device="cuda", delta_kernels=FLA)
+    before = how_the_base_computes(adapter)
+    assert before["device"] == "some GPU" and before["delta_kernels"] == "fla 0.4.1"
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "another GPU")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.4.2")
+    now = how_the_base_computes(adapter)
+    assert {name for name in now if now[name] != before[name]} == {"device", "delta_kernels"}
+
+
+def test_on_a_gpu_it_is_known_what_computes_the_deltanet_layers(two, monkeypatch):
+    gpu = types.SimpleNamespace(type="cuda")
+    monkeypatch.setattr(adapters, "choose_device_and_dtype", lambda *_: (gpu, "float32"))
+    monkeypatch.setattr(adapters, "choose_delta_kernels", lambda *_: FLA)
+    monkeypatch.setattr(adapters, "load_model", lambda *_: copy.deepcopy(base_model()))
+    names = ("base", "base_revision", "dtype", "device", "system")
+    options = dict.fromkeys(names) | {"adapter": str(two / "one"), "enable_thinking": False}
+    opened = adapters.open_adapter(argparse.Namespace(**options), two / "one", None)
+    assert opened.delta_kernels == FLA
