@@ -2142,6 +2142,7 @@ def refuse_changed_arguments(config: trl.SFTConfig, job: Job) -> None:
     needed = {
         "gradient_accumulation_steps": 1,  # a step is divided by what fits
         "activation_checkpointing": False,  # found by trying, too
+        "torch_compile": False,  # what fits is tried without; rows of all lengths compile anew
         "label_smoothing_factor": 0.0,
         "loss_type": "nll",
         "packing": False,

@@ -761,6 +761,7 @@ def test_a_launcher_that_asks_to_shard_the_model_is_refused(
         "average_tokens_across_devices=False",
         "load_best_model_at_end=True",
         "save_only_model=True",
+        "torch_compile=True",
         "max_length=256",
         'eval_strategy="no"',
         'fsdp="full_shard"',
