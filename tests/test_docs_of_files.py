@@ -51,7 +51,7 @@ def unnamed(paths, rows, everywhere=frozenset()):
     """Return the paths whose last key is not named in the row of their first one."""
     lacking = []
     for path in sorted(paths):
-        first, *_, last = path.split(".")
+        first, last = path.partition(".")[0], path.rpartition(".")[2]
         if last not in {"*", *everywhere, *rows.get(first, ())}:
             lacking.append(path)
     return lacking
