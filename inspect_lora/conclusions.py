@@ -212,8 +212,8 @@ def what_is_not_measured(model: peft.PeftModel) -> list[str]:
         return ["More than LoRA was trained, so the adapter is not taken apart."]
     if not can_scale_and_cut(model):
         return [
-            "This LoRA is more than the update scaling x B A, so it is neither scaled, cut nor "
-            "merged."
+            "This LoRA is more than the update scaling x B A, so it is neither scaled nor cut, nor "
+            "is it merged."
         ]
     if reason := why_it_is_not_merged(model):
         return [f"merged: what merging would lose was not measured, since {reason}."]
