@@ -3,7 +3,7 @@
     python -m inspect_lora info ADAPTER           what is in the file: in seconds, without the base
     python -m inspect_lora evidence ADAPTER       what it gained, what else changed, what it says
     python -m inspect_lora chat ADAPTER           talk to it, at any strength, beside the base
-    python -m inspect_lora compare FOLDER ...     which is better, and is it more than chance?
+    python -m inspect_lora compare FOLDER ...     which is better, and is the difference clear?
     python -m inspect_lora export ADAPTER FOLDER  a weaker, a smaller or a renamed adapter
     python -m inspect_lora served URL ADAPTER     does a running server apply it?
 

@@ -322,17 +322,34 @@ def chat_format_of(
 ) -> ChatFormat:
     """Return how conversations are rendered: by the adapter's own tokenizer, or by the base's."""
     path = place / "tokenizer_config.json"
-    config = read_json(path) or {}
-    if path.is_file() and not config:
+    if path.is_file() and not read_json(path):
         raise InspectError(
             f"{path} is damaged, so it is not known how the adapter's prompts are written. Copy it "
             "again, or remove it: then the base's tokenizer and chat template are taken."
         )
-    has_template = (place / "chat_template.jinja").is_file() or bool(config.get("chat_template"))
-    is_own = bool(config) and has_template
-    chat_format = load_chat_format(base, revision, str(place) if is_own else "")
+    chat_format = load_chat_format(base, revision, str(place) if has_own_template(place) else "")
     chat_format.enable_thinking = options.enable_thinking
     return chat_format
+
+
+def has_own_template(place: Path) -> bool:
+    """Return whether an adapter's folder holds a tokenizer with a chat template."""
+    config = read_json(place / "tokenizer_config.json") or {}
+    has_template = (place / "chat_template.jinja").is_file() or bool(config.get("chat_template"))
+    return bool(config) and has_template
+
+
+def whose_template(adapter: Adapter) -> str:
+    """Return whose chat template renders the conversations, for both models."""
+    if not has_own_template(adapter.place):
+        return "the base's"
+    try:
+        of_base = load_chat_format(adapter.base, adapter.revision).tokenizer.chat_template
+    except UserError:
+        return "the adapter's own; the base has none, or it cannot be read"
+    if adapter.chat_format.tokenizer.chat_template == of_base:
+        return "the adapter's own, the same as the base's"
+    return "the adapter's own, which differs from the base's; both models were measured under it"
 
 
 # ---- The adapter's configuration and its tensors

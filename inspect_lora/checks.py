@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -337,6 +338,7 @@ class CheckRow:
     p: float  # of a change at least so uneven, if lines were lost as often as won
     needed: float  # p must be below it: in one of twenty tables a row is so by chance
     source: str = ""  # "tasks" if no line of the user's own has a check of this name
+    lines_in_all: int = 0  # that have a check of this name; with --checks some are drawn
 
     @property
     def title(self) -> str:
@@ -345,7 +347,7 @@ class CheckRow:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it is more than chance, among all rows."""
+        """Whether the change is clear, among all rows."""
         return self.p < self.needed
 
     @property
@@ -353,19 +355,33 @@ class CheckRow:
         """Whether that needs no more lines than there are."""
         return mcnemar(self.lines, 0) < self.needed
 
+    @property
+    def can_lose(self) -> bool:
+        """Whether a loss would show if the adapter passed none of the base's lines."""
+        return self.before >= fewest_to_lose(self.needed)
+
+    def counted(self) -> str:
+        """Return how many lines it counts, such as "40 of 231" if these were drawn."""
+        return f"{self.lines} of {self.lines_in_all}" if self.is_drawn else str(self.lines)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether more lines have a check of its name."""
+        return self.lines_in_all > self.lines
+
     def judgement(self) -> str:
         """Return what the row shows; none shows that nothing was lost."""
         lost, won = len(self.lost), len(self.won)
         if self.is_clear:
             verb = "fewer" if lost > won else "more"
-            return f"{verb} pass now, by more than chance ({p_in_words(self.p)})"
-        said = f"may be chance ({p_in_words(self.p)})" if lost or won else "the same lines pass"
+            return f"clearly {verb} pass now ({p_in_words(self.p)})"
+        said = f"not shown ({p_in_words(self.p)})" if lost or won else "the same lines pass"
         if not self.can_be_clear:
             return (
                 f"{said}; too few lines to show anything: p must be below {self.needed:.3g}, and "
                 f"{pluralize(self.lines, 'line')} can give {mcnemar(self.lines, 0):.2g}"
             )
-        if self.before < fewest_to_lose(self.needed):
+        if not self.can_lose:
             return (
                 f"{said}; too few pass for a loss to show: it takes {fewest_to_lose(self.needed)}"
             )
@@ -373,9 +389,10 @@ class CheckRow:
 
     def sentence(self) -> str:
         """Return the row as a sentence."""
+        of_more = f" (drawn from {self.lines_in_all})" if self.is_drawn else ""
         return (
-            f"{self.title} ({shortened(self.rule)}): of {pluralize(self.lines, 'line')} the base "
-            f"passes {with_interval(self.before, self.lines)} and the adapter "
+            f"{self.title} ({shortened(self.rule)}): of {pluralize(self.lines, 'line')}{of_more} "
+            f"the base passes {with_interval(self.before, self.lines)} and the adapter "
             f"{with_interval(self.after, self.lines)}: {self.judgement()}."
         )
 
@@ -385,13 +402,24 @@ class CheckRow:
         return asdict(self) | judged | {"says": self.judgement()}
 
 
-def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
+# Of five lost and none won p is 0.062, so a row of fewer lines can never be clear.
+FEWEST_CHECKED = 6
+
+
+def rows_of_checks(
+    replies: list[dict[str, Any]], lines_in_all: dict[str, int] | None = None
+) -> list[CheckRow]:
     """Return a row for each name, in the order in which they first come.
+
+    5 % is divided by the number of rows with enough lines: one that can never be clear by chance
+    must not hide a loss in another.
 
     Args:
         replies: as they are in evidence.json.
+        lines_in_all: with a check of each name, if not all of them were asked.
     """
-    names = list(dict.fromkeys(name for reply in replies for name in reply["base"]["checks"]))
+    names = Counter(name for reply in replies for name in reply["base"]["checks"])
+    needed = needed_among(list(names.values()))
     rows = []
     for name in names:
         asked = [reply for reply in replies if name in reply["base"]["checks"]]
@@ -399,12 +427,33 @@ def rows_of_checks(replies: list[dict[str, Any]]) -> list[CheckRow]:
         after = {one["where"] for one in asked if one["adapter"]["checks"][name]}
         lost = [one["where"] for one in asked if one["where"] in before - after]
         won = [one["where"] for one in asked if one["where"] in after - before]
-        p, needed = mcnemar(len(lost), len(won)), 0.05 / len(names)
+        p = mcnemar(len(lost), len(won))
         counts = (len(asked), len(before), len(after))
         sources = {one.get("source", "") for one in asked}
         source = sources.pop() if len(sources) == 1 else ""
-        rows.append(CheckRow(name, rule_of(name, asked), *counts, lost, won, p, needed, source))
+        total = (lines_in_all or {}).get(name, len(asked))
+        rule = rule_of(name, asked)
+        rows.append(CheckRow(name, rule, *counts, lost, won, p, needed, source, total))
     return rows
+
+
+def needed_among(lines: list[int]) -> float:
+    """Return what p must be below, in rows of so many lines each (Bonferroni's bound)."""
+    return 0.05 / max(1, sum(one >= FEWEST_CHECKED for one in lines))
+
+
+def when_clear(rows: list[CheckRow]) -> str:
+    """Return below which p a row is clear, and why."""
+    enough = sum(row.lines >= FEWEST_CHECKED for row in rows)
+    if not enough:
+        return f"0.05, for which it takes {FEWEST_CHECKED} lines: no row has so many"
+    if enough == len(rows) == 1:
+        return "0.05"
+    rows_in_words = "the one row" if enough == 1 else f"the {enough} rows"
+    return (
+        f"{rows[0].needed:.3g}: 5 %, divided by {rows_in_words} with enough lines "
+        f"({FEWEST_CHECKED} or more)"
+    )
 
 
 def title_of_row(name: str, source: str) -> str:
@@ -428,8 +477,17 @@ def fewest_to_lose(needed: float) -> int:
 
 def with_interval(passed: int, lines: int) -> str:
     """Return how many replies passed, with the 95 % interval of their share."""
-    low, high = wilson(passed, lines)
-    return f"{passed} ({100 * low:.0f} to {100 * high:.0f} %)"
+    low, high = map(percent_of, wilson(passed, lines))
+    return f"{passed} ({low} to {high} %)"
+
+
+def percent_of(share: float) -> str:
+    """Return a share in whole per cent, with decimals if it would look like none or all."""
+    for digits in range(4):
+        text = f"{100 * share:.{digits}f}"
+        if 0 < float(text) < 100:
+            return text
+    return f"{100 * share:.0f}"  # 1 - 1e-16 is all
 
 
 def wilson(passed: int, lines: int) -> tuple[float, float]:

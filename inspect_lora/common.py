@@ -36,6 +36,15 @@ def report_sentence(section: str, sentence: str) -> None:
     report(section, textwrap.fill(sentence, 90, break_long_words=False, break_on_hyphens=False))
 
 
+Note = tuple[str, str]  # a section, such as "left out", and a sentence
+
+
+def report_note(notes: list[Note], section: str, sentence: str) -> None:
+    """Print a sentence on the data that are measured, and keep it for report.md."""
+    report_sentence(section, sentence)
+    notes.append((section, sentence))
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """Return what reads a flag's whole number, which must be at least so much."""
 

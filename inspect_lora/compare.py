@@ -3,7 +3,10 @@
 Every evidence.json in the folders and below them is read; reports that were renamed since a newer
 one took their place are passed over. Compared are those on the same held-out replies as the newest
 one, and on the same base model, which is known by its own loss on each reply: an adapter's file
-does not tell in which type its base was loaded. What is left out is said, with the reason.
+does not tell in which type its base was loaded. Reports on prompts have no loss, so there the file
+of the prompts, the base, its type and the versions must be the same. A check stands in the table
+only if its rules and lines are those of the newest report. What is left out is said, with the
+reason.
 
 Of two reports, such as before and after an edit of a constant, replies.html shows what both said to
 the same prompts, side by side or to be read blind.
@@ -20,12 +23,14 @@ import argparse
 import math
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from inspect_lora.common import (
     InspectError,
     join_limited,
     one_line,
     path_from_here,
+    place_in_file,
     pluralize,
     rename_old,
     report,
@@ -71,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
         found = on_the_same_lines(found, newest, left_out)
         found = on_the_same_base(found, newest, left_out)
         forget_other_tasks(found, left_out)
+        forget_other_checks(found, left_out)
     if not found:
         where = ", ".join(options.folders)
         reasons = "\n".join(["", *left_out]) if left_out else ""
@@ -118,7 +124,10 @@ def read_reports(folders: list[str], left_out: list[str]) -> list[Evidence]:
 
 def compare_on_prompts(found: list[Evidence], left_out: list[str]) -> None:
     """Print what two or more reports on prompts alone have: checks, and change elsewhere."""
+    newest = max(found, key=lambda one: one.measured)
+    found = on_the_same_prompts(found, newest, left_out)
     forget_other_tasks(found, left_out)
+    forget_other_checks(found, left_out)
     lines = ["on prompts without replies there is no loss, so nothing is ranked"]
     columns = "{:<14}{}".format
     lines.append(columns("KL elsewhere", "report, and what its adapter passes"))
@@ -132,6 +141,59 @@ def compare_on_prompts(found: list[Evidence], left_out: list[str]) -> None:
     report("compared", "\n".join(lines))
     for sentence in left_out:
         report_sentence("left out", sentence)
+
+
+def on_the_same_prompts(
+    found: list[Evidence], newest: Evidence, left_out: list[str]
+) -> list[Evidence]:
+    """Return those on the newest one's prompts and base, and add a sentence on the others."""
+    same = []
+    others: dict[str, list[Path]] = {}
+    for one in found:
+        if reason := why_not_beside(one, newest):
+            others.setdefault(reason, []).append(one.folder)
+        else:
+            same.append(one)
+    left_out += [f"{in_words(folders)}: {reason}" for reason, folders in others.items()]
+    return same
+
+
+def why_not_beside(one: Evidence, newest: Evidence) -> str:
+    """Return why a report on prompts cannot stand beside the newest one, or "" if it can."""
+    if one.prompts.sha256 != newest.prompts.sha256:
+        if one.prompts.file == newest.prompts.file:
+            return f"measured on another content of {one.prompts.file} than the newest report"
+        return (
+            f"measured on other prompts ({one.prompts.file}) than the newest report "
+            f"({newest.prompts.file})"
+        )
+    here, there = one.base_side.computed_with, newest.base_side.computed_with
+    if not here or not there:  # the names are all that is known
+        here, there = named_base(one), named_base(newest)
+    differing = [name for name in there if here.get(name) != there[name] and here.get(name)]
+    if not differing:
+        return ""
+    # Two hashes say nothing to a reader.
+    values = {"base": (one.base, newest.base), "script": ("", "")}
+    said = []
+    for name in differing:
+        was, now = values.get(name, (here[name], there[name]))
+        values_in_words = f" ({one_line(was, 40)}, and not {one_line(now, 40)})"
+        said.append(NAMES.get(name, name) + (values_in_words if was != now else ""))
+    return f"measured with another {', '.join(said)} than the newest report"
+
+
+# What computed_with calls otherwise than a reader would.
+NAMES = {
+    "base": "base model or date of its files",
+    "script": "version of train_lora_single.py",
+    "stop_token_ids": "set of tokens that end a reply",
+}
+
+
+def named_base(one: Evidence) -> dict[str, str]:
+    """Return the names of a report's base and of its type."""
+    return {"base": f"{one.base}@{one.base_revision}", "dtype": one.dtype}
 
 
 def on_the_same_lines(
@@ -196,14 +258,63 @@ def forget_other_tasks(found: list[Evidence], left_out: list[str]) -> None:
         )
     moved = [one for one in found if one.elsewhere]
     newest = max(moved, key=lambda one: one.measured, default=None)
-    others = [one for one in moved if one.elsewhere.get("tasks") != newest.elsewhere.get("tasks")]
+    others = [one for one in moved if one.tasks_measured_on() != newest.tasks_measured_on()]
     for one in others:
         one.elsewhere = None
     if others:
         left_out.append(
-            f"KL of {in_words([one.folder for one in others])}: measured on another number of "
-            "tasks (--examples) than that of the newest report"
+            f"KL of {in_words([one.folder for one in others])}: measured on other tasks of that "
+            "file than the newest report (--examples, or another version of this program)"
         )
+
+
+def forget_other_checks(found: list[Evidence], left_out: list[str]) -> None:
+    """Forget the checks whose rules or lines are not those of the newest report that has them."""
+    forgotten: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for one in found for name in one.checks):
+        having = [one for one in found if name in one.checks]
+        newest = max(having, key=lambda one: one.measured)
+        others = [one for one in having if not is_same_check(name, one, newest)]
+        for one in others:
+            del one.checks[name]
+        if others:
+            reports = in_words([one.folder for one in others])
+            forgotten.setdefault(reports, []).append(f'"{name}"')
+    for reports, names in forgotten.items():
+        checks = "the check" if len(names) == 1 else "the checks"
+        left_out.append(
+            f"{checks} {join_limited(names, 6, ', ')} of {reports}: asked by other rules, or on "
+            "other lines, than in the newest report that has it"
+        )
+
+
+def is_same_check(name: str, one: Evidence, other: Evidence) -> bool:
+    """Return whether a check was asked by the same rules on the same lines, as far as is known.
+
+    Schema 1 has neither rules nor prompts.
+    """
+    if one.checks[name].get("lines") != other.checks[name].get("lines"):
+        return False
+    here, there = lines_of_check(name, one), lines_of_check(name, other)
+    if not here or not there:
+        return True
+    if here.keys() != there.keys():
+        return False
+    pairs = [(here[place], there[place]) for place in here]
+    return all(a == b for ones, twos in pairs for a, b in zip(ones, twos, strict=True) if a and b)
+
+
+def lines_of_check(name: str, one: Evidence) -> dict[tuple[str, str], tuple[Any, ...]]:
+    """Return the prompt, the rule and the length of a reply at each line that has a check."""
+    return {
+        (reply.source, place_in_file(reply.where)): (
+            reply.messages,
+            reply.rules.get(name),
+            reply.max_new_tokens,
+        )
+        for reply in one.replies
+        if name in reply.base.checks
+    }
 
 
 def in_words(paths: list[Path]) -> str:
@@ -277,7 +388,7 @@ def table_of(ranked: list[Evidence]) -> list[str]:
     against.append(difference(best, best, "base", len(ranked)))
     lines.append(columns(loss, against[-1], "", f"base model {best.base}"))
     if any(one.endswith("=") for one in against):
-        lines.append("=: the difference may be chance; another SEED may change more than that")
+        lines.append("=: the difference is not shown; another SEED may change more than that")
     return lines
 
 
@@ -299,7 +410,7 @@ def difference(one: Evidence, best: Evidence, whose: str, comparisons: int) -> s
         for here, there in pairs
     ]
     tokens = [float(here.tokens) for here, _ in pairs]
-    lines = [here.where for here, _ in pairs]
+    lines = [here.line or here.where for here, _ in pairs]
     found = ratio_with_error(changes, tokens, lines)
     is_clear = len(set(lines)) >= FEWEST_LINES and found.is_clear(comparisons)
     return f"{found}" + ("" if is_clear else " =")

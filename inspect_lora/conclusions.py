@@ -25,7 +25,11 @@ def of_kind(parts: list[Part], kind: str) -> list[Part]:
 
 
 def conclusions(
-    parts: list[Part], losses: Losses, gain: Estimate, shifts: dict[float, Shift] | None = None
+    parts: list[Part],
+    losses: Losses,
+    gain: Estimate,
+    lines: int | None = None,
+    shifts: dict[float, Shift] | None = None,
 ) -> list[str]:
     """Return what the parts support.
 
@@ -33,9 +37,11 @@ def conclusions(
         parts: as they were measured.
         losses: of the examples that the parts are measured on.
         gain: on all examples; whether the adapter is better than its base is said of it alone.
+        lines: of all examples; by default those of the examples that the parts are measured on.
         shifts: how far each strength moves the model elsewhere, if that was measured.
     """
-    lines = len(set(losses.lines))
+    of_parts = len(set(losses.lines))
+    lines = of_parts if lines is None else lines
     if losses.trained == losses.base:
         return [
             "All losses are the same with and without the adapter, so it changes nothing. Perhaps "
@@ -44,10 +50,15 @@ def conclusions(
     if lines < FEWEST_LINES:
         return [
             f"The held-out lines are too few to tell anything: {lines} measured, "
-            f"{FEWEST_LINES} needed{MORE}."
+            f"{FEWEST_LINES} needed."
         ]
     if not gain.is_clear() or gain.value < 0:
-        return [about_no_gain(parts, gain, shifts or {})]
+        return [about_no_gain(parts if of_parts >= FEWEST_LINES else [], gain, shifts or {})]
+    if of_parts < FEWEST_LINES:
+        return [
+            f"The replies that measure the parts are too few: {pluralize(of_parts, 'line')} "
+            f"measured, {FEWEST_LINES} needed{MORE}."
+        ]
     if not is_conclusive(losses):
         return [
             f"The gain is not clear on the {len(losses.tokens)} replies that measure the parts "
@@ -240,20 +251,32 @@ def about_updates(updates: dict[str, list[dict[str, Any]]]) -> list[str]:
         f"updates: {len(large)} of {pluralize(len(sizes), 'update')} are over "
         f"{100 * LARGE_UPDATE:.0f} % of the weight W that they are added to, the largest "
         f"{100 * largest:.0f} % ({target}). That is an observation and no verdict. In the runs of "
-        "docs/evidence.md, the one that was ruined by too high a learning rate had 47 to 61 %, "
-        "and good ones 1 to 3 %."
+        "docs/evidence.md, the one that was ruined by too high a learning rate had 47 to 61 %; "
+        "of good ones the means by target were 1 to 3 %, and the largest single update 6 %."
     ]
 
 
-def about_change(found: Elsewhere) -> str:
-    """Return the sentence on how far the adapter moves the model where it should not."""
+def about_change(found: Elsewhere, in_file: int | None = None) -> str:
+    """Return the sentence on how far the adapter moves the model where it should not.
+
+    Args:
+        found: what was measured.
+        in_file: how many tasks there are; by default those that were measured.
+    """
     shift = found.without_system[1.0]
+    tasks = len(shift.kl)
+    if tasks < FEWEST_LINES:
+        more = MORE if (in_file or 0) > tasks else ""
+        return (
+            f"change: {pluralize(tasks, 'other task')} cannot tell how far the model was moved; "
+            f"{FEWEST_LINES} are needed{more}."
+        )
     kl, other = shift.kl_a_token(), shift.other_tokens()
     return (
-        f"change: in the base's own replies to {found.tasks} other tasks the top-1 token differs "
-        f"at {other.percent()} of the token positions, and the KL divergence from the base is "
-        f"{kl.without_sign()} nats a token (0 if nothing differs). It says how far the model was "
-        "moved, not that it got worse."
+        f"change: in the base's own replies to {len(found.tasks)} other tasks the top-1 token "
+        f"differs at {other.percent()} of the token positions, and the KL divergence from the base "
+        f"is {kl.without_sign()} nats a token (0 if nothing differs). It says how far the model "
+        "was moved, not that it got worse."
     )
 
 
@@ -265,6 +288,8 @@ def about_strength(parts: list[Part], shifts: dict[float, Shift], adapter: str) 
     """
     shares = {part.value: part.of_gain for part in parts if part.kind == "strength"}
     weaker = [strength for strength in sorted(shifts) if strength < 1 and strength in shares]
+    if len(shifts[1.0].kl) < FEWEST_LINES:
+        return ""
     for strength in weaker:
         share = shares[strength]
         keeps = share.value - share.margin(len(weaker)) > 1 - THE_SAME_WITHIN

@@ -13,21 +13,26 @@ from inspect_lora.adapters import Adapter, window_of
 from inspect_lora.checks import Check, read_checks
 from inspect_lora.common import (
     InspectError,
+    Note,
     at_least,
     file_sha256,
     join_limited,
     one_line,
     path_from_here,
     pluralize,
+    report_note,
     report_sentence,
 )
 from inspect_lora.evidence_file import KnownFile
 from inspect_lora.files import Run
 from inspect_lora.held_out import (
+    LEARNED_IN_WORDS,
+    Learned,
     conversations_sha256,
     facts_of_run,
     find_held_out_file,
     key_of,
+    note_copies,
     refuse_other_conversations,
     without_equals,
     without_learned,
@@ -56,9 +61,20 @@ class HeldOut:
     conversations_sha256: str  # of the replies that are measured, whatever else their lines hold
     examples: list[Example]  # a reply each
     checked: list[Task]  # the lines that say what a reply must hold
+    learned: Learned  # which of the replies stand in the training file, as far as that is known
+    notes: list[Note]  # what was left out, and what else a reader of the report must know
     # Where the file is not the one that the run held out: what the run's record says of that one,
     # and all replies of this one, to be compared once they have their tokens.
     unproved: tuple[dict[str, Any], list[Example]] | None = None
+
+    @property
+    def are_unseen(self) -> bool:
+        """Whether the adapter cannot have learned these replies, as far as its run tells."""
+        return self.learned != "not known"
+
+    def learned_in_words(self) -> str:
+        """Return whether the adapter may have learned some of the replies."""
+        return LEARNED_IN_WORDS[self.learned]
 
     def as_known(self) -> KnownFile:
         """Return its file as evidence.json names it."""
@@ -126,14 +142,25 @@ def read_held_out(options: argparse.Namespace, run: Run | None) -> HeldOut:
             hint = f"\nThese are prompts without replies: give them with --prompts {path}."
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.{hint}")
     warn_of_misspelt_checks({example.source: example.row for example in in_file})
-    unlearned = without_learned(in_file, run, is_its=not options.eval_file) if run else in_file
-    examples = without_equals(unlearned)
+    notes: list[Note] = []
+    unlearned, learned = in_file, "not known"
+    if run:
+        unlearned, learned = without_learned(in_file, run, not options.eval_file, notes)
+    examples = without_equals(unlearned, notes)
+    note_copies(examples, notes)
+    sha256 = file_sha256(Path(path))
+    if not is_its:  # other conversations are refused below
+        notes.append(("note", f"{path} was changed since the run, but for its conversations"))
+    elif sha256 != facts.get("sha256", sha256):
+        notes.append(("note", f"this is not the file that the run held out ({facts['file']})"))
     return HeldOut(
         str(path),
-        file_sha256(Path(path)),
+        sha256,
         conversations_sha256(examples),
         examples,
         lines_to_check(in_file, examples),
+        learned,
+        notes,
         unproved=None if is_its else (facts, in_file),
     )
 
@@ -165,6 +192,9 @@ def encode_held_out(
     fitting, problems = encode(held_out.examples, adapter.chat_format, options.max_seq_len)
     if problems:
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.")
+    if too_long := len(held_out.examples) - len(fitting):  # the script has named them
+        text = f"{too_long} of {pluralize(len(held_out.examples), 'held-out reply')}, with over "
+        held_out.notes.append(("left out", f"{text}{options.max_seq_len} tokens (--max_seq_len)"))
     if held_out.unproved and adapter.run:
         facts, in_file = held_out.unproved
         encode(in_file, adapter.chat_format, None)
@@ -179,7 +209,8 @@ def encode_held_out(
     window = window_of(adapter.model)
     long = [one.source for one in fitting if len(one.input_ids) > window]
     if long:
-        report_sentence(
+        report_note(
+            held_out.notes,
             "warning",
             f"longer than the {window:,} tokens that the model was made for "
             "(max_position_embeddings in its config.json): "
@@ -215,9 +246,9 @@ def group_of(one: Example | Task, group: str) -> str:
     return "" if value is None else str(value)
 
 
-def read_tasks(path: str) -> list[Task]:
+def read_tasks(path: str, notes: list[Note] | None = None) -> list[Task]:
     """Return the tasks of a file such as general.jsonl; a bad line is refused by its number."""
-    return read_prompts(path, "tasks") if path else []
+    return read_prompts(path, "tasks", notes) if path else []
 
 
 PROMPT_RULE = (
@@ -226,7 +257,9 @@ PROMPT_RULE = (
 )
 
 
-def read_prompts(path: str, source: Literal["tasks", "prompts"]) -> list[Task]:
+def read_prompts(
+    path: str, source: Literal["tasks", "prompts"], notes: list[Note] | None = None
+) -> list[Task]:
     """Return the prompts of a file; equal ones count once, and bad lines are refused."""
     found: dict[str, Task] = {}
     equal, bad, rows = [], [], {}
@@ -243,7 +276,8 @@ def read_prompts(path: str, source: Literal["tasks", "prompts"]) -> list[Task]:
         raise InspectError(f"{path} holds no prompts; {PROMPT_RULE}.")
     warn_of_misspelt_checks(rows)
     if equal:
-        report_sentence(
+        report_note(
+            [] if notes is None else notes,
             "left out",
             f"{len(equal)} of {pluralize(len(rows), 'prompt')} in {path_from_here(path)}, since "
             f"equal ones count once: {join_limited(equal, 3, ', ')}.",
@@ -311,7 +345,7 @@ def letters_apart(one: str, other: str) -> int:
     return row[-1]
 
 
-def tasks_that_render(tasks: list[Task], chat_format: ChatFormat) -> list[Task]:
+def tasks_that_render(tasks: list[Task], chat_format: ChatFormat, notes: list[Note]) -> list[Task]:
     """Return the tasks that the chat template takes; Gemma 2's refuses system messages."""
     taken, reasons = [], {}
     for task in tasks:
@@ -323,7 +357,7 @@ def tasks_that_render(tasks: list[Task], chat_format: ChatFormat) -> list[Task]:
     if reasons:
         (where, reason), *_ = reasons.items()
         text = f"{len(reasons)} of {len(tasks)} other tasks, such as {where}: {reason}"
-        report_sentence("left out", text)
+        report_note(notes, "left out", text)
     return taken
 
 

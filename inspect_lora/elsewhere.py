@@ -56,14 +56,15 @@ class Shift:
 class Elsewhere:
     """How far the model is moved on other tasks."""
 
-    tasks: int
+    tasks: list[Task]
     without_system: dict[float, Shift]  # by strength; 1 is as trained
     with_system: Shift | None  # as trained, if the training had a system message
 
     def as_recorded(self) -> dict[str, Any]:
         """Return it as it is in evidence.json."""
         rows = {f"x {s:g}": shift.as_recorded() for s, shift in self.without_system.items()}
-        found = {"tasks": self.tasks, "no system message": rows}
+        places = [task.where for task in self.tasks]
+        found = {"tasks": len(places), "measured_on": places, "no system message": rows}
         if self.with_system:
             found["the training's"] = {"x 1": self.with_system.as_recorded()}
         return found
@@ -80,7 +81,7 @@ def measure_elsewhere(
     if system_message:
         examples = replies_of_base(model, chat_format, tasks, system_message)
         with_system = shifts_of(model, examples, [1.0])[1.0]
-    return Elsewhere(len(tasks), shifts, with_system)
+    return Elsewhere(tasks, shifts, with_system)
 
 
 def replies_of_base(

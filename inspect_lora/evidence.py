@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,11 +29,13 @@ from inspect_lora.adapters import (
     open_adapter,
     refuse_system_message,
     system_message_of,
+    whose_template,
 )
 from inspect_lora.base_side import BaseSide, hash_of_tokens
-from inspect_lora.checks import CheckRow, rows_of_checks
+from inspect_lora.checks import CheckRow, fewest_to_lose, rows_of_checks
 from inspect_lora.common import (
     InspectError,
+    Note,
     at_least,
     file_sha256,
     one_line,
@@ -63,9 +66,10 @@ from inspect_lora.conversations import (
 from inspect_lora.elsewhere import measure_elsewhere
 from inspect_lora.files import find_adapter, find_run
 from inspect_lora.findings import Findings
+from inspect_lora.held_out import lines_that_count
 from inspect_lora.page import report_page
 from inspect_lora.parts import measure_parts, measure_updates
-from inspect_lora.replies import CHECKED_TOKENS, ask_both, choose_samples
+from inspect_lora.replies import CHECKED_TOKENS, Answered, ask_both, choose_samples
 from inspect_lora.report import gain_sentence, print_checks, print_conclusions, print_parts
 from inspect_lora.report_folder import (
     PAGE,
@@ -74,7 +78,7 @@ from inspect_lora.report_folder import (
     prepare_folder,
     write_report,
 )
-from inspect_lora.scores import FEWEST_LINES, Estimate, Losses, evenly_spread, losses_of
+from inspect_lora.scores import FEWEST_LINES, Estimate, Losses, draw_numbers, losses_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,14 +98,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--examples",
         type=at_least(0),
         default=50,
-        help="held-out replies and other tasks that measure the parts and what else changed; "
-        "default: 50; 0 leaves these out",
+        help="held-out replies and other tasks that measure the parts and what else changed, "
+        "drawn by a fixed seed; default: 50; 0 leaves these out",
     )
     parser.add_argument(
         "--checks",
         type=at_least(0),
-        help="so many lines of each check's name that both models reply to; default: all; 0 leaves "
-        "the checks out",
+        help="so many lines of each check's name that both models reply to, drawn by a fixed seed; "
+        "default: all; 0 leaves the checks out",
     )
     parser.add_argument(
         "--samples",
@@ -140,15 +144,18 @@ def run(options: argparse.Namespace) -> None:
     folder = folder_for_report(options, place, trained_by)
     refuse_what_cannot_fail(options)
     prompts, held_out = [], None
+    notes: list[Note] = []
     if options.prompts:
-        prompts = read_prompts(options.prompts, "prompts")
+        prompts = read_prompts(options.prompts, "prompts", notes)
     else:
         held_out = read_held_out(options, trained_by)
-    tasks = read_tasks(options.general_file)  # what is wrong is said before the model is loaded
+    tasks = read_tasks(options.general_file, notes)  # before the model is loaded
     adapter = open_adapter(options, place, trained_by)
     examples = encode_held_out(held_out, adapter, options) if held_out else []
     system_message = system_message_of(options, trained_by)
     is_guessed = options.system is None and not trained_by
+    if held_out and not trained_by:
+        report_sentence("note", f"learned lines: {held_out.learned_in_words()}.")
     systems = {one.system_message for one in (examples or prompts)}
     if is_guessed:
         system_message = min(systems) if len(systems) == 1 else ""
@@ -159,12 +166,14 @@ def run(options: argparse.Namespace) -> None:
     report_system_of_prompts(prompts, system_message)
     prompts = [one.with_system_message(system_message) for one in prompts]
     refuse_bad_prompts(prompts, adapter.chat_format)
-    tasks = tasks_that_render(tasks, adapter.chat_format)
+    tasks = tasks_that_render(tasks, adapter.chat_format, notes)
     prepare_folder(folder)
     found = Findings(
         options.adapter, adapter, held_out, options.group, system_message, is_guessed, examples
     )
     found.base_note, found.systems = base_note, systems
+    found.template = whose_template(adapter)
+    found.notes = [*(held_out.notes if held_out else []), *notes]
     found.prompts_file = known_file(options.prompts)
     found.general_file = known_file(options.general_file)
     try:
@@ -230,11 +239,29 @@ def end_with_3_if_asked(found: Findings, options: argparse.Namespace) -> None:
     if "lost" in options.fail_if:
         if not found.checks:
             raise InspectError("--fail_if lost: no line has checks, so nothing can be lost.")
+        report_blind_checks(found.checks)
         reasons += [row.sentence() for row in found.checks if is_lost(row)]
     for reason in reasons:
         report_sentence("failed", reason)
     if reasons:
         raise SystemExit(3)
+
+
+def report_blind_checks(rows: list[CheckRow]) -> None:
+    """Name the rows in which no loss could show; raise InspectError if these are all of them."""
+    blind = [row for row in rows if not row.can_lose]
+    if not blind:
+        return
+    if len(blind) == len(rows):
+        most, fewest = max(row.before for row in rows), fewest_to_lose(rows[0].needed)
+        raise InspectError(
+            f"--fail_if lost: no loss could show. The base passes {most} lines of a check at most, "
+            f"and {fewest} must be lost for a row to be clear. Ask more lines that the base "
+            "passes."
+        )
+    names = ", ".join(row.title for row in blind)
+    said = f"cannot fail: {names}: too few of the base's replies pass for a loss to show"
+    report_sentence("fail_if", said)
 
 
 def is_worse(gain: Estimate) -> bool:
@@ -243,7 +270,7 @@ def is_worse(gain: Estimate) -> bool:
 
 
 def is_lost(row: CheckRow) -> bool:
-    """Return whether fewer replies pass now, by more than chance."""
+    """Return whether clearly fewer replies pass now."""
     return row.is_clear and len(row.lost) > len(row.won)
 
 
@@ -266,7 +293,7 @@ def measure(
             measure_parts_of(found, options.examples)
     if options.examples and tasks:
         measure_change(found, tasks, options.examples)
-    conclude(found)
+    conclude(found, len(tasks))
     if prompts:
         ask_prompts(found, prompts, before, options)
     lines = list(found.held_out.checked) if found.held_out else []
@@ -290,13 +317,14 @@ def measure_losses(found: Findings, before: BaseSide) -> None:
         if base is None:
             with model.disable_adapter():
                 base = losses_of(model, found.examples, "base")
+    found.losses_of_base = before.losses_from
     for name, losses in (("the base model", base), ("the adapter", trained)):
         refuse_nan(name, losses, found)
     found.losses = Losses(
         trained,
         base,
         tokens=[len(example.reply_ids) for example in found.examples],
-        lines=[example.source for example in found.examples],
+        lines=lines_that_count(found.examples),
     )
     report("gain", gain_sentence(found))
 
@@ -322,8 +350,10 @@ def ask_checked_lines(
     Prompts without held-out replies have been replied to.
     """
     model, chat_format = found.adapter.model, found.adapter.chat_format
+    lines_in_all = Counter(name for one in checked for name in one.checks)
     if options.checks is not None:
         checked = some_of_each_name(checked, options.checks)
+        found.prompted = judged_as_drawn(found.prompted, checked)
     if not checked:
         return
     lines = pluralize(len(checked), "line")
@@ -332,9 +362,10 @@ def ask_checked_lines(
     asked = [one for one in checked if one.source != "prompts"]
     with timed(found, "checks"):
         found.checked = ask_both(model, chat_format, asked, CHECKED_TOKENS, "checks", before)
-    of_prompts = [one for one in found.prompted if one.task in checked]
+    of_prompts = [one for one in found.prompted if one.task.checks]
     found.judged = [*of_prompts, *found.checked]
-    found.checks = rows_of_checks([one.as_recorded(found.group) for one in found.judged])
+    recorded = [one.as_recorded(found.group) for one in found.judged]
+    found.checks = rows_of_checks(recorded, lines_in_all)
     print_checks(found)
 
 
@@ -363,13 +394,33 @@ def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
 
 
 def some_of_each_name(checked: list[Task], wanted: int) -> list[Task]:
-    """Return so many lines of each check's name, evenly spread, in the order of the lines."""
+    """Return lines with so many checks of each name, in the order of the lines.
+
+    A line keeps only the checks that it was drawn for: those of a name that more lines have would
+    be counted too often otherwise, and mostly on lines of one kind.
+    """
     names = dict.fromkeys(name for line in checked for name in line.checks)
-    chosen: set[int] = set()
+    kept: dict[int, set[str]] = {}
     for name in names:
         asked = [number for number, line in enumerate(checked) if name in line.checks]
-        chosen |= {asked[place] for place in evenly_spread(len(asked), wanted)}
-    return [checked[number] for number in sorted(chosen)]
+        for place in draw_numbers(len(asked), wanted):
+            kept.setdefault(asked[place], set()).add(name)
+    return [with_checks(checked[number], kept[number]) for number in sorted(kept)]
+
+
+def with_checks(line: Task, names: set[str]) -> Task:
+    """Return a line with the checks of these names alone."""
+    checks = {name: check for name, check in line.checks.items() if name in names}
+    return replace(line, checks=checks, rules={name: line.rules[name] for name in checks})
+
+
+def judged_as_drawn(prompted: list[Answered], drawn_lines: list[Task]) -> list[Answered]:
+    """Return what was replied to prompts, with the checks that each was drawn for."""
+    names = {one.where: set(one.checks) for one in drawn_lines if one.source == "prompts"}
+    return [
+        replace(one, task=with_checks(one.task, names.get(one.task.where, set())))
+        for one in prompted
+    ]
 
 
 def refuse_nan(name: str, losses: list[float], found: Findings) -> None:
@@ -386,7 +437,7 @@ def refuse_nan(name: str, losses: list[float], found: Findings) -> None:
 def measure_parts_of(found: Findings, wanted: int) -> None:
     """Measure the parts on some of the replies."""
     model = found.adapter.model
-    found.measured = evenly_spread(len(found.examples), wanted)
+    found.measured = draw_numbers(len(found.examples), wanted)
     losses = found.losses.only(found.measured)
     with timed(found, "parts"):
         chosen = [found.examples[number] for number in found.measured]
@@ -399,22 +450,27 @@ def measure_change(found: Findings, tasks: list[Task], wanted: int) -> None:
     """Measure how far the model is moved on some of the other tasks."""
     model, chat_format = found.adapter.model, found.adapter.chat_format
     with timed(found, "other tasks"):
-        some = [tasks[number] for number in evenly_spread(len(tasks), wanted)]
+        some = [tasks[number] for number in draw_numbers(len(tasks), wanted)]
         found.elsewhere = measure_elsewhere(model, chat_format, some, found.system_message)
 
 
-def conclude(found: Findings) -> None:
+def conclude(found: Findings, tasks: int) -> None:
     """Note what the parts and the change elsewhere support; what is said of a strength needs both.
 
     It is not said of a report that was stopped before.
+
+    Args:
+        found: what was measured.
+        tasks: how many other tasks there are, of which some were measured.
     """
     shifts = found.elsewhere.without_system if found.elsewhere else {}
     if found.parts:
         losses = found.losses.only(found.measured)
-        found.conclusions += conclusions(found.parts, losses, found.losses.gain(), shifts)
+        gain, lines = found.losses.gain(), len(set(found.losses.lines))
+        found.conclusions += conclusions(found.parts, losses, gain, lines, shifts)
         found.conclusions += what_is_not_measured(found.adapter.model)
     if found.elsewhere:
-        found.conclusions.append(about_change(found.elsewhere))
+        found.conclusions.append(about_change(found.elsewhere, tasks))
     if found.shares_are_meant() and (said := about_strength(found.parts, shifts, found.name)):
         found.conclusions.append(said)
 

@@ -63,7 +63,10 @@ def as_json_object(found: Findings) -> dict[str, Any]:
         "seconds": found.seconds,
     }
     if found.held_out:
-        record["held_out"] = found.held_out.as_known().model_dump() | {"group": found.group}
+        record["held_out"] = found.held_out.as_known().model_dump() | {
+            "group": found.group,
+            "learned": found.held_out.learned,
+        }
     if found.losses:
         means = map(found.mean, (found.losses.base, found.losses.trained))
         record |= {
@@ -82,17 +85,24 @@ def rows_of_losses(found: Findings) -> list[dict[str, Any]]:
     """Return a row for each example, in nats a token."""
     losses = found.losses
     numbers = zip(
-        found.examples, found.groups(), losses.tokens, losses.base, losses.trained, strict=True
+        found.examples,
+        losses.lines,
+        found.groups(),
+        losses.tokens,
+        losses.base,
+        losses.trained,
+        strict=True,
     )
     return [
         {
             "where": example.source,
+            "line": line,
             "group": group,
             "tokens": tokens,
             "base": base / tokens,
             "adapter": trained / tokens,
         }
-        for example, group, tokens, base, trained in numbers
+        for example, line, group, tokens, base, trained in numbers
     ]
 
 
@@ -106,6 +116,7 @@ class Row(pydantic.BaseModel):
     """The losses of a held-out reply, in nats a token."""
 
     where: str
+    line: str = ""  # that it counts with, if it is known: a copy counts with the first such line
     tokens: Annotated[int, pydantic.Field(ge=1)]
     base: Number
     adapter: Number
@@ -191,6 +202,7 @@ class Evidence(pydantic.BaseModel):
     adapter_config: dict[str, Any]
     base: str
     base_revision: str
+    dtype: str = ""
     enable_thinking: bool
     held_out: KnownFile | None = None
     prompts: KnownFile | None = None
@@ -210,6 +222,8 @@ class Evidence(pydantic.BaseModel):
         has_file = self.held_out is not None or self.schema_ == 1
         if bool(self.losses) != has_file:
             raise ValueError("it holds no losses, or not the file that they are of")
+        if not self.losses and self.prompts is None:
+            raise ValueError("it holds no losses, and names no prompts either")
         if self.schema_ == 1:
             file = file_of(self.losses[0].where)
             self.replies = [one.as_exchange(file) for one in self.checked_replies]
@@ -223,6 +237,13 @@ class Evidence(pydantic.BaseModel):
     def tasks_sha256(self) -> str:
         """Return the hash of the file of the other tasks, or "" if it is not known."""
         return self.general_file.sha256 if self.general_file else ""
+
+    def tasks_measured_on(self) -> tuple[Any, list[str] | None]:
+        """Return how many other tasks the KL is of, and their lines; former versions have none."""
+        found = self.elsewhere or {}
+        places = found.get("measured_on")
+        is_known = isinstance(places, list)
+        return found.get("tasks"), [place_in_file(str(one)) for one in places] if is_known else None
 
     def has_the_replies_of(self, other: KnownFile, lengths: list[tuple[str, int]]) -> bool:
         """Return whether these held-out replies were measured, whatever else is in the file.

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from inspect_lora.checks import CheckRow
 from inspect_lora.common import pluralize
 from inspect_lora.conversations import group_of
-from inspect_lora.scores import FEWEST_LINES, Losses, is_conclusive
+from inspect_lora.scores import FEWEST_LINES, Losses, is_conclusive, look_equal
 
 if TYPE_CHECKING:
     from inspect_lora.adapters import Adapter
+    from inspect_lora.common import Note
     from inspect_lora.conversations import HeldOut
     from inspect_lora.elsewhere import Elsewhere
     from inspect_lora.parts import Part
@@ -30,6 +31,8 @@ class Findings:
     system_message: str  # of the training, or ""
     system_is_guessed: bool  # then it is what all lines share, if they share one
     examples: list[Example]
+    template: str = ""  # whose chat template renders the conversations
+    notes: list[Note] = field(default_factory=list)  # on the data: what was left out, and others
     base_note: str = ""  # how it comes that another base is measured than the adapter names
     systems: set[str] = field(default_factory=set)  # of the lines as they are in their file
     general_file: dict[str, str] | None = None  # the file of the other tasks, and its hash
@@ -46,6 +49,7 @@ class Findings:
     samples: list[Answered] = field(default_factory=list)  # what report.md shows
     base_computed_with: dict[str, str] = field(default_factory=dict)
     tokens_hash: str = ""  # of all examples
+    losses_of_base: str = "measured now"  # or the earlier record that they were taken from
     conclusions: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # what each measurement took
     is_finished: bool = False
@@ -62,6 +66,11 @@ class Findings:
         gain = self.losses.gain()
         is_better = gain.is_clear() and gain.value > 0
         return is_better and is_conclusive(self.losses.only(self.measured))
+
+    @property
+    def are_unseen(self) -> bool:
+        """Whether there are held-out replies that the adapter is known not to have learned."""
+        return self.held_out is not None and self.held_out.are_unseen
 
     def groups(self) -> list[str]:
         """Return the kind of each example's line."""
@@ -84,6 +93,8 @@ def headline(found: Findings) -> str:
     gain = found.losses.gain()
     if len(set(found.losses.lines)) < FEWEST_LINES:
         return "too few held-out lines to tell whether it is better than its base"
+    if look_equal(found.mean(found.losses.base), found.mean(found.losses.trained)):
+        return "no difference from its base that shows at four digits"
     if not gain.is_clear():
         return "neither better nor worse, by a clear difference, than its base"
     word = "better" if gain.value > 0 else "worse"

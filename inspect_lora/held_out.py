@@ -7,12 +7,27 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from inspect_lora.common import InspectError, file_sha256, join_limited, pluralize, report_sentence
+from inspect_lora.common import (
+    InspectError,
+    Note,
+    file_sha256,
+    join_limited,
+    pluralize,
+    report_note,
+)
 from inspect_lora.files import Run, where_it_is_now
 from inspect_lora.trainer import Example, UserError, held_out_percent, hold_out, read_conversations
 
+Learned = Literal["none", "not compared", "not known"]
+LEARNED_IN_WORDS: dict[Learned, str] = {
+    "none": "none of these replies stands in the run's training file",
+    "not compared": "the run held these replies out; they were not compared with its training "
+    "file, which is not there any more or was changed",
+    "not known": "not known, since the adapter's training file was not at hand: it may have "
+    "learned some of these replies",
+}
 GIVE_A_FILE = "Give conversations that the adapter was not trained on with --eval_file."
 
 
@@ -73,32 +88,38 @@ def refuse_other_conversations(
         )
 
 
-def without_learned(examples: list[Example], run: Run, is_its: bool) -> list[Example]:
-    """Return the replies that do not stand in the run's training file, and name the others.
+def without_learned(
+    examples: list[Example], run: Run, is_its: bool, notes: list[Note]
+) -> tuple[list[Example], Learned]:
+    """Return the replies that do not stand in the run's training file, and whether that is known.
 
     Args:
         examples: all replies in a file.
         run: the one that the adapter comes from.
         is_its: whether that run held the file out.
+        notes: gets a sentence that names the others.
     """
     path, learned = replies_learned_by(run)
-    if path and not learned and not is_its:
-        report_sentence(
+    if not learned and not is_its:
+        report_note(
+            notes,
             "note",
-            f"{path}, on which the adapter was trained, is not there any more or was changed, so "
-            "it is not known whether it learned some of these replies.",
+            f"{path or 'The file'}, on which the adapter was trained, is not there any more or was "
+            "changed, so it is not known whether it learned some of these replies.",
         )
+    if not learned:
+        return examples, "not compared" if is_its else "not known"
     known = [one for one in examples if said_in(one.messages) in learned]
     if not known:
-        return examples
+        return examples, "none"
     named = join_limited(list(dict.fromkeys(one.source for one in known)), 10, ", ")
     text = f"{len(known)} of {pluralize(len(examples), 'held-out reply')} stand in {path}"
     if len(known) == len(examples):
         raise InspectError(
             f"{text}, on which the adapter was trained, so none is left. {GIVE_A_FILE}"
         )
-    report_sentence("left out", f"{text}, on which the adapter was trained: {named}.")
-    return [one for one in examples if said_in(one.messages) not in learned]
+    report_note(notes, "left out", f"{text}, on which the adapter was trained: {named}.")
+    return [one for one in examples if said_in(one.messages) not in learned], "none"
 
 
 def replies_learned_by(run: Run) -> tuple[str, set[str]]:
@@ -130,7 +151,7 @@ def said_in(messages: list[dict[str, str]]) -> str:
     return json.dumps([(one["role"], one["content"].split()) for one in turns])
 
 
-def without_equals(examples: list[Example]) -> list[Example]:
+def without_equals(examples: list[Example], notes: list[Note]) -> list[Example]:
     """Return the replies without those that stand in the file before, which are named."""
     first: dict[str, Example] = {}
     for one in examples:
@@ -139,12 +160,37 @@ def without_equals(examples: list[Example]) -> list[Example]:
     if len(kept) < len(examples):
         equal = [one for one in examples if one is not first[key_of(one.messages)]]
         named = [f"{one.source} is {first[key_of(one.messages)].source} again" for one in equal]
-        report_sentence(
+        report_note(
+            notes,
             "left out",
             f"{len(equal)} of {pluralize(len(examples), 'held-out reply')}, since equal ones count "
             f"once: {join_limited(named, 3, ', ')}.",
         )
     return kept
+
+
+def lines_that_count(examples: list[Example]) -> list[str]:
+    """Return the line that each reply counts with, so that a copy does not narrow ±.
+
+    That is its own line, unless the same was said in a line before it, but for spaces and the
+    system message.
+    """
+    first: dict[str, str] = {}
+    return [first.setdefault(said_in(one.messages), one.source) for one in examples]
+
+
+def note_copies(examples: list[Example], notes: list[Note]) -> None:
+    """Name replies that are copies of others but for spaces or the system message."""
+    pairs = zip(examples, lines_that_count(examples), strict=True)
+    named = [f"{one.source} is {line}" for one, line in pairs if line != one.source]
+    if named:
+        report_note(
+            notes,
+            "note",
+            f"{len(named)} of {pluralize(len(examples), 'held-out reply')}: copies of other lines "
+            "but for spaces or the system message. ± counts each with the line that it is a copy "
+            f"of: {join_limited(named, 3, ', ')}.",
+        )
 
 
 def key_of(messages: list[dict[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""Draws overview.png from evidence.json: what was gained, what else changed, some prompts."""
+"""Draws overview.png from evidence.json: held-out lines, other tasks, and some prompts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from inspect_lora.checks import title_of_row
 from inspect_lora.common import one_line
-from inspect_lora.scores import FEWEST_LINES, Estimate
+from inspect_lora.scores import FEWEST_LINES, Estimate, look_equal
 
 BASE, ADAPTER = "0.72", "#1f6fb4"  # the colours of the two models
 LOOK = {"font.size": 12, "axes.titlesize": 14, "axes.titleweight": "bold"}
 MOST_ROWS = 4  # that a panel has room for
+NOTE = 0.4  # the height of a line of a note, in rows
+PALE = 0.4  # how strong the bars of a row are that is not clear
 MOST_LETTERS = 150  # of a prompt, which is shown whole
 MOST_OF_REPLY = 110
 COLUMNS = 40  # of a text beside the name of who said it
@@ -48,53 +49,72 @@ class Row(NamedTuple):
 
     name: str
     bars: list[Bar]
+    is_clear: bool = True
 
 
 def draw_overview(record: dict[str, Any], path: Path) -> bool:
     """Draw what an evidence.json says in one wide picture; return whether there is anything."""
-    gained, changed = gains_of(record), changes_of(record)
+    own, tasks = rows_of_own(record), rows_of_tasks(record)
     replies = record.get("replies") or []
-    if not gained and not changed and not replies:
+    if not own and not tasks and not replies:
         return False
-    no_gain, note = note_on_gains(record, gained), note_on_changes(record)
-    # So that the bars of both panels have one height; a note takes the room of a row.
-    rows_left = len(gained) + 1 if gained and no_gain else len(gained)
-    rows_right = len(changed) + 1 if note else len(changed)
-    most = max(rows_left, rows_right, 2)
+    notes = note_below(own, note_on_own(record)), note_below(tasks, note_on_tasks(record))
+    # So that the bars of both panels have one height.
+    most = max(
+        2.0,
+        *(
+            min(len(rows), MOST_ROWS) + NOTE * len(note.splitlines())
+            for rows, note in zip((own, tasks), notes, strict=True)
+        ),
+    )
     with matplotlib.rc_context(LOOK):
         figure = Figure((11, 11 / 3), dpi=120)
         left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
         figure.subplots_adjust(0.012, 0.11, 0.988, 0.91, wspace=0.06)
-        draw_bars(left, "What was gained", gained, no_gain, most)
-        draw_bars(middle, "What else changed", changed, note, most)
-        draw_replies(right, replies_to_show(replies))
+        draw_bars(left, title_of_own(record), own[:MOST_ROWS], notes[0], most)
+        draw_bars(middle, "On other tasks", tasks[:MOST_ROWS], notes[1], most)
+        draw_replies(right, replies_to_show(replies), are_unseen(record))
         figure.text(0.012, 0.04, caption_of(record), fontsize=10.5, parse_math=False)
         figure.savefig(path)
     return True
 
 
-# ---- What was gained, and what else changed
+# ---- On held-out lines or prompts, and on other tasks
 
 
-def gains_of(record: dict[str, Any]) -> list[Row]:
-    """Return the held-out loss unless it clearly rose, and the checks that no fewer replies pass.
-
-    A check whose change is clear comes before those where it may be chance.
-    """
-    rows = [] if loss_rose(record) or not record.get("loss") else [row_of_loss(record)]
-    rows += [row_of_check(row) for row in checks_of(record) if len(row["won"]) >= len(row["lost"])]
-    return rows[:MOST_ROWS]
+def title_of_own(record: dict[str, Any]) -> str:
+    """Return whose the lines are that the left panel is of."""
+    if not record.get("loss"):
+        return "On the prompts"
+    return "On held-out lines" if are_unseen(record) else "On the given lines"
 
 
-def changes_of(record: dict[str, Any]) -> list[Row]:
-    """Return the loss if it clearly rose, the change elsewhere, and the checks that fewer pass."""
-    rows = [row_of_loss(record)] if loss_rose(record) else []
+def rows_of_own(record: dict[str, Any]) -> list[Row]:
+    """Return the loss of the held-out lines, if there are any, and the checks of these lines."""
+    rows = [row_of_loss(record)] if record.get("loss") else []
+    return clear_first(rows + [row_of_check(row) for row in checks_of(record, are_tasks=False)])
+
+
+def rows_of_tasks(record: dict[str, Any]) -> list[Row]:
+    """Return how often the top-1 token differs on the other tasks, and their checks."""
+    rows = []
     if changed := elsewhere_of(record):
         share = changed["other_tokens"]["value"]
         bar = Bar(share, f"{100 * share:.0f} %", ADAPTER)
-        rows.append(Row("ordinary tasks: top-1 token differs", [bar]))
-    rows += [row_of_check(row) for row in checks_of(record) if len(row["lost"]) > len(row["won"])]
-    return rows[:MOST_ROWS]
+        rows.append(Row("top-1 token differs from the base's", [bar]))
+    return clear_first(rows + [row_of_check(row) for row in checks_of(record, are_tasks=True)])
+
+
+def clear_first(rows: list[Row]) -> list[Row]:
+    """Return rows in their order, those that are clear before the others."""
+    return sorted(rows, key=lambda row: not row.is_clear)
+
+
+def checks_of(record: dict[str, Any], are_tasks: bool) -> list[dict[str, Any]]:
+    """Return the rows of the checks of the other tasks, or of all others, by their p."""
+    rows = (record.get("checks") or {}).values()
+    chosen = [row for row in rows if (row.get("source") == "tasks") is are_tasks]
+    return sorted(chosen, key=lambda row: row["p"])
 
 
 def elsewhere_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -102,37 +122,28 @@ def elsewhere_of(record: dict[str, Any]) -> dict[str, Any]:
     return ((record.get("elsewhere") or {}).get("no system message") or {}).get("x 1") or {}
 
 
-def note_on_gains(record: dict[str, Any], gained: list[Row]) -> str:
-    """Return what to say below the bars: of prompts no loss is known, so "nothing" would be false.
-
-    It is not said where a check of the user's own prompts was won; the other tasks' are no gain.
-    """
-    if record.get("loss"):
-        return "" if gained else "nothing"
-    own = [row for row in checks_of(record) if row.get("source") != "tasks"]
-    is_won = any(len(row["won"]) > len(row["lost"]) for row in own)
-    return "" if is_won else "not measured: prompts have no loss"
+def note_on_own(record: dict[str, Any]) -> str:
+    """Return that prompts have no loss where no check stands there either."""
+    has_rows = record.get("loss") or checks_of(record, are_tasks=False)
+    return "" if has_rows else "not measured: prompts have no loss,\nand these have no checks"
 
 
-def note_on_changes(record: dict[str, Any]) -> str:
-    """Return which changes were not measured, or that no check shows one, below the bars."""
-    checks = (record.get("checks") or {}).values()
-    is_worse = any(len(row["lost"]) > len(row["won"]) for row in checks)
+def note_on_tasks(record: dict[str, Any]) -> str:
+    """Return what was not measured on other tasks."""
     if elsewhere_of(record):
         return ""
-    if not checks:
-        return "other tasks and checks: not measured"
-    return "other tasks: not measured" + ("" if is_worse else "\nno check is passed less often")
+    return "top-1 token: not measured" if checks_of(record, are_tasks=True) else "not measured"
 
 
-def loss_rose(record: dict[str, Any]) -> bool:
-    """Return whether the held-out loss is there, and is clearly higher than the base's."""
-    return bool(record.get("loss")) and record["gain"]["value"] < 0 and is_clear(record)
+def note_below(rows: list[Row], note: str) -> str:
+    """Return a note, and before it how many rows there is no room for."""
+    more = len(rows) - MOST_ROWS
+    return "\n".join(filter(None, [f"and {more} more: report.md" if more > 0 else "", note]))
 
 
 def is_clear(record: dict[str, Any]) -> bool:
-    """Return whether the gain is more than chance, as report.md judges it."""
-    lines = {row["where"] for row in record["losses"]}
+    """Return whether the gain is clear, as report.md judges it."""
+    lines = {row.get("line", row["where"]) for row in record["losses"]}
     gain = record["gain"]
     if gain["value"] is None or gain["error"] is None:  # as JSON has a number that is none
         return False
@@ -147,44 +158,51 @@ def row_of_loss(record: dict[str, Any]) -> Row:
         Bar(loss / largest, f"{loss:.4f}", colour)
         for loss, colour in ((base, BASE), (adapter, ADAPTER))
     ]
-    note = " (lower is better)" if is_clear(record) else ": may be chance"
-    if bars[0].label == bars[1].label:
+    is_sure = is_clear(record)
+    note = " (lower is better)" if is_sure else ": change not shown"
+    if look_equal(base, adapter):
         note = ": no difference"
-    return Row(f"loss on unseen replies{note}", bars)
+    which = "unseen" if are_unseen(record) else "given"
+    return Row(f"loss on {which} replies{note}", bars, is_sure)
 
 
-def checks_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of checks with a change, first those where it is more than chance."""
-    rows = (record.get("checks") or {}).values()
-    changed = [row for row in rows if row["won"] or row["lost"]]
-    return sorted(changed, key=lambda row: not row["is_clear"])
+def are_unseen(record: dict[str, Any]) -> bool:
+    """Return whether the adapter is known not to have learned the replies that it is judged by."""
+    return (record.get("held_out") or {}).get("learned", "not known") != "not known"
 
 
 def row_of_check(row: dict[str, Any]) -> Row:
-    """Return the bars of a row of checks."""
+    """Return the bars of a row of checks; the panel's title says whose the lines are."""
     lines = row["lines"]
-    name = shown(one_line(title_of_row(row["name"], row.get("source", "")), 16))
-    title = f"replies that pass “{name}”" if row["is_clear"] else f"pass “{name}”: may be chance"
+    own_name = row["name"].removeprefix("tasks ") if row.get("source") == "tasks" else row["name"]
+    name = shown(one_line(own_name, 14))
+    change = "change not shown" if row["won"] or row["lost"] else "the same lines"
+    title = f"replies that pass “{name}”" if row["is_clear"] else f"pass “{name}”: {change}"
     passed = ((row["before"], BASE), (row["after"], ADAPTER))
-    return Row(title, [Bar(n / lines, f"{n} of {lines}", colour) for n, colour in passed])
+    bars = [Bar(n / lines, f"{n} of {lines}", colour) for n, colour in passed]
+    return Row(title, bars, row["is_clear"])
 
 
-def draw_bars(axes: Axes, title: str, rows: list[Row], note: str, most: int) -> None:
-    """Draw a row's bars below its name, with the numbers behind; write a note below them."""
+def draw_bars(axes: Axes, title: str, rows: list[Row], note: str, most: float) -> None:
+    """Draw a row's bars below its name, with the numbers behind; write a note below them.
+
+    The bars of a row that is not clear are pale.
+    """
     axes.set_title(title, loc="left")
     axes.set_axis_off()
     axes.set(xlim=(0, 1.34), ylim=(-3.0 * most + 0.4, 0.4))
-    if note:
-        top = -3.0 * len(rows) + 0.25
-        axes.text(0, top, note, fontsize=11, color="0.35", va="top", linespacing=1.5)
     for number, row in enumerate(rows):
         top = -3.0 * number
         axes.text(0, top - 0.17, row.name, fontsize=11, parse_math=False)
         for place, bar in enumerate(row.bars):
             middle = top - 0.75 - 0.8 * place
             length = bar.length if math.isfinite(bar.length) else 0.0
-            axes.barh(middle, max(length, 0.004), height=0.7, color=bar.colour)
+            strength = 1.0 if row.is_clear else PALE
+            axes.barh(middle, max(length, 0.004), 0.7, color=bar.colour, alpha=strength)
             axes.text(length + 0.03, middle, bar.label, va="center", fontsize=11)
+    if note:
+        top = -3.0 * len(rows) + 0.25
+        axes.text(0, top, note, fontsize=11, color="0.35", va="top", linespacing=1.5)
 
 
 # ---- Some prompts
@@ -230,12 +248,13 @@ def is_in_font(reply: dict[str, Any]) -> bool:
     return all(shown(line) == line for one in what_was_said(reply) for line in one.lines)
 
 
-def draw_replies(axes: Axes, replies: list[dict[str, Any]]) -> None:
+def draw_replies(axes: Axes, replies: list[dict[str, Any]], are_new: bool) -> None:
     """Write prompts and both replies, line by line, so that they stand beside their names."""
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    are_unseen = all(one["source"] == "held_out" for one in replies)
-    axes.set_title("Unseen prompts" if replies and are_unseen else "Prompts", loc="left")
+    are_held_out = replies and all(one["source"] == "held_out" for one in replies)
+    title = "Unseen prompts" if are_new else "Given prompts"
+    axes.set_title(title if are_held_out else "Prompts", loc="left")
     if not replies:
         axes.text(0, 0.93, "no short one to show: see replies.html", color="0.35")
     height = 0.92

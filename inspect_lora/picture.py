@@ -87,7 +87,7 @@ def draw_gain_and_change(axes: Axes, parts: list[Part], shifts: dict[float, Shif
     right = axes.twinx()
     right.plot(strengths, changes, marker="s", linestyle="--", color="C1")
     right.tick_params(axis="y", labelcolor="C1")
-    right.set_ylabel("KL on ordinary tasks, nats", color="C1")
+    right.set_ylabel("KL on the other tasks, nats", color="C1")
     right.set_ylim(0, max(0.001, 1.06 * max(changes)))  # what is rounding must not fill the panel
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from inspect_lora.common import hash_of
 from inspect_lora.conversations import Task, group_of
-from inspect_lora.scores import evenly_spread
+from inspect_lora.scores import draw_numbers
 from inspect_lora.trainer import ChatFormat, Example, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -216,12 +216,14 @@ def ask_both(
 
 
 def choose_samples(examples: list[Example] | list[Task], group: str, wanted: int) -> list[Any]:
-    """Return one example or prompt of each kind, up to 20, and as many more as are wanted."""
+    """Return one example or prompt of each kind, up to 20, and as many more as are wanted.
+
+    The first of each kind comes into the choice; the others are drawn by a fixed seed.
+    """
     first: dict[str, int] = {}
     for number, example in enumerate(examples):
         first.setdefault(group_of(example, group), number)
     chosen = sorted(first.values())[: max(wanted, 20)] if wanted else []
-    for number in evenly_spread(len(examples), wanted):
-        if len(chosen) < wanted and number not in chosen:
-            chosen.append(number)
+    others = [number for number in range(len(examples)) if number not in chosen]
+    chosen += [others[place] for place in draw_numbers(len(others), max(0, wanted - len(chosen)))]
     return [examples[number] for number in sorted(chosen)]

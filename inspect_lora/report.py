@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from inspect_lora.checks import p_in_words, shortened, with_interval
+from inspect_lora.checks import CheckRow, p_in_words, shortened, when_clear, with_interval
 from inspect_lora.common import (
+    file_sha256,
     join_limited,
     one_line,
     pluralize,
@@ -19,13 +21,13 @@ from inspect_lora.common import (
     shorten_path,
 )
 from inspect_lora.conclusions import best_strength, cut_that_is_enough, of_kind
-from inspect_lora.conversations import Task, group_of
-from inspect_lora.elsewhere import REPLY_TOKENS, Elsewhere
+from inspect_lora.conversations import GENERAL_FILE, Task, group_of
+from inspect_lora.elsewhere import REPLY_TOKENS
 from inspect_lora.findings import Findings, headline
 from inspect_lora.modules import scaling_in_words
 from inspect_lora.parts import Part
 from inspect_lora.replies import Reply
-from inspect_lora.scores import differences
+from inspect_lora.scores import FEWEST_LINES, differences
 
 # ---- On the terminal
 
@@ -63,17 +65,32 @@ def telling_parts(parts: list[Part]) -> list[Part]:
 
 def print_checks(found: Findings) -> None:
     """Print a row for each name of a check, and what each asks for."""
-    columns = "{:<18}{:>6}{:>18}{:>18}{:>6}{:>5}  {:<}".format
-    rows = [columns("", "lines", "base", "adapter", "lost", "won", "beyond chance?")]
+    rows = [["", "lines", "base", "adapter", "lost", "won", "clear?"]]
     for row in found.checks:
         rates = [with_interval(passed, row.lines) for passed in (row.before, row.after)]
         answer = f"{'yes' if row.is_clear else 'not shown'} ({p_in_words(row.p)})"
         answer = answer if row.can_be_clear else "too few lines"
-        counts = (len(row.lost), len(row.won))
-        rows.append(columns(one_line(row.title, 17), row.lines, *rates, *counts, answer))
-    report("", join_limited(rows, 7))
+        counts = (str(len(row.lost)), str(len(row.won)))
+        rows.append([row.title, row.counted(), *rates, *counts, answer])
+    report("", join_limited(in_columns(rows), 7))
+    blind = [row.title for row in found.checks if row.can_be_clear and not row.can_lose]
+    if blind:
+        text = f"no loss could show, too few of the base's pass: {join_limited(blind, 4, ', ')}"
+        report("", one_line(text, 90))
     rules = [one_line(f"{row.title}: {row.rule}", 90) for row in found.checks]
     report("", join_limited(rules, 6))
+
+
+def in_columns(rows: list[list[str]], width: int = 90) -> list[str]:
+    """Return rows of cells as lines; the names, which come first, get the room that is left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = max(3, min(17, width - sum(widths[1:]) - len(widths)))
+    return [
+        f"{one_line(name, room):<{room}}"
+        + "".join(f" {cell:>{size}}" for cell, size in zip(cells, widths[1:-1], strict=True))
+        + f"  {last}"
+        for name, *cells, last in rows
+    ]
 
 
 def print_conclusions(found: Findings) -> None:
@@ -113,7 +130,7 @@ def as_markdown(found: Findings, pictures: set[str]) -> str:
         "![What was measured](lora.png)" if "lora.png" in pictures else "",
         markdown_parts(found) if found.parts else "",
         markdown_updates(found) if found.updates else "",
-        markdown_elsewhere(found.elsewhere) if found.elsewhere else "",
+        markdown_elsewhere(found) if found.elsewhere else "",
         markdown_checks(found) if found.checks else "",
         markdown_kinds(found) if found.losses else "",
         markdown_samples(found) if found.samples else "",
@@ -132,8 +149,12 @@ def markdown_verdict(found: Findings) -> str:
     )
     lines = [title, "", f"**{gain}.**".replace("\n", " "), ""]
     sentences = [row.sentence() for row in found.checks if row.is_clear] + found.conclusions
+    if found.held_out and not found.are_unseen:
+        sentences.append(f"learned lines: {found.held_out.learned_in_words()}.")
     lines += [f"- {escaped(sentence)}" for sentence in sentences]
     how_sure = OF_LOSSES if found.losses else OF_TASKS if found.elsewhere else ""
+    if found.checks and not found.losses:
+        how_sure += OF_CHECKS
     if found.losses or found.elsewhere or found.checks:
         how_sure += CHANCE
     return "\n".join([*lines, *([""] if sentences else []), how_sure]).rstrip()
@@ -141,14 +162,21 @@ def markdown_verdict(found: Findings) -> str:
 
 # How sure the numbers are.
 OF_LOSSES = (
-    "± is one standard error over the held-out lines, or over the other tasks, and wherever two "
-    "losses are compared, above 0 is better. A difference is clear if its 95 % interval leaves out "
-    "0; where several are compared, their intervals hold 95 % together. "
+    "In the tables, ± is one standard error of that row alone, over the held-out lines or over the "
+    "other tasks, and wherever two losses are compared, above 0 is better. A sentence calls the "
+    "gain clear if its 95 % interval leaves out 0; a part, if it also differs by over 2 % of the "
+    "gain, and by at least three errors where it is one of several strengths or groups; a check, "
+    "if its p is below the limit that is given. Single targets and kinds of line are not judged. "
 )
 OF_TASKS = "± is one standard error over the other tasks. "
+OF_CHECKS = "A check is clear if its p is below the limit that is given. "
 CHANCE = (
-    "Chance is the choice of these lines; another seed of the training may change more than that."
+    "All of this is about the choice of these lines; another seed of the training may change more "
+    "than that."
 )
+
+
+SHOWN = 5e-5  # a smaller difference of losses is 0.0000
 
 
 def markdown_parts(found: Findings) -> str:
@@ -159,16 +187,20 @@ def markdown_parts(found: Findings) -> str:
         of_gain = part.of_gain.percent() if are_meant and part.kind != "base" else ""
         better_on = f"{part.better_on} of {len(part.losses)}"
         compared = [of_gain, part.against_trained, better_on]
-        rows.append(
-            [part.title, f"{part.loss:.4f}", *(compared if part.kind != "whole" else [""] * 3)]
-        )
+        if part.kind == "whole":
+            compared = [""] * 3
+        elif part.kind == "merged" and abs(part.against_trained.value) < SHOWN:
+            compared[1:] = ["", ""]  # which reply is lower then is noise
+        rows.append([part.title, f"{part.loss:.4f}", *compared])
     config = found.adapter.model.peft_config["default"]
     gain = found.losses.only(found.measured).gain()
     shares = f", and shares are of the gain on them, {gain}" if are_meant else ""
+    is_drawn = len(found.measured) < len(found.examples)
     return (
         "## What each part is worth\n\n"
-        f"Measured on {len(found.measured)} of {pluralize(len(found.examples), 'held-out reply')}, "
-        f"evenly spread. All losses, in nats a token, are on these replies{shares}. The last two "
+        f"Measured on {len(found.measured)} of {pluralize(len(found.examples), 'held-out reply')}"
+        f"{', drawn by a fixed seed' if is_drawn else ''}. All losses, in nats a token, are on "
+        f"these replies{shares}. The last two "
         "columns compare a row with the adapter as trained: above 0 is better. "
         f"Each update is {scaling_in_words(config.use_rslora)} x B A. It is scaled, "
         "switched off in parts, or cut to its strongest directions; nothing is retrained. "
@@ -194,13 +226,19 @@ def markdown_updates(found: Findings) -> str:
     )
 
 
-def markdown_elsewhere(elsewhere: Elsewhere) -> str:
+def markdown_elsewhere(found: Findings) -> str:
     """Return the table of how far the model is moved on other tasks."""
+    elsewhere = found.elsewhere
     shifts = {
         "as trained" if strength == 1 else f"update x {strength:g}": shift
         for strength, shift in elsewhere.without_system.items()
     }
+    of_last = ""
     if elsewhere.with_system:
+        of_last = (
+            " The last row is on other replies, which the base sampled with the training's system "
+            "message; it is not paired with the others."
+        )
         shifts["as trained, with the training's system message"] = elsewhere.with_system
     rows = [
         [name, shift.kl_a_token().without_sign(), shift.other_tokens().percent()]
@@ -208,12 +246,22 @@ def markdown_elsewhere(elsewhere: Elsewhere) -> str:
     ]
     return (
         "## What else was changed\n\n"
-        f"The base model replied to {pluralize(elsewhere.tasks, 'ordinary task')}, such as sums, "
-        f"translations and lists (one sampled reply each, {REPLY_TOKENS} tokens at most), without "
+        f"The base model replied to {pluralize(len(elsewhere.tasks), 'other task')}"
+        f"{some_topics(found)} (one sampled reply each, {REPLY_TOKENS} tokens at most), without "
         "the training's system message. The table says how far the adapter's probabilities on "
-        "these replies are from the base's, and how often its top-1 token differs.\n\n"
+        f"these replies are from the base's, and how often its top-1 token differs.{of_last}\n\n"
         + table(["", "KL, nats a token", "top-1 token differs"], rows)
     )
+
+
+def some_topics(found: Findings) -> str:
+    """Return of which topics most of the package's tasks were; nothing of a file of the user's."""
+    if found.general_file["sha256"] != file_sha256(GENERAL_FILE):
+        return ""
+    topics = Counter(task.row["topic"] for task in found.elsewhere.tasks)
+    words = [one.replace("_and_", " or ").replace("_", " ") for one, _ in topics.most_common(3)]
+    *others, last = words
+    return f", such as {', '.join(others)} and {last}" if others else f", such as {last}"
 
 
 def markdown_checks(found: Findings) -> str:
@@ -222,7 +270,7 @@ def markdown_checks(found: Findings) -> str:
     limits = sorted({one.max_new_tokens for one in found.answered() if one.task.checks})
     for row in found.checks:
         rates = [with_interval(passed, row.lines) for passed in (row.before, row.after)]
-        counts = [row.lines, *rates, len(row.lost), len(row.won)]
+        counts = [row.counted(), *rates, len(row.lost), len(row.won)]
         rows.append([row.title, shortened(row.rule), *counts, row.judgement()])
         if row.lost:
             lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
@@ -234,12 +282,28 @@ def markdown_checks(found: Findings) -> str:
         "Base and adapter replied to lines that say what a reply must hold, by greedy decoding, "
         f"with at most {' or '.join(map(str, limits))} tokens. In brackets is the "
         "95 % interval of the share (Wilson). p is how probable a change at least so uneven would "
-        "be if lines were lost as often as won (McNemar's exact test). A row shows more than "
-        f"chance if p is below {found.checks[0].needed:.3g}: 5 %, divided by the number of rows.",
+        "be if lines were lost as often as won (McNemar's exact test). A row is "
+        f"clear if p is below {when_clear(found.checks)}.",
+        how_they_were_drawn(found.checks),
         table(head, rows),
         "\n".join(lost),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def how_they_were_drawn(rows: list[CheckRow]) -> str:
+    """Return that the lines of some names were drawn, or "" if all were asked."""
+    wanted = max((row.lines for row in rows if row.is_drawn), default=0)
+    if not wanted:
+        return ""
+    were = "was" if wanted == 1 else "were"
+    return (
+        f"Where more lines have a check of one name, {wanted} of them {were} drawn by a fixed seed "
+        "(--checks), and a line is judged only by the checks that it was drawn for."
+    )
+
+
+MOST_KINDS = 40
 
 
 def markdown_kinds(found: Findings) -> str:
@@ -252,11 +316,19 @@ def markdown_kinds(found: Findings) -> str:
         base = sum(own.base) / sum(own.tokens)
         lower = f"{sum(one > 0 for one in gains)} of {len(gains)}"
         means = [f"{base:.4f}", f"{base - gain.value:.4f}"]
-        rows.append([kind or "(none)", len(gains), *means, gain, lower])
+        has_few = len(set(own.lines)) < FEWEST_LINES
+        shown = f"{gain.value:+.4f}" if has_few else str(gain)
+        rows.append([kind or "(none)", len(gains), *means, shown, lower])
     if len(rows) == 1:
         return ""
     head = [found.group, "replies", "base", "adapter", "gain", "adapter lower on"]
-    return f"## The loss by kind of line, in nats a token\n\n{table(head, rows[:40])}"
+    more = pluralize(len(rows) - MOST_KINDS, "more kind")
+    cut = f" Left out: {more}." if len(rows) > MOST_KINDS else ""
+    return (
+        "## The loss by kind of line, in nats a token\n\n"
+        f"Kinds are not compared with each other. Below {FEWEST_LINES} lines no error is given."
+        f"{cut}\n\n{table(head, rows[:MOST_KINDS])}"
+    )
 
 
 def markdown_samples(found: Findings) -> str:
@@ -343,10 +415,14 @@ def markdown_facts(found: Findings) -> str:
         "adapter": f"{found.name}, r = {config.r}, alpha = {config.lora_alpha}",
         "base": f"{base}{'' if found.base_note else ','} in {adapter.dtype}",
         file: f"{known['file']}, SHA-256 {known['sha256']}",
+        "learned lines": found.held_out.learned_in_words() if found.held_out else "",
         system: found.system_message or why_no_system_message(found),
+        "chat template": found.template,
+        "losses of the base": found.losses_of_base if found.losses else "",
         "measured": f"{time.strftime('%Y-%m-%d %H:%M')}: {spent}",
     }
-    lines = [f"- {name}: {escaped(text)}" for name, text in facts.items()]
+    said = [*facts.items(), *found.notes]
+    lines = [f"- {name}: {escaped(text)}" for name, text in said if text]
     return "\n".join(["## What was measured", "", *lines])
 
 

@@ -35,7 +35,7 @@ from inspect_lora.common import (
 )
 from inspect_lora.evidence_file import Evidence, Row, read_evidence, records_below
 from inspect_lora.files import Run, find_adapter, find_run, folder_to_serve
-from inspect_lora.scores import evenly_spread, losses_of
+from inspect_lora.scores import draw_numbers, losses_of
 from inspect_lora.server import GIVE_THE_ADDRESS, Server
 from inspect_lora.trainer import ChatFormat, Example, encode, name_on_server
 
@@ -142,11 +142,11 @@ def choose_replies(
         if evidence.has_the_replies_of(held_out.as_known(), lengths):
             where = path_from_here(evidence.folder / "evidence.json")
             report("here", f"the losses with and without the adapter are those in\n{where}")
-            chosen = spread_over(examples, server.window)
+            chosen = numbers_to_score(examples, server.window)
             return [from_record(examples[n], evidence.losses[n]) for n in chosen], chat_format
     adapter = adapters.open_adapter(options, place, trained_by)
     examples = conversations.encode_held_out(held_out, adapter, options)
-    examples = [examples[n] for n in spread_over(examples, server.window)]
+    examples = [examples[n] for n in numbers_to_score(examples, server.window)]
     with_it = losses_of(adapter.model, examples, "adapter")
     with adapter.model.disable_adapter():
         without = losses_of(adapter.model, examples, "base")
@@ -182,8 +182,8 @@ def from_record(example: Example, row: Row) -> Asked:
     return Asked(example, row.tokens * row.base, row.tokens * row.adapter)
 
 
-def spread_over(examples: list[Example], window: float) -> list[int]:
-    """Return the numbers of the replies to score, evenly spread over those that the server takes.
+def numbers_to_score(examples: list[Example], window: float) -> list[int]:
+    """Return the numbers of the replies to score, drawn of those that the server takes.
 
     A server generates at least one token, even if it is only asked for scores.
     """
@@ -195,7 +195,7 @@ def spread_over(examples: list[Example], window: float) -> list[int]:
             f"and {FEWEST_REPLIES} are needed.\nGive more with --eval_file, or start the server "
             "with a larger --max-model-len."
         )
-    return [fitting[n] for n in evenly_spread(len(fitting), REPLIES_TO_SCORE)]
+    return [fitting[n] for n in draw_numbers(len(fitting), REPLIES_TO_SCORE)]
 
 
 # ---- What the server's scores say

@@ -751,10 +751,25 @@ def test_on_a_gpu_the_kernels_are_tried_before_the_model_is_loaded(refused, plai
 def test_a_template_of_the_adapters_own_is_taken(capsys, changed, tmp_path, held_out):
     folder = changed()
     before = measure(capsys, folder, held_out, *SHORT)
+    assert "\n- chat template: the base's\n" in before.report
     tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.save_pretrained(folder)
+    same = measure(capsys, folder, held_out, *SHORT)
+    assert "\n- chat template: the adapter's own, the same as the base's\n" in same.report
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
     tokenizer.save_pretrained(folder)
-    assert columns(measure(capsys, folder, held_out, *SHORT).found) != columns(before.found)
+    own = measure(capsys, folder, held_out, *SHORT)
+    assert columns(own.found) != columns(before.found)
+    assert "\n- chat template: the adapter's own, which differs from the base's; both" in own.report
+
+
+def test_a_base_without_a_template_is_told(capsys, changed, tmp_path, held_out):
+    folder = changed()
+    base = shutil.copytree(TINY, tmp_path / "base")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    (base / "chat_template.jinja").unlink()
+    run = measure(capsys, folder, held_out, *SHORT, "--base", base)
+    assert "\n- chat template: the adapter's own; the base has none, or it cannot" in run.report
 
 
 def test_a_damaged_tokenizer_of_the_adapters_own_is_told(refused, changed):

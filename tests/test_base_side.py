@@ -9,6 +9,7 @@ from conftest import TINY
 from on_tiny import SHORT, messages_of, read_json, save_adapter, write_lines
 from tiny_adapters import change_config, command
 
+import inspect_lora.base_side as base_side
 import inspect_lora.evidence as evidence
 import inspect_lora.replies as replies
 
@@ -38,9 +39,14 @@ def ask(two, capsys, monkeypatch):
     def run(name, *more):
         asked = []
         losses, generate = evidence.losses_of, replies.generate
+        again = []
 
         def watched_losses(model, examples, title):
             asked.extend([title] if title == "base" else [])
+            return losses(model, examples, title)
+
+        def watched_again(model, examples, title):
+            again.extend(int(one.source.rpartition(":")[2]) for one in examples)
             return losses(model, examples, title)
 
         def watched_replies(model, chat_format, prompts, config, title, *seed):
@@ -49,12 +55,14 @@ def ask(two, capsys, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(evidence, "losses_of", watched_losses)
+            patch.setattr(base_side, "losses_of", watched_again)
             patch.setattr(replies, "generate", watched_replies)
             words = ["--eval_file", "held-out.jsonl", *WORDS, *more]
             end = command(capsys, "evidence", f"out/{name}", *words)
         assert end.status == 0, end.err
         found = read_json(two.parent / "inspected" / f"out--{name}" / "evidence.json")
-        end.found, end.asked = found, asked
+        end.found, end.asked, end.again = found, asked, again
+        end.report = (two.parent / "inspected" / f"out--{name}" / "report.md").read_text("utf-8")
         return end
 
     return run
@@ -124,3 +132,52 @@ def test_of_a_record_that_lacks_a_row_no_loss_is_taken(ask, two):
     record["losses"].pop()
     path.write_text(json.dumps(record), encoding="utf-8")
     assert ask("other").asked == ["base"]
+
+
+NINE = [(f"hello {number}", "Oh, hello. " * (1 + number % 4)) for number in range(9)]
+
+
+def change_loss(two, number, by):
+    """Add so much to the base's loss of a reply in the record of the first adapter."""
+    path = two.parent / "inspected" / "out--one" / "evidence.json"
+    record = read_json(path)
+    record["losses"][number]["base"] += by
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_three_losses_are_computed_again_and_the_report_says_where_all_come_from(ask, two):
+    write_lines(two.parent / "held-out.jsonl", [{"messages": messages_of(one)} for one in NINE])
+    first = ask("one", "--samples", "0")
+    assert first.again == [] and "\n- losses of the base: measured now\n" in first.report
+    losses = [row["base"] for row in first.found["losses"]]
+    end = ask("other", "--samples", "0")
+    assert end.asked == []
+    lowest, highest = losses.index(min(losses)) + 1, losses.index(max(losses)) + 1
+    assert end.again == sorted({lowest, 5, highest}) and len(end.again) <= 3
+    where = f"inspected/out--one/evidence.json of {first.found['measured']}"
+    assert f"- losses of the base: taken from {where}\n" in end.report.replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "by", "is_used"),
+    [("float32", 9e-4, True), ("float32", 1.2e-3, False), ("float32", 5.0, False),
+     ("float32", -5.0, False), ("float32", float("nan"), False),
+     ("bfloat16", 2e-2, True), ("bfloat16", 0.1, False)],
+)  # fmt: skip
+def test_a_record_whose_losses_were_edited_is_not_used(ask, two, dtype, by, is_used):
+    """Any large edit makes the highest loss or the lowest one; the fifth is looked at anyway."""
+    write_lines(two.parent / "held-out.jsonl", [{"messages": messages_of(one)} for one in NINE])
+    ask("one", "--dtype", dtype)
+    for number in (4, 2):
+        if number == 2 and abs(by) != 5:
+            continue
+        change_loss(two, number, by)
+        end = ask("other", "--dtype", dtype)
+        assert (end.asked == []) is is_used
+        said = "inspected/out--one/evidence.json has the loss "
+        is_said = by == by  # what is no number makes the record damaged
+        assert (said in end.said) is (not is_used and is_said)
+        assert ("so that file is not used" in end.said) is (not is_used and is_said)
+        assert ("losses of the base: measured now" in end.report) is not is_used
+        shutil.rmtree(two.parent / "inspected" / "out--other")
+        change_loss(two, number, -by)

@@ -243,6 +243,19 @@ def test_a_coverage_that_misses_its_target_is_named(options):
     ]  # fmt: skip
 
 
+def test_the_power_of_the_checks_is_that_of_a_binomial_and_the_docs_have_it():
+    """Of four rows one needs eight lost lines."""
+    assert calibration.power(7) == 0.0
+    assert calibration.power(8) == pytest.approx(0.04**8)
+    assert calibration.power(9) == pytest.approx(0.04**9 + 9 * 0.04**8 * 0.96)
+    assert calibration.power(6, lost=1.0, rows=1) == 1.0
+    draws = numpy.random.default_rng(1).binomial(231, 0.04, 100_000)
+    assert calibration.power(231) == pytest.approx((draws >= 8).mean(), abs=0.006)
+    page = (Path(__file__).parent.parent / "docs" / "evidence.md").read_text(encoding="utf-8")
+    for lines in (231, 40):
+        assert f" {100 * calibration.power(lines):.3g} %" in page
+
+
 # ==== the acceptance of a card
 
 

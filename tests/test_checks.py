@@ -3,6 +3,7 @@
 import json
 import re
 import types
+from collections import Counter
 from pathlib import Path
 
 import peft
@@ -16,15 +17,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import inspect_lora.evidence as evidence
 from inspect_lora.checks import (
     CHECKS,
+    FEWEST_CHECKED,
     end_of_sentences,
     fewest_to_lose,
     rows_of_checks,
     shortened,
+    when_clear,
     wilson,
+    with_interval,
 )
 from inspect_lora.common import file_sha256
 from inspect_lora.conversations import GENERAL_FILE, Task, read_tasks
 from inspect_lora.report import print_checks
+from inspect_lora.scores import draw_numbers
 
 ALL = [word for word in SHORT if word != "--checks=0"]  # the checks of all lines
 NUMBER = {"kind": "number", "answer": 42}
@@ -408,35 +413,85 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     several = "(a line may have several checks)"
     assert f"checks    2 lines, two replies to each {several}; --checks 0 leaves" in run.out
     assert re.search(r"as the adapter .*  too few lines\n", run.out)
-    assert "more than chance if p is below 0.0125: 5 %, divided by the number of rows" in run.report
+    assert "clear if p is below 0.05, for which it takes 6 lines: no row has so many" in run.report
     assert "be if lines were lost as often as won (McNemar's exact test)" in run.report
     assert run.found["general_file"] == {"file": tasks, "sha256": file_sha256(Path(tasks))}
 
 
-@pytest.mark.parametrize(("wanted", "asked"), [("0", []), ("2", [1, 3]), ("9", [1, 2, 3, 4])])
-def test_the_lines_that_are_checked_may_be_fewer(checked, capsys, wanted, asked):
-    """They are evenly spread, and --examples has no say in it."""
+@pytest.mark.parametrize("wanted", [0, 2, 4, 9])
+def test_the_lines_that_are_checked_may_be_fewer(checked, capsys, wanted):
+    """They are drawn, and --examples has no say in it."""
+    asked = [number + 1 for number in draw_numbers(4, wanted)]
     lines = [{"messages": messages_of((f"a{n}", "b")), "checks": {"right": NUMBER}}
              for n in range(4)]  # fmt: skip
     held_out = write_lines(checked.folder / "four.jsonl", lines)
-    run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", wanted)
+    run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", str(wanted))
     assert [int(one["where"].split(":")[1]) for one in run.found["replies"]] == asked
     assert ("checks" in run.out) == ("checks" in run.found["seconds"]) == bool(asked)
     assert run.found["general_file"] is None
+    if asked:
+        row = run.found["checks"]["right"]
+        assert (row["lines"], row["lines_in_all"]) == (len(asked), 4)
+        is_part = wanted < 4
+        count = f"{wanted} of 4" if is_part else "4"
+        assert f"| has 42 as its last number | {count} | " in run.report
+        assert re.search(rf"\n +right +{count} +0 ", run.out)
+        said = f"have a check of one name, {wanted} of them were drawn by a fixed seed"
+        assert (said in run.report) is is_part and ("drawn" in run.report) is is_part
 
 
-def test_so_many_lines_of_each_name_are_checked():
-    """Of a name that few lines have as many as of one that all have."""
-    check = CHECKS.validate_python({"rings": NUMBER})["rings"]
-    names = [["brief", "rings"] if number % 10 == 3 else ["brief"] for number in range(40)]
-    lines = [
-        Task(f"a:{number}", [], "held_out", {}, checks=dict.fromkeys(some, check))
+def lines_of(names):
+    """Return lines with a check of each of these names."""
+    check = CHECKS.validate_python({"it": NUMBER})["it"]
+    return [
+        Task(
+            f"a:{number}", [], "held_out", {}, None, dict.fromkeys(some, check),
+            dict.fromkeys(some, NUMBER),
+        )
         for number, some in enumerate(names)
-    ]
-    chosen = [int(one.where[2:]) for one in evidence.some_of_each_name(lines, 4)]
-    assert chosen == [0, 3, 10, 13, 20, 23, 30, 33]
-    assert evidence.some_of_each_name(lines, 40) == lines
-    assert evidence.some_of_each_name(lines, 0) == []
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", [0, 3, 4, 5, 40])
+def test_so_many_lines_of_each_name_are_checked(wanted):
+    """Also where a line that was drawn for one name has a check of another, which has more."""
+    lines = lines_of(
+        [["brief", "rings"] if number % 10 == 3 else ["brief"] for number in range(40)]
+    )
+    chosen = evidence.some_of_each_name(lines, wanted)
+    counted = Counter(name for one in chosen for name in one.checks)
+    assert counted == Counter({"brief": wanted, "rings": min(wanted, 4)})
+    assert all(set(one.checks) == set(one.rules) != set() for one in chosen)
+    numbers = [int(one.where[2:]) for one in chosen]
+    assert numbers == sorted(set(numbers))
+    assert [
+        number for number, one in zip(numbers, chosen, strict=True) if "brief" in one.checks
+    ] == (draw_numbers(40, wanted))
+    assert (chosen == lines) is (wanted == 40)
+
+
+def test_a_line_is_judged_only_by_the_checks_that_it_was_drawn_for(checked, capsys):
+    """Every line is brief; 3 of 12 must hold a number as well."""
+    brief = {"kind": "word", "not": ["cheese"]}
+    lines = [
+        {"messages": messages_of((f"a{n}", "b")),
+         "checks": {"brief": brief} | ({"right": NUMBER} if n % 4 == 0 else {})}
+        for n in range(12)
+    ]  # fmt: skip
+    held_out = write_lines(checked.folder / "twelve.jsonl", lines)
+    other = save_adapter(checked.folder / "other", std=0.3)
+    asked = []
+    for adapter in (checked.adapter, other):
+        run = measure(capsys, adapter, held_out, *SHORT, "--checks", "2")
+        rows = run.found["checks"]
+        assert {name: row["lines"] for name, row in rows.items()} == {"brief": 2, "right": 2}
+        assert (rows["brief"]["lines_in_all"], rows["right"]["lines_in_all"]) == (12, 3)
+        replies = run.found["replies"]
+        for name in ("brief", "right"):
+            assert sum(name in one["base"]["checks"] for one in replies) == 2
+            assert sum(name in one["rules"] for one in replies) == 2
+        asked.append([(one["where"], sorted(one["rules"])) for one in replies])
+    assert asked[0] == asked[1]  # of two adapters the same lines are judged
 
 
 def made_up_replies(lost, won, same, name="right"):
@@ -457,17 +512,17 @@ def test_a_row_counts_lines_and_says_whether_it_may_be_chance():
     (row,) = rows_of_checks(made_up_replies(11, 1, 20))
     assert (row.lines, row.before, row.after, row.p) == (32, 31, 21, pytest.approx(0.00635, 1e-2))
     assert row.lost == [f"a:{number}" for number in range(11)] and row.won == ["a:11"]
-    assert row.is_clear and row.judgement() == "fewer pass now, by more than chance (p = 0.006)"
+    assert row.is_clear and row.judgement() == "clearly fewer pass now (p = 0.006)"
     assert row.sentence().startswith(
         "right (has 42 as its last number): of 32 lines the base passes 31 (84 to 99 %) and the "
-        "adapter 21 (48 to 80 %): fewer pass now"
+        "adapter 21 (48 to 80 %): clearly fewer pass now"
     )
     (row,) = rows_of_checks(made_up_replies(1, 11, 0))
     assert "more pass now" in row.judgement()
     (row,) = rows_of_checks(made_up_replies(3, 2, 20))
-    assert row.judgement() == "may be chance (p = 1.000)"
+    assert row.judgement() == "not shown (p = 1.000)"
     (row,) = rows_of_checks(made_up_replies(2, 8, 0))
-    said = "may be chance (p = 0.109); too few pass for a loss to show: it takes 6"
+    said = "not shown (p = 0.109); too few pass for a loss to show: it takes 6"
     assert row.judgement() == said
     (row,) = rows_of_checks(made_up_replies(0, 13, 20))  # p is 0.0002
     assert "(p < 0.001)" in row.judgement()
@@ -493,7 +548,7 @@ def test_how_many_must_be_lost_to_show_depends_on_the_number_of_rows(names, need
         found = made_up_replies(0, 20 - passing, passing)  # the base passes so many
         found += made_up_replies(0, 20, 0, "another") if names > 1 else []
         for number in range(2, names):
-            found += made_up_replies(0, 0, 1, f"another {number}")
+            found += made_up_replies(0, 0, 6, f"another {number}")
         row = rows_of_checks(found)[0]
         assert fewest_to_lose(row.needed) == needed
         row.won, row.p = [], 1.0
@@ -581,7 +636,7 @@ def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
     checked, capsys, monkeypatch
 ):
     found = rows_of_checks(made_up_replies(0, 13, 20))
-    monkeypatch.setattr(evidence, "rows_of_checks", lambda _: found)
+    monkeypatch.setattr(evidence, "rows_of_checks", lambda *_: found)
     line = {"messages": messages_of(("a", "b")), "checks": {"right": NUMBER}}
     held_out = write_lines(checked.folder / "one.jsonl", [line])
     run = measure(capsys, checked.adapter, held_out, *SHORT, "--checks", "1")
@@ -591,7 +646,7 @@ def test_a_clear_row_is_told_on_the_terminal_and_at_the_top_of_the_report(
     top, table = run.report.split("## What the replies hold")
     assert "- right (has 42 as its last number): of 33 lines the base passes 20 (44 to" in top
     row = "| right | has 42 as its last number | 33 | 20 (44 to 75 %) | 33 (90 to 100 %) | 0 | 13 |"
-    assert f"{row} more pass now, by more than chance (p" in table
+    assert f"{row} clearly more pass now (p" in table
     assert "another seed of the training may change more" in top
 
 
@@ -600,7 +655,83 @@ def test_what_may_be_chance_is_called_not_shown(capsys, lost, said):
     """And not "no": that a change is chance cannot be shown."""
     print_checks(types.SimpleNamespace(checks=rows_of_checks(made_up_replies(lost, 0, 20))))
     head, row, *_ = capsys.readouterr().out.splitlines()
-    assert head.endswith("beyond chance?") and row.endswith(f"  {said}")
+    assert head.endswith("clear?") and row.endswith(f"  {said}")
+
+
+@pytest.mark.parametrize(("passing", "is_told"), [(5, True), (6, False)])
+def test_the_terminal_says_where_no_loss_could_show(capsys, passing, is_told):
+    """Of five lost and none won p is 0.062. Each line fits into 100 columns."""
+    found = made_up_replies(0, 20, passing, "names somebody to ring at night")
+    found += made_up_replies(3, 0, 1000, "another")
+    for one in found[:20]:
+        one["adapter"]["checks"] = dict.fromkeys(one["adapter"]["checks"], False)
+    rows = rows_of_checks(found)
+    for row in rows:
+        row.needed = 0.05
+    print_checks(types.SimpleNamespace(checks=rows))
+    out = capsys.readouterr().out
+    told = "no loss could show, too few of the base's pass: names somebody to ring at night\n"
+    assert (told in out) is is_told and "another, " not in out
+    assert all(len(line) <= 100 for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("passed", "lines", "said"),
+    [
+        (228, 231, "228 (96 to 99.6 %)"),  # and not 100 %, since three do not pass
+        (231, 231, "231 (98 to 100 %)"),
+        (0, 40, "0 (0 to 9 %)"),
+        (1, 300, "1 (0.1 to 2 %)"),
+        (1, 40, "1 (0.4 to 13 %)"),
+        (2, 40, "2 (1 to 17 %)"),
+        (1, 1000, "1 (0.02 to 1 %)"),
+    ],
+)
+def test_a_share_looks_like_none_or_all_only_where_it_is(passed, lines, said):
+    assert with_interval(passed, lines) == said
+
+
+def test_rows_that_can_never_be_clear_hide_no_loss():
+    """Nine lost and none won are p = 0.004; 0.05 / 13 is 0.0038."""
+    for lines, is_clear, said in (
+        (5, True, "0.05: 5 %, divided by the one row with enough lines (6 or more)"),
+        (6, False, "0.00385: 5 %, divided by the 13 rows with enough lines (6 or more)"),
+    ):
+        found = made_up_replies(9, 0, 9)
+        for number in range(12):
+            found += made_up_replies(0, 0, lines, f"another {number}")
+        row, *others = rows_of_checks(found)
+        assert row.is_clear is is_clear and when_clear([row, *others]) == said
+        assert not any(one.is_clear for one in others)
+    assert when_clear(rows_of_checks(made_up_replies(9, 0, 9))) == "0.05"
+    assert fewest_to_lose(0.05) == FEWEST_CHECKED
+
+
+@pytest.mark.parametrize("drawn_of", [None, 231, 99_999])
+def test_the_table_of_checks_is_100_columns_wide_at_most(capsys, drawn_of):
+    found = made_up_replies(5, 0, 226, "does not yield")
+    found += made_up_replies(0, 999, 1, "a name that is far too long for it")
+    found += made_up_replies(0, 0, 3, "of few lines")
+    totals = {one: drawn_of for reply in found for one in reply["says"]} if drawn_of else None
+    print_checks(types.SimpleNamespace(checks=rows_of_checks(found, totals)))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert ("231 of 99999" in lines[1]) is (drawn_of == 99_999)
+    assert "1000" in lines[2] and lines[3].endswith("too few lines")
+    heads = [lines[0].index(head) + len(head) for head in ("lines", "base", "adapter", "won")]
+    for line in lines[1:4]:
+        assert all(line[end - 1] != " " and line[end : end + 1] == " " for end in heads)
+
+
+def test_a_row_says_of_how_many_lines_its_own_were_drawn():
+    found = made_up_replies(6, 0, 34)
+    (row,) = rows_of_checks(found, {"right": 231})
+    assert row.counted() == "40 of 231" and row.as_recorded()["lines_in_all"] == 231
+    assert "of 40 lines (drawn from 231) the base passes 40" in row.sentence()
+    (row,) = rows_of_checks(found, {"right": 40})
+    assert row.counted() == "40" and "of 40 lines the base passes 40" in row.sentence()
+    (row,) = rows_of_checks(found)
+    assert row.counted() == "40" and row.lines_in_all == 40
 
 
 def test_one_clear_row_of_many_must_be_clearer():

@@ -85,7 +85,7 @@ def test_reports_are_ranked_with_the_paired_difference_to_the_best(put, compare)
     put("best", [2.0, 2.1, 2.2, 2.3])
     assert "=" not in compare().out
     put("close", [2.1, 2.0, 2.3, 2.3])
-    assert "          =: the difference may be chance" in compare().out
+    assert "          =: the difference is not shown" in compare().out
     (first, *_), second, third = rows = rows_of(compare())
     assert [row[2] for row in rows] == ["best", "close", "worse"]
     assert float(first) == pytest.approx(np.average([2.0, 2.1, 2.2, 2.3], weights=TOKENS), abs=1e-4)
@@ -263,7 +263,88 @@ def test_kl_of_another_number_of_tasks_is_not_set_side_by_side(put, compare):
     put("none", [2.2] * 4)
     end = compare()
     assert end.said.count("0.250") == 1 and end.said.count("rings 7/9") == 2
-    assert "left out KL of 1 report (" in end.said and "another number of tasks" in end.said
+    assert "left out KL of 1 report (" in end.said and "other tasks of that file" in end.said
+
+
+@pytest.mark.parametrize(
+    ("newest", "other", "are_shown"),
+    [
+        (
+            ["general.jsonl:1", "general.jsonl:3"],
+            ["there/general.jsonl:1", "there/general.jsonl:3"],
+            2,
+        ),
+        (["general.jsonl:1", "general.jsonl:3"], ["general.jsonl:1", "general.jsonl:2"], 1),
+        (["general.jsonl:1", "general.jsonl:3"], None, 1),
+        (None, ["general.jsonl:1", "general.jsonl:3"], 1),
+        (None, None, 2),
+        ([], None, 1),
+        ("edited", ["general.jsonl:1"], 1),
+    ],
+)
+def test_kl_of_other_tasks_of_one_file_is_not_set_side_by_side(
+    put, compare, newest, other, are_shown
+):
+    """A former version chose other ones, and did not say which."""
+
+    def about(measured_on):
+        kl = {"tasks": 2, "no system message": {"x 1": {"kl": {"value": 0.25}}}}
+        return {"elsewhere": kl if measured_on is None else kl | {"measured_on": measured_on}}
+
+    put("newest", measured="2026-11-28 13:00:00", **about(newest))
+    put("other", [2.1] * 4, **about(other))
+    end = compare()
+    assert len(rows_of(end)) == 2 and end.said.count("0.250") == are_shown
+    assert ("other tasks of that file" in end.said) is (are_shown == 1)
+
+
+RULE = {"kind": "word", "answers": ["999"]}
+CHECKED = REPLY | {"messages": [{"role": "user", "content": "help"}]}
+CHECKED |= {"rules": {"rings": RULE}, "says": {"rings": "says"}}
+CHECKED |= {who: SAID | {"checks": {"rings": True}} for who in ("base", "adapter")}
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        ({}, True),
+        ({"where": "/elsewhere/eval.jsonl:1"}, True),
+        ({"rules": {"rings": RULE | {"answers": ["112"]}}}, False),
+        ({"where": "eval.jsonl:2"}, False),
+        ({"messages": [{"role": "user", "content": "hello"}]}, False),
+        ({"max_new_tokens": 10}, False),
+        ({"source": "tasks"}, False),
+    ],
+)
+def test_a_check_stands_beside_another_only_if_rules_and_lines_are_the_same(
+    put, compare, change, is_same
+):
+    rows = {name: {"lines": 1, "after": 1} for name in ("rings", "calm")}
+    put("old", schema=2, checks=rows, replies=[CHECKED | change])
+    put("newest", schema=2, measured="2026-11-28 13:00:00", checks=rows, replies=[CHECKED])
+    put("none", [2.1] * 4)
+    end = compare()
+    assert len(rows_of(end)) == 3 and end.said.count("calm 1/1") == 2
+    assert end.said.count("rings 1/1") == (2 if is_same else 1)
+    said = 'left out the check "rings" of 1 report ('
+    assert (said in end.said and "asked by other rules, or on other lines" in end.said) != is_same
+
+
+def test_several_such_checks_are_named_in_one_line(put, compare):
+    for name, lines in (("old", 9), ("newest", 40)):
+        checks = {check: {"lines": lines, "after": 7} for check in ("rings", "calm")}
+        put(name, checks=checks, measured=f"20{lines:02}-11-28 13:00:00")
+    assert compare().said.count('left out the checks "rings", "calm" of 1 report (') == 1
+
+
+def test_a_check_on_another_number_of_lines_is_left_out(put, compare):
+    """Also where no replies are recorded."""
+    put("old", checks={"rings": {"lines": 9, "after": 7}})
+    checks = {"rings": {"lines": 40, "after": 30}}
+    put("newest", [2.1] * 4, measured="2026-11-28 13:00:00", checks=checks)
+    end = compare()
+    assert "rings 30/40" in end.said and "rings 7/9" not in end.said
+    assert 'the check "rings" of 1 report (' in end.said
 
 
 def test_reports_of_old_that_do_not_name_their_tasks_are_compared(put, compare):

@@ -39,9 +39,16 @@ import inspect_lora.replies as replies
 from inspect_lora.__main__ import main
 from inspect_lora.checks import mcnemar
 from inspect_lora.common import file_sha256
-from inspect_lora.conversations import Task
-from inspect_lora.report import perplexity, telling_parts, without_loops
-from inspect_lora.scores import Estimate, Losses, errors_needed, evenly_spread, ratio_with_error
+from inspect_lora.conversations import GENERAL_FILE, Task
+from inspect_lora.findings import headline
+from inspect_lora.report import (
+    markdown_kinds,
+    markdown_parts,
+    perplexity,
+    telling_parts,
+    without_loops,
+)
+from inspect_lora.scores import Estimate, Losses, draw_numbers, errors_needed, ratio_with_error
 from inspect_lora.trainer import ChatFormat, Example
 
 TASKS = [
@@ -247,7 +254,7 @@ def test_kinds_have_their_losses(shown):
         adapter = sum(row["adapter"] * row["tokens"] for row in own)
         adapter /= sum(row["tokens"] for row in own)
         line = rf"^\| {name} \| {len(own)} \| {base:.4f} \| {adapter:.4f} \| "
-        (gain,) = re.findall(line + r"([+-]\S+) ± ", shown.report, re.MULTILINE)
+        (gain,) = re.findall(line + r"([+-]\S+) \| ", shown.report, re.MULTILINE)
         assert float(gain) == pytest.approx(base - adapter, abs=2e-4)
         assert gain[0] == ("+" if base > adapter else "-")  # above 0 is better
 
@@ -266,9 +273,15 @@ def test_above_0_is_better_in_the_table_of_parts(shown):
 
 
 def test_the_report_says_what_its_errors_are_of_and_what_is_clear(shown):
-    assert "one standard error over the held-out lines, or over the other tasks" in shown.report
-    assert "clear if its 95 % interval leaves out 0; where several are compared" in shown.report
-    assert "(one sampled reply each, 64 tokens at most)" in shown.report
+    assert (
+        "one standard error of that row alone, over the held-out lines or over the other"
+        in shown.report
+    )
+    assert (
+        "gain clear if its 95 % interval leaves out 0; a part, if it also differs by over 2 %"
+        in shown.report
+    )
+    assert "replied to 3 other tasks (one sampled reply each, 64 tokens at most)" in shown.report
     assert "greedy decoding, at most 6 tokens. The base ended" in shown.report
 
 
@@ -283,7 +296,10 @@ def test_there_is_one_gain_and_shares_say_what_they_are_of(ours, capsys, no_pict
     assert 0 < len(measured) < len(found["losses"])
     parts_gain = found["parts"]["as trained"]["gained"]
     assert parts_gain["value"] != pytest.approx(found["gain"]["value"], abs=1e-4)
-    assert "Measured on 3 of 5 held-out replies, evenly spread. All losses, in nats a" in report
+    assert (
+        "Measured on 3 of 5 held-out replies, drawn by a fixed seed. All losses, in nats a"
+        in report
+    )
     assert "shares are of the gain on them" not in report  # of three replies there are none
     gain = found["gain"]
     # Student's quantile for four lines, of which one has half of the tokens.
@@ -421,7 +437,7 @@ def test_the_report_says_that_it_guessed_and_names_a_folder_without_a_branch(
     assert "- system message: You are Nell." in run.report
 
 
-def test_samples_are_of_each_kind_up_to_20_and_then_evenly_spread():
+def test_samples_are_of_each_kind_up_to_20_and_others_are_drawn():
     def numbers(kinds, wanted):
         examples = [Example(f"a:{n}", [], {"kind": kind}) for n, kind in enumerate(kinds)]
         chosen = replies.choose_samples(examples, "kind", wanted)
@@ -429,7 +445,10 @@ def test_samples_are_of_each_kind_up_to_20_and_then_evenly_spread():
 
     assert numbers("aabbc", 0) == []
     assert numbers("aabbc", 2) == [0, 2, 4]
-    assert numbers("a" * 10, 5) == [0, 2, 4, 6, 8]
+    assert {0, 2, 4} < set(numbers("aabbc", 4)) and numbers("aabbc", 9) == [0, 1, 2, 3, 4]
+    chosen = numbers("a" * 100, 5)
+    assert chosen == sorted(set(chosen)) == numbers("a" * 100, 5) and len(chosen) == 5
+    assert chosen[0] == 0 and chosen[-1] > 50  # the first of its kind, and some of the whole file
     assert len(numbers([str(n) for n in range(30)], 3)) == 20
 
 
@@ -534,7 +553,7 @@ def test_of_fewer_than_ten_lines_the_headline_says_nothing_of_better(ours, capsy
 def test_conclusions_have_a_section_on_the_terminal(shown, drawn):
     _, out, _ = drawn("--examples", "3", "--checks", "0")  # of twelve lines
     said = " ".join(out.partition("\nmeans ")[2].split())
-    assert "The held-out lines are too few to tell anything: 3 measured" in said
+    assert "The replies that measure the parts are too few: 3 lines measured, 10 needed" in said
     assert out.count("means ") == 1 and "(--examples 200 measures more" in said
 
 
@@ -594,6 +613,24 @@ def test_the_merged_row_is_that_of_peft_merged_into_the_files_type(
     assert "| merged, in bfloat16 | " in run.report.replace("\\", "")
     after = run.found["parts"]["update x 0.25"]["losses"]  # measured after it, unmerged
     assert after != row["losses"]
+
+
+@pytest.mark.parametrize(("difference", "is_shown"), [(4e-5, False), (6e-5, True), (-6e-5, True)])
+def test_a_merge_that_changes_nothing_is_not_compared(difference, is_shown):
+    """On which of the replies its loss is lower is noise then."""
+    losses = losses_with(1.0, 0.01)
+    merged = made_up_part("merged, in float32", 1.0)
+    merged.kind, merged.losses = "merged", [0.0] * 10
+    merged.against_trained = Estimate(difference, 1e-5)
+    config = types.SimpleNamespace(use_rslora=False)
+    found = types.SimpleNamespace(
+        parts=[merged], losses=losses, measured=[*range(10)], examples=[None] * 10,
+        shares_are_meant=lambda: True,
+        adapter=types.SimpleNamespace(model=types.SimpleNamespace(peft_config={"default": config})),
+    )  # fmt: skip
+    row = markdown_parts(found).splitlines()[-1]
+    compared = f" {merged.against_trained} | 0 of 10 |" if is_shown else "  |  |"
+    assert row == f"| merged, in float32 | 2.0000 | 100.0 ± 0.2 % |{compared}"
 
 
 def test_a_layer_that_was_merged_for_a_while_is_what_it_was():
@@ -704,6 +741,26 @@ def test_kl_and_other_tokens_are_those_of_weights_merged_by_hand(shown):
         assert shift.kl_a_token().value == pytest.approx(sum(kls) / 15, rel=1e-3)
 
 
+@pytest.mark.parametrize("examples", [1, 2, 5])
+def test_the_report_names_topics_of_the_packages_tasks_that_were_measured(
+    capsys, no_picture, tmp_path, examples
+):
+    path = write_held_out(tmp_path / "held-out.jsonl")
+    words = [*SHORT, "--general_file", GENERAL_FILE, "--examples", examples]
+    places = []
+    for number in (1, 2):
+        adapter = save_adapter(tmp_path / f"adapter-{number}", std=0.1 * number)
+        run = measure(capsys, adapter, path, *words)
+        places.append([int(where.split(":")[1]) for where in run.found["elsewhere"]["measured_on"]])
+    assert places[0] == places[1] == [number + 1 for number in draw_numbers(160, examples)]
+    lines = GENERAL_FILE.read_text(encoding="utf-8").splitlines()
+    measured = {json.loads(lines[place - 1])["topic"] for place in places[0]}
+    (said,) = re.findall(r"replied to \d other tasks?, such as (.*) \(one sampled", run.report)
+    named = re.split(r", | and ", said)
+    assert len(named) == min(examples, 3, len(measured))
+    assert {name.replace(" or ", "_and_").replace(" ", "_") for name in named} <= measured
+
+
 def test_a_tasks_own_system_message_is_used_instead_of_the_trainings(shown, monkeypatch):
     asked = []
     generate = elsewhere.generate
@@ -755,6 +812,71 @@ def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
     assert "at 0.97 ± 0.00 times the KL" in said(0.98, 0.005, less)
     assert said(0.98, 0.005, less | {0.5: shift([0.99, 0.98, 1.0] * 5)}) == ""
     assert said(0.98, 0.005, {0.5: shift([0.1, 4.0]), 1.0: shift([2.0, 2.1])}) == ""
+
+
+@pytest.mark.parametrize(("tasks", "is_said"), [(9, False), (10, True)])
+def test_of_fewer_than_ten_tasks_no_change_is_told(tasks, is_said):
+    some = elsewhere.Elsewhere(tasks, {1.0: shift(([1.0, 1.1] * 5)[:tasks])}, None)
+    said = concluded.about_change(some)
+    assert ("the KL divergence from the base is 0.1" not in said) is not is_said
+    few = "change: 9 other tasks cannot tell how far the model was moved; 10 are needed"
+    assert (said == f"{few}.") is not is_said
+    of_more = concluded.about_change(some, 360)
+    assert of_more.startswith(f"{few} (--examples 200 measures more") is not is_said
+    shifts = {0.5: shift([0.1, 0.11] * 5), 1.0: shift([0.2, 0.22] * 5)}
+    for one in shifts.values():
+        for numbers in (one.kl, one.other, one.tokens):
+            del numbers[tasks:]
+    half = parts.Part("strength", 0.5, "", None, of_gain=Estimate(0.99, 0.001))
+    assert bool(concluded.about_strength([half], shifts, "ADAPTER")) is is_said
+
+
+def test_the_row_with_the_system_message_is_said_to_be_on_other_replies(
+    shown, capsys, no_picture, tmp_path
+):
+    last = "The last row is on other replies, which the base sampled with the training's system "
+    assert f"{last}message; it is not paired with the others." in shown.report
+    path = write_held_out(tmp_path / "held-out.jsonl")
+    tasks = ["--general_file", write_lines(tmp_path / "general.jsonl", TASKS[1:2])]
+    run = measure(capsys, save_adapter(tmp_path / "adapter"), path, *PARTS, *tasks)
+    assert "The last row" not in run.report and "replied to 1 other task" in run.report
+
+
+# ==== Kinds and the headline
+
+
+def found_of(base, trained, kinds=None):
+    """Return made-up findings of one line of 100 tokens each; losses are in nats a token."""
+    losses = Losses(*([100 * one for one in losses] for losses in (trained, base)),
+                    [100] * len(base), [f"a:{n}" for n in range(len(base))])  # fmt: skip
+    return types.SimpleNamespace(
+        losses=losses, groups=lambda: kinds, group="kind",
+        mean=lambda some: sum(some) / sum(losses.tokens),
+    )  # fmt: skip
+
+
+def test_a_kind_of_fewer_than_ten_lines_has_no_error_and_kinds_that_are_cut_are_counted():
+    base = [3.0 + 0.01 * n for n in range(19)]
+    rows = markdown_kinds(found_of(base, [2.0] * 19, ["a"] * 9 + ["b"] * 10)).splitlines()
+    assert re.search(r"\| b \| 10 \| .* \| \+1\.1350 ± 0\.0096 \| 10 of 10 \|", rows[-2])
+    assert re.search(r"\| a \| 9 \| .* \| \+1\.0400 \| 9 of 9 \|", rows[-1])
+    kinds = [f"kind {n}" for n in range(41)]
+    for count, cut in ((40, ""), (41, " Left out: 1 more kind.")):
+        found = found_of([3.0] * count, [2.0] * count, kinds[:count])
+        text = markdown_kinds(found)
+        assert "Kinds are not compared with each other." in text
+        assert text.count("| kind ") == 41 and ("Left out" in text) is bool(cut) and cut in text
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [(2.99996, "no difference from its base that shows at four digits"),
+     (3.00004, "no difference from its base that shows at four digits"),
+     (2.99994, "less than 0.001 nats a token better than its base"),
+     (3.00006, "less than 0.001 nats a token worse than its base")],
+)  # fmt: skip
+def test_losses_that_look_equal_are_not_called_better(adapter, said):
+    assert headline(found_of([3.0] * 10, [adapter] * 10)) == said
 
 
 # ==== The estimator
@@ -833,16 +955,31 @@ def test_mcnemars_test_is_the_exact_one(lost, won, p):
     assert mcnemar(lost, won) == pytest.approx(p)
 
 
-def test_examples_are_spread_evenly():
-    assert evenly_spread(10, 4) == [0, 2, 5, 7] and evenly_spread(3, 9) == [0, 1, 2]
+@pytest.mark.parametrize("period", [2, 3, 5, 7, 12])
+def test_no_kind_is_missed_where_kinds_take_turns(period):
+    """Every second line of a hundred would be of one kind alone."""
+    assert {number % period for number in draw_numbers(100, 50)} == set(range(period))
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted"), [(100, 0), (100, 1), (100, 99), (9, 9), (3, 9), (0, 5)]
+)
+def test_so_many_numbers_are_drawn_as_are_wanted_and_there(count, wanted):
+    numbers = draw_numbers(count, wanted)
+    assert numbers == sorted(set(numbers)) == draw_numbers(count, wanted)
+    assert len(numbers) == min(count, wanted) and set(numbers) <= set(range(count))
 
 
 def test_at_most_the_wanted_examples_measure_the_parts(capsys, no_picture, tmp_path):
     path = write_held_out(tmp_path / "six.jsonl", [("hello", f"Oh, {n}.") for n in range(6)])
-    run = measure(capsys, save_adapter(tmp_path / "adapter"), path, *PARTS, "--examples", "3")
-    assert len(run.found["losses"]) == 6 and len(run.found["parts"]["as trained"]["losses"]) == 3
-    lines = [where.rpartition(":")[2] for where in run.found["parts_measured_on"]]
-    assert lines == ["1", "3", "5"]
+    said = []
+    for number in (1, 2):  # two adapters are measured on the same ones
+        adapter = save_adapter(tmp_path / f"adapter-{number}", std=0.1 * number)
+        run = measure(capsys, adapter, path, *PARTS, "--examples", "3")
+        assert len(run.found["losses"]) == 6
+        assert len(run.found["parts"]["as trained"]["losses"]) == 3
+        said.append([int(where.rpartition(":")[2]) for where in run.found["parts_measured_on"]])
+    assert said[0] == said[1] == [number + 1 for number in draw_numbers(6, 3)]
 
 
 # ==== The sentences
@@ -1005,7 +1142,7 @@ def test_a_strength_that_may_be_written_is_no_advice_but_told_with_its_kl(scale,
     part = made_up_part(f"update x {scale}", 1.2)
     losses = losses_with(1.0, 0.01)
     gain = losses.gain()
-    (text,) = concluded.conclusions([part], losses, gain, STRONGER)
+    (text,) = concluded.conclusions([part], losses, gain, shifts=STRONGER)
     assert text.endswith(
         f". `export --scale {scale}` writes it, at {times} times the KL on the other tasks; the "
         "checks were not asked at it."
@@ -1013,7 +1150,7 @@ def test_a_strength_that_may_be_written_is_no_advice_but_told_with_its_kl(scale,
     (advice,) = re.findall(r"Worth trying next: (.*?)\.", text)
     assert "alpha" in advice and "export" not in advice
     part.gained, losses = Estimate(0.2, 0.01), losses_with(-0.5, 0.01)
-    texts = concluded.conclusions([part], losses, losses.gain(), STRONGER)
+    texts = concluded.conclusions([part], losses, losses.gain(), shifts=STRONGER)
     weaker = "x 0.75 has the lowest loss of 1 weaker one on these replies"
     assert (weaker in texts[0]) == (f"at {times} times the KL on the other tasks" in texts[0])
     assert (weaker in texts[0]) == (scale == "0.75")
@@ -1080,6 +1217,29 @@ def test_nine_held_out_lines_support_no_conclusion_and_ten_do():
     text = conclusions(lines=9, **SCALES | cuts(1, 1, 1))
     assert "too few to tell" in text and "9 measured, 10 needed" in text
     assert "alpha" not in text and "alpha: " in conclusions(lines=10, **SCALES)
+
+
+@pytest.mark.parametrize(
+    ("of_parts", "of_all", "gain", "said"),
+    [
+        (9, 9, 1.0, "The held-out lines are too few to tell anything: 9 measured, 10 needed."),
+        (9, 9, -1.0, "The held-out lines are too few to tell anything: 9 measured, 10 needed."),
+        (9, 10, 1.0, "The replies that measure the parts are too few: 9 lines measured, 10 needed"),
+        (1, 10, 1.0, "The replies that measure the parts are too few: 1 line measured, 10 needed"),
+        (10, 10, 1.0, "alpha: "),
+        (9, 10, -1.0, "The adapter is worse than the base model. If the run's"),
+        (10, 10, -1.0, "The adapter is worse than the base model, and no weaker update is clearly"),
+        (9, 10, 0.001, "The adapter is not clearly better than the base model"),
+    ],
+)
+def test_whether_the_adapter_is_better_is_said_before_that_the_parts_have_few_lines(
+    of_parts, of_all, gain, said
+):
+    made_up = [made_up_part(title, share) for title, share in SCALES.items()]
+    losses = losses_with(gain, 0.01, of_parts)
+    found = concluded.conclusions(made_up, losses, Estimate(gain, 0.01, of_all), of_all)
+    assert len(found) == 1 and found[0].startswith(said), found
+    assert ("--examples 200" in found[0]) is said.startswith("The replies that measure")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from tiny_adapters import command
 
 from inspect_lora.common import file_sha256
 from inspect_lora.files import Run
-from inspect_lora.held_out import replies_learned_by
+from inspect_lora.held_out import lines_that_count, replies_learned_by
+from inspect_lora.trainer import Example
 
 
 @pytest.fixture
@@ -179,3 +180,103 @@ def test_equal_lines_count_once_and_are_told(capsys, no_picture, tmp_path):
     thirty = write_held_out(tmp_path / "thirty.jsonl", said[1:2] * 30)
     run = measure(capsys, tmp_path / "adapter", thirty, *SHORT)
     assert "± ?" in run.out and "clearly" not in run.said
+
+
+def test_copies_that_differ_by_spaces_or_the_system_message_count_once_in_the_error(
+    capsys, no_picture, tmp_path
+):
+    """They stay, with their own losses, but ± counts them with the line that they are copies of."""
+    said = [("rain", "Tea, then?"), ("hello", "Oh, hello."), ("who rang?", "Nobody yet.")]
+    once = [{"messages": messages_of(one)} for one in said]
+    system = {"role": "system", "content": "You are Nell."}
+    spaced = [{"messages": messages_of((f"{asked} ", reply))} for asked, reply in said]
+    other = [{"messages": [system, *one["messages"]]} for one in once]
+    adapter = save_adapter(tmp_path / "adapter")
+    plain = measure(capsys, adapter, write_lines(tmp_path / "once.jsonl", once), *SHORT)
+    path = write_lines(tmp_path / "copies.jsonl", once + spaced + other)
+    copied = measure(capsys, adapter, path, *SHORT)
+    assert lines_of(copied.found) == [*range(1, 10)] and "left out" not in copied.said
+    assert [row["line"].rpartition(":")[2] for row in copied.found["losses"]] == [*"123" * 3]
+    assert "the loss of 9 held-out replies of 3 lines is" in copied.said
+    assert copied.found["gain"]["effective_lines"] <= 3
+    assert (
+        copied.said.count("note 6 of 9 held-out replies: copies of other lines but for spaces or")
+        == 1
+    )
+    assert "- note: 6 of 9 held-out replies: copies of other lines but" in copied.report
+    assert "copies of other" not in plain.said and "of 3 lines" not in plain.said
+
+
+def test_another_word_or_another_turn_before_it_is_no_copy():
+    def example(place, *said):
+        return Example(f"a:{place}", messages_of(said))
+
+    found = lines_that_count(
+        [
+            example(1, "rain", "Tea?"),
+            example(1, "rain", "Tea?", "no", "A biscuit?"),
+            example(2, "rain ", " Tea?"),
+            example(3, "rain", "Tea!"),
+            example(4, "snow", "Tea?"),
+            example(5, "rain", "Tea?", "no\n", "A  biscuit?"),
+        ]
+    )
+    assert found == ["a:1", "a:1", "a:1", "a:3", "a:4", "a:1"]
+
+
+# ==== What the report says of it
+
+
+def fact(report, name):
+    return [line for line in report.splitlines() if line.startswith(f"- {name}: ")]
+
+
+def test_the_report_says_whether_the_adapter_may_have_learned_the_lines(
+    ours, evidence, tmp_path, capsys, no_picture
+):
+    report = ours / "inspected" / "final_lora" / "report.md"
+
+    def said():
+        lines = fact(report.read_text(encoding="utf-8"), "learned lines")
+        return [line.removeprefix("- learned lines: ") for line in lines]
+
+    end = evidence()
+    assert end.found["held_out"]["learned"] == "none" and "note" not in end.said
+    assert said() == ["none of these replies stands in the run's training file"]
+    path = write_held_out(tmp_path / "own.jsonl")
+    end = evidence("--eval_file", path)
+    assert end.found["held_out"]["learned"] == "none"
+    assert "- note: this is not the file that the run held out (" in report.read_text("utf-8")
+    facts = read_json(ours / "run.json")["data"]
+    facts["train"]["sha256"] = "of another"
+    change_record(ours, data=facts)
+    end = evidence()
+    assert end.found["held_out"]["learned"] == "not compared" and "note" not in end.said
+    assert said()[0].startswith("the run held these replies out; they were not compared with its")
+    end = evidence("--eval_file", path)
+    assert end.found["held_out"]["learned"] == "not known"
+    assert end.said.count("it is not known whether it learned some of these replies") == 1
+    assert len(said()) == 2  # at the top, too
+    foreign = measure(capsys, save_adapter(tmp_path / "adapter"), path, *SHORT)
+    unknown = "learned lines: not known, since the adapter's training file was not at hand: it may"
+    assert foreign.out.count("note      learned lines: not known, since") == 1
+    assert unknown in foreign.said and foreign.report.count(unknown) == 2
+    assert unknown in foreign.report.split("In the tables")[0]
+    assert foreign.found["held_out"]["learned"] == "not known"
+
+
+def test_what_was_left_out_stands_in_the_report(ours, evidence, tmp_path):
+    rows = [json.loads(line) for line in trained_lines(ours)[2:4]]
+    said = [(f"question {number}", "Nobody yet.") for number in range(20)]
+    rows += [{"messages": messages_of(one)} for one in (*said, said[0])]
+    rows += [{"messages": messages_of(("a", "long reply " * 50))}]
+    path = write_lines(tmp_path / "mixed.jsonl", rows)
+    end = evidence("--eval_file", path, "--max_seq_len", "90")
+    assert end.status == 0 and len(end.found["losses"]) == 20, end.err
+    report = (ours / "inspected" / "final_lora" / "report.md").read_text(encoding="utf-8")
+    learned, equal, long = fact(report.split("## What was measured")[1], "left out")
+    assert "left out: 2 of 24 held-out replies stand in " in learned
+    assert "left out: 1 of 22 held-out replies, since equal ones count once: " in equal
+    assert long == "- left out: 1 of 21 held-out replies, with over 90 tokens (--max\\_seq\\_len)"
+    evidence()
+    assert fact((ours / "inspected" / "final_lora" / "report.md").read_text("utf-8"), "left") == []

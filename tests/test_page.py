@@ -524,7 +524,7 @@ def filtered(open_page):
         ("all held-out lines (5)", "lost won kept never turned"),
         ("emergency (3)", "lost won kept"),
         ("plain (2)", "never turned"),
-        ("ordinary tasks (1)", "sum"),
+        ("other tasks (1)", "sum"),
         ("your prompts (1)", "mine"),
     ],
 )
@@ -641,7 +641,8 @@ def test_a_whole_blind_reading_by_keyboard_with_a_reload_in_the_middle(open_page
     assert len(set(asked)) == 20 and not any("equal" in one for one in asked)
     assert lefts.count("base") == 10
     counts = [choices.count(name) for name in ("base", "adapter", "alike", "neither")]
-    assert shown.one("h2#outcome-said").text == "The choice of one reader on 20 prompts"
+    said = "on 20 of the 30 prompts whose replies differ (30 equal ones left out)"
+    assert shown.one("h2#outcome-said").text == f"The choice of one reader {said}"
     assert shown.texts("#counts .count") == list(map(str, counts))
     p = mcnemar(*counts[:2])
     tested = f"xact sign test on the {sum(counts[:2])} preferences, two-sided: p = {p:.3f}"
@@ -650,7 +651,7 @@ def test_a_whole_blind_reading_by_keyboard_with_a_reload_in_the_middle(open_page
     names = ("the base (someone/model)", "the adapter (output/final_lora)")
     ranked = sorted(zip(names, counts[:2], strict=True), key=lambda one: -one[1])
     assert sentence == (
-        f"One reader, blind, on 20 prompts: preferred {ranked[0][0]} on {ranked[0][1]} and "
+        f"One reader, blind, {said}: preferred {ranked[0][0]} on {ranked[0][1]} and "
         f"{ranked[1][0]} on {ranked[1][1]}; alike {counts[2]}, neither would do {counts[3]}. "
         f"E{tested}."
     )
@@ -667,6 +668,30 @@ def test_a_whole_blind_reading_by_keyboard_with_a_reload_in_the_middle(open_page
     assert shown.texts("#key .reply h4") == ["base", "adapter"]
     shown.one("#again").click()
     assert shown.texts("#numbers button") == ["Read 10", "Read 20", "All 30"]
+
+
+@pytest.mark.parametrize(
+    ("differing", "equal", "label", "said"),
+    [
+        (2, 0, "All 2", "on 2 prompts"),
+        (11, 0, "Read 10", "on 10 of 11 prompts"),
+        (2, 1, "All 2", "on all 2 prompts whose replies differ (1 equal one left out)"),
+        (1, 2, "All 1", "on the one prompt whose replies differ (2 equal ones left out)"),
+    ],
+)
+def test_the_result_says_of_how_many_prompts_were_read(open_page, differing, equal, label, said):
+    """Of the kind that was chosen: other tasks do not count among the reader's own prompts."""
+    rows = [*some_rows(differing), *(row(f"equal {n}", "same", "same") for n in range(equal))]
+    rows += [row(f"task {n}", "a", "b", source="tasks") for n in range(3)]
+    rows += [row(f"equal task {n}", "same", "same", source="tasks") for n in range(3)]
+    shown = open_page(page_of(rows))
+    shown.one("#to-blind").click()
+    button = next(one for one in shown.all("#numbers button") if one.text == label)
+    button.click()
+    for _ in range(int(label.split()[1])):
+        shown.press("1")
+    assert shown.one("#outcome-said").text == f"The choice of one reader {said}"
+    assert f"One reader, blind, {said}: " in shown.one("#sentence").get_attribute("value")
 
 
 def test_a_blind_reading_by_button_with_a_choice_undone(open_page):
@@ -843,7 +868,7 @@ def test_where_a_side_is_told_by_its_form_the_page_says_so(open_page, base, adap
 def test_left_and_right_are_balanced_and_independent_of_whose_they_are(open_page):
     """A thousand readings of 20 of 40 prompts."""
     shown = open_page(page_of(some_rows(40)))
-    drawn = shown.run("return Array.from({length: 1000}, () => draw(differing, 20))")
+    drawn = shown.run("return Array.from({length: 1000}, () => draw(all, 20))")
     assert all(sum(left for _, left in one) == 10 for one in drawn)
     assert all(len({number for number, _ in one}) == 20 for one in drawn)
     for place in range(20):  # five standard errors are 79
@@ -853,7 +878,7 @@ def test_left_and_right_are_balanced_and_independent_of_whose_they_are(open_page
         assert 380 < len(lefts) < 620 and abs(sum(lefts) / len(lefts) - 0.5) < 0.12
     follows = [one[n][1] == one[n + 1][1] for one in drawn for n in range(19)]
     assert abs(sum(follows) / len(follows) - 9 / 19) < 0.02  # as in shuffled tens
-    odd = shown.run("return Array.from({length: 1000}, () => draw(differing, 1)[0][1])")
+    odd = shown.run("return Array.from({length: 1000}, () => draw(all, 1)[0][1])")
     assert abs(sum(odd) - 500) < 79
 
 

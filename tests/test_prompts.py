@@ -88,7 +88,9 @@ def test_both_reply_to_each_prompt_and_nothing_is_said_of_a_gain(ask, made):
     title = end.report.split("\n")[0]
     assert title.endswith(": its replies to 3 prompts, beside its base's")
     assert "- prompts: " in end.report and "held-out" not in end.report
-    assert "\n± is one standard error over the other tasks. Chance is the choice" in end.report
+    assert (
+        "\n± is one standard error over the other tasks. A check is clear if its p is" in end.report
+    )
     assert "another seed of the training may change more than that.\n" in end.report
     assert end.report.count("| base | adapter |") == 3  # a table each, without a reference
     page = (end.folder / "replies.html").read_text(encoding="utf-8")
@@ -192,7 +194,20 @@ def test_without_checks_no_table_of_them_is_shown(ask, made):
     path = write_lines(made.folder / "plain.jsonl", ROWS[:2])
     end = ask("--general_file", "", prompts=path)
     assert end.status == 0 and len(end.found["replies"]) == 2
-    assert "two replies to each of 2 prompts" in end.said and "beyond chance" not in end.said
+    assert "two replies to each of 2 prompts" in end.said and "clear?" not in end.said
+
+
+@pytest.mark.parametrize(("wanted", "judged"), [(2, 2), (3, 3), (4, 3)])
+def test_of_prompts_as_many_are_judged_as_are_drawn(ask, made, wanted, judged):
+    """Base and adapter reply to all of them; the record has the checks that the rows count."""
+    check = {"checks": {"right": TASK["checks"]["right"]}}
+    path = write_lines(made.folder / "three.jsonl", [{"prompt": f"{n}?"} | check for n in range(3)])
+    end = ask("--general_file", "", "--checks", str(wanted), prompts=path)
+    row = end.found["checks"]["right"]
+    assert (row["lines"], row["lines_in_all"], len(end.found["replies"])) == (judged, 3, 3)
+    for key in ("base", "adapter"):
+        assert sum("right" in one[key]["checks"] for one in end.found["replies"]) == judged
+    assert f"| {'2 of 3' if wanted == 2 else 3} | " in end.report
 
 
 def test_they_are_what_a_chat_would_say(ask, made, capsys, monkeypatch):
@@ -285,11 +300,50 @@ def test_compare_sets_two_such_reports_side_by_side_and_ranks_nothing(
     assert "there is no loss, so nothing is ranked" in end.said
     assert end.said.count("says no 0/1") == 2
     assert (tmp_path / "compared" / "replies.html").is_file()
+    assert "left out" not in end.said
     (tmp_path / "third").mkdir()
     record = ROOT / "tests" / "evidence_schema_2.json"
     shutil.copy(record, tmp_path / "third" / "evidence.json")
     end = command(capsys, "compare", ".")
     assert end.status == 0 and "2 reports (one, other): measured on prompts without" in end.said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompts": {"file": "b.jsonl", "sha256": "d"}}, "on other prompts (b.jsonl) than the ne"),
+        ({"prompts": {"sha256": "d"}}, "measured on another content of "),
+        ({"dtype": "bfloat16"}, "with another dtype (bfloat16, and not float32) than the newest"),
+        ({"torch": "1.0"}, "with another torch (1.0, and not "),
+        ({"script": "an edited one"}, "with another version of train_lora_single.py than the new"),
+        ({"base": "somebody/else"}, "another base model or date of its files (somebody/else, and"),
+    ],
+)
+@pytest.mark.parametrize("is_known", [True, False])
+def test_reports_of_other_prompts_or_bases_do_not_stand_side_by_side(
+    ask, made, capsys, tmp_path, monkeypatch, change, said, is_known
+):
+    """`computed_with` is empty for a base that is a branch of the hub."""
+    monkeypatch.chdir(tmp_path)
+    ask("--general_file", "")
+    record = read_json(made.folder / "found" / "evidence.json")
+    other = json.loads(json.dumps(record)) | {"measured": "2020-01-01 00:00:00"}
+    for key, value in change.items():
+        if key == "prompts":
+            other["prompts"] |= value
+        else:
+            other["base_side"]["computed_with"][key] = value
+            other |= {key: value} if key in other else {}
+    if not is_known:
+        other["base_side"]["computed_with"] = {}
+    for name, one in (("newest", record), ("odd", other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "evidence.json").write_text(json.dumps(one), encoding="utf-8")
+    end = command(capsys, "compare", "newest", "odd")
+    assert end.status == 0, end.err
+    is_left_out = is_known or not {"torch", "script"} & change.keys()
+    assert end.said.count("says no 0/1") == (1 if is_left_out else 2)
+    assert ("left out 1 report (odd): " in end.said and said in end.said) is is_left_out
 
 
 def test_the_report_on_replies_stays_beside_that_on_prompts(
@@ -367,22 +421,57 @@ def test_an_adapter_that_is_clearly_worse_ends_with_3(
     assert ("failed    the adapter is worse than its base" in end.out) == (status == 3)
 
 
+def replies_that_pass(name, lost, won, same, fail=0):
+    """Return replies to so many lines of one check."""
+    pairs = [(True, False)] * lost + [(False, True)] * won
+    pairs += [(True, True)] * same + [(False, False)] * fail
+    rule = {"kind": "number", "answer": 1}
+    return [
+        {"where": f"a:{number}", "rules": {name: rule}, "says": {name: "says 1"},
+         "base": {"checks": {name: one}}, "adapter": {"checks": {name: other}}}
+        for number, (one, other) in enumerate(pairs)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("lost", "won", "status"), [(12, 0, 3), (0, 12, 0), (3, 0, 0)])
 def test_checks_that_were_clearly_lost_end_with_3(ask, monkeypatch, lost, won, status):
     import inspect_lora.evidence as evidence
 
-    pairs = [(True, False)] * lost + [(False, True)] * won + [(True, True)] * 8
-    rule = {"kind": "number", "answer": 1}
-    replies = [
-        {"where": f"a:{number}", "rules": {"right": rule}, "says": {"right": "says 1"},
-         "base": {"checks": {"right": one}}, "adapter": {"checks": {"right": other}}}
-        for number, (one, other) in enumerate(pairs)
-    ]  # fmt: skip
+    replies = replies_that_pass("right", lost, won, 8)
     real = evidence.rows_of_checks
-    monkeypatch.setattr(evidence, "rows_of_checks", lambda _: real(replies))
+    monkeypatch.setattr(evidence, "rows_of_checks", lambda *_: real(replies))
     end = ask("--fail_if", "lost")
     assert end.status == status, end.err
     assert ("failed right" in end.said) == (status == 3)
+    assert "cannot fail" not in end.said
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("rows", "status", "said"),
+    [
+        ([("rings", 5, 0, 0)], 1, "The base passes 5 lines of a check at most, and 6 must be lost"),
+        ([("rings", 6, 0, 0)], 3, ""),
+        ([("rings", 0, 6, 5, 9)], 1, "passes 5 lines of a check at most, and 6 must be lost"),
+        ([("rings", 0, 6, 6, 9)], 0, ""),
+        ([("rings", 0, 6, 6, 9), ("yields", 0, 0, 6)], 1, "6 lines of a check at most, and 7"),
+        (
+            [("rings", 0, 6, 3, 9), ("yields", 0, 0, 7), ("calm", 2, 0, 0)], 0,
+            "fail_if cannot fail: rings, calm: too few of the base's replies pass for a loss to s",
+        ),
+        ([("rings", 0, 6, 3, 9), ("yields", 7, 0, 0)], 3, "fail_if cannot fail: rings: too few"),
+    ],
+)  # fmt: skip
+def test_where_no_loss_could_show_it_is_no_success(ask, monkeypatch, rows, status, said):
+    """Five lines, all of them lost, are p = 0.062: that nothing failed would say nothing."""
+    import inspect_lora.evidence as evidence
+
+    found = evidence.rows_of_checks([one for row in rows for one in replies_that_pass(*row)])
+    monkeypatch.setattr(evidence, "rows_of_checks", lambda *_: found)
+    end = ask("--fail_if", "lost")
+    assert end.status == status, end.err
+    told = " ".join(end.err.split()) if status == 1 else end.said
+    assert said in told and ("cannot fail" in end.said) is said.startswith("fail_if")
     monkeypatch.undo()
 
 

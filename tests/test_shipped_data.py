@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from inspect_lora.checks import end_of_sentences, read_checks
+from inspect_lora.scores import draw_numbers
 from train_lora_single import MAX_SEQ_LEN
 
 ROOT = Path(__file__).parent.parent
@@ -133,11 +134,18 @@ def test_the_held_out_file_also_tests_what_training_lacks():
     assert {row["topic"] for row in ordinary} == trained
 
 
-def test_a_part_of_the_held_out_file_evenly_spread_has_all_kinds():
-    """A run's evidence, the demo's and a laptop's measure such parts."""
-    for wanted in (20, 50, 100):
-        part = [rows(EVAL)[number * 280 // wanted] for number in range(wanted)]
-        assert {row["kind"] for row in part} == set(card_maker.KINDS)
+@pytest.mark.parametrize("wanted", [40, 46, 50, 80])
+@pytest.mark.parametrize(("path", "key"), [(EVAL, "kind"), ("inspect_lora/general.jsonl", "topic")])
+def test_the_lines_that_are_drawn_have_all_kinds_of_the_file(path, key, wanted):
+    """Of both files the kinds take turns, so that every sixth line would miss some."""
+    part = [rows(path)[number] for number in draw_numbers(len(rows(path)), wanted)]
+    assert {row[key] for row in part} == {row[key] for row in rows(path)}
+
+
+def test_twenty_held_out_lines_that_are_drawn_have_all_kinds():
+    """A laptop measures as few."""
+    part = [rows(EVAL)[number] for number in draw_numbers(280, 20)]
+    assert {row["kind"] for row in part} == set(card_maker.KINDS)
 
 
 def test_topics_are_many_and_even():

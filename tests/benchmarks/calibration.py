@@ -6,9 +6,12 @@ number of tokens, so the truth is a sum over that list: no drawn set is used for
 
 Two worlds: "usual" is like the shipped conversations (lengths with a deviation of 0.6 of their
 logarithm) and a former adapter of docs/example. Its errors are of the size of today's: of the gain
-0.021 nats a token at 280 lines (0.027 there), of a share 1.8 % at 50 (1.7 % for attention there),
+0.021 nats a token at 280 lines (0.027 there), of a share 1.8 % at 50 (1.8 % for attention there),
 of KL 0.033 at 50 (0.024 there).
 "long tails" has longer tails than anything that was measured. The targets are for the usual one.
+
+All lines of a set are independent, and all of them are judged. So neither the choice of 50 lines of
+280 is tested here, nor what is said of a weaker update.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Options, table
-from inspect_lora.checks import rows_of_checks
+from inspect_lora.checks import fewest_to_lose, rows_of_checks
 from inspect_lora.compare import against_best
 from inspect_lora.conclusions import cut_that_is_enough
 from inspect_lora.elsewhere import Shift
@@ -302,7 +305,7 @@ def report_of(drawn: HeldOut, losses: Losses) -> Any:
 # As in docs/example.
 ROWS = {"does not ring": 231, "does not yield": 40, "rings": 40, "right": 72}
 CHANGED = 0.2  # of the replies pass or fail otherwise, to either side alike
-LOST = 0.04  # of the lines of one check; a former adapter of the example lost 9 of 234
+LOST = 0.04  # of the lines of one check; a former adapter of the example lost 9 of 231
 
 
 def show_checks(options: Options, sets: int) -> None:
@@ -312,10 +315,9 @@ def show_checks(options: Options, sets: int) -> None:
     judged = options.targets.at_most("checks: clear by chance", clear, CLEAR_AT_MOST)
     print(f"\nchecks, {len(ROWS)} rows: clear by chance {100 * clear:.1f} %   {judged}")
     for lines in (ROWS["does not ring"], 40):
-        found = sum(loss_is_clear(random, lines) for _ in range(sets)) / sets
         print(
             f"power: where each line is lost with {100 * LOST:g} %, and none is won, {lines} lines "
-            f"show it in {100 * found:.1f} % of the sets (one of {len(ROWS)} rows)"
+            f"show it with {100 * power(lines):.3g} % (one of {len(ROWS)} rows, exact binomial)"
         )
 
 
@@ -341,10 +343,12 @@ def any_row_is_clear(random: Random, lost: float, won: float) -> bool:
     return any(row.is_clear for row in rows_of_checks(replies))
 
 
-def loss_is_clear(random: Random, lines: int) -> bool:
-    """Return whether a loss shows in so many lines, beside three rows of no change."""
-    lost_one, *others = ROWS
-    replies = replies_to(random, lost_one, lines, LOST, 0.0)
-    for name in others:
-        replies += replies_to(random, name, ROWS[name], 0.0, 0.0)
-    return rows_of_checks(replies)[0].is_clear
+def power(lines: int, lost: float = LOST, rows: int = len(ROWS)) -> float:
+    """Return how probable it is that a loss shows in so many lines, in one of so many rows.
+
+    The base passes all lines, each is lost with the same probability, and none is won. Then the
+    lost ones have a binomial distribution, and it shows from some number on.
+    """
+    fewest = fewest_to_lose(0.05 / rows)
+    enough = range(fewest, lines + 1)
+    return sum(math.comb(lines, n) * lost**n * (1 - lost) ** (lines - n) for n in enough)

@@ -133,7 +133,7 @@ class Ledger:
 def show_losses(ledger: Ledger, held_out: list[t.Example], wanted: int) -> None:
     """Show the losses of base and adapter on all examples, and those of the parts on some."""
     simulation = ledger.simulation
-    some = [held_out[number] for number in scores.evenly_spread(len(held_out), wanted)]
+    some = [held_out[number] for number in scores.draw_numbers(len(held_out), wanted)]
     many, few = passes_of_losses(held_out), passes_of_losses(some)
     both = many + few
     base, adapter = (
@@ -152,7 +152,7 @@ def show_losses(ledger: Ledger, held_out: list[t.Example], wanted: int) -> None:
 def show_change(ledger: Ledger, job: t.Job, tasks: list[conversations.Task], wanted: int) -> None:
     """Show the base's replies to other tasks, and how far the adapter is from it on these."""
     simulation = ledger.simulation
-    some = [tasks[number] for number in scores.evenly_spread(len(tasks), wanted)]
+    some = [tasks[number] for number in scores.draw_numbers(len(tasks), wanted)]
     for name, system in {"no": "", "training's": t.system_messages(job.examples)[0]}.items():
         first = [{"role": "system", "content": system}] if system else []
         prompts = [
@@ -184,7 +184,7 @@ def fitted(passes: list[Pass], seconds_of: Callable[[int], Any]) -> Any:
     """Return the seconds of each pass, from those of a few, the narrowest to the widest."""
     terms = numpy.array([[1, one.rows * one.width, simulate.chunks(one.width)] for one in passes])
     order = sorted(range(len(passes)), key=lambda number: passes[number].width)
-    known = sorted({*[order[n] for n in scores.evenly_spread(len(order), 3)], order[-1]})
+    known = sorted({*[order[n] for n in scores.draw_numbers(len(order), 3)], order[-1]})
     seconds = numpy.array([seconds_of(number) for number in known])
     return terms @ numpy.linalg.lstsq(terms[known], seconds, rcond=None)[0]
 
