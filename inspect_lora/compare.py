@@ -11,10 +11,10 @@ reason.
 Of two reports, such as before and after an edit of a constant, replies.html shows what both said to
 the same prompts, side by side or to be read blind.
 
-+ is better, so what stands against the best is mostly below 0. "=" says that the difference may be
-chance of the held-out lines: its 95 % interval holds 0, or there are fewer than ten lines. Of
-several adapters the intervals of all pairs hold 95 % together, since the best was picked among
-them. What another SEED would change is not in it: train a close winner with two seeds.
++ is better, so what stands against the best is mostly below 0. "=" says that the difference is
+not clear: its 95 % interval holds 0, or there are fewer than ten held-out lines. Of several
+adapters the intervals of all pairs hold 95 % together, since the best was picked among them.
+What another SEED would change is not in it: train a close winner with two seeds.
 """
 
 from __future__ import annotations
@@ -129,14 +129,14 @@ def compare_on_prompts(found: list[Evidence], left_out: list[str]) -> None:
     forget_other_tasks(found, left_out)
     forget_other_checks(found, left_out)
     lines = ["on prompts without replies there is no loss, so nothing is ranked"]
-    columns = "{:<14}{}".format
-    lines.append(columns("KL elsewhere", "report, and what its adapter passes"))
+    columns = "{:<16}{}".format
+    lines.append(columns("KL, other tasks", "report, and what its adapter passes"))
     for one in sorted(found, key=lambda one: str(one.folder)):
         passes = [
             f"{name} {row.get('after')}/{row.get('lines')}" for name, row in one.checks.items()
         ]
-        words = textwrap.wrap(", ".join(passes), 76, break_on_hyphens=False)
-        lines.append(columns(change_elsewhere(one), shorten_path(one.folder, 76)))
+        words = textwrap.wrap(", ".join(passes), 74, break_on_hyphens=False)
+        lines.append(columns(change_elsewhere(one), shorten_path(one.folder, 74)))
         lines += [columns("", line) for line in words]
     report("compared", "\n".join(lines))
     for sentence in left_out:
@@ -371,8 +371,9 @@ def write_replies(found: list[Evidence], folder: Path) -> None:
 def table_of(ranked: list[Evidence]) -> list[str]:
     """Return the lines of the table, the best first, and last the base model."""
     best = ranked[0]
-    columns = "{:<10}{:<22}{:<14}{}".format
-    lines = [columns("held-out", "against the best", "KL elsewhere", "report, and what differs")]
+    columns = "{:<10}{:<20}{:<16}{}".format
+    head = ["held-out", "against the best", "KL, other tasks", "report, and what differs"]
+    lines = [columns(*head)]
     differing = what_differs(ranked)
     against = against_best(ranked)
     for one, compared in zip(ranked, ["best", *against], strict=True):

@@ -225,7 +225,8 @@ def test_memory_watch_sees_what_the_process_has():
 def test_calibration_draws_from_worlds_whose_truth_a_very_large_sample_has(options, capsys):
     calibration.calibration(options)
     printed = capsys.readouterr().out
-    for name in ("gain ", "share of a part ", "KL elsewhere ", "compare, 40 adapters ", "power: "):
+    names = ("gain ", "share of a part ", "KL, other tasks ", "compare, 40 adapters ", "power: ")
+    for name in names:
         assert f"\n{name}" in printed
     for world in calibration.WORLDS:
         truth = calibration.truths(world)

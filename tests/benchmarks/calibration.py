@@ -216,7 +216,7 @@ def truths(world: World) -> dict[str, float]:
     return {
         "gain": gain / replies.mean(lambda n: n),
         "share of a part": kept / gain,
-        "KL elsewhere": moved / tasks.mean(lambda n: n),
+        "KL, other tasks": moved / tasks.mean(lambda n: n),
     }
 
 
@@ -228,7 +228,7 @@ def estimates(drawn: HeldOut) -> dict[str, Estimate]:
     return {
         "gain": losses.gain(),
         "share of a part": drawn.part("group", "attention", losses, kept).of_gain,
-        "KL elsewhere": tasks_of(drawn).kl_a_token(),
+        "KL, other tasks": tasks_of(drawn).kl_a_token(),
     }
 
 
