@@ -469,8 +469,9 @@ def conclude(found: Findings, tasks: int) -> None:
         gain, lines = found.losses.gain(), len(set(found.losses.lines))
         found.conclusions += conclusions(found.parts, losses, gain, lines, shifts)
         found.conclusions += what_is_not_measured(found.adapter.model)
-    if found.elsewhere:
-        found.conclusions.append(about_change(found.elsewhere, tasks))
+    if not found.elsewhere:
+        return
+    found.conclusions.append(about_change(found.elsewhere, tasks))
     if found.shares_are_meant() and (said := about_strength(found.parts, shifts, found.name)):
         found.conclusions.append(said)
 

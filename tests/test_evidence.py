@@ -816,7 +816,8 @@ def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
 
 @pytest.mark.parametrize(("tasks", "is_said"), [(9, False), (10, True)])
 def test_of_fewer_than_ten_tasks_no_change_is_told(tasks, is_said):
-    some = elsewhere.Elsewhere(tasks, {1.0: shift(([1.0, 1.1] * 5)[:tasks])}, None)
+    names = [f"tasks.jsonl:{number}" for number in range(tasks)]
+    some = elsewhere.Elsewhere(names, {1.0: shift(([1.0, 1.1] * 5)[:tasks])}, None)
     said = concluded.about_change(some)
     assert ("the KL divergence from the base is 0.1" not in said) is not is_said
     few = "change: 9 other tasks cannot tell how far the model was moved; 10 are needed"
