@@ -358,6 +358,8 @@ def whose_template(adapter: Adapter) -> str:
 
 # ---- The adapter's configuration and its tensors
 
+WHOLE = 2000  # letters of PEFT's messages, which say at their end what to do
+
 
 def refuse_unmeasurable(saved: SavedAdapter, place: Path) -> None:
     """Refuse an adapter that is useless or wrong, or cannot be compared with its base model."""
@@ -373,7 +375,7 @@ def lora_config_of(place: Path) -> peft.LoraConfig:
         return peft.LoraConfig.from_pretrained(place)
     except (TypeError, ValueError, OSError) as error:
         raise InspectError(
-            f"{place / 'adapter_config.json'}: PEFT cannot read it ({one_line(error)})."
+            f"{place / 'adapter_config.json'}: PEFT cannot read it ({one_line(error, WHOLE)})."
         ) from error
 
 
@@ -417,7 +419,8 @@ def put_adapter_on(
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        reason = f"the file lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        is_key = isinstance(error, KeyError)
+        reason = f"the file lacks {error}" if is_key else one_line(error, WHOLE)
         raise InspectError(
             f"The adapter in {place} does not fit the base model ({reason}). Check --base, and "
             "whether adapter_config.json is this adapter's."

@@ -16,12 +16,13 @@ import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Annotated, Any, Literal
 
 import pydantic
 
-from inspect_lora.common import pluralize
+from inspect_lora.common import one_line, pluralize
 
 Phrase = Annotated[str, pydantic.Field(pattern=r"[^*_`|\s]")]  # more than marks
 Place = tuple[int, int]  # where something starts and ends in a reply
@@ -275,6 +276,33 @@ def listed(phrases: list[str], most: int = 8) -> str:
     return " or ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))
 
 
+SHORT_RULE = 200  # letters
+LIST_OF_PHRASES = re.compile(r'("[^"]*"(?:, "[^"]*")*) or (?:("[^"]*")|(\d+) other phrases)')
+
+
+def shortened(rule: str) -> str:
+    """Return a long rule with the first phrases of each list; evidence.json has all of them."""
+    short = rule
+    for room in (60, 40, 20, 10):
+        if len(short) > SHORT_RULE:
+            short = LIST_OF_PHRASES.sub(partial(first_phrases, room), rule)
+    return one_line(short, SHORT_RULE)
+
+
+def first_phrases(room: int, found: re.Match[str]) -> str:
+    """Return a list of phrases as it is if it is short, else so many letters of it."""
+    first, last, others = found.groups()
+    phrases = re.findall(r'"([^"]*)"', first) + ([last.strip('"')] if last else [])
+    many = len(phrases) + int(others or 0)
+    shown = [f'"{one_line(phrases.pop(0), room + 4)}"']
+    while phrases and len("".join(shown)) + len(phrases[0]) < room:
+        shown.append(f'"{phrases.pop(0)}"')
+    if len(shown) == many:
+        return found[0]
+    left = many - len(shown)
+    return f"{', '.join(shown)} or {left} {'other' if left == 1 else 'others'}"
+
+
 def json_object_in(reply: str) -> dict[str, Any] | None:
     """Return the JSON object that a reply holds, perhaps within other text, or None."""
     start, end = reply.find("{"), reply.rfind("}")
@@ -363,9 +391,8 @@ class CheckRow:
         """Return the row as a sentence."""
         of_more = f" (drawn from {self.lines_in_all})" if self.is_drawn else ""
         return (
-            f"{self.title} ({self.rule}): of {pluralize(self.lines, 'line')}{of_more} the base "
-            "passes "
-            f"{with_interval(self.before, self.lines)} and the adapter "
+            f"{self.title} ({shortened(self.rule)}): of {pluralize(self.lines, 'line')}{of_more} "
+            f"the base passes {with_interval(self.before, self.lines)} and the adapter "
             f"{with_interval(self.after, self.lines)}: {self.judgement()}."
         )
 

@@ -12,7 +12,7 @@ import peft
 from inspect_lora.adapters import can_scale_and_cut, can_take_apart
 from inspect_lora.common import pluralize
 from inspect_lora.elsewhere import Elsewhere, Shift
-from inspect_lora.parts import THE_SAME_WITHIN, WORTH_REPORTING, Part
+from inspect_lora.parts import THE_SAME_WITHIN, WORTH_REPORTING, Part, why_it_is_not_merged
 from inspect_lora.replies import Answered
 from inspect_lora.scores import FEWEST_LINES, Estimate, Losses, is_conclusive, ratio_with_error
 
@@ -25,7 +25,11 @@ def of_kind(parts: list[Part], kind: str) -> list[Part]:
 
 
 def conclusions(
-    parts: list[Part], losses: Losses, gain: Estimate, lines: int | None = None
+    parts: list[Part],
+    losses: Losses,
+    gain: Estimate,
+    lines: int | None = None,
+    shifts: dict[float, Shift] | None = None,
 ) -> list[str]:
     """Return what the parts support.
 
@@ -34,6 +38,7 @@ def conclusions(
         losses: of the examples that the parts are measured on.
         gain: on all examples; whether the adapter is better than its base is said of it alone.
         lines: of all examples; by default those of the examples that the parts are measured on.
+        shifts: how far each strength moves the model elsewhere, if that was measured.
     """
     of_parts = len(set(losses.lines))
     lines = of_parts if lines is None else lines
@@ -48,7 +53,7 @@ def conclusions(
             f"{FEWEST_LINES} needed."
         ]
     if not gain.is_clear() or gain.value < 0:
-        return [about_no_gain(parts if of_parts >= FEWEST_LINES else [], gain)]
+        return [about_no_gain(parts if of_parts >= FEWEST_LINES else [], gain, shifts or {})]
     if of_parts < FEWEST_LINES:
         return [
             f"The replies that measure the parts are too few: {pluralize(of_parts, 'line')} "
@@ -59,11 +64,12 @@ def conclusions(
             f"The gain is not clear on the {len(losses.tokens)} replies that measure the parts "
             f"({losses.gain()}), so the parts say nothing{MORE}."
         ]
-    sentences = [about_alpha(parts), about_targets(parts), about_rank(parts), about_merging(parts)]
+    sentences = [about_alpha(parts, shifts or {}), about_targets(parts)]
+    sentences += [about_rank(parts), about_merging(parts)]
     return [sentence for sentence in sentences if sentence]
 
 
-def about_no_gain(parts: list[Part], gain: Estimate) -> str:
+def about_no_gain(parts: list[Part], gain: Estimate, shifts: dict[float, Shift]) -> str:
     """Return the sentence on an adapter that is not clearly better than the base model.
 
     That the run went too far is said only if the same update, weaker, is clearly better than the
@@ -75,10 +81,13 @@ def about_no_gain(parts: list[Part], gain: Estimate) -> str:
     )
     so = "worse" if gain.is_clear() else "not clearly better"
     if is_too_strong:
+        best = float(min(weaker, key=lambda part: part.loss).value)
         return (
             f"The adapter is {so} than the base model, but the same update is better than it when "
-            "it is weaker: it is too strong. Try `export --scale`, a shorter training, a lower "
-            "learning rate or a smaller alpha. What its parts are worth cannot be said."
+            "it is weaker: it is too strong. Worth trying next: a shorter training, a lower "
+            f"learning rate or a smaller alpha. x {best:g} has the lowest loss of "
+            f"{pluralize(len(weaker), 'weaker one')} on these replies. {about_export(best, shifts)}"
+            " What its parts are worth cannot be said."
         )
     if gain.is_clear():
         also = ", and no weaker update is clearly better" if weaker else ""
@@ -103,7 +112,24 @@ def best_strength(parts: list[Part]) -> Part | None:
     return min(better or strengths, key=lambda part: part.loss, default=None)
 
 
-def about_alpha(parts: list[Part]) -> str:
+def about_export(strength: float, shifts: dict[float, Shift]) -> str:
+    """Return what `export --scale` would write, and what is known of it: it is no advice."""
+    if strength not in shifts:
+        known = "; its KL on the other tasks was not measured, and"
+    elif len(shifts[strength].kl) < FEWEST_LINES:
+        known = "; the other tasks are too few to tell its KL, and"
+    else:
+        known = f", at {times_the_kl(shifts[strength], shifts[1.0])};"
+    return f"`export --scale {strength:g}` writes it{known} the checks were not asked at it."
+
+
+def times_the_kl(shift: Shift, trained: Shift) -> str:
+    """Return a strength's KL on the other tasks beside that of the adapter as trained."""
+    moved = ratio_with_error(shift.kl, trained.kl)
+    return f"{moved.value:.2f} ± {moved.error:.2f} times the KL on the other tasks"
+
+
+def about_alpha(parts: list[Part], shifts: dict[float, Shift]) -> str:
     """Return the sentence on the strength of the update."""
     strengths = of_kind(parts, "strength")
     best = best_strength(parts)
@@ -122,14 +148,14 @@ def about_alpha(parts: list[Part]) -> str:
             f"clearly lower loss (by over {100 * WORTH_REPORTING:.0f} % of the gain)."
         )
     if float(best.value) < 1:
-        so, advice = "strong", "a shorter training, a lower learning rate, a smaller alpha"
+        so, advice = "strong", "a shorter training, a lower learning rate or a smaller alpha"
     else:
-        so, advice = "weak", "a longer training, a higher learning rate, a larger alpha"
+        so, advice = "weak", "a longer training, a higher learning rate or a larger alpha"
     return (
         f"alpha: at x {best.value:g} of its strength the same update has a lower loss "
         f"({best.of_gain.percent()} of the gain; the best of {len(strengths)} strengths, on these "
-        f"replies), so it is too {so} for the loss. Worth trying next: {advice}, or "
-        f"`export --scale {best.value:g}`."
+        f"replies), so it is too {so} for the loss. Worth trying next: {advice}. "
+        f"{about_export(float(best.value), shifts)}"
     )
 
 
@@ -196,7 +222,12 @@ def what_is_not_measured(model: peft.PeftModel) -> list[str]:
     if not can_take_apart(model):
         return ["More than LoRA was trained, so the adapter is not taken apart."]
     if not can_scale_and_cut(model):
-        return ["This LoRA is more than the update scaling x B A, so it is neither scaled nor cut."]
+        return [
+            "This LoRA is more than the update scaling x B A, so it is neither scaled nor cut, nor "
+            "is it merged."
+        ]
+    if reason := why_it_is_not_merged(model):
+        return [f"merged: what merging would lose was not measured, since {reason}."]
     return []
 
 
@@ -266,9 +297,9 @@ def about_strength(parts: list[Part], shifts: dict[float, Shift], adapter: str) 
         less = Estimate(1 - moved.value, moved.error, moved.effective_lines)
         if keeps and less.value > WORTH_REPORTING and less.is_clear(len(weaker)):
             return (
-                f"strength: x {strength:g}: {share.percent()} of the gain at {moved.value:.2f} ± "
-                f"{moved.error:.2f} times the KL on the other tasks (picked among "
-                f"{len(weaker)} weaker ones on these replies); the checks were not asked at it. "
+                f"strength: x {strength:g}: {share.percent()} of the gain at "
+                f"{times_the_kl(shifts[strength], shifts[1.0])} (picked among {len(weaker)} weaker "
+                "ones on these replies); the checks were not asked at it. "
                 f"`export {adapter} FOLDER --scale {strength:g}` writes it."
             )
     return ""

@@ -176,16 +176,14 @@ def run(options: argparse.Namespace) -> None:
     found.notes = [*(held_out.notes if held_out else []), *notes]
     found.prompts_file = known_file(options.prompts)
     found.general_file = known_file(options.general_file)
-    is_written = False
     try:
         measure(found, prompts, tasks, BaseSide(adapter, folder), options)
         if not options.output_dir:  # another adapter's report may have come there meanwhile
             folder = folder_for_report(options, place, trained_by)
             prepare_folder(folder)
         write_report(found, folder)
-        is_written = True
     finally:  # also what was found before Ctrl-C
-        if (found.losses or found.prompted) and not is_written:
+        if (found.losses or found.prompted) and not found.is_written:
             found.is_finished = False
             keep_unfinished(found, folder)
     report("report", path_from_here(folder / "report.md"))
@@ -295,6 +293,7 @@ def measure(
             measure_parts_of(found, options.examples)
     if options.examples and tasks:
         measure_change(found, tasks, options.examples)
+    conclude(found, len(tasks))
     if prompts:
         ask_prompts(found, prompts, before, options)
     lines = list(found.held_out.checked) if found.held_out else []
@@ -443,9 +442,6 @@ def measure_parts_of(found: Findings, wanted: int) -> None:
     with timed(found, "parts"):
         chosen = [found.examples[number] for number in found.measured]
         found.parts = measure_parts(model, chosen, losses, found.adapter.file_dtype)
-    lines = len(set(found.losses.lines))
-    found.conclusions += conclusions(found.parts, losses, found.losses.gain(), lines)
-    found.conclusions += what_is_not_measured(model)
     if found.shares_are_meant():
         print_parts(found)
 
@@ -456,11 +452,28 @@ def measure_change(found: Findings, tasks: list[Task], wanted: int) -> None:
     with timed(found, "other tasks"):
         some = [tasks[number] for number in draw_numbers(len(tasks), wanted)]
         found.elsewhere = measure_elsewhere(model, chat_format, some, found.system_message)
-    found.conclusions.append(about_change(found.elsewhere, len(tasks)))
-    if found.shares_are_meant():
-        shifts = found.elsewhere.without_system
-        if sentence := about_strength(found.parts, shifts, found.name):
-            found.conclusions.append(sentence)
+
+
+def conclude(found: Findings, tasks: int) -> None:
+    """Note what the parts and the change elsewhere support; what is said of a strength needs both.
+
+    It is not said of a report that was stopped before.
+
+    Args:
+        found: what was measured.
+        tasks: how many other tasks there are, of which some were measured.
+    """
+    shifts = found.elsewhere.without_system if found.elsewhere else {}
+    if found.parts:
+        losses = found.losses.only(found.measured)
+        gain, lines = found.losses.gain(), len(set(found.losses.lines))
+        found.conclusions += conclusions(found.parts, losses, gain, lines, shifts)
+        found.conclusions += what_is_not_measured(found.adapter.model)
+    if not found.elsewhere:
+        return
+    found.conclusions.append(about_change(found.elsewhere, tasks))
+    if found.shares_are_meant() and (said := about_strength(found.parts, shifts, found.name)):
+        found.conclusions.append(said)
 
 
 @contextmanager

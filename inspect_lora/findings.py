@@ -53,6 +53,7 @@ class Findings:
     conclusions: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # what each measurement took
     is_finished: bool = False
+    is_written: bool = False  # the whole report has taken its place
 
     def mean(self, losses: list[float]) -> float:
         """Return the mean of all examples' losses over their tokens."""

@@ -118,15 +118,26 @@ def about_unused_targets(saved: SavedAdapter) -> str:
     """Return a note on names in target_modules that led to no module; PEFT does not tell."""
     wanted = saved.config.get("target_modules")
     wanted = wanted if isinstance(wanted, list) else []  # or a regular expression
-    excluded = str(saved.config.get("exclude_modules") or "")  # names, or an expression
     unused = [one for one in wanted if not any(is_named([one], m.name) for m in saved.modules)]
-    unused = [one for one in unused if one not in excluded]
+    excluded = saved.config.get("exclude_modules") or []
+    unused = [one for one in unused if not is_excluded(one, excluded)]
     if not unused:
         return ""
     return (
         f"target_modules names {', '.join(unused)}, but no module of that name was trained: the "
         "base has none, or it is misspelt. PEFT does not say so."
     )
+
+
+def is_excluded(target: str, excluded: str | list[str]) -> bool:
+    """Return whether exclude_modules names a target: as a whole name, not as a part of another.
+
+    Of an expression it cannot be told, since no path of such a module is known: there the name is
+    looked for, perhaps behind a backslash and a letter.
+    """
+    if isinstance(excluded, str):
+        return bool(re.search(rf"(?:(?<!\w)|(?<=\\\w)){re.escape(target)}(?!\w)", excluded))
+    return any(is_named([target], one) or is_named([one], target) for one in excluded)
 
 
 def about_zeros(modules: list[Module]) -> list[str]:

@@ -192,23 +192,30 @@ def cut_to(layers: dict[str, Any], ranks: dict[str, int]) -> Iterator[None]:
 
 
 def merged_parts(model: peft.PeftModel, dtype: torch.dtype) -> list[Part]:
-    """Return the update as merge_and_unload would serve it, if it can be computed here.
-
-    It cannot for packed weights, for other than linear layers, and for a head that shares its
-    weight with the embedding, which would be changed as well.
-    """
-    layers = lora_layers(model)
-    bases = [module.get_base_layer() for module in layers.values()]
-    embedding = model.get_input_embeddings().weight
-    if not can_scale_and_cut(model) or not all(
-        isinstance(base, torch.nn.Linear)
-        and base.weight.is_floating_point()
-        and base.weight is not embedding
-        for base in bases
-    ):
+    """Return the update as merge_and_unload would serve it, if it can be computed here."""
+    if not can_scale_and_cut(model) or why_it_is_not_merged(model):
         return []
+    layers = lora_layers(model)
     title = f"merged, in {str(dtype).removeprefix('torch.')}"
     return [Part("merged", 1.0, title, lambda: merged_into(layers, dtype))]
+
+
+def why_it_is_not_merged(model: peft.PeftModel) -> str:
+    """Return which layer keeps an update that can be scaled and cut from being merged here."""
+    embedding = model.get_input_embeddings().weight
+    for path, module in lora_layers(model).items():
+        base, name = module.get_base_layer(), path.rpartition(".")[2]
+        if not base.weight.is_floating_point():
+            kind = str(base.weight.dtype).removeprefix("torch.")
+            return f"{name} has packed ({kind}) weights"
+        if not isinstance(base, torch.nn.Linear):
+            return f"{name} is a {type(base).__name__}, no linear layer"
+        if base.weight is embedding:
+            return (
+                f"{name} has its weight in common with the embedding, which merging would change "
+                "as well"
+            )
+    return ""
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from inspect_lora.checks import CheckRow, p_in_words, when_clear, with_interval
+from inspect_lora.checks import CheckRow, p_in_words, shortened, when_clear, with_interval
 from inspect_lora.common import (
     file_sha256,
     join_limited,
@@ -271,7 +271,7 @@ def markdown_checks(found: Findings) -> str:
     for row in found.checks:
         rates = [with_interval(passed, row.lines) for passed in (row.before, row.after)]
         counts = [row.counted(), *rates, len(row.lost), len(row.won)]
-        rows.append([row.title, row.rule, *counts, row.judgement()])
+        rows.append([row.title, shortened(row.rule), *counts, row.judgement()])
         if row.lost:
             lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
             lost.append(f"- {escaped(f'{row.title}, lost: {lines}.')}")

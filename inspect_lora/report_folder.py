@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from inspect_lora.common import (
     InspectError,
@@ -146,6 +148,7 @@ def write_report(found: Findings, folder: Path) -> None:
                 rename_old(folder / name)
             for path in new.iterdir():
                 path.rename(folder / path.name)
+            found.is_written = True  # before a signal that had to wait ends the command
 
 
 def keep_unfinished(found: Findings, folder: Path) -> None:
@@ -157,11 +160,31 @@ def keep_unfinished(found: Findings, folder: Path) -> None:
     report_sentence("stopped", f"what was found so far is in {path_from_here(path)}")
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a queue, a closed terminal
+
+
 @contextmanager
 def no_interruption() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait for a moment."""
-    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    """Let signals wait for a moment; each then does what it would have done, and ends the command.
+
+    A mask of signals would not do: it is of one thread, torch starts others, and what comes to one
+    of them is handled in the main thread at once. Handlers are for the main thread alone; another
+    thread is not interrupted by signals, and nothing has to wait there.
+    """
+    came: list[int] = []
+    handlers = {}
+
+    def remember(number: int, _: FrameType | None) -> None:
+        came.append(number)
+
+    is_main = threading.current_thread() is threading.main_thread()
     try:
+        for number in SIGNALS if is_main else ():
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not set by Python
+                handlers[number] = signal.signal(number, remember)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)

@@ -78,13 +78,13 @@ class Asked:
 
     @property
     def here(self) -> float:
-        """By how much the adapter changes the loss of the reply here."""
-        return self.adapter_here - self.base_here
+        """By how much the adapter lowers the loss of the reply here: above 0 is better."""
+        return self.base_here - self.adapter_here
 
     @property
     def there(self) -> float:
-        """By how much the adapter's name changes it on the server."""
-        return self.adapter_there - self.base_there
+        """By how much the adapter's name lowers it on the server."""
+        return self.base_there - self.adapter_there
 
 
 # ---- The server, and what it calls the adapter
@@ -311,7 +311,7 @@ def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
     lines = [
         "loss, nats a token      here   on the server",
         f"base model           {base_here:7.4f}   {base_there:13.4f}",
-        f"adapter - base       {here:+7.4f}   {there:+13.4f}",
+        f"base - adapter       {here:+7.4f}   {there:+13.4f}",
     ]
     if found.size > 0:
         lines.append(f"{apart} (up to {100 * found.allowed:.1f} % counts as the same)")

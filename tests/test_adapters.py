@@ -72,8 +72,8 @@ def plain(tmp_path_factory):
 def changed(plain, tmp_path):
     """Return a function that gives a copy of that adapter with these entries in its config."""
 
-    def copied(**config):
-        folder = shutil.copytree(plain, tmp_path / "changed")
+    def copied(folder="changed", **config):
+        folder = shutil.copytree(plain, tmp_path / folder)
         return change_config(folder, **config)
 
     return copied
@@ -407,6 +407,20 @@ DAMAGES = {
         "another library than PEFT",
     ),
 }  # fmt: skip
+
+
+def test_the_end_of_a_long_message_of_peft_is_kept(refused, changed, monkeypatch):
+    """Mostly it says there what to do."""
+    said = refused(change_tensors(changed(), lambda tensors: {
+        name: torch.ones(5, 4) if "lora_B" in name else one for name, one in tensors.items()
+    }))  # fmt: skip
+    assert len(re.findall("size mismatch for", said)) == 4 and "does not fit the base" in said
+
+    def refuse(_):
+        raise ValueError(f"{'No such thing. ' * 40}Set it to 7.")
+
+    monkeypatch.setattr("peft.LoraConfig.from_pretrained", refuse)
+    assert "Set it to 7.)." in refused(changed(folder="again"))
 
 
 @pytest.mark.parametrize("name", DAMAGES)

@@ -44,6 +44,40 @@ def test_one_module_of_the_package_imports_the_script():
         assert names_it == (path.name in ("trainer.py", "__main__.py")), path
 
 
+def runs(tree):
+    """Yield the nodes that run; what stands under TYPE_CHECKING is for types alone."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from runs(node)
+
+
+def modules_needed():
+    """Return {module: the modules of the package that it imports when it runs, anywhere in it}."""
+    names = {path.stem for path in PACKAGE.glob("*.py")}
+    needed = {}
+    for path in PACKAGE.glob("*.py"):
+        found = set()
+        for node in runs(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.removeprefix("inspect_lora.") for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module == "inspect_lora":
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.removeprefix("inspect_lora."))
+        needed[path.stem] = found & names
+    return needed
+
+
+def test_no_modules_of_the_package_import_each_other_in_a_circle():
+    """What is left after all modules that need none, again and again, is a circle."""
+    needed = modules_needed()
+    assert "common" in needed["report"] and "adapters" in needed["evidence"]  # it does look
+    while without := [name for name, others in needed.items() if not others]:
+        needed = {name: others - set(without) for name, others in needed.items() if others}
+    assert needed == {}, f"these import each other in a circle: {sorted(needed)}"
+
+
 def test_both_know_the_same_ways_to_begin_that_change_the_base():
     """`info` must not import the script, so it has a list of its own."""
     assert set(CHANGES_THE_BASE) == set(train_lora_single.CHANGES_THE_BASE)

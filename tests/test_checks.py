@@ -21,6 +21,7 @@ from inspect_lora.checks import (
     end_of_sentences,
     fewest_to_lose,
     rows_of_checks,
+    shortened,
     when_clear,
     wilson,
     with_interval,
@@ -306,7 +307,8 @@ def test_special_tokens_in_a_task_are_told_and_it_is_left_out(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("key", "is_told"),
     [("check", True), ("chekcs", True), ("Checks", True), ("cheks", True), ("chess", True),
-     ("checkpoint", False), ("kind", False)],
+     ("chest", False), ("checked", True), ("checkedit", False), ("checkpoint", False),
+     ("kind", False)],
 )  # fmt: skip
 def test_a_misspelt_key_checks_is_told(capsys, tmp_path, key, is_told):
     line = {"messages": messages_of(("a", "b")), key: {"right": NUMBER}}
@@ -561,6 +563,65 @@ def test_how_many_must_be_lost_to_show_depends_on_the_number_of_rows(names, need
 )
 def test_the_interval_of_a_rate_is_wilsons(passed, lines, interval):
     assert wilson(passed, lines) == pytest.approx(interval, abs=1e-4)
+
+
+MANY = [f"phrase number {n}" for n in range(30)]
+LONG = "ring|call|dial|phone|telephone|get|press|want|need|needs|means 999|911|112"
+
+
+@pytest.mark.parametrize(
+    ("check", "said"),
+    [
+        (
+            {"answers": MANY[:10], "first_sentences": 1, "not_before": MANY, "not": MANY},
+            'says "phrase number 0" or 9 others in its first sentence, without "phrase number 0" '
+            'or 29 others before it, and does not say "phrase number 0" or 29 others',
+        ),
+        (
+            {"answers": [LONG, "999", "112"], "not": list("abcdefghij"), "not_before": MANY},
+            'says "ring/call/dial/phone/telephone/get/press ..." or 2 others, without "phrase '
+            'number 0", "phrase number 1" or 28 others before it, and does not say "a", "b", "c", '
+            '"d", "e", "f", "g" or 3 others',
+        ),
+        (
+            {"answers": ["no", LONG], "not": ["yes"], "not_before": MANY},
+            'says "no" or 1 other, without "phrase number 0", "phrase number 1", "phrase number '
+            '2" or 27 others before it, and does not say "yes"',
+        ),
+        (
+            {"answers": ["no"], "not": ["a", "b"], "not_before": MANY},
+            'says "no", without "phrase number 0", "phrase number 1", "phrase number 2" or 27 '
+            'others before it, and does not say "a" or "b"',
+        ),
+    ],
+)
+def test_a_long_rule_is_shortened_to_what_can_be_read(check, said):
+    rule = check_of({"kind": "word"} | check).rule()
+    assert len(rule) > 200 >= len(said) and shortened(rule) == said
+
+
+def test_a_rule_that_can_be_read_is_left_whole():
+    for length in (200, 201):
+        rule = f'says "{"a" * (length - 14)}" or "b"'
+        assert len(rule) == length and (shortened(rule) == rule) == (length == 200)
+
+
+def test_report_md_has_short_rules_and_evidence_json_whole_ones(capsys, tmp_path, no_picture):
+    rings = {"kind": "word", "answers": [LONG, *MANY], "not_before": [LONG, *MANY], "not": MANY}
+    json_of = {"kind": "json", "keys": {f"key {n}": n for n in range(60)}}
+    line = {"messages": messages_of(("a", "b")), "checks": {"rings": rings, "json": json_of}}
+    other = {"messages": messages_of(("c", "d")), "checks": {"rings": NO}}
+    path = write_lines(tmp_path / "eval.jsonl", [line, other])
+    run = measure(capsys, save_adapter(tmp_path / "adapter"), path, *ALL)
+    for name in ("rings", "json"):
+        (row,) = re.findall(rf"(?m)^\| {name} \| (.*?) \| \d", run.report)
+        assert len(row.replace("\\", "")) <= 200, row
+    assert "each line has its own, such as: says" in run.report and "or 30 others" in run.report
+    (rules,) = [one["rules"] for one in run.found["replies"] if "json" in one["rules"]]
+    assert rules == line["checks"]
+    clear = rows_of_checks(made_up_replies(13, 0, 13))[0]
+    clear.rule = check_of(rings).rule()
+    assert "or 30 others" in clear.sentence() and "other phrases" not in clear.sentence()
 
 
 def test_what_a_check_asks_for_is_said_once_or_by_its_first_line():

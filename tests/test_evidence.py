@@ -30,7 +30,7 @@ from on_tiny import (
 )
 from safetensors.torch import load_file
 from tiny_adapters import TENSORS, change_tensors, command
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import inspect_lora.conclusions as concluded
 import inspect_lora.elsewhere as elsewhere
@@ -219,6 +219,18 @@ def test_the_report_begins_with_the_verdict(shown):
     ]  # fmt: skip
     for sentence in shown.found["conclusions"]:
         assert sentence.split(":")[0] in shown.report
+
+
+@pytest.mark.parametrize(("lines", "is_too_few"), [(9, True), (10, False)])
+def test_the_headline_judges_ten_lines_and_not_nine(
+    capsys, tmp_path, no_picture, lines, is_too_few
+):
+    said = [(f"hello {n}", "Oh.") for n in range(lines)]
+    path = write_held_out(tmp_path / "lines.jsonl", said)
+    run = measure(capsys, save_adapter(tmp_path / "adapter"), path, *SHORT)
+    title = run.report.splitlines()[0]
+    assert len(run.found["losses"]) == lines
+    assert ("too few held-out lines to tell" in title) == is_too_few
 
 
 def test_each_table_of_the_report_is_whole(shown):
@@ -633,9 +645,62 @@ def test_a_layer_that_was_merged_for_a_while_is_what_it_was():
         raise RuntimeError
     assert adapted(input_ids=ids).logits.equal(logits)
     assert all(one.equal(before[name]) for name, one in adapted.state_dict().items())
-    head = peft.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
-    tied = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32")
-    assert parts.merged_parts(peft.get_peft_model(tied, head), torch.bfloat16) == []
+
+
+def with_lora(model, *targets):
+    """Return a model with new LoRA on it."""
+    lora = peft.LoraConfig(target_modules=list(targets), task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, lora).eval()
+
+
+def packed(adapted):
+    """Let the weights of a model with LoRA be packed, as bitsandbytes has them."""
+    for name, module in adapted.named_modules():
+        if name.endswith("o_proj.base_layer"):
+            weight = torch.zeros(module.weight.shape, dtype=torch.uint8)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return adapted
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=60))
+
+
+WITHOUT_A_MERGED_ROW = {
+    "a tied head": (
+        lambda: with_lora(AutoModelForCausalLM.from_pretrained(TINY), "o_proj", "lm_head"),
+        "lm_head has its weight in common with the embedding, which merging would change as well",
+    ),
+    "packed weights": (
+        lambda: packed(with_lora(AutoModelForCausalLM.from_pretrained(TINY), "o_proj")),
+        "o_proj has packed (uint8) weights",
+    ),
+    "other layers": (lambda: with_lora(gpt2(), "c_attn"), "c_attn is a Conv1D, no linear layer"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, on a tied head and on Conv1D
+@pytest.mark.parametrize("name", WITHOUT_A_MERGED_ROW)
+def test_it_is_said_why_there_is_no_row_of_the_merged_update(name):
+    make, said = WITHOUT_A_MERGED_ROW[name]
+    adapted = make()
+    assert parts.merged_parts(adapted, torch.bfloat16) == []
+    (sentence,) = concluded.what_is_not_measured(adapted)
+    assert sentence == f"merged: what merging would lose was not measured, since {said}."
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_command_says_why_nothing_was_merged(capsys, tmp_path, no_picture):
+    path = write_held_out(tmp_path / "held-out.jsonl")
+    adapter = save_adapter(tmp_path / "adapter", target_modules=["o_proj", "lm_head"])
+    run = measure(capsys, adapter, path, *PARTS)
+    assert "merged: what merging would lose was not measured, since lm_head" in run.said
+    assert "merged: what merging would lose" in run.report
+    assert not [title for title in run.found["parts"] if title.startswith("merged")]
+    adapter = save_adapter(tmp_path / "plain", target_modules=["o_proj"])
+    run = measure(capsys, adapter, path, *PARTS)
+    assert "what merging would lose" not in run.said + run.report
+    assert [title for title in run.found["parts"] if title.startswith("merged")]
 
 
 @pytest.mark.parametrize(("share", "is_said"), [(0.9, True), (0.99, False), (1.1, False)])
@@ -751,7 +816,8 @@ def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
 
 @pytest.mark.parametrize(("tasks", "is_said"), [(9, False), (10, True)])
 def test_of_fewer_than_ten_tasks_no_change_is_told(tasks, is_said):
-    some = elsewhere.Elsewhere(tasks, {1.0: shift(([1.0, 1.1] * 5)[:tasks])}, None)
+    names = [f"tasks.jsonl:{number}" for number in range(tasks)]
+    some = elsewhere.Elsewhere(names, {1.0: shift(([1.0, 1.1] * 5)[:tasks])}, None)
     said = concluded.about_change(some)
     assert ("the KL divergence from the base is 0.1" not in said) is not is_said
     few = "change: 9 other tasks cannot tell how far the model was moved; 10 are needed"
@@ -966,13 +1032,15 @@ SENTENCES = {
     "better weaker": (
         SCALES | {"update x 0.75": 1.06, "update x 0.5": 1.03},
         ["alpha: at x 0.75 ", "(106.0 ± 0.2 % of the gain; the best of 6 strengths, on these",
-         "it is too strong for the loss", "smaller alpha", "or `export --scale 0.75`."],
-        ["the run", "epochs"],
+         "it is too strong for the loss", "smaller alpha. `export --scale 0.75` writes it; its KL "
+         "on the other tasks was not measured, and the checks were not asked at it."],
+        ["the run", "epochs", "or `export"],
     ),
     "better stronger": (
         SCALES | {"update x 1.5": 1.2, "update x 2": 1.1},
         ["alpha: at x 1.5 ", "120.0 ± 0.2 %", "it is too weak for the loss", "a longer training",
-         "or `export --scale 1.5`."], ["the run", "epochs"],
+         "larger alpha. `export --scale 1.5` writes it; its KL on the other tasks was not me"],
+        ["the run", "epochs", "or `export"],
     ),
     "three hundredths matter": (SCALES | {"update x 1.25": 1.03}, ["alpha: at x 1.25 "], []),
     "worse": (
@@ -1063,6 +1131,77 @@ def test_a_sentence_is_said_only_where_the_numbers_bear_it(name):
     shares, said, unsaid = SENTENCES[name]
     text = conclusions(**shares)
     assert all(one in text for one in said) and not any(one in text for one in unsaid), text
+
+
+STRONGER = {0.75: shift([1.3, 1.5, 1.4] * 5), 1.0: shift([2.0, 2.2, 1.9] * 5)}
+STRONGER[1.5] = shift([3.4, 3.7, 3.0] * 5)
+
+
+@pytest.mark.parametrize(("scale", "times"), [("1.5", "1.66 ± 0.01"), ("0.75", "0.69 ± 0.01")])
+def test_a_strength_that_may_be_written_is_no_advice_but_told_with_its_kl(scale, times):
+    """What is not known of it is said, too: at another strength no check was asked."""
+    part = made_up_part(f"update x {scale}", 1.2)
+    losses = losses_with(1.0, 0.01)
+    gain = losses.gain()
+    (text,) = concluded.conclusions([part], losses, gain, shifts=STRONGER)
+    assert text.endswith(
+        f". `export --scale {scale}` writes it, at {times} times the KL on the other tasks; the "
+        "checks were not asked at it."
+    )
+    (advice,) = re.findall(r"Worth trying next: (.*?)\.", text)
+    assert "alpha" in advice and "export" not in advice
+    part.gained, losses = Estimate(0.2, 0.01), losses_with(-0.5, 0.01)
+    texts = concluded.conclusions([part], losses, losses.gain(), shifts=STRONGER)
+    weaker = "x 0.75 has the lowest loss of 1 weaker one on these replies"
+    assert (weaker in texts[0]) == (f"at {times} times the KL on the other tasks" in texts[0])
+    assert (weaker in texts[0]) == (scale == "0.75")
+    assert ("the checks were not asked at it" in texts[0]) == (scale == "0.75")
+
+
+@pytest.mark.parametrize(("tasks", "is_told"), [(9, False), (10, True)])
+def test_of_nine_tasks_no_strength_is_told_the_kl(tasks, is_told):
+    shifts = {1.5: shift([3.0] * tasks), 1.0: shift([2.0] * tasks)}
+    said = concluded.about_export(1.5, shifts)
+    assert said.endswith("the checks were not asked at it.")
+    assert ("at 1.50 ± 0.00 times the KL on the other tasks" in said) == is_told
+    assert ("the other tasks are too few to tell its KL, and" in said) != is_told
+
+
+def test_of_two_weaker_updates_that_are_better_the_better_one_may_be_written():
+    losses = losses_with(-0.5, 0.01)
+    gains = {0.25: (0.1, 0.01), 0.5: (0.4, 0.01), 0.75: (0.2, 0.01), 1.5: (0.9, 0.01)}
+    strengths = [
+        parts.Part("strength", one, "", None, gained=Estimate(*gained), loss=3 - gained[0])
+        for one, gained in gains.items()
+    ]
+    (text,) = concluded.conclusions(strengths, losses, losses.gain())
+    assert "x 0.5 has the lowest loss of 3 weaker ones" in text
+    assert "`export --scale 0.5` writes it; its KL on the other tasks was not measured" in text
+
+
+def test_what_a_better_strength_does_elsewhere_is_told_by_the_command(
+    capsys, tmp_path, monkeypatch, no_picture
+):
+    """Its KL is measured after the parts, and the sentence has it all the same."""
+    losses = {"base": 3.0, "adapter": 2.0, "update x 1.5": 1.0}
+
+    def made_up(_, examples, title):
+        each = losses.get(title, 2.5)
+        return [len(one.reply_ids) * (each + 0.01 * (-1) ** n) for n, one in enumerate(examples)]
+
+    monkeypatch.setattr("inspect_lora.evidence.losses_of", made_up)
+    monkeypatch.setattr(parts, "losses_of", made_up)
+    adapter = save_adapter(tmp_path / "adapter")
+    path = write_held_out(tmp_path / "lines.jsonl", [(f"hello {n}", "Oh.") for n in range(12)])
+    prompts = [{"prompt": f"Name {n} colours."} for n in range(2, 12)]
+    words = ["--general_file", write_lines(tmp_path / "tasks.jsonl", prompts), "--examples", "12"]
+    run = measure(capsys, adapter, path, *PARTS, *words)
+    moved = [
+        run.found["elsewhere"]["no system message"][x]["kl"]["value"] for x in ("x 1.5", "x 1")
+    ]
+    (text,) = [one for one in run.found["conclusions"] if one.startswith("alpha: at x 1.5")]
+    assert f"`export --scale 1.5` writes it, at {moved[0] / moved[1]:.2f} ± " in text
+    assert "the checks were not asked at it" in run.said and "alpha: at x 1.5" in run.report
 
 
 def test_the_strength_that_is_shown_is_the_one_that_is_spoken_of():

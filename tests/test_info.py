@@ -176,6 +176,33 @@ def test_a_target_that_is_excluded_as_well_is_not_called_misspelt(tmp_path, info
 
 
 @pytest.mark.parametrize(
+    ("target", "excluded", "is_told"),
+    [
+        ("up_pro", ["up_proj"], True),
+        ("up_pro", ".*up_proj", True),
+        ("proj", ["up_proj"], True),
+        ("up_proj", ["layers.0.mlp.up_proj"], False),
+        ("mlp.up_proj", ["up_proj"], False),
+        ("up_proj", r".*\.\bup_proj$", False),
+        ("up_proj", "(.*mlp.)?up_proj|lm_head", False),
+        ("up_proj", None, True),
+    ],
+)
+def test_a_misspelt_target_is_told_beside_an_excluded_one_like_it(
+    plain, tmp_path, info, target, excluded, is_told
+):
+    """No module of the file is called so; a part of an excluded name is not that name."""
+    folder = copied(plain, tmp_path / "new")
+    change_tensors(folder, lambda tensors: {
+        name: one for name, one in tensors.items() if "up_proj" not in name
+    })  # fmt: skip
+    targets = ["q_proj", "v_proj", target]
+    found = info(change_config(folder, target_modules=targets, exclude_modules=excluded))
+    assert found.status == 0, found.err
+    assert (f"target_modules names {target}, but no module" in found.said) == is_told
+
+
+@pytest.mark.parametrize(
     ("config", "said"),
     [
         ({"bias": "all"}, "It trained biases of the base (bias = all)"),

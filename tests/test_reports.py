@@ -1,8 +1,12 @@
 """A report's folder: whose it is, and that a finished report stays until the next one is whole."""
 
 import errno
+import os
 import re
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,7 @@ from on_tiny import (
     write_held_out,
     write_lines,
 )
-from processes import run_in_a_fork
+from processes import Fork, run_in_a_fork
 from tiny_adapters import command
 
 import inspect_lora.elsewhere as elsewhere
@@ -114,6 +118,8 @@ PHASES = {
     "the picture is drawn": (report_folder, "draw_picture"),
     "the report is written": (report_folder, "as_markdown"),
 }
+# From here on it is the new report that is kept; see the test after the next.
+ITS_PLACE_IS_TAKEN = (report_folder, "rename_old")
 ENDS = {"Ctrl-C": (stop, 130, "Stopped."), "memory": (no_memory, 1, "memory is full")}
 
 
@@ -145,6 +151,96 @@ def test_a_finished_report_stays_whatever_ends_the_next(
     assert compared.status == 0 and "left out" not in compared.out
 
 
+@pytest.fixture
+def another_thread():
+    """Have one that blocks no signal, as torch starts some: the system may give it ours."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    yield
+    end.set()
+    thread.join()
+
+
+def send(number):
+    """Send this process a signal, and let Python see it."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", range(5))
+@pytest.mark.usefixtures("another_thread")
+def test_a_signal_waits_until_the_report_has_taken_its_place(
+    ours, capsys, monkeypatch, number, moment
+):
+    """A half of it there would be none, and the older one would be gone."""
+    assert command(capsys, "evidence", ours / "final_lora", *SHORT).status == 0
+    results = ours / "inspected" / "final_lora"
+    before = {path.name: path.read_bytes() for path in results.iterdir()}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command has it
+    module, name = ITS_PLACE_IS_TAKEN
+    rename_old, renamed = getattr(module, name), []
+
+    def interrupted(path):
+        rename_old(path)
+        renamed.append(path.name)
+        if len(renamed) == moment + 1:
+            send(number)
+
+    monkeypatch.setattr(module, name, interrupted)
+    end = command(capsys, "evidence", ours / "final_lora", *SHORT)
+    assert end.status == 130 and end.err.endswith("Stopped.") and len(renamed) == 5
+    after = {path.name: path.read_bytes() for path in results.iterdir()}
+    assert "evidence.json.unfinished" not in after and "what was found so far" not in end.said
+    assert read_json(results / "evidence.json")["finished"] is True
+    assert set(before) < set(after) and len(after) == 2 * len(before)
+    older = {
+        re.sub(r"\.\d{4}-\d\d-\d\d-\d{6}$", "", name): name for name in after.keys() - before.keys()
+    }
+    assert {name: after[old] for name, old in older.items()} == before
+    compared = command(capsys, "compare", ours)
+    assert compared.status == 0 and "left out" not in compared.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_that_nobody_handles_ends_the_process_afterwards(tmp_path, number):
+    def be_stopped():
+        with report_folder.no_interruption():
+            send(number)
+            (tmp_path / "whole").touch()
+        (tmp_path / "too late").touch()
+
+    assert Fork(be_stopped).end() == -number
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_an_ignored_signal_stays_ignored_and_handlers_are_what_they_were(monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup sets it
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(one) for one in numbers]
+    with report_folder.no_interruption():
+        send(signal.SIGHUP)
+    assert [signal.getsignal(one) for one in numbers] == handlers
+    with pytest.raises(KeyboardInterrupt), report_folder.no_interruption():
+        send(signal.SIGINT)
+        raise OSError  # the signal is not lost with an error
+    assert [signal.getsignal(one) for one in numbers] == handlers
+
+
+def test_in_another_thread_nothing_has_to_wait():
+    done = []
+
+    def write():
+        with report_folder.no_interruption():
+            done.append(True)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert done == [True]
+
+
 @pytest.mark.parametrize("phase", ["losses", "parts", "replies"])
 def test_what_was_found_before_ctrl_c_is_kept_as_unfinished(ours, capsys, monkeypatch, phase):
     monkeypatch.setattr(*PHASES[phase], stop)
@@ -161,9 +257,16 @@ def test_a_full_disk_is_one_message_and_the_earlier_report_stays(ours, capsys, m
     assert command(capsys, "evidence", ours / "final_lora", *SHORT).status == 0
     results = ours / "inspected" / "final_lora"
     before = {path.name: path.read_bytes() for path in results.iterdir()}
-    monkeypatch.setattr(report_folder, place, no_space)
-    monkeypatch.setattr(report_folder, "write_json", no_space)
+    reached = []
+
+    def full(*_, **__):
+        reached.append(place)
+        monkeypatch.setattr(report_folder, "write_json", no_space)  # for what was found so far
+        no_space()
+
+    monkeypatch.setattr(report_folder, place, full)
     end = command(capsys, "evidence", ours / "final_lora", *SHORT)
+    assert reached == [place]
     assert end.status == 1 and end.err.count("No space left on device") == 1
     assert "Free space there, or choose another folder with --output_dir" in end.err
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before

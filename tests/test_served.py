@@ -5,6 +5,7 @@ import contextlib
 import copy
 import io
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -281,6 +282,10 @@ def test_an_applied_adapter_gives_status_0_whatever_the_address_ends_with(ask, i
     assert found.status == 0 and not found.err
     assert "The server applies the adapter under the name companion." in found.said
     assert "on single replies the changes differ by 0.0 %" in found.out
+    tokens = sum(row["tokens"] for row in imitation.rows)
+    gain = sum(row["tokens"] * (row["base"] - row["adapter"]) for row in imitation.rows) / tokens
+    said = re.search(r"base - adapter +(\S+) +(\S+)\n", found.out)  # above 0 is better
+    assert list(said.groups()) == [f"{gain:+.4f}"] * 2 and "adapter - base" not in found.out
     assert "the server writes all 5 prompts as in training" in found.out
     assert "evidence.json" in found.out and "measured just now" not in found.out
     assert "not checked" not in found.out.lower()
@@ -297,6 +302,7 @@ def test_an_ignored_adapter_is_told_with_what_to_do(ask, imitation):
     assert found.status == 1 and "applied  " not in found.out
     assert "The base answers under the adapter's name" in found.err
     assert "the changes differ by 100.0 %" in found.out
+    assert re.search(r"base - adapter +\S+ +\+0\.0000\n", found.out)
     assert "inspect_lora export adapter FOLDER --vllm` writes" in found.err
     assert "It has companion from output/final_lora_vllm." in found.err
 
