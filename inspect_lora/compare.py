@@ -12,7 +12,7 @@ Of two reports, such as before and after an edit of a constant, replies.html sho
 the same prompts, side by side or to be read blind.
 
 + is better, so what stands against the best is mostly below 0. "=" says that the difference is
-not clear: its 95 % interval holds 0, or there are fewer than ten held-out lines. Of several
+not clear: its 95 % interval holds 0, or there are fewer than twenty held-out lines. Of several
 adapters the intervals of all pairs hold 95 % together, since the best was picked among them.
 What another SEED would change is not in it: train a close winner with two seeds.
 """
