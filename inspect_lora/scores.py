@@ -93,8 +93,8 @@ def look_equal(one: float, other: float) -> bool:
 
 
 UNKNOWN = Estimate(math.nan, math.inf)
-# With fewer held-out lines nothing is concluded, since the errors themselves are too uncertain: with
-# ten lines, one of three parts without an effect was clear in over 6 % of drawn sets (calib).
+# With fewer held-out lines nothing is concluded, since the errors themselves are too uncertain:
+# with ten lines, one of three parts without an effect was clear in over 6 % of drawn sets (calib).
 FEWEST_LINES = 20
 
 
@@ -155,7 +155,7 @@ def errors_needed(comparisons: int = 1, effective_lines: float | None = None) ->
             parts would be clear in every eighth table otherwise (Bonferroni's bound). It is three
             errors at least, since skewed differences have longer tails than Student's.
         effective_lines: that the error is of. Of few lines the error itself is uncertain, so it is
-            Student's quantile: 2.26 errors of 10 lines, 2.01 of 50, 1.97 of 280.
+            Student's quantile: 2.09 errors of 20 lines, 2.01 of 50, 1.97 of 280.
 
     Measured by `python tests/benchmark.py calib`: docs/evidence.md has the table.
     """

@@ -191,7 +191,7 @@ def shown(tmp_path_factory):
     by_kind = {}
     for line in sorted(lines, key=len):
         by_kind.setdefault(json.loads(line)["kind"], []).append(line)
-    chosen = [line for some in [*by_kind.values()][:6] for line in some[:2]]
+    chosen = [line for some in [*by_kind.values()][:6] for line in some[:4]]
     (folder / "eval.jsonl").write_text("".join(chosen), encoding="utf-8")
     tasks = write_lines(folder / "general.jsonl", TASKS)
     words = ["evidence", str(adapter), "--eval_file", str(folder / "eval.jsonl")]
@@ -221,8 +221,8 @@ def test_the_report_begins_with_the_verdict(shown):
         assert sentence.split(":")[0] in shown.report
 
 
-@pytest.mark.parametrize(("lines", "is_too_few"), [(9, True), (10, False)])
-def test_the_headline_judges_ten_lines_and_not_nine(
+@pytest.mark.parametrize(("lines", "is_too_few"), [(19, True), (20, False)])
+def test_the_headline_judges_twenty_lines_and_not_nineteen(
     capsys, tmp_path, no_picture, lines, is_too_few
 ):
     said = [(f"hello {n}", "Oh.") for n in range(lines)]
@@ -503,7 +503,7 @@ def test_the_picture_shows_what_was_measured(shown, drawn):
     assert figure.get_supxlabel() == "Error bars: one standard error"
     assert "of the gain" in out and re.search(r"attention alone \| \S+ \| \S+ ± ", report)
     assert re.search(r"of the gain   against as trained   lower loss on\n", out)
-    assert re.search(r"\n          best other strength: x [\d.]+ .*\d of 12\n", out)
+    assert re.search(r"\n          best other strength: x [\d.]+ .*\d of 24\n", out)
     figure, _, _ = drawn("--checks", "0", "--general_file", "")
     assert titles_of(figure) == ["What each part keeps", "Where the model was changed"]
     figure, _, _ = drawn(*SHORT)
@@ -513,7 +513,7 @@ def test_the_picture_shows_what_was_measured(shown, drawn):
 @pytest.mark.parametrize("gain", [Estimate(-1.0, 0.1), Estimate(0.1, 0.1)])
 def test_shares_of_a_gain_that_is_none_are_nowhere(drawn, gain):
     """Not in the picture, not in the report, and not on the terminal."""
-    figure, out, report = drawn("--examples", "12", "--checks", "0", gain=gain)
+    figure, out, report = drawn("--examples", "24", "--checks", "0", gain=gain)
     assert titles_of(figure) == ["Where the model was changed"]
     assert not figure.get_supxlabel()
     assert "of the gain" not in out
@@ -524,24 +524,24 @@ def test_shares_are_of_the_gain_on_the_replies_that_measure_them(shown, drawn, m
     """And the gain itself is that on all replies: here it is as large as their number."""
     drawn()  # which sets a gain that the next line replaces
     monkeypatch.setattr(Losses, "gain", lambda losses: Estimate(float(len(losses.tokens)), 0.1))
-    folder = shown.folder / "of ten"
-    main([*shown.words, "--examples", "10", "--samples", "0", "--checks", "0",
+    folder = shown.folder / "of twenty"
+    main([*shown.words, "--examples", "20", "--samples", "0", "--checks", "0",
           "--output_dir", str(folder)])  # fmt: skip
     report = (folder / "report.md").read_text(encoding="utf-8")
-    assert "shares are of the gain on them, +10.0000 ± 0.1000. The last two" in report
-    assert "**+12.0000 ± 0.1000 nats a token (95 % interval " in report
+    assert "shares are of the gain on them, +20.0000 ± 0.1000. The last two" in report
+    assert "**+24.0000 ± 0.1000 nats a token (95 % interval " in report
 
 
 def test_whether_it_is_better_is_said_of_all_replies_and_not_of_some():
     """As the headline does: the replies that measure the parts may say something else."""
     losses = losses_with(0.01, 0.02)
     (said,) = concluded.conclusions([], losses, Estimate(0.5, 0.1))
-    assert said.startswith("The gain is not clear on the 10 replies that measure the parts (+0.01")
+    assert said.startswith("The gain is not clear on the 20 replies that measure the parts (+0.01")
     (said,) = concluded.conclusions([], losses_with(0.5, 0.1), Estimate(0.1, 0.1))
     assert said.startswith("The adapter is not clearly better than the base model")
 
 
-def test_of_fewer_than_ten_lines_the_headline_says_nothing_of_better(ours, capsys, no_picture):
+def test_of_fewer_than_twenty_lines_the_headline_says_nothing_of_better(ours, capsys, no_picture):
     path = write_held_out(ours / "held-out.jsonl")
     words = ["--eval_file", path, *SHORT]
     assert command(capsys, "evidence", ours / "final_lora", *words).status == 0
@@ -551,9 +551,9 @@ def test_of_fewer_than_ten_lines_the_headline_says_nothing_of_better(ours, capsy
 
 
 def test_conclusions_have_a_section_on_the_terminal(shown, drawn):
-    _, out, _ = drawn("--examples", "3", "--checks", "0")  # of twelve lines
+    _, out, _ = drawn("--examples", "3", "--checks", "0")  # of twenty-four lines
     said = " ".join(out.partition("\nmeans ")[2].split())
-    assert "The replies that measure the parts are too few: 3 lines measured, 10 needed" in said
+    assert "The replies that measure the parts are too few: 3 lines measured, 20 needed" in said
     assert out.count("means ") == 1 and "(--examples 200 measures more" in said
 
 
@@ -620,16 +620,16 @@ def test_a_merge_that_changes_nothing_is_not_compared(difference, is_shown):
     """On which of the replies its loss is lower is noise then."""
     losses = losses_with(1.0, 0.01)
     merged = made_up_part("merged, in float32", 1.0)
-    merged.kind, merged.losses = "merged", [0.0] * 10
+    merged.kind, merged.losses = "merged", [0.0] * 20
     merged.against_trained = Estimate(difference, 1e-5)
     config = types.SimpleNamespace(use_rslora=False)
     found = types.SimpleNamespace(
-        parts=[merged], losses=losses, measured=[*range(10)], examples=[None] * 10,
+        parts=[merged], losses=losses, measured=[*range(20)], examples=[None] * 20,
         shares_are_meant=lambda: True,
         adapter=types.SimpleNamespace(model=types.SimpleNamespace(peft_config={"default": config})),
     )  # fmt: skip
     row = markdown_parts(found).splitlines()[-1]
-    compared = f" {merged.against_trained} | 0 of 10 |" if is_shown else "  |  |"
+    compared = f" {merged.against_trained} | 0 of 20 |" if is_shown else "  |  |"
     assert row == f"| merged, in float32 | 2.0000 | 100.0 ± 0.2 % |{compared}"
 
 
@@ -791,7 +791,7 @@ def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
         half = parts.Part("strength", 0.5, "update x 0.5", None, of_gain=Estimate(share, error))
         return concluded.about_strength([half], shifts, "ADAPTER")
 
-    shifts = {0.5: shift([1.0, 1.1, 0.9] * 5), 1.0: shift([2.0, 2.2, 1.9] * 5)}
+    shifts = {0.5: shift([1.0, 1.1, 0.9] * 7), 1.0: shift([2.0, 2.2, 1.9] * 7)}
     text = said(0.98, 0.005, shifts)
     assert text.startswith("strength: x 0.5: 98.0 ± 0.5 % of the gain at 0.49 ± 0.00 times the KL ")
     assert "picked among 1 weaker" in text and "the checks were not asked at it" in text
@@ -801,30 +801,30 @@ def test_a_weaker_update_is_named_only_if_it_keeps_the_gain_and_moves_less():
     assert said(0.94, 0.005, shifts) == said(0.98, 0.02, shifts) == ""
     # The interval of the share must lie above 95 %: 1.96 errors of one, three of the best of two.
     assert said(0.98, 0.0153, shifts) != "" and said(0.98, 0.0154, shifts) == ""
-    several = shifts | {0.25: shift([0.5, 0.6, 0.4] * 5)}
+    several = shifts | {0.25: shift([0.5, 0.6, 0.4] * 7)}
     quarter = parts.Part("strength", 0.25, "", None, of_gain=Estimate(0.5, 0.01))
     for error, is_said in ((0.0099, True), (0.0101, False)):
         half = parts.Part("strength", 0.5, "", None, of_gain=Estimate(0.98, error))
         text = concluded.about_strength([quarter, half], several, "ADAPTER")
         assert text.startswith("strength: x 0.5: 98.0") is is_said
-    # Fifteen tasks whose KL is 3 % less are told, and 1 % less are not worth it.
-    less = {0.5: shift([0.97, 0.98, 0.96] * 5), 1.0: shift([1.0] * 15)}
+    # Twenty-one tasks whose KL is 3 % less are told, and 1 % less are not worth it.
+    less = {0.5: shift([0.97, 0.98, 0.96] * 7), 1.0: shift([1.0] * 21)}
     assert "at 0.97 ± 0.00 times the KL" in said(0.98, 0.005, less)
-    assert said(0.98, 0.005, less | {0.5: shift([0.99, 0.98, 1.0] * 5)}) == ""
+    assert said(0.98, 0.005, less | {0.5: shift([0.99, 0.98, 1.0] * 7)}) == ""
     assert said(0.98, 0.005, {0.5: shift([0.1, 4.0]), 1.0: shift([2.0, 2.1])}) == ""
 
 
-@pytest.mark.parametrize(("tasks", "is_said"), [(9, False), (10, True)])
-def test_of_fewer_than_ten_tasks_no_change_is_told(tasks, is_said):
+@pytest.mark.parametrize(("tasks", "is_said"), [(19, False), (20, True)])
+def test_of_fewer_than_twenty_tasks_no_change_is_told(tasks, is_said):
     names = [f"tasks.jsonl:{number}" for number in range(tasks)]
-    some = elsewhere.Elsewhere(names, {1.0: shift(([1.0, 1.1] * 5)[:tasks])}, None)
+    some = elsewhere.Elsewhere(names, {1.0: shift(([1.0, 1.1] * 10)[:tasks])}, None)
     said = concluded.about_change(some)
     assert ("the KL divergence from the base is 0.1" not in said) is not is_said
-    few = "change: 9 other tasks cannot tell how far the model was moved; 10 are needed"
+    few = "change: 19 other tasks cannot tell how far the model was moved; 20 are needed"
     assert (said == f"{few}.") is not is_said
     of_more = concluded.about_change(some, 360)
     assert of_more.startswith(f"{few} (--examples 200 measures more") is not is_said
-    shifts = {0.5: shift([0.1, 0.11] * 5), 1.0: shift([0.2, 0.22] * 5)}
+    shifts = {0.5: shift([0.1, 0.11] * 10), 1.0: shift([0.2, 0.22] * 10)}
     for one in shifts.values():
         for numbers in (one.kl, one.other, one.tokens):
             del numbers[tasks:]
@@ -856,11 +856,11 @@ def found_of(base, trained, kinds=None):
     )  # fmt: skip
 
 
-def test_a_kind_of_fewer_than_ten_lines_has_no_error_and_kinds_that_are_cut_are_counted():
-    base = [3.0 + 0.01 * n for n in range(19)]
-    rows = markdown_kinds(found_of(base, [2.0] * 19, ["a"] * 9 + ["b"] * 10)).splitlines()
-    assert re.search(r"\| b \| 10 \| .* \| \+1\.1350 ± 0\.0096 \| 10 of 10 \|", rows[-2])
-    assert re.search(r"\| a \| 9 \| .* \| \+1\.0400 \| 9 of 9 \|", rows[-1])
+def test_a_kind_of_fewer_than_twenty_lines_has_no_error_and_kinds_that_are_cut_are_counted():
+    base = [3.0 + 0.01 * n for n in range(39)]
+    rows = markdown_kinds(found_of(base, [2.0] * 39, ["a"] * 19 + ["b"] * 20)).splitlines()
+    assert re.search(r"\| b \| 20 \| .* \| \+1\.2850 ± 0\.0132 \| 20 of 20 \|", rows[-2])
+    assert re.search(r"\| a \| 19 \| .* \| \+1\.0900 \| 19 of 19 \|", rows[-1])
     kinds = [f"kind {n}" for n in range(41)]
     for count, cut in ((40, ""), (41, " Left out: 1 more kind.")):
         found = found_of([3.0] * count, [2.0] * count, kinds[:count])
@@ -877,7 +877,7 @@ def test_a_kind_of_fewer_than_ten_lines_has_no_error_and_kinds_that_are_cut_are_
      (3.00006, "less than 0.001 nats a token worse than its base")],
 )  # fmt: skip
 def test_losses_that_look_equal_are_not_called_better(adapter, said):
-    assert headline(found_of([3.0] * 10, [adapter] * 10)) == said
+    assert headline(found_of([3.0] * 20, [adapter] * 20)) == said
 
 
 # ==== The estimator
@@ -986,7 +986,7 @@ def test_at_most_the_wanted_examples_measure_the_parts(capsys, no_picture, tmp_p
 # ==== The sentences
 
 
-def losses_with(gain, error, lines=10):
+def losses_with(gain, error, lines=20):
     """Return made-up losses whose gain has this value and this error, of that many lines."""
     each = [gain + error * math.sqrt(lines) * (-1) ** n * math.sqrt((lines - 1) / lines)
             for n in range(lines)]  # fmt: skip
@@ -996,7 +996,7 @@ def losses_with(gain, error, lines=10):
 def made_up_part(title, share):
     """Return a part that keeps this share of a gain of 1 nat.
 
-    share may be (share, its error) or (share, its error, lines).
+    share may be (share, its error) or (share, its error, effective lines).
     """
     value, *rest = share if isinstance(share, tuple) else (share, 0.002)
     kind, what = "group", title.removesuffix(" alone")
@@ -1010,7 +1010,7 @@ def made_up_part(title, share):
     )  # fmt: skip
 
 
-def conclusions(lines=10, **shares):
+def conclusions(lines=20, **shares):
     """Return the sentences on a made-up table, as one text."""
     made_up = [made_up_part(title, share) for title, share in shares.items()]
     losses = losses_with(1.0, 0.01, lines)
@@ -1063,11 +1063,11 @@ SENTENCES = {
     "the best of six by 3.1": (
         SCALES | {"update x 1.25": (1.31, 0.1)}, ["alpha: at x 1.25 "], [],
     ),
-    # The errors of 12 lines are uncertain themselves.
-    "the best of six by 3.1 errors of 12 lines": (
+    # The errors of 12 effective lines are uncertain themselves.
+    "the best of six by 3.1 errors of 12 effective lines": (
         SCALES | {"update x 1.25": (1.31, 0.1, 12)}, ["alpha: too few"], ["1.25"],
     ),
-    "the best of six by 3.3 errors of 12 lines": (
+    "the best of six by 3.3 errors of 12 effective lines": (
         SCALES | {"update x 1.25": (1.33, 0.1, 12)}, ["alpha: at x 1.25 "], [],
     ),
     "the lowest mean may be noise": (
@@ -1133,8 +1133,8 @@ def test_a_sentence_is_said_only_where_the_numbers_bear_it(name):
     assert all(one in text for one in said) and not any(one in text for one in unsaid), text
 
 
-STRONGER = {0.75: shift([1.3, 1.5, 1.4] * 5), 1.0: shift([2.0, 2.2, 1.9] * 5)}
-STRONGER[1.5] = shift([3.4, 3.7, 3.0] * 5)
+STRONGER = {0.75: shift([1.3, 1.5, 1.4] * 7), 1.0: shift([2.0, 2.2, 1.9] * 7)}
+STRONGER[1.5] = shift([3.4, 3.7, 3.0] * 7)
 
 
 @pytest.mark.parametrize(("scale", "times"), [("1.5", "1.66 ± 0.01"), ("0.75", "0.69 ± 0.01")])
@@ -1158,8 +1158,8 @@ def test_a_strength_that_may_be_written_is_no_advice_but_told_with_its_kl(scale,
     assert ("the checks were not asked at it" in texts[0]) == (scale == "0.75")
 
 
-@pytest.mark.parametrize(("tasks", "is_told"), [(9, False), (10, True)])
-def test_of_nine_tasks_no_strength_is_told_the_kl(tasks, is_told):
+@pytest.mark.parametrize(("tasks", "is_told"), [(19, False), (20, True)])
+def test_of_nineteen_tasks_no_strength_is_told_the_kl(tasks, is_told):
     shifts = {1.5: shift([3.0] * tasks), 1.0: shift([2.0] * tasks)}
     said = concluded.about_export(1.5, shifts)
     assert said.endswith("the checks were not asked at it.")
@@ -1192,9 +1192,9 @@ def test_what_a_better_strength_does_elsewhere_is_told_by_the_command(
     monkeypatch.setattr("inspect_lora.evidence.losses_of", made_up)
     monkeypatch.setattr(parts, "losses_of", made_up)
     adapter = save_adapter(tmp_path / "adapter")
-    path = write_held_out(tmp_path / "lines.jsonl", [(f"hello {n}", "Oh.") for n in range(12)])
-    prompts = [{"prompt": f"Name {n} colours."} for n in range(2, 12)]
-    words = ["--general_file", write_lines(tmp_path / "tasks.jsonl", prompts), "--examples", "12"]
+    path = write_held_out(tmp_path / "lines.jsonl", [(f"hello {n}", "Oh.") for n in range(24)])
+    prompts = [{"prompt": f"Name {n} colours."} for n in range(2, 22)]
+    words = ["--general_file", write_lines(tmp_path / "tasks.jsonl", prompts), "--examples", "24"]
     run = measure(capsys, adapter, path, *PARTS, *words)
     moved = [
         run.found["elsewhere"]["no system message"][x]["kl"]["value"] for x in ("x 1.5", "x 1")
@@ -1214,23 +1214,26 @@ def test_the_strength_that_is_shown_is_the_one_that_is_spoken_of():
     assert [part.value for part in telling] == [0.25]  # the first of equal ones
 
 
-def test_nine_held_out_lines_support_no_conclusion_and_ten_do():
-    text = conclusions(lines=9, **SCALES | cuts(1, 1, 1))
-    assert "too few to tell" in text and "9 measured, 10 needed" in text
-    assert "alpha" not in text and "alpha: " in conclusions(lines=10, **SCALES)
+def test_nineteen_held_out_lines_support_no_conclusion_and_twenty_do():
+    text = conclusions(lines=19, **SCALES | cuts(1, 1, 1))
+    assert "too few to tell" in text and "19 measured, 20 needed" in text
+    assert "alpha" not in text and "alpha: " in conclusions(lines=20, **SCALES)
+
+
+FEW_OF_PARTS = "The replies that measure the parts are too few"
 
 
 @pytest.mark.parametrize(
     ("of_parts", "of_all", "gain", "said"),
     [
-        (9, 9, 1.0, "The held-out lines are too few to tell anything: 9 measured, 10 needed."),
-        (9, 9, -1.0, "The held-out lines are too few to tell anything: 9 measured, 10 needed."),
-        (9, 10, 1.0, "The replies that measure the parts are too few: 9 lines measured, 10 needed"),
-        (1, 10, 1.0, "The replies that measure the parts are too few: 1 line measured, 10 needed"),
-        (10, 10, 1.0, "alpha: "),
-        (9, 10, -1.0, "The adapter is worse than the base model. If the run's"),
-        (10, 10, -1.0, "The adapter is worse than the base model, and no weaker update is clearly"),
-        (9, 10, 0.001, "The adapter is not clearly better than the base model"),
+        (19, 19, 1.0, "The held-out lines are too few to tell anything: 19 measured, 20 needed."),
+        (19, 19, -1.0, "The held-out lines are too few to tell anything: 19 measured, 20 needed."),
+        (19, 20, 1.0, f"{FEW_OF_PARTS}: 19 lines measured, 20 needed"),
+        (1, 20, 1.0, f"{FEW_OF_PARTS}: 1 line measured, 20 needed"),
+        (20, 20, 1.0, "alpha: "),
+        (19, 20, -1.0, "The adapter is worse than the base model. If the run's"),
+        (20, 20, -1.0, "The adapter is worse than the base model, and no weaker update is clearly"),
+        (19, 20, 0.001, "The adapter is not clearly better than the base model"),
     ],
 )
 def test_whether_the_adapter_is_better_is_said_before_that_the_parts_have_few_lines(

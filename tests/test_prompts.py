@@ -381,21 +381,21 @@ def test_served_says_what_a_report_on_prompts_lacks(ask, made, capsys, monkeypat
 @pytest.fixture
 def held_out(made):
     return write_held_out(
-        made.folder / "held-out.jsonl", [(f"hello {n}", f"Oh, hello {n}.") for n in range(12)]
+        made.folder / "held-out.jsonl", [(f"hello {n}", f"Oh, hello {n}.") for n in range(24)]
     )
 
 
-def test_of_fewer_than_ten_lines_it_cannot_be_told_whether_it_is_worse(made, capsys, no_picture):
+def test_of_fewer_than_twenty_lines_it_cannot_be_told_whether_it_is_worse(made, capsys, no_picture):
     """Neither that it is, nor that it is not: the report says that the lines are too few."""
     words = ["--general_file", "", "--device", "cpu", "--examples", "0", "--samples", "0"]
     words += ["--checks", "0", "--output_dir", made.folder / "few", "--fail_if", "worse"]
-    for lines in (9, 10):
+    for lines in (19, 20):
         said = [(f"hello {n}", f"Oh, hello {n}.") for n in range(lines)]
         path = write_held_out(made.folder / "few.jsonl", said)
         end = command(capsys, "evidence", made.adapter, "--eval_file", path, *words)
         assert (made.folder / "few" / "report.md").is_file()
-        told = "--fail_if worse: 9 held-out lines cannot tell; 10 are needed." in end.err
-        assert told is (lines == 9) is (end.status == 1)
+        told = "--fail_if worse: 19 held-out lines cannot tell; 20 are needed." in end.err
+        assert told is (lines == 19) is (end.status == 1)
 
 
 @pytest.mark.parametrize(("losses", "status"), [((3.0, 2.0), 0), ((2.0, 3.0), 3), ((2.0, 2.0), 0)])

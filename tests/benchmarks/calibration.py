@@ -294,7 +294,7 @@ def report_of(drawn: HeldOut, losses: Losses) -> Any:
     """Return what `compare` reads of a report."""
     columns = zip(losses.lines, losses.tokens, losses.base, losses.trained, strict=True)
     rows = [
-        SimpleNamespace(where=line, tokens=n, base=base / n, adapter=trained / n)
+        SimpleNamespace(where=line, line=line, tokens=n, base=base / n, adapter=trained / n)
         for line, n, base, trained in columns
     ]
     return SimpleNamespace(losses=rows, total=sum(losses.trained))
