@@ -191,7 +191,7 @@ def shown(tmp_path_factory):
     by_kind = {}
     for line in sorted(lines, key=len):
         by_kind.setdefault(json.loads(line)["kind"], []).append(line)
-    chosen = [line for some in [*by_kind.values()][:6] for line in some[:4]]
+    chosen = [line for some in by_kind.values() for line in some[:3]]
     (folder / "eval.jsonl").write_text("".join(chosen), encoding="utf-8")
     tasks = write_lines(folder / "general.jsonl", TASKS)
     words = ["evidence", str(adapter), "--eval_file", str(folder / "eval.jsonl")]
@@ -372,7 +372,7 @@ def test_samples_are_what_each_says_to_one_prompt_at_a_time(shown):
 
 
 def test_replies_that_do_not_end_are_told_before_anything_is_concluded(shown):
-    sentence = "replies: 6 of 6 of the adapter's replies did not end within 6 tokens (of the"
+    sentence = "replies: 7 of 7 of the adapter's replies did not end within 6 tokens (of the"
     assert shown.found["conclusions"][0].startswith(sentence)
     assert f"\n- {sentence}" in shown.report.split("## What each part")[0]
 
@@ -503,7 +503,7 @@ def test_the_picture_shows_what_was_measured(shown, drawn):
     assert figure.get_supxlabel() == "Error bars: one standard error"
     assert "of the gain" in out and re.search(r"attention alone \| \S+ \| \S+ ± ", report)
     assert re.search(r"of the gain   against as trained   lower loss on\n", out)
-    assert re.search(r"\n          best other strength: x [\d.]+ .*\d of 24\n", out)
+    assert re.search(r"\n          best other strength: x [\d.]+ .*\d of 21\n", out)
     figure, _, _ = drawn("--checks", "0", "--general_file", "")
     assert titles_of(figure) == ["What each part keeps", "Where the model was changed"]
     figure, _, _ = drawn(*SHORT)
@@ -513,7 +513,7 @@ def test_the_picture_shows_what_was_measured(shown, drawn):
 @pytest.mark.parametrize("gain", [Estimate(-1.0, 0.1), Estimate(0.1, 0.1)])
 def test_shares_of_a_gain_that_is_none_are_nowhere(drawn, gain):
     """Not in the picture, not in the report, and not on the terminal."""
-    figure, out, report = drawn("--examples", "24", "--checks", "0", gain=gain)
+    figure, out, report = drawn("--examples", "21", "--checks", "0", gain=gain)
     assert titles_of(figure) == ["Where the model was changed"]
     assert not figure.get_supxlabel()
     assert "of the gain" not in out
@@ -529,7 +529,7 @@ def test_shares_are_of_the_gain_on_the_replies_that_measure_them(shown, drawn, m
           "--output_dir", str(folder)])  # fmt: skip
     report = (folder / "report.md").read_text(encoding="utf-8")
     assert "shares are of the gain on them, +20.0000 ± 0.1000. The last two" in report
-    assert "**+24.0000 ± 0.1000 nats a token (95 % interval " in report
+    assert "**+21.0000 ± 0.1000 nats a token (95 % interval " in report
 
 
 def test_whether_it_is_better_is_said_of_all_replies_and_not_of_some():
@@ -551,7 +551,7 @@ def test_of_fewer_than_twenty_lines_the_headline_says_nothing_of_better(ours, ca
 
 
 def test_conclusions_have_a_section_on_the_terminal(shown, drawn):
-    _, out, _ = drawn("--examples", "3", "--checks", "0")  # of twenty-four lines
+    _, out, _ = drawn("--examples", "3", "--checks", "0")  # of twenty-one lines
     said = " ".join(out.partition("\nmeans ")[2].split())
     assert "The replies that measure the parts are too few: 3 lines measured, 20 needed" in said
     assert out.count("means ") == 1 and "(--examples 200 measures more" in said
