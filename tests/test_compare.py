@@ -419,5 +419,5 @@ def test_an_adapter_that_may_have_learned_the_lines_is_named(
     put("clean", held_out=held_out | {"learned": "none"})
     put("other", held_out=held_out | {"learned": learned})
     said = compare(".").said
-    is_told = "note other: it is not known whether the adapter learned some" in said
-    assert is_told == (learned == "not known") and "clean: it is not known" not in said
+    is_told = "(other): it is not known whether the adapter learned some" in said
+    assert is_told == (learned == "not known") and "(clean)" not in said
