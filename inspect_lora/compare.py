@@ -88,6 +88,12 @@ def run(options: argparse.Namespace) -> None:
     report("compared", "\n".join(table_of(ranked)))
     for sentence in left_out:
         report_sentence("left out", sentence)
+    if unknown := [one.folder for one in ranked if one.held_out.learned == "not known"]:
+        report_sentence(
+            "note",
+            f"{in_words(unknown)}: it is not known whether the adapter learned some of these "
+            "replies in its training. If it did, its loss on them is no fair one.",
+        )
     write_replies(found, Path(options.output_dir))
 
 

@@ -181,6 +181,9 @@ class KnownFile(pydantic.BaseModel):
     file: str
     sha256: str
     conversations_sha256: str = ""  # schema 1 has none
+    learned: str = (
+        ""  # of held-out replies, whether the adapter learned them; older files have none
+    )
 
 
 class OfBase(pydantic.BaseModel):

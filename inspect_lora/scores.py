@@ -93,8 +93,8 @@ def look_equal(one: float, other: float) -> bool:
 
 
 UNKNOWN = Estimate(math.nan, math.inf)
-# With fewer held-out lines nothing is concluded, since the errors themselves are too uncertain:
-# with ten lines, one of three parts without an effect was clear in over 6 % of drawn sets (calib).
+# With fewer held-out lines nothing is concluded: they are the fewest for which it was drawn how
+# often something is clear though nothing is there (docs/evidence.md).
 FEWEST_LINES = 20
 
 

@@ -408,3 +408,16 @@ def test_records_of_both_schemas_are_read(compare, tmp_path):
     assert two[1].rules == {"does not ring": {"kind": "word", "not": ["999"]}}
     assert two[1].says == {"does not ring": 'does not say "999"'}
     assert two[1].reference == "Ring 999 now." and two[1].group == "emergency"
+
+
+@pytest.mark.parametrize("learned", ["none", "not compared", "not known"])
+def test_an_adapter_that_may_have_learned_the_lines_is_named(
+    put, compare, learned, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    held_out = {"file": "eval.jsonl", "sha256": "abc", "group": "kind"}
+    put("clean", held_out=held_out | {"learned": "none"})
+    put("other", held_out=held_out | {"learned": learned})
+    said = compare(".").said
+    is_told = "(other): it is not known whether the adapter learned some" in said
+    assert is_told == (learned == "not known") and "(clean)" not in said
