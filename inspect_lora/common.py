@@ -60,7 +60,7 @@ def at_least(least: int) -> Callable[[str], int]:
 def one_line(value: Any, width: int = 200) -> str:
     """Return value as one line, shortened to width."""
     text = " ".join(str(value).split())
-    return text if len(text) <= width else f"{text[: width - 4]} ..."
+    return text if len(text) <= width else f"{text[: max(0, width - 4)]} ..."
 
 
 def join_limited(items: list[str], limit: int = 20, separator: str = "\n") -> str:

@@ -173,6 +173,9 @@ def why_not_beside(one: Evidence, newest: Evidence) -> str:
             f"measured on other prompts ({one.prompts.file}) than the newest report "
             f"({newest.prompts.file})"
         )
+    if one.enable_thinking != newest.enable_thinking:
+        with_it, without = ("with", "without") if one.enable_thinking else ("without", "with")
+        return f"measured {with_it} --enable_thinking, and the newest report {without} it"
     here, there = one.base_side.computed_with, newest.base_side.computed_with
     if not here or not there:  # the names are all that is known
         here, there = named_base(one), named_base(newest)

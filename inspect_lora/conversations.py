@@ -136,7 +136,7 @@ def read_held_out(options: argparse.Namespace, run: Run | None, unknown_run: str
     if not path and facts:
         path, is_its = find_held_out_file(run, facts)
     if not path:
-        reason = f"{unknown_run}. " if unknown_run else ""
+        reason = f"{unknown_run[:1].upper()}{unknown_run[1:]}. " if unknown_run else ""
         raise InspectError(
             f"{reason}Held-out conversations are needed, which the adapter was not trained on: "
             'give a file with --eval_file. A line is {"prompt": [...], "completion": [...]}, '
@@ -152,14 +152,15 @@ def read_held_out(options: argparse.Namespace, run: Run | None, unknown_run: str
         raise InspectError(f"{problems_as_text(problems)}\nNothing was measured.{hint}")
     warn_of_misspelt_checks({example.source: example.row for example in in_file})
     notes: list[Note] = []
-    is_proved = not options.eval_file and (is_its or is_what_was_held_out(path, in_file, run))
+    sha256 = file_sha256(Path(path))
+    is_its = is_its if not options.eval_file else sha256 == facts.get("sha256")
+    is_proved = is_its or (not options.eval_file and is_what_was_held_out(path, in_file, run))
     if run:
         unlearned, learned, says = without_learned(in_file, run, is_proved, notes)
     else:
         unlearned, learned, says = in_file, "not known", nothing_known(unknown_run)
     examples = without_equals(unlearned, notes)
     note_copies(examples, notes)
-    sha256 = file_sha256(Path(path))
     if is_proved and not is_its:
         notes.append(("note", f"{path} was changed since the run, but for its conversations"))
     elif options.eval_file and sha256 != facts.get("sha256", sha256):

@@ -38,10 +38,13 @@ from inspect_lora.common import (
     Note,
     at_least,
     file_sha256,
+    hash_of,
+    join_limited,
     one_line,
     path_from_here,
     pluralize,
     report,
+    report_note,
     report_sentence,
 )
 from inspect_lora.conclusions import (
@@ -66,7 +69,7 @@ from inspect_lora.conversations import (
 from inspect_lora.elsewhere import measure_elsewhere
 from inspect_lora.files import find_adapter, find_run, why_run_is_unknown
 from inspect_lora.findings import Findings
-from inspect_lora.held_out import lines_that_count
+from inspect_lora.held_out import key_of, lines_that_count
 from inspect_lora.page import report_page
 from inspect_lora.parts import measure_parts, measure_updates
 from inspect_lora.replies import CHECKED_TOKENS, Answered, ask_both, choose_samples
@@ -350,10 +353,12 @@ def ask_checked_lines(
     Prompts without held-out replies have been replied to.
     """
     model, chat_format = found.adapter.model, found.adapter.chat_format
+    if options.checks != 0:
+        checked = each_prompt_once(checked, found.notes)
     lines_in_all = Counter(name for one in checked for name in one.checks)
     if options.checks is not None:
         checked = some_of_each_name(checked, options.checks)
-        found.prompted = judged_as_drawn(found.prompted, checked)
+    found.prompted = judged_as_drawn(found.prompted, checked)
     if not checked:
         return
     lines = pluralize(len(checked), "line")
@@ -391,6 +396,34 @@ def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
             rules = {names[name]: task.rules[name] for name in names}
             found.append(replace(task, checks=checks, rules=rules))
     return found
+
+
+def each_prompt_once(checked: list[Task], notes: list[Note]) -> list[Task]:
+    """Return lines without those checks that a line with the same prompt has before them.
+
+    A file may have several replies to one prompt. What base and adapter say to it is the same each
+    time, so it would be counted as so many lines.
+    """
+    asked: dict[str, str] = {}
+    kept, again = [], []
+    for line in checked:
+        prompt = key_of(line.messages)
+        keys = {name: hash_of((prompt, name, rule)) for name, rule in line.rules.items()}
+        names = {name for name, key in keys.items() if key not in asked}
+        for name in names:
+            asked[keys[name]] = line.where
+        if names:
+            kept.append(with_checks(line, names))
+        if others := [asked[key] for name, key in keys.items() if name not in names]:
+            again.append(f"{line.where} has the prompt of {others[0]}")
+    if again:
+        report_note(
+            notes,
+            "left out",
+            f"checks of {pluralize(len(again), 'line')}, since one prompt counts once: "
+            f"{join_limited(again, 3, ', ')}.",
+        )
+    return kept
 
 
 def some_of_each_name(checked: list[Task], wanted: int) -> list[Task]:

@@ -222,8 +222,7 @@ class Evidence(pydantic.BaseModel):
     @pydantic.model_validator(mode="after")
     def measured_something(self) -> Evidence:
         """Refuse a record without losses, unless it is of prompts alone; complete schema 1."""
-        has_file = self.held_out is not None or self.schema_ == 1
-        if bool(self.losses) != has_file:
+        if bool(self.losses) != (self.held_out is not None):
             raise ValueError("it holds no losses, or not the file that they are of")
         if not self.losses and self.prompts is None:
             raise ValueError("it holds no losses, and names no prompts either")

@@ -230,6 +230,9 @@ def without_learned(
     learned = replies_learned_by(run)
     path, fault = path_from_here(learned.path), learned.fault
     known = [one for one in examples if said_in(one.messages) in learned.said]
+    added = ""
+    if learned.has_changed:
+        added = " It has changed since the run, and lines that were added count as learned."
     if known:
         named = join_limited(list(dict.fromkeys(one.source for one in known)), 10, ", ")
         text = (
@@ -237,11 +240,8 @@ def without_learned(
             "which the adapter was trained"
         )
         if len(known) == len(examples):
-            added = ""
-            if learned.has_changed:
-                added = " It has changed since the run, and lines that were added count as learned."
             raise InspectError(f"{text}, so none is left.{added} {GIVE_A_FILE}")
-        report_note(notes, "left out", f"{text}: {named}.")
+        report_note(notes, "left out", f"{text}: {named}.{added}")
     kept = [one for one in examples if said_in(one.messages) not in learned.said]
     if not fault:
         return kept, "none", "none of these replies stands in the run's training file"

@@ -54,7 +54,7 @@ def folder_for_report(options: argparse.Namespace, place: Path, trained_by: Run 
                 f"({adapter_of_report(folder)[0]}); give each its own --output_dir."
             )
     elif trained_by:
-        folder = trained_by.path.parent / "inspected" / f"{place.resolve().name}{suffix}"
+        folder = trained_by.path.parent / "inspected" / f"{name_in_run(place.resolve())}{suffix}"
     else:
         names = names_for(options.adapter, place)
         named = (Path("inspected") / f"{name}{suffix}" for name in names)
@@ -65,6 +65,15 @@ def folder_for_report(options: argparse.Namespace, place: Path, trained_by: Run 
             "folder or below it; choose another one with --output_dir."
         )
     return folder
+
+
+def name_in_run(place: Path) -> str:
+    """Return what tells an adapter from others in its run's folder.
+
+    A checkpoint of an earlier run there (checkpoints.DATE) has the name of one of the newest run.
+    """
+    is_renamed = place.parent.name.startswith("checkpoints.")
+    return f"{place.parent.name}--{place.name}" if is_renamed else place.name
 
 
 def names_for(adapter: str, place: Path) -> Iterator[str]:

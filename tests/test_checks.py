@@ -440,6 +440,30 @@ def test_the_lines_that_are_checked_may_be_fewer(checked, capsys, wanted):
         assert (said in run.report) is is_part and ("drawn" in run.report) is is_part
 
 
+def test_several_replies_to_one_prompt_are_one_line(checked, capsys):
+    """Both say the same to it each time: ten such lines would make one lost reply clear."""
+    lost = {"kind": "word", "not": [checked.said["adapter"][0].split()[0]]}
+    rows = [
+        {"messages": messages_of(("hello", f"Reply {n}.")), "checks": {"kept": lost}}
+        for n in range(10)
+    ]
+    rows[3]["checks"]["right"] = NUMBER
+    rows.append({"messages": messages_of(("rain", "Tea?")), "checks": {"kept": NUMBER}})
+    path = write_lines(checked.folder / "alternatives.jsonl", rows)
+    run = measure(capsys, checked.adapter, path, *ALL)
+    table = run.found["checks"]
+    assert (table["kept"]["lines"], table["right"]["lines"]) == (2, 1)
+    assert table["kept"]["lines_in_all"] == 2 and not table["kept"]["is_clear"]
+    said = "checks of 9 lines, since one prompt counts once: "
+    assert said in run.said and f"- left out: {said}" in run.report
+    assert "alternatives.jsonl:2 has the prompt of " in run.said
+    assert said not in measure(capsys, checked.adapter, path, *SHORT).said
+    # Another check of that name is another question, which its row says.
+    rows[5]["checks"]["kept"] = NUMBER
+    run = measure(capsys, checked.adapter, write_lines(checked.folder / "other.jsonl", rows), *ALL)
+    assert run.found["checks"]["kept"]["lines"] == 3
+
+
 def lines_of(names):
     """Return lines with a check of each of these names."""
     check = CHECKS.validate_python({"it": NUMBER})["it"]

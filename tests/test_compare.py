@@ -176,6 +176,7 @@ def test_what_differs_and_what_else_changed_stand_beside_a_report(put, compare):
         ({"losses": [2.0, 2.0, 2.0, "2.0 or so"]}, "damaged, edited"),
         ({"losses": [2.0, 2.0, 2.0, 1e308]}, "damaged, edited"),
         ({"schema": 2, "held_out": None}, "damaged, edited"),
+        ({"schema": 1, "held_out": None}, "damaged, edited"),
         ({"schema": 2, "replies": [REPLY | {"max_new_tokens": None}]}, "damaged, edited"),
         ({"schema": 2, "replies": [REPLY | {"adapter": {"text": "a"}}]}, "damaged, edited"),
         ({"schema": 2, "replies": [REPLY | {"says": {"right": "says"}}]}, "damaged, edited"),

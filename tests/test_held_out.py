@@ -214,6 +214,7 @@ def test_of_a_training_file_that_changed_its_lines_are_left_out_as_well(
     end = evidence("--eval_file", write_lines(tmp_path / "mixed.jsonl", rows))
     assert end.status == 0 and lines_of(end.found) == [1, 15]
     assert "left out 13 of 15 held-out replies stand in" in end.said
+    assert "more. It has changed since the run, and lines that were added count as l" in end.said
     doubt = f"has changed since the run, {UNKNOWN} others"
     assert end.said.count(doubt) == 1 and end.found["held_out"]["learned"] == "not known"
     report = (ours / "inspected" / "final_lora" / "report.md").read_text(encoding="utf-8")
@@ -248,6 +249,8 @@ def test_a_training_file_that_tells_nothing_is_told(
     assert end.found["held_out"]["learned"] == "not compared"
     report = (ours / "inspected" / "final_lora" / "report.md").read_text(encoding="utf-8")
     assert f"the run held these replies out; its training file {fault}" in report
+    end = evidence("--eval_file", ours / "held_out.jsonl")  # the same, if it is named
+    assert end.status == 0 and end.found["held_out"]["learned"] == "not compared"
     end = evidence("--eval_file", write_held_out(tmp_path / "own.jsonl"))
     assert end.status == 0 and f"{fault}, {UNKNOWN} some of these replies" in end.said
     assert end.found["held_out"]["learned"] == "not known"
@@ -339,6 +342,10 @@ def test_a_checkpoint_that_a_later_run_renamed_is_known_by_its_losses(
     (record,) = ours.glob("run.json.*")
     assert find_run(older).path == record
     assert find_run(ours / "checkpoints" / "checkpoint-3").path == ours / "run.json"
+    assert command(capsys, "evidence", older, *SHORT).status == 0
+    # The newest run may have a checkpoint-8, too, and each has a report of its own.
+    (report,) = ours.glob("inspected/*/report.md")
+    assert report.parent.name == f"{older.parent.name}--checkpoint-8"
     record.unlink()
     assert find_run(older) is None
     words = ["evidence", older, *SHORT, "--output_dir", tmp_path / "found"]

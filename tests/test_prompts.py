@@ -313,6 +313,7 @@ def test_compare_sets_two_such_reports_side_by_side_and_ranks_nothing(
     [
         ({"prompts": {"file": "b.jsonl", "sha256": "d"}}, "on other prompts (b.jsonl) than the ne"),
         ({"prompts": {"sha256": "d"}}, "measured on another content of "),
+        ({"enable_thinking": True}, "measured with --enable_thinking, and the newest report wit"),
         ({"dtype": "bfloat16"}, "with another dtype (bfloat16, and not float32) than the newest"),
         ({"torch": "1.0"}, "with another torch (1.0, and not "),
         ({"script": "an edited one"}, "with another version of train_lora_single.py than the new"),
@@ -331,6 +332,8 @@ def test_reports_of_other_prompts_or_bases_do_not_stand_side_by_side(
     for key, value in change.items():
         if key == "prompts":
             other["prompts"] |= value
+        elif key == "enable_thinking":
+            other[key] = value
         else:
             other["base_side"]["computed_with"][key] = value
             other |= {key: value} if key in other else {}
