@@ -389,11 +389,16 @@ def lines_with_checks(held_out: list[Task], tasks: list[Task]) -> list[Task]:
     """Return all lines with checks; a task's check of a held-out check's name is "tasks NAME"."""
     taken = {name for line in held_out for name in line.checks}
     found = [line for line in held_out if line.checks]  # of --prompts, some have none
+    names: dict[str, str] = {}
+    for name in dict.fromkeys(name for task in tasks for name in task.checks):
+        names[name] = name
+        while names[name] in taken:  # that one may be called "tasks NAME" itself
+            names[name] = f"tasks {names[name]}"
+        taken.add(names[name])
     for task in tasks:
-        names = {name: f"tasks {name}" if name in taken else name for name in task.checks}
-        if names:
+        if task.checks:
             checks = {names[name]: check for name, check in task.checks.items()}
-            rules = {names[name]: task.rules[name] for name in names}
+            rules = {names[name]: task.rules[name] for name in task.checks}
             found.append(replace(task, checks=checks, rules=rules))
     return found
 
@@ -407,7 +412,7 @@ def each_prompt_once(checked: list[Task], notes: list[Note]) -> list[Task]:
     asked: dict[str, str] = {}
     kept, again = [], []
     for line in checked:
-        prompt = key_of(line.messages)
+        prompt = line.source, key_of(line.messages)
         keys = {name: hash_of((prompt, name, rule)) for name, rule in line.rules.items()}
         names = {name for name, key in keys.items() if key not in asked}
         for name in names:

@@ -191,7 +191,9 @@ def runs_in(folder: Path) -> list[Run]:
     return [
         Run(path, record)
         for path, record in read
-        if record and isinstance(record.get("settings"), dict)
+        if record
+        and isinstance(record.get("settings"), dict)
+        and isinstance(record.get("data", {}), dict)  # or it is of another program
     ]
 
 

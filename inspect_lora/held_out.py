@@ -48,8 +48,9 @@ def find_held_out_file(run: Run, facts: dict[str, Any]) -> tuple[str, bool]:
     Raises InspectError if there is none.
     """
     name = where_it_is_now(facts["file"], run)
-    if Path(name).is_file() and file_sha256(Path(name)) == facts["sha256"]:
-        return name, True
+    with contextlib.suppress(OSError):  # reading it tells why it cannot be read
+        if Path(name).is_file() and file_sha256(Path(name)) == facts["sha256"]:
+            return name, True
     renamed = Path(name).parent.glob(f"{glob.escape(Path(name).name)}.*")
     for path in sorted({*renamed, *run.path.parent.glob("*.jsonl*")}):
         with contextlib.suppress(OSError):  # one that may not be read is passed over

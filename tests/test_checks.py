@@ -440,6 +440,16 @@ def test_the_lines_that_are_checked_may_be_fewer(checked, capsys, wanted):
         assert (said in run.report) is is_part and ("drawn" in run.report) is is_part
 
 
+@pytest.mark.parametrize("own", [["w"], ["w", "tasks w"], ["tasks w"], []])
+def test_no_check_of_the_tasks_gets_the_name_of_another(own):
+    held_out = lines_of([own])
+    tasks = lines_of([["w"], ["w", "tasks w"]])
+    (*kept, first, second) = evidence.lines_with_checks(held_out, tasks)
+    assert kept == [line for line in held_out if own]
+    assert set(first.checks) == set(first.rules) < set(second.checks) == set(second.rules)
+    assert len(second.checks) == 2 and not second.checks.keys() & set(own)
+
+
 def test_several_replies_to_one_prompt_are_one_line(checked, capsys):
     """Both say the same to it each time: ten such lines would make one lost reply clear."""
     lost = {"kind": "word", "not": [checked.said["adapter"][0].split()[0]]}
@@ -745,6 +755,14 @@ def test_the_table_of_checks_is_100_columns_wide_at_most(capsys, drawn_of):
     heads = [lines[0].index(head) + len(head) for head in ("lines", "base", "adapter", "won")]
     for line in lines[1:4]:
         assert all(line[end - 1] != " " and line[end : end + 1] == " " for end in heads)
+
+
+def test_of_thousands_of_lines_it_is_as_wide(capsys):
+    """There is no room for a name then."""
+    found = made_up_replies(2, 0, 9997, "a name that is far too long for it")
+    print_checks(types.SimpleNamespace(checks=rows_of_checks(found)))
+    row = capsys.readouterr().out.splitlines()[1]
+    assert "9999 (99.96 to 100 %) 9997 (99.9 to 99.99 %)" in row and len(row) <= 100
 
 
 def test_a_row_says_of_how_many_lines_its_own_were_drawn():

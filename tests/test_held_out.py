@@ -124,6 +124,23 @@ def test_no_large_file_is_hashed_in_search_of_it(ours, monkeypatch):
         held_out.find_held_out_file(run, facts)
 
 
+def test_one_that_may_not_be_read_is_told(ours, evidence, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    read = held_out.file_sha256
+    own = ours / "held_out.jsonl"
+    monkeypatch.setattr(
+        held_out, "file_sha256", lambda path: (refuse if path == own else read)(path)
+    )
+    bytes_of = type(own).read_bytes
+    monkeypatch.setattr(
+        type(own), "read_bytes", lambda path: (refuse if path == own else bytes_of)(path)
+    )
+    end = evidence()
+    assert end.status == 1 and "held_out.jsonl" in end.err and "Permission denied" in end.err
+
+
 def test_other_conversations_in_its_place_are_refused(ours, evidence):
     write_held_out(ours / "held_out.jsonl", [("rain", "Tea, then?")])
     end = evidence()
@@ -363,8 +380,11 @@ def test_an_adapter_beside_a_run_that_did_not_write_it_is_told(ours, capsys, tmp
     words = [*SHORT, "--eval_file", own, "--output_dir", tmp_path / "found"]
     end = command(capsys, "evidence", ours / "another", *words)
     assert end.status == 0 and "holds the hash of this adapter: it may have" in end.said
-    save_adapter(tmp_path / "apart" / "another")
-    end = command(capsys, "evidence", tmp_path / "apart" / "another", *words[:-1], tmp_path / "b")
+    apart = save_adapter(tmp_path / "apart" / "checkpoints" / "another")
+    # A file of another program that has this name
+    record = json.dumps({"settings": {}, "data": "train.csv"})
+    (tmp_path / "apart" / "run.json").write_text(record, encoding="utf-8")
+    end = command(capsys, "evidence", apart, *words[:-1], tmp_path / "b")
     assert end.status == 0 and "since the adapter's training file was not at hand" in end.said
 
 
