@@ -400,7 +400,10 @@ class Shown:
         ]
 
     def one(self, selector):
-        (found,) = self.all(selector)
+        """Return the one that is there; an answer to a click may come a moment later."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        (found,) = WebDriverWait(self.browser, 10).until(lambda _: self.all(selector))
         return found
 
     def texts(self, selector):
