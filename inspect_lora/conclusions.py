@@ -324,16 +324,16 @@ def about_endings(samples: list[Answered], checked: list[Answered]) -> list[str]
         sentences.append(
             f"checks: of {pluralize(len(checked), 'reply')} each, {base} of the base's and "
             f"{adapter} of the adapter's were cut at {' or '.join(map(str, limits))} tokens and "
-            "judged as they stood. A cut helps a reply that must not say something, and harms one "
-            "that must say or hold something."
+            "judged as they stood. Cuts favour checks that forbid words, and hurt those that "
+            "require them."
         )
     known = {one.prompt_hash for one in checked}  # a sample of these is no other reply
     asked = [*checked, *(one for one in samples if one.prompt_hash not in known)]
     base, _ = cut_replies(asked)
     if 2 * base > len(asked):
         sentences.append(
-            f"base: {base} of its {pluralize(len(asked), 'reply')} were cut before they ended. A "
-            "difference from them says little about how good the adapter's replies are: read those."
+            f"base: {base} of its {pluralize(len(asked), 'reply')} were cut before they ended, "
+            "so a difference from them says little about the adapter's replies: read those."
         )
     return sentences
 

@@ -163,10 +163,10 @@ def markdown_verdict(found: Findings) -> str:
 # How sure the numbers are.
 OF_LOSSES = (
     "In the tables, ± is one standard error of that row alone, over the held-out lines or over the "
-    "other tasks, and wherever two losses are compared, above 0 is better. A sentence calls the "
-    "gain clear if its 95 % interval leaves out 0; a part, if it also differs by over 2 % of the "
-    "gain, and by at least three errors where it is one of several strengths or groups; a check, "
-    "if its p is below the limit that is given. Single targets and kinds of line are not judged. "
+    "other tasks, and wherever two losses are compared, above 0 is better. A gain is called clear "
+    "if its 95 % interval leaves out 0. A part must also differ by over 2 % of the gain, and by at "
+    "least three errors if it is one of several strengths or groups. A check needs a p below its "
+    "limit. Single targets and kinds of line are not judged. "
 )
 OF_TASKS = "± is one standard error over the other tasks. "
 OF_CHECKS = "A check is clear if its p is below the limit that is given. "
@@ -281,8 +281,8 @@ def markdown_checks(found: Findings) -> str:
         "## What the replies hold",
         "Base and adapter replied to lines that say what a reply must hold, by greedy decoding, "
         f"with at most {' or '.join(map(str, limits))} tokens. In brackets is the "
-        "95 % interval of the share (Wilson). p is how probable a change at least so uneven would "
-        "be if lines were lost as often as won (McNemar's exact test). A row is "
+        "95 % interval of the share (Wilson). p is the probability of a split at least this uneven "
+        "if lines were as likely lost as won (McNemar's exact test). A row is "
         f"clear if p is below {when_clear(found.checks)}.",
         how_they_were_drawn(found.checks),
         table(head, rows),

@@ -401,7 +401,7 @@ def test_replies_that_were_cut_before_they_were_judged_are_counted():
     assert said.startswith(
         "checks: of 4 replies each, 2 of the base's and 2 of the adapter's were cut at 80 tokens"
     )
-    assert said.endswith("harms one that must say or hold something.")
+    assert said.endswith("and hurt those that require them.")
     assert concluded.about_endings([], asked_of((True, True))) == []
 
 
@@ -409,7 +409,7 @@ def test_a_base_that_mostly_does_not_end_is_told_once():
     cut, whole = (False, True), (True, True)
     checked = asked_of(cut, cut, whole, prompts="check")
     said = concluded.about_endings(asked_of(cut, whole), checked)
-    assert said[-1].startswith("base: 3 of its 5 replies were cut before they ended. A diff")
+    assert said[-1].startswith("base: 3 of its 5 replies were cut before they ended, so")
     assert sum("before they ended" in one for one in said) == 1
     said = concluded.about_endings(asked_of(cut, whole), asked_of(cut, whole, prompts="check"))
     assert not any("before they ended" in one for one in said)  # it is one half
