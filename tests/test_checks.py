@@ -414,7 +414,7 @@ def test_base_and_adapter_reply_to_every_line_that_has_checks(checked, capsys):
     assert f"checks    2 lines, two replies to each {several}; --checks 0 leaves" in run.out
     assert re.search(r"as the adapter .*  too few lines\n", run.out)
     assert "clear if p is below 0.05, for which it takes 6 lines: no row has so many" in run.report
-    assert "be if lines were lost as often as won (McNemar's exact test)" in run.report
+    assert "if lines were as likely lost as won (McNemar's exact test)" in run.report
     assert run.found["general_file"] == {"file": tasks, "sha256": file_sha256(Path(tasks))}
 
 
