@@ -406,6 +406,13 @@ class Shown:
         (found,) = WebDriverWait(self.browser, 10).until(lambda _: self.all(selector))
         return found
 
+    def reload_until(self, selector, text):
+        """Reload until this text is there: what another page kept may come a moment later."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        wait = WebDriverWait(self.browser, 10)
+        wait.until(lambda browser: self.one(selector).text == text or browser.refresh())
+
     def texts(self, selector):
         return [one.text for one in self.all(selector)]
 
@@ -774,7 +781,7 @@ def test_two_pages_keep_their_readings_apart_and_a_damaged_one_is_begun_anew(ope
     shown = open_page(other, "other.html")
     assert len(shown.all("article")) == 13
     shown = open_page(one, "moved.html")
-    assert shown.one("h2").text == "Prompt 1 of 10"
+    shown.reload_until("h2", "Prompt 1 of 10")
     key = f"replies.html {data_in(one)['id']}"
     for damaged in ("{", "[]", "null", '{"order": [[99, 0]], "choices": []}', '{"order": [1]}'):
         shown.run("localStorage.setItem(arguments[0], arguments[1])", key, damaged)
