@@ -63,7 +63,7 @@ class BaseSide:
         return None
 
     def what_differs(self, record: Evidence, examples: list[Example]) -> str:
-        """Return which of three losses of a record is not that of now, or "" if they are the same.
+        """Return the first of three losses that is another one now, in words, or "" if none is.
 
         These are the highest, the lowest and the middle one's: an edit that matters is mostly one
         of the first two.

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
         report_sentence(
             "note",
             f"{in_words(unknown)}: it is not known whether the adapter learned some of these "
-            "replies in its training. If it did, its loss on them is no fair one.",
+            "replies in its training. If it did, its loss on them looks better than it is.",
         )
     write_replies(found, Path(options.output_dir))
 

@@ -135,20 +135,30 @@ def split_again(run: Run) -> Split | None:
 
     None if the file is not there, or none of it can be read, or it cannot be divided.
     """
-    facts, settings = run.record.get("data", {}).get("train") or {}, run.settings
-    eval_file = str(settings.get("EVAL_FILE") or "")
+    facts = run.record.get("data", {}).get("train") or {}
+    eval_file = str(run.settings.get("EVAL_FILE") or "")
     percent = eval_file if held_out_percent(eval_file) else ""
     path = where_it_is_now(facts.get("file", ""), run)
-    values = {"TRAIN_FILE": path, "REPLIES": settings.get("REPLIES", "all")}
     for wanted in dict.fromkeys((percent, "")):  # a file that became too short is not divided
-        job = Job(argparse.Namespace(**values, EVAL_FILE=wanted))
-        # The run has told what is in its file; an older script may have had other rules.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(UserError):
-            learned, held_out, problems = read_both_files(job)
+        job = job_of(run, path, wanted)
+        with contextlib.suppress(UserError):  # an older script may have had other rules
+            learned, held_out, problems = read_silently(job)
             sha256 = hashlib.sha256(job.held_out_content).hexdigest()
             is_of_the_run = bool(held_out) and sha256 == facts_of_run(run).get("sha256")
             return Split(learned, held_out, is_of_the_run, len(problems))
     return None
+
+
+def job_of(run: Run, train_file: str, eval_file: str) -> Job:
+    """Return what the script's own reading of files needs to know."""
+    replies = run.settings.get("REPLIES", "all")
+    return Job(argparse.Namespace(TRAIN_FILE=train_file, EVAL_FILE=eval_file, REPLIES=replies))
+
+
+def read_silently(job: Job) -> tuple[list[Example], list[Example], list[Any]]:
+    """Return what read_both_files() does, and print nothing: the run has told what it read."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return read_both_files(job)
 
 
 @dataclass
@@ -199,13 +209,7 @@ def known_held_out(run: Run, drawn: set[str]) -> set[str]:
         return set()
     with contextlib.suppress(InspectError, UserError):
         path, is_its = find_held_out_file(run, facts)
-        values = {
-            "TRAIN_FILE": path,
-            "EVAL_FILE": "",
-            "REPLIES": run.settings.get("REPLIES", "all"),
-        }
-        with contextlib.redirect_stdout(io.StringIO()):
-            there, _, _ = read_both_files(Job(argparse.Namespace(**values)))
+        there, _, _ = read_silently(job_of(run, path, ""))
         said = {said_in(one.messages) for one in there}
         return said if is_its else said & drawn  # an edited one may hold others
     return set()
