@@ -1,105 +1,59 @@
 """Tell what a LoRA adapter is worth: what it gained, which part does the work, what it says.
 
-    python -m inspect_lora info ADAPTER           what is in the file: in seconds, without the base
+    python -m inspect_lora info ADAPTER           what is in the file: at once, without the base
     python -m inspect_lora evidence ADAPTER       what it gained, what else changed, what it says
+    python -m inspect_lora report FOLDER          the tables and the pages again, without a GPU
+    python -m inspect_lora compare FOLDER ...     adapters side by side on the same lines
     python -m inspect_lora chat ADAPTER           talk to it, at any strength, beside the base
-    python -m inspect_lora compare FOLDER ...     which is better, and is the difference clear?
     python -m inspect_lora export ADAPTER FOLDER  a weaker, a smaller or a renamed adapter
-    python -m inspect_lora served URL ADAPTER     does a running server apply it?
+    python -m inspect_lora served FOLDER          does a running server apply it?
 
-ADAPTER is the folder of a LoRA adapter that PEFT saved, whoever trained it, or its name on the
-Hugging Face hub. Nothing is trained, and nothing is written into the adapter's folder. A command
-tells its flags with --help; it ends with status 0, 1 after an error, 2 after a wrong flag, and 3
-if `evidence --fail_if` names what was found.
+ADAPTER is the folder of a LoRA that PEFT saved, whoever trained it, or its name on the Hugging Face
+hub; FOLDER is that of a report. Nothing is trained, and nothing is written into the adapter's
+folder. `COMMAND --help` tells the flags of a command.
 """
-
-from __future__ import annotations
 
 import argparse
 import importlib
 import os
-import signal
 import sys
-import textwrap
-from pathlib import Path
 
-if not __package__:  # started as `python path/to/inspect_lora`, so its own folder comes first
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-# What libraries read when they are imported. Threads that wait busily slowed a run beside another
-# busy process from 28 s to 245 s.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else 28 s become 245 beside a busy process
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-if sys.stderr is None or not sys.stderr.isatty():
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from inspect_lora.common import InspectError, one_line
+from inspect_lora.common import InspectError
 
-# Each command's module is imported when it is called: `info` must not wait for transformers.
-COMMANDS = ("info", "evidence", "chat", "compare", "export", "served")
+COMMANDS = ("info", "evidence", "report", "compare", "chat", "export", "served")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Do one command. Exits with 1 after an error, 2 after a wrong flag, 130 after Ctrl-C."""
-    words = sys.argv[1:] if argv is None else argv
     try:
-        run_command(words)
+        run_command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except users_mistakes() as error:
-        give_up(str(error), 1)
-    except ModuleNotFoundError as error:
-        needed = Path(__file__).resolve().parent.parent / "requirements.txt"
-        give_up(f"The package {error.name} is missing: pip install -r {needed}", 1)
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
-        give_up("Stopped.", 130)
+        print("Stopped.", file=sys.stderr)
+        raise SystemExit(130) from None
     except BrokenPipeError:  # as with `| head`: what reads the output has gone away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except RuntimeError as error:
-        script = sys.modules.get("train_lora_single")  # without it nothing is on a GPU
-        if script is None or not script.is_out_of_memory(error):
-            raise
-        give_up(
-            f"The GPU's memory is full ({one_line(error)}). Stop other programs there. If there "
-            "are none, --dtype bfloat16 halves what float32 needs, and --device cpu needs no GPU. "
-            "evidence needs less with --max_seq_len (it leaves long held-out lines out), with a "
-            "smaller --max_new_tokens for its samples, or with --examples 0 and --checks 0 (they "
-            "leave measurements out).",
-            1,
-        )
 
 
 def run_command(words: list[str]) -> None:
     """Read the command's own flags, and run it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m inspect_lora",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        usage="python -m inspect_lora COMMAND ...",
-    )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
-    if not words:
-        parser.print_help()
-        raise SystemExit(2)
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("python -m inspect_lora", description=__doc__, **how)
+    parser.add_argument("command", choices=COMMANDS)
     name = parser.parse_args(words[:1]).command
-    module = importlib.import_module(f"inspect_lora.{name}")
-    command = argparse.ArgumentParser(
-        prog=f"python -m inspect_lora {name}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(command)
-    module.run(command.parse_args([with_underscores(word) for word in words[1:]]))
-
-
-def with_underscores(word: str) -> str:
-    """Return a flag that was typed with hyphens, such as --eval-file, as it is called here."""
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
+    if name == "info":  # its matrices are small: threads that wait for each other double its time
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    module = importlib.import_module(f"inspect_lora.{name}")  # `info` must not wait for torch
+    parser = argparse.ArgumentParser(f"{parser.prog} {name}", description=module.__doc__, **how)
+    module.add_arguments(parser)
+    module.run(parser.parse_args(words[1:]))
 
 
 def users_mistakes() -> tuple[type[Exception], ...]:
@@ -108,18 +62,6 @@ def users_mistakes() -> tuple[type[Exception], ...]:
     return (InspectError, script.UserError) if script else (InspectError,)
 
 
-def give_up(message: str, status: int) -> None:
-    """Print a message, with its long lines broken at spaces, and end with a status."""
-    lines = [
-        textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False)
-        for line in message.split("\n")
-    ]
-    print("\n".join(lines), file=sys.stderr)
-    raise SystemExit(status)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a queue's time limit, as Ctrl-C
-    if sys.stdout is not None:  # a locale without "±", or half a character in a data file
-        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # half a character in a reply or in data
     main()

@@ -1,452 +1,451 @@
-"""What is said of an adapter: the lines on the terminal, and report.md."""
+"""Make what is shown from a record: tables, report.md, the picture and replies.html.
+
+`report FOLDER` makes all of it again from FOLDER/evidence.json, in seconds and without the model,
+also where the measurement was stopped. Gains, shares and divergences stand with 95 % intervals.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import re
-import time
+import statistics
 from collections import Counter
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from inspect_lora.checks import CheckRow, p_in_words, shortened, when_clear, with_interval
-from inspect_lora.common import (
-    file_sha256,
-    join_limited,
-    one_line,
-    pluralize,
-    report,
-    report_sentence,
-    shorten_path,
-)
-from inspect_lora.conclusions import best_strength, cut_that_is_enough, of_kind
-from inspect_lora.conversations import GENERAL_FILE, Task, group_of
-from inspect_lora.elsewhere import REPLY_TOKENS
-from inspect_lora.findings import Findings, headline
-from inspect_lora.modules import scaling_in_words
-from inspect_lora.parts import Part
-from inspect_lora.replies import Reply
-from inspect_lora.scores import FEWEST_LINES, differences
+from inspect_lora import record
+from inspect_lora.common import aligned, from_here, say, wrapped, write_whole
+from inspect_lora.record import Estimate, Exchange, Line, Part, Record, Shift
+
+TEMPLATE = Path(__file__).with_name("page.html")
+PICTURE, PAGE = "picture.png", "replies.html"
+NOT_CLEAR = "~"
+LEGEND = [
+    "not clear: the interval holds 0 (for a share: 100 %), p >= 0.05, or fewer than 20 lines;",
+    "the best of several rows looks better than it is",
+]
+ABOUT = """\
+\\~ marks a row that is not clear: its 95 % interval holds 0 (for a share of the gain, \
+100 %), its p is 0.05 or more, or it has fewer than 20 lines. Each row is judged alone: of twenty \
+rows without any effect, one looks clear on average, and the best of several looks better than it \
+is. The intervals are about the choice of lines; another seed of the training may change more. \
+Losses are in nats a token; a gain above 0 is better."""
+ROWS_SHOWN = 7  # of a table, on the terminal; report.md has all
+REPLIES_SHOWN = 8  # in report.md; the page has all
+KINDS_DRAWN = 13  # all of them together is the first
+KINDS_OF_PARTS = ("group", "target", "cut")  # but for the strengths
+Table = tuple[list[str], list[list[Any]]]  # a head, and rows of cells
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    parser.add_argument("folder", metavar="FOLDER", help="a report's folder: evidence.json is read")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print a report, and write its files anew."""
+    found = record.read(Path(options.folder) / record.FILE)
+    print_gain(found)
+    print_parts(found)
+    print_shifts(found)
+    print_replies(found)
+    write(found)
+
+
+# ---- Cells
+
+
+def interval(found: Estimate, factor: float = 1.0, form: str = "+.3f") -> str:
+    """Return an interval; its ends are not known where there is one line."""
+    if not math.isfinite(found.low):
+        return "?"
+    return f"{factor * found.low:{form}} to {factor * found.high:{form}}"
+
+
+def mark(is_clear: bool) -> str:
+    """Return what stands beside a number."""
+    return "" if is_clear else NOT_CLEAR
+
+
+def short(name: str, width: int = 20) -> str:
+    """Return a name that keeps a table narrow."""
+    return name if len(name) <= width else f"{name[: width - 3]}..."
+
+
+def cells_of_part(found: Record, part: Part | None) -> list[str]:
+    """Return a part's loss, and its share of the gain if there is a clear one."""
+    if part is None:
+        return [""] * 4
+    cells = [f"{record.per_token(part.losses, record.lines_of_parts(found)).value:.4f}"]
+    if not record.has_shares(found):
+        return [*cells, "", "", ""]
+    share = record.share_of_gain(found, part)
+    cells.append(f"{100 * share.value:.1f} %")
+    if share.low == share.high:  # the base's 0 %, and 100 % of the whole adapter
+        return [*cells, "", ""]
+    return [*cells, interval(share, 100, ".1f"), mark(share.is_clear(1.0))]
+
+
+def cells_of_shift(shift: Shift | None) -> list[str]:
+    """Return the KL divergence on the tasks, and how often another token is the likeliest."""
+    if shift is None:
+        return [""] * 3
+    kl = record.ratio(shift.kl, shift.tokens)
+    other = f"{100 * sum(shift.other) / sum(shift.tokens):.1f} %"
+    return [f"{kl.value:.4f}", interval(kl, form=".3f"), other]
+
+
+def cells_of_change(before: list[bool], after: list[bool]) -> list[Any]:
+    """Return on how many lines a check is lost and won, p, and the mark."""
+    pairs = Counter(zip(before, after, strict=True))
+    lost, won = pairs[True, False], pairs[False, True]
+    p = record.p_of_change(lost, won)
+    is_clear = p < 0.05 and len(before) >= record.FEWEST_LINES
+    return [lost, won, f"{p:.3f}" if p >= 0.001 else "<0.001", mark(is_clear)]
+
+
+# ---- Tables
+
+
+def groups_of(found: Record) -> dict[str, list[Line]]:
+    """Return all held-out replies, and those of each kind if there are several kinds."""
+    kinds: dict[str, list[Line]] = {}
+    for line in found.lines:
+        kinds.setdefault(line.kind or "(no kind)", []).append(line)
+    groups = {"(all)": found.lines} if kinds else {}
+    return groups | kinds if len(kinds) > 1 else groups
+
+
+def table_of_gain(groups: dict[str, list[Line]]) -> Table:
+    """Return the losses of groups of held-out replies."""
+    rows = []
+    for kind, lines in groups.items():
+        gain = record.gain(lines)
+        both = [line.base for line in lines], [line.adapter for line in lines]
+        cells = [f"{record.per_token(losses, lines).value:.4f}" for losses in both]
+        cells += [f"{gain.value:+.4f}", interval(gain)]
+        lower = sum(line.adapter < line.base for line in lines)
+        rows.append([short(kind), len(lines), *cells, mark(gain.is_clear()), lower])
+    head = ["held-out", "replies", "base", "adapter", "gain", "95 % interval", "", "lower on"]
+    return head, rows
+
+
+def strengths_of(found: Record) -> dict[float, Part]:
+    """Return the parts that are the adapter at some strength, from the base's 0 on."""
+    parts = {float(one.name[2:]): one for one in found.parts if one.kind == "strength"}
+    if parts:
+        lines = record.lines_of_parts(found)
+        parts[0.0] = Part("strength", "base", [line.base for line in lines])
+        parts[1.0] = Part("strength", "as trained", [line.adapter for line in lines])
+    return dict(sorted(parts.items()))
+
+
+def shifts_of(found: Record) -> dict[float, Shift]:
+    """Return the changes on other tasks by strength, without the training's system message."""
+    return {one.strength: one for one in found.shifts if not one.system}
+
+
+def table_of_strengths(found: Record) -> Table:
+    """Return what each strength keeps of the gain, and how far it moves the model elsewhere."""
+    parts, shifts = strengths_of(found), shifts_of(found)
+    rows = []
+    for strength in sorted(parts.keys() | shifts.keys()):
+        name = {0: "base", 1: "as trained"}.get(strength, f"x {strength:g}")
+        cells = cells_of_part(found, parts.get(strength))
+        rows.append([name, *cells, *cells_of_shift(shifts.get(strength))])
+    for shift in found.shifts:
+        if shift.system:
+            rows.append(["system message", *cells_of_part(found, None), *cells_of_shift(shift)])
+    gain, elsewhere = ["of gain", "95 % interval", ""], ["KL", "95 % interval", "other token"]
+    return ["strength", "loss", *gain, *elsewhere], rows
+
+
+def table_of_parts(found: Record, *kinds: str) -> Table:
+    """Return what parts of these kinds keep of the gain; parts overlap."""
+    parts = [part for part in found.parts if part.kind in kinds]
+    rows = [[short(part.name, 40), *cells_of_part(found, part)] for part in parts]
+    return ["part", "loss", "of gain", "95 % interval", ""], rows
+
+
+def table_of_updates(found: Record) -> Table:
+    """Return how large the updates of each target are beside their weights."""
+    rows = []
+    for target, sizes in found.updates.items():
+        mean = f"{100 * statistics.fmean(sizes):.2f} %"
+        rows.append([target, len(sizes), mean, f"{100 * max(sizes):.2f} %"])
+    return ["target", "modules", "|update| / |W|, mean", "largest"], rows
+
+
+def table_of_checks(found: Record) -> Table:
+    """Return how many replies pass each check."""
+    rows = []
+    for title, asked in record.verdicts(found).items():
+        before, after = [one.base for one in asked], [one.adapter for one in asked]
+        row: list[Any] = [short(title), len(asked)]
+        for passed in (before, after):
+            share = record.share(sum(passed), len(passed))
+            row += [sum(passed), f"{100 * share.low:.0f} to {100 * share.high:.0f} %"]
+        rows.append([*row, *cells_of_change(before, after)])
+    head = ["check", "lines", "base", "95 %", "adapter", "95 %", "lost", "won", "p", ""]
+    return head, rows
+
+
+def table_of_replies(found: Record) -> Table:
+    """Return how many replies ended by themselves, how many are empty, and their mean length."""
+    rows = []
+    for source in dict.fromkeys(one.source for one in found.exchanges):
+        asked = [one for one in found.exchanges if one.source == source]
+        cells: list[Any] = []
+        for side in ([one.base for one in asked], [one.adapter for one in asked]):
+            words = [len(said.text.split()) for said in side]
+            ended = sum(said.ended for said in side)
+            cells += [ended, words.count(0), f"{statistics.fmean(words):.0f}"]
+        rows.append([source.replace("_", "-"), len(asked), *cells])
+    sides = ["base ended", "empty", "words", "adapter ended", "empty", "words"]
+    return ["replies", "prompts", *sides], rows
+
 
 # ---- On the terminal
 
 
-def print_parts(found: Findings) -> None:
-    """Print the rows of the parts that a conclusion is drawn from."""
-    report("parts", what_shares_are_of(found))
-    columns = "{:<27}{:>16}{:>21}{:>16}".format
-    rows = [columns("", "of the gain", "against as trained", "lower loss on")]
-    for part in telling_parts(found.parts):
-        is_strength = part.kind == "strength"
-        title = f"best other strength: x {part.value:g}" if is_strength else part.title
-        better_on = f"{part.better_on} of {len(part.losses)}"
-        rows.append(columns(title, part.of_gain.percent(), str(part.against_trained), better_on))
-    if len(rows) > 1:
-        report("", "\n".join(rows))
+def show(section: str, table: Table, most: int = ROWS_SHOWN) -> None:
+    """Print a table, if it has rows; of more than fit, say how many stand in report.md."""
+    head, rows = table
+    if not rows:
+        return
+    lines = aligned(head, rows)
+    if len(rows) > most:
+        lines[most:] = [f"... {len(rows) - most + 1} more rows in report.md"]
+    say(section, lines)
 
 
-def what_shares_are_of(found: Findings) -> str:
-    """Return the gain that parts have shares of: that on the replies that measure them."""
-    gain = found.losses.only(found.measured).gain()
-    replies = pluralize(len(found.examples), "held-out reply")
-    return f"on {len(found.measured)} of {replies}; shares are of the gain on these, {gain}"
+def print_gain(found: Record) -> None:
+    """Print the loss of all held-out replies."""
+    if found.lines:
+        show("gain", table_of_gain({"(all)": found.lines}))
 
 
-def telling_parts(parts: list[Part]) -> list[Part]:
-    """Return the best strength, the groups, and the cut that is spoken of, in the table's order."""
-    telling = of_kind(parts, "group")[:6]
-    if best := best_strength(parts):
-        telling.append(best)
-    if cuts := of_kind(parts, "cut"):
-        telling.append(cut_that_is_enough(cuts) or cuts[0])
-    return [part for part in parts if part in telling]
+def about_parts(found: Record) -> str:
+    """Return on what the parts are measured, and the gain there."""
+    gain = record.gain(record.lines_of_parts(found))
+    return f"gain on {len(found.measured_on)} replies: {gain.value:+.4f} ({interval(gain)})"
 
 
-def print_checks(found: Findings) -> None:
-    """Print a row for each name of a check, and what each asks for."""
-    rows = [["", "lines", "base", "adapter", "lost", "won", "clear?"]]
-    for row in found.checks:
-        rates = [with_interval(passed, row.lines) for passed in (row.before, row.after)]
-        answer = f"{'yes' if row.is_clear else 'not shown'} ({p_in_words(row.p)})"
-        answer = answer if row.can_be_clear else "too few lines"
-        counts = (str(len(row.lost)), str(len(row.won)))
-        rows.append([row.title, row.counted(), *rates, *counts, answer])
-    report("", join_limited(in_columns(rows), 7))
-    blind = [row.title for row in found.checks if row.can_be_clear and not row.can_lose]
-    if blind:
-        text = f"no loss could show, too few of the base's pass: {join_limited(blind, 4, ', ')}"
-        report("", one_line(text, 90))
-    rules = [one_line(f"{row.title}: {row.rule}", 90) for row in found.checks]
-    report("", join_limited(rules, 6))
+def print_parts(found: Record) -> None:
+    """Print what groups of targets and cuts keep; strengths stand beside the change elsewhere."""
+    if found.parts:
+        say("parts", about_parts(found))
+        show("", table_of_parts(found, "group", "cut"), 6)
 
 
-def in_columns(rows: list[list[str]], width: int = 90) -> list[str]:
-    """Return rows of cells as lines; the names, which come first, get the room that is left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    room = max(3, min(17, width - sum(widths[1:]) - len(widths)))
-    return [
-        f"{one_line(name, room):<{room}}"
-        + "".join(f" {cell:>{size}}" for cell, size in zip(cells, widths[1:-1], strict=True))
-        + f"  {last}"
-        for name, *cells, last in rows
-    ]
+def print_shifts(found: Record) -> None:
+    """Print the strengths, and the change on other tasks."""
+    show("strength", table_of_strengths(found), 9)
 
 
-def print_conclusions(found: Findings) -> None:
-    """Print what may be concluded, but for the checks, whose rows say it."""
-    for number, sentence in enumerate(found.conclusions):
-        report_sentence("" if number else "means", sentence)
+def print_replies(found: Record) -> None:
+    """Print the checks, whether replies ended, and what the mark means."""
+    show("checks", table_of_checks(found))
+    show("replies", table_of_replies(found))
+    say(NOT_CLEAR, LEGEND)
 
 
-def gain_sentence(found: Findings) -> str:
-    """Return what the adapter gained, in a sentence of three lines."""
-    gain = found.losses.gain()
-    base, adapter = found.mean(found.losses.base), found.mean(found.losses.trained)
-    replies, lines = len(found.examples), len(set(found.losses.lines))
-    of_lines = f" of {pluralize(lines, 'line')}" if lines < replies else ""  # what ± counts
+def left_out(found: Record) -> str:
+    """Return how many lines and tasks were left out, and where the measurement was stopped."""
+    learned = "not known (no learned.txt)" if found.learned is None else found.learned
+    stopped = "" if found.finished else f"; stopped after: {', '.join(found.seconds)}"
     return (
-        f"{gain} nats a token (95 % interval {gain.interval()}): the loss of\n"
-        f"{pluralize(replies, 'held-out reply')}{of_lines} is {base:.4f} without the adapter and "
-        f"{adapter:.4f} with it\n(perplexity {perplexity(base)} and {perplexity(adapter)}), and "
-        f"lower with it on {found.lower_on()} of them"
+        f"lines learned: {learned}, too long: {found.too_long}; "
+        f"tasks refused by the template: {found.refused}{stopped}"
     )
 
 
-def perplexity(loss: float) -> str:
-    """Return e to the power of a loss in nats a token: among how many tokens it is as if chosen."""
-    value = math.exp(min(loss, 700.0))  # more is no number any longer
-    return f"{value:,.1f}" if value < 1e6 else f"{value:.1e}"
+# ---- Files
 
 
-# ---- report.md
+def write(found: Record) -> None:
+    """Write report.md, the picture and the page beside the record, and say where."""
+    draw(found)
+    write_whole(found.folder / "report.md", as_markdown(found))
+    sides = {"base": found.on["base"], "adapter": found.adapter}
+    write_whole(found.folder / PAGE, page_of(sides, found.system, found.exchanges))
+    say("left out", wrapped(left_out(found)))
+    say("report", [from_here(found.folder / name) for name in ("report.md", PAGE)])
 
 
-def as_markdown(found: Findings, pictures: set[str]) -> str:
-    """Return report.md: the verdict first, then what it rests on."""
+def as_markdown(found: Record) -> str:
+    """Return report.md."""
+    about = about_parts(found) if found.parts else ""
+    row = "The last row is on other replies of the base, given with that message. "
+    row = row if any(one.system for one in found.shifts) else ""
+    elsewhere = (
+        f"KL(base || adapter), in nats a token, is on the base's own replies to {len(found.tasks)} "
+        f"other tasks; other token: where another one is the likeliest. {row}{about}"
+    )
     sections = [
-        markdown_verdict(found),
-        "![The adapter at a glance](overview.png)" if "overview.png" in pictures else "",
-        "![What was measured](lora.png)" if "lora.png" in pictures else "",
-        markdown_parts(found) if found.parts else "",
-        markdown_updates(found) if found.updates else "",
-        markdown_elsewhere(found) if found.elsewhere else "",
-        markdown_checks(found) if found.checks else "",
-        markdown_kinds(found) if found.losses else "",
-        markdown_samples(found) if found.samples else "",
-        markdown_facts(found),
+        f"# {escaped(found.adapter)} on {escaped(found.on['base'])}",
+        ABOUT,
+        f"![gain by kind, strengths, parts]({PICTURE})" if found.lines else "",
+        section("Held-out replies", table_of_gain(groups_of(found))),
+        section("Strength, and change on other tasks", table_of_strengths(found), elsewhere),
+        section("Parts", table_of_parts(found, *KINDS_OF_PARTS), f"Parts overlap. {about}"),
+        section("Updates", table_of_updates(found)),
+        section("Checks", table_of_checks(found), "\n".join(asked_by_checks(found))),
+        section("Replies", table_of_replies(found)),
+        *map(markdown_of_exchange, shown_exchanges(found)),
+        "## What was measured",
+        "\n".join(f"- {name}: {escaped(str(fact))}" for name, fact in facts_of(found).items()),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    return "\n\n".join(part for part in sections if part) + "\n"
 
 
-def markdown_verdict(found: Findings) -> str:
-    """Return the heading, the gain and the conclusions."""
-    title = f"# {escaped(shorten_path(found.name, 60))}: {headline(found)}"
-    gain = (
-        gain_sentence(found)
-        if found.losses
-        else "Prompts without replies have no loss: nothing is said of a gain"
-    )
-    lines = [title, "", f"**{gain}.**".replace("\n", " "), ""]
-    sentences = [row.sentence() for row in found.checks if row.is_clear] + found.conclusions
-    if found.held_out and not found.are_unseen:
-        sentences.append(f"learned lines: {found.held_out.learned_in_words()}.")
-    lines += [f"- {escaped(sentence)}" for sentence in sentences]
-    how_sure = OF_LOSSES if found.losses else OF_TASKS if found.elsewhere else ""
-    if found.checks and not found.losses:
-        how_sure += OF_CHECKS
-    if found.losses or found.elsewhere or found.checks:
-        how_sure += CHANCE
-    return "\n".join([*lines, *([""] if sentences else []), how_sure]).rstrip()
+def section(title: str, table: Table, about: str = "", level: str = "##") -> str:
+    """Return a section of report.md with a table, or "" if there are no rows."""
+    head, rows = table
+    if not rows:
+        return ""
+    cells = [[escaped(str(cell)) for cell in row] for row in [head, *rows]]
+    cells.insert(1, ["---"] * len(head))
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return "\n\n".join(part for part in (f"{level} {title}", about, lines) if part)
 
 
-# How sure the numbers are.
-OF_LOSSES = (
-    "In the tables, ± is one standard error of that row alone, over the held-out lines or over the "
-    "other tasks, and wherever two losses are compared, above 0 is better. A gain is called clear "
-    "if its 95 % interval leaves out 0. A part must also differ by over 2 % of the gain, and by at "
-    "least three errors if it is one of several strengths or groups. A check needs a p below its "
-    "limit. Single targets and kinds of line are not judged. "
-)
-OF_TASKS = "± is one standard error over the other tasks. "
-OF_CHECKS = "A check is clear if its p is below the limit that is given. "
-CHANCE = (
-    "All of this is about the choice of these lines; another seed of the training may change more "
-    "than that."
-)
+def rule_in_words(rule: dict[str, Any]) -> str:
+    """Return what a rule asks of a reply."""
+    values = {key: json.dumps(value, ensure_ascii=False) for key, value in rule.items()}
+    return "; ".join(f"{key.replace('_', ' ')}: {text.strip('[]')}" for key, text in values.items())
 
 
-SHOWN = 5e-5  # a smaller difference of losses is 0.0000
+def asked_by_checks(found: Record) -> list[str]:
+    """Return what each check asks for, as lines of report.md."""
+    said = []
+    for title, asked in record.verdicts(found).items():
+        rules = Counter(rule_in_words(one.rule) for one in asked)
+        rule, count = rules.most_common(1)[0]
+        more = f" (on {count} of {len(asked)} lines)" if len(rules) > 1 else ""
+        sides = [one.exchange.base for one in asked], [one.exchange.adapter for one in asked]
+        cut, own = (sum(not reply.ended for reply in side) for side in sides)
+        cuts = f". Cut, and judged as they stand: {cut} of the base, {own} of the adapter"
+        said.append(f"- {escaped(title)}: {escaped(short(rule, 300))}{more}{cuts}")
+    return said
 
 
-def markdown_parts(found: Findings) -> str:
-    """Return the table of the parts."""
-    are_meant = found.shares_are_meant()
-    rows = []
-    for part in found.parts:
-        of_gain = part.of_gain.percent() if are_meant and part.kind != "base" else ""
-        better_on = f"{part.better_on} of {len(part.losses)}"
-        compared = [of_gain, part.against_trained, better_on]
-        if part.kind == "whole":
-            compared = [""] * 3
-        elif part.kind == "merged" and abs(part.against_trained.value) < SHOWN:
-            compared[1:] = ["", ""]  # which reply is lower then is noise
-        rows.append([part.title, f"{part.loss:.4f}", *compared])
-    config = found.adapter.model.peft_config["default"]
-    gain = found.losses.only(found.measured).gain()
-    shares = f", and shares are of the gain on them, {gain}" if are_meant else ""
-    is_drawn = len(found.measured) < len(found.examples)
-    return (
-        "## What each part is worth\n\n"
-        f"Measured on {len(found.measured)} of {pluralize(len(found.examples), 'held-out reply')}"
-        f"{', drawn by a fixed seed' if is_drawn else ''}. All losses, in nats a token, are on "
-        f"these replies{shares}. The last two "
-        "columns compare a row with the adapter as trained: above 0 is better. "
-        f"Each update is {scaling_in_words(config.use_rslora)} x B A. It is scaled, "
-        "switched off in parts, or cut to its strongest directions; nothing is retrained. "
-        "Parts overlap, so their shares need not add up to 100 %."
-        "\n\n" + table(["", "loss", "of the gain", "against as trained", "lower loss on"], rows)
-    )
-
-
-def markdown_updates(found: Findings) -> str:
-    """Return the table of the sizes of the updates, which is measured of the adapter alone."""
-    rows = []
-    for target, modules in found.updates.items():
-        sizes = [module["update"] for module in modules]
-        directions = fmean(module["directions"] for module in modules)
-        mean, largest = f"{100 * fmean(sizes):.2f} %", f"{100 * max(sizes):.2f} %"
-        rows.append([target, len(modules), mean, largest, f"{directions:.1f}"])
-    head = ["target", "modules", "update, mean", "largest", "directions that hold 90 % of it"]
-    return (
-        "## How large the updates are\n\n"
-        "The size of each update is compared with that of the weight W that it is added to "
-        "(Frobenius norms); directions count by their squares, and their number is a mean over "
-        f"the modules.\n\n{table(head, rows)}"
-    )
-
-
-def markdown_elsewhere(found: Findings) -> str:
-    """Return the table of how far the model is moved on other tasks."""
-    elsewhere = found.elsewhere
-    shifts = {
-        "as trained" if strength == 1 else f"update x {strength:g}": shift
-        for strength, shift in elsewhere.without_system.items()
+def facts_of(found: Record) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    asked = [one for one in found.exchanges if one.source != "tasks"]
+    lines, own = (Counter(one.kind or "(no kind)" for one in of) for of in (found.lines, asked))
+    return found.on | {
+        "epoch of the training": found.run.get("settings", {}).get("FINAL_LORA", "not known"),
+        "kinds of held-out replies": dict(lines),
+        "kinds of prompts that were asked": dict(own),
+        "system message": found.system or "none",
+        "left out": left_out(found),
+        "replies cut after": f"{found.max_new_tokens} tokens",
+        "seconds": found.seconds,
     }
-    of_last = ""
-    if elsewhere.with_system:
-        of_last = (
-            " The last row is on other replies, which the base sampled with the training's system "
-            "message; it is not paired with the others."
-        )
-        shifts["as trained, with the training's system message"] = elsewhere.with_system
-    rows = [
-        [name, shift.kl_a_token().without_sign(), shift.other_tokens().percent()]
-        for name, shift in shifts.items()
+
+
+def shown_exchanges(found: Record) -> list[Exchange]:
+    """Return some exchanges of each kind."""
+    own = [one for one in found.exchanges if one.source != "tasks"]
+    own.sort(key=lambda one: one.kind)
+    return own[:: math.ceil(len(own) / REPLIES_SHOWN) or 1]
+
+
+def markdown_of_exchange(one: Exchange) -> str:
+    """Return a prompt with both replies, and the reference, side by side."""
+    said = [
+        (each.text or "(empty)") + ("" if each.ended else " [cut here]")
+        for each in (one.base, one.adapter)
     ]
-    return (
-        "## What else was changed\n\n"
-        f"The base model replied to {pluralize(len(elsewhere.tasks), 'other task')}"
-        f"{some_topics(found)} (one sampled reply each, {REPLY_TOKENS} tokens at most), without "
-        "the training's system message. The table says how far the adapter's probabilities on "
-        f"these replies are from the base's, and how often its top-1 token differs.{of_last}\n\n"
-        + table(["", "KL, nats a token", "top-1 token differs"], rows)
-    )
-
-
-def some_topics(found: Findings) -> str:
-    """Return of which topics most of the package's tasks were; nothing of a file of the user's."""
-    if found.general_file["sha256"] != file_sha256(GENERAL_FILE):
-        return ""
-    topics = Counter(task.row["topic"] for task in found.elsewhere.tasks)
-    words = [one.replace("_and_", " or ").replace("_", " ") for one, _ in topics.most_common(3)]
-    *others, last = words
-    return f", such as {', '.join(others)} and {last}" if others else f", such as {last}"
-
-
-def markdown_checks(found: Findings) -> str:
-    """Return the table of the checks, and the lines whose replies no longer pass."""
-    rows, lost = [], []
-    limits = sorted({one.max_new_tokens for one in found.answered() if one.task.checks})
-    for row in found.checks:
-        rates = [with_interval(passed, row.lines) for passed in (row.before, row.after)]
-        counts = [row.counted(), *rates, len(row.lost), len(row.won)]
-        rows.append([row.title, shortened(row.rule), *counts, row.judgement()])
-        if row.lost:
-            lines = join_limited([Path(where).name for where in row.lost], 10, ", ")
-            lost.append(f"- {escaped(f'{row.title}, lost: {lines}.')}")
-    head = ["check", "what passes", "lines", "base passes", "adapter passes"]
-    head += ["lost", "won", "it shows"]
-    parts = [
-        "## What the replies hold",
-        "Base and adapter replied to lines that say what a reply must hold, by greedy decoding, "
-        f"with at most {' or '.join(map(str, limits))} tokens. In brackets is the "
-        "95 % interval of the share (Wilson). p is the probability of a split at least this uneven "
-        "if lines were as likely lost as won (McNemar's exact test). A row is "
-        f"clear if p is below {when_clear(found.checks)}.",
-        how_they_were_drawn(found.checks),
-        table(head, rows),
-        "\n".join(lost),
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def how_they_were_drawn(rows: list[CheckRow]) -> str:
-    """Return that the lines of some names were drawn, or "" if all were asked."""
-    wanted = max((row.lines for row in rows if row.is_drawn), default=0)
-    if not wanted:
-        return ""
-    were = "was" if wanted == 1 else "were"
-    return (
-        f"Where more lines have a check of one name, {wanted} of them {were} drawn by a fixed seed "
-        "(--checks), and a line is judged only by the checks that it was drawn for."
-    )
-
-
-MOST_KINDS = 40
-
-
-def markdown_kinds(found: Findings) -> str:
-    """Return the loss by the kind of held-out line, or "" if there is only one."""
-    losses, groups = found.losses, found.groups()
-    rows = []
-    for kind in sorted(set(groups), key=lambda kind: (-groups.count(kind), kind)):
-        own = losses.only([number for number, group in enumerate(groups) if group == kind])
-        gains, gain = differences(own.base, own.trained), own.gain()
-        base = sum(own.base) / sum(own.tokens)
-        lower = f"{sum(one > 0 for one in gains)} of {len(gains)}"
-        means = [f"{base:.4f}", f"{base - gain.value:.4f}"]
-        has_few = len(set(own.lines)) < FEWEST_LINES
-        shown = f"{gain.value:+.4f}" if has_few else str(gain)
-        rows.append([kind or "(none)", len(gains), *means, shown, lower])
-    if len(rows) == 1:
-        return ""
-    head = [found.group, "replies", "base", "adapter", "gain", "adapter lower on"]
-    more = pluralize(len(rows) - MOST_KINDS, "more kind")
-    cut = f" Left out: {more}." if len(rows) > MOST_KINDS else ""
-    return (
-        "## The loss by kind of line, in nats a token\n\n"
-        f"Kinds are not compared with each other. Below {FEWEST_LINES} lines no error is given."
-        f"{cut}\n\n{table(head, rows[:MOST_KINDS])}"
-    )
-
-
-def markdown_samples(found: Findings) -> str:
-    """Return prompts with the replies of both side by side."""
-    prompt = "held-out prompt" if found.held_out else "prompt"
-    parts = [
-        "## How it replies",
-        f"{pluralize(len(found.samples), prompt)}, greedy decoding, at most "
-        f"{found.samples[0].max_new_tokens} tokens. "
-        f"{habits('The base', [sample.base for sample in found.samples])} "
-        f"{habits('The adapter', [sample.adapter for sample in found.samples])}",
-    ]
-    head = ["base", "adapter", "reference"]
-    for sample in found.samples:
-        task = sample.task
-        heading = f"{Path(task.where).name} {group_of(task, found.group)}"
-        said = [
-            f"> **{message['role']}**: {escaped(message['content'])}".replace("\n", "  \n> ")
-            for message in task.messages
-        ]
-        replies = [
-            without_loops(one.text) if one.ended else f"{without_loops(one.text)} [cut here]"
-            for one in (sample.base, sample.adapter)
-        ]
-        parts += [
-            f"### {escaped(heading)}".rstrip(),
-            "\n>\n".join(said),
-            table(head if found.held_out else head[:2], [[*replies, *reference_of(task)]]),
-        ]
-    return "\n\n".join(parts)
-
-
-def reference_of(task: Task) -> list[str]:
-    """Return the reply that the file has, if there is one, as a list."""
-    return [] if task.reference is None else [task.reference]
-
-
-def without_loops(text: str) -> str:
-    """Return a reply in which what is said five times in a row or more often is said once.
-
-    What is said begins and ends at a space, so that no word and no character is cut; Chinese and
-    Japanese have no spaces, so their stops count as well. It holds a letter: rules stay.
-    """
-
-    def once(match: re.Match[str]) -> str:
-        unit, said = match["unit"] or match["stopped"], match[0]
-        if not any(letter.isalpha() for letter in unit):
-            return said
-        return f"{unit} [{said.count(unit)} times in a row]"
-
-    return re.sub(IN_A_ROW, once, text, flags=re.DOTALL)
-
-
-STOPS = "\u3001\u3002\uff01\uff0c\uff1f"
-IN_A_ROW = (
-    rf"(?:(?<!\S)|(?<=[{STOPS}]))"
-    r"(?:(?P<unit>\S.{1,98}?)(?P<space>\s+)(?:(?P=unit)(?P=space)){3,}(?P=unit)(?!\S)"
-    rf"|(?P<stopped>\S.{{1,98}}?[{STOPS}])(?P=stopped){{4,}})"
-)
-
-
-def habits(who: str, replies: list[Reply]) -> str:
-    """Return how many replies ended on their own, and how long they are."""
-    words = fmean(len(reply.text.split()) for reply in replies)
-    ended = sum(reply.ended for reply in replies)
-    return f"{who} ended {ended} of its replies by itself, with {words:.0f} words on average."
-
-
-def markdown_facts(found: Findings) -> str:
-    """Return what was measured on what."""
-    adapter, config = found.adapter, found.adapter.model.peft_config["default"]
-    spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in found.seconds.items())
-    is_folder = Path(adapter.base).is_dir()
-    base = adapter.base if is_folder else f"{adapter.base} ({adapter.revision})"
-    if found.base_note:
-        base += f", {found.base_note};"
-    system = "system message"
-    if found.system_is_guessed and found.system_message:
-        system += " (guessed: the one that all lines share)"
-    file, known = "prompts", found.prompts_file
-    if found.held_out:
-        file, known = "held-out file", found.held_out.as_known().model_dump()
-    facts = {
-        "adapter": f"{found.name}, r = {config.r}, alpha = {config.lora_alpha}",
-        "base": f"{base}{'' if found.base_note else ','} in {adapter.dtype}",
-        file: f"{known['file']}, SHA-256 {known['sha256']}",
-        "learned lines": found.held_out.learned_in_words() if found.held_out else "",
-        system: found.system_message or why_no_system_message(found),
-        "chat template": found.template,
-        "losses of the base": found.losses_of_base if found.losses else "",
-        "measured": f"{time.strftime('%Y-%m-%d %H:%M')}: {spent}",
-    }
-    said = [*facts.items(), *found.notes]
-    lines = [f"- {name}: {escaped(text)}" for name, text in said if text]
-    return "\n".join(["## What was measured", "", *lines])
-
-
-def why_no_system_message(found: Findings) -> str:
-    """Return that no system message of the training is known, and why not."""
-    if not found.system_is_guessed:
-        return "(none)"
-    lines = "held-out lines" if found.held_out else "prompts"
-    if len(found.systems) < 2:
-        why = f"the {lines} have none"
-    elif "" in found.systems:
-        why = f"some {lines} have one, and others have none"
-    else:
-        why = f"the {lines} have different ones"
-    return f"none: {why}; --system gives one"
-
-
-def table(head: list[str], rows: list[list[Any]]) -> str:
-    """Return a table in Markdown; a cell may have several lines."""
-    lines = [[escaped(str(cell)).replace("\n", "<br>") for cell in row] for row in [head, *rows]]
-    lines.insert(1, ["---"] * len(head))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if one.reference is not None:
+        said.append(one.reference)
+    asked = [f"> **{turn['role']}**: {escaped(turn['content'])}" for turn in one.messages]
+    title = escaped(f"{Path(one.where).name} {one.kind}")
+    table = ["base", "adapter", "reference"][: len(said)], [said]
+    return section(title, table, "\n>\n".join(asked), "###")
 
 
 def escaped(text: str) -> str:
-    """Return a text so that Markdown shows it as it is."""
-    return re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", text)
+    """Return a text so that Markdown shows it as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", text).replace("\n", "<br>")
+
+
+def page_of(sides: dict[str, str], system: str, exchanges: list[Exchange]) -> str:
+    """Return the page of prompts with the replies of two sides, by name what each is.
+
+    It loads nothing, and whatever is said is text there. A rule stands once for all its lines.
+    """
+    rules: dict[str, int] = {}
+    prompts = []
+    for one in exchanges:
+        checks = {}
+        for name, rule in one.checks.items():
+            checks[name] = rules.setdefault(rule_in_words(rule), len(rules))
+        prompts.append(vars(one) | {"where": Path(one.where).name, "checks": checks})
+    page = {"sides": list(sides.items()), "system": system, "rules": list(rules)}
+    data = json.dumps(page | {"prompts": prompts}, default=vars)  # in ASCII alone
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return template.replace("PAGE-DATA", data.replace("<", "\\u003c"), 1)
+
+
+# ---- The picture
+
+
+def draw(found: Record) -> None:
+    """Draw the gain by kind and, if it is clear, the strengths and what each part keeps."""
+    if not found.lines:
+        return
+    from matplotlib.figure import Figure
+
+    panels = [draw_gain]
+    if record.has_shares(found):
+        panels += [draw_strengths, draw_parts] if found.shifts else [draw_parts]
+    figure = Figure((4.3 * len(panels), 4.5), dpi=120, layout="constrained")
+    for number, panel in enumerate(panels, 1):
+        panel(figure.add_subplot(1, len(panels), number), found)
+    figure.suptitle(f"{found.adapter} on {found.on['base']}", parse_math=False)
+    figure.savefig(found.folder / PICTURE)
+
+
+def draw_rows(axes: Any, rows: dict[str, Estimate], factor: float, beside: float) -> None:
+    """Draw estimates from top to bottom with their intervals, in grey if they are not clear."""
+    for place, one in enumerate(rows.values()):
+        look = {"fmt": "o", "capsize": 3, "color": "C0" if one.is_clear(beside) else "0.6"}
+        axes.errorbar(factor * one.value, place, xerr=factor * (one.high - one.value), **look)
+    axes.set_yticks(range(len(rows)), [short(name, 24) for name in rows], parse_math=False)
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.3", linewidth=1)
+    axes.axvline(factor * beside, color="0.3", linewidth=1)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def draw_gain(axes: Any, found: Record) -> None:
+    """Draw the gain of all replies and of the first kinds."""
+    gains = {f"{kind} ({len(own)})": record.gain(own) for kind, own in groups_of(found).items()}
+    known = [one for one in gains.items() if math.isfinite(one[1].high)]
+    draw_rows(axes, dict(known[:KINDS_DRAWN]), 1, 0)
+    axes.set(title="Gain by kind", xlabel="nats a token, 95 % interval; grey: not clear")
+
+
+def draw_strengths(axes: Any, found: Record) -> None:
+    """Draw the share of the gain against the KL divergence, a point for each strength."""
+    shifts, xs, ys = shifts_of(found), [], []
+    for strength, part in strengths_of(found).items():
+        share, shift = record.share_of_gain(found, part), shifts.get(strength)
+        xs.append(record.ratio(shift.kl, shift.tokens).value if shift else 0.0)
+        ys.append(100 * share.value)
+        axes.errorbar(xs[-1], ys[-1], 100 * (share.high - share.value), color="C0", capsize=3)
+        axes.annotate(f" x {strength:g}", (xs[-1], ys[-1]), va="top")
+    axes.plot(xs, ys, "o-", color="C0")
+    axes.grid(alpha=0.3)
+    axes.set(title="Strength", xlabel="KL on other tasks, nats a token", ylabel="% of the gain")
+
+
+def draw_parts(axes: Any, found: Record) -> None:
+    """Draw what parts of the update keep of the gain."""
+    parts = [part for part in found.parts if part.kind in KINDS_OF_PARTS]
+    draw_rows(axes, {one.name: record.share_of_gain(found, one) for one in parts}, 100, 1)
+    axes.set(title="What each part keeps", xlabel="% of the gain, 95 % interval; grey: not clear")

@@ -1,257 +1,122 @@
-"""Ask a running server whether it applies an adapter; the status is 0 only if it does.
+"""Ask a running server whether it applies an adapter.
 
-A server can accept an adapter and ignore it without a word. So the server itself scores held-out
-replies, under the adapter's name and under its base's, and what the adapter changes there is held
-against what it changes here. It is asked as well whether it writes prompts as in training. vLLM
-answers both questions.
+A server can accept an adapter and ignore it without a word. So it scores the replies in the record
+of a report, under the adapter's name and under its base's, and what the adapter changes there is
+held against what it changed here. It is also asked whether it writes prompts as in training. vLLM
+answers both; a key for it is read from VLLM_API_KEY or OPENAI_API_KEY.
 
-The losses here are those in the adapter's newest evidence.json, so that nothing is loaded; without
-one, or with --base, --base_revision, --dtype or --device, a dozen replies are measured first, which
-needs the base model and held-out conversations.
+The status is 0 if it is applied, 3 if it is ignored, 4 if that cannot be told, and 5 if it is
+applied and prompts are written otherwise.
 """
 
-from __future__ import annotations
-
 import argparse
+import http.client
 import json
 import math
+import os
 import re
 import statistics
-from collections.abc import Callable
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from inspect_lora import record
+from inspect_lora.common import InspectError, aligned, one_line, say, wrapped
 
-from inspect_lora import adapters, conversations
-from inspect_lora.common import (
-    InspectError,
-    file_sha256,
-    path_from_here,
-    place_in_file,
-    report,
-    this_program,
-)
-from inspect_lora.evidence_file import Evidence, Row, read_evidence, records_below
-from inspect_lora.files import Run, find_adapter, find_run, folder_to_serve, why_run_is_unknown
-from inspect_lora.scores import draw_numbers, losses_of
-from inspect_lora.server import GIVE_THE_ADDRESS, Server
-from inspect_lora.trainer import ChatFormat, Example, encode, name_on_server
+# Shares of the adapter's effect that two right computations may be apart, at least and at most; in
+# between it is twice what the base's losses here and there are apart (docs/serving.md).
+MAY_BE_APART, MAY_BE_APART_AT_MOST = 0.03, 0.3
+WRITTEN_OTHERWISE = 5  # an exit status, as those of the verdicts
+VERDICTS = {
+    "applied": (0, ""),
+    "ignored": (3, "vLLM up to 0.32 ignores the names of a text model if the base also takes "
+    "images: serve final_lora_vllm, or what `export --vllm` writes."),
+    "cannot tell": (4, "It is applied at another strength or in part, or the server has another "
+    "adapter or base: compare the adapter_config.json that it reads, and see its log."),
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("url", metavar="URL", help="such as http://localhost:8000")
-    adapters.add_arguments(parser)
-    conversations.add_arguments(parser)
-    parser.add_argument("--name", help="what the server calls the adapter; default: found out")
+    parser.add_argument("folder", metavar="FOLDER", help="the report on the adapter")
+    parser.add_argument("--url", default="http://localhost:8000", help="default: %(default)s")
+    parser.add_argument("--name", help="what the server calls the adapter, if it has several")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Ask the server, and print what it answers."""
-    place = find_adapter(options.adapter)
-    server = find_server(options, place)
-    asked, chat_format = choose_replies(options, place, server)
-    rendering, unchecked = check_rendering(server, asked, chat_format)
-    ask_for_losses(server, asked)
-    losses = judge_losses(server, asked, place)
-    if losses or rendering:
-        applied = f"The server applies the adapter as {server.adapter}, but:"
-        raise InspectError("\n".join(filter(None, [losses or applied, rendering])))
-    report(
-        "applied",
-        f"The server applies the adapter under the name {server.adapter}.\n"
-        + (unchecked or "Ask it for the model of that name, with the training's system message."),
-    )
+    """Ask the server, print what it answers, and judge it; the exit status is the verdict's."""
+    found = record.read(Path(options.folder))
+    server = find_server(re.sub(r"(/v1)?/*$", "", options.url), options.name)
+    if not found.probes:
+        raise InspectError(f"{options.folder} has no replies to score: measure it to its end.")
+    here = [(one.base, one.adapter) for one in found.probes]
+    names = (server.base, server.adapter)
+    there = [tuple(score(server, name, one) for name in names) for one in found.probes]
+    verdict, apart, allowed = judge(here, there)
+    tokens = sum(len(one.reply_ids) for one in found.probes)
+    rows = [["base"], ["base - adapter"]]
+    for side in (here, there):
+        base, adapter = (sum(column) / tokens for column in zip(*side, strict=True))
+        rows[0].append(f"{base:.4f}")
+        rows[1].append(f"{base - adapter:+.4f}")
+    say("scored", aligned([f"{len(here)} replies, nats a token", "here", "on the server"], rows))
+    say("", f"on single replies the changes differ by {100 * apart:.1f} %; up to "
+        f"{100 * allowed:.1f} % is the same")  # fmt: skip
+    is_otherwise = print_rendering(server, found)
+    status, advice = VERDICTS[verdict]
+    say("verdict", [f"{server.adapter} on {server.url}: {verdict}", *wrapped(advice)])
+    raise SystemExit(WRITTEN_OTHERWISE if is_otherwise and not status else status)
 
 
 @dataclass
-class Asked:
-    """What the server was asked about one held-out reply, and its answers; losses are in nats."""
+class Server:
+    """A running server, asked with the standard library alone."""
 
-    example: Example
-    base_here: float
-    adapter_here: float
-    base_there: float = math.nan
-    adapter_there: float = math.nan
+    url: str  # without /v1
+    adapter: str = ""  # their names there
+    base: str = ""
 
-    @property
-    def here(self) -> float:
-        """By how much the adapter lowers the loss of the reply here: above 0 is better."""
-        return self.base_here - self.adapter_here
-
-    @property
-    def there(self) -> float:
-        """By how much the adapter's name lowers it on the server."""
-        return self.base_there - self.adapter_there
-
-
-# ---- The server, and what it calls the adapter
-
-
-def find_server(options: argparse.Namespace, place: Path) -> Server:
-    """Return the server and its names for the adapter and its base."""
-    server = Server(re.sub(r"(/v1)?/*$", "", options.url.strip()))
-    models = server.ask("/v1/models", None, GIVE_THE_ADDRESS).get("data")
-    if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
-        raise InspectError(f"{server.url}/v1/models does not list models: is it an OpenAI server?")
-    loaded = {str(one.get("id")): one for one in models}
-    names = list(loaded)  # no set, since a parent may be of any type
-    offered = {name: one for name, one in loaded.items() if one.get("parent") in names}
-    printed = name_on_server(place)  # in the command that serves it
-    only = next(iter(offered)) if len(offered) == 1 else printed
-    server.adapter = options.name or (printed if printed in offered else only)
-    if server.adapter not in offered:
-        others = [name for name in loaded if name not in offered]
-        raise InspectError(
-            f"The server offers no adapter of the name {server.adapter}. Its adapters are "
-            f"{', '.join(offered) or 'none'}, its other models {', '.join(others) or 'none'}.\nSay "
-            "with --name which adapter is asked, or start the server with --enable-lora "
-            f"--lora-modules {printed}={folder_to_serve(place)}."
-        )
-    found = offered[server.adapter]
-    server.base, server.folder = str(found["parent"]), str(found.get("root") or "")
-    windows = [one.get("max_model_len") for one in (found, loaded[server.base])]
-    server.window = min([n for n in windows if isinstance(n, int)], default=math.inf)
-    report("server", f"{server.url} offers {server.adapter}, an adapter of {server.base}")
-    return server
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the server's answer to a request, or raise with what it says."""
+        key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = urllib.request.Request(f"{self.url}{path}", data, headers)
+            with urllib.request.urlopen(request, timeout=300) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            raise InspectError(f"{self.url}{path}: {error.code} {one_line(said)}") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise InspectError(
+                f"{self.url}{path} cannot be reached ({one_line(error)}): is --url right?"
+            ) from error
 
 
-# ---- The replies, and their losses here
-
-REPLIES_TO_SCORE = 12
-FEWEST_REPLIES = 3
+Losses = list[tuple[float, float]]  # of each reply, in nats: the base's and the adapter's
 
 
-def choose_replies(
-    options: argparse.Namespace, place: Path, server: Server
-) -> tuple[list[Asked], ChatFormat]:
-    """Return some held-out replies with their losses here, and how prompts are rendered."""
-    trained_by = find_run(place)
-    evidence = find_evidence(options, place, trained_by)
-    if evidence and not options.eval_file and Path(evidence.held_out.file).is_file():
-        options.eval_file = evidence.held_out.file
-    held_out = conversations.read_held_out(options, trained_by, why_run_is_unknown(place))
-    is_asked_for = options.base or options.base_revision or options.dtype or options.device
-    if evidence and not is_asked_for:
-        base = (evidence.base, evidence.base_revision)
-        chat_format = adapters.chat_format_of(options, place, *base)
-        examples, _ = encode(held_out.examples, chat_format, options.max_seq_len)
-        lengths = [(place_in_file(one.source), len(one.reply_ids)) for one in examples]
-        if evidence.has_the_replies_of(held_out.as_known(), lengths):
-            where = path_from_here(evidence.folder / "evidence.json")
-            report("here", f"the losses with and without the adapter are those in\n{where}")
-            chosen = numbers_to_score(examples, server.window)
-            return [from_record(examples[n], evidence.losses[n]) for n in chosen], chat_format
-    adapter = adapters.open_adapter(options, place, trained_by)
-    examples = conversations.encode_held_out(held_out, adapter, options)
-    examples = [examples[n] for n in numbers_to_score(examples, server.window)]
-    with_it = losses_of(adapter.model, examples, "adapter")
-    with adapter.model.disable_adapter():
-        without = losses_of(adapter.model, examples, "base")
-    report("here", "the losses with and without the adapter were measured just now")
-    return list(map(Asked, examples, without, with_it)), adapter.chat_format
+def judge(here: Losses, there: Losses) -> tuple[str, float, float]:
+    """Return "applied", "ignored" or "cannot tell", how far the changes differ, and what may be.
 
-
-def find_evidence(
-    options: argparse.Namespace, place: Path, trained_by: Run | None
-) -> Evidence | None:
-    """Return what `evidence` found last of this very adapter, known by the hash of its file.
-
-    The run's two files, which differ in their names alone, are one adapter.
+    Sizes are root mean squares over the replies, as shares of the changes here: it is not enough
+    that the changes agree on average.
     """
-    hashes = {file_sha256(place / "adapter_model.safetensors")}
-    folders = [Path("inspected"), place.parent / "inspected"]
-    if trained_by:
-        folders.append(trained_by.path.parent / "inspected")
-        published = set((trained_by.record.get("adapter_sha256") or {}).values())
-        hashes |= published if hashes & published else set()  # a checkpoint is not among them
-    read = (read_evidence(path) for one in folders for path in records_below(one))
-    ours = [one for one in read if one and one.adapter_sha256 in hashes]
-    with_losses = [one for one in ours if one.losses]
-    if ours and not with_losses:
-        where = path_from_here(ours[0].folder / "evidence.json")
-        report("here", f"{where}\nis of prompts without replies and holds no losses")
-    ours = [one for one in with_losses if one.enable_thinking == options.enable_thinking]
-    return max(ours, key=lambda one: one.measured, default=None)
-
-
-def from_record(example: Example, row: Row) -> Asked:
-    """Return a reply with its losses in evidence.json, which are in nats a token there."""
-    return Asked(example, row.tokens * row.base, row.tokens * row.adapter)
-
-
-def numbers_to_score(examples: list[Example], window: float) -> list[int]:
-    """Return the numbers of the replies to score, drawn of those that the server takes.
-
-    A server generates at least one token, even if it is only asked for scores.
-    """
-    fitting = [n for n, one in enumerate(examples) if len(one.input_ids) < window]
-    if len(fitting) < FEWEST_REPLIES:
-        limit = f" in the {window:,.0f} tokens that it takes" if math.isfinite(window) else ""
-        raise InspectError(
-            f"The server can score {len(fitting)} of the {len(examples)} held-out replies{limit}, "
-            f"and {FEWEST_REPLIES} are needed.\nGive more with --eval_file, or start the server "
-            "with a larger --max-model-len."
-        )
-    return [fitting[n] for n in draw_numbers(len(fitting), REPLIES_TO_SCORE)]
-
-
-# ---- What the server's scores say
-#
-# The token ids are sent, so the server's chat template has no say in it.
-
-# Shares of the adapter's effect: what two right computations may be apart, at least and at most; in
-# between it is twice what the base model's losses here and there are apart. docs/serving.md says
-# what these limits tell apart.
-MAY_BE_APART = 0.03
-MAY_BE_APART_AT_MOST = 0.3
-OTHER_BASE_FROM = 0.1  # nats a token
-
-
-@dataclass
-class Agreement:
-    """How well what the adapter changes on the server agrees with what it changes here.
-
-    Sizes are root mean squares over the replies: that the changes agree on average is not enough.
-    """
-
-    size: float  # of the changes here, in nats a reply
-    noise: float  # what the base's losses there and here are apart, in nats a reply
-    apart: float  # what the changes there and here are apart, as a share of the size
-    effect: float  # the changes there, as a share of the size
-
-    @property
-    def relative_noise(self) -> float:
-        """What the base's losses there and here are apart, as a share of the size."""
-        return self.noise / self.size if self.size else math.inf
-
-    @property
-    def allowed(self) -> float:
-        """What the changes there and here may be apart, as a share of the size."""
-        return min(max(MAY_BE_APART, 2 * self.relative_noise), MAY_BE_APART_AT_MOST)
-
-    def state(self) -> str:
-        """Return whether the adapter is "applied", "ignored", "weak" (cannot tell), or "other"."""
-        if self.apart <= self.allowed:
-            return "applied"
-        if self.relative_noise > 1:
-            return "weak"
-        if self.effect <= self.allowed:
-            return "ignored"
-        return "weak" if 2 * self.relative_noise > MAY_BE_APART_AT_MOST else "other"
-
-
-def agreement_of(asked: list[Asked]) -> Agreement:
-    """Return how well the adapter's changes on the server agree with those here."""
-    size = root_mean_square([one.here for one in asked])
-    noise = root_mean_square([one.base_there - one.base_here for one in asked])
-    if size == 0:
-        return Agreement(size, noise, math.inf, math.inf)
-    apart = root_mean_square([one.there - one.here for one in asked])
-    effect = root_mean_square([one.there for one in asked])
-    return Agreement(size, noise, apart / size, effect / size)
+    changes_here, changes_there = ([base - own for base, own in side] for side in (here, there))
+    pairs = zip(changes_here, changes_there, strict=True)
+    bases = zip(here, there, strict=True)
+    size = root_mean_square(changes_here) or math.nan
+    apart = root_mean_square([one - other for one, other in pairs]) / size
+    noise = root_mean_square([one[0] - other[0] for one, other in bases]) / size
+    allowed = min(max(MAY_BE_APART, 2 * noise), MAY_BE_APART_AT_MOST)
+    if apart <= allowed:
+        return "applied", apart, allowed
+    is_ignored = noise <= 1 and root_mean_square(changes_there) / size <= allowed
+    return "ignored" if is_ignored else "cannot tell", apart, allowed
 
 
 def root_mean_square(numbers: list[float]) -> float:
@@ -259,171 +124,59 @@ def root_mean_square(numbers: list[float]) -> float:
     return math.sqrt(statistics.fmean(number * number for number in numbers))
 
 
-def ask_for_losses(server: Server, asked: list[Asked]) -> None:
-    """Have the server score each reply, once as the base and once as the adapter."""
-    for one in tqdm(asked, desc="scoring", leave=False, disable=None):
-        prompt, reply = one.example.prompt_ids, one.example.reply_ids
-        one.base_there = -sum(score(server, server.base, prompt, reply))
-        one.adapter_there = -sum(score(server, server.adapter, prompt, reply))
-
-
-def score(server: Server, name: str, prompt: list[int], reply: list[int]) -> list[float]:
-    """Return the log-probability of each of the reply's tokens, as the server computes it."""
-    body = {"model": name, "prompt": prompt + reply, "max_tokens": 1, "temperature": 0}
-    answer = server.ask("/v1/completions", body | {"prompt_logprobs": 0}, CANNOT_SCORE)
+def score(server: Server, name: str, probe: record.Probe) -> float:
+    """Return the loss of a reply in nats, as the server computes it; the token ids are sent."""
+    body = {"model": name, "prompt": probe.prompt_ids + probe.reply_ids, "max_tokens": 1}
+    answer = server.ask("/v1/completions", body | {"temperature": 0, "prompt_logprobs": 0})
     try:
-        rows = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
-        pairs = zip(rows, reply, strict=True)
-        found = [float(row[str(token)]["logprob"]) for row, token in pairs]
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
-        found = [math.nan]
-    if not all(map(math.isfinite, found)):
+        rows = answer["choices"][0]["prompt_logprobs"][len(probe.prompt_ids) :]
+        pairs = zip(rows, probe.reply_ids, strict=True)
+        return -sum(float(row[str(token)]["logprob"]) for row, token in pairs)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InspectError(
-            f"{server.url}/v1/completions: as {name} the server gives no probability for each "
-            f"token of a prompt.\n{CANNOT_SCORE}"
-        )
-    return found
+            f"{server.url} gives no prompt_logprobs. vLLM does: ask it itself, without a gateway."
+        ) from error
 
 
-CANNOT_SCORE = (
-    "So replies cannot be scored (prompt_logprobs of /v1/completions). vLLM can do it: ask it "
-    "itself, without a gateway before it."
-)
+def print_rendering(server: Server, found: record.Record) -> bool:
+    """Print whether the server writes prompts as in training; return whether it does not.
 
-
-LEFT_OUT_BY_FLAG = (
-    "If vLLM was started with --lora-target-modules, it leaves out all modules that the flag does "
-    "not name, without a word: start it without the flag."
-)
-
-
-def judge_losses(server: Server, asked: list[Asked], place: Path) -> str:
-    """Print how the losses there and here agree; return what is wrong and what to do, or ""."""
-    found = agreement_of(asked)
-    tokens = sum(len(one.example.reply_ids) for one in asked)
-
-    def a_token(number_of: Callable[[Asked], float]) -> float:
-        return sum(map(number_of, asked)) / tokens
-
-    base_here, base_there = a_token(lambda one: one.base_here), a_token(lambda one: one.base_there)
-    here, there = a_token(lambda one: one.here), a_token(lambda one: one.there)
-    apart = f"on single replies the changes differ by {100 * found.apart:.1f} %"
-    lines = [
-        "loss, nats a token      here   on the server",
-        f"base model           {base_here:7.4f}   {base_there:13.4f}",
-        f"base - adapter       {here:+7.4f}   {there:+13.4f}",
-    ]
-    if found.size > 0:
-        lines.append(f"{apart} (up to {100 * found.allowed:.1f} % counts as the same)")
-    report("scored", "\n".join(lines))
-    state = found.state()
-    if state == "applied":
-        return ""
-    whence = f" It has {server.adapter} from {server.folder}." if server.folder else ""
-    if state == "ignored":
-        better = folder_to_serve(place)
-        folder = f"the folder {better}"
-        if better == place:
-            folder = f"what `{this_program()} export {place} FOLDER --vllm` writes"
-        return (
-            "The base answers under the adapter's name: the server gives the replies the same "
-            f"losses as {server.adapter} and as {server.base}, so it ignores the adapter.\nGive "
-            f"the server {folder}, or use a newer version of the server. {LEFT_OUT_BY_FLAG}{whence}"
-        )
-    doubt = ""
-    if abs(base_there - base_here) > OTHER_BASE_FROM:
-        doubt = (
-            " But first see whether it has the same base model, unquantized: its loss is "
-            f"{base_here:.4f} here and {base_there:.4f} there."
-        )
-    if state == "weak":
-        return (
-            "The effect is too weak to tell whether the adapter is applied: it changes the loss of "
-            f"a reply by {found.size:.2f} nats here, and the base model's losses here and there "
-            f"are {found.noise:.2f} nats apart.\nGive longer held-out replies, or "
-            f"some on which the adapter changes more, with --eval_file.{doubt}"
-        )
-    return (
-        "The adapter is applied with another scaling or in part, or it is another adapter: "
-        f"{apart}.\nCompare r, lora_alpha and use_rslora in the adapter_config.json that the "
-        f"server reads with those in {place}, and look in its log for modules that it leaves "
-        f"out. {LEFT_OUT_BY_FLAG}{whence}{doubt}"
-    )
-
-
-# ---- How the server renders prompts
-
-
-def check_rendering(server: Server, asked: list[Asked], chat_format: ChatFormat) -> tuple[str, str]:
-    """Print whether the server writes prompts as in training, if clients ask for nothing else.
-
-    Returns:
-        What is wrong, or "", and what could not be checked, or "".
+    Clients mostly ask for nothing else, and get what the server does by default: that is compared.
     """
-    unlike: list[tuple[Example, list[int]]] = []
-    for one in asked:
-        tokens, reason = rendered_by(server, one.example, {})
-        if reason:
-            report("rendered", f"not checked, since {reason}")
-            return "", (
-                "Whether it writes prompts as in training could not be checked, so replies may "
-                "still\nbe worse than they should."
-            )
-        if tokens != one.example.prompt_ids:
-            unlike.append((one.example, tokens))
-    if not unlike:
-        report("rendered", f"the server writes all {len(asked)} prompts as in training")
-        return "", ""
-    example, tokens = unlike[0]
-    trained, there = where_they_part(example.prompt_ids, tokens, chat_format)
-    report(
-        "rendered",
-        f"the server writes {len(unlike)} of {len(asked)} prompts otherwise\n"
-        f"{example.source} in training:    {trained}\n"
-        f"{example.source} on the server:  {there}",
-    )
-    wanted = {"enable_thinking": chat_format.enable_thinking}
-    tokens, _ = rendered_by(server, example, {"chat_template_kwargs": wanted})
-    advice = "Give the server the chat template of the training, with --chat-template."
-    if tokens == example.prompt_ids:
-        text = json.dumps(wanted)
-        advice = (
-            f"Start the server with --default-chat-template-kwargs '{text}', or let each client "
-            f'send "chat_template_kwargs": {text}.'
+    kwargs = {"enable_thinking": bool(found.on.get("enable_thinking"))}
+    for probe in found.probes:
+        try:
+            if rendered_by(server, probe, {}) == probe.prompt_ids:
+                continue
+            tokens = rendered_by(server, probe, {"chat_template_kwargs": kwargs})
+        except (InspectError, KeyError) as error:
+            say("rendered", f"not checked: {one_line(error, 75)}")
+            return False
+        mend = "give it the training's template with --chat-template"
+        if tokens == probe.prompt_ids:
+            mend = f"start it with --default-chat-template-kwargs '{json.dumps(kwargs)}'"
+        say("rendered", ["otherwise than in training:", mend])
+        return True
+    say("rendered", f"all {len(found.probes)} prompts as in training")
+    return False
+
+
+def rendered_by(server: Server, probe: record.Probe, more: dict[str, Any]) -> list[int]:
+    """Return the tokens of a prompt as the server writes it."""
+    body = {"model": server.adapter, "messages": probe.messages, "add_generation_prompt": True}
+    return server.ask("/tokenize", body | more)["tokens"]
+
+
+def find_server(url: str, wanted: str | None) -> Server:
+    """Return the server at an address, with what it calls the adapter and its base."""
+    server = Server(url)
+    models = {one["id"]: one.get("parent") for one in server.ask("/v1/models")["data"]}
+    adapters = [name for name, parent in models.items() if parent in models]
+    name = wanted or (adapters[0] if len(adapters) == 1 else "")
+    if name not in adapters:
+        raise InspectError(
+            f"{url} offers the adapters {', '.join(adapters) or '(none)'}: choose one with --name, "
+            "or start the server with --enable-lora --lora-modules NAME=FOLDER."
         )
-    return (
-        f"The prompt is rendered otherwise than in training: {there} instead of {trained}, so the "
-        f"adapter is asked what it was not trained on.\n{advice}"
-    ), ""
-
-
-def rendered_by(server: Server, example: Example, more: dict[str, Any]) -> tuple[list[int], str]:
-    """Return the tokens of a prompt as the server writes it, and "", or why they cannot be had."""
-    body = {
-        "model": server.adapter,
-        "messages": example.messages[:-1],
-        "add_generation_prompt": True,
-    }
-    status, answer = server.send("/tokenize", body | more)
-    if status in (401, 403, 404, 405):
-        return [], f"/tokenize is closed ({status})"
-    if status != 200 or not isinstance(answer, dict):
-        return [], f"/tokenize answers {status}: {answer}"
-    tokens = answer.get("tokens")
-    if not tokens or not isinstance(tokens, list):
-        return [], "/tokenize does not take messages"
-    if not all(isinstance(one, int) and 0 <= one < 2**32 for one in tokens):
-        return [], "/tokenize answers with what are no tokens"
-    return tokens, ""
-
-
-def where_they_part(
-    trained: list[int], served: list[int], chat_format: ChatFormat
-) -> tuple[str, str]:
-    """Return the two texts around the first token in which they differ, as Python writes them."""
-    pairs = zip(trained, served, strict=False)
-    shorter = min(len(trained), len(served))
-    first = next((n for n, (one, other) in enumerate(pairs) if one != other), shorter)
-    around = slice(max(0, first - 6), first + 6)
-    decode = chat_format.tokenizer.decode
-    return repr(decode(trained[around])), repr(decode(served[around]))
+    say("server", f"{url} offers {name}, an adapter of {models[name]}")
+    return Server(url, name, models[name])

@@ -1,18 +1,23 @@
-"""Losses of an adapter without the scripts and without PEFT: its updates are merged into W."""
+"""Losses and gradients by other means: without the script, and mostly without PEFT."""
 
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import torch
 from safetensors.torch import load_file
+from toys import base_model, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PREFIX = "base_model.model."
+# float32 rounds by 6e-8; sums of thousands of terms, in another order, differ by less than this.
+ROUNDING = 1e-4
 
 
 class MergedByHand:
-    """A base model, and the updates of an adapter that are merged into it for each question."""
+    """A base model, and the updates of an adapter that numpy merges into it for each question."""
 
     def __init__(self, base, tensors, scale_of):
         """Read the model and the file; scale_of gives the scale of a target's update by name."""
@@ -34,7 +39,7 @@ class MergedByHand:
         self.merge(wanted, strength, divisor)
         return [reply_loss(self.model, self.tokenizer, one, thinks) for one in conversations]
 
-    def logits(self, ids, strength):
+    def logits(self, ids, strength=1.0):
         """Return the logits after each of these tokens, at a strength of the update."""
         self.merge(strength=strength)
         with torch.no_grad():
@@ -50,20 +55,13 @@ class MergedByHand:
             if wanted(path):
                 rank = max(1, len(a) // divisor) if divisor else None
                 u, s, v = np.linalg.svd(scale * b @ a, full_matrices=False)
-                update = (u[:, :rank] * s[:rank]) @ v[:rank]
-                merged[f"{path}.weight"] = self.weights[f"{path}.weight"] + strength * torch.tensor(
-                    update, dtype=torch.float32
-                )
+                update = torch.tensor((u[:, :rank] * s[:rank]) @ v[:rank], dtype=torch.float32)
+                merged[f"{path}.weight"] = self.weights[f"{path}.weight"] + strength * update
         self.model.load_state_dict(merged)
-
-    def targets(self):
-        """Return the names of the targets, in the order in which they stand in the model."""
-        paths = [name.removesuffix(".weight") for name in self.weights]
-        return [*dict.fromkeys(path.rpartition(".")[2] for path in paths if path in self.factors)]
 
 
 def read_conversations(path):
-    """Return each conversation up to a learned reply."""
+    """Return each conversation of a JSONL file up to a reply that is taught."""
     found = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -71,6 +69,14 @@ def read_conversations(path):
         ends = [n + 1 for n, one in enumerate(messages) if one["role"] == "assistant"]
         found += [messages[:end] for end in (ends if "messages" in row else ends[-1:])]
     return found
+
+
+def render(tokenizer, messages, enable_thinking=False, **more):
+    """Return the tokens of a conversation as a server renders them."""
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, enable_thinking=enable_thinking, **more
+    )
+    return tokenizer(text)["input_ids"]
 
 
 def reply_loss(model, tokenizer, messages, thinks=False):
@@ -84,9 +90,31 @@ def reply_loss(model, tokenizer, messages, thinks=False):
     return -chances.mean().item()
 
 
-def render(tokenizer, messages, enable_thinking=False, **more):
-    """Return the tokens of a conversation as a server renders them."""
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, enable_thinking=enable_thinking, **more
-    )
-    return tokenizer(text)["input_ids"]
+def losses_of_peft(folder, conversations, dtype="float32"):
+    """Return the losses of base and adapter, loaded and switched off by PEFT alone."""
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base_model(dtype)), folder).eval()
+    with_adapter = [reply_loss(model, tokenizer(), one) for one in conversations]
+    with model.disable_adapter():
+        return [reply_loss(model, tokenizer(), one) for one in conversations], with_adapter
+
+
+def token_loss(model, examples):
+    """Return the mean cross-entropy over the target tokens, row by row, in float64."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            n = len(example.reply_ids)
+            logits = model(input_ids=torch.tensor([example.input_ids])).logits[0, -n - 1 : -1]
+            targets = torch.tensor(example.reply_ids)
+            loss = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum")
+            total, count = total + loss.item(), count + n
+    return total / count
+
+
+def assert_near(gradients, expected, share=ROUNDING):
+    """Compare gradients by name, each against the size of its largest element."""
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        largest = expected[name].abs().max().item()
+        assert largest > 0, name
+        assert (gradient - expected[name]).abs().max().item() <= share * largest, name

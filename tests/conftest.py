@@ -1,155 +1,237 @@
-"""What the tests share: the script, no network, one thread, short data, one finished run."""
+"""What all tests share: one toy model, short data, finished runs and adapters; no network.
+
+Nothing here imports torch or the script until a test asks for it: the process that only deals out
+the tests to its workers starts in a second.
+"""
 
 import contextlib
+import fcntl
 import functools
-import gc
 import json
 import os
 import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two workers, two cores
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # more threads than cores wait without work
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many workers as cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-ROOT = Path(__file__).parent.parent
-TINY = str(ROOT / "tests" / "tiny-qwen3.5")
-sys.path.insert(0, str(ROOT))
+
+
+def make_toy(demo, folder):
+    """Write two of the demo's four layers as a model into a folder: DeltaNet and attention.
+
+    Its replies are not empty. This needs no torch.
+    """
+    shutil.copytree(demo, folder, dirs_exist_ok=True)
+    config = json.loads((demo / "config.json").read_text(encoding="utf-8"))
+    kinds = config["text_config"]["layer_types"]
+    layers = ["linear_attention", "full_attention"]
+    places = {str(kinds.index(kind)): str(place) for place, kind in enumerate(layers)}
+    config["text_config"] |= {"num_hidden_layers": 2, "layer_types": layers}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    whole = (demo / "model.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")  # after the header, which is JSON
+    header, kept = {"__metadata__": {"format": "pt"}}, b""
+    for name, entry in json.loads(whole[8:begin]).items():
+        layer = name.partition("language_model.layers.")[2].partition(".")[0]
+        if name != "__metadata__" and layer in ("", *places):
+            start, end = entry["data_offsets"]
+            offsets = [len(kept), len(kept) + end - start]
+            name = name.replace(f"model.layers.{layer}.", f"model.layers.{places.get(layer)}.")
+            header[name] = entry | {"data_offsets": offsets}
+            kept += whole[begin + start : begin + end]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + kept)
+
+
+# The workers of pytest-xdist inherit this folder: a path in a file is the same for all of them.
+IS_FIRST = "TOY_MODEL" not in os.environ
+if IS_FIRST:
+    os.environ["TOY_MODEL"] = tempfile.mkdtemp(prefix="toy-model-")
+    make_toy(ROOT / "data" / "demo-model", Path(os.environ["TOY_MODEL"]))
+TOY = os.environ["TOY_MODEL"]  # the base model of nearly all tests
+
 # A shell's background job ignores some of these, and the script leaves an ignored signal ignored.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LONGEST = ["resume", "evidence", "training", "story", "adapters", "saving", "memory", "page"]
+
+
+def pytest_unconfigure():
+    """Remove the toy when the process that made it ends."""
+    if IS_FIRST:
+        shutil.rmtree(TOY, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest: else one worker waits for the other at the end."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def default_handlers():
-    """Hear signals as a new process does: main() leaves handlers of its own, or ignores them."""
+    """Hear signals as a new process does: main() leaves handlers of its own."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in SIGNALS[1:]:
         signal.signal(number, signal.SIG_DFL)
 
 
-default_handlers()
-
-import jinja2  # noqa: E402
-import pytest  # noqa: E402
-
-import train_lora_single as t  # noqa: E402
-
-# PEFT makes a model card for each checkpoint, and compiles its template anew each time: that is a
-# tenth of a short run.
-jinja2.Template = functools.cache(jinja2.Template)
-
-
 @contextlib.contextmanager
-def handlers_restored():
-    """Take back what main() does to the handlers of signals."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+def as_a_new_process():
+    """Work in the root of the project; take back changes of the environment and of handlers."""
+    folder, environment = Path.cwd(), dict(os.environ)
+    os.chdir(ROOT)
+    default_handlers()
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        default_handlers()
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once():
+    """Compile each chat template and model card once: it is a tenth of a short run."""
+    import jinja2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
+        yield
 
 
 @pytest.fixture(autouse=True)
-def in_the_root(monkeypatch):
-    """Run each test where a user runs the script, with a new process's handlers of signals."""
-    monkeypatch.chdir(ROOT)
-    default_handlers()
-    yield
-    default_handlers()
-
-
-# The longest first, as they stand in this list: else one worker waits for the other at the end.
-LONGEST = [
-    f"test_{name}.py"
-    for name in ("resume", "evidence", "adapters", "story", "results", "doors", "training")
-]
-
-
-def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+def in_the_root(request, monkeypatch):
+    """Run each test where a user runs the script; save pictures as a few bytes."""
+    if "inspect_lora" in sys.modules and "real_picture" not in request.fixturenames:
+        placeholder = lambda _, path, **__: Path(path).write_bytes(b"picture")  # noqa: E731
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", placeholder)
+    with as_a_new_process():
+        yield
 
 
 @pytest.fixture
-def restored_environment(monkeypatch):
-    """Take back what a test sets in the environment."""
-    for name, value in os.environ.items():
-        monkeypatch.setenv(name, value)
-    before = set(os.environ)
-    yield
-    for name in set(os.environ) - before:
-        del os.environ[name]
+def real_picture():
+    """Have pictures drawn and saved in a test that asks for this."""
 
 
-@pytest.fixture
-def no_picture(monkeypatch):
-    """Write a few bytes for lora.png: drawing takes longer than measuring."""
-    placeholder = lambda _, path: path.write_bytes(b"picture")  # noqa: E731
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", placeholder)
+# ---- made once a session ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def tiny():
-    """Return the path of the tests' model: Qwen3.5's architecture with random weights."""
-    return TINY
+def shared(tmp_path_factory):
+    """Return shared(name, make): the folder that make(folder) fills once for all workers.
 
-
-@pytest.fixture(scope="session")
-def untied(tmp_path_factory):
-    """Return the path of that model with a head of its own, not the embedding's weight."""
-    from safetensors.torch import load_file, save_file
-
-    folder = shutil.copytree(TINY, tmp_path_factory.mktemp("untied") / "model")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tensors = load_file(folder / "model.safetensors")
-    embedding = tensors["model.language_model.embed_tokens.weight"]
-    tensors["lm_head.weight"] = embedding.flip(0).contiguous()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return str(folder)
-
-
-def write_short_data(folder, train=13, held_out=4):
-    """Write the shortest lines of the shipped data to folder; return the flags of a short run.
-
-    The run is on the tests' model, has two epochs (of four steps with 13 lines), and a checkpoint
-    every three steps. Later flags override these.
+    Tests must not change what lies there.
     """
-    flags = ["--demo", "--model_name", TINY, "--learning_rate", "1e-2", "--num_epochs", "2"]
-    flags += ["--logging_steps", "1", "--save_steps", "3", "--max_steps", "0"]
-    for name, number in (("train", train), ("eval", held_out)):
-        text = (ROOT / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
-        rows = sorted(text.splitlines(keepends=True), key=len)[:number]
-        (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
-        flags += [f"--{name}_file", str(folder / f"{name}.jsonl") if number else ""]
-    return flags
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name, make):
+        folder, is_made = root / name, root / f"{name} is made"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                with as_a_new_process():
+                    make(folder)
+                is_made.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def base():
+    """Return the toy's text model in float32, which nobody changes."""
+    import toys
+
+    return toys.base_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Return the toy's tokenizer, which nobody changes."""
+    import toys
+
+    return toys.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def untied(shared):
+    """Return the path of the toy with a head of its own, not the embedding's weight."""
+    import toys
+
+    return str(shared("untied", toys.make_untied))
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory):
+    """Return {kind: folder} of adapters of the toy that PEFT alone made; see toys.KINDS."""
+    import toys
+
+    class Adapters(dict):
+        def __missing__(self, kind):
+            self[kind] = toys.save_kind(tmp_path_factory.mktemp("adapters") / kind, kind)
+            return self[kind]
+
+    return Adapters()
 
 
 @pytest.fixture
 def flags(tmp_path):
-    """Return the flags of a short run into tmp_path/output."""
-    return [*write_short_data(tmp_path), "--output_dir", str(tmp_path / "output")]
+    """Return the flags of a short run into tmp_path/output; later flags override these."""
+    from runs import short_flags
+
+    return short_flags(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """Return the output folder of one finished short run; its data lies beside that folder.
+def finished(shared):
+    """Return a finished run of 8 steps: .folder (its data), .output, .flags, .recorded.
 
-    What it printed is in all_logs.log there. Tests must not change the folder.
+    Its 14 lines, one of them long, are trained on twice; what was printed is in all_logs.log.
     """
-    folder = tmp_path_factory.mktemp("finished")
-    before = os.getcwd()
-    os.chdir(ROOT)
-    try:
-        with handlers_restored():
-            default_handlers()
-            t.main([*write_short_data(folder), "--output_dir", str(folder / "output")])
-    finally:
-        os.chdir(before)
-    gc.collect()
-    gc.freeze()  # each run collects garbage: what the imports made need not be looked through
-    return folder / "output"
+    import runs
+
+    return runs.short_run(shared("finished", runs.do_short_run))
+
+
+@pytest.fixture(scope="session")
+def stopped(shared):
+    """Return the same run, stopped by Ctrl-C in step 7; an older final_lora lies in its output."""
+    import runs
+
+    def make(folder):
+        (folder / "output" / "final_lora").mkdir(parents=True)
+        (folder / "output" / "final_lora" / "older.txt").write_text("of another run")
+        runs.do_short_run(folder, stop_after=7)
+
+    return runs.short_run(shared("stopped", make))
+
+
+@pytest.fixture(scope="session")
+def record(shared):
+    """Return the folder of one report with everything in it, as tests/records.py makes it."""
+    import records
+
+    return shared("record", records.make_record)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Return gpu(capability, free, total): there is a GPU then, and the CPU computes for it."""
+    import toys
+
+    with contextlib.ExitStack() as stack:
+        yield functools.partial(toys.pretend_gpu, monkeypatch, stack)

@@ -1,363 +1,221 @@
-"""A report's folder: whose it is, and that a finished report stays until the next one is whole."""
+"""`report`: what a record becomes on the terminal, in report.md, in the picture and the page."""
 
-import errno
-import os
 import re
-import signal
+import subprocess
 import sys
-import threading
-import time
-from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from conftest import ROOT
-from on_tiny import (
-    PARTS,
-    SHORT,
-    copy_of_run,
-    listing,
-    measure,
-    messages_of,
-    read_json,
-    save_adapter,
-    write_held_out,
-    write_lines,
-)
-from processes import Fork, run_in_a_fork
-from tiny_adapters import command
+import scipy.stats
+from made_records import KINDS, SYSTEM, asked, command, jackknife, made, put, said, tables_of
 
-import inspect_lora.elsewhere as elsewhere
-import inspect_lora.evidence as evidence
-import inspect_lora.parts as parts
-import inspect_lora.report_folder as report_folder
-
-
-@pytest.fixture
-def ours(finished, tmp_path, no_picture):
-    """Return a copy of a finished run's output folder."""
-    return copy_of_run(finished, tmp_path / "output")
-
-
-@pytest.fixture
-def eval_file(tmp_path):
-    return write_held_out(tmp_path / "held-out.jsonl")
-
-
-# ==== Whose it is
-
-
-def test_two_adapters_of_one_name_have_folders_of_their_own(
-    capsys, no_picture, tmp_path, monkeypatch, eval_file
-):
-    """Many an adapter is called out/checkpoint-5, and `compare` must find each of them."""
-    for number, folder in enumerate(("exp1", "exp2", "exp3/exp2")):
-        save_adapter(tmp_path / folder / "out" / "checkpoint-5", std=0.1 + 0.1 * number)
-    words = ["--eval_file", eval_file, *SHORT]
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):  # the second report of each takes the place of its own first one
-        for folder in ("exp1", "exp2", "exp3/exp2"):
-            end = command(capsys, "evidence", f"{folder}/out/checkpoint-5", *words)
-            assert end.status == 0, end.err
-    assert sorted(path.name for path in Path("inspected").iterdir()) == [
-        "exp2--out--checkpoint-5", "exp3--exp2--out--checkpoint-5", "out--checkpoint-5",
-    ]  # fmt: skip
-    end = command(capsys, "compare", "inspected")
-    assert end.status == 0 and "left out" not in end.out
-    assert [end.out.count(f"adapter {one}/out/checkpoint-5") for one in ("exp1", "exp3/exp2")] == [
-        1, 1,
-    ]  # fmt: skip
-    monkeypatch.chdir(tmp_path / "exp2")
-    assert command(capsys, "evidence", "out/checkpoint-5", *words).status == 0
-    assert Path("inspected/out--checkpoint-5/report.md").is_file()
-
-
-def test_another_adapters_output_dir_is_refused_before_anything_is_read(
-    capsys, no_picture, tmp_path, eval_file
-):
-    words = ["--eval_file", eval_file, *SHORT, "--output_dir", tmp_path / "found"]
-    first, second = (save_adapter(tmp_path / name, std=std) for name, std in (("a", 0.1), ("b", 1)))
-    assert command(capsys, "evidence", first, *words).status == 0
-    before = listing(tmp_path / "found")
-    end = command(capsys, "evidence", second, *words)
-    assert end.status == 1 and f"holds the report of another adapter ({first})" in end.err
-    assert "give each its own --output_dir" in end.err and listing(tmp_path / "found") == before
-    first.rename(tmp_path / "moved")  # the same adapter under its new name
-    assert command(capsys, "evidence", tmp_path / "moved", *words).status == 0
-
-
-# ==== A finished report stays until the next one is whole
-
-
-def test_an_earlier_report_is_renamed_by_the_next(ours, capsys):
-    for _ in range(2):
-        assert command(capsys, "evidence", ours / "final_lora", *SHORT).status == 0
-    names = sorted(path.name for path in (ours / "inspected" / "final_lora").iterdir())
-    assert len(names) == 8 and names[0] == "evidence.json"
-    assert all(re.fullmatch(r".*\.\d{4}-\d\d-\d\d-\d{6}", name) for name in names[1::2])
-
-
-def stop(*_, **__):
-    raise KeyboardInterrupt
-
-
-def no_space(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def no_memory(*_, **__):
-    raise torch.OutOfMemoryError("CUDA out of memory.")
-
-
-PHASES = {
-    "the model is loaded": (evidence, "open_adapter"),
-    "losses": (evidence, "losses_of"),
-    "parts": (parts, "losses_of"),
-    "change elsewhere": (elsewhere, "generate"),
-    "replies": (evidence, "ask_both"),
-    "the picture is drawn": (report_folder, "draw_picture"),
-    "the report is written": (report_folder, "as_markdown"),
-}
-# From here on it is the new report that is kept; see the test after the next.
-ITS_PLACE_IS_TAKEN = (report_folder, "rename_old")
-ENDS = {"Ctrl-C": (stop, 130, "Stopped."), "memory": (no_memory, 1, "memory is full")}
-
-
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_finished_report_stays_whatever_ends_the_next(
-    ours, capsys, monkeypatch, tmp_path, phase, end
-):
-    tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": [{"role": "user", "content": "a"}]}])
-    words = [*PARTS, "--samples", "1", "--max_new_tokens", "3", "--general_file", tasks]
-    assert command(capsys, "evidence", ours / "final_lora", *words).status == 0
-    results = ours / "inspected" / "final_lora"
-    before = {path.name: path.read_bytes() for path in results.iterdir()}
-    what_happens, status, said = ENDS[end]
-    with monkeypatch.context() as patch:
-        patch.setattr(*PHASES[phase], what_happens)
-        found = command(capsys, "evidence", ours / "final_lora", *words)
-    assert found.status == status and said in found.err
-    after = {path.name: path.read_bytes() for path in results.iterdir()}
-    assert {name: after[name] for name in before} == before
-    assert read_json(results / "evidence.json")["finished"] is True
-    has_losses = phase not in ("the model is loaded", "losses")
-    assert set(after) - set(before) == ({"evidence.json.unfinished"} if has_losses else set())
-    if has_losses:
-        rest = read_json(results / "evidence.json.unfinished")
-        assert rest["finished"] is False and len(rest["losses"]) == 4
-        assert "what was found so far is in" in found.said
-    compared = command(capsys, "compare", ours)
-    assert compared.status == 0 and "left out" not in compared.out
-
-
-@pytest.fixture
-def another_thread():
-    """Have one that blocks no signal, as torch starts some: the system may give it ours."""
-    end = threading.Event()
-    thread = threading.Thread(target=end.wait)
-    thread.start()
-    yield
-    end.set()
-    thread.join()
-
-
-def send(number):
-    """Send this process a signal, and let Python see it."""
-    os.kill(os.getpid(), number)
-    time.sleep(0.05)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", range(5))
-@pytest.mark.usefixtures("another_thread")
-def test_a_signal_waits_until_the_report_has_taken_its_place(
-    ours, capsys, monkeypatch, number, moment
-):
-    """A half of it there would be none, and the older one would be gone."""
-    assert command(capsys, "evidence", ours / "final_lora", *SHORT).status == 0
-    results = ours / "inspected" / "final_lora"
-    before = {path.name: path.read_bytes() for path in results.iterdir()}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command has it
-    module, name = ITS_PLACE_IS_TAKEN
-    rename_old, renamed = getattr(module, name), []
-
-    def interrupted(path):
-        rename_old(path)
-        renamed.append(path.name)
-        if len(renamed) == moment + 1:
-            send(number)
-
-    monkeypatch.setattr(module, name, interrupted)
-    end = command(capsys, "evidence", ours / "final_lora", *SHORT)
-    assert end.status == 130 and end.err.endswith("Stopped.") and len(renamed) == 5
-    after = {path.name: path.read_bytes() for path in results.iterdir()}
-    assert "evidence.json.unfinished" not in after and "what was found so far" not in end.said
-    assert read_json(results / "evidence.json")["finished"] is True
-    assert set(before) < set(after) and len(after) == 2 * len(before)
-    older = {
-        re.sub(r"\.\d{4}-\d\d-\d\d-\d{6}$", "", name): name for name in after.keys() - before.keys()
-    }
-    assert {name: after[old] for name, old in older.items()} == before
-    compared = command(capsys, "compare", ours)
-    assert compared.status == 0 and "left out" not in compared.out
-
-
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_signal_that_nobody_handles_ends_the_process_afterwards(tmp_path, number):
-    def be_stopped():
-        with report_folder.no_interruption():
-            send(number)
-            (tmp_path / "whole").touch()
-        (tmp_path / "too late").touch()
-
-    assert Fork(be_stopped).end() == -number
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
-
-
-def test_an_ignored_signal_stays_ignored_and_handlers_are_what_they_were(monkeypatch):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup sets it
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(one) for one in numbers]
-    with report_folder.no_interruption():
-        send(signal.SIGHUP)
-    assert [signal.getsignal(one) for one in numbers] == handlers
-    with pytest.raises(KeyboardInterrupt), report_folder.no_interruption():
-        send(signal.SIGINT)
-        raise OSError  # the signal is not lost with an error
-    assert [signal.getsignal(one) for one in numbers] == handlers
-
-
-def test_in_another_thread_nothing_has_to_wait():
-    done = []
-
-    def write():
-        with report_folder.no_interruption():
-            done.append(True)
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    thread.join()
-    assert done == [True]
-
-
-@pytest.mark.parametrize("phase", ["losses", "parts", "replies"])
-def test_what_was_found_before_ctrl_c_is_kept_as_unfinished(ours, capsys, monkeypatch, phase):
-    monkeypatch.setattr(*PHASES[phase], stop)
-    end = command(capsys, "evidence", ours / "final_lora", *PARTS, "--samples", "1")
-    assert end.status == 130 and "Stopped." in end.err
-    path = ours / "inspected" / "final_lora" / "evidence.json"
-    assert path.exists() == (phase != "losses")
-    if path.exists():
-        assert read_json(path)["finished"] is False and len(read_json(path)["losses"]) == 4
-
-
-@pytest.mark.parametrize("place", ["write_json", "draw_picture", "as_markdown"])
-def test_a_full_disk_is_one_message_and_the_earlier_report_stays(ours, capsys, monkeypatch, place):
-    assert command(capsys, "evidence", ours / "final_lora", *SHORT).status == 0
-    results = ours / "inspected" / "final_lora"
-    before = {path.name: path.read_bytes() for path in results.iterdir()}
-    reached = []
-
-    def full(*_, **__):
-        reached.append(place)
-        monkeypatch.setattr(report_folder, "write_json", no_space)  # for what was found so far
-        no_space()
-
-    monkeypatch.setattr(report_folder, place, full)
-    end = command(capsys, "evidence", ours / "final_lora", *SHORT)
-    assert reached == [place]
-    assert end.status == 1 and end.err.count("No space left on device") == 1
-    assert "Free space there, or choose another folder with --output_dir" in end.err
-    assert {path.name: path.read_bytes() for path in results.iterdir()} == before
-
-
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
-    ours, capsys, monkeypatch
-):
-    words = ["evidence", ours / "final_lora", *SHORT]
-    end = command(capsys, *words, "--output_dir", ours / "run.json")
-    assert end.status == 1 and "--output_dir" in end.err and "gain" not in end.out
-    monkeypatch.setattr("tempfile.TemporaryFile", no_space)
-    end = command(capsys, *words)
-    assert end.status == 1 and "No space left on device" in end.err and "gain" not in end.out
-
-
-def test_two_adapters_of_one_name_may_be_measured_at_once(
-    capsys, no_picture, tmp_path, monkeypatch, eval_file
-):
-    """As by an array of jobs: neither had a report when the other one began."""
-    for name, std in (("exp1", 0.1), ("exp2", 0.5)):
-        save_adapter(tmp_path / name / "out" / "checkpoint-5", std=std)
-    monkeypatch.chdir(tmp_path)
-    words = ["--eval_file", eval_file, *SHORT]
-    measure_one = evidence.measure
-
-    def measure_the_other_first(*given):
-        monkeypatch.setattr(evidence, "measure", measure_one)
-        assert command(capsys, "evidence", "exp2/out/checkpoint-5", *words).status == 0
-        measure_one(*given)
-
-    monkeypatch.setattr(evidence, "measure", measure_the_other_first)
-    assert command(capsys, "evidence", "exp1/out/checkpoint-5", *words).status == 0
-    found = {path.name: read_json(path / "evidence.json") for path in Path("inspected").iterdir()}
-    assert {name: one["adapter"] for name, one in found.items()} == {
-        "out--checkpoint-5": "exp2/out/checkpoint-5",
-        "exp1--out--checkpoint-5": "exp1/out/checkpoint-5",
-    }
-
-
-STOPPED_BY_A_QUEUE = """
-import os, signal, tempfile
-tempfile.TemporaryDirectory = lambda **_: os.kill(os.getpid(), signal.SIGTERM)
+HEAVY = "torch transformers peft trl scipy safetensors train_lora_single datasets accelerate"
+# A program that runs a command where nothing of a model can be imported.
+ALONE = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in {HEAVY.split()}:
+            raise AssertionError(name)
+sys.meta_path.insert(0, Blocked())
+from inspect_lora.__main__ import main
+main(sys.argv[1:])
 """
+STAGES = ("updates", "lines", "parts", "shifts", "exchanges")
+HEADINGS = ("Updates", "Held-out replies", "Parts", "Strength, and change on other tasks", "Checks")
 
 
-def test_what_was_found_before_sigterm_is_kept_too(tmp_path, eval_file):
-    adapter = save_adapter(tmp_path / "adapter")
-    words = [sys.executable, "-m", "inspect_lora", "evidence", str(adapter), "--eval_file"]
-    words += [eval_file, *SHORT, "--output_dir", str(tmp_path / "found")]
-    end = run_in_a_fork(words, cwd=ROOT, first=STOPPED_BY_A_QUEUE)
-    assert end.returncode == 130 and end.stderr.endswith("Stopped.\n")
-    assert read_json(tmp_path / "found" / "evidence.json")["finished"] is False
+def reported(capsys, found):
+    """Return the tables of a record's report, by their headings."""
+    put(found)
+    status, _, errors = command(capsys, "report", found.folder)
+    assert (status, errors) == (0, "")
+    return tables_of(read(found))
 
 
-def test_what_cannot_be_printed_or_written_does_not_cost_the_report(tmp_path):
-    """A locale of ASCII has no plus-minus, and a kind may hold half a character."""
-    adapter = save_adapter(tmp_path / "adapter")
-    check = {"right": {"kind": "json", "keys": {"\ud83d": 1}}}
-    rows = [{"messages": messages_of(("a", "b")), "kind": "\ud83d", "checks": check}]
-    path = write_lines(tmp_path / "odd.jsonl", rows)
-    words = [sys.executable, "-m", "inspect_lora", "evidence", str(adapter), "--eval_file", path]
-    words += [*SHORT[:-1], "--output_dir", str(tmp_path / "found")]
-    first = "import sys; sys.stdout.reconfigure(encoding='ascii')"
-    end = run_in_a_fork(words, cwd=ROOT, first=first)
-    assert end.returncode == 0, end.stderr
-    assert r"\xb1 ? nats a token" in end.stdout and r"\ud83d" in end.stdout
-    assert r"\ud83d" in (tmp_path / "found" / "report.md").read_text(encoding="utf-8")
+def read(found, name="report.md"):
+    return (found.folder / name).read_text(encoding="utf-8")
 
 
-def test_what_a_killed_command_left_half_done_is_no_report(ours, capsys):
-    assert command(capsys, "evidence", ours / "final_lora", *SHORT).status == 0
-    results = ours / "inspected" / "final_lora"
-    (results / ".left").mkdir()
-    (results / ".left" / "evidence.json").write_bytes((results / "evidence.json").read_bytes())
-    end = command(capsys, "compare", ours)
-    assert end.status == 0 and end.out.count("adapter ") == 0 and ".left" not in end.out
+def test_a_report_needs_no_model_and_comes_out_the_same_again(tmp_path):
+    found = put(made(tmp_path / "report"))
+    put(made(tmp_path / "other"))
+    both = ["compare", tmp_path, "--output_dir", tmp_path / "both"]
+    wholes = []
+    for words in (["report", found.folder], ["report", found.folder], both):
+        program = [sys.executable, "-c", ALONE, *map(str, words)]
+        subprocess.run(program, check=True, timeout=120)
+        wholes.append({path.name: path.read_bytes() for path in found.folder.iterdir()})
+    assert len(wholes[0]) == 4 and wholes[0] == wholes[1] and (tmp_path / "both").is_dir()
+    assert wholes[0]["picture.png"].startswith(b"\x89PNG")
 
 
-def test_a_report_of_the_earlier_version_is_known_as_its_adapters(
-    capsys, no_picture, tmp_path, monkeypatch, eval_file
-):
-    """Schema 1 has the name that was typed, and no path."""
-    adapter = save_adapter(tmp_path / "out" / "adapter")
-    monkeypatch.chdir(tmp_path)
-    run = measure(capsys, adapter, eval_file, *SHORT)
-    old = {key: value for key, value in run.found.items() if key != "adapter_path"}
-    old |= {"schema": 1, "adapter": "out/adapter"}
-    folder = Path("inspected/out--adapter")
-    folder.mkdir(parents=True)
-    write_lines(folder / "evidence.json", [old])
-    words = ["--eval_file", eval_file, *SHORT]
-    assert command(capsys, "evidence", "out/adapter", *words).status == 0
-    assert [path.name for path in Path("inspected").iterdir()] == ["out--adapter"]
+def test_losses_of_all_replies_and_of_each_kind(capsys, tmp_path):
+    found = made(tmp_path)
+    _, *rows = reported(capsys, found)["Held-out replies"]
+    assert [row[0] for row in rows] == ["(all)", *KINDS]
+    for name, *cells in rows:
+        lines = [line for line in found.lines if name in ("(all)", line.kind)]
+        tokens = sum(line.tokens for line in lines)
+        base = sum(line.base for line in lines) / tokens
+        own = sum(line.adapter for line in lines) / tokens
+        assert cells[:4] == [str(len(lines)), f"{base:.4f}", f"{own:.4f}", f"{base - own:+.4f}"]
+        assert cells[5:] == ["", str(sum(line.adapter < line.base for line in lines))]
+
+
+def test_strengths_parts_and_updates(capsys, tmp_path):
+    found = made(tmp_path, 120)
+    for number, line in enumerate(found.lines):
+        line.cluster = f"conversation {number // 4}"
+    tables = reported(capsys, found)
+    rows = tables[HEADINGS[3]][1:]
+    lines = [found.lines[number] for number in found.measured_on]
+    tokens, whole = sum(line.tokens for line in lines), [r.base - r.adapter for r in lines]
+    clusters = [line.cluster for line in lines]
+    assert [row[0] for row in rows[:2]] == ["base", "x 0.25"] and len(rows) == 9
+    shown = {row[0]: row for row in [*rows, *tables["Parts"][1:]]}
+    for part in found.parts:
+        kept = [line.base - loss for line, loss in zip(lines, part.losses, strict=True)]
+        share, low, high = (100 * one for one in jackknife(kept, whole, clusters))
+        cells = [f"{sum(part.losses) / tokens:.4f}", f"{share:.1f} %", f"{low:.1f} to {high:.1f}"]
+        assert shown[part.name][1:5] == [*cells, "~" if low < 100 < high else ""]
+    for shift, row in zip(found.shifts, rows[1:], strict=True):
+        kl, low, high = jackknife(shift.kl, shift.tokens, range(30))
+        other = sum(shift.other) / sum(shift.tokens)
+        assert row[5:] == [f"{kl:.4f}", f"{low:.3f} to {high:.3f}", f"{100 * other:.1f} %"]
+    assert [row[2:] for row in tables["Updates"][1:]] == [
+        ["2.50 %", "3.00 %"],
+        ["3.00 %", "5.00 %"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "lost", "won", "is_clear"),
+    [(40, 9, 0, True), (40, 5, 0, False), (40, 9, 4, False), (19, 9, 0, False), (40, 20, 0, True)],
+)
+def test_a_check_has_counts_intervals_and_p(capsys, tmp_path, count, lost, won, is_clear):
+    """The first lines are lost, the last are won, and both pass those between."""
+    rows = [asked(n, before=n < count - won, after=n >= lost) for n in range(count)]
+    _, row = reported(capsys, made(tmp_path, exchanges=rows))["Checks"]
+    cells = ["is brief", str(count)]
+    for passed in (count - won, count - lost):
+        found = scipy.stats.binomtest(passed, count).proportion_ci(method="wilson")
+        cells += [str(passed), f"{100 * found.low:.0f} to {100 * found.high:.0f} %"]
+    p = scipy.stats.binomtest(lost, lost + won).pvalue
+    shown = f"{p:.3f}" if p >= 0.001 else "<0.001"
+    assert row == [*cells, str(lost), str(won), shown, "" if is_clear else "~"]
+
+
+def test_replies_that_ended_and_empty_ones_are_counted(capsys, tmp_path):
+    rows = [
+        asked(1, base=said(" \n"), adapter=said("one two"), checks={}),
+        asked(2, base=said("a b c d", ended=False), adapter=said(""), checks={}),
+        asked(3, base=said("one"), adapter=said("one"), checks={}, source="tasks"),
+    ]
+    rows = reported(capsys, made(tmp_path, exchanges=rows))["Replies"][1:]
+    assert [" ".join(row[1:]) for row in rows] == ["2 1 1 2 2 1 1", "1 1 0 1 1 0 1"]
+
+
+@pytest.mark.parametrize(("count", "gain"), [(38, 1.0), (60, 0.0), (60, -1.0), (1, 1.0)])
+def test_no_share_without_a_clear_gain(capsys, tmp_path, count, gain):
+    """Half of the lines measure the parts, and a third is of one kind."""
+    tables = reported(capsys, made(tmp_path, count, gain))
+    rows = [*tables["Parts"][1:], *tables[HEADINGS[3]][1:]]
+    assert all(row[2:5] == ["", "", ""] for row in rows)
+    rows = {row[0]: row for row in tables["Held-out replies"][1:]}
+    assert rows["(all)"][6] == ("~" if gain == 0 or count == 1 else "")
+    assert count == 1 or rows["all"][6] == ("" if gain == -1 else "~")
+    assert (rows["(all)"][5] == "?") is (count == 1)
+
+
+def test_the_report_names_kinds_checks_with_their_rules_and_the_system_message(capsys, tmp_path):
+    rule = {"any": ["999", "112"], "none": ["wait|see"], "most_questions": 1}
+    rows = [asked(n, rule=rule if n < 20 else {"any": ["000"]}, name="rings") for n in range(30)]
+    found = made(tmp_path, exchanges=rows)
+    reported(capsys, found)
+    text, page = read(found), read(found, "replies.html")
+    for word in ("999", "112", "wait", "most questions: 1", "rings", SYSTEM, *KINDS):
+        assert word in text and word in page
+    assert "20 of 30" in text and page.count("000") == 1  # a rule stands there once
+    assert all(word in text for word in ("someone/model", "abc", "12ab", "float32"))
+
+
+@pytest.mark.parametrize("learned", [None, 0, 7])
+def test_what_the_adapter_learned_is_counted_or_not_known(capsys, tmp_path, learned):
+    """Nothing says 0 where it is not known."""
+    found = put(made(tmp_path, learned=learned, too_long=5, refused=3))
+    for text in (command(capsys, "report", tmp_path)[1], read(found)):
+        (line,) = [one for one in text.splitlines() if "left out" in one]
+        assert re.findall(r"\d+", line) == ([] if learned is None else [str(learned)]) + ["5", "3"]
+        assert ("learned.txt" in line) is (learned is None)
+
+
+@pytest.mark.parametrize("missing", [*(STAGES[n:] for n in range(6)), ("lines", "parts")])
+def test_a_report_holds_what_was_measured(capsys, tmp_path, missing):
+    """A measurement was stopped somewhere, or there were prompts without replies."""
+    empty = {name: {} if name == "updates" else [] for name in missing}
+    empty |= {"measured_on": []} if "parts" in missing else {}
+    measured = [name for name in STAGES if name not in missing]
+    found = made(tmp_path, **empty, finished=False, seconds=dict.fromkeys(measured, 1.0))
+    expected = {HEADINGS[STAGES.index(name)] for name in measured}
+    expected |= {HEADINGS[3]} if "parts" in measured else set()
+    assert set(reported(capsys, found)) & set(HEADINGS) == expected
+    assert (tmp_path / "picture.png").exists() is ("lines" in measured)
+    assert all(name in read(found) for name in measured)
+
+
+def test_the_terminal_has_37_lines_of_100_columns_at_most(capsys, tmp_path):
+    """`evidence` prints three more. Here is everything, and more of it than usual."""
+    found = made(tmp_path, learned=None, too_long=1000, refused=100)
+    for number in range(8):
+        for kind in ("group", "cut"):
+            name = f"a part with a name that is rather long {number}"
+            found.parts.append(type(found.parts[0])(kind, name, [9.9e3] * 30))
+    for shift in found.shifts:
+        shift.kl = [30 * kl for kl in shift.kl]
+    found.exchanges = [
+        asked(number, name=f"a name of a check that is too long {number % 12}", source=source)
+        for source in ("held_out", "tasks")
+        for number in range(60)
+    ]
+    put(found)
+    lines = command(capsys, "report", tmp_path)[1].replace(str(tmp_path), "inspected").splitlines()
+    assert len(lines) <= 37 and max(map(len, lines)) <= 100
+
+
+def test_what_models_say_is_text_in_the_report(capsys, tmp_path):
+    nasty = "| <script>x</script> `a` **b** [c](d)\n# e\n| --- | &lt; $f$ ~~g~~ \\"
+    one = asked(1, base=said(nasty), adapter=said("fine"), reference=nasty, checks={}, kind=nasty)
+    one.messages[1]["content"] = nasty
+    found = made(tmp_path, exchanges=[one], adapter=nasty, system=nasty)
+    (rows,) = [rows for rows in reported(capsys, found).values() if rows[0][-1] == "reference"]
+    assert len(rows) == 2 and rows[1][1] == "fine"
+    assert not re.search(r"(?<!\\)<(?!br>)|\n# e|(?<!\\)[`*]+[ab]", read(found))
+
+
+def test_the_picture_shows_what_the_tables_have(capsys, tmp_path, monkeypatch, real_picture):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, _: figures.append(self))
+    tables = reported(capsys, made(tmp_path))
+
+    def xs(axes):
+        points = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
+        return [float(one[0]) for one in points if len(one) == 1]
+
+    def numbers(rows, column):
+        return [float(row[column].rstrip(" %") or 0) for row in rows]
+
+    gains, strengths, parts = figures[0].axes
+    assert xs(gains) == pytest.approx(numbers(tables["Held-out replies"][1:], 4), abs=1e-4)
+    assert np.sort(xs(parts)) == pytest.approx(np.sort(numbers(tables["Parts"][1:], 2)), abs=0.1)
+    (curve,) = [line for line in strengths.lines if len(line.get_xdata()) > 2]
+    rows = tables[HEADINGS[3]][1:-1]
+    assert curve.get_xdata() == pytest.approx(numbers(rows, 5), abs=1e-4)
+    assert curve.get_ydata() == pytest.approx(numbers(rows, 2), abs=0.1)
+
+
+@pytest.mark.parametrize("content", ["{", '{"schema": 2}', '{"schema": 3}', "[]"])
+def test_a_folder_without_a_record_is_named(capsys, tmp_path, content):
+    (tmp_path / "evidence.json").write_text(content)
+    status, out, errors = command(capsys, "report", tmp_path)
+    assert status == 1 and out == "" and f"{tmp_path}/evidence.json" in errors

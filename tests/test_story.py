@@ -1,10 +1,10 @@
-"""The story: one ShareGPT file, a tenth held out, Ctrl-C in epoch 2, the same command again."""
+"""The story that must work, from the first Ctrl-C to the evidence; and the first afternoon."""
 
+import ast
 import hashlib
 import json
 import math
 import os
-import re
 import select
 import shutil
 import signal
@@ -14,71 +14,46 @@ from pathlib import Path
 
 import peft
 import pytest
-from conftest import ROOT
-from processes import Fork, be_python, run_in_a_fork, write_to
-from trainers import (
-    ADAPTER,
-    Recorder,
-    at_step,
-    checkpoints,
-    command_in,
-    files,
-    logged,
-    on_trainer,
-    prepared,
-    read_record,
-    rows_of,
-    run,
-    token_loss,
-)
+import runs
+from by_hand import token_loss
+from conftest import ROOT, TOY
 from transformers import AutoModelForCausalLM
 
 import train_lora_single as t
 
-SETTINGS = {  # what they edit in the file
+SETTINGS = {  # what they type over the lines of the file
     "EVAL_FILE": "10%", "FINAL_LORA": "best", "TRAIN_FILE": "my talks.jsonl", "DEVICE": "cpu",
-    "DTYPE": "float32", "NUM_EPOCHS": 2, "LEARNING_RATE": 1e-2,
+    "DTYPE": "float32", "NUM_EPOCHS": 2, "LEARNING_RATE": 1e-2, "MODEL_NAME": TOY,
 }  # fmt: skip
 LINES, HELD_OUT, STEPS_AN_EPOCH = 60, 20, 10  # at least 20 are held out, also of a few
 
 
 def write_sharegpt(path):
-    """Write the shortest of the shipped conversations in that form, as people have them.
+    """Write conversations in that form, as people have them; return the lines.
 
     Some begin with a greeting that answers nobody, and some end with a question without a reply.
     """
-    rows = (ROOT / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     lines = []
-    for number, text in enumerate(sorted(rows, key=len)[:LINES]):
-        row = json.loads(text)
+    for number in range(LINES):
         names = {"system": "system", "user": "human", "assistant": "gpt"}
-        turns = [
-            {"from": names[message["role"]], "value": message["content"]}
-            for message in row["prompt"] + row["completion"]
-        ]
+        turns = [{"from": names[one["role"]], "value": one["content"]} for one in runs.talk(number)]
         if number % 7 == 0:
             turns.insert(1, {"from": "gpt", "value": "Hello, I am Nell."})
         if number % 9 == 0:
             turns.append({"from": "human", "value": "And then?"})
-        lines.append(json.dumps({"id": number, "conversations": turns}, ensure_ascii=False))
+        lines.append(json.dumps({"id": number, "conversations": turns}))
     path.write_text("\n".join(lines), encoding="utf-8")
     return lines
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory, tiny):
-    """Return a fresh clone in which the settings are edited, and the lines of its data."""
-    folder = tmp_path_factory.mktemp("story") / "clone"
-    folder.mkdir()
-    text = Path(t.__file__).read_text(encoding="utf-8")
-    for name, value in (SETTINGS | {"MODEL_NAME": tiny}).items():
-        line = re.compile(rf"(?m)^({name}: .* = )(\"[^\"]*\"|[\d.e-]+)(  #|$)")
-        text, count = line.subn(lambda found, value=value: f"{found[1]}{value!r}{found[3]}", text)
-        assert count == 1, name
-    (folder / "train_lora_single.py").write_text(text, encoding="utf-8")
-    if (ROOT / "inspect_lora").is_dir():
-        shutil.copytree(ROOT / "inspect_lora", folder / "inspect_lora")
-    return folder, write_sharegpt(folder / SETTINGS["TRAIN_FILE"])
+def edited_text():
+    """Return the script's text with each of SETTINGS typed over the line of its constant."""
+    lines = Path(t.__file__).read_text(encoding="utf-8").splitlines()
+    for node in ast.parse("\n".join(lines)).body:
+        name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
+        if name in SETTINGS:
+            lines[node.lineno - 1] = f"{name} = {SETTINGS[name]!r}"
+    return "\n".join(lines)
 
 
 def piped_to_tee(folder, prepare=None):
@@ -88,14 +63,14 @@ def piped_to_tee(folder, prepare=None):
     )
 
     def be_the_script():
-        write_to(folder / "errors")
+        runs.write_to(folder / "errors")
         os.dup2(tee.stdin.fileno(), 1)
         os.close(tee.stdin.fileno())
         if prepare:
             prepare(tee.pid)
-        be_python(["train_lora_single.py"], folder)
+        runs.be_python(["train_lora_single.py"], folder)
 
-    process = Fork(be_the_script)
+    process = runs.Fork(be_the_script)
     tee.stdin.close()
     status = process.end()
     tee.wait()
@@ -115,87 +90,173 @@ def press_ctrl_c_in_epoch_2(tee):
             continue
         os.kill(os.getpid(), signal.SIGINT)
 
-    at_step(pytest.MonkeyPatch(), 13, interrupt)
+    runs.at_step(pytest.MonkeyPatch(), 13, interrupt)
 
 
-def test_the_story(clone, tmp_path, tiny, monkeypatch):
-    folder, lines = clone
-    output = folder / "output"
+# ---- the same command in a process of its own, which is spied on --------------------------------
+
+# Each path opened for writing, made, moved or removed, and each connection is written to a list.
+SPY = """
+import os, runpy, sys
+spied = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+def whole(path, folder=-1):
+    folder = os.readlink(f"/proc/self/fd/{folder}") if folder != -1 else "."
+    return os.path.abspath(os.path.join(folder, os.fsdecode(path)))
+def spy(event, args):
+    paths = []
+    if event == "open" and isinstance(args[0], (str, bytes)):
+        by_flags = args[1] is None and isinstance(args[2], int) and args[2] & WRITES
+        paths = [whole(args[0])] if by_flags or set("wax+") & set(args[1] or "") else []
+    elif event == "os.rename":
+        paths = [whole(args[0], args[2]), whole(args[1], args[3])]
+    elif event in ("os.mkdir", "os.remove", "os.rmdir"):
+        paths = [whole(args[0], args[-1])]
+    elif event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        os.write(spied, f"network {args}\\n".encode())
+    for path in paths:
+        os.write(spied, f"write {path}\\n".encode())
+sys.addaudithook(spy)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+SECRET = "s3cr3t-0f-the-user"
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MY_PASSWORD")
+UNSET = ("HF_HUB_OFFLINE", "PYTHONPATH", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TOY_MODEL")
+
+
+def spied_on(folder, elsewhere):
+    """Do the command as a user with secrets; return its output after a look at what it touched."""
+    caches = [elsewhere / name for name in ("home", "cache", "tmp")]
+    for path in caches:
+        path.mkdir()
+    environment = {key: value for key, value in os.environ.items() if key not in UNSET}
+    environment |= dict(zip(("HOME", "HF_HOME", "TMPDIR"), map(str, caches), strict=True))
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"} | dict.fromkeys(SECRETS, SECRET)
+    done = subprocess.run(
+        [sys.executable, "-c", SPY, str(elsewhere / "spied"), "train_lora_single.py"],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    spied = (elsewhere / "spied").read_text(encoding="utf-8").splitlines()
+    written = {Path(line.partition(" ")[2]) for line in spied if line.startswith("write ")}
+    allowed = (folder / "output", Path("/dev"), *caches)
+    assert len(written) > 10
+    assert [path for path in written if not any(map(path.is_relative_to, allowed))] == []
+    assert [line for line in spied if line.startswith("network ")] == []
+    found = [path for path in (folder / "output").rglob("*") if path.is_file()]
+    assert [path for path in found if SECRET.encode() in path.read_bytes()] == []
+    assert len(found) > 10 and SECRET not in done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_story(tmp_path, monkeypatch):
+    folder, output = tmp_path / "clone", tmp_path / "clone" / "output"
+    folder.mkdir()
+    (folder / "train_lora_single.py").write_text(edited_text(), encoding="utf-8")
+    lines = write_sharegpt(folder / SETTINGS["TRAIN_FILE"])
 
     # They press Ctrl-C in epoch 2. The step is finished and saved, though tee is dead by then.
-    status, log = piped_to_tee(folder, press_ctrl_c_in_epoch_2)
-    assert status == 130 and "step 10/20" in log and "stopping" not in log
-    assert re.search(r"(?m)^held out +20 of the 60 ", log)
-    assert checkpoints(output)[-1] == 13 and not (output / "final_lora").exists()
+    status, _ = piped_to_tee(folder, press_ctrl_c_in_epoch_2)
+    assert status == 130
+    assert runs.checkpoints(output)[-1] == 13 and not (output / "final_lora").exists()
+    assert runs.read_record(output)["outcome"].startswith("interrupted: ")
 
-    # The same command goes on.
-    status, log = piped_to_tee(folder)
-    assert status == 0 and re.search(r"(?m)^resume .*checkpoint-13$", log)
-    record = read_record(output)
-    assert record["outcome"] == "finished" and record["plan"]["steps"] == 20
+    # The same command goes on, asks nobody, and writes nothing elsewhere.
+    assert "checkpoint-13" in spied_on(folder, tmp_path)
+    record = runs.read_record(output)
+    assert record["outcome"] == "finished" == runs.read_record(output / "final_lora")["outcome"]
 
-    # And again: the job is finished, and nothing is written.
-    left = files(output)
-    status, again = piped_to_tee(folder)
-    assert status == 0 and len(re.findall("(?m)^finished ", again)) == 1
-    assert files(output) == left and "step " not in again.partition("\nfinished ")[2]
+    # And again: the job is finished, and no file changes.
+    left = runs.files(output)
+    status, _ = piped_to_tee(folder)
+    assert status == 0 and runs.files(output) == left
 
     # The adapter has the bytes of an uninterrupted run, of the best epoch.
     monkeypatch.chdir(folder)
     recorders = []
-    on_trainer(monkeypatch, lambda trainer: recorders.append(Recorder(trainer)))
+    runs.on_trainer(monkeypatch, lambda trainer: recorders.append(runs.Recorder(trainer)))
     flags = [word for name, value in SETTINGS.items() for word in (f"--{name.lower()}", value)]
-    flags += ["--model_name", tiny, "--output_dir", tmp_path / "whole"]
-    assert run(flags) == 0
-    assert (tmp_path / "whole" / ADAPTER).read_bytes() == (output / ADAPTER).read_bytes()
-    losses = logged(record["loss_history"], "eval_loss")[1:]
-    assert record["published"]["step"] == STEPS_AN_EPOCH * (1 + losses.index(min(losses)))
+    flags += ["--output_dir", tmp_path / "whole"]
+    assert runs.run(flags) == 0
+    assert (tmp_path / "whole" / runs.ADAPTER).read_bytes() == (output / runs.ADAPTER).read_bytes()
+    losses = runs.logged(record["loss_history"], "eval_loss")[1:]
+    assert record["adapter"]["step"] == STEPS_AN_EPOCH * (1 + losses.index(min(losses)))
 
     # No held-out line was trained on; held_out.jsonl has them as they were.
     held_out = (output / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(held_out) == HELD_OUT and {*held_out} <= {*lines}
+    assert [json.loads(one) for one in held_out] == [
+        row for row in map(json.loads, lines) if row in map(json.loads, held_out)
+    ]
     facts = record["data"]["held_out"]
-    assert facts["file"] == "output/held_out.jsonl"
+    assert facts["examples"] == HELD_OUT == len(held_out)
     assert facts["sha256"] == hashlib.sha256((output / "held_out.jsonl").read_bytes()).hexdigest()
-    job = prepared(flags)
-    trained = {tuple(row) for row in rows_of(recorders[0].trained)}
+    job = runs.prepared(flags)
+    trained = {tuple(row) for row in runs.rows_of(recorders[0].trained)}
     assert trained == {tuple(example.input_ids) for example in job.examples}
-    assert not trained & {tuple(example.input_ids) for example in job.held_out}
-    questions = {json.loads(line)["id"]: first_question(line) for line in lines}
     ids = {json.loads(line)["id"] for line in held_out}
-    texts = job.chat_format.tokenizer.batch_decode([list(row) for row in trained])
-    for number, question in questions.items():
-        assert any(f"user\n{question}<|im_end|>" in text for text in texts) == (number not in ids)
+    texts = job.tokenizer.batch_decode([list(row) for row in trained])
+    for number in range(LINES):
+        asked = f"number {number}?<|im_end|>"
+        assert any(asked in text for text in texts) == (number not in ids)
 
-    evidence_from_another_folder(folder, log, tmp_path, job)
-
-
-def first_question(line):
-    turns = json.loads(line)["conversations"]
-    return next(turn["value"] for turn in turns if turn["from"] == "human").strip()
+    look_at_the_evidence(folder, tmp_path, job)
 
 
-def evidence_from_another_folder(folder, log, elsewhere, job):
-    """Inspect the adapter from another folder; the gain must be what a computation by hand gives.
+def look_at_the_evidence(folder, elsewhere, job):
+    """Inspect the adapter; the gain must be what a computation by hand gives.
 
-    Without the package beside the script nothing is measured, and the run has said so.
+    Without the package beside the script nothing is measured.
     """
-    if not (folder / "inspect_lora").is_dir():
-        assert not re.search("(?m)^ *python ", log) and "inspect_lora" in log
+    if not (ROOT / "inspect_lora").is_dir():
         return
-    _, package, *words = command_in(log, "python", "inspect_lora", "evidence")
-    assert words == ["evidence", "output/final_lora"]
-    words = [str(folder / package), "evidence", str(folder / "output" / "final_lora")]
-    less = ["--general_file", "", "--samples", "1", "--max_new_tokens", "3"]
-    done = run_in_a_fork([sys.executable, *words, *less], cwd=elsewhere)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(
-        (folder / "output" / "inspected" / "final_lora" / "evidence.json").read_bytes()
-    )
-    base = AutoModelForCausalLM.from_pretrained(job.settings.MODEL_NAME, dtype="float32").eval()
+    shutil.copytree(ROOT / "inspect_lora", folder / "inspect_lora")
+    adapter = folder / "output" / "final_lora"
+    less = ["--general_file", "", "--replies", "0", "--parts", "0", "--device", "cpu"]
+    words = ["-m", "inspect_lora", "evidence", "output/final_lora", *less]
+
+    def be_the_package():
+        runs.write_to(elsewhere / "said")
+        runs.be_python(words, folder)
+
+    assert runs.Fork(be_the_package).end() == 0, (elsewhere / "said").read_text(encoding="utf-8")
+    found = runs.read_json(folder / "output" / "inspected" / "final_lora" / "evidence.json")
+    base = AutoModelForCausalLM.from_pretrained(TOY, dtype="float32").eval()
     before = token_loss(base, job.held_out)
-    adapted = peft.PeftModel.from_pretrained(base, folder / "output" / "final_lora").eval()
+    adapted = peft.PeftModel.from_pretrained(base, adapter).eval()
     gain = before - token_loss(adapted, job.held_out)
-    assert math.isfinite(gain) and gain > 0
-    assert found["gain"]["value"] == pytest.approx(gain, rel=1e-4)
-    assert len(found["losses"]) == len(job.held_out)
+    assert math.isfinite(gain) and gain > 0 and len(found["lines"]) == len(job.held_out)
+    tokens = sum(line["tokens"] for line in found["lines"])
+    measured = sum(line["base"] - line["adapter"] for line in found["lines"]) / tokens
+    assert measured == pytest.approx(gain, rel=1e-4)
+
+
+# ---- the first afternoon ------------------------------------------------------------------------
+
+
+def test_the_first_afternoon(finished, tmp_path, monkeypatch, capfd):
+    """Start, Ctrl-C, edit a constant, start again: it begins anew. Put it back: the first goes on.
+
+    And then "finished" is said of the job whose final_lora lies there.
+    """
+    output, recorders = tmp_path / "output", []
+    runs.on_trainer(monkeypatch, lambda trainer: recorders.append(runs.Recorder(trainer)))
+    flags = [*finished.flags, "--output_dir", output]
+    with pytest.MonkeyPatch.context() as patch:
+        runs.at_step(patch, 3, runs.send(signal.SIGINT))
+        assert runs.run(flags) == 130
+    (first,) = runs.job_folders(output)
+    assert runs.checkpoints(output) == [3]
+    edited = runs.edited_script(tmp_path, (f"\nLORA_R = {t.LORA_R}", "\nLORA_R = 4")).main
+    end = runs.command(capfd, flags, edited)
+    assert end.status == 0 and "LORA_R" in end.out  # what the other job has otherwise
+    assert len(runs.rows_of(recorders[1].trained)) == 28 and len(runs.job_folders(output)) == 2
+    assert runs.read_json(output / "final_lora" / "adapter_config.json")["r"] == 4
+    assert [*first.glob("checkpoint-*")] == [first / "checkpoint-3"]
+    assert runs.run(flags) == 0
+    assert len(runs.rows_of(recorders[2].trained)) == 28 - 12
+    assert (output / runs.ADAPTER).read_bytes() == (finished.output / runs.ADAPTER).read_bytes()
+    (older,) = output.glob("final_lora.*")
+    assert runs.read_json(older / "adapter_config.json")["r"] == 4
+    left = runs.files(output)
+    assert runs.run(flags) == 0 and runs.files(output) == left and len(recorders) == 3

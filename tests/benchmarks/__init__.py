@@ -1,1 +1,0 @@
-"""The parts of tests/benchmark.py, each file with one purpose."""

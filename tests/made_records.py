@@ -1,0 +1,133 @@
+"""Records of measurements that never were, for report, compare and replies.html."""
+
+import dataclasses
+import math
+import random
+import re
+
+import numpy as np
+import scipy.stats
+
+from inspect_lora import __main__, record
+from inspect_lora.record import Exchange, Line, Part, Record, Said, Shift
+
+SYSTEM = "You are Nell."
+KINDS = ("all", "emergency", "everyday")
+BRIEF = {"most_words": 40}
+STRENGTHS = {0.25: 0.35, 0.5: 0.66, 0.75: 0.88, 1.25: 1.02, 1.5: 0.9, 2.0: 0.4}
+PARTS = {("group", "attention alone"): 0.4, ("target", "q_proj alone"): 0.1}
+PARTS |= {("cut", "cut to 4 of 8"): 0.99, ("cut", "cut to 2 of 8"): 0.9}
+
+
+def said(text, passes=(), *, ended=True, tokens=4):
+    return Said(text, tokens, ended, dict(passes))
+
+
+def asked(number, *, before=True, after=True, rule=BRIEF, name="is brief", **changes):
+    """Return an exchange with one check, and what it says of both replies."""
+    question = {"role": "user", "content": f"question {number}"}
+    facts = {
+        "source": "held_out",
+        "where": f"data/eval.jsonl:{number}",
+        "kind": KINDS[number % 3],
+        "messages": [{"role": "system", "content": SYSTEM}, question],
+        "reference": f"reference {number}",
+        "checks": {name: rule},
+        "base": said(f"of the base {number}", {name: before}, ended=False),
+        "adapter": said(f"of the adapter {number}", {name: after}),
+    }
+    return Exchange(**facts | changes)
+
+
+def lines_of(count, gain=1.0, base=4.0):
+    """Return held-out lines of three kinds, with about this gain, in nats a token."""
+    draw, lines = random.Random(0), []
+    for number in range(count):
+        tokens, where = draw.randint(5, 60), f"eval.jsonl:{number}"
+        losses = base * tokens, tokens * (base - gain - draw.gauss(0, 0.5))
+        lines.append(Line(f"id {number}", where, where, KINDS[number % 3], tokens, *losses))
+    return lines
+
+
+def part_of(lines, kind, name, share):
+    """Return a part that keeps about this share of the gain on these lines."""
+    draw = random.Random(name)
+    kept = [share + draw.gauss(0, 0.05) for _ in lines]
+    pairs = zip(lines, kept, strict=True)
+    return Part(kind, name, [one.base - own * (one.base - one.adapter) for one, own in pairs])
+
+
+def shift_of(strength, system=False, replies="the same"):
+    draw = random.Random(strength)
+    tokens = [draw.randint(20, 64) for _ in range(30)]
+    kl = [strength**2 * count * draw.uniform(0.2, 0.6) for count in tokens]
+    return Shift(strength, system, kl, [count // 4 for count in tokens], tokens, replies)
+
+
+def made(folder, count=60, gain=1.0, **changes):
+    """Return a record with everything."""
+    lines, measured_on = lines_of(count, gain), list(range(0, count, 2))
+    half = [lines[number] for number in measured_on]
+    parts = [part_of(half, "strength", f"x {one:g}", share) for one, share in STRENGTHS.items()]
+    parts += [part_of(half, *name, share) for name, share in PARTS.items()]
+    shifts = [*map(shift_of, sorted((*STRENGTHS, 1.0))), shift_of(1.0, True)]
+    on = {"base": "someone/model", "commit": "abc", "dtype": "float32", "enable_thinking": False}
+    on |= {"measured": "2026-11-30", "eval_file": {"file": "data/eval.jsonl", "sha256": "12ab"}}
+    facts = {
+        "adapter": "output/final_lora",
+        "id": f"id of {folder}",
+        "config": {"r": 8, "target_modules": ["q_proj", "up_proj"]},
+        "run": {"settings": {"LEARNING_RATE": 1e-4, "OUTPUT_DIR": str(folder)}},
+        "updates": {"q_proj": [0.02, 0.03], "up_proj": [0.01, 0.05]},
+        "tasks": [f"general.jsonl:{number}" for number in range(30)],
+        "exchanges": [asked(number) for number in range(30)],
+        "seconds": {"losses": 12.0, "parts": 3.0},
+    }
+    facts |= {"on": on, "system": SYSTEM, "learned": 0, "lines": lines, "measured_on": measured_on}
+    facts |= {"parts": parts, "shifts": shifts, "max_new_tokens": 200, "finished": True}
+    return Record(**facts | {"folder": folder} | changes)
+
+
+def put(found, **on):
+    """Write a record where `evidence` would; what it was measured on may be changed."""
+    found = dataclasses.replace(found, on=found.on | on)
+    found.folder.mkdir(parents=True, exist_ok=True)
+    record.save(found)
+    return found
+
+
+def jackknife(numerators, denominators, clusters, chance=0.05):
+    """Return a ratio and its interval by leaving out one cluster after the other."""
+    above, below = np.array(numerators), np.array(denominators, dtype=float)
+    names = sorted(set(clusters))
+    kept = [np.array([one != name for one in clusters]) for name in names]
+    left = np.array([above[mask].sum() / below[mask].sum() for mask in kept])
+    value = above.sum() / below.sum()
+    sizes = np.array([below[~mask].sum() for mask in kept])
+    effective = sizes.sum() ** 2 / (sizes**2).sum()
+    error = math.sqrt((len(names) - 1) / len(names) * ((left - value) ** 2).sum())
+    margin = scipy.stats.t.ppf(1 - chance / 2, effective - 1) * error
+    return value, value - margin, value + margin
+
+
+def command(capsys, *words):
+    """Run a command of the package; return its status, what it printed, and its errors."""
+    status = 0
+    try:
+        __main__.main([str(word) for word in words])
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def tables_of(markdown):
+    """Return the tables of a page by the heading above them, as rows of cells, the head first."""
+    tables, heading = {}, ""
+    for line in markdown.splitlines():
+        if line.startswith("#"):
+            heading = line.strip("# ")
+        elif line.startswith("|") and not line.startswith("| ---"):
+            cells = re.split(r"(?<!\\)\|", line)[1:-1]
+            plain = [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in cells]
+            tables.setdefault(heading, []).append(plain)
+    return tables

@@ -1,0 +1,365 @@
+"""Runs of the commands: short ones in this process, forks of it, and what they leave."""
+
+import contextlib
+import gc
+import importlib.util
+import json
+import logging
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import traceback
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import trl
+from conftest import ROOT, TOY, default_handlers
+from safetensors.torch import load_file, save_file
+from toys import WEIGHTS
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import train_lora_single as t
+
+ADAPTER = "final_lora/adapter_model.safetensors"
+
+NOUNS = ["tea", "rain", "garden", "kettle", "letter", "window", "nephew", "biscuit", "road", "cup"]
+SYSTEM = "You are Nell."
+
+
+def talk(number, length=1):
+    """Return the messages of a made-up conversation; no two numbers ask the same."""
+    draw = random.Random(number)
+    asked = f"Where is the {draw.choice(NOUNS)}, number {number}?"
+    said = [f"The {draw.choice(NOUNS)} is by the {draw.choice(NOUNS)}." for _ in range(length)]
+    texts = {"system": SYSTEM, "user": asked, "assistant": " ".join(said)}
+    return [{"role": role, "content": text} for role, text in texts.items()]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def write_talks(path, numbers, long=()):
+    """Write the conversations with these numbers, and long ones; return the path as text."""
+    talks = [talk(n, 1 + n % 3) for n in numbers] + [talk(n, 12) for n in long]
+    return write_lines(path, [{"prompt": one[:-1], "completion": one[-1:]} for one in talks])
+
+
+def short_flags(folder, train=13, held_out=4):
+    """Write short data into a folder; return the flags of a short run into folder/output.
+
+    There are two epochs, each of four steps as it stands, and a checkpoint every three steps.
+    """
+    files = {"train": folder / "train.jsonl", "eval": folder / "eval.jsonl"}
+    write_talks(files["train"], range(train), long=[900])
+    write_talks(files["eval"], range(500, 500 + held_out))
+    flags = ["--model_name", TOY, "--device", "cpu", "--dtype", "float32", "--num_epochs", "2"]
+    flags += ["--learning_rate", "1e-2", "--logging_steps", "1", "--save_steps", "3"]
+    flags += ["--train_file", str(files["train"]), "--output_dir", str(folder / "output")]
+    return [*flags, "--eval_file", str(files["eval"]) if held_out else ""]
+
+
+def do_short_run(folder, stop_after=None):
+    """Do a short run with a recorder, to its end or until Ctrl-C in a step."""
+    recorders = []
+    with pytest.MonkeyPatch.context() as patch:
+        on_trainer(patch, lambda trainer: recorders.append(Recorder(trainer)))
+        if stop_after:
+            at_step(patch, stop_after, send(signal.SIGINT))
+        flags = short_flags(folder)
+        assert run(flags) == (130 if stop_after else 0)
+    torch.save({"recorded": recorders[0].found, "flags": flags}, folder / "short_run.pt")
+    gc.collect()
+    gc.freeze()  # each run collects garbage: what the imports made need not be looked through
+
+
+def short_run(folder):
+    """Return such a run: .folder, which has its data, .output, .flags and .recorded."""
+    found = torch.load(folder / "short_run.pt", weights_only=False)
+    recorded = types.SimpleNamespace(**found["recorded"])
+    return types.SimpleNamespace(
+        folder=folder, output=folder / "output", flags=found["flags"], recorded=recorded
+    )
+
+
+def run(argv, main=None):
+    """Give the command in this process; return its exit status as Python would."""
+    default_handlers()
+    try:
+        (main or t.main)([str(word) for word in argv])
+    except SystemExit as stop:
+        return stop.code or 0
+    except BaseException as error:  # pytest would take KeyboardInterrupt for its own
+        traceback.print_exc()
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def command(capfd, argv, main=None):
+    """Give the command in this process; return its .status and what it printed, .out and .err."""
+    capfd.readouterr()
+    status = run(argv, main)
+    out, err = capfd.readouterr()
+    return types.SimpleNamespace(status=status, out=out, err=err)
+
+
+def refused(capfd, argv, *keys, status=1, main=None):
+    """The command ends with this status, without a traceback, and names these keys."""
+    assert not [key for key in keys if " " in key], "a key is no sentence"
+    end = command(capfd, argv, main)
+    assert end.status == status and "Traceback" not in end.err, end.err
+    assert [key for key in keys if key not in end.err] == [], end.err
+    return end
+
+
+def prepared(flags):
+    """Return a job as it is before the weights are loaded: with its data and its plan."""
+    job = t.Job(t.parse_settings([*map(str, flags), "--dry_run"]))
+    t.run(job)
+    job.settings.dry_run = False
+    return job
+
+
+def edited_script(folder, *changes):
+    """Return a copy of the script as a module, with each (old, new) text changed once."""
+    text = Path(t.__file__).read_text(encoding="utf-8")
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = folder / "edited_script.py"
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("edited_script", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["edited_script"] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def changed_model(folder, new, change):
+    """Return the path of a copy of a model's folder whose tensors change(tensors) has edited."""
+    shutil.copytree(folder, new)
+    tensors = load_file(Path(new) / WEIGHTS)
+    change(tensors)
+    save_file(tensors, Path(new) / WEIGHTS, {"format": "pt"})
+    return str(new)
+
+
+def read_json(path):
+    """Return a JSON file's value, which must be valid JSON: NaN is no number there."""
+    text = Path(path).read_text(encoding="utf-8")
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{path} holds {word}"))
+
+
+def read_record(output):
+    return read_json(output / "run.json")
+
+
+def logged(history, key):
+    """Return the values of key in a trainer's log, in order."""
+    return [entry[key] for entry in history if key in entry]
+
+
+def files(path):
+    """Return the bytes of each file below a folder, but for the log and the lock."""
+    return {
+        str(one.relative_to(path)): one.read_bytes()
+        for one in sorted(path.rglob("*"))
+        if one.is_file() and one.name not in ("all_logs.log", ".lock")
+    }
+
+
+def job_folders(output):
+    """Return the folders of the jobs that have checkpoints, the newest last."""
+    folders = [path.parent for path in output.glob("checkpoints/*/job.json")]
+    return sorted(folders, key=lambda folder: (folder / "job.json").stat().st_mtime_ns)
+
+
+def checkpoints(output):
+    """Return the steps of the checkpoints of all jobs, in order."""
+    paths = output.glob("checkpoints/*/checkpoint-*")
+    return sorted(int(path.name.rpartition("-")[2]) for path in paths)
+
+
+def send(*numbers):
+    """Return what sends this process signals, one after the other."""
+    return lambda *_, **__: [os.kill(os.getpid(), number) for number in numbers]
+
+
+def before(patch, owner, name, action, number=1):
+    """Do action(*arguments) before call number (from 1) of owner.name."""
+    real, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            action(*args, **kwargs)
+        return real(*args, **kwargs)
+
+    patch.setattr(owner, name, call)
+
+
+def at_step(patch, number, action):
+    """Do action within this process's training step number; after a resume they count from 1."""
+    handler = transformers.trainer_callback.CallbackHandler
+    before(patch, handler, "on_pre_optimizer_step", action, number)
+
+
+def on_trainer(patch, change):
+    """Have change(trainer) called as soon as TRL has made its trainer and injected LoRA."""
+    real = trl.SFTTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        change(self)
+
+    patch.setattr(trl.SFTTrainer, "__init__", init)
+
+
+def made_up(prompt_ids, reply_ids):
+    return t.Example("made up", [], {}, prompt_ids=prompt_ids, reply_ids=reply_ids)
+
+
+def give_examples(job, lengths, seed=0):
+    """Give a job made-up examples of these lengths, whose second halves are targets."""
+    numbers = random.Random(seed)
+    job.examples = []
+    for length in lengths:
+        ids = [numbers.randrange(10, 2000) for _ in range(length)]
+        job.examples.append(made_up(ids[: length // 2], ids[length // 2 :]))
+    t.make_plan(job)
+
+
+def lora(model):
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def set_b(model):
+    """Give LoRA an effect: B is zero at first, and A has no gradient then."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in lora(model).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+
+
+def is_recomputing(model):
+    """Return whether the layers recompute their activations: all of them, or none."""
+    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    (flag,) = {layer.gradient_checkpointing for layer in layers}
+    return flag
+
+
+class Recorder(transformers.TrainerCallback):
+    """What a trainer's model is given in each pass, and what its steps do."""
+
+    def __init__(self, trainer):
+        self.model, self.optimizer = trainer.model, None
+        self.trained, self.evaluated = [], []  # passes: rows, size, mask, keys, is_recomputed
+        self.gradients, self.rates, self.weights = [], [], []  # before each step of the optimizer
+        self.handle = trainer.model.register_forward_pre_hook(self.before, with_kwargs=True)
+        trainer.add_callback(self)
+
+    @property
+    def found(self):
+        names = ("trained", "evaluated", "gradients", "rates", "weights")
+        return {name: getattr(self, name) for name in names}
+
+    def stop(self):
+        self.handle.remove()
+
+    def before(self, model, args, inputs):
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        given = {"rows": [row[one].tolist() for row, one in zip(ids, mask, strict=True)]}
+        given |= {"size": ids.numel(), "keys": set(inputs), "mask": mask.clone()}
+        given["is_recomputed"] = is_recomputing(model)
+        (self.trained if model.training else self.evaluated).append(given)
+
+    def on_pre_optimizer_step(self, *_, optimizer, **__):
+        self.optimizer = optimizer
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.gradients.append({n: p.grad.clone() for n, p in lora(self.model).items()})
+        self.weights.append({n: p.detach().clone() for n, p in lora(self.model).items()})
+
+
+def rows_of(passes):
+    """Return all rows of some passes, without their padding, which must be on the right."""
+    for one in passes:
+        for mask in one["mask"].tolist():
+            assert mask == sorted(mask, reverse=True)
+    return [row for one in passes for row in one["rows"]]
+
+
+# ---- forks of this process, which has done the slow imports -------------------------------------
+
+OUR_OWN = {"train_lora_single", "inspect_lora", "conftest", "runs", "toys", "by_hand"}
+
+
+class Fork(multiprocessing.get_context("fork").Process):
+    """A child of this process that does something, begun at once."""
+
+    def __init__(self, be):
+        super().__init__()
+        self.be = be
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of pytest-xdist's own thread
+            self.start()
+
+    def run(self):
+        os.setsid()  # a terminal's signals are not for it
+        logging.root.handlers.clear()  # whose files are the parent's
+        default_handlers()
+        try:
+            self.be()
+        finally:
+            with contextlib.suppress(OSError):  # its reader is gone
+                sys.stdout.flush()
+            sys.stdout = None
+
+    def end(self, seconds=120):
+        """Wait for it, and return its exit status; the signal's number below 0 if one ended it."""
+        self.join(seconds)
+        hangs = self.exitcode is None
+        self.kill()
+        assert not hangs
+        return self.exitcode
+
+
+def write_to(path):
+    """Let standard output and error of this child go to a file, by streams of its own."""
+    for number in (1, 2):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (
+        open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        for number in (1, 2)
+    )
+
+
+def be_python(words, cwd=ROOT):
+    """Do what `python WORDS` does in a folder, as if nothing of ours had been imported yet."""
+    os.chdir(cwd)
+    for name in [name for name in sys.modules if name.partition(".")[0] in OUR_OWN]:
+        del sys.modules[name]
+    # The file's own folder comes first, and those of the tests are not on its path.
+    others = [one for one in sys.path if Path(one or ".").resolve() not in (ROOT, ROOT / "tests")]
+    if words[0] == "-m":
+        sys.argv, sys.path[:] = words[1:], [os.getcwd(), *others]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[:] = words, [str(Path(words[0]).resolve().parent), *others]
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def be_the_script(argv, said, prepare=None):
+    """Be the command: run the script's file as Python does, with its output in the file said."""
+    write_to(said)
+    if prepare:
+        prepare(pytest.MonkeyPatch())
+    be_python(["train_lora_single.py", *map(str, argv)])

@@ -1,0 +1,330 @@
+"""The command: a flag for each setting, what is refused, errors and statuses, the environment."""
+
+import argparse
+import ast
+import importlib.metadata
+import json
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, TOY
+from packaging.requirements import Requirement
+from runs import ADAPTER, checkpoints, command, edited_script, read_record, refused, run, send
+from transformers.integrations import integration_utils
+
+import train_lora_single as t
+
+SCRIPT = Path(t.__file__)
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+HELLO = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+ARTICLE = {  # as the article says, and as the file is shipped
+    "MODEL_NAME": "Qwen/Qwen3.5-4B", "DTYPE": "bfloat16", "DEVICE": "cuda", "MAX_SEQ_LEN": 512,
+    "LORA_R": 8, "LORA_ALPHA": 16, "LORA_DROPOUT": 0.05, "NUM_EPOCHS": 3, "MAX_STEPS": 0,
+    "LORA_TARGET_MODULES": [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    ],
+    "BATCH_SIZE": 2, "GRADIENT_ACCUMULATION_STEPS": 2, "LEARNING_RATE": 2e-4, "SEED": 42,
+    "LR_SCHEDULER_TYPE": "cosine", "WARMUP_RATIO": 0.03, "USE_FLA": False, "MATMUL": "auto",
+}  # fmt: skip
+OTHER_CHOICE = {
+    "DTYPE": "float32", "DEVICE": "cpu", "REPLIES": "last", "LR_SCHEDULER_TYPE": "linear",
+    "FINAL_LORA": "best", "REPORT_TO": "tensorboard", "MATMUL": "native",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(in_the_root, tmp_path, monkeypatch):
+    """Work in a folder with eight lines."""
+    monkeypatch.chdir(tmp_path)
+    Path("t").write_text((json.dumps({"messages": HELLO}) + "\n") * 8)
+
+
+FILES = ["--model_name", TOY, "--train_file", "t", "--eval_file", ""]
+RUN = [*FILES, "--device", "cpu", "--dtype", "float32", "--learning_rate", "1e-2"]
+RUN += ["--output_dir", "output", "--max_steps", "2", "--save_steps", "1"]
+
+
+def another(name):
+    """Return a valid value that is not the setting's own."""
+    value = getattr(t, name)
+    if name in OTHER_CHOICE:
+        return OTHER_CHOICE[name]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return f"another/{name}"
+    if isinstance(value, list):
+        return ["up_proj", "k_proj"]
+    return value + 1 if isinstance(value, int) else value / 2
+
+
+def words(value):
+    return list(map(str, value if isinstance(value, list) else [value]))
+
+
+def statements():
+    """Return {name: the text of its assignment} of the settings."""
+    nodes = [node for node in ast.parse(SOURCE).body if isinstance(node, ast.Assign)]
+    lines = SOURCE.splitlines()
+    texts = {one.targets[0].id: lines[one.lineno - 1 : one.end_lineno] for one in nodes}
+    return {name: "\n".join(texts[name]) for name in t.SETTINGS}
+
+
+# ---- settings and their flags -------------------------------------------------------------------
+
+
+def test_the_shipped_settings_are_the_articles():
+    given = vars(t.parse_settings([]))
+    assert {name: given[name] for name in ARTICLE} == ARTICLE
+    assert given.keys() - t.SETTINGS.keys() <= {"dry_run", "demo"} and not given["dry_run"]
+
+
+def test_each_setting_is_a_flag_of_its_type_with_hyphens_or_underscores():
+    shipped = vars(t.parse_settings([]))
+    for name in t.SETTINGS:
+        value = another(name)
+        for flag in (f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"):
+            given = vars(t.parse_settings([flag, *words(value)]))
+            assert given == shipped | {name: value}
+            assert type(given[name]) is type(shipped[name])
+    assert t.parse_settings(["--eval-file=my-held-out.jsonl"]).EVAL_FILE == "my-held-out.jsonl"
+
+
+def test_a_line_typed_over_another_without_type_or_comment_is_the_default(tmp_path, capfd):
+    mine = {name: another(name) for name in t.SETTINGS}
+    changes = [(text, f"{name} = {mine[name]!r}") for name, text in statements().items()]
+    copy = edited_script(tmp_path, *changes)
+    assert copy.parse_settings([]) == argparse.Namespace(**mine, dry_run=False)
+    assert copy.SETTINGS.keys() == t.SETTINGS.keys()
+    assert copy.parse_settings(["--lora_r", "4"]).LORA_R == 4
+
+
+def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
+    """The flag, run.json and the comparison of jobs follow. One that nothing reads is named."""
+    seed, rate = statements()["SEED"], "        learning_rate=settings.LEARNING_RATE,\n"
+    copy = edited_script(
+        tmp_path,
+        (seed, f"{seed}\nWEIGHT_DECAY = 0.0\nNEVER_READ = 1"),
+        (rate, f"{rate}        weight_decay=settings.WEIGHT_DECAY,\n"),
+    )
+    refused(capfd, ["--weight_decay", "x"], "WEIGHT_DECAY", status=2, main=copy.main)
+    decays = []
+    with pytest.MonkeyPatch.context() as patch:
+        see = lambda *_, optimizer, **__: decays.append(optimizer.param_groups[0]["weight_decay"])  # noqa: E731
+        patch.setattr(transformers.TrainerCallback, "on_pre_optimizer_step", see)
+        end = command(capfd, [*RUN, "--weight_decay", "0.5"], copy.main)
+    assert end.status == 0 and {*decays} == {0.5}
+    assert "NEVER_READ" in end.out and "WEIGHT_DECAY" not in end.out
+    found = read_record(Path("output"))["settings"]
+    assert found.keys() == t.SETTINGS.keys() | {"WEIGHT_DECAY", "NEVER_READ"}
+    assert found["WEIGHT_DECAY"] == 0.5
+    assert run([*RUN, "--weight_decay", "0.25"], copy.main) == 0
+    assert checkpoints(Path("output")).count(2) == 2  # another job
+
+
+WRONG_CONSTANTS = [
+    ("LORA_R", "8"), ("LORA_R", True), ("LORA_R", 0), ("LORA_R", 513), ("BATCH_SIZE", 2.0),
+    ("SEED", -1), ("LEARNING_RATE", "2e-4"), ("LEARNING_RATE", float("nan")),
+    ("LEARNING_RATE", 0), ("LEARNING_RATE", 2), ("LORA_ALPHA", 0), ("LORA_DROPOUT", 1.0),
+    ("WARMUP_RATIO", 3), ("LORA_TARGET_MODULES", "all-linear"), ("LORA_TARGET_MODULES", []),
+    ("LORA_TARGET_MODULES", ["q_proj", 3]), ("DEVICE", "cud"), ("USE_FLA", "False"),
+    ("LOGGING_STEPS", 0), ("SAVE_STEPS", 0), ("MAX_SEQ_LEN", 0), ("NUM_EPOCHS", 0),
+    ("OUTPUT_DIR", None), ("MODEL_NAME", 4), ("EVAL_FILE", "51%"), ("EVAL_FILE", "0%"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_CONSTANTS)
+def test_a_constant_that_cannot_be_is_named_before_anything_is_read(
+    monkeypatch, capfd, name, value
+):
+    monkeypatch.setattr(t, name, value)
+    refused(capfd, [], name, status=2)
+    assert {path.name for path in Path.cwd().iterdir()} == {"t"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "keys"),
+    [
+        ("--lora_rank 3", ["--lora_rank"]),
+        ("--lora_al 3", ["--lora_al"]),  # no abbreviations are taken
+        ("stray", ["stray"]),
+        ("--lora_r 8.5", ["LORA_R"]),
+        ("--learning_rate fast", ["LEARNING_RATE"]),
+        ("--use_fla perhaps", ["USE_FLA"]),
+        ("--device tpu", ["DEVICE", "tpu"]),
+        ("--final_lora best --eval_file=", ["FINAL_LORA", "EVAL_FILE"]),
+        ("--train_file t --eval_file t", ["EVAL_FILE", "TRAIN_FILE"]),
+        ("--eval_file=10.5%", ["EVAL_FILE", "10.5%"]),
+        ("--lora_r 0 --save_steps 0", ["LORA_R", "SAVE_STEPS"]),
+    ],
+)
+def test_a_wrong_flag_is_named_and_touches_nothing(argv, keys, capfd):
+    refused(capfd, argv.split(), *keys, status=2)
+    assert {path.name for path in Path.cwd().iterdir()} == {"t"}
+
+
+BLOCKED = """
+import runpy, sys
+for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy"):
+    sys.modules[name] = None
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "status"), [("--help", 0), ("--lora_r 0", 2), ("--lora_rr 3", 2)]
+)
+def test_help_and_a_wrong_setting_import_no_library(flags, status):
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, SCRIPT, *flags.split()], capture_output=True, text=True
+    )
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    for name in t.SETTINGS if flags == "--help" else []:
+        assert re.search(rf"--{name.lower()}\b", done.stdout)
+
+
+def test_the_demo_is_a_small_model_on_a_cpu_and_flags_beside_it_win(capfd):
+    """It works from any folder, and a dry run writes nothing."""
+    given = t.parse_settings(["--demo", "--lora_r", "3"])
+    assert (given.DEVICE, given.LORA_R) == ("cpu", 3) and given.OUTPUT_DIR != t.OUTPUT_DIR
+    assert Path(given.MODEL_NAME).is_dir() and Path(given.TRAIN_FILE).is_file()
+    assert run(["--demo", "--dry_run", *FILES]) == 0
+    assert {path.name for path in Path.cwd().iterdir()} == {"t"}
+
+
+# ---- errors and exit statuses -------------------------------------------------------------------
+
+
+def failing(error):
+    """Return a function that raises error."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("how", ["the user", "Ctrl-C", "a bug"])
+def test_how_a_run_ended_is_its_status_and_stands_in_its_record(how, monkeypatch, capfd):
+    action = {
+        "the user": failing(t.UserError("LORA_R")),
+        "Ctrl-C": send(signal.SIGINT),
+        "a bug": failing(ZeroDivisionError("a bug")),
+    }
+    monkeypatch.setattr(t, "build_trainer", action[how])
+    end = command(capfd, RUN)
+    assert end.status == (130 if how == "Ctrl-C" else 1)
+    assert ("Traceback" in end.err) == (how == "a bug")
+    outcome = read_record(Path("output"))["outcome"]
+    assert outcome.startswith("interrupted: " if how == "Ctrl-C" else "failed: ")
+    log = Path("output/all_logs.log").read_text(encoding="utf-8")
+    assert how != "a bug" or "ZeroDivisionError" in log
+
+
+def test_a_run_writes_what_it_prints_and_tells_a_tracker(monkeypatch, capfd):
+    """The tracker's package is made up, and transformers' callback for it a recorder."""
+    told = []
+
+    class Recorder(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            told.append((args.run_name, state.global_step, logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Recorder)
+    Path("e").write_bytes(Path("t").read_bytes())
+    flags = [*RUN, "--output_dir", "out/a-run", "--eval_file", "e", "--report_to", "tensorboard"]
+    assert run([*flags, "--dry_run"]) == 0 and not Path("out").exists() and not told
+    end = command(capfd, flags)
+    log = Path("out/a-run/all_logs.log").read_text()
+    assert end.status == 0 and all(line in log for line in end.out.splitlines())
+    assert {name for name, *_ in told} == {"a-run"}
+    assert [step for _, step, logs in told if "loss" in logs] == [1, 2]
+    assert [step for _, step, logs in told if "eval_loss" in logs] == [0, 2]
+
+
+# ---- the GPU, and packages for it ---------------------------------------------------------------
+
+GPU = [*RUN, "--device", "cuda", "--dtype", "bfloat16"]
+
+
+def test_without_a_gpu_it_is_said_before_the_data_is_read(capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(capfd, [*GPU, "--train_file", "absent"], "DEVICE")
+    assert command(capfd, [*GPU, "--dry_run"]).status == 0  # which needs none
+
+
+FLA = {  # where USE_FLA is on: capability, versions of fla and Triton, and whether fla may be used
+    "Ampere": ((8, 0), "0.4.2", "3.4.0", True),
+    "Volta": ((7, 0), "0.5.1", "3.7.1", False),
+    "Hopper": ((9, 0), "0.5.1", "3.7.1", True),
+    "Hopper, wrong gradients": ((9, 0), "0.4.2", "3.7.1", False),
+    "Hopper, cannot train": ((9, 0), "0.5.1", "3.6.0", False),
+    "a CPU": (None, "0.5.1", "3.7.1", False),
+}
+
+
+@pytest.mark.parametrize("case", FLA)
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_fla_is_importable_where_it_is_asked_for_and_right(
+    case, is_asked, gpu, tmp_path, monkeypatch
+):
+    """transformers takes it wherever it can be imported; causal_conv1d is never wanted."""
+    capability, fla, triton, may_be = FLA[case]
+    for name, version in (("fla_core", fla), ("triton", triton)):
+        metadata = tmp_path / f"{name}-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (tmp_path / "fla.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("fla", "causal_conv1d"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if capability:
+        gpu(capability)
+    device = ["--device", "cuda" if capability else "cpu"]
+    t.prepare_device(t.parse_settings([*FILES, *device, "--use_fla", str(is_asked)]))
+    is_blocked = "fla" in sys.modules and sys.modules["fla"] is None
+    assert is_blocked != (is_asked and may_be)
+    assert sys.modules["causal_conv1d"] is None
+
+
+# ---- the environment and the packages -----------------------------------------------------------
+
+
+def test_what_other_work_left_in_the_environment_changes_nothing(finished, tmp_path, monkeypatch):
+    left = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "1"}
+    left |= {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert run([*finished.flags, "--output_dir", tmp_path / "again"]) == 0
+    assert (tmp_path / "again" / ADAPTER).read_bytes() == (finished.output / ADAPTER).read_bytes()
+
+
+def requirements():
+    """Return {name: specifier} of requirements.txt."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {one.name.replace("-", "_"): one.specifier for one in found}
+
+
+def test_what_is_imported_is_required_and_installed():
+    """The script's own block is what `uv run` reads (PEP 723); only the package draws."""
+    wanted = requirements()
+    nodes = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Import)]
+    names = {alias.name.partition(".")[0] for node in nodes for alias in node.names}
+    names -= {*sys.stdlib_module_names, "fla", "causal_conv1d"}
+    assert "torch" in names and "inspect_lora" not in names
+    for name, specifier in wanted.items():
+        assert specifier.contains(importlib.metadata.version(name)), name
+    # PyPI's wheels hold the kernels of the V100 (sm_70) up to torch 2.10.
+    assert wanted["torch"].contains("2.10.0") and not wanted["torch"].contains("2.11.0")
+    (block,) = re.findall(r"(?m)^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SOURCE)
+    values = tomllib.loads(re.sub("(?m)^# ?", "", block))
+    own = {one.name: one.specifier for one in map(Requirement, values["dependencies"])}
+    assert own.items() <= wanted.items() and names <= wanted.keys()

@@ -1,0 +1,262 @@
+"""Scaled float16 matmul: one product, what is converted, when it is used, and its trial."""
+
+import math
+
+import pytest
+import torch
+from by_hand import ROUNDING, token_loss
+from conftest import TOY
+from runs import (
+    ADAPTER,
+    changed_model,
+    checkpoints,
+    logged,
+    made_up,
+    prepared,
+    read_record,
+    refused,
+    run,
+)
+from safetensors.torch import load_file
+from toys import family, model_of
+from transformers import AutoModelForCausalLM
+
+import train_lora_single as t
+
+DTYPES = [torch.bfloat16, torch.float32]
+K, D = 96, 72
+
+# ---- a converted module, forward and backward ---------------------------------------------------
+
+
+def some(*shape, seed=0):
+    """Return random numbers that bfloat16 and float16 both hold, none of them near zero."""
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return (numbers + 0.125 * numbers.sign()).bfloat16().float()
+
+
+class Model(torch.nn.Module):
+    """What use_fp16_matmul() needs of a model, with one linear module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.dtype, self.module = module.weight.dtype, module
+        self.embedding = torch.nn.Embedding(3, 4, dtype=self.dtype)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+
+def converted(weight, bias=None, dtype=torch.bfloat16):
+    """Return a frozen linear module with these numbers, converted."""
+    module = torch.nn.Linear(*weight.shape[::-1], bias=bias is not None, dtype=dtype)
+    module.weight.data = weight.to(dtype)
+    if bias is not None:
+        module.bias.data = bias.to(dtype)
+    model = Model(module.requires_grad_(False))
+    t.use_fp16_matmul(model)
+    assert model.module.weight.dtype == torch.float16
+    return model.module
+
+
+def outlier(row):
+    """Return ones with one outlier, which is met by a weight of about the others' size."""
+    row = torch.ones_like(row)
+    row[7] = 1e6
+    return row
+
+
+# What a row may hold, and whether plain float16 gives infinity (or NaN) or zero for it.
+HOSTILE = {
+    "ordinary": (lambda row: row, None),
+    "1e30": (lambda row: 1e30 * row, math.inf),
+    "1e37": (lambda row: 1e37 * row / row.abs().max(), math.inf),
+    "1e-30": (lambda row: 1e-30 * row, 0),
+    "zeros": (lambda row: 0 * row, None),
+    "outlier": (outlier, math.inf),
+    "tiny beside ordinary": (lambda row: torch.where(row > 0, row, 1e-20), None),
+    "float16's largest": (lambda row: 65504 * row.sign(), math.inf),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_both_passes_err_by_their_rounding_where_float16_fails(name, dtype):
+    change, plain = HOSTILE[name]
+    weight, bias = some(K, K), some(K, seed=2)
+    numbers = torch.stack([change(row) for row in some(3, K, seed=1)]).to(dtype)
+    module, rows = converted(weight, dtype=dtype), numbers.clone().requires_grad_()
+    result = module(rows)
+    result.backward(numbers)
+    for found, matrix in ((result.detach(), weight.T), (rows.grad, weight)):
+        exact = numbers.double() @ matrix.double()
+        assert found.dtype == dtype and found.shape == (3, K) and exact.isfinite().all()
+        share = 2**-8 if dtype == torch.bfloat16 else 2**-10  # twice what each number is rounded by
+        error = (found.double() - exact).norm(dim=-1)
+        assert (error <= share * exact.norm(dim=-1)).all()
+        naive = numbers.half() @ matrix.half()
+        if plain is not None:
+            assert not naive.isfinite().all() if plain else not naive.any()
+            assert exact.any()
+    with_bias = converted(weight, bias, dtype)(numbers)
+    assert with_bias.equal(result.detach() + bias.to(dtype))
+    if name == "ordinary":  # rows that differ by powers of two give results that do
+        powers = 2.0 ** torch.tensor([[-100], [-30], [-1], [0], [1], [15], [16], [100]])
+        found = module((numbers[:1] * powers).to(dtype)).detach()
+        assert found.any() and found.equal((found[3] * powers).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_spoils_no_other(bad, dtype):
+    module, numbers = converted(some(K, K), dtype=dtype), some(4, K, seed=1).to(dtype)
+    rows, spoilt = numbers.clone().requires_grad_(), numbers.clone()
+    spoilt[2, 5] = bad
+    module(rows).backward(spoilt)
+    expected, found = module(numbers), module(spoilt)
+    others = [0, 1, 3]
+    assert not found[2].isfinite().any() and not rows.grad[2].isfinite().any()
+    assert found[others].equal(expected[others]) and expected.isfinite().all()
+    assert rows.grad[others].isfinite().all()
+
+
+# ---- what is converted, and what it gives -------------------------------------------------------
+
+
+def load(folder, dtype, is_converted=False):
+    """Return the model of a folder with weights of this type."""
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
+    if is_converted:
+        t.use_fp16_matmul(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+def test_large_linear_modules_and_a_tied_embedding_are_converted(untied, is_tied, dtype):
+    folder = TOY if is_tied else untied
+    old, model = load(folder, dtype).state_dict(), load(folder, dtype, is_converted=True)
+    linear = {n: one for n, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+    # DeltaNet's two gates cost more kernels than they save.
+    weights = {f"{name}.weight" for name in linear if "in_proj_a" not in name}
+    weights = {name for name in weights if "in_proj_b" not in name}
+    assert len(weights) == 3 + 4 + 2 * 3 + 1  # DeltaNet, attention, two feed-forwards, the head
+    if is_tied:
+        weights.add("model.embed_tokens.weight")
+    for name, weight in model.state_dict().items():
+        assert (weight.dtype == torch.float16) == (name in weights), name
+        assert weight.equal(old[name].half() if name in weights else old[name]), name
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(ids)
+    assert model(input_ids=ids).logits.dtype == embedded.dtype == getattr(torch, dtype)
+
+
+WIDE = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "initializer_range": 0.2}
+WIDE |= {"sliding_window": 8}
+KINDS = {"qwen3_5": None, "qwen3": "Qwen3", "llama": "Llama", "gemma3": "Gemma3Text"}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tmp_path):
+    """The distance is that of the model in bfloat16, or less; and no row sees its padding."""
+    folder = TOY
+    if KINDS[name]:
+        config = family(KINDS[name], tie_word_embeddings=name in ("gemma3", "qwen3"), **WIDE)
+        folder = model_of(config, tmp_path / "model", has_weights=True)
+    generator, examples = torch.Generator().manual_seed(0), []
+    for length in (9, 20, 31):
+        ids = torch.randint(3, 3000, (length,), generator=generator).tolist()
+        examples.append(made_up(ids[:3], ids[3:]))
+    losses = {
+        kind: torch.tensor(t.example_losses(load(folder, dtype, kind == "float16"), examples))
+        for kind, dtype in (
+            ("exact", "float32"), ("native", "bfloat16"), ("float16", "bfloat16"),
+        )
+    }  # fmt: skip
+    exact = load(folder, "float32")
+    alone = [token_loss(exact, [one]) * len(one.reply_ids) for one in examples]
+    assert losses["exact"].tolist() == pytest.approx(alone, rel=ROUNDING)
+    distance = {kind: (losses[kind] - losses["exact"]).norm().item() for kind in losses}
+    assert losses["exact"].isfinite().all() and losses["exact"].min() > 1
+    assert 0 < distance["float16"] <= 1.5 * distance["native"] + 1e-3 * losses["exact"].norm()
+    assert distance["native"] < 0.05 * losses["exact"].norm()
+
+
+# ---- when it is used, and its trial -------------------------------------------------------------
+
+V100, A100 = (7, 0), (8, 0)
+CHOICES = [  # capability, MATMUL, DTYPE, model, and whether float16 is used
+    (V100, "auto", "bfloat16", None, True),
+    (V100, "native", "bfloat16", None, False),
+    (V100, "auto", "float32", None, False),
+    (V100, "auto", "bfloat16", "Phi3", False),
+    (V100, "float16", "bfloat16", "Phi3", True),
+    (A100, "auto", "bfloat16", None, False),
+    (A100, "float16", "bfloat16", None, True),
+]
+
+
+def test_float16_is_used_where_bfloat16_is_emulated_and_the_model_was_tested(flags, tmp_path):
+    for capability, matmul, dtype, kind, expected in CHOICES:
+        folder = model_of(family(kind), tmp_path / "model") if kind else TOY
+        more = ["--model_name", folder, "--dtype", dtype, "--matmul", matmul]
+        job = prepared([*flags, *more, "--lora_target_modules", "o_proj"])
+        job.settings.DEVICE = "cuda"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
+                including_emulation or capability == A100  # noqa: B023
+            ))  # fmt: skip
+            assert t.uses_fp16_matmul(job) == expected, (capability, matmul, dtype, kind)
+
+
+def test_a_run_in_float16_is_like_one_in_bfloat16(flags, tmp_path):
+    """As on a V100: the frozen weights in bfloat16, those of linear modules in float16."""
+    outputs = [tmp_path / kind for kind in ("native", "float16")]
+    for output in outputs:
+        more = ["--dtype", "bfloat16", "--matmul", output.name, "--max_steps", "2"]
+        assert run([*flags, *more, "--output_dir", output]) == 0
+        assert read_record(output)["matmul"] == output.name
+    for key in ("loss", "eval_loss", "grad_norm"):
+        expected, found = (logged(read_record(one)["loss_history"], key) for one in outputs)
+        assert found == pytest.approx(expected, rel=0.01 if "loss" in key else 0.05), key
+        assert found != expected
+    tensors = [load_file(output / ADAPTER) for output in outputs]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert {tensor.dtype for tensor in tensors[1].values()} == {torch.float32}
+
+
+RIGHT = t.scaled_fp16_matmul
+
+
+def without_a_row(rows, weight):
+    """Forget a row of gradients, as a broken kernel might."""
+    result = RIGHT(rows, weight).clone()
+    if weight.is_contiguous():  # W on the way back, and its transpose forward
+        result[..., 0, :] = 0
+    return result
+
+
+BROKEN = {
+    "a scale": lambda rows, weight: 1.02 * RIGHT(rows, weight),
+    "no number": lambda rows, weight: math.nan * RIGHT(rows, weight),
+    "the way back": without_a_row,
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_where_float16_is_wrong_the_run_ends(flags, tmp_path, monkeypatch, capfd, what):
+    monkeypatch.setattr(t, "scaled_fp16_matmul", BROKEN[what])
+    flags = [*flags, "--dtype", "bfloat16", "--matmul", "float16"]
+    refused(capfd, flags, "--matmul", "_proj")
+    assert checkpoints(tmp_path / "output") == []
+
+
+def test_a_weight_that_float16_does_not_hold_ends_the_run(flags, tmp_path, capfd):
+    """Its largest number is 65,504, and bfloat16's is as large as float32's."""
+
+    def spoil(tensors):
+        tensors["model.language_model.layers.0.mlp.down_proj.weight"][0, 0] = 7e4
+
+    flags = [*flags, "--model_name", changed_model(TOY, tmp_path / "model", spoil)]
+    refused(capfd, [*flags, "--dtype", "bfloat16", "--matmul", "float16"], "--matmul", "down_proj")
