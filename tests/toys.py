@@ -167,7 +167,7 @@ def pretend_gpu(patch, stack, capability=(7, 0), free=16, total=16):
 
     stack.enter_context(OnTheCpu())
     answers = {
-        "is_available": True, "device_count": 1, "current_device": 0, "set_device": None,
+        "is_available": True, "device_count": 1, "current_device": 0,
         "get_device_capability": capability, "get_device_name": "A made-up GPU",
         "mem_get_info": (free * 2**30, total * 2**30), "empty_cache": None, "synchronize": None,
         "is_bf16_supported": capability >= (8, 0), "set_per_process_memory_fraction": None,

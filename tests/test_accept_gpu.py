@@ -1,0 +1,304 @@
+"""The card's acceptance: each of its rows is good where all is right, and can fail."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+import types
+from pathlib import Path
+
+import accept_gpu as accept
+import pytest
+import torch
+from runs import Fork, be_the_script, short_flags, write_talks
+from toys import TOY
+
+import train_lora_single as t
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+NARROW = {
+    "vocab_size": 3072, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def float16_cores(monkeypatch):
+    """Multiply float16 as tensor cores do, with float32 sums; torch's own is slow on a CPU."""
+    product = torch.Tensor.__matmul__
+
+    def multiply(a, b):
+        is_half = a.dtype == b.dtype == torch.float16
+        return product(a.float(), b.float()).half() if is_half else product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return the folder with the narrow model and a native gradient, the flags, the trainer."""
+    folder = tmp_path_factory.mktemp("acceptance")
+    torch.manual_seed(0)
+    list(accept.make_model([], folder, NARROW, "cpu"))
+    flags = [*short_flags(folder), "--dtype=bfloat16", f"--model_name={folder}/model"]
+    trainer = accept.trainer_for([*flags, "--matmul=native"])
+    assert is_good(accept.gradient(trainer, folder))
+    return types.SimpleNamespace(folder=folder, flags=flags, trainer=trainer)
+
+
+@pytest.fixture
+def native(made, monkeypatch):
+    """Return the trainer with bfloat16's own matmul."""
+    monkeypatch.setattr(made.trainer, "tokens_at_once", 512)
+    return made.trainer
+
+
+@pytest.fixture
+def float16(made):
+    """Return a trainer with scaled float16 matmul."""
+    return accept.trainer_for([*made.flags, "--matmul=float16"])
+
+
+def is_good(rows):
+    """Return whether all rows are; there is at least one, and each is judged."""
+    found = [row[2] for row in rows]
+    assert found and None not in found
+    return all(found)
+
+
+# ---- gradients and products ---------------------------------------------------------------------
+
+
+def test_right_kernels_agree(made, float16):
+    assert is_good(accept.gradient(float16, made.folder))
+    assert is_good(accept.products(float16, made.folder))
+
+
+@pytest.mark.parametrize("factor, row", [(2, -1), (0, 0)])
+def test_a_wrong_scale_or_a_dropped_row(made, float16, monkeypatch, factor, row):
+    real = t.scaled_fp16_matmul
+
+    def multiply(rows, weight):
+        product = real(rows, weight)
+        product.flatten(0, -2)[row] *= factor
+        return product
+
+    monkeypatch.setattr(t, "scaled_fp16_matmul", multiply)
+    assert not is_good(accept.products(float16, made.folder))
+
+
+def test_a_backward_pass_that_gives_nothing(made, float16, monkeypatch):
+    real = t.ScaledFp16Matmul.backward
+    nothing = staticmethod(lambda *given: (0 * real(*given)[0], None))
+    monkeypatch.setattr(t.ScaledFp16Matmul, "backward", nothing)
+    assert not is_good(accept.gradient(float16, made.folder))
+
+
+@pytest.mark.parametrize("factor", [1.02, math.nan])
+def test_a_wrong_loss(made, native, float16, monkeypatch, factor):
+    real = t.reply_losses
+    monkeypatch.setattr(t, "reply_losses", lambda *given: factor * real(*given))
+    assert not is_good(accept.gradient(float16, made.folder))
+
+
+def test_fla_that_is_refused_is_not_judged(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(native.job.settings, "USE_FLA", True)
+    assert list(accept.gradient(native, tmp_path)) == []
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(native, gpu):
+    """Return the trainer on a made-up GPU with memory for no more than 128 tokens at once."""
+    gpu()
+
+    def fail(*_):
+        if native.tokens_at_once > 128:
+            raise torch.OutOfMemoryError("out of memory")
+
+    handle = native.model.register_forward_pre_hook(fail)
+    yield native
+    handle.remove()
+
+
+def test_a_step_that_runs_out_of_memory(full, tmp_path):
+    assert is_good(accept.out_of_memory(full, tmp_path))
+
+
+def test_a_step_that_loses_a_micro_batch(full, tmp_path, monkeypatch):
+    real = t.micro_batches
+
+    def lose_one(inputs, tokens_at_once, chunk):
+        parts = list(real(inputs, tokens_at_once, chunk))
+        return parts if tokens_at_once == 64 else parts[:1]
+
+    monkeypatch.setattr(t, "micro_batches", lose_one)
+    assert not is_good(accept.out_of_memory(full, tmp_path))
+
+
+def test_a_step_that_finds_memory_without_end(native, gpu, tmp_path):
+    gpu()
+    assert not is_good(accept.out_of_memory(native, tmp_path))
+
+
+@pytest.mark.parametrize("peak, expected", [(14, True), (15, False)])
+def test_the_peak_of_steps(native, gpu, tmp_path, monkeypatch, peak, expected):
+    gpu(free=16)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak * 2**30)
+    assert is_good(accept.memory(native, tmp_path)) == expected
+
+
+def test_steps_that_need_more_than_was_tried(full, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    assert not is_good(accept.memory(full, tmp_path))
+
+
+# ---- whole runs ---------------------------------------------------------------------------------
+
+
+def test_the_bare_command(tmp_path, monkeypatch):
+    train = write_talks(tmp_path / "train.jsonl", range(60))
+    held_out = write_talks(tmp_path / "eval.jsonl", range(500, 502))
+    flags = [f"--model_name={TOY}", "--device=cpu", "--max_steps=12", "--logging_steps=1"]
+    flags += [f"--train_file={train}", f"--eval_file={held_out}"]
+
+    def run_fork(words, stop_at="never printed"):
+        said = tmp_path / stop_at.replace("/", "")
+        said.touch()
+        fork = Fork(lambda: be_the_script(words[1:], said))
+        while fork.is_alive() and stop_at not in said.read_text(encoding="utf-8"):
+            time.sleep(0.01)
+        if fork.is_alive():
+            os.kill(fork.pid, signal.SIGTERM)
+        return fork.end(), said.read_text(encoding="utf-8")
+
+    monkeypatch.setattr(accept, "run", run_fork)
+    monkeypatch.setattr(accept, "STEPS", 12)
+    assert is_good(accept.bare_command(flags, tmp_path))
+
+
+SCRIPT = """
+import json, pathlib, signal, sys, time
+fault, output = sys.argv[1], pathlib.Path(sys.argv[-1].partition("=")[2])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1 if fault == "status" else 143))
+if not output.exists():
+    (output / "checkpoints" / "job" / "checkpoint-2").mkdir(parents=True)
+    print("step 2/4", flush=True)
+    time.sleep(9)
+print("step 1/4" if fault == "begun anew" else "step 3/4")
+losses = [2.0, 3.0, 2.5, float("nan") if fault == "loss" else 2.2][: 3 if fault == "steps" else 4]
+history = [{"eval_loss": 3.0}, *({"loss": one} for one in losses), {"eval_loss": 2.0}]
+outcome = "failed" if fault == "outcome" else "finished"
+record = {"outcome": outcome, "loss_history": history, "matmul": "native", "peak_gib": 1.0}
+for name in ["final_lora", "final_lora_vllm"][: 1 if fault == "adapter" else 2]:
+    (output / name).mkdir(parents=True)
+    (output / name / "adapter_model.safetensors").touch()
+(output / "run.json").write_text(json.dumps(record))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Put a stand-in in the script's place; its first flag names its fault."""
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    monkeypatch.setattr(accept, "SCRIPT", tmp_path / "script.py")
+    monkeypatch.setattr(accept, "STEPS", 4)
+    return tmp_path
+
+
+FAULTS = ["none", "status", "begun anew", "loss", "steps", "outcome", "adapter"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_the_bare_command(stand_in, fault):
+    assert is_good(accept.bare_command([fault], stand_in)) == (fault == "none")
+
+
+@pytest.mark.parametrize("status, factor", [(0, 1), (1, 1), (0, 1.1)])
+def test_two_processes(stand_in, monkeypatch, status, factor):
+    list(accept.bare_command(["none"], stand_in))
+
+    def run_two(_):
+        shutil.copytree(stand_in / "one", stand_in / "two")
+        path = stand_in / "two" / "run.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["loss_history"][2]["loss"] *= factor
+        path.write_text(json.dumps(record), encoding="utf-8")
+        return status, ""
+
+    monkeypatch.setattr(accept, "run", run_two)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert list(accept.two_processes(["none"], stand_in)) == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert is_good(accept.two_processes(["none"], stand_in)) == (status == 0 and factor == 1)
+
+
+# ---- all checks, and the file -------------------------------------------------------------------
+
+
+def test_a_command_past_its_seconds_is_killed_with_what_it_started(tmp_path):
+    path = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(1.6); pathlib.Path({str(path)!r}).touch()"
+    words = ["-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"]
+    status, _ = accept.run(words, seconds=1)
+    time.sleep(0.9)
+    assert status == 124 and not path.exists()
+
+
+def test_the_rows_of_a_check_are_printed(capsys, monkeypatch, tmp_path):
+    rows = [("one", "1", True), ("two", "2", False)]
+    monkeypatch.setitem(accept.CHECKS, "bare", ([lambda flags, folder: iter(rows)], "", ""))
+    accept.do_check("bare", str(tmp_path), "--flag")
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line.removeprefix("ROW ")) for line in lines] == [[*row] for row in rows]
+
+
+@pytest.fixture
+def all_checks(tmp_path, monkeypatch):
+    """Return all_checks(outputs): main()'s status and acceptance.json where checks print these."""
+
+    def do(outputs, minutes=0):
+        clock = iter(range(0, 10**6, 60 * minutes or 1))
+        monkeypatch.setattr(accept, "default_timer", lambda: next(clock))
+        monkeypatch.setattr(accept, "run", lambda words, **_: outputs.get(words[1], (0, "")))
+        card = types.SimpleNamespace(stdout="Tesla V100, 7.0")
+        monkeypatch.setattr(accept.subprocess, "run", lambda *_, **__: card)
+        monkeypatch.chdir(tmp_path)
+        status = accept.main()
+        return status, json.loads(Path("acceptance.json").read_text(encoding="utf-8"))
+
+    return do
+
+
+GOOD, BAD = 'ROW ["what", "found", true]\n', 'ROW ["what", "found", false]\n'
+
+
+def test_all_rows_and_the_log_are_in_the_file(all_checks):
+    outputs = {name: (0, f"log of {name}\n{GOOD}") for name in accept.CHECKS}
+    status, report = all_checks(outputs)
+    assert status == 0 and [row[3] for row in report["rows"]] == [True] * len(outputs)
+    assert [name for name in outputs if f"log of {name}\n" not in report["log"]] == []
+    assert report["cards"] == "Tesla V100, 7.0" and report["packages"]["torch"]
+    assert len(report["script_sha256"]) == 64
+
+
+@pytest.mark.parametrize("output", [(0, BAD), (1, GOOD), (-6, "")])
+def test_where_to_look_first(all_checks, capsys, output):
+    status, report = all_checks({"float16": output, "memory": (1, "")})
+    assert status == 1 and next(row[0] for row in report["rows"] if row[3] is False) == "float16"
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert accept.CHECKS["float16"][2] in said and accept.CHECKS["memory"][2] not in said
+
+
+def test_what_there_was_no_time_for_is_not_done(all_checks):
+    status, report = all_checks({"model": (0, GOOD), "bare": (0, GOOD), "fla": (137, "")}, 3)
+    judged = {row[0]: row[3] for row in report["rows"]}
+    assert status == 0 and judged.keys() == accept.CHECKS.keys()
+    assert judged["fla"] is None and judged["two"] is None
