@@ -186,7 +186,10 @@ def what_it_is_measured_on(work: Work) -> dict[str, Any]:
         "matmul": job.matmul,
         "max_seq_len": options.max_seq_len,
         "measured": time.strftime("%Y-%m-%d %H:%M:%S"),
-        **{name: {"file": path, "sha256": file_sha256(Path(path))} for name, path in paths.items()},
+        **{
+            name: {"file": from_here(path), "sha256": file_sha256(Path(path))}
+            for name, path in paths.items()
+        },
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
     }
 
