@@ -58,7 +58,7 @@ def make_model(_: Any, folder: Path, sizes: Any = QWEN_4B, device: str = "cuda")
 def run(words: list[Any], stop_at: str = "", seconds: int = 0) -> tuple[int, str]:
     """Run Python; return status and output. SIGTERM comes after a line with stop_at, or seconds."""
     command, printed = [sys.executable, *map(str, words)], ""
-    command = ["timeout", "-k", "20", str(seconds), *command] if seconds else command
+    command = ["timeout", "-k", "45", str(seconds), *command] if seconds else command
     given = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     with subprocess.Popen(command, **given) as process:
         for line in process.stdout:
