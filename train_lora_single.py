@@ -442,7 +442,7 @@ class LoraTrainer(trl.SFTTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
-        """Send a step's examples forward and backward in micro-batches; return their mean loss.
+        """Send a step's examples forward and backward in micro-batches; return the step's loss.
 
         How the step is divided changes nothing but dropout and rounding. If it runs out of memory,
         it is done again in smaller micro-batches. model is self.model, or DDP around it; inputs are
@@ -589,7 +589,8 @@ def check_only_lora_is_trained(model: peft.PeftModel, job: Job) -> None:
     report("model", f"{share}, in float32; the rest is frozen")
 
 
-# Whoever wants to know what is trained, and how, may stop reading here.
+# Whoever wants to know what is trained, and how, may stop reading here. (TOKENS has the targets,
+# TRAINING the order of the examples.)
 
 # ==== MEMORY: how many examples go through the GPU at once
 #
@@ -2021,8 +2022,9 @@ def main(argv: list[str] | None = None) -> None:
     except BaseException as error:
         for number in SIGNALS:  # nothing may interrupt what is left to do
             signal.signal(number, signal.SIG_IGN)
-        is_told = isinstance(error, (UserError, Stopped)) or job.stop_signal > 0
-        LOG.info("The run was ended by: %r", error, exc_info=not is_told)
+        is_known = isinstance(error, (UserError, Stopped))
+        is_told = is_known or job.stop_signal > 0  # a library may turn a signal into its own error
+        LOG.info("The run was ended by: %r", error, exc_info=not is_known)
         if job.started:
             how = "interrupted" if job.stop_signal else "failed"
             write_record(job, f"{how}: {one_line(error)}")
