@@ -6,22 +6,11 @@
     python train_lora_single.py --lora_r 16 --num_epochs 2   every setting below is also a flag
 
 A run that was stopped is resumed by the same command; with other settings a new one begins. No
-earlier adapter is overwritten. The file is read in the order of a run:
+earlier adapter is overwritten.
 
-    SETTINGS      What can be changed?
-    FLAGS         How does a constant become a flag, and what may it be?
-    THE RUN       What happens, and in which order?
-    THE HEART     What is trained, how is a step done, and what is checked?
-    MEMORY        How many examples go through the GPU at once?
-    MODEL         Which device? Where do the model, its tokenizer and its chat template come from?
-    DATA          Which four formats may a conversation have, and how is a part held out?
-    TOKENS        Which tokens of a conversation are targets?
-    PLAN          How many weights and steps? What if a target module is misspelt?
-    RESUMING      Which checkpoints belong to this job?
-    TRAINING      In which order? What is printed, evaluated and saved? What does Ctrl-C do?
-    SAVING        Which files does a run leave, and how is the adapter verified?
-    FP16 MATMUL   What is different on a V100?
-    COMMAND LINE  The log, the lock, signals, exit statuses
+The file has sections: SETTINGS, FLAGS, THE RUN (the whole job in one function), THE HEART (what is
+trained, and how a step is done), MEMORY, MODEL, DATA, TOKENS, PLAN, RESUMING, TRAINING, SAVING,
+FP16 MATMUL (for a V100), COMMAND LINE. The first four tell what happens; the others, how.
 """
 
 # `uv run train_lora_single.py --demo` reads this (PEP 723), and needs no environment made by hand.
@@ -136,8 +125,10 @@ DEMO = {  # what --demo sets; the toy model was made by data/make_demo_model.py
     "MAX_STEPS": 100,
     "LEARNING_RATE": 2e-3,
 }
-# What a setting may be: one of a list, or a number between two (a whole one if these are).
+# What a setting may be: one of a list, a number between two (a whole one if these are), or a text.
 RULES: dict[str, Any] = {
+    **dict.fromkeys(["MODEL_NAME", "MODEL_REVISION", "TRAIN_FILE", "EVAL_FILE", "OUTPUT_DIR"], str),
+    "LORA_TARGET_MODULES": list,
     "DTYPE": ["bfloat16", "float32"],
     "DEVICE": ["cuda", "cpu"],
     "REPLIES": ["all", "last"],
@@ -148,9 +139,8 @@ RULES: dict[str, Any] = {
     "USE_FLA": [True, False],
     "LORA_R": (1, 512),  # vLLM serves no higher rank
     "LORA_ALPHA": (1e-9, 1e9),
-    "LORA_DROPOUT": (0.0, 0.99),
     "LEARNING_RATE": (1e-9, 0.5),
-    "WARMUP_RATIO": (0.0, 0.99),
+    **dict.fromkeys(["LORA_DROPOUT", "WARMUP_RATIO"], (0.0, 0.99)),
     "MAX_STEPS": (-(2**31), 2**31),
     "SEED": (0, 2**32 - 1),
     **dict.fromkeys(["MAX_SEQ_LEN", "NUM_EPOCHS", "BATCH_SIZE"], (1, 2**31)),
@@ -169,7 +159,7 @@ def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the settings as flags change them; exit with status 2 and all that is wrong."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--SETTING VALUE ...] [--dry_run] [--demo]",
-        description=__doc__.partition("\n\n    SETTINGS")[0],
+        description=__doc__.partition("\n\nThe file")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what is not given is not in the result
         allow_abbrev=False,
@@ -212,10 +202,10 @@ def what_is_wrong(values: dict[str, Any]) -> list[str]:
             is_right = type(value) in (int, type(low)) and low <= value <= high
             kind = "whole number" if isinstance(low, int) else "number"
             wanted = f"a {kind} from {low} to {high}"
-        elif name == "LORA_TARGET_MODULES":
+        elif rule is list:
             is_right = isinstance(value, (list, tuple, set)) and {*map(type, value)} == {str}
             wanted = 'a list of names, such as ["q_proj"] or ["all-linear"]'
-        elif name in ("MODEL_NAME", "MODEL_REVISION", "TRAIN_FILE", "EVAL_FILE", "OUTPUT_DIR"):
+        elif rule is str:
             is_right = isinstance(value, str) and (value != "" or name == "EVAL_FILE")
             wanted = "a text in quotes"
         else:  # a setting of your own
@@ -273,12 +263,10 @@ def run(job: Job) -> None:
     read_data(job)  # DATA and TOKENS: every line is checked before anything is trained
     make_plan(job)  # PLAN: which weights, and how many steps
     look_back(job)  # RESUMING: is there a checkpoint of this job, or its finished adapter?
-    if job.is_finished:
-        return
-    if job.settings.dry_run or not job.checkpoint:
+    if job.settings.dry_run or not (job.checkpoint or job.is_finished):
         show_plan(job)  # PLAN
-    if job.settings.dry_run:
-        report("done", "Nothing was trained. Without --dry_run the same command trains.")
+    if job.settings.dry_run or job.is_finished:
+        report("done", "Nothing was trained.")
         return
     begin(job)  # RESUMING: the job's folder, and what it is
     trainer = build_trainer(job)  # THE HEART: the weights, with LoRA in them
@@ -368,18 +356,17 @@ def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
 def training_config(job: Job) -> trl.SFTConfig:
     """Return what TRL is asked for. Its defaults hold: AdamW without decay, clipping at 1.0."""
     settings = job.settings
-    share = examples_per_step(job.settings) // accelerate.PartialState().num_processes
+    of_each = examples_per_step(job.settings) // accelerate.PartialState().num_processes
     return trl.SFTConfig(  # add weight_decay and others; what would be ignored is refused, see PLAN
         output_dir=str(job.folder),
         run_name=job.output.resolve().name,  # in a tracker
         seed=settings.SEED,
         num_train_epochs=settings.NUM_EPOCHS,
         max_steps=job.steps,  # this decides, not the epochs
-        optim="adamw_torch_fused",  # the default from torch 2.8 on, and the same with 2.7
         learning_rate=settings.LEARNING_RATE,
         lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
         warmup_steps=int(settings.WARMUP_RATIO * job.steps),
-        per_device_train_batch_size=share,
+        per_device_train_batch_size=of_each,
         gradient_accumulation_steps=1,  # training_step() divides a step into micro-batches
         activation_checkpointing=False,  # gradient checkpointing is switched by micro-batch
         bf16=False,  # no autocast: the weights have their type already
@@ -492,11 +479,11 @@ class LoraTrainer(trl.SFTTrainer):
         At step 0 it is that of the base model. After a signal nothing is logged.
         """
         job, is_base = self.job, self.state.global_step == 0
-        share = job.held_out[self.args.process_index :: self.args.world_size]
+        ours = job.held_out[self.args.process_index :: self.args.world_size]
         # B is 0 at first, but not with every init_lora_weights.
         with self.model.disable_adapter() if is_base else contextlib.nullcontext():
             tokens = max(1024, self.tokens_at_once)
-            losses = example_losses(self.model, share, tokens, lambda: job.stop_signal > 0)
+            losses = example_losses(self.model, ours, tokens, lambda: job.stop_signal > 0)
         sums = accelerate.utils.gather_object([None if job.stop_signal else sum(losses)])
         if None in sums:
             job.stops, job.stop_signal = True, job.stop_signal or signal.SIGTERM
@@ -518,6 +505,39 @@ class LoraTrainer(trl.SFTTrainer):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Do nothing with each checkpoint."""
+
+
+class LengthGroupedSampler:
+    """Gives each step examples of similar lengths, which need little padding, in a random order.
+
+    The order depends on seed, epoch and lengths alone, so a resumed run sees what it would have.
+    """
+
+    def __init__(self, job: Job) -> None:
+        """Remember the lengths; the epoch is set before each pass."""
+        self.lengths = [len(example.input_ids) for example in job.examples]
+        self.size, self.seed, self.epoch = examples_per_step(job.settings), job.settings.SEED, 0
+
+    def __len__(self) -> int:
+        """Return the number of examples in an epoch."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the examples' numbers, one step after the other; the incomplete one comes last."""
+        shuffler = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        shuffler.shuffle(order)
+        whole = len(order) - len(order) % self.size
+        # Sorted within blocks of at most 50 steps, so that each epoch groups them differently.
+        block = self.size * min(50, math.ceil(len(order) / self.size / 4))
+        grouped: list[int] = []
+        for start in range(0, whole, block):
+            part = order[start : min(start + block, whole)]
+            grouped += sorted(part, key=lambda number: self.lengths[number])
+        steps = [grouped[start : start + self.size] for start in range(0, whole, self.size)]
+        shuffler.shuffle(steps)
+        for step in [*steps, order[whole:]]:
+            yield from step
 
 
 def micro_batches(
@@ -581,30 +601,28 @@ def check_only_lora_is_trained(model: peft.PeftModel, job: Job) -> None:
             trained[name.removeprefix("base_model.model.")] = (*weight.shape, weight.dtype)
             count += weight.numel()
     total = sum(weight.numel() for weight in model.parameters())
-    share = f"{count:,} of {total:,} parameters are trained ({count / total:.4%})"
+    shown = f"{count:,} of {total:,} parameters are trained ({count / total:.4%})"
     if trained != planned or total != job.all_parameters:
-        wrong = sorted(trained.items() ^ planned.items(), key=str)
-        text = f"LoRA is not in place as planned: {share}, and these differ: {wrong[:4]}."
+        wrong = sorted(trained.items() ^ planned.items(), key=str)[:4]
+        text = f"LoRA is not in place as planned: {shown}, and these differ: {wrong}."
         raise UserError(f"{text} A whole module is trained in DTYPE; set it to float32.")
-    report("model", f"{share}, in float32; the rest is frozen")
+    report("model", f"{shown}, in float32; the rest is frozen")
 
 
-# Whoever wants to know what is trained, and how, may stop reading here. (TOKENS has the targets,
-# TRAINING the order of the examples.)
+# Whoever wants to know what is trained, and how, may stop reading here. (TOKENS has the targets.)
 
 # ==== MEMORY: how many examples go through the GPU at once
 #
 # A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. tokens_at_once says how many
 # of their tokens go through the GPU at once with their activations kept. A longer example is
-# recomputed (gradient checkpointing): its activations are computed again in the backward pass,
-# which takes a sixth of the memory and half as much work again. The number begins with a whole
-# step, and becomes nine tenths each time something does not fit. Two passes before the first step
-# settle it:
+# recomputed (gradient checkpointing), which takes a sixth of the memory and half as much work
+# again. The number begins with a whole step, and becomes nine tenths each time something does not
+# fit. Two passes before the first step settle it:
 # - a single row of tokens_at_once tokens, which keeps its activations. Attention grows with the
 #   square of a row's length, so no micro-batch of as many tokens needs more;
 # - as many of the longest examples as go at once, recomputed.
-# A step in which memory runs out (another program may take it) is done again by the same rule;
-# several processes end instead. On a CPU nothing is tried, and every step goes through whole.
+# If memory runs out in a step (another program may take it), the step is done again by the same
+# rule; several processes end instead. On a CPU nothing is tried.
 
 RECOMPUTED = 4  # times as many tokens go at once if they are recomputed
 
@@ -614,24 +632,25 @@ def find_what_fits(trainer: LoraTrainer, job: Job) -> None:
     if job.settings.DEVICE == "cpu":
         return
     free, total = torch.cuda.mem_get_info()
-    share = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
-    # A tenth is left for fragmentation, and room for what AdamW will keep: two float32 numbers for
-    # each trained weight.
+    ours = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
+    # A tenth is left for fragmentation, and eight bytes for what AdamW keeps of a trained weight.
     states = 8 * sum(map(math.prod, job.trained_shapes.values())) / total
-    torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * share - states))
+    torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * ours - states))
     longest = max(len(one.input_ids) for one in job.examples)
     counts_as = filled_up(longest, trainer.chunk)
     with torch.random.fork_rng():  # the passes draw dropout
         while True:
             tokens = trainer.tokens_at_once
             rows = max(1, RECOMPUTED * tokens // counts_as)
-            kept_fits = tokens == 0 or pass_fits(trainer, 1, tokens, False)
-            if kept_fits and (counts_as <= tokens or pass_fits(trainer, rows, longest, True)):
+            if tokens > 0 and not pass_fits(trainer, 1, tokens, False):
+                make_room(trainer, 1, tokens, False)
+            elif counts_as > tokens and not pass_fits(trainer, rows, longest, True):
+                make_room(trainer, rows, longest, True)
+            else:
                 break
-            make_room(trainer, rows, longest, kept_fits)
-    # CUDA's libraries allocate outside of torch's view, so a little must stay free. And where a
-    # driver would lend main memory (WSL), a run must fail and not crawl.
-    torch.cuda.set_per_process_memory_fraction(0.97 * share)
+    # CUDA's libraries need a little, too. And where a driver would lend main memory (WSL), a run
+    # must fail and not crawl.
+    torch.cuda.set_per_process_memory_fraction(0.97 * ours)
     torch.cuda.reset_peak_memory_stats()
     more = "; longer examples use gradient checkpointing" if counts_as > tokens else ""
     report("memory", f"{tokens:,} tokens at once fit on the GPU{more}")
@@ -639,10 +658,10 @@ def find_what_fits(trainer: LoraTrainer, job: Job) -> None:
 
 def pass_fits(trainer: LoraTrainer, rows: int, width: int, is_recomputed: bool) -> bool:
     """Return whether rows go forward and backward, with as many targets as any example has."""
-    share = max(len(one.reply_ids) / len(one.input_ids) for one in trainer.job.examples)
+    targets = max(len(one.reply_ids) / len(one.input_ids) for one in trainer.job.examples)
     ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
     labels, mask = ids.clone(), ids.clone()
-    labels[:, : width - math.ceil(share * width)] = -100
+    labels[:, : width - math.ceil(targets * width)] = -100
     mask[:, -1] = 0  # padding takes memory of its own, and other kernels
     part = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     trainer.model.train()
@@ -655,8 +674,8 @@ def pass_fits(trainer: LoraTrainer, rows: int, width: int, is_recomputed: bool) 
 def make_room(trainer: LoraTrainer, rows: int, width: int, is_recomputed: bool) -> None:
     """Lower tokens_at_once, since so many rows of a width did not fit; end the run if it cannot."""
     if is_recomputed and rows == 1:  # a single example cannot be divided
-        text = f"An example of {width:,} tokens does not fit in the GPU's memory: lower MAX_SEQ_LEN"
-        raise UserError(f"{text}, stop other programs on this GPU, or use one with more memory.")
+        text = f"An example of {width:,} tokens does not fit in the GPU's memory"
+        raise UserError(f"{text}: lower MAX_SEQ_LEN, or stop other programs on this GPU.")
     trainer.model.zero_grad()  # what the micro-batches before it have left
     torch.cuda.empty_cache()
     trainer.tokens_at_once = int(0.9 * trainer.tokens_at_once) // trainer.chunk * trainer.chunk
@@ -699,6 +718,8 @@ def prepare_device(settings: argparse.Namespace) -> None:
         if name.startswith("ACCELERATE_") or name in of_launchers:
             del os.environ[name]
     sys.modules["causal_conv1d"] = None
+    # Products in float16 get float32 sums, see FP16 MATMUL.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     fault = "it needs a GPU"
     if settings.dry_run or settings.DEVICE == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -712,8 +733,8 @@ def prepare_device(settings: argparse.Namespace) -> None:
         report("fla", f"{fault}; torch's code takes its place")
     processes = accelerate.PartialState().num_processes
     if examples_per_step(settings) % processes:
-        text = "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS must be a multiple of the number of"
-        raise UserError(f"{text} processes, {processes}.")
+        text = "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS must be a multiple of the processes,"
+        raise UserError(f"{text} {processes}.")
 
 
 def take_gpu(dtype: str, is_launched: bool) -> None:
@@ -730,9 +751,9 @@ def take_gpu(dtype: str, is_launched: bool) -> None:
         ones = torch.ones(8, 8, device="cuda", dtype=getattr(torch, dtype))
         (ones @ ones).sum().item()  # a torch without this GPU's kernels says so only now
     except (RuntimeError, AssertionError) as error:
-        text = f"DEVICE cuda: torch {torch.__version__} cannot compute on GPU {visible} ("
-        text += f"{one_line(error)}). An NVIDIA GPU from the V100 on and a driver of the 525 "
-        raise UserError(f"{text}branch or newer are needed; without one try --demo.") from error
+        text = f"DEVICE cuda: torch {torch.__version__} cannot compute on GPU {visible}"
+        needs = "an NVIDIA GPU from the V100 on, with driver 525 or newer, is needed; or try --demo"
+        raise UserError(f"{text} ({one_line(error)}); {needs}.") from error
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
     report("device", f"{torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB are free")
 
@@ -904,8 +925,8 @@ def read_conversations(
 ) -> list[Example]:
     """Return a file's examples; add what is wrong with any line to problems, as "file:line: ...".
 
-    Raises UserError if the file cannot be read, or has nothing in it. replies is REPLIES. Replies
-    with a <think> part are not trained; whoever measures another trainer's adapter may accept them.
+    Raises UserError if the file cannot be read, or has nothing in it. Replies with a <think> part
+    are not trained; whoever measures another trainer's adapter may accept them.
     """
     try:
         content = Path(path).read_bytes()
@@ -929,14 +950,15 @@ def read_conversations(
 
 def entries_of(content: bytes, path: str) -> dict[str, bytes]:
     """Return {where it is: its JSON} of each line that is not blank, or of each array entry."""
-    lines = enumerate(content.split(b"\n"), 1)
-    entries = {f"{path}:{number}": line for number, line in lines if line.strip()}
+    lines, place = content.split(b"\n"), ":"
     if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         try:
-            rows = enumerate(json.loads(content.decode("utf-8-sig")), 1)
+            rows = json.loads(content.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is no JSON array: {one_line(error)}; {FORMATS}") from error
-        entries = {f"{path}, entry {number}": json.dumps(row).encode() for number, row in rows}
+        lines, place = [json.dumps(row).encode() for row in rows], ", entry "
+    entries = {f"{path}{place}{number}": line for number, line in enumerate(lines, 1)}
+    entries = {where: line for where, line in entries.items() if line.strip()}
     if not entries:
         raise UserError(f"{path} holds no conversations; {FORMATS}.")
     return entries
@@ -959,16 +981,16 @@ def parse_line(text: bytes) -> dict[str, Any]:
     try:
         return json.loads(line, object_pairs_hook=without_nulls)
     except (ValueError, RecursionError) as error:
-        reason = one_line(error)
+        hint = ""
         if re.match('[^"]*\u201c', line):
-            reason = 'curly quotation marks stand where JSON needs straight ones (")'
+            hint = "; write straight quotation marks"
         elif re.search(r",\s*[}\]]", line):
-            reason = "a comma stands before a closing bracket; remove it"
+            hint = "; remove the comma before a closing bracket"
         elif not line.endswith("}"):
-            reason = "the object does not end on this line; write each conversation on one line"
-        elif "delimiter" in reason:
-            reason += '; often a quotation mark within a text lacks its backslash (\\")'
-        raise ValueError(f"this is not JSON: {reason}") from error
+            hint = "; write each conversation on one line"
+        elif "delimiter" in str(error):
+            hint = '; a quotation mark within a text needs a backslash (\\")'
+        raise ValueError(f"this is not JSON: {one_line(error)}{hint}") from error
 
 
 def messages_of(row: dict[str, Any]) -> tuple[list[Any], bool]:
@@ -1076,8 +1098,8 @@ def hold_out(examples: list[Example], percent: int) -> tuple[list[Example], list
             chosen |= groups[beginning]
     text = f"{len(chosen):,} of {count:,} conversations"
     if min(len(chosen), count - len(chosen)) < FEWEST_HELD_OUT:
-        text += f" can be held out (those that begin alike stay together); {FEWEST_HELD_OUT} are"
-        raise UserError(f'EVAL_FILE "{percent}%": {text} needed on each side. Add more, or a file.')
+        text = f'EVAL_FILE "{percent}%" holds out {text}, and those that begin alike stay together;'
+        raise UserError(f"{text} {FEWEST_HELD_OUT} are needed on each side.")
     report("held out", f"{text}, by a hash of how they begin")
     learned = [example for example in examples if example.source not in chosen]
     return learned, [example for example in examples if example.source in chosen]
@@ -1142,8 +1164,8 @@ def render(messages: list[dict[str, str]], job: Job) -> tuple[list[int], list[in
         raise ValueError(f"{text} training would not equal serving; use another model or template")
     ends = [place for place, token in enumerate(reply_ids, 1) if token in job.stop_ids]
     if not ends:
-        text = "the chat template ends the reply with no token at which the model stops; use"
-        raise ValueError(f"{text} another model, or name that token in generation_config.json")
+        text = "the chat template ends the reply with no token at which the model stops"
+        raise ValueError(f"{text}; name that token in generation_config.json")
     return prompt_ids, reply_ids[: ends[0]]  # without the newline that follows it
 
 
@@ -1162,8 +1184,8 @@ def make_plan(job: Job) -> None:
     settings, config = job.settings, lora_config(job.settings)
     start = str(config.init_lora_weights).lower()
     if start.startswith(CHANGES_THE_BASE) or config.bias != "none":
-        text = f"LoraConfig: init_lora_weights={start!r} with bias={config.bias!r} would change the"
-        raise UserError(f"{text} frozen weights, so the adapter would not fit the base model.")
+        text = f"init_lora_weights={start!r}, bias={config.bias!r}"
+        raise UserError(f"lora_config(): with {text} the adapter would not fit the base model.")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(job.config, trust_remote_code=False)
     refuse_unknown_targets(config, model)
@@ -1185,11 +1207,10 @@ def make_plan(job: Job) -> None:
         "num_train_epochs": settings.NUM_EPOCHS,
         "max_steps": job.steps,
         "logging_steps": 1,
-        **dict.fromkeys(["packing", "bf16", "fp16", "save_only_model"], False),
-        **dict.fromkeys(["ignore_data_skip", "logging_nan_inf_filter"], False),
-        "dataloader_drop_last": False,
         "average_tokens_across_devices": True,
     }
+    off = ["packing", "bf16", "fp16", "save_only_model", "ignore_data_skip", "dataloader_drop_last"]
+    needed |= dict.fromkeys([*off, "logging_nan_inf_filter"], False)
     for name, value in needed.items():
         if getattr(training, name) != value:
             raise UserError(f"training_config(): {name} must stay {value}; SETTINGS has the rest.")
@@ -1226,8 +1247,8 @@ def table_of_targets(model: nn.Module, job: Job) -> list[str]:
     lines = [f"{columns('target', 'W (frozen)', 'A', 'B', 'trained each', 'scaled by')}  layers"]
     lines += [f"{kind}{count:>5}/{depth}" for kind, count in kinds.items()]
     trained, everything = sum(map(math.prod, job.trained_shapes.values())), job.all_parameters
-    share = f"trainable%: {100 * trained / everything:.4f}"
-    return [*lines, f"trainable params: {trained:,} || all params: {everything:,} || {share}"]
+    percent = f"trainable%: {100 * trained / everything:.4f}"
+    return [*lines, f"trainable params: {trained:,} || all params: {everything:,} || {percent}"]
 
 
 def show_plan(job: Job) -> None:
@@ -1236,10 +1257,11 @@ def show_plan(job: Job) -> None:
     for facts in job.data.values():
         report("data", shown.format(**facts) if facts else "nothing is held out")
     example = job.examples[0]
-    text = f"{example.source} as the model sees it; only the text between >>> <<< is a target:\n"
-    text += job.tokenizer.decode(example.prompt_ids)
-    text += f">>>{job.tokenizer.decode(example.reply_ids)}<<<"
-    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 88)]
+    prompt, reply = map(job.tokenizer.decode, (example.prompt_ids, example.reply_ids))
+    text = f"{example.source} as the model sees it; only the text between >>> <<< is a target:"
+    lines = [text]
+    for line in f"{prompt}>>>{reply}<<<".split("\n"):
+        lines += textwrap.wrap(line, 88)
     if len(lines) > 10:
         lines[5:-5] = ["[...]"]
     report("example", "\n".join(lines))
@@ -1417,40 +1439,6 @@ def is_evaluation_missing(job: Job) -> bool:
     return bool(job.held_out) and ends and job.steps_done not in job.eval_losses
 
 
-class LengthGroupedSampler:
-    """Gives each step examples of similar lengths, which need little padding, in a random order.
-
-    The order depends on seed, epoch and lengths alone, so a resumed run sees what it would have.
-    """
-
-    def __init__(self, job: Job) -> None:
-        """Remember the lengths; the epoch is set before each pass."""
-        self.lengths = [len(example.input_ids) for example in job.examples]
-        self.size, self.seed, self.epoch = examples_per_step(job.settings), job.settings.SEED, 0
-
-    def __len__(self) -> int:
-        """Return the number of examples in an epoch."""
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield the examples' numbers, one step after the other; the incomplete one comes last."""
-        shuffler = random.Random(f"{self.seed} {self.epoch}")
-        order = list(range(len(self.lengths)))
-        shuffler.shuffle(order)
-        whole = len(order) - len(order) % self.size
-        # Sorted within blocks, of a quarter of the epoch and 50 steps at the most, so that each
-        # epoch groups the examples differently.
-        block = self.size * min(50, math.ceil(len(order) / self.size / 4))
-        grouped: list[int] = []
-        for start in range(0, whole, block):
-            part = order[start : min(start + block, whole)]
-            grouped += sorted(part, key=lambda number: self.lengths[number])
-        steps = [grouped[start : start + self.size] for start in range(0, whole, self.size)]
-        shuffler.shuffle(steps)
-        for step in [*steps, order[whole:]]:
-            yield from step
-
-
 class RunEvents(transformers.TrainerCallback):
     """What Trainer calls at the edges of steps: print, check, evaluate, save and stop."""
 
@@ -1619,8 +1607,6 @@ def save_final_lora(trainer: LoraTrainer, job: Job) -> None:
     write_record(job, "finished", final, step)
     if job.config.get_text_config() is not job.config:
         save_for_vllm(final, staging / "final_lora_vllm")
-    for path in staging.glob("*/*.safetensors"):  # are readable by their owner alone, but the
-        shutil.copymode(path.with_name("adapter_config.json"), path)  # server may be another user
     verified = verify_saved_adapter(model, job, staging)
     job.signals_wait = True  # between two renames there may be no final_lora
     # final_lora comes last: its run.json says that the job has finished.
@@ -1687,7 +1673,7 @@ def verify_saved_adapter(model: peft.PeftModel, job: Job, staging: Path) -> str:
         wrong += [name for name in common if not found[name].equal(wanted_tensors[name])]
     text = f"the logits are {error:.2g} from the trained model's and {effect:.2g} from the base's"
     if wrong or not (effect > 0 and error <= effect / 10):
-        text = f"Not verified, so not published: {len(wrong)} tensors differ {wrong[:3]}, {text}."
+        text = f"Not verified: {len(wrong)} tensors differ ({wrong[:3]}), and {text}."
         raise UserError(f"{text} If the latter is about 0, LEARNING_RATE is too small.")
     return f"every tensor is the trained one, reloaded; {text}"
 
@@ -1711,16 +1697,13 @@ def summarize(job: Job, step: int) -> None:
     report("done", text)
     text = ""
     if (HERE / "inspect_lora").is_dir():
-        elsewhere = "" if Path.cwd() == HERE else f"PYTHONPATH={HERE} "
-        package = f"{elsewhere}python -m inspect_lora"
         is_shipped = os.path.realpath(settings.EVAL_FILE) == DEMO["EVAL_FILE"]
         rules = f" --rules {HERE}/data/rules.json" if is_shipped else ""
-        text = f"# what it gained, and what else it changed:\n{package} evidence {final}{rules}\n"
-        text += f"# talk to it:\n{package} chat {final}\n"
-    # --max-lora-rank must be one of these, and not below the adapter's largest rank.
-    ranks = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+        text = "# what it gained, and what else it changed:\n"
+        text += f"python -m inspect_lora evidence {final}{rules}\n"
+        text += f"# talk to it:\npython -m inspect_lora chat {final}\n"
     largest = max(min(shape) for name, shape in job.trained_shapes.items() if "lora_A" in name)
-    rank = next((rank for rank in ranks if rank >= largest), largest)
+    rank = max(8, 2 ** math.ceil(math.log2(largest)))  # vLLM takes no numbers between these
     text += f"# serve it:\nvllm serve {settings.MODEL_NAME} --enable-lora --max-lora-rank {rank} "
     text += f"--lora-modules adapter={for_vllm if for_vllm.is_dir() else final} "
     text += "--default-chat-template-kwargs '{\"enable_thinking\": false}'"
@@ -1759,43 +1742,6 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
     write_json((folder or job.output) / "run.json", record)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file's object; an empty one if there is none, or if it is damaged."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
-        return json.loads(path.read_bytes())
-    return {}
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file in such a way that there is never half of it."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(value, indent=1, default=as_json_value), encoding="utf-8")
-    new.replace(path)
-
-
-def as_json_value(value: Any) -> Any:
-    """Return what JSON does not know as what it does: a set as a list, anything else as a text."""
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
-def short_hash(value: Any) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of a value, as JSON has it."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, or "" if there is no file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-def rename_old(path: Path) -> None:
-    """Add the time to the name of what an earlier run left at path, if any."""
-    if path.exists():
-        aside = path.with_name(f"{path.name}.{datetime.now():%Y-%m-%d-%H%M%S.%f}")
-        path.rename(aside)
-        report("moved", f"{path} of an earlier run is now {aside.name}")
-
-
 # ==== FP16 MATMUL: for GPUs that only emulate bfloat16, such as the V100
 #
 # A V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100 (mlxcel
@@ -1826,17 +1772,16 @@ def try_fp16_matmul(model: transformers.PreTrainedModel, job: Job) -> None:
     """Have a model multiply in scaled float16; end the run if that is wrong on this GPU.
 
     The first module of each name multiplies what it is given of one example, forward and backward,
-    and must err by no more than rounding does. The loss must stay within 1 %.
+    and may err by as much as rounding does; and the loss of that example must stay within 1 %.
     """
     names = {module: path.rpartition(".")[2] for path, module in fp16_modules(model).items()}
     given: dict[str, tuple[nn.Linear, Tensor]] = {}
-    inputs, faults = pad(job.examples[:1], model.device), []
+    inputs = pad(job.examples[:1], model.device)
+    wrong = "MATMUL float16 is wrong on this GPU; use --matmul native:"
 
     def note(module: nn.Linear, rows: tuple[Tensor]) -> None:
         given.setdefault(names[module], (module, rows[0]))
 
-    # float32 sums, in the trial as well as in the run
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     hooks = [module.register_forward_pre_hook(note) for module in names]
     with torch.no_grad():
         before = reply_losses(model, inputs).sum().item()
@@ -1847,17 +1792,14 @@ def try_fp16_matmul(model: transformers.PreTrainedModel, job: Job) -> None:
             for one, matrix in ((rows, weight.T), (rows @ weight.T, weight)):  # and backward
                 exact = one.float() @ matrix.float()
                 error = (scaled_fp16_matmul(one, matrix.half()).float() - exact).norm()
-                share = (error / exact.norm()).item()
+                relative = (error / exact.norm()).item()
                 # Rounding to float16 and then to bfloat16 errs by 0.44 % at most.
-                if not share <= 0.005:  # NaN is not, either
-                    faults.append(f"a product of {name} errs by {share:.2%}")
+                if not relative <= 0.005:  # NaN is not, either
+                    raise UserError(f"{wrong} a product of {name} errs by {relative:.2%}.")
         use_fp16_matmul(model)
         after = reply_losses(model, inputs).sum().item()
     if not abs(after - before) <= 0.01 * before:
-        faults.append(f"the loss of one reply is {after:.4f} instead of {before:.4f}")
-    if faults:
-        text = f"MATMUL float16 is wrong on this GPU: {join_limited(faults, 3, '; ')}"
-        raise UserError(f"{text}; use --matmul native.")
+        raise UserError(f"{wrong} the loss of a reply is {after:.4f}, and was {before:.4f}.")
     job.matmul = "float16"
     report("matmul", f"scaled float16: {len(names)} frozen modules, {len(given)} of them tried")
 
@@ -1920,10 +1862,9 @@ def use_fp16_matmul(model: transformers.PreTrainedModel) -> None:
         module.forward = forward.__get__(module)
     # The embedding may share its weight with the head, and must still return the model's type.
     model.get_input_embeddings().register_forward_hook(lambda _, __, rows: rows.to(dtype))
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # float32 sums
 
 
-# ==== COMMAND LINE: the log, the lock, signals, exit statuses, messages
+# ==== COMMAND LINE: messages, small helpers, the log, the lock, signals, exit statuses
 #
 # A command ends with status 0, 1 after an error, 2 after a wrong flag or setting, and 128 + the
 # signal's number after a signal. A mistake that everybody makes is one message; any other error
@@ -1966,6 +1907,43 @@ def join_limited(items: list[str], limit: int, separator: str) -> str:
     """Join the first items, and say how many more there are."""
     more = [f"... and {len(items) - limit:,} more"] if len(items) > limit else []
     return separator.join([*items[:limit], *more])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's object; an empty one if there is none, or if it is damaged."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
+        return json.loads(path.read_bytes())
+    return {}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file in such a way that there is never half of it."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(value, indent=1, default=as_json_value), encoding="utf-8")
+    new.replace(path)
+
+
+def as_json_value(value: Any) -> Any:
+    """Return what JSON does not know as what it does: a set as a list, anything else as a text."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def short_hash(value: Any) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of a value, as JSON has it."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, or "" if there is no file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def rename_old(path: Path) -> None:
+    """Add the time to the name of what an earlier run left at path, if any."""
+    if path.exists():
+        aside = path.with_name(f"{path.name}.{datetime.now():%Y-%m-%d-%H%M%S.%f}")
+        path.rename(aside)
+        report("moved", f"{path} of an earlier run is now {aside.name}")
 
 
 def open_output(output: Path) -> Any:

@@ -260,15 +260,9 @@ def base_config(saved: SavedAdapter) -> dict[str, Any]:
     return read_json(Path(path)) if isinstance(path, str | Path) else {}
 
 
-def refuse_quantized(base: str, config: dict[str, Any]) -> None:
-    """Raise if a base is a quantized copy, by its name or by its config.json."""
-    original = QUANTIZED_NAME.sub("", base)
-    if original != base or config.get("quantization_config"):
-        name = original if original != base else "its original"
-        raise InspectError(
-            f"{base} is a quantized copy, which is not loaded here: give {name} with --base. All "
-            "losses are those of that model, then."
-        )
+def original_of(base: str) -> str:
+    """Return the name of the model that a quantized copy was made of, by the copy's name."""
+    return QUANTIZED_NAME.sub("", base)
 
 
 def strongest_directions(a: np.ndarray, b: np.ndarray, rank: int | None) -> tuple[np.ndarray, ...]:

@@ -28,7 +28,7 @@ from inspect_lora.adapter_file import (
     base_of,
     faults_of,
     name_in_text_model,
-    refuse_quantized,
+    original_of,
 )
 from inspect_lora.common import InspectError, one_line, read_json, say, some
 
@@ -127,7 +127,6 @@ def settings_of(options: argparse.Namespace, saved: SavedAdapter) -> argparse.Na
     settings.OUTPUT_DIR = os.devnull  # where no earlier job names a commit
     if not settings.MODEL_NAME:
         raise InspectError(f"{saved.place} does not name its base model; give it with --base.")
-    refuse_quantized(settings.MODEL_NAME, {})
     return settings
 
 
@@ -138,9 +137,11 @@ def load_base(job: script.Job) -> transformers.PreTrainedModel:
         script.read_model_files(job)
         base = script.load_model(settings.MODEL_NAME, job.commit, settings.DTYPE, settings.DEVICE)
     except script.UserError as error:
+        original = original_of(settings.MODEL_NAME)
+        named = f", {original}" if original != settings.MODEL_NAME else ""
         raise InspectError(
             f"{error}\nThat is about the adapter's base. --base names another one: where it is now,"
-            " or the original of a quantized one."
+            f" or the original of a quantized one{named}."
         ) from error
     base.generation_config = transformers.GenerationConfig()  # else its own min_p and such count
     return base.eval()
