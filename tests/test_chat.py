@@ -37,10 +37,7 @@ def talker(tmp_path_factory):
 
 @pytest.fixture
 def talk(talker, monkeypatch, capfd):
-    """Return talk(...): a chat with these lines; replies whose numbers are in stopped are.
-
-    It gives the status, the prompts' ids, and the replies as [(who, text)].
-    """
+    """Return talk(...): it gives the status, the prompts' ids, and replies as [(who, text)]."""
     generate = GenerationMixin.generate
 
     def run_chat(*said, more=("--system", SYSTEM), stopped=()):
@@ -88,8 +85,8 @@ def reply_by_hand(talker, ids, strength=1.0):
 
 
 def test_adapter_base_and_scale_reply_as_weights_merged_by_hand(talker, talk):
-    said, scales, turns = ("what's the time", "so?", "ok", "and?"), (1, 0, 0.5, 1), []
-    prompts, replies = [], []
+    said, scales = ("what's the time", "so?", "ok", "and?"), (1, 0, 0.5, 1)
+    turns, prompts, replies = [], [], []
     for text, scale in zip(said, scales, strict=True):
         turns.append(text)
         prompts.append(ids_of(*turns))

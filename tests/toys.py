@@ -1,7 +1,6 @@
 """Models of a few thousand weights, and adapters that PEFT alone makes.
 
-The toy is two of the four layers of data/demo-model, one with DeltaNet and one with attention, and
-its replies are not empty.
+The toy is two of the four layers of data/demo-model, and its replies are not empty.
 """
 
 import copy
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS = "model.safetensors"
+PREFIX = "base_model.model."  # of each name in an adapter's file
 
 
 def edit_json(path, change):
@@ -36,7 +36,6 @@ def make_untied(folder):
     tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].flip(0)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].contiguous()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-
     edit_json(folder / "config.json", lambda config: config.update(
         tie_word_embeddings=False,
         text_config=config["text_config"] | {"tie_word_embeddings": False},
@@ -54,8 +53,6 @@ def tokenizer():
     """Return the toy's tokenizer; nobody changes it."""
     return AutoTokenizer.from_pretrained(TOY)
 
-
-# ---- other families -----------------------------------------------------------------------------
 
 SIZES = {
     "vocab_size": 3072, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -82,8 +79,6 @@ def wrapper(kind, **text):
 
 def model_of(config, folder, has_weights=False):
     """Write a model with this configuration and the toy's tokenizer; return the folder's path."""
-    import torch
-
     shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns(WEIGHTS), dirs_exist_ok=True)
     config.save_pretrained(folder)
     if has_weights:
@@ -93,8 +88,6 @@ def model_of(config, folder, has_weights=False):
         shutil.copy(Path(TOY) / "generation_config.json", folder)
     return str(folder)
 
-
-# ---- adapters -----------------------------------------------------------------------------------
 
 PLAIN = {
     "r": 4, "lora_alpha": 8,
@@ -136,6 +129,12 @@ def save_adapter(folder, model=None, std=0.05, **config):
     return folder
 
 
+def layers_of(model):
+    """Return the modules with LoRA, by their path."""
+    named = model.base_model.model.named_modules()
+    return {path: one for path, one in named if isinstance(one, peft.tuners.lora.LoraLayer)}
+
+
 def change_tensors(folder, change):
     """Let change(tensors) edit an adapter's file, or return others; return the folder."""
     tensors = load_file(folder / TENSORS)
@@ -148,9 +147,6 @@ def change_config(folder, **values):
     """Change entries of adapter_config.json; return the folder."""
     edit_json(folder / CONFIG, lambda config: config.update(values))
     return folder
-
-
-# ---- a GPU --------------------------------------------------------------------------------------
 
 
 def pretend_gpu(patch, stack, capability=(7, 0), free=16, total=16):
