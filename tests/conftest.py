@@ -1,7 +1,4 @@
-"""What all tests share: one toy model, short data, finished runs and adapters; no network.
-
-Nothing imports torch until a test asks for it: the process that deals out tests starts at once.
-"""
+"""What all tests share, each made once; no network, and no torch before a test asks for it."""
 
 import contextlib
 import fcntl
@@ -25,7 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def make_toy(demo, folder):
-    """Write two of the demo's four layers as a model into a folder, without torch."""
+    """Write two of the demo's four layers, whose replies are not empty, into a folder."""
     shutil.copytree(demo, folder, dirs_exist_ok=True)
     config = json.loads((demo / "config.json").read_text(encoding="utf-8"))
     kinds = config["text_config"]["layer_types"]
@@ -184,7 +181,6 @@ def copied(adapters, tmp_path):
 
 @pytest.fixture
 def plain(copied):
-    """Return a copy of the plain adapter, to be changed."""
     return copied()
 
 
@@ -209,10 +205,7 @@ def flags(tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(shared):
-    """Return a run of 8 steps, twice over 14 lines: .folder (its data), .output, .flags, .recorded.
-
-    One line is long; what was printed is in all_logs.log.
-    """
+    """Return a run of 8 steps, twice over 14 lines: .folder with its data, .output, .flags..."""
     runs = import_module("runs")
     return runs.short_run(shared("finished", runs.do_short_run))
 

@@ -41,18 +41,15 @@ def make_record(folder):
     train_adapter(inputs / "adapter")
     words = ["--eval_file", write_lines(inputs / "held_out.jsonl", held_out_rows())]
     words += ["--general_file", write_lines(inputs / "tasks.jsonl", TASKS)]
-    words += ["--rules", write_rules(inputs / "rules.json", RULES)]
+    words += ["--rules", write_lines(inputs / "rules.json", [RULES])]
     words += ["--max_seq_len", LIMIT, "--max_new_tokens", NEW_TOKENS, "--output_dir", folder]
     assert run(["evidence", inputs / "adapter", "--device", "cpu", *words], main) == 0
 
 
 def held_out_rows():
-    """Return seven kinds of three lines; a copy, one that was learned, and one that is too long.
-
-    The fifth line has two replies, and the first has checks of its own.
-    """
+    """Return seven kinds of three lines; a copy, one that was learned, and one that is too long."""
     rows = [{"kind": kind, "messages": talk(500 + n)} for n, kind in enumerate(KINDS * 3)]
-    rows[4]["messages"] = [*rows[4]["messages"], *talk(550)[1:]]
+    rows[4]["messages"] = [*rows[4]["messages"], *talk(550)[1:]]  # two replies
     copied = json.loads(json.dumps(talk(COPIED)).replace(" the ", "  the "))
     rows.append({"kind": "plain", "messages": copied})
     rows.append({"kind": "plain", "messages": talk(LEARNED)})
@@ -92,12 +89,6 @@ def open_one(folder):
     )
 
 
-def write_rules(path, rules):
-    """Write rules; return the path as text."""
-    path.write_text(json.dumps(rules), encoding="utf-8")
-    return str(path)
-
-
 def say_origin(folder, learned=None, **record):
     """Write learned.txt and run.json into an adapter's folder, as the script does."""
     if learned is not None:
@@ -106,12 +97,17 @@ def say_origin(folder, learned=None, **record):
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
 
 
+def done(capfd, *words):
+    """Give a command of the package, which succeeds; return what it printed."""
+    end = command(capfd, words, main)
+    assert end.status == 0, end.err
+    return end.out
+
+
 def evidence(capfd, adapter, results, *words):
     """Measure an adapter; return the record as JSON has it, and what was printed."""
-    argv = ["evidence", adapter, "--device", "cpu", "--output_dir", results, *words]
-    end = command(capfd, argv, main)
-    assert end.status == 0, end.err
-    return read_json(results / "evidence.json"), end.out
+    out = done(capfd, "evidence", adapter, "--device", "cpu", "--output_dir", results, *words)
+    return read_json(results / "evidence.json"), out
 
 
 def mean_losses(found):

@@ -1,7 +1,6 @@
 """Any adapter is opened as it was trained, or refused with the reason."""
 
 import functools
-import json
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 import toys
 from by_hand import ROUNDING, MergedByHand, losses_of_peft, read_conversations
 from conftest import TOY
-from records import SHORT, evidence, mean_losses
+from records import SHORT, evidence, mean_losses, say_origin
 from runs import files, refused, talk, write_lines
 from safetensors.torch import load_file
 from toys import PLAIN_SCALE, PREFIX, TENSORS, change_config, change_tensors, save_adapter
@@ -27,8 +26,6 @@ VISION = f"{PREFIX}model.visual.blocks.0.mlp.down_proj.lora_"
 
 @pytest.fixture
 def measured(capfd, three_lines, tmp_path):
-    """Return a function that measures an adapter's losses, and gives the record."""
-
     def measure(adapter, *words):
         shutil.rmtree(tmp_path / "results", ignore_errors=True)
         words = ["--eval_file", three_lines, *SHORT, *words]
@@ -39,8 +36,6 @@ def measured(capfd, three_lines, tmp_path):
 
 @pytest.fixture
 def not_measured(capfd, three_lines, tmp_path):
-    """Return a function that gives an adapter that is refused, with what the message names."""
-
     def measure(adapter, *keys, more=()):
         results = tmp_path / "no results"
         argv = ["evidence", adapter, "--eval_file", three_lines, "--device", "cpu", *SHORT]
@@ -115,10 +110,6 @@ def test_each_kind_of_lora_has_the_losses_that_peft_alone_gives_it(
     assert bool(found["updates"]) is bool(kinds)
 
 
-def renamed(tensors, old, new):
-    return {name.replace(old, new, 1): one for name, one in tensors.items()}
-
-
 INTO_WRAPPER = {
     "Qwen3.5's": (".model.model.", ".model.model.language_model."),
     "Gemma 3's of old": (".model.model.", ".model.language_model.model."),
@@ -128,7 +119,7 @@ UNSLOTH = r"(?:.*?(?:language|text).*?(?:self_attn|linear_attn|mlp).*?_(?:proj|q
 
 def wrapped(folder, form, **config):
     """Rename an adapter's tensors as if it had been trained in a wrapper; return its folder."""
-    change_tensors(folder, lambda tensors: renamed(tensors, *INTO_WRAPPER[form]))
+    change_tensors(folder, lambda tensors: toys.renamed(tensors, *INTO_WRAPPER[form]))
     return change_config(folder, **config)
 
 
@@ -143,15 +134,14 @@ def test_an_adapter_in_unsloths_form_is_the_same(copied, adapters, measured, for
     assert mean_losses(found) == mean_losses(measured(adapters["plain"]))
 
 
-WAYS = {  # that a pattern may be written
-    "a path": lambda path, inside: path.replace("model.", inside, 1),
-    "an expression": lambda path, _: f".*language_model.*{path.partition('layers.')[2]}",
-    "an escaped path": lambda path, inside: f"^{re.escape(path.replace('model.', inside, 1))}",
-}
+WRITTEN = [  # a path, an expression and an escaped path
+    ("Qwen3.5's", lambda path, inside: path.replace("model.", inside, 1)),
+    ("Gemma 3's of old", lambda path, _: f".*language_model.*{path.partition('layers.')[2]}"),
+    ("Qwen3.5's", lambda path, inside: f"^{re.escape(path.replace('model.', inside, 1))}"),
+]
 
 
-@pytest.mark.parametrize("form", INTO_WRAPPER)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("form", "way"), WRITTEN)
 def test_patterns_that_were_written_for_a_wrapper_hold(measured, three_lines, tmp_path, form, way):
     """PEFT alone warns of a pattern that matches nothing, and scales as if there were none."""
     patterns = {
@@ -162,7 +152,7 @@ def test_patterns_that_were_written_for_a_wrapper_hold(measured, three_lines, tm
     expected = by_peft(folder, three_lines)
     inside = INTO_WRAPPER[form][1].removeprefix(".model.")
     for name, pattern in patterns.items():
-        patterns[name] = {WAYS[way](path, inside): value for path, value in pattern.items()}
+        patterns[name] = {way(path, inside): value for path, value in pattern.items()}
     assert mean_losses(measured(wrapped(folder, form, **patterns))) == expected
 
 
@@ -179,7 +169,7 @@ def test_a_target_without_tensors_is_left_as_the_base_has_it(copied, measured, t
 def test_the_same_adapter_in_another_file_is_the_same(plain, adapters, measured, base, form):
     """PEFT saves the embedding along in many cases."""
     embedding = {EMBEDDING: base.get_input_embeddings().weight.detach().clone()}
-    of_state_dict = functools.partial(renamed, old=".weight", new=".default.weight")
+    of_state_dict = functools.partial(toys.renamed, old=".weight", new=".default.weight")
     change = of_state_dict if form == "of a state_dict" else (lambda own: own | embedding)
     found = measured(change_tensors(plain, change))
     assert mean_losses(found) == mean_losses(measured(adapters["plain"]))
@@ -187,13 +177,12 @@ def test_the_same_adapter_in_another_file_is_the_same(plain, adapters, measured,
 
 BAD_TENSORS = {  # what is done to them, and what is named; `info` has the other faults of a file
     "NaN": (lambda own: own | {A: own[A] * float("nan")}, ["NaN:", A[17:]]),
-    "another embedding": (lambda own: own | {EMBEDDING: torch.ones(3072, 192)}, ["embedding"]),
     "a trained vision tower": (
         lambda own: own | {f"{VISION}A.weight": own[A], f"{VISION}B.weight": own[B]}, ["visual"],
     ),
     "another size than the base's": (lambda own: own | {A: torch.ones(4, 100)}, ["up_proj"]),
     "a layer that is not there": (
-        lambda own: renamed(own, "layers.1.mlp", "layers.9.mlp"), ["layers.9.mlp"],
+        lambda own: toys.renamed(own, "layers.1.mlp", "layers.9.mlp"), ["layers.9.mlp"],
     ),
 }  # fmt: skip
 QUANTIZED = "un/Q3-4B-unsloth-bnb-4bit"
@@ -249,23 +238,17 @@ def test_a_relative_base_is_found_from_another_folder(copied, measured, tmp_path
     assert measured(folder)["on"]["base"] == str(base)
 
 
-@pytest.mark.parametrize(
-    ("saved", "flags", "asked"),
-    [
-        ({}, [], ("some/base", "main")),
-        ({"revision": "abc"}, [], ("some/base", "abc")),
-        ({"revision": "abc"}, ["--base_revision", "v2"], ("some/base", "v2")),
-        ({"revision": "abc"}, ["--base", "other/base"], ("other/base", "main")),
-    ],
-)
-def test_the_hub_is_asked_for_the_right_base_and_revision(
-    copied, not_measured, monkeypatch, saved, flags, asked
-):
+def test_the_hub_is_asked_for_the_right_base_and_revision(copied, not_measured, monkeypatch):
     def read(job):
         raise script.UserError(f"{job.settings.MODEL_NAME}@{job.settings.MODEL_REVISION}")
 
     monkeypatch.setattr(script, "read_model_files", read)
-    not_measured(copied(base_model_name_or_path="some/base", **saved), "@".join(asked), more=flags)
+    folder = copied(base_model_name_or_path="some/base")
+    not_measured(folder, "some/base@main")
+    change_config(folder, revision="abc")
+    not_measured(folder, "some/base@abc")
+    not_measured(folder, "some/base@v2", more=["--base_revision", "v2"])
+    not_measured(folder, "other/base@main", more=["--base", "other/base"])
 
 
 def test_a_template_of_the_adapters_own_is_taken_for_both(plain, measured, three_lines):
@@ -300,23 +283,20 @@ def test_nothing_of_an_adapter_is_executed(plain, three_lines, tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    ("systems", "recorded", "flags", "expected"),
-    [
-        (["You are Nell."] * 2, {}, [], "You are Nell."),
-        (["You are Nell.", "You are Bob."], {}, [], ""),
-        (["You are Nell.", None], {}, [], ""),
-        (["You are Nell."] * 2, {"system_message": None}, [], ""),
-        (["You are Nell."] * 2, {"system_message": "You are Ann."}, [], "You are Ann."),
-        (["You are Nell."] * 2, {}, ["--system", "You are Eve."], "You are Eve."),
-        (["You are Nell."] * 2, {"system_message": "You are Ann."}, ["--system", ""], ""),
-    ],
-)
-def test_the_system_message_is_the_trainings(
-    plain, measured, tmp_path, systems, recorded, flags, expected
-):
-    (plain / "run.json").write_text(json.dumps(recorded), encoding="utf-8")
-    heads = [[{"role": "system", "content": one}] if one else [] for one in systems]
-    rows = [{"messages": head + talk(n)[1:]} for n, head in enumerate(heads)]
-    path = write_lines(tmp_path / "own.jsonl", rows)
-    assert measured(plain, "--eval_file", path, *flags)["system"] == expected
+def test_the_system_message_is_the_trainings(plain, measured, tmp_path):
+    """Else that of all lines, if they have one."""
+    trained, none, eve = {"system_message": "Be Ann."}, {"system_message": None}, "Be Eve."
+    for systems, known, flags, expected in (
+        (["Be Nell."] * 2, {}, [], "Be Nell."),
+        (["Be Nell.", "Be Bob."], {}, [], ""),
+        (["Be Nell.", None], {}, [], ""),
+        (["Be Nell."] * 2, none, [], ""),
+        (["Be Nell."] * 2, trained, [], "Be Ann."),
+        (["Be Nell."] * 2, {}, ["--system", eve], eve),
+        (["Be Nell."] * 2, trained, ["--system", ""], ""),
+    ):
+        say_origin(plain, **known)
+        heads = [[{"role": "system", "content": one}] if one else [] for one in systems]
+        rows = [{"messages": head + talk(n)[1:]} for n, head in enumerate(heads)]
+        path = write_lines(tmp_path / "own.jsonl", rows)
+        assert measured(plain, "--eval_file", path, *flags)["system"] == expected, known

@@ -12,13 +12,11 @@ import torch
 import toys
 from by_hand import MergedByHand, render
 from conftest import TOY
-from runs import command, send
+from runs import SYSTEM, command, send
 from toys import TENSORS, change_config, edit_json, save_adapter
 from transformers.generation import GenerationMixin
 
 from inspect_lora.__main__ import main
-
-SYSTEM = "You are Nell."
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 import scipy.stats
-from made_records import asked, command, jackknife, lines_of, made, put, shift_of
+from made_records import asked, jackknife, lines_of, made, put, shift_of
+from runs import command
+
+from inspect_lora.__main__ import main
 
 WITHOUT_PARTS = {"parts": [], "measured_on": []}
 
@@ -18,19 +21,18 @@ def compare(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def compare_them(*folders, status=0):
-        end, out, errors = command(capsys, "compare", *(folders or ["inspected"]))
-        assert end == status
-        left = re.findall(r"^left out.*(?:\n {10}.*)*", out, re.MULTILINE)
+        end = command(capsys, ["compare", *(folders or ["inspected"])], main)
+        assert end.status == status
+        left = re.findall(r"^left out.*(?:\n {10}.*)*", end.out, re.MULTILINE)
         # The rows of losses: number, mark, loss, and the rest.
-        losses = re.findall(r"^ {10}(\d+)( \?)? +(\d\.\d{4})(.*)$", out, re.MULTILINE)
-        return losses, left, out + errors
+        losses = re.findall(r"^ {10}(\d+)( \?)? +(\d\.\d{4})(.*)$", end.out, re.MULTILINE)
+        return losses, left, end.out + end.err
 
     return compare_them
 
 
 @pytest.fixture
 def make(tmp_path):
-    """Return a function that makes the record of a folder."""
     return lambda name, **facts: made(tmp_path / "inspected" / name, **facts)
 
 

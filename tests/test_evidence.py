@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import signal
 
 import peft
 import pytest
@@ -19,7 +20,6 @@ from inspect_lora.common import file_sha256
 
 @pytest.fixture
 def found(record):
-    """Return the record with everything in it."""
     return read_json(record / "evidence.json")
 
 
@@ -149,10 +149,7 @@ def test_tasks_that_the_template_refuses_are_counted(capfd, plain, tmp_path, tok
 def test_ctrl_c_loses_the_running_measurement_alone(
     capfd, plain, three_lines, tmp_path, monkeypatch, step, count
 ):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(measure, step, stop)
+    monkeypatch.setattr(measure, step, runs.send(signal.SIGINT))
     tasks = write_lines(tmp_path / "tasks.jsonl", TASKS)
     words = ["--eval_file", three_lines, "--general_file", tasks, "--parts", "2", "--tasks", "2"]
     argv = ["evidence", plain, "--device", "cpu", *words, "--max_new_tokens", "1"]
@@ -162,8 +159,8 @@ def test_ctrl_c_loses_the_running_measurement_alone(
     assert list(found["seconds"]) == kept and not found["finished"]
     assert len(found["lines"]) == 3 and bool(found["shifts"]) is (count == 4)
     monkeypatch.undo()
-    end = command(capfd, ["report", tmp_path / "results"], main)
-    assert end.status == 0 and (tmp_path / "results" / "report.md").is_file()
+    records.done(capfd, "report", tmp_path / "results")
+    assert (tmp_path / "results" / "report.md").is_file()
 
 
 def test_three_adapters_of_one_folder_leave_three_records(capfd, plain, three_lines):
@@ -172,8 +169,7 @@ def test_three_adapters_of_one_folder_leave_three_records(capfd, plain, three_li
     ids = []
     for scale in (1, 2, 3):
         change_tensors(plain, lambda own, by=scale: {k: by * one for k, one in own.items()})
-        end = command(capfd, ["evidence", plain, "--device", "cpu", *words], main)
-        assert end.status == 0, end.err
+        records.done(capfd, "evidence", plain, "--device", "cpu", *words)
         ids.append(read_json(plain.parent / "inspected" / plain.name / "evidence.json")["id"])
     folders = sorted((plain.parent / "inspected").iterdir())
     assert [one.name.partition(".")[0] for one in folders] == [plain.name] * 3
@@ -201,8 +197,7 @@ def test_an_adapter_of_ours_needs_no_flags(capfd, finished, tmp_path, name):
     folder = output / name
     if name == "a checkpoint":
         (folder,) = output.glob("checkpoints/*/checkpoint-8")
-    end = command(capfd, ["evidence", folder, *SHORT], main)
-    assert end.status == 0, end.err
+    records.done(capfd, "evidence", folder, *SHORT)
     found = read_json(folder.parent / "inspected" / folder.name / "evidence.json")
     tokens = sum(one["tokens"] for one in found["lines"])
     history = runs.logged(runs.read_record(output)["loss_history"], "eval_loss")

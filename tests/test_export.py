@@ -1,6 +1,7 @@
 """export: what is written has the logits of weights merged by hand, by NumPy and PEFT."""
 
 import copy
+import functools
 import warnings
 
 import numpy as np
@@ -10,33 +11,25 @@ import safetensors.torch
 import torch
 import toys
 from conftest import TOY
-from runs import command, refused
+from records import done
+from runs import refused
 from safetensors.torch import load_file
 from toys import CONFIG, PREFIX, TENSORS, change_config, change_tensors, save_adapter
 from transformers import AutoModelForImageTextToText
 
 from inspect_lora.__main__ import main
 
+RANKS = {"o_proj": 1, "layers.0.mlp.up_proj": 3}
 VARIANTS = {
     "plain": {},
     "rslora": {"use_rslora": True, "alpha_pattern": {"up_proj": 3}},
-    "patterns": {
-        "rank_pattern": {"o_proj": 1, "layers.0.mlp.up_proj": 3},
-        "alpha_pattern": {r"layers\.[01]\.mlp\.down_proj": 3},
-    },
+    "patterns": {"rank_pattern": RANKS, "alpha_pattern": {r"layers\.[01]\.mlp\.down_proj": 3}},
 }
 
 
 @pytest.fixture
 def export(capfd):
-    """Return export(...): it does the command, and gives what was printed."""
-
-    def run(*words):
-        end = command(capfd, ["export", *words], main)
-        assert end.status == 0, end.err
-        return end.out
-
-    return run
+    return functools.partial(done, capfd, "export")
 
 
 def loaded(folder):

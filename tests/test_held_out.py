@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from records import SHORT, evidence, line_numbers, say_origin, write_rules, write_talks_with
+from records import SHORT, evidence, line_numbers, say_origin, write_talks_with
 from runs import SYSTEM, refused, run, talk, write_lines, write_talks
 from toys import edit_json
 
@@ -27,8 +27,6 @@ def output(adapters, tmp_path):
 
 @pytest.fixture
 def measured(capfd, tmp_path):
-    """Return a function that measures an adapter without a word on its file."""
-
     def measure(adapter, *words):
         found, said = evidence(capfd, adapter, tmp_path / "results", *SHORT, *words)
         return found | {"printed": said}
@@ -38,8 +36,6 @@ def measured(capfd, tmp_path):
 
 @pytest.fixture
 def not_measured(capfd, output):
-    """Return a function that gives words that are refused, with what the message names."""
-
     def measure(*keys, more=()):
         argv = ["evidence", output / "final_lora", "--device", "cpu", *SHORT, *more]
         return refused(capfd, argv, *keys, main=main)
@@ -151,18 +147,16 @@ def test_long_lines_are_left_out_and_counted(output, measured, tmp_path):
     assert measured(output / "final_lora", *words, "--max_seq_len", "999")["too_long"] == 0
 
 
-def test_bad_lines_are_named_all_at_once(tmp_path, not_measured):
-    """Before the base is looked for."""
+def test_bad_lines_and_rules_of_no_line_are_named_before_the_base_is_looked_for(
+    tmp_path, not_measured
+):
     rows = [{"messages": talk(1)[:2]}, {"messages": talk(1)}, {"messages": talk(2), "checks": 5}]
     rows.append({"messages": talk(3), "checks": {"brief": {"most_word": 3}}})
     words = ["--base", "/nowhere", "--eval_file", write_lines(tmp_path / "own.jsonl", rows)]
     end = not_measured("own.jsonl:1", "own.jsonl:3", "own.jsonl:4", "most_word", more=words)
     assert "/nowhere" not in end.err and "own.jsonl:2" not in end.err
-
-
-def test_a_rule_for_a_kind_that_no_line_has_is_refused(tmp_path, not_measured):
-    """It would judge nothing, in silence."""
+    # A rule for a kind that no line has would judge nothing, in silence.
     path = write_talks_with(tmp_path / "own.jsonl", 1, kind="emergency")
     rings = [{"name": "rings", "kinds": ["emergencies"], "any": ["999"]}]
-    words = ["--eval_file", path, "--rules", write_rules(tmp_path / "rules.json", rings)]
+    words = ["--eval_file", path, "--rules", write_lines(tmp_path / "rules.json", [rings])]
     not_measured("emergencies", more=words)

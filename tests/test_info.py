@@ -90,8 +90,8 @@ def test_rank_and_scaling_are_those_that_peft_gives_each_module(config, tmp_path
     layers = toys.layers_of(loaded)
     assert rows.keys() == layers.keys() and rows
     for path, one in layers.items():
-        assert rows[path]["r"] == one.r["default"]
-        assert rows[path]["scaling"] == pytest.approx(one.scaling["default"])
+        expected = (one.r["default"], pytest.approx(one.scaling["default"]))
+        assert (rows[path]["r"], rows[path]["scaling"]) == expected
 
 
 NAME = LAYER.format(1, "up", "B")

@@ -10,7 +10,7 @@ import torch
 import toys
 from by_hand import render
 from conftest import TOY
-from records import NEW_TOKENS, evidence, line_numbers, write_rules, write_talks_with
+from records import NEW_TOKENS, evidence, line_numbers, write_talks_with
 from runs import NOUNS, read_json, talk, write_lines
 
 import train_lora_single as script
@@ -37,7 +37,6 @@ def said_alone(network, ids, count):
 
 @pytest.fixture
 def exchanges(record):
-    """Return the exchanges of the record with everything in it."""
     return read_json(record / "evidence.json")["exchanges"]
 
 
@@ -80,21 +79,13 @@ def test_replies_do_not_depend_on_the_batch(opened, prompts, monkeypatch):
     assert model.generate(opened, prompts, 12) == whole
 
 
-FULL = {
-    "torch's": torch.OutOfMemoryError("CUDA out of memory."),
-    "cuBLAS's": RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "Triton's": RuntimeError("Triton Error [CUDA]: out of memory"),
-}
-
-
-@pytest.mark.parametrize("name", FULL)
-def test_half_as_many_go_together_where_memory_runs_out(opened, prompts, monkeypatch, name):
+def test_half_as_many_go_together_where_memory_runs_out(opened, prompts, monkeypatch):
     expected, batches, real = model.generate(opened, prompts, 6), [], model.new_tokens
 
     def run(adapter, some, *how):
         batches.append(len(some))
         if len(some) > 1:
-            raise FULL[name]
+            raise torch.OutOfMemoryError
         return real(adapter, some, *how)
 
     monkeypatch.setattr(model, "new_tokens", run)
@@ -176,7 +167,7 @@ def test_on_a_cpu_some_are_drawn_and_all_that_ask_for_something(
     rows = [{"messages": talk(n), "kind": kind} for n, kind in enumerate(kinds)]
     rings = [{"name": "rings", "kinds": ["emergency"], "any": ["999"]}]
     words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows)]
-    words += ["--rules", write_rules(tmp_path / "rules.json", rings)]
+    words += ["--rules", write_lines(tmp_path / "rules.json", [rings])]
     emergencies = {number + 1 for number, kind in enumerate(kinds) if kind == "emergency"}
     asked = [
         asked_of(capfd, adapters["plain"], tmp_path / name, monkeypatch, *words, *more)

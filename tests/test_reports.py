@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import ROOT
-from made_records import KINDS, SYSTEM, asked, command, jackknife, made, put, said, tables_of
+from made_records import KINDS, SYSTEM, asked, jackknife, made, put, said, tables_of
+from runs import command, refused
+
+from inspect_lora.__main__ import main
 
 HEAVY = "torch transformers peft trl scipy safetensors train_lora_single datasets accelerate"
 # A program that reports and compares where nothing of a model can be imported.
@@ -25,10 +28,9 @@ HEADINGS = ("Updates", "Held-out replies", "Parts", "Strength, and change on oth
 
 
 def reported(capsys, found):
-    """Return the tables of a record's report, by their headings."""
     put(found)
-    status, _, errors = command(capsys, "report", found.folder)
-    assert (status, errors) == (0, "")
+    end = command(capsys, ["report", found.folder], main)
+    assert (end.status, end.err) == (0, "")
     return tables_of(read(found))
 
 
@@ -45,7 +47,7 @@ def test_a_report_needs_no_model_and_comes_out_the_same_again(capsys, tmp_path, 
     whole = {path.name: path.read_bytes() for path in found.folder.iterdir()}
     assert len(whole) == 4 and (tmp_path / "compared").is_dir()
     assert whole["picture.png"].startswith(b"\x89PNG")
-    command(capsys, "report", found.folder)
+    reported(capsys, found)
     assert whole == {path.name: path.read_bytes() for path in found.folder.iterdir()}
 
 
@@ -141,7 +143,7 @@ def test_the_report_names_kinds_checks_with_their_rules_and_the_system_message(c
 def test_what_the_adapter_learned_is_counted_or_not_known(capsys, tmp_path, learned):
     """Nothing says 0 where it is not known."""
     found = put(made(tmp_path, learned=learned, too_long=5, refused=3))
-    for text in (command(capsys, "report", tmp_path)[1], read(found)):
+    for text in (command(capsys, ["report", tmp_path], main).out, read(found)):
         (line,) = [one for one in text.splitlines() if "left out" in one]
         assert re.findall(r"\d+", line) == ([] if learned is None else [str(learned)]) + ["5", "3"]
         assert ("learned.txt" in line) is (learned is None)
@@ -195,5 +197,4 @@ def test_the_picture_shows_what_the_tables_have(capsys, tmp_path, monkeypatch, r
 @pytest.mark.parametrize("content", ["{", '{"schema": 2}', '{"schema": 3}', "[]"])
 def test_a_folder_without_a_record_is_named(capsys, tmp_path, content):
     (tmp_path / "evidence.json").write_text(content)
-    status, out, errors = command(capsys, "report", tmp_path)
-    assert status == 1 and out == "" and f"{tmp_path}/evidence.json" in errors
+    assert refused(capsys, ["report", tmp_path], f"{tmp_path}/evidence.json", main=main).out == ""

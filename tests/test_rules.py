@@ -29,21 +29,19 @@ def test_a_phrase_is_found_in_the_same_words_and_in_no_others():
     assert [pair for pair in NOT_FOUND if holds(pair[1], pair[0])] == []
 
 
-@pytest.mark.parametrize(
-    ("rule", "good", "bad"),
-    [
-        ({"any": ["999", "112"]}, ["Ring 112.", "999 or 112"], ["", "Ring 911."]),
-        ({"none": ["999", "I promise"]}, ["", "Ring 911."], ["I promise.", "Ring 999."]),
-        ({"most_words": 3}, ["", "One two three."], ["One two three four."]),
-        ({"most_words": 0}, ["", " \n"], ["Yes."]),
-        ({"most_questions": 1}, ["No.", "What??", "\u4ec0\u4e48\uff1f"], ["Who? What?"]),
-        (
-            {"any": ["999"], "none": ["no need"], "most_words": 5, "most_questions": 0},
-            ["Ring 999 now, please."],
-            ["Ring them.", "No need for 999.", "Ring 999 now, please, at once.", "999?"],
-        ),
-    ],
-)
+ALL_KEYS = {"any": ["999"], "none": ["no need"], "most_words": 5, "most_questions": 0}
+FAIL_ONE = ["Ring them.", "No need for 999.", "Ring 999 now, please, at once.", "999?"]
+JUDGED = [  # a rule, and good and bad replies
+    ({"any": ["999", "112"]}, ["Ring 112.", "999 or 112"], ["", "Ring 911."]),
+    ({"none": ["999", "I promise"]}, ["", "Ring 911."], ["I promise.", "Ring 999."]),
+    ({"most_words": 3}, ["", "One two three."], ["One two three four."]),
+    ({"most_words": 0}, ["", " \n"], ["Yes."]),
+    ({"most_questions": 1}, ["No.", "What??", "\u4ec0\u4e48\uff1f"], ["Who? What?"]),
+    (ALL_KEYS, ["Ring 999 now, please."], FAIL_ONE),
+]
+
+
+@pytest.mark.parametrize(("rule", "good", "bad"), JUDGED)
 def test_each_key_is_asked_for(rule, good, bad):
     assert problem_of(rule) == ""
     assert [passes(rule, reply) for reply in good] == [True] * len(good)

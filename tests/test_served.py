@@ -15,6 +15,7 @@ from inspect_lora.record import Probe, Record, read, save
 
 RECORDED = json.loads((ROOT / "tests" / "served_vllm_0_32.json").read_text(encoding="utf-8"))
 APPLIED, IGNORED, CANNOT_TELL, OTHERWISE = 0, 3, 4, 5
+VERDICTS = {"served-demo": APPLIED, "plain": IGNORED, "twice": CANNOT_TELL}
 
 
 @contextlib.contextmanager
@@ -76,13 +77,11 @@ def loss_by_hand(name, probe):
     return -sum(rows[n][str(ids[n])]["logprob"] for n in range(first, len(ids)))
 
 
-@pytest.mark.parametrize(
-    ("name", "status"), [("served-demo", APPLIED), ("plain", IGNORED), ("twice", CANNOT_TELL)]
-)
-def test_vllms_own_answers_tell_applied_ignored_and_twice_as_strong(of_vllm, capfd, name, status):
+@pytest.mark.parametrize("name", VERDICTS)
+def test_vllms_own_answers_tell_applied_ignored_and_twice_as_strong(of_vllm, capfd, name):
     with running(replayed) as url:
         end = command(capfd, ["served", of_vllm, "--url", url, "--name", name], main)
-    assert end.status == status and end.err == "" and "500" not in end.out
+    assert end.status == VERDICTS[name] and end.err == "" and "500" not in end.out
     replies = RECORDED["replies"]
     here = np.array([[one["base"], one["adapter"]] for one in replies])
     there = np.array([[loss_by_hand(model, one) for model in ("toy", name)] for one in replies])

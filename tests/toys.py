@@ -1,7 +1,4 @@
-"""Models of a few thousand weights, and adapters that PEFT alone makes.
-
-The toy is two of the four layers of data/demo-model, and its replies are not empty.
-"""
+"""Models of a few thousand weights, and adapters that PEFT alone makes."""
 
 import copy
 import functools
@@ -30,7 +27,6 @@ def edit_json(path, change):
 
 
 def make_untied(folder):
-    """Write the toy with a head of its own into a folder."""
     shutil.copytree(TOY, folder, dirs_exist_ok=True)
     tensors = load_file(folder / WEIGHTS)
     tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].flip(0)
@@ -44,13 +40,11 @@ def make_untied(folder):
 
 @functools.cache
 def base_model(dtype="float32"):
-    """Return the toy's text model; nobody changes it."""
     return AutoModelForCausalLM.from_pretrained(TOY, dtype=dtype).eval()
 
 
 @functools.cache
 def tokenizer():
-    """Return the toy's tokenizer; nobody changes it."""
     return AutoTokenizer.from_pretrained(TOY)
 
 
@@ -110,10 +104,7 @@ def save_kind(folder, kind):
     """Make an adapter of a kind in KINDS; return its folder."""
     save_adapter(folder, **KINDS[kind])
     if kind == "wrapper":
-        change_tensors(folder, lambda tensors: {
-            name.replace(".model.model.", ".model.model.language_model."): one
-            for name, one in tensors.items()
-        })  # fmt: skip
+        change_tensors(folder, lambda own: renamed(own, ".layers", ".language_model.layers"))
     return folder
 
 
@@ -133,6 +124,10 @@ def layers_of(model):
     """Return the modules with LoRA, by their path."""
     named = model.base_model.model.named_modules()
     return {path: one for path, one in named if isinstance(one, peft.tuners.lora.LoraLayer)}
+
+
+def renamed(tensors, old, new):
+    return {name.replace(old, new, 1): one for name, one in tensors.items()}
 
 
 def change_tensors(folder, change):
