@@ -124,7 +124,7 @@ def test_what_cannot_stand_beside_the_newest_is_left_out(compare, make, facts, r
 
 def test_reports_on_prompts_are_compared_by_their_checks(compare, make):
     """Without losses the base is known by its name and commit alone."""
-    for name in "ab":
+    for name in "ba":
         rows = [asked(n, source="prompts", after=name == "a" or n > 8) for n in range(30)]
         found = put(make(name, **WITHOUT_PARTS, lines=[], exchanges=rows), measured=f"2026 {name}")
     losses, left, out = compare()

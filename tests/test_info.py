@@ -101,7 +101,7 @@ CHANGES = {  # fault: what is done to the tensors of a file
     "NaN": lambda file: file | {NAME: file[NAME] + float("inf")},
     "zero": lambda file: {name: one * ("lora_A" in name) for name, one in file.items()},
     "unpaired": lambda file: {name: one for name, one in file.items() if name != NAME},
-    "doubled": lambda file: file | {TWICE[0]: file[NAME].clone(), TWICE[1]: file[OTHER].clone()},
+    "doubled": lambda file: file | {TWICE[0]: file[NAME], TWICE[1]: file[OTHER]},
     "no-LoRA": lambda file: {f"lora_unet_{n}": one for n, one in enumerate(file.values())},
 }
 

@@ -45,7 +45,7 @@ def test_base_and_adapter_say_what_they_would_alone(record, exchanges):
     tokenizer, folder = toys.tokenizer(), record / "inputs" / "adapter"
     network = peft.PeftModel.from_pretrained(copy.deepcopy(toys.base_model()), folder).eval()
     ends = []
-    for one in exchanges:
+    for one in exchanges[::2]:
         ids = render(tokenizer, one["messages"], add_generation_prompt=True)
         with network.disable_adapter():
             base = said_alone(network, ids, NEW_TOKENS)
@@ -85,7 +85,7 @@ def test_half_as_many_go_together_where_memory_runs_out(opened, prompts, monkeyp
     def run(adapter, some, *how):
         batches.append(len(some))
         if len(some) > 1:
-            raise torch.OutOfMemoryError
+            raise torch.OutOfMemoryError("out of memory")
         return real(adapter, some, *how)
 
     monkeypatch.setattr(model, "new_tokens", run)

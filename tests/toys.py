@@ -133,7 +133,7 @@ def renamed(tensors, old, new):
 def change_tensors(folder, change):
     """Let change(tensors) edit an adapter's file, or return others; return the folder."""
     tensors = load_file(folder / TENSORS)
-    tensors = change(tensors) or tensors
+    tensors = {name: one.clone() for name, one in (change(tensors) or tensors).items()}
     save_file(tensors, folder / TENSORS, {"format": "pt"})
     return folder
 
