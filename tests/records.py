@@ -41,17 +41,8 @@ def make_record(folder):
     train_adapter(inputs / "adapter")
     words = ["--eval_file", write_lines(inputs / "held_out.jsonl", held_out_rows())]
     words += ["--general_file", write_lines(inputs / "tasks.jsonl", TASKS)]
-    words += ["--rules", write_lines(inputs / "rules.json", [RULES])]
-    words += [
-        "--parts",
-        6,
-        "--max_seq_len",
-        LIMIT,
-        "--max_new_tokens",
-        NEW_TOKENS,
-        "--output_dir",
-        folder,
-    ]
+    words += ["--rules", write_lines(inputs / "rules.json", [RULES]), "--parts", 6]
+    words += ["--max_seq_len", LIMIT, "--max_new_tokens", NEW_TOKENS, "--output_dir", folder]
     assert run(["evidence", inputs / "adapter", "--device", "cpu", *words], main) == 0
 
 

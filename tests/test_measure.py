@@ -119,11 +119,12 @@ def test_the_adapter_is_to_the_bit_what_it_was_after_an_error_in_a_part(opened):
     assert all(weights[name].equal(one) for name, one in weights_after.items())
 
 
-def test_parts_and_tasks_are_measured_on_the_same_lines_each_time(capfd, adapters, tmp_path):
+def test_parts_and_tasks_have_the_same_lines_each_time(capfd, adapters, tmp_path, monkeypatch):
     """So that two adapters can be compared; measured_on says which lines a part's losses are of."""
     path = write_talks_with(tmp_path / "eval.jsonl", *range(4))
     tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": f"{n} + 3?"} for n in range(9)])
     words = ["--eval_file", path, "--replies", 0, "--max_new_tokens", 1]
+    monkeypatch.setattr(measure, "TASK_TOKENS", 8)
     some = ["--parts", 2, "--general_file", tasks, "--tasks", 2]
     how = {"one": some, "two": some, "whole": ["--parts", 4, "--general_file", ""]}
     one, two, whole = (
