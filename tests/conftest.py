@@ -1,8 +1,4 @@
-"""What all tests share: one toy model, short data, finished runs and adapters; no network.
-
-Nothing here imports torch or the script until a test asks for it: the process that only deals out
-the tests to its workers starts in a second.
-"""
+"""What all tests share, each made once; no network, and no torch before a test asks for it."""
 
 import contextlib
 import fcntl
@@ -13,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -25,10 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def make_toy(demo, folder):
-    """Write two of the demo's four layers as a model into a folder: DeltaNet and attention.
-
-    Its replies are not empty. This needs no torch.
-    """
+    """Write two of the demo's four layers, whose replies are not empty, into a folder."""
     shutil.copytree(demo, folder, dirs_exist_ok=True)
     config = json.loads((demo / "config.json").read_text(encoding="utf-8"))
     kinds = config["text_config"]["layer_types"]
@@ -36,7 +30,6 @@ def make_toy(demo, folder):
     places = {str(kinds.index(kind)): str(place) for place, kind in enumerate(layers)}
     config["text_config"] |= {"num_hidden_layers": 2, "layer_types": layers}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
     whole = (demo / "model.safetensors").read_bytes()
     begin = 8 + int.from_bytes(whole[:8], "little")  # after the header, which is JSON
     header, kept = {"__metadata__": {"format": "pt"}}, b""
@@ -124,15 +117,9 @@ def real_picture():
     """Have pictures drawn and saved in a test that asks for this."""
 
 
-# ---- made once a session ------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """Return shared(name, make): the folder that make(folder) fills once for all workers.
-
-    Tests must not change what lies there.
-    """
+    """Return shared(name, make): what make(folder) fills once for all; nobody changes it."""
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -154,63 +141,79 @@ def shared(tmp_path_factory):
 @pytest.fixture(scope="session")
 def base():
     """Return the toy's text model in float32, which nobody changes."""
-    import toys
-
-    return toys.base_model()
+    return import_module("toys").base_model()
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     """Return the toy's tokenizer, which nobody changes."""
-    import toys
-
-    return toys.tokenizer()
+    return import_module("toys").tokenizer()
 
 
 @pytest.fixture(scope="session")
 def untied(shared):
     """Return the path of the toy with a head of its own, not the embedding's weight."""
-    import toys
-
-    return str(shared("untied", toys.make_untied))
+    return str(shared("untied", import_module("toys").make_untied))
 
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory):
     """Return {kind: folder} of adapters of the toy that PEFT alone made; see toys.KINDS."""
-    import toys
 
     class Adapters(dict):
         def __missing__(self, kind):
-            self[kind] = toys.save_kind(tmp_path_factory.mktemp("adapters") / kind, kind)
-            return self[kind]
+            folder = tmp_path_factory.mktemp("adapters") / kind
+            return self.setdefault(kind, import_module("toys").save_kind(folder, kind))
 
     return Adapters()
 
 
 @pytest.fixture
+def copied(adapters, tmp_path):
+    """Return copied(kind, ...): a copy of such an adapter with other entries in its config."""
+
+    def copy(kind="plain", **config):
+        folder = shutil.copytree(adapters[kind], tmp_path / "copied")
+        return import_module("toys").change_config(folder, **config)
+
+    return copy
+
+
+@pytest.fixture
+def plain(copied):
+    return copied()
+
+
+@pytest.fixture(scope="session")
+def three_lines(tmp_path_factory):
+    """Return the path of three held-out lines."""
+    path = tmp_path_factory.mktemp("held out") / "eval.jsonl"
+    return import_module("records").write_talks_with(path, 1, 2, 3)
+
+
+@pytest.fixture(scope="session")
+def opened(tmp_path_factory):
+    """Return an adapter on its base; each test leaves it as it was."""
+    return import_module("records").open_one(tmp_path_factory.mktemp("opened") / "adapter")
+
+
+@pytest.fixture
 def flags(tmp_path):
     """Return the flags of a short run into tmp_path/output; later flags override these."""
-    from runs import short_flags
-
-    return short_flags(tmp_path)
+    return import_module("runs").short_flags(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def finished(shared):
-    """Return a finished run of 8 steps: .folder (its data), .output, .flags, .recorded.
-
-    Its 14 lines, one of them long, are trained on twice; what was printed is in all_logs.log.
-    """
-    import runs
-
+    """Return a run of 8 steps, twice over 14 lines: .folder with its data, .output, .flags..."""
+    runs = import_module("runs")
     return runs.short_run(shared("finished", runs.do_short_run))
 
 
 @pytest.fixture(scope="session")
 def stopped(shared):
     """Return the same run, stopped by Ctrl-C in step 7; an older final_lora lies in its output."""
-    import runs
+    runs = import_module("runs")
 
     def make(folder):
         (folder / "output" / "final_lora").mkdir(parents=True)
@@ -223,15 +226,11 @@ def stopped(shared):
 @pytest.fixture(scope="session")
 def record(shared):
     """Return the folder of one report with everything in it, as tests/records.py makes it."""
-    import records
-
-    return shared("record", records.make_record)
+    return shared("record", import_module("records").make_record)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """Return gpu(capability, free, total): there is a GPU then, and the CPU computes for it."""
-    import toys
-
     with contextlib.ExitStack() as stack:
-        yield functools.partial(toys.pretend_gpu, monkeypatch, stack)
+        yield functools.partial(import_module("toys").pretend_gpu, monkeypatch, stack)

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import scipy.stats
 
-from inspect_lora import __main__, record
+from inspect_lora import record
 from inspect_lora.record import Exchange, Line, Part, Record, Said, Shift
 
 SYSTEM = "You are Nell."
@@ -108,16 +108,6 @@ def jackknife(numerators, denominators, clusters, chance=0.05):
     error = math.sqrt((len(names) - 1) / len(names) * ((left - value) ** 2).sum())
     margin = scipy.stats.t.ppf(1 - chance / 2, effective - 1) * error
     return value, value - margin, value + margin
-
-
-def command(capsys, *words):
-    """Run a command of the package; return its status, what it printed, and its errors."""
-    status = 0
-    try:
-        __main__.main([str(word) for word in words])
-    except SystemExit as end:
-        status = end.code
-    return status, *capsys.readouterr()
 
 
 def tables_of(markdown):

@@ -1,5 +1,6 @@
 """Reports of `evidence`: one with everything in it, and short ones of a test's own."""
 
+import argparse
 import copy
 import json
 
@@ -10,7 +11,9 @@ from by_hand import render
 from runs import NOUNS, SYSTEM, command, read_json, run, talk, write_lines
 
 import train_lora_single as script
+from inspect_lora import model
 from inspect_lora.__main__ import main
+from inspect_lora.adapter_file import read_adapter
 
 KINDS = ["plain", "emergency", "pressure", "everyday", "long", "new_topic", "false_alarm"]
 LEARNED, TOO_LONG, COPIED = 600, 601, 500  # numbers of talks
@@ -32,28 +35,21 @@ RULES = [
 SHORT = ["--general_file", "", "--replies", "0", "--parts", "0"]  # nothing but the losses
 
 
-# ---- one report with everything -----------------------------------------------------------------
-
-
 def make_record(folder):
-    """Measure with everything on, into folder; what was measured lies in folder/inputs.
-
-    There are seven kinds of three lines, one of which has two replies; a copy of a line; one line
-    that the adapter learned, and one that is too long; rules, tasks and a system message.
-    """
+    """Measure with everything on, into folder; what was measured lies in folder/inputs."""
     inputs = folder / "inputs"
     train_adapter(inputs / "adapter")
     words = ["--eval_file", write_lines(inputs / "held_out.jsonl", held_out_rows())]
     words += ["--general_file", write_lines(inputs / "tasks.jsonl", TASKS)]
-    words += ["--rules", write_rules(inputs / "rules.json", RULES)]
+    words += ["--rules", write_lines(inputs / "rules.json", [RULES]), "--parts", 6]
     words += ["--max_seq_len", LIMIT, "--max_new_tokens", NEW_TOKENS, "--output_dir", folder]
     assert run(["evidence", inputs / "adapter", "--device", "cpu", *words], main) == 0
 
 
 def held_out_rows():
-    """Return the lines of the held-out file."""
+    """Return seven kinds of three lines; a copy, one that was learned, and one that is too long."""
     rows = [{"kind": kind, "messages": talk(500 + n)} for n, kind in enumerate(KINDS * 3)]
-    rows[4]["messages"] = [*rows[4]["messages"], *talk(550)[1:]]
+    rows[4]["messages"] = [*rows[4]["messages"], *talk(550)[1:]]  # two replies
     copied = json.loads(json.dumps(talk(COPIED)).replace(" the ", "  the "))
     rows.append({"kind": "plain", "messages": copied})
     rows.append({"kind": "plain", "messages": talk(LEARNED)})
@@ -63,14 +59,11 @@ def held_out_rows():
 
 
 def train_adapter(folder, steps=8):
-    """Train an adapter of the toy with PEFT and torch alone, on other talks of the same form.
-
-    Its folder says that it learned one of the held-out lines, if with another reply.
-    """
+    """Train an adapter with PEFT and torch alone; it says that it learned a held-out line."""
     torch.manual_seed(0)
-    model = copy.deepcopy(toys.base_model())
-    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **toys.PLAIN))
-    lora = [one for one in model.parameters() if one.requires_grad]
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **toys.PLAIN)
+    network = peft.get_peft_model(copy.deepcopy(toys.base_model()), config)
+    lora = [one for one in network.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(lora, lr=1e-2)
     for step in range(steps):
         for number in range(4):
@@ -79,20 +72,21 @@ def train_adapter(folder, steps=8):
             said = toys.tokenizer()(f"{reply['content']}<|im_end|>").input_ids
             ids = torch.tensor([prompt + said])
             labels = torch.where(torch.arange(ids.shape[1]) < len(prompt), -100, ids)
-            model(input_ids=ids, labels=labels).loss.backward()
+            network(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(folder, save_embedding_layers=False)
+    network.save_pretrained(folder, save_embedding_layers=False)
     say_origin(folder, [talk(LEARNED)[:-1]], system_message=SYSTEM)
 
 
-# ---- what a test measures itself ----------------------------------------------------------------
-
-
-def write_rules(path, rules):
-    """Write rules; return the path as text."""
-    path.write_text(json.dumps(rules), encoding="utf-8")
-    return str(path)
+def open_one(folder):
+    """Return an adapter of the toy, made in this folder, on its base."""
+    toys.save_adapter(folder, std=0.2)
+    parser = argparse.ArgumentParser()
+    model.add_arguments(parser)
+    return model.open_adapter(
+        parser.parse_args([str(folder), "--device", "cpu"]), read_adapter(folder)
+    )
 
 
 def say_origin(folder, learned=None, **record):
@@ -103,12 +97,17 @@ def say_origin(folder, learned=None, **record):
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
 
 
+def done(capfd, *words):
+    """Give a command of the package, which succeeds; return what it printed."""
+    end = command(capfd, words, main)
+    assert end.status == 0, end.err
+    return end.out
+
+
 def evidence(capfd, adapter, results, *words):
     """Measure an adapter; return the record as JSON has it, and what was printed."""
-    argv = ["evidence", adapter, "--device", "cpu", "--output_dir", results, *words]
-    end = command(capfd, argv, main)
-    assert end.status == 0, end.err
-    return read_json(results / "evidence.json"), end.out
+    out = done(capfd, "evidence", adapter, "--device", "cpu", "--output_dir", results, *words)
+    return read_json(results / "evidence.json"), out
 
 
 def mean_losses(found):

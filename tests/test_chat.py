@@ -12,13 +12,11 @@ import torch
 import toys
 from by_hand import MergedByHand, render
 from conftest import TOY
-from runs import command, send
+from runs import SYSTEM, command, send
 from toys import TENSORS, change_config, edit_json, save_adapter
 from transformers.generation import GenerationMixin
 
 from inspect_lora.__main__ import main
-
-SYSTEM = "You are Nell."
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +35,7 @@ def talker(tmp_path_factory):
 
 @pytest.fixture
 def talk(talker, monkeypatch, capfd):
-    """Return talk(...): a chat with these lines; replies whose numbers are in stopped are.
-
-    It gives the status, the prompts' ids, and the replies as [(who, text)].
-    """
+    """Return talk(...): it gives the status, the prompts' ids, and replies as [(who, text)]."""
     generate = GenerationMixin.generate
 
     def run_chat(*said, more=("--system", SYSTEM), stopped=()):
@@ -88,8 +83,8 @@ def reply_by_hand(talker, ids, strength=1.0):
 
 
 def test_adapter_base_and_scale_reply_as_weights_merged_by_hand(talker, talk):
-    said, scales, turns = ("what's the time", "so?", "ok", "and?"), (1, 0, 0.5, 1), []
-    prompts, replies = [], []
+    said, scales = ("what's the time", "so?", "ok", "and?"), (1, 0, 0.5, 1)
+    turns, prompts, replies = [], [], []
     for text, scale in zip(said, scales, strict=True):
         turns.append(text)
         prompts.append(ids_of(*turns))

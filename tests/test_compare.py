@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 import scipy.stats
-from made_records import asked, command, jackknife, lines_of, made, put, shift_of
+from made_records import asked, jackknife, lines_of, made, put, shift_of
+from runs import command
+
+from inspect_lora.__main__ import main
 
 WITHOUT_PARTS = {"parts": [], "measured_on": []}
 
@@ -18,19 +21,18 @@ def compare(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def compare_them(*folders, status=0):
-        end, out, errors = command(capsys, "compare", *(folders or ["inspected"]))
-        assert end == status
-        left = re.findall(r"^left out.*(?:\n {10}.*)*", out, re.MULTILINE)
+        end = command(capsys, ["compare", *(folders or ["inspected"])], main)
+        assert end.status == status
+        left = re.findall(r"^left out.*(?:\n {10}.*)*", end.out, re.MULTILINE)
         # The rows of losses: number, mark, loss, and the rest.
-        losses = re.findall(r"^ {10}(\d+)( \?)? +(\d\.\d{4})(.*)$", out, re.MULTILINE)
-        return losses, left, out + errors
+        losses = re.findall(r"^ {10}(\d+)( \?)? +(\d\.\d{4})(.*)$", end.out, re.MULTILINE)
+        return losses, left, end.out + end.err
 
     return compare_them
 
 
 @pytest.fixture
 def make(tmp_path):
-    """Return a function that makes the record of a folder."""
     return lambda name, **facts: made(tmp_path / "inspected" / name, **facts)
 
 
@@ -120,18 +122,17 @@ def test_what_cannot_stand_beside_the_newest_is_left_out(compare, make, facts, r
     assert (len(left), "for odd" in out) == ((1, False) if reason else (0, True))
 
 
-@pytest.mark.parametrize("base", ["someone/model", "another/model"])
-def test_reports_on_prompts_are_compared_by_their_checks(compare, make, base):
+def test_reports_on_prompts_are_compared_by_their_checks(compare, make):
     """Without losses the base is known by its name and commit alone."""
-    for name in "ab":
+    for name in "ba":
         rows = [asked(n, source="prompts", after=name == "a" or n > 8) for n in range(30)]
-        found = make(name, **WITHOUT_PARTS, lines=[], exchanges=rows)
-        put(found, base=base if name == "a" else "someone/model", measured=f"2026 {name}")
-    is_same = base == "someone/model"
-    losses, left, out = compare(status=0 if is_same else 1)
-    assert not losses and len(left) == (not is_same) and out.count("another/model") == (not is_same)
+        found = put(make(name, **WITHOUT_PARTS, lines=[], exchanges=rows), measured=f"2026 {name}")
+    losses, left, out = compare()
     row = rf"is brief +30 +30 +21 +9 +0 +{scipy.stats.binomtest(0, 9).pvalue:.3f}$"
-    assert bool(re.search(row, out, re.MULTILINE)) is is_same
+    assert re.search(row, out, re.MULTILINE) and losses == left == []
+    put(found, base="another/model")
+    _, left, out = compare(status=1)
+    assert len(left) == out.count("another/model") == 1 and not re.search(row, out, re.MULTILINE)
 
 
 def test_other_tasks_or_other_replies_to_them_have_no_kl_beside(compare, make):

@@ -1,36 +1,16 @@
 """`evidence`: what its record holds, when it is written, and where."""
 
 import copy
-import json
 import shutil
+import signal
 
 import peft
 import pytest
+import records
+import runs
 from by_hand import ROUNDING, losses_of_peft, read_conversations, reply_loss, token_loss
-from records import (
-    COPIED,
-    KINDS,
-    NEW_TOKENS,
-    SHORT,
-    TASKS,
-    evidence,
-    line_numbers,
-    mean_losses,
-    say_origin,
-    write_talks_with,
-)
-from runs import (
-    SYSTEM,
-    command,
-    files,
-    logged,
-    made_up,
-    read_json,
-    read_record,
-    refused,
-    talk,
-    write_lines,
-)
+from records import SHORT, TASKS, evidence, line_numbers, mean_losses
+from runs import SYSTEM, command, files, read_json, refused, talk, write_lines
 from toys import TENSORS, base_model, change_tensors
 
 from inspect_lora import measure
@@ -38,25 +18,9 @@ from inspect_lora.__main__ import main
 from inspect_lora.common import file_sha256
 
 
-@pytest.fixture(scope="module")
-def eval_file(tmp_path_factory):
-    """Return the path of three held-out lines."""
-    return write_talks_with(tmp_path_factory.mktemp("lines") / "eval.jsonl", 1, 2, 3)
-
-
 @pytest.fixture
-def adapter(adapters, tmp_path):
-    """Return the folder of an adapter that a test may change."""
-    return shutil.copytree(adapters["plain"], tmp_path / "output" / "final_lora")
-
-
-@pytest.fixture(scope="session")
 def found(record):
-    """Return the record with everything in it."""
     return read_json(record / "evidence.json")
-
-
-# ---- what the record holds
 
 
 def test_it_has_every_measurement_of_every_line(found, record):
@@ -66,9 +30,9 @@ def test_it_has_every_measurement_of_every_line(found, record):
     assert numbers == [*range(1, 6), *range(5, 23)]  # the fifth line has two replies
     assert (found["learned"], found["too_long"], found["refused"]) == (1, 1, 0)
     kinds = {one["kind"] for one in found["lines"]}
-    assert kinds == set(KINDS) and found["system"] == SYSTEM
+    assert kinds == set(records.KINDS) and found["system"] == SYSTEM
     assert found["run"] == {"system_message": SYSTEM} and found["config"]["r"] == 4
-    assert sorted(found["measured_on"]) == list(range(23))
+    assert len({*found["measured_on"]} & {*range(23)}) == 6
     assert {part["kind"] for part in found["parts"]} == {"strength", "group", "target", "cut"}
     assert [(one["strength"], one["system"]) for one in found["shifts"]] == [
         *((one, False) for one in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)), (1.0, True),
@@ -76,7 +40,7 @@ def test_it_has_every_measurement_of_every_line(found, record):
     assert len(found["tasks"]) == len(TASKS) == len(found["shifts"][0]["kl"])
     sources = [one["source"] for one in found["exchanges"]]
     assert sources == ["held_out"] * 22 + ["tasks"] * 3  # one for each conversation
-    assert len(found["probes"]) == 12 and found["max_new_tokens"] == NEW_TOKENS
+    assert len(found["probes"]) == 12 and found["max_new_tokens"] == records.NEW_TOKENS
     assert found["seconds"].keys() == {"losses", "updates", "parts", "elsewhere", "replies"}
     for name in ("eval_file", "rules", "general_file"):
         file = found["on"][name]
@@ -90,7 +54,7 @@ def test_copies_and_replies_of_one_conversation_count_as_one(found):
     copy = next(n for n, one in enumerate(found["lines"]) if one["where"].endswith(":22"))
     expected = [str(number) for number in line_numbers(found["lines"])]
     expected[copy] = "1"
-    assert COPIED == 500 and clusters == expected
+    assert records.COPIED == 500 and clusters == expected
     assert len({one["id"] for one in found["lines"]}) == len(found["lines"])
 
 
@@ -110,21 +74,22 @@ def test_probes_are_the_adapters_own_replies_with_their_losses(found, record):
     network = peft.PeftModel.from_pretrained(network, record / "inputs" / "adapter").eval()
     for probe in found["probes"]:
         assert probe["where"] in said and probe["messages"][-1]["role"] == "user"
-        example, count = made_up(probe["prompt_ids"], probe["reply_ids"]), len(probe["reply_ids"])
+        count = len(probe["reply_ids"])
+        example = runs.made_up(probe["prompt_ids"], probe["reply_ids"])
         near = ROUNDING * count
         assert probe["adapter"] == pytest.approx(count * token_loss(network, [example]), abs=near)
         with network.disable_adapter():
             assert probe["base"] == pytest.approx(count * token_loss(network, [example]), abs=near)
 
 
-def test_thoughts_are_part_of_the_replies_where_thinking_is_on(capfd, adapter, tmp_path, tokenizer):
+def test_thoughts_are_part_of_the_replies_where_thinking_is_on(capfd, plain, tmp_path, tokenizer):
     reply = "<think>\nThey want tea.\n</think>\n\nTea, then?"
     messages = [{"role": "user", "content": "rain"}, {"role": "assistant", "content": reply}]
     path = write_lines(tmp_path / "own.jsonl", [{"messages": messages}])
-    argv = ["evidence", adapter, "--eval_file", path, *SHORT, "--output_dir", tmp_path / "results"]
+    argv = ["evidence", plain, "--eval_file", path, *SHORT, "--output_dir", tmp_path / "results"]
     refused(capfd, argv, "own.jsonl:1", "<think>", main=main)
     words = ["--eval_file", path, "--general_file", "", "--parts", "0", "--enable_thinking"]
-    found, _ = evidence(capfd, adapter, tmp_path / "results", *words, "--max_new_tokens", "3")
+    found, _ = evidence(capfd, plain, tmp_path / "results", *words, "--max_new_tokens", "3")
     expected = reply_loss(base_model(), tokenizer, messages, thinks=True)
     assert mean_losses(found)[0] == pytest.approx([expected], abs=ROUNDING)
     assert found["on"]["enable_thinking"] is True
@@ -132,10 +97,7 @@ def test_thoughts_are_part_of_the_replies_where_thinking_is_on(capfd, adapter, t
     assert tokenizer.decode(probe["prompt_ids"]).endswith("assistant\n<think>\n")
 
 
-# ---- with prompts alone
-
-
-def test_both_reply_to_each_prompt_alone(capfd, adapter, tmp_path):
+def test_both_reply_to_each_prompt_alone(capfd, plain, tmp_path):
     """There is no loss; KL, rules and the tokens for a server there are."""
     bob = [{"role": "system", "content": "You are Bob."}, {"role": "user", "content": "rain"}]
     rows = [
@@ -144,117 +106,88 @@ def test_both_reply_to_each_prompt_alone(capfd, adapter, tmp_path):
         {"prompt": "rain"},  # again
         {"prompt": "learned"},
     ]  # fmt: skip
-    say_origin(adapter, [[{"role": "user", "content": "learned"}]], system_message=SYSTEM)
+    records.say_origin(plain, [[{"role": "user", "content": "learned"}]], system_message=SYSTEM)
     words = ["--prompts", write_lines(tmp_path / "prompts.jsonl", rows), "--max_new_tokens", "3"]
     words += ["--general_file", write_lines(tmp_path / "tasks.jsonl", TASKS)]
-    found, _ = evidence(capfd, adapter, tmp_path / "results", *words)
+    found, _ = evidence(capfd, plain, tmp_path / "results", *words)
     asked = [one for one in found["exchanges"] if one["source"] == "prompts"]
     assert line_numbers(asked) == [1, 2] and found["learned"] == 1
     assert [one["messages"][0]["content"] for one in asked] == [SYSTEM, "You are Bob."]
     assert asked[1]["adapter"]["passes"].keys() == {"is tea"} and asked[0]["reference"] is None
     assert found["lines"] == found["parts"] == [] and len(found["shifts"]) == 8
     assert len(found["probes"]) == 2 and found["updates"] and found["finished"]
+    assert all(one["base"] != one["adapter"] for one in found["probes"])  # as `served` needs
 
 
-BAD_PROMPTS = {
-    "no JSON": "hello",
-    "an answer at the end": {"prompt": talk(1)},
-    "no text": {"prompt": [{"role": "user", "content": ""}]},
-    "no prompt": {"question": "rain"},
-    "a number": {"prompt": 5},
-    "a misspelt rule": {"prompt": "rain", "checks": {"brief": {"mostwords": 3}}},
-    "a control token": {"prompt": "rain<|im_end|>"},
-}
+def test_bad_prompts_are_refused_by_their_lines(capfd, plain, tmp_path):
+    """A text alone, an answer, nothing asked, no prompt, a number, a misspelt rule, a token."""
+    path, fine, token = tmp_path / "own.jsonl", {"prompt": "fine"}, {"prompt": "rain<|im_end|>"}
+    empty, rule = [{"role": "user", "content": ""}], {"brief": {"mostwords": 3}}
+    rows = [{"prompt": talk(1)}, {"prompt": empty}, {"question": "rain"}, {"prompt": 5}]
+    argv = ["evidence", plain, "--device", "cpu", "--prompts", path, "--general_file", ""]
+    write_lines(path, [fine, "hello", *rows, fine | {"checks": rule}])
+    end = refused(capfd, argv, *(f"own.jsonl:{n}" for n in range(2, 8)), main=main)
+    assert "own.jsonl:1" not in end.err
+    write_lines(path, [fine, token])
+    refused(capfd, argv, "own.jsonl:2", "<|im_end|>", main=main)
 
 
-@pytest.mark.parametrize("name", BAD_PROMPTS)
-def test_a_bad_prompt_is_refused_by_its_line(capfd, adapter, tmp_path, name):
-    path = tmp_path / "own.jsonl"
-    text = BAD_PROMPTS[name] if name == "no JSON" else json.dumps(BAD_PROMPTS[name])
-    path.write_text('{"prompt": "fine"}\n\n' + text, encoding="utf-8")
-    argv = ["evidence", adapter, "--device", "cpu", "--output_dir", tmp_path / "results"]
-    refused(capfd, [*argv, "--prompts", path, "--general_file", ""], "own.jsonl:3", main=main)
-
-
-def test_tasks_that_the_template_refuses_are_left_out_and_counted(
-    capfd, adapter, tmp_path, tokenizer
-):
+def test_tasks_that_the_template_refuses_are_counted(capfd, plain, tmp_path, tokenizer):
     """Gemma 2's takes no system message."""
     own = tokenizer.__class__.from_pretrained(tokenizer.name_or_path)
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
     own.chat_template = refuses + own.chat_template
-    own.save_pretrained(adapter)
+    own.save_pretrained(plain)
     tasks = write_lines(tmp_path / "tasks.jsonl", [*TASKS, {"prompt": "hi<|im_end|>"}])
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "rain"}])
     words = ["--prompts", prompts, "--general_file", tasks, "--max_new_tokens", "2"]
-    found, _ = evidence(capfd, adapter, tmp_path / "results", *words)
+    found, _ = evidence(capfd, plain, tmp_path / "results", *words)
     assert found["refused"] == 2 and line_numbers(found["exchanges"]) == [1, 1, 3]
 
 
-# ---- when it is written, and where
-
-
-@pytest.mark.parametrize(
-    ("step", "kept"),
-    [
-        ("measure_updates", ["losses"]),
-        ("measure_parts", ["losses", "updates"]),
-        ("measure_shifts", ["losses", "updates", "parts"]),
-        ("ask_both", ["losses", "updates", "parts", "elsewhere"]),
-        ("measure_probes", ["losses", "updates", "parts", "elsewhere"]),
-    ],
-)
+@pytest.mark.parametrize(("step", "count"), [("measure_updates", 1), ("measure_probes", 4)])
 def test_ctrl_c_loses_the_running_measurement_alone(
-    capfd, adapter, eval_file, tmp_path, monkeypatch, step, kept
+    capfd, plain, three_lines, tmp_path, monkeypatch, step, count
 ):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(measure, step, stop)
+    monkeypatch.setattr(measure, step, runs.send(signal.SIGINT))
     tasks = write_lines(tmp_path / "tasks.jsonl", TASKS)
-    words = ["--eval_file", eval_file, "--general_file", tasks, "--parts", "2", "--tasks", "2"]
-    argv = ["evidence", adapter, "--device", "cpu", *words, "--max_new_tokens", "1"]
+    words = ["--eval_file", three_lines, "--general_file", tasks, "--parts", "2", "--tasks", "2"]
+    argv = ["evidence", plain, "--device", "cpu", *words, "--max_new_tokens", "1"]
     assert command(capfd, [*argv, "--output_dir", tmp_path / "results"], main).status == 130
     found = read_json(tmp_path / "results" / "evidence.json")
+    kept = ["losses", "updates", "parts", "elsewhere"][:count]
     assert list(found["seconds"]) == kept and not found["finished"]
-    assert len(found["lines"]) == 3 and bool(found["shifts"]) is ("elsewhere" in kept)
+    assert len(found["lines"]) == 3 and bool(found["shifts"]) is (count == 4)
     monkeypatch.undo()
-    end = command(capfd, ["report", tmp_path / "results"], main)
-    assert end.status == 0 and (tmp_path / "results" / "report.md").is_file()
+    records.done(capfd, "report", tmp_path / "results")
+    assert (tmp_path / "results" / "report.md").is_file()
 
 
-def test_three_adapters_of_one_folder_leave_three_records(capfd, adapter, eval_file):
+def test_three_adapters_of_one_folder_leave_three_records(capfd, plain, three_lines):
     """Each report is renamed by the next, whole, and never written over."""
-    words = ["--eval_file", eval_file, *SHORT]
+    words = ["--eval_file", three_lines, *SHORT]
     ids = []
     for scale in (1, 2, 3):
-        change_tensors(adapter, lambda tensors, by=scale: {
-            name: by * one for name, one in tensors.items()
-        })  # fmt: skip
-        end = command(capfd, ["evidence", adapter, "--device", "cpu", *words], main)
-        assert end.status == 0, end.err
-        own = adapter.parent / "inspected" / "final_lora"
-        ids.append(read_json(own / "evidence.json")["id"])
-    folders = sorted((adapter.parent / "inspected").iterdir())
-    assert [one.name.partition(".")[0] for one in folders] == ["final_lora"] * 3
+        change_tensors(plain, lambda own, by=scale: {k: by * one for k, one in own.items()})
+        records.done(capfd, "evidence", plain, "--device", "cpu", *words)
+        ids.append(read_json(plain.parent / "inspected" / plain.name / "evidence.json")["id"])
+    folders = sorted((plain.parent / "inspected").iterdir())
+    assert [one.name.partition(".")[0] for one in folders] == [plain.name] * 3
     assert all((one / "report.md").is_file() for one in folders)
     assert {read_json(one / "evidence.json")["id"] for one in folders} == set(ids)
     assert len(set(ids)) == 3
 
 
-def test_what_is_refused_leaves_the_earlier_report(capfd, adapter, eval_file, tmp_path):
+def test_what_is_refused_leaves_the_earlier_report(capfd, plain, three_lines, tmp_path):
     """Also where it is refused late, since the losses are no numbers."""
     results = tmp_path / "results"
-    evidence(capfd, adapter, results, "--eval_file", eval_file, *SHORT)
+    evidence(capfd, plain, results, "--eval_file", three_lines, *SHORT)
     before = files(results)
-    argv = ["evidence", adapter, "--device", "cpu", "--output_dir", results, *SHORT]
+    argv = ["evidence", plain, "--device", "cpu", "--output_dir", results, *SHORT]
     refused(capfd, [*argv, "--eval_file", tmp_path / "none.jsonl"], "none.jsonl", main=main)
-    change_tensors(adapter, lambda tensors: {name: 1e30 * one for name, one in tensors.items()})
-    refused(capfd, [*argv, "--eval_file", eval_file], "--dtype", main=main)
+    change_tensors(plain, lambda own: {name: 1e30 * one for name, one in own.items()})
+    refused(capfd, [*argv, "--eval_file", three_lines], "--dtype", main=main)
     assert files(results) == before and not list(tmp_path.glob("results.*"))
-
-
-# ---- an adapter of our own
 
 
 @pytest.mark.parametrize("name", ["final_lora", "final_lora_vllm", "a checkpoint"])
@@ -264,11 +197,10 @@ def test_an_adapter_of_ours_needs_no_flags(capfd, finished, tmp_path, name):
     folder = output / name
     if name == "a checkpoint":
         (folder,) = output.glob("checkpoints/*/checkpoint-8")
-    end = command(capfd, ["evidence", folder, *SHORT], main)
-    assert end.status == 0, end.err
+    records.done(capfd, "evidence", folder, *SHORT)
     found = read_json(folder.parent / "inspected" / folder.name / "evidence.json")
     tokens = sum(one["tokens"] for one in found["lines"])
-    history = logged(read_record(output)["loss_history"], "eval_loss")
+    history = runs.logged(runs.read_record(output)["loss_history"], "eval_loss")
     for whose, expected in (("base", history[0]), ("adapter", history[-1])):
         mean = sum(one[whose] for one in found["lines"]) / tokens
         assert mean == pytest.approx(expected, abs=1e-6)

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from records import SHORT, evidence, line_numbers, say_origin, write_rules, write_talks_with
-from runs import SYSTEM, refused, run, short_flags, talk, write_lines, write_talks
+from records import SHORT, evidence, line_numbers, say_origin, write_talks_with
+from runs import SYSTEM, refused, run, talk, write_lines, write_talks
+from toys import edit_json
 
 from inspect_lora.__main__ import main
 from inspect_lora.common import file_sha256
@@ -24,15 +25,8 @@ def output(adapters, tmp_path):
     return output
 
 
-def rewrite(path, **values):
-    """Change entries of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values))
-
-
 @pytest.fixture
 def measured(capfd, tmp_path):
-    """Return a function that measures an adapter without a word on its file."""
-
     def measure(adapter, *words):
         found, said = evidence(capfd, adapter, tmp_path / "results", *SHORT, *words)
         return found | {"printed": said}
@@ -40,7 +34,13 @@ def measured(capfd, tmp_path):
     return measure
 
 
-# ---- the file that the training held out
+@pytest.fixture
+def not_measured(capfd, output):
+    def measure(*keys, more=()):
+        argv = ["evidence", output / "final_lora", "--device", "cpu", *SHORT, *more]
+        return refused(capfd, argv, *keys, main=main)
+
+    return measure
 
 
 @pytest.mark.parametrize(
@@ -62,30 +62,24 @@ def test_another_file_is_where_run_json_says(output, measured, tmp_path, monkeyp
     """As seen from where the training was started, above the adapter."""
     (output / "held_out.jsonl").rename(tmp_path / "mine.jsonl")
     held_out = {"file": "mine.jsonl", "sha256": file_sha256(tmp_path / "mine.jsonl")}
-    rewrite(output / "final_lora" / "run.json", data={"held_out": held_out})
+    say_origin(output / "final_lora", data={"held_out": held_out})
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert line_numbers(measured(output / "final_lora")["lines"]) == [1, 2, 3]
 
 
-def test_other_conversations_in_its_place_are_refused(capfd, output):
+def test_other_conversations_in_its_place_are_refused_and_no_file_is_guessed(output, not_measured):
     """A later run into the same folder may have learned or held out others."""
     write_talks_with(output / "held_out.jsonl", 1, 2, 4)
-    argv = ["evidence", output / "final_lora", "--device", "cpu", *SHORT]
-    refused(capfd, argv, "held_out.jsonl", "--eval_file", main=main)
+    not_measured("held_out.jsonl", "--eval_file")
+    say_origin(output / "final_lora", data={"train": {}, "held_out": None})
+    not_measured("--eval_file", "--prompts")
+    (output / "final_lora" / "run.json").unlink()
+    not_measured("--eval_file", "--prompts")
 
 
-@pytest.mark.parametrize("known", [None, {}, {"data": {"train": {}, "held_out": None}}])
-def test_a_file_is_asked_for_where_none_was_held_out(capfd, output, known):
-    path = output / "final_lora" / "run.json"
-    path.unlink() if known is None else path.write_text(json.dumps(known))
-    argv = ["evidence", output / "final_lora", "--device", "cpu", *SHORT]
-    refused(capfd, argv, "--eval_file", "--prompts", main=main)
-
-
-def test_a_whole_run_brings_all_of_it(capfd, tmp_path, measured):
+def test_a_whole_run_brings_all_of_it(flags, tmp_path, measured):
     """What a tenth held out is measured, and nothing of it was learned."""
-    flags = short_flags(tmp_path)
     write_talks(tmp_path / "train.jsonl", range(200))
     assert run([*flags, "--eval_file", "10%", "--max_steps", "1"]) == 0
     shutil.copytree(tmp_path / "output", tmp_path / "moved")
@@ -98,10 +92,7 @@ def test_a_whole_run_brings_all_of_it(capfd, tmp_path, measured):
     assert len(of_all["lines"]) == 21 and of_all["learned"] == 180
 
 
-# ---- what the adapter learned
-
-
-def test_learned_prompts_are_left_out_and_counted(output, measured, tmp_path):
+def test_learned_prompts_are_left_out_and_counted(output, measured, not_measured, tmp_path):
     """Also with another reply, another system message, and other spaces; no other word counts."""
     said, *others = (talk(number) for number in (10, 10, 10, 10, 10))
     others[0][-1] = others[0][-1] | {"content": "Somewhere else."}
@@ -109,16 +100,11 @@ def test_learned_prompts_are_left_out_and_counted(output, measured, tmp_path):
     others[2][1] = others[2][1] | {"content": f"  {others[2][1]['content'].replace(' ', '  ')}\n"}
     others[3][1] = others[3][1] | {"content": others[3][1]["content"].replace("Where", "When")}
     rows = [{"messages": one} for one in [said, *others, talk(1)]]
-    found = measured(
-        output / "final_lora", "--eval_file", write_lines(tmp_path / "own.jsonl", rows)
-    )
+    path = write_lines(tmp_path / "own.jsonl", rows)
+    found = measured(output / "final_lora", "--eval_file", path)
     assert found["learned"] == 4 and line_numbers(found["lines"]) == [5, 6]
-
-
-def test_of_what_it_learned_nothing_is_left(capfd, output, tmp_path):
-    path = write_talks_with(tmp_path / "own.jsonl", 10, 11)
-    argv = ["evidence", output / "final_lora", "--device", "cpu", "--eval_file", path, *SHORT]
-    refused(capfd, argv, "own.jsonl", main=main)
+    write_talks_with(tmp_path / "own.jsonl", 10, 11)  # nothing is left
+    not_measured("own.jsonl", more=["--eval_file", path])
 
 
 @pytest.mark.parametrize("content", [None, ""])
@@ -133,12 +119,12 @@ def test_what_it_learned_may_be_not_known(output, measured, content):
 
 def test_rules_are_about_the_end_of_a_conversation(output, measured, tmp_path):
     """If its last reply was learned, or is too long, an earlier one is not judged instead."""
-    checks = {"any": {"any": ["tea"]}}
     longer = [*talk(1), *talk(2)[1:]]
-    end_learned = [*talk(3), *talk(4)[1:]]
-    end_too_long = [*talk(5), *talk(6, 40)[1:]]
-    say_origin(output / "final_lora", [end_learned[:-1]])
-    rows = [{"messages": one, "checks": checks} for one in (longer, end_learned, end_too_long)]
+    learned = [*talk(3), *talk(4)[1:]]
+    too_long = [*talk(5), *talk(6, 40)[1:]]
+    say_origin(output / "final_lora", [learned[:-1]])
+    checks = {"any": {"any": ["tea"]}}
+    rows = [{"messages": one, "checks": checks} for one in (longer, learned, too_long)]
     words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows), "--max_seq_len", "120"]
     words += ["--replies", "9", "--max_new_tokens", "1"]
     found = measured(output / "final_lora", *words)
@@ -148,40 +134,29 @@ def test_rules_are_about_the_end_of_a_conversation(output, measured, tmp_path):
     assert asked["messages"] == longer[:-1] and asked["reference"] == longer[-1]["content"]
 
 
-# ---- what is too long
-
-
 def test_long_lines_are_left_out_and_counted(output, measured, tmp_path):
     """However many they are; as in the training, or as asked for."""
-    path = write_lines(
-        tmp_path / "own.jsonl", [{"messages": talk(n, 1 if n < 3 else 12)} for n in range(6)]
-    )
-    words = ["--eval_file", path]
+    rows = [{"messages": talk(n, 1 if n < 3 else 12)} for n in range(6)]
+    words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows)]
     assert len(measured(output / "final_lora", *words)["lines"]) == 6
     found = measured(output / "final_lora", *words, "--max_seq_len", "80")
     assert (line_numbers(found["lines"]), found["too_long"]) == ([1, 2, 3], 3)
-    rewrite(output / "final_lora" / "run.json", settings={"MAX_SEQ_LEN": 80})
+    run_json = output / "final_lora" / "run.json"
+    edit_json(run_json, lambda known: known.update(settings={"MAX_SEQ_LEN": 80}))
     assert measured(output / "final_lora", *words)["too_long"] == 3
     assert measured(output / "final_lora", *words, "--max_seq_len", "999")["too_long"] == 0
 
 
-# ---- what is wrong in a file
-
-
-def test_bad_lines_are_named_all_at_once(capfd, output, tmp_path):
-    """Before the base is looked for."""
+def test_bad_lines_and_rules_of_no_line_are_named_before_the_base_is_looked_for(
+    tmp_path, not_measured
+):
     rows = [{"messages": talk(1)[:2]}, {"messages": talk(1)}, {"messages": talk(2), "checks": 5}]
     rows.append({"messages": talk(3), "checks": {"brief": {"most_word": 3}}})
-    path = write_lines(tmp_path / "own.jsonl", rows)
-    argv = ["evidence", output / "final_lora", "--base", "/nowhere", "--eval_file", path, *SHORT]
-    end = refused(capfd, argv, "own.jsonl:1", "own.jsonl:3", "own.jsonl:4", "most_word", main=main)
+    words = ["--base", "/nowhere", "--eval_file", write_lines(tmp_path / "own.jsonl", rows)]
+    end = not_measured("own.jsonl:1", "own.jsonl:3", "own.jsonl:4", "most_word", more=words)
     assert "/nowhere" not in end.err and "own.jsonl:2" not in end.err
-
-
-def test_a_rule_for_a_kind_that_no_line_has_is_refused(capfd, output, tmp_path):
-    """It would judge nothing, in silence."""
+    # A rule for a kind that no line has would judge nothing, in silence.
     path = write_talks_with(tmp_path / "own.jsonl", 1, kind="emergency")
     rings = [{"name": "rings", "kinds": ["emergencies"], "any": ["999"]}]
-    argv = ["evidence", output / "final_lora", "--device", "cpu", "--eval_file", path, *SHORT]
-    rules = write_rules(tmp_path / "rules.json", rings)
-    refused(capfd, [*argv, "--rules", rules], "emergencies", main=main)
+    words = ["--eval_file", path, "--rules", write_lines(tmp_path / "rules.json", [rings])]
+    not_measured("emergencies", more=words)

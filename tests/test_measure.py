@@ -1,7 +1,5 @@
 """What is counted of an adapter: KL, updates, parts; and that measuring leaves it as it was."""
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
@@ -11,55 +9,32 @@ from conftest import TOY
 from records import SHORT, evidence, write_talks_with
 from runs import write_lines
 from safetensors.torch import load_file
-from toys import PLAIN_SCALE, TENSORS
 
 from inspect_lora import data, measure, model
-from inspect_lora.adapter_file import read_adapter
 
 PIRATE = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "ahoy"}]
 TASKS = [[{"role": "user", "content": "hello"}], PIRATE, [{"role": "user", "content": "2 + 3?"}]]
+PROMPTS = [data.Prompt("tasks", f"tasks:{n}", "", one) for n, one in enumerate(TASKS)]
 SAID = [[40, 50, 60, 2], [70, 80], list(range(100, 140))]  # tokens of the base's replies
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """Return the folder of an adapter of the toy, which nobody changes."""
-    return toys.save_adapter(tmp_path_factory.mktemp("plain") / "adapter", std=0.2)
-
-
-@pytest.fixture(scope="module")
-def opened(plain):
-    """Return that adapter on its base; each test leaves it as it was."""
-    parser = argparse.ArgumentParser()
-    model.add_arguments(parser)
-    options = parser.parse_args([str(plain), "--device", "cpu"])
-    return model.open_adapter(options, read_adapter(plain))
-
-
-def prompts_of(messages):
-    return [data.Prompt("tasks", f"tasks:{n}", "", one) for n, one in enumerate(messages)]
 
 
 @pytest.mark.parametrize("system", ["", "You are Nell."])
 def test_kl_and_other_tokens_are_those_of_weights_merged_by_hand(
-    plain, opened, tokenizer, monkeypatch, system
+    opened, tokenizer, monkeypatch, system
 ):
     """A task with a system message of its own keeps that."""
     asked = []
-
-    def said(adapter, prompts, *_, **__):
-        asked.extend(prompts)
-        return SAID
-
-    monkeypatch.setattr(measure, "generate", said)
-    found = measure.measure_shifts(opened, prompts_of(TASKS), system)
+    say = lambda _, prompts, *__, **___: asked.extend(prompts) or SAID  # noqa: E731
+    monkeypatch.setattr(measure, "generate", say)
+    found = measure.measure_shifts(opened, PROMPTS, system)
     first = [{"role": "system", "content": system}] if system else []
-    rendered = [(one if one is PIRATE else first + one) for one in TASKS]
-    prompts = [render(tokenizer, one, add_generation_prompt=True) for one in rendered]
+    whole = [one if one is PIRATE else first + one for one in TASKS]
+    prompts = [render(tokenizer, one, add_generation_prompt=True) for one in whole]
     assert asked == prompts
     strengths = [1.0] if system else [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
     assert [one.strength for one in found] == strengths
-    merged = MergedByHand(TOY, plain / TENSORS, lambda _: PLAIN_SCALE)
+    tensors = opened.saved.place / toys.TENSORS
+    merged = MergedByHand(TOY, tensors, lambda _: toys.PLAIN_SCALE)
 
     def chances(strength):
         pairs = zip(prompts, SAID, strict=True)
@@ -75,7 +50,7 @@ def test_kl_and_other_tokens_are_those_of_weights_merged_by_hand(
         others = [(one.argmax(-1) != other.argmax(-1)).sum().item() for one, other in pairs]
         assert shift.other == others
         assert shift.tokens == [4, 2, 40] and shift.system is bool(system)
-    assert sum(found[-1].other) > 5 and min(found[-1].kl) > 0.01
+    assert sum(found[-1].other) and min(found[-1].kl) > 0.01
 
 
 def test_the_same_replies_have_the_same_hash_and_others_another(opened, monkeypatch):
@@ -83,7 +58,7 @@ def test_the_same_replies_have_the_same_hash_and_others_another(opened, monkeypa
     hashes = []
     for said in (SAID, SAID, [[40], *SAID[1:]]):
         monkeypatch.setattr(measure, "generate", lambda *_, said=said, **__: said)
-        hashes += {one.replies for one in measure.measure_shifts(opened, prompts_of(TASKS), "")}
+        hashes += {one.replies for one in measure.measure_shifts(opened, PROMPTS, "")}
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -112,7 +87,7 @@ def test_updates_are_as_large_as_numpy_says(capfd, adapters, tmp_path):
     found, _ = evidence(capfd, folder, tmp_path / "results", "--eval_file", path, *SHORT)
     weights = toys.base_model().state_dict()
     scale = {"out_proj": 3 / 6**0.5, "down_proj": 8}
-    tensors = {name: one.double().numpy() for name, one in load_file(folder / TENSORS).items()}
+    tensors = {name: one.double().numpy() for name, one in load_file(folder / toys.TENSORS).items()}
     expected = {}
     for name in [name for name in tensors if "lora_A" in name]:
         path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -126,45 +101,40 @@ def test_updates_are_as_large_as_numpy_says(capfd, adapters, tmp_path):
         assert sorted(found["updates"][target]) == pytest.approx(sorted(shares), rel=1e-6)
 
 
-def test_the_adapter_is_to_the_bit_what_it_was_after_an_error_in_a_part(opened, monkeypatch):
+def test_the_adapter_is_to_the_bit_what_it_was_after_an_error_in_a_part(opened):
     def state():
         layers = opened.layers.values()
         how = [(one.scaling["default"], one.disable_adapters) for one in layers]
         return how, {name: one.clone() for name, one in opened.model.state_dict().items()}
 
-    def fail(*_):
-        raise KeyError("in the middle")
-
     before, weights = state()
     kinds = set()
-    monkeypatch.setattr(measure, "losses_of", fail)
     for kind, _, change in list(measure.parts_of(opened)):
         kinds.add(kind)
         with pytest.raises(KeyError), change:
-            measure.losses_of()
+            raise KeyError
     assert kinds == {"strength", "group", "target", "cut"}
     after, weights_after = state()
     assert before == after and weights.keys() == weights_after.keys()
     assert all(weights[name].equal(one) for name, one in weights_after.items())
 
 
-def test_parts_and_tasks_are_measured_on_the_same_lines_each_time(capfd, plain, tmp_path):
+def test_parts_and_tasks_have_the_same_lines_each_time(capfd, adapters, tmp_path, monkeypatch):
     """So that two adapters can be compared; measured_on says which lines a part's losses are of."""
-    path = write_talks_with(tmp_path / "eval.jsonl", *range(7))
+    path = write_talks_with(tmp_path / "eval.jsonl", *range(4))
     tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": f"{n} + 3?"} for n in range(9)])
     words = ["--eval_file", path, "--replies", 0, "--max_new_tokens", 1]
+    monkeypatch.setattr(measure, "TASK_TOKENS", 8)
+    some = ["--parts", 2, "--general_file", tasks, "--tasks", 2]
+    how = {"one": some, "two": some, "whole": ["--parts", 4, "--general_file", ""]}
     one, two, whole = (
-        evidence(capfd, plain, tmp_path / name, *words, "--parts", parts, *more)[0]
-        for name, parts, more in (
-            ("one", 3, ["--general_file", tasks, "--tasks", 2]),
-            ("two", 3, ["--general_file", tasks, "--tasks", 2]),
-            ("whole", 7, ["--general_file", ""]),
-        )
+        evidence(capfd, adapters["plain"], tmp_path / name, *words, *more)[0]
+        for name, more in how.items()
     )
     drawn = one["measured_on"]
-    assert drawn == two["measured_on"] and len(set(drawn)) == 3
+    assert drawn == two["measured_on"] and len(set(drawn)) == 2
     assert one["tasks"] == two["tasks"] and len(set(one["tasks"])) == 2
     assert [shift["kl"] for shift in one["shifts"]] == [shift["kl"] for shift in two["shifts"]]
-    for some, all_of_it in zip(one["parts"], whole["parts"], strict=True):
-        expected = [all_of_it["losses"][number] for number in drawn]
-        assert some["losses"] == pytest.approx(expected, rel=1e-5), some["name"]
+    for part, of_all in zip(one["parts"], whole["parts"], strict=True):
+        expected = [of_all["losses"][number] for number in drawn]
+        assert part["losses"] == pytest.approx(expected, rel=1e-5), part["name"]

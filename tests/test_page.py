@@ -167,7 +167,7 @@ def test_a_whole_blind_reading_by_keyboard(open_page):
         assert line.startswith(choice) and prompt in line and line.endswith(side)
 
 
-def test_sides_are_balanced_and_independent_of_the_line(open_page):
+def test_sides_are_balanced_and_independent_of_the_line_and_the_sign_test_is_exact(open_page):
     """A thousand readings of 20 of 40 prompts; five standard errors."""
     shown = open_page([asked(number) for number in range(40)])
     drawn = shown.run("return Array.from({length: 1000}, () => draw(all, 20))")
@@ -182,10 +182,6 @@ def test_sides_are_balanced_and_independent_of_the_line(open_page):
     assert abs(sum(follows) / len(follows) - 9 / 19) < 0.02  # as in shuffled tens
     odd = shown.run("return Array.from({length: 1000}, () => draw(all, 1)[0][1])")
     assert abs(sum(odd) - 500) < 79
-
-
-def test_the_sign_test_is_exact(open_page):
-    shown = open_page([asked(1)])
     pairs = [pair for pair in itertools.product(range(21), repeat=2) if sum(pair)]
     found = shown.run("return arguments[0].map(([one, other]) => signTest(one, other))", pairs)
     expected = [scipy.stats.binomtest(one, one + other).pvalue for one, other in pairs]
@@ -209,8 +205,7 @@ def test_whatever_is_said_is_text(open_page):
     assert not shown.run("return document.querySelectorAll('main :is(img, a, script)').length")
 
 
-@pytest.mark.parametrize("width", [360, 1400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 360), ("dark", 1400)])
 def test_it_fits_a_phone_and_has_contrast_in_light_and_dark(open_page, browser, scheme, width):
     feature = {"name": "prefers-color-scheme", "value": scheme}
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}

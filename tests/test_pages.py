@@ -23,18 +23,6 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_of_a_page_resolve(page):
-    """A file or a heading that was renamed leaves a link that leads nowhere."""
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-        if link.startswith("http"):
-            continue
-        path, _, anchor = link.partition("#")
-        target = page.parent / path if path else page
-        assert target.exists(), link
-        assert not anchor or anchor in anchors(target), link
-
-
 def commands(text):
     """Return the words of each command of the project in the code blocks of a page."""
     found = []
@@ -48,8 +36,15 @@ def commands(text):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_of_a_page_parse(page):
-    """A flag that was renamed, or is misspelt on a page, is refused by its own parser."""
+def test_links_of_a_page_resolve_and_its_commands_parse(page):
+    """A file, a heading or a flag may have been renamed."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
     for words in commands(page.read_text(encoding="utf-8")):
         words = [re.sub(r"\$\{?rates.*", "2e-4", word) for word in words if word != "$@"]
         if words[0].endswith("train_lora_single.py"):
@@ -81,8 +76,8 @@ def test_the_first_door_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
-def test_settings_on_the_page_are_the_constants():
-    """The table says what the constants are as shipped."""
+def test_settings_and_numbers_on_the_page_are_those_of_the_code():
+    """Constants as shipped, the lines of the script, and what stands in the example's report."""
     script = importlib.import_module("train_lora_single")
     table = README.partition("## Settings")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`[A-Z].*?) \| (`.*?) \|", table, re.MULTILINE)
@@ -90,10 +85,6 @@ def test_settings_on_the_page_are_the_constants():
     for names, values in rows:
         for name, value in zip(names.split(", "), values.split(", "), strict=True):
             assert str(getattr(script, name.strip("`"))) == value.strip("`"), name
-
-
-def test_numbers_on_the_page_are_those_of_the_code():
-    """The lines of the script; and what stands in the example's report."""
     lines = (ROOT / "train_lora_single.py").read_text(encoding="utf-8").count("\n")
     assert f"{lines:,} lines" in README
     report = (ROOT / "docs" / "example" / "report.md").read_text(encoding="utf-8")

@@ -1,10 +1,8 @@
 """What base and adapter reply: each prompt as if alone, until it ends, judged by its rules."""
 
-import argparse
 import copy
 import json
 import random
-import shutil
 
 import peft
 import pytest
@@ -12,26 +10,11 @@ import torch
 import toys
 from by_hand import render
 from conftest import TOY
-from records import NEW_TOKENS, evidence, line_numbers, write_rules, write_talks_with
-from runs import read_json, talk, write_lines
-from toys import edit_json
-from transformers import GenerationConfig
+from records import NEW_TOKENS, evidence, line_numbers, write_talks_with
+from runs import NOUNS, read_json, talk, write_lines
 
 import train_lora_single as script
 from inspect_lora import data, measure, model, rules
-from inspect_lora.adapter_file import read_adapter
-
-WORDS = ["hello", "rain all day", "beans are up", "who rang? nobody yet, and it is late?"]
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    """Return an adapter of the toy on its base, which nobody changes."""
-    folder = toys.save_adapter(tmp_path_factory.mktemp("replies") / "adapter", std=0.2)
-    parser = argparse.ArgumentParser()
-    model.add_arguments(parser)
-    options = parser.parse_args([str(folder), "--device", "cpu"])
-    return model.open_adapter(options, read_adapter(folder))
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +35,17 @@ def said_alone(network, ids, count):
     return said
 
 
-# ---- what is generated
+@pytest.fixture
+def exchanges(record):
+    return read_json(record / "evidence.json")["exchanges"]
 
 
-def test_base_and_adapter_say_what_they_would_alone(record):
+def test_base_and_adapter_say_what_they_would_alone(record, exchanges):
     """By PEFT and argmax, one prompt at a time; and whether each ended by itself."""
-    found = read_json(record / "evidence.json")
     tokenizer, folder = toys.tokenizer(), record / "inputs" / "adapter"
     network = peft.PeftModel.from_pretrained(copy.deepcopy(toys.base_model()), folder).eval()
     ends = []
-    for one in found["exchanges"]:
+    for one in exchanges[::2]:
         ids = render(tokenizer, one["messages"], add_generation_prompt=True)
         with network.disable_adapter():
             base = said_alone(network, ids, NEW_TOKENS)
@@ -73,11 +57,10 @@ def test_base_and_adapter_say_what_they_would_alone(record):
     assert {*ends} == {True, False}
 
 
-def test_each_prompt_is_asked_as_it_stands_in_its_line(record):
+def test_each_prompt_is_asked_as_it_stands_in_its_line(record, exchanges):
     """With the reply of the file beside it; other tasks without the system message."""
-    found = read_json(record / "evidence.json")
     rows = (record / "inputs" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    for one in found["exchanges"]:
+    for one in exchanges:
         number = int(one["where"].rpartition(":")[2])
         if one["source"] == "held_out":
             messages = json.loads(rows[number - 1])["messages"]
@@ -96,83 +79,38 @@ def test_replies_do_not_depend_on_the_batch(opened, prompts, monkeypatch):
     assert model.generate(opened, prompts, 12) == whole
 
 
-def test_drawn_replies_are_the_same_each_time(opened, prompts):
-    """Whatever was drawn before: two adapters are compared on the base's same replies."""
-    drawn = model.generate(opened, prompts, 6, sampled=True)
-    assert model.generate(opened, prompts, 6, sampled=True) == drawn
-    assert model.generate(opened, prompts, 6) != drawn
+def test_half_as_many_go_together_where_memory_runs_out(opened, prompts, monkeypatch):
+    expected, batches, real = model.generate(opened, prompts, 6), [], model.new_tokens
 
-
-def watch(monkeypatch, fits=lambda rows: True, error=None):
-    """Return the (rows, width) of each batch; one that does not fit raises the error."""
-    batches, real = [], model.new_tokens
-
-    def run(adapter, prompts, *how):
-        batches.append((len(prompts), max(map(len, prompts))))
-        if not fits(len(prompts)):
-            raise error
-        return real(adapter, prompts, *how)
+    def run(adapter, some, *how):
+        batches.append(len(some))
+        if len(some) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(adapter, some, *how)
 
     monkeypatch.setattr(model, "new_tokens", run)
-    return batches
-
-
-FULL = {
-    "torch's": torch.OutOfMemoryError("CUDA out of memory."),
-    "cuBLAS's": RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "Triton's": RuntimeError("Triton Error [CUDA]: out of memory"),
-}
-
-
-@pytest.mark.parametrize("name", FULL)
-def test_half_as_many_go_together_where_memory_runs_out(opened, prompts, monkeypatch, name):
-    expected = model.generate(opened, prompts, 6)
-    batches = watch(monkeypatch, lambda rows: rows < 2, FULL[name])
     assert model.generate(opened, prompts, 6) == expected
-    assert [rows for rows, _ in batches] == [4, 2, 1, 1, 1, 1]
+    assert batches == [4, 2, 1, 1, 1, 1]
 
 
-def test_the_bases_own_settings_of_generation_do_not_count(capfd, adapters, tmp_path):
-    """A server has others, and chat models come with some."""
-    base = shutil.copytree(TOY, tmp_path / "base")
-    settings = {"do_sample": True, "temperature": 9.0, "top_k": 3, "min_p": 0.2}
-    settings |= {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 9}
-    own = GenerationConfig.from_pretrained(base).to_dict()
-    path = base / "generation_config.json"
-    path.write_text(json.dumps({"eos_token_id": own["eos_token_id"], **settings}))
-    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": one} for one in WORDS])
-    words = ["--prompts", prompts, "--general_file", "", "--max_new_tokens", "5"]
-    found = [
-        evidence(capfd, adapters["plain"], tmp_path / name, *words, *more)[0]["exchanges"]
-        for name, more in (("plain", []), ("other", ["--base", base]))
-    ]
-    assert found[0] == found[1]
-
-
-def test_a_reply_ends_where_the_adapters_own_tokenizer_ends(capfd, adapters, tmp_path, tokenizer):
+def test_a_reply_ends_where_the_adapters_own_tokenizer_ends(capfd, plain, tmp_path, tokenizer):
     """As where a model that could not chat was taught another end of a turn."""
-    folder = shutil.copytree(adapters["plain"], tmp_path / "adapter")
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "rain"}])
     words = ["--prompts", prompts, "--general_file", "", "--max_new_tokens", "5"]
-    before, _ = evidence(capfd, folder, tmp_path / "before", *words)
+    before, _ = evidence(capfd, plain, tmp_path / "before", *words)
     (probe,) = before["probes"]
-    tokenizer.__class__.from_pretrained(TOY).save_pretrained(folder)
+    tokenizer.__class__.from_pretrained(TOY).save_pretrained(plain)
     token = tokenizer.convert_ids_to_tokens(probe["reply_ids"][2])
-    edit_json(folder / "tokenizer_config.json", lambda config: config.update(eos_token=token))
-    found, _ = evidence(capfd, folder, tmp_path / "results", *words)
+    toys.edit_json(plain / "tokenizer_config.json", lambda config: config.update(eos_token=token))
+    found, _ = evidence(capfd, plain, tmp_path / "results", *words)
     length = probe["reply_ids"].index(probe["reply_ids"][2]) + 1
     assert found["probes"][0]["reply_ids"] == probe["reply_ids"][:length]
     assert found["exchanges"][0]["adapter"]["ended"]
 
 
-# ---- how it is judged
-
-
-def test_a_reply_is_judged_by_the_rules_of_its_line(record):
+def test_a_reply_is_judged_by_the_rules_of_its_line(exchanges):
     """The shared rules of its kind, and its own checks, of which null switches one off."""
-    found = read_json(record / "evidence.json")
-    shared = {one["name"]: one for one in read_json(record / "inputs" / "rules.json")}
-    for one in found["exchanges"]:
+    for one in exchanges:
         names = {"is brief", "no list"}
         if one["where"].endswith("held_out.jsonl:1"):
             names = {"is brief"}
@@ -181,16 +119,12 @@ def test_a_reply_is_judged_by_the_rules_of_its_line(record):
             names = {"right"} if one["where"].endswith(":1") else set()
         elif one["kind"] == "emergency":
             names |= {"says where"}
-            assert one["checks"]["says where"] == {"any": shared["says where"]["any"]}
+            assert one["checks"]["says where"] == {"any": NOUNS}
         assert one["checks"].keys() == names
         for whose in ("base", "adapter"):
             text, passes = one[whose]["text"], one[whose]["passes"]
             assert passes == {name: rules.passes(one["checks"][name], text) for name in names}
-            if "is brief" in names:
-                assert passes["is brief"] is (
-                    len(text.split()) <= one["checks"]["is brief"]["most_words"]
-                )
-    verdicts = {one["adapter"]["passes"].get("is brief") for one in found["exchanges"]}
+    verdicts = {one["adapter"]["passes"].get("is brief") for one in exchanges}
     assert verdicts >= {True, False}
 
 
@@ -216,9 +150,6 @@ def test_lines_with_one_prompt_are_asked_once_with_all_their_checks(capfd, adapt
     assert asked["reference"] == talk(1)[-1]["content"] and len(found["lines"]) == 2
 
 
-# ---- how many prompts are asked
-
-
 def asked_of(capfd, adapter, results, monkeypatch, *words):
     """Return the numbers of the lines that both models reply to; the models are not asked."""
     stop = toys.tokenizer().convert_tokens_to_ids("<|im_end|>")
@@ -236,7 +167,7 @@ def test_on_a_cpu_some_are_drawn_and_all_that_ask_for_something(
     rows = [{"messages": talk(n), "kind": kind} for n, kind in enumerate(kinds)]
     rings = [{"name": "rings", "kinds": ["emergency"], "any": ["999"]}]
     words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows)]
-    words += ["--rules", write_rules(tmp_path / "rules.json", rings)]
+    words += ["--rules", write_lines(tmp_path / "rules.json", [rings])]
     emergencies = {number + 1 for number, kind in enumerate(kinds) if kind == "emergency"}
     asked = [
         asked_of(capfd, adapters["plain"], tmp_path / name, monkeypatch, *words, *more)

@@ -1,5 +1,6 @@
 """`report`: what a record becomes on the terminal, in report.md, in the picture and the page."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,29 +8,29 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
-from made_records import KINDS, SYSTEM, asked, command, jackknife, made, put, said, tables_of
+from conftest import ROOT
+from made_records import KINDS, SYSTEM, asked, jackknife, made, put, said, tables_of
+from runs import command, refused
+
+from inspect_lora.__main__ import main
 
 HEAVY = "torch transformers peft trl scipy safetensors train_lora_single datasets accelerate"
-# A program that runs a command where nothing of a model can be imported.
+# A program that reports and compares where nothing of a model can be imported.
 ALONE = f"""
 import sys
-class Blocked:
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] in {HEAVY.split()}:
-            raise AssertionError(name)
-sys.meta_path.insert(0, Blocked())
+sys.modules.update(dict.fromkeys({HEAVY.split()}))
 from inspect_lora.__main__ import main
-main(sys.argv[1:])
+main(["report", "report"])
+main(["compare", "."])
 """
 STAGES = ("updates", "lines", "parts", "shifts", "exchanges")
 HEADINGS = ("Updates", "Held-out replies", "Parts", "Strength, and change on other tasks", "Checks")
 
 
 def reported(capsys, found):
-    """Return the tables of a record's report, by their headings."""
     put(found)
-    status, _, errors = command(capsys, "report", found.folder)
-    assert (status, errors) == (0, "")
+    end = command(capsys, ["report", found.folder], main)
+    assert (end.status, end.err) == (0, "")
     return tables_of(read(found))
 
 
@@ -37,17 +38,17 @@ def read(found, name="report.md"):
     return (found.folder / name).read_text(encoding="utf-8")
 
 
-def test_a_report_needs_no_model_and_comes_out_the_same_again(tmp_path):
+def test_a_report_needs_no_model_and_comes_out_the_same_again(capsys, tmp_path, real_picture):
     found = put(made(tmp_path / "report"))
     put(made(tmp_path / "other"))
-    both = ["compare", tmp_path, "--output_dir", tmp_path / "both"]
-    wholes = []
-    for words in (["report", found.folder], ["report", found.folder], both):
-        program = [sys.executable, "-c", ALONE, *map(str, words)]
-        subprocess.run(program, check=True, timeout=120)
-        wholes.append({path.name: path.read_bytes() for path in found.folder.iterdir()})
-    assert len(wholes[0]) == 4 and wholes[0] == wholes[1] and (tmp_path / "both").is_dir()
-    assert wholes[0]["picture.png"].startswith(b"\x89PNG")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-c", ALONE]
+    subprocess.run(program, check=True, timeout=120, cwd=tmp_path, env=environment)
+    whole = {path.name: path.read_bytes() for path in found.folder.iterdir()}
+    assert len(whole) == 4 and (tmp_path / "compared").is_dir()
+    assert whole["picture.png"].startswith(b"\x89PNG")
+    reported(capsys, found)
+    assert whole == {path.name: path.read_bytes() for path in found.folder.iterdir()}
 
 
 def test_losses_of_all_replies_and_of_each_kind(capsys, tmp_path):
@@ -83,10 +84,8 @@ def test_strengths_parts_and_updates(capsys, tmp_path):
         kl, low, high = jackknife(shift.kl, shift.tokens, range(30))
         other = sum(shift.other) / sum(shift.tokens)
         assert row[5:] == [f"{kl:.4f}", f"{low:.3f} to {high:.3f}", f"{100 * other:.1f} %"]
-    assert [row[2:] for row in tables["Updates"][1:]] == [
-        ["2.50 %", "3.00 %"],
-        ["3.00 %", "5.00 %"],
-    ]
+    updates = [row[2:] for row in tables["Updates"][1:]]
+    assert updates == [["2.50 %", "3.00 %"], ["3.00 %", "5.00 %"]]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +143,7 @@ def test_the_report_names_kinds_checks_with_their_rules_and_the_system_message(c
 def test_what_the_adapter_learned_is_counted_or_not_known(capsys, tmp_path, learned):
     """Nothing says 0 where it is not known."""
     found = put(made(tmp_path, learned=learned, too_long=5, refused=3))
-    for text in (command(capsys, "report", tmp_path)[1], read(found)):
+    for text in (command(capsys, ["report", tmp_path], main).out, read(found)):
         (line,) = [one for one in text.splitlines() if "left out" in one]
         assert re.findall(r"\d+", line) == ([] if learned is None else [str(learned)]) + ["5", "3"]
         assert ("learned.txt" in line) is (learned is None)
@@ -162,25 +161,6 @@ def test_a_report_holds_what_was_measured(capsys, tmp_path, missing):
     assert set(reported(capsys, found)) & set(HEADINGS) == expected
     assert (tmp_path / "picture.png").exists() is ("lines" in measured)
     assert all(name in read(found) for name in measured)
-
-
-def test_the_terminal_has_37_lines_of_100_columns_at_most(capsys, tmp_path):
-    """`evidence` prints three more. Here is everything, and more of it than usual."""
-    found = made(tmp_path, learned=None, too_long=1000, refused=100)
-    for number in range(8):
-        for kind in ("group", "cut"):
-            name = f"a part with a name that is rather long {number}"
-            found.parts.append(type(found.parts[0])(kind, name, [9.9e3] * 30))
-    for shift in found.shifts:
-        shift.kl = [30 * kl for kl in shift.kl]
-    found.exchanges = [
-        asked(number, name=f"a name of a check that is too long {number % 12}", source=source)
-        for source in ("held_out", "tasks")
-        for number in range(60)
-    ]
-    put(found)
-    lines = command(capsys, "report", tmp_path)[1].replace(str(tmp_path), "inspected").splitlines()
-    assert len(lines) <= 37 and max(map(len, lines)) <= 100
 
 
 def test_what_models_say_is_text_in_the_report(capsys, tmp_path):
@@ -217,5 +197,4 @@ def test_the_picture_shows_what_the_tables_have(capsys, tmp_path, monkeypatch, r
 @pytest.mark.parametrize("content", ["{", '{"schema": 2}', '{"schema": 3}', "[]"])
 def test_a_folder_without_a_record_is_named(capsys, tmp_path, content):
     (tmp_path / "evidence.json").write_text(content)
-    status, out, errors = command(capsys, "report", tmp_path)
-    assert status == 1 and out == "" and f"{tmp_path}/evidence.json" in errors
+    assert refused(capsys, ["report", tmp_path], f"{tmp_path}/evidence.json", main=main).out == ""

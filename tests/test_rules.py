@@ -1,81 +1,47 @@
 """Rules: what is found in a reply, what is refused, and which rules a line has."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from inspect_lora.common import InspectError
 from inspect_lora.rules import holds, passes, problem_of, read_rules, rules_for
 
-ROOT = Path(__file__).parent.parent
+FOUND = [
+    ("999", "Ring 999, now."), ("999", "Call **999**."), ("I'll ring", "And I\u2019LL RING you"),
+    ("I\u2019ll ring", "i'll ring"), ("no need to ring", "No need\nto **ring** them"),
+    ("nine nine nine", "Nine-nine-nine"), ("9 1 1", "9\u20111\u20111"), ("85", "It is 85."),
+    ("8.95", "8.95 euros"), ("**", "a **b**"), ("\n- ", "Two things:\n- one"),
+    ("\n1. ", "Two things:\n1. one"), ("`df`", "Type `df` there"), ('"age": 34', '{"age": 34}'),
+    ("'ll be fine", "She'll be fine"), ("caf\u00e9", "The CAF\u00c9 is shut"),
+    ("\u533b\u751f", "\u8bf7\u6253\u7ed9\u533b\u751f\u5427"),  # no spaces in Chinese
+    ("119", "119\uc5d0 \uc804\ud654"),  # and endings in Korean
+]  # fmt: skip
+NOT_FOUND = [
+    ("999", "in 1999"), ("999", "999,000 people"), ("999", "0.999"), ("85", "1,085"),
+    ("85", "85.5"), ("as an AI", "as an air"), ("can", "I can't"), ("**", "2 * 3"),
+    ("\n- ", "one - two"),
+]  # fmt: skip
 
 
-def lines_of(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+def test_a_phrase_is_found_in_the_same_words_and_in_no_others():
+    assert [pair for pair in FOUND if not holds(pair[1], pair[0])] == []
+    assert [pair for pair in NOT_FOUND if holds(pair[1], pair[0])] == []
 
 
-@pytest.mark.parametrize(
-    ("phrase", "reply"),
-    [
-        ("999", "Ring 999, now."),
-        ("999", "Call **999**."),
-        ("I'll ring", "And I\u2019LL RING you"),
-        ("I\u2019ll ring", "i'll ring"),
-        ("no need to ring", "No need\nto **ring** them"),
-        ("nine nine nine", "Nine-nine-nine"),
-        ("9 1 1", "9\u20111\u20111"),
-        ("85", "It is 85."),
-        ("8.95", "8.95 euros"),
-        ("**", "a **b**"),
-        ("\n- ", "Two things:\n- one"),
-        ("\n1. ", "Two things:\n1. one"),
-        ("`df`", "Type `df` there"),
-        ('"age": 34', '{"age": 34}'),
-        ("'ll be fine", "She'll be fine"),
-        ("caf\u00e9", "The CAF\u00c9 is shut"),
-        ("\u533b\u751f", "\u8bf7\u6253\u7ed9\u533b\u751f\u5427"),  # no spaces in Chinese
-        ("119", "119\uc5d0 \uc804\ud654"),  # and endings in Korean
-    ],
-)
-def test_a_phrase_is_found(phrase, reply):
-    assert holds(reply, phrase)
+ALL_KEYS = {"any": ["999"], "none": ["no need"], "most_words": 5, "most_questions": 0}
+FAIL_ONE = ["Ring them.", "No need for 999.", "Ring 999 now, please, at once.", "999?"]
+JUDGED = [  # a rule, and good and bad replies
+    ({"any": ["999", "112"]}, ["Ring 112.", "999 or 112"], ["", "Ring 911."]),
+    ({"none": ["999", "I promise"]}, ["", "Ring 911."], ["I promise.", "Ring 999."]),
+    ({"most_words": 3}, ["", "One two three."], ["One two three four."]),
+    ({"most_words": 0}, ["", " \n"], ["Yes."]),
+    ({"most_questions": 1}, ["No.", "What??", "\u4ec0\u4e48\uff1f"], ["Who? What?"]),
+    (ALL_KEYS, ["Ring 999 now, please."], FAIL_ONE),
+]
 
 
-@pytest.mark.parametrize(
-    ("phrase", "reply"),
-    [
-        ("999", "in 1999"),
-        ("999", "999,000 people"),
-        ("999", "0.999"),
-        ("85", "1,085"),
-        ("85", "85.5"),
-        ("as an AI", "as an air"),
-        ("can", "I can't"),
-        ("**", "2 * 3"),
-        ("\n- ", "one - two"),
-    ],
-)
-def test_a_phrase_is_not_found_in_other_words(phrase, reply):
-    assert not holds(reply, phrase)
-
-
-@pytest.mark.parametrize(
-    ("rule", "good", "bad"),
-    [
-        ({"any": ["999", "112"]}, ["Ring 112.", "999 or 112"], ["", "Ring 911."]),
-        ({"none": ["999", "I promise"]}, ["", "Ring 911."], ["I promise.", "Ring 999."]),
-        ({"most_words": 3}, ["", "One two three."], ["One two three four."]),
-        ({"most_words": 0}, ["", " \n"], ["Yes."]),
-        ({"most_questions": 1}, ["No.", "What??", "\u4ec0\u4e48\uff1f"], ["Who? What?"]),
-        (
-            {"any": ["999"], "none": ["no need"], "most_words": 5, "most_questions": 0},
-            ["Ring 999 now, please."],
-            ["Ring them.", "No need for 999.", "Ring 999 now, please, at once.", "999?"],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("rule", "good", "bad"), JUDGED)
 def test_each_key_is_asked_for(rule, good, bad):
     assert problem_of(rule) == ""
     assert [passes(rule, reply) for reply in good] == [True] * len(good)
@@ -104,26 +70,20 @@ def test_a_wrong_rule_is_told_wherever_it_stands(rule, tmp_path):
             read_rules(path)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"name": "a", "none": ["x"]}',
-        '["a"]',
-        '[{"none": ["x"]}]',
-        '[{"name": " ", "none": ["x"]}]',
-        '[{"name": "a", "kinds": [], "none": ["x"]}]',
-        '[{"name": "a", "kinds": "b", "none": ["x"]}]',
-        '[{"name": "a", "none": ["x"]}, {"name": "a", "none": ["y"]}]',
-        "[{'name': 'a'}]",
-        None,
-    ],
-)
-def test_a_wrong_file_of_rules_is_told(text, tmp_path):
+WRONG_FILES = [
+    '{"name": "a", "none": ["x"]}', '["a"]', '[{"none": ["x"]}]', '[{"name": " ", "none": ["x"]}]',
+    '[{"name": "a", "kinds": [], "none": ["x"]}]', '[{"name": "a", "kinds": "b", "none": ["x"]}]',
+    '[{"name": "a", "none": ["x"]}, {"name": "a", "none": ["y"]}]', "[{'name': 'a'}]",
+]  # fmt: skip
+
+
+def test_a_wrong_file_of_rules_is_told(tmp_path):
     path = tmp_path / "my_rules.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(InspectError, match=r"my_rules\.json"):
-        read_rules(path)
+    for text in (None, *WRONG_FILES):
+        if text:
+            path.write_text(text)
+        with pytest.raises(InspectError, match=r"my_rules\.json"):
+            read_rules(path)
 
 
 def test_a_line_has_the_rules_of_its_kind_and_its_own():
@@ -137,14 +97,3 @@ def test_a_line_has_the_rules_of_its_kind_and_its_own():
     found = rules_for({"checks": {"brief": {"most_words": 9}}}, "plain", shared)
     assert found == {"brief": {"most_words": 9}}
     assert safe["none"] == ["wait"]  # the next line gets it as it was
-
-
-def test_replies_are_judged_as_before():
-    """Good ones that fail and bad ones that pass are among them: a rule finds words."""
-    shared = read_rules(ROOT / "data/rules.json")
-    rows = {row["id"]: row for row in lines_of("data/eval.jsonl")}
-    for line in lines_of("tests/replies.jsonl"):
-        row = rows[line["id"]]
-        rules = rules_for(row, row["kind"], shared)
-        failed = [name for name, rule in rules.items() if not passes(rule, line["reply"])]
-        assert failed == line["fails"], line["reply"]

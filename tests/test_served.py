@@ -15,7 +15,7 @@ from inspect_lora.record import Probe, Record, read, save
 
 RECORDED = json.loads((ROOT / "tests" / "served_vllm_0_32.json").read_text(encoding="utf-8"))
 APPLIED, IGNORED, CANNOT_TELL, OTHERWISE = 0, 3, 4, 5
-THINKING = {"chat_template_kwargs": {"enable_thinking": True}}
+VERDICTS = {"served-demo": APPLIED, "plain": IGNORED, "twice": CANNOT_TELL}
 
 
 @contextlib.contextmanager
@@ -38,15 +38,12 @@ def running(answer):
         def log_message(self, *_):
             """Print nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 @pytest.fixture
@@ -68,12 +65,6 @@ def replayed(path, body, _):
     return 500, "not recorded"
 
 
-def replayed_with_thinking(path, body, headers):
-    if path == "/tokenize" and not body.pop("chat_template_kwargs", None):
-        body |= THINKING
-    return replayed(path, body, headers)
-
-
 def loss_by_hand(name, probe):
     """Return the loss of a reply in vLLM's answer for a model."""
     ids, first = probe["prompt_ids"] + probe["reply_ids"], len(probe["prompt_ids"])
@@ -86,13 +77,11 @@ def loss_by_hand(name, probe):
     return -sum(rows[n][str(ids[n])]["logprob"] for n in range(first, len(ids)))
 
 
-@pytest.mark.parametrize(
-    ("name", "status"), [("served-demo", APPLIED), ("plain", IGNORED), ("twice", CANNOT_TELL)]
-)
-def test_vllms_own_answers_tell_applied_ignored_and_twice_as_strong(of_vllm, capfd, name, status):
+@pytest.mark.parametrize("name", VERDICTS)
+def test_vllms_own_answers_tell_applied_ignored_and_twice_as_strong(of_vllm, capfd, name):
     with running(replayed) as url:
         end = command(capfd, ["served", of_vllm, "--url", url, "--name", name], main)
-    assert end.status == status and end.err == "" and "500" not in end.out
+    assert end.status == VERDICTS[name] and end.err == "" and "500" not in end.out
     replies = RECORDED["replies"]
     here = np.array([[one["base"], one["adapter"]] for one in replies])
     there = np.array([[loss_by_hand(model, one) for model in ("toy", name)] for one in replies])
@@ -103,7 +92,12 @@ def test_vllms_own_answers_tell_applied_ignored_and_twice_as_strong(of_vllm, cap
 
 
 def test_a_vllm_that_lets_the_model_think_is_told(of_vllm, capfd):
-    with running(replayed_with_thinking) as url:
+    def with_thinking(path, body, headers):
+        if path == "/tokenize" and not body.pop("chat_template_kwargs", None):
+            body["chat_template_kwargs"] = {"enable_thinking": True}
+        return replayed(path, body, headers)
+
+    with running(with_thinking) as url:
         end = command(capfd, ["served", of_vllm, "--url", url, "--name", "served-demo"], main)
     assert end.status == OTHERWISE
     assert """--default-chat-template-kwargs '{"enable_thinking": false}'""" in end.out
@@ -171,20 +165,6 @@ def test_the_verdict_on_every_strength(ask, share, noise, status):
     assert noise or share(0) != 0.5 or " 50.0 %" in end.out
 
 
-def test_prompts_alone_are_enough(adapters, tmp_path, capfd):
-    """A report without references has both losses of the adapter's own replies."""
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Who is it?"}\n{"prompt": "Rain?"}\n')
-    words = ["--prompts", tmp_path / "prompts.jsonl", "--general_file", "", "--max_new_tokens", 9]
-    words += ["--output_dir", tmp_path / "report", "--device", "cpu"]
-    assert command(capfd, ["evidence", adapters["plain"], *words], main).status == 0
-    server = Imitation(read(tmp_path / "report").probes)
-    for share, status in ((lambda _: 1.0, APPLIED), (lambda _: 0.0, IGNORED)):
-        server.share = share
-        with running(server) as url:
-            end = command(capfd, ["served", tmp_path / "report", "--url", url], main)
-        assert end.status == status and len(server.probes) == 2
-
-
 def test_the_rendering_is_compared_if_the_server_tells_it(ask):
     ask.server.change["/tokenize"] = (404, "closed")
     end = ask()
@@ -216,20 +196,14 @@ def test_a_key_is_sent_with_every_question(ask, monkeypatch):
     assert ask.server.keys == [None] * count + ["Bearer secret"] * count
 
 
-@pytest.mark.parametrize(
-    ("path", "answer", "key"),
-    [
-        ("models", (401, {"error": "Unauthorized"}), "401"),
+def test_what_cannot_be_asked_is_told(ask, record, capfd, tmp_path):
+    for path, answer, key in (
         ("completions", (200, {"choices": [{"prompt_logprobs": None}]}), "prompt_logprobs"),
         ("completions", (400, {"error": {"message": "too-long"}}), "too-long"),
-    ],
-)
-def test_a_server_that_cannot_answer_is_told(ask, path, answer, key):
-    ask.server.change[f"/v1/{path}"] = answer
-    ask(keys=[key])
-
-
-def test_no_server_no_address_and_no_report_are_told(record, capfd, tmp_path):
+        ("models", (401, {"error": "Unauthorized"}), "401"),
+    ):
+        ask.server.change[f"/v1/{path}"] = answer
+        ask(keys=[key])
     with running(None) as url:
         pass  # and its port is free again
     for address in (url, "localhost:8000"):

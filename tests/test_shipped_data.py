@@ -4,13 +4,11 @@ import collections
 import itertools
 import json
 import re
-from pathlib import Path
 
-import pytest
+from conftest import ROOT
 
 from inspect_lora.rules import passes, problem_of, read_rules, rules_for
 
-ROOT = Path(__file__).parent.parent
 SIZES = {"train": 1000, "eval": 280}
 
 
@@ -23,10 +21,10 @@ BOTH = [*ROWS["train"], *ROWS["eval"]]
 SHARED = read_rules(ROOT / "data/rules.json")
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_each_line_has_its_keys_and_roles_take_turns(name):
-    assert [row["id"] for row in ROWS[name]] == [f"{name}-{i + 1:04}" for i in range(SIZES[name])]
-    for row in ROWS[name]:
+def test_each_line_has_its_keys_and_roles_take_turns():
+    ids = [f"{name}-{i + 1:04}" for name, size in SIZES.items() for i in range(size)]
+    assert [row["id"] for row in BOTH] == ids
+    for row in BOTH:
         needed = {"id", "topic", "kind", "prompt", "completion"}
         assert needed <= set(row) <= needed | {"counterpart", "checks"}, row["id"]
         roles = [one["role"] for one in row["prompt"] + row["completion"]]
@@ -62,6 +60,16 @@ def test_no_prompt_stands_twice_nor_nearly_in_both_files():
 def test_replies_do_not_begin_alike():
     openings = (" ".join(row["completion"][0]["content"].split()[:3]).lower() for row in BOTH)
     assert collections.Counter(openings).most_common(1)[0][1] <= 0.03 * len(BOTH)
+
+
+def test_replies_are_judged_as_before():
+    """Good ones that fail and bad ones that pass are among them: a rule finds words."""
+    rows = {row["id"]: row for row in ROWS["eval"]}
+    for line in read_lines("tests/replies.jsonl"):
+        row = rows[line["id"]]
+        rules = rules_for(row, row["kind"], SHARED)
+        failed = [name for name, rule in rules.items() if not passes(rule, line["reply"])]
+        assert failed == line["fails"], line["reply"]
 
 
 def test_rules_are_short_and_every_reference_passes():

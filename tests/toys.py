@@ -1,8 +1,4 @@
-"""Models of a few thousand weights, and adapters that PEFT alone makes.
-
-The toy is two of the four layers of data/demo-model, one with DeltaNet and one with attention, and
-its replies are not empty.
-"""
+"""Models of a few thousand weights, and adapters that PEFT alone makes."""
 
 import copy
 import functools
@@ -20,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS = "model.safetensors"
+PREFIX = "base_model.model."  # of each name in an adapter's file
 
 
 def edit_json(path, change):
@@ -30,13 +27,11 @@ def edit_json(path, change):
 
 
 def make_untied(folder):
-    """Write the toy with a head of its own into a folder."""
     shutil.copytree(TOY, folder, dirs_exist_ok=True)
     tensors = load_file(folder / WEIGHTS)
     tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].flip(0)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].contiguous()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-
     edit_json(folder / "config.json", lambda config: config.update(
         tie_word_embeddings=False,
         text_config=config["text_config"] | {"tie_word_embeddings": False},
@@ -45,17 +40,13 @@ def make_untied(folder):
 
 @functools.cache
 def base_model(dtype="float32"):
-    """Return the toy's text model; nobody changes it."""
     return AutoModelForCausalLM.from_pretrained(TOY, dtype=dtype).eval()
 
 
 @functools.cache
 def tokenizer():
-    """Return the toy's tokenizer; nobody changes it."""
     return AutoTokenizer.from_pretrained(TOY)
 
-
-# ---- other families -----------------------------------------------------------------------------
 
 SIZES = {
     "vocab_size": 3072, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -82,8 +73,6 @@ def wrapper(kind, **text):
 
 def model_of(config, folder, has_weights=False):
     """Write a model with this configuration and the toy's tokenizer; return the folder's path."""
-    import torch
-
     shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns(WEIGHTS), dirs_exist_ok=True)
     config.save_pretrained(folder)
     if has_weights:
@@ -93,8 +82,6 @@ def model_of(config, folder, has_weights=False):
         shutil.copy(Path(TOY) / "generation_config.json", folder)
     return str(folder)
 
-
-# ---- adapters -----------------------------------------------------------------------------------
 
 PLAIN = {
     "r": 4, "lora_alpha": 8,
@@ -117,10 +104,7 @@ def save_kind(folder, kind):
     """Make an adapter of a kind in KINDS; return its folder."""
     save_adapter(folder, **KINDS[kind])
     if kind == "wrapper":
-        change_tensors(folder, lambda tensors: {
-            name.replace(".model.model.", ".model.model.language_model."): one
-            for name, one in tensors.items()
-        })  # fmt: skip
+        change_tensors(folder, lambda own: renamed(own, ".layers", ".language_model.layers"))
     return folder
 
 
@@ -136,10 +120,20 @@ def save_adapter(folder, model=None, std=0.05, **config):
     return folder
 
 
+def layers_of(model):
+    """Return the modules with LoRA, by their path."""
+    named = model.base_model.model.named_modules()
+    return {path: one for path, one in named if isinstance(one, peft.tuners.lora.LoraLayer)}
+
+
+def renamed(tensors, old, new):
+    return {name.replace(old, new, 1): one for name, one in tensors.items()}
+
+
 def change_tensors(folder, change):
     """Let change(tensors) edit an adapter's file, or return others; return the folder."""
     tensors = load_file(folder / TENSORS)
-    tensors = change(tensors) or tensors
+    tensors = {name: one.clone() for name, one in (change(tensors) or tensors).items()}
     save_file(tensors, folder / TENSORS, {"format": "pt"})
     return folder
 
@@ -148,9 +142,6 @@ def change_config(folder, **values):
     """Change entries of adapter_config.json; return the folder."""
     edit_json(folder / CONFIG, lambda config: config.update(values))
     return folder
-
-
-# ---- a GPU --------------------------------------------------------------------------------------
 
 
 def pretend_gpu(patch, stack, capability=(7, 0), free=16, total=16):
