@@ -121,10 +121,10 @@ def refused(capfd, argv, *keys, status=1, main=None):
     return end
 
 
-def prepared(flags):
+def prepared(flags, script=t):
     """Return a job as it is before the weights are loaded: with its data and its plan."""
-    job = t.Job(t.parse_settings([*map(str, flags), "--dry_run"]))
-    t.run(job)
+    job = script.Job(script.parse_settings([*map(str, flags), "--dry_run"]))
+    script.run(job)
     job.settings.dry_run = False
     return job
 
@@ -144,6 +144,19 @@ def edited_script(folder, *changes):
     return module
 
 
+def edit_config(patch, function, **fields):
+    """Have the script's lora_config() or training_config() return one with other fields."""
+    real = getattr(t, function)
+
+    def edited(given):
+        config = real(given)
+        for name, value in fields.items():
+            setattr(config, name, value)
+        return config
+
+    patch.setattr(t, function, edited)
+
+
 def changed_model(folder, new, change):
     """Return the path of a copy of a model's folder whose tensors change(tensors) has edited."""
     shutil.copytree(folder, new)
@@ -161,6 +174,11 @@ def read_json(path):
 
 def read_record(output):
     return read_json(output / "run.json")
+
+
+def history(output):
+    """Return what Trainer logged in a run into this folder."""
+    return read_record(output)["loss_history"]
 
 
 def logged(history, key):
@@ -194,14 +212,15 @@ def send(*numbers):
     return lambda *_, **__: [os.kill(os.getpid(), number) for number in numbers]
 
 
-def before(patch, owner, name, action, number=1):
-    """Do action(*arguments) before call number (from 1) of owner.name."""
+def before(patch, owner, name, action, number=1, when=lambda *_, **__: True):
+    """Do action(*arguments) before the call of that number (from 1) of owner.name."""
     real, calls = getattr(owner, name), []
 
     def call(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == number:
-            action(*args, **kwargs)
+        if when(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == number:
+                action(*args, **kwargs)
         return real(*args, **kwargs)
 
     patch.setattr(owner, name, call)
@@ -264,16 +283,14 @@ class Recorder(transformers.TrainerCallback):
         self.model, self.optimizer = trainer.model, None
         self.trained, self.evaluated = [], []  # passes: rows, size, mask, keys, is_recomputed
         self.gradients, self.rates, self.weights = [], [], []  # before each step of the optimizer
-        self.handle = trainer.model.register_forward_pre_hook(self.before, with_kwargs=True)
+        handle = trainer.model.register_forward_pre_hook(self.before, with_kwargs=True)
         trainer.add_callback(self)
+        self.stop = lambda: (handle.remove(), trainer.remove_callback(self))
 
     @property
     def found(self):
         names = ("trained", "evaluated", "gradients", "rates", "weights")
         return {name: getattr(self, name) for name in names}
-
-    def stop(self):
-        self.handle.remove()
 
     def before(self, model, args, inputs):
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()

@@ -1,25 +1,16 @@
 """Scaled float16 matmul: one product, what is converted, when it is used, and its trial."""
 
 import math
+import types
 
 import pytest
+import runs
 import torch
 from by_hand import ROUNDING, token_loss
 from conftest import TOY
-from runs import (
-    ADAPTER,
-    changed_model,
-    checkpoints,
-    logged,
-    made_up,
-    prepared,
-    read_record,
-    refused,
-    run,
-)
 from safetensors.torch import load_file
 from toys import family, model_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_lora_single as t
 
@@ -167,7 +158,7 @@ def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tmp_p
     generator, examples = torch.Generator().manual_seed(0), []
     for length in (9, 20, 31):
         ids = torch.randint(3, 3000, (length,), generator=generator).tolist()
-        examples.append(made_up(ids[:3], ids[3:]))
+        examples.append(runs.made_up(ids[:3], ids[3:]))
     losses = {
         kind: torch.tensor(t.example_losses(load(folder, dtype, kind == "float16"), examples))
         for kind, dtype in (
@@ -197,33 +188,33 @@ CHOICES = [  # capability, MATMUL, DTYPE, model, and whether float16 is used
 ]
 
 
-def test_float16_is_used_where_bfloat16_is_emulated_and_the_model_was_tested(flags, tmp_path):
+def supports_bfloat16(capability):
+    """Return torch's answer: where it is emulated, it is supported, too."""
+    return lambda including_emulation=True: including_emulation or capability == A100
+
+
+def test_float16_is_used_where_bfloat16_is_emulated_and_the_model_was_tested(monkeypatch):
+    toy = AutoConfig.from_pretrained(TOY)
     for capability, matmul, dtype, kind, expected in CHOICES:
-        folder = model_of(family(kind), tmp_path / "model") if kind else TOY
-        more = ["--model_name", folder, "--dtype", dtype, "--matmul", matmul]
-        job = prepared([*flags, *more, "--lora_target_modules", "o_proj"])
-        job.settings.DEVICE = "cuda"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
-                including_emulation or capability == A100  # noqa: B023
-            ))  # fmt: skip
-            assert t.uses_fp16_matmul(job) == expected, (capability, matmul, dtype, kind)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supports_bfloat16(capability))
+        settings = t.parse_settings(["--dtype", dtype, "--matmul", matmul])
+        job = types.SimpleNamespace(settings=settings, config=family(kind) if kind else toy)
+        assert t.uses_fp16_matmul(job) == expected, (capability, matmul, dtype, kind)
 
 
-def test_a_run_in_float16_is_like_one_in_bfloat16(flags, tmp_path):
+def test_a_run_in_float16_is_like_one_in_float32(flags, finished, tmp_path):
     """As on a V100: the frozen weights in bfloat16, those of linear modules in float16."""
-    outputs = [tmp_path / kind for kind in ("native", "float16")]
-    for output in outputs:
-        more = ["--dtype", "bfloat16", "--matmul", output.name, "--max_steps", "2"]
-        assert run([*flags, *more, "--output_dir", output]) == 0
-        assert read_record(output)["matmul"] == output.name
-    for key in ("loss", "eval_loss", "grad_norm"):
-        expected, found = (logged(read_record(one)["loss_history"], key) for one in outputs)
-        assert found == pytest.approx(expected, rel=0.01 if "loss" in key else 0.05), key
-        assert found != expected
-    tensors = [load_file(output / ADAPTER) for output in outputs]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert {tensor.dtype for tensor in tensors[1].values()} == {torch.float32}
+    output = tmp_path / "output"
+    more = ["--dtype", "bfloat16", "--matmul", "float16", "--max_steps", "2"]
+    assert runs.run([*flags, *more]) == 0
+    assert runs.read_record(output)["matmul"] == "float16"
+    for key, count in (("loss", 2), ("eval_loss", 1), ("grad_norm", 2)):
+        expected, found = (runs.logged(runs.history(x), key) for x in (finished.output, output))
+        rounding = 0.01 if "loss" in key else 0.05
+        assert found[:count] == pytest.approx(expected[:count], rel=rounding), key
+    tensors, others = (load_file(one / runs.ADAPTER) for one in (output, finished.output))
+    assert tensors.keys() == others.keys()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
 RIGHT = t.scaled_fp16_matmul
@@ -248,8 +239,8 @@ BROKEN = {
 def test_where_float16_is_wrong_the_run_ends(flags, tmp_path, monkeypatch, capfd, what):
     monkeypatch.setattr(t, "scaled_fp16_matmul", BROKEN[what])
     flags = [*flags, "--dtype", "bfloat16", "--matmul", "float16"]
-    refused(capfd, flags, "--matmul", "_proj")
-    assert checkpoints(tmp_path / "output") == []
+    runs.refused(capfd, flags, "--matmul", "_proj")
+    assert runs.checkpoints(tmp_path / "output") == []
 
 
 def test_a_weight_that_float16_does_not_hold_ends_the_run(flags, tmp_path, capfd):
@@ -258,5 +249,6 @@ def test_a_weight_that_float16_does_not_hold_ends_the_run(flags, tmp_path, capfd
     def spoil(tensors):
         tensors["model.language_model.layers.0.mlp.down_proj.weight"][0, 0] = 7e4
 
-    flags = [*flags, "--model_name", changed_model(TOY, tmp_path / "model", spoil)]
-    refused(capfd, [*flags, "--dtype", "bfloat16", "--matmul", "float16"], "--matmul", "down_proj")
+    folder = runs.changed_model(TOY, tmp_path / "model", spoil)
+    flags = [*flags, "--model_name", folder, "--dtype", "bfloat16", "--matmul", "float16"]
+    runs.refused(capfd, flags, "--matmul", "down_proj")

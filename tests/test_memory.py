@@ -3,23 +3,9 @@
 import contextlib
 
 import pytest
+import runs
 import torch
 from by_hand import ROUNDING, assert_near, token_loss
-from runs import (
-    ADAPTER,
-    Recorder,
-    checkpoints,
-    give_examples,
-    is_recomputing,
-    lora,
-    made_up,
-    on_trainer,
-    prepared,
-    refused,
-    run,
-    set_b,
-    short_flags,
-)
 
 import train_lora_single as t
 
@@ -30,12 +16,18 @@ WHOLE = len(LENGTHS) * 64
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     """Return a trainer of one step of made-up examples, with an adapter that has an effect."""
-    flags = [*short_flags(tmp_path_factory.mktemp("memory")), "--batch_size", str(len(LENGTHS))]
-    job = prepared([*flags, "--gradient_accumulation_steps", "1", "--lora_dropout", "0"])
-    give_examples(job, LENGTHS)
+    flags = [*runs.short_flags(tmp_path_factory.mktemp("memory")), "--batch_size", len(LENGTHS)]
+    job = runs.prepared([*flags, "--gradient_accumulation_steps", "1"])
+    runs.give_examples(job, LENGTHS)
     trainer = t.build_trainer(job)
-    set_b(trainer.model)
+    runs.set_b(trainer.model)
+    for dropout in dropouts_of(trainer):
+        dropout.p = 0.0
     return trainer
+
+
+def dropouts_of(trainer):
+    return [one for one in trainer.model.modules() if isinstance(one, torch.nn.Dropout)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +45,7 @@ def undivided(trainer):
 
 def one_step(trainer, tokens_at_once):
     """Do a step; return its loss, its gradients and its passes."""
-    trainer.tokens_at_once, recorder = tokens_at_once, Recorder(trainer)
+    trainer.tokens_at_once, recorder = tokens_at_once, runs.Recorder(trainer)
     inputs = t.pad(trainer.job.examples, "cpu")
     targets = (inputs["labels"][:, 1:] != -100).sum()
     trainer.model.zero_grad()
@@ -61,8 +53,7 @@ def one_step(trainer, tokens_at_once):
         loss = trainer.training_step(trainer.model, inputs, targets).item()
     finally:
         recorder.stop()
-        trainer.remove_callback(recorder)
-    return loss, {n: p.grad.clone() for n, p in lora(trainer.model).items()}, recorder.trained
+    return loss, {n: p.grad.clone() for n, p in runs.lora(trainer.model).items()}, recorder.trained
 
 
 def widths_of(passes):
@@ -91,6 +82,21 @@ def test_the_loss_and_the_gradients_do_not_depend_on_the_parts(trainer, undivide
     assert len(passes) == most[tokens]
 
 
+def test_an_example_that_is_recomputed_has_the_same_dropout(trainer, monkeypatch):
+    monkeypatch.setattr(trainer.job, "examples", trainer.job.examples[:1])
+    without, _, _ = one_step(trainer, 64)
+    for dropout in dropouts_of(trainer):
+        monkeypatch.setattr(dropout, "p", 0.5)
+    steps = []
+    for tokens in (64, 0):
+        torch.manual_seed(5)
+        steps.append(one_step(trainer, tokens))
+    (loss, gradients, (kept,)), (again, found, (recomputed,)) = steps
+    assert (kept["is_recomputed"], recomputed["is_recomputed"]) == (False, True)
+    assert again == pytest.approx(loss, rel=ROUNDING) != without
+    assert_near(found, gradients)
+
+
 # ---- a step that runs out of memory -------------------------------------------------------------
 
 FULL = "CUDA out of memory. Tried to allocate 1.89 GiB"
@@ -115,7 +121,7 @@ def running_out(trainer, place, direction, times=1):
             passes.clear()
             raise torch.OutOfMemoryError(FULL)
 
-    last = next(one for name, one in lora(trainer.model).items() if "layers.0" in name)
+    last = next(one for name, one in runs.lora(trainer.model).items() if "layers.0" in name)
     hooks = [trainer.model.register_forward_hook(look)]
     if direction == "backward":  # most gradients are there already
         hooks.append(last.register_hook(fail))
@@ -185,7 +191,7 @@ def test_evaluation_does_not_depend_on_its_batches(trainer, tokens):
         assert losses == pytest.approx(expected, rel=ROUNDING) and model.training
         assert max(sizes) <= max(min(tokens, 100), 47)
         with pytest.raises(torch.OutOfMemoryError):  # nothing is smaller than one example
-            t.example_losses(model, [made_up([5] * 99, [7] * 99)], tokens)
+            t.example_losses(model, [runs.made_up([5] * 99, [7] * 99)], tokens)
 
 
 # ---- what fits is tried before the first step ---------------------------------------------------
@@ -207,7 +213,7 @@ def give_memory(trainer, kept, recomputed):
     """Let a pass over more tokens run out of memory, with activations kept or recomputed."""
 
     def run_out(model, _, inputs, __):
-        room = recomputed if is_recomputing(model) else kept
+        room = recomputed if runs.is_recomputing(model) else kept
         if model.training and inputs["input_ids"].numel() > room:
             raise torch.OutOfMemoryError(FULL)
 
@@ -242,12 +248,11 @@ FOUND = {  # room with activations kept, and recomputed: what is found
 @pytest.mark.parametrize("name", FOUND)
 def test_what_fits_is_found_by_two_passes(trainer, card, name):
     (kept, recomputed), expected = FOUND[name]
-    recorder, trainer.tokens_at_once = Recorder(trainer), WHOLE
+    recorder, trainer.tokens_at_once = runs.Recorder(trainer), WHOLE
     torch.manual_seed(5)
     with give_memory(trainer, kept, recomputed):
         look_for_memory(trainer)
     recorder.stop()
-    trainer.remove_callback(recorder)
     assert trainer.tokens_at_once == expected
     tried = [one["size"] for one in recorder.trained if not one["is_recomputed"]]
     assert tried[0] == WHOLE and all(len(one["rows"]) == 1 for one in recorder.trained)
@@ -256,7 +261,7 @@ def test_what_fits_is_found_by_two_passes(trainer, card, name):
     assert bool(again) == (expected < 64) and {*again} <= {47}
     # A tenth and AdamW's two numbers for each trained weight are left while it tries, and later a
     # little for what allocates outside of torch's view.
-    states = 2 * 4 * sum(p.numel() for p in lora(trainer.model).values()) / (100 * 2**30)
+    states = 2 * 4 * sum(p.numel() for p in runs.lora(trainer.model).values()) / (100 * 2**30)
     assert card == [pytest.approx(0.9 * 0.4 - states, rel=1e-9), pytest.approx(0.97 * 0.4)]
     # Nothing is left of it: no gradient, and no random number was drawn.
     assert not [n for n, p in trainer.model.named_parameters() if p.grad is not None]
@@ -271,16 +276,16 @@ def on_the_card(card, monkeypatch):
     monkeypatch.setattr(
         t, "find_what_fits", lambda trainer, job: look_for_memory(trainer, job, real)
     )
-    return lambda change: on_trainer(monkeypatch, change)
+    return lambda change: runs.on_trainer(monkeypatch, change)
 
 
 def test_a_run_that_has_tried_is_the_same_run(flags, finished, tmp_path, on_the_card):
     """Dropout included."""
     recorders = []
-    on_the_card(lambda trainer: recorders.append(Recorder(trainer)))
-    assert run(flags) == 0
-    whole = finished.output / ADAPTER
-    assert (tmp_path / "output" / ADAPTER).read_bytes() == whole.read_bytes()
+    on_the_card(lambda trainer: recorders.append(runs.Recorder(trainer)))
+    assert runs.run(flags) == 0
+    whole = finished.output / runs.ADAPTER
+    assert (tmp_path / "output" / runs.ADAPTER).read_bytes() == whole.read_bytes()
     # The longest example counts as 192 tokens, and what was tried came before the base's loss.
     tried, rest = recorders[0].trained[:1], recorders[0].trained[1:]
     assert [one["size"] for one in tried] == [4 * 192] and len(rest) == 8
@@ -291,7 +296,7 @@ def test_a_single_example_that_does_not_fit_ends_the_run_before_its_first_step(
 ):
     evaluated = []
     monkeypatch.setattr(t, "example_losses", lambda *_: evaluated.append(None))
-    longest = max(len(one.input_ids) for one in prepared(flags).examples)
+    longest = max(len(one.input_ids) for one in runs.prepared(flags).examples)
     on_the_card(lambda trainer: give_memory(trainer, 64, longest - 1))
-    refused(capfd, flags, str(longest), "MAX_SEQ_LEN")
-    assert checkpoints(tmp_path / "output") == [] and not evaluated
+    runs.refused(capfd, flags, str(longest), "MAX_SEQ_LEN")
+    assert runs.checkpoints(tmp_path / "output") == [] and not evaluated

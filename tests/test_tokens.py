@@ -143,32 +143,22 @@ PHI = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext
 GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
 QWEN = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 DEEPSEEK = [f"<\uff5c{name}\uff5c>" for name in ("User", "Assistant", "end\u2581of\u2581sentence")]
-COHERE = ["<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>"]
-COHERE += ["<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"]
 GPT_OSS = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
 GLM = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
 VISION = ["<|im_start|>", "<end_of_utterance>", "<image>"]
 
-# Of each template in TRL's wheel: the model's special tokens, the tokenizer's end, those that
+# Of some templates in TRL's wheel: the model's special tokens, the tokenizer's end, those that
 # generation_config.json names, and how a reply ends; None where the template is refused.
 FAMILIES = {
-    **dict.fromkeys(["llama3", "llama3_1", "llama3_2"], (LLAMA, "<|eot_id|>", [], "<|eot_id|>")),
-    **dict.fromkeys(
-        ["qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_nothink", "lfm2"],
-        (QWEN, "<|im_end|>", [], "<|im_end|>"),
-    ),
-    **dict.fromkeys(
-        ["cohere", "cohere2"], (COHERE, "<|END_OF_TURN_TOKEN|>", [], "<|END_OF_TURN_TOKEN|>")
-    ),
+    "llama3_1": (LLAMA, "<|eot_id|>", [], "<|eot_id|>"),
+    "qwen3": (QWEN, "<|im_end|>", [], "<|im_end|>"),
     "phi3_5": (PHI, "<|endoftext|>", ["<|end|>", "<|endoftext|>"], "<|end|>"),
     "gemma3": (GEMMA, "<eos>", ["<eos>", "<end_of_turn>"], "<end_of_turn>"),
     "gptoss": (GPT_OSS, "<|return|>", [], "<|return|>"),
     "gemma": (GEMMA, "<eos>", ["<end_of_turn>"], None),  # it knows no system message
     "glm4moe": (GLM, "<|endoftext|>", ["<|user|>"], None),  # its replies have no end
-    # A prompt is no beginning of the whole.
-    **dict.fromkeys(["deepseekv3", "deepseek_r1_distill"], (DEEPSEEK, DEEPSEEK[2], [], None)),
-    # A text that is no list is left out.
-    **dict.fromkeys(["smolvlm", "idefics3", "llava_next"], (VISION, VISION[1], [], None)),
+    "deepseekv3": (DEEPSEEK, DEEPSEEK[2], [], None),  # a prompt is no beginning of the whole
+    "smolvlm": (VISION, VISION[1], [], None),  # a text that is no list is left out
 }
 
 
@@ -220,7 +210,7 @@ def test_a_familys_template_is_trained_as_it_is_served_or_refused(family):
     )["input_ids"]
     assert with_system.prompt_ids == served
     reply = job.tokenizer.decode(with_system.reply_ids)
-    assert re.search(f"Good morning\\.(<.END_RESPONSE.>)?{re.escape(end)}$", reply)
+    assert reply == f"Good morning.{end}"
     assert with_system.reply_ids.count(with_system.reply_ids[-1]) == 1
 
 
