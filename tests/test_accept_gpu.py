@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 import time
 import types
@@ -67,9 +66,6 @@ def is_good(rows):
     return all(found)
 
 
-# ---- gradients and products ---------------------------------------------------------------------
-
-
 def changed(change):
     """Return what changes each result by a function."""
     return lambda real: lambda *given: change(real(*given))
@@ -109,9 +105,6 @@ def test_what_is_wrong_in_float16_is_seen(made, monkeypatch, what):
 def test_fla_that_is_refused_is_not_judged(native, tmp_path, monkeypatch):
     monkeypatch.setattr(native.job.settings, "USE_FLA", True)
     assert list(accept.gradient(native, tmp_path)) == []
-
-
-# ---- memory -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -158,13 +151,10 @@ def test_steps_that_need_more_than_was_tried(full, tmp_path, monkeypatch):
     assert not is_good(accept.memory(full, tmp_path))
 
 
-# ---- whole runs ---------------------------------------------------------------------------------
-
-
 def test_the_bare_command(tmp_path, monkeypatch):
-    train = write_talks(tmp_path / "train.jsonl", range(16))
+    train = write_talks(tmp_path / "train.jsonl", range(24))
     held_out = write_talks(tmp_path / "eval.jsonl", range(500, 502))
-    flags = [f"--model_name={TOY}", "--device=cpu", "--max_steps=12", "--logging_steps=1"]
+    flags = [f"--model_name={TOY}", "--device=cpu", "--max_steps=6", "--logging_steps=1"]
     flags += [f"--train_file={train}", f"--eval_file={held_out}"]
 
     def run_fork(words, stop_at="never printed"):
@@ -178,70 +168,51 @@ def test_the_bare_command(tmp_path, monkeypatch):
         return fork.end(), said.read_text(encoding="utf-8")
 
     monkeypatch.setattr(accept, "run", run_fork)
-    monkeypatch.setattr(accept, "STEPS", 12)
+    monkeypatch.setattr(accept, "STEPS", 6)
     assert is_good(accept.bare_command(flags, tmp_path))
-
-
-SCRIPT = """
-import json, pathlib, signal, sys, time
-fault, output = sys.argv[1], pathlib.Path(sys.argv[-1].partition("=")[2])
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(1 if fault == "status" else 143))
-if not output.exists():
-    (output / "checkpoints" / "job" / "checkpoint-2").mkdir(parents=True)
-    print("step 2/4", flush=True)
-    time.sleep(9)
-print("step 1/4" if fault == "begun anew" else "step 3/4")
-losses = [2.0, 3.0, 2.5, float("nan") if fault == "loss" else 2.2][: 3 if fault == "steps" else 4]
-history = [{"eval_loss": 3.0}, *({"loss": one} for one in losses), {"eval_loss": 2.0}]
-outcome = "failed" if fault == "outcome" else "finished"
-record = {"outcome": outcome, "loss_history": history, "matmul": "native", "peak_gib": 1.0}
-for name in ["final_lora", "final_lora_vllm"][: 1 if fault == "adapter" else 2]:
-    (output / name).mkdir(parents=True)
-    (output / name / "adapter_model.safetensors").touch()
-(output / "run.json").write_text(json.dumps(record))
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """Put a stand-in in the script's place; its first flag names its fault."""
-    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    monkeypatch.setattr(accept, "SCRIPT", tmp_path / "script.py")
-    monkeypatch.setattr(accept, "STEPS", 4)
-    return tmp_path
 
 
 FAULTS = ["none", "status", "begun anew", "loss", "steps", "outcome", "adapter"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_the_bare_command(stand_in, fault):
-    assert is_good(accept.bare_command([fault], stand_in)) == (fault == "none")
+def test_faults_of_the_bare_command(tmp_path, monkeypatch, fault):
+    output = tmp_path / "one"
+
+    def run(words, stop_at=""):
+        if stop_at:
+            (output / "checkpoints" / "job" / "checkpoint-2").mkdir(parents=True)
+            return 1 if fault == "status" else 143, stop_at
+        losses = [2.0, 3.0, 2.5, math.nan if fault == "loss" else 2.2]
+        history = [{"loss": one} for one in losses[: 3 if fault == "steps" else 4]]
+        history += [{"eval_loss": 3.0}, {"eval_loss": 2.0}]
+        outcome = "failed" if fault == "outcome" else "finished"
+        record = {"outcome": outcome, "loss_history": history, "matmul": "", "peak_gib": 1.0}
+        (output / "run.json").write_text(json.dumps(record), encoding="utf-8")
+        for name in ["final_lora", "final_lora_vllm"][: 1 if fault == "adapter" else 2]:
+            (output / name).mkdir()
+            (output / name / "adapter_model.safetensors").touch()
+        return 0, "step 1/4" if fault == "begun anew" else "step 3/4"
+
+    monkeypatch.setattr(accept, "run", run)
+    monkeypatch.setattr(accept, "STEPS", 4)
+    assert is_good(accept.bare_command([], tmp_path)) == (fault == "none")
 
 
 @pytest.mark.parametrize("status, factor", [(0, 1), (1, 1), (0, 1.1)])
-def test_two_processes(stand_in, monkeypatch, status, factor):
-    list(accept.bare_command(["none"], stand_in))
-
-    def run_two(_):
-        shutil.copytree(stand_in / "one", stand_in / "two")
-        path = stand_in / "two" / "run.json"
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["loss_history"][2]["loss"] *= factor
-        path.write_text(json.dumps(record), encoding="utf-8")
-        return status, ""
-
-    monkeypatch.setattr(accept, "run", run_two)
+def test_two_processes(tmp_path, monkeypatch, status, factor):
+    losses = {"one": [2.0, 3.0], "two": [2.0, 3.0 * factor]}
+    monkeypatch.setattr(accept, "run", lambda _: (status, ""))
+    monkeypatch.setattr(accept, "left_by_a_run", lambda output: ("", losses[output.name]))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert list(accept.two_processes(["none"], stand_in)) == []
+    assert list(accept.two_processes([], tmp_path)) == []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert is_good(accept.two_processes(["none"], stand_in)) == (status == 0 and factor == 1)
+    assert is_good(accept.two_processes([], tmp_path)) == (status == 0 and factor == 1)
 
 
-# ---- all checks, and the file -------------------------------------------------------------------
-
-
-def test_a_command_past_its_seconds_is_killed_with_what_it_started(tmp_path):
+def test_a_command_is_stopped_at_a_line_and_killed_with_what_it_started_past_its_seconds(tmp_path):
+    waits = "import time; print('step 2/4', flush=True); time.sleep(20)"
+    assert accept.run(["-c", waits], stop_at="step 2/") == (-signal.SIGTERM, "step 2/4\n")
     path = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(1.6); pathlib.Path({str(path)!r}).touch()"
     words = ["-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"]

@@ -76,8 +76,6 @@ def statements():
 
 
 # ---- settings and their flags -------------------------------------------------------------------
-
-
 def test_the_shipped_settings_are_the_articles():
     given = vars(t.parse_settings([]))
     assert {name: given[name] for name in ARTICLE} == ARTICLE
@@ -199,8 +197,6 @@ def test_the_demo_is_a_small_model_on_a_cpu_and_flags_beside_it_win(capfd):
 
 
 # ---- errors and exit statuses -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("how", ["the user", "Ctrl-C", "a bug"])
 def test_how_a_run_ended_is_its_status_and_stands_in_its_record(how, monkeypatch, capfd):
     action = {
@@ -246,8 +242,6 @@ def test_a_run_writes_what_it_prints_as_the_dry_run_did_and_tells_a_tracker(monk
 
 
 # ---- the GPU, and packages for it ---------------------------------------------------------------
-
-
 def test_without_a_gpu_it_is_said_before_the_data_is_read(capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     on_gpu = [*RUN, "--device", "cuda", "--dtype", "bfloat16"]
@@ -290,8 +284,6 @@ def test_fla_is_importable_where_it_is_asked_for_and_right(
 
 
 # ---- the environment and the packages -----------------------------------------------------------
-
-
 def test_what_other_work_left_in_the_environment_changes_nothing(
     finished, stopped, tmp_path, monkeypatch
 ):

@@ -78,7 +78,6 @@ def learned(content, replies="all"):
 
 
 # ---- the forms ----------------------------------------------------------------------------------
-
 SAID = hello("Who are you?\nSay it.", "Nell.", "Be kind.")
 ALPACA = {"instruction": "Who are you?", "input": "Say it.", "output": "Nell."}
 FORMS = [
@@ -135,10 +134,8 @@ def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out():
 
 
 # ---- what is refused ----------------------------------------------------------------------------
-
 REFUSED = {
     "not UTF-8": '{"messages": "café"}'.encode("latin-1"),
-    "half a character": reply(role="assistant", content="\ud83d"),
     "trailing comma": GOOD[:-1] + b",}",
     "curly quotes": GOOD.decode().replace('"', "\u201c").encode(),
     "two objects": GOOD + b" " + GOOD,
@@ -150,18 +147,12 @@ REFUSED = {
     "two system messages": line(messages=talk("sua"), system="Hi"),
     "a system message of 5": line(messages=talk("ua"), system=5),
     "completion of 3": line(prompt=talk("u"), completion=talk("aua")),
-    "a message is a text": line(messages=[*talk("u"), "Hi"]),
     "tool calls": reply(role="assistant", content="a", tool_calls=[{"name": "ring"}]),
-    "role tool": reply(role="tool", content="Hi"),
-    "content in parts": reply(role="assistant", content=[{"type": "text", "text": "Hi"}]),
-    "white space": reply(role="assistant", content=" \n\u3000"),
     "thoughts": reply(role="assistant", content="<think>Hm.</think>Hi"),
     "no reply": line(messages=talk("u")),
     "no question": line(messages=talk("sa")),
     "system in the middle": line(messages=talk("usa")),
-    "ShareGPT's tool": line(conversations=[{"from": "tool", "value": "x"}]),
     "Alpaca with history": line(instruction="a", output="b", history=[["c", "d"]]),
-    "Alpaca's numbers": line(instruction=1, output="b"),
 }
 
 
@@ -172,25 +163,12 @@ def test_what_is_wrong_is_named_by_file_and_line_and_the_others_are_read(name):
     assert len(problem) < 500 and "\n" not in problem
 
 
-def test_what_is_wrong_in_an_array_is_named_by_its_entry():
+def test_what_is_wrong_in_an_array_is_named_by_its_entry(capfd):
     examples, (problem,) = read(b"[" + b",\n".join([GOOD, line(text="Hello"), GOOD]) + b"]")
     assert len(examples) == 2 and re.match(r"data\.jsonl\b.*\b2\b", problem)
-
-
-OVER_LINES = json.dumps({"messages": talk("ua")}, indent=1)
-ACCIDENTS = {
-    "JSON over several lines": (b"\n".join([OVER_LINES.encode()] * 300), "t:1"),
-    "CSV": (b"user,assistant\nHello?,Hi.\n", "t:1"),
-    "an array that is cut": (b"[\n" + GOOD + b",\n" + GOOD[:-9], "t"),
-    "an empty array": (b"[]", "t"),
-}
-
-
-@pytest.mark.parametrize("name", ACCIDENTS)
-def test_a_file_of_another_kind_is_refused_in_a_few_lines(name, capfd):
-    content, key = ACCIDENTS[name]
-    Path("t").write_bytes(content)
-    assert len(refused(capfd, DRY, key).err.splitlines()) <= 25
+    for content in (b"[\n" + GOOD + b",\n" + GOOD[:-9], b"[]"):  # cut, or empty
+        Path("t").write_bytes(content)
+        refused(capfd, DRY, "t")
 
 
 def test_all_problems_of_both_files_are_told_at_once_with_those_of_rendering(capfd):
@@ -208,7 +186,6 @@ def test_all_problems_of_both_files_are_told_at_once_with_those_of_rendering(cap
 
 
 # ---- what is taken ------------------------------------------------------------------------------
-
 TAKEN = {
     "no newline at the end": (GOOD + b"\n" + GOOD, [1, 2]),
     "blank lines": (b"\n\n" + GOOD + b"\n \t\n" + GOOD + b"\n\n", [3, 5]),
@@ -227,7 +204,6 @@ def test_a_file_is_taken_with_its_line_numbers(name):
 
 
 # ---- any lines ----------------------------------------------------------------------------------
-
 ODD = ["", " \u2028", "a\udfff", "assistant", "user", "tool", None, True, 1e999, [], [[]], {}]
 
 
@@ -261,8 +237,6 @@ def test_a_line_with_anything_odd_in_it_is_read_right_or_refused_alone():
 
 
 # ---- what is warned of --------------------------------------------------------------------------
-
-
 def test_ones_own_lines_are_not_judged_by_the_shipped_ones_in_silence(capfd, monkeypatch):
     for name in ("t", "shipped", "eval"):
         write(name, {"messages": talk("ua")})
@@ -282,7 +256,6 @@ def test_a_held_out_prompt_that_is_trained_on_is_named_in_any_form(capfd):
 
 
 # ---- EVAL_FILE "10%" ----------------------------------------------------------------------------
-
 TENTH = [*DRY, "--eval_file", "10%"]
 
 

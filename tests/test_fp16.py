@@ -17,8 +17,6 @@ import train_lora_single as t
 DTYPES = [torch.bfloat16, torch.float32]
 K, D = 96, 72
 
-# ---- a converted module, forward and backward ---------------------------------------------------
-
 
 def some(*shape, seed=0):
     """Return random numbers that bfloat16 and float16 both hold, none of them near zero."""
@@ -111,9 +109,6 @@ def test_a_row_that_is_not_finite_spoils_no_other(bad, dtype):
     assert rows.grad[others].isfinite().all()
 
 
-# ---- what is converted, and what it gives -------------------------------------------------------
-
-
 def load(folder, dtype, is_converted=False):
     """Return the model of a folder with weights of this type."""
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
@@ -173,8 +168,6 @@ def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tmp_p
     assert 0 < distance["float16"] <= 1.5 * distance["native"] + 1e-3 * losses["exact"].norm()
     assert distance["native"] < 0.05 * losses["exact"].norm()
 
-
-# ---- when it is used, and its trial -------------------------------------------------------------
 
 V100, A100 = (7, 0), (8, 0)
 CHOICES = [  # capability, MATMUL, DTYPE, model, and whether float16 is used
@@ -241,14 +234,3 @@ def test_where_float16_is_wrong_the_run_ends(flags, tmp_path, monkeypatch, capfd
     flags = [*flags, "--dtype", "bfloat16", "--matmul", "float16"]
     runs.refused(capfd, flags, "--matmul", "_proj")
     assert runs.checkpoints(tmp_path / "output") == []
-
-
-def test_a_weight_that_float16_does_not_hold_ends_the_run(flags, tmp_path, capfd):
-    """Its largest number is 65,504, and bfloat16's is as large as float32's."""
-
-    def spoil(tensors):
-        tensors["model.language_model.layers.0.mlp.down_proj.weight"][0, 0] = 7e4
-
-    folder = runs.changed_model(TOY, tmp_path / "model", spoil)
-    flags = [*flags, "--model_name", folder, "--dtype", "bfloat16", "--matmul", "float16"]
-    runs.refused(capfd, flags, "--matmul", "down_proj")

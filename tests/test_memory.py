@@ -63,8 +63,6 @@ def widths_of(passes):
 
 
 # ---- a step in micro-batches --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tokens", [WHOLE - 1, 130, 64, 63, 40, 0])
 def test_the_loss_and_the_gradients_do_not_depend_on_the_parts(trainer, undivided, tokens):
     loss, gradients, passes = one_step(trainer, tokens)
@@ -98,7 +96,6 @@ def test_an_example_that_is_recomputed_has_the_same_dropout(trainer, monkeypatch
 
 
 # ---- a step that runs out of memory -------------------------------------------------------------
-
 FULL = "CUDA out of memory. Tried to allocate 1.89 GiB"
 
 
@@ -172,8 +169,6 @@ def test_full_memory_is_known_by_others_words_too_and_nothing_else_is():
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tokens", [10_000, 90, 47, 1])
 def test_evaluation_does_not_depend_on_its_batches(trainer, tokens):
     """Where the memory is smaller than was thought, it goes on with half as many at once."""
@@ -195,8 +190,6 @@ def test_evaluation_does_not_depend_on_its_batches(trainer, tokens):
 
 
 # ---- what fits is tried before the first step ---------------------------------------------------
-
-
 @pytest.fixture
 def card(monkeypatch):
     """Have a GPU of 100 GiB, of which others hold 60 and torch 10; return the shares allowed."""

@@ -46,9 +46,6 @@ def trained(flags):
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-# ---- what is trained ----------------------------------------------------------------------------
-
-
 def test_the_figures_of_qwen35_4b(capfd, monkeypatch):
     """As the settings are shipped, with 1,000 examples; no weight is loaded, no GPU asked for."""
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
@@ -120,9 +117,6 @@ def test_steps_are_counted(n, batch, accumulation, epochs, most, steps):
     assert prepared([*flags, "--num_epochs", epochs, f"--max_steps={most}"]).steps == steps
 
 
-# ---- targets ------------------------------------------------------------------------------------
-
-
 def test_a_target_that_is_not_there_is_named(capfd):
     """PEFT says nothing as long as another target matches."""
     misspelt = [*DRY, "--lora_target_modules", "q_projj", "v_proj"]
@@ -131,9 +125,6 @@ def test_a_target_that_is_not_there_is_named(capfd):
     # Of a family with other names these are listed.
     flags = [*DRY, "--model_name", model_of(family("Phi3"), "model")]
     refused(capfd, flags, "LORA_TARGET_MODULES", "q_proj", "qkv_proj")
-
-
-# ---- LoraConfig is free to edit -----------------------------------------------------------------
 
 
 WIDTHS = {
@@ -195,9 +186,6 @@ def test_trained_weights_in_bfloat16_are_refused(capfd, monkeypatch):
     edit_config(monkeypatch, "lora_config", modules_to_save=["lm_head"])
     refused(capfd, [*RUN, "--dtype", "bfloat16"], "DTYPE", "float32")
     assert not Path("output/final_lora").exists()
-
-
-# ---- the names for vLLM -------------------------------------------------------------------------
 
 
 def test_the_names_for_vllm_are_those_of_the_hubs_model(capfd, monkeypatch):

@@ -86,8 +86,6 @@ def folder_of(output, step):
 
 
 # ---- something at a chosen moment ---------------------------------------------------------------
-
-
 def die(*_, **__):
     """End this process as kill -9 does."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -129,7 +127,6 @@ def at_rename(patch, action):
 
 
 # ---- signals ------------------------------------------------------------------------------------
-
 STOPS = [  # what happens, and the newest step that is saved then
     ("SIGINT in step 2", lambda p: runs.at_step(p, 2, runs.send(signal.SIGINT)), 2),
     ("SIGTERM in an epoch's last step", lambda p: runs.at_step(p, 2, runs.send(signal.SIGTERM)), 4),
@@ -199,8 +196,6 @@ def test_a_signal_stops_at_once_before_the_first_step_and_if_it_comes_twice(
 
 
 # ---- killed -------------------------------------------------------------------------------------
-
-
 def cut_and_die(path):
     os.truncate(path, 1000)
     die()
@@ -247,8 +242,6 @@ def test_however_it_is_killed_the_same_command_ends_in_the_same_bytes(
 
 
 # ---- which checkpoint ---------------------------------------------------------------------------
-
-
 def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
@@ -294,8 +287,6 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_taken(
 
 
 # ---- which job it is ----------------------------------------------------------------------------
-
-
 def job_of(argv):
     """Return the name of the job that a command would do, which is its checkpoints' folder."""
     return runs.prepared(argv).name
@@ -400,28 +391,7 @@ def test_the_hubs_branch_may_move(flags, tmp_path, monkeypatch):
     assert runs.prepared([*flags, "--output_dir", tmp_path / "elsewhere"]).commit == commits[1]
 
 
-# ---- a job that has finished --------------------------------------------------------------------
-
-
-def test_a_finished_job_is_left_alone_and_its_adapter_made_again_if_it_is_gone(
-    finished, whole, tmp_path, monkeypatch
-):
-    output = shutil.copytree(finished.output, tmp_path / "output")
-    cut(folder_of(output, 6) / "optimizer.pt")  # no checkpoint is needed
-    left = runs.files(output)
-    with monkeypatch.context() as patch:
-        patch.setattr(t, "build_trainer", lambda *_: pytest.fail("loads the weights"))
-        assert runs.run(into(output, finished)) == 0
-    assert runs.files(output) == left
-    (output / runs.ADAPTER).write_bytes(b"old")
-    assert go_on(into(output, finished), whole, monkeypatch) == 8
-    (renamed,) = output.glob("final_lora.2*/*.safetensors")
-    assert renamed.read_bytes() == b"old"
-
-
 # ---- other processes ----------------------------------------------------------------------------
-
-
 def test_neither_a_second_run_nor_a_signal_that_nohup_ignores_disturbs_a_run(
     stopped, output, whole, tmp_path, monkeypatch
 ):

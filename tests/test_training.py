@@ -66,8 +66,6 @@ def at(event, number, action):
 
 
 # ---- LoRA is injected once, as planned ----------------------------------------------------------
-
-
 def in_layers(model, name):
     return model.get_submodule(f"base_model.model.model.layers.{name}")
 
@@ -159,8 +157,6 @@ def test_the_rate_follows_the_settings_and_gradients_are_clipped_at_one(trained)
 
 
 # ---- the base model's files ---------------------------------------------------------------------
-
-
 def test_weights_that_are_not_whole_safetensors_end_the_run(tmp_path):
     """Transformers fills what is missing with random numbers, and only warns."""
     missing = "model.language_model.layers.1.mlp.up_proj.weight"
@@ -186,8 +182,6 @@ def test_no_code_of_a_model_is_run(flags, tmp_path):
 
 
 # ---- the examples and their order ---------------------------------------------------------------
-
-
 def ids_of(examples):
     return [example.input_ids for example in examples]
 
@@ -249,8 +243,6 @@ def test_like_lengths_are_together_in_an_order_of_seed_and_epoch(finished):
 
 
 # ---- losses and gradients -----------------------------------------------------------------------
-
-
 def test_the_losses_are_means_over_the_target_tokens(finished, job, base):
     """At first B is zero, so they are the base's; the last held-out loss is the adapter's."""
     history = runs.history(finished.output)
@@ -382,8 +374,6 @@ def test_it_multiplies_in_bfloat16_and_lora_and_loss_are_in_float32(flags, tmp_p
 
 
 # ---- numbers that are not finite ----------------------------------------------------------------
-
-
 def spoil_b(trainer):
     name = next(name for name in runs.lora(trainer.model) if "lora_B" in name)
     runs.lora(trainer.model)[name].data[0, 0] = math.nan
@@ -414,7 +404,6 @@ def test_what_is_not_finite_ends_the_run_before_it_is_saved(
 
 
 # ---- edits of the script that would be wrong in silence -----------------------------------------
-
 NEEDED = {
     "loss_type": "dft", "gradient_accumulation_steps": 2, "label_smoothing_factor": 0.5,
     "per_device_train_batch_size": 8, "num_train_epochs": 7, "max_steps": 99, "logging_steps": 2,
