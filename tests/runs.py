@@ -70,14 +70,15 @@ def short_flags(folder, train=13, held_out=4):
 
 def do_short_run(folder, stop_after=None):
     """Do a short run with a recorder, to its end or until Ctrl-C in a step."""
-    recorders = []
+    flags = short_flags(folder)
     with pytest.MonkeyPatch.context() as patch:
-        on_trainer(patch, lambda trainer: recorders.append(Recorder(trainer)))
+        recorders = record(patch)
         if stop_after:
             at_step(patch, stop_after, send(signal.SIGINT))
-        flags = short_flags(folder)
         assert run(flags) == (130 if stop_after else 0)
-    torch.save({"recorded": recorders[0].found, "flags": flags}, folder / "short_run.pt")
+    names = ("trained", "evaluated", "gradients", "rates", "weights")
+    found = {name: getattr(recorders[0], name) for name in names}
+    torch.save({"recorded": found, "flags": flags}, folder / "short_run.pt")
     gc.collect()
     gc.freeze()  # each run collects garbage: what the imports made need not be looked through
 
@@ -243,6 +244,15 @@ def on_trainer(patch, change):
     patch.setattr(trl.SFTTrainer, "__init__", init)
 
 
+def record(patch, *changes):
+    """Return a list that gets the Recorder of each trainer, which is changed before."""
+    recorders = []
+    for change in changes:
+        on_trainer(patch, change)
+    on_trainer(patch, lambda trainer: recorders.append(Recorder(trainer)))
+    return recorders
+
+
 def made_up(prompt_ids, reply_ids):
     return t.Example("made up", [], {}, prompt_ids=prompt_ids, reply_ids=reply_ids)
 
@@ -286,11 +296,6 @@ class Recorder(transformers.TrainerCallback):
         handle = trainer.model.register_forward_pre_hook(self.before, with_kwargs=True)
         trainer.add_callback(self)
         self.stop = lambda: (handle.remove(), trainer.remove_callback(self))
-
-    @property
-    def found(self):
-        names = ("trained", "evaluated", "gradients", "rates", "weights")
-        return {name: getattr(self, name) for name in names}
 
     def before(self, model, args, inputs):
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()

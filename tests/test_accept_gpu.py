@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
 import signal
-import time
 import types
 from pathlib import Path
 
 import accept_gpu as accept
 import pytest
+import runs
 import torch
-from runs import Fork, be_the_script, short_flags, write_talks
 from toys import TOY
 
 import train_lora_single as t
@@ -46,7 +44,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("acceptance")
     torch.manual_seed(0)
     list(accept.make_model([], folder, NARROW, "cpu"))
-    flags = [*short_flags(folder), "--dtype=bfloat16", f"--model_name={folder}/model"]
+    flags = [*runs.short_flags(folder), "--dtype=bfloat16", f"--model_name={folder}/model"]
     native, float16 = (accept.trainer_for([*flags, f"--matmul={x}"]) for x in ("native", "float16"))
     assert is_good(accept.gradient(native, folder))
     return types.SimpleNamespace(folder=folder, native=native, float16=float16)
@@ -151,23 +149,21 @@ def test_steps_that_need_more_than_was_tried(full, tmp_path, monkeypatch):
     assert not is_good(accept.memory(full, tmp_path))
 
 
-def test_the_bare_command(tmp_path, monkeypatch):
-    train = write_talks(tmp_path / "train.jsonl", range(24))
-    held_out = write_talks(tmp_path / "eval.jsonl", range(500, 502))
+def test_the_bare_command(tmp_path, monkeypatch, capfd):
+    train = runs.write_talks(tmp_path / "train.jsonl", range(24))
+    held_out = runs.write_talks(tmp_path / "eval.jsonl", range(500, 502))
     flags = [f"--model_name={TOY}", "--device=cpu", "--max_steps=6", "--logging_steps=1"]
     flags += [f"--train_file={train}", f"--eval_file={held_out}"]
 
-    def run_fork(words, stop_at="never printed"):
-        said = tmp_path / stop_at.replace("/", "")
-        said.touch()
-        fork = Fork(lambda: be_the_script(words[1:], said))
-        while fork.is_alive() and stop_at not in said.read_text(encoding="utf-8"):
-            time.sleep(0.01)
-        if fork.is_alive():
-            os.kill(fork.pid, signal.SIGTERM)
-        return fork.end(), said.read_text(encoding="utf-8")
+    def run(words, stop_at=""):
+        with monkeypatch.context() as patch:
+            if stop_at:
+                runs.at_step(patch, 3, runs.send(signal.SIGTERM))
+            end = runs.command(capfd, words[1:])
+        assert stop_at in end.out
+        return end.status, end.out
 
-    monkeypatch.setattr(accept, "run", run_fork)
+    monkeypatch.setattr(accept, "run", run)
     monkeypatch.setattr(accept, "STEPS", 6)
     assert is_good(accept.bare_command(flags, tmp_path))
 

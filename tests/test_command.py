@@ -75,7 +75,6 @@ def statements():
     return {name: "\n".join(texts[name]) for name in t.SETTINGS}
 
 
-# ---- settings and their flags -------------------------------------------------------------------
 def test_the_shipped_settings_are_the_articles():
     given = vars(t.parse_settings([]))
     assert {name: given[name] for name in ARTICLE} == ARTICLE
@@ -136,33 +135,26 @@ WRONG_CONSTANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG_CONSTANTS)
-def test_a_constant_that_cannot_be_is_named_before_anything_is_read(
-    monkeypatch, capfd, name, value
-):
+@pytest.mark.parametrize("name, value", WRONG_CONSTANTS)
+def test_a_constant_that_cannot_be_is_named_first_of_all(monkeypatch, capfd, name, value):
     monkeypatch.setattr(t, name, value)
     refused(capfd, [], name, status=2)
     assert {path.name for path in Path.cwd().iterdir()} == {"t"}
 
 
-@pytest.mark.parametrize(
-    ("argv", "keys"),
-    [
-        ("--lora_rank 3", ["--lora_rank"]),
-        ("--lora_al 3", ["--lora_al"]),  # no abbreviations are taken
-        ("stray", ["stray"]),
-        ("--lora_r 8.5", ["LORA_R"]),
-        ("--learning_rate fast", ["LEARNING_RATE"]),
-        ("--use_fla perhaps", ["USE_FLA"]),
-        ("--device tpu", ["DEVICE", "tpu"]),
-        ("--final_lora best --eval_file=", ["FINAL_LORA", "EVAL_FILE"]),
-        ("--train_file t --eval_file t", ["EVAL_FILE", "TRAIN_FILE"]),
-        ("--eval_file=10.5%", ["EVAL_FILE", "10.5%"]),
-        ("--lora_r 0 --save_steps 0", ["LORA_R", "SAVE_STEPS"]),
-    ],
-)
-def test_a_wrong_flag_is_named_and_touches_nothing(argv, keys, capfd):
-    refused(capfd, argv.split(), *keys, status=2)
+WRONG_FLAGS = {  # and what is named
+    "--lora_rank 3": "--lora_rank", "--lora_al 3": "--lora_al",  # no abbreviations are taken
+    "stray": "stray", "--lora_r 8.5": "LORA_R", "--learning_rate fast": "LEARNING_RATE",
+    "--use_fla perhaps": "USE_FLA", "--device tpu": "DEVICE tpu",
+    "--final_lora best --eval_file=": "FINAL_LORA EVAL_FILE",
+    "--train_file t --eval_file t": "EVAL_FILE TRAIN_FILE",
+    "--eval_file=10.5%": "EVAL_FILE 10.5%", "--lora_r 0 --save_steps 0": "LORA_R SAVE_STEPS",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", WRONG_FLAGS)
+def test_a_wrong_flag_is_named_and_touches_nothing(argv, capfd):
+    refused(capfd, argv.split(), *WRONG_FLAGS[argv].split(), status=2)
     assert {path.name for path in Path.cwd().iterdir()} == {"t"}
 
 
@@ -175,13 +167,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    ("flags", "status"), [("--help", 0), ("--lora_r 0", 2), ("--lora_rr 3", 2)]
-)
+@pytest.mark.parametrize("flags, status", [("--help", 0), ("--lora_r 0", 2), ("--lora_rr 3", 2)])
 def test_help_and_a_wrong_setting_import_no_library(flags, status):
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, SCRIPT, *flags.split()], capture_output=True, text=True
-    )
+    words = [sys.executable, "-c", BLOCKED, SCRIPT, *flags.split()]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
     for name in t.SETTINGS if flags == "--help" else []:
         assert re.search(rf"--{name.lower()}\b", done.stdout)
@@ -196,15 +185,11 @@ def test_the_demo_is_a_small_model_on_a_cpu_and_flags_beside_it_win(capfd):
     assert {path.name for path in Path.cwd().iterdir()} == {"t"}
 
 
-# ---- errors and exit statuses -------------------------------------------------------------------
 @pytest.mark.parametrize("how", ["the user", "Ctrl-C", "a bug"])
 def test_how_a_run_ended_is_its_status_and_stands_in_its_record(how, monkeypatch, capfd):
-    action = {
-        "the user": Mock(side_effect=t.UserError("LORA_R")),
-        "Ctrl-C": send(signal.SIGINT),
-        "a bug": Mock(side_effect=ZeroDivisionError("a bug")),
-    }
-    monkeypatch.setattr(t, "build_trainer", action[how])
+    errors = {"the user": t.UserError("LORA_R"), "a bug": ZeroDivisionError("a bug")}
+    action = Mock(side_effect=errors[how]) if how in errors else send(signal.SIGINT)
+    monkeypatch.setattr(t, "build_trainer", action)
     end = command(capfd, RUN)
     assert end.status == (130 if how == "Ctrl-C" else 1)
     assert ("Traceback" in end.err) == (how == "a bug")
@@ -230,10 +215,9 @@ def test_a_run_writes_what_it_prints_as_the_dry_run_did_and_tells_a_tracker(monk
     Path("e").write_bytes(Path("t").read_bytes())
     flags = [*RUN, "--output_dir", "out/a-run", "--eval_file", "e", "--report_to", "tensorboard"]
     dry = command(capfd, [*flags, "--dry_run"])
-    assert dry.status == 0 and {path.name for path in Path.cwd().iterdir()} == {"t", "e"}
-    assert not told
+    assert {path.name for path in Path.cwd().iterdir()} == {"t", "e"} and told == []
     end = command(capfd, flags)
-    assert plan_in(dry.out) == plan_in(end.out)
+    assert dry.status == 0 and plan_in(dry.out) == plan_in(end.out)
     log = Path("out/a-run/all_logs.log").read_text()
     assert end.status == 0 and all(line in log for line in end.out.splitlines())
     assert {name for name, *_ in told} == {"a-run"}
@@ -241,7 +225,6 @@ def test_a_run_writes_what_it_prints_as_the_dry_run_did_and_tells_a_tracker(monk
     assert [step for _, step, logs in told if "eval_loss" in logs] == [0, 2]
 
 
-# ---- the GPU, and packages for it ---------------------------------------------------------------
 def test_without_a_gpu_it_is_said_before_the_data_is_read(capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     on_gpu = [*RUN, "--device", "cuda", "--dtype", "bfloat16"]
@@ -261,9 +244,7 @@ FLA = {  # where USE_FLA is on: capability, versions of fla and Triton, and whet
 
 @pytest.mark.parametrize("case", FLA)
 @pytest.mark.parametrize("is_asked", [True, False])
-def test_fla_is_importable_where_it_is_asked_for_and_right(
-    case, is_asked, gpu, tmp_path, monkeypatch
-):
+def test_fla_can_be_imported_where_it_is_right(case, is_asked, gpu, tmp_path, monkeypatch):
     """transformers takes it wherever it can be imported; causal_conv1d is never wanted."""
     capability, fla, triton, may_be = FLA[case]
     for name, version in (("fla_core", fla), ("triton", triton)):
@@ -283,8 +264,7 @@ def test_fla_is_importable_where_it_is_asked_for_and_right(
     assert sys.modules["causal_conv1d"] is None
 
 
-# ---- the environment and the packages -----------------------------------------------------------
-def test_what_other_work_left_in_the_environment_changes_nothing(
+def test_what_other_work_left_in_the_environment_is_none_of_it(
     finished, stopped, tmp_path, monkeypatch
 ):
     left = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "1"}

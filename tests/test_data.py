@@ -77,7 +77,6 @@ def learned(content, replies="all"):
     return [one.messages for one in examples]
 
 
-# ---- the forms ----------------------------------------------------------------------------------
 SAID = hello("Who are you?\nSay it.", "Nell.", "Be kind.")
 ALPACA = {"instruction": "Who are you?", "input": "Say it.", "output": "Nell."}
 FORMS = [
@@ -133,7 +132,6 @@ def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out():
         assert len(read(line(messages=talk(roles)))[1]) == 1
 
 
-# ---- what is refused ----------------------------------------------------------------------------
 REFUSED = {
     "not UTF-8": '{"messages": "café"}'.encode("latin-1"),
     "trailing comma": GOOD[:-1] + b",}",
@@ -185,7 +183,6 @@ def test_all_problems_of_both_files_are_told_at_once_with_those_of_rendering(cap
     assert len(end.err.splitlines()) <= 25
 
 
-# ---- what is taken ------------------------------------------------------------------------------
 TAKEN = {
     "no newline at the end": (GOOD + b"\n" + GOOD, [1, 2]),
     "blank lines": (b"\n\n" + GOOD + b"\n \t\n" + GOOD + b"\n\n", [3, 5]),
@@ -203,7 +200,6 @@ def test_a_file_is_taken_with_its_line_numbers(name):
     assert all(one.messages == talk("ua") for one in examples)
 
 
-# ---- any lines ----------------------------------------------------------------------------------
 ODD = ["", " \u2028", "a\udfff", "assistant", "user", "tool", None, True, 1e999, [], [[]], {}]
 
 
@@ -236,7 +232,6 @@ def test_a_line_with_anything_odd_in_it_is_read_right_or_refused_alone():
             message["content"].encode()
 
 
-# ---- what is warned of --------------------------------------------------------------------------
 def test_ones_own_lines_are_not_judged_by_the_shipped_ones_in_silence(capfd, monkeypatch):
     for name in ("t", "shipped", "eval"):
         write(name, {"messages": talk("ua")})
@@ -255,7 +250,6 @@ def test_a_held_out_prompt_that_is_trained_on_is_named_in_any_form(capfd):
     assert [name for name in ("e:1", "e:2", "e:3") if name in out] == ["e:2"]
 
 
-# ---- EVAL_FILE "10%" ----------------------------------------------------------------------------
 TENTH = [*DRY, "--eval_file", "10%"]
 
 

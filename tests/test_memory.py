@@ -1,6 +1,7 @@
 """Memory: in how many micro-batches a step goes, that this changes nothing, and what is tried."""
 
 import contextlib
+import functools
 
 import pytest
 import runs
@@ -62,7 +63,6 @@ def widths_of(passes):
     return [(rows, rows * 64 * -(-width // 64)) for rows, width in widths]
 
 
-# ---- a step in micro-batches --------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [WHOLE - 1, 130, 64, 63, 40, 0])
 def test_the_loss_and_the_gradients_do_not_depend_on_the_parts(trainer, undivided, tokens):
     loss, gradients, passes = one_step(trainer, tokens)
@@ -95,7 +95,6 @@ def test_an_example_that_is_recomputed_has_the_same_dropout(trainer, monkeypatch
     assert_near(found, gradients)
 
 
-# ---- a step that runs out of memory -------------------------------------------------------------
 FULL = "CUDA out of memory. Tried to allocate 1.89 GiB"
 
 
@@ -168,7 +167,6 @@ def test_full_memory_is_known_by_others_words_too_and_nothing_else_is():
     assert not t.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
 
 
-# ---- evaluation ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [10_000, 90, 47, 1])
 def test_evaluation_does_not_depend_on_its_batches(trainer, tokens):
     """Where the memory is smaller than was thought, it goes on with half as many at once."""
@@ -189,7 +187,6 @@ def test_evaluation_does_not_depend_on_its_batches(trainer, tokens):
             t.example_losses(model, [runs.made_up([5] * 99, [7] * 99)], tokens)
 
 
-# ---- what fits is tried before the first step ---------------------------------------------------
 @pytest.fixture
 def card(monkeypatch):
     """Have a GPU of 100 GiB, of which others hold 60 and torch 10; return the shares allowed."""
@@ -213,9 +210,8 @@ def give_memory(trainer, kept, recomputed):
     return trainer.model.register_forward_hook(run_out, with_kwargs=True)
 
 
-def look_for_memory(trainer, job=None, find_what_fits=t.find_what_fits):
+def look_for_memory(trainer, job, find_what_fits=t.find_what_fits):
     """Find what fits on the made-up card."""
-    job = job or trainer.job
     job.settings.DEVICE = "cuda"
     try:
         find_what_fits(trainer, job)
@@ -244,7 +240,7 @@ def test_what_fits_is_found_by_two_passes(trainer, card, name):
     recorder, trainer.tokens_at_once = runs.Recorder(trainer), WHOLE
     torch.manual_seed(5)
     with give_memory(trainer, kept, recomputed):
-        look_for_memory(trainer)
+        look_for_memory(trainer, trainer.job)
     recorder.stop()
     assert trainer.tokens_at_once == expected
     tried = [one["size"] for one in recorder.trained if not one["is_recomputed"]]
@@ -264,18 +260,14 @@ def test_what_fits_is_found_by_two_passes(trainer, card, name):
 
 @pytest.fixture
 def on_the_card(card, monkeypatch):
-    """Have a whole run look for memory on the card; return what changes its trainer."""
-    real = t.find_what_fits
-    monkeypatch.setattr(
-        t, "find_what_fits", lambda trainer, job: look_for_memory(trainer, job, real)
-    )
-    return lambda change: runs.on_trainer(monkeypatch, change)
+    """Have a whole run look for memory on the card."""
+    look = functools.partial(look_for_memory, find_what_fits=t.find_what_fits)
+    monkeypatch.setattr(t, "find_what_fits", look)
 
 
-def test_a_run_that_has_tried_is_the_same_run(flags, finished, tmp_path, on_the_card):
+def test_a_run_that_has_tried_is_the_same_run(flags, finished, tmp_path, on_the_card, monkeypatch):
     """Dropout included."""
-    recorders = []
-    on_the_card(lambda trainer: recorders.append(runs.Recorder(trainer)))
+    recorders = runs.record(monkeypatch)
     assert runs.run(flags) == 0
     whole = finished.output / runs.ADAPTER
     assert (tmp_path / "output" / runs.ADAPTER).read_bytes() == whole.read_bytes()
@@ -290,6 +282,6 @@ def test_a_single_example_that_does_not_fit_ends_the_run_before_its_first_step(
     evaluated = []
     monkeypatch.setattr(t, "example_losses", lambda *_: evaluated.append(None))
     longest = max(len(one.input_ids) for one in runs.prepared(flags).examples)
-    on_the_card(lambda trainer: give_memory(trainer, 64, longest - 1))
+    runs.on_trainer(monkeypatch, lambda trainer: give_memory(trainer, 64, longest - 1))
     runs.refused(capfd, flags, str(longest), "MAX_SEQ_LEN")
     assert runs.checkpoints(tmp_path / "output") == [] and not evaluated

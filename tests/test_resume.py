@@ -9,7 +9,7 @@ import sys
 import types
 from dataclasses import make_dataclass
 from pathlib import Path
-from unittest.mock import Mock
+from unittest import mock
 
 import accelerate
 import peft
@@ -42,31 +42,22 @@ def output(stopped, tmp_path):
     return shutil.copytree(stopped.output, tmp_path / "output")
 
 
-def into(output, run, *more):
+def into(output, run):
     """Return the command of a shared run, into this folder."""
-    return [*run.flags, "--output_dir", output, *more]
+    return [*run.flags, "--output_dir", output]
 
 
-def steps_done(argv, patch):
+def steps_done(argv):
     """Give the command, which must succeed; return how many steps it trains."""
-    calls, real = [], t.LoraTrainer.training_step
-
-    def count(*args, **kwargs):
-        calls.append(None)
-        return real(*args, **kwargs)
-
-    with patch.context() as patched:
-        patched.setattr(t.LoraTrainer, "training_step", count)
+    real = t.LoraTrainer.training_step
+    with mock.patch.object(t.LoraTrainer, "training_step", autospec=True, side_effect=real) as step:
         assert runs.run(argv) == 0
-    return len(calls)
+    return step.call_count
 
 
-def go_on(argv, whole, patch):
-    """Give the command, which must end as the run that nothing interrupted.
-
-    Return the step that it resumed from.
-    """
-    done, output = steps_done(argv, patch), Path(t.parse_settings([*map(str, argv)]).OUTPUT_DIR)
+def go_on(argv, whole):
+    """End as the run that nothing interrupted; return the step that was resumed from."""
+    done, output = steps_done(argv), Path(argv[-1])
     assert (output / runs.ADAPTER).read_bytes() == whole[0]
     assert losses(output) == whole[1]
     assert runs.read_record(output)["outcome"] == "finished"
@@ -85,22 +76,15 @@ def folder_of(output, step):
     return path
 
 
-# ---- something at a chosen moment ---------------------------------------------------------------
 def die(*_, **__):
     """End this process as kill -9 does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_saved(patch, part, action):
-    """Do action(path) when torch has written the file whose path holds part."""
-    real = torch.save
-
-    def save(thing, path, *args, **kwargs):
-        real(thing, path, *args, **kwargs)
-        if part in str(path):
-            action(path)
-
-    patch.setattr(torch, "save", save)
+def at_saved(patch, end, action):
+    """Do action(thing, path) before torch writes the file whose path has this end."""
+    is_due = lambda _, path, *__, **___: str(path).endswith(end)  # noqa: E731
+    runs.before(patch, torch, "save", action, when=is_due)
 
 
 def at_evaluation(patch, step, action):
@@ -126,7 +110,6 @@ def at_rename(patch, action):
     runs.before(patch, Path, "rename", action, when=is_due)
 
 
-# ---- signals ------------------------------------------------------------------------------------
 STOPS = [  # what happens, and the newest step that is saved then
     ("SIGINT in step 2", lambda p: runs.at_step(p, 2, runs.send(signal.SIGINT)), 2),
     ("SIGTERM in an epoch's last step", lambda p: runs.at_step(p, 2, runs.send(signal.SIGTERM)), 4),
@@ -159,7 +142,7 @@ def test_however_often_a_signal_stops_it_the_run_ends_in_the_same_bytes(
     assert not (tmp_path / "final_lora").exists()
     # And while it is moved into its place.
     at_rename(monkeypatch, runs.send(signal.SIGTERM))
-    assert go_on(argv, whole, monkeypatch) == 8
+    assert go_on(argv, whole) == 8
 
 
 def test_an_evaluation_stops_between_two_batches_and_is_made_up_for(tmp_path, monkeypatch):
@@ -171,7 +154,7 @@ def test_an_evaluation_stops_between_two_batches_and_is_made_up_for(tmp_path, mo
         assert runs.run(flags) == 143
     assert len(passes) == 1 and runs.checkpoints(output) == [1]
     assert [step for step, key, _ in losses(output) if key == "eval_loss"] == [0]
-    assert steps_done(flags, monkeypatch) == 0
+    assert steps_done(flags) == 0
     assert [step for step, key, _ in losses(output) if key == "eval_loss"] == [0, 1]
 
 
@@ -195,9 +178,8 @@ def test_a_signal_stops_at_once_before_the_first_step_and_if_it_comes_twice(
     assert runs.checkpoints(tmp_path / "output") == [] == [*tmp_path.glob("output/final_lora")]
 
 
-# ---- killed -------------------------------------------------------------------------------------
-def cut_and_die(path):
-    os.truncate(path, 1000)
+def tear_and_die(_, path, **__):
+    Path(path).write_bytes(b"PK")
     die()
 
 
@@ -219,7 +201,7 @@ KILLS = {  # when, and whether the checkpoint of step 8 is whole then
     "in the writing of run.json": (in_the_writing(2000), False),
     "in an evaluation": (lambda p: at_evaluation(p, 8, die), False),
     "while a checkpoint is written": (
-        lambda p: at_saved(p, "checkpoint-8/optimizer.pt", cut_and_die), False,
+        lambda p: at_saved(p, "checkpoint-8/optimizer.pt", tear_and_die), False,
     ),
     "where final_lora is missing for a moment": (lambda p: at_rename(p, die), True),
 }  # fmt: skip
@@ -237,11 +219,10 @@ def test_however_it_is_killed_the_same_command_ends_in_the_same_bytes(
         assert has_older_results(output) and description.read_bytes() == described, what
         assert runs.read_record(output)["outcome"] == "running", what
         assert losses(output) == [one for one in whole[1] if one[0] <= (8 if is_saved else 7)]
-    assert go_on(argv, whole, monkeypatch) == 8
+    assert go_on(argv, whole) == 8
     assert has_older_results(output)
 
 
-# ---- which checkpoint ---------------------------------------------------------------------------
 def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
@@ -283,10 +264,9 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_taken(
             runs.at_step(patch, done, runs.send(signal.SIGTERM))
             assert runs.run(argv) == 143
         assert runs.prepared(argv).checkpoint == folder_of(output, step)
-    assert go_on(argv, whole, monkeypatch) == 7 and backup.exists()
+    assert go_on(argv, whole) == 7 and backup.exists()
 
 
-# ---- which job it is ----------------------------------------------------------------------------
 def job_of(argv):
     """Return the name of the job that a command would do, which is its checkpoints' folder."""
     return runs.prepared(argv).name
@@ -383,7 +363,7 @@ def test_the_hubs_branch_may_move(flags, tmp_path, monkeypatch):
         runs.at_step(patch, 1, runs.send(signal.SIGINT))
         assert runs.run(flags) == 130
     now[:] = commits[1:]
-    assert steps_done(flags, monkeypatch) == 1
+    assert steps_done(flags) == 1
     config = runs.read_json(tmp_path / "output" / "final_lora" / "adapter_config.json")
     named = (config["base_model_name_or_path"], config["revision"])
     assert named == ("someone/toy", commits[0])
@@ -391,7 +371,6 @@ def test_the_hubs_branch_may_move(flags, tmp_path, monkeypatch):
     assert runs.prepared([*flags, "--output_dir", tmp_path / "elsewhere"]).commit == commits[1]
 
 
-# ---- other processes ----------------------------------------------------------------------------
 def test_neither_a_second_run_nor_a_signal_that_nohup_ignores_disturbs_a_run(
     stopped, output, whole, tmp_path, monkeypatch
 ):
@@ -406,7 +385,7 @@ def test_neither_a_second_run_nor_a_signal_that_nohup_ignores_disturbs_a_run(
 
     runs.before(monkeypatch, t, "catch_signals", ignore)
     runs.at_step(monkeypatch, 1, disturb)
-    assert go_on(into(output, stopped), whole, monkeypatch) == 7
+    assert go_on(into(output, stopped), whole) == 7
     text = said.read_text("utf-8")
     assert str(output) in text and "Traceback" not in text
 
@@ -462,7 +441,7 @@ def test_two_processes_learn_what_one_does_and_end_where_one_has_no_memory(tmp_p
 
     def run_out(patch, rank):
         if rank == 1:
-            full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+            full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
             runs.before(patch, t, "reply_losses", full)
 
     first, second = ([*flags, "--output_dir", output], note_the_trial), (other, run_out)

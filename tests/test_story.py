@@ -169,8 +169,7 @@ def test_the_story(tmp_path, monkeypatch):
 
     # The adapter has the bytes of an uninterrupted run, of the best epoch.
     monkeypatch.chdir(folder)
-    recorders = []
-    runs.on_trainer(monkeypatch, lambda trainer: recorders.append(runs.Recorder(trainer)))
+    recorders = runs.record(monkeypatch)
     flags = [word for name, value in SETTINGS.items() for word in (f"--{name.lower()}", value)]
     flags += ["--output_dir", tmp_path / "whole"]
     assert runs.run(flags) == 0
@@ -231,8 +230,7 @@ def test_the_first_afternoon(finished, tmp_path, monkeypatch, capfd):
 
     And then it is finished, whatever was begun since.
     """
-    output, recorders = tmp_path / "output", []
-    runs.on_trainer(monkeypatch, lambda trainer: recorders.append(runs.Recorder(trainer)))
+    output, recorders = tmp_path / "output", runs.record(monkeypatch)
     flags = [*finished.flags, "--output_dir", output]
     with pytest.MonkeyPatch.context() as patch:
         runs.at_step(patch, 3, runs.send(signal.SIGINT))

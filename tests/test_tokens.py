@@ -63,7 +63,6 @@ def model_with(*changes, **files):
     return "model"
 
 
-# ---- tokens and labels --------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def job():
     """Return a job of the toy; nobody changes it."""
@@ -133,7 +132,6 @@ def test_the_tokens_of_both_files_are_counted(finished, tokenizer):
         assert found == [len(lines), tokens, targets]
 
 
-# ---- other families -----------------------------------------------------------------------------
 LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 PHI = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
 GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
@@ -210,7 +208,6 @@ def test_a_familys_template_is_trained_as_it_is_served_or_refused(family):
     assert with_system.reply_ids.count(with_system.reply_ids[-1]) == 1
 
 
-# ---- what a template may not do -----------------------------------------------------------------
 BEGIN = "{%- set image_count = "
 USER = "message.role + '\\n' + content + '<|im_end|>' + '\\n' }}"
 END = "        {{- '<|im_end|>\\n' }}\n    {%- elif message.role == \"tool\" %}"
@@ -240,7 +237,6 @@ def test_what_a_template_does_to_some_lines_is_told_of_these(name, capfd):
     assert command(capfd, flags).status == 0
 
 
-# ---- models that cannot be used -----------------------------------------------------------------
 def test_an_end_that_generation_config_alone_names_is_learned(capfd):
     write("t", HELLO)
     flags = [*DRY, "--model_name", model_with(tokenizer_config={"eos_token": "<|endoftext|>"})]
@@ -281,7 +277,6 @@ def test_a_model_of_the_hub_that_cannot_be_read_is_named(capfd, monkeypatch):
     refused(capfd, flags, "some-one/a-model", "login")
 
 
-# ---- what is too long ---------------------------------------------------------------------------
 def test_up_to_a_tenth_that_is_too_long_is_left_out_and_nothing_is_cut(capfd, job):
     """And the others are whole: a cut reply has no end, and teaches not to stop."""
     write("t", *[LONG if n % 10 == 9 else HELLO for n in range(250)])

@@ -17,7 +17,7 @@ from by_hand import ROUNDING, assert_near, token_loss
 from conftest import TOY
 from datasets import Dataset
 from safetensors.torch import load_file
-from toys import SIZES, WEIGHTS, edit_json, model_of
+from toys import SIZES, WEIGHTS, edit_json, model_of, save_adapter
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import train_lora_single as t
@@ -31,15 +31,8 @@ def job(finished):
 
 def record(flags, *changes):
     """Give the command; return the Recorder of its trainer, which was changed before."""
-    recorders = []
-
-    def watch(trainer):
-        for change in changes:
-            change(trainer)
-        recorders.append(runs.Recorder(trainer))
-
     with pytest.MonkeyPatch.context() as patch:
-        runs.on_trainer(patch, watch)
+        recorders = runs.record(patch, *changes)
         assert runs.run(flags) == 0
     return recorders[0]
 
@@ -65,7 +58,6 @@ def at(event, number, action):
     return change
 
 
-# ---- LoRA is injected once, as planned ----------------------------------------------------------
 def in_layers(model, name):
     return model.get_submodule(f"base_model.model.model.layers.{name}")
 
@@ -106,14 +98,10 @@ def test_any_other_injection_than_planned_is_refused(flags, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("target", ["q_proj", "in_proj_qkv"])
-def test_an_adapter_in_the_models_folder_is_never_built_on(flags, finished, tmp_path, base, target):
+def test_an_adapter_in_the_models_folder_is_never_built_on(flags, finished, tmp_path, target):
     """Transformers loads it with the model, without a word, and LoRA is injected over it."""
     folder = shutil.copytree(TOY, tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(TOY, dtype="float32")
-    config = peft.LoraConfig(target_modules=[target], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config)
-    runs.set_b(model)
-    model.save_pretrained(folder)
+    save_adapter(folder, r=8, lora_alpha=16, target_modules=[target])
     status, final = runs.run([*flags, "--model_name", folder]), tmp_path / "output" / runs.ADAPTER
     if status == 0:
         assert final.read_bytes() == (finished.output / runs.ADAPTER).read_bytes()
@@ -156,7 +144,6 @@ def test_the_rate_follows_the_settings_and_gradients_are_clipped_at_one(trained)
         assert after == pytest.approx(min(norm, 1), rel=ROUNDING)
 
 
-# ---- the base model's files ---------------------------------------------------------------------
 def test_weights_that_are_not_whole_safetensors_end_the_run(tmp_path):
     """Transformers fills what is missing with random numbers, and only warns."""
     missing = "model.language_model.layers.1.mlp.up_proj.weight"
@@ -181,7 +168,6 @@ def test_no_code_of_a_model_is_run(flags, tmp_path):
     assert not marker.exists()
 
 
-# ---- the examples and their order ---------------------------------------------------------------
 def ids_of(examples):
     return [example.input_ids for example in examples]
 
@@ -242,7 +228,6 @@ def test_like_lengths_are_together_in_an_order_of_seed_and_epoch(finished):
             assert abs(statistics.correlation(range(len(part)), part)) < 0.3
 
 
-# ---- losses and gradients -----------------------------------------------------------------------
 def test_the_losses_are_means_over_the_target_tokens(finished, job, base):
     """At first B is zero, so they are the base's; the last held-out loss is the adapter's."""
     history = runs.history(finished.output)
@@ -373,7 +358,6 @@ def test_it_multiplies_in_bfloat16_and_lora_and_loss_are_in_float32(flags, tmp_p
     }
 
 
-# ---- numbers that are not finite ----------------------------------------------------------------
 def spoil_b(trainer):
     name = next(name for name in runs.lora(trainer.model) if "lora_B" in name)
     runs.lora(trainer.model)[name].data[0, 0] = math.nan
@@ -403,7 +387,6 @@ def test_what_is_not_finite_ends_the_run_before_it_is_saved(
     assert runs.read_record(tmp_path / "output")["outcome"].startswith("failed: ")
 
 
-# ---- edits of the script that would be wrong in silence -----------------------------------------
 NEEDED = {
     "loss_type": "dft", "gradient_accumulation_steps": 2, "label_smoothing_factor": 0.5,
     "per_device_train_batch_size": 8, "num_train_epochs": 7, "max_steps": 99, "logging_steps": 2,
