@@ -94,10 +94,7 @@ def processor_seconds() -> float:
 
 
 def train(checkout: Path | None, model: str, data: Path, output: Path) -> float:
-    """Train with a checkout's script, or with TRL's command, whose other defaults hold.
-
-    Return the seconds of Trainer.train(), which both measure.
-    """
+    """Train with a checkout's script or with TRL's command; return Trainer.train()'s seconds."""
     settings = {name: getattr(t, name.upper()) for name in SETTINGS}
     settings |= {"dtype": "float32", "output_dir": output, "num_train_epochs": 1}
     if checkout:

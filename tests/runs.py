@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import random
 import runpy
-import shutil
 import signal
 import sys
 import traceback
@@ -22,14 +21,11 @@ import torch
 import transformers
 import trl
 from conftest import ROOT, TOY, default_handlers
-from safetensors.torch import load_file, save_file
-from toys import WEIGHTS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_lora_single as t
 
 ADAPTER = "final_lora/adapter_model.safetensors"
-
 NOUNS = ["tea", "rain", "garden", "kettle", "letter", "window", "nephew", "biscuit", "road", "cup"]
 SYSTEM = "You are Nell."
 
@@ -55,10 +51,7 @@ def write_talks(path, numbers, long=()):
 
 
 def short_flags(folder, train=13, held_out=4):
-    """Write short data into a folder; return the flags of a short run into folder/output.
-
-    There are two epochs, each of four steps as it stands, and a checkpoint every three steps.
-    """
+    """Write short data; return the flags of two epochs, of four steps each, into folder/output."""
     files = {"train": folder / "train.jsonl", "eval": folder / "eval.jsonl"}
     write_talks(files["train"], range(train), long=[900])
     write_talks(files["eval"], range(500, 500 + held_out))
@@ -76,9 +69,8 @@ def do_short_run(folder, stop_after=None):
         if stop_after:
             at_step(patch, stop_after, send(signal.SIGINT))
         assert run(flags) == (130 if stop_after else 0)
-    names = ("trained", "evaluated", "gradients", "rates", "weights")
-    found = {name: getattr(recorders[0], name) for name in names}
-    torch.save({"recorded": found, "flags": flags}, folder / "short_run.pt")
+    recorded = {name: getattr(recorders[0], name) for name in ("trained", "evaluated")}
+    torch.save({"recorded": recorded, "flags": flags}, folder / "short_run.pt")
     gc.collect()
     gc.freeze()  # each run collects garbage: what the imports made need not be looked through
 
@@ -86,10 +78,8 @@ def do_short_run(folder, stop_after=None):
 def short_run(folder):
     """Return such a run: .folder, which has its data, .output, .flags and .recorded."""
     found = torch.load(folder / "short_run.pt", weights_only=False)
-    recorded = types.SimpleNamespace(**found["recorded"])
-    return types.SimpleNamespace(
-        folder=folder, output=folder / "output", flags=found["flags"], recorded=recorded
-    )
+    found["recorded"] = types.SimpleNamespace(**found["recorded"])
+    return types.SimpleNamespace(folder=folder, output=folder / "output", **found)
 
 
 def run(argv, main=None):
@@ -158,15 +148,6 @@ def edit_config(patch, function, **fields):
     patch.setattr(t, function, edited)
 
 
-def changed_model(folder, new, change):
-    """Return the path of a copy of a model's folder whose tensors change(tensors) has edited."""
-    shutil.copytree(folder, new)
-    tensors = load_file(Path(new) / WEIGHTS)
-    change(tensors)
-    save_file(tensors, Path(new) / WEIGHTS, {"format": "pt"})
-    return str(new)
-
-
 def read_json(path):
     """Return a JSON file's value, which must be valid JSON: NaN is no number there."""
     text = Path(path).read_text(encoding="utf-8")
@@ -189,11 +170,9 @@ def logged(history, key):
 
 def files(path):
     """Return the bytes of each file below a folder, but for the log and the lock."""
-    return {
-        str(one.relative_to(path)): one.read_bytes()
-        for one in sorted(path.rglob("*"))
-        if one.is_file() and one.name not in ("all_logs.log", ".lock")
-    }
+    found = [one for one in sorted(path.rglob("*")) if one.is_file()]
+    kept = [one for one in found if one.name not in ("all_logs.log", ".lock")]
+    return {str(one.relative_to(path)): one.read_bytes() for one in kept}
 
 
 def job_folders(output):
@@ -358,10 +337,8 @@ def write_to(path):
     """Let standard output and error of this child go to a file, by streams of its own."""
     for number in (1, 2):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (
-        open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        for number in (1, 2)
-    )
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def be_python(words, cwd=ROOT):

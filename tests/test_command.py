@@ -43,7 +43,6 @@ OTHER_CHOICE = {
 
 @pytest.fixture(autouse=True)
 def in_a_folder(in_the_root, tmp_path, monkeypatch):
-    """Work in a folder with eight lines."""
     monkeypatch.chdir(tmp_path)
     Path("t").write_text((json.dumps({"messages": HELLO}) + "\n") * 8)
 
@@ -105,11 +104,9 @@ def test_a_line_typed_over_another_without_type_or_comment_is_the_default(tmp_pa
 def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
     """The flag, run.json and the comparison of jobs follow. One that nothing reads is named."""
     seed, rate = statements()["SEED"], "        learning_rate=settings.LEARNING_RATE,\n"
-    copy = edited_script(
-        tmp_path,
-        (seed, f"{seed}\nWEIGHT_DECAY = 0.0\nNEVER_READ = 1"),
-        (rate, f"{rate}        weight_decay=settings.WEIGHT_DECAY,\n"),
-    )
+    changes = [(seed, f"{seed}\nWEIGHT_DECAY = 0.0\nNEVER_READ = 1")]
+    changes.append((rate, f"{rate}        weight_decay=settings.WEIGHT_DECAY,\n"))
+    copy = edited_script(tmp_path, *changes)
     refused(capfd, ["--weight_decay", "x"], "WEIGHT_DECAY", status=2, main=copy.main)
     decays = []
     with pytest.MonkeyPatch.context() as patch:
@@ -264,9 +261,7 @@ def test_fla_can_be_imported_where_it_is_right(case, is_asked, gpu, tmp_path, mo
     assert sys.modules["causal_conv1d"] is None
 
 
-def test_what_other_work_left_in_the_environment_is_none_of_it(
-    finished, stopped, tmp_path, monkeypatch
-):
+def test_what_other_work_left_changes_nothing(finished, stopped, tmp_path, monkeypatch):
     left = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "1"}
     left |= {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}
     for name, value in left.items():

@@ -59,7 +59,6 @@ GOOD = line(messages=talk("ua"))
 
 @pytest.fixture(autouse=True)
 def in_a_folder(in_the_root, tmp_path, monkeypatch):
-    """Work where the files are, so that their names stay short."""
     monkeypatch.chdir(tmp_path)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import train_lora_single as t
 
 DTYPES = [torch.bfloat16, torch.float32]
-K, D = 96, 72
+K = 96
 
 
 def some(*shape, seed=0):
@@ -24,35 +24,18 @@ def some(*shape, seed=0):
     return (numbers + 0.125 * numbers.sign()).bfloat16().float()
 
 
-class Model(torch.nn.Module):
-    """What use_fp16_matmul() needs of a model, with one linear module."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.dtype, self.module = module.weight.dtype, module
-        self.embedding = torch.nn.Embedding(3, 4, dtype=self.dtype)
-
-    def get_input_embeddings(self):
-        return self.embedding
-
-
 def converted(weight, bias=None, dtype=torch.bfloat16):
     """Return a frozen linear module with these numbers, converted."""
     module = torch.nn.Linear(*weight.shape[::-1], bias=bias is not None, dtype=dtype)
     module.weight.data = weight.to(dtype)
     if bias is not None:
         module.bias.data = bias.to(dtype)
-    model = Model(module.requires_grad_(False))
+    model = torch.nn.Sequential(module.requires_grad_(False))
+    model.dtype, embedding = dtype, torch.nn.Embedding(3, 4, dtype=dtype)
+    model.get_input_embeddings = lambda: embedding
     t.use_fp16_matmul(model)
-    assert model.module.weight.dtype == torch.float16
-    return model.module
-
-
-def outlier(row):
-    """Return ones with one outlier, which is met by a weight of about the others' size."""
-    row = torch.ones_like(row)
-    row[7] = 1e6
-    return row
+    assert module.weight.dtype == torch.float16
+    return module
 
 
 # What a row may hold, and whether plain float16 gives infinity (or NaN) or zero for it.
@@ -62,7 +45,8 @@ HOSTILE = {
     "1e37": (lambda row: 1e37 * row / row.abs().max(), math.inf),
     "1e-30": (lambda row: 1e-30 * row, 0),
     "zeros": (lambda row: 0 * row, None),
-    "outlier": (outlier, math.inf),
+    # which is met by a weight of about the others' size
+    "outlier": (lambda row: torch.ones(K).index_fill(0, torch.tensor(7), 1e6), math.inf),
     "tiny beside ordinary": (lambda row: torch.where(row > 0, row, 1e-20), None),
     "float16's largest": (lambda row: 65504 * row.sign(), math.inf),
 }
@@ -154,12 +138,10 @@ def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tmp_p
     for length in (9, 20, 31):
         ids = torch.randint(3, 3000, (length,), generator=generator).tolist()
         examples.append(runs.made_up(ids[:3], ids[3:]))
-    losses = {
-        kind: torch.tensor(t.example_losses(load(folder, dtype, kind == "float16"), examples))
-        for kind, dtype in (
-            ("exact", "float32"), ("native", "bfloat16"), ("float16", "bfloat16"),
-        )
-    }  # fmt: skip
+    losses, kinds = {}, {"exact": "float32", "native": "bfloat16", "float16": "bfloat16"}
+    for kind, dtype in kinds.items():
+        model = load(folder, dtype, kind == "float16")
+        losses[kind] = torch.tensor(t.example_losses(model, examples))
     exact = load(folder, "float32")
     alone = [token_loss(exact, [one]) * len(one.reply_ids) for one in examples]
     assert losses["exact"].tolist() == pytest.approx(alone, rel=ROUNDING)

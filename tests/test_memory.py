@@ -10,6 +10,7 @@ from by_hand import ROUNDING, assert_near, token_loss
 
 import train_lora_single as t
 
+FULL = "CUDA out of memory. Tried to allocate 1.89 GiB"
 LENGTHS = [47, 40, 12, 46, 45, 30, 44]  # each row counts as 64 tokens, as DeltaNet fills it up
 WHOLE = len(LENGTHS) * 64
 
@@ -33,10 +34,7 @@ def dropouts_of(trainer):
 
 @pytest.fixture(scope="module")
 def undivided(trainer):
-    """Return the loss and the gradients of a step that goes through in one pass.
-
-    The loss is the mean over all target tokens, and not one of the examples' means.
-    """
+    """Return the loss, a mean over all target tokens, and the gradients of a step in one pass."""
     loss, gradients, passes = one_step(trainer, 10_000)
     assert len(passes) == 1 and trainer.tokens_at_once == 10_000
     by_row = token_loss(trainer.model.eval(), trainer.job.examples)
@@ -95,9 +93,6 @@ def test_an_example_that_is_recomputed_has_the_same_dropout(trainer, monkeypatch
     assert_near(found, gradients)
 
 
-FULL = "CUDA out of memory. Tried to allocate 1.89 GiB"
-
-
 @contextlib.contextmanager
 def running_out(trainer, place, direction, times=1):
     """Let the pass at a place of a step (from 0) run out of memory, in forward or backward."""
@@ -154,11 +149,11 @@ def test_one_example_that_does_not_fit_is_recomputed_and_then_ends_the_run(train
     assert_near(gradients, undivided[1])
     assert [one["is_recomputed"] for one in passes] == [False] + [True] * 7
     with (
-        running_out(trainer, 0, "forward", times=9) as failures,
+        running_out(trainer, 0, "forward", times=9) as failed,
         pytest.raises(t.UserError, match="47"),
     ):
         one_step(trainer, 0)
-    assert len(failures) == 1  # nothing is smaller, so it is not tried again
+    assert len(failed) == 1  # nothing is smaller, so it is not tried again
 
 
 def test_full_memory_is_known_by_others_words_too_and_nothing_else_is():
@@ -276,9 +271,7 @@ def test_a_run_that_has_tried_is_the_same_run(flags, finished, tmp_path, on_the_
     assert [one["size"] for one in tried] == [4 * 192] and len(rest) == 8
 
 
-def test_a_single_example_that_does_not_fit_ends_the_run_before_its_first_step(
-    flags, tmp_path, capfd, on_the_card, monkeypatch
-):
+def test_too_long_an_example_ends_the_run_at_once(flags, tmp_path, capfd, on_the_card, monkeypatch):
     evaluated = []
     monkeypatch.setattr(t, "example_losses", lambda *_: evaluated.append(None))
     longest = max(len(one.input_ids) for one in runs.prepared(flags).examples)

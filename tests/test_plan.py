@@ -145,9 +145,7 @@ EDITED = [  # what LoraConfig has besides, and the number of weights that PEFT t
 
 @pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # of the tied head
 @pytest.mark.parametrize(("fields", "count"), EDITED, ids=lambda one: str(one)[:15])
-def test_an_edited_loraconfig_is_planned_trained_and_verified(
-    fields, count, capfd, base, monkeypatch
-):
+def test_an_edited_loraconfig_is_trained_as_planned(fields, count, capfd, base, monkeypatch):
     edit_config(monkeypatch, "lora_config", **fields)
     end = command(capfd, RUN)
     assert end.status == 0 and str(count) in numbers(end.out)

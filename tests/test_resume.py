@@ -16,7 +16,6 @@ import peft
 import pytest
 import runs
 import torch
-import transformers
 from conftest import TOY
 
 import train_lora_single as t
@@ -81,9 +80,9 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_saved(patch, end, action):
-    """Do action(thing, path) before torch writes the file whose path has this end."""
-    is_due = lambda _, path, *__, **___: str(path).endswith(end)  # noqa: E731
+def at_saved(patch, step, action):
+    """Do action(thing, path) before torch writes the optimizer's state of a step."""
+    is_due = lambda _, path, **__: str(path).endswith(f"-{step}/optimizer.pt")  # noqa: E731
     runs.before(patch, torch, "save", action, when=is_due)
 
 
@@ -114,15 +113,11 @@ STOPS = [  # what happens, and the newest step that is saved then
     ("SIGINT in step 2", lambda p: runs.at_step(p, 2, runs.send(signal.SIGINT)), 2),
     ("SIGTERM in an epoch's last step", lambda p: runs.at_step(p, 2, runs.send(signal.SIGTERM)), 4),
     ("SIGHUP in what was left out", lambda p: at_evaluation(p, 4, runs.send(signal.SIGHUP)), 4),
-    (
-        "SIGUSR1 while a checkpoint is written",
-        lambda p: at_saved(p, "checkpoint-6/optimizer.pt", runs.send(signal.SIGUSR1)),
-        6,
-    ),
-]  # fmt: skip
+    ("SIGUSR1 in a checkpoint", lambda p: at_saved(p, 6, runs.send(signal.SIGUSR1)), 6),
+]
 
 
-def test_however_often_a_signal_stops_it_the_run_ends_in_the_same_bytes(
+def test_stopped_by_signals_it_ends_in_the_same_bytes(
     finished, whole, tmp_path, monkeypatch, capfd
 ):
     argv = into(tmp_path, finished)
@@ -158,19 +153,16 @@ def test_an_evaluation_stops_between_two_batches_and_is_made_up_for(tmp_path, mo
     assert [step for step, key, _ in losses(output) if key == "eval_loss"] == [0, 1]
 
 
+interrupt = runs.send(signal.SIGINT)
 EARLY = {
-    "while the weights are loaded": lambda p: runs.before(
-        p, transformers.AutoModelForCausalLM, "from_pretrained", runs.send(signal.SIGINT)
-    ),
-    "while the base is evaluated": lambda p: at_evaluation(p, 0, runs.send(signal.SIGINT)),
+    "while the weights are loaded": lambda p: runs.before(p, t, "load_model", interrupt),
+    "while the base is evaluated": lambda p: at_evaluation(p, 0, interrupt),
     "twice": lambda p: runs.at_step(p, 1, runs.send(signal.SIGTERM, signal.SIGINT)),
 }
 
 
 @pytest.mark.parametrize("moment", EARLY)
-def test_a_signal_stops_at_once_before_the_first_step_and_if_it_comes_twice(
-    flags, tmp_path, monkeypatch, capfd, moment
-):
+def test_elsewhere_a_signal_stops_at_once(flags, tmp_path, monkeypatch, capfd, moment):
     EARLY[moment](monkeypatch)
     end = runs.command(capfd, flags)
     assert end.status == 130 and "Traceback" not in end.err
@@ -200,27 +192,22 @@ KILLS = {  # when, and whether the checkpoint of step 8 is whole then
     "in the writing of job.json": (in_the_writing(300), False),
     "in the writing of run.json": (in_the_writing(2000), False),
     "in an evaluation": (lambda p: at_evaluation(p, 8, die), False),
-    "while a checkpoint is written": (
-        lambda p: at_saved(p, "checkpoint-8/optimizer.pt", tear_and_die), False,
-    ),
+    "in the writing of a checkpoint": (lambda p: at_saved(p, 8, tear_and_die), False),
     "where final_lora is missing for a moment": (lambda p: at_rename(p, die), True),
-}  # fmt: skip
+}
 
 
-def test_however_it_is_killed_the_same_command_ends_in_the_same_bytes(
-    stopped, output, whole, tmp_path, monkeypatch
-):
+def test_however_it_is_killed_it_ends_in_the_same_bytes(stopped, output, whole, tmp_path):
     argv, said = into(output, stopped), tmp_path / "said"
     (description,) = output.glob("checkpoints/*/job.json")
     described = description.read_bytes()
     for what, (kill, is_saved) in KILLS.items():
         end = runs.Fork(lambda kill=kill: runs.be_the_script(argv, said, kill)).end()
-        assert -end == (signal.SIGXFSZ if "json" in what else signal.SIGKILL), (what, end)
+        assert -end == (signal.SIGXFSZ if ".json" in what else signal.SIGKILL), (what, end)
         assert has_older_results(output) and description.read_bytes() == described, what
         assert runs.read_record(output)["outcome"] == "running", what
         assert losses(output) == [one for one in whole[1] if one[0] <= (8 if is_saved else 7)]
-    assert go_on(argv, whole) == 8
-    assert has_older_results(output)
+    assert go_on(argv, whole) == 8 and has_older_results(output)
 
 
 def cut(path):
@@ -242,9 +229,7 @@ DAMAGE = [
 ]  # fmt: skip
 
 
-def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_taken(
-    stopped, output, whole, monkeypatch, capfd
-):
+def test_a_checkpoint_that_is_not_whole_is_passed_over(stopped, output, whole, monkeypatch, capfd):
     """As after a power cut; neither torch nor safetensors looks at the sums of its files."""
     argv, newest = into(output, stopped), folder_of(output, 7)
     backup = shutil.copytree(newest, newest.with_name("checkpoint-50-backup"))
@@ -354,9 +339,8 @@ def test_the_hubs_branch_may_move(flags, tmp_path, monkeypatch):
         shutil.copytree(TOY, folder / "snapshots" / commit)
     for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.resolve_revision", lambda *_, **__: (
-        types.SimpleNamespace(resolved=now[0])
-    ))  # fmt: skip
+    resolve = lambda *_, **__: types.SimpleNamespace(resolved=now[0])  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.resolve_revision", resolve)
     flags = [*flags, "--model_name", "someone/toy", "--max_steps", "2"]
     now[:] = commits[:1]
     with monkeypatch.context() as patch:
@@ -371,10 +355,9 @@ def test_the_hubs_branch_may_move(flags, tmp_path, monkeypatch):
     assert runs.prepared([*flags, "--output_dir", tmp_path / "elsewhere"]).commit == commits[1]
 
 
-def test_neither_a_second_run_nor_a_signal_that_nohup_ignores_disturbs_a_run(
-    stopped, output, whole, tmp_path, monkeypatch
-):
-    said = tmp_path / "said"
+def test_a_second_run_is_refused_and_an_ignored_signal_ignored(stopped, output, whole, monkeypatch):
+    """As nohup has SIGHUP ignored."""
+    said = output.with_name("said")
     ignore = lambda _: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
 
     def disturb(*_):
@@ -391,10 +374,7 @@ def test_neither_a_second_run_nor_a_signal_that_nohup_ignores_disturbs_a_run(
 
 
 def launch(folder, *runs_to_do):
-    """Do (argv, prepare(patch, rank)) one after the other in two processes, as torchrun does.
-
-    Return the statuses of both. The launcher is torch's own, but its processes are forks.
-    """
+    """Do each (argv, prepare(patch, rank)) in two forks by torchrun; return both statuses."""
 
     def be_the_launcher():
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -427,10 +407,7 @@ def be_a_rank(folder, runs_to_do):
 
 
 def test_two_processes_learn_what_one_does_and_end_where_one_has_no_memory(tmp_path):
-    """Of 14 examples, so that the last step of the epoch has to be filled up.
-
-    In a step one process would wait for ever for the gradients of the other.
-    """
+    """In a step one process would wait for ever for the gradients of the other."""
     output, alone = tmp_path / "output", tmp_path / "alone"
     flags = [*runs.short_flags(tmp_path), "--lora_dropout", "0"]  # each process draws its own
     flags += ["--num_epochs", "1"]
@@ -450,7 +427,7 @@ def test_two_processes_learn_what_one_does_and_end_where_one_has_no_memory(tmp_p
     assert (tmp_path / "tried 0").exists() and (tmp_path / "tried 1").exists()
     assert runs.run([*flags, "--output_dir", alone]) == 0
     found, expected = (runs.history(one) for one in (output, alone))
-    # Only the order of sums differs, up to the step that is filled up.
+    # Only the order of sums differs, up to the last step, which is filled up with more examples.
     for key in ("loss", "grad_norm"):
         ours, theirs = runs.logged(found, key), runs.logged(expected, key)
         assert len(ours) == 4 and ours[:3] == pytest.approx(theirs[:3], rel=1e-3), key

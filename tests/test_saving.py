@@ -33,10 +33,6 @@ def same(one, other):
     return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
-def config_of(folder):
-    return runs.read_json(folder / "adapter_config.json")
-
-
 def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -86,8 +82,8 @@ def test_the_adapter_is_the_last_steps_in_both_forms(finished, tmp_path):
     for name, tensor in plain.items():
         other = name.replace(".model.model.", ".model.model.language_model.")
         assert tensor.equal(renamed[other]) and other not in plain
-    config = config_of(finished.output / "final_lora")
-    assert config == config_of(finished.output / "final_lora_vllm")
+    config, other = (runs.read_json(x / "adapter_config.json") for x in folders[1:])
+    assert config == other
     # In the setting's order; PEFT makes a set of it, which has another order in every process.
     assert config["target_modules"] == t.LORA_TARGET_MODULES
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.05)

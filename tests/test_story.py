@@ -55,9 +55,8 @@ def edited_text():
 
 def piped_to_tee(folder, prepare=None):
     """Do `python train_lora_single.py | tee log` in a folder; return the status and the log."""
-    tee = subprocess.Popen(
-        ["tee", "log"], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    tee = subprocess.Popen(["tee", "log"], cwd=folder, **pipes)
 
     def be_the_script():
         runs.write_to(folder / "errors")
@@ -150,23 +149,19 @@ def test_the_story(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "train_lora_single.py").write_text(edited_text(), encoding="utf-8")
     lines = write_sharegpt(folder / SETTINGS["TRAIN_FILE"])
-
     # They press Ctrl-C in epoch 2. The step is finished and saved, though tee is dead by then.
     status, _ = piped_to_tee(folder, press_ctrl_c_in_epoch_2)
     assert status == 130
     assert runs.checkpoints(output)[-1] == 8 and not (output / "final_lora").exists()
     assert runs.read_record(output)["outcome"].startswith("interrupted: ")
-
     # The same command goes on, asks nobody, and writes nothing elsewhere.
     assert "checkpoint-8" in spied_on(folder, tmp_path)
     record = runs.read_record(output)
     assert record["outcome"] == "finished" == runs.read_record(output / "final_lora")["outcome"]
-
     # And again: the job is finished, and no file changes.
     left = runs.files(output)
     status, _ = piped_to_tee(folder)
     assert status == 0 and runs.files(output) == left
-
     # The adapter has the bytes of an uninterrupted run, of the best epoch.
     monkeypatch.chdir(folder)
     recorders = runs.record(monkeypatch)
@@ -176,12 +171,10 @@ def test_the_story(tmp_path, monkeypatch):
     assert (tmp_path / "whole" / runs.ADAPTER).read_bytes() == (output / runs.ADAPTER).read_bytes()
     losses = runs.logged(record["loss_history"], "eval_loss")[1:]
     assert record["adapter"]["step"] == STEPS_AN_EPOCH * (1 + losses.index(min(losses)))
-
     # No held-out line was trained on; held_out.jsonl has them as they were.
     held_out = (output / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(one) for one in held_out] == [
-        row for row in map(json.loads, lines) if row in map(json.loads, held_out)
-    ]
+    rows = [json.loads(one) for one in held_out]
+    assert rows == [row for row in map(json.loads, lines) if row in rows]
     facts = record["data"]["held_out"]
     assert facts["examples"] == HELD_OUT == len(held_out)
     assert facts["sha256"] == hashlib.sha256((output / "held_out.jsonl").read_bytes()).hexdigest()
@@ -191,7 +184,7 @@ def test_the_story(tmp_path, monkeypatch):
     assert not {t.key_of(one.messages[:-1]) for one in job.held_out} & {*learned}
     trained = {tuple(row) for row in runs.rows_of(recorders[0].trained)}
     assert trained == {tuple(example.input_ids) for example in job.examples}
-    ids = {json.loads(line)["id"] for line in held_out}
+    ids = {row["id"] for row in rows}
     texts = job.tokenizer.batch_decode([list(row) for row in trained])
     for number in range(LINES):
         asked = f"number {number}?<|im_end|>"
@@ -226,10 +219,7 @@ def look_at_the_evidence(folder, elsewhere, job):
 
 
 def test_the_first_afternoon(finished, tmp_path, monkeypatch, capfd):
-    """Start, Ctrl-C, edit a constant, start again: it begins anew. Put it back: the first goes on.
-
-    And then it is finished, whatever was begun since.
-    """
+    """Start, Ctrl-C, edit a constant: another job begins. Put it back: the first one goes on."""
     output, recorders = tmp_path / "output", runs.record(monkeypatch)
     flags = [*finished.flags, "--output_dir", output]
     with pytest.MonkeyPatch.context() as patch:
@@ -254,8 +244,7 @@ def test_the_first_afternoon(finished, tmp_path, monkeypatch, capfd):
         assert runs.run([*flags, "--seed", "8"]) == 130
     left = runs.files(output)
     assert runs.run(flags) == 0 and runs.files(output) == left and len(recorders) == 4
-
-    # The adapter is made again if it is damaged.
+    # It stays finished, whatever was begun since; and the adapter is made again if it is damaged.
     (output / runs.ADAPTER).write_bytes(b"old")
     assert runs.run(flags) == 0 and recorders[4].trained == []
     assert (output / runs.ADAPTER).read_bytes() == (finished.output / runs.ADAPTER).read_bytes()

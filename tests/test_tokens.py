@@ -199,10 +199,9 @@ def test_a_familys_template_is_trained_as_it_is_served_or_refused(family):
             assert job.tokenizer.decode(fitting.reply_ids) == "Yes.<end_of_turn>"
         return
     assert fitting == [with_system] and not problems, problems
-    served = job.tokenizer.apply_chat_template(
-        TALK[:2], add_generation_prompt=True, enable_thinking=False
-    )["input_ids"]
-    assert with_system.prompt_ids == served
+    how = {"add_generation_prompt": True, "enable_thinking": False}
+    served = job.tokenizer.apply_chat_template(TALK[:2], **how)
+    assert with_system.prompt_ids == served["input_ids"]
     reply = job.tokenizer.decode(with_system.reply_ids)
     assert reply.endswith(f"Good morning.{end}")
     assert with_system.reply_ids.count(with_system.reply_ids[-1]) == 1
