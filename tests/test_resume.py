@@ -105,7 +105,7 @@ def at_evaluation(patch, step, action):
 
 def at_rename(patch, action):
     """Do action once, before something gets the name final_lora."""
-    is_due = lambda _, new: new.name == "final_lora"  # noqa: E731
+    is_due = lambda _, new: Path(new).name == "final_lora"  # noqa: E731
     runs.before(patch, Path, "rename", action, when=is_due)
 
 
@@ -117,9 +117,7 @@ STOPS = [  # what happens, and the newest step that is saved then
 ]
 
 
-def test_stopped_by_signals_it_ends_in_the_same_bytes(
-    finished, whole, tmp_path, monkeypatch, capfd
-):
+def test_after_signals_it_ends_in_the_same_bytes(finished, whole, tmp_path, monkeypatch, capfd):
     argv = into(tmp_path, finished)
     for what, action, step in STOPS:
         with monkeypatch.context() as patch:
