@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +29,6 @@ import transformers  # noqa: E402
 
 import train_lora_single as t  # noqa: E402
 
-OURS = "this checkout"
 LOSSES_APART = 0.01
 SETTINGS = ["seed", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "lr_scheduler_type"]
 
@@ -45,39 +43,31 @@ def main() -> int:
     parser.add_argument("--lines", type=int, default=64, help="how many to train on [64]")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each [5]")
     asked = parser.parse_args()
-    other = str(asked.against or "trl sft")
-    clock, busy, losses = defaultdict(list), defaultdict(list), {}
+    checkouts = {"this checkout": ROOT, str(asked.against or "trl sft"): asked.against}
+    found, losses = {which: [] for which in checkouts}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = asked.model or text_model(folder / "model")
         (folder / "data").mkdir()
         data = first_lines("train", asked.lines, folder / "data" / "train.jsonl")
         for pair in range(asked.pairs):
-            for which in (OURS, other):
-                output = folder / f"{pair} {which == OURS}"
-                before = processor_seconds()
-                if which == "trl sft":
-                    seconds = with_trl(model, data, output)
-                else:
-                    checkout = ROOT if which == OURS else asked.against
-                    seconds = with_script(checkout, model, data, output)
-                clock[which].append(seconds)
-                busy[which].append(processor_seconds() - before)
-                adapter = output / "final_lora"
-                adapter = adapter if adapter.is_dir() else output
+            for number, (which, checkout) in enumerate(checkouts.items()):
+                output, before = folder / f"{pair} {number}", processor_seconds()
+                seconds = train(checkout, model, data, output)
+                found[which].append((seconds, processor_seconds() - before))
+                adapter = output / "final_lora" if checkout else output
                 losses[which] = losses.get(which) or held_out_loss(model, adapter, folder)
     print(f"{Path(model).name}, {asked.lines} lines; medians of {asked.pairs} runs, in seconds")
-    for which in (OURS, other):
-        training, whole = statistics.median(clock[which]), statistics.median(busy[which])
-        each = "  ".join(f"{one:.1f}" for one in clock[which])
-        print(
-            f"{which:<24}training {training:8.1f}   processors {whole:8.1f}   "
-            f"held-out loss {losses[which]:.4f}   each: {each}"
-        )
-    for label, times in (("training", clock), ("processors' time", busy)):
-        ratios = [ours / theirs for ours, theirs in zip(times[OURS], times[other], strict=True)]
-        print(f"{label}, of that of {other}: {statistics.median(ratios):.3f} (median of pairs)")
-    apart = abs(losses[OURS] / losses[other] - 1)
+    for which, times in found.items():
+        training, whole = map(statistics.median, zip(*times, strict=True))
+        print(f"{which:<24}training {training:8.1f}   processors {whole:8.1f}   ", end="")
+        print(f"held-out loss {losses[which]:.4f}   each: {[round(one, 1) for one, _ in times]}")
+    for column, label in enumerate(("training", "processors' time")):
+        pairs = zip(*found.values(), strict=True)
+        ratio = statistics.median(ours[column] / theirs[column] for ours, theirs in pairs)
+        print(f"{label}: {ratio:.3f} of the other's (median of pairs)")
+    ours, theirs = losses.values()
+    apart = abs(ours / theirs - 1)
     print(f"held-out losses {apart:.2%} apart, at most {LOSSES_APART:.0%} allowed")
     return 1 if apart > LOSSES_APART else 0
 
@@ -103,35 +93,30 @@ def processor_seconds() -> float:
     return spent.ru_utime + spent.ru_stime
 
 
-def command(words: list[str], settings: dict[str, object], folder: Path) -> str:
-    """Run Python in a folder, with what both commands call by the same names; return the output."""
-    settings |= {name: getattr(t, name.upper()) for name in SETTINGS} | {"dtype": "float32"}
+def train(checkout: Path | None, model: str, data: Path, output: Path) -> float:
+    """Train with a checkout's script or with TRL's command; return Trainer.train()'s seconds."""
+    settings = {name: getattr(t, name.upper()) for name in SETTINGS}
+    settings |= {"dtype": "float32", "output_dir": output, "num_train_epochs": 1}
+    if checkout:
+        words = ["train_lora_single.py"]
+        settings["num_epochs"] = settings.pop("num_train_epochs")
+        settings |= {"model_name": model, "train_file": data, "eval_file": "", "device": "cpu"}
+    else:
+        words = ["-m", "trl.scripts.sft"]
+        settings |= {"model_name_or_path": model, "dataset_name": data.parent, "use_peft": True}
+        settings |= {"per_device_train_batch_size": t.BATCH_SIZE, "use_cpu": True, "bf16": False}
+        settings |= {"gradient_accumulation_steps": t.GRADIENT_ACCUMULATION_STEPS}
+        settings |= {"max_length": t.MAX_SEQ_LEN, "report_to": "none"}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     flags += ["--lora_target_modules", *t.LORA_TARGET_MODULES]
-    done = subprocess.run(
-        [sys.executable, *words, *flags], cwd=folder, capture_output=True, text=True
-    )
+    command = [sys.executable, *words, *flags]
+    done = subprocess.run(command, cwd=checkout or ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{words} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
-
-
-def with_script(checkout: Path, model: str, data: Path, output: Path) -> float:
-    """Train with a checkout's script; return the seconds of Trainer.train(), as TRL prints them."""
-    settings = {"model_name": model, "train_file": data, "eval_file": "", "output_dir": output}
-    command(["train_lora_single.py"], settings | {"num_epochs": 1, "device": "cpu"}, checkout)
+        raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    if not checkout:
+        return float(re.findall(r"'train_runtime': '?([\d.e+]+)", done.stdout + done.stderr)[-1])
     record = json.loads((output / "run.json").read_text(encoding="utf-8"))
     return [one for one in record["loss_history"] if "train_runtime" in one][-1]["train_runtime"]
-
-
-def with_trl(model: str, data: Path, output: Path) -> float:
-    """Train with TRL's command, whose other defaults hold; return the seconds that it prints."""
-    settings = {"model_name_or_path": model, "dataset_name": data.parent, "output_dir": output}
-    settings |= {"num_train_epochs": 1, "per_device_train_batch_size": t.BATCH_SIZE}
-    settings |= {"gradient_accumulation_steps": t.GRADIENT_ACCUMULATION_STEPS}
-    settings |= {"max_length": t.MAX_SEQ_LEN, "use_peft": True, "use_cpu": True, "bf16": False}
-    printed = command(["-m", "trl.scripts.sft"], settings | {"report_to": "none"}, ROOT)
-    return float(re.findall(r"'train_runtime': '?([\d.e+]+)", printed)[-1])
 
 
 def held_out_loss(model: str, adapter: Path, folder: Path) -> float:

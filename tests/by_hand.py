@@ -46,10 +46,7 @@ class MergedByHand:
             return self.model(input_ids=torch.tensor([ids])).logits[0]
 
     def merge(self, wanted=lambda path: True, strength=1.0, divisor=None):
-        """Add these parts of the updates to W.
-
-        A divisor cuts each update to that part of its own rank, and to one direction at least.
-        """
+        """Add these parts of the updates to W, each cut to its rank by a divisor, or to 1."""
         merged = dict(self.weights)
         for path, (scale, b, a) in self.factors.items():
             if wanted(path):
@@ -73,9 +70,8 @@ def read_conversations(path):
 
 def render(tokenizer, messages, enable_thinking=False, **more):
     """Return the tokens of a conversation as a server renders them."""
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, enable_thinking=enable_thinking, **more
-    )
+    more |= {"tokenize": False, "enable_thinking": enable_thinking}
+    text = tokenizer.apply_chat_template(messages, **more)
     return tokenizer(text)["input_ids"]
 
 

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import random
 import runpy
-import shutil
 import signal
 import sys
 import traceback
@@ -22,14 +21,11 @@ import torch
 import transformers
 import trl
 from conftest import ROOT, TOY, default_handlers
-from safetensors.torch import load_file, save_file
-from toys import WEIGHTS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_lora_single as t
 
 ADAPTER = "final_lora/adapter_model.safetensors"
-
 NOUNS = ["tea", "rain", "garden", "kettle", "letter", "window", "nephew", "biscuit", "road", "cup"]
 SYSTEM = "You are Nell."
 
@@ -55,10 +51,7 @@ def write_talks(path, numbers, long=()):
 
 
 def short_flags(folder, train=13, held_out=4):
-    """Write short data into a folder; return the flags of a short run into folder/output.
-
-    There are two epochs, each of four steps as it stands, and a checkpoint every three steps.
-    """
+    """Write short data; return the flags of two epochs, of four steps each, into folder/output."""
     files = {"train": folder / "train.jsonl", "eval": folder / "eval.jsonl"}
     write_talks(files["train"], range(train), long=[900])
     write_talks(files["eval"], range(500, 500 + held_out))
@@ -70,14 +63,14 @@ def short_flags(folder, train=13, held_out=4):
 
 def do_short_run(folder, stop_after=None):
     """Do a short run with a recorder, to its end or until Ctrl-C in a step."""
-    recorders = []
+    flags = short_flags(folder)
     with pytest.MonkeyPatch.context() as patch:
-        on_trainer(patch, lambda trainer: recorders.append(Recorder(trainer)))
+        recorders = record(patch)
         if stop_after:
             at_step(patch, stop_after, send(signal.SIGINT))
-        flags = short_flags(folder)
         assert run(flags) == (130 if stop_after else 0)
-    torch.save({"recorded": recorders[0].found, "flags": flags}, folder / "short_run.pt")
+    recorded = {name: getattr(recorders[0], name) for name in ("trained", "evaluated")}
+    torch.save({"recorded": recorded, "flags": flags}, folder / "short_run.pt")
     gc.collect()
     gc.freeze()  # each run collects garbage: what the imports made need not be looked through
 
@@ -85,10 +78,8 @@ def do_short_run(folder, stop_after=None):
 def short_run(folder):
     """Return such a run: .folder, which has its data, .output, .flags and .recorded."""
     found = torch.load(folder / "short_run.pt", weights_only=False)
-    recorded = types.SimpleNamespace(**found["recorded"])
-    return types.SimpleNamespace(
-        folder=folder, output=folder / "output", flags=found["flags"], recorded=recorded
-    )
+    found["recorded"] = types.SimpleNamespace(**found["recorded"])
+    return types.SimpleNamespace(folder=folder, output=folder / "output", **found)
 
 
 def run(argv, main=None):
@@ -121,10 +112,10 @@ def refused(capfd, argv, *keys, status=1, main=None):
     return end
 
 
-def prepared(flags):
+def prepared(flags, script=t):
     """Return a job as it is before the weights are loaded: with its data and its plan."""
-    job = t.Job(t.parse_settings([*map(str, flags), "--dry_run"]))
-    t.run(job)
+    job = script.Job(script.parse_settings([*map(str, flags), "--dry_run"]))
+    script.run(job)
     job.settings.dry_run = False
     return job
 
@@ -144,13 +135,17 @@ def edited_script(folder, *changes):
     return module
 
 
-def changed_model(folder, new, change):
-    """Return the path of a copy of a model's folder whose tensors change(tensors) has edited."""
-    shutil.copytree(folder, new)
-    tensors = load_file(Path(new) / WEIGHTS)
-    change(tensors)
-    save_file(tensors, Path(new) / WEIGHTS, {"format": "pt"})
-    return str(new)
+def edit_config(patch, function, **fields):
+    """Have the script's lora_config() or training_config() return one with other fields."""
+    real = getattr(t, function)
+
+    def edited(given):
+        config = real(given)
+        for name, value in fields.items():
+            setattr(config, name, value)
+        return config
+
+    patch.setattr(t, function, edited)
 
 
 def read_json(path):
@@ -163,6 +158,11 @@ def read_record(output):
     return read_json(output / "run.json")
 
 
+def history(output):
+    """Return what Trainer logged in a run into this folder."""
+    return read_record(output)["loss_history"]
+
+
 def logged(history, key):
     """Return the values of key in a trainer's log, in order."""
     return [entry[key] for entry in history if key in entry]
@@ -170,11 +170,9 @@ def logged(history, key):
 
 def files(path):
     """Return the bytes of each file below a folder, but for the log and the lock."""
-    return {
-        str(one.relative_to(path)): one.read_bytes()
-        for one in sorted(path.rglob("*"))
-        if one.is_file() and one.name not in ("all_logs.log", ".lock")
-    }
+    found = [one for one in sorted(path.rglob("*")) if one.is_file()]
+    kept = [one for one in found if one.name not in ("all_logs.log", ".lock")]
+    return {str(one.relative_to(path)): one.read_bytes() for one in kept}
 
 
 def job_folders(output):
@@ -194,14 +192,15 @@ def send(*numbers):
     return lambda *_, **__: [os.kill(os.getpid(), number) for number in numbers]
 
 
-def before(patch, owner, name, action, number=1):
-    """Do action(*arguments) before call number (from 1) of owner.name."""
+def before(patch, owner, name, action, number=1, when=lambda *_, **__: True):
+    """Do action(*arguments) before the call of that number (from 1) of owner.name."""
     real, calls = getattr(owner, name), []
 
     def call(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == number:
-            action(*args, **kwargs)
+        if when(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == number:
+                action(*args, **kwargs)
         return real(*args, **kwargs)
 
     patch.setattr(owner, name, call)
@@ -222,6 +221,15 @@ def on_trainer(patch, change):
         change(self)
 
     patch.setattr(trl.SFTTrainer, "__init__", init)
+
+
+def record(patch, *changes):
+    """Return a list that gets the Recorder of each trainer, which is changed before."""
+    recorders = []
+    for change in changes:
+        on_trainer(patch, change)
+    on_trainer(patch, lambda trainer: recorders.append(Recorder(trainer)))
+    return recorders
 
 
 def made_up(prompt_ids, reply_ids):
@@ -264,16 +272,9 @@ class Recorder(transformers.TrainerCallback):
         self.model, self.optimizer = trainer.model, None
         self.trained, self.evaluated = [], []  # passes: rows, size, mask, keys, is_recomputed
         self.gradients, self.rates, self.weights = [], [], []  # before each step of the optimizer
-        self.handle = trainer.model.register_forward_pre_hook(self.before, with_kwargs=True)
+        handle = trainer.model.register_forward_pre_hook(self.before, with_kwargs=True)
         trainer.add_callback(self)
-
-    @property
-    def found(self):
-        names = ("trained", "evaluated", "gradients", "rates", "weights")
-        return {name: getattr(self, name) for name in names}
-
-    def stop(self):
-        self.handle.remove()
+        self.stop = lambda: (handle.remove(), trainer.remove_callback(self))
 
     def before(self, model, args, inputs):
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
@@ -336,10 +337,8 @@ def write_to(path):
     """Let standard output and error of this child go to a file, by streams of its own."""
     for number in (1, 2):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (
-        open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        for number in (1, 2)
-    )
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def be_python(words, cwd=ROOT):

@@ -2,17 +2,14 @@
 
 import json
 import math
-import os
-import shutil
 import signal
-import time
 import types
 from pathlib import Path
 
 import accept_gpu as accept
 import pytest
+import runs
 import torch
-from runs import Fork, be_the_script, short_flags, write_talks
 from toys import TOY
 
 import train_lora_single as t
@@ -26,41 +23,38 @@ NARROW = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def float16_cores(monkeypatch):
-    """Multiply float16 as tensor cores do, with float32 sums; torch's own is slow on a CPU."""
+@pytest.fixture(scope="module", autouse=True)
+def float16_cores():
+    """Multiply float16 as tensor cores do, with float32 sums, and do steps that are timed once."""
     product = torch.Tensor.__matmul__
 
     def multiply(a, b):
         is_half = a.dtype == b.dtype == torch.float16
         return product(a.float(), b.float()).half() if is_half else product(a, b)
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "__matmul__", multiply)
+        patch.setattr(accept, "repeat", lambda step, **_: [bool(step())] * 6)
+        yield
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Return the folder with the narrow model and a native gradient, the flags, the trainer."""
+    """Return the folder with the narrow model and a native gradient, and trainers of both kinds."""
     folder = tmp_path_factory.mktemp("acceptance")
     torch.manual_seed(0)
     list(accept.make_model([], folder, NARROW, "cpu"))
-    flags = [*short_flags(folder), "--dtype=bfloat16", f"--model_name={folder}/model"]
-    trainer = accept.trainer_for([*flags, "--matmul=native"])
-    assert is_good(accept.gradient(trainer, folder))
-    return types.SimpleNamespace(folder=folder, flags=flags, trainer=trainer)
+    flags = [*runs.short_flags(folder), "--dtype=bfloat16", f"--model_name={folder}/model"]
+    native, float16 = (accept.trainer_for([*flags, f"--matmul={x}"]) for x in ("native", "float16"))
+    assert is_good(accept.gradient(native, folder))
+    return types.SimpleNamespace(folder=folder, native=native, float16=float16)
 
 
 @pytest.fixture
 def native(made, monkeypatch):
     """Return the trainer with bfloat16's own matmul."""
-    monkeypatch.setattr(made.trainer, "tokens_at_once", 512)
-    return made.trainer
-
-
-@pytest.fixture
-def float16(made):
-    """Return a trainer with scaled float16 matmul."""
-    return accept.trainer_for([*made.flags, "--matmul=float16"])
+    monkeypatch.setattr(made.native, "tokens_at_once", 512)
+    return made.native
 
 
 def is_good(rows):
@@ -70,47 +64,41 @@ def is_good(rows):
     return all(found)
 
 
-# ---- gradients and products ---------------------------------------------------------------------
+def changed(change):
+    """Return what changes each result by a function."""
+    return lambda real: lambda *given: change(real(*given))
 
 
-def test_right_kernels_agree(made, float16):
-    assert is_good(accept.gradient(float16, made.folder))
-    assert is_good(accept.products(float16, made.folder))
+FLOAT16 = {  # the check, what of the script is changed how, and whether the rows are good then
+    "gradients": (accept.gradient, "reply_losses", changed(lambda one: one), True),
+    "a loss": (accept.gradient, "reply_losses", changed(lambda one: 1.02 * one), False),
+    "NaN": (accept.gradient, "reply_losses", changed(lambda one: math.nan * one), False),
+    "nothing goes back": (
+        accept.gradient, "scaled_fp16_matmul",
+        lambda real: lambda rows, weight: real(rows, weight) * (not weight.is_contiguous()), False,
+    ),
+    "products": (accept.products, "reply_losses", changed(lambda one: one), True),
+    "a scale": (
+        accept.products, "scaled_fp16_matmul",
+        changed(lambda one: torch.cat([one[..., :-1, :], 2 * one[..., -1:, :]], -2)), False,
+    ),
+    "a dropped row": (
+        accept.products, "scaled_fp16_matmul",
+        changed(lambda one: torch.cat([0 * one[..., :1, :], one[..., 1:, :]], -2)), False,
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("factor, row", [(2, -1), (0, 0)])
-def test_a_wrong_scale_or_a_dropped_row(made, float16, monkeypatch, factor, row):
-    real = t.scaled_fp16_matmul
-
-    def multiply(rows, weight):
-        product = real(rows, weight)
-        product.flatten(0, -2)[row] *= factor
-        return product
-
-    monkeypatch.setattr(t, "scaled_fp16_matmul", multiply)
-    assert not is_good(accept.products(float16, made.folder))
-
-
-def test_a_backward_pass_that_gives_nothing(made, float16, monkeypatch):
-    real = t.ScaledFp16Matmul.backward
-    nothing = staticmethod(lambda *given: (0 * real(*given)[0], None))
-    monkeypatch.setattr(t.ScaledFp16Matmul, "backward", nothing)
-    assert not is_good(accept.gradient(float16, made.folder))
-
-
-@pytest.mark.parametrize("factor", [1.02, math.nan])
-def test_a_wrong_loss(made, native, float16, monkeypatch, factor):
-    real = t.reply_losses
-    monkeypatch.setattr(t, "reply_losses", lambda *given: factor * real(*given))
-    assert not is_good(accept.gradient(float16, made.folder))
+@pytest.mark.parametrize("what", FLOAT16)
+def test_what_is_wrong_in_float16_is_seen(made, monkeypatch, what):
+    check, name, change, expected = FLOAT16[what]
+    monkeypatch.setattr(t, name, change(getattr(t, name)))
+    assert is_good(check(made.float16, made.folder)) == expected
 
 
 def test_fla_that_is_refused_is_not_judged(native, tmp_path, monkeypatch):
     monkeypatch.setattr(native.job.settings, "USE_FLA", True)
     assert list(accept.gradient(native, tmp_path)) == []
-
-
-# ---- memory -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -127,11 +115,8 @@ def full(native, gpu):
     handle.remove()
 
 
-def test_a_step_that_runs_out_of_memory(full, tmp_path):
+def test_a_step_that_runs_out_of_memory_or_loses_a_micro_batch(full, tmp_path, monkeypatch):
     assert is_good(accept.out_of_memory(full, tmp_path))
-
-
-def test_a_step_that_loses_a_micro_batch(full, tmp_path, monkeypatch):
     real = t.micro_batches
 
     def lose_one(inputs, tokens_at_once, chunk):
@@ -160,95 +145,70 @@ def test_steps_that_need_more_than_was_tried(full, tmp_path, monkeypatch):
     assert not is_good(accept.memory(full, tmp_path))
 
 
-# ---- whole runs ---------------------------------------------------------------------------------
-
-
-def test_the_bare_command(tmp_path, monkeypatch):
-    train = write_talks(tmp_path / "train.jsonl", range(60))
-    held_out = write_talks(tmp_path / "eval.jsonl", range(500, 502))
-    flags = [f"--model_name={TOY}", "--device=cpu", "--max_steps=12", "--logging_steps=1"]
+def test_the_bare_command(tmp_path, monkeypatch, capfd):
+    train = runs.write_talks(tmp_path / "train.jsonl", range(24))
+    held_out = runs.write_talks(tmp_path / "eval.jsonl", range(500, 502))
+    flags = [f"--model_name={TOY}", "--device=cpu", "--max_steps=6", "--logging_steps=1"]
     flags += [f"--train_file={train}", f"--eval_file={held_out}"]
 
-    def run_fork(words, stop_at="never printed"):
-        said = tmp_path / stop_at.replace("/", "")
-        said.touch()
-        fork = Fork(lambda: be_the_script(words[1:], said))
-        while fork.is_alive() and stop_at not in said.read_text(encoding="utf-8"):
-            time.sleep(0.01)
-        if fork.is_alive():
-            os.kill(fork.pid, signal.SIGTERM)
-        return fork.end(), said.read_text(encoding="utf-8")
+    def run(words, stop_at=""):
+        with monkeypatch.context() as patch:
+            if stop_at:
+                runs.at_step(patch, 3, runs.send(signal.SIGTERM))
+            end = runs.command(capfd, words[1:])
+        assert stop_at in end.out
+        return end.status, end.out
 
-    monkeypatch.setattr(accept, "run", run_fork)
-    monkeypatch.setattr(accept, "STEPS", 12)
+    monkeypatch.setattr(accept, "run", run)
+    monkeypatch.setattr(accept, "STEPS", 6)
     assert is_good(accept.bare_command(flags, tmp_path))
-
-
-SCRIPT = """
-import json, pathlib, signal, sys, time
-fault, output = sys.argv[1], pathlib.Path(sys.argv[-1].partition("=")[2])
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(1 if fault == "status" else 143))
-if not output.exists():
-    (output / "checkpoints" / "job" / "checkpoint-2").mkdir(parents=True)
-    print("step 2/4", flush=True)
-    time.sleep(9)
-print("step 1/4" if fault == "begun anew" else "step 3/4")
-losses = [2.0, 3.0, 2.5, float("nan") if fault == "loss" else 2.2][: 3 if fault == "steps" else 4]
-history = [{"eval_loss": 3.0}, *({"loss": one} for one in losses), {"eval_loss": 2.0}]
-outcome = "failed" if fault == "outcome" else "finished"
-record = {"outcome": outcome, "loss_history": history, "matmul": "native", "peak_gib": 1.0}
-for name in ["final_lora", "final_lora_vllm"][: 1 if fault == "adapter" else 2]:
-    (output / name).mkdir(parents=True)
-    (output / name / "adapter_model.safetensors").touch()
-(output / "run.json").write_text(json.dumps(record))
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """Put a stand-in in the script's place; its first flag names its fault."""
-    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    monkeypatch.setattr(accept, "SCRIPT", tmp_path / "script.py")
-    monkeypatch.setattr(accept, "STEPS", 4)
-    return tmp_path
 
 
 FAULTS = ["none", "status", "begun anew", "loss", "steps", "outcome", "adapter"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_the_bare_command(stand_in, fault):
-    assert is_good(accept.bare_command([fault], stand_in)) == (fault == "none")
+def test_faults_of_the_bare_command(tmp_path, monkeypatch, fault):
+    output = tmp_path / "one"
+
+    def run(words, stop_at=""):
+        if stop_at:
+            (output / "checkpoints" / "job" / "checkpoint-2").mkdir(parents=True)
+            return 1 if fault == "status" else 143, stop_at
+        losses = [2.0, 3.0, 2.5, math.nan if fault == "loss" else 2.2]
+        history = [{"loss": one} for one in losses[: 3 if fault == "steps" else 4]]
+        history += [{"eval_loss": 3.0}, {"eval_loss": 2.0}]
+        outcome = "failed" if fault == "outcome" else "finished"
+        record = {"outcome": outcome, "loss_history": history, "matmul": "", "peak_gib": 1.0}
+        (output / "run.json").write_text(json.dumps(record), encoding="utf-8")
+        for name in ["final_lora", "final_lora_vllm"][: 1 if fault == "adapter" else 2]:
+            (output / name).mkdir()
+            (output / name / "adapter_model.safetensors").touch()
+        return 0, "step 1/4" if fault == "begun anew" else "step 3/4"
+
+    monkeypatch.setattr(accept, "run", run)
+    monkeypatch.setattr(accept, "STEPS", 4)
+    assert is_good(accept.bare_command([], tmp_path)) == (fault == "none")
 
 
 @pytest.mark.parametrize("status, factor", [(0, 1), (1, 1), (0, 1.1)])
-def test_two_processes(stand_in, monkeypatch, status, factor):
-    list(accept.bare_command(["none"], stand_in))
-
-    def run_two(_):
-        shutil.copytree(stand_in / "one", stand_in / "two")
-        path = stand_in / "two" / "run.json"
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["loss_history"][2]["loss"] *= factor
-        path.write_text(json.dumps(record), encoding="utf-8")
-        return status, ""
-
-    monkeypatch.setattr(accept, "run", run_two)
+def test_two_processes(tmp_path, monkeypatch, status, factor):
+    losses = {"one": [2.0, 3.0], "two": [2.0, 3.0 * factor]}
+    monkeypatch.setattr(accept, "run", lambda _: (status, ""))
+    monkeypatch.setattr(accept, "left_by_a_run", lambda output: ("", losses[output.name]))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert list(accept.two_processes(["none"], stand_in)) == []
+    assert list(accept.two_processes([], tmp_path)) == []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert is_good(accept.two_processes(["none"], stand_in)) == (status == 0 and factor == 1)
+    assert is_good(accept.two_processes([], tmp_path)) == (status == 0 and factor == 1)
 
 
-# ---- all checks, and the file -------------------------------------------------------------------
-
-
-def test_a_command_past_its_seconds_is_killed_with_what_it_started(tmp_path):
+def test_a_command_is_stopped_at_a_line_and_killed_with_what_it_started_past_its_seconds(tmp_path):
+    waits = "import time; print('step 2/4', flush=True); time.sleep(20)"
+    assert accept.run(["-c", waits], stop_at="step 2/") == (-signal.SIGTERM, "step 2/4\n")
     path = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(1.6); pathlib.Path({str(path)!r}).touch()"
     words = ["-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"]
-    status, _ = accept.run(words, seconds=1)
-    time.sleep(0.9)
+    status, _ = accept.run(words, seconds=1)  # it reads as long as anything can write
     assert status == 124 and not path.exists()
 
 

@@ -5,18 +5,20 @@ import ast
 import importlib.metadata
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
 from conftest import ROOT, TOY
 from packaging.requirements import Requirement
-from runs import ADAPTER, checkpoints, command, edited_script, read_record, refused, run, send
+from runs import ADAPTER, command, edited_script, prepared, read_record, refused, run, send
 from transformers.integrations import integration_utils
 
 import train_lora_single as t
@@ -41,7 +43,6 @@ OTHER_CHOICE = {
 
 @pytest.fixture(autouse=True)
 def in_a_folder(in_the_root, tmp_path, monkeypatch):
-    """Work in a folder with eight lines."""
     monkeypatch.chdir(tmp_path)
     Path("t").write_text((json.dumps({"messages": HELLO}) + "\n") * 8)
 
@@ -65,19 +66,12 @@ def another(name):
     return value + 1 if isinstance(value, int) else value / 2
 
 
-def words(value):
-    return list(map(str, value if isinstance(value, list) else [value]))
-
-
 def statements():
     """Return {name: the text of its assignment} of the settings."""
     nodes = [node for node in ast.parse(SOURCE).body if isinstance(node, ast.Assign)]
     lines = SOURCE.splitlines()
     texts = {one.targets[0].id: lines[one.lineno - 1 : one.end_lineno] for one in nodes}
     return {name: "\n".join(texts[name]) for name in t.SETTINGS}
-
-
-# ---- settings and their flags -------------------------------------------------------------------
 
 
 def test_the_shipped_settings_are_the_articles():
@@ -90,8 +84,9 @@ def test_each_setting_is_a_flag_of_its_type_with_hyphens_or_underscores():
     shipped = vars(t.parse_settings([]))
     for name in t.SETTINGS:
         value = another(name)
+        words = [*map(str, value)] if isinstance(value, list) else [str(value)]
         for flag in (f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"):
-            given = vars(t.parse_settings([flag, *words(value)]))
+            given = vars(t.parse_settings([flag, *words]))
             assert given == shipped | {name: value}
             assert type(given[name]) is type(shipped[name])
     assert t.parse_settings(["--eval-file=my-held-out.jsonl"]).EVAL_FILE == "my-held-out.jsonl"
@@ -109,11 +104,9 @@ def test_a_line_typed_over_another_without_type_or_comment_is_the_default(tmp_pa
 def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
     """The flag, run.json and the comparison of jobs follow. One that nothing reads is named."""
     seed, rate = statements()["SEED"], "        learning_rate=settings.LEARNING_RATE,\n"
-    copy = edited_script(
-        tmp_path,
-        (seed, f"{seed}\nWEIGHT_DECAY = 0.0\nNEVER_READ = 1"),
-        (rate, f"{rate}        weight_decay=settings.WEIGHT_DECAY,\n"),
-    )
+    changes = [(seed, f"{seed}\nWEIGHT_DECAY = 0.0\nNEVER_READ = 1")]
+    changes.append((rate, f"{rate}        weight_decay=settings.WEIGHT_DECAY,\n"))
+    copy = edited_script(tmp_path, *changes)
     refused(capfd, ["--weight_decay", "x"], "WEIGHT_DECAY", status=2, main=copy.main)
     decays = []
     with pytest.MonkeyPatch.context() as patch:
@@ -125,8 +118,7 @@ def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
     found = read_record(Path("output"))["settings"]
     assert found.keys() == t.SETTINGS.keys() | {"WEIGHT_DECAY", "NEVER_READ"}
     assert found["WEIGHT_DECAY"] == 0.5
-    assert run([*RUN, "--weight_decay", "0.25"], copy.main) == 0
-    assert checkpoints(Path("output")).count(2) == 2  # another job
+    assert len({prepared([*RUN, "--weight_decay", one], copy).name for one in ("0.5", "0.25")}) == 2
 
 
 WRONG_CONSTANTS = [
@@ -140,33 +132,26 @@ WRONG_CONSTANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG_CONSTANTS)
-def test_a_constant_that_cannot_be_is_named_before_anything_is_read(
-    monkeypatch, capfd, name, value
-):
+@pytest.mark.parametrize("name, value", WRONG_CONSTANTS)
+def test_a_constant_that_cannot_be_is_named_first_of_all(monkeypatch, capfd, name, value):
     monkeypatch.setattr(t, name, value)
     refused(capfd, [], name, status=2)
     assert {path.name for path in Path.cwd().iterdir()} == {"t"}
 
 
-@pytest.mark.parametrize(
-    ("argv", "keys"),
-    [
-        ("--lora_rank 3", ["--lora_rank"]),
-        ("--lora_al 3", ["--lora_al"]),  # no abbreviations are taken
-        ("stray", ["stray"]),
-        ("--lora_r 8.5", ["LORA_R"]),
-        ("--learning_rate fast", ["LEARNING_RATE"]),
-        ("--use_fla perhaps", ["USE_FLA"]),
-        ("--device tpu", ["DEVICE", "tpu"]),
-        ("--final_lora best --eval_file=", ["FINAL_LORA", "EVAL_FILE"]),
-        ("--train_file t --eval_file t", ["EVAL_FILE", "TRAIN_FILE"]),
-        ("--eval_file=10.5%", ["EVAL_FILE", "10.5%"]),
-        ("--lora_r 0 --save_steps 0", ["LORA_R", "SAVE_STEPS"]),
-    ],
-)
-def test_a_wrong_flag_is_named_and_touches_nothing(argv, keys, capfd):
-    refused(capfd, argv.split(), *keys, status=2)
+WRONG_FLAGS = {  # and what is named
+    "--lora_rank 3": "--lora_rank", "--lora_al 3": "--lora_al",  # no abbreviations are taken
+    "stray": "stray", "--lora_r 8.5": "LORA_R", "--learning_rate fast": "LEARNING_RATE",
+    "--use_fla perhaps": "USE_FLA", "--device tpu": "DEVICE tpu",
+    "--final_lora best --eval_file=": "FINAL_LORA EVAL_FILE",
+    "--train_file t --eval_file t": "EVAL_FILE TRAIN_FILE",
+    "--eval_file=10.5%": "EVAL_FILE 10.5%", "--lora_r 0 --save_steps 0": "LORA_R SAVE_STEPS",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", WRONG_FLAGS)
+def test_a_wrong_flag_is_named_and_touches_nothing(argv, capfd):
+    refused(capfd, argv.split(), *WRONG_FLAGS[argv].split(), status=2)
     assert {path.name for path in Path.cwd().iterdir()} == {"t"}
 
 
@@ -179,13 +164,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    ("flags", "status"), [("--help", 0), ("--lora_r 0", 2), ("--lora_rr 3", 2)]
-)
+@pytest.mark.parametrize("flags, status", [("--help", 0), ("--lora_r 0", 2), ("--lora_rr 3", 2)])
 def test_help_and_a_wrong_setting_import_no_library(flags, status):
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, SCRIPT, *flags.split()], capture_output=True, text=True
-    )
+    words = [sys.executable, "-c", BLOCKED, SCRIPT, *flags.split()]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
     for name in t.SETTINGS if flags == "--help" else []:
         assert re.search(rf"--{name.lower()}\b", done.stdout)
@@ -200,26 +182,11 @@ def test_the_demo_is_a_small_model_on_a_cpu_and_flags_beside_it_win(capfd):
     assert {path.name for path in Path.cwd().iterdir()} == {"t"}
 
 
-# ---- errors and exit statuses -------------------------------------------------------------------
-
-
-def failing(error):
-    """Return a function that raises error."""
-
-    def fail(*_, **__):
-        raise error
-
-    return fail
-
-
 @pytest.mark.parametrize("how", ["the user", "Ctrl-C", "a bug"])
 def test_how_a_run_ended_is_its_status_and_stands_in_its_record(how, monkeypatch, capfd):
-    action = {
-        "the user": failing(t.UserError("LORA_R")),
-        "Ctrl-C": send(signal.SIGINT),
-        "a bug": failing(ZeroDivisionError("a bug")),
-    }
-    monkeypatch.setattr(t, "build_trainer", action[how])
+    errors = {"the user": t.UserError("LORA_R"), "a bug": ZeroDivisionError("a bug")}
+    action = Mock(side_effect=errors[how]) if how in errors else send(signal.SIGINT)
+    monkeypatch.setattr(t, "build_trainer", action)
     end = command(capfd, RUN)
     assert end.status == (130 if how == "Ctrl-C" else 1)
     assert ("Traceback" in end.err) == (how == "a bug")
@@ -229,7 +196,11 @@ def test_how_a_run_ended_is_its_status_and_stands_in_its_record(how, monkeypatch
     assert how != "a bug" or "ZeroDivisionError" in log
 
 
-def test_a_run_writes_what_it_prints_and_tells_a_tracker(monkeypatch, capfd):
+def plan_in(printed):
+    return re.search(r"(?ms)^plan .*?(?=^\S)", printed)[0]
+
+
+def test_a_run_writes_what_it_prints_as_the_dry_run_did_and_tells_a_tracker(monkeypatch, capfd):
     """The tracker's package is made up, and transformers' callback for it a recorder."""
     told = []
 
@@ -240,8 +211,10 @@ def test_a_run_writes_what_it_prints_and_tells_a_tracker(monkeypatch, capfd):
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Recorder)
     Path("e").write_bytes(Path("t").read_bytes())
     flags = [*RUN, "--output_dir", "out/a-run", "--eval_file", "e", "--report_to", "tensorboard"]
-    assert run([*flags, "--dry_run"]) == 0 and not Path("out").exists() and not told
+    dry = command(capfd, [*flags, "--dry_run"])
+    assert {path.name for path in Path.cwd().iterdir()} == {"t", "e"} and told == []
     end = command(capfd, flags)
+    assert dry.status == 0 and plan_in(dry.out) == plan_in(end.out)
     log = Path("out/a-run/all_logs.log").read_text()
     assert end.status == 0 and all(line in log for line in end.out.splitlines())
     assert {name for name, *_ in told} == {"a-run"}
@@ -249,15 +222,11 @@ def test_a_run_writes_what_it_prints_and_tells_a_tracker(monkeypatch, capfd):
     assert [step for _, step, logs in told if "eval_loss" in logs] == [0, 2]
 
 
-# ---- the GPU, and packages for it ---------------------------------------------------------------
-
-GPU = [*RUN, "--device", "cuda", "--dtype", "bfloat16"]
-
-
 def test_without_a_gpu_it_is_said_before_the_data_is_read(capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(capfd, [*GPU, "--train_file", "absent"], "DEVICE")
-    assert command(capfd, [*GPU, "--dry_run"]).status == 0  # which needs none
+    on_gpu = [*RUN, "--device", "cuda", "--dtype", "bfloat16"]
+    refused(capfd, [*on_gpu, "--train_file", "absent"], "DEVICE")
+    assert command(capfd, [*on_gpu, "--dry_run"]).status == 0  # which needs none
 
 
 FLA = {  # where USE_FLA is on: capability, versions of fla and Triton, and whether fla may be used
@@ -272,9 +241,7 @@ FLA = {  # where USE_FLA is on: capability, versions of fla and Triton, and whet
 
 @pytest.mark.parametrize("case", FLA)
 @pytest.mark.parametrize("is_asked", [True, False])
-def test_fla_is_importable_where_it_is_asked_for_and_right(
-    case, is_asked, gpu, tmp_path, monkeypatch
-):
+def test_fla_can_be_imported_where_it_is_right(case, is_asked, gpu, tmp_path, monkeypatch):
     """transformers takes it wherever it can be imported; causal_conv1d is never wanted."""
     capability, fla, triton, may_be = FLA[case]
     for name, version in (("fla_core", fla), ("triton", triton)):
@@ -294,28 +261,21 @@ def test_fla_is_importable_where_it_is_asked_for_and_right(
     assert sys.modules["causal_conv1d"] is None
 
 
-# ---- the environment and the packages -----------------------------------------------------------
-
-
-def test_what_other_work_left_in_the_environment_changes_nothing(finished, tmp_path, monkeypatch):
+def test_what_other_work_left_changes_nothing(finished, stopped, tmp_path, monkeypatch):
     left = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "1"}
     left |= {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    assert run([*finished.flags, "--output_dir", tmp_path / "again"]) == 0
-    assert (tmp_path / "again" / ADAPTER).read_bytes() == (finished.output / ADAPTER).read_bytes()
-
-
-def requirements():
-    """Return {name: specifier} of requirements.txt."""
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {one.name.replace("-", "_"): one.specifier for one in found}
+    output = shutil.copytree(stopped.output, tmp_path / "output")
+    assert run([*stopped.flags, "--output_dir", output]) == 0
+    assert (output / ADAPTER).read_bytes() == (finished.output / ADAPTER).read_bytes()
 
 
 def test_what_is_imported_is_required_and_installed():
     """The script's own block is what `uv run` reads (PEP 723); only the package draws."""
-    wanted = requirements()
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    wanted = {one.name.replace("-", "_"): one.specifier for one in found}
     nodes = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Import)]
     names = {alias.name.partition(".")[0] for node in nodes for alias in node.names}
     names -= {*sys.stdlib_module_names, "fla", "causal_conv1d"}

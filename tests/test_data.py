@@ -1,14 +1,14 @@
 """Data: the four formats, which lines are refused and where, and what "10%" holds out."""
 
+import copy
 import json
+import os
 import random
 import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TOY
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from conftest import TOY
 from runs import command, prepared, refused, run
 
 import train_lora_single as t
@@ -59,7 +59,6 @@ GOOD = line(messages=talk("ua"))
 
 @pytest.fixture(autouse=True)
 def in_a_folder(in_the_root, tmp_path, monkeypatch):
-    """Work where the files are, so that their names stay short."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -76,8 +75,6 @@ def learned(content, replies="all"):
     assert problems == []
     return [one.messages for one in examples]
 
-
-# ---- the forms ----------------------------------------------------------------------------------
 
 SAID = hello("Who are you?\nSay it.", "Nell.", "Be kind.")
 ALPACA = {"instruction": "Who are you?", "input": "Say it.", "output": "Nell."}
@@ -134,11 +131,8 @@ def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out():
         assert len(read(line(messages=talk(roles)))[1]) == 1
 
 
-# ---- what is refused ----------------------------------------------------------------------------
-
 REFUSED = {
     "not UTF-8": '{"messages": "café"}'.encode("latin-1"),
-    "half a character": reply(role="assistant", content="\ud83d"),
     "trailing comma": GOOD[:-1] + b",}",
     "curly quotes": GOOD.decode().replace('"', "\u201c").encode(),
     "two objects": GOOD + b" " + GOOD,
@@ -150,18 +144,12 @@ REFUSED = {
     "two system messages": line(messages=talk("sua"), system="Hi"),
     "a system message of 5": line(messages=talk("ua"), system=5),
     "completion of 3": line(prompt=talk("u"), completion=talk("aua")),
-    "a message is a text": line(messages=[*talk("u"), "Hi"]),
     "tool calls": reply(role="assistant", content="a", tool_calls=[{"name": "ring"}]),
-    "role tool": reply(role="tool", content="Hi"),
-    "content in parts": reply(role="assistant", content=[{"type": "text", "text": "Hi"}]),
-    "white space": reply(role="assistant", content=" \n\u3000"),
     "thoughts": reply(role="assistant", content="<think>Hm.</think>Hi"),
     "no reply": line(messages=talk("u")),
     "no question": line(messages=talk("sa")),
     "system in the middle": line(messages=talk("usa")),
-    "ShareGPT's tool": line(conversations=[{"from": "tool", "value": "x"}]),
     "Alpaca with history": line(instruction="a", output="b", history=[["c", "d"]]),
-    "Alpaca's numbers": line(instruction=1, output="b"),
 }
 
 
@@ -172,25 +160,12 @@ def test_what_is_wrong_is_named_by_file_and_line_and_the_others_are_read(name):
     assert len(problem) < 500 and "\n" not in problem
 
 
-def test_what_is_wrong_in_an_array_is_named_by_its_entry():
+def test_what_is_wrong_in_an_array_is_named_by_its_entry(capfd):
     examples, (problem,) = read(b"[" + b",\n".join([GOOD, line(text="Hello"), GOOD]) + b"]")
     assert len(examples) == 2 and re.match(r"data\.jsonl\b.*\b2\b", problem)
-
-
-OVER_LINES = json.dumps({"messages": talk("ua")}, indent=1)
-ACCIDENTS = {
-    "JSON over several lines": (b"\n".join([OVER_LINES.encode()] * 300), "t:1"),
-    "CSV": (b"user,assistant\nHello?,Hi.\n", "t:1"),
-    "an array that is cut": (b"[\n" + GOOD + b",\n" + GOOD[:-9], "t"),
-    "an empty array": (b"[]", "t"),
-}
-
-
-@pytest.mark.parametrize("name", ACCIDENTS)
-def test_a_file_of_another_kind_is_refused_in_a_few_lines(name, capfd):
-    content, key = ACCIDENTS[name]
-    Path("t").write_bytes(content)
-    assert len(refused(capfd, DRY, key).err.splitlines()) <= 25
+    for content in (b"[\n" + GOOD + b",\n" + GOOD[:-9], b"[]"):  # cut, or empty
+        Path("t").write_bytes(content)
+        refused(capfd, DRY, "t")
 
 
 def test_all_problems_of_both_files_are_told_at_once_with_those_of_rendering(capfd):
@@ -206,8 +181,6 @@ def test_all_problems_of_both_files_are_told_at_once_with_those_of_rendering(cap
     end = refused(capfd, flags, "t:2", "497")  # once, and how many more
     assert len(end.err.splitlines()) <= 25
 
-
-# ---- what is taken ------------------------------------------------------------------------------
 
 TAKEN = {
     "no newline at the end": (GOOD + b"\n" + GOOD, [1, 2]),
@@ -226,16 +199,7 @@ def test_a_file_is_taken_with_its_line_numbers(name):
     assert all(one.messages == talk("ua") for one in examples)
 
 
-# ---- any lines ----------------------------------------------------------------------------------
-
-HALF = st.integers(0xD800, 0xDFFF).map(chr)  # JSON's texts can hold half a character
-TEXT = st.text(st.characters(exclude_categories=["Cs"]) | HALF, max_size=8)
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
-    max_leaves=6,
-)
-NEARLY = ["", " \u2028", "a\udfff", "assistant", "user", "tool", None, [], {}, 10**30]
+ODD = ["", " \u2028", "a\udfff", "assistant", "user", "tool", None, True, 1e999, [], [[]], {}]
 
 
 def places(value):
@@ -246,65 +210,34 @@ def places(value):
     return [(value, key) for key in keys] + [one for key in keys for one in places(value[key])]
 
 
-@st.composite
-def lines(draw):
-    """Return (what a line should teach or None, its bytes).
-
-    It is valid, or one or two things in it are replaced, or a few bytes.
-    """
-    texts = st.text(max_size=8).filter(str.strip)
-    said = hello(draw(texts), draw(texts))
-    alpaca = {"instruction": said[0]["content"].strip(), "output": said[1]["content"]}
+def test_a_line_with_anything_odd_in_it_is_read_right_or_refused_alone():
+    said, lines = talk("ua"), []
     forms = [{"messages": said}, {"prompt": said[:1], "completion": said[1:]}, sharegpt(said)]
-    row = json.loads(json.dumps(draw(st.sampled_from([*forms, alpaca]))))
-    changes = draw(st.lists(st.integers(0), max_size=2))
-    for number in changes:
-        found = places(row)
-        place, key = found[number % len(found)]
-        place[key] = draw(st.sampled_from(NEARLY) | VALUES)
-    data = json.dumps(row, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
-    if draw(st.integers(0, 3)) == 0:
-        at, new = draw(st.integers(0, len(data))), draw(st.binary(max_size=3))
-        return None, data[:at] + new.replace(b"\n", b"") + data[at + 2 :]
-    return (None if changes else said), data
-
-
-@settings(
-    deadline=None,
-    max_examples=120,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(drawn=lines())
-def test_any_line_is_read_right_or_refused_alone(drawn):
-    said, data = drawn
-    examples, problems = read(b"\n".join([GOOD, data, GOOD]))
-    assert all(one.startswith("data.jsonl:2") for one in problems)
-    read_right = [one for one in examples if one.source == "data.jsonl:2"]
-    assert len(examples) == 2 + len(read_right)
-    assert bool(read_right) != bool(problems) or not data.strip()
-    assert all(len(one) < 500 and "\n" not in one for one in problems)
-    for example in read_right:
-        roles = [one["role"] for one in example.messages]
-        roles = roles[roles[0] == "system" :]
-        assert roles == ["user", "assistant"] * (len(roles) // 2)
+    for form in [*forms, ALPACA]:
+        for number in range(len(places(form))):
+            for odd in ODD:
+                row = copy.deepcopy(form)
+                place, key = places(row)[number]
+                place[key] = odd
+                lines.append(line(**row))
+    examples, problems = read(b"\n".join(lines))
+    found = [one.source for one in examples] + [one.partition(": ")[0] for one in problems]
+    assert sorted(found) == sorted(f"data.jsonl:{n}" for n in range(1, len(lines) + 1))
+    assert len(examples) > 30 and all(len(one) < 500 and "\n" not in one for one in problems)
+    for example in examples:
+        assert [one["role"] for one in example.messages] == ["user", "assistant"]
         for message in example.messages:
             assert message.keys() == {"role", "content"} and message["content"].strip()
             message["content"].encode()
-    if said:
-        (example,) = read_right
-        found = [one["content"].strip() for one in example.messages]
-        assert found == [one["content"].strip() for one in said]
 
 
-# ---- what is warned of --------------------------------------------------------------------------
-
-
-def test_ones_own_conversations_are_not_judged_by_the_shipped_ones_in_silence(capfd):
-    write("t", {"messages": talk("ua")})
-    for train_file, is_told in (("t", True), (f"{ROOT}/data/train.jsonl", False)):
-        flags = [*DRY, "--train_file", train_file, "--eval_file", f"{ROOT}/data/eval.jsonl"]
+def test_ones_own_lines_are_not_judged_by_the_shipped_ones_in_silence(capfd, monkeypatch):
+    for name in ("t", "shipped", "eval"):
+        write(name, {"messages": talk("ua")})
+    shipped = {"TRAIN_FILE": os.path.abspath("shipped"), "EVAL_FILE": os.path.abspath("eval")}
+    monkeypatch.setattr(t, "DEMO", shipped)
+    for train_file, is_told in (("t", True), ("shipped", False)):
+        flags = [*DRY, "--train_file", train_file, "--eval_file", "eval"]
         assert ("EVAL_FILE" in command(capfd, flags).out) == is_told
 
 
@@ -315,8 +248,6 @@ def test_a_held_out_prompt_that_is_trained_on_is_named_in_any_form(capfd):
     out = command(capfd, [*DRY, "--eval_file", "e", "--replies", "last"]).out
     assert [name for name in ("e:1", "e:2", "e:3") if name in out] == ["e:2"]
 
-
-# ---- EVAL_FILE "10%" ----------------------------------------------------------------------------
 
 TENTH = [*DRY, "--eval_file", "10%"]
 

@@ -1,32 +1,21 @@
 """Scaled float16 matmul: one product, what is converted, when it is used, and its trial."""
 
 import math
+import types
 
 import pytest
+import runs
 import torch
 from by_hand import ROUNDING, token_loss
 from conftest import TOY
-from runs import (
-    ADAPTER,
-    changed_model,
-    checkpoints,
-    logged,
-    made_up,
-    prepared,
-    read_record,
-    refused,
-    run,
-)
 from safetensors.torch import load_file
 from toys import family, model_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_lora_single as t
 
 DTYPES = [torch.bfloat16, torch.float32]
-K, D = 96, 72
-
-# ---- a converted module, forward and backward ---------------------------------------------------
+K = 96
 
 
 def some(*shape, seed=0):
@@ -35,35 +24,18 @@ def some(*shape, seed=0):
     return (numbers + 0.125 * numbers.sign()).bfloat16().float()
 
 
-class Model(torch.nn.Module):
-    """What use_fp16_matmul() needs of a model, with one linear module."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.dtype, self.module = module.weight.dtype, module
-        self.embedding = torch.nn.Embedding(3, 4, dtype=self.dtype)
-
-    def get_input_embeddings(self):
-        return self.embedding
-
-
 def converted(weight, bias=None, dtype=torch.bfloat16):
     """Return a frozen linear module with these numbers, converted."""
     module = torch.nn.Linear(*weight.shape[::-1], bias=bias is not None, dtype=dtype)
     module.weight.data = weight.to(dtype)
     if bias is not None:
         module.bias.data = bias.to(dtype)
-    model = Model(module.requires_grad_(False))
+    model = torch.nn.Sequential(module.requires_grad_(False))
+    model.dtype, embedding = dtype, torch.nn.Embedding(3, 4, dtype=dtype)
+    model.get_input_embeddings = lambda: embedding
     t.use_fp16_matmul(model)
-    assert model.module.weight.dtype == torch.float16
-    return model.module
-
-
-def outlier(row):
-    """Return ones with one outlier, which is met by a weight of about the others' size."""
-    row = torch.ones_like(row)
-    row[7] = 1e6
-    return row
+    assert module.weight.dtype == torch.float16
+    return module
 
 
 # What a row may hold, and whether plain float16 gives infinity (or NaN) or zero for it.
@@ -73,7 +45,8 @@ HOSTILE = {
     "1e37": (lambda row: 1e37 * row / row.abs().max(), math.inf),
     "1e-30": (lambda row: 1e-30 * row, 0),
     "zeros": (lambda row: 0 * row, None),
-    "outlier": (outlier, math.inf),
+    # which is met by a weight of about the others' size
+    "outlier": (lambda row: torch.ones(K).index_fill(0, torch.tensor(7), 1e6), math.inf),
     "tiny beside ordinary": (lambda row: torch.where(row > 0, row, 1e-20), None),
     "float16's largest": (lambda row: 65504 * row.sign(), math.inf),
 }
@@ -120,9 +93,6 @@ def test_a_row_that_is_not_finite_spoils_no_other(bad, dtype):
     assert rows.grad[others].isfinite().all()
 
 
-# ---- what is converted, and what it gives -------------------------------------------------------
-
-
 def load(folder, dtype, is_converted=False):
     """Return the model of a folder with weights of this type."""
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
@@ -167,13 +137,11 @@ def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tmp_p
     generator, examples = torch.Generator().manual_seed(0), []
     for length in (9, 20, 31):
         ids = torch.randint(3, 3000, (length,), generator=generator).tolist()
-        examples.append(made_up(ids[:3], ids[3:]))
-    losses = {
-        kind: torch.tensor(t.example_losses(load(folder, dtype, kind == "float16"), examples))
-        for kind, dtype in (
-            ("exact", "float32"), ("native", "bfloat16"), ("float16", "bfloat16"),
-        )
-    }  # fmt: skip
+        examples.append(runs.made_up(ids[:3], ids[3:]))
+    losses, kinds = {}, {"exact": "float32", "native": "bfloat16", "float16": "bfloat16"}
+    for kind, dtype in kinds.items():
+        model = load(folder, dtype, kind == "float16")
+        losses[kind] = torch.tensor(t.example_losses(model, examples))
     exact = load(folder, "float32")
     alone = [token_loss(exact, [one]) * len(one.reply_ids) for one in examples]
     assert losses["exact"].tolist() == pytest.approx(alone, rel=ROUNDING)
@@ -182,8 +150,6 @@ def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tmp_p
     assert 0 < distance["float16"] <= 1.5 * distance["native"] + 1e-3 * losses["exact"].norm()
     assert distance["native"] < 0.05 * losses["exact"].norm()
 
-
-# ---- when it is used, and its trial -------------------------------------------------------------
 
 V100, A100 = (7, 0), (8, 0)
 CHOICES = [  # capability, MATMUL, DTYPE, model, and whether float16 is used
@@ -197,33 +163,33 @@ CHOICES = [  # capability, MATMUL, DTYPE, model, and whether float16 is used
 ]
 
 
-def test_float16_is_used_where_bfloat16_is_emulated_and_the_model_was_tested(flags, tmp_path):
+def supports_bfloat16(capability):
+    """Return torch's answer: where it is emulated, it is supported, too."""
+    return lambda including_emulation=True: including_emulation or capability == A100
+
+
+def test_float16_is_used_where_bfloat16_is_emulated_and_the_model_was_tested(monkeypatch):
+    toy = AutoConfig.from_pretrained(TOY)
     for capability, matmul, dtype, kind, expected in CHOICES:
-        folder = model_of(family(kind), tmp_path / "model") if kind else TOY
-        more = ["--model_name", folder, "--dtype", dtype, "--matmul", matmul]
-        job = prepared([*flags, *more, "--lora_target_modules", "o_proj"])
-        job.settings.DEVICE = "cuda"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
-                including_emulation or capability == A100  # noqa: B023
-            ))  # fmt: skip
-            assert t.uses_fp16_matmul(job) == expected, (capability, matmul, dtype, kind)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supports_bfloat16(capability))
+        settings = t.parse_settings(["--dtype", dtype, "--matmul", matmul])
+        job = types.SimpleNamespace(settings=settings, config=family(kind) if kind else toy)
+        assert t.uses_fp16_matmul(job) == expected, (capability, matmul, dtype, kind)
 
 
-def test_a_run_in_float16_is_like_one_in_bfloat16(flags, tmp_path):
+def test_a_run_in_float16_is_like_one_in_float32(flags, finished, tmp_path):
     """As on a V100: the frozen weights in bfloat16, those of linear modules in float16."""
-    outputs = [tmp_path / kind for kind in ("native", "float16")]
-    for output in outputs:
-        more = ["--dtype", "bfloat16", "--matmul", output.name, "--max_steps", "2"]
-        assert run([*flags, *more, "--output_dir", output]) == 0
-        assert read_record(output)["matmul"] == output.name
-    for key in ("loss", "eval_loss", "grad_norm"):
-        expected, found = (logged(read_record(one)["loss_history"], key) for one in outputs)
-        assert found == pytest.approx(expected, rel=0.01 if "loss" in key else 0.05), key
-        assert found != expected
-    tensors = [load_file(output / ADAPTER) for output in outputs]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert {tensor.dtype for tensor in tensors[1].values()} == {torch.float32}
+    output = tmp_path / "output"
+    more = ["--dtype", "bfloat16", "--matmul", "float16", "--max_steps", "2"]
+    assert runs.run([*flags, *more]) == 0
+    assert runs.read_record(output)["matmul"] == "float16"
+    for key, count in (("loss", 2), ("eval_loss", 1), ("grad_norm", 2)):
+        expected, found = (runs.logged(runs.history(x), key) for x in (finished.output, output))
+        rounding = 0.01 if "loss" in key else 0.05
+        assert found[:count] == pytest.approx(expected[:count], rel=rounding), key
+    tensors, others = (load_file(one / runs.ADAPTER) for one in (output, finished.output))
+    assert tensors.keys() == others.keys()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
 RIGHT = t.scaled_fp16_matmul
@@ -248,15 +214,5 @@ BROKEN = {
 def test_where_float16_is_wrong_the_run_ends(flags, tmp_path, monkeypatch, capfd, what):
     monkeypatch.setattr(t, "scaled_fp16_matmul", BROKEN[what])
     flags = [*flags, "--dtype", "bfloat16", "--matmul", "float16"]
-    refused(capfd, flags, "--matmul", "_proj")
-    assert checkpoints(tmp_path / "output") == []
-
-
-def test_a_weight_that_float16_does_not_hold_ends_the_run(flags, tmp_path, capfd):
-    """Its largest number is 65,504, and bfloat16's is as large as float32's."""
-
-    def spoil(tensors):
-        tensors["model.language_model.layers.0.mlp.down_proj.weight"][0, 0] = 7e4
-
-    flags = [*flags, "--model_name", changed_model(TOY, tmp_path / "model", spoil)]
-    refused(capfd, [*flags, "--dtype", "bfloat16", "--matmul", "float16"], "--matmul", "down_proj")
+    runs.refused(capfd, flags, "--matmul", "_proj")
+    assert runs.checkpoints(tmp_path / "output") == []

@@ -1,28 +1,16 @@
 """Memory: in how many micro-batches a step goes, that this changes nothing, and what is tried."""
 
 import contextlib
+import functools
 
 import pytest
+import runs
 import torch
 from by_hand import ROUNDING, assert_near, token_loss
-from runs import (
-    ADAPTER,
-    Recorder,
-    checkpoints,
-    give_examples,
-    is_recomputing,
-    lora,
-    made_up,
-    on_trainer,
-    prepared,
-    refused,
-    run,
-    set_b,
-    short_flags,
-)
 
 import train_lora_single as t
 
+FULL = "CUDA out of memory. Tried to allocate 1.89 GiB"
 LENGTHS = [47, 40, 12, 46, 45, 30, 44]  # each row counts as 64 tokens, as DeltaNet fills it up
 WHOLE = len(LENGTHS) * 64
 
@@ -30,20 +18,23 @@ WHOLE = len(LENGTHS) * 64
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     """Return a trainer of one step of made-up examples, with an adapter that has an effect."""
-    flags = [*short_flags(tmp_path_factory.mktemp("memory")), "--batch_size", str(len(LENGTHS))]
-    job = prepared([*flags, "--gradient_accumulation_steps", "1", "--lora_dropout", "0"])
-    give_examples(job, LENGTHS)
+    flags = [*runs.short_flags(tmp_path_factory.mktemp("memory")), "--batch_size", len(LENGTHS)]
+    job = runs.prepared([*flags, "--gradient_accumulation_steps", "1"])
+    runs.give_examples(job, LENGTHS)
     trainer = t.build_trainer(job)
-    set_b(trainer.model)
+    runs.set_b(trainer.model)
+    for dropout in dropouts_of(trainer):
+        dropout.p = 0.0
     return trainer
+
+
+def dropouts_of(trainer):
+    return [one for one in trainer.model.modules() if isinstance(one, torch.nn.Dropout)]
 
 
 @pytest.fixture(scope="module")
 def undivided(trainer):
-    """Return the loss and the gradients of a step that goes through in one pass.
-
-    The loss is the mean over all target tokens, and not one of the examples' means.
-    """
+    """Return the loss, a mean over all target tokens, and the gradients of a step in one pass."""
     loss, gradients, passes = one_step(trainer, 10_000)
     assert len(passes) == 1 and trainer.tokens_at_once == 10_000
     by_row = token_loss(trainer.model.eval(), trainer.job.examples)
@@ -53,7 +44,7 @@ def undivided(trainer):
 
 def one_step(trainer, tokens_at_once):
     """Do a step; return its loss, its gradients and its passes."""
-    trainer.tokens_at_once, recorder = tokens_at_once, Recorder(trainer)
+    trainer.tokens_at_once, recorder = tokens_at_once, runs.Recorder(trainer)
     inputs = t.pad(trainer.job.examples, "cpu")
     targets = (inputs["labels"][:, 1:] != -100).sum()
     trainer.model.zero_grad()
@@ -61,17 +52,13 @@ def one_step(trainer, tokens_at_once):
         loss = trainer.training_step(trainer.model, inputs, targets).item()
     finally:
         recorder.stop()
-        trainer.remove_callback(recorder)
-    return loss, {n: p.grad.clone() for n, p in lora(trainer.model).items()}, recorder.trained
+    return loss, {n: p.grad.clone() for n, p in runs.lora(trainer.model).items()}, recorder.trained
 
 
 def widths_of(passes):
     """Return (rows, tokens that they count as together) of each pass."""
     widths = [(len(one["rows"]), max(map(len, one["rows"]))) for one in passes]
     return [(rows, rows * 64 * -(-width // 64)) for rows, width in widths]
-
-
-# ---- a step in micro-batches --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [WHOLE - 1, 130, 64, 63, 40, 0])
@@ -91,9 +78,19 @@ def test_the_loss_and_the_gradients_do_not_depend_on_the_parts(trainer, undivide
     assert len(passes) == most[tokens]
 
 
-# ---- a step that runs out of memory -------------------------------------------------------------
-
-FULL = "CUDA out of memory. Tried to allocate 1.89 GiB"
+def test_an_example_that_is_recomputed_has_the_same_dropout(trainer, monkeypatch):
+    monkeypatch.setattr(trainer.job, "examples", trainer.job.examples[:1])
+    without, _, _ = one_step(trainer, 64)
+    for dropout in dropouts_of(trainer):
+        monkeypatch.setattr(dropout, "p", 0.5)
+    steps = []
+    for tokens in (64, 0):
+        torch.manual_seed(5)
+        steps.append(one_step(trainer, tokens))
+    (loss, gradients, (kept,)), (again, found, (recomputed,)) = steps
+    assert (kept["is_recomputed"], recomputed["is_recomputed"]) == (False, True)
+    assert again == pytest.approx(loss, rel=ROUNDING) != without
+    assert_near(found, gradients)
 
 
 @contextlib.contextmanager
@@ -115,7 +112,7 @@ def running_out(trainer, place, direction, times=1):
             passes.clear()
             raise torch.OutOfMemoryError(FULL)
 
-    last = next(one for name, one in lora(trainer.model).items() if "layers.0" in name)
+    last = next(one for name, one in runs.lora(trainer.model).items() if "layers.0" in name)
     hooks = [trainer.model.register_forward_hook(look)]
     if direction == "backward":  # most gradients are there already
         hooks.append(last.register_hook(fail))
@@ -152,20 +149,17 @@ def test_one_example_that_does_not_fit_is_recomputed_and_then_ends_the_run(train
     assert_near(gradients, undivided[1])
     assert [one["is_recomputed"] for one in passes] == [False] + [True] * 7
     with (
-        running_out(trainer, 0, "forward", times=9) as failures,
+        running_out(trainer, 0, "forward", times=9) as failed,
         pytest.raises(t.UserError, match="47"),
     ):
         one_step(trainer, 0)
-    assert len(failures) == 1  # nothing is smaller, so it is not tried again
+    assert len(failed) == 1  # nothing is smaller, so it is not tried again
 
 
 def test_full_memory_is_known_by_others_words_too_and_nothing_else_is():
     for words in (FULL, "CUBLAS_STATUS_ALLOC_FAILED when calling x", "Triton Error: out of memory"):
         assert t.is_out_of_memory(RuntimeError(words))
     assert not t.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
-
-
-# ---- evaluation ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [10_000, 90, 47, 1])
@@ -185,10 +179,7 @@ def test_evaluation_does_not_depend_on_its_batches(trainer, tokens):
         assert losses == pytest.approx(expected, rel=ROUNDING) and model.training
         assert max(sizes) <= max(min(tokens, 100), 47)
         with pytest.raises(torch.OutOfMemoryError):  # nothing is smaller than one example
-            t.example_losses(model, [made_up([5] * 99, [7] * 99)], tokens)
-
-
-# ---- what fits is tried before the first step ---------------------------------------------------
+            t.example_losses(model, [runs.made_up([5] * 99, [7] * 99)], tokens)
 
 
 @pytest.fixture
@@ -207,16 +198,15 @@ def give_memory(trainer, kept, recomputed):
     """Let a pass over more tokens run out of memory, with activations kept or recomputed."""
 
     def run_out(model, _, inputs, __):
-        room = recomputed if is_recomputing(model) else kept
+        room = recomputed if runs.is_recomputing(model) else kept
         if model.training and inputs["input_ids"].numel() > room:
             raise torch.OutOfMemoryError(FULL)
 
     return trainer.model.register_forward_hook(run_out, with_kwargs=True)
 
 
-def look_for_memory(trainer, job=None, find_what_fits=t.find_what_fits):
+def look_for_memory(trainer, job, find_what_fits=t.find_what_fits):
     """Find what fits on the made-up card."""
-    job = job or trainer.job
     job.settings.DEVICE = "cuda"
     try:
         find_what_fits(trainer, job)
@@ -242,12 +232,11 @@ FOUND = {  # room with activations kept, and recomputed: what is found
 @pytest.mark.parametrize("name", FOUND)
 def test_what_fits_is_found_by_two_passes(trainer, card, name):
     (kept, recomputed), expected = FOUND[name]
-    recorder, trainer.tokens_at_once = Recorder(trainer), WHOLE
+    recorder, trainer.tokens_at_once = runs.Recorder(trainer), WHOLE
     torch.manual_seed(5)
     with give_memory(trainer, kept, recomputed):
-        look_for_memory(trainer)
+        look_for_memory(trainer, trainer.job)
     recorder.stop()
-    trainer.remove_callback(recorder)
     assert trainer.tokens_at_once == expected
     tried = [one["size"] for one in recorder.trained if not one["is_recomputed"]]
     assert tried[0] == WHOLE and all(len(one["rows"]) == 1 for one in recorder.trained)
@@ -256,7 +245,7 @@ def test_what_fits_is_found_by_two_passes(trainer, card, name):
     assert bool(again) == (expected < 64) and {*again} <= {47}
     # A tenth and AdamW's two numbers for each trained weight are left while it tries, and later a
     # little for what allocates outside of torch's view.
-    states = 2 * 4 * sum(p.numel() for p in lora(trainer.model).values()) / (100 * 2**30)
+    states = 2 * 4 * sum(p.numel() for p in runs.lora(trainer.model).values()) / (100 * 2**30)
     assert card == [pytest.approx(0.9 * 0.4 - states, rel=1e-9), pytest.approx(0.97 * 0.4)]
     # Nothing is left of it: no gradient, and no random number was drawn.
     assert not [n for n, p in trainer.model.named_parameters() if p.grad is not None]
@@ -266,32 +255,26 @@ def test_what_fits_is_found_by_two_passes(trainer, card, name):
 
 @pytest.fixture
 def on_the_card(card, monkeypatch):
-    """Have a whole run look for memory on the card; return what changes its trainer."""
-    real = t.find_what_fits
-    monkeypatch.setattr(
-        t, "find_what_fits", lambda trainer, job: look_for_memory(trainer, job, real)
-    )
-    return lambda change: on_trainer(monkeypatch, change)
+    """Have a whole run look for memory on the card."""
+    look = functools.partial(look_for_memory, find_what_fits=t.find_what_fits)
+    monkeypatch.setattr(t, "find_what_fits", look)
 
 
-def test_a_run_that_has_tried_is_the_same_run(flags, finished, tmp_path, on_the_card):
+def test_a_run_that_has_tried_is_the_same_run(flags, finished, tmp_path, on_the_card, monkeypatch):
     """Dropout included."""
-    recorders = []
-    on_the_card(lambda trainer: recorders.append(Recorder(trainer)))
-    assert run(flags) == 0
-    whole = finished.output / ADAPTER
-    assert (tmp_path / "output" / ADAPTER).read_bytes() == whole.read_bytes()
+    recorders = runs.record(monkeypatch)
+    assert runs.run(flags) == 0
+    whole = finished.output / runs.ADAPTER
+    assert (tmp_path / "output" / runs.ADAPTER).read_bytes() == whole.read_bytes()
     # The longest example counts as 192 tokens, and what was tried came before the base's loss.
     tried, rest = recorders[0].trained[:1], recorders[0].trained[1:]
     assert [one["size"] for one in tried] == [4 * 192] and len(rest) == 8
 
 
-def test_a_single_example_that_does_not_fit_ends_the_run_before_its_first_step(
-    flags, tmp_path, capfd, on_the_card, monkeypatch
-):
+def test_too_long_an_example_ends_the_run_at_once(flags, tmp_path, capfd, on_the_card, monkeypatch):
     evaluated = []
     monkeypatch.setattr(t, "example_losses", lambda *_: evaluated.append(None))
-    longest = max(len(one.input_ids) for one in prepared(flags).examples)
-    on_the_card(lambda trainer: give_memory(trainer, 64, longest - 1))
-    refused(capfd, flags, str(longest), "MAX_SEQ_LEN")
-    assert checkpoints(tmp_path / "output") == [] and not evaluated
+    longest = max(len(one.input_ids) for one in runs.prepared(flags).examples)
+    runs.on_trainer(monkeypatch, lambda trainer: give_memory(trainer, 64, longest - 1))
+    runs.refused(capfd, flags, str(longest), "MAX_SEQ_LEN")
+    assert runs.checkpoints(tmp_path / "output") == [] and not evaluated

@@ -2,41 +2,21 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
 import types
 from dataclasses import make_dataclass
 from pathlib import Path
+from unittest import mock
 
 import accelerate
 import peft
 import pytest
+import runs
 import torch
-import transformers
 from conftest import TOY
-from runs import (
-    ADAPTER,
-    Fork,
-    at_step,
-    be_the_script,
-    before,
-    checkpoints,
-    command,
-    edited_script,
-    files,
-    job_folders,
-    logged,
-    on_trainer,
-    prepared,
-    read_json,
-    read_record,
-    run,
-    send,
-    short_flags,
-    write_to,
-)
-from safetensors.torch import load_file
 
 import train_lora_single as t
 
@@ -45,14 +25,14 @@ OLDER = {"older.txt": b"of another run"}  # what lies in final_lora of the share
 
 def losses(output):
     """Return (step, key, loss) of all training and held-out losses, in order."""
-    history = read_record(output)["loss_history"]
+    history = runs.history(output)
     return [(e["step"], key, e[key]) for e in history for key in ("loss", "eval_loss") if key in e]
 
 
 @pytest.fixture(scope="module")
 def whole(finished):
     """Return the adapter's bytes and the losses of a run that nothing interrupted."""
-    return (finished.output / ADAPTER).read_bytes(), losses(finished.output)
+    return (finished.output / runs.ADAPTER).read_bytes(), losses(finished.output)
 
 
 @pytest.fixture
@@ -61,41 +41,32 @@ def output(stopped, tmp_path):
     return shutil.copytree(stopped.output, tmp_path / "output")
 
 
-def into(output, run, *more):
+def into(output, run):
     """Return the command of a shared run, into this folder."""
-    return [*run.flags, "--output_dir", output, *more]
+    return [*run.flags, "--output_dir", output]
 
 
-def steps_done(argv, patch):
+def steps_done(argv):
     """Give the command, which must succeed; return how many steps it trains."""
-    calls, real = [], t.LoraTrainer.training_step
-
-    def count(*args, **kwargs):
-        calls.append(None)
-        return real(*args, **kwargs)
-
-    with patch.context() as patched:
-        patched.setattr(t.LoraTrainer, "training_step", count)
-        assert run(argv) == 0
-    return len(calls)
+    real = t.LoraTrainer.training_step
+    with mock.patch.object(t.LoraTrainer, "training_step", autospec=True, side_effect=real) as step:
+        assert runs.run(argv) == 0
+    return step.call_count
 
 
-def go_on(argv, whole, patch):
-    """Give the command, which must end as the run that nothing interrupted.
-
-    Return the step that it resumed from.
-    """
-    done, output = steps_done(argv, patch), Path(t.parse_settings([*map(str, argv)]).OUTPUT_DIR)
-    assert (output / ADAPTER).read_bytes() == whole[0]
+def go_on(argv, whole):
+    """End as the run that nothing interrupted; return the step that was resumed from."""
+    done, output = steps_done(argv), Path(argv[-1])
+    assert (output / runs.ADAPTER).read_bytes() == whole[0]
     assert losses(output) == whole[1]
-    assert read_record(output)["outcome"] == "finished"
+    assert runs.read_record(output)["outcome"] == "finished"
     assert not [*output.rglob("*.new")] and not (output / ".partial").exists()
     return 8 - done
 
 
 def has_older_results(output):
     """Return whether they are still there, in place or renamed."""
-    return OLDER in [files(place) for place in output.glob("final_lora*")]
+    return OLDER in [runs.files(place) for place in output.glob("final_lora*")]
 
 
 def folder_of(output, step):
@@ -104,179 +75,137 @@ def folder_of(output, step):
     return path
 
 
-# ---- something at a chosen moment ---------------------------------------------------------------
-
-
 def die(*_, **__):
     """End this process as kill -9 does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_saved(patch, part, action):
-    """Do action(path) when torch has written the file whose path holds part."""
-    real = torch.save
-
-    def save(thing, path, *args, **kwargs):
-        real(thing, path, *args, **kwargs)
-        if part in str(path):
-            action(path)
-
-    patch.setattr(torch, "save", save)
+def at_saved(patch, step, action):
+    """Do action(thing, path) before torch writes the optimizer's state of a step."""
+    is_due = lambda _, path, **__: str(path).endswith(f"-{step}/optimizer.pt")  # noqa: E731
+    runs.before(patch, torch, "save", action, when=is_due)
 
 
 def at_evaluation(patch, step, action):
-    """Do action in the first pass of the evaluation after a step."""
-    done = []
+    """Do action in the first pass of the evaluation after a step; return a list of its passes."""
+    passes = []
 
     def watch(trainer):
         def look(model, *_):
-            if not model.training and not done and trainer.state.global_step == step:
-                done.append(True)
-                action()
+            if not model.training and trainer.state.global_step == step:
+                passes.append(None)
+                if len(passes) == 1:
+                    action()
 
         trainer.model.register_forward_pre_hook(look)
 
-    on_trainer(patch, watch)
+    runs.on_trainer(patch, watch)
+    return passes
 
 
-def at_rename(patch, new, action):
-    """Do action once, before something gets a name that ends with new."""
-    real, done = Path.rename, []
+def at_rename(patch, action):
+    """Do action once, before something gets the name final_lora."""
+    is_due = lambda _, new: Path(new).name == "final_lora"  # noqa: E731
+    runs.before(patch, Path, "rename", action, when=is_due)
 
-    def rename(self, target):
-        if str(target).endswith(new) and not done:
-            done.append(True)
-            action()
-        return real(self, target)
-
-    patch.setattr(Path, "rename", rename)
-
-
-# ---- signals ------------------------------------------------------------------------------------
 
 STOPS = [  # what happens, and the newest step that is saved then
-    ("SIGINT in step 2", lambda p: at_step(p, 2, send(signal.SIGINT)), 2),
-    ("SIGTERM in an epoch's last step", lambda p: at_step(p, 2, send(signal.SIGTERM)), 4),
-    ("SIGHUP in what was left out", lambda p: at_evaluation(p, 4, send(signal.SIGHUP)), 4),
-    (
-        "SIGUSR1 while a checkpoint is written",
-        lambda p: at_saved(p, "checkpoint-6/optimizer.pt", send(signal.SIGUSR1)),
-        6,
-    ),
-]  # fmt: skip
+    ("SIGINT in step 2", lambda p: runs.at_step(p, 2, runs.send(signal.SIGINT)), 2),
+    ("SIGTERM in an epoch's last step", lambda p: runs.at_step(p, 2, runs.send(signal.SIGTERM)), 4),
+    ("SIGHUP in what was left out", lambda p: at_evaluation(p, 4, runs.send(signal.SIGHUP)), 4),
+    ("SIGUSR1 in a checkpoint", lambda p: at_saved(p, 6, runs.send(signal.SIGUSR1)), 6),
+]
 
 
-def test_however_often_a_signal_stops_it_the_run_ends_in_the_same_bytes(
-    finished, whole, tmp_path, monkeypatch, capfd
-):
+def test_after_signals_it_ends_in_the_same_bytes(finished, whole, tmp_path, monkeypatch, capfd):
     argv = into(tmp_path, finished)
     for what, action, step in STOPS:
         with monkeypatch.context() as patch:
             action(patch)
-            end = command(capfd, argv)
+            end = runs.command(capfd, argv)
         assert end.status == 128 + signal.Signals[what.split()[0]], (what, end.err)
         assert "Traceback" not in end.err, what
-        assert read_record(tmp_path)["outcome"].startswith("interrupted: "), what
-        assert checkpoints(tmp_path)[-1] == step, what
+        assert runs.read_record(tmp_path)["outcome"].startswith("interrupted: "), what
+        assert runs.checkpoints(tmp_path)[-1] == step, what
         assert [entry for entry in whole[1] if entry in losses(tmp_path)] == losses(tmp_path)
         assert not (tmp_path / "final_lora").exists(), what
     with monkeypatch.context() as patch:  # while it is verified
-        before(patch, peft.PeftModel, "from_pretrained", send(signal.SIGTERM))
-        assert run(argv) == 143
+        runs.before(patch, peft.PeftModel, "from_pretrained", runs.send(signal.SIGTERM))
+        assert runs.run(argv) == 143
     assert not (tmp_path / "final_lora").exists()
-    at_rename(monkeypatch, "/final_lora", send(signal.SIGTERM))  # while it is moved into its place
-    assert go_on(argv, whole, monkeypatch) == 8
+    # And while it is moved into its place.
+    at_rename(monkeypatch, runs.send(signal.SIGTERM))
+    assert go_on(argv, whole) == 8
 
 
 def test_an_evaluation_stops_between_two_batches_and_is_made_up_for(tmp_path, monkeypatch):
     """A queue may kill the run half a minute later, so the step is saved before."""
-    flags, passes = short_flags(tmp_path, train=3, held_out=40), []
-    flags, output = [*flags, "--num_epochs", "1"], tmp_path / "output"
-
-    def watch(trainer):
-        def note(model, *_):
-            if not model.training and trainer.state.global_step:
-                passes.append(None)
-                send(signal.SIGTERM)()
-
-        trainer.model.register_forward_pre_hook(note)
-
+    flags = [*runs.short_flags(tmp_path, train=3, held_out=40), "--num_epochs", "1"]
+    output = tmp_path / "output"
     with monkeypatch.context() as patch:
-        on_trainer(patch, watch)
-        assert run(flags) == 143
-    assert len(passes) == 1 and checkpoints(output) == [1]
+        passes = at_evaluation(patch, 1, runs.send(signal.SIGTERM))
+        assert runs.run(flags) == 143
+    assert len(passes) == 1 and runs.checkpoints(output) == [1]
     assert [step for step, key, _ in losses(output) if key == "eval_loss"] == [0]
-    assert steps_done(flags, monkeypatch) == 0
+    assert steps_done(flags) == 0
     assert [step for step, key, _ in losses(output) if key == "eval_loss"] == [0, 1]
 
 
+interrupt = runs.send(signal.SIGINT)
 EARLY = {
-    "while the weights are loaded": lambda p: before(
-        p, transformers.AutoModelForCausalLM, "from_pretrained", send(signal.SIGINT)
-    ),
-    "while the base is evaluated": lambda p: at_evaluation(p, 0, send(signal.SIGINT)),
-    "twice": lambda p: at_step(p, 1, send(signal.SIGTERM, signal.SIGINT)),
+    "while the weights are loaded": lambda p: runs.before(p, t, "load_model", interrupt),
+    "while the base is evaluated": lambda p: at_evaluation(p, 0, interrupt),
+    "twice": lambda p: runs.at_step(p, 1, runs.send(signal.SIGTERM, signal.SIGINT)),
 }
 
 
 @pytest.mark.parametrize("moment", EARLY)
-def test_a_signal_stops_at_once_before_the_first_step_and_if_it_comes_twice(
-    flags, tmp_path, monkeypatch, capfd, moment
-):
+def test_elsewhere_a_signal_stops_at_once(flags, tmp_path, monkeypatch, capfd, moment):
     EARLY[moment](monkeypatch)
-    end = command(capfd, flags)
+    end = runs.command(capfd, flags)
     assert end.status == 130 and "Traceback" not in end.err
-    assert read_record(tmp_path / "output")["outcome"].startswith("interrupted: ")
-    assert not checkpoints(tmp_path / "output") and not (tmp_path / "output/final_lora").exists()
+    assert runs.read_record(tmp_path / "output")["outcome"].startswith("interrupted: ")
+    assert runs.checkpoints(tmp_path / "output") == [] == [*tmp_path.glob("output/final_lora")]
 
 
-# ---- killed -------------------------------------------------------------------------------------
-
-
-def cut_and_die(path):
-    os.truncate(path, 1000)
+def tear_and_die(_, path, **__):
+    Path(path).write_bytes(b"PK")
     die()
 
 
+def in_the_writing(place):
+    """Return what has the kernel kill this process when a file grows to so many bytes."""
+
+    def limit(*_):
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (place, place))
+
+    # This is called once, before job.json and then run.json, which is longer, are written.
+    return lambda patch: runs.before(patch, accelerate.utils, "broadcast_object_list", limit)
+
+
 KILLS = {  # when, and whether the checkpoint of step 8 is whole then
-    "in a step": (lambda p: at_step(p, 1, die), False),
+    "in a step": (lambda p: runs.at_step(p, 1, die), False),
+    "in the writing of job.json": (in_the_writing(300), False),
+    "in the writing of run.json": (in_the_writing(2000), False),
     "in an evaluation": (lambda p: at_evaluation(p, 8, die), False),
-    "while a checkpoint is written": (
-        lambda p: at_saved(p, "checkpoint-8/optimizer.pt", cut_and_die), False,
-    ),
-    "where final_lora is missing for a moment": (lambda p: at_rename(p, "/final_lora", die), True),
-}  # fmt: skip
+    "in the writing of a checkpoint": (lambda p: at_saved(p, 8, tear_and_die), False),
+    "where final_lora is missing for a moment": (lambda p: at_rename(p, die), True),
+}
 
 
-def test_however_it_is_killed_the_same_command_ends_in_the_same_bytes(
-    stopped, output, whole, tmp_path, monkeypatch
-):
+def test_however_it_is_killed_it_ends_in_the_same_bytes(stopped, output, whole, tmp_path):
     argv, said = into(output, stopped), tmp_path / "said"
+    (description,) = output.glob("checkpoints/*/job.json")
+    described = description.read_bytes()
     for what, (kill, is_saved) in KILLS.items():
-        end = Fork(lambda kill=kill: be_the_script(argv, said, kill)).end()
-        assert end == -signal.SIGKILL, (what, said.read_text("utf-8"))
-        assert has_older_results(output) and read_record(output)["outcome"] == "running", what
+        end = runs.Fork(lambda kill=kill: runs.be_the_script(argv, said, kill)).end()
+        assert -end == (signal.SIGXFSZ if ".json" in what else signal.SIGKILL), (what, end)
+        assert has_older_results(output) and description.read_bytes() == described, what
+        assert runs.read_record(output)["outcome"] == "running", what
         assert losses(output) == [one for one in whole[1] if one[0] <= (8 if is_saved else 7)]
-    assert go_on(argv, whole, monkeypatch) == 8
-    assert has_older_results(output)
-
-
-# ---- which checkpoint ---------------------------------------------------------------------------
-
-
-def test_checkpoints_hold_what_resuming_needs_and_nothing_else(stopped, finished):
-    assert checkpoints(finished.output) == [
-        6,
-        8,
-    ]  # the two newest, and the best epoch's, which is 8
-    needed = {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"}
-    needed |= {"rng_state.pth", "trainer_state.json"}
-    for step in checkpoints(stopped.output):
-        folder = folder_of(stopped.output, step)
-        names = {path.name for path in folder.iterdir()}
-        assert needed <= names and "training_args.bin" not in names  # a pickle that runs code
-        tensors = load_file(folder / "adapter_model.safetensors")
-        assert all(re.search(r"\.lora_[AB]\.weight$", name) for name in tensors)  # no base weights
+    assert go_on(argv, whole) == 8 and has_older_results(output)
 
 
 def cut(path):
@@ -298,39 +227,32 @@ DAMAGE = [
 ]  # fmt: skip
 
 
-def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_taken(
-    stopped, output, whole, monkeypatch, capfd
-):
+def test_a_checkpoint_that_is_not_whole_is_passed_over(stopped, output, whole, monkeypatch, capfd):
     """As after a power cut; neither torch nor safetensors looks at the sums of its files."""
     argv, newest = into(output, stopped), folder_of(output, 7)
     backup = shutil.copytree(newest, newest.with_name("checkpoint-50-backup"))
     for name, spoil in DAMAGE:
         capfd.readouterr()
         spoil(newest / name)
-        assert prepared(argv).checkpoint == folder_of(output, 6), (name, spoil)
+        assert runs.prepared(argv).checkpoint == folder_of(output, 6), (name, spoil)
         assert str(newest) in capfd.readouterr().out
         shutil.rmtree(newest)
         shutil.copytree(backup, newest)
-    assert prepared(argv).checkpoint == newest
+    assert runs.prepared(argv).checkpoint == newest
     for step in (6, 7):
         flip(folder_of(output, step) / "optimizer.pt")
     # These do not push out the next one, and one that is written over them is whole.
     for step, done in ((5, 1), (7, 2)):
         with monkeypatch.context() as patch:
-            at_step(patch, done, send(signal.SIGTERM))
-            assert run(argv) == 143
-        assert prepared(argv).checkpoint == folder_of(output, step)
-    assert go_on(argv, whole, monkeypatch) == 7 and backup.exists()
+            runs.at_step(patch, done, runs.send(signal.SIGTERM))
+            assert runs.run(argv) == 143
+        assert runs.prepared(argv).checkpoint == folder_of(output, step)
+    assert go_on(argv, whole) == 7 and backup.exists()
 
 
-# ---- which job it is ----------------------------------------------------------------------------
-
-
-def job_of(argv, script=t):
+def job_of(argv):
     """Return the name of the job that a command would do, which is its checkpoints' folder."""
-    job = script.Job(script.parse_settings([*map(str, argv), "--dry_run"]))
-    script.run(job)
-    return job.name
+    return runs.prepared(argv).name
 
 
 ANOTHER = {
@@ -349,7 +271,7 @@ OF_THE_MACHINE = {"DEVICE", "OUTPUT_DIR", "REPORT_TO"}
 @pytest.fixture(scope="module")
 def job(stopped):
     """Return the name of the shared runs' job."""
-    (folder,) = job_folders(stopped.output)
+    (folder,) = runs.job_folders(stopped.output)
     assert job_of(stopped.flags) == folder.name
     return folder.name
 
@@ -381,31 +303,23 @@ def test_another_word_in_the_data_is_another_job(stopped, job, tmp_path, name):
     assert job_of([*stopped.flags, f"--{name}_file", tmp_path / "other.jsonl"]) != job
 
 
-def edit_of(function, line, before=""):
-    """Return an edit of the script: a line that changes what a function returns."""
-    new = f"{before}def {function}(x):\n    config = _made(x)\n    {line}\n    return config\n"
-    return f"\ndef {function}(", f"\n{new}\n\ndef _made("
+EDITS = [  # of the script, and whether it does another job then
+    ("lora_config", {"use_rslora": True}, True),
+    ("training_config", {"weight_decay": 0.1}, True),
+    ("training_config", {"optim": "sgd"}, True),
+    ("training_config", {"neftune_noise_alpha": 5.0}, True),
+    ("training_config", {"run_name": "where it logs"}, False),
+]
 
 
-EDITS = {  # of the script, and whether it does another job then
-    "use_rslora": (edit_of("lora_config", "config.use_rslora = True"), True),
-    "weight_decay": (edit_of("training_config", "config.weight_decay = 0.1"), True),
-    "optim": (edit_of("training_config", 'config.optim = "sgd"'), True),
-    "neftune": (edit_of("training_config", "config.neftune_noise_alpha = 5.0"), True),
-    "a constant elsewhere": (
-        edit_of("training_config", "config.weight_decay = DECAY", before="DECAY = 0.1\n"), True,
-    ),
-    "a setting of one's own": (("\nSEED = 42", "\nDECAY = 0.1\nSEED = 42"), True),
-    "a comment": (("\ndef lora_config(", "\n# This is mine.\ndef lora_config("), False),
-    "where it logs": (edit_of("training_config", 'config.run_name = "x"'), False),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", EDITS)
-def test_an_edit_of_what_is_trained_is_another_job(stopped, job, tmp_path, what):
-    edit, is_another = EDITS[what]
-    script = edited_script(tmp_path, edit)
-    assert (job_of(stopped.flags, script) != job) == is_another
+def test_an_edit_of_what_is_trained_is_another_job(stopped, job, tmp_path, monkeypatch):
+    for function, fields, is_another in EDITS:
+        with monkeypatch.context() as patch:
+            runs.edit_config(patch, function, **fields)
+            assert (job_of(stopped.flags) != job) == is_another, fields
+    line = "\ndef lora_config("
+    script = runs.edited_script(tmp_path, (line, f"\n# A comment of mine.{line}"))
+    assert runs.prepared(stopped.flags, script).name == job
 
 
 def test_a_field_that_an_update_of_a_library_adds_is_no_other_job(stopped, job, monkeypatch):
@@ -413,29 +327,6 @@ def test_a_field_that_an_update_of_a_library_adds_is_no_other_job(stopped, job, 
         newer = make_dataclass(name, [("shiny", int, 3)], bases=(getattr(owner, name),))
         monkeypatch.setattr(owner, name, newer)
     assert job_of(stopped.flags) == job
-
-
-def test_after_an_edit_it_begins_anew_and_put_back_the_first_job_goes_on(
-    stopped, output, whole, monkeypatch
-):
-    """And a finished job is finished, whatever was begun since."""
-    first, other = into(output, stopped), into(output, stopped, "--seed", "7", "--max_steps", "2")
-    left = files(output / "checkpoints")
-    for stopped_at in (1, None):
-        with monkeypatch.context() as patch:
-            if stopped_at:
-                at_step(patch, stopped_at, send(signal.SIGINT))
-            assert run(other) == (130 if stopped_at else 0)
-        assert left.items() <= files(output / "checkpoints").items()
-        assert len(job_folders(output)) == 2 and has_older_results(output)
-    assert read_json(output / "final_lora" / "run.json")["job"] == job_folders(output)[-1].name
-    assert go_on(first, whole, monkeypatch) == 7
-    with monkeypatch.context() as patch:
-        at_step(patch, 1, send(signal.SIGINT))
-        assert run([*other, "--seed", "8"]) == 130
-    left = files(output / "final_lora") | files(output / "checkpoints")
-    assert steps_done(first, monkeypatch) == 0
-    assert files(output / "final_lora") | files(output / "checkpoints") == left
 
 
 def test_the_hubs_branch_may_move(flags, tmp_path, monkeypatch):
@@ -446,112 +337,99 @@ def test_the_hubs_branch_may_move(flags, tmp_path, monkeypatch):
         shutil.copytree(TOY, folder / "snapshots" / commit)
     for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.resolve_revision", lambda *_, **__: (
-        types.SimpleNamespace(resolved=now[0])
-    ))  # fmt: skip
+    resolve = lambda *_, **__: types.SimpleNamespace(resolved=now[0])  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.resolve_revision", resolve)
     flags = [*flags, "--model_name", "someone/toy", "--max_steps", "2"]
     now[:] = commits[:1]
     with monkeypatch.context() as patch:
-        at_step(patch, 1, send(signal.SIGINT))
-        assert run(flags) == 130
+        runs.at_step(patch, 1, runs.send(signal.SIGINT))
+        assert runs.run(flags) == 130
     now[:] = commits[1:]
-    assert steps_done(flags, monkeypatch) == 1
-    config = read_json(tmp_path / "output" / "final_lora" / "adapter_config.json")
+    assert steps_done(flags) == 1
+    config = runs.read_json(tmp_path / "output" / "final_lora" / "adapter_config.json")
     named = (config["base_model_name_or_path"], config["revision"])
     assert named == ("someone/toy", commits[0])
-    assert prepared([*flags, "--seed", "7"]).commit == commits[0]
-    assert prepared([*flags, "--output_dir", tmp_path / "elsewhere"]).commit == commits[1]
+    assert runs.prepared([*flags, "--seed", "7"]).commit == commits[0]
+    assert runs.prepared([*flags, "--output_dir", tmp_path / "elsewhere"]).commit == commits[1]
 
 
-# ---- a job that has finished --------------------------------------------------------------------
+def test_a_second_run_is_refused_and_an_ignored_signal_ignored(stopped, output, whole, monkeypatch):
+    """As nohup has SIGHUP ignored."""
+    said = output.with_name("said")
+    ignore = lambda _: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
 
+    def disturb(*_):
+        os.kill(os.getpid(), signal.SIGHUP)
+        left = runs.files(output), (output / "all_logs.log").read_bytes()
+        assert runs.Fork(lambda: runs.be_the_script(into(output, stopped), said)).end() == 1
+        assert left == (runs.files(output), (output / "all_logs.log").read_bytes())
 
-def test_a_finished_job_is_left_alone_and_its_adapter_made_again_if_it_is_gone(
-    finished, whole, tmp_path, monkeypatch
-):
-    output = shutil.copytree(finished.output, tmp_path / "output")
-    cut(folder_of(output, 6) / "optimizer.pt")  # no checkpoint is needed
-    left = files(output)
-    with monkeypatch.context() as patch:
-        patch.setattr(t, "build_trainer", lambda *_: pytest.fail("loads the weights"))
-        assert run(into(output, finished)) == 0
-    assert files(output) == left
-    (output / ADAPTER).write_bytes(b"old")
-    assert go_on(into(output, finished), whole, monkeypatch) == 8
-    (renamed,) = output.glob("final_lora.2*/*.safetensors")
-    assert renamed.read_bytes() == b"old"
-
-
-# ---- other processes ----------------------------------------------------------------------------
-
-
-def test_a_second_run_into_the_same_folder_is_refused(
-    stopped, output, whole, tmp_path, monkeypatch
-):
-    said = tmp_path / "said"
-
-    def start_another(*_):
-        left = files(output), (output / "all_logs.log").read_bytes()
-        assert Fork(lambda: be_the_script(into(output, stopped), said)).end() == 1
-        assert left == (files(output), (output / "all_logs.log").read_bytes())
-
-    at_step(monkeypatch, 1, start_another)
-    assert go_on(into(output, stopped), whole, monkeypatch) == 7
+    runs.before(monkeypatch, t, "catch_signals", ignore)
+    runs.at_step(monkeypatch, 1, disturb)
+    assert go_on(into(output, stopped), whole) == 7
     text = said.read_text("utf-8")
     assert str(output) in text and "Traceback" not in text
 
 
-def launch(argv, folder, prepares):
-    """Run the command in so many processes, as torchrun does; return their statuses.
-
-    The launcher is torch's own, but its processes are forks.
-    """
+def launch(folder, *runs_to_do):
+    """Do each (argv, prepare(patch, rank)) in two forks by torchrun; return both statuses."""
 
     def be_the_launcher():
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name may have no address
-        write_to(folder / "launcher said")
+        runs.write_to(folder / "launcher said")
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=len(prepares), run_id="none", max_restarts=0,
+            min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="none", max_restarts=0,
             rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
             local_addr="localhost", monitor_interval=0.05,
         )  # fmt: skip
-        elastic_launch(config, be_a_rank)(argv, folder, prepares)
+        elastic_launch(config, be_a_rank)(folder, runs_to_do)
 
-    Fork(be_the_launcher).end()
-    return [int((folder / f"status {rank}").read_text()) for rank in range(len(prepares))]
+    runs.Fork(be_the_launcher).end()
+    return [(folder / f"statuses {rank}").read_text().split() for rank in range(2)]
 
 
-def be_a_rank(argv, folder, prepares):
-    """Be one of the processes; note the exit status, which the launcher keeps for itself."""
+def be_a_rank(folder, runs_to_do):
+    """Be one of the processes; note the exit statuses, which the launcher keeps for itself."""
     accelerate.state.AcceleratorState._reset_state(True)  # of the tests' own process
     rank = int(os.environ["RANK"])
-    write_to(folder / f"rank {rank} said")
-    prepares[rank](pytest.MonkeyPatch(), rank)
-    status = run(argv)
-    (folder / f"status {rank}").write_text(str(status))
+    runs.write_to(folder / f"rank {rank} said")
+    for argv, prepare in runs_to_do:
+        with pytest.MonkeyPatch.context() as patch:
+            prepare(patch, rank)
+            status = runs.run(argv)
+        with (folder / f"statuses {rank}").open("a") as file:
+            file.write(f"{status}\n")
     sys.exit(status)
 
 
-def test_two_processes_learn_what_one_does_and_each_tries_its_memory(tmp_path):
-    """Of 14 examples, so that the last step of the epoch has to be filled up."""
+def test_two_processes_learn_what_one_does_and_end_where_one_has_no_memory(tmp_path):
+    """In a step one process would wait for ever for the gradients of the other."""
     output, alone = tmp_path / "output", tmp_path / "alone"
-    flags = [*short_flags(tmp_path), "--lora_dropout", "0"]  # each process draws its own
+    flags = [*runs.short_flags(tmp_path), "--lora_dropout", "0"]  # each process draws its own
     flags += ["--num_epochs", "1"]
+    other = [*flags, "--eval_file", "", "--max_steps", "1", "--output_dir", tmp_path / "other"]
 
     def note_the_trial(patch, rank):
-        before(patch, t, "find_what_fits", lambda *_: (tmp_path / f"tried {rank}").touch())
+        runs.before(patch, t, "find_what_fits", lambda *_: (tmp_path / f"tried {rank}").touch())
 
-    assert launch([*flags, "--output_dir", output], tmp_path, [note_the_trial] * 2) == [0, 0]
+    def run_out(patch, rank):
+        if rank == 1:
+            full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+            runs.before(patch, t, "reply_losses", full)
+
+    first, second = ([*flags, "--output_dir", output], note_the_trial), (other, run_out)
+    statuses = launch(tmp_path, first, second)
+    assert all(one[0] == "0" and one[1:] != ["0"] for one in statuses), statuses
     assert (tmp_path / "tried 0").exists() and (tmp_path / "tried 1").exists()
-    assert run([*flags, "--output_dir", alone]) == 0
-    found, expected = (read_record(one)["loss_history"] for one in (output, alone))
-    # Only the order of sums differs, up to the step that is filled up.
+    assert runs.run([*flags, "--output_dir", alone]) == 0
+    found, expected = (runs.history(one) for one in (output, alone))
+    # Only the order of sums differs, up to the last step, which is filled up with more examples.
     for key in ("loss", "grad_norm"):
-        assert len(logged(found, key)) == 4
-        assert logged(found, key)[:3] == pytest.approx(logged(expected, key)[:3], rel=1e-3), key
-    evals = [logged(one, "eval_loss") for one in (found, expected)]
+        ours, theirs = runs.logged(found, key), runs.logged(expected, key)
+        assert len(ours) == 4 and ours[:3] == pytest.approx(theirs[:3], rel=1e-3), key
+    evals = [runs.logged(one, "eval_loss") for one in (found, expected)]
     assert evals[0][0] == pytest.approx(evals[1][0], rel=1e-6)
     assert evals[0] == pytest.approx(evals[1], abs=0.05)
     said = (tmp_path / "rank 1 said").read_text("utf-8")

@@ -8,7 +8,6 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
-import transformers
 import trl
 from conftest import TOY
 from datasets import Dataset
@@ -64,9 +63,6 @@ def model_with(*changes, **files):
     return "model"
 
 
-# ---- tokens and labels --------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def job():
     """Return a job of the toy; nobody changes it."""
@@ -111,13 +107,13 @@ def test_trl_prepares_a_turn_the_same_but_for_the_newline(job, tokenizer, tmp_pa
     assert example.labels == [-100] * len(prompt) + reply
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-def test_a_special_token_in_a_text_is_refused_by_name(place, token, job):
-    said = [dict(one) for one in TALK[:3]]
-    said[place]["content"] = f"before {token}user after"
-    with pytest.raises(ValueError, match=re.escape(token)):
-        t.render(said, job)
+def test_a_special_token_in_a_text_is_refused_by_name(token, job):
+    for place in (0, 1, 2):
+        said = [dict(one) for one in TALK[:3]]
+        said[place]["content"] = f"before {token}user after"
+        with pytest.raises(ValueError, match=re.escape(token)):
+            t.render(said, job)
 
 
 def test_the_tokens_of_both_files_are_counted(finished, tokenizer):
@@ -136,39 +132,27 @@ def test_the_tokens_of_both_files_are_counted(finished, tokenizer):
         assert found == [len(lines), tokens, targets]
 
 
-# ---- other families -----------------------------------------------------------------------------
-
 LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 PHI = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
 GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
 QWEN = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 DEEPSEEK = [f"<\uff5c{name}\uff5c>" for name in ("User", "Assistant", "end\u2581of\u2581sentence")]
-COHERE = ["<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>"]
-COHERE += ["<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"]
 GPT_OSS = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
 GLM = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
 VISION = ["<|im_start|>", "<end_of_utterance>", "<image>"]
 
-# Of each template in TRL's wheel: the model's special tokens, the tokenizer's end, those that
+# Of some templates in TRL's wheel: the model's special tokens, the tokenizer's end, those that
 # generation_config.json names, and how a reply ends; None where the template is refused.
 FAMILIES = {
-    **dict.fromkeys(["llama3", "llama3_1", "llama3_2"], (LLAMA, "<|eot_id|>", [], "<|eot_id|>")),
-    **dict.fromkeys(
-        ["qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_nothink", "lfm2"],
-        (QWEN, "<|im_end|>", [], "<|im_end|>"),
-    ),
-    **dict.fromkeys(
-        ["cohere", "cohere2"], (COHERE, "<|END_OF_TURN_TOKEN|>", [], "<|END_OF_TURN_TOKEN|>")
-    ),
+    "llama3_1": (LLAMA, "<|eot_id|>", [], "<|eot_id|>"),
+    "qwen3": (QWEN, "<|im_end|>", [], "<|im_end|>"),
     "phi3_5": (PHI, "<|endoftext|>", ["<|end|>", "<|endoftext|>"], "<|end|>"),
     "gemma3": (GEMMA, "<eos>", ["<eos>", "<end_of_turn>"], "<end_of_turn>"),
     "gptoss": (GPT_OSS, "<|return|>", [], "<|return|>"),
     "gemma": (GEMMA, "<eos>", ["<end_of_turn>"], None),  # it knows no system message
     "glm4moe": (GLM, "<|endoftext|>", ["<|user|>"], None),  # its replies have no end
-    # A prompt is no beginning of the whole.
-    **dict.fromkeys(["deepseekv3", "deepseek_r1_distill"], (DEEPSEEK, DEEPSEEK[2], [], None)),
-    # A text that is no list is left out.
-    **dict.fromkeys(["smolvlm", "idefics3", "llava_next"], (VISION, VISION[1], [], None)),
+    "deepseekv3": (DEEPSEEK, DEEPSEEK[2], [], None),  # a prompt is no beginning of the whole
+    "smolvlm": (VISION, VISION[1], [], None),  # a text that is no list is left out
 }
 
 
@@ -215,16 +199,13 @@ def test_a_familys_template_is_trained_as_it_is_served_or_refused(family):
             assert job.tokenizer.decode(fitting.reply_ids) == "Yes.<end_of_turn>"
         return
     assert fitting == [with_system] and not problems, problems
-    served = job.tokenizer.apply_chat_template(
-        TALK[:2], add_generation_prompt=True, enable_thinking=False
-    )["input_ids"]
-    assert with_system.prompt_ids == served
+    how = {"add_generation_prompt": True, "enable_thinking": False}
+    served = job.tokenizer.apply_chat_template(TALK[:2], **how)
+    assert with_system.prompt_ids == served["input_ids"]
     reply = job.tokenizer.decode(with_system.reply_ids)
-    assert re.search(f"Good morning\\.(<.END_RESPONSE.>)?{re.escape(end)}$", reply)
+    assert reply.endswith(f"Good morning.{end}")
     assert with_system.reply_ids.count(with_system.reply_ids[-1]) == 1
 
-
-# ---- what a template may not do -----------------------------------------------------------------
 
 BEGIN = "{%- set image_count = "
 USER = "message.role + '\\n' + content + '<|im_end|>' + '\\n' }}"
@@ -255,17 +236,6 @@ def test_what_a_template_does_to_some_lines_is_told_of_these(name, capfd):
     assert command(capfd, flags).status == 0
 
 
-def test_another_error_is_not_blamed_on_the_conversation(monkeypatch):
-    write("t", HELLO)
-    bug = Mock(side_effect=AttributeError)
-    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "apply_chat_template", bug)
-    with pytest.raises(AttributeError):
-        t.main(DRY)
-
-
-# ---- models that cannot be used -----------------------------------------------------------------
-
-
 def test_an_end_that_generation_config_alone_names_is_learned(capfd):
     write("t", HELLO)
     flags = [*DRY, "--model_name", model_with(tokenizer_config={"eos_token": "<|endoftext|>"})]
@@ -276,36 +246,34 @@ def test_an_end_that_generation_config_alone_names_is_learned(capfd):
     refused(capfd, flags, "t:1")
 
 
-LACKING = ["template", "end", "full weights", "configuration", "folder", "hub", "licence"]
+FOUR_BITS = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+LACKING = {  # what happens to its folder
+    "template": lambda model: (model / "chat_template.jinja").unlink(),
+    "end": lambda model: (
+        edit_json(model / "tokenizer_config.json", lambda value: value.pop("eos_token")),
+        (model / "generation_config.json").unlink(),
+    ),
+    "full weights": lambda model: edit_json(model / "config.json", lambda x: x.update(FOUR_BITS)),
+    "configuration": lambda model: (model / "config.json").write_text("{"),
+    "folder": shutil.rmtree,
+}
 
 
 @pytest.mark.parametrize("lacking", LACKING)
-def test_a_model_that_cannot_be_used_is_named(lacking, capfd, monkeypatch):
+def test_a_model_that_cannot_be_used_is_named(lacking, capfd):
     write("t", HELLO)
-    folder, names = Path(model_with()), ["model"]
-    if lacking == "template":
-        (folder / "chat_template.jinja").unlink()
-    elif lacking == "end":
-        edit_json(folder / "tokenizer_config.json", lambda value: value.pop("eos_token"))
-        (folder / "generation_config.json").unlink()
-    elif lacking == "full weights":
-        four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        edit_json(folder / "config.json", lambda one: one.update(quantization_config=four_bits))
-    elif lacking == "configuration":
-        (folder / "config.json").write_text("{")
-    elif lacking == "folder":
-        shutil.rmtree(folder)
-    else:
-        names = ["some-one/a-model"]
-    if lacking == "licence":
-        response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
-        gated = GatedRepoError("403 Client Error", response=response)
-        monkeypatch.setattr(huggingface_hub, "resolve_revision", Mock(side_effect=gated))
-        names += ["login"]
-    refused(capfd, [*DRY, "--model_name", names[0]], *names)
+    LACKING[lacking](Path(model_with()))
+    refused(capfd, [*DRY, "--model_name", "model"], "model")
 
 
-# ---- what is too long ---------------------------------------------------------------------------
+def test_a_model_of_the_hub_that_cannot_be_read_is_named(capfd, monkeypatch):
+    write("t", HELLO)
+    flags = [*DRY, "--model_name", "some-one/a-model"]
+    refused(capfd, flags, "some-one/a-model")
+    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+    gated = Mock(side_effect=GatedRepoError("403 Client Error", response=response))
+    monkeypatch.setattr(huggingface_hub, "resolve_revision", gated)
+    refused(capfd, flags, "some-one/a-model", "login")
 
 
 def test_up_to_a_tenth_that_is_too_long_is_left_out_and_nothing_is_cut(capfd, job):

@@ -9,34 +9,15 @@ import types
 
 import peft
 import pytest
+import runs
 import torch
 import transformers
 import trl
 from by_hand import ROUNDING, assert_near, token_loss
 from conftest import TOY
 from datasets import Dataset
-from runs import (
-    ADAPTER,
-    Recorder,
-    changed_model,
-    checkpoints,
-    edited_script,
-    give_examples,
-    logged,
-    lora,
-    made_up,
-    on_trainer,
-    prepared,
-    read_record,
-    refused,
-    rows_of,
-    run,
-    set_b,
-    short_flags,
-)
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from toys import SIZES, WEIGHTS, edit_json, model_of
+from safetensors.torch import load_file, save_file
+from toys import SIZES, WEIGHTS, edit_json, model_of, save_adapter
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import train_lora_single as t
@@ -45,21 +26,14 @@ import train_lora_single as t
 @pytest.fixture(scope="module")
 def job(finished):
     """Return the shared run's job, with its tokens and its plan."""
-    return prepared(finished.flags)
+    return runs.prepared(finished.flags)
 
 
 def record(flags, *changes):
     """Give the command; return the Recorder of its trainer, which was changed before."""
-    recorders = []
-
-    def watch(trainer):
-        for change in changes:
-            change(trainer)
-        recorders.append(Recorder(trainer))
-
     with pytest.MonkeyPatch.context() as patch:
-        on_trainer(patch, watch)
-        assert run(flags) == 0
+        recorders = runs.record(patch, *changes)
+        assert runs.run(flags) == 0
     return recorders[0]
 
 
@@ -67,8 +41,8 @@ def record(flags, *changes):
 def trained(tmp_path_factory):
     """Return the Recorder and the log of a run whose gradients are above and below 1."""
     folder = tmp_path_factory.mktemp("trained")
-    recorder = record([*short_flags(folder), "--warmup_ratio", "0.39", "--lora_alpha", "12"])
-    return recorder, read_record(folder / "output")["loss_history"]
+    recorder = record([*runs.short_flags(folder), "--warmup_ratio", "0.39", "--lora_alpha", "12"])
+    return recorder, runs.history(folder / "output")
 
 
 def at(event, number, action):
@@ -84,7 +58,8 @@ def at(event, number, action):
     return change
 
 
-# ---- LoRA is injected once, as planned ----------------------------------------------------------
+def in_layers(model, name):
+    return model.get_submodule(f"base_model.model.model.layers.{name}")
 
 
 def test_the_settings_reach_lora_and_the_trainer(flags):
@@ -92,19 +67,15 @@ def test_the_settings_reach_lora_and_the_trainer(flags):
     values |= {"seed": 7, "learning_rate": 3e-3, "lr_scheduler_type": "linear"}
     values |= {"num_epochs": 5, "batch_size": 3, "warmup_ratio": 0.2}
     more = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    trainer = t.build_trainer(prepared([*flags, *more]))
-    got, layers = trainer.args, lora(trainer.model)
+    trainer = t.build_trainer(runs.prepared([*flags, *more]))
+    got, layers = trainer.args, runs.lora(trainer.model)
     assert (got.seed, got.learning_rate, got.lr_scheduler_type) == (7, 3e-3, "linear")
     assert (got.max_steps, got.warmup_steps) == (15, 3)  # three steps an epoch, 0.2 x 15
-    layer = trainer.model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    layer = in_layers(trainer.model, "1.self_attn.q_proj")
     assert len(layers) == 2 and layer.lora_A["default"].weight.shape[0] == 4
     assert layer.scaling["default"] == 3 and layer.lora_dropout["default"].p == 0.2
     config = trainer.model.peft_config["default"]
     assert (config.task_type, config.bias) == ("CAUSAL_LM", "none")
-
-
-def in_layers(model, name):
-    return model.get_submodule(f"base_model.model.model.layers.{name}")
 
 
 SPOILT = {
@@ -120,24 +91,20 @@ SPOILT = {
 @pytest.mark.parametrize("name", SPOILT)
 def test_any_other_injection_than_planned_is_refused(flags, tmp_path, monkeypatch, capfd, name):
     spoil, key = SPOILT[name]
-    on_trainer(monkeypatch, lambda trainer: spoil(trainer.model))
-    refused(capfd, flags, key)
-    assert read_record(tmp_path / "output")["outcome"].startswith("failed: ")
-    assert checkpoints(tmp_path / "output") == []
+    runs.on_trainer(monkeypatch, lambda trainer: spoil(trainer.model))
+    runs.refused(capfd, flags, key)
+    assert runs.read_record(tmp_path / "output")["outcome"].startswith("failed: ")
+    assert runs.checkpoints(tmp_path / "output") == []
 
 
 @pytest.mark.parametrize("target", ["q_proj", "in_proj_qkv"])
-def test_an_adapter_in_the_models_folder_is_never_built_on(flags, finished, tmp_path, base, target):
+def test_an_adapter_in_the_models_folder_is_never_built_on(flags, finished, tmp_path, target):
     """Transformers loads it with the model, without a word, and LoRA is injected over it."""
     folder = shutil.copytree(TOY, tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(TOY, dtype="float32")
-    config = peft.LoraConfig(target_modules=[target], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config)
-    set_b(model)
-    model.save_pretrained(folder)
-    status, final = run([*flags, "--model_name", folder]), tmp_path / "output" / ADAPTER
+    save_adapter(folder, r=8, lora_alpha=16, target_modules=[target])
+    status, final = runs.run([*flags, "--model_name", folder]), tmp_path / "output" / runs.ADAPTER
     if status == 0:
-        assert final.read_bytes() == (finished.output / ADAPTER).read_bytes()
+        assert final.read_bytes() == (finished.output / runs.ADAPTER).read_bytes()
     assert final.exists() == (status == 0)
 
 
@@ -170,48 +137,26 @@ def test_the_rate_follows_the_settings_and_gradients_are_clipped_at_one(trained)
     warm, steps = 3, 8  # 0.39 x 8, rounded down
     falling = [(1 + math.cos(math.pi * n / (steps - warm))) / 2 for n in range(steps - warm)]
     assert recorder.rates == pytest.approx([1e-2 * one for one in [0, 1 / 3, 2 / 3, *falling]])
-    norms = logged(history, "grad_norm")
+    norms = runs.logged(history, "grad_norm")
     assert max(norms) > 1 > min(norms)
     for norm, gradients in zip(norms, recorder.gradients, strict=True):
         after = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
         assert after == pytest.approx(min(norm, 1), rel=ROUNDING)
 
 
-# ---- the base model's files ---------------------------------------------------------------------
-
-UP = "model.language_model.layers.1.mlp.up_proj.weight"
-
-
-def in_tensors(change):
-    """Return what changes the tensors of a model's folder."""
-
-    def spoil(folder):
-        new = changed_model(folder, folder.with_name("new"), change)
-        shutil.copy(f"{new}/{WEIGHTS}", folder)
-
-    return spoil
-
-
-def as_pickle(folder):
-    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
-    (folder / WEIGHTS).unlink()
-
-
-BAD_FILES = {
-    "a tensor is missing": in_tensors(lambda x: x.pop(UP)),
-    "it is a pickle": as_pickle,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", BAD_FILES)
-def test_weights_that_are_not_whole_safetensors_end_the_run(flags, tmp_path, what):
+def test_weights_that_are_not_whole_safetensors_end_the_run(tmp_path):
     """Transformers fills what is missing with random numbers, and only warns."""
+    missing = "model.language_model.layers.1.mlp.up_proj.weight"
     folder = shutil.copytree(TOY, tmp_path / "model")
-    BAD_FILES[what](folder)
-    with pytest.raises((t.UserError, OSError, RuntimeError, SafetensorError)) as error:
+    tensors = load_file(folder / WEIGHTS)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    del tensors[missing]
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(t.UserError, match=r"layers\.1\.mlp\.up_proj"):
         t.load_model(str(folder), "", "float32", "cpu")
-    if what == "a tensor is missing":
-        assert "layers.1.mlp.up_proj" in str(error.value)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(OSError):
+        t.load_model(str(folder), "", "float32", "cpu")
 
 
 def test_no_code_of_a_model_is_run(flags, tmp_path):
@@ -221,11 +166,8 @@ def test_no_code_of_a_model_is_run(flags, tmp_path):
     for name in ("config.json", "tokenizer_config.json"):
         entry = {"auto_map": {one: "mine.Theirs" for one in names}}
         edit_json(folder / name, lambda config, entry=entry: config.update(entry))
-    assert run([*flags, "--model_name", folder, "--max_steps", "1"]) == 0
+    t.build_trainer(runs.prepared([*flags, "--model_name", folder]))
     assert not marker.exists()
-
-
-# ---- the examples and their order ---------------------------------------------------------------
 
 
 def ids_of(examples):
@@ -236,13 +178,13 @@ def test_the_model_is_given_the_very_examples_once_an_epoch(finished, job):
     """Nothing is rendered again or packed."""
     train, held_out, recorded = ids_of(job.examples), ids_of(job.held_out), finished.recorded
     assert len(train) == 14 and len(held_out) == 4
-    epochs = [[rows_of([one]) for one in recorded.trained[n : n + 4]] for n in (0, 4)]
+    epochs = [[runs.rows_of([one]) for one in recorded.trained[n : n + 4]] for n in (0, 4)]
     assert len(recorded.trained) == 8
     for epoch in epochs:
         assert [len(step) for step in epoch] == [4, 4, 4, 2]
         assert sorted(itertools.chain(*epoch)) == sorted(train)
     assert sorted(map(sorted, epochs[0])) != sorted(map(sorted, epochs[1]))  # other groups
-    evaluated = rows_of(recorded.evaluated)
+    evaluated = runs.rows_of(recorded.evaluated)
     assert sorted(evaluated[: 3 * len(held_out)]) == sorted(held_out * 3)
     keys = set.union(*(one["keys"] for one in recorded.trained + recorded.evaluated))
     assert not keys & {"position_ids", "cu_seq_lens_q", "seq_idx"}  # of packed rows
@@ -250,8 +192,8 @@ def test_the_model_is_given_the_very_examples_once_an_epoch(finished, job):
 
 def test_nothing_is_cut_at_trls_own_limit(flags):
     """SFTConfig's max_length is 1,024 by default."""
-    job = prepared([*flags, "--max_seq_len", "2000"])
-    give_examples(job, [1500, 9, 20])
+    job = runs.prepared([*flags, "--max_seq_len", "2000"])
+    runs.give_examples(job, [1500, 9, 20])
     (batch,) = t.build_trainer(job).get_train_dataloader()
     lengths = sorted(batch["attention_mask"].sum(1).tolist())
     assert lengths == [9, 20, 1500] and (batch["labels"] != -100).sum() == 750 + 5 + 10
@@ -262,7 +204,7 @@ def test_like_lengths_are_together_in_an_order_of_seed_and_epoch(finished):
     numbers = random.Random(0)
     lengths = [numbers.randint(4, 60) for _ in range(401)]
     job = types.SimpleNamespace(settings=t.parse_settings(finished.flags))
-    job.examples = [made_up([1], [2] * (length - 1)) for length in lengths]
+    job.examples = [runs.made_up([1], [2] * (length - 1)) for length in lengths]
 
     def steps_of(seed, epoch):
         job.settings.SEED = seed
@@ -288,28 +230,25 @@ def test_like_lengths_are_together_in_an_order_of_seed_and_epoch(finished):
             assert abs(statistics.correlation(range(len(part)), part)) < 0.3
 
 
-# ---- losses and gradients -----------------------------------------------------------------------
-
-
 def test_the_losses_are_means_over_the_target_tokens(finished, job, base):
     """At first B is zero, so they are the base's; the last held-out loss is the adapter's."""
-    history = read_record(finished.output)["loss_history"]
+    history = runs.history(finished.output)
     assert "eval_loss" in history[0] and history[0]["step"] == 0
-    before, *_, last = logged(history, "eval_loss")
+    before, *_, last = runs.logged(history, "eval_loss")
     assert before == pytest.approx(token_loss(base, job.held_out), rel=ROUNDING)
     rows = finished.recorded.trained[0]["rows"]
     first = [example for example in job.examples if example.input_ids in rows]
     assert len({len(one.reply_ids) for one in first}) > 1  # a mean of means would differ
-    assert logged(history, "loss")[0] == pytest.approx(token_loss(base, first), rel=ROUNDING)
-    assert_the_last_loss_is_the_adapters(TOY, finished.output, job)
+    assert runs.logged(history, "loss")[0] == pytest.approx(token_loss(base, first), rel=ROUNDING)
+    assert_the_last_loss_is_the_adapters(finished.output, job)
     assert last < before - 0.1
 
 
-def assert_the_last_loss_is_the_adapters(model, output, job):
+def assert_the_last_loss_is_the_adapters(output, job):
     """Compare it with PEFT's model, row by row, without dropout; return that model."""
-    model = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(TOY, dtype="float32")
     model = peft.PeftModel.from_pretrained(model, output / "final_lora").eval()
-    last = logged(read_record(output)["loss_history"], "eval_loss")[-1]
+    last = runs.logged(runs.history(output), "eval_loss")[-1]
     assert last == pytest.approx(token_loss(model, job.held_out), rel=ROUNDING)
     return model
 
@@ -319,16 +258,16 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(flags, tmp_path):
     train_file = flags[flags.index("--train_file") + 1]
     more = ["--lora_dropout", "0.9", "--learning_rate", "1e-9", "--num_epochs", "1"]
     more += ["--eval_file", shutil.copy(train_file, tmp_path / "same.jsonl")]
-    recorder = record([*flags, *more], lambda trainer: set_b(trainer.model))
-    job = prepared([*flags, *more])
-    model = assert_the_last_loss_is_the_adapters(TOY, tmp_path / "output", job)
-    history = read_record(tmp_path / "output")["loss_history"]
-    with_dropout, (before, without) = logged(history, "loss"), logged(history, "eval_loss")
+    recorder = record([*flags, *more], lambda trainer: runs.set_b(trainer.model))
+    job = runs.prepared([*flags, *more])
+    model = assert_the_last_loss_is_the_adapters(tmp_path / "output", job)
+    history = runs.history(tmp_path / "output")
+    before, without = runs.logged(history, "eval_loss")
     with model.disable_adapter():  # before the first step it is the base's, whatever B is
         base_loss = token_loss(model, job.held_out)
     assert before == pytest.approx(base_loss, rel=ROUNDING) != without
     distances = []
-    for rows, loss in zip(recorder.trained, with_dropout, strict=True):
+    for rows, loss in zip(recorder.trained, runs.logged(history, "loss"), strict=True):
         examples = [one for one in job.examples if one.input_ids in rows["rows"]]
         distances.append(abs(loss - token_loss(model, examples)))
     assert max(distances) > 0.01
@@ -336,10 +275,11 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(flags, tmp_path):
 
 def losses_by_trl(job, examples, weights, batch_size, folder):
     """Return the Recorder and the log of TRL's own trainer on these examples in this order."""
-    rows = [
-        {"input_ids": one.input_ids, "labels": [-100] * len(one.prompt_ids) + one.reply_ids}
-        for one in examples
-    ]
+    rows = []
+    for one in examples:
+        labels = [-100] * len(one.prompt_ids) + one.reply_ids
+        rows.append({"input_ids": one.input_ids, "labels": labels})
+    lora = {"r": 8, "lora_alpha": 16, "target_modules": t.LORA_TARGET_MODULES}
     config = trl.SFTConfig(
         output_dir=str(folder), num_train_epochs=1, learning_rate=1e-9, bf16=False, use_cpu=True,
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=4 // batch_size,
@@ -351,12 +291,10 @@ def losses_by_trl(job, examples, weights, batch_size, folder):
         config,
         train_dataset=Dataset.from_list(rows),
         processing_class=job.tokenizer,
-        peft_config=peft.LoraConfig(
-            r=8, lora_alpha=16, target_modules=t.LORA_TARGET_MODULES, task_type="CAUSAL_LM"
-        ),
+        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **lora),
     )
     assert theirs.model.load_state_dict(weights, strict=False).unexpected_keys == []
-    recorder = Recorder(theirs)
+    recorder = runs.Recorder(theirs)
     theirs.train()
     return recorder, theirs.state.log_history
 
@@ -364,39 +302,37 @@ def losses_by_trl(job, examples, weights, batch_size, folder):
 GEMMA4 = transformers.Gemma4Config(  # without a tower for pictures, in which PEFT knows no q_proj
     text_config=SIZES | {"vocab_size_per_layer_input": 3072, "hidden_size_per_layer_input": 8}
 )
-HOWS = {  # tokens at once, the model's configuration, and TRL's own micro-batches
-    "a step at once": (None, None, 2),
-    "two examples at once": (128, None, 2),
+HOWS = {  # the model's configuration, and TRL's own micro-batches
+    "the toy": (None, 2),
     # TRL is not told the number of target tokens here, so it is right with whole steps alone.
-    "a class without loss kwargs": (128, GEMMA4, 4),
+    "a class without loss kwargs": (GEMMA4, 4),
 }
 
 
 @pytest.mark.parametrize("how", HOWS)
 def test_the_losses_and_gradients_are_those_of_trl(flags, tmp_path, how):
-    """On the same rows in the same order."""
-    tokens, config, trls_batch = HOWS[how]
+    """On the same rows in the same order, with two examples at once."""
+    config, trls_batch = HOWS[how]
 
     def prepare(trainer):
-        set_b(trainer.model)
-        if tokens:
-            at("on_step_begin", 0, lambda one: setattr(one, "tokens_at_once", tokens))(trainer)
+        runs.set_b(trainer.model)
+        at("on_step_begin", 0, lambda one: setattr(one, "tokens_at_once", 128))(trainer)
 
     flags = [*flags, "--learning_rate", "1e-9", "--lora_dropout", "0", "--warmup_ratio", "0"]
     flags += ["--num_epochs", "1", "--eval_file", ""]
     if config:
         flags += ["--model_name", model_of(config, tmp_path / "model", has_weights=True)]
-    ours, job = record(flags, prepare), prepared(flags)
-    assert (len(ours.trained) > 6) == bool(tokens)  # of four steps
+    ours, job = record(flags, prepare), runs.prepared(flags)
+    assert len(ours.trained) > 6  # of four steps
     examples = {tuple(example.input_ids): example for example in job.examples}
-    order = [examples[tuple(row)] for row in rows_of(ours.trained)]
+    order = [examples[tuple(row)] for row in runs.rows_of(ours.trained)]
     theirs, log = losses_by_trl(job, order, ours.weights[0], trls_batch, tmp_path / "trl")
-    assert rows_of(theirs.trained) == ids_of(order)
-    history = read_record(tmp_path / "output")["loss_history"]
+    assert runs.rows_of(theirs.trained) == ids_of(order)
+    history = runs.history(tmp_path / "output")
     for key in ("loss", "grad_norm"):
-        expected = logged(log, key)
+        expected = runs.logged(log, key)
         assert len(expected) == 4
-        assert logged(history, key) == pytest.approx(expected, rel=ROUNDING), key
+        assert runs.logged(history, key) == pytest.approx(expected, rel=ROUNDING), key
     for got, expected in zip(ours.gradients, theirs.gradients, strict=True):
         assert_near(got, expected)
 
@@ -417,21 +353,19 @@ def test_it_multiplies_in_bfloat16_and_lora_and_loss_are_in_float32(flags, tmp_p
 
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy_on_the_loss)
-    assert run([*flags, "--dtype", "bfloat16", "--max_steps", "1"]) == 0
+    assert runs.run([*flags, "--dtype", "bfloat16", "--max_steps", "1"]) == 0
     assert seen == {(False, one, one) for one in (torch.bfloat16, torch.float32)} and losses
-    assert {x.dtype for x in load_file(tmp_path / "output" / ADAPTER).values()} == {torch.float32}
-
-
-# ---- numbers that are not finite ----------------------------------------------------------------
+    tensors = load_file(tmp_path / "output" / runs.ADAPTER).values()
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
 def spoil_b(trainer):
-    name = next(name for name in lora(trainer.model) if "lora_B" in name)
-    lora(trainer.model)[name].data[0, 0] = math.nan
+    name = next(name for name in runs.lora(trainer.model) if "lora_B" in name)
+    runs.lora(trainer.model)[name].data[0, 0] = math.nan
 
 
 def spoil_gradient(trainer):
-    parameter = next(p for name, p in lora(trainer.model).items() if "lora_B" in name)
+    parameter = next(p for name, p in runs.lora(trainer.model).items() if "lora_B" in name)
     parameter.register_hook(lambda gradient: gradient * math.inf)
 
 
@@ -443,36 +377,29 @@ NOT_FINITE = {  # what is spoilt, and the checkpoints that were written before
 
 
 @pytest.mark.parametrize("what", NOT_FINITE)
-def test_what_is_not_finite_ends_the_run_before_it_is_saved(
-    flags, tmp_path, monkeypatch, capfd, what
-):
+def test_what_is_not_finite_is_never_saved(flags, tmp_path, monkeypatch, capfd, what):
     spoil, before = NOT_FINITE[what]
-    on_trainer(monkeypatch, spoil)
-    refused(capfd, flags, "LEARNING_RATE")
-    assert checkpoints(tmp_path / "output") == before
+    runs.on_trainer(monkeypatch, spoil)
+    runs.refused(capfd, flags, "LEARNING_RATE")
+    assert runs.checkpoints(tmp_path / "output") == before
     assert not (tmp_path / "output" / "final_lora").exists()
-    assert read_record(tmp_path / "output")["outcome"].startswith("failed: ")
+    assert runs.read_record(tmp_path / "output")["outcome"].startswith("failed: ")
 
 
-# ---- edits of the script that would be wrong in silence -----------------------------------------
-
-IGNORED = [
-    "label_smoothing_factor=0.5",
-    'loss_type="dft"',
-    "per_device_train_batch_size=8",
-    "num_train_epochs=7",
-    "logging_nan_inf_filter=True",
-    "save_only_model=True",
-]
+NEEDED = {
+    "loss_type": "dft", "gradient_accumulation_steps": 2, "label_smoothing_factor": 0.5,
+    "per_device_train_batch_size": 8, "num_train_epochs": 7, "max_steps": 99, "logging_steps": 2,
+    "packing": True, "bf16": True, "fp16": True, "save_only_model": True, "ignore_data_skip": True,
+    "logging_nan_inf_filter": True, "dataloader_drop_last": True,
+    "average_tokens_across_devices": False,
+}  # fmt: skip
 
 
-def test_an_argument_that_would_be_ignored_is_refused(flags, tmp_path, capfd):
+def test_an_argument_that_would_be_ignored_or_wrong_is_refused(flags, monkeypatch):
     """By the dry run already, which names it."""
-    for argument in IGNORED:
-        name, _, value = argument.partition("=")
-        (tmp_path / name).mkdir()
-        change = f"config = _made(job)\n    config.{name} = {value}\n    return config\n"
-        edits = [("def training_config(", f"def training_config(job):\n    {change}\n\ndef _made(")]
-        script = edited_script(tmp_path, *edits)
-        print(argument)
-        refused(capfd, [*flags, "--dry_run"], name, main=script.main)
+    job = runs.prepared(flags)
+    for name, value in NEEDED.items():
+        with monkeypatch.context() as patch:
+            runs.edit_config(patch, "training_config", **{name: value})
+            with pytest.raises(t.UserError, match=rf"\b{name}\b"):
+                t.make_plan(job)
