@@ -50,9 +50,12 @@ class MergedByHand:
         merged = dict(self.weights)
         for path, (scale, b, a) in self.factors.items():
             if wanted(path):
-                rank = max(1, len(a) // divisor) if divisor else None
-                u, s, v = np.linalg.svd(scale * b @ a, full_matrices=False)
-                update = torch.tensor((u[:, :rank] * s[:rank]) @ v[:rank], dtype=torch.float32)
+                update = scale * b @ a
+                if divisor:
+                    rank = max(1, len(a) // divisor)
+                    u, s, v = np.linalg.svd(update, full_matrices=False)
+                    update = (u[:, :rank] * s[:rank]) @ v[:rank]
+                update = torch.tensor(update, dtype=torch.float32)
                 merged[f"{path}.weight"] = self.weights[f"{path}.weight"] + strength * update
         self.model.load_state_dict(merged)
 
