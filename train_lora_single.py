@@ -10,7 +10,7 @@ earlier adapter is overwritten.
 
 The file has sections: SETTINGS, FLAGS, THE RUN (the whole job in one function), THE HEART (what is
 trained, and how a step is done), MEMORY, MODEL, DATA, TOKENS, PLAN, RESUMING, TRAINING, SAVING,
-FP16 MATMUL (for a V100), COMMAND LINE. The first four tell what happens; the others, how.
+FP16 MATMUL (for a V100), COMMAND LINE. SETTINGS, THE RUN and THE HEART tell what happens.
 """
 
 # `uv run train_lora_single.py --demo` reads this (PEP 723), and needs no environment made by hand.
@@ -1059,7 +1059,8 @@ def check_messages(messages: list[Any], accepts_thinking: bool = False) -> None:
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         found = ", ".join(roles) or "none"
-        raise ValueError(f"the roles must be [system,] user, assistant, user, ..., but are {found}")
+        wanted = "[system,] user, assistant, ..., and a reply comes last"
+        raise ValueError(f"the roles must be {wanted}, but are {found}")
 
 
 def problems_as_text(problems: list[str]) -> str:
@@ -1410,7 +1411,7 @@ def begin(job: Job) -> None:
     write_record(job, "running")
 
 
-# ==== TRAINING: the order of the examples, evaluation, what is printed, saving and stopping
+# ==== TRAINING: evaluation, what is printed, saving and stopping
 #
 # At Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the step is finished and saved first. An evaluation stops
 # between two batches, and is made anew when the run goes on. Before the first step, while the
@@ -1473,7 +1474,8 @@ class RunEvents(transformers.TrainerCallback):
         for key in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(key, 0.0)):
                 advice = "lower LEARNING_RATE" if step else "check the model's files"
-                raise UserError(f"{key} is {logs[key]} at step {step:,}: {advice}, or use float32.")
+                exact = "--matmul native" if job.matmul == "float16" else "--dtype float32"
+                raise UserError(f"{key} is {logs[key]} at step {step:,}: {advice}, or try {exact}.")
         job.history = [*state.log_history]
         if "eval_loss" in logs:
             note = "  (the base model, before training)" if step == 0 else ""
@@ -1696,9 +1698,9 @@ def summarize(job: Job, step: int) -> None:
             text += f"; lowest at step {best:,} ({losses[best]:.4f}): --final_lora best"
     report("done", text)
     text = ""
-    if (HERE / "inspect_lora").is_dir():
+    if Path("inspect_lora").is_dir():
         is_shipped = os.path.realpath(settings.EVAL_FILE) == DEMO["EVAL_FILE"]
-        rules = f" --rules {HERE}/data/rules.json" if is_shipped else ""
+        rules = " --rules data/rules.json" if is_shipped else ""
         text = "# what it gained, and what else it changed:\n"
         text += f"python -m inspect_lora evidence {final}{rules}\n"
         text += f"# talk to it:\npython -m inspect_lora chat {final}\n"

@@ -149,9 +149,11 @@ def verify(folder: Path, modules: list[Module]) -> None:
 def serving_command(written: SavedAdapter, folder: Path, on: dict[str, Any]) -> str:
     """Return the command for vLLM; on is what the report was measured on, if there is one."""
     config, largest = written.config, max(module.r for module in written.modules)
-    revision = ["--revision", config["revision"]] if config.get("revision") else []
+    base = on.get("base") or adapter_file.base_of(written) or "BASE"
+    commit = on["commit"] if "base" in on else config.get("revision")
+    revision = ["--revision", commit] if commit else []
     rank = next((rank for rank in VLLM_RANKS if rank >= largest), largest)
-    words = ["vllm", "serve", adapter_file.base_of(written) or "BASE", *revision, "--enable-lora"]
+    words = ["vllm", "serve", base, *revision, "--enable-lora"]
     words += ["--max-lora-rank", str(rank), "--lora-modules", f"adapter={folder}"]
     kwargs = json.dumps({"enable_thinking": bool(on.get("enable_thinking"))})
     return shlex.join([*words, "--default-chat-template-kwargs", kwargs])

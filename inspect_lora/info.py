@@ -135,10 +135,14 @@ def facts_of(saved: SavedAdapter) -> dict[str, str]:
 
 def names_of(saved: SavedAdapter) -> tuple[bool | None, str]:
     """Return whether vLLM up to 0.32 applies tensors of such names, None if not known, and why."""
-    if any("language_model." in one.path for one in saved.modules):
-        return True, "those of a model for images and text: vLLM applies them"
     base = base_config(saved)
-    if base and "text_config" not in base:
+    is_text_model = bool(base) and "text_config" not in base
+    if any("language_model." in one.path for one in saved.modules):
+        ours = "those of a model for images and text"
+        if is_text_model:
+            return False, f"{ours}, but the base is a text model: vLLM ignores them without a word"
+        return True, f"{ours}: vLLM applies them{'' if base else ' if the base is one'}"
+    if is_text_model:
         return True, "those of a text model, as the base is: vLLM applies them"
     images = "The base takes images, too:" if base else "If the base takes images, too (Qwen3.5),"
     beside = saved.place.resolve().with_name("final_lora_vllm")

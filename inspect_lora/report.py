@@ -18,6 +18,7 @@ from typing import Any
 from inspect_lora import record
 from inspect_lora.common import aligned, from_here, say, wrapped, write_whole
 from inspect_lora.record import Estimate, Exchange, Line, Part, Record, Shift
+from inspect_lora.rules import KEYS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PICTURE, PAGE = "picture.png", "replies.html"
@@ -296,7 +297,11 @@ def as_markdown(found: Record) -> str:
         section("Replies", table_of_replies(found)),
         *map(markdown_of_exchange, shown_exchanges(found)),
         "## What was measured",
-        "\n".join(f"- {name}: {escaped(str(fact))}" for name, fact in facts_of(found).items()),
+        "\n".join(
+            f"- {name}: {escaped(str(fact))}"
+            for name, fact in facts_of(found).items()
+            if fact != ""
+        ),
     ]
     return "\n\n".join(part for part in sections if part) + "\n"
 
@@ -313,8 +318,8 @@ def section(title: str, table: Table, about: str = "", level: str = "##") -> str
 
 
 def rule_in_words(rule: dict[str, Any]) -> str:
-    """Return what a rule asks of a reply."""
-    values = {key: json.dumps(value, ensure_ascii=False) for key, value in rule.items()}
+    """Return what a rule asks of a reply; the phrases that it must hold come first."""
+    values = {key: json.dumps(rule[key], ensure_ascii=False) for key in KEYS if key in rule}
     return "; ".join(f"{key.replace('_', ' ')}: {text.strip('[]')}" for key, text in values.items())
 
 

@@ -50,7 +50,9 @@ def run(options: argparse.Namespace) -> None:
     found = record.read(Path(options.folder))
     server = find_server(re.sub(r"(/v1)?/*$", "", options.url), options.name)
     if not found.probes:
-        raise InspectError(f"{options.folder} has no replies to score: measure it to its end.")
+        raise InspectError(
+            f"{options.folder} holds no replies to score: measure with --replies above 0."
+        )
     here = [(one.base, one.adapter) for one in found.probes]
     names = (server.base, server.adapter)
     there = [tuple(score(server, name, one) for name in names) for one in found.probes]

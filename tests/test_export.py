@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import warnings
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_no_command_serves_names_that_vllm_ignores(plain, export, capfd, tmp_pat
     assert f"vllm serve {text} " in export(plain, tmp_path / "3", "--scale", 2)
 
 
-def test_the_serving_command_thinks_as_the_report_did(export, tmp_path):
+def test_the_serving_command_is_for_what_the_report_measured(export, tmp_path):
     plain = save_adapter(tmp_path / "adapter", r=9)
     change_config(plain, base_model_name_or_path="some/base", revision="abc")
     said = export(plain, tmp_path / "new", "--vllm")
@@ -124,8 +125,11 @@ def test_the_serving_command_thinks_as_the_report_did(export, tmp_path):
     assert [word for word in words if word not in said] == []
     report = tmp_path / "inspected" / "adapter" / "evidence.json"
     report.parent.mkdir(parents=True)
-    report.write_text('{"on": {"enable_thinking": true}}')
-    assert """'{"enable_thinking": true}'""" in export(plain, tmp_path / "2", "--vllm")
+    on = {"enable_thinking": True, "base": "its/original", "commit": ""}
+    report.write_text(json.dumps({"on": on}))
+    said = export(plain, tmp_path / "2", "--vllm")
+    assert """'{"enable_thinking": true}'""" in said
+    assert "vllm serve its/original --enable-lora" in said
 
 
 def test_the_tokenizer_and_where_it_comes_from_go_along(plain, export, tmp_path):

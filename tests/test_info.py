@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -154,6 +155,8 @@ def test_the_names_are_told_with_what_vllm_does(adapters, plain, tmp_path, info)
     assert info(adapters["wrapper"])["vllm_0_32_applies"] is True
     text = toys.model_of(toys.family("Llama"), tmp_path / "llama")
     assert info(change_config(plain, base_model_name_or_path=text))["vllm_0_32_applies"] is True
+    wrong = shutil.copytree(adapters["wrapper"], tmp_path / "wrong")
+    assert info(change_config(wrong, base_model_name_or_path=text))["vllm_0_32_applies"] is False
     change_config(plain, base_model_name_or_path="someone/not-on-this-machine")
     assert info(plain)["vllm_0_32_applies"] is None
     (tmp_path / "final_lora_vllm").mkdir()
