@@ -209,7 +209,7 @@ def test_a_trained_token_of_an_embedding_of_its_own_is_found(untied, tmp_path, n
     weight = base.get_input_embeddings().weight.detach().clone()
     weight[AutoTokenizer.from_pretrained(untied).convert_tokens_to_ids("<|im_start|>")] += 1
     change_tensors(folder, lambda tensors: tensors.update({EMBEDDING: weight}))
-    not_measured(folder, "embedding", more=["--base", untied])
+    not_measured(folder, folder.name, more=["--base", untied])
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -105,7 +105,7 @@ def test_losses_are_compared_on_the_replies_that_all_have(compare, make):
         ({"lines": []}, "held-out"),
         ({"lines": [replace(line, id=f"{line.id}'") for line in lines_of(60)]}, "held-out"),
         ({"finished": False}, "stopped"),
-        ({"schema": 2}, "schema"),
+        ({"schema": 2}, "evidence.json"),
         ({"id": "b"}, "again"),
     ],
 )

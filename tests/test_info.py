@@ -182,7 +182,7 @@ def test_what_is_no_adapter_is_refused(capfd, plain):
         (lambda: (plain / TENSORS).write_bytes(b"cut short"), TENSORS),
         (lambda: change_config(plain, peft_type="IA3"), "IA3"),
         (lambda: (plain / CONFIG).write_text("{"), CONFIG),
-        (lambda: (plain / TENSORS).rename(plain / "adapter_model.bin"), "pickle"),
+        (lambda: (plain / TENSORS).rename(plain / "adapter_model.bin"), "PEFT"),
         (lambda: plain.rename(plain.parent / "moved"), plain.name),
     ):
         change()

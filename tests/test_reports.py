@@ -135,7 +135,7 @@ def test_the_report_names_kinds_checks_with_their_rules_and_the_system_message(c
     text, page = read(found), read(found, "replies.html")
     for word in ("999", "112", "wait", "most questions: 1", "rings", SYSTEM, *KINDS):
         assert word in text and word in page
-    assert "20 of 30" in text and page.count("000") == 1  # a rule stands there once
+    assert re.search(r"\b20\b.*\b30\b", text) and page.count("000") == 1  # a rule stands there once
     assert all(word in text for word in ("someone/model", "abc", "12ab", "float32"))
 
 

@@ -263,7 +263,8 @@ LACKING = {  # what happens to its folder
 def test_a_model_that_cannot_be_used_is_named(lacking, capfd):
     write("t", HELLO)
     LACKING[lacking](Path(model_with()))
-    refused(capfd, [*DRY, "--model_name", "model"], "model")
+    named = "generation_config.json" if lacking == "end" else "model"
+    refused(capfd, [*DRY, "--model_name", "model"], named)
 
 
 def test_a_model_of_the_hub_that_cannot_be_read_is_named(capfd, monkeypatch):
@@ -273,7 +274,7 @@ def test_a_model_of_the_hub_that_cannot_be_read_is_named(capfd, monkeypatch):
     response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
     gated = Mock(side_effect=GatedRepoError("403 Client Error", response=response))
     monkeypatch.setattr(huggingface_hub, "resolve_revision", gated)
-    refused(capfd, flags, "some-one/a-model", "login")
+    refused(capfd, flags, "https://huggingface.co/some-one/a-model")
 
 
 def test_up_to_a_tenth_that_is_too_long_is_left_out_and_nothing_is_cut(capfd, job):
