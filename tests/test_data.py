@@ -136,6 +136,7 @@ REFUSED = {
     "trailing comma": GOOD[:-1] + b",}",
     "curly quotes": GOOD.decode().replace('"', "\u201c").encode(),
     "two objects": GOOD + b" " + GOOD,
+    "a key twice": b'{"messages": [], ' + GOOD[1:],
     "a number": b"42",
     "nested too deeply": b'{"messages": ' + b"[" * 99_999 + b"]" * 99_999 + b"}",
     "tools": line(messages=talk("ua"), tools=[{"name": "ring"}]),
