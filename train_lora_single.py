@@ -93,7 +93,7 @@ LORA_TARGET_MODULES = [  # the modules that get LoRA
 NUM_EPOCHS = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS = 0  # stop after this many steps, to try things out; 0 for all epochs
 BATCH_SIZE = 2  # examples in a step = BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS
-GRADIENT_ACCUMULATION_STEPS = 2  # the other factor; how many go at once is found out, see MEMORY
+GRADIENT_ACCUMULATION_STEPS = 2  # the other factor; how many fit at once is found out, see MEMORY
 LEARNING_RATE = 2e-4  # the highest rate; lower it if the loss jumps
 LR_SCHEDULER_TYPE = "cosine"  # after the warm-up: cosine, linear or constant_with_warmup
 WARMUP_RATIO = 0.03  # the share of the steps in which the learning rate rises from 0
@@ -101,8 +101,8 @@ SEED = 42  # decides dropout, the order of the examples, and the values that A b
 
 # Results.
 OUTPUT_DIR = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
-LOGGING_STEPS = 10  # a line is printed every so many steps
-SAVE_STEPS = 50  # a checkpoint every so many steps; a crash loses the steps since then
+LOGGING_STEPS = 10  # a line after every so many steps: their mean loss
+SAVE_STEPS = 50  # a checkpoint after every so many steps; a crash loses the steps since then
 FINAL_LORA = "last"  # which epoch becomes final_lora: last, or best (lowest held-out loss)
 REPORT_TO = "none"  # also log to tensorboard, wandb or trackio
 
@@ -605,11 +605,11 @@ def check_only_lora_is_trained(model: peft.PeftModel, job: Job) -> None:
     if trained != planned or total != job.all_parameters:
         wrong = sorted(trained.items() ^ planned.items(), key=str)[:4]
         text = f"LoRA is not in place as planned: {shown}, and these differ: {wrong}."
-        raise UserError(f"{text} A whole module is trained in DTYPE; set it to float32.")
+        raise UserError(f"{text} Modules that are trained whole have DTYPE: set it to float32.")
     report("model", f"{shown}, in float32; the rest is frozen")
 
 
-# Whoever wants to know what is trained, and how, may stop reading here. (TOKENS has the targets.)
+# To know what is trained, and how, you need not read on. (TOKENS has the targets.)
 
 # ==== MEMORY: how many examples go through the GPU at once
 #
@@ -901,7 +901,7 @@ def read_data(job: Job) -> None:
         train, held_out = hold_out(train, percent)
     elif settings.EVAL_FILE and not percent:
         held_out = read_conversations(settings.EVAL_FILE, settings.REPLIES, problems)
-    job.examples = encode(train, job, problems)
+    job.examples = encode(train, job, problems, "training")
     job.held_out = encode(held_out, job, problems)
     if problems:
         raise UserError(f"{problems_as_text(problems)}\nNothing was trained.")
@@ -932,19 +932,24 @@ def read_conversations(
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}; in {Path.cwd()}).") from error
-    examples = []
+    examples, unpaired = [], 0
     for source, text in entries_of(content, path).items():
         try:
-            messages, teaches_one = messages_of(parse_line(text))
+            row = parse_line(text)
+            messages, teaches_one = messages_of(row)
             check_messages(messages, accepts_thinking)
         except ValueError as error:
             problems.append(f"{source}: {one_line(error, 400)}")
             continue
+        if "conversations" in row:
+            unpaired += len(row["conversations"]) + bool(row.get("system")) - len(messages)
         row = json.loads(text.decode("utf-8-sig"))  # with what is null
         places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         if teaches_one or replies == "last":
             places = places[-1:]
         examples += [Example(source, messages[: place + 1], row) for place in places]
+    if unpaired:
+        report("left out", f"{path}: {unpaired:,} greetings and last questions without a reply")
     return examples
 
 
@@ -1115,7 +1120,9 @@ def hold_out(examples: list[Example], percent: int) -> tuple[list[Example], list
 # cut reply has no end, and would teach not to stop.
 
 
-def encode(examples: list[Example], job: Job, problems: list[str]) -> list[Example]:
+def encode(
+    examples: list[Example], job: Job, problems: list[str], which: str = "held-out"
+) -> list[Example]:
     """Return the examples that fit, with their tokens; add what is wrong with any to problems."""
     rendered, limit = [], job.settings.MAX_SEQ_LEN
     for example in tqdm(examples, "rendering", leave=False, disable=None):
@@ -1128,8 +1135,8 @@ def encode(examples: list[Example], job: Job, problems: list[str]) -> list[Examp
     if too_long:
         lengths = sorted(len(example.input_ids) for example in rendered)
         nine_tenths = lengths[-1 - len(lengths) // 10]
-        text = f"{len(too_long):,} of {len(examples):,} examples are longer than MAX_SEQ_LEN "
-        text += f"{limit}; {nine_tenths} would keep nine tenths, and {lengths[-1]} all"
+        text = f"{len(too_long):,} of {len(examples):,} {which} examples are longer than "
+        text += f"MAX_SEQ_LEN {limit}; {nine_tenths} would keep nine tenths, and {lengths[-1]} all"
         if len(too_long) > len(examples) / 10:
             problems.append(f"{too_long[0]}: {text}")
         else:
@@ -1165,8 +1172,8 @@ def render(messages: list[dict[str, str]], job: Job) -> tuple[list[int], list[in
         raise ValueError(f"{text} training would not equal serving; use another model or template")
     ends = [place for place, token in enumerate(reply_ids, 1) if token in job.stop_ids]
     if not ends:
-        text = "the chat template ends the reply with no token at which the model stops"
-        raise ValueError(f"{text}; name that token in generation_config.json")
+        text = "the chat template ends the reply with none of the model's stop tokens"
+        raise ValueError(f"{text}; add its end-of-turn token to generation_config.json")
     return prompt_ids, reply_ids[: ends[0]]  # without the newline that follows it
 
 
@@ -1276,7 +1283,7 @@ def show_plan(job: Job) -> None:
     for name in SETTINGS.keys() - read:
         report("warning", f"{name} changes nothing: no line of this script reads settings.{name}")
     if "strftime_now(" in job.tokenizer.get_chat_template():
-        report("warning", "the chat template prints the date, so tomorrow this is another job")
+        report("warning", "the chat template prints the date: on another day no run is resumed")
 
 
 # ==== RESUMING: which checkpoints belong to this job
@@ -1379,7 +1386,7 @@ def tell_of_other_jobs(job: Job, record: dict[str, Any]) -> None:
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         had = join_limited([f"{name} {one_line(before.get(name), 40)}" for name in names], 3, "; ")
         size = sum(path.stat().st_size for folder in others for path in folder.glob("*/*")) >> 20
-        text = f"a new job begins; {len(others)} other(s) in {job.folder.parent} may be deleted"
+        text = f"a new job begins; you may delete {len(others)} other(s) in {job.folder.parent}"
         report("resume", f"{text} ({size:,} MB); the newest had {had}")
     if record:
         report("resume", f"until this job is verified, final_lora is that of {record.get('job')}")
@@ -1506,7 +1513,7 @@ class RunEvents(transformers.TrainerCallback):
                     shutil.rmtree(saved[older], ignore_errors=True)
         job.signals_wait = step < job.steps  # nothing is left to save at the end
         if job.stops or (job.stop_signal and self.trainer.accelerator.num_processes == 1):
-            raise Stopped(f"Stopped after step {step} of {job.steps}; the same command goes on.")
+            raise Stopped(f"Stopped after step {step} of {job.steps}; the same command resumes it.")
 
 
 def example_losses(
@@ -1562,7 +1569,8 @@ def pad(examples: list[Example], device: torch.device) -> dict[str, Tensor]:
 #   NAME.DATE-TIME     what an earlier run left under that name
 #
 # Beside each adapter lies learned.txt, a hash of each prompt that it learned to reply to: it can be
-# measured elsewhere on what it has not learned, and no conversation is published with it.
+# measured elsewhere on what it has not learned. Nobody reads a conversation in it; whoever knows or
+# guesses a prompt can tell that it is there.
 
 CARD = """---
 base_model: {name}
@@ -1607,7 +1615,7 @@ def save_final_lora(trainer: LoraTrainer, job: Job) -> None:
     given = {"name": job.settings.MODEL_NAME, "revision": revision, "dtype": job.settings.DTYPE}
     (final / "README.md").write_text(CARD.format(messages=messages, **given), encoding="utf-8")
     write_record(job, "finished", final, step)
-    if job.config.get_text_config() is not job.config:
+    if job.config.get_text_config() is not job.config and not has_patterns(job):
         save_for_vllm(final, staging / "final_lora_vllm")
     verified = verify_saved_adapter(model, job, staging)
     job.signals_wait = True  # between two renames there may be no final_lora
@@ -1628,16 +1636,18 @@ def save_for_vllm(final: Path, for_vllm: Path) -> None:
     With others vLLM 0.17 to 0.32 loads it without complaint, and serves the base model.
     """
     for_vllm.mkdir()
-    for name in ("learned.txt", "run.json"):
+    for name in ("adapter_config.json", "learned.txt", "run.json"):
         shutil.copy(final / name, for_vllm)
-    config = read_json(final / "adapter_config.json")
-    for key in ("rank_pattern", "alpha_pattern"):
-        config[key] = {name_in_wrapper(name): value for name, value in config[key].items()}
-    write_json(for_vllm / "adapter_config.json", config)
     tensors = safetensors.torch.load_file(final / "adapter_model.safetensors")
     tensors = {name_in_wrapper(name): tensor for name, tensor in tensors.items()}
     path = for_vllm / "adapter_model.safetensors"
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+def has_patterns(job: Job) -> bool:
+    """Return whether modules have an r or alpha of their own, which vLLM ignores in silence."""
+    config = lora_config(job.settings)
+    return bool(config.rank_pattern or config.alpha_pattern)
 
 
 def name_in_wrapper(name: str) -> str:
@@ -1673,7 +1683,7 @@ def verify_saved_adapter(model: peft.PeftModel, job: Job, staging: Path) -> str:
         wrong += sorted(wanted_tensors.keys() ^ found.keys())
         common = wanted_tensors.keys() & found.keys()
         wrong += [name for name in common if not found[name].equal(wanted_tensors[name])]
-    text = f"the logits are {error:.2g} from the trained model's and {effect:.2g} from the base's"
+    text = f"logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
     if wrong or not (effect > 0 and error <= effect / 10):
         text = f"Not verified: {len(wrong)} tensors differ ({wrong[:3]}), and {text}."
         raise UserError(f"{text} If the latter is about 0, LEARNING_RATE is too small.")
@@ -1704,8 +1714,12 @@ def summarize(job: Job, step: int) -> None:
         text = "# what it gained, and what else it changed:\n"
         text += f"python -m inspect_lora evidence {final}{rules}\n"
         text += f"# talk to it:\npython -m inspect_lora chat {final}\n"
+    if has_patterns(job):
+        text += "# make what vLLM applies: it ignores rank_pattern and alpha_pattern\n"
+        report("next", f"{text}python -m inspect_lora export {final} {for_vllm} --vllm")
+        return
     largest = max(min(shape) for name, shape in job.trained_shapes.items() if "lora_A" in name)
-    rank = max(8, 2 ** math.ceil(math.log2(largest)))  # vLLM takes no numbers between these
+    rank = max(8, 2 ** math.ceil(math.log2(largest)))  # vLLM takes powers of two
     text += f"# serve it:\nvllm serve {settings.MODEL_NAME} --enable-lora --max-lora-rank {rank} "
     text += f"--lora-modules adapter={for_vllm if for_vllm.is_dir() else final} "
     text += "--default-chat-template-kwargs '{\"enable_thinking\": false}'"
@@ -1827,7 +1841,7 @@ class ScaledFp16Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, rows: Tensor, weight: Tensor) -> Tensor:
-        """Multiply, and keep the weight for the way back."""
+        """Multiply, and keep the weight for the backward pass."""
         context.weight = weight
         return scaled_fp16_matmul(rows, weight.T)
 
@@ -1919,7 +1933,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file in such a way that there is never half of it."""
+    """Write a JSON file in such a way that it is never half written."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(json.dumps(value, indent=1, default=as_json_value), encoding="utf-8")
     new.replace(path)
@@ -1980,7 +1994,7 @@ def catch_signals(job: Job) -> None:
         if job.signals_wait and not is_second:
             report("stopping", "finishing and saving what was begun; a second signal stops at once")
             return
-        raise Stopped("Stopped. The same command goes on from the newest checkpoint, if any.")
+        raise Stopped("Stopped. The same command resumes from the newest checkpoint, if any.")
 
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it

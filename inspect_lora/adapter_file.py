@@ -127,6 +127,13 @@ class SavedAdapter:
         return r, alpha, alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
 
     @property
+    def uneven(self) -> list[str]:
+        """The modules with another scaling than by r and lora_alpha, which vLLM takes for all."""
+        power = 0.5 if self.config.get("use_rslora") else 1
+        common = self.config["lora_alpha"] / self.config["r"] ** power
+        return [one.path for one in self.modules if not math.isclose(one.scaling, common)]
+
+    @property
     def more(self) -> list[str]:
         """What it holds or asks for besides A and B of linear modules; then it has no parts."""
         found = [key for key in MORE_THAN_LORA if self.config.get(key)]
@@ -167,9 +174,8 @@ def read_adapter(place: Path) -> SavedAdapter:
     path = place / "adapter_config.json"
     saved = read_json(path)
     if saved.get("peft_type") != "LORA":
-        raise InspectError(
-            f"{path} is missing, damaged, or of another kind than LORA ({saved.get('peft_type')})."
-        )
+        kind = saved.get("peft_type")
+        raise InspectError(f"{path} is missing, damaged, or of another kind than LORA ({kind}).")
     defaults = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}  # PEFT's
     config = defaults | {key: value for key, value in saved.items() if value is not None}
     return SavedAdapter(place, config, *read_tensors(place / "adapter_model.safetensors"))
@@ -217,14 +223,14 @@ def faults_of(saved: SavedAdapter) -> list[str]:
             name for parts in saved.pairs.values() if len(parts) < 2 for name in parts.values()
         ],
         "NaN: or infinity": [name for name in tensors if not np.isfinite(tensors[name]).all()],
-        "zero: each A or B is, so nothing is changed": [one.path for one in modules if is_zero],
-        "rank: A or B has another one than adapter_config.json says": [
+        "zero: all updates are 0, so nothing is changed": [one.path for one in modules if is_zero],
+        "rank: A or B does not have the one that adapter_config.json gives": [
             one.path for one in modules if not one.fits and not has_experts
         ],
-        "init_lora_weights: it changed the base, which the adapter needs so": [
+        "init_lora_weights: it changed the base's weights, and only those fit": [
             start for kind in CHANGES_THE_BASE if start.startswith(kind)
         ],
-        "doubled: programs differ in which one they take": [
+        "doubled: a tensor is there twice, and programs differ in which one they take": [
             place for place, count in places.items() if count > 1
         ],
     }
@@ -258,6 +264,12 @@ def base_config(saved: SavedAdapter) -> dict[str, Any]:
 
             path = try_to_load_from_cache(base, "config.json")
     return read_json(Path(path)) if isinstance(path, str | Path) else {}
+
+
+def is_on_text_model(saved: SavedAdapter) -> bool | None:
+    """Return whether the base takes text alone, None if its config.json is not on this machine."""
+    base = base_config(saved)
+    return "text_config" not in base if base else None
 
 
 def original_of(base: str) -> str:

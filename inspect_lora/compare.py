@@ -1,10 +1,10 @@
-"""Put adapters that `evidence` has measured side by side, the lowest held-out loss first.
+"""Compare adapters of one base that `evidence` has measured, the lowest held-out loss first.
 
-Each evidence.json in the folders and below is read, also under a dated name; of one adapter the
-newest counts. Losses are compared on the held-out replies that all have, checks on the prompts that
-all have, by the same rule. The intervals against the best hold 95 % together for all pairs
-(Bonferroni), since it was picked. Of two adapters replies.html shows what both reply, side by side
-or to be read blind.
+Every evidence.json in the folders and below is read, also under a dated name; the newest report of
+an adapter counts. Losses are compared on the held-out replies that all adapters share, checks on
+the prompts that all share with the same rule. The intervals against the best adapter have joint
+95 % coverage over all pairs (Bonferroni), since it was picked as the best. For two adapters,
+replies.html shows both replies to each prompt, side by side or blind.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         say(
             "held-out",
             f"{len(lines)} replies that all have; base {' to '.join(ends)}; "
-            "intervals of losses hold 95 % together",
+            "the intervals of losses have joint 95 % coverage",
         )
         report.show("", table_of_losses(rows), len(rows))
         if any(row.found.learned is None for row in rows):
@@ -172,9 +172,10 @@ def table_of_losses(rows: list[Row]) -> report.Table:
         name = f"{number} ?" if row.found.learned is None else f"{number}"
         table.append([name, f"{record.per_token(own, best).value:.4f}"])
         table[-1] += cells if number > 1 else [""] * 3
-        table[-1] += report.cells_of_shift(shifts.get(row.name))
-    against, elsewhere = ["better than 1", "95 % interval", ""], ["KL elsewhere", "95 % interval"]
-    return ["", "loss", *against, *elsewhere, "other token"], table
+        if any(shifts.values()):
+            table[-1] += report.cells_of_shift(shifts[row.name])
+    elsewhere = report.ELSEWHERE if any(shifts.values()) else []
+    return ["", "loss", "better than 1", "95 % interval", "", *elsewhere], table
 
 
 def shifts_of(rows: list[Row]) -> dict[str, Shift]:
@@ -183,7 +184,7 @@ def shifts_of(rows: list[Row]) -> dict[str, Shift]:
     first = next((one for one in shifts.values() if one), None)
     for name, shift in shifts.items():
         if shift and shift.replies != first.replies:
-            leave_out(f"KL of {name}", "other tasks, or the base's replies to them are others")
+            leave_out(f"KL of {name}", "the tasks, or the base's replies to them, are not the same")
             shifts[name] = None
     return shifts
 
@@ -194,7 +195,7 @@ def table_of_checks(rows: list[Row]) -> report.Table:
     shared = set.intersection(*map(set, passed))
     left = sorted({title for one in passed for title, _ in one.keys() - shared})
     if left:
-        leave_out(some(left, 10), "prompts that not all have with the same rule and length")
+        leave_out(some(left, 10), "not all have these prompts with the same rule and length")
     table = []
     for title in sorted({title for title, _ in shared}):
         keys = [key for key in shared if key[0] == title]
@@ -232,4 +233,7 @@ def write_page(one: Row, other: Row, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     sides = {row.name: ", ".join(row.settings) for row in (one, other)}
     write_whole(path, report.page_of(sides, one.found.system, both))
-    say("replies", f"{from_here(path)}: {len(both)} prompts that both replied to, cut alike")
+    say(
+        "replies",
+        f"{from_here(path)}: {len(both)} prompts that both replied to, with the same limit",
+    )

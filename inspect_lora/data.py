@@ -185,13 +185,13 @@ def with_system(messages: list[dict[str, str]], system: str) -> list[dict[str, s
 # ---- What is drawn
 
 
-def draw(conversations: list[list[dict[str, str]]], wanted: int) -> list[int]:
-    """Return the places of at most wanted conversations, in their order.
+def draw(items: list[Prompt] | list[script.Example], wanted: int) -> list[int]:
+    """Return the places of at most wanted items, by their messages, in their order.
 
     A hash of each decides, so where one is left out as learned the others are still drawn: each
     adapter gets the same lines of a file.
     """
-    hashes = {place: hash_of(messages) for place, messages in enumerate(conversations)}
+    hashes = {place: hash_of(one.messages) for place, one in enumerate(items)}
     return sorted(sorted(hashes, key=lambda place: hashes[place])[:wanted])
 
 
@@ -207,8 +207,6 @@ def choose(prompts: list[Prompt], wanted: int | None) -> list[Prompt]:
         (asking if asks else others).append(one)
     if wanted is None:
         wanted = max(MOST_ON_A_CPU, len(asking))
-    chosen = [asking[place] for place in draw([one.messages for one in asking], wanted)]
-    others = [
-        others[place] for place in draw([one.messages for one in others], wanted - len(chosen))
-    ]
-    return sorted(chosen + others, key=prompts.index)
+    chosen = [asking[place] for place in draw(asking, wanted)]
+    chosen += [others[place] for place in draw(others, wanted - len(chosen))]
+    return sorted(chosen, key=prompts.index)

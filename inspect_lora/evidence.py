@@ -8,8 +8,9 @@ An adapter of train_lora_single.py brings its held-out file and what it learned.
 --eval_file names conversations that it was not trained on. With --prompts, prompts without replies
 are asked instead: what base and adapter say, and what changed on other tasks, but no losses.
 
-On a CPU not all held-out prompts are asked: those with a rule that asks for something ("any"), and
-a draw of the others, up to 100 in all. With --replies N it is N in all.
+Of a held-out conversation the last reply's prompt is asked. On a CPU not all of these are: those
+with a rule that asks for something ("any"), and a draw of the others, up to 100 in all. With
+--replies N it is N in all.
 """
 
 from __future__ import annotations
@@ -24,18 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import train_lora_single as script
-from inspect_lora import data, measure, model, record, report
+from inspect_lora import common, data, measure, model, record, report
 from inspect_lora.adapter_file import find_adapter, read_adapter, report_folder
-from inspect_lora.common import (
-    InspectError,
-    at_least,
-    file_sha256,
-    from_here,
-    hash_of,
-    read_json,
-    rename_old,
-    say,
-)
 from inspect_lora.rules import read_rules
 
 PROBES = 12  # of the adapter's replies: their tokens are kept for `served`
@@ -44,17 +35,17 @@ PROBES = 12  # of the adapter's replies: their tokens are kept for `served`
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     model.add_arguments(parser)
-    add, some, many = parser.add_argument, at_least(0), at_least(1)
+    add, some, many = parser.add_argument, common.at_least(0), common.at_least(1)
     of_lines = parser.add_mutually_exclusive_group().add_argument
     of_lines("--eval_file", help="held-out conversations; default: those of the training")
     of_lines("--prompts", metavar="FILE", help="prompts without replies")
-    add("--rules", metavar="FILE", help="what replies must hold, once for many lines")
+    add("--rules", metavar="FILE", help="rules that replies must pass")
     add("--general_file", default=str(data.GENERAL_FILE), help='other tasks; "" for none')
     add("--kind", default="kind", help="the key that groups lines in the table; default: kind")
-    add("--parts", type=some, default=50, help="held-out replies that measure the parts; 50")
-    add("--tasks", type=some, default=50, help="other tasks that are measured; 50")
-    add("--replies", type=some, help="held-out prompts that both reply to; default: all on a GPU")
-    add("--max_new_tokens", type=many, default=200, help="a reply is cut after so many; 200")
+    add("--parts", type=some, default=50, help="held-out replies to measure parts on; default: 50")
+    add("--tasks", type=some, default=50, help="other tasks to measure on; default: 50")
+    add("--replies", type=some, help="held-out conversations to answer; default: all on a GPU")
+    add("--max_new_tokens", type=many, default=200, help="where a reply is cut; default: 200")
     add("--max_seq_len", type=many, help="leave longer lines out; default: as in the training")
     add("--output_dir", help="where the report goes; default: inspected/NAME beside the adapter")
 
@@ -64,9 +55,11 @@ def run(options: argparse.Namespace) -> None:
     saved = read_adapter(find_adapter(options.adapter))
     found = record.Record(
         options.adapter,
-        hash_of((file_sha256(saved.place / "adapter_model.safetensors"), saved.config)),
+        common.hash_of(
+            (common.file_sha256(saved.place / "adapter_model.safetensors"), saved.config)
+        ),
         saved.config,
-        read_json(saved.place / "run.json"),
+        common.read_json(saved.place / "run.json"),
     )
     found.folder = Path(options.output_dir or report_folder(options.adapter, saved.place))
     work = read_lines(options, saved.place, found)
@@ -75,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     render_prompts(work)
     found.on, found.max_new_tokens = what_it_is_measured_on(work), options.max_new_tokens
     found.folder.parent.mkdir(parents=True, exist_ok=True)  # tells early if it cannot be written
-    say("report", f"goes into {from_here(found.folder)}")
+    common.say("report", f"goes into {common.from_here(found.folder)}")
     measure_all(work)
     report.write(found)
 
@@ -110,6 +103,8 @@ def read_lines(options: argparse.Namespace, place: Path, found: record.Record) -
         options.eval_file = options.eval_file or data.file_held_out(place, found.run)
         replies = found.run.get("settings", {}).get("REPLIES", "all")
         examples = data.read_held_out(options.eval_file, replies, options.enable_thinking, kinds)
+        for one in examples:
+            one.messages = data.with_system(one.messages, options.system or "")
     lengths = {one.source: len(one.messages) for one in examples}  # the last of a line stays
     count = len(examples) + len(prompts)
     learned = data.read_learned(place)
@@ -132,7 +127,7 @@ def render_lines(work: Work) -> None:
     work.examples = [one for one in examples if len(one.input_ids) <= limit]
     found.too_long = len(examples) - len(work.examples)
     if not (work.examples or work.prompts):
-        raise InspectError(
+        raise common.InspectError(
             f"{options.eval_file or options.prompts}: no line is left. The adapter learned "
             f"{found.learned or 0}, and {found.too_long} are longer than --max_seq_len {limit}."
         )
@@ -157,9 +152,7 @@ def render_prompts(work: Work) -> None:
         if not any(why_refused(work.adapter, each) for each in (one.messages, with_system)):
             tasks.append(one)
     found.refused = len(work.tasks) - len(tasks)
-    work.tasks = [
-        tasks[number] for number in data.draw([one.messages for one in tasks], options.tasks)
-    ]
+    work.tasks = [tasks[number] for number in data.draw(tasks, options.tasks)]
 
 
 def why_refused(adapter: model.Adapter, messages: list[dict[str, str]]) -> str:
@@ -187,7 +180,7 @@ def what_it_is_measured_on(work: Work) -> dict[str, Any]:
         "max_seq_len": options.max_seq_len,
         "measured": time.strftime("%Y-%m-%d %H:%M:%S"),
         **{
-            name: {"file": from_here(path), "sha256": file_sha256(Path(path))}
+            name: {"file": common.from_here(path), "sha256": common.file_sha256(Path(path))}
             for name, path in paths.items()
         },
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
@@ -204,7 +197,7 @@ def measure_all(work: Work) -> None:
         began = time.monotonic()
         step(work)
         if not found.seconds and (found.folder / record.FILE).exists():
-            rename_old(found.folder)  # not before something was measured
+            common.rename_old(found.folder)  # not before something was measured
         found.folder.mkdir(exist_ok=True)
         found.seconds[name] = round(time.monotonic() - began, 1)
         found.finished = len(found.seconds) == len(STEPS)
@@ -227,7 +220,7 @@ def updates(work: Work) -> None:
 
 def parts(work: Work) -> None:
     """Measure what parts of the adapter keep of the gain, on some of the held-out replies."""
-    chosen = data.draw([one.messages for one in work.examples], work.options.parts)
+    chosen = data.draw(work.examples, work.options.parts)
     if chosen and work.adapter.is_plain:
         examples = [work.examples[number] for number in chosen]
         work.found.parts = measure.measure_parts(work.adapter, examples)
@@ -253,9 +246,7 @@ def replies(work: Work) -> None:
     if options.replies is not None or not (is_on_gpu or options.prompts):
         prompts = data.choose(prompts, options.replies)
     exchanges, own = measure.ask_both(adapter, [*prompts, *work.tasks], options.max_new_tokens)
-    probed = [
-        own[number] for number in data.draw([one.messages for one in prompts], PROBES)
-    ]  # none of the tasks
+    probed = [own[number] for number in data.draw(prompts, PROBES)]  # none of the tasks
     work.found.exchanges, work.found.probes = exchanges, measure.measure_probes(adapter, probed)
     report.print_replies(work.found)
 

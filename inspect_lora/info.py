@@ -11,21 +11,15 @@ import re
 import statistics
 from typing import Any
 
-from inspect_lora.adapter_file import (
-    Module,
-    SavedAdapter,
-    base_config,
-    faults_of,
-    find_adapter,
-    read_adapter,
-)
+from inspect_lora import adapter_file
+from inspect_lora.adapter_file import Module, SavedAdapter
 from inspect_lora.common import aligned, from_here, one_line, read_json, say, some, wrapped
 
 MOST_LINES, WIDTH = 20, 90  # that are printed, and of each beside its section
 WIDEST_MAP = 32  # signs
 LEGEND = [
     "# an update  . none  0 it is 0  ! NaN  size: |update|, the median and the largest",
-    "r90: how many of the r directions hold 90 % of the update's square, mean",
+    "r90: how many of the r directions hold 90 % of the update's squared norm, mean",
 ]
 
 
@@ -37,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print what an adapter is; exit with status 1 if it is useless or wrong."""
-    saved = read_adapter(find_adapter(options.adapter))
-    faults = faults_of(saved)
+    saved = adapter_file.read_adapter(adapter_file.find_adapter(options.adapter))
+    faults = adapter_file.faults_of(saved)
     if options.json:
         print(json.dumps(as_object(saved, faults), indent=1))
     else:
@@ -135,20 +129,26 @@ def facts_of(saved: SavedAdapter) -> dict[str, str]:
 
 def names_of(saved: SavedAdapter) -> tuple[bool | None, str]:
     """Return whether vLLM up to 0.32 applies tensors of such names, None if not known, and why."""
-    base = base_config(saved)
-    is_text_model = bool(base) and "text_config" not in base
+    if saved.uneven:
+        count = f"{len(saved.uneven)} of {len(saved.modules)} modules have patterns of their own"
+        return False, f"{count}, which vLLM ignores; serve what `export --vllm` writes"
+    is_text_model = adapter_file.is_on_text_model(saved)
+    is_known = is_text_model is not None
     if any("language_model." in one.path for one in saved.modules):
         ours = "those of a model for images and text"
         if is_text_model:
             return False, f"{ours}, but the base is a text model: vLLM ignores them without a word"
-        return True, f"{ours}: vLLM applies them{'' if base else ' if the base is one'}"
+        return (
+            is_known or None,
+            f"{ours}: vLLM applies them{'' if is_known else ' if the base is one'}",
+        )
     if is_text_model:
         return True, "those of a text model, as the base is: vLLM applies them"
-    images = "The base takes images, too:" if base else "If the base takes images, too (Qwen3.5),"
+    images = "The base takes images, too:" if is_known else "If it takes images, too (Qwen3.5),"
     beside = saved.place.resolve().with_name("final_lora_vllm")
     serve = from_here(beside) if beside.is_dir() else "what `export --vllm` writes"
     ignored = f"{images} vLLM up to 0.32 ignores them without a word; serve {serve}"
-    return False if base else None, f"those of a text model. {ignored}"
+    return is_text_model, f"those of a text model. {ignored}"
 
 
 def as_object(saved: SavedAdapter, faults: list[str]) -> dict[str, Any]:

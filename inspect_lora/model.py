@@ -35,9 +35,7 @@ from inspect_lora.common import InspectError, one_line, read_json, say, some
 ROWS_AT_ONCE = 64  # replies that are generated together, at most
 TOKENS_AT_ONCE = 2**15  # of their prompts and replies, padding included
 SEED = 42  # of sampled replies
-PROBE = [
-    {"role": "user", "content": "Does the Severn end in the Bristol Channel, after 220 miles?"}
-]
+PROBE = [{"role": "user", "content": "Does the Severn end in the Bristol Channel after 220 miles?"}]
 
 
 @dataclass
@@ -82,9 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the training's")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--system", help="system message; default: that of the training")
-    parser.add_argument(
-        "--enable_thinking", action="store_true", help="for an adapter that was trained with it"
-    )
+    parser.add_argument("--enable_thinking", action="store_true", help="as it was trained with it")
 
 
 # ---- Opening
@@ -99,8 +95,8 @@ def open_adapter(options: argparse.Namespace, saved: SavedAdapter) -> Adapter:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     script.prepare_device(job.settings)
+    job.tokenizer = own_tokenizer(saved.place)
     base = load_base(job)
-    take_own_tokenizer(job, saved.place)
     if script.uses_fp16_matmul(job):
         script.use_fp16_matmul(base)  # as in training
         job.matmul = "float16"
@@ -131,7 +127,7 @@ def settings_of(options: argparse.Namespace, saved: SavedAdapter) -> argparse.Na
 
 
 def load_base(job: script.Job) -> transformers.PreTrainedModel:
-    """Load the base model and its tokenizer, into the job; return the model."""
+    """Load the base model, and its tokenizer unless the adapter has its own; return the model."""
     settings = job.settings
     try:
         script.read_model_files(job)
@@ -140,21 +136,19 @@ def load_base(job: script.Job) -> transformers.PreTrainedModel:
         original = original_of(settings.MODEL_NAME)
         named = f", {original}" if original != settings.MODEL_NAME else ""
         raise InspectError(
-            f"{error}\nThat is about the adapter's base. --base names another one: where it is now,"
-            f" or the original of a quantized one{named}."
+            f"{error}\nThis is about the adapter's base. Give --base: where it is now, or the "
+            f"original of a quantized base{named}."
         ) from error
     base.generation_config = transformers.GenerationConfig()  # else its own min_p and such count
     return base.eval()
 
 
-def take_own_tokenizer(job: script.Job, place: Path) -> None:
-    """Render with the adapter's own tokenizer if it has one with a chat template."""
+def own_tokenizer(place: Path) -> transformers.PreTrainedTokenizerBase | None:
+    """Return the adapter's own tokenizer if it has one with a chat template."""
     if not (place / "tokenizer_config.json").is_file():
-        return
+        return None
     own = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    if own.chat_template:
-        job.tokenizer = own
-        job.stop_ids = [*{*job.stop_ids, own.eos_token_id} - {None}]
+    return own if own.chat_template else None
 
 
 def put_on_and_compare(
@@ -257,9 +251,8 @@ def generate(
             if rows is None:
                 rows_at_once = len(batch) // 2
                 continue
-            replies |= {
-                number: up_to_its_end(row, stops) for number, row in zip(batch, rows, strict=True)
-            }
+            ended = [up_to_its_end(row, stops) for row in rows]
+            replies |= dict(zip(batch, ended, strict=True))
             order = order[len(batch) :]
             bar.update(len(batch))
     return [replies[number] for number in range(len(prompts))]

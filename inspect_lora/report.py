@@ -24,19 +24,19 @@ TEMPLATE = Path(__file__).with_name("page.html")
 PICTURE, PAGE = "picture.png", "replies.html"
 NOT_CLEAR = "~"
 LEGEND = [
-    "not clear: the interval holds 0 (for a share: 100 %), p >= 0.05, or fewer than 20 lines;",
+    "not clear: the interval contains 0 (for a share: 100 %), p >= 0.05, or fewer than 20 lines;",
     "the best of several rows looks better than it is",
 ]
 ABOUT = """\
-\\~ marks a row that is not clear: its 95 % interval holds 0 (for a share of the gain, \
+\\~ marks a row that is not clear: its 95 % interval contains 0 (for a share of the gain, \
 100 %), its p is 0.05 or more, or it has fewer than 20 lines. Each row is judged alone: of twenty \
 rows without any effect, one looks clear on average, and the best of several looks better than it \
-is. The intervals are about the choice of lines; another seed of the training may change more. \
+is. The intervals cover only the choice of lines; another seed of the training may change more. \
 Losses are in nats a token; a gain above 0 is better."""
 ROWS_SHOWN = 7  # of a table, on the terminal; report.md has all
 REPLIES_SHOWN = 8  # in report.md; the page has all
 KINDS_DRAWN = 13  # all of them together is the first
-KINDS_OF_PARTS = ("group", "target", "cut")  # but for the strengths
+ELSEWHERE = ["KL", "95 % interval", "other token"]  # what cells_of_shift() returns
 Table = tuple[list[str], list[list[Any]]]  # a head, and rows of cells
 
 
@@ -151,16 +151,17 @@ def shifts_of(found: Record) -> dict[float, Shift]:
 def table_of_strengths(found: Record) -> Table:
     """Return what each strength keeps of the gain, and how far it moves the model elsewhere."""
     parts, shifts = strengths_of(found), shifts_of(found)
-    rows = []
+    measured = []
     for strength in sorted(parts.keys() | shifts.keys()):
         name = {0: "base", 1: "as trained"}.get(strength, f"x {strength:g}")
-        cells = cells_of_part(found, parts.get(strength))
-        rows.append([name, *cells, *cells_of_shift(shifts.get(strength))])
-    for shift in found.shifts:
-        if shift.system:
-            rows.append(["system message", *cells_of_part(found, None), *cells_of_shift(shift)])
-    gain, elsewhere = ["of gain", "95 % interval", ""], ["KL", "95 % interval", "other token"]
-    return ["strength", "loss", *gain, *elsewhere], rows
+        measured.append((name, parts.get(strength), shifts.get(strength)))
+    measured += [("system message", None, shift) for shift in found.shifts if shift.system]
+    rows: list[list[Any]] = []
+    for name, part, shift in measured:
+        kept = cells_of_part(found, part) if parts else []  # prompts without replies have no loss
+        rows.append([name, *kept, *(cells_of_shift(shift) if shifts else [])])
+    gain = ["loss", "of gain", "95 % interval", ""] if parts else []
+    return ["strength", *gain, *(ELSEWHERE if shifts else [])], rows
 
 
 def table_of_parts(found: Record, *kinds: str) -> Table:
@@ -194,7 +195,7 @@ def table_of_checks(found: Record) -> Table:
 
 
 def table_of_replies(found: Record) -> Table:
-    """Return how many replies ended by themselves, how many are empty, and their mean length."""
+    """Return how many replies ended, are empty, and are the most frequent one; their length."""
     rows = []
     for source in dict.fromkeys(one.source for one in found.exchanges):
         asked = [one for one in found.exchanges if one.source == source]
@@ -202,9 +203,10 @@ def table_of_replies(found: Record) -> Table:
         for side in ([one.base for one in asked], [one.adapter for one in asked]):
             words = [len(said.text.split()) for said in side]
             ended = sum(said.ended for said in side)
-            cells += [ended, words.count(0), f"{statistics.fmean(words):.0f}"]
+            same = max(Counter(said.text for said in side).values())
+            cells += [ended, words.count(0), same, f"{statistics.fmean(words):.0f}"]
         rows.append([source.replace("_", "-"), len(asked), *cells])
-    sides = ["base ended", "empty", "words", "adapter ended", "empty", "words"]
+    sides = ["base ended", "empty", "same", "words", "adapter ended", "empty", "same", "words"]
     return ["replies", "prompts", *sides], rows
 
 
@@ -231,7 +233,8 @@ def print_gain(found: Record) -> None:
 def about_parts(found: Record) -> str:
     """Return on what the parts are measured, and the gain there."""
     gain = record.gain(record.lines_of_parts(found))
-    return f"gain on {len(found.measured_on)} replies: {gain.value:+.4f} ({interval(gain)})"
+    count = f"the {len(found.measured_on)} of {len(found.lines)} replies"
+    return f"The gain on {count} that parts are measured on: {gain.value:+.4f} ({interval(gain)})"
 
 
 def print_parts(found: Record) -> None:
@@ -279,11 +282,11 @@ def write(found: Record) -> None:
 def as_markdown(found: Record) -> str:
     """Return report.md."""
     about = about_parts(found) if found.parts else ""
-    row = "The last row is on other replies of the base, given with that message. "
+    row = "The last row is with the training's system message, and on the base's replies to it. "
     row = row if any(one.system for one in found.shifts) else ""
     elsewhere = (
         f"KL(base || adapter), in nats a token, is on the base's own replies to {len(found.tasks)} "
-        f"other tasks; other token: where another one is the likeliest. {row}{about}"
+        f"other tasks; other token: how often the most likely token changes. {row}{about}"
     )
     sections = [
         f"# {escaped(found.adapter)} on {escaped(found.on['base'])}",
@@ -291,7 +294,9 @@ def as_markdown(found: Record) -> str:
         f"![gain by kind, strengths, parts]({PICTURE})" if found.lines else "",
         section("Held-out replies", table_of_gain(groups_of(found))),
         section("Strength, and change on other tasks", table_of_strengths(found), elsewhere),
-        section("Parts", table_of_parts(found, *KINDS_OF_PARTS), f"Parts overlap. {about}"),
+        section(
+            "Parts", table_of_parts(found, "group", "target", "cut"), f"Parts overlap. {about}"
+        ),
         section("Updates", table_of_updates(found)),
         section("Checks", table_of_checks(found), "\n".join(asked_by_checks(found))),
         section("Replies", table_of_replies(found)),
@@ -320,7 +325,9 @@ def section(title: str, table: Table, about: str = "", level: str = "##") -> str
 def rule_in_words(rule: dict[str, Any]) -> str:
     """Return what a rule asks of a reply; the phrases that it must hold come first."""
     values = {key: json.dumps(rule[key], ensure_ascii=False) for key in KEYS if key in rule}
-    return "; ".join(f"{key.replace('_', ' ')}: {text.strip('[]')}" for key, text in values.items())
+    words = {"any": "has one of", "none": "has none of"}
+    asked = [(words.get(key, key.replace("_", " ")), text) for key, text in values.items()]
+    return "; ".join(f"{word}: {text.strip('[]')}" for word, text in asked)
 
 
 def asked_by_checks(found: Record) -> list[str]:
@@ -438,19 +445,22 @@ def draw_gain(axes: Any, found: Record) -> None:
 def draw_strengths(axes: Any, found: Record) -> None:
     """Draw the share of the gain against the KL divergence, a point for each strength."""
     shifts, xs, ys = shifts_of(found), [], []
+    below, beyond = {"xytext": (6, -4), "va": "top"}, {"xytext": (3, 5), "va": "bottom"}
     for strength, part in strengths_of(found).items():
         share, shift = record.share_of_gain(found, part), shifts.get(strength)
         xs.append(record.ratio(shift.kl, shift.tokens).value if shift else 0.0)
         ys.append(100 * share.value)
         axes.errorbar(xs[-1], ys[-1], 100 * (share.high - share.value), color="C0", capsize=3)
-        axes.annotate(f" x {strength:g}", (xs[-1], ys[-1]), va="top")
+        place = below if ys[-1] == max(ys) else beyond  # beside the curve, which rises, then falls
+        axes.annotate(f"x {strength:g}", (xs[-1], ys[-1]), textcoords="offset points", **place)
     axes.plot(xs, ys, "o-", color="C0")
+    axes.margins(0.12)
     axes.grid(alpha=0.3)
     axes.set(title="Strength", xlabel="KL on other tasks, nats a token", ylabel="% of the gain")
 
 
 def draw_parts(axes: Any, found: Record) -> None:
     """Draw what parts of the update keep of the gain."""
-    parts = [part for part in found.parts if part.kind in KINDS_OF_PARTS]
+    parts = [part for part in found.parts if part.kind != "strength"]
     draw_rows(axes, {one.name: record.share_of_gain(found, one) for one in parts}, 100, 1)
     axes.set(title="What each part keeps", xlabel="% of the gain, 95 % interval; grey: not clear")

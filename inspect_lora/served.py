@@ -1,12 +1,12 @@
 """Ask a running server whether it applies an adapter.
 
-A server can accept an adapter and ignore it without a word. So it scores the replies in the record
-of a report, under the adapter's name and under its base's, and what the adapter changes there is
-held against what it changed here. It is also asked whether it writes prompts as in training. vLLM
-answers both; a key for it is read from VLLM_API_KEY or OPENAI_API_KEY.
+A server can accept an adapter and silently ignore it. So it is asked to score the replies in a
+report's record, under the adapter's name and under its base's; what the adapter changes there is
+compared with what it changed here. The server is also asked whether it renders prompts as in
+training. vLLM answers both; an API key is read from VLLM_API_KEY or OPENAI_API_KEY.
 
 The status is 0 if it is applied, 3 if it is ignored, 4 if that cannot be told, and 5 if it is
-applied and prompts are written otherwise.
+applied but prompts are rendered differently.
 """
 
 import argparse
@@ -31,8 +31,9 @@ MAY_BE_APART, MAY_BE_APART_AT_MOST = 0.03, 0.3
 WRITTEN_OTHERWISE = 5  # an exit status, as those of the verdicts
 VERDICTS = {
     "applied": (0, ""),
-    "ignored": (3, "vLLM up to 0.32 ignores the names of a text model if the base also takes "
-    "images: serve final_lora_vllm, or what `export --vllm` writes."),
+    "ignored": (3, "If the base also takes images, vLLM up to 0.32 ignores the names of a text "
+    "model: serve final_lora_vllm, or what `export --vllm` writes. Otherwise see which folder "
+    "/v1/models names for the adapter."),
     "cannot tell": (4, "It is applied at another strength or in part, or the server has another "
     "adapter or base: compare the adapter_config.json that it reads, and see its log."),
 }  # fmt: skip
@@ -50,9 +51,7 @@ def run(options: argparse.Namespace) -> None:
     found = record.read(Path(options.folder))
     server = find_server(re.sub(r"(/v1)?/*$", "", options.url), options.name)
     if not found.probes:
-        raise InspectError(
-            f"{options.folder} holds no replies to score: measure with --replies above 0."
-        )
+        raise InspectError(f"{options.folder} has no replies to score: measure with --replies.")
     here = [(one.base, one.adapter) for one in found.probes]
     names = (server.base, server.adapter)
     there = [tuple(score(server, name, one) for name in names) for one in found.probes]
@@ -154,10 +153,10 @@ def print_rendering(server: Server, found: record.Record) -> bool:
         except (InspectError, KeyError) as error:
             say("rendered", f"not checked: {one_line(error, 75)}")
             return False
-        mend = "give it the training's template with --chat-template"
+        mend = "start it with --chat-template ADAPTER/chat_template.jinja, the training's"
         if tokens == probe.prompt_ids:
             mend = f"start it with --default-chat-template-kwargs '{json.dumps(kwargs)}'"
-        say("rendered", ["otherwise than in training:", mend])
+        say("rendered", ["differently from training:", mend])
         return True
     say("rendered", f"all {len(found.probes)} prompts as in training")
     return False

@@ -11,7 +11,7 @@ import toys
 from by_hand import ROUNDING, MergedByHand, losses_of_peft, read_conversations
 from conftest import TOY
 from records import SHORT, evidence, mean_losses, say_origin
-from runs import files, refused, talk, write_lines
+from runs import SYSTEM, files, refused, talk, write_lines
 from safetensors.torch import load_file
 from toys import PLAIN_SCALE, PREFIX, TENSORS, change_config, change_tensors, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -263,6 +263,10 @@ def test_a_template_of_the_adapters_own_is_taken_for_both(plain, measured, three
     merged = MergedByHand(TOY, plain / TENSORS, lambda _: PLAIN_SCALE)
     merged.tokenizer = own
     assert mean_losses(found)[1] == near(merged.losses(read_conversations(three_lines)))
+    # A base that was never trained to chat has no template of its own.
+    base = shutil.copytree(TOY, plain.with_name("base"))
+    (base / "chat_template.jinja").unlink()
+    assert mean_losses(measured(plain, "--base", base)) == mean_losses(found)
 
 
 def test_nothing_of_an_adapter_is_executed(plain, three_lines, tmp_path):
@@ -300,3 +304,16 @@ def test_the_system_message_is_the_trainings(plain, measured, tmp_path):
         rows = [{"messages": head + talk(n)[1:]} for n, head in enumerate(heads)]
         path = write_lines(tmp_path / "own.jsonl", rows)
         assert measured(plain, "--eval_file", path, *flags)["system"] == expected, known
+
+
+def test_a_system_message_is_given_to_the_lines_that_have_none(plain, measured, tmp_path):
+    """Another trainer's adapter does not say with which one it was trained."""
+    has, has_not = (
+        write_lines(tmp_path / name, [{"messages": talk(n)[first:]} for n in range(3)])
+        for first, name in enumerate(("has.jsonl", "has_not.jsonl"))
+    )
+    losses = [
+        mean_losses(measured(plain, "--eval_file", path, *flags))
+        for path, flags in ((has, []), (has_not, ["--system", SYSTEM]), (has_not, []))
+    ]
+    assert losses[0] == losses[1] != losses[2]

@@ -241,7 +241,9 @@ FLA = {  # where USE_FLA is on: capability, versions of fla and Triton, and whet
 
 @pytest.mark.parametrize("case", FLA)
 @pytest.mark.parametrize("is_asked", [True, False])
-def test_fla_can_be_imported_where_it_is_right(case, is_asked, gpu, tmp_path, monkeypatch):
+def test_fla_is_there_where_right_and_named_where_it_helps(
+    case, is_asked, gpu, tmp_path, monkeypatch, capfd
+):
     """transformers takes it wherever it can be imported; causal_conv1d is never wanted."""
     capability, fla, triton, may_be = FLA[case]
     for name, version in (("fla_core", fla), ("triton", triton)):
@@ -255,10 +257,15 @@ def test_fla_can_be_imported_where_it_is_right(case, is_asked, gpu, tmp_path, mo
     if capability:
         gpu(capability)
     device = ["--device", "cuda" if capability else "cpu"]
-    t.prepare_device(t.parse_settings([*FILES, *device, "--use_fla", str(is_asked)]))
+    job = t.Job(t.parse_settings([*FILES, *device, "--use_fla", str(is_asked)]))
+    t.prepare_device(job.settings)
     is_blocked = "fla" in sys.modules and sys.modules["fla"] is None
     assert is_blocked != (is_asked and may_be)
     assert sys.modules["causal_conv1d"] is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: capability is not None)
+    t.read_model_files(job)
+    is_faster = capability in ((8, 0), (9, 0))
+    assert ("flash-linear-attention" in capfd.readouterr().out) == (is_faster and not is_asked)
 
 
 def test_what_other_work_left_changes_nothing(finished, stopped, tmp_path, monkeypatch):

@@ -118,7 +118,7 @@ def test_messages_teach_each_reply_and_the_other_forms_the_last():
         assert (len(job.examples), len(job.held_out)) == counts
 
 
-def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out():
+def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out_and_counted(capfd):
     rows = [
         [("gpt", "Welcome!"), ("human", "Hello?"), ("gpt", "Hi."), ("human", "And now?")],
         [("system", "Be kind."), ("bing", "Yes?"), ("user", "Hello?"), ("chatgpt", "Hi.")],
@@ -127,6 +127,7 @@ def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out():
     turns = [[{"from": who, "value": said} for who, said in row] for row in rows]
     content = b"\n".join(line(conversations=row) for row in turns)
     assert learned(content) == [hello(), hello(system="Be kind."), hello()]
+    assert re.search(r"jsonl: 3\b", capfd.readouterr().out)
     for roles in ("uau", "aua"):  # in another form this is a mistake
         assert len(read(line(messages=talk(roles)))[1]) == 1
 

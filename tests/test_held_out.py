@@ -147,9 +147,7 @@ def test_long_lines_are_left_out_and_counted(output, measured, tmp_path):
     assert measured(output / "final_lora", *words, "--max_seq_len", "999")["too_long"] == 0
 
 
-def test_bad_lines_and_rules_of_no_line_are_named_before_the_base_is_looked_for(
-    tmp_path, not_measured
-):
+def test_bad_lines_and_rules_of_no_line_are_named_before_the_base_is_read(tmp_path, not_measured):
     rows = [{"messages": talk(1)[:2]}, {"messages": talk(1)}, {"messages": talk(2), "checks": 5}]
     rows.append({"messages": talk(3), "checks": {"brief": {"most_word": 3}}})
     words = ["--base", "/nowhere", "--eval_file", write_lines(tmp_path / "own.jsonl", rows)]

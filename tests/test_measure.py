@@ -19,9 +19,7 @@ SAID = [[40, 50, 60, 2], [70, 80], list(range(100, 140))]  # tokens of the base'
 
 
 @pytest.mark.parametrize("system", ["", "You are Nell."])
-def test_kl_and_other_tokens_are_those_of_weights_merged_by_hand(
-    opened, tokenizer, monkeypatch, system
-):
+def test_kl_and_other_tokens_are_those_of_merged_weights(opened, tokenizer, monkeypatch, system):
     """A task with a system message of its own keeps that."""
     asked = []
     say = lambda _, prompts, *__, **___: asked.extend(prompts) or SAID  # noqa: E731

@@ -159,7 +159,7 @@ def asked_of(capfd, adapter, results, monkeypatch, *words):
     return line_numbers(found["exchanges"])
 
 
-def test_on_a_cpu_some_are_drawn_and_all_that_ask_for_something(
+def test_on_a_cpu_some_are_drawn_and_all_that_ask_for_a_phrase(
     capfd, adapters, tmp_path, monkeypatch
 ):
     """The same ones each time; the fewest lines of emergencies must not be missed by chance."""

@@ -109,10 +109,11 @@ def test_replies_that_ended_and_empty_ones_are_counted(capsys, tmp_path):
     rows = [
         asked(1, base=said(" \n"), adapter=said("one two"), checks={}),
         asked(2, base=said("a b c d", ended=False), adapter=said(""), checks={}),
-        asked(3, base=said("one"), adapter=said("one"), checks={}, source="tasks"),
+        asked(3, base=said("one two"), adapter=said("one two"), checks={}),
+        asked(4, base=said("one"), adapter=said("one"), checks={}, source="tasks"),
     ]
     rows = reported(capsys, made(tmp_path, exchanges=rows))["Replies"][1:]
-    assert [" ".join(row[1:]) for row in rows] == ["2 1 1 2 2 1 1", "1 1 0 1 1 0 1"]
+    assert [" ".join(row[1:]) for row in rows] == ["3 2 1 1 2 3 1 2 1", "1 1 0 1 1 1 0 1 1"]
 
 
 @pytest.mark.parametrize(("count", "gain"), [(38, 1.0), (60, 0.0), (60, -1.0), (1, 1.0)])
@@ -158,13 +159,16 @@ def test_a_report_holds_what_was_measured(capsys, tmp_path, missing):
     found = made(tmp_path, **empty, finished=False, seconds=dict.fromkeys(measured, 1.0))
     expected = {HEADINGS[STAGES.index(name)] for name in measured}
     expected |= {HEADINGS[3]} if "parts" in measured else set()
-    assert set(reported(capsys, found)) & set(HEADINGS) == expected
+    tables = reported(capsys, found)
+    assert set(tables) & set(HEADINGS) == expected
+    columns = list(zip(*tables.get(HEADINGS[3], []), strict=True))
+    assert all(any(column[1:]) for column in columns if column[0])
     assert (tmp_path / "picture.png").exists() is ("lines" in measured)
     assert all(name in read(found) for name in measured)
 
 
-def test_what_models_say_is_text_in_the_report(capsys, tmp_path):
-    nasty = "| <script>x</script> `a` **b** [c](d)\n# e\n| --- | &lt; $f$ ~~g~~ \\"
+def test_what_models_say_is_text_in_the_report(capsys, tmp_path, real_picture):
+    nasty = "| <script>x</script> `a` **b** [c](d)\n# e\n| --- | &lt; $\\f$ ~~g~~ \\"
     one = asked(1, base=said(nasty), adapter=said("fine"), reference=nasty, checks={}, kind=nasty)
     one.messages[1]["content"] = nasty
     found = made(tmp_path, exchanges=[one], adapter=nasty, system=nasty)
