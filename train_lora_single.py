@@ -1615,7 +1615,7 @@ def save_final_lora(trainer: LoraTrainer, job: Job) -> None:
     given = {"name": job.settings.MODEL_NAME, "revision": revision, "dtype": job.settings.DTYPE}
     (final / "README.md").write_text(CARD.format(messages=messages, **given), encoding="utf-8")
     write_record(job, "finished", final, step)
-    if job.config.get_text_config() is not job.config and not has_patterns(job):
+    if job.config.get_text_config() is not job.config:
         save_for_vllm(final, staging / "final_lora_vllm")
     verified = verify_saved_adapter(model, job, staging)
     job.signals_wait = True  # between two renames there may be no final_lora
@@ -1636,18 +1636,16 @@ def save_for_vllm(final: Path, for_vllm: Path) -> None:
     With others vLLM 0.17 to 0.32 loads it without complaint, and serves the base model.
     """
     for_vllm.mkdir()
-    for name in ("adapter_config.json", "learned.txt", "run.json"):
+    for name in ("learned.txt", "run.json"):
         shutil.copy(final / name, for_vllm)
+    config = read_json(final / "adapter_config.json")
+    for key in ("rank_pattern", "alpha_pattern"):
+        config[key] = {name_in_wrapper(name): value for name, value in config[key].items()}
+    write_json(for_vllm / "adapter_config.json", config)
     tensors = safetensors.torch.load_file(final / "adapter_model.safetensors")
     tensors = {name_in_wrapper(name): tensor for name, tensor in tensors.items()}
     path = for_vllm / "adapter_model.safetensors"
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
-
-
-def has_patterns(job: Job) -> bool:
-    """Return whether modules have an r or alpha of their own, which vLLM ignores in silence."""
-    config = lora_config(job.settings)
-    return bool(config.rank_pattern or config.alpha_pattern)
 
 
 def name_in_wrapper(name: str) -> str:
@@ -1714,10 +1712,6 @@ def summarize(job: Job, step: int) -> None:
         text = "# what it gained, and what else it changed:\n"
         text += f"python -m inspect_lora evidence {final}{rules}\n"
         text += f"# talk to it:\npython -m inspect_lora chat {final}\n"
-    if has_patterns(job):
-        text += "# make what vLLM applies: it ignores rank_pattern and alpha_pattern\n"
-        report("next", f"{text}python -m inspect_lora export {final} {for_vllm} --vllm")
-        return
     largest = max(min(shape) for name, shape in job.trained_shapes.items() if "lora_A" in name)
     rank = max(8, 2 ** math.ceil(math.log2(largest)))  # vLLM takes powers of two
     text += f"# serve it:\nvllm serve {settings.MODEL_NAME} --enable-lora --max-lora-rank {rank} "

@@ -127,13 +127,6 @@ class SavedAdapter:
         return r, alpha, alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
 
     @property
-    def uneven(self) -> list[str]:
-        """The modules with another scaling than by r and lora_alpha, which vLLM takes for all."""
-        power = 0.5 if self.config.get("use_rslora") else 1
-        common = self.config["lora_alpha"] / self.config["r"] ** power
-        return [one.path for one in self.modules if not math.isclose(one.scaling, common)]
-
-    @property
     def more(self) -> list[str]:
         """What it holds or asks for besides A and B of linear modules; then it has no parts."""
         found = [key for key in MORE_THAN_LORA if self.config.get(key)]

@@ -1,9 +1,8 @@
 """Write a weaker, a smaller or a renamed copy of an adapter, from its files alone.
 
 --scale multiplies every update, by lora_alpha alone: the tensors stay as they are. --rank keeps the
-strongest directions of every update. --vllm writes what vLLM applies: the names of a model for
-images and text, such as Qwen3.5, since vLLM up to 0.32 ignores those of its text model without a
-word, and one scaling for all modules, since it ignores rank_pattern and alpha_pattern, too.
+strongest directions of every update. --vllm writes the names of a model for images and text, such
+as Qwen3.5: vLLM up to 0.32 accepts those of its text model, and ignores them without a word.
 """
 
 import argparse
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="a new folder to write into")
     parser.add_argument("--scale", type=float, default=1.0, help="of every update, such as 0.75")
     parser.add_argument("--rank", type=at_least(1), help="directions to keep of every update")
-    parser.add_argument("--vllm", action="store_true", help="write what vLLM applies")
+    parser.add_argument("--vllm", action="store_true", help="write the names that vLLM applies")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -50,10 +49,6 @@ def run(options: argparse.Namespace) -> None:
     # The LoRA of a vision tower is 0 if only text was trained: vLLM need not have it.
     given = [one for one in saved.modules if not (options.vllm and one.is_zero)]
     modules = [changed(module, options) for module in given]
-    if options.vllm:
-        modules = with_one_scaling(modules)
-        if not adapter_file.is_on_text_model(saved):
-            modules = [with_name_in_wrapper(module) for module in modules]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
@@ -80,30 +75,22 @@ def refuse(options: argparse.Namespace, saved: SavedAdapter) -> None:
         raise InspectError(f"{saved.place} is more than A and B, or damaged: {some(reasons)}")
     if not 0 < options.scale <= 10:
         raise InspectError(f"--scale is {options.scale:g}; it must be above 0 and at most 10.")
-    if options.vllm and adapter_file.is_on_text_model(saved) and not saved.uneven:
+    if options.vllm and adapter_file.is_on_text_model(saved):
         raise InspectError("--vllm is of no use: the base is a text model, so its names are right.")
 
 
 def changed(module: Module, options: argparse.Namespace) -> Module:
-    """Return a module at another strength, and with its strongest directions alone."""
+    """Return a module at another strength, with its strongest directions alone, or renamed."""
     module = replace(module, scaling=options.scale * module.scaling)
     if options.rank and options.rank < module.r:
         u, sizes, v = adapter_file.strongest_directions(module.a, module.b, options.rank)
         a, b = np.sqrt(sizes)[:, None] * v, u * np.sqrt(sizes)
         module = replace(module, a=a, b=b, r=len(sizes))
+    if options.vllm:
+        path = adapter_file.name_in_text_model(module.path)
+        path = path.replace("model.layers.", "model.language_model.layers.", 1)
+        module = replace(module, path=path)
     return module
-
-
-def with_one_scaling(modules: list[Module]) -> list[Module]:
-    """Return the modules with the most common scaling; where it was another, B makes up for it."""
-    ((common, _),) = Counter(one.scaling for one in modules).most_common(1)
-    return [replace(one, b=one.b * (one.scaling / common), scaling=common) for one in modules]
-
-
-def with_name_in_wrapper(module: Module) -> Module:
-    """Return a module with the name that it has in a model for images and text."""
-    path = adapter_file.name_in_text_model(module.path)
-    return replace(module, path=path.replace("model.layers.", "model.language_model.layers.", 1))
 
 
 def config_of(saved: SavedAdapter, modules: list[Module]) -> dict[str, Any]:

@@ -129,9 +129,6 @@ def facts_of(saved: SavedAdapter) -> dict[str, str]:
 
 def names_of(saved: SavedAdapter) -> tuple[bool | None, str]:
     """Return whether vLLM up to 0.32 applies tensors of such names, None if not known, and why."""
-    if saved.uneven:
-        count = f"{len(saved.uneven)} of {len(saved.modules)} modules have patterns of their own"
-        return False, f"{count}, which vLLM ignores; serve what `export --vllm` writes"
     is_text_model = adapter_file.is_on_text_model(saved)
     is_known = is_text_model is not None
     if any("language_model." in one.path for one in saved.modules):

@@ -39,23 +39,18 @@ def make_record(folder):
     """Measure with everything on, into folder; what was measured lies in folder/inputs."""
     inputs = folder / "inputs"
     train_adapter(inputs / "adapter")
-    words = ["--eval_file", write_lines(inputs / "held_out.jsonl", held_out_rows())]
+    # Seven kinds of three lines; a copy, one that was learned, and one that is too long.
+    rows = [{"kind": kind, "messages": talk(500 + n)} for n, kind in enumerate(KINDS * 3)]
+    rows[0]["checks"] = {"is brief": {"most_words": 1}, "no list": None}
+    rows[4]["messages"] = [*rows[4]["messages"], *talk(550)[1:]]  # two replies
+    copied = json.loads(json.dumps(talk(COPIED)).replace(" the ", "  the "))
+    others = [("plain", copied), ("plain", talk(LEARNED)), ("long", talk(TOO_LONG, 12))]
+    rows += [{"kind": kind, "messages": messages} for kind, messages in others]
+    words = ["--eval_file", write_lines(inputs / "held_out.jsonl", rows)]
     words += ["--general_file", write_lines(inputs / "tasks.jsonl", TASKS)]
     words += ["--rules", write_lines(inputs / "rules.json", [RULES]), "--parts", 6]
     words += ["--max_seq_len", LIMIT, "--max_new_tokens", NEW_TOKENS, "--output_dir", folder]
     assert run(["evidence", inputs / "adapter", "--device", "cpu", *words], main) == 0
-
-
-def held_out_rows():
-    """Return seven kinds of three lines; a copy, one that was learned, and one that is too long."""
-    rows = [{"kind": kind, "messages": talk(500 + n)} for n, kind in enumerate(KINDS * 3)]
-    rows[4]["messages"] = [*rows[4]["messages"], *talk(550)[1:]]  # two replies
-    copied = json.loads(json.dumps(talk(COPIED)).replace(" the ", "  the "))
-    rows.append({"kind": "plain", "messages": copied})
-    rows.append({"kind": "plain", "messages": talk(LEARNED)})
-    rows.append({"kind": "long", "messages": talk(TOO_LONG, 12)})
-    rows[0]["checks"] = {"is brief": {"most_words": 1}, "no list": None}
-    return rows
 
 
 def train_adapter(folder, steps=8):
@@ -84,9 +79,8 @@ def open_one(folder):
     toys.save_adapter(folder, std=0.2)
     parser = argparse.ArgumentParser()
     model.add_arguments(parser)
-    return model.open_adapter(
-        parser.parse_args([str(folder), "--device", "cpu"]), read_adapter(folder)
-    )
+    arguments = parser.parse_args([str(folder), "--device", "cpu"])
+    return model.open_adapter(arguments, read_adapter(folder))
 
 
 def say_origin(folder, learned=None, **record):

@@ -21,6 +21,7 @@ NARROW = {
     "linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
     "tie_word_embeddings": True,
 }  # fmt: skip
+GOOD, BAD = 'ROW ["what", "found", true]\n', 'ROW ["what", "found", false]\n'
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,10 +165,9 @@ def test_the_bare_command(tmp_path, monkeypatch, capfd):
     assert is_good(accept.bare_command(flags, tmp_path))
 
 
-FAULTS = ["none", "status", "begun anew", "loss", "steps", "outcome", "adapter"]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", ["none", "status", "begun anew", "loss", "steps", "outcome", "adapter"]
+)
 def test_faults_of_the_bare_command(tmp_path, monkeypatch, fault):
     output = tmp_path / "one"
 
@@ -220,29 +220,20 @@ def test_the_rows_of_a_check_are_printed(capsys, monkeypatch, tmp_path):
     assert [json.loads(line.removeprefix("ROW ")) for line in lines] == [[*row] for row in rows]
 
 
-@pytest.fixture
-def all_checks(tmp_path, monkeypatch):
-    """Return all_checks(outputs): main()'s status and acceptance.json where checks print these."""
-
-    def do(outputs, minutes=0):
-        clock = iter(range(0, 10**6, 60 * minutes or 1))
-        monkeypatch.setattr(accept, "default_timer", lambda: next(clock))
-        monkeypatch.setattr(accept, "run", lambda words, **_: outputs.get(words[1], (0, "")))
-        card = types.SimpleNamespace(stdout="Tesla V100, 7.0")
-        monkeypatch.setattr(accept.subprocess, "run", lambda *_, **__: card)
-        monkeypatch.chdir(tmp_path)
-        status = accept.main()
-        return status, json.loads(Path("acceptance.json").read_text(encoding="utf-8"))
-
-    return do
+def all_checks(patch, folder, outputs, minutes=0):
+    """Return main()'s status and acceptance.json where checks print these."""
+    clock = iter(range(0, 10**6, 60 * minutes or 1))
+    patch.setattr(accept, "default_timer", lambda: next(clock))
+    patch.setattr(accept, "run", lambda words, **_: outputs.get(words[1], (0, "")))
+    card = types.SimpleNamespace(stdout="Tesla V100, 7.0")
+    patch.setattr(accept.subprocess, "run", lambda *_, **__: card)
+    patch.chdir(folder)
+    return accept.main(), json.loads(Path("acceptance.json").read_text(encoding="utf-8"))
 
 
-GOOD, BAD = 'ROW ["what", "found", true]\n', 'ROW ["what", "found", false]\n'
-
-
-def test_all_rows_and_the_log_are_in_the_file(all_checks):
+def test_all_rows_and_the_log_are_in_the_file(tmp_path, monkeypatch):
     outputs = {name: (0, f"log of {name}\n{GOOD}") for name in accept.CHECKS}
-    status, report = all_checks(outputs)
+    status, report = all_checks(monkeypatch, tmp_path, outputs)
     assert status == 0 and [row[3] for row in report["rows"]] == [True] * len(outputs)
     assert [name for name in outputs if f"log of {name}\n" not in report["log"]] == []
     assert report["cards"] == "Tesla V100, 7.0" and report["packages"]["torch"]
@@ -250,15 +241,17 @@ def test_all_rows_and_the_log_are_in_the_file(all_checks):
 
 
 @pytest.mark.parametrize("output", [(0, BAD), (1, GOOD), (-6, "")])
-def test_where_to_look_first(all_checks, capsys, output):
-    status, report = all_checks({"float16": output, "memory": (1, "")})
+def test_where_to_look_first(tmp_path, monkeypatch, capsys, output):
+    outputs = {"float16": output, "memory": (1, "")}
+    status, report = all_checks(monkeypatch, tmp_path, outputs)
     assert status == 1 and next(row[0] for row in report["rows"] if row[3] is False) == "float16"
     said = capsys.readouterr().out.splitlines()[-1]
     assert accept.CHECKS["float16"][2] in said and accept.CHECKS["memory"][2] not in said
 
 
-def test_what_there_was_no_time_for_is_not_done(all_checks):
-    status, report = all_checks({"model": (0, GOOD), "bare": (0, GOOD), "fla": (137, "")}, 3)
+def test_what_there_was_no_time_for_is_not_done(tmp_path, monkeypatch):
+    outputs = {"model": (0, GOOD), "bare": (0, GOOD), "fla": (137, "")}
+    status, report = all_checks(monkeypatch, tmp_path, outputs, minutes=3)
     judged = {row[0]: row[3] for row in report["rows"]}
     assert status == 0 and judged.keys() == accept.CHECKS.keys()
     assert judged["fla"] is None and judged["two"] is None

@@ -13,7 +13,7 @@ import torch
 import toys
 from conftest import TOY
 from records import done
-from runs import read_json, refused
+from runs import refused
 from safetensors.torch import load_file
 from toys import CONFIG, PREFIX, TENSORS, change_config, change_tensors, save_adapter
 from transformers import AutoModelForImageTextToText
@@ -83,7 +83,7 @@ def test_the_type_of_the_file_is_kept(plain, export, tmp_path, dtype):
 
 @pytest.mark.parametrize("kind", ["rslora", "wrapper"])
 def test_vllm_gets_the_same_updates_under_its_names(adapters, copied, export, tmp_path, kind):
-    """With one scaling for all modules, and no vision tower that was not trained (of Unsloth)."""
+    """Patterns go along, and no vision tower that was not trained, which Unsloth saves."""
     targets = r".*\.([qo]_proj|in_proj_qkv|out_proj|(up|down)_proj|qkv)"
     folder = copied(kind, target_modules=targets)
     vision = f"{PREFIX}model.visual.blocks.0.qkv.lora_"
@@ -91,21 +91,16 @@ def test_vllm_gets_the_same_updates_under_its_names(adapters, copied, export, tm
     zeros = {f"{vision}A.weight": torch.ones(4, 16), f"{vision}B.weight": torch.zeros(48, 4)}
     export(change_tensors(folder, lambda own: own | zeros), tmp_path / "new", "--vllm")
     found = load_file(tmp_path / "new" / TENSORS)
-    assert len(found) == len(expected)
-    assert all(".model.model.language_model.layers." in name for name in found)
-    if kind == "wrapper":
-        assert all(found[name].equal(one) for name, one in expected.items())
+    text, both = ".model.model.layers.", ".model.model.language_model.layers."
+    assert len(found) == len(expected) and all(both in name for name in found)
+    assert all(found[name.replace(text, both)].equal(one) for name, one in expected.items())
     model = AutoModelForImageTextToText.from_pretrained(TOY, dtype=torch.float32)
     there = toys.layers_of(peft.PeftModel.from_pretrained(model, tmp_path / "new"))
     here = toys.layers_of(loaded(adapters["rslora" if kind == "rslora" else "plain"]))
     inside = {path.replace("model.", "model.language_model.", 1): path for path in here}
     assert there.keys() == inside.keys()
-    config = read_json(tmp_path / "new" / CONFIG)
-    root = config["r"] ** 0.5 if kind == "rslora" else config["r"]
     for path, own in inside.items():
-        assert there[path].scaling["default"] == pytest.approx(config["lora_alpha"] / root)
-        updates = [layer.get_delta_weight("default") for layer in (there[path], here[own])]
-        torch.testing.assert_close(*updates, atol=1e-6, rtol=1e-5)
+        assert there[path].scaling == here[own].scaling and there[path].r == here[own].r
 
 
 def test_no_command_serves_names_that_vllm_ignores(plain, export, capfd, tmp_path):
@@ -115,11 +110,6 @@ def test_no_command_serves_names_that_vllm_ignores(plain, export, capfd, tmp_pat
     change_config(plain, base_model_name_or_path=text)
     refused(capfd, ["export", plain, tmp_path / "3", "--vllm"], "--vllm", main=main)
     assert f"vllm serve {text} " in export(plain, tmp_path / "3", "--scale", 2)
-    # Of a text model the names stay, but it too ignores patterns.
-    change_config(plain, alpha_pattern={"up_proj": 3})
-    assert "vllm serve" not in export(plain, tmp_path / "4", "--scale", 2)
-    assert f"vllm serve {text} " in export(plain, tmp_path / "5", "--vllm")
-    assert load_file(tmp_path / "5" / TENSORS).keys() == load_file(plain / TENSORS).keys()
 
 
 def test_the_serving_command_is_for_what_the_report_measured(export, tmp_path):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_lora_single as t
 
+RIGHT = t.scaled_fp16_matmul
 DTYPES = [torch.bfloat16, torch.float32]
 K = 96
 
@@ -151,8 +152,8 @@ def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tmp_p
     assert distance["native"] < 0.05 * losses["exact"].norm()
 
 
-V100, A100 = (7, 0), (8, 0)
-CHOICES = [  # capability, MATMUL, DTYPE, model, and whether float16 is used
+V100, A100 = False, True  # whether bfloat16 is native; torch supports it where it is emulated, too
+CHOICES = [  # card, MATMUL, DTYPE, model, and whether float16 is used
     (V100, "auto", "bfloat16", None, True),
     (V100, "native", "bfloat16", None, False),
     (V100, "auto", "float32", None, False),
@@ -163,18 +164,14 @@ CHOICES = [  # capability, MATMUL, DTYPE, model, and whether float16 is used
 ]
 
 
-def supports_bfloat16(capability):
-    """Return torch's answer: where it is emulated, it is supported, too."""
-    return lambda including_emulation=True: including_emulation or capability == A100
-
-
 def test_float16_is_used_where_bfloat16_is_emulated_and_the_model_was_tested(monkeypatch):
     toy = AutoConfig.from_pretrained(TOY)
-    for capability, matmul, dtype, kind, expected in CHOICES:
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supports_bfloat16(capability))
+    for card, matmul, dtype, kind, expected in CHOICES:
+        answer = lambda including_emulation=True, own=card: including_emulation or own  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
         settings = t.parse_settings(["--dtype", dtype, "--matmul", matmul])
         job = types.SimpleNamespace(settings=settings, config=family(kind) if kind else toy)
-        assert t.uses_fp16_matmul(job) == expected, (capability, matmul, dtype, kind)
+        assert t.uses_fp16_matmul(job) == expected, (card, matmul, dtype, kind)
 
 
 def test_a_run_in_float16_is_like_one_in_float32(flags, finished, tmp_path):
@@ -190,9 +187,6 @@ def test_a_run_in_float16_is_like_one_in_float32(flags, finished, tmp_path):
     tensors, others = (load_file(one / runs.ADAPTER) for one in (output, finished.output))
     assert tensors.keys() == others.keys()
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-
-
-RIGHT = t.scaled_fp16_matmul
 
 
 def without_a_row(rows, weight):

@@ -153,7 +153,6 @@ def test_the_names_are_told_with_what_vllm_does(adapters, plain, tmp_path, info)
     images = info(adapters["plain"])
     assert images["vllm_0_32_applies"] is False and "--vllm" in images["shown"]
     assert info(adapters["wrapper"])["vllm_0_32_applies"] is True
-    assert info(adapters["rslora"])["vllm_0_32_applies"] is False  # it has patterns
     text = toys.model_of(toys.family("Llama"), tmp_path / "llama")
     assert info(change_config(plain, base_model_name_or_path=text))["vllm_0_32_applies"] is True
     wrong = shutil.copytree(adapters["wrapper"], tmp_path / "wrong")
@@ -161,9 +160,6 @@ def test_the_names_are_told_with_what_vllm_does(adapters, plain, tmp_path, info)
     for folder in (plain, wrong):
         change_config(folder, base_model_name_or_path="someone/not-on-this-machine")
         assert info(folder)["vllm_0_32_applies"] is None
-    change_config(plain, alpha_pattern={"up_proj": 3})
-    assert info(plain)["vllm_0_32_applies"] is False
-    change_config(plain, alpha_pattern={})
     (tmp_path / "final_lora_vllm").mkdir()
     assert "final_lora_vllm" in info(plain)["shown"]
 

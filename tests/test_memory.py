@@ -1,7 +1,6 @@
 """Memory: in how many micro-batches a step goes, that this changes nothing, and what is tried."""
 
 import contextlib
-import functools
 
 import pytest
 import runs
@@ -214,24 +213,11 @@ def look_for_memory(trainer, job, find_what_fits=t.find_what_fits):
         job.settings.DEVICE = "cpu"
 
 
-def rule(start, room, chunk=64):
-    """Return the first number of nine tenths of nine tenths ... that fits into room."""
-    while start > room:
-        start = int(0.9 * start) // chunk * chunk
-    return start
-
-
-FOUND = {  # room with activations kept, and recomputed: what is found
-    "a whole step": ((WHOLE, 0), WHOLE),
-    "three examples": ((200, 0), rule(WHOLE, 200)),
-    "one example": ((64, 0), 64),
-    "recomputed": ((63, 4 * 47), 0),
-}
-
-
-@pytest.mark.parametrize("name", FOUND)
-def test_what_fits_is_found_by_two_passes(trainer, card, name):
-    (kept, recomputed), expected = FOUND[name]
+@pytest.mark.parametrize(
+    ("kept", "recomputed", "expected"),  # room with activations kept and recomputed: what is found
+    [(WHOLE, 0, WHOLE), (200, 0, 3 * 64), (64, 0, 64), (63, 4 * 47, 0)],
+)
+def test_what_fits_is_found_by_two_passes(trainer, card, kept, recomputed, expected):
     recorder, trainer.tokens_at_once = runs.Recorder(trainer), WHOLE
     torch.manual_seed(5)
     with give_memory(trainer, kept, recomputed):
@@ -256,8 +242,7 @@ def test_what_fits_is_found_by_two_passes(trainer, card, name):
 @pytest.fixture
 def on_the_card(card, monkeypatch):
     """Have a whole run look for memory on the card."""
-    look = functools.partial(look_for_memory, find_what_fits=t.find_what_fits)
-    monkeypatch.setattr(t, "find_what_fits", look)
+    monkeypatch.setattr(t, "find_what_fits", look_for_memory)
 
 
 def test_a_run_that_has_tried_is_the_same_run(flags, finished, tmp_path, on_the_card, monkeypatch):

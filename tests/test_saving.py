@@ -104,16 +104,6 @@ def test_a_model_that_is_no_wrapper_gets_no_second_form(flags, tmp_path):
         assert runs.files(renamed) == OLD
 
 
-def test_patterns_which_vllm_ignores_are_not_offered_to_it(flags, tmp_path, monkeypatch, capfd):
-    for name in ("rank_pattern", "alpha_pattern"):
-        with monkeypatch.context() as patch:
-            runs.edit_config(patch, "lora_config", **{name: {"q_proj": 4}})
-            end = runs.command(capfd, [*flags, "--max_steps", "2"])
-        assert end.status == 0 and "vllm serve" not in end.out
-        results = {path.name for path in (tmp_path / "output").glob("final_lora*")}
-        assert results & {*RESULTS} == {"final_lora"}
-
-
 def first_of(tensors):
     return next(name for name in sorted(tensors) if "lora_A" in name)
 

@@ -54,7 +54,7 @@ def edited_text():
 
 
 def piped_to_tee(folder, prepare=None):
-    """Do `python train_lora_single.py | tee log` in a folder; return the status and the log."""
+    """Do `python train_lora_single.py | tee log` in a folder; return the status."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     tee = subprocess.Popen(["tee", "log"], cwd=folder, **pipes)
 
@@ -72,7 +72,7 @@ def piped_to_tee(folder, prepare=None):
     tee.wait()
     errors = (folder / "errors").read_text(encoding="utf-8")
     assert "Traceback" not in errors, errors
-    return status, (folder / "log").read_text(encoding="utf-8")
+    return status
 
 
 def press_ctrl_c_in_epoch_2(tee):
@@ -150,8 +150,7 @@ def test_the_story(tmp_path, monkeypatch):
     (folder / "train_lora_single.py").write_text(edited_text(), encoding="utf-8")
     lines = write_sharegpt(folder / SETTINGS["TRAIN_FILE"])
     # They press Ctrl-C in epoch 2. The step is finished and saved, though tee is dead by then.
-    status, _ = piped_to_tee(folder, press_ctrl_c_in_epoch_2)
-    assert status == 130
+    assert piped_to_tee(folder, press_ctrl_c_in_epoch_2) == 130
     assert runs.checkpoints(output)[-1] == 8 and not (output / "final_lora").exists()
     assert runs.read_record(output)["outcome"].startswith("interrupted: ")
     # The same command goes on, asks nobody, and writes nothing elsewhere.
@@ -160,8 +159,7 @@ def test_the_story(tmp_path, monkeypatch):
     assert record["outcome"] == "finished" == runs.read_record(output / "final_lora")["outcome"]
     # And again: the job is finished, and no file changes.
     left = runs.files(output)
-    status, _ = piped_to_tee(folder)
-    assert status == 0 and runs.files(output) == left
+    assert piped_to_tee(folder) == 0 and runs.files(output) == left
     # The adapter has the bytes of an uninterrupted run, of the best epoch.
     monkeypatch.chdir(folder)
     recorders = runs.record(monkeypatch)
@@ -189,7 +187,6 @@ def test_the_story(tmp_path, monkeypatch):
     for number in range(LINES):
         asked = f"number {number}?<|im_end|>"
         assert any(asked in text for text in texts) == (number not in ids)
-
     look_at_the_evidence(folder, tmp_path, job)
 
 

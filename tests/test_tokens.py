@@ -35,6 +35,7 @@ LONG = messages("Hello?", "Yes. " * 50)
 TALK = messages(
     "Hello?", "Good morning.", "Who are you?  ", "Nell.\n\nA program.", system="You are Nell."
 )
+DRY = ["--dry_run", "--model_name", TOY, "--train_file", "t", "--eval_file", ""]
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +45,6 @@ def in_a_folder(in_the_root, tmp_path, monkeypatch):
 
 def write(name, *talks):
     Path(name).write_text("".join(json.dumps({"messages": one}) + "\n" for one in talks))
-
-
-DRY = ["--dry_run", "--model_name", TOY, "--train_file", "t", "--eval_file", ""]
 
 
 def model_with(*changes, **files):
@@ -71,10 +69,7 @@ def job():
     return job
 
 
-SPACES = messages(" Hello?\n", "First.", "And?", " Second. ")  # the template strips them
-
-
-@pytest.mark.parametrize("said", [TALK[:3], TALK, HELLO, SPACES])
+@pytest.mark.parametrize("said", [HELLO, TALK, messages(" Hi?\n", "First.", "And?", " Second. ")])
 def test_the_reply_is_learned_behind_the_tokens_that_are_served(said, job, tokenizer):
     prompt, reply = t.render(said, job)
     served = tokenizer.apply_chat_template(
@@ -87,7 +82,7 @@ def test_the_reply_is_learned_behind_the_tokens_that_are_served(said, job, token
     assert tokenizer.decode(reply) == said[-1]["content"].strip() + "<|im_end|>"
 
 
-def test_trl_prepares_a_turn_the_same_but_for_the_newline(job, tokenizer, tmp_path):
+def test_trl_prepares_a_turn_the_same_but_for_the_newline(tokenizer, tmp_path):
     row = {"prompt": TALK[:2], "completion": TALK[2:3]}
     row |= {"chat_template_kwargs": {"enable_thinking": False}}
     trainer = SFTTrainer(
@@ -99,12 +94,9 @@ def test_trl_prepares_a_turn_the_same_but_for_the_newline(job, tokenizer, tmp_pa
     theirs = trainer.train_dataset[0]
     write("t", TALK[:3])
     (example,) = prepared(DRY).examples
-    prompt, reply = t.render(TALK[:3], job)
     newline = tokenizer("\n")["input_ids"]
     assert theirs["input_ids"] == example.input_ids + newline
     assert theirs["labels"] == example.labels + newline
-    assert example.input_ids == prompt + reply
-    assert example.labels == [-100] * len(prompt) + reply
 
 
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
@@ -125,9 +117,8 @@ def test_the_tokens_of_both_files_are_counted(finished, tokenizer):
         for row in map(json.loads, lines):
             said = row["prompt"] + row["completion"]
             whole = tokenizer.apply_chat_template(said, tokenize=False, enable_thinking=False)
-            reply = tokenizer(said[-1]["content"] + "<|im_end|>")["input_ids"]
             tokens += len(tokenizer(whole.removesuffix("\n"))["input_ids"])
-            targets += len(reply)
+            targets += len(tokenizer(said[-1]["content"] + "<|im_end|>")["input_ids"])
         found = [data[part][key] for key in ("examples", "tokens", "targets")]
         assert found == [len(lines), tokens, targets]
 

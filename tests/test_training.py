@@ -170,13 +170,10 @@ def test_no_code_of_a_model_is_run(flags, tmp_path):
     assert not marker.exists()
 
 
-def ids_of(examples):
-    return [example.input_ids for example in examples]
-
-
 def test_the_model_is_given_the_very_examples_once_an_epoch(finished, job):
     """Nothing is rendered again or packed."""
-    train, held_out, recorded = ids_of(job.examples), ids_of(job.held_out), finished.recorded
+    parts, recorded = (job.examples, job.held_out), finished.recorded
+    train, held_out = ([one.input_ids for one in part] for part in parts)
     assert len(train) == 14 and len(held_out) == 4
     epochs = [[runs.rows_of([one]) for one in recorded.trained[n : n + 4]] for n in (0, 4)]
     assert len(recorded.trained) == 8
@@ -302,17 +299,12 @@ def losses_by_trl(job, examples, weights, batch_size, folder):
 GEMMA4 = transformers.Gemma4Config(  # without a tower for pictures, in which PEFT knows no q_proj
     text_config=SIZES | {"vocab_size_per_layer_input": 3072, "hidden_size_per_layer_input": 8}
 )
-HOWS = {  # the model's configuration, and TRL's own micro-batches
-    "the toy": (None, 2),
-    # TRL is not told the number of target tokens here, so it is right with whole steps alone.
-    "a class without loss kwargs": (GEMMA4, 4),
-}
 
 
-@pytest.mark.parametrize("how", HOWS)
-def test_the_losses_and_gradients_are_those_of_trl(flags, tmp_path, how):
+# With Gemma 4 TRL is not told the number of target tokens, so it is right with whole steps alone.
+@pytest.mark.parametrize(("config", "trls_batch"), [(None, 2), (GEMMA4, 4)], ids=["toy", "Gemma 4"])
+def test_the_losses_and_gradients_are_those_of_trl(flags, tmp_path, config, trls_batch):
     """On the same rows in the same order, with two examples at once."""
-    config, trls_batch = HOWS[how]
 
     def prepare(trainer):
         runs.set_b(trainer.model)
@@ -327,7 +319,7 @@ def test_the_losses_and_gradients_are_those_of_trl(flags, tmp_path, how):
     examples = {tuple(example.input_ids): example for example in job.examples}
     order = [examples[tuple(row)] for row in runs.rows_of(ours.trained)]
     theirs, log = losses_by_trl(job, order, ours.weights[0], trls_batch, tmp_path / "trl")
-    assert runs.rows_of(theirs.trained) == ids_of(order)
+    assert runs.rows_of(theirs.trained) == [one.input_ids for one in order]
     history = runs.history(tmp_path / "output")
     for key in ("loss", "grad_norm"):
         expected = runs.logged(log, key)
