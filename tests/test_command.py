@@ -278,6 +278,15 @@ def test_what_other_work_left_changes_nothing(finished, stopped, tmp_path, monke
     assert (output / ADAPTER).read_bytes() == (finished.output / ADAPTER).read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_model_that_is_divided_among_gpus_is_refused(kind, capfd, monkeypatch):
+    """Each process would train, verify and save a part of the model."""
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", f"ACCELERATE_USE_{kind}"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RANK", "0")
+    refused(capfd, RUN, "torchrun")
+
+
 def test_what_is_imported_is_required_and_installed():
     """The script's own block is what `uv run` reads (PEP 723); only the package draws."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
