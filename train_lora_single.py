@@ -609,7 +609,8 @@ def check_only_lora_is_trained(model: peft.PeftModel, job: Job) -> None:
     report("model", f"{shown}, in float32; the rest is frozen")
 
 
-# To know what is trained, and how, you need not read on. (TOKENS has the targets.)
+# What is trained, and how, ends here, but for two sections: TOKENS has the targets, and on a V100
+# FP16 MATMUL multiplies.
 
 # ==== MEMORY: how many examples go through the GPU at once
 #
@@ -752,8 +753,8 @@ def take_gpu(dtype: str, is_launched: bool) -> None:
         (ones @ ones).sum().item()  # a torch without this GPU's kernels says so only now
     except (RuntimeError, AssertionError) as error:
         text = f"DEVICE cuda: torch {torch.__version__} cannot compute on GPU {visible}"
-        needs = "an NVIDIA GPU from the V100 on, with driver 525 or newer, is needed; or try --demo"
-        raise UserError(f"{text} ({one_line(error)}); {needs}.") from error
+        needs = "an NVIDIA GPU (V100, driver 525 or newer), or a small model and --device cpu"
+        raise UserError(f"{text} ({one_line(error)}); it takes {needs}.") from error
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
     report("device", f"{torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB are free")
 
@@ -821,7 +822,7 @@ def read_model_files(job: Job) -> None:
 
 
 def load_model(name: str, commit: str, dtype: str, device: str) -> transformers.PreTrainedModel:
-    """Return the base model's text part, loaded straight onto the device.
+    """Return the base model (of Qwen3.5 its text part), loaded straight onto the device.
 
     Never give SFTTrainer the model's name: it would take the class that config.json names,
     Qwen3_5ForConditionalGeneration, with which Trainer does not count a step's target tokens
@@ -1709,7 +1710,7 @@ def summarize(job: Job, step: int) -> None:
     if Path("inspect_lora").is_dir():
         is_shipped = os.path.realpath(settings.EVAL_FILE) == DEMO["EVAL_FILE"]
         rules = " --rules data/rules.json" if is_shipped else ""
-        text = "# what it gained, and what else it changed:\n"
+        text = "# what it gained, and what else it changed (quicker: --replies 20 --parts 20):\n"
         text += f"python -m inspect_lora evidence {final}{rules}\n"
         text += f"# talk to it:\npython -m inspect_lora chat {final}\n"
     largest = max(min(shape) for name, shape in job.trained_shapes.items() if "lora_A" in name)

@@ -19,9 +19,14 @@ import safetensors
 from inspect_lora.common import InspectError, one_line, read_json, some
 
 PREFIX = "base_model.model."  # of each tensor's name in a file that PEFT wrote
-# Where a model for images and text has the layers of its text model, and where that has them alone.
-# PEFT takes these as load_adapter(key_mapping=...), which leaves out the prefix.
-KEY_MAPPING = {r"^model\.language_model\.": "model.", r"^language_model\.model\.": "model."}
+# Where a model for images and text has the layers of its text model, and where that has them alone:
+# AutoModelForCausalLM loads the text model of Qwen3.5, and all of Gemma 3 from 4B on. PEFT takes
+# these as load_adapter(key_mapping=...), which leaves out the prefix.
+TO_TEXT_MODEL = {r"^model\.language_model\.": "model.", r"^language_model\.model\.": "model."}
+TO_WRAPPER = {
+    r"^language_model\.model\.": "model.language_model.",
+    r"^model\.(?=layers\.|embed_tokens|norm)": "model.language_model.",
+}
 # PEFT's names. Those of a state_dict() have the adapter's name in them, which is mostly "default".
 PARTS = r"(?P<path>.+)\.lora_(?:embedding_)?(?P<part>[AB])(?:\.default)?(?:\.weight)?"
 # The first number in a path is the layer's; that of an expert comes later.
@@ -230,10 +235,10 @@ def faults_of(saved: SavedAdapter) -> list[str]:
     return [f"{fault}: {some(names)}" for fault, names in found.items() if names]
 
 
-def name_in_text_model(name: str) -> str:
+def name_in_text_model(name: str, mapping: dict[str, str] = TO_TEXT_MODEL) -> str:
     """Return a tensor's name, or a module's path, where the text model is loaded alone."""
     inner = name.removeprefix(PREFIX)
-    for pattern, replacement in KEY_MAPPING.items():
+    for pattern, replacement in mapping.items():
         inner = re.sub(pattern, replacement, inner)
     return inner
 
@@ -257,12 +262,6 @@ def base_config(saved: SavedAdapter) -> dict[str, Any]:
 
             path = try_to_load_from_cache(base, "config.json")
     return read_json(Path(path)) if isinstance(path, str | Path) else {}
-
-
-def is_on_text_model(saved: SavedAdapter) -> bool | None:
-    """Return whether the base takes text alone, None if its config.json is not on this machine."""
-    base = base_config(saved)
-    return "text_config" not in base if base else None
 
 
 def original_of(base: str) -> str:

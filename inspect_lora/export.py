@@ -70,12 +70,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def refuse(options: argparse.Namespace, saved: SavedAdapter) -> None:
-    """Raise if nothing is asked for, or what cannot be written."""
+    """Raise if what is asked for cannot be written."""
     if reasons := [*adapter_file.faults_of(saved), *saved.more]:
         raise InspectError(f"{saved.place} is more than A and B, or damaged: {some(reasons)}")
     if not 0 < options.scale <= 10:
         raise InspectError(f"--scale is {options.scale:g}; it must be above 0 and at most 10.")
-    if options.vllm and adapter_file.is_on_text_model(saved):
+    base = adapter_file.base_config(saved)
+    if options.vllm and base and "text_config" not in base:
         raise InspectError("--vllm is of no use: the base is a text model, so its names are right.")
 
 

@@ -15,8 +15,12 @@ from inspect_lora import adapter_file
 from inspect_lora.adapter_file import Module, SavedAdapter
 from inspect_lora.common import aligned, from_here, one_line, read_json, say, some, wrapped
 
-MOST_LINES, WIDTH = 20, 90  # that are printed, and of each beside its section
+MOST_LINES, WIDTH = 20, 90  # of what is printed: lines, and the width of each
 WIDEST_MAP = 32  # signs
+# Bases for images and text to which vLLM 0.32 does not apply the names of their text models, and
+# what it refuses to load; both by its source.
+IGNORED_BY_VLLM = ("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "gemma3")
+REFUSED_BY_VLLM = {"use_dora", "lora_bias", "bias", "modules_to_save", "alora_invocation_tokens"}
 LEGEND = [
     "# an update  . none  0 it is 0  ! NaN  size: |update|, the median and the largest",
     "r90: how many of the r directions hold 90 % of the update's squared norm, mean",
@@ -129,23 +133,27 @@ def facts_of(saved: SavedAdapter) -> dict[str, str]:
 
 def names_of(saved: SavedAdapter) -> tuple[bool | None, str]:
     """Return whether vLLM up to 0.32 applies tensors of such names, None if not known, and why."""
-    is_text_model = adapter_file.is_on_text_model(saved)
-    is_known = is_text_model is not None
+    base = adapter_file.base_config(saved)
+    is_text_model = bool(base) and "text_config" not in base
+    if refused := REFUSED_BY_VLLM.intersection(saved.more):
+        return False, f"vLLM refuses {some(sorted(refused))}: merge the adapter into its base"
     if any("language_model." in one.path for one in saved.modules):
         ours = "those of a model for images and text"
         if is_text_model:
             return False, f"{ours}, but the base is a text model: vLLM ignores them without a word"
         return (
-            is_known or None,
-            f"{ours}: vLLM applies them{'' if is_known else ' if the base is one'}",
+            True if base else None,
+            f"{ours}: vLLM applies them{'' if base else ', if it is one'}",
         )
     if is_text_model:
         return True, "those of a text model, as the base is: vLLM applies them"
-    images = "The base takes images, too:" if is_known else "If it takes images, too (Qwen3.5),"
+    if base and base.get("model_type") not in IGNORED_BY_VLLM:
+        return None, "those of a text model; whether vLLM applies them to this base, `served` tells"
+    images = "The base takes images, too:" if base else "If the base takes images, too (Qwen3.5),"
     beside = saved.place.resolve().with_name("final_lora_vllm")
     serve = from_here(beside) if beside.is_dir() else "what `export --vllm` writes"
     ignored = f"{images} vLLM up to 0.32 ignores them without a word; serve {serve}"
-    return is_text_model, f"those of a text model. {ignored}"
+    return False if base else None, f"those of a text model. {ignored}"
 
 
 def as_object(saved: SavedAdapter, faults: list[str]) -> dict[str, Any]:

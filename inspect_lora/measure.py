@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
 import train_lora_single as script
-from inspect_lora.adapter_file import IN_A_LAYER, PREFIX, name_in_text_model, strongest_directions
+from inspect_lora.adapter_file import IN_A_LAYER, name_in_text_model, strongest_directions
 from inspect_lora.common import InspectError, hash_of
 from inspect_lora.data import Prompt, clusters_of, with_system
 from inspect_lora.model import Adapter, generate, text_of
@@ -150,7 +150,7 @@ def measure_updates(adapter: Adapter) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for path, layer in adapter.layers.items():
         size = torch.linalg.vector_norm(layer.get_base_layer().weight, dtype=torch.float64).item()
-        share = norms[path.removeprefix(PREFIX)] / size
+        share = norms[name_in_text_model(path)] / size
         found.setdefault(path.rpartition(".")[2], []).append(share)
     return found
 

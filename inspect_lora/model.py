@@ -22,14 +22,8 @@ import transformers
 from tqdm import tqdm
 
 import train_lora_single as script
-from inspect_lora.adapter_file import (
-    KEY_MAPPING,
-    SavedAdapter,
-    base_of,
-    faults_of,
-    name_in_text_model,
-    original_of,
-)
+from inspect_lora import adapter_file
+from inspect_lora.adapter_file import SavedAdapter, base_of, faults_of, name_in_text_model
 from inspect_lora.common import InspectError, one_line, read_json, say, some
 
 ROWS_AT_ONCE = 64  # replies that are generated together, at most
@@ -133,7 +127,7 @@ def load_base(job: script.Job) -> transformers.PreTrainedModel:
         script.read_model_files(job)
         base = script.load_model(settings.MODEL_NAME, job.commit, settings.DTYPE, settings.DEVICE)
     except script.UserError as error:
-        original = original_of(settings.MODEL_NAME)
+        original = adapter_file.original_of(settings.MODEL_NAME)
         named = f", {original}" if original != settings.MODEL_NAME else ""
         raise InspectError(
             f"{error}\nThis is about the adapter's base. Give --base: where it is now, or the "
@@ -182,10 +176,12 @@ def put_on_and_compare(
 def put_on(base: transformers.PreTrainedModel, saved: SavedAdapter) -> peft.PeftModel:
     """Return the base model with the adapter's tensors in it, each of them in its place."""
     config = peft.LoraConfig.from_pretrained(saved.place)
+    is_wrapper = any(name.endswith("language_model.layers") for name, _ in base.named_modules())
+    mapping = adapter_file.TO_WRAPPER if is_wrapper else adapter_file.TO_TEXT_MODEL
     if not config.target_parameters:
-        # The names of the configuration may be those of a model for images and text. In the text
-        # model PEFT would not find them, and take the common alpha in silence.
-        modules = {name_in_text_model(one.path): one for one in saved.modules}
+        # The names of the configuration may be those of another class than the base's. PEFT would
+        # not find them, and take the common alpha in silence.
+        modules = {name_in_text_model(one.path, mapping): one for one in saved.modules}
         config.target_modules = sorted(modules)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         keys = {f"^{re.escape(path)}": one for path, one in modules.items()}
@@ -197,7 +193,7 @@ def put_on(base: transformers.PreTrainedModel, saved: SavedAdapter) -> peft.Peft
             warnings.simplefilter("ignore")  # of keys without a place, which are refused below
             model = peft.PeftModel(base, config)
             landed = model.load_adapter(
-                saved.place, "default", key_mapping=KEY_MAPPING, torch_device=str(base.device)
+                saved.place, "default", key_mapping=mapping, torch_device=str(base.device)
             )
     except (KeyError, RuntimeError, ValueError) as error:
         raise InspectError(
@@ -217,7 +213,7 @@ def refuse_lost_tensors(saved: SavedAdapter, lost: list[str]) -> None:
     if lost:
         raise InspectError(
             f"{len(lost)} tensors of {saved.place} find no place in the base, or are missing: "
-            f"{some(lost)}. The text model alone is loaded: LoRA of a vision tower has no place."
+            f"{some(lost)}. Of Qwen3.5 the text model alone is loaded, without its vision tower."
         )
 
 

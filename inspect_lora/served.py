@@ -2,8 +2,8 @@
 
 A server can accept an adapter and silently ignore it. So it is asked to score the replies in a
 report's record, under the adapter's name and under its base's; what the adapter changes there is
-compared with what it changed here. The server is also asked whether it renders prompts as in
-training. vLLM answers both; an API key is read from VLLM_API_KEY or OPENAI_API_KEY.
+compared with what it changed here. The server is also asked whether it renders prompts as they were
+measured. vLLM answers both; an API key is read from VLLM_API_KEY or OPENAI_API_KEY.
 
 The status is 0 if it is applied, 3 if it is ignored, 4 if that cannot be told, and 5 if it is
 applied but prompts are rendered differently.
@@ -140,7 +140,7 @@ def score(server: Server, name: str, probe: record.Probe) -> float:
 
 
 def print_rendering(server: Server, found: record.Record) -> bool:
-    """Print whether the server writes prompts as in training; return whether it does not.
+    """Print whether the server writes prompts as when it was measured; return if it does not.
 
     Clients mostly ask for nothing else, and get what the server does by default: that is compared.
     """
@@ -153,12 +153,12 @@ def print_rendering(server: Server, found: record.Record) -> bool:
         except (InspectError, KeyError) as error:
             say("rendered", f"not checked: {one_line(error, 75)}")
             return False
-        mend = "start it with --chat-template ADAPTER/chat_template.jinja, the training's"
+        mend = "start it with --chat-template ADAPTER/chat_template.jinja"
         if tokens == probe.prompt_ids:
             mend = f"start it with --default-chat-template-kwargs '{json.dumps(kwargs)}'"
-        say("rendered", ["differently from training:", mend])
+        say("rendered", ["differently from when it was measured:", mend])
         return True
-    say("rendered", f"all {len(found.probes)} prompts as in training")
+    say("rendered", f"all {len(found.probes)} prompts as when it was measured")
     return False
 
 

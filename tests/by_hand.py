@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import peft
 import torch
+from conftest import TOY
 from safetensors.torch import load_file
 from toys import base_model, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,9 +90,9 @@ def reply_loss(model, tokenizer, messages, thinks=False):
     return -chances.mean().item()
 
 
-def losses_of_peft(folder, conversations, dtype="float32"):
+def losses_of_peft(folder, conversations, dtype="float32", base=TOY):
     """Return the losses of base and adapter, loaded and switched off by PEFT alone."""
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(base_model(dtype)), folder).eval()
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base_model(dtype, base)), folder).eval()
     with_adapter = [reply_loss(model, tokenizer(), one) for one in conversations]
     with model.disable_adapter():
         return [reply_loss(model, tokenizer(), one) for one in conversations], with_adapter

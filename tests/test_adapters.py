@@ -49,9 +49,9 @@ def near(losses):
     return pytest.approx(losses, abs=ROUNDING)
 
 
-def by_peft(folder, path):
+def by_peft(folder, path, base=TOY):
     """Return the losses that PEFT alone gives an adapter, which changes them."""
-    base, adapter = losses_of_peft(folder, read_conversations(path))
+    base, adapter = losses_of_peft(folder, read_conversations(path), base=base)
     assert base[0] != pytest.approx(adapter[0], abs=20 * ROUNDING)
     return [near(base), near(adapter)]
 
@@ -121,6 +121,25 @@ def wrapped(folder, form, **config):
     """Rename an adapter's tensors as if it had been trained in a wrapper; return its folder."""
     change_tensors(folder, lambda tensors: toys.renamed(tensors, *INTO_WRAPPER[form]))
     return change_config(folder, **config)
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+def test_a_base_that_is_loaded_with_its_vision_tower(measured, three_lines, tmp_path):
+    """As AutoModelForCausalLM loads Gemma 3; an adapter may have its text model's names."""
+    base = toys.model_of(toys.wrapper("Gemma3"), tmp_path / "gemma", has_weights=True)
+    targets = r".*language_model.*\.(q|o|up|down)_proj"
+    folder = save_adapter(tmp_path / "own", toys.base_model(folder=base), target_modules=targets)
+    expected = by_peft(folder, three_lines, base)
+    change_config(folder, alpha_pattern={"language_model.layers.0.mlp.up_proj": 64})
+    changed = by_peft(folder, three_lines, base)
+    assert changed[1] != expected[1]
+    for _ in range(2):
+        found = measured(folder, "--base", base)
+        assert mean_losses(found) == changed and "up_proj" in found["updates"]
+        renamed = functools.partial(toys.renamed, old=".language_model.layers", new=".layers")
+        change_config(
+            change_tensors(folder, renamed), alpha_pattern={"model.layers.0.mlp.up_proj": 64}
+        )
 
 
 @pytest.mark.parametrize("form", INTO_WRAPPER)

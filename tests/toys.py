@@ -39,8 +39,8 @@ def make_untied(folder):
 
 
 @functools.cache
-def base_model(dtype="float32"):
-    return AutoModelForCausalLM.from_pretrained(TOY, dtype=dtype).eval()
+def base_model(dtype="float32", folder=TOY):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 @functools.cache
