@@ -163,6 +163,9 @@ def test_the_names_are_told_with_what_vllm_does(adapters, plain, tmp_path, info)
         assert info(folder)["vllm_0_32_applies"] is None
     (tmp_path / "final_lora_vllm").mkdir()
     assert "final_lora_vllm" in info(plain)["shown"]
+    other = toys.model_of(toys.wrapper("Gemma3n"), tmp_path / "another family")
+    found = info(change_config(plain, base_model_name_or_path=other))
+    assert found["vllm_0_32_applies"] is None and "final_lora_vllm" not in found["shown"]
 
 
 QUANTIZED = {

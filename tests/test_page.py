@@ -148,6 +148,7 @@ def test_a_whole_blind_reading_by_keyboard(open_page):
         assert not re.search("base|adapter", said_of_both) and not shown.all("#to-side:enabled")
         seen.append(shown.texts(".asked")[0])
         a, b = shown.texts("#pair .text")
+        assert "4 tokens" not in " ".join(shown.texts("#pair"))  # after which the base is cut
         sides.append("base" if "base" in a else "adapter")
         assert a != b
         other = {"base": "adapter", "adapter": "base"}[sides[-1]]
