@@ -182,8 +182,7 @@ def put_on(base: transformers.PreTrainedModel, saved: SavedAdapter) -> peft.Peft
         # The names of the configuration may be those of another class than the base's. PEFT would
         # not find them, and take the common alpha in silence.
         modules = {name_in_text_model(one.path, mapping): one for one in saved.modules}
-        config.target_modules = sorted(modules)
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        config.target_modules, config.exclude_modules = sorted(modules), None
         keys = {f"^{re.escape(path)}": one for path, one in modules.items()}
         config.rank_pattern = {key: one.r for key, one in keys.items()}
         config.alpha_pattern = {key: one.alpha for key, one in keys.items()}

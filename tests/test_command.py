@@ -280,7 +280,6 @@ def test_what_other_work_left_changes_nothing(finished, stopped, tmp_path, monke
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_a_model_that_is_divided_among_gpus_is_refused(kind, capfd, monkeypatch):
-    """Each process would train, verify and save a part of the model."""
     for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", f"ACCELERATE_USE_{kind}"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("RANK", "0")

@@ -204,23 +204,14 @@ BROKEN = {
 }
 
 
-def right_until_it_is_used(patch):
-    """Have only what the model computes be wrong, and none of the products that are tried."""
-    real = t.use_fp16_matmul
-
-    def use(model):
-        real(model)
-        patch.setattr(t, "scaled_fp16_matmul", lambda *given: 1.2 * RIGHT(*given))
-
-    patch.setattr(t, "use_fp16_matmul", use)
-
-
-@pytest.mark.parametrize("what", [*BROKEN, "the loss"])
+@pytest.mark.parametrize("what", [*BROKEN, "the loss alone"])
 def test_where_float16_is_wrong_the_run_ends(flags, tmp_path, monkeypatch, capfd, what):
+    broken = BROKEN.get(what, lambda *given: 1.2 * RIGHT(*given))
+    replace = lambda *_: monkeypatch.setattr(t, "scaled_fp16_matmul", broken)  # noqa: E731
     if what in BROKEN:
-        monkeypatch.setattr(t, "scaled_fp16_matmul", BROKEN[what])
-    else:
-        right_until_it_is_used(monkeypatch)
+        replace()
+    else:  # the products that are tried are right, and what the model computes is not
+        runs.before(monkeypatch, t, "use_fp16_matmul", replace)
     flags = [*flags, "--dtype", "bfloat16", "--matmul", "float16"]
     runs.refused(capfd, flags, "--matmul", *(["_proj"] if what in BROKEN else []))
     assert runs.checkpoints(tmp_path / "output") == []

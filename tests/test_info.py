@@ -153,9 +153,10 @@ def test_the_names_are_told_with_what_vllm_does(adapters, plain, tmp_path, info)
     images = info(adapters["plain"])
     assert images["vllm_0_32_applies"] is False and "--vllm" in images["shown"]
     assert info(adapters["wrapper"])["vllm_0_32_applies"] is True
-    assert info(adapters["dora"])["vllm_0_32_applies"] is False
     text = toys.model_of(toys.family("Llama"), tmp_path / "llama")
     assert info(change_config(plain, base_model_name_or_path=text))["vllm_0_32_applies"] is True
+    assert info(change_config(plain, use_dora=True))["vllm_0_32_applies"] is False
+    change_config(plain, use_dora=False)
     wrong = shutil.copytree(adapters["wrapper"], tmp_path / "wrong")
     assert info(change_config(wrong, base_model_name_or_path=text))["vllm_0_32_applies"] is False
     for folder in (plain, wrong):

@@ -104,6 +104,16 @@ def test_a_model_that_is_no_wrapper_gets_no_second_form(flags, tmp_path):
         assert runs.files(renamed) == OLD
 
 
+def test_patterns_of_whole_paths_hold_in_both_forms(flags, tmp_path, monkeypatch):
+    path = "model.layers.0.mlp.up_proj"
+    runs.edit_config(monkeypatch, "lora_config", rank_pattern={path: 4}, alpha_pattern={path: 3})
+    assert runs.run([*flags, "--max_steps", "2"]) == 0
+    for name, inside in zip(RESULTS, ("model", "model.language_model"), strict=True):
+        config = runs.read_json(tmp_path / "output" / name / "adapter_config.json")
+        own = path.replace("model", inside)
+        assert (config["rank_pattern"], config["alpha_pattern"]) == ({own: 4}, {own: 3})
+
+
 def first_of(tensors):
     return next(name for name in sorted(tensors) if "lora_A" in name)
 
