@@ -36,7 +36,7 @@ Losses are in nats a token; a gain above 0 is better. \
 lower on: replies with the lower loss; lost, won: lines that only the base, or only the adapter, \
 passes; p: how often chance alone splits them so unevenly; same: replies that are, word for word, \
 the most frequent one."""
-ROWS_SHOWN = 7  # of a table, on the terminal; report.md has all
+ROWS_SHOWN = 9  # of a table, on the terminal; report.md has all
 REPLIES_SHOWN = 8  # in report.md; the page has all
 TRAINING = "TRAIN_FILE NUM_EPOCHS MAX_STEPS LEARNING_RATE LORA_R LORA_ALPHA SEED FINAL_LORA"
 KINDS_DRAWN = 13  # all of them together is the first
@@ -245,12 +245,12 @@ def print_parts(found: Record) -> None:
     """Print what groups of targets and cuts keep; strengths stand beside the change elsewhere."""
     if found.parts:
         say("parts", about_parts(found))
-        show("", table_of_parts(found, "group", "cut"), 6)
+        show("", table_of_parts(found, "group", "cut"))
 
 
 def print_shifts(found: Record) -> None:
     """Print the strengths, and the change on other tasks."""
-    show("strength", table_of_strengths(found), 9)
+    show("strength", table_of_strengths(found))
 
 
 def print_replies(found: Record) -> None:

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import toys
 import transformers
 from conftest import ROOT, TOY
 from packaging.requirements import Requirement
@@ -266,6 +267,9 @@ def test_fla_is_there_where_right_and_named_where_it_helps(
     t.read_model_files(job)
     is_faster = capability in ((8, 0), (9, 0))
     assert ("flash-linear-attention" in capfd.readouterr().out) == (is_faster and not is_asked)
+    job.settings.MODEL_NAME = toys.model_of(toys.family("Llama"), tmp_path / "llama")
+    t.read_model_files(job)
+    assert "flash-linear-attention" not in capfd.readouterr().out  # it has no DeltaNet
 
 
 def test_what_other_work_left_changes_nothing(finished, stopped, tmp_path, monkeypatch):
