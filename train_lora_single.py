@@ -2,7 +2,7 @@
 
     python train_lora_single.py              train on data/train.jsonl; write output/final_lora
     python train_lora_single.py --dry_run    check the data and print the plan; needs no GPU
-    python train_lora_single.py --demo       the whole job in a minute, on a CPU, with a toy model
+    python train_lora_single.py --demo       the whole job in two minutes, on a CPU, with a toy
     python train_lora_single.py --lora_r 16 --num_epochs 2   every setting below is also a flag
 
 A run that was stopped is resumed by the same command; with other settings a new one begins. No
