@@ -236,6 +236,7 @@ FLA = {  # where USE_FLA is on: capability, versions of fla and Triton, and whet
     "Hopper": ((9, 0), "0.5.1", "3.7.1", True),
     "Hopper, wrong gradients": ((9, 0), "0.4.2", "3.7.1", False),
     "Hopper, cannot train": ((9, 0), "0.5.1", "3.6.0", False),
+    "Hopper, the last of these": ((9, 0), "0.6.0", "3.7.0", False),
     "a CPU": (None, "0.5.1", "3.7.1", False),
 }
 
