@@ -326,10 +326,8 @@ def test_the_system_message_is_the_trainings(plain, measured, tmp_path):
 
 
 def test_a_system_message_is_given_to_the_lines_that_have_none(plain, measured, tmp_path):
-    has, has_not = (
-        write_lines(tmp_path / name, [{"messages": talk(n)[first:]} for n in range(3)])
-        for first, name in enumerate(("has.jsonl", "has_not.jsonl"))
-    )
+    lines = [[{"messages": talk(n)[first:]} for n in range(3)] for first in (0, 1)]
+    has, has_not = (write_lines(tmp_path / f"{n}.jsonl", one) for n, one in enumerate(lines))
     losses = [
         mean_losses(measured(plain, "--eval_file", path, *flags))
         for path, flags in ((has, []), (has_not, ["--system", SYSTEM]), (has_not, []))

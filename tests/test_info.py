@@ -72,6 +72,7 @@ ODD = [  # ranks, alphas and patterns that PEFT takes
     {"alpha_pattern": {"^model.layers.1.mlp.up_proj": 1}, "use_rslora": True},
     {"target_modules": r".*\.(q|o|up)_proj", "rank_pattern": {"q_proj|o_proj": 1}},
     {"target_modules": "all-linear", "alpha_pattern": {"1.self_attn.v_proj": 5}},
+    {"r": 8, "lora_alpha": 8},  # PEFT's defaults, which a file need not name
 ]
 OF_WRAPPER = [
     {"rank_pattern": {"model.language_model.layers.0.mlp.up_proj": 2}},
@@ -86,6 +87,8 @@ def test_rank_and_scaling_are_those_that_peft_gives_each_module(config, tmp_path
         model = AutoModelForImageTextToText.from_pretrained(TOY, dtype=torch.float32)
     folder = save_adapter(tmp_path / "adapter", model, **config)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    if config.get("r") == 8:
+        change_config(folder, r=None, lora_alpha=None)
     rows = {row["path"]: row for row in info(folder)["modules"]}
     layers = toys.layers_of(loaded)
     assert rows.keys() == layers.keys() and rows
