@@ -209,7 +209,7 @@ BAD_CONFIGS = {
     "an activated LoRA": ({"alora_invocation_tokens": [5, 6]}, ["copied"]),
     "no base": ({"base_model_name_or_path": None}, ["--base"]),
     "no such base": ({"base_model_name_or_path": "/no/base"}, ["/no/base", "--base"]),
-    "a quantized copy": ({"base_model_name_or_path": QUANTIZED}, ["un/Q3-4B", "--base"]),
+    "a quantized copy": ({"base_model_name_or_path": QUANTIZED}, ["un/Q3-4B.", "--base"]),
 }
 
 

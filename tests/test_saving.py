@@ -58,6 +58,8 @@ def test_a_run_leaves_these_files(finished):
     assert all(names[name] >= ORIGIN for name in RESULTS)
     assert names["final_lora"] >= {"README.md", "chat_template.jinja", "tokenizer.json"}
     found = runs.files(finished.output)
+    log = (finished.output / "all_logs.log").read_text(encoding="utf-8")
+    assert re.findall(r"^train .*\bstep (\d)/8 ", log, re.MULTILINE) == [*"12345678"]
     starts = (b"PK\x03\x04", *(bytes([0x80, version]) for version in range(2, 6)))
     pickles = {Path(name).name for name, data in found.items() if data.startswith(starts)}
     assert pickles <= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
