@@ -101,8 +101,8 @@ SEED = 42  # decides dropout, the order of the examples, and the values that A b
 
 # Results.
 OUTPUT_DIR = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
-LOGGING_STEPS = 10  # a line after every so many steps: their mean loss
-SAVE_STEPS = 50  # a checkpoint after every so many steps; a crash loses the steps since then
+LOGGING_STEPS = 10  # a line with the mean loss is printed after this many steps
+SAVE_STEPS = 50  # a checkpoint is saved after this many steps; a crash loses those since
 FINAL_LORA = "last"  # which epoch becomes final_lora: last, or best (lowest held-out loss)
 REPORT_TO = "none"  # also log to tensorboard, wandb or trackio
 
@@ -609,8 +609,8 @@ def check_only_lora_is_trained(model: peft.PeftModel, job: Job) -> None:
     report("model", f"{shown}, in float32; the rest is frozen")
 
 
-# What is trained, and how, ends here, but for two sections: TOKENS has the targets, and on a V100
-# FP16 MATMUL multiplies.
+# This is what is trained, and how, but for two sections: TOKENS decides which tokens are targets,
+# and on a V100 FP16 MATMUL multiplies.
 
 # ==== MEMORY: how many examples go through the GPU at once
 #
@@ -753,7 +753,7 @@ def take_gpu(dtype: str, is_launched: bool) -> None:
         (ones @ ones).sum().item()  # a torch without this GPU's kernels says so only now
     except (RuntimeError, AssertionError) as error:
         text = f"DEVICE cuda: torch {torch.__version__} cannot compute on GPU {visible}"
-        needs = "an NVIDIA GPU (V100, driver 525 or newer), or a small model and --device cpu"
+        needs = "an NVIDIA GPU (V100 or newer, driver 525), or a small model and --device cpu"
         raise UserError(f"{text} ({one_line(error)}); it takes {needs}.") from error
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
     report("device", f"{torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB are free")
@@ -936,14 +936,15 @@ def read_conversations(
     examples, unpaired = [], 0
     for source, text in entries_of(content, path).items():
         try:
-            row = parse_line(text)
-            messages, teaches_one = messages_of(row)
+            line = parse_line(text)
+            messages, teaches_one = messages_of(line)
             check_messages(messages, accepts_thinking)
         except ValueError as error:
             problems.append(f"{source}: {one_line(error, 400)}")
             continue
-        if "conversations" in row:
-            unpaired += len(row["conversations"]) + bool(row.get("system")) - len(messages)
+        if "conversations" in line:
+            turns = messages[1:] if line.get("system") else messages
+            unpaired += len(line["conversations"]) - len(turns)
         row = json.loads(text.decode("utf-8-sig"))  # with what is null
         places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         if teaches_one or replies == "last":

@@ -235,8 +235,13 @@ def faults_of(saved: SavedAdapter) -> list[str]:
     return [f"{fault}: {some(names)}" for fault, names in found.items() if names]
 
 
-def name_in_text_model(name: str, mapping: dict[str, str] = TO_TEXT_MODEL) -> str:
+def name_in_text_model(name: str) -> str:
     """Return a tensor's name, or a module's path, where the text model is loaded alone."""
+    return renamed(name, TO_TEXT_MODEL)
+
+
+def renamed(name: str, mapping: dict[str, str]) -> str:
+    """Return a tensor's name, or a module's path, as PEFT changes it by a key_mapping."""
     inner = name.removeprefix(PREFIX)
     for pattern, replacement in mapping.items():
         inner = re.sub(pattern, replacement, inner)

@@ -126,7 +126,7 @@ def why_not_beside(one: Record, newest: Record) -> str:
     there = {line.id: line.base for line in newest.lines}
     shared = [line for line in one.lines if line.id in there]
     if not shared:
-        return "other held-out replies (or a prompt is written otherwise)"
+        return "other held-out replies, or another rendering of them,"
     apart = statistics.fmean(abs(line.base - there[line.id]) / line.tokens for line in shared)
     return f"another base (its losses are {apart:.3f} nats apart)" if apart > SAME_BASE else ""
 

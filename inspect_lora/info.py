@@ -141,10 +141,8 @@ def names_of(saved: SavedAdapter) -> tuple[bool | None, str]:
         ours = "those of a model for images and text"
         if is_text_model:
             return False, f"{ours}, but the base is a text model: vLLM ignores them without a word"
-        return (
-            True if base else None,
-            f"{ours}: vLLM applies them{'' if base else ', if it is one'}",
-        )
+        condition = "" if base else " if the base is such a model"
+        return True if base else None, f"{ours}: vLLM applies them{condition}"
     if is_text_model:
         return True, "those of a text model, as the base is: vLLM applies them"
     if base and base.get("model_type") not in IGNORED_BY_VLLM:

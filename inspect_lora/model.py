@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the training's")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--system", help="system message; default: that of the training")
-    parser.add_argument("--enable_thinking", action="store_true", help="as it was trained with it")
+    parser.add_argument("--enable_thinking", action="store_true", help="if it was trained to think")
 
 
 # ---- Opening
@@ -181,7 +181,7 @@ def put_on(base: transformers.PreTrainedModel, saved: SavedAdapter) -> peft.Peft
     if not config.target_parameters:
         # The names of the configuration may be those of another class than the base's. PEFT would
         # not find them, and take the common alpha in silence.
-        modules = {name_in_text_model(one.path, mapping): one for one in saved.modules}
+        modules = {adapter_file.renamed(one.path, mapping): one for one in saved.modules}
         config.target_modules, config.exclude_modules = sorted(modules), None
         keys = {f"^{re.escape(path)}": one for path, one in modules.items()}
         config.rank_pattern = {key: one.r for key, one in keys.items()}

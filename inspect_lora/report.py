@@ -33,9 +33,9 @@ ABOUT = """\
 rows without any effect, one looks clear on average, and the best of several looks better than it \
 is. The intervals cover only the choice of lines; another seed of the training may change more. \
 Losses are in nats a token; a gain above 0 is better. \
-lower on: replies with the lower loss; lost, won: lines that only the base, or only the adapter, \
-passes; p: how often chance alone splits them so unevenly; same: replies that are, word for word, \
-the most frequent one."""
+"Lower on" counts the replies on which the adapter's loss is lower, "lost" and "won" the lines \
+that only the base or only the adapter passes; p says how often chance alone would split these so \
+unevenly. "Same" counts the replies that are, word for word, the most frequent one."""
 ROWS_SHOWN = 9  # of a table, on the terminal; report.md has all
 REPLIES_SHOWN = 8  # in report.md; the page has all
 TRAINING = "TRAIN_FILE NUM_EPOCHS MAX_STEPS LEARNING_RATE LORA_R LORA_ALPHA SEED FINAL_LORA"
@@ -351,11 +351,11 @@ def asked_by_checks(found: Record) -> list[str]:
 def facts_of(found: Record) -> dict[str, Any]:
     """Return what the numbers depend on."""
     asked = [one for one in found.exchanges if one.source != "tasks"]
-    trained = found.run.get("settings", {})
+    settings = found.run.get("settings", {})
+    trained = {key: settings[key] for key in TRAINING.split() if key in settings}
     lines, own = (Counter(one.kind or "(no kind)" for one in of) for of in (found.lines, asked))
     return found.on | {
-        "training": {key: trained[key] for key in TRAINING.split() if key in trained}
-        or "not known",
+        "training": trained or "not known",
         "kinds of held-out replies": dict(lines),
         "kinds of prompts that were asked": dict(own),
         "system message": found.system or "none",

@@ -140,7 +140,7 @@ def score(server: Server, name: str, probe: record.Probe) -> float:
 
 
 def print_rendering(server: Server, found: record.Record) -> bool:
-    """Print whether the server writes prompts as when it was measured; return if it does not.
+    """Print whether the server writes prompts as they were measured; return whether it does not.
 
     Clients mostly ask for nothing else, and get what the server does by default: that is compared.
     """
