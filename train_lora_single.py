@@ -2,18 +2,18 @@
 
     python train_lora_single.py              train on data/train.jsonl; write output/final_lora
     python train_lora_single.py --dry_run    check the data and print the plan; needs no GPU
-    python train_lora_single.py --demo       the whole job in two minutes, on a CPU, with a toy
+    python train_lora_single.py --demo       the whole job with a toy model: two minutes on a CPU
     python train_lora_single.py --lora_r 16 --num_epochs 2   every setting below is also a flag
 
-A run that was stopped is resumed by the same command; with other settings a new one begins. No
-earlier adapter is overwritten.
+A run that was stopped is resumed by the same command; settings that change what is trained begin
+a new one. No earlier adapter is overwritten.
 
-The file has sections: SETTINGS, FLAGS, THE RUN (the whole job in one function), THE HEART (what is
+The file has sections: SETTINGS, THE RUN (the whole job in one function), FLAGS, THE HEART (what is
 trained, and how a step is done), MEMORY, MODEL, DATA, TOKENS, PLAN, RESUMING, TRAINING, SAVING,
-FP16 MATMUL (for a V100), COMMAND LINE. SETTINGS, THE RUN and THE HEART tell what happens.
+FP16 MATMUL (for a V100), COMMAND LINE. Read SETTINGS, THE RUN and THE HEART first.
 """
 
-# `uv run train_lora_single.py --demo` reads this (PEP 723), and needs no environment made by hand.
+# `uv run train_lora_single.py --demo` reads this (PEP 723) and makes the environment itself.
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
@@ -32,10 +32,14 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import copy
 import difflib
 import fcntl
+import gc
 import hashlib
 import importlib.metadata
+import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -49,9 +53,9 @@ import sys
 import textwrap
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -60,27 +64,29 @@ from typing import Any
 #
 # To add a setting, write one line, such as
 #     WEIGHT_DECAY = 0.01  # shrinks A and B a little in each step
-# and use it, here in training_config() as weight_decay=settings.WEIGHT_DECAY. It is a flag then and
-# stands in run.json, and a checkpoint that was made with another value is not resumed.
+# and use it, here in training_fields() as weight_decay=settings.WEIGHT_DECAY. It becomes a flag and
+# is recorded in run.json. A new value is a new job, so no earlier checkpoint is resumed.
 
 # The model.
 MODEL_NAME = "Qwen/Qwen3.5-4B"  # a chat model on the hub, or a local folder
 MODEL_REVISION = "main"  # the model's branch, tag or commit on the hub
+CHAT_TEMPLATE = ""  # "" for the model's own, one_pass (see TOKENS), or a file
 DTYPE = "bfloat16"  # the type of the frozen weights: bfloat16 or float32
 DEVICE = "cuda"  # cuda, or cpu for small models
 
 # The data. The section DATA shows the formats that a conversation may have.
 TRAIN_FILE = "data/train.jsonl"  # the conversations to learn from
-EVAL_FILE = "data/eval.jsonl"  # not trained on; "10%" holds out a tenth of TRAIN_FILE; or ""
+EVAL_FILE = "data/eval.jsonl"  # held out; "10%" takes a tenth of TRAIN_FILE; "" for none
 REPLIES = "all"  # which replies of a conversation are targets: all, or the last
-MAX_SEQ_LEN = 512  # in tokens; longer examples are left out, and never cut
+ENABLE_THINKING = False  # True: each target begins with its thoughts, <think>...</think>
+MAX_SEQ_LEN = 512  # in tokens; longer ones are left out, not cut; more than a tenth is refused
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
 LORA_R = 8  # rank; if you change it, keep alpha
 LORA_ALPHA = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT = 0.05  # on the LoRA branch only; makes memorizing harder
 LORA_TARGET_MODULES = [  # the modules that get LoRA
-    "q_proj",  # attention, in one of four layers of Qwen3.5; the others are Gated DeltaNet, whose
+    "q_proj",  # attention, in every fourth layer of Qwen3.5; the others are Gated DeltaNet, whose
     "k_proj",  # own in_proj_qkv, in_proj_z, in_proj_a, in_proj_b and out_proj get no LoRA here
     "v_proj",
     "o_proj",
@@ -88,32 +94,179 @@ LORA_TARGET_MODULES = [  # the modules that get LoRA
     "up_proj",
     "down_proj",
 ]
+START_FROM = ""  # an adapter's folder to start from; same base model, targets, r and alpha
 
 # Training.
 NUM_EPOCHS = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS = 0  # stop after this many steps, to try things out; 0 for all epochs
-BATCH_SIZE = 2  # examples in a step = BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS
-GRADIENT_ACCUMULATION_STEPS = 2  # the other factor; how many fit at once is found out, see MEMORY
-LEARNING_RATE = 2e-4  # the highest rate; lower it if the loss jumps
+BATCH_SIZE = 2  # a step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS replies, or joined dialogues
+GRADIENT_ACCUMULATION_STEPS = 2  # the other factor; see MEMORY for how many run at once
+LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
 LR_SCHEDULER_TYPE = "cosine"  # after the warm-up: cosine, linear or constant_with_warmup
 WARMUP_RATIO = 0.03  # the share of the steps in which the learning rate rises from 0
-SEED = 42  # decides dropout, the order of the examples, and the values that A begins with
+SEED = 42  # for the order of the examples, dropout, and the initial A
 
 # Results.
 OUTPUT_DIR = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
-LOGGING_STEPS = 10  # a line with the mean loss is printed after this many steps
-SAVE_STEPS = 50  # a checkpoint is saved after this many steps; a crash loses those since
-FINAL_LORA = "last"  # which epoch becomes final_lora: last, or best (lowest held-out loss)
+LOGGING_STEPS = 10  # how often, in steps, the mean loss is printed
+SAVE_STEPS = 50  # how often, in steps, a checkpoint is saved; a crash loses the rest
+EVAL_STEPS = 0  # how often, in steps, the held-out loss is measured; 0: each epoch
+FINAL_LORA = "last"  # which step's adapter becomes final_lora: last, or best (lowest held-out loss)
 REPORT_TO = "none"  # also log to tensorboard, wandb or trackio
 
 # How things are computed.
-MATMUL = "auto"  # of frozen weights: native, float16 (see FP16 MATMUL), or auto: by the GPU
-USE_FLA = False  # flash-linear-attention for Gated DeltaNet, on an A100 or newer
+MATMUL = "auto"  # of frozen weights: native, float16 (see FP16 MATMUL), or auto (by GPU)
+USE_FLA = False  # flash-linear-attention's kernels for Gated DeltaNet: faster on an A100 or 4090
 
-# ==== FLAGS: each constant of SETTINGS is a flag, is checked, and stands in run.json
+SETTINGS = [name for name in [*globals()] if name.isupper()]  # the constants above
+
+
+def lora_fields(settings: Settings) -> Facts:
+    """Return PEFT's LoraConfig fields; you may add use_rslora, use_dora, rank_pattern, others."""
+    targets = settings.LORA_TARGET_MODULES
+    return dict(
+        r=settings.LORA_R,
+        lora_alpha=settings.LORA_ALPHA,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        lora_dropout=settings.LORA_DROPOUT,
+        bias="none",  # a trained bias would stay changed where the adapter is switched off
+        task_type="CAUSAL_LM",
+    )
+
+
+def training_fields(settings: Settings, steps: int) -> Facts:
+    """Return the SFTConfig fields you may edit; you may add weight_decay, optim and others.
+
+    The rest keep TRL's defaults (AdamW, gradients clipped at 1.0) or fixed_fields().
+    """
+    return dict(
+        learning_rate=settings.LEARNING_RATE,
+        lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
+        warmup_steps=int(settings.WARMUP_RATIO * steps),
+        seed=settings.SEED,
+    )
+
+
+# ==== THE RUN: the whole job
+
+Settings = argparse.Namespace  # the constants, as flags change them
+Messages = list[dict[str, str]]  # of a conversation, each with its role and content
+Shapes = dict[str, tuple[int, ...]]  # of weights, by name
+History = list[dict[str, float]]  # what Trainer logged
+Facts = dict[str, Any]  # what is written as JSON
+
+
+def run(settings: Settings, session: Session) -> Job:
+    """Train one adapter, verify it, and save it as final_lora. Each comment names a section."""
+    prepare_device(settings)  # MODEL
+    base = read_base(settings)  # MODEL: configuration, tokenizer and chat template
+    data = read_data(settings, base)  # DATA, TOKENS: every line is checked before training
+    plan = make_plan(settings, base, data)  # PLAN: which weights, how many steps, what TRL is told
+    earlier = find_earlier_work(settings, plan)  # RESUMING: a checkpoint, or its finished adapter?
+    [earlier] = accelerate.utils.broadcast_object_list([earlier])  # the same in all processes
+    job = Job(settings, base, data, plan, earlier, session)
+    if earlier.sessions and earlier.sessions[-1]["script_sha256"] != SCRIPT_SHA256:
+        report("warning", "this file was edited since; another OUTPUT_DIR does the job anew")
+    if settings.dry_run or not (earlier.checkpoint or earlier.is_finished):
+        show_plan(job)  # PLAN
+    if settings.dry_run or earlier.is_finished:
+        if is_main_process() and not settings.dry_run:
+            restore_for_vllm(job)  # SAVING
+        report("done", "Nothing was trained.")
+        return job
+    with recorded(job):  # RESUMING: what the job is, and how this session ends
+        trainer = build_trainer(job)  # THE HEART: the weights, with LoRA in them
+        check_only_lora_is_trained(trainer.model, plan)  # THE HEART
+        if earlier.checkpoint_step < plan.steps:
+            find_what_fits(trainer)  # MEMORY: trial passes, on a GPU
+        train(trainer)  # TRAINING: all steps, or those that are left
+        if is_main_process():
+            save_final_lora(trainer)  # SAVING: write, load again, compare, move into place
+    return job
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of the base model before its weights are loaded."""
+
+    config: ModelConfig
+    commit: str  # on the hub; "" for a local folder
+    tokenizer: transformers.PreTrainedTokenizerBase  # with its chat template
+    stop_ids: list[int]  # the tokens at which the model stops
+    special_tokens: list[str]  # no message may contain these
+    enable_thinking: bool  # how the chat template is called
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples, and what the records say about them."""
+
+    examples: list[Example]  # to learn from
+    held_out: list[Example]
+    facts: Facts  # file, hash and counts of both
+    held_out_lines: str  # the conversations that an EVAL_FILE like "10%" holds out, as JSONL
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained, in how many steps."""
+
+    trained_shapes: Shapes  # of LoRA's weights, by name
+    all_parameters: int
+    lora_table: list[str]  # of the modules that get LoRA
+    steps_per_epoch: int
+    steps: int
+    training: trl.SFTConfig
+    identity: Facts  # what a checkpoint must agree with
+    folder: Path  # of this job's checkpoints; its name is a hash of the identity
+
+
+@dataclass(frozen=True)
+class EarlierWork:
+    """What an earlier session of this job left."""
+
+    checkpoint: Path | None  # to resume from
+    checkpoint_step: int
+    loss_history: History
+    sessions: list[Facts]  # that led to the checkpoint
+    is_finished: bool = False
+
+
+@dataclass
+class Session:
+    """One run of the command; unlike the values above it changes while the job goes on."""
+
+    started: str
+    matmul: str = "native"  # or "float16", see FP16 MATMUL
+    loss_history: History = field(default_factory=list)  # from the job's first step
+    stop_signal: int = 0  # the signal that asks to stop, see TRAINING
+    saves_before_stop: bool = False  # stop after the next save, not at once
+    all_stop: bool = False  # all processes of a launch know that they stop after the next save
+
+
+@dataclass(frozen=True)
+class Job:
+    """All of these, for the trainer, its callbacks and the records."""
+
+    settings: Settings
+    base: Base
+    data: Data
+    plan: Plan
+    earlier: EarlierWork
+    session: Session
+
+    @property
+    def output(self) -> Path:
+        """The folder of the results."""
+        return Path(self.settings.OUTPUT_DIR)
+
+
+# ==== FLAGS: each constant of SETTINGS is a flag, is checked, and is recorded in run.json
 #
-# This section comes before the slow imports, so that --help and a wrong setting answer at once.
+# This section comes before the slow imports, so that --help and errors in settings appear at once.
 
+SCRIPT = Path(__file__).read_bytes()  # read at the start; editing it later is harmless
+SCRIPT_SHA256 = hashlib.sha256(SCRIPT).hexdigest()
 HERE = Path(__file__).resolve().parent
 DEMO = {  # what --demo sets; the toy model was made by data/make_demo_model.py
     "MODEL_NAME": f"{HERE}/data/demo-model",
@@ -125,9 +278,11 @@ DEMO = {  # what --demo sets; the toy model was made by data/make_demo_model.py
     "MAX_STEPS": 100,
     "LEARNING_RATE": 2e-3,
 }
-# What a setting may be: one of a list, a number between two (a whole one if these are), or a text.
-RULES: dict[str, Any] = {
-    **dict.fromkeys(["MODEL_NAME", "MODEL_REVISION", "TRAIN_FILE", "EVAL_FILE", "OUTPUT_DIR"], str),
+MAY_BE_EMPTY = ("CHAT_TEMPLATE", "EVAL_FILE", "START_FROM")
+PATHS = ("MODEL_NAME", "TRAIN_FILE", "OUTPUT_DIR", *MAY_BE_EMPTY)
+# A type, a list of choices, a range of whole numbers, or the smallest and the largest number.
+ALLOWED_VALUES: Facts = {
+    **dict.fromkeys(["MODEL_REVISION", *PATHS], str),
     "LORA_TARGET_MODULES": list,
     "DTYPE": ["bfloat16", "float32"],
     "DEVICE": ["cuda", "cpu"],
@@ -136,50 +291,49 @@ RULES: dict[str, Any] = {
     "FINAL_LORA": ["last", "best"],
     "REPORT_TO": ["none", "tensorboard", "wandb", "trackio"],
     "MATMUL": ["auto", "native", "float16"],
-    "USE_FLA": [True, False],
-    "LORA_R": (1, 512),  # vLLM serves no higher rank
+    "ENABLE_THINKING": [False, True],
+    "USE_FLA": [False, True],
+    **dict.fromkeys(["MAX_SEQ_LEN", "NUM_EPOCHS", "BATCH_SIZE", "SAVE_STEPS"], range(1, 2**31)),
+    **dict.fromkeys(["GRADIENT_ACCUMULATION_STEPS", "LOGGING_STEPS"], range(1, 2**31)),
+    "MAX_STEPS": range(-1, 2**31),
+    "EVAL_STEPS": range(2**31),
+    "LORA_R": range(1, 513),  # vLLM serves no higher rank
+    "SEED": range(2**32),
     "LORA_ALPHA": (1e-9, 1e9),
     "LEARNING_RATE": (1e-9, 0.5),
     **dict.fromkeys(["LORA_DROPOUT", "WARMUP_RATIO"], (0.0, 0.99)),
-    "MAX_STEPS": (-(2**31), 2**31),
-    "SEED": (0, 2**32 - 1),
-    **dict.fromkeys(["MAX_SEQ_LEN", "NUM_EPOCHS", "BATCH_SIZE"], (1, 2**31)),
-    **dict.fromkeys(["GRADIENT_ACCUMULATION_STEPS", "LOGGING_STEPS", "SAVE_STEPS"], (1, 2**31)),
-}
-# The constants of the section SETTINGS, each with the comment on its line.
-SECTION = "#" + Path(__file__).read_text(encoding="utf-8").split("\n# ==== ")[1]
-SETTINGS = {
-    node.targets[0].id: SECTION.split("\n")[node.lineno - 1].partition("  # ")[2]
-    for node in ast.parse(SECTION).body
-    if isinstance(node, ast.Assign)
 }
 
 
-def parse_settings(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the settings as flags change them; exit with status 2 and all that is wrong."""
+def parse_settings(argv: list[str] | None = None) -> Settings:
+    """Return the settings as flags change them; exit with status 2 and list every fault."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--SETTING VALUE ...] [--dry_run] [--demo]",
         description=__doc__.partition("\n\nThe file")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # what is not given is not in the result
+        argument_default=argparse.SUPPRESS,  # flags not given are absent
         allow_abbrev=False,
     )
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="only print the plan")
     parser.add_argument("--demo", action="store_true", help=f"sets {', '.join(DEMO)}")
-    for name, comment in SETTINGS.items():
-        constant = globals()[name]
+    values = {name: globals()[name] for name in SETTINGS}
+    comments = dict(re.findall(r"(?m)^([A-Z_]+)(?:: .+?)? = .*?  # (.+)$", SCRIPT.decode()))
+    for name, constant in values.items():
         is_list = isinstance(constant, (list, tuple, set))
-        flags = {f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}
-        kind = str if is_list or isinstance(constant, str) else number_or_text
-        nargs, text = "+" if is_list else None, f"{comment} [{constant}]".replace("%", "%%")
-        how = {"nargs": nargs, "type": kind, "metavar": "X", "help": text}
-        parser.add_argument(*sorted(flags), dest=name, **how)
-    given = vars(parser.parse_args(argv))
-    dry_run, demo = given.pop("dry_run", False), given.pop("demo", False)
-    values = {name: globals()[name] for name in SETTINGS} | (DEMO if demo else {}) | given
-    problems = what_is_wrong(values)
-    if problems:
+        parser.add_argument(
+            *sorted({f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}),
+            dest=name,
+            nargs="+" if is_list else None,
+            type=str if is_list or isinstance(constant, str) else number_or_text,
+            metavar="X",
+            help=f"{comments.get(name, '')} [{constant}]".replace("%", "%%"),
+        )
+    flags = vars(parser.parse_args(argv))
+    dry_run = flags.pop("dry_run", False)
+    values |= (DEMO if flags.pop("demo", False) else {}) | flags
+    if problems := what_is_wrong(values):
         parser.error("\n".join(problems))
+    values |= {name: os.path.expanduser(values[name]) for name in PATHS}
     return argparse.Namespace(**values, dry_run=dry_run)
 
 
@@ -190,52 +344,61 @@ def number_or_text(text: str) -> Any:
     return text
 
 
-def what_is_wrong(values: dict[str, Any]) -> list[str]:
-    """Return what is wrong with settings, a sentence each."""
+def what_is_wrong(values: Facts) -> list[str]:
+    """Return one sentence for each wrong setting."""
     problems = []
     for name, value in values.items():
-        rule, constant = RULES.get(name), globals()[name]
+        rule, constant = ALLOWED_VALUES.get(name), globals()[name]
         if isinstance(rule, list):
-            is_right, wanted = value in rule, f"one of {rule}"
+            is_right, wanted = repr(value) in map(repr, rule), f"one of {rule}"  # 1 is no True
+        elif isinstance(rule, range):
+            is_right = type(value) is int and value in rule
+            wanted = f"a whole number from {rule[0]} to {rule[-1]}"
         elif isinstance(rule, tuple):
-            low, high = rule
-            is_right = type(value) in (int, type(low)) and low <= value <= high
-            kind = "whole number" if isinstance(low, int) else "number"
-            wanted = f"a {kind} from {low} to {high}"
+            is_right = type(value) in (int, float) and rule[0] <= value <= rule[1]
+            wanted = f"a number from {rule[0]} to {rule[1]}"
         elif rule is list:
             is_right = isinstance(value, (list, tuple, set)) and {*map(type, value)} == {str}
             wanted = 'a list of names, such as ["q_proj"] or ["all-linear"]'
         elif rule is str:
-            is_right = isinstance(value, str) and (value != "" or name == "EVAL_FILE")
-            wanted = "a text in quotes"
+            is_right = isinstance(value, str) and (value != "" or name in MAY_BE_EMPTY)
+            wanted = 'a file, a share like "10%", or ""' if name == "EVAL_FILE" else "a text"
         else:  # a setting of your own
             is_right = isinstance(value, str) == isinstance(constant, str)
             wanted = f"like {constant!r}"
+        if name == "DEVICE":
+            wanted += "; CUDA_VISIBLE_DEVICES=1 as an environment variable takes the second GPU"
         if not is_right:
             problems.append(f"{name} is {value!r}: it must be {wanted}")
     eval_file = str(values["EVAL_FILE"])
     if eval_file.endswith("%") and not 1 <= percent_of(eval_file) <= 50:
-        problems.append(f'EVAL_FILE is {eval_file!r}: a share is from "1%" to "50%"')
-    if os.path.realpath(eval_file) == os.path.realpath(str(values["TRAIN_FILE"])):
-        problems.append('EVAL_FILE is TRAIN_FILE: "10%" holds out a tenth of it, and "" is none')
+        problems.append(f'EVAL_FILE is {eval_file!r}: a share must be from "1%" to "50%"')
+    for name, file in (("CHAT_TEMPLATE", ""), ("START_FROM", "adapter_model.safetensors")):
+        path = Path(str(values[name])).expanduser() / file
+        if values[name] not in ("", "one_pass") and not path.is_file():
+            problems.append(f"{name} is {values[name]!r}: there is no file {path}")
     if values["FINAL_LORA"] == "best" and not eval_file:
-        problems.append('FINAL_LORA is "best": an EVAL_FILE is needed to tell which epoch that is')
+        problems.append('FINAL_LORA is "best": EVAL_FILE is needed to find that step')
     return problems
 
 
 def percent_of(eval_file: str) -> int:
     """Return the percentage of an EVAL_FILE like "10%", or 0 for the name of a file."""
-    found = re.fullmatch(r"(\d+)\s*%", eval_file)
-    return int(found[1]) if found else 0
+    percentage = re.fullmatch(r"(\d+)\s*%", eval_file)
+    return int(percentage[1]) if percentage else 0
 
 
 if __name__ == "__main__":
-    parse_settings()  # main() does it again, when everything is there
+    SETTINGS_OF_COMMAND = parse_settings()  # for main(), after the imports
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports prints no traceback
 
 # Libraries read these when they are imported.
-# Threads that busy-wait slowed a small model on a CPU from 28 s to 245 s beside a busy process.
+# Busy-waiting threads slowed a small CPU model from 28 s to 245 s beside another process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # widths vary by step
+# Micro-batch widths vary, which fragments memory. Under WSL this may fail (pytorch 192330).
+if "microsoft" not in os.uname().release.lower() and "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -253,159 +416,94 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RevisionResolution
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ==== THE RUN: the whole job
-
-
-def run(job: Job) -> None:
-    """Train one adapter, verify it, and save it as final_lora. Each comment names a section."""
-    prepare_device(job.settings)  # MODEL
-    read_model_files(job)  # MODEL: configuration, tokenizer and chat template
-    read_data(job)  # DATA and TOKENS: every line is checked before anything is trained
-    make_plan(job)  # PLAN: which weights, and how many steps
-    look_back(job)  # RESUMING: is there a checkpoint of this job, or its finished adapter?
-    if job.settings.dry_run or not (job.checkpoint or job.is_finished):
-        show_plan(job)  # PLAN
-    if job.settings.dry_run or job.is_finished:
-        report("done", "Nothing was trained.")
-        return
-    begin(job)  # RESUMING: the job's folder, and what it is
-    trainer = build_trainer(job)  # THE HEART: the weights, with LoRA in them
-    check_only_lora_is_trained(trainer.model, job)  # THE HEART
-    if job.steps_done < job.steps:
-        find_what_fits(trainer, job)  # MEMORY: two passes, on a GPU
-    train(trainer, job)  # TRAINING: all steps, or those that are left
-    if is_main_process():
-        save_final_lora(trainer, job)  # SAVING: write, load again, compare, move into place
-
-
-@dataclass
-class Job:
-    """The settings of a run, and what is found out on the way."""
-
-    settings: argparse.Namespace
-    config: Any = None  # the base model's configuration
-    commit: str = ""  # the model's on the hub
-    tokenizer: Any = None  # read_model_files() keeps one that is given
-    stop_ids: list[int] = field(default_factory=list)  # the tokens at which the model stops
-    special_tokens: list[str] = field(default_factory=list)  # that no text may hold
-    enable_thinking: bool = False  # how the chat template is called; training never sets it
-    examples: list[Example] = field(default_factory=list)  # to learn from
-    held_out: list[Example] = field(default_factory=list)
-    data: dict[str, Any] = field(default_factory=dict)  # file, hash and counts of both
-    table: list[str] = field(default_factory=list)  # of the modules that get LoRA
-    trained_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # from make_plan()
-    all_parameters: int = 0
-    steps: int = 0
-    steps_per_epoch: int = 0
-    described: dict[str, Any] = field(default_factory=dict)  # what a checkpoint must agree with
-    name: str = ""  # a hash of that
-    folder: Path = Path()  # of this job's checkpoints
-    checkpoint: Path | None = None  # to resume from
-    steps_done: int = 0  # the checkpoint's
-    is_finished: bool = False
-    matmul: str = "native"  # or "float16", see FP16 MATMUL
-    started: str = ""
-    history: list[dict[str, float]] = field(default_factory=list)  # what Trainer logged
-    signals_wait: bool = False  # a signal is obeyed after the next save
-    stop_signal: int = 0  # the signal that asks the run to stop
-    stops: bool = False  # all processes have agreed to, after the next save
-
-    @property
-    def output(self) -> Path:
-        """The folder of the results."""
-        return Path(self.settings.OUTPUT_DIR)
-
-    @property
-    def eval_losses(self) -> dict[int, float]:
-        """The held-out losses {step: nats per token}; that of step 0 is the base model's."""
-        return {int(one["step"]): one["eval_loss"] for one in self.history if "eval_loss" in one}
-
-
-def examples_per_step(settings: argparse.Namespace) -> int:
-    """Return the number of examples in one optimizer step, of all processes together."""
-    return settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS
-
+ModelConfig = transformers.PretrainedConfig
+Model = transformers.PreTrainedModel
+Tensors = dict[str, Tensor]  # by name
 
 # ==== THE HEART: LoRA, the trainer, its step and its loss
 #
 # Each target module, a matrix W, gets two small matrices beside it, A and B. Only these are
 # trained, in float32. The labels are the target tokens: those of a reply, with the one that ends
 # it; all others are -100. At position t the model predicts token t + 1. The loss of a step is the
-# sum of -log(probability) over its target tokens, divided by their number in the step, however
-# many micro-batches it goes through the GPU in.
+# sum of -log(probability) over its target tokens, divided by how many there are; into how many
+# micro-batches the step is split does not matter.
 #
 # Trainer pads a step's examples, counts their target tokens (num_items_in_batch), calls
 # training_step() once, clips the gradient, and lets AdamW change A and B. Three checks guard this:
-# check_only_lora_is_trained() before the first step, RunEvents.on_log() at each step (a loss and a
-# gradient must be finite, see TRAINING), and verify_saved_adapter() at the end (see SAVING).
+# check_only_lora_is_trained() before the first step, RunEvents.on_log() at each step (loss and
+# gradient must be finite), and verify_saved_adapter() at the end. See also TOKENS, for the labels.
 
 
-def lora_config(settings: argparse.Namespace) -> peft.LoraConfig:
-    """Return what PEFT is asked for; edit it for use_rslora, use_dora, rank_pattern and others."""
-    targets = settings.LORA_TARGET_MODULES
-    return peft.LoraConfig(
-        r=settings.LORA_R,
-        lora_alpha=settings.LORA_ALPHA,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        lora_dropout=settings.LORA_DROPOUT,
-        bias="none",  # a trained bias would stay changed where the adapter is switched off
-        task_type="CAUSAL_LM",
-    )
-
-
-def training_config(job: Job) -> trl.SFTConfig:
-    """Return what TRL is asked for. Its defaults hold: AdamW without decay, clipping at 1.0."""
-    settings = job.settings
-    of_each = examples_per_step(job.settings) // accelerate.PartialState().num_processes
-    return trl.SFTConfig(  # add weight_decay and others; what would be ignored is refused, see PLAN
-        output_dir=str(job.folder),
-        run_name=job.output.resolve().name,  # in a tracker
-        seed=settings.SEED,
+def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
+    """Return the fields of SFTConfig that the step, the loss and the records rely on."""
+    processes = accelerate.PartialState().num_processes
+    return dict(
+        max_steps=steps,  # this decides, not the epochs
         num_train_epochs=settings.NUM_EPOCHS,
-        max_steps=job.steps,  # this decides, not the epochs
-        learning_rate=settings.LEARNING_RATE,
-        lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
-        warmup_steps=int(settings.WARMUP_RATIO * job.steps),
-        per_device_train_batch_size=of_each,
+        per_device_train_batch_size=examples_per_step(settings) // processes,
         gradient_accumulation_steps=1,  # training_step() divides a step into micro-batches
-        activation_checkpointing=False,  # gradient checkpointing is switched by micro-batch
+        average_tokens_across_devices=True,
+        activation_checkpointing=False,  # switched for each micro-batch, see MEMORY
+        gradient_checkpointing=False,  # its old name
         bf16=False,  # no autocast: the weights have their type already
+        fp16=False,
         use_cpu=settings.DEVICE == "cpu" or settings.dry_run,  # a dry run makes no CUDA context
+        loss_type="nll",
+        label_smoothing_factor=0,
+        eos_token=base.tokenizer.eos_token,
         max_length=None,  # nothing is cut
-        eos_token=job.tokenizer.eos_token,
+        train_sampling_strategy="sequential",  # LengthGroupedSampler decides
+        dataloader_drop_last=False,
+        **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
+        # These are ignored or unwanted:
+        **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
+        **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
+        **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
+        **dict.fromkeys(["save_total_limit", "torch_empty_cache_steps"], None),
         eval_strategy="no",  # RunEvents evaluates and saves, see TRAINING
-        eval_on_start=is_evaluation_missing(job),
         save_strategy="no",
+        save_steps=500,
+        save_only_model=False,
+        ignore_data_skip=False,
+        logging_strategy="steps",
         logging_steps=1,  # every loss is checked and recorded
         logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
         report_to=settings.REPORT_TO,
+        run_name=Path(settings.OUTPUT_DIR).resolve().name,  # in a tracker
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
     )
 
 
+def examples_per_step(settings: Settings) -> int:
+    """Return the number of examples in one optimizer step, across all processes."""
+    return settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS
+
+
 def build_trainer(job: Job) -> LoraTrainer:
     """Load the base model and return a trainer whose model has LoRA in it.
 
-    peft_config alone adds it: TRL refuses a model that has been through PEFT's get_peft_model().
+    Only peft_config may add it: TRL refuses a model that has been through PEFT's get_peft_model().
     """
-    settings = job.settings
-    model = load_model(settings.MODEL_NAME, job.commit, settings.DTYPE, settings.DEVICE)
-    if uses_fp16_matmul(job):
-        try_fp16_matmul(model, job)
-    rows = [{"input_ids": one.input_ids, "labels": one.labels} for one in job.examples]
+    settings, base = job.settings, job.base
+    model = load_model(settings.MODEL_NAME, base.commit, settings.DTYPE, settings.DEVICE)
+    if uses_fp16_matmul(settings, base.config):
+        try_fp16_matmul(model, job.data.examples[0])
+        job.session.matmul = "float16"
     trainer = LoraTrainer(
         job,
         model=model,
-        peft_config=lora_config(settings),  # PEFT makes A and B in float32
-        args=training_config(job),
-        train_dataset=datasets.Dataset.from_list(rows),  # TRL takes rows with labels as they are
-        processing_class=job.tokenizer,
+        peft_config=peft.LoraConfig(**lora_fields(settings)),  # PEFT makes A and B in float32
+        args=job.plan.training,
+        train_dataset=datasets.Dataset.from_list(rows_of(job.data.examples)),  # used as is
+        processing_class=base.tokenizer,
     )
     config = trainer.model.peft_config["default"]
-    config.revision = job.commit or None  # of the base model
-    if config.target_modules == {*settings.LORA_TARGET_MODULES}:  # a set has any order
+    config.revision = base.commit or None  # of the base model
+    if config.target_modules == {*settings.LORA_TARGET_MODULES}:  # a set's order varies
         config.target_modules = [*settings.LORA_TARGET_MODULES]
+    if settings.START_FROM and not job.earlier.checkpoint:
+        trainer.model.load_adapter(settings.START_FROM, "default", is_trainable=True)
     trainer.add_callback(RunEvents(trainer))
     trainer.remove_callback(transformers.PrinterCallback)  # would print dictionaries
     return trainer
@@ -414,27 +512,26 @@ def build_trainer(job: Job) -> LoraTrainer:
 class LoraTrainer(trl.SFTTrainer):
     """TRL's trainer with this script's micro-batches, loss, order of the examples, and saving."""
 
-    def __init__(self, job: Job, **given: Any) -> None:
-        """Begin with a whole step at once, and with layers that can be told to recompute."""
-        self.job, self.sampler = job, LengthGroupedSampler(job)
-        super().__init__(**given)
+    def __init__(self, job: Job, **arguments: Any) -> None:
+        """Begin with a whole step at once, and with layers that can use checkpointing."""
+        self.job, self.sampler = job, LengthGroupedSampler(job.data.examples, job.settings)
+        super().__init__(**arguments)
         self.model.activation_checkpointing_enable()
         self.model.disable_input_require_grads()  # recomputation does not need it
         kind = transformers.modeling_layers.GradientCheckpointingLayer
         self.layers = [module for module in self.model.modules() if isinstance(module, kind)]
-        self.chunk = chunk_of(job.config)
-        longest = filled_up(max(len(one.input_ids) for one in job.examples), self.chunk)
-        self.tokens_at_once = longest * self.args.train_batch_size
+        self.chunk = chunk_of(job.base.config)
+        longest = max(len(example.input_ids) for example in job.data.examples)
+        self.tokens_at_once = round_up(longest, self.chunk) * self.args.train_batch_size
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
+        self, model: nn.Module, inputs: Tensors, num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """Send a step's examples forward and backward in micro-batches; return the step's loss.
 
-        How the step is divided changes nothing but dropout and rounding. If it runs out of memory,
-        it is done again in smaller micro-batches. model is self.model, or DDP around it; inputs are
-        input_ids, attention_mask and labels, each examples x tokens; num_items_in_batch is the
-        number of target tokens in all processes.
+        How it is divided changes nothing but dropout and rounding. If it runs out of memory, it is
+        done again in smaller ones. model is self.model, or DDP around it; inputs are input_ids,
+        attention_mask and labels (examples x tokens), num_items_in_batch all processes' targets.
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
@@ -442,53 +539,66 @@ class LoraTrainer(trl.SFTTrainer):
             count = (inputs["labels"][:, 1:] != -100).sum()
             num_items_in_batch = self.accelerator.gather(count).sum()
         while True:
-            losses = []
-            parts = list(micro_batches(inputs, self.tokens_at_once, self.chunk))
-            for number, (part, is_recomputed) in enumerate(parts, 1):
-                is_last = number == len(parts)  # only then do several processes exchange gradients
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                    loss = self.loss_if_it_fits(model, part, is_recomputed, num_items_in_batch)
-                if loss is None:
-                    break
-                losses.append(loss)
-            if len(losses) == len(parts):
-                return sum(losses)
-            make_room(self, *part["input_ids"].shape, is_recomputed)
+            loss, too_large = self.backward_in_parts(model, inputs, num_items_in_batch)
+            if too_large is None:
+                return loss
+            lower_tokens_at_once(self, *too_large["input_ids"].shape)
             report("memory", f"out of memory: now {self.tokens_at_once:,} tokens at once")
 
-    def loss_if_it_fits(
-        self, model: nn.Module, part: dict[str, Tensor], is_recomputed: bool, targets: Tensor | int
+    def backward_in_parts(
+        self, model: nn.Module, inputs: Tensors, targets: Tensor
+    ) -> tuple[Tensor, Tensors | None]:
+        """Add a step's gradients; return its loss, and the micro-batch that did not fit if any."""
+        loss = torch.zeros((), device=self.args.device)
+        parts = list(micro_batches(inputs, self.tokens_at_once, self.chunk))
+        for part in parts:
+            is_last = part is parts[-1]  # only then do several processes exchange gradients
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                share = self.backward_if_it_fits(model, part, targets)
+            if share is None:
+                return loss, part
+            loss += share
+        return loss, None
+
+    def needs_checkpointing(self, width: int) -> bool:
+        """Return whether a row of this width is too long to keep its activations."""
+        return round_up(width, self.chunk) > self.tokens_at_once
+
+    def backward_if_it_fits(
+        self, model: nn.Module, part: Tensors, targets: Tensor | int
     ) -> Tensor | None:
-        """Add a micro-batch's gradients; return its share of the step's loss, None if no memory."""
+        """Add a micro-batch's gradients; return its share of the loss, None if out of memory."""
         for layer in self.layers:
-            layer.gradient_checkpointing = is_recomputed
+            layer.gradient_checkpointing = self.needs_checkpointing(part["input_ids"].shape[1])
         try:
-            loss = reply_losses(model, part).sum() / targets
+            loss = reply_losses(model, self._prepare_inputs(part)).sum() / targets
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
             loss.backward()
             return loss.detach()
         except RuntimeError as error:
-            # Within a step other processes wait for this one's gradients, so they must end.
+            # Several processes must stop: the others would wait for this one's gradients.
             if not is_out_of_memory(error) or model is not self.model:
                 raise
-            return None  # the exception is gone now, and with it what it held
+            return None  # the exception and the tensors it held are gone
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+    def evaluate(self, *_, **__) -> dict[str, float]:
         """Log the held-out loss, a mean over tokens (Trainer's depends on the batches).
 
-        At step 0 it is that of the base model. After a signal nothing is logged.
+        At step 0 the base model is measured. After a signal nothing is logged.
         """
-        job, is_base = self.job, self.state.global_step == 0
-        ours = job.held_out[self.args.process_index :: self.args.world_size]
-        # B is 0 at first, but not with every init_lora_weights.
+        held_out, session = self.job.data.held_out, self.job.session
+        ours = held_out[self.args.process_index :: self.args.world_size]
+        is_base = self.state.global_step == 0  # with START_FROM B is not 0 then
         with self.model.disable_adapter() if is_base else contextlib.nullcontext():
             tokens = max(1024, self.tokens_at_once)
-            losses = example_losses(self.model, ours, tokens, lambda: job.stop_signal > 0)
-        sums = accelerate.utils.gather_object([None if job.stop_signal else sum(losses)])
+            losses = example_losses(self.model, ours, tokens, lambda: session.stop_signal > 0)
+        nats = None if session.stop_signal else sum(map(sum, losses))
+        sums = accelerate.utils.gather_object([nats])
         if None in sums:
-            job.stops, job.stop_signal = True, job.stop_signal or signal.SIGTERM
+            session.all_stop = True
+            session.stop_signal = session.stop_signal or signal.SIGTERM
             return {}
-        metrics = {"eval_loss": sum(sums) / sum(len(one.reply_ids) for one in job.held_out)}
+        metrics = {"eval_loss": sum(sums) / sum(example.targets for example in held_out)}
         self.log(metrics)
         self.control.should_evaluate = False
         return metrics
@@ -498,32 +608,32 @@ class LoraTrainer(trl.SFTTrainer):
         return self.sampler
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the adapter and where it comes from; Trainer would add a pickle of its arguments."""
+        """Save the adapter and its record; Trainer would add a pickle of its arguments."""
         if self.args.should_save:
             self.model.save_pretrained(output_dir, save_embedding_layers=False)
             write_record(self.job, "running", Path(output_dir), self.state.global_step)
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Do nothing with each checkpoint."""
+    def create_model_card(self, *_, **__) -> None:
+        """Write none; TRL writes one per checkpoint."""
 
 
 class LengthGroupedSampler:
     """Gives each step examples of similar lengths, which need little padding, in a random order.
 
-    The order depends on seed, epoch and lengths alone, so a resumed run sees what it would have.
+    The order depends only on seed, epoch, lengths and step size, so a resumed run keeps it.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, examples: list[Example], settings: Settings) -> None:
         """Remember the lengths; the epoch is set before each pass."""
-        self.lengths = [len(example.input_ids) for example in job.examples]
-        self.size, self.seed, self.epoch = examples_per_step(job.settings), job.settings.SEED, 0
+        self.lengths = [len(example.input_ids) for example in examples]
+        self.size, self.seed, self.epoch = examples_per_step(settings), settings.SEED, 0
 
     def __len__(self) -> int:
         """Return the number of examples in an epoch."""
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the examples' numbers, one step after the other; the incomplete one comes last."""
+        """Yield the examples' numbers, the incomplete step last (torchrun fills it up)."""
         shuffler = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self.lengths)))
         shuffler.shuffle(order)
@@ -540,36 +650,33 @@ class LengthGroupedSampler:
             yield from step
 
 
-def micro_batches(
-    inputs: dict[str, Tensor], tokens_at_once: int, chunk: int = 1
-) -> Iterator[tuple[dict[str, Tensor], bool]]:
-    """Yield a padded step in parts that fit, the longest examples first: part, is it recomputed?
+def micro_batches(inputs: Tensors, tokens_at_once: int, chunk: int = 1) -> Iterator[Tensors]:
+    """Yield a padded step in parts that fit, the longest examples first.
 
-    An example that is longer than tokens_at_once is recomputed, and of these RECOMPUTED times as
-    many tokens go at once. A row counts as its length, filled up to a multiple of chunk. A step
-    that fits stays as it is; else each part is as wide as its longest example.
+    A step that fits stays as it is; else each part is as wide as its longest example, whose length
+    counts as rounded up to a multiple of chunk. Of examples that need gradient checkpointing
+    CHECKPOINTING_FACTOR times as many tokens go at once.
     """
     lengths = inputs["attention_mask"].sum(1).tolist()
-    if len(lengths) * filled_up(max(lengths), chunk) <= tokens_at_once:
-        yield inputs, False
+    if len(lengths) * round_up(max(lengths), chunk) <= tokens_at_once:
+        yield inputs
         return
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     while rows:
         width = lengths[rows[0]]
-        counts_as = filled_up(width, chunk)
-        is_recomputed = counts_as > tokens_at_once
-        most = tokens_at_once * RECOMPUTED if is_recomputed else tokens_at_once
-        count = max(1, most // counts_as)
-        yield {key: value[rows[:count], :width] for key, value in inputs.items()}, is_recomputed
+        padded_length, most = round_up(width, chunk), tokens_at_once
+        if padded_length > tokens_at_once:
+            most *= CHECKPOINTING_FACTOR
+        count = max(1, most // padded_length)
+        yield {key: value[rows[:count], :width] for key, value in inputs.items()}
         rows = rows[count:]
 
 
-def reply_losses(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def reply_losses(model: nn.Module, inputs: Tensors) -> Tensor:
     """Return -log(probability) of each target token, in nats, and 0 for all others.
 
     The result has a row for each example and a column for each token but the first. TRL's own loss
-    has the same value, but multiplies by the head's weight itself, past scaled float16, and it
-    computes entropy and accuracy in every step.
+    has the same value, but bypasses scaled float16 in the head.
     """
     next_tokens = inputs["labels"][:, 1:]
     is_target = next_tokens != -100
@@ -580,7 +687,7 @@ def reply_losses(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return losses
 
 
-def reply_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def reply_logits(model: nn.Module, inputs: Tensors) -> Tensor:
     """Return a row of logits for each target token, and none for other tokens.
 
     With 248,320 tokens in the vocabulary the logits are the largest tensor of all. So the head
@@ -588,145 +695,228 @@ def reply_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """
     predicts_target = torch.zeros_like(inputs["labels"], dtype=torch.bool)
     predicts_target[:, :-1] = inputs["labels"][:, 1:] != -100
-    given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    return model(**given, logits_to_keep=predicts_target, use_cache=False).logits
+    return model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        logits_to_keep=predicts_target,
+        use_cache=False,
+    ).logits
 
 
-def check_only_lora_is_trained(model: peft.PeftModel, job: Job) -> None:
-    """Stop unless exactly the planned weights are trainable, in float32: 0.2518 % as shipped."""
-    planned = {name: (*shape, torch.float32) for name, shape in job.trained_shapes.items()}
-    trained, count = {}, 0
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            trained[name.removeprefix("base_model.model.")] = (*weight.shape, weight.dtype)
-            count += weight.numel()
+def example_losses(
+    model: nn.Module,
+    examples: list[Example],
+    tokens_at_once: int = 1024,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> list[list[float]]:
+    """Return -log(probability) of each reply of each example, in nats, without dropout.
+
+    tokens_at_once includes padding; it is halved when memory runs out.
+    is_stopped is called before each batch; once it is true, the remaining losses are 0.
+    """
+    order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
+    losses = [[0.0] * len(example.replies) for example in examples]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), tqdm(total=len(order), desc="losses", leave=False, disable=None) as bar:
+        while order and not is_stopped():
+            width = len(examples[order[-1]].input_ids)
+            batch = order[-max(1, tokens_at_once // width) :]  # the longest remaining
+            inputs = pad([examples[number] for number in batch], model.device)
+            try:
+                by_token = reply_losses(model, inputs).double().cpu()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(batch) == 1:
+                    raise
+                tokens_at_once = len(batch) // 2 * width
+                continue
+            for number, row in zip(batch, by_token, strict=True):
+                losses[number] = [  # a reply's first token is predicted by its prompt's last one
+                    row[len(reply.prompt_ids) - 1 : len(reply.input_ids) - 1].sum().item()
+                    for reply in examples[number].replies
+                ]
+            order = order[: -len(batch)]
+            bar.update(len(batch))
+    model.train(was_training)
+    return losses
+
+
+def pad(examples: list[Example], device: torch.device) -> Tensors:
+    """Return input_ids, labels and attention_mask, padded on the right, as Trainer does."""
+    collate = trl.trainer.sft_trainer.DataCollatorForLanguageModeling(pad_token_id=0)
+    return {key: tensor.to(device) for key, tensor in collate(rows_of(examples)).items()}
+
+
+def rows_of(examples: list[Example]) -> list[dict[str, list[int]]]:
+    """Return examples as TRL takes them."""
+    return [{"input_ids": example.input_ids, "labels": example.labels} for example in examples]
+
+
+def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
+    """Raise UserError unless exactly the planned weights train, in float32: 0.2518 % as shipped."""
+    planned = {name: (*shape, torch.float32) for name, shape in plan.trained_shapes.items()}
+    trained = {
+        name.removeprefix("base_model.model."): (*weight.shape, weight.dtype)
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+    count = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in model.parameters())
     shown = f"{count:,} of {total:,} parameters are trained ({count / total:.4%})"
-    if trained != planned or total != job.all_parameters:
+    if trained != planned or total != plan.all_parameters:
         wrong = sorted(trained.items() ^ planned.items(), key=str)[:4]
-        text = f"LoRA is not in place as planned: {shown}, and these differ: {wrong}."
-        raise UserError(f"{text} Modules that are trained whole have DTYPE: set it to float32.")
+        raise UserError(
+            f"LoRA is not in place as planned: {shown}, and these differ: {wrong}. "
+            "Fully trained modules need DTYPE float32."
+        )
     report("model", f"{shown}, in float32; the rest is frozen")
 
 
-# This is what is trained, and how, but for two sections: TOKENS decides which tokens are targets,
-# and on a V100 FP16 MATMUL multiplies.
-
 # ==== MEMORY: how many examples go through the GPU at once
 #
-# A step always has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples. tokens_at_once says how many
-# of their tokens go through the GPU at once with their activations kept. A longer example is
-# recomputed (gradient checkpointing), which takes a sixth of the memory and half as much work
-# again. The number begins with a whole step, and becomes nine tenths each time something does not
-# fit. Two passes before the first step settle it:
-# - a single row of tokens_at_once tokens, which keeps its activations. Attention grows with the
-#   square of a row's length, so no micro-batch of as many tokens needs more;
-# - as many of the longest examples as go at once, recomputed.
-# If memory runs out in a step (another program may take it), the step is done again by the same
-# rule; several processes end instead. On a CPU nothing is tried.
+# A step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples, an epoch's last one what is left.
+# tokens_at_once of their tokens go through the GPU at once, activations kept. A longer example uses
+# gradient checkpointing, which takes a sixth of the memory and half as much work again. Trial
+# passes before the first step find the number, which is at most that of a whole step:
+# - a single row of tokens_at_once tokens, which keeps its activations; by bisection, to a tenth. As
+#   attention grows with the square of a length, no micro-batch of as many tokens needs more;
+# - as many of the longest examples as go at once, with checkpointing.
+# If memory runs out in a step, it is done again with nine tenths of the number; several processes
+# end instead. On a CPU nothing is tried.
 
-RECOMPUTED = 4  # times as many tokens go at once if they are recomputed
+CHECKPOINTING_FACTOR = 4  # how many times the tokens go at once with checkpointing
 
 
-def find_what_fits(trainer: LoraTrainer, job: Job) -> None:
-    """Lower trainer.tokens_at_once until both passes fit; end the run if an example never will."""
+def find_what_fits(trainer: LoraTrainer) -> None:
+    """Lower trainer.tokens_at_once until trial passes fit; raise UserError if an example cannot."""
+    job = trainer.job
     if job.settings.DEVICE == "cpu":
         return
     free, total = torch.cuda.mem_get_info()
     ours = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
-    # A tenth is left for fragmentation, and eight bytes for what AdamW keeps of a trained weight.
-    states = 8 * sum(map(math.prod, job.trained_shapes.values())) / total
+    # This leaves a tenth for fragmentation, and eight bytes per trained weight for AdamW.
+    states = 8 * sum(map(math.prod, job.plan.trained_shapes.values())) / total
     torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * ours - states))
-    longest = max(len(one.input_ids) for one in job.examples)
-    counts_as = filled_up(longest, trainer.chunk)
-    with torch.random.fork_rng():  # the passes draw dropout
-        while True:
-            tokens = trainer.tokens_at_once
-            rows = max(1, RECOMPUTED * tokens // counts_as)
-            if tokens > 0 and not pass_fits(trainer, 1, tokens, False):
-                make_room(trainer, 1, tokens, False)
-            elif counts_as > tokens and not pass_fits(trainer, rows, longest, True):
-                make_room(trainer, rows, longest, True)
-            else:
+    longest = max(len(example.input_ids) for example in job.data.examples)
+    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # the passes draw dropout
+        trainer.tokens_at_once = most_tokens_that_fit(trainer)
+        while trainer.needs_checkpointing(longest):
+            tokens = CHECKPOINTING_FACTOR * trainer.tokens_at_once
+            rows = max(1, tokens // round_up(longest, trainer.chunk))
+            rows = min(rows, trainer.args.train_batch_size)
+            if trial_fits(trainer, rows, longest):
                 break
-    # CUDA's libraries need a little, too. And where a driver would lend main memory (WSL), a run
-    # must fail and not crawl.
+            lower_tokens_at_once(trainer, rows, longest)
+    # CUDA's libraries need the rest. A driver that spills into main memory (WSL) must fail.
     torch.cuda.set_per_process_memory_fraction(0.97 * ours)
     torch.cuda.reset_peak_memory_stats()
-    more = "; longer examples use gradient checkpointing" if counts_as > tokens else ""
-    report("memory", f"{tokens:,} tokens at once fit on the GPU{more}")
+    report(
+        "memory", f"{trainer.tokens_at_once:,} tokens fit at once; longer rows use checkpointing"
+    )
 
 
-def pass_fits(trainer: LoraTrainer, rows: int, width: int, is_recomputed: bool) -> bool:
-    """Return whether rows go forward and backward, with as many targets as any example has."""
-    targets = max(len(one.reply_ids) / len(one.input_ids) for one in trainer.job.examples)
-    ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
+def most_tokens_that_fit(trainer: LoraTrainer) -> int:
+    """Return how many tokens fit in a pass that keeps its activations; 0 if not even one chunk."""
+    tokens = trainer.tokens_at_once
+    fitting, too_many = 0, 0
+    while True:
+        trainer.tokens_at_once = tokens
+        if trial_fits(trainer, 1, tokens):
+            fitting = tokens
+        else:
+            too_many = tokens
+        if too_many - fitting <= max(trainer.chunk, too_many // 10):
+            return fitting
+        tokens = (fitting + too_many) // 2 // trainer.chunk * trainer.chunk
+
+
+def trial_fits(trainer: LoraTrainer, rows: int, width: int) -> bool:
+    """Return whether rows go forward and backward, with at least as many targets as examples have.
+
+    The row that keeps its activations stands for all examples of a micro-batch.
+    """
+    examples = trainer.job.data.examples
+    share = max(example.targets / len(example.input_ids) for example in examples)
+    largest = max(example.targets for example in examples)
+    if not trainer.needs_checkpointing(width):
+        largest *= trainer.args.train_batch_size
+    targets = min(largest, math.ceil(share * width))
+    ids = torch.ones(rows, width, dtype=torch.long)
     labels, mask = ids.clone(), ids.clone()
-    labels[:, : width - math.ceil(targets * width)] = -100
-    mask[:, -1] = 0  # padding takes memory of its own, and other kernels
+    labels[:, : width - targets] = -100
+    mask[:, -1] = 0  # padding takes extra memory and other kernels
     part = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     trainer.model.train()
-    fits = trainer.loss_if_it_fits(trainer.model, part, is_recomputed, rows * width) is not None
-    trainer.model.zero_grad()
-    torch.cuda.empty_cache()
+    fits = trainer.backward_if_it_fits(trainer.model, part, rows * width) is not None
+    free_memory(trainer.model)
     return fits
 
 
-def make_room(trainer: LoraTrainer, rows: int, width: int, is_recomputed: bool) -> None:
-    """Lower tokens_at_once, since so many rows of a width did not fit; end the run if it cannot."""
-    if is_recomputed and rows == 1:  # a single example cannot be divided
-        text = f"An example of {width:,} tokens does not fit in the GPU's memory"
-        raise UserError(f"{text}: lower MAX_SEQ_LEN, or stop other programs on this GPU.")
-    trainer.model.zero_grad()  # what the micro-batches before it have left
-    torch.cuda.empty_cache()
+def lower_tokens_at_once(trainer: LoraTrainer, rows: int, width: int) -> None:
+    """Lower tokens_at_once after rows x width did not fit; raise UserError for a single row."""
+    if rows == 1 and trainer.needs_checkpointing(width):  # a single example cannot be divided
+        problem = f"An example of {width:,} tokens does not fit in the GPU's memory"
+        raise UserError(f"{problem}: lower MAX_SEQ_LEN, or stop other programs on this GPU.")
+    free_memory(trainer.model)
     trainer.tokens_at_once = int(0.9 * trainer.tokens_at_once) // trainer.chunk * trainer.chunk
 
 
+def free_memory(model: nn.Module) -> None:
+    """Drop what a pass has left: gradients, and what torch keeps of the GPU's memory."""
+    model.zero_grad()
+    if torch.cuda.is_initialized():
+        gc.collect()
+        time.sleep(0.1)  # autograd's thread may hold a failed pass's tensors this long
+        torch.cuda.empty_cache()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a GPU has no memory left, in the words of torch, cuBLAS, CUDA or Triton."""
-    return bool(re.search("out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED", str(error)))
+    """Return whether this is the error of torch, cuBLAS, cuDNN or Triton when memory is full."""
+    words = "out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    return bool(re.search(words, str(error)))
 
 
-def chunk_of(config: transformers.PretrainedConfig) -> int:
-    """Return 64 for Gated DeltaNet's torch code, which fills rows up to multiples of it; else 1."""
+def chunk_of(config: ModelConfig) -> int:
+    """Return 64 for Gated DeltaNet's torch code, which pads rows to multiples of 64; else 1."""
     layer_types = config.get_text_config().to_dict().get("layer_types") or []
     return 64 if "linear_attention" in layer_types and sys.modules.get("fla", "") is None else 1
 
 
-def filled_up(tokens: int, chunk: int) -> int:
+def round_up(tokens: int, chunk: int) -> int:
     """Return a number of tokens, rounded up to a multiple of chunk."""
     return math.ceil(tokens / chunk) * chunk
 
 
 # ==== MODEL: the device, the base model, its tokenizer and its chat template
 #
-# Only safetensors are loaded, and no code that a model brings along is run. Under torchrun or
+# Only safetensors are loaded, and no model's own code is run. Under torchrun or
 # `accelerate launch` each process has a GPU of its own and holds the whole model.
 
 
-def prepare_device(settings: argparse.Namespace) -> None:
-    """Choose the device, and refuse one that does not compute; a dry run needs none.
+def prepare_device(settings: Settings) -> None:
+    """Choose the device, and refuse one that does not work; a dry run needs none.
 
-    This comes before the model's code is imported: transformers takes fla and causal_conv1d
-    wherever they can be imported, also where their kernels crash.
+    This comes before the model's code is imported: transformers uses fla and causal_conv1d
+    wherever they import, even if their kernels crash.
     """
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & os.environ.keys():
-        raise UserError("FSDP and DeepSpeed: here each GPU holds the whole model; use torchrun.")
-    # What other work has left would change this run: ACCELERATE_MIXED_PRECISION is autocast.
+        raise UserError("FSDP and DeepSpeed are not supported; use plain torchrun.")
+    # Leftover variables would change this run: ACCELERATE_MIXED_PRECISION enables autocast.
     of_launchers = () if is_launched else ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     for name in [*os.environ]:
         if name.startswith("ACCELERATE_") or name in of_launchers:
             del os.environ[name]
     sys.modules["causal_conv1d"] = None
-    # Products in float16 get float32 sums, see FP16 MATMUL.
+    # float16 products are summed in float32, see FP16 MATMUL.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     fault = "it needs a GPU"
     if settings.dry_run or settings.DEVICE == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         accelerate.PartialState(cpu=True)
     else:
-        take_gpu(settings.DTYPE, is_launched)
+        check_gpu(settings.DTYPE, is_launched)
         fault = fault_of_fla()
     if fault or not settings.USE_FLA:
         sys.modules["fla"] = None
@@ -734,46 +924,39 @@ def prepare_device(settings: argparse.Namespace) -> None:
         report("fla", f"{fault}; torch's code takes its place")
     processes = accelerate.PartialState().num_processes
     if examples_per_step(settings) % processes:
-        text = "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS must be a multiple of the processes,"
-        raise UserError(f"{text} {processes}.")
+        size = "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"
+        raise UserError(f"{size} must be divisible by the {processes} processes.")
 
 
-def take_gpu(dtype: str, is_launched: bool) -> None:
-    """Take one GPU and try whether it computes."""
+def check_gpu(dtype: str, is_launched: bool) -> None:
+    """Choose one GPU, and try a matmul."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     if not is_launched:  # TRL refuses several visible GPUs without a launcher
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
-        # Otherwise accelerate refuses several RTX 40xx with a driver below 550.40.
-        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
-        os.environ.setdefault("NCCL_IB_DISABLE", "1")
     try:
         torch.cuda.init()  # says why there is no GPU
         accelerate.PartialState()  # gives each process of a launch its own GPU
         ones = torch.ones(8, 8, device="cuda", dtype=getattr(torch, dtype))
         (ones @ ones).sum().item()  # a torch without this GPU's kernels says so only now
     except (RuntimeError, AssertionError) as error:
-        text = f"DEVICE cuda: torch {torch.__version__} cannot compute on GPU {visible}"
-        needs = "an NVIDIA GPU (V100 or newer, driver 525), or a small model and --device cpu"
-        raise UserError(f"{text} ({one_line(error)}); it takes {needs}.") from error
+        raise UserError(
+            f"DEVICE cuda: torch {torch.__version__} cannot use GPU {visible} ({one_line(error)}). "
+            "It takes an NVIDIA GPU, V100 or newer (a V100 with driver 525 to 580, others with 525 "
+            "or newer), or a small model and --device cpu. If there is one, the environment "
+            "variable PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False may help."
+        ) from error
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
     report("device", f"{torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB are free")
 
 
 def fault_of_fla() -> str:
     """Return why flash-linear-attention cannot be used on this GPU, or ""."""
-    major, _ = torch.cuda.get_device_capability()
-    if major < 8:
-        return "it needs a GPU of capability 8.0 or newer"
-    try:
-        installed = map(importlib.metadata.version, ("fla-core", "triton"))
-        fla, triton = map(torch.torch_version.TorchVersion, installed)
-    except importlib.metadata.PackageNotFoundError as error:
-        return f"{error.name} is not installed (pip install flash-linear-attention)"
-    if major == 9 and not torch.version.hip:  # Hopper; AMD's MI200 and MI300 have a 9, too
-        if fla < "0.5":
-            return "below 0.5 it has wrong gradients on Hopper GPUs (fla issue 640)"
-        if fla <= "0.6.0" and "3.4" <= triton < "3.7.1":
-            return "0.5.0 to 0.6.0 cannot train on Hopper GPUs with Triton 3.4 to 3.7.0"
+    # On Hopper gradients were wrong below 0.5 (fla issue 640), and up to 0.6.0 it cannot train with
+    # Triton 3.4 to 3.7.0; on Blackwell vLLM's copies were silently wrong (vllm issue 36414).
+    if torch.cuda.get_device_capability()[0] != 8:
+        return "it is used only on GPUs of capability 8.0 to 8.9"
+    if importlib.util.find_spec("fla") is None:
+        return "it is not installed (pip install flash-linear-attention)"
     return ""
 
 
@@ -782,55 +965,82 @@ def is_main_process() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
-def read_model_files(job: Job) -> None:
-    """Read all but the weights: which commit it is, the configuration, and the tokenizer."""
-    settings, name = job.settings, job.settings.MODEL_NAME
+def read_base(settings: Settings, tokenizer: Any = None) -> Base:
+    """Read all but the weights: the commit, the configuration and the tokenizer.
+
+    A given tokenizer replaces the model's own.
+    """
+    name = settings.MODEL_NAME
     try:
-        if not Path(name).is_dir():
-            # The newest job here with this model and branch gives the commit, see RESUMING. So a
-            # branch that moves between stopping and resuming changes nothing.
-            revision = settings.MODEL_REVISION
-            same = {"MODEL_NAME": name, "MODEL_REVISION": revision}.items()
-            commits = [one["commit"] for one in jobs_in(job.output).values() if same <= one.items()]
-            if not commits:
-                commits = [huggingface_hub.resolve_revision(name, revision=revision).resolved]
-            job.commit = commits[0]
-        commit = job.commit or "main"
-        where = {"revision": commit, "trust_remote_code": False}
-        job.config = transformers.AutoConfig.from_pretrained(name, **where)
-        job.tokenizer = job.tokenizer or transformers.AutoTokenizer.from_pretrained(name, **where)
-        ends = [job.tokenizer.eos_token_id]
-        with contextlib.suppress(OSError):  # a model need not have one
+        commit = commit_of(settings)
+        revision = commit or "main"
+        safe = {"revision": revision, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(name, **safe)
+        tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name, **safe)
+        ends = [tokenizer.eos_token_id]
+        with contextlib.suppress(OSError):  # not every model has one
             # Gemma's tokenizer ends with <eos>, but its turns with <end_of_turn>.
-            more = transformers.GenerationConfig.from_pretrained(name, revision=commit).eos_token_id
-            ends += more if isinstance(more, list) else [more]
-        job.stop_ids = [end for end in dict.fromkeys(ends) if end is not None]
+            generation = transformers.GenerationConfig.from_pretrained(name, revision=revision)
+            end = generation.eos_token_id
+            ends += end if isinstance(end, list) else [end]
     except (OSError, ValueError, HTTPError, RevisionResolutionError) as error:
         advice = "check the name, the folder or the network"
         if GatedRepoError in (type(error), type(error.__cause__)):
             advice = f"accept its licence at https://huggingface.co/{name}, then `hf auth login`"
         raise UserError(f"{name} cannot be read ({one_line(error)}); {advice}.") from error
-    if "quantization_config" in job.config.to_dict():
-        raise UserError(f"{name} is quantized, which is not trained here; use its original.")
-    if not job.tokenizer.chat_template or not job.stop_ids:
-        raise UserError(f"{name} has no chat template; use a model that was trained to chat.")
-    added = job.tokenizer.added_tokens_decoder.values()
-    job.special_tokens = [str(token) for token in added if token.special]
-    is_slow = chunk_of(job.config) > 1 and torch.cuda.is_initialized() and not settings.USE_FLA
-    if is_slow and torch.cuda.get_device_capability() >= (8, 0):
-        report("faster", "pip install flash-linear-attention, then --use_fla true")
+    stop_ids = [token for token in dict.fromkeys(ends) if token is not None]
+    if "quantization_config" in config.to_dict():
+        raise UserError(f"{name} is quantized, which is unsupported; use the original.")
+    if settings.CHAT_TEMPLATE == "one_pass":
+        tokenizer.chat_template = one_pass_template(tokenizer)
+    elif settings.CHAT_TEMPLATE:
+        tokenizer.chat_template = Path(settings.CHAT_TEMPLATE).read_text(encoding="utf-8")
+    if not tokenizer.chat_template or not stop_ids:
+        lack = f"chat template (CHAT_TEMPLATE {settings.CHAT_TEMPLATE!r}) or no end-of-turn token"
+        raise UserError(f"{name} has no {lack}; TRL has one_pass for some models alone.")
+    if commit:
+        report("model", f"{name}, commit {commit}; --model_revision changes it")
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return Base(config, commit, tokenizer, stop_ids, special, settings.ENABLE_THINKING)
 
 
-def load_model(name: str, commit: str, dtype: str, device: str) -> transformers.PreTrainedModel:
-    """Return the base model (of Qwen3.5 its text part), loaded straight onto the device.
+def one_pass_template(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
+    """Return the chat template with which TRL trains this model, or "" if it knows none.
 
-    Never give SFTTrainer the model's name: it would take the class that config.json names,
-    Qwen3_5ForConditionalGeneration, with which Trainer does not count a step's target tokens
-    (accepts_loss_kwargs is False). Then the loss is a mean of the micro-batches' means.
+    In Qwen3.5's, each reply keeps the think block before it.
+    """
+    try:
+        template = trl.chat_template_utils.get_training_chat_template(tokenizer)
+    except ValueError:  # TRL does not know the model's own template
+        return ""
+    # These tags mark what TRL would train on; no server knows them.
+    return re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template or "")
+
+
+def commit_of(settings: Settings) -> str:
+    """Return the model's commit on the hub, or "" for a local folder.
+
+    The newest job here with this model and revision fixes it, even if the branch has moved.
+    """
+    name, revision = settings.MODEL_NAME, settings.MODEL_REVISION
+    if Path(name).is_dir():
+        return ""
+    for identity in jobs_in(Path(settings.OUTPUT_DIR)).values():
+        if (identity.get("MODEL_NAME"), identity.get("MODEL_REVISION")) == (name, revision):
+            return identity["commit"]
+    return huggingface_hub.resolve_revision(name, revision=revision).resolved
+
+
+def load_model(name: str, commit: str, dtype: str, device: str) -> Model:
+    """Return the base model (for Qwen3.5, the text part), loaded straight onto the device.
+
+    Never give SFTTrainer the model's name: it would take Qwen3_5ForConditionalGeneration, the class
+    in config.json, with which Trainer does not count a step's targets (accepts_loss_kwargs is
+    False). The loss would be a mean of micro-batch means.
     """
     report("model", f"loading the weights of {name}")
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name,
             revision=commit or "main",
             dtype=dtype,
@@ -839,48 +1049,67 @@ def load_model(name: str, commit: str, dtype: str, device: str) -> transformers.
             use_safetensors=True,  # a pickle could run code
             output_loading_info=True,
         )
-    except RuntimeError as error:  # transformers tells of full memory as an error of conversion
-        if device == "cuda" and torch.cuda.mem_get_info()[0] < 2**30:
-            raise UserError(f"The weights of {name} do not fit in the GPU's memory.") from error
+    except RuntimeError as error:  # transformers may report full memory as a conversion error
+        is_full = device == "cuda" and torch.cuda.mem_get_info()[0] < 2**30
+        if is_full or is_out_of_memory(error):
+            raise UserError(f"{name} is too large for the GPU's free memory.") from error
         raise
-    if found["missing_keys"]:  # transformers would go on with random numbers in their place
-        raise UserError(f"{name}: the files lack weights: {sorted(found['missing_keys'])[:3]} ...")
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(f"{name}: the files lack weights: {sorted(info['missing_keys'])[:3]} ...")
     return model
 
 
 # ==== DATA: reading the conversations, checking every line, and holding a part out
 #
-# A file holds one conversation a line (JSONL), or all of them in one JSON array:
-#     {"prompt": [messages], "completion": [one message]}     teaches the completion alone;
-#                                                             both may also be texts
-#     {"messages": [messages]}                                teaches each reply of the assistant;
-#                                                             with REPLIES "last" only the last one
+# A file holds one conversation per line (JSONL), or all in one JSON array:
+#     {"prompt": [messages], "completion": [one message]}     teaches the completion (or two texts)
+#     {"messages": [messages]}                                teaches each reply; see REPLIES
 #     {"conversations": [{"from": "human", "value": ...}]}    ShareGPT: as "messages"
 #     {"instruction": ..., "input": ..., "output": ...}       Alpaca: teaches the output
 # A message has a "role" and a "content", and no other keys. At most one system message comes first,
 # which may also be the line's key "system"; then user and assistant take turns, and a reply comes
-# last. Other keys of a line, and all whose value is null, are ignored. In ShareGPT dumps a greeting
-# before the first question, and a question without a reply, are left out. All formats become
-# "messages" first; then there is one set of checks, and every bad line of both files is named.
+# last. Other keys of a line are counted and ignored, but LOST_KEYS are refused. In ShareGPT dumps a
+# greeting before the first question, and a question without a reply, are left out. All formats
+# become "messages" first; then there is one set of checks, and every bad line is named.
 
 FORMATS = (
     'write {"prompt": [...], "completion": [one message]}, {"messages": [...]}, '
     '{"conversations": [...]} or {"instruction": ..., "output": ...}; see docs/data.md'
 )
 FORMAT_KEYS = ("messages", "conversations", "prompt completion", "instruction output")
+KNOWN_KEYS = {"system", "id", "kind", "topic", "checks", "counterpart", "rejected"}
+# These change the prompt, or belong to it.
+LOST_KEYS = ("tools", "functions", "history", "system_prompt", "context")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
+THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*\S", re.DOTALL)  # and the first character after
 FEWEST_HELD_OUT = 20  # conversations; the mean of fewer says little
+SHIPPED = {  # SHA-256 of the files in data/
+    "train": "933c66bcaba1310cae0885f87b44fca1ba5017e46882671cb549be4b1e67d442",
+    "held_out": "da60fab78fa1983b16eea3c3d772108fb9b333bda389ca05ab777dddce23afec",
+}
 
 
-@dataclass
-class Example:
-    """A reply to train on, and the conversation that leads to it."""
+@dataclass(frozen=True)
+class Conversation:
+    """A dialogue up to and including a trained reply."""
 
     source: str  # file:line
-    messages: list[dict[str, str]]  # up to and including the reply
-    row: dict[str, Any]  # the conversation as it is in the file
-    prompt_ids: list[int] = field(default_factory=list)  # tokens that are only read
-    reply_ids: list[int] = field(default_factory=list)  # target tokens, with the turn's end
+    messages: Messages  # the last one is the reply
+    row: Facts  # the line as it is in the file
+
+
+@dataclass(frozen=True)
+class Example(Conversation):
+    """The same in tokens: what goes through the model as one row."""
+
+    prompt_ids: list[int]  # tokens before the reply; targets only in earlier replies
+    reply_ids: list[int]  # target tokens, with the turn's end
+    earlier: tuple[Example, ...] = ()  # replies in the prompt that are also trained
+
+    @property
+    def replies(self) -> tuple[Example, ...]:
+        """All replies that this row trains, each by itself."""
+        return (*self.earlier, replace(self, earlier=()))
 
     @property
     def input_ids(self) -> list[int]:
@@ -890,79 +1119,154 @@ class Example:
     @property
     def labels(self) -> list[int]:
         """The target tokens in their places, and -100 in all others."""
-        return [-100] * len(self.prompt_ids) + self.reply_ids
+        labels: list[int] = []
+        for reply in self.replies:
+            labels += [-100] * (len(reply.prompt_ids) - len(labels)) + reply.reply_ids
+        return labels
+
+    @property
+    def targets(self) -> int:
+        """The number of target tokens."""
+        return sum(len(reply.reply_ids) for reply in self.replies)
 
 
-def read_data(job: Job) -> None:
-    """Read, check and render all conversations; raise UserError with what is wrong with any."""
-    settings, problems = job.settings, []
-    train = read_conversations(settings.TRAIN_FILE, settings.REPLIES, problems)
-    held_out, percent = [], percent_of(settings.EVAL_FILE)
+def read_data(settings: Settings, base: Base) -> Data:
+    """Read, check and render all conversations; raise UserError with every fault."""
+    problems: list[str] = []
+
+    def read(path: str) -> list[Conversation]:
+        return read_conversations(path, settings.REPLIES, problems, settings.ENABLE_THINKING)
+
+    to_learn, to_hold_out, lines = read(settings.TRAIN_FILE), [], ""
+    eval_file, percent = settings.EVAL_FILE, percent_of(settings.EVAL_FILE)
     if percent and not problems:
-        train, held_out = hold_out(train, percent)
-    elif settings.EVAL_FILE and not percent:
-        held_out = read_conversations(settings.EVAL_FILE, settings.REPLIES, problems)
-    job.examples = encode(train, job, problems, "training")
-    job.held_out = encode(held_out, job, problems)
+        to_learn, to_hold_out = hold_out(to_learn, percent)
+        rows = {conversation.source: conversation.row for conversation in to_hold_out}
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows.values())
+        eval_file = str(Path(settings.OUTPUT_DIR, "held_out.jsonl"))
+    elif eval_file and not percent:
+        to_hold_out = read(eval_file)
+    examples = encode(to_learn, base, settings.MAX_SEQ_LEN, problems, "training")
+    held_out = encode(to_hold_out, base, settings.MAX_SEQ_LEN, problems)
     if problems:
         raise UserError(f"{problems_as_text(problems)}\nNothing was trained.")
-    files = {"train": settings.TRAIN_FILE, "held_out": settings.EVAL_FILE}
-    for (key, path), examples in zip(files.items(), (job.examples, job.held_out), strict=True):
-        facts = {"file": path, "sha256": file_sha256(Path(path)), "examples": len(examples)}
-        facts["tokens"] = sum(len(example.input_ids) for example in examples)
-        facts["targets"] = sum(len(example.reply_ids) for example in examples)
-        job.data[key] = facts if examples else None
-    learned = {key_of(example.messages[:-1]) for example in job.examples}
-    known = [one.source for one in job.held_out if key_of(one.messages[:-1]) in learned]
+    learned = learned_hashes(examples, settings)
+    known = [reply.source for reply in held_out if prompt_hash(reply.messages[:-1]) in learned]
     if known:
-        report("warning", f"{len(known):,} held-out prompts are trained on, such as {known[0]}")
-    train_file, eval_file = map(os.path.realpath, files.values())
-    if train_file != DEMO["TRAIN_FILE"] and eval_file == DEMO["EVAL_FILE"]:
+        start = ", here or by START_FROM" if settings.START_FROM else ""
+        shown = f"{len(known):,} held-out prompts are trained on{start}, such as {known[0]}"
+        report("warning", shown)
+    check_joining(examples, base, settings)
+    examples, held_out = join_replies(examples), join_replies(held_out)
+    facts = {
+        "train": facts_of(settings.TRAIN_FILE, examples),
+        "held_out": facts_of(eval_file, held_out, lines) if held_out else None,
+    }
+    shipped = [name for name in facts if facts[name] and facts[name]["sha256"] == SHIPPED[name]]
+    if shipped == ["held_out"]:
         report("warning", 'EVAL_FILE is still the shipped one; "10%" holds out a tenth of yours')
+    return Data(examples, held_out, facts, lines)
+
+
+def check_joining(replies: list[Example], base: Base, settings: Settings) -> None:
+    """Print the cost if the chat template keeps a dialogue's replies from sharing a row."""
+    dialogues: dict[str, list[Example]] = defaultdict(list)
+    for reply in replies:
+        dialogues[reply.source].append(reply)
+    needed = sum(len(dialogue[-1].input_ids) for dialogue in dialogues.values())
+    tokens = sum(len(example.input_ids) for example in join_replies(replies, sys.maxsize))
+    if tokens <= 1.5 * needed:
+        return
+    if settings.CHAT_TEMPLATE == "one_pass":
+        raise UserError(f"CHAT_TEMPLATE one_pass joins no replies of {settings.MODEL_NAME}.")
+    advice, template = "", "" if settings.CHAT_TEMPLATE else one_pass_template(base.tokenizer)
+    if template:
+        changed = replace(base, tokenizer=copy.copy(base.tokenizer))
+        changed.tokenizer.chat_template = template
+        longest = max(dialogues.values(), key=len)
+        in_one_pass = join_replies(encode(longest, changed, sys.maxsize, []), sys.maxsize)
+        if len(in_one_pass) == 1:
+            advice = "; --chat_template one_pass trains a dialogue in one pass"
+    shown = f"{tokens / needed:.1f} times the tokens: {tokens:,} in place of {needed:,}"
+    report("slower", f"{shown}, as the chat template changes earlier replies{advice}")
+
+
+def learned_hashes(examples: list[Example], settings: Settings) -> set[str]:
+    """Return the hashes of the prompts that an adapter has learned to reply to."""
+    replies = [reply for example in examples for reply in example.replies]
+    hashes = {prompt_hash(reply.messages[:-1]) for reply in replies}
+    earlier = Path(settings.START_FROM, "learned.txt")
+    if settings.START_FROM and earlier.is_file():
+        hashes |= {*earlier.read_text(encoding="utf-8").split()}
+    return hashes
+
+
+def facts_of(path: str, examples: list[Example], lines: str = "") -> Facts:
+    """Return what is recorded of a file, which may not exist yet."""
+    return {
+        "file": path,
+        "sha256": hashlib.sha256(lines.encode()).hexdigest() if lines else file_sha256(Path(path)),
+        "dialogues": len({example.source for example in examples}),
+        "examples": len(examples),
+        "replies": sum(len(example.replies) for example in examples),
+        "tokens": sum(len(example.input_ids) for example in examples),
+        "targets": sum(example.targets for example in examples),
+    }
 
 
 def read_conversations(
-    path: str, replies: str, problems: list[str], accepts_thinking: bool = False
-) -> list[Example]:
-    """Return a file's examples; add what is wrong with any line to problems, as "file:line: ...".
+    path: str, replies: str, problems: list[str], thinking: bool = False, takes_pairs: bool = False
+) -> list[Conversation]:
+    """Return a conversation for each reply that a file teaches.
 
-    Raises UserError if the file cannot be read, or has nothing in it. Replies with a <think> part
-    are not trained; whoever measures another trainer's adapter may accept them.
+    What is wrong with a line is added to problems, as "file:line: ...". Raises UserError for a file
+    that cannot be read. With thinking each reply must have its thoughts; with takes_pairs "chosen"
+    is read as "completion".
     """
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}; in {Path.cwd()}).") from error
-    examples, unpaired = [], 0
-    for source, text in entries_of(content, path).items():
+    conversations, unpaired, ignored = [], 0, Counter()
+    for source, entry in entries_of(content, path).items():
         try:
-            line = parse_line(text)
-            messages, teaches_one = messages_of(line)
-            check_messages(messages, accepts_thinking)
+            line = parse_line(entry)
+            if takes_pairs and "chosen" in line and "completion" not in line:
+                line["completion"] = line.pop("chosen")
+            messages, teaches_one, left_out = messages_of(line)
+            check_messages(messages, thinking)
+            places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+            if teaches_one or replies == "last":
+                places = places[-1:]
+            for place in places if thinking else []:
+                if not THOUGHTS.match(messages[place]["content"]):
+                    raise ValueError(f"message {place + 1} must begin with <think>...</think>")
         except ValueError as error:
             problems.append(f"{source}: {one_line(error, 400)}")
             continue
-        if "conversations" in line:
-            turns = messages[1:] if line.get("system") else messages
-            unpaired += len(line["conversations"]) - len(turns)
-        row = json.loads(text.decode("utf-8-sig"))  # with what is null
-        places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        if teaches_one or replies == "last":
-            places = places[-1:]
-        examples += [Example(source, messages[: place + 1], row) for place in places]
+        unpaired += left_out
+        ignored.update(line.keys() - KNOWN_KEYS)
+        row = json.loads(entry.decode("utf-8-sig"))  # with its nulls
+        conversations += [Conversation(source, messages[: place + 1], row) for place in places]
     if unpaired:
         report("left out", f"{path}: {unpaired:,} greetings and last questions without a reply")
-    return examples
+    if ignored:
+        keys = [f"{key!r} in {count:,}" for key, count in ignored.most_common()]
+        report("ignored", f"{path}: these keys of lines: {join_limited(keys, 5, ', ')}")
+    return conversations
 
 
 def entries_of(content: bytes, path: str) -> dict[str, bytes]:
-    """Return {where it is: its JSON} of each line that is not blank, or of each array entry."""
+    """Return {place: JSON} for each nonblank line or array entry."""
     lines, place = content.split(b"\n"), ":"
-    if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+    if re.match(rb"\[|{\s*\n", content.removeprefix(b"\xef\xbb\xbf").lstrip()):
         try:
             rows = json.loads(content.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is no JSON array: {one_line(error)}; {FORMATS}") from error
+            raise UserError(f"{path} is not JSON: {one_line(error)}; {FORMATS}") from error
+        if not isinstance(rows, list):
+            keys = ", ".join(rows)
+            raise UserError(f"{path} is one JSON object ({keys}); keep the list in it; {FORMATS}.")
         lines, place = [json.dumps(row).encode() for row in rows], ", entry "
     entries = {f"{path}{place}{number}": line for number, line in enumerate(lines, 1)}
     entries = {where: line for where, line in entries.items() if line.strip()}
@@ -971,259 +1275,296 @@ def entries_of(content: bytes, path: str) -> dict[str, bytes]:
     return entries
 
 
-def parse_line(text: bytes) -> dict[str, Any]:
-    """Return a line's JSON object without what is null, or raise ValueError in plain words."""
+def parse_line(text: bytes) -> Facts:
+    """Return a line's JSON object without its nulls; raise ValueError in plain words."""
     try:
-        line = text.decode("utf-8-sig").strip()  # joined files may each begin with the mark
+        line = text.decode("utf-8-sig").strip()  # concatenated files may hold several BOMs
     except UnicodeDecodeError as error:
         raise ValueError("this is not UTF-8; save the file as UTF-8") from error
     if not line.startswith("{"):  # such as CSV
         raise ValueError(f"a line must be one JSON object; {FORMATS}")
 
-    def without_nulls(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):  # the last one would count
+    def without_nulls(pairs: list[tuple[str, Any]]) -> Facts:
+        if len(dict(pairs)) < len(pairs):  # json keeps the last
             raise ValueError("a key occurs twice")
         return {key: value for key, value in pairs if value is not None}
 
     try:
         return json.loads(line, object_pairs_hook=without_nulls)
     except (ValueError, RecursionError) as error:
-        hint = ""
-        if re.match('[^"]*\u201c', line):
-            hint = "; write straight quotation marks"
-        elif re.search(r",\s*[}\]]", line):
-            hint = "; remove the comma before a closing bracket"
-        elif not line.endswith("}"):
-            hint = "; write each conversation on one line"
-        elif "delimiter" in str(error):
-            hint = '; a quotation mark within a text needs a backslash (\\")'
+        hint = "" if line.endswith("}") else "; write each conversation on one line"
         raise ValueError(f"this is not JSON: {one_line(error)}{hint}") from error
 
 
-def messages_of(row: dict[str, Any]) -> tuple[list[Any], bool]:
-    """Return a line's messages, unchecked, and whether only the last reply is taught."""
+def messages_of(row: Facts) -> tuple[list[Any], bool, int]:
+    """Return a line's unchecked messages; whether it teaches one reply; how many it left out."""
+    if "chosen" in row:
+        raise ValueError('rename "chosen" to "completion"; nothing is trained on "rejected"')
     formats = [keys.split() for keys in FORMAT_KEYS if row.keys() >= {*keys.split()}]
     if len(formats) != 1:
         has = [key for keys in formats for key in keys] or list(row)[:5]
         raise ValueError(f"the line has {', '.join(has) or 'nothing'}; {FORMATS}")
-    lost = [key for key in ("tools", "functions", "history") if row.get(key)]
+    lost = [key for key in LOST_KEYS if row.get(key)]
     if lost:
-        raise ValueError(f"the key {lost[0]!r} is not understood here, and would be lost")
+        raise ValueError(f"the key {lost[0]!r} is not supported, and would be lost")
     keys = formats[0]
     messages, reply = row[keys[0]], row[keys[-1]]
+    for key in keys:  # what is left in the line was not read
+        del row[key]
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     if len(keys) == 1:
         if not isinstance(messages, list):
             raise ValueError("a conversation must be a list of messages")
+        left_out = 0
         if "conversations" in keys:
-            messages = messages_of_sharegpt(messages)
-        return system + messages, False
+            messages, left_out = messages_of_sharegpt(messages)
+        return system + messages, False, left_out
     if "instruction" in keys:
-        parts = [messages, row.get("input", "")]
+        parts = [messages, row.pop("input", "")]
         messages = "\n".join(parts).strip() if {*map(type, parts)} == {str} else None
     if isinstance(messages, str) and isinstance(reply, str):
         messages = [{"role": "user", "content": messages}]
         reply = [{"role": "assistant", "content": reply}]
     if not (isinstance(messages, list) and isinstance(reply, list) and len(reply) == 1):
         raise ValueError("a list of messages and one reply, or two texts, are needed")
-    return system + messages + reply, True
+    return system + messages + reply, True, 0
 
 
-def messages_of_sharegpt(turns: list[Any]) -> list[Any]:
-    """Return turns as messages, without replies to nobody and questions that nobody answers."""
+def messages_of_sharegpt(turns: list[Any]) -> tuple[list[Any], int]:
+    """Return turns as messages without replies to nobody and questions that nobody answers.
+
+    Also return how many these are.
+    """
     messages = []
     for turn in turns:
-        if isinstance(turn, dict) and turn.keys() == {"from", "value"}:
-            role = SHAREGPT_ROLES.get(str(turn["from"]), turn["from"])
-            turn = {"role": role, "content": turn["value"]}
+        if isinstance(turn, dict) and turn.keys() >= {"from", "value"}:
+            speaker, value = turn.pop("from"), turn.pop("value")
+            role = SHAREGPT_ROLES.get(str(speaker), speaker)
+            turn = {"role": role, "content": value, **turn}
         messages.append(turn)
-    roles = [one.get("role") if isinstance(one, dict) else "" for one in messages]
-    first, end = roles[:1].count("system"), len(roles)
-    begin = first
-    while begin < end and roles[begin] == "assistant":
-        begin += 1
-    while begin < end and roles[end - 1] == "user":
-        end -= 1
-    return messages[:first] + messages[begin:end]
+    roles = [message.get("role") if isinstance(message, dict) else "" for message in messages]
+    left_out, first = 0, roles[:1].count("system")
+    for end, role in ((first, "assistant"), (-1, "user")):
+        while len(roles) > first and roles[end] == role:
+            del roles[end], messages[end]
+            left_out += 1
+    return messages, left_out
 
 
-def check_messages(messages: list[Any], accepts_thinking: bool = False) -> None:
+def check_messages(messages: list[Any], thinking: bool = False) -> None:
     """Raise ValueError unless the messages are a conversation of texts that ends with a reply."""
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            found = one_line(message, 60)  # other keys, such as tool_calls, would be lost
-            raise ValueError(f'message {number} must have "role" and "content" alone: {found}')
+        if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
+            raise ValueError(f'message {number} lacks "role" or "content": {one_line(message, 60)}')
+        if unread := sorted(message.keys() - {"role", "content"}):  # such as tool_calls
+            raise ValueError(f"message {number} has the key {unread[0]!r}, which is not supported")
         role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"message {number}: role {role!r} is not system, user or assistant")
         if not isinstance(content, str) or not content.strip():
-            raise ValueError(f"message {number} has no text")
+            shown = one_line(repr(content), 60)
+            raise ValueError(f"message {number}: content must be a text, but is {shown}")
         if re.search("[\ud800-\udfff]", content):
             raise ValueError(f"message {number} holds half a character, such as \\ud83d alone")
-        if role == "assistant" and re.search("</?think>", content) and not accepts_thinking:
+        if role == "assistant" and re.search("</?think>", content) and not thinking:
             raise ValueError(f"message {number} has a <think> tag, but thinking is off; remove it")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        found = ", ".join(roles) or "none"
+        shown = ", ".join(roles) or "none"
         wanted = "[system,] user, assistant, ..., and a reply comes last"
-        raise ValueError(f"the roles must be {wanted}, but are {found}")
+        raise ValueError(f"the roles must be {wanted}, but are {shown}")
 
 
 def problems_as_text(problems: list[str]) -> str:
     """Return each problem once, with the first lines that have it and their number."""
-    places: dict[str, dict[str, None]] = {}
-    for problem in problems:
+    places: dict[str, list[str]] = defaultdict(list)
+    for problem in dict.fromkeys(problems):  # each reply of a dialogue may have the same one
         place, _, text = problem.partition(": ")
-        places.setdefault(text, {})[place] = None  # a dialogue has an example for each reply
-    lines = [f"{join_limited([*where], 3, ', ')}: {text}" for text, where in places.items()]
+        places[text].append(place)
+    lines = [f"{join_limited(where, 3, ', ')}: {text}" for text, where in places.items()]
     return join_limited(lines, 20, "\n")
 
 
-def key_of(messages: list[dict[str, str]]) -> str:
-    """Return a hash of what user and assistant say, whatever the spaces and the system message."""
-    turns = [one for one in messages if one["role"] != "system"]
-    return short_hash([(one["role"], one["content"].split()) for one in turns])
+def prompt_hash(messages: Messages) -> str:
+    """Return a hash of what user and assistant say, ignoring spaces and the system message."""
+    turns = [message for message in messages if message["role"] != "system"]
+    return short_hash([(turn["role"], turn["content"].split()) for turn in turns])
 
 
-def hold_out(examples: list[Example], percent: int) -> tuple[list[Example], list[Example]]:
-    """Return the examples to learn and those held out, so many per cent of the conversations.
+def hold_out(
+    conversations: list[Conversation], percent: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Return what is trained on, and what is held out: this percentage of conversations.
 
-    Those that begin with the same system message and question are parts or versions of one, and
-    stay together; a group of more than a twentieth of the file is trained. A hash of how they begin
-    decides, and neither SEED nor the order of the lines: runs are compared on the same ones.
+    Those that begin alike stay together; a group of more than a twentieth of the file is trained. A
+    hash of their beginnings decides, regardless of SEED and order.
     """
-    groups: dict[str, set[str]] = {}
-    for example in examples:
-        size = 2 if example.messages[0]["role"] == "system" else 1
-        beginning = [message["content"].split() for message in example.messages[:size]]
-        groups.setdefault(short_hash(["held out", beginning]), set()).add(example.source)
+    groups: dict[str, set[str]] = defaultdict(set)
+    for conversation in conversations:
+        size = 2 if conversation.messages[0]["role"] == "system" else 1
+        beginning = [message["content"].split() for message in conversation.messages[:size]]
+        groups[short_hash(["held out", beginning])].add(conversation.source)
     count = sum(map(len, groups.values()))
     wanted = max(FEWEST_HELD_OUT, math.ceil(count * percent / 100))
     chosen: set[str] = set()
-    for beginning in sorted(groups):  # hashes, so this is a draw
+    for beginning in sorted(groups):  # hashes, so the order is random
         if len(chosen) < wanted and len(groups[beginning]) <= count / 20:
             chosen |= groups[beginning]
-    text = f"{len(chosen):,} of {count:,} conversations"
+    shown = f"{len(chosen):,} of {count:,} conversations"
     if min(len(chosen), count - len(chosen)) < FEWEST_HELD_OUT:
-        text = f'EVAL_FILE "{percent}%" holds out {text}, and those that begin alike stay together;'
-        raise UserError(f"{text} {FEWEST_HELD_OUT} are needed on each side.")
-    report("held out", f"{text}, by a hash of how they begin")
-    learned = [example for example in examples if example.source not in chosen]
-    return learned, [example for example in examples if example.source in chosen]
+        raise UserError(
+            f'EVAL_FILE "{percent}%" holds out {shown}, and those that begin alike stay together; '
+            f"{FEWEST_HELD_OUT} are needed on each side."
+        )
+    report("held out", f"{shown} (at least {FEWEST_HELD_OUT}), by a hash of how they begin")
+    train = [conversation for conversation in conversations if conversation.source not in chosen]
+    return train, [conversation for conversation in conversations if conversation.source in chosen]
 
 
 # ==== TOKENS: what the model sees, and which tokens are targets
 #
-# A conversation is rendered by the model's own chat template, as a server renders it, with thinking
-# off. The prompt is rendered with the generation prompt and must be the beginning of the whole;
-# what comes after it, up to the token that ends the turn, is the reply. "messages" with three
-# replies are three examples. An example that is longer than MAX_SEQ_LEN is left out, never cut: a
-# cut reply has no end, and would teach not to stop.
+# A conversation is rendered by the model's chat template, as a server renders it. The prompt, with
+# the generation prompt, must be the beginning of the whole; what comes after it, up to the token
+# that ends the turn, is the reply. What is longer than MAX_SEQ_LEN is left out, never cut (without
+# its end a reply would teach the model not to stop); more than a tenth is refused.
+#
+# One row trains several replies of a dialogue where each prompt begins with the tokens before it.
+# In Qwen3.5's own template it does not, as earlier replies lose their think block. CHAT_TEMPLATE
+# "one_pass" is the one that TRL keeps for training such models; the server must use it, too.
+
+MOST_TARGETS = 512  # in one joined row; in Qwen3.5 their logits and gradients take 1.2 GB
 
 
 def encode(
-    examples: list[Example], job: Job, problems: list[str], which: str = "held-out"
+    conversations: list[Conversation],
+    base: Base,
+    limit: int,
+    problems: list[str],
+    which: str = "held-out",
 ) -> list[Example]:
-    """Return the examples that fit, with their tokens; add what is wrong with any to problems."""
-    rendered, limit = [], job.settings.MAX_SEQ_LEN
-    for example in tqdm(examples, "rendering", leave=False, disable=None):
+    """Return an example for each conversation that fits; add what is wrong with any to problems."""
+    examples = []
+    for conversation in tqdm(conversations, "rendering", leave=False, disable=None):
         try:
-            example.prompt_ids, example.reply_ids = render(example.messages, job)
-            rendered.append(example)
+            prompt_ids, reply_ids = render(conversation.messages, base)
         except ValueError as error:
-            problems.append(f"{example.source}: {error}")
-    too_long = [example.source for example in rendered if len(example.input_ids) > limit]
-    if too_long:
-        lengths = sorted(len(example.input_ids) for example in rendered)
-        nine_tenths = lengths[-1 - len(lengths) // 10]
-        text = f"{len(too_long):,} of {len(examples):,} {which} examples are longer than "
-        text += f"MAX_SEQ_LEN {limit}; {nine_tenths} would keep nine tenths, and {lengths[-1]} all"
-        if len(too_long) > len(examples) / 10:
-            problems.append(f"{too_long[0]}: {text}")
+            problems.append(f"{conversation.source}: {error}")
         else:
-            report("left out", f"{text}\n{join_limited(too_long, 5, ', ')}")
-    return [example for example in rendered if len(example.input_ids) <= limit]
+            facts = conversation.source, conversation.messages, conversation.row
+            examples.append(Example(*facts, prompt_ids, reply_ids))
+    too_long = [example.source for example in examples if len(example.input_ids) > limit]
+    if too_long:
+        lengths = sorted(len(example.input_ids) for example in examples)
+        nine_tenths = lengths[-1 - len(lengths) // 10]
+        shown = f"{len(too_long):,} of {len(conversations):,} {which} examples are longer than "
+        shown += f"MAX_SEQ_LEN {limit}; {nine_tenths} would keep nine tenths, and {lengths[-1]} all"
+        if len(too_long) > len(conversations) / 10:
+            problems.append(f"{too_long[0]}: {shown}")
+        else:
+            report("left out", f"{shown}\n{join_limited([*dict.fromkeys(too_long)], 5, ', ')}")
+    return [example for example in examples if len(example.input_ids) <= limit]
 
 
-def render(messages: list[dict[str, str]], job: Job) -> tuple[list[int], list[int]]:
+def render(messages: Messages, base: Base) -> tuple[list[int], list[int]]:
     """Return the token ids of the prompt and of the reply, or raise ValueError.
 
-    Each of the four checks is of a fault that no loss shows: the model would be trained on a text
-    that no server writes, or would never learn to stop.
+    No loss would show these faults: a text that no server writes, or a reply without its end.
     """
-    said = "\n".join(message["content"] for message in messages)
-    for token in job.special_tokens:
-        if token in said:
+    contents = "\n".join(message["content"] for message in messages)
+    for token in base.special_tokens:
+        if token in contents:
             raise ValueError(f"the text holds the special token {token}; reword or remove it")
-    how = {"tokenize": False, "enable_thinking": job.enable_thinking}
+    apply, thinking = base.tokenizer.apply_chat_template, base.enable_thinking
+    options = {"tokenize": False, "enable_thinking": thinking}
     try:
-        prompt = job.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **how)
-        whole = job.tokenizer.apply_chat_template(messages, **how)
+        prompt = apply(messages[:-1], add_generation_prompt=True, **options)
+        whole = apply(messages, **options)
     except (jinja2.TemplateError, ArithmeticError, TypeError) as error:
         raise ValueError(f"the chat template refuses this ({one_line(error)})") from error
     for message in messages:
-        spoken = message["content"].rpartition("</think>")[2]  # thoughts may be left out
-        if spoken.strip() not in whole:
+        thoughts, _, spoken = message["content"].rpartition("</think>")
+        is_trained = thinking and message is messages[-1]  # earlier thoughts may be left out
+        needed = [spoken, thoughts.partition("<think>")[2] if is_trained else ""]
+        if not all(part.strip() in whole for part in needed):
             raise ValueError(f"the chat template leaves out what the {message['role']} says")
-    prompt_ids = job.tokenizer(prompt, add_special_tokens=False).input_ids
-    ids = job.tokenizer(whole, add_special_tokens=False).input_ids
+    prompt_ids = base.tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = base.tokenizer(whole, add_special_tokens=False).input_ids
     reply_ids = ids[len(prompt_ids) :]
     if prompt_ids + reply_ids != ids:
-        text = "the chat template renders the prompt differently once the reply follows, so that"
-        raise ValueError(f"{text} training would not equal serving; use another model or template")
-    ends = [place for place, token in enumerate(reply_ids, 1) if token in job.stop_ids]
+        raise ValueError(
+            "the chat template renders the prompt differently once the reply follows, so that "
+            "training would differ from serving; use another model, or CHAT_TEMPLATE"
+        )
+    ends = [place for place, token in enumerate(reply_ids, 1) if token in base.stop_ids]
     if not ends:
-        text = "the chat template ends the reply with none of the model's stop tokens"
-        raise ValueError(f"{text}; add its end-of-turn token to generation_config.json")
+        problem = "the chat template does not end the reply with a stop token"
+        raise ValueError(f"{problem}; add its end-of-turn token to generation_config.json")
     return prompt_ids, reply_ids[: ends[0]]  # without the newline that follows it
 
 
-# ==== PLAN: which matrices are trained, and in how many steps
+def join_replies(replies: list[Example], most_targets: int = MOST_TARGETS) -> list[Example]:
+    """Return examples in which one row trains several replies of a dialogue, where that is exact.
+
+    It is exact if a prompt begins with the very tokens of the example before it, since no token
+    depends on a later one: losses and gradients are those of the replies one by one.
+    """
+    joined: list[Example] = []
+    for reply in replies:
+        if joined and joined[-1].source == reply.source:
+            begins_alike = reply.prompt_ids[: len(joined[-1].input_ids)] == joined[-1].input_ids
+            if begins_alike and joined[-1].targets + reply.targets <= most_targets:
+                reply = replace(reply, earlier=joined.pop().replies)
+        joined.append(reply)
+    return joined
+
+
+# ==== PLAN: which matrices are trained, in how many steps, and what makes a new job
 #
 # Before any weights are loaded, PEFT puts LoRA into a copy of the model on the meta device. A
 # misspelt target, such as q_projj, ends the run here; PEFT alone would ignore it as long as another
 # target exists. With 1,000 examples the settings as shipped give ceil(1000 / 4) x 3 = 750 steps.
 
-# These start from a changed W, so the adapter would only fit this run's copy of the base model.
+# These change W or were not tried: the adapter might only fit this run's copy of the base model.
 CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva")
+MAY_CHANGE = {  # within a job, if the tokens and the examples per step stay the same
+    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "FINAL_LORA", "REPORT_TO", "MATMUL",
+    "USE_FLA", "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "BATCH_SIZE",
+    "GRADIENT_ACCUMULATION_STEPS", "CHAT_TEMPLATE", "START_FROM",
+}  # fmt: skip
 
 
-def make_plan(job: Job) -> None:
+def make_plan(settings: Settings, base: Base, data: Data) -> Plan:
     """Put LoRA into a model on the meta device; check what it would train, and count."""
-    settings, config = job.settings, lora_config(job.settings)
-    start = str(config.init_lora_weights).lower()
-    if start.startswith(CHANGES_THE_BASE) or config.bias != "none":
-        text = f"init_lora_weights={start!r}, bias={config.bias!r}"
-        raise UserError(f"lora_config(): with {text} the adapter would not fit the base model.")
+    lora = peft.LoraConfig(**lora_fields(settings))
+    start = str(lora.init_lora_weights).lower()
+    if start.startswith(CHANGES_THE_BASE) or lora.bias != "none":
+        shown = f"init_lora_weights={start!r}, bias={lora.bias!r}"
+        raise UserError(f"lora_fields(): with {shown} the adapter would not fit the base model.")
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(job.config, trust_remote_code=False)
-    refuse_unknown_targets(config, model)
-    peft.inject_adapter_in_model(config, model)
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    job.trained_shapes = {name: tuple(weight.shape) for name, weight in trained.items()}
-    job.all_parameters = sum(weight.numel() for weight in model.parameters())
-    job.table = table_of_targets(model, job)
-    job.steps_per_epoch = math.ceil(len(job.examples) / examples_per_step(settings))
-    job.steps = job.steps_per_epoch * settings.NUM_EPOCHS
+        model = transformers.AutoModelForCausalLM.from_config(base.config, trust_remote_code=False)
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise UserError(f"{type(model).__name__} always computes all logits; use another model.")
+    refuse_unknown_targets(lora, model)
+    peft.inject_adapter_in_model(lora, model)
+    weights = dict(model.named_parameters())
+    count = sum(weight.numel() for weight in weights.values())
+    shapes = {name: tuple(w.shape) for name, w in weights.items() if w.requires_grad}
+    if settings.START_FROM:
+        check_start(settings, base, lora, model)
+    table = table_of_targets(model, sum(map(math.prod, shapes.values())), count)
+    steps_per_epoch = math.ceil(len(data.examples) / examples_per_step(settings))
+    steps = steps_per_epoch * settings.NUM_EPOCHS
     if settings.MAX_STEPS > 0:
-        job.steps = min(job.steps, settings.MAX_STEPS)
-    training = training_config(job)
-    needed = {  # of the step that this script does, and of its records
-        "loss_type": "nll",
-        "gradient_accumulation_steps": 1,
-        "label_smoothing_factor": 0,
-        "per_device_train_batch_size": examples_per_step(settings) // training.world_size,
-        "num_train_epochs": settings.NUM_EPOCHS,
-        "max_steps": job.steps,
-        "logging_steps": 1,
-        "average_tokens_across_devices": True,
-    }
-    off = ["packing", "bf16", "fp16", "save_only_model", "ignore_data_skip", "dataloader_drop_last"]
-    needed |= dict.fromkeys([*off, "logging_nan_inf_filter"], False)
-    for name, value in needed.items():
-        if getattr(training, name) != value:
-            raise UserError(f"training_config(): {name} must stay {value}; SETTINGS has the rest.")
+        steps = min(steps, settings.MAX_STEPS)
+    editable, fixed = training_fields(settings, steps), fixed_fields(settings, base, steps)
+    identity = identity_of(settings, base, data, editable)
+    folder = Path(settings.OUTPUT_DIR, "checkpoints", short_hash(identity))
+    try:
+        training = trl.SFTConfig(output_dir=str(folder), **editable, **fixed)
+    except TypeError as error:  # a field that does not exist, or is in both
+        raise UserError(f"training_fields(): {error}; see fixed_fields() and SETTINGS.") from error
+    return Plan(shapes, count, table, steps_per_epoch, steps, training, identity, folder)
 
 
 def refuse_unknown_targets(config: peft.LoraConfig, model: nn.Module) -> None:
@@ -1232,347 +1573,367 @@ def refuse_unknown_targets(config: peft.LoraConfig, model: nn.Module) -> None:
         return  # "all-linear", or a regular expression; PEFT raises if it matches nothing
     paths = {f".{path}": module for path, module in model.named_modules()}
     targets = sorted(config.target_modules)
-    missing = [one for one in targets if not any(path.endswith(f".{one}") for path in paths)]
+    missing = [name for name in targets if not any(path.endswith(f".{name}") for path in paths)]
     if missing:
         kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)  # the latter in GPT-2
         linear = [path for path, module in paths.items() if isinstance(module, kinds)]
         names = sorted({path.rpartition(".")[2] for path in linear})
         close = difflib.get_close_matches(missing[0], names, 1)
         hint = f"did you mean {close[0]}? " if close else ""
-        text = f"LORA_TARGET_MODULES: the model has no module named {', '.join(missing)}; {hint}"
-        raise UserError(f"{text}Its linear modules are {', '.join(names)}.")
+        problem = f"LORA_TARGET_MODULES: the model has no module named {', '.join(missing)}; {hint}"
+        raise UserError(f"{problem}Its linear modules are {', '.join(names)}.")
 
 
-def table_of_targets(model: nn.Module, job: Job) -> list[str]:
+def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn.Module) -> None:
+    """Raise UserError unless START_FROM is an adapter of this base, of the kind trained here."""
+    folder = Path(settings.START_FROM)
+    if folder.resolve() == Path(settings.OUTPUT_DIR, "final_lora").resolve():
+        raise UserError(f"START_FROM {folder} would be replaced; choose another OUTPUT_DIR.")
+    config = read_json(folder / "adapter_config.json")
+    names = ["r", "lora_alpha", "alpha_pattern", "use_rslora"]
+    names = [name for name in names if (config.get(name) or 0) != (getattr(lora, name) or 0)]
+    wrong = [f"{name} {config.get(name)}" for name in names]
+    planned = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {f"base_model.model.{name}": tensor.shape for name, tensor in planned.items()}
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    saved = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong += sorted(dict(saved.items() ^ shapes.items()))[:1]
+    ours, theirs = facts_of_base(settings, base), read_json(folder / "run.json").get("identity")
+    if theirs:  # an adapter of this script
+        wrong += [name for name, value in ours.items() if theirs.get(name) != value]
+    elif config.get("base_model_name_or_path") != settings.MODEL_NAME:
+        wrong.append("base_model_name_or_path")
+    if wrong:
+        raise UserError(f"START_FROM {folder} differs from what is trained here: {wrong}.")
+
+
+def table_of_targets(model: nn.Module, trained: int, everything: int) -> list[str]:
     """Return a line for each kind of target with its W, A and B, and one with the sums."""
     kinds: Counter[str] = Counter()
     columns = "{:<12}{:>14}{:>10}{:>10}{:>14}{:>11}".format
     for path, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             d, k, r = module.out_features, module.in_features, max(module.r.values())
-            shapes = f"{d:,}x{k:,}", f"{r}x{k:,}", f"{d:,}x{r}", f"{r * (d + k):,}"
+            matrices = f"{d:,}x{k:,}", f"{r}x{k:,}", f"{d:,}x{r}", f"{r * (d + k):,}"
             scale = f"{module.scaling['default']:g}"
-            kinds[columns(path.rpartition(".")[2], *shapes, scale)] += 1
-    depth = job.config.get_text_config().num_hidden_layers
+            kinds[columns(path.rpartition(".")[2], *matrices, scale)] += 1
+    depth = model.config.get_text_config().num_hidden_layers
     lines = [f"{columns('target', 'W (frozen)', 'A', 'B', 'trained each', 'scaled by')}  layers"]
     lines += [f"{kind}{count:>5}/{depth}" for kind, count in kinds.items()]
-    trained, everything = sum(map(math.prod, job.trained_shapes.values())), job.all_parameters
     percent = f"trainable%: {100 * trained / everything:.4f}"
     return [*lines, f"trainable params: {trained:,} || all params: {everything:,} || {percent}"]
 
 
+def identity_of(settings: Settings, base: Base, data: Data, editable: Facts) -> Facts:
+    """Return what must be the same for a checkpoint to be resumed, as JSON has it."""
+    identity = {name: getattr(settings, name) for name in SETTINGS if name not in MAY_CHANGE}
+    for kind, chosen in {"LoraConfig": lora_fields(settings), "SFTConfig": editable}.items():
+        identity |= {f"{kind}.{name}": value for name, value in chosen.items()}
+    start_file = Path(settings.START_FROM or os.devnull, "adapter_model.safetensors")
+    identity |= facts_of_base(settings, base) | {
+        "examples in a step": examples_per_step(settings),
+        "chat template": short_hash(base.tokenizer.get_chat_template()),
+        "adapter of START_FROM": file_sha256(start_file),
+    }
+    for which, examples in (("TRAIN_FILE", data.examples), ("EVAL_FILE", data.held_out)):
+        identity[f"tokens of {which}"] = short_hash(rows_of(examples))
+    return json.loads(json.dumps(identity, default=as_json_value))
+
+
+def facts_of_base(settings: Settings, base: Base) -> Facts:
+    """Return the hub's commit, and hashes of local files; weights are sampled at 1,000 places."""
+    folder, weights = Path(settings.MODEL_NAME), hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for place in range(0, size, max(1, size // 1000)):
+                file.seek(place)
+                weights.update(file.read(64))
+    return {
+        "commit": base.commit,
+        "config.json of MODEL_NAME": file_sha256(folder / "config.json"),
+        "weights of MODEL_NAME": weights.hexdigest(),
+    }
+
+
 def show_plan(job: Job) -> None:
-    """Print the tokens, an example as the model sees it, and what will be trained how."""
-    shown = "{file}: {examples:,} examples; {tokens:,} tokens, of which {targets:,} are targets"
-    for facts in job.data.values():
-        report("data", shown.format(**facts) if facts else "nothing is held out")
-    example = job.examples[0]
-    prompt, reply = map(job.tokenizer.decode, (example.prompt_ids, example.reply_ids))
-    text = f"{example.source} as the model sees it; only the text between >>> <<< is a target:"
-    lines = [text]
-    for line in f"{prompt}>>>{reply}<<<".split("\n"):
+    """Print the tokens, an example as the model sees it, and how it will be trained."""
+    data, plan, decode = job.data, job.plan, job.base.tokenizer.decode
+    counts = "{file}: {dialogues:,} dialogues of {replies:,} replies, in {examples:,} examples; "
+    counts += "{tokens:,} tokens, of which {targets:,} are targets"
+    for facts in data.facts.values():
+        report("data", counts.format(**facts) if facts else "nothing is held out")
+    example = data.examples[0]
+    shown, place = "", 0
+    for reply in example.replies:
+        shown += f"{decode(reply.prompt_ids[place:])}>>>{decode(reply.reply_ids)}<<<"
+        place = len(reply.input_ids)
+    lines = [f"{example.source} as the model sees it; only texts between >>> <<< are targets:"]
+    for line in shown.split("\n"):
         lines += textwrap.wrap(line, 88)
     if len(lines) > 10:
         lines[5:-5] = ["[...]"]
     report("example", "\n".join(lines))
-    training = training_config(job)
-    steps = f"{job.steps:,} steps of {training.per_device_train_batch_size * training.world_size}, "
-    steps += f"{job.steps_per_epoch:,} an epoch; learning rate {training.learning_rate:g}, "
-    steps += f"{training.lr_scheduler_type.value}, weight decay {training.weight_decay:g}"
-    report("plan", "\n".join([*job.table, steps]))
-    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    for name in SETTINGS.keys() - read:
-        report("warning", f"{name} changes nothing: no line of this script reads settings.{name}")
-    if "strftime_now(" in job.tokenizer.get_chat_template():
-        report("warning", "the chat template prints the date: on another day no run is resumed")
+    training, size = plan.training, examples_per_step(job.settings)
+    steps = f"{plan.steps:,} steps of {size}, {plan.steps_per_epoch:,} an epoch"
+    facts = data.facts["train"]
+    if facts["replies"] > facts["examples"]:
+        steps += f", of {facts['replies'] / plan.steps_per_epoch:.1f} replies each"
+    steps += f"; learning rate {training.learning_rate:g}, {training.lr_scheduler_type.value}, "
+    steps += f"weight decay {training.weight_decay:g}"
+    report("plan", "\n".join([*plan.lora_table, steps]))
+    if plan.steps < 100 and size > 1:
+        report("few steps", "--gradient_accumulation_steps 1 or a smaller --batch_size makes more")
+    for name in SETTINGS:
+        if not re.search(rf"(?m)^[^#\n]*settings\.{name}\b", SCRIPT.decode()):
+            report("warning", f"{name} changes nothing: no line here reads settings.{name}")
 
 
 # ==== RESUMING: which checkpoints belong to this job
 #
-# Each job has a folder of its own, checkpoints/<hash of the job>/. Its job.json says what it is:
-# settings, what LoraConfig and SFTConfig have that is not a default, the model, and the tokens of
-# both files. With another setting a new job begins; with the setting put back the first one goes
-# on, and on a CPU ends with the same bytes as if it had never been stopped.
-
-MAY_CHANGE = {  # the last six as long as the tokens, or the number of examples in a step, stay
-    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "FINAL_LORA", "REPORT_TO", "MATMUL",
-    "USE_FLA", "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "BATCH_SIZE",
-    "GRADIENT_ACCUMULATION_STEPS",
-}  # fmt: skip
-# Fields of SFTConfig for paths, logging, saving, evaluation, the device, and a process's own share.
-NOT_COMPARED = (
-    r"output_dir|run_name|log|save_|.*eval|report_to|hub_|push_|disable_tqdm|use_cpu|per_device_|"
-    r"ddp_|project|trackio_|dataloader_(num|pin|pre|per)"
-)
+# Each job has a folder, checkpoints/<hash of the job>/, whose job.json says what it is: settings,
+# fields of LoraConfig and SFTConfig, model, and tokens of both files. Another value (but of those
+# in MAY_CHANGE) begins another job; put back, the first one goes on, on a CPU to the same bytes.
 
 
-def describe_job(job: Job) -> dict[str, Any]:
-    """Return what must be the same for a checkpoint to be resumed, as JSON has it."""
-    settings, training = job.settings, training_config(job)
-    described = {key: getattr(settings, key) for key in SETTINGS if key not in MAY_CHANGE}
-    same = {"bf16": False, "use_cpu": training.use_cpu, "activation_checkpointing": False}
-    configs = {"LoraConfig": (lora_config(settings), peft.LoraConfig())}
-    configs["SFTConfig"] = training, trl.SFTConfig(training.output_dir, **same)
-    for kind, (chosen, default) in configs.items():
-        for name in [one.name for one in fields(chosen) if not re.match(NOT_COMPARED, one.name)]:
-            value = getattr(chosen, name)
-            if value != getattr(default, name):  # so what a library's update adds changes nothing
-                described[f"{kind}.{name}"] = value
-    described["examples in a step"] = examples_per_step(job.settings)
-    described["commit"] = job.commit
-    config_file = Path(settings.MODEL_NAME) / "config.json"  # of a local model
-    described["config.json of MODEL_NAME"] = file_sha256(config_file)
-    for which, examples in (("TRAIN_FILE", job.examples), ("EVAL_FILE", job.held_out)):
-        tokens = [[example.prompt_ids, example.reply_ids] for example in examples]
-        described[f"tokens of {which}"] = short_hash(tokens)
-    return json.loads(json.dumps(described, default=as_json_value))
-
-
-def look_back(job: Job) -> None:
-    """Find this job's newest whole checkpoint, or its finished adapter; print what was found."""
-    job.described = describe_job(job)
-    job.name = short_hash(job.described)
-    job.folder = job.output / "checkpoints" / job.name
-    final = job.output / "final_lora"
+def find_earlier_work(settings: Settings, plan: Plan) -> EarlierWork:
+    """Find this job's newest intact checkpoint, or its finished adapter; print what was found."""
+    final, loss_history = Path(settings.OUTPUT_DIR, "final_lora"), []
     record = read_json(final / "run.json")
-    if record.get("job") == job.name:
-        job.history = record["loss_history"]
-        step = best_step(job) if job.settings.FINAL_LORA == "best" else job.steps
+    if record.get("job") == plan.folder.name:
+        loss_history = record["loss_history"]
+        step = final_step(settings, plan, loss_history)
         sha256 = file_sha256(final / "adapter_model.safetensors")
-        job.is_finished = record["adapter"] == {"step": step, "sha256": sha256}
-        if job.is_finished:
+        if record["adapter"] == {"step": step, "sha256": sha256}:
             report("finished", f"{final} is the adapter of this job, of step {step:,}")
-            return
-    for step, path in checkpoints_in(job.folder).items():
-        if is_whole(path):
-            job.checkpoint, job.steps_done = path, step
-            report("resume", f"resuming from {path}")
-            break
-        report("resume", f"{path} is passed over: a file is missing or damaged")
-    if job.steps_done < job.steps or not job.history:
-        state = read_json(job.checkpoint / "trainer_state.json") if job.checkpoint else {}
-        job.history = state.get("log_history", [])
-    if not job.checkpoint:
-        tell_of_other_jobs(job, record)
+            then = record["settings"]
+            names = [name for name in sorted(MAY_CHANGE) if getattr(settings, name) != then[name]]
+            if names:
+                made = ", ".join(f"{name} {then[name]}" for name in names)
+                report("finished", f"it was made with {made}; another OUTPUT_DIR trains it again")
+            return EarlierWork(None, 0, loss_history, record["sessions"], is_finished=True)
+    for step, checkpoint in checkpoints_in(plan.folder).items():
+        if is_intact(checkpoint):
+            report("resume", f"resuming from {checkpoint}")
+            if step < plan.steps or not loss_history:
+                loss_history = read_json(checkpoint / "trainer_state.json")["log_history"]
+            sessions = read_json(checkpoint / "run.json")["sessions"]
+            return EarlierWork(checkpoint, step, loss_history, sessions)
+        report("resume", f"{checkpoint} is skipped: a file is missing or damaged")
+    tell_of_other_jobs(settings, plan)
+    return EarlierWork(None, 0, [], [])
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Return {step: checkpoint} of a folder, the newest first, and not checkpoint-50-backup."""
+    """Return {step: checkpoint} of a folder, the newest first, ignoring checkpoint-50-backup."""
     names = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
     steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
     return {step: folder / f"checkpoint-{step}" for step in steps}
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Return whether each file is as it was when RunEvents.on_save() wrote whole.json.
+def is_intact(checkpoint: Path) -> bool:
+    """Return whether each file is as it was when RunEvents.on_save() wrote sha256.json.
 
-    After a power cut any file may be torn, and neither torch nor safetensors looks at a sum.
+    After a power cut any file may be torn, and neither torch nor safetensors checks a checksum.
     """
-    hashes = read_json(checkpoint / "whole.json")
+    hashes = read_json(checkpoint / "sha256.json")
     return hashes != {} and hashes == {name: file_sha256(checkpoint / name) for name in hashes}
 
 
-def best_step(job: Job) -> int:
-    """Return the step of the epoch with the lowest held-out loss; the last one if not measured."""
-    losses = {step: loss for step, loss in job.eval_losses.items() if step > 0}
-    return min(losses, key=lambda step: losses[step], default=job.steps)
+def eval_losses(loss_history: History) -> dict[int, float]:
+    """Return the held-out losses {step: nats per token}; that of step 0 is the base model's."""
+    entries = [entry for entry in loss_history if "eval_loss" in entry]
+    return {int(entry["step"]): entry["eval_loss"] for entry in entries}
 
 
-def tell_of_other_jobs(job: Job, record: dict[str, Any]) -> None:
-    """Print which other jobs' checkpoints lie here, and whose final_lora does."""
-    others, now = jobs_in(job.output), job.described
-    others.pop(job.folder, None)
-    if others:
-        before = next(iter(others.values()))
-        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        had = join_limited([f"{name} {one_line(before.get(name), 40)}" for name in names], 3, "; ")
-        size = sum(path.stat().st_size for folder in others for path in folder.glob("*/*")) >> 20
-        text = f"a new job begins; you may delete {len(others)} other(s) in {job.folder.parent}"
-        report("resume", f"{text} ({size:,} MB); the newest had {had}")
-    if record:
-        report("resume", f"until this job is verified, final_lora is that of {record.get('job')}")
+def best_step(plan: Plan, loss_history: History) -> int:
+    """Return the step with the lowest held-out loss; the last one if none was measured."""
+    losses = {step: loss for step, loss in eval_losses(loss_history).items() if step > 0}
+    return min(losses, key=lambda step: losses[step], default=plan.steps)
 
 
-def jobs_in(output: Path) -> dict[Path, dict[str, Any]]:
-    """Return {folder: what the job is} of the jobs in an output folder, the newest first."""
+def final_step(settings: Settings, plan: Plan, loss_history: History) -> int:
+    """Return the step whose adapter becomes final_lora."""
+    return best_step(plan, loss_history) if settings.FINAL_LORA == "best" else plan.steps
+
+
+def tell_of_other_jobs(settings: Settings, plan: Plan) -> None:
+    """Print which other jobs have checkpoints here."""
+    identities, ours = jobs_in(Path(settings.OUTPUT_DIR)), plan.identity
+    identities.pop(plan.folder, None)
+    if identities:
+        newest = next(iter(identities.values()))
+        names = [name for name in {**newest, **ours} if newest.get(name) != ours.get(name)]
+        # LEARNING_RATE is SFTConfig.learning_rate, too.
+        names = [name for name in names if "." not in name] or names
+        had = [f"{name} {one_line(newest.get(name), 40)}" for name in names]
+        folder = f"{plan.folder.parent} has {len(identities)} other(s) to resume or delete"
+        report("resume", f"a new job begins; {folder}; the newest had {join_limited(had, 3, '; ')}")
+
+
+def jobs_in(output: Path) -> dict[Path, Facts]:
+    """Return {folder: the job's identity} of the jobs in an output folder, the newest first."""
     files = list(output.glob("checkpoints/*/job.json"))
     files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     return {path.parent: read_json(path) for path in files}
 
 
-def begin(job: Job) -> None:
-    """Make the job's folder, and write down what it is; the processes of a launch go one way."""
-    found = [job.checkpoint, job.steps_done, job.history]
-    job.checkpoint, job.steps_done, job.history = accelerate.utils.broadcast_object_list(found)
-    job.started = time.strftime("%Y-%m-%d %H:%M:%S")
-    if not is_main_process():
-        return
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_json(job.folder / "job.json", job.described)
-    if percent_of(job.settings.EVAL_FILE):
-        path = job.output / "held_out.jsonl"
-        rows = {example.source: f"{json.dumps(example.row)}\n" for example in job.held_out}
-        if not path.exists() or path.read_text(encoding="utf-8") != "".join(rows.values()):
+@contextlib.contextmanager
+def recorded(job: Job) -> Iterator[None]:
+    """Record what the job is, and the error or signal that ends this session, if any."""
+    job.session.loss_history = job.earlier.loss_history
+    if is_main_process():
+        job.plan.folder.mkdir(parents=True, exist_ok=True)
+        write_json(job.plan.folder / "job.json", job.plan.identity)
+        path, lines = job.output / "held_out.jsonl", job.data.held_out_lines
+        if lines and not (path.exists() and path.read_text(encoding="utf-8") == lines):
             rename_old(path)
-            path.write_text("".join(rows.values()), encoding="utf-8")
-        job.data["held_out"] |= {"file": str(path), "sha256": file_sha256(path)}
+            path.write_text(lines, encoding="utf-8")
     write_record(job, "running")
+    try:
+        yield
+    except BaseException as error:
+        ignore_signals()  # nothing may interrupt what is left to do
+        outcome = "interrupted" if is_stop(error) else "failed"
+        if is_main_process():  # on a full disk, this makes room
+            saved = checkpoints_in(job.plan.folder).values()
+            torn = [path for path in saved if not (path / "sha256.json").exists()]
+            for path in (job.output / ".partial", *torn):
+                shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first error is the one to show
+            write_record(job, f"{outcome}: {one_line(error)}")
+        raise
 
 
 # ==== TRAINING: evaluation, what is printed, saving and stopping
 #
-# At Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the step is finished and saved first. An evaluation stops
-# between two batches, and is made anew when the run goes on. Before the first step, while the
-# adapter is verified, and at a second signal the run stops at once.
+# On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the step is first finished and saved. An evaluation stops
+# between two batches, and is repeated on resuming. Before the first step, while the
+# adapter is verified, and at a second signal (see on_signal()) the run stops at once:
+# - catch_signals() notes stop_signal, and raises Stopped at once unless saves_before_stop is set:
+#   from the first step to the last save, and while final_lora is moved into its place;
+# - at the end of a step, and after an evaluation, the processes of a launch agree: all_stop;
+# - on_save() raises Stopped.
 
 
-def train(trainer: LoraTrainer, job: Job) -> None:
+def train(trainer: LoraTrainer) -> None:
     """Train to the end; a signal raises Stopped after the step's checkpoint."""
-    if is_evaluation_missing(job):
-        report("eval", f"measuring the held-out loss of {len(job.held_out):,} replies first")
-    if job.steps_done < job.steps:
-        trainer.train(resume_from_checkpoint=job.checkpoint and str(job.checkpoint))
+    job, checkpoint = trainer.job, trainer.job.earlier.checkpoint
+    if job.earlier.checkpoint_step < job.plan.steps:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     else:  # Trainer would do one more step
-        state = str(job.checkpoint / "trainer_state.json")
+        state = str(checkpoint / "trainer_state.json")
         trainer.state = transformers.TrainerState.load_from_json(state)
-        trainer.model.load_adapter(job.checkpoint, "default", is_trainable=True)
-        if is_evaluation_missing(job):
-            trainer.evaluate()
+        trainer.model.load_adapter(checkpoint, "default", is_trainable=True)
+        evaluate_if_missing(trainer)
     accelerate.PartialState().wait_for_everyone()
-    job.signals_wait = False
+    job.session.saves_before_stop = False
 
 
-def is_evaluation_missing(job: Job) -> bool:
-    """Return whether the held-out loss of the base, or of an epoch's end, is not measured yet."""
-    ends = job.steps_done % job.steps_per_epoch == 0 or job.steps_done == job.steps
-    return bool(job.held_out) and ends and job.steps_done not in job.eval_losses
+def evaluate_if_missing(trainer: LoraTrainer) -> None:
+    """Measure the held-out loss of the base, or of the checkpoint, unless already done."""
+    job, step = trainer.job, trainer.job.earlier.checkpoint_step
+    if is_evaluation_due(job, step) and step not in eval_losses(job.earlier.loss_history):
+        report("eval", "measuring the held-out loss first")
+        trainer.evaluate()
+
+
+def is_evaluation_due(job: Job, step: int) -> bool:
+    """Return whether the held-out loss is measured at a step."""
+    every = job.settings.EVAL_STEPS or job.plan.steps_per_epoch
+    return bool(job.data.held_out) and (step % every == 0 or step == job.plan.steps)
 
 
 class RunEvents(transformers.TrainerCallback):
-    """What Trainer calls at the edges of steps: print, check, evaluate, save and stop."""
+    """What Trainer calls around steps: print, check, evaluate, save and stop."""
 
     def __init__(self, trainer: LoraTrainer) -> None:
         """Begin; the first step notes the time."""
         self.trainer, self.job, self.began = trainer, trainer.job, 0.0
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Give each epoch its own order, also when it is resumed in the middle."""
-        self.trainer.sampler.epoch = state.global_step // self.job.steps_per_epoch
+    def on_train_begin(self, args, state, control, **_) -> None:
+        """First measure the base's held-out loss, or one that a signal cut short."""
+        evaluate_if_missing(self.trainer)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_begin(self, args, state, control, **_) -> None:
+        """Give each epoch its own order, even when it is resumed midway."""
+        self.trainer.sampler.epoch = state.global_step // self.job.plan.steps_per_epoch
+
+    def on_step_begin(self, args, state, control, **_) -> None:
         """From now on, let a signal wait until the step is finished and saved."""
-        self.job.signals_wait, self.began = True, self.began or time.monotonic()
+        self.job.session.saves_before_stop = True
+        self.began = self.began or time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args, state, control, **_) -> None:
         """Decide what comes next: Trainer logs, then evaluates, then saves."""
-        job, step, accelerator = self.job, state.global_step, self.trainer.accelerator
-        if job.stop_signal:
+        job, session, step = self.job, self.job.session, state.global_step
+        accelerator = self.trainer.accelerator
+        if session.stop_signal:
             accelerator.set_trigger()
-        job.stops = accelerator.check_trigger()  # in all processes alike
-        if job.stops and not job.stop_signal:  # another process got one
-            job.stop_signal = signal.SIGTERM
-        ends = step % job.steps_per_epoch == 0 or step == job.steps
-        is_due = step % job.settings.SAVE_STEPS == 0
-        control.should_evaluate = ends and bool(job.held_out) and not job.stops
-        control.should_save = ends or is_due or job.stops
+        session.all_stop = accelerator.check_trigger()  # in all processes alike
+        if session.all_stop and not session.stop_signal:  # another process got one
+            session.stop_signal = signal.SIGTERM
+        ends = step % job.plan.steps_per_epoch == 0 or step == job.plan.steps
+        saves = ends or step % job.settings.SAVE_STEPS == 0
+        evaluates = is_evaluation_due(job, step)
+        control.should_evaluate = evaluates and not session.all_stop
+        control.should_save = saves or evaluates or session.all_stop
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args, state, control, logs, **_) -> None:
         """Stop at a loss or a gradient that is not finite, before it is saved; print the losses."""
-        job, step = self.job, state.global_step
+        job, session, step = self.job, self.job.session, state.global_step
         for key in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(key, 0.0)):
                 advice = "lower LEARNING_RATE" if step else "check the model's files"
-                exact = "--matmul native" if job.matmul == "float16" else "--dtype float32"
+                exact = "--matmul native" if session.matmul == "float16" else "--dtype float32"
                 raise UserError(f"{key} is {logs[key]} at step {step:,}: {advice}, or try {exact}.")
-        job.history = [*state.log_history]
+        session.loss_history = [*state.log_history]
         if "eval_loss" in logs:
             note = "  (the base model, before training)" if step == 0 else ""
             report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}{note}")
         every = job.settings.LOGGING_STEPS
-        if "loss" in logs and (step in (1, job.steps) or step % every == 0):
-            losses = [entry["loss"] for entry in job.history if "loss" in entry][-every:]
-            each = (time.monotonic() - self.began) / (step - job.steps_done)
-            text = f"step {step:,}/{job.steps:,}  loss {sum(losses) / len(losses):.4f}  grad_norm "
-            text += f"{logs['grad_norm']:.2f}  lr {logs['learning_rate']:.1e}  "
-            report("train", f"{text}{tqdm.format_interval(each * (job.steps - step))} left")
+        if "loss" in logs and (step in (1, job.plan.steps) or step % every == 0):
+            losses = [entry["loss"] for entry in session.loss_history if "loss" in entry][-every:]
+            seconds = (time.monotonic() - self.began) / (step - job.earlier.checkpoint_step)
+            shown = f"step {step:,}/{job.plan.steps:,}  loss {sum(losses) / len(losses):.4f}  "
+            shown += f"grad_norm {logs['grad_norm']:.2f}  lr {logs['learning_rate']:.1e}  "
+            left = tqdm.format_interval(seconds * (job.plan.steps - step))
+            report("train", f"{shown}{left} left")
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark the checkpoint as whole, remove older ones, record the losses; obey a signal."""
-        job, step = self.job, state.global_step
-        write_record(job, "running")  # so that a run that is killed has its losses
+    def on_save(self, args, state, control, **_) -> None:
+        """Mark the checkpoint as intact, remove older ones, record the losses; stop if asked to."""
+        job, session, step = self.job, self.job.session, state.global_step
+        write_record(job, "running")  # so that a killed run keeps its losses
         accelerate.PartialState().wait_for_everyone()  # each process has saved its random state
         if is_main_process():
-            folder = job.folder / f"checkpoint-{step}"
-            (folder / "whole.json").unlink(missing_ok=True)  # of one that was passed over
+            folder = job.plan.folder / f"checkpoint-{step}"
+            (folder / "sha256.json").unlink(missing_ok=True)  # of a skipped one
             hashes = {path.name: file_sha256(path) for path in folder.iterdir()}
-            write_json(folder / "whole.json", hashes)
-            # The newest two and the best epoch's stay. Trainer's own rotation would not know of an
-            # evaluation that is made on resuming.
-            saved = checkpoints_in(job.folder)
-            for older in [one for one in saved if one <= step][2:]:
-                if older != best_step(job):
+            write_json(folder / "sha256.json", hashes)
+            # The newest two and the best one stay. Trainer's own rotation would miss an
+            # evaluation made on resuming.
+            saved = checkpoints_in(job.plan.folder)
+            for older in [number for number in saved if number <= step][2:]:
+                if older != best_step(job.plan, session.loss_history):
                     shutil.rmtree(saved[older], ignore_errors=True)
-        job.signals_wait = step < job.steps  # nothing is left to save at the end
-        if job.stops or (job.stop_signal and self.trainer.accelerator.num_processes == 1):
-            raise Stopped(f"Stopped after step {step} of {job.steps}; the same command resumes it.")
-
-
-def example_losses(
-    model: nn.Module,
-    examples: list[Example],
-    tokens_at_once: int = 1024,
-    is_stopped: Callable[[], bool] = lambda: False,
-) -> list[float]:
-    """Return each example's -log(probability) of its reply, in nats, without dropout.
-
-    tokens_at_once includes padding; where the GPU's memory is too small, half as many go through.
-    is_stopped is asked before each batch; once it says yes, the losses that are missing are 0.
-    """
-    order = sorted(range(len(examples)), key=lambda number: len(examples[number].input_ids))
-    losses = [0.0] * len(examples)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), tqdm(total=len(order), desc="losses", leave=False, disable=None) as bar:
-        while order and not is_stopped():
-            width = len(examples[order[-1]].input_ids)
-            batch = order[-max(1, tokens_at_once // width) :]  # the longest that are left
-            inputs = pad([examples[number] for number in batch], model.device)
-            try:
-                sums = reply_losses(model, inputs).sum(1, dtype=torch.float64).tolist()
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or len(batch) == 1:
-                    raise
-                tokens_at_once = len(batch) // 2 * width
-                continue
-            for number, loss in zip(batch, sums, strict=True):
-                losses[number] = loss
-            order = order[: -len(batch)]
-            bar.update(len(batch))
-    model.train(was_training)
-    return losses
-
-
-def pad(examples: list[Example], device: torch.device) -> dict[str, Tensor]:
-    """Return input_ids, labels and attention_mask, padded on the right as Trainer does it."""
-    rows = [{"input_ids": one.input_ids, "labels": one.labels} for one in examples]
-    inputs = trl.trainer.sft_trainer.DataCollatorForLanguageModeling(pad_token_id=0)(rows)
-    return {key: tensor.to(device) for key, tensor in inputs.items()}
+        session.saves_before_stop = step < job.plan.steps  # nothing is left to save at the end
+        is_alone = self.trainer.accelerator.num_processes == 1
+        if session.all_stop or (session.stop_signal and is_alone):
+            raise Stopped(f"Stopped after step {step}; the same command resumes the run.")
 
 
 # ==== SAVING: the adapter, its verification, and what a run leaves in OUTPUT_DIR
 #
 #   final_lora/        the adapter in PEFT's format, with tokenizer and card; verified
 #   final_lora_vllm/   the same tensors under the names that vLLM needs, if it needs others
-#   run.json           settings, versions, hashes and losses; it lies beside each adapter, too
+#   run.json           settings, versions, hashes and losses; also beside each adapter
 #   held_out.jsonl     what was not trained on, with an EVAL_FILE like "10%"
-#   checkpoints/       a folder for each job: the newest two checkpoints, and the best epoch's
+#   checkpoints/       a folder for each job: the newest two checkpoints, and the best one
 #   all_logs.log       everything that was printed, with tracebacks
 #   NAME.DATE-TIME     what an earlier run left under that name
 #
 # Beside each adapter lies learned.txt, a hash of each prompt that it learned to reply to: it can be
-# measured elsewhere on what it has not learned. Nobody reads a conversation in it; whoever knows or
-# guesses a prompt can tell that it is there.
+# measured on others. Whoever knows or guesses a prompt can tell that it was trained on.
 
 CARD = """---
 base_model: {name}
@@ -1581,46 +1942,42 @@ pipeline_tag: text-generation
 ---
 # A LoRA adapter for {name}
 
-It needs {name}, whose licence holds for it, too. run.json has settings, losses and hashes
-of the data. Serve it with thinking off, and with the system message below if there is one. Read its
-replies before anybody relies on them.
+It needs {name}, whose licence also applies. run.json has settings, losses and hashes
+of the data. Serve it with the chat template beside it (chat_template.jinja),
+enable_thinking={enable_thinking}, and the system message below if there is one.
+Read its replies before anybody relies on them.
 
 ```python
 import transformers
 
-model = transformers.AutoModelForCausalLM.from_pretrained("{name}"{revision}, dtype="{dtype}")
+model = transformers.AutoModelForCausalLM.from_pretrained({name!r}{revision}, dtype={dtype!r})
 model.load_adapter("final_lora")
 chat = transformers.pipeline("text-generation", model, tokenizer="final_lora")
-print(chat({messages}, tokenizer_encode_kwargs={{"enable_thinking": False}}))
+print(chat({messages}, tokenizer_encode_kwargs={{"enable_thinking": {enable_thinking}}}))
 ```
 """
 
 
-def save_final_lora(trainer: LoraTrainer, job: Job) -> None:
-    """Write the adapter beside its place, verify it, and move it in."""
+def save_final_lora(trainer: LoraTrainer) -> None:
+    """Write the adapter to .partial, verify it, and move it into place."""
     torch.cuda.empty_cache()
-    model, staging = trainer.model, job.output / ".partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    step = best_step(job) if job.settings.FINAL_LORA == "best" else job.steps
-    if step != job.steps:
-        checkpoint = job.folder / f"checkpoint-{step}"
-        if not is_whole(checkpoint):
-            raise UserError(f"{checkpoint}, the best epoch's, is damaged; --final_lora last works.")
+    job, model = trainer.job, trainer.model
+    step = final_step(job.settings, job.plan, job.session.loss_history)
+    checkpoint = job.plan.folder / f"checkpoint-{step}"
+    if step != job.plan.steps:
+        if not is_intact(checkpoint):
+            raise UserError(f"{checkpoint}, the best one, is damaged; --final_lora last works.")
         model.load_adapter(checkpoint, "default", is_trainable=True)
+    staging = job.output / ".partial"
+    shutil.rmtree(staging, ignore_errors=True)
     final = staging / "final_lora"
     model.save_pretrained(final, save_embedding_layers=False)  # PEFT would ask the hub otherwise
-    job.tokenizer.save_pretrained(final)
-    system = system_message_of(job.examples)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": "Hello!"})
-    revision = f', revision="{job.commit}"' if job.commit else ""
-    given = {"name": job.settings.MODEL_NAME, "revision": revision, "dtype": job.settings.DTYPE}
-    (final / "README.md").write_text(CARD.format(messages=messages, **given), encoding="utf-8")
+    job.base.tokenizer.save_pretrained(final)
+    (final / "README.md").write_text(card_of(job), encoding="utf-8")
     write_record(job, "finished", final, step)
-    if job.config.get_text_config() is not job.config:
-        save_for_vllm(final, staging / "final_lora_vllm")
-    verified = verify_saved_adapter(model, job, staging)
-    job.signals_wait = True  # between two renames there may be no final_lora
+    save_for_vllm(job.base.config, final, staging / "final_lora_vllm")
+    verified = verify_saved_adapter(model, job, staging, checkpoint)
+    job.session.saves_before_stop = True  # between two renames there may be no final_lora
     # final_lora comes last: its run.json says that the job has finished.
     for name in ("final_lora_vllm", "final_lora"):
         rename_old(job.output / name)
@@ -1632,14 +1989,27 @@ def save_final_lora(trainer: LoraTrainer, job: Job) -> None:
     summarize(job, step)
 
 
-def save_for_vllm(final: Path, for_vllm: Path) -> None:
-    """Write the adapter again, with the names of the hub's model, which wraps the text model.
+def card_of(job: Job) -> str:
+    """Return the adapter's README.md."""
+    system, commit = system_message_of(job.data.examples), job.base.commit
+    messages = [{"role": "system", "content": system}] if system else []
+    return CARD.format(
+        name=job.settings.MODEL_NAME,
+        revision=f", revision={commit!r}" if commit else "",
+        dtype=job.settings.DTYPE,
+        messages=[*messages, {"role": "user", "content": "Hello!"}],
+        enable_thinking=job.base.enable_thinking,
+    )
 
-    With others vLLM 0.17 to 0.32 loads it without complaint, and serves the base model.
+
+def save_for_vllm(model: ModelConfig, final: Path, for_vllm: Path) -> None:
+    """Write the adapter again, with the names of the hub's model if that wraps the text model.
+
+    With others vLLM 0.17 to 0.32 silently serves the base model.
     """
+    if model.get_text_config() is model:
+        return
     for_vllm.mkdir()
-    for name in ("learned.txt", "run.json"):
-        shutil.copy(final / name, for_vllm)
     config = read_json(final / "adapter_config.json")
     for key in ("rank_pattern", "alpha_pattern"):
         config[key] = {name_in_wrapper(name): value for name, value in config[key].items()}
@@ -1648,6 +2018,16 @@ def save_for_vllm(final: Path, for_vllm: Path) -> None:
     tensors = {name_in_wrapper(name): tensor for name, tensor in tensors.items()}
     path = for_vllm / "adapter_model.safetensors"
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    for name in ("learned.txt", "run.json"):  # last: it says that all is there
+        shutil.copy(final / name, for_vllm)
+
+
+def restore_for_vllm(job: Job) -> None:
+    """Rewrite a finished job's final_lora_vllm if it was lost, or is another job's."""
+    final, for_vllm = job.output / "final_lora", job.output / "final_lora_vllm"
+    if file_sha256(for_vllm / "run.json") != file_sha256(final / "run.json"):
+        rename_old(for_vllm)
+        save_for_vllm(job.base.config, final, for_vllm)
 
 
 def name_in_wrapper(name: str) -> str:
@@ -1655,101 +2035,132 @@ def name_in_wrapper(name: str) -> str:
     return re.sub(r"(^|\.)model\.layers\b", r"\1model.language_model.layers", name, count=1)
 
 
-def verify_saved_adapter(model: peft.PeftModel, job: Job, staging: Path) -> str:
+def verify_saved_adapter(model: peft.PeftModel, job: Job, staging: Path, checkpoint: Path) -> str:
     """Load the adapter from disk onto the base model; raise UserError unless it is the trained one.
 
-    Every tensor of the reloaded model, and of the file for vLLM, must be the trained one to the
-    bit. On one reply the logits must be those of the trained model and not those of the base; a GPU
-    may round: a tenth of the effect is allowed.
+    Every tensor, reloaded, in its step's checkpoint and in the file for vLLM, must be the trained
+    one to the bit. On one example the logits must be the trained model's, to a tenth of the effect.
     """
-    tensors_of = peft.get_peft_model_state_dict
-    trained = tensors_of(model, save_embedding_layers=False)
-    trained = {name: tensor.cpu() for name, tensor in trained.items()}
-    inputs = pad([(job.held_out or job.examples)[0]], model.device)
+    trained = cpu_tensors_of(model)
+    inputs = pad([(job.data.held_out or job.data.examples)[0]], model.device)
     with torch.no_grad():
-        wanted = reply_logits(model.eval(), inputs)
+        logits = reply_logits(model.eval(), inputs)
         reloaded = peft.PeftModel.from_pretrained(model.unload(), staging / "final_lora").eval()
-        error = (reply_logits(reloaded, inputs) - wanted).abs().max().item()
+        error = (reply_logits(reloaded, inputs) - logits).abs().max().item()
         with reloaded.disable_adapter():
-            effect = (reply_logits(reloaded, inputs) - wanted).abs().max().item()
-    saved = tensors_of(reloaded, save_embedding_layers=False)
-    files = [(trained, {name: tensor.cpu() for name, tensor in saved.items()})]
+            effect = (reply_logits(reloaded, inputs) - logits).abs().max().item()
+    wrong = differing(trained, cpu_tensors_of(reloaded))
+    path = checkpoint / "adapter_model.safetensors"
+    wrong += differing(trained, safetensors.torch.load_file(path))
     path = staging / "final_lora_vllm" / "adapter_model.safetensors"
     if path.is_file():
         renamed = {name_in_wrapper(name): tensor for name, tensor in trained.items()}
-        files.append((renamed, safetensors.torch.load_file(path)))
-    wrong = []
-    for wanted_tensors, found in files:
-        wrong += sorted(wanted_tensors.keys() ^ found.keys())
-        common = wanted_tensors.keys() & found.keys()
-        wrong += [name for name in common if not found[name].equal(wanted_tensors[name])]
-    text = f"logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
+        wrong += differing(renamed, safetensors.torch.load_file(path))
+    note = f"logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
     if wrong or not (effect > 0 and error <= effect / 10):
-        text = f"Not verified: {len(wrong)} tensors differ ({wrong[:3]}), and {text}."
-        raise UserError(f"{text} If the latter is about 0, LEARNING_RATE is too small.")
-    return f"every tensor is the trained one, reloaded; {text}"
+        raise UserError(
+            f"Not verified: {len(wrong)} tensors differ ({wrong[:3]}), and {note}. "
+            "If the last is about 0, LEARNING_RATE is too small."
+        )
+    return f"every tensor is the trained one, reloaded; {note}"
 
 
-def system_message_of(examples: list[Example]) -> str | None:
+def cpu_tensors_of(model: peft.PeftModel) -> Tensors:
+    """Return an adapter's tensors under the names of its file."""
+    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def differing(first: Tensors, second: Tensors) -> list[str]:
+    """Return the names that only one of two adapters has, and those of unequal tensors."""
+    common = first.keys() & second.keys()
+    unequal = [name for name in common if not first[name].equal(second[name])]
+    return sorted(first.keys() ^ second.keys()) + unequal
+
+
+def system_message_of(examples: list[Conversation]) -> str | None:
     """Return the system message that all examples have; None if they differ or have none."""
     heads = [example.messages[0] for example in examples]
-    found = {head["content"] if head["role"] == "system" else None for head in heads}
-    return found.pop() if len(found) == 1 else None
+    systems = {head["content"] if head["role"] == "system" else None for head in heads}
+    return systems.pop() if len(systems) == 1 else None
 
 
 def summarize(job: Job, step: int) -> None:
-    """Print what was reached, and the commands that come next."""
-    settings, losses, best = job.settings, job.eval_losses, best_step(job)
-    final, for_vllm = job.output / "final_lora", job.output / "final_lora_vllm"
-    text = f"{final} is the adapter of step {step:,} of {job.steps:,}"
+    """Print the results, and the next commands."""
+    history, final = job.session.loss_history, job.output / "final_lora"
+    losses, best = eval_losses(history), best_step(job.plan, history)
+    shown = f"{final} is the adapter of step {step:,} of {job.plan.steps:,}"
     if {0, step} <= losses.keys():
-        text += f"\nheld-out loss: {losses[0]:.4f} -> {losses[step]:.4f} nats a token"
+        shown += f"\nheld-out loss: {losses[0]:.4f} -> {losses[step]:.4f} nats a token"
         if losses[best] < losses[step]:
-            text += f"; lowest at step {best:,} ({losses[best]:.4f}): --final_lora best"
-    report("done", text)
-    text = ""
-    if Path("inspect_lora").is_dir():
-        is_shipped = os.path.realpath(settings.EVAL_FILE) == DEMO["EVAL_FILE"]
-        rules = " --rules data/rules.json" if is_shipped else ""
-        text = "# what it gained, and what else it changed (quicker: --replies 20 --parts 20):\n"
-        text += f"python -m inspect_lora evidence {final}{rules}\n"
-        text += f"# talk to it:\npython -m inspect_lora chat {final}\n"
-    largest = max(min(shape) for name, shape in job.trained_shapes.items() if "lora_A" in name)
+            shown += f"; lowest at step {best:,} ({losses[best]:.4f}): --final_lora best"
+        if losses[step] > losses[0]:
+            shown += "\nWARNING: on held-out data the adapter is worse than its base"
+    report("done", shown)
+    lines, folder = [], shlex.quote(str(final))
+    tool = "inspect-lora" if shutil.which("inspect-lora") else "python -m inspect_lora"
+    if tool == "inspect-lora" or Path("inspect_lora").is_dir():
+        sha256 = (job.data.facts["held_out"] or {}).get("sha256")
+        rules = " --rules data/rules.json" if sha256 == SHIPPED["held_out"] else ""
+        lines += [f"# what it gained, and what else it changed:\n{tool} evidence {folder}{rules}"]
+        lines += [f"# talk to it:\n{tool} chat {folder}"]
+    config = read_json(final / "adapter_config.json")
+    is_old = torch.cuda.is_initialized() and torch.cuda.get_device_capability() < (8, 0)
+    if is_old or config["use_dora"] or config["modules_to_save"]:
+        lines += [f"# vLLM cannot serve it here; for Python see {folder}/README.md"]
+    else:
+        lines += [f"# serve it:\n{vllm_command(job)}"]
+    report("next", "\n".join(lines))
+
+
+def vllm_command(job: Job) -> str:
+    """Return the command that serves the adapter."""
+    final, for_vllm = job.output / "final_lora", job.output / "final_lora_vllm"
+    config = read_json(final / "adapter_config.json")
+    largest = max([config["r"], *config["rank_pattern"].values()])
     rank = max(8, 2 ** math.ceil(math.log2(largest)))  # vLLM takes powers of two
-    text += f"# serve it:\nvllm serve {settings.MODEL_NAME} --enable-lora --max-lora-rank {rank} "
-    text += f"--lora-modules adapter={for_vllm if for_vllm.is_dir() else final} "
-    text += "--default-chat-template-kwargs '{\"enable_thinking\": false}'"
-    report("next", f"{text} --revision {job.commit}" if job.commit else text)
+    name, adapter = job.settings.MODEL_NAME, for_vllm if for_vllm.is_dir() else final
+    thinking = json.dumps({"enable_thinking": job.base.enable_thinking})
+    words = ["vllm", "serve", name, "--enable-lora", f"--max-lora-rank={rank}"]
+    words += ["--lora-modules", f"adapter={adapter}", "--default-chat-template-kwargs", thinking]
+    if job.settings.CHAT_TEMPLATE:
+        words.append(f"--chat-template={final}/chat_template.jinja")
+    if job.base.commit:
+        words.append(f"--revision={job.base.commit}")
+    return shlex.join(words)
 
 
 def write_record(job: Job, outcome: str, folder: Path | None = None, step: int = 0) -> None:
-    """Write run.json into OUTPUT_DIR; or beside the adapter of a step, with what it learned."""
+    """Write run.json into OUTPUT_DIR or, with learned.txt, beside a step's adapter."""
     if not is_main_process():
         return
     adapter = None
     if folder:
         adapter = {"step": step, "sha256": file_sha256(folder / "adapter_model.safetensors")}
-        learned = sorted({f"{key_of(example.messages[:-1])}\n" for example in job.examples})
-        (folder / "learned.txt").write_text("".join(learned), encoding="utf-8")
+        learned = sorted(learned_hashes(job.data.examples, job.settings))
+        (folder / "learned.txt").write_text("\n".join([*learned, ""]), encoding="utf-8")
     names = ["torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors"]
     has_gpu = torch.cuda.is_initialized()
+    session = {
+        "started": job.session.started,
+        "command": shlex.join(["python", *sys.argv]),
+        "script_sha256": SCRIPT_SHA256,
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "device": torch.cuda.get_device_name() if has_gpu else "CPU",
+        "matmul": job.session.matmul,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if has_gpu else None,
+    }
     record = {
         "outcome": outcome,  # running, finished, interrupted: ..., or failed: ...
-        "started": job.started,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": shlex.join(["python", *sys.argv]),
-        "script_sha256": file_sha256(Path(__file__)),
-        "versions": {name: importlib.metadata.version(name) for name in names},
         "settings": {name: getattr(job.settings, name) for name in SETTINGS},
-        "job": job.name,
-        "described": job.described,  # what a checkpoint must agree with
-        "data": job.data,
-        "system_message": system_message_of(job.examples),
-        "device": torch.cuda.get_device_name() if has_gpu else "CPU",
-        "matmul": job.matmul,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if has_gpu else None,
+        "job": job.plan.folder.name,
+        "identity": job.plan.identity,  # what a checkpoint must agree with
+        "data": job.data.facts,
+        "system_message": system_message_of(job.data.examples),
+        "sessions": [*job.earlier.sessions, session],
         "adapter": adapter,
-        "loss_history": job.history,  # what Trainer logged
+        "loss_history": job.session.loss_history,  # what Trainer logged
     }
     write_json((folder or job.output) / "run.json", record)
 
@@ -1757,63 +2168,63 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
 # ==== FP16 MATMUL: for GPUs that only emulate bfloat16, such as the V100
 #
 # A V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100 (mlxcel
-# issue 1654, measured on a V100). But training in float16 as usual gives NaN, since its largest
+# issue 1654, measured on a V100). But ordinary float16 training gives NaN, as its largest
 # number is 65,504. So there the frozen weights are multiplied in float16, each row of activations
 # or gradients scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and
-# the loss in float32. A sum that is too large becomes infinite, and ends the run at once. This was
-# tested on CPUs, for the families below; others may cast activations to the type of a weight.
+# the loss in float32. A sum that is too large becomes infinite, and ends the run. This was tested
+# on CPUs, for these families; others may cast activations to the type of a weight.
 
 TESTED_IN_FP16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
 
 
-def uses_fp16_matmul(job: Job) -> bool:
+def uses_fp16_matmul(settings: Settings, config: ModelConfig) -> bool:
     """Return whether the frozen weights are multiplied in scaled float16."""
-    settings = job.settings
     if settings.MATMUL != "auto" or settings.DEVICE == "cpu" or settings.DTYPE == "float32":
         return settings.MATMUL == "float16"
-    # Without the argument torch says yes on a V100 too, which emulates bfloat16.
+    # Without the argument torch also says yes on a V100, which emulates bfloat16.
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return False
-    if job.config.model_type in TESTED_IN_FP16:
+    if config.model_type in TESTED_IN_FP16:
         return True
     report("matmul", "--matmul float16 may be much faster; it was not tested with this model")
     return False
 
 
-def try_fp16_matmul(model: transformers.PreTrainedModel, job: Job) -> None:
-    """Have a model multiply in scaled float16; end the run if that is wrong on this GPU.
+def try_fp16_matmul(model: Model, example: Example) -> None:
+    """Switch a model to scaled float16; raise UserError if this GPU computes it wrongly.
 
-    The first module of each name multiplies what it is given of one example, forward and backward,
-    and may err by as much as rounding does; and the loss of that example must stay within 1 %.
+    In one example the first module of each name may err by as much as rounding does, forward and
+    backward, and the loss by 1 %.
     """
     names = {module: path.rpartition(".")[2] for path, module in fp16_modules(model).items()}
-    given: dict[str, tuple[nn.Linear, Tensor]] = {}
-    inputs = pad(job.examples[:1], model.device)
+    first: dict[str, tuple[nn.Linear, Tensor]] = {}
+    inputs = pad([example], model.device)
     wrong = "MATMUL float16 is wrong on this GPU; use --matmul native:"
 
     def note(module: nn.Linear, rows: tuple[Tensor]) -> None:
-        given.setdefault(names[module], (module, rows[0]))
+        first.setdefault(names[module], (module, rows[0]))
 
     hooks = [module.register_forward_pre_hook(note) for module in names]
     with torch.no_grad():
         before = reply_losses(model, inputs).sum().item()
         for hook in hooks:
             hook.remove()
-        for name, (module, rows) in given.items():
+        for name, (module, rows) in first.items():
             weight, rows = module.weight, rows.flatten(0, -2)
-            for one, matrix in ((rows, weight.T), (rows @ weight.T, weight)):  # and backward
-                exact = one.float() @ matrix.float()
-                error = (scaled_fp16_matmul(one, matrix.half()).float() - exact).norm()
+            for factor, matrix in ((rows, weight.T), (rows @ weight.T, weight)):  # and backward
+                exact = factor.float() @ matrix.float()
+                error = (scaled_fp16_matmul(factor, matrix.half()).float() - exact).norm()
                 relative = (error / exact.norm()).item()
-                # Rounding to float16 and then to bfloat16 errs by 0.44 % at most.
-                if not relative <= 0.005:  # NaN is not, either
+                # Rounding to float16 and then to bfloat16 errs by 0.44 % at most. In the sums of
+                # 248,320 terms of a head's gradient a V100 may truncate another 0.14 %.
+                limit = 0.007 if len(matrix) > 100_000 else 0.005
+                if not relative <= limit:  # also false for NaN
                     raise UserError(f"{wrong} a product of {name} errs by {relative:.2%}.")
         use_fp16_matmul(model)
         after = reply_losses(model, inputs).sum().item()
     if not abs(after - before) <= 0.01 * before:
-        raise UserError(f"{wrong} the loss of a reply is {after:.4f}, and was {before:.4f}.")
-    job.matmul = "float16"
-    report("matmul", f"scaled float16: {len(names)} frozen modules, {len(given)} of them tried")
+        raise UserError(f"{wrong} the loss of an example is {after:.4f}, not {before:.4f}.")
+    report("matmul", f"scaled float16: {len(names)} frozen modules, {len(first)} of them tried")
 
 
 def scaled_fp16_matmul(rows: Tensor, weight: Tensor) -> Tensor:
@@ -1825,7 +2236,7 @@ def scaled_fp16_matmul(rows: Tensor, weight: Tensor) -> Tensor:
     largest = torch.linalg.vector_norm(rows, math.inf, -1, keepdim=True, dtype=torch.float32)
     # This mask keeps a float32's exponent, and clears its sign and its fraction.
     power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
-    power = power.clamp_(2.0**-120, 2.0**127)  # for rows of nothing but zeros, and for infinity
+    power = power.clamp_(2.0**-120, 2.0**127)  # for all-zero rows and infinity
     small = torch.empty(rows.shape, dtype=torch.half, device=rows.device)
     product = torch.div(rows, power, out=small) @ weight
     out = torch.empty(product.shape, dtype=rows.dtype, device=rows.device)
@@ -1847,7 +2258,7 @@ class ScaledFp16Matmul(torch.autograd.Function):
         return scaled_fp16_matmul(gradient, context.weight), None
 
 
-def fp16_modules(model: transformers.PreTrainedModel) -> dict[str, nn.Linear]:
+def fp16_modules(model: Model) -> dict[str, nn.Linear]:
     """Return {path: module} of the linear modules that gain from float16."""
     embedding = model.get_input_embeddings()
     # Gemma's embedding scales its rows in the type of its own weight, which its head may share.
@@ -1861,7 +2272,7 @@ def fp16_modules(model: transformers.PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
-def use_fp16_matmul(model: transformers.PreTrainedModel) -> None:
+def use_fp16_matmul(model: Model) -> None:
     """Give the frozen linear modules float16 weights, and the forward of ScaledFp16Matmul."""
     dtype = model.dtype
 
@@ -1879,8 +2290,8 @@ def use_fp16_matmul(model: transformers.PreTrainedModel) -> None:
 # ==== COMMAND LINE: messages, small helpers, the log, the lock, signals, exit statuses
 #
 # A command ends with status 0, 1 after an error, 2 after a wrong flag or setting, and 128 + the
-# signal's number after a signal. A mistake that everybody makes is one message; any other error
-# keeps its traceback.
+# signal's number after a signal. A user's mistake gets one message; any other error keeps its
+# traceback.
 
 LOG = logging.getLogger("train_lora_single")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # Slurm may send USR1
@@ -1891,7 +2302,12 @@ class UserError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop by a signal, and did, as the message says."""
+    """A signal asked the run to stop, and it did."""
+
+
+def is_stop(error: BaseException) -> bool:
+    """Return whether a signal has ended the run; a library may raise its own error from Stopped."""
+    return Stopped in (type(error), type(error.__context__))
 
 
 def report(section: str, text: str) -> None:
@@ -1906,7 +2322,7 @@ def report(section: str, text: str) -> None:
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except RuntimeError:
-        pass  # a signal came within another print; the log has the line
+        pass  # a signal interrupted another print; the log has the line
 
 
 def one_line(value: Any, width: int = 200) -> str:
@@ -1917,26 +2333,26 @@ def one_line(value: Any, width: int = 200) -> str:
 
 def join_limited(items: list[str], limit: int, separator: str) -> str:
     """Join the first items, and say how many more there are."""
-    more = [f"... and {len(items) - limit:,} more"] if len(items) > limit else []
-    return separator.join([*items[:limit], *more])
+    rest = [f"... and {len(items) - limit:,} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *rest])
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Facts:
     """Return a JSON file's object; an empty one if there is none, or if it is damaged."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
         return json.loads(path.read_bytes())
     return {}
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file in such a way that it is never half written."""
+def write_json(path: Path, value: Facts) -> None:
+    """Write a JSON file so that it is never half written."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(json.dumps(value, indent=1, default=as_json_value), encoding="utf-8")
     new.replace(path)
 
 
 def as_json_value(value: Any) -> Any:
-    """Return what JSON does not know as what it does: a set as a list, anything else as a text."""
+    """Return a set as a list, and any other non-JSON value as text."""
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
@@ -1951,7 +2367,7 @@ def file_sha256(path: Path) -> str:
 
 
 def rename_old(path: Path) -> None:
-    """Add the time to the name of what an earlier run left at path, if any."""
+    """Rename what an earlier run left at path, adding the time."""
     if path.exists():
         aside = path.with_name(f"{path.name}.{datetime.now():%Y-%m-%d-%H%M%S.%f}")
         path.rename(aside)
@@ -1979,49 +2395,51 @@ def open_output(output: Path) -> Any:
     return lock
 
 
-def catch_signals(job: Job) -> None:
-    """Within a step, finish and save it first; elsewhere, or at a second signal, stop at once."""
+def catch_signals(session: Session) -> None:
+    """Let signals end the run, see TRAINING."""
 
     def on_signal(number: int, _: Any) -> None:
-        # A terminal that is closed sends SIGHUP twice, from the shell and from the kernel. And a
-        # launcher may pass on a signal that its process has had already, as Slurm sends it to all.
+        # A terminal that is closed sends SIGHUP twice, and a launcher passes on what its process
+        # may have had already, as Slurm sends a signal to all.
         may_repeat = number == signal.SIGHUP or "TORCHELASTIC_RUN_ID" in os.environ
-        is_second, job.stop_signal = job.stop_signal > 0 and not may_repeat, number
-        if job.signals_wait and not is_second:
-            report("stopping", "finishing and saving what was begun; a second signal stops at once")
-            return
-        raise Stopped("Stopped. The same command resumes from the newest checkpoint, if any.")
+        is_second = session.stop_signal > 0 and not may_repeat
+        session.stop_signal = number
+        if is_second or not session.saves_before_stop:
+            raise Stopped("Stopped. The same command resumes from the newest checkpoint, if any.")
+        hint = "" if may_repeat else "; a second signal stops at once"
+        report("stopping", f"finishing and saving what was begun{hint}")
 
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, on_signal)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command. Exits with 1 after an error, 2 after a wrong flag, 128 + a signal."""
-    job, lock = Job(parse_settings(argv)), None
-    # transformers advises installing fla; read_model_files() says where it helps.
+def ignore_signals() -> None:
+    """Let no signal interrupt what is left to do."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def main(settings: Settings) -> None:
+    """Run the command; exit with 1 after an error, 128 + its number after a signal."""
+    session, lock = Session(time.strftime("%Y-%m-%d %H:%M:%S")), None
+    # transformers advises fla and causal_conv1d even where they cannot run; see docs/gpu.md.
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     # PEFT 0.21 calls a function that transformers 5.24 renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-    catch_signals(job)
+    catch_signals(session)
     try:
-        if not job.settings.dry_run and is_main_process():
-            lock = open_output(job.output)
-        run(job)
+        if not settings.dry_run and is_main_process():
+            lock = open_output(Path(settings.OUTPUT_DIR))
+        run(settings, session)
     except BaseException as error:
-        for number in SIGNALS:  # nothing may interrupt what is left to do
-            signal.signal(number, signal.SIG_IGN)
-        is_known = isinstance(error, (UserError, Stopped))
-        is_told = is_known or job.stop_signal > 0  # a library may turn a signal into its own error
+        ignore_signals()
+        is_known = is_stop(error) or isinstance(error, UserError)
         LOG.info("The run was ended by: %r", error, exc_info=not is_known)
-        if job.started:
-            how = "interrupted" if job.stop_signal else "failed"
-            write_record(job, f"{how}: {one_line(error)}")
-        if not is_told:
+        if not is_known:
             raise
         print(error, file=sys.stderr)
-        raise SystemExit(128 + job.stop_signal if job.stop_signal else 1) from None
+        raise SystemExit(128 + session.stop_signal if is_stop(error) else 1) from None
     finally:
         logging.shutdown()
         if lock:
@@ -2029,4 +2447,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(SETTINGS_OF_COMMAND)

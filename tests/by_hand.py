@@ -99,14 +99,13 @@ def losses_of_peft(folder, conversations, dtype="float32", base=TOY):
 
 
 def token_loss(model, examples):
-    """Return the mean cross-entropy over the target tokens, row by row, in float64."""
+    """Return the mean cross-entropy over the target tokens, in float64: each reply has a row."""
     total, count = 0.0, 0
     with torch.no_grad():
-        for example in examples:
-            n = len(example.reply_ids)
-            logits = model(input_ids=torch.tensor([example.input_ids])).logits[0, -n - 1 : -1]
-            targets = torch.tensor(example.reply_ids)
-            loss = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum")
+        for reply in [reply for example in examples for reply in example.replies]:
+            n, ids = len(reply.reply_ids), torch.tensor([reply.prompt_ids + reply.reply_ids])
+            logits = model(input_ids=ids).logits[0, -n - 1 : -1].double()
+            loss = torch.nn.functional.cross_entropy(logits, ids[0, -n:], reduction="sum")
             total, count = total + loss.item(), count + n
     return total / count
 

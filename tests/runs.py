@@ -14,6 +14,7 @@ import sys
 import traceback
 import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,11 @@ def short_run(folder):
 def run(argv, main=None):
     """Give the command in this process; return its exit status as Python would."""
     default_handlers()
+    main = main or t.main
+    words = [str(word) for word in argv]
     try:
-        (main or t.main)([str(word) for word in argv])
+        parse = main.__globals__.get("parse_settings")
+        main(parse(words) if parse else words)
     except SystemExit as stop:
         return stop.code or 0
     except BaseException as error:  # pytest would take KeyboardInterrupt for its own
@@ -103,8 +107,9 @@ def command(capfd, argv, main=None):
     return types.SimpleNamespace(status=status, out=out, err=err)
 
 
-def refused(capfd, argv, *keys, status=1, main=None):
-    """The command ends with this status, without a traceback, and names these keys."""
+def refused(capfd, argv, *keys, status=None, main=None):
+    """The command ends with its status of a mistake, without a traceback, and names these keys."""
+    status = status or (2 if main else 1)  # of the package and of the script
     assert not [key for key in keys if " " in key], "a key is no sentence"
     end = command(capfd, argv, main)
     assert end.status == status and "Traceback" not in end.err, end.err
@@ -114,9 +119,9 @@ def refused(capfd, argv, *keys, status=1, main=None):
 
 def prepared(flags, script=t):
     """Return a job as it is before the weights are loaded: with its data and its plan."""
-    job = script.Job(script.parse_settings([*map(str, flags), "--dry_run"]))
-    script.run(job)
-    job.settings.dry_run = False
+    settings = script.parse_settings([*map(str, flags), "--dry_run"])
+    job = script.run(settings, script.Session("now"))
+    settings.dry_run = False
     return job
 
 
@@ -136,16 +141,9 @@ def edited_script(folder, *changes):
 
 
 def edit_config(patch, function, **fields):
-    """Have the script's lora_config() or training_config() return one with other fields."""
+    """Have the script's lora_fields() or training_fields() return other fields."""
     real = getattr(t, function)
-
-    def edited(given):
-        config = real(given)
-        for name, value in fields.items():
-            setattr(config, name, value)
-        return config
-
-    patch.setattr(t, function, edited)
+    patch.setattr(t, function, lambda *given: real(*given) | fields)
 
 
 def read_json(path):
@@ -238,12 +236,12 @@ def made_up(prompt_ids, reply_ids):
 
 def give_examples(job, lengths, seed=0):
     """Give a job made-up examples of these lengths, whose second halves are targets."""
-    numbers = random.Random(seed)
-    job.examples = []
+    numbers, examples = random.Random(seed), []
     for length in lengths:
         ids = [numbers.randrange(10, 2000) for _ in range(length)]
-        job.examples.append(made_up(ids[: length // 2], ids[length // 2 :]))
-    t.make_plan(job)
+        examples.append(made_up(ids[: length // 2], ids[length // 2 :]))
+    data = replace(job.data, examples=examples)
+    return replace(job, data=data, plan=t.make_plan(job.settings, job.base, data))
 
 
 def lora(model):

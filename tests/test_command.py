@@ -4,18 +4,19 @@ import argparse
 import ast
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-import toys
 import transformers
 from conftest import ROOT, TOY
 from packaging.requirements import Requirement
@@ -39,6 +40,7 @@ ARTICLE = {  # as the article says, and as the file is shipped
 OTHER_CHOICE = {
     "DTYPE": "float32", "DEVICE": "cpu", "REPLIES": "last", "LR_SCHEDULER_TYPE": "linear",
     "FINAL_LORA": "best", "REPORT_TO": "tensorboard", "MATMUL": "native",
+    "CHAT_TEMPLATE": "one_pass", "START_FROM": "an-adapter",
 }  # fmt: skip
 
 
@@ -78,10 +80,17 @@ def statements():
 def test_the_shipped_settings_are_the_articles():
     given = vars(t.parse_settings([]))
     assert {name: given[name] for name in ARTICLE} == ARTICLE
-    assert given.keys() - t.SETTINGS.keys() <= {"dry_run", "demo"} and not given["dry_run"]
+    assert given.keys() - {*t.SETTINGS} <= {"dry_run", "demo"} and not given["dry_run"]
 
 
-def test_each_setting_is_a_flag_of_its_type_with_hyphens_or_underscores():
+@pytest.fixture
+def an_adapter():
+    """Have a file where START_FROM must have one."""
+    Path("an-adapter").mkdir()
+    Path("an-adapter/adapter_model.safetensors").touch()
+
+
+def test_each_setting_is_a_flag_of_its_type_with_hyphens_or_underscores(an_adapter):
     shipped = vars(t.parse_settings([]))
     for name in t.SETTINGS:
         value = another(name)
@@ -93,13 +102,14 @@ def test_each_setting_is_a_flag_of_its_type_with_hyphens_or_underscores():
     assert t.parse_settings(["--eval-file=my-held-out.jsonl"]).EVAL_FILE == "my-held-out.jsonl"
 
 
-def test_a_line_typed_over_another_without_type_or_comment_is_the_default(tmp_path, capfd):
+def test_a_line_typed_over_another_without_type_or_comment_is_the_default(tmp_path, an_adapter):
     mine = {name: another(name) for name in t.SETTINGS}
-    changes = [(text, f"{name} = {mine[name]!r}") for name, text in statements().items()]
-    copy = edited_script(tmp_path, *changes)
-    assert copy.parse_settings([]) == argparse.Namespace(**mine, dry_run=False)
-    assert copy.SETTINGS.keys() == t.SETTINGS.keys()
-    assert copy.parse_settings(["--lora_r", "4"]).LORA_R == 4
+    for middle in (" = ", ": object = "):
+        changes = [(text, f"{name}{middle}{mine[name]!r}") for name, text in statements().items()]
+        copy = edited_script(tmp_path, *changes)
+        assert copy.parse_settings([]) == argparse.Namespace(**mine, dry_run=False)
+        assert {*copy.SETTINGS} == {*t.SETTINGS}
+        assert copy.parse_settings(["--lora_r", "4"]).LORA_R == 4
 
 
 def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
@@ -117,9 +127,10 @@ def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
     assert end.status == 0 and {*decays} == {0.5}
     assert "NEVER_READ" in end.out and "WEIGHT_DECAY" not in end.out
     found = read_record(Path("output"))["settings"]
-    assert found.keys() == t.SETTINGS.keys() | {"WEIGHT_DECAY", "NEVER_READ"}
+    assert found.keys() == {*t.SETTINGS} | {"WEIGHT_DECAY", "NEVER_READ"}
     assert found["WEIGHT_DECAY"] == 0.5
-    assert len({prepared([*RUN, "--weight_decay", one], copy).name for one in ("0.5", "0.25")}) == 2
+    jobs = [prepared([*RUN, "--weight_decay", value], copy) for value in ("0.5", "0.25")]
+    assert jobs[0].plan.folder.name != jobs[1].plan.folder.name
 
 
 WRONG_CONSTANTS = [
@@ -130,6 +141,9 @@ WRONG_CONSTANTS = [
     ("LORA_TARGET_MODULES", ["q_proj", 3]), ("DEVICE", "cud"), ("USE_FLA", "False"),
     ("LOGGING_STEPS", 0), ("SAVE_STEPS", 0), ("MAX_SEQ_LEN", 0), ("NUM_EPOCHS", 0),
     ("OUTPUT_DIR", None), ("MODEL_NAME", 4), ("EVAL_FILE", "51%"), ("EVAL_FILE", "0%"),
+    ("EVAL_FILE", None), ("EVAL_FILE", 0.1), ("EVAL_STEPS", -1), ("CHAT_TEMPLATE", "nowhere"),
+    ("ENABLE_THINKING", 0), ("USE_FLA", 1),
+    ("START_FROM", "nowhere"),
 ]  # fmt: skip
 
 
@@ -144,8 +158,8 @@ WRONG_FLAGS = {  # and what is named
     "--lora_rank 3": "--lora_rank", "--lora_al 3": "--lora_al",  # no abbreviations are taken
     "stray": "stray", "--lora_r 8.5": "LORA_R", "--learning_rate fast": "LEARNING_RATE",
     "--use_fla perhaps": "USE_FLA", "--device tpu": "DEVICE tpu",
+    "--device cuda:1": "DEVICE CUDA_VISIBLE_DEVICES",
     "--final_lora best --eval_file=": "FINAL_LORA EVAL_FILE",
-    "--train_file t --eval_file t": "EVAL_FILE TRAIN_FILE",
     "--eval_file=10.5%": "EVAL_FILE 10.5%", "--lora_r 0 --save_steps 0": "LORA_R SAVE_STEPS",
 }  # fmt: skip
 
@@ -156,6 +170,46 @@ def test_a_wrong_flag_is_named_and_touches_nothing(argv, capfd):
     assert {path.name for path in Path.cwd().iterdir()} == {"t"}
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    names = ("MODEL_NAME", "TRAIN_FILE", "EVAL_FILE")
+    given = vars(t.parse_settings([f"--{name.lower()}=~/{name}" for name in names]))
+    assert [given[name] for name in names] == [str(Path.cwd() / name) for name in names]
+    assert run([*RUN, "--train_file", "~/t", "--output_dir", "~/out"]) == 0
+    assert Path("out", ADAPTER).is_file() and not Path("~").exists()
+
+
+ALLOCATORS = [  # the kernel, what the user has set, and whether segments are made expandable
+    ("6.8.0-generic", {}, True),
+    ("5.15.0-microsoft-standard-WSL2", {}, False),
+    ("6.8.0-generic", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, False),
+    ("6.8.0-generic", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, False),
+]
+
+
+@pytest.mark.parametrize("kernel, own, is_set", ALLOCATORS)
+def test_a_users_allocator_and_wsls_are_left_alone(kernel, own, is_set, tmp_path, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(release=kernel))
+    edited_script(tmp_path)
+    names = {name: os.environ[name] for name in os.environ if name.endswith("ALLOC_CONF")}
+    assert names == ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if is_set else own)
+
+
+def test_ctrl_c_ends_the_imports_without_a_traceback(tmp_path):
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
+    (slow / "accelerate.py").write_text(text)  # the first of the slow imports
+    words = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(slow)!r}); " + RUN_IT]
+    done = subprocess.run([*words, SCRIPT, "--dry_run"], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
+
+
+RUN_IT = "import runpy; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 BLOCKED = """
 import runpy, sys
 for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy"):
@@ -223,6 +277,53 @@ def test_a_run_writes_what_it_prints_as_the_dry_run_did_and_tells_a_tracker(monk
     assert [step for _, step, logs in told if "eval_loss" in logs] == [0, 2]
 
 
+FULL = "Could not convert: CUDA error: out of memory"
+
+
+@pytest.mark.parametrize(
+    "error, free, is_told",
+    [(torch.OutOfMemoryError("CUDA out of memory"), 9, True), (RuntimeError(FULL), 9, True),
+     (RuntimeError("conversion"), 0.5, True), (RuntimeError("conversion"), 9, False)],
+)  # fmt: skip
+def test_weights_that_do_not_fit_are_told(error, free, is_told, gpu, monkeypatch):
+    """transformers may call it an error of conversion."""
+    gpu((8, 0), free=free)
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", Mock(side_effect=error)
+    )
+    with pytest.raises(t.UserError if is_told else RuntimeError) as raised:
+        t.load_model(TOY, "", "bfloat16", "cuda")
+    assert isinstance(raised.value, t.UserError) == is_told
+
+
+def test_a_card_that_fails_is_told_with_the_allocators_variable(gpu, capfd, monkeypatch):
+    """As under WSL2, where the first allocation may fail."""
+    gpu((7, 0))
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=RuntimeError("CUDA driver error: unknown")))
+    on_gpu = [*RUN, "--device", "cuda", "--dtype", "bfloat16"]
+    refused(capfd, on_gpu, "DEVICE", "PYTORCH_CUDA_ALLOC_CONF", "unknown")
+
+
+def test_a_second_signal_is_heard_at_once_but_where_it_is_passed_on_twice(monkeypatch):
+    """A launcher passes on what its process has had; a closed terminal sends SIGHUP twice."""
+    for number, is_launched, is_heard in (
+        (signal.SIGTERM, False, True), (signal.SIGTERM, True, False), (signal.SIGHUP, False, False),
+    ):  # fmt: skip
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        if is_launched:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+            monkeypatch.setenv("RANK", "0")
+        session = t.Session("now", saves_before_stop=True)
+        t.catch_signals(session)
+        send(number)()
+        assert session.stop_signal == number
+        if is_heard:
+            with pytest.raises(t.Stopped):
+                send(number)()
+        else:
+            send(number)()
+
+
 def test_without_a_gpu_it_is_said_before_the_data_is_read(capfd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     on_gpu = [*RUN, "--device", "cuda", "--dtype", "bfloat16"]
@@ -230,47 +331,35 @@ def test_without_a_gpu_it_is_said_before_the_data_is_read(capfd, monkeypatch):
     assert command(capfd, [*on_gpu, "--dry_run"]).status == 0  # which needs none
 
 
-FLA = {  # where USE_FLA is on: capability, versions of fla and Triton, and whether fla may be used
-    "Ampere": ((8, 0), "0.4.2", "3.4.0", True),
-    "Volta": ((7, 0), "0.5.1", "3.7.1", False),
-    "Hopper": ((9, 0), "0.5.1", "3.7.1", True),
-    "Hopper, wrong gradients": ((9, 0), "0.4.2", "3.7.1", False),
-    "Hopper, cannot train": ((9, 0), "0.5.1", "3.6.0", False),
-    "Hopper, the last of these": ((9, 0), "0.6.0", "3.7.0", False),
-    "a CPU": (None, "0.5.1", "3.7.1", False),
+FLA = {  # where USE_FLA is on: the capability, whether fla is installed, and whether it is used
+    "Ampere": ((8, 0), True, True),
+    "Ada": ((8, 9), True, True),
+    "not installed": ((8, 0), False, False),
+    "Volta": ((7, 0), True, False),
+    "Hopper": ((9, 0), True, False),
+    "Blackwell": ((12, 0), True, False),
+    "a CPU": (None, True, False),
 }
 
 
 @pytest.mark.parametrize("case", FLA)
 @pytest.mark.parametrize("is_asked", [True, False])
-def test_fla_is_there_where_right_and_named_where_it_helps(
-    case, is_asked, gpu, tmp_path, monkeypatch, capfd
-):
+def test_fla_is_there_where_it_is_right(case, is_asked, gpu, tmp_path, monkeypatch):
     """transformers takes it wherever it can be imported; causal_conv1d is never wanted."""
-    capability, fla, triton, may_be = FLA[case]
-    for name, version in (("fla_core", fla), ("triton", triton)):
-        metadata = tmp_path / f"{name}-{version}.dist-info" / "METADATA"
-        metadata.parent.mkdir()
-        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (tmp_path / "fla.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
+    capability, is_installed, may_be = FLA[case]
+    if is_installed:
+        (tmp_path / "fla.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path)
     for name in ("fla", "causal_conv1d"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     if capability:
         gpu(capability)
     device = ["--device", "cuda" if capability else "cpu"]
-    job = t.Job(t.parse_settings([*FILES, *device, "--use_fla", str(is_asked)]))
-    t.prepare_device(job.settings)
+    settings = t.parse_settings([*FILES, *device, "--use_fla", str(is_asked)])
+    t.prepare_device(settings)
     is_blocked = "fla" in sys.modules and sys.modules["fla"] is None
     assert is_blocked != (is_asked and may_be)
     assert sys.modules["causal_conv1d"] is None
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: capability is not None)
-    t.read_model_files(job)
-    is_faster = capability in ((8, 0), (9, 0))
-    assert ("flash-linear-attention" in capfd.readouterr().out) == (is_faster and not is_asked)
-    job.settings.MODEL_NAME = toys.model_of(toys.family("Llama"), tmp_path / "llama")
-    t.read_model_files(job)
-    assert "flash-linear-attention" not in capfd.readouterr().out  # it has no DeltaNet
 
 
 def test_what_other_work_left_changes_nothing(finished, stopped, tmp_path, monkeypatch):

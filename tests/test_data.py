@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import random
 import re
 from pathlib import Path
@@ -115,7 +114,7 @@ def test_messages_teach_each_reply_and_the_other_forms_the_last():
     write("e", {"messages": talk("sua")}, {"messages": talk("suaua")})
     for replies, counts in (("all", (4, 3)), ("last", (2, 2))):
         job = prepared([*DRY, "--eval_file", "e", "--replies", replies])
-        assert (len(job.examples), len(job.held_out)) == counts
+        assert (len(job.data.examples), len(job.data.held_out)) == counts
 
 
 def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out_and_counted(capfd):
@@ -132,7 +131,67 @@ def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out_and_counted(cap
         assert len(read(line(messages=talk(roles)))[1]) == 1
 
 
+def test_keys_that_are_not_read_are_counted_but_for_those_that_the_package_knows(capfd):
+    known = {"id": 1, "kind": "k", "topic": "t", "checks": [], "counterpart": 2, "rejected": "No."}
+    write("t", GOOD, line(messages=talk("ua"), weight=0, score=1, **known))
+    write("t", GOOD, *[line(messages=talk("ua"), weight=0, score=n, **known) for n in range(3)])
+    out = command(capfd, DRY).out
+    assert "'weight' in 3" in out and "'score' in 3" in out
+    assert [key for key in known if f"'{key}'" in out] == []
+    write(
+        "t",
+        {"messages": talk("ua"), "output": "b"},
+        {"prompt": "a", "completion": "b", "input": "c"},
+    )
+    out = command(capfd, DRY).out
+    assert "'output' in 1" in out and "'input' in 1" in out
+
+
+def test_pairs_are_read_for_the_package_and_never_trained_on():
+    """As TRL's preference data has them."""
+    rejected = [{"role": "assistant", "content": "No."}]
+    pair = {"prompt": SAID[:2], "chosen": SAID[2:], "rejected": rejected}
+    beside = {"prompt": SAID[:2], "completion": SAID[2:], "rejected": "No."}
+    texts = {"prompt": "Who?", "chosen": "Nell.", "rejected": "Bob."}
+    content = b"\n".join(line(**row) for row in (pair, beside, texts))
+    examples, problems = read(content)
+    assert [one.messages for one in examples] == [SAID]
+    assert [one.partition(": ")[0] for one in problems] == ["data.jsonl:1", "data.jsonl:3"]
+    assert all('"completion"' in problem for problem in problems)
+    pairs = t.read_conversations("data.jsonl", "all", problems, takes_pairs=True)
+    assert [one.messages[-1]["content"] for one in pairs] == ["Nell."] * 3 and len(problems) == 2
+    assert [one.row["rejected"] for one in pairs] == [rejected, "No.", "Bob."]
+
+
+def test_one_json_object_around_the_list_is_told_once(capfd):
+    rows = [{"messages": talk("ua")} for _ in range(30)]
+    Path("t").write_text(json.dumps({"version": 1, "data": rows}, indent=1))
+    end = refused(capfd, DRY, "t", "data")
+    assert len(end.err.splitlines()) < 5
+
+
+def thought(text, thoughts="Hm."):
+    return {"role": "assistant", "content": f"<think>\n{thoughts}\n</think>\n\n{text}"}
+
+
+def test_with_thinking_each_reply_has_its_thoughts_and_they_are_learned(capfd):
+    thinking = [*DRY, "--enable_thinking", "true"]
+    write("t", {"messages": [*talk("u"), thought("Hi.")]})
+    refused(capfd, DRY, "t:1", "<think>")
+    base, data = (lambda job: (job.base, job.data))(prepared(thinking))
+    (example,) = data.examples
+    decode = base.tokenizer.decode
+    assert decode(example.prompt_ids).endswith("<|im_start|>assistant\n<think>\n")
+    assert decode(example.reply_ids) == "Hm.\n</think>\n\nHi.<|im_end|>"
+    write("t", {"messages": talk("ua")}, {"messages": [*talk("u"), thought("")]})
+    refused(capfd, thinking, "t:1", "t:2", "<think>")
+
+
 REFUSED = {
+    "chosen": line(prompt=talk("u"), chosen=talk("a")),
+    "system_prompt": line(messages=talk("ua"), system_prompt="Be kind."),
+    "context": line(messages=talk("ua"), context="A letter."),
+    "a list of parts": reply(role="assistant", content=[{"type": "text", "text": "a"}]),
     "not UTF-8": '{"messages": "café"}'.encode("latin-1"),
     "trailing comma": GOOD[:-1] + b",}",
     "curly quotes": GOOD.decode().replace('"', "\u201c").encode(),
@@ -236,8 +295,10 @@ def test_a_line_with_anything_odd_in_it_is_read_right_or_refused_alone():
 def test_ones_own_lines_are_not_judged_by_the_shipped_ones_in_silence(capfd, monkeypatch):
     for name in ("t", "shipped", "eval"):
         write(name, {"messages": talk("ua")})
-    shipped = {"TRAIN_FILE": os.path.abspath("shipped"), "EVAL_FILE": os.path.abspath("eval")}
-    monkeypatch.setattr(t, "DEMO", shipped)
+    write("t", {"messages": talk("uaua")})
+    shipped = {"train": Path("shipped"), "held_out": Path("eval")}
+    hashes = {name: t.file_sha256(path) for name, path in shipped.items()}
+    monkeypatch.setattr(t, "SHIPPED", hashes)
     for train_file, is_told in (("t", True), ("shipped", False)):
         flags = [*DRY, "--train_file", train_file, "--eval_file", "eval"]
         assert ("EVAL_FILE" in command(capfd, flags).out) == is_told
@@ -271,30 +332,43 @@ def test_a_tenth_is_held_out_in_whole_groups_that_are_not_trained():
     random.Random(0).shuffle(rows)
     write("t", *rows)
     job = prepared(TENTH)
-    held_out, train = questions(job.held_out), questions(job.examples)
+    held_out, train = questions(job.data.held_out), questions(job.data.examples)
     assert len(held_out) in (30, 31) and len(held_out) + len(train) == 300
     assert not {one.strip() for one in held_out} & {one.strip() for one in train}
     assert len({one.strip() for one in held_out}) == len(held_out) / 2
-    assert len(job.held_out) == 3 * len(held_out) / 2  # each reply of the longer ones
+    assert len(job.data.held_out) == 3 * len(held_out) / 2  # each reply of the longer ones
     # Neither another seed nor another order changes which they are.
     random.Random(1).shuffle(rows)
     write("t", *rows)
-    assert sorted(questions(prepared([*TENTH, "--seed", "7"]).held_out)) == sorted(held_out)
+    assert sorted(questions(prepared([*TENTH, "--seed", "7"]).data.held_out)) == sorted(held_out)
+
+
+def test_a_key_too_many_in_a_message_is_named():
+    for bad in (
+        reply(role="assistant", content="a", weight=0),
+        line(
+            conversations=[
+                {"from": "human", "value": "a", "weight": 0},
+                {"from": "gpt", "value": "b"},
+            ]
+        ),
+    ):
+        assert "'weight'" in read(bad)[1][0]
 
 
 def test_at_least_20_are_held_out_and_a_large_group_is_trained(capfd):
     write("t", *asked(*map(str, range(60)), system="Be kind."))
-    assert len(prepared([*DRY, "--eval_file", "1%"]).held_out) == 20
-    assert len(prepared([*DRY, "--eval_file", "50 %"]).held_out) == 30
+    assert len(prepared([*DRY, "--eval_file", "1%"]).data.held_out) == 20
+    assert len(prepared([*DRY, "--eval_file", "50 %"]).data.held_out) == 30
     # Another system message is another beginning.
     write("t", *[{"messages": hello(system=f"You are number {n}.")} for n in range(100)])
-    assert len(prepared(TENTH).held_out) == 20
+    assert len(prepared(TENTH).data.held_out) == 20
     # A group may have a twentieth of all, and no more.
     write("t", *asked(*(f"{n // 5}" for n in range(100))))
-    assert len(prepared(TENTH).held_out) == 20
+    assert len(prepared(TENTH).data.held_out) == 20
     write("t", *asked(*(f"Large {n // 6}" for n in range(30)), *map(str, range(70))))
-    job = prepared([*DRY, "--eval_file", "50%"])
-    assert len(job.held_out) == 50 and not any("Large" in one for one in questions(job.held_out))
+    held_out = prepared([*DRY, "--eval_file", "50%"]).data.held_out
+    assert len(held_out) == 50 and not any("Large" in text for text in questions(held_out))
     for count, groups in ((39, 39), (100, 1)):  # too few, or all alike
         write("t", *asked(*(f"{n % groups}" for n in range(count))))
         refused(capfd, TENTH, "EVAL_FILE", str(count), "20")
@@ -319,4 +393,4 @@ def test_held_out_lines_are_kept_as_they_were_and_are_read_as_they_were():
     assert len(found) == 20 and [row for row in rows if row in found] == found
     assert sum("conversations" in row for row in found) not in (0, 20)
     again = t.read_conversations(str(path), "all", [])
-    assert [one.messages for one in again] == [one.messages for one in job.held_out]
+    assert [one.messages for one in again] == [one.messages for one in job.data.held_out]

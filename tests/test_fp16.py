@@ -1,7 +1,6 @@
 """Scaled float16 matmul: one product, what is converted, when it is used, and its trial."""
 
 import math
-import types
 
 import pytest
 import runs
@@ -142,7 +141,7 @@ def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tmp_p
     losses, kinds = {}, {"exact": "float32", "native": "bfloat16", "float16": "bfloat16"}
     for kind, dtype in kinds.items():
         model = load(folder, dtype, kind == "float16")
-        losses[kind] = torch.tensor(t.example_losses(model, examples))
+        losses[kind] = torch.tensor(t.example_losses(model, examples)).flatten()
     exact = load(folder, "float32")
     alone = [token_loss(exact, [one]) * len(one.reply_ids) for one in examples]
     assert losses["exact"].tolist() == pytest.approx(alone, rel=ROUNDING)
@@ -150,6 +149,22 @@ def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tmp_p
     assert losses["exact"].isfinite().all() and losses["exact"].min() > 1
     assert 0 < distance["float16"] <= 1.5 * distance["native"] + 1e-3 * losses["exact"].norm()
     assert distance["native"] < 0.05 * losses["exact"].norm()
+
+
+def test_an_embedding_that_scales_in_its_own_type_keeps_it(tmp_path):
+    """Gemma's, with which its head shares the weight: in float16 it would be rounded otherwise."""
+    config = family("Gemma3Text", tie_word_embeddings=True, **WIDE | {"hidden_size": 128})
+    folder = model_of(config, tmp_path / "model", has_weights=True)
+    native, converted = load(folder, "bfloat16"), load(folder, "bfloat16", is_converted=True)
+    assert converted.lm_head.weight is converted.get_input_embeddings().weight
+    assert converted.lm_head.weight.dtype == torch.bfloat16
+    assert converted.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
+    ids = torch.arange(3, 60)[None]
+    scale = converted.get_input_embeddings().embed_scale
+    assert scale.dtype == torch.bfloat16 or scale.to(torch.half) != scale.bfloat16()
+    with torch.no_grad():
+        embedded = converted.get_input_embeddings()(ids)
+        assert embedded.equal(native.get_input_embeddings()(ids))
 
 
 V100, A100 = False, True  # whether bfloat16 is native; torch supports it where it is emulated, too
@@ -170,8 +185,8 @@ def test_float16_is_used_where_bfloat16_is_emulated_and_the_model_was_tested(mon
         answer = lambda including_emulation=True, own=card: including_emulation or own  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
         settings = t.parse_settings(["--dtype", dtype, "--matmul", matmul])
-        job = types.SimpleNamespace(settings=settings, config=family(kind) if kind else toy)
-        assert t.uses_fp16_matmul(job) == expected, (card, matmul, dtype, kind)
+        config = family(kind) if kind else toy
+        assert t.uses_fp16_matmul(settings, config) == expected, (card, matmul, dtype, kind)
 
 
 def test_a_run_in_float16_is_like_one_in_float32(flags, finished, tmp_path):
@@ -179,7 +194,7 @@ def test_a_run_in_float16_is_like_one_in_float32(flags, finished, tmp_path):
     output = tmp_path / "output"
     more = ["--dtype", "bfloat16", "--matmul", "float16", "--max_steps", "2"]
     assert runs.run([*flags, *more]) == 0
-    assert runs.read_record(output)["matmul"] == "float16"
+    assert runs.read_record(output)["sessions"][0]["matmul"] == "float16"
     for key, count in (("loss", 2), ("eval_loss", 1), ("grad_norm", 2)):
         expected, found = (runs.logged(runs.history(x), key) for x in (finished.output, output))
         rounding = 0.01 if "loss" in key else 0.05

@@ -42,7 +42,7 @@ def numbers(text):
 
 def trained(flags):
     """Return how many weights a job would train: the sum over the plan's shapes."""
-    shapes = prepared(flags).trained_shapes.values()
+    shapes = prepared(flags).plan.trained_shapes.values()
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
@@ -114,7 +114,7 @@ def test_the_plan_counts_r_times_rows_plus_columns(name, capfd):
 def test_steps_are_counted(n, batch, accumulation, epochs, most, steps):
     write_examples(n)
     flags = [*DRY, "--batch_size", batch, "--gradient_accumulation_steps", accumulation]
-    assert prepared([*flags, "--num_epochs", epochs, f"--max_steps={most}"]).steps == steps
+    assert prepared([*flags, "--num_epochs", epochs, f"--max_steps={most}"]).plan.steps == steps
 
 
 def test_a_target_that_is_not_there_is_named(capfd):
@@ -146,7 +146,7 @@ EDITED = [  # what LoraConfig has besides, and the number of weights that PEFT t
 @pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # of the tied head
 @pytest.mark.parametrize(("fields", "count"), EDITED, ids=lambda one: str(one)[:15])
 def test_an_edited_loraconfig_is_trained_as_planned(fields, count, capfd, base, monkeypatch):
-    edit_config(monkeypatch, "lora_config", **fields)
+    edit_config(monkeypatch, "lora_fields", **fields)
     end = command(capfd, RUN)
     assert end.status == 0 and str(count) in numbers(end.out)
     folder = Path("output") / ADAPTER
@@ -166,8 +166,22 @@ def test_targets_may_be_all_linear_or_a_regular_expression(monkeypatch):
     """DeltaNet has in_proj_qkv, _z, _a and _b, and out_proj."""
     count = PLAIN + 8 * (704 + 448 + 194 + 194 + 448)
     assert trained([*DRY, "--lora_target_modules", "all-linear"]) == count
-    edit_config(monkeypatch, "lora_config", target_modules=".*up_proj")
+    edit_config(monkeypatch, "lora_fields", target_modules=".*up_proj")
     assert trained(DRY) == 8 * 2 * (448 + 192)
+
+
+def test_a_model_that_computes_all_logits_is_refused_by_the_dry_run(capfd, monkeypatch):
+    """Otherwise only after its weights were loaded."""
+    kind = type(AutoModelForCausalLM.from_config(family("Llama")))
+    real = kind.forward
+    folder = model_of(family("Llama"), "model")
+    assert command(capfd, [*DRY, "--model_name", folder]).status == 0
+
+    def forward(self, input_ids=None, attention_mask=None, **more):
+        return real(self, input_ids, attention_mask, **more)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    refused(capfd, [*DRY, "--model_name", folder], kind.__name__)
 
 
 def test_what_changes_the_base_is_refused(capfd, monkeypatch):
@@ -175,13 +189,13 @@ def test_what_changes_the_base_is_refused(capfd, monkeypatch):
     starts = [("init_lora_weights", one) for one in ("pissa_niter_4", "olora", "corda", "eva")]
     for name, value in [*starts, ("bias", "all")]:
         with monkeypatch.context() as patch:
-            edit_config(patch, "lora_config", **{name: value})
+            edit_config(patch, "lora_fields", **{name: value})
             refused(capfd, DRY, name, value)
 
 
 def test_trained_weights_in_bfloat16_are_refused(capfd, monkeypatch):
     """A whole module is trained in the model's type, in which small steps are rounded away."""
-    edit_config(monkeypatch, "lora_config", modules_to_save=["lm_head"])
+    edit_config(monkeypatch, "lora_fields", modules_to_save=["lm_head"])
     refused(capfd, [*RUN, "--dtype", "bfloat16"], "DTYPE", "float32")
     assert not Path("output/final_lora").exists()
 
@@ -189,7 +203,7 @@ def test_trained_weights_in_bfloat16_are_refused(capfd, monkeypatch):
 def test_the_names_for_vllm_are_those_of_the_hubs_model(capfd, monkeypatch):
     """Here Gemma's; transformers alone says which modules the multimodal model has."""
     config = wrapper("Gemma3")
-    edit_config(monkeypatch, "lora_config", exclude_modules=".*vision.*")
+    edit_config(monkeypatch, "lora_fields", exclude_modules=".*vision.*")
     flags = [*RUN, "--model_name", model_of(config, "model", has_weights=True)]
     assert command(capfd, flags).status == 0
     with torch.device("meta"):

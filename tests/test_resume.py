@@ -1,5 +1,6 @@
 """Checkpoints, signals, kills, other jobs in the same folder, finished jobs, several processes."""
 
+import errno
 import os
 import re
 import resource
@@ -17,6 +18,10 @@ import pytest
 import runs
 import torch
 from conftest import TOY
+from safetensors.torch import load_file, save_file
+from test_dialogues import dialogue
+from test_training import GEMMA4
+from toys import edit_json, model_of
 
 import train_lora_single as t
 
@@ -229,11 +234,11 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(stopped, output, whole, m
     for name, spoil in DAMAGE:
         capfd.readouterr()
         spoil(newest / name)
-        assert runs.prepared(argv).checkpoint == folder_of(output, 6), (name, spoil)
+        assert runs.prepared(argv).earlier.checkpoint == folder_of(output, 6), (name, spoil)
         assert str(newest) in capfd.readouterr().out
         shutil.rmtree(newest)
         shutil.copytree(backup, newest)
-    assert runs.prepared(argv).checkpoint == newest
+    assert runs.prepared(argv).earlier.checkpoint == newest
     for step in (6, 7):
         flip(folder_of(output, step) / "optimizer.pt")
     # These do not push out the next one, and one that is written over them is whole.
@@ -241,31 +246,31 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(stopped, output, whole, m
         with monkeypatch.context() as patch:
             runs.at_step(patch, done, runs.send(signal.SIGTERM))
             assert runs.run(argv) == 143
-        assert runs.prepared(argv).checkpoint == folder_of(output, step)
+        assert runs.prepared(argv).earlier.checkpoint == folder_of(output, step)
     assert go_on(argv, whole) == 7 and backup.exists()
 
 
 def job_of(argv):
     """Return the name of the job that a command would do, which is its checkpoints' folder."""
-    return runs.prepared(argv).name
+    return runs.prepared(argv).plan.folder.name
 
 
 ANOTHER = {
     "MODEL_NAME": None, "DTYPE": "bfloat16", "LORA_R": 4, "LORA_ALPHA": 8, "LORA_DROPOUT": 0.1,
     "LORA_TARGET_MODULES": "q_proj", "NUM_EPOCHS": 3, "MAX_STEPS": 5, "BATCH_SIZE": 3,
     "GRADIENT_ACCUMULATION_STEPS": 3, "LEARNING_RATE": 0.02, "LR_SCHEDULER_TYPE": "linear",
-    "WARMUP_RATIO": 0.2, "SEED": 7, "MODEL_REVISION": "other",
+    "WARMUP_RATIO": 0.2, "SEED": 7, "MODEL_REVISION": "other", "EVAL_STEPS": 2,
 }  # fmt: skip
 THE_SAME = {
     "LOGGING_STEPS": 2, "SAVE_STEPS": 2, "FINAL_LORA": "best", "MATMUL": "native",
     "USE_FLA": "true", "REPLIES": "last", "MAX_SEQ_LEN": 400, "TRAIN_FILE": None, "EVAL_FILE": None,
 }  # fmt: skip
 EDITS = [  # of the script, and whether it does another job then
-    ("lora_config", {"use_rslora": True}, True),
-    ("training_config", {"weight_decay": 0.1}, True),
-    ("training_config", {"optim": "sgd"}, True),
-    ("training_config", {"neftune_noise_alpha": 5.0}, True),
-    ("training_config", {"run_name": "where it logs"}, False),
+    ("lora_fields", {"use_rslora": True}, True),
+    ("training_fields", {"weight_decay": 0.1}, True),
+    ("training_fields", {"max_grad_norm": 0.5}, True),
+    ("training_fields", {"optim": "sgd"}, True),
+    ("training_fields", {"neftune_noise_alpha": 5.0}, True),
 ]
 
 
@@ -278,7 +283,8 @@ def job(stopped):
 
 
 def test_a_job_is_its_settings_but_for_those_that_may_change(stopped, job, tmp_path):
-    assert {*ANOTHER, *THE_SAME, "DEVICE", "OUTPUT_DIR", "REPORT_TO"} == {*t.SETTINGS}
+    more = {"START_FROM", "ENABLE_THINKING", "CHAT_TEMPLATE"}  # each with a test of its own
+    assert {*ANOTHER, *THE_SAME, "DEVICE", "OUTPUT_DIR", "REPORT_TO"} | more == {*t.SETTINGS}
     moved = {"MODEL_NAME": shutil.copytree(TOY, tmp_path / "model")}
     for name in ("TRAIN_FILE", "EVAL_FILE"):
         path = stopped.flags[stopped.flags.index(f"--{name.lower()}") + 1]
@@ -296,6 +302,47 @@ def test_a_job_is_its_settings_but_for_those_that_may_change(stopped, job, tmp_p
     assert job_of([*stopped.flags, *flags_of(**THE_SAME, **divided)]) == job
 
 
+def test_the_order_of_the_conversations_is_the_jobs(stopped, job, tmp_path):
+    """A resumed epoch would train some of them twice."""
+    lines = (stopped.folder / "train.jsonl").read_bytes().splitlines(keepends=True)
+    assert lines[3] != lines[4]
+    lines[3:5] = lines[4], lines[3]
+    (tmp_path / "other.jsonl").write_bytes(b"".join(lines))
+    assert job_of([*stopped.flags, "--train_file", tmp_path / "other.jsonl"]) != job
+
+
+def test_a_local_model_is_its_configuration_and_its_weights(stopped, tmp_path):
+    """They may be replaced in place, by files of the same size."""
+    model = shutil.copytree(TOY, tmp_path / "model")
+    argv = [*stopped.flags, "--model_name", model]
+    first, config, weights = job_of(argv), model / "config.json", model / "model.safetensors"
+    edit_json(config, lambda values: values["text_config"].update(rms_norm_eps=1e-5))
+    assert job_of(argv) != first
+    shutil.copy(Path(TOY) / "config.json", config)
+    assert job_of(argv) == first
+    tensors = load_file(weights)
+    save_file(tensors, weights, {"format": "pt"})  # whose header has another padding
+    first, size = job_of(argv), weights.stat().st_size
+    for name in tensors:
+        if "mlp" in name:
+            tensors[name] = 1.01 * tensors[name]
+    save_file(tensors, weights, {"format": "pt"})
+    assert weights.stat().st_size == size
+    assert job_of(argv) != first
+
+
+def test_what_the_identity_holds(stopped, job):
+    """Whatever is in neither list of fields cannot be edited, or is a default of a library."""
+    identity = runs.prepared(stopped.flags).plan.identity
+    lora = {"r", "lora_alpha", "target_modules", "lora_dropout", "bias", "task_type"}
+    training = {"learning_rate", "lr_scheduler_type", "warmup_steps", "seed"}
+    expected = {f"LoraConfig.{name}" for name in lora} | {f"SFTConfig.{name}" for name in training}
+    expected |= {"ENABLE_THINKING", *ANOTHER} - {"BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS"}
+    expected |= {"examples in a step", "commit", "chat template", "adapter of START_FROM"}
+    expected |= {f"{what} of MODEL_NAME" for what in ("config.json", "weights")}
+    assert identity.keys() == expected | {"tokens of TRAIN_FILE", "tokens of EVAL_FILE"}
+
+
 @pytest.mark.parametrize("name", ["train", "eval"])
 def test_another_word_in_the_data_is_another_job(stopped, job, tmp_path, name):
     data = (stopped.folder / f"{name}.jsonl").read_bytes()
@@ -304,14 +351,18 @@ def test_another_word_in_the_data_is_another_job(stopped, job, tmp_path, name):
     assert job_of([*stopped.flags, f"--{name}_file", tmp_path / "other.jsonl"]) != job
 
 
-def test_an_edit_of_what_is_trained_is_another_job(stopped, job, tmp_path, monkeypatch):
+def test_an_edit_of_what_is_trained_is_another_job(stopped, job, tmp_path, monkeypatch, capfd):
+    """Any other edit of the file is told, as the first steps were done without it."""
     for function, fields, is_another in EDITS:
         with monkeypatch.context() as patch:
             runs.edit_config(patch, function, **fields)
             assert (job_of(stopped.flags) != job) == is_another, fields
-    line = "\ndef lora_config("
+    line = "\ndef lora_fields("
     script = runs.edited_script(tmp_path, (line, f"\n# A comment of mine.{line}"))
-    assert runs.prepared(stopped.flags, script).name == job
+    capfd.readouterr()
+    assert runs.prepared(stopped.flags, script).plan.folder.name == job
+    assert "warning" in capfd.readouterr().out
+    assert job_of(stopped.flags) == job and "warning" not in capfd.readouterr().out
 
 
 def test_a_field_that_an_update_of_a_library_adds_is_no_other_job(stopped, job, monkeypatch):
@@ -319,6 +370,40 @@ def test_a_field_that_an_update_of_a_library_adds_is_no_other_job(stopped, job, 
         newer = make_dataclass(name, [("shiny", int, 3)], bases=(getattr(owner, name),))
         monkeypatch.setattr(owner, name, newer)
     assert job_of(stopped.flags) == job
+
+
+def test_a_full_disk_is_recorded_and_told_once(stopped, output, whole, monkeypatch, capfd):
+    """What was torn makes room for the record, and the same command goes on."""
+    argv, real = into(output, stopped), t.write_json
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write(path, value):
+        torn = [
+            x for x in output.glob("checkpoints/*/checkpoint-*") if not (x / "sha256.json").exists()
+        ]
+        if path.name == "run.json" and path.parent == output and torn:
+            full()
+        real(path, value)
+
+    with monkeypatch.context() as patch:
+        runs.at_step(patch, 1, runs.send(signal.SIGTERM))  # which is not what ends it
+        at_saved(patch, 8, full)
+        patch.setattr(t, "write_json", write)
+        end = runs.command(capfd, argv)
+    assert end.status == 1 and end.err.count("Traceback") == 1
+    assert runs.read_record(output)["outcome"].startswith("failed: ")
+    assert go_on(argv, whole) == 7
+
+
+def test_a_disk_without_any_room_gets_no_second_traceback(stopped, output, monkeypatch, capfd):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    at_saved(monkeypatch, 8, lambda *_, **__: (monkeypatch.setattr(t, "write_json", full), full()))
+    end = runs.command(capfd, into(output, stopped))
+    assert end.status == 1 and end.err.count("Traceback") == 1
 
 
 def test_the_hubs_branch_may_move(flags, tmp_path, monkeypatch):
@@ -329,7 +414,12 @@ def test_the_hubs_branch_may_move(flags, tmp_path, monkeypatch):
         shutil.copytree(TOY, folder / "snapshots" / commit)
     for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "cache"))
-    resolve = lambda *_, **__: types.SimpleNamespace(resolved=now[0])  # noqa: E731
+    other = "2" * 40
+    shutil.copytree(TOY, folder / "snapshots" / other)
+
+    def resolve(_, revision):
+        return types.SimpleNamespace(resolved=other if revision == "v2" else now[0])
+
     monkeypatch.setattr("huggingface_hub.resolve_revision", resolve)
     flags = [*flags, "--model_name", "someone/toy", "--max_steps", "2"]
     with monkeypatch.context() as patch:
@@ -340,8 +430,9 @@ def test_the_hubs_branch_may_move(flags, tmp_path, monkeypatch):
     config = runs.read_json(tmp_path / "output" / "final_lora" / "adapter_config.json")
     named = (config["base_model_name_or_path"], config["revision"])
     assert named == ("someone/toy", commits[0])
-    assert runs.prepared([*flags, "--seed", "7"]).commit == commits[0]
-    assert runs.prepared([*flags, "--output_dir", tmp_path / "elsewhere"]).commit == commits[1]
+    assert runs.prepared([*flags, "--seed", "7"]).base.commit == commits[0]
+    assert runs.prepared([*flags, "--model_revision", "v2"]).base.commit == other
+    assert runs.prepared([*flags, "--output_dir", tmp_path / "elsewhere"]).base.commit == commits[1]
 
 
 def test_a_second_run_is_refused_and_an_ignored_signal_ignored(stopped, output, whole, monkeypatch):
@@ -395,14 +486,30 @@ def be_a_rank(folder, runs_to_do):
     sys.exit(status)
 
 
+def in_small_parts(patch):
+    """Have each row of a step be a micro-batch of its own."""
+    patch.setattr(t, "CHECKPOINTING_FACTOR", 1)
+    patch.setattr(t, "find_what_fits", lambda trainer: setattr(trainer, "tokens_at_once", 64))
+
+
 def test_two_processes_learn_what_one_does_and_end_where_one_has_no_memory(tmp_path):
-    """In a step one process would wait for ever for the gradients of the other."""
+    """In a step one process would wait for ever for the gradients of the other.
+
+    Each has two micro-batches a step, of dialogues that are joined. Of Gemma 4's target tokens
+    Trainer does not count those of both.
+    """
     output, alone = tmp_path / "output", tmp_path / "alone"
+    rows = [{"messages": dialogue(n, 1 + n % 3)} for n in range(14)]
+    runs.short_flags(tmp_path)
+    train_file = runs.write_lines(tmp_path / "dialogues.jsonl", rows)
     flags = [*runs.short_flags(tmp_path), "--lora_dropout", "0"]  # each process draws its own
-    flags += ["--num_epochs", "1"]
+    flags += ["--num_epochs", "1", "--train_file", train_file, "--chat_template", "one_pass"]
     other = [*flags, "--eval_file", "", "--max_steps", "1", "--output_dir", tmp_path / "other"]
+    gemma = [*flags, "--eval_file", "", "--warmup_ratio", "0", "--max_steps", "2"]
+    gemma += ["--model_name", model_of(GEMMA4, tmp_path / "gemma", has_weights=True)]
 
     def note_the_trial(patch, rank):
+        in_small_parts(patch)
         runs.before(patch, t, "find_what_fits", lambda *_: (tmp_path / f"tried {rank}").touch())
 
     def run_out(patch, rank):
@@ -410,11 +517,23 @@ def test_two_processes_learn_what_one_does_and_end_where_one_has_no_memory(tmp_p
             full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
             runs.before(patch, t, "reply_losses", full)
 
-    first, second = ([*flags, "--output_dir", output], note_the_trial), (other, run_out)
-    statuses = launch(tmp_path, first, second)
-    assert all(one[0] == "0" and one[1:] != ["0"] for one in statuses), statuses
+    statuses = launch(
+        tmp_path,
+        ([*flags, "--output_dir", output], note_the_trial),
+        ([*gemma, "--output_dir", tmp_path / "two"], lambda patch, _: in_small_parts(patch)),
+        (other, run_out),
+    )
+    assert all(one[:2] == ["0", "0"] and one[2:] != ["0"] for one in statuses), statuses
     assert (tmp_path / "tried 0").exists() and (tmp_path / "tried 1").exists()
-    assert runs.run([*flags, "--output_dir", alone]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        in_small_parts(patch)
+        recorders = runs.record(patch)
+        assert runs.run([*flags, "--output_dir", alone]) == 0
+        assert len(recorders[0].trained) == 14  # a row each
+        assert runs.run([*gemma, "--output_dir", tmp_path / "one"]) == 0
+    found, expected = (runs.history(tmp_path / name) for name in ("two", "one"))
+    for key in ("loss", "grad_norm"):
+        assert runs.logged(found, key) == pytest.approx(runs.logged(expected, key), rel=1e-3), key
     found, expected = (runs.history(one) for one in (output, alone))
     # Only the order of sums differs, up to the last step, which is filled up with more examples.
     for key in ("loss", "grad_norm"):

@@ -5,6 +5,7 @@ import importlib.metadata
 import itertools
 import re
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def test_a_model_that_is_no_wrapper_gets_no_second_form(flags, tmp_path):
 
 def test_patterns_of_whole_paths_hold_in_both_forms(flags, tmp_path, monkeypatch):
     path = "model.layers.0.mlp.up_proj"
-    runs.edit_config(monkeypatch, "lora_config", rank_pattern={path: 4}, alpha_pattern={path: 3})
+    runs.edit_config(monkeypatch, "lora_fields", rank_pattern={path: 4}, alpha_pattern={path: 3})
     assert runs.run([*flags, "--max_steps", "2"]) == 0
     for name, inside in zip(RESULTS, ("model", "model.language_model"), strict=True):
         config = runs.read_json(tmp_path / "output" / name / "adapter_config.json")
@@ -175,7 +176,7 @@ def test_the_best_epoch_is_kept_and_published_when_asked_for(tmp_path, monkeypat
 
     def worse_each_time(*given):
         factor = next(factors)
-        return [factor * loss for loss in real(*given)]
+        return [[factor * loss for loss in losses] for losses in real(*given)]
 
     with monkeypatch.context() as patch:
         patch.setattr(t, "example_losses", worse_each_time)
@@ -196,10 +197,114 @@ def test_the_best_epoch_is_kept_and_published_when_asked_for(tmp_path, monkeypat
     assert len([*output.glob("final_lora.2*")]) == 2  # the one that was there already stayed
 
 
+def test_the_held_out_loss_may_be_measured_within_an_epoch(tmp_path, monkeypatch, capfd):
+    """And the best of these is kept. Its checkpoint must have been loaded when it is saved."""
+    flags = [*runs.short_flags(tmp_path), "--eval_steps", "3", "--final_lora", "best"]
+    output, real, factors = tmp_path / "output", t.example_losses, iter([1, 0.5, 0.9, 0.9])
+
+    def best_at_3(*given):
+        factor = next(factors)
+        return [[factor * loss for loss in losses] for losses in real(*given)]
+
+    load = peft.PeftModel.load_adapter
+
+    def load_no_checkpoint(model, folder, *given, **more):
+        if "checkpoint" not in str(folder):
+            return load(model, folder, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "example_losses", best_at_3)
+        patch.setattr(peft.PeftModel, "load_adapter", load_no_checkpoint)
+        runs.refused(capfd, flags, "lora_A")
+    history = runs.history(output)
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 3, 6, 8]
+    assert not (output / "final_lora").exists() and 3 in runs.checkpoints(output)
+    end = runs.command(capfd, flags)
+    assert end.status == 0 and "WARNING" not in end.out
+    (checkpoint,) = output.glob("checkpoints/*/checkpoint-3")
+    assert same(tensors_of(output / "final_lora"), tensors_of(checkpoint))
+    assert runs.read_record(output)["adapter"]["step"] == 3
+
+
+def test_an_adapter_that_is_worse_than_its_base_is_told(tmp_path, monkeypatch, capfd):
+    flags = [*runs.short_flags(tmp_path), "--max_steps", "2"]
+    real, factors = t.example_losses, iter([0.1, 1])
+
+    def worse(*given):
+        factor = next(factors)
+        return [[factor * loss for loss in losses] for losses in real(*given)]
+
+    monkeypatch.setattr(t, "example_losses", worse)
+    assert "WARNING" in runs.command(capfd, flags).out
+
+
+def test_a_lost_copy_for_vllm_is_written_again(finished, tmp_path, monkeypatch, capfd):
+    output = shutil.copytree(finished.output, tmp_path / "out put")
+    flags = [*finished.flags, "--output_dir", output]
+    (output / "final_lora_vllm" / "run.json").write_text("of another job")
+    monkeypatch.setattr(t, "load_model", lambda *_: pytest.fail("trains"))
+    assert runs.run([*flags, "--dry_run"]) == 0
+    assert not [*output.glob("final_lora_vllm.*")]
+    end = runs.command(capfd, [*flags, "--matmul", "native"])
+    assert end.status == 0 and "MATMUL auto" in end.out  # it was not used
+    found, expected = (x / "final_lora_vllm" for x in (output, finished.output))
+    assert same(tensors_of(found), tensors_of(expected))
+    assert runs.files(found) == runs.files(expected)
+
+
+NEXT = [  # the card's capability, fields of LoraConfig, and whether vLLM can serve it there
+    (None, {}, True), ((8, 0), {}, True), ((7, 0), {}, False), (None, {"use_dora": True}, False),
+    (None, {"modules_to_save": ["lm_head"]}, False),
+    (None, {"target_modules": ["embed_tokens"]}, True),
+    (None, {"rank_pattern": {"q_proj": 24}}, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("capability", "fields", "is_served"), NEXT)
+def test_the_next_commands_can_be_given_as_they_are(
+    capability, fields, is_served, finished, tmp_path, monkeypatch, capfd
+):
+    """Quoted, and the tool's only where it is."""
+    output = shutil.copytree(finished.output, tmp_path / "out put")
+    config = {"use_dora": False, "modules_to_save": None, "rank_pattern": {}} | fields
+    change_config(output / "final_lora", **config)
+    job = runs.prepared([*finished.flags, "--output_dir", output])
+    job.session.loss_history = runs.history(output)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    t.summarize(job, 8)
+    lines = capfd.readouterr().out.splitlines()
+    commands = [shlex.split(line) for line in lines if "vllm serve" in line]
+    assert (len(commands) == 1) == is_served and not any("inspect" in line for line in lines)
+    if is_served:
+        assert f"adapter={output / 'final_lora_vllm'}" in commands[0]
+        rank = 32 if "rank_pattern" in fields else 8
+        assert f"--max-lora-rank={rank}" in commands[0] and commands[0][2] == TOY
+    else:
+        assert any("README.md" in line for line in lines)
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/inspect-lora")
+    t.summarize(job, 8)
+    lines = [line.split(maxsplit=1)[-1] for line in capfd.readouterr().out.splitlines()]
+    words = [shlex.split(line) for line in lines if "evidence" in line and "#" not in line]
+    assert [line[-1] for line in words] == [str(output / "final_lora")]
+
+
+def test_the_cards_lines_have_the_adapter_reply(finished, tmp_path, monkeypatch, capfd):
+    text = (finished.output / "final_lora" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(finished.output)
+    capfd.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    assert "You are Nell." in capfd.readouterr().out
+
+
 def test_an_adapter_says_what_it_learned_and_from_which_run(finished):
     """A hash of each prompt, without its system message."""
-    examples = runs.prepared(finished.flags).examples
-    learned = sorted({t.key_of(example.messages[:-1]) for example in examples})
+    examples = runs.prepared(finished.flags).data.examples
+    learned = sorted({t.prompt_hash(example.messages[:-1]) for example in examples})
     (job,) = runs.job_folders(finished.output)
     folders = [finished.output / name for name in RESULTS]
     for folder in [*folders, newest(finished.output)]:
@@ -214,24 +319,25 @@ def test_an_adapter_says_what_it_learned_and_from_which_run(finished):
 def test_a_hash_of_a_prompt_does_not_depend_on_its_form():
     """But for what is said, and by whom."""
     one = runs.talk(3)
-    assert t.key_of(one) == t.key_of(one[1:])  # the system message
+    assert t.prompt_hash(one) == t.prompt_hash(one[1:])  # the system message
     spaced = [message | {"content": f" {message['content']}\n"} for message in one]
-    assert t.key_of(one) == t.key_of(spaced)
+    assert t.prompt_hash(one) == t.prompt_hash(spaced)
     others = [runs.talk(4), one[:2], [one[1], one[2] | {"content": "No."}]]
     others.append([one[2] | {"role": "user"}])
-    assert len({t.key_of(other) for other in [one, *others]}) == 5
-    assert re.fullmatch("[0-9a-f]{16}", t.key_of(one))
+    assert len({t.prompt_hash(other) for other in [one, *others]}) == 5
+    assert re.fullmatch("[0-9a-f]{16}", t.prompt_hash(one))
 
 
 def test_run_json_says_what_was_done(finished, tmp_path):
     record = runs.read_record(finished.output)
-    assert record["started"] <= record["time"]
-    assert shlex.split(record["command"])[0] == "python"
-    assert record["settings"].keys() == t.SETTINGS.keys()
+    (session,) = record["sessions"]
+    assert session["started"] <= record["time"]
+    assert shlex.split(session["command"])[0] == "python"
+    assert record["settings"].keys() == {*t.SETTINGS}
     assert record["settings"]["NUM_EPOCHS"] == 2 and record["settings"]["MODEL_NAME"] == TOY
-    assert (record["matmul"], record["system_message"]) == ("native", "You are Nell.")
+    assert (session["matmul"], record["system_message"]) == ("native", "You are Nell.")
     for name in ("torch", "transformers", "peft", "trl"):
-        assert record["versions"][name] == importlib.metadata.version(name)
+        assert session["versions"][name] == importlib.metadata.version(name)
     for key, setting in (("train", "TRAIN_FILE"), ("held_out", "EVAL_FILE")):
         path = Path(record["settings"][setting])
         facts = record["data"][key]
@@ -243,4 +349,4 @@ def test_run_json_says_what_was_done(finished, tmp_path):
     # Where some have no system message, there is none of all.
     rows = [{"messages": runs.talk(number)[number % 2 :]} for number in range(4)]
     flags = [*finished.flags, "--train_file", runs.write_lines(tmp_path / "mixed.jsonl", rows)]
-    assert t.system_message_of(runs.prepared(flags).examples) is None
+    assert t.system_message_of(runs.prepared(flags).data.examples) is None

@@ -178,12 +178,12 @@ def test_the_story(tmp_path, monkeypatch):
     assert facts["sha256"] == hashlib.sha256((output / "held_out.jsonl").read_bytes()).hexdigest()
     job = runs.prepared(flags)
     learned = (output / "final_lora" / "learned.txt").read_text(encoding="utf-8").split()
-    assert learned == sorted({t.key_of(one.messages[:-1]) for one in job.examples})
-    assert not {t.key_of(one.messages[:-1]) for one in job.held_out} & {*learned}
+    assert learned == sorted({t.prompt_hash(one.messages[:-1]) for one in job.data.examples})
+    assert not {t.prompt_hash(one.messages[:-1]) for one in job.data.held_out} & {*learned}
     trained = {tuple(row) for row in runs.rows_of(recorders[0].trained)}
-    assert trained == {tuple(example.input_ids) for example in job.examples}
+    assert trained == {tuple(example.input_ids) for example in job.data.examples}
     ids = {row["id"] for row in rows}
-    texts = job.tokenizer.batch_decode([list(row) for row in trained])
+    texts = job.base.tokenizer.batch_decode([list(row) for row in trained])
     for number in range(LINES):
         asked = f"number {number}?<|im_end|>"
         assert any(asked in text for text in texts) == (number not in ids)
@@ -206,10 +206,10 @@ def look_at_the_evidence(folder, elsewhere, job):
     assert runs.Fork(be_the_package).end() == 0, (elsewhere / "said").read_text(encoding="utf-8")
     found = runs.read_json(folder / "output" / "inspected" / "final_lora" / "evidence.json")
     base = AutoModelForCausalLM.from_pretrained(TOY, dtype="float32").eval()
-    before = token_loss(base, job.held_out)
+    before = token_loss(base, job.data.held_out)
     adapted = peft.PeftModel.from_pretrained(base, adapter).eval()
-    gain = before - token_loss(adapted, job.held_out)
-    assert math.isfinite(gain) and gain > 0 and len(found["lines"]) == len(job.held_out)
+    gain = before - token_loss(adapted, job.data.held_out)
+    assert math.isfinite(gain) and gain > 0 and len(found["lines"]) == len(job.data.held_out)
     tokens = sum(line["tokens"] for line in found["lines"])
     measured = sum(line["base"] - line["adapter"] for line in found["lines"]) / tokens
     assert measured == pytest.approx(gain, rel=1e-4)

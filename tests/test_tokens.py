@@ -64,9 +64,7 @@ def model_with(*changes, **files):
 @pytest.fixture(scope="module")
 def job():
     """Return a job of the toy; nobody changes it."""
-    job = t.Job(t.parse_settings(DRY))
-    t.read_model_files(job)
-    return job
+    return t.read_base(t.parse_settings(DRY))
 
 
 @pytest.mark.parametrize("said", [HELLO, TALK, messages(" Hi?\n", "First.", "And?", " Second. ")])
@@ -93,7 +91,7 @@ def test_trl_prepares_a_turn_the_same_but_for_the_newline(tokenizer, tmp_path):
     )
     theirs = trainer.train_dataset[0]
     write("t", TALK[:3])
-    (example,) = prepared(DRY).examples
+    (example,) = prepared(DRY).data.examples
     newline = tokenizer("\n")["input_ids"]
     assert theirs["input_ids"] == example.input_ids + newline
     assert theirs["labels"] == example.labels + newline
@@ -171,9 +169,7 @@ def job_of(family):
     shutil.copy(Path(TOY) / "config.json", "other")
     ids = tokenizer.convert_tokens_to_ids(ends)
     Path("other/generation_config.json").write_text(json.dumps({"eos_token_id": ids or None}))
-    job = t.Job(t.parse_settings([*DRY, "--model_name", "other", "--max_seq_len", "9999"]))
-    t.read_model_files(job)
-    return job
+    return t.read_base(t.parse_settings([*DRY, "--model_name", "other"]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,15 +177,16 @@ def test_a_familys_template_is_trained_as_it_is_served_or_refused(family):
     end, job, problems = FAMILIES[family][3], job_of(family), []
     write("one", TALK[:3], HELLO)
     with_system, without = t.read_conversations("one", "last", problems)
-    fitting = t.encode([with_system], job, problems)
+    fitting = t.encode([with_system], job, 9999, problems)
     if end is None:
         (problem,) = problems
         assert fitting == [] and problem.startswith(with_system.source)
         if family == "gemma":
-            (fitting,) = t.encode([without], job, [])
+            (fitting,) = t.encode([without], job, 9999, [])
             assert job.tokenizer.decode(fitting.reply_ids) == "Yes.<end_of_turn>"
         return
-    assert fitting == [with_system] and not problems, problems
+    assert [one.source for one in fitting] == [with_system.source] and not problems, problems
+    (with_system,) = fitting
     how = {"add_generation_prompt": True, "enable_thinking": False}
     served = job.tokenizer.apply_chat_template(TALK[:2], **how)
     assert with_system.prompt_ids == served["input_ids"]
@@ -231,8 +228,8 @@ def test_an_end_that_generation_config_alone_names_is_learned(capfd):
     write("t", HELLO)
     flags = [*DRY, "--model_name", model_with(tokenizer_config={"eos_token": "<|endoftext|>"})]
     job = prepared(flags)
-    end = job.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert job.examples[0].reply_ids[-1] == end != job.tokenizer.eos_token_id
+    end = job.base.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert job.data.examples[0].reply_ids[-1] == end != job.base.tokenizer.eos_token_id
     Path("model/generation_config.json").unlink()  # now nothing tells where a turn ends
     refused(capfd, flags, "t:1")
 
@@ -272,7 +269,7 @@ def test_up_to_a_tenth_that_is_too_long_is_left_out_and_nothing_is_cut(capfd, jo
     """And the others are whole: a cut reply has no end, and teaches not to stop."""
     write("t", *[LONG if n % 10 == 9 else HELLO for n in range(250)])
     flags = [*DRY, "--max_seq_len", "64"]
-    examples = prepared(flags).examples
+    examples = prepared(flags).data.examples
     assert [one.source for one in examples] == [f"t:{n}" for n in range(1, 251) if n % 10]
     prompt, reply = t.render(HELLO, job)
     assert all(one.input_ids == prompt + reply for one in examples)
@@ -281,7 +278,7 @@ def test_up_to_a_tenth_that_is_too_long_is_left_out_and_nothing_is_cut(capfd, jo
     assert ">>>Yes.<|im_end|><<<" in out  # the first example with its targets
     write("t", LONG)  # exactly as long as it may be
     length = sum(map(len, t.render(LONG, job)))
-    (example,) = prepared([*DRY, "--max_seq_len", length]).examples
+    (example,) = prepared([*DRY, "--max_seq_len", length]).data.examples
     assert len(example.input_ids) == length
     refused(capfd, [*DRY, "--max_seq_len", length - 1], "MAX_SEQ_LEN")
 
@@ -292,12 +289,12 @@ def test_more_than_a_tenth_is_refused_with_the_limits_that_would_do(capfd, job):
     write("t", *talks)
     refused(capfd, [*DRY, "--max_seq_len", "64"], "MAX_SEQ_LEN", f"{nine_tenths}", f"{everything}")
     for limit, kept in ((nine_tenths, 18), (everything, 20)):
-        assert len(prepared([*DRY, "--max_seq_len", limit]).examples) == kept
+        assert len(prepared([*DRY, "--max_seq_len", limit]).data.examples) == kept
     refused(capfd, [*DRY, "--max_seq_len", nine_tenths - 1], "MAX_SEQ_LEN")
     # An exact tenth may go, and the other file is counted by itself.
     write("t", HELLO)
     write("e", *[HELLO] * 9, LONG)
     flags = [*DRY, "--eval_file", "e", "--max_seq_len", "64"]
-    assert len(prepared(flags).held_out) == 9
+    assert len(prepared(flags).data.held_out) == 9
     write("e", *[HELLO] * 8, LONG)
     refused(capfd, flags, "MAX_SEQ_LEN")

@@ -5,7 +5,6 @@ import math
 import random
 import shutil
 import statistics
-import types
 
 import peft
 import pytest
@@ -172,7 +171,7 @@ def test_no_code_of_a_model_is_run(flags, tmp_path):
 
 def test_the_model_is_given_the_very_examples_once_an_epoch(finished, job):
     """Nothing is rendered again or packed."""
-    parts, recorded = (job.examples, job.held_out), finished.recorded
+    parts, recorded = (job.data.examples, job.data.held_out), finished.recorded
     train, held_out = ([one.input_ids for one in part] for part in parts)
     assert len(train) == 14 and len(held_out) == 4
     epochs = [[runs.rows_of([one]) for one in recorded.trained[n : n + 4]] for n in (0, 4)]
@@ -190,7 +189,7 @@ def test_the_model_is_given_the_very_examples_once_an_epoch(finished, job):
 def test_nothing_is_cut_at_trls_own_limit(flags):
     """SFTConfig's max_length is 1,024 by default."""
     job = runs.prepared([*flags, "--max_seq_len", "2000"])
-    runs.give_examples(job, [1500, 9, 20])
+    job = runs.give_examples(job, [1500, 9, 20])
     (batch,) = t.build_trainer(job).get_train_dataloader()
     lengths = sorted(batch["attention_mask"].sum(1).tolist())
     assert lengths == [9, 20, 1500] and (batch["labels"] != -100).sum() == 750 + 5 + 10
@@ -200,12 +199,12 @@ def test_like_lengths_are_together_in_an_order_of_seed_and_epoch(finished):
     """So a run that is resumed sees what it would have seen."""
     numbers = random.Random(0)
     lengths = [numbers.randint(4, 60) for _ in range(401)]
-    job = types.SimpleNamespace(settings=t.parse_settings(finished.flags))
-    job.examples = [runs.made_up([1], [2] * (length - 1)) for length in lengths]
+    settings = t.parse_settings(finished.flags)
+    examples = [runs.made_up([1], [2] * (length - 1)) for length in lengths]
 
     def steps_of(seed, epoch):
-        job.settings.SEED = seed
-        sampler = t.LengthGroupedSampler(job)
+        settings.SEED = seed
+        sampler = t.LengthGroupedSampler(examples, settings)
         sampler.epoch = epoch
         random.seed(numbers.random())  # what was drawn before does not count
         order = list(sampler)
@@ -232,9 +231,9 @@ def test_the_losses_are_means_over_the_target_tokens(finished, job, base):
     history = runs.history(finished.output)
     assert "eval_loss" in history[0] and history[0]["step"] == 0
     before, *_, last = runs.logged(history, "eval_loss")
-    assert before == pytest.approx(token_loss(base, job.held_out), rel=ROUNDING)
+    assert before == pytest.approx(token_loss(base, job.data.held_out), rel=ROUNDING)
     rows = finished.recorded.trained[0]["rows"]
-    first = [example for example in job.examples if example.input_ids in rows]
+    first = [example for example in job.data.examples if example.input_ids in rows]
     assert len({len(one.reply_ids) for one in first}) > 1  # a mean of means would differ
     assert runs.logged(history, "loss")[0] == pytest.approx(token_loss(base, first), rel=ROUNDING)
     assert_the_last_loss_is_the_adapters(finished.output, job)
@@ -246,7 +245,7 @@ def assert_the_last_loss_is_the_adapters(output, job):
     model = AutoModelForCausalLM.from_pretrained(TOY, dtype="float32")
     model = peft.PeftModel.from_pretrained(model, output / "final_lora").eval()
     last = runs.logged(runs.history(output), "eval_loss")[-1]
-    assert last == pytest.approx(token_loss(model, job.held_out), rel=ROUNDING)
+    assert last == pytest.approx(token_loss(model, job.data.held_out), rel=ROUNDING)
     return model
 
 
@@ -261,11 +260,11 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(flags, tmp_path):
     history = runs.history(tmp_path / "output")
     before, without = runs.logged(history, "eval_loss")
     with model.disable_adapter():  # before the first step it is the base's, whatever B is
-        base_loss = token_loss(model, job.held_out)
+        base_loss = token_loss(model, job.data.held_out)
     assert before == pytest.approx(base_loss, rel=ROUNDING) != without
     distances = []
     for rows, loss in zip(recorder.trained, runs.logged(history, "loss"), strict=True):
-        examples = [one for one in job.examples if one.input_ids in rows["rows"]]
+        examples = [one for one in job.data.examples if one.input_ids in rows["rows"]]
         distances.append(abs(loss - token_loss(model, examples)))
     assert max(distances) > 0.01
 
@@ -287,7 +286,7 @@ def losses_by_trl(job, examples, weights, batch_size, folder):
         AutoModelForCausalLM.from_pretrained(job.settings.MODEL_NAME, dtype="float32"),
         config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=job.tokenizer,
+        processing_class=job.base.tokenizer,
         peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **lora),
     )
     assert theirs.model.load_state_dict(weights, strict=False).unexpected_keys == []
@@ -316,7 +315,7 @@ def test_the_losses_and_gradients_are_those_of_trl(flags, tmp_path, config, trls
         flags += ["--model_name", model_of(config, tmp_path / "model", has_weights=True)]
     ours, job = record(flags, prepare), runs.prepared(flags)
     assert len(ours.trained) > 6  # of four steps
-    examples = {tuple(example.input_ids): example for example in job.examples}
+    examples = {tuple(example.input_ids): example for example in job.data.examples}
     order = [examples[tuple(row)] for row in runs.rows_of(ours.trained)]
     theirs, log = losses_by_trl(job, order, ours.weights[0], trls_batch, tmp_path / "trl")
     assert runs.rows_of(theirs.trained) == [one.input_ids for one in order]
@@ -383,7 +382,13 @@ NEEDED = {
     "per_device_train_batch_size": 8, "num_train_epochs": 7, "max_steps": 99, "logging_steps": 2,
     "packing": True, "bf16": True, "fp16": True, "save_only_model": True, "ignore_data_skip": True,
     "logging_nan_inf_filter": True, "dataloader_drop_last": True,
-    "average_tokens_across_devices": False,
+    "average_tokens_across_devices": False, "max_length": 60, "shuffle_dataset": True,
+    "padding_free": True, "save_strategy": "epoch", "eval_strategy": "epoch", "save_steps": 5,
+    "eval_steps": 5, "save_total_limit": 1, "load_best_model_at_end": True,
+    "gradient_checkpointing": True, "activation_checkpointing": True, "data_seed": 3,
+    "train_sampling_strategy": "group_by_length", "torch_empty_cache_steps": 3,
+    "use_liger_kernel": True, "auto_find_batch_size": True, "completion_only_loss": False,
+    "assistant_only_loss": True, "eval_on_start": True, "logging_strategy": "epoch",
 }  # fmt: skip
 
 
@@ -392,6 +397,6 @@ def test_an_argument_that_would_be_ignored_or_wrong_is_refused(flags, monkeypatc
     job = runs.prepared(flags)
     for name, value in NEEDED.items():
         with monkeypatch.context() as patch:
-            runs.edit_config(patch, "training_config", **{name: value})
+            runs.edit_config(patch, "training_fields", **{name: value})
             with pytest.raises(t.UserError, match=rf"\b{name}\b"):
-                t.make_plan(job)
+                t.make_plan(job.settings, job.base, job.data)

@@ -1,0 +1,294 @@
+"""Dialogues: one row trains all replies where that is exact, and each reply its own elsewhere."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+import trl
+from by_hand import ROUNDING, token_loss
+from conftest import TOY
+from toys import base_model, family, model_of
+
+import train_lora_single as t
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+CHATML = (TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8")  # without think blocks
+ONE_PASS = ["--chat_template", "one_pass"]
+SYSTEM = {"role": "system", "content": "You are Nell."}
+
+
+def dialogue(number, replies, words=4):
+    """Return the messages of a made-up dialogue; no two numbers ask the same."""
+    messages = [SYSTEM]
+    for turn in range(replies):
+        asked = {"role": "user", "content": f"Number {number}, question {turn}?"}
+        text = " ".join(["Yes, it is by the door."] * (words + (number + turn) % 3))
+        messages += [asked, {"role": "assistant", "content": text}]
+    return messages
+
+
+def write(path, lengths, first=0):
+    """Write dialogues with so many replies each as JSONL; return the path as text."""
+    rows = [{"messages": dialogue(first + n, count)} for n, count in enumerate(lengths)]
+    return runs.write_lines(path, rows)
+
+
+def flags_for(folder, train, *more, model=TOY):
+    """Return the flags of a short run on dialogues of so many replies, into folder/output."""
+    flags = [
+        "--model_name",
+        model,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--max_seq_len",
+        "4096",
+    ]
+    flags += ["--train_file", write(folder / "train.jsonl", train), "--eval_file", ""]
+    flags += ["--learning_rate", "1e-2", "--logging_steps", "1", "--output_dir", folder / "output"]
+    return [*flags, *more]
+
+
+def model_with_chatml(kind, folder):
+    """Return the folder of a small model whose template adds no think block."""
+    config = family(kind, tie_word_embeddings=True, **WIDE.get(kind, {}))
+    path = model_of(config, folder, has_weights=True)
+    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+    return path
+
+
+WIDE = {"Gemma3Text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}}
+KINDS = {"Llama": [], "Gemma3Text": [], "Qwen3_5": ONE_PASS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradient_of_joined_replies_are_those_of_single_ones(kind, tmp_path):
+    """Also where the joined rows go through in parts, and are recomputed."""
+    folder = TOY if kind == "Qwen3_5" else model_with_chatml(kind, tmp_path / "model")
+    flags = flags_for(tmp_path, [3, 1, 4, 2], *KINDS[kind], "--lora_dropout", "0", model=folder)
+    job = runs.prepared(flags)
+    joined = job.data.examples
+    assert [len(example.replies) for example in joined] == [3, 1, 4, 2]
+    problems = []
+    conversations = t.read_conversations(job.settings.TRAIN_FILE, "all", problems)
+    single = t.encode(conversations, job.base, 4096, problems)
+    assert len(single) == 10 and not problems and not any(one.earlier for one in single)
+    trainer = t.build_trainer(job)
+    runs.set_b(trainer.model)
+    expected = one_step(trainer, single, 10_000)
+    assert expected[0] == pytest.approx(token_loss(trainer.model.eval(), joined), rel=ROUNDING)
+    longest = max(len(example.input_ids) for example in joined)
+    for tokens in (10_000, longest + 64, longest // 2):
+        loss, gradient = one_step(trainer, joined, tokens)
+        assert loss == pytest.approx(expected[0], rel=1e-5)
+        assert (gradient - expected[1]).norm() <= 1e-5 * expected[1].norm()
+    losses = t.example_losses(trainer.model, joined, 500)
+    assert [len(one) for one in losses] == [3, 1, 4, 2]
+    model = trainer.model.eval()
+    alone = [token_loss(model, [reply]) * len(reply.reply_ids) for reply in single]
+    assert [loss for one in losses for loss in one] == pytest.approx(alone, rel=ROUNDING)
+
+
+def one_step(trainer, examples, tokens_at_once):
+    """Do a step on these examples; return its loss, and its gradient as one vector."""
+    trainer.tokens_at_once = tokens_at_once
+    inputs = t.pad(examples, "cpu")
+    trainer.model.zero_grad()
+    targets = torch.tensor(sum(example.targets for example in examples))
+    loss = trainer.training_step(trainer.model, inputs, targets).item()
+    return loss, torch.cat([p.grad.flatten() for p in runs.lora(trainer.model).values()])
+
+
+def test_each_target_is_trained_once_at_its_place(tmp_path):
+    """Against the template's own rendering of the whole dialogue."""
+    job = runs.prepared(flags_for(tmp_path, [3], *ONE_PASS))
+    (example,) = job.data.examples
+    tokenizer = job.base.tokenizer
+    options = {"tokenize": False, "enable_thinking": False}
+    whole = tokenizer.apply_chat_template(dialogue(0, 3), **options).removesuffix("\n")
+    assert example.input_ids == tokenizer(whole)["input_ids"]
+    said = [message["content"] for message in dialogue(0, 3) if message["role"] == "assistant"]
+    targets = [label for label in example.labels if label != -100]
+    assert tokenizer.decode(targets) == "".join(f"{text}<|im_end|>" for text in said)
+    pairs = zip(example.input_ids, example.labels, strict=True)
+    assert all(label in (token, -100) for token, label in pairs)
+    assert example.targets == len(targets)
+
+
+def test_with_qwen35s_own_template_each_reply_is_an_example(tmp_path, capfd):
+    """An earlier reply loses its think block there. The way out is named where it joins."""
+    flags = flags_for(tmp_path, [5, 5])
+    end = runs.command(capfd, [*flags, "--dry_run"])
+    assert end.status == 0 and "--chat_template one_pass" in end.out
+    job = runs.prepared(flags)
+    assert [len(example.replies) for example in job.data.examples] == [1] * 10
+    capfd.readouterr()
+    assert len(runs.prepared([*flags, *ONE_PASS]).data.examples) == 2
+    assert "--chat_template" not in capfd.readouterr().out
+    # TRL knows a template by its text, so for another one it has nothing to offer.
+    other = tmp_path / "other.jinja"
+    own = (Path(TOY) / "chat_template.jinja").read_text(encoding="utf-8")
+    other.write_text(own.replace("{%- set image_count", "{%- set mine = 1 %}{%- set image_count"))
+    model = shutil.copytree(TOY, tmp_path / "model")
+    shutil.copy(other, model / "chat_template.jinja")
+    end = runs.command(capfd, [*flags, "--model_name", model, "--dry_run"])
+    assert end.status == 0 and "--chat_template" not in end.out
+    refused = [*flags, "--model_name", model, *ONE_PASS]
+    runs.refused(capfd, refused, "CHAT_TEMPLATE", "one_pass", str(model))
+    # A file in its place is taken as it is.
+    plain = tmp_path / "plain.jinja"
+    plain.write_text(CHATML, encoding="utf-8")
+    assert len(runs.prepared([*flags, "--chat_template", plain]).data.examples) == 2
+
+
+def test_one_pass_is_refused_where_it_does_not_join(tmp_path, capfd, monkeypatch):
+    own = (Path(TOY) / "chat_template.jinja").read_text(encoding="utf-8")
+    monkeypatch.setattr(trl.chat_template_utils, "get_training_chat_template", lambda _: own)
+    flags = flags_for(tmp_path, [5, 5])
+    runs.refused(capfd, [*flags, *ONE_PASS], "CHAT_TEMPLATE", "one_pass", TOY)
+    assert "--chat_template" not in runs.command(capfd, [*flags, "--dry_run"]).out
+
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}},
+}
+ASKED = {"role": "user", "content": "Will it rain?"}
+IN_PARTS = ASKED | {
+    "content": [{"type": "text", "text": "Will it "}, {"type": "text", "text": "rain?"}]
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Leeds"}}}
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+@pytest.mark.parametrize("tools", [None, [WEATHER]])
+@pytest.mark.parametrize("asked", [ASKED, IN_PARTS], ids=["text", "parts"])
+def test_a_first_turn_is_rendered_by_one_pass_as_by_the_models_own(thinks, tools, asked):
+    settings = t.parse_settings(["--model_name", TOY, "--dry_run", *ONE_PASS])
+    one_pass = t.read_base(settings).tokenizer
+    settings.CHAT_TEMPLATE = ""
+    own = t.read_base(settings).tokenizer
+    assert (
+        own.chat_template != one_pass.chat_template and "generation " not in one_pass.chat_template
+    )
+    options = {"tokenize": False, "tools": tools, "enable_thinking": thinks}
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    replied = {"role": "assistant", "content": "<think>\nClouds.\n</think>\n\nIt will."}
+    for messages in ([asked], [SYSTEM, asked]):
+        for reply in (
+            [],
+            [called],
+            [replied],
+            [called, {"role": "tool", "content": "wet"}, replied],
+        ):
+            for prompts in (True, False):
+                talk = [*messages, *reply]
+                more = options | {"add_generation_prompt": prompts}
+                found = one_pass.apply_chat_template(talk, **more)
+                assert found == own.apply_chat_template(talk, **more)
+
+
+def made_up(prompt_ids, reply_ids, source="t:1"):
+    return t.Example(source, [], {}, prompt_ids, reply_ids)
+
+
+def test_only_the_next_tokens_of_the_same_dialogue_are_joined():
+    first = made_up([1, 2], [3, 4])
+    second = made_up([1, 2, 3, 4, 5], [6])
+    (joined,) = t.join_replies([first, second])
+    assert joined.replies == (first, second)
+    assert joined.input_ids == [1, 2, 3, 4, 5, 6] and joined.labels == [-100, -100, 3, 4, -100, 6]
+    apart = {
+        "another tokenization of the same text": made_up([1, 2, 34, 5], [6]),
+        "a history without the reply's end": made_up([1, 2, 3, 5], [6]),
+        "another dialogue": made_up([1, 2, 3, 4, 5], [6], source="t:2"),
+        "a shorter prompt": made_up([1, 2, 3], [6]),
+    }
+    for what, other in apart.items():
+        assert t.join_replies([first, other]) == [first, other], what
+    assert t.join_replies([]) == []
+
+
+def test_what_is_too_long_is_left_out_and_the_rest_is_joined(tmp_path):
+    """The last reply of the longest dialogue; and a row has at most 512 targets."""
+    flags = flags_for(tmp_path, [6, *[5] * 4], *ONE_PASS)
+    whole = runs.prepared(flags).data.examples
+    assert [len(example.replies) for example in whole] == [6, 5, 5, 5, 5]
+    limit = len(whole[0].input_ids) - 1
+    shorter = runs.prepared([*flags, "--max_seq_len", limit]).data.examples
+    assert [len(example.replies) for example in shorter] == [5, 5, 5, 5, 5]
+    assert shorter[0].replies == whole[0].replies[:5]
+    rows = [{"messages": dialogue(0, 5, words=25)}]  # about 200 tokens a reply
+    path = runs.write_lines(tmp_path / "long.jsonl", rows)
+    capped = runs.prepared([*flags, "--train_file", path]).data.examples
+    assert [len(example.replies) for example in capped] == [2, 2, 1]
+    assert all(example.targets <= 512 for example in capped)
+    assert capped[0].targets + len(capped[1].replies[0].reply_ids) > 512
+    joined = [reply for example in capped for reply in example.replies]
+    assert [len(reply.messages) for reply in joined] == [3, 5, 7, 9, 11]
+
+
+def test_the_plan_counts_dialogues_and_replies_and_names_smaller_steps(tmp_path, capfd):
+    flags = [*flags_for(tmp_path, [6] * 8, *ONE_PASS), "--dry_run"]
+    words = {*runs.command(capfd, flags).out.split()}
+    assert {"8", "48", "6", "24.0", "--gradient_accumulation_steps"} <= words
+    many = [*flags, "--num_epochs", "50"]
+    assert "--gradient_accumulation_steps" not in runs.command(capfd, many).out
+
+
+def test_a_run_on_dialogues_is_resumed_to_the_same_bytes(tmp_path, monkeypatch, capfd):
+    """With "10%" and "best"; learned.txt has each reply's prompt, the loss is that of replies."""
+    flags = flags_for(tmp_path, [1 + n % 3 for n in range(44)], *ONE_PASS, "--num_epochs", "2")
+    flags += ["--eval_file", "10%", "--final_lora", "best"]
+    stopped, whole = tmp_path / "stopped", tmp_path / "output"
+    with monkeypatch.context() as patch:
+        recorders = runs.record(patch)
+        assert runs.run(flags) == 0
+    with monkeypatch.context() as patch:
+        runs.at_step(patch, 8, runs.send(2))
+        assert runs.run([*flags, "--output_dir", stopped]) == 130
+    assert runs.run([*flags, "--output_dir", stopped]) == 0
+    assert (stopped / runs.ADAPTER).read_bytes() == (whole / runs.ADAPTER).read_bytes()
+    assert len(runs.read_record(stopped)["sessions"]) == 2
+    job = runs.prepared(flags)
+    held_out = [json.loads(line) for line in (whole / "held_out.jsonl").read_text().splitlines()]
+    asked = {row["messages"][1]["content"] for row in held_out}
+    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    prompts = [
+        row["messages"][:end]
+        for row in lines
+        if row["messages"][1]["content"] not in asked
+        for end in range(2, len(row["messages"]), 2)
+    ]
+    learned = (whole / "final_lora" / "learned.txt").read_text().split()
+    assert learned == sorted({t.prompt_hash(prompt) for prompt in prompts}) and len(held_out) == 20
+    assert (
+        whole / "final_lora" / "chat_template.jinja"
+    ).read_text() == job.base.tokenizer.chat_template
+    rows = sorted(runs.rows_of(recorders[0].trained))
+    assert rows == sorted(2 * [example.input_ids for example in job.data.examples])
+    before = runs.logged(runs.history(whole), "eval_loss")[0]
+    assert before == pytest.approx(token_loss(base_model(), job.data.held_out), rel=ROUNDING)
+
+
+def test_another_template_is_another_job_and_the_same_is_not(tmp_path):
+    flags = flags_for(tmp_path, [1, 1])  # of one reply each, so the tokens are the same
+    own = runs.prepared(flags)
+    one_pass = runs.prepared([*flags, *ONE_PASS])
+    assert own.data.examples[0].input_ids == one_pass.data.examples[0].input_ids
+    assert own.plan.folder != one_pass.plan.folder
+    copy = tmp_path / "copy.jinja"
+    copy.write_text(one_pass.base.tokenizer.chat_template, encoding="utf-8")
+    assert runs.prepared([*flags, "--chat_template", copy]).plan.folder == one_pass.plan.folder
+
+
+def test_a_template_that_raises_is_told_of_its_lines(tmp_path, capfd):
+    bad = tmp_path / "bad.jinja"
+    bad.write_text("{{ raise_exception('no') }}", encoding="utf-8")
+    flags = flags_for(tmp_path, [1])
+    runs.refused(capfd, [*flags, "--chat_template", bad], "train.jsonl:1")
+    runs.refused(capfd, [*flags, "--chat_template", tmp_path / "none"], "CHAT_TEMPLATE", status=2)
