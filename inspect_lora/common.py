@@ -8,22 +8,34 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import textwrap
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class InspectError(Exception):
     """What a user can put right; its text says what is wrong, where, and what to do."""
 
 
-def say(section: str, lines: str | list[str]) -> None:
-    """Print lines beside the name of their section."""
+def program() -> str:
+    """Return how this was started, for the commands that are printed."""
+    is_installed = Path(sys.argv[0]).name == "inspect-lora"
+    return "inspect-lora" if is_installed else "python -m inspect_lora"
+
+
+def say(section: str, lines: str | list[str], file: TextIO | None = None) -> None:
+    """Print lines beside the name of their section: what was asked for, to stdout."""
     text = lines if isinstance(lines, str) else "\n".join(lines)
-    print(f"{section:<10}{text}".replace("\n", "\n" + " " * 10), flush=True)
+    print(f"{section:<10}{text}".replace("\n", "\n" + " " * 10), file=file, flush=True)
+
+
+def tell(section: str, lines: str | list[str]) -> None:
+    """Print progress, a warning or where files are, to stderr."""
+    say(section, lines, sys.stderr)
 
 
 def wrapped(sentence: str, width: int = 90) -> list[str]:
@@ -36,8 +48,8 @@ def aligned(head: list[str], rows: list[list[Any]]) -> list[str]:
     cells = [[str(cell) for cell in row] for row in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
-    for first, *others in cells:
-        padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+    for first, *numbers in cells:
+        padded = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *padded]).rstrip())
     return lines
 
@@ -48,10 +60,15 @@ def one_line(value: Any, width: int = 200) -> str:
     return text if len(text) <= width else f"{text[: width - 4]} ..."
 
 
+def short(name: str, width: int = 20) -> str:
+    """Return a name that keeps a table narrow."""
+    return name if len(name) <= width else f"{name[: width - 3]}..."
+
+
 def some(items: list[str], limit: int = 3) -> str:
     """Return the first items, and how many more there are."""
-    more = [f"and {len(items) - limit:,} more"] if len(items) > limit else []
-    return ", ".join([*items[:limit], *more])
+    rest = [f"and {len(items) - limit:,} more"] if len(items) > limit else []
+    return ", ".join([*items[:limit], *rest])
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -80,9 +97,11 @@ def write_whole(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes, or "" if there is no file."""
+    if not Path(path).is_file():
+        return ""
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -6,17 +6,20 @@ it learned to reply to, and run.json the SHA-256 of the file that its training h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import train_lora_single as script
-from inspect_lora.common import InspectError, file_sha256, hash_of
+from inspect_lora.common import InspectError, file_sha256, hash_of, say, some
 from inspect_lora.rules import Rule, rules_for
 
-GENERAL_FILE = Path(__file__).with_name("general.jsonl")
-MOST_ON_A_CPU = 100  # held-out prompts that both models reply to
+MOST_ASKED = {"cpu": 100, "cuda": 200}  # held-out prompts that both models reply to
+Turns = list[dict[str, str]]
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Prompt:
     kind: str
     messages: list[dict[str, str]]
     reference: str | None = None  # the reply of the file
+    rejected: str | None = None  # the bad reply of a pair
     checks: dict[str, Rule] = field(default_factory=dict)
 
 
@@ -49,18 +53,46 @@ class Kinds:
     def unused(self, rows: Iterable[dict[str, Any]]) -> list[str]:
         """Return what is wrong with rules for kinds that no line has: nobody would miss them."""
         kinds = {row.get("kind") for row in rows}
-        named = {one["name"]: one["kinds"] for one in self.rules if "kinds" in one}
-        unknown = {name: ours for name, ours in named.items() if kinds.isdisjoint(ours)}
-        return [f'the rule "{name}": no line has the kind {ours}' for name, ours in unknown.items()]
+        named = {rule["name"]: rule["kinds"] for rule in self.rules if "kinds" in rule}
+        unknown = {name: wanted for name, wanted in named.items() if kinds.isdisjoint(wanted)}
+        return [f'the rule "{name}": no line has the kind {of}' for name, of in unknown.items()]
 
 
 # ---- What the adapter's folder says
 
 
-def read_learned(place: Path) -> set[str] | None:
-    """Return the hashes of the prompts that an adapter learned, or None if that is not known."""
-    path = place / "learned.txt"
-    return set(path.read_text(encoding="utf-8").split()) or None if path.is_file() else None
+def read_learned(place: Path, train_file: str | None, thinks: bool) -> set[str] | None:
+    """Return the hashes of the prompts that an adapter learned, or None if that is not known.
+
+    train_file names what another trainer taught it.
+    """
+    path, learned = place / "learned.txt", set()
+    if path.is_file():
+        learned |= set(path.read_text(encoding="utf-8").split())
+    if train_file:
+        problems: list[str] = []
+        taught = script.read_conversations(train_file, "all", problems, thinks, takes_pairs=True)
+        learned |= {script.prompt_hash(conversation.messages[:-1]) for conversation in taught}
+        if problems:
+            say("warning", f"{len(problems)} lines of --train_file are not understood, so their "
+                f"prompts are not known as learned: {some(problems, 1)}")  # fmt: skip
+    return learned or None
+
+
+def count_trained_kinds(
+    place: Path, run: dict[str, Any], train_file: str | None, kinds: Kinds
+) -> dict[str, int] | None:
+    """Return how many lines of each kind a training had, or None if that is not known."""
+    trained = run.get("data", {}).get("train") or {}
+    paths = [Path(train_file)] if train_file else seen_from(place, str(trained.get("file") or ""))
+    for path in filter(Path.is_file, paths):
+        if train_file or file_sha256(path) == trained.get("sha256"):
+            counts: Counter[str] = Counter()
+            for entry in script.entries_of(path.read_bytes(), str(path)).values():
+                with contextlib.suppress(ValueError):
+                    counts[kinds.of(script.parse_line(entry))] += 1
+            return dict(counts) if any(counts) else None  # no line has the key
+    return None
 
 
 def file_held_out(place: Path, run: dict[str, Any]) -> str:
@@ -90,18 +122,45 @@ def seen_from(place: Path, name: str) -> list[Path]:
 # ---- Held-out conversations
 
 
-def read_held_out(path: str, replies: str, thinks: bool, kinds: Kinds) -> list[script.Example]:
-    """Return the replies of a file, all or the last of each conversation, without tokens."""
+def read_held_out(
+    path: str, replies: str, thinks: bool, kinds: Kinds
+) -> tuple[list[script.Conversation], dict[str, Turns]]:
+    """Return the replies of a file, all or the last of each conversation.
+
+    Also return by file:line the conversations that end with the bad reply of a pair.
+    """
     problems: list[str] = []
-    examples = script.read_conversations(path, replies, problems, thinks)
-    rows = {one.source: one.row for one in examples}
-    for source, row in rows.items():
+    conversations = script.read_conversations(path, replies, problems, thinks, takes_pairs=True)
+    rejected: dict[str, Turns] = {}
+    last = {conversation.source: conversation for conversation in conversations}
+    for source, conversation in last.items():
         try:
-            kinds.checks(row)
-        except InspectError as error:
+            kinds.checks(conversation.row)
+            if conversation.row.get("rejected") is not None:
+                rejected[source] = with_rejected(conversation, thinks)
+        except (InspectError, ValueError) as error:
             problems.append(f"{source}: {error}")
-    refuse(problems or kinds.unused(rows.values()))
-    return examples
+    rows = [conversation.row for conversation in last.values()]
+    refuse(problems or kinds.unused(rows))
+    return conversations, rejected
+
+
+def with_rejected(conversation: script.Conversation, thinks: bool) -> Turns:
+    """Return a conversation's messages with the line's bad reply at their end."""
+    bad = conversation.row["rejected"]
+    if isinstance(bad, str):
+        bad = [{"role": "assistant", "content": bad}]
+    if not isinstance(bad, list) or len(bad) != 1:
+        raise ValueError('"rejected" must be a text, or a list of one message')
+    *asked, good = conversation.messages
+    messages = [*asked, *bad]
+    try:
+        script.check_messages(messages, thinks)
+    except ValueError as error:
+        raise ValueError(f'"rejected": {error}') from error
+    if bad[0]["content"].split() == good["content"].split():
+        raise ValueError('"rejected" is the good reply')
+    return messages
 
 
 def refuse(problems: list[str]) -> None:
@@ -111,32 +170,69 @@ def refuse(problems: list[str]) -> None:
 
 
 def prompts_of(
-    examples: list[script.Example], lengths: dict[str, int], kinds: Kinds
+    examples: list[script.Example],
+    lengths: dict[str, int],
+    rejected: dict[str, script.Example],
+    kinds: Kinds,
 ) -> list[Prompt]:
     """Return the prompts of the replies that end their conversation, each prompt once.
 
     A line's checks are about the end of its conversation. Lines with one prompt join their checks.
     """
-    found: dict[str, Prompt] = {}
-    for one in examples:
-        if len(one.messages) == lengths[one.source]:
-            *messages, reply = one.messages
-            prompt = Prompt("held_out", one.source, kinds.of(one.row), messages, reply["content"])
-            prompt.checks = kinds.checks(one.row)
-            add_once(found, prompt)
-    return list(found.values())
+    prompts: dict[str, Prompt] = {}
+    for example in examples:
+        if len(example.messages) == lengths[example.source]:
+            *messages, reply = example.messages
+            kind = kinds.of(example.row)
+            prompt = Prompt("held_out", example.source, kind, messages, reply["content"])
+            prompt.checks = kinds.checks(example.row)
+            if example.source in rejected:
+                prompt.rejected = rejected[example.source].messages[-1]["content"]
+            add_once(prompts, prompt)
+    return list(prompts.values())
 
 
-def add_once(found: dict[str, Prompt], prompt: Prompt) -> None:
+def add_once(prompts: dict[str, Prompt], prompt: Prompt) -> None:
     """Add a prompt, or give its checks to the one with the same messages."""
-    first = found.setdefault(repr(prompt.messages), prompt)
+    first = prompts.setdefault(repr(prompt.messages), prompt)
     first.checks = prompt.checks | first.checks
 
 
-def clusters_of(examples: list[script.Example]) -> list[str]:
-    """Return the line that each reply counts with, so that a copy does not narrow an interval."""
-    first: dict[str, str] = {}
-    return [first.setdefault(script.key_of(one.messages), one.source) for one in examples]
+def clusters_of(
+    conversations: Sequence[script.Conversation], key: str | None = None
+) -> dict[str, str]:
+    """Return for each line, by file:line, the line that it counts with.
+
+    Copies of a line, lines whose prompt begins with the prompt of another one, and those that have
+    the same value of a key are one: their losses are not independent, so a dialogue that is stored
+    as one line a reply must not narrow an interval.
+    """
+    leads_to: dict[str, str] = {}  # an earlier line of the same cluster
+
+    def first_of(source: str) -> str:
+        while source in leads_to:
+            source = leads_to[source]
+        return source
+
+    def join(source: str, earlier: str) -> None:
+        first, other = first_of(earlier), first_of(source)
+        if first != other:
+            leads_to[other] = first
+
+    asked_by: dict[str, str] = {}
+    for conversation in conversations:
+        prompt = script.prompt_hash(conversation.messages[:-1])
+        join(conversation.source, asked_by.setdefault(prompt, conversation.source))
+        value = conversation.row.get(key) if key else None
+        if value is not None:
+            same = asked_by.setdefault(f"{key}: {value}", conversation.source)
+            join(conversation.source, same)
+    for conversation in conversations:
+        for place, message in enumerate(conversation.messages[:-1]):
+            if message["role"] == "user":
+                prompt = script.prompt_hash(conversation.messages[: place + 1])
+                join(conversation.source, asked_by.get(prompt, conversation.source))
+    return {each.source: first_of(each.source) for each in conversations}
 
 
 # ---- Prompts without replies
@@ -144,7 +240,7 @@ def clusters_of(examples: list[script.Example]) -> list[str]:
 
 def read_prompts(path: str, source: str, kinds: Kinds) -> list[Prompt]:
     """Return the prompts of a file, each once."""
-    found: dict[str, Prompt] = {}
+    prompts: dict[str, Prompt] = {}
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     try:
@@ -157,11 +253,11 @@ def read_prompts(path: str, source: str, kinds: Kinds) -> list[Prompt]:
             rows.append(row)
             prompt = Prompt(source, where, kinds.of(row), messages_of(row))
             prompt.checks = kinds.checks(row)
-            add_once(found, prompt)
+            add_once(prompts, prompt)
         except (InspectError, ValueError) as error:
             problems.append(f"{where}: {error}")
-    refuse(problems or kinds.unused(rows) or ([] if found else [f"{path}: no prompts"]))
-    return list(found.values())
+    refuse(problems or kinds.unused(rows) or ([] if prompts else [f"{path}: no prompts"]))
+    return list(prompts.values())
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, str]]:
@@ -185,28 +281,67 @@ def with_system(messages: list[dict[str, str]], system: str) -> list[dict[str, s
 # ---- What is drawn
 
 
-def draw(items: list[Prompt] | list[script.Example], wanted: int) -> list[int]:
-    """Return the places of at most wanted items, by their messages, in their order.
+@dataclass
+class Drawable:
+    """What may be drawn: its messages decide by a hash, its kind has a share of the draw."""
 
-    A hash of each decides, so where one is left out as learned the others are still drawn: each
-    adapter gets the same lines of a file.
+    messages: Turns
+    kind: str
+    cluster: str
+
+
+def draw(items: Sequence[Drawable], wanted: int, of_file: Counter[str]) -> list[int]:
+    """Return the places of at most wanted items, in their order.
+
+    Each kind has the share that it has in the file (of_file counts it), so the draw says what the
+    whole would. Within a kind a hash of each item decides: where one is left out as learned, the
+    others are still drawn, and each adapter gets the same lines of a file. No second item of a
+    cluster comes before the first ones of all others.
     """
-    hashes = {place: hash_of(one.messages) for place, one in enumerate(items)}
-    return sorted(sorted(hashes, key=lambda place: hashes[place])[:wanted])
+    hashes = [hash_of(item.messages) for item in items]
+    drawn: list[int] = []
+    for kind, count in shares_of(wanted, of_file).items():
+        places = [place for place, item in enumerate(items) if item.kind == kind]
+        seen: Counter[str] = Counter()
+        ranks = {}
+        for place in sorted(places, key=lambda place: hashes[place]):
+            ranks[place] = (seen[items[place].cluster], hashes[place])
+            seen[items[place].cluster] += 1
+        drawn += sorted(ranks, key=lambda place: ranks[place])[:count]
+    return sorted(drawn)
 
 
-def choose(prompts: list[Prompt], wanted: int | None) -> list[Prompt]:
-    """Return the held-out prompts that both models reply to on a CPU.
+def shares_of(wanted: int, sizes: Counter[str]) -> dict[str, int]:
+    """Return how many of each kind are drawn: in proportion, by the largest remainders."""
+    total = sizes.total()
+    if wanted >= total:
+        return dict(sizes)
+    exact = {kind: wanted * size / total for kind, size in sizes.items()}
+    shares = {kind: math.floor(number) for kind, number in exact.items()}
+    order = sorted(exact, key=lambda kind: (shares[kind] - exact[kind], kind))
+    for kind in order[: wanted - sum(shares.values())]:
+        shares[kind] += 1
+    return shares
+
+
+def draw_prompts(prompts: list[Prompt], wanted: int) -> list[int]:
+    """Return the places of at most wanted prompts, in their order."""
+    items = [Drawable(prompt.messages, prompt.kind, prompt.where) for prompt in prompts]
+    return draw(items, wanted, Counter(prompt.kind for prompt in prompts))
+
+
+def choose(prompts: list[Prompt], wanted: int | None, device: str) -> list[Prompt]:
+    """Return the held-out prompts that both models reply to.
 
     Lines with a rule that asks for something, such as the number to ring, come first: all of them,
     or as many as are wanted. The others are drawn, up to what is wanted in all.
     """
-    asking, others = [], []
-    for one in prompts:
-        asks = any("any" in rule for rule in one.checks.values())
-        (asking if asks else others).append(one)
+    asking, rest = [], []
+    for prompt in prompts:
+        asks = any("any" in rule for rule in prompt.checks.values())
+        (asking if asks else rest).append(prompt)
     if wanted is None:
-        wanted = max(MOST_ON_A_CPU, len(asking))
-    chosen = [asking[place] for place in draw(asking, wanted)]
-    chosen += [others[place] for place in draw(others, wanted - len(chosen))]
+        wanted = max(MOST_ASKED[device], len(asking))
+    chosen = [asking[place] for place in draw_prompts(asking, wanted)]
+    chosen += [rest[place] for place in draw_prompts(rest, wanted - len(chosen))]
     return sorted(chosen, key=prompts.index)

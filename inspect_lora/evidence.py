@@ -1,188 +1,272 @@
-"""Measure an adapter on held-out conversations: what it gained, what else changed, what it says.
-
-What is counted goes into evidence.json after each measurement. report.md, the picture and
-replies.html are made from that file, and are made again by `report FOLDER`, also after Ctrl-C. The
-folder is inspected/NAME beside the adapter, or --output_dir; an earlier report there is renamed.
-
-An adapter of train_lora_single.py brings its held-out file and what it learned. For another one,
---eval_file names conversations that it was not trained on. With --prompts, prompts without replies
-are asked instead: what base and adapter say, and what changed on other tasks, but no losses.
-
-Of a held-out conversation the last reply's prompt is asked. On a CPU not all of these are: those
-with a rule that asks for something ("any"), and a draw of the others, up to 100 in all. With
---replies N it is N in all.
-"""
+"""The command `evidence`: what adapters are measured on, and in which order."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import math
+import signal
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import train_lora_single as script
-from inspect_lora import common, data, measure, model, record, report
-from inspect_lora.adapter_file import find_adapter, read_adapter, report_folder
+from inspect_lora import common, data, measure, model, report
+from inspect_lora.adapter_file import SavedAdapter, find_adapter, read_adapter, report_folder
+from inspect_lora.common import InspectError
+from inspect_lora.compare import compare
+from inspect_lora.record import FILE, SCHEMA, Record, read_record, save_record
 from inspect_lora.rules import read_rules
 
 PROBES = 12  # of the adapter's replies: their tokens are kept for `served`
+NOT_ASKED_FOR = ("adapters", "output_dir", "again")  # flags that change no number
+FILES = ("eval_file", "prompts", "rules", "general_file", "train_file", "chat_template")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the command."""
-    model.add_arguments(parser)
-    add, some, many = parser.add_argument, common.at_least(0), common.at_least(1)
-    of_lines = parser.add_mutually_exclusive_group().add_argument
-    of_lines("--eval_file", help="held-out conversations; default: those of the training")
-    of_lines("--prompts", metavar="FILE", help="prompts without replies")
-    add("--rules", metavar="FILE", help="rules that replies must pass")
-    add("--general_file", default=str(data.GENERAL_FILE), help='other tasks; "" for none')
-    add("--kind", default="kind", help="the key that groups lines in the table; default: kind")
-    add("--parts", type=some, default=50, help="held-out replies to measure parts on; default: 50")
-    add("--tasks", type=some, default=50, help="other tasks to measure on; default: 50")
-    add("--replies", type=some, help="held-out conversations to answer; default: all on a GPU")
-    add("--max_new_tokens", type=many, default=200, help="where a reply is cut; default: 200")
-    add("--max_seq_len", type=many, help="leave longer lines out; default: as in the training")
-    add("--output_dir", help="where the report goes; default: inspected/NAME beside the adapter")
+def run(options: argparse.Namespace) -> int:
+    """Measure each adapter; write and print the reports. Returns 2 if one was not measurable."""
+    if options.output_dir and len(options.adapters) > 1:
+        raise InspectError("--output_dir is for one adapter; of several each has its own folder.")
+    with contextlib.redirect_stdout(sys.stderr):
+        plans = [plan_measurement(options, name) for name in dict.fromkeys(options.adapters)]
+    folders = Counter(plan.record.folder.resolve() for plan in plans)
+    if twice := [str(folder) for folder, count in folders.items() if count > 1]:
+        raise InspectError(f"Two of these adapters would have their report in {twice[0]}.")
+    if len(plans) == 1:
+        measure_unless_known(plans[0], None)
+        report.show_all(read_record(plans[0].record.folder))
+        return 0
+    adapter, measured = None, []
+    for plan in plans:
+        try:
+            adapter = measure_unless_known(plan, adapter)
+        except InspectError as error:
+            common.tell("left out", str(error))
+            adapter = None  # its base may hold a part of this one
+        else:
+            report.write(read_record(plan.record.folder))
+            measured.append(str(plan.record.folder))
+    try:
+        compare(measured, Path("compared"))
+    except InspectError as error:  # such as of different bases; each has its report
+        common.tell("compare", str(error))
+    return 0 if len(measured) == len(plans) else 2
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measure; write and print the report."""
-    saved = read_adapter(find_adapter(options.adapter))
-    found = record.Record(
-        options.adapter,
-        common.hash_of(
-            (common.file_sha256(saved.place / "adapter_model.safetensors"), saved.config)
-        ),
-        saved.config,
-        common.read_json(saved.place / "run.json"),
-    )
-    found.folder = Path(options.output_dir or report_folder(options.adapter, saved.place))
-    work = read_lines(options, saved.place, found)
-    work.adapter = model.open_adapter(options, saved)
-    render_lines(work)
-    render_prompts(work)
-    found.on, found.max_new_tokens = what_it_is_measured_on(work), options.max_new_tokens
-    found.folder.parent.mkdir(parents=True, exist_ok=True)  # tells early if it cannot be written
-    common.say("report", f"goes into {common.from_here(found.folder)}")
-    measure_all(work)
-    report.write(found)
+def measure_unless_known(plan: Plan, before: model.Adapter | None) -> model.Adapter | None:
+    """Measure one adapter, or say that it was measured; return what is on the base then."""
+    if is_measured(plan):
+        common.tell("report", f"{common.from_here(plan.record.folder)} is finished, with the "
+                    "same files and flags: --again measures it anew")  # fmt: skip
+        return before
+    with contextlib.redirect_stdout(sys.stderr), stopped_by_signals():
+        return measure_adapter(plan, before)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked to stop; its number is the argument."""
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Let the signals of a terminal and of job schedulers raise Stopped."""
+
+    def stop(number: int, _: Any) -> None:
+        raise Stopped(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- What is measured, and on what
 
 
 @dataclass
-class Work:
-    """What is measured on what, and the record that gets the results."""
+class Plan:
+    """What an adapter is measured on, all of it rendered, before any weights are loaded."""
 
     options: argparse.Namespace
-    found: record.Record
+    saved: SavedAdapter
+    record: Record
+    settings: argparse.Namespace  # the script's
+    base: script.Base
     kinds: data.Kinds
+    eval_file: str | None
     examples: list[script.Example]  # held-out replies; none with --prompts
-    lengths: dict[str, int]  # of each line's conversation, in messages
-    prompts: list[data.Prompt]  # of --prompts, or those of the held-out lines
+    bad_examples: dict[str, script.Example]  # by file:line, those of pairs
+    clusters: dict[str, str]  # of each line, the line that it counts with
+    line_kinds: Counter[str]  # of the file's replies, also of those that were learned
+    prompts: list[data.Prompt]
     tasks: list[data.Prompt]
-    adapter: model.Adapter = field(init=False)
 
 
-def read_lines(options: argparse.Namespace, place: Path, found: record.Record) -> Work:
-    """Read all files; leave out what the adapter learned, and count it in the record."""
+def plan_measurement(options: argparse.Namespace, name: str) -> Plan:
+    """Read and render all files; leave out what the adapter learned or what is too long."""
+    saved = read_adapter(find_adapter(name))
+    run = common.read_json(saved.place / "run.json")
+    weights = common.file_sha256(saved.place / "adapter_model.safetensors")
+    record = Record(name, common.hash_of((weights, saved.config)), saved.config, run)
+    record.folder = Path(options.output_dir or report_folder(name, saved.place))
     kinds = data.Kinds(options.kind, read_rules(options.rules) if options.rules else [])
-    tasks = []
+    tasks, lines, rejected, prompts, eval_file = [], [], {}, [], None
     if options.general_file:
         tasks = data.read_prompts(options.general_file, "tasks", data.Kinds("topic", []))
-    examples, prompts = [], []
+    thinks = options.enable_thinking or run.get("settings", {}).get("ENABLE_THINKING", False)
     if options.prompts:
         prompts = data.read_prompts(options.prompts, "prompts", kinds)
     else:
-        options.eval_file = options.eval_file or data.file_held_out(place, found.run)
-        replies = found.run.get("settings", {}).get("REPLIES", "all")
-        examples = data.read_held_out(options.eval_file, replies, options.enable_thinking, kinds)
-        for one in examples:
-            one.messages = data.with_system(one.messages, options.system or "")
-    lengths = {one.source: len(one.messages) for one in examples}  # the last of a line stays
-    count = len(examples) + len(prompts)
-    learned = data.read_learned(place)
-    if learned:
-        examples = [one for one in examples if script.key_of(one.messages[:-1]) not in learned]
-        prompts = [one for one in prompts if script.key_of(one.messages) not in learned]
-        found.learned = count - len(examples) - len(prompts)
-    return Work(options, found, kinds, examples, lengths, prompts, tasks)
-
-
-def render_lines(work: Work) -> None:
-    """Give the held-out replies their tokens; leave out what is too long."""
-    options, found = work.options, work.found
+        eval_file = options.eval_file or data.file_held_out(saved.place, run)
+        replies = run.get("settings", {}).get("REPLIES", "all")
+        lines, rejected = data.read_held_out(eval_file, replies, thinks, kinds)
+    system = options.system or ""
+    lines = [replace(line, messages=data.with_system(line.messages, system)) for line in lines]
+    lengths = {line.source: len(line.messages) for line in lines}  # the last of a line stays
+    learned = data.read_learned(saved.place, options.train_file, thinks)
+    kept = [line for line in lines if script.prompt_hash(line.messages[:-1]) not in (learned or ())]
+    new = [each for each in prompts if script.prompt_hash(each.messages) not in (learned or ())]
+    if learned is not None:
+        record.learned = len(lines) + len(prompts) - len(kept) - len(new)
+    record.trained_kinds = data.count_trained_kinds(saved.place, run, options.train_file, kinds)
+    settings, base = model.describe_base(options, saved)
     problems: list[str] = []
-    examples = script.encode(work.examples, work.adapter.job, problems)
+    examples = script.encode(kept, base, 10**9, problems)
+    ends = [line for line in kept if len(line.messages) == lengths[line.source]]
+    bad = [
+        replace(line, messages=data.with_system(rejected[line.source], system))
+        for line in ends
+        if line.source in rejected
+    ]
+    bad_examples = {each.source: each for each in script.encode(bad, base, 10**9, problems)}
     data.refuse(problems)
-    if options.max_seq_len is None:
-        options.max_seq_len = found.run.get("settings", {}).get("MAX_SEQ_LEN")
-    limit = options.max_seq_len or math.inf
-    work.examples = [one for one in examples if len(one.input_ids) <= limit]
-    found.too_long = len(examples) - len(work.examples)
-    if not (work.examples or work.prompts):
-        raise common.InspectError(
-            f"{options.eval_file or options.prompts}: no line is left. The adapter learned "
-            f"{found.learned or 0}, and {found.too_long} are longer than --max_seq_len {limit}."
+    plan = Plan(
+        options, saved, record, settings, base, kinds, eval_file, examples, bad_examples,
+        data.clusters_of(lines, options.cluster), Counter(kinds.of(line.row) for line in lines),
+        new, tasks,
+    )  # fmt: skip
+    leave_out_long_lines(plan)
+    record.system = system_of(plan)
+    choose_prompts(plan, lengths)
+    record.request = hash_of_request(plan)
+    return plan
+
+
+def leave_out_long_lines(plan: Plan) -> None:
+    """Leave lines out, and pairs, that are longer than --max_seq_len or the training's limit."""
+    record, limit = plan.record, limit_of(plan)
+    count = len(plan.examples)
+    plan.examples = [each for each in plan.examples if len(each.input_ids) <= limit]
+    record.too_long = count - len(plan.examples)
+    if not (plan.examples or plan.prompts):
+        raise InspectError(
+            f"{plan.eval_file or plan.options.prompts}: no line is left. The adapter learned "
+            f"{record.learned or 0}, and {record.too_long} are longer than --max_seq_len {limit}."
         )
+    kept = {(each.source, len(each.messages)) for each in plan.examples}
+    plan.bad_examples = {
+        source: each
+        for source, each in plan.bad_examples.items()
+        if (source, len(each.messages)) in kept and len(each.input_ids) <= limit
+    }
 
 
-def render_prompts(work: Work) -> None:
-    """Choose the system message; refuse prompts, and leave out tasks, that cannot be rendered."""
-    options, found = work.options, work.found
-    found.system = found.run.get("system_message") or ""
-    if options.system is not None:
-        found.system = options.system
-    elif "system_message" not in found.run and work.examples:
-        found.system = script.system_message_of(work.examples) or ""
-    for one in work.prompts:
-        one.messages = data.with_system(one.messages, found.system)
-    work.prompts = work.prompts or data.prompts_of(work.examples, work.lengths, work.kinds)
-    problems = [(one.where, why_refused(work.adapter, one.messages)) for one in work.prompts]
-    data.refuse([f"{where}: {problem}" for where, problem in problems if problem])
-    tasks = []
-    for one in work.tasks:
-        with_system = data.with_system(one.messages, found.system)
-        if not any(why_refused(work.adapter, each) for each in (one.messages, with_system)):
-            tasks.append(one)
-    found.refused = len(work.tasks) - len(tasks)
-    work.tasks = [tasks[number] for number in data.draw(tasks, options.tasks)]
+def limit_of(plan: Plan) -> float:
+    """Return how long a line may be, in tokens: as in the training, if nothing else is asked."""
+    of_training = plan.record.run.get("settings", {}).get("MAX_SEQ_LEN")
+    return plan.options.max_seq_len or of_training or math.inf
 
 
-def why_refused(adapter: model.Adapter, messages: list[dict[str, str]]) -> str:
+def system_of(plan: Plan) -> str:
+    """Return the system message that prompts get: that of the flag, the training or the lines."""
+    if plan.options.system is not None:
+        return plan.options.system
+    if "system_message" in plan.record.run:
+        return plan.record.run["system_message"] or ""
+    return script.system_message_of(plan.examples) or "" if plan.examples else ""
+
+
+def choose_prompts(plan: Plan, lengths: dict[str, int]) -> None:
+    """Take the prompts of the lines, and draw tasks; refuse what cannot be rendered."""
+    system, options = plan.record.system, plan.options
+    for prompt in plan.prompts:
+        prompt.messages = data.with_system(prompt.messages, system)
+    if not plan.prompts:
+        plan.prompts = data.prompts_of(plan.examples, lengths, plan.bad_examples, plan.kinds)
+    reasons = {prompt.where: why_refused(plan.base, prompt.messages) for prompt in plan.prompts}
+    data.refuse([f"{where}: {reason}" for where, reason in reasons.items() if reason])
+    plan.record.asked_of = dict(Counter(prompt.kind for prompt in plan.prompts))
+    if options.replies is not None or not options.prompts:
+        plan.prompts = data.choose(plan.prompts, options.replies, plan.settings.DEVICE)
+    tasks = [
+        task
+        for task in plan.tasks
+        if not why_refused(plan.base, task.messages)
+        and not why_refused(plan.base, data.with_system(task.messages, system))
+    ]
+    plan.record.refused = len(plan.tasks) - len(tasks)
+    plan.tasks = [tasks[place] for place in data.draw_prompts(tasks, options.tasks)]
+
+
+def why_refused(base: script.Base, messages: data.Turns) -> str:
     """Return why a prompt cannot be rendered, or ""; some templates take no system message."""
     try:
-        adapter.prompt_ids(messages)
+        model.prompt_ids(messages, base)
     except ValueError as error:
         return str(error)
     return ""
 
 
-def what_it_is_measured_on(work: Work) -> dict[str, Any]:
+def hash_of_request(plan: Plan) -> str:
+    """Return a hash of the adapter's files, of the flags, and of the files that they name."""
+    without = (*NOT_ASKED_FOR, *FILES)
+    flags = {name: value for name, value in vars(plan.options).items() if name not in without}
+    inside = {path.name: common.file_sha256(path) for path in sorted(plan.saved.place.iterdir())}
+    named = {name: facts["sha256"] for name, facts in files_of(plan).items()}
+    return common.hash_of((SCHEMA, inside, flags, named))
+
+
+def files_of(plan: Plan) -> dict[str, dict[str, str]]:
+    """Return the files that were read, with their SHA-256."""
+    paths = vars(plan.options) | {"eval_file": plan.eval_file}
+    return {
+        name: {"file": common.from_here(paths[name]), "sha256": common.file_sha256(paths[name])}
+        for name in FILES
+        if paths[name] and Path(paths[name]).is_file()
+    }
+
+
+def is_measured(plan: Plan) -> bool:
+    """Return whether the same was measured before, to its end."""
+    with contextlib.suppress(InspectError):
+        before = read_record(plan.record.folder)
+        return before.finished and before.request == plan.record.request and not plan.options.again
+    return False
+
+
+def conditions_of(plan: Plan, adapter: model.Adapter) -> dict[str, Any]:
     """Return what the numbers depend on besides the adapter."""
-    job, settings, options = work.adapter.job, work.adapter.job.settings, work.options
-    names = ("eval_file", "prompts", "rules", "general_file")
-    paths = {name: path for name in names if (path := getattr(options, name))}
+    base, settings, limit = plan.base, plan.settings, limit_of(plan)
     return {
         "base": settings.MODEL_NAME,
-        "commit": job.commit,
-        "tokenizer": job.tokenizer.name_or_path,
-        "enable_thinking": job.enable_thinking,
+        "commit": base.commit,
+        "tokenizer": base.tokenizer.name_or_path,
+        "chat_template": settings.CHAT_TEMPLATE,
+        "enable_thinking": base.enable_thinking,
         "dtype": settings.DTYPE,
         "device": settings.DEVICE,
-        "matmul": job.matmul,
-        "max_seq_len": options.max_seq_len,
+        "matmul": adapter.loaded.matmul,
+        "max_seq_len": limit if math.isfinite(limit) else None,
         "measured": time.strftime("%Y-%m-%d %H:%M:%S"),
-        **{
-            name: {"file": common.from_here(path), "sha256": common.file_sha256(Path(path))}
-            for name, path in paths.items()
-        },
+        **files_of(plan),
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
     }
 
@@ -190,68 +274,88 @@ def what_it_is_measured_on(work: Work) -> dict[str, Any]:
 # ---- The measurements, in their order
 
 
-def measure_all(work: Work) -> None:
+def measure_adapter(plan: Plan, before: model.Adapter | None) -> model.Adapter:
+    """Measure one adapter, on the base of the one before if it is the same."""
+    record = plan.record
+    adapter = model.open_adapter(plan.saved, plan.settings, plan.base, before)
+    record.conditions = conditions_of(plan, adapter)
+    record.max_new_tokens = plan.options.max_new_tokens
+    record.folder.parent.mkdir(parents=True, exist_ok=True)  # tells early if it cannot be written
+    common.say("report", f"goes into {common.from_here(record.folder)}")
+    try:
+        measure_all(plan, adapter)
+    except BaseException:
+        if record.seconds:  # the report of what was measured
+            report.write(record)
+        raise
+    return adapter
+
+
+def measure_all(plan: Plan, adapter: model.Adapter) -> None:
     """Make each measurement, and write the record after it."""
-    found = work.found
+    record = plan.record
     for name, step in STEPS.items():
         began = time.monotonic()
-        step(work)
-        if not found.seconds and (found.folder / record.FILE).exists():
-            common.rename_old(found.folder)  # not before something was measured
-        found.folder.mkdir(exist_ok=True)
-        found.seconds[name] = round(time.monotonic() - began, 1)
-        found.finished = len(found.seconds) == len(STEPS)
-        record.save(found)
+        step(plan, adapter)
+        if not record.seconds and (record.folder / FILE).exists():
+            common.rename_old(record.folder)  # not before something was measured
+        record.folder.mkdir(exist_ok=True)
+        record.seconds[name] = round(time.monotonic() - began, 1)
+        record.finished = len(record.seconds) == len(STEPS)
+        save_record(record)
+        common.say("measured", f"{name}, in {record.seconds[name]:.0f} s")
 
 
-def losses(work: Work) -> None:
-    """Measure the losses of all held-out replies."""
-    if work.examples:
-        kinds = [work.kinds.of(one.row) for one in work.examples]
-        work.found.lines = measure.measure_lines(work.adapter, work.examples, kinds)
-        report.print_gain(work.found)
+def losses(plan: Plan, adapter: model.Adapter) -> None:
+    """Measure the losses of all held-out replies, and of the bad replies of pairs."""
+    if plan.examples:
+        kinds = [plan.kinds.of(example.row) for example in plan.examples]
+        lines = measure.measure_lines(adapter, plan.examples, plan.clusters, kinds)
+        plan.record.lines = lines
+        ends = {line.where: line for line in lines}  # the last reply of each line
+        if plan.bad_examples:
+            plan.record.pairs = measure.measure_pairs(adapter, ends, plan.bad_examples)
 
 
-def updates(work: Work) -> None:
+def updates(plan: Plan, adapter: model.Adapter) -> None:
     """Measure the size of the updates."""
-    if work.adapter.is_plain:
-        work.found.updates = measure.measure_updates(work.adapter)
+    if adapter.is_plain:
+        plan.record.updates = measure.measure_updates(adapter)
 
 
-def parts(work: Work) -> None:
+def parts(plan: Plan, adapter: model.Adapter) -> None:
     """Measure what parts of the adapter keep of the gain, on some of the held-out replies."""
-    chosen = data.draw(work.examples, work.options.parts)
-    if chosen and work.adapter.is_plain:
-        examples = [work.examples[number] for number in chosen]
-        work.found.parts = measure.measure_parts(work.adapter, examples)
-        work.found.measured_on = chosen
-        report.print_parts(work.found)
+    items = [
+        data.Drawable(example.messages, line.kind, line.cluster)
+        for example, line in zip(plan.examples, plan.record.lines, strict=True)
+    ]
+    places = data.draw(items, plan.options.parts, plan.line_kinds)
+    if places and adapter.is_plain:
+        examples = [plan.examples[place] for place in places]
+        plan.record.parts = measure.measure_parts(adapter, examples)
+        plan.record.part_lines = places
 
 
-def elsewhere(work: Work) -> None:
+def elsewhere(plan: Plan, adapter: model.Adapter) -> None:
     """Measure how far the adapter moves the model on other tasks."""
-    found, tasks = work.found, work.tasks
+    record, tasks = plan.record, plan.tasks
     if tasks:
-        shifts = measure.measure_shifts(work.adapter, tasks, "")
-        if found.system:
-            shifts += measure.measure_shifts(work.adapter, tasks, found.system)
-        found.tasks, found.shifts = [one.where for one in tasks], shifts
-        report.print_shifts(found)
+        shifts = measure.measure_shifts(adapter, tasks, "")
+        if record.system:
+            shifts += measure.measure_shifts(adapter, tasks, record.system)
+        record.tasks, record.shifts = [task.where for task in tasks], shifts
 
 
-def replies(work: Work) -> None:
+def replies(plan: Plan, adapter: model.Adapter) -> None:
     """Have both models reply, and keep the tokens of some of the adapter's replies."""
-    adapter, options, prompts = work.adapter, work.options, work.prompts
-    is_on_gpu = adapter.job.settings.DEVICE == "cuda"
-    if options.replies is not None or not (is_on_gpu or options.prompts):
-        prompts = data.choose(prompts, options.replies)
-    exchanges, own = measure.ask_both(adapter, [*prompts, *work.tasks], options.max_new_tokens)
-    probed = [own[number] for number in data.draw(prompts, PROBES)]  # none of the tasks
-    work.found.exchanges, work.found.probes = exchanges, measure.measure_probes(adapter, probed)
-    report.print_replies(work.found)
+    asked = [*plan.prompts, *plan.tasks]
+    exchanges, of_adapter = measure.ask_both(adapter, asked, plan.options.max_new_tokens)
+    probed = [of_adapter[place] for place in data.draw_prompts(plan.prompts, PROBES)]  # no tasks
+    plan.record.exchanges = exchanges
+    plan.record.probes = measure.measure_probes(adapter, probed)
 
 
-STEPS: dict[str, Callable[[Work], None]] = {
+STEPS: dict[str, Callable[[Plan, model.Adapter], None]] = {
     "losses": losses,
     "updates": updates,
     "parts": parts,

@@ -9,8 +9,9 @@ answers would measure style.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,12 +20,13 @@ from tqdm import tqdm
 import train_lora_single as script
 from inspect_lora.adapter_file import IN_A_LAYER, name_in_text_model, strongest_directions
 from inspect_lora.common import InspectError, hash_of
-from inspect_lora.data import Prompt, clusters_of, with_system
-from inspect_lora.model import Adapter, generate, text_of
-from inspect_lora.record import Exchange, Line, Part, Probe, Said, Shift
+from inspect_lora.data import Prompt, with_system
+from inspect_lora.model import Adapter, prompt_ids
+from inspect_lora.record import Exchange, Line, Pair, Part, Probe, Reply, Shift
+from inspect_lora.replies import generate, text_of
 from inspect_lora.rules import passes
 
-STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
+STRENGTHS = (0.5, 0.75, 1.5)
 SUBLAYERS = {"self_attn": "attention", "mlp": "feed-forward", "linear_attn": "DeltaNet"}
 TASK_TOKENS = 64  # of the base's reply to another task
 TASKS_AT_ONCE = 4  # 64 tokens of each have a quarter of a GiB of logits in Qwen3.5's vocabulary
@@ -35,8 +37,12 @@ Layers = dict[str, LoraLayer]  # by path
 
 
 def losses_of(adapter: Adapter, examples: list[script.Example], what: str) -> list[float]:
-    """Return the loss of each reply with the model as it is now."""
-    losses = script.example_losses(adapter.model, examples)
+    """Return the loss of each reply with the model as it is now.
+
+    The replies of a dialogue go through it as one row where that is exact.
+    """
+    rows = script.example_losses(adapter.model, script.join_replies(examples))
+    losses = [loss for row in rows for loss in row]
     refuse_nan(losses, what)
     return losses
 
@@ -51,23 +57,56 @@ def refuse_nan(numbers: list[float], what: str) -> None:
         )
 
 
+def losses_of_base(adapter: Adapter, examples: list[script.Example]) -> list[float]:
+    """Return the base's loss of each reply; none is measured again for another adapter."""
+
+    def measure(unknown: list[script.Example]) -> list[float]:
+        with adapter.at_strength(0):
+            return losses_of(adapter, unknown, "the base model")
+
+    keys = [("loss", example.prompt_ids, example.reply_ids) for example in examples]
+    return adapter.loaded.measured_once(keys, examples, measure)
+
+
 def losses_of_both(
     adapter: Adapter, examples: list[script.Example]
 ) -> tuple[list[float], list[float]]:
     """Return the losses of each reply by the base and by the adapter."""
-    own = losses_of(adapter, examples, "the adapter")
-    with adapter.at(0):
-        return losses_of(adapter, examples, "the base model"), own
+    return losses_of_base(adapter, examples), losses_of(adapter, examples, "the adapter")
 
 
-def measure_lines(adapter: Adapter, examples: list[script.Example], kinds: list[str]) -> list[Line]:
+def measure_lines(
+    adapter: Adapter, examples: list[script.Example], clusters: dict[str, str], kinds: list[str]
+) -> list[Line]:
     """Return each held-out reply with its losses."""
-    base, own = losses_of_both(adapter, examples)
-    rows = zip(examples, clusters_of(examples), kinds, base, own, strict=True)
+    losses = losses_of_both(adapter, examples)
     return [
-        Line(hash_of(one.input_ids), one.source, cluster, kind, len(one.reply_ids), of_base, of_own)
-        for one, cluster, kind, of_base, of_own in rows
+        Line(
+            hash_of(example.input_ids),
+            example.source,
+            clusters[example.source],
+            kind,
+            len(example.reply_ids),
+            of_base,
+            of_adapter,
+        )
+        for example, kind, of_base, of_adapter in zip(examples, kinds, *losses, strict=True)
     ]
+
+
+def measure_pairs(
+    adapter: Adapter, good_lines: dict[str, Line], rejected: dict[str, script.Example]
+) -> list[Pair]:
+    """Return each good reply with the bad one: how likely both models find the two."""
+    losses = losses_of_both(adapter, list(rejected.values()))
+    pairs = []
+    for (source, bad), of_base, of_adapter in zip(rejected.items(), *losses, strict=True):
+        good = good_lines[source]
+        tokens = (good.tokens, len(bad.reply_ids))
+        pair_id = hash_of((good.id, bad.input_ids))
+        likelihoods = (-good.base, -of_base, -good.adapter, -of_adapter)
+        pairs.append(Pair(pair_id, source, good.cluster, good.kind, *tokens, *likelihoods))
+    return pairs
 
 
 # ---- Parts
@@ -75,52 +114,65 @@ def measure_lines(adapter: Adapter, examples: list[script.Example], kinds: list[
 
 def measure_parts(adapter: Adapter, examples: list[script.Example]) -> list[Part]:
     """Return each part with its losses on these replies."""
-    found = []
-    parts = list(parts_of(adapter))
-    for kind, name, change in tqdm(parts, desc="parts", leave=False, disable=None):
-        with change:
-            found.append(Part(kind, name, losses_of(adapter, examples, name)))
-    return found
+    parts = []
+    losses_by_off: dict[frozenset[str], list[float]] = {}
+    for family, name, off, change in tqdm(
+        list(parts_of(adapter)), "parts", leave=False, disable=None
+    ):
+        losses = losses_by_off.get(off)  # of two sublayers one removed is the other one alone
+        if losses is None:
+            with change:
+                losses = losses_of(adapter, examples, f"{family} {name}")
+        if off:
+            losses_by_off[off] = losses
+        parts.append(Part(family, name, losses))
+    return parts
 
 
-def parts_of(adapter: Adapter) -> Iterator[tuple[str, str, AbstractContextManager[None]]]:
-    """Yield the parts of an adapter: kind, name, and what makes it for a while."""
-    layers = adapter.layers
+def parts_of(
+    adapter: Adapter,
+) -> Iterator[tuple[str, str, frozenset[str], AbstractContextManager[Any]]]:
+    """Yield family and name of each part, the paths that are off, and what makes it for a while."""
     for strength in STRENGTHS:
-        yield "strength", f"x {strength:g}", adapter.at(strength)
-    for (kind, name), paths in sorted(groups_of(layers).items()):
-        if len(paths) < len(layers):
-            yield kind, f"{name} alone", only_these(layers, paths)
+        yield "strength", f"x {strength:g}", frozenset(), adapter.at_strength(strength)
+    layers = adapter.layers
+    everything = frozenset(layers)
+    groups = {name: paths for name, paths in groups_of(layers).items() if paths < everything}
+    for name, paths in groups.items():
+        yield "removed", name, paths, switched_off(layers, paths)
+    for name, paths in groups.items():
+        yield "alone", name, everything - paths, switched_off(layers, everything - paths)
     largest = max(layer.r["default"] for layer in layers.values())
     divisor = 2
     while largest // divisor:
         ranks = {path: max(1, layer.r["default"] // divisor) for path, layer in layers.items()}
-        yield "cut", f"cut to {largest // divisor} of {largest}", cut_to(layers, ranks)
+        yield "cut", f"{largest // divisor} of {largest}", frozenset(), cut_to(layers, ranks)
         divisor *= 2
 
 
-def groups_of(layers: Layers) -> dict[tuple[str, str], set[str]]:
-    """Return the paths of the modules of each ("group", sublayer) and ("target", name)."""
-    groups: dict[tuple[str, str], set[str]] = {}
-    for path in layers:
+def groups_of(paths: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Return the modules of each sublayer, and then of each target, by its name."""
+    sublayers: dict[str, set[str]] = {}
+    targets: dict[str, set[str]] = {}
+    for path in paths:
         names = [name for name in path.split(".") if not name.isdecimal()]  # experts have numbers
         inside = names[-2] if IN_A_LAYER.match(path) else names[-1]  # lm_head is in no layer
-        groups.setdefault(("group", SUBLAYERS.get(inside, inside)), set()).add(path)
-        groups.setdefault(("target", names[-1]), set()).add(path)
-    return groups
+        sublayers.setdefault(SUBLAYERS.get(inside, inside), set()).add(path)
+        targets.setdefault(names[-1], set()).add(path)
+    groups = sorted(sublayers.items()) + sorted(targets.items())
+    return {name: frozenset(members) for name, members in groups}
 
 
 @contextmanager
-def only_these(layers: Layers, paths: set[str]) -> Iterator[None]:
-    """Switch LoRA off for a while in all layers but those at paths."""
-    others = [layer for path, layer in layers.items() if path not in paths]
-    for layer in others:
-        layer.enable_adapters(False)
+def switched_off(layers: Layers, paths: Iterable[str]) -> Iterator[None]:
+    """Switch LoRA off for a while in the layers at paths."""
+    for path in paths:
+        layers[path].enable_adapters(False)
     try:
         yield
     finally:
-        for layer in others:
-            layer.enable_adapters(True)
+        for path in paths:
+            layers[path].enable_adapters(True)
 
 
 @contextmanager
@@ -133,8 +185,8 @@ def cut_to(layers: Layers, ranks: dict[str, int]) -> Iterator[None]:
     try:
         for path, layer in layers.items():
             a, b = (
-                one["default"].weight.detach().double().cpu().numpy()
-                for one in (layer.lora_A, layer.lora_B)
+                matrices["default"].weight.detach().double().cpu().numpy()
+                for matrices in (layer.lora_A, layer.lora_B)
             )
             u, _, _ = strongest_directions(a, b, ranks[path])
             layer.lora_B["default"].weight.data = torch.from_numpy(u @ (u.T @ b)).to(whole[path])
@@ -146,13 +198,13 @@ def cut_to(layers: Layers, ranks: dict[str, int]) -> Iterator[None]:
 
 def measure_updates(adapter: Adapter) -> dict[str, list[float]]:
     """Return by target the size of each update as a share of its weight: |scaling B A| / |W|."""
-    norms = {name_in_text_model(one.path): one.norm for one in adapter.saved.modules}
-    found: dict[str, list[float]] = {}
+    norms = {name_in_text_model(module.path): module.norm for module in adapter.saved.modules}
+    shares: dict[str, list[float]] = {}
     for path, layer in adapter.layers.items():
         size = torch.linalg.vector_norm(layer.get_base_layer().weight, dtype=torch.float64).item()
         share = norms[name_in_text_model(path)] / size
-        found.setdefault(path.rpartition(".")[2], []).append(share)
-    return found
+        shares.setdefault(path.rpartition(".")[2], []).append(share)
+    return shares
 
 
 # ---- Elsewhere
@@ -165,21 +217,21 @@ def measure_shifts(adapter: Adapter, tasks: list[Prompt], system: str) -> list[S
     """
     strengths = sorted((*STRENGTHS, 1.0)) if adapter.is_plain and not system else [1.0]
     examples = replies_of_base(adapter, tasks, system)
-    counts = [len(one.reply_ids) for one in examples]
-    replies = hash_of([one.input_ids for one in examples])
-    shifts = [Shift(one, bool(system), [], [], counts, replies) for one in strengths]
+    counts = [len(example.reply_ids) for example in examples]
+    replies = hash_of([example.input_ids for example in examples])
+    shifts = [Shift(strength, bool(system), [], [], counts, replies) for strength in strengths]
     starts = range(0, len(tasks), TASKS_AT_ONCE)
     for start in tqdm(starts, desc="tasks", leave=False, disable=None):
         batch = examples[start : start + TASKS_AT_ONCE]
         inputs = script.pad(batch, adapter.model.device)
-        lengths = [len(one.reply_ids) for one in batch]
+        lengths = [len(example.reply_ids) for example in batch]
         base = log_probabilities(adapter, inputs, 0)
         for shift in shifts:
             moved = log_probabilities(adapter, inputs, shift.strength)
             kl = (base.exp() * (base - moved)).sum(-1, dtype=torch.float64)
-            is_other = base.argmax(-1) != moved.argmax(-1)
-            shift.kl += [one.sum().item() for one in kl.split(lengths)]
-            shift.other += [one.sum().item() for one in is_other.split(lengths)]
+            is_changed = base.argmax(-1) != moved.argmax(-1)
+            shift.kl += [of_task.sum().item() for of_task in kl.split(lengths)]
+            shift.changed_tokens += [of_task.sum().item() for of_task in is_changed.split(lengths)]
     for shift in shifts:
         refuse_nan(shift.kl, f"KL at x {shift.strength:g}")
     return shifts
@@ -187,9 +239,14 @@ def measure_shifts(adapter: Adapter, tasks: list[Prompt], system: str) -> list[S
 
 def replies_of_base(adapter: Adapter, tasks: list[Prompt], system: str) -> list[script.Example]:
     """Return the base's reply to each task, drawn with its own odds."""
-    prompts = [adapter.prompt_ids(with_system(one.messages, system)) for one in tasks]
-    with adapter.at(0):
-        replies = generate(adapter, prompts, TASK_TOKENS, sampled=True)
+    prompts = [prompt_ids(with_system(task.messages, system), adapter.base) for task in tasks]
+
+    def draw(unknown: list[list[list[int]]]) -> list[list[list[int]]]:
+        with adapter.at_strength(0):
+            return [generate(adapter, each, TASK_TOKENS, sampled=True) for each in unknown]
+
+    # A draw depends on all of its prompts.
+    (replies,) = adapter.loaded.measured_once([("drawn", prompts)], [prompts], draw)
     rows = zip(tasks, prompts, replies, strict=True)
     return [script.Example(task.where, task.messages, {}, *ids) for task, *ids in rows]
 
@@ -198,7 +255,7 @@ def log_probabilities(
     adapter: Adapter, inputs: dict[str, torch.Tensor], strength: float
 ) -> torch.Tensor:
     """Return the log-probabilities (tokens x vocabulary) that lead to each token of the replies."""
-    with torch.no_grad(), adapter.at(strength):
+    with torch.no_grad(), adapter.at_strength(strength):
         return script.reply_logits(adapter.model, inputs).float().log_softmax(-1)
 
 
@@ -212,31 +269,46 @@ def ask_both(
 
     Returns what they said, and the adapter's replies with their tokens.
     """
-    ids = [adapter.prompt_ids(prompt.messages) for prompt in prompts]
-    with adapter.at(0):
-        of_base = generate(adapter, ids, max_new_tokens)
-    of_adapter = generate(adapter, ids, max_new_tokens)
-    exchanges, own = [], []
-    for prompt, prompt_ids, base, reply in zip(prompts, ids, of_base, of_adapter, strict=True):
-        said = {"base": said_of(adapter, base, prompt), "adapter": said_of(adapter, reply, prompt)}
-        exchanges.append(Exchange(**vars(prompt), **said))
-        own.append(script.Example(prompt.where, prompt.messages, {}, prompt_ids, reply))
-    return exchanges, own
+    ids = [prompt_ids(prompt.messages, adapter.base) for prompt in prompts]
+    replies = (
+        greedy_replies_of_base(adapter, ids, max_new_tokens),
+        generate(adapter, ids, max_new_tokens),
+    )
+    exchanges, of_adapter = [], []
+    for prompt, asked, base, reply in zip(prompts, ids, *replies, strict=True):
+        sides = {"base": base, "adapter": reply}
+        judged = {name: judged_reply(adapter, tokens, prompt) for name, tokens in sides.items()}
+        exchanges.append(Exchange(**vars(prompt), **judged))
+        of_adapter.append(script.Example(prompt.where, prompt.messages, {}, asked, reply))
+    return exchanges, of_adapter
 
 
-def said_of(adapter: Adapter, tokens: list[int], prompt: Prompt) -> Said:
+def greedy_replies_of_base(
+    adapter: Adapter, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """Return the base's replies; what an adapter before has asked for is not generated again."""
+
+    def reply(unknown: list[list[int]]) -> list[list[int]]:
+        with adapter.at_strength(0):
+            return generate(adapter, unknown, max_new_tokens)
+
+    keys = [("reply", prompt, max_new_tokens) for prompt in prompts]
+    return adapter.loaded.measured_once(keys, prompts, reply)
+
+
+def judged_reply(adapter: Adapter, tokens: list[int], prompt: Prompt) -> Reply:
     """Return a reply with what each rule says of it; thoughts before it are not judged."""
     text = text_of(adapter, tokens)
-    ended = tokens[-1] in adapter.job.stop_ids
+    ended = tokens[-1] in adapter.base.stop_ids
     judged = text.rpartition("</think>")[2]
     results = {name: passes(rule, judged) for name, rule in prompt.checks.items()}
-    return Said(text, len(tokens), ended, results)
+    return Reply(text, len(tokens), ended, results)
 
 
 def measure_probes(adapter: Adapter, replies: list[script.Example]) -> list[Probe]:
     """Return the adapter's own replies with both losses: a server is asked for the same."""
-    base, own = losses_of_both(adapter, replies)
+    losses = losses_of_both(adapter, replies)
     return [
-        Probe(one.source, one.messages, one.prompt_ids, one.reply_ids, of_base, of_own)
-        for one, of_base, of_own in zip(replies, base, own, strict=True)
+        Probe(reply.source, reply.messages, reply.prompt_ids, reply.reply_ids, *of_both)
+        for reply, *of_both in zip(replies, *losses, strict=True)
     ]

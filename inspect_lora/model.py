@@ -1,4 +1,4 @@
-"""Opens an adapter on its base model, and has both reply.
+"""Opens an adapter on its base model.
 
 Every tensor of the file must find its place, and switching the adapter off must give the base back:
 PEFT only warns of the first and says nothing of the second, and each number would be wrong.
@@ -7,29 +7,46 @@ PEFT only warns of the first and says nothing of the second, and each number wou
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
-from tqdm import tqdm
 
 import train_lora_single as script
 from inspect_lora import adapter_file
 from inspect_lora.adapter_file import SavedAdapter, base_of, faults_of, name_in_text_model
-from inspect_lora.common import InspectError, one_line, read_json, say, some
+from inspect_lora.common import InspectError, hash_of, one_line, read_json, say, some
 
-ROWS_AT_ONCE = 64  # replies that are generated together, at most
-TOKENS_AT_ONCE = 2**15  # of their prompts and replies, padding included
-SEED = 42  # of sampled replies
 PROBE = [{"role": "user", "content": "Does the Severn end in the Bristol Channel after 220 miles?"}]
+
+
+@dataclass
+class LoadedBase:
+    """The weights of a base model, and what was measured of it, for all adapters it gets."""
+
+    identity: tuple[str, ...]  # name, commit, type, device and matmul
+    matmul: str
+    weights: transformers.PreTrainedModel | None = None
+    known: dict[str, Any] = field(default_factory=dict)  # losses and replies, by a hash
+    trial: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens, and the logits they gave
+
+    def measured_once(
+        self, keys: list[Any], items: list[Any], measure: Callable[[list[Any]], list[Any]]
+    ) -> list[Any]:
+        """Return what measure() gives for each item; what is known by its key is not done again."""
+        names = [hash_of(key) for key in keys]
+        items_by_name = dict(zip(names, items, strict=True))
+        unknown = {name: item for name, item in items_by_name.items() if name not in self.known}
+        self.known |= dict(zip(unknown, measure([*unknown.values()]), strict=True))
+        return [self.known[name] for name in names]
 
 
 @dataclass
@@ -38,20 +55,22 @@ class Adapter:
 
     saved: SavedAdapter
     model: peft.PeftModel
-    job: script.Job  # the base's name, commit and type; tokenizer and stop ids
+    settings: argparse.Namespace  # the base's name and type
+    base: script.Base  # its commit, tokenizer and stop ids
+    loaded: LoadedBase
 
     @property
     def is_plain(self) -> bool:
         """Whether each update is scaling x B A on a linear layer, so it has strengths and parts."""
-        return not self.saved.more
+        return not self.saved.beyond_lora
 
     @property
     def layers(self) -> dict[str, peft.tuners.lora.LoraLayer]:
         """The modules that have LoRA, by their path."""
         kind = peft.tuners.lora.LoraLayer
-        return {path: one for path, one in self.model.named_modules() if isinstance(one, kind)}
+        return {path: mod for path, mod in self.model.named_modules() if isinstance(mod, kind)}
 
-    def at(self, strength: float) -> AbstractContextManager[Any]:
+    def at_strength(self, strength: float) -> AbstractContextManager[Any]:
         """Give the adapter another strength for a while; 0 is the base, 1 as trained."""
         if strength == 1:
             return nullcontext()
@@ -59,52 +78,44 @@ class Adapter:
             return self.model.disable_adapter()
         return peft.helpers.rescale_adapter_scale(self.model, strength)
 
-    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Return a prompt's tokens as in training, or raise ValueError if it cannot be rendered."""
-        thoughts = "<think>\nI think.\n</think>\n\n" if self.job.enable_thinking else ""
-        reply = {"role": "assistant", "content": f"{thoughts}A reply."}
-        return script.render([*messages, reply], self.job)[0]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the adapter, and the flags of the commands that load it onto its base."""
-    parser.add_argument("adapter", metavar="ADAPTER", help="a folder, or a name on the hub")
-    parser.add_argument("--base", help="the base model, if it is not what the adapter names")
-    parser.add_argument("--base_revision", help="its branch, tag or commit on the hub")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the training's")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    parser.add_argument("--system", help="system message; default: that of the training")
-    parser.add_argument("--enable_thinking", action="store_true", help="if it was trained to think")
-
 
 # ---- Opening
 
 
-def open_adapter(options: argparse.Namespace, saved: SavedAdapter) -> Adapter:
-    """Load the base model with the adapter on it, or raise InspectError if it is not measurable."""
+def describe_base(
+    options: argparse.Namespace, saved: SavedAdapter
+) -> tuple[argparse.Namespace, script.Base]:
+    """Return the script's settings, and all of the base but its weights.
+
+    Raises InspectError if the adapter is not measurable, or the base is not there.
+    """
     if faults := faults_of(saved):
         raise InspectError("\n".join([f"{saved.place} is not measured:", *faults]))
-    job = script.Job(settings_of(options, saved))
-    job.enable_thinking = options.enable_thinking
+    tokenizer = own_tokenizer(saved.place)
+    settings = settings_of(options, saved, tokenizer is not None)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    script.prepare_device(job.settings)
-    job.tokenizer = own_tokenizer(saved.place)
-    base = load_base(job)
-    if script.uses_fp16_matmul(job):
-        script.use_fp16_matmul(base)  # as in training
-        job.matmul = "float16"
-    model = put_on_and_compare(base, saved, job.tokenizer)
-    settings = job.settings
-    say("adapter", f"{saved.place} on {settings.MODEL_NAME}, {settings.DTYPE}, {settings.DEVICE}")
-    return Adapter(saved, model, job)
+    script.prepare_device(settings)
+    try:
+        return settings, script.read_base(settings, tokenizer)
+    except script.UserError as error:
+        original = adapter_file.original_of(settings.MODEL_NAME)
+        named = f", {original}" if original != settings.MODEL_NAME else ""
+        raise InspectError(
+            f"{error}\nThis is about the base of {saved.place}. Give --base: where it is now, or "
+            f"the original of a quantized base{named}."
+        ) from error
 
 
-def settings_of(options: argparse.Namespace, saved: SavedAdapter) -> argparse.Namespace:
+def settings_of(
+    options: argparse.Namespace, saved: SavedAdapter, has_template: bool
+) -> argparse.Namespace:
     """Return the script's settings: those of the training, as far as they are known."""
     trained = read_json(saved.place / "run.json").get("settings", {})
     by_default = {name: getattr(script, name) for name in script.SETTINGS}
     settings = argparse.Namespace(**by_default | trained, dry_run=False)
+    # Asked so, the driver is not started, which reads CUDA_VISIBLE_DEVICES only once.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     settings.DEVICE = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     is_on_gpu = settings.DEVICE == "cuda"
     known = options.dtype or trained.get("DTYPE")
@@ -113,53 +124,95 @@ def settings_of(options: argparse.Namespace, saved: SavedAdapter) -> argparse.Na
     revision = "main" if options.base else saved.config.get("revision", "main")
     settings.MODEL_REVISION = options.base_revision or revision
     settings.MATMUL = settings.MATMUL if is_on_gpu else "native"
-    settings.MAX_SEQ_LEN = 10**9  # lines are left out here, however many they are
+    settings.ENABLE_THINKING = options.enable_thinking or trained.get("ENABLE_THINKING", False)
+    of_training = "" if has_template else trained.get("CHAT_TEMPLATE", "")
+    settings.CHAT_TEMPLATE = options.chat_template or of_training
     settings.OUTPUT_DIR = os.devnull  # where no earlier job names a commit
     if not settings.MODEL_NAME:
         raise InspectError(f"{saved.place} does not name its base model; give it with --base.")
     return settings
 
 
-def load_base(job: script.Job) -> transformers.PreTrainedModel:
-    """Load the base model, and its tokenizer unless the adapter has its own; return the model."""
-    settings = job.settings
-    try:
-        script.read_model_files(job)
-        base = script.load_model(settings.MODEL_NAME, job.commit, settings.DTYPE, settings.DEVICE)
-    except script.UserError as error:
-        original = adapter_file.original_of(settings.MODEL_NAME)
-        named = f", {original}" if original != settings.MODEL_NAME else ""
-        raise InspectError(
-            f"{error}\nThis is about the adapter's base. Give --base: where it is now, or the "
-            f"original of a quantized base{named}."
-        ) from error
-    base.generation_config = transformers.GenerationConfig()  # else its own min_p and such count
-    return base.eval()
+def prompt_ids(messages: list[dict[str, str]], base: script.Base) -> list[int]:
+    """Return a prompt's tokens as in training, or raise ValueError if it cannot be rendered."""
+    thoughts = "<think>\nI think.\n</think>\n\n" if base.enable_thinking else ""
+    reply = {"role": "assistant", "content": f"{thoughts}A reply."}
+    return script.render([*messages, reply], base)[0]
+
+
+def open_adapter(
+    saved: SavedAdapter,
+    settings: argparse.Namespace,
+    base: script.Base,
+    before: Adapter | None = None,
+) -> Adapter:
+    """Load the base model with the adapter on it.
+
+    before is an adapter that was measured: if it has the same base, that is not loaded again.
+    """
+    loaded = load_base(settings, base, before)
+    model = attach_and_compare(loaded, saved, base.tokenizer)
+    say("adapter", f"{saved.place} on {settings.MODEL_NAME}, {settings.DTYPE}, {settings.DEVICE}")
+    return Adapter(saved, model, settings, base, loaded)
+
+
+def load_base(
+    settings: argparse.Namespace, base: script.Base, before: Adapter | None
+) -> LoadedBase:
+    """Return the base model with its weights.
+
+    They are taken over from the adapter before, unless that had another base or has changed it, as
+    PEFT leaves a module there that was trained whole.
+    """
+    uses_fp16 = script.uses_fp16_matmul(settings, base.config)
+    matmul = "float16" if uses_fp16 else "native"
+    identity = (settings.MODEL_NAME, base.commit, settings.DTYPE, settings.DEVICE, matmul)
+    loaded = before.loaded if before and before.loaded.identity == identity else None
+    if loaded:
+        loaded.weights = before.model.unload().eval()
+        if is_unchanged(loaded):
+            return loaded
+        loaded.weights = None
+    if before:
+        del before.model, before.loaded  # there may be no memory for two
+    weights = script.load_model(settings.MODEL_NAME, base.commit, settings.DTYPE, settings.DEVICE)
+    if uses_fp16:
+        script.use_fp16_matmul(weights)  # as in training
+    weights.generation_config = transformers.GenerationConfig()  # else its own min_p and such count
+    loaded = loaded or LoadedBase(identity, matmul)
+    loaded.weights = weights.eval()
+    return loaded
+
+
+def is_unchanged(loaded: LoadedBase) -> bool:
+    """Return whether a base gives the logits of its first trial, now that an adapter is off it."""
+    probe, logits = loaded.trial
+    with torch.no_grad():
+        return torch.equal(loaded.weights(probe).logits, logits)
 
 
 def own_tokenizer(place: Path) -> transformers.PreTrainedTokenizerBase | None:
     """Return the adapter's own tokenizer if it has one with a chat template."""
     if not (place / "tokenizer_config.json").is_file():
         return None
-    own = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    return own if own.chat_template else None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    return tokenizer if tokenizer.chat_template else None
 
 
-def put_on_and_compare(
-    base: transformers.PreTrainedModel,
-    saved: SavedAdapter,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+def attach_and_compare(
+    loaded: LoadedBase, saved: SavedAdapter, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> peft.PeftModel:
-    """Put the adapter on; raise InspectError unless it has an effect that switching off undoes.
+    """Attach the adapter; raise InspectError unless it has an effect that switching off undoes.
 
     Both are tried on a chat, since of an embedding perhaps only the tokens between the turns, such
     as <|im_start|>, were trained.
     """
-    how = {"add_generation_prompt": True, "return_dict": False, "return_tensors": "pt"}
-    probe = tokenizer.apply_chat_template(PROBE, **how).to(base.device)
+    form = {"add_generation_prompt": True, "return_dict": False, "return_tensors": "pt"}
+    probe = tokenizer.apply_chat_template(PROBE, **form).to(loaded.weights.device)
     with torch.no_grad():
-        before = base(probe).logits
-        model = put_on(base, saved).eval()
+        before = loaded.weights(probe).logits
+        loaded.trial = loaded.trial or (probe, before)
+        model = attach(loaded.weights, saved).eval()
         with model.disable_adapter():
             after = model(probe).logits
         effect = (model(probe).logits - after).abs().max().item()
@@ -173,7 +226,7 @@ def put_on_and_compare(
     return model
 
 
-def put_on(base: transformers.PreTrainedModel, saved: SavedAdapter) -> peft.PeftModel:
+def attach(base: transformers.PreTrainedModel, saved: SavedAdapter) -> peft.PeftModel:
     """Return the base model with the adapter's tensors in it, each of them in its place."""
     config = peft.LoraConfig.from_pretrained(saved.place)
     is_wrapper = any(name.endswith("language_model.layers") for name, _ in base.named_modules())
@@ -181,11 +234,11 @@ def put_on(base: transformers.PreTrainedModel, saved: SavedAdapter) -> peft.Peft
     if not config.target_parameters:
         # The names of the configuration may be those of another class than the base's. PEFT would
         # not find them, and take the common alpha in silence.
-        modules = {adapter_file.renamed(one.path, mapping): one for one in saved.modules}
+        modules = {adapter_file.renamed(mod.path, mapping): mod for mod in saved.modules}
         config.target_modules, config.exclude_modules = sorted(modules), None
-        keys = {f"^{re.escape(path)}": one for path, one in modules.items()}
-        config.rank_pattern = {key: one.r for key, one in keys.items()}
-        config.alpha_pattern = {key: one.alpha for key, one in keys.items()}
+        keys = {f"^{re.escape(path)}": module for path, module in modules.items()}
+        config.rank_pattern = {key: module.r for key, module in keys.items()}
+        config.alpha_pattern = {key: module.alpha for key, module in keys.items()}
     config.inference_mode = config.init_lora_weights = True  # B = 0 until it is loaded
     try:
         with warnings.catch_warnings():
@@ -207,92 +260,10 @@ def refuse_lost_tensors(saved: SavedAdapter, lost: list[str]) -> None:
 
     Unsloth may put LoRA into the vision tower, where B is 0 still if only text was trained.
     """
-    zeros = {name_in_text_model(one.path) for one in saved.modules if one.is_zero}
+    zeros = {name_in_text_model(mod.path) for mod in saved.modules if mod.is_zero}
     lost = [key for key in lost if name_in_text_model(key.partition(".lora_")[0]) not in zeros]
     if lost:
         raise InspectError(
             f"{len(lost)} tensors of {saved.place} find no place in the base, or are missing: "
             f"{some(lost)}. Of Qwen3.5 the text model alone is loaded, without its vision tower."
         )
-
-
-# ---- Replies
-
-
-def generate(
-    adapter: Adapter, prompts: list[list[int]], max_new_tokens: int, sampled: bool = False
-) -> list[list[int]]:
-    """Return the tokens of the reply to each prompt, with the one that ends it, as it is now.
-
-    Each is the likeliest token, or drawn with the model's own odds by a fixed seed. The longest
-    prompts come first, many of like lengths together; half as many if memory runs out.
-    """
-    stops = adapter.job.stop_ids
-    config = transformers.GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=sampled,
-        top_k=0 if sampled else None,
-        eos_token_id=stops,
-        pad_token_id=stops[0],
-    )
-    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    rows_at_once = ROWS_AT_ONCE
-    replies: dict[int, list[int]] = {}
-    with tqdm(total=len(prompts), desc="replies", leave=False, disable=None) as bar:
-        while order:
-            width = len(prompts[order[0]]) + max_new_tokens
-            batch = order[: max(1, min(rows_at_once, TOKENS_AT_ONCE // width))]
-            rows = rows_if_they_fit(adapter, [prompts[number] for number in batch], config)
-            if rows is None:
-                rows_at_once = len(batch) // 2
-                continue
-            ended = [up_to_its_end(row, stops) for row in rows]
-            replies |= dict(zip(batch, ended, strict=True))
-            order = order[len(batch) :]
-            bar.update(len(batch))
-    return [replies[number] for number in range(len(prompts))]
-
-
-def rows_if_they_fit(
-    adapter: Adapter, prompts: list[list[int]], config: transformers.GenerationConfig
-) -> list[list[int]] | None:
-    """Return the new tokens after each prompt, or None if there is no memory for several."""
-    torch.manual_seed(SEED)
-    try:
-        return new_tokens(adapter, prompts, config)
-    except RuntimeError as error:
-        if len(prompts) == 1 or not script.is_out_of_memory(error):
-            raise
-    gc.collect()  # after `except`, whose traceback holds the tensors of the batch
-    torch.cuda.empty_cache()
-    return None
-
-
-def new_tokens(
-    adapter: Adapter,
-    prompts: list[list[int]],
-    config: transformers.GenerationConfig,
-    streamer: transformers.TextStreamer | None = None,
-) -> list[list[int]]:
-    """Return the new tokens after each prompt, from one batch, padded on the left."""
-    width, device = max(map(len, prompts)), adapter.model.device
-    ids = [[config.pad_token_id] * (width - len(one)) + one for one in prompts]
-    mask = [[0] * (width - len(one)) + [1] * len(one) for one in prompts]
-    out = adapter.model.generate(
-        torch.tensor(ids, device=device),
-        config,
-        attention_mask=torch.tensor(mask, device=device),
-        streamer=streamer,
-    )
-    return out[:, width:].tolist()
-
-
-def up_to_its_end(tokens: list[int], stops: list[int]) -> list[int]:
-    """Return a reply's tokens up to the first that ends it: in a batch, padding follows."""
-    ends = [place for place, token in enumerate(tokens) if token in stops]
-    return tokens[: ends[0] + 1] if ends else tokens
-
-
-def text_of(adapter: Adapter, tokens: list[int]) -> str:
-    """Return a reply's text without the token that ends it."""
-    return adapter.job.tokenizer.decode(tokens, skip_special_tokens=True).strip()

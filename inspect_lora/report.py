@@ -1,472 +1,628 @@
-"""Make what is shown from a record: tables, report.md, the picture and replies.html.
+"""What is shown of a record: the findings first, then tables, on the terminal and in report.md.
 
-`report FOLDER` makes all of it again from FOLDER/evidence.json, in seconds and without the model,
-also where the measurement was stopped. Gains, shares and divergences stand with 95 % intervals.
+All of it is made from evidence.json, in seconds and without the model, also where the measurement
+was stopped. A number stands with its 95 % interval, and without a sentence of judgement.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import dataclasses
 import math
 import re
-import statistics
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from inspect_lora import record
-from inspect_lora.common import aligned, from_here, say, wrapped, write_whole
-from inspect_lora.record import Estimate, Exchange, Line, Part, Record, Shift
-from inspect_lora.rules import KEYS
+from inspect_lora import statistics as stats
+from inspect_lora.common import aligned, from_here, one_line, say, short, tell, wrapped, write_whole
+from inspect_lora.page import PAGE, page_of, prompts_of
+from inspect_lora.picture import PICTURE, draw
+from inspect_lora.record import Exchange, Record, Reply
+from inspect_lora.statistics import FEWEST_LINES, Change, Estimate
 
-TEMPLATE = Path(__file__).with_name("page.html")
-PICTURE, PAGE = "picture.png", "replies.html"
-NOT_CLEAR = "~"
-LEGEND = [
-    "not clear: the interval contains 0 (for a share: 100 %), p >= 0.05, or fewer than 20 lines;",
-    "the best of several rows looks better than it is",
-]
-ABOUT = """\
-\\~ marks a row that is not clear: its 95 % interval contains 0 (for a share of the gain, \
-100 %), its p is 0.05 or more, or it has fewer than 20 lines. Each row is judged alone: of twenty \
-rows without any effect, one looks clear on average, and the best of several looks better than it \
-is. The intervals cover only the choice of lines; another seed of the training may change more. \
-Losses are in nats a token; a gain above 0 is better. \
-"Lower on" counts the replies on which the adapter's loss is lower, "lost" and "won" the lines \
-that only the base or only the adapter passes; p says how often chance alone would split these so \
-unevenly. "Same" counts the replies that are, word for word, the most frequent one."""
-ROWS_SHOWN = 9  # of a table, on the terminal; report.md has all
-REPLIES_SHOWN = 8  # in report.md; the page has all
-TRAINING = "TRAIN_FILE NUM_EPOCHS MAX_STEPS LEARNING_RATE LORA_R LORA_ALPHA SEED FINAL_LORA"
-KINDS_DRAWN = 13  # all of them together is the first
-ELSEWHERE = ["KL", "95 % interval", "other token"]  # what cells_of_shift() returns
 Table = tuple[list[str], list[list[Any]]]  # a head, and rows of cells
+WIDTH, HEIGHT = 90, 40  # of what is printed: columns beside the section, and lines
+CHECKS_TOLD = 3  # among the findings; the table has all
+EXCHANGES_SHOWN, OF_A_KIND = 8, 3  # in report.md; the page has all
+LONGEST_TEXT = 400  # characters of a reply in report.md
+SIDES = ("base", "adapter")
+REPLY_COLUMNS = ("ended", "empty", "same", "words")  # what cells_of_replies() returns
+TRAINING = "TRAIN_FILE NUM_EPOCHS MAX_STEPS LEARNING_RATE LORA_R LORA_ALPHA SEED FINAL_LORA"
+LEGEND = [
+    "Losses are in nats a token; gain: the base's loss minus the adapter's. Above 0 these replies "
+    "became likelier, which helps nobody by itself.",
+    "Intervals are about 95 %, for other lines of the same writers in the same mix of kinds; "
+    "another seed of the training may change more. Of twenty rows without any effect about one has "
+    "an interval that leaves 0 out. The best of several rows, and an adapter whose settings were "
+    "chosen by these lines, look better than they are.",
+    "Lost, won: what passes with the base only, with the adapter only. Changes of checks and pairs "
+    "are in percentage points.",
+    "Cost: the rise of the loss at another strength, without a part, or with fewer directions; "
+    "alone: the gain with all other parts switched off. Parts overlap.",
+    "KL(base || adapter), in nats a token, and other token (where the likeliest one changes) say "
+    "how far the model moved on the base's replies to other tasks, not that it became worse.",
+    "Pairs, moved: log p(good) - log p(bad) is larger than the base's (the accuracy of DPO's "
+    "implicit reward). Base, adapter: the good reply has more log-probability in all, or a token "
+    "(mean). A tie is not right. Fewer than twenty pairs have no interval.",
+    "Same: the replies that are, word for word, the most frequent one.",
+]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the command."""
-    parser.add_argument("folder", metavar="FOLDER", help="a report's folder: evidence.json is read")
+def show_all(record: Record, is_old: bool = False) -> None:
+    """Print a report, at most 40 lines of 100 columns, and write its files anew; see write()."""
+    for section, lines in sections_of(record):
+        say(section, lines)
+    write(record, is_old)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Print a report, and write its files anew."""
-    found = record.read(Path(options.folder) / record.FILE)
-    print_gain(found)
-    print_parts(found)
-    print_shifts(found)
-    print_replies(found)
-    write(found)
+# ---- Numbers
 
 
-# ---- Cells
+def decimals(half_width: float) -> int:
+    """Return after how many decimals a number is rounded: two, or more if it is known better."""
+    if not 0 < half_width < math.inf:
+        return 2
+    return min(4, max(2, math.ceil(-math.log10(half_width))))
 
 
-def interval(found: Estimate, factor: float = 1.0, form: str = "+.3f") -> str:
-    """Return an interval; its ends are not known where there is one line."""
-    if not math.isfinite(found.low):
+def number(value: float, half_width: float = 0.0, sign: str = "") -> str:
+    """Return a number, such as 3.82; with the sign "+", +0.80."""
+    text = f"{value:{sign}.{decimals(half_width)}f}"
+    return text if text.strip("+-0.") else text.lstrip("+-")  # no -0.00
+
+
+def interval(estimate: Estimate) -> str:
+    """Return an interval; its ends are not known where it rests on one line."""
+    if not math.isfinite(estimate.low):
         return "?"
-    return f"{factor * found.low:{form}} to {factor * found.high:{form}}"
+    half_width = (estimate.high - estimate.low) / 2
+    return " to ".join(number(end, half_width) for end in (estimate.low, estimate.high))
 
 
-def mark(is_clear: bool) -> str:
-    """Return what stands beside a number."""
-    return "" if is_clear else NOT_CLEAR
+def cell(estimate: Estimate | None, sign: str = "") -> str:
+    """Return a number with its interval, such as +0.80 (0.75 to 0.86)."""
+    if estimate is None:
+        return ""
+    half_width = (estimate.high - estimate.low) / 2
+    return f"{number(estimate.value, half_width, sign)} ({interval(estimate)})"
 
 
-def short(name: str, width: int = 20) -> str:
-    """Return a name that keeps a table narrow."""
-    return name if len(name) <= width else f"{name[: width - 3]}..."
+def points(change: Estimate) -> str:
+    """Return a change in percentage points with its interval, such as +20 (9 to 35)."""
+    value, low, high = (round(100 * end) for end in (change.value, change.low, change.high))
+    return f"{value:+d} ({low} to {high})" if value else f"0 ({low} to {high})"
 
 
-def cells_of_part(found: Record, part: Part | None) -> list[str]:
-    """Return a part's loss, and its share of the gain if there is a clear one."""
-    if part is None:
-        return [""] * 4
-    cells = [f"{record.per_token(part.losses, record.lines_of_parts(found)).value:.4f}"]
-    if not record.has_shares(found):
-        return [*cells, "", "", ""]
-    share = record.share_of_gain(found, part)
-    cells.append(f"{100 * share.value:.1f} %")
-    if share.low == share.high:  # the base's 0 %, and 100 % of the whole adapter
-        return [*cells, "", ""]
-    return [*cells, interval(share, 100, ".1f"), mark(share.is_clear(1.0))]
+def percent(value: float) -> str:
+    """Return a share in whole per cents."""
+    return f"{round(100 * value)} %"  # an integer has no -0
 
 
-def cells_of_shift(shift: Shift | None) -> list[str]:
-    """Return the KL divergence on the tasks, and how often another token is the likeliest."""
-    if shift is None:
-        return [""] * 3
-    kl = record.ratio(shift.kl, shift.tokens)
-    other = f"{100 * sum(shift.other) / sum(shift.tokens):.1f} %"
-    return [f"{kl.value:.4f}", interval(kl, form=".3f"), other]
+# ---- The findings
 
 
-def cells_of_change(before: list[bool], after: list[bool]) -> list[Any]:
-    """Return on how many lines a check is lost and won, p, and the mark."""
-    pairs = Counter(zip(before, after, strict=True))
-    lost, won = pairs[True, False], pairs[False, True]
-    p = record.p_of_change(lost, won)
-    is_clear = p < 0.05 and len(before) >= record.FEWEST_LINES
-    return [lost, won, f"{p:.3f}" if p >= 0.001 else "<0.001", mark(is_clear)]
+@dataclass(frozen=True)
+class Finding:
+    """A line that a report begins with: what it tells, and with which numbers."""
+
+    name: str  # "gain", "replies", "elsewhere" or "trust"
+    facts: dict[str, Any]
+    text: str
+
+
+def findings(record: Record) -> list[Finding]:
+    """Return at most four lines: the gain, checks and pairs, other tasks, and what to mistrust."""
+    made = (finding_on_gain, finding_on_replies, finding_on_tasks, finding_on_trust)
+    return [finding for finding_on in made if (finding := finding_on(record))]
+
+
+def finding_on_gain(record: Record) -> Finding | None:
+    """Return what became of the loss; where that is not clear, what could have been seen."""
+    if not record.lines:
+        return None
+    row = stats.gains(record)[0]
+    text = (
+        f"Gain {number(row.gain.value, row.gain.high - row.gain.value, '+')} nats a token (95 % "
+        f"interval {interval(row.gain)}) on {row.replies} held-out replies: the loss "
+        f"{'falls' if row.gain.value > 0 else 'rises'} from {row.base:.2f} to {row.adapter:.2f}, "
+        f"and is lower on {row.lower_on}."
+    )
+    facts = vars(row) | {"is_clear": row.gain.is_clear()}
+    seen = "" if facts["is_clear"] else seen_in_words(row.gain)
+    return Finding("gain", facts, f"{text} {seen}".strip())
+
+
+def seen_in_words(gain: Estimate) -> str:
+    """Return which gain lines like these show, if that is known."""
+    seen = stats.smallest_effect_seen(gain)
+    shown = f"A gain of {number(seen, seen)} would be seen in 80 % of draws of such lines."
+    return shown if math.isfinite(seen) else ""
+
+
+def finding_on_replies(record: Record) -> Finding | None:
+    """Return what the replies pass, clear losses and what passes least first, and the pairs."""
+    changes = {
+        title: change
+        for title, change in stats.checks(record).items()
+        if not title.startswith(stats.TASKS)
+    }
+    order = sorted(changes, key=lambda title: changes[title].after / changes[title].count)
+    order.sort(key=lambda title: not changes[title].is_clear_loss)
+    facts: dict[str, Any] = {"checks": {title: changes[title] for title in order[:CHECKS_TOLD]}}
+    sentences = []
+    if order:
+        counts = [
+            f"{short(title, 30)} {in_words(change)}" for title, change in facts["checks"].items()
+        ]
+        rest = [changes[title].after / changes[title].count for title in order[CHECKS_TOLD:]]
+        least = math.floor(100 * min(rest, default=0))
+        share = "all lines" if least == 100 else f"at least {least} % of the lines"
+        remaining = f"; {len(rest)} more on {share}" if rest else ""
+        sentences.append(f"Checks passed: {', '.join(counts)}{remaining}.")
+    if record.pairs:
+        facts["pairs"] = stats.preferences(record.pairs)
+        # Kinds that change in opposite ways hide each other in the sum of all pairs.
+        changes_by_kind = {
+            kind: stats.preferences(pairs).by_sum
+            for kind, pairs in stats.pairs_by_kind(record.pairs).items()
+            if kind != stats.ALL
+        }
+        facts["changed kinds"] = {
+            kind: change for kind, change in changes_by_kind.items() if change.change.is_clear()
+        }
+        sentences.append(pairs_in_words(facts["pairs"]))
+        if facts["changed kinds"]:
+            shown = [
+                f"{kind} {points(change.change)} points"
+                for kind, change in facts["changed kinds"].items()
+            ]
+            sentences.append(f"By kind: {', '.join(shown)}.")
+    return Finding("replies", facts, " ".join(sentences)) if sentences else None
+
+
+def in_words(change: Change) -> str:
+    """Return how many replies pass, and how many of the base's."""
+    return f"{change.after} of {change.count} (base {change.before})"
+
+
+def pairs_in_words(row: stats.Preferences) -> str:
+    """Return on how many pairs the good reply is preferred; of fewer than twenty no interval."""
+    share = row.corrected_share
+    ends = f" ({percent(share.value)}, {100 * share.low:.0f} to {100 * share.high:.0f})"
+    return (
+        f"Of {row.pairs} pairs the adapter moved towards the good reply in {row.corrected}"
+        f"{ends if share.lines >= FEWEST_LINES else ''}, and finds it likelier in "
+        f"{row.by_sum.after} (base {row.by_sum.before})."
+    )
+
+
+def finding_on_tasks(record: Record) -> Finding | None:
+    """Return what became of other tasks, and what so few of them can tell."""
+    sentences, facts = [], {}
+    for title, change in stats.checks(record).items():
+        if title.startswith(stats.TASKS):
+            facts[title] = change
+            sentences.append(
+                f"Other {title} {in_words(change)}, {points(change.change)} points; in 80 % of "
+                f"draws so few show a change of {seen_points(change)} points or more."
+            )
+    whole = [row for row in stats.strengths(record) if row.strength == 1 and row.kl]
+    if whole:
+        facts |= {"kl": whole[0].kl, "changed": whole[0].changed}
+        sentences.append(
+            f"On other tasks the likeliest token changes at {percent(whole[0].changed)} of the "
+            f"positions (KL {number(whole[0].kl.value)}, {interval(whole[0].kl)})."
+        )
+    return Finding("elsewhere", facts, " ".join(sentences)) if sentences else None
+
+
+def seen_points(change: Change) -> str:
+    """Return the change, in percentage points, that so many lines show in 80 % of draws."""
+    return f"{100 * stats.smallest_change_seen(change.change.lines):.0f}"
+
+
+def finding_on_trust(record: Record) -> Finding | None:
+    """Return what lowers the trust in these numbers."""
+    reasons: dict[str, str] = {}
+    if is_chosen_by_these_lines(record):
+        reasons["best"] = (
+            'the checkpoint was chosen by the loss on these lines (FINAL_LORA "best"), so the gain '
+            "looks larger than it is"
+        )
+    if record.learned is None:
+        reasons["learned"] = "whether it learned some of these lines is not known (no learned.txt)"
+    counts = {
+        "held-out lines": len({line.cluster for line in record.lines}),
+        "pairs": len({pair.cluster for pair in record.pairs}),
+    }
+    few = [f"{count} {name}" for name, count in counts.items() if 0 < count < FEWEST_LINES]
+    if few:
+        reasons["few"] = f"{' and '.join(few)} are fewer than {FEWEST_LINES}: no verdict"
+    judged = [exchange for exchange in record.exchanges if exchange.checks]
+    cut = [sum(not getattr(exchange, side).ended for exchange in judged) for side in SIDES]
+    if any(cut):
+        reasons["cut"] = (
+            f"{cut[1]} of {len(judged)} judged replies (base {cut[0]}) were cut after "
+            f"{record.max_new_tokens} tokens, and are judged as they stand"
+        )
+    if not record.finished:
+        reasons["stopped"] = f"it was stopped after: {', '.join(record.seconds) or 'nothing'}"
+    elif not record.lines:
+        reasons["prompts"] = "prompts without replies have no loss"
+    return Finding("trust", reasons, f"Mind: {'; '.join(reasons.values())}.") if reasons else None
+
+
+def is_chosen_by_these_lines(record: Record) -> bool:
+    """Return whether the training kept the checkpoint that has the lowest loss on these lines."""
+    held_out = record.run.get("data", {}).get("held_out") or {}
+    measured = record.conditions.get("eval_file") or {}
+    is_best = record.run.get("settings", {}).get("FINAL_LORA") == "best"
+    return is_best and held_out.get("sha256") == measured.get("sha256")
+
+
+def estimates(record: Record) -> dict[str, Any]:
+    """Return all that a report tells, as JSON has it; an end of an interval may be null."""
+    values = {
+        "adapter": record.adapter,
+        "base": record.conditions["base"],
+        "finished": record.finished,
+        "findings": findings(record),
+        "gain": stats.gains(record),
+        "checks": stats.checks(record),
+        "prefers": {
+            name: stats.preferences(pairs)
+            for group_by in (stats.pairs_by_kind, stats.pairs_by_length)
+            for name, pairs in group_by(record.pairs).items()
+        },
+        "strengths": stats.strengths(record),
+        "parts": stats.part_effects(record),
+    }
+    return as_plain(values)
+
+
+def as_plain(value: Any) -> Any:
+    """Return dataclasses as dictionaries, and numbers that are not finite as None."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: as_plain(held) for name, held in value.items()}
+    if isinstance(value, list):
+        return [as_plain(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- Tables
 
 
-def groups_of(found: Record) -> dict[str, list[Line]]:
-    """Return all held-out replies, and those of each kind if there are several kinds."""
-    kinds: dict[str, list[Line]] = {}
-    for line in found.lines:
-        kinds.setdefault(line.kind or "(no kind)", []).append(line)
-    groups = {"(all)": found.lines} if kinds else {}
-    return groups | kinds if len(kinds) > 1 else groups
-
-
-def table_of_gain(groups: dict[str, list[Line]]) -> Table:
-    """Return the losses of groups of held-out replies."""
+def table_of_gain(record: Record) -> Table:
+    """Return the losses of all held-out replies, and of each kind."""
     rows = []
-    for kind, lines in groups.items():
-        gain = record.gain(lines)
-        both = [line.base for line in lines], [line.adapter for line in lines]
-        cells = [f"{record.per_token(losses, lines).value:.4f}" for losses in both]
-        cells += [f"{gain.value:+.4f}", interval(gain)]
-        lower = sum(line.adapter < line.base for line in lines)
-        rows.append([short(kind), len(lines), *cells, mark(gain.is_clear()), lower])
-    head = ["held-out", "replies", "base", "adapter", "gain", "95 % interval", "", "lower on"]
+    for row in stats.gains(record):
+        name = short(row.kind) + (" (not trained)" if row.is_trained is False else "")
+        losses = [f"{row.base:.2f}", f"{row.adapter:.2f}"]
+        rows.append([name, row.replies, *losses, cell(row.gain, "+"), row.lower_on])
+    return ["held-out", "replies", "base", "adapter", "gain, 95 %", "lower on"], rows
+
+
+def about_gain(record: Record) -> str:
+    """Return how evenly the replies weigh, and what could have been seen."""
+    clusters = [line.cluster for line in record.lines]
+    tokens = [line.tokens for line in record.lines]
+    return (
+        f"The {len(tokens)} replies are of {len(set(clusters))} independent lines, and weigh as "
+        f"{stats.effective_number(tokens, clusters):.0f} of equal length would; the longest has "
+        f"{percent(max(tokens) / sum(tokens))} of the tokens. "
+        f"{seen_in_words(stats.gain(record.lines))}"
+    )
+
+
+def table_of_checks(record: Record) -> Table:
+    """Return how many replies pass each check, how that changes, and what could be seen."""
+    rows = []
+    for title, row in stats.checks(record).items():
+        flips = [row.lost, row.won, points(row.change), seen_points(row)]
+        rows.append([short(title, 30), row.count, row.before, row.after, *flips])
+    head = ["check", "lines", "base", "adapter", "lost", "won", "change, 95 %", "seen from"]
     return head, rows
 
 
-def strengths_of(found: Record) -> dict[float, Part]:
-    """Return the parts that are the adapter at some strength, from the base's 0 on."""
-    parts = {float(one.name[2:]): one for one in found.parts if one.kind == "strength"}
-    if parts:
-        lines = record.lines_of_parts(found)
-        parts[0.0] = Part("strength", "base", [line.base for line in lines])
-        parts[1.0] = Part("strength", "as trained", [line.adapter for line in lines])
-    return dict(sorted(parts.items()))
+def about_checks(record: Record) -> str:
+    """Return which prompts were asked, and what could have been seen at all."""
+    asked = counted([each.kind for each in record.exchanges if each.source != "tasks"])
+    whole = sum(record.asked_of.values())
+    return (
+        f"Asked: {asked}{f', of {whole} prompts' if whole else ''}. Fewer than "
+        f"{stats.FEWEST_NET_CHANGES} net changes cannot be clear here. If lines turn one "
+        'way only, 80 % of draws of so many show a change of the points under "seen from".'
+    )
 
 
-def shifts_of(found: Record) -> dict[float, Shift]:
-    """Return the changes on other tasks by strength, without the training's system message."""
-    return {one.strength: one for one in found.shifts if not one.system}
+def counted(kinds: list[str]) -> str:
+    """Return how many there are of each kind, the most first."""
+    counts = Counter(kind or stats.NO_KIND for kind in kinds).most_common()
+    return f"{len(kinds)}" + (
+        f" ({', '.join(f'{count} {kind}' for kind, count in counts)})" if len(counts) > 1 else ""
+    )
 
 
-def table_of_strengths(found: Record) -> Table:
-    """Return what each strength keeps of the gain, and how far it moves the model elsewhere."""
-    parts, shifts = strengths_of(found), shifts_of(found)
-    measured = []
-    for strength in sorted(parts.keys() | shifts.keys()):
-        name = {0: "base", 1: "as trained"}.get(strength, f"x {strength:g}")
-        measured.append((name, parts.get(strength), shifts.get(strength)))
-    measured += [("system message", None, shift) for shift in found.shifts if shift.system]
-    rows: list[list[Any]] = []
-    for name, part, shift in measured:
-        kept = cells_of_part(found, part) if parts else []  # prompts without replies have no loss
-        rows.append([name, *kept, *(cells_of_shift(shift) if shifts else [])])
-    gain = ["loss", "of gain", "95 % interval", ""] if parts else []
-    return ["strength", *gain, *(ELSEWHERE if shifts else [])], rows
+def table_of_preferences(record: Record) -> Table:
+    """Return which of two replies base and adapter prefer, by kind and by the longer reply."""
+    rows = []
+    groups = stats.pairs_by_kind(record.pairs) | stats.pairs_by_length(record.pairs)
+    for name, pairs in groups.items():
+        row = stats.preferences(pairs)
+        share, sums, means = row.corrected_share, row.by_sum, row.by_mean
+        moved, change = f"{row.corrected} of {row.pairs}", f"{sums.won - sums.lost:+d}"
+        if share.lines >= FEWEST_LINES:
+            moved = f"{percent(share.value)} ({100 * share.low:.0f} to {100 * share.high:.0f})"
+            change = points(sums.change)
+        counts = [sums.before, sums.after, sums.lost, sums.won, change]
+        rows.append([short(name), row.pairs, moved, *counts, means.before, means.after])
+    sums = ["base", "adapter", "lost", "won", "change, 95 %"]
+    return ["prefers", "pairs", "moved, 95 %", *sums, "base, mean", "adapter, mean"], rows
 
 
-def table_of_parts(found: Record, *kinds: str) -> Table:
-    """Return what parts of these kinds keep of the gain; parts overlap."""
-    parts = [part for part in found.parts if part.kind in kinds]
-    rows = [[short(part.name, 40), *cells_of_part(found, part)] for part in parts]
-    return ["part", "loss", "of gain", "95 % interval", ""], rows
+def table_of_strengths(record: Record) -> Table:
+    """Return what each strength gains, and how far it moves the model elsewhere."""
+    strengths = stats.strengths(record)
+    rows = [
+        [
+            row.name,
+            cell(row.gain, "+"),
+            cell(row.cost, "+"),
+            cell(row.kl),
+            cell(row.kl_change, "+"),
+            "" if row.changed is None else percent(row.changed),
+        ]
+        for row in strengths
+    ]
+    head = ["strength", "gain, 95 %", "cost, 95 %", "KL, 95 %", "change of KL, 95 %", "other token"]
+    return without_empty_columns((head, rows))
 
 
-def table_of_updates(found: Record) -> Table:
+def without_empty_columns(table: Table) -> Table:
+    """Return a table without the columns in which nothing stands."""
+    head, rows = table
+    kept = [place for place in range(len(head)) if any(row[place] != "" for row in rows)]
+    return [head[place] for place in kept], [[row[place] for place in kept] for row in rows]
+
+
+def about_strengths(record: Record) -> str:
+    """Return what strengths are measured on, and what the last row is."""
+    parts = f"{about_parts(record)} " if record.parts else ""
+    tasks = f"KL and other token are on the base's replies to {len(record.tasks)} other tasks. "
+    system = "The last row has the training's system message, and other replies."
+    has_system = any(shift.system for shift in record.shifts)
+    return parts + (tasks if record.shifts else "") + (system if has_system else "")
+
+
+def about_parts(record: Record) -> str:
+    """Return on which lines the parts are measured, and the gain there."""
+    lines = stats.lines_of_parts(record)
+    kinds = counted([line.kind for line in lines])
+    gain = cell(stats.gain(lines), "+")
+    return f"Measured on {kinds} of {len(record.lines)} replies, where the gain is {gain}."
+
+
+def table_of_parts(record: Record) -> Table:
+    """Return what each part costs if it is removed, and what it gains alone.
+
+    Per cents of the gain stand there only if its lower end is above half of it.
+    """
+    whole = stats.gain_for_shares(record)
+    rows = []
+    for row in stats.part_effects(record):
+        cells = [short(row.name, 30)]
+        for estimate in (row.cost, row.alone):
+            share = percent(estimate.value / whole) if estimate and whole else ""
+            cells += [cell(estimate, "+"), share]
+        rows.append(cells)
+    return without_empty_columns(
+        (["part", "cost, 95 %", "of gain", "alone, 95 %", "of gain"], rows)
+    )
+
+
+def table_of_updates(record: Record) -> Table:
     """Return how large the updates of each target are beside their weights."""
     rows = []
-    for target, sizes in found.updates.items():
-        mean = f"{100 * statistics.fmean(sizes):.2f} %"
-        rows.append([target, len(sizes), mean, f"{100 * max(sizes):.2f} %"])
+    for target, sizes in record.updates.items():
+        mean, largest = (f"{100 * size:.1f} %" for size in (fmean(sizes), max(sizes)))
+        rows.append([target, len(sizes), mean, largest])
     return ["target", "modules", "|update| / |W|, mean", "largest"], rows
 
 
-def table_of_checks(found: Record) -> Table:
-    """Return how many replies pass each check."""
+def table_of_replies(record: Record) -> Table:
+    """Return how many replies ended, are empty or the most frequent one, and their length."""
     rows = []
-    for title, asked in record.verdicts(found).items():
-        before, after = [one.base for one in asked], [one.adapter for one in asked]
-        row: list[Any] = [short(title), len(asked)]
-        for passed in (before, after):
-            share = record.share(sum(passed), len(passed))
-            row += [sum(passed), f"{100 * share.low:.0f} to {100 * share.high:.0f} %"]
-        rows.append([*row, *cells_of_change(before, after)])
-    head = ["check", "lines", "base", "95 %", "adapter", "95 %", "lost", "won", "p", ""]
-    return head, rows
+    for source in dict.fromkeys(exchange.source for exchange in record.exchanges):
+        asked = [exchange for exchange in record.exchanges if exchange.source == source]
+        row: list[Any] = [source.replace("_", "-"), len(asked)]
+        for side in SIDES:
+            row += cells_of_replies([getattr(exchange, side) for exchange in asked])
+        rows.append(row)
+    names = [f"{side} {column}" for side in SIDES for column in REPLY_COLUMNS]
+    return without_empty_columns((["replies", "prompts", *names], rows))
 
 
-def table_of_replies(found: Record) -> Table:
-    """Return how many replies ended, are empty, and are the most frequent one; their length."""
-    rows = []
-    for source in dict.fromkeys(one.source for one in found.exchanges):
-        asked = [one for one in found.exchanges if one.source == source]
-        cells: list[Any] = []
-        for side in ([one.base for one in asked], [one.adapter for one in asked]):
-            words = [len(said.text.split()) for said in side]
-            ended = sum(said.ended for said in side)
-            same = max(Counter(said.text for said in side).values())
-            cells += [ended, words.count(0), same, f"{statistics.fmean(words):.0f}"]
-        rows.append([source.replace("_", "-"), len(asked), *cells])
-    sides = ["base ended", "empty", "same", "words", "adapter ended", "empty", "same", "words"]
-    return ["replies", "prompts", *sides], rows
+def cells_of_replies(replies: list[Reply]) -> list[Any]:
+    """Return how these replies are; the words of cut ones are a lower bound."""
+    words = [len(reply.text.split()) for reply in replies]
+    ended = sum(reply.ended for reply in replies)
+    same = max(Counter(reply.text for reply in replies).values())
+    length = f"{fmean(words):.0f}" if ended == len(replies) else f"at least {fmean(words):.0f}"
+    return [ended, words.count(0) or "", same, length]
 
 
 # ---- On the terminal
 
 
-def show(section: str, table: Table, most: int = ROWS_SHOWN) -> None:
-    """Print a table, if it has rows; of more than fit, say how many stand in report.md."""
+def sections_of(record: Record) -> list[tuple[str, list[str]]]:
+    """Return what is printed: the findings, and of each table its part of the room that is left."""
+    lines = [line for finding in findings(record) for line in wrapped(finding.text, WIDTH)]
+    tables = {
+        "gain": table_of_gain(record),
+        "checks": table_of_checks(record),
+        "prefers": table_of_preferences(record),
+        "strength": table_of_strengths(record),
+        "parts": table_of_parts(record),
+    }
+    sections = [("found", lines)]
+    for left, (name, table) in zip(range(len(tables), 0, -1), tables.items(), strict=True):
+        room = HEIGHT - sum(len(lines) for _, lines in sections)
+        sections.append((name, lines_of(table, room // left)))
+    return [(name, lines) for name, lines in sections if lines]
+
+
+def lines_of(table: Table, most: int) -> list[str]:
+    """Return a table as at most so many lines, without the last columns if it is too wide."""
     head, rows = table
     if not rows:
-        return
+        return []
+    while max(map(len, aligned(head, rows))) > WIDTH:
+        head, rows = head[:-1], [row[:-1] for row in rows]
     lines = aligned(head, rows)
-    if len(rows) > most:
-        lines[most:] = [f"... {len(rows) - most + 1} more rows in report.md"]
-    say(section, lines)
+    if len(lines) > most:
+        lines[most - 1 :] = [f"... {len(lines) - most + 1} more rows in report.md"]
+    return lines
 
 
-def print_gain(found: Record) -> None:
-    """Print the loss of all held-out replies."""
-    if found.lines:
-        show("gain", table_of_gain({"(all)": found.lines}))
-
-
-def about_parts(found: Record) -> str:
-    """Return on what the parts are measured, and the gain there."""
-    gain = record.gain(record.lines_of_parts(found))
-    count = f"the {len(found.measured_on)} of {len(found.lines)} replies"
-    return f"The gain on {count} that parts are measured on: {gain.value:+.4f} ({interval(gain)})"
-
-
-def print_parts(found: Record) -> None:
-    """Print what groups of targets and cuts keep; strengths stand beside the change elsewhere."""
-    if found.parts:
-        say("parts", about_parts(found))
-        show("", table_of_parts(found, "group", "cut"))
-
-
-def print_shifts(found: Record) -> None:
-    """Print the strengths, and the change on other tasks."""
-    show("strength", table_of_strengths(found))
-
-
-def print_replies(found: Record) -> None:
-    """Print the checks, whether replies ended, and what the mark means."""
-    show("checks", table_of_checks(found))
-    show("replies", table_of_replies(found))
-    say(NOT_CLEAR, LEGEND)
-
-
-def left_out(found: Record) -> str:
-    """Return how many lines and tasks were left out, and where the measurement was stopped."""
-    learned = "not known (no learned.txt)" if found.learned is None else found.learned
-    stopped = "" if found.finished else f"; stopped after: {', '.join(found.seconds)}"
-    return (
-        f"lines learned: {learned}, too long: {found.too_long}; "
-        f"tasks refused by the template: {found.refused}{stopped}"
-    )
+def show(section: str, table: Table, most: int = 100) -> None:
+    """Print a table, if it has rows."""
+    if lines := lines_of(table, most):
+        say(section, lines)
 
 
 # ---- Files
 
 
-def write(found: Record) -> None:
-    """Write report.md, the picture and the page beside the record, and say where."""
-    draw(found)
-    write_whole(found.folder / "report.md", as_markdown(found))
-    sides = {"base": found.on["base"], "adapter": found.adapter}
-    write_whole(found.folder / PAGE, page_of(sides, found.system, found.exchanges))
-    say("left out", wrapped(left_out(found)))
-    say("report", [from_here(found.folder / name) for name in ("report.md", PAGE)])
+def write(record: Record, is_old: bool = False) -> None:
+    """Write report.md, the picture and the page beside the record, and say where.
+
+    Without matplotlib the picture that is there stays if the record is old, that is, unchanged.
+    """
+    try:
+        draw(record)
+    except ModuleNotFoundError as error:
+        if not is_old:
+            (record.folder / PICTURE).unlink(missing_ok=True)
+        tell("picture", f"is not drawn, since {error.name} is not installed")
+    write_whole(record.folder / "report.md", as_markdown(record))
+    sides = [("base", record.conditions["base"]), ("adapter", record.adapter)]
+    write_whole(record.folder / PAGE, page_of(sides, record.system, prompts_of(record.exchanges)))
+    tell("report", [from_here(record.folder / name) for name in ("report.md", PAGE)])
 
 
-def as_markdown(found: Record) -> str:
+def as_markdown(record: Record) -> str:
     """Return report.md."""
-    about = about_parts(found) if found.parts else ""
-    row = "The last row is with the training's system message, and on the base's replies to it. "
-    row = row if any(one.system for one in found.shifts) else ""
-    elsewhere = (
-        f"KL(base || adapter), in nats a token, is on the base's own replies to {len(found.tasks)} "
-        f"other tasks; other token: how often the most likely token changes. {row}{about}"
-    )
+    first = "\n".join(f"- {escaped(finding.text)}" for finding in findings(record))
     sections = [
-        f"# {escaped(found.adapter)} on {escaped(found.on['base'])}",
-        ABOUT,
-        f"![gain by kind, strengths, parts]({PICTURE})" if found.lines else "",
-        section("Held-out replies", table_of_gain(groups_of(found))),
-        section("Strength, and change on other tasks", table_of_strengths(found), elsewhere),
-        section(
-            "Parts", table_of_parts(found, "group", "target", "cut"), f"Parts overlap. {about}"
-        ),
-        section("Updates", table_of_updates(found)),
-        section("Checks", table_of_checks(found), "\n".join(asked_by_checks(found))),
-        section("Replies", table_of_replies(found)),
-        *map(markdown_of_exchange, shown_exchanges(found)),
+        f"# {escaped(record.adapter)} on {escaped(record.conditions['base'])}",
+        first,
+        f"![What {escaped(record.adapter)} does and does not do]({PICTURE})"
+        if (record.folder / PICTURE).exists()
+        else "",
+        section("Checks", record, table_of_checks, about_checks),
+        section("Pairs", record, table_of_preferences),
+        section("Held-out replies", record, table_of_gain, about_gain),
+        section("Strength, and other tasks", record, table_of_strengths, about_strengths),
+        section("Parts", record, table_of_parts, about_parts),
+        section("Updates", record, table_of_updates),
+        section("Replies", record, table_of_replies),
+        *(markdown_of_exchange(record, exchange) for exchange in shown_exchanges(record)),
         "## What was measured",
-        "\n".join(
-            f"- {name}: {escaped(str(fact))}"
-            for name, fact in facts_of(found).items()
-            if fact != ""
-        ),
+        "\n".join(f"- {name}: {escaped(fact)}" for name, fact in facts_of(record).items() if fact),
+        "## How to read it",
+        "\n".join(f"- {escaped(sentence)}" for sentence in LEGEND),
     ]
     return "\n\n".join(part for part in sections if part) + "\n"
 
 
-def section(title: str, table: Table, about: str = "", level: str = "##") -> str:
+def section(
+    title: str,
+    record: Record,
+    table_of: Callable[[Record], Table],
+    about: Callable[[Record], str] | None = None,
+) -> str:
     """Return a section of report.md with a table, or "" if there are no rows."""
-    head, rows = table
+    head, rows = table_of(record)
     if not rows:
         return ""
-    cells = [[escaped(str(cell)) for cell in row] for row in [head, *rows]]
-    cells.insert(1, ["---"] * len(head))
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-    return "\n\n".join(part for part in (f"{level} {title}", about, lines) if part)
+    lines = [[escaped(str(cell)) for cell in row] for row in [head, *rows]]
+    lines.insert(1, ["---", *["--:"] * (len(head) - 1)])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    above = [f"## {title}", escaped(about(record))] if about else [f"## {title}"]
+    return "\n\n".join([*above, text])
 
 
-def rule_in_words(rule: dict[str, Any]) -> str:
-    """Return what a rule asks of a reply; the phrases that it must hold come first."""
-    values = {key: json.dumps(rule[key], ensure_ascii=False) for key in KEYS if key in rule}
-    words = {"any": "has one of", "none": "has none of"}
-    asked = [(words.get(key, key.replace("_", " ")), text) for key, text in values.items()]
-    return "; ".join(f"{word}: {text.strip('[]')}" for word, text in asked)
-
-
-def asked_by_checks(found: Record) -> list[str]:
-    """Return what each check asks for, as lines of report.md."""
-    said = []
-    for title, asked in record.verdicts(found).items():
-        rules = Counter(rule_in_words(one.rule) for one in asked)
-        rule, count = rules.most_common(1)[0]
-        more = f" (on {count} of {len(asked)} lines)" if len(rules) > 1 else ""
-        sides = [one.exchange.base for one in asked], [one.exchange.adapter for one in asked]
-        cut, own = (sum(not reply.ended for reply in side) for side in sides)
-        cuts = f". Cut, and judged as they stand: {cut} of the base, {own} of the adapter"
-        said.append(f"- {escaped(title)}: {escaped(short(rule, 300))}{more}{cuts}")
-    return said
-
-
-def facts_of(found: Record) -> dict[str, Any]:
+def facts_of(record: Record) -> dict[str, str]:
     """Return what the numbers depend on."""
-    asked = [one for one in found.exchanges if one.source != "tasks"]
-    settings = found.run.get("settings", {})
-    trained = {key: settings[key] for key in TRAINING.split() if key in settings}
-    lines, own = (Counter(one.kind or "(no kind)" for one in of) for of in (found.lines, asked))
-    return found.on | {
-        "training": trained or "not known",
-        "kinds of held-out replies": dict(lines),
-        "kinds of prompts that were asked": dict(own),
-        "system message": found.system or "none",
-        "left out": left_out(found),
-        "replies cut after": f"{found.max_new_tokens} tokens",
-        "seconds": found.seconds,
+    conditions, settings = record.conditions, record.run.get("settings", {})
+    trained = [f"{key} {settings[key]}" for key in TRAINING.split() if key in settings]
+    files = {
+        name.replace("_", " "): f"{fact['file']} (SHA-256 {fact['sha256'][:8]})"
+        for name, fact in conditions.items()
+        if isinstance(fact, dict) and "sha256" in fact
+    }
+    plain = {name: str(fact) for name, fact in conditions.items() if not isinstance(fact, dict)}
+    learned = "not known" if record.learned is None else record.learned
+    return {
+        "training": ", ".join(trained) or "not known",
+        "kinds of held-out replies": counted([line.kind for line in record.lines]),
+        "system message": record.system or "none",
+        "left out": f"learned {learned}, too long {record.too_long}, refused {record.refused}",
+        "replies cut after": f"{record.max_new_tokens} tokens",
+        **files,
+        **plain,
     }
 
 
-def shown_exchanges(found: Record) -> list[Exchange]:
-    """Return some exchanges of each kind."""
-    own = [one for one in found.exchanges if one.source != "tasks"]
-    own.sort(key=lambda one: one.kind)
-    return own[:: math.ceil(len(own) / REPLIES_SHOWN) or 1]
+def shown_exchanges(record: Record) -> list[Exchange]:
+    """Return at most eight exchanges, three of a kind: those that fail a check and those that pass.
+
+    The kinds take turns, the one whose replies fail most often first: a reply that fails, one that
+    passes, and a third. Within a kind the order is that of the file.
+    """
+    by_kind: dict[str, list[Exchange]] = {}
+    for exchange in record.exchanges:
+        if exchange.source != "tasks":
+            by_kind.setdefault(exchange.kind, []).append(exchange)
+    shown: list[tuple[int, float, Exchange]] = []  # with its turn, and how often its kind passes
+    for exchanges in by_kind.values():
+        failing = [exchange for exchange in exchanges if fails(exchange)]
+        passing = [exchange for exchange in exchanges if not fails(exchange)]
+        turns = [*failing[:1], *passing[:1], *failing[1:], *passing[1:]][:OF_A_KIND]
+        passed = len(passing) / len(exchanges)
+        shown += [(turn, passed, exchange) for turn, exchange in enumerate(turns)]
+    shown = sorted(shown, key=lambda entry: entry[:2])[:EXCHANGES_SHOWN]
+    return [exchange for *_, exchange in sorted(shown, key=lambda entry: (entry[1], entry[2].kind))]
 
 
-def markdown_of_exchange(one: Exchange) -> str:
-    """Return a prompt with both replies, and the reference, side by side."""
-    said = [
-        (each.text or "(empty)") + ("" if each.ended else " [cut here]")
-        for each in (one.base, one.adapter)
-    ]
-    if one.reference is not None:
-        said.append(one.reference)
-    asked = [f"> **{turn['role']}**: {escaped(turn['content'])}" for turn in one.messages]
-    title = escaped(f"{Path(one.where).name} {one.kind}")
-    table = ["base", "adapter", "reference"][: len(said)], [said]
-    return section(title, table, "\n>\n".join(asked), "###")
+def fails(exchange: Exchange) -> bool:
+    """Return whether the adapter's reply fails a check."""
+    return not all(exchange.adapter.passes.values())
+
+
+def markdown_of_exchange(record: Record, exchange: Exchange) -> str:
+    """Return the end of a prompt with both replies and the reference, and what they pass."""
+    texts = {}
+    for side in SIDES:
+        reply = getattr(exchange, side)
+        signs = [f"{'✓' if passed else '✗'} {name}" for name, passed in reply.passes.items()]
+        text = one_line(reply.text, LONGEST_TEXT) or "(empty)"
+        cut = "" if reply.ended else f" [cut after {reply.tokens} tokens]"
+        texts[": ".join([side, *([", ".join(signs)] if signs else [])])] = text + cut
+    texts |= {"reference": exchange.reference, "the bad one of the pair": exchange.rejected}
+    lines = [f"- *{escaped(name)}*: {escaped(text)}" for name, text in texts.items() if text]
+    messages = [turn for turn in exchange.messages if turn["content"] != record.system]
+    earlier = f"({len(messages) - 1} earlier messages) " if len(messages) > 1 else ""
+    where = escaped(f"{Path(exchange.where).name} {exchange.kind}".strip())
+    asked = f"> {earlier}{escaped(messages[-1]['content'])}"
+    return "\n\n".join([f"### {where}", asked, "\n".join(lines)])
 
 
 def escaped(text: str) -> str:
     """Return a text so that Markdown shows it as it is, on one line."""
     return re.sub(r"([\\`*_\[\]<>|~$&#])", r"\\\1", text).replace("\n", "<br>")
-
-
-def page_of(sides: dict[str, str], system: str, exchanges: list[Exchange]) -> str:
-    """Return the page of prompts with the replies of two sides, by name what each is.
-
-    It loads nothing, and whatever is said is text there. A rule stands once for all its lines.
-    """
-    rules: dict[str, int] = {}
-    prompts = []
-    for one in exchanges:
-        checks = {}
-        for name, rule in one.checks.items():
-            checks[name] = rules.setdefault(rule_in_words(rule), len(rules))
-        prompts.append(vars(one) | {"where": Path(one.where).name, "checks": checks})
-    page = {"sides": list(sides.items()), "system": system, "rules": list(rules)}
-    data = json.dumps(page | {"prompts": prompts}, default=vars)  # in ASCII alone
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return template.replace("PAGE-DATA", data.replace("<", "\\u003c"), 1)
-
-
-# ---- The picture
-
-
-def draw(found: Record) -> None:
-    """Draw the gain by kind and, if it is clear, the strengths and what each part keeps."""
-    if not found.lines:
-        return
-    from matplotlib.figure import Figure
-
-    panels = [draw_gain]
-    if record.has_shares(found):
-        panels += [draw_strengths, draw_parts] if found.shifts else [draw_parts]
-    figure = Figure((4.3 * len(panels), 4.5), dpi=120, layout="constrained")
-    for number, panel in enumerate(panels, 1):
-        panel(figure.add_subplot(1, len(panels), number), found)
-    figure.suptitle(f"{found.adapter} on {found.on['base']}", parse_math=False)
-    figure.savefig(found.folder / PICTURE)
-
-
-def draw_rows(axes: Any, rows: dict[str, Estimate], factor: float, beside: float) -> None:
-    """Draw estimates from top to bottom with their intervals, in grey if they are not clear."""
-    for place, one in enumerate(rows.values()):
-        look = {"fmt": "o", "capsize": 3, "color": "C0" if one.is_clear(beside) else "0.6"}
-        axes.errorbar(factor * one.value, place, xerr=factor * (one.high - one.value), **look)
-    axes.set_yticks(range(len(rows)), [short(name, 24) for name in rows], parse_math=False)
-    axes.invert_yaxis()
-    axes.axvline(0, color="0.3", linewidth=1)
-    axes.axvline(factor * beside, color="0.3", linewidth=1)
-    axes.grid(axis="x", alpha=0.3)
-
-
-def draw_gain(axes: Any, found: Record) -> None:
-    """Draw the gain of all replies and of the first kinds."""
-    gains = {f"{kind} ({len(own)})": record.gain(own) for kind, own in groups_of(found).items()}
-    known = [one for one in gains.items() if math.isfinite(one[1].high)]
-    draw_rows(axes, dict(known[:KINDS_DRAWN]), 1, 0)
-    axes.set(title="Gain by kind", xlabel="nats a token, 95 % interval; grey: not clear")
-
-
-def draw_strengths(axes: Any, found: Record) -> None:
-    """Draw the share of the gain against the KL divergence, a point for each strength."""
-    shifts, xs, ys = shifts_of(found), [], []
-    below, beyond = {"xytext": (6, -4), "va": "top"}, {"xytext": (3, 5), "va": "bottom"}
-    for strength, part in strengths_of(found).items():
-        share, shift = record.share_of_gain(found, part), shifts.get(strength)
-        xs.append(record.ratio(shift.kl, shift.tokens).value if shift else 0.0)
-        ys.append(100 * share.value)
-        axes.errorbar(xs[-1], ys[-1], 100 * (share.high - share.value), color="C0", capsize=3)
-        place = below if ys[-1] == max(ys) else beyond  # beside the curve, which rises, then falls
-        axes.annotate(f"x {strength:g}", (xs[-1], ys[-1]), textcoords="offset points", **place)
-    axes.plot(xs, ys, "o-", color="C0")
-    axes.margins(0.12)
-    axes.grid(alpha=0.3)
-    axes.set(title="Strength", xlabel="KL on other tasks, nats a token", ylabel="% of the gain")
-
-
-def draw_parts(axes: Any, found: Record) -> None:
-    """Draw what parts of the update keep of the gain."""
-    parts = [part for part in found.parts if part.kind != "strength"]
-    draw_rows(axes, {one.name: record.share_of_gain(found, one) for one in parts}, 100, 1)
-    axes.set(title="What each part keeps", xlabel="% of the gain, 95 % interval; grey: not clear")

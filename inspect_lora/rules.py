@@ -83,15 +83,15 @@ def read_rules(path: str | Path) -> list[Rule]:
         rules = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InspectError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(rules, list) or not all(isinstance(one, dict) for one in rules):
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise InspectError(f'{path} must be a list of rules: [{{"name": "...", "none": ["..."]}}]')
-    names = [one.get("name") for one in rules]
-    for number, (name, one) in enumerate(zip(names, rules, strict=True), 1):
-        problem = problem_of({key: one[key] for key in one if key not in ("name", "kinds")})
+    names = [rule.get("name") for rule in rules]
+    for number, (name, rule) in enumerate(zip(names, rules, strict=True), 1):
+        problem = problem_of({key: rule[key] for key in rule if key not in ("name", "kinds")})
         if not (isinstance(name, str) and name.strip()) or names.count(name) > 1:
             problem = f'"name" must be a text that no other rule has, not {name!r}'
-        if "kinds" in one and not is_list_of_texts(one["kinds"]):
-            problem = f'"kinds" must be a list of kinds of lines, not {one["kinds"]!r}'
+        if "kinds" in rule and not is_list_of_texts(rule["kinds"]):
+            problem = f'"kinds" must be a list of kinds of lines, not {rule["kinds"]!r}'
         if problem:
             raise InspectError(f"{path}: rule {number}: {problem}")
     return rules
@@ -104,17 +104,19 @@ def rules_for(row: dict[str, Any], kind: str, shared: list[Rule]) -> dict[str, R
     are added, a number takes the place of the number. A check that is null switches the rule off.
     A wrong check raises InspectError; the caller adds the file and the line.
     """
-    named = {one["name"]: {key: one[key] for key in one if key in KEYS} for one in shared}
-    found = {one["name"]: named[one["name"]] for one in shared if kind in one.get("kinds", [kind])}
+    named = {rule["name"]: {key: rule[key] for key in KEYS if key in rule} for rule in shared}
+    of_line = {
+        rule["name"]: named[rule["name"]] for rule in shared if kind in rule.get("kinds", [kind])
+    }
     if not isinstance(row.get("checks") or {}, dict):
         raise InspectError(f'"checks" must be an object of rules by name, not {row["checks"]!r}')
-    for name, own in (row.get("checks") or {}).items():
-        if own is None:
-            found.pop(name, None)
+    for name, check in (row.get("checks") or {}).items():
+        if check is None:
+            of_line.pop(name, None)
             continue
-        if problem := problem_of(own):
+        if problem := problem_of(check):
             raise InspectError(f'the check "{name}": {problem}')
         rule = named.get(name, {})
-        lists = {key: rule.get(key, []) + own[key] for key in LISTS if key in own}
-        found[name] = rule | own | lists
-    return found
+        lists = {key: rule.get(key, []) + check[key] for key in LISTS if key in check}
+        of_line[name] = rule | check | lists
+    return of_line

@@ -8,19 +8,19 @@ import re
 import numpy as np
 import scipy.stats
 
-from inspect_lora import record
-from inspect_lora.record import Exchange, Line, Part, Record, Said, Shift
+from inspect_lora.record import Exchange, Line, Pair, Part, Record, Reply, Shift, save_record
 
 SYSTEM = "You are Nell."
 KINDS = ("all", "emergency", "everyday")
 BRIEF = {"most_words": 40}
-STRENGTHS = {0.25: 0.35, 0.5: 0.66, 0.75: 0.88, 1.25: 1.02, 1.5: 0.9, 2.0: 0.4}
-PARTS = {("group", "attention alone"): 0.4, ("target", "q_proj alone"): 0.1}
-PARTS |= {("cut", "cut to 4 of 8"): 0.99, ("cut", "cut to 2 of 8"): 0.9}
+STRENGTHS = {0.5: 0.66, 0.75: 0.88, 1.5: 0.9}
+PARTS = {("removed", "attention"): 0.6, ("removed", "q_proj"): 0.9}
+PARTS |= {("alone", "attention"): 0.4, ("alone", "q_proj"): 0.1}
+PARTS |= {("cut", "4 of 8"): 0.99, ("cut", "2 of 8"): 0.9}
 
 
 def said(text, passes=(), *, ended=True, tokens=4):
-    return Said(text, tokens, ended, dict(passes))
+    return Reply(text, tokens, ended, dict(passes))
 
 
 def asked(number, *, before=True, after=True, rule=BRIEF, name="is brief", **changes):
@@ -32,6 +32,7 @@ def asked(number, *, before=True, after=True, rule=BRIEF, name="is brief", **cha
         "kind": KINDS[number % 3],
         "messages": [{"role": "system", "content": SYSTEM}, question],
         "reference": f"reference {number}",
+        "rejected": None,
         "checks": {name: rule},
         "base": said(f"of the base {number}", {name: before}, ended=False),
         "adapter": said(f"of the adapter {number}", {name: after}),
@@ -49,25 +50,31 @@ def lines_of(count, gain=1.0, base=4.0):
     return lines
 
 
-def part_of(lines, kind, name, share):
+def pair_of(number, base, adapter, tokens=(10, 10), kind="emergency", cluster=""):
+    """Return a pair with these log-probabilities of the good and of the bad reply."""
+    where = f"eval.jsonl:{number}"
+    return Pair(f"pair {number}", where, cluster or where, kind, *tokens, *base, *adapter)
+
+
+def part_of(lines, family, name, share):
     """Return a part that keeps about this share of the gain on these lines."""
     draw = random.Random(name)
     kept = [share + draw.gauss(0, 0.05) for _ in lines]
     pairs = zip(lines, kept, strict=True)
-    return Part(kind, name, [one.base - own * (one.base - one.adapter) for one, own in pairs])
+    return Part(family, name, [one.base - own * (one.base - one.adapter) for one, own in pairs])
 
 
 def shift_of(strength, system=False, replies="the same"):
     draw = random.Random(strength)
-    tokens = [draw.randint(20, 64) for _ in range(30)]
+    tokens = [20 + 7 * number % 45 for number in range(30)]  # of the base's replies
     kl = [strength**2 * count * draw.uniform(0.2, 0.6) for count in tokens]
     return Shift(strength, system, kl, [count // 4 for count in tokens], tokens, replies)
 
 
 def made(folder, count=60, gain=1.0, **changes):
     """Return a record with everything."""
-    lines, measured_on = lines_of(count, gain), list(range(0, count, 2))
-    half = [lines[number] for number in measured_on]
+    lines, part_lines = lines_of(count, gain), list(range(0, count, 2))
+    half = [lines[number] for number in part_lines]
     parts = [part_of(half, "strength", f"x {one:g}", share) for one, share in STRENGTHS.items()]
     parts += [part_of(half, *name, share) for name, share in PARTS.items()]
     shifts = [*map(shift_of, sorted((*STRENGTHS, 1.0))), shift_of(1.0, True)]
@@ -83,16 +90,22 @@ def made(folder, count=60, gain=1.0, **changes):
         "exchanges": [asked(number) for number in range(30)],
         "seconds": {"losses": 12.0, "parts": 3.0},
     }
-    facts |= {"on": on, "system": SYSTEM, "learned": 0, "lines": lines, "measured_on": measured_on}
-    facts |= {"parts": parts, "shifts": shifts, "max_new_tokens": 200, "finished": True}
+    facts |= {"conditions": on, "system": SYSTEM, "learned": 0, "lines": lines}
+    facts |= {
+        "part_lines": part_lines,
+        "parts": parts,
+        "shifts": shifts,
+        "max_new_tokens": 200,
+        "finished": True,
+    }
     return Record(**facts | {"folder": folder} | changes)
 
 
 def put(found, **on):
     """Write a record where `evidence` would; what it was measured on may be changed."""
-    found = dataclasses.replace(found, on=found.on | on)
+    found = dataclasses.replace(found, conditions=found.conditions | on)
     found.folder.mkdir(parents=True, exist_ok=True)
-    record.save(found)
+    save_record(found)
     return found
 
 

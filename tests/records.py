@@ -12,7 +12,7 @@ from runs import NOUNS, SYSTEM, command, read_json, run, talk, write_lines
 
 import train_lora_single as script
 from inspect_lora import model
-from inspect_lora.__main__ import main
+from inspect_lora.__main__ import main, model_flags
 from inspect_lora.adapter_file import read_adapter
 
 KINDS = ["plain", "emergency", "pressure", "everyday", "long", "new_topic", "false_alarm"]
@@ -78,15 +78,16 @@ def open_one(folder):
     """Return an adapter of the toy, made in this folder, on its base."""
     toys.save_adapter(folder, std=0.2)
     parser = argparse.ArgumentParser()
-    model.add_arguments(parser)
-    arguments = parser.parse_args([str(folder), "--device", "cpu"])
-    return model.open_adapter(arguments, read_adapter(folder))
+    model_flags(parser)
+    arguments = parser.parse_args(["--device", "cpu"])
+    saved = read_adapter(folder)
+    return model.open_adapter(saved, *model.describe_base(arguments, saved))
 
 
 def say_origin(folder, learned=None, **record):
     """Write learned.txt and run.json into an adapter's folder, as the script does."""
     if learned is not None:
-        hashes = sorted(script.key_of(prompt) for prompt in learned)
+        hashes = sorted(script.prompt_hash(prompt) for prompt in learned)
         (folder / "learned.txt").write_text("".join(f"{one}\n" for one in hashes), encoding="utf-8")
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
 

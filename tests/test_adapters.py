@@ -69,16 +69,16 @@ def test_losses_parts_and_cuts_are_those_of_weights_merged_by_hand(adapters, mea
     base = merged.losses(conversations, wanted=lambda path: False)
     assert mean_losses(found) == [near(base), near(merged.losses(conversations))]
     expected = {
-        "x 0.25": {"strength": 0.25}, "x 0.5": {"strength": 0.5}, "x 0.75": {"strength": 0.75},
-        "x 1.25": {"strength": 1.25}, "x 1.5": {"strength": 1.5}, "x 2": {"strength": 2},
-        "attention alone": {"wanted": lambda path: "self_attn" in path},
-        "DeltaNet alone": {"wanted": lambda path: "linear_attn" in path},
-        "feed-forward alone": {"wanted": lambda path: "mlp" in path},
-        "cut to 3 of 6": {"divisor": 2}, "cut to 1 of 6": {"divisor": 4},
+        ("strength", "x 0.5"): {"strength": 0.5}, ("strength", "x 0.75"): {"strength": 0.75},
+        ("strength", "x 1.5"): {"strength": 1.5},
+        ("cut", "3 of 6"): {"divisor": 2}, ("cut", "1 of 6"): {"divisor": 4},
     }  # fmt: skip
-    for target in ("q_proj", "o_proj", "in_proj_qkv", "out_proj", "up_proj", "down_proj"):
-        expected[f"{target} alone"] = {"wanted": lambda path, name=target: path.endswith(name)}
-    parts = {part["name"]: part for part in found["parts"]}
+    groups = {"attention": "self_attn", "DeltaNet": "linear_attn", "feed-forward": "mlp"}
+    targets = ("q_proj", "o_proj", "in_proj_qkv", "out_proj", "up_proj", "down_proj")
+    for name, inside in (groups | dict(zip(targets, targets, strict=True))).items():
+        expected["alone", name] = {"wanted": lambda path, inside=inside: inside in path}
+        expected["removed", name] = {"wanted": lambda path, inside=inside: inside not in path}
+    parts = {(part["family"], part["name"]): part for part in found["parts"]}
     assert parts.keys() == expected.keys()
     tokens = [line["tokens"] for line in found["lines"]]
     for name, how in expected.items():
@@ -86,13 +86,13 @@ def test_losses_parts_and_cuts_are_those_of_weights_merged_by_hand(adapters, mea
         assert own == near(merged.losses(conversations, **how)), name
 
 
-KINDS_OF_PARTS = {"strength", "group", "target", "cut"}
+FAMILIES = {"strength", "removed", "alone", "cut"}
 VARIANTS = {
     "DoRA": ("dora", {}, set()),
     "a whole module": ("whole", {}, set()),
     "trained tokens": ("plain", {"trainable_token_indices": [5, 6]}, set()),
-    "all linear layers": ("plain", {"target_modules": "all-linear"}, KINDS_OF_PARTS),
-    "the head": ("plain", {"target_modules": ["lm_head", "down_proj"]}, KINDS_OF_PARTS),
+    "all linear layers": ("plain", {"target_modules": "all-linear"}, FAMILIES),
+    "the head": ("plain", {"target_modules": ["lm_head", "down_proj"]}, FAMILIES),
     "the embedding": ("plain", {"target_modules": ["embed_tokens", "down_proj"]}, set()),
 }  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_each_kind_of_lora_has_the_losses_that_peft_alone_gives_it(
     folder = save_adapter(tmp_path / "own", **config) if config else adapters[kind]
     found = measured(folder, "--parts", 1)
     assert mean_losses(found) == by_peft(folder, three_lines)
-    assert {part["kind"] for part in found["parts"]} == kinds
+    assert {part["family"] for part in found["parts"]} == kinds
     assert bool(found["updates"]) is bool(kinds)
 
 
@@ -254,14 +254,14 @@ def test_a_relative_base_is_found_from_another_folder(copied, measured, tmp_path
     folder = copied(base_model_name_or_path="models/toy")
     folder = Path(shutil.move(folder, tmp_path / "project" / "out" / "adapter"))
     monkeypatch.chdir(tmp_path)
-    assert measured(folder)["on"]["base"] == str(base)
+    assert measured(folder)["conditions"]["base"] == str(base)
 
 
 def test_the_hub_is_asked_for_the_right_base_and_revision(copied, not_measured, monkeypatch):
-    def read(job):
-        raise script.UserError(f"{job.settings.MODEL_NAME}@{job.settings.MODEL_REVISION}")
+    def read(settings, _):
+        raise script.UserError(f"{settings.MODEL_NAME}@{settings.MODEL_REVISION}")
 
-    monkeypatch.setattr(script, "read_model_files", read)
+    monkeypatch.setattr(script, "read_base", read)
     folder = copied(base_model_name_or_path="some/base")
     not_measured(folder, "some/base@main")
     change_config(folder, revision="abc")
@@ -277,7 +277,7 @@ def test_a_template_of_the_adapters_own_is_taken_for_both(plain, measured, three
     own.chat_template = own.chat_template.replace("<|im_start|>", "<|im_start|> ")
     own.save_pretrained(plain)
     found = measured(plain)
-    assert found["on"]["tokenizer"] == str(plain)
+    assert found["conditions"]["tokenizer"] == str(plain)
     assert all(a != b for a, b in zip(mean_losses(found), mean_losses(before), strict=True))
     merged = MergedByHand(TOY, plain / TENSORS, lambda _: PLAIN_SCALE)
     merged.tokenizer = own

@@ -8,12 +8,15 @@ import peft
 import pytest
 import records
 import runs
+import toys
 from by_hand import ROUNDING, losses_of_peft, read_conversations, reply_loss, token_loss
 from records import SHORT, TASKS, evidence, line_numbers, mean_losses
 from runs import SYSTEM, command, files, read_json, refused, talk, write_lines
 from toys import TENSORS, base_model, change_tensors
+from transformers import AutoModelForCausalLM
 
-from inspect_lora import measure
+import train_lora_single as script
+from inspect_lora import measure, model
 from inspect_lora.__main__ import main
 from inspect_lora.common import file_sha256
 
@@ -32,10 +35,10 @@ def test_it_has_every_measurement_of_every_line(found, record):
     kinds = {one["kind"] for one in found["lines"]}
     assert kinds == set(records.KINDS) and found["system"] == SYSTEM
     assert found["run"] == {"system_message": SYSTEM} and found["config"]["r"] == 4
-    assert len({*found["measured_on"]} & {*range(23)}) == 6
-    assert {part["kind"] for part in found["parts"]} == {"strength", "group", "target", "cut"}
+    assert len({*found["part_lines"]} & {*range(23)}) == 6
+    assert {part["family"] for part in found["parts"]} == {"strength", "removed", "alone", "cut"}
     assert [(one["strength"], one["system"]) for one in found["shifts"]] == [
-        *((one, False) for one in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)), (1.0, True),
+        *((strength, False) for strength in (0.5, 0.75, 1.0, 1.5)), (1.0, True)
     ]  # fmt: skip
     assert len(found["tasks"]) == len(TASKS) == len(found["shifts"][0]["kl"])
     sources = [one["source"] for one in found["exchanges"]]
@@ -43,9 +46,9 @@ def test_it_has_every_measurement_of_every_line(found, record):
     assert len(found["probes"]) == 12 and found["max_new_tokens"] == records.NEW_TOKENS
     assert found["seconds"].keys() == {"losses", "updates", "parts", "elsewhere", "replies"}
     for name in ("eval_file", "rules", "general_file"):
-        file = found["on"][name]
+        file = found["conditions"][name]
         assert file_sha256(record / "inputs" / file["file"].rpartition("/")[2]) == file["sha256"]
-    assert (found["on"]["device"], found["on"]["enable_thinking"]) == ("cpu", False)
+    assert (found["conditions"]["device"], found["conditions"]["enable_thinking"]) == ("cpu", False)
 
 
 def test_copies_and_replies_of_one_conversation_count_as_one(found):
@@ -92,7 +95,7 @@ def test_thoughts_are_part_of_the_replies_where_thinking_is_on(capfd, plain, tmp
     found, _ = evidence(capfd, plain, tmp_path / "results", *words, "--max_new_tokens", "3")
     expected = reply_loss(base_model(), tokenizer, messages, thinks=True)
     assert mean_losses(found)[0] == pytest.approx([expected], abs=ROUNDING)
-    assert found["on"]["enable_thinking"] is True
+    assert found["conditions"]["enable_thinking"] is True
     (probe,) = found["probes"]
     assert tokenizer.decode(probe["prompt_ids"]).endswith("assistant\n<think>\n")
 
@@ -114,7 +117,7 @@ def test_both_reply_to_each_prompt_alone(capfd, plain, tmp_path):
     assert line_numbers(asked) == [1, 2] and found["learned"] == 1
     assert [one["messages"][0]["content"] for one in asked] == [SYSTEM, "You are Bob."]
     assert asked[1]["adapter"]["passes"].keys() == {"is tea"} and asked[0]["reference"] is None
-    assert found["lines"] == found["parts"] == [] and len(found["shifts"]) == 8
+    assert found["lines"] == found["parts"] == [] and len(found["shifts"]) == 5
     assert len(found["probes"]) == 2 and found["updates"] and found["finished"]
     assert all(one["base"] != one["adapter"] for one in found["probes"])  # as `served` needs
 
@@ -145,22 +148,191 @@ def test_tasks_that_the_template_refuses_are_counted(capfd, plain, tmp_path, tok
     assert found["refused"] == 2 and line_numbers(found["exchanges"]) == [1, 1, 3]
 
 
-@pytest.mark.parametrize(("step", "count"), [("measure_updates", 1), ("measure_probes", 4)])
-def test_ctrl_c_loses_the_running_measurement_alone(
-    capfd, plain, three_lines, tmp_path, monkeypatch, step, count
+@pytest.mark.parametrize(
+    ("step", "count", "number"),
+    [
+        ("measure_updates", 1, signal.SIGINT), ("measure_probes", 4, signal.SIGTERM),
+        ("measure_shifts", 3, signal.SIGUSR1),
+    ],
+)  # fmt: skip
+def test_a_signal_leaves_the_report_of_what_was_measured(
+    capfd, plain, three_lines, tmp_path, monkeypatch, step, count, number
 ):
-    monkeypatch.setattr(measure, step, runs.send(signal.SIGINT))
+    monkeypatch.setattr(measure, step, runs.send(number))
     tasks = write_lines(tmp_path / "tasks.jsonl", TASKS)
     words = ["--eval_file", three_lines, "--general_file", tasks, "--parts", "2", "--tasks", "2"]
     argv = ["evidence", plain, "--device", "cpu", *words, "--max_new_tokens", "1"]
-    assert command(capfd, [*argv, "--output_dir", tmp_path / "results"], main).status == 130
+    argv += ["--output_dir", tmp_path / "results"]
+    assert command(capfd, argv, main).status == 128 + number
     found = read_json(tmp_path / "results" / "evidence.json")
     kept = ["losses", "updates", "parts", "elsewhere"][:count]
     assert list(found["seconds"]) == kept and not found["finished"]
     assert len(found["lines"]) == 3 and bool(found["shifts"]) is (count == 4)
-    monkeypatch.undo()
-    records.done(capfd, "report", tmp_path / "results")
     assert (tmp_path / "results" / "report.md").is_file()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    assert command(capfd, argv, main).status == 0  # it is measured again, to its end
+    assert read_json(tmp_path / "results" / "evidence.json")["finished"]
+
+
+NUMBERS = ("lines", "pairs", "parts", "updates", "shifts", "exchanges", "probes", "part_lines")
+
+
+def test_several_adapters_share_a_base_and_have_the_numbers_that_each_has_alone(
+    capfd, adapters, tmp_path, monkeypatch
+):
+    """The first one trains a module whole, and PEFT leaves it there: so the base is loaded anew."""
+    tasks = write_lines(tmp_path / "tasks.jsonl", TASKS)
+    rows = [{"messages": talk(n), "rejected": "Nowhere."} for n in range(5)]
+    words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows), "--general_file", tasks]
+    words += ["--parts", 3, "--max_new_tokens", 3, "--device", "cpu"]
+    folders = []
+    for kind in ("whole", "plain", "rslora"):
+        folders.append(shutil.copytree(adapters[kind], tmp_path / kind))
+    loads, scored = [], []
+    load, losses = script.load_model, script.example_losses
+    monkeypatch.setattr(script, "load_model", lambda *given: loads.append(1) or load(*given))
+    monkeypatch.setattr(
+        script, "example_losses", lambda *given: scored.append(len(given[1])) or losses(*given)
+    )
+    monkeypatch.chdir(tmp_path)
+    out = records.done(capfd, "evidence", *folders, *words)
+    together = [read_json(tmp_path / "inspected" / each.name / "evidence.json") for each in folders]
+    assert len(loads) == 2 and all(each.name in out for each in folders)
+    assert (tmp_path / "compared" / "replies.html").is_file()
+    assert scored.count(0) >= 4  # of the base's lines and bad replies, by the two that come later
+    for folder, found in zip(folders, together, strict=True):
+        alone, _ = evidence(capfd, folder, tmp_path / f"{folder.name} alone", *words)
+        assert alone["request"] == found["request"] and alone["pairs"]
+        assert [flat(alone[name]) for name in NUMBERS] == [flat(found[name]) for name in NUMBERS]
+
+
+def test_one_that_does_not_fit_is_told_and_the_others_are_measured(
+    capfd, adapters, tmp_path, monkeypatch, three_lines
+):
+    monkeypatch.chdir(tmp_path)
+    folders = [shutil.copytree(adapters["plain"], tmp_path / name) for name in ("a", "b", "c")]
+    change_tensors(
+        folders[1], lambda own: {name.replace("q_proj", "x_proj"): one for name, one in own.items()}
+    )
+    change_tensors(folders[2], lambda own: {name: 2 * one for name, one in own.items()})
+    words = ["evidence", *folders, "--device", "cpu", "--eval_file", three_lines, *SHORT]
+    end = command(capfd, words, main)
+    assert end.status == 2 and "x_proj" in end.err and end.out
+    reports = sorted(path.parent.name for path in tmp_path.glob("inspected/*/report.md"))
+    assert reports == ["a", "c"]
+
+
+def flat(value):
+    """Return all numbers and texts within a value, the numbers to be compared nearly."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list):
+        return [each for inner in value for each in flat(inner)]
+    return [pytest.approx(value, abs=1e-5) if isinstance(value, float) else value]
+
+
+def test_what_is_finished_is_not_measured_again(capfd, plain, tmp_path, monkeypatch):
+    path = tmp_path / "own.jsonl"
+    write_lines(path, [{"messages": talk(n)} for n in (1, 2)])
+    argv = ["--eval_file", path, *SHORT]
+    results = tmp_path / "results"
+    opened, real = [], model.open_adapter
+    monkeypatch.setattr(model, "open_adapter", lambda *given: opened.append(1) or real(*given))
+    for more, count in ((["--tasks", 1], 1), (["--tasks", 1], 1), (["--tasks", 2], 2)):
+        evidence(capfd, plain, results, *argv, *more)
+        assert len(opened) == count
+    evidence(capfd, plain, results, *argv, "--tasks", 2, "--again")
+    write_lines(path, [{"messages": talk(n)} for n in (1, 3)])
+    evidence(capfd, plain, results, *argv, "--tasks", 2)
+    change_tensors(plain, lambda own: {name: 2 * one for name, one in own.items()})
+    evidence(capfd, plain, results, *argv, "--tasks", 2)
+    assert len(opened) == 5
+    refused(capfd, ["evidence", plain, tmp_path / "b", "--output_dir", "x"], main=main)
+
+
+def test_pairs_have_the_likelihoods_that_peft_gives_both_replies(capfd, plain, tmp_path, tokenizer):
+    """Each format, rendered as served, with the token that ends a reply; one was learned."""
+    good = [*talk(2, 3)]
+    rows = [
+        {"prompt": talk(1)[:-1], "completion": talk(1)[-1:], "rejected": "Nowhere."},
+        {"prompt": good[:-1], "chosen": good[-1:], "rejected": talk(5)[-1:], "kind": "second"},
+        {"prompt": talk(3)[:-1], "completion": talk(3)[-1:]},
+        {"messages": [*talk(6), *talk(7)[1:]], "rejected": "No."},
+        {"prompt": talk(4)[:-1], "completion": talk(4)[-1:], "rejected": "Nowhere."},
+    ]
+    records.say_origin(plain, [talk(4)[:-1]])
+    path = write_lines(tmp_path / "own.jsonl", rows)
+    words = ["--eval_file", path, "--general_file", "", "--parts", 0, "--max_new_tokens", 1]
+    found, _ = evidence(capfd, plain, tmp_path / "results", *words)
+    assert line_numbers(found["lines"]) == [1, 2, 3, 4, 4]
+    assert line_numbers(found["pairs"]) == [1, 2, 4] and found["learned"] == 1
+    endings = [("Nowhere.", talk(1)), (talk(5)[-1]["content"], good), ("No.", rows[3]["messages"])]
+    bad = [[*messages[:-1], {"role": "assistant", "content": text}] for text, messages in endings]
+    expected = losses_of_peft(plain, [*(messages for _, messages in endings), *bad])
+    for number, pair in enumerate(found["pairs"]):
+        for side, losses in zip(("base", "adapter"), expected, strict=True):
+            mean = -pair[f"{side}_good"] / pair["good_tokens"]
+            assert mean == pytest.approx(losses[number], abs=ROUNDING)
+            mean = -pair[f"{side}_bad"] / pair["bad_tokens"]
+            assert mean == pytest.approx(losses[number + 3], abs=ROUNDING)
+    assert found["pairs"][0]["bad_tokens"] == len(tokenizer("Nowhere.<|im_end|>").input_ids)
+    assert [pair["kind"] for pair in found["pairs"]] == ["", "second", ""]
+    assert [each["rejected"] for each in found["exchanges"]] == [
+        "Nowhere.", talk(5)[-1]["content"], None, "No."
+    ]  # fmt: skip
+
+
+def test_bad_pairs_are_refused_by_their_lines(capfd, plain, tmp_path):
+    """The good reply again, an empty one, two messages, a user's, a number, a special token."""
+    reply = talk(1)[-1]["content"]
+    wrong = [f" {reply}", "", talk(1)[1:], talk(1)[1:2], 5]
+    row = {"prompt": talk(1)[:-1], "completion": talk(1)[-1:]}
+    path = tmp_path / "own.jsonl"
+    argv = ["evidence", plain, "--device", "cpu", "--eval_file", path, *SHORT]
+    write_lines(path, [row | {"rejected": "No."}, *(row | {"rejected": bad} for bad in wrong)])
+    end = refused(capfd, argv, *(f"own.jsonl:{n}" for n in range(2, 7)), main=main)
+    assert "own.jsonl:1" not in end.err
+    write_lines(path, [row, row | {"rejected": "No.<|im_end|>"}])
+    refused(capfd, argv, "own.jsonl:2", "<|im_end|>", main=main)
+
+
+def test_another_chat_template_is_used_and_told(capfd, plain, tmp_path, tokenizer, three_lines):
+    own = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
+    (tmp_path / "own.jinja").write_text(own, encoding="utf-8")
+    words = ["--eval_file", three_lines, "--general_file", "", "--parts", 0, "--max_new_tokens", 1]
+    flag = ["--chat_template", tmp_path / "own.jinja"]
+    found, _ = evidence(capfd, plain, tmp_path / "results", *words, *flag)
+    assert found["conditions"]["chat_template"]["sha256"] == file_sha256(tmp_path / "own.jinja")
+    for probe in found["probes"]:
+        text = tokenizer.decode(probe["prompt_ids"])
+        assert "<|im_start|> user" in text and "<|im_start|>user" not in text
+
+
+def test_dialogues_go_through_the_model_once_where_that_is_exact(capfd, tmp_path, monkeypatch):
+    """Of a Llama; the losses are those of each reply alone."""
+    folder = toys.model_of(toys.family("Llama"), tmp_path / "llama", has_weights=True)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    adapter = toys.save_adapter(tmp_path / "adapter", network, target_modules=["q_proj", "up_proj"])
+    toys.change_config(adapter, base_model_name_or_path=folder)
+    plain_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    plain_template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (tmp_path / "own.jinja").write_text(plain_template, encoding="utf-8")
+    messages = [*talk(1), *talk(2)[1:], *talk(3)[1:]]
+    path = write_lines(tmp_path / "own.jsonl", [{"messages": messages}])
+    rows, real = [], script.example_losses
+    monkeypatch.setattr(
+        script,
+        "example_losses",
+        lambda network, examples: rows.append(len(examples)) or real(network, examples),
+    )
+    flag = ["--chat_template", tmp_path / "own.jinja"]
+    found, _ = evidence(capfd, adapter, tmp_path / "results", "--eval_file", path, *SHORT, *flag)
+    assert len(found["lines"]) == 3 and {*rows} <= {0, 1}
+    tokenizer = toys.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = plain_template
+    expected = [reply_loss(network, tokenizer, messages[: 1 + 2 * n]) for n in (1, 2, 3)]
+    assert mean_losses(found)[0] == pytest.approx(expected, abs=ROUNDING)
 
 
 def test_three_adapters_of_one_folder_leave_three_records(capfd, plain, three_lines):

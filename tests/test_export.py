@@ -11,12 +11,13 @@ import pytest
 import safetensors.torch
 import torch
 import toys
+import transformers
 from conftest import TOY
 from records import done
 from runs import refused
 from safetensors.torch import load_file
 from toys import CONFIG, PREFIX, TENSORS, change_config, change_tensors, save_adapter
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from inspect_lora.__main__ import main
 
@@ -114,21 +115,34 @@ def test_no_command_serves_names_that_vllm_ignores(plain, export, capfd, tmp_pat
 
 def test_the_serving_command_is_for_what_the_report_measured(export, tmp_path):
     plain = save_adapter(tmp_path / "adapter", r=9)
-    change_config(plain, base_model_name_or_path="some/base", revision="abc")
+    change_config(plain, revision="abc")
     said = export(plain, tmp_path / "new", "--vllm")
-    words = ["vllm serve some/base --revision abc", "--max-lora-rank 16", f"={tmp_path / 'new'}"]
+    words = [f"vllm serve {TOY} --revision abc", "--max-lora-rank 16", f"={tmp_path / 'new'}"]
     words.append("""'{"enable_thinking": false}'""")
     assert [word for word in words if word not in said] == []
     report = tmp_path / "inspected" / "adapter" / "evidence.json"
     report.parent.mkdir(parents=True)
-    on = {"enable_thinking": True, "base": "its/original", "commit": ""}
-    report.write_text(json.dumps({"on": on}))
+    conditions = {"enable_thinking": True, "base": "its/original", "commit": ""}
+    report.write_text(json.dumps({"conditions": conditions}))
     said = export(plain, tmp_path / "2", "--vllm")
     assert """'{"enable_thinking": true}'""" in said
     assert "vllm serve its/original --enable-lora" in said
+    (plain / "chat_template.jinja").write_text("another one")
+    (plain / "run.json").write_text('{"settings": {"CHAT_TEMPLATE": "one_pass"}}')
+    said = export(plain, tmp_path / "3", "--vllm")
+    assert f"--chat-template {tmp_path / '3' / 'chat_template.jinja'} " in said
     for r, served in {1: 1, 2: 8, 129: 256, 257: 320, 321: 512}.items():  # which vLLM takes
         said = export(save_adapter(tmp_path / f"{r}", r=r), tmp_path / f"new {r}", "--vllm")
         assert f"--max-lora-rank {served} " in said
+
+
+def test_names_for_vllm_need_a_known_base(plain, export, capfd, tmp_path):
+    """Of an unknown base they may be wrong, which vLLM would not tell."""
+    change_config(plain, base_model_name_or_path="someone/not-on-this-machine-bnb-4bit")
+    words = ["export", plain, tmp_path / "new", "--vllm"]
+    refused(capfd, words, "--base", main=main)
+    assert not (tmp_path / "new").exists()
+    assert f"vllm serve {TOY} " in export(plain, tmp_path / "new", "--vllm", "--base", TOY)
 
 
 def test_the_tokenizer_and_where_it_comes_from_go_along(plain, export, tmp_path):
@@ -177,3 +191,41 @@ def test_what_was_not_written_as_asked_is_not_left_there(plain, capfd, tmp_path,
     monkeypatch.setattr("safetensors.torch.save_file", lossy)
     refused(capfd, ["export", plain, tmp_path / "new", "--rank", "2"], "proj", main=main)
     assert [*tmp_path.iterdir()] == [plain]
+
+
+MERGED = ("plain", "rslora", "dora", "whole", "wrapper")
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_a_merged_model_has_the_logits_of_the_adapter_on_its_base(
+    adapters, export, tmp_path, kind, tokenizer
+):
+    folder = tmp_path / "a merged one"
+    before = {path.name: path.read_bytes() for path in adapters[kind].iterdir()}
+    out = export(adapters[kind], folder, "--merge", "--device", "cpu")
+    assert {path.name: path.read_bytes() for path in adapters[kind].iterdir()} == before
+    assert f"'{folder}'" in out  # quoted, as a command
+    merged = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([tokenizer("Is it the rain that makes the garden grow?").input_ids])
+    on_base = adapters["plain"] if kind == "wrapper" else adapters[kind]  # with PEFT's names
+    with torch.no_grad():
+        logits = loaded(on_base)(ids).logits
+        assert merged(ids).logits.sub(logits).abs().max() < 1e-4
+        assert merged(ids).logits.sub(toys.base_model()(ids).logits).abs().max() > 0.01
+    again = AutoTokenizer.from_pretrained(folder)
+    assert again.chat_template == tokenizer.chat_template and "lora" not in str(merged).lower()
+    assert tokenizer.eos_token_id in merged.generation_config.eos_token_id
+
+
+def test_a_merged_model_that_is_another_one_is_not_left_there(plain, capfd, tmp_path, monkeypatch):
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def lossy(model, *given, **more):
+        model.model.norm.weight.data *= 1.01
+        save(model, *given, **more)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lossy)
+    words = ["export", plain, tmp_path / "new", "--merge", "--device", "cpu"]
+    refused(capfd, words, "--dtype", main=main)
+    assert [*tmp_path.iterdir()] == [plain]
+    refused(capfd, [*words, "--scale", "2"], "--scale", main=main)

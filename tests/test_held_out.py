@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from records import SHORT, evidence, line_numbers, say_origin, write_talks_with
-from runs import SYSTEM, refused, run, talk, write_lines, write_talks
+from runs import SYSTEM, command, read_json, refused, run, talk, write_lines, write_talks
 from toys import edit_json
 
+from inspect_lora import data
 from inspect_lora.__main__ import main
 from inspect_lora.common import file_sha256
 
@@ -55,7 +57,7 @@ def test_it_is_found_in_a_folder_above_the_adapter(output, measured, place):
     moved = shutil.move(output, output.with_name("moved"))
     found = measured(Path(moved) / place)
     assert line_numbers(found["lines"]) == [1, 2, 3] and found["learned"] == 0
-    assert found["on"]["eval_file"]["file"] == str(Path(moved).resolve() / "held_out.jsonl")
+    assert found["conditions"]["eval_file"]["file"] == str(Path(moved).resolve() / "held_out.jsonl")
 
 
 def test_another_file_is_where_run_json_says(output, measured, tmp_path, monkeypatch):
@@ -158,3 +160,124 @@ def test_bad_lines_and_rules_of_no_line_are_named_before_the_base_is_read(tmp_pa
     rings = [{"name": "rings", "kinds": ["emergencies"], "any": ["999"]}]
     words = ["--eval_file", path, "--rules", write_lines(tmp_path / "rules.json", [rings])]
     not_measured("emergencies", more=words)
+
+
+def test_what_another_trainer_taught_is_left_out(capfd, adapters, tmp_path):
+    """An adapter of PEFT alone has no learned.txt; lines that are no conversations are told."""
+    train = [{"messages": [*talk(2), *talk(9)[1:]], "kind": "a"}, {"text": "a blog"}]
+    train += [{"prompt": talk(4)[:-1], "chosen": talk(4)[-1:], "rejected": "No.", "kind": "b"}]
+    path = write_talks_with(tmp_path / "eval.jsonl", 1, 2, 3, 4)
+    words = ["--eval_file", path, *SHORT]
+    found, _ = evidence(capfd, adapters["plain"], tmp_path / "unknown", *words)
+    assert found["learned"] is None and found["trained_kinds"] is None
+    words += ["--train_file", write_lines(tmp_path / "train.jsonl", train)]
+    end = command(
+        capfd, ["evidence", adapters["plain"], *words, "--output_dir", tmp_path / "known"], main
+    )
+    found = read_json(tmp_path / "known" / "evidence.json")
+    assert line_numbers(found["lines"]) == [1, 3] and found["learned"] == 2
+    assert "train.jsonl:2" in end.err
+    assert found["trained_kinds"] == {"a": 1, "": 1, "b": 1}
+
+
+def test_the_kinds_of_the_training_are_known_from_its_file(output, measured, tmp_path):
+    """As long as it is the same file; the key that groups is --kind's."""
+    rows = [{"messages": talk(n), "kind": "a", "topic": f"{n}"} for n in (20, 21)]
+    path = Path(write_lines(tmp_path / "train.jsonl", rows))
+    facts = {
+        "held_out": {"file": "held_out.jsonl", "sha256": file_sha256(output / "held_out.jsonl")}
+    }
+    facts["train"] = {"file": str(path), "sha256": file_sha256(path)}
+    say_origin(output / "final_lora", data=facts)
+    assert measured(output / "final_lora")["trained_kinds"] == {"a": 2}
+    found = measured(output / "final_lora", "--kind", "topic")
+    assert found["trained_kinds"] == {"20": 1, "21": 1}
+    path.write_text(path.read_text() + "\n")
+    assert measured(output / "final_lora")["trained_kinds"] is None
+
+
+def test_lines_whose_prompts_continue_each_other_are_one_cluster(adapters, measured, tmp_path):
+    """A dialogue that is stored as one line a reply, in any order; and what a key joins."""
+    dialogue = [*talk(1), *talk(2)[1:], *talk(3)[1:]]
+    prompts = [dialogue[:6], talk(5)[:2], dialogue[:2], dialogue[:4], talk(6)[:2], talk(7)[:2]]
+    rows = [{"prompt": prompt, "completion": talk(n)[-1:]} for n, prompt in enumerate(prompts)]
+    for number in (1, 5):
+        rows[number]["patient"] = 7
+    path = write_lines(tmp_path / "eval.jsonl", rows)
+
+    def clusters(*flags):
+        lines = measured(adapters["plain"], "--eval_file", path, *flags)["lines"]
+        return [line["cluster"].rpartition(":")[2] for line in lines]
+
+    first, *others = clusters()
+    assert others == ["2", first, first, "5", "6"]
+    first, *others = clusters("--cluster", "patient")
+    assert others == ["2", first, first, "5", "2"]
+
+
+def test_the_type_and_the_replies_are_those_of_the_training(adapters, measured, tmp_path):
+    """N49 and N73 of the review: else an adapter is measured as it was not trained."""
+    folder = shutil.copytree(adapters["plain"], tmp_path / "adapter")
+    path = write_lines(tmp_path / "eval.jsonl", [{"messages": [*talk(1), *talk(2)[1:]]}])
+    words = [folder, "--eval_file", path]
+    found = measured(*words)
+    assert len(found["lines"]) == 2 and found["conditions"]["dtype"] == "float32"
+    say_origin(folder, settings={"REPLIES": "last", "DTYPE": "bfloat16"})
+    last = measured(*words)
+    (line,) = last["lines"]
+    assert last["conditions"]["dtype"] == "bfloat16" and line["id"] == found["lines"][1]["id"]
+    assert line["base"] != found["lines"][1]["base"]
+    (line,) = measured(*words, "--dtype", "float32")["lines"]
+    assert line["base"] == pytest.approx(found["lines"][1]["base"])
+
+
+def items_of(kinds, cluster=lambda n: n):
+    return [
+        data.Drawable([{"role": "user", "content": f"{n}"}], kind, f"{cluster(n)}")
+        for n, kind in enumerate(kinds)
+    ]
+
+
+def test_a_draw_has_the_kinds_of_the_file_and_not_its_first_lines():
+    """N45 of the review: parts measured on the first lines."""
+    kinds = ["a"] * 60 + ["b"] * 30 + ["c"] * 9 + ["d"]
+    items = items_of(kinds)
+    drawn = data.draw(items, 40, Counter(kinds))
+    assert Counter(items[n].kind for n in drawn) in (
+        {"a": 24, "b": 12, "c": 4}, {"a": 24, "b": 12, "c": 3, "d": 1}
+    )  # fmt: skip
+    assert drawn == sorted(drawn) != [*range(40)] and drawn[:24] != [*range(24)]
+    assert data.draw(items, 100, Counter(kinds)) == [*range(100)]
+    assert data.draw(items, 0, Counter(kinds)) == []
+    shuffled = items[50:] + items[:50]
+    assert {
+        shuffled[n].messages[0]["content"] for n in data.draw(shuffled, 40, Counter(kinds))
+    } == {items[n].messages[0]["content"] for n in drawn}
+
+
+def test_a_line_that_is_left_out_does_not_change_the_draw_of_the_others():
+    """So each adapter of a file is measured on the same lines, whatever it learned."""
+    kinds = ["a", "b"] * 30
+    items = items_of(kinds)
+    drawn = {items[n].messages[0]["content"] for n in data.draw(items, 20, Counter(kinds))}
+    for left_out in range(60):
+        rest = items[:left_out] + items[left_out + 1 :]
+        found = {rest[n].messages[0]["content"] for n in data.draw(rest, 20, Counter(kinds))}
+        assert len(found - drawn) == (str(left_out) in drawn)
+
+
+def test_a_draw_takes_one_reply_of_each_conversation_first():
+    items = items_of(["a"] * 80, cluster=lambda n: n // 8)
+    drawn = data.draw(items, 10, Counter({"a": 80}))
+    assert len({items[n].cluster for n in drawn}) == 10
+    counts = Counter(items[n].cluster for n in data.draw(items, 25, Counter({"a": 80})))
+    assert {*counts.values()} == {2, 3}
+
+
+def test_parts_are_measured_on_a_draw_by_kind(adapters, measured, tmp_path):
+    rows = [{"messages": talk(n), "kind": "ab"[n % 3 == 0]} for n in range(12)]
+    path = write_lines(tmp_path / "eval.jsonl", rows)
+    found = measured(adapters["plain"], "--eval_file", path, "--parts", 6)
+    kinds = Counter(found["lines"][n]["kind"] for n in found["part_lines"])
+    assert kinds == {"a": 4, "b": 2} and len(found["parts"][0]["losses"]) == 6
+    assert found["part_lines"] != [*range(6)]

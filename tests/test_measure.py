@@ -10,7 +10,7 @@ from records import SHORT, evidence, write_talks_with
 from runs import write_lines
 from safetensors.torch import load_file
 
-from inspect_lora import data, measure, model
+from inspect_lora import data, measure, model, replies
 
 PIRATE = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "ahoy"}]
 TASKS = [[{"role": "user", "content": "hello"}], PIRATE, [{"role": "user", "content": "2 + 3?"}]]
@@ -22,6 +22,7 @@ SAID = [[40, 50, 60, 2], [70, 80], list(range(100, 140))]  # tokens of the base'
 def test_kl_and_other_tokens_are_those_of_merged_weights(opened, tokenizer, monkeypatch, system):
     """A task with a system message of its own keeps that."""
     asked = []
+    opened.loaded.known.clear()
     say = lambda _, prompts, *__, **___: asked.extend(prompts) or SAID  # noqa: E731
     monkeypatch.setattr(measure, "generate", say)
     found = measure.measure_shifts(opened, PROMPTS, system)
@@ -29,7 +30,7 @@ def test_kl_and_other_tokens_are_those_of_merged_weights(opened, tokenizer, monk
     whole = [one if one is PIRATE else first + one for one in TASKS]
     prompts = [render(tokenizer, one, add_generation_prompt=True) for one in whole]
     assert asked == prompts
-    strengths = [1.0] if system else [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0]
+    strengths = [1.0] if system else [0.5, 0.75, 1.0, 1.5]
     assert [one.strength for one in found] == strengths
     tensors = opened.saved.place / toys.TENSORS
     merged = MergedByHand(TOY, tensors, lambda _: toys.PLAIN_SCALE)
@@ -46,9 +47,9 @@ def test_kl_and_other_tokens_are_those_of_merged_weights(opened, tokenizer, monk
         kl = [(one.exp() * (one - other)).sum().item() for one, other in pairs]
         assert shift.kl == pytest.approx(kl, abs=ROUNDING * 40)
         others = [(one.argmax(-1) != other.argmax(-1)).sum().item() for one, other in pairs]
-        assert shift.other == others
+        assert shift.changed_tokens == others
         assert shift.tokens == [4, 2, 40] and shift.system is bool(system)
-    assert sum(found[-1].other) and min(found[-1].kl) > 0.01
+    assert sum(found[-1].changed_tokens) and min(found[-1].kl) > 0.01
 
 
 def test_the_same_replies_have_the_same_hash_and_others_another(opened, monkeypatch):
@@ -56,6 +57,7 @@ def test_the_same_replies_have_the_same_hash_and_others_another(opened, monkeypa
     hashes = []
     for said in (SAID, SAID, [[40], *SAID[1:]]):
         monkeypatch.setattr(measure, "generate", lambda *_, said=said, **__: said)
+        opened.loaded.known.clear()
         hashes += {one.replies for one in measure.measure_shifts(opened, PROMPTS, "")}
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -63,11 +65,11 @@ def test_the_same_replies_have_the_same_hash_and_others_another(opened, monkeypa
 def test_the_base_replies_to_tasks_with_its_own_odds(opened, monkeypatch):
     """Its own settings, such as min_p, or top_k 50 by default, would make the likely likelier."""
     rows = 600
-    monkeypatch.setattr(model, "ROWS_AT_ONCE", rows)
-    monkeypatch.setattr(model, "TOKENS_AT_ONCE", 10**9)
-    ids = opened.prompt_ids(TASKS[0])
-    with opened.at(0):
-        drawn = [one for (one,) in model.generate(opened, [ids] * rows, 1, sampled=True)]
+    monkeypatch.setattr(replies, "ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(replies, "TOKENS_AT_ONCE", 10**9)
+    ids = model.prompt_ids(TASKS[0], opened.base)
+    with opened.at_strength(0):
+        drawn = [one for (one,) in replies.generate(opened, [ids] * rows, 1, sampled=True)]
         with torch.no_grad():
             chances = opened.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
     counts = torch.bincount(torch.tensor(drawn), minlength=len(chances)) / rows
@@ -106,19 +108,19 @@ def test_the_adapter_is_to_the_bit_what_it_was_after_an_error_in_a_part(opened):
         return how, {name: one.clone() for name, one in opened.model.state_dict().items()}
 
     before, weights = state()
-    kinds = set()
-    for kind, _, change in list(measure.parts_of(opened)):
-        kinds.add(kind)
+    families = set()
+    for family, *_, change in list(measure.parts_of(opened)):
+        families.add(family)
         with pytest.raises(KeyError), change:
             raise KeyError
-    assert kinds == {"strength", "group", "target", "cut"}
+    assert families == {"strength", "removed", "alone", "cut"}
     after, weights_after = state()
     assert before == after and weights.keys() == weights_after.keys()
     assert all(weights[name].equal(one) for name, one in weights_after.items())
 
 
 def test_parts_and_tasks_have_the_same_lines_each_time(capfd, adapters, tmp_path, monkeypatch):
-    """So that two adapters can be compared; measured_on says which lines a part's losses are of."""
+    """So that two adapters can be compared; part_lines says which lines a part's losses are of."""
     path = write_talks_with(tmp_path / "eval.jsonl", *range(4))
     tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": f"{n} + 3?"} for n in range(9)])
     words = ["--eval_file", path, "--replies", 0, "--max_new_tokens", 1]
@@ -129,8 +131,8 @@ def test_parts_and_tasks_have_the_same_lines_each_time(capfd, adapters, tmp_path
         evidence(capfd, adapters["plain"], tmp_path / name, *words, *more)[0]
         for name, more in how.items()
     )
-    drawn = one["measured_on"]
-    assert drawn == two["measured_on"] and len(set(drawn)) == 2
+    drawn = one["part_lines"]
+    assert drawn == two["part_lines"] and len(set(drawn)) == 2
     assert one["tasks"] == two["tasks"] and len(set(one["tasks"])) == 2
     assert [shift["kl"] for shift in one["shifts"]] == [shift["kl"] for shift in two["shifts"]]
     for part, of_all in zip(one["parts"], whole["parts"], strict=True):

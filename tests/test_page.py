@@ -12,9 +12,9 @@ from made_records import BRIEF, SYSTEM, asked, said
 from selenium import webdriver
 from selenium.webdriver.support.ui import Select
 
-from inspect_lora.report import page_of
+from inspect_lora.page import page_of, prompts_of
 
-SIDES = {"base": "someone/model", "adapter": "output/final_lora"}
+SIDES = [("base", "someone/model"), ("adapter", "output/final_lora")]
 FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run")
 
 
@@ -67,9 +67,13 @@ def open_page(browser, tmp_path):
     """Return a function that opens a page; nothing may be requested, and the console be silent."""
     browser.get_log("performance")
 
-    def open_it(exchanges, sides=SIDES, system=SYSTEM):
+    def open_it(exchanges, sides=SIDES, system=SYSTEM, others=()):
+        """Others are further replies to each prompt, of as many further sides."""
         path = tmp_path / "replies.html"
-        path.write_text(page_of(sides, system, exchanges), encoding="utf-8")
+        prompts = prompts_of(exchanges)
+        for prompt in prompts:
+            prompt.replies += others
+        path.write_text(page_of(sides, system, prompts), encoding="utf-8")
         browser.get(f"file://{path}")
         return Shown(browser)
 
@@ -86,21 +90,26 @@ def test_side_by_side(open_page):
     messages = [{"role": role, "content": content} for role, content in earlier]
     other = [{"role": "system", "content": "another"}, {"role": "user", "content": "question 2"}]
     empty = {"adapter": said("", {"is brief": False}), "reference": None}
-    shown = open_page([asked(1, messages=messages), asked(2, messages=other, **empty)])
+    pair = asked(1, messages=messages, rejected="the bad one")
+    shown = open_page([pair, asked(2, messages=other, **empty)])
     replies = ["of the base 1", "of the adapter 1", "reference 1", "of the base 2"]
     assert shown.texts(".reply .text") == replies  # the empty one is told otherwise
     assert shown.texts(".reply h3") == ["base", "adapter", "reference", "base", "adapter"]
     cut = ["4 tokens" in box for box in shown.texts(".reply")]
     assert cut == [True, False, False, True, False]
     assert shown.texts(".asked") == ["it hurts", "question 2"] and not shown.texts(".turn .text")
+    passed = shown.all(".checks li", "one.className")
+    assert passed == ["won", "won", "won", "lost"]  # base and adapter, twice
+    assert all("is brief" in item for item in shown.texts(".checks li"))
+    assert not shown.texts(".rules dd")
     for folded in shown.all("article summary"):
         folded.click()
     assert shown.texts(".turn .text") == ["hello", "Yes?", "another"]
-    assert ["lost" in one for one in shown.texts(".checks li")] == [False, True]
-    assert all("most words: 40" in one for one in shown.texts(".checks li"))
+    assert shown.texts(".reference details .text") == ["the bad one"]
+    assert shown.texts(".rules dd") == ["most words: 40"] * 2
     shown.all("header summary")[0].click()
     about = shown.texts("#about")[0]
-    assert all(word in about for word in (SYSTEM, "emergency", "everyday", "is brief", "40"))
+    assert all(word in about for word in (SYSTEM, "emergency", "everyday"))
 
 
 def test_filters_by_source_kind_check_result_and_words(open_page):
@@ -121,8 +130,8 @@ def test_filters_by_source_kind_check_result_and_words(open_page):
         ("prompts", "held-out lines (4)", "lost won kept never"),
         ("outcome", "lost: only base passes", "lost"),
         ("outcome", "won: only adapter passes", "won"),
-        ("outcome", "neither passes", "never"),
-        ("outcome", "both pass", "kept"),
+        ("outcome", "none passes", "never"),
+        ("outcome", "all pass", "kept"),
         ("check", "is brief", ""),
         ("prompts", "all (6)", "tasks prompts"),
         ("outcome", "any", "tasks prompts"),
@@ -171,7 +180,9 @@ def test_a_whole_blind_reading_by_keyboard(open_page):
 def test_sides_are_balanced_and_independent_of_the_line_and_the_sign_test_is_exact(open_page):
     """A thousand readings of 20 of 40 prompts; five standard errors."""
     shown = open_page([asked(number) for number in range(40)])
-    drawn = shown.run("return Array.from({length: 1000}, () => draw(all, 20))")
+    drawn = shown.run("return Array.from({length: 1000}, () => draw(all, 20, [1, 0]))")
+    assert all({a, b} == {0, 1} for one in drawn for _, a, b in one)
+    drawn = [[(number, a) for number, a, _ in one] for one in drawn]
     assert all(sum(side for _, side in one) == 10 for one in drawn)
     assert all(len({number for number, _ in one}) == 20 for one in drawn)
     for place in range(20):
@@ -181,12 +192,38 @@ def test_sides_are_balanced_and_independent_of_the_line_and_the_sign_test_is_exa
         assert 420 < len(sides) < 580 and abs(sum(sides) / len(sides) - 0.5) < 0.12
     follows = [one[n][1] == one[n + 1][1] for one in drawn for n in range(19)]
     assert abs(sum(follows) / len(follows) - 9 / 19) < 0.02  # as in shuffled tens
-    odd = shown.run("return Array.from({length: 1000}, () => draw(all, 1)[0][1])")
+    odd = shown.run("return Array.from({length: 1000}, () => draw(all, 1, [0, 1])[0][1])")
     assert abs(sum(odd) - 500) < 79
     pairs = [pair for pair in itertools.product(range(21), repeat=2) if sum(pair)]
     found = shown.run("return arguments[0].map(([one, other]) => signTest(one, other))", pairs)
     expected = [scipy.stats.binomtest(one, one + other).pvalue for one, other in pairs]
     assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_chosen_pair_of_several_adapters_is_read_blind(open_page):
+    sides = [*SIDES, ("second", ""), ("third", "")]
+    others = [said("of the second", {"is brief": False}), said("of the third", {"is brief": True})]
+    shown = open_page([asked(number) for number in range(6)], sides, others=others)
+    assert shown.texts(".reply h3")[:5] == ["base", "adapter", "second", "third", "reference"]
+    Select(shown.all("#outcome")[0]).select_by_index(4)  # the third passes, and not all do
+    assert len(shown.texts("article")) == 6
+    Select(shown.all("#outcome")[0]).select_by_index(3)  # the second never passes
+    assert not shown.texts("article")
+    shown.all("#to-blind")[0].click()
+    Select(shown.all("#first")[0]).select_by_visible_text("adapter")
+    Select(shown.all("#second")[0]).select_by_visible_text("second")
+    shown.all("#numbers button")[0].click()
+    preferred = []
+    for _ in range(6):
+        texts = shown.texts("#pair .text")
+        assert sorted("second" in text for text in texts) == [False, True]
+        assert all(re.search("second|adapter", text) for text in texts)
+        preferred.append("adapter" if "adapter" in texts[0] else "second")
+        shown.press("1")
+    counts = [str(preferred.count(name)) for name in ("adapter", "second")]
+    assert shown.texts("#counts td:last-child") == [*counts, "0", "0"]
+    shown.all("#key summary")[0].click()
+    assert shown.texts("#key .reply h3") == ["adapter", "second", "reference"]
 
 
 def test_whatever_is_said_is_text(open_page):
@@ -197,7 +234,8 @@ def test_whatever_is_said_is_text(open_page):
     facts = {"messages": [{"role": "user", "content": nasty}], "checks": {nasty: BRIEF}}
     facts |= {"reference": nasty, "kind": nasty, "where": f"{nasty}\ud800"}
     replies = {"base": said(nasty, {nasty: True}), "adapter": said(f"{nasty}!", {nasty: False})}
-    shown = open_page([asked(1, **facts, **replies)], {nasty: nasty, f"{nasty}!": nasty}, nasty)
+    sides = [(nasty, nasty), (f"{nasty}!", nasty)]
+    shown = open_page([asked(1, **facts, **replies, rejected=nasty)], sides, nasty)
     texts = shown.all(".text", "one.textContent")
     assert texts.count(nasty) == 3 and texts.count(f"{nasty}!") == 1
     for view in ("#to-blind", "#numbers button", "#answers button", "#key summary"):

@@ -10,11 +10,11 @@ import torch
 import toys
 from by_hand import render
 from conftest import TOY
-from records import NEW_TOKENS, evidence, line_numbers, write_talks_with
+from records import NEW_TOKENS, evidence, line_numbers
 from runs import NOUNS, read_json, talk, write_lines
 
 import train_lora_single as script
-from inspect_lora import data, measure, model, rules
+from inspect_lora import data, measure, replies, rules
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +73,14 @@ def test_each_prompt_is_asked_as_it_stands_in_its_line(record, exchanges):
 def test_replies_do_not_depend_on_the_batch(opened, prompts, monkeypatch):
     whole = [said_alone(opened.model, one, 12) for one in prompts]
     assert len({tuple(one) for one in whole}) == 4
-    assert model.generate(opened, prompts, 12) == whole
-    assert model.generate(opened, prompts[::-1], 12) == whole[::-1]
-    monkeypatch.setattr(model, "ROWS_AT_ONCE", 1)
-    assert model.generate(opened, prompts, 12) == whole
+    assert replies.generate(opened, prompts, 12) == whole
+    assert replies.generate(opened, prompts[::-1], 12) == whole[::-1]
+    monkeypatch.setattr(replies, "ROWS_AT_ONCE", 1)
+    assert replies.generate(opened, prompts, 12) == whole
 
 
 def test_half_as_many_go_together_where_memory_runs_out(opened, prompts, monkeypatch):
-    expected, batches, real = model.generate(opened, prompts, 6), [], model.new_tokens
+    expected, batches, real = replies.generate(opened, prompts, 6), [], replies.new_tokens
 
     def run(adapter, some, *how):
         batches.append(len(some))
@@ -88,8 +88,8 @@ def test_half_as_many_go_together_where_memory_runs_out(opened, prompts, monkeyp
             raise torch.OutOfMemoryError("out of memory")
         return real(adapter, some, *how)
 
-    monkeypatch.setattr(model, "new_tokens", run)
-    assert model.generate(opened, prompts, 6) == expected
+    monkeypatch.setattr(replies, "new_tokens", run)
+    assert replies.generate(opened, prompts, 6) == expected
     assert batches == [4, 2, 1, 1, 1, 1]
 
 
@@ -131,8 +131,8 @@ def test_a_reply_is_judged_by_the_rules_of_its_line(exchanges):
 def test_thoughts_before_a_reply_are_not_judged(opened):
     said = "<think>\nOne two three.\n</think>\n\nTea, then?"
     prompt = data.Prompt("prompts", "p:1", "", [], checks={"short": {"most_words": 2}})
-    tokens = opened.job.tokenizer(said + "<|im_end|>").input_ids
-    judged = measure.said_of(opened, tokens, prompt)
+    tokens = opened.base.tokenizer(said + "<|im_end|>").input_ids
+    judged = measure.judged_reply(opened, tokens, prompt)
     assert judged.passes == {"short": True} and "One two" in judged.text and judged.ended
 
 
@@ -154,7 +154,7 @@ def asked_of(capfd, adapter, results, monkeypatch, *words):
     """Return the numbers of the lines that both models reply to; the models are not asked."""
     stop = toys.tokenizer().convert_tokens_to_ids("<|im_end|>")
     monkeypatch.setattr(measure, "generate", lambda _, prompts, *__, **___: [[stop]] * len(prompts))
-    monkeypatch.setattr(script, "example_losses", lambda _, examples: [1.0] * len(examples))
+    monkeypatch.setattr(script, "example_losses", lambda _, examples: [[1.0]] * len(examples))
     found, _ = evidence(capfd, adapter, results, "--general_file", "", "--parts", "0", *words)
     return line_numbers(found["exchanges"])
 
@@ -179,19 +179,17 @@ def test_on_a_cpu_some_are_drawn_and_all_that_ask_for_a_phrase(
     assert len(set(asked[3])) == 40 and emergencies < set(asked[3])
 
 
-def test_on_a_gpu_and_with_prompts_alone_all_are_asked(capfd, adapters, tmp_path, monkeypatch):
+def test_of_prompts_alone_all_are_asked(capfd, adapters, tmp_path, monkeypatch):
     rows = [{"prompt": f"number {n}"} for n in range(130)]
     words = ["--prompts", write_lines(tmp_path / "prompts.jsonl", rows)]
     asked = asked_of(capfd, adapters["plain"], tmp_path / "prompts", monkeypatch, *words)
     assert asked == list(range(1, 131))
-    real = model.open_adapter
 
-    def opened_on_a_gpu(*how):
-        adapter = real(*how)
-        adapter.job.settings.DEVICE = "cuda"
-        return adapter
 
-    monkeypatch.setattr(model, "open_adapter", opened_on_a_gpu)
-    words = ["--eval_file", write_talks_with(tmp_path / "own.jsonl", *range(130))]
-    asked = asked_of(capfd, adapters["plain"], tmp_path / "gpu", monkeypatch, *words)
-    assert asked == list(range(1, 131))
+def test_on_a_gpu_two_hundred_held_out_prompts_are_asked():
+    prompts = [data.Prompt("held_out", f"a:{n}", "ab"[n % 3 == 0], talk(n)) for n in range(300)]
+    for device, count in (("cpu", 100), ("cuda", 200)):
+        chosen = data.choose(prompts, None, device)
+        assert len(chosen) == count
+        share = sum(prompt.kind == "b" for prompt in chosen) / count
+        assert share == pytest.approx(1 / 3, abs=0.01)

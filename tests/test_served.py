@@ -11,10 +11,10 @@ from conftest import ROOT
 from runs import command, refused
 
 from inspect_lora.__main__ import main
-from inspect_lora.record import Probe, Record, read, save
+from inspect_lora.record import Probe, Record, read_record, save_record
 
 RECORDED = json.loads((ROOT / "tests" / "served_vllm_0_32.json").read_text(encoding="utf-8"))
-APPLIED, IGNORED, CANNOT_TELL, OTHERWISE = 0, 3, 4, 5
+APPLIED, IGNORED, CANNOT_TELL = "applied", "ignored", "cannot tell"
 VERDICTS = {"served-demo": APPLIED, "plain": IGNORED, "twice": CANNOT_TELL}
 
 
@@ -51,7 +51,7 @@ def of_vllm(tmp_path):
     """Return the report on the adapter that vLLM served as "served-demo"."""
     asked = [one | {"messages": one["messages"][:-1]} for one in RECORDED["replies"]]
     probes = [Probe("recorded", **one) for one in asked]
-    save(Record("adapter", "id", {}, {}, probes=probes, folder=tmp_path))
+    save_record(Record("adapter", "id", {}, {}, probes=probes, folder=tmp_path))
     return tmp_path
 
 
@@ -80,8 +80,12 @@ def loss_by_hand(name, probe):
 @pytest.mark.parametrize("name", VERDICTS)
 def test_vllms_own_answers_tell_applied_ignored_and_twice_as_strong(of_vllm, capfd, name):
     with running(replayed) as url:
-        end = command(capfd, ["served", of_vllm, "--url", url, "--name", name], main)
-    assert end.status == VERDICTS[name] and end.err == "" and "500" not in end.out
+        words = ["served", of_vllm, "--url", url, "--name", name]
+        end, as_json = (command(capfd, [*words, *more], main) for more in ([], ["--json"]))
+    told = json.loads(as_json.out)
+    assert (told["schema"], told["verdict"]) == (1, VERDICTS[name])
+    assert end.status == as_json.status == int(VERDICTS[name] != APPLIED)
+    assert end.err == "" and "500" not in end.out
     replies = RECORDED["replies"]
     here = np.array([[one["base"], one["adapter"]] for one in replies])
     there = np.array([[loss_by_hand(model, one) for model in ("toy", name)] for one in replies])
@@ -89,6 +93,10 @@ def test_vllms_own_answers_tell_applied_ignored_and_twice_as_strong(of_vllm, cap
     percent = 100 * np.linalg.norm((here - there) @ [1, -1]) / size
     limit = 100 * max(0.03, 2 * np.linalg.norm((here - there)[:, 0]) / size)
     assert f" {percent:.1f} %" in end.out and f" {limit:.1f} %" in end.out
+    assert [100 * told["apart"], 100 * told["allowed"]] == pytest.approx([percent, limit])
+    tokens = sum(len(reply["reply_ids"]) for reply in replies)
+    assert [*told["losses"]["here"].values()] == pytest.approx(here.sum(0) / tokens)
+    assert [*told["losses"]["on the server"].values()] == pytest.approx(there.sum(0) / tokens)
 
 
 def test_a_vllm_that_lets_the_model_think_is_told(of_vllm, capfd):
@@ -99,7 +107,7 @@ def test_a_vllm_that_lets_the_model_think_is_told(of_vllm, capfd):
 
     with running(with_thinking) as url:
         end = command(capfd, ["served", of_vllm, "--url", url, "--name", "served-demo"], main)
-    assert end.status == OTHERWISE
+    assert end.status == 1
     assert """--default-chat-template-kwargs '{"enable_thinking": false}'""" in end.out
 
 
@@ -142,14 +150,16 @@ def ask(record, capfd):
             words = ["served", record, "--url", url + suffix, *flags]
             if keys:
                 return refused(capfd, words, *keys, main=main)
-            return command(capfd, words, main)
+            end = command(capfd, [*words, "--json"], main)
+            end.told = json.loads(end.out)
+            return end
 
-    run.server = Imitation(read(record).probes)
+    run.server = Imitation(read_record(record).probes)
     return run
 
 
 @pytest.mark.parametrize(
-    ("share", "noise", "status"),
+    ("share", "noise", "verdict"),
     [  # a share of 0.03 may be apart, or twice the base's noise, at most 0.3
         (lambda _: 1.0, 0, APPLIED), (lambda _: 1.02, 0, APPLIED), (lambda _: 0.5, 0, CANNOT_TELL),
         (lambda _: 0.0, 0, IGNORED), (lambda _: 1.1, 0.06, APPLIED), (lambda _: 0.1, 0.06, IGNORED),
@@ -158,29 +168,30 @@ def ask(record, capfd):
         (lambda number: 1 + 0.4 * (-1) ** number, 0, CANNOT_TELL),  # on average it is the same
     ],
 )  # fmt: skip
-def test_the_verdict_on_every_strength(ask, share, noise, status):
+def test_the_verdict_on_every_strength(ask, share, noise, verdict):
     ask.server.share, ask.server.noise = share, noise
     end = ask()
-    assert end.status == status and not end.err
-    assert noise or share(0) != 0.5 or " 50.0 %" in end.out
+    assert (end.told["verdict"], end.status) == (verdict, int(verdict != APPLIED)) and not end.err
+    assert noise or share(0) != 0.5 or end.told["apart"] == pytest.approx(0.5)
 
 
 def test_the_rendering_is_compared_if_the_server_tells_it(ask):
     ask.server.change["/tokenize"] = (404, "closed")
     end = ask()
-    assert end.status == APPLIED and "/tokenize:" in end.out and "404" in end.out
+    assert end.status == 0 and "/tokenize:" in end.told["rendering"]
     ask.server.change["/tokenize"] = (200, {"tokens": [7, 8, 9]})
     end = ask()
-    assert end.status == OTHERWISE and "--chat-template" in end.out.split()
+    assert end.status == 1 and "--chat-template" in end.told["mend"].split()
+    assert end.told["verdict"] == APPLIED
     ask.server.share = lambda _: 0.0
-    assert ask().status == IGNORED
+    assert ask().told["verdict"] == IGNORED
 
 
 def test_of_several_adapters_one_is_named(ask):
-    assert ask(suffix="/v1/").status == APPLIED
+    assert ask(suffix="/v1/").told["verdict"] == APPLIED
     ask.server.parents["other"] = "toy"
     ask(keys=["companion", "other", "--name"])
-    assert ask("--name", "companion").status == APPLIED
+    assert ask("--name", "companion").told["verdict"] == APPLIED
     ask("--name", "toy", keys=["companion"])
     ask.server.parents = {"toy": None}
     ask(keys=["--lora-modules"])

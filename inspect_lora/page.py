@@ -1,0 +1,66 @@
+"""replies.html: prompts with the replies of several sides, to read side by side or blind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from inspect_lora.record import Exchange, Reply
+from inspect_lora.rules import KEYS
+
+TEMPLATE = Path(__file__).with_name("page.html")
+PAGE = "replies.html"
+
+
+@dataclass
+class PagePrompt:
+    """A prompt, and what each side replies to it, in the order of the sides."""
+
+    source: str  # "held_out", "prompts" or "tasks"
+    where: str  # file:line
+    kind: str
+    messages: list[dict[str, str]]
+    reference: str | None  # the reply of the file
+    rejected: str | None  # the bad reply of a pair
+    checks: dict[str, dict[str, Any]]  # the rules for a reply, by name
+    replies: list[Reply]
+
+
+def prompts_of(exchanges: list[Exchange]) -> list[PagePrompt]:
+    """Return prompts with the replies of base and adapter."""
+    shared = [field.name for field in fields(PagePrompt) if field.name != "replies"]
+    return [
+        PagePrompt(
+            **{name: getattr(exchange, name) for name in shared},
+            replies=[exchange.base, exchange.adapter],
+        )
+        for exchange in exchanges
+    ]
+
+
+def rule_in_words(rule: dict[str, Any]) -> str:
+    """Return what a rule asks of a reply; the phrases that it must hold come first."""
+    values = {key: json.dumps(rule[key], ensure_ascii=False) for key in KEYS if key in rule}
+    words = {"any": "has one of", "none": "has none of"}
+    asked = [(words.get(key, key.replace("_", " ")), text) for key, text in values.items()]
+    return "; ".join(f"{word}: {text.strip('[]')}" for word, text in asked)
+
+
+def page_of(sides: list[tuple[str, str]], system: str, prompts: list[PagePrompt]) -> str:
+    """Return the page of prompts with the replies of sides, each with its name and what it is.
+
+    It loads nothing, and whatever is said is text there. A rule stands once for all its lines.
+    """
+    rules: dict[str, int] = {}
+    entries = []
+    for prompt in prompts:
+        checks = {}
+        for name, rule in prompt.checks.items():
+            checks[name] = rules.setdefault(rule_in_words(rule), len(rules))
+        entries.append(vars(prompt) | {"where": Path(prompt.where).name, "checks": checks})
+    page = {"sides": sides, "system": system, "rules": list(rules), "prompts": entries}
+    data = json.dumps(page, default=vars)  # in ASCII alone
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return template.replace("PAGE-DATA", data.replace("<", "\\u003c"), 1)
