@@ -1,5 +1,6 @@
 """The card's acceptance: each of its rows is good where all is right, and can fail."""
 
+import itertools
 import json
 import math
 import signal
@@ -70,36 +71,77 @@ def changed(change):
     return lambda real: lambda *given: change(real(*given))
 
 
-FLOAT16 = {  # the check, what of the script is changed how, and whether the rows are good then
-    "gradients": (accept.gradient, "reply_losses", changed(lambda one: one), True),
-    "a loss": (accept.gradient, "reply_losses", changed(lambda one: 1.02 * one), False),
-    "NaN": (accept.gradient, "reply_losses", changed(lambda one: math.nan * one), False),
+FLOAT16 = {  # what of the script is changed how, and whether the rows are good then
+    "nothing": ("reply_losses", changed(lambda losses: losses), True),
+    "a loss": ("reply_losses", changed(lambda losses: 1.02 * losses), False),
+    "NaN": ("reply_losses", changed(lambda losses: math.nan * losses), False),
     "nothing goes back": (
-        accept.gradient, "scaled_fp16_matmul",
+        "scaled_fp16_matmul",
         lambda real: lambda rows, weight: real(rows, weight) * (not weight.is_contiguous()), False,
     ),
-    "products": (accept.products, "reply_losses", changed(lambda one: one), True),
     "a scale": (
-        accept.products, "scaled_fp16_matmul",
-        changed(lambda one: torch.cat([one[..., :-1, :], 2 * one[..., -1:, :]], -2)), False,
+        "scaled_fp16_matmul",
+        changed(lambda rows: torch.cat([rows[..., :-1, :], 2 * rows[..., -1:, :]], -2)), False,
     ),
     "a dropped row": (
-        accept.products, "scaled_fp16_matmul",
-        changed(lambda one: torch.cat([0 * one[..., :1, :], one[..., 1:, :]], -2)), False,
+        "scaled_fp16_matmul",
+        changed(lambda rows: torch.cat([0 * rows[..., :1, :], rows[..., 1:, :]], -2)), False,
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", FLOAT16)
 def test_what_is_wrong_in_float16_is_seen(made, monkeypatch, what):
-    check, name, change, expected = FLOAT16[what]
+    name, change, expected = FLOAT16[what]
     monkeypatch.setattr(t, name, change(getattr(t, name)))
-    assert is_good(check(made.float16, made.folder)) == expected
+    assert is_good(accept.gradient(made.float16, made.folder)) == expected
 
 
-def test_fla_that_is_refused_is_not_judged(native, tmp_path, monkeypatch):
-    monkeypatch.setattr(native.job.settings, "USE_FLA", True)
-    assert list(accept.gradient(native, tmp_path)) == []
+def test_without_a_native_gradient_float16_is_not_judged(made, tmp_path):
+    assert [row[2] for row in accept.gradient(made.float16, tmp_path)] == [True, None]
+
+
+def test_fla_that_cannot_be_used_is_known_before_anything_is_loaded(flags, monkeypatch, capsys):
+    monkeypatch.setattr(t, "load_model", lambda *_: pytest.fail("the weights were loaded"))
+    accept.do_check("fla", "folder", *flags)
+    assert "ROW" not in capsys.readouterr().out
+
+
+BROKEN = {  # of what torch computes: where it is, and shares by which it errs for one row, for both
+    "convolution": (torch.nn.functional, "conv1d", 0.01, 0.1),
+    "triangular solve": (torch.linalg, "solve_triangular", 0.02, 0.3),
+    "SDPA": (torch.nn.functional, "scaled_dot_product_attention", 0.03, 0.4),
+    "norm": (torch, "rsqrt", 0.01, 0.1),
+}
+
+
+@pytest.mark.parametrize("matmul", ["native", "float16"])
+def test_the_demo_as_on_the_cpu(flags, monkeypatch, matmul):
+    monkeypatch.setattr(accept, "DEMO", TOY)
+    own_type = ["--dtype=bfloat16", f"--matmul={matmul}"]
+    assert is_good(accept.compare_with_cpu([*flags, *own_type], Path()))
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+@pytest.mark.parametrize("kernel", BROKEN)
+def test_a_kernel_that_errs_on_the_card_is_seen(flags, monkeypatch, kernel, is_large):
+    """The CPU is the card here: what is computed once a second model is loaded is the card's."""
+    module, name, *shares = BROKEN[kernel]
+    compute, load, loaded = getattr(module, name), t.load_model, []
+    chance = torch.Generator().manual_seed(0)
+
+    def err(*arguments, **options):
+        result = compute(*arguments, **options)
+        if len(loaded) < 2:
+            return result
+        factors = 1 + shares[is_large] * torch.randn(result.shape, generator=chance)
+        return result * factors.to(result.dtype)
+
+    monkeypatch.setattr(accept, "DEMO", TOY)
+    monkeypatch.setattr(t, "load_model", lambda *words: loaded.append(words) or load(*words))
+    monkeypatch.setattr(module, name, err)
+    rows = accept.compare_with_cpu([*flags, "--dtype=bfloat16"], Path())
+    assert [row[2] for row in rows] == [False, not is_large]
 
 
 @pytest.fixture
@@ -169,7 +211,7 @@ def test_the_bare_command(tmp_path, monkeypatch, capfd):
     "fault", ["none", "status", "begun anew", "loss", "steps", "outcome", "adapter"]
 )
 def test_faults_of_the_bare_command(tmp_path, monkeypatch, fault):
-    output = tmp_path / "one"
+    output = tmp_path / "bare"
 
     def run(words, stop_at=""):
         if stop_at:
@@ -179,7 +221,8 @@ def test_faults_of_the_bare_command(tmp_path, monkeypatch, fault):
         history = [{"loss": one} for one in losses[: 3 if fault == "steps" else 4]]
         history += [{"eval_loss": 3.0}, {"eval_loss": 2.0}]
         outcome = "failed" if fault == "outcome" else "finished"
-        record = {"outcome": outcome, "loss_history": history, "matmul": "", "peak_gib": 1.0}
+        sessions = [{"matmul": "native", "peak_gib": 1.0}]
+        record = {"outcome": outcome, "loss_history": history, "sessions": sessions}
         (output / "run.json").write_text(json.dumps(record), encoding="utf-8")
         for name in ["final_lora", "final_lora_vllm"][: 1 if fault == "adapter" else 2]:
             (output / name).mkdir()
@@ -191,15 +234,23 @@ def test_faults_of_the_bare_command(tmp_path, monkeypatch, fault):
     assert is_good(accept.bare_command([], tmp_path)) == (fault == "none")
 
 
-@pytest.mark.parametrize("status, factor", [(0, 1), (1, 1), (0, 1.1)])
-def test_two_processes(tmp_path, monkeypatch, status, factor):
-    losses = {"one": [2.0, 3.0], "two": [2.0, 3.0 * factor]}
-    monkeypatch.setattr(accept, "run", lambda _: (status, ""))
-    monkeypatch.setattr(accept, "left_by_a_run", lambda output: ("", losses[output.name]))
+@pytest.mark.parametrize("key, factor", [("loss", 1), ("loss", 1.1), ("grad_norm", 0.9)])
+def test_two_processes(tmp_path, monkeypatch, key, factor):
+    """Both do the same step, without dropout."""
+
+    def run(words):
+        assert "--lora_dropout=0" in words
+        output = Path(words[-1].partition("--output_dir=")[2])
+        entry = {"loss": 2.0, "grad_norm": 3.0}
+        entry[key] *= factor if "--nproc-per-node=2" in words else 1
+        output.mkdir()
+        (output / "run.json").write_text(json.dumps({"loss_history": [entry]}), encoding="utf-8")
+
+    monkeypatch.setattr(accept, "run", run)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert list(accept.two_processes([], tmp_path)) == []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert is_good(accept.two_processes([], tmp_path)) == (status == 0 and factor == 1)
+    assert is_good(accept.two_processes([], tmp_path)) == (factor == 1)
 
 
 def test_a_command_is_stopped_at_a_line_and_killed_with_what_it_started_past_its_seconds(tmp_path):
@@ -220,38 +271,58 @@ def test_the_rows_of_a_check_are_printed(capsys, monkeypatch, tmp_path):
     assert [json.loads(line.removeprefix("ROW ")) for line in lines] == [[*row] for row in rows]
 
 
-def all_checks(patch, folder, outputs, minutes=0):
-    """Return main()'s status and acceptance.json where checks print these."""
-    clock = iter(range(0, 10**6, 60 * minutes or 1))
+def all_checks(patch, folder, outputs, times=(0.0,)):
+    """Return main()'s status and acceptance.json where checks print these, and begin at times."""
+    clock = itertools.chain([0.0], times, itertools.repeat(times[-1]))
     patch.setattr(accept, "default_timer", lambda: next(clock))
     patch.setattr(accept, "run", lambda words, **_: outputs.get(words[1], (0, "")))
-    card = types.SimpleNamespace(stdout="Tesla V100, 7.0")
-    patch.setattr(accept.subprocess, "run", lambda *_, **__: card)
     patch.chdir(folder)
     return accept.main(), json.loads(Path("acceptance.json").read_text(encoding="utf-8"))
 
 
 def test_all_rows_and_the_log_are_in_the_file(tmp_path, monkeypatch):
     outputs = {name: (0, f"log of {name}\n{GOOD}") for name in accept.CHECKS}
+    query = tmp_path / "nvidia-smi"
+    query.write_text("#!/bin/sh\necho Tesla V100, 7.0\n")
+    query.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     status, report = all_checks(monkeypatch, tmp_path, outputs)
     assert status == 0 and [row[3] for row in report["rows"]] == [True] * len(outputs)
     assert [name for name in outputs if f"log of {name}\n" not in report["log"]] == []
-    assert report["cards"] == "Tesla V100, 7.0" and report["packages"]["torch"]
+    assert report["cards"] == "Tesla V100, 7.0\n" and report["packages"]["torch"]
     assert len(report["script_sha256"]) == 64
 
 
-@pytest.mark.parametrize("output", [(0, BAD), (1, GOOD), (-6, "")])
+def test_without_nvidia_smi_the_rest_is_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, report = all_checks(monkeypatch, tmp_path, {"bare": (0, GOOD)})
+    assert status == 0 and not report.get("cards") and len(report["rows"]) == len(accept.CHECKS)
+
+
+@pytest.mark.parametrize("output", [(0, BAD), (1, GOOD), (-6, ""), (-9, "")])
 def test_where_to_look_first(tmp_path, monkeypatch, capsys, output):
     outputs = {"float16": output, "memory": (1, "")}
     status, report = all_checks(monkeypatch, tmp_path, outputs)
     assert status == 1 and next(row[0] for row in report["rows"] if row[3] is False) == "float16"
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert accept.CHECKS["float16"][2] in said and accept.CHECKS["memory"][2] not in said
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert accept.CHECKS["float16"][2] in last and accept.CHECKS["memory"][2] not in last
 
 
 def test_what_there_was_no_time_for_is_not_done(tmp_path, monkeypatch):
-    outputs = {"model": (0, GOOD), "bare": (0, GOOD), "fla": (137, "")}
-    status, report = all_checks(monkeypatch, tmp_path, outputs, minutes=3)
-    judged = {row[0]: row[3] for row in report["rows"]}
-    assert status == 0 and judged.keys() == accept.CHECKS.keys()
-    assert judged["fla"] is None and judged["two"] is None
+    """It may end by the signal, by being killed, or never begin; an error is a fault even late."""
+    outputs = {"native": (124, GOOD), "float16": (137, ""), "memory": (1, ""), "two": (0, BAD)}
+    times = [0.0, 90.0, 200.0, 400.0, 500.0, accept.SECONDS - 0.4, accept.SECONDS]
+    status, report = all_checks(monkeypatch, tmp_path, outputs, times)
+    judged = {name: [row[3] for row in report["rows"] if row[0] == name] for name in accept.CHECKS}
+    assert status == 1 and judged["native"] == [True, None] and judged["memory"] == [False]
+    assert judged["float16"] == judged["fla"] == judged["two"] == [None]
+
+
+def test_a_check_has_whole_seconds_up_to_the_deadline(tmp_path, monkeypatch):
+    """`timeout 0` would let it run for ever; less than what is left is taken for a fault."""
+    clock, seconds = itertools.chain([0.0], itertools.count(0.6, 90)), []
+    monkeypatch.setattr(accept, "default_timer", lambda: next(clock))
+    monkeypatch.setattr(accept, "run", lambda _, seconds=0, to=seconds: (to.append(seconds), ""))
+    monkeypatch.chdir(tmp_path)
+    assert accept.main() == 0
+    assert seconds == [585, 495, 405, 315, 225, 135, 45]
