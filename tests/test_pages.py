@@ -3,8 +3,10 @@
 import argparse
 import importlib
 import io
+import json
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -14,31 +16,56 @@ from runs import run, short_flags
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/example/*.md")]
 PAGES += [ROOT / folder / "README.md" for folder in ("data", "tests", "output")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = ("train_lora_single.py", "script.py")
+
+
+def blocks(page, language):
+    """Return the code blocks of a page."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def anchors(page):
     """Return the anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     headings = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
-    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}
 
 
-def commands(text):
-    """Return the words of each command of the project in the code blocks of a page."""
-    found = []
-    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            for one in line.split("&&"):
-                words = shlex.split(one, comments=True)
-                words = words[words.index("python") + 1 :] if "python" in words else []
-                if words and words[0] != "tests/accept_gpu.py":
-                    found.append(words)
-    return found
+def commands(script):
+    """Return the words of each command of a shell script, without comments and operators."""
+    lines = []
+    for line in script.replace("\\\n", " ").splitlines():
+        words = shlex.shlex(line, posix=True, punctuation_chars=True)
+        words.whitespace_split = True
+        lines.append([])
+        for word in words:
+            if word in ("&&", "||", "|", ";", "&"):
+                lines.append([])
+            else:
+                lines[-1].append(word)
+    return [words for words in lines if words]
+
+
+def parse(words):
+    """Parse the flags of a command of the project; return whether it is one."""
+    words = [word for word in words if not word.startswith(("$@", "${"))]
+    for place, word in enumerate(words):
+        if word.endswith(SCRIPTS) and "cp" not in words[:place]:
+            importlib.import_module("train_lora_single").parse_settings(words[place + 1 :])
+            return True
+        if word in ("inspect-lora", "inspect_lora"):
+            name, *flags = words[place + 1 :]
+            add_flags, _ = importlib.import_module("inspect_lora.__main__").COMMANDS[name]
+            parser = argparse.ArgumentParser()
+            add_flags(parser)
+            parser.parse_args(flags)
+            return True
+    return False
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_of_a_page_resolve_and_its_commands_parse(page):
-    """A file, a heading or a flag may have been renamed."""
+    """A file, a heading or a flag may have been renamed; a job file may not be shell."""
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if link.startswith("http"):
             continue
@@ -46,35 +73,66 @@ def test_links_of_a_page_resolve_and_its_commands_parse(page):
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
-    for words in commands(page.read_text(encoding="utf-8")):
-        words = [word for word in words if word != "$@" and not word.startswith("${runs")]
-        if words[0].endswith(("train_lora_single.py", "script.py")):
-            importlib.import_module("train_lora_single").parse_settings(words[1:])
-        elif words[:2] == ["-m", "inspect_lora"]:
-            module = importlib.import_module(f"inspect_lora.{words[2]}")
-            parser = argparse.ArgumentParser()
-            module.add_arguments(parser)
-            parser.parse_args(words[3:])
-        else:
-            assert words[0] == "-m" and words[1] in ("venv", "pytest"), words
+    for script in blocks(page, "bash"):
+        checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert (checked.returncode, checked.stderr) == (0, "")
+        for words in commands(script):
+            if not parse(words) and "python" in words:
+                known = ("-m venv", "-m pytest", "tests/accept_gpu.py")
+                assert " ".join(words).partition("python ")[2].startswith(known), words
+
+
+def test_job_files_of_the_page_run_the_script():
+    """They can be requeued, and the test above has seen their commands."""
+    jobs = [script for script in blocks(ROOT / "docs" / "gpu.md", "bash") if "#SBATCH" in script]
+    assert jobs
+    for job in jobs:
+        assert any(parse(words) for words in commands(job))
+        assert "--requeue" in job and "scontrol requeue" in job
 
 
 def test_the_first_door_runs(tmp_path, monkeypatch, capsys):
     """README's first door, on the toy and short data: train, measure, talk, leave."""
     door = README.partition("## A first result")[2].partition("\n## ")[0]
+    door = re.findall(r"```bash\n(.*?)```", door, re.DOTALL)[0]
     train, evidence, chat = commands(door)
     small = ["--model_name", TOY, "--max_steps", "2", *short_flags(tmp_path)]
     final = str(tmp_path / "output" / "final_lora")
-    assert run([*train[1:], *small]) == 0
+    assert run([*train[2:], *small]) == 0
     main = importlib.import_module("inspect_lora.__main__").main
     few = ["--replies", "2", "--max_new_tokens", "4"]
     rules = evidence.index("--rules")
-    kept = evidence[4:rules] + evidence[rules + 2 :]  # the short data have no kinds
+    kept = evidence[3:rules] + evidence[rules + 2 :]  # the short data have no kinds
     assert run(["evidence", final, *kept, *few], main=main) == 0
     assert (tmp_path / "output" / "inspected" / "final_lora" / "replies.html").is_file()
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/quit\n"))
-    assert run(["chat", final, *chat[4:], "--max_new_tokens", "4"], main=main) == 0
+    assert run(["chat", final, *chat[3:], "--max_new_tokens", "4"], main=main) == 0
     assert capsys.readouterr().out
+
+
+def test_the_page_cleans_a_dump(tmp_path, monkeypatch):
+    """What docs/data.md tells to do with a ShareGPT dump leaves no bad line, and all good turns."""
+    dump = [
+        [("system", "Be kind."), ("human", "Hi?"), ("gpt", "<think>\nHm.\n</think>\n\nHello.")],
+        [("human", "One."), ("human", "Two?"), ("gpt", "Three."), ("human", "And?")],
+        [("human", "Look."), ("gpt", "Yes."), ("human", "Now."), ("function_call", "{}")],
+        [("human", "Weather?"), ("function_call", "{}"), ("observation", "5"), ("gpt", "Cold.")],
+        [("gpt", "How can I help?"), ("human", ""), ("gpt", "Well.")],
+    ]
+    lines = [
+        {"id": "a", "conversations": [{"from": f, "value": v, "weight": None} for f, v in turns]}
+        for turns in dump
+    ]
+    (tmp_path / "dump.json").write_text(json.dumps(lines), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (cleaning,) = blocks(ROOT / "docs" / "data.md", "python")
+    exec(compile(cleaning, "docs/data.md", "exec"), {})
+    problems = []
+    script = importlib.import_module("train_lora_single")
+    read = script.read_conversations("mine.jsonl", "all", problems)
+    assert problems == []
+    said = [[message["content"] for message in conversation.messages] for conversation in read]
+    assert said == [["Be kind.", "Hi?", "Hello."], ["One.\n\nTwo?", "Three."], ["Look.", "Yes."]]
 
 
 def test_settings_and_numbers_on_the_page_are_those_of_the_code():
@@ -82,14 +140,15 @@ def test_settings_and_numbers_on_the_page_are_those_of_the_code():
     script = importlib.import_module("train_lora_single")
     table = README.partition("## Settings")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`[A-Z].*?) \| (`.*?) \|", table, re.MULTILINE)
-    assert len(rows) >= 4
+    assert len(rows) >= 3
     for names, values in rows:
         for name, value in zip(names.split(", "), values.split(", "), strict=True):
             assert str(getattr(script, name.strip("`"))) == value.strip("`"), name
     lines = (ROOT / "train_lora_single.py").read_text(encoding="utf-8").count("\n")
-    assert f"{lines:,} lines" in README
+    told = int(re.search(r"about ([\d,]+) lines", README)[1].replace(",", ""))
+    assert abs(told - lines) <= 50
     report = (ROOT / "docs" / "example" / "report.md").read_text(encoding="utf-8")
-    extract = README.partition("## What a run and a report print")[2].partition("\n## ")[0]
-    numbers = re.findall(r"(?<![\w.])[+-]?\d+\.\d{4}(?![\d.])", extract.partition("gain ")[2])
+    quoted = "".join(re.findall(r"(?m)^> (.*)$", README))
+    numbers = re.findall(r"\d+(?:\.\d+)?", quoted)
     assert len(numbers) >= 5
     assert [number for number in numbers if number not in report] == []
