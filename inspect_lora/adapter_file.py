@@ -285,7 +285,6 @@ def base_config(base: str) -> tuple[dict[str, Any], str]:
             if path.is_file():
                 return read_json(path), ""
     reason = f"{base} is no folder with a config.json" if base else "the adapter names no base"
-    reason += "; --base takes the base's folder, or its name on the hub"
     for name in names:
         if re.fullmatch(HUB_NAME, name) and not Path(name).exists():
             try:
@@ -296,7 +295,7 @@ def base_config(base: str) -> tuple[dict[str, Any], str]:
                 reason = f"{name} is neither a folder nor in the cache; {ASK_THE_HUB}"
             except (OSError, ValueError) as error:
                 reason = f"{name} cannot be had from the hub ({one_line(error, 100)})"
-    return {}, reason
+    return {}, f"{reason}; --base takes the base's folder, or its name on the hub"
 
 
 def original_of(base: str) -> str:
