@@ -2074,8 +2074,8 @@ def cpu_tensors_of(model: peft.PeftModel) -> Tensors:
 def differing(first: Tensors, second: Tensors) -> list[str]:
     """Return the names that only one of two adapters has, and those of unequal tensors."""
     common = first.keys() & second.keys()
-    unequal = [name for name in common if not first[name].equal(second[name])]
-    return sorted(first.keys() ^ second.keys()) + unequal
+    unequal = {name for name in common if not first[name].equal(second[name])}
+    return sorted(first.keys() ^ second.keys() | unequal)
 
 
 def system_message_of(examples: list[Conversation]) -> str | None:

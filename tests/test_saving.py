@@ -215,7 +215,7 @@ def test_the_held_out_loss_may_be_measured_within_an_epoch(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(t, "example_losses", best_at_3)
         patch.setattr(peft.PeftModel, "load_adapter", load_no_checkpoint)
-        runs.refused(capfd, flags, "lora_A")
+        runs.refused(capfd, flags, "lora_")
     history = runs.history(output)
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 3, 6, 8]
     assert not (output / "final_lora").exists() and 3 in runs.checkpoints(output)
