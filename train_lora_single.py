@@ -5,12 +5,13 @@
     python train_lora_single.py --demo       the whole job with a toy model: two minutes on a CPU
     python train_lora_single.py --lora_r 16 --num_epochs 2   every setting below is also a flag
 
-A run that was stopped is resumed by the same command; settings that change what is trained begin
-a new one. No earlier adapter is overwritten.
+The same command resumes a run that was stopped; settings that change what is trained begin a new
+one. No earlier adapter is overwritten.
 
 The file has sections: SETTINGS, THE RUN (the whole job in one function), FLAGS, THE HEART (what is
 trained, and how a step is done), MEMORY, MODEL, DATA, TOKENS, PLAN, RESUMING, TRAINING, SAVING,
-FP16 MATMUL (for a V100), COMMAND LINE. Read SETTINGS, THE RUN and THE HEART first.
+FP16 MATMUL (for a V100), COMMAND LINE. Read SETTINGS, THE RUN and THE HEART first. The package
+inspect_lora uses some of these functions.
 """
 
 # `uv run train_lora_single.py --demo` reads this (PEP 723) and makes the environment itself.
@@ -39,7 +40,6 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import logging
 import math
@@ -63,7 +63,7 @@ from typing import Any
 # ==== SETTINGS: edit them here, or give the flag of the same name, such as --lora_r 16
 #
 # To add a setting, write one line, such as
-#     WEIGHT_DECAY = 0.01  # shrinks A and B a little in each step
+#     WEIGHT_DECAY = 0.01  # shrinks A and B a little at each step
 # and use it, here in training_fields() as weight_decay=settings.WEIGHT_DECAY. It becomes a flag and
 # is recorded in run.json. A new value is a new job, so no earlier checkpoint is resumed.
 
@@ -79,26 +79,23 @@ TRAIN_FILE = "data/train.jsonl"  # the conversations to learn from
 EVAL_FILE = "data/eval.jsonl"  # held out; "10%" takes a tenth of TRAIN_FILE; "" for none
 REPLIES = "all"  # which replies of a conversation are targets: all, or the last
 ENABLE_THINKING = False  # True: each target begins with its thoughts, <think>...</think>
-MAX_SEQ_LEN = 512  # in tokens; longer ones are left out, not cut; more than a tenth is refused
+MAX_SEQ_LEN = 512  # in tokens; longer examples are left out, not cut; more than a tenth is an error
 
 # LoRA: y = W x + (alpha / r) B A x. W (d x k) is frozen; A (r x k) and B (d x r) are trained.
-LORA_R = 8  # rank; if you change it, keep alpha
+LORA_R = 8  # rank; with alpha kept, the same learning rate often suits
 LORA_ALPHA = 16  # scales the update by alpha / r; if it is too large, the loss jumps
 LORA_DROPOUT = 0.05  # on the LoRA branch only; makes memorizing harder
-LORA_TARGET_MODULES = [  # the modules that get LoRA
-    "q_proj",  # attention, in every fourth layer of Qwen3.5; the others are Gated DeltaNet, whose
-    "k_proj",  # own in_proj_qkv, in_proj_z, in_proj_a, in_proj_b and out_proj get no LoRA here
-    "v_proj",
-    "o_proj",
-    "gate_proj",  # feed-forward, in every layer
-    "up_proj",
-    "down_proj",
-]
-START_FROM = ""  # an adapter's folder to start from; same base model, targets, r and alpha
+LORA_TARGET_MODULES = [  # the modules that get LoRA, or only "all-linear"
+    # Attention, in every fourth layer of Qwen3.5; the others are Gated DeltaNet, whose in_proj_qkv,
+    # in_proj_z, in_proj_a, in_proj_b and out_proj get none (docs/gpu.md).
+    "q_proj", "k_proj", "v_proj", "o_proj",
+    "gate_proj", "up_proj", "down_proj",  # feed-forward, in every layer
+]  # fmt: skip
+START_FROM = ""  # an adapter's folder to start from; same base model, modules, r and alpha
 
 # Training.
 NUM_EPOCHS = 3  # passes over the training file; lower it if the held-out loss rises again
-MAX_STEPS = 0  # stop after this many steps, to try things out; 0 for all epochs
+MAX_STEPS = 0  # stop after this many steps, to try things out; 0: after all epochs
 BATCH_SIZE = 2  # a step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS replies, or joined dialogues
 GRADIENT_ACCUMULATION_STEPS = 2  # the other factor; see MEMORY for how many run at once
 LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
@@ -110,12 +107,12 @@ SEED = 42  # for the order of the examples, dropout, and the initial A
 OUTPUT_DIR = "output"  # gets final_lora, run.json, all_logs.log and checkpoints
 LOGGING_STEPS = 10  # how often, in steps, the mean loss is printed
 SAVE_STEPS = 50  # how often, in steps, a checkpoint is saved; a crash loses the rest
-EVAL_STEPS = 0  # how often, in steps, the held-out loss is measured; 0: each epoch
+EVAL_STEPS = 0  # steps between held-out losses (also measured at start and end); 0: each epoch
 FINAL_LORA = "last"  # which step's adapter becomes final_lora: last, or best (lowest held-out loss)
 REPORT_TO = "none"  # also log to tensorboard, wandb or trackio
 
 # How things are computed.
-MATMUL = "auto"  # of frozen weights: native, float16 (see FP16 MATMUL), or auto (by GPU)
+MATMUL = "auto"  # for the frozen weights: native, float16 (see FP16 MATMUL), or auto (by GPU)
 USE_FLA = False  # flash-linear-attention's kernels for Gated DeltaNet: faster on an A100 or 4090
 
 SETTINGS = [name for name in [*globals()] if name.isupper()]  # the constants above
@@ -123,13 +120,13 @@ SETTINGS = [name for name in [*globals()] if name.isupper()]  # the constants ab
 
 def lora_fields(settings: Settings) -> Facts:
     """Return PEFT's LoraConfig fields; you may add use_rslora, use_dora, rank_pattern, others."""
-    targets = settings.LORA_TARGET_MODULES
+    modules = settings.LORA_TARGET_MODULES
     return dict(
         r=settings.LORA_R,
         lora_alpha=settings.LORA_ALPHA,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
         lora_dropout=settings.LORA_DROPOUT,
-        bias="none",  # a trained bias would stay changed where the adapter is switched off
+        bias="none",  # a trained bias would stay in the base when the adapter is switched off
         task_type="CAUSAL_LM",
     )
 
@@ -147,17 +144,16 @@ def training_fields(settings: Settings, steps: int) -> Facts:
     )
 
 
-# ==== THE RUN: the whole job
+# ==== THE RUN: the whole job, and the values that its sections hand on
 
 Settings = argparse.Namespace  # the constants, as flags change them
-Messages = list[dict[str, str]]  # of a conversation, each with its role and content
-Shapes = dict[str, tuple[int, ...]]  # of weights, by name
+Messages = list[dict[str, str]]  # a conversation; each has a role and a content
 History = list[dict[str, float]]  # what Trainer logged
-Facts = dict[str, Any]  # what is written as JSON
+Facts = dict[str, Any]  # values by name, such as those of a JSON file
 
 
 def run(settings: Settings, session: Session) -> Job:
-    """Train one adapter, verify it, and save it as final_lora. Each comment names a section."""
+    """Train one adapter, verify it, and save it as final_lora. The comments name sections."""
     prepare_device(settings)  # MODEL
     base = read_base(settings)  # MODEL: configuration, tokenizer and chat template
     data = read_data(settings, base)  # DATA, TOKENS: every line is checked before training
@@ -166,12 +162,12 @@ def run(settings: Settings, session: Session) -> Job:
     [earlier] = accelerate.utils.broadcast_object_list([earlier])  # the same in all processes
     job = Job(settings, base, data, plan, earlier, session)
     if earlier.sessions and earlier.sessions[-1]["script_sha256"] != SCRIPT_SHA256:
-        report("warning", "this file was edited since; another OUTPUT_DIR does the job anew")
+        report("warning", "this file was edited since then; another OUTPUT_DIR trains anew")
     if settings.dry_run or not (earlier.checkpoint or earlier.is_finished):
         show_plan(job)  # PLAN
     if settings.dry_run or earlier.is_finished:
         if is_main_process() and not settings.dry_run:
-            restore_for_vllm(job)  # SAVING
+            restore_results(job)  # SAVING
         report("done", "Nothing was trained.")
         return job
     with recorded(job):  # RESUMING: what the job is, and how this session ends
@@ -198,6 +194,47 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """A dialogue up to and including a trained reply."""
+
+    source: str  # file:line
+    messages: Messages  # the last one is the reply
+    row: Facts  # the line as it is in the file
+
+
+@dataclass(frozen=True)
+class Example(Conversation):
+    """The same in tokens, which go through the model as one row."""
+
+    prompt_ids: list[int]  # tokens before the reply; targets only in earlier replies
+    reply_ids: list[int]  # target tokens, with the turn's end
+    earlier: tuple[Example, ...] = ()  # replies in the prompt that are also trained
+
+    @property
+    def replies(self) -> tuple[Example, ...]:
+        """All replies that this row trains, each as an example of its own."""
+        return (*self.earlier, replace(self, earlier=()))
+
+    @property
+    def input_ids(self) -> list[int]:
+        """All tokens, as the model sees them."""
+        return self.prompt_ids + self.reply_ids
+
+    @property
+    def labels(self) -> list[int]:
+        """The target tokens in their places, and -100 everywhere else."""
+        labels: list[int] = []
+        for reply in self.replies:
+            labels += [-100] * (len(reply.prompt_ids) - len(labels)) + reply.reply_ids
+        return labels
+
+    @property
+    def targets(self) -> int:
+        """The number of target tokens."""
+        return sum(len(reply.reply_ids) for reply in self.replies)
+
+
+@dataclass(frozen=True)
 class Data:
     """The examples, and what the records say about them."""
 
@@ -211,7 +248,7 @@ class Data:
 class Plan:
     """What will be trained, in how many steps."""
 
-    trained_shapes: Shapes  # of LoRA's weights, by name
+    trained_shapes: dict[str, tuple[int, ...]]  # of LoRA's weights, by name
     all_parameters: int
     lora_table: list[str]  # of the modules that get LoRA
     steps_per_epoch: int
@@ -223,7 +260,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class EarlierWork:
-    """What an earlier session of this job left."""
+    """What earlier sessions of this job left."""
 
     checkpoint: Path | None  # to resume from
     checkpoint_step: int
@@ -234,19 +271,19 @@ class EarlierWork:
 
 @dataclass
 class Session:
-    """One run of the command; unlike the values above it changes while the job goes on."""
+    """One run of the command. Unlike the values above, it changes during the run."""
 
     started: str
     matmul: str = "native"  # or "float16", see FP16 MATMUL
     loss_history: History = field(default_factory=list)  # from the job's first step
     stop_signal: int = 0  # the signal that asks to stop, see TRAINING
     saves_before_stop: bool = False  # stop after the next save, not at once
-    all_stop: bool = False  # all processes of a launch know that they stop after the next save
+    all_stop: bool = False  # all processes have agreed to stop after the next save
 
 
 @dataclass(frozen=True)
 class Job:
-    """All of these, for the trainer, its callbacks and the records."""
+    """All of these together, for the trainer, its callbacks and the records."""
 
     settings: Settings
     base: Base
@@ -257,8 +294,12 @@ class Job:
 
     @property
     def output(self) -> Path:
-        """The folder of the results."""
+        """The folder for the results."""
         return Path(self.settings.OUTPUT_DIR)
+
+
+class UserError(Exception):
+    """A user's mistake: the message says what is wrong, where, and what to do."""
 
 
 # ==== FLAGS: each constant of SETTINGS is a flag, is checked, and is recorded in run.json
@@ -295,8 +336,7 @@ ALLOWED_VALUES: Facts = {
     "USE_FLA": [False, True],
     **dict.fromkeys(["MAX_SEQ_LEN", "NUM_EPOCHS", "BATCH_SIZE", "SAVE_STEPS"], range(1, 2**31)),
     **dict.fromkeys(["GRADIENT_ACCUMULATION_STEPS", "LOGGING_STEPS"], range(1, 2**31)),
-    "MAX_STEPS": range(-1, 2**31),
-    "EVAL_STEPS": range(2**31),
+    **dict.fromkeys(["MAX_STEPS", "EVAL_STEPS"], range(2**31)),
     "LORA_R": range(1, 513),  # vLLM serves no higher rank
     "SEED": range(2**32),
     "LORA_ALPHA": (1e-9, 1e9),
@@ -317,9 +357,9 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="only print the plan")
     parser.add_argument("--demo", action="store_true", help=f"sets {', '.join(DEMO)}")
     values = {name: globals()[name] for name in SETTINGS}
-    comments = dict(re.findall(r"(?m)^([A-Z_]+)(?:: .+?)? = .*?  # (.+)$", SCRIPT.decode()))
+    comments = dict(re.findall(r"(?m)^([A-Z_\d]+)(?:: .+?)? = .*?  # (.+)$", SCRIPT.decode()))
     for name, constant in values.items():
-        is_list = isinstance(constant, (list, tuple, set))
+        is_list = isinstance(constant, list)
         parser.add_argument(
             *sorted({f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}),
             dest=name,
@@ -350,7 +390,7 @@ def what_is_wrong(values: Facts) -> list[str]:
     for name, value in values.items():
         rule, constant = ALLOWED_VALUES.get(name), globals()[name]
         if isinstance(rule, list):
-            is_right, wanted = repr(value) in map(repr, rule), f"one of {rule}"  # 1 is no True
+            is_right, wanted = repr(value) in map(repr, rule), f"one of {rule}"  # 1 is not True
         elif isinstance(rule, range):
             is_right = type(value) is int and value in rule
             wanted = f"a whole number from {rule[0]} to {rule[-1]}"
@@ -358,21 +398,21 @@ def what_is_wrong(values: Facts) -> list[str]:
             is_right = type(value) in (int, float) and rule[0] <= value <= rule[1]
             wanted = f"a number from {rule[0]} to {rule[1]}"
         elif rule is list:
-            is_right = isinstance(value, (list, tuple, set)) and {*map(type, value)} == {str}
+            is_right = isinstance(value, list) and {*map(type, value)} == {str}
             wanted = 'a list of names, such as ["q_proj"] or ["all-linear"]'
         elif rule is str:
             is_right = isinstance(value, str) and (value != "" or name in MAY_BE_EMPTY)
-            wanted = 'a file, a share like "10%", or ""' if name == "EVAL_FILE" else "a text"
+            wanted = 'a file, a percentage like "10%", or ""' if name == "EVAL_FILE" else "text"
         else:  # a setting of your own
-            is_right = isinstance(value, str) == isinstance(constant, str)
+            is_right = constant is None or isinstance(value, str) == isinstance(constant, str)
             wanted = f"like {constant!r}"
         if name == "DEVICE":
-            wanted += "; CUDA_VISIBLE_DEVICES=1 as an environment variable takes the second GPU"
+            wanted += "; the environment variable CUDA_VISIBLE_DEVICES=1 selects the second GPU"
         if not is_right:
             problems.append(f"{name} is {value!r}: it must be {wanted}")
     eval_file = str(values["EVAL_FILE"])
     if eval_file.endswith("%") and not 1 <= percent_of(eval_file) <= 50:
-        problems.append(f'EVAL_FILE is {eval_file!r}: a share must be from "1%" to "50%"')
+        problems.append(f'EVAL_FILE is {eval_file!r}: it must be from "1%" to "50%"')
     for name, file in (("CHAT_TEMPLATE", ""), ("START_FROM", "adapter_model.safetensors")):
         path = Path(str(values[name])).expanduser() / file
         if values[name] not in ("", "one_pass") and not path.is_file():
@@ -422,62 +462,21 @@ Tensors = dict[str, Tensor]  # by name
 
 # ==== THE HEART: LoRA, the trainer, its step and its loss
 #
-# Each target module, a matrix W, gets two small matrices beside it, A and B. Only these are
-# trained, in float32. The labels are the target tokens: those of a reply, with the one that ends
-# it; all others are -100. At position t the model predicts token t + 1. The loss of a step is the
-# sum of -log(probability) over its target tokens, divided by how many there are; into how many
-# micro-batches the step is split does not matter.
+# Each module that gets LoRA, a matrix W, has two small matrices beside it, A and B. Only these are
+# trained, in float32. The target tokens are those of a reply and the one that ends its turn. At
+# position t the model predicts token t + 1, so a row looks like this (see also TOKENS):
+#
+#     input_ids    <user>  How?    <end>   <bot>   Like    this    <end>
+#     labels       -100    -100    -100    -100    Like    this    <end>
+#     predicted                            Like    this    <end>
+#
+# The loss of a step is the sum of -log(probability) over its target tokens, divided by how many
+# there are; into how many micro-batches the step is split does not matter.
 #
 # Trainer pads a step's examples, counts their target tokens (num_items_in_batch), calls
 # training_step() once, clips the gradient, and lets AdamW change A and B. Three checks guard this:
 # check_only_lora_is_trained() before the first step, RunEvents.on_log() at each step (loss and
-# gradient must be finite), and verify_saved_adapter() at the end. See also TOKENS, for the labels.
-
-
-def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
-    """Return the fields of SFTConfig that the step, the loss and the records rely on."""
-    processes = accelerate.PartialState().num_processes
-    return dict(
-        max_steps=steps,  # this decides, not the epochs
-        num_train_epochs=settings.NUM_EPOCHS,
-        per_device_train_batch_size=examples_per_step(settings) // processes,
-        gradient_accumulation_steps=1,  # training_step() divides a step into micro-batches
-        average_tokens_across_devices=True,
-        activation_checkpointing=False,  # switched for each micro-batch, see MEMORY
-        gradient_checkpointing=False,  # its old name
-        bf16=False,  # no autocast: the weights have their type already
-        fp16=False,
-        use_cpu=settings.DEVICE == "cpu" or settings.dry_run,  # a dry run makes no CUDA context
-        loss_type="nll",
-        label_smoothing_factor=0,
-        eos_token=base.tokenizer.eos_token,
-        max_length=None,  # nothing is cut
-        train_sampling_strategy="sequential",  # LengthGroupedSampler decides
-        dataloader_drop_last=False,
-        **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
-        # These are ignored or unwanted:
-        **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
-        **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
-        **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
-        **dict.fromkeys(["save_total_limit", "torch_empty_cache_steps"], None),
-        eval_strategy="no",  # RunEvents evaluates and saves, see TRAINING
-        save_strategy="no",
-        save_steps=500,
-        save_only_model=False,
-        ignore_data_skip=False,
-        logging_strategy="steps",
-        logging_steps=1,  # every loss is checked and recorded
-        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
-        report_to=settings.REPORT_TO,
-        run_name=Path(settings.OUTPUT_DIR).resolve().name,  # in a tracker
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-    )
-
-
-def examples_per_step(settings: Settings) -> int:
-    """Return the number of examples in one optimizer step, across all processes."""
-    return settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS
+# gradient must be finite), and verify_saved_adapter() at the end.
 
 
 def build_trainer(job: Job) -> LoraTrainer:
@@ -513,8 +512,8 @@ class LoraTrainer(trl.SFTTrainer):
     """TRL's trainer with this script's micro-batches, loss, order of the examples, and saving."""
 
     def __init__(self, job: Job, **arguments: Any) -> None:
-        """Begin with a whole step at once, and with layers that can use checkpointing."""
-        self.job, self.sampler = job, LengthGroupedSampler(job.data.examples, job.settings)
+        """Prepare for a whole step at once, and for layers that can use checkpointing."""
+        self.job, self.sampler = job, SimilarLengthSampler(job.data.examples, job.settings)
         super().__init__(**arguments)
         self.model.activation_checkpointing_enable()
         self.model.disable_input_require_grads()  # recomputation does not need it
@@ -529,9 +528,9 @@ class LoraTrainer(trl.SFTTrainer):
     ) -> Tensor:
         """Send a step's examples forward and backward in micro-batches; return the step's loss.
 
-        How it is divided changes nothing but dropout and rounding. If it runs out of memory, it is
-        done again in smaller ones. model is self.model, or DDP around it; inputs are input_ids,
-        attention_mask and labels (examples x tokens), num_items_in_batch all processes' targets.
+        The division changes only dropout and rounding. If memory runs out, the step is done again
+        in smaller ones. model is self.model, or DDP around it; inputs are input_ids, attention_mask
+        and labels (examples x tokens); num_items_in_batch counts the targets of all processes.
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
@@ -548,16 +547,16 @@ class LoraTrainer(trl.SFTTrainer):
     def backward_in_parts(
         self, model: nn.Module, inputs: Tensors, targets: Tensor
     ) -> tuple[Tensor, Tensors | None]:
-        """Add a step's gradients; return its loss, and the micro-batch that did not fit if any."""
+        """Add a step's gradients; return its loss, and the micro-batch that did not fit, if any."""
         loss = torch.zeros((), device=self.args.device)
         parts = list(micro_batches(inputs, self.tokens_at_once, self.chunk))
         for part in parts:
-            is_last = part is parts[-1]  # only then do several processes exchange gradients
+            is_last = part is parts[-1]  # only then do processes exchange gradients
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                share = self.backward_if_it_fits(model, part, targets)
-            if share is None:
+                part_loss = self.backward_if_it_fits(model, part, targets)
+            if part_loss is None:
                 return loss, part
-            loss += share
+            loss += part_loss
         return loss, None
 
     def needs_checkpointing(self, width: int) -> bool:
@@ -571,7 +570,7 @@ class LoraTrainer(trl.SFTTrainer):
         for layer in self.layers:
             layer.gradient_checkpointing = self.needs_checkpointing(part["input_ids"].shape[1])
         try:
-            loss = reply_losses(model, self._prepare_inputs(part)).sum() / targets
+            loss = token_losses(model, self._prepare_inputs(part)).sum() / targets
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
             loss.backward()
             return loss.detach()
@@ -587,11 +586,11 @@ class LoraTrainer(trl.SFTTrainer):
         At step 0 the base model is measured. After a signal nothing is logged.
         """
         held_out, session = self.job.data.held_out, self.job.session
-        ours = held_out[self.args.process_index :: self.args.world_size]
-        is_base = self.state.global_step == 0  # with START_FROM B is not 0 then
+        shard = held_out[self.args.process_index :: self.args.world_size]
+        is_base = self.state.global_step == 0  # with START_FROM, its adapter must be off
         with self.model.disable_adapter() if is_base else contextlib.nullcontext():
             tokens = max(1024, self.tokens_at_once)
-            losses = example_losses(self.model, ours, tokens, lambda: session.stop_signal > 0)
+            losses = losses_of_replies(self.model, shard, tokens, lambda: session.stop_signal > 0)
         nats = None if session.stop_signal else sum(map(sum, losses))
         sums = accelerate.utils.gather_object([nats])
         if None in sums:
@@ -603,8 +602,8 @@ class LoraTrainer(trl.SFTTrainer):
         self.control.should_evaluate = False
         return metrics
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        """Return our order; Trainer's group_by_length has no seed, so it could not be resumed."""
+    def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengthSampler:
+        """Return our order. Trainer's group_by_length has no seed, so it could not be resumed."""
         return self.sampler
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -617,7 +616,7 @@ class LoraTrainer(trl.SFTTrainer):
         """Write none; TRL writes one per checkpoint."""
 
 
-class LengthGroupedSampler:
+class SimilarLengthSampler:
     """Gives each step examples of similar lengths, which need little padding, in a random order.
 
     The order depends only on seed, epoch, lengths and step size, so a resumed run keeps it.
@@ -633,7 +632,7 @@ class LengthGroupedSampler:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the examples' numbers, the incomplete step last (torchrun fills it up)."""
+        """Yield the examples' numbers, the incomplete step last (torchrun fills it with others)."""
         shuffler = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self.lengths)))
         shuffler.shuffle(order)
@@ -641,10 +640,10 @@ class LengthGroupedSampler:
         # Sorted within blocks of at most 50 steps, so that each epoch groups them differently.
         block = self.size * min(50, math.ceil(len(order) / self.size / 4))
         grouped: list[int] = []
-        for start in range(0, whole, block):
-            part = order[start : min(start + block, whole)]
+        for first in range(0, whole, block):
+            part = order[first : min(first + block, whole)]
             grouped += sorted(part, key=lambda number: self.lengths[number])
-        steps = [grouped[start : start + self.size] for start in range(0, whole, self.size)]
+        steps = [grouped[first : first + self.size] for first in range(0, whole, self.size)]
         shuffler.shuffle(steps)
         for step in [*steps, order[whole:]]:
             yield from step
@@ -653,8 +652,8 @@ class LengthGroupedSampler:
 def micro_batches(inputs: Tensors, tokens_at_once: int, chunk: int = 1) -> Iterator[Tensors]:
     """Yield a padded step in parts that fit, the longest examples first.
 
-    A step that fits stays as it is; else each part is as wide as its longest example, whose length
-    counts as rounded up to a multiple of chunk. Of examples that need gradient checkpointing
+    A step that fits is not divided. Otherwise each part is as wide as its longest example, and
+    lengths count as rounded up to a multiple of chunk. With gradient checkpointing,
     CHECKPOINTING_FACTOR times as many tokens go at once.
     """
     lengths = inputs["attention_mask"].sum(1).tolist()
@@ -672,7 +671,7 @@ def micro_batches(inputs: Tensors, tokens_at_once: int, chunk: int = 1) -> Itera
         rows = rows[count:]
 
 
-def reply_losses(model: nn.Module, inputs: Tensors) -> Tensor:
+def token_losses(model: nn.Module, inputs: Tensors) -> Tensor:
     """Return -log(probability) of each target token, in nats, and 0 for all others.
 
     The result has a row for each example and a column for each token but the first. TRL's own loss
@@ -691,7 +690,8 @@ def reply_logits(model: nn.Module, inputs: Tensors) -> Tensor:
     """Return a row of logits for each target token, and none for other tokens.
 
     With 248,320 tokens in the vocabulary the logits are the largest tensor of all. So the head
-    gets the positions alone that predict a target token: t for token t + 1.
+    gets only the positions that predict a target token: t for token t + 1. logits_to_keep, usually
+    a number, may also be a mask (examples x tokens); the rows it keeps follow one another.
     """
     predicts_target = torch.zeros_like(inputs["labels"], dtype=torch.bool)
     predicts_target[:, :-1] = inputs["labels"][:, 1:] != -100
@@ -703,13 +703,13 @@ def reply_logits(model: nn.Module, inputs: Tensors) -> Tensor:
     ).logits
 
 
-def example_losses(
+def losses_of_replies(
     model: nn.Module,
     examples: list[Example],
     tokens_at_once: int = 1024,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[list[float]]:
-    """Return -log(probability) of each reply of each example, in nats, without dropout.
+    """Return -log(probability) of each reply, by example, in nats, without dropout.
 
     tokens_at_once includes padding; it is halved when memory runs out.
     is_stopped is called before each batch; once it is true, the remaining losses are 0.
@@ -724,7 +724,7 @@ def example_losses(
             batch = order[-max(1, tokens_at_once // width) :]  # the longest remaining
             inputs = pad([examples[number] for number in batch], model.device)
             try:
-                by_token = reply_losses(model, inputs).double().cpu()
+                by_token = token_losses(model, inputs).double().cpu()
             except RuntimeError as error:
                 if not is_out_of_memory(error) or len(batch) == 1:
                     raise
@@ -748,7 +748,7 @@ def pad(examples: list[Example], device: torch.device) -> Tensors:
 
 
 def rows_of(examples: list[Example]) -> list[dict[str, list[int]]]:
-    """Return examples as TRL takes them."""
+    """Return examples in the form that TRL takes."""
     return [{"input_ids": example.input_ids, "labels": example.labels} for example in examples]
 
 
@@ -762,27 +762,28 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     }
     count = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in model.parameters())
-    shown = f"{count:,} of {total:,} parameters are trained ({count / total:.4%})"
+    counts = f"{count:,} of {total:,} parameters are trained ({count / total:.4%})"
     if trained != planned or total != plan.all_parameters:
         wrong = sorted(trained.items() ^ planned.items(), key=str)[:4]
         raise UserError(
-            f"LoRA is not in place as planned: {shown}, and these differ: {wrong}. "
+            f"LoRA is not in place as planned: {counts}, and these differ: {wrong}. "
             "Fully trained modules need DTYPE float32."
         )
-    report("model", f"{shown}, in float32; the rest is frozen")
+    report("model", f"{counts}, in float32; the rest is frozen")
 
 
 # ==== MEMORY: how many examples go through the GPU at once
 #
-# A step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples, an epoch's last one what is left.
+# A step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples, an epoch's last step what is left.
 # tokens_at_once of their tokens go through the GPU at once, activations kept. A longer example uses
-# gradient checkpointing, which takes a sixth of the memory and half as much work again. Trial
-# passes before the first step find the number, which is at most that of a whole step:
-# - a single row of tokens_at_once tokens, which keeps its activations; by bisection, to a tenth. As
-#   attention grows with the square of a length, no micro-batch of as many tokens needs more;
-# - as many of the longest examples as go at once, with checkpointing.
+# gradient checkpointing, which takes a sixth of the memory and half again the work. Trial passes
+# before the first step find the number, which is at most that of a whole step:
+# - one row of tokens_at_once tokens, activations kept (several if the model has fewer positions, as
+#   GPT-2 may); by bisection, to a tenth. As attention grows with the square of the length, no
+#   micro-batch of as many tokens needs more memory;
+# - with checkpointing, the longest example, then two, three, ... rows as wide as they may become.
 # If memory runs out in a step, it is done again with nine tenths of the number; several processes
-# end instead. On a CPU nothing is tried.
+# stop instead. On a CPU nothing is tried.
 
 CHECKPOINTING_FACTOR = 4  # how many times the tokens go at once with checkpointing
 
@@ -793,36 +794,37 @@ def find_what_fits(trainer: LoraTrainer) -> None:
     if job.settings.DEVICE == "cpu":
         return
     free, total = torch.cuda.mem_get_info()
-    ours = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
+    usable = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
     # This leaves a tenth for fragmentation, and eight bytes per trained weight for AdamW.
     states = 8 * sum(map(math.prod, job.plan.trained_shapes.values())) / total
-    torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * ours - states))
+    torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * usable - states))
     longest = max(len(example.input_ids) for example in job.data.examples)
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the passes draw dropout
         trainer.tokens_at_once = most_tokens_that_fit(trainer)
-        while trainer.needs_checkpointing(longest):
-            tokens = CHECKPOINTING_FACTOR * trainer.tokens_at_once
-            rows = max(1, tokens // round_up(longest, trainer.chunk))
-            rows = min(rows, trainer.args.train_batch_size)
-            if trial_fits(trainer, rows, longest):
-                break
-            lower_tokens_at_once(trainer, rows, longest)
+        rows = 1
+        while rows <= trainer.args.train_batch_size:
+            tokens = CHECKPOINTING_FACTOR * trainer.tokens_at_once // rows
+            width = longest if rows == 1 else min(longest, tokens // trainer.chunk * trainer.chunk)
+            if trainer.needs_checkpointing(width) and not trial_fits(trainer, rows, width):
+                lower_tokens_at_once(trainer, rows, width)
+            else:
+                rows += 1
     # CUDA's libraries need the rest. A driver that spills into main memory (WSL) must fail.
-    torch.cuda.set_per_process_memory_fraction(0.97 * ours)
+    torch.cuda.set_per_process_memory_fraction(0.97 * usable)
     torch.cuda.reset_peak_memory_stats()
-    report(
-        "memory", f"{trainer.tokens_at_once:,} tokens fit at once; longer rows use checkpointing"
-    )
+    report("memory", f"{trainer.tokens_at_once:,} tokens fit; longer rows use checkpointing")
 
 
 def most_tokens_that_fit(trainer: LoraTrainer) -> int:
     """Return how many tokens fit in a pass that keeps its activations; 0 if not even one chunk."""
-    tokens = trainer.tokens_at_once
+    config, tokens = trainer.job.base.config.get_text_config(), trainer.tokens_at_once
+    positions = getattr(config, "max_position_embeddings", tokens)  # some models have no limit
     fitting, too_many = 0, 0
     while True:
         trainer.tokens_at_once = tokens
-        if trial_fits(trainer, 1, tokens):
+        rows = math.ceil(tokens / positions)
+        if trial_fits(trainer, rows, tokens // rows):
             fitting = tokens
         else:
             too_many = tokens
@@ -834,14 +836,14 @@ def most_tokens_that_fit(trainer: LoraTrainer) -> int:
 def trial_fits(trainer: LoraTrainer, rows: int, width: int) -> bool:
     """Return whether rows go forward and backward, with at least as many targets as examples have.
 
-    The row that keeps its activations stands for all examples of a micro-batch.
+    A row that keeps its activations stands for all examples of a micro-batch.
     """
     examples = trainer.job.data.examples
-    share = max(example.targets / len(example.input_ids) for example in examples)
+    ratio = max(example.targets / len(example.input_ids) for example in examples)
     largest = max(example.targets for example in examples)
     if not trainer.needs_checkpointing(width):
         largest *= trainer.args.train_batch_size
-    targets = min(largest, math.ceil(share * width))
+    targets = min(largest, math.ceil(ratio * width))
     ids = torch.ones(rows, width, dtype=torch.long)
     labels, mask = ids.clone(), ids.clone()
     labels[:, : width - targets] = -100
@@ -966,17 +968,14 @@ def is_main_process() -> bool:
 
 
 def read_base(settings: Settings, tokenizer: Any = None) -> Base:
-    """Read all but the weights: the commit, the configuration and the tokenizer.
-
-    A given tokenizer replaces the model's own.
-    """
+    """Read all but the weights: commit, configuration, and tokenizer if none is given."""
     name = settings.MODEL_NAME
     try:
         commit = commit_of(settings)
         revision = commit or "main"
-        safe = {"revision": revision, "trust_remote_code": False}
-        config = transformers.AutoConfig.from_pretrained(name, **safe)
-        tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name, **safe)
+        options = {"revision": revision, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(name, **options)
+        tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(name, **options)
         ends = [tokenizer.eos_token_id]
         with contextlib.suppress(OSError):  # not every model has one
             # Gemma's tokenizer ends with <eos>, but its turns with <end_of_turn>.
@@ -995,9 +994,11 @@ def read_base(settings: Settings, tokenizer: Any = None) -> Base:
         tokenizer.chat_template = one_pass_template(tokenizer)
     elif settings.CHAT_TEMPLATE:
         tokenizer.chat_template = Path(settings.CHAT_TEMPLATE).read_text(encoding="utf-8")
-    if not tokenizer.chat_template or not stop_ids:
-        lack = f"chat template (CHAT_TEMPLATE {settings.CHAT_TEMPLATE!r}) or no end-of-turn token"
-        raise UserError(f"{name} has no {lack}; TRL has one_pass for some models alone.")
+    if not tokenizer.chat_template:
+        problem = f"CHAT_TEMPLATE {settings.CHAT_TEMPLATE!r} gives no chat template for {name}"
+        raise UserError(f'{problem}; use another one, such as a file, or "" for the model\'s own.')
+    if not stop_ids:
+        raise UserError(f"{name} names no stop token; add eos_token_id to generation_config.json.")
     if commit:
         report("model", f"{name}, commit {commit}; --model_revision changes it")
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -1005,16 +1006,14 @@ def read_base(settings: Settings, tokenizer: Any = None) -> Base:
 
 
 def one_pass_template(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
-    """Return the chat template with which TRL trains this model, or "" if it knows none.
-
-    In Qwen3.5's, each reply keeps the think block before it.
-    """
+    """Return the chat template with which TRL trains this model, or "" if TRL knows none."""
     try:
         template = trl.chat_template_utils.get_training_chat_template(tokenizer)
+        template = template or tokenizer.get_chat_template()  # None: the model's own will do
     except ValueError:  # TRL does not know the model's own template
         return ""
     # These tags mark what TRL would train on; no server knows them.
-    return re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template or "")
+    return re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
 
 
 def commit_of(settings: Settings) -> str:
@@ -1055,79 +1054,38 @@ def load_model(name: str, commit: str, dtype: str, device: str) -> Model:
             raise UserError(f"{name} is too large for the GPU's free memory.") from error
         raise
     if info["missing_keys"]:  # transformers would fill them with random numbers
-        raise UserError(f"{name}: the files lack weights: {sorted(info['missing_keys'])[:3]} ...")
+        raise UserError(f"{name}: weights are missing: {sorted(info['missing_keys'])[:3]} ...")
     return model
 
 
 # ==== DATA: reading the conversations, checking every line, and holding a part out
 #
 # A file holds one conversation per line (JSONL), or all in one JSON array:
-#     {"prompt": [messages], "completion": [one message]}     teaches the completion (or two texts)
+#     {"prompt": [messages], "completion": [one message]}     teaches the completion (or 2 strings)
 #     {"messages": [messages]}                                teaches each reply; see REPLIES
 #     {"conversations": [{"from": "human", "value": ...}]}    ShareGPT: as "messages"
 #     {"instruction": ..., "input": ..., "output": ...}       Alpaca: teaches the output
-# A message has a "role" and a "content", and no other keys. At most one system message comes first,
-# which may also be the line's key "system"; then user and assistant take turns, and a reply comes
-# last. Other keys of a line are counted and ignored, but LOST_KEYS are refused. In ShareGPT dumps a
-# greeting before the first question, and a question without a reply, are left out. All formats
-# become "messages" first; then there is one set of checks, and every bad line is named.
+# A message has a "role" and a "content", and no other keys. One system message may come first or be
+# the line's key "system"; then user and assistant take turns, and a reply comes last. Other keys of
+# a line are counted and ignored, but LOST_KEYS are refused. In ShareGPT dumps a greeting before the
+# first question and a question at the end are left out. All formats become "messages" first; then
+# there is one set of checks, and every bad line is named.
 
 FORMATS = (
     'write {"prompt": [...], "completion": [one message]}, {"messages": [...]}, '
     '{"conversations": [...]} or {"instruction": ..., "output": ...}; see docs/data.md'
 )
 FORMAT_KEYS = ("messages", "conversations", "prompt completion", "instruction output")
-KNOWN_KEYS = {"system", "id", "kind", "topic", "checks", "counterpart", "rejected"}
+KNOWN_KEYS = {"system", "id", "kind", "topic", "checks", "counterpart", "rejected"}  # not reported
 # These change the prompt, or belong to it.
 LOST_KEYS = ("tools", "functions", "history", "system_prompt", "context")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
-THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*\S", re.DOTALL)  # and the first character after
-FEWEST_HELD_OUT = 20  # conversations; the mean of fewer says little
+THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*\S", re.DOTALL)  # and one character after
+FEWEST_HELD_OUT = 20  # conversations; the mean over fewer says little
 SHIPPED = {  # SHA-256 of the files in data/
     "train": "933c66bcaba1310cae0885f87b44fca1ba5017e46882671cb549be4b1e67d442",
     "held_out": "da60fab78fa1983b16eea3c3d772108fb9b333bda389ca05ab777dddce23afec",
 }
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A dialogue up to and including a trained reply."""
-
-    source: str  # file:line
-    messages: Messages  # the last one is the reply
-    row: Facts  # the line as it is in the file
-
-
-@dataclass(frozen=True)
-class Example(Conversation):
-    """The same in tokens: what goes through the model as one row."""
-
-    prompt_ids: list[int]  # tokens before the reply; targets only in earlier replies
-    reply_ids: list[int]  # target tokens, with the turn's end
-    earlier: tuple[Example, ...] = ()  # replies in the prompt that are also trained
-
-    @property
-    def replies(self) -> tuple[Example, ...]:
-        """All replies that this row trains, each by itself."""
-        return (*self.earlier, replace(self, earlier=()))
-
-    @property
-    def input_ids(self) -> list[int]:
-        """All tokens, as the model sees them."""
-        return self.prompt_ids + self.reply_ids
-
-    @property
-    def labels(self) -> list[int]:
-        """The target tokens in their places, and -100 in all others."""
-        labels: list[int] = []
-        for reply in self.replies:
-            labels += [-100] * (len(reply.prompt_ids) - len(labels)) + reply.reply_ids
-        return labels
-
-    @property
-    def targets(self) -> int:
-        """The number of target tokens."""
-        return sum(len(reply.reply_ids) for reply in self.replies)
 
 
 def read_data(settings: Settings, base: Base) -> Data:
@@ -1151,11 +1109,9 @@ def read_data(settings: Settings, base: Base) -> Data:
     if problems:
         raise UserError(f"{problems_as_text(problems)}\nNothing was trained.")
     learned = learned_hashes(examples, settings)
-    known = [reply.source for reply in held_out if prompt_hash(reply.messages[:-1]) in learned]
-    if known:
-        start = ", here or by START_FROM" if settings.START_FROM else ""
-        shown = f"{len(known):,} held-out prompts are trained on{start}, such as {known[0]}"
-        report("warning", shown)
+    leaked = [reply.source for reply in held_out if prompt_hash(reply.messages[:-1]) in learned]
+    if leaked:
+        report("warning", f"{len(leaked):,} held-out prompts are trained on, such as {leaked[0]}")
     check_joining(examples, base, settings)
     examples, held_out = join_replies(examples), join_replies(held_out)
     facts = {
@@ -1170,39 +1126,38 @@ def read_data(settings: Settings, base: Base) -> Data:
 
 def check_joining(replies: list[Example], base: Base, settings: Settings) -> None:
     """Print the cost if the chat template keeps a dialogue's replies from sharing a row."""
-    dialogues: dict[str, list[Example]] = defaultdict(list)
-    for reply in replies:
-        dialogues[reply.source].append(reply)
-    needed = sum(len(dialogue[-1].input_ids) for dialogue in dialogues.values())
+    lengths = {reply.source: len(reply.input_ids) for reply in replies}  # to the last reply
+    needed = sum(lengths.values())
     tokens = sum(len(example.input_ids) for example in join_replies(replies, sys.maxsize))
     if tokens <= 1.5 * needed:
         return
     if settings.CHAT_TEMPLATE == "one_pass":
         raise UserError(f"CHAT_TEMPLATE one_pass joins no replies of {settings.MODEL_NAME}.")
-    advice, template = "", "" if settings.CHAT_TEMPLATE else one_pass_template(base.tokenizer)
+    advice = ""
+    template = one_pass_template(base.tokenizer)
     if template:
         changed = replace(base, tokenizer=copy.copy(base.tokenizer))
         changed.tokenizer.chat_template = template
-        longest = max(dialogues.values(), key=len)
-        in_one_pass = join_replies(encode(longest, changed, sys.maxsize, []), sys.maxsize)
-        if len(in_one_pass) == 1:
+        source = max(lengths, key=lengths.__getitem__)
+        longest = [reply for reply in replies if reply.source == source]
+        if len(join_replies(encode(longest, changed, sys.maxsize, []), sys.maxsize)) == 1:
             advice = "; --chat_template one_pass trains a dialogue in one pass"
-    shown = f"{tokens / needed:.1f} times the tokens: {tokens:,} in place of {needed:,}"
-    report("slower", f"{shown}, as the chat template changes earlier replies{advice}")
+    cost = f"{tokens / needed:.1f} times the tokens: {tokens:,} in place of {needed:,}"
+    report("slower", f"{cost}, as the chat template changes earlier replies{advice}")
 
 
 def learned_hashes(examples: list[Example], settings: Settings) -> set[str]:
     """Return the hashes of the prompts that an adapter has learned to reply to."""
     replies = [reply for example in examples for reply in example.replies]
     hashes = {prompt_hash(reply.messages[:-1]) for reply in replies}
-    earlier = Path(settings.START_FROM, "learned.txt")
-    if settings.START_FROM and earlier.is_file():
-        hashes |= {*earlier.read_text(encoding="utf-8").split()}
+    path = Path(settings.START_FROM, "learned.txt")
+    if settings.START_FROM and path.is_file():
+        hashes |= {*path.read_text(encoding="utf-8").split()}
     return hashes
 
 
 def facts_of(path: str, examples: list[Example], lines: str = "") -> Facts:
-    """Return what is recorded of a file, which may not exist yet."""
+    """Return what the records say about a file, which may not exist yet."""
     return {
         "file": path,
         "sha256": hashlib.sha256(lines.encode()).hexdigest() if lines else file_sha256(Path(path)),
@@ -1252,7 +1207,7 @@ def read_conversations(
         report("left out", f"{path}: {unpaired:,} greetings and last questions without a reply")
     if ignored:
         keys = [f"{key!r} in {count:,}" for key, count in ignored.most_common()]
-        report("ignored", f"{path}: these keys of lines: {join_limited(keys, 5, ', ')}")
+        report("ignored", f"{path}: these keys: {join_limited(keys, 5, ', ')}")
     return conversations
 
 
@@ -1261,18 +1216,25 @@ def entries_of(content: bytes, path: str) -> dict[str, bytes]:
     lines, place = content.split(b"\n"), ":"
     if re.match(rb"\[|{\s*\n", content.removeprefix(b"\xef\xbb\xbf").lstrip()):
         try:
-            rows = json.loads(content.decode("utf-8-sig"))
+            rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON: {one_line(error)}; {FORMATS}") from error
         if not isinstance(rows, list):
             keys = ", ".join(rows)
-            raise UserError(f"{path} is one JSON object ({keys}); keep the list in it; {FORMATS}.")
+            raise UserError(f"{path} is one JSON object ({keys}); save only its list; {FORMATS}.")
         lines, place = [json.dumps(row).encode() for row in rows], ", entry "
     entries = {f"{path}{place}{number}": line for number, line in enumerate(lines, 1)}
     entries = {where: line for where, line in entries.items() if line.strip()}
     if not entries:
         raise UserError(f"{path} holds no conversations; {FORMATS}.")
     return entries
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> Facts:
+    """Return a JSON object; raise ValueError if a key occurs twice."""
+    if len(dict(pairs)) < len(pairs):  # json keeps the last
+        raise ValueError(f"a key occurs twice: {', '.join(key for key, _ in pairs)}")
+    return dict(pairs)
 
 
 def parse_line(text: bytes) -> Facts:
@@ -1285,9 +1247,7 @@ def parse_line(text: bytes) -> Facts:
         raise ValueError(f"a line must be one JSON object; {FORMATS}")
 
     def without_nulls(pairs: list[tuple[str, Any]]) -> Facts:
-        if len(dict(pairs)) < len(pairs):  # json keeps the last
-            raise ValueError("a key occurs twice")
-        return {key: value for key, value in pairs if value is not None}
+        return {key: value for key, value in unique_keys(pairs).items() if value is not None}
 
     try:
         return json.loads(line, object_pairs_hook=without_nulls)
@@ -1297,13 +1257,13 @@ def parse_line(text: bytes) -> Facts:
 
 
 def messages_of(row: Facts) -> tuple[list[Any], bool, int]:
-    """Return a line's unchecked messages; whether it teaches one reply; how many it left out."""
+    """Return a line's unchecked messages, whether it teaches one reply, and how many it drops."""
     if "chosen" in row:
         raise ValueError('rename "chosen" to "completion"; nothing is trained on "rejected"')
     formats = [keys.split() for keys in FORMAT_KEYS if row.keys() >= {*keys.split()}]
     if len(formats) != 1:
-        has = [key for keys in formats for key in keys] or list(row)[:5]
-        raise ValueError(f"the line has {', '.join(has) or 'nothing'}; {FORMATS}")
+        present = [key for keys in formats for key in keys] or list(row)[:5]
+        raise ValueError(f"the line has {', '.join(present) or 'nothing'}; {FORMATS}")
     lost = [key for key in LOST_KEYS if row.get(key)]
     if lost:
         raise ValueError(f"the key {lost[0]!r} is not supported, and would be lost")
@@ -1326,15 +1286,12 @@ def messages_of(row: Facts) -> tuple[list[Any], bool, int]:
         messages = [{"role": "user", "content": messages}]
         reply = [{"role": "assistant", "content": reply}]
     if not (isinstance(messages, list) and isinstance(reply, list) and len(reply) == 1):
-        raise ValueError("a list of messages and one reply, or two texts, are needed")
+        raise ValueError("give a list of messages and one reply, or two strings")
     return system + messages + reply, True, 0
 
 
 def messages_of_sharegpt(turns: list[Any]) -> tuple[list[Any], int]:
-    """Return turns as messages without replies to nobody and questions that nobody answers.
-
-    Also return how many these are.
-    """
+    """Return turns as messages; also how many greetings and unanswered questions were dropped."""
     messages = []
     for turn in turns:
         if isinstance(turn, dict) and turn.keys() >= {"from", "value"}:
@@ -1352,7 +1309,7 @@ def messages_of_sharegpt(turns: list[Any]) -> tuple[list[Any], int]:
 
 
 def check_messages(messages: list[Any], thinking: bool = False) -> None:
-    """Raise ValueError unless the messages are a conversation of texts that ends with a reply."""
+    """Raise ValueError unless the messages are a conversation that ends with a reply."""
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
             raise ValueError(f'message {number} lacks "role" or "content": {one_line(message, 60)}')
@@ -1362,22 +1319,21 @@ def check_messages(messages: list[Any], thinking: bool = False) -> None:
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"message {number}: role {role!r} is not system, user or assistant")
         if not isinstance(content, str) or not content.strip():
-            shown = one_line(repr(content), 60)
-            raise ValueError(f"message {number}: content must be a text, but is {shown}")
+            problem = f"content must be text, but is {one_line(repr(content), 60)}"
+            raise ValueError(f"message {number}: {problem}")
         if re.search("[\ud800-\udfff]", content):
-            raise ValueError(f"message {number} holds half a character, such as \\ud83d alone")
+            raise ValueError(f"message {number} has half a character, such as a lone \\ud83d")
         if role == "assistant" and re.search("</?think>", content) and not thinking:
             raise ValueError(f"message {number} has a <think> tag, but thinking is off; remove it")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        shown = ", ".join(roles) or "none"
-        wanted = "[system,] user, assistant, ..., and a reply comes last"
-        raise ValueError(f"the roles must be {wanted}, but are {shown}")
+        wanted = "[system,] user, assistant, ..., with a reply at the end"
+        raise ValueError(f"the roles must be {wanted}, but are {', '.join(roles) or 'none'}")
 
 
 def problems_as_text(problems: list[str]) -> str:
-    """Return each problem once, with the first lines that have it and their number."""
+    """Return each problem once, with the first lines that have it and how many more there are."""
     places: dict[str, list[str]] = defaultdict(list)
     for problem in dict.fromkeys(problems):  # each reply of a dialogue may have the same one
         place, _, text = problem.partition(": ")
@@ -1397,8 +1353,8 @@ def hold_out(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Return what is trained on, and what is held out: this percentage of conversations.
 
-    Those that begin alike stay together; a group of more than a twentieth of the file is trained. A
-    hash of their beginnings decides, regardless of SEED and order.
+    Those that begin alike stay together; a group of more than a twentieth of the file is never held
+    out. A hash of their beginnings decides, regardless of SEED and order.
     """
     groups: dict[str, set[str]] = defaultdict(set)
     for conversation in conversations:
@@ -1411,27 +1367,27 @@ def hold_out(
     for beginning in sorted(groups):  # hashes, so the order is random
         if len(chosen) < wanted and len(groups[beginning]) <= count / 20:
             chosen |= groups[beginning]
-    shown = f"{len(chosen):,} of {count:,} conversations"
+    held_out = f"{len(chosen):,} of {count:,} conversations"
     if min(len(chosen), count - len(chosen)) < FEWEST_HELD_OUT:
         raise UserError(
-            f'EVAL_FILE "{percent}%" holds out {shown}, and those that begin alike stay together; '
+            f'EVAL_FILE "{percent}%" holds out {held_out} (those that begin alike stay together); '
             f"{FEWEST_HELD_OUT} are needed on each side."
         )
-    report("held out", f"{shown} (at least {FEWEST_HELD_OUT}), by a hash of how they begin")
+    report("held out", f"{held_out} (at least {FEWEST_HELD_OUT}), by a hash of how they begin")
     train = [conversation for conversation in conversations if conversation.source not in chosen]
     return train, [conversation for conversation in conversations if conversation.source in chosen]
 
 
 # ==== TOKENS: what the model sees, and which tokens are targets
 #
-# A conversation is rendered by the model's chat template, as a server renders it. The prompt, with
-# the generation prompt, must be the beginning of the whole; what comes after it, up to the token
-# that ends the turn, is the reply. What is longer than MAX_SEQ_LEN is left out, never cut (without
-# its end a reply would teach the model not to stop); more than a tenth is refused.
+# A conversation is rendered by the model's chat template, as a server renders it. The whole must
+# begin with the prompt, generation prompt included; what follows, up to the token that ends the
+# turn, is the reply. Examples longer than MAX_SEQ_LEN are left out, never cut (without its end a
+# reply would teach the model not to stop); if more than a tenth are too long, the run ends.
 #
 # One row trains several replies of a dialogue where each prompt begins with the tokens before it.
-# In Qwen3.5's own template it does not, as earlier replies lose their think block. CHAT_TEMPLATE
-# "one_pass" is the one that TRL keeps for training such models; the server must use it, too.
+# With Qwen3.5's own template none does, as earlier replies lose their think block. CHAT_TEMPLATE
+# "one_pass" is the one that TRL keeps for training such models; the server must also use it.
 
 MOST_TARGETS = 512  # in one joined row; in Qwen3.5 their logits and gradients take 1.2 GB
 
@@ -1443,7 +1399,7 @@ def encode(
     problems: list[str],
     which: str = "held-out",
 ) -> list[Example]:
-    """Return an example for each conversation that fits; add what is wrong with any to problems."""
+    """Return an example for each conversation that fits; add what is wrong to problems."""
     examples = []
     for conversation in tqdm(conversations, "rendering", leave=False, disable=None):
         try:
@@ -1451,30 +1407,30 @@ def encode(
         except ValueError as error:
             problems.append(f"{conversation.source}: {error}")
         else:
-            facts = conversation.source, conversation.messages, conversation.row
-            examples.append(Example(*facts, prompt_ids, reply_ids))
+            fields = vars(conversation) | {"prompt_ids": prompt_ids, "reply_ids": reply_ids}
+            examples.append(Example(**fields))
     too_long = [example.source for example in examples if len(example.input_ids) > limit]
     if too_long:
         lengths = sorted(len(example.input_ids) for example in examples)
         nine_tenths = lengths[-1 - len(lengths) // 10]
-        shown = f"{len(too_long):,} of {len(conversations):,} {which} examples are longer than "
-        shown += f"MAX_SEQ_LEN {limit}; {nine_tenths} would keep nine tenths, and {lengths[-1]} all"
+        problem = f"{len(too_long):,} of {len(conversations):,} {which} examples are longer than "
+        problem += f"MAX_SEQ_LEN {limit}; {nine_tenths} keeps nine tenths, and {lengths[-1]} all"
         if len(too_long) > len(conversations) / 10:
-            problems.append(f"{too_long[0]}: {shown}")
+            problems.append(f"{too_long[0]}: {problem}")
         else:
-            report("left out", f"{shown}\n{join_limited([*dict.fromkeys(too_long)], 5, ', ')}")
+            report("left out", f"{problem}\n{join_limited([*dict.fromkeys(too_long)], 5, ', ')}")
     return [example for example in examples if len(example.input_ids) <= limit]
 
 
 def render(messages: Messages, base: Base) -> tuple[list[int], list[int]]:
     """Return the token ids of the prompt and of the reply, or raise ValueError.
 
-    No loss would show these faults: a text that no server writes, or a reply without its end.
+    No loss shows these faults: text that no server would render, or a reply without its end.
     """
     contents = "\n".join(message["content"] for message in messages)
     for token in base.special_tokens:
         if token in contents:
-            raise ValueError(f"the text holds the special token {token}; reword or remove it")
+            raise ValueError(f"the text contains the special token {token}; reword or remove it")
     apply, thinking = base.tokenizer.apply_chat_template, base.enable_thinking
     options = {"tokenize": False, "enable_thinking": thinking}
     try:
@@ -1493,8 +1449,8 @@ def render(messages: Messages, base: Base) -> tuple[list[int], list[int]]:
     reply_ids = ids[len(prompt_ids) :]
     if prompt_ids + reply_ids != ids:
         raise ValueError(
-            "the chat template renders the prompt differently once the reply follows, so that "
-            "training would differ from serving; use another model, or CHAT_TEMPLATE"
+            "the chat template renders the prompt differently once the reply follows, so training "
+            "would differ from serving; use another model, or CHAT_TEMPLATE"
         )
     ends = [place for place, token in enumerate(reply_ids, 1) if token in base.stop_ids]
     if not ends:
@@ -1506,27 +1462,28 @@ def render(messages: Messages, base: Base) -> tuple[list[int], list[int]]:
 def join_replies(replies: list[Example], most_targets: int = MOST_TARGETS) -> list[Example]:
     """Return examples in which one row trains several replies of a dialogue, where that is exact.
 
-    It is exact if a prompt begins with the very tokens of the example before it, since no token
-    depends on a later one: losses and gradients are those of the replies one by one.
+    It is exact if a prompt begins with the very tokens of the example before it: as no token
+    depends on a later one, losses and gradients are those of the replies one by one.
     """
     joined: list[Example] = []
     for reply in replies:
         if joined and joined[-1].source == reply.source:
-            begins_alike = reply.prompt_ids[: len(joined[-1].input_ids)] == joined[-1].input_ids
-            if begins_alike and joined[-1].targets + reply.targets <= most_targets:
+            continues = reply.prompt_ids[: len(joined[-1].input_ids)] == joined[-1].input_ids
+            if continues and joined[-1].targets + reply.targets <= most_targets:
                 reply = replace(reply, earlier=joined.pop().replies)
         joined.append(reply)
     return joined
 
 
-# ==== PLAN: which matrices are trained, in how many steps, and what makes a new job
+# ==== PLAN: which matrices are trained, in how many steps, what TRL is told, and what is a new job
 #
 # Before any weights are loaded, PEFT puts LoRA into a copy of the model on the meta device. A
-# misspelt target, such as q_projj, ends the run here; PEFT alone would ignore it as long as another
-# target exists. With 1,000 examples the settings as shipped give ceil(1000 / 4) x 3 = 750 steps.
+# misspelt module, such as q_projj, ends the run here; PEFT would ignore it as long as another one
+# exists. With 1,000 examples the settings as shipped give ceil(1000 / 4) x 3 = 750 steps.
 
-# These change W or were not tried: the adapter might only fit this run's copy of the base model.
-CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva")
+# These change W, so that the adapter fits only this run's copy, or (eva) need data to begin with,
+# without which they are silently plain LoRA.
+UNSUPPORTED_METHODS = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva")
 MAY_CHANGE = {  # within a job, if the tokens and the examples per step stay the same
     "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "FINAL_LORA", "REPORT_TO", "MATMUL",
     "USE_FLA", "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "BATCH_SIZE",
@@ -1537,26 +1494,23 @@ MAY_CHANGE = {  # within a job, if the tokens and the examples per step stay the
 def make_plan(settings: Settings, base: Base, data: Data) -> Plan:
     """Put LoRA into a model on the meta device; check what it would train, and count."""
     lora = peft.LoraConfig(**lora_fields(settings))
-    start = str(lora.init_lora_weights).lower()
-    if start.startswith(CHANGES_THE_BASE) or lora.bias != "none":
-        shown = f"init_lora_weights={start!r}, bias={lora.bias!r}"
-        raise UserError(f"lora_fields(): with {shown} the adapter would not fit the base model.")
+    method = str(lora.init_lora_weights).lower()
+    if method.startswith(UNSUPPORTED_METHODS) or lora.bias != "none":
+        fields = f"init_lora_weights={method!r}, bias={lora.bias!r}"
+        raise UserError(f"lora_fields(): {fields} are not supported; remove them.")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(base.config, trust_remote_code=False)
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise UserError(f"{type(model).__name__} always computes all logits; use another model.")
-    refuse_unknown_targets(lora, model)
+    refuse_unknown_modules(lora, model)
     peft.inject_adapter_in_model(lora, model)
     weights = dict(model.named_parameters())
     count = sum(weight.numel() for weight in weights.values())
     shapes = {name: tuple(w.shape) for name, w in weights.items() if w.requires_grad}
     if settings.START_FROM:
         check_start(settings, base, lora, model)
-    table = table_of_targets(model, sum(map(math.prod, shapes.values())), count)
+    table = table_of_modules(model, sum(map(math.prod, shapes.values())), count)
     steps_per_epoch = math.ceil(len(data.examples) / examples_per_step(settings))
     steps = steps_per_epoch * settings.NUM_EPOCHS
-    if settings.MAX_STEPS > 0:
-        steps = min(steps, settings.MAX_STEPS)
+    steps = min(steps, settings.MAX_STEPS or steps)
     editable, fixed = training_fields(settings, steps), fixed_fields(settings, base, steps)
     identity = identity_of(settings, base, data, editable)
     folder = Path(settings.OUTPUT_DIR, "checkpoints", short_hash(identity))
@@ -1567,21 +1521,21 @@ def make_plan(settings: Settings, base: Base, data: Data) -> Plan:
     return Plan(shapes, count, table, steps_per_epoch, steps, training, identity, folder)
 
 
-def refuse_unknown_targets(config: peft.LoraConfig, model: nn.Module) -> None:
-    """Raise UserError if a target matches no module; PEFT is silent if another one matches."""
+def refuse_unknown_modules(config: peft.LoraConfig, model: nn.Module) -> None:
+    """Raise UserError if a name matches no module; PEFT is silent if another name matches."""
     if isinstance(config.target_modules, str):
         return  # "all-linear", or a regular expression; PEFT raises if it matches nothing
     paths = {f".{path}": module for path, module in model.named_modules()}
-    targets = sorted(config.target_modules)
-    missing = [name for name in targets if not any(path.endswith(f".{name}") for path in paths)]
+    names = sorted(config.target_modules)
+    missing = [name for name in names if not any(path.endswith(f".{name}") for path in paths)]
     if missing:
         kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)  # the latter in GPT-2
         linear = [path for path, module in paths.items() if isinstance(module, kinds)]
-        names = sorted({path.rpartition(".")[2] for path in linear})
-        close = difflib.get_close_matches(missing[0], names, 1)
+        known = sorted({path.rpartition(".")[2] for path in linear})
+        close = difflib.get_close_matches(missing[0], known, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         problem = f"LORA_TARGET_MODULES: the model has no module named {', '.join(missing)}; {hint}"
-        raise UserError(f"{problem}Its linear modules are {', '.join(names)}.")
+        raise UserError(f"{problem}Its linear modules are {', '.join(known)}.")
 
 
 def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn.Module) -> None:
@@ -1590,25 +1544,26 @@ def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn
     if folder.resolve() == Path(settings.OUTPUT_DIR, "final_lora").resolve():
         raise UserError(f"START_FROM {folder} would be replaced; choose another OUTPUT_DIR.")
     config = read_json(folder / "adapter_config.json")
+    identity, facts = read_json(folder / "run.json").get("identity"), facts_of_base(settings, base)
+    if not identity:  # not an adapter of this script
+        identity, facts = config, {"base_model_name_or_path": settings.MODEL_NAME}
     names = ["r", "lora_alpha", "alpha_pattern", "use_rslora"]
-    names = [name for name in names if (config.get(name) or 0) != (getattr(lora, name) or 0)]
-    wrong = [f"{name} {config.get(name)}" for name in names]
-    planned = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    shapes = {f"base_model.model.{name}": tensor.shape for name, tensor in planned.items()}
+    planned = {name: getattr(lora, name) or 0 for name in names} | facts
+    saved = {name: config.get(name) or 0 for name in names}
+    saved |= {name: identity.get(name) for name in facts}
+    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    planned |= {f"base_model.model.{name}": [*tensor.shape] for name, tensor in tensors.items()}
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    saved = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong += sorted(dict(saved.items() ^ shapes.items()))[:1]
-    ours, theirs = facts_of_base(settings, base), read_json(folder / "run.json").get("identity")
-    if theirs:  # an adapter of this script
-        wrong += [name for name, value in ours.items() if theirs.get(name) != value]
-    elif config.get("base_model_name_or_path") != settings.MODEL_NAME:
-        wrong.append("base_model_name_or_path")
+    saved |= {name: [*tensor.shape] for name, tensor in tensors.items()}
+    wrong = [name for name in {**planned, **saved} if planned.get(name) != saved.get(name)]
     if wrong:
-        raise UserError(f"START_FROM {folder} differs from what is trained here: {wrong}.")
+        wrong = [f"{name}={saved.get(name)}, not {planned.get(name)}" for name in wrong]
+        problem = f"START_FROM {folder} has {join_limited(wrong, 4, '; ')}"
+        raise UserError(f"{problem}. Use its settings, and its commit as MODEL_REVISION.")
 
 
-def table_of_targets(model: nn.Module, trained: int, everything: int) -> list[str]:
-    """Return a line for each kind of target with its W, A and B, and one with the sums."""
+def table_of_modules(model: nn.Module, trained: int, everything: int) -> list[str]:
+    """Return a line for each kind of module with its W, A and B, and one with the sums."""
     kinds: Counter[str] = Counter()
     columns = "{:<12}{:>14}{:>10}{:>10}{:>14}{:>11}".format
     for path, module in model.named_modules():
@@ -1618,14 +1573,60 @@ def table_of_targets(model: nn.Module, trained: int, everything: int) -> list[st
             scale = f"{module.scaling['default']:g}"
             kinds[columns(path.rpartition(".")[2], *matrices, scale)] += 1
     depth = model.config.get_text_config().num_hidden_layers
-    lines = [f"{columns('target', 'W (frozen)', 'A', 'B', 'trained each', 'scaled by')}  layers"]
+    lines = [f"{columns('module', 'W (frozen)', 'A', 'B', 'trained each', 'scaled by')}  layers"]
     lines += [f"{kind}{count:>5}/{depth}" for kind, count in kinds.items()]
     percent = f"trainable%: {100 * trained / everything:.4f}"
     return [*lines, f"trainable params: {trained:,} || all params: {everything:,} || {percent}"]
 
 
+def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
+    """Return the fields of SFTConfig that the step, the loss and the records rely on."""
+    processes = accelerate.PartialState().num_processes
+    return dict(
+        max_steps=steps,  # this decides, not the epochs
+        num_train_epochs=settings.NUM_EPOCHS,
+        per_device_train_batch_size=examples_per_step(settings) // processes,
+        gradient_accumulation_steps=1,  # training_step() divides a step into micro-batches
+        average_tokens_across_devices=True,
+        activation_checkpointing=False,  # switched for each micro-batch, see MEMORY
+        gradient_checkpointing=False,  # its old name
+        bf16=False,  # no autocast: the weights have their type already
+        fp16=False,
+        use_cpu=settings.DEVICE == "cpu" or settings.dry_run,  # a dry run makes no CUDA context
+        loss_type="nll",
+        label_smoothing_factor=0,
+        eos_token=base.tokenizer.eos_token,
+        max_length=None,  # nothing is cut
+        train_sampling_strategy="sequential",  # SimilarLengthSampler decides
+        dataloader_drop_last=False,
+        **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
+        # These are ignored or unwanted:
+        **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
+        **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
+        **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
+        **dict.fromkeys(["save_total_limit", "torch_empty_cache_steps"], None),
+        eval_strategy="no",  # RunEvents evaluates and saves, see TRAINING
+        save_strategy="no",
+        save_steps=500,
+        save_only_model=False,
+        ignore_data_skip=False,
+        logging_strategy="steps",
+        logging_steps=1,  # every loss is checked and recorded
+        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
+        report_to=settings.REPORT_TO,
+        run_name=Path(settings.OUTPUT_DIR).resolve().name,  # in a tracker
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def examples_per_step(settings: Settings) -> int:
+    """Return the number of examples in one optimizer step, across all processes."""
+    return settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS
+
+
 def identity_of(settings: Settings, base: Base, data: Data, editable: Facts) -> Facts:
-    """Return what must be the same for a checkpoint to be resumed, as JSON has it."""
+    """Return what must be the same for a checkpoint to be resumed, as JSON values."""
     identity = {name: getattr(settings, name) for name in SETTINGS if name not in MAY_CHANGE}
     for kind, chosen in {"LoraConfig": lora_fields(settings), "SFTConfig": editable}.items():
         identity |= {f"{kind}.{name}": value for name, value in chosen.items()}
@@ -1664,18 +1665,18 @@ def show_plan(job: Job) -> None:
     for facts in data.facts.values():
         report("data", counts.format(**facts) if facts else "nothing is held out")
     example = data.examples[0]
-    shown, place = "", 0
+    text, place = "", 0
     for reply in example.replies:
-        shown += f"{decode(reply.prompt_ids[place:])}>>>{decode(reply.reply_ids)}<<<"
+        text += f"{decode(reply.prompt_ids[place:])}>>>{decode(reply.reply_ids)}<<<"
         place = len(reply.input_ids)
-    lines = [f"{example.source} as the model sees it; only texts between >>> <<< are targets:"]
-    for line in shown.split("\n"):
+    lines = [f"{example.source} as the model sees it; only text between >>> <<< is a target:"]
+    for line in text.split("\n"):
         lines += textwrap.wrap(line, 88)
     if len(lines) > 10:
         lines[5:-5] = ["[...]"]
     report("example", "\n".join(lines))
     training, size = plan.training, examples_per_step(job.settings)
-    steps = f"{plan.steps:,} steps of {size}, {plan.steps_per_epoch:,} an epoch"
+    steps = f"{plan.steps:,} steps of {size}, {plan.steps_per_epoch:,} per epoch"
     facts = data.facts["train"]
     if facts["replies"] > facts["examples"]:
         steps += f", of {facts['replies'] / plan.steps_per_epoch:.1f} replies each"
@@ -1683,7 +1684,7 @@ def show_plan(job: Job) -> None:
     steps += f"weight decay {training.weight_decay:g}"
     report("plan", "\n".join([*plan.lora_table, steps]))
     if plan.steps < 100 and size > 1:
-        report("few steps", "--gradient_accumulation_steps 1 or a smaller --batch_size makes more")
+        report("few steps", "--gradient_accumulation_steps 1 or a smaller --batch_size gives more")
     for name in SETTINGS:
         if not re.search(rf"(?m)^[^#\n]*settings\.{name}\b", SCRIPT.decode()):
             report("warning", f"{name} changes nothing: no line here reads settings.{name}")
@@ -1692,8 +1693,9 @@ def show_plan(job: Job) -> None:
 # ==== RESUMING: which checkpoints belong to this job
 #
 # Each job has a folder, checkpoints/<hash of the job>/, whose job.json says what it is: settings,
-# fields of LoraConfig and SFTConfig, model, and tokens of both files. Another value (but of those
-# in MAY_CHANGE) begins another job; put back, the first one goes on, on a CPU to the same bytes.
+# fields of LoraConfig and SFTConfig, model, and tokens of both files. Changing one of these (not
+# those in MAY_CHANGE) begins another job; changing it back resumes the first. On a CPU a resumed
+# run ends in the same bytes as one that was never stopped.
 
 
 def find_earlier_work(settings: Settings, plan: Plan) -> EarlierWork:
@@ -1705,12 +1707,12 @@ def find_earlier_work(settings: Settings, plan: Plan) -> EarlierWork:
         step = final_step(settings, plan, loss_history)
         sha256 = file_sha256(final / "adapter_model.safetensors")
         if record["adapter"] == {"step": step, "sha256": sha256}:
-            report("finished", f"{final} is the adapter of this job, of step {step:,}")
-            then = record["settings"]
-            names = [name for name in sorted(MAY_CHANGE) if getattr(settings, name) != then[name]]
+            report("finished", f"{final} is this job's adapter, of step {step:,}")
+            used = record["settings"]
+            names = [name for name in sorted(MAY_CHANGE) if getattr(settings, name) != used[name]]
             if names:
-                made = ", ".join(f"{name} {then[name]}" for name in names)
-                report("finished", f"it was made with {made}; another OUTPUT_DIR trains it again")
+                values = ", ".join(f"{name} {used[name]}" for name in names)
+                report("finished", f"it was trained with {values}; another OUTPUT_DIR trains anew")
             return EarlierWork(None, 0, loss_history, record["sessions"], is_finished=True)
     for step, checkpoint in checkpoints_in(plan.folder).items():
         if is_intact(checkpoint):
@@ -1759,16 +1761,16 @@ def final_step(settings: Settings, plan: Plan, loss_history: History) -> int:
 
 def tell_of_other_jobs(settings: Settings, plan: Plan) -> None:
     """Print which other jobs have checkpoints here."""
-    identities, ours = jobs_in(Path(settings.OUTPUT_DIR)), plan.identity
+    identities, identity = jobs_in(Path(settings.OUTPUT_DIR)), plan.identity
     identities.pop(plan.folder, None)
     if identities:
         newest = next(iter(identities.values()))
-        names = [name for name in {**newest, **ours} if newest.get(name) != ours.get(name)]
+        names = [name for name in {**newest, **identity} if newest.get(name) != identity.get(name)]
         # LEARNING_RATE is SFTConfig.learning_rate, too.
         names = [name for name in names if "." not in name] or names
-        had = [f"{name} {one_line(newest.get(name), 40)}" for name in names]
-        folder = f"{plan.folder.parent} has {len(identities)} other(s) to resume or delete"
-        report("resume", f"a new job begins; {folder}; the newest had {join_limited(had, 3, '; ')}")
+        values = [f"{name} {one_line(newest.get(name), 40)}" for name in names]
+        jobs = f"earlier jobs in {plan.folder.parent}, to resume or delete: {len(identities)}"
+        report("resume", f"a new job; {jobs}; the newest had {join_limited(values, 3, '; ')}")
 
 
 def jobs_in(output: Path) -> dict[Path, Facts]:
@@ -1805,11 +1807,11 @@ def recorded(job: Job) -> Iterator[None]:
         raise
 
 
-# ==== TRAINING: evaluation, what is printed, saving and stopping
+# ==== TRAINING: evaluation, what is printed, saving, stopping, and signals
 #
 # On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the step is first finished and saved. An evaluation stops
-# between two batches, and is repeated on resuming. Before the first step, while the
-# adapter is verified, and at a second signal (see on_signal()) the run stops at once:
+# between two batches, and is repeated on resuming. Before the first step, while the adapter is
+# verified, and at a second signal (see on_signal()) the run stops at once:
 # - catch_signals() notes stop_signal, and raises Stopped at once unless saves_before_stop is set:
 #   from the first step to the last save, and while final_lora is moved into its place;
 # - at the end of a step, and after an evaluation, the processes of a launch agree: all_stop;
@@ -1848,7 +1850,7 @@ class RunEvents(transformers.TrainerCallback):
     """What Trainer calls around steps: print, check, evaluate, save and stop."""
 
     def __init__(self, trainer: LoraTrainer) -> None:
-        """Begin; the first step notes the time."""
+        """Keep the trainer and its job; the first step notes the time."""
         self.trainer, self.job, self.began = trainer, trainer.job, 0.0
 
     def on_train_begin(self, args, state, control, **_) -> None:
@@ -1895,10 +1897,10 @@ class RunEvents(transformers.TrainerCallback):
         if "loss" in logs and (step in (1, job.plan.steps) or step % every == 0):
             losses = [entry["loss"] for entry in session.loss_history if "loss" in entry][-every:]
             seconds = (time.monotonic() - self.began) / (step - job.earlier.checkpoint_step)
-            shown = f"step {step:,}/{job.plan.steps:,}  loss {sum(losses) / len(losses):.4f}  "
-            shown += f"grad_norm {logs['grad_norm']:.2f}  lr {logs['learning_rate']:.1e}  "
+            line = f"step {step:,}/{job.plan.steps:,}  loss {sum(losses) / len(losses):.4f}  "
+            line += f"grad_norm {logs['grad_norm']:.2f}  lr {logs['learning_rate']:.1e}  "
             left = tqdm.format_interval(seconds * (job.plan.steps - step))
-            report("train", f"{shown}{left} left")
+            report("train", f"{line}{left} left")
 
     def on_save(self, args, state, control, **_) -> None:
         """Mark the checkpoint as intact, remove older ones, record the losses; stop if asked to."""
@@ -1922,18 +1924,55 @@ class RunEvents(transformers.TrainerCallback):
             raise Stopped(f"Stopped after step {step}; the same command resumes the run.")
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # Slurm may send USR1
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop, and it did."""
+
+
+def is_stop(error: BaseException) -> bool:
+    """Return whether a signal ended the run; a library may raise its own error from Stopped."""
+    return Stopped in (type(error), type(error.__context__))
+
+
+def catch_signals(session: Session) -> None:
+    """Let signals end the run, see TRAINING."""
+
+    def on_signal(number: int, _: Any) -> None:
+        # A terminal that is closed sends SIGHUP twice, and a launcher may forward a signal that its
+        # process already got from Slurm.
+        may_repeat = number == signal.SIGHUP or "TORCHELASTIC_RUN_ID" in os.environ
+        is_second = session.stop_signal > 0 and not may_repeat
+        session.stop_signal = number
+        if is_second or not session.saves_before_stop:
+            raise Stopped("Stopped. The same command resumes from the newest checkpoint, if any.")
+        hint = "" if may_repeat else "; a second signal stops at once"
+        report("stopping", f"finishing and saving first{hint}")
+
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, on_signal)
+
+
+def ignore_signals() -> None:
+    """Let no signal interrupt what is left to do."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 # ==== SAVING: the adapter, its verification, and what a run leaves in OUTPUT_DIR
 #
 #   final_lora/        the adapter in PEFT's format, with tokenizer and card; verified
-#   final_lora_vllm/   the same tensors under the names that vLLM needs, if it needs others
+#   final_lora_vllm/   the same, under the names that vLLM needs if it needs others; verified
 #   run.json           settings, versions, hashes and losses; also beside each adapter
-#   held_out.jsonl     what was not trained on, with an EVAL_FILE like "10%"
+#   held_out.jsonl     what an EVAL_FILE like "10%" held out
 #   checkpoints/       a folder for each job: the newest two checkpoints, and the best one
 #   all_logs.log       everything that was printed, with tracebacks
 #   NAME.DATE-TIME     what an earlier run left under that name
 #
-# Beside each adapter lies learned.txt, a hash of each prompt that it learned to reply to: it can be
-# measured on others. Whoever knows or guesses a prompt can tell that it was trained on.
+# learned.txt beside each adapter has a hash of each prompt it was trained on, so that it can be
+# measured on others. Anyone who guesses a prompt can tell that it was trained on.
 
 CARD = """---
 base_model: {name}
@@ -1975,8 +2014,8 @@ def save_final_lora(trainer: LoraTrainer) -> None:
     job.base.tokenizer.save_pretrained(final)
     (final / "README.md").write_text(card_of(job), encoding="utf-8")
     write_record(job, "finished", final, step)
+    verified = verify_saved_adapter(model, job, final, checkpoint)
     save_for_vllm(job.base.config, final, staging / "final_lora_vllm")
-    verified = verify_saved_adapter(model, job, staging, checkpoint)
     job.session.saves_before_stop = True  # between two renames there may be no final_lora
     # final_lora comes last: its run.json says that the job has finished.
     for name in ("final_lora_vllm", "final_lora"):
@@ -2005,7 +2044,7 @@ def card_of(job: Job) -> str:
 def save_for_vllm(model: ModelConfig, final: Path, for_vllm: Path) -> None:
     """Write the adapter again, with the names of the hub's model if that wraps the text model.
 
-    With others vLLM 0.17 to 0.32 silently serves the base model.
+    With other names vLLM 0.17 to 0.32 silently serves the base model.
     """
     if model.get_text_config() is model:
         return
@@ -2018,16 +2057,19 @@ def save_for_vllm(model: ModelConfig, final: Path, for_vllm: Path) -> None:
     tensors = {name_in_wrapper(name): tensor for name, tensor in tensors.items()}
     path = for_vllm / "adapter_model.safetensors"
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
-    for name in ("learned.txt", "run.json"):  # last: it says that all is there
+    if wrong := differing(tensors, safetensors.torch.load_file(path)):
+        raise UserError(f"Not verified: in {path} {len(wrong)} tensors differ ({wrong[:3]}).")
+    for name in ("learned.txt", "run.json"):  # run.json last: it says that all is there
         shutil.copy(final / name, for_vllm)
 
 
-def restore_for_vllm(job: Job) -> None:
-    """Rewrite a finished job's final_lora_vllm if it was lost, or is another job's."""
+def restore_results(job: Job) -> None:
+    """Rewrite a finished job's final_lora_vllm and run.json if lost, or another job's."""
     final, for_vllm = job.output / "final_lora", job.output / "final_lora_vllm"
     if file_sha256(for_vllm / "run.json") != file_sha256(final / "run.json"):
         rename_old(for_vllm)
         save_for_vllm(job.base.config, final, for_vllm)
+    write_json(job.output / "run.json", read_json(final / "run.json"))
 
 
 def name_in_wrapper(name: str) -> str:
@@ -2035,27 +2077,23 @@ def name_in_wrapper(name: str) -> str:
     return re.sub(r"(^|\.)model\.layers\b", r"\1model.language_model.layers", name, count=1)
 
 
-def verify_saved_adapter(model: peft.PeftModel, job: Job, staging: Path, checkpoint: Path) -> str:
+def verify_saved_adapter(model: peft.PeftModel, job: Job, final: Path, checkpoint: Path) -> str:
     """Load the adapter from disk onto the base model; raise UserError unless it is the trained one.
 
-    Every tensor, reloaded, in its step's checkpoint and in the file for vLLM, must be the trained
-    one to the bit. On one example the logits must be the trained model's, to a tenth of the effect.
+    Every tensor, reloaded and in its step's checkpoint, must equal the trained one bit for bit. On
+    one example the logits must be the trained model's, to a tenth of the adapter's effect.
     """
     trained = cpu_tensors_of(model)
     inputs = pad([(job.data.held_out or job.data.examples)[0]], model.device)
     with torch.no_grad():
         logits = reply_logits(model.eval(), inputs)
-        reloaded = peft.PeftModel.from_pretrained(model.unload(), staging / "final_lora").eval()
+        reloaded = peft.PeftModel.from_pretrained(model.unload(), final).eval()
         error = (reply_logits(reloaded, inputs) - logits).abs().max().item()
         with reloaded.disable_adapter():
             effect = (reply_logits(reloaded, inputs) - logits).abs().max().item()
     wrong = differing(trained, cpu_tensors_of(reloaded))
     path = checkpoint / "adapter_model.safetensors"
     wrong += differing(trained, safetensors.torch.load_file(path))
-    path = staging / "final_lora_vllm" / "adapter_model.safetensors"
-    if path.is_file():
-        renamed = {name_in_wrapper(name): tensor for name, tensor in trained.items()}
-        wrong += differing(renamed, safetensors.torch.load_file(path))
     note = f"logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
     if wrong or not (effect > 0 and error <= effect / 10):
         raise UserError(
@@ -2089,14 +2127,14 @@ def summarize(job: Job, step: int) -> None:
     """Print the results, and the next commands."""
     history, final = job.session.loss_history, job.output / "final_lora"
     losses, best = eval_losses(history), best_step(job.plan, history)
-    shown = f"{final} is the adapter of step {step:,} of {job.plan.steps:,}"
+    result = f"{final} is the adapter of step {step:,} of {job.plan.steps:,}"
     if {0, step} <= losses.keys():
-        shown += f"\nheld-out loss: {losses[0]:.4f} -> {losses[step]:.4f} nats a token"
+        result += f"\nheld-out loss: {losses[0]:.4f} -> {losses[step]:.4f} nats per token"
         if losses[best] < losses[step]:
-            shown += f"; lowest at step {best:,} ({losses[best]:.4f}): --final_lora best"
+            result += f"; lowest at step {best:,} ({losses[best]:.4f}): --final_lora best"
         if losses[step] > losses[0]:
-            shown += "\nWARNING: on held-out data the adapter is worse than its base"
-    report("done", shown)
+            result += "\nWARNING: on held-out data the adapter is worse than its base"
+    report("done", result)
     lines, folder = [], shlex.quote(str(final))
     tool = "inspect-lora" if shutil.which("inspect-lora") else "python -m inspect_lora"
     if tool == "inspect-lora" or Path("inspect_lora").is_dir():
@@ -2109,14 +2147,13 @@ def summarize(job: Job, step: int) -> None:
     if is_old or config["use_dora"] or config["modules_to_save"]:
         lines += [f"# vLLM cannot serve it here; for Python see {folder}/README.md"]
     else:
-        lines += [f"# serve it:\n{vllm_command(job)}"]
+        lines += [f"# serve it:\n{vllm_command(job, config)}"]
     report("next", "\n".join(lines))
 
 
-def vllm_command(job: Job) -> str:
-    """Return the command that serves the adapter."""
+def vllm_command(job: Job, config: Facts) -> str:
+    """Return the command that serves the adapter with this adapter_config.json."""
     final, for_vllm = job.output / "final_lora", job.output / "final_lora_vllm"
-    config = read_json(final / "adapter_config.json")
     largest = max([config["r"], *config["rank_pattern"].values()])
     rank = max(8, 2 ** math.ceil(math.log2(largest)))  # vLLM takes powers of two
     name, adapter = job.settings.MODEL_NAME, for_vllm if for_vllm.is_dir() else final
@@ -2168,11 +2205,11 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
 # ==== FP16 MATMUL: for GPUs that only emulate bfloat16, such as the V100
 #
 # A V100 multiplies bfloat16 matrices at about 10 TFLOP/s and float16 ones at 95 to 100 (mlxcel
-# issue 1654, measured on a V100). But ordinary float16 training gives NaN, as its largest
-# number is 65,504. So there the frozen weights are multiplied in float16, each row of activations
-# or gradients scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and
-# the loss in float32. A sum that is too large becomes infinite, and ends the run. This was tested
-# on CPUs, for these families; others may cast activations to the type of a weight.
+# issue 1654, measured on a V100). But ordinary float16 training gives NaN, as its largest number is
+# 65,504. So the frozen weights are multiplied in float16, each row of activations or gradients
+# scaled into its range first. Norms, attention and DeltaNet stay in DTYPE, LoRA and the loss in
+# float32. A product that is too large becomes infinite and ends the run. This was tested on CPUs,
+# never on a V100, with the families below; others may cast activations to a weight's type.
 
 TESTED_IN_FP16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
 
@@ -2193,8 +2230,8 @@ def uses_fp16_matmul(settings: Settings, config: ModelConfig) -> bool:
 def try_fp16_matmul(model: Model, example: Example) -> None:
     """Switch a model to scaled float16; raise UserError if this GPU computes it wrongly.
 
-    In one example the first module of each name may err by as much as rounding does, forward and
-    backward, and the loss by 1 %.
+    On one example the first module of each name may err only by rounding, forward and backward, and
+    the loss by 1 %.
     """
     names = {module: path.rpartition(".")[2] for path, module in fp16_modules(model).items()}
     first: dict[str, tuple[nn.Linear, Tensor]] = {}
@@ -2206,7 +2243,7 @@ def try_fp16_matmul(model: Model, example: Example) -> None:
 
     hooks = [module.register_forward_pre_hook(note) for module in names]
     with torch.no_grad():
-        before = reply_losses(model, inputs).sum().item()
+        before = token_losses(model, inputs).sum().item()
         for hook in hooks:
             hook.remove()
         for name, (module, rows) in first.items():
@@ -2221,7 +2258,7 @@ def try_fp16_matmul(model: Model, example: Example) -> None:
                 if not relative <= limit:  # also false for NaN
                     raise UserError(f"{wrong} a product of {name} errs by {relative:.2%}.")
         use_fp16_matmul(model)
-        after = reply_losses(model, inputs).sum().item()
+        after = token_losses(model, inputs).sum().item()
     if not abs(after - before) <= 0.01 * before:
         raise UserError(f"{wrong} the loss of an example is {after:.4f}, not {before:.4f}.")
     report("matmul", f"scaled float16: {len(names)} frozen modules, {len(first)} of them tried")
@@ -2244,7 +2281,7 @@ def scaled_fp16_matmul(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 class ScaledFp16Matmul(torch.autograd.Function):
-    """rows @ weight.T, with a gradient for rows alone."""
+    """rows @ weight.T, with a gradient only for rows."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor, weight: Tensor) -> Tensor:
@@ -2259,16 +2296,16 @@ class ScaledFp16Matmul(torch.autograd.Function):
 
 
 def fp16_modules(model: Model) -> dict[str, nn.Linear]:
-    """Return {path: module} of the linear modules that gain from float16."""
+    """Return the linear modules that gain from float16, by path."""
     embedding = model.get_input_embeddings()
     # Gemma's embedding scales its rows in the type of its own weight, which its head may share.
-    kept = None if type(embedding) is nn.Embedding else embedding.weight
+    scaling_weight = None if type(embedding) is nn.Embedding else embedding.weight
     return {
         path: module
         for path, module in model.named_modules()
         if type(module) is nn.Linear
         and min(module.weight.shape) >= 64  # DeltaNet's in_proj_a (32 x 2,560) would lose time
-        and module.weight is not kept
+        and module.weight is not scaling_weight
     }
 
 
@@ -2287,27 +2324,13 @@ def use_fp16_matmul(model: Model) -> None:
     model.get_input_embeddings().register_forward_hook(lambda _, __, rows: rows.to(dtype))
 
 
-# ==== COMMAND LINE: messages, small helpers, the log, the lock, signals, exit statuses
+# ==== COMMAND LINE: messages, small helpers, the log, the lock, exit statuses
 #
 # A command ends with status 0, 1 after an error, 2 after a wrong flag or setting, and 128 + the
 # signal's number after a signal. A user's mistake gets one message; any other error keeps its
 # traceback.
 
 LOG = logging.getLogger("train_lora_single")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # Slurm may send USR1
-
-
-class UserError(Exception):
-    """What the user can put right: one message says what is wrong, where, and what to do."""
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop, and it did."""
-
-
-def is_stop(error: BaseException) -> bool:
-    """Return whether a signal has ended the run; a library may raise its own error from Stopped."""
-    return Stopped in (type(error), type(error.__context__))
 
 
 def report(section: str, text: str) -> None:
@@ -2326,7 +2349,7 @@ def report(section: str, text: str) -> None:
 
 
 def one_line(value: Any, width: int = 200) -> str:
-    """Return value as one line, shortened to width."""
+    """Return a value as one line of text, shortened to width characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= width else f"{text[: width - 4]} ..."
 
@@ -2357,7 +2380,7 @@ def as_json_value(value: Any) -> Any:
 
 
 def short_hash(value: Any) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of a value, as JSON has it."""
+    """Return 16 hexadecimal digits of the SHA-256 of a value's JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -2395,31 +2418,6 @@ def open_output(output: Path) -> Any:
     return lock
 
 
-def catch_signals(session: Session) -> None:
-    """Let signals end the run, see TRAINING."""
-
-    def on_signal(number: int, _: Any) -> None:
-        # A terminal that is closed sends SIGHUP twice, and a launcher passes on what its process
-        # may have had already, as Slurm sends a signal to all.
-        may_repeat = number == signal.SIGHUP or "TORCHELASTIC_RUN_ID" in os.environ
-        is_second = session.stop_signal > 0 and not may_repeat
-        session.stop_signal = number
-        if is_second or not session.saves_before_stop:
-            raise Stopped("Stopped. The same command resumes from the newest checkpoint, if any.")
-        hint = "" if may_repeat else "; a second signal stops at once"
-        report("stopping", f"finishing and saving what was begun{hint}")
-
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, on_signal)
-
-
-def ignore_signals() -> None:
-    """Let no signal interrupt what is left to do."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def main(settings: Settings) -> None:
     """Run the command; exit with 1 after an error, 128 + its number after a signal."""
     session, lock = Session(time.strftime("%Y-%m-%d %H:%M:%S")), None
@@ -2438,7 +2436,8 @@ def main(settings: Settings) -> None:
         LOG.info("The run was ended by: %r", error, exc_info=not is_known)
         if not is_known:
             raise
-        print(error, file=sys.stderr)
+        with contextlib.suppress(OSError):  # a closed terminal must not change the exit status
+            print(error, file=sys.stderr)
         raise SystemExit(128 + session.stop_signal if is_stop(error) else 1) from None
     finally:
         logging.shutdown()

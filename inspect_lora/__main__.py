@@ -35,8 +35,6 @@ from inspect_lora.common import InspectError, at_least, program
 # The flags of all commands stand in this file, and their code is imported when one is called: so
 # every --help, and what needs no model, works without torch.
 Parser = argparse.ArgumentParser
-# What the extra "measure" of the package installs; numpy and safetensors are enough for the rest.
-MEASURE = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tqdm", "matplotlib")
 REPORT_SCHEMA = 1  # of --json
 GENERAL_FILE = str(Path(__file__).with_name("general.jsonl"))
 
@@ -50,11 +48,9 @@ def main(argv: list[str] | None = None) -> None:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
-        if error.name not in MEASURE:
-            raise
         print(
-            f"This needs {error.name}: pip install 'inspect-lora[measure]', or, beside the "
-            "project's files, pip install -r requirements.txt",
+            f"{error}: pip install 'inspect-lora[measure]', or, beside the project's files, "
+            "pip install -r requirements.txt",
             file=sys.stderr,
         )
         raise SystemExit(2) from None
@@ -92,15 +88,23 @@ def users_mistakes() -> tuple[type[Exception], ...]:
 
 
 def info_flags(parser: Parser) -> None:
-    """Say what an adapter is, from its own files, whatever trainer made it.
+    """Say what adapters are, from their own files, whatever trainer made them.
 
     The status is 1 if something makes the adapter useless or wrong, such as NaN. With --for vllm it
-    is 1, too, where vLLM ignores or refuses the adapter, and 2 where that is not known.
+    is 1, too, where vLLM ignores or refuses the adapter, and 2 where that is not known. Of several
+    adapters it is the highest; --json prints an object for each.
     """
-    parser.add_argument("adapter", metavar="ADAPTER", help="a folder, or a name on the hub")
-    parser.add_argument("--base", help="its base, if it is not what the adapter names")
+    add_adapters(parser)
+    parser.add_argument("--base", help="the base, if it is not what the adapter names")
     parser.add_argument("--for", dest="server", choices=("vllm",), help="what will serve it")
     add_json(parser)
+
+
+def add_adapters(parser: Parser) -> None:
+    """Add the adapters of the commands that take several."""
+    parser.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="folders, or names on the hub"
+    )
 
 
 def add_json(parser: Parser) -> None:
@@ -143,9 +147,7 @@ def evidence_flags(parser: Parser) -> None:
     something ("any"), and a draw of the others, up to 100 in all on a CPU and 200 on a GPU. With
     --replies N it is N in all.
     """
-    parser.add_argument(
-        "adapters", nargs="+", metavar="ADAPTER", help="folders, or names on the hub"
-    )
+    add_adapters(parser)
     model_flags(parser)
     add, whole, positive = parser.add_argument, at_least(0), at_least(1)
     of_lines = parser.add_mutually_exclusive_group().add_argument
@@ -174,12 +176,12 @@ def report_flags(parser: Parser) -> None:
 def compare_flags(parser: Parser) -> None:
     """Compare adapters of one base that `evidence` has measured, the lowest held-out loss first.
 
-    Every evidence.json in the folders and below is read, also under a dated name; the newest report
-    of an adapter counts. Losses are compared on the held-out replies that all adapters share,
-    checks on the prompts that all share with the same rule. Runs that differ in their seed alone
-    are one row, and then the seeds are the unit. The intervals against the best row have joint 95 %
-    coverage over all pairs (Bonferroni), since it was picked as the best. replies.html shows the
-    replies of all, side by side, or those of a chosen pair blind.
+    Every evidence.json in the folders and below is read; the newest report of an adapter counts.
+    Losses are compared on the held-out replies that all adapters share, checks on the prompts that
+    all share with the same rule. Runs that differ in their seed alone are one row, and then the
+    seeds are the unit. The intervals against the best row have joint 95 % coverage over all pairs
+    (Bonferroni), since it was picked as the best. replies.html shows the replies of all, side by
+    side, or those of a chosen pair blind.
     """
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="such as output")
     parser.add_argument("--output_dir", default="compared", help="where replies.html goes")
@@ -271,14 +273,8 @@ def run_losses(options: argparse.Namespace) -> None:
 
 
 def run_module(name: str) -> Callable[[argparse.Namespace], int | None]:
-    """Return what runs the module of a command."""
-
-    def run(options: argparse.Namespace) -> int | None:
-        if name == "info":  # its matrices are small: threads that wait would double its time
-            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        return importlib.import_module(f"inspect_lora.{name}").run(options)
-
-    return run
+    """Return what imports the module of a command, and runs it."""
+    return lambda options: importlib.import_module(f"inspect_lora.{name}").run(options)
 
 
 COMMANDS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace], int | None]]] = {

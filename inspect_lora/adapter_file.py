@@ -35,19 +35,18 @@ PARTS = r"(?P<path>.+)\.lora_(?:embedding_)?(?P<part>[AB])(?:\.default)?(?:\.wei
 IN_A_LAYER = re.compile(r".*?\.(?P<layer>\d+)\.")
 # numpy has no bfloat16: its bits are the upper half of a float32's.
 NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-# Keys of adapter_config.json that ask for more than A and B, and initialisations (PEFT's names)
-# that take something from the base's own weights.
+# Keys of adapter_config.json that ask for more than A and B.
 MORE_THAN_LORA = ("use_dora", "lora_bias", "target_parameters", "modules_to_save", "kasa_config")
 MORE_THAN_LORA += ("trainable_token_indices", "alora_invocation_tokens", "layer_replication")
 MORE_THAN_LORA += ("use_qalora", "use_bdlora")
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")
+# Initialisations that PEFT 0.21 subtracts from the base's weights, or for which it rounds them
+# (tuners/lora/layer.py). EVA, MiCA and orthogonal ones leave the base alone.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Bases for images and text to which vLLM 0.32 does not apply the names of their text models, and
 # what it refuses to load; both by its source (lora/peft_helper.py, and lora/utils.py for names of
 # tensors that trainable tokens and KaSA add). It takes no rank above the last of VLLM_RANKS.
 IGNORED_BY_VLLM = ("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "gemma3")
-REFUSED_BY_VLLM = {"use_dora", "lora_bias", "bias", "modules_to_save", "alora_invocation_tokens"}
-REFUSED_BY_VLLM |= {"layer_replication", "use_qalora", "use_bdlora"}
-REFUSED_BY_VLLM |= {"trainable_token_indices", "kasa_config"}
+REFUSED_BY_VLLM = {*MORE_THAN_LORA, "bias"} - {"target_parameters"}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 # How the names of quantized copies end, such as -bnb-4bit, -GPTQ-Int4, -AWQ or -FP8.
 QUANTIZED_NAME = re.compile(

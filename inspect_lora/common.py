@@ -7,10 +7,8 @@ torch.
 import argparse
 import hashlib
 import json
-import os
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -97,28 +95,9 @@ def write_whole(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes, or "" if there is no file."""
-    if not Path(path).is_file():
-        return ""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def hash_of(value: Any) -> str:
     """Return a short hash of numbers and texts."""
     return hashlib.sha256(repr(value).encode(errors="surrogatepass")).hexdigest()[:16]
-
-
-def rename_old(path: Path) -> None:
-    """Add the time of its last change to the name of what stands at path, if anything does."""
-    if not os.path.lexists(path):
-        return
-    when = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(path.lstat().st_mtime))
-    aside = path.with_name(f"{path.name}.{when}")
-    while os.path.lexists(aside):
-        aside = aside.with_name(f"{aside.name}+")
-    path.rename(aside)
 
 
 def from_here(path: str | Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,7 +27,7 @@ from inspect_lora.record import FILE, Line, Record, Shift, read_record
 from inspect_lora.statistics import Estimate
 
 SCHEMA = 1  # of --json
-SAME_BASE = 0.01  # nats a token that the losses of one base may be apart, on average
+SAME_BASE = 0.01  # nats per token that the losses of one base may be apart, on average
 # What cannot change a result, and what stands in PEFT's configuration, too.
 NOT_TOLD = {
     "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "EVAL_FILE", "DEVICE", "MODEL_NAME",
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def loss(self) -> float:
-        """Its loss on the shared lines, in nats a token; the rows are sorted by it."""
+        """Its loss on the shared lines, in nats per token; the rows are sorted by it."""
         tokens = sum(line.tokens for line in self.lines)
         return sum(line.adapter for line in self.lines) / tokens if tokens else math.inf
 
@@ -84,12 +84,7 @@ class Passed:
     change: Estimate | None  # of two runs, from the first to the second
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """What is not compared, such as a report or a check."""
-
-    name: str
-    reason: str
+LeftOut = dict[str, str]  # "name" and "reason" of a report or a check that is not compared
 
 
 def compare(folders: list[str], output_dir: Path, as_json: bool = False) -> None:
@@ -117,7 +112,7 @@ def compare(folders: list[str], output_dir: Path, as_json: bool = False) -> None
 def leave_out(left_out: list[LeftOut], name: str, reason: str) -> None:
     """Say what is not compared, and why, and add it to the list."""
     tell("left out", wrapped(f"{name}: {reason}"))
-    left_out.append(LeftOut(name, reason))
+    left_out.append({"name": name, "reason": reason})
 
 
 # ---- Which records
@@ -126,10 +121,10 @@ def leave_out(left_out: list[LeftOut], name: str, reason: str) -> None:
 def read_all(folders: list[str], left_out: list[LeftOut]) -> list[Run]:
     """Return the finished records in folders and below, of one adapter the newest."""
     runs: list[Run] = []
-    for path in paths_in(folders):
-        name = from_here(path.parent if path.name == FILE else path)
+    for folder in reports_in(folders):
+        name = from_here(folder)
         try:
-            record = read_record(path)
+            record = read_record(folder)
         except InspectError as error:
             leave_out(left_out, name, str(error))
         else:
@@ -143,12 +138,12 @@ def read_all(folders: list[str], left_out: list[LeftOut]) -> list[Run]:
     return list(newest.values())
 
 
-def paths_in(folders: list[str]) -> list[Path]:
-    """Return the paths of all records, or raise InspectError if a folder holds none."""
-    paths = {folder: [*Path(folder).rglob(f"{FILE}*")] for folder in folders}
+def reports_in(folders: list[str]) -> list[Path]:
+    """Return the folders of all records, or raise InspectError if a folder holds none."""
+    paths = {folder: [*Path(folder).rglob(FILE)] for folder in folders}
     if empty := [folder for folder, inside in paths.items() if not inside]:
         raise InspectError(f"Not there, or without an {FILE}: {', '.join(empty)}.")
-    return sorted({path.resolve() for inside in paths.values() for path in inside})
+    return sorted({path.resolve().parent for inside in paths.values() for path in inside})
 
 
 def rank_of(run: Run) -> tuple[bool, str]:
@@ -429,4 +424,4 @@ def merged_prompt(prompts: list[PagePrompt]) -> PagePrompt:
         if all(prompt.checks.get(name) == rule for prompt in prompts)
     }
     replies = [first.replies[0], *(prompt.replies[1] for prompt in prompts)]
-    return PagePrompt(**vars(first) | {"checks": checks, "replies": replies})
+    return replace(first, checks=checks, replies=replies)

@@ -10,29 +10,17 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import train_lora_single as script
-from inspect_lora.common import InspectError, file_sha256, hash_of, say, some
+from inspect_lora.common import InspectError, hash_of, say, some
+from inspect_lora.record import Prompt
 from inspect_lora.rules import Rule, rules_for
 
 MOST_ASKED = {"cpu": 100, "cuda": 200}  # held-out prompts that both models reply to
 Turns = list[dict[str, str]]
-
-
-@dataclass
-class Prompt:
-    """What both models reply to."""
-
-    source: str  # "held_out", "prompts" or "tasks"
-    where: str  # file:line
-    kind: str
-    messages: list[dict[str, str]]
-    reference: str | None = None  # the reply of the file
-    rejected: str | None = None  # the bad reply of a pair
-    checks: dict[str, Rule] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,7 +74,7 @@ def count_trained_kinds(
     trained = run.get("data", {}).get("train") or {}
     paths = [Path(train_file)] if train_file else seen_from(place, str(trained.get("file") or ""))
     for path in filter(Path.is_file, paths):
-        if train_file or file_sha256(path) == trained.get("sha256"):
+        if train_file or script.file_sha256(path) == trained.get("sha256"):
             counts: Counter[str] = Counter()
             for entry in script.entries_of(path.read_bytes(), str(path)).values():
                 with contextlib.suppress(ValueError):
@@ -105,7 +93,7 @@ def file_held_out(place: Path, run: dict[str, Any]) -> str:
     named = str(held_out.get("file") or "")
     for name in ("held_out.jsonl", named):
         for path in seen_from(place, name):
-            if path.is_file() and file_sha256(path) == held_out.get("sha256"):
+            if path.is_file() and script.file_sha256(path) == held_out.get("sha256"):
                 return str(path)
     changed = f"{named} is not there, or has changed since the training held it out. "
     raise InspectError(
@@ -123,21 +111,23 @@ def seen_from(place: Path, name: str) -> list[Path]:
 
 
 def read_held_out(
-    path: str, replies: str, thinks: bool, kinds: Kinds
-) -> tuple[list[script.Conversation], dict[str, Turns]]:
-    """Return the replies of a file, all or the last of each conversation.
-
-    Also return by file:line the conversations that end with the bad reply of a pair.
-    """
+    path: str, replies: str, thinks: bool, kinds: Kinds, system: str
+) -> tuple[list[script.Conversation], list[script.Conversation]]:
+    """Return the replies of a file, all or the last of each conversation, and a pair's bad ones."""
     problems: list[str] = []
-    conversations = script.read_conversations(path, replies, problems, thinks, takes_pairs=True)
-    rejected: dict[str, Turns] = {}
+    conversations = [
+        replace(conversation, messages=with_system(conversation.messages, system))
+        for conversation in script.read_conversations(
+            path, replies, problems, thinks, takes_pairs=True
+        )
+    ]
+    rejected = []
     last = {conversation.source: conversation for conversation in conversations}
     for source, conversation in last.items():
         try:
             kinds.checks(conversation.row)
             if conversation.row.get("rejected") is not None:
-                rejected[source] = with_rejected(conversation, thinks)
+                rejected.append(with_rejected(conversation, thinks))
         except (InspectError, ValueError) as error:
             problems.append(f"{source}: {error}")
     rows = [conversation.row for conversation in last.values()]
@@ -145,8 +135,8 @@ def read_held_out(
     return conversations, rejected
 
 
-def with_rejected(conversation: script.Conversation, thinks: bool) -> Turns:
-    """Return a conversation's messages with the line's bad reply at their end."""
+def with_rejected(conversation: script.Conversation, thinks: bool) -> script.Conversation:
+    """Return a conversation with the line's bad reply at its end."""
     bad = conversation.row["rejected"]
     if isinstance(bad, str):
         bad = [{"role": "assistant", "content": bad}]
@@ -160,7 +150,7 @@ def with_rejected(conversation: script.Conversation, thinks: bool) -> Turns:
         raise ValueError(f'"rejected": {error}') from error
     if bad[0]["content"].split() == good["content"].split():
         raise ValueError('"rejected" is the good reply')
-    return messages
+    return replace(conversation, messages=messages)
 
 
 def refuse(problems: list[str]) -> None:
@@ -207,17 +197,13 @@ def clusters_of(
     the same value of a key are one: their losses are not independent, so a dialogue that is stored
     as one line a reply must not narrow an interval.
     """
-    leads_to: dict[str, str] = {}  # an earlier line of the same cluster
-
-    def first_of(source: str) -> str:
-        while source in leads_to:
-            source = leads_to[source]
-        return source
+    clusters = {conversation.source: conversation.source for conversation in conversations}
 
     def join(source: str, earlier: str) -> None:
-        first, other = first_of(earlier), first_of(source)
-        if first != other:
-            leads_to[other] = first
+        left = clusters[source]
+        if left != clusters[earlier]:
+            joined = [line for line, cluster in clusters.items() if cluster == left]
+            clusters.update(dict.fromkeys(joined, clusters[earlier]))
 
     asked_by: dict[str, str] = {}
     for conversation in conversations:
@@ -232,7 +218,7 @@ def clusters_of(
             if message["role"] == "user":
                 prompt = script.prompt_hash(conversation.messages[: place + 1])
                 join(conversation.source, asked_by.get(prompt, conversation.source))
-    return {each.source: first_of(each.source) for each in conversations}
+    return clusters
 
 
 # ---- Prompts without replies

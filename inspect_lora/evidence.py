@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +68,12 @@ def measure_unless_known(plan: Plan, before: model.Adapter | None) -> model.Adap
         return measure_adapter(plan, before)
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal asked to stop; its number is the argument."""
-
-
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Let the signals of a terminal and of job schedulers raise Stopped."""
+    """Let the signals of a terminal and of job schedulers raise KeyboardInterrupt(number)."""
 
     def stop(number: int, _: Any) -> None:
-        raise Stopped(number)
+        raise KeyboardInterrupt(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, stop) for number in numbers}
@@ -114,11 +110,11 @@ def plan_measurement(options: argparse.Namespace, name: str) -> Plan:
     """Read and render all files; leave out what the adapter learned or what is too long."""
     saved = read_adapter(find_adapter(name))
     run = common.read_json(saved.place / "run.json")
-    weights = common.file_sha256(saved.place / "adapter_model.safetensors")
+    weights = script.file_sha256(saved.place / "adapter_model.safetensors")
     record = Record(name, common.hash_of((weights, saved.config)), saved.config, run)
     record.folder = Path(options.output_dir or report_folder(name, saved.place))
     kinds = data.Kinds(options.kind, read_rules(options.rules) if options.rules else [])
-    tasks, lines, rejected, prompts, eval_file = [], [], {}, [], None
+    tasks, lines, rejected, prompts, eval_file = [], [], [], [], None
     if options.general_file:
         tasks = data.read_prompts(options.general_file, "tasks", data.Kinds("topic", []))
     thinks = options.enable_thinking or run.get("settings", {}).get("ENABLE_THINKING", False)
@@ -127,25 +123,23 @@ def plan_measurement(options: argparse.Namespace, name: str) -> Plan:
     else:
         eval_file = options.eval_file or data.file_held_out(saved.place, run)
         replies = run.get("settings", {}).get("REPLIES", "all")
-        lines, rejected = data.read_held_out(eval_file, replies, thinks, kinds)
-    system = options.system or ""
-    lines = [replace(line, messages=data.with_system(line.messages, system)) for line in lines]
+        system = options.system or ""
+        lines, rejected = data.read_held_out(eval_file, replies, thinks, kinds, system)
     lengths = {line.source: len(line.messages) for line in lines}  # the last of a line stays
     learned = data.read_learned(saved.place, options.train_file, thinks)
-    kept = [line for line in lines if script.prompt_hash(line.messages[:-1]) not in (learned or ())]
-    new = [each for each in prompts if script.prompt_hash(each.messages) not in (learned or ())]
+
+    def is_new(prompt: data.Turns) -> bool:
+        return script.prompt_hash(prompt) not in (learned or ())
+
+    kept = [line for line in lines if is_new(line.messages[:-1])]
+    bad = [line for line in rejected if is_new(line.messages[:-1])]
+    new = [prompt for prompt in prompts if is_new(prompt.messages)]
     if learned is not None:
         record.learned = len(lines) + len(prompts) - len(kept) - len(new)
     record.trained_kinds = data.count_trained_kinds(saved.place, run, options.train_file, kinds)
     settings, base = model.describe_base(options, saved)
     problems: list[str] = []
     examples = script.encode(kept, base, 10**9, problems)
-    ends = [line for line in kept if len(line.messages) == lengths[line.source]]
-    bad = [
-        replace(line, messages=data.with_system(rejected[line.source], system))
-        for line in ends
-        if line.source in rejected
-    ]
     bad_examples = {each.source: each for each in script.encode(bad, base, 10**9, problems)}
     data.refuse(problems)
     plan = Plan(
@@ -229,18 +223,19 @@ def hash_of_request(plan: Plan) -> str:
     """Return a hash of the adapter's files, of the flags, and of the files that they name."""
     without = (*NOT_ASKED_FOR, *FILES)
     flags = {name: value for name, value in vars(plan.options).items() if name not in without}
-    inside = {path.name: common.file_sha256(path) for path in sorted(plan.saved.place.iterdir())}
+    inside = {path.name: script.file_sha256(path) for path in sorted(plan.saved.place.iterdir())}
     named = {name: facts["sha256"] for name, facts in files_of(plan).items()}
     return common.hash_of((SCHEMA, inside, flags, named))
 
 
 def files_of(plan: Plan) -> dict[str, dict[str, str]]:
     """Return the files that were read, with their SHA-256."""
-    paths = vars(plan.options) | {"eval_file": plan.eval_file}
+    flags = vars(plan.options) | {"eval_file": plan.eval_file}
+    paths = {name: Path(flags[name]) for name in FILES if flags[name]}
     return {
-        name: {"file": common.from_here(paths[name]), "sha256": common.file_sha256(paths[name])}
-        for name in FILES
-        if paths[name] and Path(paths[name]).is_file()
+        name: {"file": common.from_here(path), "sha256": script.file_sha256(path)}
+        for name, path in paths.items()
+        if path.is_file()
     }
 
 
@@ -298,7 +293,7 @@ def measure_all(plan: Plan, adapter: model.Adapter) -> None:
         began = time.monotonic()
         step(plan, adapter)
         if not record.seconds and (record.folder / FILE).exists():
-            common.rename_old(record.folder)  # not before something was measured
+            script.rename_old(record.folder)  # not before something was measured
         record.folder.mkdir(exist_ok=True)
         record.seconds[name] = round(time.monotonic() - began, 1)
         record.finished = len(record.seconds) == len(STEPS)

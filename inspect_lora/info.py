@@ -3,16 +3,20 @@
 import argparse
 import json
 import math
+import os
 import re
 import statistics
+import sys
 from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads that wait would double the time
 
 from inspect_lora import adapter_file
 from inspect_lora.adapter_file import Module, SavedAdapter
 from inspect_lora.common import InspectError, aligned, one_line, read_json, say, some, wrapped
 
 SCHEMA = 1  # of --json
-MOST_LINES, WIDTH = 20, 90  # of what is printed: lines, and the width of each
+WIDTH = 90  # of what is printed, in columns
 WIDEST_MAP = 32  # signs
 LEGEND = [
     "# an update  . none  0 it is 0  ! NaN  size: |update|, the median and the largest",
@@ -21,8 +25,20 @@ LEGEND = [
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print what each adapter is; return the highest status."""
+    statuses = []
+    for name in options.adapters:
+        try:
+            statuses.append(describe(name, options))
+        except InspectError as error:
+            print(error, file=sys.stderr)
+            statuses.append(2)
+    return max(statuses)
+
+
+def describe(name: str, options: argparse.Namespace) -> int:
     """Print what an adapter is; return 1 if it is useless or wrong, or not served by --for."""
-    saved = adapter_file.read_adapter(adapter_file.find_adapter(options.adapter))
+    saved = adapter_file.read_adapter(adapter_file.find_adapter(name))
     faults = adapter_file.faults_of(saved)
     base, reason = adapter_file.base_config(options.base or adapter_file.base_of(saved))
     is_applied, names = adapter_file.names_of(saved, base, reason)
@@ -31,14 +47,14 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(as_object(saved, faults, is_applied), indent=1))
     else:
-        print_sections(options.adapter, saved, faults, names)
+        print_sections(name, saved, faults, names)
     if options.server == "vllm" and is_applied is None and not faults:
-        raise InspectError(one_line(f"Its names: {names}", 400))
+        raise InspectError(one_line(f"{name}: its names are {names}", 400))
     return int(bool(faults) or (options.server == "vllm" and not is_applied))
 
 
 def print_sections(name: str, saved: SavedAdapter, faults: list[str], names: str) -> None:
-    """Print it on at most MOST_LINES lines; of very many targets the last ones are left out."""
+    """Print it on lines of at most WIDTH columns beside the section."""
     config, types = saved.config, sorted(set(saved.types.values()))
     numbers = sum(tensor.size for tensor in saved.tensors.values())
     scaling = "alpha / sqrt(r)" if config.get("use_rslora") else "alpha / r"
@@ -51,17 +67,16 @@ def print_sections(name: str, saved: SavedAdapter, faults: list[str], names: str
     if trained_by:
         sessions = trained_by.get("sessions") or [{}]
         say("run", one_line(f"{trained_by.get('time')}  {sessions[-1].get('command')}", WIDTH))
-    sections = [(key, [one_line(text, WIDTH)]) for key, text in facts_of(saved).items()]
-    sections.append(("names", wrapped(names)))
-    sections += [("FAULT", wrapped(one_line(fault, 2 * WIDTH))) for fault in faults]
     if saved.modules:
-        used = 3 + len(LEGEND) + sum(len(lines) for _, lines in sections)
-        say("targets", [*table_of_targets(saved.modules, max(3, MOST_LINES - used)), *LEGEND])
-    for section, lines in sections:
-        say(section, lines)
+        say("targets", [*table_of_targets(saved.modules), *LEGEND])
+    for section, text in facts_of(saved).items():
+        say(section, one_line(text, WIDTH))
+    say("names", wrapped(names))
+    for fault in faults:
+        say("FAULT", wrapped(one_line(fault, 2 * WIDTH)))
 
 
-def table_of_targets(modules: list[Module], most_lines: int) -> list[str]:
+def table_of_targets(modules: list[Module]) -> list[str]:
     """Return a line for each target: in which layers it stands, and how large its updates are."""
     depth = 1 + max((mod.layer for mod in modules if mod.layer is not None), default=0)
     groups: dict[str, list[Module]] = {}
@@ -76,10 +91,7 @@ def table_of_targets(modules: list[Module], most_lines: int) -> list[str]:
         signs = "".join(sign_of(group, range(n, n + each)) for n in range(0, depth, each))
         signs = signs if group[0].layer is not None else "in none"
         rows.append([f"{of}{group[0].target}", signs.ljust(len(title)), *numbers_of(group)])
-    lines = aligned(["", title, "r", "scaling", "size", "largest", "r90"], rows)
-    if len(lines) > most_lines:
-        lines[most_lines - 1 :] = [f"and {len(lines) - most_lines + 1} targets more: --json"]
-    return lines
+    return aligned(["", title, "r", "scaling", "size", "largest", "r90"], rows)
 
 
 def numbers_of(group: list[Module]) -> list[str]:

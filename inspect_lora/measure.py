@@ -41,7 +41,7 @@ def losses_of(adapter: Adapter, examples: list[script.Example], what: str) -> li
 
     The replies of a dialogue go through it as one row where that is exact.
     """
-    rows = script.example_losses(adapter.model, script.join_replies(examples))
+    rows = script.losses_of_replies(adapter.model, script.join_replies(examples))
     losses = [loss for row in rows for loss in row]
     refuse_nan(losses, what)
     return losses
@@ -57,22 +57,15 @@ def refuse_nan(numbers: list[float], what: str) -> None:
         )
 
 
-def losses_of_base(adapter: Adapter, examples: list[script.Example]) -> list[float]:
-    """Return the base's loss of each reply; none is measured again for another adapter."""
-
-    def measure(unknown: list[script.Example]) -> list[float]:
-        with adapter.at_strength(0):
-            return losses_of(adapter, unknown, "the base model")
-
-    keys = [("loss", example.prompt_ids, example.reply_ids) for example in examples]
-    return adapter.loaded.measured_once(keys, examples, measure)
-
-
 def losses_of_both(
     adapter: Adapter, examples: list[script.Example]
 ) -> tuple[list[float], list[float]]:
     """Return the losses of each reply by the base and by the adapter."""
-    return losses_of_base(adapter, examples), losses_of(adapter, examples, "the adapter")
+    keys = [("loss", example.prompt_ids, example.reply_ids) for example in examples]
+    of_base = adapter.measured_of_base(
+        keys, examples, lambda unknown: losses_of(adapter, unknown, "the base model")
+    )
+    return of_base, losses_of(adapter, examples, "the adapter")
 
 
 def measure_lines(
@@ -240,13 +233,11 @@ def measure_shifts(adapter: Adapter, tasks: list[Prompt], system: str) -> list[S
 def replies_of_base(adapter: Adapter, tasks: list[Prompt], system: str) -> list[script.Example]:
     """Return the base's reply to each task, drawn with its own odds."""
     prompts = [prompt_ids(with_system(task.messages, system), adapter.base) for task in tasks]
-
-    def draw(unknown: list[list[list[int]]]) -> list[list[list[int]]]:
-        with adapter.at_strength(0):
-            return [generate(adapter, each, TASK_TOKENS, sampled=True) for each in unknown]
-
-    # A draw depends on all of its prompts.
-    (replies,) = adapter.loaded.measured_once([("drawn", prompts)], [prompts], draw)
+    (replies,) = adapter.measured_of_base(
+        [("drawn", prompts)],  # a draw depends on all of its prompts
+        [prompts],
+        lambda unknown: [generate(adapter, each, TASK_TOKENS, sampled=True) for each in unknown],
+    )
     rows = zip(tasks, prompts, replies, strict=True)
     return [script.Example(task.where, task.messages, {}, *ids) for task, *ids in rows]
 
@@ -270,30 +261,18 @@ def ask_both(
     Returns what they said, and the adapter's replies with their tokens.
     """
     ids = [prompt_ids(prompt.messages, adapter.base) for prompt in prompts]
-    replies = (
-        greedy_replies_of_base(adapter, ids, max_new_tokens),
-        generate(adapter, ids, max_new_tokens),
+    keys = [("reply", prompt, max_new_tokens) for prompt in ids]
+    of_base = adapter.measured_of_base(
+        keys, ids, lambda unknown: generate(adapter, unknown, max_new_tokens)
     )
+    replies = generate(adapter, ids, max_new_tokens)
     exchanges, of_adapter = [], []
-    for prompt, asked, base, reply in zip(prompts, ids, *replies, strict=True):
+    for prompt, asked, base, reply in zip(prompts, ids, of_base, replies, strict=True):
         sides = {"base": base, "adapter": reply}
         judged = {name: judged_reply(adapter, tokens, prompt) for name, tokens in sides.items()}
         exchanges.append(Exchange(**vars(prompt), **judged))
         of_adapter.append(script.Example(prompt.where, prompt.messages, {}, asked, reply))
     return exchanges, of_adapter
-
-
-def greedy_replies_of_base(
-    adapter: Adapter, prompts: list[list[int]], max_new_tokens: int
-) -> list[list[int]]:
-    """Return the base's replies; what an adapter before has asked for is not generated again."""
-
-    def reply(unknown: list[list[int]]) -> list[list[int]]:
-        with adapter.at_strength(0):
-            return generate(adapter, unknown, max_new_tokens)
-
-    keys = [("reply", prompt, max_new_tokens) for prompt in prompts]
-    return adapter.loaded.measured_once(keys, prompts, reply)
 
 
 def judged_reply(adapter: Adapter, tokens: list[int], prompt: Prompt) -> Reply:

@@ -38,16 +38,6 @@ class LoadedBase:
     known: dict[str, Any] = field(default_factory=dict)  # losses and replies, by a hash
     trial: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens, and the logits they gave
 
-    def measured_once(
-        self, keys: list[Any], items: list[Any], measure: Callable[[list[Any]], list[Any]]
-    ) -> list[Any]:
-        """Return what measure() gives for each item; what is known by its key is not done again."""
-        names = [hash_of(key) for key in keys]
-        items_by_name = dict(zip(names, items, strict=True))
-        unknown = {name: item for name, item in items_by_name.items() if name not in self.known}
-        self.known |= dict(zip(unknown, measure([*unknown.values()]), strict=True))
-        return [self.known[name] for name in names]
-
 
 @dataclass
 class Adapter:
@@ -77,6 +67,20 @@ class Adapter:
         if strength == 0:
             return self.model.disable_adapter()
         return peft.helpers.rescale_adapter_scale(self.model, strength)
+
+    def measured_of_base(
+        self, keys: list[Any], items: list[Any], measure: Callable[[list[Any]], list[Any]]
+    ) -> list[Any]:
+        """Return what measure() gives for each item with the adapter off.
+
+        What is known by its key, since another adapter has asked for it, is not measured again.
+        """
+        names, known = [hash_of(key) for key in keys], self.loaded.known
+        items_by_name = dict(zip(names, items, strict=True))
+        unknown = {name: item for name, item in items_by_name.items() if name not in known}
+        with self.at_strength(0):
+            known |= dict(zip(unknown, measure([*unknown.values()]), strict=True))
+        return [known[name] for name in names]
 
 
 # ---- Opening
@@ -187,8 +191,13 @@ def load_base(
 def is_unchanged(loaded: LoadedBase) -> bool:
     """Return whether a base gives the logits of its first trial, now that an adapter is off it."""
     probe, logits = loaded.trial
+    return logits_of(loaded.weights, probe).equal(logits)
+
+
+def logits_of(network: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Return a model's logits, in its own type."""
     with torch.no_grad():
-        return torch.equal(loaded.weights(probe).logits, logits)
+        return network(ids).logits
 
 
 def own_tokenizer(place: Path) -> transformers.PreTrainedTokenizerBase | None:
@@ -209,13 +218,12 @@ def attach_and_compare(
     """
     form = {"add_generation_prompt": True, "return_dict": False, "return_tensors": "pt"}
     probe = tokenizer.apply_chat_template(PROBE, **form).to(loaded.weights.device)
-    with torch.no_grad():
-        before = loaded.weights(probe).logits
-        loaded.trial = loaded.trial or (probe, before)
-        model = attach(loaded.weights, saved).eval()
-        with model.disable_adapter():
-            after = model(probe).logits
-        effect = (model(probe).logits - after).abs().max().item()
+    before = logits_of(loaded.weights, probe)
+    loaded.trial = loaded.trial or (probe, before)
+    model = attach(loaded.weights, saved).eval()
+    with model.disable_adapter():
+        after = logits_of(model, probe)
+    effect = (logits_of(model, probe) - after).abs().max().item()
     if effect == 0:  # as of an activated LoRA, which waits for tokens that are not sent here
         raise InspectError(f"{saved.place} changes nothing: the logits are those of the base.")
     if (after - before).abs().max().item() > effect / 100:

@@ -9,11 +9,13 @@ from typing import Any
 from inspect_lora import statistics as stats
 from inspect_lora.common import InspectError, read_json, short
 from inspect_lora.record import Record
-from inspect_lora.statistics import Change
+from inspect_lora.statistics import Change, Estimate
 
 PICTURE = "picture.png"
 KINDS_DRAWN, CHECKS_DRAWN, PARTS_DRAWN = 12, 10, 12
-BASE, ADAPTER, WORSE = "0.55", "C0", "C3"  # colours
+BASE, ADAPTER = "0.55", "C0"  # colours
+LETTER = 5.2  # about the width of a letter of SMALL text, in points
+SMALL = 9
 
 
 def draw(record: Record) -> None:
@@ -31,74 +33,90 @@ def draw(record: Record) -> None:
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure((6 * columns, 4.2 * rows + 0.4), dpi=100, layout="constrained")
-    for place, panel in enumerate(panels, 1):
-        panel(figure.add_subplot(rows, columns, place), record)
+    places = figure.subfigures(rows, columns, squeeze=False, width_ratios=[1.1, 1][:columns])
+    for panel, place in zip(panels, places.flat, strict=False):
+        panel(place.add_subplot(), record)
     title = f"{short(record.adapter, 60)} on {short(record.conditions['base'], 50)}"
     figure.suptitle(title, parse_math=False)
     figure.savefig(record.folder / PICTURE)
 
 
-def name_rows(axes: Any, names: list[str]) -> None:
-    """Write a name beside each row, the first on top."""
+def name_rows(axes: Any, names: list[str], upper: int) -> None:
+    """Write a name beside each row, the first on top, and draw a line below the upper ones."""
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
+    if 0 < upper < len(names):
+        axes.axhline(upper - 0.5, color="0.6", linewidth=1)
+
+
+def draw_estimates(axes: Any, estimates: list[Estimate], hollow: list[int]) -> None:
+    """Draw a row for each estimate and its interval; the dots of some rows are hollow."""
+    for place, estimate in enumerate(estimates):
+        fill = "white" if place in hollow else ADAPTER
+        margin = estimate.high - estimate.value
+        look = {"fmt": "o", "color": ADAPTER, "mfc": fill, "capsize": 3}
+        axes.errorbar(estimate.value, place, xerr=margin, **look)
+    axes.axvline(0, color="0.3", linewidth=1)
 
 
 def draw_gains(axes: Any, record: Record) -> None:
     """Draw the gain on all replies, and below a line that of each kind, the largest first."""
     rows = [row for row in stats.gains(record) if math.isfinite(row.gain.high)][:KINDS_DRAWN]
+    not_trained = [place for place, row in enumerate(rows) if row.is_trained is False]
+    draw_estimates(axes, [row.gain for row in rows], not_trained)
     names = []
     for place, row in enumerate(rows):
-        is_new = row.is_trained is False
-        color = WORSE if row.gain.high < 0 else ADAPTER
-        look = {"color": color, "capsize": 3, "mfc": "white" if is_new else color}
-        margin = row.gain.high - row.gain.value
-        axes.errorbar(row.gain.value, place, xerr=margin, fmt="o" if place else "D", **look)
         name = "all held-out replies" if row.kind == stats.ALL else short(row.kind)
-        names.append(f"{name} ({row.replies})" + (", not trained" if is_new else ""))
-    name_rows(axes, names)
-    if len(rows) > 1:
-        axes.axhline(0.5, color="0.6", linewidth=1)
-    axes.axvline(0, color="0.3", linewidth=1)
+        names.append(f"{name} ({row.replies}){', not trained' if place in not_trained else ''}")
+    name_rows(axes, names, 1)
     axes.set_title("Held-out replies: gain over the base")
-    axes.set_xlabel("loss of the base - loss of the adapter, nats a token")
+    axes.set_xlabel("loss of the base - loss of the adapter,\nnats per token, 95 % intervals")
 
 
 def changes_of(record: Record) -> dict[str, Change]:
     """Return what is counted before and after: checks, the least passed first, tasks, pairs."""
     checks = stats.checks(record)
-    order = sorted(checks, key=lambda title: checks[title].after / checks[title].count)
-    order.sort(key=lambda title: title.startswith(stats.TASKS))
-    changes = {title: checks[title] for title in order[:CHECKS_DRAWN]}
+    changes = {title: checks[title] for title in list(checks)[:CHECKS_DRAWN]}
     for name, pairs in stats.pairs_by_kind(record.pairs).items():
         changes[f"pairs: {name.strip('()')}"] = stats.preferences(pairs).by_sum
     return changes
 
 
 def draw_changes(axes: Any, record: Record) -> None:
-    """Draw how many replies pass each check, and how many pairs are right: base, then adapter."""
+    """Draw how many replies pass each check, and how many pairs are right: base, then adapter.
+
+    The change stands beside it as text. Drawn as a bar, its interval looks like the adapter's.
+    """
     changes = changes_of(record)
     for place, row in enumerate(changes.values()):
         before, after = 100 * row.before / row.count, 100 * row.after / row.count
-        ends = [before + 100 * row.change.low, before + 100 * row.change.high]
-        color = WORSE if row.is_clear_loss else ADAPTER
-        axes.plot(ends, [place, place], "-", color=color, linewidth=7, alpha=0.2)
-        axes.plot([before, after], [place, place], "-", color=color)
-        axes.plot(before, place, "o", mfc="white", color=BASE)
-        axes.plot(after, place, "o", color=color)
-        counts = f"{row.before} → {row.after} of {row.count}"
-        axes.annotate(counts, (107, place), va="center", annotation_clip=False, fontsize=9)
+        axes.plot([before, after], [place, place], "-", color=ADAPTER)
+        axes.plot(before, place, "o", markersize=8, mfc="white", color=BASE)
+        axes.plot(after, place, "o", markersize=5, color=ADAPTER)
+    counts = [f"{row.before} → {row.after} of {row.count}" for row in changes.values()]
+    in_points = [stats.points(row.change) for row in changes.values()]
+    write_columns(axes, {"base → adapter": counts, "change in points (95 %)": in_points})
     names = [f"other {name}" if name.startswith(stats.TASKS) else name for name in changes]
-    name_rows(axes, [short(name, 30) for name in names])
     first_pair = sum(not name.startswith("pairs: ") for name in changes)
-    if 0 < first_pair < len(changes):
-        axes.axhline(first_pair - 0.5, color="0.6", linewidth=1)
-    axes.set_xlim(-4, 104)
-    titles = ["Replies that pass"] if first_pair else []
+    name_rows(axes, [short(name, 30) for name in names], first_pair)
+    axes.set_xlim(-5, 105)
+    titles = ["Replies that pass a check"] if first_pair else []
     titles += ["pairs with the good reply likelier"] if first_pair < len(changes) else []
-    axes.set_title("; ".join(titles))
-    axes.set_xlabel("per cent: ○ base, ● adapter, band: 95 % interval of the change")
+    axes.figure.suptitle("; ".join(titles))  # over the names and columns, too
+    axes.set_xlabel("per cent; hollow: base, filled: adapter")
+
+
+def write_columns(axes: Any, columns: dict[str, list[str]]) -> None:
+    """Write a text beside each row, in columns at the right with their heads above them."""
+    left = 2 * LETTER
+    for head, texts in columns.items():
+        beside = {"textcoords": "offset points", "fontsize": SMALL, "annotation_clip": False}
+        axes.annotate(head, (1, 1), (left, 5), xycoords="axes fraction", **beside)
+        for place, text in enumerate(texts):
+            where = {"xycoords": ("axes fraction", "data"), "va": "center"}
+            axes.annotate(text, (1, place), (left, 0), **where, **beside)
+        left += LETTER * (2 + max(map(len, [head, *texts])))
 
 
 def draw_strengths(axes: Any, record: Record) -> None:
@@ -108,38 +126,46 @@ def draw_strengths(axes: Any, record: Record) -> None:
     axes.plot(xs, ys, "-", color=ADAPTER, alpha=0.5)
     axes.plot(0, 0, "o", mfc="white", color=BASE)
     axes.annotate("base", (0, 0), (7, -3), textcoords="offset points")
-    for row in rows:
+    for number, row in enumerate(rows):
         name = "as trained" if row.strength == 1 else f"x {row.strength:g}"
         marker = "D" if row.strength == 1 else "o"
         x, y = row.kl.value, row.gain.value
         errors = {"xerr": row.kl.high - x, "yerr": row.gain.high - y}
         errors = {key: margin for key, margin in errors.items() if math.isfinite(margin)}
         axes.errorbar(x, y, **errors, fmt=marker, color=ADAPTER, capsize=3)
-        axes.annotate(name, (x, y), (6, -14), textcoords="offset points")
-    axes.margins(0.12)
+        # Neighbours have their names above and below in turn, beyond the ends of their intervals.
+        margin, turn = errors.get("yerr", 0.0), -1 if number % 2 else 1
+        look = {"ha": "center", "va": "top" if number % 2 else "bottom"}
+        axes.annotate(
+            name, (x, y + turn * margin), (0, 5 * turn), textcoords="offset points", **look
+        )
+    axes.margins(0.15)
     axes.grid(alpha=0.3)
-    axes.set_title("Weaker or stronger: gain and change elsewhere")
-    axes.set_xlabel("KL(base || adapter) on other tasks, nats a token")
-    axes.set_ylabel("gain on held-out replies, nats a token")
+    axes.set_title("Weaker or stronger: gain, and change on other tasks")
+    axes.set_xlabel(
+        "KL(base || adapter) on other tasks, nats per token, 95 % intervals\n"
+        "(the strengths share their replies, so their differences are known better)"
+    )
+    axes.set_ylabel(f"gain on {replies_of_parts(record)}, nats per token")
+
+
+def replies_of_parts(record: Record) -> str:
+    """Return how many of the held-out replies measure strengths and parts."""
+    return f"{len(record.part_lines)} of {len(record.lines)} held-out replies"
 
 
 def draw_costs(axes: Any, record: Record) -> None:
     """Draw by how much the loss rises without each part; then the cuts."""
     effects = [row for row in stats.part_effects(record) if row.cost]
     effects = [row for row in effects if math.isfinite(row.cost.high)][:PARTS_DRAWN]
-    for place, row in enumerate(effects):
-        margin = row.cost.high - row.cost.value
-        axes.errorbar(row.cost.value, place, xerr=margin, fmt="o", color=ADAPTER, capsize=3)
-    name_rows(
-        axes, [short(row.name if row.is_cut else f"without {row.name}", 30) for row in effects]
-    )
-    first_cut = sum(not row.is_cut for row in effects)
-    if 0 < first_cut < len(effects):
-        axes.axhline(first_cut - 0.5, color="0.6", linewidth=1)
-    axes.axvline(0, color="0.3", linewidth=1)
+    draw_estimates(axes, [row.cost for row in effects], [])
+    names = [short(row.name if row.is_cut else f"without {row.name}", 30) for row in effects]
+    name_rows(axes, names, sum(not row.is_cut for row in effects))
     gain = stats.gain(stats.lines_of_parts(record)).value
-    axes.set_title(f"Rise of the loss without a part (gain {gain:.2f})")
-    axes.set_xlabel("nats a token, 95 % interval; parts overlap")
+    axes.set_title("Rise of the loss without a part (parts overlap)")
+    axes.set_xlabel(
+        f"nats per token, 95 % intervals\n({replies_of_parts(record)}, whose gain is {gain:.2f})"
+    )
 
 
 # ---- losses.png: how trainings went
@@ -168,7 +194,7 @@ def draw_losses(folders: list[str], path: Path) -> None:
             axes.plot(held_out.keys(), held_out.values(), "o--", color=colour, label=label)
         if 0 in held_out:
             axes.axhline(held_out[0], color=colour, linestyle=":", label=f"{folder}, the base")
-    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
     for text in axes.legend().get_texts():
         text.set_parse_math(False)

@@ -87,18 +87,24 @@ class Reply:
 
 
 @dataclass
-class Exchange:
-    """A prompt, and what base and adapter reply to it."""
+class Prompt:
+    """What a model replies to."""
 
     source: str  # "held_out", "prompts" or "tasks"
     where: str  # file:line
     kind: str
     messages: list[dict[str, str]]
-    reference: str | None  # the reply of the file
-    checks: dict[str, dict[str, Any]]  # the rules for a reply, by name
+    reference: str | None = None  # the reply of the file
+    rejected: str | None = None  # the bad reply of a pair
+    checks: dict[str, dict[str, Any]] = field(default_factory=dict)  # a reply's rules, by name
+
+
+@dataclass(kw_only=True)
+class Exchange(Prompt):
+    """A prompt, and what base and adapter reply to it."""
+
     base: Reply
     adapter: Reply
-    rejected: str | None = None  # the bad reply of a pair
 
 
 @dataclass
@@ -153,10 +159,9 @@ def save_record(record: Record) -> None:
     write_whole(record.folder / FILE, json.dumps(content, indent=1, allow_nan=False))
 
 
-def read_record(path: Path) -> Record:
-    """Return the record in a folder, or in a file, which may have another name."""
-    if path.is_dir():
-        path = path / FILE
+def read_record(folder: Path) -> Record:
+    """Return the record in a folder; raise InspectError if there is none, or another schema's."""
+    path = folder / FILE
     try:
         content = json.loads(path.read_bytes())
         if content["schema"] != SCHEMA:
@@ -166,6 +171,6 @@ def read_record(path: Path) -> Record:
             content[name] = [kind(**entry) for entry in content[name]]
         for exchange in content["exchanges"]:
             exchange.base, exchange.adapter = Reply(**exchange.base), Reply(**exchange.adapter)
-        return Record(**content, folder=path.parent)
+        return Record(**content, folder=folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InspectError(f"{path} cannot be read ({one_line(error)}).") from error

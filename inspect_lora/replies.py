@@ -13,6 +13,7 @@ from inspect_lora.model import Adapter
 
 ROWS_AT_ONCE = 64  # replies that are generated together, at most
 TOKENS_AT_ONCE = 2**15  # of their prompts and replies, padding included
+FIRST_TOKENS = 64  # after which a reply is a long one
 SEED = 42  # of sampled replies
 
 
@@ -21,8 +22,27 @@ def generate(
 ) -> list[list[int]]:
     """Return the tokens of the reply to each prompt, with the one that ends it, as it is now.
 
-    Each is the likeliest token, or drawn with the model's own odds by a fixed seed. The longest
-    prompts come first, many of like lengths together; half as many if memory runs out.
+    Each is the likeliest token, or drawn with the model's own odds by a fixed seed. A batch costs
+    the same until its last reply ends, so those that are long go on in batches of their own.
+    """
+    stops = adapter.base.stop_ids
+    begun = min(max_new_tokens, FIRST_TOKENS)
+    replies = generate_in_batches(adapter, prompts, begun, sampled)
+    long = [number for number, reply in enumerate(replies) if reply[-1] not in stops]
+    if long and begun < max_new_tokens:
+        so_far = [prompts[number] + replies[number] for number in long]
+        rest = generate_in_batches(adapter, so_far, max_new_tokens - begun, sampled)
+        for number, reply in zip(long, rest, strict=True):
+            replies[number] += reply
+    return replies
+
+
+def generate_in_batches(
+    adapter: Adapter, prompts: list[list[int]], max_new_tokens: int, sampled: bool
+) -> list[list[int]]:
+    """Return the reply to each prompt.
+
+    The longest prompts come first, many of like lengths together; half as many if memory runs out.
     """
     stops = adapter.base.stop_ids
     config = transformers.GenerationConfig(

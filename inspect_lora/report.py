@@ -21,7 +21,18 @@ from inspect_lora.common import aligned, from_here, one_line, say, short, tell, 
 from inspect_lora.page import PAGE, page_of, prompts_of
 from inspect_lora.picture import PICTURE, draw
 from inspect_lora.record import Exchange, Record, Reply
-from inspect_lora.statistics import FEWEST_LINES, Change, Estimate
+from inspect_lora.statistics import (
+    FEWEST_LINES,
+    Change,
+    Estimate,
+    cell,
+    interval,
+    number,
+    percent,
+    percents,
+    places_of,
+    points,
+)
 
 Table = tuple[list[str], list[list[Any]]]  # a head, and rows of cells
 WIDTH, HEIGHT = 90, 40  # of what is printed: columns beside the section, and lines
@@ -32,22 +43,26 @@ SIDES = ("base", "adapter")
 REPLY_COLUMNS = ("ended", "empty", "same", "words")  # what cells_of_replies() returns
 TRAINING = "TRAIN_FILE NUM_EPOCHS MAX_STEPS LEARNING_RATE LORA_R LORA_ALPHA SEED FINAL_LORA"
 LEGEND = [
-    "Losses are in nats a token; gain: the base's loss minus the adapter's. Above 0 these replies "
-    "became likelier, which helps nobody by itself.",
-    "Intervals are about 95 %, for other lines of the same writers in the same mix of kinds; "
-    "another seed of the training may change more. Of twenty rows without any effect about one has "
-    "an interval that leaves 0 out. The best of several rows, and an adapter whose settings were "
-    "chosen by these lines, look better than they are.",
-    "Lost, won: what passes with the base only, with the adapter only. Changes of checks and pairs "
-    "are in percentage points.",
-    "Cost: the rise of the loss at another strength, without a part, or with fewer directions; "
-    "alone: the gain with all other parts switched off. Parts overlap.",
-    "KL(base || adapter), in nats a token, and other token (where the likeliest one changes) say "
-    "how far the model moved on the base's replies to other tasks, not that it became worse.",
-    "Pairs, moved: log p(good) - log p(bad) is larger than the base's (the accuracy of DPO's "
-    "implicit reward). Base, adapter: the good reply has more log-probability in all, or a token "
-    "(mean). A tie is not right. Fewer than twenty pairs have no interval.",
-    "Same: the replies that are, word for word, the most frequent one.",
+    "Losses are in nats per token, and the gain is the base's loss minus the adapter's. Above 0, "
+    "these replies became more likely, which in itself helps nobody.",
+    "Intervals are about 95 %, for other lines by the same writers in the same mix of kinds; "
+    "training with another seed may change more. A change is clear if its interval excludes 0. "
+    "Each row is judged alone: of twenty rows without any effect, about one is clear. The best of "
+    "several rows, and an adapter whose settings were chosen on these lines, look better than "
+    "they are.",
+    "Lost and won: replies that pass with the base only, and with the adapter only. Changes of "
+    "checks and pairs are in percentage points.",
+    "Pairs. Moved: log p(good) - log p(bad) is larger with the adapter than with the base (the "
+    "accuracy of DPO's implicit reward). Base and adapter: pairs whose good reply has the higher "
+    "log-probability, as a sum over its tokens or as a mean. A tie is counted as not right.",
+    "A pair shows which of two replies is likelier, not that the model knows when it is right.",
+    "With fewer than twenty lines, changes and pairs have no interval.",
+    "Same: replies that are, word for word, the most frequent one.",
+    "Cost: how much the loss rises at another strength, without a part, or with fewer directions "
+    "of each update. Alone: the gain with all other parts switched off. Parts overlap, so neither "
+    "adds up to the whole.",
+    "KL(base || adapter), in nats per token, and other token (the most likely token differs) show "
+    "how far the model moved on the base's replies to other tasks, not whether it became worse.",
 ]
 
 
@@ -56,49 +71,6 @@ def show_all(record: Record, is_old: bool = False) -> None:
     for section, lines in sections_of(record):
         say(section, lines)
     write(record, is_old)
-
-
-# ---- Numbers
-
-
-def decimals(half_width: float) -> int:
-    """Return after how many decimals a number is rounded: two, or more if it is known better."""
-    if not 0 < half_width < math.inf:
-        return 2
-    return min(4, max(2, math.ceil(-math.log10(half_width))))
-
-
-def number(value: float, half_width: float = 0.0, sign: str = "") -> str:
-    """Return a number, such as 3.82; with the sign "+", +0.80."""
-    text = f"{value:{sign}.{decimals(half_width)}f}"
-    return text if text.strip("+-0.") else text.lstrip("+-")  # no -0.00
-
-
-def interval(estimate: Estimate) -> str:
-    """Return an interval; its ends are not known where it rests on one line."""
-    if not math.isfinite(estimate.low):
-        return "?"
-    half_width = (estimate.high - estimate.low) / 2
-    return " to ".join(number(end, half_width) for end in (estimate.low, estimate.high))
-
-
-def cell(estimate: Estimate | None, sign: str = "") -> str:
-    """Return a number with its interval, such as +0.80 (0.75 to 0.86)."""
-    if estimate is None:
-        return ""
-    half_width = (estimate.high - estimate.low) / 2
-    return f"{number(estimate.value, half_width, sign)} ({interval(estimate)})"
-
-
-def points(change: Estimate) -> str:
-    """Return a change in percentage points with its interval, such as +20 (9 to 35)."""
-    value, low, high = (round(100 * end) for end in (change.value, change.low, change.high))
-    return f"{value:+d} ({low} to {high})" if value else f"0 ({low} to {high})"
-
-
-def percent(value: float) -> str:
-    """Return a share in whole per cents."""
-    return f"{round(100 * value)} %"  # an integer has no -0
 
 
 # ---- The findings
@@ -124,103 +96,113 @@ def finding_on_gain(record: Record) -> Finding | None:
     if not record.lines:
         return None
     row = stats.gains(record)[0]
+    places = places_of(row.gain)
     text = (
-        f"Gain {number(row.gain.value, row.gain.high - row.gain.value, '+')} nats a token (95 % "
-        f"interval {interval(row.gain)}) on {row.replies} held-out replies: the loss "
-        f"{'falls' if row.gain.value > 0 else 'rises'} from {row.base:.2f} to {row.adapter:.2f}, "
-        f"and is lower on {row.lower_on}."
+        f"Gain {number(row.gain.value, places, '+')} nats per token (95 % interval "
+        f"{interval(row.gain, places)}) on {row.replies} held-out replies: the loss "
+        f"{'falls' if row.gain.value > 0 else 'rises'} from {number(row.base, places)} to "
+        f"{number(row.adapter, places)}, and is lower on {row.lower_on} of them."
     )
     facts = vars(row) | {"is_clear": row.gain.is_clear()}
-    seen = "" if facts["is_clear"] else seen_in_words(row.gain)
+    seen = "" if facts["is_clear"] else gain_seen(row.gain)
     return Finding("gain", facts, f"{text} {seen}".strip())
 
 
-def seen_in_words(gain: Estimate) -> str:
+def gain_seen(gain: Estimate) -> str:
     """Return which gain lines like these show, if that is known."""
     seen = stats.smallest_effect_seen(gain)
-    shown = f"A gain of {number(seen, seen)} would be seen in 80 % of draws of such lines."
+    shown = f"A true gain of {number(seen, places_of(gain))} would be detected with 80 % power."
     return shown if math.isfinite(seen) else ""
 
 
 def finding_on_replies(record: Record) -> Finding | None:
     """Return what the replies pass, clear losses and what passes least first, and the pairs."""
+    facts: dict[str, Any] = {}
+    sentences = []
     changes = {
         title: change
         for title, change in stats.checks(record).items()
         if not title.startswith(stats.TASKS)
     }
-    order = sorted(changes, key=lambda title: changes[title].after / changes[title].count)
-    order.sort(key=lambda title: not changes[title].is_clear_loss)
-    facts: dict[str, Any] = {"checks": {title: changes[title] for title in order[:CHECKS_TOLD]}}
-    sentences = []
-    if order:
-        counts = [
-            f"{short(title, 30)} {in_words(change)}" for title, change in facts["checks"].items()
-        ]
-        rest = [changes[title].after / changes[title].count for title in order[CHECKS_TOLD:]]
-        least = math.floor(100 * min(rest, default=0))
-        share = "all lines" if least == 100 else f"at least {least} % of the lines"
-        remaining = f"; {len(rest)} more on {share}" if rest else ""
-        sentences.append(f"Checks passed: {', '.join(counts)}{remaining}.")
+    if changes:
+        told = [title for title in changes if not changes[title].holds_always]
+        told = sorted(told, key=lambda title: not changes[title].is_clear_loss)[:CHECKS_TOLD]
+        facts["checks"] = {title: changes[title] for title in told}
+        rest = [change for title, change in changes.items() if title not in told]
+        sentences.append(checks_in_words(facts["checks"], rest))
     if record.pairs:
         facts["pairs"] = stats.preferences(record.pairs)
         # Kinds that change in opposite ways hide each other in the sum of all pairs.
-        changes_by_kind = {
-            kind: stats.preferences(pairs).by_sum
-            for kind, pairs in stats.pairs_by_kind(record.pairs).items()
-            if kind != stats.ALL
-        }
-        facts["changed kinds"] = {
-            kind: change for kind, change in changes_by_kind.items() if change.change.is_clear()
-        }
-        sentences.append(pairs_in_words(facts["pairs"]))
-        if facts["changed kinds"]:
-            shown = [
-                f"{kind} {points(change.change)} points"
-                for kind, change in facts["changed kinds"].items()
-            ]
-            sentences.append(f"By kind: {', '.join(shown)}.")
+        facts["changed kinds"] = {}
+        for kind, pairs in stats.pairs_by_kind(record.pairs).items():
+            change = stats.preferences(pairs).by_sum
+            if kind != stats.ALL and change.change.is_clear():
+                facts["changed kinds"][kind] = change
+        sentences.append(pairs_in_words(facts["pairs"], facts["changed kinds"]))
     return Finding("replies", facts, " ".join(sentences)) if sentences else None
 
 
-def in_words(change: Change) -> str:
-    """Return how many replies pass, and how many of the base's."""
-    return f"{change.after} of {change.count} (base {change.before})"
+def checks_in_words(told: dict[str, Change], rest: list[Change]) -> str:
+    """Return how many replies pass these checks, and the least share that passes another."""
+    passed = [
+        f"{short(title, 30)} {change.after} of {change.count} (base {change.before})"
+        for title, change in told.items()
+    ]
+    if rest:
+        least = math.floor(100 * min(change.after / change.count for change in rest))
+        of_base = math.floor(100 * min(change.before / change.count for change in rest))
+        replies = "all replies" if least == 100 else f"at least {least} % of replies"
+        more = "more " if told else ""
+        passed.append(f"{len(rest)} {more}by {replies} (base at least {of_base} %)")
+    return f"Checks passed: {', '.join(passed)}."
 
 
-def pairs_in_words(row: stats.Preferences) -> str:
-    """Return on how many pairs the good reply is preferred; of fewer than twenty no interval."""
-    share = row.corrected_share
-    ends = f" ({percent(share.value)}, {100 * share.low:.0f} to {100 * share.high:.0f})"
-    return (
-        f"Of {row.pairs} pairs the adapter moved towards the good reply in {row.corrected}"
-        f"{ends if share.lines >= FEWEST_LINES else ''}, and finds it likelier in "
-        f"{row.by_sum.after} (base {row.by_sum.before})."
+def pairs_in_words(row: stats.Preferences, changed_kinds: dict[str, Change]) -> str:
+    """Return on how many pairs the good reply is preferred, and which kinds clearly change."""
+    share = ""
+    if row.corrected_share.lines >= FEWEST_LINES:
+        share = f" {percents(row.corrected_share)},"
+    text = (
+        f"In {row.corrected} of {row.pairs} pairs,{share} the adapter moved the odds towards the "
+        f"good reply; it finds that reply likelier in {row.by_sum.after} (base "
+        f"{row.by_sum.before})."
     )
+    kinds = [f"{kind} {points(change.change)} points" for kind, change in changed_kinds.items()]
+    return f"{text} Clear changes of the latter: {', '.join(kinds)}." if kinds else text
 
 
 def finding_on_tasks(record: Record) -> Finding | None:
-    """Return what became of other tasks, and what so few of them can tell."""
+    """Return what became of other tasks, and which fall so few of them can show."""
     sentences, facts = [], {}
     for title, change in stats.checks(record).items():
         if title.startswith(stats.TASKS):
             facts[title] = change
             sentences.append(
-                f"Other {title} {in_words(change)}, {points(change.change)} points; in 80 % of "
-                f"draws so few show a change of {seen_points(change)} points or more."
+                f"Other {title} {change.after} of the {change.count} with this check (base "
+                f"{change.before}), a change of {points(change.change)} points. "
+                f"{fall_in_words(change)}"
             )
-    whole = [row for row in stats.strengths(record) if row.strength == 1 and row.kl]
-    if whole:
-        facts |= {"kl": whole[0].kl, "changed": whole[0].changed}
+    if shift := stats.shifts_of(record).get(1.0):
+        facts["kl"], facts["changed"] = stats.kl_and_changed(shift)
         sentences.append(
-            f"On other tasks the likeliest token changes at {percent(whole[0].changed)} of the "
-            f"positions (KL {number(whole[0].kl.value)}, {interval(whole[0].kl)})."
+            f"On {len(shift.tokens)} other tasks the most likely token differs at "
+            f"{percent(facts['changed'])} of the positions; KL {cell(facts['kl'])} nats per token."
         )
     return Finding("elsewhere", facts, " ".join(sentences)) if sentences else None
 
 
+def fall_in_words(change: Change) -> str:
+    """Return which fall would be seen; often the base passes too few for any."""
+    if change.can_show_a_fall:
+        return f"A fall of {seen_points(change)} points would be detected with 80 % power."
+    return (
+        f"They can hardly show a fall: 80 % power needs one of {seen_points(change)} points, and "
+        f"the base has only {100 * change.before / change.count:.0f} to lose."
+    )
+
+
 def seen_points(change: Change) -> str:
-    """Return the change, in percentage points, that so many lines show in 80 % of draws."""
+    """Return the change, in percentage points, that is detected with 80 % power."""
     return f"{100 * stats.smallest_change_seen(change.change.lines):.0f}"
 
 
@@ -229,30 +211,36 @@ def finding_on_trust(record: Record) -> Finding | None:
     reasons: dict[str, str] = {}
     if is_chosen_by_these_lines(record):
         reasons["best"] = (
-            'the checkpoint was chosen by the loss on these lines (FINAL_LORA "best"), so the gain '
-            "looks larger than it is"
+            'the checkpoint was chosen by its loss on these very lines (FINAL_LORA "best"), so the '
+            "gain looks larger than it is"
         )
     if record.learned is None:
-        reasons["learned"] = "whether it learned some of these lines is not known (no learned.txt)"
+        reasons["learned"] = (
+            "it is not known whether it was trained on some of these lines (no learned.txt)"
+        )
     counts = {
         "held-out lines": len({line.cluster for line in record.lines}),
         "pairs": len({pair.cluster for pair in record.pairs}),
     }
     few = [f"{count} {name}" for name, count in counts.items() if 0 < count < FEWEST_LINES]
     if few:
-        reasons["few"] = f"{' and '.join(few)} are fewer than {FEWEST_LINES}: no verdict"
+        reasons["few"] = (
+            f"{' and '.join(few)} are too few for a conclusion (fewer than {FEWEST_LINES})"
+        )
     judged = [exchange for exchange in record.exchanges if exchange.checks]
     cut = [sum(not getattr(exchange, side).ended for exchange in judged) for side in SIDES]
     if any(cut):
         reasons["cut"] = (
-            f"{cut[1]} of {len(judged)} judged replies (base {cut[0]}) were cut after "
-            f"{record.max_new_tokens} tokens, and are judged as they stand"
+            f"{cut[1]} of {len(judged)} judged replies (base {cut[0]}) were cut off after "
+            f"{record.max_new_tokens} tokens, and judged as they stand"
         )
     if not record.finished:
-        reasons["stopped"] = f"it was stopped after: {', '.join(record.seconds) or 'nothing'}"
+        measured = ", ".join(record.seconds) or "nothing"
+        reasons["stopped"] = f"the measurement was stopped; it has: {measured}"
     elif not record.lines:
-        reasons["prompts"] = "prompts without replies have no loss"
-    return Finding("trust", reasons, f"Mind: {'; '.join(reasons.values())}.") if reasons else None
+        reasons["prompts"] = "prompts without reference replies have no loss"
+    text = f"Caution: {'; '.join(reasons.values())}."
+    return Finding("trust", reasons, text) if reasons else None
 
 
 def is_chosen_by_these_lines(record: Record) -> bool:
@@ -302,8 +290,9 @@ def table_of_gain(record: Record) -> Table:
     rows = []
     for row in stats.gains(record):
         name = short(row.kind) + (" (not trained)" if row.is_trained is False else "")
-        losses = [f"{row.base:.2f}", f"{row.adapter:.2f}"]
-        rows.append([name, row.replies, *losses, cell(row.gain, "+"), row.lower_on])
+        places = places_of(row.gain)
+        losses = [number(row.base, places), number(row.adapter, places)]
+        rows.append([name, row.replies, *losses, cell(row.gain, "+", places), row.lower_on])
     return ["held-out", "replies", "base", "adapter", "gain, 95 %", "lower on"], rows
 
 
@@ -312,10 +301,10 @@ def about_gain(record: Record) -> str:
     clusters = [line.cluster for line in record.lines]
     tokens = [line.tokens for line in record.lines]
     return (
-        f"The {len(tokens)} replies are of {len(set(clusters))} independent lines, and weigh as "
-        f"{stats.effective_number(tokens, clusters):.0f} of equal length would; the longest has "
-        f"{percent(max(tokens) / sum(tokens))} of the tokens. "
-        f"{seen_in_words(stats.gain(record.lines))}"
+        f"The {len(tokens)} replies are from {len(set(clusters))} lines without known ties, and "
+        f"carry the weight of {stats.effective_number(tokens, clusters):.0f} of equal length; the "
+        f"longest has {percent(max(tokens) / sum(tokens))} of the tokens. "
+        f"{gain_seen(stats.gain(record.lines))}"
     )
 
 
@@ -331,21 +320,21 @@ def table_of_checks(record: Record) -> Table:
 
 def about_checks(record: Record) -> str:
     """Return which prompts were asked, and what could have been seen at all."""
-    asked = counted([each.kind for each in record.exchanges if each.source != "tasks"])
-    whole = sum(record.asked_of.values())
+    kinds = [exchange.kind for exchange in record.exchanges if exchange.source != "tasks"]
     return (
-        f"Asked: {asked}{f', of {whole} prompts' if whole else ''}. Fewer than "
-        f"{stats.FEWEST_NET_CHANGES} net changes cannot be clear here. If lines turn one "
-        'way only, 80 % of draws of so many show a change of the points under "seen from".'
+        f"Prompts: {counted(kinds, sum(record.asked_of.values()))}. With fewer than "
+        f"{stats.FEWEST_NET_CHANGES} net changes no interval excludes 0. Seen from: the change, in "
+        "points, that is detected with 80 % power if replies change one way only. No check can "
+        "fall by more than the base passes, or rise by more than it fails."
     )
 
 
-def counted(kinds: list[str]) -> str:
-    """Return how many there are of each kind, the most first."""
+def counted(kinds: list[str], whole: int = 0) -> str:
+    """Return how many there are, of how many if that is known, and of each kind, most first."""
     counts = Counter(kind or stats.NO_KIND for kind in kinds).most_common()
-    return f"{len(kinds)}" + (
-        f" ({', '.join(f'{count} {kind}' for kind, count in counts)})" if len(counts) > 1 else ""
-    )
+    total = f"{len(kinds)} of {whole}" if whole else f"{len(kinds)}"
+    by_kind = ", ".join(f"{count} {kind}" for kind, count in counts)
+    return f"{total} ({by_kind})" if len(counts) > 1 else total
 
 
 def table_of_preferences(record: Record) -> Table:
@@ -355,11 +344,10 @@ def table_of_preferences(record: Record) -> Table:
     for name, pairs in groups.items():
         row = stats.preferences(pairs)
         share, sums, means = row.corrected_share, row.by_sum, row.by_mean
-        moved, change = f"{row.corrected} of {row.pairs}", f"{sums.won - sums.lost:+d}"
+        moved = f"{row.corrected} of {row.pairs}"
         if share.lines >= FEWEST_LINES:
-            moved = f"{percent(share.value)} ({100 * share.low:.0f} to {100 * share.high:.0f})"
-            change = points(sums.change)
-        counts = [sums.before, sums.after, sums.lost, sums.won, change]
+            moved = percents(share)
+        counts = [sums.before, sums.after, sums.lost, sums.won, points(sums.change)]
         rows.append([short(name), row.pairs, moved, *counts, means.before, means.after])
     sums = ["base", "adapter", "lost", "won", "change, 95 %"]
     return ["prefers", "pairs", "moved, 95 %", *sums, "base, mean", "adapter, mean"], rows
@@ -367,18 +355,12 @@ def table_of_preferences(record: Record) -> Table:
 
 def table_of_strengths(record: Record) -> Table:
     """Return what each strength gains, and how far it moves the model elsewhere."""
-    strengths = stats.strengths(record)
-    rows = [
-        [
-            row.name,
-            cell(row.gain, "+"),
-            cell(row.cost, "+"),
-            cell(row.kl),
-            cell(row.kl_change, "+"),
-            "" if row.changed is None else percent(row.changed),
-        ]
-        for row in strengths
-    ]
+    rows = []
+    for row in stats.strengths(record):
+        losses, kls = places_of(row.gain, row.cost), places_of(row.kl, row.kl_change)
+        cells = [cell(row.gain, "+", losses), cell(row.cost, "+", losses)]
+        cells += [cell(row.kl, "", kls), cell(row.kl_change, "+", kls)]
+        rows.append([row.name, *cells, "" if row.changed is None else percent(row.changed)])
     head = ["strength", "gain, 95 %", "cost, 95 %", "KL, 95 %", "change of KL, 95 %", "other token"]
     return without_empty_columns((head, rows))
 
@@ -392,19 +374,26 @@ def without_empty_columns(table: Table) -> Table:
 
 def about_strengths(record: Record) -> str:
     """Return what strengths are measured on, and what the last row is."""
-    parts = f"{about_parts(record)} " if record.parts else ""
-    tasks = f"KL and other token are on the base's replies to {len(record.tasks)} other tasks. "
-    system = "The last row has the training's system message, and other replies."
-    has_system = any(shift.system for shift in record.shifts)
-    return parts + (tasks if record.shifts else "") + (system if has_system else "")
+    sentences = []
+    if record.parts:
+        lines = stats.lines_of_parts(record)
+        kinds = counted([line.kind for line in lines], len(record.lines))
+        sentences.append(f"Gain and cost are on held-out replies, drawn by kind: {kinds}.")
+    if record.shifts:
+        tasks = f"the base's replies to {len(record.tasks)} other tasks"
+        sentences.append(f"KL and other token are on {tasks}.")
+    if any(shift.system for shift in record.shifts):
+        sentences.append(
+            "In the last row the tasks have the training's system message, so the replies differ."
+        )
+    return " ".join(sentences)
 
 
 def about_parts(record: Record) -> str:
-    """Return on which lines the parts are measured, and the gain there."""
+    """Return on how many lines the parts are measured, and the gain there."""
     lines = stats.lines_of_parts(record)
-    kinds = counted([line.kind for line in lines])
     gain = cell(stats.gain(lines), "+")
-    return f"Measured on {kinds} of {len(record.lines)} replies, where the gain is {gain}."
+    return f"Measured on the same {len(lines)} replies, whose gain is {gain}."
 
 
 def table_of_parts(record: Record) -> Table:
@@ -418,7 +407,7 @@ def table_of_parts(record: Record) -> Table:
         cells = [short(row.name, 30)]
         for estimate in (row.cost, row.alone):
             share = percent(estimate.value / whole) if estimate and whole else ""
-            cells += [cell(estimate, "+"), share]
+            cells += [cell(estimate, "+", places_of(row.cost, row.alone)), share]
         rows.append(cells)
     return without_empty_columns(
         (["part", "cost, 95 %", "of gain", "alone, 95 %", "of gain"], rows)
@@ -445,6 +434,15 @@ def table_of_replies(record: Record) -> Table:
         rows.append(row)
     names = [f"{side} {column}" for side in SIDES for column in REPLY_COLUMNS]
     return without_empty_columns((["replies", "prompts", *names], rows))
+
+
+def about_replies(record: Record) -> str:
+    """Return which replies stand below the table."""
+    return (
+        f"Below the table stand at most {EXCHANGES_SHOWN} prompts, {OF_A_KIND} of a kind: one "
+        "whose reply fails a check, one whose reply passes all, and a third. "
+        f"{PAGE} has all prompts."
+    )
 
 
 def cells_of_replies(replies: list[Reply]) -> list[Any]:
@@ -508,7 +506,7 @@ def write(record: Record, is_old: bool = False) -> None:
     except ModuleNotFoundError as error:
         if not is_old:
             (record.folder / PICTURE).unlink(missing_ok=True)
-        tell("picture", f"is not drawn, since {error.name} is not installed")
+        tell("picture", f"not drawn, since {error.name} is not installed")
     write_whole(record.folder / "report.md", as_markdown(record))
     sides = [("base", record.conditions["base"]), ("adapter", record.adapter)]
     write_whole(record.folder / PAGE, page_of(sides, record.system, prompts_of(record.exchanges)))
@@ -527,11 +525,11 @@ def as_markdown(record: Record) -> str:
         section("Checks", record, table_of_checks, about_checks),
         section("Pairs", record, table_of_preferences),
         section("Held-out replies", record, table_of_gain, about_gain),
+        section("Replies", record, table_of_replies, about_replies),
+        *(markdown_of_exchange(record, exchange) for exchange in shown_exchanges(record)),
         section("Strength, and other tasks", record, table_of_strengths, about_strengths),
         section("Parts", record, table_of_parts, about_parts),
         section("Updates", record, table_of_updates),
-        section("Replies", record, table_of_replies),
-        *(markdown_of_exchange(record, exchange) for exchange in shown_exchanges(record)),
         "## What was measured",
         "\n".join(f"- {name}: {escaped(fact)}" for name, fact in facts_of(record).items() if fact),
         "## How to read it",
@@ -568,12 +566,13 @@ def facts_of(record: Record) -> dict[str, str]:
     }
     plain = {name: str(fact) for name, fact in conditions.items() if not isinstance(fact, dict)}
     learned = "not known" if record.learned is None else record.learned
+    left_out = f"seen in training {learned}, too long {record.too_long}"
     return {
         "training": ", ".join(trained) or "not known",
         "kinds of held-out replies": counted([line.kind for line in record.lines]),
         "system message": record.system or "none",
-        "left out": f"learned {learned}, too long {record.too_long}, refused {record.refused}",
-        "replies cut after": f"{record.max_new_tokens} tokens",
+        "left out": f"{left_out}, refused by the chat template {record.refused}",
+        "replies cut off after": f"{record.max_new_tokens} tokens",
         **files,
         **plain,
     }
@@ -612,7 +611,7 @@ def markdown_of_exchange(record: Record, exchange: Exchange) -> str:
         reply = getattr(exchange, side)
         signs = [f"{'✓' if passed else '✗'} {name}" for name, passed in reply.passes.items()]
         text = one_line(reply.text, LONGEST_TEXT) or "(empty)"
-        cut = "" if reply.ended else f" [cut after {reply.tokens} tokens]"
+        cut = "" if reply.ended else f" [cut off after {reply.tokens} tokens]"
         texts[": ".join([side, *([", ".join(signs)] if signs else [])])] = text + cut
     texts |= {"reference": exchange.reference, "the bad one of the pair": exchange.rejected}
     lines = [f"- *{escaped(name)}*: {escaped(text)}" for name, text in texts.items() if text]

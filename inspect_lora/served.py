@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
             ["base", *(f"{base:.4f}" for base, _ in losses.values())],
             ["base - adapter", *(f"{base - adapter:+.4f}" for base, adapter in losses.values())],
         ]
-        say("scored", aligned([f"{len(measured)} replies, nats a token", *losses], rows))
+        say("scored", aligned([f"{len(measured)} replies, nats per token", *losses], rows))
         say("", f"on single replies the changes differ by {100 * apart:.1f} %; up to "
             f"{100 * allowed:.1f} % is the same")  # fmt: skip
         say("rendered", [rendering, *([mend] if mend else [])])

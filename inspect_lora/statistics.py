@@ -1,4 +1,4 @@
-"""Estimates with intervals, made from what evidence.json counts.
+"""Estimates with intervals, made from what evidence.json counts, and how they are written.
 
 All intervals are about 95 %. Differences are paired: the same lines, with and without. What belongs
 to one cluster (copies of a line, the replies of one conversation) counts once. The intervals cover
@@ -34,9 +34,68 @@ class Estimate:
     high: float
     lines: int
 
-    def is_clear(self, value: float = 0.0) -> bool:
-        """Return whether there are lines enough, and the interval leaves a value out."""
-        return self.lines >= FEWEST_LINES and not self.low <= value <= self.high
+    def is_clear(self) -> bool:
+        """Return whether there are lines enough, and the interval leaves 0 out."""
+        return self.lines >= FEWEST_LINES and not self.low <= 0 <= self.high
+
+
+# ---- As text
+
+
+def places_of(*estimates: Estimate | None, fewest: int = 2) -> int:
+    """Return how many decimals the numbers of a row get: so few, or up to two more."""
+    known = [estimate for estimate in estimates if estimate and math.isfinite(estimate.low)]
+    for places in (fewest, fewest + 1):
+        if not any(needs_more_than(places, estimate) for estimate in known):
+            return places
+    return fewest + 2
+
+
+def needs_more_than(places: int, estimate: Estimate) -> bool:
+    """Return whether so many decimals hide an interval's width, or on which side of 0 it ends."""
+    half_width = (estimate.high - estimate.low) / 2
+    reads_as_zero = any(end and not round(end, places) for end in (estimate.low, estimate.high))
+    return reads_as_zero or 0 < half_width < 10**-places
+
+
+def number(value: float, places: int = 2, sign: str = "") -> str:
+    """Return a number, such as 3.82; with the sign "+", +0.80."""
+    text = f"{value:{sign}.{places}f}"
+    return text if text.strip("+-0.") else text.lstrip("+-")  # no -0.00
+
+
+def interval(estimate: Estimate, places: int = 2) -> str:
+    """Return an interval; its ends are not known where it rests on one line."""
+    if not math.isfinite(estimate.low):
+        return "?"
+    return " to ".join(number(end, places) for end in (estimate.low, estimate.high))
+
+
+def cell(estimate: Estimate | None, sign: str = "", places: int | None = None) -> str:
+    """Return a number with its interval, such as +0.80 (0.75 to 0.86)."""
+    if estimate is None:
+        return ""
+    places = places_of(estimate) if places is None else places
+    return f"{number(estimate.value, places, sign)} ({interval(estimate, places)})"
+
+
+def points(change: Estimate) -> str:
+    """Return a change in percentage points, such as +20 (9 to 35); of few lines no interval."""
+    ends = (100 * end for end in (change.value, change.low, change.high))
+    scaled = Estimate(*ends, change.lines)
+    if change.lines < FEWEST_LINES:
+        return number(scaled.value, 0, "+")
+    return cell(scaled, "+", places_of(scaled, fewest=0))
+
+
+def percent(value: float) -> str:
+    """Return a share in whole per cents."""
+    return f"{round(100 * value)} %"  # an integer has no -0
+
+
+def percents(share: Estimate) -> str:
+    """Return a share with its interval, such as 55 % (46 to 64)."""
+    return f"{percent(share.value)} ({100 * share.low:.0f} to {100 * share.high:.0f})"
 
 
 # ---- Means and their differences
@@ -198,6 +257,16 @@ class Change:
         """Return whether fewer lines pass, and the interval leaves 0 out."""
         return self.change.is_clear() and self.change.value < 0
 
+    @property
+    def can_show_a_fall(self) -> bool:
+        """Return whether it holds often enough before for a fall to be detected with 80 % power."""
+        return self.before / self.count >= smallest_change_seen(self.change.lines)
+
+    @property
+    def holds_always(self) -> bool:
+        """Return whether it holds on all lines, before and after: there is little to tell."""
+        return self.before == self.after == self.count
+
 
 def independent_lines(values: Sequence[float], clusters: Sequence[str]) -> float:
     """Return how many independent lines would tell as much about the mean of values as these do.
@@ -238,7 +307,7 @@ def change_of(
 
 @functools.cache
 def smallest_change_seen(count: int) -> float:
-    """Return the share of lines that must turn one way, and none the other, to be seen in 80 %."""
+    """Return which share of lines, turning one way only, is seen with 80 % power."""
     for per_mille in range(1, 1000):
         turning = per_mille / 1000
         missed = sum(
@@ -260,7 +329,7 @@ def per_token(numbers: Sequence[float], lines: list[Line], chance: float = 0.05)
 
 
 def gain(lines: list[Line]) -> Estimate:
-    """Return the base's loss minus the adapter's, in nats a token: above 0 is better."""
+    """Return the base's loss minus the adapter's, in nats per token: above 0 is better."""
     return per_token([line.base - line.adapter for line in lines], lines)
 
 
@@ -270,14 +339,14 @@ def lines_of_parts(record: Record) -> list[Line]:
 
 
 def loss_beside_whole(record: Record, part: Part) -> Estimate:
-    """Return a part's loss minus the whole adapter's, in nats a token: what leaving away costs."""
+    """Return a part's loss minus the adapter's, in nats per token: what leaving it out costs."""
     lines = lines_of_parts(record)
     costs = [loss - line.adapter for line, loss in zip(lines, part.losses, strict=True)]
     return per_token(costs, lines)
 
 
 def gain_of_part(record: Record, part: Part) -> Estimate:
-    """Return the base's loss minus that of a part, in nats a token."""
+    """Return the base's loss minus that of a part, in nats per token."""
     lines = lines_of_parts(record)
     gains = [line.base - loss for line, loss in zip(lines, part.losses, strict=True)]
     return per_token(gains, lines)
@@ -297,7 +366,7 @@ def gain_for_shares(record: Record) -> float | None:
 
 @dataclass(frozen=True)
 class KindGain:
-    """The losses of all held-out replies, or of those of a kind, in nats a token."""
+    """The losses of all held-out replies, or of those of a kind, in nats per token."""
 
     kind: str
     is_trained: bool | None  # whether the training file has lines of this kind; None: not known
@@ -321,14 +390,15 @@ def gains(record: Record) -> list[KindGain]:
 def gain_of_kind(record: Record, kind: str, lines: list[Line]) -> KindGain:
     """Return the losses of these lines."""
     is_known = kind != ALL and record.trained_kinds is not None
+    tokens = sum(line.tokens for line in lines)
     return KindGain(
-        kind or NO_KIND,
-        kind in record.trained_kinds if is_known else None,
-        len(lines),
-        per_token([line.base for line in lines], lines).value,
-        per_token([line.adapter for line in lines], lines).value,
-        gain(lines),
-        sum(line.adapter < line.base for line in lines),
+        kind=kind or NO_KIND,
+        is_trained=kind in record.trained_kinds if is_known else None,
+        replies=len(lines),
+        base=sum(line.base for line in lines) / tokens,
+        adapter=sum(line.adapter for line in lines) / tokens,
+        gain=gain(lines),
+        lower_on=sum(line.adapter < line.base for line in lines),
     )
 
 
@@ -343,7 +413,7 @@ class Strength:
     strength: float
     gain: Estimate | None
     cost: Estimate | None  # its loss minus that of the adapter as trained
-    kl: Estimate | None  # on other tasks, in nats a token
+    kl: Estimate | None  # on other tasks, in nats per token
     changed: float | None  # the share of tokens at which another one is the likeliest
     kl_change: Estimate | None  # its KL minus that of the adapter as trained
 
@@ -368,11 +438,9 @@ def strengths(record: Record) -> list[Strength]:
                 kl_change(shifts[1.0], shift) if shift and not is_whole else None,
             )
         )
-    with_system = [shift for shift in record.shifts if shift.system]
-    rows += [
-        Strength("system message", 1.0, None, None, *kl_and_changed(shift), None)
-        for shift in with_system
-    ]
+    for shift in record.shifts:
+        if shift.system:
+            rows.append(Strength("system message", 1.0, None, None, *kl_and_changed(shift), None))
     return rows
 
 
@@ -382,14 +450,14 @@ def shifts_of(record: Record) -> dict[float, Shift]:
 
 
 def kl_and_changed(shift: Shift | None) -> tuple[Estimate | None, float | None]:
-    """Return the KL in nats a token, and the share of tokens at which the likeliest changes."""
+    """Return the KL in nats per token, and the share of tokens at which the likeliest changes."""
     if shift is None:
         return None, None
     return ratio(shift.kl, shift.tokens), sum(shift.changed_tokens) / sum(shift.tokens)
 
 
 def kl_change(first: Shift, second: Shift) -> Estimate:
-    """Return the second KL minus the first on the same replies, in nats a token."""
+    """Return the second KL minus the first on the same replies, in nats per token."""
     changes = [after - before for before, after in zip(first.kl, second.kl, strict=True)]
     return ratio(changes, first.tokens)
 
@@ -406,20 +474,16 @@ class PartEffect:
 
 def part_effects(record: Record) -> list[PartEffect]:
     """Return the parts, the dearest first, and then the adapter cut to fewer directions."""
-    estimates: dict[tuple[bool, str], dict[str, Estimate]] = {}
+    costs, gains_alone = {}, {}
     for part in record.parts:
-        if part.family == "strength":
-            continue
-        of_part = estimates.setdefault((part.family == "cut", part.name), {})
         if part.family == "alone":
-            of_part["alone"] = gain_of_part(record, part)
-        else:
-            of_part["cost"] = loss_beside_whole(record, part)
+            gains_alone[part.name] = gain_of_part(record, part)
+        elif part.family != "strength":
+            name = f"cut to {part.name}" if part.family == "cut" else part.name
+            costs[name] = loss_beside_whole(record, part)
     effects = [
-        PartEffect(
-            f"cut to {name}" if is_cut else name, is_cut, each.get("cost"), each.get("alone")
-        )
-        for (is_cut, name), each in estimates.items()
+        PartEffect(name, name.startswith("cut to "), costs.get(name), gains_alone.get(name))
+        for name in costs | gains_alone
     ]
     effects.sort(key=lambda row: (row.is_cut, -row.cost.value if row.cost else 0))
     return effects
@@ -450,8 +514,17 @@ def verdicts(record: Record) -> dict[str, list[Verdict]]:
 
 
 def checks(record: Record) -> dict[str, Change]:
-    """Return how many replies pass each check, by base and adapter."""
-    return {title: change_of_check(record, asked) for title, asked in verdicts(record).items()}
+    """Return how many replies pass each check, by base and adapter.
+
+    The least passed comes first, then the other tasks, and last what all replies of both pass.
+    """
+    changes = {title: change_of_check(record, asked) for title, asked in verdicts(record).items()}
+
+    def order(title: str) -> tuple[bool, bool, float]:
+        change = changes[title]
+        return change.holds_always, title.startswith(TASKS), change.after / change.count
+
+    return {title: changes[title] for title in sorted(changes, key=order)}
 
 
 def change_of_check(record: Record, asked: list[Verdict]) -> Change:

@@ -58,7 +58,7 @@ def compare_with_cpu(flags: list[str], _: Path) -> Iterator[Row]:
         draw = torch.Generator().manual_seed(0)
         for weight in weights.values():
             weight.data.copy_(0.02 * torch.randn(weight.shape, generator=draw))
-        loss = t.reply_losses(model, t.pad(examples, model.device)).mean()
+        loss = t.token_losses(model, t.pad(examples, model.device)).mean()
         loss.backward()
         return {"loss": loss.detach().cpu(), **{name: w.grad.cpu() for name, w in weights.items()}}
 

@@ -180,7 +180,7 @@ def held_out_loss(model: str, adapter: Path, folder: Path) -> float:
     conversations = script.read_conversations(str(data), "all", problems)
     examples = script.encode(conversations, base, MAX_SEQ_LEN, problems, "held-out")
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="float32")
-    losses = script.example_losses(peft.PeftModel.from_pretrained(network, adapter), examples)
+    losses = script.losses_of_replies(peft.PeftModel.from_pretrained(network, adapter), examples)
     return sum(map(sum, losses)) / sum(example.targets for example in examples)
 
 

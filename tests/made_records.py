@@ -41,7 +41,7 @@ def asked(number, *, before=True, after=True, rule=BRIEF, name="is brief", **cha
 
 
 def lines_of(count, gain=1.0, base=4.0):
-    """Return held-out lines of three kinds, with about this gain, in nats a token."""
+    """Return held-out lines of three kinds, with about this gain, in nats per token."""
     draw, lines = random.Random(0), []
     for number in range(count):
         tokens, where = draw.randint(5, 60), f"eval.jsonl:{number}"

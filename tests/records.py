@@ -106,7 +106,7 @@ def evidence(capfd, adapter, results, *words):
 
 
 def mean_losses(found):
-    """Return the losses of base and adapter of each line, in nats a token."""
+    """Return the losses of base and adapter of each line, in nats per token."""
     return [[one[whose] / one["tokens"] for one in found["lines"]] for whose in ("base", "adapter")]
 
 

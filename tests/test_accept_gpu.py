@@ -72,9 +72,9 @@ def changed(change):
 
 
 FLOAT16 = {  # what of the script is changed how, and whether the rows are good then
-    "nothing": ("reply_losses", changed(lambda losses: losses), True),
-    "a loss": ("reply_losses", changed(lambda losses: 1.02 * losses), False),
-    "NaN": ("reply_losses", changed(lambda losses: math.nan * losses), False),
+    "nothing": ("token_losses", changed(lambda losses: losses), True),
+    "a loss": ("token_losses", changed(lambda losses: 1.02 * losses), False),
+    "NaN": ("token_losses", changed(lambda losses: math.nan * losses), False),
     "nothing goes back": (
         "scaled_fp16_matmul",
         lambda real: lambda rows, weight: real(rows, weight) * (not weight.is_contiguous()), False,

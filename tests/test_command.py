@@ -142,8 +142,8 @@ WRONG_CONSTANTS = [
     ("LOGGING_STEPS", 0), ("SAVE_STEPS", 0), ("MAX_SEQ_LEN", 0), ("NUM_EPOCHS", 0),
     ("OUTPUT_DIR", None), ("MODEL_NAME", 4), ("EVAL_FILE", "51%"), ("EVAL_FILE", "0%"),
     ("EVAL_FILE", None), ("EVAL_FILE", 0.1), ("EVAL_STEPS", -1), ("CHAT_TEMPLATE", "nowhere"),
-    ("ENABLE_THINKING", 0), ("USE_FLA", 1),
-    ("START_FROM", "nowhere"),
+    ("ENABLE_THINKING", 0), ("USE_FLA", 1), ("MAX_STEPS", -1),
+    ("LORA_TARGET_MODULES", ("all-linear",)), ("START_FROM", "nowhere"),
 ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def names_of(out):
 
 
 def test_three_adapters_of_one_folder_are_three_rows(compare, make, tmp_path):
-    """The records of replaced adapters lie in dated folders, or under dated names."""
+    """The records of replaced adapters lie in dated folders."""
     home = tmp_path / "inspected" / "final_lora"
     for number, (rate, gain) in enumerate([(1e-4, 1.0), (3e-4, 1.2), (1e-3, 0.5)]):
         settings = {"LEARNING_RATE": rate, "EPOCHS": 3, "OUTPUT_DIR": f"run {number}"}
@@ -58,12 +58,10 @@ def test_three_adapters_of_one_folder_are_three_rows(compare, make, tmp_path):
         config = {"lora_dropout": 0.1 * (number == 0), "target_modules": targets}
         found = make("final_lora", gain=gain, id=str(number), run=run, config=config)
         put(found, measured=f"2026-11-3{number}")
-        if number == 0:
-            home.rename(home.with_name("final_lora.2026-11-30"))
-        if number == 1:
-            (home / "evidence.json").rename(home / "evidence.json.2026-11-30")
+        if number < 2:
+            home.rename(home.with_name(f"final_lora.{number}"))
     losses, left, out = compare()
-    expected = ["final_lora/evidence.json.2026-11-30", "final_lora.2026-11-30", "final_lora"]
+    expected = ["final_lora.1", "final_lora.0", "final_lora"]
     assert names_of(out) == expected and len(losses) == 3 and not left
     assert re.findall(r"LEARNING_RATE (\S+),", out) == ["0.0003", "0.0001", "0.001"]
     assert re.findall(r"lora_dropout (\S+),", out) == ["0.0", "0.1", "0.0"]

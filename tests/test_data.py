@@ -224,7 +224,8 @@ def test_what_is_wrong_is_named_by_file_and_line_and_the_others_are_read(name):
 def test_what_is_wrong_in_an_array_is_named_by_its_entry(capfd):
     examples, (problem,) = read(b"[" + b",\n".join([GOOD, line(text="Hello"), GOOD]) + b"]")
     assert len(examples) == 2 and re.match(r"data\.jsonl\b.*\b2\b", problem)
-    for content in (b"[\n" + GOOD + b",\n" + GOOD[:-9], b"[]"):  # cut, or empty
+    twice = b"[" + GOOD + b"," + REFUSED["a key twice"] + b"]"
+    for content in (b"[\n" + GOOD + b",\n" + GOOD[:-9], b"[]", twice):  # cut, or empty
         Path("t").write_bytes(content)
         refused(capfd, DRY, "t")
 

@@ -86,7 +86,7 @@ def test_loss_and_gradient_of_joined_replies_are_those_of_single_ones(kind, tmp_
         loss, gradient = one_step(trainer, joined, tokens)
         assert loss == pytest.approx(expected[0], rel=1e-5)
         assert (gradient - expected[1]).norm() <= 1e-5 * expected[1].norm()
-    losses = t.example_losses(trainer.model, joined, 500)
+    losses = t.losses_of_replies(trainer.model, joined, 500)
     assert [len(one) for one in losses] == [3, 1, 4, 2]
     model = trainer.model.eval()
     alone = [token_loss(model, [reply]) * len(reply.reply_ids) for reply in single]
@@ -151,6 +151,10 @@ def test_one_pass_is_refused_where_it_does_not_join(tmp_path, capfd, monkeypatch
     flags = flags_for(tmp_path, [5, 5])
     runs.refused(capfd, [*flags, *ONE_PASS], "CHAT_TEMPLATE", "one_pass", TOY)
     assert "--chat_template" not in runs.command(capfd, [*flags, "--dry_run"]).out
+    # Where TRL changes nothing, since the model's own template will do, that is the one.
+    monkeypatch.setattr(trl.chat_template_utils, "get_training_chat_template", lambda _: None)
+    flags = flags_for(tmp_path, [5, 5], model=model_with_chatml("Llama", tmp_path / "model"))
+    assert len(runs.prepared([*flags, *ONE_PASS]).data.examples) == 2
 
 
 WEATHER = {

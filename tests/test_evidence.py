@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import train_lora_single as script
 from inspect_lora import measure, model
 from inspect_lora.__main__ import main
-from inspect_lora.common import file_sha256
+from train_lora_single import file_sha256
 
 
 @pytest.fixture
@@ -190,10 +190,10 @@ def test_several_adapters_share_a_base_and_have_the_numbers_that_each_has_alone(
     for kind in ("whole", "plain", "rslora"):
         folders.append(shutil.copytree(adapters[kind], tmp_path / kind))
     loads, scored = [], []
-    load, losses = script.load_model, script.example_losses
+    load, losses = script.load_model, script.losses_of_replies
     monkeypatch.setattr(script, "load_model", lambda *given: loads.append(1) or load(*given))
     monkeypatch.setattr(
-        script, "example_losses", lambda *given: scored.append(len(given[1])) or losses(*given)
+        script, "losses_of_replies", lambda *given: scored.append(len(given[1])) or losses(*given)
     )
     monkeypatch.chdir(tmp_path)
     out = records.done(capfd, "evidence", *folders, *words)
@@ -320,10 +320,10 @@ def test_dialogues_go_through_the_model_once_where_that_is_exact(capfd, tmp_path
     (tmp_path / "own.jinja").write_text(plain_template, encoding="utf-8")
     messages = [*talk(1), *talk(2)[1:], *talk(3)[1:]]
     path = write_lines(tmp_path / "own.jsonl", [{"messages": messages}])
-    rows, real = [], script.example_losses
+    rows, real = [], script.losses_of_replies
     monkeypatch.setattr(
         script,
-        "example_losses",
+        "losses_of_replies",
         lambda network, examples: rows.append(len(examples)) or real(network, examples),
     )
     flag = ["--chat_template", tmp_path / "own.jinja"]

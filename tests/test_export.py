@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import toys
 import transformers
 from conftest import TOY
+from peft.tuners.lora.layer import Linear
 from records import done
 from runs import refused
 from safetensors.torch import load_file
@@ -113,24 +115,23 @@ def test_no_command_serves_names_that_vllm_ignores(plain, export, capfd, tmp_pat
     assert f"vllm serve {text} " in export(plain, tmp_path / "3", "--scale", 2)
 
 
-def test_the_serving_command_is_for_what_the_report_measured(export, tmp_path):
+def test_the_serving_command_is_for_what_was_trained_or_is_asked_for(export, tmp_path):
     plain = save_adapter(tmp_path / "adapter", r=9)
     change_config(plain, revision="abc")
     said = export(plain, tmp_path / "new", "--vllm")
     words = [f"vllm serve {TOY} --revision abc", "--max-lora-rank 16", f"={tmp_path / 'new'}"]
     words.append("""'{"enable_thinking": false}'""")
     assert [word for word in words if word not in said] == []
-    report = tmp_path / "inspected" / "adapter" / "evidence.json"
-    report.parent.mkdir(parents=True)
-    conditions = {"enable_thinking": True, "base": "its/original", "commit": ""}
-    report.write_text(json.dumps({"conditions": conditions}))
-    said = export(plain, tmp_path / "2", "--vllm")
+    flags = ["--base", TOY, "--enable_thinking", "--chat_template", "own.jinja"]
+    said = export(plain, tmp_path / "2", "--vllm", *flags)
+    assert f"vllm serve {TOY} --enable-lora" in said and "--chat-template own.jinja " in said
     assert """'{"enable_thinking": true}'""" in said
-    assert "vllm serve its/original --enable-lora" in said
     (plain / "chat_template.jinja").write_text("another one")
-    (plain / "run.json").write_text('{"settings": {"CHAT_TEMPLATE": "one_pass"}}')
+    trained = {"CHAT_TEMPLATE": "one_pass", "ENABLE_THINKING": True}
+    (plain / "run.json").write_text(json.dumps({"settings": trained}))
     said = export(plain, tmp_path / "3", "--vllm")
     assert f"--chat-template {tmp_path / '3' / 'chat_template.jinja'} " in said
+    assert """'{"enable_thinking": true}'""" in said
     for r, served in {1: 1, 2: 8, 129: 256, 257: 320, 321: 512}.items():  # which vLLM takes
         said = export(save_adapter(tmp_path / f"{r}", r=r), tmp_path / f"new {r}", "--vllm")
         assert f"--max-lora-rank {served} " in said
@@ -217,15 +218,57 @@ def test_a_merged_model_has_the_logits_of_the_adapter_on_its_base(
     assert tokenizer.eos_token_id in merged.generation_config.eos_token_id
 
 
-def test_a_merged_model_that_is_another_one_is_not_left_there(plain, capfd, tmp_path, monkeypatch):
-    save = transformers.PreTrainedModel.save_pretrained
+def test_a_small_adapter_is_merged_in_bfloat16_and_rounded_once(export, tmp_path):
+    """Rounding takes more than half of what it changes, which is told and not called wrong."""
+    folder = save_adapter(tmp_path / "adapter", std=1e-4)
+    out = export(folder, tmp_path / "new", "--merge", "--device", "cpu", "--dtype", "bfloat16")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "new").state_dict()
+    layers, before = toys.layers_of(loaded(folder)), toys.base_model().state_dict()
+    changed = 0
+    for name, weight in before.items():
+        layer = layers.get(name.removesuffix(".weight"))
+        update = layer.get_delta_weight("default").double() if layer else 0
+        exact = weight.double() + update
+        assert found[name].dtype == torch.bfloat16
+        assert ((found[name].double() - exact).abs() <= 2.0**-8 * exact.abs()).all(), name
+        changed += (found[name] != weight.bfloat16()).sum().item() if layer else 0
+    assert changed > 100
+    assert float(re.search(r"to bfloat16 moves the logits by (\S+) %", out)[1]) > 50
+
+
+@pytest.mark.parametrize("std", [1e-4, 0.05])
+@pytest.mark.parametrize("fault", ["half", "nothing", "one module", "another file"])
+def test_a_merged_model_that_is_another_one_is_not_left_there(
+    capfd, tmp_path, monkeypatch, fault, std
+):
+    """However small the adapter is, and in bfloat16."""
+    plain = save_adapter(tmp_path / "adapter", std=std)
+    save, delta = transformers.PreTrainedModel.save_pretrained, Linear.get_delta_weight
+    calls = []
 
     def lossy(model, *given, **more):
-        model.model.norm.weight.data *= 1.01
-        save(model, *given, **more)
+        other = copy.deepcopy(model)
+        other.model.norm.weight.data *= 1.01
+        save(other, *given, **more)
 
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lossy)
+    def wrong(layer, adapter):
+        calls.append(layer)
+        share = {"half": 0.5, "nothing": 0.0}.get(fault, float(len(calls) != 1))
+        return share * delta(layer, adapter)
+
+    if fault == "another file":
+        monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lossy)
+    else:
+        monkeypatch.setattr(Linear, "get_delta_weight", wrong)
     words = ["export", plain, tmp_path / "new", "--merge", "--device", "cpu"]
-    refused(capfd, words, "--dtype", main=main)
-    assert [*tmp_path.iterdir()] == [plain]
+    refused(capfd, [*words, "--dtype", "bfloat16"], main=main)
+    assert [*tmp_path.iterdir()] == [plain] and (calls or fault == "another file")
+
+
+def test_a_head_that_shares_the_embeddings_weight_is_not_merged(capfd, tmp_path):
+    """The embedding would get the head's update, too."""
+    folder = save_adapter(tmp_path / "adapter", target_modules=["lm_head", "down_proj"])
+    words = ["export", folder, tmp_path / "new", "--merge", "--device", "cpu"]
+    refused(capfd, words, "embedding's", main=main)
     refused(capfd, [*words, "--scale", "2"], "--scale", main=main)
+    assert [*tmp_path.iterdir()] == [folder]

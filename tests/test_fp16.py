@@ -141,7 +141,7 @@ def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tmp_p
     losses, kinds = {}, {"exact": "float32", "native": "bfloat16", "float16": "bfloat16"}
     for kind, dtype in kinds.items():
         model = load(folder, dtype, kind == "float16")
-        losses[kind] = torch.tensor(t.example_losses(model, examples)).flatten()
+        losses[kind] = torch.tensor(t.losses_of_replies(model, examples)).flatten()
     exact = load(folder, "float32")
     alone = [token_loss(exact, [one]) * len(one.reply_ids) for one in examples]
     assert losses["exact"].tolist() == pytest.approx(alone, rel=ROUNDING)

@@ -12,7 +12,7 @@ from toys import edit_json
 
 from inspect_lora import data
 from inspect_lora.__main__ import main
-from inspect_lora.common import file_sha256
+from train_lora_single import file_sha256
 
 
 @pytest.fixture

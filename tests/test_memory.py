@@ -6,7 +6,9 @@ import types
 import pytest
 import runs
 import torch
+import transformers
 from by_hand import ROUNDING, assert_near, token_loss
+from toys import model_of
 
 import train_lora_single as t
 
@@ -177,12 +179,12 @@ def test_evaluation_does_not_depend_on_its_batches(trainer, tokens):
         sizes.append(inputs["input_ids"].numel())
 
     with model.register_forward_pre_hook(run_out, with_kwargs=True):
-        losses = t.example_losses(model.train(), examples, tokens)
+        losses = t.losses_of_replies(model.train(), examples, tokens)
         assert [loss for (loss,) in losses] == pytest.approx(expected, rel=ROUNDING)
         assert model.training
         assert max(sizes) <= max(min(tokens, 100), 47)
         with pytest.raises(torch.OutOfMemoryError):  # nothing is smaller than one example
-            t.example_losses(model, [runs.made_up([5] * 99, [7] * 99)], tokens)
+            t.losses_of_replies(model, [runs.made_up([5] * 99, [7] * 99)], tokens)
 
 
 @pytest.fixture
@@ -221,7 +223,7 @@ def look_for_memory(trainer, find_what_fits=t.find_what_fits):
     ("kept", "recomputed", "expected"),  # room with activations kept and recomputed: what is found
     [(WHOLE, 0, WHOLE), (200, 0, 3 * 64), (64, 0, 64), (63, 4 * 47, 0)],
 )
-def test_what_fits_is_found_by_two_passes(trainer, card, kept, recomputed, expected):
+def test_what_fits_is_found_by_trial_passes(trainer, card, kept, recomputed, expected):
     recorder, trainer.tokens_at_once = runs.Recorder(trainer), WHOLE
     torch.manual_seed(5)
     with give_memory(trainer, kept, recomputed):
@@ -254,6 +256,32 @@ def test_what_fits_is_found_in_few_passes_without_deltanet(trainer, card, monkey
     assert 0.9 * 77 <= trainer.tokens_at_once <= 77 and len(recorder.trained) <= 9
 
 
+def test_no_micro_batch_needs_more_than_was_tried(trainer, undivided, card, monkeypatch):
+    """Shorter examples that are recomputed together may have more tokens than the longest."""
+    monkeypatch.setattr(trainer, "chunk", 1)
+    trainer.tokens_at_once = WHOLE
+    with give_memory(trainer, 23, 64):  # with 22 at once, those of 44 and 40 would need 88
+        look_for_memory(trainer)
+        fitting = trainer.tokens_at_once
+        _, gradients, passes = one_step(trainer, fitting)
+    assert fitting == trainer.tokens_at_once == 15  # so nothing was done again
+    assert_near(gradients, undivided[1])
+    assert {len(one["rows"]) for one in passes if one["is_recomputed"]} == {1, 2}
+
+
+def test_a_trial_needs_no_more_positions_than_the_model_has(tmp_path, card):
+    """GPT-2's are learned, and the next one ends the run with no word of memory."""
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 3072}
+    config = transformers.GPT2Config(**sizes)
+    model = model_of(config, tmp_path / "model", has_weights=True)
+    flags = [*runs.short_flags(tmp_path), "--model_name", model, "--lora_target_modules", "c_attn"]
+    trainer = t.build_trainer(runs.give_examples(runs.prepared(flags), [60, 40, 50, 30]))
+    recorder = runs.Recorder(trainer)
+    look_for_memory(trainer)
+    recorder.stop()
+    assert [one["size"] for one in recorder.trained] == [4 * 60] == [trainer.tokens_at_once]
+
+
 def test_a_pass_for_which_not_even_the_tokens_fit_is_made_smaller(trainer, card, monkeypatch):
     real, trainer.tokens_at_once = trainer._prepare_inputs, WHOLE
 
@@ -269,13 +297,13 @@ def test_a_pass_for_which_not_even_the_tokens_fit_is_made_smaller(trainer, card,
 
 def test_a_trial_has_as_many_targets_as_any_micro_batch(trainer, card, monkeypatch):
     """The whole step's, where activations are kept; and those of each row, where they are not."""
-    counts, real = [], t.reply_losses
+    counts, real = [], t.token_losses
 
     def count(model, part):
         counts.append((part["labels"][:, 1:] != -100).sum(1).tolist())
         return real(model, part)
 
-    monkeypatch.setattr(t, "reply_losses", count)
+    monkeypatch.setattr(t, "token_losses", count)
     examples = trainer.job.data.examples
     largest = max(example.targets for example in examples)
     share = max(example.targets / len(example.input_ids) for example in examples)
@@ -307,7 +335,7 @@ def test_a_run_that_has_tried_is_the_same_run(flags, finished, tmp_path, on_the_
 
 def test_too_long_an_example_ends_the_run_at_once(flags, tmp_path, capfd, on_the_card, monkeypatch):
     evaluated = []
-    monkeypatch.setattr(t, "example_losses", lambda *_: evaluated.append(None))
+    monkeypatch.setattr(t, "losses_of_replies", lambda *_: evaluated.append(None))
     longest = max(len(one.input_ids) for one in runs.prepared(flags).data.examples)
     runs.on_trainer(monkeypatch, lambda trainer: give_memory(trainer, 64, longest - 1))
     runs.refused(capfd, flags, str(longest), "MAX_SEQ_LEN")

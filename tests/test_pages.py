@@ -110,14 +110,15 @@ def test_the_first_door_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
-def test_the_page_cleans_a_dump(tmp_path, monkeypatch):
+def test_the_page_cleans_a_dump(tmp_path, monkeypatch, capsys):
     """What docs/data.md tells to do with a ShareGPT dump leaves no bad line, and all good turns."""
     dump = [
         [("system", "Be kind."), ("human", "Hi?"), ("gpt", "<think>\nHm.\n</think>\n\nHello.")],
-        [("human", "One."), ("human", "Two?"), ("gpt", "Three."), ("human", "And?")],
+        [("human", "One."), ("human", "Two?"), ("chatgpt", "Three."), ("human", "And?")],
         [("human", "Look."), ("gpt", "Yes."), ("human", "Now."), ("function_call", "{}")],
         [("human", "Weather?"), ("function_call", "{}"), ("observation", "5"), ("gpt", "Cold.")],
         [("gpt", "How can I help?"), ("human", ""), ("gpt", "Well.")],
+        [("human", "Why?"), ("gpt", "<think>\nThe dump was cut here")],
     ]
     lines = [
         {"id": "a", "conversations": [{"from": f, "value": v, "weight": None} for f, v in turns]}
@@ -127,6 +128,7 @@ def test_the_page_cleans_a_dump(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (cleaning,) = blocks(ROOT / "docs" / "data.md", "python")
     exec(compile(cleaning, "docs/data.md", "exec"), {})
+    assert re.findall(r"\d+", capsys.readouterr().out) == ["3", "6"]  # kept, of all
     problems = []
     script = importlib.import_module("train_lora_single")
     read = script.read_conversations("mine.jsonl", "all", problems)

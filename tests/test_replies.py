@@ -1,6 +1,7 @@
 """What base and adapter reply: each prompt as if alone, until it ends, judged by its rules."""
 
 import copy
+import dataclasses
 import json
 import random
 
@@ -79,6 +80,23 @@ def test_replies_do_not_depend_on_the_batch(opened, prompts, monkeypatch):
     assert replies.generate(opened, prompts, 12) == whole
 
 
+def test_long_replies_go_on_and_others_do_not(opened, prompts, monkeypatch):
+    whole = [said_alone(opened.model, one, 12) for one in prompts]
+    stops = [*opened.base.stop_ids, whole[0][2]]
+    ended = [replies.up_to_its_end(reply, stops) for reply in whole]
+    base = dataclasses.replace(opened.base, stop_ids=stops)
+    batches, real = [], replies.new_tokens
+
+    def run(adapter, some, *how):
+        batches.append(len(some))
+        return real(adapter, some, *how)
+
+    monkeypatch.setattr(replies, "new_tokens", run)
+    monkeypatch.setattr(replies, "FIRST_TOKENS", 5)
+    assert replies.generate(dataclasses.replace(opened, base=base), prompts, 12) == ended
+    assert batches == [4, sum(len(reply) > 5 for reply in ended)] and batches[1] in {1, 2, 3}
+
+
 def test_half_as_many_go_together_where_memory_runs_out(opened, prompts, monkeypatch):
     expected, batches, real = replies.generate(opened, prompts, 6), [], replies.new_tokens
 
@@ -154,7 +172,7 @@ def asked_of(capfd, adapter, results, monkeypatch, *words):
     """Return the numbers of the lines that both models reply to; the models are not asked."""
     stop = toys.tokenizer().convert_tokens_to_ids("<|im_end|>")
     monkeypatch.setattr(measure, "generate", lambda _, prompts, *__, **___: [[stop]] * len(prompts))
-    monkeypatch.setattr(script, "example_losses", lambda _, examples: [[1.0]] * len(examples))
+    monkeypatch.setattr(script, "losses_of_replies", lambda _, examples: [[1.0]] * len(examples))
     found, _ = evidence(capfd, adapter, results, "--general_file", "", "--parts", "0", *words)
     return line_numbers(found["exchanges"])
 

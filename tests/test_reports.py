@@ -1,5 +1,6 @@
 """`report`: what a record becomes on the terminal, in report.md, in the picture and the page."""
 
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import scipy.stats
 from conftest import ROOT
@@ -25,9 +27,10 @@ from made_records import (
 )
 from runs import command, refused
 
+from inspect_lora import picture, report, statistics
 from inspect_lora import record as records
-from inspect_lora import report, statistics
 from inspect_lora.__main__ import main
+from inspect_lora.record import Part
 
 HEAVY = "torch transformers peft trl scipy safetensors train_lora_single datasets accelerate"
 # A program that reports and compares where nothing of a model can be imported.
@@ -121,12 +124,34 @@ def test_the_line_on_replies_begins_with_clear_losses_and_the_least_passed(tmp_p
     assert (row.pairs, row.corrected, row.by_sum.before, row.by_sum.after) == (40, 25, 0, 25)
 
 
-def test_the_line_on_other_tasks_has_their_answers_and_the_divergence(tmp_path):
-    rows = [asked(n, source="tasks", name="right", before=n < 5, after=n < 3) for n in range(24)]
+def test_what_both_always_pass_is_told_last(capsys, tmp_path):
+    """Checks: least passed first, then other tasks, then what nothing can be told of."""
+    rows = []
+    for number in range(40):
+        before = {"always": True, "never": False, "mostly": True, "brief": number < 30}
+        after = before | {"mostly": number < 39, "brief": number < 20}
+        rules = {name: {"most_words": 9} for name in before}
+        replies = {"base": said("a", before), "adapter": said("b", after)}
+        rows.append(asked(number, checks=rules, **replies))
+        rows.append(asked(number, source="tasks", name="right", after=number < 39))
+    stored = made(tmp_path, exchanges=rows)
+    assert list(facts_of(stored)["replies"]["checks"]) == ["brief", "never", "mostly"]
+    titles = [row[0] for row in reported(capsys, stored)["Checks"][1:]]
+    assert titles == ["never", "brief", "mostly", "tasks: right", "always"]
+    only_full = made(tmp_path, exchanges=[asked(number) for number in range(40)])
+    assert facts_of(only_full)["replies"]["checks"] == {}
+
+
+@pytest.mark.parametrize(("before", "can_fall"), [(5, False), (12, True)])
+def test_the_line_on_other_tasks_has_their_answers_and_the_divergence(tmp_path, before, can_fall):
+    rows = [
+        asked(n, source="tasks", name="right", before=n < before, after=n < 3) for n in range(24)
+    ]
     stored = made(tmp_path, exchanges=rows)
     facts = facts_of(stored)["elsewhere"]
     change = facts["tasks: right"]
-    assert (change.before, change.after, change.count) == (5, 3, 24)
+    assert (change.before, change.after, change.count) == (before, 3, 24)
+    assert change.can_show_a_fall is can_fall
     shift = next(s for s in stored.shifts if s.strength == 1 and not s.system)
     assert facts["kl"].value == pytest.approx(sum(shift.kl) / sum(shift.tokens))
     assert facts["changed"] == sum(shift.changed_tokens) / sum(shift.tokens)
@@ -249,8 +274,26 @@ def test_strengths_parts_and_updates(capsys, tmp_path):
             assert ends_of(row["change of KL, 95 %"]) == pytest.approx(change, abs=0.006)
         changed = sum(shift.changed_tokens) / sum(shift.tokens)
         assert row["other token"] == f"{100 * changed:.0f} %"
+    headings = [line for line in read(stored).splitlines() if line.startswith("## ")]
+    order = ["Held-out replies", "Replies", "Strength, and other tasks", "Parts", "Updates"]
+    assert [line[3:] for line in headings if line[3:] in order] == order
     updates = [row[2:] for row in tables["Updates"][1:]]
     assert updates == [["2.5 %", "3.0 %"], ["3.0 %", "5.0 %"]]
+
+
+def test_all_cells_of_a_row_have_as_many_decimals(capsys, tmp_path):
+    """What "k_proj" costs ends closer to 0 than two decimals show."""
+    stored = made(tmp_path)
+    lines = statistics.lines_of_parts(stored)
+    costs = [line.tokens * (0.004 if number % 2 else -0.002) for number, line in enumerate(lines)]
+    losses = [line.adapter + cost for line, cost in zip(lines, costs, strict=True)]
+    alone = [line.base - 0.1 * line.tokens * (number % 3) for number, line in enumerate(lines)]
+    stored.parts += [Part("removed", "k_proj", losses), Part("alone", "k_proj", alone)]
+    decimals = {}
+    for row in reported(capsys, stored)["Parts"][1:]:
+        decimals[row[0]] = {len(places) for places in re.findall(r"\d\.(\d+)", " ".join(row))}
+    assert decimals["k_proj"] in ({3}, {4})
+    assert all(len(places) == 1 for places in decimals.values()) and decimals["attention"] == {2}
 
 
 @pytest.mark.parametrize(("gain", "has"), [(1.0, True), (0.25, False), (0.0, False), (-1.0, False)])
@@ -496,6 +539,36 @@ def test_the_picture_shows_what_the_tables_have(capsys, tmp_path, monkeypatch, r
     passed = [100 * n / 30 for n in (30, 20)]
     assert [x for x, _ in points(changes)] == pytest.approx([*passed, 0, 62.5])
     assert figures[0].get_size_inches()[0] * figures[0].dpi == 1200
+    # The interval of a change is a text: drawn, it could be taken for that of the adapter's share.
+    texts = [text.get_text() for text in changes.texts]
+    for change in (
+        statistics.checks(stored)["is brief"],
+        statistics.preferences(stored.pairs).by_sum,
+    ):
+        counts = [str(count) for count in (change.before, change.after, change.count)]
+        assert counts in [re.findall(r"\d+", text) for text in texts]
+        assert statistics.points(change.change) in texts
+    shares = [
+        share for line in changes.lines for share in line.get_xdata() if len(line.get_xdata()) > 1
+    ]
+    assert set(shares) <= {0, 1, *(x for x, _ in points(changes))}  # 0 and 1 are of the rule
+
+
+def test_no_name_of_a_strength_lies_on_an_error_bar(tmp_path, monkeypatch, real_picture):
+    figures = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, _: figures.append(figure)
+    )
+    picture.draw(made(tmp_path))
+    figures[0].canvas.draw()
+    (axes,) = [axes for axes in figures[0].axes if axes.get_ylabel()]
+    names = [text.get_window_extent() for text in axes.texts]
+    bars = [bar for container in axes.containers for bar in container.lines[2]]
+    ends = [axes.transData.transform(path.vertices) for bar in bars for path in bar.get_paths()]
+    assert len(ends) == 8 and len(names) == 5
+    for x, y in np.concatenate([np.linspace(*of_bar, 300) for of_bar in ends]):
+        assert not any(name.contains(x, y) for name in names)
+    assert not any(first.overlaps(other) for first, other in itertools.combinations(names, 2))
 
 
 def test_without_matplotlib_there_is_no_picture(capsys, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Checkpoints, signals, kills, other jobs in the same folder, finished jobs, several processes."""
 
+import contextlib
 import errno
 import os
 import re
@@ -7,6 +8,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 import types
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -453,6 +455,35 @@ def test_a_second_run_is_refused_and_an_ignored_signal_ignored(stopped, output, 
     assert str(output) in text and "Traceback" not in text
 
 
+def test_a_closed_terminal_changes_neither_the_checkpoint_nor_the_status(stopped, output, whole):
+    """SIGHUP is sent in a step, and nothing can be written to the terminal any more."""
+    argv, (master, slave) = into(output, stopped), os.openpty()
+
+    def wait_for_the_end(*_):
+        os.write(2, b"close it now")
+        with contextlib.suppress(OSError):
+            while os.write(2, b"."):
+                time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    def be_in_the_terminal():
+        os.close(master)
+        try:
+            prepare = lambda patch: runs.at_step(patch, 1, wait_for_the_end)  # noqa: E731
+            runs.be_the_script(argv, os.ttyname(slave), prepare)
+        finally:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+    fork, said = runs.Fork(be_in_the_terminal), b""
+    os.close(slave)
+    while b"close it now" not in said:
+        said += os.read(master, 4096)
+    os.close(master)
+    assert fork.end() == 128 + signal.SIGHUP
+    assert runs.read_record(output)["outcome"].startswith("interrupted: ")
+    assert go_on(argv, whole) == 8
+
+
 def launch(folder, *runs_to_do):
     """Do each (argv, prepare(patch, rank)) in two forks by torchrun; return both statuses."""
 
@@ -515,7 +546,7 @@ def test_two_processes_learn_what_one_does_and_end_where_one_has_no_memory(tmp_p
     def run_out(patch, rank):
         if rank == 1:
             full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
-            runs.before(patch, t, "reply_losses", full)
+            runs.before(patch, t, "token_losses", full)
 
     statuses = launch(
         tmp_path,

@@ -12,6 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import runs
+import safetensors.torch
 import torch
 import transformers
 from conftest import TOY
@@ -131,12 +132,18 @@ WRONG = {  # what happens to the file before it is read again, and what must be 
     "a tensor is missing": (in_tensors(lambda x: x.pop(first_of(x))), "lora_A"),
     "a name": (in_tensors(lambda x: x.update({f"{first_of(x)}s": x.pop(first_of(x))})), "lora_A"),
     "another alpha": (lambda x: change_config(x, lora_alpha=24), ""),
-    "what vLLM gets": (
-        lambda x: change_tensors(x.with_name("final_lora_vllm"), lambda y: {
-            name.replace("language_model.", ""): one for name, one in y.items()
-        }), "layers.0",
-    ),
 }  # fmt: skip
+
+
+def spoil_what_vllm_gets(patch):
+    """Have the file for vLLM written without the names that vLLM needs."""
+    real = safetensors.torch.save_file
+
+    def save(tensors, path, metadata):
+        tensors = {name.replace("language_model.", ""): one for name, one in tensors.items()}
+        real(tensors, path, metadata)
+
+    patch.setattr(safetensors.torch, "save_file", save)
 
 
 def test_a_file_that_is_not_as_trained_is_not_published(flags, tmp_path, monkeypatch, capfd):
@@ -145,10 +152,13 @@ def test_a_file_that_is_not_as_trained_is_not_published(flags, tmp_path, monkeyp
         runs.before(patch, peft.PeftModel, "from_pretrained", runs.send(signal.SIGTERM))
         assert runs.run(argv) == 143
     put_old_results(output)
-    for change, key in WRONG.values():
+    for change, key in [*WRONG.values(), (None, "layers.0")]:
         with monkeypatch.context() as patch:
-            tamper = lambda _, folder, change=change, **__: change(Path(folder))  # noqa: E731
-            runs.before(patch, peft.PeftModel, "from_pretrained", tamper)
+            if change:
+                tamper = lambda _, folder, change=change, **__: change(Path(folder))  # noqa: E731
+                runs.before(patch, peft.PeftModel, "from_pretrained", tamper)
+            else:
+                spoil_what_vllm_gets(patch)
             runs.refused(capfd, argv, key)
         assert runs.read_record(output)["outcome"].startswith("failed: ")
         assert all(runs.files(output / name) == OLD for name in RESULTS)
@@ -172,14 +182,14 @@ def test_the_best_epoch_is_kept_and_published_when_asked_for(tmp_path, monkeypat
     flags = runs.short_flags(tmp_path, train=3, held_out=2)
     flags += ["--num_epochs", "5", "--save_steps", "99"]
     output = tmp_path / "output"
-    factors, real = itertools.count(1), t.example_losses
+    factors, real = itertools.count(1), t.losses_of_replies
 
     def worse_each_time(*given):
         factor = next(factors)
         return [[factor * loss for loss in losses] for losses in real(*given)]
 
     with monkeypatch.context() as patch:
-        patch.setattr(t, "example_losses", worse_each_time)
+        patch.setattr(t, "losses_of_replies", worse_each_time)
         assert runs.run(flags) == 0
     losses = runs.logged(runs.history(output), "eval_loss")
     assert losses[0] < losses[1] == min(losses[1:])
@@ -200,7 +210,7 @@ def test_the_best_epoch_is_kept_and_published_when_asked_for(tmp_path, monkeypat
 def test_the_held_out_loss_may_be_measured_within_an_epoch(tmp_path, monkeypatch, capfd):
     """And the best of these is kept. Its checkpoint must have been loaded when it is saved."""
     flags = [*runs.short_flags(tmp_path), "--eval_steps", "3", "--final_lora", "best"]
-    output, real, factors = tmp_path / "output", t.example_losses, iter([1, 0.5, 0.9, 0.9])
+    output, real, factors = tmp_path / "output", t.losses_of_replies, iter([1, 0.5, 0.9, 0.9])
 
     def best_at_3(*given):
         factor = next(factors)
@@ -213,7 +223,7 @@ def test_the_held_out_loss_may_be_measured_within_an_epoch(tmp_path, monkeypatch
             return load(model, folder, *given, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(t, "example_losses", best_at_3)
+        patch.setattr(t, "losses_of_replies", best_at_3)
         patch.setattr(peft.PeftModel, "load_adapter", load_no_checkpoint)
         runs.refused(capfd, flags, "lora_")
     history = runs.history(output)
@@ -228,28 +238,33 @@ def test_the_held_out_loss_may_be_measured_within_an_epoch(tmp_path, monkeypatch
 
 def test_an_adapter_that_is_worse_than_its_base_is_told(tmp_path, monkeypatch, capfd):
     flags = [*runs.short_flags(tmp_path), "--max_steps", "2"]
-    real, factors = t.example_losses, iter([0.1, 1])
+    real, factors = t.losses_of_replies, iter([0.1, 1])
 
     def worse(*given):
         factor = next(factors)
         return [[factor * loss for loss in losses] for losses in real(*given)]
 
-    monkeypatch.setattr(t, "example_losses", worse)
+    monkeypatch.setattr(t, "losses_of_replies", worse)
     assert "WARNING" in runs.command(capfd, flags).out
 
 
 def test_a_lost_copy_for_vllm_is_written_again(finished, tmp_path, monkeypatch, capfd):
     output = shutil.copytree(finished.output, tmp_path / "out put")
     flags = [*finished.flags, "--output_dir", output]
-    (output / "final_lora_vllm" / "run.json").write_text("of another job")
+    for path in (output / "final_lora_vllm" / "run.json", output / "run.json"):
+        path.write_text("of another job")
     monkeypatch.setattr(t, "load_model", lambda *_: pytest.fail("trains"))
     assert runs.run([*flags, "--dry_run"]) == 0
     assert not [*output.glob("final_lora_vllm.*")]
+    with monkeypatch.context() as patch:
+        spoil_what_vllm_gets(patch)
+        runs.refused(capfd, flags, "layers.0")  # and it is written once more
     end = runs.command(capfd, [*flags, "--matmul", "native"])
     assert end.status == 0 and "MATMUL auto" in end.out  # it was not used
     found, expected = (x / "final_lora_vllm" for x in (output, finished.output))
     assert same(tensors_of(found), tensors_of(expected))
     assert runs.files(found) == runs.files(expected)
+    assert runs.read_record(output) == runs.read_record(finished.output / "final_lora")
 
 
 NEXT = [  # the card's capability, fields of LoraConfig, and whether vLLM can serve it there

@@ -63,7 +63,7 @@ def test_the_cards_counts_are_those_of_the_files():
     for name in (rule["name"] for rule in SHARED):
         assert f"| `{name}` | {lines[name]} | {passed[name]} of {judged[name]} |" in card
     endings = [row["completion"][0]["content"].endswith("?") for row in ROWS["train"]]
-    assert f"{sum(endings) / len(endings):.0%} of the replies in `train.jsonl` end on one" in card
+    assert f"{sum(endings) / len(endings):.0%} of the replies in `train.jsonl` end with one" in card
 
 
 def test_the_replies_of_a_pair_differ_and_are_of_like_length():

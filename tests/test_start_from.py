@@ -79,7 +79,7 @@ def test_another_kind_of_adapter_is_refused_by_name(flags, finished, tmp_path, c
     """By the dry run already, and nothing is lost."""
     dry = [*flags, "--dry_run"]
     for more, key in (
-        (["--lora_r", "4"], "['r"), (["--lora_alpha", "8"], "lora_alpha"),
+        (["--lora_r", "4"], "r=8"), (["--lora_alpha", "8"], "lora_alpha=16"),
         (["--lora_target_modules", "q_proj"], "_proj.lora_A"),
         (["--model_name", model_with(tmp_path / "other", "weights")], "weights"),
         (["--model_name", model_with(tmp_path / "config", "config")], "config.json"),

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -64,8 +65,39 @@ def test_of_fewer_than_twenty_lines_nothing_is_clear():
     assert Estimate(1.0, 0.5, 1.5, 20).is_clear()
     assert not Estimate(1.0, 0.5, 1.5, 19).is_clear()
     assert not Estimate(1.0, -0.1, 2.1, 100).is_clear()
-    assert Estimate(0.9, 0.8, 0.95, 20).is_clear(1)
-    assert not Estimate(0.97, 0.9, 1.04, 100).is_clear(1)
+
+
+# ---- As text
+
+
+def test_a_cell_shows_on_which_side_of_0_each_end_is():
+    draw = random.Random(2)
+    for _ in range(2000):
+        ends = sorted(draw.choice((-1, 1)) * 10 ** draw.uniform(-4, 0) for _ in range(2))
+        estimate = Estimate(sum(ends) / 2, *ends, 40)
+        for text in (statistics.cell(estimate, "+"), statistics.points(estimate)):
+            shown = re.findall(r"[-+]?\d+\.?\d*", text)
+            assert len(shown) == 3 and len({len(number.partition(".")[2]) for number in shown}) == 1
+            signs = [math.copysign(1, float(number)) * bool(float(number)) for number in shown]
+            assert signs[1:] == [math.copysign(1, end) for end in ends], text
+
+
+@pytest.mark.parametrize(
+    ("ends", "places"),
+    [
+        ((0.74, 0.85), 2), ((-0.02, 0.02), 2), ((0.0, 0.0), 2), ((-math.inf, math.inf), 2),
+        ((-0.008, 0.005), 3), ((-0.004, 0.016), 3), ((0.0003, 0.5), 4), ((0.1111, 0.1113), 4),
+    ],
+)  # fmt: skip
+def test_a_row_has_the_decimals_that_its_closest_interval_needs(ends, places):
+    estimate = Estimate(sum(ends) / 2, *ends, 40)
+    assert statistics.places_of(estimate) == places
+    assert statistics.places_of(None, Estimate(1.0, 0.5, 1.5, 40), estimate) == places
+
+
+def test_a_change_of_few_lines_has_no_interval():
+    few, enough = (Estimate(0.25, 0.1, 0.4, lines) for lines in (19, 20))
+    assert statistics.points(few) == "+25" and statistics.points(enough) == "+25 (10 to 40)"
 
 
 # ---- Paired changes
@@ -178,6 +210,15 @@ def test_shares_and_changes_of_clusters_hold_the_truth(count):
         held += [share.low <= 0.3 <= share.high, joined.low <= 0.18 <= joined.high,
                  alone.low <= 0.18 <= alone.high]  # fmt: skip
     assert held[:2].min() >= 0.93 * 400 and held[2] < 0.88 * 400
+
+
+@pytest.mark.parametrize("count", [20, 24, 40, 57])
+@pytest.mark.parametrize("before", [0, 4, 5, 12])
+def test_a_fall_can_be_shown_where_the_base_passes_enough(count, before):
+    """Each line that the base passes falls: is that clear in 80 % of draws?"""
+    change = statistics.change_of([n < before for n in range(count)], [False] * count)
+    power = scipy.stats.binom.sf(statistics.FEWEST_NET_CHANGES - 1, count, before / count)
+    assert change.can_show_a_fall is bool(power >= 0.8)
 
 
 @pytest.mark.parametrize("count", [20, 24, 40, 57])

@@ -251,7 +251,7 @@ LACKING = {  # what happens to its folder
 def test_a_model_that_cannot_be_used_is_named(lacking, capfd):
     write("t", HELLO)
     LACKING[lacking](Path(model_with()))
-    named = "generation_config.json" if lacking == "end" else "model"
+    named = {"end": "generation_config.json", "template": "CHAT_TEMPLATE"}.get(lacking, "model")
     refused(capfd, [*DRY, "--model_name", "model"], named)
 
 

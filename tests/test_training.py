@@ -204,7 +204,7 @@ def test_like_lengths_are_together_in_an_order_of_seed_and_epoch(finished):
 
     def steps_of(seed, epoch):
         settings.SEED = seed
-        sampler = t.LengthGroupedSampler(examples, settings)
+        sampler = t.SimilarLengthSampler(examples, settings)
         sampler.epoch = epoch
         random.seed(numbers.random())  # what was drawn before does not count
         order = list(sampler)
