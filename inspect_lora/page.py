@@ -7,30 +7,23 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from inspect_lora.record import Exchange, Reply
+from inspect_lora.record import Exchange, Prompt, Reply
 from inspect_lora.rules import KEYS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PAGE = "replies.html"
 
 
-@dataclass
-class PagePrompt:
+@dataclass(kw_only=True)
+class PagePrompt(Prompt):
     """A prompt, and what each side replies to it, in the order of the sides."""
 
-    source: str  # "held_out", "prompts" or "tasks"
-    where: str  # file:line
-    kind: str
-    messages: list[dict[str, str]]
-    reference: str | None  # the reply of the file
-    rejected: str | None  # the bad reply of a pair
-    checks: dict[str, dict[str, Any]]  # the rules for a reply, by name
     replies: list[Reply]
 
 
 def prompts_of(exchanges: list[Exchange]) -> list[PagePrompt]:
     """Return prompts with the replies of base and adapter."""
-    shared = [field.name for field in fields(PagePrompt) if field.name != "replies"]
+    shared = [field.name for field in fields(Prompt)]
     return [
         PagePrompt(
             **{name: getattr(exchange, name) for name in shared},
