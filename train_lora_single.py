@@ -155,7 +155,7 @@ Facts = dict[str, Any]  # values by name, such as those of a JSON file
 def run(settings: Settings, session: Session) -> Job:
     """Train one adapter, verify it, and save it as final_lora. The comments name sections."""
     prepare_device(settings)  # MODEL
-    base = read_base(settings)  # MODEL: configuration, tokenizer and chat template
+    base = read_base(request_of(settings))  # MODEL: configuration, tokenizer and chat template
     data = read_data(settings, base)  # DATA, TOKENS: every line is checked before training
     plan = make_plan(settings, base, data)  # PLAN: which weights, how many steps, what TRL is told
     earlier = find_earlier_work(settings, plan)  # RESUMING: a checkpoint, or its finished adapter?
@@ -182,9 +182,24 @@ def run(settings: Settings, session: Session) -> Job:
 
 
 @dataclass(frozen=True)
+class BaseRequest:
+    """Which base model is wanted, and how it is to be called and computed."""
+
+    name: str  # on the hub, or a local folder
+    revision: str  # its branch, tag or commit
+    chat_template: str  # "" for the model's own, one_pass, or a file
+    enable_thinking: bool
+    dtype: str
+    device: str
+    matmul: str  # native, float16 or auto
+    commit: str = ""  # if an earlier job has fixed it
+
+
+@dataclass(frozen=True)
 class Base:
     """What is known of the base model before its weights are loaded."""
 
+    request: BaseRequest
     config: ModelConfig
     commit: str  # on the hub; "" for a local folder
     tokenizer: transformers.PreTrainedTokenizerBase  # with its chat template
@@ -486,7 +501,7 @@ def build_trainer(job: Job) -> LoraTrainer:
     """
     settings, base = job.settings, job.base
     model = load_model(settings.MODEL_NAME, base.commit, settings.DTYPE, settings.DEVICE)
-    if uses_fp16_matmul(settings, base.config):
+    if uses_fp16_matmul(base.request, base.config):
         try_fp16_matmul(model, job.data.examples[0])
         job.session.matmul = "float16"
     trainer = LoraTrainer(
@@ -897,7 +912,17 @@ def round_up(tokens: int, chunk: int) -> int:
 
 
 def prepare_device(settings: Settings) -> None:
-    """Choose the device, and refuse one that does not work; a dry run needs none.
+    """Choose the device; a dry run needs none. Refuse a step that the processes cannot share."""
+    use_fla = settings.USE_FLA and not settings.dry_run
+    choose_device("cpu" if settings.dry_run else settings.DEVICE, settings.DTYPE, use_fla)
+    processes = accelerate.PartialState().num_processes
+    if examples_per_step(settings) % processes:
+        size = "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"
+        raise UserError(f"{size} must be divisible by the {processes} processes.")
+
+
+def choose_device(device: str, dtype: str, use_fla: bool) -> None:
+    """Choose the device, and refuse one that does not work.
 
     This comes before the model's code is imported: transformers uses fla and causal_conv1d
     wherever they import, even if their kernels crash.
@@ -914,20 +939,16 @@ def prepare_device(settings: Settings) -> None:
     # float16 products are summed in float32, see FP16 MATMUL.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     fault = "it needs a GPU"
-    if settings.dry_run or settings.DEVICE == "cpu":
+    if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         accelerate.PartialState(cpu=True)
     else:
-        check_gpu(settings.DTYPE, is_launched)
+        check_gpu(dtype, is_launched)
         fault = fault_of_fla()
-    if fault or not settings.USE_FLA:
+    if fault or not use_fla:
         sys.modules["fla"] = None
-    if fault and settings.USE_FLA and not settings.dry_run:
+    if fault and use_fla:
         report("fla", f"{fault}; torch's code takes its place")
-    processes = accelerate.PartialState().num_processes
-    if examples_per_step(settings) % processes:
-        size = "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"
-        raise UserError(f"{size} must be divisible by the {processes} processes.")
 
 
 def check_gpu(dtype: str, is_launched: bool) -> None:
@@ -967,11 +988,24 @@ def is_main_process() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
-def read_base(settings: Settings, tokenizer: Any = None) -> Base:
+def request_of(settings: Settings) -> BaseRequest:
+    """Return which base the settings ask for.
+
+    The newest job here with this model and revision fixes the commit, even if the branch has moved.
+    """
+    wanted, commit = (settings.MODEL_NAME, settings.MODEL_REVISION), ""
+    for identity in jobs_in(Path(settings.OUTPUT_DIR)).values():
+        if (identity.get("MODEL_NAME"), identity.get("MODEL_REVISION")) == wanted:
+            commit = commit or identity["commit"]
+    how = (settings.CHAT_TEMPLATE, settings.ENABLE_THINKING, settings.DTYPE, settings.DEVICE)
+    return BaseRequest(*wanted, *how, settings.MATMUL, commit)
+
+
+def read_base(request: BaseRequest, tokenizer: Any = None) -> Base:
     """Read all but the weights: commit, configuration, and tokenizer if none is given."""
-    name = settings.MODEL_NAME
+    name, template = request.name, request.chat_template
     try:
-        commit = commit_of(settings)
+        commit = commit_of(request)
         revision = commit or "main"
         options = {"revision": revision, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -990,19 +1024,19 @@ def read_base(settings: Settings, tokenizer: Any = None) -> Base:
     stop_ids = [token for token in dict.fromkeys(ends) if token is not None]
     if "quantization_config" in config.to_dict():
         raise UserError(f"{name} is quantized, which is unsupported; use the original.")
-    if settings.CHAT_TEMPLATE == "one_pass":
+    if template == "one_pass":
         tokenizer.chat_template = one_pass_template(tokenizer)
-    elif settings.CHAT_TEMPLATE:
-        tokenizer.chat_template = Path(settings.CHAT_TEMPLATE).read_text(encoding="utf-8")
+    elif template:
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
-        problem = f"CHAT_TEMPLATE {settings.CHAT_TEMPLATE!r} gives no chat template for {name}"
+        problem = f"CHAT_TEMPLATE {template!r} gives no chat template for {name}"
         raise UserError(f'{problem}; use another one, such as a file, or "" for the model\'s own.')
     if not stop_ids:
         raise UserError(f"{name} names no stop token; add eos_token_id to generation_config.json.")
     if commit:
         report("model", f"{name}, commit {commit}; --model_revision changes it")
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return Base(config, commit, tokenizer, stop_ids, special, settings.ENABLE_THINKING)
+    return Base(request, config, commit, tokenizer, stop_ids, special, request.enable_thinking)
 
 
 def one_pass_template(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
@@ -1016,18 +1050,13 @@ def one_pass_template(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     return re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
 
 
-def commit_of(settings: Settings) -> str:
-    """Return the model's commit on the hub, or "" for a local folder.
-
-    The newest job here with this model and revision fixes it, even if the branch has moved.
-    """
-    name, revision = settings.MODEL_NAME, settings.MODEL_REVISION
-    if Path(name).is_dir():
+def commit_of(request: BaseRequest) -> str:
+    """Return the model's commit on the hub, or "" for a local folder."""
+    if Path(request.name).is_dir():
         return ""
-    for identity in jobs_in(Path(settings.OUTPUT_DIR)).values():
-        if (identity.get("MODEL_NAME"), identity.get("MODEL_REVISION")) == (name, revision):
-            return identity["commit"]
-    return huggingface_hub.resolve_revision(name, revision=revision).resolved
+    if request.commit:
+        return request.commit
+    return huggingface_hub.resolve_revision(request.name, revision=request.revision).resolved
 
 
 def load_model(name: str, commit: str, dtype: str, device: str) -> Model:
@@ -1048,6 +1077,11 @@ def load_model(name: str, commit: str, dtype: str, device: str) -> Model:
             use_safetensors=True,  # a pickle could run code
             output_loading_info=True,
         )
+    except OSError as error:
+        raise UserError(
+            f"The weights of {name} cannot be read ({one_line(error)}). Only safetensors files "
+            "are, as a pickle (.bin) could run code."
+        ) from error
     except RuntimeError as error:  # transformers may report full memory as a conversion error
         is_full = device == "cuda" and torch.cuda.mem_get_info()[0] < 2**30
         if is_full or is_out_of_memory(error):
@@ -1544,7 +1578,7 @@ def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn
     if folder.resolve() == Path(settings.OUTPUT_DIR, "final_lora").resolve():
         raise UserError(f"START_FROM {folder} would be replaced; choose another OUTPUT_DIR.")
     config = read_json(folder / "adapter_config.json")
-    identity, facts = read_json(folder / "run.json").get("identity"), facts_of_base(settings, base)
+    identity, facts = read_json(folder / "run.json").get("identity"), facts_of_base(base)
     if not identity:  # not an adapter of this script
         identity, facts = config, {"base_model_name_or_path": settings.MODEL_NAME}
     names = ["r", "lora_alpha", "alpha_pattern", "use_rslora"]
@@ -1631,7 +1665,7 @@ def identity_of(settings: Settings, base: Base, data: Data, editable: Facts) -> 
     for kind, chosen in {"LoraConfig": lora_fields(settings), "SFTConfig": editable}.items():
         identity |= {f"{kind}.{name}": value for name, value in chosen.items()}
     start_file = Path(settings.START_FROM or os.devnull, "adapter_model.safetensors")
-    identity |= facts_of_base(settings, base) | {
+    identity |= facts_of_base(base) | {
         "examples in a step": examples_per_step(settings),
         "chat template": short_hash(base.tokenizer.get_chat_template()),
         "adapter of START_FROM": file_sha256(start_file),
@@ -1641,9 +1675,9 @@ def identity_of(settings: Settings, base: Base, data: Data, editable: Facts) -> 
     return json.loads(json.dumps(identity, default=as_json_value))
 
 
-def facts_of_base(settings: Settings, base: Base) -> Facts:
+def facts_of_base(base: Base) -> Facts:
     """Return the hub's commit, and hashes of local files; weights are sampled at 1,000 places."""
-    folder, weights = Path(settings.MODEL_NAME), hashlib.sha256()
+    folder, weights = Path(base.request.name), hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -2041,6 +2075,9 @@ def card_of(job: Job) -> str:
     )
 
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
+
+
 def save_for_vllm(model: ModelConfig, final: Path, for_vllm: Path) -> None:
     """Write the adapter again, with the names of the hub's model if that wraps the text model.
 
@@ -2147,23 +2184,26 @@ def summarize(job: Job, step: int) -> None:
     if is_old or config["use_dora"] or config["modules_to_save"]:
         lines += [f"# vLLM cannot serve it here; for Python see {folder}/README.md"]
     else:
-        lines += [f"# serve it:\n{vllm_command(job, config)}"]
+        for_vllm = job.output / "final_lora_vllm"
+        served = for_vllm if for_vllm.is_dir() else final
+        rank = max([config["r"], *config["rank_pattern"].values()])
+        template = final / "chat_template.jinja" if job.settings.CHAT_TEMPLATE else ""
+        which = (job.settings.MODEL_NAME, job.base.commit, served, rank)
+        lines += [f"# serve it:\n{vllm_command(*which, template, job.base.enable_thinking)}"]
     report("next", "\n".join(lines))
 
 
-def vllm_command(job: Job, config: Facts) -> str:
-    """Return the command that serves the adapter with this adapter_config.json."""
-    final, for_vllm = job.output / "final_lora", job.output / "final_lora_vllm"
-    largest = max([config["r"], *config["rank_pattern"].values()])
-    rank = max(8, 2 ** math.ceil(math.log2(largest)))  # vLLM takes powers of two
-    name, adapter = job.settings.MODEL_NAME, for_vllm if for_vllm.is_dir() else final
-    thinking = json.dumps({"enable_thinking": job.base.enable_thinking})
-    words = ["vllm", "serve", name, "--enable-lora", f"--max-lora-rank={rank}"]
-    words += ["--lora-modules", f"adapter={adapter}", "--default-chat-template-kwargs", thinking]
-    if job.settings.CHAT_TEMPLATE:
-        words.append(f"--chat-template={final}/chat_template.jinja")
-    if job.base.commit:
-        words.append(f"--revision={job.base.commit}")
+def vllm_command(
+    model: str, revision: str, adapter: Path, rank: int, template: str | Path, thinks: bool
+) -> str:
+    """Return the command that serves an adapter; template is "" for the base's own."""
+    allowed = next((each for each in VLLM_RANKS if each >= rank), rank)
+    words = ["vllm", "serve", model]
+    words += ["--revision", revision] if revision else []
+    words += ["--enable-lora", "--max-lora-rank", str(allowed)]
+    words += ["--lora-modules", f"adapter={adapter}"]
+    words += ["--chat-template", str(template)] if template else []
+    words += ["--default-chat-template-kwargs", json.dumps({"enable_thinking": thinks})]
     return shlex.join(words)
 
 
@@ -2214,10 +2254,10 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
 TESTED_IN_FP16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
 
 
-def uses_fp16_matmul(settings: Settings, config: ModelConfig) -> bool:
+def uses_fp16_matmul(request: BaseRequest, config: ModelConfig) -> bool:
     """Return whether the frozen weights are multiplied in scaled float16."""
-    if settings.MATMUL != "auto" or settings.DEVICE == "cpu" or settings.DTYPE == "float32":
-        return settings.MATMUL == "float16"
+    if request.matmul != "auto" or request.device == "cpu" or request.dtype == "float32":
+        return request.matmul == "float16"
     # Without the argument torch also says yes on a V100, which emulates bfloat16.
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return False

@@ -382,10 +382,6 @@ def about_strengths(record: Record) -> str:
     if record.shifts:
         tasks = f"the base's replies to {len(record.tasks)} other tasks"
         sentences.append(f"KL and other token are on {tasks}.")
-    if any(shift.system for shift in record.shifts):
-        sentences.append(
-            "In the last row the tasks have the training's system message, so the replies differ."
-        )
     return " ".join(sentences)
 
 
@@ -412,15 +408,6 @@ def table_of_parts(record: Record) -> Table:
     return without_empty_columns(
         (["part", "cost, 95 %", "of gain", "alone, 95 %", "of gain"], rows)
     )
-
-
-def table_of_updates(record: Record) -> Table:
-    """Return how large the updates of each target are beside their weights."""
-    rows = []
-    for target, sizes in record.updates.items():
-        mean, largest = (f"{100 * size:.1f} %" for size in (fmean(sizes), max(sizes)))
-        rows.append([target, len(sizes), mean, largest])
-    return ["target", "modules", "|update| / |W|, mean", "largest"], rows
 
 
 def table_of_replies(record: Record) -> Table:
@@ -529,7 +516,6 @@ def as_markdown(record: Record) -> str:
         *(markdown_of_exchange(record, exchange) for exchange in shown_exchanges(record)),
         section("Strength, and other tasks", record, table_of_strengths, about_strengths),
         section("Parts", record, table_of_parts, about_parts),
-        section("Updates", record, table_of_updates),
         "## What was measured",
         "\n".join(f"- {name}: {escaped(fact)}" for name, fact in facts_of(record).items() if fact),
         "## How to read it",

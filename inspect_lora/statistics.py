@@ -419,7 +419,7 @@ class Strength:
 
 
 def strengths(record: Record) -> list[Strength]:
-    """Return the strengths in their order, and as the last the training's system message."""
+    """Return the strengths in their order."""
     parts = {float(part.name[2:]): part for part in record.parts if part.family == "strength"}
     if parts:
         parts[1.0] = Part("strength", "x 1", [line.adapter for line in lines_of_parts(record)])
@@ -438,15 +438,12 @@ def strengths(record: Record) -> list[Strength]:
                 kl_change(shifts[1.0], shift) if shift and not is_whole else None,
             )
         )
-    for shift in record.shifts:
-        if shift.system:
-            rows.append(Strength("system message", 1.0, None, None, *kl_and_changed(shift), None))
     return rows
 
 
 def shifts_of(record: Record) -> dict[float, Shift]:
-    """Return the changes on other tasks by strength, without the training's system message."""
-    return {shift.strength: shift for shift in record.shifts if not shift.system}
+    """Return the changes on other tasks by strength."""
+    return {shift.strength: shift for shift in record.shifts}
 
 
 def kl_and_changed(shift: Shift | None) -> tuple[Estimate | None, float | None]:

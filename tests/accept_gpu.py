@@ -44,14 +44,14 @@ def compare_with_cpu(flags: list[str], _: Path) -> Iterator[Row]:
 
     settings = t.parse_settings([*flags, f"--model_name={DEMO}"])
     t.prepare_device(settings)
-    base = t.read_base(settings)
+    base = t.read_base(t.request_of(settings))
     by_length = sorted(t.read_data(settings, base).examples, key=lambda x: len(x.input_ids))
     examples = by_length[:: -(len(by_length) // 3)]  # the longest, and three shorter ones
     lora = peft.LoraConfig(**t.lora_fields(settings) | {"target_modules": "all-linear"})
 
     def compute(device: str, dtype: str) -> dict[str, torch.Tensor]:
         model = t.load_model(str(DEMO), "", dtype, device)
-        if dtype == settings.DTYPE and t.uses_fp16_matmul(settings, base.config):
+        if dtype == settings.DTYPE and t.uses_fp16_matmul(base.request, base.config):
             t.use_fp16_matmul(model)
         model = peft.get_peft_model(model, lora).eval()  # without dropout
         weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
@@ -147,7 +147,7 @@ def trainer_for(flags: list[str]) -> Any:
     t.prepare_device(settings)
     if settings.USE_FLA and sys.modules.get("fla", "") is None:
         return None  # the log says why
-    base = t.read_base(settings)
+    base = t.read_base(t.request_of(settings))
     data = t.read_data(settings, base)
     plan = t.make_plan(settings, base, data)
     nothing = t.find_earlier_work(settings, plan)

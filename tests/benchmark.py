@@ -175,7 +175,7 @@ def held_out_loss(model: str, adapter: Path, folder: Path) -> float:
     """Return an adapter's loss on held-out lines, in nats a target token."""
     data = write_rows(folder / "eval.jsonl", shipped_rows("eval"), 32)
     settings = script.parse_settings(["--dry_run", f"--model_name={model}"])
-    base = script.read_base(settings)
+    base = script.read_base(script.request_of(settings))
     problems: list[str] = []
     conversations = script.read_conversations(str(data), "all", problems)
     examples = script.encode(conversations, base, MAX_SEQ_LEN, problems, "held-out")

@@ -64,11 +64,11 @@ def part_of(lines, family, name, share):
     return Part(family, name, [one.base - own * (one.base - one.adapter) for one, own in pairs])
 
 
-def shift_of(strength, system=False, replies="the same"):
+def shift_of(strength, replies="the same"):
     draw = random.Random(strength)
     tokens = [20 + 7 * number % 45 for number in range(30)]  # of the base's replies
     kl = [strength**2 * count * draw.uniform(0.2, 0.6) for count in tokens]
-    return Shift(strength, system, kl, [count // 4 for count in tokens], tokens, replies)
+    return Shift(strength, kl, [count // 4 for count in tokens], tokens, replies)
 
 
 def made(folder, count=60, gain=1.0, **changes):
@@ -77,7 +77,7 @@ def made(folder, count=60, gain=1.0, **changes):
     half = [lines[number] for number in part_lines]
     parts = [part_of(half, "strength", f"x {one:g}", share) for one, share in STRENGTHS.items()]
     parts += [part_of(half, *name, share) for name, share in PARTS.items()]
-    shifts = [*map(shift_of, sorted((*STRENGTHS, 1.0))), shift_of(1.0, True)]
+    shifts = [*map(shift_of, sorted((*STRENGTHS, 1.0)))]
     on = {"base": "someone/model", "commit": "abc", "dtype": "float32", "enable_thinking": False}
     on |= {"measured": "2026-11-30", "eval_file": {"file": "data/eval.jsonl", "sha256": "12ab"}}
     facts = {
@@ -85,7 +85,6 @@ def made(folder, count=60, gain=1.0, **changes):
         "id": f"id of {folder}",
         "config": {"r": 8, "target_modules": ["q_proj", "up_proj"]},
         "run": {"settings": {"LEARNING_RATE": 1e-4, "OUTPUT_DIR": str(folder)}},
-        "updates": {"q_proj": [0.02, 0.03], "up_proj": [0.01, 0.05]},
         "tasks": [f"general.jsonl:{number}" for number in range(30)],
         "exchanges": [asked(number) for number in range(30)],
         "seconds": {"losses": 12.0, "parts": 3.0},

@@ -13,7 +13,7 @@ from runs import NOUNS, SYSTEM, command, read_json, run, talk, write_lines
 import train_lora_single as script
 from inspect_lora import model
 from inspect_lora.__main__ import main, model_flags
-from inspect_lora.adapter_file import read_adapter
+from inspect_lora.adapter import read_adapter
 
 KINDS = ["plain", "emergency", "pressure", "everyday", "long", "new_topic", "false_alarm"]
 LEARNED, TOO_LONG, COPIED = 600, 601, 500  # numbers of talks
@@ -81,7 +81,7 @@ def open_one(folder):
     model_flags(parser)
     arguments = parser.parse_args(["--device", "cpu"])
     saved = read_adapter(folder)
-    return model.open_adapter(saved, *model.describe_base(arguments, saved))
+    return model.open_adapter(saved, model.describe_base(arguments, saved))
 
 
 def say_origin(folder, learned=None, **record):

@@ -173,9 +173,9 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place
 @pytest.mark.parametrize("asked", [ASKED, IN_PARTS], ids=["text", "parts"])
 def test_a_first_turn_is_rendered_by_one_pass_as_by_the_models_own(thinks, tools, asked):
     settings = t.parse_settings(["--model_name", TOY, "--dry_run", *ONE_PASS])
-    one_pass = t.read_base(settings).tokenizer
+    one_pass = t.read_base(t.request_of(settings)).tokenizer
     settings.CHAT_TEMPLATE = ""
-    own = t.read_base(settings).tokenizer
+    own = t.read_base(t.request_of(settings)).tokenizer
     assert (
         own.chat_template != one_pass.chat_template and "generation " not in one_pass.chat_template
     )

@@ -16,7 +16,7 @@ from toys import TENSORS, base_model, change_tensors
 from transformers import AutoModelForCausalLM
 
 import train_lora_single as script
-from inspect_lora import measure, model
+from inspect_lora import measures, model
 from inspect_lora.__main__ import main
 from train_lora_single import file_sha256
 
@@ -37,14 +37,12 @@ def test_it_has_every_measurement_of_every_line(found, record):
     assert found["run"] == {"system_message": SYSTEM} and found["config"]["r"] == 4
     assert len({*found["part_lines"]} & {*range(23)}) == 6
     assert {part["family"] for part in found["parts"]} == {"strength", "removed", "alone", "cut"}
-    assert [(one["strength"], one["system"]) for one in found["shifts"]] == [
-        *((strength, False) for strength in (0.5, 0.75, 1.0, 1.5)), (1.0, True)
-    ]  # fmt: skip
+    assert [one["strength"] for one in found["shifts"]] == [0.5, 0.75, 1.0, 1.5]
     assert len(found["tasks"]) == len(TASKS) == len(found["shifts"][0]["kl"])
     sources = [one["source"] for one in found["exchanges"]]
     assert sources == ["held_out"] * 22 + ["tasks"] * 3  # one for each conversation
     assert len(found["probes"]) == 12 and found["max_new_tokens"] == records.NEW_TOKENS
-    assert found["seconds"].keys() == {"losses", "updates", "parts", "elsewhere", "replies"}
+    assert found["seconds"].keys() == {"losses", "parts", "elsewhere", "replies"}
     for name in ("eval_file", "rules", "general_file"):
         file = found["conditions"][name]
         assert file_sha256(record / "inputs" / file["file"].rpartition("/")[2]) == file["sha256"]
@@ -117,8 +115,8 @@ def test_both_reply_to_each_prompt_alone(capfd, plain, tmp_path):
     assert line_numbers(asked) == [1, 2] and found["learned"] == 1
     assert [one["messages"][0]["content"] for one in asked] == [SYSTEM, "You are Bob."]
     assert asked[1]["adapter"]["passes"].keys() == {"is tea"} and asked[0]["reference"] is None
-    assert found["lines"] == found["parts"] == [] and len(found["shifts"]) == 5
-    assert len(found["probes"]) == 2 and found["updates"] and found["finished"]
+    assert found["lines"] == found["parts"] == [] and len(found["shifts"]) == 4
+    assert len(found["probes"]) == 2 and found["finished"]
     assert all(one["base"] != one["adapter"] for one in found["probes"])  # as `served` needs
 
 
@@ -151,23 +149,23 @@ def test_tasks_that_the_template_refuses_are_counted(capfd, plain, tmp_path, tok
 @pytest.mark.parametrize(
     ("step", "count", "number"),
     [
-        ("measure_updates", 1, signal.SIGINT), ("measure_probes", 4, signal.SIGTERM),
-        ("measure_shifts", 3, signal.SIGUSR1),
+        ("parts_of", 1, signal.SIGINT), ("probes", 3, signal.SIGTERM),
+        ("replies_of_base", 2, signal.SIGUSR1),
     ],
 )  # fmt: skip
 def test_a_signal_leaves_the_report_of_what_was_measured(
     capfd, plain, three_lines, tmp_path, monkeypatch, step, count, number
 ):
-    monkeypatch.setattr(measure, step, runs.send(number))
+    monkeypatch.setattr(measures, step, runs.send(number))
     tasks = write_lines(tmp_path / "tasks.jsonl", TASKS)
     words = ["--eval_file", three_lines, "--general_file", tasks, "--parts", "2", "--tasks", "2"]
     argv = ["evidence", plain, "--device", "cpu", *words, "--max_new_tokens", "1"]
     argv += ["--output_dir", tmp_path / "results"]
     assert command(capfd, argv, main).status == 128 + number
     found = read_json(tmp_path / "results" / "evidence.json")
-    kept = ["losses", "updates", "parts", "elsewhere"][:count]
+    kept = ["losses", "parts", "elsewhere"][:count]
     assert list(found["seconds"]) == kept and not found["finished"]
-    assert len(found["lines"]) == 3 and bool(found["shifts"]) is (count == 4)
+    assert len(found["lines"]) == 3 and bool(found["shifts"]) is (count == 3)
     assert (tmp_path / "results" / "report.md").is_file()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.undo()
@@ -175,7 +173,7 @@ def test_a_signal_leaves_the_report_of_what_was_measured(
     assert read_json(tmp_path / "results" / "evidence.json")["finished"]
 
 
-NUMBERS = ("lines", "pairs", "parts", "updates", "shifts", "exchanges", "probes", "part_lines")
+NUMBERS = ("lines", "pairs", "parts", "shifts", "exchanges", "probes", "part_lines")
 
 
 def test_several_adapters_share_a_base_and_have_the_numbers_that_each_has_alone(

@@ -186,7 +186,12 @@ def test_float16_is_used_where_bfloat16_is_emulated_and_the_model_was_tested(mon
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
         settings = t.parse_settings(["--dtype", dtype, "--matmul", matmul])
         config = family(kind) if kind else toy
-        assert t.uses_fp16_matmul(settings, config) == expected, (card, matmul, dtype, kind)
+        assert t.uses_fp16_matmul(t.request_of(settings), config) == expected, (
+            card,
+            matmul,
+            dtype,
+            kind,
+        )
 
 
 def test_a_run_in_float16_is_like_one_in_float32(flags, finished, tmp_path):

@@ -10,7 +10,7 @@ from records import SHORT, evidence, line_numbers, say_origin, write_talks_with
 from runs import SYSTEM, command, read_json, refused, run, talk, write_lines, write_talks
 from toys import edit_json
 
-from inspect_lora import data
+from inspect_lora import sampling
 from inspect_lora.__main__ import main
 from train_lora_single import file_sha256
 
@@ -233,7 +233,7 @@ def test_the_type_and_the_replies_are_those_of_the_training(adapters, measured, 
 
 def items_of(kinds, cluster=lambda n: n):
     return [
-        data.Drawable([{"role": "user", "content": f"{n}"}], kind, f"{cluster(n)}")
+        sampling.Item([{"role": "user", "content": f"{n}"}], kind, f"{cluster(n)}")
         for n, kind in enumerate(kinds)
     ]
 
@@ -242,16 +242,16 @@ def test_a_draw_has_the_kinds_of_the_file_and_not_its_first_lines():
     """N45 of the review: parts measured on the first lines."""
     kinds = ["a"] * 60 + ["b"] * 30 + ["c"] * 9 + ["d"]
     items = items_of(kinds)
-    drawn = data.draw(items, 40, Counter(kinds))
+    drawn = sampling.draw(items, 40, Counter(kinds))
     assert Counter(items[n].kind for n in drawn) in (
         {"a": 24, "b": 12, "c": 4}, {"a": 24, "b": 12, "c": 3, "d": 1}
     )  # fmt: skip
     assert drawn == sorted(drawn) != [*range(40)] and drawn[:24] != [*range(24)]
-    assert data.draw(items, 100, Counter(kinds)) == [*range(100)]
-    assert data.draw(items, 0, Counter(kinds)) == []
+    assert sampling.draw(items, 100, Counter(kinds)) == [*range(100)]
+    assert sampling.draw(items, 0, Counter(kinds)) == []
     shuffled = items[50:] + items[:50]
     assert {
-        shuffled[n].messages[0]["content"] for n in data.draw(shuffled, 40, Counter(kinds))
+        shuffled[n].messages[0]["content"] for n in sampling.draw(shuffled, 40, Counter(kinds))
     } == {items[n].messages[0]["content"] for n in drawn}
 
 
@@ -259,18 +259,18 @@ def test_a_line_that_is_left_out_does_not_change_the_draw_of_the_others():
     """So each adapter of a file is measured on the same lines, whatever it learned."""
     kinds = ["a", "b"] * 30
     items = items_of(kinds)
-    drawn = {items[n].messages[0]["content"] for n in data.draw(items, 20, Counter(kinds))}
+    drawn = {items[n].messages[0]["content"] for n in sampling.draw(items, 20, Counter(kinds))}
     for left_out in range(60):
         rest = items[:left_out] + items[left_out + 1 :]
-        found = {rest[n].messages[0]["content"] for n in data.draw(rest, 20, Counter(kinds))}
+        found = {rest[n].messages[0]["content"] for n in sampling.draw(rest, 20, Counter(kinds))}
         assert len(found - drawn) == (str(left_out) in drawn)
 
 
 def test_a_draw_takes_one_reply_of_each_conversation_first():
     items = items_of(["a"] * 80, cluster=lambda n: n // 8)
-    drawn = data.draw(items, 10, Counter({"a": 80}))
+    drawn = sampling.draw(items, 10, Counter({"a": 80}))
     assert len({items[n].cluster for n in drawn}) == 10
-    counts = Counter(items[n].cluster for n in data.draw(items, 25, Counter({"a": 80})))
+    counts = Counter(items[n].cluster for n in sampling.draw(items, 25, Counter({"a": 80})))
     assert {*counts.values()} == {2, 3}
 
 

@@ -1,38 +1,43 @@
 """What is counted of an adapter: KL, updates, parts; and that measuring leaves it as it was."""
 
-import numpy as np
+from types import SimpleNamespace
+
 import pytest
 import torch
 import toys
 from by_hand import ROUNDING, MergedByHand, render
 from conftest import TOY
-from records import SHORT, evidence, write_talks_with
+from records import evidence, write_talks_with
 from runs import write_lines
-from safetensors.torch import load_file
 
-from inspect_lora import data, measure, model, replies
+from inspect_lora import measures, model, replies
+from inspect_lora.plan import Asked
+from inspect_lora.record import Prompt
 
 PIRATE = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "ahoy"}]
 TASKS = [[{"role": "user", "content": "hello"}], PIRATE, [{"role": "user", "content": "2 + 3?"}]]
-PROMPTS = [data.Prompt("tasks", f"tasks:{n}", "", one) for n, one in enumerate(TASKS)]
+PROMPTS = [Prompt("tasks", f"tasks:{n}", "", one) for n, one in enumerate(TASKS)]
+
+
+def shifts_of(adapter):
+    asked = [Asked(one, model.prompt_ids(one.messages, adapter.base)) for one in PROMPTS]
+    return measures.drift(SimpleNamespace(tasks=asked), adapter)["shifts"]
+
+
 SAID = [[40, 50, 60, 2], [70, 80], list(range(100, 140))]  # tokens of the base's replies
 
 
-@pytest.mark.parametrize("system", ["", "You are Nell."])
-def test_kl_and_other_tokens_are_those_of_merged_weights(opened, tokenizer, monkeypatch, system):
+def test_kl_and_other_tokens_are_those_of_merged_weights(opened, tokenizer, monkeypatch):
     """A task with a system message of its own keeps that."""
     asked = []
     opened.loaded.known.clear()
     say = lambda _, prompts, *__, **___: asked.extend(prompts) or SAID  # noqa: E731
-    monkeypatch.setattr(measure, "generate", say)
-    found = measure.measure_shifts(opened, PROMPTS, system)
-    first = [{"role": "system", "content": system}] if system else []
-    whole = [one if one is PIRATE else first + one for one in TASKS]
-    prompts = [render(tokenizer, one, add_generation_prompt=True) for one in whole]
+    monkeypatch.setattr(measures, "generate", say)
+    found = shifts_of(opened)
+    prompts = [render(tokenizer, one, add_generation_prompt=True) for one in TASKS]
     assert asked == prompts
-    strengths = [1.0] if system else [0.5, 0.75, 1.0, 1.5]
-    assert [one.strength for one in found] == strengths
-    tensors = opened.saved.place / toys.TENSORS
+    assert [one.strength for one in found] == [0.5, 0.75, 1.0, 1.5]
+    tensors = opened.saved.folder / toys.TENSORS
     merged = MergedByHand(TOY, tensors, lambda _: toys.PLAIN_SCALE)
 
     def chances(strength):
@@ -48,7 +53,7 @@ def test_kl_and_other_tokens_are_those_of_merged_weights(opened, tokenizer, monk
         assert shift.kl == pytest.approx(kl, abs=ROUNDING * 40)
         others = [(one.argmax(-1) != other.argmax(-1)).sum().item() for one, other in pairs]
         assert shift.changed_tokens == others
-        assert shift.tokens == [4, 2, 40] and shift.system is bool(system)
+        assert shift.tokens == [4, 2, 40]
     assert sum(found[-1].changed_tokens) and min(found[-1].kl) > 0.01
 
 
@@ -56,9 +61,9 @@ def test_the_same_replies_have_the_same_hash_and_others_another(opened, monkeypa
     """KL on other replies of the base is not compared."""
     hashes = []
     for said in (SAID, SAID, [[40], *SAID[1:]]):
-        monkeypatch.setattr(measure, "generate", lambda *_, said=said, **__: said)
+        monkeypatch.setattr(measures, "generate", lambda *_, said=said, **__: said)
         opened.loaded.known.clear()
-        hashes += {one.replies for one in measure.measure_shifts(opened, PROMPTS, "")}
+        hashes += {one.replies for one in shifts_of(opened)}
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -81,26 +86,6 @@ def test_the_base_replies_to_tasks_with_its_own_odds(opened, monkeypatch):
         assert abs(counts[places].sum().item() - share) < 4 * error
 
 
-def test_updates_are_as_large_as_numpy_says(capfd, adapters, tmp_path):
-    path = write_talks_with(tmp_path / "eval.jsonl", 1)
-    folder = adapters["rslora"]
-    found, _ = evidence(capfd, folder, tmp_path / "results", "--eval_file", path, *SHORT)
-    weights = toys.base_model().state_dict()
-    scale = {"out_proj": 3 / 6**0.5, "down_proj": 8}
-    tensors = {name: one.double().numpy() for name, one in load_file(folder / toys.TENSORS).items()}
-    expected = {}
-    for name in [name for name in tensors if "lora_A" in name]:
-        path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        target = path.rpartition(".")[2]
-        update = tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
-        size = scale.get(target, 4) * np.linalg.norm(update)
-        share = size / np.linalg.norm(weights[f"{path}.weight"].double().numpy())
-        expected.setdefault(target, []).append(share)
-    assert found["updates"].keys() == expected.keys()
-    for target, shares in expected.items():
-        assert sorted(found["updates"][target]) == pytest.approx(sorted(shares), rel=1e-6)
-
-
 def test_the_adapter_is_to_the_bit_what_it_was_after_an_error_in_a_part(opened):
     def state():
         layers = opened.layers.values()
@@ -109,7 +94,7 @@ def test_the_adapter_is_to_the_bit_what_it_was_after_an_error_in_a_part(opened):
 
     before, weights = state()
     families = set()
-    for family, *_, change in list(measure.parts_of(opened)):
+    for family, *_, change in list(measures.parts_of(opened)):
         families.add(family)
         with pytest.raises(KeyError), change:
             raise KeyError
@@ -124,7 +109,7 @@ def test_parts_and_tasks_have_the_same_lines_each_time(capfd, adapters, tmp_path
     path = write_talks_with(tmp_path / "eval.jsonl", *range(4))
     tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": f"{n} + 3?"} for n in range(9)])
     words = ["--eval_file", path, "--replies", 0, "--max_new_tokens", 1]
-    monkeypatch.setattr(measure, "TASK_TOKENS", 8)
+    monkeypatch.setattr(measures, "TASK_TOKENS", 8)
     some = ["--parts", 2, "--general_file", tasks, "--tasks", 2]
     how = {"one": some, "two": some, "whole": ["--parts", 4, "--general_file", ""]}
     one, two, whole = (

@@ -15,7 +15,9 @@ from records import NEW_TOKENS, evidence, line_numbers
 from runs import NOUNS, read_json, talk, write_lines
 
 import train_lora_single as script
-from inspect_lora import data, measure, replies, rules
+from inspect_lora import measures, replies, rules, sampling
+from inspect_lora.plan import Asked
+from inspect_lora.record import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +150,9 @@ def test_a_reply_is_judged_by_the_rules_of_its_line(exchanges):
 
 def test_thoughts_before_a_reply_are_not_judged(opened):
     said = "<think>\nOne two three.\n</think>\n\nTea, then?"
-    prompt = data.Prompt("prompts", "p:1", "", [], checks={"short": {"most_words": 2}})
+    prompt = Prompt("prompts", "p:1", "", [], checks={"short": {"most_words": 2}})
     tokens = opened.base.tokenizer(said + "<|im_end|>").input_ids
-    judged = measure.judged_reply(opened, tokens, prompt)
+    judged = measures.judged(opened, Asked(prompt, [5]), tokens)
     assert judged.passes == {"short": True} and "One two" in judged.text and judged.ended
 
 
@@ -171,7 +173,9 @@ def test_lines_with_one_prompt_are_asked_once_with_all_their_checks(capfd, adapt
 def asked_of(capfd, adapter, results, monkeypatch, *words):
     """Return the numbers of the lines that both models reply to; the models are not asked."""
     stop = toys.tokenizer().convert_tokens_to_ids("<|im_end|>")
-    monkeypatch.setattr(measure, "generate", lambda _, prompts, *__, **___: [[stop]] * len(prompts))
+    monkeypatch.setattr(
+        measures, "generate", lambda _, prompts, *__, **___: [[stop]] * len(prompts)
+    )
     monkeypatch.setattr(script, "losses_of_replies", lambda _, examples: [[1.0]] * len(examples))
     found, _ = evidence(capfd, adapter, results, "--general_file", "", "--parts", "0", *words)
     return line_numbers(found["exchanges"])
@@ -205,9 +209,9 @@ def test_of_prompts_alone_all_are_asked(capfd, adapters, tmp_path, monkeypatch):
 
 
 def test_on_a_gpu_two_hundred_held_out_prompts_are_asked():
-    prompts = [data.Prompt("held_out", f"a:{n}", "ab"[n % 3 == 0], talk(n)) for n in range(300)]
+    prompts = [Prompt("held_out", f"a:{n}", "ab"[n % 3 == 0], talk(n)) for n in range(300)]
     for device, count in (("cpu", 100), ("cuda", 200)):
-        chosen = data.choose(prompts, None, device)
+        chosen = [prompts[n] for n in sampling.choose(prompts, None, device)]
         assert len(chosen) == count
         share = sum(prompt.kind == "b" for prompt in chosen) / count
         assert share == pytest.approx(1 / 3, abs=0.01)

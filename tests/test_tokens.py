@@ -64,7 +64,7 @@ def model_with(*changes, **files):
 @pytest.fixture(scope="module")
 def job():
     """Return a job of the toy; nobody changes it."""
-    return t.read_base(t.parse_settings(DRY))
+    return t.read_base(t.request_of(t.parse_settings(DRY)))
 
 
 @pytest.mark.parametrize("said", [HELLO, TALK, messages(" Hi?\n", "First.", "And?", " Second. ")])
@@ -169,7 +169,7 @@ def job_of(family):
     shutil.copy(Path(TOY) / "config.json", "other")
     ids = tokenizer.convert_tokens_to_ids(ends)
     Path("other/generation_config.json").write_text(json.dumps({"eos_token_id": ids or None}))
-    return t.read_base(t.parse_settings([*DRY, "--model_name", "other"]))
+    return t.read_base(t.request_of(t.parse_settings([*DRY, "--model_name", "other"])))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
