@@ -53,6 +53,7 @@ import sys
 import textwrap
 import time
 import warnings
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -504,6 +505,9 @@ def build_trainer(job: Job) -> LoraTrainer:
     if uses_fp16_matmul(base.request, base.config):
         try_fp16_matmul(model, job.data.examples[0])
         job.session.matmul = "float16"
+    ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+    with torch.no_grad():  # before any step, so that needs_logits() knows
+        last_states(model, {"input_ids": ids, "labels": ids, "attention_mask": ids})
     trainer = LoraTrainer(
         job,
         model=model,
@@ -565,6 +569,8 @@ class LoraTrainer(trl.SFTTrainer):
         """Add a step's gradients; return its loss, and the micro-batch that did not fit, if any."""
         loss = torch.zeros((), device=self.args.device)
         parts = list(micro_batches(inputs, self.tokens_at_once, self.chunk))
+        if needs_logits(model):
+            parts = [piece for part in parts for piece in pieces_with_few_targets(part)]
         for part in parts:
             is_last = part is parts[-1]  # only then do processes exchange gradients
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
@@ -686,6 +692,26 @@ def micro_batches(inputs: Tensors, tokens_at_once: int, chunk: int = 1) -> Itera
         rows = rows[count:]
 
 
+MOST_TARGETS = 512  # of a row at once, where the loss needs their logits, see needs_logits()
+
+
+def pieces_with_few_targets(part: Tensors) -> Iterator[Tensors]:
+    """Yield a micro-batch once for each MOST_TARGETS targets of its rows, up to the last of them.
+
+    The sum of the losses stays the same. What comes before these targets is computed again.
+    """
+    targets_so_far = (part["labels"] != -100).cumsum(1)
+    most = int(targets_so_far.max())
+    if most <= MOST_TARGETS:
+        yield part
+        return
+    for first in range(0, most, MOST_TARGETS):
+        is_kept = (targets_so_far > first) & (targets_so_far <= first + MOST_TARGETS)
+        labels = part["labels"].masked_fill(~is_kept, -100)
+        width = int((labels != -100).any(0).nonzero().max()) + 1
+        yield {key: value[:, :width] for key, value in {**part, "labels": labels}.items()}
+
+
 def token_losses(model: nn.Module, inputs: Tensors) -> Tensor:
     """Return -log(probability) of each target token, in nats, and 0 for all others.
 
@@ -694,10 +720,13 @@ def token_losses(model: nn.Module, inputs: Tensors) -> Tensor:
     """
     next_tokens = inputs["labels"][:, 1:]
     is_target = next_tokens != -100
+    targets, states = next_tokens[is_target], last_states(model, inputs)
     losses = torch.zeros(next_tokens.shape, device=next_tokens.device)
-    losses[is_target] = nn.functional.cross_entropy(
-        reply_logits(model, inputs).float(), next_tokens[is_target], reduction="none"
-    )
+    if states is None:
+        logits = reply_logits(model, inputs).float()
+        losses[is_target] = nn.functional.cross_entropy(logits, targets, reduction="none")
+    else:
+        losses[is_target] = TargetLosses.apply(states, targets, head_of(model))
     return losses
 
 
@@ -716,6 +745,88 @@ def reply_logits(model: nn.Module, inputs: Tensors) -> Tensor:
         logits_to_keep=predicts_target,
         use_cache=False,
     ).logits
+
+
+# Heads whose output is not what their model returns: Gemma caps it, Granite divides it. Once this
+# was seen, the model is not asked again.
+HEADS_WITH_MORE_AFTER_THEM: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """Return the module that makes logits of the last states, also where DDP wraps the model."""
+    is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    return (model.module if is_wrapped else model).get_output_embeddings()
+
+
+def needs_logits(model: nn.Module) -> bool:
+    """Return whether the loss needs all logits at once: see last_states(), which finds out."""
+    head = head_of(model)
+    if head is None or head in HEADS_WITH_MORE_AFTER_THEM:
+        return True
+    return any(weight.requires_grad for weight in head.parameters())
+
+
+def last_states(model: nn.Module, inputs: Tensors) -> Tensor | None:
+    """Return what the head would get for each target token; None if the loss needs the logits.
+
+    The model runs with a head that returns what it gets. Where the model does not return this very
+    tensor as logits, or changes it, more comes after the head, which the loss must not leave out:
+    each pass is asked. The gradient of a head that is trained takes the logits, too.
+    """
+    if needs_logits(model):
+        return None
+    head, given = head_of(model), []
+
+    def forward(states: Tensor) -> Tensor:
+        given.append((states, states._version))  # writing into a tensor raises its version
+        return states
+
+    own_forward = vars(head).get("forward")  # as use_fp16_matmul() sets it
+    head.forward = forward
+    try:
+        returned = reply_logits(model, inputs)
+    finally:
+        del head.forward
+        if own_forward is not None:
+            head.forward = own_forward
+    if len(given) == 1 and returned is given[0][0] and returned._version == given[0][1]:
+        return returned
+    HEADS_WITH_MORE_AFTER_THEM.add(head)
+    return None
+
+
+LOGITS_AT_ONCE = 2**25  # in memory: those of 135 targets of Qwen3.5, with their gradients 0.5 GB
+
+
+class TargetLosses(torch.autograd.Function):
+    """The loss of each target from its last state (targets x width).
+
+    It depends on no other target's state. So its gradient is computed at once, a few targets at a
+    time, and no logits are kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(context: Any, states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+        """Compute losses and, if states need them, gradients."""
+        needs_gradient = context.needs_input_grad[0]
+        at_once = max(1, LOGITS_AT_ONCE // len(next(head.parameters())))
+        losses, gradients = [], []
+        for part, ids in zip(states.split(at_once), targets.split(at_once), strict=True):
+            with torch.set_grad_enabled(needs_gradient):
+                part = part.detach().requires_grad_(needs_gradient)
+                # Not head(part): hooks of the head have run already, in last_states().
+                logits = head.forward(part).float()
+                loss = nn.functional.cross_entropy(logits, ids, reduction="none")
+                gradients += torch.autograd.grad(loss.sum(), part) if needs_gradient else []
+            losses.append(loss.detach())
+        context.gradient = torch.cat(gradients) if needs_gradient else None
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Multiply in float32: one over the number of targets must not be rounded before."""
+        product = context.gradient.float() * gradient[:, None]
+        return product.to(context.gradient.dtype), None, None
 
 
 def losses_of_replies(
@@ -856,6 +967,8 @@ def trial_fits(trainer: LoraTrainer, rows: int, width: int) -> bool:
     examples = trainer.job.data.examples
     ratio = max(example.targets / len(example.input_ids) for example in examples)
     largest = max(example.targets for example in examples)
+    if needs_logits(trainer.model):
+        largest = min(largest, MOST_TARGETS)
     if not trainer.needs_checkpointing(width):
         largest *= trainer.args.train_batch_size
     targets = min(largest, math.ceil(ratio * width))
@@ -1162,7 +1275,7 @@ def check_joining(replies: list[Example], base: Base, settings: Settings) -> Non
     """Print the cost if the chat template keeps a dialogue's replies from sharing a row."""
     lengths = {reply.source: len(reply.input_ids) for reply in replies}  # to the last reply
     needed = sum(lengths.values())
-    tokens = sum(len(example.input_ids) for example in join_replies(replies, sys.maxsize))
+    tokens = sum(len(example.input_ids) for example in join_replies(replies))
     if tokens <= 1.5 * needed:
         return
     if settings.CHAT_TEMPLATE == "one_pass":
@@ -1174,7 +1287,7 @@ def check_joining(replies: list[Example], base: Base, settings: Settings) -> Non
         changed.tokenizer.chat_template = template
         source = max(lengths, key=lengths.__getitem__)
         longest = [reply for reply in replies if reply.source == source]
-        if len(join_replies(encode(longest, changed, sys.maxsize, []), sys.maxsize)) == 1:
+        if len(join_replies(encode(longest, changed, sys.maxsize, []))) == 1:
             advice = "; --chat_template one_pass trains a dialogue in one pass"
     cost = f"{tokens / needed:.1f} times the tokens: {tokens:,} in place of {needed:,}"
     report("slower", f"{cost}, as the chat template changes earlier replies{advice}")
@@ -1423,8 +1536,6 @@ def hold_out(
 # With Qwen3.5's own template none does, as earlier replies lose their think block. CHAT_TEMPLATE
 # "one_pass" is the one that TRL keeps for training such models; the server must also use it.
 
-MOST_TARGETS = 512  # in one joined row; in Qwen3.5 their logits and gradients take 1.2 GB
-
 
 def encode(
     conversations: list[Conversation],
@@ -1493,7 +1604,7 @@ def render(messages: Messages, base: Base) -> tuple[list[int], list[int]]:
     return prompt_ids, reply_ids[: ends[0]]  # without the newline that follows it
 
 
-def join_replies(replies: list[Example], most_targets: int = MOST_TARGETS) -> list[Example]:
+def join_replies(replies: list[Example]) -> list[Example]:
     """Return examples in which one row trains several replies of a dialogue, where that is exact.
 
     It is exact if a prompt begins with the very tokens of the example before it: as no token
@@ -1503,7 +1614,7 @@ def join_replies(replies: list[Example], most_targets: int = MOST_TARGETS) -> li
     for reply in replies:
         if joined and joined[-1].source == reply.source:
             continues = reply.prompt_ids[: len(joined[-1].input_ids)] == joined[-1].input_ids
-            if continues and joined[-1].targets + reply.targets <= most_targets:
+            if continues:
                 reply = replace(reply, earlier=joined.pop().replies)
         joined.append(reply)
     return joined
