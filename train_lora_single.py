@@ -763,7 +763,8 @@ def needs_logits(model: nn.Module) -> bool:
     head = head_of(model)
     if head is None or head in HEADS_WITH_MORE_AFTER_THEM:
         return True
-    return any(weight.requires_grad for weight in head.parameters())
+    is_trained = any(weight.requires_grad for weight in head.parameters())
+    return is_trained and torch.is_grad_enabled()
 
 
 def last_states(model: nn.Module, inputs: Tensors) -> Tensor | None:

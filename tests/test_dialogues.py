@@ -218,7 +218,7 @@ def test_only_the_next_tokens_of_the_same_dialogue_are_joined():
 
 
 def test_what_is_too_long_is_left_out_and_the_rest_is_joined(tmp_path):
-    """The last reply of the longest dialogue; and a row has at most 512 targets."""
+    """The last reply of the longest dialogue is."""
     flags = flags_for(tmp_path, [6, *[5] * 4], *ONE_PASS)
     whole = runs.prepared(flags).data.examples
     assert [len(example.replies) for example in whole] == [6, 5, 5, 5, 5]
@@ -226,14 +226,14 @@ def test_what_is_too_long_is_left_out_and_the_rest_is_joined(tmp_path):
     shorter = runs.prepared([*flags, "--max_seq_len", limit]).data.examples
     assert [len(example.replies) for example in shorter] == [5, 5, 5, 5, 5]
     assert shorter[0].replies == whole[0].replies[:5]
-    rows = [{"messages": dialogue(0, 5, words=25)}]  # about 200 tokens a reply
+
+
+def test_a_dialogue_of_any_number_of_targets_is_one_row(tmp_path):
+    rows = [{"messages": dialogue(0, 5, words=50)}]  # about 400 tokens a reply
     path = runs.write_lines(tmp_path / "long.jsonl", rows)
-    capped = runs.prepared([*flags, "--train_file", path]).data.examples
-    assert [len(example.replies) for example in capped] == [2, 2, 1]
-    assert all(example.targets <= 512 for example in capped)
-    assert capped[0].targets + len(capped[1].replies[0].reply_ids) > 512
-    joined = [reply for example in capped for reply in example.replies]
-    assert [len(reply.messages) for reply in joined] == [3, 5, 7, 9, 11]
+    flags = [*flags_for(tmp_path, [1], *ONE_PASS), "--train_file", path]
+    (example,) = runs.prepared(flags).data.examples
+    assert len(example.replies) == 5 and example.targets > 1500
 
 
 def test_the_plan_counts_dialogues_and_replies_and_names_smaller_steps(tmp_path, capfd):

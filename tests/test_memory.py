@@ -8,7 +8,7 @@ import runs
 import torch
 import transformers
 from by_hand import ROUNDING, assert_near, token_loss
-from toys import model_of
+from toys import family, model_of
 
 import train_lora_single as t
 
@@ -314,6 +314,32 @@ def test_a_trial_has_as_many_targets_as_any_micro_batch(trainer, card, monkeypat
     trainer.tokens_at_once = 0
     assert t.trial_fits(trainer, 3, 47)
     assert counts[-1] == [largest] * 3
+
+
+def test_where_the_loss_needs_the_logits_few_targets_go_at_once(tmp_path, card, monkeypatch):
+    """Granite divides them after its head. The step and its trial are bounded alike."""
+    config = family("Granite", logits_scaling=3.0, initializer_range=0.5)
+    model = model_of(config, tmp_path / "model", has_weights=True)
+    flags = [*runs.short_flags(tmp_path), "--model_name", model, "--lora_dropout", "0"]
+    trainer = t.build_trainer(runs.give_examples(runs.prepared(flags), [60, 40, 50, 30]))
+    runs.set_b(trainer.model)
+    loss, gradients, passes = one_step(trainer, 240)
+    assert loss == pytest.approx(token_loss(trainer.model.eval(), trainer.job.data.examples))
+    assert len(passes) == 1
+    counts, real = [], t.token_losses
+
+    def count(model, part):
+        counts.append((part["labels"][:, 1:] != -100).sum(1).tolist())
+        return real(model, part)
+
+    monkeypatch.setattr(t, "token_losses", count)
+    monkeypatch.setattr(t, "MOST_TARGETS", 8)
+    loss_in_pieces, found, _ = one_step(trainer, 240)
+    assert loss_in_pieces == pytest.approx(loss, rel=ROUNDING)
+    assert_near(found, gradients)
+    assert sum(map(sum, counts)) == 90 and max(map(max, counts)) == 8 and len(counts) == 4
+    assert t.trial_fits(trainer, 1, 240)
+    assert counts[-1] == [4 * 8]
 
 
 @pytest.fixture
