@@ -162,8 +162,6 @@ def run(settings: Settings, session: Session) -> Job:
     earlier = find_earlier_work(settings, plan)  # RESUMING: a checkpoint, or its finished adapter?
     [earlier] = accelerate.utils.broadcast_object_list([earlier])  # the same in all processes
     job = Job(settings, base, data, plan, earlier, session)
-    if earlier.sessions and earlier.sessions[-1]["script_sha256"] != SCRIPT_SHA256:
-        report("warning", "this file was edited since then; another OUTPUT_DIR trains anew")
     if settings.dry_run or not (earlier.checkpoint or earlier.is_finished):
         show_plan(job)  # PLAN
     if settings.dry_run or earlier.is_finished:
@@ -283,6 +281,7 @@ class EarlierWork:
     loss_history: History
     sessions: list[Facts]  # that led to the checkpoint
     is_finished: bool = False
+    is_of_other_code: bool = False  # --edited_code goes on all the same
 
 
 @dataclass
@@ -292,9 +291,7 @@ class Session:
     started: str
     matmul: str = "native"  # or "float16", see FP16 MATMUL
     loss_history: History = field(default_factory=list)  # from the job's first step
-    stop_signal: int = 0  # the signal that asks to stop, see TRAINING
-    saves_before_stop: bool = False  # stop after the next save, not at once
-    all_stop: bool = False  # all processes have agreed to stop after the next save
+    stop: Stop = field(default_factory=lambda: Stop())  # see TRAINING
 
 
 @dataclass(frozen=True)
@@ -323,7 +320,6 @@ class UserError(Exception):
 # This section comes before the slow imports, so that --help and errors in settings appear at once.
 
 SCRIPT = Path(__file__).read_bytes()  # read at the start; editing it later is harmless
-SCRIPT_SHA256 = hashlib.sha256(SCRIPT).hexdigest()
 HERE = Path(__file__).resolve().parent
 DEMO = {  # what --demo sets; the toy model was made by data/make_demo_model.py
     "MODEL_NAME": f"{HERE}/data/demo-model",
@@ -372,6 +368,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     )
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="only print the plan")
     parser.add_argument("--demo", action="store_true", help=f"sets {', '.join(DEMO)}")
+    resume_help = "resume a run although this file's code was edited since then"
+    parser.add_argument("--edited_code", "--edited-code", action="store_true", help=resume_help)
     values = {name: globals()[name] for name in SETTINGS}
     comments = dict(re.findall(r"(?m)^([A-Z_\d]+)(?:: .+?)? = .*?  # (.+)$", SCRIPT.decode()))
     for name, constant in values.items():
@@ -385,12 +383,12 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             help=f"{comments.get(name, '')} [{constant}]".replace("%", "%%"),
         )
     flags = vars(parser.parse_args(argv))
-    dry_run = flags.pop("dry_run", False)
+    switches = {name: flags.pop(name, False) for name in ("dry_run", "edited_code")}
     values |= (DEMO if flags.pop("demo", False) else {}) | flags
     if problems := what_is_wrong(values):
         parser.error("\n".join(problems))
     values |= {name: os.path.expanduser(values[name]) for name in PATHS}
-    return argparse.Namespace(**values, dry_run=dry_run)
+    return argparse.Namespace(**values, **switches)
 
 
 def number_or_text(text: str) -> Any:
@@ -606,17 +604,16 @@ class LoraTrainer(trl.SFTTrainer):
 
         At step 0 the base model is measured. After a signal nothing is logged.
         """
-        held_out, session = self.job.data.held_out, self.job.session
+        held_out, stop = self.job.data.held_out, self.job.session.stop
         shard = held_out[self.args.process_index :: self.args.world_size]
         is_base = self.state.global_step == 0  # with START_FROM, its adapter must be off
         with self.model.disable_adapter() if is_base else contextlib.nullcontext():
             tokens = max(1024, self.tokens_at_once)
-            losses = losses_of_replies(self.model, shard, tokens, lambda: session.stop_signal > 0)
-        nats = None if session.stop_signal else sum(map(sum, losses))
+            losses = losses_of_replies(self.model, shard, tokens, lambda: stop.signal > 0)
+        nats = None if stop.signal else sum(map(sum, losses))
         sums = accelerate.utils.gather_object([nats])
         if None in sums:
-            session.all_stop = True
-            session.stop_signal = session.stop_signal or signal.SIGTERM
+            stop.agree()
             return {}
         metrics = {"eval_loss": sum(sums) / sum(example.targets for example in held_out)}
         self.log(metrics)
@@ -1631,10 +1628,14 @@ def join_replies(replies: list[Example]) -> list[Example]:
 # without which they are silently plain LoRA.
 UNSUPPORTED_METHODS = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva")
 MAY_CHANGE = {  # within a job, if the tokens and the examples per step stay the same
-    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "FINAL_LORA", "REPORT_TO", "MATMUL",
-    "USE_FLA", "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "BATCH_SIZE",
+    "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "EVAL_STEPS", "FINAL_LORA", "REPORT_TO",
+    "MATMUL", "USE_FLA", "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "BATCH_SIZE",
     "GRADIENT_ACCUMULATION_STEPS", "CHAT_TEMPLATE", "START_FROM",
 }  # fmt: skip
+# Where a job with steps behind it differs in one of these alone, it is neither resumed nor begun
+# anew without asking: losses of before and after would be compared.
+HELD_OUT = "tokens of EVAL_FILE"
+CODE = "code"
 
 
 def make_plan(settings: Settings, base: Base, data: Data) -> Plan:
@@ -1659,7 +1660,8 @@ def make_plan(settings: Settings, base: Base, data: Data) -> Plan:
     steps = min(steps, settings.MAX_STEPS or steps)
     editable, fixed = training_fields(settings, steps), fixed_fields(settings, base, steps)
     identity = identity_of(settings, base, data, editable)
-    folder = Path(settings.OUTPUT_DIR, "checkpoints", short_hash(identity))
+    trained = {name: value for name, value in identity.items() if name not in (HELD_OUT, CODE)}
+    folder = Path(settings.OUTPUT_DIR, "checkpoints", short_hash(trained))
     try:
         training = trl.SFTConfig(output_dir=str(folder), **editable, **fixed)
     except TypeError as error:  # a field that does not exist, or is in both
@@ -1772,7 +1774,10 @@ def examples_per_step(settings: Settings) -> int:
 
 
 def identity_of(settings: Settings, base: Base, data: Data, editable: Facts) -> Facts:
-    """Return what must be the same for a checkpoint to be resumed, as JSON values."""
+    """Return what must be the same for a checkpoint to be resumed, as JSON values.
+
+    16 and 16.0 are the same.
+    """
     identity = {name: getattr(settings, name) for name in SETTINGS if name not in MAY_CHANGE}
     for kind, chosen in {"LoraConfig": lora_fields(settings), "SFTConfig": editable}.items():
         identity |= {f"{kind}.{name}": value for name, value in chosen.items()}
@@ -1782,9 +1787,38 @@ def identity_of(settings: Settings, base: Base, data: Data, editable: Facts) -> 
         "chat template": short_hash(base.tokenizer.get_chat_template()),
         "adapter of START_FROM": file_sha256(start_file),
     }
-    for which, examples in (("TRAIN_FILE", data.examples), ("EVAL_FILE", data.held_out)):
-        identity[f"tokens of {which}"] = short_hash(rows_of(examples))
+    identity["tokens of TRAIN_FILE"] = short_hash(rows_of(data.examples))
+    identity |= {HELD_OUT: short_hash(rows_of(data.held_out)), CODE: hash_of_code(SCRIPT)}
+    for name, value in identity.items():
+        if isinstance(value, float) and value.is_integer():
+            identity[name] = int(value)
     return json.loads(json.dumps(identity, default=as_json_value))
+
+
+def hash_of_code(source: bytes) -> str:
+    """Hash what a script executes: neither comments, docstrings nor the values of SETTINGS.
+
+    Python's ast.dump() would be shorter, but differs between versions.
+    """
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, list):
+            return [plain(each) for each in node]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        fields = {name: plain(value) for name, value in ast.iter_fields(node) if value}
+        return [type(node).__name__, fields]
+
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            names = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if isinstance(names[0], ast.Name) and names[0].id in SETTINGS:
+                node.value = ast.Constant(None)
+    return short_hash(plain(tree))
 
 
 def facts_of_base(base: Base) -> Facts:
@@ -1839,9 +1873,10 @@ def show_plan(job: Job) -> None:
 # ==== RESUMING: which checkpoints belong to this job
 #
 # Each job has a folder, checkpoints/<hash of the job>/, whose job.json says what it is: settings,
-# fields of LoraConfig and SFTConfig, model, and tokens of both files. Changing one of these (not
-# those in MAY_CHANGE) begins another job; changing it back resumes the first. On a CPU a resumed
-# run ends in the same bytes as one that was never stopped.
+# fields of LoraConfig and SFTConfig, model, and tokens of TRAIN_FILE. Changing one of these (not
+# those in MAY_CHANGE) begins another job; changing it back resumes the first. If only the tokens of
+# EVAL_FILE change, or this file's code, the run asks what to do. On a CPU a resumed run ends in the
+# same bytes as one that was never stopped.
 
 
 def find_earlier_work(settings: Settings, plan: Plan) -> EarlierWork:
@@ -1853,23 +1888,63 @@ def find_earlier_work(settings: Settings, plan: Plan) -> EarlierWork:
         step = final_step(settings, plan, loss_history)
         sha256 = file_sha256(final / "adapter_model.safetensors")
         if record["adapter"] == {"step": step, "sha256": sha256}:
+            refuse_what_cannot_be_compared(settings, plan, record, is_finished=True)
             report("finished", f"{final} is this job's adapter, of step {step:,}")
             used = record["settings"]
-            names = [name for name in sorted(MAY_CHANGE) if getattr(settings, name) != used[name]]
+            names = sorted(MAY_CHANGE & used.keys())
+            names = [name for name in names if getattr(settings, name) != used[name]]
             if names:
                 values = ", ".join(f"{name} {used[name]}" for name in names)
                 report("finished", f"it was trained with {values}; another OUTPUT_DIR trains anew")
             return EarlierWork(None, 0, loss_history, record["sessions"], is_finished=True)
     for step, checkpoint in checkpoints_in(plan.folder).items():
-        if is_intact(checkpoint):
-            report("resume", f"resuming from {checkpoint}")
-            if step < plan.steps or not loss_history:
-                loss_history = read_json(checkpoint / "trainer_state.json")["log_history"]
-            sessions = read_json(checkpoint / "run.json")["sessions"]
-            return EarlierWork(checkpoint, step, loss_history, sessions)
-        report("resume", f"{checkpoint} is skipped: a file is missing or damaged")
+        if not is_intact(checkpoint):
+            report("resume", f"{checkpoint} is skipped: a file is missing or damaged")
+            continue
+        record = read_json(checkpoint / "run.json")
+        refuse_what_cannot_be_compared(settings, plan, record)
+        if step < plan.steps or not loss_history:
+            loss_history = read_json(checkpoint / "trainer_state.json")["log_history"]
+        left = "resuming from" if step < plan.steps else "all steps are done; final_lora is made of"
+        report("resume", f"{left} {checkpoint}")
+        tell_of_other_versions(record["sessions"][-1])
+        is_edited = record["sessions"][-1][CODE] != plan.identity[CODE]
+        if is_edited:
+            set_losses_aside(loss_history)
+        return EarlierWork(checkpoint, step, loss_history, record["sessions"], False, is_edited)
     tell_of_other_jobs(settings, plan)
     return EarlierWork(None, 0, [], [])
+
+
+def refuse_what_cannot_be_compared(
+    settings: Settings, plan: Plan, record: Facts, is_finished: bool = False
+) -> None:
+    """Raise UserError if other lines were held out, or other code was run; a dry run only warns."""
+    code = record["sessions"][-1][CODE]  # an earlier session may have gone on with edited code
+    problem, ways = "", "another OUTPUT_DIR trains anew"
+    if record["identity"][HELD_OUT] != plan.identity[HELD_OUT]:
+        file = (record["data"]["held_out"] or {}).get("file", "none")
+        problem = f"its losses are on another held-out file ({file}): with that one it goes on"
+    elif code != plan.identity[CODE] and (is_finished or not settings.edited_code):
+        problem = "the code of this file was edited since then: put it back, and it goes on"
+        if not is_finished:
+            ways += ", and --edited_code goes on with the edited code"
+    if problem:
+        state = "is finished" if is_finished else "has steps behind it"
+        problem = f"{plan.folder.parent.parent}: this job {state}, but {problem}; {ways}."
+        if not settings.dry_run:
+            raise UserError(problem)
+        report("warning", problem)
+
+
+def tell_of_other_versions(session: Facts) -> None:
+    """Print which libraries were updated since a session."""
+    names = ["torch", "transformers", "peft", "trl"]
+    versions = {name: importlib.metadata.version(name) for name in names}
+    then = session["versions"]
+    changed = [f"{n} {then[n]}, now {versions[n]}" for n in names if versions[n] != then[n]]
+    if changed:
+        report("warning", f"it began with {'; '.join(changed)}: the rest may differ a little")
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
@@ -1912,8 +1987,10 @@ def tell_of_other_jobs(settings: Settings, plan: Plan) -> None:
     if identities:
         newest = next(iter(identities.values()))
         names = [name for name in {**newest, **identity} if newest.get(name) != identity.get(name)]
-        # LEARNING_RATE is SFTConfig.learning_rate, too.
-        names = [name for name in names if "." not in name] or names
+        # LEARNING_RATE is SFTConfig.learning_rate, too, and hashes tell nobody anything.
+        names = [
+            name for name in names if "." not in name and name not in (HELD_OUT, CODE)
+        ] or names
         values = [f"{name} {one_line(newest.get(name), 40)}" for name in names]
         jobs = f"earlier jobs in {plan.folder.parent}, to resume or delete: {len(identities)}"
         report("resume", f"a new job; {jobs}; the newest had {join_limited(values, 3, '; ')}")
@@ -1933,6 +2010,9 @@ def recorded(job: Job) -> Iterator[None]:
     if is_main_process():
         job.plan.folder.mkdir(parents=True, exist_ok=True)
         write_json(job.plan.folder / "job.json", job.plan.identity)
+        for step, checkpoint in checkpoints_in(job.plan.folder).items():
+            if step > job.earlier.checkpoint_step:  # skipped, so it no longer counts as one
+                (checkpoint / "sha256.json").unlink(missing_ok=True)
         path, lines = job.output / "held_out.jsonl", job.data.held_out_lines
         if lines and not (path.exists() and path.read_text(encoding="utf-8") == lines):
             rename_old(path)
@@ -1955,13 +2035,13 @@ def recorded(job: Job) -> Iterator[None]:
 
 # ==== TRAINING: evaluation, what is printed, saving, stopping, and signals
 #
-# On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the step is first finished and saved. An evaluation stops
-# between two batches, and is repeated on resuming. Before the first step, while the adapter is
-# verified, and at a second signal (see on_signal()) the run stops at once:
-# - catch_signals() notes stop_signal, and raises Stopped at once unless saves_before_stop is set:
-#   from the first step to the last save, and while final_lora is moved into its place;
-# - at the end of a step, and after an evaluation, the processes of a launch agree: all_stop;
-# - on_save() raises Stopped.
+# Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 stop a run. How far a stop has come stands in one Stop:
+# - Stop.ask() notes the signal. Before the first step, while the adapter is verified, and at a
+#   second signal, it raises Stopped at once.
+# - From the first step to the last save the step is finished and saved first. An evaluation ends
+#   between two batches, and is repeated on resuming. At the end of a step, and after an
+#   evaluation, the processes of a launch agree; on_save() raises Stopped.
+# - While final_lora is moved into its place, every signal waits; save_final_lora() raises Stopped.
 
 
 def train(trainer: LoraTrainer) -> None:
@@ -1975,15 +2055,30 @@ def train(trainer: LoraTrainer) -> None:
         trainer.model.load_adapter(checkpoint, "default", is_trainable=True)
         evaluate_if_missing(trainer)
     accelerate.PartialState().wait_for_everyone()
-    job.session.saves_before_stop = False
+    job.session.stop.finish_first = ""
 
 
 def evaluate_if_missing(trainer: LoraTrainer) -> None:
     """Measure the held-out loss of the base, or of the checkpoint, unless already done."""
-    job, step = trainer.job, trainer.job.earlier.checkpoint_step
+    job, state, step = trainer.job, trainer.state, trainer.job.earlier.checkpoint_step
+    if job.earlier.is_of_other_code:
+        set_losses_aside(state.log_history)
+        if job.data.held_out:
+            report("eval", "measuring the base again, as the code was edited")
+            state.global_step = 0
+            trainer.evaluate()
+            state.global_step = step
     if is_evaluation_due(job, step) and step not in eval_losses(job.earlier.loss_history):
         report("eval", "measuring the held-out loss first")
         trainer.evaluate()
+
+
+def set_losses_aside(loss_history: History) -> None:
+    """Rename the losses of other code, so that none is compared with a later one."""
+    for entry in loss_history:
+        for name in ("loss", "eval_loss"):
+            if name in entry:
+                entry[f"{name}_of_other_code"] = entry.pop(name)
 
 
 def is_evaluation_due(job: Job, step: int) -> bool:
@@ -2009,23 +2104,24 @@ class RunEvents(transformers.TrainerCallback):
 
     def on_step_begin(self, args, state, control, **_) -> None:
         """From now on, let a signal wait until the step is finished and saved."""
-        self.job.session.saves_before_stop = True
+        self.job.session.stop.finish_first = "the step"
         self.began = self.began or time.monotonic()
 
     def on_step_end(self, args, state, control, **_) -> None:
         """Decide what comes next: Trainer logs, then evaluates, then saves."""
-        job, session, step = self.job, self.job.session, state.global_step
-        accelerator = self.trainer.accelerator
-        if session.stop_signal:
-            accelerator.set_trigger()
-        session.all_stop = accelerator.check_trigger()  # in all processes alike
-        if session.all_stop and not session.stop_signal:  # another process got one
-            session.stop_signal = signal.SIGTERM
+        job, stop, step = self.job, self.job.session.stop, state.global_step
+        accelerator, is_asked = self.trainer.accelerator, stop.signal > 0
+        if accelerator.num_processes > 1:  # check_trigger() waits for the GPU
+            if is_asked:
+                accelerator.set_trigger()
+            is_asked = accelerator.check_trigger()
+        if is_asked:
+            stop.agree()
         ends = step % job.plan.steps_per_epoch == 0 or step == job.plan.steps
         saves = ends or step % job.settings.SAVE_STEPS == 0
         evaluates = is_evaluation_due(job, step)
-        control.should_evaluate = evaluates and not session.all_stop
-        control.should_save = saves or evaluates or session.all_stop
+        control.should_evaluate = evaluates and not stop.is_agreed
+        control.should_save = saves or evaluates or stop.is_agreed
 
     def on_log(self, args, state, control, logs, **_) -> None:
         """Stop at a loss or a gradient that is not finite, before it is saved; print the losses."""
@@ -2038,7 +2134,8 @@ class RunEvents(transformers.TrainerCallback):
         session.loss_history = [*state.log_history]
         if "eval_loss" in logs:
             note = "  (the base model, before training)" if step == 0 else ""
-            report("eval", f"epoch {state.epoch or 0:g}  loss {logs['eval_loss']:.4f}{note}")
+            epoch = (state.epoch or 0) if step else 0
+            report("eval", f"epoch {epoch:g}  loss {logs['eval_loss']:.4f}{note}")
         every = job.settings.LOGGING_STEPS
         if "loss" in logs and (step in (1, job.plan.steps) or step % every == 0):
             losses = [entry["loss"] for entry in session.loss_history if "loss" in entry][-every:]
@@ -2061,12 +2158,14 @@ class RunEvents(transformers.TrainerCallback):
             # The newest two and the best one stay. Trainer's own rotation would miss an
             # evaluation made on resuming.
             saved = checkpoints_in(job.plan.folder)
-            for older in [number for number in saved if number <= step][2:]:
+            whole = [number for number in saved if (saved[number] / "sha256.json").exists()]
+            for older in [number for number in whole if number <= step][2:]:
                 if older != best_step(job.plan, session.loss_history):
                     shutil.rmtree(saved[older], ignore_errors=True)
-        session.saves_before_stop = step < job.plan.steps  # nothing is left to save at the end
+        stop = session.stop
+        stop.finish_first = "the step" if step < job.plan.steps else ""
         is_alone = self.trainer.accelerator.num_processes == 1
-        if session.all_stop or (session.stop_signal and is_alone):
+        if stop.is_agreed or (stop.signal and is_alone):
             raise Stopped(f"Stopped after step {step}; the same command resumes the run.")
 
 
@@ -2082,23 +2181,39 @@ def is_stop(error: BaseException) -> bool:
     return Stopped in (type(error), type(error.__context__))
 
 
-def catch_signals(session: Session) -> None:
-    """Let signals end the run, see TRAINING."""
+@dataclass
+class Stop:
+    """How far a stop has come; the head of this section describes it."""
 
-    def on_signal(number: int, _: Any) -> None:
+    signal: int = 0  # that asked for it; the exit status is 128 more
+    finish_first: str = ""  # "the step" with its save, "the move" of final_lora, or nothing
+    is_agreed: bool = False  # all processes stop at the next save
+
+    def ask(self, number: int) -> None:
+        """Note a signal; raise Stopped if nothing is to be finished first."""
         # A terminal that is closed sends SIGHUP twice, and a launcher may forward a signal that its
         # process already got from Slurm.
         may_repeat = number == signal.SIGHUP or "TORCHELASTIC_RUN_ID" in os.environ
-        is_second = session.stop_signal > 0 and not may_repeat
-        session.stop_signal = number
-        if is_second or not session.saves_before_stop:
+        is_second = self.signal > 0 and not may_repeat
+        self.signal = number
+        if self.finish_first == "the move":
+            return
+        if is_second or not self.finish_first:
             raise Stopped("Stopped. The same command resumes from the newest checkpoint, if any.")
         hint = "" if may_repeat else "; a second signal stops at once"
         report("stopping", f"finishing and saving first{hint}")
 
+    def agree(self) -> None:
+        """Stop at the next save, as all processes do; this one may have had no signal."""
+        self.is_agreed = True
+        self.signal = self.signal or signal.SIGTERM
+
+
+def catch_signals(stop: Stop) -> None:
+    """Let signals end the run."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, on_signal)
+            signal.signal(number, lambda number, _: stop.ask(number))
 
 
 def ignore_signals() -> None:
@@ -2162,8 +2277,9 @@ def save_final_lora(trainer: LoraTrainer) -> None:
     write_record(job, "finished", final, step)
     verified = verify_saved_adapter(model, job, final, checkpoint)
     save_for_vllm(job.base.config, final, staging / "final_lora_vllm")
-    job.session.saves_before_stop = True  # between two renames there may be no final_lora
-    # final_lora comes last: its run.json says that the job has finished.
+    job.session.stop.finish_first = "the move"  # between two renames there may be no final_lora
+    # final_lora comes last, as its run.json says that the job has finished. If the power fails
+    # before, the last step's checkpoint decides: the next start writes final_lora from it.
     for name in ("final_lora_vllm", "final_lora"):
         rename_old(job.output / name)
         if (staging / name).is_dir():
@@ -2172,6 +2288,8 @@ def save_final_lora(trainer: LoraTrainer) -> None:
     write_json(job.output / "run.json", read_json(job.output / "final_lora" / "run.json"))
     report("verified", verified)
     summarize(job, step)
+    if job.session.stop.signal:
+        raise Stopped("Stopped; final_lora was finished first.")
 
 
 def card_of(job: Job) -> str:
@@ -2333,7 +2451,7 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
     session = {
         "started": job.session.started,
         "command": shlex.join(["python", *sys.argv]),
-        "script_sha256": SCRIPT_SHA256,
+        CODE: job.plan.identity[CODE],
         "versions": {name: importlib.metadata.version(name) for name in names},
         "device": torch.cuda.get_device_name() if has_gpu else "CPU",
         "matmul": job.session.matmul,
@@ -2577,7 +2695,7 @@ def main(settings: Settings) -> None:
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     # PEFT 0.21 calls a function that transformers 5.24 renamed.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-    catch_signals(session)
+    catch_signals(session.stop)
     try:
         if not settings.dry_run and is_main_process():
             lock = open_output(Path(settings.OUTPUT_DIR))
@@ -2590,7 +2708,7 @@ def main(settings: Settings) -> None:
             raise
         with contextlib.suppress(OSError):  # a closed terminal must not change the exit status
             print(error, file=sys.stderr)
-        raise SystemExit(128 + session.stop_signal if is_stop(error) else 1) from None
+        raise SystemExit(128 + session.stop.signal if is_stop(error) else 1) from None
     finally:
         logging.shutdown()
         if lock:

@@ -80,7 +80,9 @@ def statements():
 def test_the_shipped_settings_are_the_articles():
     given = vars(t.parse_settings([]))
     assert {name: given[name] for name in ARTICLE} == ARTICLE
-    assert given.keys() - {*t.SETTINGS} <= {"dry_run", "demo"} and not given["dry_run"]
+    assert (
+        given.keys() - {*t.SETTINGS} <= {"dry_run", "demo", "edited_code"} and not given["dry_run"]
+    )
 
 
 @pytest.fixture
@@ -107,7 +109,9 @@ def test_a_line_typed_over_another_without_type_or_comment_is_the_default(tmp_pa
     for middle in (" = ", ": object = "):
         changes = [(text, f"{name}{middle}{mine[name]!r}") for name, text in statements().items()]
         copy = edited_script(tmp_path, *changes)
-        assert copy.parse_settings([]) == argparse.Namespace(**mine, dry_run=False)
+        assert copy.parse_settings([]) == argparse.Namespace(
+            **mine, dry_run=False, edited_code=False
+        )
         assert {*copy.SETTINGS} == {*t.SETTINGS}
         assert copy.parse_settings(["--lora_r", "4"]).LORA_R == 4
 
@@ -313,10 +317,10 @@ def test_a_second_signal_is_heard_at_once_but_where_it_is_passed_on_twice(monkey
         if is_launched:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
             monkeypatch.setenv("RANK", "0")
-        session = t.Session("now", saves_before_stop=True)
-        t.catch_signals(session)
+        stop = t.Stop(finish_first="the step")
+        t.catch_signals(stop)
         send(number)()
-        assert session.stop_signal == number
+        assert stop.signal == number
         if is_heard:
             with pytest.raises(t.Stopped):
                 send(number)()
