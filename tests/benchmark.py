@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                        against `trl sft` with the same settings
     python tests/benchmark.py --dialogues 12         the same, with dialogues of eight replies
+    python tests/benchmark.py --dialogues 12 --long  of long replies: half of the tokens are targets
     python tests/benchmark.py --dialogues 12 --single    against the same replies, one an example
     python tests/benchmark.py --against ../checkout  against another checkout of this project
     python tests/benchmark.py --model FOLDER         with another text model
@@ -10,8 +11,10 @@ What is compared is the time of all processors for the whole command, imports in
 on the machine spoils the clock, but hardly this time. Both train LoRA on the same lines of
 data/train.jsonl, without gradient checkpointing, and the losses of both adapters on the same lines
 of data/eval.jsonl must agree. A dialogue is several shipped conversations, one after the other,
-under their system message. There `trl sft` trains on every token, also on what the user says, and
-single replies take eight times as many steps, so the two losses are printed and need not agree.
+under their system message; a long reply is two shipped ones. Where replies are joined, the tokens
+of all rows may be at most 1.01 times those of the rendered dialogues. `trl sft` trains on every
+token of a dialogue, also on what the user says, and single replies take eight times as many steps,
+so the two losses are printed and need not agree.
 """
 
 import argparse
@@ -39,6 +42,7 @@ import train_lora_single as script  # noqa: E402
 
 LOSSES_APART = 0.01
 REPLIES_OF_A_DIALOGUE = 8
+MOST_TOKENS = 1.01  # of the rendered dialogues'
 MAX_SEQ_LEN = 2048
 SETTINGS = ["seed", "lora_r", "lora_alpha", "lora_dropout", "learning_rate", "lr_scheduler_type"]
 
@@ -52,6 +56,7 @@ def main() -> int:
     parser.add_argument("--model", help="the folder of a chat model [the demo's text part]")
     parser.add_argument("--lines", type=int, default=64, help="how many to train on [64]")
     parser.add_argument("--dialogues", type=int, help="train on so many dialogues instead")
+    parser.add_argument("--long", action="store_true", help="make their replies twice as long")
     parser.add_argument("--single", action="store_true", help="of these dialogues, reply by reply")
     parser.add_argument("--pairs", type=int, default=5, help="runs of each [5]")
     options = parser.parse_args()
@@ -59,7 +64,9 @@ def main() -> int:
         folder = Path(name)
         model = options.model or write_text_model(folder / "model")
         data = folder / "data" / "train.jsonl"
-        rows = dialogues(options.dialogues) if options.dialogues else shipped_rows("train")
+        rows = shipped_rows("train")
+        if options.dialogues:
+            rows = dialogues(options.dialogues, parts_of_a_reply=2 if options.long else 1)
         write_rows(data, rows, options.dialogues or options.lines)
         sides = {"this checkout": (ROOT, data)}
         if options.single:
@@ -69,14 +76,21 @@ def main() -> int:
             sides[str(options.against or "trl sft")] = (options.against, data)
         times: dict[str, list[float]] = {side: [] for side in sides}
         losses: dict[str, float] = {}
+        facts: dict[str, dict[str, Any]] = {}  # what a checkout records of its data
+        more = ["--chat_template=one_pass"] if options.dialogues and knows_one_pass(model) else []
         for pair in range(options.pairs):
             for number, (side, (checkout, path)) in enumerate(sides.items()):
                 output = folder / f"{pair} {number}"
-                times[side].append(processor_seconds_of_training(checkout, model, path, output))
-                print(f"{side:<24}{times[side][-1]:8.1f} s", flush=True)
+                seconds = processor_seconds_of_training(checkout, model, path, output, more)
+                times[side].append(seconds)
+                print(f"{side:<24}{seconds:8.1f} s", flush=True)
                 if side not in losses:
                     adapter = output / "final_lora" if checkout else output
                     losses[side] = held_out_loss(model, adapter, folder)
+                if checkout:
+                    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+                    facts[side] = record["data"]["train"]
+        rendered = tokens_of(model, data, more) if options.dialogues else 0
     lines = f"{options.dialogues} dialogues" if options.dialogues else f"{options.lines} lines"
     print(f"\n{Path(model).name}, {lines}; processors' time, medians of {options.pairs} runs")
     for side, seconds in times.items():
@@ -89,8 +103,15 @@ def main() -> int:
     our_loss, their_loss = losses.values()
     apart = abs(our_loss / their_loss - 1)
     must_agree = not options.dialogues or options.against
+    is_joined = options.dialogues and not options.single
+    for side, counts in facts.items() if rendered else ():
+        tokens, targets = counts["tokens"], counts["targets"]
+        print(f"{side:<24}{tokens:8,} tokens, {tokens / rendered:.3f} of the rendered dialogues'")
+        print(f"{targets / tokens:31.0%} are targets")
     print(f"held-out losses {apart:.2%} apart", end="")
     print(f", at most {LOSSES_APART:.0%} allowed" if must_agree else "")
+    if is_joined and facts["this checkout"]["tokens"] > MOST_TOKENS * rendered:
+        return 1
     return 1 if must_agree and apart > LOSSES_APART else 0
 
 
@@ -108,7 +129,7 @@ def shipped_rows(name: str) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-def dialogues(count: int) -> Iterator[dict[str, Any]]:
+def dialogues(count: int, parts_of_a_reply: int) -> Iterator[dict[str, Any]]:
     """Yield dialogues of eight replies, made of shipped conversations one after the other."""
     rows = shipped_rows("train")
     for _ in range(count):
@@ -116,7 +137,9 @@ def dialogues(count: int) -> Iterator[dict[str, Any]]:
         while len(turns) < 2 * REPLIES_OF_A_DIALOGUE:
             row = next(rows)
             system, *asked = row["prompt"]
-            turns += [*asked, *row["completion"]]
+            replies = [row, *(next(rows) for _ in range(parts_of_a_reply - 1))]
+            text = "\n\n".join(reply["completion"][0]["content"] for reply in replies)
+            turns += [*asked, {"role": "assistant", "content": text}]
         yield {"messages": [system, *turns[: 2 * REPLIES_OF_A_DIALOGUE]]}
 
 
@@ -137,6 +160,20 @@ def write_rows(path: Path, rows: Iterator[dict[str, Any]], count: int) -> Path:
     return path
 
 
+def knows_one_pass(model: str) -> bool:
+    """Return whether --chat_template one_pass is possible."""
+    return bool(script.one_pass_template(transformers.AutoTokenizer.from_pretrained(model)))
+
+
+def tokens_of(model: str, path: Path, flags: list[str]) -> int:
+    """Return the number of tokens of a file's dialogues as the chat template renders them."""
+    settings = script.parse_settings(["--dry_run", f"--model_name={model}", *flags])
+    apply = script.read_base(script.request_of(settings)).tokenizer.apply_chat_template
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    rendered = [apply(row["messages"], enable_thinking=False)["input_ids"] for row in rows]
+    return sum(map(len, rendered))
+
+
 def processor_seconds() -> float:
     """Return the time that all processors have spent on the commands so far."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -144,9 +181,9 @@ def processor_seconds() -> float:
 
 
 def processor_seconds_of_training(
-    checkout: Path | None, model: str, data: Path, output: Path
+    checkout: Path | None, model: str, data: Path, output: Path, more: list[str]
 ) -> float:
-    """Train with a checkout's script, or with TRL's command; return what that took."""
+    """Train with a checkout's script and these flags, too, or with TRL's; return what it took."""
     settings = {name: getattr(script, name.upper()) for name in SETTINGS}
     settings |= {"dtype": "float32", "output_dir": output, "num_train_epochs": 1}
     if checkout:
@@ -163,7 +200,7 @@ def processor_seconds_of_training(
         settings |= {"max_length": MAX_SEQ_LEN, "report_to": "none"}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     flags += ["--lora_target_modules", *script.LORA_TARGET_MODULES]
-    command = [sys.executable, *words, *flags]
+    command = [sys.executable, *words, *flags, *(more if checkout else [])]
     before = processor_seconds()
     done = subprocess.run(command, cwd=checkout or ROOT, capture_output=True, text=True)
     if done.returncode != 0:
