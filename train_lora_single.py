@@ -163,6 +163,7 @@ def run(settings: Settings, session: Session) -> Job:
     earlier = find_earlier_work(settings, plan)  # RESUMING: a checkpoint, or its finished adapter?
     [earlier] = accelerate.utils.broadcast_object_list([earlier])  # the same in all processes
     job = Job(settings, base, data, plan, earlier, session)
+    tell_of_unused_settings()  # PLAN
     if settings.dry_run or not (earlier.checkpoint or earlier.is_finished):
         show_plan(job)  # PLAN
     if settings.dry_run or earlier.is_finished:
@@ -383,7 +384,13 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             metavar="X",
             help=f"{comments.get(name, '')} [{constant}]".replace("%", "%%"),
         )
-    flags = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown[:1]:
+        options = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(word.partition("=")[0], options, 1, 0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    flags = vars(known)
     switches = {name: flags.pop(name, False) for name in ("dry_run", "edited_code")}
     values |= (DEMO if flags.pop("demo", False) else {}) | flags
     if problems := what_is_wrong(values):
@@ -419,7 +426,7 @@ def what_is_wrong(values: Facts) -> list[str]:
             is_right = isinstance(value, str) and (value != "" or name in MAY_BE_EMPTY)
             wanted = 'a file, a percentage like "10%", or ""' if name == "EVAL_FILE" else "text"
         else:  # a setting of your own
-            is_right = constant is None or isinstance(value, str) == isinstance(constant, str)
+            is_right = constant is None or kind_of(value) == kind_of(constant)
             wanted = f"like {constant!r}"
         if name == "DEVICE":
             wanted += "; the environment variable CUDA_VISIBLE_DEVICES=1 selects the second GPU"
@@ -430,11 +437,17 @@ def what_is_wrong(values: Facts) -> list[str]:
         problems.append(f'EVAL_FILE is {eval_file!r}: it must be from "1%" to "50%"')
     for name, file in (("CHAT_TEMPLATE", ""), ("START_FROM", "adapter_model.safetensors")):
         path = Path(str(values[name])).expanduser() / file
-        if values[name] not in ("", "one_pass") and not path.is_file():
+        is_word = values[name] == "" or (name, values[name]) == ("CHAT_TEMPLATE", "one_pass")
+        if not is_word and not path.is_file():
             problems.append(f"{name} is {values[name]!r}: there is no file {path}")
     if values["FINAL_LORA"] == "best" and not eval_file:
         problems.append('FINAL_LORA is "best": EVAL_FILE is needed to find that step')
     return problems
+
+
+def kind_of(value: Any) -> type:
+    """Return the type of a value; all numbers are of one kind."""
+    return float if type(value) is int else type(value)
 
 
 def percent_of(eval_file: str) -> int:
@@ -556,16 +569,15 @@ class LoraTrainer(trl.SFTTrainer):
             count = (inputs["labels"][:, 1:] != -100).sum()
             num_items_in_batch = self.accelerator.gather(count).sum()
         while True:
-            loss, too_large = self.backward_in_parts(model, inputs, num_items_in_batch)
-            if too_large is None:
-                return loss
-            lower_tokens_at_once(self, *too_large["input_ids"].shape)
+            try:
+                return self.backward_in_parts(model, inputs, num_items_in_batch)
+            except DoesNotFit as error:
+                rows, width = error.args
+            lower_tokens_at_once(self, rows, width)
             report("memory", f"out of memory: now {self.tokens_at_once:,} tokens at once")
 
-    def backward_in_parts(
-        self, model: nn.Module, inputs: Tensors, targets: Tensor
-    ) -> tuple[Tensor, Tensors | None]:
-        """Add a step's gradients; return its loss, and the micro-batch that did not fit, if any."""
+    def backward_in_parts(self, model: nn.Module, inputs: Tensors, targets: Tensor) -> Tensor:
+        """Add a step's gradients, and return its loss; raise DoesNotFit."""
         loss = torch.zeros((), device=self.args.device)
         parts = list(micro_batches(inputs, self.tokens_at_once, self.chunk))
         if needs_logits(model):
@@ -573,20 +585,15 @@ class LoraTrainer(trl.SFTTrainer):
         for part in parts:
             is_last = part is parts[-1]  # only then do processes exchange gradients
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                part_loss = self.backward_if_it_fits(model, part, targets)
-            if part_loss is None:
-                return loss, part
-            loss += part_loss
-        return loss, None
+                loss += self.backward_if_it_fits(model, part, targets)
+        return loss
 
     def needs_checkpointing(self, width: int) -> bool:
         """Return whether a row of this width is too long to keep its activations."""
         return round_up(width, self.chunk) > self.tokens_at_once
 
-    def backward_if_it_fits(
-        self, model: nn.Module, part: Tensors, targets: Tensor | int
-    ) -> Tensor | None:
-        """Add a micro-batch's gradients; return its share of the loss, None if out of memory."""
+    def backward_if_it_fits(self, model: nn.Module, part: Tensors, targets: Tensor | int) -> Tensor:
+        """Add a micro-batch's gradients, and return its share of the loss; raise DoesNotFit."""
         for layer in self.layers:
             layer.gradient_checkpointing = self.needs_checkpointing(part["input_ids"].shape[1])
         try:
@@ -596,9 +603,10 @@ class LoraTrainer(trl.SFTTrainer):
             return loss.detach()
         except RuntimeError as error:
             # Several processes must stop: the others would wait for this one's gradients.
-            if not is_out_of_memory(error) or model is not self.model:
+            has_others = model is not self.model  # DDP is around it
+            if has_others or not is_out_of_memory(error):
                 raise
-            return None  # the exception and the tensors it held are gone
+        raise DoesNotFit(*part["input_ids"].shape)  # torch's error and its tensors are gone
 
     def evaluate(self, *_, **__) -> dict[str, float]:
         """Log the held-out loss, a mean over tokens (Trainer's depends on the batches).
@@ -607,16 +615,22 @@ class LoraTrainer(trl.SFTTrainer):
         """
         held_out, stop = self.job.data.held_out, self.job.session.stop
         shard = held_out[self.args.process_index :: self.args.world_size]
-        is_base = self.state.global_step == 0  # with START_FROM, its adapter must be off
-        with self.model.disable_adapter() if is_base else contextlib.nullcontext():
-            tokens = max(1024, self.tokens_at_once)
-            losses = losses_of_replies(self.model, shard, tokens, lambda: stop.signal > 0)
-        nats = None if stop.signal else sum(map(sum, losses))
-        sums = accelerate.utils.gather_object([nats])
-        if None in sums:
-            stop.agree()
-            return {}
-        metrics = {"eval_loss": sum(sums) / sum(example.targets for example in held_out)}
+        is_base = self.state.global_step == 0
+        names = ["eval_loss"]
+        if is_base and self.job.settings.START_FROM:
+            names = ["start_loss", "eval_loss"]  # of the adapter that training starts from
+        metrics = {}
+        for name in names:
+            is_off = is_base and name == "eval_loss"
+            with self.model.disable_adapter() if is_off else contextlib.nullcontext():
+                tokens = max(1024, self.tokens_at_once)
+                losses = losses_of_replies(self.model, shard, tokens, lambda: stop.signal > 0)
+            nats = None if stop.signal else sum(map(sum, losses))
+            sums = accelerate.utils.gather_object([nats])
+            if None in sums:
+                stop.agree()
+                return {}
+            metrics[name] = sum(sums) / sum(example.targets for example in held_out)
         self.log(metrics)
         self.control.should_evaluate = False
         return metrics
@@ -633,6 +647,10 @@ class LoraTrainer(trl.SFTTrainer):
 
     def create_model_card(self, *_, **__) -> None:
         """Write none; TRL writes one per checkpoint."""
+
+
+class DoesNotFit(Exception):
+    """A micro-batch has too many rows or tokens for the memory: rows, width."""
 
 
 class SimilarLengthSampler:
@@ -977,7 +995,11 @@ def trial_fits(trainer: LoraTrainer, rows: int, width: int) -> bool:
     mask[:, -1] = 0  # padding takes extra memory and other kernels
     part = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     trainer.model.train()
-    fits = trainer.backward_if_it_fits(trainer.model, part, rows * width) is not None
+    fits = True
+    try:
+        trainer.backward_if_it_fits(trainer.model, part, rows * width)
+    except DoesNotFit:
+        fits = False
     free_memory(trainer.model)
     return fits
 
@@ -1330,7 +1352,8 @@ def check_joining(replies: list[Example], base: Base, settings: Settings) -> Non
     if tokens <= 1.5 * needed:
         return
     if settings.CHAT_TEMPLATE == "one_pass":
-        raise UserError(f"CHAT_TEMPLATE one_pass joins no replies of {settings.MODEL_NAME}.")
+        problem = f"CHAT_TEMPLATE one_pass joins too few replies of {settings.MODEL_NAME}"
+        raise UserError(f"{problem}: {tokens / needed:.1f} times the dialogues' tokens remain.")
     advice = ""
     template = one_pass_template(base.tokenizer)
     if template:
@@ -1358,6 +1381,7 @@ def facts_of(path: str, examples: list[Example], lines: str = "") -> Facts:
     """Return what the records say about a file, which may not exist yet."""
     return {
         "file": path,
+        "path": str(Path(path).resolve()),
         "sha256": hashlib.sha256(lines.encode()).hexdigest() if lines else file_sha256(Path(path)),
         "dialogues": len({example.source for example in examples}),
         "examples": len(examples),
@@ -1403,6 +1427,9 @@ def read_conversations(
         conversations += [Conversation(source, messages[: place + 1], row) for place in places]
     if unpaired:
         report("left out", f"{path}: {unpaired:,} greetings and last questions without a reply")
+    counts = Counter(short_hash(each.messages) for each in conversations)
+    if copies := sum(counts.values()) - len(counts):
+        report("data", f"{path}: {copies:,} replies are copies of an earlier one with its prompt")
     if ignored:
         keys = [f"{key!r} in {count:,}" for key, count in ignored.most_common()]
         report("ignored", f"{path}: these keys: {join_limited(keys, 5, ', ')}")
@@ -1509,10 +1536,11 @@ def messages_of_sharegpt(turns: list[Any]) -> tuple[list[Any], int]:
 def check_messages(messages: list[Any], thinking: bool = False) -> None:
     """Raise ValueError unless the messages are a conversation that ends with a reply."""
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
-            raise ValueError(f'message {number} lacks "role" or "content": {one_line(message, 60)}')
-        if unread := sorted(message.keys() - {"role", "content"}):  # such as tool_calls
+        keys = {*message} if isinstance(message, dict) else set()
+        if "role" in keys and (unread := sorted(keys - {"role", "content"})):  # such as tool_calls
             raise ValueError(f"message {number} has the key {unread[0]!r}, which is not supported")
+        if not keys >= {"role", "content"}:
+            raise ValueError(f'message {number} lacks "role" or "content": {one_line(message, 60)}')
         role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"message {number}: role {role!r} is not system, user or assistant")
@@ -1523,11 +1551,18 @@ def check_messages(messages: list[Any], thinking: bool = False) -> None:
             raise ValueError(f"message {number} has half a character, such as a lone \\ud83d")
         if role == "assistant" and re.search("</?think>", content) and not thinking:
             raise ValueError(f"message {number} has a <think> tag, but thinking is off; remove it")
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        wanted = "[system,] user, assistant, ..., with a reply at the end"
-        raise ValueError(f"the roles must be {wanted}, but are {', '.join(roles) or 'none'}")
+    turns = [message["role"] for message in messages]
+    if turns[:1] == ["system"]:
+        del turns[0]
+    wanted = "the roles must be [system,] user, assistant, ..., with a reply at the end"
+    if not turns:
+        raise ValueError(f"{wanted}, but there are no messages")
+    for role, next_role in zip(["assistant", *turns], turns, strict=False):
+        if role == next_role or next_role == "system":
+            after = f"after one of {role}" if turns[0] == "user" else "first"
+            raise ValueError(f"{wanted}, but a message of {next_role} comes {after}")
+    if turns[-1] == "user":
+        raise ValueError("the last message is the user's; remove it, or add the reply")
 
 
 def problems_as_text(problems: list[str]) -> str:
@@ -1702,6 +1737,11 @@ def make_plan(settings: Settings, base: Base, data: Data) -> Plan:
         model = transformers.AutoModelForCausalLM.from_config(base.config, trust_remote_code=False)
     refuse_unknown_modules(lora, model)
     peft.inject_adapter_in_model(lora, model)
+    if isinstance(model.get_output_embeddings(), peft.tuners.lora.LoraLayer):
+        problem = "LORA_TARGET_MODULES: the head of the model (lm_head) cannot have LoRA"
+        raise UserError(
+            f'{problem}; remove it, or train it whole with modules_to_save=["lm_head"].'
+        )
     weights = dict(model.named_parameters())
     count = sum(weight.numel() for weight in weights.values())
     shapes = {name: tuple(w.shape) for name, w in weights.items() if w.requires_grad}
@@ -1724,19 +1764,26 @@ def make_plan(settings: Settings, base: Base, data: Data) -> Plan:
 
 def refuse_unknown_modules(config: peft.LoraConfig, model: nn.Module) -> None:
     """Raise UserError if a name matches no module; PEFT is silent if another name matches."""
-    if isinstance(config.target_modules, str):
-        return  # "all-linear", or a regular expression; PEFT raises if it matches nothing
     paths = {f".{path}": module for path, module in model.named_modules()}
-    names = sorted(config.target_modules)
-    missing = [name for name in names if not any(path.endswith(f".{name}") for path in paths)]
-    if missing:
-        kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)  # the latter in GPT-2
-        linear = [path for path, module in paths.items() if isinstance(module, kinds)]
-        known = sorted({path.rpartition(".")[2] for path in linear})
-        close = difflib.get_close_matches(missing[0], known, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        problem = f"LORA_TARGET_MODULES: the model has no module named {', '.join(missing)}; {hint}"
-        raise UserError(f"{problem}Its linear modules are {', '.join(known)}.")
+    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)  # the latter in GPT-2
+    linear = [path for path, module in paths.items() if isinstance(module, kinds)]
+    known = sorted({path.rpartition(".")[2] for path in linear})
+    names = {"rank_pattern": [*config.rank_pattern], "alpha_pattern": [*config.alpha_pattern]}
+    if not isinstance(config.target_modules, str):
+        # Not "all-linear" or a regular expression; PEFT raises if that matches nothing.
+        names["LORA_TARGET_MODULES"] = sorted(config.target_modules)
+    for where, patterns in names.items():
+        is_name = where == "LORA_TARGET_MODULES"  # the keys of patterns are regular expressions
+        wanted = {name: re.escape(name) if is_name else name for name in patterns}
+        missing = [
+            name for name in patterns
+            if not any(re.search(rf"\.(?:{wanted[name]})$", path) for path in paths)
+        ]  # fmt: skip
+        if missing:
+            close = difflib.get_close_matches(missing[0], known, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            problem = f"{where}: the model has no module named {', '.join(missing)}; {hint}"
+            raise UserError(f"{problem}Its linear modules are {', '.join(known)}.")
 
 
 def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn.Module) -> None:
@@ -1757,6 +1804,13 @@ def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     saved |= {name: [*tensor.shape] for name, tensor in tensors.items()}
     wrong = [name for name in {**planned, **saved} if planned.get(name) != saved.get(name)]
+    report("start", f"A and B are those of {folder}")
+    template = short_hash(base.tokenizer.get_chat_template())
+    for name, value in {"chat template": template, "ENABLE_THINKING": base.enable_thinking}.items():
+        if identity.get(name, value) != value:
+            report(
+                "warning", f"{folder} was trained with another {name}: what it learned may shift"
+            )
     if wrong:
         wrong = [f"{name}={saved.get(name)}, not {planned.get(name)}" for name in wrong]
         problem = f"START_FROM {folder} has {join_limited(wrong, 4, '; ')}"
@@ -1802,6 +1856,8 @@ def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
         dataloader_drop_last=False,
         **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
         # These are ignored or unwanted:
+        activation_offloading=False,
+        router_aux_loss_coef=None,  # the loss of token_losses() has none for experts' routers
         **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
         **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
         **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
@@ -1916,8 +1972,12 @@ def show_plan(job: Job) -> None:
     steps += f"; learning rate {training.learning_rate:g}, {training.lr_scheduler_type.value}, "
     steps += f"weight decay {training.weight_decay:g}"
     report("plan", "\n".join([*plan.lora_table, steps]))
-    if plan.steps < 100 and size > 1:
+    if plan.steps < 100 and size > 1 and not job.settings.MAX_STEPS:
         report("few steps", "--gradient_accumulation_steps 1 or a smaller --batch_size gives more")
+
+
+def tell_of_unused_settings() -> None:
+    """Print which constants of SETTINGS, such as one's own, are read nowhere."""
     for name in SETTINGS:
         if not re.search(rf"(?m)^[^#\n]*settings\.{name}\b", SCRIPT.decode()):
             report("warning", f"{name} changes nothing: no line here reads settings.{name}")
@@ -2189,6 +2249,8 @@ class RunEvents(transformers.TrainerCallback):
             note = "  (the base model, before training)" if step == 0 else ""
             epoch = (state.epoch or 0) if step else 0
             report("eval", f"epoch {epoch:g}  loss {logs['eval_loss']:.4f}{note}")
+        if "start_loss" in logs:
+            report("eval", f"epoch 0  loss {logs['start_loss']:.4f}  (the adapter of START_FROM)")
         every = job.settings.LOGGING_STEPS
         if "loss" in logs and (step in (1, job.plan.steps) or step % every == 0):
             losses = [entry["loss"] for entry in session.loss_history if "loss" in entry][-every:]
@@ -2296,7 +2358,9 @@ pipeline_tag: text-generation
 # A LoRA adapter for {name}
 
 It needs {name}, whose licence also applies. run.json has settings, losses and hashes
-of the data. Serve it with the chat template beside it (chat_template.jinja),
+of the data. learned.txt has a hash of each prompt that was trained on: anyone who guesses
+a prompt can tell. inspect-lora uses it to leave such prompts out; you may delete it.
+Serve the adapter with the chat template beside it (chat_template.jinja),
 enable_thinking={enable_thinking}, and the system message below if there is one.
 Read its replies before anybody relies on them.
 
@@ -2379,8 +2443,7 @@ def save_for_vllm(model: ModelConfig, final: Path, for_vllm: Path) -> None:
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
     if wrong := differing(tensors, safetensors.torch.load_file(path)):
         raise UserError(f"Not verified: in {path} {len(wrong)} tensors differ ({wrong[:3]}).")
-    for name in ("learned.txt", "run.json"):  # run.json last: it says that all is there
-        shutil.copy(final / name, for_vllm)
+    shutil.copy(final / "run.json", for_vllm)  # it comes last, and says that all is there
 
 
 def restore_results(job: Job) -> None:
@@ -2452,6 +2515,8 @@ def summarize(job: Job, step: int) -> None:
         result += f"\nheld-out loss: {losses[0]:.4f} -> {losses[step]:.4f} nats per token"
         if losses[best] < losses[step]:
             result += f"; lowest at step {best:,} ({losses[best]:.4f}): --final_lora best"
+        starts = [entry["start_loss"] for entry in history if "start_loss" in entry]
+        result += "".join(f"; START_FROM had {loss:.4f}" for loss in starts[-1:])
         if losses[step] > losses[0]:
             result += "\nWARNING: on held-out data the adapter is worse than its base"
     report("done", result)
@@ -2691,7 +2756,7 @@ def read_json(path: Path) -> Facts:
 
 
 def write_json(path: Path, value: Facts) -> None:
-    """Write a JSON file so that it is never half written."""
+    """Write a JSON file so that a run that is killed never leaves it half written."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(json.dumps(value, indent=1, default=as_json_value), encoding="utf-8")
     new.replace(path)
