@@ -179,6 +179,8 @@ def run(settings: Settings, session: Session) -> Job:
         train(trainer)  # TRAINING: all steps, or those that are left
         if is_main_process():
             save_final_lora(trainer)  # SAVING: write, load again, compare, move into place
+    if session.stop.signal:  # it came while final_lora was moved
+        raise Stopped("Stopped; final_lora was finished first.")
     return job
 
 
@@ -2154,7 +2156,7 @@ def recorded(job: Job) -> Iterator[None]:
 # - From the first step to the last save the step is finished and saved first. An evaluation ends
 #   between two batches, and is repeated on resuming. At the end of a step, and after an
 #   evaluation, the processes of a launch agree; on_save() raises Stopped.
-# - While final_lora is moved into its place, every signal waits; save_final_lora() raises Stopped.
+# - While final_lora is moved into its place, every signal waits; run() raises Stopped at its end.
 
 
 def train(trainer: LoraTrainer) -> None:
@@ -2405,8 +2407,6 @@ def save_final_lora(trainer: LoraTrainer) -> None:
     write_json(job.output / "run.json", read_json(job.output / "final_lora" / "run.json"))
     report("verified", verified)
     summarize(job, step)
-    if job.session.stop.signal:
-        raise Stopped("Stopped; final_lora was finished first.")
 
 
 def card_of(job: Job) -> str:
