@@ -1,17 +1,22 @@
-"""Several reports beside each other: on the same replies, by the same rules."""
+"""Several reports side by side: on the same replies, by the same rules.
+
+Each record is cut down to what all of them have, and results_of() gives the numbers of each run.
+Two runs are compared as base and adapter are: by the results of a record in which the first run
+stands in the place of the base. So clusters, pairing and intervals are those of a report.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, TypeVar
 
-from inspect_lora import report
-from inspect_lora import statistics as stats
 from inspect_lora.common import (
     InspectError,
     from_here,
@@ -22,11 +27,14 @@ from inspect_lora.common import (
     wrapped,
     write_whole,
 )
-from inspect_lora.page import PAGE, PagePrompt, page_of, prompts_of
-from inspect_lora.record import FILE, Line, Record, Shift, read_record
-from inspect_lora.statistics import Estimate
+from inspect_lora.intervals import Estimate, change_of, difference_of_seeds
+from inspect_lora.page import PAGE, page_of, prompts_of
+from inspect_lora.record import FILE, Exchange, Line, Pair, Record, read_record
+from inspect_lora.results import Results, as_plain, gain_of, has_moved, results_of
+from inspect_lora.tables import Table, as_text, cell, number, percent, points
 
-SCHEMA = 1  # of --json
+SCHEMA = 2  # of --json
+WIDTH = 90
 SAME_BASE = 0.01  # nats per token that the losses of one base may be apart, on average
 # What cannot change a result, and what stands in PEFT's configuration, too.
 NOT_TOLD = {
@@ -35,138 +43,126 @@ NOT_TOLD = {
     "inference_mode", "peft_version", "revision",
 }  # fmt: skip
 SEEDS = ("SEED", "SFTConfig.seed")
-
-
-@dataclass
-class Run:
-    """An adapter that was measured."""
-
-    name: str  # where its record lies
-    record: Record
-    facts: dict[str, str]  # what it was trained with, if known
-    lines: list[Line] = field(default_factory=list)  # that all runs have, in one order
-
-    @property
-    def loss(self) -> float:
-        """Its loss on the shared lines, in nats per token; the rows are sorted by it."""
-        tokens = sum(line.tokens for line in self.lines)
-        return sum(line.adapter for line in self.lines) / tokens if tokens else math.inf
-
-
-@dataclass
-class Row:
-    """The runs of one setting, which differ in their seed alone; mostly one."""
-
-    runs: list[Run]
-    settings: list[str] = field(default_factory=list)  # in which it differs from other rows
-    better_than_first: Estimate | None = None  # by how much its loss is below the first row's
-    shifts: list[Shift] = field(default_factory=list)  # of the runs with the same other tasks
-
-    @property
-    def losses(self) -> list[float]:
-        """The loss of each run."""
-        return [run.loss for run in self.runs]
-
-    @property
-    def is_known(self) -> bool:
-        """Whether it is known which of the lines were learned."""
-        return all(run.record.learned is not None for run in self.runs)
+Records = dict[str, Record]  # by where they lie
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
-class Passed:
-    """How many of the prompts, or pairs, that all have are right: the mean of each row's runs."""
+class LeftOut:
+    """A report or a check that is not compared."""
 
     name: str
-    count: int
-    base: int
-    rows: list[float]
-    change: Estimate | None  # of two runs, from the first to the second
+    reason: str
 
 
-LeftOut = dict[str, str]  # "name" and "reason" of a report or a check that is not compared
+@dataclass(frozen=True)
+class Row:
+    """The runs of one setting, which differ in their seed alone; mostly one."""
+
+    runs: tuple[Results, ...]  # each on what all have; its adapter is where its report lies
+    settings: tuple[str, ...]  # in which it differs from other rows
+    losses: tuple[float, ...]  # of each run, in nats per token
+    spread: float  # the standard deviation of the losses; NaN of one run
+    better_than_first: Estimate | None  # the first row's loss minus this one: below 0
+
+    @property
+    def learned_is_known(self) -> bool:
+        """Whether it is known which of the lines were learned."""
+        return all(run.learned is not None for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that is printed, and what --json has; the lowest loss comes first."""
+
+    rows: tuple[Row, ...]
+    change: Results | None  # of two rows of one run: the first as the base, the second as adapter
+    moved_change: Estimate | None  # of the share of pairs that each of these two moved
+    left_out: tuple[LeftOut, ...]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compare the adapters of a command line."""
+    compare(options.folders, Path(options.output_dir), options.json)
 
 
 def compare(folders: list[str], output_dir: Path, as_json: bool = False) -> None:
     """Print the tables, and write the page of all adapters."""
-    left_out: list[LeftOut] = []
-    runs = share_lines(keep_comparable(read_all(folders, left_out), left_out))
-    if len(runs) < 2:
+    records, unread = read_all(folders)
+    newest, older = newest_of(records)
+    whole, apart = comparable(newest)
+    tell_left_out([*unread, *older, *apart])
+    if len(whole) < 2:
         raise InspectError(f"Fewer than two reports to compare in {', '.join(folders)}.")
-    rows = rows_of(runs, left_out)
-    runs = [run for row in rows for run in row.runs]
-    checks, prefers = checks_of(runs, rows, left_out), prefers_of(runs, rows)
+    shared, without_kl = with_the_same_tasks(shared_of(whole))
+    without_kl += unshared_checks(whole, shared)
+    tell_left_out(without_kl)
+    rows = rows_of(shared)
+    names = [run.adapter for row in rows for run in row.runs]
+    is_of_two_runs = len(rows) == len(names) == 2
+    changes = changes_of(*(shared[name] for name in names)) if is_of_two_runs else (None, None)
+    comparison = Comparison(rows, *changes, (*unread, *older, *apart, *without_kl))
     if as_json:
-        values = {"replies": len(runs[0].lines), "rows": [row_as_json(row) for row in rows]}
-        values |= {"schema": SCHEMA, "checks": checks, "prefers": prefers}
-        values |= {"left_out": left_out}
-        print(json.dumps(report.as_plain(values), indent=1))
+        print(json.dumps({"schema": SCHEMA} | as_plain(comparison), indent=1))
     else:
-        print_rows(rows)
-        report.show("", table_of_losses(rows))
-        report.show("checks", table_of_passed("passed by", "prompts", checks))
-        report.show("prefers", table_of_passed("prefers", "pairs", prefers))
-    write_page(runs, output_dir / PAGE)
+        show(comparison)
+    write_page({name: shared[name] for name in names}, output_dir / PAGE)
 
 
-def leave_out(left_out: list[LeftOut], name: str, reason: str) -> None:
-    """Say what is not compared, and why, and add it to the list."""
-    tell("left out", wrapped(f"{name}: {reason}"))
-    left_out.append({"name": name, "reason": reason})
+def tell_left_out(left_out: list[LeftOut]) -> None:
+    """Say what is not compared, and why."""
+    for each in left_out:
+        tell("left out", wrapped(f"{each.name}: {each.reason}"))
 
 
 # ---- Which records
 
 
-def read_all(folders: list[str], left_out: list[LeftOut]) -> list[Run]:
-    """Return the finished records in folders and below, of one adapter the newest."""
-    runs: list[Run] = []
-    for folder in reports_in(folders):
-        name = from_here(folder)
-        try:
-            record = read_record(folder)
-        except InspectError as error:
-            leave_out(left_out, name, str(error))
-        else:
-            runs.append(Run(name, record, facts_of(record)))
-    runs.sort(key=rank_of)
-    newest = {(run.record.id, bool(run.record.lines)): run for run in runs if run.record.finished}
-    for run in runs:
-        if run not in newest.values():
-            reason = "measured again" if run.record.finished else "stopped"
-            leave_out(left_out, run.name, reason)
-    return list(newest.values())
-
-
-def reports_in(folders: list[str]) -> list[Path]:
-    """Return the folders of all records, or raise InspectError if a folder holds none."""
+def read_all(folders: list[str]) -> tuple[Records, list[LeftOut]]:
+    """Return the records in folders and below; raise InspectError if a folder holds none."""
     paths = {folder: [*Path(folder).rglob(FILE)] for folder in folders}
     if empty := [folder for folder, inside in paths.items() if not inside]:
         raise InspectError(f"Not there, or without an {FILE}: {', '.join(empty)}.")
-    return sorted({path.resolve().parent for inside in paths.values() for path in inside})
+    records, unread = {}, []
+    for folder in sorted({path.resolve().parent for inside in paths.values() for path in inside}):
+        try:
+            records[from_here(folder)] = read_record(folder)
+        except InspectError as error:
+            unread.append(LeftOut(from_here(folder), str(error)))
+    return records, unread
 
 
-def rank_of(run: Run) -> tuple[bool, str]:
-    """Return what makes a record the one that others are held against: losses, then its date."""
-    return bool(run.record.lines), run.record.conditions["measured"]
+def newest_of(records: Records) -> tuple[Records, list[LeftOut]]:
+    """Return the finished records, of one adapter the newest; the newest with losses first."""
+    rank = {name: (bool(one.lines), one.conditions["measured"]) for name, one in records.items()}
+    newest: dict[tuple[str, bool], str] = {}
+    older = []
+    for name in sorted(records, key=rank.get, reverse=True):
+        record = records[name]
+        if not record.finished:
+            older.append(LeftOut(name, "stopped"))
+        elif newest.setdefault((record.id, bool(record.lines)), name) != name:
+            older.append(LeftOut(name, "measured again"))
+    return {name: records[name] for name in newest.values()}, older
 
 
-def keep_comparable(runs: list[Run], left_out: list[LeftOut]) -> list[Run]:
-    """Return the runs that can stand beside the newest of those with losses, or of all."""
-    runs = sorted(runs, key=rank_of, reverse=True)
-    kept: list[Run] = []
+def comparable(records: Records) -> tuple[Records, list[LeftOut]]:
+    """Return the records that can stand beside the first one."""
+    kept: Records = {}
+    apart = []
     shared: set[str] = set()
-    for run in runs:
-        ids = {line.id for line in run.record.lines}
-        reason = why_not_beside(run.record, runs[0].record)
+    for name, record in records.items():
+        first = next(iter(records))
+        ids = {line.id for line in record.lines}
+        reason = why_not_beside(record, records[first])
         if not reason and kept and shared and not shared & ids:
             reason = "no reply in common with all of the others,"
         if reason:
-            leave_out(left_out, run.name, f"{reason} than {runs[0].name}")
+            apart.append(LeftOut(name, f"{reason} than {first}"))
         else:
             shared = shared & ids if kept else ids
-            kept.append(run)
-    return kept
+            kept[name] = record
+    return kept, apart
 
 
 def why_not_beside(record: Record, newest: Record) -> str:
@@ -184,19 +180,94 @@ def why_not_beside(record: Record, newest: Record) -> str:
     return f"another base (its losses are {apart:.3f} nats apart)" if apart > SAME_BASE else ""
 
 
-def share_lines(runs: list[Run]) -> list[Run]:
-    """Give all runs the held-out replies that all have; return them, the lowest loss first.
+# ---- What they share
 
-    Without losses they are sorted by name. A reply is known by its tokens, not by its line.
+
+def shared_of(records: Records) -> Records:
+    """Return the records with the lines, pairs and prompts alone that all have, in one order.
+
+    A reply is known by its tokens, not by its line. The lowest loss comes first; without losses
+    the names give the order.
     """
-    by_id = [{line.id: line for line in run.record.lines} for run in runs]
-    shared = [key for key in by_id[0] if all(key in lines for lines in by_id)] if runs else []
-    for run, lines in zip(runs, by_id, strict=True):
-        run.lines = [lines[key] for key in shared]
-    return sorted(runs, key=lambda run: (run.loss, run.name))
+    each = list(records.values())
+    lines = in_common([{line.id: line for line in record.lines} for record in each])
+    pairs = in_common([{pair.id: pair for pair in record.pairs} for record in each])
+    exchanges = in_common([exchanges_by_key(record) for record in each])
+    exchanges = [with_the_same_rules(same) for same in zip(*exchanges, strict=True)]
+    shared = {}
+    for place, (name, record) in enumerate(records.items()):
+        shared[name] = replace(
+            record,
+            adapter=name,
+            lines=lines[place],
+            pairs=pairs[place],
+            exchanges=[same[place] for same in exchanges],
+            parts=[],
+            part_lines=[],
+            shifts=[s for s in record.shifts if s.strength == 1],
+        )
+    losses = {name: sum(line.adapter for line in one.lines) for name, one in shared.items()}
+    return {name: shared[name] for name in sorted(shared, key=lambda name: (losses[name], name))}
 
 
-# ---- What differs
+def in_common(groups: list[dict[Hashable, Entry]]) -> list[list[Entry]]:
+    """Return what all groups have, in the order of the first one."""
+    keys = [key for key in groups[0] if all(key in group for group in groups)]
+    return [[group[key] for key in keys] for group in groups]
+
+
+def exchanges_by_key(record: Record) -> dict[Hashable, Exchange]:
+    """Return the exchanges by what two replies must have in common to be compared."""
+    limits = record.max_new_tokens, record.conditions["enable_thinking"]
+    return {
+        (
+            json.dumps(exchange.messages, sort_keys=True),
+            exchange.source == "tasks",
+            *limits,
+        ): exchange
+        for exchange in record.exchanges
+    }
+
+
+def with_the_same_rules(exchanges: tuple[Exchange, ...]) -> list[Exchange]:
+    """Return the exchanges on one prompt with the checks alone whose rule is the same in all."""
+    checks = {
+        name: rule
+        for name, rule in exchanges[0].checks.items()
+        if all(exchange.checks.get(name) == rule for exchange in exchanges)
+    }
+    return [replace(exchange, checks=checks) for exchange in exchanges]
+
+
+def with_the_same_tasks(records: Records) -> tuple[Records, list[LeftOut]]:
+    """Return the records, those with other tasks than the first without their KL."""
+    replies = next((shift.replies for one in records.values() for shift in one.shifts), None)
+    others = [
+        name for name, one in records.items() if one.shifts and one.shifts[0].replies != replies
+    ]
+    reason = "the tasks, or the base's replies to them, are not the same"
+    kept = {
+        name: replace(one, shifts=[]) if name in others else one for name, one in records.items()
+    }
+    return kept, [LeftOut(f"KL of {name}", reason) for name in others]
+
+
+def unshared_checks(whole: Records, shared: Records) -> list[LeftOut]:
+    """Return the checks that some record has on prompts which not all have."""
+
+    def asked(record: Record) -> Counter[str]:
+        return Counter(
+            f"tasks: {name}" if exchange.source == "tasks" else name
+            for exchange in record.exchanges
+            for name in exchange.checks
+        )
+
+    names = {title for name, one in whole.items() for title in asked(one) - asked(shared[name])}
+    reason = "not all have these prompts with the same rule and length"
+    return [LeftOut(some(sorted(names), 10), reason)] if names else []
+
+
+# ---- Rows: settings and their seeds
 
 
 def facts_of(record: Record) -> dict[str, str]:
@@ -212,216 +283,190 @@ def facts_of(record: Record) -> dict[str, str]:
     }
 
 
-def rows_of(runs: list[Run], left_out: list[LeftOut]) -> list[Row]:
-    """Return a row for each setting, with the settings in which those that are known differ.
+def rows_of(records: Records) -> tuple[Row, ...]:
+    """Return a row for each setting, the lowest mean loss first."""
+    runs = {name: results_of(record) for name, record in records.items()}
+    facts = {name: facts_of(record) for name, record in records.items()}
+    groups = [[runs[name] for name in names] for names in grouped(facts)]
+    groups.sort(key=lambda group: (fmean(map(loss_of, group)), group[0].adapter))
+    chance = 0.05 / math.comb(len(groups), 2) if len(groups) > 1 else 0.05
+    told, rows = differing(facts), []
+    for group in groups:
+        settings = []
+        for name in told:
+            values = dict.fromkeys(short(facts[run.adapter].get(name, "?"), 40) for run in group)
+            settings.append(f"{name} {', '.join(values)}")
+        losses = tuple(loss_of(run) for run in group if run.gain)
+        row = Row(
+            runs=tuple(group),
+            settings=tuple(settings),
+            losses=losses,
+            spread=stdev(losses) if len(losses) > 1 else math.nan,
+            better_than_first=better_than(groups[0], group, records, chance),
+        )
+        rows.append(row)
+    return tuple(rows)
+
+
+def loss_of(run: Results) -> float:
+    """Return a run's loss in nats per token."""
+    return run.gain[0].adapter if run.gain else math.inf
+
+
+def grouped(facts: dict[str, dict[str, str]]) -> list[list[str]]:
+    """Return the names of the runs of each setting.
 
     A seed that stands twice in a setting is no second draw: something differs that is not known.
     """
-    rows_by_setting: dict[tuple[Any, ...], Row] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     seen: Counter[tuple[str, str]] = Counter()
-    for run in runs:
-        seeds = str([run.facts.get(key) for key in SEEDS])
-        setting = str(sorted((key, run.facts[key]) for key in run.facts if key not in SEEDS))
+    for name, of_run in facts.items():
+        seeds = str([of_run.get(key) for key in SEEDS])
+        setting = str(sorted((key, of_run[key]) for key in of_run if key not in SEEDS))
         seen[setting, seeds] += 1
-        key = (setting, seen[setting, seeds]) if "SEED" in run.facts else (run.name,)
-        rows_by_setting.setdefault(key, Row([])).runs.append(run)
-    rows = sorted(rows_by_setting.values(), key=lambda row: (fmean(row.losses), row.runs[0].name))
-    for key in dict.fromkeys(key for run in runs for key in run.facts):
-        values = {run.facts[key] for run in runs if key in run.facts}
-        constant = key.removeprefix("SFTConfig.").upper()
-        is_told = all(run.facts.get(key) == run.facts.get(constant) for run in runs)
-        for row in rows if len(values) > 1 and (constant == key or not is_told) else []:
-            shown = dict.fromkeys(short(run.facts.get(key, "?"), 40) for run in row.runs)
-            row.settings.append(f"{key} {', '.join(shown)}")
-    shifts = shifts_of(runs, left_out)
-    for row in rows:
-        row.shifts = [shifts[run.name] for run in row.runs if run.name in shifts]
-        if row.runs[0].lines and row is not rows[0]:
-            row.better_than_first = better_than(rows[0], row, len(rows))
-    return rows
+        key = (setting, seen[setting, seeds]) if "SEED" in of_run else (name,)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
 
 
-# ---- Estimates
+def differing(facts: dict[str, dict[str, str]]) -> list[str]:
+    """Return the facts in which runs differ, without those that only pass a constant on."""
+    runs, names = list(facts.values()), []
+    for name in dict.fromkeys(name for of_run in runs for name in of_run):
+        values = {of_run[name] for of_run in runs if name in of_run}
+        constant = name.removeprefix("SFTConfig.").upper()
+        is_told = all(of_run.get(name) == of_run.get(constant) for of_run in runs)
+        if len(values) > 1 and (constant == name or not is_told):
+            names.append(name)
+    return names
 
 
-def better_than(first: Row, row: Row, count: int) -> Estimate:
-    """Return by how much a row's loss is lower than the first one's, so it is below 0.
+# ---- Differences of runs
+
+
+def better_than(
+    first: list[Results], group: list[Results], records: Records, chance: float
+) -> Estimate | None:
+    """Return by how much the group's loss is lower than the first one's, so it is below 0.
 
     Of single runs it is the paired difference on the lines; where a setting has several seeds these
     are the unit. The intervals hold together over all pairs of rows (Bonferroni), since the first
     was picked as the best.
     """
-    chance = 0.05 / math.comb(count, 2)
-    if len(first.runs) > 1 or len(row.runs) > 1:
-        return stats.difference_of_seeds(row.losses, first.losses, chance)
-    sides = zip(first.runs[0].lines, row.runs[0].lines, strict=True)
-    worse = [line.adapter - other.adapter for line, other in sides]
-    return stats.per_token(worse, first.runs[0].lines, chance)
+    if group is first or not first[0].gain:
+        return None
+    if len(first) > 1 or len(group) > 1:
+        return difference_of_seeds([*map(loss_of, group)], [*map(loss_of, first)], chance)
+    both = in_place_of_base(records[first[0].adapter], records[group[0].adapter])
+    return gain_of(both.lines, chance)
 
 
-def shifts_of(runs: list[Run], left_out: list[LeftOut]) -> dict[str, Shift]:
-    """Return the change on other tasks of each run that was measured on the same replies."""
-    shifts = {run.name: stats.shifts_of(run.record).get(1) for run in runs}
-    replies = next((shift.replies for shift in shifts.values() if shift), None)
-    for name, shift in shifts.items():
-        if shift and shift.replies != replies:
-            reason = "the tasks, or the base's replies to them, are not the same"
-            leave_out(left_out, f"KL of {name}", reason)
-    return {name: shift for name, shift in shifts.items() if shift and shift.replies == replies}
+def changes_of(first: Record, second: Record) -> tuple[Results, Estimate | None]:
+    """Return what changes from one run to another, and how the share of moved pairs does."""
+    moved = [[has_moved(pair) for pair in record.pairs] for record in (first, second)]
+    clusters = [pair.cluster for pair in first.pairs]
+    change = change_of(*moved, clusters).change if clusters else None
+    return results_of(in_place_of_base(first, second)), change
 
 
-def checks_of(runs: list[Run], rows: list[Row], left_out: list[LeftOut]) -> list[Passed]:
-    """Return for each check how many replies pass, on the prompts that all runs have."""
-    verdicts = {run.name: verdicts_of(run.record) for run in runs}
-    shared = set.intersection(*map(set, verdicts.values()))
-    left = sorted({title for of_run in verdicts.values() for title, _ in of_run.keys() - shared})
-    if left:
-        reason = "not all have these prompts with the same rule and length"
-        leave_out(left_out, some(left, 10), reason)
-    checks = []
-    for title in sorted({title for title, _ in shared}):
-        keys = sorted(key for key in shared if key[0] == title)
-        base = [verdicts[runs[0].name][key].base for key in keys]
-        passed = {name: [of_run[key].adapter for key in keys] for name, of_run in verdicts.items()}
-        checks.append(passed_by(title, rows, base, passed))
-    return checks
+def in_place_of_base(first: Record, record: Record) -> Record:
+    """Return a record whose base is the adapter of the first one, on what both have."""
 
+    def line(one: Line, other: Line) -> Line:
+        return replace(one, base=one.adapter, adapter=other.adapter)
 
-def verdicts_of(record: Record) -> dict[tuple[str, str], stats.Verdict]:
-    """Return the verdicts on both replies, by the check and what must be the same."""
-    return {
-        (title, as_key(record, verdict.exchange.messages, verdict.rule)): verdict
-        for title, asked in stats.verdicts(record).items()
-        for verdict in asked
-    }
+    def pair(one: Pair, other: Pair) -> Pair:
+        base = {"base_good": one.adapter_good, "base_bad": one.adapter_bad}
+        return replace(other, cluster=one.cluster, **base)
 
+    def exchange(one: Exchange, other: Exchange) -> Exchange:
+        return replace(one, base=one.adapter, adapter=other.adapter)
 
-def as_key(record: Record, messages: list[Any], rule: Any = None) -> str:
-    """Return what two replies must have in common to be compared."""
-    key = [messages, rule, record.max_new_tokens, record.conditions["enable_thinking"]]
-    return json.dumps(key, sort_keys=True)
-
-
-def prefers_of(runs: list[Run], rows: list[Row]) -> list[Passed]:
-    """Return on how many of the pairs that all runs have the good reply is preferred."""
-    pairs = {run.name: {pair.id: pair for pair in run.record.pairs} for run in runs}
-    shared = sorted(set.intersection(*map(set, pairs.values())))
-    if not shared:
-        return []
-    base = [pairs[runs[0].name][key] for key in shared]
-    is_right = [pair.base_good > pair.base_bad for pair in base]
-    by_sum, corrected = {}, {}
-    for name, of_run in pairs.items():
-        chosen = [of_run[key] for key in shared]
-        by_sum[name] = [pair.adapter_good > pair.adapter_bad for pair in chosen]
-        corrected[name] = [stats.is_right_beside_base(pair) for pair in chosen]
-    return [
-        passed_by("good reply likelier (sum)", rows, is_right, by_sum),
-        passed_by("corrected by the base", rows, [False] * len(base), corrected),
-    ]
-
-
-def passed_by(
-    name: str, rows: list[Row], base: list[bool], passed: dict[str, list[bool]]
-) -> Passed:
-    """Return how often something holds, by base and rows; of two runs also how that changes."""
-    means = [fmean(sum(passed[run.name]) for run in row.runs) for row in rows]
-    change = stats.change_of(*passed.values()).change if len(passed) == 2 else None
-    return Passed(name, len(base), sum(base), means, change)
+    return replace(
+        record,
+        conditions=record.conditions | {"base": first.adapter},
+        lines=list(map(line, first.lines, record.lines)),
+        pairs=list(map(pair, first.pairs, record.pairs)),
+        exchanges=list(map(exchange, first.exchanges, record.exchanges)),
+        shifts=[],
+    )
 
 
 # ---- What is printed
 
 
-def row_as_json(row: Row) -> dict[str, Any]:
-    """Return a row as --json has it."""
-    return {
-        "runs": [run.name for run in row.runs],
-        "settings": row.settings,
-        "learned_is_known": row.is_known,
-        "losses": row.losses,
-        "spread": stats.spread(row.losses),
-        "better_than_first": row.better_than_first,
-        "kl": [stats.ratio(shift.kl, shift.tokens) for shift in row.shifts],
-    }
-
-
-def print_rows(rows: list[Row]) -> None:
-    """Print which adapters the rows are, in what they differ, and what their order tells."""
-    for number, row in enumerate(rows, 1):
-        say(f"{number}", [*(run.name for run in row.runs), *wrapped(", ".join(row.settings))])
-    lines = rows[0].runs[0].lines
-    if lines:
-        base = stats.per_token([line.base for line in lines], lines).value
+def show(comparison: Comparison) -> None:
+    """Print which adapters the rows are, in what they differ, and the tables."""
+    rows = comparison.rows
+    for place, row in enumerate(rows, 1):
+        say(f"{place}", [*(run.adapter for run in row.runs), *wrapped(", ".join(row.settings))])
+    for gain in rows[0].runs[0].gain[:1]:
         unit = "one run each: this tells which file is better, not which setting"
         if any(len(row.runs) > 1 for row in rows):
             unit = "where a setting has several seeds, these are the unit, and not the lines"
-        say("held-out", [
-            f"{len(lines)} replies that all have; base {base:.3f}",
-            f"{unit}; the intervals hold together",
-        ])  # fmt: skip
-        if not all(row.is_known for row in rows):
+        replies = f"{gain.replies} replies that all have; base {number(gain.base)}"
+        say("held-out", [replies, f"{unit}; the intervals hold together"])
+        if not all(row.learned_is_known for row in rows):
             say("?", "no learned.txt: this adapter may have learned some of the lines")
+    say("", as_text(losses_table(rows), WIDTH))
+    if rows[0].runs[0].passed:
+        say("passed", as_text(passed_table(comparison), WIDTH))
 
 
-def table_of_losses(rows: list[Row]) -> report.Table:
-    """Return a line for each setting, the best first, without columns that are empty."""
-    table = []
-    for number, row in enumerate(rows, 1):
-        has_several, has_losses = len(row.runs) > 1, bool(row.runs[0].lines)
-        kl = [stats.ratio(shift.kl, shift.tokens).value for shift in row.shifts]
-        changed = [sum(shift.changed_tokens) / sum(shift.tokens) for shift in row.shifts]
-        table.append([
-            f"{number}" if row.is_known else f"{number} ?",
-            len(row.runs) if any(len(each.runs) > 1 for each in rows) else "",
-            f"{fmean(row.losses):.4f}" if has_losses else "",
-            f"{stats.spread(row.losses):.4f}" if has_losses and has_several else "",
-            report.cell(row.better_than_first, "+"),
-            f"{fmean(kl):.3f}" if kl else "",
-            report.percent(fmean(changed)) if kl else "",
-        ])  # fmt: skip
-    head = ["", "runs", "loss", "spread", "better than 1, 95 %", "KL", "other token"]
-    return report.without_empty_columns((head, table))
+def losses_table(rows: tuple[Row, ...]) -> Table:
+    """Return a line for each setting, the best first."""
+    has_seeds, lines = any(len(row.runs) > 1 for row in rows), []
+    for place, row in enumerate(rows, 1):
+        tasks = [strength for run in row.runs for strength in run.strengths]
+        line = {
+            "": f"{place}" if row.learned_is_known else f"{place} ?",
+            "runs": len(row.runs) if has_seeds else "",
+            "loss": number(fmean(row.losses), places=4) if row.losses else "",
+            "spread": number(row.spread, places=4) if len(row.losses) > 1 else "",
+            "better than 1, 95 %": cell(row.better_than_first, "+"),
+            "KL": number(fmean(one.kl.value for one in tasks)) if tasks else "",
+            "other token": percent(fmean(one.changed for one in tasks)) if tasks else "",
+        }
+        lines.append(line)
+    return Table("", "", lines)
 
 
-def table_of_passed(name: str, unit: str, counts: list[Passed]) -> report.Table:
-    """Return a line for each check or way to prefer: the base and all rows."""
-    if not counts:
-        return [], []
-    table = []
-    for row in counts:
-        means = [f"{mean:.3g}" for mean in row.rows]
-        change = report.points(row.change) if row.change else ""
-        table.append([short(row.name, 30), row.count, row.base, *means, change])
-    head = [name, unit, "base", *map(str, range(1, len(counts[0].rows) + 1)), "1 to 2, points"]
-    return report.without_empty_columns((head, table))
+def passed_table(comparison: Comparison) -> Table:
+    """Return how many replies pass each check, and how many pairs are right: base and rows."""
+    change, lines = comparison.change, []
+    for title, passed in comparison.rows[0].runs[0].passed.items():
+        line = {"passed by": short(title, 30), "lines": passed.count, "base": passed.before}
+        for place, row in enumerate(comparison.rows, 1):
+            line[f"{place}"] = f"{fmean(run.passed[title].after for run in row.runs):.3g}"
+        line["1 to 2, points"] = points(change.passed[title].change) if change else ""
+        lines.append(line)
+    if comparison.rows[0].runs[0].pairs:
+        lines.append(moved_line(comparison))
+    return Table("", "", lines)
+
+
+def moved_line(comparison: Comparison) -> dict[str, Any]:
+    """Return how many pairs each row moved to the good reply; a base moves none."""
+    pairs = comparison.rows[0].runs[0].pairs[0].pairs
+    line = {"passed by": "pairs: moved to the good reply", "lines": pairs, "base": ""}
+    for place, row in enumerate(comparison.rows, 1):
+        line[f"{place}"] = f"{fmean(run.pairs[0].moved for run in row.runs):.3g}"
+    change = comparison.moved_change
+    return line | {"1 to 2, points": points(change) if change else ""}
 
 
 # ---- The page
 
 
-def write_page(runs: list[Run], path: Path) -> None:
+def write_page(records: Records, path: Path) -> None:
     """Write what the base and all adapters reply to the prompts that all have."""
-    prompts = [
-        {as_key(run.record, prompt.messages): prompt for prompt in prompts_of(run.record.exchanges)}
-        for run in runs
+    prompts = [prompts_of(record.exchanges) for record in records.values()]
+    entries = [
+        replace(same[0], replies=[same[0].replies[0], *(prompt.replies[1] for prompt in same)])
+        for same in zip(*prompts, strict=True)
     ]
-    shared = [key for key in prompts[0] if all(key in of_run for of_run in prompts)]
-    entries = [merged_prompt([of_run[key] for of_run in prompts]) for key in shared]
     path.parent.mkdir(parents=True, exist_ok=True)
-    base = runs[0].record.conditions["base"]
-    sides = [("base", base), *((run.name, "") for run in runs)]
-    write_whole(path, page_of(sides, runs[0].record.system, entries))
+    first = next(iter(records.values()))
+    sides = [("base", first.conditions["base"]), *((name, "") for name in records)]
+    write_whole(path, page_of(sides, first.system, entries))
     tell("replies", f"{from_here(path)}: {len(entries)} prompts that all replied to")
-
-
-def merged_prompt(prompts: list[PagePrompt]) -> PagePrompt:
-    """Return a prompt with the replies of the base and of all runs, and the checks they share."""
-    first = prompts[0]
-    checks = {
-        name: rule
-        for name, rule in first.checks.items()
-        if all(prompt.checks.get(name) == rule for prompt in prompts)
-    }
-    replies = [first.replies[0], *(prompt.replies[1] for prompt in prompts)]
-    return replace(first, checks=checks, replies=replies)

@@ -285,9 +285,13 @@ def test_pairs_are_compared_on_those_that_all_have(capsys, make, tmp_path, monke
         ]
         put(make(name, **WITHOUT_PARTS, pairs=pairs, shifts=[], gain=1 + (name == "a")))
     told = json.loads(command(capsys, ["compare", "inspected", "--json"], main).out)
-    for row in told["prefers"]:
-        assert (row["count"], row["base"], row["rows"]) == (30, 0, [25, 15])
-        assert row["change"]["value"] == pytest.approx(-1 / 3)
+    pairs = [row["runs"][0]["pairs"][0] for row in told["rows"]]
+    assert [
+        (one["pairs"], one["likelier"]["before"], one["likelier"]["after"]) for one in pairs
+    ] == [(30, 0, 25), (30, 0, 15)]
+    assert [one["moved"] for one in pairs] == [25, 15]
+    for change in (told["change"]["pairs"][0]["likelier"]["change"], told["moved_change"]):
+        assert change["value"] == pytest.approx(-1 / 3)
 
 
 def test_the_page_of_two_has_both_replies_and_equal_checks(compare, make, tmp_path):
