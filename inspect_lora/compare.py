@@ -28,7 +28,7 @@ from inspect_lora.common import (
     write_whole,
 )
 from inspect_lora.intervals import Estimate, change_of, difference_of_seeds
-from inspect_lora.page import PAGE, page_of, prompts_of
+from inspect_lora.page import PAGE, Side, page_of, prompts_of
 from inspect_lora.record import FILE, Exchange, Line, Pair, Record, read_record
 from inspect_lora.results import Results, as_plain, gain_of, has_moved, results_of
 from inspect_lora.tables import Table, as_text, cell, number, percent, points
@@ -467,6 +467,7 @@ def write_page(records: Records, path: Path) -> None:
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     first = next(iter(records.values()))
-    sides = [("base", first.conditions["base"]), *((name, "") for name in records)]
+    sides = [Side("base", first.conditions["base"], "base")]
+    sides += [Side(name, "", record.id) for name, record in records.items()]
     write_whole(path, page_of(sides, first.system, entries))
     tell("replies", f"{from_here(path)}: {len(entries)} prompts that all replied to")

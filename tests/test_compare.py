@@ -304,7 +304,7 @@ def test_the_page_of_two_has_both_replies_and_equal_checks(compare, make, tmp_pa
         put(make(name, gain=gain, exchanges=rows))
     compare()
     page = page_of(tmp_path)
-    assert [name for name, _ in page["sides"]] == ["base", "inspected/a", "inspected/b"]
+    assert [side["name"] for side in page["sides"]] == ["base", "inspected/a", "inspected/b"]
     replies = [[reply["text"] for reply in prompt["replies"][1:]] for prompt in page["prompts"]]
     assert replies == [[f"a to question {n}", f"b to question {n}"] for n in range(10, 20)]
     for prompt in page["prompts"]:

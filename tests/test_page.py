@@ -12,9 +12,9 @@ from made_records import BRIEF, SYSTEM, asked, said
 from selenium import webdriver
 from selenium.webdriver.support.ui import Select
 
-from inspect_lora.page import page_of, prompts_of
+from inspect_lora.page import Side, page_of, prompts_of
 
-SIDES = [("base", "someone/model"), ("adapter", "output/final_lora")]
+SIDES = [Side("base", "someone/model", "base"), Side("adapter", "output/final_lora", "12ab")]
 FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run")
 
 
@@ -201,7 +201,7 @@ def test_sides_are_balanced_and_independent_of_the_line_and_the_sign_test_is_exa
 
 
 def test_a_chosen_pair_of_several_adapters_is_read_blind(open_page):
-    sides = [*SIDES, ("second", ""), ("third", "")]
+    sides = [*SIDES, Side("second", "", "2"), Side("third", "", "3")]
     others = [said("of the second", {"is brief": False}), said("of the third", {"is brief": True})]
     shown = open_page([asked(number) for number in range(6)], sides, others=others)
     assert shown.texts(".reply h3")[:5] == ["base", "adapter", "second", "third", "reference"]
@@ -234,7 +234,7 @@ def test_whatever_is_said_is_text(open_page):
     facts = {"messages": [{"role": "user", "content": nasty}], "checks": {nasty: BRIEF}}
     facts |= {"reference": nasty, "kind": nasty, "where": f"{nasty}\ud800"}
     replies = {"base": said(nasty, {nasty: True}), "adapter": said(f"{nasty}!", {nasty: False})}
-    sides = [(nasty, nasty), (f"{nasty}!", nasty)]
+    sides = [Side(nasty, nasty, "base"), Side(f"{nasty}!", nasty, "1")]
     shown = open_page([asked(1, **facts, **replies, rejected=nasty)], sides, nasty)
     texts = shown.all(".text", "one.textContent")
     assert texts.count(nasty) == 3 and texts.count(f"{nasty}!") == 1
