@@ -46,14 +46,27 @@ def lines_of(count, gain=1.0, base=4.0):
     for number in range(count):
         tokens, where = draw.randint(5, 60), f"eval.jsonl:{number}"
         losses = base * tokens, tokens * (base - gain - draw.gauss(0, 0.5))
-        lines.append(Line(f"id {number}", where, where, KINDS[number % 3], tokens, *losses))
+        lines.append(
+            Line(
+                f"id {number}", f"reply {number}", where, where, KINDS[number % 3], tokens, *losses
+            )
+        )
     return lines
 
 
 def pair_of(number, base, adapter, tokens=(10, 10), kind="emergency", cluster=""):
     """Return a pair with these log-probabilities of the good and of the bad reply."""
     where = f"eval.jsonl:{number}"
-    return Pair(f"pair {number}", where, cluster or where, kind, *tokens, *base, *adapter)
+    return Pair(
+        f"pair {number}",
+        f"replies {number}",
+        where,
+        cluster or where,
+        kind,
+        *tokens,
+        *base,
+        *adapter,
+    )
 
 
 def part_of(lines, family, name, share):

@@ -192,19 +192,6 @@ def test_what_is_not_as_it_looks_is_told(adapters, plain, info):
     assert "v_prj" in facts["unused"] and "bias" in facts["more"] and "1.mlp.up" in facts["zero"]
 
 
-def test_a_map_shows_which_layers_have_an_update(plain, info):
-    """Layers 0 to 70, three a sign, which is the worst of theirs."""
-    up, down, zero = (LAYER.format(*place, "B") for place in ((0, "up"), (0, "down"), (1, "down")))
-    last = [LAYER.format(70, "v", part) for part in "AB"]
-    change_tensors(plain, lambda file: file | dict.fromkeys(last, torch.ones(4, 4)) | {
-        up: 0 * file[up], zero: 0 * file[zero], down: file[down] + float("nan"),
-    })  # fmt: skip
-    lines = info(plain)["shown"].splitlines()
-    signs = {line.split()[0]: line.split()[1] for line in lines[3:10]}
-    assert signs["down_proj"] == "!" + "." * 23 and signs["up_proj"] == "#" + "." * 23
-    assert signs["v_proj"] == "." * 23 + "#" and lines[-1].startswith("FAULT")
-
-
 def test_the_names_are_told_with_what_vllm_does(adapters, plain, tmp_path, info):
     images = info(adapters["plain"])
     assert images["vllm_0_32_applies"] is False and "--vllm" in images["shown"]
@@ -324,7 +311,7 @@ def test_what_is_no_adapter_is_refused(capfd, plain):
 
 def test_wrong_words_end_with_2(capfd):
     refused(capfd, ["info", "a", "--js"], "--js", status=2, main=main)
-    refused(capfd, ["export", "a", "b", "--rank", "0"], "--rank", status=2, main=main)
+    refused(capfd, ["export", "a", "b", "--rank", "2"], "--rank", status=2, main=main)
     for words, key in (([], "command"), (["inform"], "evidence"), (["info"], "ADAPTER")):
         refused(capfd, words, key, status=2, main=main)
 
