@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, variance
 
 FEWEST_UNITS = 20  # with fewer of them nothing is called clear
 NORMAL = 1.959964  # what the absolute value of a normal variable exceeds with a chance of 5 %
-POWER = 1.43  # (1.96 + 0.84) / 1.96: a true effect of so many half widths is detected in 80 %
 
 Clusters = Sequence[Hashable]
 
@@ -30,6 +28,7 @@ class Estimate:
     low: float  # -inf where the interval is not known; high is inf then
     high: float
     units: int
+    p: float = math.nan  # two-sided, that the true value is 0; NaN where it was not tested
 
     @property
     def is_bounded(self) -> bool:
@@ -38,44 +37,108 @@ class Estimate:
 
     @property
     def is_clear(self) -> bool:
-        """Whether there are units enough, and the interval leaves 0 out."""
-        return self.units >= FEWEST_UNITS and not self.low <= 0 <= self.high
-
-    @property
-    def detectable(self) -> float:
-        """The smallest true difference that units like these show as clear with 80 % power."""
-        return POWER * (self.high - self.low) / 2
+        """Whether there are units enough, and the test rejects 0; of one comparison alone."""
+        return self.units >= FEWEST_UNITS and self.p < 0.05
 
 
 # ---- Means and their differences
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number with its standard error; Student's t with this freedom gives the interval."""
+
+    value: float
+    error: float
+    freedom: float  # below 1: too few units for an interval
+    units: int
+
+    def within(self, chance: float = 0.05) -> Estimate:
+        """Return the number with the interval that misses the truth with this chance."""
+        if not self.freedom >= 1:
+            return Estimate(self.value, -math.inf, math.inf, self.units)
+        margin = student_quantile(chance, self.freedom) * self.error
+        p = student_p(self.value / self.error, self.freedom) if self.error else 0.0
+        p = p if self.value else 1.0
+        return Estimate(self.value, self.value - margin, self.value + margin, self.units, p)
+
+
+def measured_ratio(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    clusters: Clusters | None = None,
+    strata: Sequence[str] | None = None,
+) -> Measured:
+    """Return sum(numerators) / sum(denominators) with its jackknife error.
+
+    Differences of two losses over tokens give the paired difference per token. The freedom is the
+    effective number of clusters, since long replies weigh more than short ones (Kish, Survey
+    Sampling, 1965), less one for each stratum: a kind of which so many lines were drawn.
+    """
+    clusters = clusters or range(len(numerators))
+    above, below = cluster_sums(numerators, clusters), cluster_sums(denominators, clusters)
+    total, squares = sum(below), sum(size**2 for size in below)
+    value = sum(above) / total if total else math.nan
+    groups = strata_of(clusters, strata) if strata else [range(len(below))]
+    freedom = total**2 / squares - len(groups) if total else 0
+    error = math.sqrt(jackknife_variance(above, below, groups)) if freedom >= 1 else math.nan
+    return Measured(value, error, freedom, len(below))
 
 
 def ratio(
     numerators: Sequence[float],
     denominators: Sequence[float],
     clusters: Clusters | None = None,
-    chance: float = 0.05,
+    strata: Sequence[str] | None = None,
 ) -> Estimate:
-    """Return sum(numerators) / sum(denominators) with its interval, which misses by this chance.
+    """Return sum(numerators) / sum(denominators) with its 95 % interval."""
+    return measured_ratio(numerators, denominators, clusters, strata).within()
 
-    Differences of two losses over tokens give the paired difference per token. The standard error
-    is the jackknife's: the squared changes of the ratio as each cluster is left out. Long replies
-    weigh more than short ones, so Student's t has the degrees of freedom of the effective number
-    of clusters (Kish, Survey Sampling, 1965), less one.
+
+def mean_of(values: Sequence[float], clusters: Clusters | None = None) -> Estimate:
+    """Return the mean of values with its 95 % interval, such as of differences in nats."""
+    return ratio(values, [1.0] * len(values), clusters)
+
+
+def jackknife_variance(
+    above: list[float], below: list[float], groups: Sequence[Sequence[int]]
+) -> float:
+    """Return the variance of sum(above) / sum(below), by leaving out one cluster after the other.
+
+    What is left of its stratum is weighted up to its size. One stratum's changes are squared about
+    the ratio itself, those of several about their mean in the stratum: what strata differ in is no
+    error, since the draw has so many of each.
     """
-    clusters = clusters or range(len(numerators))
-    above, below = cluster_sums(numerators, clusters), cluster_sums(denominators, clusters)
-    count, total = len(below), sum(below)
-    value = sum(above) / total if total else math.nan
-    squares = sum(size**2 for size in below)
-    if not total or total**2 < 2 * squares:  # fewer than two effective clusters
-        return Estimate(value, -math.inf, math.inf, count)
-    changes = [
-        (top - value * size) / (total - size) for top, size in zip(above, below, strict=True)
-    ]
-    error = math.sqrt(sum(change**2 for change in changes) * (count - 1) / count)
-    margin = student_quantile(chance, total**2 / squares - 1) * error
-    return Estimate(value, value - margin, value + margin, count)
+    all_above, all_below = sum(above), sum(below)
+    value, variance = all_above / all_below, 0.0
+    for group in groups:
+        count, own_above = len(group), sum(above[number] for number in group)
+        own_below, ratios = sum(below[number] for number in group), []
+        for number in group:
+            weight = count / (count - 1)
+            top = all_above - own_above + weight * (own_above - above[number])
+            ratios.append(top / (all_below - own_below + weight * (own_below - below[number])))
+        centre = value if len(groups) == 1 else fmean(ratios)
+        variance += sum((each - centre) ** 2 for each in ratios) * (count - 1) / count
+    return variance
+
+
+def strata_of(clusters: Clusters, strata: Sequence[str]) -> list[list[int]]:
+    """Return the numbers of the clusters of each stratum; those that are alone in theirs are one.
+
+    A cluster is of the stratum of its first line.
+    """
+    stratum_of: dict[Hashable, str] = {}
+    for cluster, stratum in zip(clusters, strata, strict=True):
+        stratum_of.setdefault(cluster, stratum)
+    numbers: dict[str, list[int]] = {}
+    for number, stratum in enumerate(stratum_of.values()):
+        numbers.setdefault(stratum, []).append(number)
+    groups = sorted(numbers.values(), key=len)
+    while len(groups) > 1 and len(groups[0]) == 1:
+        first, second, *others = groups
+        groups = sorted([first + second, *others], key=len)
+    return groups
 
 
 def cluster_sums(values: Sequence[float], clusters: Clusters) -> list[float]:
@@ -96,39 +159,124 @@ def effective_number(sizes: Sequence[float], clusters: Clusters) -> float:
 def student_quantile(chance: float, freedom: float) -> float:
     """Return what the absolute value of Student's t exceeds with this probability.
 
-    With t = sqrt(freedom) sinh(u) the density of u is proportional to cosh(u) ** -freedom. It is
-    integrated by Simpson's rule. Newton's steps come from below and never overshoot, since the
-    density falls. Right to 1e-6 of the value for 1 to 100,000 degrees of freedom and a chance of
-    0.00006 (780 pairs) or more.
+    Newton's steps come from below and never overshoot, since the density falls. Right to 1e-6 of
+    the value for 1 to 100,000 degrees of freedom and a chance of 0.00006 (780 pairs) or more.
     """
-    half = math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)
-    half = math.exp(half) * math.sqrt(math.pi) / 2  # the integral from 0 to infinity
     u = 0.0
     for _ in range(25):
-        heights = [math.cosh(u * k / 200) ** -freedom for k in range(201)]
-        inner = 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2])
-        area = (heights[0] + inner + heights[-1]) * u / 600
-        u += ((1 - chance) * half - area) / heights[-1]
+        u += (
+            (1 - chance - student_area(u, freedom))
+            * student_half(freedom)
+            * math.cosh(u) ** freedom
+        )
     return math.sqrt(freedom) * math.sinh(u)
 
 
-def difference_of_seeds(
-    first: Sequence[float], second: Sequence[float], chance: float = 0.05
-) -> Estimate:
-    """Return the mean of the second runs less that of the first, with Welch's interval.
+def student_p(t: float, freedom: float) -> float:
+    """Return the probability that the absolute value of Student's t exceeds that of this one."""
+    return max(0.0, 1 - student_area(math.asinh(abs(t) / math.sqrt(freedom)), freedom))
 
-    The settings may spread differently, and their seeds are not taken as pairs.
+
+def student_area(u: float, freedom: float) -> float:
+    """Return the probability that |t| is below sqrt(freedom) sinh(u).
+
+    The density of u is proportional to cosh(u) ** -freedom; it is integrated by Simpson's rule.
     """
-    value, count = fmean(second) - fmean(first), len(first) + len(second)
-    if min(len(first), len(second)) < 2:
-        return Estimate(value, -math.inf, math.inf, count)
-    squares = [variance(runs) / len(runs) for runs in (first, second)]
-    if not sum(squares):
-        return Estimate(value, value, value, count)
-    parts = zip(squares, (first, second), strict=True)
-    freedom = sum(squares) ** 2 / sum(square**2 / (len(runs) - 1) for square, runs in parts)
-    margin = student_quantile(chance, freedom) * math.sqrt(sum(squares))
-    return Estimate(value, value - margin, value + margin, count)
+    u = min(u, math.acosh(10 ** (17 / freedom)))  # beyond it nothing is left
+    heights = [math.cosh(u * k / 200) ** -freedom for k in range(201)]
+    inner = 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2])
+    return (heights[0] + inner + heights[-1]) * u / 600 / student_half(freedom)
+
+
+def student_half(freedom: float) -> float:
+    """Return the integral of cosh(u) ** -freedom from 0 to infinity."""
+    ratio_of_gammas = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2))
+    return ratio_of_gammas * math.sqrt(math.pi) / 2
+
+
+def with_seeds(lines: Measured, counts: tuple[int, int], spread: Spread) -> Measured:
+    """Return a difference of two settings whose error has the lines and the seeds of the training.
+
+    lines: the difference of the mean losses over so many seeds each, with the error of the lines.
+    The freedom of the two variances together is Satterthwaite's.
+    """
+    of_lines = lines.error**2
+    of_seeds = spread.variance * (1 / counts[0] + 1 / counts[1])
+    both = of_lines + of_seeds
+    if not (both and lines.freedom >= 1):
+        return lines
+    freedom = both**2 / (of_lines**2 / lines.freedom + of_seeds**2 / spread.freedom)
+    return Measured(lines.value, math.sqrt(both), freedom, lines.units)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far runs that differ in their seed alone lie apart, pooled over settings."""
+
+    variance: float
+    freedom: int  # of all settings: one less than each has seeds
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation."""
+        return math.sqrt(self.variance)
+
+
+def pooled_spread(settings: Sequence[Sequence[float]]) -> Spread | None:
+    """Return the spread of seeds, taken to be the same in all settings; None without two seeds."""
+    several = [values for values in settings if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in several)
+    if not freedom:
+        return None
+    squares = sum(variance(values) * (len(values) - 1) for values in several)
+    return Spread(squares / freedom, freedom)
+
+
+# ---- Tests: when a change is called clear
+
+
+def sign_test(lost: int, won: int) -> float:
+    """Return the two-sided p of the sign test, mid-p: of so many turned units, so few one way.
+
+    Half the chance of the table itself counts (Lancaster 1961). McNemar's mid-p test of paired
+    shares rejects a true null in 5 % at most, nearly everywhere (Fagerland, Lydersen and Laake,
+    BMC Medical Research Methodology 13 (2013), 91), where the exact test does in 2 or 3 %.
+    """
+    turned, fewer = lost + won, min(lost, won)
+    if lost == won:
+        return 1.0
+    ways = sum(2 * math.comb(turned, k) for k in range(fewer)) + math.comb(turned, fewer)
+    return ways / 2**turned
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """Return p values that hold for a family of tests together (Holm 1979)."""
+    adjusted, highest = [0.0] * len(chances), 0.0
+    for rank, number in enumerate(sorted(range(len(chances)), key=lambda each: chances[each])):
+        highest = max(highest, min(1.0, (len(chances) - rank) * chances[number]))
+        adjusted[number] = highest
+    return adjusted
+
+
+def p_of_the_same(successes: Sequence[float], counts: Sequence[int]) -> float:
+    """Return the p of the chi-square test that groups have one share in common."""
+    share = sum(successes) / sum(counts)
+    if len(counts) < 2 or not 0 < share < 1:
+        return 1.0
+    expected = [(count * share, count * share * (1 - share)) for count in counts]
+    distances = zip(successes, expected, strict=True)
+    square = sum((number - mean) ** 2 / spread for number, (mean, spread) in distances)
+    return chi_square_p(square, len(counts) - 1)
+
+
+def chi_square_p(square: float, freedom: int) -> float:
+    """Return the probability that chi-square with this whole freedom exceeds a value."""
+    half = square / 2
+    p, start = (math.exp(-half), 1.0) if freedom % 2 == 0 else (math.erfc(math.sqrt(half)), 0.5)
+    for step in range((freedom - 1) // 2):
+        power = start + step
+        p += math.exp(power * math.log(half) - half - math.lgamma(power + 1)) if half else 0.0
+    return min(1.0, p)
 
 
 # ---- Shares of lines, and how they change
@@ -145,8 +293,11 @@ def proportion(passed: float, count: float) -> Estimate:
     return Estimate(value, middle - margin, middle + margin, round(count))
 
 
-def clustered_proportion(holds: Sequence[bool], clusters: Clusters) -> Estimate:
-    """Return the share of lines on which something holds, with the design effect of clusters."""
+def share_of(holds: Sequence[float], clusters: Clusters) -> Estimate:
+    """Return the share of lines on which something holds, with the design effect of clusters.
+
+    A tie is 0.5.
+    """
     size = effective_sample_size(holds, clusters)
     share = proportion(size * sum(holds) / len(holds), size)
     return replace(share, units=len(set(clusters)))
@@ -186,13 +337,16 @@ def paired_change(lost: float, won: float, count: float) -> Estimate:
 
 @dataclass(frozen=True)
 class Change:
-    """On how many lines something holds before and after, and how the share changes."""
+    """On how many lines something holds before and after, and how the share changes; a tie is half.
+
+    Its p is of the sign test over independent units.
+    """
 
     count: int
-    before: int
-    after: int
-    lost: int  # holds before only
-    won: int  # holds after only
+    before: float
+    after: float
+    lost: float  # holds before only
+    won: float  # holds after only
     change: Estimate
 
     @property
@@ -202,16 +356,19 @@ class Change:
 
 
 def change_of(
-    before: Sequence[bool], after: Sequence[bool], clusters: Clusters | None = None
+    before: Sequence[float], after: Sequence[float], clusters: Clusters | None = None
 ) -> Change:
     """Return how the lines change on which something holds, with the design effect of clusters."""
     clusters = clusters or range(len(before))
-    turned = Counter(zip(before, after, strict=True))
-    lost, won = turned[True, False], turned[False, True]
-    differences = [now - then for then, now in zip(before, after, strict=True)]
+    differences = [float(now) - float(then) for then, now in zip(before, after, strict=True)]
+    lost = -sum(each for each in differences if each < 0)
+    won = sum(each for each in differences if each > 0)
     size = effective_sample_size(differences, clusters)
     weight = size / len(before)
-    change = replace(paired_change(weight * lost, weight * won, size), units=len(set(clusters)))
+    turned = cluster_sums(differences, clusters)
+    p = sign_test(sum(each < 0 for each in turned), sum(each > 0 for each in turned))
+    change = paired_change(weight * lost, weight * won, size)
+    change = replace(change, units=len(turned), p=p)
     return Change(len(before), sum(before), sum(after), lost, won, change)
 
 
@@ -223,8 +380,8 @@ def effective_sample_size(values: Sequence[float], clusters: Clusters) -> float:
     Few clusters do not tell it well, so it is raised as Student's t is above the normal quantile;
     it is at least 1, and at most what it would be if all lines of a cluster were the same.
     """
-    count, mean = len(values), fmean(values)
-    deviations = [value - mean for value in values]
+    count, middle = len(values), fmean(values)
+    deviations = [value - middle for value in values]
     least = effective_number([1] * count, clusters)
     total = math.fsum(deviation**2 for deviation in deviations)
     sums = cluster_sums(deviations, clusters)

@@ -10,22 +10,25 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from inspect_lora.intervals import (
-    FEWEST_UNITS,
-    Change,
-    Estimate,
-    change_of,
-    clustered_proportion,
-    effective_number,
-    ratio,
+from inspect_lora.changes import (
+    ALL,
+    NO_KIND,
+    Check,
+    CoupleGroup,
+    PairGroup,
+    checks_of,
+    couples_of,
+    in_one_family,
+    pairs_of,
 )
-from inspect_lora.record import Exchange, Line, Pair, Record, Reply, Shift
+from inspect_lora.intervals import Estimate, effective_number, ratio
+from inspect_lora.readings import Agreement, Reading, agreements_of
+from inspect_lora.record import Exchange, Line, Record, Reply, Shift
 
-ALL, NO_KIND = "(all)", "(no kind)"
 SIDES = ("base", "adapter")
 
 
@@ -40,32 +43,6 @@ class KindGain:
     adapter: float
     gain: Estimate  # the base's loss minus the adapter's: above 0 is better
     lower_on: int  # replies on which the adapter's loss is the lower one
-
-
-@dataclass(frozen=True)
-class Check:
-    """How many replies of base and adapter pass a rule."""
-
-    name: str
-    is_task: bool  # replies to other tasks, and not to held-out prompts
-    passed: Change
-
-    @property
-    def title(self) -> str:
-        """Its name, which other tasks may share with held-out prompts."""
-        return f"tasks: {self.name}" if self.is_task else self.name
-
-
-@dataclass(frozen=True)
-class PairGroup:
-    """Which of two replies base and adapter find likelier; a tie is not right."""
-
-    name: str
-    is_kind: bool  # the pairs of a kind, and not all, nor those with one reply longer
-    pairs: int
-    likelier: Change  # pairs whose good reply has the higher log-probability, as a sum
-    moved: int  # pairs in which log p(good) - log p(bad) is larger with the adapter than the base
-    moved_share: Estimate
 
 
 @dataclass(frozen=True)
@@ -91,7 +68,7 @@ class Strength:
     cost: Estimate | None  # its loss minus that of the adapter as trained
     kl: Estimate | None  # on other tasks, in nats per token
     kl_change: Estimate | None  # its KL minus that of the adapter as trained
-    changed: float | None  # the share of tokens at which another one is the likeliest
+    changed: Estimate | None  # the share of tokens at which another one is the likeliest
 
 
 @dataclass(frozen=True)
@@ -101,9 +78,7 @@ class PartEffect:
     name: str
     is_cut: bool  # to fewer directions of every update
     cost: Estimate | None
-    cost_share: float | None  # of the gain, if that is sure enough
     alone: Estimate | None
-    alone_share: float | None
 
 
 @dataclass(frozen=True)
@@ -114,19 +89,25 @@ class Results:
     base: str
     finished: bool
     steps: tuple[str, ...]  # the measurements that were made
+    seed: str | None  # of the training; None: not known
     learned: int | None  # held-out lines left out since the adapter learned them; None: not known
     is_chosen: bool  # by the loss on these very lines, among the checkpoints of its training
     gain: tuple[KindGain, ...]  # of all held-out replies first
+    template_effect: Estimate | None  # the base's loss by the adapter's template, less by its own
     effective: float | None  # held-out lines of equal size that would weigh as much
     longest: float | None  # the share of the held-out tokens that the longest reply has
     asked: dict[str, int]  # prompts by kind, without the other tasks
-    askable: int  # prompts that might have been asked
+    askable: dict[str, int]  # prompts that might have been asked
     judged: int  # replies of each side that a rule judged
     cut: dict[str, int]  # judged replies of each side that had been cut
     max_new_tokens: int  # where they are cut
     checks: tuple[Check, ...]  # the least passed first, and last what all replies of both pass
-    pairs: tuple[PairGroup, ...]  # all pairs first
+    pairs: tuple[PairGroup, ...]  # each kind, the sum if the kinds agree, then by length
+    couples: tuple[CoupleGroup, ...]  # of each kind
+    compared: int  # comparisons that are judged together, by Holm
     replies: tuple[ReplyStatistics, ...]
+    readings: tuple[Reading, ...]  # blind ones
+    agreements: tuple[Agreement, ...]  # of each two readers
     tasks: int  # other tasks that measure the KL
     part_kinds: dict[str, int]  # held-out replies by kind that measure strengths and parts
     part_gain: Estimate | None  # of the adapter as trained, on those replies
@@ -134,42 +115,49 @@ class Results:
     parts: tuple[PartEffect, ...]  # the dearest first, then the cuts
 
     @property
-    def passed(self) -> dict[str, Change]:
-        """What is counted before and after, by title: checks, all pairs and those of each kind."""
-        pairs = [group for group in self.pairs if group.is_kind or group.name == ALL]
-        return {check.title: check.passed for check in self.checks} | {
-            f"pairs: {group.name.strip('()')}": group.likelier for group in pairs
-        }
+    def failures(self) -> list[Check]:
+        """The checks that the adapter fails at least once in ten, the most frequent first."""
+        failures = [check for check in self.checks if check.is_failure]
+        return sorted(failures, key=lambda check: -check.failed.value)
 
 
-def results_of(record: Record) -> Results:
-    """Return what a record tells."""
-    part_lines = [record.lines[number] for number in record.part_lines]
-    tokens = [line.tokens for line in record.lines]
-    clusters = [line.cluster for line in record.lines]
+def results_of(record: Record, readings: Sequence[Reading] = ()) -> Results:
+    """Return what a record tells, and blind readings of its replies."""
+    lines = beside_the_base_as_served(record.lines)
+    part_lines = [lines[number] for number in record.part_lines]
+    tokens, clusters = [line.tokens for line in lines], [line.cluster for line in lines]
     held_out = [exchange for exchange in record.exchanges if exchange.source != "tasks"]
     judged = [exchange for exchange in record.exchanges if exchange.checks]
+    checks, pairs, couples = checks_of(record), pairs_of(record.pairs), couples_of(record.couples)
+    family = in_one_family([*checks, *pairs, *couples])
+    seed = record.known.get("SEED")
     return Results(
         adapter=record.adapter,
         base=record.conditions["base"],
         finished=record.finished,
         steps=tuple(record.seconds),
+        seed=None if seed is None else str(seed),
         learned=record.learned,
         is_chosen=is_chosen_by_these_lines(record),
-        gain=gains_of(record.lines, record.trained_kinds),
+        gain=gains_of(lines, record.trained_kinds),
+        template_effect=template_effect_of(record.lines),
         effective=effective_number(tokens, clusters) if tokens else None,
         longest=max(tokens) / sum(tokens) if tokens else None,
         asked=kinds_of(held_out),
-        askable=sum(record.asked_of.values()),
+        askable={kind or NO_KIND: count for kind, count in record.asked_of.items()},
         judged=len(judged),
         cut={side: sum(not getattr(each, side).ended for each in judged) for side in SIDES},
         max_new_tokens=record.max_new_tokens,
-        checks=checks_of(record),
-        pairs=pairs_of(record.pairs),
+        checks=tuple(each for each in family if isinstance(each, Check)),
+        pairs=tuple(each for each in family if isinstance(each, PairGroup)),
+        couples=tuple(each for each in family if isinstance(each, CoupleGroup)),
+        compared=sum(each.family_p is not None for each in family),
         replies=replies_of(record.exchanges),
+        readings=tuple(readings),
+        agreements=tuple(agreements_of(readings)),
         tasks=len(record.tasks),
         part_kinds=kinds_of(part_lines),
-        part_gain=gain_of(part_lines) if record.parts else None,
+        part_gain=gain_of_drawn(part_lines) if record.parts else None,
         strengths=strengths_of(record, part_lines),
         parts=parts_of(record, part_lines),
     )
@@ -185,6 +173,19 @@ def as_plain(results: Any) -> dict[str, Any]:
         return isinstance(value, float) and not math.isfinite(value)
 
     return dataclasses.asdict(results, dict_factory=plain)
+
+
+def count_intervals(value: Any) -> int:
+    """Return how many intervals a value holds."""
+    if isinstance(value, Estimate):
+        return int(value.is_bounded)
+    if dataclasses.is_dataclass(value):
+        value = vars(value).values()
+    elif isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple):
+        return 0
+    return sum(map(count_intervals, value))
 
 
 def kinds_of(items: Iterable[Any]) -> dict[str, int]:
@@ -203,15 +204,40 @@ def is_chosen_by_these_lines(record: Record) -> bool:
 # ---- Losses
 
 
-def per_token(sums: Sequence[float], lines: list[Line], chance: float = 0.05) -> Estimate:
-    """Return the mean over the tokens of lines, such as of their losses or of differences."""
+def beside_the_base_as_served(lines: list[Line]) -> list[Line]:
+    """Return the lines with the losses of the base by its own chat template, where that differs.
+
+    A base that meets a template for the first time loses by it, and that is no gain of training.
+    """
+    return [
+        line if line.served_base is None else replace(line, base=line.served_base) for line in lines
+    ]
+
+
+def template_effect_of(lines: list[Line]) -> Estimate | None:
+    """Return how much the base loses by the adapter's template; None if it is its own."""
+    if not lines or lines[0].served_base is None:
+        return None
+    return per_token([line.base - line.served_base for line in lines], lines)
+
+
+def per_token(sums: Sequence[float], lines: list[Line], is_drawn: bool = False) -> Estimate:
+    """Return the mean over the tokens of lines, such as of their losses or of differences.
+
+    Lines that were drawn by kind are estimated as drawn: what kinds differ in is no error.
+    """
     tokens, clusters = [line.tokens for line in lines], [line.cluster for line in lines]
-    return ratio(sums, tokens, clusters, chance)
+    return ratio(sums, tokens, clusters, [line.kind for line in lines] if is_drawn else None)
 
 
-def gain_of(lines: list[Line], chance: float = 0.05) -> Estimate:
+def gain_of(lines: list[Line]) -> Estimate:
     """Return the base's loss minus the adapter's."""
-    return per_token([line.base - line.adapter for line in lines], lines, chance)
+    return per_token([line.base - line.adapter for line in lines], lines)
+
+
+def gain_of_drawn(lines: list[Line]) -> Estimate:
+    """Return the base's loss minus the adapter's on lines that were drawn by kind."""
+    return per_token([line.base - line.adapter for line in lines], lines, is_drawn=True)
 
 
 def gains_of(lines: list[Line], trained: dict[str, int] | None) -> tuple[KindGain, ...]:
@@ -241,33 +267,7 @@ def kind_gain(name: str, is_trained: bool | None, lines: list[Line]) -> KindGain
     )
 
 
-# ---- Checks and replies
-
-
-def checks_of(record: Record) -> tuple[Check, ...]:
-    """Return how many replies pass each check, by base and adapter."""
-    clusters = {line.where: line.cluster for line in record.lines}
-    asked: dict[tuple[str, bool], list[Exchange]] = {}
-    for exchange in record.exchanges:
-        for name in exchange.checks:
-            asked.setdefault((name, exchange.source == "tasks"), []).append(exchange)
-    checks = [
-        Check(
-            name,
-            is_task,
-            change_of(
-                [exchange.base.passes[name] for exchange in exchanges],
-                [exchange.adapter.passes[name] for exchange in exchanges],
-                [clusters.get(exchange.where, exchange.where) for exchange in exchanges],
-            ),
-        )
-        for (name, is_task), exchanges in asked.items()
-    ]
-
-    def order(check: Check) -> tuple[bool, bool, float]:
-        return check.passed.holds_always, check.is_task, check.passed.after / check.passed.count
-
-    return tuple(sorted(checks, key=order))
+# ---- Replies
 
 
 def replies_of(exchanges: list[Exchange]) -> tuple[ReplyStatistics, ...]:
@@ -294,61 +294,19 @@ def reply_statistics(source: str, side: str, replies: list[Reply]) -> ReplyStati
     )
 
 
-# ---- Pairs
-
-
-def pairs_of(pairs: list[Pair]) -> tuple[PairGroup, ...]:
-    """Return all pairs, those of each kind if there are several, and by which reply is longer."""
-    kinds = sorted({pair.kind for pair in pairs})
-    groups = [pair_group(ALL, pairs)]
-    for kind in kinds if len(kinds) > 1 else []:
-        groups.append(pair_group(kind or NO_KIND, [p for p in pairs if p.kind == kind], True))
-    longer_good = [pair for pair in pairs if pair.good_tokens > pair.bad_tokens]
-    longer_bad = [pair for pair in pairs if pair.good_tokens < pair.bad_tokens]
-    groups.append(pair_group("good reply longer", longer_good))
-    groups.append(pair_group("bad reply longer", longer_bad))
-    return tuple(group for group in groups if group)
-
-
-def pair_group(name: str, pairs: list[Pair], is_kind: bool = False) -> PairGroup | None:
-    """Return which replies base and adapter find likelier; None if there are no pairs."""
-    if not pairs:
-        return None
-    clusters = [pair.cluster for pair in pairs]
-    base = [pair.base_good > pair.base_bad for pair in pairs]
-    adapter = [is_right(pair) for pair in pairs]
-    moved = [has_moved(pair) for pair in pairs]
-    return PairGroup(
-        name=name,
-        is_kind=is_kind,
-        pairs=len(pairs),
-        likelier=change_of(base, adapter, clusters),
-        moved=sum(moved),
-        moved_share=clustered_proportion(moved, clusters),
-    )
-
-
-def is_right(pair: Pair) -> bool:
-    """Return whether the adapter finds the good reply likelier."""
-    return pair.adapter_good > pair.adapter_bad
-
-
-def has_moved(pair: Pair) -> bool:
-    """Return whether the adapter moved the odds to the good reply (DPO's implicit reward)."""
-    return pair.adapter_good - pair.adapter_bad > pair.base_good - pair.base_bad
-
-
 # ---- Strengths, parts, other tasks
 
 
 def gain_at(losses: list[float], lines: list[Line]) -> Estimate:
     """Return the base's loss minus these losses of the same lines."""
-    return per_token([line.base - loss for line, loss in zip(lines, losses, strict=True)], lines)
+    gains = [line.base - loss for line, loss in zip(lines, losses, strict=True)]
+    return per_token(gains, lines, is_drawn=True)
 
 
 def cost_at(losses: list[float], lines: list[Line]) -> Estimate:
     """Return these losses minus those of the adapter as trained, on the same lines."""
-    return per_token([loss - line.adapter for line, loss in zip(lines, losses, strict=True)], lines)
+    costs = [loss - line.adapter for line, loss in zip(lines, losses, strict=True)]
+    return per_token(costs, lines, is_drawn=True)
 
 
 def strengths_of(record: Record, lines: list[Line]) -> tuple[Strength, ...]:
@@ -387,7 +345,7 @@ def strength_of(
         cost=cost_at(losses, lines) if losses and not is_whole else None,
         kl=ratio(shift.kl, shift.tokens) if shift else None,
         kl_change=kl_change,
-        changed=sum(shift.changed_tokens) / sum(shift.tokens) if shift else None,
+        changed=ratio(shift.changed_tokens, shift.tokens) if shift else None,
     )
 
 
@@ -401,34 +359,14 @@ def parts_of(record: Record, lines: list[Line]) -> tuple[PartEffect, ...]:
         elif part.family != "strength":
             name = f"cut to {part.name}" if part.family == "cut" else part.name
             costs[name] = cost_at(part.losses, lines)
-    whole = sure_gain(lines) if record.parts else None
     effects = [
         PartEffect(
             name=name,
             is_cut=name.startswith("cut to "),
             cost=costs.get(name),
-            cost_share=share(costs.get(name), whole),
             alone=alone.get(name),
-            alone_share=share(alone.get(name), whole),
         )
         for name in costs | alone
     ]
     effects.sort(key=lambda row: (row.is_cut, -row.cost.value if row.cost else 0))
     return tuple(effects)
-
-
-def sure_gain(lines: list[Line]) -> float | None:
-    """Return the gain that parts have a share of, or None if it is not sure enough.
-
-    Its lower end must be above half of it. So shares of small gains are rarely shown; they are not
-    right for that: where a true gain of 0.1 to 0.3 nats was lucky enough to pass this rule (in up
-    to 43 % of simulated draws), the intervals of shares held the truth in 39 to 89 %.
-    """
-    whole = gain_of(lines)
-    is_sure = whole.units >= FEWEST_UNITS and whole.low > whole.value / 2 > 0
-    return whole.value if is_sure else None
-
-
-def share(estimate: Estimate | None, whole: float | None) -> float | None:
-    """Return what share of the whole gain this is, if both are known."""
-    return estimate.value / whole if estimate and whole else None
