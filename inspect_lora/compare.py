@@ -218,7 +218,7 @@ def why_not_beside(record: Record, newest: Record, name: str) -> str:
             f"it has no held-out reply in common with {name}: other lines, or the chat template "
             "ends a reply with another token. Measure both with one --eval_file and --system."
         )
-    if any(each.conditions.get("served_base") for each in (record, newest)):
+    if any(each.conditions["not_served"] for each in (record, newest)):
         return "" if here == there else f"it is on another base ({here}) than {name} ({there})."
     apart = fmean(abs(as_served(line) / line.tokens - losses[line.reply]) for line in shared)
     if apart > SAME_BASE:

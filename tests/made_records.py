@@ -114,7 +114,7 @@ def made(folder, count=60, gain=1.0, **changes):
     parts += [part_of(half, *name, share) for name, share in PARTS.items()]
     shifts = [*map(shift_of, sorted((*STRENGTHS, 1.0)))]
     on = {"base": "someone/model", "commit": "abc", "dtype": "float32", "enable_thinking": False}
-    on |= {"template": "t1", "base_template": "t1", "tokenizer_hash": "v1", "served_base": ""}
+    on |= {"template": "t1", "base_template": "t1", "tokenizer_hash": "v1", "not_served": ""}
     on |= {"measured": "2026-11-30", "eval_file": {"file": "data/eval.jsonl", "sha256": "12ab"}}
     facts = {
         "adapter": "output/final_lora",
