@@ -150,7 +150,7 @@ def test_tasks_that_the_template_refuses_are_counted(capfd, plain, tmp_path, tok
     ("step", "count", "number"),
     [
         ("parts_of", 1, signal.SIGINT), ("probes", 3, signal.SIGTERM),
-        ("replies_of_base", 2, signal.SIGUSR1),
+        ("drawn_from_base", 2, signal.SIGUSR1),
     ],
 )  # fmt: skip
 def test_a_signal_leaves_the_report_of_what_was_measured(
@@ -315,7 +315,7 @@ def test_dialogues_go_through_the_model_once_where_that_is_exact(capfd, tmp_path
     toys.change_config(adapter, base_model_name_or_path=folder)
     plain_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     plain_template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    (tmp_path / "own.jinja").write_text(plain_template, encoding="utf-8")
+    (tmp_path / "llama" / "chat_template.jinja").write_text(plain_template, encoding="utf-8")
     messages = [*talk(1), *talk(2)[1:], *talk(3)[1:]]
     path = write_lines(tmp_path / "own.jsonl", [{"messages": messages}])
     rows, real = [], script.losses_of_replies
@@ -324,8 +324,7 @@ def test_dialogues_go_through_the_model_once_where_that_is_exact(capfd, tmp_path
         "losses_of_replies",
         lambda network, examples: rows.append(len(examples)) or real(network, examples),
     )
-    flag = ["--chat_template", tmp_path / "own.jinja"]
-    found, _ = evidence(capfd, adapter, tmp_path / "results", "--eval_file", path, *SHORT, *flag)
+    found, _ = evidence(capfd, adapter, tmp_path / "results", "--eval_file", path, *SHORT)
     assert len(found["lines"]) == 3 and {*rows} <= {0, 1}
     tokenizer = toys.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = plain_template
