@@ -94,6 +94,7 @@ class Results:
     is_chosen: bool  # by the loss on these very lines, among the checkpoints of its training
     gain: tuple[KindGain, ...]  # of all held-out replies first
     template_effect: Estimate | None  # the base's loss by the adapter's template, less by its own
+    not_served: str  # why the base was not measured by its own chat template; "": it was
     effective: float | None  # held-out lines of equal size that would weigh as much
     longest: float | None  # the share of the held-out tokens that the longest reply has
     asked: dict[str, int]  # prompts by kind, without the other tasks
@@ -104,6 +105,7 @@ class Results:
     checks: tuple[Check, ...]  # the least passed first, and last what all replies of both pass
     pairs: tuple[PairGroup, ...]  # each kind, the sum if the kinds agree, then by length
     couples: tuple[CoupleGroup, ...]  # of each kind
+    couples_left_out: dict[str, int]  # by the reason
     compared: int  # comparisons that are judged together, by Holm
     replies: tuple[ReplyStatistics, ...]
     readings: tuple[Reading, ...]  # blind ones
@@ -141,6 +143,7 @@ def results_of(record: Record, readings: Sequence[Reading] = ()) -> Results:
         is_chosen=is_chosen_by_these_lines(record),
         gain=gains_of(lines, record.trained_kinds),
         template_effect=template_effect_of(record.lines),
+        not_served=record.conditions["not_served"],
         effective=effective_number(tokens, clusters) if tokens else None,
         longest=max(tokens) / sum(tokens) if tokens else None,
         asked=kinds_of(held_out),
@@ -151,6 +154,7 @@ def results_of(record: Record, readings: Sequence[Reading] = ()) -> Results:
         checks=tuple(each for each in family if isinstance(each, Check)),
         pairs=tuple(each for each in family if isinstance(each, PairGroup)),
         couples=tuple(each for each in family if isinstance(each, CoupleGroup)),
+        couples_left_out=record.couples_left_out,
         compared=sum(each.family_p is not None for each in family),
         replies=replies_of(record.exchanges),
         readings=tuple(readings),

@@ -9,10 +9,12 @@ import time
 
 import pytest
 import scipy.stats
-from made_records import BRIEF, SYSTEM, asked, said
+from made_records import BRIEF, SYSTEM, asked, made, put, said
+from runs import command
 from selenium import webdriver
 from selenium.webdriver.support.ui import Select
 
+from inspect_lora.__main__ import main
 from inspect_lora.page import Side, page_of, prompt_id, prompts_of, reply_id
 
 SIDES = [Side("base", "someone/model", "base"), Side("adapter", "output/final_lora", "12ab")]
@@ -272,6 +274,24 @@ def test_the_saved_reading_is_what_was_chosen(open_page, tmp_path, sides, keys, 
     assert name == "reading-Zoë-of-ward-3.json"
     facts = {"schema": 1, "reader": "Zoë of /ward 3", "finished": finished}
     assert reading == facts | {"sides": [ids[name] for name in sides], "choices": expected}
+
+
+def test_a_saved_reading_goes_into_the_report(capsys, browser, tmp_path):
+    """From the page that `report` wrote, through the browser, and back."""
+    stored = put(made(tmp_path / "report", exchanges=[asked(number) for number in range(9)]))
+    assert command(capsys, ["report", stored.folder], main).status == 0
+    browser.get(f"file://{stored.folder}/replies.html")
+    shown = Shown(browser)
+    shown.start()
+    adapter = 0
+    for _ in range(9):
+        adapter += "adapter" in shown.texts("#pair .text")[0]
+        shown.press("1")
+    name, _ = shown.saved(tmp_path, "Ann")
+    words = ["report", stored.folder, "--json", "--reading", tmp_path / name]
+    (reading,) = json.loads(command(capsys, words, main).out)["readings"]
+    (whole, *_) = reading["preferences"]
+    assert (whole["first"], whole["second"]) == (9 - adapter, adapter)
 
 
 def test_a_reading_is_guarded_from_its_first_choice_until_it_is_saved(open_page, tmp_path):

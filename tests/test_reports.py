@@ -175,6 +175,7 @@ def test_only_what_is_clear_beside_all_others_is_called_so(tmp_path):
         ({"pairs": pairs_with(2, 20)}, set()),
         ({"lines": lines_of(19)}, {"few"}),
         ({"finished": False}, {"stopped"}),
+        ({"conditions": {"not_served": "it has none"}}, {"template"}),
         ({"lines": [], "parts": [], "part_lines": []}, {"prompts"}),
         ({"exchanges": [asked(1, adapter=said("a", {"is brief": True}, ended=False))]}, {"cut"}),
     ],
@@ -182,7 +183,9 @@ def test_only_what_is_clear_beside_all_others_is_called_so(tmp_path):
 def test_the_last_line_says_what_lowers_trust(tmp_path, changes, reasons):
     ended = [asked(n, base=said("whole", {"is brief": True})) for n in range(20)]
     parts = {"parts": [], "part_lines": []} if "lines" in changes else {}
-    stored = made(tmp_path, **{"exchanges": ended} | parts | changes)
+    conditions = {"not_served": "", "base": "someone/model"} | changes.get("conditions", {})
+    changes = {"exchanges": ended} | parts | changes | {"conditions": conditions}
+    stored = made(tmp_path, **changes)
     assert set(findings.cautions_of(results.results_of(stored))) == reasons
 
 
