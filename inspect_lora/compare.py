@@ -1,17 +1,20 @@
-"""Several reports beside each other: on the same replies, by the same rules."""
+"""Several reports side by side: on the same replies, by the same rules.
+
+Each record is cut down to what all of them have, and results_of() gives the numbers of each run;
+comparison.py makes rows of them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
-from inspect_lora import report
-from inspect_lora import statistics as stats
 from inspect_lora.common import (
     InspectError,
     from_here,
@@ -22,406 +25,390 @@ from inspect_lora.common import (
     wrapped,
     write_whole,
 )
-from inspect_lora.page import PAGE, PagePrompt, page_of, prompts_of
-from inspect_lora.record import FILE, Line, Record, Shift, read_record
-from inspect_lora.statistics import Estimate
+from inspect_lora.comparison import (
+    Comparison,
+    LeftOut,
+    Records,
+    Row,
+    change_of_two,
+    conclusion_of,
+    rows_of,
+)
+from inspect_lora.intervals import Change
+from inspect_lora.page import PAGE, PagePrompt, Side, page_of, prompts_of
+from inspect_lora.readings import agreements_of, read_readings
+from inspect_lora.record import FILE, Exchange, Line, Record, read_record
+from inspect_lora.results import Results, as_plain
+from inspect_lora.tables import (
+    Table,
+    as_text,
+    cell,
+    halves,
+    number,
+    p_value,
+    percents,
+    points,
+    readings_table,
+)
 
-SCHEMA = 1  # of --json
+SCHEMA = 3  # of --json
+WIDTH = 90
 SAME_BASE = 0.01  # nats per token that the losses of one base may be apart, on average
-# What cannot change a result, and what stands in PEFT's configuration, too.
-NOT_TOLD = {
-    "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "REPORT_TO", "EVAL_FILE", "DEVICE", "MODEL_NAME",
-    "LORA_R", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGET_MODULES", "base_model_name_or_path",
-    "inference_mode", "peft_version", "revision",
-}  # fmt: skip
-SEEDS = ("SEED", "SFTConfig.seed")
+Entry = TypeVar("Entry")
 
 
-@dataclass
-class Run:
-    """An adapter that was measured."""
-
-    name: str  # where its record lies
-    record: Record
-    facts: dict[str, str]  # what it was trained with, if known
-    lines: list[Line] = field(default_factory=list)  # that all runs have, in one order
-
-    @property
-    def loss(self) -> float:
-        """Its loss on the shared lines, in nats per token; the rows are sorted by it."""
-        tokens = sum(line.tokens for line in self.lines)
-        return sum(line.adapter for line in self.lines) / tokens if tokens else math.inf
+def run(options: argparse.Namespace) -> None:
+    """Compare the adapters of a command line."""
+    compare(options.folders, Path(options.output_dir), options.json, options.reading)
 
 
-@dataclass
-class Row:
-    """The runs of one setting, which differ in their seed alone; mostly one."""
-
-    runs: list[Run]
-    settings: list[str] = field(default_factory=list)  # in which it differs from other rows
-    better_than_first: Estimate | None = None  # by how much its loss is below the first row's
-    shifts: list[Shift] = field(default_factory=list)  # of the runs with the same other tasks
-
-    @property
-    def losses(self) -> list[float]:
-        """The loss of each run."""
-        return [run.loss for run in self.runs]
-
-    @property
-    def is_known(self) -> bool:
-        """Whether it is known which of the lines were learned."""
-        return all(run.record.learned is not None for run in self.runs)
-
-
-@dataclass(frozen=True)
-class Passed:
-    """How many of the prompts, or pairs, that all have are right: the mean of each row's runs."""
-
-    name: str
-    count: int
-    base: int
-    rows: list[float]
-    change: Estimate | None  # of two runs, from the first to the second
-
-
-LeftOut = dict[str, str]  # "name" and "reason" of a report or a check that is not compared
-
-
-def compare(folders: list[str], output_dir: Path, as_json: bool = False) -> None:
+def compare(
+    folders: list[str], output_dir: Path, as_json: bool = False, readings: Sequence[str] = ()
+) -> None:
     """Print the tables, and write the page of all adapters."""
-    left_out: list[LeftOut] = []
-    runs = share_lines(keep_comparable(read_all(folders, left_out), left_out))
-    if len(runs) < 2:
+    records, unread = read_all(folders)
+    newest, older = newest_of(records)
+    whole, apart = comparable(newest)
+    tell_left_out([*unread, *older, *apart])
+    if len(whole) < 2:
         raise InspectError(f"Fewer than two reports to compare in {', '.join(folders)}.")
-    rows = rows_of(runs, left_out)
-    runs = [run for row in rows for run in row.runs]
-    checks, prefers = checks_of(runs, rows, left_out), prefers_of(runs, rows)
+    shared, without_kl = with_the_same_tasks(shared_of(whole))
+    unshared = [*without_kl, *unshared_checks(whole, shared), *other_limits(whole)]
+    tell_left_out(unshared)
+    rows, spread = rows_of(shared)
+    names = [run.adapter for row in rows for run in row.runs]
+    sides, prompts = sides_of(shared, names), prompts_of_all([shared[name] for name in names])
+    read = tuple(read_readings(readings, sides, prompts))
+    comparison = Comparison(
+        rows=rows,
+        conclusion=tuple(conclusion_of(rows, spread, shared)),
+        seeds=spread,
+        change=change_of_two(rows, shared),
+        readings=read,
+        agreements=tuple(agreements_of(read)),
+        left_out=(*unread, *older, *apart, *unshared),
+    )
     if as_json:
-        values = {"replies": len(runs[0].lines), "rows": [row_as_json(row) for row in rows]}
-        values |= {"schema": SCHEMA, "checks": checks, "prefers": prefers}
-        values |= {"left_out": left_out}
-        print(json.dumps(report.as_plain(values), indent=1))
+        print(json.dumps({"schema": SCHEMA} | as_plain(comparison), indent=1))
     else:
-        print_rows(rows)
-        report.show("", table_of_losses(rows))
-        report.show("checks", table_of_passed("passed by", "prompts", checks))
-        report.show("prefers", table_of_passed("prefers", "pairs", prefers))
-    write_page(runs, output_dir / PAGE)
+        show(comparison)
+    write_page(sides, prompts, shared[names[0]].system, output_dir / PAGE)
 
 
-def leave_out(left_out: list[LeftOut], name: str, reason: str) -> None:
-    """Say what is not compared, and why, and add it to the list."""
-    tell("left out", wrapped(f"{name}: {reason}"))
-    left_out.append({"name": name, "reason": reason})
+def tell_left_out(left_out: list[LeftOut]) -> None:
+    """Say what is not compared, and why."""
+    for each in left_out:
+        tell("left out", wrapped(f"{each.name}: {each.reason}"))
 
 
 # ---- Which records
 
 
-def read_all(folders: list[str], left_out: list[LeftOut]) -> list[Run]:
-    """Return the finished records in folders and below, of one adapter the newest."""
-    runs: list[Run] = []
-    for folder in reports_in(folders):
-        name = from_here(folder)
-        try:
-            record = read_record(folder)
-        except InspectError as error:
-            leave_out(left_out, name, str(error))
-        else:
-            runs.append(Run(name, record, facts_of(record)))
-    runs.sort(key=rank_of)
-    newest = {(run.record.id, bool(run.record.lines)): run for run in runs if run.record.finished}
-    for run in runs:
-        if run not in newest.values():
-            reason = "measured again" if run.record.finished else "stopped"
-            leave_out(left_out, run.name, reason)
-    return list(newest.values())
-
-
-def reports_in(folders: list[str]) -> list[Path]:
-    """Return the folders of all records, or raise InspectError if a folder holds none."""
+def read_all(folders: list[str]) -> tuple[Records, list[LeftOut]]:
+    """Return the records in folders and below; raise InspectError if a folder holds none."""
     paths = {folder: [*Path(folder).rglob(FILE)] for folder in folders}
     if empty := [folder for folder, inside in paths.items() if not inside]:
         raise InspectError(f"Not there, or without an {FILE}: {', '.join(empty)}.")
-    return sorted({path.resolve().parent for inside in paths.values() for path in inside})
+    records, unread = {}, []
+    for folder in sorted({path.resolve().parent for inside in paths.values() for path in inside}):
+        try:
+            records[from_here(folder)] = read_record(folder)
+        except InspectError as error:
+            unread.append(LeftOut(from_here(folder), str(error)))
+    return records, unread
 
 
-def rank_of(run: Run) -> tuple[bool, str]:
-    """Return what makes a record the one that others are held against: losses, then its date."""
-    return bool(run.record.lines), run.record.conditions["measured"]
+def newest_of(records: Records) -> tuple[Records, list[LeftOut]]:
+    """Return the finished records, of one adapter the newest; the newest with losses first."""
+    rank = {name: (bool(one.lines), one.conditions["measured"]) for name, one in records.items()}
+    newest: dict[tuple[str, bool], str] = {}
+    older = []
+    for name in sorted(records, key=rank.get, reverse=True):
+        record = records[name]
+        if not record.finished:
+            older.append(LeftOut(name, "stopped"))
+        elif newest.setdefault((record.id, bool(record.lines)), name) != name:
+            older.append(LeftOut(name, "measured again"))
+    return {name: records[name] for name in newest.values()}, older
 
 
-def keep_comparable(runs: list[Run], left_out: list[LeftOut]) -> list[Run]:
-    """Return the runs that can stand beside the newest of those with losses, or of all."""
-    runs = sorted(runs, key=rank_of, reverse=True)
-    kept: list[Run] = []
+def comparable(records: Records) -> tuple[Records, list[LeftOut]]:
+    """Return the records that can stand beside the first one."""
+    kept: Records = {}
+    apart = []
     shared: set[str] = set()
-    for run in runs:
-        ids = {line.id for line in run.record.lines}
-        reason = why_not_beside(run.record, runs[0].record)
-        if not reason and kept and shared and not shared & ids:
-            reason = "no reply in common with all of the others,"
+    for name, record in records.items():
+        first = next(iter(records))
+        replies = {line.reply for line in record.lines}
+        reason = why_not_beside(record, records[first], first)
+        if not reason and kept and shared and not shared & replies:
+            reason = "it has no held-out reply in common with all of the others."
         if reason:
-            leave_out(left_out, run.name, f"{reason} than {runs[0].name}")
+            apart.append(LeftOut(name, reason))
         else:
-            shared = shared & ids if kept else ids
-            kept.append(run)
-    return kept
+            shared = shared & replies if kept else replies
+            kept[name] = record
+    return kept, apart
 
 
-def why_not_beside(record: Record, newest: Record) -> str:
-    """Return what is another one here than in the newest record, or ""."""
+def why_not_beside(record: Record, newest: Record, name: str) -> str:
+    """Return why a record cannot stand beside the newest one, which has this name, or ""."""
+    here, there = (
+        f"{each.conditions['base']} {each.conditions['commit']}" for each in (record, newest)
+    )
+    if record.conditions["tokenizer_hash"] != newest.conditions["tokenizer_hash"]:
+        return f"it has another tokenizer than {name}, so the losses per token differ."
     if not newest.lines:
-        base, other = (
-            f"{each.conditions['base']} {each.conditions['commit']}" for each in (record, newest)
+        return "" if here == there else f"it is on another base ({here}) than {name} ({there})."
+    losses = {line.reply: as_served(line) / line.tokens for line in newest.lines}
+    shared = [line for line in record.lines if line.reply in losses]
+    if not shared:
+        return (
+            f"it has no held-out reply in common with {name}: other lines, or the chat template "
+            "ends a reply with another token. Measure both with one --eval_file and --system."
         )
-        return "" if base == other else f"another base ({base})"
-    losses = {line.id: line.base for line in newest.lines}
-    shared = [line for line in record.lines if line.id in losses]
-    if not shared:
-        return "other held-out replies, or another rendering of them,"
-    apart = fmean(abs(line.base - losses[line.id]) / line.tokens for line in shared)
-    return f"another base (its losses are {apart:.3f} nats apart)" if apart > SAME_BASE else ""
+    if any(each.conditions["not_served"] for each in (record, newest)):
+        return "" if here == there else f"it is on another base ({here}) than {name} ({there})."
+    apart = fmean(abs(as_served(line) / line.tokens - losses[line.reply]) for line in shared)
+    if apart > SAME_BASE:
+        return f"it is on another base than {name}: its losses are {apart:.3f} nats apart."
+    return ""
 
 
-def share_lines(runs: list[Run]) -> list[Run]:
-    """Give all runs the held-out replies that all have; return them, the lowest loss first.
+def as_served(line: Line) -> float:
+    """Return the loss of the base by its own chat template."""
+    return line.base if line.served_base is None else line.served_base
 
-    Without losses they are sorted by name. A reply is known by its tokens, not by its line.
+
+# ---- What they share
+
+
+def shared_of(records: Records) -> Records:
+    """Return the records with the lines, pairs and prompts alone that all have, in one order.
+
+    A reply is known by its tokens and by what was said before it, whatever the chat template. The
+    lowest loss comes first; without losses the names give the order.
     """
-    by_id = [{line.id: line for line in run.record.lines} for run in runs]
-    shared = [key for key in by_id[0] if all(key in lines for lines in by_id)] if runs else []
-    for run, lines in zip(runs, by_id, strict=True):
-        run.lines = [lines[key] for key in shared]
-    return sorted(runs, key=lambda run: (run.loss, run.name))
+    each = list(records.values())
+    lines = in_common([{line.reply: line for line in record.lines} for record in each])
+    pairs = in_common([{pair.reply: pair for pair in record.pairs} for record in each])
+    couples = in_common([{each.reply: each for each in record.couples} for record in each])
+    exchanges = in_common([exchanges_by_key(record) for record in each])
+    exchanges = [with_the_same_rules(same) for same in zip(*exchanges, strict=True)]
+    shared = {}
+    for place, (name, record) in enumerate(records.items()):
+        shared[name] = replace(
+            record,
+            adapter=name,
+            lines=lines[place],
+            pairs=pairs[place],
+            couples=couples[place],
+            exchanges=[same[place] for same in exchanges],
+            parts=[],
+            part_lines=[],
+            shifts=[shift for shift in record.shifts if shift.strength == 1],
+        )
+    losses = {name: sum(line.adapter for line in one.lines) for name, one in shared.items()}
+    return {name: shared[name] for name in sorted(shared, key=lambda name: (losses[name], name))}
 
 
-# ---- What differs
+def in_common(groups: list[dict[Hashable, Entry]]) -> list[list[Entry]]:
+    """Return what all groups have, in the order of the first one."""
+    keys = [key for key in groups[0] if all(key in group for group in groups)]
+    return [[group[key] for key in keys] for group in groups]
 
 
-def facts_of(record: Record) -> dict[str, str]:
-    """Return what may have made a difference: settings, PEFT's configuration, the data."""
-    facts = {"dtype": record.conditions["dtype"]} | record.config | record.run.get("settings", {})
-    identity = record.run.get("identity", {})
-    facts |= {key: value for key, value in identity.items() if key.startswith("SFTConfig.")}
-    facts["training data"] = record.run.get("data", {}).get("train", {}).get("sha256", "?")[:8]
+def exchanges_by_key(record: Record) -> dict[Hashable, Exchange]:
+    """Return the exchanges by what two replies must have in common to be compared."""
+    limits = record.max_new_tokens, record.conditions["enable_thinking"]
     return {
-        key: str(sorted(value) if isinstance(value, list) else value)
-        for key, value in facts.items()
-        if key not in NOT_TOLD
+        (json.dumps(each.messages, sort_keys=True), each.source == "tasks", *limits): each
+        for each in record.exchanges
     }
 
 
-def rows_of(runs: list[Run], left_out: list[LeftOut]) -> list[Row]:
-    """Return a row for each setting, with the settings in which those that are known differ.
-
-    A seed that stands twice in a setting is no second draw: something differs that is not known.
-    """
-    rows_by_setting: dict[tuple[Any, ...], Row] = {}
-    seen: Counter[tuple[str, str]] = Counter()
-    for run in runs:
-        seeds = str([run.facts.get(key) for key in SEEDS])
-        setting = str(sorted((key, run.facts[key]) for key in run.facts if key not in SEEDS))
-        seen[setting, seeds] += 1
-        key = (setting, seen[setting, seeds]) if "SEED" in run.facts else (run.name,)
-        rows_by_setting.setdefault(key, Row([])).runs.append(run)
-    rows = sorted(rows_by_setting.values(), key=lambda row: (fmean(row.losses), row.runs[0].name))
-    for key in dict.fromkeys(key for run in runs for key in run.facts):
-        values = {run.facts[key] for run in runs if key in run.facts}
-        constant = key.removeprefix("SFTConfig.").upper()
-        is_told = all(run.facts.get(key) == run.facts.get(constant) for run in runs)
-        for row in rows if len(values) > 1 and (constant == key or not is_told) else []:
-            shown = dict.fromkeys(short(run.facts.get(key, "?"), 40) for run in row.runs)
-            row.settings.append(f"{key} {', '.join(shown)}")
-    shifts = shifts_of(runs, left_out)
-    for row in rows:
-        row.shifts = [shifts[run.name] for run in row.runs if run.name in shifts]
-        if row.runs[0].lines and row is not rows[0]:
-            row.better_than_first = better_than(rows[0], row, len(rows))
-    return rows
-
-
-# ---- Estimates
-
-
-def better_than(first: Row, row: Row, count: int) -> Estimate:
-    """Return by how much a row's loss is lower than the first one's, so it is below 0.
-
-    Of single runs it is the paired difference on the lines; where a setting has several seeds these
-    are the unit. The intervals hold together over all pairs of rows (Bonferroni), since the first
-    was picked as the best.
-    """
-    chance = 0.05 / math.comb(count, 2)
-    if len(first.runs) > 1 or len(row.runs) > 1:
-        return stats.difference_of_seeds(row.losses, first.losses, chance)
-    sides = zip(first.runs[0].lines, row.runs[0].lines, strict=True)
-    worse = [line.adapter - other.adapter for line, other in sides]
-    return stats.per_token(worse, first.runs[0].lines, chance)
-
-
-def shifts_of(runs: list[Run], left_out: list[LeftOut]) -> dict[str, Shift]:
-    """Return the change on other tasks of each run that was measured on the same replies."""
-    shifts = {run.name: stats.shifts_of(run.record).get(1) for run in runs}
-    replies = next((shift.replies for shift in shifts.values() if shift), None)
-    for name, shift in shifts.items():
-        if shift and shift.replies != replies:
-            reason = "the tasks, or the base's replies to them, are not the same"
-            leave_out(left_out, f"KL of {name}", reason)
-    return {name: shift for name, shift in shifts.items() if shift and shift.replies == replies}
-
-
-def checks_of(runs: list[Run], rows: list[Row], left_out: list[LeftOut]) -> list[Passed]:
-    """Return for each check how many replies pass, on the prompts that all runs have."""
-    verdicts = {run.name: verdicts_of(run.record) for run in runs}
-    shared = set.intersection(*map(set, verdicts.values()))
-    left = sorted({title for of_run in verdicts.values() for title, _ in of_run.keys() - shared})
-    if left:
-        reason = "not all have these prompts with the same rule and length"
-        leave_out(left_out, some(left, 10), reason)
-    checks = []
-    for title in sorted({title for title, _ in shared}):
-        keys = sorted(key for key in shared if key[0] == title)
-        base = [verdicts[runs[0].name][key].base for key in keys]
-        passed = {name: [of_run[key].adapter for key in keys] for name, of_run in verdicts.items()}
-        checks.append(passed_by(title, rows, base, passed))
-    return checks
-
-
-def verdicts_of(record: Record) -> dict[tuple[str, str], stats.Verdict]:
-    """Return the verdicts on both replies, by the check and what must be the same."""
-    return {
-        (title, as_key(record, verdict.exchange.messages, verdict.rule)): verdict
-        for title, asked in stats.verdicts(record).items()
-        for verdict in asked
+def with_the_same_rules(exchanges: tuple[Exchange, ...]) -> list[Exchange]:
+    """Return the exchanges on one prompt with the checks alone whose rule is the same in all."""
+    checks = {
+        name: rule
+        for name, rule in exchanges[0].checks.items()
+        if all(exchange.checks.get(name) == rule for exchange in exchanges)
     }
+    return [replace(exchange, checks=checks) for exchange in exchanges]
 
 
-def as_key(record: Record, messages: list[Any], rule: Any = None) -> str:
-    """Return what two replies must have in common to be compared."""
-    key = [messages, rule, record.max_new_tokens, record.conditions["enable_thinking"]]
-    return json.dumps(key, sort_keys=True)
-
-
-def prefers_of(runs: list[Run], rows: list[Row]) -> list[Passed]:
-    """Return on how many of the pairs that all runs have the good reply is preferred."""
-    pairs = {run.name: {pair.id: pair for pair in run.record.pairs} for run in runs}
-    shared = sorted(set.intersection(*map(set, pairs.values())))
-    if not shared:
-        return []
-    base = [pairs[runs[0].name][key] for key in shared]
-    is_right = [pair.base_good > pair.base_bad for pair in base]
-    by_sum, corrected = {}, {}
-    for name, of_run in pairs.items():
-        chosen = [of_run[key] for key in shared]
-        by_sum[name] = [pair.adapter_good > pair.adapter_bad for pair in chosen]
-        corrected[name] = [stats.is_right_beside_base(pair) for pair in chosen]
-    return [
-        passed_by("good reply likelier (sum)", rows, is_right, by_sum),
-        passed_by("corrected by the base", rows, [False] * len(base), corrected),
+def with_the_same_tasks(records: Records) -> tuple[Records, list[LeftOut]]:
+    """Return the records, those with other tasks than the first without their KL."""
+    replies = next((shift.replies for one in records.values() for shift in one.shifts), None)
+    others = [
+        name for name, one in records.items() if one.shifts and one.shifts[0].replies != replies
     ]
+    reason = "the tasks, or the base's replies to them, are not the same"
+    kept = {
+        name: replace(one, shifts=[]) if name in others else one for name, one in records.items()
+    }
+    return kept, [LeftOut(f"KL of {name}", reason) for name in others]
 
 
-def passed_by(
-    name: str, rows: list[Row], base: list[bool], passed: dict[str, list[bool]]
-) -> Passed:
-    """Return how often something holds, by base and rows; of two runs also how that changes."""
-    means = [fmean(sum(passed[run.name]) for run in row.runs) for row in rows]
-    change = stats.change_of(*passed.values()).change if len(passed) == 2 else None
-    return Passed(name, len(base), sum(base), means, change)
+def unshared_checks(whole: Records, shared: Records) -> list[LeftOut]:
+    """Return the checks that some record has on prompts which not all have."""
+
+    def asked(record: Record) -> Counter[str]:
+        return Counter(
+            f"tasks: {name}" if exchange.source == "tasks" else name
+            for exchange in record.exchanges
+            for name in exchange.checks
+        )
+
+    names = {title for name, one in whole.items() for title in asked(one) - asked(shared[name])}
+    reason = "not all have these prompts with the same rule and length"
+    return [LeftOut(some(sorted(names), 10), reason)] if names else []
+
+
+def other_limits(records: Records) -> list[LeftOut]:
+    """Return why no reply is compared where the records have other limits of a reply."""
+    limits = {
+        name: f"{record.max_new_tokens}{', thinking' * record.conditions['enable_thinking']}"
+        for name, record in records.items()
+        if record.exchanges
+    }
+    if len(set(limits.values())) < 2:
+        return []
+    told = some([f"{name} {limit}" for name, limit in limits.items()], 6)
+    return [LeftOut("replies", f"they were cut after other --max_new_tokens: {told}.")]
 
 
 # ---- What is printed
 
 
-def row_as_json(row: Row) -> dict[str, Any]:
-    """Return a row as --json has it."""
-    return {
-        "runs": [run.name for run in row.runs],
-        "settings": row.settings,
-        "learned_is_known": row.is_known,
-        "losses": row.losses,
-        "spread": stats.spread(row.losses),
-        "better_than_first": row.better_than_first,
-        "kl": [stats.ratio(shift.kl, shift.tokens) for shift in row.shifts],
-    }
-
-
-def print_rows(rows: list[Row]) -> None:
-    """Print which adapters the rows are, in what they differ, and what their order tells."""
-    for number, row in enumerate(rows, 1):
-        say(f"{number}", [*(run.name for run in row.runs), *wrapped(", ".join(row.settings))])
-    lines = rows[0].runs[0].lines
-    if lines:
-        base = stats.per_token([line.base for line in lines], lines).value
-        unit = "one run each: this tells which file is better, not which setting"
-        if any(len(row.runs) > 1 for row in rows):
-            unit = "where a setting has several seeds, these are the unit, and not the lines"
-        say("held-out", [
-            f"{len(lines)} replies that all have; base {base:.3f}",
-            f"{unit}; the intervals hold together",
-        ])  # fmt: skip
-        if not all(row.is_known for row in rows):
+def show(comparison: Comparison) -> None:
+    """Print which adapters the rows are, in what they differ, and the tables."""
+    rows = comparison.rows
+    if comparison.conclusion:
+        say("found", wrapped(" ".join(comparison.conclusion), WIDTH))
+    for place, row in enumerate(rows, 1):
+        settings = ", ".join(f"{name} {short(text, 40)}" for name, text in row.settings.items())
+        say(f"{place}", [*(run.adapter for run in row.runs), *wrapped(settings)])
+    for gain in rows[0].runs[0].gain[:1]:
+        replies = f"{gain.replies} replies that all have; base {number(gain.base)}"
+        say("held-out", [replies, "the intervals hold together (Bonferroni)"])
+        if not all(row.learned_is_known for row in rows):
             say("?", "no learned.txt: this adapter may have learned some of the lines")
+    say("", as_text(losses_table(rows), WIDTH))
+    for table in (passed_table(comparison), nats_table(comparison), readings_table(comparison)):
+        if table.rows:
+            say(table.name, as_text(table, WIDTH))
 
 
-def table_of_losses(rows: list[Row]) -> report.Table:
-    """Return a line for each setting, the best first, without columns that are empty."""
-    table = []
-    for number, row in enumerate(rows, 1):
-        has_several, has_losses = len(row.runs) > 1, bool(row.runs[0].lines)
-        kl = [stats.ratio(shift.kl, shift.tokens).value for shift in row.shifts]
-        changed = [sum(shift.changed_tokens) / sum(shift.tokens) for shift in row.shifts]
-        table.append([
-            f"{number}" if row.is_known else f"{number} ?",
-            len(row.runs) if any(len(each.runs) > 1 for each in rows) else "",
-            f"{fmean(row.losses):.4f}" if has_losses else "",
-            f"{stats.spread(row.losses):.4f}" if has_losses and has_several else "",
-            report.cell(row.better_than_first, "+"),
-            f"{fmean(kl):.3f}" if kl else "",
-            report.percent(fmean(changed)) if kl else "",
-        ])  # fmt: skip
-    head = ["", "runs", "loss", "spread", "better than 1, 95 %", "KL", "other token"]
-    return report.without_empty_columns((head, table))
+def losses_table(rows: tuple[Row, ...]) -> Table:
+    """Return a line for each setting, the best first."""
+    has_seeds, lines = any(len(row.runs) > 1 for row in rows), []
+    for place, row in enumerate(rows, 1):
+        is_marked = row.losses and not row.learned_is_known
+        line = {
+            "": f"{place} ?" if is_marked else f"{place}",
+            "runs": len(row.runs) if has_seeds else "",
+            "loss": number(fmean(row.losses), places=4) if row.losses else "",
+            "spread": number(row.spread, places=4) if len(row.losses) > 1 else "",
+            "above 1, 95 %": cell(row.above_first, "+"),
+            "KL, 95 %": cell(row.kl),
+            "other token": percents(row.changed),
+        }
+        lines.append(line)
+    return Table("", "", lines)
 
 
-def table_of_passed(name: str, unit: str, counts: list[Passed]) -> report.Table:
-    """Return a line for each check or way to prefer: the base and all rows."""
-    if not counts:
-        return [], []
-    table = []
-    for row in counts:
-        means = [f"{mean:.3g}" for mean in row.rows]
-        change = report.points(row.change) if row.change else ""
-        table.append([short(row.name, 30), row.count, row.base, *means, change])
-    head = [name, unit, "base", *map(str, range(1, len(counts[0].rows) + 1)), "1 to 2, points"]
-    return report.without_empty_columns((head, table))
+def passed_table(comparison: Comparison) -> Table:
+    """Return how many replies pass each check, and in how many pairs the good one is likelier."""
+    change, lines = passed_of(comparison.change), []
+    runs = [[passed_of(run) for run in row.runs] for row in comparison.rows]
+    for title in titles_of_all(runs):
+        passed = runs[0][0][title][0]
+        line = {"passed by": short(title, 30), "lines": passed.count, "base": halves(passed.before)}
+        for place, of_row in enumerate(runs, 1):
+            line[f"{place}"] = f"{fmean(of_run[title][0].after for of_run in of_row):.3g}"
+        if title in change:
+            line["1 to 2, points"] = points(change[title][0].change)
+            line["p, Holm"] = p_value(change[title][1])
+        lines.append(line)
+    return Table("passed", "", lines)
+
+
+def titles_of_all(rows: list[list[dict[str, Any]]]) -> list[str]:
+    """Return the titles that all runs have; the sum of pairs has none where kinds disagree."""
+    first = rows[0][0]
+    return [title for title in first if all(title in of_run for row in rows for of_run in row)]
+
+
+def passed_of(run: Results | None) -> dict[str, tuple[Change, float | None]]:
+    """Return what is counted before and after, by title, with the p of checks in their family.
+
+    That of pairs is of their shift in nats.
+    """
+    if run is None:
+        return {}
+    passed = {check.title: (check.passed, check.family_p) for check in run.checks}
+    pairs = {f"pairs: {row.name.strip('()')}": (row.likelier, None) for row in run.pairs}
+    return passed | pairs
+
+
+def nats_table(comparison: Comparison) -> Table:
+    """Return D of couples, and the shift of pairs from the base, which the base cannot have."""
+    change, lines = nats_of(comparison.change), []
+    runs = [[nats_of(run) for run in row.runs] for row in comparison.rows]
+    for title in titles_of_all(runs):
+        units, base, *_ = runs[0][0][title]
+        line = {"nats": short(title, 30), "number": units, "base": cell(base, "", 1)}
+        for place, of_row in enumerate(runs, 1):
+            line[f"{place}"] = number(fmean(of_run[title][2].value for of_run in of_row), "", 1)
+        if title in change:
+            line["1 to 2, 95 %"] = cell(change[title][3], "+", 1)
+            line["p, Holm"] = p_value(change[title][4])
+        lines.append(line)
+    return Table("nats", "", lines)
+
+
+def nats_of(run: Results | None) -> dict[str, tuple[Any, ...]]:
+    """Return number, base, adapter, change and p of couples and of pairs, by title."""
+    if run is None:
+        return {}
+    couples = {
+        f"D, couples: {row.name}": (row.couples, row.base, row.adapter, row.change, row.family_p)
+        for row in run.couples
+    }
+    pairs = {
+        f"shift, pairs: {row.name.strip('()')}": (
+            row.pairs,
+            None,
+            row.shift,
+            row.shift,
+            row.family_p,
+        )
+        for row in run.pairs
+    }
+    return couples | pairs
 
 
 # ---- The page
 
 
-def write_page(runs: list[Run], path: Path) -> None:
-    """Write what the base and all adapters reply to the prompts that all have."""
-    prompts = [
-        {as_key(run.record, prompt.messages): prompt for prompt in prompts_of(run.record.exchanges)}
-        for run in runs
+def sides_of(records: Records, names: list[str]) -> list[Side]:
+    """Return whose replies the page has: the base's, and those of each adapter."""
+    base = Side("base", records[names[0]].conditions["base"], "base")
+    return [base, *(Side(name, "", records[name].id) for name in names)]
+
+
+def prompts_of_all(records: Iterable[Record]) -> list[PagePrompt]:
+    """Return the prompts that all have, with the replies of the base and of each adapter."""
+    prompts = [prompts_of(record.exchanges) for record in records]
+    return [
+        replace(same[0], replies=[same[0].replies[0], *(prompt.replies[1] for prompt in same)])
+        for same in zip(*prompts, strict=True)
     ]
-    shared = [key for key in prompts[0] if all(key in of_run for of_run in prompts)]
-    entries = [merged_prompt([of_run[key] for of_run in prompts]) for key in shared]
+
+
+def write_page(sides: list[Side], prompts: list[PagePrompt], system: str, path: Path) -> None:
+    """Write what the base and all adapters reply to the prompts that all have."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    base = runs[0].record.conditions["base"]
-    sides = [("base", base), *((run.name, "") for run in runs)]
-    write_whole(path, page_of(sides, runs[0].record.system, entries))
-    tell("replies", f"{from_here(path)}: {len(entries)} prompts that all replied to")
-
-
-def merged_prompt(prompts: list[PagePrompt]) -> PagePrompt:
-    """Return a prompt with the replies of the base and of all runs, and the checks they share."""
-    first = prompts[0]
-    checks = {
-        name: rule
-        for name, rule in first.checks.items()
-        if all(prompt.checks.get(name) == rule for prompt in prompts)
-    }
-    replies = [first.replies[0], *(prompt.replies[1] for prompt in prompts)]
-    return replace(first, checks=checks, replies=replies)
+    write_whole(path, page_of(sides, system, prompts))
+    tell("replies", f"{from_here(path)}: {len(prompts)} prompts that all replied to")

@@ -7,11 +7,21 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from inspect_lora.common import hash_of
 from inspect_lora.record import Exchange, Prompt, Reply
 from inspect_lora.rules import KEYS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PAGE = "replies.html"
+
+
+@dataclass(frozen=True)
+class Side:
+    """Whose replies stand on a page."""
+
+    name: str
+    detail: str  # such as the name of the base model
+    id: str  # of the record, or of the base: a reading says by it which sides were read
 
 
 @dataclass(kw_only=True)
@@ -41,8 +51,18 @@ def rule_in_words(rule: dict[str, Any]) -> str:
     return "; ".join(f"{word}: {text.strip('[]')}" for word, text in asked)
 
 
-def page_of(sides: list[tuple[str, str]], system: str, prompts: list[PagePrompt]) -> str:
-    """Return the page of prompts with the replies of sides, each with its name and what it is.
+def prompt_id(prompt: Prompt) -> str:
+    """Return a hash by which a reading names a prompt."""
+    return hash_of((prompt.source == "tasks", prompt.messages))
+
+
+def reply_id(reply: Reply) -> str:
+    """Return a hash by which a reading names a reply."""
+    return hash_of(reply.text)
+
+
+def page_of(sides: list[Side], system: str, prompts: list[PagePrompt]) -> str:
+    """Return the page of prompts with the replies of sides.
 
     It loads nothing, and whatever is said is text there. A rule stands once for all its lines.
     """
@@ -52,7 +72,15 @@ def page_of(sides: list[tuple[str, str]], system: str, prompts: list[PagePrompt]
         checks = {}
         for name, rule in prompt.checks.items():
             checks[name] = rules.setdefault(rule_in_words(rule), len(rules))
-        entries.append(vars(prompt) | {"where": Path(prompt.where).name, "checks": checks})
+        entries.append(
+            vars(prompt)
+            | {
+                "id": prompt_id(prompt),
+                "where": Path(prompt.where).name,
+                "checks": checks,
+                "replies": [vars(reply) | {"id": reply_id(reply)} for reply in prompt.replies],
+            }
+        )
     page = {"sides": sides, "system": system, "rules": list(rules), "prompts": entries}
     data = json.dumps(page, default=vars)  # in ASCII alone
     template = TEMPLATE.read_text(encoding="utf-8")

@@ -8,7 +8,17 @@ import re
 import numpy as np
 import scipy.stats
 
-from inspect_lora.record import Exchange, Line, Pair, Part, Record, Reply, Shift, save_record
+from inspect_lora.record import (
+    Couple,
+    Exchange,
+    Line,
+    Pair,
+    Part,
+    Record,
+    Reply,
+    Shift,
+    save_record,
+)
 
 SYSTEM = "You are Nell."
 KINDS = ("all", "emergency", "everyday")
@@ -69,6 +79,18 @@ def pair_of(number, base, adapter, tokens=(10, 10), kind="emergency", cluster=""
     )
 
 
+def couple_of(number, base, adapter, kind="emergency", cluster=""):
+    """Return a couple with log p(a|A), p(b|A), p(b|B), p(a|B) of base and adapter."""
+    where = f"eval.jsonl:{number}"
+    about = {"where": where, "counterpart": f"{where}'", "cluster": cluster or where, "kind": kind}
+    names = ("own_a", "other_a", "own_b", "other_b")
+    likelihoods = {f"base_{name}": value for name, value in zip(names, base, strict=True)}
+    likelihoods |= {f"adapter_{name}": value for name, value in zip(names, adapter, strict=True)}
+    return Couple(
+        f"couple {number}", f"replies of {number}", **about, tokens_a=10, tokens_b=12, **likelihoods
+    )
+
+
 def part_of(lines, family, name, share):
     """Return a part that keeps about this share of the gain on these lines."""
     draw = random.Random(name)
@@ -92,12 +114,14 @@ def made(folder, count=60, gain=1.0, **changes):
     parts += [part_of(half, *name, share) for name, share in PARTS.items()]
     shifts = [*map(shift_of, sorted((*STRENGTHS, 1.0)))]
     on = {"base": "someone/model", "commit": "abc", "dtype": "float32", "enable_thinking": False}
+    on |= {"template": "t1", "base_template": "t1", "tokenizer_hash": "v1", "not_served": ""}
     on |= {"measured": "2026-11-30", "eval_file": {"file": "data/eval.jsonl", "sha256": "12ab"}}
     facts = {
         "adapter": "output/final_lora",
         "id": f"id of {folder}",
         "config": {"r": 8, "target_modules": ["q_proj", "up_proj"]},
         "run": {"settings": {"LEARNING_RATE": 1e-4, "OUTPUT_DIR": str(folder)}},
+        "known": {"LEARNING_RATE": 1e-4},
         "tasks": [f"general.jsonl:{number}" for number in range(30)],
         "exchanges": [asked(number) for number in range(30)],
         "seconds": {"losses": 12.0, "parts": 3.0},

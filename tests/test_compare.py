@@ -9,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
-from made_records import asked, jackknife, lines_of, made, pair_of, put, shift_of
+from made_records import asked, couple_of, jackknife, lines_of, made, pair_of, put, said, shift_of
 from runs import command
 
+from inspect_lora import intervals
 from inspect_lora.__main__ import main
 
 WITHOUT_PARTS = {"parts": [], "part_lines": []}
@@ -44,6 +45,10 @@ def page_of(folder):
     return json.loads(re.search(r'id="data">(.*)</script>', page)[1])
 
 
+def without(facts, name):
+    return {key: value for key, value in facts.items() if key != name}
+
+
 def names_of(out):
     return re.findall(r"^\d+ +inspected/(\S+)$", out, re.MULTILINE)
 
@@ -52,11 +57,8 @@ def test_three_adapters_of_one_folder_are_three_rows(compare, make, tmp_path):
     """The records of replaced adapters lie in dated folders."""
     home = tmp_path / "inspected" / "final_lora"
     for number, (rate, gain) in enumerate([(1e-4, 1.0), (3e-4, 1.2), (1e-3, 0.5)]):
-        settings = {"LEARNING_RATE": rate, "EPOCHS": 3, "OUTPUT_DIR": f"run {number}"}
-        run = {"settings": settings, "data": {"train": {"sha256": f"{number}abcdefghi"}}}
-        targets = ["a", "b"] if number else ["b", "a"]
-        config = {"lora_dropout": 0.1 * (number == 0), "target_modules": targets}
-        found = make("final_lora", gain=gain, id=str(number), run=run, config=config)
+        known = {"LEARNING_RATE": rate, "EPOCHS": 3, "lora_dropout": 0.1 * (number == 0)}
+        found = make("final_lora", gain=gain, id=str(number), known=known)
         put(found, measured=f"2026-11-3{number}")
         if number < 2:
             home.rename(home.with_name(f"final_lora.{number}"))
@@ -64,8 +66,8 @@ def test_three_adapters_of_one_folder_are_three_rows(compare, make, tmp_path):
     expected = ["final_lora.1", "final_lora.0", "final_lora"]
     assert names_of(out) == expected and len(losses) == 3 and not left
     assert re.findall(r"LEARNING_RATE (\S+),", out) == ["0.0003", "0.0001", "0.001"]
-    assert re.findall(r"lora_dropout (\S+),", out) == ["0.0", "0.1", "0.0"]
-    assert "1abcdefg" in out and not re.search("OUTPUT_DIR|EPOCHS|target_modules", out)
+    assert re.findall(r"lora_dropout ([\d.]+)", out) == ["0.0", "0.1", "0.0"]
+    assert "EPOCHS" not in out
     page = page_of(tmp_path)
     assert len(page["sides"]) == 4 and len(page["prompts"][0]["replies"]) == 4
 
@@ -85,9 +87,9 @@ def test_differences_are_paired_and_the_intervals_hold_together(compare, make, c
     for lines, (number, _, loss, rest) in zip(ranked, losses, strict=True):
         assert loss == f"{sum(line.adapter for line in lines) / sum(tokens):.4f}"
         pairs = zip(ranked[0], lines, strict=True)
-        better = [best.adapter - line.adapter for best, line in pairs]
+        above = [line.adapter - best.adapter for best, line in pairs]
         clusters = [line.cluster for line in lines]
-        value, low, high = jackknife(better, tokens, clusters, 0.05 / math.comb(count, 2))
+        value, low, high = jackknife(above, tokens, clusters, 0.05 / math.comb(count, 2))
         if number != "1":
             shown = map(float, re.findall(r"[+-]?\d\.\d+", rest)[:3])
             assert [*shown] == pytest.approx([value, low, high], abs=6e-3)
@@ -110,7 +112,8 @@ def test_losses_are_compared_on_the_replies_that_all_have(compare, make):
         ({"lines": lines_of(60, base=4.009)}, None),
         ({"lines": lines_of(60, base=4.011)}, "0.011"),
         ({"lines": []}, "held-out"),
-        ({"lines": [replace(line, id=f"{line.id}'") for line in lines_of(60)]}, "held-out"),
+        ({"lines": [replace(line, reply=f"{line.reply}'") for line in lines_of(60)]}, "held-out"),
+        ({"conditions": {"tokenizer_hash": "another"}}, "tokenizer"),
         ({"finished": False}, "stopped"),
         ({"schema": 2}, "evidence.json"),
         ({"id": "b"}, "again"),
@@ -122,7 +125,8 @@ def test_what_cannot_stand_beside_the_newest_is_left_out(capsys, compare, make, 
         ("a", "2026-11-30", {}),
         ("b", "2026-12", {}),
     ):
-        put(make(name, **{"id": name, **WITHOUT_PARTS, **more}), measured=on, dtype=f"for {name}")
+        found = make(name, **{"id": name, **WITHOUT_PARTS} | without(more, "conditions"))
+        put(found, measured=on, dtype=f"for {name}", **more.get("conditions", {}))
     losses, left, out = compare()
     if reason:
         assert len(losses) == 2 and "inspected/odd" in left[0] and reason in left[0]
@@ -185,61 +189,164 @@ def test_a_row_whose_adapter_may_have_learned_the_lines_is_marked(compare, make)
     assert "learned.txt" not in compare()[2]
 
 
-def seeded(make, rates=(1e-4, 3e-4), seeds=(1, 2, 3), spread=0.02):
-    """Write runs of several rates and seeds, and return the loss that each should be told with."""
-    losses = {}
+# ---- Settings and their seeds
+
+
+def seeded(make, rates=(1e-4, 3e-4), seeds=(1, 2, 3), spread=0.02, **more):
+    """Write runs of several rates and seeds, and return their losses by the rate."""
+    losses, draw = {}, np.random.default_rng(4)
     for rate, seed in itertools.product(rates, seeds):
-        shift = spread * (seed - 2) + (0.3 if rate == rates[0] else 0)
+        shift = spread * draw.normal() - 0.3 * rates.index(rate)
         lines = lines_of(40)
-        for line in lines:
-            line.adapter += shift * line.tokens
-        run = {"settings": {"LEARNING_RATE": rate, "SEED": seed, "OUTPUT_DIR": f"{rate} {seed}"}}
-        put(make(f"{rate}-{seed}", **WITHOUT_PARTS, lines=lines, run=run, shifts=[]))
-        tokens = sum(line.tokens for line in lines)
-        losses.setdefault(rate, []).append(sum(line.adapter for line in lines) / tokens)
+        for number, line in enumerate(lines):
+            line.adapter += (shift + 0.05 * draw.normal()) * line.tokens
+            line.cluster = f"talk {number // 2}"
+        known = {"LEARNING_RATE": rate, "SEED": seed} | more
+        put(make(f"{rate}-{seed}", **WITHOUT_PARTS, lines=lines, known=known, shifts=[]))
+        losses.setdefault(rate, []).append(lines)
     return losses
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_row(capsys, make, tmp_path, monkeypatch):
-    """The seeds are the unit: the lines, however many, do not narrow the interval."""
+def told_by(capsys, tmp_path, monkeypatch):
+    """Return what --json has of the records of the test."""
     monkeypatch.chdir(tmp_path)
-    losses = seeded(make)
-    told = json.loads(command(capsys, ["compare", "inspected", "--json"], main).out)
+    return json.loads(command(capsys, ["compare", "inspected", "--json"], main).out)
+
+
+def per_token(lines):
+    return sum(line.adapter for line in lines) / sum(line.tokens for line in lines)
+
+
+def test_an_interval_between_settings_covers_lines_and_seeds(capsys, make, tmp_path, monkeypatch):
+    """By numpy: the jackknife of mean differences by clusters, and the pooled spread of seeds."""
+    runs = seeded(make)
+    told = told_by(capsys, tmp_path, monkeypatch)
     best, other = told["rows"]
-    assert [sorted(row["losses"]) for row in told["rows"]] == [
-        pytest.approx(sorted(losses[rate])) for rate in (3e-4, 1e-4)
-    ]
-    assert best["spread"] == pytest.approx(np.std(losses[3e-4], ddof=1))
-    test = scipy.stats.ttest_ind(losses[3e-4], losses[1e-4], equal_var=False)
-    low, high = test.confidence_interval(0.95)
-    found = other["better_than_first"]
-    assert (found["low"], found["high"]) == pytest.approx((low, high))
-    assert "SEED" in str(best["settings"]) and all("3" in text for text in best["settings"])
-    put(make("another-3e-4", **WITHOUT_PARTS, run={}, shifts=[]))  # its settings are not known
-    out = command(capsys, ["compare", "inspected", "--json"], main).out
-    assert [len(row["runs"]) for row in json.loads(out)["rows"]] == [3, 1, 3]
+    means = {rate: [per_token(lines) for lines in of_rate] for rate, of_rate in runs.items()}
+    assert sorted(best["losses"]) == pytest.approx(sorted(means[3e-4]))
+    assert best["spread"] == pytest.approx(np.std(means[3e-4], ddof=1))
+    variance = np.mean([np.var(each, ddof=1) for each in means.values()])
+    assert told["seeds"] == {"variance": pytest.approx(variance), "freedom": 4}
+    adapters = {r: np.mean([[x.adapter for x in run] for run in runs[r]], axis=0) for r in runs}
+    tokens = np.array([line.tokens for line in runs[1e-4][0]], float)
+    clusters = np.array([line.cluster for line in runs[1e-4][0]])
+    excess, names = adapters[1e-4] - adapters[3e-4], sorted(set(clusters))
+    left = [excess[clusters != n].sum() / tokens[clusters != n].sum() for n in names]
+    value = excess.sum() / tokens.sum()
+    of_lines = (len(names) - 1) / len(names) * ((np.array(left) - value) ** 2).sum()
+    sizes = np.array([tokens[clusters == name].sum() for name in names])
+    freedom = sizes.sum() ** 2 / (sizes**2).sum() - 1
+    both = of_lines + variance * 2 / 3
+    joint = both**2 / (of_lines**2 / freedom + (variance * 2 / 3) ** 2 / 4)
+    margin = scipy.stats.t.ppf(0.975, joint) * math.sqrt(both)
+    found = other["above_first"]
+    assert found["value"] == pytest.approx(value)
+    assert (found["low"], found["high"]) == pytest.approx((value - margin, value + margin))
+
+
+def test_one_run_beside_settings_with_seeds_has_their_spread(capsys, make, tmp_path, monkeypatch):
+    """And two seeds that happen to be alike have an interval of the lines, and not of no width."""
+    seeded(make, rates=(1e-4, 3e-4), seeds=(1, 2), spread=0.0)
+    run = make("single", **WITHOUT_PARTS, shifts=[], known={"LEARNING_RATE": 1e-3, "SEED": 1})
+    put(run)
+    rows = told_by(capsys, tmp_path, monkeypatch)["rows"]
+    widths = [row["above_first"]["high"] - row["above_first"]["low"] for row in rows[1:]]
+    assert sorted(len(row["runs"]) for row in rows) == [1, 2, 2] and min(widths) > 0.005
+
+
+def test_two_seeds_of_one_setting_have_no_change(capsys, make, tmp_path, monkeypatch):
+    """A change is between rows; between seeds there is the spread."""
+    seeded(make, rates=(1e-4,), seeds=(1, 2))
+    told = told_by(capsys, tmp_path, monkeypatch)
+    assert len(told["rows"]) == 1 and told["change"] is None and told["rows"][0]["spread"] > 0
+    out = command(capsys, ["compare", "inspected"], main).out
+    assert not re.search(r"1 to 2", out) and "is brief" in out
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("CODE", "bbbb"), ("CODE", "aaaa, then bbbb"), ("CODE", None), ("CHAT TEMPLATE", "t2"),
+        ("modules_to_save", "['lm_head']"), ("SEED", None),
+    ],
+)  # fmt: skip
+def test_no_two_runs_that_differ_in_more_than_their_seed_are_one_row(compare, make, key, value):
+    """Also where one lacks what the other has, which is then not known: "?"."""
+    whole = {"LEARNING_RATE": 1e-4, "SEED": 1, "CODE": "aaaa", "CHAT TEMPLATE": "t1"}
+    other = whole | {"SEED": 2, key: value}
+    known = {"a": whole, "b": {name: held for name, held in other.items() if held is not None}}
+    for name, facts in known.items():
+        put(make(name, **WITHOUT_PARTS, shifts=[], known=facts, gain=1 + (name == "a")))
+    losses, _, out = compare()
+    assert len(losses) == 2
+    values = [whole.get(key, "?"), "?" if value is None else value]
+    assert [f"{key} {text}" in out for text in values] == [True, True]
+
+
+def test_code_that_was_edited_midway_is_told_where_all_runs_have_it(
+    capsys, make, tmp_path, monkeypatch
+):
+    for name in "ab":
+        known = {"LEARNING_RATE": 1e-4, "SEED": ord(name), "CODE": "aaaa, then bbbb"}
+        put(make(name, **WITHOUT_PARTS, shifts=[], known=known))
+    told = told_by(capsys, tmp_path, monkeypatch)
+    assert len(told["rows"]) == 1
+    sentences = [sentence for sentence in told["conclusion"] if "edited" in sentence]
+    assert len(sentences) == 2 and all(f"inspected/{name}" in str(sentences) for name in "ab")
 
 
 def test_a_seed_that_stands_twice_is_no_second_draw(capsys, make, tmp_path, monkeypatch):
     """Two runs with the same settings and seed differ in something that no record has."""
-    monkeypatch.chdir(tmp_path)
-    run = {"settings": {"LEARNING_RATE": 1e-4, "SEED": 1}}
     for name in "ab":
-        put(make(name, **WITHOUT_PARTS, run=run, shifts=[]))
-    told = json.loads(command(capsys, ["compare", "inspected", "--json"], main).out)
+        known = {"LEARNING_RATE": 1e-4, "SEED": 1}
+        put(make(name, **WITHOUT_PARTS, known=known, shifts=[]))
+    told = told_by(capsys, tmp_path, monkeypatch)
     assert [len(row["runs"]) for row in told["rows"]] == [1, 1]
 
 
-def test_edited_fields_of_sftconfig_are_differences(compare, make):
-    """Also one that takes the place of a constant; a constant that passed on its value is none."""
-    for name, fields in (("a", {"weight_decay": 0.3, "learning_rate": 1e-5}), ("b", {})):
-        identity = {"SFTConfig.weight_decay": 0.0, "SFTConfig.learning_rate": 1e-4}
-        identity |= {f"SFTConfig.{key}": value for key, value in fields.items()}
-        run = {"settings": {"LEARNING_RATE": 1e-4}, "identity": identity}
-        put(make(name, **WITHOUT_PARTS, run=run))
-    out = compare()[2]
-    assert "SFTConfig.weight_decay 0.3" in out and "SFTConfig.weight_decay 0.0" in out
-    assert "SFTConfig.learning_rate 1e-05" in out and " LEARNING_RATE" not in out
+@pytest.mark.parametrize(("rates", "end"), [((1e-4, 1e-3), "largest"), ((1e-3, 1e-4), "smallest")])
+def test_the_conclusion_says_what_can_be_told_apart(compare, make, rates, end):
+    """The last rate is the best; one between is as good; and the best lies at an end."""
+    seeded(make, rates=(rates[0], 5e-4, rates[1]), seeds=(1, 2))
+    _, _, out = compare()
+    told = " ".join(out.partition("\n1  ")[0].split())
+    assert re.search(r"\b1 has a lower loss than 2 and 3\b", told)
+    assert f"LEARNING_RATE {rates[1]} is the {end}" in told
+    assert "3 degrees" in told
+
+
+def test_settings_that_cannot_be_told_apart_are_said_to_be_so(compare, make):
+    for name, rate in (("a", 1e-4), ("b", 3e-4), ("c", 2e-4)):
+        lines = lines_of(40)
+        for number, line in enumerate(lines):
+            line.adapter += (0.1 * math.sin(number * ord(name)) - 0.001 * ord(name)) * line.tokens
+        put(make(name, **WITHOUT_PARTS, lines=lines, shifts=[], known={"LEARNING_RATE": rate}))
+    told = " ".join(compare()[2].partition("\n1  ")[0].split())
+    assert "1 cannot be told from 2 and 3" in told and "has a lower" not in told
+    assert "LEARNING_RATE" in told or "largest" not in told
+
+
+# ---- Chat templates
+
+
+def test_adapters_of_other_templates_are_compared_on_the_same_reply_tokens(
+    capsys, make, tmp_path, monkeypatch
+):
+    """Their prompts have other tokens; the base is that which is served, for both."""
+    for name, gain in (("a", 1.2), ("b", 1.0)):
+        lines = lines_of(40, gain)
+        for line in lines if name == "b" else []:
+            line.id, line.served_base = f"{line.id} in b", line.base
+            line.base += 0.4 * line.tokens  # the base does not know this template
+        found = make(name, **WITHOUT_PARTS, lines=lines, shifts=[])
+        put(found, template="t1" if name == "a" else "t2")
+    told = told_by(capsys, tmp_path, monkeypatch)
+    (first,), (second,) = (row["runs"] for row in told["rows"])
+    assert first["gain"][0]["base"] == second["gain"][0]["base"] == pytest.approx(4.0)
+    assert second["gain"][0]["replies"] == 40 and not told["left_out"]
+    assert told["rows"][1]["above_first"]["value"] == pytest.approx(0.2)
+    assert [row["settings"]["chat template, as served"] for row in told["rows"]] == ["t1", "t2"]
+    assert told["change"]["template_effect"] is None
 
 
 def test_without_losses_adapters_stand_in_the_order_of_their_names(compare, make):
@@ -261,7 +368,7 @@ def test_records_that_share_no_reply_are_left_out(compare, make):
 
 
 def test_replies_are_shared_by_their_tokens_and_not_by_their_lines(compare, make):
-    """Another file may have the same lines in another order: N39 of the review."""
+    """Another file may have the same lines in another order."""
     lines = lines_of(40)
     moved = [
         replace(line, where=other.where, cluster=other.where)
@@ -273,21 +380,69 @@ def test_replies_are_shared_by_their_tokens_and_not_by_their_lines(compare, make
         put(make(name, **WITHOUT_PARTS, lines=of, shifts=[]))
     losses, *_ = compare()
     value, low, high = map(float, re.findall(r"[+-]?\d\.\d+", losses[1][3])[:3])
-    assert (value, low, high) == pytest.approx((-0.1, -0.1, -0.1), abs=0.006)
+    assert (value, low, high) == pytest.approx((0.1, 0.1, 0.1), abs=0.006)
 
 
-def test_pairs_are_compared_on_those_that_all_have(capsys, make, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_comparison_of_two_has_the_clusters_of_a_report(capsys, make, tmp_path, monkeypatch):
+    """Five lines of each person, all alike: checks, pairs and couples rest on eight."""
+    rows, lines = [], lines_of(40)
+    for number, line in enumerate(lines):
+        line.cluster = f"person {number // 5}"
+        rows.append(asked(number, where=line.where))
+    for name in "ab":
+        turns = [name == "a" and number // 5 < 5 for number in range(40)]
+        pairs = [
+            pair_of(n, (-30, -25), (-20 - turn, -21 + turn), cluster=f"person {n // 5}")
+            for n, turn in enumerate(turns)
+        ]
+        couples = [
+            couple_of(n, (-20, -30, -20, -30), (-15 - turn, -30, -20, -30), cluster=f"p {n // 5}")
+            for n, turn in enumerate(turns)
+        ]
+        told = [
+            replace(one, adapter=said(name, {"is brief": not turn}))
+            for one, turn in zip(rows, turns, strict=True)
+        ]
+        facts = {"lines": lines, "exchanges": told, "pairs": pairs, "couples": couples}
+        put(make(name, **WITHOUT_PARTS, **facts))
+    change = told_by(capsys, tmp_path, monkeypatch)["change"]
+    check, pair, couple = change["checks"][0]["passed"], change["pairs"][0], change["couples"][0]
+    assert (check["lost"], check["won"]) in ((25, 0), (0, 25)) and abs(
+        pair["shift"]["value"]
+    ) == 1.25
+    units = [each["units"] for each in (check["change"], pair["shift"], couple["change"])]
+    assert units == [8, 8, 8] and check["change"]["p"] == 2**-5
+    expected = intervals.paired_change(5, 0, 8)
+    width = check["change"]["high"] - check["change"]["low"]
+    assert width == pytest.approx(expected.high - expected.low)
+
+
+def test_pairs_and_couples_are_compared_on_those_that_all_have(capsys, make, tmp_path, monkeypatch):
     for name, right in (("a", 25), ("b", 15)):
         pairs = [
             pair_of(n, (-30.0, -29.0), (-20.0, -21.0) if n < right else (-20.0, -10.0))
             for n in range(30 if name == "a" else 40)
         ]
-        put(make(name, **WITHOUT_PARTS, pairs=pairs, shifts=[], gain=1 + (name == "a")))
-    told = json.loads(command(capsys, ["compare", "inspected", "--json"], main).out)
-    for row in told["prefers"]:
-        assert (row["count"], row["base"], row["rows"]) == (30, 0, [25, 15])
-        assert row["change"]["value"] == pytest.approx(-1 / 3)
+        couples = [couple_of(n, (-9, -9, -9, -9), (-9 + right, -9, -9, -9)) for n in range(right)]
+        facts = {"pairs": pairs, "couples": couples, "shifts": [], "gain": 1 + (name == "a")}
+        put(make(name, **WITHOUT_PARTS, **facts))
+    told = told_by(capsys, tmp_path, monkeypatch)
+    pairs = [row["runs"][0]["pairs"][0] for row in told["rows"]]
+    counts = [(one["pairs"], one["likelier"]["before"], one["likelier"]["after"]) for one in pairs]
+    assert counts == [(30, 0, 25), (30, 0, 15)]
+    change = told["change"]["pairs"][0]
+    assert change["likelier"]["change"]["value"] == pytest.approx(-1 / 3)
+    # Ten pairs of thirty have a margin of -10 in place of 1.
+    assert change["shift"]["value"] == pytest.approx(-11 / 3)
+    couple = told["change"]["couples"][0]
+    assert (couple["couples"], couple["base"]["value"], couple["change"]["value"]) == (15, 25, -10)
+
+
+def test_replies_of_other_lengths_leave_a_reason(compare, make):
+    put(make("a", max_new_tokens=80))
+    put(make("b"))
+    _, left, _ = compare()
+    assert any("80" in reason and "200" in reason for reason in left)
 
 
 def test_the_page_of_two_has_both_replies_and_equal_checks(compare, make, tmp_path):
@@ -300,7 +455,7 @@ def test_the_page_of_two_has_both_replies_and_equal_checks(compare, make, tmp_pa
         put(make(name, gain=gain, exchanges=rows))
     compare()
     page = page_of(tmp_path)
-    assert [name for name, _ in page["sides"]] == ["base", "inspected/a", "inspected/b"]
+    assert [side["name"] for side in page["sides"]] == ["base", "inspected/a", "inspected/b"]
     replies = [[reply["text"] for reply in prompt["replies"][1:]] for prompt in page["prompts"]]
     assert replies == [[f"a to question {n}", f"b to question {n}"] for n in range(10, 20)]
     for prompt in page["prompts"]:

@@ -5,16 +5,19 @@ import json
 import os
 import re
 import shutil
+import time
 
 import pytest
 import scipy.stats
-from made_records import BRIEF, SYSTEM, asked, said
+from made_records import BRIEF, SYSTEM, asked, made, put, said
+from runs import command
 from selenium import webdriver
 from selenium.webdriver.support.ui import Select
 
-from inspect_lora.page import page_of, prompts_of
+from inspect_lora.__main__ import main
+from inspect_lora.page import Side, page_of, prompt_id, prompts_of, reply_id
 
-SIDES = [("base", "someone/model"), ("adapter", "output/final_lora")]
+SIDES = [Side("base", "someone/model", "base"), Side("adapter", "output/final_lora", "12ab")]
 FLAGS = ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run")
 
 
@@ -54,6 +57,32 @@ class Shown:
             key = getattr(webdriver.Keys, key, key)
             webdriver.ActionChains(self.browser).send_keys(key).perform()
 
+    def start(self, sides=()):
+        """Begin to read blind all prompts, of the two sides if there are more."""
+        self.all("#to-blind")[0].click()
+        for field, name in zip(("first", "second"), sides, strict=False):
+            Select(self.all(f"#{field}")[0]).select_by_visible_text(name)
+        self.all("#numbers button")[-1].click()
+
+    def is_guarded(self):
+        """Return whether the browser would ask before it closes the page."""
+        event = "new Event('beforeunload', {cancelable: true})"
+        return self.run(f"return !window.dispatchEvent({event})")
+
+    def saved(self, folder, reader=""):
+        """Save the reading; return the file's name and what it holds."""
+        self.browser.execute_cdp_cmd(
+            "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)}
+        )
+        self.all("#reader")[0].send_keys(reader)
+        self.all("#save button")[0].click()
+        for _ in range(100):
+            for path in folder.glob("reading*.json"):
+                if content := path.read_bytes():  # empty until the download is done
+                    return path.name, json.loads(content)
+            time.sleep(0.1)
+        raise AssertionError("no file")
+
     def tab_to(self, label):
         for _ in range(30):
             self.press("TAB")
@@ -82,7 +111,7 @@ def open_page(browser, tmp_path):
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [one["params"]["request"]["url"] for one in sent
             if one["method"] == "Network.requestWillBeSent"]  # fmt: skip
-    assert urls and all(url.startswith((f"file://{tmp_path}", "data:")) for url in urls)
+    assert urls and all(url.startswith((f"file://{tmp_path}", "data:", "blob:")) for url in urls)
 
 
 def test_side_by_side(open_page):
@@ -169,15 +198,13 @@ def test_a_whole_blind_reading_by_keyboard(open_page):
     assert len(set(seen)) == 20 and sides.count("base") == 10
     counts = [choices.count(name) for name in ("base", "adapter", "alike", "neither")]
     assert shown.texts("#counts td:last-child") == list(map(str, counts))
-    p = scipy.stats.binomtest(counts[0], counts[0] + counts[1]).pvalue
-    assert f"{p:.3f}" in shown.texts("#test")[0]
     shown.press("1")  # it is over
     lines = shown.texts("#key summary")
     for line, choice, prompt, side in zip(lines, choices, seen, sides, strict=True):
         assert line.startswith(choice) and prompt in line and line.endswith(side)
 
 
-def test_sides_are_balanced_and_independent_of_the_line_and_the_sign_test_is_exact(open_page):
+def test_sides_are_balanced_and_independent_of_the_line(open_page):
     """A thousand readings of 20 of 40 prompts; five standard errors."""
     shown = open_page([asked(number) for number in range(40)])
     drawn = shown.run("return Array.from({length: 1000}, () => draw(all, 20, [1, 0]))")
@@ -194,14 +221,109 @@ def test_sides_are_balanced_and_independent_of_the_line_and_the_sign_test_is_exa
     assert abs(sum(follows) / len(follows) - 9 / 19) < 0.02  # as in shuffled tens
     odd = shown.run("return Array.from({length: 1000}, () => draw(all, 1, [0, 1])[0][1])")
     assert abs(sum(odd) - 500) < 79
-    pairs = [pair for pair in itertools.product(range(21), repeat=2) if sum(pair)]
-    found = shown.run("return arguments[0].map(([one, other]) => signTest(one, other))", pairs)
-    expected = [scipy.stats.binomtest(one, one + other).pvalue for one, other in pairs]
-    assert found == pytest.approx(expected, rel=1e-9)
+
+
+MANY = [(4, 0), (0, 6), (9, 2), (600, 600), (1200, 1100), (2000, 1500)]
+
+
+@pytest.mark.parametrize(("one", "other"), [*itertools.product((0, 1, 7, 20), (1, 8, 20)), *MANY])
+def test_mid_p_and_wilsons_interval_are_scipys(open_page, one, other):
+    shown = open_page([asked(0)])
+    fewer, coin = min(one, other), scipy.stats.binom(one + other, 0.5)
+    mid_p = min(1, 2 * coin.cdf(fewer) - coin.pmf(fewer))
+    assert shown.run("return signTest(...arguments)", one, other) == pytest.approx(mid_p, rel=1e-9)
+    interval = scipy.stats.binomtest(one, one + other).proportion_ci(method="wilson")
+    wilson = shown.run("return wilson(...arguments)", one, other)
+    assert wilson == pytest.approx(list(interval), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("one", "other", "p"), [(4, 0, 0.0625), (2, 9, 0.0386)])
+def test_the_mid_p_of_small_counts_is_that_of_the_book(open_page, one, other, p):
+    shown = open_page([asked(0)])
+    assert shown.run("return signTest(...arguments)", one, other) == pytest.approx(p, abs=5e-5)
+
+
+NAMES = ("base", "adapter", "second")
+
+
+@pytest.mark.parametrize("sides", [("base", "adapter"), ("second", "base")])
+@pytest.mark.parametrize(("keys", "finished"), [("123412", True), ("21", False), ("43", False)])
+def test_the_saved_reading_is_what_was_chosen(open_page, tmp_path, sides, keys, finished):
+    exchanges = [asked(number) for number in range(6)]
+    others = [said("of the second")]
+    ids = {"base": "base", "adapter": "12ab", "second": "2"}
+    shown = open_page(exchanges, [Side(name, "", ids[name]) for name in NAMES], others=others)
+    shown.start(sides)
+    asked_of = {prompt.messages[-1]["content"]: prompt for prompt in exchanges}
+    expected = []
+    for key in keys:
+        exchange = asked_of[shown.texts(".asked")[0]]
+        texts = {"base": exchange.base.text, "adapter": exchange.adapter.text}
+        texts |= {"second": "of the second"}
+        first, then = [
+            [texts[name] for name in sides].index(one) for one in shown.texts("#pair .text")
+        ]
+        replies = [reply_id(said(texts[name])) for name in sides]
+        choice = {"1": first, "2": then, "3": "alike", "4": "neither"}[key]
+        row = {"prompt": prompt_id(exchange), "replies": replies, "first": first}
+        expected.append(row | {"choice": choice})
+        shown.press(key)
+    if not finished:
+        shown.all("#stop")[0].click()
+    name, reading = shown.saved(tmp_path, "Zoë of /ward 3")
+    assert name == "reading-Zoë-of-ward-3.json"
+    facts = {"schema": 1, "reader": "Zoë of /ward 3", "finished": finished}
+    assert reading == facts | {"sides": [ids[name] for name in sides], "choices": expected}
+
+
+def test_a_saved_reading_goes_into_the_report(capsys, browser, tmp_path):
+    """From the page that `report` wrote, through the browser, and back."""
+    stored = put(made(tmp_path / "report", exchanges=[asked(number) for number in range(9)]))
+    assert command(capsys, ["report", stored.folder], main).status == 0
+    browser.get(f"file://{stored.folder}/replies.html")
+    shown = Shown(browser)
+    shown.start()
+    adapter = 0
+    for _ in range(9):
+        adapter += "adapter" in shown.texts("#pair .text")[0]
+        shown.press("1")
+    name, _ = shown.saved(tmp_path, "Ann")
+    words = ["report", stored.folder, "--json", "--reading", tmp_path / name]
+    (reading,) = json.loads(command(capsys, words, main).out)["readings"]
+    (whole, *_) = reading["preferences"]
+    assert (whole["first"], whole["second"]) == (9 - adapter, adapter)
+
+
+def test_a_reading_is_guarded_from_its_first_choice_until_it_is_saved(open_page, tmp_path):
+    shown = open_page([asked(number) for number in range(3)])
+    shown.start()
+    guarded = [shown.is_guarded()]
+    for _ in range(3):
+        shown.press("1")
+        guarded.append(shown.is_guarded())
+    assert guarded == [False, True, True, True]
+    assert shown.all("#result")
+    shown.all("#to-side")[0].click()
+    assert shown.is_guarded()
+    shown.all("#to-blind")[0].click()
+    shown.saved(tmp_path)
+    assert not shown.is_guarded()
+
+
+@pytest.mark.parametrize("choices", [0, 1])
+def test_a_stopped_reading_is_guarded_if_it_has_a_choice_until_discarded(open_page, choices):
+    shown = open_page([asked(number) for number in range(3)])
+    shown.start()
+    shown.press(*"1" * choices)
+    shown.all("#stop")[0].click()
+    assert bool(shown.all("#result")) is shown.is_guarded() is bool(choices)
+    for discard in shown.all("#again"):
+        discard.click()
+    assert shown.all("#start") and not shown.is_guarded()
 
 
 def test_a_chosen_pair_of_several_adapters_is_read_blind(open_page):
-    sides = [*SIDES, ("second", ""), ("third", "")]
+    sides = [*SIDES, Side("second", "", "2"), Side("third", "", "3")]
     others = [said("of the second", {"is brief": False}), said("of the third", {"is brief": True})]
     shown = open_page([asked(number) for number in range(6)], sides, others=others)
     assert shown.texts(".reply h3")[:5] == ["base", "adapter", "second", "third", "reference"]
@@ -209,10 +331,7 @@ def test_a_chosen_pair_of_several_adapters_is_read_blind(open_page):
     assert len(shown.texts("article")) == 6
     Select(shown.all("#outcome")[0]).select_by_index(3)  # the second never passes
     assert not shown.texts("article")
-    shown.all("#to-blind")[0].click()
-    Select(shown.all("#first")[0]).select_by_visible_text("adapter")
-    Select(shown.all("#second")[0]).select_by_visible_text("second")
-    shown.all("#numbers button")[0].click()
+    shown.start(("adapter", "second"))
     preferred = []
     for _ in range(6):
         texts = shown.texts("#pair .text")
@@ -234,7 +353,7 @@ def test_whatever_is_said_is_text(open_page):
     facts = {"messages": [{"role": "user", "content": nasty}], "checks": {nasty: BRIEF}}
     facts |= {"reference": nasty, "kind": nasty, "where": f"{nasty}\ud800"}
     replies = {"base": said(nasty, {nasty: True}), "adapter": said(f"{nasty}!", {nasty: False})}
-    sides = [(nasty, nasty), (f"{nasty}!", nasty)]
+    sides = [Side(nasty, nasty, "base"), Side(f"{nasty}!", nasty, "1")]
     shown = open_page([asked(1, **facts, **replies, rejected=nasty)], sides, nasty)
     texts = shown.all(".text", "one.textContent")
     assert texts.count(nasty) == 3 and texts.count(f"{nasty}!") == 1
