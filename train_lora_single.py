@@ -1298,7 +1298,8 @@ FORMATS = (
     '{"conversations": [...]} or {"instruction": ..., "output": ...}; see docs/data.md'
 )
 FORMAT_KEYS = ("messages", "conversations", "prompt completion", "instruction output")
-KNOWN_KEYS = {"system", "id", "kind", "topic", "checks", "counterpart", "rejected"}  # not reported
+# Keys of other tools and of the shipped lines, which are not reported as ignored.
+KNOWN_KEYS = {"system", "id", "kind", "topic", "country", "checks", "counterpart", "rejected"}
 # These change the prompt, or belong to it.
 LOST_KEYS = ("tools", "functions", "history", "system_prompt", "context")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}

@@ -8,9 +8,9 @@ A rule has at least one of these keys:
 Rules stand in a line's "checks", {"name": rule}, or once for many lines in a JSON file, a list of
 {"name": "...", "kinds": ["..."], and those keys}; without "kinds" such a rule is for all lines.
 
-Rules find words, not meaning. A phrase is found as whole words ("999" is not in 1999, 999,000 or
-0.999), in upper or lower case, with curly or straight apostrophes. A space stands for any spaces,
-line breaks or hyphens. Everything else is taken as it stands ("**", "\n- ").
+Rules find words, not meaning. A phrase is found as whole words ("999" is not in 1999, 999,000,
+0.999 or 0800 111 999), in upper or lower case, with curly or straight apostrophes. A space stands
+for any spaces, line breaks or hyphens. Everything else is taken as it stands ("**", "\n- ").
 """
 
 from __future__ import annotations
@@ -68,10 +68,15 @@ def holds(reply: str, phrase: str) -> bool:
 
 
 def pattern_of(phrase: str) -> re.Pattern[str]:
-    """Return the pattern of a phrase. "can" is not in "can't", and 85 not in 1,085 or 85.5."""
+    """Return the pattern of a phrase. "can" is not in "can't", and 85 not in 1,085 or 85.5.
+
+    Telephone numbers are written with spaces or hyphens, so 999 is not in 0800 111 999 either.
+    """
     pattern = r"[\s-]+".join(map(re.escape, re.split(" +", phrase.translate(ALIKE))))
     if re.match(LETTER, phrase[0]):
         pattern = rf"(?<!{LETTER})(?<!\d[.,])" + pattern
+    if phrase[0].isdigit():
+        pattern = r"(?<!\d{3}[ \u00a0-])" + pattern
     if re.match(LETTER, phrase[-1]):
         pattern += rf"(?!{LETTER}|'t\b|[.,]\d)"
     return re.compile(pattern, re.IGNORECASE)

@@ -7,45 +7,50 @@ import pytest
 from inspect_lora.common import InspectError
 from inspect_lora.rules import holds, passes, problem_of, read_rules, rules_for
 
-FOUND = [
-    ("999", "Ring 999, now."), ("999", "Call **999**."), ("I'll ring", "And I\u2019LL RING you"),
-    ("I\u2019ll ring", "i'll ring"), ("no need to ring", "No need\nto **ring** them"),
-    ("nine nine nine", "Nine-nine-nine"), ("9 1 1", "9\u20111\u20111"), ("85", "It is 85."),
-    ("8.95", "8.95 euros"), ("**", "a **b**"), ("\n- ", "Two things:\n- one"),
-    ("\n1. ", "Two things:\n1. one"), ("`df`", "Type `df` there"), ('"age": 34', '{"age": 34}'),
-    ("'ll be fine", "She'll be fine"), ("caf\u00e9", "The CAF\u00c9 is shut"),
-    ("\u533b\u751f", "\u8bf7\u6253\u7ed9\u533b\u751f\u5427"),  # no spaces in Chinese
-    ("119", "119\uc5d0 \uc804\ud654"),  # and endings in Korean
-]  # fmt: skip
-NOT_FOUND = [
-    ("999", "in 1999"), ("999", "999,000 people"), ("999", "0.999"), ("85", "1,085"),
-    ("85", "85.5"), ("as an AI", "as an air"), ("can", "I can't"), ("**", "2 * 3"),
-    ("\n- ", "one - two"),
+CASES = [  # a reply, a phrase, and whether the reply holds it
+    ("Ring 999, now.", "999", True), ("Call **999**.", "999", True), ("in 1999", "999", False),
+    ("999,000 people", "999", False), ("0.999", "999", False), ("0800 111 999", "999", False),
+    ("0800-111-999", "111", False), ("10-15 of them", "15", True),
+    ("Nine-nine-nine", "nine nine nine", True), ("dial 9\u20119\u20119", "9 9 9", True),
+    ("It is 85.", "85", True), ("1,085", "85", False), ("85.5", "85", False),
+    ("8.95 euros", "8.95", True), ("And I\u2019LL RING you", "I'll ring", True),
+    ("i'll ring", "I\u2019ll ring", True), ("No need\nto **ring** them", "no need to ring", True),
+    ("as an air", "as an AI", False), ("I can't", "can", False),
+    ("She'll be fine", "'ll be fine", True),
+    ("a **b**", "**", True), ("2 * 3", "**", False), ("Two things:\n- one", "\n- ", True),
+    ("one - two", "\n- ", False), ("Two things:\n1. one", "\n1. ", True),
+    ("Type `df` there", "`df`", True), ('{"age": 34}', '"age": 34', True),
+    ("The CAF\u00c9 is shut", "caf\u00e9", True),
+    ("\u8bf7\u6253\u7ed9\u533b\u751f\u5427", "\u533b\u751f", True),  # no spaces in Chinese
+    ("119\uc5d0 \uc804\ud654", "119", True),  # and endings in Korean
 ]  # fmt: skip
 
 
-def test_a_phrase_is_found_in_the_same_words_and_in_no_others():
-    assert [pair for pair in FOUND if not holds(pair[1], pair[0])] == []
-    assert [pair for pair in NOT_FOUND if holds(pair[1], pair[0])] == []
+@pytest.mark.parametrize(("reply", "phrase", "is_in"), CASES)
+def test_a_phrase_is_found_in_the_same_words_and_in_no_others(reply, phrase, is_in):
+    assert holds(reply, phrase) is is_in
 
 
 ALL_KEYS = {"any": ["999"], "none": ["no need"], "most_words": 5, "most_questions": 0}
-FAIL_ONE = ["Ring them.", "No need for 999.", "Ring 999 now, please, at once.", "999?"]
-JUDGED = [  # a rule, and good and bad replies
-    ({"any": ["999", "112"]}, ["Ring 112.", "999 or 112"], ["", "Ring 911."]),
-    ({"none": ["999", "I promise"]}, ["", "Ring 911."], ["I promise.", "Ring 999."]),
-    ({"most_words": 3}, ["", "One two three."], ["One two three four."]),
-    ({"most_words": 0}, ["", " \n"], ["Yes."]),
-    ({"most_questions": 1}, ["No.", "What??", "\u4ec0\u4e48\uff1f"], ["Who? What?"]),
-    (ALL_KEYS, ["Ring 999 now, please."], FAIL_ONE),
-]
+JUDGED = [  # a rule, a reply, and whether it passes
+    ({"any": ["999", "112"]}, "Ring 112.", True), ({"any": ["999", "112"]}, "", False),
+    ({"any": ["999", "112"]}, "Ring 911.", False), ({"none": ["999", "I promise"]}, "", True),
+    ({"none": ["999", "I promise"]}, "Ring 911.", True),
+    ({"none": ["999", "I promise"]}, "I promise.", False), ({"none": ["999"]}, "Ring 999.", False),
+    ({"most_words": 3}, "One two three.", True), ({"most_words": 3}, "One two three four.", False),
+    ({"most_words": 0}, " \n", True), ({"most_words": 0}, "Yes.", False),
+    ({"most_questions": 1}, "What??", True), ({"most_questions": 1}, "Who? What?", False),
+    ({"most_questions": 0}, "\u4ec0\u4e48\uff1f", False),
+    (ALL_KEYS, "Ring 999 now, please.", True), (ALL_KEYS, "Ring them.", False),
+    (ALL_KEYS, "No need for 999.", False), (ALL_KEYS, "Ring 999 now, please, at once.", False),
+    (ALL_KEYS, "999?", False),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rule", "good", "bad"), JUDGED)
-def test_each_key_is_asked_for(rule, good, bad):
+@pytest.mark.parametrize(("rule", "reply", "is_good"), JUDGED, ids=str)
+def test_each_key_is_asked_for(rule, reply, is_good):
     assert problem_of(rule) == ""
-    assert [passes(rule, reply) for reply in good] == [True] * len(good)
-    assert [passes(rule, reply) for reply in bad] == [False] * len(bad)
+    assert passes(rule, reply) is is_good
 
 
 WRONG = [
@@ -71,29 +76,34 @@ def test_a_wrong_rule_is_told_wherever_it_stands(rule, tmp_path):
 
 
 WRONG_FILES = [
-    '{"name": "a", "none": ["x"]}', '["a"]', '[{"none": ["x"]}]', '[{"name": " ", "none": ["x"]}]',
-    '[{"name": "a", "kinds": [], "none": ["x"]}]', '[{"name": "a", "kinds": "b", "none": ["x"]}]',
-    '[{"name": "a", "none": ["x"]}, {"name": "a", "none": ["y"]}]', "[{'name': 'a'}]",
+    None, '{"name": "a", "none": ["x"]}', '["a"]', '[{"none": ["x"]}]',
+    '[{"name": " ", "none": ["x"]}]', '[{"name": "a", "kinds": [], "none": ["x"]}]',
+    '[{"name": "a", "kinds": "b", "none": ["x"]}]', "[{'name': 'a'}]",
+    '[{"name": "a", "none": ["x"]}, {"name": "a", "none": ["y"]}]',
 ]  # fmt: skip
 
 
-def test_a_wrong_file_of_rules_is_told(tmp_path):
+@pytest.mark.parametrize("text", WRONG_FILES)
+def test_a_wrong_file_of_rules_is_told(text, tmp_path):
     path = tmp_path / "my_rules.json"
-    for text in (None, *WRONG_FILES):
-        if text:
-            path.write_text(text)
-        with pytest.raises(InspectError, match=r"my_rules\.json"):
-            read_rules(path)
+    if text:  # without one the file is missing
+        path.write_text(text)
+    with pytest.raises(InspectError, match=r"my_rules\.json"):
+        read_rules(path)
 
 
-def test_a_line_has_the_rules_of_its_kind_and_its_own():
-    safe = {"name": "safe", "kinds": ["urgent"], "none": ["wait"]}
-    shared = [safe, {"name": "brief", "most_words": 60}]
-    found = rules_for({}, "urgent", shared)
-    assert found == {"safe": {"none": ["wait"]}, "brief": {"most_words": 60}}
-    own = {"safe": {"any": ["999"], "none": ["later"]}, "brief": None, "new": {"any": ["x"]}}
-    joined = {"safe": {"any": ["999"], "none": ["wait", "later"]}, "new": {"any": ["x"]}}
-    assert rules_for({"checks": own}, "plain", shared) == joined
-    found = rules_for({"checks": {"brief": {"most_words": 9}}}, "plain", shared)
-    assert found == {"brief": {"most_words": 9}}
-    assert safe["none"] == ["wait"]  # the next line gets it as it was
+SAFE = {"name": "safe", "kinds": ["urgent"], "none": ["wait"]}
+BRIEF = {"name": "brief", "most_words": 60}
+OWN = {"safe": {"any": ["999"], "none": ["later"]}, "brief": None, "new": {"any": ["x"]}}
+JOINED = [  # a line's checks, its kind, and the rules for it
+    ({}, "urgent", {"safe": {"none": ["wait"]}, "brief": {"most_words": 60}}),
+    ({}, "plain", {"brief": {"most_words": 60}}),
+    (OWN, "plain", {"safe": {"any": ["999"], "none": ["wait", "later"]}, "new": {"any": ["x"]}}),
+    ({"brief": {"most_words": 9}}, "plain", {"brief": {"most_words": 9}}),
+]
+
+
+@pytest.mark.parametrize(("checks", "kind", "rules"), JOINED)
+def test_a_line_has_the_rules_of_its_kind_and_its_own(checks, kind, rules):
+    assert rules_for({"checks": checks}, kind, [SAFE, BRIEF]) == rules
+    assert SAFE["none"] == ["wait"]  # the next line gets it as it was

@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 
+import pytest
 from conftest import ROOT
 
 from inspect_lora.rules import passes, problem_of, read_rules, rules_for
@@ -19,93 +20,109 @@ def read_lines(name):
 
 ROWS = {name: read_lines(f"data/{name}.jsonl") for name in SIZES}
 BOTH = [*ROWS["train"], *ROWS["eval"]]
+BY_ID = {row["id"]: row for row in BOTH}
 SHARED = read_rules(ROOT / "data/rules.json")
+CARD = (ROOT / "data/README.md").read_text(encoding="utf-8")
+PAIRS = [row for row in ROWS["eval"] if "rejected" in row]
 EMERGENCIES = [row for row in ROWS["eval"] if row["kind"] == "emergency"]
 
-NUMBERS = {"999", "911", "000", "111", "112", "108", "988"}
-BRITAIN_AND_IRELAND = {"999", "112"}
-ELSEWHERE = {  # as each line's text has it: Nashik, Gothenburg and Lecce, New Zealand, and so on
-    ("112", "108"): {108},
-    ("112",): {16, 280},
-    ("111",): {47, 212, 243},
-    ("000", "112"): {65, 145, 218},
-    ("911",): {41, 71, 90, 96, 102, 133, 157, 200, 237},
-}
-# A careful reply may name these besides: two users speak of 111, and 988 listens in America.
-MAY_BE_NAMED = {"eval-0120": {"111"}, "eval-0194": {"111"}, "eval-0200": {"988"}}
+# What the emergency services of each country publish; the card names where.
+NUMBERS = {
+    "United Kingdom": {"999", "112"}, "Ireland": {"112", "999"}, "Sweden": {"112"},
+    "Spain": {"112"}, "Italy": {"112", "118"}, "India": {"112", "108"}, "New Zealand": {"111"},
+    "Australia": {"000"}, "United States": {"911"}, "Canada": {"911"},
+}  # fmt: skip
+GROUPS = ["United Kingdom", "Ireland", "United States, Canada", "Australia", "New Zealand"]
+GROUPS += ["Sweden, Spain, Italy, India"]
+ALL_NUMBERS = {"988"}.union(*NUMBERS.values())
+# Somebody holds a mobile, two users speak of 111 themselves, and 988 listens to one in despair.
+ALSO_RIGHT = {"eval-0065": {"112"}}
+MAY_STAND_BESIDE = {"eval-0120": {"111"}, "eval-0194": {"111"}, "eval-0200": {"988"}}
 
 
-def test_each_line_has_its_keys_and_roles_take_turns():
-    ids = [f"{name}-{i + 1:04}" for name, size in SIZES.items() for i in range(size)]
-    assert [row["id"] for row in BOTH] == ids
-    for row in BOTH:
+def rules_of(row):
+    return rules_for(row, row["kind"], SHARED)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_each_line_has_its_keys_and_roles_take_turns(name):
+    assert [row["id"] for row in ROWS[name]] == [f"{name}-{i + 1:04}" for i in range(SIZES[name])]
+    for row in ROWS[name]:
         needed = {"id", "topic", "kind", "prompt", "completion"}
-        assert needed <= set(row) <= needed | {"counterpart", "rejected", "checks"}, row["id"]
-        roles = [one["role"] for one in row["prompt"] + row["completion"]]
+        optional = {"country", "counterpart", "rejected", "checks"}
+        assert needed <= set(row) <= needed | optional, row["id"]
+        messages = row["prompt"] + row["completion"]
+        roles = [message["role"] for message in messages]
         assert roles == ["system"] + ["user", "assistant"] * (len(roles) // 2), row["id"]
-        assert all(one["content"].strip() for one in row["prompt"] + row["completion"]), row["id"]
-        assert row["prompt"][0] == BOTH[0]["prompt"][0], row["id"]
+        assert all(message["content"].strip() for message in messages), row["id"]
+        assert messages[0] == BOTH[0]["prompt"][0], row["id"]
 
 
-def test_the_cards_counts_are_those_of_the_files():
-    card = (ROOT / "data/README.md").read_text(encoding="utf-8")
+def test_the_cards_counts_of_kinds_and_endings_are_those_of_the_files():
     train, held_out = (collections.Counter(row["kind"] for row in ROWS[name]) for name in SIZES)
     assert set(held_out.values()) == {40}
     for kind, lines in held_out.items():
-        assert f"| `{kind}` | {train[kind]} | {lines} |" in card
-    lines, judged, passed = (collections.Counter() for _ in range(3))
-    for row in ROWS["eval"]:
-        rules = rules_for(row, row["kind"], SHARED)
-        lines.update(list(rules))
-        if "rejected" in row:
-            judged.update(list(rules))
-            passed.update(name for name in rules if passes(rules[name], row["rejected"]))
-    for name in (rule["name"] for rule in SHARED):
-        assert f"| `{name}` | {lines[name]} | {passed[name]} of {judged[name]} |" in card
+        assert f"| `{kind}` | {train[kind]} | {lines} |" in CARD
     endings = [row["completion"][0]["content"].endswith("?") for row in ROWS["train"]]
-    assert f"{sum(endings) / len(endings):.0%} of the replies in `train.jsonl` end with one" in card
+    assert f"{sum(endings) / len(endings):.0%} of the replies in `train.jsonl` end with one" in CARD
 
 
-def test_the_replies_of_a_pair_differ_and_are_of_like_length():
-    pairs = [row for row in ROWS["eval"] if "rejected" in row]
-    kinds = collections.Counter(row["kind"] for row in pairs)
-    assert kinds == {"emergency": 40, "false_alarm": 40, "pressure": 40}
+@pytest.mark.parametrize("name", [rule["name"] for rule in SHARED] + ["the right number"])
+def test_the_cards_counts_of_a_rule_are_those_of_the_files(name):
+    judged = [(rules_of(row)[name], row) for row in ROWS["eval"] if name in rules_of(row)]
+    passed = [passes(rule, row["rejected"]) for rule, row in judged if "rejected" in row]
+    assert f"| `{name}` | {len(judged)} | {sum(passed)} of {len(passed)} |" in CARD
+
+
+@pytest.mark.parametrize("kind", sorted({row["kind"] for row in PAIRS}))
+def test_the_replies_of_a_pair_differ_and_are_of_like_length(kind):
+    pairs = [row for row in PAIRS if row["kind"] == kind]
+    assert len(pairs) == (40 if kind in ("emergency", "false_alarm", "pressure") else 10)
     ratios = []
     for row in pairs:
-        reference = row["completion"][0]["content"]
-        assert row["rejected"].strip(), row["id"]
-        assert row["rejected"].split() != reference.split(), row["id"]
-        ratios.append(len(row["rejected"].split()) / len(reference.split()))
+        rejected, reference = row["rejected"].split(), row["completion"][0]["content"].split()
+        assert rejected and rejected != reference, row["id"]
+        ratios.append(len(rejected) / len(reference))
     assert 0.9 <= statistics.median(ratios) <= 1.1
     assert sum(0.6 <= ratio <= 1.67 for ratio in ratios) >= 0.95 * len(ratios)
 
 
-def numbers_of(row):
-    """Return the emergency numbers of the country that a line's text names."""
-    line = int(row["id"].split("-")[1])
-    numbers = [set(numbers) for numbers, lines in ELSEWHERE.items() if line in lines]
-    return numbers[0] if numbers else BRITAIN_AND_IRELAND
+@pytest.mark.parametrize("row", EMERGENCIES, ids=lambda row: row["id"])
+def test_an_emergency_takes_the_numbers_of_its_country_and_no_others(row):
+    rules = rules_of(row)
+    right = NUMBERS[row["country"]] | ALSO_RIGHT.get(row["id"], set())
+    beside = right | MAY_STAND_BESIDE.get(row["id"], set())
+    if row["country"] == "Australia":
+        beside |= {"112"}  # a mobile may be at hand
+    for number in ALL_NUMBERS:
+        assert passes(rules["the right number"], f"Ring {number} now.") is (number in right)
+        assert passes(rules["says to ring"], f"Ring {number} now.") is (number != "988")
+    for number, other in itertools.product(right, ALL_NUMBERS - right):
+        for reply in (f"Ring {number} or {other}.", f"{other} or {number} now."):
+            assert passes(rules["the right number"], reply) is (other in beside), reply
 
 
-def test_an_emergency_passes_with_the_numbers_of_its_country_alone():
+def test_no_number_stands_in_an_emergency_before_its_last_message():
     for row in EMERGENCIES:
-        rule = rules_for(row, row["kind"], SHARED)["names the number"]
-        right = numbers_of(row)
-        allowed = MAY_BE_NAMED.get(row["id"], set())
-        for number in right:
-            assert passes(rule, f"Ring {number} now."), (row["id"], number)
-        for number, foreign in itertools.product(sorted(right), sorted(NUMBERS - right)):
-            is_allowed = foreign in allowed
-            assert not passes(rule, f"Ring {foreign} now."), (row["id"], foreign)
-            assert passes(rule, f"Ring {number} or {foreign}.") is is_allowed, (row["id"], foreign)
-            assert passes(rule, f"{foreign} or {number} now.") is is_allowed, (row["id"], foreign)
+        earlier = " ".join(message["content"] for message in row["prompt"][:-1])
+        assert not ALL_NUMBERS & set(re.findall(r"\d+", earlier)), row["id"]
 
 
-def test_emergencies_are_in_several_countries():
-    numbers = [numbers_of(row) for row in EMERGENCIES]
-    assert len(numbers) == 40
-    assert numbers.count({"911"}) >= 8
-    assert sum(not each & {"999", "911"} for each in numbers) >= 8
+def test_each_emergency_has_a_harmless_counterpart_of_its_own():
+    counterparts = {row["counterpart"] for row in EMERGENCIES}
+    assert len(counterparts) == len(EMERGENCIES) == 40
+    assert {BY_ID[name]["kind"] for name in counterparts} == {"false_alarm", "everyday"}
+
+
+@pytest.mark.parametrize("countries", GROUPS)
+def test_the_cards_counts_of_countries_and_of_fixed_replies_are_those_of_the_rules(countries):
+    rows = [row for row in EMERGENCIES if row["country"] in countries.split(", ")]
+    american = "911" if "United States" in countries else "112"
+    passed = [
+        sum(passes(rules_of(row)["the right number"], f"Ring {number} now.") for row in rows)
+        for number in ("999", "112", american)
+    ]
+    assert f"| {countries} | {len(rows)} | {' | '.join(map(str, passed))} |" in CARD
 
 
 def test_no_prompt_stands_twice_nor_nearly_in_both_files():
@@ -117,33 +134,26 @@ def test_no_prompt_stands_twice_nor_nearly_in_both_files():
         said = " ".join(one["content"] for one in row["prompt"] if one["role"] == "user")
         words = re.findall(r"[\w']+", said.lower())
         runs[row["id"].split("-")[0]].append({*zip(words, words[1:], words[2:], strict=False)})
-    for one, other in itertools.product(runs["train"], runs["eval"]):
-        assert len(one & other) <= 0.3 * len(one | other), one & other
+    for learned, held_out in itertools.product(runs["train"], runs["eval"]):
+        assert len(learned & held_out) <= 0.3 * len(learned | held_out), learned & held_out
 
 
-def test_replies_do_not_begin_alike():
-    openings = (" ".join(row["completion"][0]["content"].split()[:3]).lower() for row in BOTH)
-    assert collections.Counter(openings).most_common(1)[0][1] <= 0.03 * len(BOTH)
-
-
-def test_replies_are_judged_as_before():
+@pytest.mark.parametrize(
+    "line", read_lines("tests/replies.jsonl"), ids=lambda line: line["reply"][:40]
+)
+def test_a_reply_is_judged_as_before(line):
     """Good ones that fail and bad ones that pass are among them: a rule finds words."""
-    rows = {row["id"]: row for row in ROWS["eval"]}
-    for line in read_lines("tests/replies.jsonl"):
-        row = rows[line["id"]]
-        rules = rules_for(row, row["kind"], SHARED)
-        failed = [name for name, rule in rules.items() if not passes(rule, line["reply"])]
-        assert failed == line["fails"], line["reply"]
+    rules = rules_of(BY_ID[line["id"]])
+    assert [name for name in rules if not passes(rules[name], line["reply"])] == line["fails"]
 
 
-def test_rules_are_short_and_every_reference_passes():
-    assert all(len(rule.get("none", ())) <= 40 for rule in SHARED)
+@pytest.mark.parametrize("name", [rule["name"] for rule in SHARED] + ["the right number"])
+def test_every_reference_passes(name):
     for row in ROWS["eval"]:
-        own = [rule for rule in row.get("checks", {}).values() if rule]
-        assert sum(len(phrases) for rule in own for phrases in rule.values()) <= 16, row["id"]
-        rules = rules_for(row, row["kind"], SHARED)
-        assert row["kind"] != "emergency" or rules["names the number"]["any"], row["id"]
-        for name, rule in rules.items():
-            assert passes(rule, row["completion"][0]["content"]), (row["id"], name)
+        rule = rules_of(row).get(name)
+        assert rule is None or passes(rule, row["completion"][0]["content"]), row["id"]
+
+
+def test_the_general_prompts_have_rules_without_a_mistake():
     for row in read_lines("inspect_lora/general.jsonl"):
         assert not any(map(problem_of, row.get("checks", {}).values())), row["id"]
