@@ -98,8 +98,10 @@ START_FROM = ""  # an adapter's folder to start from; same base model, modules, 
 # Training.
 NUM_EPOCHS = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS = 0  # stop after this many steps, to try things out; 0: after all epochs
-BATCH_SIZE = 2  # a step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS replies, or joined dialogues
-GRADIENT_ACCUMULATION_STEPS = 2  # the other factor; see MEMORY for how many run at once
+# A step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS replies, or joined dialogues. Only the product
+# matters: how many fit into the GPU's memory at once is found by itself (see MEMORY).
+BATCH_SIZE = 2  # how many examples a step has; a smaller number saves no memory
+GRADIENT_ACCUMULATION_STEPS = 2  # times this number; it saves no memory, either
 LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
 LR_SCHEDULER_TYPE = "cosine"  # after the warm-up: cosine, linear or constant_with_warmup
 WARMUP_RATIO = 0.03  # the share of the steps in which the learning rate rises from 0
@@ -179,6 +181,8 @@ def run(settings: Settings, session: Session) -> Job:
         train(trainer)  # TRAINING: all steps, or those that are left
         if is_main_process():
             save_final_lora(trainer)  # SAVING: write, load again, compare, move into place
+    if session.stop.signal:  # while final_lora was moved, so the records say "finished"
+        raise Stopped("Stopped; final_lora was put into its place first.")
     return job
 
 
@@ -333,6 +337,7 @@ DEMO = {  # what --demo sets; the toy model was made by data/make_demo_model.py
     "MAX_STEPS": 100,
     "LEARNING_RATE": 2e-3,
 }
+ALSO_CALLED = {"--lr": "--learning_rate", "--rank": "--lora_r"}  # by those who know TRL or PEFT
 MAY_BE_EMPTY = ("CHAT_TEMPLATE", "EVAL_FILE", "START_FROM")
 PATHS = ("MODEL_NAME", "TRAIN_FILE", "OUTPUT_DIR", *MAY_BE_EMPTY)
 # A type, a list of choices, a range of whole numbers, or the smallest and the largest number.
@@ -385,9 +390,9 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             help=f"{comments.get(name, '')} [{constant}]".replace("%", "%%"),
         )
     known, unknown = parser.parse_known_args(argv)
-    for word in unknown[:1]:
-        options = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(word.partition("=")[0], options, 1, 0.5)
+    if unknown:
+        word, options = unknown[0].partition("=")[0], [f"--{name.lower()}" for name in SETTINGS]
+        close = difflib.get_close_matches(ALSO_CALLED.get(word, word), options, 1, 0.5)
         hint = f"; did you mean {close[0]}?" if close else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     flags = vars(known)
@@ -1031,7 +1036,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def chunk_of(config: ModelConfig) -> int:
     """Return 64 for Gated DeltaNet's torch code, which pads rows to multiples of 64; else 1."""
     layer_types = config.get_text_config().to_dict().get("layer_types") or []
-    return 64 if "linear_attention" in layer_types and sys.modules.get("fla", "") is None else 1
+    return 64 if "linear_attention" in layer_types and is_kept_out("fla") else 1
 
 
 def round_up(tokens: int, chunk: int) -> int:
@@ -1069,7 +1074,7 @@ def choose_device(device: str, dtype: str, use_fla: bool) -> None:
     for name in [*os.environ]:
         if name.startswith("ACCELERATE_") or name in of_launchers:
             del os.environ[name]
-    sys.modules["causal_conv1d"] = None
+    keep_out("causal_conv1d")
     # float16 products are summed in float32, see FP16 MATMUL.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     fault = "it needs a GPU"
@@ -1080,9 +1085,19 @@ def choose_device(device: str, dtype: str, use_fla: bool) -> None:
         check_gpu(dtype, is_launched)
         fault = fault_of_fla()
     if fault or not use_fla:
-        sys.modules["fla"] = None
+        keep_out("fla")
     if fault and use_fla:
         report("fla", f"{fault}; torch's code takes its place")
+
+
+def keep_out(package: str) -> None:
+    """Have every import of a package fail, as if it were not installed."""
+    sys.modules[package] = None
+
+
+def is_kept_out(package: str) -> bool:
+    """Return whether keep_out() was called for a package."""
+    return package in sys.modules and sys.modules[package] is None
 
 
 def check_gpu(dtype: str, is_launched: bool) -> None:
@@ -1275,6 +1290,10 @@ def compute_delta_rule_in_pieces(model: Model) -> None:
         report("deltanet", f"transformers {version} has another {DELTA_RULE}: long rows are slower")
         return
     setattr(module, DELTA_RULE, DeltaRuleInPieces(rule))
+    # fault_of_fla() says why other GPUs have no choice.
+    if torch.cuda.is_initialized() and torch.cuda.get_device_capability()[0] == 8:
+        ways = "flash-linear-attention may be faster: install it, and give --use_fla true"
+        report("deltanet", f"Gated DeltaNet runs torch's code; {ways}")
     LOG.info("deltanet  %s is called on %d tokens at a time", DELTA_RULE, TOKENS_OF_A_PIECE)
 
 
@@ -1737,6 +1756,8 @@ def make_plan(settings: Settings, base: Base, data: Data) -> Plan:
         model = transformers.AutoModelForCausalLM.from_config(base.config, trust_remote_code=False)
     refuse_unknown_modules(lora, model)
     peft.inject_adapter_in_model(lora, model)
+    if getattr(base.config.get_text_config(), "output_router_logits", False):
+        report("warning", "the experts' routers are trained without their auxiliary loss")
     if isinstance(model.get_output_embeddings(), peft.tuners.lora.LoraLayer):
         problem = "LORA_TARGET_MODULES: the head of the model (lm_head) cannot have LoRA"
         raise UserError(
@@ -1804,17 +1825,18 @@ def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     saved |= {name: [*tensor.shape] for name, tensor in tensors.items()}
     wrong = [name for name in {**planned, **saved} if planned.get(name) != saved.get(name)]
-    report("start", f"A and B are those of {folder}")
-    template = short_hash(base.tokenizer.get_chat_template())
-    for name, value in {"chat template": template, "ENABLE_THINKING": base.enable_thinking}.items():
-        if identity.get(name, value) != value:
-            report(
-                "warning", f"{folder} was trained with another {name}: what it learned may shift"
-            )
     if wrong:
         wrong = [f"{name}={saved.get(name)}, not {planned.get(name)}" for name in wrong]
         problem = f"START_FROM {folder} has {join_limited(wrong, 4, '; ')}"
         raise UserError(f"{problem}. Use its settings, and its commit as MODEL_REVISION.")
+    report("start", f"A and B are those of {folder}")
+    template, path = base.tokenizer.get_chat_template(), folder / "chat_template.jinja"
+    served = path.read_text(encoding="utf-8") if path.is_file() else template
+    here = {"chat template": short_hash(template), "ENABLE_THINKING": base.enable_thinking}
+    there = {"chat template": short_hash(served)} | identity
+    for name, value in here.items():
+        if there.get(name, value) != value:
+            report("warning", f"{folder} was trained with another {name}, and has to learn this")
 
 
 def table_of_modules(model: nn.Module, trained: int, everything: int) -> list[str]:
@@ -1883,10 +1905,7 @@ def examples_per_step(settings: Settings) -> int:
 
 
 def identity_of(settings: Settings, base: Base, data: Data, editable: Facts) -> Facts:
-    """Return what must be the same for a checkpoint to be resumed, as JSON values.
-
-    16 and 16.0 are the same.
-    """
+    """Return what must be the same for a checkpoint to be resumed, as JSON values."""
     identity = {name: getattr(settings, name) for name in SETTINGS if name not in MAY_CHANGE}
     for kind, chosen in {"LoraConfig": lora_fields(settings), "SFTConfig": editable}.items():
         identity |= {f"{kind}.{name}": value for name, value in chosen.items()}
@@ -1900,14 +1919,15 @@ def identity_of(settings: Settings, base: Base, data: Data, editable: Facts) -> 
     identity |= {HELD_OUT: short_hash(rows_of(data.held_out)), CODE: hash_of_code(SCRIPT)}
     for name, value in identity.items():
         if isinstance(value, float) and value.is_integer():
-            identity[name] = int(value)
+            identity[name] = int(value)  # 16 and 16.0 are the same job
     return json.loads(json.dumps(identity, default=as_json_value))
 
 
 def hash_of_code(source: bytes) -> str:
-    """Hash what a script executes: neither comments, docstrings nor the values of SETTINGS.
+    """Return a hash of what a script executes: no comments, no docstrings, and no SETTINGS.
 
-    Python's ast.dump() would be shorter, but differs between versions.
+    The values of SETTINGS belong to the identity by themselves. ast.dump() writes the same tree
+    differently in different versions of Python.
     """
 
     def plain(node: Any) -> Any:
@@ -1915,19 +1935,22 @@ def hash_of_code(source: bytes) -> str:
             return [plain(each) for each in node]
         if not isinstance(node, ast.AST):
             return repr(node)
-        fields = {name: plain(value) for name, value in ast.iter_fields(node) if value}
+        fields = {name: plain(value) for name, value in ast.iter_fields(node) if value != []}
         return [type(node).__name__, fields]
 
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if isinstance(names[0], ast.Name) and names[0].id in SETTINGS:
-                node.value = ast.Constant(None)
+        is_documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if is_documented and ast.get_docstring(node) is not None:
+            del node.body[0]
+    tree.body = [node for node in tree.body if name_of_assignment(node) not in SETTINGS]
     return short_hash(plain(tree))
+
+
+def name_of_assignment(node: ast.stmt) -> str:
+    """Return the name to which a statement such as `SEED: int = 42` assigns, or ""."""
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return getattr(targets[0], "id", "")
 
 
 def facts_of_base(base: Base) -> Facts:
@@ -2033,31 +2056,36 @@ def refuse_what_cannot_be_compared(
     settings: Settings, plan: Plan, record: Facts, is_finished: bool = False
 ) -> None:
     """Raise UserError if other lines were held out, or other code was run; a dry run only warns."""
-    code = record["sessions"][-1][CODE]  # an earlier session may have gone on with edited code
-    problem, ways = "", "another OUTPUT_DIR trains anew"
+    ways = ["another OUTPUT_DIR trains anew"]
     if record["identity"][HELD_OUT] != plan.identity[HELD_OUT]:
-        file = (record["data"]["held_out"] or {}).get("file", "none")
-        problem = f"its losses are on another held-out file ({file}): with that one it goes on"
-    elif code != plan.identity[CODE] and (is_finished or not settings.edited_code):
-        problem = "the code of this file was edited since then: put it back, and it goes on"
+        file = record["settings"]["EVAL_FILE"]
+        difference = f"its losses are on the held-out lines of EVAL_FILE {file!r}, not on these"
+        ways.insert(0, f"EVAL_FILE {file!r} with those lines goes on")
+    elif record["sessions"][-1][CODE] != plan.identity[CODE]:
+        if settings.edited_code and not is_finished:
+            return
+        difference = "the code of this file was edited since then"
+        ways.insert(0, "put it back to go on")
         if not is_finished:
-            ways += ", and --edited_code goes on with the edited code"
-    if problem:
-        state = "is finished" if is_finished else "has steps behind it"
-        problem = f"{plan.folder.parent.parent}: this job {state}, but {problem}; {ways}."
-        if not settings.dry_run:
-            raise UserError(problem)
-        report("warning", problem)
+            ways.append("--edited_code goes on with the edited code")
+    else:
+        return
+    state = "is finished" if is_finished else "has steps behind it"
+    problem = f"The job in {settings.OUTPUT_DIR} {state}, but {difference}: {'; '.join(ways)}."
+    if not settings.dry_run:
+        raise UserError(problem)
+    report("warning", problem)
 
 
 def tell_of_other_versions(session: Facts) -> None:
-    """Print which libraries were updated since a session."""
-    names = ["torch", "transformers", "peft", "trl"]
-    versions = {name: importlib.metadata.version(name) for name in names}
-    then = session["versions"]
-    changed = [f"{n} {then[n]}, now {versions[n]}" for n in names if versions[n] != then[n]]
+    """Print which libraries have another version than in a session."""
+    changed = [
+        f"{name} {session['versions'][name]}, now {importlib.metadata.version(name)}"
+        for name in ("torch", "transformers", "peft", "trl")
+        if importlib.metadata.version(name) != session["versions"][name]
+    ]
     if changed:
-        report("warning", f"it began with {'; '.join(changed)}: the rest may differ a little")
+        report("warning", f"the last session had {'; '.join(changed)}: the bytes may differ")
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
@@ -2143,7 +2171,19 @@ def recorded(job: Job) -> Iterator[None]:
                 shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):  # the first error is the one to show
             write_record(job, f"{outcome}: {one_line(error)}")
+        if is_full_disk(error):
+            saved = checkpoints_in(job.plan.folder).items()
+            step = next((step for step, checkpoint in saved if is_intact(checkpoint)), 0)
+            ways = "make room, and the same command goes on after step"
+            problem = f"OUTPUT_DIR {job.output} cannot be written ({one_line(error)})"
+            raise UserError(f"{problem}; {ways} {step:,}.") from error
         raise
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Return whether a file could not be written; torch and safetensors have their own errors."""
+    words = "No space left on device|Disk quota exceeded|inline_container|PytorchStreamWriter"
+    return bool(re.search(words, str(error)))
 
 
 # ==== TRAINING: evaluation, what is printed, saving, stopping, and signals
@@ -2154,7 +2194,7 @@ def recorded(job: Job) -> Iterator[None]:
 # - From the first step to the last save the step is finished and saved first. An evaluation ends
 #   between two batches, and is repeated on resuming. At the end of a step, and after an
 #   evaluation, the processes of a launch agree; on_save() raises Stopped.
-# - While final_lora is moved into its place, every signal waits; save_final_lora() raises Stopped.
+# - While final_lora is moved into its place, every signal waits; then run() raises Stopped.
 
 
 def train(trainer: LoraTrainer) -> None:
@@ -2405,8 +2445,6 @@ def save_final_lora(trainer: LoraTrainer) -> None:
     write_json(job.output / "run.json", read_json(job.output / "final_lora" / "run.json"))
     report("verified", verified)
     summarize(job, step)
-    if job.session.stop.signal:
-        raise Stopped("Stopped; final_lora was finished first.")
 
 
 def card_of(job: Job) -> str:
@@ -2519,6 +2557,8 @@ def summarize(job: Job, step: int) -> None:
         result += "".join(f"; START_FROM had {loss:.4f}" for loss in starts[-1:])
         if losses[step] > losses[0]:
             result += "\nWARNING: on held-out data the adapter is worse than its base"
+    if len({session[CODE] for session in job.earlier.sessions} | {job.plan.identity[CODE]}) > 1:
+        result += "\nThe code was edited within this job: losses, and the best step, are since then"
     report("done", result)
     lines, folder = [], shlex.quote(str(final))
     tool = "inspect-lora" if shutil.which("inspect-lora") else "python -m inspect_lora"
