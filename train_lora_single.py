@@ -181,8 +181,8 @@ def run(settings: Settings, session: Session) -> Job:
         train(trainer)  # TRAINING: all steps, or those that are left
         if is_main_process():
             save_final_lora(trainer)  # SAVING: write, load again, compare, move into place
-    if session.stop.signal:  # while final_lora was moved, so the records say "finished"
-        raise Stopped("Stopped; final_lora was put into its place first.")
+    if session.stop.signal:  # it came while final_lora was moved
+        raise Stopped("Stopped; final_lora was finished first.")
     return job
 
 
@@ -2194,7 +2194,7 @@ def is_full_disk(error: BaseException) -> bool:
 # - From the first step to the last save the step is finished and saved first. An evaluation ends
 #   between two batches, and is repeated on resuming. At the end of a step, and after an
 #   evaluation, the processes of a launch agree; on_save() raises Stopped.
-# - While final_lora is moved into its place, every signal waits; then run() raises Stopped.
+# - While final_lora is moved into its place, every signal waits; run() raises Stopped at its end.
 
 
 def train(trainer: LoraTrainer) -> None:

@@ -117,6 +117,21 @@ def test_messages_teach_each_reply_and_the_other_forms_the_last():
         assert (len(job.data.examples), len(job.data.held_out)) == counts
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [("uau", "uauau"), ("aua", "auaua"), ("uaa", "uauaa"), ("uus", "uuus")]
+)
+def test_one_fault_of_roles_is_told_once(one, other):
+    """Dialogues of several lengths have it."""
+    problems = read(line(messages=talk(one)) + b"\n" + line(messages=talk(other)))[1]
+    assert len(problems) == 2
+    assert len({problem.partition(": ")[2] for problem in problems}) == 1
+
+
+def test_copies_are_counted(capfd):
+    write("t", *[{"messages": talk(roles)} for roles in ("ua", "ua", "ua", "uaua")])
+    assert re.search(r"\bt: 3 replies", command(capfd, DRY).out)  # the first of the last one, too
+
+
 def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out_and_counted(capfd):
     rows = [
         [("gpt", "Welcome!"), ("human", "Hello?"), ("gpt", "Hi."), ("human", "And now?")],
@@ -172,6 +187,20 @@ def test_one_json_object_around_the_list_is_told_once(capfd):
 
 def thought(text, thoughts="Hm."):
     return {"role": "assistant", "content": f"<think>\n{thoughts}\n</think>\n\n{text}"}
+
+
+def test_a_template_that_leaves_out_the_thoughts_to_learn_is_refused(capfd):
+    """The loss would not show that only answers are learned."""
+    spoken = "<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+    template = f"{{% for m in messages %}}{spoken}{{% endfor %}}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    Path("own.jinja").write_text(template, encoding="utf-8")
+    flags = [*DRY, "--enable_thinking", "true", "--chat_template", "own.jinja"]
+    write("t", {"messages": [*talk("u"), thought("Hi.")]})
+    refused(capfd, flags, "t:1")
+    # Those of earlier replies may be left out, as Qwen3.5 does.
+    Path("own.jinja").write_text(template.replace("m.content.split('</think>')[-1]", "m.content"))
+    assert command(capfd, flags).status == 0
 
 
 def test_with_thinking_each_reply_has_its_thoughts_and_they_are_learned(capfd):

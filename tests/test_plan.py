@@ -127,6 +127,19 @@ def test_a_target_that_is_not_there_is_named(capfd):
     refused(capfd, flags, "LORA_TARGET_MODULES", "q_proj", "qkv_proj")
 
 
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_patterns_name_that_is_not_there_is_named(pattern, capfd, monkeypatch):
+    """PEFT would train with the rank and alpha of all others."""
+    edit_config(monkeypatch, "lora_fields", **{pattern: {"q_prjo": 4, "v_proj": 4}})
+    refused(capfd, DRY, pattern, "q_prjo", "q_proj")
+    edit_config(monkeypatch, "lora_fields", **{pattern: {r"layers\.\d+\.mlp\.up_proj": 4}})
+    assert command(capfd, DRY).status == 0
+
+
+def test_the_head_gets_no_lora(capfd):
+    refused(capfd, [*DRY, "--lora_target_modules", "lm_head", "q_proj"], "lm_head")
+
+
 WIDTHS = {
     "q_proj": (192, 1024), "k_proj": (192, 256), "v_proj": (192, 256), "o_proj": (512, 192),
     "gate_proj": (192, 448), "up_proj": (192, 448), "down_proj": (448, 192),

@@ -133,9 +133,23 @@ def test_after_signals_it_ends_in_the_same_bytes(finished, whole, tmp_path, monk
         runs.before(patch, peft.PeftModel, "from_pretrained", runs.send(signal.SIGTERM))
         assert runs.run(argv) == 143
     assert not (tmp_path / "final_lora").exists()
-    # And while it is moved into its place.
-    at_rename(monkeypatch, runs.send(signal.SIGTERM))
     assert go_on(argv, whole) == 8
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)], ids=len)
+def test_signals_in_the_move_of_final_lora_leave_it_whole(
+    numbers, finished, stopped, output, whole, monkeypatch
+):
+    """An older final_lora has been renamed by then."""
+    shutil.copytree(finished.output / "final_lora", output / "final_lora")
+    (output / runs.ADAPTER).write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        at_rename(patch, runs.send(*numbers))
+        assert runs.run(into(output, stopped)) == 143
+    assert (output / runs.ADAPTER).read_bytes() == whole[0]
+    assert runs.read_record(output)["outcome"] == "finished"
+    left = runs.files(output)
+    assert runs.run(into(output, stopped)) == 0 and runs.files(output) == left
 
 
 def test_an_evaluation_stops_between_two_batches_and_is_made_up_for(tmp_path, monkeypatch):
@@ -261,18 +275,18 @@ ANOTHER = {
     "MODEL_NAME": None, "DTYPE": "bfloat16", "LORA_R": 4, "LORA_ALPHA": 8, "LORA_DROPOUT": 0.1,
     "LORA_TARGET_MODULES": "q_proj", "NUM_EPOCHS": 3, "MAX_STEPS": 5, "BATCH_SIZE": 3,
     "GRADIENT_ACCUMULATION_STEPS": 3, "LEARNING_RATE": 0.02, "LR_SCHEDULER_TYPE": "linear",
-    "WARMUP_RATIO": 0.2, "SEED": 7, "MODEL_REVISION": "other", "EVAL_STEPS": 2,
+    "WARMUP_RATIO": 0.2, "SEED": 7, "MODEL_REVISION": "other",
 }  # fmt: skip
 THE_SAME = {
-    "LOGGING_STEPS": 2, "SAVE_STEPS": 2, "FINAL_LORA": "best", "MATMUL": "native",
+    "LOGGING_STEPS": 2, "SAVE_STEPS": 2, "EVAL_STEPS": 2, "FINAL_LORA": "best", "MATMUL": "native",
     "USE_FLA": "true", "REPLIES": "last", "MAX_SEQ_LEN": 400, "TRAIN_FILE": None, "EVAL_FILE": None,
 }  # fmt: skip
-EDITS = [  # of the script, and whether it does another job then
-    ("lora_fields", {"use_rslora": True}, True),
-    ("training_fields", {"weight_decay": 0.1}, True),
-    ("training_fields", {"max_grad_norm": 0.5}, True),
-    ("training_fields", {"optim": "sgd"}, True),
-    ("training_fields", {"neftune_noise_alpha": 5.0}, True),
+EDITS = [  # of the script, each of which does another job
+    ("lora_fields", {"use_rslora": True}),
+    ("training_fields", {"weight_decay": 0.1}),
+    ("training_fields", {"max_grad_norm": 0.5}),
+    ("training_fields", {"optim": "sgd"}),
+    ("training_fields", {"neftune_noise_alpha": 5.0}),
 ]
 
 
@@ -302,6 +316,37 @@ def test_a_job_is_its_settings_but_for_those_that_may_change(stopped, job, tmp_p
     assert job_of([*fewer, *flags_of(BATCH_SIZE=3)]) != job_of(fewer)
     divided = {"BATCH_SIZE": 1, "GRADIENT_ACCUMULATION_STEPS": 4}
     assert job_of([*stopped.flags, *flags_of(**THE_SAME, **divided)]) == job
+
+
+@pytest.mark.parametrize("flag, number", [("--lora_alpha", "16"), ("--lora_dropout", "0")])
+def test_a_whole_number_is_the_same_with_a_point(flag, number, stopped):
+    flags = [*stopped.flags, flag]
+    assert job_of([*flags, number]) == job_of([*flags, f"{number}.0"])
+
+
+def test_a_finished_record_may_lack_a_setting(finished, tmp_path):
+    """One's own, that was added since and changes nothing of what is trained."""
+    output = shutil.copytree(finished.output, tmp_path / "output")
+    edit_json(output / "final_lora" / "run.json", lambda run: run["settings"].pop("SAVE_STEPS"))
+    assert runs.run([*into(output, finished), "--save_steps", "3"]) == 0
+
+
+def test_a_damaged_checkpoint_is_not_one_of_the_newest_two(finished, tmp_path):
+    """If it were, the only one to fall back on would be removed."""
+    argv = [*into(tmp_path, finished), "--save_steps", "100"]
+
+    def stop_at(step):
+        with pytest.MonkeyPatch.context() as patch:
+            runs.at_step(patch, step, runs.send(signal.SIGTERM))
+            assert runs.run(argv) == 143
+
+    stop_at(2)
+    stop_at(1)
+    assert runs.checkpoints(tmp_path) == [2, 3]
+    (damaged,) = tmp_path.glob("checkpoints/*/checkpoint-3/optimizer.pt")
+    damaged.write_bytes(b"torn")
+    stop_at(2)  # after step 4
+    assert {2, 4} <= {*runs.checkpoints(tmp_path)}
 
 
 def test_the_order_of_the_conversations_is_the_jobs(stopped, job, tmp_path):
@@ -342,29 +387,112 @@ def test_what_the_identity_holds(stopped, job):
     expected |= {"ENABLE_THINKING", *ANOTHER} - {"BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS"}
     expected |= {"examples in a step", "commit", "chat template", "adapter of START_FROM"}
     expected |= {f"{what} of MODEL_NAME" for what in ("config.json", "weights")}
-    assert identity.keys() == expected | {"tokens of TRAIN_FILE", "tokens of EVAL_FILE"}
+    assert identity.keys() == expected | {"tokens of TRAIN_FILE", "tokens of EVAL_FILE", "code"}
 
 
-@pytest.mark.parametrize("name", ["train", "eval"])
-def test_another_word_in_the_data_is_another_job(stopped, job, tmp_path, name):
+def other_word(stopped, folder, name):
+    """Write a shared run's file with another character in its last reply; return the path."""
     data = (stopped.folder / f"{name}.jsonl").read_bytes()
-    at = data.rindex(b".")  # in the last line's reply
-    (tmp_path / "other.jsonl").write_bytes(data[:at] + b"!" + data[at + 1 :])
-    assert job_of([*stopped.flags, f"--{name}_file", tmp_path / "other.jsonl"]) != job
+    at = data.rindex(b".")
+    (folder / "other.jsonl").write_bytes(data[:at] + b"!" + data[at + 1 :])
+    return folder / "other.jsonl"
 
 
-def test_an_edit_of_what_is_trained_is_another_job(stopped, job, tmp_path, monkeypatch, capfd):
-    """Any other edit of the file is told, as the first steps were done without it."""
-    for function, fields, is_another in EDITS:
-        with monkeypatch.context() as patch:
-            runs.edit_config(patch, function, **fields)
-            assert (job_of(stopped.flags) != job) == is_another, fields
-    line = "\ndef lora_fields("
-    script = runs.edited_script(tmp_path, (line, f"\n# A comment of mine.{line}"))
-    capfd.readouterr()
-    assert runs.prepared(stopped.flags, script).plan.folder.name == job
-    assert "warning" in capfd.readouterr().out
-    assert job_of(stopped.flags) == job and "warning" not in capfd.readouterr().out
+def test_another_word_to_learn_is_another_job(stopped, job, tmp_path):
+    assert job_of([*stopped.flags, "--train_file", other_word(stopped, tmp_path, "train")]) != job
+
+
+@pytest.mark.parametrize("function, fields", EDITS, ids=str)
+def test_an_edited_field_is_another_job(stopped, job, monkeypatch, function, fields):
+    runs.edit_config(monkeypatch, function, **fields)
+    assert job_of(stopped.flags) != job
+
+
+@pytest.mark.parametrize("ends", ["stopped", "finished"])
+def test_another_held_out_file_moves_nothing_until_one_decides(
+    ends, request, tmp_path, capfd, monkeypatch
+):
+    """Its losses would stand in one series with those of the former file."""
+    run = request.getfixturevalue(ends)
+    output = shutil.copytree(run.output, tmp_path / "output")
+    left = runs.files(output)
+    argv = [*into(output, run), "--eval_file", other_word(run, tmp_path, "eval")]
+    runs.refused(capfd, argv, str(run.folder / "eval.jsonl"), "OUTPUT_DIR")
+    assert runs.files(output) | {"run.json": left["run.json"]} == left
+    assert runs.run([*argv, "--dry_run"]) == 0 and runs.files(output) == left
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_measuring_more_often_is_no_new_job(every, stopped, output, whole):
+    argv = [*into(output, stopped), "--eval_steps", every, "--final_lora", "best"]
+    assert steps_done(argv) == 1
+    measured = t.eval_losses(runs.history(output))
+    assert measured.keys() == {0, 4, 8} | ({7} if every == 1 else set())
+    assert {key: measured[key] for key in (0, 4, 8)} == {
+        step: loss for step, key, loss in whole[1] if key == "eval_loss"
+    }
+    best = min(list(measured)[1:], key=measured.get)
+    (checkpoint,) = output.glob(f"checkpoints/*/checkpoint-{best}")
+    assert (checkpoint / "adapter_model.safetensors").read_bytes() == (
+        output / runs.ADAPTER
+    ).read_bytes()
+    (last,) = output.glob("checkpoints/*/checkpoint-8")
+    assert (last / "adapter_model.safetensors").read_bytes() == whole[0]
+
+
+LOSS = "TargetLosses.apply(states, targets, head_of(model))"
+EDITED_LOSS = (LOSS, f"{LOSS} + 1.0")  # no gradient changes
+CODE = Path(t.__file__).read_text("utf-8")
+SAME_CODE = {
+    "a comment": ("\ndef lora_fields(", "\n# A comment of mine.\ndef lora_fields("),
+    "a docstring": ('    """Return PEFT\'s LoraConfig fields;', '    """Return my fields;'),
+    "a setting": (f"\nLORA_R = {t.LORA_R}", "\nLORA_R = 4"),
+    "a line's form": ("next_tokens = inputs", "next_tokens   =   inputs"),
+}
+
+
+@pytest.mark.parametrize("change", SAME_CODE.values(), ids=SAME_CODE)
+def test_what_is_not_executed_is_no_other_code(change):
+    edited = CODE.replace(*change)
+    assert edited != CODE and t.hash_of_code(edited.encode()) == t.hash_of_code(CODE.encode())
+
+
+@pytest.mark.parametrize(
+    "change", [EDITED_LOSS, ("DEMO = {", "OMED = {"), ("1e-9, 0.5", "1e-9, 0.6")]
+)
+def test_what_is_executed_is_other_code(change):
+    edited = CODE.replace(*change)
+    assert edited != CODE and t.hash_of_code(edited.encode()) != t.hash_of_code(CODE.encode())
+
+
+@pytest.mark.parametrize("ends", ["stopped", "finished"])
+def test_edited_code_moves_nothing_until_one_decides(ends, request, tmp_path, capfd):
+    run = request.getfixturevalue(ends)
+    output = shutil.copytree(run.output, tmp_path / "output")
+    left = runs.files(output)
+    edited = runs.edited_script(tmp_path, EDITED_LOSS).main
+    end = runs.command(capfd, into(output, run), edited)
+    assert end.status == 1 and "OUTPUT_DIR" in end.err and "Traceback" not in end.err
+    assert ("--edited_code" in end.err) == (ends == "stopped")
+    assert runs.files(output) | {"run.json": left["run.json"]} == left
+    again = runs.command(capfd, [*into(output, run), "--edited_code"], edited)
+    assert again.status == (0 if ends == "stopped" else 1)
+
+
+def test_no_loss_of_other_code_is_compared(stopped, output, whole, tmp_path, capfd):
+    """Each loss of the edited code is larger by one."""
+    edited = runs.edited_script(tmp_path, EDITED_LOSS).main
+    argv = [*into(output, stopped), "--edited_code", "--final_lora", "best"]
+    end = runs.command(capfd, argv, edited)
+    assert end.status == 0 and "WARNING" not in end.out
+    before = {step: loss for step, key, loss in whole[1] if key == "eval_loss"}
+    measured = t.eval_losses(runs.history(output))
+    assert measured.keys() == {0, 8}
+    assert min(measured[step] - before[step] for step in measured) > 0.5
+    assert (output / runs.ADAPTER).read_bytes() == whole[0]
+    codes = [session["code"] for session in runs.read_record(output)["sessions"]]
+    assert len(codes) == len({*codes}) == 2
+    runs.refused(capfd, into(output, stopped), "OUTPUT_DIR")  # nor by the code of before
 
 
 def test_a_field_that_an_update_of_a_library_adds_is_no_other_job(stopped, job, monkeypatch):

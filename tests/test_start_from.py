@@ -37,10 +37,13 @@ def test_training_goes_on_from_the_adapters_tensors(flags, finished, tmp_path, m
     assert runs.run(flags) == 0
     assert runs.run([*flags, "--output_dir", tmp_path / "whole"]) == 0
     assert (output / runs.ADAPTER).read_bytes() == (tmp_path / "whole" / runs.ADAPTER).read_bytes()
-    # The first held-out loss is the base's all the same.
+    # The first held-out loss is the base's all the same, and that of the start is kept beside it.
     job = runs.prepared(flags)
     before = runs.logged(runs.history(output), "eval_loss")[0]
     assert before == pytest.approx(token_loss(base_model(), job.data.held_out), rel=ROUNDING)
+    older_losses = runs.logged(runs.history(finished.output), "eval_loss")
+    (start,) = runs.logged(runs.history(output), "start_loss")
+    assert start == pytest.approx(older_losses[-1], rel=ROUNDING)
     # What it learned before is still learned, and a held-out line of it is told.
     learned = (output / "final_lora" / "learned.txt").read_text().split()
     now = {t.prompt_hash(example.messages[:-1]) for example in job.data.examples}
@@ -55,6 +58,16 @@ def test_training_goes_on_from_the_adapters_tensors(flags, finished, tmp_path, m
     assert runs.prepared([*flags, "--start_from", copy]).plan.folder == job.plan.folder
     edit_tensors(copy)
     assert runs.prepared([*flags, "--start_from", copy]).plan.folder != job.plan.folder
+
+
+def test_a_start_that_saw_another_template_is_told(flags, tmp_path, capfd):
+    template = Path(TOY, "chat_template.jinja").read_text(encoding="utf-8")
+    (tmp_path / "other.jinja").write_text(f"{template}{{# another #}}", encoding="utf-8")
+    dry = [*flags, "--dry_run"]
+    assert "template" not in runs.command(capfd, dry).out
+    assert (
+        "template" in runs.command(capfd, [*dry, "--chat_template", tmp_path / "other.jinja"]).out
+    )
 
 
 def edit_tensors(folder):
