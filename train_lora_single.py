@@ -148,6 +148,50 @@ def training_fields(settings: Settings, steps: int) -> Facts:
     )
 
 
+def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
+    """Return the fields of SFTConfig that the step, the loss and the records rely on."""
+    processes = accelerate.PartialState().num_processes
+    return dict(
+        max_steps=steps,  # this decides, not the epochs
+        num_train_epochs=settings.NUM_EPOCHS,
+        # A whole step arrives in one call of training_step(), which divides it into micro-batches.
+        per_device_train_batch_size=examples_per_step(settings) // processes,
+        gradient_accumulation_steps=1,
+        average_tokens_across_devices=True,
+        activation_checkpointing=False,  # switched for each micro-batch, see MEMORY
+        gradient_checkpointing=False,  # its old name
+        bf16=False,  # no autocast: the weights have their type already
+        fp16=False,
+        use_cpu=settings.DEVICE == "cpu" or settings.dry_run,  # a dry run makes no CUDA context
+        loss_type="nll",
+        label_smoothing_factor=0,
+        eos_token=base.tokenizer.eos_token,
+        max_length=None,  # nothing is cut
+        train_sampling_strategy="sequential",  # SimilarLengthSampler decides
+        dataloader_drop_last=False,
+        **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
+        # These are ignored or unwanted:
+        activation_offloading=False,
+        router_aux_loss_coef=None,  # the loss of token_losses() has none for experts' routers
+        **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
+        **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
+        **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
+        **dict.fromkeys(["save_total_limit", "torch_empty_cache_steps"], None),
+        eval_strategy="no",  # RunEvents evaluates and saves, see TRAINING
+        save_strategy="no",
+        save_steps=500,
+        save_only_model=False,
+        ignore_data_skip=False,
+        logging_strategy="steps",
+        logging_steps=1,  # every loss is checked and recorded
+        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
+        report_to=settings.REPORT_TO,
+        run_name=Path(settings.OUTPUT_DIR).resolve().name,  # in a tracker
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+
+
 # ==== THE RUN: the whole job, and the values that its sections hand on
 
 Settings = argparse.Namespace  # the constants, as flags change them
@@ -228,12 +272,12 @@ class Example(Conversation):
 
     prompt_ids: list[int]  # tokens before the reply; targets only in earlier replies
     reply_ids: list[int]  # target tokens, with the turn's end
-    earlier: tuple[Example, ...] = ()  # replies in the prompt that are also trained
+    earlier_replies: tuple[Example, ...] = ()  # in the prompt, and also trained
 
     @property
     def replies(self) -> tuple[Example, ...]:
         """All replies that this row trains, each as an example of its own."""
-        return (*self.earlier, replace(self, earlier=()))
+        return (*self.earlier_replies, replace(self, earlier_replies=()))
 
     @property
     def input_ids(self) -> list[int]:
@@ -682,10 +726,10 @@ class SimilarLengthSampler:
         # Sorted within blocks of at most 50 steps, so that each epoch groups them differently.
         block = self.size * min(50, math.ceil(len(order) / self.size / 4))
         grouped: list[int] = []
-        for first in range(0, whole, block):
-            part = order[first : min(first + block, whole)]
+        for begin in range(0, whole, block):
+            part = order[begin : min(begin + block, whole)]
             grouped += sorted(part, key=lambda number: self.lengths[number])
-        steps = [grouped[first : first + self.size] for first in range(0, whole, self.size)]
+        steps = [grouped[begin : begin + self.size] for begin in range(0, whole, self.size)]
         shuffler.shuffle(steps)
         for step in [*steps, order[whole:]]:
             yield from step
@@ -702,15 +746,15 @@ def micro_batches(inputs: Tensors, tokens_at_once: int, chunk: int = 1) -> Itera
     if len(lengths) * round_up(max(lengths), chunk) <= tokens_at_once:
         yield inputs
         return
-    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    while rows:
-        width = lengths[rows[0]]
+    numbers = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    while numbers:
+        width = lengths[numbers[0]]
         padded_length, most = round_up(width, chunk), tokens_at_once
         if padded_length > tokens_at_once:
             most *= CHECKPOINTING_FACTOR
         count = max(1, most // padded_length)
-        yield {key: value[rows[:count], :width] for key, value in inputs.items()}
-        rows = rows[count:]
+        yield {key: value[numbers[:count], :width] for key, value in inputs.items()}
+        numbers = numbers[count:]
 
 
 MOST_TARGETS = 512  # of a row at once, where the loss needs their logits, see needs_logits()
@@ -878,9 +922,9 @@ def losses_of_replies(
                     raise
                 tokens_at_once = len(batch) // 2 * width
                 continue
-            for number, row in zip(batch, by_token, strict=True):
+            for number, token_loss in zip(batch, by_token, strict=True):
                 losses[number] = [  # a reply's first token is predicted by its prompt's last one
-                    row[len(reply.prompt_ids) - 1 : len(reply.input_ids) - 1].sum().item()
+                    token_loss[len(reply.prompt_ids) - 1 : len(reply.input_ids) - 1].sum().item()
                     for reply in examples[number].replies
                 ]
             order = order[: -len(batch)]
@@ -912,9 +956,9 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     total = sum(weight.numel() for weight in model.parameters())
     counts = f"{count:,} of {total:,} parameters are trained ({count / total:.4%})"
     if trained != planned or total != plan.all_parameters:
-        wrong = sorted(trained.items() ^ planned.items(), key=str)[:4]
+        differences = sorted(trained.items() ^ planned.items(), key=str)[:4]
         raise UserError(
-            f"LoRA is not in place as planned: {counts}, and these differ: {wrong}. "
+            f"LoRA is not in place as planned: {counts}, and these differ: {differences}. "
             "Fully trained modules need DTYPE float32."
         )
     report("model", f"{counts}, in float32; the rest is frozen")
@@ -1012,8 +1056,10 @@ def trial_fits(trainer: LoraTrainer, rows: int, width: int) -> bool:
 def lower_tokens_at_once(trainer: LoraTrainer, rows: int, width: int) -> None:
     """Lower tokens_at_once after rows x width did not fit; raise UserError for a single row."""
     if rows == 1 and trainer.needs_checkpointing(width):  # a single example cannot be divided
-        problem = f"An example of {width:,} tokens does not fit in the GPU's memory"
-        raise UserError(f"{problem}: lower MAX_SEQ_LEN, or stop other programs on this GPU.")
+        raise UserError(
+            f"An example of {width:,} tokens does not fit in the GPU's memory: lower MAX_SEQ_LEN, "
+            "or stop other programs on this GPU."
+        )
     free_memory(trainer.model)
     trainer.tokens_at_once = int(0.9 * trainer.tokens_at_once) // trainer.chunk * trainer.chunk
 
@@ -1178,8 +1224,10 @@ def read_base(request: BaseRequest, tokenizer: Any = None) -> Base:
     elif template:
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
-        problem = f"CHAT_TEMPLATE {template!r} gives no chat template for {name}"
-        raise UserError(f'{problem}; use another one, such as a file, or "" for the model\'s own.')
+        raise UserError(
+            f"CHAT_TEMPLATE {template!r} gives no chat template for {name}; use another one, such "
+            'as a file, or "" for the model\'s own.'
+        )
     if not stop_ids:
         raise UserError(f"{name} names no stop token; add eos_token_id to generation_config.json.")
     if commit:
@@ -1371,8 +1419,10 @@ def check_joining(replies: list[Example], base: Base, settings: Settings) -> Non
     if tokens <= 1.5 * needed:
         return
     if settings.CHAT_TEMPLATE == "one_pass":
-        problem = f"CHAT_TEMPLATE one_pass joins too few replies of {settings.MODEL_NAME}"
-        raise UserError(f"{problem}: {tokens / needed:.1f} times the dialogues' tokens remain.")
+        raise UserError(
+            f"CHAT_TEMPLATE one_pass joins too few replies of {settings.MODEL_NAME}: "
+            f"{tokens / needed:.1f} times the dialogues' tokens remain."
+        )
     advice = ""
     template = one_pass_template(base.tokenizer)
     if template:
@@ -1544,9 +1594,9 @@ def messages_of_sharegpt(turns: list[Any]) -> tuple[list[Any], int]:
             turn = {"role": role, "content": value, **turn}
         messages.append(turn)
     roles = [message.get("role") if isinstance(message, dict) else "" for message in messages]
-    left_out, first = 0, roles[:1].count("system")
-    for end, role in ((first, "assistant"), (-1, "user")):
-        while len(roles) > first and roles[end] == role:
+    left_out, begin = 0, roles[:1].count("system")
+    for end, role in ((begin, "assistant"), (-1, "user")):
+        while len(roles) > begin and roles[end] == role:
             del roles[end], messages[end]
             left_out += 1
     return messages, left_out
@@ -1564,8 +1614,8 @@ def check_messages(messages: list[Any], thinking: bool = False) -> None:
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"message {number}: role {role!r} is not system, user or assistant")
         if not isinstance(content, str) or not content.strip():
-            problem = f"content must be text, but is {one_line(repr(content), 60)}"
-            raise ValueError(f"message {number}: {problem}")
+            given = one_line(repr(content), 60)
+            raise ValueError(f"message {number}: content must be text, but is {given}")
         if re.search("[\ud800-\udfff]", content):
             raise ValueError(f"message {number} has half a character, such as a lone \\ud83d")
         if role == "assistant" and re.search("</?think>", content) and not thinking:
@@ -1645,7 +1695,7 @@ def hold_out(
 def encode(
     conversations: list[Conversation],
     base: Base,
-    limit: int,
+    most_tokens: int,
     problems: list[str],
     which: str = "held-out",
 ) -> list[Example]:
@@ -1659,17 +1709,19 @@ def encode(
         else:
             fields = vars(conversation) | {"prompt_ids": prompt_ids, "reply_ids": reply_ids}
             examples.append(Example(**fields))
-    too_long = [example.source for example in examples if len(example.input_ids) > limit]
+    too_long = [example.source for example in examples if len(example.input_ids) > most_tokens]
     if too_long:
         lengths = sorted(len(example.input_ids) for example in examples)
         nine_tenths = lengths[-1 - len(lengths) // 10]
-        problem = f"{len(too_long):,} of {len(conversations):,} {which} examples are longer than "
-        problem += f"MAX_SEQ_LEN {limit}; {nine_tenths} keeps nine tenths, and {lengths[-1]} all"
+        problem = (
+            f"{len(too_long):,} of {len(conversations):,} {which} examples are longer than "
+            f"MAX_SEQ_LEN {most_tokens}; {nine_tenths} keeps nine tenths, and {lengths[-1]} all"
+        )
         if len(too_long) > len(conversations) / 10:
             problems.append(f"{too_long[0]}: {problem}")
         else:
             report("left out", f"{problem}\n{join_limited([*dict.fromkeys(too_long)], 5, ', ')}")
-    return [example for example in examples if len(example.input_ids) <= limit]
+    return [example for example in examples if len(example.input_ids) <= most_tokens]
 
 
 def render(messages: Messages, base: Base) -> tuple[list[int], list[int]]:
@@ -1704,8 +1756,10 @@ def render(messages: Messages, base: Base) -> tuple[list[int], list[int]]:
         )
     ends = [place for place, token in enumerate(reply_ids, 1) if token in base.stop_ids]
     if not ends:
-        problem = "the chat template does not end the reply with a stop token"
-        raise ValueError(f"{problem}; add its end-of-turn token to generation_config.json")
+        raise ValueError(
+            "the chat template does not end the reply with a stop token; add its end-of-turn token "
+            "to generation_config.json"
+        )
     return prompt_ids, reply_ids[: ends[0]]  # without the newline that follows it
 
 
@@ -1720,7 +1774,7 @@ def join_replies(replies: list[Example]) -> list[Example]:
         if joined and joined[-1].source == reply.source:
             continues = reply.prompt_ids[: len(joined[-1].input_ids)] == joined[-1].input_ids
             if continues:
-                reply = replace(reply, earlier=joined.pop().replies)
+                reply = replace(reply, earlier_replies=joined.pop().replies)
         joined.append(reply)
     return joined
 
@@ -1759,9 +1813,9 @@ def make_plan(settings: Settings, base: Base, data: Data) -> Plan:
     if getattr(base.config.get_text_config(), "output_router_logits", False):
         report("warning", "the experts' routers are trained without their auxiliary loss")
     if isinstance(model.get_output_embeddings(), peft.tuners.lora.LoraLayer):
-        problem = "LORA_TARGET_MODULES: the head of the model (lm_head) cannot have LoRA"
         raise UserError(
-            f'{problem}; remove it, or train it whole with modules_to_save=["lm_head"].'
+            "LORA_TARGET_MODULES: the head of the model (lm_head) cannot have LoRA; remove it, or "
+            'train it whole with modules_to_save=["lm_head"].'
         )
     weights = dict(model.named_parameters())
     count = sum(weight.numel() for weight in weights.values())
@@ -1794,17 +1848,18 @@ def refuse_unknown_modules(config: peft.LoraConfig, model: nn.Module) -> None:
         # Not "all-linear" or a regular expression; PEFT raises if that matches nothing.
         names["LORA_TARGET_MODULES"] = sorted(config.target_modules)
     for where, patterns in names.items():
-        is_name = where == "LORA_TARGET_MODULES"  # the keys of patterns are regular expressions
-        wanted = {name: re.escape(name) if is_name else name for name in patterns}
-        missing = [
-            name for name in patterns
-            if not any(re.search(rf"\.(?:{wanted[name]})$", path) for path in paths)
-        ]  # fmt: skip
+        missing = []
+        for name in patterns:  # the keys of rank_pattern and alpha_pattern are regular expressions
+            wanted = re.escape(name) if where == "LORA_TARGET_MODULES" else name
+            if not any(re.search(rf"\.(?:{wanted})$", path) for path in paths):
+                missing.append(name)
         if missing:
             close = difflib.get_close_matches(missing[0], known, 1)
             hint = f"did you mean {close[0]}? " if close else ""
-            problem = f"{where}: the model has no module named {', '.join(missing)}; {hint}"
-            raise UserError(f"{problem}Its linear modules are {', '.join(known)}.")
+            raise UserError(
+                f"{where}: the model has no module named {', '.join(missing)}; {hint}"
+                f"Its linear modules are {', '.join(known)}."
+            )
 
 
 def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn.Module) -> None:
@@ -1824,11 +1879,13 @@ def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn
     planned |= {f"base_model.model.{name}": [*tensor.shape] for name, tensor in tensors.items()}
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     saved |= {name: [*tensor.shape] for name, tensor in tensors.items()}
-    wrong = [name for name in {**planned, **saved} if planned.get(name) != saved.get(name)]
-    if wrong:
-        wrong = [f"{name}={saved.get(name)}, not {planned.get(name)}" for name in wrong]
-        problem = f"START_FROM {folder} has {join_limited(wrong, 4, '; ')}"
-        raise UserError(f"{problem}. Use its settings, and its commit as MODEL_REVISION.")
+    names = [name for name in {**planned, **saved} if planned.get(name) != saved.get(name)]
+    if names:
+        pairs = [f"{name}={saved.get(name)}, not {planned.get(name)}" for name in names]
+        raise UserError(
+            f"START_FROM {folder} has {join_limited(pairs, 4, '; ')}. Use its settings, and its "
+            "commit as MODEL_REVISION."
+        )
     report("start", f"A and B are those of {folder}")
     template, path = base.tokenizer.get_chat_template(), folder / "chat_template.jinja"
     served = path.read_text(encoding="utf-8") if path.is_file() else template
@@ -1854,49 +1911,6 @@ def table_of_modules(model: nn.Module, trained: int, everything: int) -> list[st
     lines += [f"{kind}{count:>5}/{depth}" for kind, count in kinds.items()]
     percent = f"trainable%: {100 * trained / everything:.4f}"
     return [*lines, f"trainable params: {trained:,} || all params: {everything:,} || {percent}"]
-
-
-def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
-    """Return the fields of SFTConfig that the step, the loss and the records rely on."""
-    processes = accelerate.PartialState().num_processes
-    return dict(
-        max_steps=steps,  # this decides, not the epochs
-        num_train_epochs=settings.NUM_EPOCHS,
-        per_device_train_batch_size=examples_per_step(settings) // processes,
-        gradient_accumulation_steps=1,  # training_step() divides a step into micro-batches
-        average_tokens_across_devices=True,
-        activation_checkpointing=False,  # switched for each micro-batch, see MEMORY
-        gradient_checkpointing=False,  # its old name
-        bf16=False,  # no autocast: the weights have their type already
-        fp16=False,
-        use_cpu=settings.DEVICE == "cpu" or settings.dry_run,  # a dry run makes no CUDA context
-        loss_type="nll",
-        label_smoothing_factor=0,
-        eos_token=base.tokenizer.eos_token,
-        max_length=None,  # nothing is cut
-        train_sampling_strategy="sequential",  # SimilarLengthSampler decides
-        dataloader_drop_last=False,
-        **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
-        # These are ignored or unwanted:
-        activation_offloading=False,
-        router_aux_loss_coef=None,  # the loss of token_losses() has none for experts' routers
-        **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
-        **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
-        **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
-        **dict.fromkeys(["save_total_limit", "torch_empty_cache_steps"], None),
-        eval_strategy="no",  # RunEvents evaluates and saves, see TRAINING
-        save_strategy="no",
-        save_steps=500,
-        save_only_model=False,
-        ignore_data_skip=False,
-        logging_strategy="steps",
-        logging_steps=1,  # every loss is checked and recorded
-        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
-        report_to=settings.REPORT_TO,
-        run_name=Path(settings.OUTPUT_DIR).resolve().name,  # in a tracker
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-    )
 
 
 def examples_per_step(settings: Settings) -> int:
@@ -2174,9 +2188,10 @@ def recorded(job: Job) -> Iterator[None]:
         if is_full_disk(error):
             saved = checkpoints_in(job.plan.folder).items()
             step = next((step for step, checkpoint in saved if is_intact(checkpoint)), 0)
-            ways = "make room, and the same command goes on after step"
-            problem = f"OUTPUT_DIR {job.output} cannot be written ({one_line(error)})"
-            raise UserError(f"{problem}; {ways} {step:,}.") from error
+            raise UserError(
+                f"OUTPUT_DIR {job.output} cannot be written ({one_line(error)}): if the disk or "
+                f"your quota is full, make room; the same command goes on after step {step:,}."
+            ) from error
         raise
 
 
@@ -2463,12 +2478,12 @@ def card_of(job: Job) -> str:
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
-def save_for_vllm(model: ModelConfig, final: Path, for_vllm: Path) -> None:
+def save_for_vllm(base_config: ModelConfig, final: Path, for_vllm: Path) -> None:
     """Write the adapter again, with the names of the hub's model if that wraps the text model.
 
     With other names vLLM 0.17 to 0.32 silently serves the base model.
     """
-    if model.get_text_config() is model:
+    if base_config.get_text_config() is base_config:
         return
     for_vllm.mkdir()
     config = read_json(final / "adapter_config.json")
@@ -2479,8 +2494,8 @@ def save_for_vllm(model: ModelConfig, final: Path, for_vllm: Path) -> None:
     tensors = {name_in_wrapper(name): tensor for name, tensor in tensors.items()}
     path = for_vllm / "adapter_model.safetensors"
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
-    if wrong := differing(tensors, safetensors.torch.load_file(path)):
-        raise UserError(f"Not verified: in {path} {len(wrong)} tensors differ ({wrong[:3]}).")
+    if names := differing(tensors, safetensors.torch.load_file(path)):
+        raise UserError(f"Not verified: in {path} {len(names)} tensors differ ({names[:3]}).")
     shutil.copy(final / "run.json", for_vllm)  # it comes last, and says that all is there
 
 
@@ -2512,13 +2527,13 @@ def verify_saved_adapter(model: peft.PeftModel, job: Job, final: Path, checkpoin
         error = (reply_logits(reloaded, inputs) - logits).abs().max().item()
         with reloaded.disable_adapter():
             effect = (reply_logits(reloaded, inputs) - logits).abs().max().item()
-    wrong = differing(trained, cpu_tensors_of(reloaded))
+    names = differing(trained, cpu_tensors_of(reloaded))
     path = checkpoint / "adapter_model.safetensors"
-    wrong += differing(trained, safetensors.torch.load_file(path))
+    names += differing(trained, safetensors.torch.load_file(path))
     note = f"logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
-    if wrong or not (effect > 0 and error <= effect / 10):
+    if names or not (effect > 0 and error <= effect / 10):
         raise UserError(
-            f"Not verified: {len(wrong)} tensors differ ({wrong[:3]}), and {note}. "
+            f"Not verified: {len(names)} tensors differ ({names[:3]}), and {note}. "
             "If the last is about 0, LEARNING_RATE is too small."
         )
     return f"every tensor is the trained one, reloaded; {note}"
@@ -2841,6 +2856,7 @@ def open_output(output: Path) -> Any:
     log = logging.FileHandler(output / "all_logs.log", encoding="utf-8", errors="replace")
     logging.basicConfig(handlers=[log, logging.lastResort], format="%(message)s", force=True)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # on a full disk each line would print a traceback
     LOG.setLevel(logging.INFO)
     LOG.info("\n---- %s %s", time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv))
     return lock

@@ -122,7 +122,8 @@ def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
     changes = [(seed, f"{seed}\nWEIGHT_DECAY = 0.0\nNEVER_READ = 1")]
     changes.append((rate, f"{rate}        weight_decay=settings.WEIGHT_DECAY,\n"))
     copy = edited_script(tmp_path, *changes)
-    refused(capfd, ["--weight_decay", "x"], "WEIGHT_DECAY", status=2, main=copy.main)
+    for value in ("x", "0,3"):  # the latter is a tuple to Python
+        refused(capfd, ["--weight_decay", value], "WEIGHT_DECAY", status=2, main=copy.main)
     decays = []
     with pytest.MonkeyPatch.context() as patch:
         see = lambda *_, optimizer, **__: decays.append(optimizer.param_groups[0]["weight_decay"])  # noqa: E731
@@ -160,6 +161,7 @@ def test_a_constant_that_cannot_be_is_named_first_of_all(monkeypatch, capfd, nam
 
 WRONG_FLAGS = {  # and what is named
     "--lora_rank 3": "--lora_rank", "--lora_al 3": "--lora_al",  # no abbreviations are taken
+    "--lr 1e-3": "--lr --learning_rate", "--epochs 2": "--epochs --num_epochs",
     "stray": "stray", "--lora_r 8.5": "LORA_R", "--learning_rate fast": "LEARNING_RATE",
     "--use_fla perhaps": "USE_FLA", "--device tpu": "DEVICE tpu",
     "--device cuda:1": "DEVICE CUDA_VISIBLE_DEVICES",
