@@ -172,7 +172,7 @@ def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
         **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
         # These are ignored or unwanted:
         activation_offloading=False,
-        router_aux_loss_coef=None,  # the loss of token_losses() has none for experts' routers
+        router_aux_loss_coef=0.0,  # token_losses() has no such part, see make_plan()
         **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
         **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
         **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
@@ -666,7 +666,7 @@ class LoraTrainer(trl.SFTTrainer):
         shard = held_out[self.args.process_index :: self.args.world_size]
         is_base = self.state.global_step == 0
         names = ["eval_loss"]
-        if is_base and self.job.settings.START_FROM:
+        if is_base and self.job.settings.START_FROM and not self.job.earlier.checkpoint:
             names = ["start_loss", "eval_loss"]  # of the adapter that training starts from
         metrics = {}
         for name in names:
@@ -1810,7 +1810,7 @@ def make_plan(settings: Settings, base: Base, data: Data) -> Plan:
         model = transformers.AutoModelForCausalLM.from_config(base.config, trust_remote_code=False)
     refuse_unknown_modules(lora, model)
     peft.inject_adapter_in_model(lora, model)
-    if getattr(base.config.get_text_config(), "output_router_logits", False):
+    if getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0):
         report("warning", "the experts' routers are trained without their auxiliary loss")
     if isinstance(model.get_output_embeddings(), peft.tuners.lora.LoraLayer):
         raise UserError(
@@ -1886,7 +1886,7 @@ def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn
             f"START_FROM {folder} has {join_limited(pairs, 4, '; ')}. Use its settings, and its "
             "commit as MODEL_REVISION."
         )
-    report("start", f"A and B are those of {folder}")
+    report("start", f"training begins with A and B of {folder}")
     template, path = base.tokenizer.get_chat_template(), folder / "chat_template.jinja"
     served = path.read_text(encoding="utf-8") if path.is_file() else template
     here = {"chat template": short_hash(template), "ENABLE_THINKING": base.enable_thinking}
@@ -2244,7 +2244,7 @@ def evaluate_if_missing(trainer: LoraTrainer) -> None:
 def set_losses_aside(loss_history: History) -> None:
     """Rename the losses of other code, so that none is compared with a later one."""
     for entry in loss_history:
-        for name in ("loss", "eval_loss"):
+        for name in ("loss", "eval_loss", "start_loss"):
             if name in entry:
                 entry[f"{name}_of_other_code"] = entry.pop(name)
 

@@ -378,6 +378,7 @@ def test_what_is_not_finite_is_never_saved(flags, tmp_path, monkeypatch, capfd, 
 
 
 NEEDED = {
+    "activation_offloading": True, "router_aux_loss_coef": 0.01,
     "loss_type": "dft", "gradient_accumulation_steps": 2, "label_smoothing_factor": 0.5,
     "per_device_train_batch_size": 8, "num_train_epochs": 7, "max_steps": 99, "logging_steps": 2,
     "packing": True, "bf16": True, "fp16": True, "save_only_model": True, "ignore_data_skip": True,
