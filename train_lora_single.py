@@ -1260,8 +1260,7 @@ def load_model(name: str, commit: str, dtype: str, device: str) -> Model:
     """Return the base model (for Qwen3.5, the text part), loaded straight onto the device.
 
     Never give SFTTrainer the model's name: it would take Qwen3_5ForConditionalGeneration, the class
-    in config.json, with which Trainer does not count a step's targets (accepts_loss_kwargs is
-    False). The loss would be a mean of micro-batch means.
+    in config.json, whose vision part would be loaded, too, and whose modules have other names.
     """
     report("model", f"loading the weights of {name}")
     try:
@@ -2776,11 +2775,11 @@ def use_fp16_matmul(model: Model) -> None:
 LOG = logging.getLogger("train_lora_single")
 
 
-def report(section: str, text: str) -> None:
-    """Print and log text beside the name of its section; a closed terminal must not end a run."""
+def report(subject: str, text: str) -> None:
+    """Print and log text beside a word for its subject; a closed terminal must not end a run."""
     if not is_main_process():
         return
-    text = f"{section:<10}{text}".replace("\n", "\n" + " " * 10)
+    text = f"{subject:<10}{text}".replace("\n", "\n" + " " * 10)
     LOG.info(text)
     try:
         tqdm.write(text)  # a progress bar may be shown below
