@@ -169,6 +169,7 @@ def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
         max_length=None,  # nothing is cut
         train_sampling_strategy="sequential",  # SimilarLengthSampler decides
         dataloader_drop_last=False,
+        dataloader_pin_memory=False,  # a step's tokens are few, and under WSL it may fail (8447)
         **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
         # These are ignored or unwanted:
         activation_offloading=False,
@@ -513,8 +514,14 @@ if __name__ == "__main__":
 # Libraries read these when they are imported.
 # Busy-waiting threads slowed a small CPU model from 28 s to 245 s beside another process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# TRL refuses several visible GPUs without a launcher. PEFT imports bitsandbytes where it is
+# installed, which starts the driver with those that are visible by then.
+if "TORCHELASTIC_RUN_ID" not in os.environ:
+    FIRST_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = FIRST_GPU
 # Micro-batch widths vary, which fragments memory. Under WSL this may fail (pytorch 192330).
-if "microsoft" not in os.uname().release.lower() and "PYTORCH_ALLOC_CONF" not in os.environ:
+IS_WSL = "microsoft" in os.uname().release.lower()
+if not IS_WSL and "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if not sys.stderr.isatty():
@@ -564,7 +571,7 @@ def build_trainer(job: Job) -> LoraTrainer:
     settings, base = job.settings, job.base
     model = load_model(settings.MODEL_NAME, base.commit, settings.DTYPE, settings.DEVICE)
     if uses_fp16_matmul(base.request, base.config):
-        try_fp16_matmul(model, job.data.examples[0])
+        try_fp16_matmul(model, job.data.examples)
         job.session.matmul = "float16"
     ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
     with torch.no_grad():  # before any step, so that needs_logits() knows
@@ -583,9 +590,32 @@ def build_trainer(job: Job) -> LoraTrainer:
         config.target_modules = [*settings.LORA_TARGET_MODULES]
     if settings.START_FROM and not job.earlier.checkpoint:
         trainer.model.load_adapter(settings.START_FROM, "default", is_trainable=True)
+    log_computation(trainer.model)
     trainer.add_callback(RunEvents(trainer))
     trainer.remove_callback(transformers.PrinterCallback)  # would print dictionaries
     return trainer
+
+
+def log_computation(model: nn.Module) -> None:
+    """Write what decides how the GPU computes to all_logs.log."""
+    names = ["torch", "transformers", "peft", "trl", "accelerate"]
+    versions = {name: importlib.metadata.version(name) for name in names}
+    kernels = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
+    }
+    facts = versions | {
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(),
+        "float32 matmul": torch.get_float32_matmul_precision(),
+        "TF32 in convolutions": torch.backends.cudnn.allow_tf32,
+        "attention": model.config._attn_implementation,
+        "kernels for SDPA": [name for name, is_allowed in kernels.items() if is_allowed],
+    }
+    if torch.cuda.is_initialized():
+        facts["capability"] = torch.cuda.get_device_capability()
+    LOG.info("computed  %s", json.dumps(facts))
 
 
 class LoraTrainer(trl.SFTTrainer):
@@ -594,6 +624,7 @@ class LoraTrainer(trl.SFTTrainer):
     def __init__(self, job: Job, **arguments: Any) -> None:
         """Prepare for a whole step at once, and for layers that can use checkpointing."""
         self.job, self.sampler = job, SimilarLengthSampler(job.data.examples, job.settings)
+        self.parts_of_step = 0  # micro-batches of the step that was done last
         super().__init__(**arguments)
         self.model.activation_checkpointing_enable()
         self.model.disable_input_require_grads()  # recomputation does not need it
@@ -631,6 +662,7 @@ class LoraTrainer(trl.SFTTrainer):
         parts = list(micro_batches(inputs, self.tokens_at_once, self.chunk))
         if needs_logits(model):
             parts = [piece for part in parts for piece in pieces_with_few_targets(part)]
+        self.parts_of_step = len(parts)
         for part in parts:
             is_last = part is parts[-1]  # only then do processes exchange gradients
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
@@ -655,6 +687,7 @@ class LoraTrainer(trl.SFTTrainer):
             has_others = model is not self.model  # DDP is around it
             if has_others or not is_out_of_memory(error):
                 raise
+            LOG.info("memory    %s", one_line(error, 300))
         raise DoesNotFit(*part["input_ids"].shape)  # torch's error and its tensors are gone
 
     def evaluate(self, *_, **__) -> dict[str, float]:
@@ -683,6 +716,10 @@ class LoraTrainer(trl.SFTTrainer):
         self.log(metrics)
         self.control.should_evaluate = False
         return metrics
+
+    def floating_point_ops(self, inputs: Tensors) -> int:
+        """Return 0; Trainer would walk through all modules at each step."""
+        return 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengthSampler:
         """Return our order. Trainer's group_by_length has no seed, so it could not be resumed."""
@@ -918,8 +955,14 @@ def losses_of_replies(
             try:
                 by_token = token_losses(model, inputs).double().cpu()
             except RuntimeError as error:
-                if not is_out_of_memory(error) or len(batch) == 1:
+                if not is_out_of_memory(error):
                     raise
+                if len(batch) == 1:
+                    source = examples[batch[0]].source
+                    raise UserError(
+                        f"{source}: {width:,} tokens do not fit in the GPU's memory; lower "
+                        "MAX_SEQ_LEN."
+                    ) from error
                 tokens_at_once = len(batch) // 2 * width
                 continue
             for number, token_loss in zip(batch, by_token, strict=True):
@@ -987,9 +1030,11 @@ def find_what_fits(trainer: LoraTrainer) -> None:
         return
     free, total = torch.cuda.mem_get_info()
     usable = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
-    # This leaves a tenth for fragmentation, and eight bytes per trained weight for AdamW.
+    # This leaves a tenth for fragmentation, and eight bytes per trained weight for AdamW. Under WSL
+    # the memory ends about 2 GB before what the driver calls free (WSL 41176).
+    for_trials, for_steps = (0.85, 0.9) if IS_WSL else (0.9, 0.97)
     states = 8 * sum(map(math.prod, job.plan.trained_shapes.values())) / total
-    torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * usable - states))
+    torch.cuda.set_per_process_memory_fraction(max(0.0, for_trials * usable - states))
     longest = max(len(example.input_ids) for example in job.data.examples)
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the passes draw dropout
@@ -1003,7 +1048,7 @@ def find_what_fits(trainer: LoraTrainer) -> None:
             else:
                 rows += 1
     # CUDA's libraries need the rest. A driver that spills into main memory (WSL) must fail.
-    torch.cuda.set_per_process_memory_fraction(0.97 * usable)
+    torch.cuda.set_per_process_memory_fraction(for_steps * usable)
     torch.cuda.reset_peak_memory_stats()
     report("memory", f"{trainer.tokens_at_once:,} tokens fit; longer rows use checkpointing")
 
@@ -1044,11 +1089,17 @@ def trial_fits(trainer: LoraTrainer, rows: int, width: int) -> bool:
     mask[:, -1] = 0  # padding takes extra memory and other kernels
     part = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     trainer.model.train()
-    fits = True
+    torch.cuda.reset_peak_memory_stats()
+    began, fits = time.monotonic(), True
     try:
         trainer.backward_if_it_fits(trainer.model, part, rows * width)
     except DoesNotFit:
         fits = False
+    kind = "recomputed" if trainer.needs_checkpointing(width) else "kept"
+    gib = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+    text = f"{rows} x {width} tokens, {kind}, {targets} targets each: {'fits' if fits else 'full'}"
+    peak = f"at most {gib[0]:.2f} GiB allocated and {gib[1]:.2f} reserved"
+    LOG.info("memory    %s, %s, %.2f s", text, peak, time.monotonic() - began)
     free_memory(trainer.model)
     return fits
 
@@ -1076,6 +1127,9 @@ def free_memory(model: nn.Module) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether this is the error of torch, cuBLAS, cuDNN or Triton when memory is full."""
     words = "out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    # On a MIG slice torch fails while it asks who holds the memory (pytorch 112377, 197312).
+    words += "|NVML_SUCCESS == r"
+    words += "|device not ready" if IS_WSL else ""
     return bool(re.search(words, str(error)))
 
 
@@ -1123,6 +1177,9 @@ def choose_device(device: str, dtype: str, use_fla: bool) -> None:
     keep_out("causal_conv1d")
     # float16 products are summed in float32, see FP16 MATMUL.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for TF32
+    # torch 2.9 prefers it on an H100, where it reads past its inputs (pytorch 169849, 196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     fault = "it needs a GPU"
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -1149,8 +1206,6 @@ def is_kept_out(package: str) -> bool:
 def check_gpu(dtype: str, is_launched: bool) -> None:
     """Choose one GPU, and try a matmul."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    if not is_launched:  # TRL refuses several visible GPUs without a launcher
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     try:
         torch.cuda.init()  # says why there is no GPU
         accelerate.PartialState()  # gives each process of a launch its own GPU
@@ -2225,6 +2280,23 @@ def train(trainer: LoraTrainer) -> None:
     job.session.stop.finish_first = ""
 
 
+def check_what_was_loaded(trainer: LoraTrainer) -> None:
+    """Raise RuntimeError unless the adapter and the optimizer's steps are the checkpoint's."""
+    checkpoint = trainer.job.earlier.checkpoint
+    saved = safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
+    wrong = differing(saved, cpu_tensors_of(trainer.model))
+    states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    saved_steps, steps = steps_of(states), steps_of(trainer.optimizer.state_dict())
+    if wrong or steps != saved_steps:
+        problem = f"{checkpoint} was not loaded as it is: tensors {wrong[:3]} differ"
+        raise RuntimeError(f"{problem}, and the optimizer has done other steps: {steps}"[:500])
+
+
+def steps_of(states: Facts) -> dict[int, float]:
+    """Return how many steps an optimizer has done for each weight; 0 if it does not count."""
+    return {number: float(state.get("step", 0)) for number, state in states["state"].items()}
+
+
 def evaluate_if_missing(trainer: LoraTrainer) -> None:
     """Measure the held-out loss of the base, or of the checkpoint, unless already done."""
     job, state, step = trainer.job, trainer.state, trainer.job.earlier.checkpoint_step
@@ -2254,15 +2326,21 @@ def is_evaluation_due(job: Job, step: int) -> bool:
     return bool(job.data.held_out) and (step % every == 0 or step == job.plan.steps)
 
 
+STEPS_TO_LOG = 20  # of a session, with what the terminal does not show
+
+
 class RunEvents(transformers.TrainerCallback):
     """What Trainer calls around steps: print, check, evaluate, save and stop."""
 
     def __init__(self, trainer: LoraTrainer) -> None:
         """Keep the trainer and its job; the first step notes the time."""
         self.trainer, self.job, self.began = trainer, trainer.job, 0.0
+        self.step_began = 0.0
 
     def on_train_begin(self, args, state, control, **_) -> None:
         """First measure the base's held-out loss, or one that a signal cut short."""
+        if self.job.earlier.checkpoint:
+            check_what_was_loaded(self.trainer)
         evaluate_if_missing(self.trainer)
 
     def on_epoch_begin(self, args, state, control, **_) -> None:
@@ -2272,7 +2350,8 @@ class RunEvents(transformers.TrainerCallback):
     def on_step_begin(self, args, state, control, **_) -> None:
         """From now on, let a signal wait until the step is finished and saved."""
         self.job.session.stop.finish_first = "the step"
-        self.began = self.began or time.monotonic()
+        self.step_began = time.monotonic()
+        self.began = self.began or self.step_began
 
     def on_step_end(self, args, state, control, **_) -> None:
         """Decide what comes next: Trainer logs, then evaluates, then saves."""
@@ -2305,6 +2384,12 @@ class RunEvents(transformers.TrainerCallback):
             report("eval", f"epoch {epoch:g}  loss {logs['eval_loss']:.4f}{note}")
         if "start_loss" in logs:
             report("eval", f"epoch 0  loss {logs['start_loss']:.4f}  (the adapter of START_FROM)")
+        if "loss" in logs and step <= job.earlier.checkpoint_step + STEPS_TO_LOG:
+            text = f"step {step}: {self.trainer.parts_of_step} micro-batches, "
+            text += f"{1000 * (time.monotonic() - self.step_began):.0f} ms, loss {logs['loss']}, "
+            text += f"grad_norm {logs['grad_norm']}"
+            retries = torch.cuda.memory_stats() if torch.cuda.is_initialized() else {}
+            LOG.info("step      %s, alloc retries %s", text, retries.get("num_alloc_retries", 0))
         every = job.settings.LOGGING_STEPS
         if "loss" in logs and (step in (1, job.plan.steps) or step % every == 0):
             losses = [entry["loss"] for entry in session.loss_history if "loss" in entry][-every:]
@@ -2653,6 +2738,7 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
 # float32. A product that is too large becomes infinite and ends the run. This was tested on CPUs,
 # never on a V100, with the families below; others may cast activations to a weight's type.
 
+TARGETS_OF_THE_TRIAL = 200
 TESTED_IN_FP16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
 
 
@@ -2669,40 +2755,48 @@ def uses_fp16_matmul(request: BaseRequest, config: ModelConfig) -> bool:
     return False
 
 
-def try_fp16_matmul(model: Model, example: Example) -> None:
+def try_fp16_matmul(model: Model, examples: list[Example]) -> None:
     """Switch a model to scaled float16; raise UserError if this GPU computes it wrongly.
 
-    On one example the first module of each name may err only by rounding, forward and backward, and
-    the loss by 1 %.
+    The first module of each name may err only by rounding, forward and backward. The loss, of the
+    examples with the most targets up to TARGETS_OF_THE_TRIAL, may move by 1 % and by 0.03 nats a
+    target: two computations that are equally good are 0.03 to 0.08 nats apart in one of them.
     """
     names = {module: path.rpartition(".")[2] for path, module in fp16_modules(model).items()}
     first: dict[str, tuple[nn.Linear, Tensor]] = {}
-    inputs = pad([example], model.device)
     wrong = "MATMUL float16 is wrong on this GPU; use --matmul native:"
+    tried: list[Example] = []
+    for example in sorted(examples, key=lambda example: -example.targets):
+        if sum(each.targets for each in tried) < TARGETS_OF_THE_TRIAL:
+            tried.append(example)
+    targets = sum(example.targets for example in tried)
 
     def note(module: nn.Linear, rows: tuple[Tensor]) -> None:
-        first.setdefault(names[module], (module, rows[0]))
+        first.setdefault(names[module], (module, rows[0].flatten(0, -2)[:512]))
 
     hooks = [module.register_forward_pre_hook(note) for module in names]
+    before = sum(map(sum, losses_of_replies(model, tried)))
+    for hook in hooks:
+        hook.remove()
     with torch.no_grad():
-        before = token_losses(model, inputs).sum().item()
-        for hook in hooks:
-            hook.remove()
         for name, (module, rows) in first.items():
-            weight, rows = module.weight, rows.flatten(0, -2)
+            weight, errors = module.weight, []
             for factor, matrix in ((rows, weight.T), (rows @ weight.T, weight)):  # and backward
                 exact = factor.float() @ matrix.float()
                 error = (scaled_fp16_matmul(factor, matrix.half()).float() - exact).norm()
-                relative = (error / exact.norm()).item()
+                errors.append((error / exact.norm()).item())
                 # Rounding to float16 and then to bfloat16 errs by 0.44 % at most. In the sums of
                 # 248,320 terms of a head's gradient a V100 may truncate another 0.14 %.
                 limit = 0.007 if len(matrix) > 100_000 else 0.005
-                if not relative <= limit:  # also false for NaN
-                    raise UserError(f"{wrong} a product of {name} errs by {relative:.2%}.")
-        use_fp16_matmul(model)
-        after = token_losses(model, inputs).sum().item()
-    if not abs(after - before) <= 0.01 * before:
-        raise UserError(f"{wrong} the loss of an example is {after:.4f}, not {before:.4f}.")
+                if not errors[-1] <= limit:  # also false for NaN
+                    raise UserError(f"{wrong} a product of {name} errs by {errors[-1]:.2%}.")
+            LOG.info("matmul    %s errs by %.3e and, backward, by %.3e", name, *errors)
+    use_fp16_matmul(model)
+    after = sum(map(sum, losses_of_replies(model, tried)))
+    losses = f"the loss of {targets:,} targets is {after:.4f}, not {before:.4f}"
+    if not abs(after - before) <= 0.01 * before + 0.03 * targets:
+        raise UserError(f"{wrong} {losses}.")
+    LOG.info("matmul    %s", losses)
     report("matmul", f"scaled float16: {len(names)} frozen modules, {len(first)} of them tried")
 
 

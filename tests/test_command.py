@@ -368,6 +368,34 @@ def test_fla_is_there_where_it_is_right(case, is_asked, gpu, tmp_path, monkeypat
     assert sys.modules["causal_conv1d"] is None
 
 
+def test_float32_is_float32_and_cudnns_attention_is_off():
+    """As in NVIDIA's containers, and in torch 2.9 on an H100."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    t.prepare_device(t.parse_settings(RUN))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(("visible", "left"), [(None, "0"), ("2,3", "2"), ("", "")])
+def test_only_one_gpu_is_visible_before_anything_is_imported(visible, left, tmp_path, monkeypatch):
+    """A library that starts the driver with several would keep them."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    first, note = "\nimport accelerate\n", "\nONE_GPU = os.environ['CUDA_VISIBLE_DEVICES']"
+    script = edited_script(tmp_path, (first, note + first))
+    assert left == script.ONE_GPU
+
+
+def test_each_process_of_a_launch_sees_all_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    edited_script(tmp_path)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
 def test_what_other_work_left_changes_nothing(finished, stopped, tmp_path, monkeypatch):
     left = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "1"}
     left |= {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}
