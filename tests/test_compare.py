@@ -66,7 +66,7 @@ def test_three_adapters_of_one_folder_are_three_rows(compare, make, tmp_path):
     expected = ["final_lora.1", "final_lora.0", "final_lora"]
     assert names_of(out) == expected and len(losses) == 3 and not left
     assert re.findall(r"LEARNING_RATE (\S+),", out) == ["0.0003", "0.0001", "0.001"]
-    assert re.findall(r"lora_dropout ([\d.]+)", out) == ["0.0", "0.1", "0.0"]
+    assert re.findall(r"lora_dropout ([\d.]+)$", out, re.MULTILINE) == ["0.0", "0.1", "0.0"]
     assert "EPOCHS" not in out
     page = page_of(tmp_path)
     assert len(page["sides"]) == 4 and len(page["prompts"][0]["replies"]) == 4
