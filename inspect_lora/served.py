@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inspect_lora import vllm
 from inspect_lora.common import InspectError, aligned, one_line, say, wrapped
 from inspect_lora.record import Probe, Record, read_record
 
@@ -23,9 +24,10 @@ SCHEMA = 1  # of --json
 MAY_BE_APART, MAY_BE_APART_AT_MOST = 0.03, 0.3
 ADVICE = {
     "applied": "",
-    "ignored": "If the base also takes images, vLLM up to 0.32 ignores the names of a text model: "
-    "serve final_lora_vllm, or what `export --vllm` writes. Otherwise see which folder /v1/models "
-    "names for the adapter.",
+    "ignored": "If the base also takes images, vLLM before "
+    f"{vllm.name_of(vllm.TEXT_NAMES_FROM)} ignores the names of a text model: serve "
+    "final_lora_vllm, or what `export --vllm` writes. Otherwise see which folder /v1/models names "
+    "for the adapter.",
     "cannot tell": "It is applied at another strength or in part, or the server has another "
     "adapter or base: compare the adapter_config.json that it reads, and see its log.",
 }

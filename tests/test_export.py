@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from toys import CONFIG, PREFIX, TENSORS, change_config, change_tensors, save_adapter
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from inspect_lora import vllm
 from inspect_lora.__main__ import main
 
 RANKS = {"o_proj": 1, "layers.0.mlp.up_proj": 3}
@@ -100,7 +101,9 @@ def test_vllm_gets_the_same_updates_under_its_names(adapters, copied, export, tm
         assert there[path].scaling == here[own].scaling and there[path].r == here[own].r
 
 
-def test_no_command_serves_names_that_vllm_ignores(plain, export, capfd, tmp_path):
+def test_no_command_serves_names_that_vllm_ignores(plain, export, capfd, tmp_path, monkeypatch):
+    assert "vllm serve" in export(plain, tmp_path / "1", "--scale", 2)
+    monkeypatch.setattr(vllm, "default_version", lambda: (0, 32))
     assert "vllm serve" not in export(plain, tmp_path / "new", "--scale", 2)
     assert f"vllm serve {TOY}" in export(plain, tmp_path / "2", "--scale", 2, "--vllm")
     text = toys.model_of(toys.family("Llama"), tmp_path / "llama")

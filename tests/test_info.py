@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import peft
@@ -21,7 +22,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from runs import command, refused
 from safetensors.torch import load_file, save_file
-from toys import CONFIG, PREFIX, TENSORS, change_config, change_tensors, save_adapter
+from toys import CONFIG, PREFIX, TENSORS, change_config, change_tensors, edit_json, save_adapter
 from transformers import AutoModelForImageTextToText
 
 from inspect_lora.__main__ import main
@@ -192,37 +193,109 @@ def test_what_is_not_as_it_looks_is_told(adapters, plain, info):
     assert "v_prj" in facts["unused"] and "bias" in facts["more"] and "1.mlp.up" in facts["zero"]
 
 
-def test_the_names_are_told_with_what_vllm_does(adapters, plain, tmp_path, info):
-    images = info(adapters["plain"])
-    assert images["vllm_0_32_applies"] is False and "--vllm" in images["shown"]
-    assert info(adapters["wrapper"])["vllm_0_32_applies"] is True
-    text = toys.model_of(toys.family("Llama"), tmp_path / "llama")
-    assert info(change_config(plain, base_model_name_or_path=text))["vllm_0_32_applies"] is True
-    assert info(change_config(plain, use_dora=True))["vllm_0_32_applies"] is False
-    change_config(plain, use_dora=False)
-    wrong = shutil.copytree(adapters["wrapper"], tmp_path / "wrong")
-    assert info(change_config(wrong, base_model_name_or_path=text))["vllm_0_32_applies"] is False
-    for folder in (plain, wrong):
-        change_config(folder, base_model_name_or_path="someone/not-on-this-machine")
-        told = info(folder)
-        assert told["vllm_0_32_applies"] is None
-        assert "final_lora_vllm" not in told["shown"] and "export" not in told["shown"]
-    assert info(plain, "--base", TOY)["vllm_0_32_applies"] is False
-    assert "no-such-folder" in info(plain, "--base", "no-such-folder")["shown"]
-    quantized = change_config(plain, base_model_name_or_path=f"{text}-unsloth-bnb-4bit")
-    assert info(quantized)["vllm_0_32_applies"] is True
+NAMES = [  # the adapter's names, the base, a version, and whether it applies them
+    ("plain", "Qwen3.5", "0.32", False), ("plain", "Qwen3.5", "0.33", True),
+    ("plain", "Qwen3.5", "0.17", False), ("plain", "Qwen3.5", "0.99", True),
+    ("plain", "Qwen3.5", "0.5", False), ("wrapper", "Qwen3.5", "0.17", True),
+    ("wrapper", "Qwen3.5", "0.5", None), ("wrapper", "Llama", "0.33", False),
+    ("wrapper", "Llama", "0.99", None), ("plain", "Llama", "0.17", True),
+    ("plain", "Gemma 3", "0.32", False), ("plain", "Gemma 3n", "0.32", None),
+    ("plain", "Gemma 3n", "0.33", True), ("wrapper", "Gemma 3n", "0.32", True),
+    ("plain", "Qwen2-VL", "0.17", True), ("wrapper", "Qwen2-VL", "0.17", True),
+    ("plain", "InternVL", "0.32", None), ("plain", "InternVL", "0.33", True),
+    ("wrapper", "InternVL", "0.32", True), ("plain", "of no known kind", "0.33", None),
+    ("plain", "not here", "0.33", None),
+]  # fmt: skip
+CONFIGS = {  # what tells of each base that it takes images, as the hub has it
+    "Qwen2-VL": {"model_type": "qwen2_vl", "hidden_size": 8, "vision_config": {"depth": 2}},
+    "InternVL": {"model_type": "internvl_chat", "llm_config": {"hidden_size": 8}},
+    "of no known kind": {"model_type": "phi3_v", "hidden_size": 8, "img_processor": {"name": ""}},
+}
+
+
+def base_of(name, folder):
+    """Return the path of a base, of which only config.json matters."""
+    made = {"Llama": lambda: toys.family("Llama"), "Gemma 3": lambda: toys.wrapper("Gemma3")}
+    made["Gemma 3n"] = lambda: toys.wrapper("Gemma3n")
+    if name in CONFIGS:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    if name in made:
+        toys.model_of(made[name](), folder)
+    return TOY if name == "Qwen3.5" else str(folder)
+
+
+@pytest.mark.parametrize(("kind", "base", "version", "applies"), NAMES)
+def test_whether_vllm_applies_the_names_depends_on_base_and_version(
+    adapters, tmp_path, capfd, kind, base, version, applies
+):
+    words = ["info", adapters[kind], "--base", base_of(base, tmp_path / "base")]
+    end = command(capfd, [*words, "--for", f"vllm=={version}.1", "--json"], main)
+    found = json.loads(end.out)
+    assert (found["applies"], found["vllm"]) == (applies, version)
+    assert end.status == {True: 0, False: 1, None: 2}[applies]
+    shown = command(capfd, [*words, "--for", f"vllm=={version}"], main).out
+    assert version in shown and ("export" in shown) == (applies is False and kind == "plain")
+
+
+def test_the_version_is_the_installed_one_or_the_newest_that_was_read(
+    adapters, info, monkeypatch, capfd
+):
+    assert info(adapters["plain"])["vllm"] == "0.33"
+    real = metadata.version
+    version = lambda name: "0.20.1" if name == "vllm" else real(name)  # noqa: E731
+    monkeypatch.setattr(metadata, "version", version)
+    assert info(adapters["plain"])["vllm"] == "0.20"
+    assert command(capfd, ["info", adapters["plain"], "--for", "vllm"], main).status == 1
+    for wrong in ("vllm=0.33", "vllm==new", "sglang"):
+        refused(capfd, ["info", adapters["plain"], "--for", wrong], wrong, status=2, main=main)
+
+
+@pytest.mark.parametrize(
+    ("config", "is_applied"),
+    [({"alpha_pattern": {"up_proj": 3}}, False), ({"rank_pattern": {"up_proj": 2}}, False),
+     ({"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 4}}, True),
+     ({"use_rslora": True}, True)],
+    ids=str,
+)  # fmt: skip
+def test_patterns_are_applied_from_0_32_on(adapters, tmp_path, capfd, config, is_applied):
+    """Before, each update is scaled by the common alpha / r."""
+    base = base_of("Llama", tmp_path / "base")
+    words = ["info", save_adapter(tmp_path / "adapter", **config), "--base", base, "--for"]
+    assert command(capfd, [*words, "vllm==0.31"], main).status == (0 if is_applied else 1)
+    assert command(capfd, [*words, "vllm==0.32"], main).status == 0
+
+
+def test_the_advice_names_what_can_be_served(adapters, plain, tmp_path, info, capfd):
+    words = ["--for", "vllm==0.32"]
+    shown = command(capfd, ["info", plain, *words], main).out
+    assert "export --vllm" in shown
     (tmp_path / "final_lora_vllm").mkdir()
-    assert "final_lora_vllm" in info(plain, "--base", TOY)["shown"]
-    other = toys.model_of(toys.wrapper("Gemma3n"), tmp_path / "another family")
-    found = info(change_config(plain, base_model_name_or_path=other))
-    assert found["vllm_0_32_applies"] is None and "final_lora_vllm" not in found["shown"]
+    assert "final_lora_vllm" in command(capfd, ["info", plain, *words], main).out
+    assert "no-such-folder" in info(plain, "--base", "no-such-folder")["shown"]
+    quantized = base_of("Llama", tmp_path / "llama") + "-unsloth-bnb-4bit"
+    assert info(change_config(plain, base_model_name_or_path=quantized))["applies"] is True
+
+
+def test_a_template_that_is_not_the_bases_is_told(plain, info):
+    """Also one that stands in tokenizer_config.json, as older versions wrote it."""
+    own = toys.AutoTokenizer.from_pretrained(TOY)
+    own.save_pretrained(plain)
+    assert "template" not in info(plain)["facts"]
+    (plain / "chat_template.jinja").write_text("another one")
+    found = info(plain)
+    assert "evidence" in found["facts"]["template"] and "template" in found["shown"]
+    (plain / "chat_template.jinja").unlink()
+    edit_json(plain / "tokenizer_config.json", lambda own: own.update(chat_template="another"))
+    assert "template" in info(plain)["facts"]
+    assert "template" not in info(plain, "--base", "not/here")["facts"]
 
 
 def test_status_for_a_server(adapters, plain, capfd):
     """0: vLLM applies it; 1: it is ignored, or refused; 2: that is not known."""
 
     def status(folder, *flags):
-        return command(capfd, ["info", folder, "--for", "vllm", *flags], main).status
+        return command(capfd, ["info", folder, "--for", "vllm==0.32", *flags], main).status
 
     assert status(adapters["wrapper"]) == 0 and status(adapters["plain"]) == 1
     assert status(adapters["dora"]) == 1
@@ -255,9 +328,9 @@ REFUSED = [  # by vLLM 0.32: PEFTHelper._validate_features and validate_legal
 def test_what_vllm_refuses_is_not_said_to_be_applied(adapters, tmp_path, capfd, info, config):
     """Each of these has names that vLLM would apply."""
     folder = shutil.copytree(adapters["wrapper"], tmp_path / "adapter")
-    assert info(folder)["vllm_0_32_applies"] is True
+    assert info(folder)["applies"] is True
     told = info(change_config(folder, **config))
-    assert told["vllm_0_32_applies"] is False
+    assert told["applies"] is False
     key, value = next(iter(config.items()))
     assert (key if key != "rank_pattern" else "600") in told["shown"], value
     assert command(capfd, ["info", folder, "--for", "vllm"], main).status == 1
@@ -266,7 +339,7 @@ def test_what_vllm_refuses_is_not_said_to_be_applied(adapters, tmp_path, capfd, 
 @pytest.mark.parametrize("config", [{"init_lora_weights": "pissa"}, {"r": 2}], ids=str)
 def test_a_faulty_adapter_is_not_said_to_be_applied(adapters, tmp_path, info, config):
     folder = shutil.copytree(adapters["wrapper"], tmp_path / "adapter")
-    assert info(change_config(folder, **config))["vllm_0_32_applies"] is None
+    assert info(change_config(folder, **config))["applies"] is None
 
 
 def test_a_base_in_the_cache_of_the_hub_is_known(plain, tmp_path, monkeypatch, info):
@@ -276,10 +349,10 @@ def test_a_base_in_the_cache_of_the_hub_is_known(plain, tmp_path, monkeypatch, i
     snapshot.mkdir(parents=True)
     shutil.copy(f"{TOY}/config.json", snapshot)
     for name, is_applied in {
-        "some/Model-4B": False, "some/Model-4B-AWQ": False, "other/Model-4B": None
+        "some/Model-4B": True, "some/Model-4B-AWQ": True, "other/Model-4B": None
     }.items():  # fmt: skip
         change_config(plain, base_model_name_or_path=name)
-        assert info(plain)["vllm_0_32_applies"] is is_applied
+        assert info(plain)["applies"] is is_applied
 
 
 QUANTIZED = {

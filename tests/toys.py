@@ -110,9 +110,9 @@ def save_kind(folder, kind):
 
 def save_adapter(folder, model=None, std=0.05, **config):
     """Make an adapter with PEFT alone, with a B by chance, and save it as PEFT does."""
+    model = copy.deepcopy(model or base_model())  # loading one draws numbers, too
     torch.manual_seed(4)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **(PLAIN | config))
-    model = peft.get_peft_model(copy.deepcopy(model or base_model()), config)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **(PLAIN | config)))
     for name, weight in model.named_parameters():
         if "lora_B" in name or (weight.requires_grad and "lora_" not in name):
             weight.data += std * torch.randn_like(weight)
