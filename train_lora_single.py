@@ -98,8 +98,10 @@ START_FROM = ""  # an adapter's folder to start from; same base model, modules, 
 # Training.
 NUM_EPOCHS = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS = 0  # stop after this many steps, to try things out; 0: after all epochs
-BATCH_SIZE = 2  # a step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS replies, or joined dialogues
-GRADIENT_ACCUMULATION_STEPS = 2  # the other factor; see MEMORY for how many run at once
+# A step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS replies, or joined dialogues. Only the product
+# matters: how many fit into the GPU's memory at once is found by itself (see MEMORY).
+BATCH_SIZE = 2  # how many examples a step has; a smaller number saves no memory
+GRADIENT_ACCUMULATION_STEPS = 2  # times this number; it saves no memory, either
 LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
 LR_SCHEDULER_TYPE = "cosine"  # after the warm-up: cosine, linear or constant_with_warmup
 WARMUP_RATIO = 0.03  # the share of the steps in which the learning rate rises from 0
@@ -143,6 +145,51 @@ def training_fields(settings: Settings, steps: int) -> Facts:
         lr_scheduler_type=settings.LR_SCHEDULER_TYPE,
         warmup_steps=int(settings.WARMUP_RATIO * steps),
         seed=settings.SEED,
+    )
+
+
+def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
+    """Return the fields of SFTConfig that the step, the loss and the records rely on."""
+    processes = accelerate.PartialState().num_processes
+    return dict(
+        max_steps=steps,  # this decides, not the epochs
+        num_train_epochs=settings.NUM_EPOCHS,
+        # A whole step arrives in one call of training_step(), which divides it into micro-batches.
+        per_device_train_batch_size=examples_per_step(settings) // processes,
+        gradient_accumulation_steps=1,
+        average_tokens_across_devices=True,
+        activation_checkpointing=False,  # switched for each micro-batch, see MEMORY
+        gradient_checkpointing=False,  # its old name
+        bf16=False,  # no autocast: the weights have their type already
+        fp16=False,
+        use_cpu=settings.DEVICE == "cpu" or settings.dry_run,  # a dry run makes no CUDA context
+        loss_type="nll",
+        label_smoothing_factor=0,
+        eos_token=base.tokenizer.eos_token,
+        max_length=None,  # nothing is cut
+        train_sampling_strategy="sequential",  # SimilarLengthSampler decides
+        dataloader_drop_last=False,
+        dataloader_pin_memory=False,  # a step's tokens are few, and under WSL it may fail (8447)
+        **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
+        # These are ignored or unwanted:
+        activation_offloading=False,
+        router_aux_loss_coef=0.0,  # token_losses() has no such part, see make_plan()
+        **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
+        **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
+        **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
+        **dict.fromkeys(["save_total_limit", "torch_empty_cache_steps"], None),
+        eval_strategy="no",  # RunEvents evaluates and saves, see TRAINING
+        save_strategy="no",
+        save_steps=500,
+        save_only_model=False,
+        ignore_data_skip=False,
+        logging_strategy="steps",
+        logging_steps=1,  # every loss is checked and recorded
+        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
+        report_to=settings.REPORT_TO,
+        run_name=Path(settings.OUTPUT_DIR).resolve().name,  # in a tracker
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -226,12 +273,12 @@ class Example(Conversation):
 
     prompt_ids: list[int]  # tokens before the reply; targets only in earlier replies
     reply_ids: list[int]  # target tokens, with the turn's end
-    earlier: tuple[Example, ...] = ()  # replies in the prompt that are also trained
+    earlier_replies: tuple[Example, ...] = ()  # in the prompt, and also trained
 
     @property
     def replies(self) -> tuple[Example, ...]:
         """All replies that this row trains, each as an example of its own."""
-        return (*self.earlier, replace(self, earlier=()))
+        return (*self.earlier_replies, replace(self, earlier_replies=()))
 
     @property
     def input_ids(self) -> list[int]:
@@ -335,6 +382,7 @@ DEMO = {  # what --demo sets; the toy model was made by data/make_demo_model.py
     "MAX_STEPS": 100,
     "LEARNING_RATE": 2e-3,
 }
+ALSO_CALLED = {"--lr": "--learning_rate", "--rank": "--lora_r"}  # by those who know TRL or PEFT
 MAY_BE_EMPTY = ("CHAT_TEMPLATE", "EVAL_FILE", "START_FROM")
 PATHS = ("MODEL_NAME", "TRAIN_FILE", "OUTPUT_DIR", *MAY_BE_EMPTY)
 # A type, a list of choices, a range of whole numbers, or the smallest and the largest number.
@@ -387,9 +435,9 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             help=f"{comments.get(name, '')} [{constant}]".replace("%", "%%"),
         )
     known, unknown = parser.parse_known_args(argv)
-    for word in unknown[:1]:
-        options = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(word.partition("=")[0], options, 1, 0.5)
+    if unknown:
+        word, options = unknown[0].partition("=")[0], [f"--{name.lower()}" for name in SETTINGS]
+        close = difflib.get_close_matches(ALSO_CALLED.get(word, word), options, 1, 0.5)
         hint = f"; did you mean {close[0]}?" if close else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     flags = vars(known)
@@ -466,8 +514,14 @@ if __name__ == "__main__":
 # Libraries read these when they are imported.
 # Busy-waiting threads slowed a small CPU model from 28 s to 245 s beside another process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# TRL refuses several visible GPUs without a launcher. PEFT imports bitsandbytes where it is
+# installed, which starts the driver with those that are visible by then.
+if "TORCHELASTIC_RUN_ID" not in os.environ:
+    FIRST_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = FIRST_GPU
 # Micro-batch widths vary, which fragments memory. Under WSL this may fail (pytorch 192330).
-if "microsoft" not in os.uname().release.lower() and "PYTORCH_ALLOC_CONF" not in os.environ:
+IS_WSL = "microsoft" in os.uname().release.lower()
+if not IS_WSL and "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if not sys.stderr.isatty():
@@ -517,7 +571,7 @@ def build_trainer(job: Job) -> LoraTrainer:
     settings, base = job.settings, job.base
     model = load_model(settings.MODEL_NAME, base.commit, settings.DTYPE, settings.DEVICE)
     if uses_fp16_matmul(base.request, base.config):
-        try_fp16_matmul(model, job.data.examples[0])
+        try_fp16_matmul(model, job.data.examples)
         job.session.matmul = "float16"
     ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
     with torch.no_grad():  # before any step, so that needs_logits() knows
@@ -536,9 +590,32 @@ def build_trainer(job: Job) -> LoraTrainer:
         config.target_modules = [*settings.LORA_TARGET_MODULES]
     if settings.START_FROM and not job.earlier.checkpoint:
         trainer.model.load_adapter(settings.START_FROM, "default", is_trainable=True)
+    log_computation(trainer.model)
     trainer.add_callback(RunEvents(trainer))
     trainer.remove_callback(transformers.PrinterCallback)  # would print dictionaries
     return trainer
+
+
+def log_computation(model: nn.Module) -> None:
+    """Write what decides how the GPU computes to all_logs.log."""
+    names = ["torch", "transformers", "peft", "trl", "accelerate"]
+    versions = {name: importlib.metadata.version(name) for name in names}
+    kernels = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
+    }
+    facts = versions | {
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(),
+        "float32 matmul": torch.get_float32_matmul_precision(),
+        "TF32 in convolutions": torch.backends.cudnn.allow_tf32,
+        "attention": model.config._attn_implementation,
+        "kernels for SDPA": [name for name, is_allowed in kernels.items() if is_allowed],
+    }
+    if torch.cuda.is_initialized():
+        facts["capability"] = torch.cuda.get_device_capability()
+    LOG.info("computed  %s", json.dumps(facts))
 
 
 class LoraTrainer(trl.SFTTrainer):
@@ -547,6 +624,7 @@ class LoraTrainer(trl.SFTTrainer):
     def __init__(self, job: Job, **arguments: Any) -> None:
         """Prepare for a whole step at once, and for layers that can use checkpointing."""
         self.job, self.sampler = job, SimilarLengthSampler(job.data.examples, job.settings)
+        self.parts_of_step = 0  # micro-batches of the step that was done last
         super().__init__(**arguments)
         self.model.activation_checkpointing_enable()
         self.model.disable_input_require_grads()  # recomputation does not need it
@@ -584,6 +662,7 @@ class LoraTrainer(trl.SFTTrainer):
         parts = list(micro_batches(inputs, self.tokens_at_once, self.chunk))
         if needs_logits(model):
             parts = [piece for part in parts for piece in pieces_with_few_targets(part)]
+        self.parts_of_step = len(parts)
         for part in parts:
             is_last = part is parts[-1]  # only then do processes exchange gradients
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
@@ -608,6 +687,7 @@ class LoraTrainer(trl.SFTTrainer):
             has_others = model is not self.model  # DDP is around it
             if has_others or not is_out_of_memory(error):
                 raise
+            LOG.info("memory    %s", one_line(error, 300))
         raise DoesNotFit(*part["input_ids"].shape)  # torch's error and its tensors are gone
 
     def evaluate(self, *_, **__) -> dict[str, float]:
@@ -619,7 +699,7 @@ class LoraTrainer(trl.SFTTrainer):
         shard = held_out[self.args.process_index :: self.args.world_size]
         is_base = self.state.global_step == 0
         names = ["eval_loss"]
-        if is_base and self.job.settings.START_FROM:
+        if is_base and self.job.settings.START_FROM and not self.job.earlier.checkpoint:
             names = ["start_loss", "eval_loss"]  # of the adapter that training starts from
         metrics = {}
         for name in names:
@@ -636,6 +716,10 @@ class LoraTrainer(trl.SFTTrainer):
         self.log(metrics)
         self.control.should_evaluate = False
         return metrics
+
+    def floating_point_ops(self, inputs: Tensors) -> int:
+        """Return 0; Trainer would walk through all modules at each step."""
+        return 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengthSampler:
         """Return our order. Trainer's group_by_length has no seed, so it could not be resumed."""
@@ -679,10 +763,10 @@ class SimilarLengthSampler:
         # Sorted within blocks of at most 50 steps, so that each epoch groups them differently.
         block = self.size * min(50, math.ceil(len(order) / self.size / 4))
         grouped: list[int] = []
-        for first in range(0, whole, block):
-            part = order[first : min(first + block, whole)]
+        for begin in range(0, whole, block):
+            part = order[begin : min(begin + block, whole)]
             grouped += sorted(part, key=lambda number: self.lengths[number])
-        steps = [grouped[first : first + self.size] for first in range(0, whole, self.size)]
+        steps = [grouped[begin : begin + self.size] for begin in range(0, whole, self.size)]
         shuffler.shuffle(steps)
         for step in [*steps, order[whole:]]:
             yield from step
@@ -699,15 +783,15 @@ def micro_batches(inputs: Tensors, tokens_at_once: int, chunk: int = 1) -> Itera
     if len(lengths) * round_up(max(lengths), chunk) <= tokens_at_once:
         yield inputs
         return
-    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    while rows:
-        width = lengths[rows[0]]
+    numbers = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    while numbers:
+        width = lengths[numbers[0]]
         padded_length, most = round_up(width, chunk), tokens_at_once
         if padded_length > tokens_at_once:
             most *= CHECKPOINTING_FACTOR
         count = max(1, most // padded_length)
-        yield {key: value[rows[:count], :width] for key, value in inputs.items()}
-        rows = rows[count:]
+        yield {key: value[numbers[:count], :width] for key, value in inputs.items()}
+        numbers = numbers[count:]
 
 
 MOST_TARGETS = 512  # of a row at once, where the loss needs their logits, see needs_logits()
@@ -871,13 +955,19 @@ def losses_of_replies(
             try:
                 by_token = token_losses(model, inputs).double().cpu()
             except RuntimeError as error:
-                if not is_out_of_memory(error) or len(batch) == 1:
+                if not is_out_of_memory(error):
                     raise
+                if len(batch) == 1:
+                    source = examples[batch[0]].source
+                    raise UserError(
+                        f"{source}: {width:,} tokens do not fit in the GPU's memory; lower "
+                        "MAX_SEQ_LEN."
+                    ) from error
                 tokens_at_once = len(batch) // 2 * width
                 continue
-            for number, row in zip(batch, by_token, strict=True):
+            for number, token_loss in zip(batch, by_token, strict=True):
                 losses[number] = [  # a reply's first token is predicted by its prompt's last one
-                    row[len(reply.prompt_ids) - 1 : len(reply.input_ids) - 1].sum().item()
+                    token_loss[len(reply.prompt_ids) - 1 : len(reply.input_ids) - 1].sum().item()
                     for reply in examples[number].replies
                 ]
             order = order[: -len(batch)]
@@ -909,9 +999,9 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
     total = sum(weight.numel() for weight in model.parameters())
     counts = f"{count:,} of {total:,} parameters are trained ({count / total:.4%})"
     if trained != planned or total != plan.all_parameters:
-        wrong = sorted(trained.items() ^ planned.items(), key=str)[:4]
+        differences = sorted(trained.items() ^ planned.items(), key=str)[:4]
         raise UserError(
-            f"LoRA is not in place as planned: {counts}, and these differ: {wrong}. "
+            f"LoRA is not in place as planned: {counts}, and these differ: {differences}. "
             "Fully trained modules need DTYPE float32."
         )
     report("model", f"{counts}, in float32; the rest is frozen")
@@ -940,9 +1030,11 @@ def find_what_fits(trainer: LoraTrainer) -> None:
         return
     free, total = torch.cuda.mem_get_info()
     usable = (free + torch.cuda.memory_reserved()) / total  # what other programs leave
-    # This leaves a tenth for fragmentation, and eight bytes per trained weight for AdamW.
+    # This leaves a tenth for fragmentation, and eight bytes per trained weight for AdamW. Under WSL
+    # the memory ends about 2 GB before what the driver calls free (WSL 41176).
+    for_trials, for_steps = (0.85, 0.9) if IS_WSL else (0.9, 0.97)
     states = 8 * sum(map(math.prod, job.plan.trained_shapes.values())) / total
-    torch.cuda.set_per_process_memory_fraction(max(0.0, 0.9 * usable - states))
+    torch.cuda.set_per_process_memory_fraction(max(0.0, for_trials * usable - states))
     longest = max(len(example.input_ids) for example in job.data.examples)
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the passes draw dropout
@@ -956,7 +1048,7 @@ def find_what_fits(trainer: LoraTrainer) -> None:
             else:
                 rows += 1
     # CUDA's libraries need the rest. A driver that spills into main memory (WSL) must fail.
-    torch.cuda.set_per_process_memory_fraction(0.97 * usable)
+    torch.cuda.set_per_process_memory_fraction(for_steps * usable)
     torch.cuda.reset_peak_memory_stats()
     report("memory", f"{trainer.tokens_at_once:,} tokens fit; longer rows use checkpointing")
 
@@ -997,11 +1089,17 @@ def trial_fits(trainer: LoraTrainer, rows: int, width: int) -> bool:
     mask[:, -1] = 0  # padding takes extra memory and other kernels
     part = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     trainer.model.train()
-    fits = True
+    torch.cuda.reset_peak_memory_stats()
+    began, fits = time.monotonic(), True
     try:
         trainer.backward_if_it_fits(trainer.model, part, rows * width)
     except DoesNotFit:
         fits = False
+    kind = "recomputed" if trainer.needs_checkpointing(width) else "kept"
+    gib = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30
+    text = f"{rows} x {width} tokens, {kind}, {targets} targets each: {'fits' if fits else 'full'}"
+    peak = f"at most {gib[0]:.2f} GiB allocated and {gib[1]:.2f} reserved"
+    LOG.info("memory    %s, %s, %.2f s", text, peak, time.monotonic() - began)
     free_memory(trainer.model)
     return fits
 
@@ -1009,8 +1107,10 @@ def trial_fits(trainer: LoraTrainer, rows: int, width: int) -> bool:
 def lower_tokens_at_once(trainer: LoraTrainer, rows: int, width: int) -> None:
     """Lower tokens_at_once after rows x width did not fit; raise UserError for a single row."""
     if rows == 1 and trainer.needs_checkpointing(width):  # a single example cannot be divided
-        problem = f"An example of {width:,} tokens does not fit in the GPU's memory"
-        raise UserError(f"{problem}: lower MAX_SEQ_LEN, or stop other programs on this GPU.")
+        raise UserError(
+            f"An example of {width:,} tokens does not fit in the GPU's memory: lower MAX_SEQ_LEN, "
+            "or stop other programs on this GPU."
+        )
     free_memory(trainer.model)
     trainer.tokens_at_once = int(0.9 * trainer.tokens_at_once) // trainer.chunk * trainer.chunk
 
@@ -1027,13 +1127,16 @@ def free_memory(model: nn.Module) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether this is the error of torch, cuBLAS, cuDNN or Triton when memory is full."""
     words = "out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    # On a MIG slice torch fails while it asks who holds the memory (pytorch 112377, 197312).
+    words += "|NVML_SUCCESS == r"
+    words += "|device not ready" if IS_WSL else ""
     return bool(re.search(words, str(error)))
 
 
 def chunk_of(config: ModelConfig) -> int:
     """Return 64 for Gated DeltaNet's torch code, which pads rows to multiples of 64; else 1."""
     layer_types = config.get_text_config().to_dict().get("layer_types") or []
-    return 64 if "linear_attention" in layer_types and sys.modules.get("fla", "") is None else 1
+    return 64 if "linear_attention" in layer_types and is_kept_out("fla") else 1
 
 
 def round_up(tokens: int, chunk: int) -> int:
@@ -1071,9 +1174,12 @@ def choose_device(device: str, dtype: str, use_fla: bool) -> None:
     for name in [*os.environ]:
         if name.startswith("ACCELERATE_") or name in of_launchers:
             del os.environ[name]
-    sys.modules["causal_conv1d"] = None
+    keep_out("causal_conv1d")
     # float16 products are summed in float32, see FP16 MATMUL.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for TF32
+    # torch 2.9 prefers it on an H100, where it reads past its inputs (pytorch 169849, 196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     fault = "it needs a GPU"
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -1082,16 +1188,24 @@ def choose_device(device: str, dtype: str, use_fla: bool) -> None:
         check_gpu(dtype, is_launched)
         fault = fault_of_fla()
     if fault or not use_fla:
-        sys.modules["fla"] = None
+        keep_out("fla")
     if fault and use_fla:
         report("fla", f"{fault}; torch's code takes its place")
+
+
+def keep_out(package: str) -> None:
+    """Have every import of a package fail, as if it were not installed."""
+    sys.modules[package] = None
+
+
+def is_kept_out(package: str) -> bool:
+    """Return whether keep_out() was called for a package."""
+    return package in sys.modules and sys.modules[package] is None
 
 
 def check_gpu(dtype: str, is_launched: bool) -> None:
     """Choose one GPU, and try a matmul."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    if not is_launched:  # TRL refuses several visible GPUs without a launcher
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     try:
         torch.cuda.init()  # says why there is no GPU
         accelerate.PartialState()  # gives each process of a launch its own GPU
@@ -1165,8 +1279,10 @@ def read_base(request: BaseRequest, tokenizer: Any = None) -> Base:
     elif template:
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
-        problem = f"CHAT_TEMPLATE {template!r} gives no chat template for {name}"
-        raise UserError(f'{problem}; use another one, such as a file, or "" for the model\'s own.')
+        raise UserError(
+            f"CHAT_TEMPLATE {template!r} gives no chat template for {name}; use another one, such "
+            'as a file, or "" for the model\'s own.'
+        )
     if not stop_ids:
         raise UserError(f"{name} names no stop token; add eos_token_id to generation_config.json.")
     if commit:
@@ -1199,8 +1315,7 @@ def load_model(name: str, commit: str, dtype: str, device: str) -> Model:
     """Return the base model (for Qwen3.5, the text part), loaded straight onto the device.
 
     Never give SFTTrainer the model's name: it would take Qwen3_5ForConditionalGeneration, the class
-    in config.json, with which Trainer does not count a step's targets (accepts_loss_kwargs is
-    False). The loss would be a mean of micro-batch means.
+    in config.json, whose vision part would be loaded, too, and whose modules have other names.
     """
     report("model", f"loading the weights of {name}")
     try:
@@ -1277,6 +1392,10 @@ def compute_delta_rule_in_pieces(model: Model) -> None:
         report("deltanet", f"transformers {version} has another {DELTA_RULE}: long rows are slower")
         return
     setattr(module, DELTA_RULE, DeltaRuleInPieces(rule))
+    # fault_of_fla() says why other GPUs have no choice.
+    if torch.cuda.is_initialized() and torch.cuda.get_device_capability()[0] == 8:
+        ways = "flash-linear-attention may be faster: install it, and give --use_fla true"
+        report("deltanet", f"Gated DeltaNet runs torch's code; {ways}")
     LOG.info("deltanet  %s is called on %d tokens at a time", DELTA_RULE, TOKENS_OF_A_PIECE)
 
 
@@ -1355,8 +1474,10 @@ def check_joining(replies: list[Example], base: Base, settings: Settings) -> Non
     if tokens <= 1.5 * needed:
         return
     if settings.CHAT_TEMPLATE == "one_pass":
-        problem = f"CHAT_TEMPLATE one_pass joins too few replies of {settings.MODEL_NAME}"
-        raise UserError(f"{problem}: {tokens / needed:.1f} times the dialogues' tokens remain.")
+        raise UserError(
+            f"CHAT_TEMPLATE one_pass joins too few replies of {settings.MODEL_NAME}: "
+            f"{tokens / needed:.1f} times the dialogues' tokens remain."
+        )
     advice = ""
     template = one_pass_template(base.tokenizer)
     if template:
@@ -1528,9 +1649,9 @@ def messages_of_sharegpt(turns: list[Any]) -> tuple[list[Any], int]:
             turn = {"role": role, "content": value, **turn}
         messages.append(turn)
     roles = [message.get("role") if isinstance(message, dict) else "" for message in messages]
-    left_out, first = 0, roles[:1].count("system")
-    for end, role in ((first, "assistant"), (-1, "user")):
-        while len(roles) > first and roles[end] == role:
+    left_out, begin = 0, roles[:1].count("system")
+    for end, role in ((begin, "assistant"), (-1, "user")):
+        while len(roles) > begin and roles[end] == role:
             del roles[end], messages[end]
             left_out += 1
     return messages, left_out
@@ -1548,8 +1669,8 @@ def check_messages(messages: list[Any], thinking: bool = False) -> None:
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"message {number}: role {role!r} is not system, user or assistant")
         if not isinstance(content, str) or not content.strip():
-            problem = f"content must be text, but is {one_line(repr(content), 60)}"
-            raise ValueError(f"message {number}: {problem}")
+            given = one_line(repr(content), 60)
+            raise ValueError(f"message {number}: content must be text, but is {given}")
         if re.search("[\ud800-\udfff]", content):
             raise ValueError(f"message {number} has half a character, such as a lone \\ud83d")
         if role == "assistant" and re.search("</?think>", content) and not thinking:
@@ -1629,7 +1750,7 @@ def hold_out(
 def encode(
     conversations: list[Conversation],
     base: Base,
-    limit: int,
+    most_tokens: int,
     problems: list[str],
     which: str = "held-out",
 ) -> list[Example]:
@@ -1643,17 +1764,19 @@ def encode(
         else:
             fields = vars(conversation) | {"prompt_ids": prompt_ids, "reply_ids": reply_ids}
             examples.append(Example(**fields))
-    too_long = [example.source for example in examples if len(example.input_ids) > limit]
+    too_long = [example.source for example in examples if len(example.input_ids) > most_tokens]
     if too_long:
         lengths = sorted(len(example.input_ids) for example in examples)
         nine_tenths = lengths[-1 - len(lengths) // 10]
-        problem = f"{len(too_long):,} of {len(conversations):,} {which} examples are longer than "
-        problem += f"MAX_SEQ_LEN {limit}; {nine_tenths} keeps nine tenths, and {lengths[-1]} all"
+        problem = (
+            f"{len(too_long):,} of {len(conversations):,} {which} examples are longer than "
+            f"MAX_SEQ_LEN {most_tokens}; {nine_tenths} keeps nine tenths, and {lengths[-1]} all"
+        )
         if len(too_long) > len(conversations) / 10:
             problems.append(f"{too_long[0]}: {problem}")
         else:
             report("left out", f"{problem}\n{join_limited([*dict.fromkeys(too_long)], 5, ', ')}")
-    return [example for example in examples if len(example.input_ids) <= limit]
+    return [example for example in examples if len(example.input_ids) <= most_tokens]
 
 
 def render(messages: Messages, base: Base) -> tuple[list[int], list[int]]:
@@ -1688,8 +1811,10 @@ def render(messages: Messages, base: Base) -> tuple[list[int], list[int]]:
         )
     ends = [place for place, token in enumerate(reply_ids, 1) if token in base.stop_ids]
     if not ends:
-        problem = "the chat template does not end the reply with a stop token"
-        raise ValueError(f"{problem}; add its end-of-turn token to generation_config.json")
+        raise ValueError(
+            "the chat template does not end the reply with a stop token; add its end-of-turn token "
+            "to generation_config.json"
+        )
     return prompt_ids, reply_ids[: ends[0]]  # without the newline that follows it
 
 
@@ -1704,7 +1829,7 @@ def join_replies(replies: list[Example]) -> list[Example]:
         if joined and joined[-1].source == reply.source:
             continues = reply.prompt_ids[: len(joined[-1].input_ids)] == joined[-1].input_ids
             if continues:
-                reply = replace(reply, earlier=joined.pop().replies)
+                reply = replace(reply, earlier_replies=joined.pop().replies)
         joined.append(reply)
     return joined
 
@@ -1740,10 +1865,12 @@ def make_plan(settings: Settings, base: Base, data: Data) -> Plan:
         model = transformers.AutoModelForCausalLM.from_config(base.config, trust_remote_code=False)
     refuse_unknown_modules(lora, model)
     peft.inject_adapter_in_model(lora, model)
+    if getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0):
+        report("warning", "the experts' routers are trained without their auxiliary loss")
     if isinstance(model.get_output_embeddings(), peft.tuners.lora.LoraLayer):
-        problem = "LORA_TARGET_MODULES: the head of the model (lm_head) cannot have LoRA"
         raise UserError(
-            f'{problem}; remove it, or train it whole with modules_to_save=["lm_head"].'
+            "LORA_TARGET_MODULES: the head of the model (lm_head) cannot have LoRA; remove it, or "
+            'train it whole with modules_to_save=["lm_head"].'
         )
     weights = dict(model.named_parameters())
     count = sum(weight.numel() for weight in weights.values())
@@ -1776,17 +1903,18 @@ def refuse_unknown_modules(config: peft.LoraConfig, model: nn.Module) -> None:
         # Not "all-linear" or a regular expression; PEFT raises if that matches nothing.
         names["LORA_TARGET_MODULES"] = sorted(config.target_modules)
     for where, patterns in names.items():
-        is_name = where == "LORA_TARGET_MODULES"  # the keys of patterns are regular expressions
-        wanted = {name: re.escape(name) if is_name else name for name in patterns}
-        missing = [
-            name for name in patterns
-            if not any(re.search(rf"\.(?:{wanted[name]})$", path) for path in paths)
-        ]  # fmt: skip
+        missing = []
+        for name in patterns:  # the keys of rank_pattern and alpha_pattern are regular expressions
+            wanted = re.escape(name) if where == "LORA_TARGET_MODULES" else name
+            if not any(re.search(rf"\.(?:{wanted})$", path) for path in paths):
+                missing.append(name)
         if missing:
             close = difflib.get_close_matches(missing[0], known, 1)
             hint = f"did you mean {close[0]}? " if close else ""
-            problem = f"{where}: the model has no module named {', '.join(missing)}; {hint}"
-            raise UserError(f"{problem}Its linear modules are {', '.join(known)}.")
+            raise UserError(
+                f"{where}: the model has no module named {', '.join(missing)}; {hint}"
+                f"Its linear modules are {', '.join(known)}."
+            )
 
 
 def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn.Module) -> None:
@@ -1806,18 +1934,21 @@ def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn
     planned |= {f"base_model.model.{name}": [*tensor.shape] for name, tensor in tensors.items()}
     tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     saved |= {name: [*tensor.shape] for name, tensor in tensors.items()}
-    wrong = [name for name in {**planned, **saved} if planned.get(name) != saved.get(name)]
-    report("start", f"A and B are those of {folder}")
-    template = short_hash(base.tokenizer.get_chat_template())
-    for name, value in {"chat template": template, "ENABLE_THINKING": base.enable_thinking}.items():
-        if identity.get(name, value) != value:
-            report(
-                "warning", f"{folder} was trained with another {name}: what it learned may shift"
-            )
-    if wrong:
-        wrong = [f"{name}={saved.get(name)}, not {planned.get(name)}" for name in wrong]
-        problem = f"START_FROM {folder} has {join_limited(wrong, 4, '; ')}"
-        raise UserError(f"{problem}. Use its settings, and its commit as MODEL_REVISION.")
+    names = [name for name in {**planned, **saved} if planned.get(name) != saved.get(name)]
+    if names:
+        pairs = [f"{name}={saved.get(name)}, not {planned.get(name)}" for name in names]
+        raise UserError(
+            f"START_FROM {folder} has {join_limited(pairs, 4, '; ')}. Use its settings, and its "
+            "commit as MODEL_REVISION."
+        )
+    report("start", f"training begins with A and B of {folder}")
+    template, path = base.tokenizer.get_chat_template(), folder / "chat_template.jinja"
+    served = path.read_text(encoding="utf-8") if path.is_file() else template
+    here = {"chat template": short_hash(template), "ENABLE_THINKING": base.enable_thinking}
+    there = {"chat template": short_hash(served)} | identity
+    for name, value in here.items():
+        if there.get(name, value) != value:
+            report("warning", f"{folder} was trained with another {name}, and has to learn this")
 
 
 def table_of_modules(model: nn.Module, trained: int, everything: int) -> list[str]:
@@ -1837,59 +1968,13 @@ def table_of_modules(model: nn.Module, trained: int, everything: int) -> list[st
     return [*lines, f"trainable params: {trained:,} || all params: {everything:,} || {percent}"]
 
 
-def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
-    """Return the fields of SFTConfig that the step, the loss and the records rely on."""
-    processes = accelerate.PartialState().num_processes
-    return dict(
-        max_steps=steps,  # this decides, not the epochs
-        num_train_epochs=settings.NUM_EPOCHS,
-        per_device_train_batch_size=examples_per_step(settings) // processes,
-        gradient_accumulation_steps=1,  # training_step() divides a step into micro-batches
-        average_tokens_across_devices=True,
-        activation_checkpointing=False,  # switched for each micro-batch, see MEMORY
-        gradient_checkpointing=False,  # its old name
-        bf16=False,  # no autocast: the weights have their type already
-        fp16=False,
-        use_cpu=settings.DEVICE == "cpu" or settings.dry_run,  # a dry run makes no CUDA context
-        loss_type="nll",
-        label_smoothing_factor=0,
-        eos_token=base.tokenizer.eos_token,
-        max_length=None,  # nothing is cut
-        train_sampling_strategy="sequential",  # SimilarLengthSampler decides
-        dataloader_drop_last=False,
-        **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
-        # These are ignored or unwanted:
-        activation_offloading=False,
-        router_aux_loss_coef=None,  # the loss of token_losses() has none for experts' routers
-        **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
-        **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
-        **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
-        **dict.fromkeys(["save_total_limit", "torch_empty_cache_steps"], None),
-        eval_strategy="no",  # RunEvents evaluates and saves, see TRAINING
-        save_strategy="no",
-        save_steps=500,
-        save_only_model=False,
-        ignore_data_skip=False,
-        logging_strategy="steps",
-        logging_steps=1,  # every loss is checked and recorded
-        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
-        report_to=settings.REPORT_TO,
-        run_name=Path(settings.OUTPUT_DIR).resolve().name,  # in a tracker
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-    )
-
-
 def examples_per_step(settings: Settings) -> int:
     """Return the number of examples in one optimizer step, across all processes."""
     return settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS
 
 
 def identity_of(settings: Settings, base: Base, data: Data, editable: Facts) -> Facts:
-    """Return what must be the same for a checkpoint to be resumed, as JSON values.
-
-    16 and 16.0 are the same.
-    """
+    """Return what must be the same for a checkpoint to be resumed, as JSON values."""
     identity = {name: getattr(settings, name) for name in SETTINGS if name not in MAY_CHANGE}
     for kind, chosen in {"LoraConfig": lora_fields(settings), "SFTConfig": editable}.items():
         identity |= {f"{kind}.{name}": value for name, value in chosen.items()}
@@ -1903,14 +1988,15 @@ def identity_of(settings: Settings, base: Base, data: Data, editable: Facts) -> 
     identity |= {HELD_OUT: short_hash(rows_of(data.held_out)), CODE: hash_of_code(SCRIPT)}
     for name, value in identity.items():
         if isinstance(value, float) and value.is_integer():
-            identity[name] = int(value)
+            identity[name] = int(value)  # 16 and 16.0 are the same job
     return json.loads(json.dumps(identity, default=as_json_value))
 
 
 def hash_of_code(source: bytes) -> str:
-    """Hash what a script executes: neither comments, docstrings nor the values of SETTINGS.
+    """Return a hash of what a script executes: no comments, no docstrings, and no SETTINGS.
 
-    Python's ast.dump() would be shorter, but differs between versions.
+    The values of SETTINGS belong to the identity by themselves. ast.dump() writes the same tree
+    differently in different versions of Python.
     """
 
     def plain(node: Any) -> Any:
@@ -1918,19 +2004,22 @@ def hash_of_code(source: bytes) -> str:
             return [plain(each) for each in node]
         if not isinstance(node, ast.AST):
             return repr(node)
-        fields = {name: plain(value) for name, value in ast.iter_fields(node) if value}
+        fields = {name: plain(value) for name, value in ast.iter_fields(node) if value != []}
         return [type(node).__name__, fields]
 
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if isinstance(names[0], ast.Name) and names[0].id in SETTINGS:
-                node.value = ast.Constant(None)
+        is_documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if is_documented and ast.get_docstring(node) is not None:
+            del node.body[0]
+    tree.body = [node for node in tree.body if name_of_assignment(node) not in SETTINGS]
     return short_hash(plain(tree))
+
+
+def name_of_assignment(node: ast.stmt) -> str:
+    """Return the name to which a statement such as `SEED: int = 42` assigns, or ""."""
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return getattr(targets[0], "id", "")
 
 
 def facts_of_base(base: Base) -> Facts:
@@ -2036,31 +2125,36 @@ def refuse_what_cannot_be_compared(
     settings: Settings, plan: Plan, record: Facts, is_finished: bool = False
 ) -> None:
     """Raise UserError if other lines were held out, or other code was run; a dry run only warns."""
-    code = record["sessions"][-1][CODE]  # an earlier session may have gone on with edited code
-    problem, ways = "", "another OUTPUT_DIR trains anew"
+    ways = ["another OUTPUT_DIR trains anew"]
     if record["identity"][HELD_OUT] != plan.identity[HELD_OUT]:
-        file = (record["data"]["held_out"] or {}).get("file", "none")
-        problem = f"its losses are on another held-out file ({file}): with that one it goes on"
-    elif code != plan.identity[CODE] and (is_finished or not settings.edited_code):
-        problem = "the code of this file was edited since then: put it back, and it goes on"
+        file = record["settings"]["EVAL_FILE"]
+        difference = f"its losses are on the held-out lines of EVAL_FILE {file!r}, not on these"
+        ways.insert(0, f"EVAL_FILE {file!r} with those lines goes on")
+    elif record["sessions"][-1][CODE] != plan.identity[CODE]:
+        if settings.edited_code and not is_finished:
+            return
+        difference = "the code of this file was edited since then"
+        ways.insert(0, "put it back to go on")
         if not is_finished:
-            ways += ", and --edited_code goes on with the edited code"
-    if problem:
-        state = "is finished" if is_finished else "has steps behind it"
-        problem = f"{plan.folder.parent.parent}: this job {state}, but {problem}; {ways}."
-        if not settings.dry_run:
-            raise UserError(problem)
-        report("warning", problem)
+            ways.append("--edited_code goes on with the edited code")
+    else:
+        return
+    state = "is finished" if is_finished else "has steps behind it"
+    problem = f"The job in {settings.OUTPUT_DIR} {state}, but {difference}: {'; '.join(ways)}."
+    if not settings.dry_run:
+        raise UserError(problem)
+    report("warning", problem)
 
 
 def tell_of_other_versions(session: Facts) -> None:
-    """Print which libraries were updated since a session."""
-    names = ["torch", "transformers", "peft", "trl"]
-    versions = {name: importlib.metadata.version(name) for name in names}
-    then = session["versions"]
-    changed = [f"{n} {then[n]}, now {versions[n]}" for n in names if versions[n] != then[n]]
+    """Print which libraries have another version than in a session."""
+    changed = [
+        f"{name} {session['versions'][name]}, now {importlib.metadata.version(name)}"
+        for name in ("torch", "transformers", "peft", "trl")
+        if importlib.metadata.version(name) != session["versions"][name]
+    ]
     if changed:
-        report("warning", f"it began with {'; '.join(changed)}: the rest may differ a little")
+        report("warning", f"the last session had {'; '.join(changed)}: the bytes may differ")
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
@@ -2146,7 +2240,20 @@ def recorded(job: Job) -> Iterator[None]:
                 shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):  # the first error is the one to show
             write_record(job, f"{outcome}: {one_line(error)}")
+        if is_full_disk(error):
+            saved = checkpoints_in(job.plan.folder).items()
+            step = next((step for step, checkpoint in saved if is_intact(checkpoint)), 0)
+            raise UserError(
+                f"OUTPUT_DIR {job.output} cannot be written ({one_line(error)}): if the disk or "
+                f"your quota is full, make room; the same command goes on after step {step:,}."
+            ) from error
         raise
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Return whether a file could not be written; torch and safetensors have their own errors."""
+    words = "No space left on device|Disk quota exceeded|inline_container|PytorchStreamWriter"
+    return bool(re.search(words, str(error)))
 
 
 # ==== TRAINING: evaluation, what is printed, saving, stopping, and signals
@@ -2174,6 +2281,23 @@ def train(trainer: LoraTrainer) -> None:
     job.session.stop.finish_first = ""
 
 
+def check_what_was_loaded(trainer: LoraTrainer) -> None:
+    """Raise RuntimeError unless the adapter and the optimizer's steps are the checkpoint's."""
+    checkpoint = trainer.job.earlier.checkpoint
+    saved = safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
+    wrong = differing(saved, cpu_tensors_of(trainer.model))
+    states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    saved_steps, steps = steps_of(states), steps_of(trainer.optimizer.state_dict())
+    if wrong or steps != saved_steps:
+        problem = f"{checkpoint} was not loaded as it is: tensors {wrong[:3]} differ"
+        raise RuntimeError(f"{problem}, and the optimizer has done other steps: {steps}"[:500])
+
+
+def steps_of(states: Facts) -> dict[int, float]:
+    """Return how many steps an optimizer has done for each weight; 0 if it does not count."""
+    return {number: float(state.get("step", 0)) for number, state in states["state"].items()}
+
+
 def evaluate_if_missing(trainer: LoraTrainer) -> None:
     """Measure the held-out loss of the base, or of the checkpoint, unless already done."""
     job, state, step = trainer.job, trainer.state, trainer.job.earlier.checkpoint_step
@@ -2192,7 +2316,7 @@ def evaluate_if_missing(trainer: LoraTrainer) -> None:
 def set_losses_aside(loss_history: History) -> None:
     """Rename the losses of other code, so that none is compared with a later one."""
     for entry in loss_history:
-        for name in ("loss", "eval_loss"):
+        for name in ("loss", "eval_loss", "start_loss"):
             if name in entry:
                 entry[f"{name}_of_other_code"] = entry.pop(name)
 
@@ -2203,15 +2327,21 @@ def is_evaluation_due(job: Job, step: int) -> bool:
     return bool(job.data.held_out) and (step % every == 0 or step == job.plan.steps)
 
 
+STEPS_TO_LOG = 20  # of a session, with what the terminal does not show
+
+
 class RunEvents(transformers.TrainerCallback):
     """What Trainer calls around steps: print, check, evaluate, save and stop."""
 
     def __init__(self, trainer: LoraTrainer) -> None:
         """Keep the trainer and its job; the first step notes the time."""
         self.trainer, self.job, self.began = trainer, trainer.job, 0.0
+        self.step_began = 0.0
 
     def on_train_begin(self, args, state, control, **_) -> None:
         """First measure the base's held-out loss, or one that a signal cut short."""
+        if self.job.earlier.checkpoint:
+            check_what_was_loaded(self.trainer)
         evaluate_if_missing(self.trainer)
 
     def on_epoch_begin(self, args, state, control, **_) -> None:
@@ -2221,7 +2351,8 @@ class RunEvents(transformers.TrainerCallback):
     def on_step_begin(self, args, state, control, **_) -> None:
         """From now on, let a signal wait until the step is finished and saved."""
         self.job.session.stop.finish_first = "the step"
-        self.began = self.began or time.monotonic()
+        self.step_began = time.monotonic()
+        self.began = self.began or self.step_began
 
     def on_step_end(self, args, state, control, **_) -> None:
         """Decide what comes next: Trainer logs, then evaluates, then saves."""
@@ -2254,6 +2385,12 @@ class RunEvents(transformers.TrainerCallback):
             report("eval", f"epoch {epoch:g}  loss {logs['eval_loss']:.4f}{note}")
         if "start_loss" in logs:
             report("eval", f"epoch 0  loss {logs['start_loss']:.4f}  (the adapter of START_FROM)")
+        if "loss" in logs and step <= job.earlier.checkpoint_step + STEPS_TO_LOG:
+            text = f"step {step}: {self.trainer.parts_of_step} micro-batches, "
+            text += f"{1000 * (time.monotonic() - self.step_began):.0f} ms, loss {logs['loss']}, "
+            text += f"grad_norm {logs['grad_norm']}"
+            retries = torch.cuda.memory_stats() if torch.cuda.is_initialized() else {}
+            LOG.info("step      %s, alloc retries %s", text, retries.get("num_alloc_retries", 0))
         every = job.settings.LOGGING_STEPS
         if "loss" in logs and (step in (1, job.plan.steps) or step % every == 0):
             losses = [entry["loss"] for entry in session.loss_history if "loss" in entry][-every:]
@@ -2426,12 +2563,12 @@ def card_of(job: Job) -> str:
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
-def save_for_vllm(model: ModelConfig, final: Path, for_vllm: Path) -> None:
+def save_for_vllm(base_config: ModelConfig, final: Path, for_vllm: Path) -> None:
     """Write the adapter again, with the names of the hub's model if that wraps the text model.
 
     With other names vLLM 0.17 to 0.32 silently serves the base model.
     """
-    if model.get_text_config() is model:
+    if base_config.get_text_config() is base_config:
         return
     for_vllm.mkdir()
     config = read_json(final / "adapter_config.json")
@@ -2442,8 +2579,8 @@ def save_for_vllm(model: ModelConfig, final: Path, for_vllm: Path) -> None:
     tensors = {name_in_wrapper(name): tensor for name, tensor in tensors.items()}
     path = for_vllm / "adapter_model.safetensors"
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
-    if wrong := differing(tensors, safetensors.torch.load_file(path)):
-        raise UserError(f"Not verified: in {path} {len(wrong)} tensors differ ({wrong[:3]}).")
+    if names := differing(tensors, safetensors.torch.load_file(path)):
+        raise UserError(f"Not verified: in {path} {len(names)} tensors differ ({names[:3]}).")
     shutil.copy(final / "run.json", for_vllm)  # it comes last, and says that all is there
 
 
@@ -2475,13 +2612,13 @@ def verify_saved_adapter(model: peft.PeftModel, job: Job, final: Path, checkpoin
         error = (reply_logits(reloaded, inputs) - logits).abs().max().item()
         with reloaded.disable_adapter():
             effect = (reply_logits(reloaded, inputs) - logits).abs().max().item()
-    wrong = differing(trained, cpu_tensors_of(reloaded))
+    names = differing(trained, cpu_tensors_of(reloaded))
     path = checkpoint / "adapter_model.safetensors"
-    wrong += differing(trained, safetensors.torch.load_file(path))
+    names += differing(trained, safetensors.torch.load_file(path))
     note = f"logits differ by {error:.2g} from the trained model's, by {effect:.2g} from the base's"
-    if wrong or not (effect > 0 and error <= effect / 10):
+    if names or not (effect > 0 and error <= effect / 10):
         raise UserError(
-            f"Not verified: {len(wrong)} tensors differ ({wrong[:3]}), and {note}. "
+            f"Not verified: {len(names)} tensors differ ({names[:3]}), and {note}. "
             "If the last is about 0, LEARNING_RATE is too small."
         )
     return f"every tensor is the trained one, reloaded; {note}"
@@ -2520,6 +2657,8 @@ def summarize(job: Job, step: int) -> None:
         result += "".join(f"; START_FROM had {loss:.4f}" for loss in starts[-1:])
         if losses[step] > losses[0]:
             result += "\nWARNING: on held-out data the adapter is worse than its base"
+    if len({session[CODE] for session in job.earlier.sessions} | {job.plan.identity[CODE]}) > 1:
+        result += "\nThe code was edited within this job: losses, and the best step, are since then"
     report("done", result)
     lines, folder = [], shlex.quote(str(final))
     tool = "inspect-lora" if shutil.which("inspect-lora") else "python -m inspect_lora"
@@ -2600,6 +2739,7 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
 # float32. A product that is too large becomes infinite and ends the run. This was tested on CPUs,
 # never on a V100, with the families below; others may cast activations to a weight's type.
 
+TARGETS_OF_THE_TRIAL = 200
 TESTED_IN_FP16 = ("qwen3_5", "qwen3_5_text", "qwen3", "llama", "gemma3", "gemma3_text")
 
 
@@ -2616,40 +2756,48 @@ def uses_fp16_matmul(request: BaseRequest, config: ModelConfig) -> bool:
     return False
 
 
-def try_fp16_matmul(model: Model, example: Example) -> None:
+def try_fp16_matmul(model: Model, examples: list[Example]) -> None:
     """Switch a model to scaled float16; raise UserError if this GPU computes it wrongly.
 
-    On one example the first module of each name may err only by rounding, forward and backward, and
-    the loss by 1 %.
+    The first module of each name may err only by rounding, forward and backward. The loss, of the
+    examples with the most targets up to TARGETS_OF_THE_TRIAL, may move by 1 % and by 0.03 nats a
+    target: two computations that are equally good are 0.03 to 0.08 nats apart in one of them.
     """
     names = {module: path.rpartition(".")[2] for path, module in fp16_modules(model).items()}
     first: dict[str, tuple[nn.Linear, Tensor]] = {}
-    inputs = pad([example], model.device)
     wrong = "MATMUL float16 is wrong on this GPU; use --matmul native:"
+    tried: list[Example] = []
+    for example in sorted(examples, key=lambda example: -example.targets):
+        if sum(each.targets for each in tried) < TARGETS_OF_THE_TRIAL:
+            tried.append(example)
+    targets = sum(example.targets for example in tried)
 
     def note(module: nn.Linear, rows: tuple[Tensor]) -> None:
-        first.setdefault(names[module], (module, rows[0]))
+        first.setdefault(names[module], (module, rows[0].flatten(0, -2)[:512]))
 
     hooks = [module.register_forward_pre_hook(note) for module in names]
+    before = sum(map(sum, losses_of_replies(model, tried)))
+    for hook in hooks:
+        hook.remove()
     with torch.no_grad():
-        before = token_losses(model, inputs).sum().item()
-        for hook in hooks:
-            hook.remove()
         for name, (module, rows) in first.items():
-            weight, rows = module.weight, rows.flatten(0, -2)
+            weight, errors = module.weight, []
             for factor, matrix in ((rows, weight.T), (rows @ weight.T, weight)):  # and backward
                 exact = factor.float() @ matrix.float()
                 error = (scaled_fp16_matmul(factor, matrix.half()).float() - exact).norm()
-                relative = (error / exact.norm()).item()
+                errors.append((error / exact.norm()).item())
                 # Rounding to float16 and then to bfloat16 errs by 0.44 % at most. In the sums of
                 # 248,320 terms of a head's gradient a V100 may truncate another 0.14 %.
                 limit = 0.007 if len(matrix) > 100_000 else 0.005
-                if not relative <= limit:  # also false for NaN
-                    raise UserError(f"{wrong} a product of {name} errs by {relative:.2%}.")
-        use_fp16_matmul(model)
-        after = token_losses(model, inputs).sum().item()
-    if not abs(after - before) <= 0.01 * before:
-        raise UserError(f"{wrong} the loss of an example is {after:.4f}, not {before:.4f}.")
+                if not errors[-1] <= limit:  # also false for NaN
+                    raise UserError(f"{wrong} a product of {name} errs by {errors[-1]:.2%}.")
+            LOG.info("matmul    %s errs by %.3e and, backward, by %.3e", name, *errors)
+    use_fp16_matmul(model)
+    after = sum(map(sum, losses_of_replies(model, tried)))
+    losses = f"the loss of {targets:,} targets is {after:.4f}, not {before:.4f}"
+    if not abs(after - before) <= 0.01 * before + 0.03 * targets:
+        raise UserError(f"{wrong} {losses}.")
+    LOG.info("matmul    %s", losses)
     report("matmul", f"scaled float16: {len(names)} frozen modules, {len(first)} of them tried")
 
 
@@ -2722,11 +2870,11 @@ def use_fp16_matmul(model: Model) -> None:
 LOG = logging.getLogger("train_lora_single")
 
 
-def report(section: str, text: str) -> None:
-    """Print and log text beside the name of its section; a closed terminal must not end a run."""
+def report(subject: str, text: str) -> None:
+    """Print and log text beside a word for its subject; a closed terminal must not end a run."""
     if not is_main_process():
         return
-    text = f"{section:<10}{text}".replace("\n", "\n" + " " * 10)
+    text = f"{subject:<10}{text}".replace("\n", "\n" + " " * 10)
     LOG.info(text)
     try:
         tqdm.write(text)  # a progress bar may be shown below
@@ -2802,6 +2950,7 @@ def open_output(output: Path) -> Any:
     log = logging.FileHandler(output / "all_logs.log", encoding="utf-8", errors="replace")
     logging.basicConfig(handlers=[log, logging.lastResort], format="%(message)s", force=True)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # on a full disk each line would print a traceback
     LOG.setLevel(logging.INFO)
     LOG.info("\n---- %s %s", time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.argv))
     return lock

@@ -220,7 +220,7 @@ def conclusion_of(rows: tuple[Row, ...], spread: Spread | None, records: Records
     sentences = []
     if rows[0].losses:
         sentences += [*told_apart(rows), what_the_runs_show(rows, spread)]
-        sentences += at_an_end(rows)
+        sentences += at_an_end(rows, records)
     templates = {record.conditions["template"] for record in records.values()}
     if len(templates) > 1:
         sentences.append(
@@ -263,8 +263,6 @@ def what_the_runs_show(rows: tuple[Row, ...], spread: Spread | None) -> str:
     smallest = (
         f" A difference below about {number(max(margins))} would not show." if margins else ""
     )
-    if len(rows) == 1:
-        smallest = ""
     if not spread:
         return f"One run each: this tells which file is better, not which setting.{smallest}"
     counts = sorted({len(row.runs) for row in rows})
@@ -276,22 +274,15 @@ def what_the_runs_show(rows: tuple[Row, ...], spread: Spread | None) -> str:
     )
 
 
-def at_an_end(rows: tuple[Row, ...]) -> list[str]:
+def at_an_end(rows: tuple[Row, ...], records: Records) -> list[str]:
     """Return in which settings the best row has the largest or the smallest value tried."""
     sentences = []
-    for name, best in rows[0].settings.items():
-        values = [number_in(row.settings[name]) for row in rows]
-        if name == SEED or None in values or len(set(values)) < 2:
+    for name in rows[0].settings:
+        values = [records[row.runs[0].adapter].known.get(name) for row in rows]
+        is_number = all(type(value) in (int, float) for value in values)  # a hash is none
+        if name == SEED or not is_number or len(set(values)) < 2:
             continue
         if values[0] in (max(values), min(values)):
             end = "largest" if values[0] == max(values) else "smallest"
-            sentences.append(f"{name} {best} is the {end} tried: a better one may lie beyond.")
+            sentences.append(f"{name} {values[0]} is the {end} tried: a better one may lie beyond.")
     return sentences
-
-
-def number_in(text: str) -> float | None:
-    """Return the number that a setting is, if it is one."""
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -37,6 +37,7 @@ def float16_cores():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "__matmul__", multiply)
         patch.setattr(accept, "repeat", lambda step, **_: [bool(step())] * 6)
+        patch.setattr(accept, "LONG", 200)
         yield
 
 
@@ -98,7 +99,18 @@ def test_what_is_wrong_in_float16_is_seen(made, monkeypatch, what):
 
 
 def test_without_a_native_gradient_float16_is_not_judged(made, tmp_path):
-    assert [row[2] for row in accept.gradient(made.float16, tmp_path)] == [True, None]
+    rows = accept.gradient(made.float16, tmp_path)
+    assert [row[2] for row in rows] == [True, True, None]
+
+
+def test_recomputation_that_differs_is_seen(made, tmp_path, monkeypatch):
+    """As where a recomputed layer draws another dropout, or runs another kernel."""
+    monkeypatch.setattr(made.float16, "tokens_at_once", 512)
+    is_recomputed = lambda: made.float16.tokens_at_once == 64  # noqa: E731
+    for layer in made.float16.layers:
+        err = lambda _, __, rows: rows * (1.2 if is_recomputed() else 1)  # noqa: E731
+        monkeypatch.setattr(layer.mlp, "_forward_hooks", {0: err})
+    assert False in [row[2] for row in accept.gradient(made.float16, tmp_path)]
 
 
 def test_fla_that_cannot_be_used_is_known_before_anything_is_loaded(flags, monkeypatch, capsys):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_lora_single as script
 from inspect_lora.__main__ import main
+from inspect_lora.adapter import TO_WRAPPER, name_in_text_model, renamed
 
 EMBEDDING = f"{PREFIX}model.embed_tokens.weight"
 A, B = (f"{PREFIX}model.layers.1.mlp.up_proj.lora_{part}.weight" for part in "AB")
@@ -332,3 +333,18 @@ def test_a_system_message_is_given_to_the_lines_that_have_none(plain, measured, 
         for path, flags in ((has, []), (has_not, ["--system", SYSTEM]), (has_not, []))
     ]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_script_and_the_package_rename_alike(adapters):
+    """final_lora_vllm is written by the script, which is one file."""
+    names = load_file(adapters["plain"] / TENSORS)
+    wanted = load_file(adapters["wrapper"] / TENSORS).keys()
+    assert {script.name_in_wrapper(name) for name in names} == wanted
+    assert {PREFIX + renamed(name, TO_WRAPPER) for name in names} == wanted
+    assert {PREFIX + name_in_text_model(name) for name in wanted} == names.keys()
+
+
+def test_a_base_with_a_pickle_alone_is_refused_in_one_message(plain, not_measured, tmp_path):
+    base = shutil.copytree(TOY, tmp_path / "base")
+    (base / toys.WEIGHTS).rename(base / "pytorch_model.bin")
+    not_measured(change_config(plain, base_model_name_or_path=str(base)), str(base), "pickle")

@@ -122,7 +122,8 @@ def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
     changes = [(seed, f"{seed}\nWEIGHT_DECAY = 0.0\nNEVER_READ = 1")]
     changes.append((rate, f"{rate}        weight_decay=settings.WEIGHT_DECAY,\n"))
     copy = edited_script(tmp_path, *changes)
-    refused(capfd, ["--weight_decay", "x"], "WEIGHT_DECAY", status=2, main=copy.main)
+    for value in ("x", "0,3"):  # the latter is a tuple to Python
+        refused(capfd, ["--weight_decay", value], "WEIGHT_DECAY", status=2, main=copy.main)
     decays = []
     with pytest.MonkeyPatch.context() as patch:
         see = lambda *_, optimizer, **__: decays.append(optimizer.param_groups[0]["weight_decay"])  # noqa: E731
@@ -160,6 +161,7 @@ def test_a_constant_that_cannot_be_is_named_first_of_all(monkeypatch, capfd, nam
 
 WRONG_FLAGS = {  # and what is named
     "--lora_rank 3": "--lora_rank", "--lora_al 3": "--lora_al",  # no abbreviations are taken
+    "--lr 1e-3": "--lr --learning_rate", "--epochs 2": "--epochs --num_epochs",
     "stray": "stray", "--lora_r 8.5": "LORA_R", "--learning_rate fast": "LEARNING_RATE",
     "--use_fla perhaps": "USE_FLA", "--device tpu": "DEVICE tpu",
     "--device cuda:1": "DEVICE CUDA_VISIBLE_DEVICES",
@@ -364,6 +366,34 @@ def test_fla_is_there_where_it_is_right(case, is_asked, gpu, tmp_path, monkeypat
     is_blocked = "fla" in sys.modules and sys.modules["fla"] is None
     assert is_blocked != (is_asked and may_be)
     assert sys.modules["causal_conv1d"] is None
+
+
+def test_float32_is_float32_and_cudnns_attention_is_off():
+    """As in NVIDIA's containers, and in torch 2.9 on an H100."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    t.prepare_device(t.parse_settings(RUN))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(("visible", "left"), [(None, "0"), ("2,3", "2"), ("", "")])
+def test_only_one_gpu_is_visible_before_anything_is_imported(visible, left, tmp_path, monkeypatch):
+    """A library that starts the driver with several would keep them."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    first, note = "\nimport accelerate\n", "\nONE_GPU = os.environ['CUDA_VISIBLE_DEVICES']"
+    script = edited_script(tmp_path, (first, note + first))
+    assert left == script.ONE_GPU
+
+
+def test_each_process_of_a_launch_sees_all_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    edited_script(tmp_path)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
 def test_what_other_work_left_changes_nothing(finished, stopped, tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def test_three_adapters_of_one_folder_are_three_rows(compare, make, tmp_path):
     expected = ["final_lora.1", "final_lora.0", "final_lora"]
     assert names_of(out) == expected and len(losses) == 3 and not left
     assert re.findall(r"LEARNING_RATE (\S+),", out) == ["0.0003", "0.0001", "0.001"]
-    assert re.findall(r"lora_dropout ([\d.]+)", out) == ["0.0", "0.1", "0.0"]
+    assert re.findall(r"lora_dropout ([\d.]+)$", out, re.MULTILINE) == ["0.0", "0.1", "0.0"]
     assert "EPOCHS" not in out
     page = page_of(tmp_path)
     assert len(page["sides"]) == 4 and len(page["prompts"][0]["replies"]) == 4
@@ -192,7 +192,7 @@ def test_a_row_whose_adapter_may_have_learned_the_lines_is_marked(compare, make)
 # ---- Settings and their seeds
 
 
-def seeded(make, rates=(1e-4, 3e-4), seeds=(1, 2, 3), spread=0.02, **more):
+def seeded(make, rates=(1e-4, 3e-4), seeds=(1, 2, 3), spread=0.02, codes=()):
     """Write runs of several rates and seeds, and return their losses by the rate."""
     losses, draw = {}, np.random.default_rng(4)
     for rate, seed in itertools.product(rates, seeds):
@@ -201,7 +201,8 @@ def seeded(make, rates=(1e-4, 3e-4), seeds=(1, 2, 3), spread=0.02, **more):
         for number, line in enumerate(lines):
             line.adapter += (shift + 0.05 * draw.normal()) * line.tokens
             line.cluster = f"talk {number // 2}"
-        known = {"LEARNING_RATE": rate, "SEED": seed} | more
+        known = {"LEARNING_RATE": rate, "SEED": seed}
+        known |= {"CODE": codes[rates.index(rate)]} if codes else {}
         put(make(f"{rate}-{seed}", **WITHOUT_PARTS, lines=lines, known=known, shifts=[]))
         losses.setdefault(rate, []).append(lines)
     return losses
@@ -307,11 +308,11 @@ def test_a_seed_that_stands_twice_is_no_second_draw(capsys, make, tmp_path, monk
 @pytest.mark.parametrize(("rates", "end"), [((1e-4, 1e-3), "largest"), ((1e-3, 1e-4), "smallest")])
 def test_the_conclusion_says_what_can_be_told_apart(compare, make, rates, end):
     """The last rate is the best; one between is as good; and the best lies at an end."""
-    seeded(make, rates=(rates[0], 5e-4, rates[1]), seeds=(1, 2))
+    seeded(make, rates=(rates[0], 5e-4, rates[1]), seeds=(1, 2), codes=("11", "22", "33"))
     _, _, out = compare()
     told = " ".join(out.partition("\n1  ")[0].split())
     assert re.search(r"\b1 has a lower loss than 2 and 3\b", told)
-    assert f"LEARNING_RATE {rates[1]} is the {end}" in told
+    assert f"LEARNING_RATE {rates[1]} is the {end}" in told and told.count(" tried") == 1
     assert "3 degrees" in told
 
 

@@ -76,7 +76,7 @@ def test_loss_and_gradient_of_joined_replies_are_those_of_single_ones(kind, tmp_
     problems = []
     conversations = t.read_conversations(job.settings.TRAIN_FILE, "all", problems)
     single = t.encode(conversations, job.base, 4096, problems)
-    assert len(single) == 10 and not problems and not any(one.earlier for one in single)
+    assert len(single) == 10 and not problems and not any(one.earlier_replies for one in single)
     trainer = t.build_trainer(job)
     runs.set_b(trainer.model)
     expected = one_step(trainer, single, 10_000)

@@ -1,6 +1,7 @@
 """`evidence`: what its record holds, when it is written, and where."""
 
 import copy
+import dataclasses
 import shutil
 import signal
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import train_lora_single as script
 from inspect_lora import measures, model
 from inspect_lora.__main__ import main
+from inspect_lora.record import read_record
 from train_lora_single import file_sha256
 
 
@@ -247,6 +249,78 @@ def test_what_is_finished_is_not_measured_again(capfd, plain, tmp_path, monkeypa
     evidence(capfd, plain, results, *argv, "--tasks", 2)
     assert len(opened) == 5
     refused(capfd, ["evidence", plain, tmp_path / "b", "--output_dir", "x"], main=main)
+
+
+OTHER_REQUESTS = {
+    "the adapter's template": lambda base, folder: give_template(folder),
+    "the base's template": lambda base, folder: edit_template(base),
+    "the base's configuration": lambda base, folder: toys.edit_json(
+        base / "config.json", lambda config: config.update(of_no_use=1)
+    ),
+    "the base's weights": lambda base, folder: change_weights(base),
+    "a flag": lambda base, folder: ["--chat_template", "one_pass"],
+    "nothing": lambda base, folder: [],
+}
+
+
+def give_template(folder):
+    (folder / "chat_template.jinja").write_text("{# mine #}" + toys.tokenizer().chat_template)
+
+
+def edit_template(base):
+    (base / "chat_template.jinja").write_text("{# another #}" + toys.tokenizer().chat_template)
+
+
+def change_weights(base):
+    tensors = toys.load_file(base / toys.WEIGHTS)
+    name = "model.language_model.embed_tokens.weight"
+    toys.save_file(tensors | {name: 2 * tensors[name]}, base / toys.WEIGHTS, {"format": "pt"})
+
+
+@pytest.mark.parametrize("has_own", [False, True], ids=["the base's", "its own"])
+@pytest.mark.parametrize("change", OTHER_REQUESTS)
+def test_what_decides_a_number_makes_another_request(
+    capfd, plain, tmp_path, three_lines, change, has_own
+):
+    """The content of templates counts, also of the base's own, by which it is served."""
+    base = shutil.copytree(toys.TOY, tmp_path / "base")
+    toys.change_config(plain, base_model_name_or_path=str(base))
+    tokenizer = toys.AutoTokenizer.from_pretrained(base)
+    if change != "a flag":  # one_pass is of templates that TRL knows
+        tokenizer.chat_template = "{# first #}" + tokenizer.chat_template
+    tokenizer.save_pretrained(base)
+    if has_own or change == "the adapter's template":
+        tokenizer.save_pretrained(plain)
+    words = ["--eval_file", three_lines, *SHORT]
+    before, _ = evidence(capfd, plain, tmp_path / "results", *words)
+    flags = OTHER_REQUESTS[change](base, plain) or []
+    after, _ = evidence(capfd, plain, tmp_path / "results", *words, *flags)
+    assert (before["request"] == after["request"]) == (change == "nothing")
+
+
+def test_a_record_that_is_read_again_is_the_same(capfd, plain, tmp_path, tokenizer):
+    """Each field, with entries of the kinds that they had when they were measured."""
+    give_template(plain)
+    tokenizer.save_pretrained(plain)
+    toys.edit_json(plain / "tokenizer_config.json", lambda own: own.pop("chat_template", None))
+    give_template(plain)
+    rows = [{"messages": talk(n), "id": n, "rejected": "No.", "checks": {"a": {"any": ["tea"]}}}
+            for n in (1, 2)]  # fmt: skip
+    rows[0]["counterpart"] = 2
+    words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows), "--max_new_tokens", 2]
+    words += ["--general_file", write_lines(tmp_path / "tasks.jsonl", TASKS), "--parts", 1]
+    found, _ = evidence(capfd, plain, tmp_path / "results", *words)
+    again = read_record(tmp_path / "results")
+    as_read = dataclasses.asdict(again)
+    del as_read["folder"]
+    assert as_read == found
+    names = ["lines", "pairs", "couples", "parts", "shifts", "exchanges", "probes"]
+    for name in names:
+        assert found[name] and all(map(dataclasses.is_dataclass, getattr(again, name))), name
+    for name in ("base", "adapter", "base_in_template"):
+        assert dataclasses.is_dataclass(getattr(again.exchanges[0], name)), name
+    is_empty = {name for name, value in found.items() if value in ([], {}, None, "")}
+    assert is_empty <= {"run", "system", "learned", "trained_kinds", "couples_left_out"}
 
 
 def test_pairs_have_the_likelihoods_that_peft_gives_both_replies(capfd, plain, tmp_path, tokenizer):

@@ -15,11 +15,12 @@ import transformers
 from conftest import TOY
 from peft.tuners.lora.layer import Linear
 from records import done
-from runs import refused
+from runs import refused, run
 from safetensors.torch import load_file
 from toys import CONFIG, PREFIX, TENSORS, change_config, change_tensors, save_adapter
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from inspect_lora import export as exporting
 from inspect_lora import vllm
 from inspect_lora.__main__ import main
 
@@ -166,6 +167,19 @@ def test_what_is_more_or_damaged_is_refused(copied, capfd, tmp_path, kind, chang
     for flags in (["--scale", "0.5"], ["--vllm"]):
         refused(capfd, ["export", folder, tmp_path / "new", *flags], key, main=main)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_is_not_empty_is_told_before_the_base_is_read(plain, capfd, tmp_path):
+    words = ["export", plain, plain, "--merge", "--base", "/nowhere", "--device", "cpu"]
+    assert "/nowhere" not in refused(capfd, words, str(plain), main=main).err
+
+
+def test_an_error_of_a_library_is_not_taken_for_a_full_folder(plain, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("Can't load the model")
+
+    monkeypatch.setattr(exporting, "merge", fail)
+    assert run(["export", plain, tmp_path / "new", "--merge"], main) == 1  # its own traceback
 
 
 def test_nothing_is_overwritten(plain, capfd, tmp_path, monkeypatch):

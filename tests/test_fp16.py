@@ -209,12 +209,60 @@ def test_a_run_in_float16_is_like_one_in_float32(flags, finished, tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
+def test_a_loss_that_moves_with_products_a_tenth_too_large_is_seen(monkeypatch):
+    """On shipped lines, where only products that are not tried err."""
+    settings = t.parse_settings(["--demo", "--dry_run", "--model_name", TOY])
+    base, problems = t.read_base(t.request_of(settings)), []
+    lines = t.read_conversations(settings.TRAIN_FILE, "all", problems)[:100]
+    examples = t.encode(lines, base, 512, problems)
+    t.try_fp16_matmul(load(TOY, "bfloat16"), examples)
+    wrong = lambda *given: 1.1 * RIGHT(*given)  # noqa: E731
+    replace = lambda *_: monkeypatch.setattr(t, "scaled_fp16_matmul", wrong)  # noqa: E731
+    runs.before(monkeypatch, t, "use_fp16_matmul", replace)
+    with pytest.raises(t.UserError, match="loss"):
+        t.try_fp16_matmul(load(TOY, "bfloat16"), examples)
+
+
 def without_a_row(rows, weight):
     """Forget a row of gradients, as a broken kernel might."""
     result = RIGHT(rows, weight).clone()
     if weight.is_contiguous():  # W on the way back, and its transpose forward
         result[..., 0, :] = 0
     return result
+
+
+def losses_with(patch, difference):
+    """Let each target have half a nat, and so much more as difference draws once it is float16."""
+    real, draw, is_float16 = t.token_losses, torch.Generator().manual_seed(0), []
+
+    def losses(model, inputs):
+        is_target = (real(model, inputs) > 0).float()
+        more = difference(is_target.shape, draw) if is_float16 else 0
+        return is_target * (0.5 + more)
+
+    patch.setattr(t, "token_losses", losses)
+    runs.before(patch, t, "use_fp16_matmul", lambda *_: is_float16.append(True))
+
+
+DIFFERENCES = {  # of single targets, in nats, and whether float16 is taken for right
+    "of good kernels": (lambda shape, draw: 0.05 * torch.randn(shape, generator=draw).sign(), True),
+    "of one sign": (lambda shape, _: 0.05, False),
+}
+
+
+@pytest.mark.parametrize("which", DIFFERENCES)
+def test_the_loss_of_a_short_first_reply_ends_no_run(monkeypatch, which):
+    """Its three targets together may differ by a tenth where nothing is wrong."""
+    difference, is_right = DIFFERENCES[which]
+    replies = [runs.made_up([5] * 9, [7] * count) for count in (3, 60, 20, 80, 50, 30)]
+    model = load(TOY, "bfloat16")
+    losses_with(monkeypatch, difference)
+    if is_right:
+        t.try_fp16_matmul(model, replies)
+        assert model.lm_head.weight.dtype == torch.float16
+    else:
+        with pytest.raises(t.UserError, match="220 targets"):
+            t.try_fp16_matmul(model, replies)
 
 
 BROKEN = {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from records import SHORT, evidence, line_numbers, say_origin, write_talks_with
 from runs import SYSTEM, command, read_json, refused, run, talk, write_lines, write_talks
 from toys import edit_json
 
-from inspect_lora import sampling
+import train_lora_single as script
+from inspect_lora import inputs, sampling
 from inspect_lora.__main__ import main
 from train_lora_single import file_sha256
 
@@ -73,7 +75,9 @@ def test_another_file_is_where_run_json_says(output, measured, tmp_path, monkeyp
 def test_other_conversations_in_its_place_are_refused_and_no_file_is_guessed(output, not_measured):
     """A later run into the same folder may have learned or held out others."""
     write_talks_with(output / "held_out.jsonl", 1, 2, 4)
-    not_measured("held_out.jsonl", "--eval_file")
+    not_measured(str(output / "held_out.jsonl"), "changed", "--eval_file")
+    shutil.move(output / "held_out.jsonl", output / "other.jsonl")
+    not_measured("held_out.jsonl", "looked", str(output), str(Path.cwd()), "--eval_file")
     say_origin(output / "final_lora", data={"train": {}, "held_out": None})
     not_measured("--eval_file", "--prompts")
     (output / "final_lora" / "run.json").unlink()
@@ -215,8 +219,65 @@ def test_lines_whose_prompts_continue_each_other_are_one_cluster(adapters, measu
     assert others == ["2", first, first, "5", "2"]
 
 
+def conversations_of(*lines):
+    """Return the replies of dialogues, as the script reads them: up to each reply of each line."""
+    return [
+        script.Conversation(f"own:{number}", messages[:end], {})
+        for number, messages in enumerate(lines, 1)
+        for end in range(2, len(messages) + 1, 2)
+    ]
+
+
+def dialogue(*texts):
+    roles = ["user", "assistant"] * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+GREETING = [  # dialogues, and the cluster of each
+    ([("Hi", "Hello", "tea?", "Yes"), ("Hi", "Hello", "rain?", "No")], "12"),
+    ([("Hi", "Hello", "tea?", "Yes"), ("Hi", "Hey", "tea?", "No")], "12"),  # another answer
+    ([("Hi", "Hello", "tea?", "Yes"), ("Hi", "Hello", "tea?", "No")], "11"),
+    ([("Hi", "Hello"), ("Hi", "Hey")], "11"),
+    ([("Hi", "Hello"), ("Hi", "Hello", "tea?", "Yes")], "11"),  # one line a reply
+    ([("Hi", "A"), ("Hi", "A", "tea?", "Yes"), ("Hi", "A", "rain?", "No"), ("Hi", "B")], "1231"),
+    ([("Hi", "A", "x", "B", "y", "C"), ("Hi", "A", "x", "B", "z", "D"), ("Hi", "E", "w", "F")],
+     "113"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "clusters"), GREETING)
+def test_a_greeting_joins_no_dialogues(lines, clusters):
+    """With one cluster alone there would be no interval."""
+    found = inputs.clusters_of(conversations_of(*(dialogue(*texts) for texts in lines)))
+    numbers = [root.rpartition(":")[2] for root in found.values()]
+    names = {root: f"{numbers.index(root) + 1}" for root in numbers}
+    assert "".join(names[root] for root in numbers) == clusters
+
+
+def test_the_clusters_of_many_lines_take_no_time():
+    """In a chain, each line continues the one before it."""
+    messages = dialogue(*(f"text {n}" for n in range(100)))
+    lines = [*(messages[:end] for end in range(2, 101, 2))]
+    lines += [dialogue(f"q {n}", "a") for n in range(6000)]
+    rows = [script.Conversation(f"own:{n}", line, {}) for n, line in enumerate(lines)]
+    before = time.process_time()
+    assert len(set(inputs.clusters_of(rows).values())) == 6001
+    assert time.process_time() - before < 2
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(0, "0"), (False, "false"), (None, ""), ("", ""), (["a", 1], '["a", 1]'), (1.5, "1.5"),
+     ("0", "0")],
+)  # fmt: skip
+def test_a_kind_may_be_any_value(adapters, measured, tmp_path, value, kind):
+    rows = [{"messages": talk(1), "kind": value}, {"messages": talk(2)}]
+    found = measured(adapters["plain"], "--eval_file", write_lines(tmp_path / "own.jsonl", rows))
+    assert [line["kind"] for line in found["lines"]] == [kind, ""]
+
+
 def test_the_type_and_the_replies_are_those_of_the_training(adapters, measured, tmp_path):
-    """N49 and N73 of the review: else an adapter is measured as it was not trained."""
+    """Else an adapter is measured as it was not trained."""
     folder = shutil.copytree(adapters["plain"], tmp_path / "adapter")
     path = write_lines(tmp_path / "eval.jsonl", [{"messages": [*talk(1), *talk(2)[1:]]}])
     words = [folder, "--eval_file", path]
@@ -239,7 +300,6 @@ def items_of(kinds, cluster=lambda n: n):
 
 
 def test_a_draw_has_the_kinds_of_the_file_and_not_its_first_lines():
-    """N45 of the review: parts measured on the first lines."""
     kinds = ["a"] * 60 + ["b"] * 30 + ["c"] * 9 + ["d"]
     items = items_of(kinds)
     drawn = sampling.draw(items, 40, Counter(kinds))

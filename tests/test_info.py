@@ -23,7 +23,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from runs import command, refused
 from safetensors.torch import load_file, save_file
 from toys import CONFIG, PREFIX, TENSORS, change_config, change_tensors, edit_json, save_adapter
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from inspect_lora.__main__ import main
 from inspect_lora.adapter import read_adapter
@@ -304,6 +304,29 @@ def test_status_for_a_server(adapters, plain, capfd):
     assert status(plain) == 2 and status(plain, "--base", TOY) == 1
     change_config(plain, r=2)
     assert status(plain, "--json") == 1  # a fault
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_on_experts_has_the_size_that_peft_gives_it(tmp_path, info):
+    """A and B of all experts stand in one tensor each."""
+    base = toys.model_of(
+        toys.family("Qwen3Moe", **toys.EXPERTS), tmp_path / "moe", has_weights=True
+    )
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    folder = save_adapter(
+        tmp_path / "adapter", model, target_modules=["q_proj"], target_parameters=targets
+    )
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    expected = [
+        layer.get_delta_weight("default").double().norm().item()
+        for layer in toys.layers_of(loaded).values()
+    ]
+    found = info(folder)
+    sizes = [module["norm"] for module in found["modules"]]
+    assert len(expected) == 2 * 3 and sorted(sizes) == pytest.approx(sorted(expected), rel=1e-5)
+    assert all(1 <= module["directions_for_90"] <= 4 for module in found["modules"])
+    assert "nan" not in found["shown"]
 
 
 def test_several_adapters_have_a_block_each_and_the_highest_status(adapters, copied, capfd):

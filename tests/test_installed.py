@@ -81,7 +81,7 @@ def test_files_alone_are_told_without_a_model(installed, adapters, tmp_path):
     assert written == {"evidence.json", "report.md", "replies.html"}
     assert "picture.png" not in (tmp_path / "report" / "report.md").read_text()
     told = json.loads(installed("report", "report", "--json").stdout)
-    assert told["schema"] == 2 and told["gain"]
+    assert told["schema"] == 3 and told["gain"]
     compared = installed("compare", "report", "other")
     assert compared.returncode == 0 and (tmp_path / "compared" / "replies.html").is_file()
     served = installed("served", "report", "--url", "http://127.0.0.1:9")

@@ -1,5 +1,6 @@
 """What is counted of an adapter: KL, updates, parts; and that measuring leaves it as it was."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import TOY
 from records import evidence, write_talks_with
 from runs import write_lines
 
+import train_lora_single as script
 from inspect_lora import measures, model, replies
 from inspect_lora.plan import Asked
 from inspect_lora.record import Prompt
@@ -55,6 +57,55 @@ def test_kl_and_other_tokens_are_those_of_merged_weights(opened, tokenizer, monk
         assert shift.changed_tokens == others
         assert shift.tokens == [4, 2, 40]
     assert sum(found[-1].changed_tokens) and min(found[-1].kl) > 0.01
+
+
+def at_most(strength, real):
+    """Return a function of a model that gives NaN where the update is stronger than this."""
+
+    def measure(network, *given):
+        (scale, *_) = (one.scaling["default"] for one in toys.layers_of(network).values())
+        found = real(network, *given)
+        if scale <= strength * toys.PLAIN_SCALE:
+            return found
+        return found * math.nan if torch.is_tensor(found) else [[math.nan]] * len(found)
+
+    return measure
+
+
+def test_a_strength_that_gives_nan_is_left_out_and_the_rest_is_measured(opened, monkeypatch, capfd):
+    """As x 1.5 in scaled float16; NaN as trained leaves nothing to compare."""
+    monkeypatch.setattr(measures, "generate", lambda *_, **__: SAID)
+    real = script.losses_of_replies, script.reply_logits
+    example = script.Example("a:1", TASKS[0], {}, [40, 50], [60, 2])
+    held_out = [SimpleNamespace(example=example)]
+    plan = SimpleNamespace(held_out=held_out, part_lines=[0])
+    for most, strengths in ((1, [0.5, 0.75, 1.0]), (0.75, [])):
+        opened.loaded.known.clear()
+        monkeypatch.setattr(script, "losses_of_replies", at_most(most, real[0]))
+        monkeypatch.setattr(script, "reply_logits", at_most(most, real[1]))
+        assert [shift.strength for shift in shifts_of(opened)] == strengths
+        parts = measures.parts(plan, opened)["parts"]
+        names = [part.name for part in parts if part.family == "strength"]
+        assert names == [f"x {strength:g}" for strength in (0.5, 0.75)]
+        assert "1.5" in capfd.readouterr().out
+    opened.loaded.known.clear()
+
+
+def test_a_word_that_the_base_never_says_adds_nothing_to_kl(opened, monkeypatch):
+    """As padding of the vocabulary, whose logits some models set to minus infinity."""
+    monkeypatch.setattr(measures, "generate", lambda *_, **__: SAID)
+    opened.loaded.known.clear()
+    expected, real = shifts_of(opened), script.reply_logits
+
+    def without_padding(*given):
+        logits = real(*given)
+        return torch.cat([logits, torch.full_like(logits[:, :1], -math.inf)], 1)
+
+    monkeypatch.setattr(script, "reply_logits", without_padding)
+    found = shifts_of(opened)
+    opened.loaded.known.clear()
+    for shift, other in zip(found, expected, strict=True):
+        assert shift.kl == pytest.approx(other.kl, abs=1e-6)
 
 
 def test_the_same_replies_have_the_same_hash_and_others_another(opened, monkeypatch):

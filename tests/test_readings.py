@@ -102,9 +102,9 @@ def test_a_reading_of_other_replies_is_refused(capsys, report, tmp_path):
     rows = [asked(number) for number in range(30)]
     rows[3].adapter = said("something else", {"is brief": True})
     others = {
-        "other adapter": {"id": "another"},
-        "other prompts": {"exchanges": [asked(number) for number in range(40, 70)]},
-        "other replies": {"exchanges": rows},
+        "other-adapter": {"id": "another"},
+        "other-prompts": {"exchanges": [asked(number) for number in range(40, 70)]},
+        "other-replies": {"exchanges": rows},
     }
     for name, facts in others.items():
         folder = tmp_path / "others" / name

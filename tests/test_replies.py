@@ -12,10 +12,11 @@ import toys
 from by_hand import render
 from conftest import TOY
 from records import NEW_TOKENS, evidence, line_numbers
-from runs import NOUNS, read_json, talk, write_lines
+from runs import NOUNS, read_json, refused, talk, write_lines
 
 import train_lora_single as script
 from inspect_lora import measures, replies, rules, sampling
+from inspect_lora.__main__ import main
 from inspect_lora.plan import Asked
 from inspect_lora.record import Prompt
 
@@ -154,6 +155,36 @@ def test_thoughts_before_a_reply_are_not_judged(opened):
     tokens = opened.base.tokenizer(said + "<|im_end|>").input_ids
     judged = measures.judged(opened, Asked(prompt, [5]), tokens)
     assert judged.passes == {"short": True} and "One two" in judged.text and judged.ended
+
+
+CUT = [  # the end of the prompt, the reply, and what is judged of it
+    ("", "<think>\nOne two three", ""), ("<think>\n", "One two three", ""),
+    ("<think>\n", "One\n</think>\n\nTea, then?", "Tea, then?"), ("", "Tea, then?", "Tea, then?"),
+    ("", "<think>\n\n</think>\n\nTea", "Tea"), ("<think>\n\n</think>\n\n", "Tea", "Tea"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("end", "said", "answer"), CUT)
+def test_thoughts_that_were_cut_short_are_no_answer(opened, end, said, answer):
+    """Also where the chat template has opened them in the prompt."""
+    words = max(1, len(answer.split()))
+    checks = {"says": {"any": [answer or "One"]}, "short": {"most_words": words}}
+    encode = opened.base.tokenizer
+    asked = Asked(Prompt("prompts", "p:1", "", [], checks=checks), encode("Hm?\n" + end).input_ids)
+    judged = measures.judged(opened, asked, encode(said).input_ids)
+    assert judged.passes == {"says": bool(answer), "short": True} and judged.text == said.strip()
+
+
+@pytest.mark.parametrize("name", ["eval_file", "prompts"])
+def test_two_rules_for_one_prompt_are_refused(capfd, adapters, tmp_path, name):
+    """It is asked once, so one of the rules would be left out in silence."""
+    asked = {"messages": talk(1)} if name == "eval_file" else {"prompt": talk(1)[:-1]}
+    checks = [{"short": {"most_words": 3}}, {"short": {"most_words": 3}, "tea": {"any": ["tea"]}}]
+    rows = [asked | {"checks": each} for each in (*checks, {"short": {"most_words": 4}})]
+    words = ["evidence", adapters["plain"], "--device", "cpu", f"--{name}"]
+    words += [write_lines(tmp_path / "own.jsonl", rows), "--general_file", ""]
+    end = refused(capfd, words, "own.jsonl:3", "own.jsonl:1", "short", main=main)
+    assert "own.jsonl:2" not in end.err
 
 
 def test_lines_with_one_prompt_are_asked_once_with_all_their_checks(capfd, adapters, tmp_path):

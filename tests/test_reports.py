@@ -183,9 +183,10 @@ def test_only_what_is_clear_beside_all_others_is_called_so(tmp_path):
 def test_the_last_line_says_what_lowers_trust(tmp_path, changes, reasons):
     ended = [asked(n, base=said("whole", {"is brief": True})) for n in range(20)]
     parts = {"parts": [], "part_lines": []} if "lines" in changes else {}
-    conditions = {"not_served": "", "base": "someone/model"} | changes.get("conditions", {})
-    changes = {"exchanges": ended} | parts | changes | {"conditions": conditions}
-    stored = made(tmp_path, **changes)
+    facts = {"exchanges": ended} | parts | changes
+    conditions = facts.pop("conditions", {})
+    stored = made(tmp_path, **facts)
+    stored.conditions |= conditions
     assert set(findings.cautions_of(results.results_of(stored))) == reasons
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import resource
@@ -447,6 +448,7 @@ SAME_CODE = {
     "a comment": ("\ndef lora_fields(", "\n# A comment of mine.\ndef lora_fields("),
     "a docstring": ('    """Return PEFT\'s LoraConfig fields;', '    """Return my fields;'),
     "a setting": (f"\nLORA_R = {t.LORA_R}", "\nLORA_R = 4"),
+    "a setting's type": ("\nSEED = 42  # for", "\nSEED: int = 43  # for"),
     "a line's form": ("next_tokens = inputs", "next_tokens   =   inputs"),
 }
 
@@ -458,8 +460,13 @@ def test_what_is_not_executed_is_no_other_code(change):
 
 
 @pytest.mark.parametrize(
-    "change", [EDITED_LOSS, ("DEMO = {", "OMED = {"), ("1e-9, 0.5", "1e-9, 0.6")]
-)
+    "change",
+    [
+        EDITED_LOSS, ("DEMO = {", "OMED = {"), ("1e-9, 0.5", "1e-9, 0.6"),
+        ("label_smoothing_factor=0,", "label_smoothing_factor=None,"),
+        ("logging_nan_inf_filter=False,", "logging_nan_inf_filter='',"),
+    ],
+)  # fmt: skip
 def test_what_is_executed_is_other_code(change):
     edited = CODE.replace(*change)
     assert edited != CODE and t.hash_of_code(edited.encode()) != t.hash_of_code(CODE.encode())
@@ -502,38 +509,54 @@ def test_a_field_that_an_update_of_a_library_adds_is_no_other_job(stopped, job, 
     assert job_of(stopped.flags) == job
 
 
-def test_a_full_disk_is_recorded_and_told_once(stopped, output, whole, monkeypatch, capfd):
+def disk_is_full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+write_nowhere = torch.save  # before a test replaces it
+FULL = {  # the kernel's error, and torch's own, which does not name the disk
+    "an OSError": disk_is_full,
+    "torch's error": lambda value, *_, **__: write_nowhere(value, "/dev/full"),
+}
+
+
+@pytest.mark.parametrize("fill", FULL.values(), ids=FULL)
+def test_a_full_disk_is_told_and_recorded(fill, stopped, output, whole, monkeypatch, capfd):
     """What was torn makes room for the record, and the same command goes on."""
     argv, real = into(output, stopped), t.write_json
 
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     def write(path, value):
-        torn = [
-            x for x in output.glob("checkpoints/*/checkpoint-*") if not (x / "sha256.json").exists()
-        ]
+        places = output.glob("checkpoints/*/checkpoint-*")
+        torn = [place for place in places if not (place / "sha256.json").exists()]
         if path.name == "run.json" and path.parent == output and torn:
-            full()
+            disk_is_full()
         real(path, value)
 
     with monkeypatch.context() as patch:
         runs.at_step(patch, 1, runs.send(signal.SIGTERM))  # which is not what ends it
-        at_saved(patch, 8, full)
+        at_saved(patch, 8, fill)
         patch.setattr(t, "write_json", write)
-        end = runs.command(capfd, argv)
-    assert end.status == 1 and end.err.count("Traceback") == 1
+        runs.refused(capfd, argv, "OUTPUT_DIR", str(output))
     assert runs.read_record(output)["outcome"].startswith("failed: ")
     assert go_on(argv, whole) == 7
 
 
-def test_a_disk_without_any_room_gets_no_second_traceback(stopped, output, monkeypatch, capfd):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_disk_without_any_room_is_told_all_the_same(stopped, output, monkeypatch, capfd):
+    """Not even the record and the log can be written."""
 
-    at_saved(monkeypatch, 8, lambda *_, **__: (monkeypatch.setattr(t, "write_json", full), full()))
-    end = runs.command(capfd, into(output, stopped))
-    assert end.status == 1 and end.err.count("Traceback") == 1
+    def fill(*_, **__):
+        monkeypatch.setattr(t, "write_json", disk_is_full)
+        monkeypatch.setattr(logging.FileHandler, "emit", failing_emit)
+        disk_is_full()
+
+    def failing_emit(handler, line):
+        try:
+            disk_is_full()
+        except OSError:
+            handler.handleError(line)
+
+    at_saved(monkeypatch, 8, fill)
+    runs.refused(capfd, into(output, stopped), "OUTPUT_DIR", str(output))
 
 
 def test_the_hubs_branch_may_move(flags, tmp_path, monkeypatch):

@@ -60,14 +60,18 @@ def test_training_goes_on_from_the_adapters_tensors(flags, finished, tmp_path, m
     assert runs.prepared([*flags, "--start_from", copy]).plan.folder != job.plan.folder
 
 
-def test_a_start_that_saw_another_template_is_told(flags, tmp_path, capfd):
+@pytest.mark.parametrize("has_record", [True, False])
+def test_a_start_that_saw_another_template_is_told(has_record, flags, finished, tmp_path, capfd):
+    """An adapter of another trainer may have its template beside it."""
+    folder = shutil.copytree(finished.output / "final_lora", tmp_path / "start")
+    if not has_record:
+        (folder / "run.json").unlink()
+    dry = [*flags, "--dry_run", "--start_from", folder]
+    assert "warning" not in runs.command(capfd, dry).out
     template = Path(TOY, "chat_template.jinja").read_text(encoding="utf-8")
-    (tmp_path / "other.jinja").write_text(f"{template}{{# another #}}", encoding="utf-8")
-    dry = [*flags, "--dry_run"]
-    assert "template" not in runs.command(capfd, dry).out
-    assert (
-        "template" in runs.command(capfd, [*dry, "--chat_template", tmp_path / "other.jinja"]).out
-    )
+    (tmp_path / "other.jinja").write_text(f"{template}{{# another one #}}", encoding="utf-8")
+    other = runs.command(capfd, [*dry, "--chat_template", tmp_path / "other.jinja"])
+    assert other.status == 0 and "warning" in other.out
 
 
 def edit_tensors(folder):

@@ -298,3 +298,5 @@ def test_more_than_a_tenth_is_refused_with_the_limits_that_would_do(capfd, job):
     assert len(prepared(flags).data.held_out) == 9
     write("e", *[HELLO] * 8, LONG)
     refused(capfd, flags, "MAX_SEQ_LEN")
+    write("t", *[HELLO] * 8, LONG)  # both files at once
+    refused(capfd, flags, "MAX_SEQ_LEN", "t:9:", "e:9:")

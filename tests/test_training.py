@@ -143,6 +143,17 @@ def test_the_rate_follows_the_settings_and_gradients_are_clipped_at_one(trained)
         assert after == pytest.approx(min(norm, 1), rel=ROUNDING)
 
 
+@pytest.mark.parametrize("part", ["_load_from_checkpoint", "_load_optimizer_and_scheduler"])
+def test_a_checkpoint_that_is_not_loaded_ends_the_run(stopped, tmp_path, monkeypatch, part):
+    """Trainer would go on with a new adapter, or with a new optimizer."""
+    output = shutil.copytree(stopped.output, tmp_path / "output")
+    before = runs.checkpoints(output)
+    monkeypatch.setattr(trl.SFTTrainer, part, lambda *_, **__: None)
+    assert runs.run([*stopped.flags, "--output_dir", output]) == 1
+    assert runs.checkpoints(output) == before
+    assert runs.read_record(output)["outcome"].startswith("failed: ")
+
+
 def test_weights_that_are_not_whole_safetensors_end_the_run(tmp_path):
     """Transformers fills what is missing with random numbers, and only warns."""
     missing = "model.language_model.layers.1.mlp.up_proj.weight"
@@ -154,7 +165,7 @@ def test_weights_that_are_not_whole_safetensors_end_the_run(tmp_path):
     with pytest.raises(t.UserError, match=r"layers\.1\.mlp\.up_proj"):
         t.load_model(str(folder), "", "float32", "cpu")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(OSError):
+    with pytest.raises(t.UserError):
         t.load_model(str(folder), "", "float32", "cpu")
 
 
@@ -378,6 +389,7 @@ def test_what_is_not_finite_is_never_saved(flags, tmp_path, monkeypatch, capfd, 
 
 
 NEEDED = {
+    "activation_offloading": True, "router_aux_loss_coef": 0.01,
     "loss_type": "dft", "gradient_accumulation_steps": 2, "label_smoothing_factor": 0.5,
     "per_device_train_batch_size": 8, "num_train_epochs": 7, "max_steps": 99, "logging_steps": 2,
     "packing": True, "bf16": True, "fp16": True, "save_only_model": True, "ignore_data_skip": True,
