@@ -1425,8 +1425,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "
 THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*\S", re.DOTALL)  # and one character after
 FEWEST_HELD_OUT = 20  # conversations; the mean over fewer says little
 SHIPPED = {  # SHA-256 of the files in data/
-    "train": "933c66bcaba1310cae0885f87b44fca1ba5017e46882671cb549be4b1e67d442",
-    "held_out": "da60fab78fa1983b16eea3c3d772108fb9b333bda389ca05ab777dddce23afec",
+    "train": "e1d64a0d673c503a3be15ab5c96ba63c06ba359329ddaf01784a211f2b875349",
+    "held_out": "6c3a85a4497c83c65040d1567df2143fab4a1215b2039808c0f7728b3106f1b7",
 }
 
 

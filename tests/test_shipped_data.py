@@ -83,6 +83,8 @@ def test_the_replies_of_a_pair_differ_and_are_of_like_length(kind):
         rejected, reference = row["rejected"].split(), row["completion"][0]["content"].split()
         assert rejected and rejected != reference, row["id"]
         ratios.append(len(rejected) / len(reference))
+    words = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    assert f"| `{kind}` | {len(pairs)} | {words} |" in CARD
     assert 0.9 <= statistics.median(ratios) <= 1.1
     assert sum(0.6 <= ratio <= 1.67 for ratio in ratios) >= 0.95 * len(ratios)
 
@@ -100,6 +102,13 @@ def test_an_emergency_takes_the_numbers_of_its_country_and_no_others(row):
     for number, other in itertools.product(right, ALL_NUMBERS - right):
         for reply in (f"Ring {number} or {other}.", f"{other} or {number} now."):
             assert passes(rules["the right number"], reply) is (other in beside), reply
+
+
+def test_no_number_tells_the_replies_of_an_emergency_apart():
+    for row in EMERGENCIES:
+        replies = row["completion"][0]["content"], row["rejected"]
+        good, bad = (ALL_NUMBERS & set(re.findall(r"\d+", reply)) for reply in replies)
+        assert good == bad != set(), row["id"]
 
 
 def test_no_number_stands_in_an_emergency_before_its_last_message():
