@@ -1,6 +1,7 @@
 """Scaled float16 matmul: one product, what is converted, when it is used, and its trial."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import runs
@@ -12,6 +13,8 @@ from toys import family, model_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_lora_single as t
+from inspect_lora import model as opening
+from inspect_lora.common import InspectError
 
 RIGHT = t.scaled_fp16_matmul
 DTYPES = [torch.bfloat16, torch.float32]
@@ -283,3 +286,13 @@ def test_where_float16_is_wrong_the_run_ends(flags, tmp_path, monkeypatch, capfd
     flags = [*flags, "--dtype", "bfloat16", "--matmul", "float16"]
     runs.refused(capfd, flags, "--matmul", *(["_proj"] if what in BROKEN else []))
     assert runs.checkpoints(tmp_path / "output") == []
+
+
+def test_measuring_tries_float16_as_training_does(opened, monkeypatch):
+    """Else every number of a report would be wrong in silence."""
+    request = replace(opened.base.request, dtype="bfloat16", matmul="float16")
+    base = replace(opened.base, request=request)
+    assert opening.load_base(base, None).matmul == "float16"
+    monkeypatch.setattr(t, "scaled_fp16_matmul", BROKEN["a scale"])
+    with pytest.raises(InspectError, match="--dtype float32"):
+        opening.load_base(base, None)
