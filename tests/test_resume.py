@@ -142,7 +142,8 @@ def test_signals_in_the_move_of_final_lora_leave_it_whole(
     numbers, finished, stopped, output, whole, monkeypatch
 ):
     """An older final_lora has been renamed by then."""
-    shutil.copytree(finished.output / "final_lora", output / "final_lora", dirs_exist_ok=True)
+    shutil.rmtree(output / "final_lora")
+    shutil.copytree(finished.output / "final_lora", output / "final_lora")
     (output / runs.ADAPTER).write_bytes(b"old")
     with monkeypatch.context() as patch:
         at_rename(patch, runs.send(*numbers))
