@@ -159,6 +159,15 @@ def jackknife(numerators, denominators, clusters, chance=0.05):
     return value, value - margin, value + margin
 
 
+def stratified(values, weights, kinds):
+    """Return the ratio and its error, linearised, with each stratum about its own mean."""
+    values, weights, kinds = map(np.array, (values, weights, kinds))
+    value = values.sum() / weights.sum()
+    residuals = (values - value * weights) / weights.sum()
+    groups = [residuals[kinds == kind] for kind in sorted(set(kinds.tolist()))]
+    return value, math.sqrt(sum(len(group) * group.var(ddof=1) for group in groups))
+
+
 def tables_of(markdown):
     """Return the tables of a page by the heading above them, as rows of cells, the head first."""
     tables, heading = {}, ""

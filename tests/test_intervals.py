@@ -10,7 +10,7 @@ import pytest
 import scipy.optimize
 import scipy.special
 import scipy.stats
-from made_records import jackknife
+from made_records import jackknife, stratified
 
 from inspect_lora import intervals
 from inspect_lora.intervals import Estimate, Measured, Spread
@@ -86,15 +86,6 @@ def test_a_p_and_its_interval_say_the_same():
 
 
 # ---- Strata
-
-
-def stratified(values, weights, kinds):
-    """Return the ratio and its error, linearised, with each stratum about its own mean."""
-    values, weights, kinds = map(np.array, (values, weights, kinds))
-    value = values.sum() / weights.sum()
-    residuals = (values - value * weights) / weights.sum()
-    groups = [residuals[kinds == kind] for kind in sorted(set(kinds.tolist()))]
-    return value, math.sqrt(sum(len(group) * group.var(ddof=1) for group in groups))
 
 
 def test_lines_that_were_drawn_by_kind_are_estimated_as_drawn():

@@ -22,6 +22,7 @@ from made_records import (
     pair_of,
     put,
     said,
+    stratified,
     tables_of,
 )
 from runs import command, refused
@@ -283,6 +284,22 @@ def test_the_base_is_measured_as_it_is_served(capsys, tmp_path):
     row = reported(capsys, stored)["Held-out replies"][1]
     assert row[2] == "3.640" and "0.360" in read(stored)
     assert results.results_of(made(tmp_path)).template_effect is None
+
+
+def test_what_was_drawn_by_kind_is_estimated_as_drawn(tmp_path):
+    """The lines of the parts; all held-out lines are no draw, and have the wider interval."""
+    stored = made(tmp_path, 120)
+    for line in stored.lines:
+        line.adapter -= 2 * KINDS.index(line.kind) * line.tokens
+    told, errors = results.results_of(stored), []
+    lines = [stored.lines[number] for number in stored.part_lines]
+    for group, found in ((lines, told.part_gain), (stored.lines, told.gain[0].gain)):
+        gains = [line.base - line.adapter for line in group]
+        tokens, kinds = [line.tokens for line in group], [line.kind for line in group]
+        value, error = stratified(gains, tokens, kinds)
+        assert found.value == pytest.approx(value)
+        errors.append((found.high - found.low) / 2 / error)
+    assert 1.95 < errors[0] < 2.2 and errors[1] > 3
 
 
 @pytest.mark.parametrize(("count", "lost", "won"), [(40, 9, 0), (40, 5, 3), (24, 4, 2), (57, 1, 0)])
