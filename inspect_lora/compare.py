@@ -409,6 +409,8 @@ def prompts_of_all(records: Iterable[Record]) -> list[PagePrompt]:
 
 def write_page(sides: list[Side], prompts: list[PagePrompt], system: str, path: Path) -> None:
     """Write what the base and all adapters reply to the prompts that all have."""
+    if not prompts:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page_of(sides, system, prompts))
     tell("replies", f"{from_here(path)}: {len(prompts)} prompts that all replied to")

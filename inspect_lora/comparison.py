@@ -240,10 +240,15 @@ def told_apart(rows: tuple[Row, ...]) -> list[str]:
         (clear if is_clear(row.above_first) else unclear).append(str(place))
     sentences = []
     if clear:
-        sentences.append(f"1 has a lower loss than {joined(clear)}.")
+        sentences.append(f"Row 1 has a lower loss than {rows_named(clear)}.")
     if unclear:
-        sentences.append(f"1 cannot be told from {joined(unclear)}.")
+        sentences.append(f"Row 1 cannot be told from {rows_named(unclear)}.")
     return sentences
+
+
+def rows_named(places: list[str]) -> str:
+    """Return "row 2" or "rows 2 and 3"."""
+    return f"row{'s' if len(places) > 1 else ''} {joined(places)}"
 
 
 def is_clear(difference: Estimate) -> bool:
