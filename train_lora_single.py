@@ -99,7 +99,7 @@ START_FROM = ""  # an adapter's folder to start from; same base model, modules, 
 NUM_EPOCHS = 3  # passes over the training file; lower it if the held-out loss rises again
 MAX_STEPS = 0  # stop after this many steps, to try things out; 0: after all epochs
 # A step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS replies, or joined dialogues. Only the product
-# matters: how many fit into the GPU's memory at once is found by itself (see MEMORY).
+# matters: how many fit into the GPU's memory at once is found out (see MEMORY).
 BATCH_SIZE = 2  # how many examples a step has; a smaller number saves no memory
 GRADIENT_ACCUMULATION_STEPS = 2  # times this number; it saves no memory, either
 LEARNING_RATE = 2e-4  # the peak; lower it if the loss jumps
@@ -332,7 +332,7 @@ class EarlierWork:
     loss_history: History
     sessions: list[Facts]  # that led to the checkpoint
     is_finished: bool = False
-    is_of_other_code: bool = False  # --edited_code goes on all the same
+    is_of_other_code: bool = False  # continued under --edited_code
 
 
 @dataclass
@@ -420,7 +420,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     )
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="only print the plan")
     parser.add_argument("--demo", action="store_true", help=f"sets {', '.join(DEMO)}")
-    resume_help = "resume a run although this file's code was edited since then"
+    resume_help = "resume a run although this file's code has been edited since"
     parser.add_argument("--edited_code", "--edited-code", action="store_true", help=resume_help)
     values = {name: globals()[name] for name in SETTINGS}
     comments = dict(re.findall(r"(?m)^([A-Z_\d]+)(?:: .+?)? = .*?  # (.+)$", SCRIPT.decode()))
@@ -590,6 +590,7 @@ def build_trainer(job: Job) -> LoraTrainer:
         config.target_modules = [*settings.LORA_TARGET_MODULES]
     if settings.START_FROM and not job.earlier.checkpoint:
         trainer.model.load_adapter(settings.START_FROM, "default", is_trainable=True)
+        report("start", f"training begins with A and B of {settings.START_FROM}")
     log_computation(trainer.model)
     trainer.add_callback(RunEvents(trainer))
     trainer.remove_callback(transformers.PrinterCallback)  # would print dictionaries
@@ -798,7 +799,7 @@ MOST_TARGETS = 512  # of a row at once, where the loss needs their logits, see n
 
 
 def pieces_with_few_targets(part: Tensors) -> Iterator[Tensors]:
-    """Yield a micro-batch once for each MOST_TARGETS targets of its rows, up to the last of them.
+    """Yield a micro-batch once for each MOST_TARGETS targets of its rows.
 
     The sum of the losses stays the same. What comes before these targets is computed again.
     """
@@ -810,7 +811,9 @@ def pieces_with_few_targets(part: Tensors) -> Iterator[Tensors]:
     for first in range(0, most, MOST_TARGETS):
         is_kept = (targets_so_far > first) & (targets_so_far <= first + MOST_TARGETS)
         labels = part["labels"].masked_fill(~is_kept, -100)
-        width = int((labels != -100).any(0).nonzero().max()) + 1
+        width = labels.shape[1]
+        if len(labels) == 1:  # of several rows, so many tokens fit with checkpointing alone
+            width = int((labels[0] != -100).nonzero().max()) + 1
         yield {key: value[:, :width] for key, value in {**part, "labels": labels}.items()}
 
 
@@ -874,7 +877,7 @@ def last_states(model: nn.Module, inputs: Tensors) -> Tensor | None:
 
     The model runs with a head that returns what it gets. Where the model does not return this very
     tensor as logits, or changes it, more comes after the head, which the loss must not leave out:
-    each pass is asked. The gradient of a head that is trained takes the logits, too.
+    each pass is checked. A head that is trained needs the logits for its own gradient.
     """
     if needs_logits(model):
         return None
@@ -927,7 +930,7 @@ class TargetLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Multiply in float32: one over the number of targets must not be rounded before."""
+        """Multiply in float32: 1 / targets must not be rounded to bfloat16 first."""
         product = context.gradient.float() * gradient[:, None]
         return product.to(context.gradient.dtype), None, None
 
@@ -953,7 +956,11 @@ def losses_of_replies(
             batch = order[-max(1, tokens_at_once // width) :]  # the longest remaining
             inputs = pad([examples[number] for number in batch], model.device)
             try:
-                by_token = token_losses(model, inputs).double().cpu()
+                by_token = torch.zeros(len(batch), width - 1, dtype=torch.double)
+                pieces = pieces_with_few_targets(inputs) if needs_logits(model) else [inputs]
+                for piece in pieces:
+                    token_loss = token_losses(model, piece).double().cpu()
+                    by_token[:, : token_loss.shape[1]] += token_loss
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -1009,14 +1016,14 @@ def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
 
 # ==== MEMORY: how many examples go through the GPU at once
 #
-# A step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples, an epoch's last step what is left.
+# A step has BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS examples, the last step of an epoch the rest.
 # tokens_at_once of their tokens go through the GPU at once, activations kept. A longer example uses
 # gradient checkpointing, which takes a sixth of the memory and half again the work. Trial passes
 # before the first step find the number, which is at most that of a whole step:
 # - one row of tokens_at_once tokens, activations kept (several if the model has fewer positions, as
-#   GPT-2 may); by bisection, to a tenth. As attention grows with the square of the length, no
-#   micro-batch of as many tokens needs more memory;
-# - with checkpointing, the longest example, then two, three, ... rows as wide as they may become.
+#   GPT-2 may); by bisection, to a tenth. As attention grows with the square of the length,
+#   one long row is the worst case for that many tokens;
+# - with checkpointing, the longest example, then two, three, ... rows, as wide as so many can be.
 # If memory runs out in a step, it is done again with nine tenths of the number; several processes
 # stop instead. On a CPU nothing is tried.
 
@@ -1646,7 +1653,7 @@ def messages_of_sharegpt(turns: list[Any]) -> tuple[list[Any], int]:
         if isinstance(turn, dict) and turn.keys() >= {"from", "value"}:
             speaker, value = turn.pop("from"), turn.pop("value")
             role = SHAREGPT_ROLES.get(str(speaker), speaker)
-            turn = {"role": role, "content": value, **turn}
+            turn = {**turn, "role": role, "content": value}
         messages.append(turn)
     roles = [message.get("role") if isinstance(message, dict) else "" for message in messages]
     left_out, begin = 0, roles[:1].count("system")
@@ -1841,15 +1848,15 @@ def join_replies(replies: list[Example]) -> list[Example]:
 # exists. With 1,000 examples the settings as shipped give ceil(1000 / 4) x 3 = 750 steps.
 
 # These change W, so that the adapter fits only this run's copy, or (eva) need data to begin with,
-# without which they are silently plain LoRA.
+# else PEFT silently uses plain LoRA.
 UNSUPPORTED_METHODS = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva")
 MAY_CHANGE = {  # within a job, if the tokens and the examples per step stay the same
     "DEVICE", "OUTPUT_DIR", "LOGGING_STEPS", "SAVE_STEPS", "EVAL_STEPS", "FINAL_LORA", "REPORT_TO",
     "MATMUL", "USE_FLA", "TRAIN_FILE", "EVAL_FILE", "REPLIES", "MAX_SEQ_LEN", "BATCH_SIZE",
     "GRADIENT_ACCUMULATION_STEPS", "CHAT_TEMPLATE", "START_FROM",
 }  # fmt: skip
-# Where a job with steps behind it differs in one of these alone, it is neither resumed nor begun
-# anew without asking: losses of before and after would be compared.
+# Where a job with steps behind it differs in one of these alone, the run ends and lists the
+# choices, since losses of before and after could not be compared.
 HELD_OUT = "tokens of EVAL_FILE"
 CODE = "code"
 
@@ -1941,14 +1948,15 @@ def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn
             f"START_FROM {folder} has {join_limited(pairs, 4, '; ')}. Use its settings, and its "
             "commit as MODEL_REVISION."
         )
-    report("start", f"training begins with A and B of {folder}")
     template, path = base.tokenizer.get_chat_template(), folder / "chat_template.jinja"
     served = path.read_text(encoding="utf-8") if path.is_file() else template
     here = {"chat template": short_hash(template), "ENABLE_THINKING": base.enable_thinking}
     there = {"chat template": short_hash(served)} | identity
     for name, value in here.items():
         if there.get(name, value) != value:
-            report("warning", f"{folder} was trained with another {name}, and has to learn this")
+            report(
+                "warning", f"{folder} was trained with another {name}, and must now learn this one"
+            )
 
 
 def table_of_modules(model: nn.Module, trained: int, everything: int) -> list[str]:
@@ -2080,8 +2088,8 @@ def tell_of_unused_settings() -> None:
 # Each job has a folder, checkpoints/<hash of the job>/, whose job.json says what it is: settings,
 # fields of LoraConfig and SFTConfig, model, and tokens of TRAIN_FILE. Changing one of these (not
 # those in MAY_CHANGE) begins another job; changing it back resumes the first. If only the tokens of
-# EVAL_FILE change, or this file's code, the run asks what to do. On a CPU a resumed run ends in the
-# same bytes as one that was never stopped.
+# EVAL_FILE change, or this file's code, the run lists the choices. On a CPU a resumed run ends in
+# the same bytes as one that was never stopped.
 
 
 def find_earlier_work(settings: Settings, plan: Plan) -> EarlierWork:
@@ -2110,7 +2118,9 @@ def find_earlier_work(settings: Settings, plan: Plan) -> EarlierWork:
         refuse_what_cannot_be_compared(settings, plan, record)
         if step < plan.steps or not loss_history:
             loss_history = read_json(checkpoint / "trainer_state.json")["log_history"]
-        left = "resuming from" if step < plan.steps else "all steps are done; final_lora is made of"
+        left = (
+            "resuming from" if step < plan.steps else "all steps are done; final_lora is made from"
+        )
         report("resume", f"{left} {checkpoint}")
         tell_of_other_versions(record["sessions"][-1])
         is_edited = record["sessions"][-1][CODE] != plan.identity[CODE]
@@ -2133,7 +2143,7 @@ def refuse_what_cannot_be_compared(
     elif record["sessions"][-1][CODE] != plan.identity[CODE]:
         if settings.edited_code and not is_finished:
             return
-        difference = "the code of this file was edited since then"
+        difference = "the code of this file has been edited since"
         ways.insert(0, "put it back to go on")
         if not is_finished:
             ways.append("--edited_code goes on with the edited code")
@@ -2258,7 +2268,7 @@ def is_full_disk(error: BaseException) -> bool:
 
 # ==== TRAINING: evaluation, what is printed, saving, stopping, and signals
 #
-# Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 stop a run. How far a stop has come stands in one Stop:
+# Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 stop a run. One Stop object tracks how far this has got:
 # - Stop.ask() notes the signal. Before the first step, while the adapter is verified, and at a
 #   second signal, it raises Stopped at once.
 # - From the first step to the last save the step is finished and saved first. An evaluation ends
@@ -2373,7 +2383,7 @@ class RunEvents(transformers.TrainerCallback):
     def on_log(self, args, state, control, logs, **_) -> None:
         """Stop at a loss or a gradient that is not finite, before it is saved; print the losses."""
         job, session, step = self.job, self.job.session, state.global_step
-        for key in ("loss", "grad_norm", "eval_loss"):
+        for key in ("loss", "grad_norm", "eval_loss", "start_loss"):
             if not math.isfinite(logs.get(key, 0.0)):
                 advice = "lower LEARNING_RATE" if step else "check the model's files"
                 exact = "--matmul native" if session.matmul == "float16" else "--dtype float32"
@@ -2388,7 +2398,7 @@ class RunEvents(transformers.TrainerCallback):
         if "loss" in logs and step <= job.earlier.checkpoint_step + STEPS_TO_LOG:
             text = f"step {step}: {self.trainer.parts_of_step} micro-batches, "
             text += f"{1000 * (time.monotonic() - self.step_began):.0f} ms, loss {logs['loss']}, "
-            text += f"grad_norm {logs['grad_norm']}"
+            text += f"grad_norm {logs.get('grad_norm', math.nan)}"
             retries = torch.cuda.memory_stats() if torch.cuda.is_initialized() else {}
             LOG.info("step      %s, alloc retries %s", text, retries.get("num_alloc_retries", 0))
         every = job.settings.LOGGING_STEPS
@@ -2396,7 +2406,8 @@ class RunEvents(transformers.TrainerCallback):
             losses = [entry["loss"] for entry in session.loss_history if "loss" in entry][-every:]
             seconds = (time.monotonic() - self.began) / (step - job.earlier.checkpoint_step)
             line = f"step {step:,}/{job.plan.steps:,}  loss {sum(losses) / len(losses):.4f}  "
-            line += f"grad_norm {logs['grad_norm']:.2f}  lr {logs['learning_rate']:.1e}  "
+            line += f"grad_norm {logs.get('grad_norm', math.nan):.2f}  "
+            line += f"lr {logs['learning_rate']:.1e}  "
             left = tqdm.format_interval(seconds * (job.plan.steps - step))
             report("train", f"{line}{left} left")
 
@@ -2438,7 +2449,7 @@ def is_stop(error: BaseException) -> bool:
 
 @dataclass
 class Stop:
-    """How far a stop has come; the head of this section describes it."""
+    """How far stopping has got; the head of this section describes it."""
 
     signal: int = 0  # that asked for it; the exit status is 128 more
     finish_first: str = ""  # "the step" with its save, "the move" of final_lora, or nothing
@@ -2602,10 +2613,13 @@ def verify_saved_adapter(model: peft.PeftModel, job: Job, final: Path, checkpoin
     """Load the adapter from disk onto the base model; raise UserError unless it is the trained one.
 
     Every tensor, reloaded and in its step's checkpoint, must equal the trained one bit for bit. On
-    one example the logits must be the trained model's, to a tenth of the adapter's effect.
+    the first reply of the shortest example the logits must be the trained model's, to a tenth of
+    the adapter's effect. (A long one has too many logits.)
     """
     trained = cpu_tensors_of(model)
-    inputs = pad([(job.data.held_out or job.data.examples)[0]], model.device)
+    examples = job.data.held_out or job.data.examples
+    shortest = min(examples, key=lambda example: len(example.input_ids))
+    inputs = pad([shortest.replies[0]], model.device)
     with torch.no_grad():
         logits = reply_logits(model.eval(), inputs)
         reloaded = peft.PeftModel.from_pretrained(model.unload(), final).eval()
@@ -2759,9 +2773,9 @@ def uses_fp16_matmul(request: BaseRequest, config: ModelConfig) -> bool:
 def try_fp16_matmul(model: Model, examples: list[Example]) -> None:
     """Switch a model to scaled float16; raise UserError if this GPU computes it wrongly.
 
-    The first module of each name may err only by rounding, forward and backward. The loss, of the
-    examples with the most targets up to TARGETS_OF_THE_TRIAL, may move by 1 % and by 0.03 nats a
-    target: two computations that are equally good are 0.03 to 0.08 nats apart in one of them.
+    The first module of each name may err only by rounding, forward and backward. The loss of the
+    examples with the most targets, TARGETS_OF_THE_TRIAL in all, may move by 1 % and 0.03 nats a
+    target: equally exact computations differ by 0.03 to 0.08 nats on a single target.
     """
     names = {module: path.rpartition(".")[2] for path, module in fp16_modules(model).items()}
     first: dict[str, tuple[nn.Linear, Tensor]] = {}
