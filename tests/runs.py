@@ -40,6 +40,16 @@ def talk(number, length=1):
     return [{"role": role, "content": text} for role, text in texts.items()]
 
 
+def dialogue(number, replies, words=4):
+    """Return the messages of a made-up dialogue; no two numbers ask the same."""
+    messages = [{"role": "system", "content": "You are Nell."}]
+    for turn in range(replies):
+        asked = {"role": "user", "content": f"Number {number}, question {turn}?"}
+        text = " ".join(["Yes, it is by the door."] * (words + (number + turn) % 3))
+        messages += [asked, {"role": "assistant", "content": text}]
+    return messages
+
+
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

@@ -20,19 +20,9 @@ ONE_PASS = ["--chat_template", "one_pass"]
 SYSTEM = {"role": "system", "content": "You are Nell."}
 
 
-def dialogue(number, replies, words=4):
-    """Return the messages of a made-up dialogue; no two numbers ask the same."""
-    messages = [SYSTEM]
-    for turn in range(replies):
-        asked = {"role": "user", "content": f"Number {number}, question {turn}?"}
-        text = " ".join(["Yes, it is by the door."] * (words + (number + turn) % 3))
-        messages += [asked, {"role": "assistant", "content": text}]
-    return messages
-
-
 def write(path, lengths, first=0):
     """Write dialogues with so many replies each as JSONL; return the path as text."""
-    rows = [{"messages": dialogue(first + n, count)} for n, count in enumerate(lengths)]
+    rows = [{"messages": runs.dialogue(first + n, count)} for n, count in enumerate(lengths)]
     return runs.write_lines(path, rows)
 
 
@@ -109,9 +99,9 @@ def test_each_target_is_trained_once_at_its_place(tmp_path):
     (example,) = job.data.examples
     tokenizer = job.base.tokenizer
     options = {"tokenize": False, "enable_thinking": False}
-    whole = tokenizer.apply_chat_template(dialogue(0, 3), **options).removesuffix("\n")
+    whole = tokenizer.apply_chat_template(runs.dialogue(0, 3), **options).removesuffix("\n")
     assert example.input_ids == tokenizer(whole)["input_ids"]
-    said = [message["content"] for message in dialogue(0, 3) if message["role"] == "assistant"]
+    said = [message["content"] for message in runs.dialogue(0, 3) if message["role"] == "assistant"]
     targets = [label for label in example.labels if label != -100]
     assert tokenizer.decode(targets) == "".join(f"{text}<|im_end|>" for text in said)
     pairs = zip(example.input_ids, example.labels, strict=True)
@@ -229,7 +219,7 @@ def test_what_is_too_long_is_left_out_and_the_rest_is_joined(tmp_path):
 
 
 def test_a_dialogue_of_any_number_of_targets_is_one_row(tmp_path):
-    rows = [{"messages": dialogue(0, 5, words=50)}]  # about 400 tokens a reply
+    rows = [{"messages": runs.dialogue(0, 5, words=50)}]  # about 400 tokens a reply
     path = runs.write_lines(tmp_path / "long.jsonl", rows)
     flags = [*flags_for(tmp_path, [1], *ONE_PASS), "--train_file", path]
     (example,) = runs.prepared(flags).data.examples

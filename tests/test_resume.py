@@ -22,9 +22,7 @@ import runs
 import torch
 from conftest import TOY
 from safetensors.torch import load_file, save_file
-from test_dialogues import dialogue
-from test_training import GEMMA4
-from toys import edit_json, model_of
+from toys import GEMMA4, edit_json, model_of
 
 import train_lora_single as t
 
@@ -682,7 +680,7 @@ def test_two_processes_learn_what_one_does_and_end_where_one_has_no_memory(tmp_p
     Trainer does not count those of both.
     """
     output, alone = tmp_path / "output", tmp_path / "alone"
-    rows = [{"messages": dialogue(n, 1 + n % 3)} for n in range(14)]
+    rows = [{"messages": runs.dialogue(n, 1 + n % 3)} for n in range(14)]
     runs.short_flags(tmp_path)
     train_file = runs.write_lines(tmp_path / "dialogues.jsonl", rows)
     flags = [*runs.short_flags(tmp_path), "--lora_dropout", "0"]  # each process draws its own

@@ -10,13 +10,12 @@ import peft
 import pytest
 import runs
 import torch
-import transformers
 import trl
 from by_hand import ROUNDING, assert_near, token_loss
 from conftest import TOY
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from toys import SIZES, WEIGHTS, edit_json, model_of, save_adapter
+from toys import GEMMA4, WEIGHTS, edit_json, model_of, save_adapter
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import train_lora_single as t
@@ -304,11 +303,6 @@ def losses_by_trl(job, examples, weights, batch_size, folder):
     recorder = runs.Recorder(theirs)
     theirs.train()
     return recorder, theirs.state.log_history
-
-
-GEMMA4 = transformers.Gemma4Config(  # without a tower for pictures, in which PEFT knows no q_proj
-    text_config=SIZES | {"vocab_size_per_layer_input": 3072, "hidden_size_per_layer_input": 8}
-)
 
 
 # With Gemma 4 TRL is not told the number of target tokens, so it is right with whole steps alone.

@@ -58,6 +58,9 @@ VISION_SIZES = {
     "image_size": 28, "patch_size": 14,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2}
+GEMMA4 = transformers.Gemma4Config(  # without a tower for pictures, in which PEFT knows no q_proj
+    text_config=SIZES | {"vocab_size_per_layer_input": 3072, "hidden_size_per_layer_input": 8}
+)
 
 
 def family(kind, **more):
