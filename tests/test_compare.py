@@ -311,7 +311,7 @@ def test_the_conclusion_says_what_can_be_told_apart(compare, make, rates, end):
     seeded(make, rates=(rates[0], 5e-4, rates[1]), seeds=(1, 2), codes=("11", "22", "33"))
     _, _, out = compare()
     told = " ".join(out.partition("\n1  ")[0].split())
-    assert re.search(r"\b1 has a lower loss than 2 and 3\b", told)
+    assert re.search(r"\b1 has a lower loss than rows 2 and 3\b", told)
     assert f"LEARNING_RATE {rates[1]} is the {end}" in told and told.count(" tried") == 1
     assert "3 degrees" in told
 
@@ -323,7 +323,7 @@ def test_settings_that_cannot_be_told_apart_are_said_to_be_so(compare, make):
             line.adapter += (0.1 * math.sin(number * ord(name)) - 0.001 * ord(name)) * line.tokens
         put(make(name, **WITHOUT_PARTS, lines=lines, shifts=[], known={"LEARNING_RATE": rate}))
     told = " ".join(compare()[2].partition("\n1  ")[0].split())
-    assert "1 cannot be told from 2 and 3" in told and "has a lower" not in told
+    assert "1 cannot be told from rows 2 and 3" in told and "has a lower" not in told
     assert "LEARNING_RATE" in told or "largest" not in told
 
 

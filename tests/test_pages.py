@@ -33,6 +33,8 @@ def anchors(page):
 
 def commands(script):
     """Return the words of each command of a shell script, without comments and operators."""
+    for name, value in re.findall(r"\bfor (\w+) in (\S+)", script):
+        script = script.replace(f"${name}", value)  # the loop's first turn
     lines = []
     for line in script.replace("\\\n", " ").splitlines():
         words = shlex.shlex(line, posix=True, punctuation_chars=True)
