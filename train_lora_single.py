@@ -33,7 +33,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import copy
 import difflib
 import fcntl
 import gc
@@ -425,12 +424,11 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     values = {name: globals()[name] for name in SETTINGS}
     comments = dict(re.findall(r"(?m)^([A-Z_\d]+)(?:: .+?)? = .*?  # (.+)$", SCRIPT.decode()))
     for name, constant in values.items():
-        is_list = isinstance(constant, list)
         parser.add_argument(
             *sorted({f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}),
             dest=name,
-            nargs="+" if is_list else None,
-            type=str if is_list or isinstance(constant, str) else number_or_text,
+            nargs="+" if isinstance(constant, list) else None,
+            type=str if isinstance(constant, str) else number_or_text,
             metavar="X",
             help=f"{comments.get(name, '')} [{constant}]".replace("%", "%%"),
         )
@@ -591,32 +589,9 @@ def build_trainer(job: Job) -> LoraTrainer:
     if settings.START_FROM and not job.earlier.checkpoint:
         trainer.model.load_adapter(settings.START_FROM, "default", is_trainable=True)
         report("start", f"training begins with A and B of {settings.START_FROM}")
-    log_computation(trainer.model)
     trainer.add_callback(RunEvents(trainer))
     trainer.remove_callback(transformers.PrinterCallback)  # would print dictionaries
     return trainer
-
-
-def log_computation(model: nn.Module) -> None:
-    """Write what decides how the GPU computes to all_logs.log."""
-    names = ["torch", "transformers", "peft", "trl", "accelerate"]
-    versions = {name: importlib.metadata.version(name) for name in names}
-    kernels = {
-        "flash": torch.backends.cuda.flash_sdp_enabled(),
-        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
-        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
-    }
-    facts = versions | {
-        "CUDA": torch.version.cuda,
-        "cuDNN": torch.backends.cudnn.version(),
-        "float32 matmul": torch.get_float32_matmul_precision(),
-        "TF32 in convolutions": torch.backends.cudnn.allow_tf32,
-        "attention": model.config._attn_implementation,
-        "kernels for SDPA": [name for name, is_allowed in kernels.items() if is_allowed],
-    }
-    if torch.cuda.is_initialized():
-        facts["capability"] = torch.cuda.get_device_capability()
-    LOG.info("computed  %s", json.dumps(facts))
 
 
 class LoraTrainer(trl.SFTTrainer):
@@ -1485,15 +1460,8 @@ def check_joining(replies: list[Example], base: Base, settings: Settings) -> Non
             f"CHAT_TEMPLATE one_pass joins too few replies of {settings.MODEL_NAME}: "
             f"{tokens / needed:.1f} times the dialogues' tokens remain."
         )
-    advice = ""
-    template = one_pass_template(base.tokenizer)
-    if template:
-        changed = replace(base, tokenizer=copy.copy(base.tokenizer))
-        changed.tokenizer.chat_template = template
-        source = max(lengths, key=lengths.__getitem__)
-        longest = [reply for reply in replies if reply.source == source]
-        if len(join_replies(encode(longest, changed, sys.maxsize, []))) == 1:
-            advice = "; --chat_template one_pass trains a dialogue in one pass"
+    may_join = one_pass_template(base.tokenizer) not in ("", base.tokenizer.get_chat_template())
+    advice = "; --chat_template one_pass trains a dialogue in one pass" if may_join else ""
     cost = f"{tokens / needed:.1f} times the tokens: {tokens:,} in place of {needed:,}"
     report("slower", f"{cost}, as the chat template changes earlier replies{advice}")
 
@@ -2102,13 +2070,10 @@ def find_earlier_work(settings: Settings, plan: Plan) -> EarlierWork:
         sha256 = file_sha256(final / "adapter_model.safetensors")
         if record["adapter"] == {"step": step, "sha256": sha256}:
             refuse_what_cannot_be_compared(settings, plan, record, is_finished=True)
-            report("finished", f"{final} is this job's adapter, of step {step:,}")
-            used = record["settings"]
-            names = sorted(MAY_CHANGE & used.keys())
-            names = [name for name in names if getattr(settings, name) != used[name]]
-            if names:
-                values = ", ".join(f"{name} {used[name]}" for name in names)
-                report("finished", f"it was trained with {values}; another OUTPUT_DIR trains anew")
+            report(
+                "finished",
+                f"{final} is its adapter, of step {step:,}; another OUTPUT_DIR trains anew",
+            )
             return EarlierWork(None, 0, loss_history, record["sessions"], is_finished=True)
     for step, checkpoint in checkpoints_in(plan.folder).items():
         if not is_intact(checkpoint):
@@ -2137,9 +2102,13 @@ def refuse_what_cannot_be_compared(
     """Raise UserError if other lines were held out, or other code was run; a dry run only warns."""
     ways = ["another OUTPUT_DIR trains anew"]
     if record["identity"][HELD_OUT] != plan.identity[HELD_OUT]:
-        file = record["settings"]["EVAL_FILE"]
-        difference = f"its losses are on the held-out lines of EVAL_FILE {file!r}, not on these"
-        ways.insert(0, f"EVAL_FILE {file!r} with those lines goes on")
+        then = record["settings"]
+        names = ["EVAL_FILE", "REPLIES", "MAX_SEQ_LEN"]  # what decides which replies are held out
+        changed = [
+            f"{name} {then[name]}" for name in names if getattr(settings, name) != then[name]
+        ]
+        difference = "its losses are of other held-out replies"
+        ways.insert(0, f"{', '.join(changed) or 'the former lines of EVAL_FILE'} to go on")
     elif record["sessions"][-1][CODE] != plan.identity[CODE]:
         if settings.edited_code and not is_finished:
             return
@@ -2262,7 +2231,7 @@ def recorded(job: Job) -> Iterator[None]:
 
 def is_full_disk(error: BaseException) -> bool:
     """Return whether a file could not be written; torch and safetensors have their own errors."""
-    words = "No space left on device|Disk quota exceeded|inline_container|PytorchStreamWriter"
+    words = "No space left on device|Disk quota exceeded|PytorchStreamWriter|unexpected pos"
     return bool(re.search(words, str(error)))
 
 
@@ -2726,6 +2695,8 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
         CODE: job.plan.identity[CODE],
         "versions": {name: importlib.metadata.version(name) for name in names},
         "device": torch.cuda.get_device_name() if has_gpu else "CPU",
+        "capability": torch.cuda.get_device_capability() if has_gpu else None,
+        "cuda": torch.version.cuda,  # that this torch was built for
         "matmul": job.session.matmul,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if has_gpu else None,
     }
