@@ -116,12 +116,6 @@ class Results:
     strengths: tuple[Strength, ...]
     parts: tuple[PartEffect, ...]  # the dearest first, then the cuts
 
-    @property
-    def failures(self) -> list[Check]:
-        """The checks that the adapter fails at least once in ten, the most frequent first."""
-        failures = [check for check in self.checks if check.is_failure]
-        return sorted(failures, key=lambda check: -check.failed.value)
-
 
 def results_of(record: Record, readings: Sequence[Reading] = ()) -> Results:
     """Return what a record tells, and blind readings of its replies."""
@@ -177,19 +171,6 @@ def as_plain(results: Any) -> dict[str, Any]:
         return isinstance(value, float) and not math.isfinite(value)
 
     return dataclasses.asdict(results, dict_factory=plain)
-
-
-def count_intervals(value: Any) -> int:
-    """Return how many intervals a value holds."""
-    if isinstance(value, Estimate):
-        return int(value.is_bounded)
-    if dataclasses.is_dataclass(value):
-        value = vars(value).values()
-    elif isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, tuple):
-        return 0
-    return sum(map(count_intervals, value))
 
 
 def kinds_of(items: Iterable[Any]) -> dict[str, int]:
