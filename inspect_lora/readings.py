@@ -83,6 +83,8 @@ def read_reading(path: Path, sides: list[Side], prompts: list[PagePrompt]) -> Re
             raise ValueError(f"schema {content['schema']}, and {SCHEMA} is read here")
         one, other = content["sides"]
         choices = {each["prompt"]: checked(each) for each in content["choices"]}
+        if len(choices) < len(content["choices"]):
+            raise ValueError("a prompt stands twice")
         reader = str(content["reader"]).strip() or "reader"
         is_finished = bool(content["finished"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -90,7 +92,7 @@ def read_reading(path: Path, sides: list[Side], prompts: list[PagePrompt]) -> Re
             f"{path} is no blind reading of replies.html ({one_line(error)})."
         ) from error
     places = {side.id: place for place, side in enumerate(sides)}
-    asked = {prompt_id(prompt): prompt for prompt in prompts}
+    asked = {prompt_id(prompt): prompt for prompt in reversed(prompts)}  # the page reads the first
     if not (one in places and other in places and choices.keys() <= asked.keys()):
         raise InspectError(f"{path} is of another report: its adapters or prompts are not here.")
     both = places[one], places[other]
