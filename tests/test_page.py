@@ -204,6 +204,16 @@ def test_a_whole_blind_reading_by_keyboard(open_page):
         assert line.startswith(choice) and prompt in line and line.endswith(side)
 
 
+def test_lines_with_the_same_messages_are_read_once(open_page):
+    """A saved reading names a prompt by its messages."""
+    rows = [asked(number) for number in range(3)]
+    rows += [asked(number, where="eval.jsonl:9", kind="another") for number in range(2)]
+    shown = open_page(rows)
+    shown.start()
+    shown.press("1", "1", "1")
+    assert shown.all("#result") and len(shown.texts("#key summary")) == 3
+
+
 def test_sides_are_balanced_and_independent_of_the_line(open_page):
     """A thousand readings of 20 of 40 prompts; five standard errors."""
     shown = open_page([asked(number) for number in range(40)])
