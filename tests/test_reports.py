@@ -208,7 +208,7 @@ def test_the_intervals_that_are_shown_are_counted(capsys, tmp_path):
     tables_shown = [line for line in read(stored).splitlines() if line.startswith("|")]
     shown = sum(len(re.findall(r"\(-?[\d.]+ to -?[\d.]+\) \|", line)) for line in tables_shown)
     told = findings.not_covered(results.results_of(stored))
-    assert f"{shown} intervals" in told and "7 of them" in told  # of KL and of its changes
+    assert f"{shown} intervals" in told and "4 of them" in told  # of KL, at each strength
 
 
 def test_what_is_clear_alone_is_not_called_so_beside_others(tmp_path):
@@ -228,8 +228,6 @@ def test_what_is_clear_alone_is_not_called_so_beside_others(tmp_path):
         ({"run": BEST}, {"chosen"}),
         ({"run": BEST | {"data": {"held_out": {"sha256": "of another file"}}}}, set()),
         ({"run": BEST | {"data": {"held_out": None}}}, set()),
-        ({"pairs": pairs_with(2, 19)}, {"few"}),
-        ({"pairs": pairs_with(2, 20)}, set()),
         ({"lines": lines_of(19)}, {"few"}),
         ({"finished": False}, {"stopped"}),
         ({"conditions": {"not_served": "it has none"}}, {"template"}),
@@ -266,7 +264,6 @@ def test_losses_of_all_replies_and_of_each_kind(capsys, tmp_path):
         assert cells[:3] == [str(len(lines)), f"{base:.3f}", f"{adapter:.3f}"]
         assert float(cells[3].split()[0]) == pytest.approx(base - adapter, abs=0.006)
         assert cells[4] == f"{math.exp(base):.3g} to {math.exp(adapter):.3g}"
-        assert cells[5] == str(sum(line.adapter < line.base for line in lines))
     assert list(gains) == ["(all)", "all", "emergency", "everyday (not trained)"]
     assert [*gains.values()][1:] == sorted([*gains.values()][1:], reverse=True)
 
@@ -311,21 +308,15 @@ def test_strengths_and_parts_are_paired_with_the_adapter_as_trained(parts_shown)
 
 
 def test_other_tasks_are_measured_at_each_strength(parts_shown):
-    """The change of the KL is paired, too."""
     stored, shown = parts_shown
     head, *rows = shown[HEADINGS[2]]
     assert [row[0] for row in rows] == ["x 0.5", "x 0.75", "as trained", "x 1.5"]
-    trained = next(shift for shift in stored.shifts if shift.strength == 1)
     for shift, row in zip(stored.shifts, rows, strict=True):
         cells = dict(zip(head, row, strict=True))
         tokens = shift.tokens
         assert ends_of(cells["KL, 95 %"]) == pytest.approx(
             jackknife(shift.kl, tokens, range(30)), abs=0.006
         )
-        if shift is not trained:
-            changes = [a - b for a, b in zip(shift.kl, trained.kl, strict=True)]
-            change = jackknife(changes, tokens, range(30))
-            assert ends_of(cells["change of KL, 95 %"]) == pytest.approx(change, abs=0.006)
         shares = [100 * end for end in jackknife(shift.changed_tokens, tokens, range(30))]
         assert ends_of(cells["other token"]) == pytest.approx(shares, abs=0.51)
 
@@ -364,9 +355,9 @@ def test_what_was_drawn_by_kind_is_estimated_as_drawn(tmp_path):
     assert 1.95 < errors[0] < 2.2 and errors[1] > 3
 
 
-@pytest.mark.parametrize(("count", "lost", "won"), [(40, 9, 0), (40, 5, 3), (24, 4, 2), (57, 1, 0)])
-def test_a_check_has_counts_and_the_interval_of_its_change(capsys, tmp_path, count, lost, won):
+def test_a_check_has_counts_and_the_interval_of_its_change(capsys, tmp_path):
     """The first lines are lost, the last are won, and both pass those between."""
+    count, lost, won = 40, 5, 3
     rows = [asked(n, before=n < count - won, after=n >= lost) for n in range(count)]
     stored = made(tmp_path, exchanges=rows)
     head, row = reported(capsys, stored)["Checks"]
@@ -390,30 +381,24 @@ def test_a_table_of_pairs_has_their_counts_and_no_interval_of_few(capsys, tmp_pa
     # The margins of "all" are 1, those of "emergency" 0, those of "everyday" -1.
     for kind, right in zip(KINDS, ("20", "10", "0"), strict=True):
         assert [shown[kind][key] for key in ("number", "base", "adapter")] == ["20", "0", right]
-        assert shown[kind]["p, Holm"] and "(" in shown[kind]["change, 95 %"]
+        assert shown[kind]["p, Holm"] and "(" in shown[kind]["shift, 95 %"]
     few = shown["bad reply longer"]
-    assert few["number"] == "15" and not few["p, Holm"]
-    assert "(" not in few["shift, 95 %"] + few["change, 95 %"]
+    assert few["number"] == "15" and not few["p, Holm"] and "(" not in few["shift, 95 %"]
 
 
-@pytest.mark.parametrize("is_empty", [False, True])
-def test_replies_that_ended_and_empty_ones_are_counted(capsys, tmp_path, is_empty):
-    """There is no column of empty replies if none is empty."""
+def test_replies_that_ended_and_empty_ones_are_counted(capsys, tmp_path):
     rows = [
-        asked(1, base=said(" \n" if is_empty else "a"), adapter=said("one two"), checks={}),
+        asked(1, base=said(" \n"), adapter=said("one two"), checks={}),
         asked(2, base=said("a b c d", ended=False), adapter=said("a"), checks={}),
         asked(3, base=said("one two"), adapter=said("one two"), checks={}),
         asked(4, base=said("one"), adapter=said("one"), checks={}, source="tasks"),
     ]
     head, *rows = reported(capsys, made(tmp_path, exchanges=rows))["Replies"]
-    base, adapter, *tasks = (dict(zip(head, row, strict=True)) for row in rows)
-    counts = [("prompts", "3", "3"), ("ended", "2", "3"), ("same", "1", "2")]
-    counts += [("empty", "1", "0")] if is_empty else []
-    for name, of_base, of_adapter in counts:
-        assert (base[name], adapter[name]) == (of_base, of_adapter)
-    assert ("empty" in head) is is_empty and adapter["words"] == "2"
+    base, adapter, *_ = (dict(zip(head, row, strict=True)) for row in rows)
+    counts = {"prompts": "33", "ended": "23", "same": "12", "empty": "10"}
+    assert {name: base[name] + adapter[name] for name in counts} == counts
+    assert adapter["words"] == "2"
     assert base["words"] != "2" and "2" in base["words"]  # a lower bound
-    assert all(set([*task.values()][1:]) <= {"1", "0"} for task in tasks)
 
 
 def test_nothing_that_was_not_measured_is_told(capsys, tmp_path):
@@ -421,13 +406,13 @@ def test_nothing_that_was_not_measured_is_told(capsys, tmp_path):
     rule = {"any": ["999", "112"], "none": ["wait|see"], "most_questions": 1}
     stored = made(tmp_path, 1, exchanges=[asked(n, rule=rule, name="rings") for n in range(3)])
     (row,) = reported(capsys, stored)["Held-out replies"][1:]
-    assert "?" in row[4] and math.isnan(0 * results.gain_of(stored.lines).high)
+    assert "?" in row[4]
     text, page = read(stored), read(stored, "replies.html")
     assert "112" in page and "112" not in text and SYSTEM in text
     assert all(word in text for word in ("someone/model", "abc", "12ab", "float32", "rings"))
 
 
-@pytest.mark.parametrize("learned", [None, 0, 7])
+@pytest.mark.parametrize("learned", [None, 7])
 def test_what_the_adapter_learned_is_counted_or_not_known(capsys, tmp_path, learned):
     """Nothing says 0 where it is not known."""
     stored = put(made(tmp_path, learned=learned, too_long=5, refused=3))
@@ -436,7 +421,7 @@ def test_what_the_adapter_learned_is_counted_or_not_known(capsys, tmp_path, lear
     assert re.findall(r"\d+", line) == ([] if learned is None else [str(learned)]) + ["5", "3"]
 
 
-@pytest.mark.parametrize("missing", [*(STAGES[n:] for n in range(5)), ("lines", "parts")])
+@pytest.mark.parametrize("missing", [STAGES, STAGES[1:], STAGES[3:], ("lines", "parts")])
 def test_a_report_holds_what_was_measured(capsys, tmp_path, missing):
     """A measurement was stopped somewhere, or there were prompts without replies."""
     empty = {name: [] for name in missing}
@@ -456,30 +441,23 @@ def test_a_report_holds_what_was_measured(capsys, tmp_path, missing):
 # ---- The terminal, the replies, the estimates
 
 
-@pytest.mark.parametrize("is_large", [False, True])
-def test_the_terminal_gets_eight_rows_of_a_table_at_100_columns(capsys, tmp_path, is_large):
-    changes = {"learned": None, "run": BEST, "finished": False}
-    if is_large:
-        names = [f"a check with a rather long name, {number}" for number in range(12)]
-        passes = dict.fromkeys(names, True)
-        replies = {"base": said("a", passes), "adapter": said("b", passes, ended=False)}
-        rules = {name: {"most_words": 9} for name in names}
-        rows = [asked(n, checks=rules, **replies) for n in range(30)]
-        rows += [asked(n, source="tasks", name="right") for n in range(30)]
-        pairs = [
-            pair_of(n, (-9, -8), (-7, -8), (5, 5 + n % 3 - 1), f"kind {n % 9}") for n in range(60)
-        ]
-        changes |= {"exchanges": rows, "pairs": pairs}
-    stored = put(made(tmp_path, **changes))
-    if is_large:
-        for number, line in enumerate(stored.lines):
-            line.kind = f"a kind with a rather long name, {number % 20}"
-        put(stored)
+def test_the_terminal_gets_eight_rows_of_a_table_at_100_columns(capsys, tmp_path):
+    names = [f"a check with a rather long name, {number}" for number in range(12)]
+    passes = dict.fromkeys(names, True)
+    rules = {name: {"most_words": 9} for name in names}
+    rows = [
+        asked(n, checks=rules, base=said("a", passes), adapter=said("b", passes)) for n in range(30)
+    ]
+    pairs = [pair_of(n, (-9, -8), (-7, -8), kind=f"kind {n % 9}") for n in range(60)]
+    stored = put(made(tmp_path, exchanges=rows, pairs=pairs))
+    for number, line in enumerate(stored.lines):
+        line.kind = f"a kind with a rather long name, {number % 20}"
+    put(stored)
     printed = command(capsys, ["report", tmp_path], main).out.splitlines()
     assert max(map(len, printed)) <= 100
+    assert len([line for line in printed if "kind with a rather" in line]) == 7  # and all kinds
     sections = {line.split()[0] for line in printed if line and not line.startswith(" ")}
-    expected = {"found", "gain", "checks", "replies", "strength", "parts"}
-    assert sections == expected | ({"pairs"} if is_large else set())
+    assert sections == {"found", "gain", "checks", "replies", "strength", "parts", "pairs"}
 
 
 def test_a_table_that_is_new_is_shown_everywhere(capsys, tmp_path, monkeypatch):
@@ -502,15 +480,12 @@ def test_examples_are_drawn_whatever_the_replies_are(tmp_path):
     assert len(shown) == 3 and {one.where for one in shown} == {one.where for one in others}
 
 
-def test_estimates_are_plain_and_finite(tmp_path):
-    stored = made(tmp_path, pairs=pairs_with(25, 40))
-    told = json.loads(json.dumps(plain(stored), allow_nan=False))
-    assert told["gain"][0]["gain"]["value"] == results.gain_of(stored.lines).value
-    assert told["pairs"][0]["likelier"]["after"] == 25
-    assert {row["name"] for row in told["parts"]} >= {"attention", "cut to 4 of 8"}
-    alone = json.loads(json.dumps(plain(made(tmp_path, 1)), allow_nan=False))
-    assert alone["gain"][0]["gain"]["low"] is None
-    json.dumps(plain(made(tmp_path, **NOTHING)), allow_nan=False)
+@pytest.mark.parametrize("facts", [{"count": 60}, {"count": 1}, NOTHING], ids=str)
+def test_estimates_are_plain_and_finite(tmp_path, facts):
+    """Of one line the ends of an interval are not known: None, as JSON has no infinity."""
+    told = json.loads(json.dumps(plain(made(tmp_path, **facts)), allow_nan=False))
+    for row in told["gain"][:1]:
+        assert (row["gain"]["low"] is None) is (facts["count"] == 1)
 
 
 def test_what_models_say_is_text_in_the_report(capsys, tmp_path, real_picture):
