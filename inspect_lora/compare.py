@@ -157,16 +157,15 @@ def why_not_beside(record: Record, newest: Record, name: str) -> str:
     )
     if record.conditions["tokenizer_hash"] != newest.conditions["tokenizer_hash"]:
         return f"it has another tokenizer than {name}, so the losses per token differ."
-    if not newest.lines:
-        return "" if here == there else f"it is on another base ({here}) than {name} ({there})."
     losses = {line.reply: as_served(line) / line.tokens for line in newest.lines}
     shared = [line for line in record.lines if line.reply in losses]
-    if not shared:
+    if newest.lines and not shared:
         return (
             f"it has no held-out reply in common with {name}: other lines, or the chat template "
             "ends a reply with another token. Measure both with one --eval_file and --system."
         )
-    if any(each.conditions["not_served"] for each in (record, newest)):
+    is_served = not any(each.conditions["not_served"] for each in (record, newest))
+    if not (shared and is_served):  # then its losses do not tell the base
         return "" if here == there else f"it is on another base ({here}) than {name} ({there})."
     apart = fmean(abs(as_served(line) / line.tokens - losses[line.reply]) for line in shared)
     if apart > SAME_BASE:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import scipy.stats
@@ -209,15 +208,6 @@ def test_the_intervals_that_are_shown_are_counted(capsys, tmp_path):
     shown = sum(len(re.findall(r"\(-?[\d.]+ to -?[\d.]+\) \|", line)) for line in tables_shown)
     told = findings.not_covered(results.results_of(stored))
     assert f"{shown} intervals" in told and "4 of them" in told  # of KL, at each strength
-
-
-def test_what_is_clear_alone_is_not_called_so_beside_others(tmp_path):
-    """Pairs of nine kinds without any change: the tenth comparison needs a p below 0.005."""
-    pairs = [pair_of(n, (-20, -21), (-20, -21 + (n % 2) / 2 - 0.25), kind="a") for n in range(180)]
-    pairs = [replace(pair, kind=f"kind {n // 20}") for n, pair in enumerate(pairs)]
-    rows = [asked(n, before=n >= 6, rule={"most_words": 9}) for n in range(40)]
-    alone, beside = (found(made(tmp_path, exchanges=rows, pairs=each)) for each in ([], pairs))
-    assert "improved" in alone and "improved" not in beside
 
 
 @pytest.mark.parametrize(
