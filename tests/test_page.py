@@ -366,21 +366,3 @@ def test_whatever_is_said_is_text(open_page):
         shown.all(view)[0].click()
     assert shown.run("return window.harmed") is None
     assert not shown.run("return document.querySelectorAll('main :is(img, a, script)').length")
-
-
-@pytest.mark.parametrize(("scheme", "width"), [("light", 360), ("dark", 1400)])
-def test_it_fits_a_phone_and_has_contrast_in_light_and_dark(open_page, browser, scheme, width):
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    shown = open_page([asked(n, base=said("a" * 500), checks={}) for n in range(5)])
-    for selector in ("#to-side", "#to-blind", "#numbers button"):
-        shown.all(selector)[0].click()
-        assert shown.run("return document.documentElement.scrollWidth") <= width
-    style = "getComputedStyle(one)"
-    ((ink, card), *_) = shown.all("#pair .reply", f"[{style}.color, {style}.backgroundColor]")
-    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (card, ink)]
-    assert (light[0] > light[1]) is (scheme == "light") and abs(light[0] - light[1]) > 0.6
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
