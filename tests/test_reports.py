@@ -534,19 +534,19 @@ def marks_of(axes, marker):
 
 def test_the_picture_has_rates_and_changes_failures_first(tmp_path, monkeypatch, real_picture):
     """A circle is filled if the change is clear after Holm, and faded if it has under 20 lines."""
-    rows = [judged(n, most=n > 2, few=n > 30, all=True) for n in range(40)]
+    rows = [judged(n, most=n > 4, few=n > 30, all=True) for n in range(40)]
     rows += [judged(n, under=n > 0) for n in range(19)]
     pairs = [pair_of(n, (-30, -20), (-20 - n % 3, -21), kind=KINDS[n % 2]) for n in range(40)]
     stored = made(tmp_path, exchanges=rows, pairs=pairs)
     (rates, changes, likelier, shifts, gains), _ = drawn_by(monkeypatch, stored, tmp_path)
     told, near = results.results_of(stored), pytest.approx
     assert marks_of(rates, "D") == [
-        (near(22.5), True, False), (near(92.5), True, False), (near(1800 / 19), True, True)
+        (near(22.5), True, False), (near(87.5), True, False), (near(1800 / 19), True, True)
     ]  # fmt: skip
     base = [line for line in rates.lines if line.get_color() == picture.BASE]
     assert [line.get_xdata()[0] for line in base] == [100] * 3
     assert marks_of(changes, "o") == [
-        (near(-77.5), True, False), (near(-7.5), False, False), (near(-100 / 19), False, True)
+        (near(-77.5), True, False), (near(-12.5), False, False), (near(-100 / 19), False, True)
     ]  # fmt: skip
     kinds = [group for group in told.pairs if group.is_kind]
     assert marks_of(shifts, "o") == [(each.shift.value, each.is_clear, False) for each in kinds]
