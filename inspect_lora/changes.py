@@ -14,17 +14,18 @@ from inspect_lora.intervals import (
     FEWEST_UNITS,
     Change,
     Estimate,
+    Measured,
     change_of,
-    cluster_sums,
     holm,
     mean_of,
-    p_of_the_same,
+    measured_mean,
+    p_of_one_mean,
     share_of,
 )
 from inspect_lora.record import Couple, Exchange, Pair, Record
 
 ALL, NO_KIND = "(all)", "(no kind)"
-FAILURE = 0.1  # a check that so many of the adapter's replies fail is told first
+FAILURE = 0.1  # of the replies: a check that so many fail is failing
 Entry = TypeVar("Entry", Pair, Couple)
 
 
@@ -61,9 +62,16 @@ class Check(Compared):
         return f"tasks: {self.name}" if self.is_task else self.name
 
     @property
-    def is_failure(self) -> bool:
-        """Whether the adapter fails it at least once in ten replies to held-out prompts."""
-        return not self.is_task and self.failed.value >= FAILURE
+    def base_fails(self) -> bool:
+        """Whether the base fails it as often as is called failing."""
+        return self.passed.before <= (1 - FAILURE) * self.passed.count
+
+    @property
+    def standing(self) -> str:
+        """What became of it: "worse" or "improved" if that is clear, "failing" or "unchanged"."""
+        if self.is_clear:
+            return "improved" if self.passed.change.value > 0 else "worse"
+        return "failing" if self.failed.value >= FAILURE else "unchanged"
 
     @property
     def effect(self) -> Estimate:
@@ -171,9 +179,9 @@ def pairs_of(pairs: list[Pair]) -> list[PairGroup]:
     """
     if not pairs:
         return []
-    kinds = by_kind(pairs)
-    groups = [pair_group(kind, of_kind, is_kind=True) for kind, of_kind in kinds.items()]
-    if len(kinds) > 1 and kinds_agree(list(kinds.values())):
+    kinds = by_kind(pairs).items()
+    groups = [pair_group(kind, of_kind, is_kind=True) for kind, of_kind in kinds]
+    if len(kinds) > 1 and p_of_one_mean([mean_shift(of_kind) for _, of_kind in kinds]) >= 0.05:
         groups.append(pair_group(ALL, pairs))
     longer_good = [pair for pair in pairs if pair.good_tokens > pair.bad_tokens]
     longer_bad = [pair for pair in pairs if pair.good_tokens < pair.bad_tokens]
@@ -191,16 +199,6 @@ def by_kind(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
     return kinds
 
 
-def kinds_agree(kinds: list[list[Pair]]) -> bool:
-    """Return whether about the same share of each kind moved, by a chi-square test at 5 %."""
-    moved, counts = [], []
-    for pairs in kinds:
-        sums = cluster_sums([shift_of(pair) for pair in pairs], [pair.cluster for pair in pairs])
-        moved.append(sum(map(is_above, sums)))
-        counts.append(len(sums))
-    return p_of_the_same(moved, counts) >= 0.05
-
-
 def pair_group(name: str, pairs: list[Pair], is_kind: bool = False) -> PairGroup:
     """Return how far these pairs moved, and which replies base and adapter find likelier."""
     clusters = [pair.cluster for pair in pairs]
@@ -210,10 +208,15 @@ def pair_group(name: str, pairs: list[Pair], is_kind: bool = False) -> PairGroup
         name=name,
         is_kind=is_kind,
         pairs=len(pairs),
-        shift=mean_of([shift_of(pair) for pair in pairs], clusters),
+        shift=mean_shift(pairs).within(),
         likelier=change_of(base, adapter, clusters),
         likelier_share=share_of(adapter, clusters),
     )
+
+
+def mean_shift(pairs: list[Pair]) -> Measured:
+    """Return the mean shift of pairs with its error."""
+    return measured_mean([shift_of(pair) for pair in pairs], [pair.cluster for pair in pairs])
 
 
 def is_above(number: float) -> float:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from inspect_lora.common import (
     InspectError,
@@ -34,7 +34,6 @@ from inspect_lora.comparison import (
     conclusion_of,
     rows_of,
 )
-from inspect_lora.intervals import Change
 from inspect_lora.page import PAGE, PagePrompt, Side, page_of, prompts_of
 from inspect_lora.readings import agreements_of, read_readings
 from inspect_lora.record import FILE, Exchange, Line, Record, read_record
@@ -73,7 +72,7 @@ def compare(
     if len(whole) < 2:
         raise InspectError(f"Fewer than two reports to compare in {', '.join(folders)}.")
     shared, without_kl = with_the_same_tasks(shared_of(whole))
-    unshared = [*without_kl, *unshared_checks(whole, shared), *other_limits(whole)]
+    unshared = [*without_kl, *unshared_checks(whole, shared)]
     tell_left_out(unshared)
     rows, spread = rows_of(shared)
     names = [run.adapter for row in rows for run in row.runs]
@@ -158,16 +157,15 @@ def why_not_beside(record: Record, newest: Record, name: str) -> str:
     )
     if record.conditions["tokenizer_hash"] != newest.conditions["tokenizer_hash"]:
         return f"it has another tokenizer than {name}, so the losses per token differ."
-    if not newest.lines:
-        return "" if here == there else f"it is on another base ({here}) than {name} ({there})."
     losses = {line.reply: as_served(line) / line.tokens for line in newest.lines}
     shared = [line for line in record.lines if line.reply in losses]
-    if not shared:
+    if newest.lines and not shared:
         return (
             f"it has no held-out reply in common with {name}: other lines, or the chat template "
             "ends a reply with another token. Measure both with one --eval_file and --system."
         )
-    if any(each.conditions["not_served"] for each in (record, newest)):
+    is_served = not any(each.conditions["not_served"] for each in (record, newest))
+    if not (shared and is_served):  # then its losses do not tell the base
         return "" if here == there else f"it is on another base ({here}) than {name} ({there})."
     apart = fmean(abs(as_served(line) / line.tokens - losses[line.reply]) for line in shared)
     if apart > SAME_BASE:
@@ -265,19 +263,6 @@ def unshared_checks(whole: Records, shared: Records) -> list[LeftOut]:
     return [LeftOut(some(sorted(names), 10), reason)] if names else []
 
 
-def other_limits(records: Records) -> list[LeftOut]:
-    """Return why no reply is compared where the records have other limits of a reply."""
-    limits = {
-        name: f"{record.max_new_tokens}{', thinking' * record.conditions['enable_thinking']}"
-        for name, record in records.items()
-        if record.exchanges
-    }
-    if len(set(limits.values())) < 2:
-        return []
-    told = some([f"{name} {limit}" for name, limit in limits.items()], 6)
-    return [LeftOut("replies", f"they were cut after other --max_new_tokens: {told}.")]
-
-
 # ---- What is printed
 
 
@@ -295,7 +280,12 @@ def show(comparison: Comparison) -> None:
         if not all(row.learned_is_known for row in rows):
             say("?", "no learned.txt: this adapter may have learned some of the lines")
     say("", as_text(losses_table(rows), WIDTH))
-    for table in (passed_table(comparison), nats_table(comparison), readings_table(comparison)):
+    tables = [
+        quantities_table("passed by", comparison, passed_of),
+        quantities_table("nats", comparison, nats_of),
+        readings_table(comparison),
+    ]
+    for table in tables:
         if table.rows:
             say(table.name, as_text(table, WIDTH))
 
@@ -318,75 +308,61 @@ def losses_table(rows: tuple[Row, ...]) -> Table:
     return Table("", "", lines)
 
 
-def passed_table(comparison: Comparison) -> Table:
-    """Return how many replies pass each check, and in how many pairs the good one is likelier."""
-    change, lines = passed_of(comparison.change), []
-    runs = [[passed_of(run) for run in row.runs] for row in comparison.rows]
-    for title in titles_of_all(runs):
-        passed = runs[0][0][title][0]
-        line = {"passed by": short(title, 30), "lines": passed.count, "base": halves(passed.before)}
-        for place, of_row in enumerate(runs, 1):
-            line[f"{place}"] = f"{fmean(of_run[title][0].after for of_run in of_row):.3g}"
+@dataclass(frozen=True)
+class Quantity:
+    """What one run has of a check, a couple or a pair; the texts are those of a report."""
+
+    lines: int
+    base: str
+    adapter: float
+    change: str
+    p: float | None  # of the change, after Holm
+
+
+def quantities_table(
+    name: str, comparison: Comparison, quantities_of: Callable[[Results], dict[str, Quantity]]
+) -> Table:
+    """Return a line for each quantity that all runs have, with the mean of each row's runs."""
+    change = quantities_of(comparison.change) if comparison.change else {}
+    rows = [[quantities_of(run) for run in row.runs] for row in comparison.rows]
+    lines = []
+    for title, quantity in rows[0][0].items():
+        if not all(title in of_run for of_row in rows for of_run in of_row):
+            continue
+        line = {name: short(title, 30), "lines": quantity.lines, "base": quantity.base}
+        for place, of_row in enumerate(rows, 1):
+            mean = fmean(of_run[title].adapter for of_run in of_row)
+            line[f"{place}"] = number(mean, places=1).removesuffix(".0")
         if title in change:
-            line["1 to 2, points"] = points(change[title][0].change)
-            line["p, Holm"] = p_value(change[title][1])
+            line["1 to 2, 95 %"] = change[title].change
+            line["p, Holm"] = p_value(change[title].p)
         lines.append(line)
-    return Table("passed", "", lines)
+    return Table(name, "", lines)
 
 
-def titles_of_all(rows: list[list[dict[str, Any]]]) -> list[str]:
-    """Return the titles that all runs have; the sum of pairs has none where kinds disagree."""
-    first = rows[0][0]
-    return [title for title in first if all(title in of_run for row in rows for of_run in row)]
+def passed_of(run: Results) -> dict[str, Quantity]:
+    """Return how many replies pass each check; a change is in points."""
+    quantities = {}
+    for check in run.checks:
+        passed, change = check.passed, points(check.passed.change)
+        base = halves(passed.before)
+        quantities[check.title] = Quantity(passed.count, base, passed.after, change, check.family_p)
+    return quantities
 
 
-def passed_of(run: Results | None) -> dict[str, tuple[Change, float | None]]:
-    """Return what is counted before and after, by title, with the p of checks in their family.
-
-    That of pairs is of their shift in nats.
-    """
-    if run is None:
-        return {}
-    passed = {check.title: (check.passed, check.family_p) for check in run.checks}
-    pairs = {f"pairs: {row.name.strip('()')}": (row.likelier, None) for row in run.pairs}
-    return passed | pairs
-
-
-def nats_table(comparison: Comparison) -> Table:
+def nats_of(run: Results) -> dict[str, Quantity]:
     """Return D of couples, and the shift of pairs from the base, which the base cannot have."""
-    change, lines = nats_of(comparison.change), []
-    runs = [[nats_of(run) for run in row.runs] for row in comparison.rows]
-    for title in titles_of_all(runs):
-        units, base, *_ = runs[0][0][title]
-        line = {"nats": short(title, 30), "number": units, "base": cell(base, "", 1)}
-        for place, of_row in enumerate(runs, 1):
-            line[f"{place}"] = number(fmean(of_run[title][2].value for of_run in of_row), "", 1)
-        if title in change:
-            line["1 to 2, 95 %"] = cell(change[title][3], "+", 1)
-            line["p, Holm"] = p_value(change[title][4])
-        lines.append(line)
-    return Table("nats", "", lines)
-
-
-def nats_of(run: Results | None) -> dict[str, tuple[Any, ...]]:
-    """Return number, base, adapter, change and p of couples and of pairs, by title."""
-    if run is None:
-        return {}
-    couples = {
-        f"D, couples: {row.name}": (row.couples, row.base, row.adapter, row.change, row.family_p)
-        for row in run.couples
-    }
-    pairs = {
-        f"shift, pairs: {row.name.strip('()')}": (
-            row.pairs,
-            None,
-            row.shift,
-            row.shift,
-            row.family_p,
+    quantities = {}
+    for row in run.couples:
+        base, change = cell(row.base, "", 1), cell(row.change, "+", 1)
+        quantities[f"D, couples: {row.name}"] = Quantity(
+            row.couples, base, row.adapter.value, change, row.family_p
         )
-        for row in run.pairs
-    }
-    return couples | pairs
+    for row in run.pairs:
+        quantities[f"shift, pairs: {row.name.strip('()')}"] = Quantity(
+            row.pairs, "", row.shift.value, cell(row.shift, "+", 1), row.family_p
+        )
+    return quantities
 
 
 # ---- The page

@@ -95,9 +95,14 @@ def ratio(
     return measured_ratio(numerators, denominators, clusters, strata).within()
 
 
+def measured_mean(values: Sequence[float], clusters: Clusters | None = None) -> Measured:
+    """Return the mean of values with its error, such as of differences in nats."""
+    return measured_ratio(values, [1.0] * len(values), clusters)
+
+
 def mean_of(values: Sequence[float], clusters: Clusters | None = None) -> Estimate:
-    """Return the mean of values with its 95 % interval, such as of differences in nats."""
-    return ratio(values, [1.0] * len(values), clusters)
+    """Return the mean of values with its 95 % interval."""
+    return measured_mean(values, clusters).within()
 
 
 def jackknife_variance(
@@ -258,15 +263,20 @@ def holm(chances: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def p_of_the_same(successes: Sequence[float], counts: Sequence[int]) -> float:
-    """Return the p of the chi-square test that groups have one share in common."""
-    share = sum(successes) / sum(counts)
-    if len(counts) < 2 or not 0 < share < 1:
+def p_of_one_mean(groups: Sequence[Measured]) -> float:
+    """Return the p of Cochran's Q, the chi-square test that groups have one mean in common.
+
+    Groups whose error is not known do not count. Small ones, of ten units, are found to differ
+    somewhat too often.
+    """
+    known = [group for group in groups if group.freedom >= 1]
+    if len(known) < 2:
         return 1.0
-    expected = [(count * share, count * share * (1 - share)) for count in counts]
-    distances = zip(successes, expected, strict=True)
-    square = sum((number - mean) ** 2 / spread for number, (mean, spread) in distances)
-    return chi_square_p(square, len(counts) - 1)
+    weights = [1 / max(group.error, 1e-9) ** 2 for group in known]  # pairs may be all alike
+    values = [group.value for group in known]
+    mean = sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+    square = sum(w * (value - mean) ** 2 for w, value in zip(weights, values, strict=True))
+    return chi_square_p(square, len(known) - 1)
 
 
 def chi_square_p(square: float, freedom: int) -> float:

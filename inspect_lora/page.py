@@ -24,23 +24,17 @@ class Side:
     id: str  # of the record, or of the base: a reading says by it which sides were read
 
 
-@dataclass(kw_only=True)
-class PagePrompt(Prompt):
+@dataclass(frozen=True)
+class PagePrompt:
     """A prompt, and what each side replies to it, in the order of the sides."""
 
+    prompt: Prompt
     replies: list[Reply]
 
 
 def prompts_of(exchanges: list[Exchange]) -> list[PagePrompt]:
     """Return prompts with the replies of base and adapter."""
-    shared = [field.name for field in fields(Prompt)]
-    return [
-        PagePrompt(
-            **{name: getattr(exchange, name) for name in shared},
-            replies=[exchange.base, exchange.adapter],
-        )
-        for exchange in exchanges
-    ]
+    return [PagePrompt(each, [each.base, each.adapter]) for each in exchanges]
 
 
 def rule_in_words(rule: dict[str, Any]) -> str:
@@ -68,19 +62,17 @@ def page_of(sides: list[Side], system: str, prompts: list[PagePrompt]) -> str:
     """
     rules: dict[str, int] = {}
     entries = []
-    for prompt in prompts:
-        checks = {}
-        for name, rule in prompt.checks.items():
-            checks[name] = rules.setdefault(rule_in_words(rule), len(rules))
-        entries.append(
-            vars(prompt)
-            | {
-                "id": prompt_id(prompt),
-                "where": Path(prompt.where).name,
-                "checks": checks,
-                "replies": [vars(reply) | {"id": reply_id(reply)} for reply in prompt.replies],
-            }
-        )
+    for each in prompts:
+        prompt = each.prompt
+        entry = {field.name: getattr(prompt, field.name) for field in fields(Prompt)}
+        entry["id"] = prompt_id(prompt)
+        entry["where"] = Path(prompt.where).name
+        entry["checks"] = {
+            name: rules.setdefault(rule_in_words(rule), len(rules))
+            for name, rule in prompt.checks.items()
+        }
+        entry["replies"] = [vars(reply) | {"id": reply_id(reply)} for reply in each.replies]
+        entries.append(entry)
     page = {"sides": sides, "system": system, "rules": list(rules), "prompts": entries}
     data = json.dumps(page, default=vars)  # in ASCII alone
     template = TEMPLATE.read_text(encoding="utf-8")

@@ -83,6 +83,8 @@ def read_reading(path: Path, sides: list[Side], prompts: list[PagePrompt]) -> Re
             raise ValueError(f"schema {content['schema']}, and {SCHEMA} is read here")
         one, other = content["sides"]
         choices = {each["prompt"]: checked(each) for each in content["choices"]}
+        if len(choices) < len(content["choices"]):
+            raise ValueError("a prompt stands twice")
         reader = str(content["reader"]).strip() or "reader"
         is_finished = bool(content["finished"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -90,7 +92,8 @@ def read_reading(path: Path, sides: list[Side], prompts: list[PagePrompt]) -> Re
             f"{path} is no blind reading of replies.html ({one_line(error)})."
         ) from error
     places = {side.id: place for place, side in enumerate(sides)}
-    asked = {prompt_id(prompt): prompt for prompt in prompts}
+    # Of prompts with the same messages the page reads the first.
+    asked = {prompt_id(each.prompt): each for each in reversed(prompts)}
     if not (one in places and other in places and choices.keys() <= asked.keys()):
         raise InspectError(f"{path} is of another report: its adapters or prompts are not here.")
     both = places[one], places[other]
@@ -98,7 +101,7 @@ def read_reading(path: Path, sides: list[Side], prompts: list[PagePrompt]) -> Re
         replies = asked[each["prompt"]].replies
         if [reply_id(replies[place]) for place in both] != each["replies"]:
             raise InspectError(f"{path} is of another report: it has other replies.")
-    kinds = {name: prompt.kind for name, prompt in asked.items() if name in choices}
+    kinds = {name: asked[name].prompt.kind for name in choices}
     return Reading(
         reader=reader,
         is_finished=is_finished,

@@ -42,7 +42,6 @@ class KindGain:
     base: float
     adapter: float
     gain: Estimate  # the base's loss minus the adapter's: above 0 is better
-    lower_on: int  # replies on which the adapter's loss is the lower one
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ class Strength:
     gain: Estimate | None
     cost: Estimate | None  # its loss minus that of the adapter as trained
     kl: Estimate | None  # on other tasks, in nats per token
-    kl_change: Estimate | None  # its KL minus that of the adapter as trained
     changed: Estimate | None  # the share of tokens at which another one is the likeliest
 
 
@@ -96,7 +94,6 @@ class Results:
     template_effect: Estimate | None  # the base's loss by the adapter's template, less by its own
     not_served: str  # why the base was not measured by its own chat template; "": it was
     effective: float | None  # held-out lines of equal size that would weigh as much
-    longest: float | None  # the share of the held-out tokens that the longest reply has
     asked: dict[str, int]  # prompts by kind, without the other tasks
     askable: dict[str, int]  # prompts that might have been asked
     judged: int  # replies of each side that a rule judged
@@ -115,12 +112,6 @@ class Results:
     part_gain: Estimate | None  # of the adapter as trained, on those replies
     strengths: tuple[Strength, ...]
     parts: tuple[PartEffect, ...]  # the dearest first, then the cuts
-
-    @property
-    def failures(self) -> list[Check]:
-        """The checks that the adapter fails at least once in ten, the most frequent first."""
-        failures = [check for check in self.checks if check.is_failure]
-        return sorted(failures, key=lambda check: -check.failed.value)
 
 
 def results_of(record: Record, readings: Sequence[Reading] = ()) -> Results:
@@ -145,7 +136,6 @@ def results_of(record: Record, readings: Sequence[Reading] = ()) -> Results:
         template_effect=template_effect_of(record.lines),
         not_served=record.conditions["not_served"],
         effective=effective_number(tokens, clusters) if tokens else None,
-        longest=max(tokens) / sum(tokens) if tokens else None,
         asked=kinds_of(held_out),
         askable={kind or NO_KIND: count for kind, count in record.asked_of.items()},
         judged=len(judged),
@@ -161,7 +151,7 @@ def results_of(record: Record, readings: Sequence[Reading] = ()) -> Results:
         agreements=tuple(agreements_of(readings)),
         tasks=len(record.tasks),
         part_kinds=kinds_of(part_lines),
-        part_gain=gain_of_drawn(part_lines) if record.parts else None,
+        part_gain=gain_at(adapter_losses(part_lines), part_lines) if record.parts else None,
         strengths=strengths_of(record, part_lines),
         parts=parts_of(record, part_lines),
     )
@@ -177,19 +167,6 @@ def as_plain(results: Any) -> dict[str, Any]:
         return isinstance(value, float) and not math.isfinite(value)
 
     return dataclasses.asdict(results, dict_factory=plain)
-
-
-def count_intervals(value: Any) -> int:
-    """Return how many intervals a value holds."""
-    if isinstance(value, Estimate):
-        return int(value.is_bounded)
-    if dataclasses.is_dataclass(value):
-        value = vars(value).values()
-    elif isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, tuple):
-        return 0
-    return sum(map(count_intervals, value))
 
 
 def kinds_of(items: Iterable[Any]) -> dict[str, int]:
@@ -234,16 +211,6 @@ def per_token(sums: Sequence[float], lines: list[Line], is_drawn: bool = False) 
     return ratio(sums, tokens, clusters, [line.kind for line in lines] if is_drawn else None)
 
 
-def gain_of(lines: list[Line]) -> Estimate:
-    """Return the base's loss minus the adapter's."""
-    return per_token([line.base - line.adapter for line in lines], lines)
-
-
-def gain_of_drawn(lines: list[Line]) -> Estimate:
-    """Return the base's loss minus the adapter's on lines that were drawn by kind."""
-    return per_token([line.base - line.adapter for line in lines], lines, is_drawn=True)
-
-
 def gains_of(lines: list[Line], trained: dict[str, int] | None) -> tuple[KindGain, ...]:
     """Return the gain on all held-out replies, then that of each kind, the largest first."""
     by_kind: dict[str, list[Line]] = {}
@@ -266,8 +233,7 @@ def kind_gain(name: str, is_trained: bool | None, lines: list[Line]) -> KindGain
         replies=len(lines),
         base=sum(line.base for line in lines) / tokens,
         adapter=sum(line.adapter for line in lines) / tokens,
-        gain=gain_of(lines),
-        lower_on=sum(line.adapter < line.base for line in lines),
+        gain=per_token([line.base - line.adapter for line in lines], lines),
     )
 
 
@@ -301,8 +267,13 @@ def reply_statistics(source: str, side: str, replies: list[Reply]) -> ReplyStati
 # ---- Strengths, parts, other tasks
 
 
+def adapter_losses(lines: list[Line]) -> list[float]:
+    """Return the losses of the adapter as trained."""
+    return [line.adapter for line in lines]
+
+
 def gain_at(losses: list[float], lines: list[Line]) -> Estimate:
-    """Return the base's loss minus these losses of the same lines."""
+    """Return the base's loss minus these losses of lines that were drawn by kind."""
     gains = [line.base - loss for line, loss in zip(lines, losses, strict=True)]
     return per_token(gains, lines, is_drawn=True)
 
@@ -321,34 +292,25 @@ def strengths_of(record: Record, lines: list[Line]) -> tuple[Strength, ...]:
         if part.family == "strength"
     }
     if losses:
-        losses[1.0] = [line.adapter for line in lines]
+        losses[1.0] = adapter_losses(lines)
     shifts = {shift.strength: shift for shift in record.shifts}
     return tuple(
-        strength_of(strength, losses.get(strength), lines, shifts.get(strength), shifts.get(1.0))
+        strength_of(strength, losses.get(strength), lines, shifts.get(strength))
         for strength in sorted(losses.keys() | shifts.keys())
     )
 
 
 def strength_of(
-    strength: float,
-    losses: list[float] | None,
-    lines: list[Line],
-    shift: Shift | None,
-    trained: Shift | None,
+    strength: float, losses: list[float] | None, lines: list[Line], shift: Shift | None
 ) -> Strength:
     """Return what is gained at a strength, and how far the model moves on other tasks."""
     is_whole = strength == 1
-    kl_change = None
-    if shift and not is_whole:
-        changes = [own - whole for own, whole in zip(shift.kl, trained.kl, strict=True)]
-        kl_change = ratio(changes, shift.tokens)
     return Strength(
         name="as trained" if is_whole else f"x {strength:g}",
         strength=strength,
         gain=gain_at(losses, lines) if losses else None,
         cost=cost_at(losses, lines) if losses and not is_whole else None,
         kl=ratio(shift.kl, shift.tokens) if shift else None,
-        kl_change=kl_change,
         changed=ratio(shift.changed_tokens, shift.tokens) if shift else None,
     )
 

@@ -1,7 +1,5 @@
 """What is called clear: checks, pairs and couples, against counts and computations by hand."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -38,21 +36,27 @@ def test_checks_count_a_cluster_once(tmp_path):
     assert (joined.change.p, alone.change.p) == (2**-5, 2**-10)
 
 
-def test_a_failure_is_what_one_reply_in_ten_fails(tmp_path):
-    """The most frequent first, whatever the base does; other tasks are no failures of the voice."""
-    rows = []
-    for number in range(40):
-        passes = {"never": False, "one in ten": number >= 4, "less": number >= 3}
-        rules = {name: {"most_words": 9} for name in passes}
-        replies = [
-            replace(asked(0).base, passes=each) for each in (dict.fromkeys(passes, True), passes)
-        ]
-        rows.append(asked(number, checks=rules, base=replies[0], adapter=replies[1]))
-        rows.append(asked(number, source="tasks", name="right", after=False))
-    failures = results_of(made(tmp_path, exchanges=rows)).failures
-    assert [check.name for check in failures] == ["never", "one in ten"]
-    wilson = scipy.stats.binomtest(4, 40).proportion_ci(method="wilson")
-    assert ends(failures[1].failed) == pytest.approx((0.1, wilson.low, wilson.high), abs=1e-6)
+@pytest.mark.parametrize(
+    ("count", "base", "adapter", "standing", "base_fails"),
+    [
+        (40, 40, 40, "failing", True),
+        (40, 4, 4, "failing", True),
+        (40, 1, 4, "failing", False),
+        (40, 3, 3, "unchanged", False),
+        (40, 0, 15, "worse", False),
+        (40, 30, 5, "improved", True),
+        (200, 0, 10, "worse", False),  # of less than one in ten
+        (19, 0, 19, "failing", False),  # too few to be tested
+    ],
+)
+def test_what_became_of_a_check(tmp_path, count, base, adapter, standing, base_fails):
+    """By how many replies fail it: clear after Holm, or at least one in ten."""
+    rows = [asked(n, before=n >= base, after=n >= adapter) for n in range(count)]
+    (check,) = results_of(made(tmp_path, exchanges=rows)).checks
+    assert (check.standing, check.base_fails) == (standing, base_fails)
+    wilson = scipy.stats.binomtest(adapter, count).proportion_ci(method="wilson")
+    expected = (adapter / count, wilson.low, wilson.high)
+    assert ends(check.failed) == pytest.approx(expected, abs=1e-6)
 
 
 # ---- Which changes are clear
@@ -130,7 +134,7 @@ def test_shifts_of_pairs_are_those_of_an_outside_computation():
 
 
 def test_kinds_that_disagree_have_no_sum():
-    """33, 14 and 19 of 40 moved: 66 of 120 would say that nothing happened."""
+    """33, 14 and 19 of 40 shift by 20 nats, the others by -10: the sum would hide it."""
     moved = {"emergency": 33, "false alarm": 14, "pressure": 19}
     pairs = [
         pair_of(f"{kind} {n}", WRONG, RIGHT if n < count else (-40.0, -20.0), kind=kind)

@@ -350,13 +350,6 @@ def test_adapters_of_other_templates_are_compared_on_the_same_reply_tokens(
     assert told["change"]["template_effect"] is None
 
 
-def test_without_losses_adapters_stand_in_the_order_of_their_names(compare, make):
-    for name, date in (("b", "2026-11"), ("a", "2026-10"), ("c", "2026-12")):
-        rows = [asked(n, source="prompts") for n in range(3)]
-        put(make(name, **WITHOUT_PARTS, lines=[], exchanges=rows), measured=date)
-    assert names_of(compare()[2]) == ["a", "b", "c"]
-
-
 def test_records_that_share_no_reply_are_left_out(compare, make):
     """Each two of three overlap, but all three do not: nothing is NaN."""
     whole = lines_of(60)
@@ -437,13 +430,6 @@ def test_pairs_and_couples_are_compared_on_those_that_all_have(capsys, make, tmp
     assert change["shift"]["value"] == pytest.approx(-11 / 3)
     couple = told["change"]["couples"][0]
     assert (couple["couples"], couple["base"]["value"], couple["change"]["value"]) == (15, 25, -10)
-
-
-def test_replies_of_other_lengths_leave_a_reason(compare, make):
-    put(make("a", max_new_tokens=80))
-    put(make("b"))
-    _, left, _ = compare()
-    assert any("80" in reason and "200" in reason for reason in left)
 
 
 def test_the_page_of_two_has_both_replies_and_equal_checks(compare, make, tmp_path):

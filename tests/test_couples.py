@@ -5,7 +5,6 @@ from by_hand import ROUNDING, losses_of_peft
 from records import SHORT, evidence, line_numbers, say_origin
 from runs import refused, talk, write_lines
 
-import train_lora_single as script
 from inspect_lora.__main__ import main
 
 
@@ -48,18 +47,6 @@ def test_each_reply_is_as_likely_after_both_prompts_as_peft_alone_has_it(measure
                 near = pytest.approx(-mean * tokens, abs=ROUNDING * tokens)
                 assert couple[f"{side}_{name}"] == near, name
     assert len({each["id"] for each in couples}) == len({each["reply"] for each in couples}) == 2
-
-
-def test_own_replies_are_not_measured_twice(measured, monkeypatch):
-    scored, real = [], script.losses_of_replies
-    monkeypatch.setattr(
-        script,
-        "losses_of_replies",
-        lambda model, examples: scored.append(len(examples)) or real(model, examples),
-    )
-    found = measured([line("a", 1, "b"), line("b", 2), line("c", 3)])
-    assert sum(scored) == 2 * (3 + 2)  # lines and exchanged replies, by base and adapter
-    assert found["couples"][0]["base_own_a"] == -found["lines"][0]["base"]
 
 
 def test_two_that_name_each_other_are_one_couple(measured):

@@ -133,13 +133,25 @@ def test_holm_is_that_of_a_count_by_hand():
     assert intervals.holm([0.5, 0.9]) == [1.0, 1.0] and intervals.holm([]) == []
 
 
-def test_groups_with_one_share_in_common():
-    for successes, counts in (([33, 14, 19], [40, 40, 40]), ([5, 9.5], [20, 30]), ([1, 2], [9, 9])):
-        failures = [count - number for number, count in zip(successes, counts, strict=True)]
-        expected = scipy.stats.chi2_contingency([successes, failures], correction=False).pvalue
-        assert intervals.p_of_the_same(successes, counts) == pytest.approx(expected)
-    assert intervals.p_of_the_same([3, 4], [3, 4]) == intervals.p_of_the_same([3], [9]) == 1
-    for freedom, square in itertools.product(range(1, 9), (0.0, 0.3, 2, 40)):
+def test_groups_with_one_mean_in_common():
+    """Cochran's Q, against scipy's chi-square; a group whose error is not known does not count."""
+    groups = [Measured(1.0, 0.9, 39, 40), Measured(-3.9, 1.5, 39, 40), Measured(-1.1, 1.35, 39, 40)]
+    values = np.array([group.value for group in groups])
+    weights = np.array([group.error for group in groups]) ** -2.0
+    q = (weights * (values - np.average(values, weights=weights)) ** 2).sum()
+    p = scipy.stats.chi2.sf(q, 2)
+    assert intervals.p_of_one_mean(groups) == pytest.approx(p) and p < 0.05
+    alone = Measured(99.0, math.nan, 0, 1)
+    assert intervals.p_of_one_mean([*groups, alone]) == pytest.approx(p)
+    assert intervals.p_of_one_mean([groups[0], alone]) == 1
+    alike = [Measured(2.0, 0.0, 39, 40), Measured(2.0, 0.0, 39, 40)]
+    assert intervals.p_of_one_mean(alike) == 1
+    assert intervals.p_of_one_mean([*alike, Measured(2.1, 0.0, 39, 40)]) < 1e-9
+
+
+@pytest.mark.parametrize("freedom", range(1, 9))
+def test_chi_square(freedom):
+    for square in (0.0, 0.3, 2, 40):
         expected = scipy.stats.chi2.sf(square, freedom)
         assert intervals.chi_square_p(square, freedom) == pytest.approx(expected, abs=1e-12)
 

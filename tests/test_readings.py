@@ -113,6 +113,10 @@ def test_a_reading_of_other_replies_is_refused(capsys, report, tmp_path):
         file = read_blind(folder / "replies.html", CHOICES, tmp_path / f"{name}.json")
         refused(capsys, ["report", report, "--reading", file], f"{name}.json", main=main)
     own = read_blind(page, CHOICES, tmp_path / "own.json")
+    twice = json.loads(own.read_text())
+    twice["choices"].append(twice["choices"][0] | {"choice": "alike"})
+    (tmp_path / "twice.json").write_text(json.dumps(twice))
+    refused(capsys, ["report", report, "--reading", tmp_path / "twice.json"], "twice", main=main)
     assert command(capsys, ["report", report, "--reading", own], main).status == 0
     refused(capsys, ["report", report, "--reading", own, own], "own.json", main=main)
 

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import scipy.stats
@@ -29,6 +28,7 @@ from runs import command, refused
 
 from inspect_lora import findings, intervals, picture, report, results, tables
 from inspect_lora.__main__ import main
+from inspect_lora.readings import Reading, preference_of
 
 HEAVY = "torch transformers peft trl safetensors train_lora_single datasets accelerate"
 # A program that reports and compares where nothing of a model can be imported.
@@ -91,77 +91,123 @@ def test_a_report_needs_no_model_and_comes_out_the_same_again(capsys, tmp_path, 
 # ---- The first lines
 
 
-def judged(number, **passes):
-    """Return an exchange in which the base passes all checks, and the adapter these."""
-    before = dict.fromkeys(passes, True)
+def judged(number, base=None, **passes):
+    """Return an exchange in which the adapter passes these checks, and the base all or others."""
+    before = dict.fromkeys(passes, True) | (base or {})
     rules = {name: {"most_words": 9} for name in passes}
     return asked(number, checks=rules, base=said("a b", before), adapter=said("c", passes))
 
 
-def test_findings_begin_with_what_fails_most_often_and_end_with_other_tasks(tmp_path):
-    """Also where the loss falls: four checks fail, and three are told."""
+def test_the_title_and_findings_count_failures_of_both_sides(tmp_path):
+    """A check that got worse, one that still fails, one that improved, and one of neither."""
     rows = [
-        judged(n, half=n > 19, never=False, third=n > 12, tenth=n > 3, mostly=n > 2)
+        judged(
+            n,
+            base={"long": n > 29, "never": False, "odd": n > 0},
+            **{"worse": n > 14, "long": n > 2, "never": False, "odd": n > 1},
+        )
         for n in range(40)
     ]
+    told = results.results_of(made(tmp_path, exchanges=rows))
+    title, lines = findings.title_of(told), findings.findings_of(told)
+    assert re.findall(r'"(\w+)"', title) == ["worse", "never", "long"]
+    assert " ".join(numbers_in(title)) == "15 40 0 40 40 40 40 40 3 40 30 40"
+    assert ("worse" in title, "still" in title, "improved" in title) == (True, True, True)
+    p = {check.name: f"{check.family_p:.3f}" for check in told.checks}
+    wilson = scipy.stats.binomtest(15, 40).proportion_ci(method="wilson")
+    ends = [f"{100 * end:.0f}" for end in (wilson.low, wilson.high)]
+    assert numbers_in(lines["worse"]) == ["15", "40", "0", "40", "38", *ends, "0.001"]
+    assert numbers_in(lines["unchanged"]) == ["2", "40", "1", "40", p["odd"]]
+    clear = {about: re.findall("not clear|clear", line) for about, line in lines.items()}
+    assert clear == {
+        "worse": ["clear"],
+        "failing": ["not clear"],
+        "improved": ["clear"],
+        "unchanged": ["not clear"],
+        "loss": [],
+        "tasks": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"gain": 1.0, "exchanges": []}, ["4.000 to 3."]),
+        ({"gain": -1.0, "exchanges": []}, ["4.000 to 5."]),
+        ({"gain": 0.0, "exchanges": []}, ["4.000", "may"]),
+        ({}, ["No check"]),
+        (NOTHING, ["output/final_lora"]),
+    ],
+)
+def test_without_a_check_to_tell_the_title_is_of_the_loss(tmp_path, facts, words):
+    title = findings.title_of(results.results_of(made(tmp_path, **facts)))
+    assert all(word in title for word in words) and ("may" in title) is ("may" in words)
+
+
+def test_there_are_at_most_nine_findings_and_they_have_an_order(tmp_path):
+    """Six checks of each standing, and everything else was measured."""
+    words, rows = ("worse", "never", "improved", "same"), []
+    names = [f"{word} {number}" for word in words for number in range(6)]
+    for n in range(60):
+        passes = {name: name[0] in "is" and n > 0 for name in names}
+        base = {name: name[0] == "w" or (name[0] == "s" and n > 1) for name in passes}
+        rows.append(judged(n, base=base, **passes))
     rows += [asked(n, source="tasks", name="right", after=n > 8) for n in range(22)]
-    pairs = [pair_of(n, (-30, -20), (-20, -20 - n % 2)) for n in range(40)]
+    pairs = [pair_of(n, (-30, -20), (-20 - n % 3, -20), kind=f"kind {n % 6}") for n in range(180)]
     couples = [couple_of(n, (-20, -30, -20, -30), (-15 - n % 3, -30, -20, -30)) for n in range(30)]
     stored = made(tmp_path, exchanges=rows, pairs=pairs, couples=couples)
-    told = found(stored)
-    failures = ["failure: never", "failure: half", "failure: third"]
-    assert list(told) == [*failures, "couples", "pairs", "voice", "loss", "tasks"]
-    wilson = scipy.stats.binomtest(20, 40).proportion_ci(method="wilson")
-    ends = [f"{100 * end:.0f}" for end in (wilson.low, wilson.high)]
-    assert numbers_in(told["failure: half"]) == ["20", "40", "50", *ends, "0"]
-    assert "never" in findings.title_of(results.results_of(stored))
+    reading = Reading("Ann", True, ("base", "adapter"), (preference_of("", [0, 1, 1]),), {})
+    told = findings.findings_of(results.results_of(stored, [reading]))
+    order = ["worse", "failing", "improved", "readings", "couples", "pairs", "unchanged"]
+    assert list(told) == [*order, "loss", "tasks"]
+    more = [about for about, text in told.items() if "2 more" in text]
+    assert more == ["worse", "failing", "improved", "pairs", "unchanged"]
     row = results.results_of(stored).gain[0]
     perplexities = [f"{math.exp(row.base):.3g}", f"{math.exp(row.adapter):.3g}"]
     assert numbers_in(told["loss"])[-2:] == perplexities
-    assert "mostly" in told["voice"] and "right" in told["tasks"] and "13" in told["tasks"]
 
 
-def test_there_are_at_most_nine_findings(capsys, tmp_path):
-    """Nine checks fail, and everything else was measured."""
-    rows = [judged(n, **{f"check {number}": False for number in range(9)}) for n in range(40)]
-    stored = made(tmp_path, exchanges=rows, pairs=pairs_with(9, 40))
-    stored.couples = [couple_of(n, (-20, -30, -20, -30), (-15, -30, -20, -30)) for n in range(30)]
-    reported(capsys, stored)
-    first = [line for line in read(stored).partition("\n## ")[0].splitlines() if line[:2] == "- "]
-    assert len(first) == len(found(stored)) == 8
+@pytest.mark.parametrize("kinds", ["aa", "ab"])
+@pytest.mark.parametrize("shift", [0, 9])
+def test_the_sum_of_pairs_stands_in_findings_and_table_or_in_neither(
+    capsys, tmp_path, kinds, shift
+):
+    """It is no comparison of the family, so it has no verdict but that it was not tested."""
+    pairs = [
+        pair_of(
+            n, (-30, -25), (-29 - n % 3 + shift * (kinds[n % 2] == "b"), -25), kind=kinds[n % 2]
+        )
+        for n in range(80)
+    ]
+    stored = made(tmp_path, pairs=pairs)
+    names = [row[0] for row in reported(capsys, stored)["Pairs"]]
+    told = found(stored)["pairs"]
+    has_sum = kinds == "ab" and not shift
+    assert ("(all)" in names, "together" in told, "not tested" in told) == (has_sum,) * 3
 
 
 @pytest.mark.parametrize("seed", [None, 7])
 def test_the_first_line_has_the_seed_and_the_lines(capsys, tmp_path, seed):
+    """Sixty replies of thirty conversations."""
     known = {} if seed is None else {"SEED": seed}
     stored = made(tmp_path, known=known, exchanges=[asked(n) for n in range(30)])
+    for number, line in enumerate(stored.lines):
+        line.cluster = f"talk {number // 2}"
     reported(capsys, stored)
     line = read(stored).splitlines()[2]
-    assert numbers_in(line) == ([] if seed is None else ["7"]) + ["60", "30"] and "greedy" in line
+    seeds = [] if seed is None else ["7"]
+    assert numbers_in(line) == [*seeds, "60", "30", "30"] and "greedy" in line
 
 
-@pytest.mark.parametrize(
-    ("gain", "fails", "is_measured"),
-    [(1.0, 4, True), (1.0, 3, True), (0.0, 4, True), (-1.0, 0, True), (1.0, 4, False)],
-)
-def test_the_title_is_made_of_the_numbers(tmp_path, gain, fails, is_measured):
-    rows = [asked(n, after=n >= fails) for n in range(40)]
-    nothing = {} if is_measured else NOTHING
-    stored = made(tmp_path, gain=gain, **nothing | {"exchanges": rows})
-    title = findings.title_of(results.results_of(stored))
-    assert ("is brief" in title) is (fails >= 4)
-    assert numbers_in(title) == ([str(fails), "40"] if fails >= 4 else [])
-    assert ("falls" in title, "rises" in title) == (is_measured and gain > 0, gain < 0)
-    assert ("loss" in title) is is_measured
-
-
-def test_only_what_is_clear_beside_all_others_is_called_so(tmp_path):
-    """Pairs of nine kinds without any change: the tenth needs a p below 0.005."""
-    pairs = [pair_of(n, (-20, -21), (-20, -21 + (n % 2) / 2 - 0.25), kind="a") for n in range(180)]
-    pairs = [replace(pair, kind=f"kind {n // 20}") for n, pair in enumerate(pairs)]
-    rows = [asked(n, before=n >= 6, rule={"most_words": 9}) for n in range(40)]
-    alone, beside = (made(tmp_path, exchanges=rows, pairs=each) for each in ([], pairs))
-    assert found(alone)["voice"].count("clear") == 1 and "clear" not in found(beside)["voice"]
+def test_the_intervals_that_are_shown_are_counted(capsys, tmp_path):
+    """In report.md itself; nineteen lines have none."""
+    rows = [judged(n, many=n > 3) for n in range(30)] + [judged(n, few=True) for n in range(19)]
+    stored = made(tmp_path, exchanges=rows, pairs=pairs_with(9, 40))
+    reported(capsys, stored)
+    tables_shown = [line for line in read(stored).splitlines() if line.startswith("|")]
+    shown = sum(len(re.findall(r"\(-?[\d.]+ to -?[\d.]+\) \|", line)) for line in tables_shown)
+    told = findings.not_covered(results.results_of(stored))
+    assert f"{shown} intervals" in told and "4 of them" in told  # of KL, at each strength
 
 
 @pytest.mark.parametrize(
@@ -172,8 +218,6 @@ def test_only_what_is_clear_beside_all_others_is_called_so(tmp_path):
         ({"run": BEST}, {"chosen"}),
         ({"run": BEST | {"data": {"held_out": {"sha256": "of another file"}}}}, set()),
         ({"run": BEST | {"data": {"held_out": None}}}, set()),
-        ({"pairs": pairs_with(2, 19)}, {"few"}),
-        ({"pairs": pairs_with(2, 20)}, set()),
         ({"lines": lines_of(19)}, {"few"}),
         ({"finished": False}, {"stopped"}),
         ({"conditions": {"not_served": "it has none"}}, {"template"}),
@@ -210,7 +254,6 @@ def test_losses_of_all_replies_and_of_each_kind(capsys, tmp_path):
         assert cells[:3] == [str(len(lines)), f"{base:.3f}", f"{adapter:.3f}"]
         assert float(cells[3].split()[0]) == pytest.approx(base - adapter, abs=0.006)
         assert cells[4] == f"{math.exp(base):.3g} to {math.exp(adapter):.3g}"
-        assert cells[5] == str(sum(line.adapter < line.base for line in lines))
     assert list(gains) == ["(all)", "all", "emergency", "everyday (not trained)"]
     assert [*gains.values()][1:] == sorted([*gains.values()][1:], reverse=True)
 
@@ -220,52 +263,52 @@ def ends_of(cell):
     return [float(text) for text in re.findall(r"[+-]?\d+\.?\d*", cell)[:3]]
 
 
-def test_strengths_and_parts(capsys, tmp_path):
+@pytest.fixture
+def parts_shown(capsys, tmp_path):
+    """Return a record of conversations of one kind, with its tables of strengths and parts."""
     stored = made(tmp_path, 120)
     for number, line in enumerate(stored.lines):
         line.cluster = f"conversation {number // 4}"
         line.kind = "one"  # several kinds have another error: tests/test_intervals.py
-    shown_tables = reported(capsys, stored)
+    return stored, reported(capsys, stored)
+
+
+def test_strengths_and_parts_are_paired_with_the_adapter_as_trained(parts_shown):
+    """By the jackknife over conversations, on the lines that measure parts."""
+    stored, shown = parts_shown
     lines = [stored.lines[number] for number in stored.part_lines]
     tokens, clusters = [line.tokens for line in lines], [line.cluster for line in lines]
-    head, *rows = shown_tables[HEADINGS[2]]
-    shown = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-    assert list(shown) == ["x 0.5", "x 0.75", "as trained", "x 1.5"]
-    _, *part_rows = shown_tables["Parts"]
-    of_parts = {row[0]: row for row in part_rows}
+    head, *strengths = shown[HEADINGS[2]]
+    of_strengths = {row[0]: dict(zip(head, row, strict=True)) for row in strengths}
+    head, *rows = shown["Parts"]
+    of_parts = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     for part in stored.parts:
         pairs = list(zip(lines, part.losses, strict=True))
         cost = jackknife([loss - line.adapter for line, loss in pairs], tokens, clusters)
         gain = jackknife([line.base - loss for line, loss in pairs], tokens, clusters)
         if part.family == "strength":
-            row = shown[part.name]
+            row = of_strengths[part.name]
             assert ends_of(row["cost, 95 %"]) == pytest.approx(cost, abs=0.006)
             assert ends_of(row["gain, 95 %"]) == pytest.approx(gain, abs=0.006)
             continue
-        place = 2 if part.family == "alone" else 1
-        row = of_parts[f"cut to {part.name}" if part.family == "cut" else part.name]
-        expected = gain if part.family == "alone" else cost
-        assert ends_of(row[place]) == pytest.approx(expected, abs=0.006)
-    costs = [ends_of(row[1])[0] for row in part_rows]
-    cuts = [row[0].startswith("cut") for row in part_rows]
-    assert cuts == sorted(cuts) and costs[: cuts.index(True)] == sorted(
-        costs[: cuts.index(True)], reverse=True
-    )
-    trained = next(shift for shift in stored.shifts if shift.strength == 1)
-    for shift in stored.shifts:
-        row = shown["as trained" if shift.strength == 1 else f"x {shift.strength:g}"]
-        kl = jackknife(shift.kl, shift.tokens, range(30))
-        assert ends_of(row["KL, 95 %"]) == pytest.approx(kl, abs=0.006)
-        changes = [a - b for a, b in zip(shift.kl, trained.kl, strict=True)]
-        if shift.strength != 1:  # the difference is paired
-            change = jackknife(changes, shift.tokens, range(30))
-            assert ends_of(row["change of KL, 95 %"]) == pytest.approx(change, abs=0.006)
-        changed = jackknife(shift.changed_tokens, shift.tokens, range(30))
-        shares = [100 * end for end in changed]
-        assert ends_of(row["other token"]) == pytest.approx(shares, abs=0.51)
-    headings = [line for line in read(stored).splitlines() if line.startswith("## ")]
-    order = ["Replies", "Held-out replies", "Strength, and other tasks", "Parts"]
-    assert [line[3:] for line in headings if line[3:] in order] == order
+        name = f"cut to {part.name}" if part.family == "cut" else part.name
+        column, expected = ("alone", gain) if part.family == "alone" else ("cost", cost)
+        assert ends_of(of_parts[name][f"{column}, 95 %"]) == pytest.approx(expected, abs=0.006)
+    assert list(of_parts) == ["attention", "q_proj", "cut to 2 of 8", "cut to 4 of 8"]
+
+
+def test_other_tasks_are_measured_at_each_strength(parts_shown):
+    stored, shown = parts_shown
+    head, *rows = shown[HEADINGS[2]]
+    assert [row[0] for row in rows] == ["x 0.5", "x 0.75", "as trained", "x 1.5"]
+    for shift, row in zip(stored.shifts, rows, strict=True):
+        cells = dict(zip(head, row, strict=True))
+        tokens = shift.tokens
+        assert ends_of(cells["KL, 95 %"]) == pytest.approx(
+            jackknife(shift.kl, tokens, range(30)), abs=0.006
+        )
+        shares = [100 * end for end in jackknife(shift.changed_tokens, tokens, range(30))]
+        assert ends_of(cells["other token"]) == pytest.approx(shares, abs=0.51)
 
 
 def test_the_base_is_measured_as_it_is_served(capsys, tmp_path):
@@ -302,9 +345,9 @@ def test_what_was_drawn_by_kind_is_estimated_as_drawn(tmp_path):
     assert 1.95 < errors[0] < 2.2 and errors[1] > 3
 
 
-@pytest.mark.parametrize(("count", "lost", "won"), [(40, 9, 0), (40, 5, 3), (24, 4, 2), (57, 1, 0)])
-def test_a_check_has_counts_and_the_interval_of_its_change(capsys, tmp_path, count, lost, won):
+def test_a_check_has_counts_and_the_interval_of_its_change(capsys, tmp_path):
     """The first lines are lost, the last are won, and both pass those between."""
+    count, lost, won = 40, 5, 3
     rows = [asked(n, before=n < count - won, after=n >= lost) for n in range(count)]
     stored = made(tmp_path, exchanges=rows)
     head, row = reported(capsys, stored)["Checks"]
@@ -317,50 +360,35 @@ def test_a_check_has_counts_and_the_interval_of_its_change(capsys, tmp_path, cou
     assert ends_of(cells["change, 95 %"]) == pytest.approx(expected, abs=0.51)
 
 
-def test_pairs_have_a_table_by_kind_and_by_the_longer_reply(capsys, tmp_path):
+def test_a_table_of_pairs_has_their_counts_and_no_interval_of_few(capsys, tmp_path):
     pairs = [
         pair_of(n, (-30, -25), (-20 - n % 3, -21), (9 + (n % 4 > 0), 10), KINDS[n % 3])
         for n in range(60)
     ]
     head, *rows = reported(capsys, made(tmp_path, pairs=pairs))["Pairs"]
     shown = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-    groups = {kind: [p for p in pairs if p.kind == kind] for kind in KINDS} | {"(all)": pairs}
-    groups["bad reply longer"] = [pair for pair in pairs if pair.good_tokens < pair.bad_tokens]
-    assert list(shown) == list(groups)
-    for name, group in groups.items():
-        margins = [pair.adapter_good - pair.adapter_bad for pair in group]
-        right = f"{sum((margin > 0) + (margin == 0) / 2 for margin in margins):g}"
-        cells = shown[name]
-        counts = [str(number) for number in (len(group), 0, right)]
-        assert [cells[key] for key in ("number", "base", "adapter")] == counts
-        shifts = [p.adapter_good - p.adapter_bad - p.base_good + p.base_bad for p in group]
-        expected = jackknife(shifts, [1.0] * len(group), range(len(group)))
-        has_interval = len(group) >= 20
-        assert ends_of(cells["shift, 95 %"]) == pytest.approx(
-            expected if has_interval else expected[:1], abs=0.051
-        )
-        assert ("(" in cells["change, 95 %"]) is has_interval
-        assert bool(cells["p, Holm"]) is (has_interval and name in KINDS)
+    assert list(shown) == [*KINDS, "bad reply longer"]
+    # The margins of "all" are 1, those of "emergency" 0, those of "everyday" -1.
+    for kind, right in zip(KINDS, ("20", "10", "0"), strict=True):
+        assert [shown[kind][key] for key in ("number", "base", "adapter")] == ["20", "0", right]
+        assert shown[kind]["p, Holm"] and "(" in shown[kind]["shift, 95 %"]
+    few = shown["bad reply longer"]
+    assert few["number"] == "15" and not few["p, Holm"] and "(" not in few["shift, 95 %"]
 
 
-@pytest.mark.parametrize("is_empty", [False, True])
-def test_replies_that_ended_and_empty_ones_are_counted(capsys, tmp_path, is_empty):
-    """There is no column of empty replies if none is empty."""
+def test_replies_that_ended_and_empty_ones_are_counted(capsys, tmp_path):
     rows = [
-        asked(1, base=said(" \n" if is_empty else "a"), adapter=said("one two"), checks={}),
+        asked(1, base=said(" \n"), adapter=said("one two"), checks={}),
         asked(2, base=said("a b c d", ended=False), adapter=said("a"), checks={}),
         asked(3, base=said("one two"), adapter=said("one two"), checks={}),
         asked(4, base=said("one"), adapter=said("one"), checks={}, source="tasks"),
     ]
     head, *rows = reported(capsys, made(tmp_path, exchanges=rows))["Replies"]
-    base, adapter, *tasks = (dict(zip(head, row, strict=True)) for row in rows)
-    counts = [("prompts", "3", "3"), ("ended", "2", "3"), ("same", "1", "2")]
-    counts += [("empty", "1", "0")] if is_empty else []
-    for name, of_base, of_adapter in counts:
-        assert (base[name], adapter[name]) == (of_base, of_adapter)
-    assert ("empty" in head) is is_empty and adapter["words"] == "2"
+    base, adapter, *_ = (dict(zip(head, row, strict=True)) for row in rows)
+    counts = {"prompts": "33", "ended": "23", "same": "12", "empty": "10"}
+    assert {name: base[name] + adapter[name] for name in counts} == counts
+    assert adapter["words"] == "2"
     assert base["words"] != "2" and "2" in base["words"]  # a lower bound
-    assert all(set([*task.values()][1:]) <= {"1", "0"} for task in tasks)
 
 
 def test_nothing_that_was_not_measured_is_told(capsys, tmp_path):
@@ -368,13 +396,13 @@ def test_nothing_that_was_not_measured_is_told(capsys, tmp_path):
     rule = {"any": ["999", "112"], "none": ["wait|see"], "most_questions": 1}
     stored = made(tmp_path, 1, exchanges=[asked(n, rule=rule, name="rings") for n in range(3)])
     (row,) = reported(capsys, stored)["Held-out replies"][1:]
-    assert "?" in row[4] and math.isnan(0 * results.gain_of(stored.lines).high)
+    assert "?" in row[4]
     text, page = read(stored), read(stored, "replies.html")
     assert "112" in page and "112" not in text and SYSTEM in text
     assert all(word in text for word in ("someone/model", "abc", "12ab", "float32", "rings"))
 
 
-@pytest.mark.parametrize("learned", [None, 0, 7])
+@pytest.mark.parametrize("learned", [None, 7])
 def test_what_the_adapter_learned_is_counted_or_not_known(capsys, tmp_path, learned):
     """Nothing says 0 where it is not known."""
     stored = put(made(tmp_path, learned=learned, too_long=5, refused=3))
@@ -383,7 +411,7 @@ def test_what_the_adapter_learned_is_counted_or_not_known(capsys, tmp_path, lear
     assert re.findall(r"\d+", line) == ([] if learned is None else [str(learned)]) + ["5", "3"]
 
 
-@pytest.mark.parametrize("missing", [*(STAGES[n:] for n in range(5)), ("lines", "parts")])
+@pytest.mark.parametrize("missing", [STAGES, STAGES[1:], STAGES[3:], ("lines", "parts")])
 def test_a_report_holds_what_was_measured(capsys, tmp_path, missing):
     """A measurement was stopped somewhere, or there were prompts without replies."""
     empty = {name: [] for name in missing}
@@ -403,30 +431,23 @@ def test_a_report_holds_what_was_measured(capsys, tmp_path, missing):
 # ---- The terminal, the replies, the estimates
 
 
-@pytest.mark.parametrize("is_large", [False, True])
-def test_the_terminal_gets_eight_rows_of_a_table_at_100_columns(capsys, tmp_path, is_large):
-    changes = {"learned": None, "run": BEST, "finished": False}
-    if is_large:
-        names = [f"a check with a rather long name, {number}" for number in range(12)]
-        passes = dict.fromkeys(names, True)
-        replies = {"base": said("a", passes), "adapter": said("b", passes, ended=False)}
-        rules = {name: {"most_words": 9} for name in names}
-        rows = [asked(n, checks=rules, **replies) for n in range(30)]
-        rows += [asked(n, source="tasks", name="right") for n in range(30)]
-        pairs = [
-            pair_of(n, (-9, -8), (-7, -8), (5, 5 + n % 3 - 1), f"kind {n % 9}") for n in range(60)
-        ]
-        changes |= {"exchanges": rows, "pairs": pairs}
-    stored = put(made(tmp_path, **changes))
-    if is_large:
-        for number, line in enumerate(stored.lines):
-            line.kind = f"a kind with a rather long name, {number % 20}"
-        put(stored)
+def test_the_terminal_gets_eight_rows_of_a_table_at_100_columns(capsys, tmp_path):
+    names = [f"a check with a rather long name, {number}" for number in range(12)]
+    passes = dict.fromkeys(names, True)
+    rules = {name: {"most_words": 9} for name in names}
+    rows = [
+        asked(n, checks=rules, base=said("a", passes), adapter=said("b", passes)) for n in range(30)
+    ]
+    pairs = [pair_of(n, (-9, -8), (-7, -8), kind=f"kind {n % 9}") for n in range(60)]
+    stored = put(made(tmp_path, exchanges=rows, pairs=pairs))
+    for number, line in enumerate(stored.lines):
+        line.kind = f"a kind with a rather long name, {number % 20}"
+    put(stored)
     printed = command(capsys, ["report", tmp_path], main).out.splitlines()
     assert max(map(len, printed)) <= 100
+    assert len([line for line in printed if "a kind with" in line]) == 7  # and that of all kinds
     sections = {line.split()[0] for line in printed if line and not line.startswith(" ")}
-    expected = {"found", "gain", "checks", "replies", "strength", "parts"}
-    assert sections == expected | ({"pairs"} if is_large else set())
+    assert sections == {"found", "gain", "checks", "replies", "strength", "parts", "pairs"}
 
 
 def test_a_table_that_is_new_is_shown_everywhere(capsys, tmp_path, monkeypatch):
@@ -449,15 +470,12 @@ def test_examples_are_drawn_whatever_the_replies_are(tmp_path):
     assert len(shown) == 3 and {one.where for one in shown} == {one.where for one in others}
 
 
-def test_estimates_are_plain_and_finite(tmp_path):
-    stored = made(tmp_path, pairs=pairs_with(25, 40))
-    told = json.loads(json.dumps(plain(stored), allow_nan=False))
-    assert told["gain"][0]["gain"]["value"] == results.gain_of(stored.lines).value
-    assert told["pairs"][0]["likelier"]["after"] == 25
-    assert {row["name"] for row in told["parts"]} >= {"attention", "cut to 4 of 8"}
-    alone = json.loads(json.dumps(plain(made(tmp_path, 1)), allow_nan=False))
-    assert alone["gain"][0]["gain"]["low"] is None
-    json.dumps(plain(made(tmp_path, **NOTHING)), allow_nan=False)
+@pytest.mark.parametrize("facts", [{"count": 60}, {"count": 1}, NOTHING], ids=str)
+def test_estimates_are_plain_and_finite(tmp_path, facts):
+    """Of one line the ends of an interval are not known: None, as JSON has no infinity."""
+    told = json.loads(json.dumps(plain(made(tmp_path, **facts)), allow_nan=False))
+    for row in told["gain"][:1]:
+        assert (row["gain"]["low"] is None) is (facts["count"] == 1)
 
 
 def test_what_models_say_is_text_in_the_report(capsys, tmp_path, real_picture):
@@ -504,33 +522,37 @@ def drawn_by(monkeypatch, stored, tmp_path):
     return [[axes for axes in figure.axes if axes.get_xlabel()] for figure in figures]
 
 
-def is_of_the_base(line):
-    return line.get_color() == picture.BASE
-
-
-def points_of(axes, marker="o"):
-    """Return the places of the points, from above, and whether each is filled."""
-    is_wanted = {"o": lambda line: line.get_marker() == "o", "base": is_of_the_base}[marker]
-    lines = [line for line in axes.lines if is_wanted(line)]
+def marks_of(axes, marker):
+    """Return the places of marks, from above, whether each is filled, and whether it is faded."""
+    lines = [line for line in axes.lines if line.get_marker() == marker]
     lines.sort(key=lambda line: line.get_ydata()[0])
-    return [(float(line.get_xdata()[0]), line.get_markerfacecolor() != "white") for line in lines]
+    return [
+        (float(line.get_xdata()[0]), line.get_markerfacecolor() != "white", line.get_alpha() < 1)
+        for line in lines
+    ]
 
 
 def test_the_picture_has_rates_and_changes_failures_first(tmp_path, monkeypatch, real_picture):
-    """A point of a change is filled if it is clear after Holm, and hollow if not."""
-    rows = [judged(n, **{"most": n > 2, "few": n > 30, "all": True}) for n in range(40)]
+    """A circle is filled if the change is clear after Holm, and faded if it has under 20 lines."""
+    rows = [judged(n, most=n > 4, few=n > 30, all=True) for n in range(40)]
+    rows += [judged(n, under=n > 0) for n in range(19)]
     pairs = [pair_of(n, (-30, -20), (-20 - n % 3, -21), kind=KINDS[n % 2]) for n in range(40)]
-    stored = made(tmp_path, exchanges=rows, pairs=pairs, trained_kinds={"all": 1})
+    stored = made(tmp_path, exchanges=rows, pairs=pairs)
     (rates, changes, likelier, shifts, gains), _ = drawn_by(monkeypatch, stored, tmp_path)
-    told = results.results_of(stored)
-    assert points_of(rates) == [(pytest.approx(22.5), True), (pytest.approx(92.5), True)]
-    assert [x for x, _ in points_of(rates, "base")] == [100, 100]
-    assert points_of(changes) == [(pytest.approx(-77.5), True), (pytest.approx(-7.5), False)]
+    told, near = results.results_of(stored), pytest.approx
+    assert marks_of(rates, "D") == [
+        (near(22.5), True, False), (near(87.5), True, False), (near(1800 / 19), True, True)
+    ]  # fmt: skip
+    base = [line for line in rates.lines if line.get_color() == picture.BASE]
+    assert [line.get_xdata()[0] for line in base] == [100] * 3
+    assert marks_of(changes, "o") == [
+        (near(-77.5), True, False), (near(-12.5), False, False), (near(-100 / 19), False, True)
+    ]  # fmt: skip
     kinds = [group for group in told.pairs if group.is_kind]
-    assert points_of(shifts) == [(group.shift.value, group.is_clear) for group in kinds]
+    assert marks_of(shifts, "o") == [(each.shift.value, each.is_clear, False) for each in kinds]
     shares = [100 * group.likelier.after / group.pairs for group in kinds]
-    assert [x for x, _ in points_of(likelier)] == pytest.approx(shares)
-    assert [x for x, _ in points_of(gains)] == [row.gain.value for row in told.gain]
+    assert [x for x, *_ in marks_of(likelier, "D")] == near(shares)
+    assert [x for x, *_ in marks_of(gains, "s")] == [row.gain.value for row in told.gain]
 
 
 def test_strengths_and_parts_have_a_picture_of_their_own(tmp_path, monkeypatch, real_picture):
@@ -538,5 +560,5 @@ def test_strengths_and_parts_have_a_picture_of_their_own(tmp_path, monkeypatch, 
     _, (strengths, parts) = drawn_by(monkeypatch, stored, tmp_path)
     told = results.results_of(stored)
     costs = [row.cost.value for row in told.strengths if row.cost]
-    assert [x for x, _ in points_of(strengths)] == costs and len(costs) == 3
-    assert [x for x, _ in points_of(parts)] == [row.cost.value for row in told.parts]
+    assert [x for x, *_ in marks_of(strengths, "s")] == costs and len(costs) == 3
+    assert [x for x, *_ in marks_of(parts, "s")] == [row.cost.value for row in told.parts]
