@@ -256,12 +256,17 @@ def test_one_run_beside_settings_with_seeds_has_their_spread(capsys, make, tmp_p
 
 
 def test_two_seeds_of_one_setting_have_no_change(capsys, make, tmp_path, monkeypatch):
-    """A change is between rows; between seeds there is the spread."""
+    """A change is between rows; between seeds there is the spread, and the mean of their counts."""
     seeded(make, rates=(1e-4,), seeds=(1, 2))
+    known = {"LEARNING_RATE": 1e-4, "SEED": 3}
+    rows = [asked(number, after=number > 3) for number in range(30)]
+    put(make("third", **WITHOUT_PARTS, exchanges=rows, lines=lines_of(40), known=known, shifts=[]))
     told = told_by(capsys, tmp_path, monkeypatch)
     assert len(told["rows"]) == 1 and told["change"] is None and told["rows"][0]["spread"] > 0
     out = command(capsys, ["compare", "inspected"], main).out
-    assert not re.search(r"1 to 2", out) and "is brief" in out
+    assert not re.search(r"1 to 2", out) and re.search(
+        r"is brief +30 +30 +28.7$", out, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize(
