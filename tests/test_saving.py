@@ -260,8 +260,7 @@ def test_a_lost_copy_for_vllm_is_written_again(finished, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         spoil_what_vllm_gets(patch)
         runs.refused(capfd, flags, "layers.0")  # and it is written once more
-    end = runs.command(capfd, [*flags, "--matmul", "native"])
-    assert end.status == 0 and "MATMUL auto" in end.out  # it was not used
+    assert runs.run([*flags, "--matmul", "native"]) == 0  # the same job
     found, expected = (x / "final_lora_vllm" for x in (output, finished.output))
     assert same(tensors_of(found), tensors_of(expected))
     assert runs.files(found) == runs.files(expected)
