@@ -105,23 +105,18 @@ def read_rules(path: str | Path) -> list[Rule]:
 def rules_for(row: dict[str, Any], kind: str, shared: list[Rule]) -> dict[str, Rule]:
     """Return the rules of a line by name: the shared ones of its kind, and its own "checks".
 
-    A check is joined with the shared rule of its name, whatever kinds that one is for: phrases
-    are added, a number takes the place of the number. A check that is null switches the rule off.
-    A wrong check raises InspectError; the caller adds the file and the line.
+    A check takes the place of the shared rule of its name; one that is null switches it off. A
+    wrong check raises InspectError; the caller adds the file and the line.
     """
-    named = {rule["name"]: {key: rule[key] for key in KEYS if key in rule} for rule in shared}
-    of_line = {
-        rule["name"]: named[rule["name"]] for rule in shared if kind in rule.get("kinds", [kind])
+    of_kind = {
+        rule["name"]: {key: rule[key] for key in KEYS if key in rule}
+        for rule in shared
+        if kind in rule.get("kinds", [kind])
     }
-    if not isinstance(row.get("checks") or {}, dict):
-        raise InspectError(f'"checks" must be an object of rules by name, not {row["checks"]!r}')
-    for name, check in (row.get("checks") or {}).items():
-        if check is None:
-            of_line.pop(name, None)
-            continue
-        if problem := problem_of(check):
+    checks = row.get("checks") or {}
+    if not isinstance(checks, dict):
+        raise InspectError(f'"checks" must be an object of rules by name, not {checks!r}')
+    for name, check in checks.items():
+        if check is not None and (problem := problem_of(check)):
             raise InspectError(f'the check "{name}": {problem}')
-        rule = named.get(name, {})
-        lists = {key: rule.get(key, []) + check[key] for key in LISTS if key in check}
-        of_line[name] = rule | check | lists
-    return of_line
+    return {name: rule for name, rule in (of_kind | checks).items() if rule is not None}

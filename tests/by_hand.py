@@ -90,6 +90,18 @@ def reply_loss(model, tokenizer, messages, thinks=False):
     return -chances.mean().item()
 
 
+def likeliest_reply(model, ids, count):
+    """Return the tokens of the greedy reply to one prompt, without generate()."""
+    reply = []
+    while len(reply) < count and tokenizer().eos_token_id not in reply:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + reply])).logits[0, -1]
+        (best, second), (token, _) = logits.topk(2)
+        assert best - second > 1e-4, "rounding could change this: take another seed"
+        reply.append(token.item())
+    return reply
+
+
 def losses_of_peft(folder, conversations, dtype="float32", base=TOY):
     """Return the losses of base and adapter, loaded and switched off by PEFT alone."""
     model = peft.PeftModel.from_pretrained(copy.deepcopy(base_model(dtype, base)), folder).eval()

@@ -3,6 +3,7 @@
 import functools
 import re
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_lora_single as script
 from inspect_lora.__main__ import main
-from inspect_lora.adapter import TO_WRAPPER, name_in_text_model, renamed
+from inspect_lora.adapter import TO_WRAPPER, name_in_text_model, read_adapter, renamed
+from inspect_lora.plan import system_of
 
 EMBEDDING = f"{PREFIX}model.embed_tokens.weight"
 A, B = (f"{PREFIX}model.layers.1.mlp.up_proj.lora_{part}.weight" for part in "AB")
@@ -231,21 +233,13 @@ def test_a_trained_token_of_an_embedding_of_its_own_is_found(untied, tmp_path, n
     not_measured(folder, folder.name, more=["--base", untied])
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trained_biases_of_the_base_are_refused(tmp_path, not_measured, bias):
+def test_trained_biases_of_the_base_are_refused(tmp_path, not_measured):
     """They stay where the adapter is switched off."""
     base = toys.model_of(toys.family("Qwen2"), tmp_path / "base", has_weights=True)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-    folder = save_adapter(tmp_path / "own", model=model, target_modules=["q_proj"], bias=bias)
+    folder = save_adapter(tmp_path / "own", model, target_modules=["q_proj"], bias="lora_only")
     assert any(name.endswith(".bias") for name in load_file(folder / TENSORS))
     not_measured(folder, "biases")
-
-
-def test_a_quantized_base_is_known_by_its_config(plain, tmp_path, not_measured):
-    base = shutil.copytree(TOY, tmp_path / "base")
-    how = {"quantization_config": {"quant_method": "fp8"}}
-    toys.edit_json(base / "config.json", lambda config: config.update(how))
-    not_measured(plain, "quantized", "--base", more=["--base", base])
 
 
 def test_a_relative_base_is_found_from_another_folder(copied, measured, tmp_path, monkeypatch):
@@ -257,35 +251,35 @@ def test_a_relative_base_is_found_from_another_folder(copied, measured, tmp_path
     assert measured(folder)["conditions"]["base"] == str(base)
 
 
-def test_the_hub_is_asked_for_the_right_base_and_revision(copied, not_measured, monkeypatch):
+BASES = [  # the adapter's revision, the flags, and what is loaded
+    ("main", [], "some/base@main"), ("abc", [], "some/base@abc"),
+    ("abc", ["--base_revision", "v2"], "some/base@v2"),
+    ("abc", ["--base", "other/base"], "other/base@main"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("revision", "flags", "loaded"), BASES)
+def test_the_hub_is_asked_for_the_right_base_and_revision(
+    copied, not_measured, monkeypatch, revision, flags, loaded
+):
     def read(settings, _):
         raise script.UserError(f"{settings.name}@{settings.revision}")
 
     monkeypatch.setattr(script, "read_base", read)
-    folder = copied(base_model_name_or_path="some/base")
-    not_measured(folder, "some/base@main")
-    change_config(folder, revision="abc")
-    not_measured(folder, "some/base@abc")
-    not_measured(folder, "some/base@v2", more=["--base_revision", "v2"])
-    not_measured(folder, "other/base@main", more=["--base", "other/base"])
+    folder = copied(base_model_name_or_path="some/base", revision=revision)
+    not_measured(folder, loaded, more=flags)
 
 
 def test_a_template_of_the_adapters_own_is_taken_for_both(plain, measured, three_lines):
     """With its own end of a turn, as where a model without a template was trained to chat."""
-    before = measured(plain)
     own = AutoTokenizer.from_pretrained(TOY)
     own.chat_template = own.chat_template.replace("<|im_start|>", "<|im_start|> ")
     own.save_pretrained(plain)
     found = measured(plain)
     assert found["conditions"]["tokenizer"] == str(plain)
-    assert all(a != b for a, b in zip(mean_losses(found), mean_losses(before), strict=True))
     merged = MergedByHand(TOY, plain / TENSORS, lambda _: PLAIN_SCALE)
     merged.tokenizer = own
     assert mean_losses(found)[1] == near(merged.losses(read_conversations(three_lines)))
-    # A base that was never trained to chat has no template of its own.
-    base = shutil.copytree(TOY, plain.with_name("base"))
-    (base / "chat_template.jinja").unlink()
-    assert mean_losses(measured(plain, "--base", base)) == mean_losses(found)
 
 
 def test_nothing_of_an_adapter_is_executed(plain, three_lines, tmp_path):
@@ -306,33 +300,33 @@ def test_nothing_of_an_adapter_is_executed(plain, three_lines, tmp_path):
     assert not marker.exists()
 
 
-def test_the_system_message_is_the_trainings(plain, measured, tmp_path):
+SYSTEMS = [  # of the lines, of run.json and of the flag, and what prompts get
+    (["Be Nell."] * 2, {}, None, "Be Nell."), (["Be Nell.", "Be Bob."], {}, None, ""),
+    (["Be Nell.", None], {}, None, ""), (["Be Nell."] * 2, {"system_message": None}, None, ""),
+    (["Be Nell."] * 2, {"system_message": "Be Ann."}, None, "Be Ann."),
+    (["Be Nell."] * 2, {}, "Be Eve.", "Be Eve."),
+    (["Be Nell."] * 2, {"system_message": "Be Ann."}, "", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("systems", "trained", "flag", "expected"), SYSTEMS)
+def test_the_system_message_is_the_trainings(plain, systems, trained, flag, expected):
     """Else that of all lines, if they have one."""
-    trained, none, eve = {"system_message": "Be Ann."}, {"system_message": None}, "Be Eve."
-    for systems, known, flags, expected in (
-        (["Be Nell."] * 2, {}, [], "Be Nell."),
-        (["Be Nell.", "Be Bob."], {}, [], ""),
-        (["Be Nell.", None], {}, [], ""),
-        (["Be Nell."] * 2, none, [], ""),
-        (["Be Nell."] * 2, trained, [], "Be Ann."),
-        (["Be Nell."] * 2, {}, ["--system", eve], eve),
-        (["Be Nell."] * 2, trained, ["--system", ""], ""),
-    ):
-        say_origin(plain, **known)
-        heads = [[{"role": "system", "content": one}] if one else [] for one in systems]
-        rows = [{"messages": head + talk(n)[1:]} for n, head in enumerate(heads)]
-        path = write_lines(tmp_path / "own.jsonl", rows)
-        assert measured(plain, "--eval_file", path, *flags)["system"] == expected, known
+    say_origin(plain, **trained)
+    heads = [[{"role": "system", "content": one}] if one else [] for one in systems]
+    examples = [
+        script.Conversation(f"a:{n}", [*one, *talk(n)[1:]], {}) for n, one in enumerate(heads)
+    ]
+    request = types.SimpleNamespace(system=flag)
+    assert system_of(request, read_adapter(plain), examples) == expected
 
 
 def test_a_system_message_is_given_to_the_lines_that_have_none(plain, measured, tmp_path):
-    lines = [[{"messages": talk(n)[first:]} for n in range(3)] for first in (0, 1)]
-    has, has_not = (write_lines(tmp_path / f"{n}.jsonl", one) for n, one in enumerate(lines))
-    losses = [
-        mean_losses(measured(plain, "--eval_file", path, *flags))
-        for path, flags in ((has, []), (has_not, ["--system", SYSTEM]), (has_not, []))
-    ]
-    assert losses[0] == losses[1] != losses[2]
+    rows = [[{"messages": talk(n)[first:]} for n in range(3)] for first in (0, 1)]
+    has, has_not = (write_lines(tmp_path / f"{n}.jsonl", own) for n, own in enumerate(rows))
+    expected = mean_losses(measured(plain, "--eval_file", has))
+    found = measured(plain, "--eval_file", has_not, "--system", SYSTEM)
+    assert mean_losses(found) == expected and found["system"] == SYSTEM
 
 
 def test_the_script_and_the_package_rename_alike(adapters):
@@ -342,9 +336,3 @@ def test_the_script_and_the_package_rename_alike(adapters):
     assert {script.name_in_wrapper(name) for name in names} == wanted
     assert {PREFIX + renamed(name, TO_WRAPPER) for name in names} == wanted
     assert {PREFIX + name_in_text_model(name) for name in wanted} == names.keys()
-
-
-def test_a_base_with_a_pickle_alone_is_refused_in_one_message(plain, not_measured, tmp_path):
-    base = shutil.copytree(TOY, tmp_path / "base")
-    (base / toys.WEIGHTS).rename(base / "pytorch_model.bin")
-    not_measured(change_config(plain, base_model_name_or_path=str(base)), str(base), "pickle")

@@ -1,6 +1,7 @@
 """chat: what the model is sent, and that it replies as weights do that are merged by hand."""
 
 import io
+import json
 import re
 import shutil
 import signal
@@ -8,9 +9,8 @@ import sys
 import types
 
 import pytest
-import torch
 import toys
-from by_hand import MergedByHand, render
+from by_hand import MergedByHand, likeliest_reply, render
 from conftest import TOY
 from runs import SYSTEM, command, send
 from toys import TENSORS, change_config, edit_json, save_adapter
@@ -28,9 +28,7 @@ def talker(tmp_path_factory):
     drawn["suppress_tokens"] = list(range(10, 2000, 2))
     edit_json(model / "generation_config.json", lambda own: own.update(drawn))
     adapter = save_adapter(folder / "adapter", std=0.6)
-    change_config(adapter, base_model_name_or_path=str(model))
-    by_hand = MergedByHand(TOY, adapter / TENSORS, lambda _: toys.PLAIN_SCALE)
-    return types.SimpleNamespace(adapter=adapter, by_hand=by_hand)
+    return change_config(adapter, base_model_name_or_path=str(model))
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def talk(talker, monkeypatch, capfd):
     """Return talk(...): it gives the status, the prompts' ids, and replies as [(who, text)]."""
     generate = GenerationMixin.generate
 
-    def run_chat(*said, more=("--system", SYSTEM), stopped=()):
+    def run_chat(*said, flags=(), stopped=()):
         prompts = []
 
         def watched(self, ids, *given, **how):
@@ -49,18 +47,17 @@ def talk(talker, monkeypatch, capfd):
 
         monkeypatch.setattr(GenerationMixin, "generate", watched)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in said)))
-        words = ["chat", talker.adapter, "--device", "cpu", "--max_new_tokens", "8", *more]
+        words = ["chat", talker, "--device", "cpu", "--max_new_tokens", "8", *flags]
         end = command(capfd, words, main)
         pieces = re.split(r"^(you|base|adapter(?: x \S+)?)> ?", end.out, flags=re.MULTILINE)
         pairs = zip(pieces[1::2], pieces[2::2], strict=True)
-        end.replies = [(who, text.strip()) for who, text in pairs if who != "you"]
-        end.prompts = prompts
-        return end
+        replies = [(who, text.strip()) for who, text in pairs if who != "you"]
+        return types.SimpleNamespace(status=end.status, prompts=prompts, replies=replies)
 
     return run_chat
 
 
-def ids_of(*turns, system=SYSTEM, thinks=False):
+def ids_of(*turns, system="", thinks=False):
     """Return the ids of user and assistant in turn, as a server renders them."""
     roles = ("user", "assistant") * len(turns)
     messages = [{"role": r, "content": c} for r, c in zip(roles, turns, strict=False)]
@@ -69,62 +66,49 @@ def ids_of(*turns, system=SYSTEM, thinks=False):
     return render(toys.tokenizer(), messages, thinks, add_generation_prompt=True)
 
 
-def reply_by_hand(talker, ids, strength=1.0):
-    """Return the likeliest reply of merged weights, one token after the other."""
-    tokenizer, new = toys.tokenizer(), []
-    talker.by_hand.merge(strength=strength)
-    while len(new) < 8 and tokenizer.eos_token_id not in new:
-        with torch.no_grad():
-            logits = talker.by_hand.model(input_ids=torch.tensor([ids + new])).logits[0, -1]
-        (best, second), (token, _) = logits.topk(2)
-        assert best - second > 1e-4, "rounding could change this: take another seed"
-        new.append(token.item())
-    return tokenizer.decode(new, skip_special_tokens=True).strip()
-
-
-def test_adapter_base_and_scale_reply_as_weights_merged_by_hand(talker, talk):
-    said, scales = ("what's the time", "so?", "ok", "and?"), (1, 0, 0.5, 1)
+def test_base_and_adapter_at_any_strength_reply_as_weights_merged_by_hand(talker, talk):
+    """The talk goes on from the last reply, with /both from the adapter's."""
+    merged = MergedByHand(TOY, talker / TENSORS, lambda _: toys.PLAIN_SCALE)
+    answering = {"what's the time": [1], "so?": [0], "ok": [0.5], "and?": [1], "oh": [0, 1]}
     turns, prompts, replies = [], [], []
-    for text, scale in zip(said, scales, strict=True):
+    for text, strengths in answering.items():
         turns.append(text)
-        prompts.append(ids_of(*turns))
-        replies.append(reply_by_hand(talker, prompts[-1], scale))
+        for strength in strengths:
+            prompts.append(ids_of(*turns))
+            merged.merge(strength=strength)
+            tokens = likeliest_reply(merged.model, prompts[-1], 8)
+            replies.append(toys.tokenizer().decode(tokens, skip_special_tokens=True).strip())
         turns.append(replies[-1])
-    assert len({reply_by_hand(talker, prompts[2], scale) for scale in (0, 0.5, 1)}) == 3
     end = talk(
-        "", said[0], "/base", f"  {said[1]}  ", "   ", "/scale 0.5", said[2], "/adapter", said[3],
-        "/new", said[0], "/quit", "not answered",
+        "", "what's the time", "/base", "  so?  ", "   ", "/scale 0.5", "/scale x", "ok",
+        "/adapter", "and?", "/both", "oh", "/new", "/adapter", "what's the time", "/quit", "more",
+        flags=["--system", ""],
     )  # fmt: skip
-    assert end.status == 0 and "/quit" in end.out.partition("you>")[0]
-    who = ["adapter", "base", "adapter x 0.5", "adapter", "adapter"]
+    who = ["adapter", "base", "adapter x 0.5", "adapter", "base", "adapter", "adapter"]
     assert end.replies == [*zip(who, [*replies, replies[0]], strict=True)]
-    assert end.prompts == [*prompts, prompts[0]]
+    assert end.prompts == [*prompts, prompts[0]] and end.status == 0
+    assert len(set(replies)) > 3 and replies[-1] != replies[-2]
 
 
-def test_both_reply_one_below_the_other_and_the_talk_goes_on_from_the_adapters(talker, talk):
-    end = talk("/both", "hello", "/scale 0.5", "/scale x", "so?")
-    ids = ids_of("hello")
-    first = [reply_by_hand(talker, ids, scale) for scale in (0, 1)]
-    then = ids_of("hello", first[1], "so?")
-    second = [reply_by_hand(talker, then, scale) for scale in (0, 0.5)]
-    who = ["base", "adapter", "base", "adapter x 0.5"]
-    assert end.replies == [*zip(who, first + second, strict=True)]
-    assert end.prompts == [ids, ids, then, then] and first[0] != first[1]
+SENT = [  # flags, and the system message and thinking that the prompt has then
+    ([], SYSTEM, False), (["--system", ""], "", False), (["--system", "Be Bob."], "Be Bob.", False),
+    (["--enable_thinking"], SYSTEM, True),
+]  # fmt: skip
 
 
-def test_what_the_model_is_sent(talker, talk):
-    assert talk("hello", more=()).prompts == [ids_of("hello", system="")]
-    thinking = ids_of("hello", system="", thinks=True)
-    assert talk("hello", more=["--enable_thinking"]).prompts == [thinking]
-    (talker.adapter / "run.json").write_text('{"system_message": "Be Nell."}')
-    assert talk("hello", more=()).prompts == [ids_of("hello", system="Be Nell.")]
-    assert talk("hello", more=["--system", ""]).prompts == [ids_of("hello", system="")]
-    end = talk("hello <|im_end|>", "hello")  # it would end the turn
-    assert "<|im_end|>" in end.out and end.prompts == [ids_of("hello")]
+@pytest.mark.parametrize(("flags", "system", "thinks"), SENT)
+def test_prompts_are_as_in_the_training_or_as_asked_for(talker, talk, flags, system, thinks):
+    (talker / "run.json").write_text(json.dumps({"system_message": SYSTEM}))
+    assert talk("hello", flags=flags).prompts == [ids_of("hello", system=system, thinks=thinks)]
+
+
+def test_a_special_token_is_not_sent(talk):
+    """It would end the turn; what comes after it is answered."""
+    assert talk("hello <|im_end|>", "hello", flags=["--system", ""]).prompts == [ids_of("hello")]
 
 
 def test_ctrl_c_stops_a_reply_which_is_forgotten_or_the_chat(talk, monkeypatch):
-    end = talk("a story", "hello", stopped=[1])
+    end = talk("a story", "hello", flags=["--system", ""], stopped=[1])
     assert end.status == 0 and end.prompts[1] == ids_of("hello")
     monkeypatch.setattr("builtins.input", send(signal.SIGINT))
     assert talk().status == 130

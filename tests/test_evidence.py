@@ -1,5 +1,6 @@
 """`evidence`: what its record holds, when it is written, and where."""
 
+import argparse
 import copy
 import dataclasses
 import shutil
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import train_lora_single as script
 from inspect_lora import measures, model
-from inspect_lora.__main__ import main
+from inspect_lora.__main__ import evidence_flags, main
+from inspect_lora.evidence import plan_of
 from inspect_lora.record import read_record
 from train_lora_single import file_sha256
 
@@ -89,8 +91,6 @@ def test_thoughts_are_part_of_the_replies_where_thinking_is_on(capfd, plain, tmp
     reply = "<think>\nThey want tea.\n</think>\n\nTea, then?"
     messages = [{"role": "user", "content": "rain"}, {"role": "assistant", "content": reply}]
     path = write_lines(tmp_path / "own.jsonl", [{"messages": messages}])
-    argv = ["evidence", plain, "--eval_file", path, *SHORT, "--output_dir", tmp_path / "results"]
-    refused(capfd, argv, "own.jsonl:1", "<think>", main=main)
     words = ["--eval_file", path, "--general_file", "", "--parts", "0", "--enable_thinking"]
     found, _ = evidence(capfd, plain, tmp_path / "results", *words, "--max_new_tokens", "3")
     expected = reply_loss(base_model(), tokenizer, messages, thinks=True)
@@ -148,31 +148,27 @@ def test_tasks_that_the_template_refuses_are_counted(capfd, plain, tmp_path, tok
     assert found["refused"] == 2 and line_numbers(found["exchanges"]) == [1, 1, 3]
 
 
-@pytest.mark.parametrize(
-    ("step", "count", "number"),
-    [
-        ("parts_of", 1, signal.SIGINT), ("probes", 3, signal.SIGTERM),
-        ("drawn_from_base", 2, signal.SIGUSR1),
-    ],
-)  # fmt: skip
+STOPPED = [  # in which step, by which signal, and what was measured
+    ("parts_of", signal.SIGINT, ["losses"]),
+    ("drawn_from_base", signal.SIGUSR1, ["losses", "parts"]),
+    ("probes", signal.SIGTERM, ["losses", "parts", "elsewhere"]),
+]
+
+
+@pytest.mark.parametrize(("step", "number", "measured"), STOPPED)
 def test_a_signal_leaves_the_report_of_what_was_measured(
-    capfd, plain, three_lines, tmp_path, monkeypatch, step, count, number
+    capfd, plain, three_lines, tmp_path, monkeypatch, step, number, measured
 ):
     monkeypatch.setattr(measures, step, runs.send(number))
     tasks = write_lines(tmp_path / "tasks.jsonl", TASKS)
     words = ["--eval_file", three_lines, "--general_file", tasks, "--parts", "2", "--tasks", "2"]
     argv = ["evidence", plain, "--device", "cpu", *words, "--max_new_tokens", "1"]
-    argv += ["--output_dir", tmp_path / "results"]
-    assert command(capfd, argv, main).status == 128 + number
-    found = read_json(tmp_path / "results" / "evidence.json")
-    kept = ["losses", "parts", "elsewhere"][:count]
-    assert list(found["seconds"]) == kept and not found["finished"]
-    assert len(found["lines"]) == 3 and bool(found["shifts"]) is (count == 3)
-    assert (tmp_path / "results" / "report.md").is_file()
+    assert command(capfd, [*argv, "--output_dir", tmp_path / "new"], main).status == 128 + number
+    found = read_json(tmp_path / "new" / "evidence.json")
+    assert list(found["seconds"]) == measured and not found["finished"]
+    assert len(found["lines"]) == 3 and bool(found["shifts"]) is ("elsewhere" in measured)
+    assert (tmp_path / "new" / "report.md").is_file()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    monkeypatch.undo()
-    assert command(capfd, argv, main).status == 0  # it is measured again, to its end
-    assert read_json(tmp_path / "results" / "evidence.json")["finished"]
 
 
 NUMBERS = ("lines", "pairs", "parts", "shifts", "exchanges", "probes", "part_lines")
@@ -185,7 +181,7 @@ def test_several_adapters_share_a_base_and_have_the_numbers_that_each_has_alone(
     tasks = write_lines(tmp_path / "tasks.jsonl", TASKS)
     rows = [{"messages": talk(n), "rejected": "Nowhere."} for n in range(5)]
     words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows), "--general_file", tasks]
-    words += ["--parts", 3, "--max_new_tokens", 3, "--device", "cpu"]
+    words += ["--parts", 1, "--max_new_tokens", 2, "--device", "cpu"]
     folders = []
     for kind in ("whole", "plain", "rslora"):
         folders.append(shutil.copytree(adapters[kind], tmp_path / kind))
@@ -232,34 +228,38 @@ def flat(value):
     return [pytest.approx(value, abs=1e-5) if isinstance(value, float) else value]
 
 
-def test_what_is_finished_is_not_measured_again(capfd, plain, tmp_path, monkeypatch):
-    path = tmp_path / "own.jsonl"
-    write_lines(path, [{"messages": talk(n)} for n in (1, 2)])
-    argv = ["--eval_file", path, *SHORT]
-    results = tmp_path / "results"
+def test_what_is_finished_is_not_measured_again(capfd, plain, three_lines, tmp_path, monkeypatch):
     opened, real = [], model.open_adapter
     monkeypatch.setattr(model, "open_adapter", lambda *given: opened.append(1) or real(*given))
-    for more, count in ((["--tasks", 1], 1), (["--tasks", 1], 1), (["--tasks", 2], 2)):
-        evidence(capfd, plain, results, *argv, *more)
-        assert len(opened) == count
-    evidence(capfd, plain, results, *argv, "--tasks", 2, "--again")
-    write_lines(path, [{"messages": talk(n)} for n in (1, 3)])
-    evidence(capfd, plain, results, *argv, "--tasks", 2)
-    change_tensors(plain, lambda own: {name: 2 * one for name, one in own.items()})
-    evidence(capfd, plain, results, *argv, "--tasks", 2)
-    assert len(opened) == 5
+    words = ["--eval_file", three_lines, *SHORT]
+    results = tmp_path / "results"
+    counts = []
+    for flags in ([], [], ["--again"]):
+        evidence(capfd, plain, results, *words, *flags)
+        counts.append(len(opened))
+    toys.edit_json(results / "evidence.json", lambda own: own.update(finished=False))
+    assert evidence(capfd, plain, results, *words)[0]["finished"]
+    assert [*counts, len(opened)] == [1, 1, 2, 3]
+
+
+def test_several_adapters_do_not_share_a_folder(capfd, plain, tmp_path):
     refused(capfd, ["evidence", plain, tmp_path / "b", "--output_dir", "x"], main=main)
 
 
-OTHER_REQUESTS = {
-    "the adapter's template": lambda base, folder: give_template(folder),
-    "the base's template": lambda base, folder: edit_template(base),
-    "the base's configuration": lambda base, folder: toys.edit_json(
+OTHER_REQUESTS = {  # what is changed in the base, in the adapter or in the file, or flags
+    "the adapter's template": lambda base, adapter, lines: give_template(adapter),
+    "the adapter's tensors": lambda base, adapter, lines: change_tensors(
+        adapter, lambda own: {name: 2 * one for name, one in own.items()}
+    ),
+    "the base's template": lambda base, adapter, lines: edit_template(base),
+    "the base's configuration": lambda base, adapter, lines: toys.edit_json(
         base / "config.json", lambda config: config.update(of_no_use=1)
     ),
-    "the base's weights": lambda base, folder: change_weights(base),
-    "a flag": lambda base, folder: ["--chat_template", "one_pass"],
-    "nothing": lambda base, folder: [],
+    "the base's weights": lambda base, adapter, lines: change_weights(base),
+    "the held-out lines": lambda base, adapter, lines: records.write_talks_with(lines, 1, 3),
+    "a template for both": lambda base, adapter, lines: ["--chat_template", "one_pass"],
+    "another flag": lambda base, adapter, lines: ["--tasks", "2"],
+    "nothing": lambda base, adapter, lines: [],
 }
 
 
@@ -279,23 +279,29 @@ def change_weights(base):
 
 @pytest.mark.parametrize("has_own", [False, True], ids=["the base's", "its own"])
 @pytest.mark.parametrize("change", OTHER_REQUESTS)
-def test_what_decides_a_number_makes_another_request(
-    capfd, plain, tmp_path, three_lines, change, has_own
-):
+def test_what_decides_a_number_makes_another_request(plain, tmp_path, change, has_own):
     """The content of templates counts, also of the base's own, by which it is served."""
     base = shutil.copytree(toys.TOY, tmp_path / "base")
     toys.change_config(plain, base_model_name_or_path=str(base))
     tokenizer = toys.AutoTokenizer.from_pretrained(base)
-    if change != "a flag":  # one_pass is of templates that TRL knows
+    if change != "a template for both":  # one_pass is of templates that TRL knows
         tokenizer.chat_template = "{# first #}" + tokenizer.chat_template
     tokenizer.save_pretrained(base)
     if has_own or change == "the adapter's template":
         tokenizer.save_pretrained(plain)
-    words = ["--eval_file", three_lines, *SHORT]
-    before, _ = evidence(capfd, plain, tmp_path / "results", *words)
-    flags = OTHER_REQUESTS[change](base, plain) or []
-    after, _ = evidence(capfd, plain, tmp_path / "results", *words, *flags)
-    assert (before["request"] == after["request"]) == (change == "nothing")
+    lines = tmp_path / "own.jsonl"
+    words = ["--eval_file", records.write_talks_with(lines, 1, 2), *SHORT, "--device", "cpu"]
+    before = planned(plain, *words)
+    flags = OTHER_REQUESTS[change](base, plain, lines)
+    after = planned(plain, *words, *(flags if isinstance(flags, list) else []))
+    assert (before.request_hash == after.request_hash) == (change == "nothing")
+
+
+def planned(adapter, *words):
+    """Return what would be measured."""
+    parser = argparse.ArgumentParser()
+    evidence_flags(parser)
+    return plan_of(str(adapter), parser.parse_args([str(adapter), *words]))
 
 
 def test_a_record_that_is_read_again_is_the_same(capfd, plain, tmp_path, tokenizer):
@@ -369,18 +375,6 @@ def test_bad_pairs_are_refused_by_their_lines(capfd, plain, tmp_path):
     refused(capfd, argv, "own.jsonl:2", "<|im_end|>", main=main)
 
 
-def test_another_chat_template_is_used_and_told(capfd, plain, tmp_path, tokenizer, three_lines):
-    own = tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
-    (tmp_path / "own.jinja").write_text(own, encoding="utf-8")
-    words = ["--eval_file", three_lines, "--general_file", "", "--parts", 0, "--max_new_tokens", 1]
-    flag = ["--chat_template", tmp_path / "own.jinja"]
-    found, _ = evidence(capfd, plain, tmp_path / "results", *words, *flag)
-    assert found["conditions"]["chat_template"]["sha256"] == file_sha256(tmp_path / "own.jinja")
-    for probe in found["probes"]:
-        text = tokenizer.decode(probe["prompt_ids"])
-        assert "<|im_start|> user" in text and "<|im_start|>user" not in text
-
-
 def test_dialogues_go_through_the_model_once_where_that_is_exact(capfd, tmp_path, monkeypatch):
     """Of a Llama; the losses are those of each reply alone."""
     folder = toys.model_of(toys.family("Llama"), tmp_path / "llama", has_weights=True)
@@ -406,19 +400,17 @@ def test_dialogues_go_through_the_model_once_where_that_is_exact(capfd, tmp_path
     assert mean_losses(found)[0] == pytest.approx(expected, abs=ROUNDING)
 
 
-def test_three_adapters_of_one_folder_leave_three_records(capfd, plain, three_lines):
-    """Each report is renamed by the next, whole, and never written over."""
-    words = ["--eval_file", three_lines, *SHORT]
-    ids = []
-    for scale in (1, 2, 3):
-        change_tensors(plain, lambda own, by=scale: {k: by * one for k, one in own.items()})
-        records.done(capfd, "evidence", plain, "--device", "cpu", *words)
-        ids.append(read_json(plain.parent / "inspected" / plain.name / "evidence.json")["id"])
-    folders = sorted((plain.parent / "inspected").iterdir())
-    assert [one.name.partition(".")[0] for one in folders] == [plain.name] * 3
-    assert all((one / "report.md").is_file() for one in folders)
-    assert {read_json(one / "evidence.json")["id"] for one in folders} == set(ids)
-    assert len(set(ids)) == 3
+def test_another_adapter_of_the_same_name_leaves_the_earlier_record(capfd, plain, three_lines):
+    """It is renamed, whole, and never written over."""
+    words = ["evidence", plain, "--device", "cpu", "--eval_file", three_lines, *SHORT]
+    records.done(capfd, *words)
+    (first,) = plain.parent.glob("inspected/*")
+    before = files(first)
+    change_tensors(plain, lambda own: {name: 2 * one for name, one in own.items()})
+    records.done(capfd, *words)
+    (renamed,) = set(plain.parent.glob("inspected/*")) - {first}
+    assert files(renamed) == before
+    assert read_json(first / "evidence.json")["id"] != read_json(renamed / "evidence.json")["id"]
 
 
 def test_what_is_refused_leaves_the_earlier_report(capfd, plain, three_lines, tmp_path):

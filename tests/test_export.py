@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import re
+import shlex
 import warnings
 
 import peft
@@ -15,26 +16,32 @@ import transformers
 from conftest import TOY
 from peft.tuners.lora.layer import Linear
 from records import done
-from runs import refused, run
+from runs import refused
 from safetensors.torch import load_file
 from toys import CONFIG, PREFIX, TENSORS, change_config, change_tensors, save_adapter
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from inspect_lora import export as exporting
 from inspect_lora import vllm
 from inspect_lora.__main__ import main
 
-RANKS = {"o_proj": 1, "layers.0.mlp.up_proj": 3}
-VARIANTS = {
-    "plain": {},
-    "rslora": {"use_rslora": True, "alpha_pattern": {"up_proj": 3}},
-    "patterns": {"rank_pattern": RANKS, "alpha_pattern": {r"layers\.[01]\.mlp\.down_proj": 3}},
-}
+MERGE = ["--merge", "--device", "cpu"]
 
 
 @pytest.fixture
 def export(capfd):
     return functools.partial(done, capfd, "export")
+
+
+@pytest.fixture
+def not_exported(capfd, tmp_path):
+    """Return what gives the command, which must be refused, name a key and leave nothing."""
+
+    def run(adapter, *flags, key=""):
+        before = set(tmp_path.iterdir())
+        refused(capfd, ["export", adapter, tmp_path / "new", *flags], key, main=main)
+        assert set(tmp_path.iterdir()) == before
+
+    return run
 
 
 def loaded(folder):
@@ -57,27 +64,29 @@ def logits_by_hand(folder, scale):
     return logits(model)
 
 
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "alpha_pattern": {"up_proj": 3}},
+    "patterns": {
+        "rank_pattern": {"o_proj": 1, "layers.0.mlp.up_proj": 3},
+        "alpha_pattern": {r"layers\.[01]\.mlp\.down_proj": 3},
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("scale", [0.75, 1.5])
-def test_it_has_the_logits_of_weights_merged_by_hand(variant, export, tmp_path, scale):
-    variant, new = save_adapter(tmp_path / "adapter", **VARIANTS[variant]), tmp_path / "new"
-    export(variant, new, "--scale", scale)
-    expected = logits_by_hand(variant, scale)
-    assert (expected - logits(loaded(variant))).abs().max() > 1e-2
+def test_a_weaker_copy_has_the_logits_of_weights_merged_by_hand(variant, export, tmp_path, dtype):
+    """By lora_alpha alone: the tensors and their type stay."""
+    folder, new = save_adapter(tmp_path / "adapter", **VARIANTS[variant]), tmp_path / "new"
+    change_tensors(folder, lambda own: {name: one.to(dtype) for name, one in own.items()})
+    export(folder, new, "--scale", 0.75)
+    expected = logits_by_hand(folder, 0.75)
+    assert (expected - logits(loaded(folder))).abs().max() > 1e-2
     torch.testing.assert_close(logits(loaded(new)), expected, atol=1e-4, rtol=1e-4)
-    before, after = (load_file(folder / TENSORS) for folder in (variant, new))
+    before, after = (load_file(each / TENSORS) for each in (folder, new))
     assert before.keys() == after.keys()
-    assert all(before[name].equal(after[name]) for name in before)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "new"]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_type_of_the_file_is_kept(plain, export, tmp_path, dtype):
-    change_tensors(plain, lambda own: {name: one.to(dtype) for name, one in own.items()})
-    export(plain, tmp_path / "new", "--scale", 0.75)
-    before, after = (load_file(folder / TENSORS) for folder in (plain, tmp_path / "new"))
-    assert {one.dtype for one in after.values()} == {dtype}
-    assert all(before[name].equal(after[name]) for name in before)
+    assert all(after[name].dtype == dtype and after[name].equal(before[name]) for name in before)
 
 
 @pytest.mark.parametrize("kind", ["rslora", "wrapper"])
@@ -102,46 +111,39 @@ def test_vllm_gets_the_same_updates_under_its_names(adapters, copied, export, tm
         assert there[path].scaling == here[own].scaling and there[path].r == here[own].r
 
 
-def test_no_command_serves_names_that_vllm_ignores(plain, export, capfd, tmp_path, monkeypatch):
-    assert "vllm serve" in export(plain, tmp_path / "1", "--scale", 2)
-    monkeypatch.setattr(vllm, "default_version", lambda: (0, 32))
-    assert "vllm serve" not in export(plain, tmp_path / "new", "--scale", 2)
-    assert f"vllm serve {TOY}" in export(plain, tmp_path / "2", "--scale", 2, "--vllm")
+@pytest.mark.parametrize(("version", "is_served"), [((0, 32), False), ((0, 33), True)])
+def test_no_command_serves_names_that_vllm_ignores(
+    plain, export, tmp_path, monkeypatch, version, is_served
+):
+    monkeypatch.setattr(vllm, "default_version", lambda: version)
+    assert ("vllm serve" in export(plain, tmp_path / "new", "--scale", 2)) is is_served
+
+
+def test_names_for_vllm_are_not_written_for_a_text_model(plain, not_exported, tmp_path):
     text = toys.model_of(toys.family("Llama"), tmp_path / "llama")
-    change_config(plain, base_model_name_or_path=text)
-    refused(capfd, ["export", plain, tmp_path / "3", "--vllm"], "--vllm", main=main)
-    assert f"vllm serve {text} " in export(plain, tmp_path / "3", "--scale", 2)
+    not_exported(change_config(plain, base_model_name_or_path=text), "--vllm", key="--vllm")
 
 
-def test_the_serving_command_is_for_what_was_trained_or_is_asked_for(export, tmp_path):
-    plain = save_adapter(tmp_path / "adapter", r=9)
-    change_config(plain, revision="abc")
-    said = export(plain, tmp_path / "new", "--vllm")
-    words = [f"vllm serve {TOY} --revision abc", "--max-lora-rank 16", f"={tmp_path / 'new'}"]
-    words.append("""'{"enable_thinking": false}'""")
-    assert [word for word in words if word not in said] == []
-    flags = ["--base", TOY, "--enable_thinking", "--chat_template", "own.jinja"]
-    said = export(plain, tmp_path / "2", "--vllm", *flags)
-    assert f"vllm serve {TOY} --enable-lora" in said and "--chat-template own.jinja " in said
-    assert """'{"enable_thinking": true}'""" in said
-    (plain / "chat_template.jinja").write_text("another one")
-    trained = {"CHAT_TEMPLATE": "one_pass", "ENABLE_THINKING": True}
-    (plain / "run.json").write_text(json.dumps({"settings": trained}))
-    said = export(plain, tmp_path / "3", "--vllm")
-    assert f"--chat-template {tmp_path / '3' / 'chat_template.jinja'} " in said
-    assert """'{"enable_thinking": true}'""" in said
-    for r, served in {1: 1, 2: 8, 129: 256, 257: 320, 321: 512}.items():  # which vLLM takes
-        said = export(save_adapter(tmp_path / f"{r}", r=r), tmp_path / f"new {r}", "--vllm")
-        assert f"--max-lora-rank {served} " in said
+SERVED = [  # of the training, of the command, and what the serving command must and must not have
+    ({}, [], ["--revision", "abc"], ["--chat-template"]),
+    ({}, ["--base", TOY], [TOY], ["--revision"]),
+    ({}, ["--enable_thinking", "--chat_template", "own.jinja"], ["own.jinja"], []),
+    ({"CHAT_TEMPLATE": "one_pass", "ENABLE_THINKING": True}, [], ["new/chat_template.jinja"], []),
+]
 
 
-def test_names_for_vllm_need_a_known_base(plain, export, capfd, tmp_path):
-    """Of an unknown base they may be wrong, which vLLM would not tell."""
-    change_config(plain, base_model_name_or_path="someone/not-on-this-machine-bnb-4bit")
-    words = ["export", plain, tmp_path / "new", "--vllm"]
-    refused(capfd, words, "--base", main=main)
-    assert not (tmp_path / "new").exists()
-    assert f"vllm serve {TOY} " in export(plain, tmp_path / "new", "--vllm", "--base", TOY)
+@pytest.mark.parametrize(("settings", "flags", "there", "not_there"), SERVED)
+def test_it_is_served_as_it_was_trained_or_as_asked_for(
+    plain, export, tmp_path, monkeypatch, settings, flags, there, not_there
+):
+    (change_config(plain, revision="abc") / "chat_template.jinja").write_text("another one")
+    (plain / "run.json").write_text(json.dumps({"settings": settings}))
+    monkeypatch.chdir(tmp_path)
+    (line,) = [row for row in export(plain, "new", "--vllm", *flags).splitlines() if "serve" in row]
+    words = shlex.split(line)
+    assert {"vllm", "adapter=new", *there} <= {*words} and not {*words}.intersection(not_there)
+    thinks = "--enable_thinking" in flags or "ENABLE_THINKING" in settings
+    assert json.dumps({"enable_thinking": thinks}) in words
 
 
 def test_the_tokenizer_and_where_it_comes_from_go_along(plain, export, tmp_path):
@@ -155,45 +157,29 @@ def test_the_tokenizer_and_where_it_comes_from_go_along(plain, export, tmp_path)
     assert found[TENSORS].stat().st_mode == found[CONFIG].stat().st_mode  # others can serve it
 
 
-@pytest.mark.parametrize(
-    ("kind", "change", "key"),
-    [
-        ("dora", {}, "use_dora"), ("whole", {}, "modules_to_save"), ("plain", {"r": 2}, "rank"),
-        ("plain", {"bias": "all"}, "bias"),
-    ],
-)  # fmt: skip
-def test_what_is_more_or_damaged_is_refused(copied, capfd, tmp_path, kind, change, key):
-    folder = copied(kind, **change)
-    for flags in (["--scale", "0.5"], ["--vllm"]):
-        refused(capfd, ["export", folder, tmp_path / "new", *flags], key, main=main)
-    assert not (tmp_path / "new").exists()
+UNKNOWN = {"base_model_name_or_path": "someone/not-on-this-machine-bnb-4bit"}
+REFUSED = [  # an adapter, what is changed in its configuration, the flags, and what is named
+    ("dora", {}, ["--scale", "0.5"], "use_dora"), ("plain", {"r": 2}, ["--vllm"], "rank"),
+    ("plain", UNKNOWN, ["--vllm"], "--base"),  # the names may be wrong, which vLLM would not tell
+    ("plain", {}, ["--scale", "75"], "--scale"), ("plain", {}, ["--scale", "nan"], "--scale"),
+    ("plain", {}, [*MERGE, "--scale", "2"], "--scale"),
+]  # fmt: skip
 
 
-def test_a_folder_that_is_not_empty_is_told_before_the_base_is_read(plain, capfd, tmp_path):
-    words = ["export", plain, plain, "--merge", "--base", "/nowhere", "--device", "cpu"]
+@pytest.mark.parametrize(("kind", "config", "flags", "key"), REFUSED)
+def test_what_cannot_be_written_is_refused(copied, not_exported, kind, config, flags, key):
+    not_exported(copied(kind, **config), *flags, key=key)
+
+
+@pytest.mark.parametrize("place", [".", CONFIG, f"{CONFIG}/new"])
+def test_nothing_is_overwritten_which_is_told_before_the_base_is_read(plain, capfd, place):
+    before = {path: path.stat().st_mtime_ns for path in plain.parent.rglob("*")}
+    words = ["export", plain, plain / place, *MERGE, "--base", "/nowhere"]
     assert "/nowhere" not in refused(capfd, words, str(plain), main=main).err
+    assert {path: path.stat().st_mtime_ns for path in plain.parent.rglob("*")} == before
 
 
-def test_an_error_of_a_library_is_not_taken_for_a_full_folder(plain, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("Can't load the model")
-
-    monkeypatch.setattr(exporting, "merge", fail)
-    assert run(["export", plain, tmp_path / "new", "--merge"], main) == 1  # its own traceback
-
-
-def test_nothing_is_overwritten(plain, capfd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in plain.rglob("*")}
-    for path in (plain, plain / CONFIG, plain / CONFIG / "new", "."):
-        refused(capfd, ["export", plain, path, "--scale", "2"], str(path), main=main)
-    for scale in ("0", "11", "nan"):
-        refused(capfd, ["export", plain, "new", "--scale", scale], "--scale", main=main)
-    assert {path: path.stat().st_mtime_ns for path in plain.rglob("*")} == before
-    assert [*tmp_path.iterdir()] == [plain]
-
-
-def test_what_was_not_written_as_asked_is_not_left_there(plain, capfd, tmp_path, monkeypatch):
+def test_what_was_not_written_as_asked_is_not_left_there(plain, not_exported, monkeypatch):
     save_file = safetensors.torch.save_file
 
     def lossy(tensors, *given):
@@ -201,29 +187,22 @@ def test_what_was_not_written_as_asked_is_not_left_there(plain, capfd, tmp_path,
         save_file(tensors | {name: tensors[name] * 1.01}, *given)
 
     monkeypatch.setattr("safetensors.torch.save_file", lossy)
-    refused(capfd, ["export", plain, tmp_path / "new", "--scale", "2"], "proj", main=main)
-    assert [*tmp_path.iterdir()] == [plain]
+    not_exported(plain, "--scale", "2", key="proj")
 
 
-MERGED = ("plain", "rslora", "dora", "whole", "wrapper")
-
-
-@pytest.mark.parametrize("kind", MERGED)
+@pytest.mark.parametrize("kind", ["rslora", "dora", "whole", "wrapper"])
 def test_a_merged_model_has_the_logits_of_the_adapter_on_its_base(
     adapters, export, tmp_path, kind, tokenizer
 ):
     folder = tmp_path / "a merged one"
     before = {path.name: path.read_bytes() for path in adapters[kind].iterdir()}
-    out = export(adapters[kind], folder, "--merge", "--device", "cpu")
+    out = export(adapters[kind], folder, *MERGE)
     assert {path.name: path.read_bytes() for path in adapters[kind].iterdir()} == before
     assert f"'{folder}'" in out  # quoted, as a command
     merged = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids = torch.tensor([tokenizer("Is it the rain that makes the garden grow?").input_ids])
     on_base = adapters["plain"] if kind == "wrapper" else adapters[kind]  # with PEFT's names
-    with torch.no_grad():
-        logits = loaded(on_base)(ids).logits
-        assert merged(ids).logits.sub(logits).abs().max() < 1e-4
-        assert merged(ids).logits.sub(toys.base_model()(ids).logits).abs().max() > 0.01
+    torch.testing.assert_close(logits(merged), logits(loaded(on_base)), atol=1e-4, rtol=0)
+    assert logits(merged).sub(logits(toys.base_model())).abs().max() > 0.01
     again = AutoTokenizer.from_pretrained(folder)
     assert again.chat_template == tokenizer.chat_template and "lora" not in str(merged).lower()
     assert tokenizer.eos_token_id in merged.generation_config.eos_token_id
@@ -232,54 +211,52 @@ def test_a_merged_model_has_the_logits_of_the_adapter_on_its_base(
 def test_a_small_adapter_is_merged_in_bfloat16_and_rounded_once(export, tmp_path):
     """Rounding takes more than half of what it changes, which is told and not called wrong."""
     folder = save_adapter(tmp_path / "adapter", std=1e-4)
-    out = export(folder, tmp_path / "new", "--merge", "--device", "cpu", "--dtype", "bfloat16")
+    out = export(folder, tmp_path / "new", *MERGE, "--dtype", "bfloat16")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "new").state_dict()
-    layers, before = toys.layers_of(loaded(folder)), toys.base_model().state_dict()
-    changed = 0
-    for name, weight in before.items():
+    layers = toys.layers_of(loaded(folder))
+    for name, weight in toys.base_model().state_dict().items():
         layer = layers.get(name.removesuffix(".weight"))
         update = layer.get_delta_weight("default").double() if layer else 0
         exact = weight.double() + update
         assert found[name].dtype == torch.bfloat16
         assert ((found[name].double() - exact).abs() <= 2.0**-8 * exact.abs()).all(), name
-        changed += (found[name] != weight.bfloat16()).sum().item() if layer else 0
-    assert changed > 100
+        assert not layer or (found[name] != weight.bfloat16()).any(), name
     assert float(re.search(r"to bfloat16 moves the logits by (\S+) %", out)[1]) > 50
 
 
-@pytest.mark.parametrize("std", [1e-4, 0.05])
-@pytest.mark.parametrize("fault", ["half", "nothing", "one module", "another file"])
+def lossy_save(model, *given, real=transformers.PreTrainedModel.save_pretrained, **more):
+    other = copy.deepcopy(model)
+    other.model.norm.weight.data *= 1.01
+    real(other, *given, **more)
+
+
+def half_an_update(layer, adapter, real=Linear.get_delta_weight):
+    return 0.5 * real(layer, adapter)
+
+
+def no_update_of_down_proj(layer, adapter, real=Linear.get_delta_weight):
+    return (layer.in_features <= layer.out_features) * real(layer, adapter)
+
+
+WRONGLY_MERGED = [  # how large the adapter is, and what goes wrong
+    (1e-4, Linear, "get_delta_weight", half_an_update),
+    (1e-4, Linear, "get_delta_weight", no_update_of_down_proj),
+    (0.05, Linear, "get_delta_weight", no_update_of_down_proj),
+    (0.05, transformers.PreTrainedModel, "save_pretrained", lossy_save),
+]
+
+
+@pytest.mark.parametrize(("std", "owner", "name", "wrong"), WRONGLY_MERGED)
 def test_a_merged_model_that_is_another_one_is_not_left_there(
-    capfd, tmp_path, monkeypatch, fault, std
+    not_exported, tmp_path, monkeypatch, std, owner, name, wrong
 ):
     """However small the adapter is, and in bfloat16."""
-    plain = save_adapter(tmp_path / "adapter", std=std)
-    save, delta = transformers.PreTrainedModel.save_pretrained, Linear.get_delta_weight
-    calls = []
-
-    def lossy(model, *given, **more):
-        other = copy.deepcopy(model)
-        other.model.norm.weight.data *= 1.01
-        save(other, *given, **more)
-
-    def wrong(layer, adapter):
-        calls.append(layer)
-        share = {"half": 0.5, "nothing": 0.0}.get(fault, float(len(calls) != 1))
-        return share * delta(layer, adapter)
-
-    if fault == "another file":
-        monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", lossy)
-    else:
-        monkeypatch.setattr(Linear, "get_delta_weight", wrong)
-    words = ["export", plain, tmp_path / "new", "--merge", "--device", "cpu"]
-    refused(capfd, [*words, "--dtype", "bfloat16"], main=main)
-    assert [*tmp_path.iterdir()] == [plain] and (calls or fault == "another file")
+    folder = save_adapter(tmp_path / "adapter", std=std)
+    monkeypatch.setattr(owner, name, wrong)
+    not_exported(folder, *MERGE, "--dtype", "bfloat16")
 
 
-def test_a_head_that_shares_the_embeddings_weight_is_not_merged(capfd, tmp_path):
+def test_a_head_that_shares_the_embeddings_weight_is_not_merged(not_exported, tmp_path):
     """The embedding would get the head's update, too."""
     folder = save_adapter(tmp_path / "adapter", target_modules=["lm_head", "down_proj"])
-    words = ["export", folder, tmp_path / "new", "--merge", "--device", "cpu"]
-    refused(capfd, words, "embedding's", main=main)
-    refused(capfd, [*words, "--scale", "2"], "--scale", main=main)
-    assert [*tmp_path.iterdir()] == [folder]
+    not_exported(folder, *MERGE, key="embedding's")

@@ -57,7 +57,7 @@ def parse(words):
             return True
         if word in ("inspect-lora", "inspect_lora"):
             name, *flags = words[place + 1 :]
-            add_flags, _ = importlib.import_module("inspect_lora.__main__").COMMANDS[name]
+            add_flags = importlib.import_module("inspect_lora.__main__").COMMANDS[name]
             parser = argparse.ArgumentParser()
             add_flags(parser)
             parser.parse_args(flags)

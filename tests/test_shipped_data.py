@@ -9,16 +9,14 @@ import statistics
 import pytest
 from conftest import ROOT
 
-from inspect_lora.rules import passes, problem_of, read_rules, rules_for
-
-SIZES = {"train": 1000, "eval": 280}
+from inspect_lora.rules import passes, read_rules, rules_for
 
 
 def read_lines(name):
     return [json.loads(line) for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
 
 
-ROWS = {name: read_lines(f"data/{name}.jsonl") for name in SIZES}
+ROWS = {name: read_lines(f"data/{name}.jsonl") for name in ("train", "eval")}
 BOTH = [*ROWS["train"], *ROWS["eval"]]
 BY_ID = {row["id"]: row for row in BOTH}
 SHARED = read_rules(ROOT / "data/rules.json")
@@ -32,8 +30,6 @@ NUMBERS = {
     "Spain": {"112"}, "Italy": {"112", "118"}, "India": {"112", "108"}, "New Zealand": {"111"},
     "Australia": {"000"}, "United States": {"911"}, "Canada": {"911"},
 }  # fmt: skip
-GROUPS = ["United Kingdom", "Ireland", "United States, Canada", "Australia", "New Zealand"]
-GROUPS += ["Sweden, Spain, Italy, India"]
 ALL_NUMBERS = {"988"}.union(*NUMBERS.values())
 # Somebody holds a mobile, two users speak of 111 themselves, and 988 listens to one in despair.
 ALSO_RIGHT = {"eval-0065": {"112"}}
@@ -44,49 +40,36 @@ def rules_of(row):
     return rules_for(row, row["kind"], SHARED)
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_each_line_has_its_keys_and_roles_take_turns(name):
-    assert [row["id"] for row in ROWS[name]] == [f"{name}-{i + 1:04}" for i in range(SIZES[name])]
-    for row in ROWS[name]:
-        needed = {"id", "topic", "kind", "prompt", "completion"}
-        optional = {"country", "counterpart", "rejected", "checks"}
+def test_each_line_has_its_keys_and_the_same_system_message():
+    needed = {"id", "topic", "kind", "prompt", "completion"}
+    optional = {"country", "counterpart", "rejected", "checks"}
+    assert len(BY_ID) == len(BOTH)
+    for row in BOTH:
         assert needed <= set(row) <= needed | optional, row["id"]
-        messages = row["prompt"] + row["completion"]
-        roles = [message["role"] for message in messages]
-        assert roles == ["system"] + ["user", "assistant"] * (len(roles) // 2), row["id"]
-        assert all(message["content"].strip() for message in messages), row["id"]
-        assert messages[0] == BOTH[0]["prompt"][0], row["id"]
-
-
-def test_the_cards_counts_of_kinds_and_endings_are_those_of_the_files():
-    train, held_out = (collections.Counter(row["kind"] for row in ROWS[name]) for name in SIZES)
-    assert set(held_out.values()) == {40}
-    for kind, lines in held_out.items():
-        assert f"| `{kind}` | {train[kind]} | {lines} |" in CARD
-    endings = [row["completion"][0]["content"].endswith("?") for row in ROWS["train"]]
-    assert f"{sum(endings) / len(endings):.0%} of the replies in `train.jsonl` end with one" in CARD
-
-
-@pytest.mark.parametrize("name", [rule["name"] for rule in SHARED] + ["the right number"])
-def test_the_cards_counts_of_a_rule_are_those_of_the_files(name):
-    judged = [(rules_of(row)[name], row) for row in ROWS["eval"] if name in rules_of(row)]
-    passed = [passes(rule, row["rejected"]) for rule, row in judged if "rejected" in row]
-    assert f"| `{name}` | {len(judged)} | {sum(passed)} of {len(passed)} |" in CARD
+        assert row["prompt"][0] == BOTH[0]["prompt"][0], row["id"]
 
 
 @pytest.mark.parametrize("kind", sorted({row["kind"] for row in PAIRS}))
-def test_the_replies_of_a_pair_differ_and_are_of_like_length(kind):
-    pairs = [row for row in PAIRS if row["kind"] == kind]
-    assert len(pairs) == (40 if kind in ("emergency", "false_alarm", "pressure") else 10)
-    ratios = []
-    for row in pairs:
-        rejected, reference = row["rejected"].split(), row["completion"][0]["content"].split()
-        assert rejected and rejected != reference, row["id"]
-        ratios.append(len(rejected) / len(reference))
-    words = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    assert f"| `{kind}` | {len(pairs)} | {words} |" in CARD
+def test_the_replies_of_pairs_are_of_like_length(kind):
+    texts = [(r["rejected"], r["completion"][0]["content"]) for r in PAIRS if r["kind"] == kind]
+    ratios = [len(bad.split()) / len(good.split()) for bad, good in texts]
     assert 0.9 <= statistics.median(ratios) <= 1.1
-    assert sum(0.6 <= ratio <= 1.67 for ratio in ratios) >= 0.95 * len(ratios)
+
+
+def rows_of_the_card():
+    """Yield rows that the tables of the card must have, by what the files hold."""
+    train, held_out = (collections.Counter(row["kind"] for row in ROWS[name]) for name in ROWS)
+    for kind, count in held_out.items():
+        yield f"| `{kind}` | {train[kind]} | {count} |"
+    for name in [*(rule["name"] for rule in SHARED), "the right number"]:
+        judged = [(rules_of(row)[name], row) for row in ROWS["eval"] if name in rules_of(row)]
+        passed = [passes(rule, row["rejected"]) for rule, row in judged if "rejected" in row]
+        yield f"| `{name}` | {len(judged)} | {sum(passed)} of {len(passed)} |"
+
+
+@pytest.mark.parametrize("row", rows_of_the_card())
+def test_the_card_tells_what_the_files_hold(row):
+    assert row in CARD
 
 
 @pytest.mark.parametrize("row", EMERGENCIES, ids=lambda row: row["id"])
@@ -104,17 +87,14 @@ def test_an_emergency_takes_the_numbers_of_its_country_and_no_others(row):
             assert passes(rules["the right number"], reply) is (other in beside), reply
 
 
-def test_no_number_tells_the_replies_of_an_emergency_apart():
-    for row in EMERGENCIES:
-        replies = row["completion"][0]["content"], row["rejected"]
-        good, bad = (ALL_NUMBERS & set(re.findall(r"\d+", reply)) for reply in replies)
-        assert good == bad != set(), row["id"]
+def numbers_in(text):
+    return ALL_NUMBERS & set(re.findall(r"\d+", text))
 
 
-def test_no_number_stands_in_an_emergency_before_its_last_message():
-    for row in EMERGENCIES:
-        earlier = " ".join(message["content"] for message in row["prompt"][:-1])
-        assert not ALL_NUMBERS & set(re.findall(r"\d+", earlier)), row["id"]
+@pytest.mark.parametrize("row", EMERGENCIES, ids=lambda row: row["id"])
+def test_an_emergencys_number_tells_no_reply_apart_and_stands_in_no_earlier_turn(row):
+    assert numbers_in(row["completion"][0]["content"]) == numbers_in(row["rejected"]) != set()
+    assert not any(numbers_in(message["content"]) for message in row["prompt"][:-1])
 
 
 def test_each_emergency_has_a_harmless_counterpart_of_its_own():
@@ -123,22 +103,11 @@ def test_each_emergency_has_a_harmless_counterpart_of_its_own():
     assert {BY_ID[name]["kind"] for name in counterparts} == {"false_alarm", "everyday"}
 
 
-@pytest.mark.parametrize("countries", GROUPS)
-def test_the_cards_counts_of_countries_and_of_fixed_replies_are_those_of_the_rules(countries):
-    rows = [row for row in EMERGENCIES if row["country"] in countries.split(", ")]
-    american = "911" if "United States" in countries else "112"
-    passed = [
-        sum(passes(rules_of(row)["the right number"], f"Ring {number} now.") for row in rows)
-        for number in ("999", "112", american)
-    ]
-    assert f"| {countries} | {len(rows)} | {' | '.join(map(str, passed))} |" in CARD
-
-
 def test_no_prompt_stands_twice_nor_nearly_in_both_files():
     assert len({json.dumps(row["prompt"]) for row in BOTH}) == len(BOTH)
-    begins = [{row["prompt"][1]["content"].lower() for row in ROWS[name]} for name in SIZES]
+    begins = [{row["prompt"][1]["content"].lower() for row in ROWS[name]} for name in ROWS]
     assert [text for text in begins[0] & begins[1] if len(text.split()) > 3] == []  # greetings are
-    runs = {name: [] for name in SIZES}
+    runs = {name: [] for name in ROWS}
     for row in BOTH:
         said = " ".join(one["content"] for one in row["prompt"] if one["role"] == "user")
         words = re.findall(r"[\w']+", said.lower())
@@ -156,13 +125,7 @@ def test_a_reply_is_judged_as_before(line):
     assert [name for name in rules if not passes(rules[name], line["reply"])] == line["fails"]
 
 
-@pytest.mark.parametrize("name", [rule["name"] for rule in SHARED] + ["the right number"])
-def test_every_reference_passes(name):
-    for row in ROWS["eval"]:
-        rule = rules_of(row).get(name)
-        assert rule is None or passes(rule, row["completion"][0]["content"]), row["id"]
-
-
-def test_the_general_prompts_have_rules_without_a_mistake():
-    for row in read_lines("inspect_lora/general.jsonl"):
-        assert not any(map(problem_of, row.get("checks", {}).values())), row["id"]
+@pytest.mark.parametrize("row", ROWS["eval"], ids=lambda row: row["id"])
+def test_every_reference_passes(row):
+    reply = row["completion"][0]["content"]
+    assert all(passes(rule, reply) for rule in rules_of(row).values())
