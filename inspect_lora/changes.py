@@ -54,7 +54,7 @@ class Check(Compared):
     is_task: bool  # replies to other tasks, and not to held-out prompts
     kinds: tuple[str, ...]  # of the prompts
     passed: Change
-    failed: Estimate  # the share of the adapter's replies that fail
+    passing: Estimate  # the share of the adapter's replies that pass
 
     @property
     def title(self) -> str:
@@ -62,16 +62,21 @@ class Check(Compared):
         return f"tasks: {self.name}" if self.is_task else self.name
 
     @property
-    def base_fails(self) -> bool:
-        """Whether the base fails it as often as is called failing."""
-        return self.passed.before <= (1 - FAILURE) * self.passed.count
+    def still_fails(self) -> bool:
+        """Whether the base fails it, too, as often as is called failing, and no less often."""
+        return self.passed.before <= min(self.failing_from, self.passed.after)
+
+    @property
+    def failing_from(self) -> float:
+        """The number of replies that pass, at which and below which a check is failing."""
+        return (1 - FAILURE) * self.passed.count
 
     @property
     def standing(self) -> str:
         """What became of it: "worse" or "improved" if that is clear, "failing" or "unchanged"."""
         if self.is_clear:
             return "improved" if self.passed.change.value > 0 else "worse"
-        return "failing" if self.failed.value >= FAILURE else "unchanged"
+        return "failing" if self.passed.after <= self.failing_from else "unchanged"
 
     @property
     def effect(self) -> Estimate:
@@ -164,7 +169,7 @@ def check_of(
         is_task=is_task,
         kinds=tuple(dict.fromkeys(exchange.kind or NO_KIND for exchange in exchanges)),
         passed=change_of(before, after, of_lines),
-        failed=share_of([not passes for passes in after], of_lines),
+        passing=share_of(after, of_lines),
     )
 
 

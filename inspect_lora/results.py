@@ -97,6 +97,7 @@ class Results:
     asked: dict[str, int]  # prompts by kind, without the other tasks
     askable: dict[str, int]  # prompts that might have been asked
     judged: int  # replies of each side that a rule judged
+    judged_tasks: int  # those of them to other tasks
     cut: dict[str, int]  # judged replies of each side that had been cut
     max_new_tokens: int  # where they are cut
     checks: tuple[Check, ...]  # the least passed first, and last what all replies of both pass
@@ -139,6 +140,7 @@ def results_of(record: Record, readings: Sequence[Reading] = ()) -> Results:
         asked=kinds_of(held_out),
         askable={kind or NO_KIND: count for kind, count in record.asked_of.items()},
         judged=len(judged),
+        judged_tasks=sum(exchange.source == "tasks" for exchange in judged),
         cut={side: sum(not getattr(each, side).ended for each in judged) for side in SIDES},
         max_new_tokens=record.max_new_tokens,
         checks=tuple(each for each in family if isinstance(each, Check)),
@@ -212,7 +214,7 @@ def per_token(sums: Sequence[float], lines: list[Line], is_drawn: bool = False) 
 
 
 def gains_of(lines: list[Line], trained: dict[str, int] | None) -> tuple[KindGain, ...]:
-    """Return the gain on all held-out replies, then that of each kind, the largest first."""
+    """Return the gain on all held-out replies, then that of each kind, as the file has them."""
     by_kind: dict[str, list[Line]] = {}
     for line in lines:
         by_kind.setdefault(line.kind, []).append(line)
@@ -220,7 +222,6 @@ def gains_of(lines: list[Line], trained: dict[str, int] | None) -> tuple[KindGai
         kind_gain(kind or NO_KIND, None if trained is None else kind in trained, of_kind)
         for kind, of_kind in by_kind.items()
     ]
-    rows.sort(key=lambda row: -row.gain.value)
     return (kind_gain(ALL, None, lines), *(rows if len(rows) > 1 else [])) if lines else ()
 
 
