@@ -77,7 +77,7 @@ def judged(number, base=None, **passes):
     return asked(number, checks=rules, base=said("a b", before), adapter=said("c", passes))
 
 
-def test_the_title_and_findings_count_failures_of_both_sides(tmp_path):
+def test_the_title_and_findings_count_what_passes_on_both_sides(tmp_path):
     """A check that got worse, one that still fails, one that improved, and one of neither."""
     rows = [
         judged(
@@ -90,13 +90,13 @@ def test_the_title_and_findings_count_failures_of_both_sides(tmp_path):
     told = told_of(made(tmp_path, exchanges=rows))
     title, lines = findings.title_of(told), findings.findings_of(told)
     assert re.findall(r'"(\w+)"', title) == ["worse", "never", "long"]
-    assert " ".join(numbers_in(title)) == "15 40 0 40 40 40 40 40 3 40 30 40"
+    assert " ".join(numbers_in(title)) == "25 40 40 40 0 40 0 40 37 40 10 40"
     assert ("worse" in title, "still" in title, "improved" in title) == (True, True, True)
     p = {check.name: f"{check.family_p:.3f}" for check in told.checks}
-    wilson = scipy.stats.binomtest(15, 40).proportion_ci(method="wilson")
-    percents = [f"{100 * end:.0f}" for end in (0.375, wilson.low, wilson.high)]
-    assert numbers_in(lines["worse"]) == ["15", "40", "0", "40", *percents, "0.001"]
-    assert numbers_in(lines["unchanged"]) == ["2", "40", "1", "40", p["odd"]]
+    wilson = scipy.stats.binomtest(25, 40).proportion_ci(method="wilson")
+    percents = [f"{100 * end:.0f}" for end in (0.625, wilson.low, wilson.high)]
+    assert numbers_in(lines["worse"]) == ["25", "40", "40", "40", *percents, "0.001"]
+    assert numbers_in(lines["unchanged"]) == ["38", "40", "39", "40", p["odd"]]
     clear = [re.findall("not clear|clear", line) for line in lines.values()]
     assert clear == [["clear"], ["not clear"], ["clear"], ["not clear"], [], []]
 
@@ -302,7 +302,7 @@ def test_estimates_are_plain_and_finite(tmp_path, facts):
 
 CELLS = {  # of tables, whose rows are those of results: what a column shows
     "checks": {
-        "lines": "passed.count", "base": "passed.before", "adapter": "passed.after",
+        "replies": "passed.count", "base": "passed.before", "adapter": "passed.after",
         "lost": "passed.lost", "won": "passed.won", "change, 95 %": "passed.change",
         "p, Holm": "family_p",
     },
