@@ -13,8 +13,9 @@ from runs import NOUNS, SYSTEM, command, read_json, run, talk, write_lines
 
 import train_lora_single as script
 from inspect_lora import model
-from inspect_lora.__main__ import main, model_flags
+from inspect_lora.__main__ import evidence_flags, main, model_flags
 from inspect_lora.adapter import read_adapter
+from inspect_lora.evidence import plan_of
 
 KINDS = ["plain", "emergency", "pressure", "everyday", "long", "new_topic", "false_alarm"]
 LEARNED, TOO_LONG, COPIED = 600, 601, 500  # numbers of talks
@@ -107,6 +108,14 @@ def evidence(capfd, adapter, results, *words):
     """Measure an adapter; return the record as JSON has it, and what was printed."""
     out = done(capfd, "evidence", adapter, "--device", "cpu", "--output_dir", results, *words)
     return read_json(results / "evidence.json"), out
+
+
+def planned(adapter, *words):
+    """Return what `evidence` would measure, as it is before any weights are loaded."""
+    parser = argparse.ArgumentParser()
+    evidence_flags(parser)
+    words = [str(word) for word in (adapter, "--device", "cpu", *words)]
+    return plan_of(words[0], parser.parse_args(words))
 
 
 def mean_losses(found):

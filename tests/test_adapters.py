@@ -4,14 +4,13 @@ import functools
 import re
 import shutil
 import types
-from pathlib import Path
 
 import pytest
 import torch
 import toys
 from by_hand import ROUNDING, MergedByHand, losses_of_peft, read_conversations
 from conftest import TOY
-from records import SHORT, evidence, mean_losses, say_origin
+from records import SHORT, evidence, mean_losses, planned, say_origin
 from runs import SYSTEM, files, refused, talk, write_lines
 from safetensors.torch import load_file
 from toys import PLAIN_SCALE, PREFIX, TENSORS, change_config, change_tensors, save_adapter
@@ -57,6 +56,12 @@ def by_peft(folder, path, base=TOY):
     base, adapter = losses_of_peft(folder, read_conversations(path), base=base)
     assert base[0] != pytest.approx(adapter[0], abs=20 * ROUNDING)
     return [near(base), near(adapter)]
+
+
+@pytest.fixture(scope="module")
+def of_plain(adapters, three_lines):
+    """Return the losses of base and plain adapter by PEFT alone."""
+    return by_peft(adapters["plain"], three_lines)
 
 
 def test_losses_parts_and_cuts_are_those_of_weights_merged_by_hand(adapters, measured, three_lines):
@@ -145,14 +150,13 @@ def test_a_base_that_is_loaded_with_its_vision_tower(measured, three_lines, tmp_
 
 
 @pytest.mark.parametrize("form", INTO_WRAPPER)
-def test_an_adapter_in_unsloths_form_is_the_same(copied, adapters, measured, form):
+def test_an_adapter_in_unsloths_form_is_the_same(copied, measured, of_plain, form):
     """Its names are a wrapper's, its targets an expression, its vision tower's updates 0."""
     folder = wrapped(copied(), form, target_modules=UNSLOTH, exclude_modules="(?!.*language).*")
     change_config(folder, base_model_name_or_path="unsloth/tiny-unsloth-bnb-4bit")
     of_vision = {f"{VISION}A.weight": torch.ones(4, 64), f"{VISION}B.weight": torch.zeros(64, 4)}
     change_tensors(folder, lambda tensors: tensors.update(of_vision))
-    found = measured(folder, "--base", TOY)
-    assert mean_losses(found) == mean_losses(measured(adapters["plain"]))
+    assert mean_losses(measured(folder, "--base", TOY)) == of_plain
 
 
 WRITTEN = [  # a path, an expression and an escaped path
@@ -187,13 +191,12 @@ def test_a_target_without_tensors_is_left_as_the_base_has_it(copied, measured, t
 
 
 @pytest.mark.parametrize("form", ["of a state_dict", "beside a copy of the base's embedding"])
-def test_the_same_adapter_in_another_file_is_the_same(plain, adapters, measured, base, form):
+def test_the_same_adapter_in_another_file_is_the_same(plain, measured, base, of_plain, form):
     """PEFT saves the embedding along in many cases."""
     embedding = {EMBEDDING: base.get_input_embeddings().weight.detach().clone()}
     of_state_dict = functools.partial(toys.renamed, old=".weight", new=".default.weight")
     change = of_state_dict if form == "of a state_dict" else (lambda own: own | embedding)
-    found = measured(change_tensors(plain, change))
-    assert mean_losses(found) == mean_losses(measured(adapters["plain"]))
+    assert mean_losses(measured(change_tensors(plain, change))) == of_plain
 
 
 BAD_TENSORS = {  # what is done to them, and what is named; `info` has the other faults of a file
@@ -242,13 +245,14 @@ def test_trained_biases_of_the_base_are_refused(tmp_path, not_measured):
     not_measured(folder, "biases")
 
 
-def test_a_relative_base_is_found_from_another_folder(copied, measured, tmp_path, monkeypatch):
+def test_a_relative_base_is_found_from_another_folder(copied, three_lines, tmp_path, monkeypatch):
     """It was named as seen from where the training was started, above the adapter."""
     base = shutil.copytree(TOY, tmp_path / "project" / "models" / "toy")
     folder = copied(base_model_name_or_path="models/toy")
-    folder = Path(shutil.move(folder, tmp_path / "project" / "out" / "adapter"))
+    folder = shutil.move(folder, tmp_path / "project" / "out" / "adapter")
     monkeypatch.chdir(tmp_path)
-    assert measured(folder)["conditions"]["base"] == str(base)
+    plan = planned(folder, "--eval_file", three_lines, *SHORT)
+    assert plan.base.request.name == str(base)
 
 
 BASES = [  # the adapter's revision, the flags, and what is loaded
@@ -321,12 +325,15 @@ def test_the_system_message_is_the_trainings(plain, systems, trained, flag, expe
     assert system_of(request, read_adapter(plain), examples) == expected
 
 
-def test_a_system_message_is_given_to_the_lines_that_have_none(plain, measured, tmp_path):
-    rows = [[{"messages": talk(n)[first:]} for n in range(3)] for first in (0, 1)]
-    has, has_not = (write_lines(tmp_path / f"{n}.jsonl", own) for n, own in enumerate(rows))
-    expected = mean_losses(measured(plain, "--eval_file", has))
-    found = measured(plain, "--eval_file", has_not, "--system", SYSTEM)
-    assert mean_losses(found) == expected and found["system"] == SYSTEM
+def test_a_system_message_is_given_to_the_lines_that_have_none(plain, tmp_path):
+    ids = []
+    for first, flags in ((0, []), (1, ["--system", SYSTEM])):
+        rows = [{"messages": talk(n)[first:]} for n in range(3)]
+        path = write_lines(tmp_path / f"{first}.jsonl", rows)
+        plan = planned(plain, "--eval_file", path, *SHORT, *flags)
+        ids.append([each.example.input_ids for each in plan.held_out])
+        assert plan.system == SYSTEM
+    assert ids[0] == ids[1]
 
 
 def test_the_script_and_the_package_rename_alike(adapters):

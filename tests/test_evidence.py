@@ -1,8 +1,8 @@
 """`evidence`: what its record holds, when it is written, and where."""
 
-import argparse
 import copy
 import dataclasses
+import itertools
 import shutil
 import signal
 
@@ -12,15 +12,13 @@ import records
 import runs
 import toys
 from by_hand import ROUNDING, losses_of_peft, read_conversations, reply_loss, token_loss
-from records import SHORT, TASKS, evidence, line_numbers, mean_losses
+from records import SHORT, TASKS, evidence, line_numbers, mean_losses, planned
 from runs import SYSTEM, command, files, read_json, refused, talk, write_lines
 from toys import TENSORS, base_model, change_tensors
-from transformers import AutoModelForCausalLM
 
 import train_lora_single as script
 from inspect_lora import measures, model
-from inspect_lora.__main__ import evidence_flags, main
-from inspect_lora.evidence import plan_of
+from inspect_lora.__main__ import main
 from inspect_lora.record import read_record
 from train_lora_single import file_sha256
 
@@ -162,8 +160,8 @@ def test_a_signal_leaves_the_report_of_what_was_measured(
     monkeypatch.setattr(measures, step, runs.send(number))
     tasks = write_lines(tmp_path / "tasks.jsonl", TASKS)
     words = ["--eval_file", three_lines, "--general_file", tasks, "--parts", "2", "--tasks", "2"]
-    argv = ["evidence", plain, "--device", "cpu", *words, "--max_new_tokens", "1"]
-    assert command(capfd, [*argv, "--output_dir", tmp_path / "new"], main).status == 128 + number
+    words += ["--max_new_tokens", "1", "--device", "cpu", "--output_dir", tmp_path / "new"]
+    assert command(capfd, ["evidence", plain, *words], main).status == 128 + number
     found = read_json(tmp_path / "new" / "evidence.json")
     assert list(found["seconds"]) == measured and not found["finished"]
     assert len(found["lines"]) == 3 and bool(found["shifts"]) is ("elsewhere" in measured)
@@ -178,26 +176,25 @@ def test_several_adapters_share_a_base_and_have_the_numbers_that_each_has_alone(
     capfd, adapters, tmp_path, monkeypatch
 ):
     """The first one trains a module whole, and PEFT leaves it there: so the base is loaded anew."""
-    tasks = write_lines(tmp_path / "tasks.jsonl", TASKS)
-    rows = [{"messages": talk(n), "rejected": "Nowhere."} for n in range(5)]
+    tasks = write_lines(tmp_path / "tasks.jsonl", TASKS[:1])
+    rows = [{"messages": talk(n), "rejected": "Nowhere."} for n in range(3)]
     words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows), "--general_file", tasks]
     words += ["--parts", 1, "--max_new_tokens", 2, "--device", "cpu"]
-    folders = []
-    for kind in ("whole", "plain", "rslora"):
-        folders.append(shutil.copytree(adapters[kind], tmp_path / kind))
+    names = ("whole", "plain", "rslora")
+    folders = [shutil.copytree(adapters[name], tmp_path / name) for name in names]
     loads, scored = [], []
     load, losses = script.load_model, script.losses_of_replies
     monkeypatch.setattr(script, "load_model", lambda *given: loads.append(1) or load(*given))
     monkeypatch.setattr(
         script, "losses_of_replies", lambda *given: scored.append(len(given[1])) or losses(*given)
     )
+    monkeypatch.setattr(measures, "TASK_TOKENS", 8)
     monkeypatch.chdir(tmp_path)
-    out = records.done(capfd, "evidence", *folders, *words)
-    together = [read_json(tmp_path / "inspected" / each.name / "evidence.json") for each in folders]
-    assert len(loads) == 2 and all(each.name in out for each in folders)
-    assert (tmp_path / "compared" / "replies.html").is_file()
+    records.done(capfd, "evidence", *folders, *words)
+    assert len(loads) == 2 and (tmp_path / "compared" / "replies.html").is_file()
     assert scored.count(0) >= 4  # of the base's lines and bad replies, by the two that come later
-    for folder, found in zip(folders, together, strict=True):
+    for folder in folders[1:]:
+        found = read_json(tmp_path / "inspected" / folder.name / "evidence.json")
         alone, _ = evidence(capfd, folder, tmp_path / f"{folder.name} alone", *words)
         assert alone["request"] == found["request"] and alone["pairs"]
         assert [flat(alone[name]) for name in NUMBERS] == [flat(found[name]) for name in NUMBERS]
@@ -211,12 +208,16 @@ def test_one_that_does_not_fit_is_told_and_the_others_are_measured(
     change_tensors(
         folders[1], lambda own: {name.replace("q_proj", "x_proj"): one for name, one in own.items()}
     )
-    change_tensors(folders[2], lambda own: {name: 2 * one for name, one in own.items()})
+    change_tensors(folders[2], doubled)
     words = ["evidence", *folders, "--device", "cpu", "--eval_file", three_lines, *SHORT]
     end = command(capfd, words, main)
     assert end.status == 2 and "x_proj" in end.err and end.out
     reports = sorted(path.parent.name for path in tmp_path.glob("inspected/*/report.md"))
     assert reports == ["a", "c"]
+
+
+def doubled(tensors):
+    return {name: 2 * one for name, one in tensors.items()}
 
 
 def flat(value):
@@ -229,11 +230,9 @@ def flat(value):
 
 
 def test_what_is_finished_is_not_measured_again(capfd, plain, three_lines, tmp_path, monkeypatch):
-    opened, real = [], model.open_adapter
+    opened, real, results = [], model.open_adapter, tmp_path / "results"
     monkeypatch.setattr(model, "open_adapter", lambda *given: opened.append(1) or real(*given))
-    words = ["--eval_file", three_lines, *SHORT]
-    results = tmp_path / "results"
-    counts = []
+    words, counts = ["--eval_file", three_lines, *SHORT], []
     for flags in ([], [], ["--again"]):
         evidence(capfd, plain, results, *words, *flags)
         counts.append(len(opened))
@@ -248,9 +247,7 @@ def test_several_adapters_do_not_share_a_folder(capfd, plain, tmp_path):
 
 OTHER_REQUESTS = {  # what is changed in the base, in the adapter or in the file, or flags
     "the adapter's template": lambda base, adapter, lines: give_template(adapter),
-    "the adapter's tensors": lambda base, adapter, lines: change_tensors(
-        adapter, lambda own: {name: 2 * one for name, one in own.items()}
-    ),
+    "the adapter's tensors": lambda base, adapter, lines: change_tensors(adapter, doubled),
     "the base's template": lambda base, adapter, lines: edit_template(base),
     "the base's configuration": lambda base, adapter, lines: toys.edit_json(
         base / "config.json", lambda config: config.update(of_no_use=1)
@@ -264,6 +261,8 @@ OTHER_REQUESTS = {  # what is changed in the base, in the adapter or in the file
 
 
 def give_template(folder):
+    """Give an adapter's folder a tokenizer of its own, with another template."""
+    toys.tokenizer().save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("{# mine #}" + toys.tokenizer().chat_template)
 
 
@@ -277,44 +276,32 @@ def change_weights(base):
     toys.save_file(tensors | {name: 2 * tensors[name]}, base / toys.WEIGHTS, {"format": "pt"})
 
 
-@pytest.mark.parametrize("has_own", [False, True], ids=["the base's", "its own"])
-@pytest.mark.parametrize("change", OTHER_REQUESTS)
+@pytest.mark.parametrize(
+    ("change", "has_own"),
+    [*itertools.product(OTHER_REQUESTS, [False]), ("the base's template", True)],
+)
 def test_what_decides_a_number_makes_another_request(plain, tmp_path, change, has_own):
     """The content of templates counts, also of the base's own, by which it is served."""
     base = shutil.copytree(toys.TOY, tmp_path / "base")
     toys.change_config(plain, base_model_name_or_path=str(base))
-    tokenizer = toys.AutoTokenizer.from_pretrained(base)
-    if change != "a template for both":  # one_pass is of templates that TRL knows
-        tokenizer.chat_template = "{# first #}" + tokenizer.chat_template
-    tokenizer.save_pretrained(base)
-    if has_own or change == "the adapter's template":
-        tokenizer.save_pretrained(plain)
+    if has_own:
+        give_template(plain)
     lines = tmp_path / "own.jsonl"
-    words = ["--eval_file", records.write_talks_with(lines, 1, 2), *SHORT, "--device", "cpu"]
+    words = ["--eval_file", records.write_talks_with(lines, 1, 2), *SHORT]
     before = planned(plain, *words)
     flags = OTHER_REQUESTS[change](base, plain, lines)
     after = planned(plain, *words, *(flags if isinstance(flags, list) else []))
     assert (before.request_hash == after.request_hash) == (change == "nothing")
 
 
-def planned(adapter, *words):
-    """Return what would be measured."""
-    parser = argparse.ArgumentParser()
-    evidence_flags(parser)
-    return plan_of(str(adapter), parser.parse_args([str(adapter), *words]))
-
-
-def test_a_record_that_is_read_again_is_the_same(capfd, plain, tmp_path, tokenizer):
+def test_a_record_that_is_read_again_is_the_same(capfd, plain, tmp_path):
     """Each field, with entries of the kinds that they had when they were measured."""
-    give_template(plain)
-    tokenizer.save_pretrained(plain)
-    toys.edit_json(plain / "tokenizer_config.json", lambda own: own.pop("chat_template", None))
     give_template(plain)
     rows = [{"messages": talk(n), "id": n, "rejected": "No.", "checks": {"a": {"any": ["tea"]}}}
             for n in (1, 2)]  # fmt: skip
     rows[0]["counterpart"] = 2
     words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows), "--max_new_tokens", 2]
-    words += ["--general_file", write_lines(tmp_path / "tasks.jsonl", TASKS), "--parts", 1]
+    words += ["--general_file", write_lines(tmp_path / "tasks.jsonl", TASKS[:1]), "--parts", 1]
     found, _ = evidence(capfd, plain, tmp_path / "results", *words)
     again = read_record(tmp_path / "results")
     as_read = dataclasses.asdict(again)
@@ -375,28 +362,26 @@ def test_bad_pairs_are_refused_by_their_lines(capfd, plain, tmp_path):
     refused(capfd, argv, "own.jsonl:2", "<|im_end|>", main=main)
 
 
-def test_dialogues_go_through_the_model_once_where_that_is_exact(capfd, tmp_path, monkeypatch):
-    """Of a Llama; the losses are those of each reply alone."""
-    folder = toys.model_of(toys.family("Llama"), tmp_path / "llama", has_weights=True)
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    adapter = toys.save_adapter(tmp_path / "adapter", network, target_modules=["q_proj", "up_proj"])
-    toys.change_config(adapter, base_model_name_or_path=folder)
-    plain_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    plain_template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    (tmp_path / "llama" / "chat_template.jinja").write_text(plain_template, encoding="utf-8")
+def test_dialogues_go_through_the_model_once_where_that_is_exact(
+    capfd, plain, tmp_path, monkeypatch, tokenizer
+):
+    """The losses are those of each reply alone."""
+    own = copy.copy(tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (tmp_path / "own.jinja").write_text(own.chat_template, encoding="utf-8")
     messages = [*talk(1), *talk(2)[1:], *talk(3)[1:]]
-    path = write_lines(tmp_path / "own.jsonl", [{"messages": messages}])
+    words = ["--eval_file", write_lines(tmp_path / "own.jsonl", [{"messages": messages}])]
     rows, real = [], script.losses_of_replies
     monkeypatch.setattr(
-        script,
-        "losses_of_replies",
-        lambda network, examples: rows.append(len(examples)) or real(network, examples),
+        script, "losses_of_replies", lambda *given: rows.append(len(given[1])) or real(*given)
     )
-    found, _ = evidence(capfd, adapter, tmp_path / "results", "--eval_file", path, *SHORT)
-    assert len(found["lines"]) == 3 and {*rows} <= {0, 1}
-    tokenizer = toys.AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = plain_template
-    expected = [reply_loss(network, tokenizer, messages[: 1 + 2 * n]) for n in (1, 2, 3)]
+    words += ["--chat_template", tmp_path / "own.jinja", *SHORT]
+    found, _ = evidence(capfd, plain, tmp_path / "results", *words)
+    assert rows[:2] == [1, 1]  # of base and adapter; the base is served by another template
+    expected = [reply_loss(base_model(), own, messages[: 1 + 2 * n]) for n in (1, 2, 3)]
     assert mean_losses(found)[0] == pytest.approx(expected, abs=ROUNDING)
 
 
@@ -406,7 +391,7 @@ def test_another_adapter_of_the_same_name_leaves_the_earlier_record(capfd, plain
     records.done(capfd, *words)
     (first,) = plain.parent.glob("inspected/*")
     before = files(first)
-    change_tensors(plain, lambda own: {name: 2 * one for name, one in own.items()})
+    change_tensors(plain, doubled)
     records.done(capfd, *words)
     (renamed,) = set(plain.parent.glob("inspected/*")) - {first}
     assert files(renamed) == before

@@ -2,19 +2,23 @@
 
 import json
 import shutil
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from records import SHORT, evidence, line_numbers, say_origin, write_talks_with
-from runs import SYSTEM, command, read_json, refused, run, talk, write_lines, write_talks
+from records import SHORT, evidence, planned, say_origin, write_talks_with
+from runs import SYSTEM, refused, run, talk, write_lines, write_talks
 from toys import edit_json
 
 import train_lora_single as script
 from inspect_lora import inputs, sampling
 from inspect_lora.__main__ import main
 from train_lora_single import file_sha256
+
+
+def lines_of(plan):
+    """Return the numbers of the lines of a plan, one for each reply."""
+    return [int(each.example.source.rpartition(":")[2]) for each in plan.held_out]
 
 
 @pytest.fixture
@@ -30,15 +34,6 @@ def output(adapters, tmp_path):
 
 
 @pytest.fixture
-def measured(capfd, tmp_path):
-    def measure(adapter, *words):
-        found, said = evidence(capfd, adapter, tmp_path / "results", *SHORT, *words)
-        return found | {"printed": said}
-
-    return measure
-
-
-@pytest.fixture
 def not_measured(capfd, output):
     def measure(*keys, more=()):
         argv = ["evidence", output / "final_lora", "--device", "cpu", *SHORT, *more]
@@ -51,25 +46,24 @@ def not_measured(capfd, output):
     "place",
     ["final_lora", "checkpoints/1f/checkpoint-8", "final_lora.2026-11-30-101112", "exports/x/half"],
 )
-def test_it_is_found_in_a_folder_above_the_adapter(output, measured, place):
+def test_it_is_found_in_a_folder_above_the_adapter(output, place):
     """Also of a checkpoint, of what a later run renamed, and after all of it was moved."""
-    adapter = output / place
     if place != "final_lora":
-        shutil.copytree(output / "final_lora", adapter)
-    moved = shutil.move(output, output.with_name("moved"))
-    found = measured(Path(moved) / place)
-    assert line_numbers(found["lines"]) == [1, 2, 3] and found["learned"] == 0
-    assert found["conditions"]["eval_file"]["file"] == str(Path(moved).resolve() / "held_out.jsonl")
+        shutil.copytree(output / "final_lora", output / place)
+    moved = Path(shutil.move(output, output.with_name("moved")))
+    plan = planned(moved / place, *SHORT)
+    assert lines_of(plan) == [1, 2, 3] and plan.facts["learned"] == 0
+    assert plan.files["eval_file"]["file"] == str(moved.resolve() / "held_out.jsonl")
 
 
-def test_another_file_is_where_run_json_says(output, measured, tmp_path, monkeypatch):
+def test_another_file_is_where_run_json_says(output, tmp_path, monkeypatch):
     """As seen from where the training was started, above the adapter."""
     (output / "held_out.jsonl").rename(tmp_path / "mine.jsonl")
     held_out = {"file": "mine.jsonl", "sha256": file_sha256(tmp_path / "mine.jsonl")}
     say_origin(output / "final_lora", data={"held_out": held_out})
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert line_numbers(measured(output / "final_lora")["lines"]) == [1, 2, 3]
+    assert lines_of(planned(output / "final_lora", *SHORT)) == [1, 2, 3]
 
 
 def test_other_conversations_in_its_place_are_refused_and_no_file_is_guessed(output, not_measured):
@@ -84,21 +78,23 @@ def test_other_conversations_in_its_place_are_refused_and_no_file_is_guessed(out
     not_measured("--eval_file", "--prompts")
 
 
-def test_a_whole_run_brings_all_of_it(flags, tmp_path, measured):
-    """What a tenth held out is measured, and nothing of it was learned."""
-    write_talks(tmp_path / "train.jsonl", range(200))
-    assert run([*flags, "--eval_file", "10%", "--max_steps", "1"]) == 0
-    shutil.copytree(tmp_path / "output", tmp_path / "moved")
+def test_a_whole_run_brings_all_of_it(flags, tmp_path):
+    """What a fifth held out is measured, and nothing of it was learned."""
+    write_talks(tmp_path / "train.jsonl", range(40))
+    assert run([*flags, "--eval_file", "20%", "--max_steps", "1"]) == 0
+    adapter = shutil.copytree(tmp_path / "output", tmp_path / "moved") / "final_lora"
     (tmp_path / "output" / "held_out.jsonl").unlink()  # as if it had been moved
     with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:  # it grows afterwards
         file.write(json.dumps({"messages": talk(900)}) + "\n")
-    found = measured(tmp_path / "moved" / "final_lora")
-    assert len(found["lines"]) == 20 and found["learned"] == 0 and found["system"] == SYSTEM
-    of_all = measured(tmp_path / "moved" / "final_lora", "--eval_file", tmp_path / "train.jsonl")
-    assert len(of_all["lines"]) == 21 and of_all["learned"] == 180
+    count = len((tmp_path / "moved" / "held_out.jsonl").read_text().splitlines())
+    plan = planned(adapter, *SHORT)
+    assert len(plan.held_out) == count > 3
+    assert plan.facts["learned"] == 0 and plan.system == SYSTEM
+    plan = planned(adapter, *SHORT, "--eval_file", tmp_path / "train.jsonl")
+    assert (len(plan.held_out), plan.facts["learned"]) == (count + 1, 40 - count)
 
 
-def test_learned_prompts_are_left_out_and_counted(output, measured, not_measured, tmp_path):
+def test_learned_prompts_are_left_out_and_counted(output, not_measured, tmp_path):
     """Also with another reply, another system message, and other spaces; no other word counts."""
     said, *others = (talk(number) for number in (10, 10, 10, 10, 10))
     others[0][-1] = others[0][-1] | {"content": "Somewhere else."}
@@ -107,23 +103,21 @@ def test_learned_prompts_are_left_out_and_counted(output, measured, not_measured
     others[3][1] = others[3][1] | {"content": others[3][1]["content"].replace("Where", "When")}
     rows = [{"messages": one} for one in [said, *others, talk(1)]]
     path = write_lines(tmp_path / "own.jsonl", rows)
-    found = measured(output / "final_lora", "--eval_file", path)
-    assert found["learned"] == 4 and line_numbers(found["lines"]) == [5, 6]
+    plan = planned(output / "final_lora", *SHORT, "--eval_file", path)
+    assert plan.facts["learned"] == 4 and lines_of(plan) == [5, 6]
     write_talks_with(tmp_path / "own.jsonl", 10, 11)  # nothing is left
     not_measured("own.jsonl", more=["--eval_file", path])
 
 
 @pytest.mark.parametrize("content", [None, ""])
-def test_what_it_learned_may_be_not_known(output, measured, content):
-    """It is printed, and no number is put in its place."""
+def test_what_it_learned_may_be_not_known(output, content):
     path = output / "final_lora" / "learned.txt"
     path.unlink() if content is None else path.write_text(content)
-    found = measured(output / "final_lora")
-    assert found["learned"] is None and len(found["lines"]) == 3
-    assert "not known" in found["printed"]
+    plan = planned(output / "final_lora", *SHORT)
+    assert plan.facts["learned"] is None and len(plan.held_out) == 3
 
 
-def test_rules_are_about_the_end_of_a_conversation(output, measured, tmp_path):
+def test_rules_are_about_the_end_of_a_conversation(output, tmp_path):
     """If its last reply was learned, or is too long, an earlier one is not judged instead."""
     longer = [*talk(1), *talk(2)[1:]]
     learned = [*talk(3), *talk(4)[1:]]
@@ -131,26 +125,26 @@ def test_rules_are_about_the_end_of_a_conversation(output, measured, tmp_path):
     say_origin(output / "final_lora", [learned[:-1]])
     checks = {"any": {"any": ["tea"]}}
     rows = [{"messages": one, "checks": checks} for one in (longer, learned, too_long)]
-    words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows), "--max_seq_len", "120"]
-    words += ["--replies", "9", "--max_new_tokens", "1"]
-    found = measured(output / "final_lora", *words)
-    assert line_numbers(found["lines"]) == [1, 1, 2, 3]
-    assert (found["learned"], found["too_long"]) == (1, 1)
-    (asked,) = found["exchanges"]
-    assert asked["messages"] == longer[:-1] and asked["reference"] == longer[-1]["content"]
+    words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows), "--max_seq_len", 120]
+    plan = planned(output / "final_lora", *SHORT, *words, "--replies", 9)
+    assert lines_of(plan) == [1, 1, 2, 3]
+    assert (plan.facts["learned"], plan.facts["too_long"]) == (1, 1)
+    (asked,) = plan.asked
+    assert asked.prompt.messages == longer[:-1]
+    assert asked.prompt.reference == longer[-1]["content"]
 
 
-def test_long_lines_are_left_out_and_counted(output, measured, tmp_path):
+def test_long_lines_are_left_out_and_counted(output, tmp_path):
     """However many they are; as in the training, or as asked for."""
     rows = [{"messages": talk(n, 1 if n < 3 else 12)} for n in range(6)]
-    words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows)]
-    assert len(measured(output / "final_lora", *words)["lines"]) == 6
-    found = measured(output / "final_lora", *words, "--max_seq_len", "80")
-    assert (line_numbers(found["lines"]), found["too_long"]) == ([1, 2, 3], 3)
+    words = [output / "final_lora", *SHORT, "--eval_file", write_lines(tmp_path / "a.jsonl", rows)]
+    assert len(planned(*words).held_out) == 6
+    plan = planned(*words, "--max_seq_len", 80)
+    assert (lines_of(plan), plan.facts["too_long"]) == ([1, 2, 3], 3)
     run_json = output / "final_lora" / "run.json"
     edit_json(run_json, lambda known: known.update(settings={"MAX_SEQ_LEN": 80}))
-    assert measured(output / "final_lora", *words)["too_long"] == 3
-    assert measured(output / "final_lora", *words, "--max_seq_len", "999")["too_long"] == 0
+    assert planned(*words).facts["too_long"] == 3
+    assert planned(*words, "--max_seq_len", 999).facts["too_long"] == 0
 
 
 def test_bad_lines_and_rules_of_no_line_are_named_before_the_base_is_read(tmp_path, not_measured):
@@ -170,53 +164,50 @@ def test_what_another_trainer_taught_is_left_out(capfd, adapters, tmp_path):
     """An adapter of PEFT alone has no learned.txt; lines that are no conversations are told."""
     train = [{"messages": [*talk(2), *talk(9)[1:]], "kind": "a"}, {"text": "a blog"}]
     train += [{"prompt": talk(4)[:-1], "chosen": talk(4)[-1:], "rejected": "No.", "kind": "b"}]
-    path = write_talks_with(tmp_path / "eval.jsonl", 1, 2, 3, 4)
-    words = ["--eval_file", path, *SHORT]
-    found, _ = evidence(capfd, adapters["plain"], tmp_path / "unknown", *words)
-    assert found["learned"] is None and found["trained_kinds"] is None
+    words = ["--eval_file", write_talks_with(tmp_path / "eval.jsonl", 1, 2, 3, 4), *SHORT]
+    plan = planned(adapters["plain"], *words)
+    assert plan.facts["learned"] is None and plan.facts["trained_kinds"] is None
     words += ["--train_file", write_lines(tmp_path / "train.jsonl", train)]
-    end = command(
-        capfd, ["evidence", adapters["plain"], *words, "--output_dir", tmp_path / "known"], main
-    )
-    found = read_json(tmp_path / "known" / "evidence.json")
-    assert line_numbers(found["lines"]) == [1, 3] and found["learned"] == 2
-    assert "train.jsonl:2" in end.err
-    assert found["trained_kinds"] == {"a": 1, "": 1, "b": 1}
+    plan = planned(adapters["plain"], *words)
+    assert lines_of(plan) == [1, 3] and plan.facts["learned"] == 2
+    assert plan.facts["trained_kinds"] == {"a": 1, "": 1, "b": 1}
+    assert "train.jsonl:2" in capfd.readouterr().out
 
 
-def test_the_kinds_of_the_training_are_known_from_its_file(output, measured, tmp_path):
+def test_the_kinds_of_the_training_are_known_from_its_file(output, tmp_path):
     """As long as it is the same file; the key that groups is --kind's."""
     rows = [{"messages": talk(n), "kind": "a", "topic": f"{n}"} for n in (20, 21)]
     path = Path(write_lines(tmp_path / "train.jsonl", rows))
-    facts = {
-        "held_out": {"file": "held_out.jsonl", "sha256": file_sha256(output / "held_out.jsonl")}
-    }
-    facts["train"] = {"file": str(path), "sha256": file_sha256(path)}
-    say_origin(output / "final_lora", data=facts)
-    assert measured(output / "final_lora")["trained_kinds"] == {"a": 2}
-    found = measured(output / "final_lora", "--kind", "topic")
-    assert found["trained_kinds"] == {"20": 1, "21": 1}
+    files = {"held_out": output / "held_out.jsonl", "train": path}
+    data = {name: {"file": str(file), "sha256": file_sha256(file)} for name, file in files.items()}
+    say_origin(output / "final_lora", data=data)
+    words = [output / "final_lora", *SHORT]
+    assert planned(*words).facts["trained_kinds"] == {"a": 2}
+    assert planned(*words, "--kind", "topic").facts["trained_kinds"] == {"20": 1, "21": 1}
     path.write_text(path.read_text() + "\n")
-    assert measured(output / "final_lora")["trained_kinds"] is None
+    assert planned(*words).facts["trained_kinds"] is None
 
 
-def test_lines_whose_prompts_continue_each_other_are_one_cluster(adapters, measured, tmp_path):
+JOINED = [  # flags, and the clusters of six lines
+    ([], ["1", "2", "1", "1", "5", "6"]),
+    (["--cluster", "patient"], ["1", "2", "1", "1", "5", "2"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "clusters"), JOINED)
+def test_lines_whose_prompts_continue_each_other_are_one_cluster(
+    adapters, tmp_path, flags, clusters
+):
     """A dialogue that is stored as one line a reply, in any order; and what a key joins."""
-    dialogue = [*talk(1), *talk(2)[1:], *talk(3)[1:]]
-    prompts = [dialogue[:6], talk(5)[:2], dialogue[:2], dialogue[:4], talk(6)[:2], talk(7)[:2]]
+    talks = [*talk(1), *talk(2)[1:], *talk(3)[1:]]
+    prompts = [talks[:6], talk(5)[:2], talks[:2], talks[:4], talk(6)[:2], talk(7)[:2]]
     rows = [{"prompt": prompt, "completion": talk(n)[-1:]} for n, prompt in enumerate(prompts)]
     for number in (1, 5):
         rows[number]["patient"] = 7
-    path = write_lines(tmp_path / "eval.jsonl", rows)
-
-    def clusters(*flags):
-        lines = measured(adapters["plain"], "--eval_file", path, *flags)["lines"]
-        return [line["cluster"].rpartition(":")[2] for line in lines]
-
-    first, *others = clusters()
-    assert others == ["2", first, first, "5", "6"]
-    first, *others = clusters("--cluster", "patient")
-    assert others == ["2", first, first, "5", "2"]
+    words = ["--eval_file", write_lines(tmp_path / "eval.jsonl", rows), *SHORT, *flags]
+    found = [each.cluster for each in planned(adapters["plain"], *words).held_out]
+    first = {cluster: f"{found.index(cluster) + 1}" for cluster in found}
+    assert [first[cluster] for cluster in found] == clusters
 
 
 def conversations_of(*lines):
@@ -254,42 +245,31 @@ def test_a_greeting_joins_no_dialogues(lines, clusters):
     assert "".join(names[root] for root in numbers) == clusters
 
 
-def test_the_clusters_of_many_lines_take_no_time():
-    """In a chain, each line continues the one before it."""
-    messages = dialogue(*(f"text {n}" for n in range(100)))
-    lines = [*(messages[:end] for end in range(2, 101, 2))]
-    lines += [dialogue(f"q {n}", "a") for n in range(6000)]
-    rows = [script.Conversation(f"own:{n}", line, {}) for n, line in enumerate(lines)]
-    before = time.process_time()
-    assert len(set(inputs.clusters_of(rows).values())) == 6001
-    assert time.process_time() - before < 2
-
-
 @pytest.mark.parametrize(
     ("value", "kind"),
     [(0, "0"), (False, "false"), (None, ""), ("", ""), (["a", 1], '["a", 1]'), (1.5, "1.5"),
      ("0", "0")],
 )  # fmt: skip
-def test_a_kind_may_be_any_value(adapters, measured, tmp_path, value, kind):
+def test_a_kind_may_be_any_value(adapters, tmp_path, value, kind):
     rows = [{"messages": talk(1), "kind": value}, {"messages": talk(2)}]
-    found = measured(adapters["plain"], "--eval_file", write_lines(tmp_path / "own.jsonl", rows))
-    assert [line["kind"] for line in found["lines"]] == [kind, ""]
+    words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows), *SHORT]
+    assert [each.kind for each in planned(adapters["plain"], *words).held_out] == [kind, ""]
 
 
-def test_the_type_and_the_replies_are_those_of_the_training(adapters, measured, tmp_path):
+def test_the_type_and_the_replies_are_those_of_the_training(capfd, adapters, tmp_path):
     """Else an adapter is measured as it was not trained."""
     folder = shutil.copytree(adapters["plain"], tmp_path / "adapter")
     path = write_lines(tmp_path / "eval.jsonl", [{"messages": [*talk(1), *talk(2)[1:]]}])
-    words = [folder, "--eval_file", path]
-    found = measured(*words)
-    assert len(found["lines"]) == 2 and found["conditions"]["dtype"] == "float32"
+    words = ["--eval_file", path, *SHORT]
+    plan = planned(folder, *words)
+    assert len(plan.held_out) == 2 and plan.base.request.dtype == "float32"
     say_origin(folder, settings={"REPLIES": "last", "DTYPE": "bfloat16"})
-    last = measured(*words)
-    (line,) = last["lines"]
-    assert last["conditions"]["dtype"] == "bfloat16" and line["id"] == found["lines"][1]["id"]
-    assert line["base"] != found["lines"][1]["base"]
-    (line,) = measured(*words, "--dtype", "float32")["lines"]
-    assert line["base"] == pytest.approx(found["lines"][1]["base"])
+    found, _ = evidence(capfd, folder, tmp_path / "bfloat16", *words)
+    other, _ = evidence(capfd, folder, tmp_path / "float32", *words, "--dtype", "float32")
+    (line,), (in_float32,) = found["lines"], other["lines"]
+    assert found["conditions"]["dtype"] == "bfloat16"
+    assert plan.held_out[1].example.source == line["where"]
+    assert line["base"] != in_float32["base"] == pytest.approx(line["base"], rel=0.01)
 
 
 def items_of(kinds, cluster=lambda n: n):
@@ -334,10 +314,9 @@ def test_a_draw_takes_one_reply_of_each_conversation_first():
     assert {*counts.values()} == {2, 3}
 
 
-def test_parts_are_measured_on_a_draw_by_kind(adapters, measured, tmp_path):
+def test_parts_are_measured_on_a_draw_by_kind(adapters, tmp_path):
     rows = [{"messages": talk(n), "kind": "ab"[n % 3 == 0]} for n in range(12)]
-    path = write_lines(tmp_path / "eval.jsonl", rows)
-    found = measured(adapters["plain"], "--eval_file", path, "--parts", 6)
-    kinds = Counter(found["lines"][n]["kind"] for n in found["part_lines"])
-    assert kinds == {"a": 4, "b": 2} and len(found["parts"][0]["losses"]) == 6
-    assert found["part_lines"] != [*range(6)]
+    words = ["--eval_file", write_lines(tmp_path / "eval.jsonl", rows), *SHORT, "--parts", 6]
+    plan = planned(adapters["plain"], *words)
+    kinds = Counter(plan.held_out[number].kind for number in plan.part_lines)
+    assert kinds == {"a": 4, "b": 2} and plan.part_lines != [*range(6)]

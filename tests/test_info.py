@@ -4,9 +4,6 @@ import copy
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from importlib import metadata
 
 import numpy as np
@@ -14,7 +11,7 @@ import peft
 import pytest
 import torch
 import toys
-from conftest import ROOT, TOY
+from conftest import TOY
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
@@ -41,13 +38,6 @@ def info(capfd):
         return found
 
     return ask
-
-
-@pytest.mark.parametrize("kind", toys.KINDS)
-def test_what_is_printed_fits_a_terminal(adapters, capfd, kind):
-    end = command(capfd, ["info", adapters[kind]], main)
-    lines = end.out.replace(str(adapters[kind]), "adapter").splitlines()
-    assert end.status == 0 and 8 < len(lines) <= 20 and max(map(len, lines)) <= 100
 
 
 def test_sizes_and_directions_are_those_of_numpys_svd(adapters, info):
@@ -254,14 +244,6 @@ def test_patterns_are_applied_from_0_32_on(tmp_path, capfd, config, is_applied):
     assert command(capfd, [*words, "vllm==0.32"], main).status == 0
 
 
-def test_the_advice_names_what_can_be_served(plain, tmp_path, capfd):
-    words = ["info", plain, "--for", "vllm==0.32"]
-    assert "export --vllm" in command(capfd, words, main).out
-    (tmp_path / "final_lora_vllm").mkdir()
-    assert "final_lora_vllm" in command(capfd, words, main).out
-    assert "no-such-folder" in command(capfd, [*words, "--base", "no-such-folder"], main).out
-
-
 OF_CONFIG = ("tokenizer_config.json", json.dumps({"chat_template": "another"}))  # of older versions
 
 
@@ -301,14 +283,12 @@ def test_lora_on_experts_has_the_size_that_peft_gives_it(tmp_path, info):
     ("names", "status"),
     [(["plain"], 0), (["plain", "wrong"], 1), (["wrong", "nowhere", "plain"], 2)],
 )
-def test_several_adapters_have_a_block_each_and_the_highest_status(
-    adapters, copied, capfd, names, status
-):
-    folders = {"plain": str(adapters["plain"]), "wrong": str(copied(r=2)), "nowhere": "nowhere"}
+def test_of_several_adapters_the_status_is_the_highest(adapters, copied, capfd, names, status):
+    folders = {"plain": adapters["plain"], "wrong": copied(r=2), "nowhere": "nowhere"}
     end = command(capfd, ["info", *(folders[name] for name in names)], main)
     assert end.status == status and ("nowhere" in end.err) is ("nowhere" in names)
-    shown = re.findall("^adapter +([^:]+)", end.out, re.MULTILINE)
-    assert shown == [folders[name] for name in names if name != "nowhere"]
+    shown = re.findall("^adapter ", end.out, re.MULTILINE)
+    assert len(shown) == len({*names} - {"nowhere"})
 
 
 REFUSED = [  # by vLLM 0.32: PEFTHelper._validate_features and validate_legal
@@ -374,27 +354,3 @@ WRONG_FILES = {  # what is done to an adapter's folder, and what is named
 def test_what_is_no_adapter_is_refused(capfd, plain, key):
     WRONG_FILES[key](plain)
     refused(capfd, ["info", plain], key, main=main)
-
-
-WRONG_WORDS = [([], "command"), (["inform"], "evidence"), (["info"], "ADAPTER")]
-WRONG_WORDS += [(["info", "a", "--js"], "--js"), (["info", "a", "--for", "vllm==new"], "vllm==new")]
-
-
-@pytest.mark.parametrize(("words", "key"), WRONG_WORDS)
-def test_wrong_words_end_with_2(capfd, words, key):
-    refused(capfd, words, key, status=2, main=main)
-
-
-def test_a_reader_that_goes_away_is_no_error(adapters):
-    words = [sys.executable, "-m", "inspect_lora", "info", str(adapters["plain"])]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()  # as with `| head -0`
-        assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
-
-
-def test_it_answers_at_once_since_no_torch_is_imported(adapters):
-    code = "import sys; from inspect_lora.__main__ import main; main(sys.argv[1:])"
-    code += "; assert not {'torch', 'transformers'} & {*sys.modules}"
-    words = [sys.executable, "-c", code, "info", str(adapters["plain"])]
-    end = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (end.returncode, end.stderr) == (0, "") and "down_proj" in end.stdout

@@ -15,25 +15,25 @@ from made_records import jackknife, stratified
 from inspect_lora import intervals
 from inspect_lora.intervals import Estimate, Measured, Spread
 
-FREEDOMS = (1, 1.01, 1.3, 1.9, 2, 2.5, 3, 7.7, 19, 49.2, 279, 3333.3, 1e5)
-CHANCES = (0.5, 0.05, 0.05 / 3, 0.05 / 45, 0.05 / 780)  # of one comparison, of three, 45 and 780
+FREEDOMS = (1, 1.01, 1.9, 2, 3, 7.7, 49.2, 3333.3, 1e5)
+CHANCES = (0.5, 0.05, 0.05 / 780)  # also of 780 comparisons
 
 
-def test_students_quantile():
-    for freedom, chance in itertools.product(FREEDOMS, CHANCES):
-        expected = scipy.stats.t.ppf(1 - chance / 2, freedom)
-        assert intervals.student_quantile(chance, freedom) == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize("freedom", FREEDOMS)
+@pytest.mark.parametrize("chance", CHANCES)
+def test_students_quantile(freedom, chance):
+    expected = scipy.stats.t.ppf(1 - chance / 2, freedom)
+    assert intervals.student_quantile(chance, freedom) == pytest.approx(expected, rel=1e-6)
 
 
-def test_wilsons_interval():
-    pairs = [(passed, count) for count in (1, 2, 14, 40, 280) for passed in range(count + 1)]
-    for passed, count in pairs:
-        estimate = intervals.proportion(passed, count)
-        expected = scipy.stats.binomtest(passed, count).proportion_ci(method="wilson")
-        assert (estimate.low, estimate.high) == pytest.approx(
-            (expected.low, expected.high), abs=1e-7
-        )
-        assert estimate.value == passed / count
+@pytest.mark.parametrize(
+    ("passed", "count"), [(0, 1), (1, 1), (1, 2), (0, 14), (3, 14), (39, 40), (40, 40), (99, 280)]
+)
+def test_wilsons_interval(passed, count):
+    share = intervals.proportion(passed, count)
+    expected = scipy.stats.binomtest(passed, count).proportion_ci(method="wilson")
+    assert (share.low, share.high) == pytest.approx((expected.low, expected.high), abs=1e-7)
+    assert share.value == passed / count
 
 
 @pytest.mark.parametrize("chance", [0.05, 0.05 / 45])
@@ -67,42 +67,37 @@ def test_of_fewer_than_twenty_lines_nothing_is_clear():
     assert not Estimate(1.0, 0.5, 1.5, 100).is_clear  # not tested
 
 
-@pytest.mark.parametrize("freedom", [1, 1.3, 5, 39.2, 3000])
-def test_students_p(freedom):
-    for t in (0.0, 0.1, -2, 9, 1e9):
-        expected = 2 * scipy.stats.t.sf(abs(t), freedom)
-        assert intervals.student_p(t, freedom) == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize("freedom", [1, 1.3, 39.2, 3000])
+@pytest.mark.parametrize("t", [0.0, 0.1, -2, 9, 1e9])
+def test_students_p(freedom, t):
+    expected = 2 * scipy.stats.t.sf(abs(t), freedom)
+    assert intervals.student_p(t, freedom) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_p_and_its_interval_say_the_same():
+@pytest.mark.parametrize("shift", [0.0, 0.1, 0.2, 0.4])
+def test_a_p_and_its_interval_say_the_same(shift):
     draw = random.Random(3)
-    for shift in (0.0, 0.1, 0.2, 0.4):
-        values = [draw.gauss(shift, 1) for _ in range(40)]
-        estimate = intervals.mean_of(values)
-        assert estimate.p == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue, abs=1e-7)
-        for chance in (0.5, 0.05, 0.001):
-            wide = intervals.measured_ratio(values, [1.0] * 40).within(chance)
-            assert (wide.p < chance) is not (wide.low <= 0 <= wide.high)
+    values = [draw.gauss(shift, 1) for _ in range(40)]
+    p = intervals.mean_of(values).p
+    assert p == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue, abs=1e-7)
+    for chance in (0.5, 0.05, 0.001):
+        wide = intervals.measured_ratio(values, [1.0] * 40).within(chance)
+        assert (wide.p < chance) is not (wide.low <= 0 <= wide.high)
 
 
 # ---- Strata
 
 
 def test_lines_that_were_drawn_by_kind_are_estimated_as_drawn():
-    """What kinds differ in is no error: by a formula of its own, and by draws."""
+    """What kinds differ in is no error."""
     draw = np.random.default_rng(7)
-    kinds, truths = [f"{n % 4}" for n in range(80)], {"0": 0.0, "1": 1.0, "2": 2.0, "3": 5.0}
-    middle, held, narrower = 2.0, 0, []
-    for _ in range(400):
-        values = [truths[kind] + draw.normal(0, 0.5) for kind in kinds]
-        drawn = intervals.measured_ratio(values, [1.0] * 80, None, kinds)
-        value, error = stratified(values, [1.0] * 80, kinds)
-        assert (drawn.value, drawn.error) == pytest.approx((value, error), rel=0.02)
-        assert drawn.freedom == 76
-        inside = drawn.within()
-        held += inside.low <= middle <= inside.high
-        narrower.append(intervals.measured_ratio(values, [1.0] * 80).error / drawn.error)
-    assert 0.93 * 400 <= held <= 0.97 * 400 and min(narrower) > 2
+    kinds, truths = [f"{n % 4}" for n in range(80)], [0.0, 1.0, 2.0, 5.0]
+    values = [truths[n % 4] + draw.normal(0, 0.5) for n in range(80)]
+    drawn = intervals.measured_ratio(values, [1.0] * 80, None, kinds)
+    value, error = stratified(values, [1.0] * 80, kinds)
+    assert (drawn.value, drawn.error) == pytest.approx((value, error), rel=0.02)
+    assert drawn.freedom == 76
+    assert intervals.measured_ratio(values, [1.0] * 80).error > 2 * drawn.error
 
 
 def test_a_stratum_of_one_cluster_is_joined_with_another():
@@ -187,14 +182,7 @@ def test_a_paired_change_ends_where_the_score_test_rejects():
         assert (mirrored.low, mirrored.high) == pytest.approx((-change.high, -change.low), abs=1e-9)
 
 
-@pytest.mark.parametrize(("lost", "won", "count"), [(0, 9, 9), (9, 0, 9), (0, 0, 5)])
-def test_a_paired_change_of_all_lines_or_of_none(lost, won, count):
-    change = intervals.paired_change(lost, won, count)
-    assert -1 <= change.low <= change.value <= change.high <= 1
-    assert change.high - change.low > 0.1
-
-
-@pytest.mark.parametrize("count", [20, 40, 100])
+@pytest.mark.parametrize("count", [20, 60])
 @pytest.mark.parametrize(
     ("lost", "won"), [(0.01, 0.01), (0.1, 0.1), (0, 0.3), (0, 0.05), (0.25, 0.05), (0.45, 0.45)]
 )
@@ -250,10 +238,9 @@ def test_lines_of_a_cluster_count_as_their_likeness_tells():
     assert intervals.effective_sample_size([1] * 120, names) == 30
 
 
-@pytest.mark.parametrize("count", [20, 40, 100])
-def test_shares_and_changes_of_clusters_hold_the_truth(count):
+def test_shares_and_changes_of_clusters_hold_the_truth():
     """Five lines of each, with a correlation of 0.4: without clusters about 76 % hold it."""
-    draw, held = np.random.default_rng(count), np.zeros(3)
+    draw, held, count = np.random.default_rng(40), np.zeros(3), 40
     clusters = np.repeat(np.arange(count // 5), 5)
     names = [str(c) for c in clusters]
     for _ in range(400):
@@ -303,18 +290,3 @@ def test_a_difference_of_settings_has_the_error_of_lines_and_of_seeds():
     freedom = both.error**4 / (0.012**4 / 80 + of_seeds**2 / 3)
     assert both.freedom == pytest.approx(freedom) and (both.value, both.units) == (0.05, 90)
     assert intervals.with_seeds(lines, (2, 2), Spread(0.0, 3)).error == pytest.approx(0.012)
-
-
-@pytest.mark.parametrize("spread", [0.005, 0.02])
-def test_intervals_of_settings_hold_the_truth(spread):
-    """Three seeds each; the seeds alone held 59 and 92 %, the lines alone fewer still."""
-    draw, held, runs = np.random.default_rng(11), 0, 600
-    for _ in range(runs):
-        tokens = draw.integers(10, 60, 100)
-        own = draw.normal(0, 0.125, 100)  # of each line, in nats per token
-        settings = [[draw.normal(0, spread) for _ in range(3)] for _ in range(2)]
-        difference = np.mean(settings[1]) - np.mean(settings[0]) + own
-        lines = intervals.measured_ratio((difference * tokens).tolist(), tokens.tolist())
-        both = intervals.with_seeds(lines, (3, 3), intervals.pooled_spread(settings)).within()
-        held += both.low <= 0 <= both.high
-    assert held >= 0.93 * runs

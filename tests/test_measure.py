@@ -8,7 +8,7 @@ import torch
 import toys
 from by_hand import ROUNDING, MergedByHand, render
 from conftest import TOY
-from records import evidence, write_talks_with
+from records import planned, write_talks_with
 from runs import write_lines
 
 import train_lora_single as script
@@ -120,7 +120,7 @@ def test_the_same_replies_have_the_same_hash_and_others_another(opened, monkeypa
 
 def test_the_base_replies_to_tasks_with_its_own_odds(opened, monkeypatch):
     """Its own settings, such as min_p, or top_k 50 by default, would make the likely likelier."""
-    rows = 600
+    rows = 400
     monkeypatch.setattr(replies, "ROWS_AT_ONCE", rows)
     monkeypatch.setattr(replies, "TOKENS_AT_ONCE", 10**9)
     ids = model.prompt_ids(TASKS[0], opened.base)
@@ -155,22 +155,17 @@ def test_the_adapter_is_to_the_bit_what_it_was_after_an_error_in_a_part(opened):
     assert all(weights[name].equal(one) for name, one in weights_after.items())
 
 
-def test_parts_and_tasks_have_the_same_lines_each_time(capfd, adapters, tmp_path, monkeypatch):
+def test_parts_and_tasks_are_measured_on_the_same_lines_each_time(opened, tmp_path):
     """So that two adapters can be compared; part_lines says which lines a part's losses are of."""
     path = write_talks_with(tmp_path / "eval.jsonl", *range(4))
     tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": f"{n} + 3?"} for n in range(9)])
-    words = ["--eval_file", path, "--replies", 0, "--max_new_tokens", 1]
-    monkeypatch.setattr(measures, "TASK_TOKENS", 8)
-    some = ["--parts", 2, "--general_file", tasks, "--tasks", 2]
-    how = {"one": some, "two": some, "whole": ["--parts", 4, "--general_file", ""]}
-    one, two, whole = (
-        evidence(capfd, adapters["plain"], tmp_path / name, *words, *more)[0]
-        for name, more in how.items()
-    )
-    drawn = one["part_lines"]
-    assert drawn == two["part_lines"] and len(set(drawn)) == 2
-    assert one["tasks"] == two["tasks"] and len(set(one["tasks"])) == 2
-    assert [shift["kl"] for shift in one["shifts"]] == [shift["kl"] for shift in two["shifts"]]
-    for part, of_all in zip(one["parts"], whole["parts"], strict=True):
-        expected = [of_all["losses"][number] for number in drawn]
-        assert part["losses"] == pytest.approx(expected, rel=1e-5), part["name"]
+    words = [opened.saved.folder, "--eval_file", path, "--general_file", tasks, "--replies", 0]
+    one, again = (planned(*words, "--parts", 2, "--tasks", 2) for _ in range(2))
+    assert one.part_lines == again.part_lines and len(set(one.part_lines)) == 2
+    assert one.tasks == again.tasks and len({task.prompt.where for task in one.tasks}) == 2
+    some = measures.parts(one, opened)
+    whole = measures.parts(planned(*words, "--parts", 4), opened)
+    assert some["part_lines"] == one.part_lines and whole["part_lines"] == [*range(4)]
+    for part, of_all in zip(some["parts"], whole["parts"], strict=True):
+        expected = [of_all.losses[number] for number in one.part_lines]
+        assert part.losses == pytest.approx(expected, rel=1e-5), part.name

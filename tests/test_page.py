@@ -114,30 +114,24 @@ def open_page(browser, tmp_path):
 
 
 def test_side_by_side(open_page):
+    """What was said before, the bad reply and the rule are folded."""
     earlier = [("system", SYSTEM), ("user", "hello"), ("assistant", "Yes?"), ("user", "it hurts")]
     messages = [{"role": role, "content": content} for role, content in earlier]
-    other = [{"role": "system", "content": "another"}, {"role": "user", "content": "question 2"}]
     empty = {"adapter": said("", {"is brief": False}), "reference": None}
-    pair = asked(1, messages=messages, rejected="the bad one")
-    shown = open_page([pair, asked(2, messages=other, **empty)])
+    shown = open_page([asked(1, messages=messages, rejected="the bad one"), asked(2, **empty)])
     replies = ["of the base 1", "of the adapter 1", "reference 1", "of the base 2"]
     assert shown.texts(".reply .text") == replies  # the empty one is told otherwise
     assert shown.texts(".reply h3") == ["base", "adapter", "reference", "base", "adapter"]
     cut = ["4 tokens" in box for box in shown.texts(".reply")]
     assert cut == [True, False, False, True, False]
-    assert shown.texts(".asked") == ["it hurts", "question 2"] and not shown.texts(".turn .text")
     passed = shown.all(".checks li", "one.className")
     assert passed == ["won", "won", "won", "lost"]  # base and adapter, twice
-    assert all("is brief" in item for item in shown.texts(".checks li"))
-    assert not shown.texts(".rules dd")
+    assert not shown.texts(".turn .text, .rules dd")
     for folded in shown.all("article summary"):
         folded.click()
-    assert shown.texts(".turn .text") == ["hello", "Yes?", "another"]
+    assert shown.texts(".turn .text") == ["hello", "Yes?"]
     assert shown.texts(".reference details .text") == ["the bad one"]
     assert shown.texts(".rules dd") == ["most words: 40"] * 2
-    shown.all("header summary")[0].click()
-    about = shown.texts("#about")[0]
-    assert all(word in about for word in (SYSTEM, "emergency", "everyday"))
 
 
 def test_filters_by_source_kind_check_result_and_words(open_page):
@@ -162,12 +156,9 @@ def test_filters_by_source_kind_check_result_and_words(open_page):
         ("outcome", "all pass", "kept"),
         ("check", "is brief", ""),
         ("prompts", "all (6)", "tasks prompts"),
-        ("outcome", "any", "tasks prompts"),
-        ("check", "rings", "lost won kept never"),
     ):
         Select(shown.all(f"#{field}")[0]).select_by_visible_text(label)
-        assert shown.texts(".asked") == expected.split()
-    Select(shown.all("#check")[0]).select_by_visible_text("any")
+        assert shown.texts(".asked") == expected.split(), label
     shown.all("#words")[0].send_keys("CAFÉ <B> task")
     assert shown.texts(".asked") == ["tasks"]
 
@@ -232,7 +223,7 @@ def test_sides_are_balanced_and_independent_of_the_line(open_page):
     assert abs(sum(odd) - 500) < 79
 
 
-COUNTS = [(4, 0), (0, 6), (1, 1), (9, 2), (7, 20), (600, 600), (1200, 1100), (2000, 1500)]
+COUNTS = [(0, 6), (1, 1), (9, 2), (600, 600), (2000, 1500)]
 
 
 @pytest.mark.parametrize(("one", "other"), COUNTS)
@@ -299,35 +290,25 @@ def test_a_saved_reading_goes_into_the_report(capsys, browser, tmp_path):
     assert (whole["first"], whole["second"]) == (9 - adapter, adapter)
 
 
-def test_a_reading_is_guarded_from_its_first_choice_until_it_is_saved(open_page, tmp_path):
+@pytest.mark.parametrize("choices", [0, 1, 3])
+def test_a_reading_is_guarded_from_its_first_choice_until_it_is_saved(open_page, tmp_path, choices):
+    """Three are all that there are."""
     shown = open_page([asked(number) for number in range(3)])
     shown.start()
-    guarded = [shown.is_guarded()]
-    for _ in range(3):
-        shown.press("1")
-        guarded.append(shown.is_guarded())
-    assert guarded == [False, True, True, True]
-    assert shown.all("#result")
-    shown.all("#to-side")[0].click()
-    assert shown.is_guarded()
-    shown.all("#to-blind")[0].click()
-    shown.saved(tmp_path)
     assert not shown.is_guarded()
-
-
-@pytest.mark.parametrize("choices", [0, 1])
-def test_a_stopped_reading_is_guarded_if_it_has_a_choice_until_discarded(open_page, choices):
-    shown = open_page([asked(number) for number in range(3)])
-    shown.start()
     shown.press(*"1" * choices)
-    shown.all("#stop")[0].click()
-    assert bool(shown.all("#result")) is shown.is_guarded() is bool(choices)
+    assert shown.is_guarded() is (choices > 0)
+    if choices < 3:
+        shown.all("#stop")[0].click()
+    assert bool(shown.all("#result")) is shown.is_guarded() is (choices > 0)
+    if choices == 3:
+        shown.saved(tmp_path)
     for discard in shown.all("#again"):
         discard.click()
     assert shown.all("#start") and not shown.is_guarded()
 
 
-def test_a_chosen_pair_of_several_adapters_is_read_blind(open_page):
+def test_outcomes_are_filtered_for_each_of_several_adapters(open_page):
     sides = [*SIDES, Side("second", "", "2"), Side("third", "", "3")]
     others = [said("of the second", {"is brief": False}), said("of the third", {"is brief": True})]
     shown = open_page([asked(number) for number in range(6)], sides, others=others)
@@ -336,18 +317,6 @@ def test_a_chosen_pair_of_several_adapters_is_read_blind(open_page):
     assert len(shown.texts("article")) == 6
     Select(shown.all("#outcome")[0]).select_by_index(3)  # the second never passes
     assert not shown.texts("article")
-    shown.start(("adapter", "second"))
-    preferred = []
-    for _ in range(6):
-        texts = shown.texts("#pair .text")
-        assert sorted("second" in text for text in texts) == [False, True]
-        assert all(re.search("second|adapter", text) for text in texts)
-        preferred.append("adapter" if "adapter" in texts[0] else "second")
-        shown.press("1")
-    counts = [str(preferred.count(name)) for name in ("adapter", "second")]
-    assert shown.texts("#counts td:last-child") == [*counts, "0", "0"]
-    shown.all("#key summary")[0].click()
-    assert shown.texts("#key .reply h3") == ["adapter", "second", "reference"]
 
 
 def test_whatever_is_said_is_text(open_page):

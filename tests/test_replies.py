@@ -11,10 +11,9 @@ import torch
 import toys
 from by_hand import render
 from conftest import TOY
-from records import NEW_TOKENS, evidence, line_numbers
+from records import NEW_TOKENS, evidence, planned
 from runs import NOUNS, read_json, refused, talk, write_lines
 
-import train_lora_single as script
 from inspect_lora import measures, replies, rules, sampling
 from inspect_lora.__main__ import main
 from inspect_lora.plan import Asked
@@ -187,56 +186,42 @@ def test_two_rules_for_one_prompt_are_refused(capfd, adapters, tmp_path, name):
     assert "own.jsonl:2" not in end.err
 
 
-def test_lines_with_one_prompt_are_asked_once_with_all_their_checks(capfd, adapters, tmp_path):
+def test_lines_with_one_prompt_are_asked_once_with_all_their_checks(adapters, tmp_path):
     other = [*talk(1)[:-1], {"role": "assistant", "content": "Nowhere."}]
     rows = [
         {"messages": talk(1), "checks": {"short": {"most_words": 3}}},
         {"messages": other, "checks": {"tea": {"any": ["tea"]}}},
     ]
-    words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows), "--general_file", ""]
-    words += ["--parts", "0", "--max_new_tokens", "2"]
-    found, _ = evidence(capfd, adapters["plain"], tmp_path / "results", *words)
-    (asked,) = found["exchanges"]
-    assert asked["checks"].keys() == asked["base"]["passes"].keys() == {"short", "tea"}
-    assert asked["reference"] == talk(1)[-1]["content"] and len(found["lines"]) == 2
+    plan = planned(adapters["plain"], "--eval_file", write_lines(tmp_path / "own.jsonl", rows))
+    (asked,) = plan.asked
+    assert asked.prompt.checks == rows[0]["checks"] | rows[1]["checks"]
+    assert asked.prompt.reference == talk(1)[-1]["content"] and len(plan.held_out) == 2
 
 
-def asked_of(capfd, adapter, results, monkeypatch, *words):
-    """Return the numbers of the lines that both models reply to; the models are not asked."""
-    stop = toys.tokenizer().convert_tokens_to_ids("<|im_end|>")
-    monkeypatch.setattr(
-        measures, "generate", lambda _, prompts, *__, **___: [[stop]] * len(prompts)
-    )
-    monkeypatch.setattr(script, "losses_of_replies", lambda _, examples: [[1.0]] * len(examples))
-    found, _ = evidence(capfd, adapter, results, "--general_file", "", "--parts", "0", *words)
-    return line_numbers(found["exchanges"])
+def asked_of(adapter, *words):
+    """Return the numbers of the lines that both models are to reply to."""
+    asked = planned(adapter, "--general_file", "", *words).asked
+    return [int(each.prompt.where.rpartition(":")[2]) for each in asked]
 
 
-def test_on_a_cpu_some_are_drawn_and_all_that_ask_for_a_phrase(
-    capfd, adapters, tmp_path, monkeypatch
-):
+def test_on_a_cpu_some_are_drawn_and_all_that_ask_for_a_phrase(adapters, tmp_path):
     """The same ones each time; the fewest lines of emergencies must not be missed by chance."""
     kinds = ["emergency" if n % 4 == 0 else "plain" for n in range(130)]
     rows = [{"messages": talk(n), "kind": kind} for n, kind in enumerate(kinds)]
     rings = [{"name": "rings", "kinds": ["emergency"], "any": ["999"]}]
-    words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows)]
+    words = [adapters["plain"], "--eval_file", write_lines(tmp_path / "own.jsonl", rows)]
     words += ["--rules", write_lines(tmp_path / "rules.json", [rings])]
     emergencies = {number + 1 for number, kind in enumerate(kinds) if kind == "emergency"}
-    asked = [
-        asked_of(capfd, adapters["plain"], tmp_path / name, monkeypatch, *words, *more)
-        for name, more in (("a", []), ("b", []), ("c", ["--replies", 20]), ("d", ["--replies", 40]))
-    ]
-    assert asked[0] == asked[1] == sorted(asked[0])
-    assert len(set(asked[0])) == 100 and emergencies < set(asked[0])
-    assert len(set(asked[2])) == 20 and set(asked[2]) < emergencies
-    assert len(set(asked[3])) == 40 and emergencies < set(asked[3])
+    asked = asked_of(*words)
+    assert asked == asked_of(*words) == sorted(asked)
+    assert len(set(asked)) == 100 and emergencies < set(asked)
+    few, more = (set(asked_of(*words, "--replies", count)) for count in (20, 40))
+    assert len(few) == 20 and few < emergencies and len(more) == 40 and emergencies < more
 
 
-def test_of_prompts_alone_all_are_asked(capfd, adapters, tmp_path, monkeypatch):
-    rows = [{"prompt": f"number {n}"} for n in range(130)]
-    words = ["--prompts", write_lines(tmp_path / "prompts.jsonl", rows)]
-    asked = asked_of(capfd, adapters["plain"], tmp_path / "prompts", monkeypatch, *words)
-    assert asked == list(range(1, 131))
+def test_of_prompts_alone_all_are_asked(adapters, tmp_path):
+    path = write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"number {n}"} for n in range(130)])
+    assert asked_of(adapters["plain"], "--prompts", path) == list(range(1, 131))
 
 
 def test_on_a_gpu_two_hundred_held_out_prompts_are_asked():

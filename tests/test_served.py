@@ -205,18 +205,3 @@ def test_a_key_is_sent_with_every_question(ask, monkeypatch):
     count = len(ask.server.keys)
     assert "secret" not in ask().out
     assert ask.server.keys == [None] * count + ["Bearer secret"] * count
-
-
-def test_what_cannot_be_asked_is_told(ask, record, capfd, tmp_path):
-    for path, answer, key in (
-        ("completions", (200, {"choices": [{"prompt_logprobs": None}]}), "prompt_logprobs"),
-        ("completions", (400, {"error": {"message": "too-long"}}), "too-long"),
-        ("models", (401, {"error": "Unauthorized"}), "401"),
-    ):
-        ask.server.change[f"/v1/{path}"] = answer
-        ask(keys=[key])
-    with running(None) as url:
-        pass  # and its port is free again
-    for address in (url, "localhost:8000"):
-        refused(capfd, ["served", record, "--url", address], address, main=main)
-    refused(capfd, ["served", tmp_path], "evidence.json", main=main)

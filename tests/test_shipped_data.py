@@ -67,7 +67,7 @@ def rows_of_the_card():
         yield f"| `{name}` | {len(judged)} | {sum(passed)} of {len(passed)} |"
 
 
-@pytest.mark.parametrize("row", rows_of_the_card())
+@pytest.mark.parametrize("row", [*rows_of_the_card()])
 def test_the_card_tells_what_the_files_hold(row):
     assert row in CARD
 
@@ -125,7 +125,11 @@ def test_a_reply_is_judged_as_before(line):
     assert [name for name in rules if not passes(rules[name], line["reply"])] == line["fails"]
 
 
-@pytest.mark.parametrize("row", ROWS["eval"], ids=lambda row: row["id"])
-def test_every_reference_passes(row):
-    reply = row["completion"][0]["content"]
-    assert all(passes(rule, reply) for rule in rules_of(row).values())
+def test_every_reference_passes():
+    failing = [
+        (row["id"], name)
+        for row in ROWS["eval"]
+        for name, rule in rules_of(row).items()
+        if not passes(rule, row["completion"][0]["content"])
+    ]
+    assert failing == []
