@@ -329,7 +329,7 @@ def quantities_table(
     for title, quantity in rows[0][0].items():
         if not all(title in of_run for of_row in rows for of_run in of_row):
             continue
-        line = {name: short(title, 30), "lines": quantity.lines, "base": quantity.base}
+        line = {"": short(title, 30), "lines": quantity.lines, "base": quantity.base}
         for place, of_row in enumerate(rows, 1):
             mean = fmean(of_run[title].adapter for of_run in of_row)
             line[f"{place}"] = number(mean, places=1).removesuffix(".0")

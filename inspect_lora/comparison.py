@@ -220,7 +220,7 @@ def conclusion_of(rows: tuple[Row, ...], spread: Spread | None, records: Records
     sentences = []
     if rows[0].losses:
         sentences += [*told_apart(rows), what_the_runs_show(rows, spread)]
-        sentences += at_an_end(rows, records)
+        sentences += at_an_end(rows, records) if spread else []
     templates = {record.conditions["template"] for record in records.values()}
     if len(templates) > 1:
         sentences.append(
@@ -263,11 +263,7 @@ def joined(words: list[str]) -> str:
 
 def what_the_runs_show(rows: tuple[Row, ...], spread: Spread | None) -> str:
     """Return what these runs can tell: of files, or of settings, and from which difference on."""
-    differences = [row.above_first for row in rows[1:]]
-    margins = [(each.high - each.low) / 2 for each in differences if each.is_bounded]
-    smallest = (
-        f" A difference below about {number(max(margins))} would not show." if margins else ""
-    )
+    smallest = smallest_that_shows(rows)
     if not spread:
         return f"One run each: this tells which file is better, not which setting.{smallest}"
     counts = sorted({len(row.runs) for row in rows})
@@ -277,6 +273,19 @@ def what_the_runs_show(rows: tuple[Row, ...], spread: Spread | None) -> str:
         f"(standard deviation, pooled, {spread.freedom} degrees of freedom), the intervals cover "
         f"lines and seeds.{smallest}"
     )
+
+
+def smallest_that_shows(rows: tuple[Row, ...]) -> str:
+    """Return which differences from the first row are too small to be told, as a sentence."""
+    differences = [row.above_first for row in rows[1:] if row.above_first.is_bounded]
+    margins = sorted((each.high - each.low) / 2 for each in differences)
+    if not margins or margins[-1] == 0:
+        return ""
+    least, most = margins[0], margins[-1]
+    if most < 1.2 * least:
+        return f" A difference below about {number(most)} would not show."
+    range_of_margins = f"{number(least)} to {number(most)}, depending on the row,"
+    return f" A difference below about {range_of_margins} would not show."
 
 
 def at_an_end(rows: tuple[Row, ...], records: Records) -> list[str]:
