@@ -404,9 +404,3 @@ def test_the_page_of_two_has_both_replies_and_equal_checks(compare, make, tmp_pa
     for prompt in page["prompts"]:
         passes = [reply["passes"]["is brief"] for reply in prompt["replies"]]
         assert list(prompt["checks"]) == ["is brief"] and passes == [True, True, False]
-
-
-@pytest.mark.parametrize("folders", [["inspected"], ["nowhere"], ["inspected", "inspected/b"]])
-def test_fewer_than_two_reports_are_an_error_that_names_the_folders(capsys, make, folders):
-    make("a")
-    refused(capsys, ["compare", *folders], folders[-1], main=main)
