@@ -56,27 +56,16 @@ def lines_of(count, gain=1.0, base=4.0):
     for number in range(count):
         tokens, where = draw.randint(5, 60), f"eval.jsonl:{number}"
         losses = base * tokens, tokens * (base - gain - draw.gauss(0, 0.5))
-        lines.append(
-            Line(
-                f"id {number}", f"reply {number}", where, where, KINDS[number % 3], tokens, *losses
-            )
-        )
+        about = (f"id {number}", f"reply {number}", where, where, KINDS[number % 3])
+        lines.append(Line(*about, tokens, *losses))
     return lines
 
 
 def pair_of(number, base, adapter, tokens=(10, 10), kind="emergency", cluster=""):
     """Return a pair with these log-probabilities of the good and of the bad reply."""
     where = f"eval.jsonl:{number}"
-    return Pair(
-        f"pair {number}",
-        f"replies {number}",
-        where,
-        cluster or where,
-        kind,
-        *tokens,
-        *base,
-        *adapter,
-    )
+    about = (f"pair {number}", f"replies {number}", where, cluster or where, kind)
+    return Pair(*about, *tokens, *base, *adapter)
 
 
 def couple_of(number, base, adapter, kind="emergency", cluster=""):
@@ -107,34 +96,28 @@ def shift_of(strength, replies="the same"):
 
 
 def made(folder, count=60, gain=1.0, **changes):
-    """Return a record with everything."""
+    """Return a record with everything; fields of it may be changed."""
     lines, part_lines = lines_of(count, gain), list(range(0, count, 2))
     half = [lines[number] for number in part_lines]
     parts = [part_of(half, "strength", f"x {one:g}", share) for one, share in STRENGTHS.items()]
     parts += [part_of(half, *name, share) for name, share in PARTS.items()]
-    shifts = [*map(shift_of, sorted((*STRENGTHS, 1.0)))]
-    on = {"base": "someone/model", "commit": "abc", "dtype": "float32", "enable_thinking": False}
-    on |= {"template": "t1", "base_template": "t1", "tokenizer_hash": "v1", "not_served": ""}
-    on |= {"measured": "2026-11-30", "eval_file": {"file": "data/eval.jsonl", "sha256": "12ab"}}
+    conditions = {
+        "base": "someone/model", "commit": "abc", "dtype": "float32", "enable_thinking": False,
+        "template": "t1", "base_template": "t1", "tokenizer_hash": "v1", "not_served": "",
+        "measured": "2026-11-30", "eval_file": {"file": "data/eval.jsonl", "sha256": "12ab"},
+    }  # fmt: skip
     facts = {
-        "adapter": "output/final_lora",
-        "id": f"id of {folder}",
-        "config": {"r": 8, "target_modules": ["q_proj", "up_proj"]},
+        "adapter": "output/final_lora", "id": f"id of {folder}", "folder": folder,
+        "config": {"r": 8, "target_modules": ["q_proj", "up_proj"]}, "conditions": conditions,
         "run": {"settings": {"LEARNING_RATE": 1e-4, "OUTPUT_DIR": str(folder)}},
-        "known": {"LEARNING_RATE": 1e-4},
+        "known": {"LEARNING_RATE": 1e-4}, "system": SYSTEM, "learned": 0, "lines": lines,
+        "part_lines": part_lines, "parts": parts, "max_new_tokens": 200, "finished": True,
+        "shifts": [*map(shift_of, sorted((*STRENGTHS, 1.0)))],
         "tasks": [f"general.jsonl:{number}" for number in range(30)],
         "exchanges": [asked(number) for number in range(30)],
         "seconds": {"losses": 12.0, "parts": 3.0},
-    }
-    facts |= {"conditions": on, "system": SYSTEM, "learned": 0, "lines": lines}
-    facts |= {
-        "part_lines": part_lines,
-        "parts": parts,
-        "shifts": shifts,
-        "max_new_tokens": 200,
-        "finished": True,
-    }
-    return Record(**facts | {"folder": folder} | changes)
+    }  # fmt: skip
+    return Record(**facts | changes)
 
 
 def put(found, **on):

@@ -107,6 +107,18 @@ def test_differences_are_paired_and_the_intervals_hold_together(compare, make, c
         assert ends(row["above_first"]) == pytest.approx(expected)
 
 
+def test_the_table_of_losses_shows_what_json_has(compare, printed, make):
+    for name, gain in (("a", 1.2), ("b", 1.0)):
+        make(name, gain=gain, shifts=[shift_of(1.0)])
+    row = compare()["rows"][1]
+    (line,) = re.findall(r"^ {10}2 .*$", printed(), re.MULTILINE)
+    place, *shown, token, low, high = map(float, re.findall(r"[+-]?\d+\.?\d*", line))
+    expected = [row["losses"][0], *ends(row["above_first"]), *ends(row["kl"])]
+    assert place == 2 and shown == pytest.approx(expected, abs=1e-3)
+    percents = [100 * each for each in ends(row["changed"])]
+    assert [token, low, high] == pytest.approx(percents, abs=0.51)
+
+
 def test_losses_are_compared_on_the_replies_that_all_have(compare, make):
     whole = lines_of(60)
     for name, lines in (("a", whole), ("b", whole[10:]), ("c", whole[:40][::-1])):
@@ -404,9 +416,3 @@ def test_the_page_of_two_has_both_replies_and_equal_checks(compare, make, tmp_pa
     for prompt in page["prompts"]:
         passes = [reply["passes"]["is brief"] for reply in prompt["replies"]]
         assert list(prompt["checks"]) == ["is brief"] and passes == [True, True, False]
-
-
-@pytest.mark.parametrize("folders", [["inspected"], ["nowhere"], ["inspected", "inspected/b"]])
-def test_fewer_than_two_reports_are_an_error_that_names_the_folders(capsys, make, folders):
-    make("a")
-    refused(capsys, ["compare", *folders], folders[-1], main=main)

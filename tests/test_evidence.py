@@ -29,14 +29,11 @@ def found(record):
 
 
 def test_it_has_every_measurement_of_every_line(found, record):
-    rows = (record / "inputs" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    assert found["finished"] and len(rows) == 24
+    assert found["finished"] and found["system"] == SYSTEM and found["config"]["r"] == 4
     numbers = line_numbers(found["lines"])
     assert numbers == [*range(1, 6), *range(5, 23)]  # the fifth line has two replies
     assert (found["learned"], found["too_long"], found["refused"]) == (1, 1, 0)
-    kinds = {one["kind"] for one in found["lines"]}
-    assert kinds == set(records.KINDS) and found["system"] == SYSTEM
-    assert found["run"] == {"system_message": SYSTEM} and found["config"]["r"] == 4
+    assert {one["kind"] for one in found["lines"]} == set(records.KINDS)
     assert len({*found["part_lines"]} & {*range(23)}) == 6
     assert {part["family"] for part in found["parts"]} == {"strength", "removed", "alone", "cut"}
     assert [one["strength"] for one in found["shifts"]] == [0.5, 0.75, 1.0, 1.5]
@@ -48,7 +45,6 @@ def test_it_has_every_measurement_of_every_line(found, record):
     for name in ("eval_file", "rules", "general_file"):
         file = found["conditions"][name]
         assert file_sha256(record / "inputs" / file["file"].rpartition("/")[2]) == file["sha256"]
-    assert (found["conditions"]["device"], found["conditions"]["enable_thinking"]) == ("cpu", False)
 
 
 def test_copies_and_replies_of_one_conversation_count_as_one(found):
@@ -133,17 +129,17 @@ def test_bad_prompts_are_refused_by_their_lines(capfd, plain, tmp_path):
     refused(capfd, argv, "own.jsonl:2", "<|im_end|>", main=main)
 
 
-def test_tasks_that_the_template_refuses_are_counted(capfd, plain, tmp_path, tokenizer):
+def test_tasks_that_the_template_refuses_are_counted(plain, tmp_path, tokenizer):
     """Gemma 2's takes no system message."""
-    own = tokenizer.__class__.from_pretrained(tokenizer.name_or_path)
+    own = copy.deepcopy(tokenizer)
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
     own.chat_template = refuses + own.chat_template
     own.save_pretrained(plain)
     tasks = write_lines(tmp_path / "tasks.jsonl", [*TASKS, {"prompt": "hi<|im_end|>"}])
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "rain"}])
-    words = ["--prompts", prompts, "--general_file", tasks, "--max_new_tokens", "2"]
-    found, _ = evidence(capfd, plain, tmp_path / "results", *words)
-    assert found["refused"] == 2 and line_numbers(found["exchanges"]) == [1, 1, 3]
+    plan = planned(plain, "--prompts", prompts, "--general_file", tasks)
+    assert plan.facts["refused"] == 2
+    assert [task.prompt.where.rpartition(":")[2] for task in plan.tasks] == ["1", "3"]
 
 
 STOPPED = [  # in which step, by which signal, and what was measured
@@ -198,22 +194,6 @@ def test_several_adapters_share_a_base_and_have_the_numbers_that_each_has_alone(
         alone, _ = evidence(capfd, folder, tmp_path / f"{folder.name} alone", *words)
         assert alone["request"] == found["request"] and alone["pairs"]
         assert [flat(alone[name]) for name in NUMBERS] == [flat(found[name]) for name in NUMBERS]
-
-
-def test_one_that_does_not_fit_is_told_and_the_others_are_measured(
-    capfd, adapters, tmp_path, monkeypatch, three_lines
-):
-    monkeypatch.chdir(tmp_path)
-    folders = [shutil.copytree(adapters["plain"], tmp_path / name) for name in ("a", "b", "c")]
-    change_tensors(
-        folders[1], lambda own: {name.replace("q_proj", "x_proj"): one for name, one in own.items()}
-    )
-    change_tensors(folders[2], doubled)
-    words = ["evidence", *folders, "--device", "cpu", "--eval_file", three_lines, *SHORT]
-    end = command(capfd, words, main)
-    assert end.status == 2 and "x_proj" in end.err and end.out
-    reports = sorted(path.parent.name for path in tmp_path.glob("inspected/*/report.md"))
-    assert reports == ["a", "c"]
 
 
 def doubled(tensors):

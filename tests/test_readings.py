@@ -50,8 +50,7 @@ CHOICES = [1] * 16 + [0] * 6 + ["alike"] * 5 + ["neither"] * 3
 def test_a_report_has_the_share_its_interval_and_the_test(capsys, report, tmp_path):
     file = read_blind(report / "replies.html", CHOICES, tmp_path / "ann.json")
     words = ["report", report, "--reading", file]
-    told = json.loads(command(capsys, [*words, "--json"], main).out)
-    (reading,) = told["readings"]
+    (reading,) = json.loads(command(capsys, [*words, "--json"], main).out)["readings"]
     whole, *kinds = reading["preferences"]
     counts = [whole[name] for name in ("read", "first", "second", "alike", "neither")]
     assert counts == [30, 6, 16, 5, 3] and reading["reader"] == "Ann" and reading["is_finished"]
@@ -60,18 +59,13 @@ def test_a_report_has_the_share_its_interval_and_the_test(capsys, report, tmp_pa
     assert (share["value"], share["low"], share["high"]) == pytest.approx((16 / 22, *wilson))
     coin = scipy.stats.binom(22, 0.5)
     assert share["p"] == pytest.approx(2 * coin.cdf(6) - coin.pmf(6))
-    assert {row["kind"]: row["read"] for row in kinds} == {
-        "all": 10,
-        "emergency": 10,
-        "everyday": 10,
-    }
-    by_hand = [CHOICES[number] for number in range(1, 30, 3)]  # of every third prompt
-    (emergency,) = [row for row in kinds if row["kind"] == "emergency"]
-    assert (emergency["first"], emergency["second"]) == (by_hand.count(0), by_hand.count(1))
+    for row, first in zip(kinds, (0, 1, 2), strict=True):  # each is of every third prompt
+        of_kind = CHOICES[first::3]
+        counts = [row[name] for name in ("read", "first", "second")]
+        assert counts == [10, of_kind.count(0), of_kind.count(1)], row["kind"]
     assert command(capsys, words, main).status == 0
     text = (report / "report.md").read_text(encoding="utf-8")
-    row = tables_of(text)["Blind readings"][1]
-    assert row[:6] == ["Ann", "30", "6", "16", "5", "3"]
+    assert tables_of(text)["Blind readings"][1][:6] == ["Ann", "30", "6", "16", "5", "3"]
     assert "16 of 22" in text.partition("\n## ")[0]
 
 
@@ -88,37 +82,38 @@ def test_two_readers_agree_on_what_both_preferred(capsys, report, tmp_path):
     assert agreement["prompts"] == 22 and agreement["same"]["value"] == pytest.approx(18 / 22)
 
 
-def test_a_reading_that_was_stopped_says_so(capsys, report, tmp_path):
-    file = read_blind(report / "replies.html", [1, 0], tmp_path / "x.json", finished=False)
-    words = ["report", report, "--reading", file]
-    assert command(capsys, words, main).status == 0
-    first = (report / "report.md").read_text(encoding="utf-8").partition("\n## ")[0]
-    assert "blind" in first and "stopped" in first
-
-
-def test_a_reading_of_other_replies_is_refused(capsys, report, tmp_path):
-    """Of another adapter, of other prompts, of the same adapter that says something else."""
-    page = report / "replies.html"
+def other_replies():
     rows = [asked(number) for number in range(30)]
     rows[3].adapter = said("something else", {"is brief": True})
-    others = {
-        "other-adapter": {"id": "another"},
-        "other-prompts": {"exchanges": [asked(number) for number in range(40, 70)]},
-        "other-replies": {"exchanges": rows},
-    }
-    for name, facts in others.items():
-        folder = tmp_path / "others" / name
-        put(made(folder, **{"id": f"id of {report}", "exchanges": rows} | facts))
-        assert command(capsys, ["report", folder], main).status == 0
-        file = read_blind(folder / "replies.html", CHOICES, tmp_path / f"{name}.json")
-        refused(capsys, ["report", report, "--reading", file], f"{name}.json", main=main)
-    own = read_blind(page, CHOICES, tmp_path / "own.json")
-    twice = json.loads(own.read_text())
-    twice["choices"].append(twice["choices"][0] | {"choice": "alike"})
-    (tmp_path / "twice.json").write_text(json.dumps(twice))
-    refused(capsys, ["report", report, "--reading", tmp_path / "twice.json"], "twice", main=main)
-    assert command(capsys, ["report", report, "--reading", own], main).status == 0
-    refused(capsys, ["report", report, "--reading", own, own], "own.json", main=main)
+    return rows
+
+
+OTHERS = {  # reports whose readings are of other replies
+    "another adapter": {"id": "another"},
+    "other prompts": {"exchanges": [asked(number) for number in range(40, 70)]},
+    "something else said": {"exchanges": other_replies()},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_reading_of_other_replies_is_refused(capsys, report, tmp_path, name):
+    rows = [asked(number) for number in range(30)]
+    facts = {"id": f"id of {report}", "exchanges": rows} | OTHERS[name]
+    put(made(tmp_path / "other", **facts))
+    assert command(capsys, ["report", tmp_path / "other"], main).status == 0
+    file = read_blind(tmp_path / "other" / "replies.html", CHOICES, tmp_path / "x.json")
+    refused(capsys, ["report", report, "--reading", file], "x.json", main=main)
+
+
+def test_what_stands_twice_is_refused(capsys, report, tmp_path):
+    file = read_blind(report / "replies.html", CHOICES, tmp_path / "own.json")
+    words = ["report", report, "--reading", file]
+    refused(capsys, [*words, file], "own.json", main=main)
+    assert command(capsys, words, main).status == 0
+    reading = json.loads(file.read_text())
+    reading["choices"].append(reading["choices"][0] | {"choice": "alike"})
+    file.write_text(json.dumps(reading))
+    refused(capsys, words, "own.json", main=main)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_base_and_adapter_say_what_they_would_alone(record, exchanges):
     tokenizer, folder = toys.tokenizer(), record / "inputs" / "adapter"
     network = peft.PeftModel.from_pretrained(copy.deepcopy(toys.base_model()), folder).eval()
     ends = []
-    for one in exchanges[::2]:
+    for one in exchanges[::3]:
         ids = render(tokenizer, one["messages"], add_generation_prompt=True)
         with network.disable_adapter():
             base = said_alone(network, ids, NEW_TOKENS)
@@ -148,15 +148,8 @@ def test_a_reply_is_judged_by_the_rules_of_its_line(exchanges):
     assert verdicts >= {True, False}
 
 
-def test_thoughts_before_a_reply_are_not_judged(opened):
-    said = "<think>\nOne two three.\n</think>\n\nTea, then?"
-    prompt = Prompt("prompts", "p:1", "", [], checks={"short": {"most_words": 2}})
-    tokens = opened.base.tokenizer(said + "<|im_end|>").input_ids
-    judged = measures.judged(opened, Asked(prompt, [5]), tokens)
-    assert judged.passes == {"short": True} and "One two" in judged.text and judged.ended
-
-
 CUT = [  # the end of the prompt, the reply, and what is judged of it
+    ("", "<think>\nOne two three.\n</think>\n\nTea, then?", "Tea, then?"),
     ("", "<think>\nOne two three", ""), ("<think>\n", "One two three", ""),
     ("<think>\n", "One\n</think>\n\nTea, then?", "Tea, then?"), ("", "Tea, then?", "Tea, then?"),
     ("", "<think>\n\n</think>\n\nTea", "Tea"), ("<think>\n\n</think>\n\n", "Tea", "Tea"),

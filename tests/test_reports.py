@@ -181,6 +181,12 @@ def test_the_last_line_says_what_lowers_trust(tmp_path, changes, reasons):
     assert set(findings.cautions_of(told_of(stored))) == reasons
 
 
+def test_a_blind_reading_that_was_stopped_lowers_trust(tmp_path):
+    reading = Reading("Ann", False, ("base", "adapter"), (preference_of("", [0]),), {})
+    told = results.results_of(made(tmp_path), [reading])
+    assert "readings" in findings.cautions_of(told)
+
+
 # ---- Estimates
 
 
@@ -416,19 +422,18 @@ def test_what_models_say_is_text_in_the_report(capsys, tmp_path, real_picture):
     assert read(stored).count("<br>") >= 3
 
 
-def test_without_matplotlib_there_is_no_picture(capsys, tmp_path, monkeypatch):
-    """An older one stays where the record is the same, and not beside a record that changed."""
-    stored = put(made(tmp_path))
+def test_without_matplotlib_an_older_picture_stays_if_the_record_is_the_same(
+    capsys, tmp_path, monkeypatch
+):
+    stored, drawn = made(tmp_path), tmp_path / "picture.png"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    end = command(capsys, ["report", tmp_path], main)
-    assert end.status == 0 and "matplotlib" in end.err
-    assert "](picture.png)" not in read(stored) and not (tmp_path / "picture.png").exists()
-    (tmp_path / "picture.png").write_bytes(b"drawn before")
     reported(capsys, stored)
-    assert "](picture.png)" in read(stored)
-    assert (tmp_path / "picture.png").read_bytes() == b"drawn before"
+    assert "](picture.png)" not in read(stored) and not drawn.exists()
+    drawn.write_bytes(b"drawn before")
+    reported(capsys, stored)
+    assert "](picture.png)" in read(stored) and drawn.exists()
     report.write(stored, told_of(stored))
-    assert "](picture.png)" not in read(stored) and not (tmp_path / "picture.png").exists()
+    assert "](picture.png)" not in read(stored) and not drawn.exists()
 
 
 # ---- The pictures
