@@ -265,6 +265,17 @@ def test_seeds_of_one_setting_have_a_spread_and_no_change(compare, printed, make
     assert re.search(r"is brief +30 +30 +28.7$", printed(), re.MULTILINE)
 
 
+def test_kl_of_a_setting_is_the_mean_of_its_seeds(compare, make):
+    shifts = [replace(shift_of(size), strength=1.0) for size in (0.5, 1.5)]
+    for seed, shift in enumerate(shifts):
+        make(f"{seed}", shifts=[shift], known={"SEED": seed})
+    (row,) = compare()["rows"]
+    for name, field in (("kl", "kl"), ("changed", "changed_tokens")):
+        sums = np.mean([getattr(shift, field) for shift in shifts], axis=0)
+        expected = jackknife(sums, shifts[0].tokens, range(30))
+        assert ends(row[name]) == pytest.approx(expected), name
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
