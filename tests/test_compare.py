@@ -265,6 +265,17 @@ def test_seeds_of_one_setting_have_a_spread_and_no_change(compare, printed, make
     assert re.search(r"is brief +30 +30 +28.7$", printed(), re.MULTILINE)
 
 
+def test_kl_of_a_setting_is_the_mean_of_its_seeds(compare, make):
+    shifts = [replace(shift_of(size), strength=1.0) for size in (0.5, 1.5)]
+    for seed, shift in enumerate(shifts):
+        make(f"{seed}", shifts=[shift], known={"SEED": seed})
+    (row,) = compare()["rows"]
+    for name, field in (("kl", "kl"), ("changed", "changed_tokens")):
+        sums = np.mean([getattr(shift, field) for shift in shifts], axis=0)
+        expected = jackknife(sums, shifts[0].tokens, range(30))
+        assert ends(row[name]) == pytest.approx(expected), name
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -306,11 +317,8 @@ def test_the_conclusion_says_what_can_be_told_apart(compare, make, rates, end):
 
 
 def test_settings_that_cannot_be_told_apart_are_said_to_be_so(compare, make):
-    for name, rate in (("a", 1e-4), ("b", 3e-4), ("c", 2e-4)):
-        lines = lines_of(40)
-        for number, line in enumerate(lines):
-            line.adapter += (0.1 * math.sin(number * ord(name)) - 0.001 * ord(name)) * line.tokens
-        make(name, lines=lines, shifts=[], known={"LEARNING_RATE": rate})
+    """Seeds differ by more than they do."""
+    seeded(make, rates=(1e-4, 3e-4, 2e-4), seeds=(1, 2), spread=5.0)
     told = " ".join(compare()["conclusion"])
     assert "1 cannot be told from rows 2 and 3" in told and "has a lower" not in told
 

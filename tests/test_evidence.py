@@ -66,13 +66,14 @@ def test_the_losses_are_those_of_peft_alone(found, record):
     assert sum(expected[0]) - sum(expected[1]) > 1  # the adapter learned something
 
 
-def test_probes_are_the_adapters_own_replies_with_their_losses(found, record):
+def test_probes_are_the_adapters_own_replies_with_their_losses(found, record, tokenizer):
     """So that a server can be asked for them without a tokenizer or held-out replies."""
     said = {one["where"]: one["adapter"]["text"] for one in found["exchanges"]}
     network = copy.deepcopy(base_model())
     network = peft.PeftModel.from_pretrained(network, record / "inputs" / "adapter").eval()
     for probe in found["probes"]:
-        assert probe["where"] in said and probe["messages"][-1]["role"] == "user"
+        text = tokenizer.decode(probe["reply_ids"], skip_special_tokens=True).strip()
+        assert text == said[probe["where"]] and probe["messages"][-1]["role"] == "user"
         count = len(probe["reply_ids"])
         example = runs.made_up(probe["prompt_ids"], probe["reply_ids"])
         near = ROUNDING * count
@@ -114,19 +115,6 @@ def test_both_reply_to_each_prompt_alone(capfd, plain, tmp_path):
     assert found["lines"] == found["parts"] == [] and len(found["shifts"]) == 4
     assert len(found["probes"]) == 2 and found["finished"]
     assert all(one["base"] != one["adapter"] for one in found["probes"])  # as `served` needs
-
-
-def test_bad_prompts_are_refused_by_their_lines(capfd, plain, tmp_path):
-    """A text alone, an answer, nothing asked, no prompt, a number, a misspelt rule, a token."""
-    path, fine, token = tmp_path / "own.jsonl", {"prompt": "fine"}, {"prompt": "rain<|im_end|>"}
-    empty, rule = [{"role": "user", "content": ""}], {"brief": {"mostwords": 3}}
-    rows = [{"prompt": talk(1)}, {"prompt": empty}, {"question": "rain"}, {"prompt": 5}]
-    argv = ["evidence", plain, "--device", "cpu", "--prompts", path, "--general_file", ""]
-    write_lines(path, [fine, "hello", *rows, fine | {"checks": rule}])
-    end = refused(capfd, argv, *(f"own.jsonl:{n}" for n in range(2, 8)), main=main)
-    assert "own.jsonl:1" not in end.err
-    write_lines(path, [fine, token])
-    refused(capfd, argv, "own.jsonl:2", "<|im_end|>", main=main)
 
 
 def test_tasks_that_the_template_refuses_are_counted(plain, tmp_path, tokenizer):
@@ -328,17 +316,29 @@ def test_pairs_have_the_likelihoods_that_peft_gives_both_replies(capfd, plain, t
     ]  # fmt: skip
 
 
-def test_bad_pairs_are_refused_by_their_lines(capfd, plain, tmp_path):
-    """The good reply again, an empty one, two messages, a user's, a number, a special token."""
-    reply = talk(1)[-1]["content"]
-    wrong = [f" {reply}", "", talk(1)[1:], talk(1)[1:2], 5]
-    row = {"prompt": talk(1)[:-1], "completion": talk(1)[-1:]}
-    path = tmp_path / "own.jsonl"
-    argv = ["evidence", plain, "--device", "cpu", "--eval_file", path, *SHORT]
-    write_lines(path, [row | {"rejected": "No."}, *(row | {"rejected": bad} for bad in wrong)])
+FINE = {"prompts": {"prompt": "fine"}}  # lines by the flag of their file
+FINE["eval_file"] = {"prompt": talk(1)[:-1], "completion": talk(1)[-1:]}
+BAD = {  # an answer, nothing asked, no prompt, a number, a misspelt rule
+    "prompts": [
+        {"prompt": talk(1)}, {"prompt": [{"role": "user", "content": ""}]}, {"question": "rain"},
+        {"prompt": 5}, {"prompt": "fine", "checks": {"brief": {"mostwords": 3}}},
+    ],
+    "eval_file": [  # the good reply again, an empty one, two messages, a user's, a number
+        FINE["eval_file"] | {"rejected": bad}
+        for bad in (f" {talk(1)[-1]['content']}", "", talk(1)[1:], talk(1)[1:2], 5)
+    ],
+}  # fmt: skip
+WITH_TOKEN = {"prompts": {"prompt": "rain<|im_end|>"}}
+WITH_TOKEN["eval_file"] = FINE["eval_file"] | {"rejected": "No.<|im_end|>"}
+
+
+@pytest.mark.parametrize("flag", FINE)
+def test_bad_lines_are_refused_by_their_numbers(capfd, plain, tmp_path, flag):
+    argv = ["evidence", plain, "--device", "cpu", f"--{flag}", tmp_path / "own.jsonl", *SHORT]
+    write_lines(tmp_path / "own.jsonl", [FINE[flag], *BAD[flag]])
     end = refused(capfd, argv, *(f"own.jsonl:{n}" for n in range(2, 7)), main=main)
     assert "own.jsonl:1" not in end.err
-    write_lines(path, [row, row | {"rejected": "No.<|im_end|>"}])
+    write_lines(tmp_path / "own.jsonl", [FINE[flag], WITH_TOKEN[flag]])
     refused(capfd, argv, "own.jsonl:2", "<|im_end|>", main=main)
 
 

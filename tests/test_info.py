@@ -15,9 +15,9 @@ from conftest import TOY
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
-from runs import command, refused
-from safetensors.torch import load_file, save_file
-from toys import CONFIG, PREFIX, TENSORS, change_config, change_tensors, save_adapter
+from runs import command
+from safetensors.torch import load_file
+from toys import PREFIX, TENSORS, change_config, change_tensors, save_adapter
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from inspect_lora.__main__ import main
@@ -337,20 +337,3 @@ WHOLE = ["Qwen/Qwen3.5-4B", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/B-4B-Instr
 def test_the_original_of_a_quantized_base_is_known_by_the_name():
     assert {base: original_of(base) for base in QUANTIZED} == QUANTIZED
     assert [original_of(base) for base in WHOLE] == WHOLE
-
-
-WRONG_FILES = {  # what is done to an adapter's folder, and what is named
-    "BOOL": lambda folder: save_file({"a": torch.ones(2).bool()}, folder / TENSORS),
-    TENSORS: lambda folder: (folder / TENSORS).write_bytes(b"cut short"),
-    "lfs": lambda folder: (folder / TENSORS).write_text("version https://git-lfs.example"),
-    "IA3": lambda folder: change_config(folder, peft_type="IA3"),
-    CONFIG: lambda folder: (folder / CONFIG).write_text("{"),
-    "pickle": lambda folder: (folder / TENSORS).rename(folder / "adapter_model.bin"),
-    "copied": lambda folder: folder.rename(folder.parent / "moved"),
-}
-
-
-@pytest.mark.parametrize("key", WRONG_FILES)
-def test_what_is_no_adapter_is_refused(capfd, plain, key):
-    WRONG_FILES[key](plain)
-    refused(capfd, ["info", plain], key, main=main)

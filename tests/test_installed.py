@@ -62,14 +62,6 @@ def test_no_package_but_these_can_be_imported(site):
     assert end.returncode == 1 and "No module named 'torch'" in end.stderr
 
 
-def test_every_help_needs_no_model(installed):
-    commands = installed("--help").stdout.partition("{")[2].partition("}")[0].split(",")
-    assert len(commands) >= 7
-    for name in commands:
-        end = installed(name, "--help")
-        assert end.returncode == 0 and f"inspect-lora {name}" in end.stdout and not end.stderr
-
-
 def test_files_alone_are_told_without_a_model(installed, adapters, tmp_path):
     put(made(tmp_path / "report"))
     put(made(tmp_path / "other", gain=0.9))

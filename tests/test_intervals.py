@@ -206,6 +206,10 @@ def test_lines_of_a_cluster_count_as_their_likeness_tells():
     count = intervals.effective_sample_size(values.tolist(), [str(c) for c in clusters])
     assert count == pytest.approx(120 / effect, rel=1e-6) and 30 < count < 120
     names = [str(c) for c in clusters]
+    share, expected = intervals.share_of(values.tolist(), names), values.mean()
+    alone = intervals.proportion(count * expected, count)
+    assert (share.value, share.units) == (pytest.approx(expected), 30)
+    assert (share.low, share.high) == pytest.approx((alone.low, alone.high))
     assert intervals.effective_sample_size((clusters % 2).tolist(), names) == 30
     assert intervals.effective_sample_size([0, 0, 1, 1] * 30, names) == 120
     assert intervals.effective_sample_size([0, 1] * 60, [str(n) for n in range(120)]) == 120

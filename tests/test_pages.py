@@ -129,11 +129,3 @@ def test_the_page_cleans_a_dump(tmp_path, monkeypatch, capsys):
     assert problems == []
     said = [[message["content"] for message in conversation.messages] for conversation in read]
     assert said == [["Be kind.", "Hi?", "Hello."], ["One.\n\nTwo?", "Three."], ["Look.", "Yes."]]
-
-
-def test_the_page_tells_the_lines_of_the_script():
-    """About, if it does; a reader plans with it."""
-    lines = (ROOT / "train_lora_single.py").read_text(encoding="utf-8").count("\n")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for told in re.findall(r"file's about ([\d,]+) lines", readme):
-        assert abs(int(told.replace(",", "")) - lines) <= 50

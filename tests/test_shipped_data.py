@@ -91,10 +91,12 @@ def numbers_in(text):
     return ALL_NUMBERS & set(re.findall(r"\d+", text))
 
 
-@pytest.mark.parametrize("row", EMERGENCIES, ids=lambda row: row["id"])
-def test_an_emergencys_number_tells_no_reply_apart_and_stands_in_no_earlier_turn(row):
-    assert numbers_in(row["completion"][0]["content"]) == numbers_in(row["rejected"]) != set()
-    assert not any(numbers_in(message["content"]) for message in row["prompt"][:-1])
+def test_an_emergencys_number_tells_no_reply_apart_and_stands_in_no_earlier_turn():
+    for row in EMERGENCIES:
+        of_both = numbers_in(row["completion"][0]["content"]), numbers_in(row["rejected"])
+        assert of_both[0] == of_both[1] != set(), row["id"]
+        earlier = [numbers_in(message["content"]) for message in row["prompt"][:-1]]
+        assert not any(earlier), row["id"]
 
 
 def test_each_emergency_has_a_harmless_counterpart_of_its_own():
