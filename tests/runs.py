@@ -353,19 +353,15 @@ def write_to(path):
         setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
-def be_python(words, cwd=ROOT):
-    """Do what `python WORDS` does in a folder, as if nothing of ours had been imported yet."""
-    os.chdir(cwd)
+def be_python(script, *argv, folder=ROOT):
+    """Do what `python SCRIPT ARGV` does in a folder, as if nothing of ours had been imported."""
+    os.chdir(folder)
     for name in [name for name in sys.modules if name.partition(".")[0] in OUR_OWN]:
         del sys.modules[name]
-    # The file's own folder comes first, and those of the tests are not on its path.
+    # The script's own folder comes first, and those of the tests are not on its path.
     others = [one for one in sys.path if Path(one or ".").resolve() not in (ROOT, ROOT / "tests")]
-    if words[0] == "-m":
-        sys.argv, sys.path[:] = words[1:], [os.getcwd(), *others]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv, sys.path[:] = words, [str(Path(words[0]).resolve().parent), *others]
-        runpy.run_path(words[0], run_name="__main__")
+    sys.argv, sys.path[:] = [script, *map(str, argv)], [os.getcwd(), *others]
+    runpy.run_path(script, run_name="__main__")
 
 
 def be_the_script(argv, said, prepare=None):
@@ -373,4 +369,4 @@ def be_the_script(argv, said, prepare=None):
     write_to(said)
     if prepare:
         prepare(pytest.MonkeyPatch())
-    be_python(["train_lora_single.py", *map(str, argv)])
+    be_python("train_lora_single.py", *argv)
