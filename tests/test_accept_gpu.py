@@ -94,11 +94,6 @@ def test_what_is_wrong_in_float16_is_seen(made, monkeypatch, what):
     assert is_good(accept.gradient(made.float16, made.folder)) == expected
 
 
-def test_without_a_native_gradient_float16_is_not_judged(made, tmp_path):
-    rows = accept.gradient(made.float16, tmp_path)
-    assert [row[2] for row in rows] == [True, True, None]
-
-
 def test_recomputation_that_differs_is_seen(made, tmp_path, monkeypatch):
     """As where a recomputed layer draws another dropout, or runs another kernel."""
     monkeypatch.setattr(made.float16, "tokens_at_once", 512)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tomllib
 import types
@@ -18,7 +17,6 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, TOY
-from packaging.requirements import Requirement
 from runs import ADAPTER, command, edited_script, prepared, read_record, refused, run, send
 from transformers.integrations import integration_utils
 
@@ -133,16 +131,13 @@ def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
 
 
 WRONG_CONSTANTS = [
-    ("LORA_R", "8"), ("LORA_R", True), ("LORA_R", 0), ("LORA_R", 513), ("BATCH_SIZE", 2.0),
-    ("SEED", -1), ("LEARNING_RATE", "2e-4"), ("LEARNING_RATE", float("nan")),
-    ("LEARNING_RATE", 0), ("LEARNING_RATE", 2), ("LORA_ALPHA", 0), ("LORA_DROPOUT", 1.0),
-    ("WARMUP_RATIO", 3), ("LORA_TARGET_MODULES", "all-linear"), ("LORA_TARGET_MODULES", []),
+    ("LORA_R", "8"), ("LORA_R", True), ("LORA_R", 513), ("BATCH_SIZE", 2.0), ("SEED", -1),
+    ("LEARNING_RATE", "2e-4"), ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 2),
+    ("LORA_ALPHA", 0), ("LORA_DROPOUT", 1.0), ("WARMUP_RATIO", 3), ("MAX_STEPS", -1),
+    ("LORA_TARGET_MODULES", "all-linear"), ("LORA_TARGET_MODULES", []),
     ("LORA_TARGET_MODULES", ["q_proj", 3]), ("DEVICE", "cud"), ("USE_FLA", "False"),
-    ("LOGGING_STEPS", 0), ("SAVE_STEPS", 0), ("MAX_SEQ_LEN", 0), ("NUM_EPOCHS", 0),
-    ("OUTPUT_DIR", None), ("MODEL_NAME", 4), ("EVAL_FILE", "51%"), ("EVAL_FILE", "0%"),
-    ("EVAL_FILE", None), ("EVAL_FILE", 0.1), ("EVAL_STEPS", -1), ("CHAT_TEMPLATE", "nowhere"),
-    ("ENABLE_THINKING", 0), ("USE_FLA", 1), ("MAX_STEPS", -1),
-    ("LORA_TARGET_MODULES", ("all-linear",)), ("START_FROM", "nowhere"),
+    ("ENABLE_THINKING", 0), ("OUTPUT_DIR", None), ("EVAL_FILE", "51%"), ("EVAL_FILE", 0.1),
+    ("CHAT_TEMPLATE", "nowhere"), ("START_FROM", "nowhere"),
 ]  # fmt: skip
 
 
@@ -197,21 +192,6 @@ def test_a_users_allocator_and_wsls_are_left_alone(kernel, own, is_set, tmp_path
     assert names == ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if is_set else own)
 
 
-BLOCKED = """
-import runpy, sys
-for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy"):
-    sys.modules[name] = None
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("flags, status", [("--help", 0), ("--lora_r 0", 2)])
-def test_help_and_a_wrong_setting_import_no_library(flags, status):
-    words = [sys.executable, "-c", BLOCKED, SCRIPT, *flags.split()]
-    assert subprocess.run(words, capture_output=True).returncode == status
-
-
 def test_the_demo_is_a_small_model_on_a_cpu_and_flags_beside_it_win(capfd):
     """It works from any folder, and a dry run writes nothing."""
     given = t.parse_settings(["--demo", "--lora_r", "3"])
@@ -261,25 +241,6 @@ def test_a_run_writes_what_it_prints_as_the_dry_run_did_and_tells_a_tracker(monk
     assert [step for _, step, logs in told if "eval_loss" in logs] == [0, 2]
 
 
-FULL = "Could not convert: CUDA error: out of memory"
-
-
-@pytest.mark.parametrize(
-    "error, free, is_told",
-    [(torch.OutOfMemoryError("CUDA out of memory"), 9, True), (RuntimeError(FULL), 9, True),
-     (RuntimeError("conversion"), 0.5, True), (RuntimeError("conversion"), 9, False)],
-)  # fmt: skip
-def test_weights_that_do_not_fit_are_told(error, free, is_told, gpu, monkeypatch):
-    """transformers may call it an error of conversion."""
-    gpu((8, 0), free=free)
-    monkeypatch.setattr(
-        transformers.AutoModelForCausalLM, "from_pretrained", Mock(side_effect=error)
-    )
-    with pytest.raises(t.UserError if is_told else RuntimeError) as raised:
-        t.load_model(TOY, "", "bfloat16", "cuda")
-    assert isinstance(raised.value, t.UserError) == is_told
-
-
 @pytest.mark.parametrize(
     "number, is_launched, is_heard",
     [(signal.SIGTERM, False, True), (signal.SIGTERM, True, False), (signal.SIGHUP, False, False)],
@@ -298,13 +259,6 @@ def test_a_second_signal_is_heard_but_where_it_may_be_the_first(
     assert stop.signal == number
     with pytest.raises(t.Stopped) if is_heard else contextlib.nullcontext():
         send(number)()
-
-
-def test_without_a_gpu_it_is_said_before_the_data_is_read(capfd, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    on_gpu = [*RUN, "--device", "cuda", "--dtype", "bfloat16"]
-    refused(capfd, [*on_gpu, "--train_file", "absent"], "DEVICE")
-    assert command(capfd, [*on_gpu, "--dry_run"]).status == 0  # which needs none
 
 
 FLA = {  # where USE_FLA is on: the capability, whether fla is installed, and whether it is used
@@ -381,18 +335,12 @@ def test_a_model_that_is_divided_among_gpus_is_refused(kind, capfd, monkeypatch)
     refused(capfd, RUN, "torchrun")
 
 
-def test_what_is_imported_is_required_in_both_places():
-    """The script's own block is what `uv run` reads (PEP 723)."""
+def test_uv_gets_the_same_versions_as_pip():
+    """By the script's own block (PEP 723)."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    wanted = {one.name: one.specifier for one in found}
-    nodes = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Import)]
-    names = {alias.name.partition(".")[0] for node in nodes for alias in node.names}
+    wanted = {line for line in lines if line and not line.startswith("#")}
     (block,) = re.findall(r"(?m)^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SOURCE)
-    values = tomllib.loads(re.sub("(?m)^# ?", "", block))
-    own = {one.name: one.specifier for one in map(Requirement, values["dependencies"])}
-    assert own.items() <= wanted.items()
-    names -= {*sys.stdlib_module_names, "fla", "causal_conv1d"}
-    assert "torch" in names and names <= wanted.keys()
+    own = tomllib.loads(re.sub("(?m)^# ?", "", block))["dependencies"]
+    assert {*own} <= wanted
     # PyPI's wheels hold the kernels of the V100 (sm_70) up to torch 2.10.
-    assert wanted["torch"].contains("2.10.0") and not wanted["torch"].contains("2.11.0")
+    assert [line for line in own if line.startswith("torch")] == ["torch>=2.7,<2.11"]

