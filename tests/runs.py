@@ -176,7 +176,6 @@ def history(output):
 
 
 def logged(history, key):
-    """Return the values of key in a trainer's log, in order."""
     return [entry[key] for entry in history if key in entry]
 
 
@@ -349,8 +348,8 @@ def write_to(path):
     """Let standard output and error of this child go to a file, by streams of its own."""
     for number in (1, 2):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def be_python(script, *argv, folder=ROOT):
