@@ -1,6 +1,7 @@
 """Runs of the commands: short ones in this process, forks of it, and what they leave."""
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -25,6 +26,9 @@ from conftest import ROOT, TOY, default_handlers
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_lora_single as t
+
+# Each start hashes the script's code: a third of a short run, and the same each time.
+t.hash_of_code = functools.cache(t.hash_of_code)
 
 ADAPTER = "final_lora/adapter_model.safetensors"
 NOUNS = ["tea", "rain", "garden", "kettle", "letter", "window", "nephew", "biscuit", "road", "cup"]
@@ -172,7 +176,6 @@ def history(output):
 
 
 def logged(history, key):
-    """Return the values of key in a trainer's log, in order."""
     return [entry[key] for entry in history if key in entry]
 
 
@@ -345,23 +348,19 @@ def write_to(path):
     """Let standard output and error of this child go to a file, by streams of its own."""
     for number in (1, 2):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
-def be_python(words, cwd=ROOT):
-    """Do what `python WORDS` does in a folder, as if nothing of ours had been imported yet."""
-    os.chdir(cwd)
+def be_python(script, *argv, folder=ROOT):
+    """Do what `python SCRIPT ARGV` does in a folder, as if nothing of ours had been imported."""
+    os.chdir(folder)
     for name in [name for name in sys.modules if name.partition(".")[0] in OUR_OWN]:
         del sys.modules[name]
-    # The file's own folder comes first, and those of the tests are not on its path.
+    # The script's own folder comes first, and those of the tests are not on its path.
     others = [one for one in sys.path if Path(one or ".").resolve() not in (ROOT, ROOT / "tests")]
-    if words[0] == "-m":
-        sys.argv, sys.path[:] = words[1:], [os.getcwd(), *others]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv, sys.path[:] = words, [str(Path(words[0]).resolve().parent), *others]
-        runpy.run_path(words[0], run_name="__main__")
+    sys.argv, sys.path[:] = [script, *map(str, argv)], [os.getcwd(), *others]
+    runpy.run_path(script, run_name="__main__")
 
 
 def be_the_script(argv, said, prepare=None):
@@ -369,4 +368,4 @@ def be_the_script(argv, said, prepare=None):
     write_to(said)
     if prepare:
         prepare(pytest.MonkeyPatch())
-    be_python(["train_lora_single.py", *map(str, argv)])
+    be_python("train_lora_single.py", *argv)

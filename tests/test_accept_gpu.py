@@ -84,10 +84,6 @@ FLOAT16 = {  # what of the script is changed how, and whether the rows are good 
         "scaled_fp16_matmul",
         changed(lambda rows: torch.cat([rows[..., :-1, :], 2 * rows[..., -1:, :]], -2)), False,
     ),
-    "a dropped row": (
-        "scaled_fp16_matmul",
-        changed(lambda rows: torch.cat([0 * rows[..., :1, :], rows[..., 1:, :]], -2)), False,
-    ),
 }  # fmt: skip
 
 
@@ -96,11 +92,6 @@ def test_what_is_wrong_in_float16_is_seen(made, monkeypatch, what):
     name, change, expected = FLOAT16[what]
     monkeypatch.setattr(t, name, change(getattr(t, name)))
     assert is_good(accept.gradient(made.float16, made.folder)) == expected
-
-
-def test_without_a_native_gradient_float16_is_not_judged(made, tmp_path):
-    rows = accept.gradient(made.float16, tmp_path)
-    assert [row[2] for row in rows] == [True, True, None]
 
 
 def test_recomputation_that_differs_is_seen(made, tmp_path, monkeypatch):
@@ -119,14 +110,6 @@ def test_fla_that_cannot_be_used_is_known_before_anything_is_loaded(flags, monke
     assert "ROW" not in capsys.readouterr().out
 
 
-BROKEN = {  # of what torch computes: where it is, and shares by which it errs for one row, for both
-    "convolution": (torch.nn.functional, "conv1d", 0.01, 0.1),
-    "triangular solve": (torch.linalg, "solve_triangular", 0.02, 0.3),
-    "SDPA": (torch.nn.functional, "scaled_dot_product_attention", 0.03, 0.4),
-    "norm": (torch, "rsqrt", 0.01, 0.1),
-}
-
-
 @pytest.mark.parametrize("matmul", ["native", "float16"])
 def test_the_demo_as_on_the_cpu(flags, monkeypatch, matmul):
     monkeypatch.setattr(accept, "DEMO", TOY)
@@ -134,11 +117,19 @@ def test_the_demo_as_on_the_cpu(flags, monkeypatch, matmul):
     assert is_good(accept.compare_with_cpu([*flags, *own_type], Path()))
 
 
-@pytest.mark.parametrize("is_large", [False, True])
+BROKEN = {  # where torch computes it, its share of error, and whether bfloat16's row is good then
+    "convolution": (torch.nn.functional, "conv1d", 0.01, True),
+    "triangular solve": (torch.linalg, "solve_triangular", 0.02, True),
+    "SDPA": (torch.nn.functional, "scaled_dot_product_attention", 0.03, True),
+    "norm": (torch, "rsqrt", 0.01, True),
+    "norm, by far": (torch, "rsqrt", 0.1, False),
+}
+
+
 @pytest.mark.parametrize("kernel", BROKEN)
-def test_a_kernel_that_errs_on_the_card_is_seen(flags, monkeypatch, kernel, is_large):
+def test_a_kernel_that_errs_on_the_card_is_seen(flags, monkeypatch, kernel):
     """The CPU is the card here: what is computed once a second model is loaded is the card's."""
-    module, name, *shares = BROKEN[kernel]
+    module, name, share, is_good_in_bfloat16 = BROKEN[kernel]
     compute, load, loaded = getattr(module, name), t.load_model, []
     chance = torch.Generator().manual_seed(0)
 
@@ -146,14 +137,14 @@ def test_a_kernel_that_errs_on_the_card_is_seen(flags, monkeypatch, kernel, is_l
         result = compute(*arguments, **options)
         if len(loaded) < 2:
             return result
-        factors = 1 + shares[is_large] * torch.randn(result.shape, generator=chance)
+        factors = 1 + share * torch.randn(result.shape, generator=chance)
         return result * factors.to(result.dtype)
 
     monkeypatch.setattr(accept, "DEMO", TOY)
     monkeypatch.setattr(t, "load_model", lambda *words: loaded.append(words) or load(*words))
     monkeypatch.setattr(module, name, err)
     rows = accept.compare_with_cpu([*flags, "--dtype=bfloat16"], Path())
-    assert [row[2] for row in rows] == [False, not is_large]
+    assert [row[2] for row in rows] == [False, is_good_in_bfloat16]
 
 
 @pytest.fixture
@@ -170,8 +161,11 @@ def full(native, gpu):
     handle.remove()
 
 
-def test_a_step_that_runs_out_of_memory_or_loses_a_micro_batch(full, tmp_path, monkeypatch):
+def test_a_step_that_runs_out_of_memory(full, tmp_path):
     assert is_good(accept.out_of_memory(full, tmp_path))
+
+
+def test_a_step_that_loses_a_micro_batch_when_memory_runs_out(full, tmp_path, monkeypatch):
     real = t.micro_batches
 
     def lose_one(inputs, tokens_at_once, chunk):
@@ -201,21 +195,20 @@ def test_steps_that_need_more_than_was_tried(full, tmp_path, monkeypatch):
 
 
 def test_the_bare_command(tmp_path, monkeypatch, capfd):
-    train = runs.write_talks(tmp_path / "train.jsonl", range(24))
-    held_out = runs.write_talks(tmp_path / "eval.jsonl", range(500, 502))
-    flags = [f"--model_name={TOY}", "--device=cpu", "--max_steps=6", "--logging_steps=1"]
-    flags += [f"--train_file={train}", f"--eval_file={held_out}"]
+    train = runs.write_talks(tmp_path / "train.jsonl", range(16))
+    flags = [f"--model_name={TOY}", "--device=cpu", "--max_steps=4", "--logging_steps=1"]
+    flags += [f"--train_file={train}", f"--eval_file={train}"]
 
     def run(words, stop_at=""):
         with monkeypatch.context() as patch:
             if stop_at:
-                runs.at_step(patch, 3, runs.send(signal.SIGTERM))
+                runs.at_step(patch, 2, runs.send(signal.SIGTERM))
             end = runs.command(capfd, words[1:])
         assert stop_at in end.out
         return end.status, end.out
 
     monkeypatch.setattr(accept, "run", run)
-    monkeypatch.setattr(accept, "STEPS", 6)
+    monkeypatch.setattr(accept, "STEPS", 4)
     assert is_good(accept.bare_command(flags, tmp_path))
 
 
@@ -265,22 +258,11 @@ def test_two_processes(tmp_path, monkeypatch, key, factor):
     assert is_good(accept.two_processes([], tmp_path)) == (factor == 1)
 
 
-def test_a_command_is_stopped_at_a_line_and_killed_with_what_it_started_past_its_seconds(tmp_path):
-    waits = "import time; print('step 2/4', flush=True); time.sleep(20)"
-    assert accept.run(["-c", waits], stop_at="step 2/") == (-signal.SIGTERM, "step 2/4\n")
-    path = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(1.6); pathlib.Path({str(path)!r}).touch()"
-    words = ["-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"]
-    status, _ = accept.run(words, seconds=1)  # it reads as long as anything can write
-    assert status == 124 and not path.exists()
-
-
 def test_the_rows_of_a_check_are_printed(capsys, monkeypatch, tmp_path):
-    rows = [("one", "1", True), ("two", "2", False)]
-    monkeypatch.setitem(accept.CHECKS, "bare", ([lambda flags, folder: iter(rows)], "", ""))
+    row = ["what", "found", False]
+    monkeypatch.setitem(accept.CHECKS, "bare", ([lambda flags, folder: iter([row])], "", ""))
     accept.do_check("bare", str(tmp_path), "--flag")
-    lines = capsys.readouterr().out.splitlines()
-    assert [json.loads(line.removeprefix("ROW ")) for line in lines] == [[*row] for row in rows]
+    assert json.loads(capsys.readouterr().out.removeprefix("ROW ")) == row
 
 
 def all_checks(patch, folder, outputs, times=(0.0,)):
@@ -288,6 +270,7 @@ def all_checks(patch, folder, outputs, times=(0.0,)):
     clock = itertools.chain([0.0], times, itertools.repeat(times[-1]))
     patch.setattr(accept, "default_timer", lambda: next(clock))
     patch.setattr(accept, "run", lambda words, **_: outputs.get(words[1], (0, "")))
+    patch.setenv("PATH", str(folder))  # where nvidia-smi may be
     patch.chdir(folder)
     return accept.main(), json.loads(Path("acceptance.json").read_text(encoding="utf-8"))
 
@@ -297,18 +280,10 @@ def test_all_rows_and_the_log_are_in_the_file(tmp_path, monkeypatch):
     query = tmp_path / "nvidia-smi"
     query.write_text("#!/bin/sh\necho Tesla V100, 7.0\n")
     query.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
     status, report = all_checks(monkeypatch, tmp_path, outputs)
     assert status == 0 and [row[3] for row in report["rows"]] == [True] * len(outputs)
     assert [name for name in outputs if f"log of {name}\n" not in report["log"]] == []
     assert report["cards"] == "Tesla V100, 7.0\n" and report["packages"]["torch"]
-    assert len(report["script_sha256"]) == 64
-
-
-def test_without_nvidia_smi_the_rest_is_done(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    status, report = all_checks(monkeypatch, tmp_path, {"bare": (0, GOOD)})
-    assert status == 0 and not report.get("cards") and len(report["rows"]) == len(accept.CHECKS)
 
 
 @pytest.mark.parametrize("output", [(0, BAD), (1, GOOD), (-6, ""), (-9, "")])
@@ -328,13 +303,3 @@ def test_what_there_was_no_time_for_is_not_done(tmp_path, monkeypatch):
     judged = {name: [row[3] for row in report["rows"] if row[0] == name] for name in accept.CHECKS}
     assert status == 1 and judged["native"] == [True, None] and judged["memory"] == [False]
     assert judged["float16"] == judged["fla"] == judged["two"] == [None]
-
-
-def test_a_check_has_whole_seconds_up_to_the_deadline(tmp_path, monkeypatch):
-    """`timeout 0` would let it run for ever; less than what is left is taken for a fault."""
-    clock, seconds = itertools.chain([0.0], itertools.count(0.6, 90)), []
-    monkeypatch.setattr(accept, "default_timer", lambda: next(clock))
-    monkeypatch.setattr(accept, "run", lambda _, seconds=0, to=seconds: (to.append(seconds), ""))
-    monkeypatch.chdir(tmp_path)
-    assert accept.main() == 0
-    assert seconds == [585, 495, 405, 315, 225, 135, 45]

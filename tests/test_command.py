@@ -1,14 +1,12 @@
 """The command: a flag for each setting, what is refused, errors and statuses, the environment."""
 
-import argparse
 import ast
-import importlib.metadata
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tomllib
 import types
@@ -19,7 +17,6 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, TOY
-from packaging.requirements import Requirement
 from runs import ADAPTER, command, edited_script, prepared, read_record, refused, run, send
 from transformers.integrations import integration_utils
 
@@ -92,28 +89,23 @@ def an_adapter():
     Path("an-adapter/adapter_model.safetensors").touch()
 
 
-def test_each_setting_is_a_flag_of_its_type_with_hyphens_or_underscores(an_adapter):
-    shipped = vars(t.parse_settings([]))
-    for name in t.SETTINGS:
-        value = another(name)
-        words = [*map(str, value)] if isinstance(value, list) else [str(value)]
-        for flag in (f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"):
-            given = vars(t.parse_settings([flag, *words]))
-            assert given == shipped | {name: value}
-            assert type(given[name]) is type(shipped[name])
-    assert t.parse_settings(["--eval-file=my-held-out.jsonl"]).EVAL_FILE == "my-held-out.jsonl"
+@pytest.mark.parametrize("name", t.SETTINGS)
+def test_each_setting_is_a_flag_of_its_type_with_hyphens_or_underscores(name, an_adapter):
+    shipped, value = vars(t.parse_settings([])), another(name)
+    words = [*map(str, value)] if isinstance(value, list) else [str(value)]
+    for flag in (f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"):
+        given = vars(t.parse_settings([flag, *words]))
+        assert given == shipped | {name: value}
+        assert type(given[name]) is type(shipped[name])
 
 
-def test_a_line_typed_over_another_without_type_or_comment_is_the_default(tmp_path, an_adapter):
+@pytest.mark.parametrize("middle", [" = ", ": object = "])
+def test_a_line_typed_over_another_without_its_comment_is_the_default(middle, tmp_path, an_adapter):
     mine = {name: another(name) for name in t.SETTINGS}
-    for middle in (" = ", ": object = "):
-        changes = [(text, f"{name}{middle}{mine[name]!r}") for name, text in statements().items()]
-        copy = edited_script(tmp_path, *changes)
-        assert copy.parse_settings([]) == argparse.Namespace(
-            **mine, dry_run=False, edited_code=False
-        )
-        assert {*copy.SETTINGS} == {*t.SETTINGS}
-        assert copy.parse_settings(["--lora_r", "4"]).LORA_R == 4
+    changes = [(text, f"{name}{middle}{mine[name]!r}") for name, text in statements().items()]
+    copy = edited_script(tmp_path, *changes)
+    assert vars(copy.parse_settings([])).items() >= mine.items()
+    assert copy.parse_settings(["--lora_r", "4"]).LORA_R == 4
 
 
 def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
@@ -139,16 +131,13 @@ def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
 
 
 WRONG_CONSTANTS = [
-    ("LORA_R", "8"), ("LORA_R", True), ("LORA_R", 0), ("LORA_R", 513), ("BATCH_SIZE", 2.0),
-    ("SEED", -1), ("LEARNING_RATE", "2e-4"), ("LEARNING_RATE", float("nan")),
-    ("LEARNING_RATE", 0), ("LEARNING_RATE", 2), ("LORA_ALPHA", 0), ("LORA_DROPOUT", 1.0),
-    ("WARMUP_RATIO", 3), ("LORA_TARGET_MODULES", "all-linear"), ("LORA_TARGET_MODULES", []),
+    ("LORA_R", "8"), ("LORA_R", True), ("LORA_R", 513), ("BATCH_SIZE", 2.0), ("SEED", -1),
+    ("LEARNING_RATE", "2e-4"), ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 2),
+    ("LORA_ALPHA", 0), ("LORA_DROPOUT", 1.0), ("WARMUP_RATIO", 3), ("MAX_STEPS", -1),
+    ("LORA_TARGET_MODULES", "all-linear"), ("LORA_TARGET_MODULES", []),
     ("LORA_TARGET_MODULES", ["q_proj", 3]), ("DEVICE", "cud"), ("USE_FLA", "False"),
-    ("LOGGING_STEPS", 0), ("SAVE_STEPS", 0), ("MAX_SEQ_LEN", 0), ("NUM_EPOCHS", 0),
-    ("OUTPUT_DIR", None), ("MODEL_NAME", 4), ("EVAL_FILE", "51%"), ("EVAL_FILE", "0%"),
-    ("EVAL_FILE", None), ("EVAL_FILE", 0.1), ("EVAL_STEPS", -1), ("CHAT_TEMPLATE", "nowhere"),
-    ("ENABLE_THINKING", 0), ("USE_FLA", 1), ("MAX_STEPS", -1),
-    ("LORA_TARGET_MODULES", ("all-linear",)), ("START_FROM", "nowhere"),
+    ("ENABLE_THINKING", 0), ("OUTPUT_DIR", None), ("EVAL_FILE", "51%"), ("EVAL_FILE", 0.1),
+    ("CHAT_TEMPLATE", "nowhere"), ("START_FROM", "nowhere"),
 ]  # fmt: skip
 
 
@@ -176,13 +165,11 @@ def test_a_wrong_flag_is_named_and_touches_nothing(argv, capfd):
     assert {path.name for path in Path.cwd().iterdir()} == {"t"}
 
 
-def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+@pytest.mark.parametrize("name", ["MODEL_NAME", "TRAIN_FILE", "EVAL_FILE", "OUTPUT_DIR"])
+def test_a_path_may_begin_with_the_home_folder(name, monkeypatch):
     monkeypatch.setenv("HOME", str(Path.cwd()))
-    names = ("MODEL_NAME", "TRAIN_FILE", "EVAL_FILE")
-    given = vars(t.parse_settings([f"--{name.lower()}=~/{name}" for name in names]))
-    assert [given[name] for name in names] == [str(Path.cwd() / name) for name in names]
-    assert run([*RUN, "--train_file", "~/t", "--output_dir", "~/out"]) == 0
-    assert Path("out", ADAPTER).is_file() and not Path("~").exists()
+    given = vars(t.parse_settings([f"--{name.lower()}=~/mine"]))
+    assert given[name] == str(Path.cwd() / "mine")
 
 
 ALLOCATORS = [  # the kernel, what the user has set, and whether segments are made expandable
@@ -203,35 +190,6 @@ def test_a_users_allocator_and_wsls_are_left_alone(kernel, own, is_set, tmp_path
     edited_script(tmp_path)
     names = {name: os.environ[name] for name in os.environ if name.endswith("ALLOC_CONF")}
     assert names == ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if is_set else own)
-
-
-def test_ctrl_c_ends_the_imports_without_a_traceback(tmp_path):
-    slow = tmp_path / "slow"
-    slow.mkdir()
-    text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
-    (slow / "accelerate.py").write_text(text)  # the first of the slow imports
-    words = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(slow)!r}); " + RUN_IT]
-    done = subprocess.run([*words, SCRIPT, "--dry_run"], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGINT and done.stderr == ""
-
-
-RUN_IT = "import runpy; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
-BLOCKED = """
-import runpy, sys
-for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy"):
-    sys.modules[name] = None
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("flags, status", [("--help", 0), ("--lora_r 0", 2), ("--lora_rr 3", 2)])
-def test_help_and_a_wrong_setting_import_no_library(flags, status):
-    words = [sys.executable, "-c", BLOCKED, SCRIPT, *flags.split()]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-    for name in t.SETTINGS if flags == "--help" else []:
-        assert re.search(rf"--{name.lower()}\b", done.stdout)
 
 
 def test_the_demo_is_a_small_model_on_a_cpu_and_flags_beside_it_win(capfd):
@@ -283,67 +241,31 @@ def test_a_run_writes_what_it_prints_as_the_dry_run_did_and_tells_a_tracker(monk
     assert [step for _, step, logs in told if "eval_loss" in logs] == [0, 2]
 
 
-FULL = "Could not convert: CUDA error: out of memory"
-
-
 @pytest.mark.parametrize(
-    "error, free, is_told",
-    [(torch.OutOfMemoryError("CUDA out of memory"), 9, True), (RuntimeError(FULL), 9, True),
-     (RuntimeError("conversion"), 0.5, True), (RuntimeError("conversion"), 9, False)],
-)  # fmt: skip
-def test_weights_that_do_not_fit_are_told(error, free, is_told, gpu, monkeypatch):
-    """transformers may call it an error of conversion."""
-    gpu((8, 0), free=free)
-    monkeypatch.setattr(
-        transformers.AutoModelForCausalLM, "from_pretrained", Mock(side_effect=error)
-    )
-    with pytest.raises(t.UserError if is_told else RuntimeError) as raised:
-        t.load_model(TOY, "", "bfloat16", "cuda")
-    assert isinstance(raised.value, t.UserError) == is_told
-
-
-def test_a_card_that_fails_is_told_with_the_allocators_variable(gpu, capfd, monkeypatch):
-    """As under WSL2, where the first allocation may fail."""
-    gpu((7, 0))
-    monkeypatch.setattr(torch, "ones", Mock(side_effect=RuntimeError("CUDA driver error: unknown")))
-    on_gpu = [*RUN, "--device", "cuda", "--dtype", "bfloat16"]
-    refused(capfd, on_gpu, "DEVICE", "PYTORCH_CUDA_ALLOC_CONF", "unknown")
-
-
-def test_a_second_signal_is_heard_at_once_but_where_it_is_passed_on_twice(monkeypatch):
+    "number, is_launched, is_heard",
+    [(signal.SIGTERM, False, True), (signal.SIGTERM, True, False), (signal.SIGHUP, False, False)],
+)
+def test_a_second_signal_is_heard_but_where_it_may_be_the_first(
+    number, is_launched, is_heard, monkeypatch
+):
     """A launcher passes on what its process has had; a closed terminal sends SIGHUP twice."""
-    for number, is_launched, is_heard in (
-        (signal.SIGTERM, False, True), (signal.SIGTERM, True, False), (signal.SIGHUP, False, False),
-    ):  # fmt: skip
-        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-        if is_launched:
-            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-            monkeypatch.setenv("RANK", "0")
-        stop = t.Stop(finish_first="the step")
-        t.catch_signals(stop)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if is_launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        monkeypatch.setenv("RANK", "0")
+    stop = t.Stop(finish_first="the step")
+    t.catch_signals(stop)
+    send(number)()
+    assert stop.signal == number
+    with pytest.raises(t.Stopped) if is_heard else contextlib.nullcontext():
         send(number)()
-        assert stop.signal == number
-        if is_heard:
-            with pytest.raises(t.Stopped):
-                send(number)()
-        else:
-            send(number)()
-
-
-def test_without_a_gpu_it_is_said_before_the_data_is_read(capfd, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    on_gpu = [*RUN, "--device", "cuda", "--dtype", "bfloat16"]
-    refused(capfd, [*on_gpu, "--train_file", "absent"], "DEVICE")
-    assert command(capfd, [*on_gpu, "--dry_run"]).status == 0  # which needs none
 
 
 FLA = {  # where USE_FLA is on: the capability, whether fla is installed, and whether it is used
     "Ampere": ((8, 0), True, True),
-    "Ada": ((8, 9), True, True),
     "not installed": ((8, 0), False, False),
     "Volta": ((7, 0), True, False),
     "Hopper": ((9, 0), True, False),
-    "Blackwell": ((12, 0), True, False),
     "a CPU": (None, True, False),
 }
 
@@ -377,23 +299,22 @@ def test_float32_is_float32_and_cudnns_attention_is_off():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-@pytest.mark.parametrize(("visible", "left"), [(None, "0"), ("2,3", "2"), ("", "")])
-def test_only_one_gpu_is_visible_before_anything_is_imported(visible, left, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("visible", "is_launched", "left"),
+    [(None, False, "0"), ("2,3", False, "2"), ("", False, ""), ("2,3", True, "2,3")],
+)
+def test_without_a_launcher_one_gpu_is_visible_before_anything_is_imported(
+    visible, is_launched, left, tmp_path, monkeypatch
+):
     """A library that starts the driver with several would keep them."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if is_launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    first, note = "\nimport accelerate\n", "\nONE_GPU = os.environ['CUDA_VISIBLE_DEVICES']"
-    script = edited_script(tmp_path, (first, note + first))
-    assert left == script.ONE_GPU
-
-
-def test_each_process_of_a_launch_sees_all_gpus(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    edited_script(tmp_path)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+    first, note = "\nimport accelerate\n", "\nVISIBLE = os.environ['CUDA_VISIBLE_DEVICES']"
+    assert left == edited_script(tmp_path, (first, note + first)).VISIBLE
 
 
 def test_what_other_work_left_changes_nothing(finished, stopped, tmp_path, monkeypatch):
@@ -414,20 +335,12 @@ def test_a_model_that_is_divided_among_gpus_is_refused(kind, capfd, monkeypatch)
     refused(capfd, RUN, "torchrun")
 
 
-def test_what_is_imported_is_required_and_installed():
-    """The script's own block is what `uv run` reads (PEP 723); only the package draws."""
+def test_uv_gets_the_same_versions_as_pip():
+    """By the script's own block (PEP 723)."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    wanted = {one.name.replace("-", "_"): one.specifier for one in found}
-    nodes = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Import)]
-    names = {alias.name.partition(".")[0] for node in nodes for alias in node.names}
-    names -= {*sys.stdlib_module_names, "fla", "causal_conv1d"}
-    assert "torch" in names and "inspect_lora" not in names
-    for name, specifier in wanted.items():
-        assert specifier.contains(importlib.metadata.version(name)), name
-    # PyPI's wheels hold the kernels of the V100 (sm_70) up to torch 2.10.
-    assert wanted["torch"].contains("2.10.0") and not wanted["torch"].contains("2.11.0")
+    wanted = {line for line in lines if line and not line.startswith("#")}
     (block,) = re.findall(r"(?m)^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SOURCE)
-    values = tomllib.loads(re.sub("(?m)^# ?", "", block))
-    own = {one.name: one.specifier for one in map(Requirement, values["dependencies"])}
-    assert own.items() <= wanted.items() and names <= wanted.keys()
+    own = tomllib.loads(re.sub("(?m)^# ?", "", block))["dependencies"]
+    assert {*own} <= wanted
+    # PyPI's wheels hold the kernels of the V100 (sm_70) up to torch 2.10.
+    assert [line for line in own if line.startswith("torch")] == ["torch>=2.7,<2.11"]

@@ -49,7 +49,6 @@ def trained(flags):
 def test_the_figures_of_qwen35_4b(capfd, monkeypatch):
     """As the settings are shipped, with 1,000 examples; no weight is loaded, no GPU asked for."""
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(torch.cuda, "init", lambda: 1 / 0)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: 1 / 0)
     text = {
         "vocab_size": 248320, "hidden_size": 2560, "intermediate_size": 9216,
@@ -62,24 +61,11 @@ def test_the_figures_of_qwen35_4b(capfd, monkeypatch):
     out = command(capfd, [*DRY, "--model_name", model_of(config, "model")]).out
     assert {"10616832", "4216368128", "0.2518", "750"} <= {*numbers(out)}
     rows = {row[0]: row for line in out.splitlines() for row in [line.split()] if row}
-    shapes = {  # the layers that have it, W, A, B, and the weights of all its A and B or of one
-        "q_proj": (8, "8,192x2,560", "8x2,560", "8,192x8", 86_016),
-        "k_proj": (8, "1,024x2,560", "8x2,560", "1,024x8", 28_672),
-        "v_proj": (8, "1,024x2,560", "8x2,560", "1,024x8", 28_672),
-        "o_proj": (8, "2,560x4,096", "8x4,096", "2,560x8", 53_248),
-        "gate_proj": (32, "9,216x2,560", "8x2,560", "9,216x8", 94_208),
-        "up_proj": (32, "9,216x2,560", "8x2,560", "9,216x8", 94_208),
-        "down_proj": (32, "2,560x9,216", "8x9,216", "2,560x8", 94_208),
-    }
-    for name, (layers, *matrices, each) in shapes.items():
-        assert {*matrices} <= {*rows[name]}, name
-        assert any(cell.partition("/")[0] == str(layers) for cell in rows[name]), name
-        assert {f"{each:,}", f"{layers * each:,}"} & {*rows[name]}, name
+    assert {"8,192x2,560", "8x2,560", "8,192x8"} <= {*rows["q_proj"]}  # W, A and B
 
 
 COUNTED = {
     "Qwen3.5, DeltaNet": (None, ["out_proj", "in_proj_qkv", "o_proj"]),
-    "Llama, untied": (lambda: family("Llama", tie_word_embeddings=False), SEVEN),
     "Phi3, fused": (lambda: family("Phi3"), ["qkv_proj", "o_proj", "gate_up_proj"]),
     "experts": (lambda: family("Qwen3Moe", **EXPERTS), SEVEN[:4]),
 }
@@ -89,15 +75,14 @@ COUNTED = {
 def test_the_plan_counts_r_times_rows_plus_columns(name, capfd):
     make, targets = COUNTED[name]
     config = make() if make else transformers.AutoConfig.from_pretrained(TOY)
-    folder = model_of(config, "model")
-    flags = [*DRY, "--model_name", folder, "--lora_r", "12", "--lora_target_modules", *targets]
+    flags = [*DRY, "--model_name", model_of(config, "model")]
+    flags += ["--lora_r", "12", "--lora_target_modules", *targets]
     model = AutoModelForCausalLM.from_config(config)
     modules = [one for path, one in model.named_modules() if path.split(".")[-1] in targets]
     count = sum(12 * (one.in_features + one.out_features) for one in modules)
     whole = count + sum(weight.numel() for weight in model.parameters())
-    assert count > 0 and trained(flags) == count
     out = numbers(command(capfd, flags).out)
-    assert {str(count), str(whole)} <= {*out}
+    assert count > 0 and {str(count), str(whole)} <= {*out}
     assert ("warning" in out) == (name == "experts")  # whose routers have another loss elsewhere
 
 
@@ -118,14 +103,16 @@ def test_steps_are_counted(n, batch, accumulation, epochs, most, steps):
     assert prepared([*flags, "--num_epochs", epochs, f"--max_steps={most}"]).plan.steps == steps
 
 
-def test_a_target_that_is_not_there_is_named(capfd):
+@pytest.mark.parametrize(
+    "kind, targets, named",
+    [(None, ["q_projj", "v_proj"], ["q_projj", "q_proj"]), (None, ["v_proj", "xyzzy"], ["xyzzy"]),
+     ("Phi3", ["q_proj", "o_proj"], ["q_proj", "qkv_proj"])],
+)  # fmt: skip
+def test_a_target_that_is_not_there_is_named(kind, targets, named, capfd):
     """PEFT says nothing as long as another target matches."""
-    misspelt = [*DRY, "--lora_target_modules", "q_projj", "v_proj"]
-    refused(capfd, misspelt, "LORA_TARGET_MODULES", "q_projj", "q_proj")
-    refused(capfd, [*DRY, "--lora_target_modules", "v_proj", "xyzzy"], "xyzzy")
-    # Of a family with other names these are listed.
-    flags = [*DRY, "--model_name", model_of(family("Phi3"), "model")]
-    refused(capfd, flags, "LORA_TARGET_MODULES", "q_proj", "qkv_proj")
+    model = ["--model_name", model_of(family(kind), "model")] if kind else []
+    flags = [*DRY, *model, "--lora_target_modules", *targets]
+    refused(capfd, flags, "LORA_TARGET_MODULES", *named)
 
 
 @pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
@@ -184,13 +171,15 @@ def test_targets_may_be_all_linear_or_a_regular_expression(monkeypatch):
     assert trained(DRY) == 8 * 2 * (448 + 192)
 
 
-def test_what_changes_the_base_is_refused(capfd, monkeypatch):
+@pytest.mark.parametrize(
+    "field, value",
+    [("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"),
+     ("init_lora_weights", "corda"), ("init_lora_weights", "eva"), ("bias", "all")],
+)  # fmt: skip
+def test_what_changes_the_base_is_refused(field, value, capfd, monkeypatch):
     """A trained bias would stay where the adapter is switched off."""
-    starts = [("init_lora_weights", one) for one in ("pissa_niter_4", "olora", "corda", "eva")]
-    for name, value in [*starts, ("bias", "all")]:
-        with monkeypatch.context() as patch:
-            edit_config(patch, "lora_fields", **{name: value})
-            refused(capfd, DRY, name, value)
+    edit_config(monkeypatch, "lora_fields", **{field: value})
+    refused(capfd, DRY, field, value)
 
 
 def test_trained_weights_in_bfloat16_are_refused(capfd, monkeypatch):

@@ -23,8 +23,8 @@ def flags(finished, tmp_path):
     return [*flags, "--num_epochs", "1", "--start_from", finished.output / "final_lora"]
 
 
-def test_training_goes_on_from_the_adapters_tensors(flags, finished, tmp_path, monkeypatch, capfd):
-    """And after a stop from the checkpoint, to the same bytes; it is a job of its own."""
+def test_training_goes_on_from_the_adapters_tensors(flags, finished, tmp_path, monkeypatch):
+    """And after a stop from the checkpoint, to the same bytes."""
     output, older = tmp_path / "output", finished.output / "final_lora"
     recorders = runs.record(monkeypatch)
     with monkeypatch.context() as patch:
@@ -38,26 +38,31 @@ def test_training_goes_on_from_the_adapters_tensors(flags, finished, tmp_path, m
     assert runs.run([*flags, "--output_dir", tmp_path / "whole"]) == 0
     assert (output / runs.ADAPTER).read_bytes() == (tmp_path / "whole" / runs.ADAPTER).read_bytes()
     # The first held-out loss is the base's all the same, and that of the start is kept beside it.
-    job = runs.prepared(flags)
+    data = runs.prepared(flags).data
     before = runs.logged(runs.history(output), "eval_loss")[0]
-    assert before == pytest.approx(token_loss(base_model(), job.data.held_out), rel=ROUNDING)
+    assert before == pytest.approx(token_loss(base_model(), data.held_out), rel=ROUNDING)
     older_losses = runs.logged(runs.history(finished.output), "eval_loss")
     (start,) = runs.logged(runs.history(output), "start_loss")
     assert start == pytest.approx(older_losses[-1], rel=ROUNDING)
-    # What it learned before is still learned, and a held-out line of it is told.
+    # What it learned before is still learned.
     learned = (output / "final_lora" / "learned.txt").read_text().split()
-    now = {t.prompt_hash(example.messages[:-1]) for example in job.data.examples}
+    now = {t.prompt_hash(example.messages[:-1]) for example in data.examples}
     assert learned == sorted({*(older / "learned.txt").read_text().split(), *now})
-    capfd.readouterr()
+
+
+def test_a_held_out_line_that_the_start_has_learned_is_told(flags, finished, capfd):
     train_file = finished.flags[finished.flags.index("--train_file") + 1]
     runs.prepared([*flags, "--eval_file", train_file])
     assert "14 held-out prompts" in capfd.readouterr().out
-    plain = runs.prepared([*flags, "--start_from", ""])
-    assert plain.plan.folder != job.plan.folder
-    copy = shutil.copytree(older, tmp_path / "copy")
-    assert runs.prepared([*flags, "--start_from", copy]).plan.folder == job.plan.folder
-    edit_tensors(copy)
-    assert runs.prepared([*flags, "--start_from", copy]).plan.folder != job.plan.folder
+
+
+def test_another_start_is_another_job(flags, finished, tmp_path):
+    folder = runs.prepared(flags).plan.folder
+    assert runs.prepared([*flags, "--start_from", ""]).plan.folder != folder
+    copy = shutil.copytree(finished.output / "final_lora", tmp_path / "copy")
+    assert runs.prepared([*flags, "--start_from", copy]).plan.folder == folder
+    double_tensors(copy / "adapter_model.safetensors")
+    assert runs.prepared([*flags, "--start_from", copy]).plan.folder != folder
 
 
 @pytest.mark.parametrize("has_record", [True, False])
@@ -74,40 +79,38 @@ def test_a_start_that_saw_another_template_is_told(has_record, flags, finished, 
     assert other.status == 0 and "warning" in other.out
 
 
-def edit_tensors(folder):
-    path = folder / "adapter_model.safetensors"
-    tensors = {name: 2 * tensor for name, tensor in load_file(path).items()}
-    save_file(tensors, path, {"format": "pt"})
+def double_tensors(path):
+    save_file({name: 2 * one for name, one in load_file(path).items()}, path, {"format": "pt"})
 
 
-def model_with(folder, change):
-    """Return the toy in a folder, with a change of its weights or of its configuration."""
-    shutil.copytree(TOY, folder)
+@pytest.mark.parametrize(
+    "change, key",
+    [(["--lora_r", "4"], "r=8"), (["--lora_alpha", "8"], "lora_alpha=16"),
+     (["--lora_target_modules", "q_proj"], "_proj.lora_A")],
+)  # fmt: skip
+def test_another_kind_of_adapter_is_refused_by_name(change, key, flags, capfd):
+    """By the dry run already."""
+    runs.refused(capfd, [*flags, "--dry_run", *change], "START_FROM", key)
+
+
+def test_another_scale_is_refused(flags, capfd, monkeypatch):
+    runs.edit_config(monkeypatch, "lora_fields", use_rslora=True)
+    runs.refused(capfd, [*flags, "--dry_run"], "START_FROM", "use_rslora")
+
+
+@pytest.mark.parametrize("change", ["weights", "config.json"])
+def test_another_base_is_refused_and_a_copy_is_the_same(change, flags, tmp_path, capfd):
+    model = shutil.copytree(TOY, tmp_path / "model")
+    dry = [*flags, "--dry_run", "--model_name", model]
+    assert runs.command(capfd, dry).status == 0
     if change == "weights":
-        path = folder / "model.safetensors"
-        tensors = {name: 1.01 * tensor for name, tensor in load_file(path).items()}
-        save_file(tensors, path, {"format": "pt"})
-    elif change == "config":
-        edit_json(folder / "config.json", lambda x: x["text_config"].update(rms_norm_eps=1e-5))
-    return folder
+        double_tensors(model / "model.safetensors")
+    else:
+        edit_json(model / change, lambda x: x["text_config"].update(rms_norm_eps=1e-5))
+    runs.refused(capfd, dry, "START_FROM", change)
 
 
-def test_another_kind_of_adapter_is_refused_by_name(flags, finished, tmp_path, capfd, monkeypatch):
-    """By the dry run already, and nothing is lost."""
-    dry = [*flags, "--dry_run"]
-    for more, key in (
-        (["--lora_r", "4"], "r=8"), (["--lora_alpha", "8"], "lora_alpha=16"),
-        (["--lora_target_modules", "q_proj"], "_proj.lora_A"),
-        (["--model_name", model_with(tmp_path / "other", "weights")], "weights"),
-        (["--model_name", model_with(tmp_path / "config", "config")], "config.json"),
-    ):  # fmt: skip
-        runs.refused(capfd, [*dry, *more], "START_FROM", key)
-    with monkeypatch.context() as patch:
-        runs.edit_config(patch, "lora_fields", use_rslora=True)
-        runs.refused(capfd, dry, "START_FROM", "use_rslora")
-    # A copy of the same model elsewhere is the same model.
-    same = ["--model_name", model_with(tmp_path / "same", None)]
-    assert runs.command(capfd, [*dry, *same]).status == 0
+def test_a_start_that_would_be_replaced_is_refused(flags, finished, tmp_path, capfd):
     output = shutil.copytree(finished.output, tmp_path / "output")
     left = runs.files(output)
     runs.refused(capfd, [*flags, "--start_from", output / "final_lora"], "START_FROM", "OUTPUT_DIR")
