@@ -261,7 +261,9 @@ def test_up_to_a_tenth_that_is_too_long_is_left_out_and_nothing_is_cut(capfd, jo
     assert [one.source for one in examples] == [f"t:{n}" for n in range(1, 31) if n % 10]
     prompt, reply = t.render(HELLO, job)
     assert all(one.input_ids == prompt + reply for one in examples)
-    assert "t:10, t:20, t:30" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "t:10, t:20, t:30" in out
+    assert ">>>Yes.<|im_end|><<<" in out  # the first example with its targets
 
 
 def test_an_example_may_be_exactly_as_long_as_the_limit(capfd, job):
