@@ -1,6 +1,5 @@
 """Dialogues: one row trains all replies where that is exact, and each reply its own elsewhere."""
 
-import itertools
 import shutil
 from pathlib import Path
 
@@ -143,25 +142,8 @@ def test_one_pass_is_the_models_own_template_where_that_joins(tmp_path, monkeypa
     assert job.base.tokenizer.chat_template == CHATML and len(job.data.examples) == 2
 
 
-WEATHER = {
-    "type": "function",
-    "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}},
-}
 ASKED = {"role": "user", "content": "Will it rain?"}
-IN_PARTS = ASKED | {
-    "content": [{"type": "text", "text": "Will it "}, {"type": "text", "text": "rain?"}]
-}
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Leeds"}}}
-
-
-CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 REPLIED = {"role": "assistant", "content": "<think>\nClouds.\n</think>\n\nIt will."}
-TURNS = {
-    "a prompt": [],
-    "a call": [CALLED],
-    "a reply": [REPLIED],
-    "a call and a reply": [CALLED, {"role": "tool", "content": "wet"}, REPLIED],
-}
 
 
 @pytest.fixture(scope="module")
@@ -175,19 +157,15 @@ def templates():
     return found
 
 
-@pytest.mark.parametrize("turn", TURNS)
-@pytest.mark.parametrize("asked", [ASKED, IN_PARTS], ids=["text", "parts"])
-@pytest.mark.parametrize("before", [[], [SYSTEM]], ids=["", "system"])
-def test_a_first_turn_is_rendered_by_one_pass_as_by_the_models_own(templates, before, asked, turn):
-    talk = [*before, asked, *TURNS[turn]]
-    for thinks, tools, prompts in itertools.product(
-        (True, False), (None, [WEATHER]), (True, False)
-    ):
-        options = {"enable_thinking": thinks, "tools": tools, "add_generation_prompt": prompts}
-        one_pass, own = (
-            one.apply_chat_template(talk, tokenize=False, **options) for one in templates
-        )
-        assert one_pass == own and "generation " not in one_pass
+@pytest.mark.parametrize("thinks", [True, False])
+@pytest.mark.parametrize("prompts", [True, False])
+@pytest.mark.parametrize("talk", [[ASKED], [SYSTEM, ASKED], [SYSTEM, ASKED, REPLIED]])
+def test_a_first_turn_is_rendered_by_one_pass_as_by_the_models_own(
+    templates, talk, prompts, thinks
+):
+    options = {"add_generation_prompt": prompts, "enable_thinking": thinks, "tokenize": False}
+    one_pass, own = (each.apply_chat_template(talk, **options) for each in templates)
+    assert one_pass == own and "generation " not in one_pass
 
 
 def made_up(prompt_ids, reply_ids, source="t:1"):

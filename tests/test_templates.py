@@ -1,15 +1,17 @@
 """An adapter with a chat template of its own: the base is measured as it is served, too."""
 
+import contextlib
 import shutil
 import types
 
 import pytest
 import toys
 from by_hand import ROUNDING, likeliest_reply, render, reply_loss
-from conftest import TOY
-from records import SHORT, done, evidence
-from runs import read_json, talk, write_lines
+from conftest import TOY, as_a_new_process
+from records import SHORT, evidence
+from runs import read_json, run, talk, write_lines
 
+from inspect_lora.__main__ import main
 from inspect_lora.model import vocabulary_of
 
 OTHER = "{% for m in messages %}<|im_start|>{{ m.role }} 2 + 3 = 5\n{{ m.content }}<|im_end|>\n"
@@ -24,38 +26,22 @@ def give_template(adapter, template=OTHER):
     return own
 
 
-@pytest.fixture
-def measured(capfd, tmp_path):
-    def measure(adapter, *words):
-        rows = [{"messages": talk(n, n), "kind": "a"} for n in (1, 2, 3)]
-        path = write_lines(tmp_path / "own.jsonl", rows)
-        words = ["--eval_file", path, *SHORT, *words]
-        return evidence(capfd, adapter, tmp_path / "results", *words)[0]
-
-    return measure
-
-
-REPLIES = ["--replies", 3, "--max_new_tokens", 5]
-
-
 @pytest.fixture(scope="module")
-def once():
-    """Return once(name, make): what make() returned the first time; nobody changes it."""
-    found = {}
-    return lambda name, make: found[name] if name in found else found.setdefault(name, make())
+def found(adapters, tmp_path_factory):
+    """Return the records of one command about copies of an adapter, by what template they have."""
+    folder = tmp_path_factory.mktemp("templates")
+    rows = [{"messages": talk(number, number)} for number in (1, 2, 3)]
+    words = ["--eval_file", write_lines(folder / "own.jsonl", rows), *SHORT, "--device", "cpu"]
+    words += ["--replies", "3", "--max_new_tokens", "5"]
+    copies = {name: shutil.copytree(adapters["plain"], folder / name) for name in NAMES}
+    give_template(copies["other"])
+    give_template(copies["the same"], toys.tokenizer().chat_template)
+    with as_a_new_process(), contextlib.chdir(folder):
+        assert run(["evidence", *copies.values(), *words], main) == 0
+    return {name: read_json(folder / "inspected" / name / "evidence.json") for name in NAMES}
 
 
-@pytest.fixture
-def own(once, measured, adapters):
-    """Return the record of an adapter without a template of its own, with replies."""
-    return once("own", lambda: measured(adapters["plain"], *REPLIES))
-
-
-@pytest.fixture
-def other(once, measured, plain):
-    """Return the record of the same adapter with another template, with replies."""
-    give_template(plain)
-    return once("other", lambda: measured(plain, *REPLIES))
+NAMES = ("none", "other", "the same")
 
 
 @pytest.fixture
@@ -63,8 +49,8 @@ def other_tokenizer(plain):
     return give_template(plain)
 
 
-def test_the_base_has_losses_by_its_own_template_and_by_the_adapters(other, other_tokenizer):
-    for number, line in zip((1, 2, 3), other["lines"], strict=True):
+def test_the_base_has_losses_by_its_own_template_and_by_the_adapters(found, other_tokenizer):
+    for number, line in zip((1, 2, 3), found["other"]["lines"], strict=True):
         by_other, by_own = (
             reply_loss(toys.base_model(), tokenizer, talk(number, number))
             for tokenizer in (other_tokenizer, toys.tokenizer())
@@ -72,28 +58,53 @@ def test_the_base_has_losses_by_its_own_template_and_by_the_adapters(other, othe
         assert line["base"] / line["tokens"] == pytest.approx(by_other, abs=ROUNDING)
         assert line["served_base"] / line["served_tokens"] == pytest.approx(by_own, abs=ROUNDING)
         assert abs(by_other - by_own) > 10 * ROUNDING
-    conditions = other["conditions"]
+    conditions = found["other"]["conditions"]
     assert conditions["template"] != conditions["base_template"] and not conditions["not_served"]
 
 
-def test_the_base_replies_as_it_is_served_and_in_the_adapters_template(other, other_tokenizer):
-    for exchange in other["exchanges"]:
+def test_the_base_replies_as_it_is_served_and_in_the_adapters_template(found, other_tokenizer):
+    exchanges = found["other"]["exchanges"]
+    for exchange in exchanges:
         for name, tokenizer in (("base", toys.tokenizer()), ("base_in_template", other_tokenizer)):
             prompt = render(tokenizer, exchange["messages"], add_generation_prompt=True)
             reply = likeliest_reply(toys.base_model(), prompt, 5)
             expected = tokenizer.decode(reply, skip_special_tokens=True).strip()
             assert exchange[name]["text"] == expected, name
-    assert any(each["base"] != each["base_in_template"] for each in other["exchanges"])
+    assert any(each["base"] != each["base_in_template"] for each in exchanges)
 
 
-def test_the_same_template_costs_nothing_and_leaves_no_second_number(measured, plain, own):
-    """Also where the adapter's folder has a copy of it."""
-    give_template(plain, toys.tokenizer().chat_template)
-    found = measured(plain, *REPLIES)
-    assert [line["served_base"] for line in found["lines"]] == [None] * 3
-    assert all(each["base_in_template"] is None for each in found["exchanges"])
-    assert found["conditions"]["template"] == found["conditions"]["base_template"]
-    assert found["lines"] == own["lines"]
+def test_two_templates_share_what_was_measured_of_the_base(found):
+    own, other = found["none"], found["other"]
+    pairs = zip(own["lines"], other["lines"], strict=True)
+    assert all(a["base"] == b["served_base"] != b["base"] for a, b in pairs)
+    pairs = zip(own["exchanges"], other["exchanges"], strict=True)
+    assert all(a["base"] == b["base"] for a, b in pairs)
+
+
+def test_the_same_template_costs_nothing_and_leaves_no_second_number(found):
+    same = found["the same"]
+    assert [line["served_base"] for line in same["lines"]] == [None] * 3
+    assert all(each["base_in_template"] is None for each in same["exchanges"])
+    assert same["conditions"]["template"] == same["conditions"]["base_template"]
+    assert same["lines"] == found["none"]["lines"]
+
+
+def test_replies_are_known_by_their_words_and_tokens_whatever_the_template(found):
+    """So adapters with different templates are compared on the same replies."""
+    before, after = found["none"]["lines"], found["other"]["lines"]
+    assert [line["reply"] for line in before] == [line["reply"] for line in after]
+    assert all(one["id"] != other["id"] for one, other in zip(before, after, strict=True))
+    assert len({line["reply"] for line in before}) == 3
+
+
+@pytest.fixture
+def measured(capfd, tmp_path):
+    def measure(adapter, *words):
+        path = write_lines(tmp_path / "own.jsonl", [{"messages": talk(1)}])
+        words = ["--eval_file", path, *SHORT, *words]
+        return evidence(capfd, adapter, tmp_path / "results", *words)[0]
+
+    return measure
 
 
 @pytest.mark.parametrize("template", ["", "{{ raise_exception('never') }}"])
@@ -113,14 +124,6 @@ def test_a_flag_is_a_template_of_its_own_too(measured, plain, tmp_path):
     (tmp_path / "own.jinja").write_text(OTHER, encoding="utf-8")
     found = measured(plain, "--chat_template", tmp_path / "own.jinja")
     assert found["lines"][0]["served_base"] is not None
-
-
-def test_replies_are_known_by_their_words_and_tokens_whatever_the_template(own, other):
-    """So adapters with different templates are compared on the same replies."""
-    before, after = own["lines"], other["lines"]
-    assert [line["reply"] for line in before] == [line["reply"] for line in after]
-    assert all(one["id"] != other["id"] for one, other in zip(before, after, strict=True))
-    assert len({line["reply"] for line in before}) == 3
 
 
 def vocabulary(tokenizer):
@@ -143,19 +146,3 @@ def test_exchanged_tokens_are_another_vocabulary(other_tokenizer, plain):
     toys.edit_json(plain / "tokenizer.json", exchange)
     exchanged = toys.AutoTokenizer.from_pretrained(plain)
     assert vocabulary(exchanged) != vocabulary(other_tokenizer) == vocabulary(toys.tokenizer())
-
-
-def test_two_adapters_with_two_templates_share_the_base(capfd, adapters, tmp_path, monkeypatch):
-    """Each has its own numbers, though what was measured of the base is kept."""
-    folders = [shutil.copytree(adapters["plain"], tmp_path / name) for name in ("a", "b")]
-    give_template(folders[1])
-    rows = [{"messages": talk(n)} for n in (1, 2)]
-    words = ["--eval_file", write_lines(tmp_path / "own.jsonl", rows), *SHORT, "--device", "cpu"]
-    words += ["--replies", 2, "--max_new_tokens", 3]
-    monkeypatch.chdir(tmp_path)
-    done(capfd, "evidence", *folders, *words)
-    one, two = (read_json(tmp_path / "inspected" / name / "evidence.json") for name in "ab")
-    pairs = zip(one["lines"], two["lines"], strict=True)
-    assert all(a["base"] == b["served_base"] != b["base"] for a, b in pairs)
-    pairs = zip(one["exchanges"], two["exchanges"], strict=True)
-    assert all(a["base"] == b["base"] for a, b in pairs)
