@@ -347,10 +347,10 @@ def held_out_of(rows, percent):
     return t.hold_out(t.read_conversations("t", "all", []), percent)
 
 
-KIND = asked(*map(str, range(60)), system="Be kind.")
+SIXTY = asked(*map(str, range(60)), system="Be kind.")
 COUNTS = {  # rows, percentage, and how many of them are held out
-    "at least 20": (KIND, 1, 20),
-    "half of them": (KIND, 50, 30),
+    "at least 20": (SIXTY, 1, 20),
+    "half of them": (SIXTY, 50, 30),
     "another system message is another beginning": (
         [{"messages": hello(system=f"You are number {n}.")} for n in range(100)], 10, 20,
     ),

@@ -128,13 +128,6 @@ def test_one_pass_is_refused_where_trl_knows_none(tmp_path, capfd):
     assert "--chat_template" not in runs.command(capfd, [*flags, "--dry_run"]).out
 
 
-def test_one_pass_is_refused_where_it_does_not_join(tmp_path, capfd, monkeypatch):
-    own = (Path(TOY) / "chat_template.jinja").read_text(encoding="utf-8")
-    monkeypatch.setattr(trl.chat_template_utils, "get_training_chat_template", lambda _: own)
-    flags = flags_for(tmp_path, [5, 5], *ONE_PASS)
-    runs.refused(capfd, flags, "CHAT_TEMPLATE", "one_pass", TOY)
-
-
 def test_one_pass_is_the_models_own_template_where_that_joins(tmp_path, monkeypatch):
     monkeypatch.setattr(trl.chat_template_utils, "get_training_chat_template", lambda _: None)
     model = model_with_chatml("Llama", tmp_path / "model")
@@ -142,7 +135,11 @@ def test_one_pass_is_the_models_own_template_where_that_joins(tmp_path, monkeypa
     assert job.base.tokenizer.chat_template == CHATML and len(job.data.examples) == 2
 
 
+WEATHER = {"name": "weather", "description": "d", "parameters": {"type": "object"}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Leeds"}}}
 ASKED = {"role": "user", "content": "Will it rain?"}
+IN_PARTS = {"role": "user", "content": [{"type": "text", "text": "Will it rain?"}]}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 REPLIED = {"role": "assistant", "content": "<think>\nClouds.\n</think>\n\nIt will."}
 
 
@@ -159,11 +156,16 @@ def templates():
 
 @pytest.mark.parametrize("thinks", [True, False])
 @pytest.mark.parametrize("prompts", [True, False])
-@pytest.mark.parametrize("talk", [[ASKED], [SYSTEM, ASKED], [SYSTEM, ASKED, REPLIED]])
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": WEATHER}]])
+@pytest.mark.parametrize("talk", [
+    [ASKED], [SYSTEM, IN_PARTS], [SYSTEM, ASKED, REPLIED],
+    [ASKED, CALLED, {"role": "tool", "content": "wet"}, REPLIED],
+])  # fmt: skip
 def test_a_first_turn_is_rendered_by_one_pass_as_by_the_models_own(
-    templates, talk, prompts, thinks
+    templates, talk, tools, prompts, thinks
 ):
-    options = {"add_generation_prompt": prompts, "enable_thinking": thinks, "tokenize": False}
+    options = {"add_generation_prompt": prompts, "enable_thinking": thinks, "tools": tools}
+    options |= {"tokenize": False}
     one_pass, own = (each.apply_chat_template(talk, **options) for each in templates)
     assert one_pass == own and "generation " not in one_pass
 

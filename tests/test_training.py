@@ -201,9 +201,9 @@ def test_nothing_is_cut_at_trls_own_limit(flags):
     assert lengths == [9, 20, 1500] and (batch["labels"] != -100).sum() == 750 + 5 + 10
 
 
-def steps_of(flags, lengths, seed, epoch):
+def steps_of(lengths, seed, epoch):
     """Return the examples of each step of an epoch, by their numbers."""
-    settings = t.parse_settings([*flags, "--seed", str(seed)])
+    settings = t.parse_settings(["--seed", str(seed)])
     examples = [runs.made_up([1], [2] * (length - 1)) for length in lengths]
     sampler = t.SimilarLengthSampler(examples, settings)
     sampler.epoch = epoch
@@ -212,22 +212,21 @@ def steps_of(flags, lengths, seed, epoch):
     return [order[n : n + 4] for n in range(0, len(lengths), 4)]
 
 
-NUMBERS = random.Random(0)
-MANY_LENGTHS = [NUMBERS.randint(4, 60) for _ in range(401)]
+MANY_LENGTHS = random.Random(0).choices(range(4, 61), k=401)
 
 
-def test_the_order_is_that_of_seed_and_epoch(flags):
+def test_the_order_is_that_of_seed_and_epoch():
     """So a run that is resumed sees what it would have seen."""
-    first, second = (steps_of(flags, MANY_LENGTHS, 1, epoch) for epoch in (0, 1))
+    first, second = (steps_of(MANY_LENGTHS, 1, epoch) for epoch in (0, 1))
     random.seed(5)  # what was drawn before does not count
-    assert steps_of(flags, MANY_LENGTHS, 1, 0) == first != steps_of(flags, MANY_LENGTHS, 2, 0)
+    assert steps_of(MANY_LENGTHS, 1, 0) == first != steps_of(MANY_LENGTHS, 2, 0)
     same = {frozenset(step) for step in first} & {frozenset(step) for step in second}
     assert len(same) < 50  # each epoch has other groups
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_a_step_has_like_lengths_and_an_epoch_does_not_begin_with_the_short_ones(flags, epoch):
-    *steps, last = steps_of(flags, MANY_LENGTHS, 1, epoch)
+def test_a_step_has_like_lengths_and_an_epoch_does_not_begin_with_the_short_ones(epoch):
+    *steps, last = steps_of(MANY_LENGTHS, 1, epoch)
     assert [len(step) for step in steps] == [4] * 100 and len(last) == 1
     found = [[MANY_LENGTHS[number] for number in step] for step in steps]
     spread = statistics.fmean(max(step) - min(step) for step in found)
