@@ -9,10 +9,9 @@ import peft
 import torch
 from conftest import TOY
 from safetensors.torch import load_file
-from toys import base_model, tokenizer
+from toys import PREFIX, base_model, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PREFIX = "base_model.model."
 # float32 rounds by 6e-8; sums of thousands of terms, in another order, differ by less than this.
 ROUNDING = 1e-4
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TOY
-from runs import command, prepared, refused, run
+from runs import prepared, refused
 
 import train_lora_single as t
 
@@ -37,9 +37,9 @@ def line(**row):
     return json.dumps(row).encode()
 
 
-def reply(**message):
-    """Return a line whose reply is this message."""
-    return line(messages=[*talk("u"), message])
+def reply(content, **more):
+    """Return a line whose reply is this, with other keys, too."""
+    return line(messages=[*talk("u"), {"role": "assistant", "content": content} | more])
 
 
 def asked(*questions, **more):
@@ -61,16 +61,16 @@ def in_a_folder(in_the_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def read(content, replies="all"):
+def read(content):
     """Return (examples, problems) of a file with these bytes."""
     Path("data.jsonl").write_bytes(content)
     problems = []
-    return t.read_conversations("data.jsonl", replies, problems), problems
+    return t.read_conversations("data.jsonl", "all", problems), problems
 
 
-def learned(content, replies="all"):
+def learned(content):
     """Return the messages of each example of a file in which nothing is wrong."""
-    examples, problems = read(content, replies)
+    examples, problems = read(content)
     assert problems == []
     return [one.messages for one in examples]
 
@@ -99,8 +99,8 @@ def test_all_forms_give_the_same_examples(layout):
     examples, problems = read(content.encode())
     assert problems == [] and [one.messages for one in examples] == [SAID] * len(rows)
     assert [one.row["n"] for one in examples] == list(range(1, len(rows) + 1))
-    assert all(one.source.startswith("data.jsonl") for one in examples)
-    assert all(one.source.endswith(str(one.row["n"])) for one in examples)
+    place = ", entry " if layout == "array" else ":"
+    assert [one.source for one in examples] == [f"data.jsonl{place}{n}" for n in range(1, 17)]
 
 
 def test_messages_teach_each_reply_and_the_other_forms_the_last():
@@ -108,28 +108,15 @@ def test_messages_teach_each_reply_and_the_other_forms_the_last():
     each = [said[:3], said]
     assert learned(line(messages=said)) == learned(line(**sharegpt(said))) == each
     assert learned(line(prompt=said[:4], completion=said[4:])) == [said]
-    assert learned(line(messages=said), replies="last") == [said]
     assert learned(line(instruction="Hello?", input="", output="Hi.")) == [hello()]
+
+
+def test_the_last_replies_may_be_all_that_is_taught_and_measured():
     write("t", {"messages": talk("uauaua")}, {"messages": talk("ua")})
     write("e", {"messages": talk("sua")}, {"messages": talk("suaua")})
-    for replies, counts in (("all", (4, 3)), ("last", (2, 2))):
-        job = prepared([*DRY, "--eval_file", "e", "--replies", replies])
-        assert (len(job.data.examples), len(job.data.held_out)) == counts
-
-
-@pytest.mark.parametrize(
-    ("one", "other"), [("uau", "uauau"), ("aua", "auaua"), ("uaa", "uauaa"), ("uus", "uuus")]
-)
-def test_one_fault_of_roles_is_told_once(one, other):
-    """Dialogues of several lengths have it."""
-    problems = read(line(messages=talk(one)) + b"\n" + line(messages=talk(other)))[1]
-    assert len(problems) == 2
-    assert len({problem.partition(": ")[2] for problem in problems}) == 1
-
-
-def test_copies_are_counted(capfd):
-    write("t", *[{"messages": talk(roles)} for roles in ("ua", "ua", "ua", "uaua")])
-    assert re.search(r"\bt: 3 replies", command(capfd, DRY).out)  # the first of the last one, too
+    data = prepared([*DRY, "--eval_file", "e", "--replies", "last"]).data
+    ends = [one.messages[-1]["content"] for one in (*data.examples, *data.held_out)]
+    assert ends == ["turn 6", "turn 2", "turn 3", "turn 5"]
 
 
 def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out_and_counted(capfd):
@@ -142,24 +129,15 @@ def test_of_sharegpt_a_greeting_and_a_last_question_are_left_out_and_counted(cap
     content = b"\n".join(line(conversations=row) for row in turns)
     assert learned(content) == [hello(), hello(system="Be kind."), hello()]
     assert re.search(r"jsonl: 3\b", capfd.readouterr().out)
-    for roles in ("uau", "aua"):  # in another form this is a mistake
-        assert len(read(line(messages=talk(roles)))[1]) == 1
 
 
 def test_keys_that_are_not_read_are_counted_but_for_those_that_the_package_knows(capfd):
     known = {"id": 1, "kind": "k", "topic": "t", "checks": [], "counterpart": 2, "rejected": "No."}
-    write("t", GOOD, line(messages=talk("ua"), weight=0, score=1, **known))
-    write("t", GOOD, *[line(messages=talk("ua"), weight=0, score=n, **known) for n in range(3)])
-    out = command(capfd, DRY).out
-    assert "'weight' in 3" in out and "'score' in 3" in out
+    rows = [line(messages=talk("ua"), weight=0, output=n, **known) for n in range(3)]
+    learned(b"\n".join([GOOD, *rows, line(prompt="a", completion="b", input="c")]))
+    out = capfd.readouterr().out
+    assert all(text in out for text in ("'weight' in 3", "'output' in 3", "'input' in 1"))
     assert [key for key in known if f"'{key}'" in out] == []
-    write(
-        "t",
-        {"messages": talk("ua"), "output": "b"},
-        {"prompt": "a", "completion": "b", "input": "c"},
-    )
-    out = command(capfd, DRY).out
-    assert "'output' in 1" in out and "'input' in 1" in out
 
 
 def test_pairs_are_read_for_the_package_and_never_trained_on():
@@ -178,11 +156,7 @@ def test_pairs_are_read_for_the_package_and_never_trained_on():
     assert [one.row["rejected"] for one in pairs] == [rejected, "No.", "Bob."]
 
 
-def test_one_json_object_around_the_list_is_told_once(capfd):
-    rows = [{"messages": talk("ua")} for _ in range(30)]
-    Path("t").write_text(json.dumps({"version": 1, "data": rows}, indent=1))
-    end = refused(capfd, DRY, "t", "data")
-    assert len(end.err.splitlines()) < 5
+THINKING = [*DRY, "--enable_thinking", "true"]
 
 
 def thought(text, thoughts="Hm."):
@@ -195,36 +169,26 @@ def test_a_template_that_leaves_out_the_thoughts_to_learn_is_refused(capfd):
     template = f"{{% for m in messages %}}{spoken}{{% endfor %}}"
     template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     Path("own.jinja").write_text(template, encoding="utf-8")
-    flags = [*DRY, "--enable_thinking", "true", "--chat_template", "own.jinja"]
     write("t", {"messages": [*talk("u"), thought("Hi.")]})
-    refused(capfd, flags, "t:1")
-    # Those of earlier replies may be left out, as Qwen3.5 does.
-    Path("own.jinja").write_text(template.replace("m.content.split('</think>')[-1]", "m.content"))
-    assert command(capfd, flags).status == 0
+    refused(capfd, [*THINKING, "--chat_template", "own.jinja"], "t:1")
 
 
 def test_with_thinking_each_reply_has_its_thoughts_and_they_are_learned(capfd):
-    thinking = [*DRY, "--enable_thinking", "true"]
     write("t", {"messages": [*talk("u"), thought("Hi.")]})
-    refused(capfd, DRY, "t:1", "<think>")
-    base, data = (lambda job: (job.base, job.data))(prepared(thinking))
-    (example,) = data.examples
-    decode = base.tokenizer.decode
+    job = prepared(THINKING)
+    (example,) = job.data.examples
+    decode = job.base.tokenizer.decode
     assert decode(example.prompt_ids).endswith("<|im_start|>assistant\n<think>\n")
     assert decode(example.reply_ids) == "Hm.\n</think>\n\nHi.<|im_end|>"
     write("t", {"messages": talk("ua")}, {"messages": [*talk("u"), thought("")]})
-    refused(capfd, thinking, "t:1", "t:2", "<think>")
+    refused(capfd, THINKING, "t:1", "t:2", "<think>")
 
 
 REFUSED = {
-    "chosen": line(prompt=talk("u"), chosen=talk("a")),
     "system_prompt": line(messages=talk("ua"), system_prompt="Be kind."),
     "context": line(messages=talk("ua"), context="A letter."),
-    "a list of parts": reply(role="assistant", content=[{"type": "text", "text": "a"}]),
+    "a list of parts": reply([{"type": "text", "text": "a"}]),
     "not UTF-8": '{"messages": "café"}'.encode("latin-1"),
-    "trailing comma": GOOD[:-1] + b",}",
-    "curly quotes": GOOD.decode().replace('"', "\u201c").encode(),
-    "two objects": GOOD + b" " + GOOD,
     "a key twice": b'{"messages": [], ' + GOOD[1:],
     "a number": b"42",
     "nested too deeply": b'{"messages": ' + b"[" * 99_999 + b"]" * 99_999 + b"}",
@@ -234,10 +198,16 @@ REFUSED = {
     "two system messages": line(messages=talk("sua"), system="Hi"),
     "a system message of 5": line(messages=talk("ua"), system=5),
     "completion of 3": line(prompt=talk("u"), completion=talk("aua")),
-    "tool calls": reply(role="assistant", content="a", tool_calls=[{"name": "ring"}]),
-    "thoughts": reply(role="assistant", content="<think>Hm.</think>Hi"),
+    "tool calls": reply("a", tool_calls=[{"name": "ring"}]),
+    "a weight in ShareGPT": line(
+        conversations=[{"from": "human", "value": "a", "weight": 0}, {"from": "gpt", "value": "b"}]
+    ),
+    "thoughts": reply("<think>Hm.</think>Hi"),
     "no reply": line(messages=talk("u")),
     "no question": line(messages=talk("sa")),
+    "a greeting": line(messages=talk("aua")),
+    "a question at the end": line(messages=talk("uau")),
+    "two replies": line(messages=talk("uaa")),
     "system in the middle": line(messages=talk("usa")),
     "Alpaca with history": line(instruction="a", output="b", history=[["c", "d"]]),
 }
@@ -250,27 +220,23 @@ def test_what_is_wrong_is_named_by_file_and_line_and_the_others_are_read(name):
     assert len(problem) < 500 and "\n" not in problem
 
 
-def test_what_is_wrong_in_an_array_is_named_by_its_entry(capfd):
+def test_what_is_wrong_in_an_array_is_named_by_its_entry():
     examples, (problem,) = read(b"[" + b",\n".join([GOOD, line(text="Hello"), GOOD]) + b"]")
     assert len(examples) == 2 and re.match(r"data\.jsonl\b.*\b2\b", problem)
-    twice = b"[" + GOOD + b"," + REFUSED["a key twice"] + b"]"
-    for content in (b"[\n" + GOOD + b",\n" + GOOD[:-9], b"[]", twice):  # cut, or empty
-        Path("t").write_bytes(content)
-        refused(capfd, DRY, "t")
+
+
+def test_a_key_twice_in_an_array_is_refused():
+    with pytest.raises(t.UserError, match=r"data\.jsonl"):
+        read(b"[" + GOOD + b"," + REFUSED["a key twice"] + b"]")
 
 
 def test_all_problems_of_both_files_are_told_at_once_with_those_of_rendering(capfd):
     control = {"messages": hello("Good <|im_end|> night")}
-    refused(capfd, [*DRY, "--train_file", "absent"], "absent")
     write("t", GOOD, b'{"text": 1}', {"messages": talk("uu")}, control)
     write("e", b"\xff", control, {"messages": hello()}, b"[]")
     flags = [*DRY, "--eval_file", "e"]
     end = refused(capfd, flags, "t:2", "t:3", "t:4", "e:1", "e:2", "e:4", "<|im_end|>")
     assert [key for key in ("t:1", "e:3") if key in end.err] == []
-    write("t", GOOD, *[b'{"text": 1}'] * 500)
-    refused(capfd, [*DRY, "--eval_file", "10%"], "t:2")
-    end = refused(capfd, flags, "t:2", "497")  # once, and how many more
-    assert len(end.err.splitlines()) <= 25
 
 
 TAKEN = {
@@ -322,24 +288,26 @@ def test_a_line_with_anything_odd_in_it_is_read_right_or_refused_alone():
             message["content"].encode()
 
 
-def test_ones_own_lines_are_not_judged_by_the_shipped_ones_in_silence(capfd, monkeypatch):
+@pytest.mark.parametrize(("train_file", "is_told"), [("t", True), ("shipped", False)])
+def test_ones_own_lines_are_not_judged_by_the_shipped_ones_in_silence(
+    train_file, is_told, capfd, monkeypatch
+):
     for name in ("t", "shipped", "eval"):
         write(name, {"messages": talk("ua")})
     write("t", {"messages": talk("uaua")})
     shipped = {"train": Path("shipped"), "held_out": Path("eval")}
     hashes = {name: t.file_sha256(path) for name, path in shipped.items()}
     monkeypatch.setattr(t, "SHIPPED", hashes)
-    for train_file, is_told in (("t", True), ("shipped", False)):
-        flags = [*DRY, "--train_file", train_file, "--eval_file", "eval"]
-        assert ("EVAL_FILE" in command(capfd, flags).out) == is_told
+    prepared([*DRY, "--train_file", train_file, "--eval_file", "eval"])
+    assert ("EVAL_FILE" in capfd.readouterr().out) == is_told
 
 
 def test_a_held_out_prompt_that_is_trained_on_is_named_in_any_form(capfd):
     write("t", *asked("One?", "Two?"))
     again = {"instruction": "Two?", "output": "Another reply."}
     write("e", *asked("New?"), again, {"messages": [*hello("New?"), *hello("One?")]})
-    out = command(capfd, [*DRY, "--eval_file", "e", "--replies", "last"]).out
-    assert [name for name in ("e:1", "e:2", "e:3") if name in out] == ["e:2"]
+    prepared([*DRY, "--eval_file", "e", "--replies", "last"])
+    assert re.findall(r"\be:\d", capfd.readouterr().out) == ["e:2"]
 
 
 TENTH = [*DRY, "--eval_file", "10%"]
@@ -356,14 +324,14 @@ def questions(examples):
 def test_a_tenth_is_held_out_in_whole_groups_that_are_not_trained():
     """Those that begin alike are a group: versions of one conversation, or its parts."""
     rows = []
-    for n in range(150):
+    for n in range(105):
         first = hello(f"Question {n}?", f"Reply {n}.")
         rows += [{"messages": first}, sharegpt([*hello(f" Question {n}?\n", "Other."), *hello()])]
     random.Random(0).shuffle(rows)
     write("t", *rows)
     job = prepared(TENTH)
     held_out, train = questions(job.data.held_out), questions(job.data.examples)
-    assert len(held_out) in (30, 31) and len(held_out) + len(train) == 300
+    assert len(held_out) in (21, 22) and len(held_out) + len(train) == 210
     assert not {one.strip() for one in held_out} & {one.strip() for one in train}
     assert len({one.strip() for one in held_out}) == len(held_out) / 2
     assert len(job.data.held_out) == 3 * len(held_out) / 2  # each reply of the longer ones
@@ -373,35 +341,40 @@ def test_a_tenth_is_held_out_in_whole_groups_that_are_not_trained():
     assert sorted(questions(prepared([*TENTH, "--seed", "7"]).data.held_out)) == sorted(held_out)
 
 
-def test_a_key_too_many_in_a_message_is_named():
-    for bad in (
-        reply(role="assistant", content="a", weight=0),
-        line(
-            conversations=[
-                {"from": "human", "value": "a", "weight": 0},
-                {"from": "gpt", "value": "b"},
-            ]
-        ),
-    ):
-        assert "'weight'" in read(bad)[1][0]
+def held_out_of(rows, percent):
+    """Return (train, held_out), each a list of conversations."""
+    write("t", *rows)
+    return t.hold_out(t.read_conversations("t", "all", []), percent)
 
 
-def test_at_least_20_are_held_out_and_a_large_group_is_trained(capfd):
-    write("t", *asked(*map(str, range(60)), system="Be kind."))
-    assert len(prepared([*DRY, "--eval_file", "1%"]).data.held_out) == 20
-    assert len(prepared([*DRY, "--eval_file", "50 %"]).data.held_out) == 30
-    # Another system message is another beginning.
-    write("t", *[{"messages": hello(system=f"You are number {n}.")} for n in range(100)])
-    assert len(prepared(TENTH).data.held_out) == 20
-    # A group may have a twentieth of all, and no more.
-    write("t", *asked(*(f"{n // 5}" for n in range(100))))
-    assert len(prepared(TENTH).data.held_out) == 20
-    write("t", *asked(*(f"Large {n // 6}" for n in range(30)), *map(str, range(70))))
-    held_out = prepared([*DRY, "--eval_file", "50%"]).data.held_out
+SIXTY = asked(*map(str, range(60)), system="Be kind.")
+COUNTS = {  # rows, percentage, and how many of them are held out
+    "at least 20": (SIXTY, 1, 20),
+    "half of them": (SIXTY, 50, 30),
+    "another system message is another beginning": (
+        [{"messages": hello(system=f"You are number {n}.")} for n in range(100)], 10, 20,
+    ),
+    "groups of a twentieth": (asked(*(f"{n // 5}" for n in range(100))), 10, 20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_so_many_are_held_out(name):
+    rows, percent, expected = COUNTS[name]
+    train, held_out = held_out_of(rows, percent)
+    assert len(held_out) == expected and len(train) == len(rows) - expected
+
+
+def test_a_group_of_more_than_a_twentieth_is_trained():
+    rows = asked(*(f"Large {n // 6}" for n in range(30)), *map(str, range(70)))
+    _, held_out = held_out_of(rows, 50)
     assert len(held_out) == 50 and not any("Large" in text for text in questions(held_out))
-    for count, groups in ((39, 39), (100, 1)):  # too few, or all alike
-        write("t", *asked(*(f"{n % groups}" for n in range(count))))
-        refused(capfd, TENTH, "EVAL_FILE", str(count), "20")
+
+
+@pytest.mark.parametrize(("count", "groups"), [(39, 39), (100, 1)], ids=["too few", "all alike"])
+def test_where_20_cannot_be_held_out_it_is_told(count, groups):
+    with pytest.raises(t.UserError, match="EVAL_FILE"):
+        held_out_of(asked(*(f"{n % groups}" for n in range(count))), 10)
 
 
 def test_held_out_lines_are_kept_as_they_were_and_are_read_as_they_were():
@@ -410,13 +383,12 @@ def test_held_out_lines_are_kept_as_they_were_and_are_read_as_they_were():
     greeting = [{"role": "assistant", "content": "Welcome!"}]
     rows += [sharegpt(greeting + hello(f"So {n}?"), half="\ud83d") for n in range(30)]
     Path("t").write_text(json.dumps(rows, indent=1))
-    flags = ["--model_name", TOY, "--train_file", "t", "--eval_file", "10%", "--device", "cpu"]
-    flags += ["--dtype", "float32", "--output_dir", "out", "--max_steps", "1", "--warmup_ratio=0"]
-    job, path = prepared(flags), Path("out/held_out.jsonl")
+    job, path = prepared([*TENTH, "--output_dir", "out"]), Path("out/held_out.jsonl")
     assert not Path("out").exists()  # a dry run writes nothing
     path.parent.mkdir()
     path.write_text("of another job")
-    assert run(flags) == 0
+    with t.recorded(job):
+        pass
     (aside,) = Path("out").glob("held_out.jsonl.*")
     assert aside.read_text() == "of another job"
     found = [json.loads(one) for one in path.read_bytes().splitlines()]

@@ -67,9 +67,9 @@ def test_output_state_and_gradients_are_the_same_to_the_bit(rule, tokens, begins
         assert torch.dist(found, expected) <= NEAR * expected.norm()
 
 
-def model_in_pieces(folder=TOY, dtype=torch.float32):
+def model_in_pieces():
     """Return the toy with LoRA that has an effect, loaded as by a run."""
-    model = t.load_model(str(folder), "", str(dtype).removeprefix("torch."), "cpu")
+    model = t.load_model(TOY, "", "float32", "cpu")
     torch.manual_seed(0)
     config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
@@ -92,12 +92,9 @@ def loss_and_gradient(model, inputs):
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("matmul", ["native", "float16"])
-def test_a_models_losses_and_gradients_are_the_same(rule, monkeypatch, matmul, is_recomputed):
+def test_a_models_losses_and_gradients_are_the_same(rule, monkeypatch, is_recomputed):
     """With padding; in training, and in evaluation."""
-    model, inputs = model_in_pieces().train(), rows_of(500, 131, 40)
-    if matmul == "float16":
-        t.use_fp16_matmul(model.base_model.model)
+    model, inputs = model_in_pieces().train(), rows_of(300, 131, 40)
     if is_recomputed:
         model.activation_checkpointing_enable({"use_reentrant": False})
         assert runs.is_recomputing(model)

@@ -1,6 +1,5 @@
 """Dialogues: one row trains all replies where that is exact, and each reply its own elsewhere."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -28,16 +27,8 @@ def write(path, lengths, first=0):
 
 def flags_for(folder, train, *more, model=TOY):
     """Return the flags of a short run on dialogues of so many replies, into folder/output."""
-    flags = [
-        "--model_name",
-        model,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--max_seq_len",
-        "4096",
-    ]
+    flags = ["--model_name", model, "--device", "cpu", "--dtype", "float32"]
+    flags += ["--max_seq_len", "4096"]
     flags += ["--train_file", write(folder / "train.jsonl", train), "--eval_file", ""]
     flags += ["--learning_rate", "1e-2", "--logging_steps", "1", "--output_dir", folder / "output"]
     return [*flags, *more]
@@ -112,99 +103,100 @@ def test_each_target_is_trained_once_at_its_place(tmp_path):
 def test_with_qwen35s_own_template_each_reply_is_an_example(tmp_path, capfd):
     """An earlier reply loses its think block there. The way out is named where it joins."""
     flags = flags_for(tmp_path, [5, 5])
-    end = runs.command(capfd, [*flags, "--dry_run"])
-    assert end.status == 0 and "--chat_template one_pass" in end.out
-    job = runs.prepared(flags)
-    assert [len(example.replies) for example in job.data.examples] == [1] * 10
-    capfd.readouterr()
+    examples = runs.prepared(flags).data.examples
+    assert [len(example.replies) for example in examples] == [1] * 10
+    assert "--chat_template one_pass" in capfd.readouterr().out
     assert len(runs.prepared([*flags, *ONE_PASS]).data.examples) == 2
     assert "--chat_template" not in capfd.readouterr().out
-    # TRL knows a template by its text, so for another one it has nothing to offer.
-    other = tmp_path / "other.jinja"
-    own = (Path(TOY) / "chat_template.jinja").read_text(encoding="utf-8")
-    other.write_text(own.replace("{%- set image_count", "{%- set mine = 1 %}{%- set image_count"))
-    model = shutil.copytree(TOY, tmp_path / "model")
-    shutil.copy(other, model / "chat_template.jinja")
-    end = runs.command(capfd, [*flags, "--model_name", model, "--dry_run"])
-    assert end.status == 0 and "--chat_template" not in end.out
-    refused = [*flags, "--model_name", model, *ONE_PASS]
-    runs.refused(capfd, refused, "CHAT_TEMPLATE", "one_pass", str(model))
-    # A file in its place is taken as it is.
+
+
+def test_a_template_file_is_taken_as_it_is(tmp_path):
     plain = tmp_path / "plain.jinja"
     plain.write_text(CHATML, encoding="utf-8")
-    assert len(runs.prepared([*flags, "--chat_template", plain]).data.examples) == 2
+    flags = flags_for(tmp_path, [5, 5], "--chat_template", plain)
+    job = runs.prepared(flags)
+    assert job.base.tokenizer.chat_template == CHATML and len(job.data.examples) == 2
 
 
-def test_one_pass_is_refused_where_it_does_not_join(tmp_path, capfd, monkeypatch):
-    own = (Path(TOY) / "chat_template.jinja").read_text(encoding="utf-8")
-    monkeypatch.setattr(trl.chat_template_utils, "get_training_chat_template", lambda _: own)
-    flags = flags_for(tmp_path, [5, 5])
-    runs.refused(capfd, [*flags, *ONE_PASS], "CHAT_TEMPLATE", "one_pass", TOY)
+def test_one_pass_is_refused_where_trl_knows_none(tmp_path, capfd):
+    """TRL knows a template by its text, so for another one it has nothing to offer."""
+    model = shutil.copytree(TOY, tmp_path / "model")
+    path = model / "chat_template.jinja"
+    path.write_text("{%- set mine = 1 %}" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    flags = flags_for(tmp_path, [5, 5], model=str(model))
+    runs.refused(capfd, [*flags, *ONE_PASS], "CHAT_TEMPLATE", "one_pass", str(model))
     assert "--chat_template" not in runs.command(capfd, [*flags, "--dry_run"]).out
-    # Where TRL changes nothing, since the model's own template will do, that is the one.
+
+
+def test_one_pass_is_the_models_own_template_where_that_joins(tmp_path, monkeypatch):
     monkeypatch.setattr(trl.chat_template_utils, "get_training_chat_template", lambda _: None)
-    flags = flags_for(tmp_path, [5, 5], model=model_with_chatml("Llama", tmp_path / "model"))
-    assert len(runs.prepared([*flags, *ONE_PASS]).data.examples) == 2
+    model = model_with_chatml("Llama", tmp_path / "model")
+    job = runs.prepared(flags_for(tmp_path, [5, 5], *ONE_PASS, model=model))
+    assert job.base.tokenizer.chat_template == CHATML and len(job.data.examples) == 2
 
 
-WEATHER = {
-    "type": "function",
-    "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}},
-}
-ASKED = {"role": "user", "content": "Will it rain?"}
-IN_PARTS = ASKED | {
-    "content": [{"type": "text", "text": "Will it "}, {"type": "text", "text": "rain?"}]
-}
+WEATHER = {"name": "weather", "description": "d", "parameters": {"type": "object"}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Leeds"}}}
+ASKED = {"role": "user", "content": "Will it rain?"}
+IN_PARTS = {"role": "user", "content": [{"type": "text", "text": "Will it rain?"}]}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+REPLIED = {"role": "assistant", "content": "<think>\nClouds.\n</think>\n\nIt will."}
+
+
+@pytest.fixture(scope="module")
+def templates():
+    """Return tokenizers with one_pass and with the model's own template."""
+    found = []
+    for more in (ONE_PASS, []):
+        settings = t.parse_settings(["--model_name", TOY, "--dry_run", *more])
+        found.append(t.read_base(t.request_of(settings)).tokenizer)
+    return found
 
 
 @pytest.mark.parametrize("thinks", [True, False])
-@pytest.mark.parametrize("tools", [None, [WEATHER]])
-@pytest.mark.parametrize("asked", [ASKED, IN_PARTS], ids=["text", "parts"])
-def test_a_first_turn_is_rendered_by_one_pass_as_by_the_models_own(thinks, tools, asked):
-    settings = t.parse_settings(["--model_name", TOY, "--dry_run", *ONE_PASS])
-    one_pass = t.read_base(t.request_of(settings)).tokenizer
-    settings.CHAT_TEMPLATE = ""
-    own = t.read_base(t.request_of(settings)).tokenizer
-    assert (
-        own.chat_template != one_pass.chat_template and "generation " not in one_pass.chat_template
-    )
-    options = {"tokenize": False, "tools": tools, "enable_thinking": thinks}
-    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    replied = {"role": "assistant", "content": "<think>\nClouds.\n</think>\n\nIt will."}
-    for messages in ([asked], [SYSTEM, asked]):
-        for reply in (
-            [],
-            [called],
-            [replied],
-            [called, {"role": "tool", "content": "wet"}, replied],
-        ):
-            for prompts in (True, False):
-                talk = [*messages, *reply]
-                more = options | {"add_generation_prompt": prompts}
-                found = one_pass.apply_chat_template(talk, **more)
-                assert found == own.apply_chat_template(talk, **more)
+@pytest.mark.parametrize("prompts", [True, False])
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": WEATHER}]])
+@pytest.mark.parametrize("talk", [
+    [ASKED], [SYSTEM, IN_PARTS], [SYSTEM, ASKED, REPLIED],
+    [ASKED, CALLED, {"role": "tool", "content": "wet"}, REPLIED],
+])  # fmt: skip
+def test_a_first_turn_is_rendered_by_one_pass_as_by_the_models_own(
+    templates, talk, tools, prompts, thinks
+):
+    options = {"add_generation_prompt": prompts, "enable_thinking": thinks, "tools": tools}
+    options |= {"tokenize": False}
+    one_pass, own = (each.apply_chat_template(talk, **options) for each in templates)
+    assert one_pass == own
+
+
+def test_one_pass_has_no_tags_that_no_server_knows(templates):
+    one_pass, own = (tokenizer.chat_template for tokenizer in templates)
+    assert one_pass != own and "generation " not in one_pass
 
 
 def made_up(prompt_ids, reply_ids, source="t:1"):
     return t.Example(source, [], {}, prompt_ids, reply_ids)
 
 
-def test_only_the_next_tokens_of_the_same_dialogue_are_joined():
-    first = made_up([1, 2], [3, 4])
+FIRST = made_up([1, 2], [3, 4])
+APART = {
+    "another tokenization of the same text": made_up([1, 2, 34, 5], [6]),
+    "a history without the reply's end": made_up([1, 2, 3, 5], [6]),
+    "another dialogue": made_up([1, 2, 3, 4, 5], [6], source="t:2"),
+    "a shorter prompt": made_up([1, 2, 3], [6]),
+}
+
+
+def test_the_next_tokens_of_the_same_dialogue_are_joined():
     second = made_up([1, 2, 3, 4, 5], [6])
-    (joined,) = t.join_replies([first, second])
-    assert joined.replies == (first, second)
+    (joined,) = t.join_replies([FIRST, second])
+    assert joined.replies == (FIRST, second)
     assert joined.input_ids == [1, 2, 3, 4, 5, 6] and joined.labels == [-100, -100, 3, 4, -100, 6]
-    apart = {
-        "another tokenization of the same text": made_up([1, 2, 34, 5], [6]),
-        "a history without the reply's end": made_up([1, 2, 3, 5], [6]),
-        "another dialogue": made_up([1, 2, 3, 4, 5], [6], source="t:2"),
-        "a shorter prompt": made_up([1, 2, 3], [6]),
-    }
-    for what, other in apart.items():
-        assert t.join_replies([first, other]) == [first, other], what
-    assert t.join_replies([]) == []
+
+
+@pytest.mark.parametrize("what", APART)
+def test_other_tokens_are_not_joined(what):
+    assert t.join_replies([FIRST, APART[what]]) == [FIRST, APART[what]]
 
 
 def test_what_is_too_long_is_left_out_and_the_rest_is_joined(tmp_path):
@@ -218,55 +210,23 @@ def test_what_is_too_long_is_left_out_and_the_rest_is_joined(tmp_path):
     assert shorter[0].replies == whole[0].replies[:5]
 
 
-def test_a_dialogue_of_any_number_of_targets_is_one_row(tmp_path):
-    rows = [{"messages": runs.dialogue(0, 5, words=50)}]  # about 400 tokens a reply
-    path = runs.write_lines(tmp_path / "long.jsonl", rows)
-    flags = [*flags_for(tmp_path, [1], *ONE_PASS), "--train_file", path]
-    (example,) = runs.prepared(flags).data.examples
-    assert len(example.replies) == 5 and example.targets > 1500
-
-
-def test_the_plan_counts_dialogues_and_replies_and_names_smaller_steps(tmp_path, capfd):
-    flags = [*flags_for(tmp_path, [6] * 8, *ONE_PASS), "--dry_run"]
-    words = {*runs.command(capfd, flags).out.split()}
-    assert {"8", "48", "6", "24.0", "--gradient_accumulation_steps"} <= words
-    many = [*flags, "--num_epochs", "50"]
-    assert "--gradient_accumulation_steps" not in runs.command(capfd, many).out
-
-
-def test_a_run_on_dialogues_is_resumed_to_the_same_bytes(tmp_path, monkeypatch, capfd):
-    """With "10%" and "best"; learned.txt has each reply's prompt, the loss is that of replies."""
-    flags = flags_for(tmp_path, [1 + n % 3 for n in range(44)], *ONE_PASS, "--num_epochs", "2")
-    flags += ["--eval_file", "10%", "--final_lora", "best"]
-    stopped, whole = tmp_path / "stopped", tmp_path / "output"
-    with monkeypatch.context() as patch:
-        recorders = runs.record(patch)
-        assert runs.run(flags) == 0
-    with monkeypatch.context() as patch:
-        runs.at_step(patch, 8, runs.send(2))
-        assert runs.run([*flags, "--output_dir", stopped]) == 130
-    assert runs.run([*flags, "--output_dir", stopped]) == 0
-    assert (stopped / runs.ADAPTER).read_bytes() == (whole / runs.ADAPTER).read_bytes()
-    assert len(runs.read_record(stopped)["sessions"]) == 2
-    job = runs.prepared(flags)
-    held_out = [json.loads(line) for line in (whole / "held_out.jsonl").read_text().splitlines()]
-    asked = {row["messages"][1]["content"] for row in held_out}
-    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    prompts = [
-        row["messages"][:end]
-        for row in lines
-        if row["messages"][1]["content"] not in asked
-        for end in range(2, len(row["messages"]), 2)
-    ]
+def test_a_run_on_dialogues_teaches_each_reply_once_an_epoch(tmp_path, monkeypatch):
+    """learned.txt has each reply's prompt, and the held-out loss is that of all replies."""
+    path = write(tmp_path / "eval.jsonl", [2, 3], first=50)
+    more = ["--num_epochs", "2", "--eval_file", path]
+    flags = flags_for(tmp_path, [1, 2, 3, 1, 2, 3], *ONE_PASS, *more)
+    whole, recorders = tmp_path / "output", runs.record(monkeypatch)
+    assert runs.run(flags) == 0
+    data, counts = runs.prepared(flags).data, runs.read_record(whole)["data"]["train"]
+    assert (counts["dialogues"], counts["examples"], counts["replies"]) == (6, 6, 12)
+    dialogues = [runs.dialogue(number, 1 + number % 3) for number in range(6)]
+    prompts = [talk[:end] for talk in dialogues for end in range(2, len(talk), 2)]
     learned = (whole / "final_lora" / "learned.txt").read_text().split()
-    assert learned == sorted({t.prompt_hash(prompt) for prompt in prompts}) and len(held_out) == 20
-    assert (
-        whole / "final_lora" / "chat_template.jinja"
-    ).read_text() == job.base.tokenizer.chat_template
+    assert learned == sorted({t.prompt_hash(prompt) for prompt in prompts})
     rows = sorted(runs.rows_of(recorders[0].trained))
-    assert rows == sorted(2 * [example.input_ids for example in job.data.examples])
+    assert rows == sorted(2 * [example.input_ids for example in data.examples])
     before = runs.logged(runs.history(whole), "eval_loss")[0]
-    assert before == pytest.approx(token_loss(base_model(), job.data.held_out), rel=ROUNDING)
+    assert before == pytest.approx(token_loss(base_model(), data.held_out), rel=ROUNDING)
 
 
 def test_another_template_is_another_job_and_the_same_is_not(tmp_path):
@@ -278,11 +238,3 @@ def test_another_template_is_another_job_and_the_same_is_not(tmp_path):
     copy = tmp_path / "copy.jinja"
     copy.write_text(one_pass.base.tokenizer.chat_template, encoding="utf-8")
     assert runs.prepared([*flags, "--chat_template", copy]).plan.folder == one_pass.plan.folder
-
-
-def test_a_template_that_raises_is_told_of_its_lines(tmp_path, capfd):
-    bad = tmp_path / "bad.jinja"
-    bad.write_text("{{ raise_exception('no') }}", encoding="utf-8")
-    flags = flags_for(tmp_path, [1])
-    runs.refused(capfd, [*flags, "--chat_template", bad], "train.jsonl:1")
-    runs.refused(capfd, [*flags, "--chat_template", tmp_path / "none"], "CHAT_TEMPLATE", status=2)

@@ -4,15 +4,11 @@ import json
 import re
 import shutil
 from pathlib import Path
-from unittest.mock import Mock
 
-import huggingface_hub
 import pytest
 import trl
 from conftest import TOY
 from datasets import Dataset
-from huggingface_hub.errors import GatedRepoError
-from huggingface_hub.utils import httpx
 from runs import command, prepared, read_record, refused
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from toys import edit_json
@@ -97,13 +93,13 @@ def test_trl_prepares_a_turn_the_same_but_for_the_newline(tokenizer, tmp_path):
     assert theirs["labels"] == example.labels + newline
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-def test_a_special_token_in_a_text_is_refused_by_name(token, job):
-    for place in (0, 1, 2):
-        said = [dict(one) for one in TALK[:3]]
-        said[place]["content"] = f"before {token}user after"
-        with pytest.raises(ValueError, match=re.escape(token)):
-            t.render(said, job)
+def test_a_special_token_in_a_text_is_refused_by_name(token, place, job):
+    said = [dict(one) for one in TALK[:3]]
+    said[place]["content"] = f"before {token}user after"
+    with pytest.raises(ValueError, match=re.escape(token)):
+        t.render(said, job)
 
 
 def test_the_tokens_of_both_files_are_counted(finished, tokenizer):
@@ -202,8 +198,6 @@ THOUGHT = "'\\n<think>\\n' + reasoning_content"
 IF_NELL = "{% if 'Nell' in messages[-1].content %}"
 FAULTS = {
     "raises": (BEGIN, IF_NELL + "{{ raise_exception('not this') }}{% endif %}" + BEGIN),
-    "undefined": (BEGIN, IF_NELL + "{{ messages[7].content }}{% endif %}" + BEGIN),
-    "divides by 0": (BEGIN, IF_NELL + "{{ 1 / 0 }}{% endif %}" + BEGIN),
     "adds text to 1": (BEGIN, IF_NELL + "{{ 1 + 'a' }}{% endif %}" + BEGIN),
     "changes a text": (USER, USER.replace("content", "content | replace('Nell', 'Bob')")),
     "no prefix": (THOUGHT, THOUGHT + " + ('quick' if 'Nell' in content else '')"),
@@ -242,8 +236,6 @@ LACKING = {  # what happens to its folder
         (model / "generation_config.json").unlink(),
     ),
     "full weights": lambda model: edit_json(model / "config.json", lambda x: x.update(FOUR_BITS)),
-    "configuration": lambda model: (model / "config.json").write_text("{"),
-    "folder": shutil.rmtree,
 }
 
 
@@ -255,29 +247,28 @@ def test_a_model_that_cannot_be_used_is_named(lacking, capfd):
     refused(capfd, [*DRY, "--model_name", "model"], named)
 
 
-def test_a_model_of_the_hub_that_cannot_be_read_is_named(capfd, monkeypatch):
-    write("t", HELLO)
-    flags = [*DRY, "--model_name", "some-one/a-model"]
-    refused(capfd, flags, "some-one/a-model")
-    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
-    gated = Mock(side_effect=GatedRepoError("403 Client Error", response=response))
-    monkeypatch.setattr(huggingface_hub, "resolve_revision", gated)
-    refused(capfd, flags, "https://huggingface.co/some-one/a-model")
+SHORT = [*DRY, "--max_seq_len", "64"]
+
+
+def length_of(talk, job):
+    return sum(map(len, t.render(talk, job)))
 
 
 def test_up_to_a_tenth_that_is_too_long_is_left_out_and_nothing_is_cut(capfd, job):
     """And the others are whole: a cut reply has no end, and teaches not to stop."""
-    write("t", *[LONG if n % 10 == 9 else HELLO for n in range(250)])
-    flags = [*DRY, "--max_seq_len", "64"]
-    examples = prepared(flags).data.examples
-    assert [one.source for one in examples] == [f"t:{n}" for n in range(1, 251) if n % 10]
+    write("t", *[LONG if n % 10 == 9 else HELLO for n in range(30)])
+    examples = prepared(SHORT).data.examples
+    assert [one.source for one in examples] == [f"t:{n}" for n in range(1, 31) if n % 10]
     prompt, reply = t.render(HELLO, job)
     assert all(one.input_ids == prompt + reply for one in examples)
-    out = command(capfd, flags).out
-    assert "t:10" in out and "25" in out  # how many, and where they begin
+    out = capfd.readouterr().out
+    assert "t:10, t:20, t:30" in out
     assert ">>>Yes.<|im_end|><<<" in out  # the first example with its targets
-    write("t", LONG)  # exactly as long as it may be
-    length = sum(map(len, t.render(LONG, job)))
+
+
+def test_an_example_may_be_exactly_as_long_as_the_limit(capfd, job):
+    write("t", LONG)
+    length = length_of(LONG, job)
     (example,) = prepared([*DRY, "--max_seq_len", length]).data.examples
     assert len(example.input_ids) == length
     refused(capfd, [*DRY, "--max_seq_len", length - 1], "MAX_SEQ_LEN")
@@ -285,18 +276,15 @@ def test_up_to_a_tenth_that_is_too_long_is_left_out_and_nothing_is_cut(capfd, jo
 
 def test_more_than_a_tenth_is_refused_with_the_limits_that_would_do(capfd, job):
     talks = [HELLO] * 17 + [messages("Hello?", "Yes. " * n) for n in (30, 40, 50)]
-    nine_tenths, everything = (sum(map(len, t.render(one, job))) for one in talks[-3::2])
+    nine_tenths, everything = length_of(talks[-3], job), length_of(talks[-1], job)
     write("t", *talks)
-    refused(capfd, [*DRY, "--max_seq_len", "64"], "MAX_SEQ_LEN", f"{nine_tenths}", f"{everything}")
+    refused(capfd, SHORT, "MAX_SEQ_LEN", f"{nine_tenths}", f"{everything}")
     for limit, kept in ((nine_tenths, 18), (everything, 20)):
         assert len(prepared([*DRY, "--max_seq_len", limit]).data.examples) == kept
-    refused(capfd, [*DRY, "--max_seq_len", nine_tenths - 1], "MAX_SEQ_LEN")
-    # An exact tenth may go, and the other file is counted by itself.
-    write("t", HELLO)
-    write("e", *[HELLO] * 9, LONG)
-    flags = [*DRY, "--eval_file", "e", "--max_seq_len", "64"]
-    assert len(prepared(flags).data.held_out) == 9
-    write("e", *[HELLO] * 8, LONG)
-    refused(capfd, flags, "MAX_SEQ_LEN")
-    write("t", *[HELLO] * 8, LONG)  # both files at once
-    refused(capfd, flags, "MAX_SEQ_LEN", "t:9:", "e:9:")
+
+
+def test_each_files_tenth_is_counted_by_itself(capfd):
+    write("t", *[HELLO] * 8, LONG)
+    write("e", *[HELLO] * 9, LONG)  # an exact tenth may go
+    end = refused(capfd, [*SHORT, "--eval_file", "e"], "MAX_SEQ_LEN", "t:9:")
+    assert "e:10" not in end.err
