@@ -68,13 +68,14 @@ def test_the_losses_are_those_of_peft_alone(found, record):
 
 def test_probes_are_the_adapters_own_replies_with_their_losses(found, record, tokenizer):
     """So that a server can be asked for them without a tokenizer or held-out replies."""
-    said = {one["where"]: one["adapter"]["text"] for one in found["exchanges"]}
+    said = {one["where"]: one["adapter"] for one in found["exchanges"]}
     network = copy.deepcopy(base_model())
     network = peft.PeftModel.from_pretrained(network, record / "inputs" / "adapter").eval()
     for probe in found["probes"]:
         text = tokenizer.decode(probe["reply_ids"], skip_special_tokens=True).strip()
-        assert text == said[probe["where"]] and probe["messages"][-1]["role"] == "user"
-        count = len(probe["reply_ids"])
+        reply, count = said[probe["where"]], len(probe["reply_ids"])
+        assert (text, count) == (reply["text"], reply["tokens"])
+        assert probe["messages"][-1]["role"] == "user"
         example = runs.made_up(probe["prompt_ids"], probe["reply_ids"])
         near = ROUNDING * count
         assert probe["adapter"] == pytest.approx(count * token_loss(network, [example]), abs=near)
