@@ -220,11 +220,6 @@ def test_what_is_wrong_is_named_by_file_and_line_and_the_others_are_read(name):
     assert len(problem) < 500 and "\n" not in problem
 
 
-def test_what_is_wrong_in_an_array_is_named_by_its_entry():
-    examples, (problem,) = read(b"[" + b",\n".join([GOOD, line(text="Hello"), GOOD]) + b"]")
-    assert len(examples) == 2 and re.match(r"data\.jsonl\b.*\b2\b", problem)
-
-
 def test_a_key_twice_in_an_array_is_refused():
     with pytest.raises(t.UserError, match=r"data\.jsonl"):
         read(b"[" + GOOD + b"," + REFUSED["a key twice"] + b"]")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from runs import command, read_json, refused
+from runs import command, read_json
 
 from inspect_lora.__main__ import main
 
@@ -38,7 +38,3 @@ def test_curves_are_those_of_the_records(drawn, finished, stopped):
         assert steps == [*range(1, len(losses) + 1)] and len(losses) >= 6
         weights = 0.9 ** np.arange(len(losses))[::-1]
         assert smooth[-1] == pytest.approx(np.average(losses, weights=weights))
-
-
-def test_a_folder_without_losses_is_named(capfd, tmp_path):
-    refused(capfd, ["losses", tmp_path], str(tmp_path), main=main)
