@@ -35,6 +35,7 @@ import ast
 import contextlib
 import difflib
 import fcntl
+import functools
 import gc
 import hashlib
 import importlib.metadata
@@ -1968,6 +1969,7 @@ def identity_of(settings: Settings, base: Base, data: Data, editable: Facts) -> 
     return json.loads(json.dumps(identity, default=as_json_value))
 
 
+@functools.cache  # evidence asks twice, and parsing takes half a second
 def hash_of_code(source: bytes) -> str:
     """Return a hash of what a script executes: no comments, no docstrings, and no SETTINGS.
 

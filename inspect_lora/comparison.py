@@ -235,6 +235,8 @@ def conclusion_of(rows: tuple[Row, ...], spread: Spread | None, records: Records
 
 def told_apart(rows: tuple[Row, ...]) -> list[str]:
     """Return which rows are clearly worse than the first, and which cannot be told from it."""
+    if any(row.above_first.units < FEWEST_UNITS for row in rows[1:]):
+        return [f"No row is judged: fewer than {FEWEST_UNITS} independent lines."]
     clear, unclear = [], []
     for place, row in enumerate(rows[1:], 2):
         (clear if is_clear(row.above_first) else unclear).append(str(place))
@@ -253,7 +255,7 @@ def rows_named(places: list[str]) -> str:
 
 def is_clear(difference: Estimate) -> bool:
     """Return whether an interval that holds beside all others leaves 0 out."""
-    return difference.units >= FEWEST_UNITS and not difference.low <= 0 <= difference.high
+    return not difference.low <= 0 <= difference.high
 
 
 def joined(words: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import functools
 import json
 
 import peft
@@ -35,9 +34,6 @@ RULES = [
     {"name": "no list", "none": ["\n- ", "**"]},
 ]
 SHORT = ["--general_file", "", "--replies", "0", "--parts", "0"]  # nothing but the losses
-
-# The same text is parsed for each measurement, which is more than half of a short one.
-script.hash_of_code = functools.cache(script.hash_of_code)
 
 
 def make_record(folder):

@@ -323,6 +323,15 @@ def test_settings_that_cannot_be_told_apart_are_said_to_be_so(compare, make):
     assert "1 cannot be told from rows 2 and 3" in told and "has a lower" not in told
 
 
+@pytest.mark.parametrize(("lines", "is_judged"), [(19, False), (20, True)])
+def test_fewer_than_twenty_lines_judge_no_row(compare, make, lines, is_judged):
+    for name, gain in (("a", 1.0), ("b", 2.0)):
+        make(name, count=lines, gain=gain, shifts=[])
+    told = " ".join(compare()["conclusion"])
+    assert ("has a lower loss" in told, "No row is judged" in told) == (is_judged, not is_judged)
+    assert "cannot be told" not in told
+
+
 # ---- What is shared
 
 

@@ -13,6 +13,7 @@ from toys import edit_json
 import train_lora_single as script
 from inspect_lora import inputs, sampling
 from inspect_lora.__main__ import main
+from inspect_lora.common import InspectError
 from train_lora_single import file_sha256
 
 
@@ -243,6 +244,13 @@ def test_a_greeting_joins_no_dialogues(lines, clusters):
     numbers = [root.rpartition(":")[2] for root in found.values()]
     names = {root: f"{numbers.index(root) + 1}" for root in numbers}
     assert "".join(names[root] for root in numbers) == clusters
+
+
+def test_a_key_of_clusters_that_no_line_has_is_refused():
+    """Each line would count by itself, and every interval be too narrow."""
+    lines = conversations_of(dialogue("Hi", "Hello"), dialogue("Tea?", "Yes"))
+    with pytest.raises(InspectError, match="persn"):
+        inputs.clusters_of(lines, "persn")
 
 
 @pytest.mark.parametrize(
