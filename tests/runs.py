@@ -1,7 +1,6 @@
 """Runs of the commands: short ones in this process, forks of it, and what they leave."""
 
 import contextlib
-import functools
 import gc
 import importlib.util
 import json
@@ -26,9 +25,6 @@ from conftest import ROOT, TOY, default_handlers
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_lora_single as t
-
-# Each start hashes the script's code: a third of a short run, and the same each time.
-t.hash_of_code = functools.cache(t.hash_of_code)
 
 ADAPTER = "final_lora/adapter_model.safetensors"
 NOUNS = ["tea", "rain", "garden", "kettle", "letter", "window", "nephew", "biscuit", "road", "cup"]
