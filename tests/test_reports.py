@@ -423,7 +423,7 @@ def test_what_models_say_is_text_in_the_report(capsys, tmp_path, real_picture):
 
 
 def test_without_matplotlib_an_older_picture_stays_if_the_record_is_the_same(
-    capsys, tmp_path, monkeypatch
+    capsys, tmp_path, monkeypatch, real_picture
 ):
     stored, drawn = made(tmp_path), tmp_path / "picture.png"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
