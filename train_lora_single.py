@@ -2319,23 +2319,23 @@ class RunEvents(transformers.TrainerCallback):
         self.trainer, self.job, self.began = trainer, trainer.job, 0.0
         self.step_began = 0.0
 
-    def on_train_begin(self, args, state, control, **_) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """First measure the base's held-out loss, or one that a signal cut short."""
         if self.job.earlier.checkpoint:
             check_what_was_loaded(self.trainer)
         evaluate_if_missing(self.trainer)
 
-    def on_epoch_begin(self, args, state, control, **_) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Give each epoch its own order, even when it is resumed midway."""
         self.trainer.sampler.epoch = state.global_step // self.job.plan.steps_per_epoch
 
-    def on_step_begin(self, args, state, control, **_) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From now on, let a signal wait until the step is finished and saved."""
         self.job.session.stop.finish_first = "the step"
         self.step_began = time.monotonic()
         self.began = self.began or self.step_began
 
-    def on_step_end(self, args, state, control, **_) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Decide what comes next: Trainer logs, then evaluates, then saves."""
         job, stop, step = self.job, self.job.session.stop, state.global_step
         accelerator, is_asked = self.trainer.accelerator, stop.signal > 0
@@ -2351,7 +2351,7 @@ class RunEvents(transformers.TrainerCallback):
         control.should_evaluate = evaluates and not stop.is_agreed
         control.should_save = saves or evaluates or stop.is_agreed
 
-    def on_log(self, args, state, control, logs, **_) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Facts, **_: Any) -> None:
         """Stop at a loss or a gradient that is not finite, before it is saved; print the losses."""
         job, session, step = self.job, self.job.session, state.global_step
         for key in ("loss", "grad_norm", "eval_loss", "start_loss"):
@@ -2382,7 +2382,7 @@ class RunEvents(transformers.TrainerCallback):
             left = tqdm.format_interval(seconds * (job.plan.steps - step))
             report("train", f"{line}{left} left")
 
-    def on_save(self, args, state, control, **_) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint as intact, remove older ones, record the losses; stop if asked to."""
         job, session, step = self.job, self.job.session, state.global_step
         write_record(job, "running")  # so that a killed run keeps its losses
