@@ -19,7 +19,7 @@ inspect_lora uses some of these functions.
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
-#     "transformers>=5.24,<5.30",
+#     "transformers>=5.24,<5.25",  # the bound of requirements.txt, which says why
 #     "peft>=0.21.2,<0.22",
 #     "trl>=1.16,<1.17",
 #     "datasets>=5,<6",
