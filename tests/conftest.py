@@ -9,16 +9,23 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many workers as cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The command says so itself where stderr is no terminal, but transformers was imported before it.
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# tqdm's own lock is shared with forked children: one that was killed while it held the lock would
+# stop this process for ever at its next progress bar.
+tqdm.set_lock(threading.RLock())
 
 
 def make_toy(demo, folder):

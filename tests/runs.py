@@ -1,6 +1,5 @@
 """Runs of the commands: short ones in this process, forks of it, and what they leave."""
 
-import contextlib
 import gc
 import importlib.util
 import json
@@ -11,6 +10,7 @@ import random
 import runpy
 import signal
 import sys
+import threading
 import traceback
 import types
 import warnings
@@ -22,6 +22,7 @@ import torch
 import transformers
 import trl
 from conftest import ROOT, TOY, default_handlers
+from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_lora_single as t
@@ -322,14 +323,17 @@ class Fork(multiprocessing.get_context("fork").Process):
 
     def run(self):
         os.setsid()  # a terminal's signals are not for it
+        tqdm.set_lock(threading.RLock())  # a thread that is not here may hold the parent's
         logging.root.handlers.clear()  # whose files are the parent's
         default_handlers()
         try:
             self.be()
         finally:
-            with contextlib.suppress(OSError):  # its reader is gone
-                sys.stdout.flush()
-            sys.stdout = None
+            for name in ("stdout", "stderr"):
+                try:
+                    getattr(sys, name).flush()
+                except OSError:  # its reader is gone; Process would end with 1 for it
+                    setattr(sys, name, None)
 
     def end(self, seconds=120):
         """Wait for it, and return its exit status; the signal's number below 0 if one ended it."""

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from conftest import TOY
 from safetensors.torch import load_file, save_file
 from toys import GEMMA4, edit_json, model_of
+from tqdm import tqdm
 
 import train_lora_single as t
 
@@ -195,6 +197,31 @@ def test_however_it_is_killed_it_ends_in_the_same_bytes(moment, stopped, output,
     assert go_on(argv, whole) == saved
     older = {"older.txt": b"of another run"}  # lay in final_lora, and is still there, renamed
     assert older in [runs.files(place) for place in output.glob("final_lora*")]
+
+
+@pytest.mark.timeout(60)
+def test_no_lock_of_a_progress_bar_stops_a_child_or_outlives_it():
+    """The child is forked while a thread here shows a bar, and is killed while it shows one."""
+    is_shown, is_forked = threading.Event(), threading.Event()
+
+    def show():
+        with tqdm.get_lock():
+            is_shown.set()
+            is_forked.wait()
+
+    def be_killed():
+        tqdm.get_lock().acquire()
+        die()
+
+    thread = threading.Thread(target=show)
+    thread.start()
+    is_shown.wait()
+    fork = runs.Fork(be_killed)
+    is_forked.set()
+    assert fork.end() == -signal.SIGKILL
+    thread.join()
+    with tqdm.get_lock():
+        tqdm([1], disable=True)
 
 
 def cut(path):
