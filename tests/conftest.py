@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many workers as cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# The command says so itself where stderr is no terminal, but transformers was imported before it.
+# The script sets this itself where stderr is no terminal, but the tests import transformers first.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # tqdm's own lock is shared with forked children: one that was killed while it held the lock would
 # stop this process for ever at its next progress bar.

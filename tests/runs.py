@@ -337,9 +337,11 @@ class Fork(multiprocessing.get_context("fork").Process):
 
     def end(self, seconds=120):
         """Wait for it, and return its exit status; the signal's number below 0 if one ended it."""
-        self.join(seconds)
-        hangs = self.exitcode is None
-        self.kill()
+        try:
+            self.join(seconds)
+            hangs = self.exitcode is None
+        finally:  # of a test whose own time is over, too
+            self.kill()
         assert not hangs
         return self.exitcode
 

@@ -201,27 +201,26 @@ def test_however_it_is_killed_it_ends_in_the_same_bytes(moment, stopped, output,
 
 @pytest.mark.timeout(60)
 def test_no_lock_of_a_progress_bar_stops_a_child_or_outlives_it():
-    """The child is forked while a thread here shows a bar, and is killed while it shows one."""
-    is_shown, is_forked = threading.Event(), threading.Event()
+    """The child is forked while a thread here holds the lock, and is killed while it holds it."""
+    is_held, is_forked = threading.Event(), threading.Event()
 
-    def show():
+    def hold():
         with tqdm.get_lock():
-            is_shown.set()
+            is_held.set()
             is_forked.wait()
 
     def be_killed():
         tqdm.get_lock().acquire()
         die()
 
-    thread = threading.Thread(target=show)
+    thread = threading.Thread(target=hold)
     thread.start()
-    is_shown.wait()
+    is_held.wait()
     fork = runs.Fork(be_killed)
     is_forked.set()
     assert fork.end() == -signal.SIGKILL
     thread.join()
-    with tqdm.get_lock():
-        tqdm([1], disable=True)
+    tqdm([1], disable=True)  # takes the lock, or waits for it until the test's time is over
 
 
 def cut(path):
