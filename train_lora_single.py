@@ -40,7 +40,6 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import logging
 import math
@@ -523,6 +522,7 @@ IS_WSL = "microsoft" in os.uname().release.lower()
 if not IS_WSL and "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ["USE_HUB_KERNELS"] = "NO"  # transformers 5.25 runs kernels of the hub unasked
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -1309,6 +1309,7 @@ def load_model(name: str, commit: str, dtype: str, device: str) -> Model:
             device_map={"": torch.cuda.current_device()} if device == "cuda" else None,
             trust_remote_code=False,
             use_safetensors=True,  # a pickle could run code
+            use_kernels=False,  # so could kernels, which transformers 5.25 takes from the hub
             output_loading_info=True,
         )
     except OSError as error:
@@ -1328,10 +1329,6 @@ def load_model(name: str, commit: str, dtype: str, device: str) -> Model:
 
 
 DELTA_RULE = "torch_chunk_gated_delta_rule"  # transformers' torch code for Gated DeltaNet
-ITS_ARGUMENTS = [
-    "query", "key", "value", "g", "beta", "chunk_size", "initial_state", "output_final_state",
-    "use_qk_l2norm_in_kernel", "kwargs",
-]  # fmt: skip
 TOKENS_OF_A_PIECE = 512  # a multiple of the rule's own chunks of 64
 
 
@@ -1345,36 +1342,80 @@ class DeltaRuleInPieces:
     float32 to rounding, where a row is no multiple of 64 tokens.
     """
 
-    rule: Callable
+    whole_rule: Callable
+    tokens: int
 
     def __call__(
-        self, *rows: Tensor, initial_state: Any = None, output_final_state: bool = False, **options
+        self,
+        *rows: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        **options,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute as the rule does; rows are query, key, value, g and beta, by name or not."""
-        rows += tuple(options.pop(name) for name in ITS_ARGUMENTS[len(rows) : 5])
-        if rows[0].shape[1] <= TOKENS_OF_A_PIECE:
+        """Compute as the rule does, called as in a layer's forward(): rows are query, key, value.
+
+        They have the shape (batch, tokens, heads, width), g and beta (batch, tokens, heads).
+        """
+        rule = functools.partial(self.whole_rule, **options)
+        if g.shape[1] <= self.tokens:
             wanted = {"initial_state": initial_state, "output_final_state": output_final_state}
-            return self.rule(*rows, **wanted, **options)
+            return rule(*rows, g=g, beta=beta, **wanted)
         outputs, state = [], initial_state
-        for piece in zip(*(x.split(TOKENS_OF_A_PIECE, 1) for x in rows), strict=True):
-            output, state = self.rule(
-                *piece, initial_state=state, output_final_state=True, **options
+        pieces = [x.split(self.tokens, 1) for x in (*rows, g, beta)]
+        for *piece, decay, strength in zip(*pieces, strict=True):
+            output, state = rule(
+                *piece, g=decay, beta=strength, initial_state=state, output_final_state=True
             )
             outputs.append(output)
         return torch.cat(outputs, 1), state if output_final_state else None
 
 
+def fault_of_pieces(whole_rule: Callable) -> str:
+    """Return why a rule is not to be computed in pieces, or "": both ways are tried on 130 tokens.
+
+    A release of transformers may change the function, and a state that is handed on wrongly would
+    spoil the gradients of long rows without an error.
+    """
+    draw = torch.Generator().manual_seed(0)
+    sizes = [(2, 16), (2, 16), (2, 8), (2,), (2,)]  # heads and their width
+    query, key, value, decay, strength = (torch.randn(1, 130, *x, generator=draw) for x in sizes)
+    inputs = [query, key, value, -0.1 * decay.exp(), strength.sigmoid()]
+    inputs = [x.requires_grad_() for x in inputs]
+    results = []
+    for rule in (whole_rule, DeltaRuleInPieces(whole_rule, 64)):
+        options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        try:
+            output, state = rule(*inputs[:3], g=inputs[3], beta=inputs[4], **options)
+            loss = output.square().sum() + state.square().sum()
+            results.append([output, state, *torch.autograd.grad(loss, inputs)])
+        except Exception as error:  # whatever it is, whole rows are still computed
+            return f"cannot be tried in pieces ({type(error).__name__}: {one_line(error)})"
+    names = ["outputs", "state", *["gradients"] * len(inputs)]
+    for name, whole, in_pieces in zip(names, *results, strict=True):
+        if not torch.dist(whole, in_pieces) <= 1e-5 * whole.norm():  # or it is no number
+            return f"has other {name} in pieces"
+    return ""
+
+
 def compute_delta_rule_in_pieces(model: Model) -> None:
     """Have the model's Gated DeltaNet layers compute in pieces, unless fla's kernels do it."""
+    if chunk_of(model.config) == 1:
+        return
     module = sys.modules[type(model).__module__]
-    rule = getattr(module, DELTA_RULE, None)  # its forward() calls the function by this name
-    if rule is None or isinstance(rule, DeltaRuleInPieces) or chunk_of(model.config) == 1:
+    function = getattr(module, DELTA_RULE, None)  # a layer's forward() calls it by this name
+    if function is None:
+        what = f"{type(model).__name__} has linear attention, but no {DELTA_RULE}"
+        report("deltanet", f"{what}: whole rows are computed, and long ones may take long")
         return
-    if [*inspect.signature(rule).parameters] != ITS_ARGUMENTS:
-        version = transformers.__version__
-        report("deltanet", f"transformers {version} has another {DELTA_RULE}: long rows are slower")
+    whole_rule = getattr(function, "whole_rule", function)  # in place since an earlier model
+    if fault := fault_of_pieces(whole_rule):
+        what = f"{DELTA_RULE} of transformers {transformers.__version__} {fault}"
+        ways = "The transformers of requirements.txt has one that is computed in pieces"
+        report("deltanet", f"{what}: whole rows are computed, and long ones take longer. {ways}")
         return
-    setattr(module, DELTA_RULE, DeltaRuleInPieces(rule))
+    setattr(module, DELTA_RULE, DeltaRuleInPieces(whole_rule, TOKENS_OF_A_PIECE))
     # fault_of_fla() says why other GPUs have no choice.
     if torch.cuda.is_initialized() and torch.cuda.get_device_capability()[0] == 8:
         ways = "flash-linear-attention may be faster: install it, and give --use_fla true"

@@ -70,8 +70,11 @@ def statements():
     """Return {name: the text of its assignment} of the settings."""
     nodes = [node for node in ast.parse(SOURCE).body if isinstance(node, ast.Assign)]
     lines = SOURCE.splitlines()
-    texts = {one.targets[0].id: lines[one.lineno - 1 : one.end_lineno] for one in nodes}
-    return {name: "\n".join(texts[name]) for name in t.SETTINGS}
+    texts = {
+        ast.unparse(one.targets[0]): "\n".join(lines[one.lineno - 1 : one.end_lineno])
+        for one in nodes
+    }
+    return {name: texts[name] for name in t.SETTINGS}
 
 
 def test_the_shipped_settings_are_the_articles():

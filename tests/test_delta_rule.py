@@ -1,6 +1,8 @@
 """Gated DeltaNet in pieces: what transformers' own function computes for whole rows."""
 
+import functools
 import sys
+import types
 
 import peft
 import pytest
@@ -18,7 +20,7 @@ PIECE, NEAR = 128, 1e-6
 def rule(monkeypatch):
     """Have pieces of 128 tokens; return transformers' own function, which is in place."""
     function = getattr(modeling, t.DELTA_RULE)
-    own = function.rule if isinstance(function, t.DeltaRuleInPieces) else function
+    own = function.whole_rule if isinstance(function, t.DeltaRuleInPieces) else function
     monkeypatch.setattr(modeling, t.DELTA_RULE, own)
     monkeypatch.setattr(t, "TOKENS_OF_A_PIECE", PIECE)
     monkeypatch.setitem(sys.modules, "fla", None)  # as a run has it without USE_FLA
@@ -44,7 +46,7 @@ def inputs_of(tokens, dtype):
 def test_output_state_and_gradients_are_the_same_to_the_bit(rule, tokens, begins, dtype):
     """But in float32, where the rule fills a row up to 64 tokens and so sums in another order."""
     results = []
-    for function in (rule, t.DeltaRuleInPieces(rule)):
+    for function in (rule, t.DeltaRuleInPieces(rule, PIECE)):
         *rows, state = inputs_of(tokens, dtype)
         output, last = function(
             *rows[:3],
@@ -59,7 +61,9 @@ def test_output_state_and_gradients_are_the_same_to_the_bit(rule, tokens, begins
         gradients = [tensor.grad for tensor in (*rows, state) if tensor.grad is not None]
         results.append([output, last, *gradients])
         with torch.no_grad():
-            assert function(*rows)[1] is None  # it was not asked for its state
+            assert (
+                function(*rows[:3], g=rows[3], beta=rows[4])[1] is None
+            )  # it was not asked for its state
     assert len(results[0]) == len(results[1]) == 8 - (begins == "at zero")
     if dtype == torch.bfloat16 or tokens <= PIECE or tokens % 64 == 0:
         assert all(map(torch.equal, *results))
@@ -99,7 +103,7 @@ def test_a_models_losses_and_gradients_are_the_same(rule, monkeypatch, is_recomp
         model.activation_checkpointing_enable({"use_reentrant": False})
         assert runs.is_recomputing(model)
     pieces = getattr(modeling, t.DELTA_RULE)
-    assert isinstance(pieces, t.DeltaRuleInPieces) and pieces.rule is rule
+    assert isinstance(pieces, t.DeltaRuleInPieces) and pieces.whole_rule is rule
     losses, gradient = loss_and_gradient(model, inputs)
     with torch.no_grad():
         evaluated = t.token_losses(model.eval(), inputs)
@@ -124,14 +128,71 @@ def test_what_follows_a_long_prompt_is_the_same(rule, monkeypatch):
         assert torch.dist(ours, theirs) <= NEAR * theirs.norm()
 
 
-def test_a_rule_with_other_arguments_is_left_alone_and_told(rule, monkeypatch, capfd):
-    def another(query, key, value, g, beta, is_new=True, **kwargs):
-        return rule(query, key, value, g, beta, **kwargs)
+def test_each_layer_of_the_network_computes_in_pieces(rule, monkeypatch):
+    """And no kernel of the hub computes in its place."""
+    model = model_in_pieces().train()
+    assert not model.base_model.model.use_kernels
+    pieces, called = getattr(modeling, t.DELTA_RULE), []
 
+    def count(*rows, **options):
+        called.append(True)
+        return pieces(*rows, **options)
+
+    monkeypatch.setattr(modeling, t.DELTA_RULE, count)
+    loss_and_gradient(model, rows_of(300, 131))
+    layers = model.config.get_text_config().layer_types.count("linear_attention")
+    assert len(called) == layers > 0
+
+
+def with_another_argument(rule, query, key, value, decay, beta, **options):
+    return rule(query, key, value, g=decay, beta=beta, **options)
+
+
+def with_a_state_that_is_ignored(rule, *rows, initial_state=None, **options):
+    return rule(*rows, **options)
+
+
+def with_a_state_without_gradient(rule, *rows, initial_state=None, **options):
+    initial_state = None if initial_state is None else initial_state.detach()
+    return rule(*rows, initial_state=initial_state, **options)
+
+
+def with_a_state_that_is_a_little_off(rule, *rows, **options):
+    output, state = rule(*rows, **options)
+    return output, state * 0.999
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_another_argument,
+        with_a_state_that_is_ignored,
+        with_a_state_without_gradient,
+        with_a_state_that_is_a_little_off,
+    ],
+)
+def test_a_rule_that_differs_in_pieces_is_left_alone_and_told(rule, change, monkeypatch, capfd):
+    another = functools.partial(change, rule)
     monkeypatch.setattr(modeling, t.DELTA_RULE, another)
     model_in_pieces()
     assert getattr(modeling, t.DELTA_RULE) is another
     assert t.DELTA_RULE in capfd.readouterr().out
+
+
+def test_a_network_without_the_rule_is_told(rule, monkeypatch, capfd):
+    monkeypatch.delattr(modeling, t.DELTA_RULE)
+    model_in_pieces()
+    assert t.DELTA_RULE in capfd.readouterr().out
+
+
+def test_the_next_model_has_pieces_of_the_rule_itself(rule, monkeypatch, capfd):
+    """Also where another import of the script has put its own class in place."""
+    earlier = types.SimpleNamespace(whole_rule=rule)
+    monkeypatch.setattr(modeling, t.DELTA_RULE, earlier)
+    for _ in range(2):
+        model_in_pieces()
+        assert getattr(modeling, t.DELTA_RULE) == t.DeltaRuleInPieces(rule, PIECE)
+    assert t.DELTA_RULE not in capfd.readouterr().out
 
 
 def test_flas_kernels_are_left_alone(rule, monkeypatch):
