@@ -14,17 +14,21 @@ FP16 MATMUL (for a V100), COMMAND LINE. Read SETTINGS, THE RUN and THE HEART fir
 inspect_lora uses some of these functions.
 """
 
-# `uv run train_lora_single.py --demo` reads this (PEP 723) and makes the environment itself.
+# `uv run train_lora_single.py --demo` reads this (PEP 723) and makes the environment itself. The
+# versions are those of requirements.txt; `.ci/lock` writes both.
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.7,<2.11",  # newer wheels have no kernels for the V100
-#     "transformers>=5.24,<5.25",  # the bound of requirements.txt, which says why
-#     "peft>=0.21.2,<0.22",
-#     "trl>=1.16,<1.17",
-#     "datasets>=5,<6",
-#     "accelerate>=1.15,<2",
-#     "safetensors>=0.8,<1",
+#     "accelerate==1.16.0",
+#     "datasets==5.2.0",
+#     "huggingface_hub==2.4.0",
+#     "jinja2==3.1.6",
+#     "peft==0.21.2",
+#     "safetensors==0.8.0",
+#     "torch==2.10.0",  # newer wheels have no kernels for the V100
+#     "tqdm==4.70.1",
+#     "transformers==5.25.0",
+#     "trl==1.16.0",
 # ]
 # ///
 

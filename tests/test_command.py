@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import sys
-import tomllib
 import types
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TOY
+from conftest import TOY
 from runs import ADAPTER, command, edited_script, prepared, read_record, refused, run, send
 from transformers.integrations import integration_utils
 
@@ -336,14 +335,3 @@ def test_a_model_that_is_divided_among_gpus_is_refused(kind, capfd, monkeypatch)
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("RANK", "0")
     refused(capfd, RUN, "torchrun")
-
-
-def test_uv_gets_the_same_versions_as_pip():
-    """By the script's own block (PEP 723)."""
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    wanted = {line for line in lines if line and not line.startswith("#")}
-    (block,) = re.findall(r"(?m)^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SOURCE)
-    own = tomllib.loads(re.sub("(?m)^# ?", "", block))["dependencies"]
-    assert {*own} <= wanted
-    # PyPI's wheels hold the kernels of the V100 (sm_70) up to torch 2.10.
-    assert [line for line in own if line.startswith("torch")] == ["torch>=2.7,<2.11"]
