@@ -15,7 +15,7 @@ inspect_lora uses some of these functions.
 """
 
 # `uv run train_lora_single.py --demo` reads this (PEP 723) and makes the environment itself. The
-# versions are those of requirements.txt; `.ci/lock` writes both.
+# versions are those of requirements.txt; `.ci/lock.py` writes both.
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [

@@ -1,4 +1,4 @@
-"""The versions: ranges stand in pyproject.toml alone, and `.ci/lock` writes every pin."""
+"""The versions: ranges stand in pyproject.toml alone, and `.ci/lock.py` writes every pin."""
 
 import importlib.metadata
 import os
@@ -49,7 +49,7 @@ def test_a_pin_is_one_version(name):
 
 @pytest.mark.parametrize("wanted", RANGES)
 def test_each_version_is_in_its_range(wanted):
-    """If not, someone has edited a file by hand: run `.ci/lock`."""
+    """If not, someone has edited a file by hand: run `.ci/lock.py`."""
     wanted = Requirement(wanted)
     for pin in PINS[canonicalize_name(wanted.name)]:
         (version,) = pin.specifier

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_LINES = """\
-# Made from the ranges in pyproject.toml by `.ci/lock`, for Python 3.11 to 3.13 on Linux.
+# Made from the ranges in pyproject.toml by `.ci/lock.py`, for Python 3.11 to 3.13 on Linux.
 """
 WHY_OLD_TORCH = "# torch stays below 2.11, whose wheels have no kernels for the V100 (sm_70)."
 # torch's wheels for CUDA name their exact versions, and its wheels for the CPU do without them.
