@@ -169,6 +169,7 @@ def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
         loss_type="nll",
         label_smoothing_factor=0,
         eos_token=base.tokenizer.eos_token,
+        dataset_kwargs={"skip_prepare_dataset": True},  # its tokens are used as they are
         max_length=None,  # nothing is cut
         train_sampling_strategy="sequential",  # SimilarLengthSampler decides
         dataloader_drop_last=False,
@@ -560,10 +561,10 @@ Tensors = dict[str, Tensor]  # by name
 # The loss of a step is the sum of -log(probability) over its target tokens, divided by how many
 # there are; into how many micro-batches the step is split does not matter.
 #
-# Trainer pads a step's examples, counts their target tokens (num_items_in_batch), calls
-# training_step() once, clips the gradient, and lets AdamW change A and B. Three checks guard this:
-# check_only_lora_is_trained() before the first step, RunEvents.on_log() at each step (loss and
-# gradient must be finite), and verify_saved_adapter() at the end.
+# Trainer hands all examples of a step to training_step(), clips the gradient, and lets AdamW change
+# A and B. Three checks guard this: check_only_lora_is_trained() before the first step,
+# RunEvents.on_log() at each step (loss and gradient must be finite), and verify_saved_adapter() at
+# the end.
 
 
 def build_trainer(job: Job) -> LoraTrainer:
@@ -584,7 +585,8 @@ def build_trainer(job: Job) -> LoraTrainer:
         model=model,
         peft_config=peft.LoraConfig(**lora_fields(settings)),  # PEFT makes A and B in float32
         args=job.plan.training,
-        train_dataset=datasets.Dataset.from_list(rows_of(job.data.examples)),  # used as is
+        train_dataset=datasets.Dataset.from_list(rows_of(job.data.examples)),
+        data_collator=collate,
         processing_class=base.tokenizer,
     )
     config = trainer.model.peft_config["default"]
@@ -615,23 +617,21 @@ class LoraTrainer(trl.SFTTrainer):
         longest = max(len(example.input_ids) for example in job.data.examples)
         self.tokens_at_once = round_up(longest, self.chunk) * self.args.train_batch_size
 
-    def training_step(
-        self, model: nn.Module, inputs: Tensors, num_items_in_batch: Tensor | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Tensors, *_: Any) -> Tensor:
         """Send a step's examples forward and backward in micro-batches; return the step's loss.
 
         The division changes only dropout and rounding. If memory runs out, the step is done again
         in smaller ones. model is self.model, or DDP around it; inputs are input_ids, attention_mask
-        and labels (examples x tokens); num_items_in_batch counts the targets of all processes.
+        and labels (examples x tokens). What else Trainer hands over is its own count of targets,
+        which it does not make for Gemma 3n and Gemma 4.
         """
         model.train()
-        inputs = self._prepare_inputs(inputs)
-        if num_items_in_batch is None:  # Trainer does not count for Gemma 3n and Gemma 4
-            count = (inputs["labels"][:, 1:] != -100).sum()
-            num_items_in_batch = self.accelerator.gather(count).sum()
+        inputs = {key: tensor.to(self.args.device) for key, tensor in inputs.items()}
+        count = (inputs["labels"][:, 1:] != -100).sum()
+        targets = self.accelerator.gather(count).sum()  # of all processes
         while True:
             try:
-                return self.backward_in_parts(model, inputs, num_items_in_batch)
+                return self.backward_in_parts(model, inputs, targets)
             except DoesNotFit as error:
                 rows, width = error.args
             lower_tokens_at_once(self, rows, width)
@@ -659,7 +659,7 @@ class LoraTrainer(trl.SFTTrainer):
         for layer in self.layers:
             layer.gradient_checkpointing = self.needs_checkpointing(part["input_ids"].shape[1])
         try:
-            loss = token_losses(model, self._prepare_inputs(part)).sum() / targets
+            loss = token_losses(model, part).sum() / targets
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
             loss.backward()
             return loss.detach()
@@ -964,9 +964,23 @@ def losses_of_replies(
 
 
 def pad(examples: list[Example], device: torch.device) -> Tensors:
-    """Return input_ids, labels and attention_mask, padded on the right, as Trainer does."""
-    collate = trl.trainer.sft_trainer.DataCollatorForLanguageModeling(pad_token_id=0)
+    """Return collate()'s tensors on a device."""
     return {key: tensor.to(device) for key, tensor in collate(rows_of(examples)).items()}
+
+
+def collate(rows: list[dict[str, list[int]]]) -> Tensors:
+    """Return input_ids, labels and attention_mask (rows x tokens), padded on the right."""
+
+    def padded(lists: list[list[int]], value: int) -> Tensor:
+        tensors = [torch.tensor(one) for one in lists]
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": padded(ids, 0),
+        "labels": padded([row["labels"] for row in rows], -100),
+        "attention_mask": padded([[1] * len(one) for one in ids], 0),
+    }
 
 
 def rows_of(examples: list[Example]) -> list[dict[str, list[int]]]:
@@ -1070,7 +1084,7 @@ def trial_fits(trainer: LoraTrainer, rows: int, width: int) -> bool:
     if not trainer.needs_checkpointing(width):
         largest *= trainer.args.train_batch_size
     targets = min(largest, math.ceil(ratio * width))
-    ids = torch.ones(rows, width, dtype=torch.long)
+    ids = torch.ones(rows, width, dtype=torch.long, device=trainer.args.device)
     labels, mask = ids.clone(), ids.clone()
     labels[:, : width - targets] = -100
     mask[:, -1] = 0  # padding takes extra memory and other kernels
@@ -1117,7 +1131,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     # On a MIG slice torch fails while it asks who holds the memory (pytorch 112377, 197312).
     words += "|NVML_SUCCESS == r"
     words += "|device not ready" if IS_WSL else ""
-    return bool(re.search(words, str(error)))
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))
 
 
 def chunk_of(config: ModelConfig) -> int:
@@ -1281,7 +1295,7 @@ def read_base(request: BaseRequest, tokenizer: Any = None) -> Base:
 def one_pass_template(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     """Return the chat template with which TRL trains this model, or "" if TRL knows none."""
     try:
-        template = trl.chat_template_utils.get_training_chat_template(tokenizer)
+        template = trl.get_training_chat_template(tokenizer)
         template = template or tokenizer.get_chat_template()  # None: the model's own will do
     except ValueError:  # TRL does not know the model's own template
         return ""
@@ -2797,6 +2811,8 @@ def try_fp16_matmul(model: Model, examples: list[Example]) -> None:
     """
     names = {module: path.rpartition(".")[2] for path, module in fp16_modules(model).items()}
     first: dict[str, tuple[nn.Linear, Tensor]] = {}
+    if not names:
+        raise UserError("MATMUL float16: the model has no nn.Linear of torch; use --matmul native.")
     wrong = "MATMUL float16 is wrong on this GPU; use --matmul native:"
     tried: list[Example] = []
     for example in sorted(examples, key=lambda example: -example.targets):

@@ -179,7 +179,7 @@ def step_of(trainer: Any, examples: list[Any]) -> tuple[float, torch.Tensor]:
 
     inputs = t.pad(examples, trainer.args.device)
     trainer.model.zero_grad()
-    loss = trainer.training_step(trainer.model, inputs, (inputs["labels"][:, 1:] != -100).sum())
+    loss = trainer.training_step(trainer.model, inputs)
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     return loss.item(), torch.cat([weight.grad.flatten().cpu() for weight in weights])
 

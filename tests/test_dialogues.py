@@ -79,8 +79,7 @@ def one_step(trainer, examples, tokens_at_once):
     trainer.tokens_at_once = tokens_at_once
     inputs = t.pad(examples, "cpu")
     trainer.model.zero_grad()
-    targets = torch.tensor(sum(example.targets for example in examples))
-    loss = trainer.training_step(trainer.model, inputs, targets).item()
+    loss = trainer.training_step(trainer.model, inputs).item()
     return loss, torch.cat([p.grad.flatten() for p in runs.lora(trainer.model).values()])
 
 
@@ -129,7 +128,7 @@ def test_one_pass_is_refused_where_trl_knows_none(tmp_path, capfd):
 
 
 def test_one_pass_is_the_models_own_template_where_that_joins(tmp_path, monkeypatch):
-    monkeypatch.setattr(trl.chat_template_utils, "get_training_chat_template", lambda _: None)
+    monkeypatch.setattr(trl, "get_training_chat_template", lambda _: None)
     model = model_with_chatml("Llama", tmp_path / "model")
     job = runs.prepared(flags_for(tmp_path, [5, 5], *ONE_PASS, model=model))
     assert job.base.tokenizer.chat_template == CHATML and len(job.data.examples) == 2

@@ -48,10 +48,9 @@ def one_step(trainer, tokens_at_once):
     """Do a step; return its loss, its gradients and its passes."""
     trainer.tokens_at_once, recorder = tokens_at_once, runs.Recorder(trainer)
     inputs = t.pad(trainer.job.data.examples, "cpu")
-    targets = (inputs["labels"][:, 1:] != -100).sum()
     trainer.model.zero_grad()
     try:
-        loss = trainer.training_step(trainer.model, inputs, targets).item()
+        loss = trainer.training_step(trainer.model, inputs).item()
     finally:
         recorder.stop()
     return loss, {n: p.grad.clone() for n, p in runs.lora(trainer.model).items()}, recorder.trained
