@@ -169,7 +169,7 @@ def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
         loss_type="nll",
         label_smoothing_factor=0,
         eos_token=base.tokenizer.eos_token,
-        dataset_kwargs={"skip_prepare_dataset": True},  # its tokens are used as they are
+        dataset_kwargs={"skip_prepare_dataset": True},  # the tokens are used as is
         max_length=None,  # nothing is cut
         train_sampling_strategy="sequential",  # SimilarLengthSampler decides
         dataloader_drop_last=False,
@@ -622,8 +622,8 @@ class LoraTrainer(trl.SFTTrainer):
 
         The division changes only dropout and rounding. If memory runs out, the step is done again
         in smaller ones. model is self.model, or DDP around it; inputs are input_ids, attention_mask
-        and labels (examples x tokens). What else Trainer hands over is its own count of targets,
-        which it does not make for Gemma 3n and Gemma 4.
+        and labels (examples x tokens). Trainer's own count of targets, which it also hands over,
+        is not used: for Gemma 3n and Gemma 4 it makes none.
         """
         model.train()
         inputs = {key: tensor.to(self.args.device) for key, tensor in inputs.items()}
@@ -964,7 +964,7 @@ def losses_of_replies(
 
 
 def pad(examples: list[Example], device: torch.device) -> Tensors:
-    """Return collate()'s tensors on a device."""
+    """Return the tensors of collate() on a device."""
     return {key: tensor.to(device) for key, tensor in collate(rows_of(examples)).items()}
 
 
@@ -1412,7 +1412,7 @@ def fault_of_pieces(whole_rule: Callable) -> str:
             return f"cannot be tried in pieces ({type(error).__name__}: {one_line(error)})"
     names = ["outputs", "state", *["gradients"] * len(inputs)]
     for name, whole, in_pieces in zip(names, *results, strict=True):
-        if not torch.dist(whole, in_pieces) <= 1e-5 * whole.norm():  # or it is no number
+        if not torch.dist(whole, in_pieces) <= 1e-5 * whole.norm():  # NaN is not, either
             return f"has other {name} in pieces"
     return ""
 

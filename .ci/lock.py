@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FIRST_LINES = """\
+FIRST_LINE = """\
 # Made from the ranges in pyproject.toml by `.ci/lock.py`, for Python 3.11 to 3.13 on Linux.
 """
 WHY_OLD_TORCH = "# torch stays below 2.11, whose wheels have no kernels for the V100 (sm_70)."
@@ -52,7 +52,7 @@ def main() -> None:
         "requirements.txt": [WHY_OLD_TORCH, *of_project],
         "tests/requirements.txt": ["-r ../requirements.txt", *of_tests],
     }.items():
-        (ROOT / name).write_text(FIRST_LINES + "\n".join(lines) + "\n", encoding="utf-8")
+        (ROOT / name).write_text(FIRST_LINE + "\n".join(lines) + "\n", encoding="utf-8")
     script = ROOT / "train_lora_single.py"
     script.write_text(pin_header(script.read_text(encoding="utf-8"), of_project), encoding="utf-8")
 

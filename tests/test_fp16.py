@@ -273,6 +273,20 @@ def test_where_float16_is_wrong_the_run_ends(flags, tmp_path, monkeypatch, capfd
     assert runs.checkpoints(tmp_path / "output") == []
 
 
+def test_a_network_that_would_stay_slow_is_refused(flags):
+    """Where a release gives its matrices a class of their own."""
+
+    class Another(torch.nn.Linear):
+        pass
+
+    model = t.load_model(TOY, "", "float32", "cpu")
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Another
+    with pytest.raises(t.UserError):
+        t.try_fp16_matmul(model, runs.prepared(flags).data.examples)
+
+
 def test_measuring_tries_float16_as_training_does(opened, monkeypatch):
     """Else every number of a report would be wrong in silence."""
     request = replace(opened.base.request, dtype="bfloat16", matmul="float16")

@@ -90,8 +90,7 @@ def checkpoint_has_what_save_writes():
     return "ours" in names and not {"training_args.bin", "model.safetensors"} & names
 
 
-def both_are_asked():
-    """Where a method is overridden that nobody calls, nothing is overridden."""
+def overridden_methods_exist():
     return hasattr(trl.SFTTrainer, "create_model_card") and hasattr(
         transformers.Trainer, "floating_point_ops"
     )
@@ -132,11 +131,9 @@ def rule_has_its_name(family):
 
 def package_that_is_none_is_not_used():
     """A package of that name is used where it can be imported, so that the trial can fail."""
+    kernels = types.SimpleNamespace(chunk_gated_delta_rule=lambda: "fla")
     package = types.ModuleType("fla")
-    package.ops = types.SimpleNamespace(
-        gated_delta_rule=types.SimpleNamespace(chunk_gated_delta_rule=lambda: "fla")
-    )
-    package.chunk_gated_delta_rule = package.ops.gated_delta_rule.chunk_gated_delta_rule
+    package.ops = types.SimpleNamespace(gated_delta_rule=kernels)
     used = []
     for module in (package, None):
         with mock.patch.dict(sys.modules, fla=module):
@@ -206,7 +203,7 @@ LEANED_ON = [
      "a loss would be divided by the targets of a part of its step: LoraTrainer"),
     ("Trainer._save", checkpoint_has_what_save_writes,
      "checkpoints would have no record, and a pickle: LoraTrainer"),
-    ("create_model_card, floating_point_ops", both_are_asked,
+    ("create_model_card, floating_point_ops", overridden_methods_exist,
      "each checkpoint would have a card, and each step would be slower: LoraTrainer"),
     ("get_training_chat_template", unknown_templates_are_refused,
      "a model might be trained in one pass with another model's template: one_pass_template()"),
@@ -237,7 +234,7 @@ LEANED_ON = [
     ("part", "holds", "otherwise"), LEANED_ON, ids=[one[0] for one in LEANED_ON]
 )
 def test_it_is_as_it_was(part, holds, otherwise):
-    sentence = f"{part} is another one: {otherwise}"
+    sentence = f"{part} is no longer what it was: {otherwise}"
     try:
         is_so = holds()
     except Exception as error:
