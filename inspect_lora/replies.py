@@ -8,8 +8,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import train_lora_single as script
 from inspect_lora.model import Adapter
+from train_lora.device import is_out_of_memory
 
 ROWS_AT_ONCE = 64  # replies that are generated together, at most
 TOKENS_AT_ONCE = 2**15  # of their prompts and replies, padding included
@@ -78,7 +78,7 @@ def rows_if_they_fit(
     try:
         return new_tokens(adapter, prompts, config)
     except RuntimeError as error:
-        if len(prompts) == 1 or not script.is_out_of_memory(error):
+        if len(prompts) == 1 or not is_out_of_memory(error):
             raise
     gc.collect()  # after `except`, whose traceback holds the tensors of the batch
     torch.cuda.empty_cache()

@@ -27,6 +27,22 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_lora_single as script
+from train_lora import environment
+from train_lora.base import load_model, read_base
+from train_lora.command import Session
+from train_lora.data import read_data
+from train_lora.device import prepare_device
+from train_lora.fp16_matmul import use_fp16_matmul, uses_fp16_matmul
+from train_lora.job import Job
+from train_lora.jobs import find_earlier_work, request_of
+from train_lora.losses import token_losses
+from train_lora.memory import find_what_fits
+from train_lora.plan import count_steps, make_plan
+from train_lora.tokens import Example, pad
+
 SCRIPT, DEMO = ROOT / "train_lora_single.py", ROOT / "data" / "demo-model"
 SECONDS, STEPS, LONG, GIB = 585, 20, 2048, 2**30  # the last check has 15 more seconds to end
 # In the demo's model on a CPU bfloat16 and scaled float16 move no weight's gradient by over 5 %. In
@@ -41,25 +57,24 @@ def compare_with_cpu(flags: list[str], _: Path) -> Iterator[Row]:
 
     Both kinds of matmul share convolution, triangular solve, SDPA and norms: only this judges them.
     """
-    import train_lora_single as t  # not before: it chooses fla as the model's code is imported
-
-    settings = t.parse_settings([*flags, f"--model_name={DEMO}"])
-    t.prepare_device(settings)
-    base = t.read_base(t.request_of(settings))
-    by_length = sorted(t.read_data(settings, base).examples, key=lambda x: len(x.input_ids))
+    environment.prepare()
+    settings = script.parse_settings(vars(script), [*flags, f"--model_name={DEMO}"])
+    prepare_device(settings)
+    base = read_base(request_of(settings))
+    by_length = sorted(read_data(settings, base).examples, key=lambda x: len(x.input_ids))
     examples = by_length[:: -(len(by_length) // 3)]  # the longest, and three shorter ones
-    lora = peft.LoraConfig(**t.lora_fields(settings) | {"target_modules": "all-linear"})
+    lora = peft.LoraConfig(**script.lora_fields(settings) | {"target_modules": "all-linear"})
 
     def compute(device: str, dtype: str) -> dict[str, torch.Tensor]:
-        model = t.load_model(str(DEMO), "", dtype, device)
-        if dtype == settings.DTYPE and t.uses_fp16_matmul(base.request, base.config):
-            t.use_fp16_matmul(model)
+        model = load_model(str(DEMO), "", dtype, device)
+        if dtype == settings.DTYPE and uses_fp16_matmul(base.request, base.config):
+            use_fp16_matmul(model)
         model = peft.get_peft_model(model, lora).eval()  # without dropout
         weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
         draw = torch.Generator().manual_seed(0)
         for weight in weights.values():
             weight.data.copy_(0.02 * torch.randn(weight.shape, generator=draw))
-        loss = t.token_losses(model, t.pad(examples, model.device)).mean()
+        loss = token_losses(model, pad(examples, model.device)).mean()
         loss.backward()
         return {"loss": loss.detach().cpu(), **{name: w.grad.cpu() for name, w in weights.items()}}
 
@@ -142,18 +157,19 @@ def two_processes(flags: list[str], folder: Path) -> Iterator[Row]:
 
 def trainer_for(flags: list[str]) -> Any:
     """Return the script's trainer, without dropout, after it has found what fits."""
-    import train_lora_single as t
-
-    settings = t.parse_settings([*flags, "--lora_dropout=0"])
-    t.prepare_device(settings)
+    environment.prepare()
+    settings = script.parse_settings(vars(script), [*flags, "--lora_dropout=0"])
+    prepare_device(settings)
     if settings.USE_FLA and sys.modules.get("fla", "") is None:
         return None  # the log says why
-    base = t.read_base(t.request_of(settings))
-    data = t.read_data(settings, base)
-    plan = t.make_plan(settings, base, data)
-    nothing = t.find_earlier_work(settings, plan)
-    trainer = t.build_trainer(t.Job(settings, base, data, plan, nothing, t.Session("now")))
-    t.find_what_fits(trainer)
+    base = read_base(request_of(settings))
+    data = read_data(settings, base)
+    steps = count_steps(settings, data)
+    lora, training = script.lora_fields(settings), script.training_fields(settings, steps)
+    plan = make_plan(settings, base, data, {"LoraConfig": lora, "SFTConfig": training})
+    nothing = find_earlier_work(settings, plan.identity, plan.folder, steps)
+    trainer = script.build_trainer(Job(settings, base, data, plan, nothing, Session("now")))
+    find_what_fits(trainer)
     return trainer
 
 
@@ -166,18 +182,14 @@ def a_step(trainer: Any, place: float = 0.5) -> tuple[float, torch.Tensor]:
 
 def a_long_step(trainer: Any) -> tuple[float, torch.Tensor]:
     """Do a step of one row of LONG tokens, the data's one after the other; half are targets."""
-    import train_lora_single as t
-
     tokens = cycle(token for example in trainer.job.data.examples for token in example.input_ids)
     ids = [*islice(tokens, LONG)]
-    return step_of(trainer, [t.Example("made up", [], {}, ids[: LONG // 2], ids[LONG // 2 :])])
+    return step_of(trainer, [Example("made up", [], {}, ids[: LONG // 2], ids[LONG // 2 :])])
 
 
 def step_of(trainer: Any, examples: list[Any]) -> tuple[float, torch.Tensor]:
     """Do a step of these examples; return loss and gradient."""
-    import train_lora_single as t
-
-    inputs = t.pad(examples, trainer.args.device)
+    inputs = pad(examples, trainer.args.device)
     trainer.model.zero_grad()
     loss = trainer.training_step(trainer.model, inputs)
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
@@ -245,8 +257,8 @@ CHECKS = {  # what is done, given all flags or the trainer for one more, and whe
     "model": ([make_model], "", "the driver, the disk, and what else uses the card"),
     "bare": ([bare_command], "", "the log in acceptance.json"),
     "native": ([gradient], "--matmul=native", "the versions of torch and of the driver"),
-    "float16": ([gradient], "--matmul=float16", "FP16 MATMUL; or --matmul native"),
-    "memory": ([memory, out_of_memory], "--batch_size=16", "MEMORY in the script"),
+    "float16": ([gradient], "--matmul=float16", "train_lora/fp16_matmul.py; or --matmul native"),
+    "memory": ([memory, out_of_memory], "--batch_size=16", "train_lora/memory.py"),
     "fla": ([gradient], "--use_fla=True", "USE_FLA = False goes without it"),
     "two": ([two_processes], "", "what NCCL says in the log"),
 }
@@ -254,7 +266,6 @@ CHECKS = {  # what is done, given all flags or the trainer for one more, and whe
 
 def do_check(name: str, folder: str, *flags: str) -> None:
     """Print the rows of a check as lines of JSON."""
-    sys.path.insert(0, str(ROOT))
     checks, flag, _ = CHECKS[name]
     subject = trainer_for([*flags, flag, f"--output_dir={folder}/{name}"]) if flag else [*flags]
     for check in checks if subject else []:

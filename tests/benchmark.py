@@ -35,10 +35,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that wait for others count as work, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import peft  # noqa: E402
-import transformers  # noqa: E402
+import peft
+import transformers
 
-import train_lora_single as script  # noqa: E402
+import train_lora_single as script
+from train_lora.base import one_pass_template, read_base
+from train_lora.conversations import read_conversations
+from train_lora.jobs import request_of
+from train_lora.losses import losses_of_replies
+from train_lora.tokens import encode
 
 LOSSES_APART = 0.01
 REPLIES_OF_A_DIALOGUE = 8
@@ -162,13 +167,13 @@ def write_rows(path: Path, rows: Iterator[dict[str, Any]], count: int) -> Path:
 
 def knows_one_pass(model: str) -> bool:
     """Return whether --chat_template one_pass is possible."""
-    return bool(script.one_pass_template(transformers.AutoTokenizer.from_pretrained(model)))
+    return bool(one_pass_template(transformers.AutoTokenizer.from_pretrained(model)))
 
 
 def tokens_of(model: str, path: Path, flags: list[str]) -> int:
     """Return the number of tokens of a file's dialogues as the chat template renders them."""
-    settings = script.parse_settings(["--dry_run", f"--model_name={model}", *flags])
-    apply = script.read_base(script.request_of(settings)).tokenizer.apply_chat_template
+    settings = script.parse_settings(vars(script), ["--dry_run", f"--model_name={model}", *flags])
+    apply = read_base(request_of(settings)).tokenizer.apply_chat_template
     rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     rendered = [apply(row["messages"], enable_thinking=False)["input_ids"] for row in rows]
     return sum(map(len, rendered))
@@ -211,13 +216,13 @@ def processor_seconds_of_training(
 def held_out_loss(model: str, adapter: Path, folder: Path) -> float:
     """Return an adapter's loss on held-out lines, in nats a target token."""
     data = write_rows(folder / "eval.jsonl", shipped_rows("eval"), 32)
-    settings = script.parse_settings(["--dry_run", f"--model_name={model}"])
-    base = script.read_base(script.request_of(settings))
+    settings = script.parse_settings(vars(script), ["--dry_run", f"--model_name={model}"])
+    base = read_base(request_of(settings))
     problems: list[str] = []
-    conversations = script.read_conversations(str(data), "all", problems)
-    examples = script.encode(conversations, base, MAX_SEQ_LEN, problems, "held-out")
+    conversations = read_conversations(str(data), "all", problems)
+    examples = encode(conversations, base, MAX_SEQ_LEN, problems, "held-out")
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="float32")
-    losses = script.losses_of_replies(peft.PeftModel.from_pretrained(network, adapter), examples)
+    losses = losses_of_replies(peft.PeftModel.from_pretrained(network, adapter), examples)
     return sum(map(sum, losses)) / sum(example.targets for example in examples)
 
 

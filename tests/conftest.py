@@ -21,8 +21,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: as many workers as cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# The script sets this itself where stderr is no terminal, but the tests import transformers first.
+# Both commands set these themselves, but the tests import transformers first.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["USE_HUB_KERNELS"] = "NO"
 # tqdm's own lock is shared with forked children: one that was killed while it held the lock would
 # stop this process for ever at its next progress bar.
 tqdm.set_lock(threading.RLock())

@@ -10,11 +10,11 @@ import toys
 from by_hand import render
 from runs import NOUNS, SYSTEM, command, read_json, run, talk, write_lines
 
-import train_lora_single as script
 from inspect_lora import model
 from inspect_lora.__main__ import evidence_flags, main, model_flags
 from inspect_lora.adapter import read_adapter
 from inspect_lora.evidence import plan_of
+from train_lora.conversations import prompt_hash
 
 KINDS = ["plain", "emergency", "pressure", "everyday", "long", "new_topic", "false_alarm"]
 LEARNED, TOO_LONG, COPIED = 600, 601, 500  # numbers of talks
@@ -88,7 +88,7 @@ def open_one(folder):
 def say_origin(folder, learned=None, **record):
     """Write learned.txt and run.json into an adapter's folder, as the script does."""
     if learned is not None:
-        hashes = sorted(script.prompt_hash(prompt) for prompt in learned)
+        hashes = sorted(prompt_hash(prompt) for prompt in learned)
         (folder / "learned.txt").write_text("".join(f"{one}\n" for one in hashes), encoding="utf-8")
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
 

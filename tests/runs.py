@@ -1,7 +1,7 @@
 """Runs of the commands: short ones in this process, forks of it, and what they leave."""
 
 import gc
-import importlib.util
+import importlib
 import json
 import logging
 import multiprocessing
@@ -25,8 +25,11 @@ from conftest import ROOT, TOY, default_handlers
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import train_lora_single as t
+import train_lora_single as script
+from train_lora.plan import count_steps, make_plan
+from train_lora.tokens import Example
 
+SETTINGS = [name for name in vars(script) if name.isupper()]
 ADAPTER = "final_lora/adapter_model.safetensors"
 NOUNS = ["tea", "rain", "garden", "kettle", "letter", "window", "nephew", "biscuit", "road", "cup"]
 SYSTEM = "You are Nell."
@@ -94,14 +97,22 @@ def short_run(folder):
     return types.SimpleNamespace(folder=folder, output=folder / "output", **found)
 
 
+def settings_of(*flags, script=script):
+    """Return the settings that the script's command would get."""
+    return script.parse_settings(vars(script), [str(flag) for flag in flags])
+
+
+def command_of(script):
+    """Return the command of the script, or of an edited copy: it takes the words after its name."""
+    return lambda words: script.main(script.run, settings_of(*words, script=script))
+
+
 def run(argv, main=None):
     """Give the command in this process; return its exit status as Python would."""
     default_handlers()
-    main = main or t.main
-    words = [str(word) for word in argv]
+    main = main or command_of(script)
     try:
-        parse = main.__globals__.get("parse_settings")
-        main(parse(words) if parse else words)
+        main([str(word) for word in argv])
     except SystemExit as stop:
         return stop.code or 0
     except BaseException as error:  # pytest would take KeyboardInterrupt for its own
@@ -128,33 +139,44 @@ def refused(capfd, argv, *keys, status=None, main=None):
     return end
 
 
-def prepared(flags, script=t):
+def prepared(flags, script=script):
     """Return a job as it is before the weights are loaded: with its data and its plan."""
-    settings = script.parse_settings([*map(str, flags), "--dry_run"])
+    settings = settings_of(*flags, "--dry_run", script=script)
     job = script.run(settings, script.Session("now"))
     settings.dry_run = False
     return job
 
 
 def edited_script(folder, *changes):
-    """Return a copy of the script as a module, with each (old, new) text changed once."""
-    text = Path(t.__file__).read_text(encoding="utf-8")
+    """Return a copy of the script as a module, with copies of its rooms.
+
+    Each (old, new) changes a text that stands once in all of them. The copies know only each other.
+    """
+    paths = [ROOT / "train_lora_single.py", *sorted((ROOT / "train_lora").glob("*.py"))]
+    texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in paths}
     for old, new in changes:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    path = folder / "edited_script.py"
-    path.write_text(text, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("edited_script", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["edited_script"] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+        assert sum(text.count(old) for text in texts.values()) == 1, old
+        texts = {path: text.replace(old, new) for path, text in texts.items()}
+    for path, text in texts.items():
+        (folder / "edited" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "edited" / path).write_text(text, encoding="utf-8")
+    kept = {key: module for key, module in sys.modules.items() if key.startswith("train_lora")}
+    for key in kept:
+        del sys.modules[key]
+    sys.path.insert(0, str(folder / "edited"))
+    try:
+        return importlib.import_module("train_lora_single")
+    finally:
+        sys.path.remove(str(folder / "edited"))
+        for key in [key for key in sys.modules if key.startswith("train_lora")]:
+            del sys.modules[key]
+        sys.modules.update(kept)
 
 
 def edit_config(patch, function, **fields):
     """Have the script's lora_fields() or training_fields() return other fields."""
-    real = getattr(t, function)
-    patch.setattr(t, function, lambda *given: real(*given) | fields)
+    real = getattr(script, function)
+    patch.setattr(script, function, lambda *given: real(*given) | fields)
 
 
 def read_json(path):
@@ -200,9 +222,27 @@ def send(*numbers):
     return lambda *_, **__: [os.kill(os.getpid(), number) for number in numbers]
 
 
+def ours_with(name):
+    """Return our modules that have a name: `from room import name` copies it."""
+    packages = ("train_lora_single", "train_lora", "inspect_lora", "accept_gpu")
+    ours = [module for key, module in sys.modules.items() if key.partition(".")[0] in packages]
+    return [module for module in ours if name in vars(module)]
+
+
+def replace_ours(patch, name, value):
+    """Give a name of ours another value, wherever it has been imported."""
+    modules = ours_with(name)
+    assert modules, name
+    for module in modules:
+        patch.setattr(module, name, value)
+
+
 def before(patch, owner, name, action, number=1, when=lambda *_, **__: True):
-    """Do action(*arguments) before the call of that number (from 1) of owner.name."""
-    real, calls = getattr(owner, name), []
+    """Do action(*arguments) before the call of that number (from 1) of owner.name.
+
+    With owner None it is a function of ours, wherever it has been imported.
+    """
+    real, calls = getattr(owner or ours_with(name)[0], name), []
 
     def call(*args, **kwargs):
         if when(*args, **kwargs):
@@ -211,7 +251,10 @@ def before(patch, owner, name, action, number=1, when=lambda *_, **__: True):
                 action(*args, **kwargs)
         return real(*args, **kwargs)
 
-    patch.setattr(owner, name, call)
+    if owner:
+        patch.setattr(owner, name, call)
+    else:
+        replace_ours(patch, name, call)
 
 
 def at_step(patch, number, action):
@@ -241,7 +284,14 @@ def record(patch, *changes):
 
 
 def made_up(prompt_ids, reply_ids):
-    return t.Example("made up", [], {}, prompt_ids=prompt_ids, reply_ids=reply_ids)
+    return Example("made up", [], {}, prompt_ids=prompt_ids, reply_ids=reply_ids)
+
+
+def plan_of(settings, base, data):
+    """Return the plan that the script would make."""
+    steps = count_steps(settings, data)
+    lora, training = script.lora_fields(settings), script.training_fields(settings, steps)
+    return make_plan(settings, base, data, {"LoraConfig": lora, "SFTConfig": training})
 
 
 def give_examples(job, lengths, seed=0):
@@ -251,7 +301,7 @@ def give_examples(job, lengths, seed=0):
         ids = [numbers.randrange(10, 2000) for _ in range(length)]
         examples.append(made_up(ids[: length // 2], ids[length // 2 :]))
     data = replace(job.data, examples=examples)
-    return replace(job, data=data, plan=t.make_plan(job.settings, job.base, data))
+    return replace(job, data=data, plan=plan_of(job.settings, job.base, data))
 
 
 def lora(model):
@@ -308,7 +358,7 @@ def rows_of(passes):
 
 # ---- forks of this process, which has done the slow imports -------------------------------------
 
-OUR_OWN = {"train_lora_single", "inspect_lora", "conftest", "runs", "toys", "by_hand"}
+OUR_OWN = {"train_lora_single", "train_lora", "inspect_lora", "conftest", "runs", "toys", "by_hand"}
 
 
 class Fork(multiprocessing.get_context("fork").Process):

@@ -13,7 +13,8 @@ import runs
 import torch
 from toys import TOY
 
-import train_lora_single as t
+from train_lora.base import load_model
+from train_lora.micro_batches import micro_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 NARROW = {
@@ -90,7 +91,7 @@ FLOAT16 = {  # what of the script is changed how, and whether the rows are good 
 @pytest.mark.parametrize("what", FLOAT16)
 def test_what_is_wrong_in_float16_is_seen(made, monkeypatch, what):
     name, change, expected = FLOAT16[what]
-    monkeypatch.setattr(t, name, change(getattr(t, name)))
+    runs.replace_ours(monkeypatch, name, change(getattr(runs.ours_with(name)[0], name)))
     assert is_good(accept.gradient(made.float16, made.folder)) == expected
 
 
@@ -105,7 +106,7 @@ def test_recomputation_that_differs_is_seen(made, tmp_path, monkeypatch):
 
 
 def test_fla_that_cannot_be_used_is_known_before_anything_is_loaded(flags, monkeypatch, capsys):
-    monkeypatch.setattr(t, "load_model", lambda *_: pytest.fail("the weights were loaded"))
+    runs.replace_ours(monkeypatch, "load_model", lambda *_: pytest.fail("the weights were loaded"))
     accept.do_check("fla", "folder", *flags)
     assert "ROW" not in capsys.readouterr().out
 
@@ -130,7 +131,7 @@ BROKEN = {  # where torch computes it, its share of error, and whether bfloat16'
 def test_a_kernel_that_errs_on_the_card_is_seen(flags, monkeypatch, kernel):
     """The CPU is the card here: what is computed once a second model is loaded is the card's."""
     module, name, share, is_good_in_bfloat16 = BROKEN[kernel]
-    compute, load, loaded = getattr(module, name), t.load_model, []
+    compute, load, loaded = getattr(module, name), load_model, []
     chance = torch.Generator().manual_seed(0)
 
     def err(*arguments, **options):
@@ -141,7 +142,9 @@ def test_a_kernel_that_errs_on_the_card_is_seen(flags, monkeypatch, kernel):
         return result * factors.to(result.dtype)
 
     monkeypatch.setattr(accept, "DEMO", TOY)
-    monkeypatch.setattr(t, "load_model", lambda *words: loaded.append(words) or load(*words))
+    runs.replace_ours(
+        monkeypatch, "load_model", lambda *words: loaded.append(words) or load(*words)
+    )
     monkeypatch.setattr(module, name, err)
     rows = accept.compare_with_cpu([*flags, "--dtype=bfloat16"], Path())
     assert [row[2] for row in rows] == [False, is_good_in_bfloat16]
@@ -166,13 +169,13 @@ def test_a_step_that_runs_out_of_memory(full, tmp_path):
 
 
 def test_a_step_that_loses_a_micro_batch_when_memory_runs_out(full, tmp_path, monkeypatch):
-    real = t.micro_batches
+    real = micro_batches
 
     def lose_one(inputs, tokens_at_once, chunk):
         parts = list(real(inputs, tokens_at_once, chunk))
         return parts if tokens_at_once == 64 else parts[:1]
 
-    monkeypatch.setattr(t, "micro_batches", lose_one)
+    runs.replace_ours(monkeypatch, "micro_batches", lose_one)
     assert not is_good(accept.out_of_memory(full, tmp_path))
 
 

@@ -11,15 +11,17 @@ import toys
 from by_hand import ROUNDING, MergedByHand, losses_of_peft, read_conversations
 from conftest import TOY
 from records import SHORT, evidence, mean_losses, planned, say_origin
-from runs import SYSTEM, files, refused, talk, write_lines
+from runs import SYSTEM, files, refused, replace_ours, talk, write_lines
 from safetensors.torch import load_file
 from toys import PLAIN_SCALE, PREFIX, TENSORS, change_config, change_tensors, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train_lora_single as script
 from inspect_lora.__main__ import main
 from inspect_lora.adapter import TO_WRAPPER, name_in_text_model, read_adapter, renamed
 from inspect_lora.plan import system_of
+from train_lora.console import UserError
+from train_lora.conversations import Conversation
+from train_lora.saving import name_in_wrapper
 
 EMBEDDING = f"{PREFIX}model.embed_tokens.weight"
 A, B = (f"{PREFIX}model.layers.1.mlp.up_proj.lora_{part}.weight" for part in "AB")
@@ -263,9 +265,9 @@ def test_the_hub_is_asked_for_the_right_base_and_revision(
     copied, not_measured, monkeypatch, revision, flags, loaded
 ):
     def read(settings, _):
-        raise script.UserError(f"{settings.name}@{settings.revision}")
+        raise UserError(f"{settings.name}@{settings.revision}")
 
-    monkeypatch.setattr(script, "read_base", read)
+    replace_ours(monkeypatch, "read_base", read)
     folder = copied(base_model_name_or_path="some/base", revision=revision)
     not_measured(folder, loaded, more=flags)
 
@@ -314,9 +316,7 @@ def test_the_system_message_is_the_trainings(plain, systems, trained, flag, expe
     """Else that of all lines, if they have one."""
     say_origin(plain, **trained)
     heads = [[{"role": "system", "content": one}] if one else [] for one in systems]
-    examples = [
-        script.Conversation(f"a:{n}", [*one, *talk(n)[1:]], {}) for n, one in enumerate(heads)
-    ]
+    examples = [Conversation(f"a:{n}", [*one, *talk(n)[1:]], {}) for n, one in enumerate(heads)]
     request = types.SimpleNamespace(system=flag)
     assert system_of(request, read_adapter(plain), examples) == expected
 
@@ -336,6 +336,6 @@ def test_the_script_and_the_package_rename_alike(adapters):
     """final_lora_vllm is written by the script, which is one file."""
     names = load_file(adapters["plain"] / TENSORS)
     wanted = load_file(adapters["wrapper"] / TENSORS).keys()
-    assert {script.name_in_wrapper(name) for name in names} == wanted
+    assert {name_in_wrapper(name) for name in names} == wanted
     assert {PREFIX + renamed(name, TO_WRAPPER) for name in names} == wanted
     assert {PREFIX + name_in_text_model(name) for name in wanted} == names.keys()

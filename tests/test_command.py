@@ -7,21 +7,38 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
-import types
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
-from conftest import TOY
-from runs import ADAPTER, command, edited_script, prepared, read_record, refused, run, send
+from conftest import ROOT, TOY
+from runs import (
+    ADAPTER,
+    SETTINGS,
+    command,
+    command_of,
+    edited_script,
+    prepared,
+    read_record,
+    refused,
+    replace_ours,
+    run,
+    send,
+    settings_of,
+)
 from transformers.integrations import integration_utils
 
-import train_lora_single as t
+import train_lora_single as script
+from train_lora import environment
+from train_lora.console import UserError
+from train_lora.device import prepare_device
+from train_lora.stopping import Stop, Stopped, catch_signals
 
-SCRIPT = Path(t.__file__)
+SCRIPT = Path(script.__file__)
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 HELLO = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
 ARTICLE = {  # as the article says, and as the file is shipped
@@ -53,7 +70,7 @@ RUN += ["--output_dir", "output", "--max_steps", "2", "--save_steps", "1"]
 
 def another(name):
     """Return a valid value that is not the setting's own."""
-    value = getattr(t, name)
+    value = getattr(script, name)
     if name in OTHER_CHOICE:
         return OTHER_CHOICE[name]
     if isinstance(value, bool):
@@ -73,15 +90,17 @@ def statements():
         ast.unparse(one.targets[0]): "\n".join(lines[one.lineno - 1 : one.end_lineno])
         for one in nodes
     }
-    return {name: texts[name] for name in t.SETTINGS}
+    return {name: texts[name] for name in SETTINGS}
+
+
+TRAVEL = {"names", "source"}  # with the settings
 
 
 def test_the_shipped_settings_are_the_articles():
-    given = vars(t.parse_settings([]))
+    given = vars(settings_of())
     assert {name: given[name] for name in ARTICLE} == ARTICLE
-    assert (
-        given.keys() - {*t.SETTINGS} <= {"dry_run", "demo", "edited_code"} and not given["dry_run"]
-    )
+    assert given.keys() == {*SETTINGS} | {"dry_run", "edited_code", *TRAVEL}
+    assert not given["dry_run"]
 
 
 @pytest.fixture
@@ -91,23 +110,23 @@ def an_adapter():
     Path("an-adapter/adapter_model.safetensors").touch()
 
 
-@pytest.mark.parametrize("name", t.SETTINGS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_each_setting_is_a_flag_of_its_type_with_hyphens_or_underscores(name, an_adapter):
-    shipped, value = vars(t.parse_settings([])), another(name)
+    shipped, value = vars(settings_of()), another(name)
     words = [*map(str, value)] if isinstance(value, list) else [str(value)]
     for flag in (f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"):
-        given = vars(t.parse_settings([flag, *words]))
+        given = vars(settings_of(flag, *words))
         assert given == shipped | {name: value}
         assert type(given[name]) is type(shipped[name])
 
 
 @pytest.mark.parametrize("middle", [" = ", ": object = "])
 def test_a_line_typed_over_another_without_its_comment_is_the_default(middle, tmp_path, an_adapter):
-    mine = {name: another(name) for name in t.SETTINGS}
+    mine = {name: another(name) for name in SETTINGS}
     changes = [(text, f"{name}{middle}{mine[name]!r}") for name, text in statements().items()]
     copy = edited_script(tmp_path, *changes)
-    assert vars(copy.parse_settings([])).items() >= mine.items()
-    assert copy.parse_settings(["--lora_r", "4"]).LORA_R == 4
+    assert vars(settings_of(script=copy)).items() >= mine.items()
+    assert settings_of("--lora_r", "4", script=copy).LORA_R == 4
 
 
 def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
@@ -117,16 +136,16 @@ def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
     changes.append((rate, f"{rate}        weight_decay=settings.WEIGHT_DECAY,\n"))
     copy = edited_script(tmp_path, *changes)
     for value in ("x", "0,3"):  # the latter is a tuple to Python
-        refused(capfd, ["--weight_decay", value], "WEIGHT_DECAY", status=2, main=copy.main)
+        refused(capfd, ["--weight_decay", value], "WEIGHT_DECAY", status=2, main=command_of(copy))
     decays = []
     with pytest.MonkeyPatch.context() as patch:
         see = lambda *_, optimizer, **__: decays.append(optimizer.param_groups[0]["weight_decay"])  # noqa: E731
         patch.setattr(transformers.TrainerCallback, "on_pre_optimizer_step", see)
-        end = command(capfd, [*RUN, "--weight_decay", "0.5"], copy.main)
+        end = command(capfd, [*RUN, "--weight_decay", "0.5"], command_of(copy))
     assert end.status == 0 and {*decays} == {0.5}
     assert "NEVER_READ" in end.out and "WEIGHT_DECAY" not in end.out
     found = read_record(Path("output"))["settings"]
-    assert found.keys() == {*t.SETTINGS} | {"WEIGHT_DECAY", "NEVER_READ"}
+    assert found.keys() == {*SETTINGS} | {"WEIGHT_DECAY", "NEVER_READ"}
     assert found["WEIGHT_DECAY"] == 0.5
     jobs = [prepared([*RUN, "--weight_decay", value], copy) for value in ("0.5", "0.25")]
     assert jobs[0].plan.folder.name != jobs[1].plan.folder.name
@@ -145,7 +164,7 @@ WRONG_CONSTANTS = [
 
 @pytest.mark.parametrize("name, value", WRONG_CONSTANTS)
 def test_a_constant_that_cannot_be_is_named_first_of_all(monkeypatch, capfd, name, value):
-    monkeypatch.setattr(t, name, value)
+    monkeypatch.setattr(script, name, value)
     refused(capfd, [], name, status=2)
     assert {path.name for path in Path.cwd().iterdir()} == {"t"}
 
@@ -170,7 +189,7 @@ def test_a_wrong_flag_is_named_and_touches_nothing(argv, capfd):
 @pytest.mark.parametrize("name", ["MODEL_NAME", "TRAIN_FILE", "EVAL_FILE", "OUTPUT_DIR"])
 def test_a_path_may_begin_with_the_home_folder(name, monkeypatch):
     monkeypatch.setenv("HOME", str(Path.cwd()))
-    given = vars(t.parse_settings([f"--{name.lower()}=~/mine"]))
+    given = vars(settings_of(f"--{name.lower()}=~/mine"))
     assert given[name] == str(Path.cwd() / "mine")
 
 
@@ -183,21 +202,21 @@ ALLOCATORS = [  # the kernel, what the user has set, and whether segments are ma
 
 
 @pytest.mark.parametrize("kernel, own, is_set", ALLOCATORS)
-def test_a_users_allocator_and_wsls_are_left_alone(kernel, own, is_set, tmp_path, monkeypatch):
+def test_a_users_allocator_and_wsls_are_left_alone(kernel, own, is_set, monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(release=kernel))
-    edited_script(tmp_path)
+    monkeypatch.setattr(environment, "IS_WSL", "microsoft" in kernel)
+    environment.prepare()
     names = {name: os.environ[name] for name in os.environ if name.endswith("ALLOC_CONF")}
     assert names == ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if is_set else own)
 
 
 def test_the_demo_is_a_small_model_on_a_cpu_and_flags_beside_it_win(capfd):
     """It works from any folder, and a dry run writes nothing."""
-    given = t.parse_settings(["--demo", "--lora_r", "3"])
-    assert (given.DEVICE, given.LORA_R) == ("cpu", 3) and given.OUTPUT_DIR != t.OUTPUT_DIR
+    given = settings_of("--demo", "--lora_r", "3")
+    assert (given.DEVICE, given.LORA_R) == ("cpu", 3) and given.OUTPUT_DIR != script.OUTPUT_DIR
     assert Path(given.MODEL_NAME).is_dir() and Path(given.TRAIN_FILE).is_file()
     assert run(["--demo", "--dry_run", *FILES]) == 0
     assert {path.name for path in Path.cwd().iterdir()} == {"t"}
@@ -205,9 +224,9 @@ def test_the_demo_is_a_small_model_on_a_cpu_and_flags_beside_it_win(capfd):
 
 @pytest.mark.parametrize("how", ["the user", "Ctrl-C", "a bug"])
 def test_how_a_run_ended_is_its_status_and_stands_in_its_record(how, monkeypatch, capfd):
-    errors = {"the user": t.UserError("LORA_R"), "a bug": ZeroDivisionError("a bug")}
+    errors = {"the user": UserError("LORA_R"), "a bug": ZeroDivisionError("a bug")}
     action = Mock(side_effect=errors[how]) if how in errors else send(signal.SIGINT)
-    monkeypatch.setattr(t, "build_trainer", action)
+    replace_ours(monkeypatch, "build_trainer", action)
     end = command(capfd, RUN)
     assert end.status == (130 if how == "Ctrl-C" else 1)
     assert ("Traceback" in end.err) == (how == "a bug")
@@ -255,11 +274,11 @@ def test_a_second_signal_is_heard_but_where_it_may_be_the_first(
     if is_launched:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
         monkeypatch.setenv("RANK", "0")
-    stop = t.Stop(finish_first="the step")
-    t.catch_signals(stop)
+    stop = Stop(finish_first="the step")
+    catch_signals(stop)
     send(number)()
     assert stop.signal == number
-    with pytest.raises(t.Stopped) if is_heard else contextlib.nullcontext():
+    with pytest.raises(Stopped) if is_heard else contextlib.nullcontext():
         send(number)()
 
 
@@ -285,8 +304,8 @@ def test_fla_is_there_where_it_is_right(case, is_asked, gpu, tmp_path, monkeypat
     if capability:
         gpu(capability)
     device = ["--device", "cuda" if capability else "cpu"]
-    settings = t.parse_settings([*FILES, *device, "--use_fla", str(is_asked)])
-    t.prepare_device(settings)
+    settings = settings_of(*FILES, *device, "--use_fla", str(is_asked))
+    prepare_device(settings)
     is_blocked = "fla" in sys.modules and sys.modules["fla"] is None
     assert is_blocked != (is_asked and may_be)
     assert sys.modules["causal_conv1d"] is None
@@ -296,7 +315,7 @@ def test_float32_is_float32_and_cudnns_attention_is_off():
     """As in NVIDIA's containers, and in torch 2.9 on an H100."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(True)
-    t.prepare_device(t.parse_settings(RUN))
+    prepare_device(settings_of(*RUN))
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
@@ -305,9 +324,7 @@ def test_float32_is_float32_and_cudnns_attention_is_off():
     ("visible", "is_launched", "left"),
     [(None, False, "0"), ("2,3", False, "2"), ("", False, ""), ("2,3", True, "2,3")],
 )
-def test_without_a_launcher_one_gpu_is_visible_before_anything_is_imported(
-    visible, is_launched, left, tmp_path, monkeypatch
-):
+def test_without_a_launcher_one_gpu_is_visible(visible, is_launched, left, monkeypatch):
     """A library that starts the driver with several would keep them."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -315,8 +332,41 @@ def test_without_a_launcher_one_gpu_is_visible_before_anything_is_imported(
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    first, note = "\nimport accelerate\n", "\nVISIBLE = os.environ['CUDA_VISIBLE_DEVICES']"
-    assert left == edited_script(tmp_path, (first, note + first)).VISIBLE
+    environment.prepare()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
+SPY = """
+import json, os, runpy, sys
+
+class Spy:
+    def find_spec(name, *_):
+        if name in ("torch", "accelerate", "peft", "transformers", "huggingface_hub"):
+            print(json.dumps(dict(os.environ)))
+            raise SystemExit
+
+sys.meta_path.insert(0, Spy)
+sys.path.insert(0, os.getcwd())
+"""
+RUNS = {
+    "script": "runpy.run_path('train_lora_single.py', run_name='__main__')",
+    "tool": "runpy.run_module('inspect_lora', run_name='__main__')",
+    "import": "import train_lora_single",
+}
+
+
+@pytest.mark.parametrize("how", RUNS)
+def test_both_commands_prepare_the_environment_before_the_libraries_and_an_import_does_not(how):
+    """A library that starts the driver with several GPUs would keep them."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("USE_HUB")}
+    own |= {"CUDA_VISIBLE_DEVICES": "2,3"}
+    words = [sys.executable, "-c", SPY + RUNS[how], "evidence", "nowhere"] if how == "tool" else []
+    words = words or [sys.executable, "-c", SPY + RUNS[how]]
+    done = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    is_prepared = how != "import"
+    assert found["CUDA_VISIBLE_DEVICES"] == ("2" if is_prepared else "2,3")
+    assert ("USE_HUB_KERNELS" in found) == is_prepared
 
 
 def test_what_other_work_left_changes_nothing(finished, stopped, tmp_path, monkeypatch):

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from conftest import TOY
-from runs import prepared, refused
+from runs import prepared, refused, replace_ours
 
-import train_lora_single as t
+from train_lora.console import UserError
+from train_lora.conversations import hold_out, read_conversations
+from train_lora.files import file_sha256
+from train_lora.record import recorded
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 DRY = ["--dry_run", "--model_name", TOY, "--train_file", "t", "--eval_file", ""]
@@ -65,7 +68,7 @@ def read(content):
     """Return (examples, problems) of a file with these bytes."""
     Path("data.jsonl").write_bytes(content)
     problems = []
-    return t.read_conversations("data.jsonl", "all", problems), problems
+    return read_conversations("data.jsonl", "all", problems), problems
 
 
 def learned(content):
@@ -151,7 +154,7 @@ def test_pairs_are_read_for_the_package_and_never_trained_on():
     assert [one.messages for one in examples] == [SAID]
     assert [one.partition(": ")[0] for one in problems] == ["data.jsonl:1", "data.jsonl:3"]
     assert all('"completion"' in problem for problem in problems)
-    pairs = t.read_conversations("data.jsonl", "all", problems, takes_pairs=True)
+    pairs = read_conversations("data.jsonl", "all", problems, takes_pairs=True)
     assert [one.messages[-1]["content"] for one in pairs] == ["Nell."] * 3 and len(problems) == 2
     assert [one.row["rejected"] for one in pairs] == [rejected, "No.", "Bob."]
 
@@ -221,7 +224,7 @@ def test_what_is_wrong_is_named_by_file_and_line_and_the_others_are_read(name):
 
 
 def test_a_key_twice_in_an_array_is_refused():
-    with pytest.raises(t.UserError, match=r"data\.jsonl"):
+    with pytest.raises(UserError, match=r"data\.jsonl"):
         read(b"[" + GOOD + b"," + REFUSED["a key twice"] + b"]")
 
 
@@ -291,8 +294,8 @@ def test_ones_own_lines_are_not_judged_by_the_shipped_ones_in_silence(
         write(name, {"messages": talk("ua")})
     write("t", {"messages": talk("uaua")})
     shipped = {"train": Path("shipped"), "held_out": Path("eval")}
-    hashes = {name: t.file_sha256(path) for name, path in shipped.items()}
-    monkeypatch.setattr(t, "SHIPPED", hashes)
+    hashes = {name: file_sha256(path) for name, path in shipped.items()}
+    replace_ours(monkeypatch, "SHIPPED", hashes)
     prepared([*DRY, "--train_file", train_file, "--eval_file", "eval"])
     assert ("EVAL_FILE" in capfd.readouterr().out) == is_told
 
@@ -339,7 +342,7 @@ def test_a_tenth_is_held_out_in_whole_groups_that_are_not_trained():
 def held_out_of(rows, percent):
     """Return (train, held_out), each a list of conversations."""
     write("t", *rows)
-    return t.hold_out(t.read_conversations("t", "all", []), percent)
+    return hold_out(read_conversations("t", "all", []), percent)
 
 
 SIXTY = asked(*map(str, range(60)), system="Be kind.")
@@ -368,7 +371,7 @@ def test_a_group_of_more_than_a_twentieth_is_trained():
 
 @pytest.mark.parametrize(("count", "groups"), [(39, 39), (100, 1)], ids=["too few", "all alike"])
 def test_where_20_cannot_be_held_out_it_is_told(count, groups):
-    with pytest.raises(t.UserError, match="EVAL_FILE"):
+    with pytest.raises(UserError, match="EVAL_FILE"):
         held_out_of(asked(*(f"{n % groups}" for n in range(count))), 10)
 
 
@@ -382,12 +385,12 @@ def test_held_out_lines_are_kept_as_they_were_and_are_read_as_they_were():
     assert not Path("out").exists()  # a dry run writes nothing
     path.parent.mkdir()
     path.write_text("of another job")
-    with t.recorded(job):
+    with recorded(job):
         pass
     (aside,) = Path("out").glob("held_out.jsonl.*")
     assert aside.read_text() == "of another job"
     found = [json.loads(one) for one in path.read_bytes().splitlines()]
     assert len(found) == 20 and [row for row in rows if row in found] == found
     assert sum("conversations" in row for row in found) not in (0, 20)
-    again = t.read_conversations(str(path), "all", [])
+    again = read_conversations(str(path), "all", [])
     assert [one.messages for one in again] == [one.messages for one in job.data.held_out]

@@ -11,7 +11,10 @@ import torch
 from conftest import TOY
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-import train_lora_single as t
+from train_lora.base import load_model
+from train_lora.delta_rule import DELTA_RULE, DeltaRuleInPieces
+from train_lora.losses import token_losses
+from train_lora.tokens import pad
 
 PIECE, NEAR = 128, 1e-6
 
@@ -19,10 +22,10 @@ PIECE, NEAR = 128, 1e-6
 @pytest.fixture
 def rule(monkeypatch):
     """Have pieces of 128 tokens; return transformers' own function, which is in place."""
-    function = getattr(modeling, t.DELTA_RULE)
-    own = function.whole_rule if isinstance(function, t.DeltaRuleInPieces) else function
-    monkeypatch.setattr(modeling, t.DELTA_RULE, own)
-    monkeypatch.setattr(t, "TOKENS_OF_A_PIECE", PIECE)
+    function = getattr(modeling, DELTA_RULE)
+    own = function.whole_rule if isinstance(function, DeltaRuleInPieces) else function
+    monkeypatch.setattr(modeling, DELTA_RULE, own)
+    runs.replace_ours(monkeypatch, "TOKENS_OF_A_PIECE", PIECE)
     monkeypatch.setitem(sys.modules, "fla", None)  # as a run has it without USE_FLA
     return own
 
@@ -46,7 +49,7 @@ def inputs_of(tokens, dtype):
 def test_output_state_and_gradients_are_the_same_to_the_bit(rule, tokens, begins, dtype):
     """But in float32, where the rule fills a row up to 64 tokens and so sums in another order."""
     results = []
-    for function in (rule, t.DeltaRuleInPieces(rule, PIECE)):
+    for function in (rule, DeltaRuleInPieces(rule, PIECE)):
         *rows, state = inputs_of(tokens, dtype)
         output, last = function(
             *rows[:3],
@@ -73,7 +76,7 @@ def test_output_state_and_gradients_are_the_same_to_the_bit(rule, tokens, begins
 
 def model_in_pieces():
     """Return the toy with LoRA that has an effect, loaded as by a run."""
-    model = t.load_model(TOY, "", "float32", "cpu")
+    model = load_model(TOY, "", "float32", "cpu")
     torch.manual_seed(0)
     config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)
@@ -85,12 +88,12 @@ def rows_of(*lengths):
     """Return rows of these lengths, whose second halves are targets, padded."""
     draw = torch.Generator().manual_seed(1)
     rows = [torch.randint(10, 2000, (length,), generator=draw).tolist() for length in lengths]
-    return t.pad([runs.made_up(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in rows], "cpu")
+    return pad([runs.made_up(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in rows], "cpu")
 
 
 def loss_and_gradient(model, inputs):
     model.zero_grad()
-    losses = t.token_losses(model, inputs)
+    losses = token_losses(model, inputs)
     losses.sum().backward()
     return losses.detach(), torch.cat([p.grad.flatten() for p in runs.lora(model).values()])
 
@@ -102,12 +105,12 @@ def test_a_models_losses_and_gradients_are_the_same(rule, monkeypatch, is_recomp
     if is_recomputed:
         model.activation_checkpointing_enable({"use_reentrant": False})
         assert runs.is_recomputing(model)
-    pieces = getattr(modeling, t.DELTA_RULE)
-    assert isinstance(pieces, t.DeltaRuleInPieces) and pieces.whole_rule is rule
+    pieces = getattr(modeling, DELTA_RULE)
+    assert isinstance(pieces, DeltaRuleInPieces) and pieces.whole_rule is rule
     losses, gradient = loss_and_gradient(model, inputs)
     with torch.no_grad():
-        evaluated = t.token_losses(model.eval(), inputs)
-    monkeypatch.setattr(modeling, t.DELTA_RULE, rule)
+        evaluated = token_losses(model.eval(), inputs)
+    monkeypatch.setattr(modeling, DELTA_RULE, rule)
     expected_losses, expected = loss_and_gradient(model.train(), inputs)
     assert torch.dist(losses, expected_losses) <= NEAR * expected_losses.norm()
     assert torch.dist(gradient, expected) <= NEAR * expected.norm()
@@ -121,7 +124,7 @@ def test_what_follows_a_long_prompt_is_the_same(rule, monkeypatch):
     options = {"max_new_tokens": 20, "do_sample": False, "output_logits": True}
     options |= {"return_dict_in_generate": True, "pad_token_id": 0, "eos_token_id": -1}
     found = model.generate(input_ids=prompt, **options)
-    monkeypatch.setattr(modeling, t.DELTA_RULE, rule)
+    monkeypatch.setattr(modeling, DELTA_RULE, rule)
     expected = model.generate(input_ids=prompt, **options)
     assert found.sequences.shape == (1, 320) and found.sequences.equal(expected.sequences)
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
@@ -132,13 +135,13 @@ def test_each_layer_of_the_network_computes_in_pieces(rule, monkeypatch):
     """And no kernel of the hub computes in its place."""
     model = model_in_pieces().train()
     assert not model.base_model.model.use_kernels
-    pieces, called = getattr(modeling, t.DELTA_RULE), []
+    pieces, called = getattr(modeling, DELTA_RULE), []
 
     def count(*rows, **options):
         called.append(True)
         return pieces(*rows, **options)
 
-    monkeypatch.setattr(modeling, t.DELTA_RULE, count)
+    monkeypatch.setattr(modeling, DELTA_RULE, count)
     loss_and_gradient(model, rows_of(300, 131))
     layers = model.config.get_text_config().layer_types.count("linear_attention")
     assert len(called) == layers > 0
@@ -173,29 +176,29 @@ def with_a_state_that_is_a_little_off(rule, *rows, **options):
 )
 def test_a_rule_that_differs_in_pieces_is_left_alone_and_told(rule, change, monkeypatch, capfd):
     another = functools.partial(change, rule)
-    monkeypatch.setattr(modeling, t.DELTA_RULE, another)
+    monkeypatch.setattr(modeling, DELTA_RULE, another)
     model_in_pieces()
-    assert getattr(modeling, t.DELTA_RULE) is another
-    assert t.DELTA_RULE in capfd.readouterr().out
+    assert getattr(modeling, DELTA_RULE) is another
+    assert DELTA_RULE in capfd.readouterr().out
 
 
 def test_a_network_without_the_rule_is_told(rule, monkeypatch, capfd):
-    monkeypatch.delattr(modeling, t.DELTA_RULE)
+    monkeypatch.delattr(modeling, DELTA_RULE)
     model_in_pieces()
-    assert t.DELTA_RULE in capfd.readouterr().out
+    assert DELTA_RULE in capfd.readouterr().out
 
 
 def test_the_next_model_has_pieces_of_the_rule_itself(rule, monkeypatch, capfd):
     """Also where another import of the script has put its own class in place."""
     earlier = types.SimpleNamespace(whole_rule=rule)
-    monkeypatch.setattr(modeling, t.DELTA_RULE, earlier)
+    monkeypatch.setattr(modeling, DELTA_RULE, earlier)
     for _ in range(2):
         model_in_pieces()
-        assert getattr(modeling, t.DELTA_RULE) == t.DeltaRuleInPieces(rule, PIECE)
-    assert t.DELTA_RULE not in capfd.readouterr().out
+        assert getattr(modeling, DELTA_RULE) == DeltaRuleInPieces(rule, PIECE)
+    assert DELTA_RULE not in capfd.readouterr().out
 
 
 def test_flas_kernels_are_left_alone(rule, monkeypatch):
     monkeypatch.delitem(sys.modules, "fla")  # as where it is used
     model_in_pieces()
-    assert getattr(modeling, t.DELTA_RULE) is rule
+    assert getattr(modeling, DELTA_RULE) is rule

@@ -11,7 +11,12 @@ from by_hand import ROUNDING, token_loss
 from conftest import TOY
 from toys import base_model, family, model_of
 
-import train_lora_single as t
+import train_lora_single as script
+from train_lora.base import read_base
+from train_lora.conversations import prompt_hash, read_conversations
+from train_lora.jobs import request_of
+from train_lora.losses import losses_of_replies
+from train_lora.tokens import Example, encode, join_replies, pad
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CHATML = (TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8")  # without think blocks
@@ -55,10 +60,10 @@ def test_loss_and_gradient_of_joined_replies_are_those_of_single_ones(kind, tmp_
     joined = job.data.examples
     assert [len(example.replies) for example in joined] == [3, 1, 4, 2]
     problems = []
-    conversations = t.read_conversations(job.settings.TRAIN_FILE, "all", problems)
-    single = t.encode(conversations, job.base, 4096, problems)
+    conversations = read_conversations(job.settings.TRAIN_FILE, "all", problems)
+    single = encode(conversations, job.base, 4096, problems)
     assert len(single) == 10 and not problems and not any(one.earlier_replies for one in single)
-    trainer = t.build_trainer(job)
+    trainer = script.build_trainer(job)
     runs.set_b(trainer.model)
     expected = one_step(trainer, single, 10_000)
     assert expected[0] == pytest.approx(token_loss(trainer.model.eval(), joined), rel=ROUNDING)
@@ -67,7 +72,7 @@ def test_loss_and_gradient_of_joined_replies_are_those_of_single_ones(kind, tmp_
         loss, gradient = one_step(trainer, joined, tokens)
         assert loss == pytest.approx(expected[0], rel=1e-5)
         assert (gradient - expected[1]).norm() <= 1e-5 * expected[1].norm()
-    losses = t.losses_of_replies(trainer.model, joined, 500)
+    losses = losses_of_replies(trainer.model, joined, 500)
     assert [len(one) for one in losses] == [3, 1, 4, 2]
     model = trainer.model.eval()
     alone = [token_loss(model, [reply]) * len(reply.reply_ids) for reply in single]
@@ -77,7 +82,7 @@ def test_loss_and_gradient_of_joined_replies_are_those_of_single_ones(kind, tmp_
 def one_step(trainer, examples, tokens_at_once):
     """Do a step on these examples; return its loss, and its gradient as one vector."""
     trainer.tokens_at_once = tokens_at_once
-    inputs = t.pad(examples, "cpu")
+    inputs = pad(examples, "cpu")
     trainer.model.zero_grad()
     loss = trainer.training_step(trainer.model, inputs).item()
     return loss, torch.cat([p.grad.flatten() for p in runs.lora(trainer.model).values()])
@@ -147,8 +152,8 @@ def templates():
     """Return tokenizers with one_pass and with the model's own template."""
     found = []
     for more in (ONE_PASS, []):
-        settings = t.parse_settings(["--model_name", TOY, "--dry_run", *more])
-        found.append(t.read_base(t.request_of(settings)).tokenizer)
+        settings = runs.settings_of("--model_name", TOY, "--dry_run", *more)
+        found.append(read_base(request_of(settings)).tokenizer)
     return found
 
 
@@ -174,7 +179,7 @@ def test_one_pass_has_no_tags_that_no_server_knows(templates):
 
 
 def made_up(prompt_ids, reply_ids, source="t:1"):
-    return t.Example(source, [], {}, prompt_ids, reply_ids)
+    return Example(source, [], {}, prompt_ids, reply_ids)
 
 
 FIRST = made_up([1, 2], [3, 4])
@@ -188,14 +193,14 @@ APART = {
 
 def test_the_next_tokens_of_the_same_dialogue_are_joined():
     second = made_up([1, 2, 3, 4, 5], [6])
-    (joined,) = t.join_replies([FIRST, second])
+    (joined,) = join_replies([FIRST, second])
     assert joined.replies == (FIRST, second)
     assert joined.input_ids == [1, 2, 3, 4, 5, 6] and joined.labels == [-100, -100, 3, 4, -100, 6]
 
 
 @pytest.mark.parametrize("what", APART)
 def test_other_tokens_are_not_joined(what):
-    assert t.join_replies([FIRST, APART[what]]) == [FIRST, APART[what]]
+    assert join_replies([FIRST, APART[what]]) == [FIRST, APART[what]]
 
 
 def test_what_is_too_long_is_left_out_and_the_rest_is_joined(tmp_path):
@@ -221,7 +226,7 @@ def test_a_run_on_dialogues_teaches_each_reply_once_an_epoch(tmp_path, monkeypat
     dialogues = [runs.dialogue(number, 1 + number % 3) for number in range(6)]
     prompts = [talk[:end] for talk in dialogues for end in range(2, len(talk), 2)]
     learned = (whole / "final_lora" / "learned.txt").read_text().split()
-    assert learned == sorted({t.prompt_hash(prompt) for prompt in prompts})
+    assert learned == sorted({prompt_hash(prompt) for prompt in prompts})
     rows = sorted(runs.rows_of(recorders[0].trained))
     assert rows == sorted(2 * [example.input_ids for example in data.examples])
     before = runs.logged(runs.history(whole), "eval_loss")[0]

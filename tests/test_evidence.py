@@ -16,11 +16,12 @@ from records import SHORT, TASKS, evidence, line_numbers, mean_losses, planned
 from runs import SYSTEM, command, files, read_json, refused, talk, write_lines
 from toys import TENSORS, base_model, change_tensors
 
-import train_lora_single as script
 from inspect_lora import measures, model
 from inspect_lora.__main__ import main
 from inspect_lora.record import read_record
-from train_lora_single import file_sha256
+from train_lora.base import load_model
+from train_lora.files import file_sha256
+from train_lora.losses import losses_of_replies
 
 
 @pytest.fixture
@@ -168,10 +169,12 @@ def test_several_adapters_share_a_base_and_have_the_numbers_that_each_has_alone(
     names = ("whole", "plain", "rslora")
     folders = [shutil.copytree(adapters[name], tmp_path / name) for name in names]
     loads, scored = [], []
-    load, losses = script.load_model, script.losses_of_replies
-    monkeypatch.setattr(script, "load_model", lambda *given: loads.append(1) or load(*given))
-    monkeypatch.setattr(
-        script, "losses_of_replies", lambda *given: scored.append(len(given[1])) or losses(*given)
+    load, losses = load_model, losses_of_replies
+    runs.replace_ours(monkeypatch, "load_model", lambda *given: loads.append(1) or load(*given))
+    runs.replace_ours(
+        monkeypatch,
+        "losses_of_replies",
+        lambda *given: scored.append(len(given[1])) or losses(*given),
     )
     monkeypatch.setattr(measures, "TASK_TOKENS", 8)
     monkeypatch.chdir(tmp_path)
@@ -355,9 +358,9 @@ def test_dialogues_go_through_the_model_once_where_that_is_exact(
     (tmp_path / "own.jinja").write_text(own.chat_template, encoding="utf-8")
     messages = [*talk(1), *talk(2)[1:], *talk(3)[1:]]
     words = ["--eval_file", write_lines(tmp_path / "own.jsonl", [{"messages": messages}])]
-    rows, real = [], script.losses_of_replies
-    monkeypatch.setattr(
-        script, "losses_of_replies", lambda *given: rows.append(len(given[1])) or real(*given)
+    rows, real = [], losses_of_replies
+    runs.replace_ours(
+        monkeypatch, "losses_of_replies", lambda *given: rows.append(len(given[1])) or real(*given)
     )
     words += ["--chat_template", tmp_path / "own.jinja", *SHORT]
     found, _ = evidence(capfd, plain, tmp_path / "results", *words)

@@ -13,11 +13,20 @@ from safetensors.torch import load_file
 from toys import family, model_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import train_lora_single as t
 from inspect_lora import model as opening
 from inspect_lora.common import InspectError
+from train_lora.base import load_model
+from train_lora.console import UserError
+from train_lora.fp16_matmul import (
+    scaled_fp16_matmul,
+    try_fp16_matmul,
+    use_fp16_matmul,
+    uses_fp16_matmul,
+)
+from train_lora.jobs import request_of
+from train_lora.losses import losses_of_replies, token_losses
 
-RIGHT = t.scaled_fp16_matmul
+RIGHT = scaled_fp16_matmul
 DTYPES = [torch.bfloat16, torch.float32]
 K = 96
 
@@ -37,7 +46,7 @@ def converted(weight, bias=None, dtype=torch.bfloat16):
     model = torch.nn.Sequential(module.requires_grad_(False))
     model.dtype, embedding = dtype, torch.nn.Embedding(3, 4, dtype=dtype)
     model.get_input_embeddings = lambda: embedding
-    t.use_fp16_matmul(model)
+    use_fp16_matmul(model)
     assert module.weight.dtype == torch.float16
     return module
 
@@ -101,7 +110,7 @@ def load(folder, dtype, is_converted=False):
     """Return the model of a folder with weights of this type."""
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
     if is_converted:
-        t.use_fp16_matmul(model)
+        use_fp16_matmul(model)
     return model
 
 
@@ -145,7 +154,7 @@ def test_each_familys_losses_are_float32s_but_for_bfloat16s_rounding(name, tmp_p
     losses, kinds = {}, {"exact": "float32", "native": "bfloat16", "float16": "bfloat16"}
     for kind, dtype in kinds.items():
         model = load(folder, dtype, kind == "float16")
-        losses[kind] = torch.tensor(t.losses_of_replies(model, examples)).flatten()
+        losses[kind] = torch.tensor(losses_of_replies(model, examples)).flatten()
     exact = load(folder, "float32")
     alone = [token_loss(exact, [one]) * len(one.reply_ids) for one in examples]
     assert losses["exact"].tolist() == pytest.approx(alone, rel=ROUNDING)
@@ -191,9 +200,9 @@ def test_float16_is_used_where_bfloat16_is_emulated_and_the_model_was_tested(
 ):
     answer = lambda including_emulation=True: including_emulation or card  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
-    settings = t.parse_settings(["--dtype", dtype, "--matmul", matmul])
+    settings = runs.settings_of("--dtype", dtype, "--matmul", matmul)
     config = family(kind) if kind else AutoConfig.from_pretrained(TOY)
-    assert t.uses_fp16_matmul(t.request_of(settings), config) == expected
+    assert uses_fp16_matmul(request_of(settings), config) == expected
 
 
 def test_a_run_in_float16_is_like_one_in_float32(flags, finished, tmp_path):
@@ -221,15 +230,15 @@ def without_a_row(rows, weight):
 
 def losses_with(patch, difference):
     """Let each target have half a nat, and so much more as difference draws once it is float16."""
-    real, draw, is_float16 = t.token_losses, torch.Generator().manual_seed(0), []
+    real, draw, is_float16 = token_losses, torch.Generator().manual_seed(0), []
 
     def losses(model, inputs):
         is_target = (real(model, inputs) > 0).float()
         more = difference(is_target.shape, draw) if is_float16 else 0
         return is_target * (0.5 + more)
 
-    patch.setattr(t, "token_losses", losses)
-    runs.before(patch, t, "use_fp16_matmul", lambda *_: is_float16.append(True))
+    runs.replace_ours(patch, "token_losses", losses)
+    runs.before(patch, None, "use_fp16_matmul", lambda *_: is_float16.append(True))
 
 
 def of_good_kernels(shape, draw):
@@ -248,8 +257,8 @@ def test_the_loss_of_a_short_first_reply_ends_no_run(monkeypatch, difference, is
     replies = [runs.made_up([5] * 9, [7] * count) for count in (3, 60, 20, 80, 50, 30)]
     model = load(TOY, "bfloat16")
     losses_with(monkeypatch, difference)
-    with contextlib.nullcontext() if is_right else pytest.raises(t.UserError, match="220 targets"):
-        t.try_fp16_matmul(model, replies)
+    with contextlib.nullcontext() if is_right else pytest.raises(UserError, match="220 targets"):
+        try_fp16_matmul(model, replies)
     assert model.lm_head.weight.dtype == torch.float16
 
 
@@ -263,11 +272,11 @@ BROKEN = {
 @pytest.mark.parametrize("what", [*BROKEN, "the loss alone"])
 def test_where_float16_is_wrong_the_run_ends(flags, tmp_path, monkeypatch, capfd, what):
     broken = BROKEN.get(what, lambda *given: 1.2 * RIGHT(*given))
-    replace = lambda *_: monkeypatch.setattr(t, "scaled_fp16_matmul", broken)  # noqa: E731
+    replace = lambda *_: runs.replace_ours(monkeypatch, "scaled_fp16_matmul", broken)  # noqa: E731
     if what in BROKEN:
         replace()
     else:  # the products that are tried are right, and what the model computes is not
-        runs.before(monkeypatch, t, "use_fp16_matmul", replace)
+        runs.before(monkeypatch, None, "use_fp16_matmul", replace)
     flags = [*flags, "--dtype", "bfloat16", "--matmul", "float16"]
     runs.refused(capfd, flags, "--matmul", *(["_proj"] if what in BROKEN else []))
     assert runs.checkpoints(tmp_path / "output") == []
@@ -279,12 +288,12 @@ def test_a_network_that_would_stay_slow_is_refused(flags):
     class Another(torch.nn.Linear):
         pass
 
-    model = t.load_model(TOY, "", "float32", "cpu")
+    model = load_model(TOY, "", "float32", "cpu")
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Another
-    with pytest.raises(t.UserError):
-        t.try_fp16_matmul(model, runs.prepared(flags).data.examples)
+    with pytest.raises(UserError):
+        try_fp16_matmul(model, runs.prepared(flags).data.examples)
 
 
 def test_measuring_tries_float16_as_training_does(opened, monkeypatch):
@@ -292,6 +301,6 @@ def test_measuring_tries_float16_as_training_does(opened, monkeypatch):
     request = replace(opened.base.request, dtype="bfloat16", matmul="float16")
     base = replace(opened.base, request=request)
     assert opening.load_base(base, None).matmul == "float16"
-    monkeypatch.setattr(t, "scaled_fp16_matmul", BROKEN["a scale"])
+    runs.replace_ours(monkeypatch, "scaled_fp16_matmul", BROKEN["a scale"])
     with pytest.raises(InspectError, match="--dtype float32"):
         opening.load_base(base, None)

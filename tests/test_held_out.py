@@ -10,11 +10,11 @@ from records import SHORT, evidence, planned, say_origin, write_talks_with
 from runs import SYSTEM, refused, run, talk, write_lines, write_talks
 from toys import edit_json
 
-import train_lora_single as script
 from inspect_lora import inputs, sampling
 from inspect_lora.__main__ import main
 from inspect_lora.common import InspectError
-from train_lora_single import file_sha256
+from train_lora.conversations import Conversation
+from train_lora.files import file_sha256
 
 
 def lines_of(plan):
@@ -214,7 +214,7 @@ def test_lines_whose_prompts_continue_each_other_are_one_cluster(
 def conversations_of(*lines):
     """Return the replies of dialogues, as the script reads them: up to each reply of each line."""
     return [
-        script.Conversation(f"own:{number}", messages[:end], {})
+        Conversation(f"own:{number}", messages[:end], {})
         for number, messages in enumerate(lines, 1)
         for end in range(2, len(messages) + 1, 2)
     ]

@@ -25,9 +25,9 @@ def site(tmp_path_factory):
     """Return the folder of packages, and the line that the command `inspect-lora` runs."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    shutil.copytree(ROOT / "inspect_lora", source / "inspect_lora")
-    for name in ("pyproject.toml", "train_lora_single.py"):
-        shutil.copy(ROOT / name, source)
+    for name in ("inspect_lora", "train_lora"):
+        shutil.copytree(ROOT / name, source / name)
+    shutil.copy(ROOT / "pyproject.toml", source)
     words = [*BUILD, "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
     subprocess.run(words, check=True, cwd=folder)
     (wheel,) = folder.glob("inspect_lora-*.whl")

@@ -25,7 +25,10 @@ from toys import base_model, tokenizer
 from transformers.integrations import hub_kernels
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import train_lora_single as t
+import train_lora_single as script
+from train_lora.delta_rule import DELTA_RULE, fault_of_pieces
+from train_lora.device import is_out_of_memory
+from train_lora.files import is_full_disk
 
 ORDER = [3, 0, 2, 1]
 
@@ -125,8 +128,8 @@ def flag_recomputes_each_layer():
 
 def rule_has_its_name(family):
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    rule = getattr(module, t.DELTA_RULE)
-    return t.fault_of_pieces(getattr(rule, "whole_rule", rule)) == ""
+    rule = getattr(module, DELTA_RULE)
+    return fault_of_pieces(getattr(rule, "whole_rule", rule)) == ""
 
 
 def package_that_is_none_is_not_used():
@@ -162,7 +165,7 @@ def own_forward_is_called():
 
 
 def targets_are_plain_linear():
-    names = {*t.LORA_TARGET_MODULES}
+    names = {*script.LORA_TARGET_MODULES}
     kinds = {
         type(module)
         for path, module in base_model().named_modules()
@@ -173,12 +176,12 @@ def targets_are_plain_linear():
 
 def error_of_memory_is_a_runtime_error():
     error = torch.OutOfMemoryError("")
-    return t.is_out_of_memory(error) and isinstance(error, RuntimeError)
+    return is_out_of_memory(error) and isinstance(error, RuntimeError)
 
 
 def system_has_these_words():
     """Python and safetensors hand on the system's own."""
-    return all(t.is_full_disk(OSError(os.strerror(one))) for one in (errno.ENOSPC, errno.EDQUOT))
+    return all(is_full_disk(OSError(os.strerror(one))) for one in (errno.ENOSPC, errno.EDQUOT))
 
 
 def torch_has_these_words():
@@ -191,7 +194,7 @@ def torch_has_these_words():
                 torch.save(torch.ones(2**20), Path(folder, "optimizer.pt"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    return t.is_full_disk(caught.value)
+    return is_full_disk(caught.value)
 
 
 DISK = "a full disk would end in a traceback that does not say how to go on: is_full_disk()"
@@ -210,7 +213,7 @@ LEANED_ON = [
     ("GradientCheckpointingLayer.gradient_checkpointing", flag_recomputes_each_layer,
      "long examples would not fit in memory: LoraTrainer.backward_if_it_fits()"),
     *(
-        (f"{t.DELTA_RULE} of {family}", functools.partial(rule_has_its_name, family), RULE)
+        (f"{DELTA_RULE} of {family}", functools.partial(rule_has_its_name, family), RULE)
         for family in ("qwen3_5", "qwen3_5_moe", "qwen3_next")
     ),
     ("sys.modules['fla'] = None", package_that_is_none_is_not_used,

@@ -9,12 +9,13 @@ import toys
 from by_hand import ROUNDING, MergedByHand, render
 from conftest import TOY
 from records import planned, write_talks_with
-from runs import write_lines
+from runs import replace_ours, write_lines
 
-import train_lora_single as script
 from inspect_lora import measures, model, replies
 from inspect_lora.plan import Asked
 from inspect_lora.record import Prompt
+from train_lora.losses import losses_of_replies, reply_logits
+from train_lora.tokens import Example
 
 PIRATE = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "ahoy"}]
 TASKS = [[{"role": "user", "content": "hello"}], PIRATE, [{"role": "user", "content": "2 + 3?"}]]
@@ -75,14 +76,14 @@ def at_most(strength, real):
 def test_a_strength_that_gives_nan_is_left_out_and_the_rest_is_measured(opened, monkeypatch, capfd):
     """As x 1.5 in scaled float16; NaN as trained leaves nothing to compare."""
     monkeypatch.setattr(measures, "generate", lambda *_, **__: SAID)
-    real = script.losses_of_replies, script.reply_logits
-    example = script.Example("a:1", TASKS[0], {}, [40, 50], [60, 2])
+    real = losses_of_replies, reply_logits
+    example = Example("a:1", TASKS[0], {}, [40, 50], [60, 2])
     held_out = [SimpleNamespace(example=example)]
     plan = SimpleNamespace(held_out=held_out, part_lines=[0])
     for most, strengths in ((1, [0.5, 0.75, 1.0]), (0.75, [])):
         opened.loaded.known.clear()
-        monkeypatch.setattr(script, "losses_of_replies", at_most(most, real[0]))
-        monkeypatch.setattr(script, "reply_logits", at_most(most, real[1]))
+        replace_ours(monkeypatch, "losses_of_replies", at_most(most, real[0]))
+        replace_ours(monkeypatch, "reply_logits", at_most(most, real[1]))
         assert [shift.strength for shift in shifts_of(opened)] == strengths
         parts = measures.parts(plan, opened)["parts"]
         names = [part.name for part in parts if part.family == "strength"]
@@ -95,13 +96,13 @@ def test_a_word_that_the_base_never_says_adds_nothing_to_kl(opened, monkeypatch)
     """As padding of the vocabulary, whose logits some models set to minus infinity."""
     monkeypatch.setattr(measures, "generate", lambda *_, **__: SAID)
     opened.loaded.known.clear()
-    expected, real = shifts_of(opened), script.reply_logits
+    expected, real = shifts_of(opened), reply_logits
 
     def without_padding(*given):
         logits = real(*given)
         return torch.cat([logits, torch.full_like(logits[:, :1], -math.inf)], 1)
 
-    monkeypatch.setattr(script, "reply_logits", without_padding)
+    replace_ours(monkeypatch, "reply_logits", without_padding)
     found = shifts_of(opened)
     opened.loaded.known.clear()
     for shift, other in zip(found, expected, strict=True):

@@ -10,7 +10,12 @@ import transformers
 from by_hand import ROUNDING, assert_near, token_loss
 from toys import family, model_of
 
-import train_lora_single as t
+import train_lora_single as script
+from train_lora.console import UserError
+from train_lora.device import is_out_of_memory
+from train_lora.losses import losses_of_replies, token_losses
+from train_lora.memory import find_what_fits, trial_fits
+from train_lora.tokens import pad
 
 FULL = "CUDA out of memory. Tried to allocate 1.89 GiB"
 LENGTHS = [47, 40, 12, 46, 45, 30, 44]  # each row counts as 64 tokens, as DeltaNet fills it up
@@ -23,7 +28,7 @@ def trainer(tmp_path_factory):
     flags = [*runs.short_flags(tmp_path_factory.mktemp("memory")), "--batch_size", len(LENGTHS)]
     job = runs.prepared([*flags, "--gradient_accumulation_steps", "1"])
     job = runs.give_examples(job, LENGTHS)
-    trainer = t.build_trainer(job)
+    trainer = script.build_trainer(job)
     runs.set_b(trainer.model)
     for dropout in dropouts_of(trainer):
         dropout.p = 0.0
@@ -47,7 +52,7 @@ def undivided(trainer):
 def one_step(trainer, tokens_at_once):
     """Do a step; return its loss, its gradients and its passes."""
     trainer.tokens_at_once, recorder = tokens_at_once, runs.Recorder(trainer)
-    inputs = t.pad(trainer.job.data.examples, "cpu")
+    inputs = pad(trainer.job.data.examples, "cpu")
     trainer.model.zero_grad()
     try:
         loss = trainer.training_step(trainer.model, inputs).item()
@@ -153,7 +158,7 @@ def test_one_example_that_does_not_fit_is_recomputed_and_then_ends_the_run(train
     assert [one["is_recomputed"] for one in passes] == [False] + [True] * 7
     with (
         running_out(trainer, 0, "forward", times=9) as failed,
-        pytest.raises(t.UserError, match="47"),
+        pytest.raises(UserError, match="47"),
     ):
         one_step(trainer, 0)
     assert len(failed) == 1  # nothing is smaller, so it is not tried again
@@ -165,7 +170,7 @@ def test_one_example_that_does_not_fit_is_recomputed_and_then_ends_the_run(train
     'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":1016',  # as on MIG
 ])  # fmt: skip
 def test_full_memory_is_known_by_others_words_too(words):
-    assert t.is_out_of_memory(RuntimeError(words))
+    assert is_out_of_memory(RuntimeError(words))
 
 
 @pytest.mark.parametrize(
@@ -177,8 +182,8 @@ def test_full_memory_is_known_by_others_words_too(words):
     ],
 )
 def test_other_errors_are_not_taken_for_full_memory(monkeypatch, words, is_wsl, expected):
-    monkeypatch.setattr(t, "IS_WSL", is_wsl)
-    assert t.is_out_of_memory(RuntimeError(words)) == expected
+    runs.replace_ours(monkeypatch, "IS_WSL", is_wsl)
+    assert is_out_of_memory(RuntimeError(words)) == expected
 
 
 @pytest.mark.parametrize("tokens", [10_000, 90, 47, 1])
@@ -194,12 +199,12 @@ def test_evaluation_does_not_depend_on_its_batches(trainer, tokens):
         sizes.append(inputs["input_ids"].numel())
 
     with model.register_forward_pre_hook(run_out, with_kwargs=True):
-        losses = t.losses_of_replies(model.train(), examples, tokens)
+        losses = losses_of_replies(model.train(), examples, tokens)
         assert [loss for (loss,) in losses] == pytest.approx(expected, rel=ROUNDING)
         assert model.training
         assert max(sizes) <= max(min(tokens, 100), 47)
-        with pytest.raises(t.UserError, match="made up: 198"):  # nothing is smaller than one
-            t.losses_of_replies(model, [runs.made_up([5] * 99, [7] * 99)], tokens)
+        with pytest.raises(UserError, match="made up: 198"):  # nothing is smaller than one
+            losses_of_replies(model, [runs.made_up([5] * 99, [7] * 99)], tokens)
 
 
 @pytest.fixture
@@ -225,7 +230,7 @@ def give_memory(trainer, kept, recomputed):
     return trainer.model.register_forward_hook(run_out, with_kwargs=True)
 
 
-def look_for_memory(trainer, find_what_fits=t.find_what_fits):
+def look_for_memory(trainer, find_what_fits=find_what_fits):
     """Find what fits on the made-up card."""
     trainer.job.settings.DEVICE = "cuda"
     try:
@@ -276,7 +281,7 @@ def test_a_trial_needs_no_more_positions_than_the_model_has(tmp_path, card):
     config = transformers.GPT2Config(**sizes)
     model = model_of(config, tmp_path / "model", has_weights=True)
     flags = [*runs.short_flags(tmp_path), "--model_name", model, "--lora_target_modules", "c_attn"]
-    trainer = t.build_trainer(runs.give_examples(runs.prepared(flags), [60, 40, 50, 30]))
+    trainer = script.build_trainer(runs.give_examples(runs.prepared(flags), [60, 40, 50, 30]))
     recorder = runs.Recorder(trainer)
     look_for_memory(trainer)
     recorder.stop()
@@ -288,30 +293,30 @@ def test_where_the_loss_needs_the_logits_few_targets_go_at_once(tmp_path, card, 
     config = family("Granite", logits_scaling=3.0, initializer_range=0.5)
     model = model_of(config, tmp_path / "model", has_weights=True)
     flags = [*runs.short_flags(tmp_path), "--model_name", model, "--lora_dropout", "0"]
-    trainer = t.build_trainer(runs.give_examples(runs.prepared(flags), [60, 40, 50, 30]))
+    trainer = script.build_trainer(runs.give_examples(runs.prepared(flags), [60, 40, 50, 30]))
     runs.set_b(trainer.model)
     loss, gradients, _ = one_step(trainer, 240)
     assert loss == pytest.approx(token_loss(trainer.model.eval(), trainer.job.data.examples))
-    counts, real = [], t.token_losses
+    counts, real = [], token_losses
 
     def count(model, part):
         counts.append((part["labels"][:, 1:] != -100).sum(1).tolist())
         return real(model, part)
 
-    monkeypatch.setattr(t, "token_losses", count)
-    monkeypatch.setattr(t, "MOST_TARGETS", 8)
+    runs.replace_ours(monkeypatch, "token_losses", count)
+    runs.replace_ours(monkeypatch, "MOST_TARGETS", 8)
     loss_in_pieces, found, _ = one_step(trainer, 240)
     assert loss_in_pieces == pytest.approx(loss, rel=ROUNDING)
     assert_near(found, gradients)
     assert sum(map(sum, counts)) == 90 and max(map(max, counts)) == 8 and len(counts) == 4
-    assert t.trial_fits(trainer, 1, 240)
+    assert trial_fits(trainer, 1, 240)
     assert counts[-1] == [4 * 8]
 
 
 @pytest.fixture
 def on_the_card(card, monkeypatch):
     """Have a whole run look for memory on the card."""
-    monkeypatch.setattr(t, "find_what_fits", look_for_memory)
+    runs.replace_ours(monkeypatch, "find_what_fits", look_for_memory)
 
 
 def test_a_run_that_has_tried_is_the_same_run(flags, finished, tmp_path, on_the_card, monkeypatch):
@@ -327,7 +332,7 @@ def test_a_run_that_has_tried_is_the_same_run(flags, finished, tmp_path, on_the_
 
 def test_too_long_an_example_ends_the_run_at_once(flags, tmp_path, capfd, on_the_card, monkeypatch):
     evaluated = []
-    monkeypatch.setattr(t, "losses_of_replies", lambda *_: evaluated.append(None))
+    runs.replace_ours(monkeypatch, "losses_of_replies", lambda *_: evaluated.append(None))
     longest = max(len(one.input_ids) for one in runs.prepared(flags).data.examples)
     runs.on_trainer(monkeypatch, lambda trainer: give_memory(trainer, 64, longest - 1))
     runs.refused(capfd, flags, str(longest), "MAX_SEQ_LEN")

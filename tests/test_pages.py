@@ -11,7 +11,9 @@ import sys
 
 import pytest
 from conftest import ROOT, TOY
-from runs import run, short_flags
+from runs import run, settings_of, short_flags
+
+from train_lora.conversations import read_conversations
 
 PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/example/*.md")]
 PAGES += [ROOT / folder / "README.md" for folder in ("data", "tests", "output")]
@@ -52,7 +54,7 @@ def parse(words):
     words = [word for word in words if not word.startswith(("$@", "${"))]
     for place, word in enumerate(words):
         if word.endswith(SCRIPTS) and "cp" not in words[:place]:
-            importlib.import_module("train_lora_single").parse_settings(words[place + 1 :])
+            settings_of(*words[place + 1 :])
             return True
         if word in ("inspect-lora", "inspect_lora"):
             name, *flags = words[place + 1 :]
@@ -124,8 +126,7 @@ def test_the_page_cleans_a_dump(tmp_path, monkeypatch, capsys):
     exec(compile(cleaning, "docs/data.md", "exec"), {})
     assert re.findall(r"\d+", capsys.readouterr().out) == ["3", "6"]  # kept, of all
     problems = []
-    script = importlib.import_module("train_lora_single")
-    read = script.read_conversations("mine.jsonl", "all", problems)
+    read = read_conversations("mine.jsonl", "all", problems)
     assert problems == []
     said = [[message["content"] for message in conversation.messages] for conversation in read]
     assert said == [["Be kind.", "Hi?", "Hello."], ["One.\n\nTwo?", "Three."], ["Look.", "Yes."]]

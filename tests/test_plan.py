@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from toys import EXPERTS, family, model_of, wrapper
 from transformers import AutoModelForCausalLM
 
-import train_lora_single as t
+import train_lora_single as script
 
-SEVEN = t.LORA_TARGET_MODULES
+SEVEN = script.LORA_TARGET_MODULES
 HELLO = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
 
 

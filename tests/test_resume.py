@@ -22,7 +22,11 @@ from safetensors.torch import load_file, save_file
 from toys import GEMMA4, edit_json, model_of
 from tqdm import tqdm
 
-import train_lora_single as t
+import train_lora_single as script
+from train_lora.checkpoints import eval_losses
+from train_lora.jobs import hash_of_code
+from train_lora.losses import losses_of_replies
+from train_lora.trainer import LoraTrainer
 
 FILE_SIZE = resource.RLIMIT_FSIZE  # the largest that this process may write
 
@@ -52,8 +56,8 @@ def into(output, run):
 
 def steps_done(argv):
     """Give the command, which must succeed; return how many steps it trains."""
-    real = t.LoraTrainer.training_step
-    with mock.patch.object(t.LoraTrainer, "training_step", autospec=True, side_effect=real) as step:
+    real = LoraTrainer.training_step
+    with mock.patch.object(LoraTrainer, "training_step", autospec=True, side_effect=real) as step:
         assert runs.run(argv) == 0
     return step.call_count
 
@@ -87,7 +91,7 @@ def at_saved(patch, step, action):
 
 def at_evaluation(patch, action):
     """Do action in the first of an evaluation's small batches; no other may follow."""
-    real, passes = t.losses_of_replies, []
+    real, passes = losses_of_replies, []
 
     def look(*_):
         assert not passes
@@ -98,7 +102,7 @@ def at_evaluation(patch, action):
         model.register_forward_pre_hook(look)
         return real(model, examples, 64, *more)
 
-    patch.setattr(t, "losses_of_replies", in_small_batches)
+    runs.replace_ours(patch, "losses_of_replies", in_small_batches)
 
 
 def at_verification(patch, action):
@@ -278,7 +282,7 @@ def job(stopped):
 def folder_of_job(job, base=None, data=None, **settings):
     """Return where a job with another base, data or settings would have its checkpoints."""
     settings = argparse.Namespace(**vars(job.settings) | settings)
-    return t.make_plan(settings, base or job.base, data or job.data).folder
+    return runs.plan_of(settings, base or job.base, data or job.data).folder
 
 
 ANOTHER = {
@@ -297,7 +301,7 @@ THE_SAME = {  # as long as the tokens are the same
 def test_each_setting_is_part_of_the_job_or_may_change():
     """For OUTPUT_DIR see the jobs of all tests here; the other two have tests of their own."""
     apart = {"OUTPUT_DIR", "CHAT_TEMPLATE", "START_FROM"}
-    assert ANOTHER.keys() | THE_SAME.keys() | apart == {*t.SETTINGS}
+    assert ANOTHER.keys() | THE_SAME.keys() | apart == {*runs.SETTINGS}
 
 
 @pytest.mark.parametrize("name", ANOTHER)
@@ -399,7 +403,7 @@ def test_another_held_out_file_moves_nothing_until_one_decides(ends, request, tm
 def test_measuring_more_often_is_no_new_job(stopped, output, whole):
     argv = [*into(output, stopped), "--eval_steps", "1", "--final_lora", "best"]
     assert steps_done(argv) == 1
-    measured = t.eval_losses(runs.history(output))
+    measured = eval_losses(runs.history(output))
     before = {step: loss for step, key, loss in whole[1] if key == "eval_loss"}
     assert measured == before | {7: measured[7]}
     best = min([4, 7, 8], key=measured.get)
@@ -416,7 +420,7 @@ CHANGES = {  # of the script's text, and whether something else is executed then
     "a falsy constant": ("label_smoothing_factor=0,", "label_smoothing_factor=None,", True),
     "a comment": ("\ndef lora_fields(", "\n# A comment of mine.\ndef lora_fields(", False),
     "a docstring": ('    """Return PEFT\'s LoraConfig fields;', '    """Return my fields;', False),
-    "a setting": (f"\nLORA_R = {t.LORA_R}", "\nLORA_R = 4", False),
+    "a setting": (f"\nLORA_R = {script.LORA_R}", "\nLORA_R = 4", False),
     "a setting's type": ("\nSEED = 42  # for", "\nSEED: int = 43  # for", False),
     "a line's form": ("next_tokens = inputs", "next_tokens   =   inputs", False),
 }
@@ -425,10 +429,11 @@ CHANGES = {  # of the script's text, and whether something else is executed then
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_code_is_what_executes_something_else(change):
     before, after, is_other = CHANGES[change]
-    code = Path(t.__file__).read_text("utf-8")
+    code = runs.settings_of().source.decode()
     edited = code.replace(before, after)
     assert edited != code
-    assert (t.hash_of_code(edited.encode()) != t.hash_of_code(code.encode())) == is_other
+    hashes = [hash_of_code(text.encode(), tuple(runs.SETTINGS)) for text in (code, edited)]
+    assert (hashes[0] != hashes[1]) == is_other
 
 
 @pytest.mark.parametrize("ends", ["stopped", "finished"])
@@ -436,7 +441,7 @@ def test_edited_code_moves_nothing_until_one_decides(ends, request, tmp_path, ca
     run = request.getfixturevalue(ends)
     output = shutil.copytree(run.output, tmp_path / "output")
     left = runs.files(output)
-    edited = runs.edited_script(tmp_path, EDITED_LOSS).main
+    edited = runs.command_of(runs.edited_script(tmp_path, EDITED_LOSS))
     end = runs.command(capfd, into(output, run), edited)
     assert end.status == 1 and "OUTPUT_DIR" in end.err and "Traceback" not in end.err
     assert ("--edited_code" in end.err) == (ends == "stopped")
@@ -447,12 +452,12 @@ def test_edited_code_moves_nothing_until_one_decides(ends, request, tmp_path, ca
 
 def test_no_loss_of_other_code_is_compared(stopped, output, whole, tmp_path, capfd):
     """Each loss of the edited code is larger by one."""
-    edited = runs.edited_script(tmp_path, EDITED_LOSS).main
+    edited = runs.command_of(runs.edited_script(tmp_path, EDITED_LOSS))
     argv = [*into(output, stopped), "--edited_code", "--final_lora", "best"]
     end = runs.command(capfd, argv, edited)
     assert end.status == 0 and "WARNING" not in end.out
     before = {step: loss for step, key, loss in whole[1] if key == "eval_loss"}
-    measured = t.eval_losses(runs.history(output))
+    measured = eval_losses(runs.history(output))
     assert measured.keys() == {0, 8}
     assert min(measured[step] - before[step] for step in measured) > 0.5
     assert (output / runs.ADAPTER).read_bytes() == whole[0]
@@ -514,7 +519,7 @@ def test_a_second_run_is_refused_and_an_ignored_signal_ignored(stopped, output, 
         assert runs.Fork(lambda: runs.be_the_script(into(output, stopped), said)).end() == 1
         assert left == (runs.files(output), (output / "all_logs.log").read_bytes())
 
-    runs.before(monkeypatch, t, "catch_signals", ignore)
+    runs.before(monkeypatch, None, "catch_signals", ignore)
     runs.at_step(monkeypatch, 1, disturb)
     assert go_on(into(output, stopped), whole) == 7
     text = said.read_text("utf-8")
@@ -554,7 +559,7 @@ def be_a_rank(folder, argvs):
     for argv in argvs:
         if rank == "1" and argv is argvs[-1]:
             full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
-            patch.setattr(t, "token_losses", full)
+            runs.replace_ours(patch, "token_losses", full)
         statuses.append(runs.run(argv))
         (folder / f"statuses {rank}").write_text(" ".join(map(str, statuses)))
     sys.exit(statuses[-1])
@@ -562,8 +567,10 @@ def be_a_rank(folder, argvs):
 
 def in_small_parts(patch):
     """Have each row of a step be a micro-batch of its own."""
-    patch.setattr(t, "CHECKPOINTING_FACTOR", 1)
-    patch.setattr(t, "find_what_fits", lambda trainer: setattr(trainer, "tokens_at_once", 64))
+    runs.replace_ours(patch, "CHECKPOINTING_FACTOR", 1)
+    runs.replace_ours(
+        patch, "find_what_fits", lambda trainer: setattr(trainer, "tokens_at_once", 64)
+    )
 
 
 @pytest.fixture(scope="module")

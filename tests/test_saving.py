@@ -18,7 +18,11 @@ from conftest import TOY
 from safetensors.torch import load_file
 from toys import EXPERTS, change_config, change_tensors, family, model_of
 
-import train_lora_single as t
+import train_lora_single as script
+from train_lora.conversations import prompt_hash, system_message_of
+from train_lora.losses import losses_of_replies
+from train_lora.saving import summarize
+from train_lora.trainer import LoraTrainer
 
 RESULTS = ("final_lora", "final_lora_vllm")
 OLD = {"older.txt": b"of another run"}
@@ -72,7 +76,7 @@ def test_the_adapter_is_the_last_steps_in_both_forms(finished, tmp_path):
     assert same(plain, last)
     assert {tensor.dtype for tensor in plain.values()} == {torch.float32}
     wrapper = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(TOY)
-    lora = peft.LoraConfig(target_modules=t.LORA_TARGET_MODULES)
+    lora = peft.LoraConfig(target_modules=script.LORA_TARGET_MODULES)
     peft.get_peft_model(wrapper, lora).save_pretrained(tmp_path)
     assert renamed.keys() == tensors_of(tmp_path).keys() and len(plain) == len(renamed)
     for name, tensor in plain.items():
@@ -81,7 +85,7 @@ def test_the_adapter_is_the_last_steps_in_both_forms(finished, tmp_path):
     config, other = (runs.read_json(x / "adapter_config.json") for x in folders[1:])
     assert config == other
     # In the setting's order; PEFT makes a set of it, which has another order in every process.
-    assert config["target_modules"] == t.LORA_TARGET_MODULES
+    assert config["target_modules"] == script.LORA_TARGET_MODULES
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.05)
     assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", TOY)
 
@@ -91,7 +95,7 @@ def test_a_model_that_is_no_wrapper_gets_no_second_form(flags, tmp_path):
     output = tmp_path / "output"
     put_old_results(output)
     folder = model_of(family("Qwen3Moe", **EXPERTS), tmp_path / "model", has_weights=True)
-    targets = ["--lora_target_modules", *t.LORA_TARGET_MODULES[:4]]
+    targets = ["--lora_target_modules", *script.LORA_TARGET_MODULES[:4]]
     assert runs.run([*flags, "--model_name", folder, "--max_steps", "2", *targets]) == 0
     assert runs.read_record(output)["outcome"] == "finished"
     assert {path.name for path in output.glob("final_lora*")} & {*RESULTS} == {"final_lora"}
@@ -180,13 +184,13 @@ def test_an_adapter_that_changes_nothing_is_refused(flags, tmp_path, capfd):
 
 def weigh_losses(patch, *factors):
     """Multiply the held-out losses by these factors, one evaluation after the other."""
-    real, left = t.losses_of_replies, iter(factors)
+    real, left = losses_of_replies, iter(factors)
 
     def weighed(*given):
         factor = next(left)
         return [[factor * loss for loss in losses] for losses in real(*given)]
 
-    patch.setattr(t, "losses_of_replies", weighed)
+    runs.replace_ours(patch, "losses_of_replies", weighed)
 
 
 def test_the_best_epoch_is_kept_and_published_when_asked_for(tmp_path, monkeypatch):
@@ -200,7 +204,7 @@ def test_the_best_epoch_is_kept_and_published_when_asked_for(tmp_path, monkeypat
     losses = runs.logged(runs.history(output), "eval_loss")
     assert losses[0] < losses[1] == min(losses[1:])
     assert runs.checkpoints(output) == [1, 4, 5]  # of five; the two newest can be resumed from
-    for owner, name in ((t.LoraTrainer, "training_step"), (t, "find_what_fits")):
+    for owner, name in ((LoraTrainer, "training_step"), (script, "find_what_fits")):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("trains"))
     for which, step in (("best", 1), ("best", 1), ("last", 5)):
         assert runs.run([*flags, "--final_lora", which]) == 0
@@ -240,7 +244,7 @@ def test_a_lost_copy_for_vllm_is_written_again(finished, tmp_path, monkeypatch, 
     flags = [*finished.flags, "--output_dir", output]
     for path in (output / "final_lora_vllm" / "run.json", output / "run.json"):
         path.write_text("of another job")
-    monkeypatch.setattr(t, "load_model", lambda *_: pytest.fail("trains"))
+    runs.replace_ours(monkeypatch, "load_model", lambda *_: pytest.fail("trains"))
     assert runs.run([*flags, "--dry_run"]) == 0
     assert not [*output.glob("final_lora_vllm.*")]
     with monkeypatch.context() as patch:
@@ -275,7 +279,7 @@ def test_the_next_commands_can_be_given_as_they_are(case, finished, tmp_path, mo
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/inspect-lora")
     capfd.readouterr()
-    t.summarize(job, 8)
+    summarize(job, 8)
     lines = capfd.readouterr().out.splitlines()
     served = [shlex.split(line) for line in lines if "vllm serve" in line]
     assert len(served) == (rank > 0)
@@ -298,7 +302,7 @@ def test_the_cards_lines_have_the_adapter_reply(finished, tmp_path, monkeypatch,
 def test_an_adapter_says_what_it_learned_and_from_which_run(finished):
     """A hash of each prompt, without its system message."""
     examples = runs.prepared(finished.flags).data.examples
-    learned = sorted({t.prompt_hash(example.messages[:-1]) for example in examples})
+    learned = sorted({prompt_hash(example.messages[:-1]) for example in examples})
     (job,) = runs.job_folders(finished.output)
     folders = [finished.output / name for name in RESULTS]
     for folder in [finished.output / "final_lora", newest(finished.output)]:
@@ -314,18 +318,18 @@ def test_an_adapter_says_what_it_learned_and_from_which_run(finished):
 def test_a_hash_of_a_prompt_does_not_depend_on_its_form():
     """But for what is said, and by whom."""
     one = runs.talk(3)
-    assert t.prompt_hash(one) == t.prompt_hash(one[1:])  # the system message
+    assert prompt_hash(one) == prompt_hash(one[1:])  # the system message
     spaced = [message | {"content": f" {message['content']}\n"} for message in one]
-    assert t.prompt_hash(one) == t.prompt_hash(spaced)
+    assert prompt_hash(one) == prompt_hash(spaced)
     others = [runs.talk(4), one[:2], [one[1], one[2] | {"content": "No."}]]
     others.append([one[2] | {"role": "user"}])
-    assert len({t.prompt_hash(other) for other in [one, *others]}) == 5
-    assert re.fullmatch("[0-9a-f]{16}", t.prompt_hash(one))
+    assert len({prompt_hash(other) for other in [one, *others]}) == 5
+    assert re.fullmatch("[0-9a-f]{16}", prompt_hash(one))
 
 
 def test_run_json_says_what_was_done(finished):
     record = runs.read_record(finished.output)
-    assert record["settings"].keys() == {*t.SETTINGS}
+    assert record["settings"].keys() == {*runs.SETTINGS}
     assert record["settings"]["NUM_EPOCHS"] == 2 and record["settings"]["MODEL_NAME"] == TOY
     assert record["sessions"][0]["versions"]["trl"] == importlib.metadata.version("trl")
     assert record["system_message"] == "You are Nell."
@@ -342,4 +346,4 @@ def test_run_json_says_what_was_done(finished):
 def test_a_system_message_that_not_all_have_is_none_of_all(finished, tmp_path):
     rows = [{"messages": runs.talk(number)[number % 2 :]} for number in range(4)]
     flags = [*finished.flags, "--train_file", runs.write_lines(tmp_path / "mixed.jsonl", rows)]
-    assert t.system_message_of(runs.prepared(flags).data.examples) is None
+    assert system_message_of(runs.prepared(flags).data.examples) is None

@@ -10,7 +10,8 @@ from conftest import TOY
 from safetensors.torch import load_file, save_file
 from toys import base_model, edit_json, save_adapter
 
-import train_lora_single as t
+import train_lora_single as script
+from train_lora.conversations import prompt_hash
 
 PREFIX = "base_model.model."
 
@@ -46,7 +47,7 @@ def test_training_goes_on_from_the_adapters_tensors(flags, finished, tmp_path, m
     assert start == pytest.approx(older_losses[-1], rel=ROUNDING)
     # What it learned before is still learned.
     learned = (output / "final_lora" / "learned.txt").read_text().split()
-    now = {t.prompt_hash(example.messages[:-1]) for example in data.examples}
+    now = {prompt_hash(example.messages[:-1]) for example in data.examples}
     assert learned == sorted({*(older / "learned.txt").read_text().split(), *now})
 
 
@@ -118,7 +119,7 @@ def test_a_start_that_would_be_replaced_is_refused(flags, finished, tmp_path, ca
 
 
 def test_an_adapter_of_peft_alone_is_known_by_its_bases_name(flags, tmp_path, capfd):
-    targets = {"target_modules": t.LORA_TARGET_MODULES, "r": 8, "lora_alpha": 16}
+    targets = {"target_modules": script.LORA_TARGET_MODULES, "r": 8, "lora_alpha": 16}
     folder = save_adapter(tmp_path / "peft", **targets)
     dry = [*flags, "--dry_run", "--start_from", folder]
     edit_json(folder / "adapter_config.json", lambda x: x.update(base_model_name_or_path=TOY))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from by_hand import token_loss
 from conftest import ROOT, TOY
 from transformers import AutoModelForCausalLM
 
-import train_lora_single as t
+import train_lora_single as script
+from train_lora.conversations import prompt_hash
 
 SETTINGS = {  # what they type over the lines of the file
     "EVAL_FILE": "10%", "FINAL_LORA": "best", "TRAIN_FILE": "my talks.jsonl", "DEVICE": "cpu",
@@ -44,7 +46,7 @@ def write_sharegpt(path):
 
 def edited_text():
     """Return the script's text with each of SETTINGS typed over the line of its constant."""
-    lines = Path(t.__file__).read_text(encoding="utf-8").splitlines()
+    lines = Path(script.__file__).read_text(encoding="utf-8").splitlines()
     for node in ast.parse("\n".join(lines)).body:
         name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
         if name in SETTINGS:
@@ -142,6 +144,7 @@ def test_the_story(tmp_path, monkeypatch):
     folder, output = tmp_path / "clone", tmp_path / "clone" / "output"
     folder.mkdir()
     (folder / "train_lora_single.py").write_text(edited_text(), encoding="utf-8")
+    shutil.copytree(runs.ROOT / "train_lora", folder / "train_lora")
     lines = write_sharegpt(folder / SETTINGS["TRAIN_FILE"])
     # They press Ctrl-C in epoch 2. The step is finished and saved, though tee is dead by then.
     assert piped_to_tee(folder) == 130
@@ -172,8 +175,8 @@ def test_the_story(tmp_path, monkeypatch):
     assert facts["sha256"] == hashlib.sha256((output / "held_out.jsonl").read_bytes()).hexdigest()
     job = runs.prepared(flags)
     learned = (output / "final_lora" / "learned.txt").read_text(encoding="utf-8").split()
-    assert learned == sorted({t.prompt_hash(one.messages[:-1]) for one in job.data.examples})
-    assert not {t.prompt_hash(one.messages[:-1]) for one in job.data.held_out} & {*learned}
+    assert learned == sorted({prompt_hash(one.messages[:-1]) for one in job.data.examples})
+    assert not {prompt_hash(one.messages[:-1]) for one in job.data.held_out} & {*learned}
     trained = {tuple(row) for row in runs.rows_of(recorders[0].trained)}
     assert trained == {tuple(example.input_ids) for example in job.data.examples}
     ids = {row["id"] for row in rows}
@@ -212,7 +215,8 @@ def test_the_first_afternoon(finished, tmp_path, monkeypatch, capfd):
     (first,) = runs.job_folders(output)
     assert runs.checkpoints(output) == [3]
     kept = runs.files(first)
-    edited = runs.edited_script(tmp_path, (f"\nLORA_R = {t.LORA_R}", "\nLORA_R = 4")).main
+    changes = [(f"\nLORA_R = {script.LORA_R}", "\nLORA_R = 4")]
+    edited = runs.command_of(runs.edited_script(tmp_path, *changes))
     end = runs.command(capfd, flags, edited)
     assert end.status == 0 and "LORA_R" in end.out  # what the other job has otherwise
     assert len(runs.rows_of(recorders[1].trained)) == 28 and len(runs.job_folders(output)) == 2

@@ -10,7 +10,9 @@ import transformers
 from conftest import TOY
 from toys import family, layers_of
 
-import train_lora_single as t
+from train_lora.fp16_matmul import use_fp16_matmul
+from train_lora.losses import head_of, needs_logits, pieces_with_few_targets, token_losses
+from train_lora.tokens import pad
 
 NEAR = 1e-5  # of a norm: float32 sums in another order
 WIDE = {"initializer_range": 0.5, "tie_word_embeddings": False}
@@ -32,7 +34,7 @@ def rows_of(lengths):
     for prompt, reply in lengths:
         ids = torch.randint(3, 3000, (prompt + reply,), generator=draw).tolist()
         examples.append(runs.made_up(ids[:prompt], ids[prompt:]))
-    return t.pad(examples, "cpu")
+    return pad(examples, "cpu")
 
 
 def model_of_kind(kind, dtype=torch.float32, **lora):
@@ -64,7 +66,7 @@ def by_logits(model, inputs):
 
 def by_script(model, inputs):
     model.zero_grad()
-    losses = t.token_losses(model, inputs)
+    losses = token_losses(model, inputs)
     return losses.detach(), gradients_of(model, losses, inputs["labels"][:, 1:])
 
 
@@ -84,7 +86,7 @@ def distance(gradients, expected):
 @pytest.fixture
 def in_parts(monkeypatch):
     """Let the logits of seven targets be in memory at once."""
-    monkeypatch.setattr(t, "LOGITS_AT_ONCE", 7 * 3072)
+    runs.replace_ours(monkeypatch, "LOGITS_AT_ONCE", 7 * 3072)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -98,17 +100,17 @@ def test_losses_and_gradients_are_those_of_all_logits(kind, lengths, in_parts):
         losses, gradients = by_script(model, inputs)
         assert torch.dist(losses, expected_losses) <= NEAR * expected_losses.norm()
         assert distance(gradients, expected) <= NEAR
-    assert t.needs_logits(model) != KINDS[kind][1]
-    assert "forward" not in vars(t.head_of(model))
+    assert needs_logits(model) != KINDS[kind][1]
+    assert "forward" not in vars(head_of(model))
     with torch.no_grad():  # as in evaluation
-        assert torch.dist(t.token_losses(model, inputs), expected_losses) <= 1e-4
+        assert torch.dist(token_losses(model, inputs), expected_losses) <= 1e-4
 
 
 def test_no_tensor_of_all_logits_is_kept_for_the_backward_pass(in_parts):
     model, inputs, sizes = model_of_kind("Llama"), rows_of([(9, 40)]), []
     note = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        t.token_losses(model, inputs)
+        token_losses(model, inputs)
     assert max(sizes) < 40 * 3072
 
 
@@ -136,7 +138,7 @@ def test_a_head_that_is_trained_gets_its_gradient(how):
         losses = torch.nn.functional.cross_entropy(
             logits, inputs["labels"][0, 1:], reduction="none"
         )
-        assert torch.dist(t.token_losses(model, inputs)[0], losses) <= NEAR * losses.norm()
+        assert torch.dist(token_losses(model, inputs)[0], losses) <= NEAR * losses.norm()
 
 
 HOOKS = {
@@ -155,7 +157,7 @@ HOOKS = {
 @pytest.mark.parametrize("what", HOOKS)
 def test_a_hook_of_the_head_acts_once(what):
     model, inputs = model_of_kind("Llama"), rows_of([(9, 20)])
-    HOOKS[what](t.head_of(model))
+    HOOKS[what](head_of(model))
     losses, expected = by_logits(model, inputs)
     found, gradients = by_script(model, inputs)
     assert torch.dist(found, losses) <= NEAR * losses.norm()
@@ -165,11 +167,11 @@ def test_a_hook_of_the_head_acts_once(what):
 @pytest.mark.parametrize("kept", [{}, {"forward": abs}], ids=["the class's", "its own"])
 def test_a_pass_that_fails_leaves_the_heads_forward_as_it_was(kept):
     model, inputs = model_of_kind("Llama"), rows_of([(9, 20)])
-    head = t.head_of(model)
+    head = head_of(model)
     vars(head).update(kept)
     model.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        t.token_losses(model, inputs)
+        token_losses(model, inputs)
     assert vars(head).get("forward") is kept.get("forward")
 
 
@@ -182,7 +184,7 @@ def test_rounding_moves_gradients_no_further_than_with_all_logits(kind, is_fp16,
         layer.lora_A.float(), layer.lora_B.float()
     exact = copy.deepcopy(rounded).float()
     if is_fp16:
-        t.use_fp16_matmul(rounded.base_model.model)
+        use_fp16_matmul(rounded.base_model.model)
     _, expected = by_logits(exact, inputs)
     losses, by_all = by_logits(rounded, inputs)
     found, gradients = by_script(rounded, inputs)
@@ -192,9 +194,9 @@ def test_rounding_moves_gradients_no_further_than_with_all_logits(kind, is_fp16,
 
 def test_a_row_with_many_targets_goes_in_pieces_where_the_logits_are_needed(monkeypatch):
     """Each target once, each piece with all that comes before; the gradient is the whole row's."""
-    monkeypatch.setattr(t, "MOST_TARGETS", 8)
+    runs.replace_ours(monkeypatch, "MOST_TARGETS", 8)
     inputs = rows_of([(9, 20), (3, 31), (17, 1)])
-    pieces = list(t.pieces_with_few_targets(inputs))
+    pieces = list(pieces_with_few_targets(inputs))
     assert len(pieces) == 4
     for piece in pieces:
         assert ((piece["labels"] != -100).sum(1) <= 8).all()
@@ -202,9 +204,9 @@ def test_a_row_with_many_targets_goes_in_pieces_where_the_logits_are_needed(monk
                  for p in pieces)  # fmt: skip
     assert taught.equal(inputs["labels"] + 100)
     for part in (rows_of([(9, 5), (4, 8)]), rows_of([(3, 0)])):
-        assert [*t.pieces_with_few_targets(part)] == [part]
+        assert [*pieces_with_few_targets(part)] == [part]
     alone = {key: value[:1] for key, value in inputs.items()}
-    for piece in t.pieces_with_few_targets(alone):
+    for piece in pieces_with_few_targets(alone):
         assert piece["labels"][0, -1] != -100  # nothing goes through for no target
 
 
@@ -226,4 +228,4 @@ def test_a_model_in_ddp_is_asked_as_well(kind, one_process):
     assert torch.dist(found, losses) <= NEAR * losses.norm()
     gradients = {name.removeprefix("module."): one for name, one in gradients.items()}
     assert distance(gradients, expected) <= NEAR
-    assert t.needs_logits(ddp) == t.needs_logits(model) == (kind == "Granite")
+    assert needs_logits(ddp) == needs_logits(model) == (kind == "Granite")

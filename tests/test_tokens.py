@@ -9,13 +9,16 @@ import pytest
 import trl
 from conftest import TOY
 from datasets import Dataset
-from runs import command, prepared, read_record, refused
+from runs import command, prepared, read_record, refused, settings_of
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from toys import edit_json
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-import train_lora_single as t
+from train_lora.base import read_base
+from train_lora.conversations import read_conversations
+from train_lora.jobs import request_of
+from train_lora.tokens import encode, render
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
@@ -60,12 +63,12 @@ def model_with(*changes, **files):
 @pytest.fixture(scope="module")
 def job():
     """Return a job of the toy; nobody changes it."""
-    return t.read_base(t.request_of(t.parse_settings(DRY)))
+    return read_base(request_of(settings_of(*DRY)))
 
 
 @pytest.mark.parametrize("said", [HELLO, TALK, messages(" Hi?\n", "First.", "And?", " Second. ")])
 def test_the_reply_is_learned_behind_the_tokens_that_are_served(said, job, tokenizer):
-    prompt, reply = t.render(said, job)
+    prompt, reply = render(said, job)
     served = tokenizer.apply_chat_template(
         said[:-1], add_generation_prompt=True, enable_thinking=False
     )["input_ids"]
@@ -99,7 +102,7 @@ def test_a_special_token_in_a_text_is_refused_by_name(token, place, job):
     said = [dict(one) for one in TALK[:3]]
     said[place]["content"] = f"before {token}user after"
     with pytest.raises(ValueError, match=re.escape(token)):
-        t.render(said, job)
+        render(said, job)
 
 
 def test_the_tokens_of_both_files_are_counted(finished, tokenizer):
@@ -165,20 +168,20 @@ def job_of(family):
     shutil.copy(Path(TOY) / "config.json", "other")
     ids = tokenizer.convert_tokens_to_ids(ends)
     Path("other/generation_config.json").write_text(json.dumps({"eos_token_id": ids or None}))
-    return t.read_base(t.request_of(t.parse_settings([*DRY, "--model_name", "other"])))
+    return read_base(request_of(settings_of(*DRY, "--model_name", "other")))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_familys_template_is_trained_as_it_is_served_or_refused(family):
     end, job, problems = FAMILIES[family][3], job_of(family), []
     write("one", TALK[:3], HELLO)
-    with_system, without = t.read_conversations("one", "last", problems)
-    fitting = t.encode([with_system], job, 9999, problems)
+    with_system, without = read_conversations("one", "last", problems)
+    fitting = encode([with_system], job, 9999, problems)
     if end is None:
         (problem,) = problems
         assert fitting == [] and problem.startswith(with_system.source)
         if family == "gemma":
-            (fitting,) = t.encode([without], job, 9999, [])
+            (fitting,) = encode([without], job, 9999, [])
             assert job.tokenizer.decode(fitting.reply_ids) == "Yes.<end_of_turn>"
         return
     assert [one.source for one in fitting] == [with_system.source] and not problems, problems
@@ -238,7 +241,7 @@ SHORT = [*DRY, "--max_seq_len", "64"]
 
 
 def length_of(talk, job):
-    return sum(map(len, t.render(talk, job)))
+    return sum(map(len, render(talk, job)))
 
 
 def test_up_to_a_tenth_that_is_too_long_is_left_out_and_nothing_is_cut(capfd, job):
@@ -246,7 +249,7 @@ def test_up_to_a_tenth_that_is_too_long_is_left_out_and_nothing_is_cut(capfd, jo
     write("t", *[LONG if n % 10 == 9 else HELLO for n in range(30)])
     examples = prepared(SHORT).data.examples
     assert [one.source for one in examples] == [f"t:{n}" for n in range(1, 31) if n % 10]
-    prompt, reply = t.render(HELLO, job)
+    prompt, reply = render(HELLO, job)
     assert all(one.input_ids == prompt + reply for one in examples)
     out = capfd.readouterr().out
     assert "t:10, t:20, t:30" in out

@@ -18,7 +18,11 @@ from safetensors.torch import load_file, save_file
 from toys import GEMMA4, WEIGHTS, edit_json, model_of, save_adapter
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import train_lora_single as t
+import train_lora_single as script
+from train_lora.base import load_model
+from train_lora.console import UserError
+from train_lora.plan import fixed_fields
+from train_lora.trainer import SimilarLengthSampler
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def test_the_settings_reach_lora_and_the_trainer(flags):
     values |= {"seed": 7, "learning_rate": 3e-3, "lr_scheduler_type": "linear"}
     values |= {"num_epochs": 5, "batch_size": 3, "warmup_ratio": 0.2}
     more = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    trainer = t.build_trainer(runs.prepared([*flags, *more]))
+    trainer = script.build_trainer(runs.prepared([*flags, *more]))
     got, layers = trainer.args, runs.lora(trainer.model)
     assert (got.seed, got.learning_rate, got.lr_scheduler_type) == (7, 3e-3, "linear")
     assert (got.max_steps, got.warmup_steps) == (15, 3)  # three steps an epoch, 0.2 x 15
@@ -157,11 +161,11 @@ def test_weights_that_are_not_whole_safetensors_end_the_run(tmp_path):
     torch.save(tensors, folder / "pytorch_model.bin")
     del tensors[missing]
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(t.UserError, match=r"layers\.1\.mlp\.up_proj"):
-        t.load_model(str(folder), "", "float32", "cpu")
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj"):
+        load_model(str(folder), "", "float32", "cpu")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(t.UserError):
-        t.load_model(str(folder), "", "float32", "cpu")
+    with pytest.raises(UserError):
+        load_model(str(folder), "", "float32", "cpu")
 
 
 def test_no_code_of_a_model_is_run(flags, tmp_path):
@@ -171,7 +175,7 @@ def test_no_code_of_a_model_is_run(flags, tmp_path):
     for name in ("config.json", "tokenizer_config.json"):
         entry = {"auto_map": {one: "mine.Theirs" for one in names}}
         edit_json(folder / name, lambda config, entry=entry: config.update(entry))
-    t.build_trainer(runs.prepared([*flags, "--model_name", folder]))
+    script.build_trainer(runs.prepared([*flags, "--model_name", folder]))
     assert not marker.exists()
 
 
@@ -196,16 +200,16 @@ def test_nothing_is_cut_at_trls_own_limit(flags):
     """SFTConfig's max_length is 1,024 by default."""
     job = runs.prepared([*flags, "--max_seq_len", "2000"])
     job = runs.give_examples(job, [1500, 9, 20])
-    (batch,) = t.build_trainer(job).get_train_dataloader()
+    (batch,) = script.build_trainer(job).get_train_dataloader()
     lengths = sorted(batch["attention_mask"].sum(1).tolist())
     assert lengths == [9, 20, 1500] and (batch["labels"] != -100).sum() == 750 + 5 + 10
 
 
 def steps_of(lengths, seed, epoch):
     """Return the examples of each step of an epoch, by their numbers."""
-    settings = t.parse_settings(["--seed", str(seed)])
+    settings = runs.settings_of("--seed", str(seed))
     examples = [runs.made_up([1], [2] * (length - 1)) for length in lengths]
-    sampler = t.SimilarLengthSampler(examples, settings)
+    sampler = SimilarLengthSampler(examples, settings)
     sampler.epoch = epoch
     order = list(sampler)
     assert len(sampler) == len(lengths) and sorted(order) == [*range(len(lengths))]
@@ -285,7 +289,7 @@ def losses_by_trl(job, examples, weights, batch_size, folder):
     for one in examples:
         labels = [-100] * len(one.prompt_ids) + one.reply_ids
         rows.append({"input_ids": one.input_ids, "labels": labels})
-    lora = {"r": 8, "lora_alpha": 16, "target_modules": t.LORA_TARGET_MODULES}
+    lora = {"r": 8, "lora_alpha": 16, "target_modules": script.LORA_TARGET_MODULES}
     config = trl.SFTConfig(
         output_dir=str(folder), num_train_epochs=1, learning_rate=1e-9, bf16=False, use_cpu=True,
         per_device_train_batch_size=batch_size, gradient_accumulation_steps=4 // batch_size,
@@ -397,8 +401,8 @@ FIXED = {  # with other values of these the loss, the steps or the records would
 
 def test_an_argument_that_would_be_ignored_or_wrong_is_refused(job, monkeypatch):
     """By the dry run already, which names it."""
-    fixed = t.fixed_fields(job.settings, job.base, job.plan.steps)
+    fixed = fixed_fields(job.settings, job.base, job.plan.steps)
     assert FIXED - fixed.keys() == set()
     runs.edit_config(monkeypatch, "training_fields", label_smoothing_factor=0.5)
-    with pytest.raises(t.UserError, match="label_smoothing_factor"):
-        t.make_plan(job.settings, job.base, job.data)
+    with pytest.raises(UserError, match="label_smoothing_factor"):
+        runs.plan_of(job.settings, job.base, job.data)

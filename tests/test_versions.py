@@ -62,9 +62,10 @@ def test_uv_gets_the_scripts_packages_in_the_same_versions_as_pip(own):
     assert [own] == OF_PROJECT[canonicalize_name(own.name)]
 
 
-def test_the_scripts_block_has_each_package_of_the_project_that_it_imports():
-    source = (ROOT / "train_lora_single.py").read_text(encoding="utf-8")
-    imported = set(re.findall(r"(?m)^(?:import|from) (\w+)", source))
+def test_the_scripts_block_has_each_package_of_the_project_that_it_or_a_room_imports():
+    paths = [ROOT / "train_lora_single.py", *(ROOT / "train_lora").glob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    imported = set(re.findall(r"(?m)^(?:import|from) (\w+)", text))
     installed = {canonicalize_name(name) for name in imported} & OF_PROJECT.keys()
     assert installed == {canonicalize_name(Requirement(line).name) for line in header()}
 

@@ -1,0 +1,249 @@
+"""Which matrices are trained, in how many steps, and what TRL is told.
+
+Before any weights are loaded, PEFT puts LoRA into a copy of the model on the meta device. A
+misspelt module, such as q_projj, ends the run here; PEFT would ignore it as long as another one
+exists. With 1,000 examples the settings as shipped give ceil(1000 / 4) x 3 = 750 steps.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import textwrap
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import accelerate
+import peft
+import safetensors.torch
+import torch
+import transformers
+import trl
+from torch import nn
+
+from train_lora.base import Base, facts_of_base
+from train_lora.checkpoints import CODE, HELD_OUT
+from train_lora.console import UserError, join_limited, report
+from train_lora.data import Data
+from train_lora.files import Facts, read_json, short_hash
+from train_lora.jobs import identity_of
+from train_lora.settings import Settings, examples_per_step
+
+# These change W, so that the adapter fits only this run's copy, or (eva) need data to begin with,
+# else PEFT silently uses plain LoRA.
+UNSUPPORTED_METHODS = ("pissa", "olora", "loftq", "corda", "lora_ga", "eva")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained, in how many steps."""
+
+    trained_shapes: dict[str, tuple[int, ...]]  # of LoRA's weights, by name
+    all_parameters: int
+    lora_table: list[str]  # of the modules that get LoRA
+    steps_per_epoch: int
+    steps: int
+    training: trl.SFTConfig
+    identity: Facts  # what a checkpoint must agree with
+    folder: Path  # of this job's checkpoints; its name is a hash of the identity
+
+
+def count_steps(settings: Settings, data: Data) -> int:
+    """Return the number of optimizer steps of the whole job."""
+    steps = math.ceil(len(data.examples) / examples_per_step(settings)) * settings.NUM_EPOCHS
+    return min(steps, settings.MAX_STEPS or steps)
+
+
+def make_plan(settings: Settings, base: Base, data: Data, chosen: dict[str, Facts]) -> Plan:
+    """Put LoRA into a model on the meta device; check what it would train, and count.
+
+    chosen has the fields of LoraConfig and SFTConfig that the script sets, by class and name.
+    """
+    lora = peft.LoraConfig(**chosen["LoraConfig"])
+    method = str(lora.init_lora_weights).lower()
+    if method.startswith(UNSUPPORTED_METHODS) or lora.bias != "none":
+        fields = f"init_lora_weights={method!r}, bias={lora.bias!r}"
+        raise UserError(f"lora_fields(): {fields} are not supported; remove them.")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(base.config, trust_remote_code=False)
+    refuse_unknown_modules(lora, model)
+    peft.inject_adapter_in_model(lora, model)
+    if getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0):
+        report("warning", "the experts' routers are trained without their auxiliary loss")
+    if isinstance(model.get_output_embeddings(), peft.tuners.lora.LoraLayer):
+        raise UserError(
+            "LORA_TARGET_MODULES: the head of the model (lm_head) cannot have LoRA; remove it, or "
+            'train it whole with modules_to_save=["lm_head"].'
+        )
+    weights = dict(model.named_parameters())
+    count = sum(weight.numel() for weight in weights.values())
+    shapes = {name: tuple(w.shape) for name, w in weights.items() if w.requires_grad}
+    if settings.START_FROM:
+        check_start(settings, base, lora, model)
+    table = table_of_modules(model, sum(map(math.prod, shapes.values())), count)
+    steps_per_epoch = math.ceil(len(data.examples) / examples_per_step(settings))
+    steps = count_steps(settings, data)
+    editable, fixed = chosen["SFTConfig"], fixed_fields(settings, base, steps)
+    identity = identity_of(settings, base, data, chosen)
+    trained = {name: value for name, value in identity.items() if name not in (HELD_OUT, CODE)}
+    folder = Path(settings.OUTPUT_DIR, "checkpoints", short_hash(trained))
+    try:
+        training = trl.SFTConfig(output_dir=str(folder), **editable, **fixed)
+    except TypeError as error:  # a field that does not exist, or is in both
+        raise UserError(f"training_fields(): {error}; see fixed_fields() and SETTINGS.") from error
+    return Plan(shapes, count, table, steps_per_epoch, steps, training, identity, folder)
+
+
+def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
+    """Return the fields of SFTConfig that the step, the loss and the records rely on."""
+    processes = accelerate.PartialState().num_processes
+    return dict(
+        max_steps=steps,  # this decides, not the epochs
+        num_train_epochs=settings.NUM_EPOCHS,
+        # A whole step arrives in one call of training_step(), which divides it into micro-batches.
+        per_device_train_batch_size=examples_per_step(settings) // processes,
+        gradient_accumulation_steps=1,
+        average_tokens_across_devices=True,
+        activation_checkpointing=False,  # switched for each micro-batch, see memory
+        gradient_checkpointing=False,  # its old name
+        bf16=False,  # no autocast: the weights have their type already
+        fp16=False,
+        use_cpu=settings.DEVICE == "cpu" or settings.dry_run,  # a dry run makes no CUDA context
+        loss_type="nll",
+        label_smoothing_factor=0,
+        eos_token=base.tokenizer.eos_token,
+        dataset_kwargs={"skip_prepare_dataset": True},  # the tokens are used as is
+        max_length=None,  # nothing is cut
+        train_sampling_strategy="sequential",  # SimilarLengthSampler decides
+        dataloader_drop_last=False,
+        dataloader_pin_memory=False,  # a step's tokens are few, and under WSL it may fail (8447)
+        **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
+        # These are ignored or unwanted:
+        activation_offloading=False,
+        router_aux_loss_coef=0.0,  # token_losses() has no such part, see make_plan()
+        **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
+        **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
+        **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
+        **dict.fromkeys(["save_total_limit", "torch_empty_cache_steps"], None),
+        eval_strategy="no",  # RunEvents evaluates and saves, see events
+        save_strategy="no",
+        save_steps=500,
+        save_only_model=False,
+        ignore_data_skip=False,
+        logging_strategy="steps",
+        logging_steps=1,  # every loss is checked and recorded
+        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
+        report_to=settings.REPORT_TO,
+        run_name=Path(settings.OUTPUT_DIR).resolve().name,  # in a tracker
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def refuse_unknown_modules(config: peft.LoraConfig, model: nn.Module) -> None:
+    """Raise UserError if a name matches no module; PEFT is silent if another name matches."""
+    paths = {f".{path}": module for path, module in model.named_modules()}
+    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)  # the latter in GPT-2
+    linear = [path for path, module in paths.items() if isinstance(module, kinds)]
+    known = sorted({path.rpartition(".")[2] for path in linear})
+    names = {"rank_pattern": [*config.rank_pattern], "alpha_pattern": [*config.alpha_pattern]}
+    if not isinstance(config.target_modules, str):
+        # Not "all-linear" or a regular expression; PEFT raises if that matches nothing.
+        names["LORA_TARGET_MODULES"] = sorted(config.target_modules)
+    for where, patterns in names.items():
+        missing = []
+        for name in patterns:  # the keys of rank_pattern and alpha_pattern are regular expressions
+            wanted = re.escape(name) if where == "LORA_TARGET_MODULES" else name
+            if not any(re.search(rf"\.(?:{wanted})$", path) for path in paths):
+                missing.append(name)
+        if missing:
+            close = difflib.get_close_matches(missing[0], known, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(
+                f"{where}: the model has no module named {', '.join(missing)}; {hint}"
+                f"Its linear modules are {', '.join(known)}."
+            )
+
+
+def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn.Module) -> None:
+    """Raise UserError unless START_FROM is an adapter of this base, of the kind trained here."""
+    folder = Path(settings.START_FROM)
+    if folder.resolve() == Path(settings.OUTPUT_DIR, "final_lora").resolve():
+        raise UserError(f"START_FROM {folder} would be replaced; choose another OUTPUT_DIR.")
+    config = read_json(folder / "adapter_config.json")
+    identity, facts = read_json(folder / "run.json").get("identity"), facts_of_base(base)
+    if not identity:  # not an adapter of this script
+        identity, facts = config, {"base_model_name_or_path": settings.MODEL_NAME}
+    names = ["r", "lora_alpha", "alpha_pattern", "use_rslora"]
+    planned = {name: getattr(lora, name) or 0 for name in names} | facts
+    saved = {name: config.get(name) or 0 for name in names}
+    saved |= {name: identity.get(name) for name in facts}
+    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    planned |= {f"base_model.model.{name}": [*tensor.shape] for name, tensor in tensors.items()}
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    saved |= {name: [*tensor.shape] for name, tensor in tensors.items()}
+    names = [name for name in {**planned, **saved} if planned.get(name) != saved.get(name)]
+    if names:
+        pairs = [f"{name}={saved.get(name)}, not {planned.get(name)}" for name in names]
+        raise UserError(
+            f"START_FROM {folder} has {join_limited(pairs, 4, '; ')}. Use its settings, and its "
+            "commit as MODEL_REVISION."
+        )
+    template, path = base.tokenizer.get_chat_template(), folder / "chat_template.jinja"
+    served = path.read_text(encoding="utf-8") if path.is_file() else template
+    here = {"chat template": short_hash(template), "ENABLE_THINKING": base.enable_thinking}
+    there = {"chat template": short_hash(served)} | identity
+    for name, value in here.items():
+        if there.get(name, value) != value:
+            report(
+                "warning", f"{folder} was trained with another {name}, and must now learn this one"
+            )
+
+
+def table_of_modules(model: nn.Module, trained: int, everything: int) -> list[str]:
+    """Return a line for each kind of module with its W, A and B, and one with the sums."""
+    kinds: Counter[str] = Counter()
+    columns = "{:<12}{:>14}{:>10}{:>10}{:>14}{:>11}".format
+    for path, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            d, k, r = module.out_features, module.in_features, max(module.r.values())
+            matrices = f"{d:,}x{k:,}", f"{r}x{k:,}", f"{d:,}x{r}", f"{r * (d + k):,}"
+            scale = f"{module.scaling['default']:g}"
+            kinds[columns(path.rpartition(".")[2], *matrices, scale)] += 1
+    depth = model.config.get_text_config().num_hidden_layers
+    lines = [f"{columns('module', 'W (frozen)', 'A', 'B', 'trained each', 'scaled by')}  layers"]
+    lines += [f"{kind}{count:>5}/{depth}" for kind, count in kinds.items()]
+    percent = f"trainable%: {100 * trained / everything:.4f}"
+    return [*lines, f"trainable params: {trained:,} || all params: {everything:,} || {percent}"]
+
+
+def show_plan(settings: Settings, base: Base, data: Data, plan: Plan) -> None:
+    """Print the tokens, an example as the model sees it, and how it will be trained."""
+    decode = base.tokenizer.decode
+    counts = "{file}: {dialogues:,} dialogues of {replies:,} replies, in {examples:,} examples; "
+    counts += "{tokens:,} tokens, of which {targets:,} are targets"
+    for facts in data.facts.values():
+        report("data", counts.format(**facts) if facts else "nothing is held out")
+    example = data.examples[0]
+    text, place = "", 0
+    for reply in example.replies:
+        text += f"{decode(reply.prompt_ids[place:])}>>>{decode(reply.reply_ids)}<<<"
+        place = len(reply.input_ids)
+    lines = [f"{example.source} as the model sees it; only text between >>> <<< is a target:"]
+    for line in text.split("\n"):
+        lines += textwrap.wrap(line, 88)
+    if len(lines) > 10:
+        lines[5:-5] = ["[...]"]
+    report("example", "\n".join(lines))
+    training, size = plan.training, examples_per_step(settings)
+    steps = f"{plan.steps:,} steps of {size}, {plan.steps_per_epoch:,} per epoch"
+    facts = data.facts["train"]
+    if facts["replies"] > facts["examples"]:
+        steps += f", of {facts['replies'] / plan.steps_per_epoch:.1f} replies each"
+    steps += f"; learning rate {training.learning_rate:g}, {training.lr_scheduler_type.value}, "
+    steps += f"weight decay {training.weight_decay:g}"
+    report("plan", "\n".join([*plan.lora_table, steps]))
+    if plan.steps < 100 and size > 1 and not settings.MAX_STEPS:
+        report("few steps", "--gradient_accumulation_steps 1 or a smaller --batch_size gives more")

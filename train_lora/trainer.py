@@ -1,0 +1,213 @@
+"""TRL's trainer, whose step is divided until it fits into the memory.
+
+Each module that gets LoRA, a matrix W, has two small matrices beside it, A and B. Only these are
+trained, in float32. Trainer hands all examples of a step to training_step(), clips the gradient,
+and lets AdamW change A and B. Three checks guard this: check_only_lora_is_trained() before the
+first step, RunEvents.on_log() at each step (loss and gradient must be finite), and
+verify_saved_adapter() at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import torch
+import transformers
+import trl
+from torch import Tensor, nn
+
+from train_lora.console import LOG, UserError, one_line, report
+from train_lora.delta_rule import chunk_of, round_up
+from train_lora.device import free_memory, is_out_of_memory
+from train_lora.job import Job
+from train_lora.losses import losses_of_replies, needs_logits, pieces_with_few_targets, token_losses
+from train_lora.micro_batches import Batch, DoesNotFit, micro_batches
+from train_lora.plan import Plan
+from train_lora.record import write_record
+from train_lora.settings import Settings, examples_per_step
+from train_lora.tokens import Example
+
+
+class LoraTrainer(trl.SFTTrainer):
+    """TRL's trainer with its own micro-batches, loss, order of the examples, and saving."""
+
+    def __init__(self, job: Job, **arguments: Any) -> None:
+        """Prepare for a whole step at once, and for layers that can use checkpointing."""
+        self.job, self.sampler = job, SimilarLengthSampler(job.data.examples, job.settings)
+        self.parts_of_step = 0  # micro-batches of the step that was done last
+        super().__init__(**arguments)
+        self.model.activation_checkpointing_enable()
+        self.model.disable_input_require_grads()  # recomputation does not need it
+        kind = transformers.modeling_layers.GradientCheckpointingLayer
+        self.layers = [module for module in self.model.modules() if isinstance(module, kind)]
+        self.chunk = chunk_of(job.base.config)
+        longest = max(len(example.input_ids) for example in job.data.examples)
+        self.tokens_at_once = round_up(longest, self.chunk) * self.args.train_batch_size
+
+    def training_step(self, model: nn.Module, inputs: Batch, *_: Any) -> Tensor:
+        """Send a step's examples forward and backward in micro-batches; return the step's loss.
+
+        The division changes only dropout and rounding. If memory runs out, the step is done again
+        in smaller ones. model is self.model, or DDP around it; inputs are input_ids, attention_mask
+        and labels (examples x tokens). Trainer's own count of targets, which it also hands over,
+        is not used: for Gemma 3n and Gemma 4 it makes none.
+        """
+        model.train()
+        inputs = {key: tensor.to(self.args.device) for key, tensor in inputs.items()}
+        count = (inputs["labels"][:, 1:] != -100).sum()
+        targets = self.accelerator.gather(count).sum()  # of all processes
+        while True:
+            try:
+                return self.backward_in_parts(model, inputs, targets)
+            except DoesNotFit as error:
+                rows, width = error.args
+            self.lower_tokens_at_once(rows, width)
+            report("memory", f"out of memory: now {self.tokens_at_once:,} tokens at once")
+
+    def backward_in_parts(self, model: nn.Module, inputs: Batch, targets: Tensor) -> Tensor:
+        """Add a step's gradients, and return its loss; raise DoesNotFit."""
+        loss = torch.zeros((), device=self.args.device)
+        parts = list(micro_batches(inputs, self.tokens_at_once, self.chunk))
+        if needs_logits(model):
+            parts = [piece for part in parts for piece in pieces_with_few_targets(part)]
+        self.parts_of_step = len(parts)
+        for part in parts:
+            is_last = part is parts[-1]  # only then do processes exchange gradients
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss += self.backward_if_it_fits(model, part, targets)
+        return loss
+
+    def lower_tokens_at_once(self, rows: int, width: int) -> None:
+        """Lower tokens_at_once after rows x width did not fit; raise UserError for a single row."""
+        if rows == 1 and self.needs_checkpointing(width):  # a single example cannot be divided
+            raise UserError(
+                f"An example of {width:,} tokens does not fit in the GPU's memory: lower "
+                "MAX_SEQ_LEN, or stop other programs on this GPU."
+            )
+        free_memory(self.model)
+        self.tokens_at_once = int(0.9 * self.tokens_at_once) // self.chunk * self.chunk
+
+    def needs_checkpointing(self, width: int) -> bool:
+        """Return whether a row of this width is too long to keep its activations."""
+        return round_up(width, self.chunk) > self.tokens_at_once
+
+    def backward_if_it_fits(self, model: nn.Module, part: Batch, targets: Tensor | int) -> Tensor:
+        """Add a micro-batch's gradients, and return its share of the loss; raise DoesNotFit."""
+        for layer in self.layers:
+            layer.gradient_checkpointing = self.needs_checkpointing(part["input_ids"].shape[1])
+        try:
+            loss = token_losses(model, part).sum() / targets
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
+            loss.backward()
+            return loss.detach()
+        except RuntimeError as error:
+            # Several processes must stop: the others would wait for this one's gradients.
+            has_others = model is not self.model  # DDP is around it
+            if has_others or not is_out_of_memory(error):
+                raise
+            LOG.info("memory    %s", one_line(error, 300))
+        raise DoesNotFit(*part["input_ids"].shape)  # torch's error and its tensors are gone
+
+    def evaluate(self, *_, **__) -> dict[str, float]:
+        """Log the held-out loss, a mean over tokens (Trainer's depends on the batches).
+
+        At step 0 the base model is measured. After a signal nothing is logged.
+        """
+        held_out, stop = self.job.data.held_out, self.job.session.stop
+        shard = held_out[self.args.process_index :: self.args.world_size]
+        is_base = self.state.global_step == 0
+        names = ["eval_loss"]
+        if is_base and self.job.settings.START_FROM and not self.job.earlier.checkpoint:
+            names = ["start_loss", "eval_loss"]  # of the adapter that training starts from
+        metrics = {}
+        for name in names:
+            is_off = is_base and name == "eval_loss"
+            with self.model.disable_adapter() if is_off else contextlib.nullcontext():
+                tokens = max(1024, self.tokens_at_once)
+                losses = losses_of_replies(self.model, shard, tokens, lambda: stop.signal > 0)
+            nats = None if stop.signal else sum(map(sum, losses))
+            sums = accelerate.utils.gather_object([nats])
+            if None in sums:
+                stop.agree()
+                return {}
+            metrics[name] = sum(sums) / sum(example.targets for example in held_out)
+        self.log(metrics)
+        self.control.should_evaluate = False
+        return metrics
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Return 0; Trainer would walk through all modules at each step."""
+        return 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLengthSampler:
+        """Return our order. Trainer's group_by_length has no seed, so it could not be resumed."""
+        return self.sampler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save the adapter and its record; Trainer would add a pickle of its arguments."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, save_embedding_layers=False)
+            write_record(self.job, "running", Path(output_dir), self.state.global_step)
+
+    def create_model_card(self, *_, **__) -> None:
+        """Write none; TRL writes one per checkpoint."""
+
+
+class SimilarLengthSampler:
+    """Gives each step examples of similar lengths, which need little padding, in a random order.
+
+    The order depends only on seed, epoch, lengths and step size, so a resumed run keeps it.
+    """
+
+    def __init__(self, examples: list[Example], settings: Settings) -> None:
+        """Remember the lengths; the epoch is set before each pass."""
+        self.lengths = [len(example.input_ids) for example in examples]
+        self.size, self.seed, self.epoch = examples_per_step(settings), settings.SEED, 0
+
+    def __len__(self) -> int:
+        """Return the number of examples in an epoch."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the examples' numbers, the incomplete step last (torchrun fills it with others)."""
+        shuffler = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        shuffler.shuffle(order)
+        whole = len(order) - len(order) % self.size
+        # Sorted within blocks of at most 50 steps, so that each epoch groups them differently.
+        block = self.size * min(50, math.ceil(len(order) / self.size / 4))
+        grouped: list[int] = []
+        for begin in range(0, whole, block):
+            part = order[begin : min(begin + block, whole)]
+            grouped += sorted(part, key=lambda number: self.lengths[number])
+        steps = [grouped[begin : begin + self.size] for begin in range(0, whole, self.size)]
+        shuffler.shuffle(steps)
+        for step in [*steps, order[whole:]]:
+            yield from step
+
+
+def check_only_lora_is_trained(model: peft.PeftModel, plan: Plan) -> None:
+    """Raise UserError unless exactly the planned weights train, in float32: 0.2518 % as shipped."""
+    planned = {name: (*shape, torch.float32) for name, shape in plan.trained_shapes.items()}
+    trained = {
+        name.removeprefix("base_model.model."): (*weight.shape, weight.dtype)
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+    count = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    total = sum(weight.numel() for weight in model.parameters())
+    counts = f"{count:,} of {total:,} parameters are trained ({count / total:.4%})"
+    if trained != planned or total != plan.all_parameters:
+        differences = sorted(trained.items() ^ planned.items(), key=str)[:4]
+        raise UserError(
+            f"LoRA is not in place as planned: {counts}, and these differ: {differences}. "
+            "Fully trained modules need DTYPE float32."
+        )
+    report("model", f"{counts}, in float32; the rest is frozen")
