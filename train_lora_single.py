@@ -32,10 +32,9 @@ train_lora/, whose __init__.py lists them.
 
 from __future__ import annotations
 
-import signal
+from typing import Any
 
-from train_lora import environment
-from train_lora.files import Facts
+from train_lora import environment, stopping
 from train_lora.settings import Settings, parse_settings
 
 # ==== SETTINGS: edit them here, or give the flag of the same name, such as --lora_r 16
@@ -96,7 +95,7 @@ MATMUL = "auto"  # for the frozen weights: native, float16 (for a V100), or auto
 USE_FLA = False  # flash-linear-attention's kernels for Gated DeltaNet: faster on an A100 or 4090
 
 
-def lora_fields(settings: Settings) -> Facts:
+def lora_fields(settings: Settings) -> dict[str, Any]:
     """Return PEFT's LoraConfig fields; you may add use_rslora, use_dora, rank_pattern, others."""
     modules = settings.LORA_TARGET_MODULES
     return dict(
@@ -109,7 +108,7 @@ def lora_fields(settings: Settings) -> Facts:
     )
 
 
-def training_fields(settings: Settings, steps: int) -> Facts:
+def training_fields(settings: Settings, steps: int) -> dict[str, Any]:
     """Return the SFTConfig fields you may edit; you may add weight_decay, optim and others.
 
     The rest keep TRL's defaults (AdamW, gradients clipped at 1.0) or fixed_fields().
@@ -124,100 +123,111 @@ def training_fields(settings: Settings, steps: int) -> Facts:
 
 if __name__ == "__main__":  # before the slow imports, so that --help and mistakes answer at once
     SETTINGS = parse_settings(globals())
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during imports prints no traceback
     environment.prepare()
+    stopping.end_quietly()
 
 import accelerate
 import datasets
 import peft
-import torch
 import transformers
+import trl
 
-from train_lora.base import load_model, read_base
+from train_lora.base import check_loaded, loading_explained, loading_options, read_base
 from train_lora.command import Session, main
-from train_lora.console import is_main_process, report
+from train_lora.console import report
 from train_lora.data import read_data
+from train_lora.delta_rule import compute_delta_rule_in_pieces
 from train_lora.device import prepare_device
-from train_lora.events import RunEvents, train
-from train_lora.fp16_matmul import try_fp16_matmul, uses_fp16_matmul
+from train_lora.events import RunEvents, load_last_step
 from train_lora.job import Job
-from train_lora.jobs import find_earlier_work, request_of
-from train_lora.losses import last_states
+from train_lora.jobs import find_earlier_work, identity_of, request_of
 from train_lora.memory import find_what_fits
-from train_lora.plan import count_steps, make_plan, show_plan
+from train_lora.plan import fixed_fields, make_plan, show_plan
 from train_lora.record import recorded
 from train_lora.saving import restore_results, save_final_lora
 from train_lora.settings import tell_of_unused_settings
-from train_lora.stopping import Stopped
 from train_lora.tokens import collate, rows_of
-from train_lora.trainer import LoraTrainer, check_only_lora_is_trained
+from train_lora.trainer import MicroBatchedTrainer, complete_lora, prepare_base
 
 
 def run(settings: Settings, session: Session) -> Job:
     """Train one adapter, verify it, and save it as final_lora."""
-    prepare_device(settings)
-    base = read_base(request_of(settings))  # configuration, tokenizer and chat template
-    data = read_data(settings, base)  # every line is checked before training
-    steps = count_steps(settings, data)
-    chosen = {"LoraConfig": lora_fields(settings), "SFTConfig": training_fields(settings, steps)}
-    plan = make_plan(settings, base, data, chosen)  # which weights, and what TRL is told
-    earlier = find_earlier_work(settings, plan.identity, plan.folder, plan.steps)
-    [earlier] = accelerate.utils.broadcast_object_list([earlier])  # the same in all processes
-    job = Job(settings, base, data, plan, earlier, session)
-    tell_of_unused_settings(settings)
+    job = plan_job(settings, session)  # what is trained, before the weights are loaded
+    earlier, steps = job.earlier, job.plan.steps
     if settings.dry_run or not (earlier.checkpoint or earlier.is_finished):
-        show_plan(settings, base, data, plan)
+        show_plan(settings, job.base, job.data, job.plan, job.training)
+    if earlier.is_finished and not settings.dry_run:
+        restore_results(job)
     if settings.dry_run or earlier.is_finished:
-        if is_main_process() and not settings.dry_run:
-            restore_results(job)
         report("done", "Nothing was trained.")
         return job
-    with recorded(job):  # what the job is, and how this session ends
-        trainer = build_trainer(job)  # the weights, with LoRA in them
-        check_only_lora_is_trained(trainer.model, plan)
-        if earlier.checkpoint_step < plan.steps:
+    with recorded(job):  # run.json says what the job is, and how this session ends
+        trainer = build_trainer(job)  # the model with LoRA in it
+        if earlier.checkpoint_step < steps:
             find_what_fits(trainer)  # trial passes, on a GPU
-        train(trainer)  # all steps, or those that are left
-        if is_main_process():
-            save_final_lora(trainer)  # write, load again, compare, move into place
-    if session.stop.signal:  # it came while final_lora was moved
-        raise Stopped("Stopped; final_lora was finished first.")
+            checkpoint = str(earlier.checkpoint) if earlier.checkpoint else None
+            trainer.train(resume_from_checkpoint=checkpoint)
+        else:
+            load_last_step(trainer)
+        save_final_lora(trainer)  # write, load again, compare, move into place
     return job
 
 
-def build_trainer(job: Job) -> LoraTrainer:
-    """Load the base model and return a trainer whose model has LoRA in it.
+def plan_job(settings: Settings, session: Session) -> Job:
+    """Read and check everything but the weights, and find what earlier sessions left."""
+    prepare_device(settings)
+    base = read_base(request_of(settings))  # its configuration, tokenizer and chat template
+    data = read_data(settings, base)  # every line is checked
+    lora, lora_config = lora_fields(settings), peft.LoraConfig(**lora_fields(settings))
+    plan = make_plan(settings, base, data, lora_config)  # which matrices, and how many steps
+    chosen = training_fields(settings, plan.steps)
+    identity = identity_of(settings, base, data, LoraConfig=lora, SFTConfig=chosen)
+    earlier = find_earlier_work(settings, identity, plan.steps)  # a checkpoint, or final_lora?
+    [earlier] = accelerate.utils.broadcast_object_list([earlier])  # the same in all processes
+    training = trl.SFTConfig(
+        output_dir=str(earlier.folder),
+        **chosen,
+        **fixed_fields(settings, base, plan.steps),  # what the rooms rely on
+    )
+    tell_of_unused_settings(settings)
+    return Job(settings, base, data, lora_config, plan, identity, training, earlier, session)
 
-    Only peft_config may add it: TRL refuses a model that has been through PEFT's get_peft_model().
-    """
+
+def build_trainer(job: Job) -> LoraTrainer:
+    """Load the base model, and return a trainer whose model has LoRA in it."""
     settings, base = job.settings, job.base
-    model = load_model(settings.MODEL_NAME, base.commit, settings.DTYPE, settings.DEVICE)
-    if uses_fp16_matmul(base.request, base.config):
-        try_fp16_matmul(model, job.data.examples)
-        job.session.matmul = "float16"
-    ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
-    with torch.no_grad():  # before any step, so that needs_logits() knows
-        last_states(model, {"input_ids": ids, "labels": ids, "attention_mask": ids})
+    with loading_explained(settings.MODEL_NAME, settings.DEVICE):
+        # Of Qwen3.5 this is the text part. SFTTrainer, given the model's name, would also load the
+        # vision part, and the modules would have other names.
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            settings.MODEL_NAME,
+            dtype=settings.DTYPE,  # bfloat16 as shipped
+            **loading_options(base.commit, settings.DEVICE),
+        )
+    check_loaded(settings.MODEL_NAME, info)
+    compute_delta_rule_in_pieces(model)  # Qwen3.5's Gated DeltaNet, in linear time
+    prepare_base(model, job)  # scaled float16 on a V100, and a loss without all logits
     trainer = LoraTrainer(
         job,
         model=model,
-        peft_config=peft.LoraConfig(**lora_fields(settings)),  # PEFT makes A and B in float32
-        args=job.plan.training,
+        peft_config=job.lora_config,  # LoRA enters the model here alone; A and B are float32
+        args=job.training,
         train_dataset=datasets.Dataset.from_list(rows_of(job.data.examples)),
         data_collator=collate,
         processing_class=base.tokenizer,
     )
-    config = trainer.model.peft_config["default"]
-    config.revision = base.commit or None  # of the base model
-    if config.target_modules == {*settings.LORA_TARGET_MODULES}:  # a set's order varies
-        config.target_modules = [*settings.LORA_TARGET_MODULES]
-    if settings.START_FROM and not job.earlier.checkpoint:
-        trainer.model.load_adapter(settings.START_FROM, "default", is_trainable=True)
-        report("start", f"training begins with A and B of {settings.START_FROM}")
-    trainer.add_callback(RunEvents(trainer))
+    complete_lora(trainer)  # exactly the planned weights are trained: 0.2518 % as shipped
+    trainer.add_callback(RunEvents(trainer))  # prints, checks, evaluates, saves and stops
     trainer.remove_callback(transformers.PrinterCallback)  # would print dictionaries
     return trainer
+
+
+class LoraTrainer(MicroBatchedTrainer, trl.SFTTrainer):
+    """TRL's trainer, whose steps are divided into micro-batches that fit into the memory.
+
+    For another loss see token_losses() in train_lora/losses.py, and for another step
+    train_lora/trainer.py; another optimizer is a field of SFTConfig, see training_fields().
+    """
 
 
 if __name__ == "__main__":

@@ -30,17 +30,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_lora_single as script
+from inspect_lora.model import load_weights
 from train_lora import environment
-from train_lora.base import load_model, read_base
+from train_lora.base import read_base
 from train_lora.command import Session
 from train_lora.data import read_data
 from train_lora.device import prepare_device
 from train_lora.fp16_matmul import use_fp16_matmul, uses_fp16_matmul
-from train_lora.job import Job
-from train_lora.jobs import find_earlier_work, request_of
+from train_lora.jobs import request_of
 from train_lora.losses import token_losses
 from train_lora.memory import find_what_fits
-from train_lora.plan import count_steps, make_plan
 from train_lora.tokens import Example, pad
 
 SCRIPT, DEMO = ROOT / "train_lora_single.py", ROOT / "data" / "demo-model"
@@ -66,7 +65,7 @@ def compare_with_cpu(flags: list[str], _: Path) -> Iterator[Row]:
     lora = peft.LoraConfig(**script.lora_fields(settings) | {"target_modules": "all-linear"})
 
     def compute(device: str, dtype: str) -> dict[str, torch.Tensor]:
-        model = load_model(str(DEMO), "", dtype, device)
+        model = load_weights(str(DEMO), "", dtype, device)
         if dtype == settings.DTYPE and uses_fp16_matmul(base.request, base.config):
             use_fp16_matmul(model)
         model = peft.get_peft_model(model, lora).eval()  # without dropout
@@ -162,13 +161,7 @@ def trainer_for(flags: list[str]) -> Any:
     prepare_device(settings)
     if settings.USE_FLA and sys.modules.get("fla", "") is None:
         return None  # the log says why
-    base = read_base(request_of(settings))
-    data = read_data(settings, base)
-    steps = count_steps(settings, data)
-    lora, training = script.lora_fields(settings), script.training_fields(settings, steps)
-    plan = make_plan(settings, base, data, {"LoraConfig": lora, "SFTConfig": training})
-    nothing = find_earlier_work(settings, plan.identity, plan.folder, steps)
-    trainer = script.build_trainer(Job(settings, base, data, plan, nothing, Session("now")))
+    trainer = script.build_trainer(script.plan_job(settings, Session("now")))
     find_what_fits(trainer)
     return trainer
 

@@ -17,6 +17,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -26,7 +27,8 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_lora_single as script
-from train_lora.plan import count_steps, make_plan
+from train_lora.jobs import folder_of, identity_of
+from train_lora.plan import fixed_fields, make_plan
 from train_lora.tokens import Example
 
 SETTINGS = [name for name in vars(script) if name.isupper()]
@@ -287,11 +289,17 @@ def made_up(prompt_ids, reply_ids):
     return Example("made up", [], {}, prompt_ids=prompt_ids, reply_ids=reply_ids)
 
 
-def plan_of(settings, base, data):
-    """Return the plan that the script would make."""
-    steps = count_steps(settings, data)
-    lora, training = script.lora_fields(settings), script.training_fields(settings, steps)
-    return make_plan(settings, base, data, {"LoraConfig": lora, "SFTConfig": training})
+def planned(job, **other):
+    """Return a job with other settings, base or data, and with what follows from them."""
+    job = replace(job, **other)
+    lora, inputs = script.lora_fields(job.settings), (job.settings, job.base, job.data)
+    plan = make_plan(*inputs, peft.LoraConfig(**lora))
+    chosen = script.training_fields(job.settings, plan.steps)
+    identity = identity_of(*inputs, LoraConfig=lora, SFTConfig=chosen)
+    fixed = fixed_fields(job.settings, job.base, plan.steps)
+    earlier = replace(job.earlier, folder=folder_of(job.settings, identity))
+    training = trl.SFTConfig(output_dir=str(earlier.folder), **chosen, **fixed)
+    return replace(job, plan=plan, identity=identity, earlier=earlier, training=training)
 
 
 def give_examples(job, lengths, seed=0):
@@ -300,8 +308,7 @@ def give_examples(job, lengths, seed=0):
     for length in lengths:
         ids = [numbers.randrange(10, 2000) for _ in range(length)]
         examples.append(made_up(ids[: length // 2], ids[length // 2 :]))
-    data = replace(job.data, examples=examples)
-    return replace(job, data=data, plan=plan_of(job.settings, job.base, data))
+    return planned(job, data=replace(job.data, examples=examples))
 
 
 def lora(model):

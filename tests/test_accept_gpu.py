@@ -11,9 +11,10 @@ import accept_gpu as accept
 import pytest
 import runs
 import torch
+import transformers
 from toys import TOY
 
-from train_lora.base import load_model
+from inspect_lora.model import load_weights
 from train_lora.micro_batches import micro_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -106,7 +107,8 @@ def test_recomputation_that_differs_is_seen(made, tmp_path, monkeypatch):
 
 
 def test_fla_that_cannot_be_used_is_known_before_anything_is_loaded(flags, monkeypatch, capsys):
-    runs.replace_ours(monkeypatch, "load_model", lambda *_: pytest.fail("the weights were loaded"))
+    refuse = lambda *_, **__: pytest.fail("the weights were loaded")  # noqa: E731
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     accept.do_check("fla", "folder", *flags)
     assert "ROW" not in capsys.readouterr().out
 
@@ -131,7 +133,7 @@ BROKEN = {  # where torch computes it, its share of error, and whether bfloat16'
 def test_a_kernel_that_errs_on_the_card_is_seen(flags, monkeypatch, kernel):
     """The CPU is the card here: what is computed once a second model is loaded is the card's."""
     module, name, share, is_good_in_bfloat16 = BROKEN[kernel]
-    compute, load, loaded = getattr(module, name), load_model, []
+    compute, load, loaded = getattr(module, name), load_weights, []
     chance = torch.Generator().manual_seed(0)
 
     def err(*arguments, **options):
@@ -143,7 +145,7 @@ def test_a_kernel_that_errs_on_the_card_is_seen(flags, monkeypatch, kernel):
 
     monkeypatch.setattr(accept, "DEMO", TOY)
     runs.replace_ours(
-        monkeypatch, "load_model", lambda *words: loaded.append(words) or load(*words)
+        monkeypatch, "load_weights", lambda *words: loaded.append(words) or load(*words)
     )
     monkeypatch.setattr(module, name, err)
     rows = accept.compare_with_cpu([*flags, "--dtype=bfloat16"], Path())

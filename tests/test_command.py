@@ -148,7 +148,7 @@ def test_a_new_setting_needs_one_line_and_one_use(tmp_path, capfd):
     assert found.keys() == {*SETTINGS} | {"WEIGHT_DECAY", "NEVER_READ"}
     assert found["WEIGHT_DECAY"] == 0.5
     jobs = [prepared([*RUN, "--weight_decay", value], copy) for value in ("0.5", "0.25")]
-    assert jobs[0].plan.folder.name != jobs[1].plan.folder.name
+    assert jobs[0].folder.name != jobs[1].folder.name
 
 
 WRONG_CONSTANTS = [

@@ -11,7 +11,7 @@ import torch
 from conftest import TOY
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-from train_lora.base import load_model
+from inspect_lora.model import load_weights
 from train_lora.delta_rule import DELTA_RULE, DeltaRuleInPieces
 from train_lora.losses import token_losses
 from train_lora.tokens import pad
@@ -76,7 +76,7 @@ def test_output_state_and_gradients_are_the_same_to_the_bit(rule, tokens, begins
 
 def model_in_pieces():
     """Return the toy with LoRA that has an effect, loaded as by a run."""
-    model = load_model(TOY, "", "float32", "cpu")
+    model = load_weights(TOY, "", "float32", "cpu")
     torch.manual_seed(0)
     config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, config)

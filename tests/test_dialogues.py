@@ -238,7 +238,7 @@ def test_another_template_is_another_job_and_the_same_is_not(tmp_path):
     own = runs.prepared(flags)
     one_pass = runs.prepared([*flags, *ONE_PASS])
     assert own.data.examples[0].input_ids == one_pass.data.examples[0].input_ids
-    assert own.plan.folder != one_pass.plan.folder
+    assert own.folder != one_pass.folder
     copy = tmp_path / "copy.jinja"
     copy.write_text(one_pass.base.tokenizer.chat_template, encoding="utf-8")
-    assert runs.prepared([*flags, "--chat_template", copy]).plan.folder == one_pass.plan.folder
+    assert runs.prepared([*flags, "--chat_template", copy]).folder == one_pass.folder

@@ -18,8 +18,8 @@ from toys import TENSORS, base_model, change_tensors
 
 from inspect_lora import measures, model
 from inspect_lora.__main__ import main
+from inspect_lora.model import load_weights
 from inspect_lora.record import read_record
-from train_lora.base import load_model
 from train_lora.files import file_sha256
 from train_lora.losses import losses_of_replies
 
@@ -169,8 +169,8 @@ def test_several_adapters_share_a_base_and_have_the_numbers_that_each_has_alone(
     names = ("whole", "plain", "rslora")
     folders = [shutil.copytree(adapters[name], tmp_path / name) for name in names]
     loads, scored = [], []
-    load, losses = load_model, losses_of_replies
-    runs.replace_ours(monkeypatch, "load_model", lambda *given: loads.append(1) or load(*given))
+    load, losses = load_weights, losses_of_replies
+    runs.replace_ours(monkeypatch, "load_weights", lambda *given: loads.append(1) or load(*given))
     runs.replace_ours(
         monkeypatch,
         "losses_of_replies",

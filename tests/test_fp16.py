@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from inspect_lora import model as opening
 from inspect_lora.common import InspectError
-from train_lora.base import load_model
+from inspect_lora.model import load_weights
 from train_lora.console import UserError
 from train_lora.fp16_matmul import (
     scaled_fp16_matmul,
@@ -288,7 +288,7 @@ def test_a_network_that_would_stay_slow_is_refused(flags):
     class Another(torch.nn.Linear):
         pass
 
-    model = load_model(TOY, "", "float32", "cpu")
+    model = load_weights(TOY, "", "float32", "cpu")
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Another

@@ -201,17 +201,17 @@ DISK = "a full disk would end in a traceback that does not say how to go on: is_
 RULE = "long rows would take the square of their length: compute_delta_rule_in_pieces()"
 LEANED_ON = [
     ("Trainer._get_train_sampler", order_is_that_of_the_sampler,
-     "examples would come in another order than the records say: LoraTrainer"),
+     "examples would come in another order than the records say: MicroBatchedTrainer"),
     ("Trainer.training_step", a_step_is_one_call_with_all_its_examples,
-     "a loss would be divided by the targets of a part of its step: LoraTrainer"),
+     "a loss would be divided by the targets of a part of its step: MicroBatchedTrainer"),
     ("Trainer._save", checkpoint_has_what_save_writes,
-     "checkpoints would have no record, and a pickle: LoraTrainer"),
+     "checkpoints would have no record, and a pickle: MicroBatchedTrainer"),
     ("create_model_card, floating_point_ops", overridden_methods_exist,
-     "each checkpoint would have a card, and each step would be slower: LoraTrainer"),
+     "each checkpoint would have a card, and each step would be slower: MicroBatchedTrainer"),
     ("get_training_chat_template", unknown_templates_are_refused,
      "a model might be trained in one pass with another model's template: one_pass_template()"),
     ("GradientCheckpointingLayer.gradient_checkpointing", flag_recomputes_each_layer,
-     "long examples would not fit in memory: LoraTrainer.backward_if_it_fits()"),
+     "long examples would not fit in memory: MicroBatchedTrainer.backward_if_it_fits()"),
     *(
         (f"{DELTA_RULE} of {family}", functools.partial(rule_has_its_name, family), RULE)
         for family in ("qwen3_5", "qwen3_5_moe", "qwen3_next")

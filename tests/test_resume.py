@@ -26,7 +26,7 @@ import train_lora_single as script
 from train_lora.checkpoints import eval_losses
 from train_lora.jobs import hash_of_code
 from train_lora.losses import losses_of_replies
-from train_lora.trainer import LoraTrainer
+from train_lora.trainer import MicroBatchedTrainer
 
 FILE_SIZE = resource.RLIMIT_FSIZE  # the largest that this process may write
 
@@ -56,8 +56,10 @@ def into(output, run):
 
 def steps_done(argv):
     """Give the command, which must succeed; return how many steps it trains."""
-    real = LoraTrainer.training_step
-    with mock.patch.object(LoraTrainer, "training_step", autospec=True, side_effect=real) as step:
+    real = MicroBatchedTrainer.training_step
+    with mock.patch.object(
+        MicroBatchedTrainer, "training_step", autospec=True, side_effect=real
+    ) as step:
         assert runs.run(argv) == 0
     return step.call_count
 
@@ -275,14 +277,15 @@ def test_a_damaged_checkpoint_is_written_over(stopped, output, whole, monkeypatc
 def job(stopped):
     """Return the shared runs' job, before its weights are loaded."""
     job = runs.prepared(stopped.flags)
-    assert runs.job_folders(stopped.output) == [job.plan.folder]
+    assert runs.job_folders(stopped.output) == [job.folder]
     return job
 
 
 def folder_of_job(job, base=None, data=None, **settings):
     """Return where a job with another base, data or settings would have its checkpoints."""
     settings = argparse.Namespace(**vars(job.settings) | settings)
-    return runs.plan_of(settings, base or job.base, data or job.data).folder
+    other = {"settings": settings, "base": base or job.base, "data": data or job.data}
+    return runs.planned(job, **other).folder
 
 
 ANOTHER = {
@@ -306,17 +309,17 @@ def test_each_setting_is_part_of_the_job_or_may_change():
 
 @pytest.mark.parametrize("name", ANOTHER)
 def test_another_value_is_another_job(name, job):
-    assert folder_of_job(job, **{name: ANOTHER[name]}) != job.plan.folder
+    assert folder_of_job(job, **{name: ANOTHER[name]}) != job.folder
 
 
 @pytest.mark.parametrize("name", THE_SAME)
 def test_another_value_is_the_same_job(name, job):
-    assert folder_of_job(job, **{name: THE_SAME[name]}) == job.plan.folder
+    assert folder_of_job(job, **{name: THE_SAME[name]}) == job.folder
 
 
 def test_only_the_number_of_examples_in_a_step_counts(job):
     divided = {"BATCH_SIZE": 1, "GRADIENT_ACCUMULATION_STEPS": 4}
-    assert folder_of_job(job, **divided) == job.plan.folder
+    assert folder_of_job(job, **divided) == job.folder
 
 
 @pytest.mark.parametrize("name, number", [("LORA_ALPHA", 16), ("LORA_DROPOUT", 0)])
@@ -332,7 +335,7 @@ def test_a_whole_number_is_the_same_with_a_point(name, number, job):
 )  # fmt: skip
 def test_an_edited_field_is_another_job(function, fields, job, monkeypatch):
     runs.edit_config(monkeypatch, function, **fields)
-    assert folder_of_job(job) != job.plan.folder
+    assert folder_of_job(job) != job.folder
 
 
 def test_another_chat_template_is_another_job(job):
@@ -340,21 +343,21 @@ def test_another_chat_template_is_another_job(job):
         eos_token=job.base.tokenizer.eos_token, get_chat_template=lambda: "another"
     )
     base = replace(job.base, tokenizer=tokenizer)
-    assert folder_of_job(job, base) != job.plan.folder
+    assert folder_of_job(job, base) != job.folder
 
 
 def test_another_token_to_learn_is_another_job(job):
     first, *others = job.data.examples
     changed = replace(first, reply_ids=[first.reply_ids[0] + 1, *first.reply_ids[1:]])
     data = replace(job.data, examples=[changed, *others])
-    assert folder_of_job(job, data=data) != job.plan.folder
+    assert folder_of_job(job, data=data) != job.folder
 
 
 def test_another_order_of_the_examples_is_another_job(job):
     """A resumed epoch would train some of them twice."""
     first, second, *others = job.data.examples
     data = replace(job.data, examples=[second, first, *others])
-    assert folder_of_job(job, data=data) != job.plan.folder
+    assert folder_of_job(job, data=data) != job.folder
 
 
 @pytest.fixture
@@ -366,12 +369,12 @@ def local(job, tmp_path):
 
 
 def test_a_copy_of_the_model_is_the_same_job(local, job):
-    assert folder_of_job(local[1]) == job.plan.folder
+    assert folder_of_job(local[1]) == job.folder
 
 
 def test_a_models_other_configuration_is_another_job(local, job):
     edit_json(local[0] / "config.json", lambda x: x["text_config"].update(rms_norm_eps=1e-5))
-    assert folder_of_job(local[1]) != job.plan.folder
+    assert folder_of_job(local[1]) != job.folder
 
 
 def test_weights_that_replace_others_of_the_same_size_are_another_job(local):

@@ -22,7 +22,7 @@ import train_lora_single as script
 from train_lora.conversations import prompt_hash, system_message_of
 from train_lora.losses import losses_of_replies
 from train_lora.saving import summarize
-from train_lora.trainer import LoraTrainer
+from train_lora.trainer import MicroBatchedTrainer
 
 RESULTS = ("final_lora", "final_lora_vllm")
 OLD = {"older.txt": b"of another run"}
@@ -204,7 +204,7 @@ def test_the_best_epoch_is_kept_and_published_when_asked_for(tmp_path, monkeypat
     losses = runs.logged(runs.history(output), "eval_loss")
     assert losses[0] < losses[1] == min(losses[1:])
     assert runs.checkpoints(output) == [1, 4, 5]  # of five; the two newest can be resumed from
-    for owner, name in ((LoraTrainer, "training_step"), (script, "find_what_fits")):
+    for owner, name in ((MicroBatchedTrainer, "training_step"), (script, "find_what_fits")):
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("trains"))
     for which, step in (("best", 1), ("best", 1), ("last", 5)):
         assert runs.run([*flags, "--final_lora", which]) == 0
@@ -244,7 +244,8 @@ def test_a_lost_copy_for_vllm_is_written_again(finished, tmp_path, monkeypatch, 
     flags = [*finished.flags, "--output_dir", output]
     for path in (output / "final_lora_vllm" / "run.json", output / "run.json"):
         path.write_text("of another job")
-    runs.replace_ours(monkeypatch, "load_model", lambda *_: pytest.fail("trains"))
+    refuse = lambda *_, **__: pytest.fail("trains")  # noqa: E731
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     assert runs.run([*flags, "--dry_run"]) == 0
     assert not [*output.glob("final_lora_vllm.*")]
     with monkeypatch.context() as patch:

@@ -58,12 +58,12 @@ def test_a_held_out_line_that_the_start_has_learned_is_told(flags, finished, cap
 
 
 def test_another_start_is_another_job(flags, finished, tmp_path):
-    folder = runs.prepared(flags).plan.folder
-    assert runs.prepared([*flags, "--start_from", ""]).plan.folder != folder
+    folder = runs.prepared(flags).folder
+    assert runs.prepared([*flags, "--start_from", ""]).folder != folder
     copy = shutil.copytree(finished.output / "final_lora", tmp_path / "copy")
-    assert runs.prepared([*flags, "--start_from", copy]).plan.folder == folder
+    assert runs.prepared([*flags, "--start_from", copy]).folder == folder
     double_tensors(copy / "adapter_model.safetensors")
-    assert runs.prepared([*flags, "--start_from", copy]).plan.folder != folder
+    assert runs.prepared([*flags, "--start_from", copy]).folder != folder
 
 
 @pytest.mark.parametrize("has_record", [True, False])

@@ -19,7 +19,7 @@ from toys import GEMMA4, WEIGHTS, edit_json, model_of, save_adapter
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import train_lora_single as script
-from train_lora.base import load_model
+from inspect_lora.model import load_weights
 from train_lora.console import UserError
 from train_lora.plan import fixed_fields
 from train_lora.trainer import SimilarLengthSampler
@@ -162,10 +162,10 @@ def test_weights_that_are_not_whole_safetensors_end_the_run(tmp_path):
     del tensors[missing]
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj"):
-        load_model(str(folder), "", "float32", "cpu")
+        load_weights(str(folder), "", "float32", "cpu")
     (folder / WEIGHTS).unlink()
     with pytest.raises(UserError):
-        load_model(str(folder), "", "float32", "cpu")
+        load_weights(str(folder), "", "float32", "cpu")
 
 
 def test_no_code_of_a_model_is_run(flags, tmp_path):
@@ -400,9 +400,9 @@ FIXED = {  # with other values of these the loss, the steps or the records would
 
 
 def test_an_argument_that_would_be_ignored_or_wrong_is_refused(job, monkeypatch):
-    """By the dry run already, which names it."""
+    """By the dry run already; Python's own error names it."""
     fixed = fixed_fields(job.settings, job.base, job.plan.steps)
     assert FIXED - fixed.keys() == set()
     runs.edit_config(monkeypatch, "training_fields", label_smoothing_factor=0.5)
-    with pytest.raises(UserError, match="label_smoothing_factor"):
-        runs.plan_of(job.settings, job.base, job.data)
+    with pytest.raises(TypeError, match="label_smoothing_factor"):
+        runs.planned(job)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import trl
 from huggingface_hub.errors import GatedRepoError, HTTPError, RevisionResolutionError
 
 from train_lora.console import UserError, one_line, report
-from train_lora.delta_rule import compute_delta_rule_in_pieces
 from train_lora.device import is_out_of_memory
 from train_lora.files import Facts, file_sha256
 
@@ -127,24 +127,24 @@ def facts_of_base(base: Base) -> Facts:
     }
 
 
-def load_model(name: str, commit: str, dtype: str, device: str) -> transformers.PreTrainedModel:
-    """Return the base model (for Qwen3.5, the text part), loaded straight onto the device.
+def loading_options(commit: str, device: str) -> Facts:
+    """Return from_pretrained()'s options for a base: no code is run that comes from the hub."""
+    return {
+        "revision": commit or "main",
+        "device_map": {"": torch.cuda.current_device()} if device == "cuda" else None,
+        "trust_remote_code": False,
+        "use_safetensors": True,  # a pickle could run code
+        "use_kernels": False,  # so could kernels, which transformers 5.25 takes from the hub
+        "output_loading_info": True,  # for check_loaded()
+    }
 
-    Never give SFTTrainer the model's name: it would take Qwen3_5ForConditionalGeneration, the class
-    in config.json, whose vision part would be loaded, too, and whose modules have other names.
-    """
+
+@contextlib.contextmanager
+def loading_explained(name: str, device: str) -> Iterator[None]:
+    """Raise UserError if a model's weights cannot be loaded within."""
     report("model", f"loading the weights of {name}")
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=commit or "main",
-            dtype=dtype,
-            device_map={"": torch.cuda.current_device()} if device == "cuda" else None,
-            trust_remote_code=False,
-            use_safetensors=True,  # a pickle could run code
-            use_kernels=False,  # so could kernels, which transformers 5.25 takes from the hub
-            output_loading_info=True,
-        )
+        yield
     except OSError as error:
         raise UserError(
             f"The weights of {name} cannot be read ({one_line(error)}). Only safetensors files "
@@ -155,7 +155,9 @@ def load_model(name: str, commit: str, dtype: str, device: str) -> transformers.
         if is_full or is_out_of_memory(error):
             raise UserError(f"{name} is too large for the GPU's free memory.") from error
         raise
-    if info["missing_keys"]:  # transformers would fill them with random numbers
+
+
+def check_loaded(name: str, info: Facts) -> None:
+    """Raise UserError if weights are missing, which transformers would fill at random."""
+    if info["missing_keys"]:
         raise UserError(f"{name}: weights are missing: {sorted(info['missing_keys'])[:3]} ...")
-    compute_delta_rule_in_pieces(model)
-    return model

@@ -21,12 +21,12 @@ from typing import Any
 from train_lora.checkpoints import History
 from train_lora.console import LOG, UserError, is_main_process
 from train_lora.settings import Settings
-from train_lora.stopping import Stop, catch_signals, ignore_signals, is_stop
+from train_lora.stopping import Stop, Stopped, catch_signals, ignore_signals, is_stop
 
 
 @dataclass
 class Session:
-    """One run of the command. Unlike the values above, it changes during the run."""
+    """One run of the command, and what changes during it."""
 
     started: str
     matmul: str = "native"  # or "float16", see fp16_matmul
@@ -46,6 +46,8 @@ def main(run: Callable[[Settings, Session], Any], settings: Settings) -> None:
         if not settings.dry_run and is_main_process():
             lock = open_output(Path(settings.OUTPUT_DIR))
         run(settings, session)
+        if session.stop.signal:  # it came while final_lora was moved
+            raise Stopped("Stopped; final_lora was finished first.")
     except BaseException as error:
         ignore_signals()
         is_known = is_stop(error) or isinstance(error, UserError)

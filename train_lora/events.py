@@ -26,26 +26,21 @@ from train_lora.files import Facts, file_sha256, write_json
 from train_lora.job import Job
 from train_lora.record import write_record
 from train_lora.stopping import Stopped
-from train_lora.trainer import LoraTrainer
+from train_lora.trainer import MicroBatchedTrainer
 
 STEPS_TO_LOG = 20  # of a session, with what the terminal does not show
 
 
-def train(trainer: LoraTrainer) -> None:
-    """Train to the end; a signal raises Stopped after the step's checkpoint."""
-    job, checkpoint = trainer.job, trainer.job.earlier.checkpoint
-    if job.earlier.checkpoint_step < job.plan.steps:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    else:  # Trainer would do one more step
-        state = str(checkpoint / "trainer_state.json")
-        trainer.state = transformers.TrainerState.load_from_json(state)
-        trainer.model.load_adapter(checkpoint, "default", is_trainable=True)
-        evaluate_if_missing(trainer)
-    accelerate.PartialState().wait_for_everyone()
-    job.session.stop.finish_first = ""
+def load_last_step(trainer: MicroBatchedTrainer) -> None:
+    """Load the checkpoint of a job whose steps are all done; Trainer would do one more step."""
+    checkpoint = trainer.job.earlier.checkpoint
+    state = str(checkpoint / "trainer_state.json")
+    trainer.state = transformers.TrainerState.load_from_json(state)
+    trainer.model.load_adapter(checkpoint, "default", is_trainable=True)
+    evaluate_if_missing(trainer)
 
 
-def check_what_was_loaded(trainer: LoraTrainer) -> None:
+def check_what_was_loaded(trainer: MicroBatchedTrainer) -> None:
     """Raise RuntimeError unless the adapter and the optimizer's steps are the checkpoint's."""
     checkpoint = trainer.job.earlier.checkpoint
     saved = safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
@@ -62,7 +57,7 @@ def steps_of(states: Facts) -> dict[int, float]:
     return {number: float(state.get("step", 0)) for number, state in states["state"].items()}
 
 
-def evaluate_if_missing(trainer: LoraTrainer) -> None:
+def evaluate_if_missing(trainer: MicroBatchedTrainer) -> None:
     """Measure the held-out loss of the base, or of the checkpoint, unless already done."""
     job, state, step = trainer.job, trainer.state, trainer.job.earlier.checkpoint_step
     if job.earlier.is_of_other_code:
@@ -86,7 +81,7 @@ def is_evaluation_due(job: Job, step: int) -> bool:
 class RunEvents(transformers.TrainerCallback):
     """What Trainer calls around steps: print, check, evaluate, save and stop."""
 
-    def __init__(self, trainer: LoraTrainer) -> None:
+    def __init__(self, trainer: MicroBatchedTrainer) -> None:
         """Keep the trainer and its job; the first step notes the time."""
         self.trainer, self.job, self.began = trainer, trainer.job, 0.0
         self.step_began = 0.0
@@ -160,13 +155,13 @@ class RunEvents(transformers.TrainerCallback):
         write_record(job, "running")  # so that a killed run keeps its losses
         accelerate.PartialState().wait_for_everyone()  # each process has saved its random state
         if is_main_process():
-            folder = job.plan.folder / f"checkpoint-{step}"
+            folder = job.folder / f"checkpoint-{step}"
             (folder / "sha256.json").unlink(missing_ok=True)  # of a skipped one
             hashes = {path.name: file_sha256(path) for path in folder.iterdir()}
             write_json(folder / "sha256.json", hashes)
             # The newest two and the best one stay. Trainer's own rotation would miss an
             # evaluation made on resuming.
-            saved = checkpoints_in(job.plan.folder)
+            saved = checkpoints_in(job.folder)
             whole = [number for number in saved if (saved[number] / "sha256.json").exists()]
             for older in [number for number in whole if number <= step][2:]:
                 if older != best_step(session.loss_history, job.plan.steps):

@@ -46,6 +46,7 @@ MAY_CHANGE = {  # within a job, if the tokens and the examples per step stay the
 class EarlierWork:
     """What earlier sessions of this job left."""
 
+    folder: Path  # of its checkpoints
     checkpoint: Path | None  # to resume from
     checkpoint_step: int
     loss_history: History
@@ -67,10 +68,10 @@ def request_of(settings: Settings) -> BaseRequest:
     return BaseRequest(*wanted, *how, settings.MATMUL, commit)
 
 
-def identity_of(settings: Settings, base: Base, data: Data, chosen: dict[str, Facts]) -> Facts:
+def identity_of(settings: Settings, base: Base, data: Data, **chosen: Facts) -> Facts:
     """Return what must be the same for a checkpoint to be resumed, as JSON values.
 
-    chosen has the fields of LoraConfig and SFTConfig that the script sets, by class and name.
+    chosen has the fields of LoraConfig and of SFTConfig that the script sets.
     """
     identity = {name: getattr(settings, name) for name in settings.names if name not in MAY_CHANGE}
     for kind, fields in chosen.items():
@@ -123,9 +124,16 @@ def name_of_assignment(node: ast.stmt) -> str:
     return getattr(targets[0], "id", "")
 
 
-def find_earlier_work(settings: Settings, identity: Facts, folder: Path, steps: int) -> EarlierWork:
+def folder_of(settings: Settings, identity: Facts) -> Path:
+    """Return the folder of a job's checkpoints, whose name is a hash of what is trained."""
+    trained = {name: value for name, value in identity.items() if name not in (HELD_OUT, CODE)}
+    return Path(settings.OUTPUT_DIR, "checkpoints", short_hash(trained))
+
+
+def find_earlier_work(settings: Settings, identity: Facts, steps: int) -> EarlierWork:
     """Find this job's newest intact checkpoint, or its finished adapter; print what was found."""
-    final, loss_history = Path(settings.OUTPUT_DIR, "final_lora"), []
+    folder, loss_history = folder_of(settings, identity), []
+    final = Path(settings.OUTPUT_DIR, "final_lora")
     record = read_json(final / "run.json")
     if record.get("job") == folder.name:
         loss_history = record["loss_history"]
@@ -137,7 +145,7 @@ def find_earlier_work(settings: Settings, identity: Facts, folder: Path, steps: 
                 "finished",
                 f"{final} is its adapter, of step {step:,}; another OUTPUT_DIR trains anew",
             )
-            return EarlierWork(None, 0, loss_history, record["sessions"], is_finished=True)
+            return EarlierWork(folder, None, 0, loss_history, record["sessions"], is_finished=True)
     for step, checkpoint in checkpoints_in(folder).items():
         if not is_intact(checkpoint):
             report("resume", f"{checkpoint} is skipped: a file is missing or damaged")
@@ -152,9 +160,10 @@ def find_earlier_work(settings: Settings, identity: Facts, folder: Path, steps: 
         is_edited = record["sessions"][-1][CODE] != identity[CODE]
         if is_edited:
             set_losses_aside(loss_history)
-        return EarlierWork(checkpoint, step, loss_history, record["sessions"], False, is_edited)
+        sessions = record["sessions"]
+        return EarlierWork(folder, checkpoint, step, loss_history, sessions, False, is_edited)
     tell_of_other_jobs(settings, identity, folder)
-    return EarlierWork(None, 0, [], [])
+    return EarlierWork(folder, None, 0, [], [])
 
 
 def refuse_what_cannot_be_compared(

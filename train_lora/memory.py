@@ -24,10 +24,10 @@ from train_lora.device import free_memory
 from train_lora.environment import IS_WSL
 from train_lora.losses import MOST_TARGETS, needs_logits
 from train_lora.micro_batches import CHECKPOINTING_FACTOR, DoesNotFit
-from train_lora.trainer import LoraTrainer
+from train_lora.trainer import MicroBatchedTrainer
 
 
-def find_what_fits(trainer: LoraTrainer) -> None:
+def find_what_fits(trainer: MicroBatchedTrainer) -> None:
     """Lower trainer.tokens_at_once until trial passes fit; raise UserError if an example cannot."""
     job = trainer.job
     if job.settings.DEVICE == "cpu":
@@ -57,7 +57,7 @@ def find_what_fits(trainer: LoraTrainer) -> None:
     report("memory", f"{trainer.tokens_at_once:,} tokens fit; longer rows use checkpointing")
 
 
-def most_tokens_that_fit(trainer: LoraTrainer) -> int:
+def most_tokens_that_fit(trainer: MicroBatchedTrainer) -> int:
     """Return how many tokens fit in a pass that keeps its activations; 0 if not even one chunk."""
     config, tokens = trainer.job.base.config.get_text_config(), trainer.tokens_at_once
     positions = getattr(config, "max_position_embeddings", tokens)  # some models have no limit
@@ -74,7 +74,7 @@ def most_tokens_that_fit(trainer: LoraTrainer) -> int:
         tokens = (fitting + too_many) // 2 // trainer.chunk * trainer.chunk
 
 
-def trial_fits(trainer: LoraTrainer, rows: int, width: int) -> bool:
+def trial_fits(trainer: MicroBatchedTrainer, rows: int, width: int) -> bool:
     """Return whether rows go forward and backward, with at least as many targets as examples have.
 
     A row that keeps its activations stands for all examples of a micro-batch.

@@ -24,11 +24,9 @@ import trl
 from torch import nn
 
 from train_lora.base import Base, facts_of_base
-from train_lora.checkpoints import CODE, HELD_OUT
 from train_lora.console import UserError, join_limited, report
 from train_lora.data import Data
 from train_lora.files import Facts, read_json, short_hash
-from train_lora.jobs import identity_of
 from train_lora.settings import Settings, examples_per_step
 
 # These change W, so that the adapter fits only this run's copy, or (eva) need data to begin with,
@@ -45,23 +43,10 @@ class Plan:
     lora_table: list[str]  # of the modules that get LoRA
     steps_per_epoch: int
     steps: int
-    training: trl.SFTConfig
-    identity: Facts  # what a checkpoint must agree with
-    folder: Path  # of this job's checkpoints; its name is a hash of the identity
 
 
-def count_steps(settings: Settings, data: Data) -> int:
-    """Return the number of optimizer steps of the whole job."""
-    steps = math.ceil(len(data.examples) / examples_per_step(settings)) * settings.NUM_EPOCHS
-    return min(steps, settings.MAX_STEPS or steps)
-
-
-def make_plan(settings: Settings, base: Base, data: Data, chosen: dict[str, Facts]) -> Plan:
-    """Put LoRA into a model on the meta device; check what it would train, and count.
-
-    chosen has the fields of LoraConfig and SFTConfig that the script sets, by class and name.
-    """
-    lora = peft.LoraConfig(**chosen["LoraConfig"])
+def make_plan(settings: Settings, base: Base, data: Data, lora: peft.LoraConfig) -> Plan:
+    """Put LoRA into a model on the meta device; check what it would train, and count."""
     method = str(lora.init_lora_weights).lower()
     if method.startswith(UNSUPPORTED_METHODS) or lora.bias != "none":
         fields = f"init_lora_weights={method!r}, bias={lora.bias!r}"
@@ -84,16 +69,9 @@ def make_plan(settings: Settings, base: Base, data: Data, chosen: dict[str, Fact
         check_start(settings, base, lora, model)
     table = table_of_modules(model, sum(map(math.prod, shapes.values())), count)
     steps_per_epoch = math.ceil(len(data.examples) / examples_per_step(settings))
-    steps = count_steps(settings, data)
-    editable, fixed = chosen["SFTConfig"], fixed_fields(settings, base, steps)
-    identity = identity_of(settings, base, data, chosen)
-    trained = {name: value for name, value in identity.items() if name not in (HELD_OUT, CODE)}
-    folder = Path(settings.OUTPUT_DIR, "checkpoints", short_hash(trained))
-    try:
-        training = trl.SFTConfig(output_dir=str(folder), **editable, **fixed)
-    except TypeError as error:  # a field that does not exist, or is in both
-        raise UserError(f"training_fields(): {error}; see fixed_fields() and SETTINGS.") from error
-    return Plan(shapes, count, table, steps_per_epoch, steps, training, identity, folder)
+    steps = steps_per_epoch * settings.NUM_EPOCHS
+    steps = min(steps, settings.MAX_STEPS or steps)
+    return Plan(shapes, count, table, steps_per_epoch, steps)
 
 
 def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
@@ -219,7 +197,9 @@ def table_of_modules(model: nn.Module, trained: int, everything: int) -> list[st
     return [*lines, f"trainable params: {trained:,} || all params: {everything:,} || {percent}"]
 
 
-def show_plan(settings: Settings, base: Base, data: Data, plan: Plan) -> None:
+def show_plan(
+    settings: Settings, base: Base, data: Data, plan: Plan, training: trl.SFTConfig
+) -> None:
     """Print the tokens, an example as the model sees it, and how it will be trained."""
     decode = base.tokenizer.decode
     counts = "{file}: {dialogues:,} dialogues of {replies:,} replies, in {examples:,} examples; "
@@ -237,7 +217,7 @@ def show_plan(settings: Settings, base: Base, data: Data, plan: Plan) -> None:
     if len(lines) > 10:
         lines[5:-5] = ["[...]"]
     report("example", "\n".join(lines))
-    training, size = plan.training, examples_per_step(settings)
+    size = examples_per_step(settings)
     steps = f"{plan.steps:,} steps of {size}, {plan.steps_per_epoch:,} per epoch"
     facts = data.facts["train"]
     if facts["replies"] > facts["examples"]:

@@ -27,9 +27,9 @@ def recorded(job: Job) -> Iterator[None]:
     """Record what the job is, and the error or signal that ends this session, if any."""
     job.session.loss_history = job.earlier.loss_history
     if is_main_process():
-        job.plan.folder.mkdir(parents=True, exist_ok=True)
-        write_json(job.plan.folder / "job.json", job.plan.identity)
-        for step, checkpoint in checkpoints_in(job.plan.folder).items():
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_json(job.folder / "job.json", job.identity)
+        for step, checkpoint in checkpoints_in(job.folder).items():
             if step > job.earlier.checkpoint_step:  # skipped, so it no longer counts as one
                 (checkpoint / "sha256.json").unlink(missing_ok=True)
         path, lines = job.output / "held_out.jsonl", job.data.held_out_lines
@@ -43,14 +43,14 @@ def recorded(job: Job) -> Iterator[None]:
         ignore_signals()  # nothing may interrupt what is left to do
         outcome = "interrupted" if is_stop(error) else "failed"
         if is_main_process():  # on a full disk, this makes room
-            saved = checkpoints_in(job.plan.folder).values()
+            saved = checkpoints_in(job.folder).values()
             torn = [path for path in saved if not (path / "sha256.json").exists()]
             for path in (job.output / ".partial", *torn):
                 shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):  # the first error is the one to show
             write_record(job, f"{outcome}: {one_line(error)}")
         if is_full_disk(error):
-            saved = checkpoints_in(job.plan.folder).items()
+            saved = checkpoints_in(job.folder).items()
             step = next((step for step, checkpoint in saved if is_intact(checkpoint)), 0)
             raise UserError(
                 f"OUTPUT_DIR {job.output} cannot be written ({one_line(error)}): if the disk or "
@@ -73,7 +73,7 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
     session = {
         "started": job.session.started,
         "command": shlex.join(["python", *sys.argv]),
-        CODE: job.plan.identity[CODE],
+        CODE: job.identity[CODE],
         "versions": {name: importlib.metadata.version(name) for name in names},
         "device": torch.cuda.get_device_name() if has_gpu else "CPU",
         "capability": torch.cuda.get_device_capability() if has_gpu else None,
@@ -85,8 +85,8 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
         "outcome": outcome,  # running, finished, interrupted: ..., or failed: ...
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "settings": {name: getattr(job.settings, name) for name in job.settings.names},
-        "job": job.plan.folder.name,
-        "identity": job.plan.identity,  # what a checkpoint must agree with
+        "job": job.folder.name,
+        "identity": job.identity,  # what a checkpoint must agree with
         "data": job.data.facts,
         "system_message": system_message_of(job.data.examples),
         "sessions": [*job.earlier.sessions, session],

@@ -20,6 +20,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import accelerate
 import peft
 import safetensors.torch
 import torch
@@ -34,14 +35,14 @@ from train_lora.checkpoints import (
     final_step,
     is_intact,
 )
-from train_lora.console import UserError, report
+from train_lora.console import UserError, is_main_process, report
 from train_lora.conversations import SHIPPED, system_message_of
 from train_lora.files import file_sha256, read_json, rename_old, write_json
 from train_lora.job import Job
 from train_lora.losses import reply_logits
 from train_lora.record import write_record
 from train_lora.tokens import pad
-from train_lora.trainer import LoraTrainer
+from train_lora.trainer import MicroBatchedTrainer
 
 CARD = """---
 base_model: {name}
@@ -69,12 +70,16 @@ print(chat({messages}, tokenizer_encode_kwargs={{"enable_thinking": {enable_thin
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
-def save_final_lora(trainer: LoraTrainer) -> None:
-    """Write the adapter to .partial, verify it, and move it into place."""
-    torch.cuda.empty_cache()
+def save_final_lora(trainer: MicroBatchedTrainer) -> None:
+    """Write the adapter to .partial, verify it, and move it into place; one process does."""
     job, model = trainer.job, trainer.model
+    accelerate.PartialState().wait_for_everyone()
+    job.session.stop.finish_first = ""
+    if not is_main_process():
+        return
+    torch.cuda.empty_cache()
     step = final_step(job.settings, job.session.loss_history, job.plan.steps)
-    checkpoint = job.plan.folder / f"checkpoint-{step}"
+    checkpoint = job.folder / f"checkpoint-{step}"
     if step != job.plan.steps:
         if not is_intact(checkpoint):
             raise UserError(f"{checkpoint}, the best one, is damaged; --final_lora last works.")
@@ -137,6 +142,8 @@ def save_for_vllm(base_config: transformers.PretrainedConfig, final: Path, for_v
 
 def restore_results(job: Job) -> None:
     """Rewrite a finished job's final_lora_vllm and run.json if lost, or another job's."""
+    if not is_main_process():
+        return
     final, for_vllm = job.output / "final_lora", job.output / "final_lora_vllm"
     if file_sha256(for_vllm / "run.json") != file_sha256(final / "run.json"):
         rename_old(for_vllm)
@@ -191,7 +198,7 @@ def summarize(job: Job, step: int) -> None:
         result += "".join(f"; START_FROM had {loss:.4f}" for loss in starts[-1:])
         if losses[step] > losses[0]:
             result += "\nWARNING: on held-out data the adapter is worse than its base"
-    if len({session[CODE] for session in job.earlier.sessions} | {job.plan.identity[CODE]}) > 1:
+    if len({session[CODE] for session in job.earlier.sessions} | {job.identity[CODE]}) > 1:
         result += "\nThe code was edited within this job: losses, and the best step, are since then"
     report("done", result)
     lines, folder = [], shlex.quote(str(final))

@@ -56,6 +56,12 @@ class Stop:
         self.signal = self.signal or signal.SIGTERM
 
 
+def end_quietly() -> None:
+    """Have Ctrl-C end the imports, which take seconds, without a traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def catch_signals(stop: Stop) -> None:
     """Let signals end the run."""
     for number in SIGNALS:

@@ -26,8 +26,15 @@ from torch import Tensor, nn
 from train_lora.console import LOG, UserError, one_line, report
 from train_lora.delta_rule import chunk_of, round_up
 from train_lora.device import free_memory, is_out_of_memory
+from train_lora.fp16_matmul import try_fp16_matmul, uses_fp16_matmul
 from train_lora.job import Job
-from train_lora.losses import losses_of_replies, needs_logits, pieces_with_few_targets, token_losses
+from train_lora.losses import (
+    last_states,
+    losses_of_replies,
+    needs_logits,
+    pieces_with_few_targets,
+    token_losses,
+)
 from train_lora.micro_batches import Batch, DoesNotFit, micro_batches
 from train_lora.plan import Plan
 from train_lora.record import write_record
@@ -35,8 +42,11 @@ from train_lora.settings import Settings, examples_per_step
 from train_lora.tokens import Example
 
 
-class LoraTrainer(trl.SFTTrainer):
+class MicroBatchedTrainer(trl.SFTTrainer):
     """TRL's trainer with its own micro-batches, loss, order of the examples, and saving."""
+
+    model: peft.PeftModel  # once TRL has put LoRA into it
+    args: trl.SFTConfig
 
     def __init__(self, job: Job, **arguments: Any) -> None:
         """Prepare for a whole step at once, and for layers that can use checkpointing."""
@@ -158,6 +168,29 @@ class LoraTrainer(trl.SFTTrainer):
 
     def create_model_card(self, *_, **__) -> None:
         """Write none; TRL writes one per checkpoint."""
+
+
+def prepare_base(model: transformers.PreTrainedModel, job: Job) -> None:
+    """Choose how a base's frozen weights are multiplied, and how its loss is computed."""
+    if uses_fp16_matmul(job.base.request, job.base.config):
+        try_fp16_matmul(model, job.data.examples)
+        job.session.matmul = "float16"
+    ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+    with torch.no_grad():  # before any step, so that needs_logits() knows
+        last_states(model, {"input_ids": ids, "labels": ids, "attention_mask": ids})
+
+
+def complete_lora(trainer: MicroBatchedTrainer) -> None:
+    """Complete LoRA's configuration, take the weights of START_FROM, and check what is trained."""
+    job, settings = trainer.job, trainer.job.settings
+    config = trainer.model.peft_config["default"]
+    config.revision = job.base.commit or None  # of the base model
+    if config.target_modules == {*settings.LORA_TARGET_MODULES}:  # a set's order varies
+        config.target_modules = [*settings.LORA_TARGET_MODULES]
+    if settings.START_FROM and not job.earlier.checkpoint:
+        trainer.model.load_adapter(settings.START_FROM, "default", is_trainable=True)
+        report("start", f"training begins with A and B of {settings.START_FROM}")
+    check_only_lora_is_trained(trainer.model, job.plan)
 
 
 class SimilarLengthSampler:
