@@ -142,12 +142,13 @@ from train_lora.events import RunEvents, load_last_step
 from train_lora.job import Job
 from train_lora.jobs import find_earlier_work, identity_of, request_of
 from train_lora.memory import find_what_fits
-from train_lora.plan import fixed_fields, make_plan, show_plan
+from train_lora.micro_batches import collate
+from train_lora.plan import make_plan, show_plan
 from train_lora.record import recorded
 from train_lora.saving import restore_results, save_final_lora
 from train_lora.settings import tell_of_unused_settings
-from train_lora.tokens import collate, rows_of
-from train_lora.trainer import MicroBatchedTrainer, complete_lora, prepare_base
+from train_lora.tokens import rows_of
+from train_lora.trainer import MicroBatchedTrainer, complete_lora, fixed_fields, prepare_base
 
 
 def run(settings: Settings, session: Session) -> Job:

@@ -28,8 +28,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_lora_single as script
 from train_lora.jobs import folder_of, identity_of
-from train_lora.plan import fixed_fields, make_plan
+from train_lora.plan import make_plan
 from train_lora.tokens import Example
+from train_lora.trainer import fixed_fields
 
 SETTINGS = [name for name in vars(script) if name.isupper()]
 ADAPTER = "final_lora/adapter_model.safetensors"

@@ -93,7 +93,7 @@ def statements():
     return {name: texts[name] for name in SETTINGS}
 
 
-TRAVEL = {"names", "source"}  # with the settings
+TRAVEL = {"names", "sources"}  # with the settings
 
 
 def test_the_shipped_settings_are_the_articles():

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import shutil
 import signal
+from pathlib import Path
 
 import peft
 import pytest
@@ -16,7 +17,7 @@ from records import SHORT, TASKS, evidence, line_numbers, mean_losses, planned
 from runs import SYSTEM, command, files, read_json, refused, talk, write_lines
 from toys import TENSORS, base_model, change_tensors
 
-from inspect_lora import measures, model
+from inspect_lora import measures, model, plan
 from inspect_lora.__main__ import main
 from inspect_lora.model import load_weights
 from inspect_lora.record import read_record
@@ -411,3 +412,16 @@ def test_an_adapter_of_ours_needs_no_flags(capfd, finished, tmp_path, name):
     assert found["learned"] == 0 and found["system"] == SYSTEM
     sha256 = file_sha256(folder / TENSORS)
     assert found["run"]["adapter"]["sha256"] == sha256 or name == "final_lora_vllm"
+
+
+NAMES = ["rules", "measures", "replies", "losses", "tokens", "tables", "report", "saving"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_report_is_finished_only_for_the_code_that_measured(name, monkeypatch):
+    """A rule that is judged otherwise is measured again; what only shows a record is not."""
+    before, real = plan.code_that_measures(), Path.read_bytes
+    one_more = lambda path: real(path) + b"\nprint(1)\n" * (path.stem == name)  # noqa: E731
+    monkeypatch.setattr(Path, "read_bytes", one_more)
+    assert (plan.code_that_measures() != before) == (name in (*plan.MEASURING, *plan.ROOMS))
+    assert {"rules", "measures", "replies"} <= {*plan.MEASURING} and "losses" in plan.ROOMS

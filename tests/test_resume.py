@@ -1,7 +1,9 @@
 """Checkpoints, signals, kills, other jobs in the same folder, finished jobs, several processes."""
 
 import argparse
+import ast
 import os
+import re
 import resource
 import shutil
 import signal
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 import train_lora_single as script
 from train_lora.checkpoints import eval_losses
-from train_lora.jobs import hash_of_code
+from train_lora.code import DECIDING, code_of_job
 from train_lora.losses import losses_of_replies
 from train_lora.trainer import MicroBatchedTrainer
 
@@ -417,10 +419,11 @@ def test_measuring_more_often_is_no_new_job(stopped, output, whole):
 
 LOSS = "TargetLosses.apply(states, targets, head_of(model))"
 EDITED_LOSS = (LOSS, f"{LOSS} + 1.0")  # no gradient changes
-CHANGES = {  # of the script's text, and whether something else is executed then
+CHANGES = {  # of a text in the script or in a room, and whether another job's code is executed then
     "a loss": (*EDITED_LOSS, True),
-    "a number": ("1e-9, 0.5", "1e-9, 0.6", True),
     "a falsy constant": ("label_smoothing_factor=0,", "label_smoothing_factor=None,", True),
+    "a field": ('bias="none",', 'bias="all",', True),
+    "what is allowed": ("1e-9, 0.5", "1e-9, 0.6", False),
     "a comment": ("\ndef lora_fields(", "\n# A comment of mine.\ndef lora_fields(", False),
     "a docstring": ('    """Return PEFT\'s LoraConfig fields;', '    """Return my fields;', False),
     "a setting": (f"\nLORA_R = {script.LORA_R}", "\nLORA_R = 4", False),
@@ -429,14 +432,92 @@ CHANGES = {  # of the script's text, and whether something else is executed then
 }
 
 
+def code_with(*changes):
+    """Return the hash of the job's code, with each (path, old, new) changed."""
+    sources = dict(runs.settings_of().sources)
+    for path, old, new in changes:
+        assert old != new and old in sources[path]
+        sources[path] = sources[path].replace(old, new)
+    return code_of_job(sources, runs.SETTINGS)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_code_is_what_executes_something_else(change):
     before, after, is_other = CHANGES[change]
-    code = runs.settings_of().source.decode()
-    edited = code.replace(before, after)
-    assert edited != code
-    hashes = [hash_of_code(text.encode(), tuple(runs.SETTINGS)) for text in (code, edited)]
-    assert (hashes[0] != hashes[1]) == is_other
+    before, after = before.encode(), after.encode()
+    (path,) = [path for path, text in runs.settings_of().sources.items() if before in text]
+    assert (code_with((path, before, after)) != code_with()) == is_other
+
+
+OTHER_OPERATOR = {
+    "+": "-", "-": "+", "*": "+", "/": "*", "//": "*", "<": ">", ">": "<", "<=": "<", ">=": ">",
+    "==": "!=", "!=": "==", "and": "or", "or": "and",
+}  # fmt: skip
+
+
+def an_operator(source):
+    """Return a line that computes or decides something, and the same with another operator."""
+    lines = source.decode().splitlines()
+    found = [getattr(node, "lineno", 0) for node in ast.walk(ast.parse(source))]
+    code = [
+        lines[number - 1]
+        for number in sorted({*found} - {0})
+        if lines.count(lines[number - 1]) == 1
+    ]
+    for line in code:
+        for symbol, other in OTHER_OPERATOR.items():
+            is_code = line.lstrip().startswith(("return ", "if ")) and lines.count(line) == 1
+            if is_code and f" {symbol} " in line:
+                return line, line.replace(f" {symbol} ", f" {other} ")
+    return None
+
+
+def a_message(source):
+    """Return a text that a source prints or raises, and another one; None if it has none."""
+    text = source.decode()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("report", "UserError"):
+            segment = ast.get_source_segment(text, node)
+            for word in re.findall(r"[a-z]{4,}", segment):
+                if text.count(word) == 1:
+                    return word, f"other{word}"
+    return None
+
+
+SOURCES = runs.settings_of().sources
+MESSAGES = {path: a_message(source) for path, source in SOURCES.items()}
+
+
+@pytest.mark.parametrize("room", DECIDING)
+def test_an_operator_of_a_room_that_decides_counts(room):
+    (path,) = [path for path in SOURCES if path.stem == room]
+    before, after = an_operator(SOURCES[path])
+    assert code_with((path, before.encode(), after.encode())) != code_with()
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MESSAGES if MESSAGES[path]], ids=lambda path: path.stem
+)
+def test_no_message_counts(path):
+    before, after = MESSAGES[path]
+    assert code_with((path, before.encode(), after.encode())) == code_with()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_line_of_another_room_does_not_count(path):
+    changed = {**SOURCES, path: SOURCES[path] + b"print(1 + 1)\n"}
+    decides = path.stem in (*DECIDING, "train_lora_single")
+    assert (code_of_job(changed, runs.SETTINGS) != code_with()) == decides
+
+
+def test_sources_that_are_edited_while_they_are_imported_end_the_run(flags, tmp_path, capfd):
+    """Nobody could say which of both was executed."""
+    edited = runs.edited_script(tmp_path)
+    settings = runs.settings_of(*flags, script=edited)
+    room = tmp_path / "edited" / "train_lora" / "losses.py"
+    room.write_text(room.read_text("utf-8") + "\n", "utf-8")
+    runs.refused(capfd, [], "losses.py", main=lambda _: edited.main(edited.run, settings), status=1)
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("ends", ["stopped", "finished"])
@@ -447,10 +528,10 @@ def test_edited_code_moves_nothing_until_one_decides(ends, request, tmp_path, ca
     edited = runs.command_of(runs.edited_script(tmp_path, EDITED_LOSS))
     end = runs.command(capfd, into(output, run), edited)
     assert end.status == 1 and "OUTPUT_DIR" in end.err and "Traceback" not in end.err
-    assert ("--edited_code" in end.err) == (ends == "stopped")
+    assert "--edited_code" in end.err
     assert runs.files(output) | {"run.json": left["run.json"]} == left
     again = runs.command(capfd, [*into(output, run), "--edited_code"], edited)
-    assert again.status == (0 if ends == "stopped" else 1)
+    assert again.status == 0 and (output / runs.ADAPTER).exists()
 
 
 def test_no_loss_of_other_code_is_compared(stopped, output, whole, tmp_path, capfd):

@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import train_lora_single as script
 from inspect_lora.model import load_weights
 from train_lora.console import UserError
-from train_lora.plan import fixed_fields
-from train_lora.trainer import SimilarLengthSampler
+from train_lora.trainer import SimilarLengthSampler, fixed_fields
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +208,8 @@ def steps_of(lengths, seed, epoch):
     """Return the examples of each step of an epoch, by their numbers."""
     settings = runs.settings_of("--seed", str(seed))
     examples = [runs.made_up([1], [2] * (length - 1)) for length in lengths]
-    sampler = SimilarLengthSampler(examples, settings)
-    sampler.epoch = epoch
+    steps_done = epoch * math.ceil(len(lengths) / 4)
+    sampler = SimilarLengthSampler(examples, settings, lambda: steps_done)
     order = list(sampler)
     assert len(sampler) == len(lengths) and sorted(order) == [*range(len(lengths))]
     return [order[n : n + 4] for n in range(0, len(lengths), 4)]

@@ -5,6 +5,7 @@ A room imports only rooms that stand before it in this list:
     environment     what libraries read when they are imported
     console         what is printed, and a user's mistake
     files           JSON files, hashes, and renaming what an earlier run left
+    code            which code decides a job's bytes, as a hash
     settings        the script's constants as flags
     stopping        signals
     checkpoints     the checkpoints and losses that a job has left

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from train_lora.checkpoints import History
+from train_lora.code import refuse_edited
 from train_lora.console import LOG, UserError, is_main_process
 from train_lora.settings import Settings
 from train_lora.stopping import Stop, Stopped, catch_signals, ignore_signals, is_stop
@@ -43,6 +44,7 @@ def main(run: Callable[[Settings, Session], Any], settings: Settings) -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     catch_signals(session.stop)
     try:
+        refuse_edited(settings.sources)  # all rooms have been imported
         if not settings.dry_run and is_main_process():
             lock = open_output(Path(settings.OUTPUT_DIR))
         run(settings, session)

@@ -92,10 +92,6 @@ class RunEvents(transformers.TrainerCallback):
             check_what_was_loaded(self.trainer)
         evaluate_if_missing(self.trainer)
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Give each epoch its own order, even when it is resumed midway."""
-        self.trainer.sampler.epoch = state.global_step // self.job.plan.steps_per_epoch
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From now on, let a signal wait until the step is finished and saved."""
         self.job.session.stop.finish_first = "the step"

@@ -9,14 +9,11 @@ bytes as one that was never stopped.
 
 from __future__ import annotations
 
-import ast
-import functools
 import importlib.metadata
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from train_lora.base import Base, BaseRequest, facts_of_base
 from train_lora.checkpoints import (
@@ -29,6 +26,7 @@ from train_lora.checkpoints import (
     jobs_in,
     set_losses_aside,
 )
+from train_lora.code import code_of_job
 from train_lora.console import UserError, join_limited, one_line, report
 from train_lora.data import Data
 from train_lora.files import Facts, as_json_value, file_sha256, read_json, short_hash
@@ -85,43 +83,12 @@ def identity_of(settings: Settings, base: Base, data: Data, **chosen: Facts) -> 
     identity["tokens of TRAIN_FILE"] = short_hash(rows_of(data.examples))
     identity |= {
         HELD_OUT: short_hash(rows_of(data.held_out)),
-        CODE: hash_of_code(settings.source, tuple(settings.names)),
+        CODE: code_of_job(settings.sources, settings.names),
     }
     for name, value in identity.items():
         if isinstance(value, float) and value.is_integer():
             identity[name] = int(value)  # 16 and 16.0 are the same job
     return json.loads(json.dumps(identity, default=as_json_value))
-
-
-@functools.cache  # evidence asks twice, and parsing takes half a second
-def hash_of_code(source: bytes, names: tuple[str, ...]) -> str:
-    """Return a hash of what a source executes: no comments, docstrings, or settings.
-
-    The values of the settings, with these names, belong to the identity by themselves. ast.dump()
-    writes the same tree differently in different versions of Python.
-    """
-
-    def plain(node: Any) -> Any:
-        if isinstance(node, list):
-            return [plain(each) for each in node]
-        if not isinstance(node, ast.AST):
-            return repr(node)
-        fields = {name: plain(value) for name, value in ast.iter_fields(node) if value != []}
-        return [type(node).__name__, fields]
-
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        is_documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if is_documented and ast.get_docstring(node) is not None:
-            del node.body[0]
-    tree.body = [node for node in tree.body if name_of_assignment(node) not in names]
-    return short_hash(plain(tree))
-
-
-def name_of_assignment(node: ast.stmt) -> str:
-    """Return the name to which a statement such as `SEED: int = 42` assigns, or ""."""
-    targets = getattr(node, "targets", [getattr(node, "target", None)])
-    return getattr(targets[0], "id", "")
 
 
 def folder_of(settings: Settings, identity: Facts) -> Path:
@@ -180,11 +147,13 @@ def refuse_what_cannot_be_compared(
         difference = "its losses are of other held-out replies"
         ways.insert(0, f"{', '.join(changed) or 'the former lines of EVAL_FILE'} to go on")
     elif record["sessions"][-1][CODE] != identity[CODE]:
-        if settings.edited_code and not is_finished:
+        if settings.edited_code:
             return
-        difference = "the code of this file has been edited since"
-        ways.insert(0, "put it back to go on")
-        if not is_finished:
+        difference = "the code has been edited since"
+        if is_finished:
+            ways.append("--edited_code takes its adapter as it is")
+        else:
+            ways.insert(0, "put it back to go on")
             ways.append("--edited_code goes on with the edited code")
     else:
         return

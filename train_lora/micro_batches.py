@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from train_lora.delta_rule import round_up
 
@@ -37,3 +38,18 @@ def micro_batches(inputs: Batch, tokens_at_once: int, chunk: int = 1) -> Iterato
         count = max(1, most // padded_length)
         yield {key: value[numbers[:count], :width] for key, value in inputs.items()}
         numbers = numbers[count:]
+
+
+def collate(rows: list[dict[str, list[int]]]) -> Batch:
+    """Return input_ids, labels and attention_mask (rows x tokens), padded on the right."""
+
+    def padded(lists: list[list[int]], value: int) -> Tensor:
+        tensors = [torch.tensor(one) for one in lists]
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": padded(ids, 0),
+        "labels": padded([row["labels"] for row in rows], -100),
+        "attention_mask": padded([[1] * len(one) for one in ids], 0),
+    }

@@ -15,7 +15,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import accelerate
 import peft
 import safetensors.torch
 import torch
@@ -26,7 +25,7 @@ from torch import nn
 from train_lora.base import Base, facts_of_base
 from train_lora.console import UserError, join_limited, report
 from train_lora.data import Data
-from train_lora.files import Facts, read_json, short_hash
+from train_lora.files import read_json, short_hash
 from train_lora.settings import Settings, examples_per_step
 
 # These change W, so that the adapter fits only this run's copy, or (eva) need data to begin with,
@@ -72,52 +71,6 @@ def make_plan(settings: Settings, base: Base, data: Data, lora: peft.LoraConfig)
     steps = steps_per_epoch * settings.NUM_EPOCHS
     steps = min(steps, settings.MAX_STEPS or steps)
     return Plan(shapes, count, table, steps_per_epoch, steps)
-
-
-def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
-    """Return the fields of SFTConfig that the step, the loss and the records rely on."""
-    processes = accelerate.PartialState().num_processes
-    return dict(
-        max_steps=steps,  # this decides, not the epochs
-        num_train_epochs=settings.NUM_EPOCHS,
-        # A whole step arrives in one call of training_step(), which divides it into micro-batches.
-        per_device_train_batch_size=examples_per_step(settings) // processes,
-        gradient_accumulation_steps=1,
-        average_tokens_across_devices=True,
-        activation_checkpointing=False,  # switched for each micro-batch, see memory
-        gradient_checkpointing=False,  # its old name
-        bf16=False,  # no autocast: the weights have their type already
-        fp16=False,
-        use_cpu=settings.DEVICE == "cpu" or settings.dry_run,  # a dry run makes no CUDA context
-        loss_type="nll",
-        label_smoothing_factor=0,
-        eos_token=base.tokenizer.eos_token,
-        dataset_kwargs={"skip_prepare_dataset": True},  # the tokens are used as is
-        max_length=None,  # nothing is cut
-        train_sampling_strategy="sequential",  # SimilarLengthSampler decides
-        dataloader_drop_last=False,
-        dataloader_pin_memory=False,  # a step's tokens are few, and under WSL it may fail (8447)
-        **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
-        # These are ignored or unwanted:
-        activation_offloading=False,
-        router_aux_loss_coef=0.0,  # token_losses() has no such part, see make_plan()
-        **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
-        **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
-        **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
-        **dict.fromkeys(["save_total_limit", "torch_empty_cache_steps"], None),
-        eval_strategy="no",  # RunEvents evaluates and saves, see events
-        save_strategy="no",
-        save_steps=500,
-        save_only_model=False,
-        ignore_data_skip=False,
-        logging_strategy="steps",
-        logging_steps=1,  # every loss is checked and recorded
-        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
-        report_to=settings.REPORT_TO,
-        run_name=Path(settings.OUTPUT_DIR).resolve().name,  # in a tracker
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-    )
 
 
 def refuse_unknown_modules(config: peft.LoraConfig, model: nn.Module) -> None:

@@ -14,10 +14,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+from train_lora.code import Sources, read_sources
 from train_lora.console import report
-from train_lora.files import Facts
 
-Settings = argparse.Namespace  # the constants, as flags change them
+
+class Settings(argparse.Namespace):
+    """The constants as flags change them, each under its name, and what else a run is told."""
+
+    dry_run: bool
+    edited_code: bool
+    names: list[str]  # of the constants
+    sources: Sources  # of the script and of all rooms
+
+
 HERE = Path(__file__).resolve().parent.parent
 DEMO = {  # what --demo sets; the toy model was made by data/make_demo_model.py
     "MODEL_NAME": f"{HERE}/data/demo-model",
@@ -33,7 +42,7 @@ ALSO_CALLED = {"--lr": "--learning_rate", "--rank": "--lora_r"}  # by those who 
 MAY_BE_EMPTY = ("CHAT_TEMPLATE", "EVAL_FILE", "START_FROM")
 PATHS = ("MODEL_NAME", "TRAIN_FILE", "OUTPUT_DIR", *MAY_BE_EMPTY)
 # A type, a list of choices, a range of whole numbers, or the smallest and the largest number.
-ALLOWED_VALUES: Facts = {
+ALLOWED_VALUES: dict[str, Any] = {
     **dict.fromkeys(["MODEL_REVISION", *PATHS], str),
     "LORA_TARGET_MODULES": list,
     "DTYPE": ["bfloat16", "float32"],
@@ -56,35 +65,15 @@ ALLOWED_VALUES: Facts = {
 }
 
 
-def parse_settings(script: Facts, argv: list[str] | None = None) -> Settings:
+def parse_settings(script: dict[str, Any], argv: list[str] | None = None) -> Settings:
     """Return a script's constants as flags change them; exit with status 2 and list every fault.
 
-    script has the script's global names. The settings also carry the constants' names, and the
-    source of script and rooms.
+    script has the script's global names.
     """
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--SETTING VALUE ...] [--dry_run] [--demo]",
-        description=script["__doc__"].partition("\n\nThe file")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # flags not given are absent
-        allow_abbrev=False,
-    )
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="only print the plan")
-    parser.add_argument("--demo", action="store_true", help=f"sets {', '.join(DEMO)}")
-    resume_help = "resume a run although this file's code has been edited since"
-    parser.add_argument("--edited_code", "--edited-code", action="store_true", help=resume_help)
-    source = Path(script["__file__"]).read_bytes()
     constants = {name: value for name, value in script.items() if name.isupper()}
-    comments = dict(re.findall(r"(?m)^([A-Z_\d]+)(?:: .+?)? = .*?  # (.+)$", source.decode()))
-    for name, constant in constants.items():
-        parser.add_argument(
-            *sorted({f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}),
-            dest=name,
-            nargs="+" if isinstance(constant, list) else None,
-            type=str if isinstance(constant, str) else number_or_text,
-            metavar="X",
-            help=f"{comments.get(name, '')} [{constant}]".replace("%", "%%"),
-        )
+    path = Path(script["__file__"])
+    sources = read_sources(path)
+    parser = make_parser(script["__doc__"], constants, sources[path].decode())
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         word, options = unknown[0].partition("=")[0], [f"--{name.lower()}" for name in constants]
@@ -97,13 +86,33 @@ def parse_settings(script: Facts, argv: list[str] | None = None) -> Settings:
     if problems := what_is_wrong(values, constants):
         parser.error("\n".join(problems))
     values |= {name: os.path.expanduser(values[name]) for name in PATHS}
-    source = b"\n".join([source, source_of_rooms()])
-    return argparse.Namespace(**values, **switches, names=[*constants], source=source)
+    return Settings(**values, **switches, names=[*constants], sources=sources)
 
 
-def source_of_rooms() -> bytes:
-    """Return the source of all rooms."""
-    return b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+def make_parser(doc: str, constants: dict[str, Any], source: str) -> argparse.ArgumentParser:
+    """Return the parser of a script's flags, whose help is the comment beside each constant."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--SETTING VALUE ...] [--dry_run] [--demo]",
+        description=doc.partition("\n\nThe file")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # flags not given are absent
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="only print the plan")
+    parser.add_argument("--demo", action="store_true", help=f"sets {', '.join(DEMO)}")
+    edited_help = "go on with a job although the code has been edited since"
+    parser.add_argument("--edited_code", "--edited-code", action="store_true", help=edited_help)
+    comments = dict(re.findall(r"(?m)^([A-Z_\d]+)(?:: .+?)? = .*?  # (.+)$", source))
+    for name, constant in constants.items():
+        parser.add_argument(
+            *sorted({f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}),
+            dest=name,
+            nargs="+" if isinstance(constant, list) else None,
+            type=str if isinstance(constant, str) else number_or_text,
+            metavar="X",
+            help=f"{comments.get(name, '')} [{constant}]".replace("%", "%%"),
+        )
+    return parser
 
 
 def number_or_text(text: str) -> Any:
@@ -113,7 +122,7 @@ def number_or_text(text: str) -> Any:
     return text
 
 
-def what_is_wrong(values: Facts, constants: Facts) -> list[str]:
+def what_is_wrong(values: dict[str, Any], constants: dict[str, Any]) -> list[str]:
     """Return one sentence for each wrong setting."""
     problems = []
     for name, value in values.items():
@@ -170,6 +179,7 @@ def examples_per_step(settings: Settings) -> int:
 
 def tell_of_unused_settings(settings: Settings) -> None:
     """Print which constants, such as one's own, neither the script nor a room reads."""
+    code = b"\n".join(settings.sources.values()).decode()
     for name in settings.names:
-        if not re.search(rf"(?m)^[^#\n]*settings\.{name}\b", settings.source.decode()):
+        if not re.search(rf"(?m)^[^#\n]*settings\.{name}\b", code):
             report("warning", f"{name} changes nothing: no line here reads settings.{name}")

@@ -23,13 +23,12 @@ from dataclasses import dataclass, replace
 
 import jinja2
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from train_lora.base import Base
 from train_lora.console import join_limited, one_line, report
 from train_lora.conversations import Conversation, Messages
-from train_lora.micro_batches import Batch
+from train_lora.micro_batches import Batch, collate
 
 
 @dataclass(frozen=True)
@@ -154,21 +153,6 @@ def join_replies(replies: list[Example]) -> list[Example]:
 def rows_of(examples: list[Example]) -> list[dict[str, list[int]]]:
     """Return examples in the form that TRL takes."""
     return [{"input_ids": example.input_ids, "labels": example.labels} for example in examples]
-
-
-def collate(rows: list[dict[str, list[int]]]) -> Batch:
-    """Return input_ids, labels and attention_mask (rows x tokens), padded on the right."""
-
-    def padded(lists: list[list[int]], value: int) -> Tensor:
-        tensors = [torch.tensor(one) for one in lists]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-    ids = [row["input_ids"] for row in rows]
-    return {
-        "input_ids": padded(ids, 0),
-        "labels": padded([row["labels"] for row in rows], -100),
-        "attention_mask": padded([[1] * len(one) for one in ids], 0),
-    }
 
 
 def pad(examples: list[Example], device: torch.device) -> Batch:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ import transformers
 import trl
 from torch import Tensor, nn
 
+from train_lora.base import Base
 from train_lora.console import LOG, UserError, one_line, report
 from train_lora.delta_rule import chunk_of, round_up
 from train_lora.device import free_memory, is_out_of_memory
+from train_lora.files import Facts
 from train_lora.fp16_matmul import try_fp16_matmul, uses_fp16_matmul
 from train_lora.job import Job
 from train_lora.losses import (
@@ -50,7 +52,9 @@ class MicroBatchedTrainer(trl.SFTTrainer):
 
     def __init__(self, job: Job, **arguments: Any) -> None:
         """Prepare for a whole step at once, and for layers that can use checkpointing."""
-        self.job, self.sampler = job, SimilarLengthSampler(job.data.examples, job.settings)
+        self.job = job
+        steps_done = lambda: self.state.global_step  # noqa: E731
+        self.sampler = SimilarLengthSampler(job.data.examples, job.settings, steps_done)
         self.parts_of_step = 0  # micro-batches of the step that was done last
         super().__init__(**arguments)
         self.model.activation_checkpointing_enable()
@@ -170,6 +174,52 @@ class MicroBatchedTrainer(trl.SFTTrainer):
         """Write none; TRL writes one per checkpoint."""
 
 
+def fixed_fields(settings: Settings, base: Base, steps: int) -> Facts:
+    """Return the fields of SFTConfig that the step, the loss and the records rely on."""
+    processes = accelerate.PartialState().num_processes
+    return dict(
+        max_steps=steps,  # this decides, not the epochs
+        num_train_epochs=settings.NUM_EPOCHS,
+        # A whole step arrives in one call of training_step(), which divides it into micro-batches.
+        per_device_train_batch_size=examples_per_step(settings) // processes,
+        gradient_accumulation_steps=1,
+        average_tokens_across_devices=True,
+        activation_checkpointing=False,  # switched for each micro-batch, see memory.py
+        gradient_checkpointing=False,  # its old name
+        bf16=False,  # no autocast: the weights have their type already
+        fp16=False,
+        use_cpu=settings.DEVICE == "cpu" or settings.dry_run,  # a dry run makes no CUDA context
+        loss_type="nll",
+        label_smoothing_factor=0,
+        eos_token=base.tokenizer.eos_token,
+        dataset_kwargs={"skip_prepare_dataset": True},  # the tokens are used as is
+        max_length=None,  # nothing is cut
+        train_sampling_strategy="sequential",  # SimilarLengthSampler decides
+        dataloader_drop_last=False,
+        dataloader_pin_memory=False,  # a step's tokens are few, and under WSL it may fail (8447)
+        **dict.fromkeys(["packing", "padding_free", "shuffle_dataset"], False),
+        # These are ignored or unwanted:
+        activation_offloading=False,
+        router_aux_loss_coef=0.0,  # token_losses() has no such part, make_plan() says so
+        **dict.fromkeys(["assistant_only_loss", "auto_find_batch_size", "eval_on_start"], False),
+        **dict.fromkeys(["load_best_model_at_end", "use_liger_kernel"], False),
+        **dict.fromkeys(["completion_only_loss", "data_seed", "eval_steps"], None),
+        **dict.fromkeys(["save_total_limit", "torch_empty_cache_steps"], None),
+        eval_strategy="no",  # RunEvents evaluates and saves, see events.py
+        save_strategy="no",
+        save_steps=500,
+        save_only_model=False,
+        ignore_data_skip=False,
+        logging_strategy="steps",
+        logging_steps=1,  # every loss is checked and recorded
+        logging_nan_inf_filter=False,  # a NaN must not be replaced by a mean
+        report_to=settings.REPORT_TO,
+        run_name=Path(settings.OUTPUT_DIR).resolve().name,  # in a tracker
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+
+
 def prepare_base(model: transformers.PreTrainedModel, job: Job) -> None:
     """Choose how a base's frozen weights are multiplied, and how its loss is computed."""
     if uses_fp16_matmul(job.base.request, job.base.config):
@@ -199,10 +249,13 @@ class SimilarLengthSampler:
     The order depends only on seed, epoch, lengths and step size, so a resumed run keeps it.
     """
 
-    def __init__(self, examples: list[Example], settings: Settings) -> None:
-        """Remember the lengths; the epoch is set before each pass."""
+    def __init__(
+        self, examples: list[Example], settings: Settings, steps_done: Callable[[], int]
+    ) -> None:
+        """Remember the lengths; steps_done() tells the epoch when a pass begins or is resumed."""
         self.lengths = [len(example.input_ids) for example in examples]
-        self.size, self.seed, self.epoch = examples_per_step(settings), settings.SEED, 0
+        self.size, self.seed = examples_per_step(settings), settings.SEED
+        self.steps_done = steps_done
 
     def __len__(self) -> int:
         """Return the number of examples in an epoch."""
@@ -210,7 +263,8 @@ class SimilarLengthSampler:
 
     def __iter__(self) -> Iterator[int]:
         """Yield the examples' numbers, the incomplete step last (torchrun fills it with others)."""
-        shuffler = random.Random(f"{self.seed} {self.epoch}")
+        epoch = self.steps_done() // math.ceil(len(self.lengths) / self.size)
+        shuffler = random.Random(f"{self.seed} {epoch}")
         order = list(range(len(self.lengths)))
         shuffler.shuffle(order)
         whole = len(order) - len(order) % self.size
