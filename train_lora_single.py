@@ -42,7 +42,8 @@ from train_lora.settings import Settings, parse_settings
 # To add a setting, write one line, such as
 #     WEIGHT_DECAY = 0.01  # shrinks A and B a little at each step
 # and use it, here in training_fields() as weight_decay=settings.WEIGHT_DECAY. It becomes a flag and
-# is recorded in run.json. A new value is a new job, so no earlier checkpoint is resumed.
+# is recorded in run.json. A new value is a new job, so no earlier checkpoint is resumed. To have
+# wrong values refused, add its bounds to ALLOWED_VALUES in train_lora/settings.py.
 
 # The model.
 MODEL_NAME = "Qwen/Qwen3.5-4B"  # a chat model on the hub, or a local folder

@@ -286,9 +286,9 @@ def test_a_line_with_anything_odd_in_it_is_read_right_or_refused_alone():
             message["content"].encode()
 
 
-@pytest.mark.parametrize(("train_file", "is_told"), [("t", True), ("shipped", False)])
-def test_ones_own_lines_are_not_judged_by_the_shipped_ones_in_silence(
-    train_file, is_told, capfd, monkeypatch
+@pytest.mark.parametrize(("train_file", "is_refused"), [("t", True), ("shipped", False)])
+def test_ones_own_lines_are_not_judged_by_the_shipped_ones(
+    train_file, is_refused, capfd, monkeypatch
 ):
     for name in ("t", "shipped", "eval"):
         write(name, {"messages": talk("ua")})
@@ -296,8 +296,11 @@ def test_ones_own_lines_are_not_judged_by_the_shipped_ones_in_silence(
     shipped = {"train": Path("shipped"), "held_out": Path("eval")}
     hashes = {name: file_sha256(path) for name, path in shipped.items()}
     replace_ours(monkeypatch, "SHIPPED", hashes)
-    prepared([*DRY, "--train_file", train_file, "--eval_file", "eval"])
-    assert ("EVAL_FILE" in capfd.readouterr().out) == is_told
+    flags = [*DRY, "--train_file", train_file, "--eval_file", "eval"]
+    if is_refused:
+        refused(capfd, flags, "EVAL_FILE", "--eval_file", "10%", '""')
+    else:
+        prepared(flags)
 
 
 def test_a_held_out_prompt_that_is_trained_on_is_named_in_any_form(capfd):

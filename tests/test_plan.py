@@ -1,6 +1,7 @@
 """The plan: what LoraConfig and the data come to, known before any weight is loaded."""
 
 import json
+import re
 from pathlib import Path
 
 import peft
@@ -10,7 +11,7 @@ import transformers
 from conftest import TOY
 from runs import ADAPTER, command, edit_config, prepared, read_json, refused
 from safetensors.torch import load_file
-from toys import EXPERTS, family, model_of, wrapper
+from toys import EXPERTS, SIZES, family, model_of, wrapper
 from transformers import AutoModelForCausalLM
 
 import train_lora_single as script
@@ -187,6 +188,17 @@ def test_trained_weights_in_bfloat16_are_refused(capfd, monkeypatch):
     edit_config(monkeypatch, "lora_fields", modules_to_save=["lm_head"])
     refused(capfd, [*RUN, "--dtype", "bfloat16"], "DTYPE", "float32")
     assert not Path("output/final_lora").exists()
+
+
+def test_a_vision_tower_gets_no_lora(capfd, monkeypatch):
+    """The shipped names match its modules, too; the expression that is printed picks the text's."""
+    flags = [*DRY, "--model_name", model_of(wrapper("Gemma3"), "model")]
+    end = refused(capfd, flags, "LORA_TARGET_MODULES", "vision_tower")
+    expression = re.search('target_modules=r"(.+)"', end.err)[1]
+    edit_config(monkeypatch, "lora_fields", target_modules=expression)
+    shapes = prepared(flags).plan.trained_shapes
+    text = [name for name in shapes if "language_model.layers." in name]
+    assert [*shapes] == text and len(text) == 2 * len(SEVEN) * SIZES["num_hidden_layers"]
 
 
 def test_the_names_for_vllm_are_those_of_the_hubs_model(capfd, monkeypatch):

@@ -405,6 +405,28 @@ def test_another_held_out_file_moves_nothing_until_one_decides(ends, request, tm
     assert runs.run([*argv, "--dry_run"]) == 0 and runs.files(output) == left
 
 
+def test_other_lines_to_learn_from_are_told_without_a_hash(stopped, output, tmp_path, capfd):
+    other = runs.write_talks(tmp_path / "other.jsonl", range(20))
+    words = [*into(output, stopped), "--train_file", other, "--dry_run"]
+    end = runs.command(capfd, words)
+    assert end.status == 0 and "TRAIN_FILE" in end.out
+    assert not re.search(r"\b[0-9a-f]{16}\b", end.out)
+
+
+def test_an_evaluation_that_a_signal_came_before_is_made_up_for(finished, tmp_path, monkeypatch):
+    """Also where EVAL_STEPS was changed meanwhile: the best step might be this one."""
+    output = tmp_path / "output"
+    argv = [*finished.flags, "--output_dir", output]
+    with monkeypatch.context() as patch:
+        runs.at_step(patch, 4, runs.send(signal.SIGTERM))  # the last one of the first epoch
+        assert runs.run(argv) == 143
+    assert [*eval_losses(runs.history(output))] == [0]
+    assert runs.run([*argv, "--eval_steps", "3"]) == 0
+    losses, expected = (eval_losses(runs.history(one)) for one in (output, finished.output))
+    assert [*losses] == [0, 4, 6, 8]
+    assert losses[4] == expected[4] and losses[8] == expected[8]
+
+
 def test_measuring_more_often_is_no_new_job(stopped, output, whole):
     argv = [*into(output, stopped), "--eval_steps", "1", "--final_lora", "best"]
     assert steps_done(argv) == 1

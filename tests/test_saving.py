@@ -216,6 +216,24 @@ def test_the_best_epoch_is_kept_and_published_when_asked_for(tmp_path, monkeypat
     assert len([*output.glob("final_lora.2*")]) == 2  # the one that was there already stayed
 
 
+@pytest.mark.parametrize("lost", ["the best step", "the adapter's bytes"])
+def test_a_finished_job_without_its_checkpoints_does_not_begin_again(lost, tmp_path, capfd):
+    """They may be deleted, as output/README.md says; what is asked for then is not to be had."""
+    flags, output = runs.short_flags(tmp_path, train=3, held_out=2), tmp_path / "output"
+    with pytest.MonkeyPatch.context() as patch:
+        weigh_losses(patch, 1, 2, 3)  # the first epoch is better
+        assert runs.run(flags) == 0
+    shutil.rmtree(output / "checkpoints")
+    if lost == "the best step":
+        flags += ["--final_lora", "best"]
+    else:
+        (output / runs.ADAPTER).write_bytes(b"damaged")
+    left = runs.files(output)
+    runs.refused(capfd, flags, "OUTPUT_DIR", str(output / "final_lora"))
+    assert runs.run([*flags, "--dry_run"]) == 0
+    assert runs.files(output) | {"run.json": left["run.json"]} == left
+
+
 def test_the_held_out_loss_may_be_measured_within_an_epoch(tmp_path, monkeypatch, capfd):
     """And the best of these is kept. Its checkpoint must have been loaded when it is saved."""
     flags = [*runs.short_flags(tmp_path), "--eval_steps", "3", "--final_lora", "best"]

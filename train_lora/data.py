@@ -64,7 +64,11 @@ def read_data(settings: Settings, base: Base) -> Data:
     }
     shipped = [name for name in facts if facts[name] and facts[name]["sha256"] == SHIPPED[name]]
     if shipped == ["held_out"]:
-        report("warning", 'EVAL_FILE is still the shipped one; "10%" holds out a tenth of yours')
+        raise UserError(
+            f"EVAL_FILE {eval_file} is still the shipped one, whose losses say nothing about "
+            f"{settings.TRAIN_FILE}: --eval_file 10% holds out a tenth of that, and "
+            '--eval_file "" nothing.'
+        )
     return Data(examples, held_out, facts, lines)
 
 

@@ -23,7 +23,6 @@ from train_lora.checkpoints import (
 )
 from train_lora.console import LOG, UserError, is_main_process, report
 from train_lora.files import Facts, file_sha256, write_json
-from train_lora.job import Job
 from train_lora.record import write_record
 from train_lora.stopping import Stopped
 from train_lora.trainer import MicroBatchedTrainer
@@ -67,15 +66,10 @@ def evaluate_if_missing(trainer: MicroBatchedTrainer) -> None:
             state.global_step = 0
             trainer.evaluate()
             state.global_step = step
-    if is_evaluation_due(job, step) and step not in eval_losses(job.earlier.loss_history):
+    is_due = job.measures_at(step) or job.earlier.owes_evaluation
+    if is_due and step not in eval_losses(job.earlier.loss_history):
         report("eval", "measuring the held-out loss first")
         trainer.evaluate()
-
-
-def is_evaluation_due(job: Job, step: int) -> bool:
-    """Return whether the held-out loss is measured at a step."""
-    every = job.settings.EVAL_STEPS or job.plan.steps_per_epoch
-    return bool(job.data.held_out) and (step % every == 0 or step == job.plan.steps)
 
 
 class RunEvents(transformers.TrainerCallback):
@@ -110,7 +104,7 @@ class RunEvents(transformers.TrainerCallback):
             stop.agree()
         ends = step % job.plan.steps_per_epoch == 0 or step == job.plan.steps
         saves = ends or step % job.settings.SAVE_STEPS == 0
-        evaluates = is_evaluation_due(job, step)
+        evaluates = job.measures_at(step)
         control.should_evaluate = evaluates and not stop.is_agreed
         control.should_save = saves or evaluates or stop.is_agreed
 

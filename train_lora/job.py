@@ -36,6 +36,11 @@ class Job:
         """The folder for the results."""
         return Path(self.settings.OUTPUT_DIR)
 
+    def measures_at(self, step: int) -> bool:
+        """Return whether the held-out loss is measured at a step."""
+        every = self.settings.EVAL_STEPS or self.plan.steps_per_epoch
+        return bool(self.data.held_out) and (step % every == 0 or step == self.plan.steps)
+
     @property
     def folder(self) -> Path:
         """The folder for the checkpoints."""

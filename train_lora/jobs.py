@@ -39,6 +39,11 @@ MAY_CHANGE = {  # within a job, if the tokens and the examples per step stay the
     "GRADIENT_ACCUMULATION_STEPS", "CHAT_TEMPLATE", "START_FROM",
 }  # fmt: skip
 
+HASHES = {  # of an identity, which tell nobody anything
+    "chat template", "adapter of START_FROM", "tokens of TRAIN_FILE", "config.json of MODEL_NAME",
+    "weights of MODEL_NAME",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class EarlierWork:
@@ -51,6 +56,7 @@ class EarlierWork:
     sessions: list[Facts]  # that led to the checkpoint
     is_finished: bool = False
     is_of_other_code: bool = False  # continued under --edited_code
+    owes_evaluation: bool = False  # at the checkpoint's step
 
 
 def request_of(settings: Settings) -> BaseRequest:
@@ -101,18 +107,20 @@ def find_earlier_work(settings: Settings, identity: Facts, steps: int) -> Earlie
     """Find this job's newest intact checkpoint, or its finished adapter; print what was found."""
     folder, loss_history = folder_of(settings, identity), []
     final = Path(settings.OUTPUT_DIR, "final_lora")
-    record = read_json(final / "run.json")
-    if record.get("job") == folder.name:
-        loss_history = record["loss_history"]
+    finished = read_json(final / "run.json")
+    is_finished = finished.get("job") == folder.name
+    if is_finished:
+        loss_history = finished["loss_history"]
         step = final_step(settings, loss_history, steps)
         sha256 = file_sha256(final / "adapter_model.safetensors")
-        if record["adapter"] == {"step": step, "sha256": sha256}:
-            refuse_what_cannot_be_compared(settings, identity, record, is_finished=True)
+        if finished["adapter"] == {"step": step, "sha256": sha256}:
+            refuse_what_cannot_be_compared(settings, identity, finished, is_finished=True)
             report(
                 "finished",
                 f"{final} is its adapter, of step {step:,}; another OUTPUT_DIR trains anew",
             )
-            return EarlierWork(folder, None, 0, loss_history, record["sessions"], is_finished=True)
+            sessions = finished["sessions"]
+            return EarlierWork(folder, None, 0, loss_history, sessions, is_finished=True)
     for step, checkpoint in checkpoints_in(folder).items():
         if not is_intact(checkpoint):
             report("resume", f"{checkpoint} is skipped: a file is missing or damaged")
@@ -127,10 +135,32 @@ def find_earlier_work(settings: Settings, identity: Facts, steps: int) -> Earlie
         is_edited = record["sessions"][-1][CODE] != identity[CODE]
         if is_edited:
             set_losses_aside(loss_history)
-        sessions = record["sessions"]
-        return EarlierWork(folder, checkpoint, step, loss_history, sessions, False, is_edited)
+        return EarlierWork(
+            folder,
+            checkpoint,
+            step,
+            loss_history,
+            record["sessions"],
+            is_of_other_code=is_edited,
+            owes_evaluation=record["owes_evaluation"],
+        )
+    if is_finished:
+        step = final_step(settings, loss_history, steps)
+        refuse_to_begin_again(settings, finished, final, step)
     tell_of_other_jobs(settings, identity, folder)
     return EarlierWork(folder, None, 0, [], [])
+
+
+def refuse_to_begin_again(settings: Settings, record: Facts, final: Path, step: int) -> None:
+    """Raise UserError for a job that is finished, but whose adapter of a step is gone."""
+    lost = f"has other bytes than the run wrote, and the checkpoint of step {step:,} is gone"
+    if record["adapter"]["step"] != step:
+        lost = f"is of step {record['adapter']['step']:,}, and the checkpoint of {step:,} is gone"
+    ways = f"another OUTPUT_DIR trains anew, as does this one without {final}"
+    problem = f"This job is finished, but {final} {lost}: {ways}."
+    if not settings.dry_run:
+        raise UserError(problem)
+    report("warning", problem)
 
 
 def refuse_what_cannot_be_compared(
@@ -186,6 +216,9 @@ def tell_of_other_jobs(settings: Settings, identity: Facts, folder: Path) -> Non
         names = [
             name for name in names if "." not in name and name not in (HELD_OUT, CODE)
         ] or names
-        values = [f"{name} {one_line(newest.get(name), 40)}" for name in names]
+        values = [
+            f"other {name}" if name in HASHES else f"{name} {one_line(newest.get(name), 40)}"
+            for name in names
+        ]
         jobs = f"earlier jobs in {folder.parent}, to resume or delete: {len(identities)}"
         report("resume", f"a new job; {jobs}; the newest had {join_limited(values, 3, '; ')}")

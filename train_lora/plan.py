@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import transformers
 import trl
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from train_lora.base import Base, facts_of_base
@@ -56,11 +57,13 @@ def make_plan(settings: Settings, base: Base, data: Data, lora: peft.LoraConfig)
     peft.inject_adapter_in_model(lora, model)
     if getattr(base.config.get_text_config(), "router_aux_loss_coef", 0.0):
         report("warning", "the experts' routers are trained without their auxiliary loss")
-    if isinstance(model.get_output_embeddings(), peft.tuners.lora.LoraLayer):
+    if isinstance(model.get_output_embeddings(), LoraLayer):
         raise UserError(
             "LORA_TARGET_MODULES: the head of the model (lm_head) cannot have LoRA; remove it, or "
             'train it whole with modules_to_save=["lm_head"].'
         )
+    if base.config.get_text_config() is not base.config:
+        refuse_other_towers(model)
     weights = dict(model.named_parameters())
     count = sum(weight.numel() for weight in weights.values())
     shapes = {name: tuple(w.shape) for name, w in weights.items() if w.requires_grad}
@@ -96,6 +99,21 @@ def refuse_unknown_modules(config: peft.LoraConfig, model: nn.Module) -> None:
                 f"{where}: the model has no module named {', '.join(missing)}; {hint}"
                 f"Its linear modules are {', '.join(known)}."
             )
+
+
+def refuse_other_towers(model: transformers.PreTrainedModel) -> None:
+    """Raise UserError if a part for images or sound gets LoRA, which no text would train."""
+    modules, decoder = dict(model.named_modules()), model.get_decoder()
+    text = next((path for path, module in modules.items() if module is decoder and path), "")
+    lora = [path for path, module in modules.items() if isinstance(module, LoraLayer)]
+    inside = [path for path in lora if path.startswith(text)]
+    if outside := [path for path in lora if path not in inside]:
+        names = "|".join(dict.fromkeys(path.rpartition(".")[2] for path in inside))
+        raise UserError(
+            f"LORA_TARGET_MODULES also match {len(outside)} modules outside the text model, such "
+            f"as {outside[0]}, which text does not train. In lora_fields() write "
+            rf'target_modules=r"{re.escape(text)}\..*\.({names})".'
+        )
 
 
 def check_start(settings: Settings, base: Base, lora: peft.LoraConfig, model: nn.Module) -> None:
@@ -138,7 +156,7 @@ def table_of_modules(model: nn.Module, trained: int, everything: int) -> list[st
     kinds: Counter[str] = Counter()
     columns = "{:<12}{:>14}{:>10}{:>10}{:>14}{:>11}".format
     for path, module in model.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
+        if isinstance(module, LoraLayer):
             d, k, r = module.out_features, module.in_features, max(module.r.values())
             matrices = f"{d:,}x{k:,}", f"{r}x{k:,}", f"{d:,}x{r}", f"{r * (d + k):,}"
             scale = f"{module.scaling['default']:g}"

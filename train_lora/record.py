@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from train_lora.checkpoints import CODE, checkpoints_in, is_intact
+from train_lora.checkpoints import CODE, checkpoints_in, eval_losses, is_intact
 from train_lora.console import UserError, is_main_process, one_line
 from train_lora.conversations import system_message_of
 from train_lora.data import learned_hashes
@@ -63,7 +63,7 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
     """Write run.json into OUTPUT_DIR or, with learned.txt, beside a step's adapter."""
     if not is_main_process():
         return
-    adapter = None
+    adapter, measured = None, eval_losses(job.session.loss_history)
     if folder:
         adapter = {"step": step, "sha256": file_sha256(folder / "adapter_model.safetensors")}
         learned = sorted(learned_hashes(job.data.examples, job.settings))
@@ -91,6 +91,8 @@ def write_record(job: Job, outcome: str, folder: Path | None = None, step: int =
         "system_message": system_message_of(job.data.examples),
         "sessions": [*job.earlier.sessions, session],
         "adapter": adapter,
+        # A signal may have come first. It is made up for when the job goes on.
+        "owes_evaluation": job.measures_at(step) and step not in measured,
         "loss_history": job.session.loss_history,  # what Trainer logged
     }
     write_json((folder or job.output) / "run.json", record)
