@@ -155,7 +155,7 @@ from train_lora.trainer import MicroBatchedTrainer, complete_lora, fixed_fields,
 def run(settings: Settings, session: Session) -> Job:
     """Train one adapter, verify it, and save it as final_lora."""
     job = plan_job(settings, session)  # what is trained, before the weights are loaded
-    earlier, steps = job.earlier, job.plan.steps
+    earlier = job.earlier
     if settings.dry_run or not (earlier.checkpoint or earlier.is_finished):
         show_plan(settings, job.base, job.data, job.plan, job.training)
     if earlier.is_finished and not settings.dry_run:
@@ -165,12 +165,12 @@ def run(settings: Settings, session: Session) -> Job:
         return job
     with recorded(job):  # run.json says what the job is, and how this session ends
         trainer = build_trainer(job)  # the model with LoRA in it
-        if earlier.checkpoint_step < steps:
-            find_what_fits(trainer)  # trial passes, on a GPU
-            checkpoint = str(earlier.checkpoint) if earlier.checkpoint else None
-            trainer.train(resume_from_checkpoint=checkpoint)
+        checkpoint = earlier.checkpoint
+        if checkpoint and earlier.checkpoint_step == job.plan.steps:
+            load_last_step(trainer, checkpoint)
         else:
-            load_last_step(trainer)
+            find_what_fits(trainer)  # trial passes, on a GPU
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         save_final_lora(trainer)  # write, load again, compare, move into place
     return job
 

@@ -60,9 +60,8 @@ def what_is_executed(source: bytes, constants: frozenset[str]) -> Any:
     tree = ast.parse(source)
     tree.body = [node for node in tree.body if name_of_assignment(node) not in constants]
     for node in ast.walk(tree):
-        is_documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        if is_documented and ast.get_docstring(node) is not None:
-            del node.body[0]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            del node.body[: ast.get_docstring(node) is not None]
         if isinstance(node, ast.Call) and name_of_call(node) in PRINTING:
             node.args, node.keywords = [], []
     return as_lists(tree)

@@ -79,7 +79,9 @@ def open_output(output: Path) -> Any:
     except OSError:  # some network file systems have no locks
         pass
     log = logging.FileHandler(output / "all_logs.log", encoding="utf-8", errors="replace")
-    logging.basicConfig(handlers=[log, logging.lastResort], format="%(message)s", force=True)
+    warnings_too = logging.StreamHandler()
+    warnings_too.setLevel(logging.WARNING)
+    logging.basicConfig(handlers=[log, warnings_too], format="%(message)s", force=True)
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # on a full disk each line would print a traceback
     LOG.setLevel(logging.INFO)

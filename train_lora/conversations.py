@@ -18,6 +18,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def read_conversations(
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}; in {Path.cwd()}).") from error
-    conversations, unpaired, ignored = [], 0, Counter()
+    conversations, unpaired = [], 0
+    ignored: Counter[str] = Counter()
     for source, entry in entries_of(content, path).items():
         try:
             line = parse_line(entry)
@@ -254,8 +256,8 @@ def hold_out(
     groups: dict[str, set[str]] = defaultdict(set)
     for conversation in conversations:
         size = 2 if conversation.messages[0]["role"] == "system" else 1
-        beginning = [message["content"].split() for message in conversation.messages[:size]]
-        groups[short_hash(["held out", beginning])].add(conversation.source)
+        words = [message["content"].split() for message in conversation.messages[:size]]
+        groups[short_hash(["held out", words])].add(conversation.source)
     count = sum(map(len, groups.values()))
     wanted = max(FEWEST_HELD_OUT, math.ceil(count * percent / 100))
     chosen: set[str] = set()
@@ -273,7 +275,7 @@ def hold_out(
     return train, [conversation for conversation in conversations if conversation.source in chosen]
 
 
-def system_message_of(examples: list[Conversation]) -> str | None:
+def system_message_of(examples: Sequence[Conversation]) -> str | None:
     """Return the system message that all examples have; None if they differ or have none."""
     heads = [example.messages[0] for example in examples]
     systems = {head["content"] if head["role"] == "system" else None for head in heads}

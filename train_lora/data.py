@@ -39,7 +39,8 @@ def read_data(settings: Settings, base: Base) -> Data:
     def read(path: str) -> list[Conversation]:
         return read_conversations(path, settings.REPLIES, problems, settings.ENABLE_THINKING)
 
-    to_learn, to_hold_out, lines = read(settings.TRAIN_FILE), [], ""
+    to_learn, lines = read(settings.TRAIN_FILE), ""
+    to_hold_out: list[Conversation] = []
     eval_file, percent = settings.EVAL_FILE, percent_of(settings.EVAL_FILE)
     if percent and not problems:
         to_learn, to_hold_out = hold_out(to_learn, percent)
@@ -62,7 +63,7 @@ def read_data(settings: Settings, base: Base) -> Data:
         "train": facts_of(settings.TRAIN_FILE, examples),
         "held_out": facts_of(eval_file, held_out, lines) if held_out else None,
     }
-    shipped = [name for name in facts if facts[name] and facts[name]["sha256"] == SHIPPED[name]]
+    shipped = [name for name, of in facts.items() if of and of["sha256"] == SHIPPED[name]]
     if shipped == ["held_out"]:
         raise UserError(
             f"EVAL_FILE {eval_file} is still the shipped one, whose losses say nothing about "

@@ -97,8 +97,9 @@ def fault_of_pieces(whole_rule: Callable) -> str:
     query, key, value, decay, strength = (torch.randn(1, 130, *x, generator=draw) for x in sizes)
     inputs = [query, key, value, -0.1 * decay.exp(), strength.sigmoid()]
     inputs = [x.requires_grad_() for x in inputs]
-    results = []
-    for rule in (whole_rule, DeltaRuleInPieces(whole_rule, 64)):
+    results: list[list[Tensor]] = []
+    rules: list[Callable] = [whole_rule, DeltaRuleInPieces(whole_rule, 64)]
+    for rule in rules:
         options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
         try:
             output, state = rule(*inputs[:3], g=inputs[3], beta=inputs[4], **options)

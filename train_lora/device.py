@@ -66,7 +66,7 @@ def choose_device(device: str, dtype: str, use_fla: bool) -> None:
 
 def keep_out(package: str) -> None:
     """Have every import of a package fail, as if it were not installed."""
-    sys.modules[package] = None
+    sys.modules[package] = None  # type: ignore[assignment]  # Python documents it
 
 
 def is_kept_out(package: str) -> bool:

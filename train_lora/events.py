@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -30,18 +31,16 @@ from train_lora.trainer import MicroBatchedTrainer
 STEPS_TO_LOG = 20  # of a session, with what the terminal does not show
 
 
-def load_last_step(trainer: MicroBatchedTrainer) -> None:
+def load_last_step(trainer: MicroBatchedTrainer, checkpoint: Path) -> None:
     """Load the checkpoint of a job whose steps are all done; Trainer would do one more step."""
-    checkpoint = trainer.job.earlier.checkpoint
     state = str(checkpoint / "trainer_state.json")
     trainer.state = transformers.TrainerState.load_from_json(state)
     trainer.model.load_adapter(checkpoint, "default", is_trainable=True)
     evaluate_if_missing(trainer)
 
 
-def check_what_was_loaded(trainer: MicroBatchedTrainer) -> None:
+def check_what_was_loaded(trainer: MicroBatchedTrainer, checkpoint: Path) -> None:
     """Raise RuntimeError unless the adapter and the optimizer's steps are the checkpoint's."""
-    checkpoint = trainer.job.earlier.checkpoint
     saved = safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
     wrong = differing(saved, cpu_tensors_of(trainer.model))
     states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -82,8 +81,8 @@ class RunEvents(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """First measure the base's held-out loss, or one that a signal cut short."""
-        if self.job.earlier.checkpoint:
-            check_what_was_loaded(self.trainer)
+        if checkpoint := self.job.earlier.checkpoint:
+            check_what_was_loaded(self.trainer, checkpoint)
         evaluate_if_missing(self.trainer)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

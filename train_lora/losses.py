@@ -84,9 +84,9 @@ def last_states(model: nn.Module, inputs: Batch) -> Tensor | None:
     tensor as logits, or changes it, more comes after the head, which the loss must not leave out:
     each pass is checked. A head that is trained needs the logits for its own gradient.
     """
-    if needs_logits(model):
-        return None
     head, given = head_of(model), []
+    if head is None or needs_logits(model):
+        return None
 
     def forward(states: Tensor) -> Tensor:
         given.append((states, states._version))  # writing into a tensor raises its version
@@ -121,7 +121,8 @@ class TargetLosses(torch.autograd.Function):
         """Compute losses and, if states need them, gradients."""
         needs_gradient = context.needs_input_grad[0]
         at_once = max(1, LOGITS_AT_ONCE // len(next(head.parameters())))
-        losses, gradients = [], []
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
         for part, ids in zip(states.split(at_once), targets.split(at_once), strict=True):
             with torch.set_grad_enabled(needs_gradient):
                 part = part.detach().requires_grad_(needs_gradient)

@@ -43,15 +43,15 @@ def recorded(job: Job) -> Iterator[None]:
         ignore_signals()  # nothing may interrupt what is left to do
         outcome = "interrupted" if is_stop(error) else "failed"
         if is_main_process():  # on a full disk, this makes room
-            saved = checkpoints_in(job.folder).values()
-            torn = [path for path in saved if not (path / "sha256.json").exists()]
+            saved = checkpoints_in(job.folder)
+            torn = [path for path in saved.values() if not (path / "sha256.json").exists()]
             for path in (job.output / ".partial", *torn):
                 shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):  # the first error is the one to show
             write_record(job, f"{outcome}: {one_line(error)}")
         if is_full_disk(error):
-            saved = checkpoints_in(job.folder).items()
-            step = next((step for step, checkpoint in saved if is_intact(checkpoint)), 0)
+            saved = checkpoints_in(job.folder)
+            step = next((step for step in saved if is_intact(saved[step])), 0)
             raise UserError(
                 f"OUTPUT_DIR {job.output} cannot be written ({one_line(error)}): if the disk or "
                 f"your quota is full, make room; the same command goes on after step {step:,}."

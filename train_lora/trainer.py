@@ -164,7 +164,7 @@ class MicroBatchedTrainer(trl.SFTTrainer):
         """Return our order. Trainer's group_by_length has no seed, so it could not be resumed."""
         return self.sampler
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str, state_dict: dict | None = None) -> None:
         """Save the adapter and its record; Trainer would add a pickle of its arguments."""
         if self.args.should_save:
             self.model.save_pretrained(output_dir, save_embedding_layers=False)
