@@ -137,7 +137,7 @@ from train_lora.base import check_loaded, loading_explained, loading_options, re
 from train_lora.command import Session, main
 from train_lora.console import report
 from train_lora.data import read_data
-from train_lora.delta_rule import compute_delta_rule_in_pieces
+from train_lora.delta_rule import compute_delta_rule_in_segments
 from train_lora.device import prepare_device
 from train_lora.events import RunEvents, load_last_step
 from train_lora.job import Job
@@ -207,7 +207,7 @@ def build_trainer(job: Job) -> LoraTrainer:
             **loading_options(base.commit, settings.DEVICE),
         )
     check_loaded(settings.MODEL_NAME, info)
-    compute_delta_rule_in_pieces(model)  # Qwen3.5's Gated DeltaNet, in linear time
+    compute_delta_rule_in_segments(model)  # Qwen3.5's Gated DeltaNet, in linear time
     prepare_base(model, job)  # scaled float16 on a V100, and a loss without all logits
     trainer = LoraTrainer(
         job,

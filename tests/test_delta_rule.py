@@ -1,4 +1,4 @@
-"""Gated DeltaNet in pieces: what transformers' own function computes for whole rows."""
+"""Gated DeltaNet in segments: what transformers' own function computes for whole rows."""
 
 import functools
 import sys
@@ -12,20 +12,20 @@ from conftest import TOY
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 from inspect_lora.model import load_weights
-from train_lora.delta_rule import DELTA_RULE, DeltaRuleInPieces
+from train_lora.delta_rule import DELTA_RULE, DeltaRuleInSegments
 from train_lora.losses import token_losses
 from train_lora.tokens import pad
 
-PIECE, NEAR = 128, 1e-6
+SEGMENT, NEAR = 128, 1e-6
 
 
 @pytest.fixture
 def rule(monkeypatch):
-    """Have pieces of 128 tokens; return transformers' own function, which is in place."""
+    """Have segments of 128 tokens; return transformers' own function, which is in place."""
     function = getattr(modeling, DELTA_RULE)
-    own = function.whole_rule if isinstance(function, DeltaRuleInPieces) else function
+    own = function.whole_rule if isinstance(function, DeltaRuleInSegments) else function
     monkeypatch.setattr(modeling, DELTA_RULE, own)
-    runs.replace_ours(monkeypatch, "TOKENS_OF_A_PIECE", PIECE)
+    runs.replace_ours(monkeypatch, "TOKENS_OF_A_SEGMENT", SEGMENT)
     monkeypatch.setitem(sys.modules, "fla", None)  # as a run has it without USE_FLA
     return own
 
@@ -45,11 +45,11 @@ def inputs_of(tokens, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("begins", ["at zero", "at a state"])
-@pytest.mark.parametrize("tokens", [1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE, 437])
+@pytest.mark.parametrize("tokens", [1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 3 * SEGMENT, 437])
 def test_output_state_and_gradients_are_the_same_to_the_bit(rule, tokens, begins, dtype):
     """But in float32, where the rule fills a row up to 64 tokens and so sums in another order."""
     results = []
-    for function in (rule, DeltaRuleInPieces(rule, PIECE)):
+    for function in (rule, DeltaRuleInSegments(rule, SEGMENT)):
         *rows, state = inputs_of(tokens, dtype)
         output, last = function(
             *rows[:3],
@@ -68,13 +68,13 @@ def test_output_state_and_gradients_are_the_same_to_the_bit(rule, tokens, begins
                 function(*rows[:3], g=rows[3], beta=rows[4])[1] is None
             )  # it was not asked for its state
     assert len(results[0]) == len(results[1]) == 8 - (begins == "at zero")
-    if dtype == torch.bfloat16 or tokens <= PIECE or tokens % 64 == 0:
+    if dtype == torch.bfloat16 or tokens <= SEGMENT or tokens % 64 == 0:
         assert all(map(torch.equal, *results))
     for found, expected in zip(*results, strict=True):
         assert torch.dist(found, expected) <= NEAR * expected.norm()
 
 
-def model_in_pieces():
+def model_in_segments():
     """Return the toy with LoRA that has an effect, loaded as by a run."""
     model = load_weights(TOY, "", "float32", "cpu")
     torch.manual_seed(0)
@@ -101,12 +101,12 @@ def loss_and_gradient(model, inputs):
 @pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
 def test_a_models_losses_and_gradients_are_the_same(rule, monkeypatch, is_recomputed):
     """With padding; in training, and in evaluation."""
-    model, inputs = model_in_pieces().train(), rows_of(300, 131, 40)
+    model, inputs = model_in_segments().train(), rows_of(300, 131, 40)
     if is_recomputed:
         model.activation_checkpointing_enable({"use_reentrant": False})
         assert runs.is_recomputing(model)
-    pieces = getattr(modeling, DELTA_RULE)
-    assert isinstance(pieces, DeltaRuleInPieces) and pieces.whole_rule is rule
+    segments = getattr(modeling, DELTA_RULE)
+    assert isinstance(segments, DeltaRuleInSegments) and segments.whole_rule is rule
     losses, gradient = loss_and_gradient(model, inputs)
     with torch.no_grad():
         evaluated = token_losses(model.eval(), inputs)
@@ -119,7 +119,7 @@ def test_a_models_losses_and_gradients_are_the_same(rule, monkeypatch, is_recomp
 
 def test_what_follows_a_long_prompt_is_the_same(rule, monkeypatch):
     """The state after the prompt is kept in the cache, and each new token goes on from it."""
-    model = model_in_pieces().eval()
+    model = model_in_segments().eval()
     prompt = rows_of(300)["input_ids"]
     options = {"max_new_tokens": 20, "do_sample": False, "output_logits": True}
     options |= {"return_dict_in_generate": True, "pad_token_id": 0, "eos_token_id": -1}
@@ -131,15 +131,15 @@ def test_what_follows_a_long_prompt_is_the_same(rule, monkeypatch):
         assert torch.dist(ours, theirs) <= NEAR * theirs.norm()
 
 
-def test_each_layer_of_the_network_computes_in_pieces(rule, monkeypatch):
+def test_each_layer_of_the_network_computes_in_segments(rule, monkeypatch):
     """And no kernel of the hub computes in its place."""
-    model = model_in_pieces().train()
+    model = model_in_segments().train()
     assert not model.base_model.model.use_kernels
-    pieces, called = getattr(modeling, DELTA_RULE), []
+    segments, called = getattr(modeling, DELTA_RULE), []
 
     def count(*rows, **options):
         called.append(True)
-        return pieces(*rows, **options)
+        return segments(*rows, **options)
 
     monkeypatch.setattr(modeling, DELTA_RULE, count)
     loss_and_gradient(model, rows_of(300, 131))
@@ -174,31 +174,31 @@ def with_a_state_that_is_a_little_off(rule, *rows, **options):
         with_a_state_that_is_a_little_off,
     ],
 )
-def test_a_rule_that_differs_in_pieces_is_left_alone_and_told(rule, change, monkeypatch, capfd):
+def test_a_rule_that_differs_in_segments_is_left_alone_and_told(rule, change, monkeypatch, capfd):
     another = functools.partial(change, rule)
     monkeypatch.setattr(modeling, DELTA_RULE, another)
-    model_in_pieces()
+    model_in_segments()
     assert getattr(modeling, DELTA_RULE) is another
     assert DELTA_RULE in capfd.readouterr().out
 
 
 def test_a_network_without_the_rule_is_told(rule, monkeypatch, capfd):
     monkeypatch.delattr(modeling, DELTA_RULE)
-    model_in_pieces()
+    model_in_segments()
     assert DELTA_RULE in capfd.readouterr().out
 
 
-def test_the_next_model_has_pieces_of_the_rule_itself(rule, monkeypatch, capfd):
+def test_the_next_model_has_segments_of_the_rule_itself(rule, monkeypatch, capfd):
     """Also where another import of the script has put its own class in place."""
     earlier = types.SimpleNamespace(whole_rule=rule)
     monkeypatch.setattr(modeling, DELTA_RULE, earlier)
     for _ in range(2):
-        model_in_pieces()
-        assert getattr(modeling, DELTA_RULE) == DeltaRuleInPieces(rule, PIECE)
+        model_in_segments()
+        assert getattr(modeling, DELTA_RULE) == DeltaRuleInSegments(rule, SEGMENT)
     assert DELTA_RULE not in capfd.readouterr().out
 
 
 def test_flas_kernels_are_left_alone(rule, monkeypatch):
     monkeypatch.delitem(sys.modules, "fla")  # as where it is used
-    model_in_pieces()
+    model_in_segments()
     assert getattr(modeling, DELTA_RULE) is rule

@@ -26,7 +26,7 @@ from transformers.integrations import hub_kernels
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import train_lora_single as script
-from train_lora.delta_rule import DELTA_RULE, fault_of_pieces
+from train_lora.delta_rule import DELTA_RULE, fault_of_segments
 from train_lora.device import is_out_of_memory
 from train_lora.files import is_full_disk
 
@@ -129,7 +129,7 @@ def flag_recomputes_each_layer():
 def rule_has_its_name(family):
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     rule = getattr(module, DELTA_RULE)
-    return fault_of_pieces(getattr(rule, "whole_rule", rule)) == ""
+    return fault_of_segments(getattr(rule, "whole_rule", rule)) == ""
 
 
 def package_that_is_none_is_not_used():
@@ -198,7 +198,7 @@ def torch_has_these_words():
 
 
 DISK = "a full disk would end in a traceback that does not say how to go on: is_full_disk()"
-RULE = "long rows would take the square of their length: compute_delta_rule_in_pieces()"
+RULE = "long rows would take the square of their length: compute_delta_rule_in_segments()"
 LEANED_ON = [
     ("Trainer._get_train_sampler", order_is_that_of_the_sampler,
      "examples would come in another order than the records say: MicroBatchedTrainer"),

@@ -305,8 +305,8 @@ def test_where_the_loss_needs_the_logits_few_targets_go_at_once(tmp_path, card, 
 
     runs.replace_ours(monkeypatch, "token_losses", count)
     runs.replace_ours(monkeypatch, "MOST_TARGETS", 8)
-    loss_in_pieces, found, _ = one_step(trainer, 240)
-    assert loss_in_pieces == pytest.approx(loss, rel=ROUNDING)
+    divided_loss, found, _ = one_step(trainer, 240)
+    assert divided_loss == pytest.approx(loss, rel=ROUNDING)
     assert_near(found, gradients)
     assert sum(map(sum, counts)) == 90 and max(map(max, counts)) == 8 and len(counts) == 4
     assert trial_fits(trainer, 1, 240)

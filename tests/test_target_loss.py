@@ -11,7 +11,7 @@ from conftest import TOY
 from toys import family, layers_of
 
 from train_lora.fp16_matmul import use_fp16_matmul
-from train_lora.losses import head_of, needs_logits, pieces_with_few_targets, token_losses
+from train_lora.losses import head_of, needs_logits, token_losses, with_few_targets
 from train_lora.tokens import pad
 
 NEAR = 1e-5  # of a norm: float32 sums in another order
@@ -192,22 +192,22 @@ def test_rounding_moves_gradients_no_further_than_with_all_logits(kind, is_fp16,
     assert 0 < distance(gradients, expected) <= 1.05 * distance(by_all, expected)
 
 
-def test_a_row_with_many_targets_goes_in_pieces_where_the_logits_are_needed(monkeypatch):
-    """Each target once, each piece with all that comes before; the gradient is the whole row's."""
+def test_a_row_with_many_targets_is_divided_where_the_logits_are_needed(monkeypatch):
+    """Each target once, with all that comes before it; the gradient is the whole row's."""
     runs.replace_ours(monkeypatch, "MOST_TARGETS", 8)
     inputs = rows_of([(9, 20), (3, 31), (17, 1)])
-    pieces = list(pieces_with_few_targets(inputs))
-    assert len(pieces) == 4
-    for piece in pieces:
-        assert ((piece["labels"] != -100).sum(1) <= 8).all()
+    batches = list(with_few_targets(inputs))
+    assert len(batches) == 4
+    for batch in batches:
+        assert ((batch["labels"] != -100).sum(1) <= 8).all()
     taught = sum(torch.nn.functional.pad(p["labels"] + 100, (0, 34 - p["labels"].shape[1]))
-                 for p in pieces)  # fmt: skip
+                 for p in batches)  # fmt: skip
     assert taught.equal(inputs["labels"] + 100)
     for part in (rows_of([(9, 5), (4, 8)]), rows_of([(3, 0)])):
-        assert [*pieces_with_few_targets(part)] == [part]
+        assert [*with_few_targets(part)] == [part]
     alone = {key: value[:1] for key, value in inputs.items()}
-    for piece in pieces_with_few_targets(alone):
-        assert piece["labels"][0, -1] != -100  # nothing goes through for no target
+    for batch in with_few_targets(alone):
+        assert batch["labels"][0, -1] != -100  # nothing goes through for no target
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
-"""Gated DeltaNet's rule in pieces, so that its time is linear in the length of a row.
+"""Gated DeltaNet's rule in segments, so that its time is linear in the length of a row.
 
-Transformers' torch code takes the square of the length in the backward pass.
+In the backward pass transformers' torch_chunk_gated_delta_rule takes the square of the length, as
+each step of its loop over chunks copies a gradient as large as the whole row. Once it unbinds the
+chunks before the loop and stacks them after it, this room can be deleted.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from train_lora.console import LOG, one_line, report
 from train_lora.device import is_kept_out
 
 DELTA_RULE = "torch_chunk_gated_delta_rule"  # transformers' torch code for Gated DeltaNet
-TOKENS_OF_A_PIECE = 512  # a multiple of the rule's own chunks of 64
+TOKENS_OF_A_SEGMENT = 512  # a multiple of the rule's own chunks of 64
 
 
-def compute_delta_rule_in_pieces(model: transformers.PreTrainedModel) -> None:
-    """Have the model's Gated DeltaNet layers compute in pieces, unless fla's kernels do it."""
+def compute_delta_rule_in_segments(model: transformers.PreTrainedModel) -> None:
+    """Have the model's Gated DeltaNet layers compute in segments, unless fla's kernels do it."""
     if chunk_of(model.config) == 1:
         return
     module = sys.modules[type(model).__module__]
@@ -33,27 +35,25 @@ def compute_delta_rule_in_pieces(model: transformers.PreTrainedModel) -> None:
         report("deltanet", f"{what}: whole rows are computed, and long ones may take long")
         return
     whole_rule = getattr(function, "whole_rule", function)  # in place since an earlier model
-    if fault := fault_of_pieces(whole_rule):
+    if fault := fault_of_segments(whole_rule):
         what = f"{DELTA_RULE} of transformers {transformers.__version__} {fault}"
-        ways = "The transformers of requirements.txt has one that is computed in pieces"
+        ways = "The transformers of requirements.txt has one that is computed in segments"
         report("deltanet", f"{what}: whole rows are computed, and long ones take longer. {ways}")
         return
-    setattr(module, DELTA_RULE, DeltaRuleInPieces(whole_rule, TOKENS_OF_A_PIECE))
+    setattr(module, DELTA_RULE, DeltaRuleInSegments(whole_rule, TOKENS_OF_A_SEGMENT))
     # fault_of_fla() says why other GPUs have no choice.
     if torch.cuda.is_initialized() and torch.cuda.get_device_capability()[0] == 8:
         ways = "flash-linear-attention may be faster: install it, and give --use_fla true"
         report("deltanet", f"Gated DeltaNet runs torch's code; {ways}")
-    LOG.info("deltanet  %s is called on %d tokens at a time", DELTA_RULE, TOKENS_OF_A_PIECE)
+    LOG.info("deltanet  %s is called on %d tokens at a time", DELTA_RULE, TOKENS_OF_A_SEGMENT)
 
 
 @dataclass(frozen=True)
-class DeltaRuleInPieces:
+class DeltaRuleInSegments:
     """The same rule, called on a few hundred tokens of a row at a time, with its state handed on.
 
-    In the rule's loop over chunks each select and each write copies a gradient as large as its
-    whole row, so the backward pass takes the square of the length. In pieces it is linear: on a
-    CPU 6,144 tokens took 5.5 s in place of 48 s. Outputs and gradients are the same to the bit; in
-    float32 to rounding, where a row is no multiple of 64 tokens.
+    On a CPU 6,144 tokens took 5.5 s in place of 48 s. Outputs and gradients are the same to the bit;
+    in float32 to rounding, where a row is no multiple of 64 tokens.
     """
 
     whole_rule: Callable
@@ -77,17 +77,17 @@ class DeltaRuleInPieces:
             wanted = {"initial_state": initial_state, "output_final_state": output_final_state}
             return rule(*rows, g=g, beta=beta, **wanted)
         outputs, state = [], initial_state
-        pieces = [x.split(self.tokens, 1) for x in (*rows, g, beta)]
-        for *piece, decay, strength in zip(*pieces, strict=True):
+        segments = [x.split(self.tokens, 1) for x in (*rows, g, beta)]
+        for *segment, decay, strength in zip(*segments, strict=True):
             output, state = rule(
-                *piece, g=decay, beta=strength, initial_state=state, output_final_state=True
+                *segment, g=decay, beta=strength, initial_state=state, output_final_state=True
             )
             outputs.append(output)
         return torch.cat(outputs, 1), state if output_final_state else None
 
 
-def fault_of_pieces(whole_rule: Callable) -> str:
-    """Return why a rule is not to be computed in pieces, or "": both ways are tried on 130 tokens.
+def fault_of_segments(whole_rule: Callable) -> str:
+    """Return why a rule is not to be computed in segments, or "": both ways compute 130 tokens.
 
     A release of transformers may change the function, and a state that is handed on wrongly would
     spoil the gradients of long rows without an error.
@@ -98,7 +98,7 @@ def fault_of_pieces(whole_rule: Callable) -> str:
     inputs = [query, key, value, -0.1 * decay.exp(), strength.sigmoid()]
     inputs = [x.requires_grad_() for x in inputs]
     results: list[list[Tensor]] = []
-    rules: list[Callable] = [whole_rule, DeltaRuleInPieces(whole_rule, 64)]
+    rules: list[Callable] = [whole_rule, DeltaRuleInSegments(whole_rule, 64)]
     for rule in rules:
         options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
         try:
@@ -106,11 +106,11 @@ def fault_of_pieces(whole_rule: Callable) -> str:
             loss = output.square().sum() + state.square().sum()
             results.append([output, state, *torch.autograd.grad(loss, inputs)])
         except Exception as error:  # whatever it is, whole rows are still computed
-            return f"cannot be tried in pieces ({type(error).__name__}: {one_line(error)})"
+            return f"cannot be tried in segments ({type(error).__name__}: {one_line(error)})"
     names = ["outputs", "state", *["gradients"] * len(inputs)]
-    for name, whole, in_pieces in zip(names, *results, strict=True):
-        if not torch.dist(whole, in_pieces) <= 1e-5 * whole.norm():  # NaN is not, either
-            return f"has other {name} in pieces"
+    for name, whole, in_segments in zip(names, *results, strict=True):
+        if not torch.dist(whole, in_segments) <= 1e-5 * whole.norm():  # NaN is not, either
+            return f"has other {name} in segments"
     return ""
 
 

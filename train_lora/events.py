@@ -123,7 +123,7 @@ class RunEvents(transformers.TrainerCallback):
         if "start_loss" in logs:
             report("eval", f"epoch 0  loss {logs['start_loss']:.4f}  (the adapter of START_FROM)")
         if "loss" in logs and step <= job.earlier.checkpoint_step + STEPS_TO_LOG:
-            text = f"step {step}: {self.trainer.parts_of_step} micro-batches, "
+            text = f"step {step}: {self.trainer.micro_batches_of_step} micro-batches, "
             text += f"{1000 * (time.monotonic() - self.step_began):.0f} ms, loss {logs['loss']}, "
             text += f"grad_norm {logs.get('grad_norm', math.nan)}"
             retries = torch.cuda.memory_stats() if torch.cuda.is_initialized() else {}

@@ -2,6 +2,13 @@
 
 The loss of a step is the sum of -log(probability) over its target tokens, divided by how many
 there are; into how many micro-batches the step is split does not matter.
+
+    the model's head             computed by                     kept for the backward pass
+    frozen, nothing after it     last_states(), TargetLosses     a gradient for each target's state
+    frozen, more comes after it  reply_logits()                  the logits of each target
+    trained                      reply_logits()                  the logits of each target
+
+With logits a row with many targets goes through the model several times, see with_few_targets().
 """
 
 from __future__ import annotations
@@ -141,23 +148,23 @@ class TargetLosses(torch.autograd.Function):
         return product.to(context.gradient.dtype), None, None
 
 
-def pieces_with_few_targets(part: Batch) -> Iterator[Batch]:
+def with_few_targets(batch: Batch) -> Iterator[Batch]:
     """Yield a micro-batch once for each MOST_TARGETS targets of its rows.
 
     The sum of the losses stays the same. What comes before these targets is computed again.
     """
-    targets_so_far = (part["labels"] != -100).cumsum(1)
+    targets_so_far = (batch["labels"] != -100).cumsum(1)
     most = int(targets_so_far.max())
     if most <= MOST_TARGETS:
-        yield part
+        yield batch
         return
     for first in range(0, most, MOST_TARGETS):
         is_kept = (targets_so_far > first) & (targets_so_far <= first + MOST_TARGETS)
-        labels = part["labels"].masked_fill(~is_kept, -100)
+        labels = batch["labels"].masked_fill(~is_kept, -100)
         width = labels.shape[1]
         if len(labels) == 1:  # of several rows, so many tokens fit with checkpointing alone
             width = int((labels[0] != -100).nonzero().max()) + 1
-        yield {key: value[:, :width] for key, value in {**part, "labels": labels}.items()}
+        yield {key: value[:, :width] for key, value in {**batch, "labels": labels}.items()}
 
 
 def losses_of_replies(
@@ -182,9 +189,8 @@ def losses_of_replies(
             inputs = pad([examples[number] for number in batch], model.device)
             try:
                 by_token = torch.zeros(len(batch), width - 1, dtype=torch.double)
-                pieces = pieces_with_few_targets(inputs) if needs_logits(model) else [inputs]
-                for piece in pieces:
-                    token_loss = token_losses(model, piece).double().cpu()
+                for rows in with_few_targets(inputs) if needs_logits(model) else [inputs]:
+                    token_loss = token_losses(model, rows).double().cpu()
                     by_token[:, : token_loss.shape[1]] += token_loss
             except RuntimeError as error:
                 if not is_out_of_memory(error):

@@ -91,12 +91,12 @@ def trial_fits(trainer: MicroBatchedTrainer, rows: int, width: int) -> bool:
     labels, mask = ids.clone(), ids.clone()
     labels[:, : width - targets] = -100
     mask[:, -1] = 0  # padding takes extra memory and other kernels
-    part = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     trainer.model.train()
     torch.cuda.reset_peak_memory_stats()
     began, fits = time.monotonic(), True
     try:
-        trainer.backward_if_it_fits(trainer.model, part, rows * width)
+        trainer.backward_if_it_fits(trainer.model, batch, rows * width)
     except DoesNotFit:
         fits = False
     kind = "recomputed" if trainer.needs_checkpointing(width) else "kept"

@@ -34,8 +34,8 @@ from train_lora.losses import (
     last_states,
     losses_of_replies,
     needs_logits,
-    pieces_with_few_targets,
     token_losses,
+    with_few_targets,
 )
 from train_lora.micro_batches import Batch, DoesNotFit, micro_batches
 from train_lora.plan import Plan
@@ -55,7 +55,7 @@ class MicroBatchedTrainer(trl.SFTTrainer):
         self.job = job
         steps_done = lambda: self.state.global_step  # noqa: E731
         self.sampler = SimilarLengthSampler(job.data.examples, job.settings, steps_done)
-        self.parts_of_step = 0  # micro-batches of the step that was done last
+        self.micro_batches_of_step = 0  # of the one that was done last
         super().__init__(**arguments)
         self.model.activation_checkpointing_enable()
         self.model.disable_input_require_grads()  # recomputation does not need it
@@ -79,23 +79,23 @@ class MicroBatchedTrainer(trl.SFTTrainer):
         targets = self.accelerator.gather(count).sum()  # of all processes
         while True:
             try:
-                return self.backward_in_parts(model, inputs, targets)
+                return self.backward_in_micro_batches(model, inputs, targets)
             except DoesNotFit as error:
                 rows, width = error.args
             self.lower_tokens_at_once(rows, width)
             report("memory", f"out of memory: now {self.tokens_at_once:,} tokens at once")
 
-    def backward_in_parts(self, model: nn.Module, inputs: Batch, targets: Tensor) -> Tensor:
+    def backward_in_micro_batches(self, model: nn.Module, inputs: Batch, targets: Tensor) -> Tensor:
         """Add a step's gradients, and return its loss; raise DoesNotFit."""
         loss = torch.zeros((), device=self.args.device)
-        parts = list(micro_batches(inputs, self.tokens_at_once, self.chunk))
+        batches = list(micro_batches(inputs, self.tokens_at_once, self.chunk))
         if needs_logits(model):
-            parts = [piece for part in parts for piece in pieces_with_few_targets(part)]
-        self.parts_of_step = len(parts)
-        for part in parts:
-            is_last = part is parts[-1]  # only then do processes exchange gradients
+            batches = [batch for wide in batches for batch in with_few_targets(wide)]
+        self.micro_batches_of_step = len(batches)
+        for batch in batches:
+            is_last = batch is batches[-1]  # only then do processes exchange gradients
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                loss += self.backward_if_it_fits(model, part, targets)
+                loss += self.backward_if_it_fits(model, batch, targets)
         return loss
 
     def lower_tokens_at_once(self, rows: int, width: int) -> None:
@@ -112,12 +112,12 @@ class MicroBatchedTrainer(trl.SFTTrainer):
         """Return whether a row of this width is too long to keep its activations."""
         return round_up(width, self.chunk) > self.tokens_at_once
 
-    def backward_if_it_fits(self, model: nn.Module, part: Batch, targets: Tensor | int) -> Tensor:
+    def backward_if_it_fits(self, model: nn.Module, batch: Batch, targets: Tensor | int) -> Tensor:
         """Add a micro-batch's gradients, and return its share of the loss; raise DoesNotFit."""
         for layer in self.layers:
-            layer.gradient_checkpointing = self.needs_checkpointing(part["input_ids"].shape[1])
+            layer.gradient_checkpointing = self.needs_checkpointing(batch["input_ids"].shape[1])
         try:
-            loss = token_losses(model, part).sum() / targets
+            loss = token_losses(model, batch).sum() / targets
             loss = loss * self.accelerator.num_processes  # DDP takes the mean over the processes
             loss.backward()
             return loss.detach()
@@ -127,7 +127,7 @@ class MicroBatchedTrainer(trl.SFTTrainer):
             if has_others or not is_out_of_memory(error):
                 raise
             LOG.info("memory    %s", one_line(error, 300))
-        raise DoesNotFit(*part["input_ids"].shape)  # torch's error and its tensors are gone
+        raise DoesNotFit(*batch["input_ids"].shape)  # torch's error and its tensors are gone
 
     def evaluate(self, *_, **__) -> dict[str, float]:
         """Log the held-out loss, a mean over tokens (Trainer's depends on the batches).
